@@ -1,0 +1,1 @@
+"""Dataset distillation with neural tangent kernels: an image data set in, a few synthetic images out."""

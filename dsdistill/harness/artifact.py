@@ -1,0 +1,200 @@
+"""The distilled set and its file: one `.safetensors` that NumPy, JAX and torch can read.
+
+The header holds a SHA-256 over everything else, so a damaged file is an `ArtifactError` and
+never a partial or silently different set. Nothing is ever unpickled.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from jaxtyping import Float, Int
+
+from dsdistill.harness import preprocess as pre
+from dsdistill.harness.datasets import Examples, Labeled
+from dsdistill.harness.errors import UserError
+from dsdistill.harness.runs import write_bytes
+
+FORMAT = 1
+ENCODING = "one-hot minus 1/k"  # what `labels` would be, had they not been solved or learned
+
+
+class ArtifactError(UserError):
+    """A distilled-set file that cannot be trusted; the message names file, expected and got."""
+
+
+@dataclass(frozen=True, eq=False)
+class Distilled:
+    """A few synthetic images with real-valued labels, and all that is needed to use them.
+
+    Attributes:
+        images: As the kernel saw them, that is after `preprocess`.
+        labels: Real-valued, in `encoding`.
+        preprocess: The fitted map from images in [0, 1]; apply it to any image to be classified.
+        classes: Names, in label order.
+        provenance: JSON-compatible: method, configuration, kernel, data, seed, versions, metrics.
+        encoding: How an integer label would be written as a row of `labels`.
+    """
+
+    images: Float[np.ndarray, "n h w c"]
+    labels: Float[np.ndarray, "n k"]
+    preprocess: pre.Preprocess
+    classes: tuple[str, ...]
+    provenance: Mapping[str, Any]
+    encoding: str = ENCODING
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def hard_labels(self) -> Int[np.ndarray, " n"]:
+        """The class of the largest label of each image."""
+        return self.labels.argmax(1)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of images and labels together."""
+        return self.images.nbytes + self.labels.nbytes
+
+    def examples(self) -> Examples:
+        """The set as a learner's training set, with the stored labels."""
+        data = Labeled(self.images, self.hard_labels, self.classes)
+        return Examples(data, self.preprocess, targets=self.labels, ready=True)
+
+
+def save(path: Path, distilled: Distilled) -> None:
+    """Write the file atomically: a reader sees the old file or the new one, never a part.
+
+    Raises:
+        ArtifactError: If the set itself breaks a rule that `load` would check.
+        OSError: If the folder cannot be written or the disk is full; an old file stays.
+    """
+    _check(path, distilled)
+    tensors = _tensors(distilled)
+    header = {
+        "format": FORMAT,
+        "encoding": distilled.encoding,
+        "classes": list(distilled.classes),
+        "preprocess": {
+            "kind": distilled.preprocess.kind,
+            "contrast": distilled.preprocess.contrast,
+        },
+        "provenance": dict(distilled.provenance),
+    }
+    text = json.dumps(header, sort_keys=True, allow_nan=False)
+    metadata = {"dsdistill": text, "sha256": _digest(text, tensors)}
+    write_bytes(path, safetensors.numpy.save(tensors, metadata))
+
+
+def load(path: Path) -> Distilled:
+    """Read and check a distilled set.
+
+    Raises:
+        ArtifactError: If the file is missing, truncated, damaged, foreign or inconsistent.
+    """
+    header, tensors = _read(Path(path))
+    try:
+        fitted = pre.Preprocess(
+            header["preprocess"]["kind"],
+            tensors["preprocess.mean"],
+            tensors["preprocess.std"],
+            tensors.get("preprocess.whiten"),
+            tensors.get("preprocess.unwhiten"),
+            header["preprocess"]["contrast"],
+        )
+        distilled = Distilled(
+            tensors["images"],
+            tensors["labels"],
+            fitted,
+            tuple(header["classes"]),
+            header["provenance"],
+            header["encoding"],
+        )
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"{path}: incomplete distilled set, lacks {error}") from error
+    _check(path, distilled)
+    return distilled
+
+
+def locate(run: Path) -> Path:
+    """The distilled-set file of a run's folder, or the path itself if it is a file."""
+    return run / "distilled.safetensors" if run.is_dir() else run
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    if not path.is_file():
+        raise ArtifactError(f"no distilled set at {path}")
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # safetensors' own error, OSError, and ValueError for odd dtypes
+        raise ArtifactError(f"{path} is not a whole .safetensors file: {error}") from error
+    if "dsdistill" not in metadata:
+        raise ArtifactError(f"{path} is a .safetensors file, but not a distilled set")
+    if _digest(metadata["dsdistill"], tensors) != metadata.get("sha256"):
+        raise ArtifactError(f"{path} is damaged: its contents do not match its checksum")
+    header = json.loads(metadata["dsdistill"])
+    if header.get("format") != FORMAT:
+        raise ArtifactError(f"{path}: expected format {FORMAT}, got {header.get('format')}")
+    return header, tensors
+
+
+def _tensors(distilled: Distilled) -> dict[str, np.ndarray]:
+    fitted = distilled.preprocess
+    named = {
+        "images": distilled.images,
+        "labels": distilled.labels,
+        "preprocess.mean": fitted.mean,
+        "preprocess.std": fitted.std,
+        "preprocess.whiten": fitted.whiten,
+        "preprocess.unwhiten": fitted.unwhiten,
+    }
+    # A transposed view would be written in memory order, so everything is made contiguous.
+    return {name: np.ascontiguousarray(a) for name, a in named.items() if a is not None}
+
+
+def _digest(header: str, tensors: Mapping[str, np.ndarray]) -> str:
+    sha = hashlib.sha256(header.encode())
+    for name in sorted(tensors):
+        array = tensors[name]
+        sha.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        sha.update(np.ascontiguousarray(array))
+    return sha.hexdigest()
+
+
+def _check(path: Path, distilled: Distilled) -> None:
+    """Every rule of the format; `save` and `load` share it."""
+    images, labels, fitted = distilled.images, distilled.labels, distilled.preprocess
+    if images.ndim != 4 or 0 in images.shape:
+        raise ArtifactError(f"{path}: images must be (n, h, w, c), got {images.shape}")
+    d, channels = int(np.prod(images.shape[1:])), images.shape[-1]
+    expected = {
+        "images": images.shape,
+        "labels": (len(images), len(distilled.classes)),
+        "preprocess.mean": (channels,),
+        "preprocess.std": (channels,),
+    }
+    if fitted.kind not in pre.KINDS:
+        raise ArtifactError(f"{path}: unknown preprocessing {fitted.kind!r}")
+    if fitted.kind == "zca":
+        expected |= {"preprocess.whiten": (d, d), "preprocess.unwhiten": (d, d)}
+    tensors = _tensors(distilled)
+    if tensors.keys() != expected.keys():
+        raise ArtifactError(f"{path}: expected tensors {sorted(expected)}, got {sorted(tensors)}")
+    for name, shape in expected.items():
+        array = tensors[name]
+        if array.shape != shape or array.dtype != np.float32:
+            raise ArtifactError(
+                f"{path}: {name} must be float32 {shape}, got {array.dtype} {array.shape}"
+            )
+        if not np.isfinite(array).all():
+            raise ArtifactError(f"{path}: {name} has NaN or infinite values")
+    if (fitted.std <= 0).any():
+        raise ArtifactError(f"{path}: preprocess.std must be positive")

@@ -1,0 +1,22 @@
+"""The one exception that a command shows as a single line: the user's input was wrong."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Input that breaks a rule. The message states the rule, the value got and the remedy."""
+
+
+def unknown(what: str, got: str, known: Iterable[str]) -> UserError:
+    """An error for a name that is not in a table: lists the known names, the nearest first in mind.
+
+    Args:
+        what: What the name should have been, such as "data set".
+        got: The name as the user wrote it.
+        known: Every name that would have been accepted.
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(got, names, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return UserError(f"unknown {what} {got!r}{hint} (known: {', '.join(names)})")

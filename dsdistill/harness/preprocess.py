@@ -1,0 +1,166 @@
+"""Preprocessing that is fitted once, stored with the distilled set, and never refitted.
+
+Most failures to reproduce a published distilled set come from a preprocessing that was
+fitted again on other images, so `Preprocess` is a value that travels with the set.
+
+Source of the ZCA variant: Nguyen, Novak, Xiao and Lee (2021), arXiv:2107.13034, and the
+training notebook published with it.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float, Num
+
+from dsdistill.harness import memory
+from dsdistill.harness.errors import UserError
+
+Kind = Literal["standardise", "zca", "none"]
+KINDS: tuple[Kind, ...] = ("standardise", "zca", "none")
+ZCA_RIDGE = 0.1  # relative to the mean eigenvalue of the covariance, as in the paper's notebook
+CHUNK = 2048  # images per pass over a data set that may not fit into memory
+
+Chunks = Callable[[int], Iterator[Num[np.ndarray, "m h w c"]]]
+
+
+@dataclass(frozen=True, eq=False)
+class Preprocess:
+    """Maps images with values in [0, 1] (or uint8) to what a kernel or network sees, and back.
+
+    `standardise` subtracts the channel mean and divides by the channel deviation. `zca` goes on:
+    each flattened image is centred, divided by its L2 norm, and multiplied by `whiten`.
+
+    Attributes:
+        kind: Which of the maps above; `none` only converts to float32 in [0, 1].
+        mean, std: One value a channel, of the training images.
+        whiten, unwhiten: Symmetric and inverse to each other; for `zca` alone. d = h w c.
+        contrast: Mean L2 norm of the centred training images. The per-image norm is lost by
+            ZCA, so `invert` gives every image this one.
+    """
+
+    kind: Kind
+    mean: Float[np.ndarray, " c"]
+    std: Float[np.ndarray, " c"]
+    whiten: Float[np.ndarray, "d d"] | None = None
+    unwhiten: Float[np.ndarray, "d d"] | None = None
+    contrast: float = 1.0
+
+    def apply(self, images: Num[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n h w c"]:
+        """Preprocessed float32 images. uint8 is divided by 255 first; floats are taken as they are."""
+        x = (unit_range(images) - self.mean) / self.std
+        if self.whiten is None:
+            return x
+        directions, _ = _directions(x)
+        return (directions @ self.whiten).reshape(x.shape)
+
+    def invert(self, images: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n h w c"]:
+        """Images as the eye knows them, about [0, 1] but not clipped.
+
+        Exact for `none` and `standardise`; for `zca` up to each image's brightness and contrast.
+        """
+        x = images
+        if self.unwhiten is not None:
+            flat = images.reshape(len(images), -1) @ self.unwhiten
+            x = (flat * self.contrast).reshape(images.shape)
+        return (x * self.std + self.mean).astype(np.float32)
+
+    def same_as(self, other: "Preprocess") -> bool:
+        """Whether both maps are identical, value for value."""
+        return self.kind == other.kind and all(
+            _equal(getattr(self, name), getattr(other, name))
+            for name in ("mean", "std", "whiten", "contrast")
+        )
+
+
+def unit_range(images: Num[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n h w c"]:
+    """float32 images: uint8 divided by 255, floats as they are."""
+    x = np.asarray(images, dtype=np.float32)
+    return x / np.float32(255) if images.dtype == np.uint8 else x
+
+
+def identity(channels: int) -> Preprocess:
+    """The preprocessing that changes nothing, for images that are already as a model sees them."""
+    return Preprocess("none", np.zeros(channels, np.float32), np.ones(channels, np.float32))
+
+
+def fit(kind: str | None, chunks: Chunks, shape: tuple[int, int, int]) -> Preprocess:
+    """Fit a preprocessing on training images.
+
+    Args:
+        kind: One of `KINDS`; None chooses ZCA for colour and standardisation for grayscale, as
+            the KIP paper does.
+        chunks: Called with a chunk size, yields all training images in chunks of that size.
+        shape: Height, width and channels of an image.
+
+    Raises:
+        UserError: If the covariance that ZCA needs does not fit into memory.
+    """
+    channels = shape[-1]
+    kind = kind or ("zca" if channels == 3 else "standardise")
+    if kind == "none":
+        return identity(channels)
+    mean, std = _channel_moments(chunks, channels)
+    if kind == "standardise":
+        return Preprocess("standardise", mean, std)
+    return _fit_zca(mean, std, chunks, shape)
+
+
+def _channel_moments(chunks: Chunks, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    count, total, squares = 0, np.zeros(channels), np.zeros(channels)
+    for images in chunks(CHUNK):
+        # float64: a sum over millions of pixels loses digits in float32.
+        x = unit_range(images).astype(np.float64).reshape(-1, channels)
+        count, total, squares = count + len(x), total + x.sum(0), squares + (x * x).sum(0)
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    std[std < 1e-6] = 1.0  # a constant channel carries nothing; dividing by 0 would give NaN
+    return mean.astype(np.float32), std.astype(np.float32)
+
+
+def _fit_zca(
+    mean: np.ndarray, std: np.ndarray, chunks: Chunks, shape: tuple[int, int, int]
+) -> Preprocess:
+    d = int(np.prod(shape))
+    # Covariance, eigenvectors and work space in float64, two float32 matrices at the end.
+    memory.require(6 * 8 * d * d, f"ZCA whitening of {shape[0]}x{shape[1]} images", _ZCA_REMEDY)
+    covariance, count, norms = np.zeros((d, d)), 0, 0.0
+    for images in chunks(CHUNK):
+        directions, norm = _directions((unit_range(images) - mean) / std)
+        covariance += directions.T.astype(np.float64) @ directions
+        count, norms = count + len(images), norms + float(norm.sum())
+    covariance /= count
+    covariance[np.diag_indices(d)] += ZCA_RIDGE * np.trace(covariance) / d
+    values, vectors = np.linalg.eigh(covariance)
+    return Preprocess(
+        "zca",
+        mean,
+        std,
+        whiten=((vectors / np.sqrt(values)) @ vectors.T).astype(np.float32),
+        unwhiten=((vectors * np.sqrt(values)) @ vectors.T).astype(np.float32),
+        contrast=norms / count,
+    )
+
+
+_ZCA_REMEDY = "use --preprocess standardise, or a smaller --image-size"
+
+
+def _directions(x: Float[np.ndarray, "n h w c"]) -> tuple[np.ndarray, np.ndarray]:
+    """Flattened images, centred and divided by their L2 norm, and the norms."""
+    flat = x.reshape(len(x), -1)
+    flat = flat - flat.mean(1, keepdims=True)
+    norm = np.linalg.norm(flat, axis=1, keepdims=True)
+    return flat / np.maximum(norm, 1e-12), norm  # a constant image has norm 0 and stays 0
+
+
+def _equal(a: object, b: object) -> bool:
+    if a is None or b is None:
+        return a is b
+    return np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def check_kind(kind: str | None) -> None:
+    """Refuse an unknown `--preprocess`."""
+    if kind is not None and kind not in KINDS:
+        raise UserError(f"preprocess must be one of {', '.join(KINDS)}, got {kind!r}")

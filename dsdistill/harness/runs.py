@@ -1,0 +1,246 @@
+"""A run's folder: never overwritten, resumable, and readable while the run goes on.
+
+    config.json         how it was asked for, written first
+    metrics.jsonl       one JSON object a line, flushed at once
+    events.out.*        the same for TensorBoard
+    checkpoint.*        the last good state, replaced atomically
+    <result>            written last: a folder that holds it is finished
+"""
+
+import io
+import itertools
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from dsdistill.harness.errors import UserError
+
+
+class RunError(UserError):
+    """A folder that cannot be started, resumed or read as asked."""
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file atomically: written beside it, flushed to disk, then renamed."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes it private
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file atomically. NaN becomes null, since JSON has none."""
+    write_bytes(path, (json.dumps(_finite(value), indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a run.
+
+    Raises:
+        RunError: If it is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot read {path}: {error}") from error
+
+
+def next_free(stem: str, parent: Path = Path("runs")) -> Path:
+    """The first of `parent/stem-1`, `parent/stem-2`, ... that does not exist."""
+    return next(p for n in itertools.count(1) if not (p := parent / f"{stem}-{n}").exists())
+
+
+@dataclass(frozen=True)
+class Run:
+    """An open run folder.
+
+    Attributes:
+        folder: Exists and can be written to.
+        config: As stored in `config.json`; on `--resume`, as stored by the first start.
+        resumed: Whether there was an earlier start.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    resumed: bool
+
+    def save_state(self, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
+        """Replace the checkpoint: named arrays and a JSON-compatible remainder."""
+        tensors = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+        content = safetensors.numpy.save(tensors, {"meta": json.dumps(meta)})
+        write_bytes(self.folder / "checkpoint.safetensors", content)
+
+    def load_state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+        """The last checkpoint, or None if the run was stopped before its first."""
+        path = self.folder / "checkpoint.safetensors"
+        if not path.exists():
+            return None
+        try:
+            with safetensors.safe_open(path, framework="numpy") as file:
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                return arrays, json.loads(file.metadata()["meta"])
+        except Exception as error:  # a damaged file has many ways to fail
+            raise RunError(f"{path} is damaged ({error}): start anew in another folder") from error
+
+
+def start(
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    result: str,
+    resume: bool = False,
+    defaults: Mapping[str, Any] | None = None,
+    free: tuple[str, ...] = (),
+) -> Run:
+    """Open a run folder.
+
+    Args:
+        folder: Where; created with its parents.
+        config: JSON-compatible options of this call.
+        result: Name of the file whose presence means that the run is finished.
+        resume: Continue an unfinished run. Its stored options hold; an option of this call that
+            is neither the default nor the stored value is refused.
+        defaults: Default options, to tell which of this call's were given.
+        free: Options that may differ on resume (where the data lie, say).
+
+    Raises:
+        RunError: If the folder holds a run and `resume` is off, if it is finished, or if the
+            options contradict the stored ones.
+    """
+    stored = folder / "config.json"
+    if (folder / result).exists():
+        raise RunError(f"{folder} already holds a finished run: choose another --out")
+    if stored.exists() and not resume:
+        raise RunError(f"{folder} already holds a run: add --resume, or choose another --out")
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is a file: choose another --out")
+    if not stored.exists() and folder.is_dir() and any(folder.iterdir()):
+        raise RunError(f"{folder} is not empty and holds no run: choose another --out")
+    if stored.exists():
+        return Run(folder, _reconcile(read_json(stored), config, defaults or {}, free), True)
+    if resume:
+        raise RunError(f"{folder} holds no run to resume")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(stored, config)
+    return Run(folder, dict(config), False)
+
+
+def _reconcile(
+    old: dict[str, Any],
+    new: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    free: tuple[str, ...],
+) -> dict[str, Any]:
+    """The stored options, after refusing a given one that contradicts them."""
+    for name, value in new.items():
+        if name in free:
+            old[name] = value
+        elif value != defaults.get(name) and value != old.get(name):
+            option = "--" + name.replace("_", "-")
+            raise RunError(f"the run was started with {option} {old.get(name)}, got {value}")
+    return old
+
+
+class Metrics:
+    """Appends named figures to `metrics.jsonl` and to a TensorBoard event file.
+
+    On resume, lines of steps after the checkpoint are dropped, so that a resumed run's file
+    equals that of an uninterrupted one.
+    """
+
+    def __init__(self, folder: Path, *, resume_from: int | None = None) -> None:
+        self._path = folder / "metrics.jsonl"
+        if resume_from is not None:
+            self._drop_after(resume_from)
+        self._file = self._path.open("a")
+        self._events = _Events(folder, resume_from)
+
+    def write(self, step: int, **figures: float) -> None:
+        """Record figures of one step; seen at once by whoever follows the files."""
+        self._file.write(json.dumps(_finite({"step": step, **figures})) + "\n")
+        self._file.flush()
+        self._events.write(step, figures)
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _drop_after(self, step: int) -> None:
+        if not self._path.exists():
+            return
+        kept = io.StringIO()
+        for line in self._path.read_text().splitlines():
+            try:
+                keep = json.loads(line)["step"] <= step
+            except ValueError:  # the line that was being written when the run was killed
+                keep = False
+            if keep:
+                kept.write(line + "\n")
+        write_bytes(self._path, kept.getvalue().encode())
+
+
+class _Events:
+    """TensorBoard events, written with its record format alone.
+
+    TensorBoard's own writer and torch's both import TensorFlow where it is installed.
+    """
+
+    def __init__(self, folder: Path, resume_from: int | None) -> None:
+        import time
+
+        from tensorboard.compat.proto import event_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._proto, self._now = event_pb2, time.time
+        name = f"events.out.tfevents.{time.time():.3f}.{os.getpid()}"
+        self._file = (folder / name).open("wb")
+        self._records = RecordWriter(self._file)
+        self._add(event_pb2.Event(wall_time=self._now(), file_version="brain.Event:2"))
+        if resume_from is not None:
+            restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._add(event_pb2.Event(step=resume_from + 1, session_log=restart))
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in figures.items()]
+        event = self._proto.Event(wall_time=self._now(), step=step, summary=Summary(value=values))
+        self._add(event)
+
+    def _add(self, event: Any) -> None:
+        self._records.write(event.SerializeToString())
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    """A copy in which NaN and infinities are None, at any depth."""
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value

@@ -1,0 +1,1 @@
+"""Neural tangent kernels of infinitely wide networks, and their evaluation in tiles."""

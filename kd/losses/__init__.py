@@ -1,0 +1,1 @@
+"""Distillation losses as pure functions of logits and features."""
