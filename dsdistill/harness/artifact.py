@@ -6,6 +6,7 @@ never a partial or silently different set. Nothing is ever unpickled.
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import write_bytes
 
 FORMAT = 1
+FILE = "distilled.safetensors"  # in a run's folder
 ENCODING = "one-hot minus 1/k"  # what `labels` would be, had they not been solved or learned
 
 
@@ -116,15 +118,17 @@ def load(path: Path) -> Distilled:
             header["provenance"],
             header["encoding"],
         )
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         raise ArtifactError(f"{path}: incomplete distilled set, lacks {error}") from error
     _check(path, distilled)
+    if unknown := sorted(tensors.keys() - _tensors(distilled).keys()):
+        raise ArtifactError(f"{path}: unknown tensors {unknown}")
     return distilled
 
 
 def locate(run: Path) -> Path:
     """The distilled-set file of a run's folder, or the path itself if it is a file."""
-    return run / "distilled.safetensors" if run.is_dir() else run
+    return run / FILE if run.is_dir() else run
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -140,10 +144,24 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise ArtifactError(f"{path} is a .safetensors file, but not a distilled set")
     if _digest(metadata["dsdistill"], tensors) != metadata.get("sha256"):
         raise ArtifactError(f"{path} is damaged: its contents do not match its checksum")
-    header = json.loads(metadata["dsdistill"])
-    if header.get("format") != FORMAT:
-        raise ArtifactError(f"{path}: expected format {FORMAT}, got {header.get('format')}")
-    return header, tensors
+    return _parse(path, metadata["dsdistill"]), tensors
+
+
+def _parse(path: Path, text: str) -> dict[str, Any]:
+    """The header, each field of its type: a checksum does not keep a stranger from writing one."""
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: the header is not JSON: {error}") from error
+    found = header.get("format") if isinstance(header, dict) else None
+    if found != FORMAT:
+        raise ArtifactError(f"{path}: expected format {FORMAT}, got {found}")
+    fields = {"encoding": str, "classes": list, "preprocess": dict, "provenance": dict}
+    for name, kind in fields.items():
+        got = type(header.get(name))
+        if got is not kind:
+            raise ArtifactError(f"{path}: {name} must be a {kind.__name__}, got {got.__name__}")
+    return header
 
 
 def _tensors(distilled: Distilled) -> dict[str, np.ndarray]:
@@ -165,22 +183,26 @@ def _digest(header: str, tensors: Mapping[str, np.ndarray]) -> str:
     for name in sorted(tensors):
         array = tensors[name]
         sha.update(f"{name} {array.dtype.str} {array.shape}".encode())
-        sha.update(np.ascontiguousarray(array))
+        sha.update(np.ascontiguousarray(array).data)
     return sha.hexdigest()
 
 
 def _check(path: Path, distilled: Distilled) -> None:
     """Every rule of the format; `save` and `load` share it."""
-    images, labels, fitted = distilled.images, distilled.labels, distilled.preprocess
+    images, fitted, classes = distilled.images, distilled.preprocess, distilled.classes
     if images.ndim != 4 or 0 in images.shape:
         raise ArtifactError(f"{path}: images must be (n, h, w, c), got {images.shape}")
-    d, channels = int(np.prod(images.shape[1:])), images.shape[-1]
+    d, channels = math.prod(images.shape[1:]), images.shape[-1]
     expected = {
         "images": images.shape,
-        "labels": (len(images), len(distilled.classes)),
+        "labels": (len(images), len(classes)),
         "preprocess.mean": (channels,),
         "preprocess.std": (channels,),
     }
+    if not all(isinstance(name, str) for name in classes) or len(set(classes)) < len(classes):
+        raise ArtifactError(f"{path}: classes must be distinct names, got {classes}")
+    if len(classes) < 2:
+        raise ArtifactError(f"{path}: expected at least two classes, got {len(classes)}")
     if fitted.kind not in pre.KINDS:
         raise ArtifactError(f"{path}: unknown preprocessing {fitted.kind!r}")
     if fitted.kind == "zca":
@@ -198,3 +220,5 @@ def _check(path: Path, distilled: Distilled) -> None:
             raise ArtifactError(f"{path}: {name} has NaN or infinite values")
     if (fitted.std <= 0).any():
         raise ArtifactError(f"{path}: preprocess.std must be positive")
+    if not isinstance(fitted.contrast, float) or not 0 <= fitted.contrast < math.inf:
+        raise ArtifactError(f"{path}: contrast must be a finite float, got {fitted.contrast!r}")

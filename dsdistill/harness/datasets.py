@@ -6,9 +6,10 @@ learner and seed sees the same split and nothing is ever chosen on the test imag
 
 import hashlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Num
@@ -214,7 +215,9 @@ def _read(data: str, root: Path, image_size: int | None) -> tuple[Labeled, Label
         from dsdistill.harness import folders
 
         return folders.read(path, root / "folders", image_size)
-    if path.suffix or len(path.parts) > 1:
+    if path.exists():
+        raise DataError(f"{data} is neither a folder of class folders nor an .npz file")
+    if path.suffix or data != path.name:
         raise DataError(f"no such file or folder: {data}")
     raise unknown("data set", data, NAMES)
 
@@ -223,9 +226,9 @@ def _digits() -> Labeled:
     """scikit-learn's 1797 real 8x8 images, values 0 to 16."""
     from sklearn.datasets import load_digits
 
-    bunch = load_digits()
-    images = (bunch.images[..., None] / 16).astype(np.float32)
-    return Labeled(images, bunch.target.astype(np.int64), tuple(str(i) for i in range(10)))
+    flat, labels = load_digits(return_X_y=True)
+    images = (flat.reshape(-1, 8, 8, 1) / 16).astype(np.float32)
+    return Labeled(images, labels.astype(np.int64), tuple(str(i) for i in range(10)))
 
 
 def _torchvision(name: str, root: Path) -> tuple[Labeled, Labeled]:
@@ -235,17 +238,17 @@ def _torchvision(name: str, root: Path) -> tuple[Labeled, Labeled]:
     return train, test
 
 
-def _torchvision_part(kind: type, name: str, root: Path, part: dict) -> Labeled:
+def _torchvision_part(kind: Callable[..., Any], name: str, root: Path, part: dict) -> Labeled:
     try:
-        source = kind(root, **part, download=False)
-    except RuntimeError:
         try:
+            source = kind(root, **part, download=False)
+        except RuntimeError:  # not found
             source = kind(root, **part, download=True)
-        except (OSError, RuntimeError) as error:
-            raise DataError(
-                f"{name} is not under {root} and could not be downloaded ({error}): "
-                "give its folder with --data-root or DSDISTILL_DATA"
-            ) from error
+    except Exception as error:  # a damaged file fails in many ways, as does a download
+        raise DataError(
+            f"{name} is not whole under {root} and could not be downloaded "
+            f"({' '.join(str(error).split())}): give its folder with --data-root or DSDISTILL_DATA"
+        ) from error
     images = np.asarray(source.data)
     if name == "svhn":
         images = images.transpose(0, 2, 3, 1)  # torchvision keeps this one as NCHW
@@ -265,21 +268,38 @@ def _npz(path: Path) -> Labeled:
         raise DataError(f"{path} must hold 'images' and 'labels', has {sorted(arrays)}")
     images, labels = arrays["images"], arrays["labels"]
     images = images[..., None] if images.ndim == 3 else images
-    if images.ndim != 4 or images.shape[-1] not in (1, 3):
-        raise DataError(f"{path}: images must be (n, h, w) or (n, h, w, 1 or 3), got {images.shape}")
-    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
-        raise DataError(f"{path}: labels must be {len(images)} integers, got {labels.dtype} {labels.shape}")
-    if len(images) == 0 or labels.min() < 0:
-        raise DataError(f"{path} must hold images with labels from 0 on")
-    names = arrays.get("classes", np.arange(labels.max() + 1)).astype(str)
-    if labels.max() >= len(names):
-        raise DataError(f"{path}: label {labels.max()} but only {len(names)} class names")
-    return Labeled(_checked_range(path, images), labels.astype(np.int64), tuple(names.tolist()))
+    if images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
+        raise DataError(
+            f"{path}: images must be (n, h, w) or (n, h, w, 1 or 3), got {images.shape}"
+        )
+    if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
+        raise DataError(
+            f"{path}: labels must be {len(images)} integers, got {labels.dtype} {labels.shape}"
+        )
+    if labels.min() < 0 or labels.max() >= len(images):
+        raise DataError(
+            f"{path}: labels must count the classes from 0 on, got {labels.min()} to "
+            f"{labels.max()} for {len(images)} images"
+        )
+    names = _class_names(path, arrays.get("classes"), int(labels.max()) + 1)
+    return Labeled(_checked_range(path, images), labels.astype(np.int64), names)
+
+
+def _class_names(path: Path, names: np.ndarray | None, k: int) -> tuple[str, ...]:
+    if names is None:
+        return tuple(str(label) for label in range(k))
+    if names.ndim != 1 or names.dtype.kind not in "US" or len(set(names.tolist())) < len(names):
+        raise DataError(f"{path}: classes must be a list of distinct names")
+    if len(names) < k:
+        raise DataError(f"{path}: label {k - 1} but only {len(names)} class names")
+    return tuple(name.decode() if isinstance(name, bytes) else name for name in names.tolist())
 
 
 def _checked_range(path: Path, images: np.ndarray) -> np.ndarray:
     if images.dtype == np.uint8:
         return images
+    if images.dtype.kind not in "fiub":
+        raise DataError(f"{path}: images must be uint8 or floats, got {images.dtype}")
     images = images.astype(np.float32)
     if not np.isfinite(images).all():
         bad = int(np.flatnonzero(~np.isfinite(images).reshape(len(images), -1).all(1))[0])
@@ -305,20 +325,18 @@ def _resized(data: Labeled, size: int | None) -> Labeled:
 
     def one(image: np.ndarray) -> np.ndarray:
         # PIL resizes float images one channel at a time.
-        planes = [
-            np.asarray(Image.fromarray(image[..., c]).resize((size, size), Image.Resampling.BILINEAR))
-            for c in range(image.shape[-1])
-        ]
-        return np.stack(planes, -1)
+        planes = [Image.fromarray(image[..., c]) for c in range(image.shape[-1])]
+        small = [plane.resize((size, size), Image.Resampling.BILINEAR) for plane in planes]
+        return np.stack([np.asarray(plane) for plane in small], -1)
 
     return replace(data, store=np.stack([one(image) for image in data.images()]), rows=None)
 
 
 def _digest(data: Labeled) -> str:
     sha = hashlib.sha256(repr((data.shape, data.classes)).encode())
-    sha.update(np.ascontiguousarray(data.labels, "<i8"))
-    for images in data.chunks(4096):
-        sha.update(np.ascontiguousarray(images))
+    sha.update(np.ascontiguousarray(data.labels, "<i8").data)
+    for images in data.chunks(1024):
+        sha.update(np.ascontiguousarray(images).data)
     return sha.hexdigest()
 
 

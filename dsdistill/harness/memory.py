@@ -1,5 +1,6 @@
 """How much memory there is, asked before it is needed."""
 
+import sys
 from pathlib import Path
 
 import psutil
@@ -15,16 +16,22 @@ def available() -> int:
     try:
         limit = (_CGROUP / "memory.max").read_text().strip()
         used = int((_CGROUP / "memory.current").read_text())
-    except (OSError, ValueError):
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        # The file cache counts as used, but is given up as soon as memory is asked for.
+        used -= int(stat["active_file"]) + int(stat["inactive_file"])
+    except (OSError, ValueError, KeyError):
         return free
     return free if limit == "max" else min(free, max(int(limit) - used, 0))
 
 
 def peak() -> int:
     """Largest resident size of this process so far, in bytes."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
     import resource  # Unix only
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024  # KiB but on macOS
 
 
 def require(needed: int, purpose: str, remedy: str) -> None:

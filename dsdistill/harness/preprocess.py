@@ -7,6 +7,7 @@ Source of the ZCA variant: Nguyen, Novak, Xiao and Lee (2021), arXiv:2107.13034,
 training notebook published with it.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -20,7 +21,7 @@ from dsdistill.harness.errors import UserError
 Kind = Literal["standardise", "zca", "none"]
 KINDS: tuple[Kind, ...] = ("standardise", "zca", "none")
 ZCA_RIDGE = 0.1  # relative to the mean eigenvalue of the covariance, as in the paper's notebook
-CHUNK = 2048  # images per pass over a data set that may not fit into memory
+CHUNK = 2**22  # pixel values held at a time of a data set that may not fit into memory
 
 Chunks = Callable[[int], Iterator[Num[np.ndarray, "m h w c"]]]
 
@@ -48,7 +49,7 @@ class Preprocess:
     contrast: float = 1.0
 
     def apply(self, images: Num[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n h w c"]:
-        """Preprocessed float32 images. uint8 is divided by 255 first; floats are taken as they are."""
+        """Preprocessed float32 images; uint8 is divided by 255 first, floats are taken as is."""
         x = (unit_range(images) - self.mean) / self.std
         if self.whiten is None:
             return x
@@ -97,19 +98,23 @@ def fit(kind: str | None, chunks: Chunks, shape: tuple[int, int, int]) -> Prepro
     Raises:
         UserError: If the covariance that ZCA needs does not fit into memory.
     """
+    check_kind(kind)
     channels = shape[-1]
     kind = kind or ("zca" if channels == 3 else "standardise")
     if kind == "none":
         return identity(channels)
-    mean, std = _channel_moments(chunks, channels)
+    if kind == "zca":
+        _require_memory(shape)
+    mean, std = _channel_moments(chunks, shape)
     if kind == "standardise":
         return Preprocess("standardise", mean, std)
     return _fit_zca(mean, std, chunks, shape)
 
 
-def _channel_moments(chunks: Chunks, channels: int) -> tuple[np.ndarray, np.ndarray]:
+def _channel_moments(chunks: Chunks, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    channels = shape[-1]
     count, total, squares = 0, np.zeros(channels), np.zeros(channels)
-    for images in chunks(CHUNK):
+    for images in chunks(_chunk(shape)):
         # float64: a sum over millions of pixels loses digits in float32.
         x = unit_range(images).astype(np.float64).reshape(-1, channels)
         count, total, squares = count + len(x), total + x.sum(0), squares + (x * x).sum(0)
@@ -122,16 +127,15 @@ def _channel_moments(chunks: Chunks, channels: int) -> tuple[np.ndarray, np.ndar
 def _fit_zca(
     mean: np.ndarray, std: np.ndarray, chunks: Chunks, shape: tuple[int, int, int]
 ) -> Preprocess:
-    d = int(np.prod(shape))
-    # Covariance, eigenvectors and work space in float64, two float32 matrices at the end.
-    memory.require(6 * 8 * d * d, f"ZCA whitening of {shape[0]}x{shape[1]} images", _ZCA_REMEDY)
+    d = math.prod(shape)
     covariance, count, norms = np.zeros((d, d)), 0, 0.0
-    for images in chunks(CHUNK):
+    for images in chunks(_chunk(shape)):
         directions, norm = _directions((unit_range(images) - mean) / std)
         covariance += directions.T.astype(np.float64) @ directions
         count, norms = count + len(images), norms + float(norm.sum())
     covariance /= count
-    covariance[np.diag_indices(d)] += ZCA_RIDGE * np.trace(covariance) / d
+    # Images that are all constant have no covariance at all: they get the identity.
+    covariance[np.diag_indices(d)] += ZCA_RIDGE * np.trace(covariance) / d or 1.0
     values, vectors = np.linalg.eigh(covariance)
     return Preprocess(
         "zca",
@@ -143,13 +147,24 @@ def _fit_zca(
     )
 
 
-_ZCA_REMEDY = "use --preprocess standardise, or a smaller --image-size"
+def _require_memory(shape: tuple[int, int, int]) -> None:
+    # Covariance, eigenvectors and work space in float64, two float32 matrices at the end.
+    needed = 6 * 8 * math.prod(shape) ** 2
+    remedy = "use --preprocess standardise, or a smaller --image-size"
+    memory.require(needed, f"ZCA whitening of {shape[0]}x{shape[1]} images", remedy)
+
+
+def _chunk(shape: tuple[int, int, int]) -> int:
+    """Images of `CHUNK` values, and at least one."""
+    return max(CHUNK // math.prod(shape), 1)
 
 
 def _directions(x: Float[np.ndarray, "n h w c"]) -> tuple[np.ndarray, np.ndarray]:
     """Flattened images, centred and divided by their L2 norm, and the norms."""
     flat = x.reshape(len(x), -1)
-    flat = flat - flat.mean(1, keepdims=True)
+    # float64: a float32 mean of equal pixels is not quite that pixel, and the division by the
+    # norm would blow the difference up to a direction of pure rounding error.
+    flat = flat - flat.mean(1, keepdims=True, dtype=np.float64).astype(np.float32)
     norm = np.linalg.norm(flat, axis=1, keepdims=True)
     return flat / np.maximum(norm, 1e-12), norm  # a constant image has norm 0 and stays 0
 

@@ -5,6 +5,8 @@
     events.out.*        the same for TensorBoard
     checkpoint.*        the last good state, replaced atomically
     <result>            written last: a folder that holds it is finished
+
+A process that is killed while it writes leaves a hidden file, and the old content in place.
 """
 
 import io
@@ -12,6 +14,7 @@ import itertools
 import json
 import os
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +83,8 @@ class Run:
 
     def save_state(self, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
         """Replace the checkpoint: named arrays and a JSON-compatible remainder."""
-        tensors = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+        # Not ascontiguousarray, which gives a scalar (a step count) an axis.
+        tensors = {name: np.asarray(value, order="C") for name, value in arrays.items()}
         content = safetensors.numpy.save(tensors, {"meta": json.dumps(meta)})
         write_bytes(self.folder / "checkpoint.safetensors", content)
 
@@ -95,6 +99,22 @@ class Run:
                 return arrays, json.loads(file.metadata()["meta"])
         except Exception as error:  # a damaged file has many ways to fail
             raise RunError(f"{path} is damaged ({error}): start anew in another folder") from error
+
+
+def check_free(folder: Path, result: str) -> None:
+    """Refuse a folder in which a new run could not start; nothing is created.
+
+    Raises:
+        RunError: If it is a file, or holds a run or anything else.
+    """
+    if (folder / result).exists():
+        raise RunError(f"{folder} already holds a finished run: choose another --out")
+    if (folder / "config.json").exists():
+        raise RunError(f"{folder} already holds a run: add --resume, or choose another --out")
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is a file: choose another --out")
+    if folder.is_dir() and _visible(folder):
+        raise RunError(f"{folder} is not empty and holds no run: choose another --out")
 
 
 def start(
@@ -122,21 +142,34 @@ def start(
             options contradict the stored ones.
     """
     stored = folder / "config.json"
-    if (folder / result).exists():
-        raise RunError(f"{folder} already holds a finished run: choose another --out")
-    if stored.exists() and not resume:
-        raise RunError(f"{folder} already holds a run: add --resume, or choose another --out")
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder} is a file: choose another --out")
-    if not stored.exists() and folder.is_dir() and any(folder.iterdir()):
-        raise RunError(f"{folder} is not empty and holds no run: choose another --out")
-    if stored.exists():
-        return Run(folder, _reconcile(read_json(stored), config, defaults or {}, free), True)
-    if resume:
+    config, defaults = _as_json(config), _as_json(defaults or {})
+    if resume and (folder / result).exists():
+        raise RunError(f"{folder} holds a finished run: there is nothing to resume")
+    if resume and not stored.exists():
         raise RunError(f"{folder} holds no run to resume")
+    if resume:
+        return Run(folder, _reconcile(_stored_config(stored), config, defaults, free), True)
+    check_free(folder, result)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(stored, config)
-    return Run(folder, dict(config), False)
+    return Run(folder, config, False)
+
+
+def _as_json(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options as `config.json` gives them back, where a tuple has become a list."""
+    return json.loads(json.dumps(_finite(options)))
+
+
+def _visible(folder: Path) -> bool:
+    """Whether a folder holds anything but hidden files, such as one left by a killed start."""
+    return any(p.name[0] != "." for p in folder.iterdir())
+
+
+def _stored_config(path: Path) -> dict[str, Any]:
+    stored = read_json(path)
+    if not isinstance(stored, dict):
+        raise RunError(f"{path} is damaged: expected an object of options")
+    return stored
 
 
 def _reconcile(
@@ -206,28 +239,27 @@ class _Events:
     """
 
     def __init__(self, folder: Path, resume_from: int | None) -> None:
-        import time
-
-        from tensorboard.compat.proto import event_pb2
+        from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._proto, self._now = event_pb2, time.time
+        # Generated when imported: a type checker cannot see what these modules hold.
+        self._proto: Any = event_pb2
+        self._summary: Any = summary_pb2
         name = f"events.out.tfevents.{time.time():.3f}.{os.getpid()}"
         self._file = (folder / name).open("wb")
         self._records = RecordWriter(self._file)
-        self._add(event_pb2.Event(wall_time=self._now(), file_version="brain.Event:2"))
+        self._add(file_version="brain.Event:2")
         if resume_from is not None:
-            restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._add(event_pb2.Event(step=resume_from + 1, session_log=restart))
+            session = self._proto.SessionLog
+            self._add(step=resume_from + 1, session_log=session(status=session.START))
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        summary = self._summary.Summary
+        values = [summary.Value(tag=tag, simple_value=value) for tag, value in figures.items()]
+        self._add(step=step, summary=summary(value=values))
 
-        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in figures.items()]
-        event = self._proto.Event(wall_time=self._now(), step=step, summary=Summary(value=values))
-        self._add(event)
-
-    def _add(self, event: Any) -> None:
+    def _add(self, **fields: Any) -> None:
+        event = self._proto.Event(wall_time=time.time(), **fields)
         self._records.write(event.SerializeToString())
         self._file.flush()
 

@@ -1,0 +1,170 @@
+"""A Gram matrix in tiles that fit into the memory there is, known before anything is compiled.
+
+A convolutional kernel can need megabytes for one pair of images, and a compiler takes minutes to
+find out that they do not fit. So the memory of a tile is read off the traced, uncompiled
+computation, and the tile is chosen from it.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dsdistill.harness import memory
+from dsdistill.harness.errors import UserError
+from dsdistill.kernels.networks import Kernel, Network
+
+SHARE = 0.5  # of the free memory that one tile may take; the traced figure knows no fragmentation
+ENOUGH = 2**31  # bytes: a larger tile is not faster, and leaves less to others
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How many images of each side are evaluated at a time."""
+
+    rows: int
+    columns: int
+
+
+def plan(
+    network: Network,
+    n: int,
+    m: int,
+    shape: tuple[int, int, int],
+    *,
+    gradient: bool,
+    dtype: Any = jnp.float32,
+) -> Tile:
+    """The largest useful tile of an n x m Gram matrix.
+
+    Args:
+        network: Whose kernel.
+        n, m: Images on each side.
+        shape: Height, width and channels of an image.
+        gradient: Whether the gradient to the first side is needed as well.
+        dtype: Of the images. float64 needs `jax.enable_x64(True)` around this call.
+
+    Raises:
+        UserError: If not even one pair fits; the message gives the figures.
+    """
+    budget = min(SHARE * _free(), ENOUGH)
+
+    def cost(tile: Tile) -> int:
+        return _traced_bytes(network.kernel, tile, shape, gradient, dtype)
+
+    whole, pair = Tile(n, m), Tile(1, 1)
+    if cost(whole) <= budget:
+        return whole
+    if cost(pair) > budget:
+        raise UserError(
+            f"the kernel {network.name} needs {memory.readable(cost(pair))} for one pair of "
+            f"{shape[0]}x{shape[1]} images, and {memory.readable(budget)} can be used: "
+            "choose a smaller --image-size or another --kernel"
+        )
+    return _grown(pair, whole, cost, budget)
+
+
+def _grown(tile: Tile, whole: Tile, cost: Callable[[Tile], int], budget: float) -> Tile:
+    """The tile scaled up towards the budget, as square as the matrix allows.
+
+    A tile's cost is a sum of parts proportional to 1, r, c and r c, so a side scaled by f scales
+    the cost by at most f: no step can overshoot. Square, because the variances of every image
+    are computed again in each tile.
+    """
+    for _ in range(3):
+        scale = math.sqrt(budget / cost(tile))
+        tile = Tile(
+            min(max(int(tile.rows * scale), 1), whole.rows),
+            min(max(int(tile.columns * scale), 1), whole.columns),
+        )
+    return Tile(tile.rows, min(int(tile.columns * budget / cost(tile)), whole.columns))
+
+
+def gram(
+    kernel: Kernel, x1: Float[Array, "n h w c"], x2: Float[Array, "m h w c"], tile: Tile
+) -> Float[Array, "n m"]:
+    """The kernel between two sets of images, one tile at a time.
+
+    Differentiable: the backward pass evaluates each tile anew instead of keeping all of them.
+    Both sides are padded to whole tiles, so that one tile is compiled.
+    """
+    n, m = len(x1), len(x2)
+    if n <= tile.rows and m <= tile.columns:
+        return kernel(x1, x2)
+    rows, columns = _blocks(x1, tile.rows), _blocks(x2, tile.columns)
+    again = jax.checkpoint(kernel)
+    tiles = jax.lax.map(lambda b: jax.lax.map(lambda a: again(a, b), rows), columns)  # (B, A, r, c)
+    full = tiles.transpose(1, 2, 0, 3).reshape(rows.shape[0] * tile.rows, -1)
+    return full[:n, :m]
+
+
+def _blocks(x: Array, size: int) -> Array:
+    """Images in blocks of `size`, the last one filled up with copies of the last image."""
+    missing = -len(x) % size
+    filled = jnp.concatenate([x, jnp.broadcast_to(x[-1:], (missing, *x.shape[1:]))])
+    return filled.reshape(-1, size, *x.shape[1:])
+
+
+def _traced_bytes(
+    kernel: Kernel, tile: Tile, shape: tuple[int, int, int], gradient: bool, dtype: Any
+) -> int:
+    x1 = jax.ShapeDtypeStruct((tile.rows, *shape), dtype)
+    x2 = jax.ShapeDtypeStruct((tile.columns, *shape), dtype)
+
+    def with_gradient(a: Array, b: Array) -> Any:
+        value, pullback = jax.vjp(lambda a: kernel(a, b), a)
+        return pullback(value)
+
+    traced = jax.make_jaxpr(with_gradient if gradient else kernel)(x1, x2)
+    return peak_bytes(traced.jaxpr)
+
+
+def peak_bytes(jaxpr: jex.Jaxpr) -> int:
+    """Most bytes alive at once while a traced computation runs step by step.
+
+    An upper estimate: the compiler fuses steps and never stores what is between them.
+    """
+    last_use = {var: i for i, eqn in enumerate(jaxpr.eqns) for var in _variables(eqn.invars)}
+    last_use |= dict.fromkeys(_variables(jaxpr.outvars), len(jaxpr.eqns))
+    live = peak = sum(map(_size, [*jaxpr.invars, *jaxpr.constvars]))
+    for i, eqn in enumerate(jaxpr.eqns):
+        inner = max((peak_bytes(j) for j in _inner(eqn)), default=0)
+        arguments = sum(map(_size, _variables(eqn.invars))) if inner else 0
+        made = sum(map(_size, eqn.outvars))
+        peak = max(peak, live + max(made, inner - arguments))
+        live += made
+        dead = {v for v in [*_variables(eqn.invars), *eqn.outvars] if last_use.get(v, -1) <= i}
+        live -= sum(map(_size, dead - {*jaxpr.invars, *jaxpr.constvars}))
+    return peak
+
+
+def _inner(eqn: jex.JaxprEqn) -> list[jex.Jaxpr]:
+    """The computations inside a call, a loop or a branch."""
+    values = [v for p in eqn.params.values() for v in (p if isinstance(p, tuple | list) else [p])]
+    closed = [v.jaxpr for v in values if isinstance(v, jex.ClosedJaxpr)]
+    return closed + [v for v in values if isinstance(v, jex.Jaxpr)]
+
+
+def _variables(atoms: Any) -> list[jex.Var]:
+    return [atom for atom in atoms if not isinstance(atom, jex.Literal)]
+
+
+def _size(var: jex.Var) -> int:
+    aval: Any = var.aval
+    if not hasattr(aval, "shape"):
+        return 0
+    return math.prod(aval.shape) * aval.dtype.itemsize
+
+
+def _free() -> int:
+    """Free bytes on the device that computes."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return memory.available()
+    stats = device.memory_stats() or {}
+    return stats.get("bytes_limit", memory.available()) - stats.get("bytes_in_use", 0)

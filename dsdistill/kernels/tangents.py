@@ -1,0 +1,101 @@
+"""neural-tangents, importable on current JAX.
+
+neural-tangents 0.6.5, its last release (December 2023), looks for names that JAX has since moved,
+and imports TensorFlow through one experimental module. `load` adds the names where they are
+missing, puts an empty module in that one's place, and replaces nothing.
+
+Source: Novak et al. (2020), arXiv:1912.02803.
+"""
+
+import functools
+import importlib
+import sys
+import types
+from dataclasses import dataclass
+from typing import Any
+
+TRIED_ON = "0.10.2"  # the JAX release on which every name below was found
+
+# Where neural-tangents looks -> where current JAX keeps the names.
+_MOVED = {
+    "jax.core": {
+        "jax.extend.core": ("ClosedJaxpr", "Jaxpr", "JaxprEqn", "Literal", "Primitive", "Var"),
+        "jax._src.core": ("AbstractValue", "ShapedArray", "Value", "eval_context"),
+    },
+    "jax.util": {"jax._src.util": ("safe_map", "safe_zip")},
+    "jax.interpreters.ad": {
+        "jax._src.interpreters.ad": (
+            "backward_pass",
+            "config",
+            "reducing_transposes",
+            "source_info_util",
+        )
+    },
+}
+
+
+@dataclass(frozen=True)
+class Tangents:
+    """The two parts of neural-tangents that are used here."""
+
+    stax: Any
+    nt: Any
+
+
+@functools.cache
+def load() -> Tangents:
+    """Import neural-tangents; the first call takes about a second.
+
+    Raises:
+        ImportError: Naming the JAX release this was tried on, if a name is nowhere to be found.
+    """
+    import jax
+
+    try:
+        _add_names()
+        return Tangents(
+            importlib.import_module("neural_tangents.stax"),
+            importlib.import_module("neural_tangents"),
+        )
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            f"neural-tangents does not import on JAX {jax.__version__} ({error}); "
+            f"it was tried on JAX {TRIED_ON}: pip install jax=={TRIED_ON} jaxlib=={TRIED_ON}"
+        ) from error
+
+
+def _add_names() -> None:
+    for target, sources in _MOVED.items():
+        module = _module(target)
+        for source, names in sources.items():
+            origin = importlib.import_module(source)
+            for name in names:
+                _add(module, name, getattr(origin, name))
+    import jax
+    import jax.extend.core
+
+    _add(jax.random, "KeyArray", jax.Array)
+    # Removed for good. Both are only compared with, so values that equal nothing serve.
+    _add(jax.core, "DShapedArray", type("DShapedArray", (), {}))
+    ad = _module("jax.interpreters.ad")
+    _add(ad, "zeros_like_p", jax.extend.core.Primitive("zeros_like"))
+    # The only part that needs TensorFlow; nothing here uses it.
+    name = "neural_tangents.experimental"
+    sys.modules.setdefault(name, types.ModuleType(name))
+
+
+def _module(name: str) -> types.ModuleType:
+    """The module, or an empty one of that name where JAX no longer has it."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        parent, _, child = name.rpartition(".")
+        module = sys.modules[name] = types.ModuleType(name)
+        setattr(importlib.import_module(parent), child, module)
+        return module
+
+
+def _add(module: types.ModuleType, name: str, value: Any) -> None:
+    # Through vars: hasattr would run JAX's module __getattr__, which raises for removed names.
+    if name not in vars(module):
+        setattr(module, name, value)

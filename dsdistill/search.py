@@ -1,0 +1,153 @@
+"""KIP's steps as a run: validated, checkpointed, resumable, the best support chosen.
+
+The best support is that of the lowest squared error on the validation images, which is what KIP
+minimises on the training images; accuracy on a few hundred images is too coarse to choose by.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from dsdistill import kip, ridge
+from dsdistill.harness import progress, runs
+from dsdistill.harness.datasets import Examples
+from dsdistill.kernels.networks import Network
+
+CHECKPOINT_EVERY = 10.0  # seconds
+VALIDATIONS = 40  # in a run; half a dozen milliseconds each with the fc kernel
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A support that may be chosen, and how it does on the validation images."""
+
+    step: int
+    images: Float[np.ndarray, "n h w c"]
+    labels: Float[np.ndarray, "n k"]
+    accuracy: float
+    loss: float
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """All that a run needs in order to go on: one consistent value, replaced as a whole."""
+
+    done: int
+    state: kip.State
+    best: Candidate
+    seconds: float
+
+
+Judge = Callable[[int, kip.State], Candidate]
+
+
+def search(
+    run: runs.Run,
+    objective: kip.Objective,
+    support: kip.Support,
+    train: Examples,
+    validation: Examples,
+    *,
+    steps: int,
+    target_batch: int,
+    seed: int,
+) -> tuple[Candidate, float]:
+    """Run KIP to the end, from the run's last checkpoint if there is one.
+
+    Returns:
+        The best support, and the seconds spent in this and all earlier starts.
+
+    Raises:
+        UserError: If the loss is not finite; the last checkpoint stays.
+        KeyboardInterrupt: After a checkpoint of the last whole step.
+    """
+    judge = _judge(objective, validation)
+    last = _restored(run, objective, support, judge)
+    saved, began = time.monotonic(), time.monotonic() - last.seconds
+    every = max(steps // VALIDATIONS, 1)
+    stream = kip.distill(
+        objective,
+        support,
+        train,
+        steps=steps,
+        target_batch=target_batch,
+        seed=seed,
+        state=last.state,
+        done=last.done,
+    )
+    resume_from = last.done if run.resumed else None
+    with runs.Metrics(run.folder, resume_from=resume_from) as metrics, progress.bar(
+        steps, start=last.done
+    ) as show:
+        try:
+            for step in stream:
+                best, figures = last.best, {"loss": step.loss}
+                if step.done % every == 0 or step.done == steps:
+                    found = judge(step.done, step.state)
+                    figures |= {"validation_accuracy": found.accuracy, "validation_loss": found.loss}
+                    best = found if found.loss <= best.loss else best
+                metrics.write(step.done, **figures)
+                last = Snapshot(step.done, step.state, best, time.monotonic() - began)
+                show(step.done, loss=step.loss, validation=best.accuracy)
+                if time.monotonic() - saved > CHECKPOINT_EVERY:
+                    _save(run, last)
+                    saved = time.monotonic()
+        except KeyboardInterrupt:
+            _save(run, last)
+            raise
+    _save(run, last)
+    return last.best, last.seconds
+
+
+def _judge(objective: kip.Objective, validation: Examples) -> Judge:
+    """A function that scores a state on the validation images."""
+    if not len(validation):  # nothing to choose by: the last step counts as the best
+        return lambda step, state: Candidate(
+            step, np.asarray(state.images), np.asarray(state.labels), float("nan"), -step
+        )
+    validation = kip.resident(validation)
+    images, labels = validation.images(), validation.labels()
+
+    def judge(step: int, state: kip.State) -> Candidate:
+        x_s, y_s = np.asarray(state.images), np.asarray(state.labels)
+        scores = ridge.fit(objective.network, x_s, y_s, objective.ridge)(images)
+        accuracy = float((scores.argmax(1) == labels.argmax(1)).mean())
+        return Candidate(step, x_s, y_s, accuracy, float(((scores - labels) ** 2).mean() / 2))
+
+    return judge
+
+
+def _save(run: runs.Run, snapshot: Snapshot) -> None:
+    best = snapshot.best
+    arrays: dict[str, Any] = {"best.images": best.images, "best.labels": best.labels}
+    for i, leaf in enumerate(jax.tree.leaves(snapshot.state)):
+        arrays[f"state.{i}"] = np.asarray(leaf)
+    run.save_state(
+        arrays,
+        {
+            "done": snapshot.done,
+            "seconds": snapshot.seconds,
+            "best": {"step": best.step, "accuracy": best.accuracy, "loss": best.loss},
+        },
+    )
+
+
+def _restored(
+    run: runs.Run, objective: kip.Objective, support: kip.Support, judge: Judge
+) -> Snapshot:
+    """The last checkpoint, or the start."""
+    state = kip.initial_state(objective, support)
+    found = run.load_state() if run.resumed else None
+    if found is None:
+        return Snapshot(0, state, judge(0, state), 0.0)
+    arrays, meta = found
+    leaves, structure = jax.tree.flatten(state)
+    stored = [jnp.asarray(arrays[f"state.{i}"]) for i in range(len(leaves))]
+    best = Candidate(images=arrays["best.images"], labels=arrays["best.labels"], **meta["best"])
+    return Snapshot(meta["done"], jax.tree.unflatten(structure, stored), best, meta["seconds"])

@@ -1,0 +1,74 @@
+"""What a distilled set holds and how it was made, in words or as JSON."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dsdistill.harness import artifact
+from dsdistill.harness.memory import readable
+from dsdistill.harness.progress import clock
+
+
+def print_run(folder: Path) -> None:
+    """Print where a finished run lies and how good it is."""
+    distilled = artifact.load(artifact.locate(folder))
+    metrics, data = distilled.provenance["metrics"], distilled.provenance["data"]
+    print(
+        f"{folder}: {len(distilled)} images of {data['name']}, "
+        f"test accuracy {metrics['test_accuracy']:.2%} by ridge regression "
+        f"({metrics['initial_test_accuracy']:.2%} before), "
+        f"kernel {distilled.provenance['kernel']}, {clock(distilled.provenance['seconds'])}"
+    )
+
+
+def print_set(path: Path, *, as_json: bool) -> None:
+    """Print one distilled set.
+
+    Args:
+        path: Its file, or the run's folder.
+        as_json: One JSON object, `metrics.test_accuracy` among its fields.
+
+    Raises:
+        ArtifactError: If the file cannot be trusted.
+    """
+    file = artifact.locate(path)
+    described = {"file": str(file), **describe(artifact.load(file))}
+    if as_json:
+        print(json.dumps(described, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None)
+    for name, value in _flat(described):
+        table.add_row(name, _words(name, value))
+    Console(soft_wrap=True).print(table)
+
+
+def describe(distilled: artifact.Distilled) -> dict[str, Any]:
+    """Shape, encoding and provenance of a set, JSON-compatible."""
+    return {
+        "images": list(distilled.images.shape),
+        "labels": list(distilled.labels.shape),
+        "classes": list(distilled.classes),
+        "encoding": distilled.encoding,
+        "preprocess": distilled.preprocess.kind,
+        "bytes": distilled.nbytes,
+        **distilled.provenance,
+    }
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows = []
+    for name, item in value.items():
+        nested = isinstance(item, dict)
+        rows += _flat(item, f"{prefix}{name}.") if nested else [(prefix + name, item)]
+    return rows
+
+
+def _words(name: str, value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if name in ("bytes", "peak_memory"):
+        return readable(value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
