@@ -39,7 +39,7 @@ def inspect(chosen: options.Inspect) -> None:
 
 
 def export(chosen: options.Export) -> None:
-    from dsdistill.harness import export as exporting
+    from dsdistill import export as exporting
 
     print(exporting.write(chosen.file, chosen.format, chosen.out))
 

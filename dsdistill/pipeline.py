@@ -19,6 +19,7 @@ from dsdistill import kip, label_solve, ridge
 from dsdistill.harness import artifact, datasets, memory, pictures, preprocess, progress, runs
 from dsdistill.harness.datasets import Examples, Splits
 from dsdistill.harness.errors import UserError
+from dsdistill.harness.evaluate import accuracy
 from dsdistill.kernels import networks
 from dsdistill.options import Kip, LabelSolve, Source
 from dsdistill.search import search
@@ -216,12 +217,7 @@ def _finish(options: Source, run: runs.Run, setting: Setting, result: Result) ->
 def _accuracy(
     setting: Setting, images: np.ndarray, labels: np.ndarray, strength: float, test: Examples
 ) -> float:
-    predict = ridge.fit(setting.network, images, labels, strength)
-    right = 0
-    for start in range(0, len(test), ridge.CHUNK):
-        rows = slice(start, start + ridge.CHUNK)
-        right += int((predict(test.images(rows)).argmax(1) == test.data.labels[rows]).sum())
-    return right / len(test)
+    return accuracy(ridge.fit(setting.network, images, labels, strength), test)
 
 
 def _stored(options: Source, method: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dsdistill.harness import memory
-from dsdistill.harness.datasets import Examples, balanced
+from dsdistill.harness.datasets import Examples
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluate import Predict
 from dsdistill.kernels.gram import Tile, gram, plan
@@ -62,27 +62,16 @@ def loss(
 
 @dataclass(frozen=True)
 class Ridge:
-    """Kernel ridge regression as a `Learner`. Nothing in it is random or tuned.
-
-    A solve over more than `limit` images is refused memory and time, so a class-balanced draw of
-    that many stands in for them.
-    """
+    """Kernel ridge regression as a `Learner`. Nothing in it is random or tuned."""
 
     network: Network
     ridge: float = 1e-6
-    limit: int = LIMIT
     name: str = "ridge"
+    limit: int | None = LIMIT
 
     def __call__(self, train: Examples, validation: Examples, seed: int, /) -> Predict:
-        """Fit on the training images; the validation images are not used."""
-        rows = self.used(train, seed)
-        return fit(self.network, train.images(rows), train.labels(rows), self.ridge)
-
-    def used(self, train: Examples, seed: int) -> np.ndarray:
-        """Indices of the training images that the solve uses."""
-        if len(train) <= self.limit:
-            return np.arange(len(train))
-        return balanced(train.data.labels, self.limit, np.random.default_rng(seed))
+        """Fit on all training images; validation images and seed play no part."""
+        return fit(self.network, train.images(), train.labels(), self.ridge)
 
 
 def fit(

@@ -16,8 +16,9 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -38,6 +39,7 @@ LAYOUT = 1  # part of the key: raise it when the same files would be decoded dif
 ABANDONED = 24 * 3600  # seconds without a write after which a half-made cache is swept away
 
 Pixels = UInt8[np.ndarray, "h w c"]
+Stored = tuple[np.ndarray, dict[int, str]]  # a slot a file, and why some slots are empty
 
 
 def read(path: Path, cache: Path, image_size: int | None) -> tuple[Labeled, Labeled]:
@@ -60,7 +62,7 @@ def read(path: Path, cache: Path, image_size: int | None) -> tuple[Labeled, Labe
     """
     training, test = _parts(path)
     classes, files, labels = _listing(training)
-    count = len(files)
+    count = len(files)  # of training images, if there is a test part
     if test is not None:
         names, more, more_labels = _listing(test)
         if different := sorted({*classes} ^ {*names}):
@@ -95,11 +97,9 @@ def _listing(folder: Path) -> tuple[tuple[str, ...], list[Path], list[int]]:
         raise DataError(f"{folder} has no class folders: expected one folder of images a class")
     if len(classes) == 1:
         raise DataError(f"{folder} has one class folder, {classes[0]!r}: expected at least two")
-    known, formats = Image.registered_extensions().items(), _formats()
-    extensions = {extension for extension, name in known if name in formats}
     files, labels = [], []
     for label, name in enumerate(classes):
-        images = _images(folder / name, extensions)
+        images = _images(folder / name)
         if not images:
             raise DataError(f"class folder {folder / name} has no images")
         files += images
@@ -107,9 +107,10 @@ def _listing(folder: Path) -> tuple[tuple[str, ...], list[Path], list[int]]:
     return tuple(classes), files, labels
 
 
-def _images(folder: Path, extensions: set[str]) -> list[Path]:
+def _images(folder: Path) -> list[Path]:
     """The images at any depth, as some data sets nest them; hidden files and folders are not."""
-    found = []
+    known, formats, found = Image.registered_extensions().items(), _formats(), []
+    extensions = {extension for extension, name in known if name in formats}
     for where, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if name[0] != "."]
         named = (Path(where, name) for name in files if name[0] != ".")
@@ -128,13 +129,7 @@ def _cached(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The images, one slot a file, and the slots that hold one; decoded if need be."""
     folder = cache / _key(path, files, size)
-    stored = _open(folder, len(files))
-    if stored is None:
-        _fill(path, folder, files, size)
-        stored = _open(folder, len(files))
-    if stored is None:
-        raise OSError(f"the decoded images in {folder} cannot be read back")
-    store, skipped = stored
+    store, skipped = _open(folder, len(files)) or _fill(path, folder, files, size)
     if skipped:
         logging.getLogger(__name__).warning("%s; skipped", _unreadable(path, files, skipped))
     return store, np.setdiff1d(np.arange(len(files)), list(skipped))
@@ -148,7 +143,7 @@ def _key(path: Path, files: list[Path], size: int | None) -> str:
     return sha.hexdigest()[:32]
 
 
-def _open(folder: Path, count: int) -> tuple[np.ndarray, dict[int, str]] | None:
+def _open(folder: Path, count: int) -> Stored | None:
     """The mapped images and the skipped slots with their reasons; None if missing or damaged."""
     try:
         index = json.loads((folder / "index.json").read_text())
@@ -160,7 +155,7 @@ def _open(folder: Path, count: int) -> tuple[np.ndarray, dict[int, str]] | None:
     return (store, skipped) if whole and len(store) == count else None
 
 
-def _fill(path: Path, folder: Path, files: list[Path], size: int | None) -> None:
+def _fill(path: Path, folder: Path, files: list[Path], size: int | None) -> Stored:
     """Decode into a folder of another name, renamed when it is whole."""
     cache = folder.parent
     cache.mkdir(parents=True, exist_ok=True)
@@ -174,6 +169,9 @@ def _fill(path: Path, folder: Path, files: list[Path], size: int | None) -> None
         write_json(work / "index.json", {"shape": shape, "skipped": skipped})
         work.chmod(0o755)  # mkdtemp makes it private
         _publish(work, folder, len(files))
+        stored = _open(folder, len(files))
+        assert stored is not None, f"{folder} cannot be read back"
+        return stored
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -182,18 +180,18 @@ def _publish(work: Path, folder: Path, count: int) -> None:
     try:
         work.rename(folder)  # fails where another process was faster, or left a damaged cache
     except OSError:
-        if _open(folder, count) is not None:
-            return
-        shutil.rmtree(folder, ignore_errors=True)
-        work.rename(folder)
+        if _open(folder, count) is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            work.rename(folder)
 
 
 def _sweep(cache: Path) -> None:
     """Remove what killed processes left; a living one writes all the time."""
     for half in cache.glob(".half-*"):
-        last = max((p.stat().st_mtime for p in (half, *half.iterdir())), default=0.0)
-        if time.time() - last > ABANDONED:
-            shutil.rmtree(half, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process finished it meanwhile
+            last = max(p.stat().st_mtime for p in (half, *half.iterdir()))
+            if time.time() - last > ABANDONED:
+                shutil.rmtree(half)
 
 
 def _write(
@@ -223,7 +221,7 @@ def _write(
     return (len(files), *expected.shape), skipped
 
 
-def _stream(files: Sequence[Path], size: int | None) -> Iterator[Pixels | str]:
+def _stream(files: list[Path], size: int | None) -> Iterator[Pixels | str]:
     """Every file's pixels, or why it has none, in order; a chunk at a time is in memory."""
     decode = partial(_decode, size=size, formats=_formats())
     with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes without Python's lock
@@ -276,6 +274,8 @@ def _header(file: BinaryIO, path: Path, shape: tuple[int, ...]) -> int:
 
 def _require_alike(path: Path, first: Path, expected: Pixels, file: Path, got: Pixels) -> None:
     """Refuse a file that differs from the first one in channels or size."""
+    if expected.shape == got.shape:
+        return
     one, other = first.relative_to(path), file.relative_to(path)
     if expected.shape[-1] != got.shape[-1]:
         kinds = {1: "grayscale", 3: "colour"}
@@ -283,12 +283,11 @@ def _require_alike(path: Path, first: Path, expected: Pixels, file: Path, got: P
             f"{path} has images of different channels: {one} is {kinds[expected.shape[-1]]}, "
             f"{other} is {kinds[got.shape[-1]]}: convert them to one kind"
         )
-    if expected.shape != got.shape:
-        (h, w, _), (h2, w2, _) = expected.shape, got.shape
-        raise DataError(
-            f"{path} has images of different size: {one} is {w}x{h}, {other} is {w2}x{h2} "
-            "(width x height): give --image-size"
-        )
+    (h, w, _), (h2, w2, _) = expected.shape, got.shape
+    raise DataError(
+        f"{path} has images of different size: {one} is {w}x{h}, {other} is {w2}x{h2} "
+        "(width x height): give --image-size"
+    )
 
 
 def _unreadable(path: Path, files: list[Path], skipped: dict[int, str]) -> str:
@@ -296,5 +295,5 @@ def _unreadable(path: Path, files: list[Path], skipped: dict[int, str]) -> str:
     return f"{len(skipped)} of {len(files)} images of {path} are unreadable ({_some(named)})"
 
 
-def _some(names: Sequence[str]) -> str:
+def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

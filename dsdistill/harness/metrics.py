@@ -9,9 +9,7 @@ from jaxtyping import Float, Int
 BINS = 15  # of the calibration error, as in Guo et al. (2017)
 
 
-def softmax(
-    logits: Float[np.ndarray, "n k"], temperature: float = 1.0
-) -> Float[np.ndarray, "n k"]:
+def softmax(logits: Float[np.ndarray, "n k"], temperature: float = 1.0) -> Float[np.ndarray, "n k"]:
     """Probabilities exp(z_k / T) / Σ_j exp(z_j / T), one row a sample.
 
     Args:

@@ -245,7 +245,7 @@ class _Events:
         # Generated when imported: a type checker cannot see what these modules hold.
         self._proto: Any = event_pb2
         self._summary: Any = summary_pb2
-        name = f"events.out.tfevents.{time.time():.3f}.{os.getpid()}"
+        name = f"events.out.tfevents.{time.time():.6f}.{os.getpid()}"
         self._file = (folder / name).open("wb")
         self._records = RecordWriter(self._file)
         self._add(file_version="brain.Event:2")

@@ -1,0 +1,40 @@
+"""Shared by all tests: the real command lines, and where Fashion-MNIST lies."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def data_root() -> Path:
+    return Path(os.environ.get("DSDISTILL_DATA", "~/.cache/dsdistill")).expanduser()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if (data_root() / "FashionMNIST" / "raw").is_dir():
+        return
+    for item in items:
+        if item.get_closest_marker("fashion"):
+            item.add_marker(pytest.mark.skip(reason=f"no Fashion-MNIST under {data_root()}"))
+
+
+@pytest.fixture
+def dsdistill(tmp_path: Path) -> Command:
+    """Runs the installed command `dsdistill` in an empty folder."""
+
+    def run(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [Path(sys.executable).with_name("dsdistill"), *map(str, arguments)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            **options,
+        )
+
+    return run

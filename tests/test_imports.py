@@ -1,0 +1,50 @@
+"""The import rules: each framework loads without the other, and nothing loads TensorFlow."""
+
+import subprocess
+import sys
+
+import pytest
+
+FRAMEWORKS = ("jax", "torch", "tensorflow")
+HARNESS = ("artifact", "datasets", "evaluate", "folders", "metrics", "preprocess", "runs")
+RULES = [
+    *((f"import dsdistill.harness.{name}", ()) for name in HARNESS),
+    ("import dsdistill.cli", ()),
+    ("import kd.cli", ()),
+    ("import dsdistill.kip", ("jax",)),
+    ("import dsdistill.label_solve", ("jax",)),
+    ("import dsdistill.kernels.tangents", ("jax",)),
+    ("import kd.train", ("torch",)),
+]
+WRITE_EVENTS = """
+import pathlib, tempfile
+from dsdistill.harness.runs import Metrics
+with tempfile.TemporaryDirectory() as folder:
+    with Metrics(pathlib.Path(folder)) as metrics:
+        metrics.write(1, loss=0.5)
+    assert any(p.stat().st_size > 50 for p in pathlib.Path(folder).glob("events.out.*"))
+"""
+LOAD_DIGITS = """
+import pathlib
+from dsdistill.harness import datasets, preprocess
+train = datasets.load("digits", root=pathlib.Path("none")).train
+preprocess.fit("zca", train.chunks, train.shape)
+"""
+
+
+def _loaded(script):
+    """Which frameworks a fresh interpreter holds after the script."""
+    script += f"\nimport sys\nprint(*(name for name in {FRAMEWORKS} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(("script", "allowed"), RULES, ids=[script for script, _ in RULES])
+def test_a_module_loads_its_own_framework_only(script, allowed):
+    assert _loaded(script) <= set(allowed)
+
+
+@pytest.mark.parametrize("script", [WRITE_EVENTS, LOAD_DIGITS], ids=["events", "digits"])
+def test_the_harness_at_work_loads_no_framework(script):
+    assert not _loaded(script)

@@ -1,0 +1,66 @@
+"""Kernel ridge regression against float64 NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsdistill import ridge
+from dsdistill.harness.datasets import Examples, Labeled
+from dsdistill.harness.errors import UserError
+from dsdistill.harness.preprocess import identity
+from dsdistill.kernels import networks
+
+
+@pytest.fixture
+def problem():
+    rng = np.random.default_rng(0)
+    factor = rng.standard_normal((12, 20))
+    return factor @ factor.T, rng.standard_normal((12, 9)), rng.standard_normal((12, 3))
+
+
+def test_solution_predictions_and_loss(problem):
+    k_ss, k_st, y_s = problem
+    regular = k_ss + 0.1 * np.mean(np.diag(k_ss)) * np.eye(12)
+    alpha = np.linalg.inv(regular) @ y_s
+    predicted = k_st.T @ alpha
+    y_t = np.ones((9, 3))
+    with jax.enable_x64(True):
+        arrays = [jnp.asarray(a) for a in (k_ss, k_st, y_s, y_t)]
+        np.testing.assert_allclose(ridge.solve(arrays[0], arrays[2], 0.1), alpha, rtol=1e-9)
+        np.testing.assert_allclose(ridge.predict(arrays[1], alpha), predicted, rtol=1e-9)
+        got = ridge.loss(*arrays, 0.1)
+    np.testing.assert_allclose(got, 0.5 * np.mean((predicted - y_t) ** 2), rtol=1e-9)
+
+
+def test_the_ridge_is_relative(problem):
+    """Scaling the kernel changes nothing in the predictions."""
+    k_ss, k_st, y_s = problem
+    with jax.enable_x64(True):
+        small = ridge.predict(jnp.asarray(k_st), ridge.solve(jnp.asarray(k_ss), jnp.asarray(y_s), 1e-3))
+        large = ridge.predict(
+            jnp.asarray(7 * k_st), ridge.solve(jnp.asarray(7 * k_ss), jnp.asarray(y_s), 1e-3)
+        )
+    np.testing.assert_allclose(small, large, rtol=1e-10)
+
+
+def examples(n: int) -> Examples:
+    rng = np.random.default_rng(1)
+    images = rng.standard_normal((n, 5, 5, 1), np.float32)
+    return Examples(Labeled(images, np.arange(n) % 3, ("a", "b", "c")), identity(1), ready=True)
+
+
+def test_learner_fits_its_training_images_and_predicts_any_number():
+    train = examples(30)
+    predict = ridge.Ridge(networks.parse("fc"), 1e-9)(train, examples(3), 0)
+    np.testing.assert_allclose(predict(train.images()), train.labels(), atol=1e-3)
+    many = examples(ridge.CHUNK + 5).images()
+    np.testing.assert_allclose(predict(many)[-5:], predict(many[-5:]), rtol=1e-12)
+
+
+def test_a_singular_kernel_is_refused():
+    train = examples(4)
+    twice = np.concatenate([train.images(), train.images()])
+    labels = np.concatenate([train.labels(), -train.labels()])
+    with pytest.raises(UserError, match=r"singular at a ridge of .*: raise --ridge"):
+        ridge.fit(networks.parse("fc"), twice, labels, 0.0)
