@@ -1,1 +1,1 @@
-"""Dataset distillation with neural tangent kernels: an image data set in, a few synthetic images out."""
+"""Dataset distillation with neural tangent kernels: many images in, a few out."""

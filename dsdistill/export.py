@@ -1,6 +1,7 @@
 """A distilled set for programs that do not read `.safetensors`."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,12 +41,16 @@ def write(path: Path, kind: str, out: Path | None) -> Path:
         _write_folder(out, distilled)
     elif kind == "npz":
         with out.open("wb") as opened:  # savez would append its own suffix to a path
-            np.savez_compressed(opened, classes=np.array(distilled.classes), **_arrays(distilled))
+            np.savez_compressed(opened, **_named(distilled))
     else:
         import torch
 
         torch.save({name: torch.from_numpy(a) for name, a in _arrays(distilled).items()}, out)
     return out
+
+
+def _named(distilled: Distilled) -> dict[str, Any]:
+    return {"classes": np.array(distilled.classes), **_arrays(distilled)}
 
 
 def _arrays(distilled: Distilled) -> dict[str, np.ndarray]:

@@ -140,7 +140,7 @@ def distill(
         UserError: If the loss is not finite; the state of the step before is the last good one.
     """
     batches = _Batches(resident(train), target_batch, seed)
-    state = state or initial_state(objective, support)
+    current = state or initial_state(objective, support)
     update = _compiled_update(objective, support, batches.size)
     with ThreadPoolExecutor(1) as worker:  # the next batch is gathered while a step runs
         upcoming = worker.submit(batches.draw, done)
@@ -149,7 +149,7 @@ def distill(
             upcoming = worker.submit(batches.draw, step + 1)
             with jax.enable_x64(True):
                 key = jax.random.fold_in(jax.random.key(seed), step)
-                state, loss = update(state, *targets, key)
+                current, loss = update(current, *targets, key)
                 loss = float(loss)
             if not np.isfinite(loss):
                 raise UserError(
@@ -157,7 +157,7 @@ def distill(
                     f"{objective.ridge:g}) or lower --learning-rate "
                     f"(now {objective.learning_rate:g})"
                 )
-            yield Step(step + 1, state, loss)
+            yield Step(step + 1, current, loss)
 
 
 def resident(examples: Examples) -> Examples:
@@ -188,8 +188,7 @@ class _Batches:
         """Images and labels of one step, without replacement within it."""
         rng = np.random.default_rng([self._seed, 1, step])
         drawn = (
-            rng.choice(m, s, replace=False)
-            for m, s in zip(self._members, self._share, strict=True)
+            rng.choice(m, s, replace=False) for m, s in zip(self._members, self._share, strict=True)
         )
         rows = np.concatenate(list(drawn))
         return self._train.images(rows), self._train.labels(rows)
@@ -230,9 +229,7 @@ def _optimiser(objective: Objective) -> optax.GradientTransformation:
     return optax.adam(objective.learning_rate)
 
 
-def augmented(
-    images: Float[Array, "m h w c"], key: PRNGKeyArray
-) -> Float[Array, "m h w c"]:
+def augmented(images: Float[Array, "m h w c"], key: PRNGKeyArray) -> Float[Array, "m h w c"]:
     """Each image flipped left to right with probability 1/2 and shifted by up to an eighth.
 
     Pixels that a shift brings in repeat the edge.

@@ -58,10 +58,13 @@ def solve_labels(
             f"Label Solve needs a support no larger than the training set: {n} support images, "
             f"{len(train)} training images; lower --images-per-class"
         )
-    memory.require(6 * 8 * n * n, f"Label Solve with {n} support images", "lower --images-per-class")
+    memory.require(
+        6 * 8 * n * n, f"Label Solve with {n} support images", "lower --images-per-class"
+    )
     with jax.enable_x64(True):
-        gram_tt, gram_ty = _sums(network, support, train, on_chunk)
-        labels = np.asarray(_solve(network, jnp.asarray(support), gram_tt, gram_ty, ridge))
+        x_s = jnp.asarray(support)
+        gram_tt, gram_ty = _sums(network, x_s, train, on_chunk)
+        labels = np.asarray(_solve(network, x_s, gram_tt, gram_ty, ridge))
     if not np.isfinite(labels).all():
         raise UserError(f"Label Solve is singular at a ridge of {ridge:g}: raise --ridge")
     return labels
@@ -69,13 +72,13 @@ def solve_labels(
 
 def _sums(
     network: Network,
-    support: np.ndarray,
+    support: Array,
     train: Examples,
     on_chunk: Callable[[int], None],
 ) -> tuple[Array, Array]:
     """k_st k_st^T and k_st y_t over the whole training set, in float64."""
-    n, shape = len(support), support.shape[1:]
-    tile = gram.plan(network, n, CHUNK, shape, gradient=False)
+    n = len(support)
+    tile = gram.plan(network, n, CHUNK, train.data.shape, gradient=False)
 
     @jax.jit
     def add(sums: tuple[Array, Array], x_t: Array, y_t: Array, real: Array) -> tuple[Array, Array]:
@@ -94,12 +97,11 @@ def _sums(
     return sums
 
 
-def _solve(
-    network: Network, support: Array, gram_tt: Array, gram_ty: Array, ridge: float
-) -> Array:
+def _solve(network: Network, support: Array, gram_tt: Array, gram_ty: Array, ridge: float) -> Array:
     n = len(support)
     jitter = ridge / n * jnp.eye(n)
-    tile = gram.plan(network, n, n, support.shape[1:], gradient=False, dtype=jnp.float64)
+    h, w, c = support.shape[1:]
+    tile = gram.plan(network, n, n, (h, w, c), gradient=False, dtype=jnp.float64)
     k_ss = krr.support_gram(network, support, tile)
     fitted = jax.scipy.linalg.solve(gram_tt + jitter, gram_ty, assume_a="pos")
     return ((k_ss + jitter) @ fitted).astype(jnp.float32)

@@ -47,6 +47,9 @@ class Source:
     depth: int | None = None
     """hidden layers of fc and conv (1), blocks of convnet (3), variant of myrtle (5, 7, 10)"""
 
+    validation_fraction: float = 0.1
+    """share of the training images held out to choose by"""
+
     seed: int = 0
     """of the drawn images, the noise and the target batches"""
 
@@ -57,9 +60,6 @@ class Source:
 @dataclass(frozen=True)
 class Kip(Source):
     """Kernel Inducing Points: learn a few images by gradient descent through ridge regression."""
-
-    validation_fraction: float = 0.1
-    """share of the training images held out to choose the best step"""
 
     steps: int = 1000
     """steps of Adam"""
@@ -139,7 +139,7 @@ class Export:
     """a distilled .safetensors file, or a run's folder"""
 
     format: Literal["folder", "npz", "torch"]
-    """folder: class folders of PNG; npz: arrays; torch: tensors for torch.load(weights_only=True)"""
+    """folder: PNGs in class folders; npz: arrays; torch: tensors, torch.load(weights_only=True)"""
 
     out: Path | None = None
     """default: <file>-<format> beside the file"""

@@ -1,6 +1,6 @@
 """One distillation run: a data set in, a run's folder out.
 
-    load -> fit preprocessing -> distil -> read the test set once -> distilled.png, distilled.safetensors
+load -> fit preprocessing -> distil -> read the test set once -> save the picture and the set
 """
 
 import platform
@@ -20,12 +20,13 @@ from dsdistill.harness import artifact, datasets, memory, pictures, preprocess, 
 from dsdistill.harness.datasets import Examples, Splits
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluate import accuracy
-from dsdistill.kernels import networks
+from dsdistill.kernels import gram, networks
 from dsdistill.options import Kip, LabelSolve, Source
 from dsdistill.search import search
 
 EVALUATION_RIDGE = 1e-6  # relative, for Label Solve, whose own ridge is absolute
 NOT_STORED = ("out", "resume")  # options that say where the run is, not what it is
+VERSIONS = ("dsdistill", "jax", "jaxlib", "numpy", "optax")
 FREE = ("data_root",)  # the data may have moved between start and resume
 
 Options = TypeVar("Options", bound=Source)
@@ -107,6 +108,7 @@ def _setting(options: Source) -> Setting:
         validation_fraction=options.validation_fraction,
     )
     datasets.check_per_class(splits.train, options.images_per_class)
+    gram.plan(network, 1, 1, splits.train.shape, gradient=isinstance(options, Kip))  # may refuse
     fitted = preprocess.fit(options.preprocess, splits.train.chunks, splits.train.shape)
     train, validation = Examples(splits.train, fitted), Examples(splits.validation, fitted)
     return Setting(splits, train, validation, network)
@@ -203,9 +205,7 @@ def _finish(options: Source, run: runs.Run, setting: Setting, result: Result) ->
         "seconds": result.seconds,
         "peak_memory": memory.peak(),
         "machine": {"device": jax.devices()[0].device_kind, "platform": platform.platform()},
-        "versions": {
-            name: metadata.version(name) for name in ("dsdistill", "jax", "jaxlib", "numpy", "optax")
-        },
+        "versions": {name: metadata.version(name) for name in VERSIONS},
     }
     distilled = artifact.Distilled(result.images, result.labels, fitted, classes, provenance)
     picture = run.folder / "distilled.png"

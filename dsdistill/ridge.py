@@ -29,9 +29,7 @@ CHUNK = 2000  # images that are predicted at a time
 LIMIT = 10_000  # training images of an exact solve: 0.8 GB of kernel, ten seconds on two cores
 
 
-def solve(
-    k_ss: Float[Array, "n n"], y_s: Float[Array, "n k"], ridge: float
-) -> Float[Array, "n k"]:
+def solve(k_ss: Float[Array, "n n"], y_s: Float[Array, "n k"], ridge: float) -> Float[Array, "n k"]:
     """Coefficients alpha, by Cholesky; all NaN where k_ss + ridge is not positive definite.
 
     Args:

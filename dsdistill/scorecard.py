@@ -2,7 +2,7 @@
 
 import platform
 import shlex
-from dataclasses import dataclass
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -117,12 +117,20 @@ def _facts(
     options: Evaluate, distilled: Distilled, splits: Splits, rows: list[Row]
 ) -> dict[str, Any]:
     made = distilled.provenance
-    again = f"dsdistill evaluate {shlex.quote(str(options.run))} --learners {options.learners}"
+    again = shlex.join(
+        f"dsdistill evaluate {options.run} --learners {options.learners} "
+        f"--controls {options.controls} --seeds {options.seeds}".split()
+    )
     return {
         "title": f"{made['method']} on {splits.name}, {len(distilled)} images",
         "notes": _notes(distilled, splits, rows),
-        "commands": [_distil_command(made), f"{again} --controls '{options.controls}' --seeds {options.seeds}"],
-        "distilled": {name: made[name] for name in ("method", "kernel", "data", "seconds", "metrics")},
+        "commands": [
+            _distil_command(made),
+            f"{again} --controls '{options.controls}' --seeds {options.seeds}",
+        ],
+        "distilled": {
+            name: made[name] for name in ("method", "kernel", "data", "seconds", "metrics")
+        },
         "machine": platform.platform(),
         "versions": made["versions"]
         | {name: metadata.version(name) for name in ("torch", "scikit-learn")},
@@ -131,7 +139,8 @@ def _facts(
 
 def _notes(distilled: Distilled, splits: Splits, rows: list[Row]) -> list[str]:
     made = distilled.provenance
-    notes = [f"Distilled in {progress.clock(made['seconds'])}, kernel {made['kernel']}, with the stored labels."]
+    spent = progress.clock(made["seconds"])
+    notes = [f"Distilled in {spent} with the kernel {made['kernel']}; the stored labels are used."]
     limited = [row for row in rows if row.data == "full" and row.images < len(splits.train)]
     return notes + [
         f"{row.learner} on full data: a class-balanced draw of {row.images} of "
@@ -140,7 +149,7 @@ def _notes(distilled: Distilled, splits: Splits, rows: list[Row]) -> list[str]:
     ]
 
 
-def _distil_command(made: dict[str, Any]) -> str:
+def _distil_command(made: Mapping[str, Any]) -> str:
     """The command line that makes the set again; options that have their default are left out."""
     from dsdistill.options import Kip, LabelSolve
 

@@ -17,7 +17,6 @@ from jaxtyping import Float
 from dsdistill import kip, ridge
 from dsdistill.harness import progress, runs
 from dsdistill.harness.datasets import Examples
-from dsdistill.kernels.networks import Network
 
 CHECKPOINT_EVERY = 10.0  # seconds
 VALIDATIONS = 40  # in a run; half a dozen milliseconds each with the fc kernel
@@ -82,15 +81,19 @@ def search(
         done=last.done,
     )
     resume_from = last.done if run.resumed else None
-    with runs.Metrics(run.folder, resume_from=resume_from) as metrics, progress.bar(
-        steps, start=last.done
-    ) as show:
+    with (
+        runs.Metrics(run.folder, resume_from=resume_from) as metrics,
+        progress.bar(steps, start=last.done) as show,
+    ):
         try:
             for step in stream:
                 best, figures = last.best, {"loss": step.loss}
                 if step.done % every == 0 or step.done == steps:
                     found = judge(step.done, step.state)
-                    figures |= {"validation_accuracy": found.accuracy, "validation_loss": found.loss}
+                    figures |= {
+                        "validation_accuracy": found.accuracy,
+                        "validation_loss": found.loss,
+                    }
                     best = found if found.loss <= best.loss else best
                 metrics.write(step.done, **figures)
                 last = Snapshot(step.done, step.state, best, time.monotonic() - began)

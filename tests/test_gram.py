@@ -56,7 +56,9 @@ def test_traced_bytes_bound_what_the_compiler_takes():
 
 
 def test_a_pair_that_does_not_fit_is_refused_with_the_figures():
-    with pytest.raises(UserError, match=r"convnet\(3\) needs .* TiB for one pair of 224x224 .* can be used"):
+    with pytest.raises(
+        UserError, match=r"convnet\(3\) needs \S+ GiB for one pair of 224x224 .* can be used"
+    ):
         gram.plan(networks.parse("convnet"), 10, 10, (224, 224, 3), gradient=True)
 
 

@@ -37,7 +37,9 @@ def test_the_ridge_is_relative(problem):
     """Scaling the kernel changes nothing in the predictions."""
     k_ss, k_st, y_s = problem
     with jax.enable_x64(True):
-        small = ridge.predict(jnp.asarray(k_st), ridge.solve(jnp.asarray(k_ss), jnp.asarray(y_s), 1e-3))
+        small = ridge.predict(
+            jnp.asarray(k_st), ridge.solve(jnp.asarray(k_ss), jnp.asarray(y_s), 1e-3)
+        )
         large = ridge.predict(
             jnp.asarray(7 * k_st), ridge.solve(jnp.asarray(7 * k_ss), jnp.asarray(y_s), 1e-3)
         )

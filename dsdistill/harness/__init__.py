@@ -1,1 +1,1 @@
-"""What both frameworks share: data sets, preprocessing, the distilled-set file, the evaluation. NumPy only."""
+"""What both frameworks share: data, the distilled-set file, the evaluation. NumPy only."""

@@ -46,7 +46,8 @@ def coreset(train: Examples, images_per_class: int, seed: int) -> Examples:
     for label in range(len(train.data.classes)):
         members = np.flatnonzero(train.data.labels == label)
         pixels = train.images(members).reshape(len(members), -1)
-        clusters = KMeans(images_per_class, n_init=1, random_state=seed).fit(pixels)
+        # scikit-learn annotates n_init as text alone.
+        clusters = KMeans(images_per_class, n_init=1, random_state=seed).fit(pixels)  # pyright: ignore[reportArgumentType]
         chosen.append(members[_nearest(clusters.transform(pixels))])
     return _chosen(train, np.concatenate(chosen))
 

@@ -210,7 +210,9 @@ def _read(data: str, root: Path, image_size: int | None) -> tuple[Labeled, Label
         train, test = _torchvision(data, root)
         return _resized(train, image_size), _resized(test, image_size)
     if path.suffix == ".npz" and path.is_file():
-        return _halves(_resized(_npz(path), image_size))
+        from dsdistill.harness import npz
+
+        return _halves(_resized(npz.read(path), image_size))
     if path.is_dir():
         from dsdistill.harness import folders
 
@@ -255,61 +257,6 @@ def _torchvision_part(kind: Callable[..., Any], name: str, root: Path, part: dic
     labels = np.asarray(getattr(source, "targets", getattr(source, "labels", None)), np.int64)
     classes = getattr(source, "classes", [str(i) for i in range(10)])
     return Labeled(images if images.ndim == 4 else images[..., None], labels, tuple(classes))
-
-
-def _npz(path: Path) -> Labeled:
-    """Images (n, h, w) or (n, h, w, c), labels (n,), and class names under `classes` if given."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except Exception as error:  # numpy raises OSError, ValueError, BadZipFile, zlib.error, EOFError
-        raise DataError(f"{path} is not a readable .npz: {error}") from error
-    if not {"images", "labels"} <= arrays.keys():
-        raise DataError(f"{path} must hold 'images' and 'labels', has {sorted(arrays)}")
-    images, labels = arrays["images"], arrays["labels"]
-    images = images[..., None] if images.ndim == 3 else images
-    if images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
-        raise DataError(
-            f"{path}: images must be (n, h, w) or (n, h, w, 1 or 3), got {images.shape}"
-        )
-    if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
-        raise DataError(
-            f"{path}: labels must be {len(images)} integers, got {labels.dtype} {labels.shape}"
-        )
-    if labels.min() < 0 or labels.max() >= len(images):
-        raise DataError(
-            f"{path}: labels must count the classes from 0 on, got {labels.min()} to "
-            f"{labels.max()} for {len(images)} images"
-        )
-    names = _class_names(path, arrays.get("classes"), int(labels.max()) + 1)
-    return Labeled(_checked_range(path, images), labels.astype(np.int64), names)
-
-
-def _class_names(path: Path, names: np.ndarray | None, k: int) -> tuple[str, ...]:
-    if names is None:
-        return tuple(str(label) for label in range(k))
-    if names.ndim != 1 or names.dtype.kind not in "US" or len(set(names.tolist())) < len(names):
-        raise DataError(f"{path}: classes must be a list of distinct names")
-    if len(names) < k:
-        raise DataError(f"{path}: label {k - 1} but only {len(names)} class names")
-    return tuple(name.decode() if isinstance(name, bytes) else name for name in names.tolist())
-
-
-def _checked_range(path: Path, images: np.ndarray) -> np.ndarray:
-    if images.dtype == np.uint8:
-        return images
-    if images.dtype.kind not in "fiub":
-        raise DataError(f"{path}: images must be uint8 or floats, got {images.dtype}")
-    images = images.astype(np.float32)
-    if not np.isfinite(images).all():
-        bad = int(np.flatnonzero(~np.isfinite(images).reshape(len(images), -1).all(1))[0])
-        raise DataError(f"{path}: image {bad} has NaN or infinite values")
-    if images.min() < 0 or images.max() > 1:
-        raise DataError(
-            f"{path}: images must be uint8, or floats in [0, 1], "
-            f"got {images.min():.3g} to {images.max():.3g}"
-        )
-    return images
 
 
 def _halves(data: Labeled) -> tuple[Labeled, Labeled]:

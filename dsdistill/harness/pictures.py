@@ -31,14 +31,18 @@ def write_grid(
     """
     from matplotlib.figure import Figure
 
-    shown = [np.flatnonzero(labels == c)[:MOST_COLUMNS] for c in range(min(len(classes), MOST_ROWS))]
+    shown = [
+        np.flatnonzero(labels == c)[:MOST_COLUMNS] for c in range(min(len(classes), MOST_ROWS))
+    ]
     columns = max(map(len, shown))
     size = (2 * columns * 0.55 + 2.2, len(shown) * 0.55 + 0.6)
     figure = Figure(figsize=(max(size[0], 5), max(size[1], 2)), layout="constrained")
     left, right = figure.subplots(1, 2)
     for axes, images, title in ((left, before, "before"), (right, after, "after")):
         tiled = tile([preprocess.invert(images[rows]) for rows in shown], columns)
-        axes.imshow(tiled.squeeze(-1) if tiled.shape[-1] == 1 else tiled, cmap="gray", vmin=0, vmax=1)
+        axes.imshow(
+            tiled.squeeze(-1) if tiled.shape[-1] == 1 else tiled, cmap="gray", vmin=0, vmax=1
+        )
         axes.set_title(title, fontsize=9)
         axes.set_xticks([])
         axes.set_yticks([])
@@ -46,16 +50,14 @@ def write_grid(
             side.set_visible(False)
     height = before.shape[1] + 1
     middles = [(row + 0.5) * height - 1 for row in range(len(shown))]
-    left.set_yticks(middles, classes[: len(shown)], fontsize=7)
+    left.set_yticks(middles, classes, fontsize=7)
     left.tick_params(length=0)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     write_bytes(path, buffer.getvalue())
 
 
-def tile(
-    rows: list[Float[np.ndarray, "m h w c"]], columns: int
-) -> Float[np.ndarray, "H W c"]:
+def tile(rows: list[Float[np.ndarray, "m h w c"]], columns: int) -> Float[np.ndarray, "H W c"]:
     """Images in a grid with one white pixel between them, clipped to [0, 1].
 
     Args:

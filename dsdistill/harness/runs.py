@@ -148,6 +148,8 @@ def start(
     if resume and not stored.exists():
         raise RunError(f"{folder} holds no run to resume")
     if resume:
+        for left_over in folder.glob(".*.safetensors.*"):  # of a kill in the middle of a write
+            left_over.unlink()
         return Run(folder, _reconcile(_stored_config(stored), config, defaults, free), True)
     check_free(folder, result)
     folder.mkdir(parents=True, exist_ok=True)
@@ -204,6 +206,7 @@ class Metrics:
 
     def write(self, step: int, **figures: float) -> None:
         """Record figures of one step; seen at once by whoever follows the files."""
+        figures = {name: float(value) for name, value in figures.items()}  # NumPy's too
         self._file.write(json.dumps(_finite({"step": step, **figures})) + "\n")
         self._file.flush()
         self._events.write(step, figures)

@@ -41,9 +41,14 @@ def fc_ntk(
     v2 = weight * jnp.sum(flat2 * flat2, 1) / d + bias
     nngp = ntk = weight * (flat1 @ flat2.T) / d + bias
     for _ in range(depth):
-        scale = jnp.sqrt(v1)[:, None] * jnp.sqrt(v2)
+        scale = _deviation(v1)[:, None] * _deviation(v2)
         nngp, ntk = relu(nngp, ntk, scale)
         nngp = weight * nngp + bias
         ntk = weight * ntk + nngp
         v1, v2 = weight * v1 / 2 + bias, weight * v2 / 2 + bias  # E relu(u)² = v / 2
     return ntk
+
+
+def _deviation(variance: Float[Array, " n"]) -> Float[Array, " n"]:
+    """Square root with a finite slope at 0, which a zero image without bias has."""
+    return jnp.sqrt(jnp.maximum(variance, jnp.finfo(variance.dtype).tiny))

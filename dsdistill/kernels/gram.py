@@ -52,7 +52,8 @@ def plan(
     Raises:
         UserError: If not even one pair fits; the message gives the figures.
     """
-    budget = min(SHARE * _free(), ENOUGH)
+    free = SHARE * _free()
+    budget = min(free, ENOUGH)
 
     def cost(tile: Tile) -> int:
         return _traced_bytes(network.kernel, tile, shape, gradient, dtype)
@@ -60,10 +61,10 @@ def plan(
     whole, pair = Tile(n, m), Tile(1, 1)
     if cost(whole) <= budget:
         return whole
-    if cost(pair) > budget:
+    if cost(pair) > free:
         raise UserError(
             f"the kernel {network.name} needs {memory.readable(cost(pair))} for one pair of "
-            f"{shape[0]}x{shape[1]} images, and {memory.readable(budget)} can be used: "
+            f"{shape[0]}x{shape[1]} images, and {memory.readable(free)} can be used: "
             "choose a smaller --image-size or another --kernel"
         )
     return _grown(pair, whole, cost, budget)
@@ -82,7 +83,8 @@ def _grown(tile: Tile, whole: Tile, cost: Callable[[Tile], int], budget: float) 
             min(max(int(tile.rows * scale), 1), whole.rows),
             min(max(int(tile.columns * scale), 1), whole.columns),
         )
-    return Tile(tile.rows, min(int(tile.columns * budget / cost(tile)), whole.columns))
+    columns = max(int(tile.columns * budget / cost(tile)), 1)
+    return Tile(tile.rows, min(columns, whole.columns))
 
 
 def gram(

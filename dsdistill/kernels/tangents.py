@@ -72,6 +72,7 @@ def _add_names() -> None:
             for name in names:
                 _add(module, name, getattr(origin, name))
     import jax
+    import jax.core
     import jax.extend.core
 
     _add(jax.random, "KeyArray", jax.Array)

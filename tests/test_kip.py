@@ -1,0 +1,187 @@
+"""KIP and Label Solve as algorithms: gradients, draws, what is learned and what is not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsdistill import kip, label_solve, ridge
+from dsdistill.harness.datasets import Examples, Labeled, centred_one_hot
+from dsdistill.harness.errors import UserError
+from dsdistill.harness.preprocess import identity
+from dsdistill.kernels import gram, networks
+from dsdistill.kernels.dense import fc_ntk
+
+
+@pytest.fixture(scope="module")
+def train() -> Examples:
+    """90 images of three classes that differ in their means, the last class scarcer."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2], [40, 35, 15])
+    means = rng.standard_normal((3, 6, 6, 1))
+    images = (means[labels] + rng.standard_normal((90, 6, 6, 1))).astype(np.float32)
+    return Examples(Labeled(images, labels, ("a", "b", "c")), identity(1), ready=True)
+
+
+def objective(**changes) -> kip.Objective:
+    return kip.Objective(networks.parse("fc"), **changes)
+
+
+def start(train: Examples, **changes) -> kip.Support:
+    options = {"noise": False, "corruption": 0.0, "seed": 0} | changes
+    return kip.initial_support(train, 2, **options)
+
+
+def run(train: Examples, steps: int = 5, support: kip.Support | None = None, **changes):
+    support = support or start(train)
+    stream = kip.distill(objective(**changes), support, train, steps=steps, target_batch=60, seed=0)
+    return list(stream)
+
+
+def test_gradient_equals_finite_differences(train):
+    """Of the whole loss, through kernel, tiles and solve, in float64."""
+    support = start(train)
+    y_s, y_t = jnp.asarray(support.labels, float), jnp.asarray(train.labels())
+    with jax.enable_x64(True):
+        x_s, x_t = jnp.asarray(support.images, float), jnp.asarray(train.images(), float)
+
+        def loss(x):
+            k_ss = ridge.support_gram(networks.parse("fc"), x, gram.Tile(4, 4))
+            k_st = gram.gram(fc_ntk, x, x_t, gram.Tile(4, 32))
+            return ridge.loss(k_ss, k_st, y_s, y_t, 1e-3)
+
+        direction = jnp.asarray(np.random.default_rng(1).standard_normal(x_s.shape))
+        slope = (jax.grad(loss)(x_s) * direction).sum()
+        step = 1e-5
+        difference = (loss(x_s + step * direction) - loss(x_s - step * direction)) / (2 * step)
+    np.testing.assert_allclose(slope, difference, rtol=1e-5)
+
+
+def test_first_step_is_adam_on_the_reference_loss(train):
+    """Loss and step against the authors' formulas, in float64 throughout."""
+    support = start(train)
+    with jax.enable_x64(True):
+        drawn = kip._Batches(train, 60, 0).draw(0)
+        x_s, y_s, x_t, y_t = (
+            jnp.asarray(a, jnp.float64) for a in (support.images, support.labels, *drawn)
+        )
+
+        def loss(x):
+            k_ss, k_ts = fc_ntk(x, x), fc_ntk(x_t, x)
+            regular = k_ss + 1e-6 * jnp.trace(k_ss) / len(x) * jnp.eye(len(x))
+            return 0.5 * jnp.mean((k_ts @ jnp.linalg.inv(regular) @ y_s - y_t) ** 2)
+
+        value, gradient = jax.value_and_grad(loss)(x_s)
+    first = run(train, steps=1)[0]
+    np.testing.assert_allclose(first.loss, value, rtol=1e-4)
+    moved = np.asarray(first.state.images) - support.images
+    adam = -0.04 * gradient / (jnp.abs(gradient) + 1e-8)  # the first step corrects its own bias
+    clear = np.abs(gradient) > 1e-3 * np.abs(gradient).max()
+    np.testing.assert_allclose(moved[clear], np.asarray(adam)[clear], rtol=1e-3)
+
+
+def test_the_loss_falls(train):
+    losses = [step.loss for step in run(train, steps=40)]
+    assert np.mean(losses[-5:]) < 0.3 * losses[0]
+
+
+def test_labels_move_only_if_asked(train):
+    fixed, learned = run(train)[-1].state, run(train, learn_labels=True)[-1].state
+    np.testing.assert_array_equal(fixed.labels, start(train).labels)
+    assert np.abs(learned.labels - start(train).labels).max() > 0.01
+
+
+def test_same_seed_same_support_to_the_bit(train):
+    once, again = run(train)[-1].state.images, run(train)[-1].state.images
+    np.testing.assert_array_equal(once, again)
+
+
+def test_continuing_gives_what_the_whole_run_gives(train):
+    support, whole = start(train), run(train, steps=6)
+    half = whole[2]
+    rest = kip.distill(
+        objective(),
+        support,
+        train,
+        steps=6,
+        target_batch=60,
+        seed=0,
+        state=half.state,
+        done=half.done,
+    )
+    np.testing.assert_array_equal(list(rest)[-1].state.images, whole[-1].state.images)
+
+
+def test_corrupted_pixels_stay_and_are_the_fraction_asked_for(train):
+    support = start(train, corruption=0.4)
+    assert support.frozen.mean() == pytest.approx(0.4, abs=0.12)  # of 216 pixels
+    learned = np.asarray(run(train, support=support)[-1].state.images)
+    frozen = np.broadcast_to(support.frozen, learned.shape)
+    np.testing.assert_array_equal(learned[frozen], support.images[frozen])
+    assert (learned[~frozen] != support.images[~frozen]).all()
+
+
+def test_support_is_real_balanced_and_drawn_by_the_seed(train):
+    support = start(train)
+    real = train.images()
+    assert all((image == real).all((1, 2, 3)).any() for image in support.images)
+    np.testing.assert_array_equal(support.labels, centred_one_hot(np.array([0, 0, 1, 1, 2, 2]), 3))
+    assert not np.array_equal(support.images, start(train, seed=1).images)
+    noise = start(train, noise=True).images
+    assert not any((image == real).all((1, 2, 3)).any() for image in noise)
+
+
+def test_target_batches_are_balanced_capped_and_without_repeats(train):
+    batches = kip._Batches(train, 60, 0)
+    labels = batches.draw(3)[1].argmax(1)
+    assert np.bincount(labels).tolist() == [20, 20, 15]  # the last class has no more
+    images = batches.draw(3)[0]
+    assert len(np.unique(images.reshape(len(images), -1), axis=0)) == len(images) == batches.size
+    np.testing.assert_array_equal(batches.draw(3)[0], images)
+    assert not np.array_equal(batches.draw(4)[0], images)
+
+
+def test_a_diverging_run_stops_with_the_remedy(train):
+    with pytest.raises(UserError, match=r"not finite at step .*--ridge .*--learning-rate"):
+        run(train, steps=50, learning_rate=1e30)
+
+
+def test_augmentation_flips_and_shifts_whole_images():
+    rows = jnp.arange(16.0)[:, None] * 16 + jnp.arange(16.0)
+    images = jnp.broadcast_to(rows[None, :, :, None], (200, 16, 16, 1))
+    out = np.asarray(kip.augmented(images, jax.random.key(0)))[..., 0]
+    inner = out[:, 4:12, 4:12]
+    down, right = np.diff(inner, axis=1), np.diff(inner, axis=2)
+    assert (down == 16).all()  # rows keep their order and spacing
+    flips = right[:, 0, 0] == -1
+    assert (right == np.where(flips, -1, 1)[:, None, None]).all()
+    assert 60 < flips.sum() < 140
+    shift = (inner[:, 0, 0] // 16 - 4).astype(int)
+    assert set(shift) == {-2, -1, 0, 1, 2}  # an eighth of 16, both ways
+
+
+def test_label_solve_equals_the_formula(train):
+    support = start(train)
+    labels = label_solve.solve_labels(networks.parse("fc"), support.images, train, ridge=1e-2)
+    with jax.enable_x64(True):
+        x_s, x_t = (jnp.asarray(a, jnp.float64) for a in (support.images, train.images()))
+        k_ss, k_st = np.asarray(fc_ntk(x_s, x_s)), np.asarray(fc_ntk(x_s, x_t))
+    jitter = 1e-2 / 6 * np.eye(6)
+    expected = (k_ss + jitter) @ np.linalg.inv(k_st @ k_st.T + jitter) @ k_st @ train.labels()
+    np.testing.assert_allclose(labels, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_label_solve_streams(train, monkeypatch):
+    support = start(train).images
+    whole = label_solve.solve_labels(networks.parse("fc"), support, train)
+    monkeypatch.setattr(label_solve, "CHUNK", 32)  # 90 targets: two chunks and a padded one
+    seen = []
+    tiled = label_solve.solve_labels(networks.parse("fc"), support, train, on_chunk=seen.append)
+    assert seen == [32, 64, 90]
+    np.testing.assert_allclose(tiled, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_label_solve_refuses_a_support_larger_than_the_data(train):
+    many = np.zeros((91, 6, 6, 1), np.float32)
+    with pytest.raises(UserError, match="91 support images, 90 training images"):
+        label_solve.solve_labels(networks.parse("fc"), many, train)
