@@ -3,19 +3,15 @@
 This module imports nothing heavy, so that `dsdistill --help` answers at once.
 """
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from dsdistill.harness.places import data_root
+
 Data = Annotated[str, tyro.conf.Positional]
-
-
-def default_root() -> Path:
-    """Where data sets lie: the environment variable DSDISTILL_DATA, else ~/.cache/dsdistill."""
-    return Path(os.environ.get("DSDISTILL_DATA", "~/.cache/dsdistill")).expanduser()
 
 
 @dataclass(frozen=True)
@@ -26,7 +22,7 @@ class Source:
     """digits, mnist, fashion-mnist, cifar10, cifar100, svhn, a folder of class folders, or an .npz
     file with images and labels"""
 
-    data_root: Path = field(default_factory=default_root)
+    data_root: Path = field(default_factory=data_root)
     """where named data sets lie or are downloaded to (environment: DSDISTILL_DATA)"""
 
     image_size: int | None = None
@@ -116,7 +112,7 @@ class Evaluate:
     out: Path | None = None
     """folder of report.json and report.md; default: evaluation-<n> in the run's folder"""
 
-    data_root: Path = field(default_factory=default_root)
+    data_root: Path = field(default_factory=data_root)
     """where named data sets lie (environment: DSDISTILL_DATA)"""
 
 

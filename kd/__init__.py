@@ -1,1 +1,1 @@
-"""Knowledge distillation: a small student learns from a large teacher, on real or on distilled images."""
+"""Knowledge distillation: a small student learns from a large teacher."""

@@ -1,6 +1,5 @@
 """Shared by all tests: the real command lines, and where Fashion-MNIST lies."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,11 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from dsdistill.harness.places import data_root
+
 Command = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def data_root() -> Path:
-    return Path(os.environ.get("DSDISTILL_DATA", "~/.cache/dsdistill")).expanduser()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

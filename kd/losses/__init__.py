@@ -1,1 +1,1 @@
-"""Distillation losses as pure functions of logits and features."""
+"""Losses as pure functions: float32 inside, batch mean, no gradient into a teacher."""

@@ -1,0 +1,96 @@
+"""How good a student is: outputs, figures, a fitted temperature, latency. Reads, never trains."""
+
+import copy
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import nn
+
+from dsdistill.harness import metrics
+from kd.data import Batches
+from kd.models import Model
+from kd.networks import Shape
+
+SCORE_BATCH = 500  # images at once where nothing is trained
+LATENCY_BATCH = 64
+
+
+def outputs(
+    network: nn.Module, batches: Batches, tick: Callable[[int], None] | None = None
+) -> Float[np.ndarray, "n k"]:
+    """Outputs in evaluation mode, in the order of the data; the mode is left as it was.
+
+    Args:
+        network: Takes images (n, c, h, w).
+        batches: The images.
+        tick: Called with the number of batches done.
+    """
+    was, parts = network.training, []
+    network.eval()
+    with torch.inference_mode():
+        for done, batch in enumerate(batches.in_order(), start=1):
+            parts.append(network(batch.images).float().cpu().numpy())
+            if tick:
+                tick(done)
+    network.train(was)
+    return np.concatenate(parts)
+
+
+def figures(model: Model, batches: Batches, teacher: nn.Module | None = None) -> dict[str, float]:
+    """Accuracy, NLL in nats and calibration error (15 bins); with a teacher, agreement with it."""
+    labels = batches.examples.data.labels
+    scores = outputs(model.classifier, batches)
+    probabilities = metrics.softmax(scores, model.output_temperature)
+    found = {
+        "accuracy": metrics.accuracy(scores, labels),
+        "nll": metrics.nll(probabilities, labels),
+        "calibration_error": metrics.expected_calibration_error(probabilities, labels),
+    }
+    if teacher is not None:
+        answers = outputs(teacher, batches)
+        found["teacher_agreement"] = metrics.agreement(scores, answers)
+        found["teacher_accuracy"] = metrics.accuracy(answers, labels)
+    return found
+
+
+def fit_temperature(scores: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]) -> float:
+    """The T for which softmax(scores / T) has the smallest NLL, in [e^-7, e^7].
+
+    Estimates of centred labels lie within about ±1, so their plain softmax is nearly uniform; with
+    one temperature, fitted on validation images, they become probabilities worth judging.
+
+    Source: temperature scaling, Guo et al. (2017), arXiv:1706.04599, section 4.2.
+    """
+    from scipy.optimize import minimize_scalar
+
+    def loss(log_t: float) -> float:
+        return metrics.nll(metrics.softmax(scores, float(np.exp(log_t))), labels)
+
+    found = minimize_scalar(loss, bounds=(-7, 7), method="bounded")
+    return float(np.exp(found["x"]))
+
+
+def latency(classifier: nn.Module, shape: Shape) -> dict[str, float]:
+    """Median milliseconds of one image and of a batch of 64 on the CPU, after warm-up."""
+    on_cpu = copy.deepcopy(classifier).cpu().eval()
+    h, w, c = shape
+    return {
+        f"latency_ms_batch_{n}": _median_ms(on_cpu, torch.zeros(n, c, h, w))
+        for n in (1, LATENCY_BATCH)
+    }
+
+
+def _median_ms(network: nn.Module, images: torch.Tensor, budget: float = 1.0) -> float:
+    """Of at least 5 and at most 100 calls, fewer if they take longer than `budget` seconds."""
+    times: list[float] = []
+    with torch.inference_mode():
+        for _ in range(3):
+            network(images)
+        while len(times) < 5 or (len(times) < 100 and sum(times) < budget):
+            began = time.perf_counter()
+            network(images)
+            times.append(time.perf_counter() - began)
+    return 1e3 * float(np.median(times))

@@ -1,0 +1,175 @@
+"""What `kd` trains on and tests on: a data set, or a distilled set with the data it came from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsdistill.harness import artifact, datasets, preprocess
+from dsdistill.harness.artifact import Distilled
+from dsdistill.harness.datasets import Examples, Labeled, Splits
+from dsdistill.harness.errors import UserError
+from dsdistill.harness.preprocess import Preprocess
+
+VALIDATION_FRACTION = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Images to train on, and where there are any, images to validate and test on.
+
+    Attributes:
+        name: Short, for folder names and reports.
+        splits: The real images; None if those of a distilled set cannot be had.
+        distilled: The distilled set, if that is what is trained on.
+        note: What the user should know about it, such as why there is no evaluation.
+    """
+
+    name: str
+    splits: Splits | None
+    distilled: Distilled | None = None
+    note: str | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image."""
+        return self.train_images.shape
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names, in label order."""
+        return self.train_images.classes
+
+    @property
+    def train_images(self) -> Labeled:
+        """The images trained on; of a distilled set, already preprocessed."""
+        if self.distilled is not None:
+            return self.distilled.examples().data
+        assert self.splits is not None
+        return self.splits.train
+
+    def fit(self, kind: str | None) -> Preprocess:
+        """The distilled set's stored preprocessing, or one fitted on the training images.
+
+        None is standardisation, for colour too: unlike a kernel, a network loses nothing by it.
+        """
+        if self.distilled is not None:
+            return self.distilled.preprocess
+        images = self.train_images
+        return preprocess.fit(kind or "standardise", images.chunks, images.shape)
+
+    def train(self, fitted: Preprocess) -> Examples:
+        """What is trained on, as a network sees it."""
+        if self.distilled is not None:
+            return self.distilled.examples()
+        return Examples(self.train_images, fitted)
+
+    def validation(self, fitted: Preprocess) -> Examples | None:
+        """Real images held out of the training set; None if there are none."""
+        return _examples(self.splits.validation if self.splits else None, fitted)
+
+    def test(self, fitted: Preprocess) -> Examples | None:
+        """Real images to be read once, at the end; None if there are none."""
+        return _examples(self.splits.test if self.splits else None, fitted)
+
+
+def resolve(
+    data: str,
+    *,
+    root: Path,
+    image_size: int | None = None,
+    validation_fraction: float | None = None,
+) -> Source:
+    """Find out what DATA is, and load it.
+
+    Args:
+        data: A data set as in `datasets.load`, the folder of a `dsdistill` run, or a distilled
+            `.safetensors` file.
+        root: Where data sets lie.
+        image_size, validation_fraction: As in `datasets.load`; a distilled set brings its own.
+
+    Raises:
+        UserError: If it cannot be had, or a distilled set contradicts the data it came from.
+    """
+    path = Path(data).expanduser()
+    if is_distilled(data):
+        if image_size is not None or validation_fraction is not None:
+            raise UserError(
+                "a distilled set brings its image size and its validation images: "
+                "leave --image-size and --validation-fraction out"
+            )
+        return _distilled(artifact.locate(path), root)
+    if path.is_dir() and (path / "config.json").is_file():
+        raise UserError(f"{path} is a run's folder without a finished distilled set")
+    fraction = VALIDATION_FRACTION if validation_fraction is None else validation_fraction
+    splits = datasets.load(data, root=root, image_size=image_size, validation_fraction=fraction)
+    return Source(splits.name, splits)
+
+
+def is_distilled(data: str) -> bool:
+    """Whether DATA is a distilled set's file or the folder of a run that made one."""
+    path = Path(data).expanduser()
+    return path.suffix == ".safetensors" or (path / "distilled.safetensors").is_file()
+
+
+def _distilled(path: Path, root: Path) -> Source:
+    distilled = artifact.load(path)
+    name = path.parent.resolve().name if path.name == "distilled.safetensors" else path.stem
+    came_from = _get(distilled.provenance, "data", "source")
+    if not isinstance(came_from, str):
+        return Source(
+            name, None, distilled, f"{path} does not say what it was distilled from: {_NO}"
+        )
+    # Only of the right type: a set made by something else may hold anything here.
+    size = _get(distilled.provenance, "config", "image_size")
+    fraction = _get(distilled.provenance, "config", "validation_fraction")
+    try:
+        splits = datasets.load(
+            came_from,
+            root=root,
+            image_size=size if isinstance(size, int) else None,
+            validation_fraction=fraction if isinstance(fraction, float) else VALIDATION_FRACTION,
+        )
+    except (UserError, OSError) as error:
+        return Source(name, None, distilled, f"{error}: {_NO}")
+    _check_origin(path, distilled, splits, came_from)
+    return Source(name, splits, distilled)
+
+
+_NO = "no validation and no test"
+
+
+def _check_origin(path: Path, distilled: Distilled, splits: Splits, came_from: str) -> None:
+    """Refuse data that are not those the set was distilled from."""
+    if distilled.classes != splits.train.classes:
+        raise UserError(
+            f"{path} has classes {_few(distilled.classes)}, "
+            f"but {came_from} has {_few(splits.train.classes)}"
+        )
+    if distilled.images.shape[1:] != splits.train.shape:
+        raise UserError(
+            f"{path} has images of shape {distilled.images.shape[1:]}, "
+            f"but {came_from} of {splits.train.shape}"
+        )
+    stored = _get(distilled.provenance, "data", "sha256")
+    if stored is not None and stored != splits.digest:
+        raise UserError(
+            f"{path} was distilled from other images than {came_from} holds now "
+            f"(SHA-256 {str(stored)[:12]}, found {splits.digest[:12]})"
+        )
+
+
+def _get(value: Any, *names: str) -> Any:
+    """An entry of nested mappings, or None where there is none."""
+    for name in names:
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def _few(classes: tuple[str, ...]) -> str:
+    shown = ", ".join(classes[:4]) + (", ..." if len(classes) > 4 else "")
+    return f"{len(classes)} ({shown})"
+
+
+def _examples(data: Labeled | None, fitted: Preprocess) -> Examples | None:
+    return Examples(data, fitted) if data is not None and len(data) else None

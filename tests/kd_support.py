@@ -1,0 +1,65 @@
+"""What several tests of `kd` need."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from dsdistill.harness import artifact, datasets, preprocess
+from dsdistill.harness.datasets import Examples, Labeled, Splits
+
+
+def kd(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The real command line, in its own process."""
+    command = [sys.executable, "-m", "kd", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment())
+
+
+def environment() -> dict[str, str]:
+    """Lets a process in another folder import the packages, and never wait for a network."""
+    import os
+
+    root = str(Path(__file__).resolve().parents[1])
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+
+
+def digits() -> Splits:
+    return datasets.load("digits", root=Path("unused"))
+
+
+def write_npz(path: Path, *, classes: int = 3, size: int = 8, n: int = 90) -> Path:
+    """Small images that a linear model can tell apart: class i has a bright row i."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(n) % classes
+    images = rng.integers(0, 100, (n, size, size, 1), dtype=np.uint8)
+    images[np.arange(n), labels] = 255
+    np.savez(path, images=images, labels=labels)
+    return path
+
+
+def distilled(splits: Splits, **provenance: object) -> artifact.Distilled:
+    """A distilled set of five real images a class, as `dsdistill` would write it."""
+    fitted = preprocess.fit("standardise", splits.train.chunks, splits.train.shape)
+    chosen = datasets.per_class(splits.train, 5, np.random.default_rng(0))
+    data = splits.train.select(chosen)
+    came_from = {"source": splits.name, "sha256": splits.digest}
+    return artifact.Distilled(
+        fitted.apply(data.images()),
+        datasets.centred_one_hot(data.labels, len(data.classes)),
+        fitted,
+        data.classes,
+        {"data": came_from, "config": {"image_size": None, "validation_fraction": 0.1}}
+        | provenance,
+    )
+
+
+def easy(n: int = 40, classes: int = 4, size: int = 8) -> Examples:
+    """Images whose class is which row is bright, without preprocessing."""
+    rng = np.random.default_rng(1)
+    labels = np.arange(n) % classes
+    images = rng.random((n, size, size, 1), dtype=np.float32) * 0.3
+    images[np.arange(n), labels] += 0.7
+    names = tuple(f"class {i}" for i in range(classes))
+    return Examples(Labeled(images, labels, names), preprocess.identity(1))

@@ -1,0 +1,350 @@
+"""The command `kd` as a user meets it: real processes, files, wrong inputs, kills."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import kd_support as support
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from dsdistill.harness import artifact
+from kd import cli
+
+FAST = ("--student", "mlp:16", "--epochs", "4", "--batch-size", "64")
+
+
+def _main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    """The command in this process, where importing torch costs nothing more."""
+    monkeypatch.setattr(sys, "argv", ["kd", *map(str, arguments)])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        cli.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _report(folder: Path) -> dict:
+    return json.loads((folder / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished teacher, data of other classes, and distilled sets."""
+    folder = tmp_path_factory.mktemp("kd")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        _main(patch, "train", "digits", *FAST, "--epochs", 12, "--out", "teacher")
+    splits = support.digits()
+    artifact.save(folder / "set.safetensors", support.distilled(splits))
+    other = {"data": {"source": "digits", "sha256": "0" * 64}}
+    artifact.save(folder / "other.safetensors", support.distilled(splits, **other))
+    gone = {"data": {"source": "gone/away.npz"}}
+    artifact.save(folder / "orphan.safetensors", support.distilled(splits, **gone))
+    bare = support.distilled(splits)
+    artifact.save(
+        folder / "bare.safetensors",
+        artifact.Distilled(bare.images, bare.labels, bare.preprocess, bare.classes, {}),
+    )
+    (folder / "cut.safetensors").write_bytes((folder / "set.safetensors").read_bytes()[:5000])
+    (folder / "run").mkdir()
+    shutil.copy(folder / "set.safetensors", folder / "run" / "distilled.safetensors")
+    support.write_npz(folder / "three.npz")
+    (folder / "unfinished").mkdir()
+    (folder / "unfinished" / "config.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def inside(work: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.chdir(work)
+    return monkeypatch
+
+
+def test_help_is_quick(tmp_path: Path) -> None:
+    best = float("inf")
+    for _ in range(5):  # the fastest: other processes share the machine
+        began = time.perf_counter()
+        done = support.kd("--help", cwd=tmp_path)
+        best = min(best, time.perf_counter() - began)
+        assert done.returncode == 0
+        assert "train" in done.stdout
+    assert best < 0.5
+
+
+def test_a_finished_folder_holds_all_that_was_promised(work: Path) -> None:
+    folder = work / "teacher"
+    names = {p.name for p in folder.iterdir()}
+    assert {"student.safetensors", "model.json", "config.json", "metrics.jsonl"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    report = _report(folder)
+    assert report["test_accuracy"] > 0.8
+    assert report["train_images"] == len(support.digits().train)
+    assert report["recipe"]["epochs"] == 12
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert max(line["validation_accuracy"] for line in lines) == report["validation_accuracy"]
+    card = json.loads((folder / "model.json").read_text())
+    assert card["classes"] == [str(i) for i in range(10)]
+    assert card["output_temperature"] == 1.0
+
+
+def test_train_from_a_teacher_and_evaluate(inside, work: Path, capsys) -> None:
+    _main(inside, "train", *FAST, "--teacher", "teacher", "--out", "taught")
+    assert _report(work / "taught")["teacher_agreement"] > 0.5
+    capsys.readouterr()
+    _main(inside, "evaluate", "taught", "--json")
+    found = json.loads(capsys.readouterr().out)
+    report = _report(work / "taught")
+    for name in ("nll", "calibration_error", "teacher_agreement", "teacher_accuracy"):
+        assert found[name] == pytest.approx(report[name])
+    assert found["accuracy"] == report["test_accuracy"]
+    assert found["parameters"] == report["parameters"] > 0
+    assert found["latency_ms_batch_1"] > 0
+    assert found["latency_ms_batch_64"] > 0
+    _main(inside, "evaluate", "taught", "digits")
+    assert "expected calibration error (15 bins)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("data", ["set.safetensors", "run"])
+def test_a_distilled_set_is_trained_on_its_stored_labels(inside, work: Path, data: str) -> None:
+    out = f"alone-{data}"
+    _main(inside, "train", data, "--student", "mlp:16", "--epochs", 100, "--out", out)
+    report, card = _report(work / out), json.loads((work / out / "model.json").read_text())
+    assert report["test_accuracy"] > 0.5
+    assert report["train_images"] == 50
+    assert card["outputs"] == "centred labels"
+    assert card["output_temperature"] < 0.5
+    assert report["nll"] < 2.0  # with a plain softmax it would be nearly log 10
+
+
+def test_a_teacher_relabels_a_distilled_set(inside, work: Path) -> None:
+    options = ("--student", "mlp:64", "--epochs", 200, "--teacher", "teacher", "--out", "relabel")
+    _main(inside, "train", "set.safetensors", *options)
+    report = _report(work / "relabel")
+    assert report["test_accuracy"] > 0.5
+    assert report["output_temperature"] == 1.0
+    first = json.loads((work / "relabel" / "metrics.jsonl").read_text().splitlines()[0])
+    assert {"kl", "ce"} <= first.keys()
+
+
+@pytest.mark.parametrize("data", ["orphan.safetensors", "bare.safetensors"])
+def test_a_set_whose_data_are_gone_is_trained_on_without_evaluation(
+    inside, work: Path, data: str, capsys
+) -> None:
+    _main(inside, "train", data, "--student", "mlp:8", "--epochs", 2, "--out", f"from-{data}")
+    assert "no validation and no test" in capsys.readouterr().err
+    assert _report(work / f"from-{data}")["test_accuracy"] is None
+
+
+def test_an_earlier_student_is_trained_further(inside, work: Path) -> None:
+    options = ("--student", "teacher", "--epochs", 1, "--lr", 1e-4, "--out", "further")
+    _main(inside, "train", "digits", *options)
+    before, after = (_report(work / name) for name in ("teacher", "further"))
+    assert after["student"] == "mlp:16"
+    assert abs(after["test_accuracy"] - before["test_accuracy"]) < 0.05
+
+
+def test_pretrained_students_get_their_own_normalisation(inside, work: Path) -> None:
+    import timm
+
+    make = timm.create_model
+    inside.setattr(timm, "create_model", lambda name, pretrained, **kw: make(name, **kw))
+    options = ("--student", "test_resnet", "--pretrained", "--epochs", 1, "--out", "own")
+    _main(inside, "train", "three.npz", *options)
+    card = json.loads((work / "own" / "model.json").read_text())
+    assert card["preprocess"]["mean"] == [pytest.approx(timm_mean())]
+
+
+def timm_mean() -> float:
+    import timm
+
+    config = timm.get_pretrained_cfg("test_resnet")
+    assert config is not None
+    return sum(config.mean) / 3
+
+
+WRONG = [
+    (("train", "--alpha", "1.5"), "--alpha must be in [0, 1], got 1.5"),
+    (("train", "--temperature", "0"), "--temperature must be positive"),
+    (("train", "--temperature", "nan"), "--temperature must be positive"),
+    (("train", "--epochs", "0"), "--epochs must be at least 1, got 0"),
+    (("train", "--batch-size", "0"), "--batch-size must be at least 1"),
+    (("train", "--lr", "-1"), "--lr must be positive"),
+    (("train", "--resume"), "--resume needs --out"),
+    (("train", "--device", "cuda:99"), "device 'cuda:99' is not there"),
+    (("train", "--device", "toaster"), "device 'toaster' is not there"),
+    (("train", "digitz"), "did you mean 'digits'"),
+    (("train", "no/such/folder"), "no such file or folder: no/such/folder"),
+    (("train", "--student", "convnett"), "did you mean 'convnet'"),
+    (("train", "--student", "resnet81"), "did you mean 'resnet"),
+    (("train", "--student", "no/run"), "there is no folder no/run"),
+    (("train", "--student", "convnet", "--pretrained"), "convnet has no published weights"),
+    (("train", "--image-size", "4"), "at least 8x8 pixels, got 4x4"),
+    (("train", "--validation-fraction", "2"), "validation fraction must be in [0, 1)"),
+    (("train", "--teacher", "mlp"), "mlp has no published weights"),
+    (("train", "--teacher", "resnet18"), "has 1000 classes, the data have 10"),
+    (("train", "--teacher", "unfinished"), "holds no finished student"),
+    (("train", "three.npz", "--teacher", "teacher"), "has 10 classes, the data have 3"),
+    (("train", "three.npz", "--student", "teacher"), "has 10 classes, the data have 3"),
+    (("train", "--student", "teacher", "--preprocess", "zca"), "leave --pretrained and"),
+    (("train", "cut.safetensors"), "is not a whole .safetensors file"),
+    (("train", "teacher/student.safetensors"), "not a distilled set"),
+    (("train", "missing.safetensors"), "no distilled set at missing.safetensors"),
+    (("train", "unfinished"), "without a finished distilled set"),
+    (("train", "other.safetensors"), "was distilled from other images than digits holds now"),
+    (("train", "set.safetensors", "--preprocess", "zca"), "leave --preprocess out"),
+    (("train", "set.safetensors", "--image-size", "16"), "leave --image-size"),
+    (("train", "--out", "teacher"), "already holds a finished run"),
+    (("train", "--out", "teacher", "--resume"), "nothing to resume"),
+    (("train", "--out", "nowhere", "--resume"), "nowhere holds no run to resume"),
+    (("evaluate", "nowhere"), "nowhere holds no finished student"),
+    (("evaluate", "teacher", "three.npz"), "has 10 classes, the data have 3"),
+    (("evaluate", "teacher", "orphan.safetensors"), "nothing to test on"),
+    (("evaluate", "teacher", "--teacher", "convnet"), "convnet has no published weights"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG)
+def test_wrong_input_is_one_line_and_leaves_nothing(
+    inside, work: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    before = sorted(work.iterdir())
+    with pytest.raises(SystemExit) as stopped:
+        _main(inside, *arguments)
+    line = str(stopped.value.code)  # what the interpreter prints on stderr, with exit code 1
+    assert line.startswith("kd: ")
+    assert message in line
+    assert "\n" not in line
+    assert sorted(work.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "--alpha", "2"), "--alpha must be in [0, 1], got 2.0"),
+        (("train", "--epochs", "many"), "--epochs"),
+        (("train", "--speed", "9"), "--speed"),
+        (("train", "--preprocess", "pca"), "--preprocess"),
+        (("distil",), "distil"),
+        (("train", "digitz", *FAST), "did you mean 'digits'"),
+        (("train", "--teacher", "nowhere/run"), "there is no folder"),
+        (("evaluate", "nowhere"), "holds no finished student"),
+    ],
+)
+def test_wrong_input_through_the_real_command(
+    work: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    done = support.kd(*arguments, cwd=work)
+    assert done.returncode in (1, 2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write")
+def test_an_unwritable_folder_is_one_line(inside, work: Path) -> None:
+    (work / "locked").mkdir(mode=0o500)
+    with pytest.raises(SystemExit, match=r"kd: .*Permission denied"):
+        _main(inside, "train", *FAST, "--out", "locked/run")
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(inside, work: Path) -> None:
+    from dsdistill.harness import runs
+
+    write, calls = runs.write_bytes, []
+
+    def full(path: Path, content: bytes) -> None:
+        calls.append(path.name)
+        if calls.count("checkpoint.safetensors") == 3:
+            raise OSError(28, "No space left on device")
+        write(path, content)
+
+    inside.setattr(runs, "write_bytes", full)
+    with pytest.raises(SystemExit, match="No space left on device"):
+        _main(inside, "train", *FAST, "--out", "full")
+    inside.setattr(runs, "write_bytes", write)
+    assert not list((work / "full").glob(".checkpoint*"))
+    _main(inside, "train", "--out", "full", "--resume")
+    assert _report(work / "full")["epochs"] == 4
+
+
+def test_options_that_contradict_the_stored_ones_are_refused(inside, work: Path) -> None:
+    folder = work / "contradict"
+    shutil.copytree(work / "teacher", folder)
+    (folder / "report.json").unlink()
+    with pytest.raises(SystemExit, match="was started with --epochs 12, got 3"):
+        _main(inside, "train", "--out", folder, "--resume", "--epochs", 3)
+
+
+LONG = ("--student", "mlp:64", "--epochs", "30", "--batch-size", "64", "--seed", "5")
+
+
+def _kill_after_a_checkpoint(work: Path, out: str, sign: int) -> subprocess.Popen:
+    command = [sys.executable, "-m", "kd", "train", "digits", *LONG, "--out", out]
+    process = subprocess.Popen(
+        command, cwd=work, env=support.environment(), stderr=subprocess.PIPE, text=True
+    )
+    checkpoint = work / out / "checkpoint.safetensors"
+    while not checkpoint.exists():
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        time.sleep(0.005)
+    process.send_signal(sign)
+    process.wait()
+    return process
+
+
+def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(inside, work: Path) -> None:
+    process = _kill_after_a_checkpoint(work, "killed", signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert not (work / "killed" / "report.json").exists()
+    _main(inside, "train", "--out", "killed", "--resume")
+    _main(inside, "train", "digits", *LONG, "--out", "whole")
+    a, b = (
+        safetensors.numpy.load_file(work / name / "student.safetensors")
+        for name in ("killed", "whole")
+    )
+    assert a.keys() == b.keys()
+    assert all(np.array_equal(a[k], b[k]) for k in a)
+    assert _figures(work / "killed") == _figures(work / "whole")
+
+
+def _figures(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in x.items() if k != "images_per_second"} for x in lines]
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_is_one_line_and_resumable(work: Path, sign: int) -> None:
+    out = f"stopped-{int(sign)}"
+    process = _kill_after_a_checkpoint(work, out, sign)
+    assert process.returncode == 1
+    assert process.stderr is not None
+    stderr = process.stderr.read()
+    assert "Traceback" not in stderr
+    last = stderr.strip().splitlines()[-1]
+    assert last == f"kd: interrupted; continue with `kd train --resume --out {out}`"
+    assert (work / out / "checkpoint.safetensors").exists()
+
+
+def test_the_default_folder_is_the_next_free_one(inside, work: Path, capsys) -> None:
+    for n in (1, 2):
+        _main(inside, "train", "three.npz", "--student", "mlp:8", "--epochs", 1)
+        assert (work / "runs" / f"kd-mlp-8-three-{n}" / "report.json").exists()
+    assert re.search(r"folder +runs/kd-mlp-8-three-2", capsys.readouterr().out)
+
+
+@pytest.mark.fashion
+def test_fashion_mnist(inside, work: Path) -> None:
+    root = os.environ.get("DSDISTILL_DATA")
+    if not root or not (Path(root) / "FashionMNIST").is_dir():
+        pytest.skip("Fashion-MNIST is not under DSDISTILL_DATA")
+    options = ("--student", "mlp:32", "--epochs", 1, "--data-root", root, "--out", "fashion")
+    _main(inside, "train", "fashion-mnist", *options)
+    assert _report(work / "fashion")["test_accuracy"] > 0.75
