@@ -4,14 +4,11 @@ Only options are imported here; the frameworks are imported inside the commands,
 `dsdistill --help` answers at once. What is wrong with the input is said in one line.
 """
 
-import signal
-import sys
+from collections.abc import Callable
 from typing import Any
 
-import tyro
-
 from dsdistill import options
-from dsdistill.harness.errors import UserError
+from dsdistill.harness import command
 
 
 def kip(chosen: options.Kip) -> None:
@@ -44,7 +41,7 @@ def export(chosen: options.Export) -> None:
     print(exporting.write(chosen.file, chosen.format, chosen.out))
 
 
-COMMANDS: dict[str, tuple[type, Any]] = {
+COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "kip": (options.Kip, kip),
     "ls": (options.LabelSolve, label_solve),
     "evaluate": (options.Evaluate, evaluate),
@@ -54,22 +51,15 @@ COMMANDS: dict[str, tuple[type, Any]] = {
 
 
 def main() -> None:
-    """Run one command. Exit code 2: the command line cannot be read; 1: anything else wrong."""
-    chosen: Any = tyro.extras.subcommand_cli_from_dict(
+    """Run one command. Exit code 2: the command line cannot be read; 1: anything else is wrong."""
+    chosen = command.parse(
+        "dsdistill",
+        "Condense an image data set into a few synthetic images.",
         {name: cls for name, (cls, _) in COMMANDS.items()},
-        prog="dsdistill",
-        description="Condense an image data set into a few synthetic images.",
     )
-    # A polite kill ends like Ctrl-C: with a checkpoint.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    run = next(run for cls, run in COMMANDS.values() if type(chosen) is cls)
-    try:
-        run(chosen)
-    except (UserError, OSError) as error:
-        raise SystemExit(f"dsdistill: {error}") from error
-    except KeyboardInterrupt as error:
-        raise SystemExit("dsdistill: stopped; a run continues with --resume") from error
+    execute = next(execute for cls, execute in COMMANDS.values() if type(chosen) is cls)
+    command.run("dsdistill", lambda: execute(chosen), "stopped; a run continues with --resume")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -14,7 +14,8 @@ result is used, is relative to the mean of the diagonal.
 Source: Nguyen, Chen and Lee (2021), arXiv:2011.00050, section 3.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,13 +32,20 @@ from dsdistill.kernels.networks import Network
 CHUNK = 2000  # targets that are read at a time; a tile of the kernel may be smaller
 
 
+class Sums(NamedTuple):
+    """The two sums over the first `done` targets, in float64."""
+
+    done: int
+    gram_tt: Float[Array | np.ndarray, "n n"]
+    gram_ty: Float[Array | np.ndarray, "n k"]
+
+
 def solve_labels(
     network: Network,
     support: Float[np.ndarray, "n h w c"],
     train: Examples,
     *,
     ridge: float = 1e-6,
-    on_chunk: Callable[[int], None] = lambda done: None,
 ) -> Float[np.ndarray, "n k"]:
     """Labels of the support images that fit all training images best.
 
@@ -46,62 +54,74 @@ def solve_labels(
         support: Preprocessed images.
         train: All targets; read once, in chunks.
         ridge: Absolute, divided by n.
-        on_chunk: Called with the number of targets done so far.
 
     Raises:
-        UserError: If the support is larger than the training set, too large for memory, or the
-            system is singular at this ridge.
+        UserError: As `accumulate` and `solve` do.
     """
-    n = len(support)
+    *_, total = accumulate(network, support, train)
+    return solve(network, support, total, ridge)
+
+
+def accumulate(
+    network: Network,
+    support: Float[np.ndarray, "n h w c"],
+    train: Examples,
+    start: Sums | None = None,
+) -> Iterator[Sums]:
+    """k_st k_st^T and k_st y_t, one chunk of targets for each item taken.
+
+    Args:
+        network, support, train: As in `solve_labels`.
+        start: The sums to go on from.
+
+    Raises:
+        UserError: If the support is larger than the training set, or too large for memory.
+    """
+    n, k = len(support), len(train.data.classes)
     if n > len(train):
         raise UserError(
             f"Label Solve needs a support no larger than the training set: {n} support images, "
             f"{len(train)} training images; lower --images-per-class"
         )
-    memory.require(
-        6 * 8 * n * n, f"Label Solve with {n} support images", "lower --images-per-class"
-    )
+    purpose = f"Label Solve with {n} support images"
+    memory.require(6 * 8 * n * n, purpose, "lower --images-per-class")
+    tile = gram.plan(network, n, CHUNK, train.data.shape, gradient=False)
+    x_s = jnp.asarray(support)
+
+    @jax.jit
+    def add(gram_tt: Array, gram_ty: Array, x_t: Array, y_t: Array, real: Array):
+        k_st = gram.gram(network.kernel, x_s, x_t, tile)
+        k_st = jnp.where(real, k_st, 0).astype(jnp.float64)  # padding adds nothing
+        return gram_tt + k_st @ k_st.T, gram_ty + k_st @ y_t
+
+    sums = start or Sums(0, *(np.zeros(shape) for shape in ((n, n), (n, k))))
+    for first in range(sums.done, len(train), CHUNK):
+        rows = np.arange(first, first + CHUNK)
+        real = rows < len(train)
+        rows = np.minimum(rows, len(train) - 1)  # one shape, one compilation
+        with jax.enable_x64(True):
+            added = add(*sums[1:], train.images(rows), train.labels(rows), real)
+            jax.block_until_ready(added)
+        sums = Sums(min(first + CHUNK, len(train)), *added)
+        yield sums
+
+
+def solve(
+    network: Network, support: Float[np.ndarray, "n h w c"], sums: Sums, ridge: float
+) -> Float[np.ndarray, "n k"]:
+    """The labels, from the sums over all targets.
+
+    Raises:
+        UserError: If the system is singular at this ridge.
+    """
+    n = len(support)
+    h, w, c = support.shape[1:]
     with jax.enable_x64(True):
-        x_s = jnp.asarray(support)
-        gram_tt, gram_ty = _sums(network, x_s, train, on_chunk)
-        labels = np.asarray(_solve(network, x_s, gram_tt, gram_ty, ridge))
+        jitter = ridge / n * jnp.eye(n)
+        tile = gram.plan(network, n, n, (h, w, c), gradient=False, dtype=jnp.float64)
+        k_ss = krr.support_gram(network, jnp.asarray(support), tile)
+        fitted = jax.scipy.linalg.solve(sums.gram_tt + jitter, sums.gram_ty, assume_a="pos")
+        labels = np.asarray(((k_ss + jitter) @ fitted).astype(jnp.float32))
     if not np.isfinite(labels).all():
         raise UserError(f"Label Solve is singular at a ridge of {ridge:g}: raise --ridge")
     return labels
-
-
-def _sums(
-    network: Network,
-    support: Array,
-    train: Examples,
-    on_chunk: Callable[[int], None],
-) -> tuple[Array, Array]:
-    """k_st k_st^T and k_st y_t over the whole training set, in float64."""
-    n = len(support)
-    tile = gram.plan(network, n, CHUNK, train.data.shape, gradient=False)
-
-    @jax.jit
-    def add(sums: tuple[Array, Array], x_t: Array, y_t: Array, real: Array) -> tuple[Array, Array]:
-        k_st = gram.gram(network.kernel, support, x_t, tile)
-        k_st = jnp.where(real, k_st, 0).astype(jnp.float64)  # padding adds nothing
-        return sums[0] + k_st @ k_st.T, sums[1] + k_st @ y_t
-
-    sums = jnp.zeros((n, n)), jnp.zeros((n, len(train.data.classes)))
-    for start in range(0, len(train), CHUNK):
-        rows = np.arange(start, start + CHUNK)
-        real = rows < len(train)
-        rows = np.minimum(rows, len(train) - 1)  # one shape, one compilation
-        sums = add(sums, train.images(rows), train.labels(rows), real)
-        jax.block_until_ready(sums)
-        on_chunk(min(start + CHUNK, len(train)))
-    return sums
-
-
-def _solve(network: Network, support: Array, gram_tt: Array, gram_ty: Array, ridge: float) -> Array:
-    n = len(support)
-    jitter = ridge / n * jnp.eye(n)
-    h, w, c = support.shape[1:]
-    tile = gram.plan(network, n, n, (h, w, c), gradient=False, dtype=jnp.float64)
-    k_ss = krr.support_gram(network, support, tile)
-    fitted = jax.scipy.linalg.solve(gram_tt + jitter, gram_ty, assume_a="pos")
-    return ((k_ss + jitter) @ fitted).astype(jnp.float32)

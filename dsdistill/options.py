@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from dsdistill.harness.places import data_root
+from dsdistill.harness import places
 
 Data = Annotated[str, tyro.conf.Positional]
 
@@ -22,7 +22,7 @@ class Source:
     """digits, mnist, fashion-mnist, cifar10, cifar100, svhn, a folder of class folders, or an .npz
     file with images and labels"""
 
-    data_root: Path = field(default_factory=data_root)
+    data_root: Path = field(default_factory=places.data_root)
     """where named data sets lie or are downloaded to (environment: DSDISTILL_DATA)"""
 
     image_size: int | None = None
@@ -112,7 +112,7 @@ class Evaluate:
     out: Path | None = None
     """folder of report.json and report.md; default: evaluation-<n> in the run's folder"""
 
-    data_root: Path = field(default_factory=data_root)
+    data_root: Path = field(default_factory=places.data_root)
     """where named data sets lie (environment: DSDISTILL_DATA)"""
 
 

@@ -4,7 +4,6 @@ load -> fit preprocessing -> distil -> read the test set once -> save the pictur
 """
 
 import platform
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
@@ -16,13 +15,13 @@ import numpy as np
 from jaxtyping import Float
 
 from dsdistill import kip, label_solve, ridge
-from dsdistill.harness import artifact, datasets, memory, pictures, preprocess, progress, runs
+from dsdistill.harness import artifact, datasets, memory, pictures, preprocess, runs
 from dsdistill.harness.datasets import Examples, Splits
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluate import accuracy
 from dsdistill.kernels import gram, networks
 from dsdistill.options import Kip, LabelSolve, Source
-from dsdistill.search import search
+from dsdistill.search import accumulated, search
 
 EVALUATION_RIDGE = 1e-6  # relative, for Label Solve, whose own ridge is absolute
 NOT_STORED = ("out", "resume")  # options that say where the run is, not what it is
@@ -76,7 +75,9 @@ def run_kip(options: Kip) -> Path:
 def run_label_solve(options: LabelSolve) -> Path:
     """Run `dsdistill ls` and return the run's folder.
 
-    There are no steps to continue from, so `--resume` solves anew in the same folder.
+    Raises:
+        UserError: For input that breaks a rule.
+        KeyboardInterrupt: After a checkpoint, if stopped by hand.
     """
     return _run(options, "ls", _label_solve)
 
@@ -148,28 +149,11 @@ def _kip(options: Kip, run: runs.Run, setting: Setting) -> Result:
 
 
 def _label_solve(options: LabelSolve, run: runs.Run, setting: Setting) -> Result:
-    began = time.monotonic()
     support = kip.initial_support(
         setting.train, options.images_per_class, noise=False, corruption=0, seed=options.seed
     )
-    total = len(setting.train)
-    with (
-        progress.bar(total, unit="targets") as show,
-        runs.Metrics(run.folder, resume_from=0 if run.resumed else None) as metrics,
-    ):
-
-        def on_chunk(done: int) -> None:
-            show(done)
-            metrics.write(done, targets_per_second=done / (time.monotonic() - began))
-
-        labels = label_solve.solve_labels(
-            setting.network,
-            support.images,
-            setting.train,
-            ridge=options.ridge,
-            on_chunk=on_chunk,
-        )
-    seconds = time.monotonic() - began
+    sums, seconds = accumulated(run, setting.network, support.images, setting.train)
+    labels = label_solve.solve(setting.network, support.images, sums, options.ridge)
     # The pixels stay; the natural labels are what the solved ones are compared with.
     return Result(support.images, support.images, labels, EVALUATION_RIDGE, {}, seconds)
 
@@ -194,7 +178,7 @@ def _finish(options: Source, run: runs.Run, setting: Setting, result: Result) ->
         "evaluation_ridge": result.ridge,
         "data": {
             "name": splits.name,
-            "source": options.data,
+            "source": run.config["data"],
             "sha256": splits.digest,
             "train": len(splits.train),
             "validation": len(splits.validation),
@@ -221,8 +205,10 @@ def _accuracy(
 
 
 def _stored(options: Source, method: str) -> dict[str, Any]:
-    """The options as they stand in `config.json`."""
+    """The options as they stand in `config.json`: paths hold from every folder."""
     named = {name: v for name, v in asdict(options).items() if name not in NOT_STORED}
+    if options.data not in datasets.NAMES and Path(options.data).expanduser().exists():
+        named["data"] = str(Path(options.data).expanduser().resolve())
     paths = {name: str(v) for name, v in named.items() if isinstance(v, Path)}
     return {"command": method} | named | paths
 

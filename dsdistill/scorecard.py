@@ -167,7 +167,7 @@ def _print(rows: list[Row], out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("data", "learner", "test accuracy, %", "n", "images", "size", "training")
+    table = Table(*report.COLUMNS)
     for row in rows:
         table.add_row(*report.cells(row))
     console = Console(soft_wrap=True)

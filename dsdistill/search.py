@@ -1,4 +1,4 @@
-"""KIP's steps as a run: validated, checkpointed, resumable, the best support chosen.
+"""The long part of a run: checkpointed, resumable, and for KIP validated and the best chosen.
 
 The best support is that of the lowest squared error on the validation images, which is what KIP
 minimises on the training images; accuracy on a few hundred images is too coarse to choose by.
@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from dsdistill import kip, ridge
+from dsdistill import kip, label_solve, ridge
 from dsdistill.harness import progress, runs
 from dsdistill.harness.datasets import Examples
+from dsdistill.kernels.networks import Network
 
 CHECKPOINT_EVERY = 10.0  # seconds
 VALIDATIONS = 40  # in a run; half a dozen milliseconds each with the fc kernel
@@ -106,6 +107,54 @@ def search(
             raise
     _save(run, last)
     return last.best, last.seconds
+
+
+def accumulated(
+    run: runs.Run, network: Network, support: Float[np.ndarray, "n h w c"], train: Examples
+) -> tuple[label_solve.Sums, float]:
+    """Label Solve's sums over all targets, from the run's last checkpoint if there is one.
+
+    Returns:
+        The sums, and the seconds spent in this and all earlier starts.
+
+    Raises:
+        KeyboardInterrupt: After a checkpoint of the last whole chunk.
+    """
+    last, spent = _restored_sums(run)
+    saved, began = time.monotonic(), time.monotonic() - spent
+
+    def save() -> None:
+        arrays = {name: np.asarray(getattr(last, name)) for name in ("gram_tt", "gram_ty")}
+        run.save_state(arrays, {"done": last.done, "seconds": time.monotonic() - began})
+
+    resume_from = last.done if run.resumed else None
+    with (
+        runs.Metrics(run.folder, resume_from=resume_from) as metrics,
+        progress.bar(len(train), "targets", start=last.done) as show,
+    ):
+        start = last if last.done else None
+        try:
+            for last in label_solve.accumulate(network, support, train, start):
+                seconds = time.monotonic() - began
+                metrics.write(last.done, targets_per_second=last.done / seconds)
+                show(last.done)
+                if time.monotonic() - saved > CHECKPOINT_EVERY:
+                    save()
+                    saved = time.monotonic()
+        except KeyboardInterrupt:
+            save()
+            raise
+    save()
+    return last, time.monotonic() - began
+
+
+def _restored_sums(run: runs.Run) -> tuple[label_solve.Sums, float]:
+    """The sums of the last checkpoint and the seconds they took; nothing summed without one."""
+    found = run.load_state() if run.resumed else None
+    if found is None:
+        return label_solve.Sums(0, np.zeros((0, 0)), np.zeros((0, 0))), 0.0
+    arrays, meta = found
+    return label_solve.Sums(meta["done"], arrays["gram_tt"], arrays["gram_ty"]), meta["seconds"]
 
 
 def _judge(objective: kip.Objective, validation: Examples) -> Judge:

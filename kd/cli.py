@@ -1,31 +1,23 @@
 """The command `kd`: parse, run, print. Frameworks are imported inside the commands."""
 
 import json
-import signal
 import sys
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any
 
-import tyro
-
-from dsdistill.harness.errors import UserError
+from dsdistill.harness import command
 from kd.options import Evaluate, Train
 
 
 def main() -> None:
-    """Entry point: a wrong input or an interruption is one line on stderr and exit code 1."""
-    options = tyro.extras.subcommand_cli_from_dict(
+    """Entry point: a wrong input or an interruption is one line on stderr and exit code 1 or 2."""
+    options: Any = command.parse(
+        "kd",
+        "Train a small student from labels or from a large teacher, and judge it.",
         {"train": Train, "evaluate": Evaluate},
-        prog="kd",
-        description="Train a small student from labels or from a large teacher, and judge it.",
-        config=(tyro.conf.FlagCreatePairsOff,),
     )
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        _train(options) if isinstance(options, Train) else _evaluate(options)
-    except (UserError, OSError) as error:
-        raise SystemExit(f"kd: {error}") from error
-    except KeyboardInterrupt as error:
-        raise SystemExit("kd: interrupted") from error
+    execute: Callable[[Any], None] = _train if isinstance(options, Train) else _evaluate
+    command.run("kd", lambda: execute(options), "interrupted")
 
 
 def _train(options: Train) -> None:
@@ -96,7 +88,3 @@ def _label(name: str) -> str:
 
 def _value(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt

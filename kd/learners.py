@@ -29,7 +29,7 @@ class Network:
     """
 
     name: str
-    recipe: recipes.Recipe = recipes.LEARNER
+    recipe: recipes.Recipe = recipes.SMALL
     limit: int | None = None
 
     def __call__(self, train_set: Examples, validation: Examples, seed: int, /) -> Predict:

@@ -1,12 +1,12 @@
 """What the commands take. Frozen values; the texts below are the help pages."""
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from dsdistill.harness import places
 from dsdistill.harness.errors import UserError
 
 # The names that the help pages show for values.
@@ -14,11 +14,6 @@ Name = Annotated[str | None, tyro.conf.arg(metavar="NAME|RUN")]
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
 Count = Annotated[int | None, tyro.conf.arg(metavar="N")]
 Number = Annotated[float | None, tyro.conf.arg(metavar="X")]
-
-
-def default_root() -> Path:
-    """Environment variable DSDISTILL_DATA, else ~/.cache/dsdistill."""
-    return Path(os.environ.get("DSDISTILL_DATA") or "~/.cache/dsdistill").expanduser()
 
 
 @dataclass(frozen=True)
@@ -57,7 +52,7 @@ class Train:
     """Resize images to this height and width."""
     validation_fraction: Number = None
     """Share of the training images held out for validation; by default 0.1."""
-    data_root: Path = field(default_factory=default_root)
+    data_root: Path = field(default_factory=places.data_root)
     """Where data sets lie or are downloaded to."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
@@ -93,7 +88,7 @@ class Evaluate:
     """Data set to test on; by default the one it was trained for."""
     teacher: Name = None
     """To measure the agreement with; by default the one it was trained with."""
-    data_root: Path = field(default_factory=default_root)
+    data_root: Path = field(default_factory=places.data_root)
     """Where data sets lie or are downloaded to."""
     device: str = "cpu"
     """Where accuracy is measured; latency is always the CPU's."""

@@ -1,7 +1,7 @@
 """One plain loop over an objective: steps, rounds, validation, checkpoints.
 
 A round is an epoch; where epochs are shorter than a hundred steps, as on a distilled set, it is a
-twentieth of the training. After a round the student is validated and the training is saved.
+fifth of the training. After a round the student is validated and the training is saved.
 """
 
 import math
@@ -122,7 +122,7 @@ def make_optimizer(objective: Objective, recipe: Recipe) -> torch.optim.Optimize
 def rounds(done: int, total: int, steps_per_epoch: int) -> Iterator[range]:
     """The epochs between two validations, from epoch `done` to the one of step `total`."""
     epochs = math.ceil(total / steps_per_epoch)
-    every = max(1, epochs // 20) if steps_per_epoch < SHORT_EPOCH else 1
+    every = max(1, epochs // 5) if steps_per_epoch < SHORT_EPOCH else 1
     for first in range(done, epochs, every):
         yield range(first, min(first + every, epochs))
 

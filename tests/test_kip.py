@@ -175,10 +175,12 @@ def test_label_solve_streams(train, monkeypatch):
     support = start(train).images
     whole = label_solve.solve_labels(networks.parse("fc"), support, train)
     monkeypatch.setattr(label_solve, "CHUNK", 32)  # 90 targets: two chunks and a padded one
-    seen = []
-    tiled = label_solve.solve_labels(networks.parse("fc"), support, train, on_chunk=seen.append)
-    assert seen == [32, 64, 90]
+    parts = list(label_solve.accumulate(networks.parse("fc"), support, train))
+    assert [sums.done for sums in parts] == [32, 64, 90]
+    tiled = label_solve.solve(networks.parse("fc"), support, parts[-1], 1e-6)
     np.testing.assert_allclose(tiled, whole, rtol=1e-4, atol=1e-5)
+    *_, continued = label_solve.accumulate(networks.parse("fc"), support, train, parts[0])
+    np.testing.assert_array_equal(continued.gram_tt, parts[-1].gram_tt)
 
 
 def test_label_solve_refuses_a_support_larger_than_the_data(train):

@@ -9,6 +9,8 @@ from dsdistill.harness.evaluate import Row
 from dsdistill.harness.memory import readable
 from dsdistill.harness.runs import write_bytes, write_json
 
+COLUMNS = ("data", "learner", "test accuracy, %", "n", "images", "size", "training")
+
 
 def write(folder: Path, rows: Sequence[Row], facts: Mapping[str, Any]) -> None:
     """Write both files.
@@ -27,11 +29,9 @@ def markdown(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
     lines = [
         f"# {facts['title']}",
         "",
-        "| data | learner | test accuracy | n | images | size | training |",
-        "|---|---|---|---|---|---|---|",
-        *(f"| {' | '.join(cells(row))} |" for row in rows),
+        *table(rows),
         "",
-        "Accuracy in percent, mean ± standard deviation over n seeds; training time of one seed.",
+        "Mean ± standard deviation over n seeds; training time of one seed.",
         *(f"- {note}" for note in facts["notes"]),
         "",
         "Reproduce with:",
@@ -40,6 +40,12 @@ def markdown(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """The rows as the lines of a Markdown table."""
+    head = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    return head + [f"| {' | '.join(cells(row))} |" for row in rows]
 
 
 def cells(row: Row) -> list[str]:
