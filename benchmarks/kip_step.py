@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsdistill import kip
-from dsdistill.harness.datasets import Examples, Labeled
+from dsdistill.harness.labeled import Examples, Labeled
 from dsdistill.harness.preprocess import identity
 from dsdistill.kernels import networks, tangents
 

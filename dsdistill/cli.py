@@ -4,9 +4,6 @@ Only options are imported here; the frameworks are imported inside the commands,
 `dsdistill --help` answers at once. What is wrong with the input is said in one line.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 from dsdistill import options
 from dsdistill.harness import command
 
@@ -41,7 +38,7 @@ def export(chosen: options.Export) -> None:
     print(exporting.write(chosen.file, chosen.format, chosen.out))
 
 
-COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+COMMANDS: command.Commands = {
     "kip": (options.Kip, kip),
     "ls": (options.LabelSolve, label_solve),
     "evaluate": (options.Evaluate, evaluate),
@@ -51,14 +48,9 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
 
 
 def main() -> None:
-    """Run one command. Exit code 2: the command line cannot be read; 1: anything else is wrong."""
-    chosen = command.parse(
-        "dsdistill",
-        "Condense an image data set into a few synthetic images.",
-        {name: cls for name, (cls, _) in COMMANDS.items()},
-    )
-    execute = next(execute for cls, execute in COMMANDS.values() if type(chosen) is cls)
-    command.run("dsdistill", lambda: execute(chosen), "stopped; a run continues with --resume")
+    """Run one command of the line that the user typed."""
+    description = "Condense an image data set into a few synthetic images."
+    command.main("dsdistill", description, COMMANDS, "stopped; a run continues with --resume")
 
 
 if __name__ == "__main__":

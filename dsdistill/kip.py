@@ -25,8 +25,8 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from dsdistill import ridge
 from dsdistill.harness import memory
-from dsdistill.harness.datasets import Examples, Labeled, centred_one_hot, per_class
 from dsdistill.harness.errors import UserError
+from dsdistill.harness.labeled import Examples, Labeled, centred_one_hot, per_class
 from dsdistill.kernels import gram
 from dsdistill.kernels.networks import Network
 

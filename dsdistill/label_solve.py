@@ -24,8 +24,8 @@ from jaxtyping import Array, Float
 
 from dsdistill import ridge as krr
 from dsdistill.harness import memory
-from dsdistill.harness.datasets import Examples
 from dsdistill.harness.errors import UserError
+from dsdistill.harness.labeled import Examples
 from dsdistill.kernels import gram
 from dsdistill.kernels.networks import Network
 

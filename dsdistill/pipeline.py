@@ -15,10 +15,11 @@ import numpy as np
 from jaxtyping import Float
 
 from dsdistill import kip, label_solve, ridge
-from dsdistill.harness import artifact, datasets, memory, pictures, preprocess, runs
-from dsdistill.harness.datasets import Examples, Splits
+from dsdistill.harness import artifact, datasets, labeled, memory, pictures, preprocess, runs
+from dsdistill.harness.datasets import Splits
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluate import accuracy
+from dsdistill.harness.labeled import Examples
 from dsdistill.kernels import gram, networks
 from dsdistill.options import Kip, LabelSolve, Source
 from dsdistill.search import accumulated, search
@@ -108,7 +109,7 @@ def _setting(options: Source) -> Setting:
         image_size=options.image_size,
         validation_fraction=options.validation_fraction,
     )
-    datasets.check_per_class(splits.train, options.images_per_class)
+    labeled.check_per_class(splits.train, options.images_per_class)
     gram.plan(network, 1, 1, splits.train.shape, gradient=isinstance(options, Kip))  # may refuse
     fitted = preprocess.fit(options.preprocess, splits.train.chunks, splits.train.shape)
     train, validation = Examples(splits.train, fitted), Examples(splits.validation, fitted)
@@ -163,7 +164,7 @@ def _finish(options: Source, run: runs.Run, setting: Setting, result: Result) ->
     splits, fitted = setting.splits, setting.train.preprocess
     classes = splits.train.classes
     hard = np.repeat(np.arange(len(classes)), options.images_per_class)
-    natural = datasets.centred_one_hot(hard, len(classes))
+    natural = labeled.centred_one_hot(hard, len(classes))
     test = Examples(splits.test, fitted)
     figures = {
         "test_accuracy": _accuracy(setting, result.images, result.labels, result.ridge, test),

@@ -19,9 +19,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dsdistill.harness import memory
-from dsdistill.harness.datasets import Examples
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluate import Predict
+from dsdistill.harness.labeled import Examples
 from dsdistill.kernels.gram import Tile, gram, plan
 from dsdistill.kernels.networks import Network
 

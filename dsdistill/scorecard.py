@@ -9,9 +9,10 @@ from typing import Any
 
 from dsdistill.harness import artifact, controls, datasets, progress, report, runs
 from dsdistill.harness.artifact import Distilled
-from dsdistill.harness.datasets import Examples, Splits
+from dsdistill.harness.datasets import Splits
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluate import Arm, Learner, Row, evaluate
+from dsdistill.harness.labeled import Examples
 from dsdistill.options import Evaluate
 
 VALIDATION = 0.1  # for a set that held no validation images out itself

@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from dsdistill import kip, label_solve, ridge
 from dsdistill.harness import progress, runs
-from dsdistill.harness.datasets import Examples
+from dsdistill.harness.labeled import Examples
 from dsdistill.kernels.networks import Network
 
 CHECKPOINT_EVERY = 10.0  # seconds

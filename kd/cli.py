@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from dsdistill.harness import command
@@ -10,14 +9,10 @@ from kd.options import Evaluate, Train
 
 
 def main() -> None:
-    """Entry point: a wrong input or an interruption is one line on stderr and exit code 1 or 2."""
-    options: Any = command.parse(
-        "kd",
-        "Train a small student from labels or from a large teacher, and judge it.",
-        {"train": Train, "evaluate": Evaluate},
-    )
-    execute: Callable[[Any], None] = _train if isinstance(options, Train) else _evaluate
-    command.run("kd", lambda: execute(options), "interrupted")
+    """Run one command of the line that the user typed."""
+    description = "Train a small student from labels or from a large teacher, and judge it."
+    commands = {"train": (Train, _train), "evaluate": (Evaluate, _evaluate)}
+    command.main("kd", description, commands, "interrupted")
 
 
 def _train(options: Train) -> None:

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsdistill.harness import memory
-from dsdistill.harness.datasets import Examples
+from dsdistill.harness.labeled import Examples
 
 RESIDENT_BYTES = 1 << 30  # CIFAR-10 in float32 is 0.6 GiB; ImageNet at 64 pixels is 63 GiB
 

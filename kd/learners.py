@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from dsdistill.harness.datasets import Examples
 from dsdistill.harness.evaluate import Learner, Predict
+from dsdistill.harness.labeled import Examples
 from kd import data, networks, recipes
 from kd.objectives import Supervised
 from kd.train import train

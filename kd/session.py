@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from dsdistill.harness import metrics, progress, runs
-from dsdistill.harness.datasets import Examples
 from dsdistill.harness.errors import UserError
+from dsdistill.harness.labeled import Examples
 from kd import data, models, networks, objectives, recipes, scoring, sources, teachers
 from kd.checkpoint import State
 from kd.data import Batches

@@ -7,8 +7,9 @@ from typing import Any
 
 from dsdistill.harness import artifact, datasets, preprocess
 from dsdistill.harness.artifact import Distilled
-from dsdistill.harness.datasets import Examples, Labeled, Splits
+from dsdistill.harness.datasets import Splits
 from dsdistill.harness.errors import UserError
+from dsdistill.harness.labeled import Examples, Labeled
 from dsdistill.harness.preprocess import Preprocess
 
 VALIDATION_FRACTION = 0.1

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dsdistill.harness import artifact, datasets, preprocess
-from dsdistill.harness.datasets import Examples, Labeled, Splits
+from dsdistill.harness import artifact, datasets, labeled, preprocess
+from dsdistill.harness.datasets import Splits
+from dsdistill.harness.labeled import Examples, Labeled
 
 
 def kd(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -42,12 +43,12 @@ def write_npz(path: Path, *, classes: int = 3, size: int = 8, n: int = 90) -> Pa
 def distilled(splits: Splits, **provenance: object) -> artifact.Distilled:
     """A distilled set of five real images a class, as `dsdistill` would write it."""
     fitted = preprocess.fit("standardise", splits.train.chunks, splits.train.shape)
-    chosen = datasets.per_class(splits.train, 5, np.random.default_rng(0))
+    chosen = labeled.per_class(splits.train, 5, np.random.default_rng(0))
     data = splits.train.select(chosen)
     came_from = {"source": splits.name, "sha256": splits.digest}
     return artifact.Distilled(
         fitted.apply(data.images()),
-        datasets.centred_one_hot(data.labels, len(data.classes)),
+        labeled.centred_one_hot(data.labels, len(data.classes)),
         fitted,
         data.classes,
         {"data": came_from, "config": {"image_size": None, "validation_fraction": 0.1}}

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsdistill.harness import datasets
-from dsdistill.harness.datasets import DataError, Examples, Labeled
+from dsdistill.harness import datasets, labeled
 from dsdistill.harness.errors import UserError
+from dsdistill.harness.labeled import DataError, Examples, Labeled
 from dsdistill.harness.preprocess import identity
 
 FASHION = Path(os.environ.get("DSDISTILL_DATA", "no such folder"))
@@ -47,27 +47,27 @@ def _refused(path, tmp_path, match, **options):
 )
 def test_stratified_is_exact_disjoint_and_repeatable(counts, fraction, seed):
     labels = _labeled(counts, seed).labels
-    kept, held = datasets.stratified(labels, fraction)
+    kept, held = labeled.stratified(labels, fraction)
     assert sorted([*kept, *held]) == list(range(len(labels)))
     assert (np.diff(kept) > 0).all()
     assert (np.diff(held) > 0).all()
     for label, count in enumerate(counts):
         assert (labels[held] == label).sum() == round(fraction * count)
-    again = datasets.stratified(labels, fraction)
+    again = labeled.stratified(labels, fraction)
     np.testing.assert_array_equal(again[0], kept)
     np.testing.assert_array_equal(again[1], held)
 
 
 def test_stratified_is_a_random_choice():
     labels = np.repeat([0, 1], 100)
-    _, held = datasets.stratified(labels, 0.2)
+    _, held = labeled.stratified(labels, 0.2)
     assert held[labels[held] == 0].max() > 30  # not simply the first 20
 
 
 @given(counts=st.lists(st.integers(1, 12), min_size=1, max_size=5), count=st.integers(0, 80))
 def test_balanced_gives_every_class_its_share(counts, count):
     labels = _labeled(counts).labels
-    chosen = datasets.balanced(labels, count, np.random.default_rng(0))
+    chosen = labeled.balanced(labels, count, np.random.default_rng(0))
     assert len(set(chosen.tolist())) == len(chosen)
     share = max(count // len(counts), 1)
     assert np.bincount(labels[chosen]).tolist() == [min(share, n) for n in counts]
@@ -76,23 +76,23 @@ def test_balanced_gives_every_class_its_share(counts, count):
 
 def test_balanced_follows_its_generator():
     labels = np.repeat([0, 1], 50)
-    draw = [datasets.balanced(labels, 10, np.random.default_rng(s)).tolist() for s in (0, 0, 1)]
+    draw = [labeled.balanced(labels, 10, np.random.default_rng(s)).tolist() for s in (0, 0, 1)]
     assert draw[0] == draw[1] != draw[2]
 
 
 def test_per_class_is_exact_or_refused():
     data = _labeled([5, 3, 9])
-    chosen = datasets.per_class(data, 3, np.random.default_rng(0))
+    chosen = labeled.per_class(data, 3, np.random.default_rng(0))
     assert data.labels[chosen].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     with pytest.raises(DataError, match=r"'class 1' has 3 .* fewer than the 4"):
-        datasets.per_class(data, 4, np.random.default_rng(0))
+        labeled.per_class(data, 4, np.random.default_rng(0))
     with pytest.raises(UserError, match="at least 1, got 0"):
-        datasets.per_class(data, 0, np.random.default_rng(0))
+        labeled.per_class(data, 0, np.random.default_rng(0))
 
 
 def test_centred_one_hot_rows_sum_to_zero():
     labels = np.array([2, 0, 1])
-    rows = datasets.centred_one_hot(labels, 4)
+    rows = labeled.centred_one_hot(labels, 4)
     np.testing.assert_allclose(rows.sum(1), 0, atol=1e-7)
     np.testing.assert_allclose(rows, np.eye(4)[labels] - 0.25)
 
@@ -110,9 +110,7 @@ def test_examples_give_centred_or_stored_labels():
     data, some = _labeled([2, 3]), np.array([4, 0])
     plain = Examples(data, identity(1))
     np.testing.assert_array_equal(plain.images(some), data.store[some] / np.float32(255))
-    np.testing.assert_array_equal(
-        plain.labels(some), datasets.centred_one_hot(data.labels[some], 2)
-    )
+    np.testing.assert_array_equal(plain.labels(some), labeled.centred_one_hot(data.labels[some], 2))
     stored = np.arange(10, dtype=np.float32).reshape(5, 2)
     ready = Examples(data, identity(1), targets=stored, ready=True)
     np.testing.assert_array_equal(ready.images(some), data.store[some])

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from dsdistill.harness import controls, evaluate, report
-from dsdistill.harness.datasets import Examples, Labeled
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluate import Arm
+from dsdistill.harness.labeled import Examples, Labeled
 from dsdistill.harness.preprocess import identity
 
 

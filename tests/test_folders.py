@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dsdistill.harness import datasets, folders
-from dsdistill.harness.datasets import DataError
+from dsdistill.harness import datasets, folders, labeled
+from dsdistill.harness.labeled import DataError
 
 
 def _pixels(h=6, w=6, c=3, seed=0):
@@ -91,7 +91,7 @@ def test_a_folder_without_test_part_is_split(inside, tmp_path):
     data = tmp_path / "data"
     _classes(data / inside, {"a": 10, "b": 20})
     train, test = _read(data, tmp_path)
-    kept, held = datasets.stratified(np.repeat([0, 1], [10, 20]), datasets.TEST_FRACTION)
+    kept, held = labeled.stratified(np.repeat([0, 1], [10, 20]), datasets.TEST_FRACTION)
     np.testing.assert_array_equal(train.rows, kept)
     np.testing.assert_array_equal(test.rows, held)
     assert np.bincount(test.labels).tolist() == [2, 4]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dsdistill.harness import datasets, metrics, preprocess
+from dsdistill.harness import labeled, metrics, preprocess
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluate import Learner
 from kd import checkpoint, data, learners, networks, objectives, recipes, scoring
@@ -63,7 +63,7 @@ def test_data_too_large_for_the_device_give_the_same_batches(
 ) -> None:
     splits = support.digits()
     fitted = preprocess.fit("standardise", splits.train.chunks, splits.train.shape)
-    examples = datasets.Examples(splits.train, fitted)
+    examples = labeled.Examples(splits.train, fitted)
     resident = data.batches(examples, 100, CPU)
     monkeypatch.setattr(data, "RESIDENT_BYTES", 0)
     streamed = data.batches(examples, 100, CPU)

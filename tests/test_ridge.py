@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dsdistill import ridge
-from dsdistill.harness.datasets import Examples, Labeled
 from dsdistill.harness.errors import UserError
+from dsdistill.harness.labeled import Examples, Labeled
 from dsdistill.harness.preprocess import identity
 from dsdistill.kernels import networks
 

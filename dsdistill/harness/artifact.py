@@ -18,8 +18,8 @@ import safetensors.numpy
 from jaxtyping import Float, Int
 
 from dsdistill.harness import preprocess as pre
-from dsdistill.harness.datasets import Examples, Labeled
 from dsdistill.harness.errors import UserError
+from dsdistill.harness.labeled import Examples, Labeled
 from dsdistill.harness.runs import write_bytes
 
 FORMAT = 1

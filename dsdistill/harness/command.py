@@ -14,14 +14,35 @@ import tyro
 
 from dsdistill.harness.errors import UserError
 
+Commands = Mapping[str, tuple[type, Callable[[Any], None]]]
 
-def parse(prog: str, description: str, commands: Mapping[str, type]) -> Any:
-    """Read the command line into the options of the command it names.
+
+def main(prog: str, description: str, commands: Commands, stopped: str) -> None:
+    """Read the command line and run the command it names.
+
+    Args:
+        prog: Opens every message.
+        description: For the help page.
+        commands: Name -> class of its options, and what runs them. That may raise `UserError` or
+            `OSError` for what the user can mend.
+        stopped: What to say after Ctrl-C or SIGTERM, which end a command the same way.
 
     Raises:
-        SystemExit: With code 0 after a help page; with code 2 and one line on standard error if
-            the line cannot be read.
+        SystemExit: With code 0 after a help page; with code 2 and one line if the command line
+            cannot be read; with code 1 and one line if the command fails.
     """
+    options = _parse(prog, description, {name: cls for name, (cls, _) in commands.items()})
+    execute = next(execute for cls, execute in commands.values() if type(options) is cls)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        execute(options)
+    except (UserError, OSError) as error:
+        raise SystemExit(f"{prog}: {error}") from error
+    except KeyboardInterrupt as error:
+        raise SystemExit(f"{prog}: {stopped}") from error
+
+
+def _parse(prog: str, description: str, commands: Mapping[str, type]) -> Any:
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
@@ -35,26 +56,6 @@ def parse(prog: str, description: str, commands: Mapping[str, type]) -> Any:
         if stop.code:
             print(f"{prog}: {_one_line(box.getvalue(), commands)}", file=sys.stderr)
         raise
-
-
-def run(prog: str, command: Callable[[], None], stopped: str) -> None:
-    """Run a command.
-
-    Args:
-        prog: Opens every message.
-        command: May raise `UserError` or `OSError` for what the user can mend.
-        stopped: What to say after Ctrl-C or SIGTERM, which ends a command the same way.
-
-    Raises:
-        SystemExit: With code 1 and one line, instead of those.
-    """
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        command()
-    except (UserError, OSError) as error:
-        raise SystemExit(f"{prog}: {error}") from error
-    except KeyboardInterrupt as error:
-        raise SystemExit(f"{prog}: {stopped}") from error
 
 
 def _interrupt(*_: object) -> NoReturn:

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from dsdistill.harness.datasets import Examples, per_class
 from dsdistill.harness.errors import unknown
 from dsdistill.harness.evaluate import Arm
+from dsdistill.harness.labeled import Examples, per_class
 
 CONTROLS = ("random", "coreset", "full")
 

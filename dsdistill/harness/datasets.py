@@ -6,16 +6,15 @@ learner and seed sees the same split and nothing is ever chosen on the test imag
 
 import hashlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int, Num
 
 from dsdistill.harness.errors import UserError, unknown
-from dsdistill.harness.preprocess import Preprocess
+from dsdistill.harness.labeled import TEST_FRACTION, DataError, Labeled, stratified
 
 # Our name -> (class in torchvision.datasets, argument that chooses the part, its two values).
 TORCHVISION = {
@@ -26,84 +25,6 @@ TORCHVISION = {
     "svhn": ("SVHN", "split", ("train", "test")),
 }
 NAMES = ("digits", *TORCHVISION)
-SPLIT_SEED = 0  # fixed: a split that followed --seed would leak validation images between runs
-TEST_FRACTION = 0.2  # of a source that has no test part of its own; of digits too
-
-
-class DataError(UserError):
-    """A data set that is missing, unreadable or unfit for what was asked."""
-
-
-@dataclass(frozen=True, eq=False)
-class Labeled:
-    """Images with integer labels, possibly a view of rows of a larger array or memory map.
-
-    Attributes:
-        store: (N, h, w, c) uint8, or float32 in [0, 1]; N >= n.
-        labels: One class index an image.
-        classes: Names, in the order of the indices.
-        rows: Position of each image in `store`; None when the two are aligned.
-    """
-
-    store: Num[np.ndarray, "N h w c"]
-    labels: Int[np.ndarray, " n"]
-    classes: tuple[str, ...]
-    rows: Int[np.ndarray, " n"] | None = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of an image."""
-        h, w, c = self.store.shape[1:]
-        return h, w, c
-
-    def images(self, indices: Int[np.ndarray, " m"] | slice = slice(None)) -> np.ndarray:
-        """The images at `indices`, read from disk now if the store is a memory map."""
-        rows = indices if self.rows is None else self.rows[indices]
-        return np.asarray(self.store[rows])
-
-    def select(self, indices: Int[np.ndarray, " m"]) -> "Labeled":
-        """A view of some of the images, in the order given; no pixel is copied."""
-        rows = indices if self.rows is None else self.rows[indices]
-        return replace(self, labels=self.labels[indices], rows=rows)
-
-    def chunks(self, size: int) -> Iterator[np.ndarray]:
-        """All images in order, `size` at a time."""
-        for start in range(0, len(self), size):
-            yield self.images(slice(start, start + size))
-
-
-@dataclass(frozen=True, eq=False)
-class Examples:
-    """What a learner trains on: images as its model sees them, with real-valued labels.
-
-    Attributes:
-        data: The images; for a distilled set, already preprocessed, with arg-max labels.
-        targets: (n, k) float32, or None for one-hot labels minus 1/k.
-        preprocess: The space in which a model sees the images.
-        ready: True if `data` is already in that space (a distilled set).
-    """
-
-    data: Labeled
-    preprocess: Preprocess
-    targets: Float[np.ndarray, "n k"] | None = None
-    ready: bool = False
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def images(self, indices: Int[np.ndarray, " m"] | slice = slice(None)) -> np.ndarray:
-        """Preprocessed float32 images at `indices`."""
-        raw = self.data.images(indices)
-        return raw if self.ready else self.preprocess.apply(raw)
-
-    def labels(self, indices: Int[np.ndarray, " m"] | slice = slice(None)) -> np.ndarray:
-        """(m, k) float32 labels at `indices`: the stored ones, or one-hot minus 1/k."""
-        if self.targets is not None:
-            return self.targets[indices]
-        return centred_one_hot(self.data.labels[indices], len(self.data.classes))
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,59 +67,6 @@ def load(
     rest, held = stratified(train.labels, validation_fraction)
     _require_every_class(train.select(rest), data)
     return Splits(_short_name(data), train.select(rest), train.select(held), test, digest)
-
-
-def stratified(labels: Int[np.ndarray, " n"], fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted indices of the images kept and of those held out, the same share of every class."""
-    rng = np.random.default_rng(SPLIT_SEED)
-    held = [np.empty(0, np.int64)]
-    for label in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == label))
-        held.append(members[: round(fraction * len(members))])
-    out = np.sort(np.concatenate(held))
-    return np.setdiff1d(np.arange(len(labels)), out), out
-
-
-def balanced(labels: Int[np.ndarray, " n"], count: int, rng: np.random.Generator) -> np.ndarray:
-    """Indices of up to `count` random images, as many of each class as there are, in class order.
-
-    Args:
-        count: Images wanted in all; divided evenly, the remainder dropped. A class that has
-            fewer gives all it has.
-        rng: Draws without replacement.
-    """
-    classes = np.unique(labels)
-    share = max(count // len(classes), 1)
-    members = (np.flatnonzero(labels == label) for label in classes)
-    return np.concatenate([rng.permutation(m)[:share] for m in members])
-
-
-def per_class(data: Labeled, images_per_class: int, rng: np.random.Generator) -> np.ndarray:
-    """Indices of exactly `images_per_class` random images of every class, in class order.
-
-    Raises:
-        DataError: If a class has fewer.
-    """
-    check_per_class(data, images_per_class)
-    return balanced(data.labels, images_per_class * len(data.classes), rng)
-
-
-def check_per_class(data: Labeled, images_per_class: int) -> None:
-    """Refuse a number of images a class that is not there."""
-    if images_per_class < 1:
-        raise UserError(f"images per class must be at least 1, got {images_per_class}")
-    counts = np.bincount(data.labels, minlength=len(data.classes))
-    scarce = int(counts.argmin())
-    if counts[scarce] < images_per_class:
-        raise DataError(
-            f"class {data.classes[scarce]!r} has {counts[scarce]} training images, fewer than "
-            f"the {images_per_class} asked for: lower --images-per-class"
-        )
-
-
-def centred_one_hot(labels: Int[np.ndarray, " n"], k: int) -> Float[np.ndarray, "n k"]:
-    """One-hot labels minus 1/k: every row sums to 0. The encoding of KIP and Label Solve."""
-    return (np.eye(k, dtype=np.float32) - np.float32(1 / k))[labels]
 
 
 def _read(data: str, root: Path, image_size: int | None) -> tuple[Labeled, Labeled]:

@@ -14,8 +14,8 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Float
 
-from dsdistill.harness.datasets import Examples, balanced
 from dsdistill.harness.errors import UserError
+from dsdistill.harness.labeled import Examples, balanced
 
 BATCH = 2000  # test images that are preprocessed and predicted at a time
 

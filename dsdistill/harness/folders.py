@@ -28,7 +28,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dsdistill.harness import progress
-from dsdistill.harness.datasets import TEST_FRACTION, DataError, Labeled, stratified
+from dsdistill.harness.labeled import TEST_FRACTION, DataError, Labeled, stratified
 from dsdistill.harness.memory import readable
 from dsdistill.harness.runs import write_json
 

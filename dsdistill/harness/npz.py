@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dsdistill.harness.datasets import DataError, Labeled
+from dsdistill.harness.labeled import DataError, Labeled
 
 
 def read(path: Path) -> Labeled:

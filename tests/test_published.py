@@ -1,0 +1,41 @@
+"""The results table of the README, as far as it can be had in minutes: `pytest -m slow`."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dsdistill.harness import artifact
+
+pytestmark = [pytest.mark.slow, pytest.mark.fashion]
+
+
+def accuracy(run: Path) -> float:
+    return artifact.load(run / artifact.FILE).provenance["metrics"]["test_accuracy"]
+
+
+def test_kip_on_fashion_mnist(dsdistill, tmp_path):
+    """84.6 % in the reference run; its accuracy moves by half a point between steps."""
+    done = dsdistill("kip", "fashion-mnist", "--steps", 300, "--out", "run")
+    assert done.returncode == 0, done.stderr
+    assert accuracy(tmp_path / "run") >= 0.84
+
+
+@pytest.mark.parametrize(("images_per_class", "published"), [(10, 0.797), (50, 0.845)])
+def test_label_solve_on_fashion_mnist(dsdistill, tmp_path, images_per_class, published):
+    """Means of three draws. At one a class a draw deviates by two points: see the README."""
+    for seed in range(3):
+        options = ("--images-per-class", images_per_class, "--seed", seed, "--out", str(seed))
+        assert dsdistill("ls", "fashion-mnist", *options).returncode == 0
+    mean = np.mean([accuracy(tmp_path / str(seed)) for seed in range(3)])
+    assert mean == pytest.approx(published, abs=0.01)
+
+
+def test_a_step_takes_at_most_half_of_the_reference():
+    script = Path(__file__).parents[1] / "benchmarks" / "kip_step.py"
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, check=True, timeout=300
+    )
+    assert float(done.stdout.split()[-1]) <= 0.5
