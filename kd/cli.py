@@ -58,7 +58,7 @@ def _print(figures: dict[str, Any]) -> None:
     rows = [(_label(k), _value(v)) for k, v in figures.items() if v is not None]
     if not sys.stdout.isatty():
         for label, value in rows:
-            print(f"{label:<34}{value}")
+            print(f"{label:<38}{value}")
         return
     from rich.console import Console
     from rich.table import Table
