@@ -196,10 +196,9 @@ class _Batches:
 
 def _compiled_update(objective: Objective, support: Support, targets: int) -> Callable[..., Any]:
     n, shape = len(support.images), support.images.shape[1:]
-    plan, network = gram.plan, objective.network
-    with jax.enable_x64(True):
-        tile_ss = plan(network, n, n, shape, gradient=True, dtype=jnp.float64)
-    tile_st = plan(network, n, targets, shape, gradient=True)
+    network = objective.network
+    tile_ss = ridge.support_tile(network, n, shape, gradient=True)
+    tile_st = gram.plan(network, n, targets, shape, gradient=True)
     free = jnp.asarray(~support.frozen)
 
     def update(state: State, x_t: Array, y_t: Array, key: PRNGKeyArray) -> tuple[State, Array]:

@@ -85,7 +85,8 @@ def accumulate(
         )
     purpose = f"Label Solve with {n} support images"
     memory.require(6 * 8 * n * n, purpose, "lower --images-per-class")
-    tile = gram.plan(network, n, CHUNK, train.data.shape, gradient=False)
+    size = min(CHUNK, len(train))
+    tile = gram.plan(network, n, size, train.data.shape, gradient=False)
     x_s = jnp.asarray(support)
 
     @jax.jit
@@ -95,14 +96,14 @@ def accumulate(
         return gram_tt + k_st @ k_st.T, gram_ty + k_st @ y_t
 
     sums = start or Sums(0, *(np.zeros(shape) for shape in ((n, n), (n, k))))
-    for first in range(sums.done, len(train), CHUNK):
-        rows = np.arange(first, first + CHUNK)
+    for first in range(sums.done, len(train), size):
+        rows = np.arange(first, first + size)
         real = rows < len(train)
         rows = np.minimum(rows, len(train) - 1)  # one shape, one compilation
         with jax.enable_x64(True):
             added = add(*sums[1:], train.images(rows), train.labels(rows), real)
             jax.block_until_ready(added)
-        sums = Sums(min(first + CHUNK, len(train)), *added)
+        sums = Sums(min(first + size, len(train)), *added)
         yield sums
 
 
@@ -118,7 +119,7 @@ def solve(
     h, w, c = support.shape[1:]
     with jax.enable_x64(True):
         jitter = ridge / n * jnp.eye(n)
-        tile = gram.plan(network, n, n, (h, w, c), gradient=False, dtype=jnp.float64)
+        tile = krr.support_tile(network, n, (h, w, c), gradient=False)
         k_ss = krr.support_gram(network, jnp.asarray(support), tile)
         fitted = jax.scipy.linalg.solve(sums.gram_tt + jitter, sums.gram_ty, assume_a="pos")
         labels = np.asarray(((k_ss + jitter) @ fitted).astype(jnp.float32))

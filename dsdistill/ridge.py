@@ -94,22 +94,42 @@ def fit(
             )
 
     def predictor(targets: Float[np.ndarray, "m h w c"], /) -> Float[np.ndarray, "m k"]:
-        out = []
+        size, out = min(CHUNK, len(targets)), []
         with jax.enable_x64(True):
-            for start in range(0, len(targets), CHUNK):
-                chunk = targets[start : start + CHUNK]
-                filled = np.zeros((CHUNK, *chunk.shape[1:]), np.float32)
-                filled[: len(chunk)] = chunk  # always one shape: one compilation
+            for start in range(0, len(targets), size):
+                chunk = targets[start : start + size]
+                filled = np.zeros((size, *chunk.shape[1:]), np.float32)
+                filled[: len(chunk)] = chunk  # one shape for all: one compilation
                 out.append(np.asarray(programs.scores(images, filled, alpha))[: len(chunk)])
         return np.concatenate(out)
 
     return predictor
 
 
-def support_gram(network: Network, support: Float[Array, "n h w c"], tile: Tile) -> Array:
-    """k_ss in float64: in float32 a kernel loses digits where both images are the same."""
+def support_gram(
+    network: Network, support: Float[Array, "n h w c"], tile: Tile
+) -> Float[Array, "n n"]:
+    """k_ss in float64 with an exact diagonal: in float32 kernels lose digits on identical images.
+
+    The closed forms are computed in float64 throughout, neural-tangents' kernels on the diagonal.
+
+    Args:
+        network: Whose kernel.
+        support: float32 images.
+        tile: Of `support_tile`.
+    """
     double = support.astype(jnp.float64)
-    return gram(network.kernel, double, double, tile)
+    if network.diagonal is None:
+        return gram(network.kernel, double, double, tile)
+    k_ss = gram(network.kernel, support, support, tile).astype(jnp.float64)
+    return jnp.where(jnp.eye(len(support), dtype=bool), network.diagonal(double), k_ss)
+
+
+def support_tile(network: Network, n: int, shape: tuple[int, int, int], *, gradient: bool) -> Tile:
+    """The tile for `support_gram`."""
+    dtype = jnp.float64 if network.diagonal is None else jnp.float32
+    with jax.enable_x64(True):
+        return plan(network, n, n, shape, gradient=gradient, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -122,7 +142,7 @@ class _Programs:
 
 @functools.lru_cache(maxsize=8)  # a run validates dozens of supports of the same size
 def _programs(network: Network, n: int, shape: tuple[int, int, int]) -> _Programs:
-    tile_ss = plan(network, n, n, shape, gradient=False, dtype=jnp.float64)
+    tile_ss = support_tile(network, n, shape, gradient=False)
     tile_st = plan(network, n, CHUNK, shape, gradient=False)
     return _Programs(
         jax.jit(lambda x, y, ridge: solve(support_gram(network, x, tile_ss), y, ridge)),

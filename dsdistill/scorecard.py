@@ -118,17 +118,12 @@ def _facts(
     options: Evaluate, distilled: Distilled, splits: Splits, rows: list[Row]
 ) -> dict[str, Any]:
     made = distilled.provenance
-    again = shlex.join(
-        f"dsdistill evaluate {options.run} --learners {options.learners} "
-        f"--controls {options.controls} --seeds {options.seeds}".split()
-    )
+    again = ["dsdistill", "evaluate", str(options.run), "--learners", options.learners]
+    again += ["--controls", options.controls, "--seeds", str(options.seeds)]
     return {
         "title": f"{made['method']} on {splits.name}, {len(distilled)} images",
         "notes": _notes(distilled, splits, rows),
-        "commands": [
-            _distil_command(made),
-            f"{again} --controls '{options.controls}' --seeds {options.seeds}",
-        ],
+        "commands": [_distil_command(made), shlex.join(again)],
         "distilled": {
             name: made[name] for name in ("method", "kernel", "data", "seconds", "metrics")
         },

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -100,6 +101,22 @@ def test_folder_of_jpegs_in_colour(dsdistill, tmp_path):
     assert distilled.classes == ("cold", "warm")
     assert distilled.provenance["engine"] == "neural-tangents"
     assert distilled.provenance["metrics"]["test_accuracy"] > 0.9
+
+
+@pytest.mark.parametrize("kernel", ["convnet3", "myrtle"])
+def test_pooled_kernels_through_neural_tangents(dsdistill, tmp_path, kernel):
+    """Pooling in float64 crashes XLA's CPU compiler, so these must stay clear of it."""
+    labels = np.arange(60) % 2
+    rng = np.random.default_rng(0)
+    images = np.clip(rng.normal(0.3 + 0.4 * labels[:, None, None], 0.1, (60, 8, 8)), 0, 1)
+    np.savez(tmp_path / "mine.npz", images=images.astype(np.float32), labels=labels)
+    options = ("mine.npz", "--kernel", kernel, "--images-per-class", 1)
+    for method, steps in (("kip", ("--steps", 2, "--target-batch", 10)), ("ls", ())):
+        done = dsdistill(method, *options, *steps, "--out", method)
+        assert done.returncode == 0, done.stderr
+        provenance = artifact.load(tmp_path / method / artifact.FILE).provenance
+        assert provenance["engine"] == "neural-tangents"
+        assert provenance["metrics"]["test_accuracy"] == 1  # brightness alone tells the classes
 
 
 def test_npz_with_every_option(dsdistill, tmp_path):
@@ -324,7 +341,11 @@ def test_evaluate_compares_and_reports(dsdistill, kip_run, tmp_path):
     assert rows["random"]["mean"] < distilled["mean"] < rows["full"]["mean"]
     assert (rows["random"]["images"], rows["full"]["images"]) == (20, 1295)
     assert rows["random"]["bytes"] == 20 * (64 * 4 + 1)
-    assert "random" in (tmp_path / "report" / "report.md").read_text()
+    distil, evaluate = report["commands"]
+    assert distil == "dsdistill kip digits --images-per-class 2 --steps 60"
+    assert shlex.split(evaluate)[:3] == ["dsdistill", "evaluate", str(kip_run)]
+    assert evaluate.count("--seeds") == evaluate.count("--controls") == 1
+    assert evaluate in (tmp_path / "report" / "report.md").read_text()
     assert "coreset" in done.stdout
     one_line(dsdistill("evaluate", kip_run, *options), "already holds a finished run")
 

@@ -57,7 +57,26 @@ def test_learner_fits_its_training_images_and_predicts_any_number():
     predict = ridge.Ridge(networks.parse("fc"), 1e-9)(train, examples(3), 0)
     np.testing.assert_allclose(predict(train.images()), train.labels(), atol=1e-3)
     many = examples(ridge.CHUNK + 5).images()
-    np.testing.assert_allclose(predict(many)[-5:], predict(many[-5:]), rtol=1e-12)
+    # float32 kernels of another number of images are summed in another order.
+    np.testing.assert_allclose(predict(many)[-5:], predict(many[-5:]), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["conv", "convnet3"])
+def test_support_gram_has_an_exact_diagonal(name):
+    """neural-tangents in float32 is off by 2e-4 there; against its float64."""
+    network = networks.parse(name)
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.standard_normal((6, 8, 8, 1)), jnp.float32)
+    with jax.enable_x64(True):
+        tile = ridge.support_tile(network, 6, (8, 8, 1), gradient=True)
+        got = jax.jit(lambda x: ridge.support_gram(network, x, tile))(images)
+        double = images.astype(jnp.float64)
+        expected = jax.jit(lambda x: network.kernel(x, x))(double)
+        total = jax.jit(jax.grad(lambda x: ridge.support_gram(network, x, tile).sum()))
+        slope = total(images)
+    relative = np.abs(np.asarray(got - expected)).max() / np.abs(np.asarray(expected)).max()
+    assert relative < 2e-6
+    assert np.isfinite(np.asarray(slope)).all()
 
 
 def test_a_singular_kernel_is_refused():

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dsdistill.harness.errors import UserError, unknown
@@ -18,6 +20,7 @@ from dsdistill.kernels import tangents
 from dsdistill.kernels.dense import fc_ntk
 
 Kernel = Callable[[Float[Array, "n h w c"], Float[Array, "m h w c"]], Float[Array, "n m"]]
+Diagonal = Callable[[Float[Array, "n h w c"]], Float[Array, " n"]]
 
 W_STD, B_STD = math.sqrt(2), 0.1
 MYRTLE = {5: (1, 1, 1), 7: (1, 2, 2), 10: (2, 3, 3)}  # (Conv, ReLU) pairs in each block
@@ -31,11 +34,14 @@ class Network:
         name: As a user would write it, with the depth.
         engine: What computes it: `closed form` or `neural-tangents`.
         kernel: Of two sets of images, in their dtype, differentiable in both.
+        diagonal: Of each image with itself, for float64 images; None if `kernel` is as exact there
+            in float64 as elsewhere.
     """
 
     name: str
     engine: str
     kernel: Kernel
+    diagonal: Diagonal | None = None
 
 
 def parse(name: str, depth: int | None = None) -> Network:
@@ -137,4 +143,29 @@ def _from_module(name: str, depth: int | None) -> Network:
 
 
 def _from_kernel(name: str, kernel: Callable[..., Any]) -> Network:
-    return Network(name, "neural-tangents", lambda x1, x2: kernel(x1, x2, "ntk"))
+    return Network(name, "neural-tangents", _in_float32(kernel), _diagonal(kernel))
+
+
+def _in_float32(kernel: Callable[..., Any]) -> Kernel:
+    """neural-tangents' kernel of float32 images in float32, whatever mode JAX is in.
+
+    In x64 mode its float64 constants would promote everything, and XLA's CPU compiler (jaxlib
+    0.10.2) crashes on its float64 average pooling.
+    """
+
+    def plain(x1: Array, x2: Array) -> Array:
+        with jax.enable_x64(x1.dtype == jnp.float64):
+            return kernel(x1, x2, "ntk")
+
+    def backward(images: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+        with jax.enable_x64(images[0].dtype == jnp.float64):
+            return jax.vjp(plain, *images)[1](cotangent)
+
+    single = jax.custom_vjp(plain)
+    single.defvjp(lambda x1, x2: (plain(x1, x2), (x1, x2)), backward)
+    return single
+
+
+def _diagonal(kernel: Callable[..., Any]) -> Diagonal:
+    """Each image with itself, in float64, where neural-tangents is exact on identical images."""
+    return lambda x: jax.lax.map(lambda image: kernel(image[None], None, "ntk")[0, 0], x)
