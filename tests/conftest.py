@@ -1,8 +1,9 @@
 """Shared by all tests: the real command lines, and where Fashion-MNIST lies."""
 
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("fashion"):
             item.add_marker(pytest.mark.skip(reason=f"no Fashion-MNIST under {data_root()}"))
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Ctrl-C reaches the commands that tests start, also where the tests run in the background.
+
+    A shell starts background jobs with SIGINT ignored, and their children inherit that.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

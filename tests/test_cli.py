@@ -370,7 +370,9 @@ def test_evaluate_refuses_what_it_does_not_know(dsdistill, kip_run, tmp_path):
 def test_help_is_quick(dsdistill):
     times = []
     for _ in range(5):
-        began = time.monotonic()
+        began = os.times()
         assert dsdistill("--help").returncode == 0
-        times.append(time.monotonic() - began)
-    assert min(times) < 0.5  # the least disturbed by other work on the machine
+        ended = os.times()
+        # Processor time: other work on the machine does not count.
+        times.append(sum(ended[2:4]) - sum(began[2:4]))
+    assert 0 < min(times) < 0.5

@@ -70,10 +70,12 @@ def inside(work: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 def test_help_is_quick(tmp_path: Path) -> None:
     best = float("inf")
-    for _ in range(5):  # the fastest: other processes share the machine
-        began = time.perf_counter()
+    for _ in range(5):
+        began = os.times()
         done = support.kd("--help", cwd=tmp_path)
-        best = min(best, time.perf_counter() - began)
+        ended = os.times()
+        # Processor time: other work on the machine does not count.
+        best = min(best, sum(ended[2:4]) - sum(began[2:4]))
         assert done.returncode == 0
         assert "train" in done.stdout
     assert best < 0.5
