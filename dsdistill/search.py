@@ -95,7 +95,8 @@ def search(
                         "validation_accuracy": found.accuracy,
                         "validation_loss": found.loss,
                     }
-                    best = found if found.loss <= best.loss else best
+                    # Without validation images both are NaN, and the later one is taken.
+                    best = best if found.loss > best.loss else found
                 metrics.write(step.done, **figures)
                 last = Snapshot(step.done, step.state, best, time.monotonic() - began)
                 show(step.done, loss=step.loss, validation=best.accuracy)
@@ -159,9 +160,10 @@ def _restored_sums(run: runs.Run) -> tuple[label_solve.Sums, float]:
 
 def _judge(objective: kip.Objective, validation: Examples) -> Judge:
     """A function that scores a state on the validation images."""
-    if not len(validation):  # nothing to choose by: the last step counts as the best
+    if not len(validation):  # nothing to choose by
+        unknown = float("nan")
         return lambda step, state: Candidate(
-            step, np.asarray(state.images), np.asarray(state.labels), float("nan"), -step
+            step, np.asarray(state.images), np.asarray(state.labels), unknown, unknown
         )
     validation = kip.resident(validation)
     images, labels = validation.images(), validation.labels()

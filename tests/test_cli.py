@@ -130,7 +130,9 @@ def test_npz_with_every_option(dsdistill, tmp_path):
     assert done.returncode == 0, done.stderr
     distilled = artifact.load(tmp_path / "runs" / "kip-mine-1" / "distilled.safetensors")
     assert distilled.provenance["kernel"] == "fc(2)"
-    assert distilled.provenance["metrics"]["validation_accuracy"] is None
+    metrics = distilled.provenance["metrics"]
+    assert metrics["validation_accuracy"] is metrics["validation_loss"] is None
+    assert metrics["best_step"] == 12  # nothing to choose by: the last
     again = dsdistill("kip", "mine.npz", *SHORT)
     assert "kip-mine-2" in again.stdout
 
