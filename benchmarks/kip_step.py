@@ -17,6 +17,8 @@ from dsdistill import kip
 from dsdistill.harness.labeled import Examples, Labeled
 from dsdistill.harness.preprocess import identity
 from dsdistill.kernels import networks, tangents
+from dsdistill.start import Support, initial_support
+from dsdistill.targets import Batches
 
 
 def main() -> None:
@@ -24,7 +26,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     steps = parser.parse_args().steps
     train = random_examples(54_000)
-    support = kip.initial_support(train, 10, noise=False, corruption=0, seed=0)
+    support = initial_support(train, 10, noise=False, corruption=0, seed=0)
     ours = our_steps(train, support, 2 * steps)
     reference = reference_steps(train, support)
     for stream in (ours, reference):
@@ -48,12 +50,12 @@ def random_examples(n: int) -> Examples:
     return Examples(Labeled(images, rng.integers(0, 10, n), classes), identity(1), ready=True)
 
 
-def our_steps(train: Examples, support: kip.Support, steps: int):
-    objective = kip.Objective(networks.parse("fc"))
+def our_steps(train: Examples, support: Support, steps: int):
+    objective = kip.Objective((networks.parse("fc"),))
     yield from kip.distill(objective, support, train, steps=steps, target_batch=5000, seed=0)
 
 
-def reference_steps(train: Examples, support: kip.Support):
+def reference_steps(train: Examples, support: Support):
     """The notebook's step: one function of the support in float64, differentiated as a whole."""
     import optax
 
@@ -76,7 +78,7 @@ def reference_steps(train: Examples, support: kip.Support):
         change, moments = adam.update(gradient, moments)
         return optax.apply_updates(x_s, change), moments
 
-    batches = kip._Batches(train, 5000, 0)
+    batches = Batches(train, 5000, 0)
     with jax.enable_x64(True):
         x_s, y_s = (
             jnp.asarray(support.images, jnp.float64),

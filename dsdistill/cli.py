@@ -4,25 +4,31 @@ Only options are imported here; the frameworks are imported inside the commands,
 `dsdistill --help` answers at once. What is wrong with the input is said in one line.
 """
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 from dsdistill import options
 from dsdistill.harness import command
 
 
 def kip(chosen: options.Kip) -> None:
-    from dsdistill import pipeline, summary
+    from dsdistill import pipeline
 
-    summary.print_run(pipeline.run_kip(chosen))
+    _distil(pipeline.run_kip, chosen)
 
 
 def label_solve(chosen: options.LabelSolve) -> None:
-    from dsdistill import pipeline, summary
+    from dsdistill import pipeline
 
-    summary.print_run(pipeline.run_label_solve(chosen))
+    _distil(pipeline.run_label_solve, chosen)
 
 
 def evaluate(chosen: options.Evaluate) -> None:
     from dsdistill import scorecard
+    from dsdistill.kernels import devices
 
+    devices.use_all()
     scorecard.run(chosen)
 
 
@@ -36,6 +42,17 @@ def export(chosen: options.Export) -> None:
     from dsdistill import export as exporting
 
     print(exporting.write(chosen.file, chosen.format, chosen.out))
+
+
+def _distil(run: Callable[[Any], Path], chosen: options.Source) -> None:
+    from dsdistill import hosts, summary
+    from dsdistill.kernels import devices
+
+    devices.use_all()
+    with hosts.joined(chosen.hosts):
+        folder = run(chosen)
+        if hosts.first():
+            summary.print_run(folder)
 
 
 COMMANDS: command.Commands = {

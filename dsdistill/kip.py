@@ -12,7 +12,8 @@ are float32 and the solve float64, where the authors' code is float64 throughout
 compares both.
 """
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,16 +22,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from dsdistill import ridge
-from dsdistill.harness import memory
+from dsdistill.augment import augmented
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.labeled import Examples, Labeled, centred_one_hot, per_class
-from dsdistill.kernels import gram
+from dsdistill.harness.labeled import Examples
+from dsdistill.kernels import devices, diagnosis, gram
 from dsdistill.kernels.networks import Network
+from dsdistill.start import Support
+from dsdistill.targets import Batches, resident
 
-RESIDENT = 0.25  # share of the free memory that the preprocessed training images may take
+ADAM = optax.scale_by_adam()  # the learning rates are applied afterwards, see `_moved`
 
 
 class State(NamedTuple):
@@ -42,11 +45,23 @@ class State(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One item of `distill`: steps done, the state after them, the loss before the last of them."""
+    """One item of `distill`.
+
+    Attributes:
+        done: Steps so far, this one included.
+        state: After this step.
+        loss: Before this step.
+        network: Which of the objective's networks it used, by position.
+        pairs: Of images, whose kernel it evaluated.
+        seconds: What it took; the first one of each network compiles.
+    """
 
     done: int
     state: State
     loss: float
+    network: int
+    pairs: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -54,61 +69,34 @@ class Objective:
     """What KIP minimises, and how it steps.
 
     Attributes:
-        network: Whose neural tangent kernel.
+        networks: Whose neural tangent kernels; of several, each step draws one.
         ridge: Relative to the mean of diag(k_ss).
         learning_rate: Adam's.
+        label_learning_rate: The same for the labels, whose scale differs; None: as the images.
+        cosine_steps: Both rates fall to 0 over so many steps, along a cosine; None: constant.
         learn_labels: Whether the gradient also moves the labels.
-        augment: Whether targets are flipped and shifted at random.
+        augment: How targets are changed at random: names of `dsdistill.augment`.
     """
 
-    network: Network
+    networks: tuple[Network, ...]
     ridge: float = 1e-6
     learning_rate: float = 0.04
+    label_learning_rate: float | None = None
+    cosine_steps: int | None = None
     learn_labels: bool = False
-    augment: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class Support:
-    """Where the optimisation starts.
-
-    Attributes:
-        images, labels: Preprocessed images and centred one-hot labels, class by class.
-        frozen: Pixels that are never learned (`--corruption`).
-    """
-
-    images: Float[np.ndarray, "n h w c"]
-    labels: Float[np.ndarray, "n k"]
-    frozen: Bool[np.ndarray, "n h w 1"]
-
-
-def initial_support(
-    train: Examples, images_per_class: int, *, noise: bool, corruption: float, seed: int
-) -> Support:
-    """Class-balanced real images, or unit Gaussian noise, partly replaced by frozen noise.
-
-    Args:
-        train: Drawn from without replacement.
-        images_per_class: Exactly so many of every class, in class order.
-        noise: Start from noise instead of real images.
-        corruption: Fraction of the pixels of each image kept as noise for good, in [0, 1].
-        seed: Of the draw and of the noise.
-    """
-    rng = np.random.default_rng([seed, 0])
-    rows = per_class(train.data, images_per_class, rng)
-    real = train.images(rows)
-    noisy = rng.standard_normal(real.shape, np.float32)
-    frozen = rng.random((*real.shape[:3], 1)) < corruption
-    images = noisy if noise else np.where(frozen, noisy, real)
-    labels = centred_one_hot(train.data.labels[rows], len(train.data.classes))
-    return Support(images, labels, frozen)
+    augment: tuple[str, ...] = ()
 
 
 def initial_state(objective: Objective, support: Support) -> State:
     """The state before the first step."""
-    images, labels = jnp.asarray(support.images), jnp.asarray(support.labels)
-    moments = _optimiser(objective).init(_learned(objective, images, labels))
-    return State(images, labels, moments)
+    return restarted(objective, jnp.asarray(support.images), jnp.asarray(support.labels))
+
+
+def restarted(
+    objective: Objective, images: Float[Array, "n h w c"], labels: Float[Array, "n k"]
+) -> State:
+    """These images and labels, with Adam's moments at zero and its schedule at the start."""
+    return State(images, labels, ADAM.init(_learned(objective, images, labels)))
 
 
 def distill(
@@ -121,11 +109,12 @@ def distill(
     seed: int,
     state: State | None = None,
     done: int = 0,
-) -> Iterator[Step]:
+) -> Generator[Step, None, None]:
     """Run KIP, one step for each item taken.
 
     The same seed gives the same support, bit for bit on one machine, however often the run is
-    stopped and continued: the targets of a step depend on the seed and the step alone.
+    stopped and continued: targets and network of a step depend on the seed and the step alone,
+    the learning rates on the steps that the moments have seen.
 
     Args:
         objective: What is minimised.
@@ -133,88 +122,82 @@ def distill(
         train: Targets are drawn from these.
         steps: In all.
         target_batch: Targets a step, the same number of every class as far as a class has them.
-        seed: Of the target batches and their augmentation.
+        seed: Of the target batches, their augmentation and the choice among networks.
         state, done: Continue after `done` steps from this state.
 
     Raises:
-        UserError: If the loss is not finite; the state of the step before is the last good one.
+        UserError: If the loss or the support is not finite; the state of the step before is the
+            last good one.
     """
-    batches = _Batches(resident(train), target_batch, seed)
-    current = state or initial_state(objective, support)
-    update = _compiled_update(objective, support, batches.size)
+    batches = Batches(resident(train), target_batch, seed)
+    # Where every later state will be: otherwise the second step compiles anew.
+    current = devices.replicated(state or initial_state(objective, support))
+    updates = [
+        _compiled_update(objective, network, support, batches.size)
+        for network in objective.networks
+    ]
+    pairs = len(support.images) * (len(support.images) + batches.size)
     with ThreadPoolExecutor(1) as worker:  # the next batch is gathered while a step runs
         upcoming = worker.submit(batches.draw, done)
         for step in range(done, steps):
+            began = time.monotonic()
             targets = upcoming.result()
             upcoming = worker.submit(batches.draw, step + 1)
+            network = _drawn(len(updates), seed, step)
             with jax.enable_x64(True):
                 key = jax.random.fold_in(jax.random.key(seed), step)
-                current, loss = update(current, *targets, key)
+                before = current
+                current, loss = updates[network](current, *targets, key)
                 loss = float(loss)
             if not np.isfinite(loss):
-                raise UserError(
-                    f"the loss is not finite at step {step}: raise --ridge (now "
-                    f"{objective.ridge:g}) or lower --learning-rate "
-                    f"(now {objective.learning_rate:g})"
-                )
-            yield Step(step + 1, current, loss)
+                images = np.asarray(before.images)
+                why = diagnosis.explained(objective.networks[network], images, targets[0])
+                raise diverged(objective, f"the loss is not finite at step {step}, {why}")
+            yield Step(step + 1, current, loss, network, pairs, time.monotonic() - began)
 
 
-def resident(examples: Examples) -> Examples:
-    """The examples preprocessed once and kept, if they fit into a share of the free memory."""
-    h, w, c = examples.data.shape
-    if examples.ready or 4 * len(examples) * h * w * c > RESIDENT * memory.available():
-        return examples
-    images = np.empty((len(examples), h, w, c), np.float32)
-    for start in range(0, len(images), 4096):
-        rows = slice(start, start + 4096)
-        images[rows] = examples.images(rows)
-    data = Labeled(images, examples.data.labels, examples.data.classes)
-    return Examples(data, examples.preprocess, examples.targets, ready=True)
+def diverged(objective: Objective, what: str) -> UserError:
+    """An error that ends a run whose loss is lost, with the options to change."""
+    rates = f"--learning-rate (now {objective.learning_rate:g})"
+    if objective.learn_labels and objective.label_learning_rate is not None:
+        rates += f" or --label-learning-rate (now {objective.label_learning_rate:g})"
+    return UserError(f"{what}: raise --ridge (now {objective.ridge:g}) or lower {rates}")
 
 
-class _Batches:
-    """Class-balanced target batches; the batch of a step is a function of seed and step."""
-
-    def __init__(self, train: Examples, size: int, seed: int) -> None:
-        labels = train.data.labels
-        share = max(size // len(train.data.classes), 1)
-        self._members = [np.flatnonzero(labels == c) for c in range(len(train.data.classes))]
-        self._share = [min(share, len(members)) for members in self._members]
-        self._train, self._seed = train, seed
-        self.size = sum(self._share)
-
-    def draw(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Images and labels of one step, without replacement within it."""
-        rng = np.random.default_rng([self._seed, 1, step])
-        drawn = (
-            rng.choice(m, s, replace=False) for m, s in zip(self._members, self._share, strict=True)
-        )
-        rows = np.concatenate(list(drawn))
-        return self._train.images(rows), self._train.labels(rows)
+def _drawn(networks: int, seed: int, step: int) -> int:
+    """The position of a step's network."""
+    return int(np.random.default_rng([seed, 3, step]).integers(networks))
 
 
-def _compiled_update(objective: Objective, support: Support, targets: int) -> Callable[..., Any]:
+def _compiled_update(
+    objective: Objective, network: Network, support: Support, targets: int
+) -> Callable[..., Any]:
     n, shape = len(support.images), support.images.shape[1:]
-    network = objective.network
     tile_ss = ridge.support_tile(network, n, shape, gradient=True)
-    tile_st = gram.plan(network, n, targets, shape, gradient=True)
-    free = jnp.asarray(~support.frozen)
+    tile_st = gram.plan(network, n, devices.share(targets), shape, gradient=True)
 
-    def update(state: State, x_t: Array, y_t: Array, key: PRNGKeyArray) -> tuple[State, Array]:
-        x_t = augmented(x_t, key) if objective.augment else x_t
+    def share(whole: dict[str, Array], real: Array, x_t: Array, y_t: Array) -> Any:
+        """Loss and gradient: each device those of its targets, then their sum."""
 
         def loss(learned: dict[str, Array]) -> Array:
-            x_s, y_s = learned["images"], learned.get("labels", state.labels)
+            now = whole | learned
+            x_s, y_s = now["images"], now["labels"]
             k_ss = ridge.support_gram(network, x_s, tile_ss)
             k_st = gram.gram(network.kernel, x_s, x_t, tile_st)
-            return ridge.loss(k_ss, k_st, y_s, y_t, objective.ridge)
+            return ridge.loss(k_ss, k_st, y_s, y_t, objective.ridge, real / targets)
 
-        learned = _learned(objective, state.images, state.labels)
-        value, gradient = jax.value_and_grad(loss)(learned)
-        gradient["images"] = gradient["images"] * free
-        change, moments = _optimiser(objective).update(gradient, state.moments)
-        moved: Any = optax.apply_updates(learned, change)
+        return devices.total(jax.value_and_grad(loss)(_learned(objective, **whole)))
+
+    def update(state: State, x_t: Array, y_t: Array, key: PRNGKeyArray) -> tuple[State, Array]:
+        x_t = augmented(x_t, key, objective.augment)
+        whole = {"images": state.images, "labels": state.labels}
+        value, gradient = devices.divided(share)(whole, targets, x_t, y_t)
+        learned = _learned(objective, **whole)
+        gradient["images"] = gradient["images"] * ~support.frozen
+        moved, moments = _moved(objective, learned, gradient, state.moments)
+        # A finite loss can have a gradient that is not: seen now, the last good state is kept.
+        sound = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((moved, moments))]
+        value = jnp.where(jnp.stack(sound).all(), value, jnp.nan)
         return State(moved["images"], moved.get("labels", state.labels), moments), value
 
     return jax.jit(update)
@@ -224,24 +207,24 @@ def _learned(objective: Objective, images: Array, labels: Array) -> dict[str, Ar
     return {"images": images} | ({"labels": labels} if objective.learn_labels else {})
 
 
-def _optimiser(objective: Objective) -> optax.GradientTransformation:
-    return optax.adam(objective.learning_rate)
+def _moved(
+    objective: Objective, learned: dict[str, Array], gradient: Any, moments: Any
+) -> tuple[Any, Any]:
+    """One step of Adam, with a learning rate of its own for images and for labels."""
+    factor = _factor(objective, moments.count)  # before the update: 1 at the first step
+    change: Any
+    change, moments = ADAM.update(gradient, moments)
+    rate = label_rate = objective.learning_rate
+    if objective.label_learning_rate is not None:
+        label_rate = objective.label_learning_rate
+    rates = {"images": rate, "labels": label_rate}
+    steps: Any = {name: -rates[name] * factor * change[name] for name in learned}
+    return optax.apply_updates(learned, steps), moments
 
 
-def augmented(images: Float[Array, "m h w c"], key: PRNGKeyArray) -> Float[Array, "m h w c"]:
-    """Each image flipped left to right with probability 1/2 and shifted by up to an eighth.
-
-    Pixels that a shift brings in repeat the edge.
-    """
-    m, h, w, _ = images.shape
-    flip_key, *shift_keys = jax.random.split(key, 3)
-    flipped = jnp.where(
-        jax.random.bernoulli(flip_key, 0.5, (m, 1, 1, 1)), images[:, :, ::-1], images
-    )
-    for axis, (size, shift_key) in enumerate(zip((h, w), shift_keys, strict=True)):
-        reach = size // 8
-        shift = jax.random.randint(shift_key, (m, 1), -reach, reach + 1)
-        index = jnp.clip(jnp.arange(size) + shift, 0, size - 1)  # (m, size)
-        index = jnp.expand_dims(index, (2, 3) if axis == 0 else (1, 3))
-        flipped = jnp.take_along_axis(flipped, index, axis=axis + 1)
-    return flipped
+def _factor(objective: Objective, step: Array) -> Array:
+    """What the schedule leaves of the learning rates; float32 whatever mode JAX is in."""
+    if objective.cosine_steps is None:
+        return jnp.float32(1)
+    schedule = optax.cosine_decay_schedule(1.0, objective.cosine_steps)
+    return jnp.asarray(schedule(step), jnp.float32)

@@ -14,7 +14,7 @@ result is used, is relative to the mean of the diagonal.
 Source: Nguyen, Chen and Lee (2021), arXiv:2011.00050, section 3.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -26,10 +26,11 @@ from dsdistill import ridge as krr
 from dsdistill.harness import memory
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.labeled import Examples
-from dsdistill.kernels import gram
+from dsdistill.kernels import devices, diagnosis, gram
 from dsdistill.kernels.networks import Network
 
 CHUNK = 2000  # targets that are read at a time; a tile of the kernel may be smaller
+PAIRS = 50_000  # at a time for a convolutional kernel: some ten seconds between two checkpoints
 
 
 class Sums(NamedTuple):
@@ -75,7 +76,8 @@ def accumulate(
         start: The sums to go on from.
 
     Raises:
-        UserError: If the support is larger than the training set, or too large for memory.
+        UserError: If the support is larger than the training set, or too large for memory; or if
+            the kernel is not finite, with the first image where.
     """
     n, k = len(support), len(train.data.classes)
     if n > len(train):
@@ -86,25 +88,45 @@ def accumulate(
     purpose = f"Label Solve with {n} support images"
     memory.require(6 * 8 * n * n, purpose, "lower --images-per-class")
     size = min(CHUNK, len(train))
-    tile = gram.plan(network, n, size, train.data.shape, gradient=False)
-    x_s = jnp.asarray(support)
+    if network.engine != "closed form":
+        size = min(max(PAIRS // n, 1), size)
+    add = _compiled_sum(network, support, size)
+    sums = start or Sums(0, *(np.zeros(shape) for shape in ((n, n), (n, k))))
+    with jax.enable_x64(True):  # where every later sum will be: no second compilation
+        sums = Sums(sums.done, *map(devices.replicated, sums[1:]))
+    for first in range(sums.done, len(train), size):
+        done = min(first + size, len(train))
+        rows = np.minimum(np.arange(first, first + size), len(train) - 1)  # one shape for all
+        with jax.enable_x64(True):
+            added = add(*sums[1:], done - first, train.images(rows), train.labels(rows))
+            jax.block_until_ready(added)
+        if not all(np.isfinite(array).all() for array in added):
+            why = diagnosis.explained(network, support, train.images(rows))
+            raise UserError(f"the sums over the targets from {first} on are not finite: {why}")
+        sums = Sums(done, *added)
+        yield sums
 
-    @jax.jit
-    def add(gram_tt: Array, gram_ty: Array, x_t: Array, y_t: Array, real: Array):
+
+def _compiled_sum(
+    network: Network, support: Float[np.ndarray, "n h w c"], targets: int
+) -> Callable[..., tuple[Array, Array]]:
+    """Adds so many targets, of which the first `count` count, to the two sums."""
+    n, *shape = support.shape
+    tile = gram.plan(network, n, devices.share(targets), tuple(shape), gradient=False)
+
+    def share(x_s: Array, real: Array, x_t: Array, y_t: Array) -> tuple[Array, Array]:
         k_st = gram.gram(network.kernel, x_s, x_t, tile)
         k_st = jnp.where(real, k_st, 0).astype(jnp.float64)  # padding adds nothing
-        return gram_tt + k_st @ k_st.T, gram_ty + k_st @ y_t
+        return devices.total((k_st @ k_st.T, k_st @ y_t))
 
-    sums = start or Sums(0, *(np.zeros(shape) for shape in ((n, n), (n, k))))
-    for first in range(sums.done, len(train), size):
-        rows = np.arange(first, first + size)
-        real = rows < len(train)
-        rows = np.minimum(rows, len(train) - 1)  # one shape, one compilation
-        with jax.enable_x64(True):
-            added = add(*sums[1:], train.images(rows), train.labels(rows), real)
-            jax.block_until_ready(added)
-        sums = Sums(min(first + size, len(train)), *added)
-        yield sums
+    @jax.jit
+    def add(
+        gram_tt: Array, gram_ty: Array, count: Array, x_t: Array, y_t: Array
+    ) -> tuple[Array, Array]:
+        more_tt, more_ty = devices.divided(share)(support, count, x_t, y_t)
+        return gram_tt + more_tt, gram_ty + more_ty
+
+    return add
 
 
 def solve(
@@ -121,7 +143,8 @@ def solve(
         jitter = ridge / n * jnp.eye(n)
         tile = krr.support_tile(network, n, (h, w, c), gradient=False)
         k_ss = krr.support_gram(network, jnp.asarray(support), tile)
-        fitted = jax.scipy.linalg.solve(sums.gram_tt + jitter, sums.gram_ty, assume_a="pos")
+        gram_tt, gram_ty = map(np.asarray, sums[1:])  # on this host's own device
+        fitted = jax.scipy.linalg.solve(gram_tt + jitter, gram_ty, assume_a="pos")
         labels = np.asarray(((k_ss + jitter) @ fitted).astype(jnp.float32))
     if not np.isfinite(labels).all():
         raise UserError(f"Label Solve is singular at a ridge of {ridge:g}: raise --ridge")

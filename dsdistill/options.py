@@ -34,14 +34,23 @@ class Source:
     out: Path | None = None
     """the run's folder; default: the next free runs/<method>-<data>-<n>"""
 
-    images_per_class: int = 10
-    """size of the distilled set"""
+    images_per_class: int | None = None
+    """size of the distilled set; default: 10"""
 
     kernel: str = "fc"
-    """fc, conv, convnet, convnet3, myrtle, or module:attribute for a neural-tangents network"""
+    """fc, conv, convnet, convnet3, myrtle; a sequence such as CR-3xCRP-flatten (C: 3x3 convolution,
+    R: ReLU, P: 2x2 pooling; flatten or gap ends it); or module:attribute for a neural-tangents
+    network. kip takes several, comma-separated: each step draws one, the first judges and is
+    stored"""
 
     depth: int | None = None
     """hidden layers of fc and conv (1), blocks of convnet (3), variant of myrtle (5, 7, 10)"""
+
+    w_std: float = 2**0.5
+    """deviation of the network's weights, before the division by the root of the fan-in"""
+
+    b_std: float = 0.1
+    """deviation of its biases"""
 
     validation_fraction: float = 0.1
     """share of the training images held out to choose by"""
@@ -52,19 +61,39 @@ class Source:
     resume: bool = False
     """continue the unfinished run in --out"""
 
+    hosts: str | None = None
+    """ADDRESS:PORT,INDEX/COUNT to share the work with other hosts, such as 10.0.0.1:9876,0/2: the
+    same command runs on each, with its own index from 0, and host 0 listens at the address.
+    default: as SLURM, Open MPI, Kubernetes or Cloud TPU launched it; none: alone whatever they did
+    """
+
 
 @dataclass(frozen=True)
 class Kip(Source):
     """Kernel Inducing Points: learn a few images by gradient descent through ridge regression."""
 
+    images_per_class: int | None = None
+    """size of the distilled set; default: 10, or as many as the set given to --init has"""
+
     steps: int = 1000
     """steps of Adam"""
 
-    target_batch: int = 5000
-    """training images a step, class-balanced"""
+    warm_up: str | None = None
+    """KERNEL or KERNEL:STEPS: first minimise with this cheaper kernel, for a quarter of --steps or
+    for STEPS, which come on top of --steps"""
+
+    target_batch: int | str = 5000
+    """training images a step, class-balanced; or the time of a step, such as 2s or 500ms: the
+    batch that takes about so long is measured first"""
 
     learning_rate: float = 0.04
     """of Adam"""
+
+    label_learning_rate: float | None = None
+    """of Adam for the labels; default: that of the images"""
+
+    schedule: Literal["constant", "cosine"] = "constant"
+    """of the learning rates; cosine: down to 0 over --steps, and over the warm-up before it"""
 
     ridge: float = 1e-6
     """relative to the mean of the kernel's diagonal"""
@@ -72,14 +101,21 @@ class Kip(Source):
     learn_labels: bool = False
     """learn the labels as well as the images"""
 
-    augment: bool = False
-    """flip and shift the target images at random"""
+    augment: str | None = None
+    """change the target images at random: flip, shift, rotate, comma-separated, or all"""
 
-    init: Literal["real", "noise"] = "real"
-    """what the images start from"""
+    init: str = "real"
+    """what the images start from: real, noise, or a distilled set (its .safetensors file or its
+    run's folder), whose labels are kept too"""
 
     corruption: float = 0.0
     """fraction of each image's pixels kept as noise and never learned"""
+
+    patience: int | None = None
+    """stop when so many validations in a row, of forty in a run, have found nothing better"""
+
+    validation_images: int = 1000
+    """validation images, class-balanced, that judge during the run; all of them at its end"""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 load -> fit preprocessing -> distil -> read the test set once -> save the picture and the set
 """
 
+import functools
+import hashlib
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -14,32 +16,26 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from dsdistill import kip, label_solve, ridge
-from dsdistill.harness import artifact, datasets, labeled, memory, pictures, preprocess, runs
-from dsdistill.harness.datasets import Splits
+from dsdistill import hosts, label_solve, pace, ridge, start
+from dsdistill.harness import artifact, datasets, memory, pictures, progress, runs
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.evaluate import accuracy
+from dsdistill.harness.evaluate import Predict, accuracy
 from dsdistill.harness.labeled import Examples
-from dsdistill.kernels import gram, networks
 from dsdistill.options import Kip, LabelSolve, Source
+from dsdistill.phases import Plan
 from dsdistill.search import accumulated, search
+from dsdistill.setting import Setting, prepared
+from dsdistill.start import Support
+from dsdistill.targets import resident
 
 EVALUATION_RIDGE = 1e-6  # relative, for Label Solve, whose own ridge is absolute
-NOT_STORED = ("out", "resume")  # options that say where the run is, not what it is
+NOT_STORED = ("out", "resume", "hosts")  # options that say where the run is, not what it is
 VERSIONS = ("dsdistill", "jax", "jaxlib", "numpy", "optax")
 FREE = ("data_root",)  # the data may have moved between start and resume
+PATHS = ("data", "data_root", "init")  # which may differ from host to host
+WORDS = (*datasets.NAMES, *start.DRAWN)  # options of these values are no paths
 
 Options = TypeVar("Options", bound=Source)
-
-
-@dataclass(frozen=True, eq=False)
-class Setting:
-    """What every method starts from, once all of the input has been checked."""
-
-    splits: Splits
-    train: Examples
-    validation: Examples
-    network: networks.Network
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,29 +43,30 @@ class Result:
     """What every method ends with.
 
     Attributes:
-        before: The images at the start.
+        before: What it started from.
         images, labels: The distilled set.
         ridge: For prediction from it, relative.
         figures: Of the search, such as the step that was chosen.
         seconds: Of the search, over all starts.
+        stopped: When and why it ended early, if it did.
     """
 
-    before: Float[np.ndarray, "n h w c"]
+    before: Support
     images: Float[np.ndarray, "n h w c"]
     labels: Float[np.ndarray, "n k"]
     ridge: float
     figures: Mapping[str, float]
     seconds: float
+    stopped: str | None = None
 
 
 def run_kip(options: Kip) -> Path:
     """Run `dsdistill kip` and return the run's folder.
 
     Raises:
-        UserError: For input that breaks a rule, or a loss that is not finite.
+        UserError: For input that breaks a rule, or a loss that diverges.
         KeyboardInterrupt: After a checkpoint, if stopped by hand.
     """
-    _check_kip(options)
     return _run(options, "kip", _kip)
 
 
@@ -88,89 +85,111 @@ def _run(
     method: str,
     distil: Callable[[Options, runs.Run, Setting], Result],
 ) -> Path:
-    _check(options)
-    stem = f"{method}-{Path(options.data).stem}"
-    folder = options.out or runs.next_free(stem)
+    if options.resume and options.out is None:
+        raise UserError("--resume needs --out, the folder of the run to continue")
+    asked = _stored(options, method)
+    hosts.check_same({name: value for name, value in asked.items() if name not in PATHS})
     if options.resume:
-        run, options = _reopened(folder, options, method)
-        setting = _setting(options)
+        run, options = _reopened(options, method)
+        setting = prepared(options)
     else:
-        runs.check_free(folder, artifact.FILE)
-        setting = _setting(options)  # wrong input leaves no folder behind
-        run = runs.start(folder, _stored(options, method), result=artifact.FILE)
-    return _finish(options, run, setting, distil(options, run, setting))
-
-
-def _setting(options: Source) -> Setting:
-    network = networks.parse(options.kernel, options.depth)
-    splits = datasets.load(
-        options.data,
-        root=options.data_root,
-        image_size=options.image_size,
-        validation_fraction=options.validation_fraction,
-    )
-    labeled.check_per_class(splits.train, options.images_per_class)
-    gram.plan(network, 1, 1, splits.train.shape, gradient=isinstance(options, Kip))  # may refuse
-    fitted = preprocess.fit(options.preprocess, splits.train.chunks, splits.train.shape)
-    train, validation = Examples(splits.train, fitted), Examples(splits.validation, fitted)
-    return Setting(splits, train, validation, network)
+        folder = Path(hosts.decided(lambda: str(_free_folder(options, method))))
+        setting = prepared(options)  # wrong input leaves no folder behind
+        options = replace(options, images_per_class=setting.images_per_class)
+        stored = _stored(options, method)
+        run = hosts.opened(lambda: runs.start(folder, stored, result=artifact.FILE))
+    hosts.check_same({"data": setting.splits.digest})
+    with hosts.resumable(run.folder):
+        return _finish(options, run, setting, distil(options, run, setting))
 
 
 def _kip(options: Kip, run: runs.Run, setting: Setting) -> Result:
-    objective = kip.Objective(
-        setting.network,
-        options.ridge,
-        options.learning_rate,
-        options.learn_labels,
-        options.augment,
+    support, train = _support(options, run, setting), resident(setting.train)
+    plan = Plan(
+        setting.phases,
+        _target_batch(options, run, setting, support, train),
+        options.seed,
+        options.patience,
+        options.validation_images,
     )
-    support = kip.initial_support(
-        setting.train,
-        options.images_per_class,
-        noise=options.init == "noise",
-        corruption=options.corruption,
-        seed=options.seed,
-    )
-    best, seconds = search(
-        run,
-        objective,
-        support,
-        setting.train,
-        setting.validation,
-        steps=options.steps,
-        target_batch=options.target_batch,
-        seed=options.seed,
-    )
+    best, last = search(run, plan, support, train, setting.validation)
     figures = {
         "best_step": best.step,
+        "last_step": last.done,
         "validation_accuracy": best.accuracy,
         "validation_loss": best.loss,
     }
-    return Result(support.images, best.images, best.labels, options.ridge, figures, seconds)
+    stopped = None
+    if last.done < plan.steps:
+        waited = f"{options.patience} validation{'' if options.patience == 1 else 's'}"
+        stopped = f"at step {last.done} of {plan.steps}: no lower validation loss in {waited}"
+    return Result(support, best.images, best.labels, options.ridge, figures, last.seconds, stopped)
+
+
+def _support(options: Kip, run: runs.Run, setting: Setting) -> Support:
+    """Where the run starts: drawn, or from a distilled set that must not change meanwhile."""
+    if setting.init is None:
+        return start.initial_support(
+            setting.train,
+            setting.images_per_class,
+            noise=options.init == "noise",
+            corruption=options.corruption,
+            seed=options.seed,
+        )
+    content = artifact.locate(Path(options.init).expanduser()).read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    if run.recorded("init_sha256", lambda: digest) != digest:
+        raise UserError(f"--init: {options.init} has changed since the run was started")
+    hosts.check_same({"set of --init": digest})
+    if start.saw(setting.init, setting.splits.digest, options.validation_fraction):
+        progress.say(
+            "note: the set of --init was made with images that this run validates on, which "
+            f"flatters it: make it with --validation-fraction {options.validation_fraction:g}"
+        )
+    return start.from_set(
+        setting.init,
+        setting.train.preprocess,
+        corruption=options.corruption,
+        seed=options.seed,
+    )
+
+
+def _target_batch(
+    options: Kip, run: runs.Run, setting: Setting, support: Support, train: Examples
+) -> int:
+    """The number asked for, or the one that fits the time asked for: measured once a run."""
+    wanted = pace.parse(options.target_batch)
+    if isinstance(wanted, int):
+        return wanted
+
+    def measured() -> int:
+        objective = setting.phases[-1].objective
+        size = pace.target_batch(objective, support, train, wanted, seed=options.seed)
+        progress.say(f"target batch: {size} images, for steps of {progress.duration(wanted)}")
+        return size
+
+    return run.recorded("target_batch", measured)
 
 
 def _label_solve(options: LabelSolve, run: runs.Run, setting: Setting) -> Result:
-    support = kip.initial_support(
-        setting.train, options.images_per_class, noise=False, corruption=0, seed=options.seed
+    support = start.initial_support(
+        setting.train, setting.images_per_class, noise=False, corruption=0, seed=options.seed
     )
     sums, seconds = accumulated(run, setting.network, support.images, setting.train)
     labels = label_solve.solve(setting.network, support.images, sums, options.ridge)
     # The pixels stay; the natural labels are what the solved ones are compared with.
-    return Result(support.images, support.images, labels, EVALUATION_RIDGE, {}, seconds)
+    return Result(support, support.images, labels, EVALUATION_RIDGE, {}, seconds)
 
 
 def _finish(options: Source, run: runs.Run, setting: Setting, result: Result) -> Path:
     """Read the test set, for the first time, and write what the run has found."""
     splits, fitted = setting.splits, setting.train.preprocess
     classes = splits.train.classes
-    hard = np.repeat(np.arange(len(classes)), options.images_per_class)
-    natural = labeled.centred_one_hot(hard, len(classes))
+    hard = np.repeat(np.arange(len(classes)), setting.images_per_class)
+    before = result.before
     test = Examples(splits.test, fitted)
-    figures = {
-        "test_accuracy": _accuracy(setting, result.images, result.labels, result.ridge, test),
-        "initial_test_accuracy": _accuracy(setting, result.before, natural, result.ridge, test),
-        **result.figures,
-    }
+    after, initial = _accuracies(setting, result, test)
+    figures = {"test_accuracy": after, "initial_test_accuracy": initial, **result.figures}
     provenance = {
         "method": run.config["command"],
         "config": {k: v for k, v in run.config.items() if k != "data_root"},
@@ -188,65 +207,71 @@ def _finish(options: Source, run: runs.Run, setting: Setting, result: Result) ->
         "seed": options.seed,
         "metrics": {k: None if v != v else v for k, v in figures.items()},
         "seconds": result.seconds,
+        "stopped": result.stopped,
         "peak_memory": memory.peak(),
-        "machine": {"device": jax.devices()[0].device_kind, "platform": platform.platform()},
+        "machine": {
+            "device": jax.devices()[0].device_kind,
+            "devices": jax.device_count(),
+            "hosts": jax.process_count(),
+            "platform": platform.platform(),
+        },
         "versions": {name: metadata.version(name) for name in VERSIONS},
     }
+    if not run.writes:
+        return run.folder
     distilled = artifact.Distilled(result.images, result.labels, fitted, classes, provenance)
     picture = run.folder / "distilled.png"
-    pictures.write_grid(picture, result.before, result.images, hard, classes, fitted)
+    pictures.write_grid(picture, before.images, result.images, hard, classes, fitted)
     artifact.save(run.folder / artifact.FILE, distilled)
     return run.folder
 
 
-def _accuracy(
-    setting: Setting, images: np.ndarray, labels: np.ndarray, strength: float, test: Examples
-) -> float:
-    return accuracy(ridge.fit(setting.network, images, labels, strength), test)
+def _accuracies(setting: Setting, result: Result, test: Examples) -> tuple[float, float]:
+    """On the test images, of the result and of where it started."""
+
+    def fitted(images: np.ndarray, labels: np.ndarray) -> Predict:
+        return ridge.fit(setting.network, images, labels, result.ridge)
+
+    before, k = result.before, result.labels.shape[1]
+    if result.images is not before.images:
+        after, initial = fitted(result.images, result.labels), fitted(before.images, before.labels)
+        return accuracy(after, test), accuracy(initial, test)
+    # The same images with other labels: the kernel, the long part, is evaluated once.
+    both = fitted(result.images, np.concatenate([result.labels, before.labels], 1))
+    scores = np.concatenate([both(test.images(r)) for r in test.batches()])
+    right = [s.argmax(1) == test.data.labels for s in (scores[:, :k], scores[:, k:])]
+    return float(right[0].mean()), float(right[1].mean())
 
 
 def _stored(options: Source, method: str) -> dict[str, Any]:
     """The options as they stand in `config.json`: paths hold from every folder."""
     named = {name: v for name, v in asdict(options).items() if name not in NOT_STORED}
-    if options.data not in datasets.NAMES and Path(options.data).expanduser().exists():
-        named["data"] = str(Path(options.data).expanduser().resolve())
+    for name in {"data", "init"} & named.keys():
+        if named[name] not in WORDS and Path(named[name]).expanduser().exists():
+            named[name] = str(Path(named[name]).expanduser().resolve())
     paths = {name: str(v) for name, v in named.items() if isinstance(v, Path)}
     return {"command": method} | named | paths
 
 
-def _reopened(folder: Path, options: Options, method: str) -> tuple[runs.Run, Options]:
+def _free_folder(options: Source, method: str) -> Path:
+    folder = options.out or runs.next_free(f"{method}-{Path(options.data).stem}")
+    runs.check_free(folder, artifact.FILE)
+    return folder
+
+
+def _reopened(options: Options, method: str) -> tuple[runs.Run, Options]:
     """The run to resume, and the options that it was started with."""
-    run = runs.start(
-        folder,
-        _stored(options, method),
-        result=artifact.FILE,
-        resume=True,
-        defaults=_stored(type(options)(), method) | {"command": None},
-        free=FREE,
+    assert options.out is not None
+    run = hosts.opened(
+        functools.partial(
+            runs.start,
+            options.out,
+            _stored(options, method),
+            result=artifact.FILE,
+            resume=True,
+            defaults=_stored(type(options)(), method) | {"command": None},
+            free=FREE,
+        )
     )
-    named = {k: v for k, v in run.config.items() if k != "command"}
-    root = Path(named.pop("data_root"))
-    return run, replace(options, **named, data_root=root)
-
-
-def _check(options: Source) -> None:
-    if options.resume and options.out is None:
-        raise UserError("--resume needs --out, the folder of the run to continue")
-    if options.seed < 0:
-        raise UserError(f"--seed must not be negative, got {options.seed}")
-    if options.images_per_class < 1:
-        raise UserError(f"--images-per-class must be at least 1, got {options.images_per_class}")
-    ridge_value = getattr(options, "ridge", 1.0)
-    if not ridge_value > 0:
-        raise UserError(f"--ridge must be positive, got {ridge_value}")
-
-
-def _check_kip(options: Kip) -> None:
-    if options.steps < 1:
-        raise UserError(f"--steps must be at least 1, got {options.steps}")
-    if options.target_batch < 1:
-        raise UserError(f"--target-batch must be at least 1, got {options.target_batch}")
-    if not 0 < options.learning_rate < float("inf"):
-        raise UserError(f"--learning-rate must be positive, got {options.learning_rate}")
-    if not 0 <= options.corruption <= 1:
-        raise UserError(f"--corruption must be a fraction in [0, 1], got {options.corruption}")
+    named = {k: v for k, v in run.config.items() if k not in ("command", runs.CHOSEN, *FREE)}
+    return run, replace(options, **named)

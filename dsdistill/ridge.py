@@ -22,6 +22,7 @@ from dsdistill.harness import memory
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluate import Predict
 from dsdistill.harness.labeled import Examples
+from dsdistill.kernels import devices
 from dsdistill.kernels.gram import Tile, gram, plan
 from dsdistill.kernels.networks import Network
 
@@ -53,9 +54,18 @@ def loss(
     y_s: Float[Array, "n k"],
     y_t: Float[Array, "m k"],
     ridge: float,
+    weights: Float[Array, " m"] | None = None,
 ) -> Float[Array, ""]:
-    """Half the mean squared error of the predicted targets, over all m k entries."""
-    return 0.5 * jnp.mean((predict(k_st, solve(k_ss, y_s, ridge)) - y_t) ** 2)
+    """Half the mean squared error of the predicted targets, over all m k entries.
+
+    Args:
+        k_ss, k_st: Kernel of the support with itself and with the targets.
+        y_s, y_t: Labels of support and targets.
+        ridge: Relative, see `solve`.
+        weights: Of each target in the mean; None: 1/m for all.
+    """
+    errors = jnp.mean((predict(k_st, solve(k_ss, y_s, ridge)) - y_t) ** 2, axis=1)
+    return 0.5 * (jnp.mean(errors) if weights is None else weights @ errors)
 
 
 @dataclass(frozen=True)
@@ -87,8 +97,8 @@ def fit(
     memory.require(4 * 8 * n * n, f"ridge regression on {n} images", "use fewer images")
     with jax.enable_x64(True):
         programs = _programs(network, n, images.shape[1:])
-        alpha = programs.coefficients(images, labels, ridge)
-        if not bool(jnp.isfinite(alpha).all()):
+        alpha = np.asarray(programs.coefficients(images, labels, ridge))
+        if not np.isfinite(alpha).all():
             raise UserError(
                 f"the kernel of {n} images is singular at a ridge of {ridge:g}: raise --ridge"
             )
@@ -100,7 +110,7 @@ def fit(
                 chunk = targets[start : start + size]
                 filled = np.zeros((size, *chunk.shape[1:]), np.float32)
                 filled[: len(chunk)] = chunk  # one shape for all: one compilation
-                out.append(np.asarray(programs.scores(images, filled, alpha))[: len(chunk)])
+                out.append(np.asarray(programs.scores(images, alpha, filled))[: len(chunk)])
         return np.concatenate(out)
 
     return predictor
@@ -111,7 +121,7 @@ def support_gram(
 ) -> Float[Array, "n n"]:
     """k_ss in float64 with an exact diagonal: in float32 kernels lose digits on identical images.
 
-    The closed forms are computed in float64 throughout, neural-tangents' kernels on the diagonal.
+    neural-tangents' kernels are float64 on the diagonal alone, the others throughout.
 
     Args:
         network: Whose kernel.
@@ -119,6 +129,8 @@ def support_gram(
         tile: Of `support_tile`.
     """
     double = support.astype(jnp.float64)
+    if network.symmetric is not None:
+        return network.symmetric(double)
     if network.diagonal is None:
         return gram(network.kernel, double, double, tile)
     k_ss = gram(network.kernel, support, support, tile).astype(jnp.float64)
@@ -143,8 +155,16 @@ class _Programs:
 @functools.lru_cache(maxsize=8)  # a run validates dozens of supports of the same size
 def _programs(network: Network, n: int, shape: tuple[int, int, int]) -> _Programs:
     tile_ss = support_tile(network, n, shape, gradient=False)
-    tile_st = plan(network, n, CHUNK, shape, gradient=False)
-    return _Programs(
-        jax.jit(lambda x, y, ridge: solve(support_gram(network, x, tile_ss), y, ridge)),
-        jax.jit(lambda x, t, alpha: predict(gram(network.kernel, x, t, tile_st), alpha)),
-    )
+    tile_st = plan(network, n, devices.share(CHUNK), shape, gradient=False)
+
+    def coefficients(x_s: Array, y_s: Array, ridge: float) -> Array:
+        return solve(support_gram(network, x_s, tile_ss), y_s, ridge)
+
+    def share(whole: tuple[Array, Array], real: Array, x_t: Array) -> Array:
+        x_s, alpha = whole
+        return devices.joined(predict(gram(network.kernel, x_s, x_t, tile_st), alpha))
+
+    def scores(x_s: Array, alpha: Array, x_t: Array) -> Array:
+        return devices.divided(share)((x_s, alpha), len(x_t), x_t)
+
+    return _Programs(jax.jit(coefficients), jax.jit(scores))

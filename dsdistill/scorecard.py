@@ -7,7 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dsdistill.harness import artifact, controls, datasets, progress, report, runs
+from dsdistill.harness import artifact, controls, datasets, lists, progress, report, runs
 from dsdistill.harness.artifact import Distilled
 from dsdistill.harness.datasets import Splits
 from dsdistill.harness.errors import UserError
@@ -28,9 +28,9 @@ def run(options: Evaluate) -> Path:
         raise UserError(f"--seeds must be at least 1, got {options.seeds}")
     file = artifact.locate(options.run)
     distilled = artifact.load(file)
-    learners = [_learner(name, distilled) for name in _names("--learners", options.learners)]
+    learners = [_learner(name, distilled) for name in lists.names("--learners", options.learners)]
     splits = _splits(distilled, options.data_root)
-    arms = _arms(distilled, splits, _names("--controls", options.controls, empty=True))
+    arms = _arms(distilled, splits, lists.names("--controls", options.controls, empty=True))
     out = options.out or runs.next_free("evaluation", file.parent)
     runs.check_free(out, "report.json")
     out.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,9 @@ def _learner(name: str, distilled: Distilled) -> Learner:
         from dsdistill.kernels import networks
 
         config = distilled.provenance["config"]
-        network = networks.parse(config["kernel"], config["depth"])
+        first = lists.names("--kernel", config["kernel"])[0]  # of several, the one that judged
+        std = {name: config[name] for name in ("w_std", "b_std") if name in config}
+        network = networks.parse(first, config["depth"], **std)
         return ridge.Ridge(network, distilled.provenance["evaluation_ridge"])
     from kd.learners import learner
 
@@ -103,15 +105,6 @@ def _splits(distilled: Distilled, root: Path) -> Splits:
     if splits.digest != data["sha256"]:
         raise UserError(f"{data['source']} is not the data the set was made from: it has changed")
     return splits
-
-
-def _names(option: str, text: str, *, empty: bool = False) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names and not empty:
-        raise UserError(f"{option} must name at least one")
-    if len(set(names)) < len(names):
-        raise UserError(f"{option} names one twice: {text}")
-    return names
 
 
 def _facts(
@@ -151,8 +144,8 @@ def _distil_command(made: Mapping[str, Any]) -> str:
 
     defaults = vars(Kip() if made["method"] == "kip" else LabelSolve())
     words = ["dsdistill", made["method"], shlex.quote(str(made["config"]["data"]))]
-    for name, value in made["config"].items():
-        if name in ("command", "data") or value == defaults.get(name):
+    for name, value in {**made["config"], **made["config"].get(runs.CHOSEN, {})}.items():
+        if name not in defaults or name == "data" or value == defaults.get(name):
             continue
         option = "--" + name.replace("_", "-")
         words += [option] if value is True else [option, shlex.quote(str(value))]

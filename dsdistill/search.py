@@ -1,113 +1,68 @@
-"""The long part of a run: checkpointed, resumable, and for KIP validated and the best chosen.
+"""The long part of a run: checkpointed and resumable, and of KIP's supports the best is chosen."""
 
-The best support is that of the lowest squared error on the validation images, which is what KIP
-minimises on the training images; accuracy on a few hundred images is too coarse to choose by.
-"""
-
+import contextlib
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from dsdistill import kip, label_solve, ridge
+from dsdistill import hosts, judging, kip, label_solve
 from dsdistill.harness import progress, runs
+from dsdistill.harness.errors import UserError
 from dsdistill.harness.labeled import Examples
+from dsdistill.judging import Candidate, Judge
 from dsdistill.kernels.networks import Network
+from dsdistill.phases import Plan, Snapshot, snapshots
+from dsdistill.start import Support
 
 CHECKPOINT_EVERY = 10.0  # seconds
-VALIDATIONS = 40  # in a run; half a dozen milliseconds each with the fc kernel
-
-
-@dataclass(frozen=True, eq=False)
-class Candidate:
-    """A support that may be chosen, and how it does on the validation images."""
-
-    step: int
-    images: Float[np.ndarray, "n h w c"]
-    labels: Float[np.ndarray, "n k"]
-    accuracy: float
-    loss: float
-
-
-@dataclass(frozen=True, eq=False)
-class Snapshot:
-    """All that a run needs in order to go on: one consistent value, replaced as a whole."""
-
-    done: int
-    state: kip.State
-    best: Candidate
-    seconds: float
-
-
-Judge = Callable[[int, kip.State], Candidate]
+COUNTS = ("done", "seconds", "lowest", "stale", "limit", "high")  # of a snapshot, in a checkpoint
 
 
 def search(
-    run: runs.Run,
-    objective: kip.Objective,
-    support: kip.Support,
-    train: Examples,
-    validation: Examples,
-    *,
-    steps: int,
-    target_batch: int,
-    seed: int,
-) -> tuple[Candidate, float]:
+    run: runs.Run, plan: Plan, support: Support, train: Examples, validation: Examples
+) -> tuple[Candidate, Snapshot]:
     """Run KIP to the end, from the run's last checkpoint if there is one.
 
     Returns:
-        The best support, and the seconds spent in this and all earlier starts.
+        The best support, with its figures on all validation images, and the state at the end.
 
     Raises:
-        UserError: If the loss is not finite; the last checkpoint stays.
+        UserError: If the loss is not finite, or stays far above what it was at first; after a
+            checkpoint of the last good step.
+        RuntimeError, ValueError: If another host is lost, see `hosts.LOST`; after the same.
         KeyboardInterrupt: After a checkpoint of the last whole step.
     """
-    judge = _judge(objective, validation)
-    last = _restored(run, objective, support, judge)
-    saved, began = time.monotonic(), time.monotonic() - last.seconds
-    every = max(steps // VALIDATIONS, 1)
-    stream = kip.distill(
-        objective,
-        support,
-        train,
-        steps=steps,
-        target_batch=target_batch,
-        seed=seed,
-        state=last.state,
-        done=last.done,
-    )
-    resume_from = last.done if run.resumed else None
-    with (
-        runs.Metrics(run.folder, resume_from=resume_from) as metrics,
-        progress.bar(steps, start=last.done) as show,
-    ):
+    sample = judging.subset(validation, plan.validation_images, plan.seed)
+    judge = _judge(plan, sample)
+    last = good = _restored(run, plan, support, judge)
+    saved = time.monotonic()
+    stream = snapshots(plan, support, train, judge, last)
+    with _metrics(run, last.done) as write, contextlib.closing(stream):
         try:
-            for step in stream:
-                best, figures = last.best, {"loss": step.loss}
-                if step.done % every == 0 or step.done == steps:
-                    found = judge(step.done, step.state)
-                    figures |= {
-                        "validation_accuracy": found.accuracy,
-                        "validation_loss": found.loss,
-                    }
-                    # Without validation images both are NaN, and the later one is taken.
-                    best = best if found.loss > best.loss else found
-                metrics.write(step.done, **figures)
-                last = Snapshot(step.done, step.state, best, time.monotonic() - began)
-                show(step.done, loss=step.loss, validation=best.accuracy)
+            for reached, figures in stream:
+                write(reached.done, **figures)
+                last = reached  # a stop in between repeats the step, and writes its line
+                if hosts.stopping(last.done):
+                    raise KeyboardInterrupt
+                if last.high:
+                    continue  # perhaps diverging: not worth keeping yet
+                good = last
                 if time.monotonic() - saved > CHECKPOINT_EVERY:
                     _save(run, last)
                     saved = time.monotonic()
+        except (UserError, *hosts.LOST):
+            _save(run, good)
+            raise
         except KeyboardInterrupt:
             _save(run, last)
             raise
     _save(run, last)
-    return last.best, last.seconds
+    return _chosen(plan, last, sample, validation), last
 
 
 def accumulated(
@@ -119,89 +74,101 @@ def accumulated(
         The sums, and the seconds spent in this and all earlier starts.
 
     Raises:
-        KeyboardInterrupt: After a checkpoint of the last whole chunk.
+        KeyboardInterrupt, RuntimeError, ValueError: As `search`; after a checkpoint of the last
+            whole chunk.
     """
     last, spent = _restored_sums(run)
+    said = False  # the expected duration
     saved, began = time.monotonic(), time.monotonic() - spent
 
     def save() -> None:
         arrays = {name: np.asarray(getattr(last, name)) for name in ("gram_tt", "gram_ty")}
         run.save_state(arrays, {"done": last.done, "seconds": time.monotonic() - began})
 
-    resume_from = last.done if run.resumed else None
     with (
-        runs.Metrics(run.folder, resume_from=resume_from) as metrics,
+        _metrics(run, last.done) as write,
         progress.bar(len(train), "targets", start=last.done) as show,
     ):
         start = last if last.done else None
+        marks = [(last.done, time.monotonic())]
         try:
-            for last in label_solve.accumulate(network, support, train, start):
-                seconds = time.monotonic() - began
-                metrics.write(last.done, targets_per_second=last.done / seconds)
-                show(last.done)
+            stream = label_solve.accumulate(network, support, train, start)
+            for chunk, last in enumerate(stream):
+                marks = [*marks[-2:], (last.done, time.monotonic())]
+                targets, seconds = (b - a for a, b in zip(*marks[-2:], strict=True))
+                pairs = len(support) * targets
+                if len(marks) == 3 and not said:  # the first chunk compiled
+                    said = True
+                    left = -(-(len(train) - last.done) // targets)
+                    progress.expected(left, "chunk", seconds, pairs)
+                write(last.done, pairs_per_second=pairs / seconds)
+                rate = progress.amount(pairs / seconds)
+                show(last.done, **{"pairs/s": rate})
                 if time.monotonic() - saved > CHECKPOINT_EVERY:
                     save()
                     saved = time.monotonic()
-        except KeyboardInterrupt:
+                if hosts.stopping(chunk):
+                    raise KeyboardInterrupt
+        except (KeyboardInterrupt, *hosts.LOST):
             save()
             raise
     save()
     return last, time.monotonic() - began
 
 
+@contextlib.contextmanager
+def _metrics(run: runs.Run, done: int) -> Iterator[Callable[..., None]]:
+    """What records the figures of a step, after those that are done."""
+    if not run.writes:
+        yield lambda step, **figures: None
+        return
+    with runs.Metrics(run.folder, resume_from=done if run.resumed else None) as metrics:
+        yield metrics.write
+
+
 def _restored_sums(run: runs.Run) -> tuple[label_solve.Sums, float]:
     """The sums of the last checkpoint and the seconds they took; nothing summed without one."""
-    found = run.load_state() if run.resumed else None
+    found = hosts.checkpoint(run)
     if found is None:
         return label_solve.Sums(0, np.zeros((0, 0)), np.zeros((0, 0))), 0.0
     arrays, meta = found
     return label_solve.Sums(meta["done"], arrays["gram_tt"], arrays["gram_ty"]), meta["seconds"]
 
 
-def _judge(objective: kip.Objective, validation: Examples) -> Judge:
-    """A function that scores a state on the validation images."""
-    if not len(validation):  # nothing to choose by
-        unknown = float("nan")
-        return lambda step, state: Candidate(
-            step, np.asarray(state.images), np.asarray(state.labels), unknown, unknown
-        )
-    validation = kip.resident(validation)
-    images, labels = validation.images(), validation.labels()
+def _judge(plan: Plan, validation: Examples) -> Judge:
+    objective = plan.phases[-1].objective
+    return judging.judge(objective.networks[0], objective.ridge, validation)
 
-    def judge(step: int, state: kip.State) -> Candidate:
-        x_s, y_s = np.asarray(state.images), np.asarray(state.labels)
-        scores = ridge.fit(objective.network, x_s, y_s, objective.ridge)(images)
-        accuracy = float((scores.argmax(1) == labels.argmax(1)).mean())
-        return Candidate(step, x_s, y_s, accuracy, float(((scores - labels) ** 2).mean() / 2))
 
-    return judge
+def _chosen(plan: Plan, last: Snapshot, sample: Examples, validation: Examples) -> Candidate:
+    """The better of the best and the last, by all validation images."""
+    if len(sample) == len(validation):
+        return last.best
+    images, labels = np.asarray(last.state.images), np.asarray(last.state.labels)
+    end = replace(last.best, step=last.done, images=images, labels=labels)
+    candidates = [last.best] if last.best.step == last.done else [last.best, end]
+    return judging.final(candidates, _judge(plan, validation))
 
 
 def _save(run: runs.Run, snapshot: Snapshot) -> None:
     best = snapshot.best
-    arrays: dict[str, Any] = {"best.images": best.images, "best.labels": best.labels}
+    arrays = {"best.images": best.images, "best.labels": best.labels}
     for i, leaf in enumerate(jax.tree.leaves(snapshot.state)):
         arrays[f"state.{i}"] = np.asarray(leaf)
-    run.save_state(
-        arrays,
-        {
-            "done": snapshot.done,
-            "seconds": snapshot.seconds,
-            "best": {"step": best.step, "accuracy": best.accuracy, "loss": best.loss},
-        },
-    )
+    counts = {name: getattr(snapshot, name) for name in COUNTS}
+    figures = {"step": best.step, "accuracy": best.accuracy, "loss": best.loss}
+    run.save_state(arrays, counts | {"best": figures})
 
 
-def _restored(
-    run: runs.Run, objective: kip.Objective, support: kip.Support, judge: Judge
-) -> Snapshot:
+def _restored(run: runs.Run, plan: Plan, support: Support, judge: Judge) -> Snapshot:
     """The last checkpoint, or the start."""
-    state = kip.initial_state(objective, support)
-    found = run.load_state() if run.resumed else None
+    state = kip.initial_state(plan.phases[0].objective, support)
+    found = hosts.checkpoint(run)
     if found is None:
-        return Snapshot(0, state, judge(0, state), 0.0)
+        return Snapshot(0, state, judge(0, state.images, state.labels), 0.0)
     arrays, meta = found
     leaves, structure = jax.tree.flatten(state)
     stored = [jnp.asarray(arrays[f"state.{i}"]) for i in range(len(leaves))]
     best = Candidate(images=arrays["best.images"], labels=arrays["best.labels"], **meta["best"])
-    return Snapshot(meta["done"], jax.tree.unflatten(structure, stored), best, meta["seconds"])
+    counts = {name: meta[name] for name in COUNTS}
+    return Snapshot(state=jax.tree.unflatten(structure, stored), best=best, **counts)

@@ -19,6 +19,8 @@ def print_run(folder: Path) -> None:
         f"({metrics['initial_test_accuracy']:.2%} before), "
         f"kernel {distilled.provenance['kernel']}, {clock(distilled.provenance['seconds'])}"
     )
+    if stopped := distilled.provenance.get("stopped"):
+        print(f"stopped early, {stopped}")
 
 
 def print_set(path: Path, *, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -99,13 +100,32 @@ def test_folder_of_jpegs_in_colour(dsdistill, tmp_path):
     distilled = artifact.load(tmp_path / "run" / "distilled.safetensors")
     assert distilled.preprocess.kind == "zca"
     assert distilled.classes == ("cold", "warm")
-    assert distilled.provenance["engine"] == "neural-tangents"
+    assert distilled.provenance["engine"] == "exact planes"
     assert distilled.provenance["metrics"]["test_accuracy"] > 0.9
 
 
-@pytest.mark.parametrize("kernel", ["convnet3", "myrtle"])
-def test_pooled_kernels_through_neural_tangents(dsdistill, tmp_path, kernel):
-    """Pooling in float64 crashes XLA's CPU compiler, so these must stay clear of it."""
+POOLED_NETWORK = """
+from neural_tangents import stax
+
+net = stax.serial(
+    stax.Conv(1, (3, 3), padding="SAME"), stax.Relu(), stax.AvgPool((2, 2), strides=(2, 2)),
+    stax.Flatten(), stax.Dense(1),
+)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kernel", "engine"),
+    [
+        ("convnet3", "exact planes"),
+        ("CR-2xCRP-CR-gap", "exact planes"),
+        ("my_pooled_network:net", "neural-tangents"),
+    ],
+)
+def test_pooled_kernels(dsdistill, tmp_path, monkeypatch, kernel, engine):
+    """neural-tangents' pooling in float64 crashes XLA's CPU compiler: stay clear of it."""
+    (tmp_path / "my_pooled_network.py").write_text(POOLED_NETWORK)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     labels = np.arange(60) % 2
     rng = np.random.default_rng(0)
     images = np.clip(rng.normal(0.3 + 0.4 * labels[:, None, None], 0.1, (60, 8, 8)), 0, 1)
@@ -115,7 +135,7 @@ def test_pooled_kernels_through_neural_tangents(dsdistill, tmp_path, kernel):
         done = dsdistill(method, *options, *steps, "--out", method)
         assert done.returncode == 0, done.stderr
         provenance = artifact.load(tmp_path / method / artifact.FILE).provenance
-        assert provenance["engine"] == "neural-tangents"
+        assert provenance["engine"] == engine
         assert provenance["metrics"]["test_accuracy"] == 1  # brightness alone tells the classes
 
 
@@ -123,7 +143,15 @@ def test_npz_with_every_option(dsdistill, tmp_path):
     rng = np.random.default_rng(0)
     images = rng.random((60, 9, 7, 1), np.float32)
     np.savez(tmp_path / "mine.npz", images=images, labels=np.arange(60) % 2)
-    options = ["--learn-labels", "--augment", "--preprocess", "none", "--init", "noise"]
+    options = [
+        "--learn-labels",
+        "--augment",
+        "flip,shift",
+        "--preprocess",
+        "none",
+        "--init",
+        "noise",
+    ]
     options += ["--corruption", "0.2", "--depth", "2", "--target-batch", "10", "--seed", "3"]
     options += ["--ridge", "1e-3", "--learning-rate", "0.01", "--validation-fraction", "0"]
     done = dsdistill("kip", "mine.npz", *SHORT, *options)
@@ -135,6 +163,93 @@ def test_npz_with_every_option(dsdistill, tmp_path):
     assert metrics["best_step"] == 12  # nothing to choose by: the last
     again = dsdistill("kip", "mine.npz", *SHORT)
     assert "kip-mine-2" in again.stdout
+
+
+def test_a_run_with_every_way_to_save_time(dsdistill, tmp_path):
+    """From Label Solve's images and labels, warmed up, with a schedule, a timed batch, patience."""
+    assert dsdistill("ls", "digits", "--images-per-class", 2, "--out", "ls").returncode == 0
+    options = ["--init", "ls", "--warm-up", "fc:6", "--schedule", "cosine", "--learn-labels"]
+    options += ["--label-learning-rate", "0.001", "--target-batch", "5ms", "--augment", "shift"]
+    options += ["--steps", "400", "--patience", "1", "--validation-images", "50"]
+    done = dsdistill("kip", "digits", *options, "--learning-rate", "0.4", "--out", "run")
+    assert done.returncode == 0, done.stderr
+    solved, learned = (artifact.load(tmp_path / n / artifact.FILE) for n in ("ls", "run"))
+    made = learned.provenance
+    assert len(learned) == len(solved) == 20
+    assert made["metrics"]["initial_test_accuracy"] == pytest.approx(
+        solved.provenance["metrics"]["test_accuracy"], abs=0.05
+    )  # not the same training images: Label Solve held none out
+    last = made["metrics"]["last_step"]
+    assert last < 406
+    assert made["stopped"] == f"at step {last} of 406: no lower validation loss in 1 validation"
+    assert f"stopped early, {made['stopped']}" in done.stdout
+    chosen = made["config"]["chosen"]
+    assert chosen["target_batch"] % 10 == 0
+    assert len(chosen["init_sha256"]) == 64
+    note, *said = done.stderr.splitlines()
+    assert note.startswith("note: the set of --init was made with images that this run validates")
+    assert said[0] == f"target batch: {chosen['target_batch']} images, for steps of 5 ms"
+    assert re.match(r"expected: .* for 4 warm-up steps \(.* pairs of images a second\)", said[1])
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["phase"] for line in lines] == [1] * 6 + [2] * (last - 6)
+
+
+def test_a_resumed_run_measures_no_batch_again_and_starts_from_the_same_set(dsdistill, tmp_path):
+    assert dsdistill("ls", "digits", "--images-per-class", 1, "--out", "ls").returncode == 0
+    options = ["kip", "digits", "--steps", 20, "--init", "ls", "--out", "run"]
+    assert dsdistill(*options, "--target-batch", "5ms").returncode == 0
+    (tmp_path / "run" / artifact.FILE).unlink()  # stopped before the last file was written
+    config = tmp_path / "run" / "config.json"
+    stored = json.loads(config.read_text())
+    stored["chosen"]["target_batch"] = 70
+    config.write_text(json.dumps(stored))
+    done = dsdistill("kip", "--out", "run", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "target batch" not in done.stderr
+    made = artifact.load(tmp_path / "run" / artifact.FILE).provenance
+    assert made["config"]["chosen"]["target_batch"] == 70
+    (tmp_path / "run" / artifact.FILE).unlink()
+    shutil.rmtree(tmp_path / "ls")
+    again = dsdistill("ls", "digits", "--images-per-class", 1, "--seed", 1, "--out", "ls")
+    assert again.returncode == 0
+    one_line(dsdistill("kip", "--out", "run", "--resume"), "--init", "has changed since")
+
+
+def test_an_init_that_does_not_fit_leaves_nothing(dsdistill, kip_run, tmp_path):
+    """Twenty images of ten classes, 8x8."""
+    asked = ("kip", "digits", "--init", kip_run, "--images-per-class", 3)
+    one_line(dsdistill(*asked), "2 images a class, --images-per-class asks for 3")
+    one_line(dsdistill("kip", "--init", kip_run, "--image-size", 9), "8x8x1, the data's 9x9x1")
+    np.savez(tmp_path / "two.npz", images=np.zeros((8, 8, 8)), labels=np.arange(8) % 2)
+    one_line(dsdistill("kip", "two.npz", "--init", kip_run), "10 classes, the data 2")
+    assert [path.name for path in tmp_path.iterdir()] == ["two.npz"]
+
+
+def test_of_several_kernels_the_first_one_is_stored_and_evaluates(dsdistill, tmp_path):
+    options = ("--kernel", "fc,conv", "--target-batch", 20, "--validation-images", 20)
+    short = ("--images-per-class", 1, "--steps", 6)
+    done = dsdistill("kip", "digits", *options, *short, "--out", "run")
+    assert done.returncode == 0, done.stderr
+    made = artifact.load(tmp_path / "run" / artifact.FILE).provenance
+    assert (made["kernel"], made["config"]["kernel"]) == ("fc(1)", "fc,conv")
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {line["network"] for line in lines} == {0, 1}
+    evaluated = ("--learners", "ridge", "--controls", "", "--seeds", 1, "--out", "report")
+    done = dsdistill("evaluate", "run", *evaluated)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["rows"][0]["mean"] == pytest.approx(made["metrics"]["test_accuracy"])
+    assert "--kernel fc,conv" in report["commands"][0]
+
+
+def test_a_diverging_run_says_what_to_change(dsdistill, tmp_path):
+    rates = ("--learn-labels", "--label-learning-rate", 100)
+    done = dsdistill("kip", "digits", *rates, "--steps", 300, "--out", "run")
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("dsdistill: the loss ")
+    assert last.endswith("--learning-rate (now 0.04) or --label-learning-rate (now 100)")
+    assert (tmp_path / "run" / "checkpoint.safetensors").exists()
 
 
 def test_killed_run_resumes_to_the_same_bits(dsdistill, tmp_path):
@@ -201,12 +316,28 @@ def test_stopped_by_hand_leaves_a_checkpoint(dsdistill, tmp_path, number):
         (["kip", "--learning-rate", "nan"], ["--learning-rate"]),
         (["kip", "--ridge", "0"], ["--ridge"]),
         (["kip", "--corruption", "1.5"], ["--corruption", "[0, 1]"]),
+        (["kip", "--target-batch", "soon"], ["--target-batch", "2s", "'soon'"]),
+        (["kip", "--label-learning-rate", "0.1"], ["needs --learn-labels"]),
+        (["kip", "--learn-labels", "--label-learning-rate", "0"], ["--label-learning-rate", "0.0"]),
+        (["kip", "--patience", "0"], ["--patience", "at least 1"]),
+        (["kip", "--patience", "2", "--validation-fraction", "0"], ["--patience", "(now 0)"]),
+        (["kip", "--validation-images", "0"], ["--validation-images", "at least 1"]),
+        (["kip", "--augment", "flip,spin"], ["unknown augmentation 'spin'", "rotate"]),
+        (["kip", "--init", "nois"], ["--init", "did you mean 'noise'"]),
+        (["kip", "--init", "empty"], ["no distilled set at empty/"]),
+        (["kip", "--init", "foreign.safetensors"], ["not a whole .safetensors file"]),
+        (["kip", "--warm-up", "fcc"], ["unknown kernel", "did you mean 'fc'"]),
+        (["kip", "--warm-up", "fc:0"], ["--warm-up", "at least 1 step"]),
+        (["kip", "--kernel", "fc,fc"], ["--kernel names one twice"]),
+        (["kip", "--kernel", "fc,convnett"], ["did you mean 'convnet'"]),
+        (["kip", "--kernel", "fc,conv", "--depth", "2"], ["--depth is for one kernel", "fc(3)"]),
+        (["ls", "--kernel", "fc,conv"], ["Label Solve takes one --kernel"]),
         (["kip", "--validation-fraction", "1"], ["validation fraction"]),
         (["kip", "--seed", "-1"], ["--seed"]),
         (["kip", "--image-size", "0"], ["image size"]),
         (["kip", "--resume"], ["--resume needs --out"]),
         (["kip", "--resume", "--out", "nothing"], ["holds no run to resume"]),
-        (["kip", "--kernel", "convnet", "--image-size", "224"], ["needs", "GiB", "can be used"]),
+        (["kip", "--kernel", "myrtle", "--image-size", "512"], ["needs", "GiB", "can be used"]),
         (["ls", "bad.npz"], ["NaN"]),
         (["inspect", "nothing.safetensors"], ["no distilled set"]),
         (["inspect", "foreign.safetensors"], ["not a"]),
@@ -229,6 +360,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(dsdistill, tmp_path, argumen
     [
         ("kip --sseed 1", ["--sseed", "did you mean --seed?"]),
         ("kip --steps many", ["--steps", "many"]),
+        ("kip --schedule cosin", ["cosin", "did you mean cosine?"]),
         ("kip --preprocess standardize", ["standardize", "did you mean standardise?"]),
         ("kipp", ["kipp", "did you mean kip?"]),
         ("evaluate", ["a run's folder"]),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dsdistill.harness import controls, evaluate, report
+from dsdistill.harness import controls, evaluate, labeled, report
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluate import Arm
 from dsdistill.harness.labeled import Examples, Labeled
@@ -51,7 +51,7 @@ def test_a_learner_never_sees_the_test_images():
 
 
 def test_test_images_of_several_batches(monkeypatch):
-    monkeypatch.setattr(evaluate, "BATCH", 2)
+    monkeypatch.setattr(labeled, "BATCH", 2)
     assert evaluate.accuracy(lambda images: np.ones((len(images), 2)), examples(5)) == 3 / 5
 
 

@@ -157,7 +157,7 @@ def test_every_name_gives_a_positive_definite_kernel(name, depth, canonical):
     ("name", "depth", "message"),
     [
         ("convnett", None, "did you mean 'convnet'"),
-        ("convnet3", 2, "has no --depth"),
+        ("convnet3", 2, "has no depth"),
         ("fc", 0, "at least 1, got 0"),
         ("myrtle", 6, "5, 7, 10, got 6"),
         ("no_such_module:net", None, "cannot be imported"),

@@ -1,5 +1,8 @@
 """KIP and Label Solve as algorithms: gradients, draws, what is learned and what is not."""
 
+import itertools
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +14,8 @@ from dsdistill.harness.labeled import Examples, Labeled, centred_one_hot
 from dsdistill.harness.preprocess import identity
 from dsdistill.kernels import gram, networks
 from dsdistill.kernels.dense import fc_ntk
+from dsdistill.start import Support, initial_support
+from dsdistill.targets import Batches
 
 
 @pytest.fixture(scope="module")
@@ -24,15 +29,15 @@ def train() -> Examples:
 
 
 def objective(**changes) -> kip.Objective:
-    return kip.Objective(networks.parse("fc"), **changes)
+    return kip.Objective((networks.parse("fc"),), **changes)
 
 
-def start(train: Examples, **changes) -> kip.Support:
+def start(train: Examples, **changes) -> Support:
     options = {"noise": False, "corruption": 0.0, "seed": 0} | changes
-    return kip.initial_support(train, 2, **options)
+    return initial_support(train, 2, **options)
 
 
-def run(train: Examples, steps: int = 5, support: kip.Support | None = None, **changes):
+def run(train: Examples, steps: int = 5, support: Support | None = None, **changes):
     support = support or start(train)
     stream = kip.distill(objective(**changes), support, train, steps=steps, target_batch=60, seed=0)
     return list(stream)
@@ -61,7 +66,7 @@ def test_first_step_is_adam_on_the_reference_loss(train):
     """Loss and step against the authors' formulas, in float64 throughout."""
     support = start(train)
     with jax.enable_x64(True):
-        drawn = kip._Batches(train, 60, 0).draw(0)
+        drawn = Batches(train, 60, 0).draw(0)
         x_s, y_s, x_t, y_t = (
             jnp.asarray(a, jnp.float64) for a in (support.images, support.labels, *drawn)
         )
@@ -90,6 +95,62 @@ def test_labels_move_only_if_asked(train):
     fixed, learned = run(train)[-1].state, run(train, learn_labels=True)[-1].state
     np.testing.assert_array_equal(fixed.labels, start(train).labels)
     assert np.abs(learned.labels - start(train).labels).max() > 0.01
+
+
+def test_labels_have_a_rate_of_their_own(train):
+    """Adam's first step moves every value by its learning rate."""
+    support = start(train)
+    first = run(train, 1, learn_labels=True, label_learning_rate=0.2)[0].state
+    assert np.abs(first.images - support.images).max() == pytest.approx(0.04, rel=1e-3)
+    assert np.abs(first.labels - support.labels).max() == pytest.approx(0.2, rel=1e-3)
+    assert first.images.dtype == first.labels.dtype == jnp.float32
+
+
+def test_without_a_schedule_the_steps_are_those_of_optax(train):
+    """The rates are applied after Adam; the result is that of `optax.adam`, to the bit."""
+    import optax
+
+    support, shape = start(train), start(train).images.shape
+    gradients = [jnp.asarray(np.random.default_rng(i).random(shape), jnp.float32) for i in (1, 2)]
+    adam, expected = optax.adam(0.04), jnp.asarray(support.images)
+    moments, state = adam.init(expected), kip.initial_state(objective(), support)
+    for gradient in gradients:
+        change, moments = adam.update(gradient, moments)
+        expected = expected + change
+        moved, after = kip._moved(
+            objective(), {"images": state.images}, {"images": gradient}, state.moments
+        )
+        state = kip.State(moved["images"], state.labels, after)
+    np.testing.assert_array_equal(state.images, expected)
+
+
+def test_the_cosine_falls_from_the_full_rate_to_nothing(train):
+    states = [start(train).images, *(s.state.images for s in run(train, 8, cosine_steps=8))]
+    moves = [np.abs(b - a).max() for a, b in itertools.pairwise(states)]
+    assert moves[0] == pytest.approx(0.04, rel=1e-3)
+    assert moves[-1] < 0.04 * 0.06  # (1 + cos(7/8 pi)) / 2 = 0.038, and Adam's step is below 1
+    factors = [float(kip._factor(objective(cosine_steps=8), jnp.int32(i))) for i in (0, 4, 8, 9)]
+    np.testing.assert_allclose(factors, [1, 0.5, 0, 0], atol=1e-7)
+    with jax.enable_x64(True):
+        assert kip._factor(objective(cosine_steps=8), jnp.int32(3)).dtype == jnp.float32
+
+
+def test_each_step_draws_one_of_several_networks(train):
+    """A function of seed and step; each network's loss is that of a run with it alone."""
+    both = networks.parse("fc"), networks.parse("fc", 2)
+    options = {"steps": 12, "target_batch": 60, "seed": 0}
+    steps = list(kip.distill(kip.Objective(both), start(train), train, **options))
+    assert {step.network for step in steps} == {0, 1}
+    alone = kip.Objective((both[steps[0].network],))
+    first = next(kip.distill(alone, start(train), train, **options))
+    assert first.loss == steps[0].loss
+    np.testing.assert_array_equal(first.state.images, steps[0].state.images)
+    late = kip.distill(kip.Objective(both), start(train), train, **options, done=5)
+    assert [step.network for step in late] == [step.network for step in steps[5:]]
+
+
+def test_a_step_counts_its_pairs(train):
+    assert run(train, 1)[0].pairs == 6 * (6 + 55)  # one class has 15 images for a share of 20
 
 
 def test_same_seed_same_support_to_the_bit(train):
@@ -133,7 +194,7 @@ def test_support_is_real_balanced_and_drawn_by_the_seed(train):
 
 
 def test_target_batches_are_balanced_capped_and_without_repeats(train):
-    batches = kip._Batches(train, 60, 0)
+    batches = Batches(train, 60, 0)
     labels = batches.draw(3)[1].argmax(1)
     assert np.bincount(labels).tolist() == [20, 20, 15]  # the last class has no more
     images = batches.draw(3)[0]
@@ -147,18 +208,15 @@ def test_a_diverging_run_stops_with_the_remedy(train):
         run(train, steps=50, learning_rate=1e30)
 
 
-def test_augmentation_flips_and_shifts_whole_images():
-    rows = jnp.arange(16.0)[:, None] * 16 + jnp.arange(16.0)
-    images = jnp.broadcast_to(rows[None, :, :, None], (200, 16, 16, 1))
-    out = np.asarray(kip.augmented(images, jax.random.key(0)))[..., 0]
-    inner = out[:, 4:12, 4:12]
-    down, right = np.diff(inner, axis=1), np.diff(inner, axis=2)
-    assert (down == 16).all()  # rows keep their order and spacing
-    flips = right[:, 0, 0] == -1
-    assert (right == np.where(flips, -1, 1)[:, None, None]).all()
-    assert 60 < flips.sum() < 140
-    shift = (inner[:, 0, 0] // 16 - 4).astype(int)
-    assert set(shift) == {-2, -1, 0, 1, 2}  # an eighth of 16, both ways
+def test_a_kernel_that_is_not_finite_is_traced_to_its_image(train):
+    images = start(train).images.copy()
+    images[4, 1, 2] = 3e19  # its square overflows in float32
+    network = networks.parse("CRP-flatten")
+    with pytest.raises(UserError, match=r"support image 4, .* not finite before ReLU 1 of 1"):
+        label_solve.solve_labels(network, images, train)
+    support, one = replace(start(train), images=images), kip.Objective((network,))
+    with pytest.raises(UserError, match=r"step 0, support image 4, .*: raise --ridge"):
+        next(kip.distill(one, support, train, steps=1, target_batch=30, seed=0))
 
 
 def test_label_solve_equals_the_formula(train):

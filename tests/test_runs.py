@@ -91,6 +91,18 @@ def test_a_damaged_config_is_one_line(tmp_path, text):
     assert "\n" not in str(caught.value)
 
 
+def test_a_choice_is_made_once_and_stands_in_the_config(tmp_path):
+    run = _start(tmp_path, steps=5)
+    assert run.recorded("batch", lambda: 480) == 480
+    assert run.recorded("batch", lambda: pytest.fail("chosen twice")) == 480
+    again = _start(tmp_path, resume=True)
+    assert again.recorded("batch", lambda: pytest.fail("chosen twice")) == 480
+    assert again.recorded("other", lambda: [1]) == [1]
+    stored = runs.read_json(tmp_path / "config.json")
+    assert stored["chosen"] == {"batch": 480, "other": [1]}
+    assert stored["steps"] == 5
+
+
 def test_next_free(tmp_path):
     assert runs.next_free("kip-digits", tmp_path) == tmp_path / "kip-digits-1"
     (tmp_path / "kip-digits-1").mkdir()

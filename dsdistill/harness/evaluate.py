@@ -17,8 +17,6 @@ from jaxtyping import Float
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.labeled import Examples, balanced
 
-BATCH = 2000  # test images that are preprocessed and predicted at a time
-
 
 class Predict(Protocol):
     """Scores (n, k) of preprocessed images (n, h, w, c); the largest score is the prediction."""
@@ -140,8 +138,7 @@ def within_limit(examples: Examples, limit: int | None, seed: int) -> Examples:
 def accuracy(predict: Predict, test: Examples) -> float:
     """Fraction of the test images whose largest score is that of their class."""
     right = 0
-    for start in range(0, len(test), BATCH):
-        rows = slice(start, start + BATCH)
+    for rows in test.batches():
         right += int((predict(test.images(rows)).argmax(1) == test.data.labels[rows]).sum())
     return right / len(test)
 

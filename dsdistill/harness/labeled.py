@@ -9,6 +9,7 @@ from jaxtyping import Float, Int, Num
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.preprocess import Preprocess
 
+BATCH = 2000  # images that are preprocessed and predicted at a time
 SPLIT_SEED = 0  # fixed: a split that followed --seed would leak validation images between runs
 TEST_FRACTION = 0.2  # of a source that has no test part of its own; of digits too
 
@@ -87,6 +88,10 @@ class Examples:
         if self.targets is not None:
             return self.targets[indices]
         return centred_one_hot(self.data.labels[indices], len(self.data.classes))
+
+    def batches(self) -> list[slice]:
+        """Slices over all images, of as many as are preprocessed and predicted at a time."""
+        return [slice(start, start + BATCH) for start in range(0, len(self), BATCH)]
 
 
 def stratified(labels: Int[np.ndarray, " n"], fraction: float) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,11 @@
-"""Progress of long work: a live bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of long work: a live bar on a terminal, a plain line now and then elsewhere.
+
+Everything goes to standard error; lines that are said during a live bar appear above it.
+"""
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 LINE_EVERY = 10.0  # seconds between lines where there is no terminal
@@ -12,7 +15,7 @@ Show = Callable[..., None]
 
 @contextmanager
 def bar(total: int, unit: str = "steps", start: int = 0) -> Iterator[Show]:
-    """Show progress on standard error.
+    """Show progress, and the time left.
 
     Args:
         total: Units of work in all.
@@ -20,7 +23,8 @@ def bar(total: int, unit: str = "steps", start: int = 0) -> Iterator[Show]:
         start: Units already done before now (a resumed run); they do not count as speed.
 
     Yields:
-        `show(done, **figures)`: call it as often as you like; figures are named numbers.
+        `show(done, **figures)`: call it as often as you like; figures are named numbers, or
+            words that stand as they are.
     """
     if sys.stderr.isatty():
         with _live(total, unit, start) as show:
@@ -43,7 +47,7 @@ def _live(total: int, unit: str, start: int) -> Iterator[Show]:
     with progress.Progress(*columns, console=Console(stderr=True)) as display:
         task = display.add_task("", total=total, completed=start, figures="")
 
-        def show(done: int, **figures: float) -> None:
+        def show(done: int, **figures: float | str) -> None:
             display.update(task, completed=done, figures=_words(figures))
 
         yield show
@@ -52,7 +56,7 @@ def _live(total: int, unit: str, start: int) -> Iterator[Show]:
 def _lines(total: int, unit: str, start: int) -> Show:
     began = last = time.monotonic()
 
-    def show(done: int, **figures: float) -> None:
+    def show(done: int, **figures: float | str) -> None:
         nonlocal last
         now = time.monotonic()
         if now - last < LINE_EVERY and done < total:
@@ -60,13 +64,54 @@ def _lines(total: int, unit: str, start: int) -> Show:
         last = now
         left = (now - began) / max(done - start, 1) * (total - done)
         line = f"{done}/{total} {unit}  {_words(figures)}  {clock(left)} left"
-        print(line, file=sys.stderr, flush=True)
+        say(line)
 
     return show
 
 
-def _words(figures: dict[str, float]) -> str:
-    return "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
+def say(line: str) -> None:
+    """One line for whoever follows the run."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def expected(count: int, unit: str, seconds: float, pairs: int) -> None:
+    """Say how long a run will take, from a measured part of it, before it begins in earnest.
+
+    Args:
+        count: Parts that are left to do.
+        unit: What one of them is called, such as `step`.
+        seconds: Measured, of one.
+        pairs: Pairs of images whose kernel one of them evaluates.
+    """
+    rate = amount(pairs / seconds)
+    say(
+        f"expected: {duration(count * seconds)} for {count} {unit}{'' if count == 1 else 's'} "
+        f"({duration(seconds)} a {unit}, {rate} pairs of images a second)"
+    )
+
+
+def amount(number: float) -> str:
+    """A large number for people, such as 1.2 million."""
+    for unit, word in ((1e9, " billion"), (1e6, " million")):
+        if number >= unit:
+            return f"{number / unit:.3g}{word}"
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
+
+
+def duration(seconds: float) -> str:
+    """A rough duration for people, such as 12 min or 0.7 s."""
+    if seconds < 0.1:
+        return f"{1e3 * seconds:.2g} ms"
+    for unit, word in ((3600, "h"), (60, "min")):
+        if seconds >= 2 * unit:
+            size = seconds / unit
+            return f"{size:.0f} {word}" if size >= 10 else f"{size:.1f} {word}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+
+
+def _words(figures: Mapping[str, float | str]) -> str:
+    shown = {name: v if isinstance(v, str) else f"{v:.4g}" for name, v in figures.items()}
+    return "  ".join(f"{name.replace('_', ' ')} {word}" for name, word in shown.items())
 
 
 def clock(seconds: float) -> str:

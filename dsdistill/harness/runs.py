@@ -15,7 +15,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ import numpy as np
 import safetensors.numpy
 
 from dsdistill.harness.errors import UserError
+
+CHOSEN = "chosen"  # in a configuration: what the run itself has chosen
 
 
 class RunError(UserError):
@@ -75,14 +77,34 @@ class Run:
         folder: Exists and can be written to.
         config: As stored in `config.json`; on `--resume`, as stored by the first start.
         resumed: Whether there was an earlier start.
+        writes: Whether this process writes into the folder; of several hosts' one does.
     """
 
     folder: Path
     config: dict[str, Any]
     resumed: bool
+    writes: bool = True
+
+    def recorded(self, name: str, choose: Callable[[], Any]) -> Any:
+        """A value that the first start chooses, and that every later start finds.
+
+        It stands in `config.json` under `chosen`, apart from the options.
+
+        Args:
+            name: Of the value.
+            choose: Called at the first start alone; JSON-compatible.
+        """
+        chosen = self.config.setdefault(CHOSEN, {})
+        if name not in chosen:
+            chosen[name] = choose()
+            if self.writes:
+                write_json(self.folder / "config.json", self.config)
+        return chosen[name]
 
     def save_state(self, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
         """Replace the checkpoint: named arrays and a JSON-compatible remainder."""
+        if not self.writes:
+            return
         # Not ascontiguousarray, which gives a scalar (a step count) an axis.
         tensors = {name: np.asarray(value, order="C") for name, value in arrays.items()}
         content = safetensors.numpy.save(tensors, {"meta": json.dumps(meta)})
@@ -113,7 +135,8 @@ def check_free(folder: Path, result: str) -> None:
         raise RunError(f"{folder} already holds a run: add --resume, or choose another --out")
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file: choose another --out")
-    if folder.is_dir() and _visible(folder):
+    # A hidden file may be left by a start that was killed.
+    if folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir()):
         raise RunError(f"{folder} is not empty and holds no run: choose another --out")
 
 
@@ -160,11 +183,6 @@ def start(
 def _as_json(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options as `config.json` gives them back, where a tuple has become a list."""
     return json.loads(json.dumps(_finite(options)))
-
-
-def _visible(folder: Path) -> bool:
-    """Whether a folder holds anything but hidden files, such as one left by a killed start."""
-    return any(p.name[0] != "." for p in folder.iterdir())
 
 
 def _stored_config(path: Path) -> dict[str, Any]:

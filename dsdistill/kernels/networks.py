@@ -7,6 +7,7 @@ NTK parameterisation, ReLU, weight deviation sqrt(2), bias deviation 0.1, 3x3 SA
 import functools
 import importlib
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +17,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dsdistill.harness.errors import UserError, unknown
-from dsdistill.kernels import tangents
+from dsdistill.kernels import banded, devices, sequence, tangents, variances
 from dsdistill.kernels.dense import fc_ntk
+from dsdistill.kernels.sequence import Sequence
 
 Kernel = Callable[[Float[Array, "n h w c"], Float[Array, "m h w c"]], Float[Array, "n m"]]
 Diagonal = Callable[[Float[Array, "n h w c"]], Float[Array, " n"]]
+Symmetric = Callable[[Float[Array, "n h w c"]], Float[Array, "n n"]]
 
 W_STD, B_STD = math.sqrt(2), 0.1
 MYRTLE = {5: (1, 1, 1), 7: (1, 2, 2), 10: (2, 3, 3)}  # (Conv, ReLU) pairs in each block
@@ -32,74 +35,85 @@ class Network:
 
     Attributes:
         name: As a user would write it, with the depth.
-        engine: What computes it: `closed form` or `neural-tangents`.
+        engine: What computes it: `closed form`, `exact planes` or `neural-tangents`.
         kernel: Of two sets of images, in their dtype, differentiable in both.
         diagonal: Of each image with itself, for float64 images; None if `kernel` is as exact there
             in float64 as elsewhere.
+        symmetric: Of a set of images with itself, where that takes less than `kernel`.
+        deviations: Of each image before each ReLU, (n, h, w) each; to say where one is not finite.
+        smallest: The smallest height and width it takes, in pixels.
     """
 
     name: str
     engine: str
     kernel: Kernel
     diagonal: Diagonal | None = None
+    symmetric: Symmetric | None = None
+    deviations: Callable[[Float[Array, "n h w c"]], list[Array]] | None = None
+    smallest: int = 1
 
 
-def parse(name: str, depth: int | None = None) -> Network:
+def parse(
+    name: str, depth: int | None = None, *, w_std: float = W_STD, b_std: float = B_STD
+) -> Network:
     """The network of a name.
 
     Args:
-        name: `fc`, `conv`, `convnet`, `convnet3`, `myrtle`, or `module:attribute` for a
-            neural-tangents network: a `stax` triple or a kernel function.
+        name: `fc`, `conv`, `convnet`, `convnet3` or `myrtle`, also with its depth, as in
+            `convnet(2)`; a sequence such as `CR-3xCRP-flatten` (see `sequence`); or
+            `module:attribute` for a neural-tangents network: a `stax` triple or a kernel function.
         depth: Hidden layers of `fc` and `conv` (default 1), pooled blocks of `convnet` (3),
             or the variant of `myrtle` (5, 7 or 10; default 5).
+        w_std, b_std: Deviations of weights and biases; a module sets its own.
 
     Raises:
         UserError: For an unknown name, a module that cannot be imported, or an impossible depth.
     """
     if ":" in name:
         return _from_module(name, depth)
+    if sequence.written(name):
+        if depth is not None:
+            raise UserError(f"the kernel {name} has no --depth: the sequence says it")
+        return _planes(name, sequence.parse(name, w_std=w_std, b_std=b_std))
+    found = re.fullmatch(r"([a-z0-9]+)\(([0-9]+)\)", name)
+    if found:
+        if depth is not None:
+            raise UserError(f"the kernel {name} has its depth in its name; leave out --depth")
+        name, depth = found[1], int(found[2])
     if name not in _BUILDERS:
-        raise unknown("kernel", name, [*_BUILDERS, "module:attribute"])
+        raise unknown("kernel", name, [*_BUILDERS, "CR-3xCRP-flatten", "module:attribute"])
     build, default = _BUILDERS[name]
     if depth is not None and (default is None or depth < 1):
-        rule = "has no --depth" if default is None else f"needs a depth of at least 1, got {depth}"
+        rule = "has no depth" if default is None else f"needs a depth of at least 1, got {depth}"
         raise UserError(f"the kernel {name} {rule}")
-    return build(depth or default)
+    return build(depth or default, w_std, b_std)
 
 
-def _fc(depth: int) -> Network:
-    kernel = functools.partial(fc_ntk, depth=depth, w_std=W_STD, b_std=B_STD)
+def _fc(depth: int, w_std: float, b_std: float) -> Network:
+    kernel = functools.partial(fc_ntk, depth=depth, w_std=w_std, b_std=b_std)
     return Network(f"fc({depth})", "closed form", kernel)
 
 
-def _conv(depth: int) -> Network:
-    return _serial(f"conv({depth})", lambda stax: [*_convs(stax, depth), stax.Flatten()])
+def _conv(depth: int, *std: float) -> Network:
+    return _planes(f"conv({depth})", Sequence("CR" * depth, "flatten", *std))
 
 
-def _convnet(depth: int) -> Network:
-    def layers(stax: Any) -> list:
-        return [*_convs(stax, 1), *_pooled(stax, (1,) * depth), stax.Flatten()]
-
-    return _serial(f"convnet({depth})", layers)
+def _convnet(depth: int, *std: float) -> Network:
+    return _planes(f"convnet({depth})", Sequence("CR" + "CRP" * depth, "flatten", *std))
 
 
-def _convnet3(_: int) -> Network:
-    return _serial("convnet3", lambda stax: [*_pooled(stax, (1, 1, 1)), stax.Flatten()])
+def _convnet3(_: int | None, *std: float) -> Network:
+    return _planes("convnet3", Sequence("CRP" * 3, "flatten", *std))
 
 
-def _myrtle(variant: int) -> Network:
+def _myrtle(variant: int, *std: float) -> Network:
     if variant not in MYRTLE:
         raise UserError(f"myrtle has the depths {', '.join(map(str, MYRTLE))}, got {variant}")
-    first, second, third = MYRTLE[variant]
-
-    def layers(stax: Any) -> list:
-        blocks = [*_pooled(stax, (first, second)), *_convs(stax, third)]
-        return [*_convs(stax, 1), *blocks, stax.GlobalAvgPool()]
-
-    return _serial(f"myrtle({variant})", layers)
+    first, second, third = ("CR" * count for count in MYRTLE[variant])
+    return _planes(f"myrtle({variant})", Sequence(f"CR{first}P{second}P{third}", "gap", *std))
 
 
-_BUILDERS: dict[str, tuple[Callable[[Any], Network], int | None]] = {
+_BUILDERS: dict[str, tuple[Callable[..., Network], int | None]] = {
     "fc": (_fc, 1),
     "conv": (_conv, 1),
     "convnet": (_convnet, 3),
@@ -108,23 +122,19 @@ _BUILDERS: dict[str, tuple[Callable[[Any], Network], int | None]] = {
 }
 
 
-def _convs(stax: Any, count: int) -> list:
-    """`count` pairs of a 3x3 convolution and a ReLU. The width plays no part in the kernel."""
-    pair = [stax.Conv(1, (3, 3), padding="SAME", W_std=W_STD, b_std=B_STD), stax.Relu()]
-    return pair * count
-
-
-def _pooled(stax: Any, blocks: tuple[int, ...]) -> list:
-    """Blocks of so many convolutions each, every block ending in a 2x2 average pooling."""
-    pool = stax.AvgPool((2, 2), strides=(2, 2))
-    return [layer for count in blocks for layer in [*_convs(stax, count), pool]]
-
-
-def _serial(name: str, layers: Callable[[Any], list]) -> Network:
-    """A network of `stax` layers with a dense readout, through neural-tangents."""
-    stax = tangents.load().stax
-    readout = stax.Dense(1, W_std=W_STD, b_std=B_STD)
-    return _from_kernel(name, stax.serial(*layers(stax), readout)[2])
+def _planes(name: str, layers: Sequence) -> Network:
+    """A network of convolutions, ReLUs and poolings; targets are shared out over the devices."""
+    kernel = devices.sharded(functools.partial(banded.ntk, network=layers))
+    symmetric = functools.partial(banded.ntk_symmetric, network=layers)
+    deviations = functools.partial(variances.deviations, network=layers)
+    return Network(
+        name,
+        "exact planes",
+        kernel,
+        symmetric=symmetric,
+        deviations=deviations,
+        smallest=layers.smallest,
+    )
 
 
 def _from_module(name: str, depth: int | None) -> Network:

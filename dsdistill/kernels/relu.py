@@ -62,23 +62,27 @@ def _relu_jvp(primals, tangents):
 
 
 def _angle(nngp: Array, scale: Array) -> tuple[Array, Array, Array, Array]:
-    """c, s, g and g' of the equations above."""
-    info = jnp.finfo(scale.dtype)
-    cos = jnp.clip(nngp / jnp.maximum(scale, info.tiny), -1, 1)
+    return angle(nngp / jnp.maximum(scale, jnp.finfo(scale.dtype).tiny))
+
+
+def angle(cos: Float[Array, "*s"]) -> tuple[Array, Array, Array, Array]:
+    """c, s, g and g' of the equations above, for c up to rounding in [-1, 1].
+
+    The c returned is 1 or -1 exactly where the angle vanishes, and s and g' are 0 there.
+    """
     gap = 1 - jnp.abs(cos)
-    gap = jnp.where(gap < SNAP * info.eps, 0, gap)
+    gap = jnp.where(gap < SNAP * jnp.finfo(cos.dtype).eps, 0, gap)
     squared = gap * (2 - gap)  # sin² θ without the cancellation in 1 - c²
     sin = jnp.sqrt(squared)
-    acute = sin * _angle_over_sine(gap)  # arccos |c|
-    theta = jnp.where(cos > 0, acute, jnp.pi - acute)
+    acute = sin * _angle_over_sine(gap)  # arccos |c| / 2π
+    gain = jnp.where(cos > 0, 0.5 - acute, acute)
     # The inner `where` keeps the division finite in the branch that is not taken.
-    slope = jnp.where(squared > 0, 1 / jnp.where(squared > 0, sin, 1), 0)
-    cos = jnp.where(gap == 0, jnp.sign(cos), cos)
-    return cos, sin / (2 * jnp.pi), 0.5 - theta / (2 * jnp.pi), slope / (2 * jnp.pi)
+    slope = jnp.where(squared > 0, 0.5 / jnp.pi / jnp.where(squared > 0, sin, 1), 0)
+    return jnp.where(cos > 0, 1 - gap, gap - 1), sin / (2 * jnp.pi), gain, slope
 
 
 def _angle_over_sine(gap: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """arccos(1 - u) / sqrt(u (2 - u)) for u in [0, 1], a smooth function, as a polynomial.
+    """arccos(1 - u) / sqrt(u (2 - u)) / 2π for u in [0, 1], a smooth function, as a polynomial.
 
     XLA's own arccos is neither vectorised on a CPU nor accurate near u = 0. Relative error of
     the polynomial: 1e-8 of degree 9 for float32, 4e-15 of degree 20 for float64.
@@ -95,7 +99,7 @@ def _fit(degree: int) -> list[float]:
 
     def ratio(u: np.ndarray) -> np.ndarray:
         sin = np.sqrt(u * (2 - u))
-        return np.arctan2(sin, 1 - u) / sin
+        return np.arctan2(sin, 1 - u) / sin / (2 * np.pi)
 
     fitted = Chebyshev.interpolate(ratio, degree, domain=[0, 1])
     return fitted.convert(kind=Polynomial, domain=[-1, 1], window=[-1, 1]).coef.tolist()

@@ -1,0 +1,116 @@
+"""Fashion-MNIST with the convolutional kernel: Label Solve, KIP, and students of what they find.
+
+    python benchmarks/kip.py ls-1 kip-1 students-kip-1     the cases named, in this order
+    python benchmarks/kip.py --root runs/benchmark         all of them, a night on two cores
+
+Every case is a few `dsdistill` commands, printed as they start. Stopped at any moment, the same
+line goes on where it was; what is finished is only read. The figures go to ROOT/results.jsonl:
+accuracy on the test images by ridge regression with the same kernel, or of the students.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsdistill.harness import artifact
+
+COMMON = "--kernel convnet"
+KIP = "--learn-labels --schedule cosine --learning-rate 0.2 --label-learning-rate 0.02"
+CASES = {  # name: the runs, a command line and a folder each
+    **{
+        f"ls-{k}": [
+            (f"ls fashion-mnist {COMMON} --images-per-class {k} --seed {s}", f"ls-{k}-{s}")
+            for s in range(3)
+        ]
+        for k in (1, 10)
+    },
+    "kip-1": [
+        (
+            f"kip fashion-mnist {COMMON} {KIP} --images-per-class 1 --steps 1200 "
+            "--target-batch 1000",
+            "kip-1",
+        )
+    ],
+    "kip-10": [
+        (
+            f"kip fashion-mnist {COMMON} {KIP} --images-per-class 10 --steps 1200 "
+            "--target-batch 1000",
+            "kip-10",
+        )
+    ],
+}
+STUDENTS = {  # name: the set
+    "students-ls-1": "ls-1-0",
+    "students-kip-1": "kip-1",
+    "students-ls-10": "ls-10-0",
+    "students-kip-10": "kip-10",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("cases", nargs="*", metavar="case", help=", ".join([*CASES, *STUDENTS]))
+    parser.add_argument("--root", type=Path, default=Path("runs/benchmark"))
+    options = parser.parse_args()
+    unknown = set(options.cases) - {*CASES, *STUDENTS}
+    if unknown:
+        parser.error(f"no case {', '.join(sorted(unknown))}: {', '.join([*CASES, *STUDENTS])}")
+    options.root.mkdir(parents=True, exist_ok=True)
+    for name in options.cases or [*CASES, *STUDENTS]:
+        result = measured(name, options.root) if name in CASES else students(name, options.root)
+        line = json.dumps({"case": name} | result)
+        print(line, flush=True)
+        with (options.root / "results.jsonl").open("a") as file:
+            file.write(line + "\n")
+
+
+def measured(name: str, root: Path) -> dict[str, Any]:
+    """Mean and deviation of the runs of a case, and their seconds."""
+    accuracies, before, seconds = [], [], []
+    for line, folder in CASES[name]:
+        finish(line, root / folder)
+        found = artifact.load(root / folder / artifact.FILE).provenance
+        accuracies.append(found["metrics"]["test_accuracy"])
+        before.append(found["metrics"]["initial_test_accuracy"])
+        seconds.append(found["seconds"])
+    return {
+        "command": CASES[name][0][0],
+        "test_accuracy": accuracies,
+        "mean": float(np.mean(accuracies)),
+        "deviation": float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else None,
+        "before": before,
+        "seconds": seconds,
+    }
+
+
+def students(name: str, root: Path) -> dict[str, Any]:
+    """Convnets trained on a set and on random images, five seeds."""
+    folder = root / name
+    options = ["--learners", "ridge,convnet", "--controls", "random", "--out", str(folder)]
+    if not (folder / "report.json").exists():
+        dsdistill(["evaluate", str(root / STUDENTS[name]), *options])
+    return {"report": json.loads((folder / "report.json").read_text())}
+
+
+def finish(line: str, folder: Path) -> None:
+    """Run a command to its end, unless it is there."""
+    if (folder / artifact.FILE).exists():
+        return
+    resume = ["--resume"] if folder.exists() else []
+    dsdistill([*shlex.split(line), "--out", str(folder), *resume])
+
+
+def dsdistill(arguments: list[str]) -> None:
+    print("+ dsdistill", shlex.join(arguments), flush=True)
+    code = "from dsdistill.cli import main; main()"
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""Several hosts: each runs the same command on the same data, and `jax.distributed` joins them.
+
+Every host holds the same support and takes the same steps; targets are shared out over the devices
+of all hosts (`kernels.devices`). Host 0 alone writes and shows progress. What a clock or a file
+decides is decided there and sent to the others, for hosts that part wait for each other forever.
+A stop by hand is agreed on: all hosts end after the same step. A host that dies ends the run.
+"""
+
+import atexit
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from dsdistill.harness import progress, runs
+from dsdistill.harness.errors import UserError
+from dsdistill.kernels import devices
+
+HEARTBEAT = 30  # seconds of silence that make a host count as dead; it beats while it compiles
+LINGER = 2.0  # seconds that host 0, over which all are connected, stays after an error
+LOST = (RuntimeError, ValueError)  # JAX's error when a host is lost; of some programs it is NumPy's
+_FAILED = "(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): "  # how it opens
+
+
+@contextlib.contextmanager
+def joined(hosts: str | None) -> Iterator[None]:
+    """Work as one of several hosts, if there are several; before JAX computes anything.
+
+    Args:
+        hosts: As the user wrote it, see `parse`.
+
+    Raises:
+        UserError: If the hosts cannot be joined, or one of them is lost.
+    """
+    where = parse(hosts)
+    if where is None:
+        yield
+        return
+    _join(where)
+    try:
+        with _silent(), resumable():
+            yield
+    except BaseException:
+        # JAX would first wait for the other hosts to end as well, and then abort.
+        atexit.register(_leave)
+        raise
+
+
+def parse(hosts: str | None) -> dict[str, Any] | None:
+    """What `jax.distributed.initialize` is called with; None for a host on its own.
+
+    Args:
+        hosts: `10.0.0.1:9876,0/2` for the first of two hosts, which listens at this address;
+            `none` for a host on its own; None: as JAX detects, where several tasks were launched.
+
+    Raises:
+        UserError: For any other text.
+    """
+    if hosts is None:
+        return {} if _launched(os.environ) else None
+    if hosts == "none":
+        return None
+    found = re.fullmatch(r"(\S+):([0-9]+),([0-9]+)/([0-9]+)", hosts)
+    if not found:
+        raise UserError(
+            "--hosts must be ADDRESS:PORT,INDEX/COUNT, such as 10.0.0.1:9876,0/2 on the first of "
+            f"two hosts, or none, got {hosts!r}"
+        )
+    port, index, count = map(int, found.groups()[1:])
+    if not 0 < port < 2**16:
+        raise UserError(f"--hosts needs a port from 1 to 65535, got {port}")
+    if index >= count:
+        raise UserError(f"--hosts: INDEX counts from 0 and is below COUNT, got {index}/{count}")
+    if count == 1:
+        return None
+    return {
+        "coordinator_address": f"{found[1]}:{port}",
+        "num_processes": count,
+        "process_id": index,
+        "cluster_detection_method": "deactivate",
+    }
+
+
+def first() -> bool:
+    """Whether this is host 0, which writes and decides; true of a host on its own."""
+    return jax.process_index() == 0
+
+
+def decided(choose: Callable[[], Any]) -> Any:
+    """What host 0 chooses, on every host.
+
+    Args:
+        choose: Called on host 0 alone; JSON-compatible.
+
+    Raises:
+        UserError: On every host, if `choose` raises it or an OSError on host 0.
+    """
+    if jax.process_count() == 1:
+        return choose()
+    answer: dict[str, Any] = {}
+    try:
+        answer = {"value": choose()} if first() else {}
+    except (UserError, OSError) as error:
+        answer = {"error": str(error)}
+    answer = _sent(answer)
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return answer["value"]
+
+
+def check_same(values: Mapping[str, Any]) -> None:
+    """Refuse to go on where a value that all hosts must share is not host 0's.
+
+    Raises:
+        UserError: On the host that differs.
+    """
+    for name, expected in decided(lambda: dict(values)).items():
+        if json.dumps(values.get(name)) != json.dumps(expected):  # NaN equals NaN
+            raise UserError(
+                f"all hosts need the same {name}: host 0 has {expected}, "
+                f"host {jax.process_index()} has {values.get(name)}"
+            )
+
+
+def opened(start: Callable[[], runs.Run]) -> runs.Run:
+    """The run that host 0 starts or resumes; other hosts learn its configuration and write nothing.
+
+    Raises:
+        UserError: On every host, if host 0 cannot open its folder.
+    """
+
+    def described() -> list[Any]:
+        run = start()
+        return [str(run.folder), run.config, run.resumed]
+
+    folder, config, resumed = decided(described)
+    return runs.Run(Path(folder), config, resumed, writes=first())
+
+
+def checkpoint(run: runs.Run) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+    """Host 0's last checkpoint, or None if there is none."""
+    arrays: dict[str, np.ndarray] = {}
+
+    def described() -> list[Any] | None:
+        found = run.load_state() if run.resumed else None
+        if found is None:
+            return None
+        arrays.update(found[0])
+        return [{name: (str(a.dtype), a.shape) for name, a in arrays.items()}, found[1]]
+
+    answer = decided(described)
+    if answer is None:
+        return None
+    forms, meta = answer
+    arrays = arrays or {name: np.zeros(shape, dtype) for name, (dtype, shape) in forms.items()}
+    with jax.enable_x64(True):
+        return {name: np.asarray(devices.replicated(arrays[name])) for name in forms}, meta
+
+
+def stopping(step: int) -> bool:
+    """Whether all hosts end after this step, since one was told to stop.
+
+    Args:
+        step: Grows by one from call to call; every host calls after every step.
+    """
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
+@contextlib.contextmanager
+def resumable(folder: Path | None = None) -> Iterator[None]:
+    """Say in one line that a host is lost, and how the run goes on.
+
+    Args:
+        folder: Of the run, once it is known.
+    """
+    try:
+        yield
+    except LOST as error:
+        if jax.process_count() == 1 or not re.match(_FAILED, str(error)):
+            raise
+        where = f"--resume --out {folder}" if folder else "--resume"
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            "another host has ended or cannot be reached: the run continues from its last "
+            f"checkpoint with {where}, on any number of hosts ({reason})"
+        ) from error
+
+
+def _launched(environment: Mapping[str, str]) -> bool:
+    """Whether several tasks of this command were launched, by the environment alone.
+
+    JAX's own detection follows where this holds. It asks the network in some places and takes a
+    lone task for a cluster, so that a plain container could not run anything.
+    """
+    counts = (environment.get(n) for n in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+    if any(count not in (None, "1") for count in counts):
+        return True
+    if "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
+        return True
+    # A Kubernetes Job; without this package JAX cannot ask it for its pods.
+    return "JOB_COMPLETION_INDEX" in environment and bool(importlib.util.find_spec("kubernetes"))
+
+
+def _join(where: dict[str, Any]) -> None:
+    if where.get("process_id") == 0:
+        _check_port(int(where["coordinator_address"].rpartition(":")[2]))
+        progress.say(f"waiting for {where['num_processes']} hosts")
+    try:
+        jax.distributed.initialize(**where, heartbeat_timeout_seconds=HEARTBEAT)
+    except (ValueError, RuntimeError) as error:
+        how = "give --hosts, or --hosts none to run alone" if not where else "check --hosts"
+        raise UserError(f"the hosts cannot be joined ({error}): {how}") from error
+    signal.signal(signal.SIGINT, _stop_all)
+    with _no_announcement():
+        # Devices connect when they first need each other, and must do so within half a minute of
+        # each other: now, not after compilations of different length.
+        jax.block_until_ready(devices.replicated([np.zeros(1)]))
+
+
+def _check_port(port: int) -> None:
+    """Refuse a port that is taken: JAX would crash at its end."""
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise UserError(f"--hosts: cannot listen on port {port}: {reason}") from error
+
+
+def _stop_all(*_: object) -> None:
+    """Ctrl-C: as SIGTERM, which JAX passes on to all hosts. The second one ends this host."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _sent(answer: dict[str, Any]) -> dict[str, Any]:
+    """Host 0's answer, on every host: as bytes, after their number."""
+    content = np.frombuffer(json.dumps(answer).encode(), np.uint8)
+    size = int(devices.replicated(np.array(len(content), np.int32)))
+    row = np.zeros(size, np.uint8)
+    row[: len(content)] = content[:size]
+    return json.loads(bytes(np.asarray(devices.replicated(row))))
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Host 0 speaks for all; the errors of the others come after this."""
+    if first():
+        yield
+        return
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _no_announcement() -> Iterator[None]:
+    """Gloo, which connects CPUs, announces every connection on standard output."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _leave() -> None:
+    """End after an error. Host 0 waits until the others have seen theirs."""
+    if first():
+        time.sleep(LINGER)
+    sys.stdout.flush()
+    os._exit(1)

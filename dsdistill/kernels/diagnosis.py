@@ -1,0 +1,52 @@
+"""Why a kernel is not finite: which image, and before which layer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from dsdistill.kernels.networks import Network
+
+CHUNK = 1000  # images of the second set at a time
+
+Images = Float[np.ndarray, "n h w c"]
+
+
+def explained(network: Network, support: Images, targets: Images) -> str:
+    """The first place where the kernel between two sets of images is not finite, in words.
+
+    Args:
+        network: Whose kernel.
+        support, targets: As the kernel took them; they are counted from 0.
+    """
+    for name, images in (("support image", support), ("target", targets)):
+        found = _alone(network, images)
+        if found is not None:
+            return f"{name} {found}"
+    kernel = jax.jit(network.kernel)
+    for name, images in (("support image", support), ("target", targets)):
+        for first in range(0, len(images), CHUNK):
+            bad = ~np.isfinite(kernel(support, images[first : first + CHUNK]))
+            if bad.any():
+                i, j = np.argwhere(bad)[0]
+                return f"the kernel of support image {i} with {name} {first + j} is not finite"
+    return "the kernel itself is finite"
+
+
+def _alone(network: Network, images: Images) -> str | None:
+    """The first image that is not finite by itself, and before which layer."""
+    largest = np.abs(images).max((1, 2, 3))
+    if not np.isfinite(largest).all():
+        return f"{np.argmin(np.isfinite(largest))} has a pixel that is not finite"
+    if network.deviations is None:
+        return None
+    layers = network.deviations(jnp.asarray(images))
+    for layer, deviations in enumerate(layers):
+        sound = np.isfinite(deviations).all((1, 2))
+        if not sound.all():
+            i = int(np.argmin(sound))
+            return (
+                f"{i}, whose largest pixel is {largest[i]:.3g}, is not finite before ReLU "
+                f"{layer + 1} of {len(layers)}"
+            )
+    return None

@@ -1,0 +1,50 @@
+"""How a network and its images are laid out: levels with their planes, and images side by side."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dsdistill.kernels.geometry import Grid, grids
+from dsdistill.kernels.sequence import Sequence, Stage
+from dsdistill.kernels.stages import Level
+
+REGISTER = 64  # bytes: an AVX-512 register is filled with images side by side
+PLANE = 50_000  # bytes that a plane of so many images should have: the loops cost less than it
+WIDE = 2**24  # the same where a loop starts a program on another processor; not measured
+
+
+def levels_of(network: Sequence, shape: tuple[int, ...]) -> list[Level]:
+    """The network's levels for images of a shape (c, h, w, lanes)."""
+    poolings, everywhere = len(network.levels) - 1, network.head == "gap"
+    return with_grids(network, network.levels, grids(*shape[1:3], poolings, everywhere))
+
+
+def with_grids(
+    network: Sequence, levels: tuple[tuple[Stage, ...], ...], every: tuple[Grid, ...]
+) -> list[Level]:
+    """Levels with the planes of each; the last is followed by the readout."""
+    weight, bias = network.w_std**2 / 9, network.b_std**2
+    return [
+        Level(s, grid, coarse, weight, bias)
+        for s, grid, coarse in zip(levels, every, [*every[1:], None], strict=True)
+    ]
+
+
+def lanes_of(x: Float[Array, "n h w c"]) -> int:
+    """How many images are treated side by side."""
+    n, h, w, _ = x.shape
+    unit = REGISTER // x.dtype.itemsize
+    plane = PLANE if jax.default_backend() == "cpu" else WIDE
+    return min(unit * max(plane // (REGISTER * h * w), 1), n)
+
+
+def blocks(x: Array, lanes: int) -> Array:
+    """(n, ...) to (blocks, ..., lanes), the last block filled up with the last image."""
+    missing = -len(x) % lanes
+    filled = jnp.concatenate([x, jnp.broadcast_to(x[-1:], (missing, *x.shape[1:]))])
+    return jnp.moveaxis(filled.reshape(-1, lanes, *x.shape[1:]), 1, -1)
+
+
+def unblocked(x: Array, n: int) -> Array:
+    """The inverse of `blocks`."""
+    return jnp.moveaxis(x, -1, 1).reshape(-1, *x.shape[1:-1])[:n]

@@ -1,0 +1,86 @@
+"""A convolutional network as a sequence of layers, and how to write one on a command line.
+
+`CR-3xCRP-flatten` reads: a 3x3 convolution and a ReLU, three times convolution, ReLU and 2x2
+average pooling, then a Flatten; a dense readout always follows.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+
+from dsdistill.harness.errors import UserError
+
+HEADS = ("flatten", "gap")
+_BLOCK = re.compile(r"(?:([1-9][0-9]?)x)?([CRP]+)")
+NOTATION = (
+    "a sequence such as CR-3xCRP-flatten: blocks of C (3x3 convolution), R (ReLU) and P (2x2 "
+    "average pooling), repeated by 3x, ending in flatten or gap (global average pooling)"
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What happens to a plane between two places where neighbouring pixels are read."""
+
+    conv: bool
+    relu: bool
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Layers in the NTK parameterisation, followed by a dense readout.
+
+    Attributes:
+        layers: Letters C, R and P, in order; no dashes, no repetitions.
+        head: `flatten`, or `gap` for global average pooling.
+        w_std, b_std: Deviations of weights (before division by the root of the fan-in) and biases.
+    """
+
+    layers: str
+    head: str
+    w_std: float = math.sqrt(2)
+    b_std: float = 0.1
+
+    @property
+    def levels(self) -> tuple[tuple[Stage, ...], ...]:
+        """The stages at each resolution, finest first."""
+        return tuple(_stages(part) for part in self.layers.split("P"))
+
+    @property
+    def smallest(self) -> int:
+        """The smallest height and width that the poolings allow, in pixels."""
+        return 2 ** self.layers.count("P")
+
+
+def written(text: str) -> bool:
+    """Whether a kernel's name is meant as a sequence."""
+    return any(text == head or text.endswith(f"-{head}") for head in HEADS) or bool(
+        re.fullmatch(r"[0-9xCRP-]+", text)
+    )
+
+
+def parse(text: str, *, w_std: float = math.sqrt(2), b_std: float = 0.1) -> Sequence:
+    """The network of a notation.
+
+    Raises:
+        UserError: Saying how a sequence is written.
+    """
+    *blocks, head = text.split("-")
+    found = [_BLOCK.fullmatch(block) for block in blocks]
+    if head not in HEADS or not all(found):
+        raise UserError(
+            f"the kernel {text!r} is not {NOTATION}; any other network can be given as "
+            "module:attribute, where the attribute is a neural-tangents stax network"
+        )
+    layers = "".join(match[2] * int(match[1] or 1) for match in found if match)
+    if re.match("P*R", layers) or re.search("RP*R", layers):
+        raise UserError(
+            f"the kernel {text!r} has a ReLU without a convolution before it: its input is not "
+            "Gaussian, and the kernel has no closed form"
+        )
+    return Sequence(layers, head, w_std, b_std)
+
+
+def _stages(letters: str) -> tuple[Stage, ...]:
+    """Every convolution with the ReLU right after it, and every other ReLU by itself."""
+    return tuple(Stage("C" in part, "R" in part) for part in re.findall("CR?|R", letters))

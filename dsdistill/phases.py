@@ -1,0 +1,219 @@
+"""The steps of a KIP run, phase by phase: a stream of snapshots, which `search` writes down.
+
+A run is one phase, or two: with `--warm-up`, steps with a cheap kernel come first. Steps are
+numbered through all phases, and each phase starts Adam and its schedule afresh. Supports are
+judged with the kernel of the last phase, and those of a warm-up only at its two ends.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, replace
+
+import jax.numpy as jnp
+import numpy as np
+
+from dsdistill import judging, kip
+from dsdistill.harness import progress
+from dsdistill.harness.errors import UserError
+from dsdistill.harness.labeled import Examples, centred_one_hot
+from dsdistill.judging import Candidate, Judge
+from dsdistill.pace import Pace
+from dsdistill.start import Support
+
+VALIDATIONS = 40  # in a phase
+FACTOR = 10  # a loss so many times too large is a sign of divergence
+ROW = 10  # and so many of them in a row are the proof
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of steps that minimise one objective."""
+
+    objective: kip.Objective
+    steps: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a KIP run does.
+
+    Attributes:
+        phases: In turn; the last is what the run is for, one before it is a warm-up. The first
+            network of the last one judges.
+        target_batch: Targets a step.
+        seed: Of all draws.
+        patience: Stop after so many validations in a row, of the last phase, without an
+            improvement; None: never.
+        validation_images: Validation images that judge during the run.
+    """
+
+    phases: tuple[Phase, ...]
+    target_batch: int
+    seed: int
+    patience: int | None = None
+    validation_images: int = 1000
+
+    @property
+    def steps(self) -> int:
+        """Of all phases."""
+        return sum(phase.steps for phase in self.phases)
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """All that a run needs in order to go on: one consistent value, replaced as a whole.
+
+    Attributes:
+        done: Steps of all phases.
+        state: After them.
+        best: Of the candidates so far.
+        seconds: Spent in all starts.
+        lowest: Validation loss of the phase, the start left out: what `patience` goes by. A start
+            from a distilled set may be better than the first steps that leave it.
+        stale: Validations in a row that found nothing lower.
+        limit: A loss above it is a sign of divergence; infinite before a phase's first step.
+        high: Steps in a row whose loss was.
+    """
+
+    done: int
+    state: kip.State
+    best: Candidate
+    seconds: float
+    lowest: float = math.inf
+    stale: int = 0
+    limit: float = math.inf
+    high: int = 0
+
+
+Stepped = tuple[Snapshot, dict[str, float]]  # with the figures to record of the step
+
+
+def snapshots(
+    plan: Plan, support: Support, train: Examples, judge: Judge, last: Snapshot
+) -> Generator[Stepped, None, None]:
+    """Run KIP on from a snapshot, one step for each item taken.
+
+    Args:
+        plan, support, train: What is done, from where, on which targets.
+        judge: Of every candidate.
+        last: Where to go on; its state belongs to the phase that its steps are in.
+
+    Yields:
+        The snapshot after each step, and the figures to record of it.
+
+    Raises:
+        UserError: If the loss is not finite, or stays far above what it was at first.
+    """
+    first = 0
+    for number, phase in enumerate(plan.phases, 1):
+        if last.done < first + phase.steps:
+            start = _entered(phase, last) if last.done <= first else last
+            for last, figures in _steps(plan, phase, first, support, train, judge, start):
+                yield last, figures | ({"phase": number} if len(plan.phases) > 1 else {})
+        first += phase.steps
+
+
+def _entered(phase: Phase, last: Snapshot) -> Snapshot:
+    """The start of a phase: images and labels as they are, everything else afresh."""
+    images, labels = np.asarray(last.state.images), np.asarray(last.state.labels)
+    state = kip.restarted(phase.objective, jnp.asarray(images), jnp.asarray(labels))
+    return replace(last, state=state, lowest=math.inf, stale=0, limit=math.inf, high=0)
+
+
+def _steps(
+    plan: Plan,
+    phase: Phase,
+    first: int,
+    support: Support,
+    train: Examples,
+    judge: Judge,
+    last: Snapshot,
+) -> Generator[Stepped, None, None]:
+    """The steps of one phase, which begins after `first` steps of others."""
+    warm_up, end = phase is not plan.phases[-1], first + phase.steps
+    every = phase.steps if warm_up else max(phase.steps // VALIDATIONS, 1)
+    patience = math.inf if warm_up or plan.patience is None else plan.patience
+    if last.stale >= patience:
+        return  # it had stopped before the checkpoint
+    stream = kip.distill(
+        phase.objective,
+        support,
+        train,
+        steps=end,
+        target_batch=plan.target_batch,
+        seed=plan.seed,
+        state=last.state,
+        done=last.done,
+    )
+    nothing = _loss_of_nothing(len(train.data.classes))
+    began = time.monotonic() - last.seconds
+    unit = "warm-up step" if warm_up else "step"
+    with contextlib.closing(stream), _progress(phase, unit, first, last.done) as show:
+        for step in stream:
+            due = (step.done - first) % every == 0 or step.done == end
+            found = judge(step.done, step.state.images, step.state.labels) if due else None
+            last = _after(step, last, found, nothing, time.monotonic() - began)
+            show(step, last.best)
+            yield last, _figures(phase, step, found)
+            if last.high >= ROW:
+                raise _diverged(phase, last, step)
+            if last.stale >= patience:
+                return
+
+
+def _after(
+    step: kip.Step, last: Snapshot, found: Candidate | None, nothing: float, seconds: float
+) -> Snapshot:
+    """The snapshot after a step, and after the validation if there was one.
+
+    A loss is high beside the phase's first one, and beside that of predicting `nothing`: a start
+    from a distilled set has a small first loss, which a healthy run may leave far behind.
+    """
+    best, lowest, stale = last.best, last.lowest, last.stale
+    if found is not None:
+        best = found if judging.better(found, best) else best
+        stale = 0 if found.loss < lowest else stale + 1
+        lowest = min(lowest, found.loss)
+    limit = last.limit if last.limit < math.inf else FACTOR * max(step.loss, nothing)
+    high = last.high + 1 if step.loss > limit else 0
+    return Snapshot(step.done, step.state, best, seconds, lowest, stale, limit, high)
+
+
+def _figures(phase: Phase, step: kip.Step, found: Candidate | None) -> dict[str, float]:
+    figures: dict[str, float] = {"loss": step.loss}
+    if len(phase.objective.networks) > 1:
+        figures["network"] = step.network
+    if found is not None:
+        figures |= {"validation_accuracy": found.accuracy, "validation_loss": found.loss}
+    return figures
+
+
+def _diverged(phase: Phase, last: Snapshot, step: kip.Step) -> UserError:
+    what = f"the loss diverges: for {ROW} steps in a row above {last.limit:.3g}"
+    return kip.diverged(phase.objective, f"{what}, {step.loss:.3g} at step {step.done}")
+
+
+def _loss_of_nothing(k: int) -> float:
+    """The loss of a prediction of 0 for every target."""
+    return 0.5 * float(np.mean(centred_one_hot(np.arange(k), k) ** 2))
+
+
+@contextlib.contextmanager
+def _progress(phase: Phase, unit: str, first: int, done: int) -> Iterator[Callable[..., None]]:
+    """Live progress of a phase, whose first line says how long the phase will take."""
+    pace, said = Pace(len(phase.objective.networks)), False
+
+    def display(step: kip.Step, best: Candidate) -> None:
+        nonlocal said
+        here, seconds = step.done - first, pace.seconds(step)
+        if seconds is not None and not said and here < phase.steps:
+            progress.expected(phase.steps - here, unit, seconds, step.pairs)
+            said = True
+        if said or here == phase.steps:
+            rate = {"pairs/s": progress.amount(step.pairs / step.seconds)}
+            show(here, loss=step.loss, validation=best.accuracy, **rate)
+
+    with progress.bar(phase.steps, f"{unit}s", start=done - first) as show:
+        yield display

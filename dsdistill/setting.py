@@ -1,0 +1,169 @@
+"""The options of a run, checked and turned into values, before anything is written.
+
+Every rule that input can break is broken here: a wrong line leaves no folder behind.
+"""
+
+import re
+from dataclasses import dataclass
+
+from dsdistill import augment, kip, pace, start
+from dsdistill.harness import datasets, labeled, lists, preprocess
+from dsdistill.harness.artifact import Distilled
+from dsdistill.harness.datasets import Splits
+from dsdistill.harness.errors import UserError
+from dsdistill.harness.labeled import Examples
+from dsdistill.kernels import gram, networks
+from dsdistill.kernels.networks import Network
+from dsdistill.options import Kip, LabelSolve, Source
+from dsdistill.phases import Phase
+
+IMAGES_PER_CLASS = 10
+WARM_UP = 4  # a warm-up has a quarter of the steps unless it is said
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What every method starts from.
+
+    Attributes:
+        splits: The data.
+        train, validation: As the kernel sees them.
+        network: Whose kernel validates, predicts and is stored; of several, the first.
+        images_per_class: Of the distilled set.
+        init: The distilled set that a KIP run starts from, if it does.
+        phases: Of a KIP run.
+    """
+
+    splits: Splits
+    train: Examples
+    validation: Examples
+    network: Network
+    images_per_class: int
+    init: Distilled | None
+    phases: tuple[Phase, ...]
+
+
+def prepared(options: Source) -> Setting:
+    """Check all of the input, load the data and fit the preprocessing.
+
+    Raises:
+        UserError: For the first rule that is broken.
+    """
+    _check(options)
+    kernels = _networks("--kernel", options.kernel, options, options.depth)
+    phases, init = (), None
+    if isinstance(options, Kip):
+        phases, init = _phases(options, kernels), start.load(options.init)
+    splits = datasets.load(
+        options.data,
+        root=options.data_root,
+        image_size=options.image_size,
+        validation_fraction=options.validation_fraction,
+    )
+    _check_validation(options, splits)
+    images_per_class = _images_per_class(options, splits, init)
+    for network in {*kernels, *(n for phase in phases for n in phase.objective.networks)}:
+        _check_size(network, splits.train.shape)
+        gram.plan(network, 1, 1, splits.train.shape, gradient=bool(phases))  # may refuse
+    fitted = preprocess.fit(options.preprocess, splits.train.chunks, splits.train.shape)
+    train, validation = Examples(splits.train, fitted), Examples(splits.validation, fitted)
+    return Setting(splits, train, validation, kernels[0], images_per_class, init, phases)
+
+
+def _check_size(network: Network, shape: tuple[int, int, int]) -> None:
+    if min(shape[:2]) < network.smallest:
+        raise UserError(
+            f"the kernel {network.name} needs images of at least {network.smallest}x"
+            f"{network.smallest} pixels for its poolings, got {shape[0]}x{shape[1]}: choose "
+            f"--image-size {network.smallest} or more, or another --kernel"
+        )
+
+
+def _networks(
+    option: str, text: str, options: Source, depth: int | None = None
+) -> tuple[Network, ...]:
+    names = lists.names(option, text)
+    if depth is not None and len(names) > 1:
+        raise UserError(
+            f"--depth is for one kernel, got {text}: write it into the names, such as fc(3),conv(2)"
+        )
+    std = {"w_std": options.w_std, "b_std": options.b_std}
+    return tuple(networks.parse(name, depth, **std) for name in names)
+
+
+def _phases(options: Kip, kernels: tuple[Network, ...]) -> tuple[Phase, ...]:
+    main = _phase(options, kernels, options.steps)
+    if options.warm_up is None:
+        return (main,)
+    found = re.fullmatch(r"(.+):(-?[0-9]+)", options.warm_up)
+    name, steps = found.groups() if found else (options.warm_up, max(options.steps // WARM_UP, 1))
+    if int(steps) < 1:
+        raise UserError(f"--warm-up must have at least 1 step, got {options.warm_up}")
+    return (_phase(options, _networks("--warm-up", name, options), int(steps)), main)
+
+
+def _phase(options: Kip, kernels: tuple[Network, ...], steps: int) -> Phase:
+    objective = kip.Objective(
+        kernels,
+        options.ridge,
+        options.learning_rate,
+        options.label_learning_rate,
+        steps if options.schedule == "cosine" else None,
+        options.learn_labels,
+        augment.parse(options.augment),
+    )
+    return Phase(objective, steps)
+
+
+def _images_per_class(options: Source, splits: Splits, init: Distilled | None) -> int:
+    if init is not None:
+        return start.check(init, splits.train, options.images_per_class)
+    wanted = options.images_per_class
+    wanted = IMAGES_PER_CLASS if wanted is None else wanted
+    labeled.check_per_class(splits.train, wanted)
+    return wanted
+
+
+def _check(options: Source) -> None:
+    if options.resume and options.out is None:
+        raise UserError("--resume needs --out, the folder of the run to continue")
+    if not options.w_std > 0 or not options.b_std >= 0:
+        raise UserError(
+            f"--w-std must be positive and --b-std not negative, got {options.w_std} and "
+            f"{options.b_std}"
+        )
+    if options.seed < 0:
+        raise UserError(f"--seed must not be negative, got {options.seed}")
+    wanted = options.images_per_class
+    if wanted is not None and wanted < 1:
+        raise UserError(f"--images-per-class must be at least 1, got {wanted}")
+    if isinstance(options, Kip | LabelSolve) and not options.ridge > 0:
+        raise UserError(f"--ridge must be positive, got {options.ridge}")
+    if isinstance(options, LabelSolve) and len(lists.names("--kernel", options.kernel)) > 1:
+        raise UserError(f"Label Solve takes one --kernel, got {options.kernel}")
+    if isinstance(options, Kip):
+        _check_kip(options)
+
+
+def _check_kip(options: Kip) -> None:
+    counts = {"steps": options.steps, "patience": options.patience}
+    for name, count in (counts | {"validation-images": options.validation_images}).items():
+        if count is not None and count < 1:
+            raise UserError(f"--{name} must be at least 1, got {count}")
+    rates = {"learning-rate": options.learning_rate}
+    for name, rate in (rates | {"label-learning-rate": options.label_learning_rate}).items():
+        if rate is not None and not 0 < rate < float("inf"):
+            raise UserError(f"--{name} must be positive, got {rate}")
+    if options.label_learning_rate is not None and not options.learn_labels:
+        raise UserError("--label-learning-rate needs --learn-labels")
+    if not 0 <= options.corruption <= 1:
+        raise UserError(f"--corruption must be a fraction in [0, 1], got {options.corruption}")
+    pace.parse(options.target_batch)
+
+
+def _check_validation(options: Source, splits: Splits) -> None:
+    if isinstance(options, Kip) and options.patience is not None and not len(splits.validation):
+        raise UserError(
+            "--patience needs validation images, and there are none: raise --validation-fraction "
+            f"(now {options.validation_fraction:g})"
+        )

@@ -1,0 +1,314 @@
+"""The convolutional kernel against neural-tangents and a plain oracle, and its numerical traps."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import kernel_oracle as oracle
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from dsdistill.harness import datasets
+from dsdistill.harness.places import data_root
+from dsdistill.kernels import banded, sequence
+
+SINGLE = jnp.float32
+# What is promised of the engine against neural-tangents in float64, in the max norm. Where no
+# angle nearly vanishes all of them agree to about 1e-14.
+VALUE, GRADIENT = 1e-6, 1e-5
+TIGHT = 1e-11
+
+
+@pytest.fixture(autouse=True)
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def images(n: int, seed: int, h: int, w: int, c: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((n, h, w, c))
+
+
+def digits(n: int) -> np.ndarray:
+    return load_digits().images[:n, :, :, None] / 16
+
+
+def relative(got: Any, expected: Any) -> float:
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    scale = abs(expected).max()
+    return float(abs(got - expected).max() / (scale if scale > 0 else 1))
+
+
+def engine(text: str, b_std: float = 0.1) -> Any:
+    """The kernel of x1 and x2, and the gradient in x1 of its sum weighted by g; compiled once."""
+    return _engine(text, b_std)
+
+
+@functools.cache
+def _engine(text: str, b_std: float) -> Any:
+    network = sequence.parse(text, b_std=b_std)
+    return with_gradient(lambda x1, x2: banded.ntk(x1, x2, network))
+
+
+def with_gradient(kernel: Any) -> Any:
+    @jax.jit
+    def run(x1: jax.Array, x2: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        value, pull = jax.vjp(lambda x: kernel(x, x2), x1)
+        return value, pull(g)[0]
+
+    return run
+
+
+def double(run: Any, *arrays: Any) -> Any:
+    return run(*(jnp.asarray(np.asarray(a, np.float64)) for a in arrays))
+
+
+def single(run: Any, *arrays: Any) -> Any:
+    """A run as in production: float32, outside of x64 mode."""
+    with jax.enable_x64(False):
+        return run(*(jnp.asarray(np.asarray(a, np.float32)) for a in arrays))
+
+
+def weights(n: int, m: int) -> np.ndarray:
+    return np.random.default_rng(2).standard_normal((n, m))
+
+
+def errors(
+    found: Any, x1: Any, x2: Any, g: Any, text: str, b_std: float = 0.1
+) -> tuple[float, float]:
+    """Relative errors of value and gradient, the latter along random directions."""
+    network = sequence.parse(text, b_std=b_std)
+    value, gradient = (np.asarray(a, np.float64) for a in found)
+    directions = np.random.default_rng(4).standard_normal((4, *gradient.shape))
+    along = [(gradient * d).sum((1, 2, 3)) for d in directions]
+    expected = [(oracle.slopes(x1, x2, network, d) * g).sum(1) for d in directions]
+    return relative(value, oracle.ntk(x1, x2, network)), relative(along, expected)
+
+
+# ---- against the oracles
+
+
+@pytest.mark.parametrize("text", ["CR-2xCRP-flatten", "CRP-CR-gap"])
+def test_plain_oracle_equals_neural_tangents(text):
+    x, y, g = images(2, 0, 5, 4, 3), images(2, 1, 5, 4, 3), weights(2, 2)
+    theirs = double(with_gradient(oracle.neural_tangents(sequence.parse(text))), x, y, g)
+    assert max(errors(theirs, x, y, g, text)) < TIGHT
+
+
+@pytest.mark.parametrize(
+    ("text", "shape"),
+    [
+        ("3xCRP-flatten", (9, 11, 1)),  # odd at two resolutions
+        ("CR-3xCRP-flatten", (8, 10, 3)),
+        ("CRP-flatten", (2, 2, 1)),  # the smallest image
+        ("2xCR-flatten", (5, 7, 3)),
+        ("CR-2xCRP-CR-gap", (9, 6, 3)),
+        ("CCRP-CPR-flatten", (7, 7, 2)),
+        ("P-CRP-flatten", (7, 5, 64)),
+        ("CP-gap", (5, 4, 1)),
+        ("gap", (3, 5, 2)),
+        ("flatten", (3, 2, 3)),
+    ],
+)
+def test_equals_the_oracle(text, shape):
+    x, y, g = images(2, 0, *shape), images(3, 1, *shape), weights(2, 3)
+    value, gradient = errors(double(engine(text), x, y, g), x, y, g, text)
+    assert value < TIGHT
+    assert gradient < TIGHT
+    y[1] = x[0]  # an entry between identical images
+    value, gradient = errors(double(engine(text), x, y, g), x, y, g, text)
+    assert value < VALUE
+    assert gradient < GRADIENT
+
+
+def test_real_images_equal_neural_tangents():
+    """Digits have large areas of zeros; the first one is on both sides."""
+    text = "3xCRP-flatten"
+    x, two, g = digits(4), [0, 2, 3], weights(2, 3)
+    found = double(engine(text), x[:2], x[two], g)
+    assert max(errors(found, x[:2], x[two], g, text)) < VALUE
+    kernel = oracle.stax_kernel(sequence.parse(text))
+    theirs = double(jax.jit(lambda x: kernel(x, None, "ntk")), x)
+    assert relative(found[0], theirs[:2, np.array(two)]) < VALUE
+
+
+@pytest.mark.fashion
+@pytest.mark.parametrize("text", ["3xCRP-flatten", "CR-3xCRP-flatten"])
+def test_fashion_equals_neural_tangents(text):
+    train = datasets.load("fashion-mnist", root=data_root()).train
+    x = train.images(np.arange(4)) / 255.0
+    value, gradient = double(engine(text), x[:2], x[2:], weights(2, 2))
+    theirs = with_gradient(oracle.neural_tangents(sequence.parse(text)))
+    expected, expected_gradient = double(theirs, x[:2], x[2:], weights(2, 2))
+    assert relative(value, expected) < VALUE
+    assert relative(gradient, expected_gradient) < GRADIENT
+
+
+# ---- float32
+
+
+@pytest.mark.parametrize(
+    ("text", "data"), [("3xCRP-flatten", "digits"), ("CR-2xCRP-CR-gap", "random")]
+)
+def test_float32_is_closer_than_neural_tangents(text, data):
+    x = digits(4) if data == "digits" else images(4, 0, 6, 6, 1)
+    x, g, network = np.float32(x), weights(4, 4), sequence.parse(text)
+    expected = oracle.ntk(np.float64(x), np.float64(x), network)
+    found = single(engine(text), x, x, g)
+    kernel = oracle.stax_kernel(network)
+    theirs = single(jax.jit(lambda a: kernel(a, None, "ntk")), x)
+    assert found[0].dtype == SINGLE
+    assert relative(found[0], expected) < min(VALUE, relative(theirs, expected))
+    diagonal = relative(np.diag(found[0]), np.diag(expected))
+    assert diagonal < 0.1 * relative(np.diag(theirs), np.diag(expected))
+    assert errors(found, np.float64(x), np.float64(x), g, text)[1] < GRADIENT
+
+
+def test_float32_stays_float32_in_x64_mode():
+    x, network = jnp.zeros((2, 4, 4, 1), SINGLE), sequence.parse("2xCRP-flatten")
+    loss = jax.value_and_grad(lambda a: banded.ntk(a, x, network).sum())
+    assert [s.dtype for s in jax.eval_shape(loss, x)] == [SINGLE, SINGLE]
+
+
+# ---- traps: design.md, section 5
+
+
+def check_trap(x1: Any, x2: Any, *, b_std: float = 0.1, text: str = "2xCRP-flatten") -> None:
+    """Finite in float32 and float64, and in float64 as exact as elsewhere."""
+    g = weights(len(x1), len(x2))
+    found = double(engine(text, b_std), x1, x2, g)
+    for array in (*found, *single(engine(text, b_std), x1, x2, g)):
+        assert np.isfinite(array).all()
+    value, gradient = errors(found, x1, x2, g, text, b_std)
+    assert value < VALUE
+    assert gradient < GRADIENT
+
+
+UNBIASED = {"b_std": 0.0, "text": "CRP-flatten"}
+X, Y = np.random.default_rng(3).standard_normal((2, 2, 7, 6, 1))
+
+
+def test_trap_duplicates():
+    check_trap(X, X)
+
+
+def test_trap_duplicates_under_global_pooling():
+    check_trap(X[:, :4, :5], X[:, :4, :5], text="CRP-CR-gap")
+
+
+def test_trap_constant_images():
+    x = np.full(X.shape, 0.5)
+    check_trap(x, x)
+    check_trap(x, -2 * x)
+
+
+def test_trap_zero_images():
+    zero = np.zeros(X.shape)
+    check_trap(X, zero)
+    check_trap(zero, X)
+    check_trap(zero, zero)
+
+
+def test_trap_zero_images_without_bias():
+    """The kernel is 0; the root of a variance of 0 has no slope, but a finite one is given.
+
+    A variance of 0 is taken for the smallest normal number, whose root shows in float32.
+    """
+    zero, g = np.zeros(X.shape), weights(2, 2)
+    for x1, x2 in ((X, zero), (zero, X), (zero, zero)):
+        for run in (double, single):
+            value, gradient = run(engine(UNBIASED["text"], 0.0), x1, x2, g)
+            assert abs(value).max() < 1e-18
+            assert np.isfinite(gradient).all()
+
+
+def test_trap_one_pixel_images():
+    x, y = X[:, :1, :1], Y[:, :1, :1]
+    check_trap(x, x, text="CR-flatten")
+    check_trap(x, y, text="CR-flatten")
+
+
+def test_trap_one_lit_pixel():
+    x = np.zeros(X.shape)
+    x[:, 2, 3] = 1
+    check_trap(x, x)
+    check_trap(x, x, **UNBIASED)
+
+
+def test_trap_zero_background():
+    mask = np.zeros(X.shape)
+    mask[:, 2:5, 2:4] = 1
+    x, y = abs(X) * mask, abs(Y) * mask
+    check_trap(x, y)
+    check_trap(x, x)
+    check_trap(x, y, **UNBIASED)
+
+
+def test_trap_multiples():
+    check_trap(3 * X, X)
+    check_trap(3 * X, X, **UNBIASED)  # all angles vanish
+    check_trap(-3 * X, X)
+    check_trap(-3 * X, X, **UNBIASED)
+
+
+def test_trap_nearly_coincident_images():
+    """Ill-conditioned in float32 everywhere, exact in float64."""
+    check_trap(X, X + 1e-4 * Y)
+
+
+def test_trap_equal_pixels_are_exact_in_float32():
+    """Trap 2: the angle near c = 1 is not left to rounding."""
+    x, network = np.float32(X), sequence.parse("2xCRP-flatten")
+    value, _ = single(engine("2xCRP-flatten"), x, x, weights(2, 2))
+    expected = oracle.ntk(np.float64(x), np.float64(x), network)
+    assert relative(np.diag(value), np.diag(expected)) < 3e-7
+
+
+def test_trap_dropped_rows_get_a_gradient():
+    """Trap 4: 7 rows pool to 3, but a convolution before still reads the last one."""
+    _, gradient = double(engine("2xCRP-flatten"), X, Y, weights(2, 2))
+    assert (abs(gradient[:, -1]) > 1e-4 * abs(gradient).max()).all()
+
+
+# ---- both sides, symmetry, lanes
+
+
+def test_gradients_of_both_sides():
+    """Through x2 as through x1 with the roles changed."""
+    text = "CRP-flatten"
+    x, y, g = images(2, 0, 6, 5, 2), images(3, 1, 6, 5, 2), weights(2, 3)
+    network = sequence.parse(text)
+    second = with_gradient(lambda y, x: banded.ntk(x, y, network).T)
+    value, gradient = double(second, y, x, g.T)
+    turned, expected = double(engine(text), y, x, g.T)
+    assert relative(value, turned) < TIGHT
+    assert relative(gradient, expected) < TIGHT
+
+
+@pytest.mark.parametrize("text", ["CRP-flatten", "CRP-gap"])
+def test_symmetric_equals_both_arguments(text):
+    # More images than float64 has lanes: blocks above, on and below the diagonal.
+    network, x, g = sequence.parse(text), images(10, 0, 4, 5, 1), weights(10, 10)
+    run = with_gradient(lambda x, _: banded.ntk_symmetric(x, network))
+    value, gradient = double(run, x, x, g)
+    expected, first = double(engine(text), x, x, g)
+    _, second = double(engine(text), x, x, g.T)
+    np.testing.assert_array_equal(value, value.T)
+    np.testing.assert_allclose(value, expected, rtol=TIGHT)
+    assert relative(gradient, first + second) < TIGHT
+
+
+@pytest.mark.parametrize(("n", "m"), [(3, 17), (17, 3)])
+def test_lanes_are_independent(n, m):
+    """Lanes that only fill up the last block add nothing."""
+    x, y, g = images(n, 0, 5, 4, 1), images(m, 1, 5, 4, 1), weights(n, m)
+    value, gradient = single(engine("CRP-flatten"), x, y, g)
+    values, gradients = np.zeros((n, m)), np.zeros(x.shape)
+    for i, j in np.ndindex(n, m):
+        one, slope = single(engine("CRP-flatten"), x[[i]], y[[j]], g[[i]][:, [j]])
+        values[i, j] = one[0, 0]
+        gradients[i] += slope[0]
+    assert relative(value, values) < VALUE
+    assert relative(gradient, gradients) < GRADIENT

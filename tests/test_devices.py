@@ -1,0 +1,45 @@
+"""Targets shared out over devices: the same kernel and gradient as on one."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+PROGRAM = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
+from dsdistill.kernels import networks
+network = networks.parse("CRP-flatten")
+rng = np.random.default_rng(0)
+x1, x2, g = (jnp.asarray(rng.standard_normal(s), jnp.float32)
+             for s in ((3, 6, 6, 1), (37, 6, 6, 1), (3, 37)))
+value, pull = jax.jit(lambda a, b: jax.vjp(network.kernel, a, b))(x1, x2)
+np.savez(sys.argv[2], value, *pull(g))
+"""
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    found = {}
+    for count in (1, 2):
+        path = tmp_path_factory.mktemp("devices") / f"{count}.npz"
+        subprocess.run([sys.executable, "-c", PROGRAM, str(count), str(path)], check=True)
+        with np.load(path) as arrays:
+            found[count] = [arrays[name] for name in arrays.files]
+    return found
+
+
+def test_two_devices_give_the_same_as_one(results):
+    """37 targets, which two devices do not divide evenly."""
+    for one, many in zip(results[1], results[2], strict=True):
+        np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-6 * abs(one).max())
+
+
+def test_all_cores_are_used_by_the_command():
+    program = (
+        "import os, sys; from dsdistill.kernels import devices; devices.use_all(); import jax; "
+        "sys.exit(jax.local_device_count() != len(os.sched_getaffinity(0)))"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0

@@ -1,0 +1,263 @@
+"""Several hosts, as processes on loopback: the result of one, and an end to every accident."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dsdistill import hosts
+from dsdistill.harness import artifact
+from dsdistill.harness.errors import UserError
+
+DSDISTILL = Path(sys.executable).with_name("dsdistill")
+TIMEOUT = 240  # of two processes that may share one core
+KIP = "kip digits --images-per-class 2 --steps 6 --learn-labels --augment all --target-batch 130"
+LS = "ls digits --images-per-class 1 --kernel CR-flatten"
+ENDLESS = "kip digits --images-per-class 2 --steps 100000 --out run --target-batch"
+
+
+def start(folder: Path, line: str, hosts: str) -> subprocess.Popen[str]:
+    """One host, in a working folder of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return subprocess.Popen(
+        [DSDISTILL, *line.split(), "--hosts", hosts],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def pair(folder: Path, line: str, other: str | None = None) -> list[subprocess.Popen[str]]:
+    """Two hosts, which share no folder; the second one's command can differ."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    lines = (line, other or line)
+    return [start(folder / f"host{i}", lines[i], f"{address},{i}/2") for i in (0, 1)]
+
+
+def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    """Code, output and errors of each."""
+    try:
+        texts = [process.communicate(timeout=TIMEOUT) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(p.returncode, *text) for p, text in zip(processes, texts, strict=True)]
+
+
+def steps(run: Path) -> list[int]:
+    text = (run / "metrics.jsonl").read_text() if (run / "metrics.jsonl").exists() else ""
+    return [json.loads(line)["step"] for line in text.splitlines(keepends=True) if line[-1] == "\n"]
+
+
+def at_work(processes: list[subprocess.Popen[str]], run: Path, beyond: int) -> None:
+    """Wait until the run has made so many steps."""
+    began = time.monotonic()
+    while max(steps(run), default=0) <= beyond:
+        assert all(process.poll() is None for process in processes), ended(processes)
+        assert time.monotonic() - began < TIMEOUT
+        time.sleep(0.05)
+
+
+def dies(processes: list[subprocess.Popen[str]]) -> str:
+    """Kill the second host, and return the last line of the first."""
+    processes[1].kill()
+    code, _, error = ended(processes)[0]
+    assert code == 1
+    assert "Traceback" not in error
+    return error.splitlines()[-1]
+
+
+@pytest.mark.parametrize("line", [KIP, LS], ids=["kip", "ls"])
+def test_two_hosts_give_the_support_of_one(dsdistill, tmp_path, line):
+    processes = pair(tmp_path, f"{line} --out run")
+    alone = dsdistill(*line.split(), "--out", "alone")
+    assert alone.returncode == 0, alone.stderr
+    (code, out, error), second = ended(processes)
+    assert code == 0, error
+    assert out.startswith("run: ")
+    assert out.count("\n") == 1
+    assert second == (0, "", "")
+    assert list((tmp_path / "host1").iterdir()) == []
+    names = {path.name.split(".tfevents")[0] for path in (tmp_path / "host0" / "run").iterdir()}
+    assert names == {path.name.split(".tfevents")[0] for path in (tmp_path / "alone").iterdir()}
+    one, two = (artifact.load(tmp_path / name / artifact.FILE) for name in ("alone", "host0/run"))
+    assert two.provenance["machine"]["hosts"] == 2
+    # Adam divides by the size of the gradient: where that is rounding, so is the step.
+    np.testing.assert_allclose(two.images, one.images, atol=1e-4)
+    np.testing.assert_allclose(two.labels, one.labels, atol=1e-4)
+    assert two.provenance["metrics"] == pytest.approx(one.provenance["metrics"], rel=1e-3)
+
+
+def test_a_stop_is_agreed_on_and_a_death_ends_the_run(dsdistill, tmp_path):
+    """SIGTERM on the second host; on again; SIGKILL on it; on again with one host."""
+    run = tmp_path / "host0" / "run"
+    processes = pair(tmp_path, f"{ENDLESS} 10ms")
+    at_work(processes, run, beyond=10)
+    processes[1].send_signal(signal.SIGTERM)
+    (code, _, error), (other, *_) = ended(processes)
+    assert (code, other) == (1, 1)
+    assert error.strip().endswith("stopped; a run continues with --resume")
+    reached = steps(run)
+    assert reached == list(range(1, len(reached) + 1))
+
+    processes = pair(tmp_path, "kip --resume --out run")
+    at_work(processes, run, beyond=reached[-1] + 10)
+    assert "continues from its last checkpoint with --resume --out run" in dies(processes)
+    assert steps(run)[-1] > reached[-1]
+
+    reached = steps(run)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"steps": reached[-1] + 20}))
+    done = dsdistill("kip", "--resume", "--out", run)
+    assert done.returncode == 0, done.stderr
+    assert steps(run) == list(range(1, reached[-1] + 21))
+    assert artifact.load(run / artifact.FILE).provenance["metrics"]["test_accuracy"] > 0.9
+
+
+def test_ctrl_c_stops_all_hosts(tmp_path):
+    processes = pair(tmp_path, f"{ENDLESS} 50")
+    at_work(processes, tmp_path / "host0" / "run", beyond=10)
+    processes[0].send_signal(signal.SIGINT)
+    for code, _, error in ended(processes):
+        assert code == 1
+        assert error.strip().endswith("stopped; a run continues with --resume")
+    assert (tmp_path / "host0" / "run" / "checkpoint.safetensors").exists()
+
+
+def test_hosts_of_different_options_part_at_once(tmp_path):
+    first, second = ended(pair(tmp_path, f"{KIP} --out run", f"{KIP} --seed 1 --out run"))
+    assert (first[0], second[0]) == (1, 1)
+    assert second[2].strip() == (
+        "dsdistill: all hosts need the same seed: host 0 has 0, host 1 has 1"
+    )
+    assert "another host has ended" in first[2].splitlines()[-1]
+    assert not (tmp_path / "host0" / "run").exists()
+
+
+def test_what_host_0_refuses_every_host_refuses(tmp_path):
+    (tmp_path / "host0" / "run").mkdir(parents=True)
+    (tmp_path / "host0" / "run" / "thesis.txt").write_text("precious")
+    for code, _, error in ended(pair(tmp_path, f"{KIP} --out run")):
+        assert code == 1
+        assert error.splitlines()[-1] == (
+            "dsdistill: run is not empty and holds no run: choose another --out"
+        )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("10.0.0.1", "ADDRESS:PORT,INDEX/COUNT"),
+        ("10.0.0.1:9876", "ADDRESS:PORT,INDEX/COUNT"),
+        ("10.0.0.1,0/2", "ADDRESS:PORT,INDEX/COUNT"),
+        ("10.0.0.1:9876,-1/2", "ADDRESS:PORT,INDEX/COUNT"),
+        ("10.0.0.1:9876,2/2", "below COUNT, got 2/2"),
+        ("10.0.0.1:9876,0/0", "below COUNT, got 0/0"),
+        ("10.0.0.1:70000,0/2", "port from 1 to 65535, got 70000"),
+        ("", "got ''"),
+    ],
+)
+def test_a_wrong_text_is_refused(text, words):
+    with pytest.raises(UserError, match=words):
+        hosts.parse(text)
+
+
+def test_a_wrong_text_is_one_line(dsdistill, tmp_path):
+    done = dsdistill("kip", "--hosts", "two")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("dsdistill: --hosts must be ADDRESS:PORT,INDEX/COUNT")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_port_that_is_taken_is_one_line(dsdistill, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = dsdistill("kip", "--hosts", f"127.0.0.1:{port},0/2")
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"dsdistill: --hosts: cannot listen on port {port}: Address already in use\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_notation():
+    assert hosts.parse("none") is None
+    assert hosts.parse("10.0.0.1:9876,0/1") is None
+    found = hosts.parse("[fd00::1]:9876,1/3")
+    assert found is not None
+    assert found["coordinator_address"] == "[fd00::1]:9876"
+    assert (found["process_id"], found["num_processes"]) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("environment", "launched"),
+    [
+        ({}, False),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "HOSTNAME": "pod"}, False),
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}, False),  # the batch script itself
+        ({"SLURM_JOB_ID": "1", "SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"SLURM_JOB_ID": "1", "SLURM_STEP_NUM_TASKS": "4"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "a"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+    ],
+)
+def test_a_cluster_is_one_that_launched_several_tasks(environment, launched):
+    assert hosts._launched(environment) is launched
+
+
+SHARED = """
+import re, sys
+import jax, numpy as np
+jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
+from dsdistill import kip, label_solve
+from dsdistill.kernels import devices, gram, networks
+from dsdistill.start import Support
+gram.plan = lambda *_, **__: gram.Tile(2, 3)
+network = networks.parse("CRP-flatten")
+rng = np.random.default_rng(0)
+x_s, x_t = (rng.standard_normal((n, 6, 6, 1)).astype(np.float32) for n in (4, 13))
+y_s, y_t = np.eye(4, 3, dtype=np.float32), np.eye(13, 3, dtype=np.float32)
+support = Support(x_s, y_s, np.zeros((4, 6, 6, 1), bool))
+objective = kip.Objective((network,), learn_labels=True, augment=("flip", "shift", "rotate"))
+state = devices.replicated(kip.initial_state(objective, support))
+
+def computed(program, *arguments):
+    compiled = program.lower(*arguments).compile()
+    words = r" (all-[a-z]+|collective-[a-z]+|reduce-scatter)[a-z-]*\\("
+    print(*re.findall(words, compiled.as_text()))
+    return jax.tree.leaves(program(*arguments))
+
+with jax.enable_x64(True):
+    step = kip._compiled_update(objective, network, support, 13)
+    add = label_solve._compiled_sum(network, x_s, 13)
+    arrays = computed(step, state, x_t, y_t, jax.random.key(0))
+    arrays += computed(add, np.zeros((4, 4)), np.zeros((4, 3)), 11, x_t, y_t)
+np.savez(sys.argv[2], *arrays)
+"""
+
+
+def test_one_sum_over_the_devices_whatever_the_tiles(tmp_path):
+    """13 targets on three devices and on one: the same numbers, and one all-reduce each."""
+    found, words = [], []
+    for count in (1, 3):
+        path = tmp_path / f"{count}.npz"
+        line = [sys.executable, "-c", SHARED, str(count), str(path)]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=TIMEOUT)
+        assert done.returncode == 0, done.stderr
+        words.append(done.stdout.split())
+        with np.load(path) as arrays:
+            found.append([arrays[name] for name in arrays.files])
+    assert words[1] == ["all-reduce"] * 2
+    for one, many in zip(*found, strict=True):
+        np.testing.assert_allclose(many, one, rtol=1e-4, atol=1e-5 * abs(one).max())

@@ -1,0 +1,152 @@
+"""The batch of a stated time, what a run is expected to take, and how it is said."""
+
+import numpy as np
+import pytest
+
+from dsdistill import kip, pace
+from dsdistill.harness import progress
+from dsdistill.harness.errors import UserError
+from dsdistill.harness.labeled import Examples, Labeled
+from dsdistill.harness.preprocess import identity
+from dsdistill.kernels import networks
+from dsdistill.start import initial_support
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [(5000, 5000), ("480", 480), ("2s", 2.0), ("0.5 s", 0.5), ("500ms", 0.5), ("1min", 60.0)],
+)
+def test_parse(text, value):
+    assert pace.parse(text) == value
+    assert type(pace.parse(text)) is type(value)
+
+
+@pytest.mark.parametrize("text", ["", "soon", "2h", "1e3", "1.5", 0, -3, "0s", "-2s"])
+def test_parse_refuses(text):
+    with pytest.raises(UserError, match="--target-batch must be"):
+        pace.parse(text)
+
+
+def train(n: int) -> Examples:
+    labels = np.arange(n) % 10
+    images = np.random.default_rng(0).random((n, 4, 4, 1), np.float32)
+    return Examples(Labeled(images, labels, tuple("abcdefghij")), identity(1), ready=True)
+
+
+FC = networks.parse("fc"), networks.parse("fc", 2)
+
+
+def chosen(seconds: float, n: int = 10_000, count: int = 1) -> int:
+    objective, data = kip.Objective(FC[:count]), train(n)
+    support = initial_support(data, 1, noise=False, corruption=0, seed=0)
+    return pace.target_batch(objective, support, data, seconds, seed=0)
+
+
+def timed(monkeypatch, seconds) -> list[int]:
+    """Steps that take what the function of targets and network says."""
+    sizes = []
+
+    def measured(objective, support, train, targets, seed):
+        sizes.append(targets)
+        return seconds(targets, objective.networks[0])
+
+    monkeypatch.setattr(pace, "_seconds", measured)
+    return sizes
+
+
+def test_the_batch_is_on_the_line(monkeypatch):
+    sizes = timed(monkeypatch, lambda m, _: 0.1 + 0.001 * m)
+    assert chosen(2.0) == 1900
+    assert sizes == [40, 160, 640]  # until a quarter of the time
+
+
+def test_an_expensive_step_is_timed_at_two_small_sizes(monkeypatch):
+    sizes = timed(monkeypatch, lambda m, _: 1 + 0.1 * m)
+    assert chosen(3.0) == 20
+    assert sizes == [40, 160]
+
+
+def test_a_time_that_is_too_short_gives_one_a_class(monkeypatch):
+    timed(monkeypatch, lambda m, _: 1 + 0.1 * m)
+    assert chosen(0.5) == 10
+
+
+def test_a_long_time_takes_all_there_are(monkeypatch):
+    sizes = timed(monkeypatch, lambda m, _: 1e-6 * m)
+    assert chosen(60, n=504) == 500  # a multiple of the classes
+    assert sizes == [40, 160]
+
+
+def test_equal_times_do_not_divide_by_zero(monkeypatch):
+    timed(monkeypatch, lambda m, _: 0.01)
+    assert chosen(0.02, n=100_000) == 1760  # ten times the mean time a target is the most
+
+
+def test_fewer_images_than_the_smallest_size(monkeypatch):
+    timed(monkeypatch, lambda m, _: 0.01)
+    assert chosen(1.0, n=20) == 20
+
+
+def test_of_several_networks_the_mean_counts(monkeypatch):
+    timed(monkeypatch, lambda m, network: 0.001 * m * (3 if network is FC[1] else 1))
+    assert chosen(2.0, count=2) == 1000
+
+
+def test_a_real_measurement():
+    assert 10 <= chosen(0.001, n=500) <= 500
+
+
+def step(seconds: float, network: int = 0) -> kip.Step:
+    return kip.Step(1, None, 0.0, network, 1, seconds)  # type: ignore[arg-type]
+
+
+def test_pace_leaves_out_the_steps_that_compile():
+    one = pace.Pace(1)
+    assert one.seconds(step(30)) is None
+    assert one.seconds(step(2)) == 2
+    two = pace.Pace(2)
+    for taken, network in ((30, 0), (2, 0), (40, 1)):
+        assert two.seconds(step(taken, network)) is None
+    assert two.seconds(step(4, 1)) == 3
+
+
+def test_expected_is_one_line(capsys):
+    progress.expected(998, "step", 0.72, 864_000)
+    assert capsys.readouterr().err == (
+        "expected: 12 min for 998 steps (0.7 s a step, 1.2 million pairs of images a second)\n"
+    )
+    progress.expected(1, "chunk", 0.0123, 10)
+    assert capsys.readouterr().err == (
+        "expected: 12 ms for 1 chunk (12 ms a chunk, 813 pairs of images a second)\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.0042, "4.2 ms"),
+        (0.72, "0.7 s"),
+        (15.2, "15 s"),
+        (119, "119 s"),
+        (150, "2.5 min"),
+        (3600, "60 min"),
+        (9000, "2.5 h"),
+        (90000, "25 h"),
+    ],
+)
+def test_durations(seconds, words):
+    assert progress.duration(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (0.123, "0.12"),
+        (14.2, "14"),
+        (43_210, "43,210"),
+        (1.24e6, "1.24 million"),
+        (2e9, "2 billion"),
+    ],
+)
+def test_amounts(number, words):
+    assert progress.amount(number) == words

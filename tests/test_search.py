@@ -1,0 +1,256 @@
+"""A KIP run as a whole: phases, resume to the bit, early stop, the choice, divergence."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dsdistill import judging, kip, phases
+from dsdistill.harness import runs
+from dsdistill.harness.errors import UserError
+from dsdistill.harness.labeled import Examples, Labeled
+from dsdistill.harness.preprocess import identity
+from dsdistill.judging import Candidate
+from dsdistill.kernels import networks
+from dsdistill.phases import Phase, Plan
+from dsdistill.search import search
+from dsdistill.start import Support, initial_support
+
+FC1, FC2 = networks.parse("fc", 1), networks.parse("fc", 2)
+
+
+def examples(seed: int, n: int) -> Examples:
+    """Images of three classes that differ in their means."""
+    means = np.random.default_rng(0).standard_normal((3, 6, 6, 1))
+    labels = np.arange(n) % 3
+    noise = np.random.default_rng(seed).standard_normal((n, 6, 6, 1))
+    data = Labeled((means[labels] + noise).astype(np.float32), labels, ("a", "b", "c"))
+    return Examples(data, identity(1), ready=True)
+
+
+TRAIN, VALIDATION = examples(1, 90), examples(2, 30)
+
+
+@pytest.fixture
+def support() -> Support:
+    return initial_support(TRAIN, 2, noise=False, corruption=0, seed=0)
+
+
+def plan(*steps: int, networks: tuple = (FC1,), patience: int | None = None, **changes) -> Plan:
+    """Phases of so many steps, an `fc(2)` in all but the last."""
+    made = [Phase(kip.Objective((FC2,), **changes), n) for n in steps[:-1]]
+    made.append(Phase(kip.Objective(networks, **changes), steps[-1]))
+    return Plan(tuple(made), target_batch=30, seed=0, patience=patience)
+
+
+def opened(folder: Path) -> runs.Run:
+    resume = (folder / "config.json").exists()
+    return runs.start(folder, {}, result="result", resume=resume)
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def interrupted_at(monkeypatch, stop: int) -> None:
+    """Ctrl-C while the line of this step is written."""
+    write = runs.Metrics.write
+
+    def stopping(self, step: int, **figures: float) -> None:
+        if step == stop:
+            raise KeyboardInterrupt
+        write(self, step, **figures)
+
+    monkeypatch.setattr(runs.Metrics, "write", stopping)
+
+
+OPTIONS = {
+    "plain": {},
+    "cosine": {"cosine_steps": 6, "learn_labels": True, "label_learning_rate": 0.3},
+    "sampling": {"networks": (FC1, FC2)},
+    "augment": {"augment": ("flip", "shift", "rotate")},
+}
+
+
+STOPS = [("plain", 2), ("plain", 4), *((name, 7) for name in OPTIONS)]
+
+
+@pytest.mark.parametrize(("name", "stop"), STOPS)
+def test_resume_is_exact_in_every_phase(name, stop, support, tmp_path, monkeypatch):
+    """Three steps of warm-up and six more: stopped in the first phase, at the border, later."""
+    walk = plan(3, 6, **OPTIONS[name])
+    best, last = search(opened(tmp_path / "whole"), walk, support, TRAIN, VALIDATION)
+    with monkeypatch.context() as context:
+        interrupted_at(context, stop)
+        with pytest.raises(KeyboardInterrupt):
+            search(opened(tmp_path / "cut"), walk, support, TRAIN, VALIDATION)
+    found, end = search(opened(tmp_path / "cut"), walk, support, TRAIN, VALIDATION)
+    np.testing.assert_array_equal(end.state.images, last.state.images)
+    np.testing.assert_array_equal(end.state.labels, last.state.labels)
+    np.testing.assert_array_equal(found.images, best.images)
+    assert (found.step, found.loss) == (best.step, best.loss)
+    texts = [(tmp_path / x / "metrics.jsonl").read_text() for x in ("whole", "cut")]
+    assert texts[0] == texts[1]
+
+
+def test_a_warm_up_is_numbered_shown_and_judged_at_its_end(support, tmp_path, capsys):
+    search(opened(tmp_path), plan(3, 6), support, TRAIN, VALIDATION)
+    figures = lines(tmp_path)
+    assert [f["step"] for f in figures] == list(range(1, 10))
+    assert [f["phase"] for f in figures] == [1] * 3 + [2] * 6
+    assert ["validation_loss" in f for f in figures] == [False] * 2 + [True] * 7
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[0].startswith("expected: ")
+    assert "for 1 warm-up step (" in shown[0]
+    assert "for 4 steps (" in shown[2]
+    assert shown[1].startswith("3/3 warm-up steps")
+    assert shown[-1].startswith("6/6 steps")
+
+
+def test_each_phase_starts_adam_afresh_and_keeps_the_images(support, tmp_path):
+    """The second phase alone, from what the first one made, with the same targets."""
+    walk = plan(3, 2)
+    _, last = search(opened(tmp_path), walk, support, TRAIN, VALIDATION)
+    first, second = (phase.objective for phase in walk.phases)
+    *_, warm = kip.distill(first, support, TRAIN, steps=3, target_batch=30, seed=0)
+    state = kip.restarted(second, warm.state.images, warm.state.labels)
+    options = {"steps": 5, "target_batch": 30, "seed": 0, "state": state, "done": 3}
+    *_, end = kip.distill(second, support, TRAIN, **options)
+    np.testing.assert_array_equal(last.state.images, end.state.images)
+    assert int(last.state.moments.count) == 2  # type: ignore[attr-defined]
+
+
+def test_several_networks_are_recorded_and_the_first_one_judges(support, tmp_path, monkeypatch):
+    judges = []
+    real = judging.judge
+    monkeypatch.setattr(judging, "judge", lambda *a: judges.append(a[0]) or real(*a))
+    search(opened(tmp_path), plan(20, networks=(FC2, FC1)), support, TRAIN, VALIDATION)
+    assert {f["network"] for f in lines(tmp_path)} == {0, 1}
+    assert judges == [FC2]
+
+
+def scripted(monkeypatch, loss: Callable[[int, int], float]) -> list[tuple[int, int]]:
+    """A judge that says what it is told, of the step and of the number of images it sees."""
+    asked = []
+
+    def judge(network, strength, validation):
+        def score(step, images, labels):
+            asked.append((step, len(validation)))
+            images, labels = np.asarray(images), np.asarray(labels)
+            return Candidate(step, images, labels, 0.5, loss(step, len(validation)))
+
+        return score
+
+    monkeypatch.setattr(judging, "judge", judge)
+    return asked
+
+
+def test_patience_stops_a_run_and_a_resumed_one_stays_stopped(support, tmp_path, monkeypatch):
+    asked = scripted(monkeypatch, lambda step, _: abs(step - 10) + 1)
+    walk = plan(120, patience=4)  # a validation every three steps
+    best, last = search(opened(tmp_path), walk, support, TRAIN, VALIDATION)
+    assert (best.step, last.done) == (9, 21)
+    assert [step for step, _ in asked] == [*range(0, 22, 3)]
+    again, end = search(opened(tmp_path), walk, support, TRAIN, VALIDATION)
+    assert (again.step, end.done) == (9, 21)
+    assert len(lines(tmp_path)) == 21
+
+
+def test_patience_counts_from_the_steps_not_from_the_start(support, tmp_path, monkeypatch):
+    """A start better than all that follows must not end a run that improves."""
+    scripted(monkeypatch, lambda step, _: 1 / step if step else 0.0)
+    best, last = search(opened(tmp_path), plan(40, patience=2), support, TRAIN, VALIDATION)
+    assert (best.step, last.done) == (0, 40)
+
+
+def test_no_patience_in_a_warm_up(support, tmp_path, monkeypatch):
+    scripted(monkeypatch, lambda step, _: float(step))
+    _, last = search(opened(tmp_path), plan(3, 40, patience=1), support, TRAIN, VALIDATION)
+    assert last.done == 3 + 2
+
+
+@pytest.mark.parametrize(("full", "chosen"), [(0.1, 4), (0.01, 10)])
+def test_the_choice_is_made_on_all_validation_images(support, tmp_path, monkeypatch, full, chosen):
+    """The best of the subset against the last one, which all the images may prefer."""
+
+    def loss(step: int, images: int) -> float:
+        return abs(step - 4) + 1 if images < 30 else {4: 0.05}.get(step, full)
+
+    asked = scripted(monkeypatch, loss)
+    walk = replace(plan(10), validation_images=12)
+    best, _ = search(opened(tmp_path), walk, support, TRAIN, VALIDATION)
+    assert best.step == chosen
+    assert best.loss == min(full, 0.05)
+    assert [a for a in asked if a[1] == 30] == [(4, 30), (10, 30)]
+    assert {n for _, n in asked} == {12, 30}
+
+
+def test_with_few_validation_images_all_judge_and_none_twice(support, tmp_path, monkeypatch):
+    asked = scripted(monkeypatch, lambda step, _: 1.0)
+    search(opened(tmp_path), plan(5), support, TRAIN, VALIDATION)
+    assert asked == [(step, 30) for step in range(6)]
+
+
+def test_the_subset_is_balanced_and_fixed():
+    sample = judging.subset(VALIDATION, 12, seed=0)
+    assert np.bincount(sample.data.labels).tolist() == [4, 4, 4]
+    np.testing.assert_array_equal(sample.images(), judging.subset(VALIDATION, 12, 0).images())
+    assert judging.subset(VALIDATION, 30, seed=0) is VALIDATION
+    assert len(judging.subset(VALIDATION, 1, seed=0)) == 3  # one a class at least
+
+
+def with_losses(monkeypatch, *losses: float) -> None:
+    """Steps that leave the support as it is, with these losses."""
+
+    def distill(objective, support, train, *, steps, state, done, **_):
+        for step in range(done, steps):
+            yield kip.Step(step + 1, state, losses[min(step, len(losses) - 1)], 0, 1, 1.0)
+
+    monkeypatch.setattr(kip, "distill", distill)
+
+
+def test_a_diverging_loss_stops_with_the_last_good_checkpoint(support, tmp_path, monkeypatch):
+    with_losses(monkeypatch, 0.2, 0.1, 0.15, 2.5)
+    run = opened(tmp_path)
+    walk = plan(200, learn_labels=True, label_learning_rate=0.5)
+    message = (
+        r"diverges: for 10 steps in a row above 2, 2.5 at step 13: raise --ridge \(now 1e-06\) or "
+        r"lower --learning-rate \(now 0.04\) or --label-learning-rate \(now 0.5\)"
+    )
+    with pytest.raises(UserError, match=message):
+        search(run, walk, support, TRAIN, VALIDATION)
+    kept = run.load_state()
+    assert kept is not None
+    assert kept[1]["done"] == 3
+    assert kept[0]["best.images"].shape == support.images.shape
+    with pytest.raises(UserError, match="at step 13"):
+        search(opened(tmp_path), walk, support, TRAIN, VALIDATION)
+
+
+def test_a_loss_that_is_high_for_a_while_stops_nothing(support, tmp_path, monkeypatch):
+    with_losses(monkeypatch, 0.2, *[2.5] * 9, 0.1, *[2.5] * 9, 0.1)
+    _, last = search(opened(tmp_path), plan(40), support, TRAIN, VALIDATION)
+    assert last.done == 40
+
+
+def test_a_small_first_loss_is_no_measure(support, tmp_path, monkeypatch):
+    """A distilled start has nearly no loss; what counts is the loss of predicting nothing."""
+    nothing = phases._loss_of_nothing(3)
+    assert nothing == pytest.approx(0.5 * (4 / 9 + 1 / 9 + 1 / 9) / 3)
+    with_losses(monkeypatch, 1e-6, 9 * nothing)
+    _, last = search(opened(tmp_path), plan(40), support, TRAIN, VALIDATION)
+    assert last.done == 40
+    assert math.isclose(last.limit, 10 * nothing)
+
+
+def test_a_support_that_is_not_finite_ends_before_it_is_kept(support, tmp_path):
+    run = opened(tmp_path)
+    with pytest.raises(UserError, match=r"not finite at step .*--ridge .*--learning-rate"):
+        search(run, plan(50, learning_rate=1e38), support, TRAIN, VALIDATION)
+    kept = run.load_state()
+    assert kept is not None
+    assert all(np.isfinite(array).all() for array in kept[0].values())

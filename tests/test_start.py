@@ -1,0 +1,131 @@
+"""Where KIP starts: draws, noise, and sets that were distilled before."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dsdistill import start
+from dsdistill.harness import artifact, preprocess
+from dsdistill.harness.artifact import Distilled
+from dsdistill.harness.errors import UserError
+from dsdistill.harness.labeled import Labeled, centred_one_hot
+from dsdistill.harness.preprocess import Preprocess
+
+
+@pytest.fixture
+def data() -> Labeled:
+    rng = np.random.default_rng(0)
+    return Labeled(rng.random((60, 6, 6, 3), np.float32), np.arange(60) % 3, ("a", "b", "c"))
+
+
+def fitted(kind: str, data: Labeled) -> Preprocess:
+    return preprocess.fit(kind, data.chunks, data.shape)
+
+
+@pytest.fixture
+def made(data: Labeled) -> Distilled:
+    """Two images a class with labels that were learned."""
+    images = fitted("standardise", data).apply(data.images(slice(0, 6)))
+    labels = centred_one_hot(np.repeat([0, 1, 2], 2), 3) * np.float32(1.3)
+    return Distilled(images, labels, fitted("standardise", data), data.classes, {})
+
+
+def test_load_takes_a_file_or_a_folder_and_leaves_the_names(made, tmp_path):
+    artifact.save(tmp_path / artifact.FILE, made)
+    for path in (tmp_path, tmp_path / artifact.FILE):
+        found = start.load(str(path))
+        assert found is not None
+        np.testing.assert_array_equal(found.images, made.images)
+    assert start.load("real") is start.load("noise") is None
+
+
+def test_load_refuses_what_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="unknown --init 'reel'; did you mean 'real'"):
+        start.load("reel")
+    with pytest.raises(UserError, match="no distilled set"):
+        start.load(str(tmp_path))
+    (tmp_path / "foreign.safetensors").write_bytes(b"no")
+    with pytest.raises(UserError, match="not a whole"):
+        start.load(str(tmp_path / "foreign.safetensors"))
+
+
+def test_the_set_decides_how_many_images(made, data):
+    assert start.check(made, data, None) == start.check(made, data, 2) == 2
+    with pytest.raises(UserError, match="2 images a class, --images-per-class asks for 5"):
+        start.check(made, data, 5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"classes": ("a", "c", "b")}, "they differ in name or order"),
+        ({"classes": ("a", "b")}, "the set has 2 classes, the data 3"),
+        ({"images": np.zeros((6, 6, 6, 1), np.float32)}, "images are 6x6x1, the data's 6x6x3"),
+        ({"images": np.zeros((6, 8, 6, 3), np.float32)}, "images are 8x6x3, the data's 6x6x3"),
+        ({"encoding": "one-hot"}, "labels are 'one-hot', expected 'one-hot minus 1/k'"),
+        ({"images": np.zeros((7, 6, 6, 3), np.float32)}, "7 images are not the same number"),
+    ],
+)
+def test_a_set_that_does_not_fit_is_refused(made, data, changes, message):
+    with pytest.raises(UserError, match=message):
+        start.check(replace(made, **changes), data, None)
+
+
+@pytest.mark.parametrize(
+    ("provenance", "saw"),
+    [
+        ({}, False),
+        ({"data": "digits", "config": []}, False),
+        ({"data": {"sha256": "x"}, "config": {"validation_fraction": 0.0}}, True),
+        ({"data": {"sha256": "x"}, "config": {"validation_fraction": 0.1}}, False),
+        ({"data": {"sha256": "x"}, "config": {"validation_fraction": "0"}}, False),
+        ({"data": {"sha256": "y"}, "config": {"validation_fraction": 0.0}}, False),
+    ],
+)
+def test_a_set_that_has_seen_the_validation_images(made, provenance, saw):
+    assert start.saw(replace(made, provenance=provenance), "x", 0.1) is saw
+
+
+def test_the_same_preprocessing_keeps_every_bit(made, data):
+    support = start.from_set(made, fitted("standardise", data), corruption=0, seed=0)
+    np.testing.assert_array_equal(support.images, made.images)
+    np.testing.assert_array_equal(support.labels, made.labels)
+    assert not support.frozen.any()
+
+
+@pytest.mark.parametrize("kind", ["none", "zca"])
+def test_another_preprocessing_is_undone_and_this_one_applied(made, data, kind):
+    target = fitted(kind, data)
+    support = start.from_set(made, target, corruption=0, seed=0)
+    np.testing.assert_allclose(support.images, target.apply(data.images(slice(0, 6))), atol=1e-5)
+
+
+def test_a_whitened_set_comes_back_up_to_brightness_and_contrast(data):
+    """Where the new preprocessing ignores both, as ZCA does, nothing is lost."""
+    raw = data.images(slice(0, 6))
+    old = preprocess.fit("zca", data.select(np.arange(40)).chunks, data.shape)
+    made = Distilled(old.apply(raw), centred_one_hot(np.arange(6) % 3, 3), old, data.classes, {})
+    new = fitted("zca", data)
+    assert not old.same_as(new)
+    got = start.from_set(made, new, corruption=0, seed=0).images
+    expected = new.apply(raw)
+    cosine = (got * expected).sum((1, 2, 3)) / np.sqrt(
+        (got**2).sum((1, 2, 3)) * (expected**2).sum((1, 2, 3))
+    )
+    assert (cosine > 0.98).all()  # the two are standardised by different means and deviations
+
+
+def test_corruption_reaches_a_set_too(made, data):
+    support = start.from_set(made, made.preprocess, corruption=0.5, seed=0)
+    frozen = np.broadcast_to(support.frozen, made.images.shape)
+    np.testing.assert_array_equal(support.images[~frozen], made.images[~frozen])
+    assert (support.images[frozen] != made.images[frozen]).all()
+    assert 0.3 < support.frozen.mean() < 0.7
+
+
+def test_a_home_folder_is_expanded(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    artifact.save(Path(tmp_path) / "mine.safetensors", made)
+    assert start.load("~/mine.safetensors") is not None
