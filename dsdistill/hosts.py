@@ -123,15 +123,22 @@ def decided(choose: Callable[[], Any]) -> Any:
 def check_same(values: Mapping[str, Any]) -> None:
     """Refuse to go on where a value that all hosts must share is not host 0's.
 
+    Args:
+        values: By name; JSON-compatible.
+
     Raises:
-        UserError: On the host that differs.
+        UserError: On every host, if one differs.
     """
-    for name, expected in decided(lambda: dict(values)).items():
-        if json.dumps(values.get(name)) != json.dumps(expected):  # NaN equals NaN
-            raise UserError(
-                f"all hosts need the same {name}: host 0 has {expected}, "
-                f"host {jax.process_index()} has {values.get(name)}"
-            )
+    if jax.process_count() == 1:
+        return
+    expected, *others = _gathered(values)
+    for index, found in enumerate(others, start=1):
+        for name, value in expected.items():
+            if json.dumps(found.get(name)) != json.dumps(value):  # NaN equals NaN
+                raise UserError(
+                    f"all hosts need the same {name}: host 0 has {value}, "
+                    f"host {index} has {found.get(name)}"
+                )
 
 
 def opened(start: Callable[[], runs.Run]) -> runs.Run:
@@ -251,6 +258,15 @@ def _sent(answer: dict[str, Any]) -> dict[str, Any]:
     row = np.zeros(size, np.uint8)
     row[: len(content)] = content[:size]
     return json.loads(bytes(np.asarray(devices.replicated(row))))
+
+
+def _gathered(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every host's values, on every host: as bytes, all rows as long as the longest."""
+    content = np.frombuffer(json.dumps(values).encode(), np.uint8)
+    size = multihost_utils.process_allgather(np.array(len(content), np.int32)).max()
+    row = np.full(size, ord(" "), np.uint8)
+    row[: len(content)] = content
+    return [json.loads(bytes(row)) for row in multihost_utils.process_allgather(row)]
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ def bar(total: int, unit: str = "steps", start: int = 0) -> Iterator[Show]:
         with _live(total, unit, start) as show:
             yield show
     else:
-        yield _lines(total, unit, start)
+        yield _lines(total, unit)
 
 
 @contextmanager
@@ -53,18 +53,21 @@ def _live(total: int, unit: str, start: int) -> Iterator[Show]:
         yield show
 
 
-def _lines(total: int, unit: str, start: int) -> Show:
-    began = last = time.monotonic()
+def _lines(total: int, unit: str) -> Show:
+    last = time.monotonic()
+    first: tuple[float, int] | None = None  # the first unit compiles: speed counts from its end
 
     def show(done: int, **figures: float | str) -> None:
-        nonlocal last
+        nonlocal first, last
         now = time.monotonic()
+        began, before = first = first or (now, done)
         if now - last < LINE_EVERY and done < total:
             return
         last = now
-        left = (now - began) / max(done - start, 1) * (total - done)
-        line = f"{done}/{total} {unit}  {_words(figures)}  {clock(left)} left"
-        say(line)
+        words = [f"{done}/{total} {unit}", _words(figures)]
+        if done > before:
+            words.append(f"{clock((now - began) / (done - before) * (total - done))} left")
+        say("  ".join(words))
 
     return show
 
