@@ -142,8 +142,8 @@ def solve(
     with jax.enable_x64(True):
         jitter = ridge / n * jnp.eye(n)
         tile = krr.support_tile(network, n, (h, w, c), gradient=False)
-        k_ss = krr.support_gram(network, jnp.asarray(support), tile)
-        gram_tt, gram_ty = map(np.asarray, sums[1:])  # on this host's own device
+        k_ss = jax.jit(devices.everywhere(lambda x: krr.support_gram(network, x, tile)))(support)
+        k_ss, gram_tt, gram_ty = map(np.asarray, (k_ss, *sums[1:]))  # on this host's own device
         fitted = jax.scipy.linalg.solve(gram_tt + jitter, gram_ty, assume_a="pos")
         labels = np.asarray(((k_ss + jitter) @ fitted).astype(jnp.float32))
     if not np.isfinite(labels).all():

@@ -160,6 +160,9 @@ def _programs(network: Network, n: int, shape: tuple[int, int, int]) -> _Program
     def coefficients(x_s: Array, y_s: Array, ridge: float) -> Array:
         return solve(support_gram(network, x_s, tile_ss), y_s, ridge)
 
+    def everywhere(x_s: Array, y_s: Array, ridge: float) -> Array:
+        return devices.everywhere(coefficients)(x_s, y_s, ridge)
+
     def share(whole: tuple[Array, Array], real: Array, x_t: Array) -> Array:
         x_s, alpha = whole
         return devices.joined(predict(gram(network.kernel, x_s, x_t, tile_st), alpha))
@@ -167,4 +170,4 @@ def _programs(network: Network, n: int, shape: tuple[int, int, int]) -> _Program
     def scores(x_s: Array, alpha: Array, x_t: Array) -> Array:
         return devices.divided(share)((x_s, alpha), len(x_t), x_t)
 
-    return _Programs(jax.jit(coefficients), jax.jit(scores))
+    return _Programs(jax.jit(everywhere), jax.jit(scores))

@@ -10,13 +10,23 @@ PROGRAM = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
-from dsdistill.kernels import networks
+from dsdistill.kernels import devices, networks
 network = networks.parse("CRP-flatten")
 rng = np.random.default_rng(0)
 x1, x2, g = (jnp.asarray(rng.standard_normal(s), jnp.float32)
              for s in ((3, 6, 6, 1), (37, 6, 6, 1), (3, 37)))
 value, pull = jax.jit(lambda a, b: jax.vjp(network.kernel, a, b))(x1, x2)
-np.savez(sys.argv[2], value, *pull(g))
+half = jnp.asarray(rng.standard_normal((5, 5)), jnp.float32)
+
+
+def shared(x, real, targets):
+    gram = lambda x: jnp.sum(network.symmetric(x) * half)  # the same on every device
+    k_ss, slope = network.symmetric(x), jax.grad(gram)(x)
+    return k_ss, devices.total(slope) / jax.device_count()
+
+
+k_ss, slope = jax.jit(devices.divided(shared))(x2[:5], 37, x2)
+np.savez(sys.argv[2], value, *pull(g), k_ss, slope)
 """
 
 
@@ -32,7 +42,7 @@ def results(tmp_path_factory):
 
 
 def test_two_devices_give_the_same_as_one(results):
-    """37 targets, which two devices do not divide evenly."""
+    """37 targets and 5 support images, which two devices do not divide evenly."""
     for one, many in zip(results[1], results[2], strict=True):
         np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-6 * abs(one).max())
 

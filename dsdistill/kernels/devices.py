@@ -81,11 +81,15 @@ def divided(work: Callable[..., T]) -> Callable[..., T]:
             ]
             return work(whole, start + jnp.arange(size) < count, *taken)
 
-        # check_vma knows no custom derivative; that all devices hold the same is tested.
-        run = jax.shard_map(mine, mesh=_mesh(), in_specs=_WHOLE, out_specs=_WHOLE, check_vma=False)
-        return run(whole, jnp.asarray(count), *rows)
+        return everywhere(mine)(whole, jnp.asarray(count), *rows)
 
     return across
+
+
+def everywhere(work: Callable[..., T]) -> Callable[..., T]:
+    """`work` on every device, on the same values; what it returns must be the same on all."""
+    # check_vma knows no custom derivative; that all devices hold the same is tested.
+    return jax.shard_map(work, mesh=_mesh(), in_specs=_WHOLE, out_specs=_WHOLE, check_vma=False)
 
 
 def total(values: T) -> T:
@@ -124,6 +128,47 @@ def sharded(kernel: Callable[[Array, Array], Array]) -> Callable[[Array, Array],
             kernel, mesh=mesh, in_specs=(_WHOLE, _PART), out_specs=columns, check_vma=False
         )
         return run(x1, _filled(x2, count))[:, : len(x2)]
+
+    return across
+
+
+def symmetric(
+    kernel: Callable[[Array, Array], Array], undivided: Callable[[Array], Array]
+) -> Callable[[Array], Array]:
+    """The kernel of a set of images with itself, its rows divided among the devices.
+
+    Differentiable inside `divided`: the gradient is this device's part of that of all devices'
+    sum. On one device, and outside, it is `undivided`.
+
+    Args:
+        kernel: Differentiable in its first argument.
+        undivided: What `kernel` gives for a set with itself, in a cheaper way.
+    """
+
+    def mine(rows: Array) -> Array:
+        size = share(len(rows))
+        start = jax.lax.axis_index(_AXIS) * size
+        return jax.lax.dynamic_slice_in_dim(_filled(rows, jax.device_count()), start, size)
+
+    def value(x: Array) -> Array:
+        return joined(kernel(mine(x), x))[: len(x)]
+
+    def gradient(x: Array, cotangent: Array) -> tuple[Array]:
+        whole = jax.lax.psum(cotangent, _AXIS)
+        rows, pullback = jax.vjp(lambda rows: kernel(rows, x), mine(x))
+        del rows
+        # A row is the first argument in its own row and the second one in its column.
+        part = pullback(mine(whole + whole.T))[0]
+        size, start = len(part), jax.lax.axis_index(_AXIS) * len(part)
+        every = jnp.zeros((jax.device_count() * size, *part.shape[1:]), part.dtype)
+        return (jax.lax.dynamic_update_slice_in_dim(every, part, start, 0)[: len(x)],)
+
+    shared = jax.custom_vjp(value)
+    shared.defvjp(lambda x: (value(x), x), gradient)
+
+    def across(x: Array) -> Array:
+        inside = _AXIS in jax.sharding.get_abstract_mesh().manual_axes
+        return shared(x) if inside and jax.device_count() > 1 else undivided(x)
 
     return across
 

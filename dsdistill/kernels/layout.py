@@ -35,7 +35,8 @@ def lanes_of(x: Float[Array, "n h w c"]) -> int:
     n, h, w, _ = x.shape
     unit = REGISTER // x.dtype.itemsize
     plane = PLANE if jax.default_backend() == "cpu" else WIDE
-    return min(unit * max(plane // (REGISTER * h * w), 1), n)
+    few = -(-n // unit) * unit if n > unit else 1 << (n - 1).bit_length()  # registers stay full
+    return min(unit * max(plane // (REGISTER * h * w), 1), few)
 
 
 def blocks(x: Array, lanes: int) -> Array:

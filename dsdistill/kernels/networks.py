@@ -125,7 +125,8 @@ _BUILDERS: dict[str, tuple[Callable[..., Network], int | None]] = {
 def _planes(name: str, layers: Sequence) -> Network:
     """A network of convolutions, ReLUs and poolings; targets are shared out over the devices."""
     kernel = devices.sharded(functools.partial(banded.ntk, network=layers))
-    symmetric = functools.partial(banded.ntk_symmetric, network=layers)
+    one_half = functools.partial(banded.ntk_symmetric, network=layers)
+    symmetric = devices.symmetric(functools.partial(banded.ntk, network=layers), one_half)
     deviations = functools.partial(variances.deviations, network=layers)
     return Network(
         name,
