@@ -12,6 +12,7 @@ from dsdistill.start import Support
 
 SMALL = 4  # images a class of the smallest batch that is timed
 GROWTH = 4  # from one timed batch to the next
+FORWARD = 0.35  # of a step's time for a pair of images, where no gradient is needed
 QUICK = 0.3  # seconds: a step that takes less is timed three times
 SECONDS = {"ms": 1e-3, "s": 1.0, "min": 60.0}
 
@@ -54,11 +55,7 @@ def target_batch(
     k = len(train.data.classes)
 
     def timed(targets: int) -> float:
-        each = [
-            _seconds(replace(objective, networks=(network,)), support, train, targets, seed)
-            for network in objective.networks
-        ]
-        return sum(each) / len(each)
+        return step_seconds(objective, support, train, targets, seed=seed)
 
     size = min(SMALL * k, len(train))
     times = {size: timed(size)}
@@ -69,6 +66,21 @@ def target_batch(
         times[size] = timed(size)
     wanted = int(_on_line(times, seconds))
     return max(min(wanted, len(train)) // k * k, k)
+
+
+def step_seconds(
+    objective: kip.Objective, support: Support, train: Examples, targets: int, *, seed: int
+) -> float:
+    """What a step of so many targets takes once it is compiled, in the mean of the networks.
+
+    Args:
+        objective, support, train, seed: As in `kip.distill`.
+    """
+    each = [
+        _seconds(replace(objective, networks=(network,)), support, train, targets, seed)
+        for network in objective.networks
+    ]
+    return sum(each) / len(each)
 
 
 def _on_line(times: dict[int, float], seconds: float) -> float:
@@ -116,3 +128,13 @@ class Pace:
         del times[1:-5]
         warm = [sum(t[1:]) / len(t[1:]) for t in self._times if len(t) > 1]
         return sum(warm) / len(warm) if len(warm) == len(self._times) else None
+
+
+def predicting(images: int, support: int, seconds: float, pairs: int) -> float:
+    """Seconds that it takes to predict so many images, by the step that was measured.
+
+    Args:
+        images: To predict, each from a support of `support` images.
+        seconds, pairs: Of a step with the gradient.
+    """
+    return FORWARD * images * support * seconds / pairs

@@ -10,16 +10,16 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from dsdistill import judging, kip
+from dsdistill import judging, kip, pace
 from dsdistill.harness import progress
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.labeled import Examples, centred_one_hot
 from dsdistill.judging import Candidate, Judge
-from dsdistill.pace import Pace
 from dsdistill.start import Support
 
 VALIDATIONS = 40  # in a phase
@@ -47,6 +47,7 @@ class Plan:
         patience: Stop after so many validations in a row, of the last phase, without an
             improvement; None: never.
         validation_images: Validation images that judge during the run.
+        closing_images: Images that are predicted after the last step, for the expected duration.
     """
 
     phases: tuple[Phase, ...]
@@ -54,6 +55,7 @@ class Plan:
     seed: int
     patience: int | None = None
     validation_images: int = 1000
+    closing_images: int = 0
 
     @property
     def steps(self) -> int:
@@ -110,7 +112,8 @@ def snapshots(
     for number, phase in enumerate(plan.phases, 1):
         if last.done < first + phase.steps:
             start = _entered(phase, last) if last.done <= first else last
-            for last, figures in _steps(plan, phase, first, support, train, judge, start):
+            later = _later(plan, plan.phases[number:], support, train)
+            for last, figures in _steps(plan, phase, first, support, train, judge, start, later):
                 yield last, figures | ({"phase": number} if len(plan.phases) > 1 else {})
         first += phase.steps
 
@@ -130,10 +133,11 @@ def _steps(
     train: Examples,
     judge: Judge,
     last: Snapshot,
+    later: "_Later",
 ) -> Generator[Stepped, None, None]:
-    """The steps of one phase, which begins after `first` steps of others."""
+    """The steps of one phase, after `first` steps of others."""
     warm_up, end = phase is not plan.phases[-1], first + phase.steps
-    every = phase.steps if warm_up else max(phase.steps // VALIDATIONS, 1)
+    every = _every(plan, phase)
     patience = math.inf if warm_up or plan.patience is None else plan.patience
     if last.stale >= patience:
         return  # it had stopped before the checkpoint
@@ -149,8 +153,7 @@ def _steps(
     )
     nothing = _loss_of_nothing(len(train.data.classes))
     began = time.monotonic() - last.seconds
-    unit = "warm-up step" if warm_up else "step"
-    with contextlib.closing(stream), _progress(phase, unit, first, last.done) as show:
+    with contextlib.closing(stream), _progress(plan, phase, first, last.done, later) as show:
         for step in stream:
             due = (step.done - first) % every == 0 or step.done == end
             found = judge(step.done, step.state.images, step.state.labels) if due else None
@@ -200,16 +203,49 @@ def _loss_of_nothing(k: int) -> float:
     return 0.5 * float(np.mean(centred_one_hot(np.arange(k), k) ** 2))
 
 
+def _every(plan: Plan, phase: Phase) -> int:
+    """Steps from one validation to the next."""
+    return max(phase.steps // VALIDATIONS, 1) if phase is plan.phases[-1] else phase.steps
+
+
+def _validations(plan: Plan, phase: Phase, here: int = 0) -> int:
+    """After `here` steps of a phase, to its end."""
+    every = _every(plan, phase)
+    return -(-phase.steps // every) - here // every
+
+
+class _Later(NamedTuple):
+    """What the phases after one will take: seconds of their steps, and how many validations."""
+
+    seconds: float
+    validations: int
+
+
+def _later(plan: Plan, rest: tuple[Phase, ...], support: Support, train: Examples) -> _Later:
+    """As two steps of each say, which are thrown away."""
+    size, seed = plan.target_batch, plan.seed
+    each = [pace.step_seconds(p.objective, support, train, size, seed=seed) for p in rest]
+    seconds = sum(phase.steps * one for phase, one in zip(rest, each, strict=True))
+    return _Later(seconds, sum(_validations(plan, phase) for phase in rest))
+
+
 @contextlib.contextmanager
-def _progress(phase: Phase, unit: str, first: int, done: int) -> Iterator[Callable[..., None]]:
-    """Live progress of a phase, whose first line says how long the phase will take."""
-    pace, said = Pace(len(phase.objective.networks)), False
+def _progress(
+    plan: Plan, phase: Phase, first: int, done: int, later: _Later
+) -> Iterator[Callable[..., None]]:
+    """Live progress of a phase; its first line says how long all that is left will take."""
+    times, said = pace.Pace(len(phase.objective.networks)), False
+    unit = "step" if phase is plan.phases[-1] else "warm-up step"
 
     def display(step: kip.Step, best: Candidate) -> None:
         nonlocal said
-        here, seconds = step.done - first, pace.seconds(step)
+        here, seconds = step.done - first, times.seconds(step)
         if seconds is not None and not said and here < phase.steps:
-            progress.expected(phase.steps - here, unit, seconds, step.pairs)
+            validations = _validations(plan, phase, here) + later.validations
+            images = plan.closing_images + validations * plan.validation_images
+            left = (phase.steps - here) * seconds + later.seconds
+            left += pace.predicting(images, len(best.images), seconds, step.pairs)
+            progress.expected(left, unit, seconds, step.pairs)
             said = True
         if said or here == phase.steps:
             rate = {"pairs/s": progress.amount(step.pairs / step.seconds)}

@@ -110,7 +110,8 @@ def _kip(options: Kip, run: runs.Run, setting: Setting) -> Result:
         _target_batch(options, run, setting, support, train),
         options.seed,
         options.patience,
-        options.validation_images,
+        min(options.validation_images, len(setting.validation)),
+        closing_images=_closing_images(options, setting),
     )
     best, last = search(run, plan, support, train, setting.validation)
     figures = {
@@ -171,11 +172,18 @@ def _target_batch(
     return run.recorded("target_batch", measured)
 
 
+def _closing_images(options: Kip, setting: Setting) -> int:
+    """The images that two supports predict at the end of a run."""
+    fresh = len(setting.validation) if len(setting.validation) > options.validation_images else 0
+    return 2 * (fresh + len(setting.splits.test))
+
+
 def _label_solve(options: LabelSolve, run: runs.Run, setting: Setting) -> Result:
     support = start.initial_support(
         setting.train, setting.images_per_class, noise=False, corruption=0, seed=options.seed
     )
-    sums, seconds = accumulated(run, setting.network, support.images, setting.train)
+    closing = len(setting.splits.test)
+    sums, seconds = accumulated(run, setting.network, support.images, setting.train, closing)
     labels = label_solve.solve(setting.network, support.images, sums, options.ridge)
     # The pixels stay; the natural labels are what the solved ones are compared with.
     return Result(support, support.images, labels, EVALUATION_RIDGE, {}, seconds)

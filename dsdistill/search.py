@@ -66,9 +66,17 @@ def search(
 
 
 def accumulated(
-    run: runs.Run, network: Network, support: Float[np.ndarray, "n h w c"], train: Examples
+    run: runs.Run,
+    network: Network,
+    support: Float[np.ndarray, "n h w c"],
+    train: Examples,
+    closing_images: int = 0,
 ) -> tuple[label_solve.Sums, float]:
     """Label Solve's sums over all targets, from the run's last checkpoint if there is one.
+
+    Args:
+        run, network, support, train: What is summed up, and where it is kept.
+        closing_images: Images that are predicted afterwards, for the expected duration.
 
     Returns:
         The sums, and the seconds spent in this and all earlier starts.
@@ -99,8 +107,8 @@ def accumulated(
                 pairs = len(support) * targets
                 if len(marks) == 3 and not said:  # the first chunk compiled
                     said = True
-                    left = -(-(len(train) - last.done) // targets)
-                    progress.expected(left, "chunk", seconds, pairs)
+                    images = len(train) - last.done + closing_images
+                    progress.expected(images / targets * seconds, "chunk", seconds, pairs)
                 write(last.done, pairs_per_second=pairs / seconds)
                 rate = progress.amount(pairs / seconds)
                 show(last.done, **{"pairs/s": rate})

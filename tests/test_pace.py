@@ -111,13 +111,14 @@ def test_pace_leaves_out_the_steps_that_compile():
 
 
 def test_expected_is_one_line(capsys):
-    progress.expected(998, "step", 0.72, 864_000)
+    progress.expected(720, "step", 0.72, 864_000)
     assert capsys.readouterr().err == (
-        "expected: 12 min for 998 steps (0.7 s a step, 1.2 million pairs of images a second)\n"
+        "expected: 12 min to the end of the run "
+        "(0.7 s a step, 1.2 million pairs of images a second)\n"
     )
-    progress.expected(1, "chunk", 0.0123, 10)
+    progress.expected(0.0123, "chunk", 0.0123, 10)
     assert capsys.readouterr().err == (
-        "expected: 12 ms for 1 chunk (12 ms a chunk, 813 pairs of images a second)\n"
+        "expected: 12 ms to the end of the run (12 ms a chunk, 813 pairs of images a second)\n"
     )
 
 

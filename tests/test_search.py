@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from dsdistill import judging, kip, phases
-from dsdistill.harness import runs
+from dsdistill.harness import progress, runs
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.labeled import Examples, Labeled
 from dsdistill.harness.preprocess import identity
@@ -104,11 +105,26 @@ def test_a_warm_up_is_numbered_shown_and_judged_at_its_end(support, tmp_path, ca
     assert [f["phase"] for f in figures] == [1] * 3 + [2] * 6
     assert ["validation_loss" in f for f in figures] == [False] * 2 + [True] * 7
     shown = capsys.readouterr().err.splitlines()
-    assert shown[0].startswith("expected: ")
-    assert "for 1 warm-up step (" in shown[0]
-    assert "for 4 steps (" in shown[2]
+    assert re.match(r"expected: .* to the end of the run \(.* a warm-up step, ", shown[0])
+    assert re.match(r"expected: .* to the end of the run \(.* a step, ", shown[2])
     assert shown[1].startswith("3/3 warm-up steps")
     assert shown[-1].startswith("6/6 steps")
+
+
+def test_the_expected_duration_counts_both_phases_and_all_predictions(
+    support, tmp_path, capsys, monkeypatch
+):
+    """After the first of three warm-up steps; a step takes 100 s by either measurement."""
+    monkeypatch.setattr(phases.pace, "step_seconds", lambda *_, **__: 100.0)
+    monkeypatch.setattr(phases.pace.Pace, "seconds", lambda self, step: 100.0)
+    walk = replace(plan(3, 6), validation_images=60, closing_images=600)
+    search(opened(tmp_path), walk, support, TRAIN, VALIDATION)
+    n = len(support.images)
+    pairs = n * (n + 30)
+    steps = 100 * (2 + 6)
+    predictions = phases.pace.FORWARD * 100 / pairs * n * (60 * 7 + 600)
+    said = capsys.readouterr().err.splitlines()[0]
+    assert said.startswith(f"expected: {progress.duration(steps + predictions)} to the end")
 
 
 def test_each_phase_starts_adam_afresh_and_keeps_the_images(support, tmp_path):

@@ -77,18 +77,18 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def expected(count: int, unit: str, seconds: float, pairs: int) -> None:
+def expected(total: float, unit: str, seconds: float, pairs: int) -> None:
     """Say how long a run will take, from a measured part of it, before it begins in earnest.
 
     Args:
-        count: Parts that are left to do.
-        unit: What one of them is called, such as `step`.
-        seconds: Measured, of one.
-        pairs: Pairs of images whose kernel one of them evaluates.
+        total: Seconds left, to the end of the run.
+        unit: What the measured part is called, such as `step`.
+        seconds: Its own.
+        pairs: Pairs of images whose kernel it evaluated.
     """
     rate = amount(pairs / seconds)
     say(
-        f"expected: {duration(count * seconds)} for {count} {unit}{'' if count == 1 else 's'} "
+        f"expected: {duration(total)} to the end of the run "
         f"({duration(seconds)} a {unit}, {rate} pairs of images a second)"
     )
 
