@@ -24,7 +24,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from dsdistill import ridge
+from dsdistill import gauss_newton, ridge
 from dsdistill.augment import augmented
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.labeled import Examples
@@ -37,11 +37,11 @@ ADAM = optax.scale_by_adam()  # the learning rates are applied afterwards, see `
 
 
 class State(NamedTuple):
-    """What a step changes: the support, its labels, and Adam's moments."""
+    """What a step changes: the support, its labels, and what the optimiser remembers."""
 
     images: Float[Array, "n h w c"]
     labels: Float[Array, "n k"]
-    moments: optax.OptState
+    moments: Any
 
 
 class Step(NamedTuple):
@@ -71,8 +71,10 @@ class Objective:
     Attributes:
         networks: Whose neural tangent kernels; of several, each step draws one.
         ridge: Relative to the mean of diag(k_ss).
-        learning_rate: Adam's.
-        label_learning_rate: The same for the labels, whose scale differs; None: as the images.
+        optimizer: `adam`, or `gauss-newton` of the module of that name.
+        learning_rate: Adam's; of Gauss and Newton's step the part that is taken.
+        label_learning_rate: Adam's for the labels, whose scale differs; None: as the images.
+        damping: Of Gauss and Newton's step.
         cosine_steps: Both rates fall to 0 over so many steps, along a cosine; None: constant.
         learn_labels: Whether the gradient also moves the labels.
         augment: How targets are changed at random: names of `dsdistill.augment`.
@@ -80,8 +82,10 @@ class Objective:
 
     networks: tuple[Network, ...]
     ridge: float = 1e-6
+    optimizer: str = "adam"
     learning_rate: float = 0.04
     label_learning_rate: float | None = None
+    damping: float = 0.05
     cosine_steps: int | None = None
     learn_labels: bool = False
     augment: tuple[str, ...] = ()
@@ -95,8 +99,10 @@ def initial_state(objective: Objective, support: Support) -> State:
 def restarted(
     objective: Objective, images: Float[Array, "n h w c"], labels: Float[Array, "n k"]
 ) -> State:
-    """These images and labels, with Adam's moments at zero and its schedule at the start."""
-    return State(images, labels, ADAM.init(_learned(objective, images, labels)))
+    """These images and labels, the optimiser and its schedule at the start."""
+    learned = _learned(objective, images, labels)
+    first = ADAM.init if objective.optimizer == "adam" else gauss_newton.start
+    return State(images, labels, first(learned))
 
 
 def distill(
@@ -172,12 +178,21 @@ def _drawn(networks: int, seed: int, step: int) -> int:
 def _compiled_update(
     objective: Objective, network: Network, support: Support, targets: int
 ) -> Callable[..., Any]:
+    newton = objective.optimizer == "gauss-newton"
+    if newton:
+        gauss_newton.check_memory(support.images, targets)
     n, shape = len(support.images), support.images.shape[1:]
-    tile_ss = ridge.support_tile(network, n, shape, gradient=True)
-    tile_st = gram.plan(network, n, devices.share(targets), shape, gradient=True)
+    tile_ss = ridge.support_tile(network, n, shape, gradient=not newton)
+    tile_st = gram.plan(network, n, devices.share(targets), shape, gradient=not newton)
 
-    def share(whole: dict[str, Array], real: Array, x_t: Array, y_t: Array) -> Any:
-        """Loss and gradient: each device those of its targets, then their sum."""
+    def share(
+        at: tuple[State, PRNGKeyArray], real: Array, x_t: Array, y_t: Array
+    ) -> tuple[Array, Any, Any]:
+        """The step of one device with its targets: in sums over all devices the same on each."""
+        state, key = at
+        whole = {"images": state.images, "labels": state.labels}
+        learned = _learned(objective, **whole)
+        factor = _factor(objective, state.moments.count)  # before the update: 1 at the first step
 
         def loss(learned: dict[str, Array]) -> Array:
             now = whole | learned
@@ -186,15 +201,25 @@ def _compiled_update(
             k_st = gram.gram(network.kernel, x_s, x_t, tile_st)
             return ridge.loss(k_ss, k_st, y_s, y_t, objective.ridge, real / targets)
 
-        return devices.total(jax.value_and_grad(loss)(_learned(objective, **whole)))
+        if newton:
+            problem = gauss_newton.Problem(
+                gauss_newton.slopes(network),
+                objective.ridge,
+                jnp.asarray(~support.frozen),
+                x_t,
+                y_t,
+                real / targets,
+            )
+            rate = objective.learning_rate * factor
+            options = {"rate": rate, "damping": objective.damping, "key": key}
+            return gauss_newton.step(problem, whole, learned, state.moments, loss, **options)
+        value, gradient = devices.total(jax.value_and_grad(loss)(learned))
+        gradient["images"] = gradient["images"] * ~support.frozen
+        return value, *_moved(objective, learned, gradient, state.moments, factor)
 
     def update(state: State, x_t: Array, y_t: Array, key: PRNGKeyArray) -> tuple[State, Array]:
         x_t = augmented(x_t, key, objective.augment)
-        whole = {"images": state.images, "labels": state.labels}
-        value, gradient = devices.divided(share)(whole, targets, x_t, y_t)
-        learned = _learned(objective, **whole)
-        gradient["images"] = gradient["images"] * ~support.frozen
-        moved, moments = _moved(objective, learned, gradient, state.moments)
+        value, moved, moments = devices.divided(share)((state, key), targets, x_t, y_t)
         # A finite loss can have a gradient that is not: seen now, the last good state is kept.
         sound = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((moved, moments))]
         value = jnp.where(jnp.stack(sound).all(), value, jnp.nan)
@@ -208,10 +233,9 @@ def _learned(objective: Objective, images: Array, labels: Array) -> dict[str, Ar
 
 
 def _moved(
-    objective: Objective, learned: dict[str, Array], gradient: Any, moments: Any
+    objective: Objective, learned: dict[str, Array], gradient: Any, moments: Any, factor: Array
 ) -> tuple[Any, Any]:
     """One step of Adam, with a learning rate of its own for images and for labels."""
-    factor = _factor(objective, moments.count)  # before the update: 1 at the first step
     change: Any
     change, moments = ADAM.update(gradient, moments)
     rate = label_rate = objective.learning_rate

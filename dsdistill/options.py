@@ -75,25 +75,34 @@ class Kip(Source):
     images_per_class: int | None = None
     """size of the distilled set; default: 10, or as many as the set given to --init has"""
 
-    steps: int = 1000
-    """steps of Adam"""
+    optimizer: Literal["adam", "gauss-newton"] = "adam"
+    """adam, as in the papers; gauss-newton: solves for the step that fits each target batch best,
+    and needs far fewer of them (kernels in closed form or of exact planes)"""
+
+    steps: int | None = None
+    """of the optimizer; default: 1000 of adam, 60 of gauss-newton"""
 
     warm_up: str | None = None
     """KERNEL or KERNEL:STEPS: first minimise with this cheaper kernel, for a quarter of --steps or
     for STEPS, which come on top of --steps"""
 
-    target_batch: int | str = 5000
+    target_batch: int | str | None = None
     """training images a step, class-balanced; or the time of a step, such as 2s or 500ms: the
-    batch that takes about so long is measured first"""
+    batch that takes about so long is measured first. default: 5000 for adam, 1000 for gauss-newton
+    """
 
-    learning_rate: float = 0.04
-    """of Adam"""
+    learning_rate: float | None = None
+    """of adam (default: 0.04); of gauss-newton the part of the solved step that is taken (0.3)"""
 
     label_learning_rate: float | None = None
-    """of Adam for the labels; default: that of the images"""
+    """of adam for the labels; default: that of the images"""
 
-    schedule: Literal["constant", "cosine"] = "constant"
-    """of the learning rates; cosine: down to 0 over --steps, and over the warm-up before it"""
+    damping: float = 0.05
+    """of gauss-newton: what holds a step near its start, relative to the mean curvature"""
+
+    schedule: Literal["constant", "cosine"] | None = None
+    """of the learning rates; cosine: down to 0 over --steps, and over the warm-up before it.
+    default: constant for adam, cosine for gauss-newton"""
 
     ridge: float = 1e-6
     """relative to the mean of the kernel's diagonal"""

@@ -24,7 +24,7 @@ from dsdistill.harness.labeled import Examples
 from dsdistill.options import Kip, LabelSolve, Source
 from dsdistill.phases import Plan
 from dsdistill.search import accumulated, search
-from dsdistill.setting import Setting, prepared
+from dsdistill.setting import Setting, prepared, settled
 from dsdistill.start import Support
 from dsdistill.targets import resident
 
@@ -87,6 +87,7 @@ def _run(
 ) -> Path:
     if options.resume and options.out is None:
         raise UserError("--resume needs --out, the folder of the run to continue")
+    options = options if options.resume else settled(options)
     asked = _stored(options, method)
     hosts.check_same({name: value for name, value in asked.items() if name not in PATHS})
     if options.resume:
@@ -159,6 +160,7 @@ def _target_batch(
     options: Kip, run: runs.Run, setting: Setting, support: Support, train: Examples
 ) -> int:
     """The number asked for, or the one that fits the time asked for: measured once a run."""
+    assert options.target_batch is not None  # it is settled
     wanted = pace.parse(options.target_batch)
     if isinstance(wanted, int):
         return wanted

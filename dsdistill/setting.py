@@ -4,9 +4,10 @@ Every rule that input can break is broken here: a wrong line leaves no folder be
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
-from dsdistill import augment, kip, pace, start
+from dsdistill import augment, gauss_newton, kip, pace, start
 from dsdistill.harness import datasets, labeled, lists, preprocess
 from dsdistill.harness.artifact import Distilled
 from dsdistill.harness.datasets import Splits
@@ -18,6 +19,21 @@ from dsdistill.options import Kip, LabelSolve, Source
 from dsdistill.phases import Phase
 
 IMAGES_PER_CLASS = 10
+DEFAULTS: dict[str, dict[str, Any]] = {  # of an optimizer
+    "adam": {
+        "steps": 1000,
+        "target_batch": 5000,
+        "learning_rate": 0.04,
+        "schedule": "constant",
+    },
+    "gauss-newton": {
+        "steps": 60,
+        "target_batch": 1000,
+        "learning_rate": 0.3,
+        "schedule": "cosine",
+    },
+}
+Options = TypeVar("Options", bound=Source)
 WARM_UP = 4  # a warm-up has a quarter of the steps unless it is said
 
 
@@ -43,8 +59,17 @@ class Setting:
     phases: tuple[Phase, ...]
 
 
+def settled(options: Options) -> Options:
+    """The options with the defaults that depend on others."""
+    if not isinstance(options, Kip):
+        return options
+    defaults = DEFAULTS[options.optimizer]
+    missing = {name: value for name, value in defaults.items() if getattr(options, name) is None}
+    return replace(options, **missing)
+
+
 def prepared(options: Source) -> Setting:
-    """Check all of the input, load the data and fit the preprocessing.
+    """Check all of the input, which is `settled`, load the data and fit the preprocessing.
 
     Raises:
         UserError: For the first rule that is broken.
@@ -65,6 +90,8 @@ def prepared(options: Source) -> Setting:
     for network in {*kernels, *(n for phase in phases for n in phase.objective.networks)}:
         _check_size(network, splits.train.shape)
         gram.plan(network, 1, 1, splits.train.shape, gradient=bool(phases))  # may refuse
+        if isinstance(options, Kip) and options.optimizer == "gauss-newton":
+            gauss_newton.slopes(network)  # may refuse
     fitted = preprocess.fit(options.preprocess, splits.train.chunks, splits.train.shape)
     train, validation = Examples(splits.train, fitted), Examples(splits.validation, fitted)
     return Setting(splits, train, validation, kernels[0], images_per_class, init, phases)
@@ -92,6 +119,7 @@ def _networks(
 
 
 def _phases(options: Kip, kernels: tuple[Network, ...]) -> tuple[Phase, ...]:
+    assert options.steps is not None  # it is settled
     main = _phase(options, kernels, options.steps)
     if options.warm_up is None:
         return (main,)
@@ -103,11 +131,14 @@ def _phases(options: Kip, kernels: tuple[Network, ...]) -> tuple[Phase, ...]:
 
 
 def _phase(options: Kip, kernels: tuple[Network, ...], steps: int) -> Phase:
+    assert options.learning_rate is not None
     objective = kip.Objective(
         kernels,
         options.ridge,
+        options.optimizer,
         options.learning_rate,
         options.label_learning_rate,
+        options.damping,
         steps if options.schedule == "cosine" else None,
         options.learn_labels,
         augment.parse(options.augment),
@@ -150,15 +181,28 @@ def _check_kip(options: Kip) -> None:
     for name, count in (counts | {"validation-images": options.validation_images}).items():
         if count is not None and count < 1:
             raise UserError(f"--{name} must be at least 1, got {count}")
-    rates = {"learning-rate": options.learning_rate}
+    rates = {"learning-rate": options.learning_rate, "damping": options.damping}
     for name, rate in (rates | {"label-learning-rate": options.label_learning_rate}).items():
         if rate is not None and not 0 < rate < float("inf"):
             raise UserError(f"--{name} must be positive, got {rate}")
     if options.label_learning_rate is not None and not options.learn_labels:
         raise UserError("--label-learning-rate needs --learn-labels")
+    if options.optimizer == "gauss-newton":
+        _check_gauss_newton(options)
     if not 0 <= options.corruption <= 1:
         raise UserError(f"--corruption must be a fraction in [0, 1], got {options.corruption}")
+    assert options.target_batch is not None
     pace.parse(options.target_batch)
+
+
+def _check_gauss_newton(options: Kip) -> None:
+    if options.label_learning_rate is not None:
+        raise UserError("--label-learning-rate is of --optimizer adam")
+    if options.learning_rate is not None and options.learning_rate > 1:
+        raise UserError(
+            "--learning-rate is a part of the step with --optimizer gauss-newton, at most 1, got "
+            f"{options.learning_rate:g}"
+        )
 
 
 def _check_validation(options: Source, splits: Splits) -> None:

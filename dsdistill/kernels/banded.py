@@ -20,7 +20,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from dsdistill.kernels import planes, stages, variances
-from dsdistill.kernels.layout import blocks, lanes_of, levels_of
+from dsdistill.kernels.layout import blocks, lanes_of, levels_of, unblocked
 from dsdistill.kernels.sequence import Sequence
 from dsdistill.kernels.stages import Level, Sides
 from dsdistill.kernels.variances import Deviations, deviations
@@ -42,6 +42,28 @@ def ntk_symmetric(x: Float[Array, "n h w c"], network: Sequence) -> Float[Array,
     The gradient takes one pass over all pairs, with the symmetrised cotangent.
     """
     return _symmetric(x, network)
+
+
+def slopes(
+    x1: Float[Array, "n h w c"], x2: Float[Array, "m h w c"], network: Sequence
+) -> tuple[Float[Array, "n m"], Float[Array, "n m h w c"]]:
+    """The kernel, and of every pair its gradient with respect to the first image at fixed second.
+
+    A little more work than the gradient of a weighted sum of all pairs: what is summed up there,
+    the variances' part, is taken back to the pixels for every pair. Not differentiable.
+    """
+    one, two = _Side.of(x1, network), _Side.blocks(x2, network)
+    ones = jnp.ones(two.images.shape[-1], x1.dtype)
+
+    def row(item: tuple[Array, _Side]) -> tuple[Array, Array]:
+        x, image = item
+        value, direct, logs = lax.map(lambda b: _pairs_with_adjoint(network, image, b, ones), two)
+        again = jnp.broadcast_to(x, x2.shape)
+        through = variances.adjoint(again, [unblocked(g, len(x2)) for g in logs], network)
+        direct = jnp.moveaxis(unblocked(direct, len(x2)), 1, -1)
+        return value.reshape(-1)[: len(x2)], direct + through
+
+    return lax.map(row, (x1, one))
 
 
 def _value(x1: Array, x2: Array, network: Sequence) -> Array:
@@ -76,11 +98,13 @@ def _gradient(x1: Array, x2: Array, cotangent: Array, network: Sequence) -> Arra
         image, weights = item
 
         def block(total: tuple, item: tuple[_Side, Array]) -> tuple[tuple, None]:
-            more = _pairs_adjoint(network, image, *item)
+            more = _pairs_with_adjoint(network, image, *item)[1:]
             return jax.tree.map(jnp.add, total, more), None
 
-        shapes = jax.eval_shape(lambda: _pairs_adjoint(network, image, _item(two, 0), weights[0]))
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        _, *shapes = jax.eval_shape(
+            lambda: _pairs_with_adjoint(network, image, _item(two, 0), weights[0])
+        )
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), tuple(shapes))
         sums, _ = lax.scan(block, zeros, (two, weights))
         return jax.tree.map(lambda total: total.sum(-1), sums)
 
@@ -160,15 +184,24 @@ def _pairs(network: Sequence, one: _Side, two: _Side) -> Array:
     """The kernel of one image with each lane."""
     levels = levels_of(network, two.images.shape)
     sigmas = _sides(levels, one.deviations, two.deviations)
-    total = _sources(levels, one.images, two.images, sigmas)[1].sum((0, 1))
-    # The dense readout: K' = W² K + b², T' = W² T + K'.
+    return _read(network, levels, _sources(levels, one.images, two.images, sigmas)[1])
+
+
+def _read(network: Sequence, levels: list[Level], end: Array) -> Array:
+    """The dense readout: K' = W² K + b², T' = W² T + K'."""
+    total = end.sum((0, 1))
     return _readout(network, levels) * (total.real + total.imag) + network.b_std**2
 
 
-def _pairs_adjoint(
+def _pairs_with_adjoint(
     network: Sequence, one: _Side, two: _Side, cotangent: Array
-) -> tuple[Array, list[Array]]:
-    """The cotangents of the image, (c, h, w, lanes), and of log σ at each ReLU, (h, w, lanes)."""
+) -> tuple[Array, Array, list[Array]]:
+    """The kernel of one image with each lane, and what a cotangent of it becomes.
+
+    Returns:
+        The kernel, (lanes,); the cotangents of the image, (c, h, w, lanes), and of log σ at each
+        ReLU, (h, w, lanes).
+    """
     levels = levels_of(network, two.images.shape)
     sigmas = _sides(levels, one.deviations, two.deviations)
     sources, end = _sources(levels, one.images, two.images, sigmas)
@@ -178,4 +211,4 @@ def _pairs_adjoint(
     for level, source, sigma in reversed(list(zip(levels, sources, sigmas, strict=True))):
         g, logs = planes.backward(level, source, sigma, g)
         every.insert(0, logs)
-    return g, [log for logs in every for log in logs]
+    return _read(network, levels, end), g, [log for logs in every for log in logs]

@@ -15,7 +15,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, PRNGKeyArray, Shaped
 
 T = TypeVar("T")
 
@@ -103,6 +103,18 @@ def joined(rows: Shaped[Array, "m ..."]) -> Shaped[Array, "n ..."]:
     return jax.lax.all_gather(rows, _AXIS, tiled=True)
 
 
+def own(rows: Shaped[Array, "n ..."]) -> Shaped[Array, "s ..."]:
+    """Inside `divided`: this device's share of rows that all devices hold, filled up."""
+    size = share(len(rows))
+    start = jax.lax.axis_index(_AXIS) * size
+    return jax.lax.dynamic_slice_in_dim(_filled(rows, jax.device_count()), start, size)
+
+
+def key(shared: PRNGKeyArray) -> PRNGKeyArray:
+    """Inside `divided`: a random key of this device's own."""
+    return jax.random.fold_in(shared, jax.lax.axis_index(_AXIS))
+
+
 def alone(work: Callable[..., T]) -> Callable[..., T]:
     """A function as one device of `divided` computes it: nothing in it is shared out again."""
     mesh = Mesh(np.array(jax.local_devices()[:1]), _AXIS, axis_types=(AxisType.Auto,))
@@ -145,20 +157,14 @@ def symmetric(
         undivided: What `kernel` gives for a set with itself, in a cheaper way.
     """
 
-    def mine(rows: Array) -> Array:
-        size = share(len(rows))
-        start = jax.lax.axis_index(_AXIS) * size
-        return jax.lax.dynamic_slice_in_dim(_filled(rows, jax.device_count()), start, size)
-
     def value(x: Array) -> Array:
-        return joined(kernel(mine(x), x))[: len(x)]
+        return joined(kernel(own(x), x))[: len(x)]
 
     def gradient(x: Array, cotangent: Array) -> tuple[Array]:
         whole = jax.lax.psum(cotangent, _AXIS)
-        rows, pullback = jax.vjp(lambda rows: kernel(rows, x), mine(x))
-        del rows
+        pullback = jax.vjp(lambda rows: kernel(rows, x), own(x))[1]
         # A row is the first argument in its own row and the second one in its column.
-        part = pullback(mine(whole + whole.T))[0]
+        part = pullback(own(whole + whole.T))[0]
         size, start = len(part), jax.lax.axis_index(_AXIS) * len(part)
         every = jnp.zeros((jax.device_count() * size, *part.shape[1:]), part.dtype)
         return (jax.lax.dynamic_update_slice_in_dim(every, part, start, 0)[: len(x)],)

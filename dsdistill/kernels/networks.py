@@ -24,6 +24,10 @@ from dsdistill.kernels.sequence import Sequence
 Kernel = Callable[[Float[Array, "n h w c"], Float[Array, "m h w c"]], Float[Array, "n m"]]
 Diagonal = Callable[[Float[Array, "n h w c"]], Float[Array, " n"]]
 Symmetric = Callable[[Float[Array, "n h w c"]], Float[Array, "n n"]]
+Slopes = Callable[
+    [Float[Array, "n h w c"], Float[Array, "m h w c"]],
+    tuple[Float[Array, "n m"], Float[Array, "n m h w c"]],
+]
 
 W_STD, B_STD = math.sqrt(2), 0.1
 MYRTLE = {5: (1, 1, 1), 7: (1, 2, 2), 10: (2, 3, 3)}  # (Conv, ReLU) pairs in each block
@@ -40,6 +44,8 @@ class Network:
         diagonal: Of each image with itself, for float64 images; None if `kernel` is as exact there
             in float64 as elsewhere.
         symmetric: Of a set of images with itself, where that takes less than `kernel`.
+        slopes: The kernel of two sets of images, and the gradient of every entry with respect to
+            the first of its two images.
         deviations: Of each image before each ReLU, (n, h, w) each; to say where one is not finite.
         smallest: The smallest height and width it takes, in pixels.
     """
@@ -49,6 +55,7 @@ class Network:
     kernel: Kernel
     diagonal: Diagonal | None = None
     symmetric: Symmetric | None = None
+    slopes: Slopes | None = None
     deviations: Callable[[Float[Array, "n h w c"]], list[Array]] | None = None
     smallest: int = 1
 
@@ -91,7 +98,17 @@ def parse(
 
 def _fc(depth: int, w_std: float, b_std: float) -> Network:
     kernel = functools.partial(fc_ntk, depth=depth, w_std=w_std, b_std=b_std)
-    return Network(f"fc({depth})", "closed form", kernel)
+    return Network(f"fc({depth})", "closed form", kernel, slopes=_slopes(kernel))
+
+
+def _slopes(kernel: Kernel) -> Slopes:
+    """Those of a kernel that is cheap for one pair."""
+
+    def entry(one: Array, two: Array) -> Array:
+        return kernel(one[None], two[None])[0, 0]
+
+    rows = jax.vmap(jax.value_and_grad(entry), in_axes=(None, 0))
+    return jax.vmap(rows, in_axes=(0, None))
 
 
 def _conv(depth: int, *std: float) -> Network:
@@ -133,6 +150,7 @@ def _planes(name: str, layers: Sequence) -> Network:
         "exact planes",
         kernel,
         symmetric=symmetric,
+        slopes=functools.partial(banded.slopes, network=layers),
         deviations=deviations,
         smallest=layers.smallest,
     )
