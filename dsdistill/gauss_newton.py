@@ -99,6 +99,7 @@ class Problem:
         free: 1 for pixels that are learned, 0 for others.
         x_t, y_t: Targets.
         weights: Of each target in the mean; 0 for those that fill up a share.
+        targets: How many there are on all devices.
     """
 
     slopes: Slopes
@@ -107,6 +108,7 @@ class Problem:
     x_t: Float[Array, "m h w c"]
     y_t: Float[Array, "m k"]
     weights: Float[Array, " m"]
+    targets: int
 
 
 def step(
@@ -136,13 +138,13 @@ def step(
         The loss before the step, the values after it, and what the next step starts from.
     """
     predictions, forward, backward = linearised(problem, whole, learned)
-    weights = problem.weights[:, None] / problem.y_t.shape[1]
     errors = predictions - problem.y_t
+    weights = jnp.broadcast_to(problem.weights[:, None], errors.shape) / errors.shape[1]
 
     def mean_square(of: Array) -> Array:
         return devices.total(0.5 * jnp.sum(weights * of**2))
 
-    scale = _scales(backward, weights, predictions.shape, key)
+    scale = _scales(backward, weights, (problem.targets, weights.shape[1]), key)
     gradient = _times(scale, devices.total(backward(weights * errors)))
 
     def curvature(v: Learned) -> Learned:  # scaled, so that the mean of its diagonal is 1
@@ -159,8 +161,9 @@ def step(
     promised = value - mean_square(errors + forward(change))
     found = value - devices.total(loss(moved))
     kept = found > 0  # not if it is NaN
-    boost = last.boost * jnp.where(found > POOR * promised, 1, RISE)
-    boost = jnp.where(found > GOOD * promised, jnp.maximum(FALL * boost, 1), boost)
+    share = jnp.where(kept, found / promised, 0)
+    factor = jnp.where(share < POOR, RISE, jnp.where(share > GOOD, FALL, 1.0))
+    boost = jnp.maximum(last.boost * factor, 1)
     moved = jax.tree.map(lambda new, old: jnp.where(kept, new, old), moved, learned)
     return value, moved, Memory(last.count + 1, direction, jnp.float32(boost))
 
@@ -209,21 +212,23 @@ def linearised(
 
 def _scales(
     backward: Callable[[Array], Learned],
-    weights: Float[Array, "m 1"],
-    shape: tuple[int, ...],
+    weights: Float[Array, "m k"],
+    shape: tuple[int, int],
     key: PRNGKeyArray,
 ) -> Learned:
     """One over the root of the mean of the diagonal of J^T J, for images and for labels.
 
-    The square of J^T times random signs is that diagonal, in the mean over the signs.
+    The square of J^T times random signs is that diagonal, in the mean over the signs. `shape` is
+    that of all targets' predictions, so that signs do not depend on the number of devices.
     """
-    squares = []
-    for probe in jax.random.split(devices.key(key), PROBES):
-        signs = jax.random.rademacher(probe, shape, weights.dtype)
+
+    def probe(key: PRNGKeyArray) -> Learned:
+        signs = devices.own(jax.random.rademacher(key, shape, weights.dtype))
         moves = devices.total(backward(jnp.sqrt(weights) * signs))
-        squares.append(jax.tree.map(lambda v: jnp.mean(v**2), moves))
-    means: Learned = jax.tree.map(lambda *each: sum(each) / PROBES, *squares)
-    return {name: 1 / jnp.sqrt(jnp.maximum(mean, TINY)) for name, mean in means.items()}
+        return {name: jnp.mean(v**2) for name, v in moves.items()}
+
+    found = jax.lax.map(probe, jax.random.split(key, PROBES))
+    return {name: 1 / jnp.sqrt(jnp.maximum(means.mean(), TINY)) for name, means in found.items()}
 
 
 def _times(scales: Learned, values: Learned) -> Learned:

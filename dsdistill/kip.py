@@ -209,6 +209,7 @@ def _compiled_update(
                 x_t,
                 y_t,
                 real / targets,
+                targets,
             )
             rate = objective.learning_rate * factor
             options = {"rate": rate, "damping": objective.damping, "key": key}

@@ -300,6 +300,24 @@ def test_symmetric_equals_both_arguments(text):
     assert relative(gradient, first + second) < TIGHT
 
 
+@pytest.mark.parametrize(
+    ("text", "shape"), [("CR-2xCRP-flatten", (6, 5, 1)), ("CRP-CR-gap", (4, 5, 3))]
+)
+def test_slopes_are_the_gradient_of_every_entry(text, shape):
+    """With an image that both sets share, and one of zeros."""
+    x, y = images(2, 0, *shape), images(9, 1, *shape)
+    y[3], y[4] = x[1], 0
+    run = jax.jit(lambda x, y: banded.slopes(x, y, sequence.parse(text)))
+    value, slopes = double(run, x, y)
+    expected, _ = double(engine(text), x, y, weights(2, 9))
+    np.testing.assert_allclose(value, expected, rtol=TIGHT)
+    for i, j in np.ndindex(2, 9):
+        g = np.zeros((2, 9))
+        g[i, j] = 1
+        _, gradient = double(engine(text), x, y, g)
+        assert relative(slopes[i, j], gradient[i]) < TIGHT
+
+
 @pytest.mark.parametrize(("n", "m"), [(3, 17), (17, 3)])
 def test_lanes_are_independent(n, m):
     """Lanes that only fill up the last block add nothing."""

@@ -10,6 +10,9 @@ PROGRAM = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
+from dsdistill import kip, start
+from dsdistill.harness.labeled import Examples, Labeled
+from dsdistill.harness.preprocess import identity
 from dsdistill.kernels import devices, networks
 network = networks.parse("CRP-flatten")
 rng = np.random.default_rng(0)
@@ -26,7 +29,16 @@ def shared(x, real, targets):
 
 
 k_ss, slope = jax.jit(devices.divided(shared))(x2[:5], 37, x2)
-np.savez(sys.argv[2], value, *pull(g), k_ss, slope)
+
+labels = np.arange(37) % 3
+data = Labeled(np.array(x2), labels, ("a", "b", "c"))
+support = start.Support(np.array(x2[:6]), np.eye(3, dtype=np.float32)[labels[:6]],
+                        np.zeros(x2[:6].shape, bool))
+objective = kip.Objective((network,), 1e-3, "gauss-newton", 0.3, learn_labels=True,
+                          damping=10)  # a well-conditioned solve: rounding stays rounding
+*_, last = kip.distill(objective, support, Examples(data, identity(1), ready=True),
+                       steps=1, target_batch=33, seed=0)
+np.savez(sys.argv[2], value, *pull(g), k_ss, slope, last.state.images, last.state.labels)
 """
 
 

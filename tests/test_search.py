@@ -74,6 +74,7 @@ OPTIONS = {
     "cosine": {"cosine_steps": 6, "learn_labels": True, "label_learning_rate": 0.3},
     "sampling": {"networks": (FC1, FC2)},
     "augment": {"augment": ("flip", "shift", "rotate")},
+    "newton": {"optimizer": "gauss-newton", "learning_rate": 0.3, "learn_labels": True},
 }
 
 

@@ -15,7 +15,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, PRNGKeyArray, Shaped
+from jaxtyping import Array, Shaped
 
 T = TypeVar("T")
 
@@ -108,11 +108,6 @@ def own(rows: Shaped[Array, "n ..."]) -> Shaped[Array, "s ..."]:
     size = share(len(rows))
     start = jax.lax.axis_index(_AXIS) * size
     return jax.lax.dynamic_slice_in_dim(_filled(rows, jax.device_count()), start, size)
-
-
-def key(shared: PRNGKeyArray) -> PRNGKeyArray:
-    """Inside `divided`: a random key of this device's own."""
-    return jax.random.fold_in(shared, jax.lax.axis_index(_AXIS))
 
 
 def alone(work: Callable[..., T]) -> Callable[..., T]:

@@ -1,0 +1,219 @@
+"""The Gauss-Newton step: its derivative, its solution, and what it does when it goes too far."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsdistill import gauss_newton, kip, ridge
+from dsdistill.gauss_newton import Memory, Problem
+from dsdistill.harness.errors import UserError
+from dsdistill.harness.labeled import Examples, Labeled
+from dsdistill.harness.preprocess import identity
+from dsdistill.kernels import devices, networks
+from dsdistill.start import initial_support
+from dsdistill.targets import Batches
+
+NETWORKS = {name: networks.parse(name) for name in ("fc", "CRP-flatten")}
+STRENGTH = 1e-3
+
+
+def examples(n: int = 60) -> Examples:
+    """Images of three classes that differ in their means."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(n) % 3
+    images = rng.standard_normal((3, 6, 6, 1))[labels] + rng.standard_normal((n, 6, 6, 1))
+    data = Labeled(images.astype(np.float32), labels, ("a", "b", "c"))
+    return Examples(data, identity(1), ready=True)
+
+
+TRAIN = examples()
+SUPPORT = initial_support(TRAIN, 1, noise=False, corruption=0, seed=0)
+X_T, Y_T = Batches(TRAIN, 9, 0).draw(0)
+
+
+def alone(work, *arguments):
+    """Inside `devices.divided`, with all of the targets on one device."""
+    assert jax.device_count() == 1
+    share = devices.divided(lambda whole, real, x_t: work(*whole))
+    with jax.enable_x64(True):
+        return jax.jit(lambda *whole: share(whole, len(X_T), X_T))(*arguments)
+
+
+def problem(name: str, free: np.ndarray | None = None) -> Problem:
+    slopes = gauss_newton.slopes(NETWORKS[name])
+    free = np.ones(SUPPORT.images.shape, bool) if free is None else free
+    weights = np.full(len(X_T), 1 / len(X_T))
+    return Problem(slopes, STRENGTH, *map(jnp.asarray, (free, X_T, Y_T, weights)), len(X_T))
+
+
+def support() -> dict[str, jax.Array]:
+    labels = SUPPORT.labels + np.random.default_rng(1).standard_normal(SUPPORT.labels.shape) / 9
+    return {"images": jnp.asarray(SUPPORT.images), "labels": jnp.asarray(labels, jnp.float32)}
+
+
+def change(seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {n: rng.standard_normal(v.shape).astype(np.float32) for n, v in support().items()}
+
+
+def predicted(name: str, at: dict[str, np.ndarray]) -> np.ndarray:
+    """From the definition, in float64."""
+    with jax.enable_x64(True):
+        x_s, x_t = (jnp.asarray(x, jnp.float64) for x in (at["images"], X_T))
+        kernel = NETWORKS[name].kernel
+        return np.asarray(
+            ridge.predict(kernel(x_s, x_t), ridge.solve(kernel(x_s, x_s), at["labels"], STRENGTH))
+        )
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_derivative_is_that_of_the_predictions(name):
+    """A central difference, and <J v, u> = <v, J^T u>."""
+    at, v = support(), change(2)
+    u = np.random.default_rng(3).standard_normal(Y_T.shape)
+
+    def both(at, v, u):
+        p, forward, backward = gauss_newton.linearised(problem(name), at, at)
+        return p, forward(v), backward(u)
+
+    p, along, back = alone(both, at, v, u)
+    far, near = ({n: np.float64(at[n]) + s * v[n] for n in at} for s in (1e-5, -1e-5))
+    expected = (predicted(name, far) - predicted(name, near)) / 2e-5
+    np.testing.assert_allclose(p, predicted(name, at), atol=1e-5)
+    np.testing.assert_allclose(along, expected, atol=2e-5 * np.abs(expected).max())
+    inner = sum(float(np.sum(np.float64(v[n]) * back[n])) for n in v)
+    assert inner == pytest.approx(float(np.sum(along * u)), rel=1e-5)
+
+
+def test_frozen_pixels_neither_move_nor_count():
+    free = np.random.default_rng(4).random(SUPPORT.images.shape) < 0.5
+
+    def both(at, v, u):
+        _, forward, backward = gauss_newton.linearised(problem("fc", free), at, at)
+        return forward(v), backward(u)["images"]
+
+    at, v = support(), change(2)
+    along, back = alone(both, at, v, np.ones(Y_T.shape))
+    other = v | {"images": np.where(free, v["images"], 7)}
+    np.testing.assert_array_equal(alone(both, at, other, np.ones(Y_T.shape))[0], along)
+    assert (np.asarray(back)[~free] == 0).all()
+    assert (np.asarray(back)[free] != 0).all()
+
+
+def stepped(at: dict, last: Memory, *, rate: float, damping: float, network: str = "fc"):
+    """One step, with the loss from the definition of KIP."""
+    kernel = NETWORKS[network].kernel
+
+    def of(at, last):
+        def loss(values):
+            x_s = values["images"].astype(jnp.float64)
+            k_ss, k_st = kernel(x_s, x_s), kernel(x_s, jnp.asarray(X_T, jnp.float64))
+            return ridge.loss(k_ss, k_st, values["labels"], Y_T, STRENGTH)
+
+        options = {"rate": jnp.float32(rate), "damping": damping, "key": jax.random.key(0)}
+        return gauss_newton.step(problem(network), at, at, last, loss, **options)
+
+    return alone(of, at, last)
+
+
+def test_the_step_solves_the_damped_problem(monkeypatch):
+    """Against the dense solution, after as many iterations as there are unknowns."""
+    monkeypatch.setattr(gauss_newton, "ITERATIONS", 400)
+    monkeypatch.setattr(gauss_newton, "PROBES", 2000)  # the mean of the diagonal, nearly exactly
+    at = support()
+    *_, after = stepped(at, gauss_newton.start(at), rate=0.1, damping=0.5)
+    unit = np.eye(sum(v.size for v in at.values()))
+
+    def jacobian(at):
+        _, _, backward = gauss_newton.linearised(problem("fc"), at, at)
+        rows = jax.vmap(backward)(jnp.eye(Y_T.size).reshape(-1, *Y_T.shape))
+        return jnp.concatenate([rows[n].reshape(Y_T.size, -1) for n in at], 1)
+
+    j = np.float64(alone(jacobian, at)) / np.sqrt(Y_T.size)
+    r = (predicted("fc", at) - Y_T).ravel() / np.sqrt(Y_T.size)
+    diagonal = (j**2).sum(0)
+    n = at["images"].size
+    means = np.concatenate([np.full(n, diagonal[:n].mean()), np.full(9, diagonal[n:].mean())])
+    expected = np.linalg.solve(j.T @ j + 0.5 * means * unit, j.T @ r)
+    found = np.concatenate([np.ravel(after.direction[name]) for name in at])
+    np.testing.assert_allclose(found, expected, atol=0.03 * np.abs(expected).max())
+
+
+def test_a_step_lowers_the_loss_of_its_batch_and_remembers_its_direction():
+    at = support()
+    loss, moved, after = stepped(at, gauss_newton.start(at), rate=0.3, damping=0.1)
+    lower, *_ = stepped(moved, after, rate=0.3, damping=0.1)
+    assert float(lower) < float(loss)
+    assert int(after.count) == 1
+    for name, direction in after.direction.items():
+        taken = np.asarray(at[name] - moved[name])
+        np.testing.assert_allclose(taken, 0.3 * np.asarray(direction), atol=1e-6)
+
+
+def test_a_step_too_far_is_taken_back_and_the_damping_grows_until_one_is_kept():
+    at = support()
+    after = replace(gauss_newton.start(at), direction={n: jnp.asarray(v) for n, v in at.items()})
+    boosts, kept = [], False
+    for _ in range(30):
+        before = at
+        _, at, after = stepped(at, after, rate=30.0, damping=1e-6)
+        boosts.append(float(after.boost))
+        kept = any((np.asarray(at[n]) != np.asarray(before[n])).any() for n in at)
+        if kept:
+            break
+        assert boosts[-1] == gauss_newton.RISE ** len(boosts)
+    assert kept
+    assert len(boosts) > 1
+
+
+def test_images_alone_when_labels_are_not_learned():
+    objective = kip.Objective((NETWORKS["fc"],), optimizer="gauss-newton", learning_rate=0.3)
+    *_, last = kip.distill(objective, SUPPORT, TRAIN, steps=3, target_batch=30, seed=0)
+    np.testing.assert_array_equal(last.state.labels, SUPPORT.labels)
+    assert (np.asarray(last.state.images) != SUPPORT.images).all()
+
+
+def test_ten_steps_do_what_a_hundred_of_adam_do():
+    losses = {}
+    for optimizer, rate, steps in (("adam", 0.04, 101), ("gauss-newton", 0.5, 11)):
+        objective = kip.Objective(
+            (NETWORKS["fc"],), optimizer=optimizer, learning_rate=rate, learn_labels=True
+        )
+        *_, last = kip.distill(objective, SUPPORT, TRAIN, steps=steps, target_batch=60, seed=0)
+        losses[optimizer] = last.loss
+    assert losses["gauss-newton"] < losses["adam"]
+
+
+def test_a_kernel_without_slopes_is_refused():
+    network = replace(NETWORKS["fc"], slopes=None, engine="neural-tangents", name="mine:net")
+    with pytest.raises(UserError, match="mine:net is computed by neural-tangents: use --optimizer"):
+        gauss_newton.slopes(network)
+
+
+def test_slopes_that_do_not_fit_are_refused():
+    with pytest.raises(UserError, match="lower --target-batch"):
+        gauss_newton.check_memory(np.broadcast_to(np.float32(0), (5000, 224, 224, 3)), 100_000)
+
+
+def test_the_command(dsdistill, tmp_path):
+    out = tmp_path / "run"
+    options = ["--optimizer", "gauss-newton", "--learn-labels", "--steps", 8, "--out", out]
+    done = dsdistill("kip", "digits", "--images-per-class", 1, "--target-batch", 200, *options)
+    assert done.returncode == 0, done.stderr
+    config = (Path(out) / "config.json").read_text()
+    assert '"schedule": "cosine"' in config
+    assert '"learning_rate": 0.3' in config
+    for wrong, words in (
+        (["--learning-rate", 2], "is a part of the step"),
+        (["--label-learning-rate", 0.1], "--label-learning-rate is of --optimizer adam"),
+        (["--damping", 0], "--damping must be positive"),
+    ):
+        done = dsdistill("kip", "digits", *options[:3], *wrong, "--out", tmp_path / "no")
+        assert done.returncode == 1
+        assert words in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "no").exists()
