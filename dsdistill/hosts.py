@@ -263,10 +263,10 @@ def _sent(answer: dict[str, Any]) -> dict[str, Any]:
 def _gathered(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every host's values, on every host: as bytes, all rows as long as the longest."""
     content = np.frombuffer(json.dumps(values).encode(), np.uint8)
-    size = multihost_utils.process_allgather(np.array(len(content), np.int32)).max()
+    size = max(map(int, devices.gathered(np.array(len(content), np.int32))))
     row = np.full(size, ord(" "), np.uint8)
     row[: len(content)] = content
-    return [json.loads(bytes(row)) for row in multihost_utils.process_allgather(row)]
+    return [json.loads(bytes(row)) for row in devices.gathered(row)]
 
 
 @contextlib.contextmanager

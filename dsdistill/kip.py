@@ -164,6 +164,11 @@ def distill(
 
 def diverged(objective: Objective, what: str) -> UserError:
     """An error that ends a run whose loss is lost, with the options to change."""
+    if objective.optimizer == "gauss-newton":
+        return UserError(
+            f"{what}: raise --ridge (now {objective.ridge:g}) or --damping "
+            f"(now {objective.damping:g})"
+        )
     rates = f"--learning-rate (now {objective.learning_rate:g})"
     if objective.learn_labels and objective.label_learning_rate is not None:
         rates += f" or --label-learning-rate (now {objective.label_learning_rate:g})"

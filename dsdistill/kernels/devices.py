@@ -50,6 +50,13 @@ def least(value: float) -> float:
     return value if jax.process_count() == 1 else float(_reduced(jnp.min, value))
 
 
+def gathered(value: Any) -> list[np.ndarray]:
+    """Every host's value, in the order of the hosts; of one shape and dtype."""
+    hosts = [device.process_index for device in _mesh().devices]
+    rows = np.asarray(_reduced(_all, value))
+    return [rows[hosts.index(host)] for host in range(jax.process_count())]
+
+
 def share(count: int) -> int:
     """How many of so many targets one device has to take."""
     return -(-count // jax.device_count())
@@ -188,6 +195,10 @@ def _mesh() -> Mesh:
 
 def _first(rows: Array) -> Array:
     return rows[0]
+
+
+def _all(rows: Array) -> Array:
+    return rows
 
 
 def _reduced(reduction: Callable[[Array], Array], value: Any) -> Array:
