@@ -217,8 +217,10 @@ def _compiled_update(
                 targets,
             )
             rate = objective.learning_rate * factor
-            options = {"rate": rate, "damping": objective.damping, "key": key}
-            return gauss_newton.step(problem, whole, learned, state.moments, loss, **options)
+            options = {"damping": objective.damping, "key": jax.random.fold_in(key, 1)}
+            return gauss_newton.step(
+                problem, whole, learned, state.moments, loss, rate=rate, **options
+            )
         value, gradient = devices.total(jax.value_and_grad(loss)(learned))
         gradient["images"] = gradient["images"] * ~support.frozen
         return value, *_moved(objective, learned, gradient, state.moments, factor)

@@ -37,13 +37,15 @@ def interruptible() -> Iterator[None]:
 def dsdistill(tmp_path: Path) -> Command:
     """Runs the installed command `dsdistill` in an empty folder."""
 
-    def run(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: object, timeout: float = 300, **options
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [Path(sys.executable).with_name("dsdistill"), *map(str, arguments)],
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=timeout,
             **options,
         )
 

@@ -430,6 +430,17 @@ def test_a_folder_that_cannot_be_made(dsdistill, tmp_path):
     one_line(dsdistill("kip", "digits", "--out", "file/run"), "Not a directory")
 
 
+def test_a_reader_that_has_seen_enough_is_no_error(kip_run):
+    """As `head`, which closes the pipe."""
+    command = [Path(sys.executable).with_name("dsdistill"), "inspect", str(kip_run), "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+    assert process.wait() == 1
+
+
 def test_inspect_in_words_and_as_json(dsdistill, kip_run):
     words = dsdistill("inspect", kip_run).stdout
     assert "test_accuracy" in words

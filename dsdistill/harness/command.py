@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import io
 import itertools
+import os
 import re
 import signal
 import sys
@@ -36,6 +37,10 @@ def main(prog: str, description: str, commands: Commands, stopped: str) -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         execute(options)
+        sys.stdout.flush()
+    except BrokenPipeError as error:  # whoever reads has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from error
     except (UserError, OSError) as error:
         raise SystemExit(f"{prog}: {error}") from error
     except KeyboardInterrupt as error:
