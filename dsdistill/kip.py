@@ -85,7 +85,7 @@ class Objective:
     optimizer: str = "adam"
     learning_rate: float = 0.04
     label_learning_rate: float | None = None
-    damping: float = 0.05
+    damping: float = 0.01
     cosine_steps: int | None = None
     learn_labels: bool = False
     augment: tuple[str, ...] = ()

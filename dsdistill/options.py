@@ -80,7 +80,7 @@ class Kip(Source):
     and needs far fewer of them (kernels in closed form or of exact planes)"""
 
     steps: int | None = None
-    """of the optimizer; default: 1000 of adam, 60 of gauss-newton"""
+    """of the optimizer; default: 1000 of adam, 100 of gauss-newton"""
 
     warm_up: str | None = None
     """KERNEL or KERNEL:STEPS: first minimise with this cheaper kernel, for a quarter of --steps or
@@ -97,8 +97,9 @@ class Kip(Source):
     label_learning_rate: float | None = None
     """of adam for the labels; default: that of the images"""
 
-    damping: float = 0.05
-    """of gauss-newton: what holds a step near its start, relative to the mean curvature"""
+    damping: float = 0.01
+    """of gauss-newton: what holds a step near its start, relative to the mean curvature; it grows
+    by itself where steps are too long"""
 
     schedule: Literal["constant", "cosine"] | None = None
     """of the learning rates; cosine: down to 0 over --steps, and over the warm-up before it.

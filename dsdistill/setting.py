@@ -27,7 +27,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # of an optimizer
         "schedule": "constant",
     },
     "gauss-newton": {
-        "steps": 60,
+        "steps": 100,
         "target_batch": 1000,
         "learning_rate": 0.3,
         "schedule": "cosine",
