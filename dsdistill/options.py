@@ -3,15 +3,30 @@
 This module imports nothing heavy, so that `dsdistill --help` answers at once.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
 from dsdistill.harness import places
 
 Data = Annotated[str, tyro.conf.Positional]
+Options = TypeVar("Options")
+DEFAULTS: dict[str, dict[str, Any]] = {  # of an optimizer
+    "adam": {
+        "steps": 1000,
+        "target_batch": 5000,
+        "learning_rate": 0.04,
+        "schedule": "constant",
+    },
+    "gauss-newton": {
+        "steps": 100,
+        "target_batch": 1000,
+        "learning_rate": 0.3,
+        "schedule": "cosine",
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -126,6 +141,15 @@ class Kip(Source):
 
     validation_images: int = 1000
     """validation images, class-balanced, that judge during the run; all of them at its end"""
+
+
+def settled(options: Options) -> Options:
+    """The options with the defaults that depend on others."""
+    if not isinstance(options, Kip):
+        return options
+    defaults = DEFAULTS[options.optimizer]
+    missing = {name: value for name, value in defaults.items() if getattr(options, name) is None}
+    return replace(options, **missing)
 
 
 @dataclass(frozen=True)

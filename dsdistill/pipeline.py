@@ -21,10 +21,10 @@ from dsdistill.harness import artifact, datasets, memory, pictures, progress, ru
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluate import Predict, accuracy
 from dsdistill.harness.labeled import Examples
-from dsdistill.options import Kip, LabelSolve, Source
+from dsdistill.options import Kip, LabelSolve, Source, settled
 from dsdistill.phases import Plan
 from dsdistill.search import accumulated, search
-from dsdistill.setting import Setting, prepared, settled
+from dsdistill.setting import Setting, prepared
 from dsdistill.start import Support
 from dsdistill.targets import resident
 

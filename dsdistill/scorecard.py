@@ -140,9 +140,12 @@ def _notes(distilled: Distilled, splits: Splits, rows: list[Row]) -> list[str]:
 
 def _distil_command(made: Mapping[str, Any]) -> str:
     """The command line that makes the set again; options that have their default are left out."""
-    from dsdistill.options import Kip, LabelSolve
+    from dsdistill.options import Kip, LabelSolve, settled
 
-    defaults = vars(Kip() if made["method"] == "kip" else LabelSolve())
+    defaults = vars(LabelSolve())
+    if made["method"] == "kip":
+        optimizer = made["config"].get("optimizer", Kip.optimizer)
+        defaults = vars(settled(Kip(optimizer=optimizer))) | {"optimizer": Kip.optimizer}
     words = ["dsdistill", made["method"], shlex.quote(str(made["config"]["data"]))]
     for name, value in {**made["config"], **made["config"].get(runs.CHOSEN, {})}.items():
         if name not in defaults or name == "data" or value == defaults.get(name):

@@ -4,8 +4,7 @@ Every rule that input can break is broken here: a wrong line leaves no folder be
 """
 
 import re
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass
 
 from dsdistill import augment, gauss_newton, kip, pace, start
 from dsdistill.harness import datasets, labeled, lists, preprocess
@@ -19,21 +18,6 @@ from dsdistill.options import Kip, LabelSolve, Source
 from dsdistill.phases import Phase
 
 IMAGES_PER_CLASS = 10
-DEFAULTS: dict[str, dict[str, Any]] = {  # of an optimizer
-    "adam": {
-        "steps": 1000,
-        "target_batch": 5000,
-        "learning_rate": 0.04,
-        "schedule": "constant",
-    },
-    "gauss-newton": {
-        "steps": 100,
-        "target_batch": 1000,
-        "learning_rate": 0.3,
-        "schedule": "cosine",
-    },
-}
-Options = TypeVar("Options", bound=Source)
 WARM_UP = 4  # a warm-up has a quarter of the steps unless it is said
 
 
@@ -57,15 +41,6 @@ class Setting:
     images_per_class: int
     init: Distilled | None
     phases: tuple[Phase, ...]
-
-
-def settled(options: Options) -> Options:
-    """The options with the defaults that depend on others."""
-    if not isinstance(options, Kip):
-        return options
-    defaults = DEFAULTS[options.optimizer]
-    missing = {name: value for name, value in defaults.items() if getattr(options, name) is None}
-    return replace(options, **missing)
 
 
 def prepared(options: Source) -> Setting:

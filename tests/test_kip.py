@@ -118,7 +118,11 @@ def test_without_a_schedule_the_steps_are_those_of_optax(train):
         change, moments = adam.update(gradient, moments)
         expected = expected + change
         moved, after = kip._moved(
-            objective(), {"images": state.images}, {"images": gradient}, state.moments
+            objective(),
+            {"images": state.images},
+            {"images": gradient},
+            state.moments,
+            kip._factor(objective(), state.moments.count),
         )
         state = kip.State(moved["images"], state.labels, after)
     np.testing.assert_array_equal(state.images, expected)
