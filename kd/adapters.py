@@ -1,7 +1,9 @@
 """Images as one model sees them, turned into images as another model sees them.
 
 A teacher evaluated with the student's normalisation is quietly wrong; here the data's `Preprocess`
-is undone and the teacher's applied. Everything is a buffer: nothing here is ever trained.
+is undone and the teacher's applied. In between, in the space of plain images, the resolution is
+changed, and grayscale is repeated to the channels of a model of colour images. Everything is a
+buffer: nothing here is ever trained.
 """
 
 import numpy as np
@@ -9,8 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dsdistill.harness.errors import UserError
 from dsdistill.harness.preprocess import Preprocess
-from kd.networks import resize
+from kd.networks import repeat, resize
+from kd.wants import Interpolation
 
 
 class Undo(nn.Module):
@@ -52,6 +56,8 @@ class Apply(nn.Module):
         if self.matrix is None:
             return x
         flat = _flatten(x)
+        # First to the first value: the mean of equal ones is rounded, and a blank image must be 0.
+        flat = flat - flat[:, :1]
         flat = flat - flat.mean(1, keepdim=True)
         flat = flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-12)
         return _unflatten(flat @ self.matrix, images)
@@ -60,29 +66,68 @@ class Apply(nn.Module):
 class Adapter(nn.Module):
     """From the data's preprocessed space to a model's.
 
+    A resize to other proportions distorts; what a bicubic one overshoots is not clipped, as it
+    would be in files.
+
     Args:
         data: What was applied to the images.
-        model: What the model wants applied.
+        model: What the model wants applied; its number of channels is the data's, or the data's is
+            1 and the channel is repeated.
         size: Height and width the model was trained with; resized to between the two maps.
+        interpolation: Of the resize, which is antialiased.
     """
 
-    def __init__(self, data: Preprocess, model: Preprocess, size: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        data: Preprocess,
+        model: Preprocess,
+        size: tuple[int, int],
+        interpolation: Interpolation = "bilinear",
+    ) -> None:
         super().__init__()
         self.undo = Undo(data)
         self.apply_model = Apply(model)
         self.size = size
+        self.interpolation: Interpolation = interpolation
+        self.channels = None if len(model.mean) == len(data.mean) else len(model.mean)
 
-    def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c H W"]:
-        return self.apply_model(resize(self.undo(images), self.size))
+    def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n C H W"]:
+        plain = resize(self.undo(images), self.size, self.interpolation)
+        return self.apply_model(repeat(plain, self.channels))
 
 
 def adapter(
-    data: Preprocess, model: Preprocess, size: tuple[int, int], wanted: tuple[int, int]
+    data: Preprocess,
+    model: Preprocess,
+    size: tuple[int, int],
+    wanted: tuple[int, int],
+    interpolation: Interpolation = "bilinear",
 ) -> nn.Module:
-    """The identity where nothing differs, so that no rounding is added; an `Adapter` elsewhere."""
+    """The identity where nothing differs, so that no rounding is added; an `Adapter` elsewhere.
+
+    Args:
+        data, model, interpolation: As of `Adapter`.
+        size: Height and width of the data's images.
+        wanted: Of the model's.
+    """
     if data.same_as(model) and size == wanted:
         return nn.Identity()
-    return Adapter(data, model, wanted)
+    return Adapter(data, model, wanted, interpolation)
+
+
+def check_channels(who: str, its: int, channels: int) -> None:
+    """Refuse a model for other channels than the data's, unless grayscale can be repeated.
+
+    Args:
+        who: How the message calls the model.
+        its: Channels of the model's images.
+        channels: Of the data's.
+    """
+    if channels not in (1, its):
+        raise UserError(
+            f"{who} takes images of {its} channels, the data have {channels}: there is no way "
+            "from one to the other"
+        )
 
 
 def _register(

@@ -1,36 +1,65 @@
 """Where a training stands, as arrays and JSON: enough to go on bit for bit on the same machine.
 
-Random numbers need no state: everything random in an epoch is derived from (seed, epoch).
+Random numbers, learning rates and the order of the images need no state: they are functions of the
+seed and the step.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kd.optimization import mean_weights
+
 Weights = Mapping[str, Tensor]
+Saved = tuple[Mapping[str, np.ndarray], Mapping[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """The weights after an epoch that is among the best.
+
+    Attributes:
+        epoch: Counted from 1.
+        figures: Of the validation images then; empty without any.
+        weights: Of the network that was validated: the average, where there is one.
+    """
+
+    epoch: int
+    figures: Mapping[str, float]
+    weights: Weights
 
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """A finished epoch of a training.
+    """A training after some step.
 
     Attributes:
-        epoch, step: How many are done.
-        best_epoch: After which the validation accuracy was highest; the last one without
-            validation images.
-        best_accuracy: That accuracy, a fraction; None without validation images.
-        best: A copy of the network's weights then.
+        step, epoch: How many are done; the epoch of the step may be unfinished.
+        kept: The best epochs so far, the best first.
+        meter: Sums of the figures of a round that is not over.
     """
 
-    epoch: int = 0
     step: int = 0
-    best_epoch: int = 0
-    best_accuracy: float | None = None
-    best: Weights = field(default_factory=dict)
+    epoch: int = 0
+    kept: tuple[Kept, ...] = ()
+    meter: Mapping[str, float] | None = None
+
+    @property
+    def best_epoch(self) -> int:
+        return self.kept[0].epoch if self.kept else 0
+
+    @property
+    def best_accuracy(self) -> float | None:
+        return self.kept[0].figures.get("accuracy") if self.kept else None
+
+    @property
+    def best(self) -> dict[str, Tensor]:
+        """The mean of the weights that were kept; usually they are one epoch's."""
+        return mean_weights([dict(kept.weights) for kept in self.kept])
 
 
 def copy(network: nn.Module) -> dict[str, Tensor]:
@@ -39,41 +68,108 @@ def copy(network: nn.Module) -> dict[str, Tensor]:
 
 
 def pack(
-    state: State, network: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Named arrays and a JSON-compatible remainder, for `runs.Run.save_state`."""
-    tensors = {f"network.{k}": v for k, v in network.state_dict().items()}
-    tensors |= {f"best.{k}": v for k, v in state.best.items()}
-    for index, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{k}": v for k, v in moments.items() if v is not None}
-    meta = {name: getattr(state, name) for name in _META}
+    state: State,
+    modules: Mapping[str, Weights],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None = None,
+) -> Saved:
+    """Named arrays and a JSON-compatible remainder, for `runs.Run.save_state`.
+
+    Args:
+        state: What to say of it all.
+        modules: What else has a state: `objective`, and `average` where there is one.
+        optimizer, scaler: Their states.
+    """
+    tensors = {f"{m}.{k}": v for m, weights in modules.items() for k, v in weights.items()}
+    tensors |= {f"kept.{i}.{k}": v for i, x in enumerate(state.kept) for k, v in x.weights.items()}
+    stored = optimizer.state_dict()
+    rest: dict[str, dict[str, Any]] = {}
+    for index, values in stored["state"].items():
+        for key, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{key}"] = value
+            elif value is not None:
+                rest.setdefault(str(index), {})[key] = value
+    meta = {
+        "step": state.step,
+        "epoch": state.epoch,
+        "kept": [{"epoch": x.epoch, "figures": dict(x.figures)} for x in state.kept],
+        "meter": state.meter,
+        "optimizer": rest,
+        "groups": [{k: _plain(v) for k, v in group.items()} for group in stored["param_groups"]],
+        "scaler": None if scaler is None else scaler.state_dict(),
+    }
     return {name: value.detach().cpu().numpy() for name, value in tensors.items()}, meta
 
 
 def unpack(
-    arrays: Mapping[str, np.ndarray],
-    meta: Mapping[str, Any],
-    network: nn.Module,
+    saved: Saved,
+    modules: Mapping[str, nn.Module],
     optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None = None,
+    *,
+    network: nn.Module,
 ) -> State:
-    """Put network and optimizer where `pack` found them."""
-    tensors = {name: torch.from_numpy(value.copy()) for name, value in arrays.items()}
-    shapes = network.state_dict()
+    """Put modules, optimizer and scaler where `pack` found them.
 
-    def weights(prefix: str) -> dict[str, Tensor]:
-        # The file has no scalars: a counter of batch norm comes back with one dimension.
-        found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        return {k: v.view_as(shapes[k]).to(shapes[k].device) for k, v in found.items()}
-
-    network.load_state_dict(weights("network."))
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
+    Args:
+        saved: What `pack` gave.
+        modules: Under the names that they were packed with.
+        optimizer, scaler: Freshly made.
+        network: Whose weights were kept; for their devices.
+    """
+    arrays, meta = saved
+    for name, module in modules.items():
+        # Not strict: an objective's frozen teachers are not stored.
+        module.load_state_dict(_part(arrays, f"{name}.", module), strict=False)
+    moments: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in meta["optimizer"].items()}
+    for name in arrays:
         if name.startswith("optimizer."):
             _, index, key = name.split(".")
-            moments.setdefault(int(index), {})[key] = value.view(()) if key == "step" else value
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    return State(**{name: meta[name] for name in _META}, best=weights("best."))
+            moments.setdefault(int(index), {})[key] = torch.from_numpy(arrays[name].copy())
+    optimizer.load_state_dict({"state": moments, "param_groups": meta["groups"]})
+    if scaler is not None:
+        scaler.load_state_dict(meta["scaler"])
+    kept = tuple(
+        Kept(x["epoch"], x["figures"], _part(arrays, f"kept.{i}.", network))
+        for i, x in enumerate(meta["kept"])
+    )
+    return State(meta["step"], meta["epoch"], kept, meta["meter"])
 
 
-_META = ("epoch", "step", "best_epoch", "best_accuracy")
+def with_round(
+    state: State,
+    network: nn.Module,
+    figures: Mapping[str, float] | None,
+    *,
+    metric: str,
+    keep: int,
+) -> State:
+    """The state after a validation: the best epochs are kept, of equal ones the later.
+
+    The later of two equals had the lower learning rate. Without figures the last epoch is the
+    best.
+    """
+    found = Kept(state.epoch, figures or {}, copy(network))
+    if figures is None:
+        return State(state.step, state.epoch, (found,))
+    sign = -1 if metric == "nll" else 1
+
+    def order(kept: Kept) -> tuple[float, int]:
+        return sign * kept.figures[metric], kept.epoch
+
+    best = sorted([*state.kept, found], key=order, reverse=True)[:keep]
+    return State(state.step, state.epoch, tuple(best))
+
+
+def _plain(value: Any) -> Any:
+    """A number where an optimizer keeps an option as a tensor, as timm's LAMB does."""
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def _part(arrays: Mapping[str, np.ndarray], prefix: str, like: nn.Module) -> dict[str, Tensor]:
+    """The tensors under a prefix, on the devices of the module's own."""
+    own = like.state_dict()
+    names: Iterable[str] = (name for name in arrays if name.startswith(prefix))
+    found = {name.removeprefix(prefix): torch.from_numpy(arrays[name].copy()) for name in names}
+    return {name: value.view_as(own[name]).to(own[name].device) for name, value in found.items()}

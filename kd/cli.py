@@ -5,13 +5,17 @@ import sys
 from typing import Any
 
 from dsdistill.harness import command
-from kd.options import Evaluate, Train
+from kd.options import Evaluate, Export, Train
 
 
 def main() -> None:
     """Run one command of the line that the user typed."""
     description = "Train a small student from labels or from a large teacher, and judge it."
-    commands = {"train": (Train, _train), "evaluate": (Evaluate, _evaluate)}
+    commands = {
+        "train": (Train, _train),
+        "evaluate": (Evaluate, _evaluate),
+        "export": (Export, _export),
+    }
     command.main("kd", description, commands, "interrupted")
 
 
@@ -19,16 +23,17 @@ def _train(options: Train) -> None:
     options.check()  # before the seconds that importing torch takes
     from kd import session
 
-    task = session.prepare(options)
-    if task.source.note:
-        print(f"kd: {task.source.note}", file=sys.stderr)
-    folder = task.options.out or session.next_folder(task)
+    options = session.settled(options)
     try:
-        report = session.execute(task, folder)
+        report = session.run(options)
     except KeyboardInterrupt as error:
-        message = f"kd: interrupted; continue with `kd train --resume --out {folder}`"
+        message = f"kd: interrupted; continue with `kd train --resume --out {options.out}`"
         raise SystemExit(message) from error
-    _print({"folder": str(folder), **{name: report.get(name) for name in _SUMMARY}})
+    if not report:  # another process writes, and prints
+        return
+    if report["note"]:
+        print(f"kd: {report['note']}", file=sys.stderr)
+    _print({"folder": str(options.out), **{name: report.get(name) for name in _SUMMARY}})
 
 
 def _evaluate(options: Evaluate) -> None:
@@ -39,6 +44,27 @@ def _evaluate(options: Evaluate) -> None:
         print(json.dumps(found, indent=2))
     else:
         _print(found)
+
+
+def _export(options: Export) -> None:
+    from kd.export import export
+
+    found = export(options)
+    if found["note"]:
+        print(f"kd: compared on random images only: {found['note']}", file=sys.stderr)
+    rounded = {name: f"{found[name]:.2g}" for name in ("largest_difference", "tolerance")}
+    _print({name: rounded.get(name, found[name]) for name in _EXPORTED})
+
+
+_EXPORTED = (
+    "written",
+    "largest_difference",
+    "tolerance",
+    "argmax_agreement",
+    "random_images",
+    "real_images",
+    "data",
+)
 
 
 _SUMMARY = (

@@ -1,10 +1,13 @@
 """Batches on the device. The only place where NHWC becomes NCHW.
 
 Small data are preprocessed once and stay on the device; larger data are converted batch by batch.
+Everything random is a function of (seed, epoch, batch): an epoch can be entered at any batch, and
+several processes share a batch without a word between them.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsdistill.harness import memory
+from dsdistill.harness.errors import UserError
 from dsdistill.harness.labeled import Examples
 
 RESIDENT_BYTES = 1 << 30  # CIFAR-10 in float32 is 0.6 GiB; ImageNet at 64 pixels is 63 GiB
@@ -23,29 +27,58 @@ class Batch:
 
     Attributes:
         images: In the space of the data's `Preprocess`.
-        labels: Class indices.
+        labels: Class indices; of mixed images, of the first of two.
         targets: Real-valued labels, where the data have them (a distilled set).
-        teacher_logits: The teacher's answer to these very images, where it is known already.
+        shares: Of mixed images, the share of each class; rows sum to 1.
+        teacher_logits: The teachers' answers to these very images, where they are known already.
+        index: Rows of the images in their data set.
+        whole: Images of the batch over all processes, where this is one's share of it.
     """
 
     images: Float[Tensor, "n c h w"]
     labels: Int[Tensor, " n"]
     targets: Float[Tensor, "n k"] | None = None
-    teacher_logits: Float[Tensor, "n k"] | None = None
+    shares: Float[Tensor, "n k"] | None = None
+    teacher_logits: tuple[Float[Tensor, "n k"], ...] | None = None
+    index: Int[Tensor, " n"] | None = None
+    whole: int | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
 
+class Batches(Protocol):
+    """A source of batches: resident or streamed, and what changes them on the way."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def sizes(self) -> list[int]:
+        """Images of each batch of an epoch, over all processes."""
+        ...
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        ...
+
+    def epoch(
+        self, seed: int, epoch: int, *, first: int = 0, rank: int = 0, world: int = 1
+    ) -> Iterator[Batch]:
+        """An epoch from its batch `first` on; of each batch the share of process `rank`."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
-class Batches:
-    """A data set as a source of batches; made by `batches`.
+class Resident:
+    """A data set that stays as it is; made by `batches`.
 
     Attributes:
         examples: The data.
-        size: Images in a batch; the last of an epoch may be smaller.
+        size: Images in a batch over all processes; the last of an epoch may be smaller.
         device: Where the batches appear.
-        resident: All images, if they are kept on the device.
+        world: Processes that share a batch, at most; none gets less than two images of one.
+        images: All of them, if they are kept on the device.
         labels, targets, teacher_logits: As in `Batch`, of all images.
     """
 
@@ -53,50 +86,108 @@ class Batches:
     size: int
     device: torch.device
     labels: Int[Tensor, " N"]
-    resident: Float[Tensor, "N c h w"] | None = None
+    images: Float[Tensor, "N c h w"] | None = None
     targets: Float[Tensor, "N k"] | None = None
-    teacher_logits: Float[Tensor, "N k"] | None = None
+    teacher_logits: tuple[Float[Tensor, "N k"], ...] | None = None
+    world: int = 1
+
+    @property
+    def sizes(self) -> list[int]:
+        parts = split(np.arange(len(self.examples)), self.size, self.world)
+        return [len(part) for part in parts]
 
     def __len__(self) -> int:
-        return len(split(np.arange(len(self.examples)), self.size))
+        return len(self.sizes)
 
-    def shuffled(self, seed: int, epoch: int) -> Iterator[Batch]:
+    def epoch(
+        self, seed: int, epoch: int, *, first: int = 0, rank: int = 0, world: int = 1
+    ) -> Iterator[Batch]:
         """Every image once, in an order that depends on `seed` and `epoch` alone."""
         generator = torch.Generator().manual_seed(derive(seed, epoch))
         order = torch.randperm(len(self.examples), generator=generator).numpy()
-        yield from map(self._batch, split(order, self.size))
+        for rows in split(order, self.size, self.world)[first:]:
+            yield replace(self.batch(rows[mine(len(rows), rank, world)]), whole=len(rows))
 
-    def in_order(self) -> Iterator[Batch]:
-        """Every image once, in the order of the data."""
-        yield from map(self._batch, split(np.arange(len(self.examples)), self.size))
+    def in_order(self, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+        """Every image once, in the order of the data; every `world`-th batch."""
+        yield from map(self.batch, split(np.arange(len(self.examples)), self.size)[rank::world])
 
-    def _batch(self, indices: Int[np.ndarray, " n"]) -> Batch:
-        where = torch.from_numpy(indices).to(self.device)
-        if self.resident is None:
-            images = to_nchw(self.examples.images(indices)).to(self.device)
+    def batch(self, rows: Int[np.ndarray, " n"]) -> Batch:
+        """The images of these rows."""
+        index = torch.from_numpy(rows).to(self.device)
+        if self.images is None:
+            images = to_nchw(self.examples.images(rows)).to(self.device)
         else:
-            images = self.resident[where]
+            images = self.images[index]
         return Batch(
             images,
-            self.labels[where],
-            None if self.targets is None else self.targets[where],
-            None if self.teacher_logits is None else self.teacher_logits[where],
+            self.labels[index],
+            None if self.targets is None else self.targets[index],
+            teacher_logits=self.teacher_logits and tuple(t[index] for t in self.teacher_logits),
+            index=index,
         )
 
 
-def batches(examples: Examples, size: int, device: torch.device) -> Batches:
-    """Prepare a data set for a device."""
+@dataclass(frozen=True, eq=False)
+class Changed:
+    """Batches that a function changes on their way: augmentation, mixing, a teacher's answers.
+
+    Attributes:
+        source: Of the batches.
+        change: Called with a batch and a seed that is its own, the same in every process.
+    """
+
+    source: Batches
+    change: Callable[[Batch, int], Batch]
+
+    @property
+    def device(self) -> torch.device:
+        return self.source.device
+
+    @property
+    def sizes(self) -> list[int]:
+        return self.source.sizes
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def epoch(
+        self, seed: int, epoch: int, *, first: int = 0, rank: int = 0, world: int = 1
+    ) -> Iterator[Batch]:
+        """The source's epoch, changed."""
+        stream = self.source.epoch(seed, epoch, first=first, rank=rank, world=world)
+        for number, batch in enumerate(stream, first):
+            yield self.change(batch, derive(seed, epoch, number))
+
+
+def batches(examples: Examples, size: int, device: torch.device, world: int = 1) -> Resident:
+    """Prepare a data set for a device.
+
+    Args:
+        examples: The data.
+        size: Images in a batch over all processes.
+        device: Where the batches appear.
+        world: Processes that share a batch.
+
+    Raises:
+        UserError: If there are too few images for so many processes.
+    """
     n, (h, w, c) = len(examples), examples.data.shape
+    if world > 1 and min(size, n) < 2 * world:
+        raise UserError(
+            f"{world} processes need two images each of every batch, got {min(size, n)} images"
+        )
     needed = 4 * n * h * w * c
     small = needed <= min(RESIDENT_BYTES, memory.available() // 4)
     targets = examples.targets
-    return Batches(
+    return Resident(
         examples,
         size,
         device,
         labels=torch.from_numpy(examples.data.labels.astype(np.int64)).to(device),
-        resident=to_nchw(examples.images()).to(device) if small else None,
+        images=to_nchw(examples.images()).to(device) if small else None,
         targets=None if targets is None else torch.tensor(targets, device=device),
+        world=world,
     )
 
 
@@ -106,17 +197,26 @@ def to_nchw(images: Float[np.ndarray, "n h w c"]) -> Float[Tensor, "n c h w"]:
     return torch.from_numpy(nchw if nchw.flags.writeable else nchw.copy())
 
 
-def split(order: Int[np.ndarray, " n"], size: int) -> list[np.ndarray]:
-    """Consecutive parts of `size`; a last part of one joins the part before it.
+def split(order: Int[np.ndarray, " n"], size: int, world: int = 1) -> list[np.ndarray]:
+    """Consecutive parts of `size`; a last part too small to be shared joins the part before it.
 
-    Batch norm of 1x1 maps cannot be trained on a single image.
+    Batch norm of 1x1 maps cannot be trained on a single image, so each process gets two.
     """
     starts = list(range(size, len(order), size))
-    if starts and size > 1 and len(order) - starts[-1] == 1:
+    if starts and size > 1 and len(order) - starts[-1] < max(2, 2 * world if world > 1 else 2):
         starts.pop()
     return np.split(order, starts)
 
 
-def derive(seed: int, epoch: int) -> int:
-    """One 63-bit seed from two numbers, without the collisions of a sum."""
-    return int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1)
+def mine(n: int, rank: int, world: int) -> Int[np.ndarray, " m"]:
+    """Positions of a batch of n that are this process's.
+
+    The i-th from the front and the i-th from the back stay together: mixing pairs them.
+    """
+    positions = np.arange(n)
+    return positions[np.minimum(positions, n - 1 - positions) % world == rank]
+
+
+def derive(*numbers: int) -> int:
+    """One 63-bit seed from several numbers, without the collisions of a sum."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

@@ -1,13 +1,17 @@
 """Figures of a finished student on test images: `kd evaluate`."""
 
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
-from dsdistill.harness import runs
+from dsdistill.harness import lists, runs
 from dsdistill.harness.errors import UserError
-from kd import data, models, networks, scoring, sources, teachers
+from kd import engine, labels, models, networks, scoring, sources, streaming, teachers
 from kd.networks import Shape
 from kd.options import Evaluate
-from kd.session import device_of
+from kd.recipe import Recipe
+from kd.sources import Source
+from kd.streaming import Files
 
 
 def evaluate(options: Evaluate) -> dict[str, Any]:
@@ -16,42 +20,59 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
     Raises:
         UserError: If run, data or teacher cannot be had or do not fit together.
     """
-    device = device_of(options.device)
+    device = engine.make(options.device).device
     student = models.load_run(options.run)
     config = runs.read_json(options.run / "config.json")
-    source = _source(options, config, student.shape)
-    if source.splits is None:
-        raise UserError(f"nothing to test on: {source.note}")
-    real = source.splits.test
-    models.check_fit(f"student {options.run}", student, real.shape, real.classes)
+    recipe = _recipe(options.run)
+    source = _source(options, config, student.shape, recipe)
+    test = source.test(recipe, student.preprocess, device)
+    if test is None:
+        raise UserError(f"nothing to test on: {source.note or source.name + ' has no test images'}")
+    models.check_fit(f"student {options.run}", student, source.shape, source.classes)
     name = options.teacher or config.get("teacher")
     teacher = None
     if name is not None:
-        teacher = teachers.load(name, student.preprocess, real.shape, real.classes)
+        first = lists.names("--teacher", name)[0]
+        mapping = config.get("class_map") if options.teacher is None else None
+        teacher = teachers.load(
+            first,
+            student.preprocess,
+            source.shape,
+            source.classes,
+            class_map=labels.read_class_map(Path(mapping)) if mapping else None,
+        )
         teacher.to(device)
     student.classifier.to(device)
-    test = source.test(student.preprocess)
-    if test is None:
-        raise UserError(f"{source.name} has no test images")
-    batches = data.batches(test, scoring.SCORE_BATCH, device)
     return {
         "run": str(options.run),
         "student": student.name,
         "teacher": name,
-        "data": source.splits.name,
-        "test_images": len(test),
-        **scoring.figures(student, batches, teacher),
+        "data": source.name,
+        **scoring.figures(student, test, teacher),
         "output_temperature": student.output_temperature,
         "parameters": networks.parameters(student.classifier),
         **scoring.latency(student.classifier, student.shape),
     }
 
 
-def _source(options: Evaluate, config: dict[str, Any], shape: Shape) -> sources.Source:
+def _recipe(run: Path) -> Recipe:
+    """What the run was trained with, as far as it says how images are cut."""
+    stored = runs.read_json(run / "recipe.json") if (run / "recipe.json").exists() else {}
+    known = {f.name: stored[f.name] for f in fields(Recipe) if f.name in stored}
+    return Recipe(**known)
+
+
+def _source(
+    options: Evaluate, config: dict[str, Any], shape: Shape, recipe: Recipe
+) -> Source | Files:
     """The images to test on, at the size the student takes."""
     name = options.data or config.get("data")
     if not isinstance(name, str):
         raise UserError(f"{options.run} does not say what it was trained on: give DATA")
     h, w, _ = shape
+    if recipe.augment == "imagenet":
+        held = sources.fraction(config.get("validation_fraction"))
+        root = options.data_root
+        return streaming.resolve(name, root=root, image_size=h, validation_fraction=held)
     size = h if h == w and not sources.is_distilled(name) else None
     return sources.resolve(name, root=options.data_root, image_size=size)

@@ -8,8 +8,10 @@ from jaxtyping import Float
 
 from dsdistill.harness.evaluate import Learner, Predict
 from dsdistill.harness.labeled import Examples
-from kd import data, networks, recipes
-from kd.objectives import Supervised
+from kd import data, networks, recipes, terms
+from kd.composition import Spec
+from kd.objectives import Distillation
+from kd.recipe import Recipe
 from kd.train import train
 
 PREDICT_BATCH = 500  # images at once
@@ -29,14 +31,15 @@ class Network:
     """
 
     name: str
-    recipe: recipes.Recipe = recipes.SMALL
+    recipe: Recipe = recipes.SMALL
     limit: int | None = None
 
     def __call__(self, train_set: Examples, validation: Examples, seed: int, /) -> Predict:
         classes = len(train_set.data.classes)
         network = networks.build(self.name, train_set.data.shape, classes, seed=seed)
         batches = data.batches(train_set, self.recipe.batch_size, torch.device("cpu"))
-        train(Supervised(network, "centred"), batches, self.recipe, seed)
+        objective = Distillation(network, terms.build([Spec("mse")], network))
+        train(objective, batches, self.recipe, seed)
         network.eval()
 
         def predict(images: Float[np.ndarray, "n h w c"], /) -> Float[np.ndarray, "n k"]:

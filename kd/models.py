@@ -19,7 +19,8 @@ from dsdistill.harness import runs
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.preprocess import KINDS, Preprocess
 from kd import networks
-from kd.networks import Classifier, Shape
+from kd.networks import Classifier
+from kd.wants import Interpolation, Shape
 
 Outputs = Literal["logits", "centred labels"]
 
@@ -48,6 +49,11 @@ class Model:
     outputs: Outputs = "logits"
     output_temperature: float = 1.0
 
+    @property
+    def interpolation(self) -> Interpolation:
+        """How images of another size are brought to the size of the model's."""
+        return self.classifier.interpolation
+
 
 def save_run(folder: Path, model: Model) -> None:
     """Write weights and `model.json` of a trained student, each atomically."""
@@ -58,8 +64,15 @@ def save_run(folder: Path, model: Model) -> None:
     if fitted.whiten is not None and fitted.unwhiten is not None:
         matrices = {"whiten": fitted.whiten, "unwhiten": fitted.unwhiten}
         runs.write_bytes(folder / WHITENING, safetensors.numpy.save(matrices))
-    card = {
-        "name": model.name,
+    runs.write_json(folder / CARD, card(model))
+
+
+def card(model: Model) -> dict[str, Any]:
+    """All about a model but its arrays: what `model.json` holds."""
+    fitted = model.preprocess
+    return {
+        # The weights are here now, wherever they came from at first.
+        "name": networks.parse(model.name).text,
         "classes": model.classes,
         "input": {"shape": model.shape, "layout": "height, width, channels"},
         "preprocess": {
@@ -68,11 +81,12 @@ def save_run(folder: Path, model: Model) -> None:
             "std": fitted.std.tolist(),
             "contrast": fitted.contrast,
         },
+        "interpolation": model.interpolation,
+        "config": model.classifier.config,
         "outputs": model.outputs,
         "output_temperature": model.output_temperature,
         "parameters": networks.parameters(model.classifier),
     }
-    runs.write_json(folder / CARD, card)
 
 
 def load_run(folder: Path) -> Model:
@@ -82,17 +96,43 @@ def load_run(folder: Path) -> Model:
         UserError: If the folder holds no finished student, or a damaged one.
     """
     if not (folder / CARD).is_file():
-        raise UserError(f"{folder} holds no finished student: it has no {CARD}")
-    card = runs.read_json(folder / CARD)
+        raise UserError(f"{folder} holds no finished student: it has no {CARD}{_hint(folder)}")
+    found = runs.read_json(folder / CARD)
     try:
-        name, classes, shape = card["name"], tuple(card["classes"]), tuple(card["input"]["shape"])
-        classifier = networks.build(name, shape, len(classes))
+        name, classes = found["name"], tuple(found["classes"])
+        shape = tuple(found["input"]["shape"])
+        classifier = networks.build(name, shape, len(classes), config=found.get("config"))
+        classifier.interpolation = found.get("interpolation", "bilinear")
         _state_into(classifier.network, folder / WEIGHTS)
-        preprocess = _preprocess(card["preprocess"], folder)
-        temperature = float(card["output_temperature"])
-        return Model(classifier, name, classes, shape, preprocess, card["outputs"], temperature)
+        preprocess = preprocessing(found["preprocess"], folder)
+        temperature = float(found["output_temperature"])
+        return Model(classifier, name, classes, shape, preprocess, found["outputs"], temperature)
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder / CARD} is not a whole model description: {error!r}") from error
+
+
+def preprocessing(card: Mapping[str, Any], folder: Path) -> Preprocess:
+    """What a card's `preprocess` describes; the matrices of ZCA lie in the folder.
+
+    Raises:
+        UserError: If it is of an unknown kind, or the matrices are not readable.
+    """
+    if card["kind"] not in KINDS:
+        raise UserError(f"{folder / CARD}: unknown preprocessing {card['kind']!r}")
+    matrices: dict[str, np.ndarray] = {}
+    if card["kind"] == "zca":
+        try:
+            matrices = safetensors.numpy.load_file(folder / WHITENING)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise UserError(f"{folder / WHITENING} is not readable: {error}") from error
+    return Preprocess(
+        card["kind"],
+        np.asarray(card["mean"], np.float32),
+        np.asarray(card["std"], np.float32),
+        matrices.get("whiten"),
+        matrices.get("unwhiten"),
+        card["contrast"],
+    )
 
 
 def check_fit(who: str, model: Model, shape: Shape, classes: tuple[str, ...]) -> None:
@@ -133,20 +173,14 @@ def _state_into(network: nn.Module, path: Path) -> None:
         raise UserError(f"{path} does not hold the weights of this network: {first}") from error
 
 
-def _preprocess(card: Mapping[str, Any], folder: Path) -> Preprocess:
-    if card["kind"] not in KINDS:
-        raise UserError(f"{folder / CARD}: unknown preprocessing {card['kind']!r}")
-    matrices: dict[str, np.ndarray] = {}
-    if card["kind"] == "zca":
-        try:
-            matrices = safetensors.numpy.load_file(folder / WHITENING)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise UserError(f"{folder / WHITENING} is not readable: {error}") from error
-    return Preprocess(
-        card["kind"],
-        np.asarray(card["mean"], np.float32),
-        np.asarray(card["std"], np.float32),
-        matrices.get("whiten"),
-        matrices.get("unwhiten"),
-        card["contrast"],
-    )
+def _hint(folder: Path) -> str:
+    """How the folder of a zoo's model is named."""
+    try:
+        found = runs.read_json(folder / "config.json")
+    except UserError:
+        return ""
+    known = {"model_type": ("Hugging Face", "hf"), "architecture": ("timm", "local-dir")}
+    for key, (whose, prefix) in known.items():
+        if isinstance(found, dict) and key in found:
+            return f"; a model of {whose} is named {prefix}:{folder}"
+    return ""

@@ -1,137 +1,164 @@
-"""Networks by name: built in, or any of timm's; freshly initialised or pretrained."""
+"""Networks by name: built in, or from a zoo; freshly initialised, pretrained, or from a file.
 
-import difflib
-import logging
-from collections.abc import Callable, Mapping
+convnet, convnet:32, mlp        built in
+resnet18, timm:resnet18         timm's; also hf-hub:ID and local-dir:DIR, as timm knows them
+torchvision:resnet18            torchvision's classifiers
+hf:microsoft/resnet-50, hf:DIR  Hugging Face's image classifiers
+NAME@FILE                       any of these, with the weights in a file
+"""
 
-import numpy as np
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dsdistill.harness.errors import UserError, unknown
+from dsdistill.harness.errors import UserError
 from dsdistill.harness.preprocess import Preprocess
+from kd import builtin, exported, huggingface, timm_zoo, torchvision_zoo, weights
+from kd.wants import Interpolation, Shape, Wants, Zoo
 
-Shape = tuple[int, int, int]  # height, width, channels of an image
+__all__ = [
+    "Classifier",
+    "Shape",
+    "build",
+    "check_name",
+    "parameters",
+    "published",
+    "resize",
+    "wants",
+]
 
 
 class Classifier(nn.Module):
-    """A network that takes images of the data's size, whatever size it was made for.
+    """A network that takes images of the data's shape, whatever shape it was made for.
+
+    What is done to the images first has neither weights nor buffers.
 
     Attributes:
-        network: What is trained and saved.
-        size: Height and width to which images are resized first (bilinear, antialiased); None
-            for a network that takes them as they are. The resize has neither weights nor buffers.
+        network: What is trained and saved; answers with logits, or with an object that has them.
+        size: Height and width to which images are resized (antialiased); None for a network that
+            takes them as they are.
+        channels: Number to which grayscale images are repeated; None for a network that takes
+            those that it is given.
+        interpolation: Of the resize.
+        config: What is needed beside its name to make the network again.
     """
 
-    def __init__(self, network: nn.Module, size: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        size: tuple[int, int] | None = None,
+        *,
+        channels: int | None = None,
+        interpolation: Interpolation = "bilinear",
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         self.network = network
         self.size = size
+        self.channels = channels
+        self.interpolation: Interpolation = interpolation
+        self.config = config
 
     def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
-        return self.network(resize(images, self.size))
+        resized = resize(images, self.size, self.interpolation)
+        answer = self.network(repeat(resized, self.channels))
+        return answer if isinstance(answer, Tensor) else answer.logits
 
-
-def convnet(shape: Shape, classes: int, width: int) -> nn.Module:
-    """Three blocks of Conv 3x3, InstanceNorm, ReLU, AvgPool 2x2, then a linear layer.
-
-    The default network of dataset distillation.
-
-    Source: Gidaris and Komodakis (2018), arXiv:1804.09458; Zhao et al. (2021), arXiv:2006.05929.
-    """
-    h, w, channels = shape
-    if min(h, w) < 8:
-        raise UserError(
-            f"convnet halves images three times and needs at least 8x8 pixels, got {h}x{w}: "
-            "use --student mlp or a larger --image-size"
+    def around(self, network: nn.Module) -> "Classifier":
+        """The same about another network of this architecture, such as averaged weights."""
+        return Classifier(
+            network,
+            self.size,
+            channels=self.channels,
+            interpolation=self.interpolation,
+            config=self.config,
         )
-    layers: list[nn.Module] = []
-    for fan_in in (channels, width, width):
-        # One group a channel: InstanceNorm with a scale and a shift.
-        norm = nn.GroupNorm(width, width)
-        layers += [nn.Conv2d(fan_in, width, 3, padding=1), norm, nn.ReLU(), nn.AvgPool2d(2)]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * (h // 8) * (w // 8), classes))
-
-
-def mlp(shape: Shape, classes: int, width: int) -> nn.Module:
-    """Two hidden ReLU layers on the flattened image."""
-    hidden = (nn.Linear(int(np.prod(shape)), width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
-    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, classes))
-
-
-# Name -> (function, default width).
-BUILT_IN: Mapping[str, tuple[Callable[[Shape, int, int], nn.Module], int]] = {
-    "convnet": (convnet, 128),
-    "mlp": (mlp, 256),
-}
 
 
 def build(
-    name: str, shape: Shape, classes: int, *, seed: int = 0, pretrained: bool = False
+    name: str,
+    shape: Shape,
+    classes: int,
+    *,
+    seed: int = 0,
+    pretrained: bool = False,
+    config: Mapping[str, Any] | None = None,
 ) -> Classifier:
-    """A freshly initialised or a pretrained classifier.
+    """A classifier for images of a shape: fresh, pretrained, or with the weights of a file.
+
+    timm's networks are made for the channels of the images. Those of torchvision and Hugging Face
+    take three, to which grayscale images are repeated. A network that takes one size alone has
+    images resized to it.
 
     Args:
-        name: `convnet`, `mlp`, with a width as `convnet:32`; or a timm name.
+        name: As above.
         shape: Of the images it will be given.
         classes: Number of outputs.
         seed: Of the initial weights.
-        pretrained: Load timm's published weights; the last layer is new if `classes` differs.
+        pretrained: Load the published weights; the last layer is new if `classes` differs.
+        config: A `Classifier.config`: then nothing is looked up elsewhere.
 
     Raises:
-        UserError: For an unknown name, a bad width, images of a size the network cannot take, or
-            weights that cannot be had.
+        UserError: For an unknown name, a bad width, images of a shape the network cannot take, or
+            weights that cannot be had or are another network's.
     """
-    base, _, width = name.partition(":")
+    found = parse(name)
+    if pretrained and found.file:
+        raise UserError(f"{found.file} has the weights of {found.text}: leave --pretrained out")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        if base not in BUILT_IN:
-            return _timm(name, shape, classes, pretrained)
-        if pretrained:
-            raise UserError(f"{base} has no published weights: leave --pretrained out")
-        make, default = BUILT_IN[base]
-        return Classifier(make(shape, classes, _width(name, width) if ":" in name else default))
+        if found.zoo is not None:
+            classifier = _from_zoo(found, shape, classes, pretrained, config)
+        elif pretrained:
+            raise UserError(f"{found.base} has no published weights: leave --pretrained out")
+        else:
+            classifier = Classifier(builtin.network(found.base, shape, classes))
+    if found.file:
+        weights.load_into(classifier.network, found.file, found.text)
+    return classifier
 
 
 def check_name(name: str) -> None:
     """Refuse a name that `build` does not know, with the nearest known ones."""
-    base, colon, width = name.partition(":")
-    if base in BUILT_IN:
-        if colon:
-            _width(name, width)
-        return
-    if "/" in name:
-        raise UserError(f"there is no folder {name}")
-    import timm  # slow to import, so only for a name that is not built in
-
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.6)
-        raise UserError(f"{unknown('network', name, [*BUILT_IN, *near])}, or any timm name")
+    found = parse(name)
+    if found.file and not found.file.is_file():
+        raise UserError(f"there is no file {found.file}")
+    if found.zoo is None:
+        builtin.width(found.base)
+    else:
+        found.zoo.check(found.base)
 
 
 def published(name: str, channels: int) -> tuple[Preprocess, int]:
-    """The normalisation of a timm model's published weights, and their number of classes.
+    """The normalisation of a network's published weights, and their number of classes.
 
-    For other than three channels every channel gets the mean of theirs, since timm sums or
-    repeats the first layer's weights then.
+    For another number of channels than theirs every channel gets the mean of theirs, since the
+    first layer's weights are then summed or repeated, or the channel is.
 
     Raises:
         UserError: If the name is unknown, or no weights were published.
     """
-    check_name(name)
-    if name.partition(":")[0] in BUILT_IN:
-        raise UserError(f"{name} has no published weights: train it with `kd train` first")
-    import timm
+    own = wants(name)
+    return own.preprocess(channels), own.count
 
-    config = timm.get_pretrained_cfg(name)
-    if config is None or not config.has_weights:
-        raise UserError(f"timm has no published weights for {name}")
-    mean, std = (np.asarray(values, np.float32) for values in (config.mean, config.std))
-    if channels != len(mean):
-        mean, std = (np.full(channels, v.mean(), np.float32) for v in (mean, std))
-    return Preprocess("standardise", mean, std), config.num_classes
+
+def wants(name: str) -> Wants:
+    """What a network's published weights want: normalisation, size, interpolation, classes.
+
+    Raises:
+        UserError: If the name is unknown, or no weights were published.
+    """
+    found = parse(name)
+    if found.zoo is None:
+        raise UserError(f"{name} has no published weights: train it with `kd train` first")
+    found.zoo.origin(found.base)
+    return found.zoo.wants(found.base)
 
 
 def parameters(network: nn.Module) -> int:
@@ -140,38 +167,98 @@ def parameters(network: nn.Module) -> int:
 
 
 def resize(
-    images: Float[Tensor, "n c h w"], size: tuple[int, int] | None
+    images: Float[Tensor, "n c h w"],
+    size: tuple[int, int] | None,
+    interpolation: Interpolation = "bilinear",
 ) -> Float[Tensor, "n c H W"]:
-    """Bilinear and antialiased; the images themselves if `size` is None or theirs."""
+    """Antialiased; the images themselves if `size` is None or theirs."""
     if size is None or images.shape[-2:] == size:
         return images
-    return F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
+    return F.interpolate(images, size=size, mode=interpolation, antialias=True, align_corners=False)
 
 
-def _width(name: str, text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        base = name.partition(":")[0]
-        raise UserError(f"a width is a positive whole number, as in {base}:32, got {name!r}")
-    return int(text)
+def repeat(images: Float[Tensor, "n c h w"], channels: int | None) -> Float[Tensor, "n C h w"]:
+    """Grayscale images with their channel repeated; the images themselves if `channels` is None."""
+    return images if channels is None else images.expand(-1, channels, -1, -1)
 
 
-def _timm(name: str, shape: Shape, classes: int, pretrained: bool) -> Classifier:
-    check_name(name)
-    import timm
+# A prefix of names -> who knows what follows it. Names without one are timm's.
+ZOOS: Mapping[str, Zoo] = {
+    "timm": timm_zoo,
+    "torchvision": torchvision_zoo,
+    "hf": huggingface,
+}
 
-    # The hub logs every retry of a download; what matters is in the error below.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    try:
-        network = timm.create_model(
-            name, pretrained=pretrained, in_chans=shape[-1], num_classes=classes
+
+@dataclass(frozen=True)
+class Parsed:
+    """The parts of a name.
+
+    Attributes:
+        zoo: Who knows it; None for a built-in network.
+        base: Its name there.
+        file: Of its weights, where one is given.
+        text: The whole name without the file.
+    """
+
+    zoo: Zoo | None
+    base: str
+    file: Path | None
+    text: str
+
+
+def parse(name: str) -> Parsed:
+    """Take a name apart. Whether there is such a network is not looked at.
+
+    Raises:
+        UserError: For the file of an exported program, which is no network to build.
+    """
+    if name.endswith(exported.SUFFIX):
+        raise UserError(
+            f"{name} is an exported program, which cannot be trained: use it as teacher"
         )
-    except Exception as error:  # hub, network, file and timm's own errors share no base class
-        what = "get pretrained weights for" if pretrained else "make"
-        raise UserError(f"cannot {what} timm model {name!r}: {_first_line(error)}") from error
-    config = timm.get_pretrained_cfg(name)
-    size = config.input_size[1:] if config is not None and config.fixed_input_size else None
-    classifier = Classifier(network, size)
-    _try(classifier, name, shape)
+    text, _, file = name.rpartition("@")
+    if Path(file).suffix not in weights.SUFFIXES or not text:
+        text, file = name, ""
+    prefix, colon, rest = text.partition(":")
+    base = text
+    if prefix in builtin.NETWORKS:
+        zoo: Zoo | None = None
+    elif colon and prefix in ZOOS:
+        zoo, base = ZOOS[prefix], rest
+    else:
+        zoo = timm_zoo
+    return Parsed(zoo, base, Path(file).expanduser() if file else None, text)
+
+
+def _from_zoo(
+    found: Parsed, shape: Shape, classes: int, pretrained: bool, config: Mapping[str, Any] | None
+) -> Classifier:
+    zoo, name = found.zoo, found.base
+    assert zoo is not None
+    if config is None:
+        zoo.check(name)
+    where = zoo.origin(name) if pretrained else ""
+    try:
+        network = zoo.network(name, shape[-1], classes, pretrained=pretrained, config=config)
+    except UserError:
+        raise
+    except Exception as error:  # hub, network, file and the zoos' own errors share no base class
+        what = f"get the weights of {found.text} (looked for {where})" if pretrained else ""
+        raise UserError(f"cannot {what or f'make {found.text}'}: {_first_line(error)}") from error
+    h, w, c = zoo.takes(network, shape)
+    size = None if (h, w) == shape[:2] else (h, w)
+    classifier = Classifier(
+        network,
+        size,
+        channels=None if c == shape[2] else c,
+        # Only where it is needed: to know it, a configuration may have to be downloaded.
+        interpolation=zoo.wants(name).interpolation if size and config is None else "bilinear",
+        config=config or zoo.config(name, network),
+    )
+    if shape[2] not in (1, c):
+        raise UserError(f"{found.text} takes images of {c} channels, the data have {shape[2]}")
+    _try(classifier, found.text, shape)
     return classifier
 
 
@@ -182,7 +269,7 @@ def _try(classifier: Classifier, name: str, shape: Shape) -> None:
     try:
         with torch.no_grad():
             classifier.eval()(torch.zeros(1, c, h, w))
-    except Exception as error:  # timm's networks raise whatever they like
+    except Exception as error:  # they raise whatever they like
         raise UserError(
             f"{name} cannot take {h}x{w} images ({_first_line(error)}): use a larger --image-size"
         ) from error

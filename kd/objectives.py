@@ -1,84 +1,172 @@
-"""What a training step minimises: a module that returns named, weighted loss terms for a batch.
+"""What a training step minimises: modules that return named, weighted loss terms for a batch.
 
-The objective as a whole is the unit to wrap for several devices; its `student` alone is saved.
+The objective as a whole is the unit to wrap for several devices, so that taps and projectors work
+there; its `student` alone is saved.
 """
 
-from typing import Literal
+import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from kd.data import Batch
-from kd.losses import response
 from kd.networks import Classifier
+from kd.seen import Seen
+from kd.terms import Weighted
 
-Labels = Literal["hard", "centred"]
-
-
-class Supervised(nn.Module):
-    """Labels alone.
-
-    Attributes:
-        student: Trained.
-        labels: `hard` is cross-entropy on class indices. `centred` is MSE on the stored
-            real-valued labels, or on one-hot labels minus 1/k where none are stored; the student
-            then estimates centred labels, and its outputs are no logits.
-    """
-
-    def __init__(self, student: Classifier, labels: Labels = "hard") -> None:
-        super().__init__()
-        self.student = student
-        self.labels: Labels = labels
-
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        outputs = self.student(batch.images)
-        if self.labels == "hard":
-            return {"ce": response.cross_entropy(outputs, batch.labels)}
-        targets = batch.labels if batch.targets is None else batch.targets
-        return {"mse": response.centred_mse(outputs, targets)}
+FROZEN = "teachers."  # the prefix of what is neither trained nor stored
 
 
-class Offline(nn.Module):
-    """alpha · T² · KL(teacher ‖ student) + (1 - alpha) · CE(student, label), with a frozen teacher.
-
-    On a distilled set the teacher thereby relabels the images, and the label of the second term is
-    the class of the largest stored label: centred labels are no probabilities, so they cannot
-    enter a cross-entropy themselves.
+class Distillation(nn.Module):
+    """Labels alone, or labels and frozen teachers: a weighted sum of terms.
 
     Attributes:
         student: Trained.
-        teacher: In evaluation mode and without gradients, whatever `train` is called with.
-        temperature: T of the first term; the cross-entropy is at T = 1.
-        alpha: In [0, 1].
-
-    Source: Hinton, Vinyals and Dean (2015), arXiv:1503.02531, section 2.
+        terms: Of the loss; their projectors are trained too.
+        teachers: In evaluation mode and without gradients, whatever `train` is called with. Each
+            maps the student's images to logits.
+        by_label: Whether several teachers are weighted, for each image, by how well they know its
+            label, or alike.
     """
 
     def __init__(
-        self, student: Classifier, teacher: nn.Module, *, temperature: float, alpha: float
+        self,
+        student: Classifier,
+        terms: Sequence[Weighted],
+        teachers: Sequence[nn.Module] = (),
+        *,
+        by_label: bool = False,
     ) -> None:
         super().__init__()
         self.student = student
-        self.teacher = teacher.eval().requires_grad_(False)
-        self.temperature = temperature
-        self.alpha = alpha
+        self.terms = nn.ModuleList(terms)
+        self.teachers = nn.ModuleList(teacher.requires_grad_(False) for teacher in teachers)
+        self.by_label = by_label
+        self.needs_teacher = any(term.needs_teacher for term in terms)
+        self.needs_features = any(term.needs_teacher_features for term in terms)
+        self.train(self.training)
 
-    def train(self, mode: bool = True) -> "Offline":
+    def train(self, mode: bool = True) -> "Distillation":
         super().train(mode)
-        self.teacher.eval()
+        self.teachers.eval()
         return self
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        logits = self.student(batch.images)
-        kl = response.logit_kl(logits, self._answer(batch), temperature=self.temperature)
-        ce = response.cross_entropy(logits, batch.labels)
-        return {"kl": self.alpha * kl, "ce": (1 - self.alpha) * ce}
+        outputs = self.student(batch.images)
+        seen = Seen(batch, outputs, self._answers(batch), self.by_label)
+        return {term.name: term(seen) for term in self.terms}
 
-    def _answer(self, batch: Batch) -> Tensor:
-        if batch.teacher_logits is not None:
+    def stored(self) -> dict[str, Tensor]:
+        return {k: v for k, v in self.state_dict().items() if not k.startswith(FROZEN)}
+
+    def after_step(self, step: int, total: int) -> None:
+        pass
+
+    def no_weight_decay(self) -> set[str]:
+        return undecayed(self.student, "student.network.")
+
+    def _answers(self, batch: Batch) -> tuple[Tensor, ...]:
+        if not self.needs_teacher:
+            return ()
+        if batch.teacher_logits is not None and not self.needs_features:
             return batch.teacher_logits
         with torch.no_grad():
-            return self.teacher(batch.images)
+            return tuple(teacher(batch.images) for teacher in self.teachers)
 
 
-Objective = Supervised | Offline
+class Mutual(nn.Module):
+    """Deep mutual learning: students that teach each other while they learn.
+
+    Each minimises its own labelled terms, and the mean over the others of the terms that have a
+    teacher. All take their steps at once, where the paper takes them in turn.
+
+    Attributes:
+        student: The first, which is saved.
+        peers: The others.
+
+    Source: Zhang, Xiang, Hospedales and Lu (2018), arXiv:1706.00384, equations 5 to 9.
+    """
+
+    def __init__(
+        self, student: Classifier, peers: Sequence[Classifier], terms: Sequence[Weighted]
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.peers = nn.ModuleList(peers)
+        self.terms = nn.ModuleList(terms)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        outputs = [network(batch.images) for network in (self.student, *self.peers)]
+        losses: dict[str, Tensor] = {}
+        for i, own in enumerate(outputs):
+            others = [other.detach() for j, other in enumerate(outputs) if j != i]
+            for term in self.terms:
+                teachers = others if term.needs_teacher else [own.detach()]
+                values = [term(Seen(batch, own, (other,))) for other in teachers]
+                name = term.name if i == 0 else f"{term.name}_{i + 1}"
+                losses[name] = torch.stack(values).mean()
+        return losses
+
+    def stored(self) -> dict[str, Tensor]:
+        return self.state_dict()
+
+    def after_step(self, step: int, total: int) -> None:
+        pass
+
+    def no_weight_decay(self) -> set[str]:
+        return undecayed(self.student, "student.network.")
+
+
+class MeanTeacher(nn.Module):
+    """Self-distillation from the moving average of the student's own weights.
+
+    Attributes:
+        inner: The distillation from that average.
+        decay: Of the average, which starts as a copy and follows faster at the start.
+
+    Source: Tarvainen and Valpola (2017), arXiv:1703.01780; the ramp of the decay is theirs too,
+    min(1 - 1/(step + 1), decay).
+    """
+
+    def __init__(self, student: Classifier, terms: Sequence[Weighted], *, decay: float) -> None:
+        super().__init__()
+        self.inner = Distillation(student, terms, [copy.deepcopy(student)])
+        self.decay = decay
+
+    @property
+    def student(self) -> Classifier:
+        return self.inner.student
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        return self.inner(batch)
+
+    def stored(self) -> dict[str, Tensor]:
+        return self.state_dict()
+
+    @torch.no_grad()
+    def after_step(self, step: int, total: int) -> None:
+        keep = min(1 - 1 / (step + 1), self.decay)
+        average = self.inner.teachers[0].state_dict()
+        for name, value in self.student.state_dict().items():
+            if value.is_floating_point():
+                average[name].lerp_(value, 1 - keep)
+            else:
+                average[name].copy_(value)
+
+    def no_weight_decay(self) -> set[str]:
+        return undecayed(self.student, "inner.student.network.")
+
+
+def undecayed(student: Classifier, prefix: str) -> set[str]:
+    """Parameters, such as position embeddings, that timm's networks ask not to decay."""
+    names = getattr(student.network, "no_weight_decay", lambda: ())
+    return {prefix + name for name in names()}
+
+
+# All return weighted terms by name, and have besides:
+#   student             what is saved
+#   stored()            what a checkpoint needs: weights, projectors, memories; no frozen teacher
+#   after_step(step, total)   called when step 1, 2, ... has changed the weights
+#   no_weight_decay()   names of parameters that the student's architecture asks not to decay
+Objective = Distillation | Mutual | MeanTeacher

@@ -1,81 +1,141 @@
 """What the commands take. Frozen values; the texts below are the help pages."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
 
 from dsdistill.harness import places
 from dsdistill.harness.errors import UserError
+from kd import recipe, recipes
 
 # The names that the help pages show for values.
 Name = Annotated[str | None, tyro.conf.arg(metavar="NAME|RUN")]
+Names = Annotated[str | None, tyro.conf.arg(metavar="NAME,NAME,...")]
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
 Count = Annotated[int | None, tyro.conf.arg(metavar="N")]
 Number = Annotated[float | None, tyro.conf.arg(metavar="X")]
 
+_HINTS = get_type_hints(recipe.Recipe)
+# A field of the recipe each, None where it is not given.
+Overrides: Any = make_dataclass(
+    "Overrides",
+    [
+        (
+            f.name,
+            Annotated[_HINTS[f.name] | None, tyro.conf.arg(help=f.metadata["help"])],
+            field(default=None),
+        )
+        for f in recipe.OPTIONS
+    ],
+    frozen=True,
+)
+
 
 @dataclass(frozen=True)
 class Train:
-    """Train a student on labels alone, or from a teacher."""
+    """Train a student on labels alone, or from teachers."""
 
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[DATA]")] = "digits"
-    """Data set name or path; folder of a dsdistill run; distilled .safetensors file."""
-    student: Annotated[str, tyro.conf.arg(metavar="NAME|RUN")] = "convnet"
-    """convnet, mlp, with a width as convnet:32; any timm name; or an earlier run's folder."""
-    teacher: Name = None
-    """Folder of an earlier run, or a timm name (its published weights are loaded)."""
-    temperature: float = 4.0
-    """T of the teacher's and the student's softened predictions."""
-    alpha: float = 0.9
-    """Share of the teacher: alpha T² KL(teacher || student) + (1 - alpha) CE."""
+    """Data set name or path; folder of a dsdistill run; distilled .safetensors file; with
+    --augment imagenet also timm's wds/, hfds/ and tfds/ names."""
+    student: Name = None
+    """convnet (the default), mlp, with a width as convnet:32; any timm name; torchvision:NAME;
+    hf:NAME; NAME@FILE for weights in a file; or an earlier run's folder."""
+    teacher: Names = None
+    """Folder of an earlier run, any of the names above with published weights, or FILE.pt2; of
+    several, comma-separated, the tempered probabilities are averaged."""
+    recipe: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """supergradients, hinton, function_matching, cifar, distilled_set, deit; by default one for
+    this kind of data and network. The options below change its fields."""
+    teacher_weights: Literal["alike", "by-label"] | None = None
+    """Of several teachers; by-label: for each image by how well they know its label."""
+    class_map: Folder = None
+    """JSON file, class of the data -> class of the teacher (name or number)."""
+    min_teacher_accuracy: Number = None
+    """Refuse a teacher below this fraction of the validation images."""
+    cache: Folder = None
+    """Keep the teachers' answers here, view by view, for this and for later trainings."""
+    cache_top: Count = None
+    """Keep the largest so many probabilities in half precision; by default all logits, exactly."""
+    peers: Names = None
+    """Deep mutual learning with these further students."""
+    mean_teacher: Number = None
+    """Self-distillation from the moving average of the student, with this decay."""
+    generations: Count = None
+    """Born-again networks: so many trainings, each from the student of the one before."""
+    assistants: Names = None
+    """Networks between teacher and student, trained one from another in this order."""
     pretrained: bool = False
-    """Start a timm student from its published weights."""
+    """Start the student from its published weights."""
     out: Folder = None
     """Folder of the run; by default the next free runs/kd-STUDENT-DATA-N."""
     resume: bool = False
     """Continue the unfinished run in --out."""
-    epochs: Count = None
-    """By default as in the recipe for this kind of data."""
-    batch_size: Count = None
-    """Images a step; by default as in the recipe."""
-    lr: Number = None
-    """Largest learning rate; by default as in the recipe."""
-    weight_decay: Number = None
-    """By default as in the recipe."""
     seed: int = 0
-    """Of the initial weights and of the order of the images."""
+    """Of the initial weights, the order of the images and their augmentation."""
     preprocess: Literal["standardise", "zca", "none"] | None = None
     """By default standardise, or what the pretrained or the earlier student was made for."""
-    image_size: Count = None
-    """Resize images to this height and width."""
     validation_fraction: Number = None
     """Share of the training images held out for validation; by default 0.1."""
     data_root: Path = field(default_factory=places.data_root)
     """Where data sets lie or are downloaded to."""
-    device: str = "cpu"
-    """cpu, cuda or cuda:N."""
+    device: str = "auto"
+    """auto (a GPU where there is one), cpu, cuda or cuda:N."""
+    workers: int = 2
+    """Processes that read image files, for --augment imagenet."""
+    compile: bool = False
+    """Compile the student with torch.compile."""
+    channels_last: bool = False
+    """Keep the student's weights in that memory format: faster convolutions on GPUs."""
+    checkpoint_gradients: bool = False
+    """Compute activations twice instead of keeping them: less memory, slower."""
+    overrides: Annotated[Overrides, tyro.conf.OmitArgPrefixes] = Overrides()
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The fields of the recipe that were given."""
+        return {k: v for k, v in asdict(self.overrides).items() if v is not None}
 
     def check(self) -> None:
-        """Refuse values out of range.
+        """Refuse values out of range and options that exclude each other.
 
         Raises:
             UserError: With the option, the rule and the value.
         """
-        _require(0 <= self.alpha <= 1, "--alpha must be in [0, 1]", self.alpha)
-        _require(0 < self.temperature < float("inf"), _positive("temperature"), self.temperature)
-        for name in ("epochs", "batch_size", "image_size"):
-            value = getattr(self, name)
-            rule = f"--{name.replace('_', '-')} must be at least 1"
-            _require(value is None or value >= 1, rule, value)
-        _require(self.lr is None or 0 < self.lr < float("inf"), _positive("lr"), self.lr)
-        decay = self.weight_decay
-        _require(
-            decay is None or 0 <= decay < float("inf"), "--weight-decay must be 0 or more", decay
-        )
+        if self.recipe is not None:
+            recipes.named(self.recipe)
         _require(self.seed >= 0, "--seed must be 0 or more", self.seed)
+        _require(self.workers >= 0, "--workers must be 0 or more", self.workers)
         _require(not self.resume or self.out is not None, "--resume needs --out", self.out)
+        for name in ("min_teacher_accuracy", "mean_teacher"):
+            value = getattr(self, name)
+            rule = f"{_option(name)} must be in [0, 1)"
+            _require(value is None or 0 <= value < 1, rule, value)
+        for name in ("cache_top", "generations"):
+            value = getattr(self, name)
+            rule = f"{_option(name)} must be at least 1"
+            _require(value is None or value >= 1, rule, value)
+        schemes = ("peers", "mean_teacher", "generations", "assistants")
+        chosen = [_option(name) for name in schemes if getattr(self, name) is not None]
+        _require(len(chosen) < 2, "only one scheme at a time", " and ".join(chosen))
+        self._check_teacher()
+
+    def _check_teacher(self) -> None:
+        """Refuse options that need a teacher where there is none, and a teacher where none fits."""
+        teacher = self.teacher or (self.recipe and recipes.named(self.recipe).teacher)
+        if self.teacher and (self.peers or self.mean_teacher):
+            raise UserError(
+                f"{_option('peers' if self.peers else 'mean_teacher')} is a scheme without a "
+                "teacher: leave --teacher out"
+            )
+        for name in ("cache", "class_map", "min_teacher_accuracy", "teacher_weights", "assistants"):
+            if getattr(self, name) is not None and not teacher:
+                raise UserError(f"{_option(name)} needs --teacher")
+        if self.teacher_weights and "," not in (teacher or ""):
+            raise UserError("--teacher-weights is for several teachers: --teacher ONE,OTHER")
+        _require(self.cache_top is None or self.cache is not None, "--cache-top needs --cache", "")
 
 
 @dataclass(frozen=True)
@@ -90,10 +150,25 @@ class Evaluate:
     """To measure the agreement with; by default the one it was trained with."""
     data_root: Path = field(default_factory=places.data_root)
     """Where data sets lie or are downloaded to."""
-    device: str = "cpu"
+    device: str = "auto"
     """Where accuracy is measured; latency is always the CPU's."""
     json: bool = False
     """Print one JSON object instead of a table."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a finished student for other programs, and check that it answers the same."""
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """Folder of a finished run."""
+    format: Literal["onnx", "pt2", "safetensors", "timm"]
+    """onnx: with preprocessing, for onnxruntime and others; pt2: the same for torch; safetensors:
+    weights alone; timm: a folder for timm.create_model."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """File or folder to write; by default RUN/export/STUDENT with a suffix."""
+    data_root: Folder = None
+    """Where the run's data lie, of which some images are compared; by default where they lay."""
 
 
 def _require(holds: bool, rule: str, got: object) -> None:
@@ -101,5 +176,5 @@ def _require(holds: bool, rule: str, got: object) -> None:
         raise UserError(f"{rule}, got {got}")
 
 
-def _positive(name: str) -> str:
-    return f"--{name} must be positive and finite"
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -2,7 +2,8 @@
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -10,7 +11,9 @@ from jaxtyping import Float, Int
 from torch import nn
 
 from dsdistill.harness import metrics
-from kd.data import Batches
+from kd.data import Batch
+from kd.engine import Engine
+from kd.losses import response
 from kd.models import Model
 from kd.networks import Shape
 
@@ -18,31 +21,46 @@ SCORE_BATCH = 500  # images at once where nothing is trained
 LATENCY_BATCH = 64
 
 
+class Judged(Protocol):
+    """Images to score: resident or streamed."""
+
+    def in_order(self, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+        """Every image once, in the order of the data; every `world`-th batch."""
+        ...
+
+
 def outputs(
-    network: nn.Module, batches: Batches, tick: Callable[[int], None] | None = None
+    network: nn.Module, batches: Judged, tick: Callable[[int], None] | None = None
 ) -> Float[np.ndarray, "n k"]:
-    """Outputs in evaluation mode, in the order of the data; the mode is left as it was.
+    """Outputs in evaluation mode, in the order of the data; the mode is left as it was."""
+    return scored(network, batches, tick)[0]
+
+
+def scored(
+    network: nn.Module, batches: Judged, tick: Callable[[int], None] | None = None
+) -> tuple[Float[np.ndarray, "n k"], Int[np.ndarray, " n"]]:
+    """Outputs, as `outputs`, with the labels of the images.
 
     Args:
         network: Takes images (n, c, h, w).
         batches: The images.
         tick: Called with the number of batches done.
     """
-    was, parts = network.training, []
+    was, parts, labels = network.training, [], []
     network.eval()
     with torch.inference_mode():
         for done, batch in enumerate(batches.in_order(), start=1):
             parts.append(network(batch.images).float().cpu().numpy())
+            labels.append(batch.labels.cpu().numpy())
             if tick:
                 tick(done)
     network.train(was)
-    return np.concatenate(parts)
+    return np.concatenate(parts), np.concatenate(labels)
 
 
-def figures(model: Model, batches: Batches, teacher: nn.Module | None = None) -> dict[str, float]:
+def figures(model: Model, batches: Judged, teacher: nn.Module | None = None) -> dict[str, float]:
     """Accuracy, NLL in nats and calibration error (15 bins); with a teacher, agreement with it."""
-    labels = batches.examples.data.labels
-    scores = outputs(model.classifier, batches)
+    scores, labels = scored(model.classifier, batches)
     probabilities = metrics.softmax(scores, model.output_temperature)
     found = {
         "accuracy": metrics.accuracy(scores, labels),
@@ -54,6 +72,31 @@ def figures(model: Model, batches: Batches, teacher: nn.Module | None = None) ->
         found["teacher_agreement"] = metrics.agreement(scores, answers)
         found["teacher_accuracy"] = metrics.accuracy(answers, labels)
     return found
+
+
+def validation(
+    network: nn.Module, batches: Judged, on: Engine, *, logits: bool
+) -> dict[str, float]:
+    """Accuracy, and NLL in nats of a network that gives logits; each process counts a share.
+
+    Args:
+        network: In any mode, which is left as it was.
+        batches: All images; every process has them.
+        on: The processes.
+        logits: Whether the outputs are logits, or estimates of centred labels.
+    """
+    was, sums = network.training, torch.zeros(3, dtype=torch.float64, device=on.device)
+    network.eval()
+    with torch.inference_mode():
+        for batch in batches.in_order(on.process_index, on.num_processes):
+            scores = network(batch.images).float()
+            right = (scores.argmax(1) == batch.labels).sum()
+            nll = response.cross_entropy(scores, batch.labels) * len(batch)
+            sums += torch.stack([right, nll, torch.ones_like(nll) * len(batch)]).double()
+    network.train(was)
+    totals: Any = on.reduce(sums)
+    accuracy, nll, _ = (totals / totals[2]).tolist()
+    return {"accuracy": accuracy, **({"nll": nll} if logits else {})}
 
 
 def fit_temperature(scores: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]) -> float:

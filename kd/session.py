@@ -1,266 +1,237 @@
 """A training from the command's options to the finished folder.
 
 config.json              the options
-metrics.jsonl, events.*  loss terms and validation accuracy of every round
-checkpoint.safetensors   the last round, for --resume
+recipe.json              the resolved recipe: no field is left to a default
+metrics.jsonl, events.*  loss terms and validation figures of every round
+curves.png               the same as a picture
+checkpoint.safetensors   the last good state, for --resume
 student.safetensors      the network's weights of the best round
 model.json               what is needed to use them (and preprocess.safetensors for ZCA)
 report.json              test figures; written last: a folder that holds it is finished
 """
 
+import json
+import math
+import os
 import platform
+import re
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
+import psutil
 from torch import nn
 
-from dsdistill.harness import metrics, progress, runs
+from dsdistill.harness import memory, progress, runs
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.labeled import Examples
-from kd import data, models, networks, objectives, recipes, scoring, sources, teachers
-from kd.checkpoint import State
+from kd import (
+    assembly,
+    chain,
+    curves,
+    engine,
+    models,
+    networks,
+    preflight,
+    processes,
+    recipes,
+    scoring,
+    teaching,
+)
+from kd.assembly import Parts
+from kd.checkpoint import Saved, State
 from kd.data import Batches
 from kd.models import Model
-from kd.options import Train
-from kd.recipes import Recipe
-from kd.sources import Source
-from kd.teachers import Teacher
+from kd.objectives import Objective
+from kd.options import Overrides, Train
+from kd.scoring import Judged
 from kd.train import train
 
 REPORT = "report.json"
-_FREE = ("data_root", "device")  # may differ when a run is resumed
-_PER_CALL = ("out", "resume")  # not options of the training
+_FREE = ("data_root", "device", "workers", "cache", "min_teacher_accuracy")  # may differ on resume
+_PER_CALL = ("out", "resume", "overrides")  # not options of the training
+_PATHS = ("data", "student", "teacher", "data_root", "class_map", "cache")
 
 
-@dataclass(frozen=True, eq=False)
-class Task:
-    """Everything that a training needs, found and checked before a folder is made.
-
-    Attributes:
-        options: On `--resume`, those the run was started with.
-        student: With its initial weights.
-        teacher: Frozen, on the device; None to train on labels alone.
-        recipe: Resolved: no field is left to a default.
-    """
-
-    options: Train
-    source: Source
-    student: Model
-    teacher: Teacher | None
-    recipe: Recipe
-    device: torch.device
-
-
-def prepare(options: Train) -> Task:
-    """Resolve names, load data, student and teacher.
+def settled(options: Train) -> Train:
+    """The options with a folder; of a run that is resumed, those that it was started with.
 
     Args:
         options: That passed `Train.check`.
 
     Raises:
-        UserError: If anything is unknown, missing or does not fit together.
+        UserError: If there is nothing to resume, or the options contradict the stored ones.
     """
     if options.resume:
         assert options.out is not None
-        options = _stored(_start(options.out, options), options)
-    device = device_of(options.device)
-    if not Path(options.student).is_dir():
-        networks.check_name(options.student)
-    source = sources.resolve(
-        options.data,
-        root=options.data_root,
-        image_size=options.image_size,
-        validation_fraction=options.validation_fraction,
-    )
-    student = _student(options, source)
-    student.classifier.to(device)
-    teacher = None
-    if options.teacher is not None:
-        teacher = teachers.load(options.teacher, student.preprocess, source.shape, source.classes)
-        teacher.to(device)
-    recipe = _recipe(options, source.distilled is not None, student.classifier)
-    return Task(options, source, student, teacher, recipe, device)
+        return _stored(_start(options.out, options), options)
+    if options.out is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("several processes of one training need --out, the folder they share")
+    return replace(options, out=options.out or _free_folder(options))
 
 
-def execute(task: Task, folder: Path) -> dict[str, Any]:
-    """Train, read the test set once, and write the folder.
+def run(options: Train) -> dict[str, Any]:
+    """The whole of `kd train`: the trainings of a chain that come first, then the one asked for.
+
+    Args:
+        options: As `settled`.
 
     Returns:
-        What `report.json` holds.
+        What its `report.json` holds; nothing in a process that does not write.
 
     Raises:
-        UserError: If the folder cannot be used, or the loss is not finite.
+        UserError: If anything is unknown, missing or does not fit together, a folder cannot be
+            used, or the loss is not finite.
     """
-    run = _start(folder, task.options)
-    began = time.perf_counter()
-    student, state = _fit(task, run)
+    assert options.out is not None
+    if not options.resume:
+        runs.check_free(options.out, REPORT)
+    for link in chain.before(options, options.out):
+        assert link.out is not None
+        begun = (link.out / "config.json").exists()
+        if begun and (link.out / REPORT).exists():
+            _check_same(link, runs.read_json(link.out / "config.json"))
+            continue
+        progress.say(f"first {link.out}: {link.student or assembly.STUDENT}")
+        _train(replace(link, resume=begun))
+    return _train(options)
+
+
+def _train(options: Train) -> dict[str, Any]:
+    """One training: find all its parts, train, read the test set once, write the folder."""
+    folder, parts = options.out, assembly.assembled(options)
+    assert folder is not None
+    objective = assembly.objective(parts, options)
+    batches = teaching.batches(parts, options, objective)
+    held = _held(options, parts)
+    for name, teacher in zip(parts.taught_by, parts.teachers, strict=True):
+        if held is not None:
+            say = progress.say if parts.on.is_main_process else lambda line: None
+            minimum = options.min_teacher_accuracy
+            preflight.check(name, teacher, held, minimum=minimum, say=say)
+    run = engine.shared(parts.on, lambda: _start(folder, options))
+    run = replace(run, writes=parts.on.is_main_process)
+    if run.writes:
+        runs.write_json(folder / "recipe.json", asdict(parts.recipe))
+    with processes.watched(parts.on, folder):
+        student, state, spent = _fit(options, parts, objective, batches, run)
+    if not run.writes:
+        return {}
     models.save_run(folder, student)
-    report = {
-        **_tested(task, student),
-        "validation_accuracy": state.best_accuracy,
-        "best_epoch": state.best_epoch,
-        "epochs": state.epoch,
-        "steps": state.step,
-        "parameters": networks.parameters(student.classifier),
-        "seconds": time.perf_counter()
-        - began,  # of this call: a resumed run's earlier part is lost
-        "seed": task.options.seed,
-        "data": task.source.name,
-        "train_images": len(task.source.train_images),
-        "student": student.name,
-        "teacher": task.options.teacher,
-        "recipe": asdict(task.recipe),
-        "output_temperature": student.output_temperature,
-        "note": task.source.note,
-        "device": str(task.device),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "timm", "numpy")},
-    }
+    curves.draw(folder)
+    report = _report(options, parts, student, state) | spent
     runs.write_json(folder / REPORT, report)
     return report
 
 
-def next_folder(task: Task) -> Path:
-    """The first free `runs/kd-STUDENT-DATA-N`."""
-    name = task.options.student
-    short = Path(name).resolve().name if Path(name).is_dir() else name.replace(":", "-")
-    return runs.next_free(f"kd-{short}-{task.source.name}")
+def _report(options: Train, parts: Parts, student: Model, state: State) -> dict[str, Any]:
+    return {
+        **_tested(options, parts, student),
+        "validation_accuracy": _validated(options, parts, student, state),
+        "best_epoch": state.best_epoch,
+        "epochs": state.epoch,
+        "steps": state.step,
+        "parameters": networks.parameters(student.classifier),
+        "peak_memory": memory.peak(),
+        "seed": options.seed,
+        "data": parts.source.name,
+        "train_images": parts.source.count,
+        "student": student.name,
+        "teacher": ",".join(parts.taught_by) or None,
+        "recipe": asdict(parts.recipe),
+        "output_temperature": student.output_temperature,
+        "note": parts.source.note,
+        "device": str(parts.on.device),
+        "processes": parts.on.num_processes,
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "timm", "numpy", "accelerate")},
+    }
 
 
-def device_of(name: str) -> torch.device:
-    """A device that is there.
+def _fit(
+    options: Train, parts: Parts, objective: Objective, batches: Batches, run: runs.Run
+) -> tuple[Model, State, dict[str, float]]:
+    """The student with its best weights, the last state of its training, and what it took."""
+    student = parts.student
+    held = _held(options, parts)
 
-    Raises:
-        UserError: If it is not, or the name is none.
-    """
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise UserError(f"device {name!r} is not there ({first}): use --device cpu") from error
-    return device
-
-
-def _fit(task: Task, run: runs.Run) -> tuple[Model, State]:
-    """The student with its best weights, and the last state of its training."""
-    student, fitted = task.student, task.student.preprocess
-    network = student.classifier.network
-    batches = data.batches(task.source.train(fitted), task.recipe.batch_size, task.device)
-    if task.teacher is not None:
-        batches = _taught(batches, task.teacher)
-    held = _batches(task.source.validation(fitted), task.device)
-
-    def validate() -> float:
+    def validate(network: nn.Module) -> Mapping[str, float]:
         assert held is not None
-        scores = scoring.outputs(student.classifier, held)
-        return metrics.accuracy(scores, held.examples.data.labels)
+        judged = student.classifier.around(network)
+        return scoring.validation(judged, held, parts.on, logits=student.outputs == "logits")
 
     saved = run.load_state()
-    done = saved[1]["step"] if saved else 0
-    total = task.recipe.total_steps(len(batches))
-    with (
-        runs.Metrics(run.folder, resume_from=done if run.resumed else None) as log,
-        progress.bar(total, start=done) as show,
-    ):
+    earlier = saved[1]["seconds"] if saved else 0.0
+    began = time.perf_counter()
+    startup = time.time() - psutil.Process().create_time()
+
+    def save(state: Saved) -> None:
+        arrays, meta = state
+        seconds = earlier + time.perf_counter() - began
+        run.save_state(arrays, {**meta, "seconds": seconds})
+
+    with _shown(parts, run, saved, len(batches)) as (log, show):
         state = train(
-            _objective(task),
+            objective,
             batches,
-            task.recipe,
-            task.options.seed,
+            parts.recipe,
+            options.seed,
+            on=parts.on,
             validate=validate if held else None,
             saved=saved,
-            save=run.save_state,
+            save=save,
             log=log,
             show=show,
         )
-    network.load_state_dict(state.best)
+    student.classifier.network.load_state_dict(state.best)
     if held and student.outputs == "centred labels":
-        scores = scoring.outputs(student.classifier, held)
-        temperature = scoring.fit_temperature(scores, held.examples.data.labels)
+        temperature = scoring.fit_temperature(*scoring.scored(student.classifier, held))
         student = replace(student, output_temperature=temperature)
-    return student, state
+    seconds = earlier + time.perf_counter() - began
+    return student, state, {"seconds": seconds, "startup_seconds": startup}
 
 
-def _objective(task: Task) -> objectives.Objective:
-    student, options = task.student.classifier, task.options
-    if task.teacher is not None:
-        return objectives.Offline(
-            student, task.teacher, temperature=options.temperature, alpha=options.alpha
-        )
-    return objectives.Supervised(student, "hard" if task.student.outputs == "logits" else "centred")
+@contextmanager
+def _shown(
+    parts: Parts, run: runs.Run, saved: Saved | None, per_epoch: int
+) -> Iterator[tuple[runs.Metrics | None, progress.Show | None]]:
+    """Where figures go and how progress is shown, in the process that writes."""
+    if not run.writes:
+        yield None, None
+        return
+    steps = parts.recipe.total_steps(math.ceil(per_epoch / parts.recipe.accumulate))
+    done = saved[1]["step"] if saved else 0
+    with (
+        runs.Metrics(run.folder, resume_from=done if run.resumed else None) as log,
+        progress.bar(steps, start=done) as show,
+    ):
+        yield log, show
 
 
-def _taught(batches: Batches, teacher: Teacher) -> Batches:
-    """With the teacher's logits: no augmentation changes the images, so one pass is exact."""
-    n, k = len(batches.examples), len(batches.examples.data.classes)
-    if 4 * n * k > data.RESIDENT_BYTES:
-        return batches
-    with progress.bar(len(batches), "teacher batches") as show:
-        logits = scoring.outputs(teacher, batches, tick=show)
-    return replace(batches, teacher_logits=torch.from_numpy(logits).to(batches.device))
-
-
-def _tested(task: Task, student: Model) -> dict[str, float | None]:
+def _tested(options: Train, parts: Parts, student: Model) -> dict[str, float | None]:
     """Figures on the test set; its only use."""
-    batches = _batches(task.source.test(student.preprocess), task.device)
+    fitted, on = student.preprocess, parts.on
+    batches = parts.source.test(parts.recipe, fitted, on.device, options.workers)
     if batches is None:
         return {"test_accuracy": None}
-    found = scoring.figures(student, batches, task.teacher)
+    found = scoring.figures(student, batches, parts.teachers[0] if parts.teachers else None)
     return {"test_accuracy": found.pop("accuracy"), **found}
 
 
-def _batches(examples: Examples | None, device: torch.device) -> Batches | None:
-    return None if examples is None else data.batches(examples, scoring.SCORE_BATCH, device)
+def _validated(options: Train, parts: Parts, student: Model, state: State) -> float | None:
+    """Of the weights that are saved: a mean of several epochs' is judged once more."""
+    held = _held(options, parts)
+    if len(state.kept) == 1 or held is None:
+        return state.best_accuracy
+    return scoring.figures(student, held)["accuracy"]
 
 
-def _student(options: Train, source: Source) -> Model:
-    """The student before training, with the preprocessing of the images it will see."""
-    if source.distilled is not None and options.preprocess is not None:
-        raise UserError("a distilled set brings its preprocessing: leave --preprocess out")
-    outputs = "centred labels" if source.distilled and options.teacher is None else "logits"
-    if Path(options.student).is_dir():
-        return replace(_earlier(options, source), outputs=outputs, output_temperature=1.0)
-    name, shape, classes = options.student, source.shape, source.classes
-    classifier = networks.build(
-        name, shape, len(classes), seed=options.seed, pretrained=options.pretrained
-    )
-    if options.pretrained and options.preprocess is None and source.distilled is None:
-        fitted, _ = networks.published(name, shape[-1])
-    else:
-        fitted = source.fit(options.preprocess)
-    return Model(classifier, name, classes, shape, fitted, outputs)
-
-
-def _earlier(options: Train, source: Source) -> Model:
-    """The student of an earlier run, to be trained further."""
-    folder = Path(options.student)
-    if options.pretrained or options.preprocess is not None:
-        raise UserError(
-            f"{folder} brings its weights and its preprocessing: "
-            "leave --pretrained and --preprocess out"
-        )
-    model = models.load_run(folder)
-    models.check_fit(f"student {folder}", model, source.shape, source.classes)
-    if source.distilled is not None and not source.distilled.preprocess.same_as(model.preprocess):
-        raise UserError(
-            f"student {folder} was trained with another preprocessing than the distilled set's: "
-            "give it as --teacher, or train a new student"
-        )
-    return model
-
-
-def _recipe(options: Train, distilled: bool, classifier: nn.Module) -> Recipe:
-    layer_norm = any(isinstance(m, nn.LayerNorm) for m in classifier.modules())
-    recipe = recipes.default(distilled=distilled, layer_norm=layer_norm)
-    if options.epochs is not None:
-        recipe = replace(recipe, epochs=options.epochs, steps=None)
-    given = {name: getattr(options, name) for name in ("batch_size", "lr", "weight_decay")}
-    return replace(recipe, **{name: value for name, value in given.items() if value is not None})
+def _held(options: Train, parts: Parts) -> Judged | None:
+    fitted, on = parts.student.preprocess, parts.on
+    return parts.source.validation(parts.recipe, fitted, on.device, options.workers)
 
 
 def _start(folder: Path, options: Train) -> runs.Run:
@@ -273,13 +244,52 @@ def _start(folder: Path, options: Train) -> runs.Run:
 def _config(options: Train) -> dict[str, Any]:
     """Options as JSON, with paths that stay right in another working directory."""
     config = {k: v for k, v in asdict(options).items() if k not in _PER_CALL}
-    for name in ("data", "student", "teacher", "data_root"):
+    for name in _PATHS:
         value = config[name]
-        if value is not None and Path(value).expanduser().exists() and value != "digits":
-            config[name] = str(Path(value).expanduser().resolve())
-    return config | {"data_root": str(config["data_root"])}
+        if value is not None and value != "digits":
+            config[name] = ",".join(map(_absolute, str(value).split(",")))
+    return config | asdict(options.overrides)
+
+
+def _absolute(value: str) -> str:
+    """A path as it is from every folder, also behind `NAME@`, `hf:` and `local-dir:`."""
+    for prefix, name in (("", value), *(_parted(value, mark) for mark in "@:")):
+        path = Path(name).expanduser()
+        if name and path.exists():
+            return prefix + str(path.resolve())
+    return value
+
+
+def _parted(value: str, mark: str) -> tuple[str, str]:
+    before, found, after = value.rpartition(mark)
+    return before + found, after if found else ""
 
 
 def _stored(run: runs.Run, options: Train) -> Train:
-    stored = {k: v for k, v in run.config.items() if k in _config(options)}
-    return replace(options, **stored | {"data_root": Path(stored["data_root"])})
+    """The options that the run was started with."""
+    config = {k: v for k, v in run.config.items() if k in _config(options)}
+    for name in ("data_root", "class_map", "cache"):
+        config[name] = None if config[name] is None else Path(config[name])
+    overrides = {f.name: config.pop(f.name) for f in fields(options.overrides)}
+    if overrides["milestones"] is not None:
+        overrides["milestones"] = tuple(overrides["milestones"])
+    return replace(options, **config, overrides=Overrides(**overrides))
+
+
+def _check_same(link: Train, stored: dict[str, Any]) -> None:
+    """Refuse a finished training that is not the link of this chain."""
+    for name, value in _config(link).items():
+        if name not in _FREE and stored.get(name) != json.loads(json.dumps(value)):
+            option = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{link.out} holds a training with {option} {stored.get(name)}, and this one has "
+                f"{value}: choose another --out"
+            )
+
+
+def _free_folder(options: Train) -> Path:
+    """The first free `runs/kd-STUDENT-DATA-N`."""
+    named = recipes.named(options.recipe).student if options.recipe else None
+    name = options.student or named or assembly.STUDENT
+    short = Path(name).resolve().name if Path(name).is_dir() else re.sub(r"\W+", "-", name)
+    return runs.next_free(f"kd-{short}-{Path(options.data).stem}")

@@ -1,9 +1,12 @@
 """What `kd` trains on and tests on: a data set, or a distilled set with the data it came from."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dsdistill.harness import artifact, datasets, preprocess
 from dsdistill.harness.artifact import Distilled
@@ -11,6 +14,11 @@ from dsdistill.harness.datasets import Splits
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.labeled import Examples, Labeled
 from dsdistill.harness.preprocess import Preprocess
+from kd import data
+from kd.data import Resident
+from kd.engine import Engine
+from kd.recipe import Recipe
+from kd.scoring import SCORE_BATCH
 
 VALIDATION_FRACTION = 0.1
 
@@ -49,6 +57,19 @@ class Source:
         assert self.splits is not None
         return self.splits.train
 
+    @property
+    def count(self) -> int:
+        """Images to train on."""
+        return len(self.train_images)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 that changes with the images trained on."""
+        if self.distilled is not None:
+            return hashlib.sha256(self.distilled.images.tobytes()).hexdigest()
+        assert self.splits is not None
+        return f"{self.splits.digest}-{len(self.splits.train)}"
+
     def fit(self, kind: str | None) -> Preprocess:
         """The distilled set's stored preprocessing, or one fitted on the training images.
 
@@ -59,23 +80,31 @@ class Source:
         images = self.train_images
         return preprocess.fit(kind or "standardise", images.chunks, images.shape)
 
-    def train(self, fitted: Preprocess) -> Examples:
-        """What is trained on, as a network sees it."""
+    def train(self, recipe: Recipe, fitted: Preprocess, on: Engine, workers: int = 0) -> Resident:
+        """The training images in batches of the recipe's size a process, as a network sees them."""
+        world = on.num_processes
+        size = recipe.batch_size * world
         if self.distilled is not None:
-            return self.distilled.examples()
-        return Examples(self.train_images, fitted)
+            examples = self.distilled.examples()
+        else:
+            examples = Examples(self.train_images, fitted)
+        return data.batches(examples, size, on.device, world)
 
-    def validation(self, fitted: Preprocess) -> Examples | None:
+    def validation(
+        self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0
+    ) -> Resident | None:
         """Real images held out of the training set; None if there are none."""
-        return _examples(self.splits.validation if self.splits else None, fitted)
+        return _judged(self.splits and self.splits.validation, fitted, device)
 
-    def test(self, fitted: Preprocess) -> Examples | None:
+    def test(
+        self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0
+    ) -> Resident | None:
         """Real images to be read once, at the end; None if there are none."""
-        return _examples(self.splits.test if self.splits else None, fitted)
+        return _judged(self.splits and self.splits.test, fitted, device)
 
 
 def resolve(
-    data: str,
+    name: str,
     *,
     root: Path,
     image_size: int | None = None,
@@ -84,7 +113,7 @@ def resolve(
     """Find out what DATA is, and load it.
 
     Args:
-        data: A data set as in `datasets.load`, the folder of a `dsdistill` run, or a distilled
+        name: A data set as in `datasets.load`, the folder of a `dsdistill` run, or a distilled
             `.safetensors` file.
         root: Where data sets lie.
         image_size, validation_fraction: As in `datasets.load`; a distilled set brings its own.
@@ -92,8 +121,8 @@ def resolve(
     Raises:
         UserError: If it cannot be had, or a distilled set contradicts the data it came from.
     """
-    path = Path(data).expanduser()
-    if is_distilled(data):
+    path = Path(name).expanduser()
+    if is_distilled(name):
         if image_size is not None or validation_fraction is not None:
             raise UserError(
                 "a distilled set brings its image size and its validation images: "
@@ -102,9 +131,14 @@ def resolve(
         return _distilled(artifact.locate(path), root)
     if path.is_dir() and (path / "config.json").is_file():
         raise UserError(f"{path} is a run's folder without a finished distilled set")
-    fraction = VALIDATION_FRACTION if validation_fraction is None else validation_fraction
-    splits = datasets.load(data, root=root, image_size=image_size, validation_fraction=fraction)
+    held = fraction(validation_fraction)
+    splits = datasets.load(name, root=root, image_size=image_size, validation_fraction=held)
     return Source(splits.name, splits)
+
+
+def fraction(given: float | None) -> float:
+    """Of the training images that are held out for validation."""
+    return VALIDATION_FRACTION if given is None else given
 
 
 def is_distilled(data: str) -> bool:
@@ -123,13 +157,13 @@ def _distilled(path: Path, root: Path) -> Source:
         )
     # Only of the right type: a set made by something else may hold anything here.
     size = _get(distilled.provenance, "config", "image_size")
-    fraction = _get(distilled.provenance, "config", "validation_fraction")
+    held = _get(distilled.provenance, "config", "validation_fraction")
     try:
         splits = datasets.load(
             came_from,
             root=root,
             image_size=size if isinstance(size, int) else None,
-            validation_fraction=fraction if isinstance(fraction, float) else VALIDATION_FRACTION,
+            validation_fraction=fraction(held if isinstance(held, float) else None),
         )
     except (UserError, OSError) as error:
         return Source(name, None, distilled, f"{error}: {_NO}")
@@ -172,5 +206,7 @@ def _few(classes: tuple[str, ...]) -> str:
     return f"{len(classes)} ({shown})"
 
 
-def _examples(data: Labeled | None, fitted: Preprocess) -> Examples | None:
-    return Examples(data, fitted) if data is not None and len(data) else None
+def _judged(images: Labeled | None, fitted: Preprocess, device: torch.device) -> Resident | None:
+    if images is None or not len(images):
+        return None
+    return data.batches(Examples(images, fitted), SCORE_BATCH, device)

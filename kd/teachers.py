@@ -1,15 +1,42 @@
-"""A teacher from an earlier run or from timm, checked against the data and adapted to them."""
+"""A teacher from wherever it comes, checked against the data and adapted to them."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.preprocess import Preprocess
-from kd import models, networks
-from kd.adapters import adapter
-from kd.networks import Shape
+from kd import exported, labels, models, networks, weights
+from kd.adapters import adapter, check_channels
+from kd.labels import ClassMap, Match
+from kd.models import Model
+from kd.networks import Classifier
+from kd.wants import Interpolation, Shape, Wants
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What was found out about a model: how its images are prepared and its classes matched.
+
+    Attributes:
+        kind: Of the preprocessing.
+        mean, std: One value a channel, of images in [0, 1].
+        size: Height and width of the images it is given.
+        interpolation: How they are resized to that.
+        matched: How its outputs belong to the data's classes.
+    """
+
+    kind: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    size: tuple[int, int]
+    interpolation: Interpolation
+    matched: str
 
 
 class Teacher(nn.Module):
@@ -17,43 +44,214 @@ class Teacher(nn.Module):
 
     A network trained by MSE on centred labels answers with its outputs divided by their fitted
     temperature, so that a softmax of them are calibrated probabilities.
+
+    Attributes:
+        adapter: From the data's preprocessed space to the model's.
+        classifier: The model's; its `network` is what has layers.
+        resolved: What was found out about it.
     """
 
-    def __init__(self, model: models.Model, data: Preprocess, size: tuple[int, int]) -> None:
+    settings: Tensor
+    outputs: Tensor | None
+
+    def __init__(
+        self,
+        model: Model,
+        data: Preprocess,
+        size: tuple[int, int],
+        matched: Match | None = None,
+    ) -> None:
+        """Adapt a model.
+
+        Args:
+            model: Its channels are the data's, or the data are grayscale.
+            data: What was applied to the images that the teacher will be given.
+            size: Height and width of those.
+            matched: Which output is which class; None where they are the same by name.
+        """
         super().__init__()
-        self.adapter = adapter(data, model.preprocess, size, model.shape[:2])
+        matched = matched or Match("by name")
+        h, w, _ = model.shape
+        self.adapter = adapter(data, model.preprocess, size, (h, w), model.interpolation)
         self.classifier = model.classifier
         self.temperature = model.output_temperature
+        self.register_buffer("outputs", _index(matched))
+        # What is no tensor by itself but changes the answers: a hash of the state tells all.
+        bicubic = float(model.interpolation == "bicubic")
+        self.register_buffer("settings", torch.tensor([h, w, bicubic, self.temperature]))
+        fitted = model.preprocess
+        mean, std = tuple(fitted.mean.tolist()), tuple(fitted.std.tolist())
+        self.resolved = Resolved(fitted.kind, mean, std, (h, w), model.interpolation, matched.how)
 
     def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
-        return self.classifier(self.adapter(images)) / self.temperature
+        logits = self.classifier(self.adapter(images)) / self.temperature
+        return logits if self.outputs is None else logits[:, self.outputs]
 
 
-def load(name: str, preprocess: Preprocess, shape: Shape, classes: tuple[str, ...]) -> Teacher:
+def load(
+    name: str,
+    preprocess: Preprocess,
+    shape: Shape,
+    classes: tuple[str, ...],
+    *,
+    class_map: ClassMap | None = None,
+    image_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Teacher:
     """A frozen teacher in evaluation mode.
 
+    Published weights bring what they want. A file of weights does not: the normalisation that the
+    architecture's published weights want is assumed, and, unless it takes one size alone, the
+    data's image size; of a built-in network, and of a program without a card, all that is the
+    data's. The last three arguments say otherwise.
+
     Args:
-        name: Folder of an earlier run of `kd train`, or a timm name, whose published weights are
-            loaded. A built-in network has none and is refused.
+        name: Folder of an earlier run of `kd train`; a name as in `kd.networks`, whose published
+            weights are loaded; NAME@FILE; or FILE.pt2. A built-in network has no published weights
+            and is refused.
         preprocess: What was applied to the images that it will be given.
         shape: Of those images.
-        classes: Of the data, in order. Of a timm model only their number can be compared.
+        classes: Of the data, in order.
+        class_map: Class of the data -> class of the teacher, where they differ.
+        image_size: Height and width of the images that it is given.
+        mean, std: One value a channel, of images in [0, 1].
 
     Raises:
         UserError: If there is no such teacher, or it does not fit the data.
     """
     who = f"teacher {name}"
-    model = models.load_run(Path(name)) if Path(name).is_dir() else _timm(name, shape, classes)
-    models.check_classes(who, model.classes, classes)
-    if model.shape[-1] != shape[-1]:
+    data = preprocess, shape, classes
+    if Path(name).is_dir():
+        model = models.load_run(Path(name))
+        found: tuple[Model, Match] = model, labels.match(who, model.classes, classes, class_map)
+    elif name.endswith(exported.SUFFIX):
+        found = _program(name, *data, class_map)
+    elif networks.parse(name).file is not None:
+        found = _from_file(name, *data, class_map)
+    else:
+        found = _published(name, shape, classes, class_map)
+    model, matched = found
+    model = _told(model, image_size, mean, std)
+    check_channels(who, model.shape[2], shape[2])
+    teacher = Teacher(model, preprocess, shape[:2], matched).eval().requires_grad_(False)
+    _try(who, teacher, shape)
+    return teacher
+
+
+def _published(
+    name: str, shape: Shape, classes: tuple[str, ...], class_map: ClassMap | None
+) -> tuple[Model, Match]:
+    """From a zoo, with all the classes it has, on images of its own size."""
+    own, who = networks.wants(name), f"teacher {name}"
+    matched = labels.match(who, own.classes, classes, class_map)  # before a long download
+    check_channels(who, len(own.mean), shape[2])
+    return _built(name, own, own.classes, pretrained=True), matched
+
+
+def _from_file(
+    name: str,
+    preprocess: Preprocess,
+    shape: Shape,
+    classes: tuple[str, ...],
+    class_map: ClassMap | None,
+) -> tuple[Model, Match]:
+    """From a file of weights, with as many classes and channels as it has."""
+    found = networks.parse(name)
+    assert found.file is not None
+    tensors = weights.read(found.file)
+    if found.zoo is None:
+        plain = networks.build(found.text, shape, len(classes))
+        count, _ = weights.made_for(tensors, plain.network, len(classes), shape[2])
+        matched = labels.match(f"teacher {name}", count, classes, class_map)
+        classifier = networks.build(name, shape, count)
+        return Model(classifier, name, _names(count), shape, preprocess), matched
+    own = found.zoo.wants(found.base)
+    channels = len(own.mean)
+    plain = networks.build(found.text, (*own.size, channels), len(classes))
+    h, w, _ = found.zoo.takes(plain.network, shape)
+    count, channels = weights.made_for(tensors, plain.network, len(classes), channels)
+    # The file does not say in which order its classes stand.
+    matched = labels.match(f"teacher {name}", count, classes, class_map)
+    fitted = own.preprocess(channels)
+    mean, std = tuple(fitted.mean.tolist()), tuple(fitted.std.tolist())
+    own = replace(own, size=(h, w), mean=mean, std=std)
+    return _built(name, own, count, pretrained=False), matched
+
+
+def _program(
+    name: str,
+    preprocess: Preprocess,
+    shape: Shape,
+    classes: tuple[str, ...],
+    class_map: ClassMap | None,
+) -> tuple[Model, Match]:
+    """From the file of an exported program, as its card says if it has one."""
+    path = Path(name).expanduser()
+    program = exported.load(path, shape)
+    card, who = program.card, f"teacher {name}"
+    try:
+        names = tuple(card["classes"]) if card else _names(program.classes)
+        fitted = models.preprocessing(card["preprocess"], path.parent) if card else preprocess
+        extra = {k: card[k] for k in ("outputs", "output_temperature") if k in card}
+        interpolation: Interpolation = card.get("interpolation", "bilinear")
+    except (KeyError, TypeError) as error:
+        raise UserError(f"the {exported.CARD} inside {path} is not whole: {error!r}") from error
+    if len(names) != program.classes:
+        raise UserError(f"{path} names {len(names)} classes and has {program.classes} outputs")
+    matched = labels.match(who, names, classes, class_map)
+    classifier = Classifier(program.network, interpolation=interpolation)
+    return Model(classifier, name, names, program.shape, fitted, **extra), matched
+
+
+def _built(name: str, own: Wants, classes: tuple[str, ...] | int, *, pretrained: bool) -> Model:
+    """A zoo's network, prepared for as it wants."""
+    shape, names = (*own.size, len(own.mean)), _names(classes)
+    classifier = networks.build(name, shape, len(names), pretrained=pretrained)
+    classifier.interpolation = own.interpolation
+    return Model(classifier, name, names, shape, own.preprocess())
+
+
+def _told(
+    model: Model,
+    image_size: int | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> Model:
+    """The model with what the user knows better."""
+    if image_size is not None:
+        model = replace(model, shape=(image_size, image_size, model.shape[2]))
+    if mean is None and std is None:
+        return model
+    fitted = model.preprocess
+    m, s = (
+        np.asarray(own if value is None else value, np.float32)
+        for own, value in ((fitted.mean, mean), (fitted.std, std))
+    )
+    if len(m) != model.shape[2] or len(s) != model.shape[2] or (s <= 0).any():
         raise UserError(
-            f"{who} takes images of {model.shape[-1]} channels, the data have {shape[-1]}"
+            f"mean and std of {model.name} must be {model.shape[2]} values each, and std positive"
         )
-    return Teacher(model, preprocess, shape[:2]).eval().requires_grad_(False)
+    return replace(model, preprocess=Preprocess("standardise", m, s))
 
 
-def _timm(name: str, shape: Shape, classes: tuple[str, ...]) -> models.Model:
-    own, count = networks.published(name, shape[-1])
-    models.check_count(f"teacher {name}", count, classes)  # before a long download
-    classifier = networks.build(name, shape, len(classes), pretrained=True)
-    return models.Model(classifier, name, classes, shape, own)
+def _try(who: str, teacher: Teacher, shape: Shape) -> None:
+    """Refuse a teacher that cannot take the data's images, now and not in the first step."""
+    h, w, c = shape
+    try:
+        with torch.no_grad():
+            teacher(torch.zeros(1, c, h, w))
+    except Exception as error:  # networks raise whatever they like
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        (own_h, own_w), size = teacher.resolved.size, f"{h}x{w}"
+        raise UserError(
+            f"{who} cannot take {size} images brought to {own_h}x{own_w}: {first}"
+        ) from error
+
+
+def _names(classes: tuple[str, ...] | int) -> tuple[str, ...]:
+    return tuple(map(str, range(classes))) if isinstance(classes, int) else classes
+
+
+def _index(matched: Match) -> Tensor | None:
+    return None if matched.outputs is None else torch.tensor(matched.outputs)

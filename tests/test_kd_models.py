@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,7 +72,7 @@ def test_timm_models_take_gray_images_of_any_size(name: str) -> None:
 def test_beit_is_resized_to_its_own_size(monkeypatch: pytest.MonkeyPatch) -> None:
     # The published sizes of BEiT are too large for a test: the same code with a tiny one.
     make = timm.create_model
-    small = {"embed_dim": 32, "depth": 1, "num_heads": 2}
+    small: dict[str, Any] = {"embed_dim": 32, "depth": 1, "num_heads": 2}
     monkeypatch.setattr(timm, "create_model", lambda name, **kw: make(name, **kw, **small))
     classifier = networks.build("beit_base_patch16_224", SHAPE, 3).eval()
     assert classifier.size == (224, 224)
@@ -108,7 +109,10 @@ def test_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("no route to huggingface.co\nand more")
 
     monkeypatch.setattr(timm, "create_model", fail)
-    with pytest.raises(UserError, match=r"weights for timm model 'resnet18': no route to [^\n]*$"):
+    looked = (
+        r"weights of resnet18 \(looked for https://\S+/timm/resnet18.a1_in1k\): no route [^\n]*$"
+    )
+    with pytest.raises(UserError, match=looked):
         networks.build("resnet18", SHAPE, 3, pretrained=True)
 
 
@@ -130,6 +134,18 @@ def test_the_weights_load_into_the_bare_network(tmp_path: Path) -> None:
     bare.load_state_dict(safetensors.torch.load_file(tmp_path / "student.safetensors"))
     x = torch.rand(2, 3, 32, 32)
     assert torch.equal(bare(x), model.classifier(x))
+
+
+def test_a_run_from_before_interpolations_resizes_as_it_did(tmp_path: Path) -> None:
+    model = _model("test_vit", kind="none")
+    model.classifier.interpolation = "bilinear"
+    models.save_run(tmp_path, model)
+    card = json.loads((tmp_path / "model.json").read_text())
+    (tmp_path / "model.json").write_text(
+        json.dumps({k: v for k, v in card.items() if k not in ("interpolation", "config")})
+    )
+    x = _nchw(_images())
+    assert torch.equal(models.load_run(tmp_path).classifier.eval()(x), model.classifier(x))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "missing", "card", "keys"])

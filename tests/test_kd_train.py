@@ -1,6 +1,7 @@
 """Batches, objectives and the loop: on images that are learned in a fraction of a second."""
 
 import contextlib
+import json
 from dataclasses import replace
 
 import kd_support as support
@@ -12,20 +13,42 @@ from torch import nn
 from dsdistill.harness import labeled, metrics, preprocess
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluate import Learner
-from kd import checkpoint, data, learners, networks, objectives, recipes, scoring
-from kd.recipes import Recipe
-from kd.train import rounds, train
+from kd import (
+    augment,
+    checkpoint,
+    composition,
+    data,
+    engine,
+    learners,
+    networks,
+    recipes,
+    scoring,
+    terms,
+)
+from kd.objectives import Distillation, MeanTeacher, Mutual
+from kd.recipe import Recipe
+from kd.train import train
 
 CPU = torch.device("cpu")
-QUICK = Recipe("sgd", lr=0.1, batch_size=16, epochs=8)
+QUICK = Recipe(lr=0.1, batch_size=16, epochs=8, warmup=0.4)
 
 
 def _student(seed: int = 0) -> networks.Classifier:
     return networks.build("mlp:16", (8, 8, 1), 4, seed=seed)
 
 
-def _batches(size: int = 16) -> data.Batches:
+def _batches(size: int = 16) -> data.Resident:
     return data.batches(support.easy(), size, CPU)
+
+
+def _objective(
+    student: networks.Classifier, loss: str = "ce:1", teachers: tuple[nn.Module, ...] = ()
+) -> Distillation:
+    return Distillation(student, _terms(loss), teachers)
+
+
+def _terms(loss: str) -> list[terms.Weighted]:
+    return terms.build(composition.parse(loss, terms.FUNCTIONS), _student())
 
 
 class _Stop(Exception):
@@ -35,7 +58,7 @@ class _Stop(Exception):
 def test_batches_hold_every_image_once_as_nchw() -> None:
     examples = support.easy(n=33)
     batches = data.batches(examples, 8, CPU)
-    seen = list(batches.shuffled(seed=1, epoch=0))
+    seen = list(batches.epoch(seed=1, epoch=0))
     # 33 = 4 * 8 + 1: the last image joins the batch before it.
     assert [len(b) for b in seen] == [8, 8, 8, 9]
     assert len(batches) == 4
@@ -51,7 +74,7 @@ def test_order_follows_seed_and_epoch_alone() -> None:
     batches = _batches()
 
     def labels(seed: int, epoch: int) -> list[int]:
-        return torch.cat([b.labels for b in batches.shuffled(seed, epoch)]).tolist()
+        return torch.cat([b.labels for b in batches.epoch(seed, epoch)]).tolist()
 
     assert labels(1, 2) == labels(1, 2)
     assert labels(1, 2) != labels(1, 3)
@@ -67,34 +90,61 @@ def test_data_too_large_for_the_device_give_the_same_batches(
     resident = data.batches(examples, 100, CPU)
     monkeypatch.setattr(data, "RESIDENT_BYTES", 0)
     streamed = data.batches(examples, 100, CPU)
-    assert resident.resident is not None
-    assert streamed.resident is None
-    for a, b in zip(resident.shuffled(0, 0), streamed.shuffled(0, 0), strict=True):
+    assert resident.images is not None
+    assert streamed.images is None
+    for a, b in zip(resident.epoch(0, 0), streamed.epoch(0, 0), strict=True):
         assert torch.equal(a.images, b.images)
         assert torch.equal(a.labels, b.labels)
 
 
-def test_warm_up_then_cosine_to_zero() -> None:
-    recipe = Recipe("sgd", lr=1.0, batch_size=1, steps=100, warmup=0.1)
-    rates = [recipe.lr_at(step, 100) for step in range(100)]
-    assert rates[:10] == pytest.approx([(i + 1) / 11 for i in range(10)])
-    assert rates[10] == 1.0
-    assert rates[55] == pytest.approx(0.5)
-    assert 0 < rates[99] < 1e-3
+def test_an_epoch_can_be_entered_anywhere() -> None:
+    batches = _batches(7)
+    whole = list(batches.epoch(3, 1))
+    entered = list(batches.epoch(3, 1, first=2))
+    assert [b.labels.tolist() for b in entered] == [b.labels.tolist() for b in whole[2:]]
 
 
-def test_rounds_are_epochs_or_fifths() -> None:
-    assert list(rounds(0, 300, 100)) == [range(1), range(1, 2), range(2, 3)]
-    assert len(list(rounds(0, 1000, 1))) == 5
-    assert list(rounds(800, 1000, 1)) == [range(800, 1000)]
-    # A number of steps may end inside an epoch.
-    assert list(rounds(0, 250, 100))[-1] == range(2, 3)
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_each_batch(world: int) -> None:
+    batches = data.batches(support.easy(n=33), 16, CPU, world)
+    assert batches.sizes == [16, 17]  # the last image alone cannot be shared
+    shares = [list(batches.epoch(0, 0, rank=rank, world=world)) for rank in range(world)]
+    for number, whole in enumerate(batches.epoch(0, 0)):
+        rows = [part[number].index for part in shares]
+        assert all(len(row) >= 2 for row in rows)
+        assert {part[number].whole for part in shares} == {len(whole)}
+        assert sorted(torch.cat(rows).tolist()) == sorted(whole.index.tolist())
+
+
+def test_rounds_are_epochs_or_fifths(monkeypatch: pytest.MonkeyPatch) -> None:
+    validated: list[int] = []
+
+    def rounds(recipe: Recipe, size: int) -> list[int]:
+        validated.clear()
+        counted = replace(recipe, lr=1e-3, warmup=0)
+        done = iter(range(1, 1000))
+        train(
+            _objective(_student()),
+            _batches(size),
+            counted,
+            0,
+            validate=lambda network: {"accuracy": 0.0, "nll": 0.0},
+            save=lambda saved: validated.append(saved[1]["step"]),
+            show=lambda *_, **__: next(done),
+        )
+        return list(validated)
+
+    assert rounds(replace(QUICK, epochs=None, steps=50), 40) == [10, 20, 30, 40, 50]
+    # A number of steps may end inside an epoch: here of 20 batches, of which 8 epochs make a fifth.
+    assert rounds(replace(QUICK, epochs=None, steps=47), 2)[-1] == 47
+    monkeypatch.setattr("kd.steps.SHORT_EPOCH", 1)
+    assert rounds(replace(QUICK, epochs=3), 16) == [3, 6, 9]
 
 
 def test_the_loss_goes_down_and_the_steps_are_counted() -> None:
     student, figures = _student(), []
     state = train(
-        objectives.Supervised(student),
+        _objective(student),
         _batches(),
         replace(QUICK, epochs=40),
         seed=0,
@@ -111,7 +161,7 @@ def test_the_same_seed_gives_the_same_student(optimizer: str) -> None:
 
     def weights(seed: int) -> torch.Tensor:
         student = _student(seed)
-        train(objectives.Supervised(student), _batches(), recipe, seed)
+        train(_objective(student), _batches(), recipe, seed)
         return nn.utils.parameters_to_vector(student.parameters())
 
     assert torch.equal(weights(1), weights(1))
@@ -121,12 +171,12 @@ def test_the_same_seed_gives_the_same_student(optimizer: str) -> None:
 def test_the_best_epoch_is_chosen_by_validation() -> None:
     student, accuracies, seen = _student(), iter([0.1, 0.7, 0.7, 0.2]), []
 
-    def validate() -> float:
-        seen.append(checkpoint.copy(student.network))
-        return next(accuracies)
+    def validate(network: nn.Module) -> dict[str, float]:
+        seen.append(checkpoint.copy(network))
+        return {"accuracy": next(accuracies)}
 
     recipe = replace(QUICK, epochs=4)
-    state = train(objectives.Supervised(student), _batches(), recipe, 0, validate=validate)
+    state = train(_objective(student), _batches(), recipe, 0, validate=validate)
     assert (state.best_epoch, state.best_accuracy, state.epoch) == (3, 0.7, 4)
     assert all(torch.equal(state.best[k], seen[2][k]) for k in state.best)
     assert not all(torch.equal(state.best[k], v) for k, v in student.network.state_dict().items())
@@ -135,80 +185,197 @@ def test_the_best_epoch_is_chosen_by_validation() -> None:
 def test_a_loss_that_is_not_finite_names_term_and_step_and_keeps_the_checkpoint() -> None:
     student, saved = _student(), []
     recipe = replace(QUICK, lr=1e30, epochs=5)
-    with pytest.raises(UserError, match=r"loss term 'ce' is (nan|inf) at step \d+ .*lower --lr"):
+    message = r"loss term 'ce' is (nan|inf) at step \d+, training images \d+, .*lower --lr"
+    with pytest.raises(UserError, match=message):
         train(
-            objectives.Supervised(student),
+            _objective(student),
             _batches(),
             recipe,
             0,
-            save=lambda arrays, meta: saved.append(arrays),
+            save=lambda state: saved.append(state[0]),
         )
     assert all(np.isfinite(a).all() for arrays in saved for a in arrays.values())
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("name", ["mlp:16", "test_resnet"])
-def test_a_stopped_training_goes_on_bit_for_bit(optimizer: str, name: str) -> None:
-    recipe = replace(QUICK, optimizer=optimizer, lr=0.01, epochs=4)
+STOPPED = [
+    ("mlp:16", {}),
+    ("mlp:16", {"optimizer": "adamw", "lr": 0.01}),
+    ("mlp:16", {"optimizer": "lamb", "lr": 0.01, "average_best": 2, "clip": 1.0}),
+    ("test_resnet", {"ema": 0.9, "accumulate": 2, "mixup": 0.4, "augment": "crop-flip"}),
+]
 
-    def run(stop: int | None, saved=None):
-        student, kept = networks.build(name, (8, 8, 1), 4, seed=0), []
+
+@pytest.mark.parametrize(("name", "changes"), STOPPED)
+def test_a_training_stopped_in_an_epoch_goes_on_bit_for_bit(
+    name: str, changes: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kd.train.SAVE_EVERY", 0.0)  # after every step
+    recipe = replace(QUICK, batch_size=8, epochs=4, **changes)
+
+    def run(stop: int | None, saved: checkpoint.Saved | None = None) -> checkpoint.Saved:
+        student = networks.build(name, (8, 8, 1), 4, seed=0)
+        batches = augment.changed(_batches(8), recipe, 4)
+        kept: list[checkpoint.Saved] = []
 
         def show(done: int, **_: float) -> None:
             if done == stop:
                 raise _Stop
 
-        def validate() -> float:
-            return metrics.accuracy(scoring.outputs(student, _batches()), _batches().labels.numpy())
+        def validate(network: nn.Module) -> dict[str, float]:
+            judged = student.around(network)
+            return scoring.validation(judged, _batches(), engine.make(), logits=True)
 
-        def save(arrays, meta) -> None:
-            # As a file would hold them: without scalars.
-            kept.append(({k: np.ascontiguousarray(v).copy() for k, v in arrays.items()}, meta))
+        def save(state: checkpoint.Saved) -> None:
+            # As a file would hold them: copies, and through JSON.
+            arrays = {k: v.copy() for k, v in state[0].items()}
+            kept.append((arrays, json.loads(json.dumps(state[1]))))
 
-        objective = objectives.Supervised(student)
-        options = {"validate": validate, "saved": saved, "save": save, "show": show}
         with contextlib.suppress(_Stop):
-            train(objective, _batches(), recipe, 3, **options)
+            train(
+                _objective(student), batches, recipe, 3,
+                validate=validate, saved=saved, save=save, show=show,
+            )  # fmt: skip
         return kept[-1]
 
-    whole = run(None)
-    stopped = run(8)  # in the middle of the third of four epochs
-    assert stopped[1]["epoch"] == 2
+    whole, stopped = run(None), run(8)
+    assert stopped[1]["step"] == 7
+    assert whole[1]["step"] > 8
     resumed = run(None, stopped)
+    for meta in (whole[1], resumed[1]):
+        meta["meter"].pop("seconds")
     assert resumed[1] == whole[1]
     assert resumed[0].keys() == whole[0].keys()
     assert all(np.array_equal(resumed[0][k], whole[0][k]) for k in whole[0])
 
 
+def test_accumulated_batches_are_one_large_batch() -> None:
+    """The mean gradient of parts of unequal size is that of the whole, to float32 rounding."""
+
+    def weights(batch_size: int, accumulate: int) -> torch.Tensor:
+        student = _student()
+        recipe = replace(QUICK, batch_size=batch_size, accumulate=accumulate, epochs=3)
+        examples = support.easy(n=38)
+        train(_objective(student), data.batches(examples, batch_size, CPU), recipe, 0)
+        return nn.utils.parameters_to_vector(student.parameters())
+
+    # Batches of 19, or of 7, 7 and 5.
+    whole = weights(38, 1)
+    assert torch.allclose(weights(16, 3), whole, rtol=0, atol=1e-6)
+    assert not torch.allclose(weights(16, 1), whole, rtol=0, atol=1e-3)
+
+
+def test_the_average_is_what_is_validated_and_kept() -> None:
+    student, seen = _student(), []
+
+    def validate(network: nn.Module) -> dict[str, float]:
+        seen.append(checkpoint.copy(network))
+        return {"accuracy": 0.5}
+
+    recipe = replace(QUICK, ema=0.9, epochs=2)
+    state = train(_objective(student), _batches(), recipe, 0, validate=validate)
+    assert all(torch.equal(state.best[k], seen[-1][k]) for k in state.best)
+    now = student.network.state_dict()
+    assert not any(torch.equal(state.best[k], now[k]) for k in now)
+
+
+def test_the_best_epochs_are_averaged() -> None:
+    student, seen, accuracies = _student(), [], iter([0.1, 0.7, 0.3, 0.6])
+
+    def validate(network: nn.Module) -> dict[str, float]:
+        seen.append(checkpoint.copy(network))
+        return {"accuracy": next(accuracies)}
+
+    recipe = replace(QUICK, epochs=4, average_best=2)
+    state = train(_objective(student), _batches(), recipe, 0, validate=validate)
+    assert [kept.epoch for kept in state.kept] == [2, 4]
+    for name, value in state.best.items():
+        assert torch.allclose(value, (seen[1][name] + seen[3][name]) / 2, atol=1e-7)
+
+
+def test_the_metric_may_be_the_nll() -> None:
+    values = iter([3.0, 1.0, 2.0])
+    recipe = replace(QUICK, epochs=3, metric="nll")
+    state = train(
+        _objective(_student()), _batches(), recipe, 0,
+        validate=lambda network: {"accuracy": 0.0, "nll": next(values)},
+    )  # fmt: skip
+    assert state.best_epoch == 2
+
+
 def test_distillation_terms_by_hand() -> None:
     student, teacher = _student(0), _student(1)
-    objective = objectives.Offline(student, teacher, temperature=3.0, alpha=0.75)
+    objective = _objective(student, "ce:0.25,kd:0.75:temperature=3", (teacher,))
     batch = next(_batches().in_order())
     terms = objective(batch)
     q, p = (torch.log_softmax(m(batch.images).double() / 3, 1) for m in (student, teacher))
     kl = 9 * (p.exp() * (p - q)).sum(1).mean()
     ce = nn.functional.cross_entropy(student(batch.images), batch.labels)
-    assert terms["kl"].item() == pytest.approx(0.75 * kl.item(), rel=1e-4)
+    assert terms["kd"].item() == pytest.approx(0.75 * kl.item(), rel=1e-4)
     assert terms["ce"].item() == pytest.approx(0.25 * ce.item(), rel=1e-5)
-    known = replace(batch, teacher_logits=teacher(batch.images).detach())
-    assert torch.equal(objective(known)["kl"], terms["kl"])
+    known = replace(batch, teacher_logits=(teacher(batch.images).detach(),))
+    assert torch.equal(objective(known)["kd"], terms["kd"])
+
+
+def test_mixed_images_have_mixed_labels() -> None:
+    batch = next(_batches().in_order())
+    shares = torch.rand(len(batch), 4).softmax(1)
+    student = _student()
+    found = _objective(student)(replace(batch, shares=shares))["ce"]
+    expected = -(shares * student(batch.images).log_softmax(1)).sum(1).mean()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_teacher_is_frozen_and_in_evaluation_mode() -> None:
     teacher = networks.build("test_resnet", (8, 8, 1), 4, seed=1)
     before = checkpoint.copy(teacher)
-    objective = objectives.Offline(_student(), teacher, temperature=4.0, alpha=0.5)
+    objective = _objective(_student(), "ce:0.5,kd:0.5", (teacher,))
     train(objective, _batches(), replace(QUICK, epochs=1), 0)
     assert objective.student.training
     assert not teacher.training
     after = teacher.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)  # batch norm's averages too
+    assert not any(name.startswith("teachers") for name in objective.stored())
+
+
+def test_students_that_teach_each_other() -> None:
+    students = [_student(0), _student(1), _student(2)]
+    objective = Mutual(students[0], students[1:], _terms("ce:1,kd:1:temperature=1"))
+    batch = next(_batches().in_order())
+    found = objective(batch)
+    assert set(found) == {"ce", "kd", "ce_2", "kd_2", "ce_3", "kd_3"}
+    q = [student(batch.images).log_softmax(1) for student in students]
+    # The second student learns from the first and the third.
+    kl = [(q[j].exp() * (q[j] - q[1])).sum(1).mean().item() for j in (0, 2)]
+    assert found["kd_2"].item() == pytest.approx(sum(kl) / 2, rel=1e-4)
+    found["kd_2"].backward()
+    assert all(p.grad is None for p in students[0].parameters())
+    assert any(p.grad is not None for p in students[1].parameters())
+    before = scoring.outputs(students[1], _batches())
+    train(objective, _batches(), replace(QUICK, epochs=1), 0)
+    assert not np.allclose(scoring.outputs(students[1], _batches()), before)
+
+
+def test_a_student_follows_its_own_average() -> None:
+    student = _student()
+    objective = MeanTeacher(student, _terms("ce:1,kd:1"), decay=0.75)
+    start = checkpoint.copy(student)
+    nn.init.constant_(student.get_parameter("network.1.bias"), 8.0)
+    objective.after_step(1, 10)  # keeps a half
+    average = objective.inner.teachers[0].state_dict()
+    half = (start["network.1.bias"] + 8) / 2
+    assert torch.allclose(average["network.1.bias"], half)
+    objective.after_step(9, 10)  # keeps three quarters
+    assert torch.allclose(
+        objective.inner.teachers[0].state_dict()["network.1.bias"], (3 * half + 8) / 4
+    )
+    assert any(name.startswith("inner.teachers") for name in objective.stored())
+    train(objective, _batches(), replace(QUICK, epochs=1), 0)
 
 
 def test_a_student_comes_to_agree_with_its_teacher() -> None:
     student, teacher = _student(0), _student(1)
     recipe = replace(QUICK, epochs=30)
-    objective = objectives.Offline(student, teacher, temperature=4.0, alpha=1.0)
+    objective = _objective(student, "kd:1", (teacher,))
     train(objective, _batches(), recipe, 0)
     a, b = (scoring.outputs(m, _batches()) for m in (student, teacher))
     assert metrics.agreement(a, b) > 0.8
@@ -219,7 +386,7 @@ def test_stored_labels_are_used_where_there_are_some() -> None:
     stored = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
     batch = next(data.batches(replace(examples, targets=stored), 40, CPU).in_order())
     student = _student()
-    loss = objectives.Supervised(student, "centred")(batch)["mse"]
+    loss = _objective(student, "mse:1")(batch)["mse"]
     outputs = student(batch.images).detach().numpy()
     assert loss.item() == pytest.approx(0.5 * ((outputs - stored) ** 2).sum(1).mean(), rel=1e-5)
 

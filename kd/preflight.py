@@ -1,0 +1,128 @@
+"""A look at a teacher before it teaches: what was resolved for it, and how good it is.
+
+It is judged on validation images through the very path used in training, adapter and network: a
+wrong normalisation or order of classes shows here, and not as a student that learns little.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from dsdistill.harness import metrics, progress
+from dsdistill.harness.errors import UserError
+from kd import scoring
+from kd.teachers import Resolved, Teacher
+
+FITTED = 10_000  # images enough for a temperature
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a teacher before the training.
+
+    Attributes:
+        name: As given.
+        resolved: How its images are prepared and its classes matched.
+        accuracy: On the validation images, a fraction.
+        chance: The accuracy of such answers if they had nothing to do with the labels.
+        at_chance: Whether the accuracy is not significantly above that.
+        temperature: softmax(logits / this) are its calibrated probabilities.
+        images: Number of validation images.
+    """
+
+    name: str
+    resolved: Resolved
+    accuracy: float
+    chance: float
+    at_chance: bool
+    temperature: float
+    images: int
+
+
+def check(
+    name: str,
+    teacher: Teacher,
+    batches: scoring.Judged,
+    *,
+    minimum: float | None = None,
+    say: Callable[[str], None] = progress.say,
+) -> Facts:
+    """Judge a teacher on validation images, and say what was found.
+
+    Args:
+        name: How messages call it.
+        teacher: On the device of the batches.
+        batches: Of validation images, in the space that the teacher will be given.
+        minimum: Least accuracy, a fraction; None for a warning alone, where it is no better than
+            chance.
+        say: Called with each line; processes that show nothing give their own.
+
+    Raises:
+        UserError: If the accuracy is below `minimum`.
+    """
+    say(f"teacher {name}: {described(teacher.resolved)}")
+    logits, labels = scoring.scored(teacher, batches)
+    facts = _facts(name, teacher.resolved, logits, labels)
+    say(
+        f"teacher {name}: accuracy {facts.accuracy:.1%} on {facts.images} validation images, "
+        f"calibration temperature {facts.temperature:.3g}"
+    )
+    if minimum is not None and facts.accuracy < minimum:
+        raise UserError(
+            f"teacher {name} has validation accuracy {facts.accuracy:.1%}, below "
+            f"--min-teacher-accuracy {minimum:g}: check {_suspects(facts)}"
+        )
+    if facts.at_chance:
+        say(
+            f"warning: teacher {name} is no better than chance ({facts.chance:.1%}): check "
+            f"{_suspects(facts)}"
+        )
+    return facts
+
+
+def described(resolved: Resolved) -> str:
+    """One line of how a model's images are prepared and its classes matched."""
+    (h, w), numbers = (
+        resolved.size,
+        "mean {} std {}".format(
+            *(",".join(f"{x:.3f}" for x in values) for values in (resolved.mean, resolved.std))
+        ),
+    )
+    kind = f"{resolved.kind}, " if resolved.kind != "standardise" else ""
+    return f"{h}x{w} {resolved.interpolation}, {kind}{numbers}, classes matched {resolved.matched}"
+
+
+def chance(predicted: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"]) -> float:
+    """The accuracy to expect of predictions with these frequencies but unrelated to the labels.
+
+    Source: the agreement by chance in Cohen (1960), "A coefficient of agreement for nominal
+    scales".
+    """
+    k = int(max(predicted.max(), labels.max())) + 1
+    shares = [np.bincount(values, minlength=k) / len(values) for values in (predicted, labels)]
+    return float(shares[0] @ shares[1])
+
+
+def _facts(
+    name: str,
+    resolved: Resolved,
+    logits: Float[np.ndarray, "n k"],
+    labels: Int[np.ndarray, " n"],
+) -> Facts:
+    n, accuracy = len(labels), metrics.accuracy(logits, labels)
+    expected = chance(logits.argmax(1), labels)
+    # Three standard deviations of the mean of n coin tosses.
+    limit = expected + 3 * math.sqrt(expected * (1 - expected) / n)
+    some = slice(None, None, math.ceil(n / FITTED))  # every so many: data may be sorted by class
+    temperature = scoring.fit_temperature(logits[some], labels[some])
+    return Facts(name, resolved, accuracy, expected, accuracy <= limit, temperature, n)
+
+
+def _suspects(facts: Facts) -> str:
+    return (
+        f"its classes and their order (matched {facts.resolved.matched}; --class-map), and its "
+        "normalisation and image size"
+    )

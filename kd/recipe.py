@@ -1,0 +1,169 @@
+"""What a training depends on beside its data and its networks: a frozen value, and its rules.
+
+A recipe's lengths (`warmup`, `cooldown`, `milestones`) are in the unit of its own length: epochs
+where `epochs` is given, steps where `steps` is. A training of another length keeps their shares.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+from dsdistill.harness.errors import UserError
+
+Optimizer = Literal["sgd", "momentum", "adam", "adamw", "lamb", "lion", "muon"]
+Schedule = Literal["cosine", "milestones", "constant"]
+Precision = Literal["no", "bf16", "fp16", "mixed"]
+Augment = Literal["none", "crop-flip", "imagenet"]
+Metric = Literal["accuracy", "nll"]
+
+
+def _is(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that a training depends on beside its data and its networks."""
+
+    epochs: int | None = _is(None, "passes over the training images")
+    steps: int | None = _is(None, "steps of the optimizer, in place of --epochs")
+    batch_size: int = _is(64, "images on one device at once")
+    accumulate: int = _is(1, "batches whose mean gradient makes one step")
+    optimizer: Optimizer = _is("sgd", "timm's names; sgd: Nesterov momentum, momentum: classical")
+    lr: float = _is(0.05, "largest learning rate, of a step, however many devices share it")
+    momentum: float = _is(0.9, "of sgd and momentum")
+    weight_decay: float = _is(5e-4, "of weights; norms and biases only with --decay-all")
+    decay_all: bool = _is(False, "decay norms and biases too")
+    clip: float | None = _is(None, "largest norm of a step's gradient")
+    schedule: Schedule = _is("cosine", "of the learning rate after the warm-up")
+    warmup: float = _is(0.0, "linear rise of the learning rate, in epochs (or steps)")
+    warmup_from: float = _is(0.01, "share of --lr where the rise begins")
+    cooldown: float = _is(0.0, "stretch at the last learning rate, in epochs (or steps)")
+    final: float = _is(0.0, "share of --lr where the cosine ends")
+    milestones: tuple[float, ...] = _is((), "where the rate falls, in epochs (or steps)")
+    decay: float = _is(0.1, "factor of the learning rate at each milestone")
+    loss: str | None = _is(None, "weighted terms, such as ce:0.1,kd:0.9:temperature=4")
+    label_smoothing: float = _is(0.0, "of the labels in cross-entropy")
+    augment: Augment = _is(
+        "none", "crop-flip: shifts by --crop-padding and flips; imagenet: random crops of files"
+    )
+    crop_padding: int = _is(4, "pixels of crop-flip")
+    hflip: float = _is(0.5, "probability of a horizontal flip")
+    interpolation: str = _is("random", "of random crops: random, bilinear, bicubic")
+    min_scale: float = _is(0.08, "smallest share of an image in a random crop")
+    auto_augment: str | None = _is(None, "timm's string, such as rand-m7-mstd0.5")
+    color_jitter: float | None = _is(None, "strength; off where --auto-augment is given")
+    random_erase: float = _is(0.0, "probability that a part of an image becomes noise")
+    repeats: int = _is(1, "views of an image in one epoch (repeated augmentation)")
+    crop_share: float = _is(0.875, "side of the central crop in evaluation: 224 of 256")
+    mixup: float = _is(0.0, "alpha of mixup; 0: none")
+    cutmix: float = _is(0.0, "alpha of CutMix; 0: none")
+    mix_probability: float = _is(1.0, "of mixing a batch")
+    mix_switch: float = _is(0.5, "probability of CutMix where both are on")
+    ema: float | None = _is(None, "largest decay of the averaged weights, which are then saved")
+    ema_ramp: float = _is(15.0, "the decay rises as 1 - exp(-ramp step / steps)")
+    average_best: int = _is(1, "mean of the weights of so many best epochs")
+    metric: Metric = _is("accuracy", "what the best epoch has the best of, on validation images")
+    precision: Precision = _is("no", "mixed: bf16 where the GPU has it, else fp16")
+    image_size: int | None = _is(None, "images are resized to this height and width")
+    student: str | None = _is(None, "")
+    teacher: str | None = _is(None, "")
+    gpu: bool = _is(False, "")
+
+    @property
+    def length(self) -> float:
+        """In its own unit."""
+        return self.steps if self.steps is not None else self.epochs or 0
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Steps of the whole training."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return self.epochs * steps_per_epoch
+
+    def in_steps(self, length: float, steps_per_epoch: int) -> int:
+        """A length of this recipe's in steps."""
+        return round(length if self.steps is not None else length * steps_per_epoch)
+
+
+INTERNAL = ("student", "teacher", "gpu")  # not options of their own
+OPTIONS = tuple(f for f in fields(Recipe) if f.name not in INTERNAL)
+
+
+def overridden(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
+    """The recipe with the fields that the user gave.
+
+    A training of another length keeps the shares of its warm-up, cool-down and milestones, unless
+    they are given too.
+
+    Raises:
+        UserError: For a value that breaks a rule, or an option that nothing would use.
+    """
+    if "epochs" in given and "steps" in given:
+        raise UserError("--epochs and --steps are two lengths of one training: give one of them")
+    lengths: dict[str, Any] = {}
+    for unit, other in (("epochs", "steps"), ("steps", "epochs")):
+        if unit in given:
+            by = given[unit] / recipe.length
+            lengths = {name: getattr(recipe, name) * by for name in ("warmup", "cooldown")}
+            lengths |= {"milestones": tuple(m * by for m in recipe.milestones), other: None}
+    changed = replace(recipe, **lengths | dict(given))
+    _check(changed)
+    _check_used(changed, given)
+    return changed
+
+
+def _check(recipe: Recipe) -> None:
+    for name in ("epochs", "steps", "batch_size", "accumulate", "repeats", "average_best"):
+        value = getattr(recipe, name)
+        _require(value is None or value >= 1, name, "at least 1", value)
+    for name in ("lr", "clip", "min_scale", "crop_share"):
+        value = getattr(recipe, name)
+        _require(value is None or 0 < value < float("inf"), name, "positive and finite", value)
+    for name in ("weight_decay", "warmup", "cooldown", "mixup", "cutmix", "crop_padding"):
+        value = getattr(recipe, name)
+        _require(0 <= value < float("inf"), name, "0 or more", value)
+    for name in ("label_smoothing", "momentum", "ema"):
+        value = getattr(recipe, name)
+        _require(value is None or 0 <= value < 1, name, "in [0, 1)", value)
+    for name in ("hflip", "random_erase", "mix_probability", "mix_switch", "final", "warmup_from"):
+        value = getattr(recipe, name)
+        _require(0 <= value <= 1, name, "in [0, 1]", value)
+    if recipe.warmup + recipe.cooldown >= recipe.length:
+        raise UserError(
+            f"--warmup {recipe.warmup:g} and --cooldown {recipe.cooldown:g} leave nothing of a "
+            f"training of {recipe.length:g}"
+        )
+    if recipe.schedule == "milestones" and not recipe.milestones:
+        raise UserError("--schedule milestones needs --milestones")
+
+
+def _check_used(recipe: Recipe, given: Mapping[str, Any]) -> None:
+    """Refuse options that the recipe as it stands would not look at."""
+    files, sgd = recipe.augment == "imagenet", recipe.optimizer in ("sgd", "momentum")
+    mixed = recipe.mixup > 0 or recipe.cutmix > 0
+    needs = {
+        "momentum": (sgd, "--optimizer sgd or momentum"),
+        "milestones": (recipe.schedule == "milestones", "--schedule milestones"),
+        "decay": (recipe.schedule == "milestones", "--schedule milestones"),
+        "final": (recipe.schedule == "cosine", "--schedule cosine"),
+        "cooldown": (recipe.schedule == "cosine", "--schedule cosine"),
+        "warmup_from": (recipe.warmup > 0, "--warmup"),
+        "crop_padding": (recipe.augment == "crop-flip", "--augment crop-flip"),
+        "hflip": (recipe.augment != "none", "--augment"),
+        "mix_probability": (mixed, "--mixup or --cutmix"),
+        "mix_switch": (recipe.mixup > 0 and recipe.cutmix > 0, "--mixup and --cutmix"),
+        "ema_ramp": (recipe.ema is not None, "--ema"),
+    }
+    images = ("interpolation", "min_scale", "auto_augment", "color_jitter", "random_erase")
+    needs |= dict.fromkeys((*images, "repeats", "crop_share"), (files, "--augment imagenet"))
+    for name in given:
+        used, what = needs.get(name, (True, ""))
+        if not used:
+            raise UserError(f"--{name.replace('_', '-')} has no effect without {what}")
+
+
+def _require(holds: bool, name: str, rule: str, got: object) -> None:
+    if not holds:
+        raise UserError(f"--{name.replace('_', '-')} must be {rule}, got {got}")

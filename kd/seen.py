@@ -1,0 +1,33 @@
+"""What the terms of a loss look at."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kd.data import Batch
+from kd.ensembles import combined_logits
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A step's batch, and what the networks answered to it.
+
+    Attributes:
+        batch: Images, labels, rows.
+        outputs: The student's.
+        answers: The teachers' logits.
+        by_label: Whether teachers are weighted by how well they know each label.
+    """
+
+    batch: Batch
+    outputs: Tensor
+    answers: tuple[Tensor, ...] = ()
+    by_label: bool = False
+
+    def teacher(self, temperature: float) -> Tensor:
+        """Logits whose softmax at this temperature is that of all teachers together."""
+        if len(self.answers) == 1:
+            return self.answers[0]
+        labels = self.batch.labels if self.batch.shares is None else self.batch.shares
+        weigh_by = labels if self.by_label else None
+        return combined_logits(self.answers, temperature=temperature, labels=weigh_by)

@@ -1,0 +1,120 @@
+"""What a training is made of, and one step of it."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from kd import checkpoint
+from kd.checkpoint import Saved, State
+from kd.data import Batch, Batches, derive
+from kd.engine import Engine
+from kd.objectives import Objective
+from kd.optimization import Average, make_optimizer, make_schedule
+from kd.recipe import Recipe
+
+SHORT_EPOCH = 100  # steps
+
+
+@dataclass(frozen=True, eq=False)
+class Loop:
+    """What a training is made of, and its step."""
+
+    objective: Objective
+    wrapped: nn.Module
+    optimizer: Any
+    schedule: Any
+    average: Average | None
+    recipe: Recipe
+    on: Engine
+    per_epoch: int
+    total: int
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the last step."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    @property
+    def judged(self) -> nn.Module:
+        """What is validated and saved: the average, where there is one."""
+        return self.average.network if self.average else self.objective.student.network
+
+    def stream(self, batches: Batches, seed: int, first: int) -> Iterator[tuple[int, list[Batch]]]:
+        """Steps from `first` on, each with its batches."""
+        rank, world, step = self.on.process_index, self.on.num_processes, first
+        while step < self.total:
+            epoch, within = divmod(step, self.per_epoch)
+            begin = within * self.recipe.accumulate
+            source = batches.epoch(seed, epoch, first=begin, rank=rank, world=world)
+            while step < self.total and (parts := list(islice(source, self.recipe.accumulate))):
+                yield step, parts
+                step += 1
+            if step % self.per_epoch == 0:
+                next(source, None)  # lets what is written epoch by epoch know that it is over
+
+    def update(self, step: int, parts: list[Batch], seed: int) -> dict[str, Tensor]:
+        """One step down the gradient; the mean terms before it, of this process's images."""
+        self.schedule.step_update(step)
+        self.objective.train()
+        self.optimizer.zero_grad()
+        whole = sum(part.whole or len(part) for part in parts)
+        terms: dict[str, Tensor] = {}
+        for i, part in enumerate(parts):
+            torch.manual_seed(derive(seed, step, i, self.on.process_index))
+            last = i + 1 == len(parts)
+            with contextlib.nullcontext() if last else self.on.no_sync(self.wrapped):
+                found = self.wrapped(part)
+                # Processes' gradients are averaged, whatever their shares: hence their number.
+                weight = len(part) * self.on.num_processes / whole
+                self.on.backward(torch.stack(list(found.values())).sum() * weight)
+            for name, value in found.items():
+                terms[name] = terms.get(name, 0) + value.detach() * weight
+        if self.recipe.clip is not None:
+            self.on.clip_grad_norm_(self.wrapped.parameters(), self.recipe.clip)
+        self.optimizer.step()
+        self.objective.after_step(step + 1, self.total)
+        if self.average:
+            self.average.update(self.objective.student.network, step + 1)
+        return terms
+
+    def ends_round(self, done: int) -> bool:
+        """Whether a round is over after so many steps."""
+        epochs = math.ceil(self.total / self.per_epoch)
+        every = max(1, epochs // 5) if self.per_epoch < SHORT_EPOCH else 1
+        return done == self.total or done % (every * self.per_epoch) == 0
+
+    def packed(self, state: State) -> Saved:
+        modules = {"objective": self.objective.stored()}
+        if self.average:
+            modules["average"] = self.average.network.state_dict()
+        return checkpoint.pack(state, modules, self.optimizer, self.on.scaler)
+
+    def restored(self, saved: Saved) -> State:
+        modules: dict[str, nn.Module] = {"objective": self.objective}
+        if self.average:
+            modules["average"] = self.average.network
+        scaler = self.on.scaler
+        return checkpoint.unpack(saved, modules, self.optimizer, scaler, network=self.judged)
+
+
+def made(objective: Objective, batches: Batches, recipe: Recipe, on: Engine) -> Loop:
+    """Everything on its device and wrapped for all processes, before the first step."""
+    per_epoch = math.ceil(len(batches) / recipe.accumulate)
+    total = recipe.total_steps(per_epoch)
+    objective.to(on.device)
+    optimizer = make_optimizer(objective, recipe)
+    schedule = make_schedule(optimizer, recipe, per_epoch)
+    average = Average(objective.student.network, recipe, total) if recipe.ema else None
+    own = objective.stored()
+    unshared = [k for k in objective.state_dict() if k not in own or "memory" in k]
+    # Frozen teachers and memories are alike in all processes: DDP would send them at each step.
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, unshared)
+    wrapped, prepared = on.prepare(objective, optimizer)
+    return Loop(objective, wrapped, prepared, schedule, average, recipe, on, per_epoch, total)

@@ -1,0 +1,151 @@
+"""Images read from files while a training goes on: folders, and timm's wds/, hfds/, tfds/."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dsdistill.harness.errors import UserError
+from dsdistill.harness.preprocess import Preprocess
+from kd import pictures, shards
+from kd.engine import Engine
+from kd.pictures import Pictures
+from kd.recipe import Recipe
+from kd.scoring import SCORE_BATCH, Judged
+from kd.shards import Archive
+from kd.views import Views
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as timm has them
+PARTS = ("train", "validation")  # of a data set by timm's name, which has no test images then
+Part = Pictures | Archive
+
+
+@dataclass(frozen=True, eq=False)
+class Files:
+    """Images to train on, to validate and to test on, none of them in memory; as `sources.Source`.
+
+    Attributes:
+        name: Short, for folder names and reports.
+        parts: Training, validation and test images; the last two may be missing.
+        size: Height and width of an image as a network sees it.
+        note: What the user should know about it.
+    """
+
+    name: str
+    parts: tuple[Part, Part | None, Part | None]
+    size: int
+    note: str | None = None
+    distilled: None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image."""
+        return self.size, self.size, len(MEAN)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names, in label order."""
+        return self.parts[0].classes
+
+    @property
+    def count(self) -> int:
+        """Images to train on; 0 where nobody knows before they are read."""
+        train = self.parts[0]
+        return len(train) if isinstance(train, Pictures) else 0
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 that changes with the images trained on."""
+        train = self.parts[0]
+        return train.digest if isinstance(train, Pictures) else f"{train.name} {train.split}"
+
+    def fit(self, kind: str | None) -> Preprocess:
+        """ImageNet's normalisation: nothing is fitted on images that are not read yet."""
+        if kind not in (None, "standardise"):
+            raise UserError(f"--preprocess {kind} needs all images at once: leave it out")
+        return Preprocess("standardise", np.float32(MEAN), np.float32(STD))
+
+    def train(self, recipe: Recipe, fitted: Preprocess, on: Engine, workers: int) -> Judged:
+        """The training images in batches, cut and changed."""
+        world = on.num_processes
+        return shards.streamed(
+            self.parts[0],
+            self._views(recipe, fitted),
+            recipe.batch_size * world,
+            on.device,
+            world=world,
+            repeats=recipe.repeats,
+            workers=workers,
+        )
+
+    def validation(
+        self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0
+    ) -> Judged | None:
+        """Images held out of the training set, or the data set's own; None if there are none."""
+        return self._judged(self.parts[1], recipe, fitted, device, workers)
+
+    def test(
+        self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0
+    ) -> Judged | None:
+        """Images to be read once, at the end; None if there are none."""
+        return self._judged(self.parts[2], recipe, fitted, device, workers)
+
+    def _judged(
+        self,
+        part: Part | None,
+        recipe: Recipe,
+        fitted: Preprocess,
+        device: torch.device,
+        workers: int,
+    ) -> Judged | None:
+        if part is None or (isinstance(part, Pictures) and not len(part)):
+            return None
+        views = self._views(recipe, fitted)
+        return shards.streamed(part, views, SCORE_BATCH, device, augment=False, workers=workers)
+
+    def _views(self, recipe: Recipe, fitted: Preprocess) -> Views:
+        mean, std = (tuple(float(v) for v in values) for values in (fitted.mean, fitted.std))
+        random = recipe.interpolation == "random"
+        return Views(
+            (self.size, self.size),
+            mean,
+            std,
+            interpolation="bicubic" if random else recipe.interpolation,
+            train_interpolation=recipe.interpolation,
+            scale=(recipe.min_scale, 1.0),
+            hflip=recipe.hflip,
+            color_jitter=recipe.color_jitter,
+            auto_augment=recipe.auto_augment,
+            random_erase=recipe.random_erase,
+            crop_pct=recipe.crop_share,
+        )
+
+
+def resolve(data: str, *, root: Path, image_size: int | None, validation_fraction: float) -> Files:
+    """List the images of a data set that is to be read as it goes.
+
+    Args:
+        data: A folder of class folders, or one of timm's names.
+        root: Where timm's named data sets lie.
+        image_size: Height and width of the crops.
+        validation_fraction: Of a folder's training images.
+
+    Raises:
+        UserError: If it cannot be had, or is no data set of files.
+    """
+    if image_size is None:
+        raise UserError("--augment imagenet cuts images to one size: give --image-size 224, say")
+    path = Path(data).expanduser()
+    if shards.is_named(data):
+        train, held = (shards.open_named(data, part, root=root) for part in PARTS)
+        note = f"{data} has no test images: its validation images choose the best epoch"
+        return Files(data.replace("/", "-"), (train, held, None), image_size, note)
+    if not path.is_dir():
+        raise UserError(
+            f"--augment imagenet reads image files as it goes, and {data} is no folder of class "
+            "folders: use --augment crop-flip, or none"
+        )
+    found = pictures.open_folder(path, validation_fraction)
+    parts = (found.train, found.validation, found.test)
+    return Files(path.resolve().stem, parts, image_size)

@@ -1,0 +1,100 @@
+"""Changes of batches: the same whatever the process, against slow and plain versions."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from kd import augment, data, recipes
+from kd.data import Batch
+
+
+def batch(n: int = 6, size: int = 5, first: int = 10) -> Batch:
+    generator = torch.Generator().manual_seed(n)
+    images = torch.rand(n, 2, size, size, generator=generator)
+    return Batch(images, torch.arange(n) % 3, index=torch.arange(first, first + n))
+
+
+def part(whole: Batch, rows: np.ndarray) -> Batch:
+    keep = torch.from_numpy(rows)
+    assert whole.index is not None
+    return replace(
+        whole,
+        images=whole.images[keep],
+        labels=whole.labels[keep],
+        index=whole.index[keep],
+        whole=len(whole),
+    )
+
+
+def test_shifts_and_flips_move_pixels_and_nothing_else() -> None:
+    whole = batch(200)
+    changed = augment.crop_flip(whole, 7, padding=2, hflip=0.5)
+    draws = augment.uniform(np.arange(10, 210), 7)
+    for i in range(200):
+        padded = np.pad(whole.images[i].numpy(), [(0, 0), (2, 2), (2, 2)])
+        top, left = (int(draws[i, j] * 5) for j in (0, 1))
+        expected = padded[:, top : top + 5, left : left + 5]
+        if draws[i, 2] < 0.5:
+            expected = expected[:, :, ::-1]
+        assert np.array_equal(changed.images[i].numpy(), expected)
+
+
+def test_draws_are_uniform_and_belong_to_the_row() -> None:
+    rows = np.arange(20_000)
+    draws = augment.uniform(rows, 3)
+    assert draws.min() >= 0
+    assert draws.max() < 1
+    assert np.allclose(np.histogram(draws[:, 0], 10, (0, 1))[0], 2000, atol=200)  # 4.7 deviations
+    assert abs(np.corrcoef(draws.T) - np.eye(3)).max() < 0.03
+    assert np.array_equal(augment.uniform(rows[5:8], 3), draws[5:8])
+    assert not np.array_equal(augment.uniform(rows, 4), draws)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_that_share_a_batch_change_it_as_one_does(world: int) -> None:
+    recipe = replace(recipes.CIFAR, mixup=0.4, cutmix=1.0, batch_size=12)
+    mixer = augment._mixer(recipe, 3)
+    whole = batch(13)
+
+    def changed(some: Batch, seed: int) -> Batch:
+        return augment.mixed(augment.crop_flip(some, seed, padding=1, hflip=0.5), seed, mixer=mixer)
+
+    for seed in range(6):  # both kinds of mixing come up
+        alone = changed(whole, seed)
+        assert alone.shares is not None
+        for rank in range(world):
+            rows = data.mine(13, rank, world)
+            shared = changed(part(whole, rows), seed)
+            assert torch.equal(shared.images, alone.images[rows])
+            assert torch.equal(shared.shares, alone.shares[rows])
+
+
+def test_mixup_by_hand_and_numpys_generator_is_left_alone() -> None:
+    recipe = replace(recipes.REAL, mixup=0.4, label_smoothing=0.0)
+    mixer = augment._mixer(recipe, 3)
+    whole = batch(6)
+    before = whole.images.clone()
+    np.random.seed(5)  # noqa: NPY002
+    expected_state = np.random.get_state()[1]  # noqa: NPY002
+    changed = augment.mixed(whole, 11, mixer=mixer)
+    assert np.array_equal(np.random.get_state()[1], expected_state)  # noqa: NPY002
+    assert torch.equal(whole.images, before)
+    assert changed.shares is not None
+    # Labels 0 1 2 0 1 2 against 2 1 0 2 1 0: the first image's share of class 0 is lambda.
+    share = changed.shares[0, 0].item()
+    assert 0 < share < 1
+    mixed = share * before + (1 - share) * before.flip(0)
+    assert torch.allclose(changed.images, mixed, atol=1e-6)
+    assert torch.allclose(changed.shares.sum(1), torch.ones(6))
+
+
+def test_the_middle_of_an_odd_batch_stays() -> None:
+    mixer = augment._mixer(replace(recipes.REAL, mixup=1.0), 3)
+    whole = batch(5)
+    changed = augment.mixed(whole, 2, mixer=mixer)
+    assert changed.shares is not None
+    assert torch.allclose(changed.images[2], whole.images[2], atol=1e-6)
+    assert changed.shares[2].tolist() == pytest.approx([0, 0, 1])
+    assert not torch.allclose(changed.images[0], whole.images[0], atol=1e-3)

@@ -1,0 +1,271 @@
+"""What is known of teachers before they teach: classes, accuracy, calibration; several as one."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.special
+import torch
+from torch import Tensor, nn
+
+from dsdistill.harness import preprocess
+from dsdistill.harness.errors import UserError
+from dsdistill.harness.labeled import Examples, Labeled
+from kd import data, ensembles, labels, models, preflight
+from kd.networks import Classifier
+from kd.teachers import Teacher
+
+CPU = torch.device("cpu")
+NAMES = ("cat", "dog", "owl")
+K, SHAPE = 3, (8, 8, 1)
+
+
+class _Brightest(nn.Module):
+    """Knows the class, which row is bright, from plain images in [0, 1] alone."""
+
+    def __init__(self, sharpness: float) -> None:
+        super().__init__()
+        self.sharpness = sharpness
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert images.shape[1:] == (1, 8, 8)
+        # Rows of ordinary brightness: of images in another range nothing is near 0.9.
+        return -self.sharpness * (images[:, 0, :K].mean(-1) - 0.9).abs()
+
+
+def _batches(n: int = 60, noise: float = 0.0, kind: str = "standardise") -> data.Resident:
+    rng = np.random.default_rng(0)
+    classes = np.arange(n) % K
+    images = np.full((n, *SHAPE), 0.3, np.float32)
+    images[np.arange(n), classes] = 0.9
+    shown = np.where(rng.random(n) < noise, rng.integers(0, K, n), classes)
+    fitted = preprocess.fit(kind, lambda size: iter([images]), SHAPE)
+    return data.batches(Examples(Labeled(images, shown, NAMES), fitted), 16, CPU)
+
+
+def _teacher(batches: data.Resident, classes: tuple[str, ...] = NAMES, *, own: str = "none", **of):
+    made = Classifier(_Brightest(of.pop("sharpness", 30.0)))
+    fitted = preprocess.identity(1) if own == "none" else batches.examples.preprocess
+    model = models.Model(made, "brightest", classes, SHAPE, fitted, **of)
+    return Teacher(model, batches.examples.preprocess, SHAPE[:2]).eval()
+
+
+def test_a_good_teacher_is_described_and_measured() -> None:
+    said: list[str] = []
+    batches = _batches()
+    facts = preflight.check("t", _teacher(batches), batches, minimum=0.99, say=said.append)
+    assert (facts.accuracy, facts.images, facts.at_chance) == (1.0, 60, False)
+    assert facts.chance == pytest.approx(1 / 3)
+    assert said[0] == (
+        "teacher t: 8x8 bilinear, none, mean 0.000 std 1.000, classes matched by name"
+    )
+    assert said[1].startswith("teacher t: accuracy 100.0% on 60 validation images")
+    assert len(said) == 2
+
+
+def test_accuracy_and_temperature_are_those_of_the_path_used_in_training() -> None:
+    batches = _batches(n=3000, noise=0.3)
+    teacher = _teacher(batches, sharpness=30.0)
+    facts = preflight.check("t", teacher, batches, say=lambda line: None)
+    x = torch.cat([batch.images for batch in batches.in_order()])
+    right = (teacher(x).argmax(1).numpy() == batches.examples.data.labels).mean()
+    assert facts.accuracy == right
+    # The logit of the bright row exceeds the others by 18, so a calibrated softmax has
+    # exp(18 / T) = p / ((1 - p) / 2) with p the share of right answers; the others are alike.
+    expected = 18 / np.log(2 * right / (1 - right))
+    assert facts.temperature == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_weak_teacher_is_refused_with_what_to_check() -> None:
+    batches = _batches()
+    wrong = _teacher(batches, own="data")  # sees standardised images where it wants plain ones
+    with pytest.raises(UserError) as caught:
+        preflight.check("t", wrong, batches, minimum=0.5, say=lambda line: None)
+    line = str(caught.value)
+    assert line.startswith("teacher t has validation accuracy ")
+    assert "below --min-teacher-accuracy 0.5: check its classes and their order" in line
+    assert "normalisation" in line
+    assert "\n" not in line
+
+
+def test_a_teacher_at_chance_is_warned_of_even_without_a_minimum(capsys) -> None:
+    batches = _batches(noise=1.0)  # labels that say nothing
+    facts = preflight.check("t", _teacher(batches), batches)
+    assert facts.at_chance
+    assert "warning: teacher t is no better than chance (3" in capsys.readouterr().err
+    assert not preflight.check("t", _teacher(_batches()), _batches()).at_chance
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_the_chance_of_unbalanced_answers_is_cohens() -> None:
+    rng = np.random.default_rng(3)
+    predicted, true = rng.choice(3, 400, p=[0.9, 0.1, 0]), rng.choice(3, 400, p=[0.8, 0.1, 0.1])
+    shuffled = [(rng.permutation(predicted) == true).mean() for _ in range(2000)]
+    # The mean of 2000 draws whose deviation is about 0.01.
+    assert preflight.chance(predicted, true) == pytest.approx(np.mean(shuffled), abs=1e-3)
+    always = np.zeros(400, int)
+    assert preflight.chance(always, true) == (true == 0).mean()
+
+
+# --- classes
+
+
+def test_classes_match_by_name_number_or_map() -> None:
+    assert labels.match("m", NAMES, NAMES) == labels.Match("by name")
+    assert labels.match("m", ("Cat", "hot-dog, dog", "great owl,OWL"), NAMES).how == "by name"
+    assert labels.match("m", 3, NAMES).how == "by their number alone"
+    assert labels.match("m", ("LABEL_0", "LABEL_1", "LABEL_2"), NAMES).outputs is None
+    assert labels.match("m", NAMES, ("0", "1", "2")).how == "by their number alone"
+    found = labels.match("m", ("x", "owl, eagle owl", "dog", "cat"), NAMES, {
+        "dog": "dog", "cat": 3, "owl": "eagle_owl",
+    })  # fmt: skip
+    assert found == labels.Match("by the class map", (3, 2, 1))
+
+
+@pytest.mark.parametrize(
+    ("its", "message"),
+    [
+        (4, "has 4 classes, the data have 3"),
+        (("cat", "owl", "dog"), r"calls class 1 'owl', the data call it 'dog' \(the same names in"),
+        (("cat", "dog", "emu"), "calls class 2 'emu', the data call it 'owl': --class-map FILE"),
+        (("10", "0", "1"), "calls class 0 '10'"),  # folders of numbers, sorted as words
+    ],
+)
+def test_other_classes_are_refused(its: tuple[str, ...] | int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        labels.match("teacher t", its, NAMES)
+
+
+@pytest.mark.parametrize(
+    ("class_map", "message"),
+    [
+        ({"cat": 0, "dog": 1}, "leaves out 1 of the data's classes: 'owl'"),
+        ({"cat": 0, "dog": 1, "owl": 2, "elk": 3}, "unknown class .* 'elk'"),
+        ({"cat": 0, "dog": "wolf", "owl": 2}, "class 'wolf', which teacher t has not"),
+        ({"cat": 0, "dog": "dogs", "owl": 2}, "did you mean 'dog'"),
+        ({"cat": 0, "dog": 0, "owl": 2}, "gives 'cat' and 'dog' the same class of teacher t"),
+        ({"cat": "cat", "dog": 0, "owl": 2}, "gives 'cat' and 'dog' the same class of teacher t"),
+        ({"cat": 0, "dog": 5, "owl": 2}, "asks for class 5 of teacher t, which has 5"),
+        ({"cat": 0, "dog": -1, "owl": 2}, "asks for class -1"),
+        ({"cat": 0, "dog": 1, "owl": "crane"}, "of which teacher t has 2, numbers 3, 4"),
+    ],
+)
+def test_class_maps_that_do_not_fit_are_one_line(
+    class_map: dict[str, str | int], message: str
+) -> None:
+    its = ("cat", "dog", "owl", "crane, bird", "crane, machine")
+    with pytest.raises(UserError, match=message) as caught:
+        labels.match("teacher t", its, NAMES, class_map)
+    assert "\n" not in str(caught.value)
+
+
+def test_names_in_a_map_need_names_in_the_teacher() -> None:
+    with pytest.raises(UserError, match="are not known: give numbers from 0 to 8"):
+        labels.match("teacher t", 9, NAMES, {"cat": "cat", "dog": 1, "owl": 2})
+
+
+def test_a_class_map_is_read_from_json(tmp_path: Path) -> None:
+    path, wanted = tmp_path / "map.json", {"cat": "tabby", "dog": 207, "owl": "owl"}
+    path.write_text(json.dumps(wanted))
+    assert labels.read_class_map(path) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot read the class map"),
+        ("[1, 2]", "must be one JSON object"),
+        ('{"cat": 1.5}', "must be one JSON object"),
+        ('{"cat": true}', "must be one JSON object"),
+        ('{"cat": {"a": 1}}', "must be one JSON object"),
+        ('{"cat": 1, "cat": 2}', "has class 'cat' twice"),
+        (None, "cannot read the class map"),
+    ],
+)
+def test_damaged_class_maps_are_one_line(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "map.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        labels.read_class_map(path)
+    assert "\n" not in str(caught.value)
+
+
+# --- several teachers
+
+
+def _logits(m: int = 3, n: int = 5, k: int = 4, scale: float = 3.0) -> list[Tensor]:
+    rng = np.random.default_rng(2)
+    return [torch.from_numpy(scale * rng.standard_normal((n, k))).float() for _ in range(m)]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_combined_logits_give_the_mean_of_tempered_probabilities(temperature: float) -> None:
+    logits = _logits()
+    combined = ensembles.combined_logits(logits, temperature=temperature)
+    expected = np.mean(
+        [scipy.special.softmax(x.double().numpy() / temperature, 1) for x in logits], 0
+    )
+    found = scipy.special.softmax(combined.double().numpy() / temperature, 1)
+    # float32: logits of about 10 have an error of 1e-6
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def _weights(logits: list[Tensor], true: np.ndarray) -> np.ndarray:
+    """CA-MKD's equation 2 in float64, from its definition."""
+    p = np.stack([scipy.special.softmax(x.double().numpy(), 1) for x in logits])
+    errors = -(true * np.log(p)).sum(-1)  # (m, n)
+    return (1 - np.exp(errors) / np.exp(errors).sum(0)) / (len(logits) - 1)
+
+
+def test_weights_by_label_are_the_papers() -> None:
+    logits, true = _logits(), torch.tensor([0, 3, 1, 1, 2])
+    one_hot = np.eye(4)[true.numpy()]
+    found = ensembles.label_weights(logits, true)
+    np.testing.assert_allclose(found, _weights(logits, one_hot), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.sum(0), torch.ones(5))
+    soft = torch.full((5, 4), 0.1) + 0.6 * torch.from_numpy(one_hot).float()
+    found = ensembles.label_weights(logits, soft)
+    np.testing.assert_allclose(found, _weights(logits, soft.double().numpy()), rtol=1e-4)
+    combined = ensembles.combined_logits(logits, temperature=2.0, labels=true)
+    p = np.stack([scipy.special.softmax(x.double().numpy() / 2, 1) for x in logits])
+    expected = (_weights(logits, one_hot)[..., None] * p).sum(0)
+    found = scipy.special.softmax(combined.double().numpy() / 2, 1)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_teacher_that_knows_the_label_outweighs_one_that_does_not() -> None:
+    right = torch.tensor([[9.0, 0.0, 0.0]])
+    wrong = torch.tensor([[0.0, 200.0, 0.0]])
+    combined = ensembles.combined_logits([right, wrong], temperature=1.0, labels=torch.tensor([0]))
+    assert torch.isfinite(combined).all()
+    torch.testing.assert_close(combined.softmax(1), right.softmax(1))
+
+
+def test_one_teacher_is_itself_and_alike_teachers_are_one() -> None:
+    (only,) = _logits(m=1)
+    for true in (None, torch.tensor([0, 1, 2, 3, 0])):
+        for several in ([only], [only, only, only]):
+            combined = ensembles.combined_logits(several, temperature=3.0, labels=true)
+            expected = only - only.div(3).logsumexp(1, keepdim=True) * 3
+            torch.testing.assert_close(combined, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_extreme_logits_and_gradients() -> None:
+    logits = [torch.tensor([[6e4, -6e4]]).half(), torch.tensor([[6e4, -6e4]]).half()]
+    combined = ensembles.combined_logits(logits, temperature=1.0, labels=torch.tensor([1]))
+    assert combined.dtype == torch.float32
+    assert torch.isfinite(combined).all()
+    grown = [x.requires_grad_() for x in _logits()]
+    assert not ensembles.combined_logits(grown, temperature=1.0).requires_grad
+    assert not ensembles.label_weights(grown, torch.zeros(5, dtype=torch.long)).requires_grad
+
+
+def test_combinations_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+        ensembles.combined_logits(_logits(), temperature=0)
+    with pytest.raises(ValueError, match="must be of one shape, got none"):
+        ensembles.combined_logits([], temperature=1)
+    with pytest.raises(ValueError, match=r"must be of one shape, got \[\(5, 4\), \(5, 5\)\]"):
+        ensembles.combined_logits([*_logits(), torch.zeros(5, 5)], temperature=1)

@@ -1,0 +1,160 @@
+"""Recipes: what they resolve to, against values worked out by hand, and options without effect."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from dsdistill.harness.errors import UserError
+from kd import optimization, recipe, recipes
+from kd.losses import response
+from kd.recipe import Recipe
+
+
+def rates(chosen: Recipe, per_epoch: int) -> list[float]:
+    """The learning rate of every step."""
+    optimizer = optimization.make_optimizer(nn.Linear(2, 2), chosen)
+    schedule = optimization.make_schedule(optimizer, chosen, per_epoch)
+    found = []
+    for step in range(chosen.total_steps(per_epoch)):
+        schedule.step_update(step)
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
+def test_supergradients_learning_rates_step_by_step() -> None:
+    """5 epochs up from a sixth, 295 along a cosine to a hundredth, 10 at that."""
+    n = 7
+    found = rates(recipes.SUPERGRADIENTS, n)
+    top = 5e-3
+    up = [top / 6 + (top - top / 6) * step / (5 * n) for step in range(5 * n)]
+    low, fall = 0.01 * top, 295 * n
+    down = [low + (top - low) * (1 + math.cos(math.pi * i / fall)) / 2 for i in range(fall)]
+    assert len(found) == 310 * n
+    assert found == pytest.approx([*up, *down, *[low] * (10 * n)], rel=1e-9)
+
+
+def test_supergradients_parameter_groups_and_lamb() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    optimizer = optimization.make_optimizer(network, recipes.SUPERGRADIENTS)
+    assert type(optimizer).__name__ == "Lamb"
+    decays = {
+        id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
+    }
+    expected = {id(p): 0.02 if p.ndim > 1 else 0.0 for p in network.parameters()}
+    assert decays == expected
+    assert {group["lr"] for group in optimizer.param_groups} == {5e-3}
+
+
+def test_supergradients_loss_is_a_weighted_sum_at_temperature_one() -> None:
+    """0.2 of the task loss and 0.8 of KL(teacher || student), of numbers worked out by hand."""
+    student, teacher = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])
+    labels = torch.tensor([0])
+    q = math.e / (1 + math.e)
+    p = 1 / (1 + math.exp(2))
+    task = -math.log(q)
+    kl = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+    found = 0.2 * response.cross_entropy(student, labels) + 0.8 * response.logit_kl(
+        student, teacher, temperature=1
+    )
+    assert recipes.SUPERGRADIENTS.loss == "ce:0.2,kd:0.8:temperature=1"
+    assert found.item() == pytest.approx(0.2 * task + 0.8 * kl, rel=1e-6)
+
+
+def test_cifar_falls_at_its_milestones_and_decays_everything() -> None:
+    n = 3
+    found = rates(recipes.CIFAR, n)
+    expected = [
+        0.05 * 0.1 ** sum(step >= m * n for m in (150, 180, 210)) for step in range(240 * n)
+    ]
+    assert found == pytest.approx(expected)
+    optimizer = optimization.make_optimizer(nn.Linear(2, 2), recipes.CIFAR)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {5e-4}
+    assert not optimizer.param_groups[0]["nesterov"]
+
+
+def test_warm_up_then_cosine_to_zero() -> None:
+    found = rates(Recipe(steps=100, lr=1.0, warmup=10, warmup_from=0.0), 1)
+    assert found[:11] == pytest.approx([i / 10 for i in range(11)])
+    assert found[55] == pytest.approx(0.5)
+    assert 0 < found[99] < 1e-3
+
+
+def test_another_length_keeps_the_shape_of_the_schedule() -> None:
+    short = recipe.overridden(recipes.SUPERGRADIENTS, {"epochs": 31})
+    assert (short.warmup, short.cooldown) == pytest.approx((0.5, 1.0))
+    cifar = recipe.overridden(recipes.CIFAR, {"epochs": 24})
+    assert cifar.milestones == pytest.approx((15, 18, 21))
+    given = recipe.overridden(recipes.SUPERGRADIENTS, {"epochs": 31, "warmup": 2})
+    assert given.warmup == 2
+    steps = recipe.overridden(recipes.REAL, {"steps": 200})
+    assert (steps.epochs, steps.steps, steps.warmup) == (None, 200, pytest.approx(10))
+
+
+def test_the_average_follows_the_ramp() -> None:
+    network = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(network.weight)
+    average = optimization.Average(network, replace(recipes.REAL, ema=0.9, ema_ramp=15), total=100)
+    expected = 0.0
+    for step in range(1, 101):
+        nn.init.constant_(network.weight, float(step))
+        average.update(network, step)
+        keep = 0.9 * (1 - math.exp(-15 * step / 100))
+        expected = keep * expected + (1 - keep) * step
+    weight = average.network.get_parameter("weight")
+    assert weight.item() == pytest.approx(expected, rel=1e-5)
+    assert not average.network.training
+
+
+def test_the_average_takes_in_buffers() -> None:
+    network = nn.BatchNorm1d(1)
+    average = optimization.Average(network, replace(recipes.REAL, ema=0.5), total=1)
+    network(torch.tensor([[1.0], [3.0]]))
+    average.update(network, 1)
+    assert average.network.get_buffer("num_batches_tracked").item() == 1
+    assert 0 < average.network.get_buffer("running_mean").item() <= 0.2
+
+
+def test_the_mean_of_weights() -> None:
+    parts = [{"w": torch.tensor([float(i)]), "count": torch.tensor(i)} for i in (1, 2, 6)]
+    found = optimization.mean_weights(parts)
+    assert found["w"].item() == 3
+    assert found["count"].item() == 1
+
+
+@pytest.mark.parametrize(
+    ("base", "given", "message"),
+    [
+        ("cifar", {"final": 0.1}, "--final has no effect without --schedule cosine"),
+        ("cifar", {"auto_augment": "rand-m7"}, "--auto-augment has no effect without --augment"),
+        ("distilled_set", {"momentum": 0.8}, "--momentum has no effect without --optimizer sgd"),
+        ("distilled_set", {"ema_ramp": 3.0}, "--ema-ramp has no effect without --ema"),
+        ("deit", {"crop_padding": 2}, "--crop-padding has no effect without --augment crop-flip"),
+        ("cifar", {"epochs": 3, "steps": 4}, "give one of them"),
+        ("cifar", {"lr": -1.0}, "--lr must be positive and finite, got -1.0"),
+        ("cifar", {"batch_size": 0}, "--batch-size must be at least 1, got 0"),
+        ("cifar", {"label_smoothing": 1.0}, "--label-smoothing must be in [0, 1), got 1.0"),
+        ("deit", {"warmup": 300.0}, "leave nothing of a training of 300"),
+        ("deit", {"schedule": "milestones"}, "needs --milestones"),
+    ],
+)
+def test_values_that_break_a_rule_or_do_nothing(base, given, message) -> None:
+    with pytest.raises(UserError) as error:
+        recipe.overridden(recipes.named(base), given)
+    assert message in str(error.value)
+
+
+def test_unknown_recipe() -> None:
+    with pytest.raises(UserError, match="did you mean 'hinton'"):
+        recipes.named("hintn")
+
+
+def test_every_recipe_has_a_loss_that_can_be_read() -> None:
+    from kd import composition, terms
+
+    for name, chosen in recipes.NAMED.items():
+        recipe.overridden(chosen, {})  # breaks no rule
+        if chosen.loss is not None:
+            assert composition.parse(chosen.loss, terms.FUNCTIONS), name

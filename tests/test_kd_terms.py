@@ -1,0 +1,173 @@
+"""Terms of a loss on real small networks: what flows where, and what is refused."""
+
+from dataclasses import replace
+
+import kd_support as support
+import pytest
+import torch
+from torch import nn
+
+from dsdistill.harness import preprocess
+from dsdistill.harness.errors import UserError
+from kd import composition, data, models, networks, teachers, terms
+from kd.losses import feature, relation
+from kd.objectives import Distillation
+from kd.recipe import Recipe
+from kd.train import train
+
+SHAPE, CLASSES = (16, 16, 1), 4
+
+
+def student() -> networks.Classifier:
+    """Three blocks of convolutions named as a user would find them."""
+    return networks.build("convnet:8", SHAPE, CLASSES, seed=0)
+
+
+def teacher(name: str = "test_resnet") -> teachers.Teacher:
+    classifier = networks.build(name, SHAPE, CLASSES, seed=1)
+    names = tuple(f"class {i}" for i in range(CLASSES))
+    model = models.Model(classifier, name, names, SHAPE, preprocess.identity(1))
+    return teachers.Teacher(model, preprocess.identity(1), SHAPE[:2]).eval().requires_grad_(False)
+
+
+def batches(n: int = 32) -> data.Resident:
+    return data.batches(support.easy(n=n, size=16), 16, torch.device("cpu"))
+
+
+def objective(loss: str, taught_by: teachers.Teacher | None = None) -> Distillation:
+    network, taught_by = student(), taught_by or teacher()
+    made = terms.build(
+        composition.parse(loss, terms.FUNCTIONS), network, taught_by,
+        shape=SHAPE, classes=CLASSES, images=32,
+    )  # fmt: skip
+    return Distillation(network, made, (taught_by,))
+
+
+LAYERED = ("fitnet", "at", "vid", "mgd", "review")
+EMBEDDED = ("srd", "rkd-distance", "rkd-angle", "sp", "pkt", "cc", "crd")
+PLAIN = ("kd", "fm", "dkd", "dist", "ls", "logits", "hard")
+
+
+def layers(taught_by: teachers.Teacher) -> str:
+    """The convnet's first two ReLUs, of 16x16 and of 8x8 maps, with the teacher's stages."""
+    names = dict(taught_by.classifier.network.named_modules())
+    theirs = ("blocks.0", "blocks.1") if "blocks.0" in names else ("stages.0", "stages.1")
+    theirs = ("layer1", "layer2") if "layer1" in names else theirs
+    return f"2={theirs[0]},6={theirs[1]}"
+
+
+@pytest.mark.parametrize(
+    ("name", "taught_by"),
+    [(name, "test_resnet") for name in (*LAYERED, *EMBEDDED, *PLAIN)]
+    + [(name, "test_vit") for name in (*LAYERED, *EMBEDDED)],
+)
+def test_every_term_moves_the_student_and_not_the_teacher(name: str, taught_by: str) -> None:
+    theirs = teacher(taught_by)
+    loss = f"{name}@{layers(theirs)}" if name in LAYERED else name
+    wanted = objective(loss, theirs)
+    batch = next(batches().in_order())
+    value = wanted(batch)[name]
+    assert torch.isfinite(value)
+    value.backward()
+    moved = [p.grad for p in wanted.student.parameters() if p.grad is not None]
+    assert any(grad.abs().max() > 0 for grad in moved)
+    assert all(torch.isfinite(grad).all() for grad in moved)
+    assert all(p.grad is None for p in theirs.parameters())
+
+
+def test_a_term_is_its_weight_times_its_function_of_the_layers() -> None:
+    theirs = teacher()
+    ours = objective(f"at:10@{layers(theirs)}", theirs)
+    batch = next(batches().in_order())
+    found = ours(batch)["at"]
+    s = {}
+    network = ours.student.network
+    x = batch.images
+    for i, layer in enumerate(network.children()):
+        x = s[i] = layer(x)
+    hooked = {}
+    for name in ("layer1", "layer2", "stages.0", "stages.1"):
+        module = dict(theirs.classifier.network.named_modules()).get(name)
+        if module is not None:
+            module.register_forward_hook(lambda m, a, o, name=name: hooked.update({name: o}))
+    theirs(batch.images)
+    names = list(hooked)
+    expected = 0.0
+    for i, name in zip((2, 6), names, strict=True):
+        size = min(s[i].shape[-1], hooked[name].shape[-1])
+        pool = nn.AdaptiveAvgPool2d(size)
+        expected += feature.attention_transfer(pool(s[i]), pool(hooked[name])).item()
+    assert found.item() == pytest.approx(10 * expected, rel=1e-4)
+
+
+def test_relations_compare_the_inputs_of_the_classifiers() -> None:
+    theirs = teacher()
+    ours = objective("sp:2", theirs)
+    batch = next(batches().in_order())
+    found = ours(batch)["sp"]
+    embedding = ours.student.network[:-1](batch.images)
+    inside = theirs.classifier.network
+    theirs_embedding = inside.forward_head(inside.forward_features(batch.images), pre_logits=True)
+    expected = 2 * relation.similarity_preserving(embedding, theirs_embedding)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_projectors_are_trained_and_stored_and_not_part_of_the_student() -> None:
+    theirs = teacher()
+    ours = objective(f"fitnet:0.1@{layers(theirs)}", theirs)
+    before = {name: value.clone() for name, value in ours.stored().items()}
+    train(ours, batches(), Recipe(steps=3, lr=0.01, batch_size=16), 0)
+    projected = [name for name in before if "projectors" in name]
+    assert projected
+    assert not any(torch.equal(before[name], ours.stored()[name]) for name in projected)
+    assert not any("projectors" in name for name in ours.student.network.state_dict())
+
+
+def test_self_distillation_through_shallow_heads() -> None:
+    network = student()
+    specs = composition.parse("ce:1,heads:1@2,6", terms.FUNCTIONS)
+    made = terms.build(specs, network, shape=SHAPE, classes=CLASSES)
+    ours = Distillation(network, made)
+    assert not ours.needs_teacher
+    found = ours(next(batches().in_order()))
+    assert set(found) == {"ce", "heads"}
+    found["heads"].backward()
+    last = list(network.parameters())[-1]
+    assert last.grad is None  # the deepest classifier teaches, and does not learn from the heads
+    assert next(network.parameters()).grad is not None
+
+
+def test_a_contrastive_memory_follows_the_images_and_is_stored() -> None:
+    ours = objective("crd:0.8:negatives=8")
+    batch = next(batches().in_order())
+    memory = {k: v.clone() for k, v in ours.stored().items() if "memory" in k}
+    assert memory
+    assert torch.isfinite(ours(batch)["crd"])
+    after = ours.stored()
+    name = next(k for k in memory if k.endswith("memory.student"))
+    changed = (after[name] != memory[name]).any(1)
+    assert batch.index is not None
+    assert changed[batch.index].all()
+    assert changed.sum() == len(batch)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ("at", "a loss of maps needs layers"),
+        ("fitnet@layer9=layer1", "unknown layer 'layer9'"),
+        ("kd@2=layer1", "--loss kd looks at logits: leave its layers out"),
+        ("crd@2=layer1,6=layer2", "crd compares one pair of layers"),
+    ],
+)
+def test_layers_that_do_not_fit(loss: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        objective(loss)
+    assert message in str(error.value)
+
+
+def test_mixed_labels_are_refused_where_whole_ones_are_needed() -> None:
+    ours = objective("dkd")
+    batch = next(batches().in_order())
+    with pytest.raises(ValueError, match="label"):
+        ours(replace(batch, labels=torch.rand(16, 4)))
