@@ -27,7 +27,10 @@ def _train(options: Train) -> None:
     try:
         report = session.run(options)
     except KeyboardInterrupt as error:
+        assert options.out is not None
         message = f"kd: interrupted; continue with `kd train --resume --out {options.out}`"
+        if not (options.out / "config.json").exists():
+            message = "kd: interrupted; the same line goes on with what is finished"
         raise SystemExit(message) from error
     if not report:  # another process writes, and prints
         return

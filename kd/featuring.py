@@ -164,21 +164,18 @@ class _Vectors(nn.Module):
         return as_vector(student, self.layouts[0]), as_vector(teacher, self.layouts[1])
 
 
-class _Layouts(nn.Module):
-    """Of a pair, for a projector of all pairs together."""
-
-    def __init__(self, student: Layout, teacher: Layout) -> None:
-        super().__init__()
-        self.layouts = student, teacher
-
-
 class Fused(nn.Module):
     """Maps of all stages, from shallow to deep, each together with the deeper ones."""
 
     def __init__(self, place: Place, function: Function) -> None:
         super().__init__()
-        self.tapped, self.function = Tapped(place, _Layouts, default=False), function
-        layouts = [pair.layouts for pair in self.tapped.projectors]
+        layouts: list[tuple[Layout, Layout]] = []
+
+        def noted(*pair: Layout) -> nn.Module:  # the projector is one of all pairs together
+            layouts.append((pair[0], pair[1]))
+            return nn.Identity()
+
+        self.tapped, self.function = Tapped(place, noted, default=False), function
         with torch.random.fork_rng():
             torch.manual_seed(place.seed)
             self.fusion = Fusion([s for s, _ in layouts], [t for _, t in layouts])

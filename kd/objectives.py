@@ -5,7 +5,7 @@ there; its `student` alone is saved.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ class Distillation(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         outputs = self.student(batch.images)
         seen = Seen(batch, outputs, self._answers(batch), self.by_label)
-        return {term.name: term(seen) for term in self.terms}
+        return {term.name: term(seen) for term in _each(self.terms)}
 
     def stored(self) -> dict[str, Tensor]:
         return {k: v for k, v in self.state_dict().items() if not k.startswith(FROZEN)}
@@ -101,7 +101,7 @@ class Mutual(nn.Module):
         losses: dict[str, Tensor] = {}
         for i, own in enumerate(outputs):
             others = [other.detach() for j, other in enumerate(outputs) if j != i]
-            for term in self.terms:
+            for term in _each(self.terms):
                 teachers = others if term.needs_teacher else [own.detach()]
                 values = [term(Seen(batch, own, (other,))) for other in teachers]
                 name = term.name if i == 0 else f"{term.name}_{i + 1}"
@@ -156,6 +156,12 @@ class MeanTeacher(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         return undecayed(self.student, "inner.student.network.")
+
+
+def _each(terms: nn.ModuleList) -> Iterator[Weighted]:
+    for term in terms:
+        assert isinstance(term, Weighted)
+        yield term
 
 
 def undecayed(student: Classifier, prefix: str) -> set[str]:

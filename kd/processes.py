@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -59,7 +60,7 @@ def _lost(error: Exception) -> bool:
     return any(word in str(error).lower() for word in words)
 
 
-def _who(on: Engine, store: dist.Store, out: Path) -> str:
+def _who(on: Engine, store: Any, out: Path) -> str:
     others = [rank for rank in range(on.num_processes) if rank != on.process_index]
 
     def beats() -> dict[int, bytes]:

@@ -67,6 +67,9 @@ def settled(options: Train) -> Train:
     """
     if options.resume:
         assert options.out is not None
+        begun = [link.out for link in chain.before(options, options.out) if link.out]
+        if not (options.out / "config.json").exists() and any(map(Path.exists, begun)):
+            return replace(options, resume=False)  # a chain that was stopped before its last link
         return _stored(_start(options.out, options), options)
     if options.out is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("several processes of one training need --out, the folder they share")
@@ -105,13 +108,13 @@ def _train(options: Train) -> dict[str, Any]:
     folder, parts = options.out, assembly.assembled(options)
     assert folder is not None
     objective = assembly.objective(parts, options)
-    batches = teaching.batches(parts, options, objective)
     held = _held(options, parts)
     for name, teacher in zip(parts.taught_by, parts.teachers, strict=True):
         if held is not None:
             say = progress.say if parts.on.is_main_process else lambda line: None
             minimum = options.min_teacher_accuracy
             preflight.check(name, teacher, held, minimum=minimum, say=say)
+    batches = teaching.batches(parts, options, objective)
     run = engine.shared(parts.on, lambda: _start(folder, options))
     run = replace(run, writes=parts.on.is_main_process)
     if run.writes:

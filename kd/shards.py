@@ -162,9 +162,13 @@ class Sequential:
         """Not known."""
         return
 
-    @cached_property
+    @property
     def sizes(self) -> list[int]:
         """Images of each batch of an epoch, over all processes; all are whole."""
+        return self._sizes
+
+    @cached_property
+    def _sizes(self) -> list[int]:
         share = self.size // self.world
         dataset = self._dataset(training=True, rank=0, world=self.world)
         return [self.size] * (len(dataset) // share)

@@ -9,6 +9,7 @@ import torch
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.preprocess import Preprocess
 from kd import pictures, shards
+from kd.data import Batches
 from kd.engine import Engine
 from kd.pictures import Pictures
 from kd.recipe import Recipe
@@ -64,9 +65,10 @@ class Files:
         """ImageNet's normalisation: nothing is fitted on images that are not read yet."""
         if kind not in (None, "standardise"):
             raise UserError(f"--preprocess {kind} needs all images at once: leave it out")
-        return Preprocess("standardise", np.float32(MEAN), np.float32(STD))
+        mean, std = (np.asarray(values, np.float32) for values in (MEAN, STD))
+        return Preprocess("standardise", mean, std)
 
-    def train(self, recipe: Recipe, fitted: Preprocess, on: Engine, workers: int) -> Judged:
+    def train(self, recipe: Recipe, fitted: Preprocess, on: Engine, workers: int) -> Batches:
         """The training images in batches, cut and changed."""
         world = on.num_processes
         return shards.streamed(

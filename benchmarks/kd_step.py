@@ -1,0 +1,207 @@
+"""Images a second of `kd`'s training loop against a bare loop, and against timm's task.
+
+    python benchmarks/kd_step.py                 on the CPU
+    python benchmarks/kd_step.py --device cuda
+
+All four do the same student and teacher passes, the same loss and the same SGD step, in turns in
+one process: `kd.train` with everything that it does besides; a hand-written loop; a loop over
+timm's LogitDistillationTask; and `kd.train` with the teacher's answers known, against a
+hand-written loop that never runs the teacher. Each line gives medians over the turns and the ratio
+of `kd` to the others; above 1 it is faster.
+"""
+
+import argparse
+import functools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from statistics import median
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.task import LogitDistillationTask
+from timm.task.distillation import DistillationTeacher
+from torch import nn
+
+from dsdistill.harness import preprocess
+from dsdistill.harness.labeled import Examples, Labeled
+from kd import composition, data, engine, networks, terms
+from kd.objectives import Distillation
+from kd.recipe import Recipe
+from kd.train import train
+
+T, ALPHA = 4.0, 0.9
+CASES = {  # device: student, teacher, height and width, channels, batch
+    "cpu": [
+        ("convnet:32", "convnet:128", 28, 1, 64),
+        ("resnet18", "resnet34", 32, 3, 32),
+        ("vit_tiny_patch16_224", "resnet18", 64, 3, 16),
+    ],
+    "cuda": [
+        ("convnet:128", "convnet:128", 32, 3, 256),
+        ("resnet18", "resnet34", 128, 3, 128),
+        ("resnet50", "beit_base_patch16_224", 224, 3, 64),
+    ],
+}
+WARM_UP = 3  # steps that are not timed
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """Freshly made networks and images, on the device."""
+
+    student: networks.Classifier
+    teacher: networks.Classifier
+    batches: data.Resident
+    device: torch.device
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--device", default="cpu", choices=CASES)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=15, help="a turn")
+    options = parser.parse_args()
+    print(torch.cuda.get_device_name() if options.device == "cuda" else "CPU", torch.__version__)
+    for student, teacher, size, channels, batch in CASES[options.device]:
+        case = made(student, teacher, size, channels, batch, options.device)
+        loops = {"kd": ours, "bare": bare, "timm": timms, "known": known, "alone": alone}
+        seconds: dict[str, list[float]] = {name: [] for name in loops}
+        for _ in range(options.turns):
+            for name, loop in loops.items():
+                seconds[name].append(loop(case, options.steps))
+        rate = {name: batch / median(found) for name, found in seconds.items()}
+        print(
+            f"{student} from {teacher}, {size}x{size}x{channels}, batch {batch}: "
+            f"{rate['kd']:.0f} images/s, {rate['kd'] / rate['bare']:.3f} of a bare loop, "
+            f"{rate['kd'] / rate['timm']:.3f} of timm's task; with known answers "
+            f"{rate['known']:.0f} images/s, {rate['known'] / rate['alone']:.3f} of a bare loop "
+            f"without its teacher",
+            flush=True,
+        )
+
+
+def made(student: str, teacher: str, size: int, channels: int, batch: int, device: str) -> Case:
+    shape, n = (size, size, channels), 4 * batch
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(n, *shape)).astype(np.float32)
+    labels = np.arange(n) % 10
+    examples = Examples(Labeled(images, labels, tuple("0123456789")), preprocess.identity(channels))
+    where = torch.device(device)
+    build = functools.partial(networks.build, shape=shape, classes=10, seed=1)
+    ours, theirs = (build(name).to(where) for name in (student, teacher))
+    return Case(ours, theirs, data.batches(examples, batch, where), where)
+
+
+def ours(case: Case, steps: int, batches: data.Resident | None = None) -> float:
+    """Seconds a step of `kd.train`."""
+    specs = composition.parse(f"ce:{1 - ALPHA},kd:{ALPHA}:temperature={T}", terms.FUNCTIONS)
+    objective = Distillation(case.student, terms.build(specs, case.student), [case.teacher])
+    recipe = Recipe(steps=WARM_UP + steps, lr=1e-3, batch_size=case.batches.size)
+    marks: list[float] = []
+
+    def show(done: int, **_: float) -> None:
+        if done == WARM_UP or done == WARM_UP + steps:
+            synchronised(case.device)
+            marks.append(time.perf_counter())
+
+    on = engine.make(case.device.type)
+    train(objective, batches or case.batches, recipe, 0, on=on, show=show)
+    return (marks[1] - marks[0]) / steps
+
+
+def known(case: Case, steps: int) -> float:
+    """The same with a table of the teacher's answers."""
+    with torch.inference_mode():
+        logits = torch.cat([case.teacher(b.images) for b in case.batches.in_order()])
+
+    return ours(case, steps, replace(case.batches, teacher_logits=(logits.clone(),)))
+
+
+def bare(case: Case, steps: int) -> float:
+    """Seconds a step of the shortest loop that does the same."""
+    case.teacher.eval()
+
+    def loss(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        outputs = case.student(images)
+        with torch.no_grad():
+            answers = case.teacher(images)
+        return distillation(outputs, answers, labels)
+
+    return timed(case, loss, case.student, steps)
+
+
+def alone(case: Case, steps: int) -> float:
+    """The same without a teacher: its answers are constant."""
+    answers = torch.randn(case.batches.size, 10, device=case.device)
+
+    def loss(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return distillation(case.student(images), answers[: len(images)], labels)
+
+    return timed(case, loss, case.student, steps)
+
+
+def timms(case: Case, steps: int) -> float:
+    """Seconds a step of timm's task."""
+    channels = case.batches.examples.data.shape[-1]
+    config = {"mean": (0.0,) * channels, "std": (1.0,) * channels}
+    for network in (case.student, case.teacher):
+        network.pretrained_cfg = config  # pyright: ignore[reportArgumentType]
+    task = LogitDistillationTask(
+        case.student,
+        DistillationTeacher(case.teacher, device=case.device),
+        nn.CrossEntropyLoss(),
+        distill_loss_weight=ALPHA,
+        task_loss_weight=1 - ALPHA,
+        temperature=T,
+        device=case.device,
+        verbose=False,
+    )
+    task.train()
+    return timed(case, lambda images, labels: task(images, labels)["loss"], task, steps)
+
+
+def timed(
+    case: Case,
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    trained: nn.Module,
+    steps: int,
+) -> float:
+    """Seconds a step of SGD on a loss."""
+    trained.train()
+    case.teacher.eval()
+    optimizer = torch.optim.SGD(case.student.parameters(), 1e-3, momentum=0.9, nesterov=True)
+    images, began = stream(case), 0.0
+    for step in range(WARM_UP + steps):
+        if step == WARM_UP:
+            synchronised(case.device)
+            began = time.perf_counter()
+        batch = next(images)
+        optimizer.zero_grad()
+        loss(batch.images, batch.labels).backward()
+        optimizer.step()
+    synchronised(case.device)
+    return (time.perf_counter() - began) / steps
+
+
+def distillation(
+    outputs: torch.Tensor, answers: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    q, p = (F.log_softmax(x / T, dim=1) for x in (outputs, answers))
+    kl = T * T * F.kl_div(q, p, reduction="batchmean", log_target=True)
+    return ALPHA * kl + (1 - ALPHA) * F.cross_entropy(outputs, labels)
+
+
+def stream(case: Case) -> Iterator[data.Batch]:
+    for epoch in range(1_000_000):
+        yield from case.batches.epoch(0, epoch)
+
+
+def synchronised(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Whole trainings through the command: chains, caches, several teachers, folders of files."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from PIL import Image
+from test_kd_cli import _main, _report
+
+from kd import teachers
+
+FAST = ("--student", "mlp:16", "--epochs", "2", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two teachers of digits and a folder of coloured JPEGs."""
+    folder = tmp_path_factory.mktemp("schemes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for seed in (0, 1):
+            options = ("--epochs", 4, "--seed", seed, "--out", f"teacher-{seed}")
+            _main(patch, "train", "digits", *FAST, *options)
+    rng = np.random.default_rng(0)
+    for label, colour in enumerate(["red", "green", "blue"]):
+        (folder / "photos" / colour).mkdir(parents=True)
+        for i in range(30):
+            size = tuple(rng.integers(24, 48, 2))
+            pixels = rng.integers(0, 120, (*size, 3), dtype=np.uint8)
+            pixels[..., label] += 120
+            Image.fromarray(pixels).save(folder / "photos" / colour / f"{i}.jpg")
+    return folder
+
+
+@pytest.fixture
+def inside(work: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.chdir(work)
+    return monkeypatch
+
+
+def _weights(folder: Path) -> dict[str, np.ndarray]:
+    return safetensors.numpy.load_file(folder / "student.safetensors")
+
+
+def _same(a: Path, b: Path) -> bool:
+    first, second = _weights(a), _weights(b)
+    return all(np.array_equal(first[name], second[name]) for name in first)
+
+
+class _Asked:
+    """Counts the images that a teacher is asked about while students are trained."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.images = 0
+        answer = teachers.Teacher.forward
+
+        def counted(teacher, images):
+            self.images += len(images)
+            return answer(teacher, images)
+
+        patch.setattr(teachers.Teacher, "forward", counted)
+
+
+@pytest.mark.parametrize(
+    "changes", [(), ("--augment", "crop-flip", "--mixup", "0.4"), ("--augment", "crop-flip")]
+)
+def test_answers_from_the_cache_give_the_same_student_without_the_teacher(
+    inside, work: Path, changes: tuple[str, ...]
+) -> None:
+    name = "-".join(["cached", *changes]).replace("--", "")
+    common = ("train", "digits", *FAST, "--teacher", "teacher-0", *changes)
+    _main(inside, *common, "--out", f"{name}-0")
+    asked = _Asked(inside)
+    _main(inside, *common, "--cache", f"{name}-answers", "--out", f"{name}-1")
+    first, asked.images = asked.images, 0
+    _main(inside, *common, "--cache", f"{name}-answers", "--out", f"{name}-2")
+    assert _same(work / f"{name}-0", work / f"{name}-1")
+    assert _same(work / f"{name}-0", work / f"{name}-2")
+    trained = 1295 * (2 if changes else 1)
+    assert first - asked.images == trained
+    report = _report(work / f"{name}-2")
+    assert asked.images <= 143 + 359 + 1  # the preflight, the test images, a trial of the shape
+    assert report["teacher_accuracy"] > 0.5
+
+
+def test_the_cache_belongs_to_teacher_seed_and_augmentation(inside, work: Path) -> None:
+    common = ("train", "digits", *FAST, "--augment", "crop-flip", "--cache", "answers")
+    for i, other in enumerate(
+        [
+            ("--teacher", "teacher-0"),
+            ("--teacher", "teacher-1"),
+            ("--teacher", "teacher-0", "--seed", 1),
+            ("--teacher", "teacher-0", "--crop-padding", 1),
+        ]
+    ):
+        _main(inside, *common, *other, "--out", f"keyed-{i}")
+    assert len(list((work / "answers").iterdir())) == 4
+
+
+def test_a_damaged_entry_is_computed_anew(inside, work: Path, capsys) -> None:
+    common = ("train", "digits", *FAST, "--teacher", "teacher-0", "--cache", "damaged")
+    _main(inside, *common, "--out", "whole")
+    for path in (work / "damaged").rglob("*.safetensors"):
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    capsys.readouterr()
+    _main(inside, *common, "--out", "mended")
+    assert "does not match its checksum" in capsys.readouterr().err
+    assert _same(work / "whole", work / "mended")
+
+
+def test_features_cannot_be_cached(inside) -> None:
+    options = ("--teacher", "teacher-0", "--loss", "ce:1,sp", "--cache", "features")
+    with pytest.raises(SystemExit, match="this loss needs their features too"):
+        _main(inside, "train", "digits", *FAST, *options, "--out", "none")
+
+
+def test_born_again_networks_are_a_chain_that_can_be_continued(inside, work: Path) -> None:
+    common = ("train", "digits", *FAST, "--generations", 3, "--out", "again")
+    _main(inside, *common)
+    reports = [_report(work / name) for name in ("again-1", "again-2", "again")]
+    taught_by = [report["teacher"] for report in reports]
+    assert taught_by == [None, str(Path("again-1")), str(Path("again-2"))]
+    assert len({report["seed"] for report in reports}) == 3
+    before = (work / "again-2" / "student.safetensors").stat().st_mtime_ns
+    first = _weights(work / "again")
+    shutil.rmtree(work / "again")
+    _main(inside, *common, "--resume")  # as if it had been stopped before the last training
+    assert (work / "again-2" / "student.safetensors").stat().st_mtime_ns == before
+    second = _weights(work / "again")
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+    shutil.rmtree(work / "again")
+    with pytest.raises(SystemExit, match="again-1 holds a training with --lr None"):
+        _main(inside, *common, "--lr", 0.01)
+
+
+def test_an_assistant_stands_between_teacher_and_student(inside, work: Path) -> None:
+    options = ("--teacher", "teacher-0", "--assistants", "mlp:24", "--out", "helped")
+    _main(inside, "train", "digits", *FAST, *options)
+    assert _report(work / "helped-1")["student"] == "mlp:24"
+    assert _report(work / "helped-1")["teacher"].endswith("teacher-0")
+    assert _report(work / "helped")["teacher"] == "helped-1"
+
+
+@pytest.mark.parametrize("weights", ["alike", "by-label"])
+def test_two_teachers(inside, work: Path, weights: str) -> None:
+    options = ("--teacher", "teacher-0,teacher-1", "--teacher-weights", weights)
+    _main(inside, "train", "digits", *FAST, *options, "--out", f"two-{weights}")
+    assert _report(work / f"two-{weights}")["teacher"] == "teacher-0,teacher-1"
+
+
+def test_a_mean_teacher_and_peers(inside, work: Path) -> None:
+    _main(inside, "train", "digits", *FAST, "--mean-teacher", 0.9, "--out", "mean")
+    _main(inside, "train", "digits", *FAST, "--peers", "mlp:8,mlp:8", "--out", "peers")
+    lines = (work / "peers" / "metrics.jsonl").read_text().splitlines()
+    assert {"ce", "kd", "ce_2", "kd_3"} <= json.loads(lines[0]).keys()
+    assert (work / "peers" / "curves.png").stat().st_size > 1000
+
+
+def test_a_folder_of_photographs_is_streamed(inside, work: Path) -> None:
+    """Random crops, RandAugment, erasing, repeats, mixing and the cache of a timm teacher's run."""
+    common = ("train", "photos", "--augment", "imagenet", "--image-size", 16, "--device", "cpu")
+    common += ("--batch-size", 16, "--workers", 0, "--student", "convnet:8")
+    _main(inside, *common, "--epochs", 3, "--lr", 0.02, "--out", "colours")
+    report = _report(work / "colours")
+    assert report["train_images"] == 66
+    assert report["test_accuracy"] > 0.6
+    recipe = json.loads((work / "colours" / "recipe.json").read_text())
+    assert recipe["augment"] == "imagenet"
+    more = ("--auto-augment", "rand-m7-mstd0.5", "--random-erase", 0.3, "--mixup", 0.2)
+    more += ("--repeats", 2, "--teacher", "colours", "--cache", "seen", "--epochs", 1)
+    _main(inside, *common, *more, "--out", "first")
+    _main(inside, *common, *more, "--out", "second")
+    assert _same(work / "first", work / "second")
+    _main(inside, "evaluate", "first", "--json", "--device", "cpu")
+
+
+def test_an_unreadable_photograph_is_named(inside, work: Path) -> None:
+    broken = work / "broken"
+    for colour in ("red", "blue"):
+        (broken / colour).mkdir(parents=True)
+        for i in range(6):
+            Image.new("RGB", (20, 20), colour).save(broken / colour / f"{i}.png")
+    for path in (broken / "red").iterdir():
+        path.write_bytes(path.read_bytes()[:60])
+    options = ("--augment", "imagenet", "--image-size", 16, "--workers", 0, "--epochs", 1)
+    with pytest.raises(SystemExit, match=r"image .*red/\d.png cannot be read"):
+        _main(inside, "train", "broken", *options, "--student", "mlp:8", "--out", "unread")
