@@ -80,9 +80,13 @@ class Stream:
         known = self.pictures.labels
         return None if known is None else torch.from_numpy(known).to(self.device)
 
-    @cached_property
+    @property
     def sizes(self) -> list[int]:
         """Images of each batch of an epoch, over all processes."""
+        return self._sizes
+
+    @cached_property
+    def _sizes(self) -> list[int]:
         n = len(self.pictures)
         views = n if self.repeats == 1 or n < 256 else n // 256 * 256
         return [len(part) for part in split(np.arange(views), self.size, self.world)]
