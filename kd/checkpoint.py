@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dsdistill.harness.errors import UserError
 from kd.optimization import mean_weights
 
 Weights = Mapping[str, Tensor]
@@ -117,7 +118,27 @@ def unpack(
         modules: Under the names that they were packed with.
         optimizer, scaler: Freshly made.
         network: Whose weights were kept; for their devices.
+
+    Raises:
+        UserError: If it was packed with other networks or another recipe.
     """
+    try:
+        return _unpacked(saved, modules, optimizer, scaler, network)
+    except (KeyError, RuntimeError, ValueError) as error:
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(
+            f"the checkpoint is of another network, loss or recipe ({first}): start anew in "
+            "another folder"
+        ) from error
+
+
+def _unpacked(
+    saved: Saved,
+    modules: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+    network: nn.Module,
+) -> State:
     arrays, meta = saved
     for name, module in modules.items():
         # Not strict: an objective's frozen teachers are not stored.

@@ -299,6 +299,15 @@ def test_a_full_disk_leaves_the_last_checkpoint(inside, work: Path) -> None:
     assert _report(work / "full")["epochs"] == 4
 
 
+def test_a_checkpoint_of_another_network_is_refused(inside, work: Path) -> None:
+    for name, student in (("small", "mlp:8"), ("large", "mlp:16")):
+        _main(inside, "train", "digits", "--student", student, "--epochs", 1, "--out", name)
+    (work / "large" / "report.json").unlink()
+    shutil.copy(work / "small" / "checkpoint.safetensors", work / "large")
+    with pytest.raises(SystemExit, match="the checkpoint is of another network, loss or recipe"):
+        _main(inside, "train", "--out", "large", "--resume")
+
+
 def test_options_that_contradict_the_stored_ones_are_refused(inside, work: Path) -> None:
     folder = work / "contradict"
     shutil.copytree(work / "teacher", folder)
