@@ -36,7 +36,7 @@ CASES = {  # device: student, teacher, height and width, channels, batch
     "cpu": [
         ("convnet:32", "convnet:128", 28, 1, 64),
         ("resnet18", "resnet34", 32, 3, 32),
-        ("vit_tiny_patch16_224", "resnet18", 64, 3, 16),
+        ("mobilenetv3_small_050", "resnet18", 64, 3, 32),
     ],
     "cuda": [
         ("convnet:128", "convnet:128", 32, 3, 256),
