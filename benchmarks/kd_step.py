@@ -171,7 +171,9 @@ def timed(
     """Seconds a step of SGD on a loss."""
     trained.train()
     case.teacher.eval()
-    optimizer = torch.optim.SGD(case.student.parameters(), 1e-3, momentum=0.9, nesterov=True)
+    # Weight decay as in the recipe: another pass over all weights, a tenth of a step of ResNet-18.
+    settings = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
+    optimizer = torch.optim.SGD(case.student.parameters(), 1e-3, **settings)
     images, began = stream(case), 0.0
     for step in range(WARM_UP + steps):
         if step == WARM_UP:
