@@ -18,6 +18,7 @@ import hashlib
 import importlib.util
 import itertools
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -160,7 +161,6 @@ class Sequential:
     @property
     def labels(self) -> None:
         """Not known."""
-        return
 
     @property
     def sizes(self) -> list[int]:
@@ -264,12 +264,9 @@ class _Poured(IterableDataset):
         worker = get_worker_info()
         number = 0 if worker is None else worker.id
         for place, (image, label) in enumerate(self.dataset):
-            if self.key is None:
-                yield self.transform(image), int(label)
-            else:
-                with seeded(*self.key, number, place):
-                    view = self.transform(image)
-                yield view, int(label)
+            with nullcontext() if self.key is None else seeded(*self.key, number, place):
+                view = self.transform(image)
+            yield view, int(label)
 
 
 def _opened(name: str, root: Path | None, split: str, **options: Any) -> Any:
