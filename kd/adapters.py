@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.preprocess import Preprocess
 from kd.networks import repeat, resize
-from kd.wants import Interpolation
+from kd.zoo.wants import Interpolation
 
 
 class Undo(nn.Module):

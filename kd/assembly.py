@@ -13,27 +13,27 @@ from kd import (
     chain,
     composition,
     engine,
-    labels,
     models,
     networks,
     optimization,
     recipe,
     recipes,
     sources,
-    streaming,
     teachers,
     terms,
 )
 from kd.composition import Spec
 from kd.engine import Engine
+from kd.files import streaming
+from kd.files.streaming import Files
 from kd.models import Model
 from kd.networks import Classifier
 from kd.objectives import Distillation, MeanTeacher, Mutual, Objective
 from kd.options import Train
 from kd.recipe import Recipe
 from kd.sources import Source
-from kd.streaming import Files
 from kd.teachers import Teacher
+from kd.zoo import labels
 
 STUDENT = "convnet"
 TAUGHT = "ce:0.1,kd:0.9:temperature=4"  # the loss where none is given: Hinton's, as customary

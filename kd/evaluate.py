@@ -6,12 +6,14 @@ from typing import Any
 
 from dsdistill.harness import lists, runs
 from dsdistill.harness.errors import UserError
-from kd import engine, labels, models, networks, scoring, sources, streaming, teachers
+from kd import engine, models, networks, scoring, sources, teachers
+from kd.files import streaming
+from kd.files.streaming import Files
 from kd.networks import Shape
 from kd.options import Evaluate
 from kd.recipe import Recipe
 from kd.sources import Source
-from kd.streaming import Files
+from kd.zoo import labels
 
 
 def evaluate(options: Evaluate) -> dict[str, Any]:

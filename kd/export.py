@@ -185,7 +185,7 @@ def _files(recipe: Recipe) -> dict[str, Any]:
     """How image files were brought to the shape of the input, in evaluation."""
     if recipe.augment != "imagenet":
         return {"crop": 1.0, "interpolation": "bilinear"}
-    # As `kd.streaming` cuts them.
+    # As `kd.files.streaming` cuts them.
     interpolation = "bicubic" if recipe.interpolation == "random" else recipe.interpolation
     return {"crop": recipe.crop_share, "interpolation": interpolation}
 

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from dsdistill.harness import preprocess, runs
 from dsdistill.harness.errors import UserError
-from kd import exported, models, networks
+from kd import models, networks
 from kd.adapters import Apply
 from kd.models import Model
+from kd.zoo import exported
 
 Card = Mapping[str, Any]
 Write = Callable[[Path, Card], None]  # may be called again, with another card

@@ -20,7 +20,7 @@ from dsdistill.harness.errors import UserError
 from dsdistill.harness.preprocess import KINDS, Preprocess
 from kd import networks
 from kd.networks import Classifier
-from kd.wants import Interpolation, Shape
+from kd.zoo.wants import Interpolation, Shape
 
 Outputs = Literal["logits", "centred labels"]
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.preprocess import Preprocess
-from kd import builtin, exported, huggingface, timm_zoo, torchvision_zoo, weights
-from kd.wants import Interpolation, Shape, Wants, Zoo
+from kd.zoo import builtin, exported, huggingface, timm_zoo, torchvision_zoo, weights
+from kd.zoo.wants import Interpolation, Shape, Wants, Zoo
 
 __all__ = [
     "Classifier",

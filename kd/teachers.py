@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.preprocess import Preprocess
-from kd import exported, labels, models, networks, weights
+from kd import models, networks
 from kd.adapters import adapter, check_channels
-from kd.labels import ClassMap, Match
 from kd.models import Model
 from kd.networks import Classifier
-from kd.wants import Interpolation, Shape, Wants
+from kd.zoo import exported, labels, weights
+from kd.zoo.labels import ClassMap, Match
+from kd.zoo.wants import Interpolation, Shape, Wants
 
 
 @dataclass(frozen=True)

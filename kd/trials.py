@@ -11,13 +11,14 @@ from jaxtyping import Float
 
 from dsdistill.harness import places, preprocess, runs
 from dsdistill.harness.errors import UserError
-from kd import data, models, sources, streaming
+from kd import data, models, sources
+from kd.files import streaming
+from kd.files.pictures import Pictures
+from kd.files.streaming import Files
 from kd.models import Model
 from kd.networks import Shape
-from kd.pictures import Pictures
 from kd.recipe import Recipe
 from kd.sources import Source
-from kd.streaming import Files
 
 RANDOM, REAL = 16, 48  # images of either kind
 SEED = 0

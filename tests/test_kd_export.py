@@ -27,8 +27,9 @@ from torch import nn
 from dsdistill.harness import preprocess, runs
 from dsdistill.harness.metrics import softmax
 from dsdistill.harness.preprocess import Preprocess
-from kd import cli, export, formats, models, networks, sources, streaming, teachers
-from kd.pictures import Pictures
+from kd import cli, export, formats, models, networks, sources, teachers
+from kd.files import streaming
+from kd.files.pictures import Pictures
 from kd.recipe import Recipe
 from kd.trials import Trials
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from dsdistill.harness import preprocess
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.labeled import Examples, Labeled
-from kd import data, ensembles, labels, models, preflight
+from kd import data, ensembles, models, preflight
 from kd.networks import Classifier
 from kd.teachers import Teacher
+from kd.zoo import labels
 
 CPU = torch.device("cpu")
 NAMES = ("cat", "dog", "owl")

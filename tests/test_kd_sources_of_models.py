@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from dsdistill.harness import preprocess
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.preprocess import Preprocess
-from kd import exported, huggingface, models, networks, teachers, torchvision_zoo, weights
-from kd.wants import Wants
+from kd import models, networks, teachers
+from kd.zoo import exported, huggingface, torchvision_zoo, weights
+from kd.zoo.wants import Wants
 
 NAMES = ("cat", "dog", "owl")
 COLOUR, GRAY = (20, 20, 3), (12, 12, 1)

@@ -23,12 +23,12 @@ from torch import Tensor
 
 from dsdistill.harness import datasets
 from dsdistill.harness.errors import UserError
-from kd import pictures, shards
 from kd.data import Batch, derive, mine
-from kd.pictures import Pictures, open_folder
-from kd.shards import Archive, Sequential, is_named, open_named, streamed
-from kd.stream import Stream, order
-from kd.views import Views, seeded
+from kd.files import pictures, shards
+from kd.files.pictures import Pictures, open_folder
+from kd.files.shards import Archive, Sequential, is_named, open_named, streamed
+from kd.files.stream import Stream, order
+from kd.files.views import Views, seeded
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -1,7 +1,7 @@
 """Data sets by timm's names, `hfds/NAME`, `tfds/NAME` and `wds/DIR`.
 
 The first are read in any order, as folders are. The others are read from front to back, and give
-up some of what `kd.stream` promises:
+up some of what `kd.files.stream` promises:
 
 - An epoch is what timm's reader makes of it: each decoding process of each rank reads its own
   shards, over again where they are too few, until its even share of full batches is there. So some
@@ -30,9 +30,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from dsdistill.harness.errors import UserError, unknown
 from kd.data import Batch, derive
-from kd.pictures import Pictures
-from kd.stream import Pair, Stream, collated, delivered, loader
-from kd.views import Transform, Views, seeded
+from kd.files.pictures import Pictures
+from kd.files.stream import Pair, Stream, collated, delivered, loader
+from kd.files.views import Transform, Views, seeded
 
 PACKAGES = {"hfds": "datasets", "tfds": "tensorflow_datasets", "wds": "webdataset"}
 NAMES = "classes.txt"  # beside the shards of `wds/`, which name no classes: one a line

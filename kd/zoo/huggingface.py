@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError
-from kd import labels
-from kd.wants import Shape, Wants, interpolation
+from kd.zoo import labels
+from kd.zoo.wants import Shape, Wants, interpolation
 
 # PIL's numbers of resampling filters.
 _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError
-from kd.wants import Shape
+from kd.zoo.wants import Shape
 
 SUFFIX = ".pt2"
 CARD = "model.json"  # the extra file that says what the program wants and what it answers

@@ -6,7 +6,7 @@ import numpy as np
 from torch import nn
 
 from dsdistill.harness.errors import UserError
-from kd.wants import Shape
+from kd.zoo.wants import Shape
 
 
 def convnet(shape: Shape, classes: int, width: int) -> nn.Module:

@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 
 from dsdistill.harness.errors import UserError, unknown
-from kd import builtin, labels
-from kd.wants import Shape, Wants, interpolation
+from kd.zoo import builtin, labels
+from kd.zoo.wants import Shape, Wants, interpolation
 
 SOURCES = ("hf-hub", "local-dir")  # prefixes that timm understands itself
 

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, default_collate
 
 from dsdistill.harness.errors import UserError
 from kd.data import Batch, derive, mine, split
-from kd.pictures import Pictures
-from kd.views import Transform, Views, kept, seed
+from kd.files.pictures import Pictures
+from kd.files.views import Transform, Views, kept, seed
 
 Pair = tuple[Tensor, Tensor]  # images and labels
 

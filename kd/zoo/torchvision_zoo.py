@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from dsdistill.harness.errors import unknown
-from kd import labels
-from kd.wants import Shape, Wants, interpolation
+from kd.zoo import labels
+from kd.zoo.wants import Shape, Wants, interpolation
 
 CHANNELS = 3
 # Their heads for training alone would add outputs that no loss here knows.

@@ -8,14 +8,14 @@ import torch
 
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.preprocess import Preprocess
-from kd import pictures, shards
 from kd.data import Batches
 from kd.engine import Engine
-from kd.pictures import Pictures
+from kd.files import pictures, shards
+from kd.files.pictures import Pictures
+from kd.files.shards import Archive
+from kd.files.views import Views
 from kd.recipe import Recipe
 from kd.scoring import SCORE_BATCH, Judged
-from kd.shards import Archive
-from kd.views import Views
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as timm has them
 PARTS = ("train", "validation")  # of a data set by timm's name, which has no test images then

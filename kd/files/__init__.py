@@ -1,0 +1,1 @@
+"""Images that are read from files while a training goes on."""

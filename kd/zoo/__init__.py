@@ -1,0 +1,1 @@
+"""Where networks come from: built in, timm, torchvision, Hugging Face, files, programs."""
