@@ -62,12 +62,11 @@ class Loop:
     def update(self, step: int, parts: list[Batch], seed: int) -> dict[str, Tensor]:
         """One step down the gradient; the mean terms before it, of this process's images."""
         self.schedule.step_update(step)
-        self.objective.train()
         self.optimizer.zero_grad()
         whole = sum(part.whole or len(part) for part in parts)
         terms: dict[str, Tensor] = {}
         for i, part in enumerate(parts):
-            torch.manual_seed(derive(seed, step, i, self.on.process_index))
+            _seed(derive(seed, step, i, self.on.process_index), self.on.device)
             last = i + 1 == len(parts)
             with contextlib.nullcontext() if last else self.on.no_sync(self.wrapped):
                 found = self.wrapped(part)
@@ -117,4 +116,13 @@ def made(objective: Objective, batches: Batches, recipe: Recipe, on: Engine) -> 
     # Frozen teachers and memories are alike in all processes: DDP would send them at each step.
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, unshared)
     wrapped, prepared = on.prepare(objective, optimizer)
+    if on.num_processes == 1 and on.scaler is None:
+        prepared = optimizer  # the wrapper does nothing then, in a quarter of a millisecond
     return Loop(objective, wrapped, prepared, schedule, average, recipe, on, per_epoch, total)
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """torch's global generators; `torch.manual_seed` takes long where CUDA is not in use."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)

@@ -67,6 +67,7 @@ def train(
     loop = steps.made(objective, batches, recipe, on or engine.make())
     state = loop.restored(saved) if saved else State()
     meter, watch, saved_at = Meter(state.meter), Watch(), time.monotonic()
+    objective.train()
     with torch.random.fork_rng():
         for step, parts in loop.stream(batches, seed, state.step):
             terms = loop.update(step, parts, seed)
@@ -79,6 +80,7 @@ def train(
                 watch.flush()
                 state = _round(loop, state, meter, validate, log)
                 meter = Meter()
+                objective.train()  # whatever the validation left it in
             elif save is None or time.monotonic() - saved_at < SAVE_EVERY:
                 continue
             watch.flush()
