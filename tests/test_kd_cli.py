@@ -272,6 +272,17 @@ def test_wrong_input_through_the_real_command(
     assert done.stdout == ""
 
 
+def test_half_precision_and_another_memory_format_through_the_real_command(work: Path) -> None:
+    options = ("--precision", "bf16", "--channels-last", "--device", "cpu", "--out", "half")
+    done = support.kd(
+        "train", "digits", "--student", "convnet:8", "--epochs", 1, *options, cwd=work
+    )
+    assert done.returncode == 0, done.stderr
+    assert _report(work / "half")["recipe"]["precision"] == "bf16"
+    stored = safetensors.numpy.load_file(work / "half" / "student.safetensors")
+    assert {value.dtype for value in stored.values()} == {np.dtype(np.float32)}
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write")
 def test_an_unwritable_folder_is_one_line(inside, work: Path) -> None:
     (work / "locked").mkdir(mode=0o500)
