@@ -115,7 +115,11 @@ class Mutual(nn.Module):
         pass
 
     def no_weight_decay(self) -> set[str]:
-        return undecayed(self.student, "student.network.")
+        names = undecayed(self.student, "student.network.")
+        for i, peer in enumerate(self.peers):
+            assert isinstance(peer, Classifier)
+            names |= undecayed(peer, f"peers.{i}.network.")
+        return names
 
 
 class MeanTeacher(nn.Module):

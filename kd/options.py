@@ -51,7 +51,7 @@ class Train:
     this kind of data and network. The options below change its fields."""
     teacher_weights: Literal["alike", "by-label"] | None = None
     """Of several teachers; by-label: for each image by how well they know its label."""
-    class_map: Folder = None
+    class_map: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """JSON file, class of the data -> class of the teacher (name or number)."""
     min_teacher_accuracy: Number = None
     """Refuse a teacher below this fraction of the validation images."""

@@ -17,6 +17,7 @@ from kd.data import Batch, Batches, derive
 from kd.engine import Engine
 from kd.objectives import Objective
 from kd.optimization import Average, make_optimizer, make_schedule
+from kd.projectors import Memory
 from kd.recipe import Recipe
 
 SHORT_EPOCH = 100  # steps
@@ -111,9 +112,13 @@ def made(objective: Objective, batches: Batches, recipe: Recipe, on: Engine) -> 
     optimizer = make_optimizer(objective, recipe)
     schedule = make_schedule(optimizer, recipe, per_epoch)
     average = Average(objective.student.network, recipe, total) if recipe.ema else None
-    own = objective.stored()
-    unshared = [k for k in objective.state_dict() if k not in own or "memory" in k]
     # Frozen teachers and memories are alike in all processes: DDP would send them at each step.
+    own, kinds = objective.stored(), dict(objective.named_modules())
+    unshared = [
+        name
+        for name in objective.state_dict()
+        if name not in own or isinstance(kinds[name.rpartition(".")[0]], Memory)
+    ]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, unshared)
     wrapped, prepared = on.prepare(objective, optimizer)
     if on.num_processes == 1 and on.scaler is None:
