@@ -29,7 +29,7 @@ from kd.files.streaming import Files
 from kd.models import Model
 from kd.networks import Classifier
 from kd.objectives import Distillation, MeanTeacher, Mutual, Objective
-from kd.options import Train
+from kd.options import TOLD, Train
 from kd.recipe import Recipe
 from kd.sources import Source
 from kd.teachers import Teacher
@@ -243,9 +243,12 @@ def _teachers(
     options: Train, names: Sequence[str], source: Source | Files, student: Model
 ) -> tuple[Teacher, ...]:
     """Loaded, adapted to the student's images, and frozen."""
+    if chain.taught_by_run(options):
+        options = replace(options, **dict.fromkeys(chain.FOREIGN))
     mapping = labels.read_class_map(options.class_map) if options.class_map else None
     where = student.preprocess, source.shape, source.classes
-    return tuple(teachers.load(name, *where, class_map=mapping) for name in names)
+    told = {name.removeprefix("teacher_"): getattr(options, name) for name in TOLD}
+    return tuple(teachers.load(name, *where, class_map=mapping, **told) for name in names)
 
 
 def _recipe(options: Train, named: Recipe | None, distilled: bool, student: Model) -> Recipe:

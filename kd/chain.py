@@ -11,7 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from dsdistill.harness import lists
-from kd.options import Train
+from kd.options import TOLD, Train
+
+FOREIGN = ("class_map", *TOLD)  # of the first teacher: an earlier run has the data's classes
 
 
 def before(options: Train, out: Path) -> tuple[Train, ...]:
@@ -28,6 +30,7 @@ def before(options: Train, out: Path) -> tuple[Train, ...]:
             link = replace(link, overrides=replace(options.overrides, loss=None))
         found.append(link)
         teacher = str(folder)
+        plain = replace(plain, **dict.fromkeys(FOREIGN))
     return tuple(found)
 
 
@@ -37,6 +40,11 @@ def teacher(options: Train) -> str | None:
     if count == 0 or options.out is None:
         return options.teacher
     return str(_folder(options.out, count))
+
+
+def taught_by_run(options: Train) -> bool:
+    """Whether the teacher of the last training is one of the chain's."""
+    return teacher(options) != options.teacher
 
 
 def _students(options: Train) -> list[str | None]:

@@ -10,7 +10,7 @@ from kd import engine, models, networks, scoring, sources, teachers
 from kd.files import streaming
 from kd.files.streaming import Files
 from kd.networks import Shape
-from kd.options import Evaluate
+from kd.options import TOLD, Evaluate
 from kd.recipe import Recipe
 from kd.sources import Source
 from kd.zoo import labels
@@ -35,13 +35,15 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
     teacher = None
     if name is not None:
         first = lists.names("--teacher", name)[0]
-        mapping = config.get("class_map") if options.teacher is None else None
+        own = config if options.teacher is None else {}  # what was said of the run's teacher
+        mapping = own.get("class_map")
         teacher = teachers.load(
             first,
             student.preprocess,
             source.shape,
             source.classes,
             class_map=labels.read_class_map(Path(mapping)) if mapping else None,
+            **{name.removeprefix("teacher_"): own.get(name) for name in TOLD},
         )
         teacher.to(device)
     student.classifier.to(device)

@@ -15,6 +15,7 @@ Name = Annotated[str | None, tyro.conf.arg(metavar="NAME|RUN")]
 Names = Annotated[str | None, tyro.conf.arg(metavar="NAME,NAME,...")]
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
 Count = Annotated[int | None, tyro.conf.arg(metavar="N")]
+Values = Annotated[tuple[float, ...] | None, tyro.conf.arg(metavar="X X X")]
 Number = Annotated[float | None, tyro.conf.arg(metavar="X")]
 
 _HINTS = get_type_hints(recipe.Recipe)
@@ -31,6 +32,8 @@ Overrides: Any = make_dataclass(
     ],
     frozen=True,
 )
+
+TOLD = ("teacher_image_size", "teacher_mean", "teacher_std")  # what a file of weights cannot say
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,12 @@ class Train:
     """Of several teachers; by-label: for each image by how well they know its label."""
     class_map: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """JSON file, class of the data -> class of the teacher (name or number)."""
+    teacher_image_size: Count = None
+    """Height and width of the images given to a teacher from a file that does not say it."""
+    teacher_mean: Values = None
+    """Its normalisation, one value a channel of images in [0, 1]."""
+    teacher_std: Values = None
+    """The same."""
     min_teacher_accuracy: Number = None
     """Refuse a teacher below this fraction of the validation images."""
     cache: Folder = None
@@ -113,7 +122,7 @@ class Train:
             value = getattr(self, name)
             rule = f"{_option(name)} must be in [0, 1)"
             _require(value is None or 0 <= value < 1, rule, value)
-        for name in ("cache_top", "generations"):
+        for name in ("cache_top", "generations", "teacher_image_size"):
             value = getattr(self, name)
             rule = f"{_option(name)} must be at least 1"
             _require(value is None or value >= 1, rule, value)
@@ -130,7 +139,8 @@ class Train:
                 f"{_option('peers' if self.peers else 'mean_teacher')} is a scheme without a "
                 "teacher: leave --teacher out"
             )
-        for name in ("cache", "class_map", "min_teacher_accuracy", "teacher_weights", "assistants"):
+        needing = ("cache", "class_map", "min_teacher_accuracy", "teacher_weights", "assistants")
+        for name in (*needing, *TOLD):
             if getattr(self, name) is not None and not teacher:
                 raise UserError(f"{_option(name)} needs --teacher")
         if self.teacher_weights and "," not in (teacher or ""):

@@ -273,9 +273,8 @@ def _stored(run: runs.Run, options: Train) -> Train:
     config = {k: v for k, v in run.config.items() if k in _config(options)}
     for name in ("data_root", "class_map", "cache"):
         config[name] = None if config[name] is None else Path(config[name])
+    config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
     overrides = {f.name: config.pop(f.name) for f in fields(options.overrides)}
-    if overrides["milestones"] is not None:
-        overrides["milestones"] = tuple(overrides["milestones"])
     return replace(options, **config, overrides=Overrides(**overrides))
 
 

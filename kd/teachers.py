@@ -105,7 +105,7 @@ def load(
     Published weights bring what they want. A file of weights does not: the normalisation that the
     architecture's published weights want is assumed, and, unless it takes one size alone, the
     data's image size; of a built-in network, and of a program without a card, all that is the
-    data's. The last three arguments say otherwise.
+    data's. The last three arguments say otherwise, but for an earlier run, which knows.
 
     Args:
         name: Folder of an earlier run of `kd train`; a name as in `kd.networks`, whose published
@@ -123,7 +123,13 @@ def load(
     """
     who = f"teacher {name}"
     data = preprocess, shape, classes
+    told = image_size, mean, std
     if Path(name).is_dir():
+        if told != (None, None, None):
+            raise UserError(
+                f"{who} is an earlier run and brings its preprocessing: leave "
+                "--teacher-image-size, --teacher-mean and --teacher-std out"
+            )
         model = models.load_run(Path(name))
         found: tuple[Model, Match] = model, labels.match(who, model.classes, classes, class_map)
     elif name.endswith(exported.SUFFIX):
@@ -133,7 +139,7 @@ def load(
     else:
         found = _published(name, shape, classes, class_map)
     model, matched = found
-    model = _told(model, image_size, mean, std)
+    model = _told(model, *told)
     check_channels(who, model.shape[2], shape[2])
     teacher = Teacher(model, preprocess, shape[:2], matched).eval().requires_grad_(False)
     _try(who, teacher, shape)

@@ -10,7 +10,7 @@ import safetensors.numpy
 from PIL import Image
 from test_kd_cli import _main, _report
 
-from kd import teachers
+from kd import models, teachers
 
 FAST = ("--student", "mlp:16", "--epochs", "2", "--device", "cpu")
 
@@ -144,6 +144,28 @@ def test_an_assistant_stands_between_teacher_and_student(inside, work: Path) -> 
     assert _report(work / "helped-1")["student"] == "mlp:24"
     assert _report(work / "helped-1")["teacher"].endswith("teacher-0")
     assert _report(work / "helped")["teacher"] == "helped-1"
+
+
+def test_a_file_of_weights_is_told_its_normalisation_and_a_chain_forgets_it(
+    inside, work: Path
+) -> None:
+    """Told what it was trained with, it is the teacher that it was; told otherwise, it is not."""
+    fitted = models.load_run(work / "teacher-0").preprocess
+    mean, std = float(fitted.mean[0]), float(fitted.std[0])
+    common = ("--teacher", f"mlp:16@{work / 'teacher-0' / 'student.safetensors'}")
+    accuracies = []
+    for name, shift in (("told", 0.0), ("mistold", 1.0)):
+        told = ("--teacher-mean", mean + shift, "--teacher-std", std, "--teacher-image-size", 8)
+        chain = ("--assistants", "mlp:24", "--out", name)
+        _main(inside, "train", "digits", *FAST, *common, *told, *chain)
+        assert _report(work / name)["teacher"] == f"{name}-1"
+        accuracies.append(_report(work / f"{name}-1")["teacher_accuracy"])
+    known = _report(work / "teacher-0")["test_accuracy"]
+    assert accuracies[0] == pytest.approx(known)
+    assert accuracies[1] < known - 0.1
+    with pytest.raises(SystemExit, match="is an earlier run and brings its preprocessing"):
+        options = ("--teacher", "teacher-0", "--teacher-mean", 0)
+        _main(inside, "train", "digits", *FAST, *options, "--out", "none")
 
 
 @pytest.mark.parametrize("weights", ["alike", "by-label"])
