@@ -163,8 +163,8 @@ def test_a_file_of_weights_is_told_its_normalisation_and_a_chain_forgets_it(
     known = _report(work / "teacher-0")["test_accuracy"]
     assert accuracies[0] == pytest.approx(known)
     assert accuracies[1] < known - 0.1
+    options = ("--teacher", "teacher-0", "--teacher-mean", 0)
     with pytest.raises(SystemExit, match="is an earlier run and brings its preprocessing"):
-        options = ("--teacher", "teacher-0", "--teacher-mean", 0)
         _main(inside, "train", "digits", *FAST, *options, "--out", "none")
 
 
