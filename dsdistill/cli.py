@@ -1,4 +1,4 @@
-"""The command `dsdistill`: kip, ls, evaluate, inspect, export.
+"""The command `dsdistill`: kip, ls, evaluate, report, inspect, export.
 
 Only options are imported here; the frameworks are imported inside the commands, so that
 `dsdistill --help` answers at once. What is wrong with the input is said in one line.
@@ -32,6 +32,12 @@ def evaluate(chosen: options.Evaluate) -> None:
     scorecard.run(chosen)
 
 
+def report(chosen: options.Report) -> None:
+    from dsdistill import scorecard
+
+    print(scorecard.compare(chosen))
+
+
 def inspect(chosen: options.Inspect) -> None:
     from dsdistill import summary
 
@@ -59,6 +65,7 @@ COMMANDS: command.Commands = {
     "kip": (options.Kip, kip),
     "ls": (options.LabelSolve, label_solve),
     "evaluate": (options.Evaluate, evaluate),
+    "report": (options.Report, report),
     "inspect": (options.Inspect, inspect),
     "export": (options.Export, export),
 }
@@ -67,7 +74,12 @@ COMMANDS: command.Commands = {
 def main() -> None:
     """Run one command of the line that the user typed."""
     description = "Condense an image data set into a few synthetic images."
-    command.main("dsdistill", description, COMMANDS, "stopped; a run continues with --resume")
+    command.main(
+        "dsdistill",
+        description,
+        COMMANDS,
+        "stopped; a run and an evaluation continue with --resume",
+    )
 
 
 if __name__ == "__main__":

@@ -168,22 +168,75 @@ class Evaluate:
     """Train learners on a distilled set and, the same way, on random, coreset and full data."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """a run's folder, or a distilled .safetensors file"""
+    """a run's folder, a distilled .safetensors file; with --data also what other projects publish:
+    a .pt or .npz file, a folder of class folders"""
 
     learners: str = "ridge,convnet"
-    """comma-separated: ridge (with the set's own kernel), convnet, mlp, or any timm model"""
+    """comma-separated: ridge (with the set's own kernel), ridge:KERNEL (with another), convnet,
+    kip-convnet, mlp, resnet18, vgg11, vit, with a width as convnet:32; any student of `kd train`"""
 
-    controls: str = "random,coreset,full"
+    controls: str = "random,k-means,herding,full"
     """comma-separated: what to compare with"""
 
+    teacher: str | None = None
+    """a teacher of `kd train`: relabels the distilled images in one more arm, and is compared with
+    every learner"""
+
+    augment: Literal["none", "crop", "crop-flip"] = "none"
+    """networks are trained with these changes too, beside the training without"""
+
     seeds: int = 5
-    """trainings of each learner on each data"""
+    """trainings of each learner on each data: the seeds 0, 1, ..."""
+
+    steps: int | None = None
+    """of every network's training on every data; default: the learner's (300; kip-convnet 5000)"""
+
+    data: str | None = None
+    """what a set from elsewhere was distilled from; of our own sets it is known"""
+
+    image_size: int | None = None
+    """of --data, if it is a folder"""
+
+    pixels: Literal["auto", "standardised", "unit", "bytes"] = "auto"
+    """of a set from elsewhere: mean 0 and deviation 1 of --mean and --std, [0, 1], or 0 to 255"""
+
+    labels: Literal["auto", "index", "one-hot", "centred", "probabilities", "logits"] = "auto"
+    """of a set from elsewhere"""
+
+    mean: tuple[float, ...] | None = None
+    """of a set from elsewhere with standardised pixels: one value a channel, of images in [0, 1]"""
+
+    std: tuple[float, ...] | None = None
+    """the same"""
+
+    layout: Literal["auto", "nchw", "nhwc"] = "auto"
+    """of the images of a set from elsewhere"""
+
+    device: str = "cpu"
+    """of the networks: cpu, auto (a GPU where there is one), cuda or cuda:N"""
 
     out: Path | None = None
-    """folder of report.json and report.md; default: evaluation-<n> in the run's folder"""
+    """folder of the report; default: evaluation-<n> in the run's folder"""
+
+    resume: bool = False
+    """go on with an evaluation that was stopped"""
+
+    cache: Path | None = field(default_factory=lambda: places.cache() / "evaluations")
+    """where results that other evaluations can use are kept; None: nowhere"""
 
     data_root: Path = field(default_factory=places.data_root)
     """where named data sets lie (environment: DSDISTILL_DATA)"""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Compare evaluations, or distilled sets, on one page."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """folders of evaluations, or of runs, of which the newest evaluation counts"""
+
+    out: Path = Path("report.html")
+    """the page to write"""
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,10 @@ from jaxtyping import Float
 from dsdistill import hosts, label_solve, pace, ridge, start
 from dsdistill.harness import artifact, datasets, memory, pictures, progress, runs
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.evaluate import Predict, accuracy
+from dsdistill.harness.evaluate import Predict
+from dsdistill.harness.judges import accuracy
 from dsdistill.harness.labeled import Examples
+from dsdistill.harness.pictures import Side
 from dsdistill.options import Kip, LabelSolve, Source, settled
 from dsdistill.phases import Plan
 from dsdistill.search import accumulated, search
@@ -231,7 +233,8 @@ def _finish(options: Source, run: runs.Run, setting: Setting, result: Result) ->
         return run.folder
     distilled = artifact.Distilled(result.images, result.labels, fitted, classes, provenance)
     picture = run.folder / "distilled.png"
-    pictures.write_grid(picture, before.images, result.images, hard, classes, fitted)
+    sides = Side("before", before.images, hard), Side("after", result.images, hard)
+    pictures.write_grid(picture, *sides, classes, fitted)
     artifact.save(run.folder / artifact.FILE, distilled)
     return run.folder
 

@@ -10,8 +10,9 @@ Source: Nguyen, Chen and Lee (2021), arXiv:2011.00050, equation 2.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -70,12 +71,20 @@ def loss(
 
 @dataclass(frozen=True)
 class Ridge:
-    """Kernel ridge regression as a `Learner`. Nothing in it is random or tuned."""
+    """Kernel ridge regression as a `Learner`. Nothing in it is random or tuned.
+
+    Attributes:
+        network: Whose kernel.
+        ridge: Relative, see `solve`.
+        name, limit, identity: As any learner's; without an identity its results are not kept.
+    """
 
     network: Network
     ridge: float = 1e-6
     name: str = "ridge"
     limit: int | None = LIMIT
+    identity: Mapping[str, Any] | None = None
+    deterministic: ClassVar[bool] = True
 
     def __call__(self, train: Examples, validation: Examples, seed: int, /) -> Predict:
         """Fit on all training images; validation images and seed play no part."""

@@ -1,21 +1,41 @@
-"""`dsdistill evaluate`: the only place where the distillation meets learners of both frameworks."""
+"""`dsdistill evaluate` and `dsdistill report`: learners of both frameworks on every kind of data.
+
+config.json   the options
+results/      one small file a training: what a stopped evaluation goes on with
+images.png    the distilled images beside real ones
+plots/        every plot as PNG and SVG
+report.json   all figures; report.md and report.html show them. Written last
+"""
 
 import platform
-import shlex
-from collections.abc import Mapping
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dsdistill.harness import artifact, controls, datasets, lists, progress, report, runs
-from dsdistill.harness.artifact import Distilled
-from dsdistill.harness.datasets import Splits
-from dsdistill.harness.errors import UserError
-from dsdistill.harness.evaluate import Arm, Learner, Row, evaluate
-from dsdistill.harness.labeled import Examples
-from dsdistill.options import Evaluate
+import numpy as np
 
-VALIDATION = 0.1  # for a set that held no validation images out itself
+from dsdistill import arms, commands
+from dsdistill.assembly import Parts, assembled
+from dsdistill.harness import controls, memory, pictures, progress, runs
+from dsdistill.harness.errors import UserError
+from dsdistill.harness.evaluate import evaluate
+from dsdistill.harness.kept import Kept
+from dsdistill.harness.labeled import per_class
+from dsdistill.harness.pictures import Side
+from dsdistill.harness.reports import page, report, verdict, words
+from dsdistill.harness.reports.report import Report
+from dsdistill.harness.results import Result
+from dsdistill.options import Evaluate
+from dsdistill.options import Report as Compare
+
+RESULT = "report.json"
+PICTURE = "images.png"
+FREE = ("data_root", "cache", "device")  # options that may differ on resume
+PER_CALL = ("out", "resume")  # options that are none of the evaluation's
+VERSIONS = ("dsdistill", "jax", "numpy", "scikit-learn", "scipy", "timm", "torch")
 
 
 def run(options: Evaluate) -> Path:
@@ -24,144 +44,168 @@ def run(options: Evaluate) -> Path:
     Raises:
         UserError: For input that breaks a rule, before anything is trained.
     """
-    if options.seeds < 1:
-        raise UserError(f"--seeds must be at least 1, got {options.seeds}")
-    file = artifact.locate(options.run)
-    distilled = artifact.load(file)
-    learners = [_learner(name, distilled) for name in lists.names("--learners", options.learners)]
-    splits = _splits(distilled, options.data_root)
-    arms = _arms(distilled, splits, lists.names("--controls", options.controls, empty=True))
-    out = options.out or runs.next_free("evaluation", file.parent)
-    runs.check_free(out, "report.json")
-    out.mkdir(parents=True, exist_ok=True)
-    rows = _rows(learners, arms, splits, distilled, list(range(options.seeds)))
-    report.write(out, rows, _facts(options, distilled, splits, rows))
-    _print(rows, out)
+    parts = assembled(options)
+    beside = options.run if options.run.is_dir() else options.run.parent
+    out = options.out or runs.next_free("evaluation", beside)
+    runs.start(
+        out,
+        _config(options),
+        result=RESULT,
+        resume=options.resume,
+        defaults=_config(Evaluate(options.run)),
+        free=FREE,
+    )
+    began = time.monotonic()
+    kept = Kept(out / "results", options.cache, sharing=controls.CONTROLS)
+    results = _measured(parts, list(range(options.seeds)), kept)
+    _picture(out, parts)
+    report.write(out, _report(options, parts, results, time.monotonic() - began))
+    _print(report.load(out), out)
     return out
 
 
-def _rows(
-    learners: list[Learner],
-    arms: list[Arm],
-    splits: Splits,
-    distilled: Distilled,
-    seeds: list[int],
-) -> list[Row]:
-    validation = Examples(splits.validation, distilled.preprocess)
-    test = Examples(splits.test, distilled.preprocess)
-    done, rows = 0, []
-    with progress.bar(len(learners) * len(arms) * len(seeds), unit="trainings") as show:
-        for learner in learners:
-            for arm in arms:
+def compare(options: Compare) -> Path:
+    """One page about any number of evaluations.
 
-                def on_seed(accuracy: float) -> None:
-                    nonlocal done
-                    done += 1
-                    show(done, accuracy=accuracy)
-
-                rows.append(evaluate(learner, arm, validation, test, seeds, on_seed=on_seed))
-    return rows
-
-
-def _arms(distilled: Distilled, splits: Splits, names: list[str]) -> list[Arm]:
-    train = Examples(splits.train, distilled.preprocess)
-    images_per_class = max(len(distilled) // len(distilled.classes), 1)
-    examples = distilled.examples()
-    return [
-        Arm("distilled", lambda seed: examples),
-        *(controls.arm(name, train, images_per_class) for name in names),
-    ]
+    Raises:
+        UserError: If a folder holds none.
+    """
+    if not options.runs:
+        raise UserError("give at least one folder of an evaluation, or of a run that has one")
+    folders = [_newest(run) for run in options.runs]
+    reports = [report.load(folder) for folder in folders]
+    shown = {
+        f"{found.title}: distilled images beside real ones": (folder / PICTURE).read_bytes()
+        for folder, found in zip(folders, reports, strict=True)
+        if (folder / PICTURE).exists()
+    }
+    title = reports[0].title if len(reports) == 1 else f"{len(reports)} evaluations"
+    text = page.render(reports, title=title, pictures=shown)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    runs.write_bytes(options.out, text.encode())
+    return options.out
 
 
-def _learner(name: str, distilled: Distilled) -> Learner:
-    if name == "ridge":
-        from dsdistill import ridge
-        from dsdistill.kernels import networks
-
-        config = distilled.provenance["config"]
-        first = lists.names("--kernel", config["kernel"])[0]  # of several, the one that judged
-        std = {name: config[name] for name in ("w_std", "b_std") if name in config}
-        network = networks.parse(first, config["depth"], **std)
-        return ridge.Ridge(network, distilled.provenance["evaluation_ridge"])
-    from kd.learners import learner
-
-    return learner(name)
+def _newest(run: Path) -> Path:
+    """The folder itself if it is an evaluation's, else the newest of those inside it."""
+    if (run / RESULT).exists():
+        return run
+    inside = sorted(run.glob(f"*/{RESULT}"), key=lambda path: path.stat().st_mtime)
+    if not inside:
+        raise UserError(f"{run} holds no evaluation: make one with `dsdistill evaluate {run}`")
+    return inside[-1].parent
 
 
-def _splits(distilled: Distilled, root: Path) -> Splits:
-    """The data set that the set was made from, split as it was then."""
-    data, config = distilled.provenance["data"], distilled.provenance["config"]
-    splits = datasets.load(
-        data["source"],
-        root=root,
-        image_size=config["image_size"],
-        validation_fraction=config["validation_fraction"] or VALIDATION,
-    )
-    if splits.train.classes != distilled.classes:
-        raise UserError(
-            f"the distilled set has {len(distilled.classes)} classes, {data['source']} has "
-            f"{len(splits.train.classes)}, or they differ in name or order"
-        )
-    if splits.digest != data["sha256"]:
-        raise UserError(f"{data['source']} is not the data the set was made from: it has changed")
-    return splits
+def _config(options: Evaluate) -> dict[str, Any]:
+    found = {k: v for k, v in asdict(options).items() if k not in PER_CALL}
+    return {k: str(v.absolute()) if isinstance(v, Path) else v for k, v in found.items()}
 
 
-def _facts(
-    options: Evaluate, distilled: Distilled, splits: Splits, rows: list[Row]
-) -> dict[str, Any]:
-    made = distilled.provenance
-    again = ["dsdistill", "evaluate", str(options.run), "--learners", options.learners]
-    again += ["--controls", options.controls, "--seeds", str(options.seeds)]
-    return {
-        "title": f"{made['method']} on {splits.name}, {len(distilled)} images",
-        "notes": _notes(distilled, splits, rows),
-        "commands": [_distil_command(made), shlex.join(again)],
-        "distilled": {
-            name: made[name] for name in ("method", "kernel", "data", "seconds", "metrics")
+def _measured(parts: Parts, seeds: list[int], kept: Kept) -> list[Result]:
+    trainings, results = parts.trainings, []
+    with progress.bar(len(trainings) * len(seeds), unit="trainings") as show:
+
+        def on_result(found: Result) -> None:
+            results.append(found)
+            figure = "failed" if found.accuracy is None else f"{found.accuracy:.1%}"
+            show(len(results), **{f"{found.learner} on {found.arm}": figure})
+
+        for learner, augmented, arm in trainings:
+            evaluate(
+                learner,
+                arm,
+                parts.judges,
+                seeds,
+                augmented=augmented,
+                kept=kept,
+                on_result=on_result,
+            )
+    return results
+
+
+def _picture(out: Path, parts: Parts) -> None:
+    """The set beside real images of the same classes."""
+    distilled, train = parts.distilled, parts.train
+    rng = np.random.default_rng(0)
+    rows = per_class(train.data, arms.images_per_class(distilled), rng)
+    left = Side("real", train.images(rows), train.data.labels[rows])
+    right = Side("distilled", distilled.images, distilled.hard_labels)
+    classes, fitted = distilled.classes, distilled.preprocess
+    pictures.write_grid(out / PICTURE, left, right, classes, fitted)
+
+
+def _report(options: Evaluate, parts: Parts, results: Sequence[Result], seconds: float) -> Report:
+    made, splits = parts.distilled.provenance, parts.splits
+    own = "config" in made
+    return Report(
+        title=f"{made['method']} on {splits.name}, {len(parts.distilled)} images",
+        notes=[*made.get("notes", []), *_notes(parts, results)],
+        commands=[*([commands.distil(made)] if own else []), commands.evaluation(options)],
+        classes=list(parts.distilled.classes),
+        data={
+            "name": splits.name,
+            "sha256": splits.digest,
+            "train": len(splits.train),
+            "validation": len(splits.validation),
+            "test": len(splits.test),
         },
-        "machine": platform.platform(),
-        "versions": made["versions"]
-        | {name: metadata.version(name) for name in ("torch", "scikit-learn")},
+        images_per_class=arms.images_per_class(parts.distilled),
+        results=tuple(results),
+        distilled=_described(parts),
+        seconds=seconds,
+        peak_memory=memory.peak(),
+        machine=platform.platform(),
+        versions={"python": platform.python_version()}
+        | {name: metadata.version(name) for name in VERSIONS},
+    )
+
+
+def _described(parts: Parts) -> dict[str, Any]:
+    made = parts.distilled.provenance
+    names = ("method", "kernel", "seconds", "peak_memory", "metrics")
+    full, size = parts.splits.train, parts.distilled.nbytes
+    whole = len(full) * (int(np.prod(full.shape)) * full.store.itemsize + 1)
+    return {
+        **{name: made.get(name) for name in names},
+        "images": len(parts.distilled),
+        "bytes": size,
+        "compression": whole / size,
     }
 
 
-def _notes(distilled: Distilled, splits: Splits, rows: list[Row]) -> list[str]:
-    made = distilled.provenance
-    spent = progress.clock(made["seconds"])
-    notes = [f"Distilled in {spent} with the kernel {made['kernel']}; the stored labels are used."]
-    limited = [row for row in rows if row.data == "full" and row.images < len(splits.train)]
-    return notes + [
-        f"{row.learner} on full data: a class-balanced draw of {row.images} of "
-        f"{len(splits.train)} images, since its exact solution of all needs too much memory."
-        for row in limited
-    ]
+def _notes(parts: Parts, results: Sequence[Result]) -> list[str]:
+    whole = len(parts.splits.train)
+    limited = {r.learner: r.images for r in results if r.arm == "full" and r.images < whole}
+    return [
+        f"{learner} on full data: a class-balanced draw of {images} of {whole} images, since its "
+        "exact solution of all needs too much memory."
+        for learner, images in limited.items()
+    ] + _hints(parts, results)
 
 
-def _distil_command(made: Mapping[str, Any]) -> str:
-    """The command line that makes the set again; options that have their default are left out."""
-    from dsdistill.options import Kip, LabelSolve, settled
+def _hints(parts: Parts, results: Sequence[Result]) -> list[str]:
+    """What to check of a set from elsewhere on which no learner learns anything."""
+    found = [r.accuracy for r in results if r.arm == "distilled" and r.accuracy is not None]
+    if "config" in parts.distilled.provenance or not found:
+        return []
+    from dsdistill import foreign
 
-    defaults = vars(LabelSolve())
-    if made["method"] == "kip":
-        optimizer = made["config"].get("optimizer", Kip.optimizer)
-        defaults = vars(settled(Kip(optimizer=optimizer))) | {"optimizer": Kip.optimizer}
-    words = ["dsdistill", made["method"], shlex.quote(str(made["config"]["data"]))]
-    for name, value in {**made["config"], **made["config"].get(runs.CHOSEN, {})}.items():
-        if name not in defaults or name == "data" or value == defaults.get(name):
-            continue
-        option = "--" + name.replace("_", "-")
-        words += [option] if value is True else [option, shlex.quote(str(value))]
-    return " ".join(words)
+    chance = float(np.bincount(parts.splits.test.labels).max() / len(parts.splits.test))
+    hint = foreign.hint(max(found), chance, len(parts.splits.test))
+    return [hint] if hint else []
 
 
-def _print(rows: list[Row], out: Path) -> None:
+def _print(found: Report, out: Path) -> None:
+    """What fits a terminal; the report has the rest."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*report.COLUMNS)
-    for row in rows:
-        table.add_row(*report.cells(row))
+    table = Table("trained on", "learner", "test accuracy, %", "95 % interval", "n")
+    for row in found.rows:
+        arm, count = words.label(row.arm, row.augmented), str(len(row.results))
+        table.add_row(arm, row.learner, words.accuracy(row), words.interval(row), count)
     console = Console(soft_wrap=True)
     console.print(table)
-    console.print(f"report: {out / 'report.md'}")
+    for line in (verdict.headline(found), *found.notes):
+        console.print(line)
+    console.print(f"report: {out / 'report.html'}")

@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 from dsdistill.harness import command
-from kd.options import Evaluate, Export, Train
+from kd.options import Evaluate, Export, Report, Train
 
 
 def main() -> None:
@@ -15,6 +15,7 @@ def main() -> None:
         "train": (Train, _train),
         "evaluate": (Evaluate, _evaluate),
         "export": (Export, _export),
+        "report": (Report, _report),
     }
     command.main("kd", description, commands, "interrupted")
 
@@ -57,6 +58,16 @@ def _export(options: Export) -> None:
         print(f"kd: compared on random images only: {found['note']}", file=sys.stderr)
     rounded = {name: f"{found[name]:.2g}" for name in ("largest_difference", "tolerance")}
     _print({name: rounded.get(name, found[name]) for name in _EXPORTED})
+
+
+def _report(options: Report) -> None:
+    from dsdistill.harness.runs import write_bytes
+    from kd import report
+
+    text = report.render(options.runs)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(options.out, text.encode())
+    print(options.out)
 
 
 _EXPORTED = (

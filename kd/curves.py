@@ -16,21 +16,18 @@ def draw(folder: Path) -> None:
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     if not rows:
         return
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # not pyplot: which backend it has is the user's choice
 
     names = [name for name in rows[0] if name not in NOT_DRAWN]
     terms = [name for name in names if not name.startswith("validation_")]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
     _lines(left, rows, terms)
     left.set(ylabel="loss terms, weighted (mean of a round)", xlabel="step", yscale="log")
     _lines(right, rows, ["validation_accuracy"])
     right.set(ylabel="validation accuracy (fraction)", xlabel="step")
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
-    pyplot.close(figure)
     runs.write_bytes(folder / "curves.png", content.getvalue())
 
 

@@ -181,6 +181,16 @@ class Export:
     """Where the run's data lie, of which some images are compared; by default where they lay."""
 
 
+@dataclass(frozen=True)
+class Report:
+    """Compare finished runs on one page."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Folders of finished runs; those that differ in their seed alone are put together."""
+    out: Path = Path("report.html")
+    """The page to write."""
+
+
 def _require(holds: bool, rule: str, got: object) -> None:
     if not holds:
         raise UserError(f"{rule}, got {got}")

@@ -117,7 +117,7 @@ def _facts(
     # Three standard deviations of the mean of n coin tosses.
     limit = expected + 3 * math.sqrt(expected * (1 - expected) / n)
     some = slice(None, None, math.ceil(n / FITTED))  # every so many: data may be sorted by class
-    temperature = scoring.fit_temperature(logits[some], labels[some])
+    temperature = metrics.fit_temperature(logits[some], labels[some])
     return Facts(name, resolved, accuracy, expected, accuracy <= limit, temperature, n)
 
 

@@ -1,4 +1,4 @@
-"""How good a student is: outputs, figures, a fitted temperature, latency. Reads, never trains."""
+"""How good a student is: outputs, figures, latency. Reads, never trains."""
 
 import copy
 import time
@@ -97,23 +97,6 @@ def validation(
     totals: Any = on.reduce(sums)
     accuracy, nll, _ = (totals / totals[2]).tolist()
     return {"accuracy": accuracy, **({"nll": nll} if logits else {})}
-
-
-def fit_temperature(scores: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]) -> float:
-    """The T for which softmax(scores / T) has the smallest NLL, in [e^-7, e^7].
-
-    Estimates of centred labels lie within about ±1, so their plain softmax is nearly uniform; with
-    one temperature, fitted on validation images, they become probabilities worth judging.
-
-    Source: temperature scaling, Guo et al. (2017), arXiv:1706.04599, section 4.2.
-    """
-    from scipy.optimize import minimize_scalar
-
-    def loss(log_t: float) -> float:
-        return metrics.nll(metrics.softmax(scores, float(np.exp(log_t))), labels)
-
-    found = minimize_scalar(loss, bounds=(-7, 7), method="bounded")
-    return float(np.exp(found["x"]))
 
 
 def latency(classifier: nn.Module, shape: Shape) -> dict[str, float]:

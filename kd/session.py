@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 from torch import nn
 
-from dsdistill.harness import memory, progress, runs
+from dsdistill.harness import memory, metrics, progress, runs
 from dsdistill.harness.errors import UserError
 from kd import (
     assembly,
@@ -191,7 +191,7 @@ def _fit(
         )
     student.classifier.network.load_state_dict(state.best)
     if held and student.outputs == "centred labels":
-        temperature = scoring.fit_temperature(*scoring.scored(student.classifier, held))
+        temperature = metrics.fit_temperature(*scoring.scored(student.classifier, held))
         student = replace(student, output_temperature=temperature)
     seconds = earlier + time.perf_counter() - began
     return student, state, {"seconds": seconds, "startup_seconds": startup}

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -235,6 +234,7 @@ def test_of_several_kernels_the_first_one_is_stored_and_evaluates(dsdistill, tmp
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert {line["network"] for line in lines} == {0, 1}
     evaluated = ("--learners", "ridge", "--controls", "", "--seeds", 1, "--out", "report")
+    evaluated += ("--cache", "cache")
     done = dsdistill("evaluate", "run", *evaluated)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "report" / "report.json").read_text())
@@ -342,6 +342,7 @@ def test_stopped_by_hand_leaves_a_checkpoint(dsdistill, tmp_path, number):
         (["inspect", "nothing.safetensors"], ["no distilled set"]),
         (["inspect", "foreign.safetensors"], ["not a"]),
         (["evaluate", "nothing"], ["no distilled set"]),
+        (["report", "nothing"], ["holds no evaluation"]),
     ],
     ids=lambda value: " ".join(value)[:50],
 )
@@ -470,46 +471,6 @@ def test_export_in_every_format(dsdistill, kip_run, tmp_path):
     tensors = torch.load(tmp_path / "set.pt", weights_only=True)
     np.testing.assert_array_equal(tensors["labels"].numpy(), distilled.labels)
     one_line(dsdistill("export", kip_run, "--format", "npz", "--out", "set.npz"), "exists already")
-
-
-def test_evaluate_compares_and_reports(dsdistill, kip_run, tmp_path):
-    options = ("--learners", "ridge", "--seeds", 2, "--out", "report")
-    done = dsdistill("evaluate", kip_run, *options)
-    assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "report" / "report.json").read_text())
-    rows = {row["data"]: row for row in report["rows"]}
-    assert list(rows) == ["distilled", "random", "coreset", "full"]
-    distilled = rows["distilled"]
-    assert distilled["accuracy"] == [distilled["mean"]] * 2  # ridge regression draws nothing
-    described = json.loads(dsdistill("inspect", kip_run, "--json").stdout)
-    assert distilled["mean"] == pytest.approx(described["metrics"]["test_accuracy"])
-    assert rows["random"]["mean"] < distilled["mean"] < rows["full"]["mean"]
-    assert (rows["random"]["images"], rows["full"]["images"]) == (20, 1295)
-    assert rows["random"]["bytes"] == 20 * (64 * 4 + 1)
-    distil, evaluate = report["commands"]
-    assert distil == "dsdistill kip digits --images-per-class 2 --steps 60"
-    assert shlex.split(evaluate)[:3] == ["dsdistill", "evaluate", str(kip_run)]
-    assert evaluate.count("--seeds") == evaluate.count("--controls") == 1
-    assert evaluate in (tmp_path / "report" / "report.md").read_text()
-    assert "coreset" in done.stdout
-    one_line(dsdistill("evaluate", kip_run, *options), "already holds a finished run")
-
-
-def test_evaluate_refuses_what_it_does_not_know(dsdistill, kip_run, tmp_path):
-    one_line(dsdistill("evaluate", kip_run, "--learners", "rigde"), "rigde")
-    one_line(dsdistill("evaluate", kip_run, "--controls", "randon"), "did you mean 'random'")
-    one_line(dsdistill("evaluate", kip_run, "--seeds", 0), "--seeds")
-    other = tmp_path / "other"
-    shutil.copytree(kip_run, other)
-    file = other / "distilled.safetensors"
-    distilled = artifact.load(file)
-    made = json.loads(json.dumps(dict(distilled.provenance)))
-    made["data"]["sha256"] = "0" * 64
-    changed = artifact.Distilled(
-        distilled.images, distilled.labels, distilled.preprocess, distilled.classes, made
-    )
-    artifact.save(file, changed)
-    one_line(dsdistill("evaluate", other), "it has changed")
 
 
 def test_help_is_quick(dsdistill):

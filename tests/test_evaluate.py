@@ -1,11 +1,17 @@
 """The protocol with learners made of NumPy, whose results are known by hand."""
 
+import json
+from dataclasses import dataclass, replace
+
 import numpy as np
 import pytest
 
-from dsdistill.harness import controls, evaluate, labeled, report
+from dsdistill.harness import evaluate as protocol
+from dsdistill.harness import judges, labeled, results
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.evaluate import Arm
+from dsdistill.harness.evaluate import Arm, evaluate
+from dsdistill.harness.judges import Judges
+from dsdistill.harness.kept import Kept
 from dsdistill.harness.labeled import Examples, Labeled
 from dsdistill.harness.preprocess import identity
 
@@ -18,12 +24,23 @@ def examples(n: int, seed: int = 0) -> Examples:
     return Examples(Labeled(images, labels, ("dark", "light")), identity(1))
 
 
+def judging(**of) -> Judges:
+    return Judges(examples(8, 1), examples(5, 2), identity={"test": 5}, **of)
+
+
+FULL = Arm("full", lambda seed: examples(10), fixed=True, identity={"n": 10})
+
+
+@dataclass
 class Constant:
     """Predicts one class whatever it sees, and remembers what it was given."""
 
-    name, limit = "constant", None
+    name: str = "constant"
+    limit: int | None = None
+    identity: object = "constant"
+    deterministic: bool = False
 
-    def __init__(self) -> None:
+    def __post_init__(self) -> None:
         self.seen: list[tuple[Examples, Examples, int]] = []
 
     def __call__(self, train, validation, seed, /):
@@ -31,77 +48,299 @@ class Constant:
         return lambda images: np.tile([seed == 0, seed != 0], (len(images), 1)).astype(float)
 
 
-def test_a_row_holds_what_was_measured():
-    learner, train, validation, test = Constant(), examples(10), examples(4), examples(5)
-    row = evaluate.evaluate(learner, Arm("full", lambda seed: train), validation, test, [0, 1])
-    assert row.accuracy == [3 / 5, 2 / 5]  # labels 0, 1, 0, 1, 0
-    assert row.mean == pytest.approx(0.5)
-    assert row.std == pytest.approx(np.sqrt(2) * 0.1)  # n - 1 in the denominator
-    assert (row.n, row.images, row.bytes, row.seeds) == (2, 10, 10 * (4 * 4 + 1), [0, 1])
-    assert row.train_seconds >= 0
+@dataclass
+class Graded:
+    """Right on a share of all images that depends on its rate; `bad` rates give NaN or an error."""
+
+    share: dict[float, float]
+    bad: tuple[float, ...] = ()
+    raising: bool = False
+    name: str = "graded"
+    limit: int | None = None
+    rate: float | None = None
+
+    def __post_init__(self) -> None:
+        self.trained: list[tuple[float | None, int]] = []
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        return tuple(self.share)
+
+    def at(self, rate: float) -> "Graded":
+        chosen = replace(self, rate=rate)
+        chosen.trained = self.trained
+        return chosen
+
+    def __call__(self, train, validation, seed, /):
+        self.trained.append((self.rate, seed))
+        if self.rate in self.bad and self.raising:
+            raise FloatingPointError("loss is nan\nat step 3")
+
+        def predict(images):
+            light = images.mean((1, 2, 3)) > 0.5
+            rng = np.random.default_rng(0)
+            flip = rng.permutation(len(images)) >= round(self.share[self.rate] * len(images))
+            scores = np.stack([light == flip, light != flip], 1).astype(float)
+            return scores * np.nan if self.rate in self.bad else scores
+
+        return predict
+
+
+def test_a_result_holds_what_was_measured():
+    found = evaluate(Constant(), FULL, judging(), [0, 1])
+    assert [r.accuracy for r in found] == [3 / 5, 2 / 5]  # labels 0, 1, 0, 1, 0
+    assert [r.validation_accuracy for r in found] == [1 / 2, 1 / 2]
+    first = found[0]
+    assert (first.images, first.bytes, first.seed) == (10, 10 * (4 * 4 + 1), 0)
+    assert first.confusion == [[3, 0], [2, 0]]
+    assert first.per_class == [1.0, 0.0]
+    # Whatever it sees it says the same, so its calibrated probabilities are one half each.
+    assert first.nll == pytest.approx(np.log(2), abs=1e-3)
+    assert first.calibration_error == pytest.approx(0.1, abs=2e-3)
+    (row,) = results.rows(found)
+    assert row.accuracy is not None
+    assert row.accuracy.mean == pytest.approx(0.5)
+    assert row.accuracy.std == pytest.approx(np.sqrt(2) * 0.1)  # n - 1 in the denominator
 
 
 def test_a_learner_never_sees_the_test_images():
-    learner, train, validation, test = Constant(), examples(10), examples(4, 1), examples(5, 2)
-    evaluate.evaluate(learner, Arm("full", lambda seed: train), validation, test, [0, 1])
-    hidden = {image.tobytes() for image in test.images()}
+    learner, judge = Constant(), judging()
+    evaluate(learner, FULL, judge, [0, 1])
+    hidden = {image.tobytes() for image in judge.test.images()}
     for given, held, _ in learner.seen:
         for part in (given, held):
             assert hidden.isdisjoint(image.tobytes() for image in part.images())
 
 
+class _Counted(Examples):
+    """Images that remember how often they were read."""
+
+    reads = 0
+
+    def images(self, indices=slice(None)):
+        type(self).reads += 1
+        return super().images(indices)
+
+
+def test_the_tuner_never_reads_the_test_images():
+    """Five trainings, of which three choose the rate: the test images are read twice."""
+    inner = examples(5, 2)
+    _Counted.reads = 0
+    test = _Counted(inner.data, inner.preprocess)
+    learner = Graded({0.1: 0.25, 0.2: 1.0, 0.3: 0.5})
+    found = evaluate(learner, FULL, Judges(examples(8, 1), test), [4, 5])
+    assert learner.trained == [(0.1, 4), (0.2, 4), (0.3, 4), (0.2, 5)]
+    assert _Counted.reads == 2
+    assert [r.rate for r in found] == [0.2, 0.2]
+    assert [r.accuracy for r in found] == [1.0, 1.0]
+    assert found[0].tune_seconds > 0
+    assert found[1].tune_seconds == 0
+
+
+def test_the_choice_follows_the_validation_images_even_where_the_test_images_disagree():
+    class Fooled(Graded):
+        """Right on the eight validation images at 0.9, on the five test images at 0.1."""
+
+        def __call__(self, train, validation, seed, /):
+            size = 8 if self.rate == 0.9 else 5
+
+            def predict(images):
+                light = images.mean((1, 2, 3)) > 0.5
+                said = light if len(images) == size else ~light
+                return np.stack([~said, said], 1).astype(float)
+
+            return predict
+
+    (found,) = evaluate(Fooled({0.1: 0, 0.9: 0}), FULL, judging(), [0])
+    assert (found.rate, found.validation_accuracy, found.accuracy) == (0.9, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("raising", [False, True])
+def test_a_rate_that_fails_is_not_chosen(raising: bool):
+    learner = Graded({0.1: 0.5, 9.0: 1.0}, bad=(9.0,), raising=raising)
+    (found,) = evaluate(learner, FULL, judging(), [0])
+    assert found.rate == 0.1
+    assert found.failure is None
+
+
+@pytest.mark.parametrize(
+    ("raising", "reason"),
+    [(True, "FloatingPointError: loss is nan"), (False, "scores that are not finite")],
+)
+def test_a_learner_that_fails_is_reported_with_its_reason(raising: bool, reason: str):
+    learner = Graded({9.0: 1.0}, bad=(9.0,), raising=raising)
+    found = evaluate(learner, FULL, judging(), [0, 1])
+    assert [r.accuracy for r in found] == [None, None]
+    assert all(r.failure == f"no rate of 1 trained: {reason}" for r in found)
+    assert learner.trained == [(9.0, 0)]  # the second seed has no rate to be trained at
+
+
+def test_one_failed_seed_leaves_no_mean():
+    class Once(Constant):
+        def __call__(self, train, validation, seed, /):
+            if seed == 1:
+                raise UserError("loss is nan at step 7")
+            return super().__call__(train, validation, seed)
+
+    found = evaluate(Once(), FULL, judging(), [0, 1, 2])
+    (row,) = results.rows(found)
+    assert row.accuracy is None
+    assert [r.seed for r in row.failures] == [1]
+    assert row.failures[0].failure == "loss is nan at step 7"
+    assert found[2].accuracy == 2 / 5
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 2, 1)])
+def test_scores_of_another_shape_are_a_failure(shape: tuple[int, ...]):
+    class Odd(Constant):
+        def __call__(self, train, validation, seed, /):
+            return lambda images: np.zeros((len(images), *shape))
+
+    (found,) = evaluate(Odd(), FULL, judging(), [0])
+    assert found.failure is not None
+    assert "must have the shape (8, 2)" in found.failure
+
+
+def test_a_learner_without_randomness_is_trained_once_on_the_same_data():
+    learner = Constant(deterministic=True)
+    found = evaluate(learner, FULL, judging(), [0, 1, 2])
+    assert len(learner.seen) == 1
+    assert [r.seed for r in found] == [0, 1, 2]
+    assert [r.accuracy for r in found] == [3 / 5] * 3
+    assert found[1].train_seconds == 0
+    drawn = replace(FULL, fixed=False)
+    evaluate(learner, drawn, judging(), [0, 1])
+    assert len(learner.seen) == 3
+
+
+def test_augmentation_is_asked_of_the_learner():
+    class Bold(Constant):
+        def augmented(self):
+            return replace(self, name="constant", identity="bold")
+
+    (found,) = evaluate(Bold(), FULL, judging(), [0], augmented=True)
+    assert found.augmented
+    with pytest.raises(UserError, match="constant cannot be trained with augmentation"):
+        evaluate(Constant(), FULL, judging(), [0], augmented=True)
+
+
+def test_figures_beside_a_teacher():
+    def teacher(images):
+        return np.tile([2.0, 0.0], (len(images), 1))
+
+    (found,) = evaluate(Constant(), FULL, judging(teacher=teacher), [0])
+    assert found.teacher_agreement == 1.0
+    p = np.exp(2) / (1 + np.exp(2))
+    expected = p * np.log(2 * p) + (1 - p) * np.log(2 * (1 - p))  # against one half each
+    assert found.teacher_kl == pytest.approx(expected, abs=1e-3)
+
+
 def test_test_images_of_several_batches(monkeypatch):
     monkeypatch.setattr(labeled, "BATCH", 2)
-    assert evaluate.accuracy(lambda images: np.ones((len(images), 2)), examples(5)) == 3 / 5
+    assert judges.accuracy(lambda images: np.ones((len(images), 2)), examples(5)) == 3 / 5
 
 
 def test_a_limit_is_a_balanced_draw():
-    learner, train = Constant(), examples(10)
-    learner.limit = 4
-    row = evaluate.evaluate(learner, Arm("full", lambda seed: train), examples(2), examples(2), [0])
-    assert row.images == 4
+    learner = Constant(limit=4)
+    (found,) = evaluate(learner, FULL, judging(), [0])
+    assert found.images == 4
     assert np.bincount(learner.seen[0][0].data.labels).tolist() == [2, 2]
 
 
-def test_one_seed_has_no_deviation_and_none_is_refused():
-    arm = Arm("full", lambda seed: examples(4))
-    assert evaluate.evaluate(Constant(), arm, examples(2), examples(2), [0]).std == 0
+def test_no_seed_is_refused():
     with pytest.raises(UserError, match="at least one seed"):
-        evaluate.evaluate(Constant(), arm, examples(2), examples(2), [])
+        evaluate(Constant(), FULL, judging(), [])
 
 
-def test_random_is_balanced_and_follows_the_seed():
-    train = examples(40)
-    drawn = controls.random(train, 5, 0)
-    assert np.bincount(drawn.data.labels).tolist() == [5, 5]
-    assert len(np.unique(drawn.images().reshape(10, -1), axis=0)) == 10
-    np.testing.assert_array_equal(drawn.images(), controls.random(train, 5, 0).images())
-    assert not np.array_equal(drawn.images(), controls.random(train, 5, 1).images())
+@pytest.fixture
+def kept(tmp_path):
+    said: list[str] = []
+    return Kept(tmp_path / "own", tmp_path / "shared", ("full",), said.append), said
 
 
-def test_coreset_covers_the_clusters_of_a_class():
-    """Four tight groups in each class: k-means takes one image of each."""
-    corners = np.array([[0, 0], [0, 1], [1, 0], [1, 1]], np.float32)
-    rng = np.random.default_rng(0)
-    images = np.repeat(np.tile(corners, (2, 1)), 6, axis=0) + rng.normal(0, 0.01, (48, 2))
-    data = Labeled(images.astype(np.float32).reshape(48, 1, 2, 1), np.arange(48) // 24, ("a", "b"))
-    chosen = controls.coreset(Examples(data, identity(1)), 4, 0)
-    assert len(chosen) == 8
-    for label in (0, 1):
-        mine = chosen.images()[chosen.data.labels == label].reshape(4, 2)
-        assert {tuple(row) for row in mine.round().astype(int)} == {(0, 0), (0, 1), (1, 0), (1, 1)}
+def test_what_was_measured_is_not_measured_again(kept):
+    store, _ = kept
+    first = evaluate(Constant(), FULL, judging(), [0, 1], kept=store)
+    again = Constant()
+    assert evaluate(again, FULL, judging(), [0, 1], kept=store) == first
+    assert again.seen == []
+    # Stopped after the first seed: only the second is trained.
+    for path in store.folder.iterdir():
+        if json.loads(json.loads(path.read_text())["content"])["key"]["seed"] == 1:
+            path.unlink()
+    alone, half = replace(store, shared=None), Constant()
+    assert [r.accuracy for r in evaluate(half, FULL, judging(), [0, 1], kept=alone)] == [0.6, 0.4]
+    assert [seed for *_, seed in half.seen] == [1]
 
 
-def test_coreset_takes_no_image_twice():
-    distance = np.array([[0.0, 0.1], [1.0, 1.0], [2.0, 0.5]])  # both centres nearest to image 0
-    assert controls._nearest(distance).tolist() == [0, 2]
+def test_another_evaluation_shares_only_what_does_not_depend_on_its_set(kept, tmp_path):
+    store, _ = kept
+    distilled = replace(FULL, name="distilled")
+    for arm in (FULL, distilled):
+        evaluate(Constant(), arm, judging(), [0], kept=store)
+    other, learner = replace(store, folder=tmp_path / "other"), Constant()
+    for arm in (FULL, distilled):
+        evaluate(learner, arm, judging(), [0], kept=other)
+    assert len(learner.seen) == 1
 
 
-def test_report_in_markdown():
-    arm = Arm("random", lambda seed: examples(10))
-    row = evaluate.evaluate(Constant(), arm, examples(2), examples(5), [0, 1])
-    facts = {"title": "kip on x", "notes": ["a note"], "commands": ["dsdistill kip x"]}
-    text = report.markdown([row], facts)
-    assert "| random | constant | 50.0 ± 14.1 | 2 | 10 | 170 B | 0.0 s |" in text
-    assert "- a note" in text
-    assert "    dsdistill kip x" in text
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda learner, arm, judge: (replace(learner, identity="other"), arm, judge),
+        lambda learner, arm, judge: (learner, replace(arm, identity={"n": 11}), judge),
+        lambda learner, arm, judge: (learner, arm, replace(judge, identity={"test": 6})),
+        lambda learner, arm, judge: (replace(learner, identity=None), arm, judge),
+    ],
+)
+def test_anything_else_is_measured(kept, change):
+    store, _ = kept
+    evaluate(Constant(), FULL, judging(), [0], kept=store)
+    learner, arm, judge = change(Constant(), FULL, judging())
+    evaluate(learner, arm, judge, [0], kept=store)
+    assert len(learner.seen) == 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: text.replace("0.6", "0.9"),
+        lambda text: "[]",
+        lambda text: "",
+    ],
+)
+def test_a_damaged_result_is_measured_anew(kept, damage):
+    store, said = kept
+    alone = replace(store, shared=None)
+    evaluate(Constant(), FULL, judging(), [0], kept=alone)
+    (path,) = alone.folder.iterdir()
+    path.write_text(damage(path.read_text()))
+    learner = Constant()
+    assert evaluate(learner, FULL, judging(), [0], kept=alone)[0].accuracy == 0.6
+    assert len(learner.seen) == 1
+    assert len(said) == 1
+    assert "is damaged" in said[0]
+    evaluate(learner, FULL, judging(), [0], kept=alone)
+    assert len(learner.seen) == 1
+
+
+def test_a_failure_is_not_shared(kept, tmp_path):
+    class Failing(Constant):
+        def __call__(self, train, validation, seed, /):
+            super().__call__(train, validation, seed)
+            raise MemoryError("too large")
+
+    store, _ = kept
+    (found,) = evaluate(Failing(), FULL, judging(), [0], kept=store)
+    assert found.failure == "MemoryError: too large"
+    later = Failing()
+    evaluate(later, FULL, judging(), [0], kept=replace(store, folder=tmp_path / "other"))
+    assert len(later.seen) == 1
+
+
+def test_stored_bytes_count_labels_as_they_are():
+    plain = examples(10)
+    assert protocol.stored_bytes(plain) == 10 * (16 + 1)
+    soft = replace(plain, targets=np.zeros((10, 2), np.float32))
+    assert protocol.stored_bytes(soft) == 10 * (16 + 8)

@@ -7,8 +7,11 @@ import pytest
 
 FRAMEWORKS = ("jax", "torch", "tensorflow")
 HARNESS = ("artifact", "datasets", "evaluate", "folders", "metrics", "preprocess", "runs")
+REPORTS = ("page", "report")
 RULES = [
     *((f"import dsdistill.harness.{name}", ()) for name in HARNESS),
+    *((f"import dsdistill.harness.reports.{name}", ()) for name in REPORTS),
+    ("import kd.report", ()),
     ("import dsdistill.cli", ()),
     ("import kd.cli", ()),
     ("import dsdistill.kip", ("jax",)),

@@ -397,7 +397,7 @@ def test_fitted_temperature_minimises_the_nll() -> None:
     draws = rng.random((4000, 1))
     labels = (draws > metrics.softmax(logits).cumsum(1)).sum(1)
     # The labels were drawn from softmax(logits); of logits / 10 that is the temperature 0.1.
-    assert scoring.fit_temperature(logits / 10, labels) == pytest.approx(0.1, rel=0.1)
+    assert metrics.fit_temperature(logits / 10, labels) == pytest.approx(0.1, rel=0.1)
 
 
 def test_a_network_is_a_learner() -> None:

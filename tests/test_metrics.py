@@ -43,3 +43,66 @@ def test_calibration_error_of_a_sure_and_right_model_is_zero() -> None:
     p = np.eye(3)
     assert metrics.expected_calibration_error(p, np.arange(3)) == 0
     assert metrics.expected_calibration_error(p, np.array([1, 2, 0])) == 1
+
+
+def test_confusion_by_scikit_learn() -> None:
+    from sklearn.metrics import confusion_matrix
+
+    rng = np.random.default_rng(0)
+    labels, predicted = rng.integers(0, 5, 60), rng.integers(0, 5, 60)
+    found = metrics.confusion(predicted, labels, 6)  # of class 5 there is none
+    expected = confusion_matrix(labels, predicted, labels=range(6))
+    np.testing.assert_array_equal(found, expected)
+    assert np.issubdtype(found.dtype, np.integer)
+    # 20 · 16 does not fit into the small integers in which labels may be stored.
+    small = metrics.confusion(np.array([3], np.uint8), np.array([16], np.uint8), 20)
+    assert small[16, 3] == small.sum() == 1
+
+
+@pytest.mark.parametrize(("predicted", "label"), [(2, 0), (-1, 0), (0, 2), (0, -1)])
+def test_confusion_with_a_class_that_is_not_there(predicted: int, label: int) -> None:
+    with pytest.raises(ValueError, match="classes must lie in 0 to 1"):
+        metrics.confusion(np.array([predicted]), np.array([label]), 2)
+
+
+def test_per_class_accuracy_by_hand() -> None:
+    confusion = np.array([[3, 1, 0], [0, 0, 0], [2, 0, 2]])
+    assert metrics.per_class_accuracy(confusion) == [0.75, None, 0.5]
+
+
+def test_per_class_accuracies_average_to_the_accuracy() -> None:
+    rng = np.random.default_rng(1)
+    scores, labels = rng.normal(size=(50, 4)), rng.integers(0, 4, 50)
+    found = metrics.per_class_accuracy(metrics.confusion(scores.argmax(1), labels, 4))
+    weights = np.bincount(labels, minlength=4)
+    mean = np.average(np.array(found, float), weights=weights)
+    assert mean == pytest.approx(metrics.accuracy(scores, labels))
+
+
+def test_kl_by_scipy() -> None:
+    from scipy.stats import entropy
+
+    rng = np.random.default_rng(2)
+    p, q = rng.dirichlet(np.ones(4), 30), rng.dirichlet(np.ones(4), 30)
+    p[0] = [0, 0.5, 0.5, 0]  # 0 log 0 is 0
+    assert metrics.kl(p, q) == pytest.approx(entropy(p, q, axis=1).mean(), rel=1e-12)
+    assert metrics.kl(p, p) == 0
+    assert metrics.kl(p, q) != pytest.approx(metrics.kl(q, p), rel=0.1)
+
+
+def test_kl_of_a_probability_that_underflowed() -> None:
+    # log of the smallest positive float64 is -708.4; SciPy has infinity here.
+    found = metrics.kl(np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]]))
+    assert found == pytest.approx(708.396, abs=1e-3)
+
+
+def test_fitted_temperature_is_where_the_nll_is_smallest() -> None:
+    rng = np.random.default_rng(3)
+    scores, labels = rng.normal(size=(200, 3)), rng.integers(0, 3, 200)
+    scores[np.arange(200), labels] += 1
+    found = metrics.fit_temperature(scores, labels)
+    grid = np.geomspace(0.1, 10, 1000)
+    losses = [metrics.nll(metrics.softmax(scores, t), labels) for t in grid]
+    assert found == pytest.approx(grid[np.argmin(losses)], rel=0.01)  # the grid's step is 0.5 %
+    # Scaled scores need the scaled temperature.
+    assert metrics.fit_temperature(scores / 10, labels) == pytest.approx(found / 10, rel=1e-3)

@@ -1,29 +1,69 @@
-"""The notebooks run from top to bottom, at a small size."""
+"""The notebooks run from top to bottom at a small size, and are what their scripts say."""
 
 from pathlib import Path
 
+import jupytext
 import nbclient
 import nbformat
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
-SMALL = {
-    "01_distilled_versus_full": 'DATA, IMAGES_PER_CLASS, STEPS = "digits", 2, 40\n'
-    'SEEDS, LEARNERS = range(2), ("ridge", "mlp")'
+SMALL = {  # name: the cell of settings, and how many pictures there are
+    "01_distilled_versus_full": (
+        'DATA, IMAGES_PER_CLASS, STEPS = "digits", (1, 2), 40\nSEEDS, LEARNERS = 2, "ridge,mlp:8"',
+        3,
+    ),
+    "02_kip_and_label_solve": (
+        'DATA, IMAGES_PER_CLASS, STEPS, KERNEL = "digits", 2, 40, "fc"',
+        4,
+    ),
+    "03_choosing_a_kd_loss": (
+        'DATA, TEACHER, TEACHER_EPOCHS = "digits", "convnet:4", 1\n'
+        'STUDENT, EPOCHS, SEEDS, LAYERS = "convnet:2", 1, range(2), "2,6,10"',
+        1,
+    ),
+    "04_your_own_images": (
+        "FOLDER, IMAGE_SIZE, EXAMPLES = None, 16, 20\n"
+        'TEACHER, TEACHER_EPOCHS, STUDENT, EPOCHS = "test_resnet", 1, "convnet:4", 1',
+        2,
+    ),
 }
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_notebook_runs(name):
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.fashion] if name.startswith("04") else [])
+        for name in SMALL
+    ],
+)
+def test_notebook_runs(name: str) -> None:
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
     assert "=" in first.source  # the cell of settings, replaced by smaller ones
-    first.source = SMALL[name]
+    first.source, count = SMALL[name]
     nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
     outputs = [out for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs]
-    pictures = [out for out in outputs if "image/png" in out.get("data", {})]
-    assert len(pictures) == 2
+    assert sum("image/png" in out.get("data", {}) for out in outputs) == count
 
 
-def test_every_notebook_is_tested():
-    assert {path.stem for path in FOLDER.glob("*.ipynb")} == set(SMALL)
+@pytest.mark.parametrize("name", SMALL)
+def test_notebook_and_script_are_the_same(name: str) -> None:
+    notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+    script = jupytext.read(FOLDER / f"{name}.py")
+    assert [(cell.cell_type, cell.source) for cell in notebook.cells] == [
+        (cell.cell_type, cell.source) for cell in script.cells
+    ]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_committed_outputs_are_small_and_whole(name: str) -> None:
+    path = FOLDER / f"{name}.ipynb"
+    assert path.stat().st_size < 1_000_000
+    code = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    assert not any(out.output_type == "error" for cell in code for out in cell.outputs)
+
+
+def test_every_notebook_is_tested() -> None:
+    for suffix in ("ipynb", "py"):
+        assert {path.stem for path in FOLDER.glob(f"*.{suffix}")} == set(SMALL)

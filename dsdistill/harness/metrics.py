@@ -1,4 +1,4 @@
-"""How good predictions are: pure NumPy functions of scores, probabilities and labels.
+"""How good predictions are: pure functions of scores, probabilities and labels.
 
 Everything is computed in float64 and returned as a fraction or in nats, never in percent.
 """
@@ -55,3 +55,62 @@ def expected_calibration_error(
     # n_b |accuracy_b - confidence_b| is the absolute sum of right - confidence over the bin.
     gaps = np.bincount(bin_of, weights=right - confidence, minlength=bins)
     return float(np.abs(gaps).sum() / len(labels))
+
+
+def confusion(
+    predicted: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"], k: int
+) -> Int[np.ndarray, "k k"]:
+    """Number of samples by true class (row) and predicted class (column).
+
+    Args:
+        predicted, labels: Class indices.
+        k: Number of classes; one without samples keeps its row and column of zeros.
+
+    Raises:
+        ValueError: If an index is not one of 0 to k - 1.
+    """
+    predicted, labels = np.asarray(predicted, np.int64), np.asarray(labels, np.int64)
+    for name, indices in (("predicted", predicted), ("true", labels)):
+        if ((indices < 0) | (indices >= k)).any():
+            span = f"{indices.min()} to {indices.max()}"
+            raise ValueError(f"{name} classes must lie in 0 to {k - 1}, got {span}")
+    return np.bincount(labels * k + predicted, minlength=k * k).reshape(k, k)
+
+
+def per_class_accuracy(confusion: Int[np.ndarray, "k k"]) -> list[float | None]:
+    """Fraction of the samples of each true class that are predicted right; None if it has none."""
+    counts = confusion.sum(1)
+    return [
+        float(right / n) if n else None
+        for right, n in zip(confusion.diagonal(), counts, strict=True)
+    ]
+
+
+def kl(p: Float[np.ndarray, "n k"], q: Float[np.ndarray, "n k"]) -> float:
+    """KL(p || q) = Σ_k p_k log(p_k / q_k), mean over samples, in nats.
+
+    0 log 0 is 0. A q that underflowed to 0 counts as the smallest positive float64, as in `nll`.
+
+    Args:
+        p, q: Probabilities, one row a sample; p is the reference, such as a teacher.
+    """
+    # Of p the floor only keeps 0 log 0 from being NaN.
+    log_p, log_q = (np.log(np.maximum(x, np.finfo(np.float64).tiny)) for x in (p, q))
+    return float((p * (log_p - log_q)).sum(1).mean())
+
+
+def fit_temperature(scores: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]) -> float:
+    """The T for which softmax(scores / T) has the smallest NLL, in [e^-7, e^7].
+
+    Estimates of centred labels lie within about ±1, so their plain softmax is nearly uniform; with
+    one temperature, fitted on validation images, they become probabilities worth judging.
+
+    Source: temperature scaling, Guo et al. (2017), arXiv:1706.04599, section 4.2.
+    """
+    from scipy.optimize import minimize_scalar
+
+    def loss(log_t: float) -> float:
+        return nll(softmax(scores, float(np.exp(log_t))), labels)
+
+    found = minimize_scalar(loss, bounds=(-7, 7), method="bounded")
+    return float(np.exp(found["x"]))

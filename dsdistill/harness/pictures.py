@@ -1,6 +1,7 @@
-"""The distilled images in a grid, as the eye knows them: one row a class, before and after."""
+"""Two sets of images side by side, as the eye knows them: one row a class."""
 
 import io
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,46 +13,58 @@ from dsdistill.harness.runs import write_bytes
 MOST_ROWS, MOST_COLUMNS = 20, 10  # a grid of a thousand classes is no picture
 
 
+@dataclass(frozen=True, eq=False)
+class Side:
+    """Half of a picture.
+
+    Attributes:
+        title: Above it.
+        images: Preprocessed.
+        labels: Class of each image.
+    """
+
+    title: str
+    images: Float[np.ndarray, "n h w c"]
+    labels: Int[np.ndarray, " n"]
+
+    def rows(self, classes: int) -> list[Float[np.ndarray, "m h w c"]]:
+        """The first images of each class."""
+        return [self.images[self.labels == c][:MOST_COLUMNS] for c in range(classes)]
+
+
 def write_grid(
-    path: Path,
-    before: Float[np.ndarray, "n h w c"],
-    after: Float[np.ndarray, "n h w c"],
-    labels: Int[np.ndarray, " n"],
-    classes: tuple[str, ...],
-    preprocess: Preprocess,
+    path: Path, left: Side, right: Side, classes: tuple[str, ...], preprocess: Preprocess
 ) -> None:
-    """Write a PNG with the images before and after distillation side by side.
+    """Write a PNG with two sets of images side by side, a row a class.
 
     Args:
         path: Of the PNG.
-        before, after: Preprocessed images; the preprocessing is undone for the picture.
-        labels: Class of each image, the same on both sides.
+        left, right: The preprocessing is undone for the picture.
         classes: Names; the first `MOST_ROWS` are shown.
         preprocess: As stored with the set.
     """
     from matplotlib.figure import Figure
 
-    shown = [
-        np.flatnonzero(labels == c)[:MOST_COLUMNS] for c in range(min(len(classes), MOST_ROWS))
-    ]
-    columns = max(map(len, shown))
-    size = (2 * columns * 0.55 + 2.2, len(shown) * 0.55 + 0.6)
+    count = min(len(classes), MOST_ROWS)
+    sides = (left, right)
+    columns = max(len(row) for side in sides for row in side.rows(count))
+    size = (2 * columns * 0.55 + 2.2, count * 0.55 + 0.6)
     figure = Figure(figsize=(max(size[0], 5), max(size[1], 2)), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for axes, images, title in ((left, before, "before"), (right, after, "after")):
-        tiled = tile([preprocess.invert(images[rows]) for rows in shown], columns)
+    both = figure.subplots(1, 2)
+    for axes, side in zip(both, sides, strict=True):
+        tiled = tile([preprocess.invert(row) for row in side.rows(count)], columns)
         axes.imshow(
             tiled.squeeze(-1) if tiled.shape[-1] == 1 else tiled, cmap="gray", vmin=0, vmax=1
         )
-        axes.set_title(title, fontsize=9)
+        axes.set_title(side.title, fontsize=9)
         axes.set_xticks([])
         axes.set_yticks([])
-        for side in axes.spines.values():
-            side.set_visible(False)
-    height = before.shape[1] + 1
-    middles = [(row + 0.5) * height - 1 for row in range(len(shown))]
-    left.set_yticks(middles, classes, fontsize=7)
-    left.tick_params(length=0)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+    height = left.images.shape[1] + 1
+    middles = [(row + 0.5) * height - 1 for row in range(count)]
+    both[0].set_yticks(middles, classes[:count], fontsize=7)
+    both[0].tick_params(length=0)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     write_bytes(path, buffer.getvalue())

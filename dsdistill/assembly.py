@@ -1,0 +1,194 @@
+"""From the options of `dsdistill evaluate` to all its parts, checked before anything is trained."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dsdistill import arms, foreign
+from dsdistill.foreign import Stated
+from dsdistill.harness import artifact, controls, datasets, lists, preprocess
+from dsdistill.harness.artifact import Distilled
+from dsdistill.harness.datasets import Splits
+from dsdistill.harness.errors import UserError, unknown
+from dsdistill.harness.evaluate import Arm, Augmentable, Learner
+from dsdistill.harness.judges import Judges
+from dsdistill.harness.labeled import Examples, Labeled, balanced
+from dsdistill.options import Evaluate
+
+VALIDATION = 0.1  # for a set that held no validation images out itself
+JUDGED = 2000  # validation images, class-balanced, that choose rates and calibrate
+RIDGE = 1e-6  # relative, of kernel ridge regression on a set that does not say its own
+KERNEL = "fc"  # of `ridge` on a set that was made without a kernel
+STATED = ("pixels", "labels", "mean", "std", "layout")  # options of a set from elsewhere
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What an evaluation is made of.
+
+    Attributes:
+        distilled: The set.
+        splits: What it was distilled from.
+        train: All training images, in the set's preprocessing.
+        judges: Validation and test images in the same.
+        arms: Kinds of training data.
+        learners: Who is trained on each.
+        augment: Whether those that can are trained with augmentation too.
+    """
+
+    distilled: Distilled
+    splits: Splits
+    train: Examples
+    judges: Judges
+    arms: list[Arm]
+    learners: list[Learner]
+    augment: bool
+
+    @property
+    def trainings(self) -> list[tuple[Learner, bool, Arm]]:
+        """Every learner on every arm, without and perhaps with augmentation."""
+        return [
+            (learner, augmented, arm)
+            for learner in self.learners
+            for augmented in (False, True)[
+                : 1 + (self.augment and isinstance(learner, Augmentable))
+            ]
+            for arm in self.arms
+        ]
+
+
+def assembled(options: Evaluate) -> Parts:
+    """Load the set, its data and the teacher, and resolve all names.
+
+    Raises:
+        UserError: If anything is unknown, missing or does not fit together.
+    """
+    _check(options)
+    names = lists.names("--controls", options.controls, empty=True)
+    for name in names:
+        if name not in controls.CONTROLS:
+            raise unknown("control", name, controls.CONTROLS)
+    distilled, splits = _loaded(options)
+    learners = [
+        _learner(name, distilled, options) for name in lists.names("--learners", options.learners)
+    ]
+    train = Examples(splits.train, distilled.preprocess)
+    data = {
+        "sha256": splits.digest,
+        "train": len(splits.train),
+        "preprocess": arms.prepared(distilled.preprocess),
+    }
+    teacher = None
+    if options.teacher is not None:
+        from kd import answers
+
+        classes, shape = splits.train.classes, splits.train.shape
+        teacher = answers.of(options.teacher, distilled.preprocess, shape, classes, options.device)
+    taught_by = None if teacher is None else teacher.digest
+    return Parts(
+        distilled,
+        splits,
+        train,
+        Judges(
+            Examples(_few(splits.validation), distilled.preprocess),
+            Examples(splits.test, distilled.preprocess),
+            teacher,
+            {"data": data, "validation": len(splits.validation), "teacher": taught_by},
+        ),
+        arms.of(distilled, train, names, data=data, teacher=teacher, taught_by=taught_by),
+        learners,
+        options.augment != "none",
+    )
+
+
+def _check(options: Evaluate) -> None:
+    if options.seeds < 1:
+        raise UserError(f"--seeds must be at least 1, got {options.seeds}")
+    if options.steps is not None and options.steps < 1:
+        raise UserError(f"--steps must be at least 1, got {options.steps}")
+    if options.resume and options.out is None:
+        raise UserError("--resume needs --out, the folder of the evaluation to continue")
+
+
+def _loaded(options: Evaluate) -> tuple[Distilled, Splits]:
+    """The set and the data it was made from."""
+    if foreign.is_foreign(options.run):
+        return _published(options)
+    default = Evaluate(options.run)
+    for name in STATED:
+        if getattr(options, name) != getattr(default, name):
+            raise UserError(f"--{name} is for sets from elsewhere: {options.run} says it itself")
+    distilled = artifact.load(artifact.locate(options.run))
+    return distilled, _splits(distilled, options)
+
+
+def _published(options: Evaluate) -> tuple[Distilled, Splits]:
+    if options.data is None:
+        raise UserError(
+            f"{options.run} does not say what it was distilled from: add --data, such as "
+            "--data cifar10"
+        )
+    splits = datasets.load(
+        options.data,
+        root=options.data_root,
+        image_size=options.image_size,
+        validation_fraction=VALIDATION,
+    )
+    stated = Stated(**{name: getattr(options, name) for name in STATED})
+    fitted = preprocess.fit("standardise", splits.train.chunks, splits.train.shape)
+    loaded = foreign.load(options.run, splits.train, stated, preprocess=fitted, data=splits.name)
+    return loaded, splits
+
+
+def _splits(distilled: Distilled, options: Evaluate) -> Splits:
+    """The data set that the set was made from, split as it was then."""
+    data, config = distilled.provenance["data"], distilled.provenance["config"]
+    source = options.data or data["source"]
+    splits = datasets.load(
+        source,
+        root=options.data_root,
+        image_size=config["image_size"],
+        validation_fraction=config["validation_fraction"] or VALIDATION,
+    )
+    if splits.train.classes != distilled.classes:
+        raise UserError(
+            f"the distilled set has {len(distilled.classes)} classes, {source} has "
+            f"{len(splits.train.classes)}, or they differ in name or order"
+        )
+    if splits.digest != data["sha256"]:
+        raise UserError(f"{source} is not the data the set was made from: it has changed")
+    return splits
+
+
+def _few(validation: Labeled) -> Labeled:
+    """Enough of the validation images, the same for everything that they judge."""
+    rows = balanced(validation.labels, JUDGED, np.random.default_rng(0))
+    return validation.select(np.sort(rows)) if len(rows) < len(validation) else validation
+
+
+def _learner(name: str, distilled: Distilled, options: Evaluate) -> Learner:
+    base, _, kernel = name.partition(":")
+    if base == "ridge":
+        return _ridge(name, kernel, distilled.provenance)
+    from kd.learners import learner
+
+    flip = options.augment == "crop-flip"
+    return learner(name, steps=options.steps, device=options.device, flip=flip)
+
+
+def _ridge(name: str, kernel: str, made: Mapping[str, Any]) -> Learner:
+    from dsdistill import ridge
+    from dsdistill.kernels import networks
+
+    depth, std, config = None, {}, made.get("config", {})
+    if not kernel:
+        # Of several kernels, the one that judged.
+        kernel = lists.names("--kernel", config.get("kernel", KERNEL))[0]
+        depth = config.get("depth")
+        std = {name: config[name] for name in ("w_std", "b_std") if name in config}
+    found = networks.parse(kernel, depth, **std)
+    value = made.get("evaluation_ridge", RIDGE)
+    identity = {"kernel": found.name, "ridge": value, **std}
+    return ridge.Ridge(found, value, name, identity=identity)

@@ -1,0 +1,1 @@
+"""The report of an evaluation: JSON, Markdown, one HTML page, plots."""

@@ -1,0 +1,156 @@
+"""How plots look, and how they are written: for a page of either brightness, and as files.
+
+Everything is drawn in one placeholder ink on no background. In a page the ink becomes
+`currentColor`, so that one drawing serves light and dark; in a file it is black on white.
+Colours are those of Okabe and Ito (2008), which colour-blind readers can tell apart; markers and
+hatches differ as well.
+"""
+
+import io
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+INK = "#010203"  # in no palette, and black enough for a PNG
+WIDTH = 4.4  # inches: on a phone its text is still 9 pixels high
+DPI = 150
+
+_STYLE: Any = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "legend.fontsize": 7.5,
+    "legend.frameon": False,
+    "legend.handlelength": 1.6,
+    "legend.borderaxespad": 0.2,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.alpha": 0.18,
+    "grid.linewidth": 0.6,
+    "axes.linewidth": 0.7,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 5,
+    "errorbar.capsize": 2.5,
+    "hatch.linewidth": 0.6,
+    "hatch.color": INK,
+    # Names come from data: a dollar sign in one is no formula.
+    "text.parse_math": False,
+    "svg.hashsalt": "dsdistill",
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
+    **dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
+    ),
+    "grid.color": INK,
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How something is drawn everywhere."""
+
+    colour: str
+    marker: str
+    hatch: str
+    line: Any = "-"
+
+
+BLUE, SKY, PURPLE = "#0072B2", "#56B4E9", "#CC79A7"
+ORANGE, GREEN, VERMILION = "#E69F00", "#009E73", "#D55E00"
+_LOOKS = {
+    "distilled": Look(BLUE, "o", ""),
+    "distilled-hard": Look(SKY, "s", "//"),
+    "distilled-teacher": Look(PURPLE, "D", "xx"),
+    "random": Look(ORANGE, "^", "\\\\", "--"),
+    "k-means": Look(GREEN, "v", "..", "-."),
+    "herding": Look(VERMILION, "P", "++", (0, (3, 1, 1, 1, 1, 1))),
+    "full": Look(INK, "X", "", (0, (5, 2, 1, 2))),
+}
+SERIES = (*list(_LOOKS.values())[:6], Look(INK, "X", "--", "--"))
+
+
+def look(arm: str) -> Look:
+    """Of an arm; those that this version does not know look alike."""
+    return _LOOKS.get(arm, SERIES[-1])
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Within it, figures are made and written in the common style."""
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        # A class name in a script that the font of the files lacks: the page's font has it.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        yield
+
+
+def blank(height: float, width: float = WIDTH) -> "Figure":
+    """An empty figure, in inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def svg(figure: "Figure", *, name: str = "plot", alt: str = "") -> str:
+    """A figure for a page: an SVG element whose ink is `currentColor`, without a background.
+
+    Args:
+        figure: Of `plots`.
+        name: Opens every id in it; each figure of a page needs another.
+        alt: What is said in its place.
+    """
+    text = _written(figure, format="svg", fonttype="none").decode()
+    text = text[text.index("<svg") :]
+    # matplotlib's style sheet would hold for the whole page, and its metadata are for no reader.
+    text = re.sub(r"<(metadata|style)\b.*?</\1>|<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r"<[^>]+>", lambda tag: _adapted(tag[0], name), text)
+    label = f'role="img" aria-label="{escape(alt)}"' if alt else 'aria-hidden="true"'
+    return re.sub(r"^<svg\b[^>]*>", lambda tag: _opened(tag[0], label), text).strip()
+
+
+def svg_file(figure: "Figure") -> bytes:
+    """An SVG file, black on white, that needs no font."""
+    text = _written(figure, format="svg", facecolor="white").decode()
+    return re.sub(r"<[^>]+>", lambda tag: tag[0].replace(INK, "#000000"), text).encode()
+
+
+def png(figure: "Figure") -> bytes:
+    """A PNG file, black on white."""
+    return _written(figure, format="png", facecolor="white", dpi=DPI)
+
+
+def _written(figure: "Figure", *, fonttype: str = "path", **options: Any) -> bytes:
+    import matplotlib
+
+    buffer = io.BytesIO()
+    if options["format"] == "svg":
+        options["metadata"] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with style(), matplotlib.rc_context({"svg.fonttype": fonttype}):
+        figure.savefig(buffer, **options)
+    return buffer.getvalue()
+
+
+def _adapted(tag: str, name: str) -> str:
+    tag = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", tag)
+    return tag.replace(INK, "currentColor")
+
+
+def _opened(tag: str, label: str) -> str:
+    """The opening tag, sized by the page: only the ratio of its sides stays."""
+    box = re.search(r'viewBox="[^"]*"', tag)
+    assert box is not None
+    width = float(box[0].split()[2])
+    return f'<svg {box[0]} {label} style="width:{width * 4 / 3:.0f}px">'

@@ -1,0 +1,63 @@
+"""Which plots a report has: one of each kind for every learner that there are figures of."""
+
+from typing import TYPE_CHECKING
+
+from dsdistill.harness.reports import plots, words
+from dsdistill.harness.reports.report import Report
+from dsdistill.harness.results import Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SHOWN = ("distilled", "random", "full")  # of each class
+
+
+def files(report: Report) -> "dict[str, Figure]":
+    """The plots of a report by the names of their files; learners together where that is clear."""
+    found = {
+        "accuracy": plots.accuracies(report.rows),
+        "cost": plots.cost(report.rows, report.distilled.get("seconds")),
+    }
+    if any(words.fact(row, "curve") for row in report.rows):
+        found["curves"] = plots.curves(report.rows)
+    for learner in report.learners:
+        name = "".join(c if c.isalnum() else "-" for c in learner)
+        for kind, figure in (("classes", classes), ("confusion", confusion)):
+            if made := figure(report, learner):
+                found[f"{kind}-{name}"] = made
+    return found
+
+
+def accuracy(report: Report, learner: str) -> "Figure | None":
+    """Its panel, with the axis that all learners share."""
+    return plots.accuracies(_rows(report, learner), among=report.rows)
+
+
+def classes(report: Report, learner: str) -> "Figure | None":
+    """The accuracy of each class; None if there is none."""
+    found = (report.row(learner, arm) for arm in SHOWN)
+    rows = [row for row in found if row is not None and plots.mean_per_class(row)]
+    return plots.per_class(rows, report.classes) if rows else None
+
+
+def confusion(report: Report, learner: str) -> "Figure | None":
+    """Of the distilled set; None if a seed has none."""
+    row = report.row(learner, "distilled")
+    if row is None or plots.confusion_of(row) is None:
+        return None
+    return plots.confusion(row, report.classes)
+
+
+def curves(report: Report, learner: str) -> "Figure | None":
+    """The training losses; None if the learner keeps none."""
+    rows = [row for row in _rows(report, learner) if words.fact(row, "curve")]
+    return plots.curves(rows) if rows else None
+
+
+def cost(report: Report, learner: str) -> "Figure | None":
+    """Its panel."""
+    return plots.cost(_rows(report, learner), report.distilled.get("seconds"))
+
+
+def _rows(report: Report, learner: str) -> list[Row]:
+    return [row for row in report.rows if row.learner == learner]

@@ -1,0 +1,65 @@
+"""The report of an evaluation in Markdown."""
+
+from collections.abc import Callable, Sequence
+
+from dsdistill.harness.reports import sheets, verdict
+from dsdistill.harness.reports.report import COLUMNS, Report, cells
+from dsdistill.harness.results import Row
+
+
+def render(report: Report) -> str:
+    """The answer, the tables, how it was made, and how to make it again."""
+    answers = [f"- {score.learner}: {verdict.answer(report, score)}" for score in report.scores]
+    failures = sheets.failures(report)
+    parts = [
+        f"# {_plain(report.title)}",
+        _plain(verdict.headline(report)),
+        _plain(verdict.subject(report)),
+        "\n".join(map(_plain, answers)),
+        table(COLUMNS, [cells(row) for row in report.rows]),
+        "Accuracy: mean ± sample deviation over n seeds, and the 95 % t interval of the mean; "
+        "training: one seed's; tuning: all trainings that chose the learning rate.",
+        "## Scores",
+        table(sheets.SCORES, [sheets.scores(score) for score in report.scores]),
+        f"{sheets.SCORES_OF}. {sheets.SCORES_SAY}",
+        *_quality(report),
+        "## Cost",
+        _by_arm(report, sheets.COST, sheets.cost),
+        f"{sheets.COST_OF}. {sheets.COST_SAY}",
+        "\n".join(f"- {_plain(f'{name}: {value}')}" for name, value in sheets.about(report)),
+        *_list("## Failures", failures),
+        *_list("## Notes", report.notes),
+        "## Reproduce with",
+        "\n".join(f"    {' '.join(command.split())}" for command in report.commands),
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; its cells are plain text."""
+    lines = ["| " + " | ".join(map(_plain, cells)) + " |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
+
+
+def _quality(report: Report) -> list[str]:
+    if not sheets.has_quality(report.rows):
+        return []
+    said = f"{sheets.QUALITY_OF}. {sheets.QUALITY_SAY}"
+    return ["## Probabilities", _by_arm(report, sheets.QUALITY, sheets.quality), said]
+
+
+def _by_arm(report: Report, head: Sequence[str], cells: Callable[[Row], list[str]]) -> str:
+    """A table of all rows, with the learner as second column."""
+    (first, *names), lines = sheets.by_arm(report.rows, head, cells)
+    rows = [[arm, row.learner, *rest] for row, (arm, *rest) in lines]
+    return table([first, "learner", *names], rows)
+
+
+def _list(title: str, lines: Sequence[str]) -> list[str]:
+    return [title, "\n".join(f"- {_plain(line)}" for line in lines)] if lines else []
+
+
+def _plain(text: str) -> str:
+    """Text from anywhere on one line, so that it is neither a new cell nor HTML."""
+    flat = " ".join(text.split())
+    return flat.replace("&", "&amp;").replace("<", "&lt;").replace("|", r"\|")

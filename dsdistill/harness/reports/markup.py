@@ -1,0 +1,157 @@
+"""HTML of a page that needs nothing but itself: no network, no script, no font.
+
+Text goes through `text`, which escapes it; every other function takes what is markup already.
+"""
+
+import base64
+from collections.abc import Iterable, Sequence
+from html import escape
+from importlib import resources
+
+# Nothing is loaded and nothing runs; pictures are in the page itself.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'"
+
+
+SMALL = 500  # pixels to which smaller pictures are enlarged
+DPI, CSS_DPI = 150, 96  # of the pictures of this project, and of a page
+Cell = str | tuple[str, int]  # markup, and how many columns it spans
+
+
+def text(value: object) -> str:
+    """Any text, escaped."""
+    return escape(str(value))
+
+
+def document(title: str, body: Iterable[str]) -> str:
+    """A whole page.
+
+    Args:
+        title: Not yet escaped.
+        body: Sections.
+    """
+    sheet = (resources.files("dsdistill.harness.reports") / "page.css").read_text("utf-8")
+    return "\n".join(
+        [
+            "<!doctype html>",
+            '<html lang="en">',
+            "<head>",
+            '<meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            '<meta name="color-scheme" content="light dark">',
+            # An empty icon of its own keeps a browser from asking for one.
+            '<link rel="icon" href="data:,">',
+            f"<title>{text(title)}</title>",
+            f"<style>\n{sheet}</style>",
+            "</head>",
+            "<body>",
+            "<main>",
+            *body,
+            "</main>",
+            "</body>",
+            "</html>",
+            "",
+        ]
+    )
+
+
+def section(identity: str, title: str, *parts: str) -> str:
+    """A section with a heading; nothing without a part."""
+    inner = "\n".join(filter(None, parts))
+    if not inner:
+        return ""
+    return (
+        f'<section aria-labelledby="{identity}">\n<h2 id="{identity}">{text(title)}</h2>\n'
+        f"{inner}\n</section>"
+    )
+
+
+def paragraph(words: str, kind: str = "") -> str:
+    """One paragraph of text, escaped here."""
+    return f"<p{_class(kind)}>{text(words)}</p>"
+
+
+def items(lines: Iterable[str]) -> str:
+    """A list; its lines are markup."""
+    inner = "".join(f"<li>{line}</li>\n" for line in lines)
+    return f"<ul>\n{inner}</ul>" if inner else ""
+
+
+def table(
+    caption: str, head: Sequence[str], groups: Sequence[tuple[str, Sequence[Sequence[Cell]]]]
+) -> str:
+    """A table that scrolls in itself where the page is narrow.
+
+    Args:
+        caption: Said above it; text.
+        head: Names of the columns; text.
+        groups: A heading of its own (text, or empty) and rows of markup; the first cell of a row
+            is its name.
+    """
+    columns = "".join(f'<th scope="col">{text(name)}</th>' for name in head)
+    bodies = "\n".join(_group(name, rows, len(head)) for name, rows in groups)
+    # A scrolling region is reached and named without a mouse too.
+    return (
+        f'<div class="scroll" role="region" aria-label="{text(caption)}" tabindex="0">\n<table>\n'
+        f"<caption><span>{text(caption)}</span></caption>\n<thead><tr>{columns}</tr></thead>\n{bodies}\n"
+        "</table>\n</div>"
+    )
+
+
+def figure(content: str, caption: str) -> str:
+    """A drawing or picture, with words below it; it scrolls in itself too."""
+    return (
+        f'<figure>\n<div class="scroll" role="region" aria-label="{text(caption)}" tabindex="0">\n'
+        f"{content}\n</div>\n<figcaption>{text(caption)}</figcaption>\n</figure>"
+    )
+
+
+def figures(found: Sequence[str]) -> str:
+    """Several beside each other where there is room."""
+    inner = "\n".join(filter(None, found))
+    return f'<div class="figures">\n{inner}\n</div>' if inner else ""
+
+
+def picture(png: bytes, alt: str) -> str:
+    """A PNG within the page.
+
+    A small one is enlarged by a whole factor, its pixels kept apart; others are as large as they
+    would be printed, and on a narrow screen at least two fifths of that.
+    """
+    width = int.from_bytes(png[16:20], "big")  # of the header, which comes first in every PNG
+    factor = SMALL // max(width, 1)
+    shown = width * factor if factor > 1 else round(width * CSS_DPI / DPI)
+    least = f";min-width:{2 * shown // 5}px"
+    sized = f'class="{"pixels" if factor > 1 else "picture"}" style="width:{shown}px{least}"'
+    encoded = base64.b64encode(png).decode()
+    return f'<img {sized} alt="{text(alt)}" src="data:image/png;base64,{encoded}">'
+
+
+def code(lines: Iterable[str]) -> str:
+    """Command lines, to be copied."""
+    inner = "\n".join(map(text, lines))
+    return f'<pre tabindex="0"><code>{inner}</code></pre>' if inner else ""
+
+
+def _group(name: str, rows: Sequence[Sequence[Cell]], columns: int) -> str:
+    lines = [_row(row) for row in rows]
+    if name:
+        heading = f'<th scope="rowgroup" colspan="{columns}"><span>{text(name)}</span></th>'
+        lines.insert(0, f'<tr class="group">{heading}</tr>')
+    return "<tbody>\n" + "\n".join(lines) + "\n</tbody>"
+
+
+def _row(cells: Sequence[Cell]) -> str:
+    first, *rest = cells
+    inner = "".join(map(_cell, rest))
+    return f'<tr><th scope="row">{first}</th>{inner}</tr>'
+
+
+def _cell(cell: Cell) -> str:
+    if isinstance(cell, str):
+        return f"<td>{cell}</td>"
+    return f'<td class="words" colspan="{cell[1]}">{cell[0]}</td>'
+
+
+def _class(kind: str) -> str:
+    return f' class="{kind}"' if kind else ""

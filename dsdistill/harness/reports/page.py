@@ -1,0 +1,258 @@
+"""Evaluations as one HTML page to show each other: everything is in the file itself."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from dsdistill.harness.memory import readable
+from dsdistill.harness.reports import drawing, front, gallery, growth, markup, sheets, words
+from dsdistill.harness.reports.markup import Cell
+from dsdistill.harness.reports.report import Report
+from dsdistill.harness.results import Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+HEADLINE = (
+    "trained on",
+    "test accuracy, %",
+    "0 to 100 %",
+    "95 % interval",
+    "n",
+    "images",
+    "size",
+)
+ACCURACY_SAYS = "Mean ± sample deviation over n seeds, with the 95 % t interval of the mean"
+HOLLOW = "Hollow marks in plots: trained with augmentation."
+GROWTH_SAYS = (
+    "Filled marks: measured here, with 95 % intervals. Hollow marks: published by others, with "
+    "other networks, budgets and preprocessing; those marked were not checked against their "
+    "source."
+)
+
+
+def render(
+    reports: Sequence[Report], *, title: str, pictures: Mapping[str, bytes] | None = None
+) -> str:
+    """One page about one or several evaluations.
+
+    Args:
+        reports: In the order in which they are shown.
+        title: Of the page.
+        pictures: PNG files by caption.
+    """
+    names = _names(reports)
+    shown = pictures or {}
+    sections = {
+        "Test accuracy": [_each(names, _headline)],
+        "Scores": _explained(_each(names, _scores), sheets.SCORES_SAY),
+        "Accuracy against images per class": [_growth(reports)],
+        "Images": [_picture(png, name) for name, png in shown.items()],
+        "Classes": [_each(names, _classes)],
+        "Confusion": [_each(names, _confusion)],
+        "Learning curves": [_each(names, _curves)],
+        "Probabilities": _explained(_each(names, _quality), sheets.QUALITY_SAY),
+        "Cost": _explained(_each(names, _cost), sheets.COST_SAY),
+        "Failures": [_each(names, _failures)],
+        "Notes": [_each(names, _notes)],
+        "Reproduce": [_each(names, _commands)],
+    }
+    filled = {name: markup.section(_anchor(name), name, *parts) for name, parts in sections.items()}
+    filled = {name: text for name, text in filled.items() if text}
+    return markup.document(title, [_head(title, names, list(filled)), *filled.values()])
+
+
+def _names(reports: Sequence[Report]) -> dict[str, Report]:
+    """The reports by title, those with the same one numbered."""
+    names: dict[str, Report] = {}
+    for report in reports:
+        same = sum(other.title == report.title for other in names.values())
+        names[report.title if not same else f"{report.title} ({same + 1})"] = report
+    return names
+
+
+def _head(title: str, names: Mapping[str, Report], sections: Sequence[str]) -> str:
+    links = (f'<a href="#{_anchor(name)}">{markup.text(name)}</a>' for name in sections)
+    answer = front.one(next(iter(names.values()))) if len(names) == 1 else front.several(names)
+    return "\n".join(
+        [
+            "<header>",
+            f"<h1>{markup.text(title)}</h1>",
+            answer,
+            f'<nav aria-label="Contents">{" ".join(links)}</nav>',
+            "</header>",
+        ]
+    )
+
+
+def _each(names: Mapping[str, Report], part: Callable[[Report, str], str]) -> str:
+    """A part of every report, under its title where there are several.
+
+    Args:
+        names: The reports.
+        part: Given the report and a word that no other report has, for identifiers.
+    """
+    found = [(name, part(report, str(i))) for i, (name, report) in enumerate(names.items())]
+    if len(names) == 1:
+        return found[0][1]
+    return "\n".join(f"<h3>{markup.text(name)}</h3>\n{text}" for name, text in found if text)
+
+
+def _explained(content: str, words: str) -> list[str]:
+    return [content, markup.paragraph(words, "quiet")] if content else []
+
+
+def _headline(report: Report, n: str) -> str:
+    groups = _grouped(report, [(row, _accuracy(row)) for row in report.rows])
+    said = "Test accuracy with {}: mean, 95 % interval, and below it every seed"
+    return "\n".join(
+        [
+            markup.table(ACCURACY_SAYS, HEADLINE, groups),
+            _plots(report, gallery.accuracy, f"accuracy-{n}", said),
+            markup.paragraph(HOLLOW, "quiet") if any(row.augmented for row in report.rows) else "",
+        ]
+    )
+
+
+def _accuracy(row: Row) -> list[Cell]:
+    first = row.results[0]
+    said: list[Cell] = [markup.text(words.accuracy(row)), _bar(row), words.interval(row)]
+    if row.failures:
+        said = [(markup.text(words.failure(row)), len(said))]
+    return [
+        _label(row),
+        *said,
+        str(len(row.results)),
+        f"{first.images:,}",
+        readable(first.bytes),
+    ]
+
+
+def _plots(
+    report: Report, draw: "Callable[[Report, str], Figure | None]", name: str, caption: str
+) -> str:
+    """One figure a learner that there is something to draw of.
+
+    Args:
+        report: What is drawn.
+        draw: Of `gallery`.
+        name: That no other plots of the page have.
+        caption: With a place for the learner.
+    """
+    found = []
+    for i, learner in enumerate(report.learners):
+        if figure := draw(report, learner):
+            said = caption.format(learner)
+            content = drawing.svg(figure, name=f"{name}-{i}", alt=said)
+            found.append(markup.figure(content, f"{said}."))
+    return markup.figures(found)
+
+
+def _bar(row: Row) -> str:
+    """Mean and interval between 0 and 100 %; the figures beside it say the same."""
+    if row.accuracy is None:
+        return ""
+    low, high = (100 * min(max(x, 0), 1) for x in (row.accuracy.low, row.accuracy.high))
+    kind = "bar" if row.arm.startswith("distilled") else "bar control"
+    return (
+        f'<span class="{kind}" aria-hidden="true"><i style="width:{100 * row.accuracy.mean:.1f}%">'
+        f'</i><b style="left:{low:.1f}%;width:{high - low:.1f}%"></b></span>'
+    )
+
+
+def _scores(report: Report, _: str) -> str:
+    rows = [[markup.text(cell) for cell in sheets.scores(score)] for score in report.scores]
+    return markup.table(sheets.SCORES_OF, sheets.SCORES, [("", rows)])
+
+
+def _growth(reports: Sequence[Report]) -> str:
+    """The plots of each data set that several reports share."""
+    groups: dict[str, list[Report]] = {}
+    for report in reports:
+        groups.setdefault(report.data["name"], []).append(report)
+    found, hollow = [], False
+    for data, group in groups.items():
+        for learner in growth.learners_of(group) if len(group) > 1 else ():
+            said = f"Test accuracy against images per class: {learner} on {data}"
+            figure = growth.by_images(group, [learner])
+            hollow = hollow or bool(growth.beside(group, learner))
+            content = drawing.svg(figure, name=f"growth-{len(found)}", alt=said)
+            found.append(markup.figure(content, f"{said}."))
+    return markup.figures(found) + (markup.paragraph(GROWTH_SAYS, "quiet") if hollow else "")
+
+
+def _picture(png: bytes, caption: str) -> str:
+    return markup.figure(markup.picture(png, caption), caption)
+
+
+def _classes(report: Report, n: str) -> str:
+    return _plots(report, gallery.classes, f"classes-{n}", "Test accuracy of each class with {}")
+
+
+def _confusion(report: Report, n: str) -> str:
+    said = "Confusion of {} trained on the distilled set: percent of each true class's images"
+    return _plots(report, gallery.confusion, f"confusion-{n}", said)
+
+
+def _curves(report: Report, n: str) -> str:
+    said = "Training loss of {}, mean of the seeds; other labels have other floors"
+    return _plots(report, gallery.curves, f"curves-{n}", said)
+
+
+def _quality(report: Report, _: str) -> str:
+    if not sheets.has_quality(report.rows):
+        return ""
+    return _by_arm(report, sheets.QUALITY_OF, sheets.QUALITY, sheets.quality)
+
+
+def _cost(report: Report, n: str) -> str:
+    facts = "".join(
+        f"<dt>{markup.text(name)}</dt><dd>{markup.text(value)}</dd>\n"
+        for name, value in sheets.about(report)
+    )
+    said = "Seconds that {} took, on a logarithmic axis"
+    return "\n".join(
+        [
+            f"<dl>\n{facts}</dl>",
+            _by_arm(report, sheets.COST_OF, sheets.COST, sheets.cost),
+            _plots(report, gallery.cost, f"cost-{n}", said),
+        ]
+    )
+
+
+def _failures(report: Report, _: str) -> str:
+    return markup.items(map(markup.text, sheets.failures(report)))
+
+
+def _notes(report: Report, _: str) -> str:
+    return markup.items(map(markup.text, report.notes))
+
+
+def _commands(report: Report, _: str) -> str:
+    return markup.code(report.commands)
+
+
+def _by_arm(
+    report: Report, caption: str, head: Sequence[str], cells: Callable[[Row], list[str]]
+) -> str:
+    """A table of words with a line for each row, by learner."""
+    names, lines = sheets.by_arm(report.rows, head, cells)
+    marked = [(row, list(map(markup.text, line))) for row, line in lines]
+    return markup.table(caption, names, _grouped(report, marked))
+
+
+def _grouped(
+    report: Report, lines: Sequence[tuple[Row, Sequence[Cell]]]
+) -> list[tuple[str, list[Sequence[Cell]]]]:
+    """Lines of markup by learner."""
+    return [
+        (learner, [line for row, line in lines if row.learner == learner])
+        for learner in report.learners
+    ]
+
+
+def _label(row: Row) -> str:
+    return markup.text(words.label(row.arm, row.augmented))
+
+
+def _anchor(name: str) -> str:
+    return name.lower().replace(" ", "-")

@@ -1,0 +1,263 @@
+"""The plots of an evaluation, each of which is a function to a matplotlib figure.
+
+Axes are in percent, steps or seconds and say so; intervals are 95 % t intervals of the mean.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dsdistill.harness.reports import words
+from dsdistill.harness.reports.drawing import BLUE, INK, SERIES, blank, look, style
+from dsdistill.harness.results import Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MOST_CLASSES = 25  # whose names can be read
+ROW = 0.24  # inches of a line of a plot
+
+
+def accuracies(rows: Sequence[Row], *, among: Sequence[Row] | None = None) -> "Figure":
+    """Test accuracy of every arm, one panel a learner: mean, interval, and each seed.
+
+    Args:
+        rows: What is drawn.
+        among: Rows whose accuracies the axis holds, so that several figures share it.
+    """
+    with style():
+        figure, panels = _panels(rows)
+        for axes, (learner, group) in panels:
+            _arms_axis(axes, group)
+            for y, row in enumerate(group):
+                _accuracy(axes, y, row)
+            axes.set_title(learner)
+        panels[-1][0].set_xlabel("test accuracy, %")
+        panels[-1][0].set_xlim(_span(among or rows))
+    return figure
+
+
+def cost(rows: Sequence[Row], distillation: float | None) -> "Figure":
+    """Seconds of distillation, tuning and training by arm, one panel a learner.
+
+    Args:
+        rows: What was trained.
+        distillation: Seconds that the distilled set took; None if unknown.
+    """
+    with style():
+        figure, panels = _panels(rows)
+        for axes, (learner, group) in panels:
+            _arms_axis(axes, group)
+            for kind, series in zip(("training", "tuning", "distillation"), SERIES, strict=False):
+                spent = [_spent(row, kind, distillation) for row in group]
+                known = [(s, y) for y, s in enumerate(spent) if s]
+                axes.plot(
+                    *_columns(known), series.marker, color=series.colour, label=kind, alpha=0.9
+                )
+            axes.set_xscale("log")
+            _log_labels(axes.xaxis)
+            axes.set_title(learner)
+        panels[-1][0].set_xlabel("seconds: of one training, of all tuning, of the distillation")
+        figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
+    return figure
+
+
+def per_class(rows: Sequence[Row], classes: Sequence[str]) -> "Figure":
+    """Test accuracy of each class, as bars; of many classes those that the first row knows least.
+
+    Args:
+        rows: Of one learner; at least one without failures.
+        classes: Names.
+    """
+    table = {row.arm: values for row in rows if (values := mean_per_class(row))}
+    first = next(iter(table.values()))
+    order = sorted(range(len(classes)), key=lambda c: (first[c] is None, first[c] or 0))
+    chosen = sorted(order[:MOST_CLASSES])
+    height = 0.8 / len(table)
+    with style():
+        figure = blank(0.9 + len(chosen) * max(0.11 * len(table), 0.2))
+        axes = figure.subplots()
+        for i, (arm, values) in enumerate(table.items()):
+            known = [(y, v) for y, c in enumerate(chosen) if (v := values[c]) is not None]
+            of = look(arm)
+            axes.barh(
+                [y - 0.4 + (i + 0.5) * height for y, _ in known],
+                [100 * v for _, v in known],
+                height,
+                label=arm,
+                hatch=of.hatch,
+                facecolor="none" if of.colour == INK else of.colour,
+                edgecolor=INK,
+                linewidth=0.5,
+            )
+        axes.set_yticks(range(len(chosen)), [classes[c] for c in chosen])
+        axes.set(xlim=(0, 100), ylim=(len(chosen) - 0.5, -0.5))
+        axes.set_xlabel("test accuracy of the class, % (mean of the seeds)")
+        axes.set_ylabel(_class_axis(len(chosen), len(classes)))
+        axes.grid(visible=False, axis="y")
+        axes.set_title(rows[0].learner)
+        figure.legend(loc="outside upper right", ncols=len(table))
+    return figure
+
+
+def confusion(row: Row, classes: Sequence[str]) -> "Figure":
+    """Share of each true class (a line) by predicted class (a column), in percent, of all seeds."""
+    counts = confusion_of(row)
+    assert counts is not None
+    with np.errstate(invalid="ignore"):
+        share = np.nan_to_num(counts / counts.sum(1, keepdims=True))
+    k = len(classes)
+    named = k <= MOST_CLASSES
+    with style():
+        figure = blank(min(1.6 + 0.36 * k, 5.2))
+        axes = figure.subplots()
+        # The depth of the colour is its opacity: right on any background.
+        axes.imshow(_shaded(share), interpolation="none")
+        if named:
+            axes.set_xticks(range(k), classes, rotation=45, ha="right", rotation_mode="anchor")
+            axes.set_yticks(range(k), classes)
+        if k <= 12:
+            _numbers(axes, 100 * share)
+        axes.set(xlabel="predicted class", ylabel="true class")
+        axes.grid(visible=False)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+        axes.set_title(f"{row.learner} trained on {words.label(row.arm, row.augmented)}, %")
+    return figure
+
+
+def curves(rows: Sequence[Row]) -> "Figure":
+    """Training loss against steps, mean of the seeds, one panel a learner."""
+    with style():
+        groups = _by_learner([row for row in rows if words.fact(row, "curve")])
+        lines = sum(len(group) for group in groups.values())
+        figure = blank(2.8 * len(groups) + 0.09 * lines)
+        panels = figure.subplots(len(groups), squeeze=False)[:, 0]
+        for axes, (learner, group) in zip(panels, groups.items(), strict=True):
+            for row in group:
+                _curve(axes, row)
+            axes.set(ylabel="training loss", yscale="log", title=learner)
+            _log_labels(axes.yaxis)
+            axes.set_xlabel("step of the optimizer")
+            axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.2), ncols=2)
+    return figure
+
+
+def mean_per_class(row: Row) -> list[float | None] | None:
+    """Accuracy of each class, mean over the seeds; None if a seed has none."""
+    found = [result.per_class for result in row.results]
+    if not found or any(values is None for values in found):
+        return None
+    columns = zip(*(values for values in found if values is not None), strict=True)
+    return [None if None in c else float(np.mean(np.array(c, float))) for c in columns]
+
+
+def confusion_of(row: Row) -> np.ndarray | None:
+    """Test images by true and predicted class, of all seeds together; None if a seed has none."""
+    found = [result.confusion for result in row.results]
+    return None if not found or None in found else np.sum(np.array(found, np.int64), 0)
+
+
+def _by_learner(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.learner, []).append(row)
+    return groups
+
+
+def _panels(rows: Sequence[Row]) -> tuple[Any, list[tuple[Any, tuple[str, list[Row]]]]]:
+    """A figure with one panel a learner, as high as it has rows, and a common axis."""
+    groups = _by_learner(rows)
+    heights = [len(group) + 1.6 for group in groups.values()]
+    figure = blank(0.7 + ROW * sum(heights))
+    panels = figure.subplots(
+        len(groups), sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}
+    )[:, 0]
+    return figure, list(zip(panels, groups.items(), strict=True))
+
+
+def _arms_axis(axes: Any, group: Sequence[Row]) -> None:
+    axes.set_yticks(range(len(group)), [words.label(row.arm, row.augmented) for row in group])
+    axes.set_ylim(len(group) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+
+
+def _accuracy(axes: Any, y: int, row: Row) -> None:
+    of = look(row.arm)
+    if row.accuracy is None:
+        text = f"failed {len(row.failures)} of {len(row.results)}"
+        axes.annotate(text, (0.01, y), xycoords=("axes fraction", "data"), va="center", size=8)
+        return
+    a = row.accuracy
+    axes.errorbar(
+        100 * a.mean,
+        y,
+        xerr=100 * np.array([[a.mean - a.low], [a.high - a.mean]]),
+        fmt=of.marker,
+        color=of.colour,
+        markerfacecolor="none" if row.augmented else of.colour,
+    )
+    seeds = [100 * r.accuracy for r in row.results if r.accuracy is not None]
+    axes.plot(seeds, np.full(len(seeds), y + 0.3), "|", color=INK, alpha=0.5, markersize=4)
+
+
+def _spent(row: Row, kind: str, distillation: float | None) -> float | None:
+    if kind == "distillation":
+        return distillation if row.arm.startswith("distilled") else None
+    return words.training(row) if kind == "training" else words.tuning(row)
+
+
+def _curve(axes: Any, row: Row) -> None:
+    of, points = look(row.arm), _mean_curve(row)
+    line = ":" if row.augmented else of.line
+    name = words.label(row.arm, row.augmented)
+    axes.plot(*_columns(points), ls=line, color=of.colour, label=name)
+
+
+def _mean_curve(row: Row) -> list[tuple[float, float]]:
+    """Mean loss of the seeds at every step that all of them have."""
+    known = [(result.facts or {}).get("curve") for result in row.results]
+    seeds = [{s: loss for s, loss in points if loss is not None} for points in known if points]
+    steps = sorted(set.intersection(*map(set, seeds)))
+    return [(step, sum(losses[step] for losses in seeds) / len(seeds)) for step in steps]
+
+
+def _span(rows: Sequence[Row]) -> tuple[float, float]:
+    """From the lowest to the highest accuracy or end of an interval, in percent, with a margin."""
+    ends = [100 * x for row in rows if (a := row.accuracy) for x in (a.low, a.high)]
+    ends += [100 * r.accuracy for row in rows for r in row.results if r.accuracy is not None]
+    low, high = max(min(ends, default=0), 0), min(max(ends, default=100), 100)
+    return low - 0.04 * (high - low) - 0.5, high + 0.04 * (high - low) + 0.5
+
+
+def _log_labels(axis: Any) -> None:
+    """Plain numbers at the powers of ten, and between them where there are few."""
+    low, high = axis.get_view_interval()
+    axis.set_major_formatter(_plain)
+    axis.set_minor_formatter(_plain if high < 100 * low else lambda value, _: "")
+
+
+def _plain(value: float, _: int) -> str:
+    """A number of a logarithmic axis as people write it; only 1, 2 and 5 of each power of ten."""
+    digit = f"{value:e}"[0]
+    return f"{value:g}" if digit in "125" and np.isclose(value, float(f"{value:.0e}")) else ""
+
+
+def _columns(pairs: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in pairs], [y for _, y in pairs]
+
+
+def _class_axis(shown: int, k: int) -> str:
+    return "class" if shown == k else f"class (the {shown} lowest of {k})"
+
+
+def _shaded(share: np.ndarray) -> np.ndarray:
+    rgb = [int(BLUE[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    return np.dstack([np.broadcast_to(rgb, (*share.shape, 3)), 0.85 * share**0.7])
+
+
+def _numbers(axes: Any, percents: np.ndarray) -> None:
+    for (i, j), value in np.ndenumerate(percents):
+        if round(value):
+            axes.text(j, i, f"{value:.0f}", ha="center", va="center", size=8)

@@ -1,0 +1,60 @@
+"""A teacher of `kd` for the harness: NumPy images in, NumPy logits out."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from dsdistill.harness.errors import UserError
+from dsdistill.harness.preprocess import Preprocess
+from kd import cache, data, engine, teachers
+from kd.teachers import Teacher
+from kd.zoo.wants import Shape
+
+BATCH = 500  # images at once
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """Logits of a frozen teacher.
+
+    Attributes:
+        teacher: On its device, in evaluation mode.
+        device: Of it.
+        digest: SHA-256 of its state.
+    """
+
+    teacher: Teacher
+    device: torch.device
+    digest: str
+
+    def __call__(self, images: Float[np.ndarray, "n h w c"], /) -> Float[np.ndarray, "n k"]:
+        with torch.inference_mode():
+            parts = [
+                self.teacher(data.to_nchw(images[i : i + BATCH]).to(self.device)).float().cpu()
+                for i in range(0, len(images), BATCH)
+            ]
+        return torch.cat(parts).numpy()
+
+
+def of(
+    name: str, preprocess: Preprocess, shape: Shape, classes: tuple[str, ...], device: str = "cpu"
+) -> Answers:
+    """The answers of a teacher to images in a preprocessing.
+
+    Args:
+        name: As for `kd.teachers.load`.
+        preprocess: What was applied to the images.
+        shape: Of the images.
+        classes: Of the data, in order.
+        device: `cpu`, `auto`, `cuda` or `cuda:N`.
+
+    Raises:
+        UserError: If there is no such teacher, or it does not fit the data.
+    """
+    if "," in name:
+        raise UserError(f"an evaluation compares with one teacher, got {name}")
+    on = engine.make(device).device
+    teacher = teachers.load(name, preprocess, shape, classes)
+    return Answers(teacher.to(on), on, cache.fingerprint(teacher))

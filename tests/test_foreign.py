@@ -1,0 +1,670 @@
+"""Published sets: read as they were meant, refused where they are not what they are said to be."""
+
+import json
+import os
+import pickle
+import re
+import warnings
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dsdistill import export, foreign
+from dsdistill.foreign import Stated
+from dsdistill.foreign_sets import pixels
+from dsdistill.harness import artifact, datasets, preprocess
+from dsdistill.harness.artifact import Distilled
+from dsdistill.harness.errors import UserError
+from dsdistill.harness.labeled import Labeled, centred_one_hot, per_class
+
+SHARE = 20  # real images a class that play the distilled set
+GOOD = 0.9  # accuracy of ridge regression on them: 0.96; chance is 0.1
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory):
+    return datasets.load("digits", root=tmp_path_factory.mktemp("root"), validation_fraction=0.0)
+
+
+@pytest.fixture(scope="module")
+def fitted(splits):
+    return preprocess.fit("standardise", splits.train.chunks, splits.train.shape)
+
+
+@pytest.fixture(scope="module")
+def few(splits):
+    """The set's images in [0, 1] and labels, in class order."""
+    rows = per_class(splits.train, SHARE, np.random.default_rng(0))
+    return splits.train.images(rows), splits.train.labels[rows]
+
+
+@pytest.fixture
+def read(splits, fitted):
+    def one(path, *, train=splits.train, **stated):
+        given = {name: stated.pop(name) for name in ("data",) if name in stated}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return foreign.load(path, train, Stated(**stated), preprocess=fitted, **given)
+
+    return one
+
+
+@pytest.fixture
+def refused(read):
+    def one(path, match, **stated):
+        with pytest.raises(UserError, match=match) as caught:
+            read(path, **stated)
+        assert "\n" not in str(caught.value)
+
+    return one
+
+
+def _accuracy(distilled, test):
+    """Of kernel ridge regression with a Gaussian kernel, which shift and scale matter to."""
+    x, t = (a.reshape(len(a), -1) for a in (distilled.images, _seen(distilled, test)))
+    k_ss, k_ts = (np.exp(-((a[:, None] - x) ** 2).mean(-1)) for a in (x, t))
+    scores = k_ts @ np.linalg.solve(k_ss + 0.01 * np.eye(len(x)), distilled.labels)
+    return (scores.argmax(1) == test.labels).mean()
+
+
+def _seen(distilled, test):
+    return distilled.preprocess.apply(test.images())
+
+
+def _nchw(images):
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+
+
+def _plain(path, images, labels):
+    torch.save({"images": torch.as_tensor(images), "labels": torch.as_tensor(labels)}, path)
+    return path
+
+
+def _condensed(path, sets):
+    accuracies = {"ConvNet": [np.float64(0.5), np.float32(0.25)], "MLP": [np.int64(3)]}
+    torch.save({"data": sets, "accs_all_exps": accuracies}, path)
+    return path
+
+
+def _notes(distilled):
+    return " | ".join(distilled.provenance["notes"])
+
+
+def test_condensation_file_gives_its_last_set_by_its_own_constants(
+    tmp_path, splits, few, read, monkeypatch
+):
+    """The constants of the project are neither 0 and 1 nor those fitted on the data."""
+    mean, std = 0.2, 0.5
+    monkeypatch.setitem(pixels.CONDENSATION, "MNIST", ((mean,), (std,)))
+    images, labels = few
+    published = _nchw((images - np.float32(mean)) / np.float32(std))
+    noise = torch.randn(published.shape, generator=torch.Generator().manual_seed(0))
+    sets = [[noise, torch.from_numpy(labels)], [published, torch.from_numpy(labels)]]
+    path = _condensed(tmp_path / "res_DM_MNIST_ConvNet_20ipc.pt", sets)
+    got = read(path)
+    np.testing.assert_allclose(got.images, (images - mean) / std, atol=1e-6)
+    np.testing.assert_array_equal(got.labels, centred_one_hot(labels, 10))
+    assert (got.preprocess.kind, got.preprocess.mean[0]) == ("standardise", np.float32(mean))
+    assert got.preprocess.std[0] == np.float32(std)
+    assert _accuracy(got, splits.test) > GOOD
+    assert "the last of 2 sets" in _notes(got)
+    assert "those of DC for MNIST" in _notes(got)
+    assert "labels: index" in _notes(got)
+
+
+def test_constants_are_the_projects():
+    """Written out again, from the published program."""
+    assert pixels.CONSTANTS["DC"]["FashionMNIST"] == ((0.2861,), (0.353,))
+    assert pixels.CONSTANTS["DC"]["CIFAR100"][0] == (0.5071, 0.4866, 0.4409)
+    assert pixels.CONSTANTS["MTT"]["CIFAR100"][1] == (0.2023, 0.1994, 0.201)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "whose"),
+    [
+        ("res_DC_FashionMNIST_ConvNet_1ipc.pt", "", "DC for FashionMNIST"),
+        ("res_DC_FashionMNIST_ConvNet_1ipc.pt", "fashion-mnist", "DC for FashionMNIST"),
+        ("set.pt", "fashion-mnist", "DC for FashionMNIST"),
+        ("set.pt", "digits", "this data's own"),
+        ("res_DC_CIFAR10_ConvNet_1ipc.pt", "", "this data's own"),  # three channels, not one
+    ],
+)
+def test_the_name_of_the_data_chooses_the_constants(tmp_path, few, read, name, data, whose):
+    path = _condensed(tmp_path / name, [[_nchw(few[0] * 3 - 1), torch.from_numpy(few[1])]])
+    got = read(path, data=data)
+    assert whose in _notes(got)
+    assert (got.preprocess.mean[0] == np.float32(0.2861)) == ("Fashion" in whose)
+
+
+def test_a_file_named_after_other_data_is_refused(tmp_path, few, refused):
+    sets = [[_nchw(few[0] * 3 - 1), torch.from_numpy(few[1])]]
+    path = _condensed(tmp_path / "res_DC_FashionMNIST_ConvNet_1ipc.pt", sets)
+    refused(path, "named after FashionMNIST: give --data fashion-mnist", data="mnist")
+
+
+def test_pair_of_files_as_folder_and_as_file(tmp_path, splits, few, fitted, read, refused):
+    images, labels = few
+    folder = tmp_path / "CIFAR10" / "sweet-wood-12"
+    folder.mkdir(parents=True)
+    published = _nchw(fitted.apply(images)).requires_grad_()
+    torch.save(published, folder / "images_500.pt")
+    torch.save(torch.from_numpy(labels), folder / "labels_500.pt")
+    assert foreign.is_foreign(folder)
+    refused(folder, r"no images_best.pt: give one of its files \(images_500.pt\)")
+    torch.save(published, folder / "images_best.pt")
+    refused(folder, "there is no file .*labels_best.pt")
+    torch.save(torch.from_numpy(labels), folder / "labels_best.pt")
+    for path in (folder, folder / "images_best.pt", folder / "images_500.pt"):
+        got = read(path)
+        assert _accuracy(got, splits.test) > GOOD
+        assert "this data's own" in _notes(got)
+
+
+def test_whitened_pairs_are_not_guessed(tmp_path, splits, few, refused):
+    """Colour: MTT's files do not say whether ZCA was used, unless the images without lie there."""
+    pictures = np.repeat(splits.train.images(), 3, -1)
+    colour = Labeled(pictures, splits.train.labels, splits.train.classes)
+    own = preprocess.fit("standardise", colour.chunks, colour.shape)
+    images, labels = np.repeat(few[0], 3, -1), few[1]
+    folder = tmp_path / "CIFAR100" / "run"
+    folder.mkdir(parents=True)
+    torch.save(_nchw(own.apply(images)), folder / "images_best.pt")
+    torch.save(torch.from_numpy(labels), folder / "labels_best.pt")
+    refused(folder, "state --pixels standardised", train=colour)
+    got = foreign.load(folder, colour, Stated(pixels="standardised"), preprocess=own)
+    assert "those of MTT for CIFAR100" in _notes(got)
+    torch.save(_nchw(images * np.float32(1.2) - np.float32(0.1)), folder / "images_zca_best.pt")
+    refused(folder, "give images_zca_best.pt", train=colour, pixels="standardised")
+    got = foreign.load(folder / "images_zca_best.pt", colour, Stated(), preprocess=own)
+    np.testing.assert_allclose(got.images, own.apply(images * 1.2 - 0.1), atol=1e-4)
+    assert "pixels: unit (the kind of file)" in _notes(got)
+
+
+def test_kip_file(tmp_path, splits, few, fitted, read, refused):
+    """Labels learned by Adam: their rows need not sum to 0, which a nameless file must state."""
+    images, labels = few
+    rng = np.random.default_rng(0)
+    learned = centred_one_hot(labels, 10) + rng.normal(0, 0.05, (len(labels), 10))
+    learned = learned.astype(np.float32)
+    path = tmp_path / "ConvNet_ssize200_nozca_l_noaug_ckpt1000.npz"
+    np.savez(path, images=fitted.apply(images), labels=learned)
+    got = read(path)
+    np.testing.assert_array_equal(got.labels, learned)
+    assert "labels: centred" in _notes(got)
+    assert _accuracy(got, splits.test) > GOOD
+    np.savez(tmp_path / "set.npz", images=fitted.apply(images), labels=learned)
+    refused(tmp_path / "set.npz", "--labels logits, or --labels centred")
+    np.testing.assert_array_equal(read(tmp_path / "set.npz", labels="centred").labels, learned)
+    os.replace(path, tmp_path / "ConvNet_ssize200_zca_l_noaug_ckpt1000.npz")
+    refused(tmp_path / "ConvNet_ssize200_zca_l_noaug_ckpt1000.npz", "whitened .* `nozca` variant")
+
+
+@pytest.mark.parametrize("kind", ["npz", "torch"])
+@pytest.mark.parametrize("prepared", ["standardise", "none"])
+def test_own_export_comes_back_to_the_bit(tmp_path, splits, few, read, kind, prepared):
+    images, labels = few
+    own = preprocess.fit(prepared, lambda size: iter([images]), images.shape[1:])
+    solved = np.random.default_rng(1).normal(0, 9, (len(labels), 10)).astype(np.float32)
+    made = Distilled(own.apply(images), solved, own, splits.train.classes, {})
+    artifact.save(tmp_path / artifact.FILE, made)
+    path = export.write(tmp_path / artifact.FILE, kind, None)
+    got = read(path)
+    np.testing.assert_array_equal(got.images, made.images)
+    np.testing.assert_array_equal(got.labels, made.labels)
+    np.testing.assert_array_equal(_seen(got, splits.test), _seen(made, splits.test))
+
+
+def test_own_export_that_cannot_be_used(tmp_path, few, refused):
+    images, labels = few
+    own = preprocess.fit("zca", lambda size: iter([images]), images.shape[1:])
+    classes = tuple(str(i) for i in range(10))
+    made = Distilled(own.apply(images), centred_one_hot(labels, 10), own, classes, {})
+    artifact.save(tmp_path / artifact.FILE, made)
+    whitened = export.write(tmp_path / artifact.FILE, "npz", None)
+    refused(whitened, "whitened set: evaluate its .safetensors")
+    plain = preprocess.identity(1)
+    made = Distilled(images, centred_one_hot(labels, 10), plain, classes[::-1], {})
+    artifact.save(tmp_path / artifact.FILE, made)
+    reversed_ = export.write(tmp_path / artifact.FILE, "npz", tmp_path / "reversed.npz")
+    refused(reversed_, "of the classes 9, 8, .* of 0, 1, .* same order")
+    with np.load(reversed_) as file:
+        arrays = {name: file[name] for name in file.files if name != "classes"}
+    np.savez(tmp_path / "wide.npz", **(arrays | {"std": np.ones(7, np.float32)}))
+    refused(tmp_path / "wide.npz", "do not go together")
+
+
+def _write_folder(folder, images, labels, name, suffix=".png", size=None):
+    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        inside = folder / name(label)
+        inside.mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray(np.rint(image[..., 0] * 255).astype(np.uint8))
+        if size:
+            picture = picture.resize((size, size), Image.Resampling.NEAREST)
+        picture.save(inside / f"{index:05}{suffix}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        (lambda k: f"new{k:03}", "by number"),
+        (lambda k: f"{k:05}", "by number"),
+        (lambda k: str(k), "by name"),
+    ],
+    ids=["sre2l", "rded", "names"],
+)
+def test_class_folders(tmp_path, splits, few, fitted, read, name, how):
+    folder = _write_folder(tmp_path / "syn", *few, name)
+    assert foreign.is_foreign(folder)
+    got = read(folder)
+    assert _accuracy(got, splits.test) > GOOD
+    assert how in _notes(got)
+    assert "resized" not in _notes(got)
+    order = np.argsort(few[1], kind="stable")
+    np.testing.assert_allclose(got.images, fitted.apply(few[0][order]), atol=0.01)
+    np.testing.assert_array_equal(got.hard_labels, few[1][order])
+
+
+def test_class_folders_by_name_need_no_order(tmp_path, splits, few, read):
+    """Names that sort unlike the classes, one with a slash, as `dsdistill export` writes them."""
+    names = ("zero/nil", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    train = Labeled(splits.train.images(), splits.train.labels, names)
+    folder = _write_folder(tmp_path / "syn", *few, lambda k: names[k].replace("/", "-"))
+    assert _accuracy(read(folder, train=train), splits.test) > GOOD
+
+
+def test_pictures_of_other_sizes_and_channels_are_brought_to_the_data(tmp_path, splits, few, read):
+    folder = _write_folder(tmp_path / "syn", *few, lambda k: f"new{k:03}", ".jpg", size=24)
+    for file in sorted(folder.rglob("*.jpg"))[::2]:
+        Image.open(file).convert("RGB").save(file)
+    got = read(folder)
+    assert got.images.shape == (200, 8, 8, 1)
+    assert _accuracy(got, splits.test) > GOOD
+    assert "200 images were resized to 8x8" in _notes(got)
+
+
+def test_folders_that_are_refused(tmp_path, few, refused):
+    one = _write_folder(tmp_path / "one", *few, lambda k: f"new{k + 1:03}")
+    refused(one, r"10 \(new001, .* and 5 more\), the data has 10 \(0, 1, .*\)")
+    images, labels = few
+    less = _write_folder(
+        tmp_path / "less", images[labels < 9], labels[labels < 9], lambda k: f"new{k:03}"
+    )
+    refused(less, r"it has 9 \(new000")
+    mixed = _write_folder(tmp_path / "mixed", *few, lambda k: f"{'ab'[k % 2]}{k}")
+    refused(mixed, "by name or numbered from 0")
+    bad = _write_folder(tmp_path / "bad", *few, lambda k: f"new{k:03}")
+    file = next((bad / "new003").iterdir())
+    file.write_bytes(file.read_bytes()[:60])
+    refused(bad, "is not a readable image")
+    Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(file)
+    refused(bad, "more than 8 bits")
+    file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
+    refused(bad, "is not a readable image")
+    for file in (bad / "new003").iterdir():
+        file.unlink()
+    refused(bad, "class folder .*new003 has no images")
+
+
+def _encodings(labels):
+    one_hot = np.eye(10, dtype=np.float32)[labels]
+    soft = 0.9 * one_hot + np.float32(0.01)
+    return {
+        "index": (labels, centred_one_hot(labels, 10)),
+        "one-hot": (one_hot, one_hot - 0.1),
+        "probabilities": (soft, soft - 0.1),
+        "centred": (one_hot - np.float32(0.1), one_hot - 0.1),
+        "logits": (np.log(soft) + 2, soft - 0.1),
+    }
+
+
+@pytest.mark.parametrize("kind", ["index", "one-hot", "probabilities", "centred", "logits"])
+@pytest.mark.parametrize("stated", [False, True])
+def test_labels_come_in_one_encoding(tmp_path, few, fitted, read, refused, kind, stated):
+    given, expected = _encodings(few[1])[kind]
+    path = _plain(tmp_path / "set.pt", _nchw(fitted.apply(few[0])), given)
+    if kind == "logits" and not stated:
+        refused(path, "could be logits or learned: say --labels logits")
+        return
+    got = read(path, labels=kind) if stated else read(path)
+    assert got.labels.dtype == np.float32
+    np.testing.assert_allclose(got.labels, expected, atol=1e-6)
+    assert f"labels: {kind}{' (stated)' if stated else ''}" in _notes(got)
+
+
+@pytest.mark.parametrize(
+    ("given", "stated", "match"),
+    [
+        ("index", "one-hot", "say --labels index"),
+        ("one-hot", "index", "say --labels one-hot"),
+        ("one-hot", "centred", "say --labels one-hot"),
+        ("probabilities", "one-hot", "say --labels probabilities"),
+        ("probabilities", "logits", "say --labels probabilities"),
+        ("centred", "probabilities", "say --labels centred"),
+        ("logits", "probabilities", "say --labels logits or --labels centred"),
+        ("logits", "centred", "rows of labels sum to -?[0-9.]+, centred ones to about 0"),
+    ],
+)
+def test_labels_that_are_not_as_stated(tmp_path, few, fitted, refused, given, stated, match):
+    labels = _encodings(few[1])[given][0]
+    refused(_plain(tmp_path / "set.pt", _nchw(fitted.apply(few[0])), labels), match, labels=stated)
+
+
+def test_large_rows_that_sum_to_zero_may_be_logits(tmp_path, few, fitted, refused):
+    labels = 60 * centred_one_hot(few[1], 10)
+    refused(_plain(tmp_path / "set.pt", _nchw(fitted.apply(few[0])), labels), "could be logits")
+
+
+@pytest.mark.parametrize(
+    ("labels", "match"),
+    [
+        (lambda y: y + 1, "numbers 0 to 9.* 10 from 1 to 10"),
+        (lambda y: y % 5, "10 classes; got 5 from 0 to 4"),
+        (lambda y: y + 0.5, "numbers 0 to 9"),
+        (lambda y: np.eye(100, dtype=np.float32)[y], "labels of 100 classes, the data has 10"),
+        (lambda y: np.where(y == 3, np.nan, y), "finite"),
+        (lambda y: np.zeros((len(y), 2, 10)), "one number or one row an image"),
+        (lambda y: y[:-1], "200 images but 199 labels"),
+        (lambda y: y[:0], "there are no labels"),
+    ],
+)
+def test_implausible_labels(tmp_path, few, fitted, refused, labels, match):
+    refused(_plain(tmp_path / "set.pt", _nchw(fitted.apply(few[0])), labels(few[1])), match)
+
+
+def test_unequal_classes_are_noted(tmp_path, few, fitted, read):
+    keep = np.arange(len(few[1])) > 3
+    path = _plain(tmp_path / "set.pt", _nchw(fitted.apply(few[0][keep])), few[1][keep])
+    assert "images per class are unequal: 16 to 20" in _notes(read(path))
+
+
+@pytest.mark.parametrize("stated", ["auto", "as it is"])
+@pytest.mark.parametrize("kind", ["bytes", "bytes as floats", "unit", "standardised"])
+@pytest.mark.parametrize("layout", ["nchw", "nhwc", "nhw"])
+def test_pixels_in_every_range_and_layout(
+    tmp_path, splits, few, fitted, read, kind, stated, layout
+):
+    unit = np.rint(few[0] * 255) / np.float32(255)
+    images = {
+        "bytes": np.rint(unit * 255).astype(np.uint8),
+        "bytes as floats": np.rint(unit * 255),
+        "unit": unit,
+        "standardised": fitted.apply(unit),
+    }[kind]
+    images = {"nchw": _nchw(images), "nhwc": images, "nhw": images[..., 0]}[layout]
+    path = _plain(tmp_path / "set.pt", images, few[1])
+    kind = kind.split()[0]
+    got = read(path, pixels=kind if stated != "auto" else "auto")
+    np.testing.assert_allclose(got.images, fitted.apply(unit), atol=1e-5)
+    assert got.preprocess.same_as(fitted)
+    assert _accuracy(got, splits.test) > GOOD
+    assert f"pixels: {kind} ({'stated; ' if stated != 'auto' else ''}from " in _notes(got)
+
+
+@pytest.mark.parametrize(
+    ("images", "stated", "match"),
+    [
+        (
+            lambda x: 4 * x - 2.1,
+            "unit",
+            "from -2.1 to 1.9, .* unit ones .*--pixels standardised",
+        ),
+        (lambda x: 4 * x - 2.1, "bytes", "say --pixels standardised"),
+        (lambda x: x, "standardised", "say --pixels unit"),
+        (lambda x: x, "bytes", "say --pixels unit"),
+        (lambda x: np.rint(255 * x), "standardised", "say --pixels bytes"),
+        (lambda x: np.rint(255 * x), "unit", "say --pixels bytes"),
+        (lambda x: 900 * x, "auto", "no --pixels fits"),
+        (lambda x: 900 * x - 300, "auto", "no --pixels fits"),
+    ],
+)
+def test_pixels_that_are_not_as_stated(tmp_path, few, refused, images, stated, match):
+    path = _plain(tmp_path / "set.pt", _nchw(images(few[0])), few[1])
+    refused(path, match, pixels=stated)
+
+
+def test_pixels_that_leave_the_range_a_little_may_be_stated(tmp_path, splits, few, fitted, read):
+    """Unclipped images: `auto` can but take them for standardised."""
+    path = _plain(tmp_path / "set.pt", _nchw(few[0] * np.float32(1.4) - np.float32(0.2)), few[1])
+    got = read(path, pixels="unit")
+    np.testing.assert_allclose(got.images, fitted.apply(few[0] * 1.4 - 0.2), atol=1e-5)
+    assert _accuracy(got, splits.test) > GOOD
+    assert "pixels: standardised (from -0.2 to 1.2)" in _notes(read(path))
+
+
+def test_constants_that_are_stated_decide(tmp_path, splits, few, read):
+    """A set standardised by strange constants: only the right ones give its accuracy."""
+    path = _plain(tmp_path / "set.pt", _nchw((few[0] - np.float32(0.9)) / np.float32(0.1)), few[1])
+    right = read(path, mean=(0.9,), std=(0.1,))
+    wrong = read(path)
+    assert _accuracy(right, splits.test) > GOOD
+    assert _accuracy(wrong, splits.test) < 0.3
+    assert "mean 0.9, deviation 0.1: as stated" in _notes(right)
+    assert right.provenance["stated"]["mean"] == [0.9]
+
+
+def test_classes_in_another_order_are_not_learned(tmp_path, splits, few, fitted, read):
+    path = _plain(tmp_path / "set.pt", _nchw(fitted.apply(few[0])), (few[1] + 1) % 10)
+    assert _accuracy(read(path), splits.test) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("stated", "match"),
+    [
+        ({"mean": (0.3,)}, "--mean and --std go together"),
+        ({"mean": (0.3,), "std": (0.3,), "pixels": "unit"}, "for --pixels standardised, not unit"),
+        ({"mean": (0.3, 0.3), "std": (0.3, 0.3)}, "must be 1 values, one a channel"),
+        (
+            {"mean": (77.0,), "std": (96.0,)},
+            "mean 77, deviation 96 .* of bytes by 255",
+        ),
+        ({"mean": (0.3,), "std": (0.0,)}, "are not of images in"),
+        ({"mean": (float("nan"),), "std": (0.3,)}, "are not of images in"),
+        ({"layout": "nhwc"}, r"shape \(200, 1, 8, 8\), those of the data \(n, 1, 8, 8\) or"),
+    ],
+)
+def test_statements_that_are_refused(tmp_path, few, fitted, refused, stated, match):
+    refused(_plain(tmp_path / "set.pt", _nchw(fitted.apply(few[0])), few[1]), match, **stated)
+
+
+def test_constants_for_other_pixels_are_refused(tmp_path, few, refused):
+    path = _plain(tmp_path / "set.pt", _nchw(few[0]), few[1])
+    refused(path, "pixels are unit", mean=(0.3,), std=(0.3,))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "match"),
+    [
+        (lambda x: x[:, :, :7], "shape .200, 8, 7.* check --data"),
+        (lambda x: np.repeat(x, 3, -1), "shape .200, 8, 8, 3."),
+        (lambda x: x[:0], "there are no images"),
+        (lambda x: _with(x, 3, np.nan), "image 3 has NaN"),
+        (lambda x: _with(x, 5, 0.5), "image 5 is constant"),
+        (lambda x: x * 1e300, "image 0 has NaN or infinite"),
+    ],
+)
+def test_images_that_are_refused(tmp_path, few, refused, spoil, match):
+    np.savez(tmp_path / "set.npz", images=spoil(few[0].astype(np.float64)).squeeze(), labels=few[1])
+    refused(tmp_path / "set.npz", match)
+
+
+def _with(images, index, value):
+    spoiled = images.copy()
+    spoiled[index] = value
+    return spoiled
+
+
+def test_a_shape_that_fits_both_layouts_must_be_stated(tmp_path, refused):
+    rng = np.random.default_rng(0)
+    images = rng.random((20, 3, 3, 3), np.float32)
+    train = Labeled(images, np.arange(20) % 10, tuple("0123456789"))
+    own = preprocess.fit("standardise", train.chunks, train.shape)
+    path = _plain(tmp_path / "set.pt", images, np.arange(20) % 10)
+    refused(path, "fit both layouts: give --layout", train=train)
+    nhwc, nchw = (
+        foreign.load(path, train, Stated(layout=layout), preprocess=own).images
+        for layout in ("nhwc", "nchw")
+    )
+    np.testing.assert_allclose(nhwc, own.apply(images), atol=1e-6)
+    np.testing.assert_allclose(nchw, own.apply(images.transpose(0, 2, 3, 1)), atol=1e-6)
+
+
+def test_the_set_can_be_saved_and_says_how_it_was_read(tmp_path, few, fitted, read):
+    path = _plain(tmp_path / "set.pt", _nchw(fitted.apply(few[0])), few[1])
+    got = read(path, mean=(0.3,), std=(0.4,))
+    artifact.save(tmp_path / "again.safetensors", got)
+    made = artifact.load(tmp_path / "again.safetensors").provenance
+    assert made == json.loads(json.dumps(got.provenance)) == got.provenance
+    assert made["method"] == "published"
+    assert made["file"] == str(path)
+    assert re.fullmatch("[0-9a-f]{64}", made["sha256"])
+    assert (made["seconds"], made["kernel"], made["metrics"]) == (None, None, {})
+
+
+def test_digest_follows_every_file(tmp_path, few, read):
+    folder = _write_folder(tmp_path / "syn", *few, lambda k: f"new{k:03}")
+    before = read(folder).provenance["sha256"]
+    assert read(folder).provenance["sha256"] == before
+    file = sorted((folder / "new009").iterdir())[-1]
+    Image.fromarray(255 - np.asarray(Image.open(file))).save(file)
+    assert read(folder).provenance["sha256"] != before
+
+
+def test_what_is_foreign(tmp_path):
+    for name in ("a.pt", "a.pth", "a.npz"):
+        assert foreign.is_foreign(tmp_path / name)
+    assert not foreign.is_foreign(tmp_path / "a.safetensors")
+    assert not foreign.is_foreign(tmp_path / "missing")
+    assert not foreign.is_foreign(tmp_path)
+    (tmp_path / "new000").mkdir()
+    assert not foreign.is_foreign(tmp_path)
+    (tmp_path / "new000" / "1.JPEG").touch()
+    assert foreign.is_foreign(tmp_path)
+    (tmp_path / artifact.FILE).touch()
+    assert not foreign.is_foreign(tmp_path)
+
+
+def test_hint():
+    """Three standard errors of 10000 answers at chance 0.1 are 0.009."""
+    assert foreign.hint(0.1091, 0.1, 10000) is None
+    line = foreign.hint(0.1089, 0.1, 10000)
+    assert line is not None
+    assert all(word in line for word in ("--pixels", "--mean", "--labels", "--layout", "order"))
+    assert foreign.hint(0.02, 0.1, 10000) is not None
+    assert foreign.hint(0.15, 0.1, 100) is not None
+
+
+class _Hostile:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+def test_hostile_pickles_are_not_run(tmp_path, few, refused):
+    target = tmp_path / "made by a pickle"
+    images, labels = torch.from_numpy(few[0]), torch.from_numpy(few[1])
+    torch.save({"images": images, "labels": labels, "x": _Hostile(target)}, tmp_path / "zip.pt")
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(_Hostile(target)))
+    torch.save(_Hostile(target), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    array = np.array([_Hostile(target)], dtype=object)
+    np.savez(tmp_path / "set.npz", images=array, labels=few[1])
+    for name in ("zip.pt", "pickle.pt", "old.pt"):
+        refused(tmp_path / name, "nothing in it was run|not a whole file of torch")
+    refused(tmp_path / "set.npz", "not a readable .npz: ValueError: Object arrays")
+    assert not target.exists()
+
+
+def test_scalars_of_older_numpy_are_allowed(tmp_path, few, read):
+    """Published files were written when the function that they name lay in `numpy.core`."""
+    path = _condensed(tmp_path / "set.pt", [[_nchw(few[0]), torch.from_numpy(few[1])]])
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    new, old = b"cnumpy._core.multiarray\nscalar", b"cnumpy.core.multiarray\nscalar"
+    assert any(new in part for part in parts.values())
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, part in parts.items():
+            archive.writestr(name, part.replace(new, old))
+    assert len(read(path)) == len(few[1])
+
+
+def test_numpy_scalars_are_allowed_and_other_numpy_objects_are_not(tmp_path, few, refused, read):
+    images, labels = _nchw(few[0]), torch.from_numpy(few[1])
+    read(_condensed(tmp_path / "set.pt", [[images, labels]]))
+    torch.save({"data": [[images, labels]], "x": np.zeros(3)}, tmp_path / "array.pt")
+    refused(tmp_path / "array.pt", "nothing in it was run")
+    torch.save({"data": [[images, np.float64(3)]]}, tmp_path / "scalar.pt")
+    refused(tmp_path / "scalar.pt", "must hold tensors")
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ({"weights": torch.zeros(3)}, "no images with labels that are known"),
+        ({"data": []}, "list of .images, labels."),
+        ({"data": [[torch.zeros(3)]]}, "list of .images, labels."),
+        ({"images": torch.zeros(3), "labels": [1, 2, 3]}, "has a list"),
+        ({"images": torch.zeros(3) * 1j, "labels": torch.zeros(3)}, "real numbers"),
+        ({"images": torch.zeros(3, device="meta"), "labels": torch.zeros(3)}, "plain tensors"),
+        ({"images": torch.zeros(1).expand(10**12), "labels": torch.zeros(3)}, "needs 8.2 TiB"),
+        ({"images": torch.tensor(1.0), "labels": torch.zeros(3)}, "there are no images"),
+        (torch.zeros(3), "labels are nowhere"),
+        (7, "no images with labels"),
+    ],
+)
+def test_contents_that_are_refused(tmp_path, refused, content, match):
+    torch.save(content, tmp_path / "set.pt")
+    refused(tmp_path / "set.pt", match)
+
+
+def test_archives_that_unpack_to_more_than_memory(tmp_path, refused):
+    """A directory of an archive that claims 64 TiB, without the bytes."""
+    for name in ("set.npz", "set.pt"):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.writestr("images.npy", b"0")
+            archive.filelist[0].file_size = 2**46
+        refused(tmp_path / name, "needs 64.0 TiB")
+
+
+@pytest.mark.parametrize("name", ["missing.pt", "missing.npz", "missing.txt"])
+def test_missing_files(tmp_path, refused, name):
+    refused(tmp_path / name, "there is no file" if "txt" not in name else "must be a folder or")
+
+
+def test_npz_without_the_arrays(tmp_path, refused):
+    np.savez(tmp_path / "set.npz", x=np.zeros(3), images=np.zeros(3))
+    refused(tmp_path / "set.npz", r"must hold 'images' and 'labels', has \['images', 'x'\]")
+    np.savez(tmp_path / "set.npz", images=np.array(["a"]), labels=np.zeros(1))
+    refused(tmp_path / "set.npz", "images must be numbers")
+    np.save(tmp_path / "set.npy", np.zeros(3))
+    os.replace(tmp_path / "set.npy", tmp_path / "set.npz")
+    refused(tmp_path / "set.npz", "not a readable .npz")
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".npz"])
+def test_damaged_files(tmp_path, few, read, suffix):
+    """Cut anywhere, or with a byte changed: one line, or the same set."""
+    images, labels = few[0][::SHARE], few[1][::SHARE]
+    path = tmp_path / f"set{suffix}"
+    if suffix == ".pt":
+        _plain(path, _nchw(images), labels)
+    else:
+        np.savez_compressed(path, images=images, labels=labels)
+    whole, content = read(path), path.read_bytes()
+    rng = np.random.default_rng(0)
+    spoiled = [content[:cut] for cut in (0, 1, 50, len(content) // 2, len(content) - 1)]
+    for place in rng.integers(0, len(content), 60):
+        spoiled.append(content[:place] + bytes([content[place] ^ 0x55]) + content[place + 1 :])
+    messages = []
+    for bytes_ in spoiled:
+        path.write_bytes(bytes_)
+        try:
+            assert read(path).images.shape == whole.images.shape
+        except UserError as error:
+            messages.append(str(error))
+    assert len(messages) > 20
+    assert not any("\n" in message for message in messages)

@@ -1,0 +1,290 @@
+"""`dsdistill evaluate` and `dsdistill report` on digits: whole, stopped, shared and wrong."""
+
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dsdistill import assembly, scorecard
+from dsdistill.harness import artifact
+from dsdistill.harness.errors import UserError
+from dsdistill.harness.reports import report as reports
+from dsdistill.options import Evaluate, Kip, Report
+from dsdistill.pipeline import run_kip
+from kd import learners, session
+from kd.options import Overrides, Train
+
+ARMS = ["distilled", "distilled-hard", "random", "k-means", "herding", "full"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A distilled set of twenty digits."""
+    out = tmp_path_factory.mktemp("set") / "kip"
+    return run_kip(Kip("digits", images_per_class=2, steps=60, out=out))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def evaluated(made: Path, cache: Path, tmp_path_factory) -> Path:
+    """Ridge regression and a network, two seeds."""
+    out = tmp_path_factory.mktemp("evaluation") / "first"
+    options = Evaluate(made, learners="ridge,mlp:16", seeds=2, steps=20, cache=cache, out=out)
+    return scorecard.run(options)
+
+
+def test_every_arm_of_every_learner_is_there(evaluated: Path, made: Path):
+    found = reports.load(evaluated)
+    assert [(row.learner, row.arm) for row in found.rows] == [
+        (learner, arm) for learner in ("ridge", "mlp:16") for arm in ARMS
+    ]
+    distilled, random, full = (found.row("ridge", arm) for arm in ("distilled", "random", "full"))
+    known = artifact.load(made / artifact.FILE).provenance["metrics"]["test_accuracy"]
+    assert [r.accuracy for r in distilled.results] == [pytest.approx(known)] * 2
+    assert random.accuracy.mean < distilled.accuracy.mean < full.accuracy.mean
+    assert (random.results[0].images, full.results[0].images) == (20, 1295)
+    assert random.results[0].bytes == 20 * (64 * 4 + 1)
+    mlp = found.row("mlp:16", "distilled").results
+    grid = learners.learner("mlp:16", steps=20).rates
+    assert mlp[0].rate in grid
+    assert mlp[0].rate == mlp[1].rate
+    assert mlp[0].facts["parameters"] == 64 * 16 + 16 + 16 * 16 + 16 + 16 * 10 + 10
+    assert found.scores[0].ior == pytest.approx(distilled.accuracy.mean - random.accuracy.mean)
+    assert found.distilled["compression"] == pytest.approx(1295 * 257 / (20 * (64 + 10) * 4))
+
+
+def test_the_files_of_an_evaluation(evaluated: Path, made: Path):
+    found = reports.load(evaluated)
+    distil, evaluate = found.commands
+    assert distil == "dsdistill kip digits --images-per-class 2 --steps 60"
+    assert shlex.split(evaluate) == [
+        *("dsdistill", "evaluate", str(made), "--learners", "ridge,mlp:16"),
+        *("--seeds", "2", "--steps", "20"),
+    ]
+    for name in ("report.md", "report.html"):
+        assert "k-means" in (evaluated / name).read_text()
+    assert evaluate in (evaluated / "report.md").read_text()
+    assert {path.suffix for path in (evaluated / "plots").iterdir()} == {".png", ".svg"}
+    assert (evaluated / "images.png").stat().st_size > 5000
+
+
+class _Trainings:
+    """Counts the trainings of networks."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        call = learners.Network.__call__
+
+        def counted(learner, *arguments):
+            self.count += 1
+            return call(learner, *arguments)
+
+        patch.setattr(learners.Network, "__call__", counted)
+
+
+def test_another_evaluation_takes_the_controls_from_the_cache(
+    evaluated: Path, made: Path, cache: Path, tmp_path: Path, monkeypatch
+):
+    trainings = _Trainings(monkeypatch)
+    options = Evaluate(made, learners="mlp:16", seeds=2, steps=20, cache=cache, out=tmp_path / "b")
+    again = reports.load(scorecard.run(options))
+    # Two arms of the distilled set, of which each seed trains once and the grid twice more.
+    assert trainings.count == 2 * (2 + 2)
+    first = reports.load(evaluated)
+    for arm in ARMS:
+        a, b = (found.row("mlp:16", arm) for found in (first, again))
+        assert [r.accuracy for r in a.results] == [r.accuracy for r in b.results]
+    trainings.count = 0
+    scorecard.run(replace(options, controls="full", cache=tmp_path / "empty", out=tmp_path / "c"))
+    assert trainings.count == 3 * (2 + 2)
+
+
+def test_a_stopped_evaluation_goes_on_where_it_was(made: Path, tmp_path: Path):
+    """Killed in the middle, it measures what is missing and ends with the same figures."""
+    line = [
+        *("evaluate", str(made), "--learners", "mlp:16", "--controls", "random", "--seeds", "3"),
+        *("--steps", "150", "--cache", "None"),
+    ]
+    command = [str(Path(sys.executable).with_name("dsdistill")), *line]
+    out = tmp_path / "stopped"
+    running = subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.DEVNULL)
+    results = out / "results"
+    began = time.monotonic()
+    while not results.exists() or len(list(results.glob("*.json"))) < 4:
+        assert running.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() - began < 300
+        time.sleep(0.01)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert not (out / "report.json").exists()
+    kept = {path: path.stat().st_mtime_ns for path in results.glob("*.json")}
+    options = Evaluate(made, learners="mlp:16", controls="random", seeds=3, steps=150, cache=None)
+    with pytest.raises(UserError, match="add --resume, or choose another --out"):
+        scorecard.run(replace(options, out=out))
+    with pytest.raises(UserError, match="was started with --steps 150"):
+        scorecard.run(replace(options, steps=151, out=out, resume=True))
+    scorecard.run(replace(options, out=out, resume=True))
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    whole = scorecard.run(replace(options, out=tmp_path / "whole"))
+    one, other = (reports.load(folder).results for folder in (out, whole))
+    assert [(r.arm, r.seed, r.rate, r.accuracy, r.nll) for r in one] == [
+        (r.arm, r.seed, r.rate, r.accuracy, r.nll) for r in other
+    ]
+    with pytest.raises(UserError, match="finished"):
+        scorecard.run(replace(options, out=out))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("teacher") / "run"
+    session.run(Train("digits", student="mlp:32", out=out, overrides=Overrides(epochs=5)))
+    return out
+
+
+def test_a_teacher_relabels_and_is_compared_with(made: Path, teacher: Path, tmp_path: Path):
+    options = Evaluate(
+        made,
+        learners="ridge",
+        controls="random",
+        teacher=str(teacher),
+        seeds=1,
+        cache=None,
+        out=tmp_path / "a",
+    )
+    found = reports.load(scorecard.run(options))
+    assert [row.arm for row in found.rows] == [*ARMS[:2], "distilled-teacher", "random"]
+    for row in found.rows:
+        (result,) = row.results
+        assert 0.3 < result.teacher_agreement <= 1
+        assert result.teacher_kl > 0
+    parts = assembly.assembled(options)
+    relabelled = next(arm for arm in parts.arms if arm.name == "distilled-teacher").draw(0)
+    np.testing.assert_allclose(relabelled.labels().sum(1), 0, atol=1e-6)  # probabilities minus 1/k
+    assert relabelled.labels().min() >= -0.1 - 1e-6
+
+
+def test_augmentation_is_trained_beside_the_plain(made: Path, tmp_path: Path):
+    options = Evaluate(made, learners="ridge,mlp:16", controls="random", augment="crop", seeds=1)
+    found = reports.load(scorecard.run(replace(options, steps=20, cache=None, out=tmp_path / "a")))
+    kinds = [(row.learner, row.augmented) for row in found.rows]
+    assert kinds == [("ridge", False)] * 3 + [("mlp:16", False)] * 3 + [("mlp:16", True)] * 3
+    assert found.scores[0].ars is None
+    assert found.scores[1].ars is not None
+
+
+def test_a_learner_that_fails_is_in_the_report(made: Path, tmp_path: Path, monkeypatch):
+    call = learners.Network.__call__
+
+    def failing(learner, train, validation, seed, /):
+        if seed == 1:
+            raise UserError("loss is nan at step 3")
+        return call(learner, train, validation, seed)
+
+    monkeypatch.setattr(learners.Network, "__call__", failing)
+    options = Evaluate(made, learners="mlp:16", controls="random", seeds=2, steps=20, cache=None)
+    folder = scorecard.run(replace(options, out=tmp_path / "a"))
+    found = reports.load(folder)
+    assert [row.accuracy for row in found.rows] == [None] * 3
+    for name in ("report.md", "report.html"):
+        assert "failed 1 of 2: loss is nan at step 3" in (folder / name).read_text()
+
+
+def test_a_set_from_elsewhere(made: Path, tmp_path: Path):
+    """The layout, pixels and labels of a condensed set of the DC project."""
+    ours = artifact.load(made / artifact.FILE)
+    images = torch.from_numpy(ours.images.transpose(0, 3, 1, 2).copy())
+    data = [[images, torch.from_numpy(ours.hard_labels)]]
+    torch.save({"data": data, "accs_all_exps": {"ConvNet": [0.5]}}, tmp_path / "res.pt")
+    options = Evaluate(
+        tmp_path / "res.pt",
+        data="digits",
+        learners="ridge",
+        controls="random",
+        seeds=1,
+        cache=None,
+        out=tmp_path / "a",
+    )
+    found = reports.load(scorecard.run(options))
+    assert found.row("ridge", "distilled").accuracy.mean > 0.85
+    assert any("--pixels" in note or "standardised" in note for note in found.notes)
+    assert found.commands == [
+        f"dsdistill evaluate {tmp_path / 'res.pt'} --learners ridge "
+        "--controls random --seeds 1 --data digits"
+    ]
+    with pytest.raises(UserError, match="does not say what it was distilled from: add --data"):
+        scorecard.run(replace(options, data=None, out=tmp_path / "b"))
+
+
+def test_a_set_at_chance_gets_a_hint(made: Path, tmp_path: Path):
+    ours = artifact.load(made / artifact.FILE)
+    noise = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.save({"images": noise, "labels": torch.from_numpy(ours.hard_labels)}, tmp_path / "x.pt")
+    options = Evaluate(tmp_path / "x.pt", data="digits", learners="ridge", controls="", seeds=1)
+    stated = replace(options, pixels="standardised", cache=None, out=tmp_path / "a")
+    notes = reports.load(scorecard.run(stated)).notes
+    assert any("chance" in note and "--labels" in note for note in notes)
+
+
+def test_several_evaluations_on_one_page(evaluated: Path, made: Path, cache: Path, tmp_path: Path):
+    inside = made / "evaluation-1"
+    options = Evaluate(made, learners="ridge", controls="random", seeds=1, cache=cache)
+    assert scorecard.run(options) == inside
+    page = scorecard.compare(Report((evaluated, made), tmp_path / "pages" / "both.html"))
+    text = page.read_text()
+    assert text.count("dsdistill kip digits --images-per-class 2 --steps 60") >= 2
+    for address in ('src="http', 'href="http', "url(http", "@import"):
+        assert address not in text
+    with pytest.raises(UserError, match="holds no evaluation"):
+        scorecard.compare(Report((tmp_path,), tmp_path / "none.html"))
+    with pytest.raises(UserError, match="at least one folder"):
+        scorecard.compare(Report(()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learners": "rigde"}, "rigde"),
+        ({"learners": ""}, "--learners must name at least one"),
+        ({"learners": "ridge:fcc"}, "fcc"),
+        ({"controls": "randon"}, "did you mean 'random'"),
+        ({"seeds": 0}, "--seeds"),
+        ({"steps": 0}, "--steps"),
+        ({"resume": True}, "--resume needs --out"),
+        ({"labels": "index"}, "--labels is for sets from elsewhere"),
+        ({"teacher": "nowhere"}, "nowhere"),
+        ({"device": "cuda:7", "learners": "mlp"}, "cuda"),
+        ({"data": "mnist0"}, "mnist0"),
+    ],
+)
+def test_wrong_input_is_one_line_and_leaves_no_folder(made: Path, tmp_path, changes, message):
+    options = Evaluate(made, learners="ridge", out=tmp_path / "a", cache=None)
+    with pytest.raises(UserError, match=message) as caught:
+        scorecard.run(
+            replace(options, **({"out": None} if changes.get("resume") else {}), **changes)
+        )
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "a").exists()
+
+
+def test_data_that_changed_is_refused(made: Path, tmp_path: Path):
+    other = tmp_path / "other"
+    shutil.copytree(made, other)
+    distilled = artifact.load(other / artifact.FILE)
+    provenance = json.loads(json.dumps(dict(distilled.provenance)))
+    provenance["data"]["sha256"] = "0" * 64
+    artifact.save(other / artifact.FILE, replace(distilled, provenance=provenance))
+    with pytest.raises(UserError, match="it has changed"):
+        scorecard.run(Evaluate(other))
