@@ -39,10 +39,15 @@ def of(
         taught_by: JSON-compatible: what the teacher is.
     """
     stored = distilled.examples()
+    hard = replace(stored, targets=None)
+    same = np.array_equal(hard.labels(), stored.labels())
     per_class = images_per_class(distilled)
     found = [
         _fixed("distilled", stored, {"set": digest(distilled)}),
-        _fixed("distilled-hard", replace(stored, targets=None), {"set": digest(distilled)}),
+        replace(
+            _fixed("distilled-hard", hard, {"set": digest(distilled)}),
+            like="distilled" if same else None,
+        ),
     ]
     if teacher is not None:
         relabelled = replace(stored, targets=_answers(teacher, stored))

@@ -10,7 +10,7 @@ report.json   all figures; report.md and report.html show them. Written last
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from dsdistill import arms, commands
 from dsdistill.assembly import Parts, assembled
 from dsdistill.harness import controls, memory, pictures, progress, runs
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.evaluate import evaluate
+from dsdistill.harness.evaluate import Arm, Learner, evaluate, stored_bytes
 from dsdistill.harness.kept import Kept
 from dsdistill.harness.labeled import per_class
 from dsdistill.harness.pictures import Side
@@ -111,6 +111,10 @@ def _measured(parts: Parts, seeds: list[int], kept: Kept) -> list[Result]:
             show(len(results), **{f"{found.learner} on {found.arm}": figure})
 
         for learner, augmented, arm in trainings:
+            if arm.like is not None:
+                for found in _taken(results, learner, augmented, arm):
+                    on_result(found)
+                continue
             evaluate(
                 learner,
                 arm,
@@ -121,6 +125,16 @@ def _measured(parts: Parts, seeds: list[int], kept: Kept) -> list[Result]:
                 on_result=on_result,
             )
     return results
+
+
+def _taken(results: Sequence[Result], learner: Learner, augmented: bool, arm: Arm) -> list[Result]:
+    """The results of the arm that has the same images and labels, which cost nothing more."""
+    key, size = (learner.name, augmented, arm.like), stored_bytes(arm.draw(0))
+    return [
+        replace(found, arm=arm.name, bytes=size, train_seconds=0.0, tune_seconds=0.0)
+        for found in results
+        if (found.learner, found.augmented, found.arm) == key
+    ]
 
 
 def _picture(out: Path, parts: Parts) -> None:
@@ -174,13 +188,16 @@ def _described(parts: Parts) -> dict[str, Any]:
 
 
 def _notes(parts: Parts, results: Sequence[Result]) -> list[str]:
-    whole = len(parts.splits.train)
+    whole, found = len(parts.splits.train), []
+    if any(arm.like for arm in parts.arms):
+        found.append("The stored labels are hard labels: one training serves both.")
     limited = {r.learner: r.images for r in results if r.arm == "full" and r.images < whole}
-    return [
-        f"{learner} on full data: a class-balanced draw of {images} of {whole} images, since its "
-        "exact solution of all needs too much memory."
-        for learner, images in limited.items()
-    ] + _hints(parts, results)
+    for learner, images in limited.items():
+        found.append(
+            f"{learner} on full data: a class-balanced draw of {images} of {whole} images, since "
+            "its exact solution of all needs too much memory."
+        )
+    return found + _hints(parts, results)
 
 
 def _hints(parts: Parts, results: Sequence[Result]) -> list[str]:

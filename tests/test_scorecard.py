@@ -101,15 +101,15 @@ def test_another_evaluation_takes_the_controls_from_the_cache(
     trainings = _Trainings(monkeypatch)
     options = Evaluate(made, learners="mlp:16", seeds=2, steps=20, cache=cache, out=tmp_path / "b")
     again = reports.load(scorecard.run(options))
-    # Two arms of the distilled set, of which each seed trains once and the grid twice more.
-    assert trainings.count == 2 * (2 + 2)
+    # Its labels are hard labels, so that one arm serves two: each seed, and the grid twice more.
+    assert trainings.count == 2 + 2
     first = reports.load(evaluated)
     for arm in ARMS:
         a, b = (found.row("mlp:16", arm) for found in (first, again))
         assert [r.accuracy for r in a.results] == [r.accuracy for r in b.results]
     trainings.count = 0
     scorecard.run(replace(options, controls="full", cache=tmp_path / "empty", out=tmp_path / "c"))
-    assert trainings.count == 3 * (2 + 2)
+    assert trainings.count == 2 * (2 + 2)
 
 
 def test_a_stopped_evaluation_goes_on_where_it_was(made: Path, tmp_path: Path):

@@ -9,7 +9,7 @@ predictor, and never reach a learner.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -91,12 +91,14 @@ class Arm:
         fixed: Whether it is the same for every seed.
         identity: JSON-compatible: what the draw depends on beside the seed. None: its results
             cannot be kept.
+        like: Name of an arm with the very same images and labels, whose results are its own.
     """
 
     name: str
     draw: Callable[[int], Examples]
     fixed: bool = False
-    identity: Mapping[str, Any] | None = field(default=None)
+    identity: Mapping[str, Any] | None = None
+    like: str | None = None
 
 
 def evaluate(

@@ -1,7 +1,7 @@
 """The images that judge a predictor: validation images choose, test images are read once."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -29,7 +29,7 @@ class Judges:
     validation: Examples
     test: Examples
     teacher: Scores | None = None
-    identity: Mapping[str, Any] | None = field(default=None)
+    identity: Mapping[str, Any] | None = None
 
     @property
     def validation_labels(self) -> Int[np.ndarray, " n"]:
