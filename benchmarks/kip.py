@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from dsdistill.harness import artifact
+from dsdistill.harness.reports import report, words
 
 COMMON = "--kernel convnet"
 KIP = "kip fashion-mnist --learn-labels --images-per-class"
@@ -88,9 +89,11 @@ def students(name: str, root: Path) -> dict[str, Any]:
     """Convnets trained on a set and on random images, five seeds."""
     folder = root / name
     options = ["--learners", "ridge,convnet", "--controls", "random", "--out", str(folder)]
-    if not (folder / "report.json").exists():
-        dsdistill(["evaluate", str(root / STUDENTS[name]), *options])
-    return {"report": json.loads((folder / "report.json").read_text())}
+    if not (folder / report.NAME).exists():
+        resume = ["--resume"] if folder.exists() else []
+        dsdistill(["evaluate", str(root / STUDENTS[name]), *options, *resume])
+    rows = report.load(folder).rows
+    return {f"{row.learner} on {row.arm}": words.accuracy(row) for row in rows}
 
 
 def finish(line: str, folder: Path) -> None:
