@@ -78,7 +78,7 @@ def main() -> None:
         "dsdistill",
         description,
         COMMANDS,
-        "stopped; a run and an evaluation continue with --resume",
+        "stopped; a run continues with --resume",
     )
 
 

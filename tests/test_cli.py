@@ -238,7 +238,8 @@ def test_of_several_kernels_the_first_one_is_stored_and_evaluates(dsdistill, tmp
     done = dsdistill("evaluate", "run", *evaluated)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert report["rows"][0]["mean"] == pytest.approx(made["metrics"]["test_accuracy"])
+    first = report["results"][0]
+    assert first["accuracy"] == pytest.approx(made["metrics"]["test_accuracy"])
     assert "--kernel fc,conv" in report["commands"][0]
 
 
