@@ -190,5 +190,6 @@ def _ridge(name: str, kernel: str, made: Mapping[str, Any]) -> Learner:
         std = {name: config[name] for name in ("w_std", "b_std") if name in config}
     found = networks.parse(kernel, depth, **std)
     value = made.get("evaluation_ridge", RIDGE)
-    identity = {"kernel": found.name, "ridge": value, **std}
+    # What a module of the user holds may change under its name.
+    identity = None if ":" in kernel else {"kernel": found.name, "ridge": value, **std}
     return ridge.Ridge(found, value, name, identity=identity)

@@ -31,8 +31,6 @@ from dsdistill.harness.results import Result
 from dsdistill.options import Evaluate
 from dsdistill.options import Report as Compare
 
-RESULT = "report.json"
-PICTURE = "images.png"
 FREE = ("data_root", "cache", "device")  # options that may differ on resume
 PER_CALL = ("out", "resume")  # options that are none of the evaluation's
 VERSIONS = ("dsdistill", "jax", "numpy", "scikit-learn", "scipy", "timm", "torch")
@@ -50,7 +48,7 @@ def run(options: Evaluate) -> Path:
     runs.start(
         out,
         _config(options),
-        result=RESULT,
+        result=report.NAME,
         resume=options.resume,
         defaults=_config(Evaluate(options.run)),
         free=FREE,
@@ -75,9 +73,9 @@ def compare(options: Compare) -> Path:
     folders = [_newest(run) for run in options.runs]
     reports = [report.load(folder) for folder in folders]
     shown = {
-        f"{found.title}: distilled images beside real ones": (folder / PICTURE).read_bytes()
+        f"{found.title}: distilled images beside real ones": (folder / report.PICTURE).read_bytes()
         for folder, found in zip(folders, reports, strict=True)
-        if (folder / PICTURE).exists()
+        if (folder / report.PICTURE).exists()
     }
     title = reports[0].title if len(reports) == 1 else f"{len(reports)} evaluations"
     text = page.render(reports, title=title, pictures=shown)
@@ -88,9 +86,9 @@ def compare(options: Compare) -> Path:
 
 def _newest(run: Path) -> Path:
     """The folder itself if it is an evaluation's, else the newest of those inside it."""
-    if (run / RESULT).exists():
+    if (run / report.NAME).exists():
         return run
-    inside = sorted(run.glob(f"*/{RESULT}"), key=lambda path: path.stat().st_mtime)
+    inside = sorted(run.glob(f"*/{report.NAME}"), key=lambda path: path.stat().st_mtime)
     if not inside:
         raise UserError(f"{run} holds no evaluation: make one with `dsdistill evaluate {run}`")
     return inside[-1].parent
@@ -145,7 +143,7 @@ def _picture(out: Path, parts: Parts) -> None:
     left = Side("real", train.images(rows), train.data.labels[rows])
     right = Side("distilled", distilled.images, distilled.hard_labels)
     classes, fitted = distilled.classes, distilled.preprocess
-    pictures.write_grid(out / PICTURE, left, right, classes, fitted)
+    pictures.write_grid(out / report.PICTURE, left, right, classes, fitted)
 
 
 def _report(options: Evaluate, parts: Parts, results: Sequence[Result], seconds: float) -> Report:

@@ -92,8 +92,13 @@ class Network:
         return replace(self, recipe=replace(self.recipe, augment="crop-flip", hflip=hflip))
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """All that its results depend on beside data and seed, JSON-compatible."""
+    def identity(self) -> dict[str, Any] | None:
+        """All that its results depend on beside data and seed, JSON-compatible.
+
+        None for weights from a file, which may change under its name.
+        """
+        if networks.parse(_full(self.name)).file is not None:
+            return None
         return {
             "name": self.name,
             "network": _full(self.name),

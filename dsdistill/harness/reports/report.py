@@ -51,7 +51,7 @@ class Report:
         results: One a training.
         distilled: `method`, `kernel`, `seconds`, `peak_memory`, `metrics`, `images`, `bytes` and
             `compression` of the set, each of which may be None or missing.
-        seconds: Of the whole evaluation.
+        seconds: Of the call that wrote it, in which kept results were not measured again.
         peak_memory: Of its process, in bytes.
         machine: Where.
         versions: Of packages, by name.
