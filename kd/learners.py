@@ -38,21 +38,7 @@ ALIASES: Mapping[str, str] = {
     "vit": "small-vit",
 }
 
-# The KIP paper's training of its networks, in the units of our loss: theirs is the mean over
-# classes, ours their sum, so for ten classes their L2 of 1e-3 is 1e-2 here and their rates are
-# tenths. They take a share, found by a grid search, of the largest stable rate, from an empirical
-# NTK of their data; here a grid stands for it, the same for all data. The largest stable rate is
-# about c / width: without momentum c is 2 on digits, 0.2 on Fashion-MNIST (NTK of 20 images) and,
-# by their figure, 0.7 on whitened CIFAR-10. So `lr` is of width 1, and the grid has two decades.
-# Source: Nguyen et al. (2021), arXiv:2107.13034, and its public training notebook.
-KIP = Recipe(
-    steps=5000,
-    batch_size=100,
-    optimizer="momentum",
-    lr=0.3,
-    weight_decay=1e-2,
-    decay_all=True,
-)
+# Of the rate of `recipes.KIP`: two decades, as its header says.
 KIP_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
 
 
@@ -185,7 +171,7 @@ def learner(
     networks.check_name(full)
     network = Network(name, flip=flip, device=str(engine.make(device).device))
     if full.partition(":")[0] == "kip-convnet":
-        recipe = replace(KIP, lr=KIP.lr / builtin.width(full))
+        recipe = replace(recipes.KIP, lr=recipes.KIP.lr / builtin.width(full))
         network = replace(network, recipe=recipe, factors=KIP_FACTORS)
     elif _has_layer_norm(full):
         network = replace(network, recipe=recipes.SMALL_LAYER_NORM)

@@ -306,3 +306,9 @@ def test_identity() -> None:
     assert same.identity == found.identity
     found(EASY, EASY, 3)
     assert json.dumps(found.identity, sort_keys=True) == texts[0]
+
+
+def test_weights_from_a_file_have_no_identity() -> None:
+    """The file may change under its name, and results of the old one must not be taken."""
+    assert Network("convnet@weights.pt").identity is None
+    assert Network("convnet").identity is not None
