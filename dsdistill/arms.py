@@ -14,8 +14,6 @@ from dsdistill.harness.evaluate import Arm
 from dsdistill.harness.labeled import Examples
 from dsdistill.harness.preprocess import Preprocess
 
-FIXED = ("herding", "full")  # the same for every seed
-
 Logits = Callable[[Float[np.ndarray, "n h w c"]], Float[np.ndarray, "n k"]]
 
 
@@ -56,7 +54,6 @@ def of(
     return found + [
         replace(
             controls.arm(name, train, per_class),
-            fixed=name in FIXED,
             identity={"data": data} | ({} if name == "full" else {"images_per_class": per_class}),
         )
         for name in names

@@ -8,7 +8,6 @@ A stop by hand is agreed on: all hosts end after the same step. A host that dies
 
 import atexit
 import contextlib
-import importlib.util
 import json
 import os
 import re
@@ -22,13 +21,15 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed  # its key-value store, which JAX gives out nowhere else
 from jax.experimental import multihost_utils
 
+from dsdistill import alive, cluster
 from dsdistill.harness import progress, runs
 from dsdistill.harness.errors import UserError
 from dsdistill.kernels import devices
 
-HEARTBEAT = 30  # seconds of silence that make a host count as dead; it beats while it compiles
+HEARTBEAT = 60  # seconds of silence after which JAX aborts; `alive` ends the process before that
 LINGER = 2.0  # seconds that host 0, over which all are connected, stays after an error
 LOST = (RuntimeError, ValueError)  # JAX's error when a host is lost; of some programs it is NumPy's
 _FAILED = "(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): "  # how it opens
@@ -39,12 +40,12 @@ def joined(hosts: str | None) -> Iterator[None]:
     """Work as one of several hosts, if there are several; before JAX computes anything.
 
     Args:
-        hosts: As the user wrote it, see `parse`.
+        hosts: As the user wrote it, see `cluster.parse`.
 
     Raises:
         UserError: If the hosts cannot be joined, or one of them is lost.
     """
-    where = parse(hosts)
+    where = cluster.parse(hosts)
     if where is None:
         yield
         return
@@ -56,41 +57,6 @@ def joined(hosts: str | None) -> Iterator[None]:
         # JAX would first wait for the other hosts to end as well, and then abort.
         atexit.register(_leave)
         raise
-
-
-def parse(hosts: str | None) -> dict[str, Any] | None:
-    """What `jax.distributed.initialize` is called with; None for a host on its own.
-
-    Args:
-        hosts: `10.0.0.1:9876,0/2` for the first of two hosts, which listens at this address;
-            `none` for a host on its own; None: as JAX detects, where several tasks were launched.
-
-    Raises:
-        UserError: For any other text.
-    """
-    if hosts is None:
-        return {} if _launched(os.environ) else None
-    if hosts == "none":
-        return None
-    found = re.fullmatch(r"(\S+):([0-9]+),([0-9]+)/([0-9]+)", hosts)
-    if not found:
-        raise UserError(
-            "--hosts must be ADDRESS:PORT,INDEX/COUNT, such as 10.0.0.1:9876,0/2 on the first of "
-            f"two hosts, or none, got {hosts!r}"
-        )
-    port, index, count = map(int, found.groups()[1:])
-    if not 0 < port < 2**16:
-        raise UserError(f"--hosts needs a port from 1 to 65535, got {port}")
-    if index >= count:
-        raise UserError(f"--hosts: INDEX counts from 0 and is below COUNT, got {index}/{count}")
-    if count == 1:
-        return None
-    return {
-        "coordinator_address": f"{found[1]}:{port}",
-        "num_processes": count,
-        "process_id": index,
-        "cluster_detection_method": "deactivate",
-    }
 
 
 def first() -> bool:
@@ -205,21 +171,6 @@ def resumable(folder: Path | None = None) -> Iterator[None]:
         ) from error
 
 
-def _launched(environment: Mapping[str, str]) -> bool:
-    """Whether several tasks of this command were launched, by the environment alone.
-
-    JAX's own detection follows where this holds. It asks the network in some places and takes a
-    lone task for a cluster, so that a plain container could not run anything.
-    """
-    counts = (environment.get(n) for n in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
-    if any(count not in (None, "1") for count in counts):
-        return True
-    if "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
-        return True
-    # A Kubernetes Job; without this package JAX cannot ask it for its pods.
-    return "JOB_COMPLETION_INDEX" in environment and bool(importlib.util.find_spec("kubernetes"))
-
-
 def _join(where: dict[str, Any]) -> None:
     if where.get("process_id") == 0:
         _check_port(int(where["coordinator_address"].rpartition(":")[2]))
@@ -230,6 +181,8 @@ def _join(where: dict[str, Any]) -> None:
         how = "give --hosts, or --hosts none to run alone" if not where else "check --hosts"
         raise UserError(f"the hosts cannot be joined ({error}): {how}") from error
     signal.signal(signal.SIGINT, _stop_all)
+    state = distributed.global_state
+    alive.watch(state.client, state.process_id)
     with _no_announcement():
         # Devices connect when they first need each other, and must do so within half a minute of
         # each other: now, not after compilations of different length.

@@ -11,9 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsdistill import hosts
 from dsdistill.harness import artifact
-from dsdistill.harness.errors import UserError
 
 DSDISTILL = Path(sys.executable).with_name("dsdistill")
 TIMEOUT = 240  # of two processes that may share one core
@@ -72,11 +70,15 @@ def at_work(processes: list[subprocess.Popen[str]], run: Path, beyond: int) -> N
         time.sleep(0.05)
 
 
-def dies(processes: list[subprocess.Popen[str]]) -> str:
-    """Kill the second host, and return the last line of the first."""
-    processes[1].kill()
-    code, _, error = ended(processes)[0]
-    assert code == 1
+def bereft(processes: list[subprocess.Popen[str]], how: signal.Signals) -> str:
+    """Send the second host a signal, and return the last line of the first."""
+    processes[1].send_signal(how)
+    try:
+        _, error = processes[0].communicate(timeout=TIMEOUT)
+    finally:
+        for process in processes:
+            process.kill()
+    assert processes[0].returncode == 1
     assert "Traceback" not in error
     return error.splitlines()[-1]
 
@@ -116,7 +118,8 @@ def test_a_stop_is_agreed_on_and_a_death_ends_the_run(dsdistill, tmp_path):
 
     processes = pair(tmp_path, "kip --resume --out run")
     at_work(processes, run, beyond=reached[-1] + 10)
-    assert "continues from its last checkpoint with --resume --out run" in dies(processes)
+    last = bereft(processes, signal.SIGKILL)
+    assert "the run continues from its last checkpoint with --resume" in last
     assert steps(run)[-1] > reached[-1]
 
     reached = steps(run)
@@ -126,6 +129,17 @@ def test_a_stop_is_agreed_on_and_a_death_ends_the_run(dsdistill, tmp_path):
     assert done.returncode == 0, done.stderr
     assert steps(run) == list(range(1, reached[-1] + 21))
     assert artifact.load(run / artifact.FILE).provenance["metrics"]["test_accuracy"] > 0.9
+
+
+def test_a_silent_host_counts_as_lost(tmp_path):
+    """It hangs, and no connection breaks."""
+    processes = pair(tmp_path, f"{ENDLESS} 50")
+    at_work(processes, tmp_path / "host0" / "run", beyond=10)
+    assert bereft(processes, signal.SIGSTOP) == (
+        "dsdistill: host 1 has given no sign of life for 30 s: the run continues from its last "
+        "checkpoint with --resume, on any number of hosts"
+    )
+    assert (tmp_path / "host0" / "run" / "checkpoint.safetensors").exists()
 
 
 def test_ctrl_c_stops_all_hosts(tmp_path):
@@ -157,24 +171,6 @@ def test_what_host_0_refuses_every_host_refuses(tmp_path):
         )
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("10.0.0.1", "ADDRESS:PORT,INDEX/COUNT"),
-        ("10.0.0.1:9876", "ADDRESS:PORT,INDEX/COUNT"),
-        ("10.0.0.1,0/2", "ADDRESS:PORT,INDEX/COUNT"),
-        ("10.0.0.1:9876,-1/2", "ADDRESS:PORT,INDEX/COUNT"),
-        ("10.0.0.1:9876,2/2", "below COUNT, got 2/2"),
-        ("10.0.0.1:9876,0/0", "below COUNT, got 0/0"),
-        ("10.0.0.1:70000,0/2", "port from 1 to 65535, got 70000"),
-        ("", "got ''"),
-    ],
-)
-def test_a_wrong_text_is_refused(text, words):
-    with pytest.raises(UserError, match=words):
-        hosts.parse(text)
-
-
 def test_a_wrong_text_is_one_line(dsdistill, tmp_path):
     done = dsdistill("kip", "--hosts", "two")
     assert (done.returncode, done.stdout) == (1, "")
@@ -192,32 +188,6 @@ def test_a_port_that_is_taken_is_one_line(dsdistill, tmp_path):
         f"dsdistill: --hosts: cannot listen on port {port}: Address already in use\n"
     )
     assert list(tmp_path.iterdir()) == []
-
-
-def test_notation():
-    assert hosts.parse("none") is None
-    assert hosts.parse("10.0.0.1:9876,0/1") is None
-    found = hosts.parse("[fd00::1]:9876,1/3")
-    assert found is not None
-    assert found["coordinator_address"] == "[fd00::1]:9876"
-    assert (found["process_id"], found["num_processes"]) == (1, 3)
-
-
-@pytest.mark.parametrize(
-    ("environment", "launched"),
-    [
-        ({}, False),
-        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "HOSTNAME": "pod"}, False),
-        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}, False),  # the batch script itself
-        ({"SLURM_JOB_ID": "1", "SLURM_STEP_NUM_TASKS": "1"}, False),
-        ({"SLURM_JOB_ID": "1", "SLURM_STEP_NUM_TASKS": "4"}, True),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
-        ({"TPU_WORKER_HOSTNAMES": "a"}, False),
-        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
-    ],
-)
-def test_a_cluster_is_one_that_launched_several_tasks(environment, launched):
-    assert hosts._launched(environment) is launched
 
 
 SHARED = """

@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import socket
+import time
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -386,7 +388,14 @@ def test_names_that_nobody_knows(name: str, message: str) -> None:
         ("test_vit", "https://huggingface.co/timm/test_vit.r160_in1k"),
     ],
 )
-def test_what_cannot_be_downloaded_is_named(name: str, looked_for: str) -> None:
+def test_what_cannot_be_downloaded_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, looked_for: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise socket.gaierror("name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between tries
     with pytest.raises(UserError, match=looked_for) as caught:
         teachers.load(name, _fitted("none", COLOUR), COLOUR, NAMES, class_map=MAP)
     assert "\n" not in str(caught.value)

@@ -26,14 +26,14 @@ def arm(name: str, train: Examples, images_per_class: int) -> Arm:
         images_per_class: As many as the distilled set has.
     """
     if name == "full":
-        return Arm(name, lambda seed: train)
+        return Arm(name, lambda seed: train, fixed=True)
     if name == "random":
         return Arm(name, lambda seed: random(train, images_per_class, seed))
     if name == "k-means":
         return Arm(name, lambda seed: k_means(train, images_per_class, seed))
     if name == "herding":
         chosen = functools.cache(lambda: herding(train, images_per_class))
-        return Arm(name, lambda seed: chosen())  # no seed changes it: chosen once for all
+        return Arm(name, lambda seed: chosen(), fixed=True)
     raise unknown("control", name, CONTROLS)
 
 

@@ -1,0 +1,55 @@
+"""Signs of life: a host that goes silent ends the others with a line, before JAX aborts them.
+
+Mostly a lost host breaks a connection, and JAX raises an error. One that hangs, or whose machine
+loses its power, breaks none; and of two devices of a host, one may see the error and the other wait
+for it. Then the only sign is that there is none. JAX watches that too, but ends the process from
+within, with the stack of its own code: its limit (`hosts.HEARTBEAT`) must be longer than this one.
+"""
+
+import itertools
+import os
+import sys
+import threading
+import time
+from typing import Any, NoReturn
+
+EVERY = 2.0  # seconds between signs
+SILENT = 30.0  # seconds without one that make a host count as lost; it gives them while it compiles
+_FOLDER = "dsdistill/alive/"
+
+
+def watch(client: Any, host: int) -> None:
+    """From now on give signs of life, and end this process when another host stops giving them.
+
+    Args:
+        client: JAX's, of the key-value store on host 0.
+        host: This one.
+    """
+    threading.Thread(target=_watch, args=(client, host), daemon=True).start()
+
+
+def _watch(client: Any, host: int) -> None:
+    heard: dict[str, tuple[str, float]] = {}
+    for count in itertools.count():
+        try:
+            client.key_value_set(f"{_FOLDER}{host}", str(count), allow_overwrite=True)
+            signs = dict(client.key_value_dir_get(_FOLDER))
+        except RuntimeError:
+            return  # host 0 is gone, and JAX says so
+        now = time.monotonic()
+        for name, sign in signs.items():
+            if heard.get(name, ("", now))[0] != sign:
+                heard[name] = sign, now
+            elif now - heard[name][1] > SILENT:
+                _end(name.removeprefix(_FOLDER))
+        time.sleep(EVERY)
+
+
+def _end(host: str) -> NoReturn:
+    print(
+        f"\ndsdistill: host {host} has given no sign of life for {SILENT:.0f} s: the run continues "
+        "from its last checkpoint with --resume, on any number of hosts",
+        file=sys.__stderr__,
+        flush=True,
+    )
+    os._exit(1)

@@ -1,0 +1,50 @@
+"""Which hosts work together: the notation, and what a launcher leaves in the environment."""
+
+import pytest
+
+from dsdistill import cluster
+from dsdistill.harness.errors import UserError
+
+
+def test_notation():
+    assert cluster.parse("none") is None
+    assert cluster.parse("10.0.0.1:9876,0/1") is None
+    found = cluster.parse("[fd00::1]:9876,1/3")
+    assert found is not None
+    assert found["coordinator_address"] == "[fd00::1]:9876"
+    assert (found["process_id"], found["num_processes"]) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("environment", "launched"),
+    [
+        ({}, False),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "HOSTNAME": "pod"}, False),
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}, False),  # the batch script itself
+        ({"SLURM_JOB_ID": "1", "SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"SLURM_JOB_ID": "1", "SLURM_STEP_NUM_TASKS": "4"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "a"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+    ],
+)
+def test_a_cluster_is_one_that_launched_several_tasks(environment, launched):
+    assert cluster._launched(environment) is launched
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("10.0.0.1", "ADDRESS:PORT,INDEX/COUNT"),
+        ("10.0.0.1:9876", "ADDRESS:PORT,INDEX/COUNT"),
+        ("10.0.0.1,0/2", "ADDRESS:PORT,INDEX/COUNT"),
+        ("10.0.0.1:9876,-1/2", "ADDRESS:PORT,INDEX/COUNT"),
+        ("10.0.0.1:9876,2/2", "below COUNT, got 2/2"),
+        ("10.0.0.1:9876,0/0", "below COUNT, got 0/0"),
+        ("10.0.0.1:70000,0/2", "port from 1 to 65535, got 70000"),
+        ("", "got ''"),
+    ],
+)
+def test_a_wrong_text_is_refused(text, words):
+    with pytest.raises(UserError, match=words):
+        cluster.parse(text)
