@@ -139,7 +139,6 @@ def test_a_silent_host_counts_as_lost(tmp_path):
         "dsdistill: host 1 has given no sign of life for 30 s: the run continues from its last "
         "checkpoint with --resume, on any number of hosts"
     )
-    assert (tmp_path / "host0" / "run" / "checkpoint.safetensors").exists()
 
 
 def test_ctrl_c_stops_all_hosts(tmp_path):
