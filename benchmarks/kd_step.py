@@ -6,8 +6,9 @@
 All four do the same student and teacher passes, the same loss and the same SGD step, in turns in
 one process: `kd.train` with everything that it does besides; a hand-written loop; a loop over
 timm's LogitDistillationTask; and `kd.train` with the teacher's answers known, against a
-hand-written loop that never runs the teacher. Each line gives medians over the turns and the ratio
-of `kd` to the others; above 1 it is faster.
+hand-written loop that never runs the teacher. Every other turn takes them in the opposite order.
+Each line gives the ratio of `kd` to the others, the median over the turns, since a machine that is
+shared slows down for seconds at a time; in brackets the quartiles. Above 1 it is faster.
 """
 
 import argparse
@@ -60,26 +61,33 @@ class Case:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", default="cpu", choices=CASES)
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=15, help="a turn")
+    parser.add_argument("--turns", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=8, help="a turn")
     options = parser.parse_args()
     print(torch.cuda.get_device_name() if options.device == "cuda" else "CPU", torch.__version__)
     for student, teacher, size, channels, batch in CASES[options.device]:
         case = made(student, teacher, size, channels, batch, options.device)
         loops = {"kd": ours, "bare": bare, "timm": timms, "known": known, "alone": alone}
         seconds: dict[str, list[float]] = {name: [] for name in loops}
-        for _ in range(options.turns):
-            for name, loop in loops.items():
-                seconds[name].append(loop(case, options.steps))
+        for turn in range(options.turns):
+            for name in list(loops)[:: -1 if turn % 2 else 1]:
+                seconds[name].append(loops[name](case, options.steps))
         rate = {name: batch / median(found) for name, found in seconds.items()}
         print(
             f"{student} from {teacher}, {size}x{size}x{channels}, batch {batch}: "
-            f"{rate['kd']:.0f} images/s, {rate['kd'] / rate['bare']:.3f} of a bare loop, "
-            f"{rate['kd'] / rate['timm']:.3f} of timm's task; with known answers "
-            f"{rate['known']:.0f} images/s, {rate['known'] / rate['alone']:.3f} of a bare loop "
+            f"{rate['kd']:.0f} images/s, {ratio(seconds, 'bare', 'kd')} of a bare loop, "
+            f"{ratio(seconds, 'timm', 'kd')} of timm's task; with known answers "
+            f"{rate['known']:.0f} images/s, {ratio(seconds, 'alone', 'known')} of a bare loop "
             f"without its teacher",
             flush=True,
         )
+
+
+def ratio(seconds: dict[str, list[float]], slow: str, fast: str) -> str:
+    """Median and quartiles of how many times faster the second was, turn by turn."""
+    found = [a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)]
+    low, middle, high = np.quantile(found, (0.25, 0.5, 0.75))
+    return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def made(student: str, teacher: str, size: int, channels: int, batch: int, device: str) -> Case:
