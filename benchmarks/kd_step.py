@@ -83,9 +83,9 @@ def main() -> None:
         )
 
 
-def ratio(seconds: dict[str, list[float]], slow: str, fast: str) -> str:
-    """Median and quartiles of how many times faster the second was, turn by turn."""
-    found = [a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)]
+def ratio(seconds: dict[str, list[float]], rival: str, own: str) -> str:
+    """Median and quartiles of how many times faster our loop was, turn by turn."""
+    found = [a / b for a, b in zip(seconds[rival], seconds[own], strict=True)]
     low, middle, high = np.quantile(found, (0.25, 0.5, 0.75))
     return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
 

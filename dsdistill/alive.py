@@ -11,7 +11,10 @@ import os
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any, NoReturn
+
+run: Path | None = None  # the folder of this process's run, once it is known
 
 EVERY = 2.0  # seconds between signs
 SILENT = 30.0  # seconds without one that make a host count as lost; it gives them while it compiles
@@ -26,6 +29,12 @@ def watch(client: Any, host: int) -> None:
         host: This one.
     """
     threading.Thread(target=_watch, args=(client, host), daemon=True).start()
+
+
+def advice() -> str:
+    """How a run goes on that has lost a host."""
+    where = f"--resume --out {run}" if run else "--resume"
+    return f"the run continues from its last checkpoint with {where}, on any number of hosts"
 
 
 def _watch(client: Any, host: int) -> None:
@@ -47,8 +56,7 @@ def _watch(client: Any, host: int) -> None:
 
 def _end(host: str) -> NoReturn:
     print(
-        f"\ndsdistill: host {host} has given no sign of life for {SILENT:.0f} s: the run continues "
-        "from its last checkpoint with --resume, on any number of hosts",
+        f"\ndsdistill: host {host} has given no sign of life for {SILENT:.0f} s: {advice()}",
         file=sys.__stderr__,
         flush=True,
     )

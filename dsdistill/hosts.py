@@ -158,16 +158,15 @@ def resumable(folder: Path | None = None) -> Iterator[None]:
     Args:
         folder: Of the run, once it is known.
     """
+    alive.run = folder
     try:
         yield
     except LOST as error:
         if jax.process_count() == 1 or not re.match(_FAILED, str(error)):
             raise
-        where = f"--resume --out {folder}" if folder else "--resume"
         reason = str(error).splitlines()[0]
         raise UserError(
-            "another host has ended or cannot be reached: the run continues from its last "
-            f"checkpoint with {where}, on any number of hosts ({reason})"
+            f"another host has ended or cannot be reached: {alive.advice()} ({reason})"
         ) from error
 
 

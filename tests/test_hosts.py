@@ -74,11 +74,10 @@ def bereft(processes: list[subprocess.Popen[str]], how: signal.Signals) -> str:
     """Send the second host a signal, and return the last line of the first."""
     processes[1].send_signal(how)
     try:
-        _, error = processes[0].communicate(timeout=TIMEOUT)
+        code, _, error = ended(processes[:1])[0]
     finally:
-        for process in processes:
-            process.kill()
-    assert processes[0].returncode == 1
+        processes[1].kill()
+    assert code == 1
     assert "Traceback" not in error
     return error.splitlines()[-1]
 
@@ -119,7 +118,7 @@ def test_a_stop_is_agreed_on_and_a_death_ends_the_run(dsdistill, tmp_path):
     processes = pair(tmp_path, "kip --resume --out run")
     at_work(processes, run, beyond=reached[-1] + 10)
     last = bereft(processes, signal.SIGKILL)
-    assert "the run continues from its last checkpoint with --resume" in last
+    assert "continues from its last checkpoint with --resume --out run" in last
     assert steps(run)[-1] > reached[-1]
 
     reached = steps(run)
@@ -137,7 +136,7 @@ def test_a_silent_host_counts_as_lost(tmp_path):
     at_work(processes, tmp_path / "host0" / "run", beyond=10)
     assert bereft(processes, signal.SIGSTOP) == (
         "dsdistill: host 1 has given no sign of life for 30 s: the run continues from its last "
-        "checkpoint with --resume, on any number of hosts"
+        "checkpoint with --resume --out run, on any number of hosts"
     )
 
 
