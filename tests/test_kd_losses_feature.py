@@ -1,19 +1,17 @@
 """Losses on features against loops in float64 NumPy, and how their gradients behave."""
 
 import math
-from collections.abc import Callable
 
+import losses_support as losses
 import numpy as np
 import pytest
 import torch
+from losses_support import Oracle, Pair
 
 from kd.losses import feature
 
 N, C, H, W = 4, 3, 6, 5
 RAW_VARIANCE = torch.tensor([-1.0, 0.5, 3.0])
-
-Pair = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-Oracle = Callable[[np.ndarray, np.ndarray], float]
 
 
 def _maps(seed: int, dtype: torch.dtype = torch.float32, channels: int = C) -> torch.Tensor:
@@ -93,43 +91,21 @@ CASES: dict[str, tuple[Pair, Oracle]] = {
 every_loss = pytest.mark.parametrize(("loss", "oracle"), CASES.values(), ids=CASES)
 
 
-def _numeric_gradient(oracle: Oracle, student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
-    """Central differences in float64: error about step² = 1e-10."""
-    gradient, step = np.zeros_like(student), 1e-5
-    for index in np.ndindex(*student.shape):
-        above, below = student.copy(), student.copy()
-        above[index] += step
-        below[index] -= step
-        gradient[index] = (oracle(above, teacher) - oracle(below, teacher)) / (2 * step)
-    return gradient
-
-
-def _gradient(loss: Pair, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    leaf = student.clone().requires_grad_()
-    loss(leaf, teacher).backward()
-    assert leaf.grad is not None
-    return leaf.grad
-
-
 @every_loss
 def test_values_and_gradients_are_those_of_the_closed_form(loss: Pair, oracle: Oracle) -> None:
     student, teacher = _maps(0), _maps(1)
     exact = student.double().numpy(), teacher.double().numpy()
     # Float32 carries 1e-7; the sums here lose a digit.
     assert loss(student, teacher).item() == pytest.approx(oracle(*exact), rel=1e-5)
-    gradient = _gradient(loss, student, teacher).double().numpy()
+    gradient = losses.gradient(loss, student, teacher).double().numpy()
     scale = np.abs(gradient).max()
-    numeric = _numeric_gradient(oracle, *exact)
+    numeric = losses.numeric_gradient(oracle, *exact)
     np.testing.assert_allclose(gradient, numeric, rtol=1e-4, atol=1e-5 * scale)
 
 
 @every_loss
 def test_no_gradient_into_the_teacher(loss: Pair, oracle: Oracle) -> None:
-    student, teacher = _maps(0).requires_grad_(), _maps(1).requires_grad_()
-    loss(student, teacher).backward()
-    assert teacher.grad is None
-    assert student.grad is not None
-    assert student.grad.abs().sum() > 0
+    losses.check_no_gradient_into_the_teacher(loss, _maps(0), _maps(1))
 
 
 @every_loss
@@ -161,7 +137,7 @@ def test_equal_features_have_finite_loss_and_gradient(
     maps = scale * _maps(0, dtype)
     assert torch.isfinite(loss(maps, maps))
     # The gradient of the features, before it is rounded to their type.
-    assert torch.isfinite(_gradient(loss, maps.float(), maps)).all()
+    assert torch.isfinite(losses.gradient(loss, maps.float(), maps)).all()
 
 
 @every_loss
@@ -271,7 +247,9 @@ def test_log_sum_keeps_its_gradient_as_the_difference_shrinks() -> None:
     def loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         return feature.log_sum(student, teacher, floor=1e-30)
 
-    near, far = (_gradient(loss, teacher + size * gap, teacher).norm() for size in (1e-3, 1e-2))
+    near, far = (
+        losses.gradient(loss, teacher + size * gap, teacher).norm() for size in (1e-3, 1e-2)
+    )
     assert (near / far).item() == pytest.approx(10, rel=0.05)
 
 

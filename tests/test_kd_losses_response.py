@@ -1,18 +1,15 @@
 """Losses on outputs against closed forms in float64 NumPy, and how their gradients behave."""
 
-from collections.abc import Callable
-
+import losses_support as losses
 import numpy as np
 import pytest
 import torch
+from losses_support import Oracle, Pair
 
 from kd.losses import response
 
 N, K = 6, 5
 LABELS = torch.arange(N) % K
-
-Pair = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-Oracle = Callable[[np.ndarray, np.ndarray], float]
 
 
 def _logits(seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -74,41 +71,21 @@ CASES: dict[str, tuple[Pair, Oracle]] = {
 every_loss = pytest.mark.parametrize(("loss", "oracle"), CASES.values(), ids=CASES)
 
 
-def _numeric_gradient(oracle: Oracle, student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
-    """Central differences in float64: error about step² = 1e-10."""
-    gradient, step = np.zeros_like(student), 1e-5
-    for index in np.ndindex(*student.shape):
-        above, below = student.copy(), student.copy()
-        above[index] += step
-        below[index] -= step
-        gradient[index] = (oracle(above, teacher) - oracle(below, teacher)) / (2 * step)
-    return gradient
-
-
-def _gradient(loss: Pair, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    leaf = student.clone().requires_grad_()
-    loss(leaf, teacher).backward()
-    assert leaf.grad is not None
-    return leaf.grad
-
-
 @every_loss
 def test_values_and_gradients_are_those_of_the_closed_form(loss: Pair, oracle: Oracle) -> None:
     student, teacher = _logits(0), _logits(1)
     exact = student.double().numpy(), teacher.double().numpy()
     # Float32 carries 1e-7; the sums here lose a digit.
     assert loss(student, teacher).item() == pytest.approx(oracle(*exact), rel=1e-5)
-    gradient = _gradient(loss, student, teacher).double().numpy()
-    np.testing.assert_allclose(gradient, _numeric_gradient(oracle, *exact), rtol=1e-4, atol=1e-5)
+    gradient = losses.gradient(loss, student, teacher).double().numpy()
+    np.testing.assert_allclose(
+        gradient, losses.numeric_gradient(oracle, *exact), rtol=1e-4, atol=1e-5
+    )
 
 
 @every_loss
 def test_no_gradient_into_the_teacher(loss: Pair, oracle: Oracle) -> None:
-    student, teacher = _logits(0).requires_grad_(), _logits(1).requires_grad_()
-    loss(student, teacher).backward()
-    assert teacher.grad is None
-    assert student.grad is not None
-    assert student.grad.abs().sum() > 0
+    losses.check_no_gradient_into_the_teacher(loss, _logits(0), _logits(1))
 
 
 @every_loss
@@ -129,7 +106,7 @@ def test_half_precision_is_computed_in_float32(
     assert half.dtype == torch.float32
     assert torch.isfinite(half)
     torch.testing.assert_close(half, loss(student.float(), teacher.float()))
-    assert torch.isfinite(_gradient(loss, student, teacher)).all()
+    assert torch.isfinite(losses.gradient(loss, student, teacher)).all()
 
 
 @every_loss
@@ -140,7 +117,7 @@ def test_equal_logits_have_finite_loss_and_gradient(
     logits = _logits(0, dtype)
     if loss is not response.hard_distillation:
         assert loss(logits, logits).item() == pytest.approx(0, abs=1e-5)
-    assert torch.isfinite(_gradient(loss, logits, logits)).all()
+    assert torch.isfinite(losses.gradient(loss, logits, logits)).all()
 
 
 @every_loss
@@ -156,7 +133,7 @@ def test_extreme_logits_have_finite_loss_and_gradient(loss: Pair, oracle: Oracle
     student = torch.tensor([[1e4, -1e4, 0.0], [0.0, 0.0, 0.0]])
     teacher = torch.tensor([[-1e4, 1e4, 0.0], [1e4, 0.0, 0.0]])
     assert torch.isfinite(loss(student, teacher))
-    assert torch.isfinite(_gradient(loss, student, teacher)).all()
+    assert torch.isfinite(losses.gradient(loss, student, teacher)).all()
 
 
 @every_loss
@@ -204,7 +181,7 @@ def test_temperature_squared_keeps_the_gradient() -> None:
             return response.logit_kl(student, teacher, temperature=t)
 
         torch.testing.assert_close(
-            _gradient(loss, _logits(0), _logits(1)), limit, rtol=0.2, atol=2e-3
+            losses.gradient(loss, _logits(0), _logits(1)), limit, rtol=0.2, atol=2e-3
         )
 
 
@@ -316,7 +293,7 @@ def test_dist_counts_rows_without_spread_as_uncorrelated() -> None:
         flat = torch.full((N, K), constant)
         assert response.dist(flat, _logits(1)).item() == pytest.approx(2, abs=1e-5)
         assert response.dist(_logits(0), flat).item() == pytest.approx(2, abs=1e-5)
-        gradient = _gradient(response.dist, flat, _logits(1))
+        gradient = losses.gradient(response.dist, flat, _logits(1))
         assert 0 < gradient.abs().max() < 1
 
 
@@ -343,7 +320,7 @@ def test_standardised_kl_takes_rows_without_spread_as_zeros() -> None:
     for constant in (0.0, 0.1, 7.0):
         flat = torch.full((N, K), constant)
         torch.testing.assert_close(response.standardised_kl(flat, _logits(1)), uniform)
-        gradient = _gradient(response.standardised_kl, flat, _logits(1))
+        gradient = losses.gradient(response.standardised_kl, flat, _logits(1))
         assert 0 < gradient.abs().max() < 1
 
 
