@@ -681,7 +681,6 @@ def tars(tmp_path: Path, folder: Path) -> Path:
 
 
 def test_webdataset_shards_are_streamed(tars: Path, images: Pictures) -> None:
-    pytest.importorskip("webdataset")
     source = open_named(f"wds/{tars}", "train")
     assert isinstance(source, Archive)
     assert source.classes == ("a", "b", "c")
@@ -710,7 +709,6 @@ def test_webdataset_shards_are_streamed(tars: Path, images: Pictures) -> None:
 def test_hugging_face_data_sets_are_read_in_any_order(
     folder: Path, tmp_path: Path, images: Pictures, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pytest.importorskip("datasets")
     caplog.set_level(logging.ERROR)
     source = open_named(f"hfds/{folder}", "train", root=tmp_path)
     assert isinstance(source, Pictures)

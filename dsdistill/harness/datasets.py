@@ -97,8 +97,8 @@ def _digits() -> Labeled:
     from sklearn.datasets import load_digits
 
     flat, labels = load_digits(return_X_y=True)
-    images = (flat.reshape(-1, 8, 8, 1) / 16).astype(np.float32)
-    return Labeled(images, labels.astype(np.int64), tuple(str(i) for i in range(10)))
+    images = np.asarray(flat, np.float32).reshape(-1, 8, 8, 1) / 16
+    return Labeled(images, np.asarray(labels, np.int64), tuple(str(i) for i in range(10)))
 
 
 def _torchvision(name: str, root: Path) -> tuple[Labeled, Labeled]:
