@@ -1,6 +1,6 @@
 """From the options of `dsdistill evaluate` to all its parts, checked before anything is trained."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,7 +138,14 @@ def _published(options: Evaluate) -> tuple[Distilled, Splits]:
     )
     stated = Stated(**{name: getattr(options, name) for name in STATED})
     fitted = preprocess.fit("standardise", splits.train.chunks, splits.train.shape)
-    loaded = foreign.load(options.run, splits.train, stated, preprocess=fitted, data=splits.name)
+
+    def chunks(size: int) -> Iterator[np.ndarray]:
+        yield from splits.train.chunks(size)
+        yield from splits.validation.chunks(size)
+
+    loaded = foreign.load(
+        options.run, splits.train, stated, preprocess=fitted, data=splits.name, chunks=chunks
+    )
     return loaded, splits
 
 

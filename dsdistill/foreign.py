@@ -19,7 +19,7 @@ from dsdistill.harness import artifact
 from dsdistill.harness.artifact import Distilled
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.labeled import Labeled
-from dsdistill.harness.preprocess import Preprocess
+from dsdistill.harness.preprocess import Chunks, Preprocess
 
 SIGMAS = 3.0  # standard errors within which an accuracy is that of chance
 
@@ -29,13 +29,13 @@ class Stated:
     """What the user says of a published set; `auto` is decided from evidence.
 
     Attributes:
-        pixels: Mean 0 and deviation 1 by `mean` and `std`, in [0, 1], or 0 to 255.
+        pixels: Mean 0 and deviation 1 by `mean` and `std`, in [0, 1], 0 to 255, or whitened.
         labels: Class numbers, one-hot rows, rows that sum to 0, rows that sum to 1, or any rows.
         mean, std: Of the training images in [0, 1], one a channel, for standardised pixels.
         layout: Order of the images' axes.
     """
 
-    pixels: Literal["auto", "standardised", "unit", "bytes"] = "auto"
+    pixels: Literal["auto", "standardised", "unit", "bytes", "zca", "zca-mtt"] = "auto"
     labels: Literal["auto", "index", "one-hot", "centred", "probabilities", "logits"] = "auto"
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -51,12 +51,19 @@ def is_foreign(path: Path) -> bool:
 
 
 def load(
-    path: Path, train: Labeled, stated: Stated, *, preprocess: Preprocess, data: str = ""
+    path: Path,
+    train: Labeled,
+    stated: Stated,
+    *,
+    preprocess: Preprocess,
+    data: str = "",
+    chunks: Chunks | None = None,
 ) -> Distilled:
     """Read a published set.
 
     Standardised pixels stay as published, and test images will be standardised by the same
-    constants; pixels in [0, 1] or bytes are mapped by `preprocess`.
+    constants; so do whitened ones, with a whitening that is fitted again. Pixels in [0, 1] or bytes
+    are mapped by `preprocess`.
 
     Args:
         path: A `.pt`, `.pth` or `.npz` file; a folder with MTT's two files; a folder of class
@@ -66,6 +73,8 @@ def load(
         preprocess: The standardisation fitted on `train`.
         data: The data's name, one of `datasets.NAMES`. Where it is empty, the set's own path may
             name it; the name chooses the constants by which its project standardised.
+        chunks: All training images, those held out for validation too, to fit a whitening on;
+            those of `train`.
 
     Returns:
         The set; `provenance["notes"]` tells every decision.
@@ -81,6 +90,8 @@ def load(
     if kind == "standardised":
         constants = None if stated.mean is None or stated.std is None else (stated.mean, stated.std)
         fitted, whose = pixels.standardisation(path, raw, constants, preprocess, data)
+    elif kind in pixels.WHITENED and stated.mean is None:
+        fitted, whose = pixels.whitening(kind, chunks or train.chunks, train.shape)
     elif stated.mean is not None:
         raise UserError(f"{path}: pixels are {kind} ({why}), --mean and --std standardised ones'")
     else:

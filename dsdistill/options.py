@@ -197,8 +197,9 @@ class Evaluate:
     image_size: int | None = None
     """of --data, if it is a folder"""
 
-    pixels: Literal["auto", "standardised", "unit", "bytes"] = "auto"
-    """of a set from elsewhere: mean 0 and deviation 1 of --mean and --std, [0, 1], or 0 to 255"""
+    pixels: Literal["auto", "standardised", "unit", "bytes", "zca", "zca-mtt"] = "auto"
+    """of a set from elsewhere: mean 0 and deviation 1 of --mean and --std, [0, 1], 0 to 255, or
+    whitened as by KIP's paper or by MTT"""
 
     labels: Literal["auto", "index", "one-hot", "centred", "probabilities", "logits"] = "auto"
     """of a set from elsewhere"""

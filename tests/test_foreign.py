@@ -173,11 +173,13 @@ def test_whitened_pairs_are_not_guessed(tmp_path, splits, few, refused):
     folder.mkdir(parents=True)
     torch.save(_nchw(own.apply(images)), folder / "images_best.pt")
     torch.save(torch.from_numpy(labels), folder / "labels_best.pt")
-    refused(folder, "state --pixels standardised", train=colour)
+    refused(folder, "state --pixels zca-mtt or --pixels standardised", train=colour)
     got = foreign.load(folder, colour, Stated(pixels="standardised"), preprocess=own)
     assert "those of MTT for CIFAR100" in _notes(got)
     torch.save(_nchw(images * np.float32(1.2) - np.float32(0.1)), folder / "images_zca_best.pt")
-    refused(folder, "give images_zca_best.pt", train=colour, pixels="standardised")
+    refused(
+        folder, "is whitened by ZCA.* use --pixels zca-mtt", train=colour, pixels="standardised"
+    )
     got = foreign.load(folder / "images_zca_best.pt", colour, Stated(), preprocess=own)
     np.testing.assert_allclose(got.images, own.apply(images * 1.2 - 0.1), atol=1e-4)
     assert "pixels: unit (the kind of file)" in _notes(got)
@@ -198,8 +200,40 @@ def test_kip_file(tmp_path, splits, few, fitted, read, refused):
     np.savez(tmp_path / "set.npz", images=fitted.apply(images), labels=learned)
     refused(tmp_path / "set.npz", "--labels logits, or --labels centred")
     np.testing.assert_array_equal(read(tmp_path / "set.npz", labels="centred").labels, learned)
-    os.replace(path, tmp_path / "ConvNet_ssize200_zca_l_noaug_ckpt1000.npz")
-    refused(tmp_path / "ConvNet_ssize200_zca_l_noaug_ckpt1000.npz", "whitened .* `nozca` variant")
+
+
+def test_kip_file_that_is_whitened(tmp_path, splits, few, read, refused):
+    images, labels = few
+    own = preprocess.fit("zca", splits.train.chunks, splits.train.shape)
+    path = tmp_path / "ConvNet_ssize200_zca_l_noaug_ckpt1000.npz"
+    np.savez(path, images=own.apply(images), labels=centred_one_hot(labels, 10))
+    got = read(path)
+    assert got.preprocess.same_as(own)
+    assert _accuracy(got, splits.test) > GOOD
+    assert "pixels: zca (the kind of file); ZCA as the KIP paper does" in _notes(got)
+    refused(path, "is whitened by ZCA", pixels="standardised")
+
+
+def test_mtt_pair_that_is_whitened(tmp_path, splits, few, read, refused):
+    """By the formula of Kornia's `ZCAWhitening(eps=0.1)`, in whose order MTT flattens images."""
+    images, labels = few
+    every = _nchw(splits.train.images()).flatten(1).double()
+    centred = every - every.mean(0)
+    u, s, _ = torch.linalg.svd(centred.T @ centred / (len(centred) - 1))
+    transform = u @ torch.diag((s + 0.1).rsqrt()) @ u.T
+    flat = _nchw(images)
+    white = ((flat.flatten(1) - every.mean(0)) @ transform).view_as(flat).float()
+    folder = tmp_path / "run"
+    folder.mkdir()
+    torch.save(white, folder / "images_best.pt")
+    torch.save(torch.from_numpy(labels), folder / "labels_best.pt")
+    got = read(folder, pixels="zca-mtt")
+    np.testing.assert_allclose(got.images, got.preprocess.apply(images), atol=1e-5)
+    np.testing.assert_allclose(got.preprocess.invert(got.images), images, atol=1e-5)
+    assert _accuracy(got, splits.test) > GOOD
+    refused(folder, "for --pixels standardised", pixels="zca-mtt", mean=(0.5,), std=(0.5,))
+    torch.save(flat, folder / "images_zca_best.pt")  # so the other ones are whitened
+    assert read(folder).preprocess.kind == "zca-mtt"
 
 
 @pytest.mark.parametrize("kind", ["npz", "torch"])

@@ -80,8 +80,8 @@ def read(path: Path) -> Raw:
     """Read a published set from a `.pt`, `.pth` or `.npz` file, or a folder with MTT's files.
 
     Raises:
-        UserError: If it is missing, damaged, hostile or none of these, or if it holds whitened
-            images: no published file holds the whitening, which test images would need.
+        UserError: If it is missing, damaged, hostile or none of these, or if it was exported from
+            a whitened set, whose own file has the whitening.
     """
     if path.is_dir():
         return _torch(_best(path))
@@ -143,8 +143,8 @@ def _matched_trajectory(path: Path, images: np.ndarray) -> Raw:
     raw = Raw("MTT", images, labels, (path, beside))
     if named["unwhitened"]:
         return replace(raw, pixels="unit", notes=("the images are those with ZCA undone",))
-    if plain := sorted(path.parent.glob("images_zca_*.pt")):
-        raise UserError(f"{path} is whitened by ZCA: give {plain[-1].name}, which no longer is")
+    if sorted(path.parent.glob("images_zca_*.pt")):
+        return replace(raw, pixels="zca-mtt")
     if images.ndim == 4 and 3 in (images.shape[1], images.shape[3]):
         raw = replace(raw, unclear="most colour sets of MTT are whitened by ZCA, others are not")
     return raw
@@ -164,9 +164,7 @@ def _npz(path: Path) -> Raw:
     named = _KIP.search(path.stem)
     if raw.kind != "plain" or named is None:
         return raw
-    if not named["no"]:
-        raise UserError(f"{path} is whitened by ZCA, as its name says: take the `nozca` variant")
-    return replace(raw, kind="KIP", labels_as="centred")
+    return replace(raw, kind="KIP", labels_as="centred", pixels="auto" if named["no"] else "zca")
 
 
 def _named(path: Path, found: dict[str, np.ndarray]) -> Raw:

@@ -6,9 +6,10 @@ import numpy as np
 from jaxtyping import Float, Num
 
 from dsdistill.foreign_sets.files import Raw
+from dsdistill.harness import preprocess
 from dsdistill.harness.datasets import TORCHVISION
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.preprocess import Preprocess
+from dsdistill.harness.preprocess import Chunks, Preprocess
 
 # Mean and deviation by which DC, DSA and DM standardise, under the names that their files bear.
 # Those of CIFAR-100 changed in 2022; before, they were CIFAR-10's.
@@ -24,6 +25,7 @@ CONDENSATION = {
 # Source: GeorgeCazenavette/mtt-distillation, `utils.py`, `get_dataset`.
 CONSTANTS = {"DC": CONDENSATION, "MTT": CONDENSATION | {"CIFAR100": CONDENSATION["CIFAR10"]}}
 
+WHITENED = {"zca": "as the KIP paper does", "zca-mtt": "as MTT does"}
 BEYOND = 0.5  # by which [0, 1] may be left by pixels that were never clipped
 EXTREME = 100.0  # no distilled image reaches this many deviations
 
@@ -66,13 +68,13 @@ def arranged(
 def decided(
     path: Path, images: Float[np.ndarray, "n h w c"], raw: Raw, stated: str
 ) -> tuple[str, str]:
-    """What the pixels are, `standardised`, `unit` or `bytes`, and why.
+    """What the pixels are, `standardised`, `unit`, `bytes` or a kind of `WHITENED`, and why.
 
     Args:
         path: Of the set, for messages.
         images: Of the set, as numbers in whatever range.
         raw: What the kind of file says.
-        stated: One of the three, or `auto`.
+        stated: One of these, or `auto`.
 
     Raises:
         UserError: If nothing tells, or the range contradicts what is stated.
@@ -80,12 +82,14 @@ def decided(
     low, high = float(images.min()), float(images.max())
     ranged = f"from {low:.3g} to {high:.3g}"
     seen = _evidence(images, low, high)
+    if raw.pixels in WHITENED and stated not in ("auto", raw.pixels):
+        raise UserError(f"{path} is whitened by ZCA, as files say: use --pixels {raw.pixels}")
     if stated == "auto" and raw.pixels != "auto":
         return raw.pixels, "the kind of file"
     if stated == "auto" and seen == "standardised" and raw.unclear:
         raise UserError(
             f"{path} does not say what its pixels, {ranged}, are, and {raw.unclear}: state "
-            "--pixels standardised if these are not; whitened ones cannot be evaluated"
+            "--pixels zca-mtt or --pixels standardised"
         )
     found = seen if stated == "auto" else stated
     if not _plausible(found, low, high):
@@ -133,6 +137,20 @@ def standardisation(
     return Preprocess("standardise", mean, std), f"{said}: {whose}"
 
 
+def whitening(kind: str, chunks: Chunks, shape: tuple[int, int, int]) -> tuple[Preprocess, str]:
+    """The ZCA of `WHITENED` by which images were whitened, and what to note of it.
+
+    Args:
+        kind: Of `WHITENED`.
+        chunks, shape: Of all training images; the whitening is fitted on them again.
+    """
+    if kind == "zca":
+        fitted = preprocess.fit("zca", chunks, shape)
+    else:
+        fitted = preprocess.fit_mtt(chunks, shape)
+    return fitted, f"ZCA {WHITENED[kind]}, fitted again on the training images"
+
+
 def _require_sound(path: Path, flat: Float[np.ndarray, "n d"]) -> None:
     if len(bad := np.flatnonzero(~np.isfinite(flat).all(1))):
         raise UserError(f"{path}: image {bad[0]} has NaN or infinite values: take another file")
@@ -149,7 +167,7 @@ def _evidence(images: Float[np.ndarray, "n h w c"], low: float, high: float) -> 
 
 
 def _plausible(pixels: str, low: float, high: float) -> bool:
-    if pixels == "standardised":  # some pixels are darker than the mean
+    if pixels == "standardised" or pixels in WHITENED:  # some pixels are darker than the mean
         return low < 0 and max(-low, high) <= EXTREME
     if pixels == "unit":
         return low >= -BEYOND and high <= 1 + BEYOND

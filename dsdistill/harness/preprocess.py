@@ -18,9 +18,10 @@ from jaxtyping import Float, Num
 from dsdistill.harness import memory
 from dsdistill.harness.errors import UserError
 
-Kind = Literal["standardise", "zca", "none"]
-KINDS: tuple[Kind, ...] = ("standardise", "zca", "none")
+Kind = Literal["standardise", "zca", "none", "zca-mtt"]
+KINDS: tuple[Kind, ...] = ("standardise", "zca", "none")  # that sets are made with here
 ZCA_RIDGE = 0.1  # relative to the mean eigenvalue of the covariance, as in the paper's notebook
+MTT_RIDGE = 0.1  # absolute, of pixels in [0, 1]
 CHUNK = 2**22  # pixel values held at a time of a data set that may not fit into memory
 
 Chunks = Callable[[int], Iterator[Num[np.ndarray, "m h w c"]]]
@@ -31,18 +32,19 @@ class Preprocess:
     """Maps images with values in [0, 1] (or uint8) to what a kernel or network sees, and back.
 
     `standardise` subtracts the channel mean and divides by the channel deviation. `zca` goes on:
-    each flattened image is centred, divided by its L2 norm, and multiplied by `whiten`.
+    each flattened image is centred, divided by its L2 norm, and multiplied by `whiten`. `zca-mtt`
+    subtracts the mean image and multiplies by `whiten`.
 
     Attributes:
         kind: Which of the maps above; `none` only converts to float32 in [0, 1].
-        mean, std: One value a channel, of the training images.
-        whiten, unwhiten: Symmetric and inverse to each other; for `zca` alone. d = h w c.
+        mean, std: Of the training images, one value a channel; for `zca-mtt` the mean image and 1.
+        whiten, unwhiten: Symmetric and inverse to each other; for the two kinds of ZCA. d = h w c.
         contrast: Mean L2 norm of the centred training images. The per-image norm is lost by
             ZCA, so `invert` gives every image this one.
     """
 
     kind: Kind
-    mean: Float[np.ndarray, " c"]
+    mean: Float[np.ndarray, "*h_w c"]
     std: Float[np.ndarray, " c"]
     whiten: Float[np.ndarray, "d d"] | None = None
     unwhiten: Float[np.ndarray, "d d"] | None = None
@@ -53,13 +55,13 @@ class Preprocess:
         x = (unit_range(images) - self.mean) / self.std
         if self.whiten is None:
             return x
-        directions, _ = _directions(x)
-        return (directions @ self.whiten).reshape(x.shape)
+        flat = _directions(x)[0] if self.kind == "zca" else x.reshape(len(x), -1)
+        return (flat @ self.whiten).reshape(x.shape)
 
     def invert(self, images: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n h w c"]:
         """Images as the eye knows them, about [0, 1] but not clipped.
 
-        Exact for `none` and `standardise`; for `zca` up to each image's brightness and contrast.
+        Exact but for `zca`, where it is up to each image's brightness and contrast.
         """
         x = images
         if self.unwhiten is not None:
@@ -136,15 +138,41 @@ def _fit_zca(
     covariance /= count
     # Images that are all constant have no covariance at all: they get the identity.
     covariance[np.diag_indices(d)] += ZCA_RIDGE * np.trace(covariance) / d or 1.0
+    return Preprocess("zca", mean, std, *_roots(covariance), contrast=norms / count)
+
+
+def fit_mtt(chunks: Chunks, shape: tuple[int, int, int]) -> Preprocess:
+    """ZCA of pixels in [0, 1] as they are, for sets that MTT has whitened.
+
+    Args:
+        chunks, shape: As for `fit`.
+
+    Raises:
+        UserError: If the covariance does not fit into memory.
+
+    Source: Cazenavette et al. (2022), arXiv:2203.11932, whose program calls Kornia's
+    `ZCAWhitening(eps=0.1)`.
+    """
+    _require_memory(shape)
+    d, count = math.prod(shape), 0
+    total, squares = np.zeros(d), np.zeros((d, d))
+    for images in chunks(_chunk(shape)):
+        # float64: the square of the mean is taken off the mean square.
+        x = unit_range(images).reshape(len(images), d).astype(np.float64)
+        count, total, squares = count + len(x), total + x.sum(0), squares + x.T @ x
+    mean = total / count
+    covariance = (squares - count * np.outer(mean, mean)) / max(count - 1, 1)
+    covariance[np.diag_indices(d)] += MTT_RIDGE
+    image, one = mean.reshape(shape).astype(np.float32), np.ones(shape[-1], np.float32)
+    return Preprocess("zca-mtt", image, one, *_roots(covariance))
+
+
+def _roots(covariance: Float[np.ndarray, "d d"]) -> tuple[np.ndarray, np.ndarray]:
+    """Its symmetric inverse square root and square root, in float32."""
     values, vectors = np.linalg.eigh(covariance)
-    return Preprocess(
-        "zca",
-        mean,
-        std,
-        whiten=((vectors / np.sqrt(values)) @ vectors.T).astype(np.float32),
-        unwhiten=((vectors * np.sqrt(values)) @ vectors.T).astype(np.float32),
-        contrast=norms / count,
-    )
+    roots = np.sqrt(values)
+    inverse, root = (vectors / roots) @ vectors.T, (vectors * roots) @ vectors.T
+    return inverse.astype(np.float32), root.astype(np.float32)
 
 
 def _require_memory(shape: tuple[int, int, int]) -> None:
