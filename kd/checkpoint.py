@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError
+from kd import sharding
 from kd.optimization import mean_weights
 
 Weights = Mapping[str, Tensor]
@@ -100,7 +101,8 @@ def pack(
         "groups": [{k: _plain(v) for k, v in group.items()} for group in stored["param_groups"]],
         "scaler": None if scaler is None else scaler.state_dict(),
     }
-    return {name: value.detach().cpu().numpy() for name, value in tensors.items()}, meta
+    whole = {name: sharding.whole(value.detach()) for name, value in tensors.items()}
+    return {name: value.cpu().numpy() for name, value in whole.items()}, meta
 
 
 def unpack(
@@ -143,11 +145,15 @@ def _unpacked(
     for name, module in modules.items():
         # Not strict: an objective's frozen teachers are not stored.
         module.load_state_dict(_part(arrays, f"{name}.", module), strict=False)
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     moments: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in meta["optimizer"].items()}
     for name in arrays:
         if name.startswith("optimizer."):
             _, index, key = name.split(".")
-            moments.setdefault(int(index), {})[key] = torch.from_numpy(arrays[name].copy())
+            value = torch.from_numpy(arrays[name].copy())
+            if value.shape == weights[int(index)].shape:
+                value = sharding.like(value, weights[int(index)])
+            moments.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": moments, "param_groups": meta["groups"]})
     if scaler is not None:
         scaler.load_state_dict(meta["scaler"])
@@ -193,4 +199,4 @@ def _part(arrays: Mapping[str, np.ndarray], prefix: str, like: nn.Module) -> dic
     own = like.state_dict()
     names: Iterable[str] = (name for name in arrays if name.startswith(prefix))
     found = {name.removeprefix(prefix): torch.from_numpy(arrays[name].copy()) for name in names}
-    return {name: value.view_as(own[name]).to(own[name].device) for name, value in found.items()}
+    return {name: sharding.like(value, own[name]) for name, value in found.items()}

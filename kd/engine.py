@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from dsdistill.harness.errors import UserError
+from kd import sharding
 
 Engine = Accelerator
 Value = TypeVar("Value")
@@ -27,18 +28,23 @@ def make(device: str = "cpu", precision: str = "no") -> Engine:
             and `no` on a CPU.
 
     Raises:
-        UserError: If the device is not there, or cannot compute so.
+        UserError: If the device is not there, or cannot compute so; for FSDP on one device.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = _present(device).type
     if ":" in device:
         os.environ["ACCELERATE_TORCH_DEVICE"] = device
-    engine = Accelerator(cpu=kind == "cpu", mixed_precision=resolved(precision, kind))
+    spread = sharding.asked()
+    engine = Accelerator(
+        cpu=kind == "cpu", mixed_precision=resolved(precision, kind), fsdp_plugin=spread
+    )
     if kind != engine.device.type:
         raise UserError(
             f"asked for --device {device}, but this process computes on {engine.device}"
         )
+    if spread:
+        sharding.check(engine)
     return engine
 
 

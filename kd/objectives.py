@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from kd import sharding
 from kd.data import Batch
 from kd.networks import Classifier
 from kd.seen import Seen
@@ -154,7 +155,7 @@ class MeanTeacher(nn.Module):
         average = self.inner.teachers[0].state_dict()
         for name, value in self.student.state_dict().items():
             if value.is_floating_point():
-                average[name].lerp_(value, 1 - keep)
+                average[name].lerp_(sharding.whole(value), 1 - keep)
             else:
                 average[name].copy_(value)
 

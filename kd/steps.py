@@ -1,6 +1,7 @@
 """What a training is made of, and one step of it."""
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kd import checkpoint
+from kd import checkpoint, sharding
 from kd.checkpoint import Saved, State
 from kd.data import Batch, Batches, derive
 from kd.engine import Engine
@@ -36,6 +37,7 @@ class Loop:
     on: Engine
     per_epoch: int
     total: int
+    replica: nn.Module | None  # of the student's network, where FSDP spreads it
 
     @property
     def rate(self) -> float:
@@ -45,7 +47,13 @@ class Loop:
     @property
     def judged(self) -> nn.Module:
         """What is validated and saved: the average, where there is one."""
-        return self.average.network if self.average else self.objective.student.network
+        return self.average.network if self.average else self.student
+
+    @property
+    def student(self) -> nn.Module:
+        """The student's network, whole; all processes must ask for it."""
+        own = self.objective.student.network
+        return sharding.gathered(own, self.replica) if self.replica else own
 
     def stream(self, batches: Batches, seed: int, first: int) -> Iterator[tuple[int, list[Batch]]]:
         """Steps from `first` on, each with its batches."""
@@ -81,7 +89,7 @@ class Loop:
         self.optimizer.step()
         self.objective.after_step(step + 1, self.total)
         if self.average:
-            self.average.update(self.objective.student.network, step + 1)
+            self.average.update(self.student, step + 1)
         return terms
 
     def ends_round(self, done: int) -> bool:
@@ -89,6 +97,14 @@ class Loop:
         epochs = math.ceil(self.total / self.per_epoch)
         every = max(1, epochs // 5) if self.per_epoch < SHORT_EPOCH else 1
         return done == self.total or done % (every * self.per_epoch) == 0
+
+    def agreed(self, mine: bool) -> bool:
+        """This process's answer, or the first one's where all must act together."""
+        return sharding.first_one(mine, self.on) if self.replica else mine
+
+    def finish(self) -> None:
+        """Leave the student whole."""
+        self.objective.student.network = self.student
 
     def packed(self, state: State) -> Saved:
         modules = {"objective": self.objective.stored()}
@@ -112,7 +128,21 @@ def made(objective: Objective, batches: Batches, recipe: Recipe, on: Engine) -> 
     optimizer = make_optimizer(objective, recipe)
     schedule = make_schedule(optimizer, recipe, per_epoch)
     average = Average(objective.student.network, recipe, total) if recipe.ema else None
-    # Frozen teachers and memories are alike in all processes: DDP would send them at each step.
+    replica = copy.deepcopy(objective.student.network) if on.is_fsdp2 else None
+    if on.is_fsdp2:
+        wrapped, prepared = sharding.spread(on, objective, optimizer)
+    else:
+        _send_no_more_than_needed(objective)
+        wrapped, prepared = on.prepare(objective, optimizer)
+    if on.num_processes == 1 and on.scaler is None:
+        prepared = optimizer  # the wrapper does nothing then, in a quarter of a millisecond
+    return Loop(
+        objective, wrapped, prepared, schedule, average, recipe, on, per_epoch, total, replica
+    )
+
+
+def _send_no_more_than_needed(objective: Objective) -> None:
+    """Frozen teachers and memories are alike in all processes: DDP would send them at each step."""
     own, kinds = objective.stored(), dict(objective.named_modules())
     unshared = [
         name
@@ -120,10 +150,6 @@ def made(objective: Objective, batches: Batches, recipe: Recipe, on: Engine) -> 
         if name not in own or isinstance(kinds[name.rpartition(".")[0]], Memory)
     ]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, unshared)
-    wrapped, prepared = on.prepare(objective, optimizer)
-    if on.num_processes == 1 and on.scaler is None:
-        prepared = optimizer  # the wrapper does nothing then, in a quarter of a millisecond
-    return Loop(objective, wrapped, prepared, schedule, average, recipe, on, per_epoch, total)
 
 
 def _seed(seed: int, device: torch.device) -> None:

@@ -81,12 +81,13 @@ def train(
                 state = _round(loop, state, meter, validate, log)
                 meter = Meter()
                 objective.train()  # whatever the validation left it in
-            elif save is None or time.monotonic() - saved_at < SAVE_EVERY:
+            elif save is None or not loop.agreed(time.monotonic() - saved_at > SAVE_EVERY):
                 continue
             watch.flush()
             if save:
                 save(loop.packed(replace(state, meter=meter.sums())))
             saved_at = time.monotonic()
+    loop.finish()
     return state
 
 

@@ -11,10 +11,11 @@ from dsdistill.harness.datasets import Splits
 from dsdistill.harness.labeled import Examples, Labeled
 
 
-def kd(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """The real command line, in its own process."""
+def kd(*arguments: object, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The real command line, in its own process, with more variables in its environment."""
     command = [sys.executable, "-m", "kd", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment())
+    env = environment() | variables
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=env)
 
 
 def environment() -> dict[str, str]:

@@ -13,15 +13,21 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+SPREAD = Path(__file__).with_name("fsdp_on_cpu.py")
 
-def start(cwd: Path, *arguments: object, world: int = 2) -> list[subprocess.Popen]:
-    """The command in several processes, as torchrun would start it."""
+
+def start(
+    cwd: Path, *arguments: object, world: int = 2, spread: bool = False
+) -> list[subprocess.Popen]:
+    """The command in several processes, as torchrun would start it; `spread` with FSDP."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {**support.environment(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     common |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "kd", *map(str, arguments), "--device", "cpu"]
+    common |= {"ACCELERATE_USE_FSDP": str(spread)}
+    program = [str(SPREAD)] if spread else ["-m", "kd"]
+    command = [sys.executable, *program, *map(str, arguments), "--device", "cpu"]
     return [
         subprocess.Popen(
             command,
@@ -35,11 +41,30 @@ def start(cwd: Path, *arguments: object, world: int = 2) -> list[subprocess.Pope
     ]
 
 
+def finish(processes: list[subprocess.Popen]) -> list[tuple[str, str]]:
+    """What they print, when all have ended well."""
+    outputs = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), outputs
+    return outputs
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    """Until a process that must not end has written a file."""
+    deadline = time.monotonic() + 200
+    while not path.exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        time.sleep(0.05)
+
+
 def weights(folder: Path) -> dict[str, np.ndarray]:
     return safetensors.numpy.load_file(folder / "student.safetensors")
 
 
-def test_two_processes_give_the_student_of_one_with_the_doubled_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spread", [False, True], ids=["DDP", "FSDP"])
+def test_two_processes_give_the_student_of_one_with_the_doubled_batch(
+    tmp_path: Path, spread: bool
+) -> None:
     """Features, projectors, mixing, accumulation and the average of the weights included."""
     common = ("train", "digits", "--student", "convnet:8", "--epochs", 2, "--lr", 0.02)
     done = support.kd(
@@ -51,9 +76,7 @@ def test_two_processes_give_the_student_of_one_with_the_doubled_batch(tmp_path: 
     common += ("--mixup", 0.4, "--accumulate", 2)
     alone = support.kd(*common, "--batch-size", 64, "--out", "one", cwd=tmp_path)
     assert alone.returncode == 0, alone.stderr
-    processes = start(tmp_path, *common, "--batch-size", 32, "--out", "two")
-    outputs = [process.communicate(timeout=240) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    outputs = finish(start(tmp_path, *common, "--batch-size", 32, "--out", "two", spread=spread))
     assert outputs[1][0] == ""  # the first process alone prints
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, value in one.items():
@@ -61,14 +84,33 @@ def test_two_processes_give_the_student_of_one_with_the_doubled_batch(tmp_path: 
         assert np.allclose(two[name], value, rtol=0, atol=2e-4), name
 
 
+def test_a_spread_student_goes_on_where_it_was_killed(tmp_path: Path) -> None:
+    """Moments of the optimizer, and a teacher that is the average of the student, included."""
+    options = ("train", "digits", "--student", "convnet:8", "--batch-size", 32, "--epochs", 8)
+    options += ("--mean-teacher", 0.9, "--loss", "ce:1,kd:1", "--optimizer", "adamw", "--clip", 1)
+    finish(start(tmp_path, *options, "--out", "whole", spread=True))
+    killed = start(tmp_path, *options, "--out", "killed", spread=True)
+    wait_for(tmp_path / "killed" / "checkpoint.safetensors", killed[0])
+    for process in killed:
+        process.kill()
+        process.communicate()
+    finish(start(tmp_path, "train", "--out", "killed", "--resume", spread=True))
+    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(np.array_equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_fsdp_on_one_device_is_refused(tmp_path: Path) -> None:
+    """Accelerate would train without it and not say so."""
+    line = ("train", "digits", "--device", "cpu", "--out", "run")
+    done = support.kd(*line, cwd=tmp_path, ACCELERATE_USE_FSDP="true")
+    assert done.returncode == 1
+    assert done.stderr.startswith("kd: FSDP needs several GPUs, and this is 1 x cpu"), done.stderr
+
+
 def test_the_others_stop_and_name_a_process_that_died(tmp_path: Path) -> None:
     options = ("train", "digits", "--student", "mlp:16", "--epochs", 5000, "--out", "dies")
     first, second = start(tmp_path, *options)
-    deadline = time.monotonic() + 200
-    while not (tmp_path / "dies" / "checkpoint.safetensors").exists():
-        assert time.monotonic() < deadline
-        assert first.poll() is None, first.stderr and first.stderr.read()
-        time.sleep(0.05)
+    wait_for(tmp_path / "dies" / "checkpoint.safetensors", first)
     second.send_signal(signal.SIGKILL)
     _, stderr = first.communicate(timeout=60)
     assert first.returncode == 1
@@ -79,9 +121,7 @@ def test_the_others_stop_and_name_a_process_that_died(tmp_path: Path) -> None:
 
 
 def test_several_processes_need_a_folder(tmp_path: Path) -> None:
-    environment = {**support.environment(), "WORLD_SIZE": "2"}
-    command = [sys.executable, "-m", "kd", "train", "digits"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = support.kd("train", "digits", cwd=tmp_path, WORLD_SIZE="2")
     assert done.returncode == 1
     assert "several processes of one training need --out" in done.stderr
 
