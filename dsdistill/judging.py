@@ -38,13 +38,16 @@ Labels = Float[Array, "n k"] | Float[np.ndarray, "n k"]
 Judge = Callable[[int, Images, Labels], Candidate]
 
 
-def judge(network: Network, strength: float, validation: Examples) -> Judge:
+def judge(
+    network: Network, strength: float, validation: Examples, *, unit: str | None = None
+) -> Judge:
     """A function that scores a support on these validation images.
 
     Args:
         network: Whose kernel predicts them.
         strength: The ridge, relative.
         validation: Without any, both figures are NaN.
+        unit: What live progress calls them; None shows none.
     """
     if not len(validation):
         return lambda step, x_s, y_s: Candidate(
@@ -55,7 +58,7 @@ def judge(network: Network, strength: float, validation: Examples) -> Judge:
 
     def score(step: int, x_s: Images, y_s: Labels) -> Candidate:
         support, y_s = np.asarray(x_s), np.asarray(y_s)
-        scores = ridge.fit(network, support, y_s, strength)(images)
+        scores = ridge.fit(network, support, y_s, strength, unit=unit)(images)
         accuracy = float((scores.argmax(1) == labels.argmax(1)).mean())
         return Candidate(step, support, y_s, accuracy, float(((scores - labels) ** 2).mean() / 2))
 

@@ -248,10 +248,11 @@ def _accuracies(setting: Setting, result: Result, test: Examples) -> tuple[float
     before, k = result.before, result.labels.shape[1]
     if result.images is not before.images:
         after, initial = fitted(result.images, result.labels), fitted(before.images, before.labels)
-        return accuracy(after, test), accuracy(initial, test)
+        return accuracy(after, test, "test images"), accuracy(initial, test, "test images, before")
     # The same images with other labels: the kernel, the long part, is evaluated once.
     both = fitted(result.images, np.concatenate([result.labels, before.labels], 1))
-    scores = np.concatenate([both(test.images(r)) for r in test.batches()])
+    batches = progress.slow(test.batches(), "test images")
+    scores = np.concatenate([both(test.images(rows)) for rows in batches])
     right = [s.argmax(1) == test.data.labels for s in (scores[:, :k], scores[:, k:])]
     return float(right[0].mean()), float(right[1].mean())
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dsdistill.harness import memory
+from dsdistill.harness import memory, progress
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluate import Predict
 from dsdistill.harness.labeled import Examples
@@ -96,8 +96,16 @@ def fit(
     images: Float[np.ndarray, "n h w c"],
     labels: Float[np.ndarray, "n k"],
     ridge: float,
+    *,
+    unit: str | None = None,
 ) -> Predict:
     """Solve for one support and return its predictor.
+
+    Args:
+        network: Whose kernel.
+        images, labels: The support.
+        ridge: Relative, see `solve`.
+        unit: What live progress of a long prediction calls the images; None shows none.
 
     Raises:
         UserError: If the kernel is singular at this ridge, or does not fit into memory.
@@ -114,9 +122,11 @@ def fit(
 
     def predictor(targets: Float[np.ndarray, "m h w c"], /) -> Float[np.ndarray, "m k"]:
         size, out = min(CHUNK, len(targets)), []
+        starts = range(0, len(targets), size)
+        parts = [slice(start, min(start + size, len(targets))) for start in starts]
         with jax.enable_x64(True):
-            for start in range(0, len(targets), size):
-                chunk = targets[start : start + size]
+            for part in progress.slow(parts, unit) if unit else parts:
+                chunk = targets[part]
                 filled = np.zeros((size, *chunk.shape[1:]), np.float32)
                 filled[: len(chunk)] = chunk  # one shape for all: one compilation
                 out.append(np.asarray(programs.scores(images, alpha, filled))[: len(chunk)])

@@ -143,9 +143,9 @@ def _restored_sums(run: runs.Run) -> tuple[label_solve.Sums, float]:
     return label_solve.Sums(meta["done"], arrays["gram_tt"], arrays["gram_ty"]), meta["seconds"]
 
 
-def _judge(plan: Plan, validation: Examples) -> Judge:
+def _judge(plan: Plan, validation: Examples, unit: str | None = None) -> Judge:
     objective = plan.phases[-1].objective
-    return judging.judge(objective.networks[0], objective.ridge, validation)
+    return judging.judge(objective.networks[0], objective.ridge, validation, unit=unit)
 
 
 def _chosen(plan: Plan, last: Snapshot, sample: Examples, validation: Examples) -> Candidate:
@@ -155,7 +155,7 @@ def _chosen(plan: Plan, last: Snapshot, sample: Examples, validation: Examples) 
     images, labels = np.asarray(last.state.images), np.asarray(last.state.labels)
     end = replace(last.best, step=last.done, images=images, labels=labels)
     candidates = [last.best] if last.best.step == last.done else [last.best, end]
-    return judging.final(candidates, _judge(plan, validation))
+    return judging.final(candidates, _judge(plan, validation, "validation images"))
 
 
 def _save(run: runs.Run, snapshot: Snapshot) -> None:

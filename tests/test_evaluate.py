@@ -237,7 +237,11 @@ def test_figures_beside_a_teacher():
 
 def test_test_images_of_several_batches(monkeypatch):
     monkeypatch.setattr(labeled, "BATCH", 2)
-    assert judges.accuracy(lambda images: np.ones((len(images), 2)), examples(5)) == 3 / 5
+
+    def constant(images):
+        return np.ones((len(images), 2))
+
+    assert judges.accuracy(constant, examples(5), "test images") == 3 / 5
 
 
 def test_a_limit_is_a_balanced_draw():

@@ -110,6 +110,18 @@ def test_pace_leaves_out_the_steps_that_compile():
     assert two.seconds(step(4, 1)) == 3
 
 
+def test_only_long_work_shows_its_parts(capsys, monkeypatch):
+    parts = [slice(0, 4), slice(4, 8), slice(8, 9)]
+    assert list(progress.slow(parts, "test images")) == parts
+    assert list(progress.slow([], "test images")) == []
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(progress, "LINE_EVERY", 0)
+    assert list(progress.slow(parts, "test images")) == parts
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split("  ")[0] for line in said] == [f"{done}/9 test images" for done in (4, 8, 9)]
+    assert said[-1].endswith("0:00 left")
+
+
 def test_expected_is_one_line(capsys):
     progress.expected(720, "step", 0.72, 864_000)
     assert capsys.readouterr().err == (

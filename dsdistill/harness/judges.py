@@ -1,6 +1,6 @@
 """The images that judge a predictor: validation images choose, test images are read once."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from dsdistill.harness import metrics
+from dsdistill.harness import metrics, progress
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.labeled import Examples
 
@@ -94,19 +94,27 @@ class Judges:
         return _scored(self.teacher, self.test)
 
 
-def accuracy(predict: Scores, examples: Examples) -> float:
-    """Fraction of the images whose largest score is that of their class."""
-    return metrics.accuracy(_scored(predict, examples), examples.data.labels)
+def accuracy(predict: Scores, examples: Examples, unit: str) -> float:
+    """Fraction of the images whose largest score is that of their class.
+
+    Args:
+        predict, examples: Who is judged, by which images.
+        unit: What live progress calls them.
+    """
+    batches = progress.slow(examples.batches(), unit)
+    return metrics.accuracy(_scored(predict, examples, batches), examples.data.labels)
 
 
-def _scored(predict: Scores, examples: Examples) -> Float[np.ndarray, "n k"]:
+def _scored(
+    predict: Scores, examples: Examples, batches: Iterable[slice] | None = None
+) -> Float[np.ndarray, "n k"]:
     """Scores of all images, in float64.
 
     Raises:
         UserError: If they are not one row an image and one column a class.
     """
     k, parts = len(examples.data.classes), []
-    for rows in examples.batches():
+    for rows in batches or examples.batches():
         images = examples.images(rows)
         scores = np.asarray(predict(images), np.float64)
         if scores.shape != (len(images), k):

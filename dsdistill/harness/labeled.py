@@ -91,7 +91,8 @@ class Examples:
 
     def batches(self) -> list[slice]:
         """Slices over all images, of as many as are preprocessed and predicted at a time."""
-        return [slice(start, start + BATCH) for start in range(0, len(self), BATCH)]
+        starts = range(0, len(self), BATCH)
+        return [slice(start, min(start + BATCH, len(self))) for start in starts]
 
 
 def stratified(labels: Int[np.ndarray, " n"], fraction: float) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ Everything goes to standard error; lines that are said during a live bar appear 
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 LINE_EVERY = 10.0  # seconds between lines where there is no terminal
@@ -70,6 +70,25 @@ def _lines(total: int, unit: str) -> Show:
         say("  ".join(words))
 
     return show
+
+
+def slow(parts: Sequence[slice], unit: str) -> Iterator[slice]:
+    """Go through parts of a long whole, with a bar where they take long, as the first one says.
+
+    Args:
+        parts: One after the other, of equal size but for the last.
+        unit: What is counted, such as `test images`.
+    """
+    began = time.monotonic()
+    yield from parts[:1]
+    if (time.monotonic() - began) * len(parts[1:]) < LINE_EVERY:
+        yield from parts[1:]
+        return
+    with bar(parts[-1].stop, unit, start=parts[0].stop) as show:
+        show(parts[0].stop)
+        for part in parts[1:]:
+            yield part
+            show(part.stop)
 
 
 def say(line: str) -> None:
