@@ -22,8 +22,8 @@ def subject(report: Report) -> str:
     beside += " and on the full data" if "full" in arms else ""
     count = f"{seeds} seed{'s' if seeds > 1 else ''} each"
     return (
-        f"{_size(report)} distilled from {report.data['name']}{by}, judged by what "
-        f"{words.listed(report.learners)} reach on {report.data['test']:,} test images after "
+        f"{_size(report)} distilled from {report.data['name']}{by}, judged by the accuracy of "
+        f"{words.listed(report.learners)} on {report.data['test']:,} test images after "
         f"training on it{beside}; {count}."
     )
 
