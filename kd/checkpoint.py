@@ -126,7 +126,7 @@ def unpack(
     """
     try:
         return _unpacked(saved, modules, optimizer, scaler, network)
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (LookupError, RuntimeError, ValueError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
             f"the checkpoint is of another network, loss or recipe ({first}): start anew in "

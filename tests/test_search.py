@@ -154,7 +154,7 @@ def scripted(monkeypatch, loss: Callable[[int, int], float]) -> list[tuple[int, 
     """A judge that says what it is told, of the step and of the number of images it sees."""
     asked = []
 
-    def judge(network, strength, validation):
+    def judge(network, strength, validation, unit=None):
         def score(step, images, labels):
             asked.append((step, len(validation)))
             images, labels = np.asarray(images), np.asarray(labels)
