@@ -144,7 +144,7 @@ def test_each_phase_starts_adam_afresh_and_keeps_the_images(support, tmp_path):
 def test_several_networks_are_recorded_and_the_first_one_judges(support, tmp_path, monkeypatch):
     judges = []
     real = judging.judge
-    monkeypatch.setattr(judging, "judge", lambda *a: judges.append(a[0]) or real(*a))
+    monkeypatch.setattr(judging, "judge", lambda *a, **k: judges.append(a[0]) or real(*a, **k))
     search(opened(tmp_path), plan(20, networks=(FC2, FC1)), support, TRAIN, VALIDATION)
     assert {f["network"] for f in lines(tmp_path)} == {0, 1}
     assert judges == [FC2]
