@@ -1,4 +1,4 @@
-"""The results table of the README, as far as it can be had in minutes: `pytest -m slow`."""
+"""The results table of the README, as far as it can be had in minutes: `pytest -n 0 -m slow`."""
 
 import subprocess
 import sys
