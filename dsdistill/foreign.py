@@ -90,10 +90,10 @@ def load(
     if kind == "standardised":
         constants = None if stated.mean is None or stated.std is None else (stated.mean, stated.std)
         fitted, whose = pixels.standardisation(path, raw, constants, preprocess, data)
-    elif kind in pixels.WHITENED and stated.mean is None:
-        fitted, whose = pixels.whitening(kind, chunks or train.chunks, train.shape)
     elif stated.mean is not None:
         raise UserError(f"{path}: pixels are {kind} ({why}), --mean and --std standardised ones'")
+    elif kind in pixels.WHITENED:
+        fitted, whose = pixels.whitening(kind, chunks or train.chunks, train.shape)
     else:
         images = preprocess.apply(images / np.float32(255) if kind == "bytes" else images)
     encoding, targets = labels.encoded(path, raw, stated.labels, train.classes)

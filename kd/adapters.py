@@ -20,9 +20,9 @@ from kd.zoo.wants import Interpolation
 class Undo(nn.Module):
     """`Preprocess.invert` for NCHW tensors.
 
-    Exact for `none` and `standardise`. ZCA forgets each image's mean and norm, so an image comes
-    back with mean 0 before the channels are restored, and with the mean norm of the training
-    images (`Preprocess.contrast`).
+    Exact but for `zca`, which forgets each image's mean and norm: an image comes back with mean 0
+    before the channels are restored, and with the mean norm of the training images
+    (`Preprocess.contrast`).
     """
 
     mean: Tensor
@@ -50,12 +50,15 @@ class Apply(nn.Module):
     def __init__(self, fitted: Preprocess) -> None:
         super().__init__()
         _register(self, fitted, fitted.whiten)
+        self.normalised = fitted.kind == "zca"
 
     def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
         x = (images - self.mean) / self.std
         if self.matrix is None:
             return x
         flat = _flatten(x)
+        if not self.normalised:
+            return _unflatten(flat @ self.matrix, images)
         # First to the first value: the mean of equal ones is rounded, and a blank image must be 0.
         flat = flat - flat[:, :1]
         flat = flat - flat.mean(1, keepdim=True)
@@ -89,7 +92,7 @@ class Adapter(nn.Module):
         self.apply_model = Apply(model)
         self.size = size
         self.interpolation: Interpolation = interpolation
-        self.channels = None if len(model.mean) == len(data.mean) else len(model.mean)
+        self.channels = None if len(model.std) == len(data.std) else len(model.std)
 
     def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n C H W"]:
         plain = resize(self.undo(images), self.size, self.interpolation)
@@ -133,7 +136,9 @@ def check_channels(who: str, its: int, channels: int) -> None:
 def _register(
     module: nn.Module, fitted: Preprocess, matrix: Float[np.ndarray, "d d"] | None
 ) -> None:
-    module.register_buffer("mean", torch.tensor(fitted.mean).view(1, -1, 1, 1))
+    mean = torch.tensor(fitted.mean)  # one value a channel, or an image
+    mean = mean.permute(2, 0, 1)[None] if mean.ndim == 3 else mean.view(1, -1, 1, 1)
+    module.register_buffer("mean", mean)
     module.register_buffer("std", torch.tensor(fitted.std).view(1, -1, 1, 1))
     module.register_buffer("matrix", None if matrix is None else torch.tensor(matrix))
 

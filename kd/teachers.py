@@ -81,7 +81,8 @@ class Teacher(nn.Module):
         bicubic = float(model.interpolation == "bicubic")
         self.register_buffer("settings", torch.tensor([h, w, bicubic, self.temperature]))
         fitted = model.preprocess
-        mean, std = tuple(fitted.mean.tolist()), tuple(fitted.std.tolist())
+        mean = tuple(fitted.mean.reshape(-1, len(fitted.std)).mean(0).tolist())
+        std = tuple(fitted.std.tolist())
         self.resolved = Resolved(fitted.kind, mean, std, (h, w), model.interpolation, matched.how)
 
     def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:

@@ -177,9 +177,8 @@ def test_whitened_pairs_are_not_guessed(tmp_path, splits, few, refused):
     got = foreign.load(folder, colour, Stated(pixels="standardised"), preprocess=own)
     assert "those of MTT for CIFAR100" in _notes(got)
     torch.save(_nchw(images * np.float32(1.2) - np.float32(0.1)), folder / "images_zca_best.pt")
-    refused(
-        folder, "is whitened by ZCA.* use --pixels zca-mtt", train=colour, pixels="standardised"
-    )
+    whitened = "is whitened by ZCA.* say --pixels zca-mtt"
+    refused(folder, whitened, train=colour, pixels="standardised")
     got = foreign.load(folder / "images_zca_best.pt", colour, Stated(), preprocess=own)
     np.testing.assert_allclose(got.images, own.apply(images * 1.2 - 0.1), atol=1e-4)
     assert "pixels: unit (the kind of file)" in _notes(got)

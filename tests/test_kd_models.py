@@ -30,6 +30,8 @@ def _nchw(images: np.ndarray) -> torch.Tensor:
 
 def _fitted(kind: str, shape: networks.Shape = SHAPE) -> Preprocess:
     images = np.random.default_rng(1).random((200, *shape), dtype=np.float32)
+    if kind == "zca-mtt":
+        return preprocess.fit_mtt(lambda size: iter([images]), shape)
     return preprocess.fit(kind, lambda size: iter([images]), shape)
 
 
@@ -168,8 +170,8 @@ def test_a_damaged_run_is_one_clear_error(tmp_path: Path, damage: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", preprocess.KINDS)
-@pytest.mark.parametrize("data_kind", ["none", "standardise"])
+@pytest.mark.parametrize("kind", [*preprocess.KINDS, "zca-mtt"])
+@pytest.mark.parametrize("data_kind", ["none", "standardise", "zca-mtt"])
 def test_adapter_equals_the_numpy_preprocessing(data_kind: str, kind: str) -> None:
     shape = (8, 6, 3)
     images, data, model = _images(shape=shape), _fitted(data_kind, shape), _fitted(kind, shape)

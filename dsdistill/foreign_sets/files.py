@@ -143,7 +143,7 @@ def _matched_trajectory(path: Path, images: np.ndarray) -> Raw:
     raw = Raw("MTT", images, labels, (path, beside))
     if named["unwhitened"]:
         return replace(raw, pixels="unit", notes=("the images are those with ZCA undone",))
-    if sorted(path.parent.glob("images_zca_*.pt")):
+    if any(path.parent.glob("images_zca_*.pt")):
         return replace(raw, pixels="zca-mtt")
     if images.ndim == 4 and 3 in (images.shape[1], images.shape[3]):
         raw = replace(raw, unclear="most colour sets of MTT are whitened by ZCA, others are not")

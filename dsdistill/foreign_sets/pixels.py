@@ -1,5 +1,6 @@
 """Pixels of a published set: layout, range, and the constants that they were standardised by."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,10 @@ CONDENSATION = {
 # Source: GeorgeCazenavette/mtt-distillation, `utils.py`, `get_dataset`.
 CONSTANTS = {"DC": CONDENSATION, "MTT": CONDENSATION | {"CIFAR100": CONDENSATION["CIFAR10"]}}
 
-WHITENED = {"zca": "as the KIP paper does", "zca-mtt": "as MTT does"}
+WHITENED = {  # kind of pixels: whose ZCA it is, and how it is fitted
+    "zca": ("as the KIP paper does", functools.partial(preprocess.fit, "zca")),
+    "zca-mtt": ("as MTT does", preprocess.fit_mtt),
+}
 BEYOND = 0.5  # by which [0, 1] may be left by pixels that were never clipped
 EXTREME = 100.0  # no distilled image reaches this many deviations
 
@@ -83,7 +87,9 @@ def decided(
     ranged = f"from {low:.3g} to {high:.3g}"
     seen = _evidence(images, low, high)
     if raw.pixels in WHITENED and stated not in ("auto", raw.pixels):
-        raise UserError(f"{path} is whitened by ZCA, as files say: use --pixels {raw.pixels}")
+        raise UserError(
+            f"{path} is whitened by ZCA, by its name or its neighbours: say --pixels {raw.pixels}"
+        )
     if stated == "auto" and raw.pixels != "auto":
         return raw.pixels, "the kind of file"
     if stated == "auto" and seen == "standardised" and raw.unclear:
@@ -144,11 +150,8 @@ def whitening(kind: str, chunks: Chunks, shape: tuple[int, int, int]) -> tuple[P
         kind: Of `WHITENED`.
         chunks, shape: Of all training images; the whitening is fitted on them again.
     """
-    if kind == "zca":
-        fitted = preprocess.fit("zca", chunks, shape)
-    else:
-        fitted = preprocess.fit_mtt(chunks, shape)
-    return fitted, f"ZCA {WHITENED[kind]}, fitted again on the training images"
+    how, fit = WHITENED[kind]
+    return fit(chunks, shape), f"ZCA {how}, fitted again on the training images"
 
 
 def _require_sound(path: Path, flat: Float[np.ndarray, "n d"]) -> None:
