@@ -30,8 +30,10 @@ from dsdistill.harness.errors import UserError
 from dsdistill.kernels import devices
 
 HEARTBEAT = 60  # seconds of silence after which JAX aborts; `alive` ends the process before that
-LINGER = 2.0  # seconds that host 0, over which all are connected, stays after an error
+PATIENCE = 5.0  # seconds after an error in which the others may end as well
+LINGER = 2.0  # and more that host 0 stays, over which all are connected
 LOST = (RuntimeError, ValueError)  # JAX's error when a host is lost; of some programs it is NumPy's
+Checkpoint = tuple[dict[str, np.ndarray], dict[str, Any]]  # arrays, and the rest
 _FAILED = "(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): "  # how it opens
 
 
@@ -122,7 +124,7 @@ def opened(start: Callable[[], runs.Run]) -> runs.Run:
     return runs.Run(Path(folder), config, resumed, writes=first())
 
 
-def checkpoint(run: runs.Run) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+def checkpoint(run: runs.Run) -> Checkpoint | None:
     """Host 0's last checkpoint, or None if there is none."""
     arrays: dict[str, np.ndarray] = {}
 
@@ -250,7 +252,10 @@ def _no_announcement() -> Iterator[None]:
 
 
 def _leave() -> None:
-    """End after an error. Host 0 waits until the others have seen theirs."""
+    """End after an error, once the others have seen theirs: the end breaks their connections."""
+    client: Any = distributed.global_state.client
+    with contextlib.suppress(RuntimeError):  # not all of them end, or host 0 has
+        client.wait_at_barrier("dsdistill/end", round(1e3 * PATIENCE))
     if first():
         time.sleep(LINGER)
     sys.stdout.flush()

@@ -87,9 +87,7 @@ def accumulate(
         )
     purpose = f"Label Solve with {n} support images"
     memory.require(6 * 8 * n * n, purpose, "lower --images-per-class")
-    size = min(CHUNK, len(train))
-    if network.engine != "closed form":
-        size = min(max(PAIRS // n, 1), size)
+    size = chunk(network, n, train)
     add = _compiled_sum(network, support, size)
     sums = start or Sums(0, *(np.zeros(shape) for shape in ((n, n), (n, k))))
     with jax.enable_x64(True):  # where every later sum will be: no second compilation
@@ -105,6 +103,12 @@ def accumulate(
             raise UserError(f"the sums over the targets from {first} on are not finite: {why}")
         sums = Sums(done, *added)
         yield sums
+
+
+def chunk(network: Network, n: int, train: Examples) -> int:
+    """Targets that `accumulate` reads at a time, for `n` support images."""
+    size = min(CHUNK, len(train))
+    return size if network.engine == "closed form" else min(max(PAIRS // n, 1), size)
 
 
 def _compiled_sum(

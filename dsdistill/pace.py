@@ -2,18 +2,29 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any, NamedTuple
 
-from dsdistill import hosts, kip
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from dsdistill import gauss_newton, hosts, kip
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.labeled import Examples
+from dsdistill.kernels import devices, gram
+from dsdistill.kernels.networks import Network
 from dsdistill.start import Support
 
 SMALL = 4  # images a class of the smallest batch that is timed
 GROWTH = 4  # from one timed batch to the next
+DOUBLE = 2.5  # of the time of a pair with a target: a pair within the support, in float64
 FORWARD = 0.35  # of a step's time for a pair of images, where no gradient is needed
 QUICK = 0.3  # seconds: a step that takes less is timed three times
+TILES = {"exact planes": 16, "neural-tangents": 4}  # images a side of the tile that is timed
+LONG = 30  # such tiles of work need not be announced: the first steps say soon what they take
 SECONDS = {"ms": 1e-3, "s": 1.0, "min": 60.0}
 
 
@@ -114,6 +125,55 @@ def _least(stream: Iterator[kip.Step]) -> float:
     return best
 
 
+class Tile(NamedTuple):
+    """A small part of a Gram matrix that was evaluated on every device, all at the same time."""
+
+    seconds: float
+    pairs: int
+
+
+def tile(network: Network, train: Examples, pairs: float, work: str) -> Tile | None:
+    """What a tile takes once it is compiled, to announce long work before it begins.
+
+    Args:
+        network: Whose kernel.
+        train: The tile's images are the first ones of these.
+        pairs: Of images, that are evaluated until the work says by itself what it takes.
+        work: `forward`, or a step of an optimizer of `kip.Objective`.
+
+    Returns:
+        None if so many pairs do not take long.
+    """
+    side = min(TILES.get(network.engine, 0), len(train))
+    if pairs <= LONG * side**2 or not side:
+        return None
+    images = train.images(np.arange(side))
+    # Small as it is, a tile of any network of neural-tangents may have to be divided.
+    plan = gram.plan(network, side, side, images.shape[1:], gradient=work == "adam")
+
+    def forward(x1: Array, x2: Array) -> Array:
+        return gram.gram(network.kernel, x1, x2, plan)
+
+    def adam(x1: Array, x2: Array) -> Any:
+        value, pullback = jax.vjp(lambda x: forward(x, x2), x1)
+        return value, pullback(value)
+
+    def newton(x1: Array, x2: Array) -> Any:
+        return gauss_newton.slopes(network)(x1, x2), forward(x1, x2)
+
+    run = jax.jit(
+        devices.everywhere({"forward": forward, "adam": adam, "gauss-newton": newton}[work])
+    )
+    _, *times = (_timed(run, images) for _ in range(3))  # the first one compiles
+    return Tile(min(times), side**2 * jax.device_count())
+
+
+def _timed(run: Callable[..., Any], images: np.ndarray) -> float:
+    began = time.monotonic()
+    jax.block_until_ready(run(images, images))
+    return time.monotonic() - began
+
+
 class Pace:
     """Seconds a step, known once every network has made a step that did not compile."""
 
@@ -135,6 +195,6 @@ def predicting(images: int, support: int, seconds: float, pairs: int) -> float:
 
     Args:
         images: To predict, each from a support of `support` images.
-        seconds, pairs: Of a step with the gradient.
+        seconds, pairs: Of a step with the gradient, or of a tile of one.
     """
     return FORWARD * images * support * seconds / pairs

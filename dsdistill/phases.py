@@ -118,6 +118,31 @@ def snapshots(
         first += phase.steps
 
 
+def announce(plan: Plan, n: int, train: Examples, done: int) -> None:
+    """Say how long a run will take before it begins, if its first two steps take long.
+
+    Args:
+        plan, train: As in `snapshots`.
+        n: Images in the support.
+        done: Steps that are done already.
+    """
+    pairs = n * (pace.DOUBLE * n + plan.target_batch)  # of a step, as if all were with targets
+    total, first, here, tiles = 0.0, 0, 0, []
+    for phase in plan.phases:
+        here = min(max(done - first, 0), phase.steps)
+        steps, first = phase.steps - here, first + phase.steps
+        optimizer, networks = phase.objective.optimizer, phase.objective.networks
+        tiles = [pace.tile(each, train, min(steps, 2) * pairs, optimizer) for each in networks]
+        seconds = [tile.seconds / tile.pairs for tile in tiles if tile is not None]
+        total += steps * pairs * sum(seconds) / len(networks)
+    judge = tiles[0]
+    if judge is not None:
+        validations = _validations(plan, plan.phases[-1], here) + (done == 0)
+        images = plan.closing_images + validations * plan.validation_images
+        total += pace.predicting(images, n, *judge)
+        progress.expected(total, "tile", *judge)
+
+
 def _entered(phase: Phase, last: Snapshot) -> Snapshot:
     """The start of a phase: images and labels as they are, everything else afresh."""
     images, labels = np.asarray(last.state.images), np.asarray(last.state.labels)

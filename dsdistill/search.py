@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from dsdistill import hosts, judging, kip, label_solve
+from dsdistill import hosts, judging, kip, label_solve, pace
 from dsdistill.harness import progress, runs
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.labeled import Examples
 from dsdistill.judging import Candidate, Judge
 from dsdistill.kernels.networks import Network
-from dsdistill.phases import Plan, Snapshot, snapshots
+from dsdistill.phases import Plan, Snapshot, announce, snapshots
 from dsdistill.start import Support
 
 CHECKPOINT_EVERY = 10.0  # seconds
@@ -39,7 +39,9 @@ def search(
     """
     sample = judging.subset(validation, plan.validation_images, plan.seed)
     judge = _judge(plan, sample)
-    last = good = _restored(run, plan, support, judge)
+    found = hosts.checkpoint(run)
+    announce(plan, len(support.images), train, found[1]["done"] if found else 0)
+    last = good = _snapshot(found, plan, support, judge)
     saved = time.monotonic()
     stream = snapshots(plan, support, train, judge, last)
     with _metrics(run, last.done) as write, contextlib.closing(stream):
@@ -86,7 +88,8 @@ def accumulated(
             whole chunk.
     """
     last, spent = _restored_sums(run)
-    said = False  # the expected duration
+    _announce_sums(network, len(support), train, last.done, closing_images)
+    said = False  # the expected duration by the run itself
     saved, began = time.monotonic(), time.monotonic() - spent
 
     def save() -> None:
@@ -134,6 +137,18 @@ def _metrics(run: runs.Run, done: int) -> Iterator[Callable[..., None]]:
         yield metrics.write
 
 
+def _announce_sums(
+    network: Network, n: int, train: Examples, done: int, closing_images: int
+) -> None:
+    """Say how long Label Solve will take before it begins, if its first two chunks take long."""
+    left = len(train) - done
+    soon = min(2 * label_solve.chunk(network, n, train), left)
+    tile = pace.tile(network, train, n * soon, "forward")
+    if tile is not None:
+        seconds = n * (left + closing_images) * tile.seconds / tile.pairs
+        progress.expected(seconds, "tile", *tile)
+
+
 def _restored_sums(run: runs.Run) -> tuple[label_solve.Sums, float]:
     """The sums of the last checkpoint and the seconds they took; nothing summed without one."""
     found = hosts.checkpoint(run)
@@ -168,10 +183,11 @@ def _save(run: runs.Run, snapshot: Snapshot) -> None:
     run.save_state(arrays, counts | {"best": figures})
 
 
-def _restored(run: runs.Run, plan: Plan, support: Support, judge: Judge) -> Snapshot:
-    """The last checkpoint, or the start."""
+def _snapshot(
+    found: hosts.Checkpoint | None, plan: Plan, support: Support, judge: Judge
+) -> Snapshot:
+    """That of a checkpoint, or the start."""
     state = kip.initial_state(plan.phases[0].objective, support)
-    found = hosts.checkpoint(run)
     if found is None:
         return Snapshot(0, state, judge(0, state.images, state.labels), 0.0)
     arrays, meta = found

@@ -1,5 +1,6 @@
 """The batch of a stated time, what a run is expected to take, and how it is said."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -94,6 +95,27 @@ def test_of_several_networks_the_mean_counts(monkeypatch):
 
 def test_a_real_measurement():
     assert 10 <= chosen(0.001, n=500) <= 500
+
+
+@pytest.mark.parametrize("work", ["forward", "adam", "gauss-newton"])
+def test_a_tile_announces_long_work_alone(work, monkeypatch):
+    monkeypatch.setitem(pace.TILES, "exact planes", 4)
+    conv, long = networks.parse("conv(1)"), pace.LONG * 4 * 4
+    assert pace.tile(conv, train(20), long, work) is None
+    assert pace.tile(FC[0], train(20), 1e9, work) is None  # its steps say so soon enough
+    found = pace.tile(conv, train(20), long + 1, work)
+    assert found is not None
+    assert found.pairs == 4 * 4 * jax.device_count()
+    assert 0 < found.seconds < 10
+
+
+def test_the_time_of_a_tile_is_without_compiling(monkeypatch):
+    times = iter([30.0, 3.0, 2.0])
+    monkeypatch.setattr(pace, "_timed", lambda run, images: next(times))
+    assert pace.tile(networks.parse("conv(1)"), train(3), 1e9, "adam") == (
+        2.0,
+        3 * 3 * jax.device_count(),
+    )
 
 
 def step(seconds: float, network: int = 0) -> kip.Step:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsdistill import judging, kip, phases
+from dsdistill import judging, kip, pace, phases
 from dsdistill.harness import progress, runs
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.labeled import Examples, Labeled
@@ -18,7 +18,7 @@ from dsdistill.harness.preprocess import identity
 from dsdistill.judging import Candidate
 from dsdistill.kernels import networks
 from dsdistill.phases import Phase, Plan
-from dsdistill.search import search
+from dsdistill.search import accumulated, search
 from dsdistill.start import Support, initial_support
 
 FC1, FC2 = networks.parse("fc", 1), networks.parse("fc", 2)
@@ -97,6 +97,41 @@ def test_resume_is_exact_in_every_phase(name, stop, support, tmp_path, monkeypat
     assert (found.step, found.loss) == (best.step, best.loss)
     texts = [(tmp_path / x / "metrics.jsonl").read_text() for x in ("whole", "cut")]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(("stop", "seconds"), [(None, 4170), (5, 2100)])
+def test_long_work_is_announced_before_it_begins(
+    stop, seconds, support, tmp_path, monkeypatch, capsys
+):
+    """A pair with a target takes 2 s in the warm-up and 1 s later, half of that to predict.
+
+    A step has 6 (2.5 * 6 + 30) = 270 pairs' worth: 9 or, after step 4, 5 of them. The start and
+    each of 6, or 5, steps predict 30 images from 6, the end of the run 100.
+    """
+    monkeypatch.setattr(pace, "FORWARD", 0.5)
+    monkeypatch.setattr(
+        pace, "tile", lambda network, *_: pace.Tile(20 if network is FC2 else 10, 10)
+    )
+    walk = replace(plan(3, 6), validation_images=30, closing_images=100)
+    if stop is not None:
+        with monkeypatch.context() as context:
+            interrupted_at(context, stop)
+            with pytest.raises(KeyboardInterrupt):
+                search(opened(tmp_path), walk, support, TRAIN, VALIDATION)
+        capsys.readouterr()
+    search(opened(tmp_path), walk, support, TRAIN, VALIDATION)
+    announced, *_ = capsys.readouterr().err.splitlines()
+    assert announced == (
+        f"expected: {progress.duration(seconds)} to the end of the run "
+        "(10 s a tile, 1 pairs of images a second)"
+    )
+
+
+def test_label_solve_is_announced_before_it_begins(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pace, "tile", lambda *_: pace.Tile(10, 10))
+    accumulated(opened(tmp_path), FC1, TRAIN.images(slice(5)), TRAIN, closing_images=30)
+    announced, *_ = capsys.readouterr().err.splitlines()
+    assert announced.startswith(f"expected: {progress.duration(5 * (90 + 30))} to the end")
 
 
 def test_a_warm_up_is_numbered_shown_and_judged_at_its_end(support, tmp_path, capsys):
