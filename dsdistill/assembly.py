@@ -116,11 +116,10 @@ def _loaded(options: Evaluate) -> tuple[Distilled, Splits]:
     """The set and the data it was made from."""
     if foreign.is_foreign(options.run):
         return _published(options)
-    default = Evaluate(options.run)
+    distilled, default = artifact.load(artifact.locate(options.run)), Evaluate(options.run)
     for name in STATED:
         if getattr(options, name) != getattr(default, name):
             raise UserError(f"--{name} is for sets from elsewhere: {options.run} says it itself")
-    distilled = artifact.load(artifact.locate(options.run))
     return distilled, _splits(distilled, options)
 
 

@@ -343,6 +343,7 @@ def test_stopped_by_hand_leaves_a_checkpoint(dsdistill, tmp_path, number):
         (["inspect", "nothing.safetensors"], ["no distilled set"]),
         (["inspect", "foreign.safetensors"], ["not a"]),
         (["evaluate", "nothing"], ["no distilled set"]),
+        (["evaluate", "nothing", "--pixels", "unit"], ["no distilled set"]),
         (["report", "nothing"], ["holds no evaluation"]),
     ],
     ids=lambda value: " ".join(value)[:50],
