@@ -127,20 +127,21 @@ def announce(plan: Plan, n: int, train: Examples, done: int) -> None:
         done: Steps that are done already.
     """
     pairs = n * (pace.DOUBLE * n + plan.target_batch)  # of a step, as if all were with targets
-    total, first, here, tiles = 0.0, 0, 0, []
+    total, first, here, tiles, measured = 0.0, 0, 0, [], []
     for phase in plan.phases:
         here = min(max(done - first, 0), phase.steps)
         steps, first = phase.steps - here, first + phase.steps
         optimizer, networks = phase.objective.optimizer, phase.objective.networks
         tiles = [pace.tile(each, train, min(steps, 2) * pairs, optimizer) for each in networks]
-        seconds = [tile.seconds / tile.pairs for tile in tiles if tile is not None]
-        total += steps * pairs * sum(seconds) / len(networks)
-    judge = tiles[0]
-    if judge is not None:
+        long = [tile for tile in tiles if tile is not None]  # the others take next to nothing
+        total += steps * pairs * sum(t.seconds / t.pairs for t in long) / len(networks)
+        measured += long
+    if tiles[0] is not None:  # of the network that validates
         validations = _validations(plan, plan.phases[-1], here) + (done == 0)
         images = plan.closing_images + validations * plan.validation_images
-        total += pace.predicting(images, n, *judge)
-        progress.expected(total, "tile", *judge)
+        total += pace.predicting(images, n, *tiles[0])
+    if measured:
+        progress.expected(total, "tile", *measured[-1])
 
 
 def _entered(phase: Phase, last: Snapshot) -> Snapshot:

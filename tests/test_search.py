@@ -127,6 +127,16 @@ def test_long_work_is_announced_before_it_begins(
     )
 
 
+def test_long_work_of_the_second_kernel_is_announced(support, tmp_path, monkeypatch, capsys):
+    """Half of six steps of 270 pairs' worth, 1 s each; the other kernel's are quick."""
+    monkeypatch.setattr(
+        pace, "tile", lambda network, *_: pace.Tile(10, 10) if network is FC2 else None
+    )
+    search(opened(tmp_path), plan(6, networks=(FC1, FC2)), support, TRAIN, VALIDATION)
+    announced, *_ = capsys.readouterr().err.splitlines()
+    assert announced.startswith(f"expected: {progress.duration(3 * 270)} to the end")
+
+
 def test_label_solve_is_announced_before_it_begins(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pace, "tile", lambda *_: pace.Tile(10, 10))
     accumulated(opened(tmp_path), FC1, TRAIN.images(slice(5)), TRAIN, closing_images=30)
