@@ -7,7 +7,8 @@ For each case both engines compute the kernel of unit Gaussian images, and its g
 respect to the first set, in float32, by turns in one process, each free to use every core. A time
 is the shortest of `REPEATS`. neural-tangents gets its time both on one device, whose operations
 XLA spreads over the cores, and with its targets shared out over one device for each core as ours
-are; the shorter one counts. Results are appended to --out as they come.
+are; the shorter one counts. Results are appended to --out as they come. On a machine with a GPU
+both run there, on more images.
 """
 
 import argparse
@@ -32,6 +33,8 @@ from dsdistill.kernels import networks, tangents  # noqa: E402
 from dsdistill.kernels import sequence as notation  # noqa: E402
 
 REPEATS = 3
+ON_CPU = jax.default_backend() == "cpu"
+DEVICE = jax.devices()[0].device_kind
 CASES = {  # notation, image shape, images on both sides: ours, and theirs
     "convnet3 28x28x1": ("3xCRP-flatten", (28, 28, 1), (8, 128), (4, 8)),
     "convnet3 32x32x3": ("3xCRP-flatten", (32, 32, 3), (8, 64), (4, 8)),
@@ -39,6 +42,10 @@ CASES = {  # notation, image shape, images on both sides: ours, and theirs
     "convnet 32x32x3": ("CR-3xCRP-flatten", (32, 32, 3), (8, 64), (4, 4)),
     "myrtle5 32x32x3": ("CR-2xCRP-CR-gap", (32, 32, 3), (2, 32), (2, 4)),
 }
+if not ON_CPU:  # enough to fill it; of the slowest case fewer
+    counts = dict.fromkeys(CASES, ((8, 4096), (8, 32)))
+    counts["myrtle5 32x32x3"] = (8, 1024), (4, 16)
+    CASES = {name: (*case[:2], *counts[name]) for name, case in CASES.items()}
 LARGE = "3xCRP-flatten", (28, 28, 1), 100  # of the memory and growth measurements
 
 
@@ -53,7 +60,7 @@ def main() -> None:
         return
     for name, case in CASES.items():
         if options.only in name:
-            record(options.out, {"case": name} | compare(*case))
+            record(options.out, {"case": name, "device": DEVICE} | compare(*case))
     if not options.only:
         for targets in (500, 5000, 50000):
             done = subprocess.run(
@@ -68,7 +75,8 @@ def compare(text: str, shape: tuple[int, int, int], mine: Any, theirs: Any) -> d
     rival = stax_kernel(notation.parse(text))
     fast = measured(ours, images(mine[0], shape, 0), images(mine[1], shape, 1))
     x1, x2 = images(theirs[0], shape, 0), images(theirs[1], shape, 1)
-    slow = [measured(engine, x1, x2) for engine in (rival, devices.sharded(rival))]
+    rivals = [rival, devices.sharded(rival)] if jax.local_device_count() > 1 else [rival]
+    slow = [measured(engine, x1, x2) for engine in rivals]
     best = {key: min(times[key] for times in slow) for key in ("forward", "gradient")}
     return {
         **{f"{key}_ms": fast[key] for key in best},
@@ -123,10 +131,13 @@ def grow(targets: int) -> None:
     jax.block_until_ready(compiled(x1, x2, cotangent))
     seconds = time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if not ON_CPU:
+        peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30
     print(
         json.dumps(
             {
                 "case": f"convnet3 28x28x1, {support} x {targets}, value and gradient",
+                "device": DEVICE,
                 "gradient_ms": 1e3 * seconds / support / targets,
                 "peak_gib": peak,
             }

@@ -16,6 +16,7 @@ learning via Hessian-free optimization", for conjugate gradients on batches. Tha
 this way is this project's.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,7 +29,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from dsdistill import ridge
 from dsdistill.harness import memory
 from dsdistill.harness.errors import UserError
-from dsdistill.kernels import devices
+from dsdistill.kernels import devices, gram
 from dsdistill.kernels.networks import Network, Slopes
 
 ITERATIONS = 30  # of conjugate gradients: more follow the noise of the batch
@@ -38,6 +39,8 @@ PROBES = 4  # random vectors that estimate the mean of a diagonal
 POOR, GOOD = 0.25, 0.75  # shares of the promised decrease
 TINY = 1e-30  # of a diagonal: no predictions move
 RISE, FALL = 4.0, 0.5  # of the damping after a poor and a good step
+
+_product = functools.partial(jnp.einsum, precision="highest")  # a GPU's default is TF32
 
 Learned = dict[str, Array]
 
@@ -79,9 +82,13 @@ def check_memory(support: Float[np.ndarray, "n h w c"], targets: int) -> None:
         UserError: With what they need.
     """
     n, pixels = len(support), support[0].size
-    share = devices.share(targets) * jax.local_device_count()
-    needed = 4 * n * pixels * (SLOPES * share + 3 * n * jax.local_device_count())
-    memory.require(needed, f"the slopes of {n} x {targets} pairs", "lower --target-batch")
+    each = 4 * n * pixels * (SLOPES * devices.share(targets) + 3 * n)
+    free, count = gram.free(), jax.local_device_count()
+    if each > free:
+        raise UserError(
+            f"the slopes of {n} x {targets} pairs need {memory.readable(each * count)}, "
+            f"{memory.readable(free * count)} is free: lower --target-batch"
+        )
 
 
 def start(learned: Learned) -> Memory:
@@ -195,15 +202,15 @@ def linearised(
     def forward(change: Learned) -> Array:
         moves = change["images"] * problem.free
         # An image moves its row of k_ss as the first of two images, its column as the second.
-        rows = jnp.einsum("nahwc,nhwc->na", each_ss, moves)
-        k_ts = jnp.einsum("nmhwc,nhwc->nm", each_st, moves)
+        rows = _product("nahwc,nhwc->na", each_ss, moves)
+        k_ts = _product("nmhwc,nhwc->nm", each_st, moves)
         labels = change["labels"] if "labels" in learned else jnp.zeros_like(y_s)
         return push(*(a.astype(jnp.float64) for a in (rows + rows.T, k_ts, labels)))
 
     def backward(cotangent: Array) -> Learned:
         d_ss, d_st, d_y = (g.astype(jnp.float32) for g in pull(cotangent.astype(jnp.float64)))
-        moves = jnp.einsum("na,nahwc->nhwc", d_ss + d_ss.T, each_ss)
-        moves += jnp.einsum("nm,nmhwc->nhwc", d_st, each_st)
+        moves = _product("na,nahwc->nhwc", d_ss + d_ss.T, each_ss)
+        moves += _product("nm,nmhwc->nhwc", d_st, each_st)
         every = {"images": moves * problem.free, "labels": d_y}
         return {name: every[name] for name in learned}
 

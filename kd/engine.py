@@ -39,6 +39,8 @@ def make(device: str = "cpu", precision: str = "no") -> Engine:
     engine = Accelerator(
         cpu=kind == "cpu", mixed_precision=resolved(precision, kind), fsdp_plugin=spread
     )
+    # cuDNN's default algorithms add up in no fixed order: a resumed run would be another one.
+    torch.backends.cudnn.deterministic = True
     if kind != engine.device.type:
         raise UserError(
             f"asked for --device {device}, but this process computes on {engine.device}"

@@ -1,7 +1,7 @@
 """What is watched during a training: mean loss terms, speed, and terms that are not finite."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,12 +71,13 @@ class Meter:
 class Watch:
     """Stops a training whose loss is not finite.
 
-    A step's terms are looked at after the next step has been sent to the device: waiting for each
-    would leave a GPU idle. The checkpoint is saved only when all have been seen.
+    A step's terms are judged on the device, and the answer is read after the next step has been
+    sent there: waiting for each step would leave a GPU idle. The checkpoint is saved only when all
+    have been seen.
     """
 
     def __init__(self) -> None:
-        self._unseen: tuple[int, Mapping[str, Tensor], Sequence[Batch], float] | None = None
+        self._unseen: tuple[Callable[[], bool], tuple[Any, ...]] | None = None
 
     def check(
         self, step: int, terms: Mapping[str, Tensor], batches: Sequence[Batch], rate: float
@@ -86,25 +87,45 @@ class Watch:
         Raises:
             UserError: If a term of it was not finite.
         """
-        unseen, self._unseen = self._unseen, (step, terms, batches, rate)
-        if unseen is not None:
-            _refuse(*unseen)
+        asked = _finite(terms), (step, terms, batches, rate)
+        self.flush()
+        self._unseen = asked
 
     def flush(self) -> None:
         """Look at the last step too."""
         unseen, self._unseen = self._unseen, None
-        if unseen is not None:
-            _refuse(*unseen)
+        if unseen is not None and not unseen[0]():
+            raise _refusal(*unseen[1])
 
 
-def _refuse(step: int, terms: Mapping[str, Tensor], batches: Sequence[Batch], rate: float) -> None:
+def _finite(terms: Mapping[str, Tensor]) -> Callable[[], bool]:
+    """Ask the device whether the terms are finite, and how to read the answer.
+
+    Asked later, the question would wait behind whatever had been sent to the device by then.
+    """
+    answer = torch.isfinite(torch.stack(list(terms.values())).sum())
+    if answer.device.type != "cuda":
+        return lambda: bool(answer)
+    on_host = torch.empty((), dtype=torch.bool, pin_memory=True)
+    on_host.copy_(answer, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> bool:
+        copied.synchronize()
+        return bool(on_host)
+
+    return read
+
+
+def _refusal(
+    step: int, terms: Mapping[str, Tensor], batches: Sequence[Batch], rate: float
+) -> UserError:
     values = torch.stack(list(terms.values()))
-    if torch.isfinite(values.sum()):
-        return
     name = next((n for n, v in terms.items() if not torch.isfinite(v)), "sum")
     rows = [i for batch in batches if batch.index is not None for i in batch.index.tolist()]
     images = ", ".join(map(str, rows[:SHOWN])) + (", ..." if len(rows) > SHOWN else "")
-    raise UserError(
+    return UserError(
         f"loss term {name!r} is {terms.get(name, values.sum()).item()} at step {step}, training "
         f"images {images} (learning rate {rate:.3g}): lower --lr; the last checkpoint is as it was"
     )

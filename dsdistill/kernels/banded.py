@@ -143,7 +143,7 @@ class _Side(NamedTuple):
     @staticmethod
     def blocks(x: Array, network: Sequence) -> "_Side":
         """As many side by side as are vectorised."""
-        lanes = lanes_of(x)
+        lanes = lanes_of(x, levels_of(network, x.shape))
         each = [blocks(d, lanes) for d in deviations(x, network)]
         return _Side(blocks(jnp.moveaxis(x, -1, 1), lanes), each)
 

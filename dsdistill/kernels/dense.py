@@ -39,7 +39,9 @@ def fc_ntk(
     d = flat1.shape[1]
     v1 = weight * jnp.sum(flat1 * flat1, 1) / d + bias
     v2 = weight * jnp.sum(flat2 * flat2, 1) / d + bias
-    nngp = ntk = weight * (flat1 @ flat2.T) / d + bias
+    # A GPU would take float32 products in TF32, with three digits.
+    products = jnp.matmul(flat1, flat2.T, precision="highest")
+    nngp = ntk = weight * products / d + bias
     for _ in range(depth):
         scale = _deviation(v1)[:, None] * _deviation(v2)
         nngp, ntk = relu(nngp, ntk, scale)

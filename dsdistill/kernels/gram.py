@@ -53,8 +53,8 @@ def plan(
     Raises:
         UserError: If not even one pair fits; the message gives the figures.
     """
-    free = SHARE * _free()
-    budget = min(free, ENOUGH)
+    usable = SHARE * free()
+    budget = min(usable, ENOUGH)
 
     def cost(tile: Tile) -> int:
         return _traced_bytes(network.kernel, tile, shape, gradient, dtype)
@@ -62,10 +62,10 @@ def plan(
     whole, pair = Tile(n, m), Tile(1, 1)
     if cost(whole) <= budget:
         return whole
-    if cost(pair) > free:
+    if cost(pair) > usable:
         raise UserError(
             f"the kernel {network.name} needs {memory.readable(cost(pair))} for one pair of "
-            f"{shape[0]}x{shape[1]} images, and {memory.readable(free)} can be used: "
+            f"{shape[0]}x{shape[1]} images, and {memory.readable(usable)} can be used: "
             "choose a smaller --image-size or another --kernel"
         )
     return _grown(pair, whole, cost, budget)
@@ -167,7 +167,7 @@ def _size(var: jex.Var) -> int:
     return math.prod(aval.shape) * aval.dtype.itemsize
 
 
-def _free() -> float:
+def free() -> float:
     """Free bytes for one device, on the host that has the least."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":  # all of a host's share its memory

@@ -1,20 +1,22 @@
 """How a network and its images are laid out: levels with their planes, and images side by side."""
 
-import jax
+import math
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dsdistill.kernels import gpu, programs
 from dsdistill.kernels.geometry import Grid, grids
 from dsdistill.kernels.sequence import Sequence, Stage
 from dsdistill.kernels.stages import Level
 
 REGISTER = 64  # bytes: an AVX-512 register is filled with images side by side
 PLANE = 50_000  # bytes that a plane of so many images should have: the loops cost less than it
-WIDE = 2**24  # the same where a loop starts a program on another processor; not measured
+STACK = 2**28  # bytes that all planes of so many images have on a GPU, which computes them at once
 
 
 def levels_of(network: Sequence, shape: tuple[int, ...]) -> list[Level]:
-    """The network's levels for images of a shape (c, h, w, lanes)."""
+    """The network's levels for images of a shape (c, h, w, lanes) or (n, h, w, c)."""
     poolings, everywhere = len(network.levels) - 1, network.head == "gap"
     return with_grids(network, network.levels, grids(*shape[1:3], poolings, everywhere))
 
@@ -30,13 +32,19 @@ def with_grids(
     ]
 
 
-def lanes_of(x: Float[Array, "n h w c"]) -> int:
+def lanes_of(x: Float[Array, "n h w c"], levels: list[Level]) -> int:
     """How many images are treated side by side."""
     n, h, w, _ = x.shape
-    unit = REGISTER // x.dtype.itemsize
-    plane = PLANE if jax.default_backend() == "cpu" else WIDE
+    if gpu.used():
+        unit = programs.LANES
+        planes = max(len(level.grid) * math.prod(level.grid.shape) for level in levels)
+        most = unit * max(STACK // (x.dtype.itemsize * planes * unit), 1)
+        n = -(-n // -(-n // most))  # blocks of the same size
+    else:
+        unit = REGISTER // x.dtype.itemsize
+        most = unit * max(PLANE // (REGISTER * h * w), 1)
     few = -(-n // unit) * unit if n > unit else 1 << (n - 1).bit_length()  # registers stay full
-    return min(unit * max(plane // (REGISTER * h * w), 1), few)
+    return min(most, few)
 
 
 def blocks(x: Array, lanes: int) -> Array:

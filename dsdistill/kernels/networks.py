@@ -179,15 +179,18 @@ def _in_float32(kernel: Callable[..., Any]) -> Kernel:
     """neural-tangents' kernel of float32 images in float32, whatever mode JAX is in.
 
     In x64 mode its float64 constants would promote everything, and XLA's CPU compiler (jaxlib
-    0.10.2) crashes on its float64 average pooling.
+    0.10.2) crashes on its float64 average pooling. A GPU's default for products and convolutions
+    is TF32.
     """
 
     def plain(x1: Array, x2: Array) -> Array:
-        with jax.enable_x64(x1.dtype == jnp.float64):
+        exact = jax.default_matmul_precision("highest")
+        with jax.enable_x64(x1.dtype == jnp.float64), exact:
             return kernel(x1, x2, "ntk")
 
     def backward(images: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
-        with jax.enable_x64(images[0].dtype == jnp.float64):
+        exact = jax.default_matmul_precision("highest")
+        with jax.enable_x64(images[0].dtype == jnp.float64), exact:
             return jax.vjp(plain, *images)[1](cotangent)
 
     single = jax.custom_vjp(plain)

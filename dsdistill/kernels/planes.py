@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from dsdistill.kernels import tiles
+from dsdistill.kernels import gpu, tiles
 from dsdistill.kernels.geometry import Grid
 from dsdistill.kernels.reversal import Reversal
 from dsdistill.kernels.stages import Entry, Level, Sides, Source, Stages
@@ -31,7 +31,9 @@ def forward(level: Level, source: Source, sigmas: tuple[Sides, ...]) -> Array:
         Before another level its planes, and one more that is of no use: (len(coarse) + 1, h/2,
         w/2, lanes). Before the readout the sum over all planes, (h, w, lanes).
     """
-    if tiles.covers(source, level):
+    if gpu.used():
+        total = gpu.forward(level, source, sigmas)
+    elif tiles.covers(source, level):
         total = tiles.forward(level, source, sigmas[0])
     else:
         total = _summed(Stages(level, source, sigmas))
@@ -66,6 +68,8 @@ def backward(
     """
     if level.coarse is not None:
         cotangent = cotangent * _mean_of_16(level.coarse, cotangent)
+    if gpu.used():
+        return gpu.backward(level, source, sigmas, cotangent)
     if tiles.covers(source, level, channels=1):
         return tiles.backward(level, source, sigmas[0], cotangent)
     run = Stages(level, source, sigmas)

@@ -22,13 +22,13 @@ Deviations = list[Float[Array, "n h w"]]
 
 def deviations(x: Float[Array, "n h w c"], network: Sequence) -> Deviations:
     """The deviation of every pre-activation of each image, for each ReLU."""
-    lanes = lanes_of(x)
+    lanes = lanes_of(x, _levels(network, x.shape))
     found = lax.map(lambda b: _walk(b, network)[0], blocks(jnp.moveaxis(x, -1, 1), lanes))
     return [unblocked(d, len(x)) for d in found]
 
 
 def _levels(network: Sequence, shape: tuple[int, ...]) -> list[Level]:
-    """The levels up to the last ReLU, for images of a shape (c, h, w, lanes); without T."""
+    """The levels up to the last ReLU, without T; images as for `levels_of`."""
     last = max([i for i, level in enumerate(network.levels) if any(s.relu for s in level)] or [0])
     every = grids(*shape[1:3], last, everywhere=False)
     levels = with_grids(network, network.levels[: last + 1], every)
@@ -73,7 +73,7 @@ def _chain(level: Level, variance: Array) -> Deviations:
 
 def adjoint(x: Float[Array, "n h w c"], logs: Deviations, network: Sequence) -> Array:
     """From cotangents of log σ at each ReLU, (n, h, w), to one of the images."""
-    lanes = lanes_of(x)
+    lanes = lanes_of(x, _levels(network, x.shape))
     items = (blocks(jnp.moveaxis(x, -1, 1), lanes), [blocks(g, lanes) for g in logs])
     grads = lax.map(lambda item: _walk_adjoint(item[0], item[1], network), items)
     return jnp.moveaxis(unblocked(grads, len(x)), 1, -1)
