@@ -135,6 +135,7 @@ def distill(
         UserError: If the loss or the support is not finite; the state of the step before is the
             last good one.
     """
+    check_memory(objective, support, train, target_batch)
     batches = Batches(resident(train), target_batch, seed)
     # Where every later state will be: otherwise the second step compiles anew.
     current = devices.replicated(state or initial_state(objective, support))
@@ -162,6 +163,16 @@ def distill(
             yield Step(step + 1, current, loss, network, pairs, time.monotonic() - began)
 
 
+def check_memory(objective: Objective, support: Support, train: Examples, targets: int) -> None:
+    """Refuse steps of so many targets that cannot fit, before anything is computed.
+
+    Raises:
+        UserError: With what they need.
+    """
+    if objective.optimizer == "gauss-newton":
+        gauss_newton.check_memory(support.images, Batches(train, targets, 0).size)
+
+
 def diverged(objective: Objective, what: str) -> UserError:
     """An error that ends a run whose loss is lost, with the options to change."""
     if objective.optimizer == "gauss-newton":
@@ -184,8 +195,6 @@ def _compiled_update(
     objective: Objective, network: Network, support: Support, targets: int
 ) -> Callable[..., Any]:
     newton = objective.optimizer == "gauss-newton"
-    if newton:
-        gauss_newton.check_memory(support.images, targets)
     n, shape = len(support.images), support.images.shape[1:]
     tile_ss = ridge.support_tile(network, n, shape, gradient=not newton)
     tile_st = gram.plan(network, n, devices.share(targets), shape, gradient=not newton)

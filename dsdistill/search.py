@@ -32,14 +32,17 @@ def search(
         The best support, with its figures on all validation images, and the state at the end.
 
     Raises:
-        UserError: If the loss is not finite, or stays far above what it was at first; after a
-            checkpoint of the last good step.
+        UserError: If a step does not fit into memory, before anything is computed; if the loss is
+            not finite, or stays far above what it was at first, after a checkpoint of the last good
+            step.
         RuntimeError, ValueError: If another host is lost, see `hosts.LOST`; after the same.
         KeyboardInterrupt: After a checkpoint of the last whole step.
     """
     sample = judging.subset(validation, plan.validation_images, plan.seed)
     judge = _judge(plan, sample)
     found = hosts.checkpoint(run)
+    for phase in plan.phases:
+        kip.check_memory(phase.objective, support, train, plan.target_batch)
     announce(plan, len(support.images), train, found[1]["done"] if found else 0)
     last = good = _snapshot(found, plan, support, judge)
     saved = time.monotonic()

@@ -13,7 +13,7 @@ from dsdistill.gauss_newton import Memory, Problem
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.labeled import Examples, Labeled
 from dsdistill.harness.preprocess import identity
-from dsdistill.kernels import devices, networks
+from dsdistill.kernels import devices, gram, networks
 from dsdistill.start import initial_support
 from dsdistill.targets import Batches
 
@@ -197,6 +197,14 @@ def test_a_kernel_without_slopes_is_refused():
 def test_slopes_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match="lower --target-batch"):
         gauss_newton.check_memory(np.broadcast_to(np.float32(0), (5000, 224, 224, 3)), 100_000)
+
+
+def test_slopes_that_do_not_fit_are_refused_before_anything_is_computed(monkeypatch):
+    monkeypatch.setattr(gram, "free", lambda: 1e3)
+    network = replace(NETWORKS["fc"], kernel=None, slopes=None)  # can compute nothing
+    objective = kip.Objective((network,), optimizer="gauss-newton")
+    with pytest.raises(UserError, match="need .* lower --target-batch"):
+        next(kip.distill(objective, SUPPORT, TRAIN, steps=1, target_batch=60, seed=0))
 
 
 def test_the_command(dsdistill, tmp_path):

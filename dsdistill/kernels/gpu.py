@@ -9,6 +9,7 @@ planes between two stages.
 Written in Pallas for its Triton backend. A JAX without that backend leaves the work to `planes`.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -42,6 +43,12 @@ class Cotangent(NamedTuple):
 def used() -> bool:
     """Whether kernels are computed in this way here."""
     return INTERPRET or (triton is not None and jax.default_backend() == "gpu")
+
+
+def covers(level: Level, source: Source) -> bool:
+    """Whether this level is computed in this way: programs count entries in 32 bits."""
+    lanes = (source.two if isinstance(source, Images) else source).shape[-1]
+    return used() and len(level.grid) * math.prod(level.grid.shape) * lanes < 2**31
 
 
 def forward(level: Level, source: Source, sigmas: tuple[Sides, ...]) -> Array:

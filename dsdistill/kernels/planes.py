@@ -31,7 +31,7 @@ def forward(level: Level, source: Source, sigmas: tuple[Sides, ...]) -> Array:
         Before another level its planes, and one more that is of no use: (len(coarse) + 1, h/2,
         w/2, lanes). Before the readout the sum over all planes, (h, w, lanes).
     """
-    if gpu.used():
+    if gpu.covers(level, source):
         total = gpu.forward(level, source, sigmas)
     elif tiles.covers(source, level):
         total = tiles.forward(level, source, sigmas[0])
@@ -68,7 +68,7 @@ def backward(
     """
     if level.coarse is not None:
         cotangent = cotangent * _mean_of_16(level.coarse, cotangent)
-    if gpu.used():
+    if gpu.covers(level, source):
         return gpu.backward(level, source, sigmas, cotangent)
     if tiles.covers(source, level, channels=1):
         return tiles.backward(level, source, sigmas[0], cotangent)
