@@ -203,7 +203,7 @@ def test_slopes_that_do_not_fit_are_refused_before_anything_is_computed(monkeypa
     monkeypatch.setattr(gram, "free", lambda: 1e3)
     network = replace(NETWORKS["fc"], kernel=None, slopes=None)  # can compute nothing
     objective = kip.Objective((network,), optimizer="gauss-newton")
-    with pytest.raises(UserError, match="need .* lower --target-batch"):
+    with pytest.raises(UserError, match=r"need .* lower --target-batch"):
         next(kip.distill(objective, SUPPORT, TRAIN, steps=1, target_batch=60, seed=0))
 
 
