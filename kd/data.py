@@ -114,9 +114,9 @@ class Resident:
 
     def batch(self, rows: Int[np.ndarray, " n"]) -> Batch:
         """The images of these rows."""
-        index = torch.from_numpy(rows).to(self.device)
+        index = _sent(torch.from_numpy(rows), self.device)
         if self.images is None:
-            images = to_nchw(self.examples.images(rows)).to(self.device)
+            images = _sent(to_nchw(self.examples.images(rows)), self.device)
         else:
             images = self.images[index]
         return Batch(
@@ -158,6 +158,11 @@ class Changed:
         stream = self.source.epoch(seed, epoch, first=first, rank=rank, world=world)
         for number, batch in enumerate(stream, first):
             yield self.change(batch, derive(seed, epoch, number))
+
+
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """On the device; a GPU is not waited for."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def batches(examples: Examples, size: int, device: torch.device, world: int = 1) -> Resident:
