@@ -28,8 +28,10 @@ _WHOLE, _PART = PartitionSpec(), PartitionSpec(_AXIS)
 def use_all() -> None:
     """One JAX device for each core; before JAX computes anything, for it cannot be changed later.
 
-    XLA runs a loop on one core. Two devices of one host run two.
+    XLA runs a loop on one core. Two devices of one host run two. Of a GPU's memory JAX takes what
+    it needs: torch, which evaluates on the same card, needs some too.
     """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ["XLA_FLAGS"] = f"{_FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()
     jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
 
