@@ -1,6 +1,6 @@
 """On a GPU, where there is one: kernels against the host, KIP, half precision, resumption.
 
-pytest tests/test_gpu.py
+Without one, the GPU's kernels are interpreted, and lowered as far as that goes.
 """
 
 import json
@@ -86,7 +86,7 @@ def test_programs_of_a_level_are_what_planes_computes(
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("text", ["CR-2xCRP-flatten", "CR-CRP-CR-gap"])
-def test_programs_compile_for_a_gpu_that_is_not_here(
+def test_programs_are_lowered_for_a_gpu_that_is_not_here(
     monkeypatch: pytest.MonkeyPatch, text: str, dtype: str
 ) -> None:
     monkeypatch.setattr(gpu, "used", lambda: True)
