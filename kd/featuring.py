@@ -80,7 +80,7 @@ class Tapped(nn.Module):
         self.pairs = pairs
         self.student = Taps(place.student.network, [s for s, _ in pairs])
         self.teacher = Taps(place.teacher.classifier.network, [t for _, t in pairs])
-        ours = probe(place.student, self.student, place.shape)
+        ours = probe(place.student, self.student, place.shape, trained=True)
         theirs = probe(place.teacher, self.teacher, place.shape)
         with torch.random.fork_rng():
             torch.manual_seed(place.seed)
@@ -150,6 +150,12 @@ class _Pooled(nn.Module):
     def __init__(self, student: Layout, teacher: Layout) -> None:
         super().__init__()
         self.layouts = student, teacher
+        for layout in self.layouts:
+            if layout.size == (1, 1):
+                raise UserError(
+                    f"layer {layout.layer!r} has a single position, and a map of one position says "
+                    "nothing of where: tap an earlier layer"
+                )
 
     def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         return resized(as_map(student, self.layouts[0]), as_map(teacher, self.layouts[1]))
@@ -231,7 +237,7 @@ class Heads(nn.Module):
         super().__init__()
         layers = [student for student, _ in place.layers(default=False)]
         self.taps = Taps(place.student.network, layers)
-        self.layouts = probe(place.student, self.taps, place.shape)
+        self.layouts = probe(place.student, self.taps, place.shape, trained=True)
         self.function = function
         with torch.random.fork_rng():
             torch.manual_seed(place.seed)

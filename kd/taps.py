@@ -4,8 +4,7 @@ Convolutional networks answer with maps, transformers with tokens, heads with ve
 the features of a forward pass; `probe` finds out once how those of each layer lie in memory;
 `as_map`, `as_tokens` and `as_vector` bring them to the shape that a loss needs.
 
-The hooks sit on the layers themselves: whatever wraps the network later, DDP or a compiler, calls
-them too.
+The hooks sit on the layers: whatever wraps the network later, DDP or a compiler, calls them too.
 """
 
 import copy
@@ -70,8 +69,7 @@ class Taps:
         Raises:
             UserError: If there is no such layer.
         """
-        self.layers = tuple(dict.fromkeys(layers))
-        self._pass = _Pass()
+        self.layers, self._pass = tuple(dict.fromkeys(layers)), _Pass()
         network.register_forward_pre_hook(_Begin(self._pass))
         for name in self.layers:
             keep = _Keep(self._pass, name)
@@ -96,7 +94,9 @@ class Taps:
         return {name: features[name] for name in self.layers}
 
 
-def probe(network: nn.Module, taps: Taps, shape: Shape) -> dict[str, Layout]:
+def probe(
+    network: nn.Module, taps: Taps, shape: Shape, *, trained: bool = False
+) -> dict[str, Layout]:
     """The layouts of the tapped layers, from one image of zeros in evaluation mode.
 
     The two axes of a map that have the proportions of the image, or of a square, are its height and
@@ -108,21 +108,24 @@ def probe(network: nn.Module, taps: Taps, shape: Shape) -> dict[str, Layout]:
         network: The tapped one, or one that calls it; not compiled yet.
         taps: Of it.
         shape: Height, width and channels of an image.
+        trained: Whether the layers must depend on a weight that is trained.
 
     Raises:
-        UserError: If a layer did not run, or its features are of none of the four kinds.
+        UserError: If a layer did not run, has features of no known kind, or nothing to train.
     """
     like = next(network.parameters(), torch.zeros(()))
     modes = [(module, module.training) for module in network.modules()]
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(trained):
             network.eval()(like.new_zeros(1, shape[2], *shape[:2]))
     finally:
         for module, training in modes:
             module.training = training
-    return {
-        layer: _layout(layer, feature, network, shape) for layer, feature in taps.read().items()
-    }
+    found = taps.read()
+    for layer in found if trained else ():
+        if not found[layer].requires_grad:
+            raise UserError(f"no trained weight comes before layer {layer!r}: tap a later one")
+    return {layer: _layout(layer, feature, network, shape) for layer, feature in found.items()}
 
 
 def as_map(feature: Float[Tensor, "n ..."], layout: Layout) -> Float[Tensor, "n c h w"]:

@@ -158,12 +158,23 @@ def test_a_contrastive_memory_follows_the_images_and_is_stored() -> None:
         ("fitnet@layer9=layer1", "unknown layer 'layer9'"),
         ("kd@2=layer1", "--loss kd looks at logits: leave its layers out"),
         ("crd@2=layer1,6=layer2", "crd compares one pair of layers"),
+        ("at@2=embedding", "layer 'embedding' has a single position"),
     ],
 )
 def test_layers_that_do_not_fit(loss: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         objective(loss)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("loss", ["ce:1,sp@0=layer1", "fitnet@0=layer1", "ce:1,heads@0"])
+def test_a_layer_before_all_weights_would_teach_nothing(loss: str) -> None:
+    flat = networks.build("mlp:8", SHAPE, CLASSES, seed=0)  # its layer 0 flattens the image
+    with pytest.raises(UserError, match="no trained weight comes before layer '0'"):
+        terms.build(
+            composition.parse(loss, terms.FUNCTIONS), flat, teacher(),
+            shape=SHAPE, classes=CLASSES, images=32,
+        )  # fmt: skip
 
 
 def test_mixed_labels_are_refused_where_whole_ones_are_needed() -> None:
