@@ -5,7 +5,6 @@ load -> fit preprocessing -> distil -> read the test set once -> save the pictur
 
 import functools
 import hashlib
-import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
@@ -17,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dsdistill import hosts, label_solve, pace, ridge, start
-from dsdistill.harness import artifact, datasets, memory, pictures, progress, runs
+from dsdistill.harness import artifact, datasets, machine, memory, pictures, progress, runs
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluate import Predict
 from dsdistill.harness.judges import accuracy
@@ -225,7 +224,7 @@ def _finish(options: Source, run: runs.Run, setting: Setting, result: Result) ->
             "device": jax.devices()[0].device_kind,
             "devices": jax.device_count(),
             "hosts": jax.process_count(),
-            "platform": platform.platform(),
+            "platform": machine.described(),
         },
         "versions": {name: metadata.version(name) for name in VERSIONS},
     }

@@ -19,7 +19,7 @@ import numpy as np
 
 from dsdistill import arms, commands
 from dsdistill.assembly import Parts, assembled
-from dsdistill.harness import controls, memory, pictures, progress, runs
+from dsdistill.harness import controls, machine, memory, pictures, progress, runs
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluate import Arm, Learner, evaluate, stored_bytes
 from dsdistill.harness.kept import Kept
@@ -166,7 +166,7 @@ def _report(options: Evaluate, parts: Parts, results: Sequence[Result], seconds:
         distilled=_described(parts),
         seconds=seconds,
         peak_memory=memory.peak(),
-        machine=platform.platform(),
+        machine=machine.described(),
         versions={"python": platform.python_version()}
         | {name: metadata.version(name) for name in VERSIONS},
     )

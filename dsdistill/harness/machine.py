@@ -1,0 +1,28 @@
+"""Which machine this is, for those who compare times."""
+
+import platform
+from pathlib import Path
+
+import psutil
+
+from dsdistill.harness import memory
+
+_CPUS = Path("/proc/cpuinfo")
+
+
+def described() -> str:
+    """Processor, cores, memory and system, as in `AMD EPYC, 2 cores, 23.5 GiB, Linux x86_64`."""
+    cores = psutil.cpu_count() or 1
+    size = memory.readable(psutil.virtual_memory().total)
+    system = f"{platform.system()} {platform.machine()}"
+    return f"{_processor()}, {cores} core{'s' * (cores > 1)}, {size}, {system}"
+
+
+def _processor() -> str:
+    """Its name; Python itself knows it on no Linux."""
+    try:
+        lines = _CPUS.read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or "unknown processor"
