@@ -27,7 +27,6 @@ from kd.recipe import Recipe, overridden
 from kd.train import train
 from kd.zoo import builtin
 
-PREDICT_BATCH = 100  # images at once: of kip-convnet a map of each takes 3 MB at 28x28
 POINTS = 60  # of a loss curve
 VERSIONS = ("dsdistill", "torch", "timm", "torchvision")
 
@@ -132,8 +131,8 @@ class Trained:
     def __call__(self, images: Float[np.ndarray, "n h w c"], /) -> Float[np.ndarray, "n k"]:
         with torch.inference_mode():
             parts = [
-                self.network(data.to_nchw(images[i : i + PREDICT_BATCH]).to(self.device))
-                for i in range(0, len(images), PREDICT_BATCH)
+                self.network(data.to_nchw(images[i : i + scoring.SCORE_BATCH]).to(self.device))
+                for i in range(0, len(images), scoring.SCORE_BATCH)
             ]
             return torch.cat(parts).float().cpu().numpy()
 
