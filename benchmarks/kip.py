@@ -1,11 +1,11 @@
-"""Fashion-MNIST with the convolutional kernel: Label Solve, KIP, and students of what they find.
+"""Fashion-MNIST with the convolutional kernel: Label Solve and KIP.
 
-    python benchmarks/kip.py ls-1 kip-1 students-kip-1     the cases named, in this order
-    python benchmarks/kip.py --root runs/benchmark         all of them, a night on two cores
+    python benchmarks/kip.py ls-1 kip-1                    the cases named, in this order
+    python benchmarks/kip.py --root runs/benchmark         all of them, four hours on two cores
 
 Every case is a few `dsdistill` commands, printed as they start. Stopped at any moment, the same
 line goes on where it was; what is finished is only read. The figures go to ROOT/results.jsonl:
-accuracy on the test images by ridge regression with the same kernel, or of the students.
+test accuracy by ridge regression with the same kernel. `scorecard.py` judges the sets.
 """
 
 import argparse
@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from dsdistill.harness import artifact
-from dsdistill.harness.reports import report, words
 
 COMMON = "--kernel convnet"
 KIP = "kip fashion-mnist --learn-labels --images-per-class"
@@ -41,26 +40,19 @@ CASES = {  # name: the runs, a command line and a folder each
     "small-adam": [(f"{SMALL} {ADAM} --steps 1600 --target-batch 250", "small-adam")],
     "small-newton": [(f"{SMALL} {NEWTON} --target-batch 500", "small-newton")],
 }
-STUDENTS = {  # name: the set
-    "students-ls-1": "ls-1-0",
-    "students-kip-1": "kip-1-0",
-    "students-ls-10": "ls-10-0",
-    "students-kip-10": "kip-10-0",
-}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("cases", nargs="*", metavar="case", help=", ".join([*CASES, *STUDENTS]))
+    parser.add_argument("cases", nargs="*", metavar="case", help=", ".join(CASES))
     parser.add_argument("--root", type=Path, default=Path("runs/benchmark"))
     options = parser.parse_args()
-    unknown = set(options.cases) - {*CASES, *STUDENTS}
+    unknown = set(options.cases) - set(CASES)
     if unknown:
-        parser.error(f"no case {', '.join(sorted(unknown))}: {', '.join([*CASES, *STUDENTS])}")
+        parser.error(f"no case {', '.join(sorted(unknown))}: {', '.join(CASES)}")
     options.root.mkdir(parents=True, exist_ok=True)
-    for name in options.cases or [*CASES, *STUDENTS]:
-        result = measured(name, options.root) if name in CASES else students(name, options.root)
-        line = json.dumps({"case": name} | result)
+    for name in options.cases or CASES:
+        line = json.dumps({"case": name} | measured(name, options.root))
         print(line, flush=True)
         with (options.root / "results.jsonl").open("a") as file:
             file.write(line + "\n")
@@ -83,19 +75,6 @@ def measured(name: str, root: Path) -> dict[str, Any]:
         "before": before,
         "seconds": seconds,
     }
-
-
-def students(name: str, root: Path) -> dict[str, Any]:
-    """Convnets trained on a set and on random images, five seeds."""
-    folder = root / name
-    learners = "ridge,convnet" if name.endswith("-1") else "convnet"  # the kernel has its own case
-    options = ["--learners", learners, "--controls", "random", "--cache", str(root / "cache")]
-    if not (folder / report.NAME).exists():
-        resume = ["--resume"] if folder.exists() else []
-        where = ["--out", str(folder), *resume]
-        dsdistill(["evaluate", str(root / STUDENTS[name]), *options, *where])
-    rows = report.load(folder).rows
-    return {f"{row.learner} on {row.arm}": words.accuracy(row) for row in rows}
 
 
 def finish(line: str, folder: Path) -> None:

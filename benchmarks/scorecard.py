@@ -6,7 +6,8 @@
 Every set is one `dsdistill` command and every evaluation another, printed as they start. Stopped
 at any moment, the same line goes on where it was. A set whose run lies in ROOT already is taken as
 it is: those of the kernel `convnet` may be copied from `benchmarks/kip.py`, whose runs are the
-same. ROOT/report.html shows all evaluations on one page; the last lines are a table for the README.
+same (its kip-10-0 is kip-convnet-10 here). ROOT/report.html shows all evaluations on one page; the
+last lines are a table for the README.
 """
 
 import argparse
@@ -73,7 +74,7 @@ def learners(name: str) -> str:
 
 
 def table(reports: dict[str, report.Report]) -> list[str]:
-    """A row a set and learner, a column an arm."""
+    """A row a set and learner, a column an arm; no deviation where all seeds are one training."""
     lines = [
         "| set | learner | " + " | ".join(ARMS) + " | IOR | p |",
         "|---" * (len(ARMS) + 4) + "|",
@@ -82,6 +83,7 @@ def table(reports: dict[str, report.Report]) -> list[str]:
         for score in found.scores:
             rows = [found.row(score.learner, arm) for arm in ARMS]
             cells = [words.accuracy(row) if row else words.NOTHING for row in rows]
+            cells = [cell.removesuffix(f" ({words.DETERMINISTIC})") for cell in cells]
             ior = words.NOTHING if score.ior is None else f"{score.ior:+.3f}"
             cells += [ior, words.chance(score.versus_random)]
             lines.append(f"| `{name}` | {score.learner} | " + " | ".join(cells) + " |")

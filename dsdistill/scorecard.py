@@ -149,8 +149,9 @@ def _picture(out: Path, parts: Parts) -> None:
 def _report(options: Evaluate, parts: Parts, results: Sequence[Result], seconds: float) -> Report:
     made, splits = parts.distilled.provenance, parts.splits
     own = "config" in made
+    kernel = f" with {made['kernel']}" if made.get("kernel") else ""
     return Report(
-        title=f"{made['method']} on {splits.name}, {len(parts.distilled)} images",
+        title=f"{made['method']}{kernel} on {splits.name}, {len(parts.distilled)} images",
         notes=[*made.get("notes", []), *_notes(parts, results)],
         commands=[*([commands.distil(made)] if own else []), commands.evaluation(options)],
         classes=list(parts.distilled.classes),

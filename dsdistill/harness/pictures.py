@@ -43,13 +43,15 @@ def write_grid(
         classes: Names; the first `MOST_ROWS` are shown.
         preprocess: As stored with the set.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from PIL import Image
 
     count = min(len(classes), MOST_ROWS)
     sides = (left, right)
     columns = max(len(row) for side in sides for row in side.rows(count))
     size = (2 * columns * 0.55 + 2.2, count * 0.55 + 0.6)
-    figure = Figure(figsize=(max(size[0], 5), max(size[1], 2)), layout="constrained")
+    figure = Figure(figsize=(max(size[0], 5), max(size[1], 2)), dpi=150, layout="constrained")
     both = figure.subplots(1, 2)
     for axes, side in zip(both, sides, strict=True):
         tiled = tile([preprocess.invert(row) for row in side.rows(count)], columns)
@@ -65,8 +67,12 @@ def write_grid(
     middles = [(row + 0.5) * height - 1 for row in range(count)]
     both[0].set_yticks(middles, classes[:count], fontsize=7)
     both[0].tick_params(length=0)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+    gray = (pixels == pixels[..., :1]).all()  # a third less to store, and to put into a page
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
+    Image.fromarray(pixels[..., 0] if gray else pixels).save(buffer, "png", optimize=True)
     write_bytes(path, buffer.getvalue())
 
 

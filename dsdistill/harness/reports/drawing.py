@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK = "#010203"  # in no palette, and black enough for a PNG
+FONT = "'DejaVu Sans',Verdana,sans-serif"  # what the layout was measured with, and a wide one
 WIDTH = 4.4  # inches: on a phone its text is still 9 pixels high
 DPI = 150
 
@@ -117,6 +118,9 @@ def svg(figure: "Figure", *, name: str = "plot", alt: str = "") -> str:
     # matplotlib's style sheet would hold for the whole page, and its metadata are for no reader.
     text = re.sub(r"<(metadata|style)\b.*?</\1>|<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r"<[^>]+>", lambda tag: _adapted(tag[0], name), text)
+    text = re.sub(r">\s+<", "><", text)
+    used = set(re.findall(r"#([\w.-]+)", text))
+    text = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", text)
     label = f'role="img" aria-label="{escape(alt)}"' if alt else 'aria-hidden="true"'
     return re.sub(r"^<svg\b[^>]*>", lambda tag: _opened(tag[0], label), text).strip()
 
@@ -144,8 +148,11 @@ def _written(figure: "Figure", *, fonttype: str = "path", **options: Any) -> byt
 
 
 def _adapted(tag: str, name: str) -> str:
+    """A tag with its ids made the plot's own, and with half of its length."""
     tag = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", tag)
-    return tag.replace(INK, "currentColor")
+    tag = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", tag)
+    tag = re.sub(r"font-family:[^;\"]*; ?| transform=\"rotate\(-0 [^)]*\)\"", "", tag)
+    return re.sub(r"\s+", " ", tag).replace(INK, "currentColor")
 
 
 def _opened(tag: str, label: str) -> str:
@@ -153,4 +160,4 @@ def _opened(tag: str, label: str) -> str:
     box = re.search(r'viewBox="[^"]*"', tag)
     assert box is not None
     width = float(box[0].split()[2])
-    return f'<svg {box[0]} {label} style="width:{width * 4 / 3:.0f}px">'
+    return f'<svg {box[0]} {label} style="width:{width * 4 / 3:.0f}px;font-family:{FONT}">'
