@@ -16,8 +16,8 @@
 # chosen by k-means, and on all of them. At the end you know how much a few images can replace, for
 # whom, and what it saves.
 #
-# With Fashion-MNIST this takes about half an hour on two CPU cores; with `DATA = "digits"` three
-# minutes. `DATA` may also be a folder of class folders.
+# With Fashion-MNIST this takes about twenty minutes on two CPU cores; with `DATA = "digits"` three.
+# `DATA` may also be a folder of class folders.
 
 # %%
 DATA = "fashion-mnist"

@@ -116,7 +116,7 @@ for place, (_, gained) in enumerate(differences.items()):
     axes.plot(100 * gained.mean, place, "o", color="#0072B2")
 axes.axvline(0, color="grey", linewidth=1)
 axes.set_yticks(range(len(differences)), differences)
-axes.set_xlabel("difference from labels alone (points of test accuracy, 95 % interval)")
+_ = axes.set_xlabel("difference from labels alone (points of test accuracy, 95 % interval)")
 
 # %% [markdown]
 # ## What to take from it

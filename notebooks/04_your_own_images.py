@@ -16,7 +16,7 @@
 # student as an ONNX file, and measure how long it takes for an image. At the end you have a file
 # that any ONNX runtime can serve.
 #
-# Without a folder of your own, one is made here of Fashion-MNIST. Then this takes about five
+# Without a folder of your own, one is made here of Fashion-MNIST. Then this takes about two
 # minutes on two CPU cores.
 
 # %%
