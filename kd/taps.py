@@ -69,7 +69,8 @@ class Taps:
         Raises:
             UserError: If there is no such layer.
         """
-        self.layers, self._pass = tuple(dict.fromkeys(layers)), _Pass()
+        self.layers = tuple(dict.fromkeys(layers))
+        self._pass = _Pass()
         network.register_forward_pre_hook(_Begin(self._pass))
         for name in self.layers:
             keep = _Keep(self._pass, name)
@@ -101,8 +102,7 @@ def probe(
 
     The two axes of a map that have the proportions of the image, or of a square, are its height and
     width; where both readings fit, the channels come last if timm says so of the network. Tokens
-    lie on the grid of its patch embedding, or else on one of exactly those proportions; the rest
-    are the prefix. Where these rules are wrong, replace the layout.
+    lie on the grid of its patch embedding, or else one so proportioned; the rest are the prefix.
 
     Args:
         network: The tapped one, or one that calls it; not compiled yet.
@@ -122,9 +122,9 @@ def probe(
         for module, training in modes:
             module.training = training
     found = taps.read()
-    for layer in found if trained else ():
-        if not found[layer].requires_grad:
-            raise UserError(f"no trained weight comes before layer {layer!r}: tap a later one")
+    fixed = [layer for layer, feature in found.items() if not feature.requires_grad]
+    if trained and fixed:
+        raise UserError(f"no trained weight comes before layer {fixed[0]!r}: tap a later one")
     return {layer: _layout(layer, feature, network, shape) for layer, feature in found.items()}
 
 
