@@ -86,6 +86,12 @@ class Ridge:
     identity: Mapping[str, Any] | None = None
     deterministic: ClassVar[bool] = True
 
+    @property
+    def accelerator(self) -> str | None:
+        """Its name, if JAX computes on one."""
+        device = jax.devices()[0]
+        return None if device.platform == "cpu" else device.device_kind
+
     def __call__(self, train: Examples, validation: Examples, seed: int, /) -> Predict:
         """Fit on all training images; validation images and seed play no part."""
         return fit(self.network, train.images(), train.labels(), self.ridge)

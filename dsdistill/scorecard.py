@@ -167,10 +167,16 @@ def _report(options: Evaluate, parts: Parts, results: Sequence[Result], seconds:
         distilled=_described(parts),
         seconds=seconds,
         peak_memory=memory.peak(),
-        machine=machine.described(),
+        machine=machine.described(_accelerators(parts.learners)),
         versions={"python": platform.python_version()}
         | {name: metadata.version(name) for name in VERSIONS},
     )
+
+
+def _accelerators(learners: Sequence[Learner]) -> list[str]:
+    """Each that a learner computes on, once."""
+    names = (getattr(learner, "accelerator", None) for learner in learners)
+    return list(dict.fromkeys(filter(None, names)))
 
 
 def _described(parts: Parts) -> dict[str, Any]:

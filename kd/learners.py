@@ -94,6 +94,12 @@ class Network:
             "versions": {name: version(name) for name in VERSIONS},
         }
 
+    @property
+    def accelerator(self) -> str | None:
+        """Its name, if the device is a GPU."""
+        device = torch.device(self.device)
+        return None if device.type == "cpu" else torch.cuda.get_device_name(device)
+
     def __call__(self, train_set: Examples, validation: Examples, seed: int, /) -> "Trained":
         shape, classes = train_set.data.shape, len(train_set.data.classes)
         recipe = replace(self.recipe, crop_padding=max(1, min(shape[:2]) // 8))

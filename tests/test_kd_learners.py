@@ -151,6 +151,13 @@ def test_a_network_meets_the_protocol() -> None:
     assert (tuned.name, tuned.limit) == ("mlp:16", None)
 
 
+def test_a_network_on_a_gpu_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = learner("mlp:16")
+    assert found.accelerator is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"the GPU of {device}")
+    assert replace(found, device="cuda:1").accelerator == "the GPU of cuda:1"
+
+
 def test_rates() -> None:
     found = learner("mlp:16")
     lr = recipes.SMALL.lr

@@ -16,6 +16,10 @@ def test_processor_cores_memory_and_system(monkeypatch, tmp_path):
     assert system == f"{platform.system()} {platform.machine()}"
 
 
+def test_accelerators_come_last():
+    assert machine.described(["Some GPU"]) == f"{machine.described()}, Some GPU"
+
+
 def test_without_a_list_of_processors(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "_CPUS", tmp_path / "none")
     monkeypatch.setattr(platform, "processor", lambda: "")

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dsdistill import assembly, scorecard
-from dsdistill.harness import artifact
+from dsdistill.harness import artifact, machine
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.reports import report as reports
 from dsdistill.options import Evaluate, Kip, Report
@@ -200,6 +200,13 @@ def test_a_learner_that_fails_is_in_the_report(made: Path, tmp_path: Path, monke
     assert [row.accuracy for row in found.rows] == [None] * 3
     for name in ("report.md", "report.html"):
         assert "failed 1 of 2: loss is nan at step 3" in (folder / name).read_text()
+
+
+def test_accelerators_are_named_once(made: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(learners.Network, "accelerator", "Some GPU")
+    options = Evaluate(made, learners="mlp:4,mlp:5", controls="", seeds=1, steps=1, cache=None)
+    found = reports.load(scorecard.run(replace(options, out=tmp_path / "a")))
+    assert found.machine == f"{machine.described()}, Some GPU"
 
 
 def test_a_set_from_elsewhere(made: Path, tmp_path: Path):

@@ -40,9 +40,10 @@ class Learner(Protocol):
         limit: Most images it can train on, or None. Of a larger set the evaluation draws so
             many, class-balanced, and the report says so.
 
-    It may have two more: `deterministic`, True where the seed changes nothing, so that one training
-    serves all seeds of the same data; and `identity`, JSON-compatible, all that its results depend
-    on beside data and seed, so that they can be kept for later evaluations.
+    It may have three more: `deterministic`, True where the seed changes nothing, so that one
+    training serves all seeds of the same data; `identity`, JSON-compatible, all that its results
+    depend on beside data and seed, so that they can be kept for later evaluations; and
+    `accelerator`, the name of what it computes on, None for the CPU.
     """
 
     @property

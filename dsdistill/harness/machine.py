@@ -1,6 +1,7 @@
 """Which machine this is, for those who compare times."""
 
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
@@ -10,12 +11,17 @@ from dsdistill.harness import memory
 _CPUS = Path("/proc/cpuinfo")
 
 
-def described() -> str:
-    """Processor, cores, memory and system, as in `AMD EPYC, 2 cores, 23.5 GiB, Linux x86_64`."""
+def described(accelerators: Iterable[str] = ()) -> str:
+    """Processor, cores, memory and system, as in `AMD EPYC, 2 cores, 23.5 GiB, Linux x86_64`.
+
+    Args:
+        accelerators: Names of those that were used; they come last.
+    """
     cores = psutil.cpu_count() or 1
     size = memory.readable(psutil.virtual_memory().total)
     system = f"{platform.system()} {platform.machine()}"
-    return f"{_processor()}, {cores} core{'s' * (cores > 1)}, {size}, {system}"
+    parts = (_processor(), f"{cores} core{'s' * (cores > 1)}", size, system, *accelerators)
+    return ", ".join(parts)
 
 
 def _processor() -> str:
