@@ -102,7 +102,12 @@ def _run(
         run = hosts.opened(lambda: runs.start(folder, stored, result=artifact.FILE))
     hosts.check_same({"data": setting.splits.digest})
     with hosts.resumable(run.folder):
-        return _finish(options, run, setting, distil(options, run, setting))
+        try:
+            result = distil(options, run, setting)
+        except UserError:
+            run.withdraw()
+            raise
+        return _finish(options, run, setting, result)
 
 
 def _kip(options: Kip, run: runs.Run, setting: Setting) -> Result:

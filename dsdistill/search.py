@@ -96,6 +96,8 @@ def accumulated(
     saved, began = time.monotonic(), time.monotonic() - spent
 
     def save() -> None:
+        if not last.done:
+            return  # nothing to go on from
         arrays = {name: np.asarray(getattr(last, name)) for name in ("gram_tt", "gram_ty")}
         run.save_state(arrays, {"done": last.done, "seconds": time.monotonic() - began})
 

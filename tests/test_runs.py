@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,6 +32,36 @@ def test_start_creates_the_folder_and_stores_the_options(tmp_path):
     assert run.config["steps"] == 5
     assert runs.read_json(tmp_path / "a" / "b" / "config.json") == run.config
     assert run.load_state() is None
+
+
+def test_a_run_withdrawn_before_it_began_frees_its_folder(tmp_path):
+    run = _start(tmp_path / "a")
+    Metrics(run.folder).close()
+    run.withdraw()
+    assert not run.folder.exists()
+
+
+def test_withdrawing_takes_nothing_else(tmp_path):
+    (tmp_path / ".mine").write_text("mine")
+    _start(tmp_path).withdraw()
+    assert [path.name for path in tmp_path.iterdir()] == [".mine"]
+
+
+@pytest.mark.parametrize("begun", ["figures", "state", "resumed", "another host"])
+def test_a_run_that_began_is_not_withdrawn(tmp_path, begun):
+    run = _start(tmp_path)
+    if begun == "figures":
+        with Metrics(tmp_path) as metrics:
+            metrics.write(1, loss=0.5)
+    if begun == "state":
+        run.save_state({"a": np.zeros(1)}, {})
+    if begun == "resumed":
+        run = _start(tmp_path, resume=True)
+    if begun == "another host":
+        run = replace(run, writes=False)
+    before = sorted(tmp_path.iterdir())
+    run.withdraw()
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_start_accepts_an_empty_folder_and_what_a_killed_start_left(tmp_path):

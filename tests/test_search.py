@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 
 from dsdistill import judging, kip, pace, phases
-from dsdistill.harness import progress, runs
+from dsdistill.harness import memory, progress, runs
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.labeled import Examples, Labeled
 from dsdistill.harness.preprocess import identity
 from dsdistill.judging import Candidate
-from dsdistill.kernels import networks
+from dsdistill.kernels import gram, networks
+from dsdistill.options import Kip, LabelSolve
 from dsdistill.phases import Phase, Plan
+from dsdistill.pipeline import run_kip, run_label_solve
 from dsdistill.search import accumulated, search
 from dsdistill.start import Support, initial_support
 
@@ -316,3 +318,15 @@ def test_a_support_that_is_not_finite_ends_before_it_is_kept(support, tmp_path):
     kept = run.load_state()
     assert kept is not None
     assert all(np.isfinite(array).all() for array in kept[0].values())
+
+
+def test_a_run_that_needs_too_much_memory_leaves_its_folder_free(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(gram, "free", lambda: 1e6)
+        with pytest.raises(UserError, match="lower --target-batch"):
+            run_kip(Kip(optimizer="gauss-newton", out=tmp_path / "a"))
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "available", lambda: 3e5)
+        with pytest.raises(UserError, match=r"Label Solve .* lower --images-per-class"):
+            run_label_solve(LabelSolve(out=tmp_path / "b"))
+    assert not any(tmp_path.iterdir())

@@ -9,12 +9,12 @@
 A process that is killed while it writes leaves a hidden file, and the old content in place.
 """
 
+import contextlib
 import io
 import itertools
 import json
 import os
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +23,10 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
+from dsdistill.harness import events
 from dsdistill.harness.errors import UserError
 
+CHECKPOINT = "checkpoint.safetensors"
 CHOSEN = "chosen"  # in a configuration: what the run itself has chosen
 
 
@@ -101,6 +103,18 @@ class Run:
                 write_json(self.folder / "config.json", self.config)
         return chosen[name]
 
+    def withdraw(self) -> None:
+        """Free the folder again if the run was refused before it computed anything."""
+        figures = self.folder / "metrics.jsonl"
+        begun = figures.exists() and figures.stat().st_size > 0
+        if begun or self.resumed or not self.writes or (self.folder / CHECKPOINT).exists():
+            return
+        for pattern in ("config.json", figures.name, f"{events.NAME}*"):
+            for path in self.folder.glob(pattern):
+                path.unlink()
+        with contextlib.suppress(OSError):  # something else is in it, which stays
+            self.folder.rmdir()
+
     def save_state(self, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
         """Replace the checkpoint: named arrays and a JSON-compatible remainder."""
         if not self.writes:
@@ -108,11 +122,11 @@ class Run:
         # Not ascontiguousarray, which gives a scalar (a step count) an axis.
         tensors = {name: np.asarray(value, order="C") for name, value in arrays.items()}
         content = safetensors.numpy.save(tensors, {"meta": json.dumps(meta)})
-        write_bytes(self.folder / "checkpoint.safetensors", content)
+        write_bytes(self.folder / CHECKPOINT, content)
 
     def load_state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
         """The last checkpoint, or None if the run was stopped before its first."""
-        path = self.folder / "checkpoint.safetensors"
+        path = self.folder / CHECKPOINT
         if not path.exists():
             return None
         try:
@@ -220,7 +234,7 @@ class Metrics:
         if resume_from is not None:
             self._drop_after(resume_from)
         self._file = self._path.open("a")
-        self._events = _Events(folder, resume_from)
+        self._events = events.Events(folder, resume_from)
 
     def write(self, step: int, **figures: float) -> None:
         """Record figures of one step; seen at once by whoever follows the files."""
@@ -251,41 +265,6 @@ class Metrics:
             if keep:
                 kept.write(line + "\n")
         write_bytes(self._path, kept.getvalue().encode())
-
-
-class _Events:
-    """TensorBoard events, written with its record format alone.
-
-    TensorBoard's own writer and torch's both import TensorFlow where it is installed.
-    """
-
-    def __init__(self, folder: Path, resume_from: int | None) -> None:
-        from tensorboard.compat.proto import event_pb2, summary_pb2
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        # Generated when imported: a type checker cannot see what these modules hold.
-        self._proto: Any = event_pb2
-        self._summary: Any = summary_pb2
-        name = f"events.out.tfevents.{time.time():.6f}.{os.getpid()}"
-        self._file = (folder / name).open("wb")
-        self._records = RecordWriter(self._file)
-        self._add(file_version="brain.Event:2")
-        if resume_from is not None:
-            session = self._proto.SessionLog
-            self._add(step=resume_from + 1, session_log=session(status=session.START))
-
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
-        summary = self._summary.Summary
-        values = [summary.Value(tag=tag, simple_value=value) for tag, value in figures.items()]
-        self._add(step=step, summary=summary(value=values))
-
-    def _add(self, **fields: Any) -> None:
-        event = self._proto.Event(wall_time=time.time(), **fields)
-        self._records.write(event.SerializeToString())
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def _finite(value: Any) -> Any:
