@@ -37,7 +37,9 @@ SMALL = {  # name: the cell of settings, and how many pictures there are
         for name in SMALL
     ],
 )
-def test_notebook_runs(name: str) -> None:
+def test_notebook_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Beside another test, two threads wait for each other at every small product: ten times slower.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
     assert "=" in first.source  # the cell of settings, replaced by smaller ones
