@@ -74,7 +74,7 @@ COMMANDS: command.Commands = {
 def main() -> None:
     """Run one command of the line that the user typed."""
     description = "Condense an image data set into a few synthetic images."
-    command.main("dsdistill", description, COMMANDS, "stopped; a run continues with --resume")
+    command.main("dsdistill", description, COMMANDS, "stopped")
 
 
 if __name__ == "__main__":

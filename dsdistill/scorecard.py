@@ -45,19 +45,19 @@ def run(options: Evaluate) -> Path:
     parts = assembled(options)
     beside = options.run if options.run.is_dir() else options.run.parent
     out = options.out or runs.next_free("evaluation", beside)
-    runs.start(
+    with runs.start(
         out,
         _config(options),
         result=report.NAME,
         resume=options.resume,
         defaults=_config(Evaluate(options.run)),
         free=FREE,
-    )
-    began = time.monotonic()
-    kept = Kept(out / "results", options.cache, sharing=controls.CONTROLS)
-    results = _measured(parts, list(range(options.seeds)), kept)
-    _picture(out, parts)
-    report.write(out, _report(options, parts, results, time.monotonic() - began))
+    ):
+        began = time.monotonic()
+        kept = Kept(out / "results", options.cache, sharing=controls.CONTROLS)
+        results = _measured(parts, list(range(options.seeds)), kept)
+        _picture(out, parts)
+        report.write(out, _report(options, parts, results, time.monotonic() - began))
     _print(report.load(out), out)
     return out
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from dsdistill.harness import memory
 from dsdistill.harness.errors import UserError, unknown
 from dsdistill.harness.labeled import TEST_FRACTION, DataError, Labeled, stratified
 
@@ -36,6 +37,14 @@ class Splits:
     validation: Labeled
     test: Labeled
     digest: str
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the images, labels and class names of each part, for `Run.require_same`."""
+        return {
+            "training images and labels": self.digest,
+            "validation images and labels": _digest(self.validation),
+            "test images and labels": _digest(self.test),
+        }
 
 
 def load(
@@ -62,6 +71,8 @@ def load(
         raise UserError(f"validation fraction must be in [0, 1), got {validation_fraction}")
     if image_size is not None and image_size < 1:
         raise UserError(f"image size must be at least 1 pixel, got {image_size}")
+    if image_size is not None:
+        _require_memory(1, 3, 4, image_size)  # before the first image is resized
     train, test = _read(data, root, image_size)
     digest = _digest(train)
     rest, held = stratified(train.labels, validation_fraction)
@@ -136,6 +147,7 @@ def _halves(data: Labeled) -> tuple[Labeled, Labeled]:
 def _resized(data: Labeled, size: int | None) -> Labeled:
     if size is None or data.shape[:2] == (size, size):
         return data
+    _require_memory(len(data), data.shape[2], data.store.itemsize, size)
     from PIL import Image
 
     def one(image: np.ndarray) -> np.ndarray:
@@ -145,6 +157,13 @@ def _resized(data: Labeled, size: int | None) -> Labeled:
         return np.stack([np.asarray(plane) for plane in small], -1)
 
     return replace(data, store=np.stack([one(image) for image in data.images()]), rows=None)
+
+
+def _require_memory(count: int, channels: int, itemsize: int, size: int) -> None:
+    # While the images are stacked they are there twice.
+    needed = 2 * count * channels * itemsize * size**2
+    what = f"{count} images" if count > 1 else "an image"
+    memory.require(needed, f"{what} of {size}x{size} pixels", "use a smaller --image-size")
 
 
 def _digest(data: Labeled) -> str:

@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dsdistill.harness import progress
+from dsdistill.harness import memory, progress
 from dsdistill.harness.labeled import TEST_FRACTION, DataError, Labeled, stratified
 from dsdistill.harness.memory import readable
 from dsdistill.harness.runs import write_json
@@ -223,6 +223,11 @@ def _write(
 
 def _stream(files: list[Path], size: int | None) -> Iterator[Pixels | str]:
     """Every file's pixels, or why it has none, in order; a chunk at a time is in memory."""
+    if size is not None:
+        many = min(CHUNK, len(files))
+        # Each is decoded, resized and an array.
+        needed, name = 3 * 3 * many * size**2, f"{size}x{size}"
+        memory.require(needed, f"{many} images of {name} pixels", "use a smaller --image-size")
     decode = partial(_decode, size=size, formats=_formats())
     with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes without Python's lock
         for start in range(0, len(files), CHUNK):
