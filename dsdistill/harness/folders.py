@@ -359,8 +359,8 @@ def _header(file: BinaryIO, path: Path, shape: tuple[int, ...]) -> int:
     if needed > free:
         raise DataError(
             f"the decoded images of {shown(path)} need {readable(needed)} on the disk of the "
-            f"cache, {readable(free)} is free: use a smaller --image-size, or another folder in the "
-            "environment variable DSDISTILL_CACHE"
+            f"cache, {readable(free)} is free: use a smaller --image-size, or name another folder "
+            "in the environment variable DSDISTILL_CACHE"
         )
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
