@@ -267,3 +267,14 @@ class Export:
 
     out: Path | None = None
     """default: <file>-<format> beside the file"""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """List or clear decoded images and results that are kept for later runs."""
+
+    clear: bool = False
+    """remove them; they are made again when they are needed"""
+
+    older_than: float | None = None
+    """only those that were not used for so many days"""
