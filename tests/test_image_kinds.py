@@ -143,11 +143,11 @@ KINDS: dict[str, tuple[Callable[[], bytes], np.ndarray, int]] = {
         COLOUR,
         0,
     ),
-    # Pure red of sRGB: L 53.2 of 100, a 80, b 67.
+    # Pure red of sRGB, of the white D50: L 54.3 of 100, a 80.8, b 69.9.
     "lab.tif": (
-        lambda: _bytes(Image.new("LAB", (3, 2), (136, 128 + 80, 128 + 67)), "TIFF"),
+        lambda: _bytes(Image.new("LAB", (3, 2), (138, 128 + 81, 128 + 70)), "TIFF"),
         np.broadcast_to([255, 0, 0], (2, 3, 3)),
-        6,
+        4,
     ),
 }
 
