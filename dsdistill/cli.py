@@ -1,4 +1,4 @@
-"""The command `dsdistill`: kip, ls, evaluate, report, inspect, export.
+"""The command `dsdistill`: kip, ls, evaluate, report, inspect, export, cache.
 
 Only options are imported here; the frameworks are imported inside the commands, so that
 `dsdistill --help` answers at once. What is wrong with the input is said in one line.
@@ -50,6 +50,12 @@ def export(chosen: options.Export) -> None:
     print(exporting.write(chosen.file, chosen.format, chosen.out))
 
 
+def cache(chosen: options.Cache) -> None:
+    from dsdistill import cache as kept
+
+    kept.run(clear=chosen.clear, older_than=chosen.older_than)
+
+
 def _distil(run: Callable[[Any], Path], chosen: options.Source) -> None:
     from dsdistill import hosts, summary
     from dsdistill.kernels import devices
@@ -68,6 +74,7 @@ COMMANDS: command.Commands = {
     "report": (options.Report, report),
     "inspect": (options.Inspect, inspect),
     "export": (options.Export, export),
+    "cache": (options.Cache, cache),
 }
 
 

@@ -9,7 +9,7 @@ from dsdistill.harness.errors import UserError
 from kd import engine, models, networks, scoring, sources, teachers
 from kd.files import streaming
 from kd.files.streaming import Files
-from kd.networks import Shape
+from kd.models import Model
 from kd.options import TOLD, Evaluate
 from kd.recipe import Recipe
 from kd.sources import Source
@@ -26,7 +26,7 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
     student = models.load_run(options.run)
     config = runs.read_json(options.run / "config.json")
     recipe = _recipe(options.run)
-    source = _source(options, config, student.shape, recipe)
+    source = _source(options, config, student, recipe)
     test = source.test(recipe, student.preprocess, device)
     if test is None:
         raise UserError(f"nothing to test on: {source.note or source.name + ' has no test images'}")
@@ -67,16 +67,30 @@ def _recipe(run: Path) -> Recipe:
 
 
 def _source(
-    options: Evaluate, config: dict[str, Any], shape: Shape, recipe: Recipe
+    options: Evaluate, config: dict[str, Any], student: Model, recipe: Recipe
 ) -> Source | Files:
-    """The images to test on, at the size the student takes."""
+    """The images to test on, at the size and with the channels and class order of the student."""
     name = options.data or config.get("data")
     if not isinstance(name, str):
         raise UserError(f"{options.run} does not say what it was trained on: give DATA")
-    h, w, _ = shape
+    h, w, channels = student.shape
     if recipe.augment == "imagenet":
         held = sources.fraction(config.get("validation_fraction"))
         root = options.data_root
-        return streaming.resolve(name, root=root, image_size=h, validation_fraction=held)
-    size = h if h == w and not sources.is_distilled(name) else None
-    return sources.resolve(name, root=options.data_root, image_size=size)
+        return streaming.resolve(
+            name,
+            root=root,
+            image_size=h,
+            validation_fraction=held,
+            channels=channels,
+            classes=student.classes,
+        )
+    if sources.is_distilled(name):
+        return sources.resolve(name, root=options.data_root)
+    return sources.resolve(
+        name,
+        root=options.data_root,
+        image_size=h if h == w else None,
+        channels=channels,
+        classes=student.classes,
+    )

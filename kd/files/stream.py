@@ -137,7 +137,7 @@ class Stream:
     @cached_property
     def _desk(self) -> "_Desk":
         transforms = self.views.transform(False), self.views.transform(True)
-        return _Desk(self.pictures, self.views.mode, *transforms)
+        return _Desk(self.pictures, len(self.views.mean), *transforms)
 
 
 def order(n: int, repeats: int, seed: int, epoch: int) -> Int[np.ndarray, " views"]:
@@ -224,7 +224,7 @@ class _Desk:
     """What a decoding process has: shares in, batches out."""
 
     pictures: Pictures
-    mode: str
+    channels: int
     still: Transform
     changed: Transform
 
@@ -238,7 +238,7 @@ class _Desk:
         return collated(images, labels)
 
     def _read(self, row: int, repeat: int, key: tuple[int, int] | None) -> tuple[Tensor, int]:
-        image, label = self.pictures.read(row, self.mode)
+        image, label = self.pictures.read(row, self.channels)
         if key is None:
             return self.still(image), label
         seed(*key, row, repeat)
