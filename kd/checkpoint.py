@@ -42,12 +42,14 @@ class State:
     Attributes:
         step, epoch: How many are done; the epoch of the step may be unfinished.
         kept: The best epochs so far, the best first.
+        stale: Validations in a row that found nothing better.
         meter: Sums of the figures of a round that is not over.
     """
 
     step: int = 0
     epoch: int = 0
     kept: tuple[Kept, ...] = ()
+    stale: int = 0
     meter: Mapping[str, float] | None = None
 
     @property
@@ -96,6 +98,7 @@ def pack(
         "step": state.step,
         "epoch": state.epoch,
         "kept": [{"epoch": x.epoch, "figures": dict(x.figures)} for x in state.kept],
+        "stale": state.stale,
         "meter": state.meter,
         "optimizer": rest,
         "groups": [{k: _plain(v) for k, v in group.items()} for group in stored["param_groups"]],
@@ -161,7 +164,8 @@ def _unpacked(
         Kept(x["epoch"], x["figures"], _part(arrays, f"kept.{i}.", network))
         for i, x in enumerate(meta["kept"])
     )
-    return State(meta["step"], meta["epoch"], kept, meta["meter"])
+    # An older checkpoint says nothing of `stale`, and its training had no patience to lose.
+    return State(meta["step"], meta["epoch"], kept, meta.get("stale", 0), meta["meter"])
 
 
 def with_round(
@@ -174,19 +178,20 @@ def with_round(
 ) -> State:
     """The state after a validation: the best epochs are kept, of equal ones the later.
 
-    The later of two equals had the lower learning rate. Without figures the last epoch is the
-    best.
+    The later of two equals had the lower learning rate, but is no better for `stale`. Without
+    figures the last epoch is the best.
     """
     found = Kept(state.epoch, figures or {}, copy(network))
     if figures is None:
         return State(state.step, state.epoch, (found,))
     sign = -1 if metric == "nll" else 1
+    better = not state.kept or sign * figures[metric] > sign * state.kept[0].figures[metric]
 
     def order(kept: Kept) -> tuple[float, int]:
         return sign * kept.figures[metric], kept.epoch
 
     best = sorted([*state.kept, found], key=order, reverse=True)[:keep]
-    return State(state.step, state.epoch, tuple(best))
+    return State(state.step, state.epoch, tuple(best), 0 if better else state.stale + 1)
 
 
 def _plain(value: Any) -> Any:
