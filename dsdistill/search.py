@@ -47,12 +47,16 @@ def search(
     last = good = _snapshot(found, plan, support, judge)
     saved = time.monotonic()
     stream = snapshots(plan, support, train, judge, last)
-    with _metrics(run, last.done) as write, contextlib.closing(stream):
+    with (
+        _metrics(run, last.done) as write,
+        contextlib.closing(stream),
+        hosts.watch() as stopping,
+    ):
         try:
             for reached, figures in stream:
                 write(reached.done, **figures)
                 last = reached  # a stop in between repeats the step, and writes its line
-                if hosts.stopping(last.done):
+                if stopping(last.done):
                     raise KeyboardInterrupt
                 if last.high:
                     continue  # perhaps diverging: not worth keeping yet
@@ -104,6 +108,7 @@ def accumulated(
     with (
         _metrics(run, last.done) as write,
         progress.bar(len(train), "targets", start=last.done) as show,
+        hosts.watch() as stopping,
     ):
         start = last if last.done else None
         marks = [(last.done, time.monotonic())]
@@ -123,7 +128,7 @@ def accumulated(
                 if time.monotonic() - saved > CHECKPOINT_EVERY:
                     save()
                     saved = time.monotonic()
-                if hosts.stopping(chunk):
+                if stopping(chunk):
                     raise KeyboardInterrupt
         except (KeyboardInterrupt, *hosts.LOST):
             save()

@@ -56,6 +56,7 @@ def test_a_run_that_began_is_not_withdrawn(tmp_path, begun):
     if begun == "state":
         run.save_state({"a": np.zeros(1)}, {})
     if begun == "resumed":
+        run.close()
         run = _start(tmp_path, resume=True)
     if begun == "another host":
         run = replace(run, writes=False)
@@ -104,8 +105,10 @@ def test_resume_refuses_a_folder_without_a_run(tmp_path):
 
 
 def test_resume_keeps_the_stored_options(tmp_path):
-    first = _start(tmp_path, steps=5, sizes=(3, 4))
-    run = _start(tmp_path, resume=True, data_root="/elsewhere")
+    with _start(tmp_path, steps=5, sizes=(3, 4)) as first:
+        pass
+    with _start(tmp_path, resume=True, data_root="/elsewhere") as run:
+        pass
     assert run.resumed
     assert run.config == first.config | {"data_root": "/elsewhere"}
     # A tuple comes back from JSON as a list; saying it again is no contradiction.
@@ -123,9 +126,9 @@ def test_a_damaged_config_is_one_line(tmp_path, text):
 
 
 def test_a_choice_is_made_once_and_stands_in_the_config(tmp_path):
-    run = _start(tmp_path, steps=5)
-    assert run.recorded("batch", lambda: 480) == 480
-    assert run.recorded("batch", lambda: pytest.fail("chosen twice")) == 480
+    with _start(tmp_path, steps=5) as run:
+        assert run.recorded("batch", lambda: 480) == 480
+        assert run.recorded("batch", lambda: pytest.fail("chosen twice")) == 480
     again = _start(tmp_path, resume=True)
     assert again.recorded("batch", lambda: pytest.fail("chosen twice")) == 480
     assert again.recorded("other", lambda: [1]) == [1]
