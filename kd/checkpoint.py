@@ -4,8 +4,9 @@ Random numbers, learning rates and the order of the images need no state: they a
 seed and the step.
 """
 
+import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from dsdistill.harness.errors import UserError
 from kd import sharding
 from kd.optimization import mean_weights
+from kd.recipe import Recipe
 
 Weights = Mapping[str, Tensor]
 Saved = tuple[Mapping[str, np.ndarray], Mapping[str, Any]]
@@ -69,6 +71,32 @@ class State:
 def copy(network: nn.Module) -> dict[str, Tensor]:
     """The network's weights and buffers as they are now."""
     return {name: value.detach().clone() for name, value in network.state_dict().items()}
+
+
+def check(saved: Saved, recipe: Recipe) -> None:
+    """Refuse what is no checkpoint of `kd train`, or one of another recipe.
+
+    Args:
+        saved: What `pack` gave; with the `recipe` as JSON, but for earlier versions.
+        recipe: Of the training that is to go on.
+
+    Raises:
+        UserError: If it is.
+    """
+    meta = saved[1]
+    if missing := {"step", "epoch", "kept", "optimizer", "groups"} - meta.keys():
+        raise UserError(
+            f"the checkpoint is none of `kd train` (it lacks {min(missing)}): start anew in "
+            "another folder"
+        )
+    stored, now = meta.get("recipe") or {}, json.loads(json.dumps(asdict(recipe)))
+    for name in stored:
+        if name in now and stored[name] != now[name]:
+            raise UserError(
+                f"the checkpoint was made with {name.replace('_', ' ')} {stored[name]}, and the "
+                f"training has {now[name]} now: put back config.json, or start anew in another "
+                "folder"
+            )
 
 
 def pack(
@@ -129,7 +157,7 @@ def unpack(
     """
     try:
         return _unpacked(saved, modules, optimizer, scaler, network)
-    except (LookupError, RuntimeError, ValueError) as error:
+    except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
             f"the checkpoint is of another network, loss or recipe ({first}): start anew in "

@@ -129,9 +129,9 @@ def _test_images(
     source = _source(options, config, name, shape, recipe)
     path = Path(name).expanduser()
     is_array = path.suffix == ".npz" and path.is_file()
-    if sources.is_distilled(name):
-        return TestImages(source, f"test images of {source.splits.name}" if source.splits else "")
-    if not (path.is_dir() or is_array):
+    if isinstance(source, Source) and source.distilled is not None and source.splits is not None:
+        return TestImages(source, f"test images of {source.splits.name}")
+    if source.distilled is not None or not (path.is_dir() or is_array):
         return TestImages(source, f"test images of {source.name}")
     if part := None if is_array else _test_folder(path):
         return TestImages(source, f"test images, {part}")
@@ -187,7 +187,9 @@ def _with_all_to_test(source: Source | Files) -> Source | Files:
         return replace(source, parts=(source.parts[0], None, every))
     splits = source.splits
     assert splits is not None
-    return replace(source, splits=replace(splits, test=_joined(splits.train, splits.validation, splits.test)))
+    return replace(
+        source, splits=replace(splits, test=_joined(splits.train, splits.validation, splits.test))
+    )
 
 
 def _joined(*parts: Labeled) -> Labeled:

@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from dsdistill.harness import artifact
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.labeled import Labeled
-from kd import cache, networks
+from kd import cache, chain, networks
 from kd.assembly import Parts
 from kd.engine import Engine
 from kd.files.streaming import Files
@@ -35,17 +35,19 @@ def hashes(parts: Parts, options: Train) -> dict[str, str]:
         options: That they were made from.
     """
     found = data_hashes(parts, options)
-    for name, teacher in zip(parts.taught_by, parts.teachers, strict=True):
-        found[f"teacher {name}"] = teacher_hash(name, teacher)
-    if options.class_map is not None:
+    # By number: a name may be another way to write the same path.
+    for number, (name, teacher) in enumerate(zip(parts.taught_by, parts.teachers, strict=True), 1):
+        which = f"teacher {number}" if len(parts.teachers) > 1 else "the teacher"
+        found[which] = teacher_hash(name, teacher)
+    if options.class_map is not None and not chain.taught_by_run(options):
         found["class map"] = file_digest(options.class_map)
     # A start from a seed is a function of the options.
     if _from_elsewhere(options.student) or options.pretrained:
         found["the student's first weights"] = cache.fingerprint(parts.student.classifier.network)
     peers = options.peers.split(",") if options.peers else ()
-    for name, peer in zip(peers, parts.peers, strict=True):
+    for number, (name, peer) in enumerate(zip(peers, parts.peers, strict=True), 1):
         if _from_elsewhere(name.strip()):
-            found[f"the first weights of peer {name.strip()}"] = cache.fingerprint(peer.network)
+            found[f"the first weights of peer {number}"] = cache.fingerprint(peer.network)
     return found
 
 

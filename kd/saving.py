@@ -67,7 +67,9 @@ class Saving:
         steps = round(self._since * AGREE_EVERY / max(now - self._agreed_at, 1e-9))
         first = self._on.is_main_process
         answers = [mine.stop, mine.save and first, max(steps, 1) if first else 0]
-        summed: Any = self._on.reduce(torch.tensor(answers, dtype=torch.float64).to(self._on.device))
+        summed: Any = self._on.reduce(
+            torch.tensor(answers, dtype=torch.float64).to(self._on.device)
+        )
         stop, save, gap = summed.tolist()
         self._since, self._gap, self._agreed_at = 0, int(gap), now
         return Decision(bool(stop or save), bool(stop))

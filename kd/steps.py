@@ -160,7 +160,17 @@ def made(
         prepared = optimizer  # the wrapper does nothing then, in a quarter of a millisecond
     often = validations(sum(batches.sizes), per_epoch, total, validation_images)
     return Loop(
-        objective, wrapped, prepared, schedule, average, recipe, on, per_epoch, total, often, replica
+        objective,
+        wrapped,
+        prepared,
+        schedule,
+        average,
+        recipe,
+        on,
+        per_epoch,
+        total,
+        often,
+        replica,
     )
 
 
