@@ -157,11 +157,13 @@ def _splits(distilled: Distilled, options: Evaluate) -> Splits:
         root=options.data_root,
         image_size=config["image_size"],
         validation_fraction=config["validation_fraction"] or VALIDATION,
+        channels=config.get("channels"),
+        classes=distilled.classes,
     )
     if splits.train.classes != distilled.classes:
         raise UserError(
             f"the distilled set has {len(distilled.classes)} classes, {source} has "
-            f"{len(splits.train.classes)}, or they differ in name or order"
+            f"{len(splits.train.classes)}, or they differ in name"
         )
     if splits.digest != data["sha256"]:
         raise UserError(f"{source} is not the data the set was made from: it has changed")

@@ -43,6 +43,10 @@ class Source:
     image_size: int | None = None
     """resize images to this height and width in pixels"""
 
+    channels: Literal[1, 3] | None = None
+    """1 makes all images grayscale, 3 colour; default: as they are, and colour where a folder has
+    both"""
+
     preprocess: Literal["standardise", "zca", "none"] | None = None
     """default: zca for colour, standardise for grayscale"""
 
@@ -222,7 +226,7 @@ class Evaluate:
     resume: bool = False
     """go on with an evaluation that was stopped"""
 
-    cache: Path | None = field(default_factory=lambda: places.cache() / "evaluations")
+    cache: Path | None = field(default_factory=places.evaluations)
     """where results that other evaluations can use are kept; None: nowhere"""
 
     data_root: Path = field(default_factory=places.data_root)

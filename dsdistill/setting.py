@@ -59,6 +59,8 @@ def prepared(options: Source) -> Setting:
         root=options.data_root,
         image_size=options.image_size,
         validation_fraction=options.validation_fraction,
+        channels=options.channels,
+        classes=init.classes if init else None,
     )
     _check_validation(options, splits)
     images_per_class = _images_per_class(options, splits, init)

@@ -167,12 +167,14 @@ def _source(options: Train, named: Recipe | None) -> Source | Files:
             root=options.data_root,
             image_size=size,
             validation_fraction=sources.fraction(options.validation_fraction),
+            channels=options.channels,
         )
     return sources.resolve(
         options.data,
         root=options.data_root,
         image_size=size,
         validation_fraction=options.validation_fraction,
+        channels=options.channels,
     )
 
 

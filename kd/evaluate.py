@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from dsdistill.harness import lists
+from dsdistill.harness import layout, lists
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.labeled import Labeled
 from dsdistill.harness.preprocess import Preprocess
 from dsdistill.harness.runs import INPUTS
 from kd import engine, models, networks, scoring, seals, sources, teachers
-from kd.files import pictures, streaming
+from kd.files import streaming
 from kd.files.pictures import Pictures
 from kd.files.streaming import Files
-from kd.networks import Shape
+from kd.models import Model
 from kd.options import TOLD, Evaluate
 from kd.recipe import Recipe
 from kd.sources import Source
@@ -47,7 +47,7 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
     student = models.load_run(options.run)
     config = seals.read(options.run, "config.json")
     recipe = _recipe(options.run)
-    chosen = _test_images(options, config, student.shape, recipe)
+    chosen = _test_images(options, config, student, recipe)
     source = chosen.source
     models.check_shape(f"student {options.run}", student, source.shape)
     test = source.test(recipe, student.preprocess, device)
@@ -116,9 +116,9 @@ def _recipe(run: Path) -> Recipe:
 
 
 def _test_images(
-    options: Evaluate, config: Mapping[str, Any], shape: Shape, recipe: Recipe
+    options: Evaluate, config: Mapping[str, Any], student: Model, recipe: Recipe
 ) -> TestImages:
-    """The images to judge on, at the size that the student takes.
+    """The images to judge on, as the student takes them.
 
     Of the data that the run was trained on, the test part. Of other data, their own test part
     where they have one, and otherwise all of them.
@@ -126,15 +126,15 @@ def _test_images(
     name = options.data or config.get("data")
     if not isinstance(name, str):
         raise UserError(f"{options.run} does not say what it was trained on: give DATA")
-    source = _source(options, config, name, shape, recipe)
+    source = _source(options, config, name, student, recipe)
     path = Path(name).expanduser()
     is_array = path.suffix == ".npz" and path.is_file()
     if isinstance(source, Source) and source.distilled is not None and source.splits is not None:
         return TestImages(source, f"test images of {source.splits.name}")
     if source.distilled is not None or not (path.is_dir() or is_array):
         return TestImages(source, f"test images of {source.name}")
-    if part := None if is_array else _test_folder(path):
-        return TestImages(source, f"test images, {part}")
+    if not is_array and (part := layout.list_folder(path).test):
+        return TestImages(source, f"test images, {layout.shown(part.folder)}")
     if options.data is None or _is_trained_on(config, name, source):
         held = "the share of the images that the training has held out for testing"
         return TestImages(source, held)
@@ -142,25 +142,30 @@ def _test_images(
 
 
 def _source(
-    options: Evaluate, config: Mapping[str, Any], name: str, shape: Shape, recipe: Recipe
+    options: Evaluate, config: Mapping[str, Any], name: str, student: Model, recipe: Recipe
 ) -> Source | Files:
-    (h, w, _), root = shape, options.data_root
+    """The data at the size and with the channels and class order of the student."""
+    (h, w, channels), root = student.shape, options.data_root
     if recipe.augment == "imagenet":
         held = sources.fraction(config.get("validation_fraction"))
-        return streaming.resolve(name, root=root, image_size=h, validation_fraction=held)
+        return streaming.resolve(
+            name,
+            root=root,
+            image_size=h,
+            validation_fraction=held,
+            channels=channels,
+            classes=student.classes,
+        )
     if sources.is_distilled(name):
         return sources.resolve(name, root=root)
-    size = h if h == w else None  # nothing is held out for validation of what is only judged
-    return sources.resolve(name, root=root, image_size=size, validation_fraction=0.0)
-
-
-def _test_folder(path: Path) -> Path | None:
-    """Where a folder's own test images lie; None where they would be a share of all images."""
-    parts = pictures.open_folder(path, 0.0)
-    if parts.test.reader is parts.train.reader:
-        return None
-    root = getattr(parts.test.reader, "root", path)
-    return Path(root)
+    return sources.resolve(
+        name,
+        root=root,
+        image_size=h if h == w else None,
+        validation_fraction=0.0,  # of what is only judged nothing is held out
+        channels=channels,
+        classes=student.classes,
+    )
 
 
 def _is_trained_on(config: Mapping[str, Any], name: str, source: Source | Files) -> bool:

@@ -68,8 +68,9 @@ def data_hashes(parts: Parts, options: Train) -> dict[str, str]:
         path = artifact.locate(Path(options.data).expanduser())
         found["distilled set"] = file_digest(path)
     splits = source.splits
-    # The validation images are held out of the training images that are hashed.
+    # Of the training images with those that are held out of them.
     found["training images"] = ABSENT if splits is None else splits.digest
+    found["validation images"] = ABSENT if splits is None else labeled_hash(splits.validation)
     found["test images"] = ABSENT if splits is None else labeled_hash(splits.test)
     return found
 

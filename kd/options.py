@@ -16,6 +16,7 @@ Names = Annotated[str | None, tyro.conf.arg(metavar="NAME,NAME,...")]
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
 Count = Annotated[int | None, tyro.conf.arg(metavar="N")]
 Values = Annotated[tuple[float, ...] | None, tyro.conf.arg(metavar="X X X")]
+Channels = Annotated[Literal[1, 3] | None, tyro.conf.arg(metavar="1|3")]
 Number = Annotated[float | None, tyro.conf.arg(metavar="X")]
 
 _HINTS = get_type_hints(recipe.Recipe)
@@ -88,6 +89,9 @@ class Train:
     """By default standardise, or what the pretrained or the earlier student was made for."""
     validation_fraction: Number = None
     """Share of the training images held out for validation; by default 0.1."""
+    channels: Channels = None
+    """1 makes all images grayscale, 3 colour; by default as they are, and colour where a folder
+    has both."""
     data_root: Path = field(default_factory=places.data_root)
     """Where data sets lie or are downloaded to."""
     device: str = "auto"

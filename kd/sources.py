@@ -1,7 +1,7 @@
 """What `kd` trains on and tests on: a data set, or a distilled set with the data it came from."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,8 @@ def resolve(
     root: Path,
     image_size: int | None = None,
     validation_fraction: float | None = None,
+    channels: int | None = None,
+    classes: Sequence[str] | None = None,
 ) -> Source:
     """Find out what DATA is, and load it.
 
@@ -121,23 +123,31 @@ def resolve(
         name: A data set as in `datasets.load`, the folder of a `dsdistill` run, or a distilled
             `.safetensors` file.
         root: Where data sets lie.
-        image_size, validation_fraction: As in `datasets.load`; a distilled set brings its own.
+        image_size, validation_fraction, channels, classes: As in `datasets.load`; a distilled set
+            brings its own.
 
     Raises:
         UserError: If it cannot be had, or a distilled set contradicts the data it came from.
     """
     path = Path(name).expanduser()
     if is_distilled(name):
-        if image_size is not None or validation_fraction is not None:
+        if any(value is not None for value in (image_size, validation_fraction, channels)):
             raise UserError(
-                "a distilled set brings its image size and its validation images: "
-                "leave --image-size and --validation-fraction out"
+                "a distilled set brings its image size, its channels and its validation images: "
+                "leave --image-size, --channels and --validation-fraction out"
             )
         return _distilled(artifact.locate(path), root)
     if path.is_dir() and (path / "config.json").is_file():
         raise UserError(f"{path} is a run's folder without a finished distilled set")
     held = fraction(validation_fraction)
-    splits = datasets.load(name, root=root, image_size=image_size, validation_fraction=held)
+    splits = datasets.load(
+        name,
+        root=root,
+        image_size=image_size,
+        validation_fraction=held,
+        channels=channels,
+        classes=classes,
+    )
     return Source(splits.name, splits)
 
 
@@ -163,12 +173,15 @@ def _distilled(path: Path, root: Path) -> Source:
     # Only of the right type: a set made by something else may hold anything here.
     size = _get(distilled.provenance, "config", "image_size")
     held = _get(distilled.provenance, "config", "validation_fraction")
+    channels = _get(distilled.provenance, "config", "channels")
     try:
         splits = datasets.load(
             came_from,
             root=root,
             image_size=size if isinstance(size, int) else None,
             validation_fraction=fraction(held if isinstance(held, float) else None),
+            channels=channels if channels in (1, 3) else None,
+            classes=distilled.classes,
         )
     except (UserError, OSError) as error:
         return Source(name, None, distilled, f"{error}: {_NO}")

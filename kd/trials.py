@@ -16,7 +16,6 @@ from kd.files import streaming
 from kd.files.pictures import Pictures
 from kd.files.streaming import Files
 from kd.models import Model
-from kd.networks import Shape
 from kd.recipe import Recipe
 from kd.sources import Source
 
@@ -93,7 +92,7 @@ def _real(
     if not isinstance(name, str):
         raise UserError(f"{run} does not say what it was trained on")
     root = root or Path(config.get("data_root") or places.data_root())
-    source = _source(name, root, model.shape, recipe, config.get("validation_fraction"))
+    source = _source(name, root, model, recipe, config.get("validation_fraction"))
     models.check_fit("the student", model, source.shape, source.classes)
     if isinstance(source, Files):
         return source.name, _streamed(source, recipe, rng)
@@ -104,15 +103,26 @@ def _real(
 
 
 def _source(
-    name: str, root: Path, shape: Shape, recipe: Recipe, fraction: float | None
+    name: str, root: Path, model: Model, recipe: Recipe, fraction: float | None
 ) -> Source | Files:
-    """The data at the size the student takes, as `kd evaluate` finds them."""
-    h, w, _ = shape
+    """The data as the student takes them, as `kd evaluate` finds them."""
+    h, w, channels = model.shape
     if recipe.augment == "imagenet":
         held = sources.fraction(fraction)
-        return streaming.resolve(name, root=root, image_size=h, validation_fraction=held)
-    size = h if h == w and not sources.is_distilled(name) else None
-    return sources.resolve(name, root=root, image_size=size)
+        return streaming.resolve(
+            name,
+            root=root,
+            image_size=h,
+            validation_fraction=held,
+            channels=channels,
+            classes=model.classes,
+        )
+    if sources.is_distilled(name):
+        return sources.resolve(name, root=root)
+    size = h if h == w else None
+    return sources.resolve(
+        name, root=root, image_size=size, channels=channels, classes=model.classes
+    )
 
 
 def _streamed(source: Files, recipe: Recipe, rng: np.random.Generator) -> Images:

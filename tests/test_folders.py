@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dsdistill.harness import datasets, folders, labeled
+from dsdistill.harness import datasets, folders, labeled, layout
 from dsdistill.harness.labeled import DataError
 
 
@@ -39,7 +39,9 @@ def _classes(folder, counts, **shape):
 
 
 def _read(path, tmp_path, size=None):
-    return folders.read(path, tmp_path / "cache", size)
+    splits = folders.read(path, tmp_path / "cache", size)
+    assert splits.validation is None
+    return splits.train, splits.test
 
 
 def _refused(path, tmp_path, match, size=None):
@@ -60,8 +62,7 @@ def _one(tmp_path, image, size=None, name="x.png", **options):
     _save(
         data / "train" / "b" / "y.png", _pixels(*(size or s for s in shape[:2]), 1 if gray else 3)
     )
-    train, _ = folders.read(data, tmp_path / "cache", size)
-    return train.images()[0]
+    return folders.read(data, tmp_path / "cache", size).train.images()[0]
 
 
 def test_train_and_val_are_read_in_class_order(tmp_path):
@@ -78,7 +79,7 @@ def test_train_and_val_are_read_in_class_order(tmp_path):
     assert isinstance(train.store, np.memmap)
 
 
-@pytest.mark.parametrize("name", folders.TEST_NAMES)
+@pytest.mark.parametrize("name", sorted({*layout.PARTS} - {"train", "training"}))
 def test_names_of_the_test_part(name, tmp_path):
     _classes(tmp_path / "data" / "train", {"a": 2, "b": 2})
     _classes(tmp_path / "data" / name, {"a": 1, "b": 3})
@@ -99,11 +100,12 @@ def test_a_folder_without_test_part_is_split(inside, tmp_path):
 
 def test_datasets_load_reads_folders(tmp_path):
     _classes(tmp_path / "pets", {"a": 20, "b": 20})
-    splits = datasets.load(str(tmp_path / "pets"), root=tmp_path / "root", image_size=4)
+    cache = tmp_path / "own"
+    splits = datasets.load(str(tmp_path / "pets"), root=tmp_path, image_size=4, cache=cache)
     assert splits.name == "pets"
     assert splits.train.shape == (4, 4, 3)
     assert [len(p) for p in (splits.train, splits.validation, splits.test)] == [28, 4, 8]
-    assert len(list((tmp_path / "root" / "folders").iterdir())) == 1
+    assert len(list(cache.iterdir())) == 1
 
 
 def test_nested_hidden_and_foreign_files(tmp_path):
@@ -153,12 +155,6 @@ def test_bits_and_gray_with_alpha_stay_gray(tmp_path):
     np.testing.assert_array_equal(_one(tmp_path / "la", gray)[..., 0], gray[..., 0])
 
 
-def test_gray_and_colour_together_are_refused(tmp_path):
-    data = _classes(tmp_path / "data", {"a": 2, "b": 2})
-    _save(data / "b" / "gray.png", _pixels(c=1))
-    _refused(data, tmp_path, r"channels: a/000\.png is colour, b/gray\.png is grayscale: convert")
-
-
 # Sizes
 
 
@@ -189,12 +185,13 @@ def test_an_image_of_the_asked_size_is_unchanged(tmp_path):
     np.testing.assert_array_equal(_one(tmp_path, pixels, size=7), pixels)
 
 
-def test_a_large_jpeg_equals_its_full_decoding(tmp_path):
-    """The decoder's own shrinking must not change what is seen."""
-    pixels = _pixels(50, 40).repeat(8, 0).repeat(8, 1)  # detail as fine as the small image
-    got = _one(tmp_path, pixels, size=40, name="x.jpg", quality=95).astype(int)
-    square = Image.fromarray(pixels[40:360]).resize((40, 40), Image.Resampling.BILINEAR)
-    assert np.abs(got - np.asarray(square)).mean() < 4
+def test_a_large_jpeg_is_decoded_whole_and_then_shrunk(tmp_path):
+    """The decoder's own shrinking changes pixels by tens of levels."""
+    pixels = _pixels(400, 320)
+    got = _one(tmp_path, pixels, size=40, name="x.jpg", quality=95)
+    with Image.open(tmp_path / "one" / "train" / "a" / "x.jpg") as image:
+        square = image.resize((40, 40), Image.Resampling.BILINEAR, box=(0, 40, 320, 360))
+    np.testing.assert_array_equal(got, np.asarray(square))
 
 
 def test_exif_orientation_is_applied(tmp_path):
@@ -272,7 +269,7 @@ def test_the_first_and_last_images_may_be_the_unreadable_ones(tmp_path):
 def test_too_many_unreadable_images_are_refused(tmp_path):
     data = _classes(tmp_path / "data", {"a": 100, "b": 100})
     _spoil(data, 7)
-    _refused(data, tmp_path, r"7 of 200 images .* unreadable .* and 2 more\); at most 1 %")
+    _refused(data, tmp_path, r"7 of 200 images .* unreadable .* and 2 more\); at most 3 of")
 
 
 def test_no_readable_image_at_all(tmp_path):
@@ -284,7 +281,7 @@ def test_no_readable_image_at_all(tmp_path):
 def test_a_decompression_bomb_counts_as_unreadable(tmp_path, monkeypatch):
     data = _classes(tmp_path / "data", {"a": 2, "b": 2})
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    _refused(data, tmp_path, "4 of 4 images .*DecompressionBomb")
+    _refused(data, tmp_path, "4 of 4 images .*decompression bomb")
 
 
 def test_no_program_is_run_on_the_files(tmp_path):
@@ -316,7 +313,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
 def test_a_cache_that_cannot_be_written(tmp_path):
     data = _classes(tmp_path / "data", {"a": 2, "b": 2})
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(DataError, match=r"cannot be kept in .*file.*DSDISTILL_CACHE"):
         folders.read(data, tmp_path / "file" / "cache", None)
 
 
@@ -423,8 +420,8 @@ folders.read(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), None)
 
 
 def _checksum(data, cache):
-    train, test = folders.read(data, cache, 16)
-    return zlib.crc32(train.images()), zlib.crc32(test.images())
+    splits = folders.read(data, cache, 16)
+    return zlib.crc32(splits.train.images()), zlib.crc32(splits.test.images())
 
 
 def test_processes_may_decode_at_once(tmp_path):

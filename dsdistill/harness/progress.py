@@ -3,6 +3,8 @@
 Everything goes to standard error; lines that are said during a live bar appear above it.
 """
 
+import functools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -94,6 +96,17 @@ def slow(parts: Sequence[slice], unit: str) -> Iterator[slice]:
 def say(line: str) -> None:
     """One line for whoever follows the run."""
     print(line, file=sys.stderr, flush=True)
+
+
+def note(line: str) -> None:
+    """One line on what was decided for the user; once in a process, and by the first of several."""
+    if os.environ.get("RANK", "0") == "0":  # as torchrun numbers its processes
+        _say_once(line)
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    say(line)
 
 
 def expected(total: float, unit: str, seconds: float, pairs: int) -> None:

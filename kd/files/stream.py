@@ -145,7 +145,7 @@ class Stream:
     def _desk(self) -> "_Desk":
         transforms = self.views.transform(False), self.views.transform(True)
         piped = not shares_memory(self.views, self.size // self.world, self.workers, self.prefetch)
-        return _Desk(self.pictures, self.views.mode, *transforms, piped)
+        return _Desk(self.pictures, len(self.views.mean), *transforms, piped)
 
 
 def order(n: int, repeats: int, seed: int, epoch: int) -> Int[np.ndarray, " views"]:
@@ -281,7 +281,7 @@ class _Desk:
     """What a decoding process has: shares in, batches out."""
 
     pictures: Pictures
-    mode: str
+    channels: int
     still: Transform
     changed: Transform
     piped: bool
@@ -296,7 +296,7 @@ class _Desk:
         return collated(images, labels, self.piped)
 
     def _read(self, row: int, repeat: int, key: tuple[int, int] | None) -> tuple[Tensor, int]:
-        image, label = self.pictures.read(row, self.mode)
+        image, label = self.pictures.read(row, self.channels)
         if key is None:
             return self.still(image), label
         seed(*key, row, repeat)

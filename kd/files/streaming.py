@@ -1,5 +1,6 @@
 """Images read from files while a training goes on: folders, and timm's wds/, hfds/, tfds/."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,19 +31,21 @@ class Files:
         name: Short, for folder names and reports.
         parts: Training, validation and test images; the last two may be missing.
         size: Height and width of an image as a network sees it.
+        channels: 3 for colour, 1 for grayscale.
         note: What the user should know about it.
     """
 
     name: str
     parts: tuple[Part, Part | None, Part | None]
     size: int
+    channels: int = 3
     note: str | None = None
     distilled: None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Height, width and channels of an image."""
-        return self.size, self.size, len(MEAN)
+        return self.size, self.size, self.channels
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -72,6 +75,8 @@ class Files:
         if kind not in (None, "standardise"):
             raise UserError(f"--preprocess {kind} needs all images at once: leave it out")
         mean, std = (np.asarray(values, np.float32) for values in (MEAN, STD))
+        if self.channels == 1:  # as timm does for networks of one channel
+            mean, std = mean.mean(keepdims=True), std.mean(keepdims=True)
         return Preprocess("standardise", mean, std)
 
     def train(self, recipe: Recipe, fitted: Preprocess, on: Engine, workers: int) -> Batches:
@@ -130,7 +135,15 @@ class Files:
         )
 
 
-def resolve(data: str, *, root: Path, image_size: int | None, validation_fraction: float) -> Files:
+def resolve(
+    data: str,
+    *,
+    root: Path,
+    image_size: int | None,
+    validation_fraction: float,
+    channels: int | None = None,
+    classes: Sequence[str] | None = None,
+) -> Files:
     """List the images of a data set that is to be read as it goes.
 
     Args:
@@ -138,6 +151,8 @@ def resolve(data: str, *, root: Path, image_size: int | None, validation_fractio
         root: Where timm's named data sets lie.
         image_size: Height and width of the crops.
         validation_fraction: Of a folder's training images.
+        channels: 1 or 3; None is 3.
+        classes: The order of a folder's classes, as in `datasets.load`.
 
     Raises:
         UserError: If it cannot be had, or is no data set of files.
@@ -148,12 +163,12 @@ def resolve(data: str, *, root: Path, image_size: int | None, validation_fractio
     if shards.is_named(data):
         train, held = (shards.open_named(data, part, root=root) for part in PARTS)
         note = f"{data} has no test images: its validation images choose the best epoch"
-        return Files(data.replace("/", "-"), (train, held, None), image_size, note)
+        return Files(data.replace("/", "-"), (train, held, None), image_size, channels or 3, note)
     if not path.is_dir():
         raise UserError(
             f"--augment imagenet reads image files as it goes, and {data} is no folder of class "
             "folders: use --augment crop-flip, or none"
         )
-    found = pictures.open_folder(path, validation_fraction)
+    found = pictures.open_folder(path, validation_fraction, classes)
     parts = (found.train, found.validation, found.test)
-    return Files(path.resolve().stem, parts, image_size)
+    return Files(path.resolve().stem, parts, image_size, channels or 3)
