@@ -14,11 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError
+from dsdistill.harness.reports import schema
 from kd import sharding
 from kd.optimization import mean_weights
 from kd.recipe import Recipe
 
 Weights = Mapping[str, Tensor]
+TYPES = {  # of a checkpoint's figures
+    "step": int,
+    "epoch": int,
+    "stale": int,
+    "seconds": float,
+    "meter": Mapping[str, float] | None,
+    "recipe": Mapping[str, Any],
+}
 Saved = tuple[Mapping[str, np.ndarray], Mapping[str, Any]]
 
 
@@ -84,6 +93,12 @@ def check(saved: Saved, recipe: Recipe) -> None:
         UserError: If it is.
     """
     meta = saved[1]
+    try:
+        schema.check("the checkpoint", meta, TYPES)
+    except ValueError as error:
+        raise UserError(
+            f"{error}, and so none of `kd train`: start anew in another --out"
+        ) from error
     if missing := {"step", "epoch", "kept", "optimizer", "groups"} - meta.keys():
         raise UserError(
             f"the checkpoint is none of `kd train` (it lacks {min(missing)}): start anew in "

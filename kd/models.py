@@ -4,10 +4,10 @@ A run's folder holds the network's weights alone (`student.safetensors`, loadabl
 network), `model.json`, and for ZCA the whitening matrices (`preprocess.safetensors`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import safetensors
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dsdistill.harness import runs
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.preprocess import KINDS, Preprocess
+from dsdistill.harness.reports import schema
 from kd import networks, seals
 from kd.networks import Classifier
 from kd.seals import CARD, WEIGHTS, WHITENING
@@ -115,15 +116,20 @@ def load_run(folder: Path) -> Model:
     try:
         return _model(folder, found)
     except UserError:
-        raise
+        raise  # it is one line already
     except Exception as error:  # of a file without a checksum: it may hold anything
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{folder / CARD} is not a whole model description ({why})") from error
 
 
 def _model(folder: Path, found: Mapping[str, Any]) -> Model:
+    schema.check(CARD, found, {"name": str, "classes": Sequence[str], "output_temperature": float})
     name, classes = found["name"], tuple(found["classes"])
-    shape = tuple(found["input"]["shape"])
+    h, w, c = shape = tuple(found["input"]["shape"])
+    if not all(type(size) is int and size > 0 for size in (h, w, c)):
+        raise ValueError(f"images of shape {shape}")
+    if found["outputs"] not in get_args(Outputs):
+        raise ValueError(f"outputs {found['outputs']!r}")
     classifier = networks.build(name, shape, len(classes), config=found.get("config"))
     classifier.interpolation = found.get("interpolation", "bilinear")
     _state_into(classifier.network, folder / WEIGHTS)
