@@ -4,10 +4,10 @@ A run's folder holds the network's weights alone (`student.safetensors`, loadabl
 network), `model.json`, and for ZCA the whitening matrices (`preprocess.safetensors`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import safetensors
@@ -18,13 +18,18 @@ from torch import Tensor, nn
 from dsdistill.harness import runs
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.preprocess import KINDS, Preprocess
-from kd import networks
+from dsdistill.harness.reports import schema
+from kd import networks, seals
 from kd.networks import Classifier
+from kd.seals import CARD, WEIGHTS, WHITENING
 from kd.zoo.wants import Interpolation, Shape
 
 Outputs = Literal["logits", "centred labels"]
 
-WEIGHTS, CARD, WHITENING = "student.safetensors", "model.json", "preprocess.safetensors"
+KNOWN = (  # entries of `model.json`: with another one, a name in it is damaged
+    *("name", "classes", "input", "preprocess", "interpolation", "config", "outputs"),
+    *("output_temperature", "parameters", seals.KEY),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,16 +60,23 @@ class Model:
         return self.classifier.interpolation
 
 
-def save_run(folder: Path, model: Model) -> None:
-    """Write weights and `model.json` of a trained student, each atomically."""
+def save_run(folder: Path, model: Model, metadata: Mapping[str, str] | None = None) -> None:
+    """Write weights and `model.json` of a trained student, each atomically.
+
+    Args:
+        folder: Of the run.
+        model: The student.
+        metadata: For the header of the file of weights.
+    """
     # contiguous: safetensors refuses strided views
     weights = {k: v.detach().cpu().contiguous() for k, v in _state(model).items()}
-    runs.write_bytes(folder / WEIGHTS, safetensors.torch.save(weights))
+    content = safetensors.torch.save(weights, None if metadata is None else dict(metadata))
+    runs.write_bytes(folder / WEIGHTS, content)
     fitted = model.preprocess
     if fitted.whiten is not None and fitted.unwhiten is not None:
         matrices = {"whiten": fitted.whiten, "unwhiten": fitted.unwhiten}
         runs.write_bytes(folder / WHITENING, safetensors.numpy.save(matrices))
-    runs.write_json(folder / CARD, card(model))
+    seals.write(folder, CARD, card(model), (WEIGHTS, WHITENING))
 
 
 def card(model: Model) -> dict[str, Any]:
@@ -93,22 +105,37 @@ def load_run(folder: Path) -> Model:
     """Load what `save_run` wrote.
 
     Raises:
-        UserError: If the folder holds no finished student, or a damaged one.
+        UserError: If the folder holds no finished student, a damaged one, or files of two runs.
     """
     if not (folder / CARD).is_file():
         raise UserError(f"{folder} holds no finished student: it has no {CARD}{_hint(folder)}")
-    found = runs.read_json(folder / CARD)
+    found = seals.read(folder, CARD)
+    if unknown := sorted(found.keys() - set(KNOWN)):
+        raise UserError(f"{folder / CARD} is damaged, or of a later version: unknown {unknown[0]}")
+    seals.verify(folder, WEIGHTS, WHITENING)
     try:
-        name, classes = found["name"], tuple(found["classes"])
-        shape = tuple(found["input"]["shape"])
-        classifier = networks.build(name, shape, len(classes), config=found.get("config"))
-        classifier.interpolation = found.get("interpolation", "bilinear")
-        _state_into(classifier.network, folder / WEIGHTS)
-        preprocess = preprocessing(found["preprocess"], folder)
-        temperature = float(found["output_temperature"])
-        return Model(classifier, name, classes, shape, preprocess, found["outputs"], temperature)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / CARD} is not a whole model description: {error!r}") from error
+        return _model(folder, found)
+    except UserError:
+        raise  # it is one line already
+    except Exception as error:  # of a file without a checksum: it may hold anything
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{folder / CARD} is not a whole model description ({why})") from error
+
+
+def _model(folder: Path, found: Mapping[str, Any]) -> Model:
+    schema.check(CARD, found, {"name": str, "classes": Sequence[str], "output_temperature": float})
+    name, classes = found["name"], tuple(found["classes"])
+    h, w, c = shape = tuple(found["input"]["shape"])
+    if not all(type(size) is int and size > 0 for size in (h, w, c)):
+        raise ValueError(f"images of shape {shape}")
+    if found["outputs"] not in get_args(Outputs):
+        raise ValueError(f"outputs {found['outputs']!r}")
+    classifier = networks.build(name, shape, len(classes), config=found.get("config"))
+    classifier.interpolation = found.get("interpolation", "bilinear")
+    _state_into(classifier.network, folder / WEIGHTS)
+    preprocess = preprocessing(found["preprocess"], folder)
+    temperature = float(found["output_temperature"])
+    return Model(classifier, name, classes, shape, preprocess, found["outputs"], temperature)
 
 
 def preprocessing(card: Mapping[str, Any], folder: Path) -> Preprocess:
@@ -142,9 +169,14 @@ def check_fit(who: str, model: Model, shape: Shape, classes: tuple[str, ...]) ->
         who: How the message calls the model.
         shape, classes: Of the data.
     """
+    check_shape(who, model, shape)
+    check_classes(who, model.classes, classes)
+
+
+def check_shape(who: str, model: Model, shape: Shape) -> None:
+    """Refuse a model that takes images of another shape than the data's."""
     if model.shape != shape:
         raise UserError(f"{who} takes images of shape {model.shape}, the data have {shape}")
-    check_classes(who, model.classes, classes)
 
 
 def check_classes(who: str, its: tuple[str, ...], classes: tuple[str, ...]) -> None:

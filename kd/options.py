@@ -159,9 +159,12 @@ class Evaluate:
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Folder of a finished run."""
     data: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[DATA]")] = None
-    """Data set to test on; by default the one it was trained for."""
+    """Data set to test on; by default the one it was trained for. Of other data than those, all
+    images are judged, unless there is a test part (a folder with train/ and test/, say)."""
     teacher: Name = None
     """To measure the agreement with; by default the one it was trained with."""
+    class_map: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """JSON file, class of the data -> class of the student (name or number)."""
     data_root: Path = field(default_factory=places.data_root)
     """Where data sets lie or are downloaded to."""
     device: str = "auto"

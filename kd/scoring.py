@@ -14,7 +14,6 @@ from dsdistill.harness import metrics
 from kd.data import Batch
 from kd.engine import Engine
 from kd.losses import response
-from kd.models import Model
 from kd.networks import Shape
 
 # Images at once where nothing is trained. More leave the cache of a CPU: `convnet` at 28x28 takes
@@ -60,11 +59,28 @@ def scored(
     return np.concatenate(parts), np.concatenate(labels)
 
 
-def figures(model: Model, batches: Judged, teacher: nn.Module | None = None) -> dict[str, float]:
-    """Accuracy, NLL in nats and calibration error (15 bins); with a teacher, agreement with it."""
-    scores, labels = scored(model.classifier, batches)
-    probabilities = metrics.softmax(scores, model.output_temperature)
+def figures(
+    network: nn.Module,
+    batches: Judged,
+    teacher: nn.Module | None = None,
+    *,
+    temperature: float = 1.0,
+) -> dict[str, float]:
+    """Accuracy, NLL in nats and calibration error (15 bins); with a teacher, agreement with it.
+
+    Args:
+        network: Takes images (n, c, h, w).
+        batches: The images.
+        teacher: Takes the same images.
+        temperature: softmax(outputs / this) are the network's probabilities.
+
+    Returns:
+        The figures, and the number of `images` that they are of.
+    """
+    scores, labels = scored(network, batches)
+    probabilities = metrics.softmax(scores, temperature)
     found = {
+        "images": len(labels),
         "accuracy": metrics.accuracy(scores, labels),
         "nll": metrics.nll(probabilities, labels),
         "calibration_error": metrics.expected_calibration_error(probabilities, labels),

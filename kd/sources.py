@@ -63,6 +63,11 @@ class Source:
         return len(self.train_images)
 
     @property
+    def validation_count(self) -> int:
+        """Images held out of the training set."""
+        return len(self.splits.validation) if self.splits else 0
+
+    @property
     def digest(self) -> str:
         """SHA-256 that changes with the images trained on."""
         if self.distilled is not None:

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from dsdistill.harness import places, preprocess, runs
+from dsdistill.harness import places, preprocess
 from dsdistill.harness.errors import UserError
-from kd import data, models, sources
+from kd import data, models, seals, sources
 from kd.files import streaming
 from kd.files.pictures import Pictures
 from kd.files.streaming import Files
@@ -143,5 +143,4 @@ def _some(n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _optional(path: Path) -> Mapping[str, Any]:
-    found = runs.read_json(path) if path.is_file() else {}
-    return found if isinstance(found, Mapping) else {}
+    return seals.read(path.parent, path.name) if path.is_file() else {}

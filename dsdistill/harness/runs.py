@@ -257,6 +257,27 @@ def start(
         raise
 
 
+def stored_options(
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    result: str,
+    defaults: Mapping[str, Any],
+    free: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """The configuration of an unfinished run, without opening it: nothing is locked or changed.
+
+    Args:
+        folder, config, result, defaults, free: As for `start`.
+
+    Raises:
+        RunError: If there is nothing to resume, or the options contradict the stored ones.
+    """
+    _check_begun(folder, result)
+    new, defaults = _as_json(config), _as_json(defaults)
+    return _reconcile(folder, _stored_config(folder), new, defaults, free)
+
+
 def _check_begun(folder: Path, result: str) -> None:
     if (folder / result).exists():
         raise RunError(f"{folder} holds a finished run: there is nothing to resume")

@@ -59,6 +59,12 @@ class Files:
         return len(train) if isinstance(train, Pictures) else 0
 
     @property
+    def validation_count(self) -> int | None:
+        """Images to validate on; None where nobody knows before they are read."""
+        held = self.parts[1]
+        return None if isinstance(held, Archive) else len(held or ())
+
+    @property
     def digest(self) -> str:
         """SHA-256 that changes with the images trained on."""
         train = self.parts[0]
