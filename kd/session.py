@@ -7,7 +7,8 @@ curves.png               the same as a picture
 checkpoint.safetensors   the last good state, for --resume
 student.safetensors      the network's weights of the best round
 model.json               what is needed to use them (and preprocess.safetensors for ZCA)
-report.json              test figures; written last: a folder that holds it is finished
+report.json              test figures; written after all but the picture: a folder that holds it is
+                         finished
 """
 
 import json
@@ -124,9 +125,9 @@ def _train(options: Train) -> dict[str, Any]:
     if not run.writes:
         return {}
     models.save_run(folder, student)
-    curves.draw(folder)
     report = _report(options, parts, student, state) | spent
     runs.write_json(folder / REPORT, report)
+    curves.draw(folder)  # last: a picture that cannot be drawn costs no result
     return report
 
 

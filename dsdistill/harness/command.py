@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import tyro
 
 from dsdistill.harness.errors import UserError
+from dsdistill.harness.text import printable
 
 Commands = Mapping[str, tuple[type, Callable[[Any], None]]]
 
@@ -35,6 +36,8 @@ def main(prog: str, description: str, commands: Commands, stopped: str) -> None:
     options = _parse(prog, description, {name: cls for name, (cls, _) in commands.items()})
     execute = next(execute for cls, execute in commands.values() if type(options) is cls)
     signal.signal(signal.SIGTERM, _interrupt)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does: Latin-1 alone
     try:
         execute(options)
         sys.stdout.flush()
@@ -42,7 +45,7 @@ def main(prog: str, description: str, commands: Commands, stopped: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from error
     except (UserError, OSError) as error:
-        raise SystemExit(f"{prog}: {error}") from error
+        raise SystemExit(printable(f"{prog}: {error}")) from error
     except KeyboardInterrupt as error:
         raise SystemExit(f"{prog}: {stopped}") from error
 
@@ -59,7 +62,7 @@ def _parse(prog: str, description: str, commands: Mapping[str, type]) -> Any:
             )
     except SystemExit as stop:
         if stop.code:
-            print(f"{prog}: {_one_line(box.getvalue(), commands)}", file=sys.stderr)
+            print(printable(f"{prog}: {_one_line(box.getvalue(), commands)}"), file=sys.stderr)
         raise
 
 
