@@ -50,15 +50,16 @@ def print_set(path: Path, *, as_json: bool) -> None:
 
 def describe(distilled: artifact.Distilled) -> dict[str, Any]:
     """Shape, encoding and provenance of a set, JSON-compatible."""
-    return {
+    own = {
         "images": list(distilled.images.shape),
         "labels": list(distilled.labels.shape),
         "classes": list(distilled.classes),
         "encoding": distilled.encoding,
         "preprocess": distilled.preprocess.kind,
         "bytes": distilled.nbytes,
-        **distilled.provenance,
     }
+    # A stranger's provenance may use these names for anything.
+    return own | {k: v for k, v in distilled.provenance.items() if k not in own}
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -72,6 +73,6 @@ def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 def _words(name: str, value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
-    if name in ("bytes", "peak_memory"):
+    if name in ("bytes", "peak_memory") and isinstance(value, int | float):
         return readable(value)
     return f"{value:.6g}" if isinstance(value, float) else str(value)
