@@ -10,6 +10,7 @@ from typing import Any
 
 from dsdistill import options
 from dsdistill.harness import command
+from dsdistill.harness.text import printable
 
 
 def kip(chosen: options.Kip) -> None:
@@ -35,7 +36,7 @@ def evaluate(chosen: options.Evaluate) -> None:
 def report(chosen: options.Report) -> None:
     from dsdistill import scorecard
 
-    print(scorecard.compare(chosen))
+    print(printable(str(scorecard.compare(chosen))))
 
 
 def inspect(chosen: options.Inspect) -> None:
@@ -47,7 +48,7 @@ def inspect(chosen: options.Inspect) -> None:
 def export(chosen: options.Export) -> None:
     from dsdistill import export as exporting
 
-    print(exporting.write(chosen.file, chosen.format, chosen.out))
+    print(printable(str(exporting.write(chosen.file, chosen.format, chosen.out))))
 
 
 def cache(chosen: options.Cache) -> None:
