@@ -102,7 +102,7 @@ def objective(parts: Parts, options: Train) -> Objective:
     made = terms.build(
         parts.specs,
         student,
-        parts.teachers[0] if parts.teachers else None,
+        parts.teachers,
         shape=parts.source.shape,
         classes=len(parts.source.classes),
         images=parts.source.count,

@@ -80,15 +80,27 @@ class Source:
         images = self.train_images
         return preprocess.fit(kind or "standardise", images.chunks, images.shape)
 
-    def train(self, recipe: Recipe, fitted: Preprocess, on: Engine, workers: int = 0) -> Resident:
-        """The training images in batches of the recipe's size a process, as a network sees them."""
+    def train(
+        self,
+        recipe: Recipe,
+        fitted: Preprocess,
+        on: Engine,
+        workers: int = 0,
+        least: int = data.LEAST,
+    ) -> Resident:
+        """The training images in batches of the recipe's size a process, as a network sees them.
+
+        Args:
+            recipe, fitted, on, workers: As in `streaming.Files.train`.
+            least: Images that each process needs of a batch.
+        """
         world = on.num_processes
         size = recipe.batch_size * world
         if self.distilled is not None:
             examples = self.distilled.examples()
         else:
             examples = Examples(self.train_images, fitted)
-        return data.batches(examples, size, on.device, world)
+        return data.batches(examples, size, on.device, world, least)
 
     def validation(
         self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0

@@ -8,7 +8,7 @@ import torch
 
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.preprocess import Preprocess
-from kd.data import Batches
+from kd.data import LEAST, Batches
 from kd.engine import Engine
 from kd.files import pictures, shards
 from kd.files.pictures import Pictures
@@ -68,8 +68,10 @@ class Files:
         mean, std = (np.asarray(values, np.float32) for values in (MEAN, STD))
         return Preprocess("standardise", mean, std)
 
-    def train(self, recipe: Recipe, fitted: Preprocess, on: Engine, workers: int) -> Batches:
-        """The training images in batches, cut and changed."""
+    def train(
+        self, recipe: Recipe, fitted: Preprocess, on: Engine, workers: int, least: int = LEAST
+    ) -> Batches:
+        """The training images in batches, cut and changed; `least` images a process and batch."""
         world = on.num_processes
         return shards.streamed(
             self.parts[0],
@@ -79,6 +81,7 @@ class Files:
             world=world,
             repeats=recipe.repeats,
             workers=workers,
+            least=least,
         )
 
     def validation(
