@@ -164,6 +164,14 @@ class Changed:
             yield self.change(batch, derive(seed, epoch, number))
 
 
+def sent(batch: Batch, device: torch.device) -> Batch:
+    """A batch on a device."""
+    moved = {
+        name: value.to(device) for name, value in vars(batch).items() if isinstance(value, Tensor)
+    }
+    return replace(batch, **moved)
+
+
 def _sent(x: Tensor, device: torch.device) -> Tensor:
     """On the device; a GPU is not waited for."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

@@ -4,6 +4,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from dsdistill.harness import lists, runs
 from dsdistill.harness.errors import UserError
 from kd import engine, models, networks, scoring, sources, teachers
@@ -32,27 +34,22 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
         raise UserError(f"nothing to test on: {source.note or source.name + ' has no test images'}")
     models.check_fit(f"student {options.run}", student, source.shape, source.classes)
     name = options.teacher or config.get("teacher")
-    teacher = None
+    known: dict[str, nn.Module] = {}
     if name is not None:
-        first = lists.names("--teacher", name)[0]
-        own = config if options.teacher is None else {}  # what was said of the run's teacher
-        mapping = own.get("class_map")
-        teacher = teachers.load(
-            first,
-            student.preprocess,
-            source.shape,
-            source.classes,
-            class_map=labels.read_class_map(Path(mapping)) if mapping else None,
-            **{name.removeprefix("teacher_"): own.get(name) for name in TOLD},
-        )
-        teacher.to(device)
+        names = lists.names("--teacher", name)
+        own = config if options.teacher is None else {}  # what was said of the run's teachers
+        told = {name.removeprefix("teacher_"): own.get(name) for name in TOLD}
+        where = student.preprocess, source.shape, source.classes
+        maps = labels.read_class_maps(own.get("class_map"), names)
+        for each, mapping in zip(names, maps, strict=True):
+            known[each] = teachers.load(each, *where, class_map=mapping, **told).to(device)
     student.classifier.to(device)
     return {
         "run": str(options.run),
         "student": student.name,
         "teacher": name,
         "data": source.name,
-        **scoring.figures(student, test, teacher),
+        **scoring.figures(student, test, known),
         "output_temperature": student.output_temperature,
         "parameters": networks.parameters(student.classifier),
         **scoring.latency(student.classifier, student.shape),

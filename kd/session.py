@@ -39,6 +39,7 @@ from kd import (
     processes,
     recipes,
     scoring,
+    sources,
     teaching,
 )
 from kd.assembly import Parts
@@ -108,13 +109,12 @@ def _train(options: Train) -> dict[str, Any]:
     folder, parts = options.out, assembly.assembled(options)
     assert folder is not None
     objective = assembly.objective(parts, options)
-    held = _held(options, parts)
-    for name, teacher in zip(parts.taught_by, parts.teachers, strict=True):
-        if held is not None:
-            say = progress.say if parts.on.is_main_process else lambda line: None
-            minimum = options.min_teacher_accuracy
-            preflight.check(name, teacher, held, minimum=minimum, say=say)
-    batches = teaching.batches(parts, options, objective)
+    source = teaching.source(parts, options)
+    assembly.check_step(parts, objective, source.sizes)
+    if options.compile:
+        parts.student.classifier.network.compile()
+    _judge_teachers(options, parts)
+    batches = teaching.batches(parts, options, objective, source)
     run = engine.shared(parts.on, lambda: _start(folder, options))
     run = replace(run, writes=parts.on.is_main_process)
     if run.writes:
@@ -128,6 +128,56 @@ def _train(options: Train) -> dict[str, Any]:
     report = _report(options, parts, student, state) | spent
     runs.write_json(folder / REPORT, report)
     return report
+
+
+def _judge_teachers(options: Train, parts: Parts) -> None:
+    """Say how good each teacher is, on validation images or else on training images."""
+    say = progress.say if parts.on.is_main_process else lambda line: None
+    held: Judged | None = _held(options, parts)
+    part = "validation"
+    if held is None:
+        say(_without_validation(options, parts))
+        fitted, device = parts.student.preprocess, parts.on.device
+        shuffled = parts.source.shuffled(parts.recipe, fitted, device, options.workers)
+        held, part = None if shuffled is None else preflight.Some(shuffled), "training"
+    minimum = options.min_teacher_accuracy
+    if parts.teachers and held is None:
+        say("the teachers are not judged: there are no real images to judge them on")
+        if minimum is not None:
+            raise UserError(
+                f"--min-teacher-accuracy {minimum:g} needs real images to judge the teacher on, "
+                f"and there are none ({parts.source.note}): leave it out"
+            )
+    elif held is not None:
+        for name, teacher in zip(parts.taught_by, parts.teachers, strict=True):
+            preflight.check(name, teacher, held, minimum=minimum, part=part, say=say)
+
+
+def _without_validation(options: Train, parts: Parts) -> str:
+    """What falls away where no image is held out, in one line.
+
+    Raises:
+        UserError: If an option is given that needs validation images.
+    """
+    for name in ("metric", "average_best"):
+        if name in options.given:
+            raise UserError(
+                f"--{name.replace('_', '-')} has no effect without validation images: "
+                "leave it out, or hold some out with --validation-fraction"
+            )
+    fraction = sources.fraction(options.validation_fraction)
+    lost = ["the weights of the last epoch are saved, not of the best"]
+    if parts.recipe.average_best > 1:
+        lost.append(f"and not the mean of {parts.recipe.average_best} epochs")
+    if parts.student.outputs == "centred labels":
+        lost.append("and its outputs are not calibrated")
+    if parts.source.distilled is not None and parts.source.note:
+        why = "there are no real images"
+    elif parts.source.distilled is not None or fraction == 0:
+        why = "none are held out"
+    else:
+        why = f"a share of {fraction:g} of so few images of each class is none"
+    return f"no validation images ({why}): {', '.join(lost)}"
 
 
 def _report(options: Train, parts: Parts, student: Model, state: State) -> dict[str, Any]:
@@ -214,13 +264,14 @@ def _shown(
         yield log, show
 
 
-def _tested(options: Train, parts: Parts, student: Model) -> dict[str, float | None]:
+def _tested(options: Train, parts: Parts, student: Model) -> dict[str, Any]:
     """Figures on the test set; its only use."""
     fitted, on = student.preprocess, parts.on
     batches = parts.source.test(parts.recipe, fitted, on.device, options.workers)
     if batches is None:
         return {"test_accuracy": None}
-    found = scoring.figures(student, batches, parts.teachers[0] if parts.teachers else None)
+    known = dict(zip(parts.taught_by, parts.teachers, strict=True))
+    found = scoring.figures(student, batches, known)
     return {"test_accuracy": found.pop("accuracy"), **found}
 
 
@@ -271,7 +322,7 @@ def _parted(value: str, mark: str) -> tuple[str, str]:
 def _stored(run: runs.Run, options: Train) -> Train:
     """The options that the run was started with."""
     config = {k: v for k, v in run.config.items() if k in _config(options)}
-    for name in ("data_root", "class_map", "cache"):
+    for name in ("data_root", "cache"):
         config[name] = None if config[name] is None else Path(config[name])
     config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
     overrides = {f.name: config.pop(f.name) for f in fields(options.overrides)}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dsdistill.harness import artifact, datasets, preprocess
@@ -107,6 +108,16 @@ class Source:
     ) -> Resident | None:
         """Real images held out of the training set; None if there are none."""
         return _judged(self.splits and self.splits.validation, fitted, device)
+
+    def shuffled(
+        self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0
+    ) -> Resident | None:
+        """Real training images, unchanged and read when needed; None if there are none."""
+        if self.splits is None:
+            return None
+        images = self.splits.train
+        labels = torch.from_numpy(images.labels.astype(np.int64)).to(device)
+        return Resident(Examples(images, fitted), SCORE_BATCH, device, labels)
 
     def test(
         self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0

@@ -20,7 +20,6 @@ from kd.networks import Classifier, Shape
 from kd.seen import Seen
 from kd.teachers import Teacher
 
-
 Loss = Callable[..., Tensor]
 Together = Callable[[Seen, Loss, float], Tensor]  # of a loss of logits at a temperature
 

@@ -90,6 +90,15 @@ class Files:
         """Images held out of the training set, or the data set's own; None if there are none."""
         return self._judged(self.parts[1], recipe, fitted, device, workers)
 
+    def shuffled(
+        self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0
+    ) -> Batches:
+        """Training images, as they are judged."""
+        views = self._views(recipe, fitted)
+        return shards.streamed(
+            self.parts[0], views, SCORE_BATCH, device, augment=False, workers=workers
+        )
+
     def test(
         self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0
     ) -> Judged | None:
