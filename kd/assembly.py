@@ -186,23 +186,8 @@ def _check(parts: Parts, options: Train, alone: bool) -> None:
             "--mixup and --cutmix pair the images of a batch: --batch-size must be even, got "
             f"{recipe.batch_size}"
         )
-    whole = [name for name in names if terms.TERMS[name].whole]
-    if mixed and whole:
-        raise UserError(
-            f"--loss {whole[0]} needs images of one class each: leave --mixup and --cutmix out"
-        )
-    for spec in parts.specs:
-        row, k = terms.TERMS[spec.name], len(parts.source.classes)
-        if k < row.classes:
-            raise UserError(
-                f"--loss {spec.name} needs {row.classes} classes or more, and the data have {k}: "
-                "use kd"
-            )
-        if recipe.batch_size < (least := terms.least_images(spec)):
-            raise UserError(
-                f"--loss {spec.name} compares the images of a batch: --batch-size must be at "
-                f"least {least}, got {recipe.batch_size}"
-            )
+    classes = len(parts.source.classes)
+    terms.check(parts.specs, classes=classes, batch_size=recipe.batch_size, mixed=mixed)
     logits = [name for name in taught if terms.TERMS[name].make is None]
     if options.teacher_weights is not None and not logits:
         raise UserError(

@@ -31,6 +31,7 @@ from dsdistill.harness.errors import UserError
 from kd import (
     assembly,
     chain,
+    composition,
     curves,
     engine,
     models,
@@ -41,6 +42,7 @@ from kd import (
     scoring,
     sources,
     teaching,
+    terms,
 )
 from kd.assembly import Parts
 from kd.checkpoint import Saved, State
@@ -93,6 +95,8 @@ def run(options: Train) -> dict[str, Any]:
     assert options.out is not None
     if not options.resume:
         runs.check_free(options.out, REPORT)
+    if options.given.get("loss"):
+        composition.parse(options.given["loss"], terms.FUNCTIONS)  # its last link may be far away
     for link in chain.before(options, options.out):
         assert link.out is not None
         begun = (link.out / "config.json").exists()

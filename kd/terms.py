@@ -190,6 +190,36 @@ def needs_teacher(spec: Spec) -> bool:
     return TERMS[spec.name].looks_at != "labels" and spec.name != "heads"
 
 
+def check(specs: Sequence[Spec], *, classes: int, batch_size: int, mixed: bool) -> None:
+    """Refuse terms that cannot work with the data.
+
+    Args:
+        specs: What was written.
+        classes: Their number.
+        batch_size: Images of a batch.
+        mixed: Whether images are mixed.
+
+    Raises:
+        UserError: With the term and what it needs.
+    """
+    for spec in specs:
+        row = TERMS[spec.name]
+        if mixed and row.whole:
+            raise UserError(
+                f"--loss {spec.name} needs images of one class each: leave --mixup and --cutmix out"
+            )
+        if classes < row.classes:
+            raise UserError(
+                f"--loss {spec.name} needs {row.classes} classes or more, and the data have "
+                f"{classes}: use kd"
+            )
+        if batch_size < (least := least_images(spec)):
+            raise UserError(
+                f"--loss {spec.name} compares the images of a batch: --batch-size must be at "
+                f"least {least}, got {batch_size}"
+            )
+
+
 def least_images(spec: Spec) -> int:
     """The least number of images that a term can compare."""
     if spec.name == "dist" and spec.parameters.get("intra") == 0:

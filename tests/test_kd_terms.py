@@ -23,9 +23,11 @@ def student() -> networks.Classifier:
     return networks.build("convnet:8", SHAPE, CLASSES, seed=0)
 
 
-def teacher(name: str = "test_resnet") -> teachers.Teacher:
-    classifier = networks.build(name, SHAPE, CLASSES, seed=1)
-    names = tuple(f"class {i}" for i in range(CLASSES))
+def teacher(
+    name: str = "test_resnet", classes: int = CLASSES, *, seed: int = 1
+) -> teachers.Teacher:
+    classifier = networks.build(name, SHAPE, classes, seed=seed)
+    names = tuple(f"class {i}" for i in range(classes))
     model = models.Model(classifier, name, names, SHAPE, preprocess.identity(1))
     return teachers.Teacher(model, preprocess.identity(1), SHAPE[:2]).eval().requires_grad_(False)
 
