@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from dsdistill.harness import layout, lists
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.labeled import Labeled
-from dsdistill.harness.preprocess import Preprocess
 from dsdistill.harness.runs import INPUTS
 from kd import engine, models, networks, scoring, seals, sources, teachers
 from kd.files import streaming
@@ -57,9 +56,15 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
     who = f"student {options.run}"
     matched = labels.match(who, student.classes, source.classes, mapping)
     name = options.teacher or config.get("teacher")
-    teacher = None
+    known: dict[str, nn.Module] = {}
     if name is not None:
-        teacher = _teacher(options, config, name, student.preprocess, source).to(device)
+        names = lists.names("--teacher", name)
+        own = config if options.teacher is None else {}  # what was said of the run's teachers
+        told = {name.removeprefix("teacher_"): own.get(name) for name in TOLD}
+        where = student.preprocess, source.shape, source.classes
+        maps = labels.read_class_maps(own.get("class_map"), names)
+        for each, mapping in zip(names, maps, strict=True):
+            known[each] = teachers.load(each, *where, class_map=mapping, **told).to(device)
     student.classifier.to(device)
     judged = _InOrder(student.classifier, matched.outputs)
     return {
@@ -69,7 +74,7 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
         "data": source.name,
         "judged_on": chosen.which,
         "classes_matched": matched.how,
-        **scoring.figures(judged, test, teacher, temperature=student.output_temperature),
+        **scoring.figures(judged, test, known, temperature=student.output_temperature),
         "output_temperature": student.output_temperature,
         "parameters": networks.parameters(student.classifier),
         **scoring.latency(student.classifier, student.shape),
@@ -86,26 +91,6 @@ class _InOrder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         scores = self.network(images)
         return scores if self.outputs is None else scores[:, list(self.outputs)]
-
-
-def _teacher(
-    options: Evaluate,
-    config: Mapping[str, Any],
-    name: str,
-    fitted: Preprocess,
-    source: Source | Files,
-) -> nn.Module:
-    """The first teacher of that name, and of what was said of the run's own one."""
-    own = config if options.teacher is None else {}
-    mapping = own.get("class_map")
-    return teachers.load(
-        lists.names("--teacher", name)[0],
-        fitted,
-        source.shape,
-        source.classes,
-        class_map=labels.read_class_map(Path(mapping)) if mapping else None,
-        **{name.removeprefix("teacher_"): own.get(name) for name in TOLD},
-    )
 
 
 def _recipe(run: Path) -> Recipe:

@@ -23,9 +23,11 @@ def student() -> networks.Classifier:
     return networks.build("convnet:8", SHAPE, CLASSES, seed=0)
 
 
-def teacher(name: str = "test_resnet") -> teachers.Teacher:
-    classifier = networks.build(name, SHAPE, CLASSES, seed=1)
-    names = tuple(f"class {i}" for i in range(CLASSES))
+def teacher(
+    name: str = "test_resnet", classes: int = CLASSES, *, seed: int = 1
+) -> teachers.Teacher:
+    classifier = networks.build(name, SHAPE, classes, seed=seed)
+    names = tuple(f"class {i}" for i in range(classes))
     model = models.Model(classifier, name, names, SHAPE, preprocess.identity(1))
     return teachers.Teacher(model, preprocess.identity(1), SHAPE[:2]).eval().requires_grad_(False)
 
@@ -37,7 +39,7 @@ def batches(n: int = 32) -> data.Resident:
 def objective(loss: str, taught_by: teachers.Teacher | None = None) -> Distillation:
     network, taught_by = student(), taught_by or teacher()
     made = terms.build(
-        composition.parse(loss, terms.FUNCTIONS), network, taught_by,
+        composition.parse(loss, terms.FUNCTIONS), network, (taught_by,),
         shape=SHAPE, classes=CLASSES, images=32,
     )  # fmt: skip
     return Distillation(network, made, (taught_by,))
@@ -172,7 +174,7 @@ def test_a_layer_before_all_weights_would_teach_nothing(loss: str) -> None:
     flat = networks.build("mlp:8", SHAPE, CLASSES, seed=0)  # its layer 0 flattens the image
     with pytest.raises(UserError, match="no trained weight comes before layer '0'"):
         terms.build(
-            composition.parse(loss, terms.FUNCTIONS), flat, teacher(),
+            composition.parse(loss, terms.FUNCTIONS), flat, (teacher(),),
             shape=SHAPE, classes=CLASSES, images=32,
         )  # fmt: skip
 
