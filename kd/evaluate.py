@@ -4,7 +4,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from dsdistill.harness import lists, runs
+from dsdistill.harness import runs
 from dsdistill.harness.errors import UserError
 from kd import engine, models, networks, scoring, sources, teachers
 from kd.files import streaming
@@ -30,11 +30,11 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
     test = source.test(recipe, student.preprocess, device)
     if test is None:
         raise UserError(f"nothing to test on: {source.note or source.name + ' has no test images'}")
-    models.check_fit(f"student {options.run}", student, source.shape, source.classes)
+    student = models.fitted(f"student {options.run}", student, source.shape, source.classes)
     name = options.teacher or config.get("teacher")
     teacher = None
     if name is not None:
-        first = lists.names("--teacher", name)[0]
+        first = networks.names("--teacher", name)[0]
         own = config if options.teacher is None else {}  # what was said of the run's teacher
         mapping = own.get("class_map")
         teacher = teachers.load(
