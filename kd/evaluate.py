@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from dsdistill.harness import layout, lists
+from dsdistill.harness import layout
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.labeled import Labeled
 from dsdistill.harness.preprocess import Preprocess
@@ -53,22 +53,27 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
     test = source.test(recipe, student.preprocess, device)
     if test is None:
         raise UserError(f"nothing to test on: {source.note or source.name + ' has no test images'}")
-    mapping = labels.read_class_map(options.class_map) if options.class_map else None
     who = f"student {options.run}"
-    matched = labels.match(who, student.classes, source.classes, mapping)
+    how, outputs = "by name", None
+    if options.class_map is None:
+        student = models.fitted(who, student, source.shape, source.classes)
+    else:
+        mapping = labels.read_class_map(options.class_map)
+        matched = labels.match(who, student.classes, source.classes, mapping)
+        how, outputs = matched.how, matched.outputs
     name = options.teacher or config.get("teacher")
     teacher = None
     if name is not None:
         teacher = _teacher(options, config, name, student.preprocess, source).to(device)
     student.classifier.to(device)
-    judged = _InOrder(student.classifier, matched.outputs)
+    judged = _InOrder(student.classifier, outputs)
     return {
         "run": str(options.run),
         "student": student.name,
         "teacher": name,
         "data": source.name,
         "judged_on": chosen.which,
-        "classes_matched": matched.how,
+        "classes_matched": how,
         **scoring.figures(judged, test, teacher, temperature=student.output_temperature),
         "output_temperature": student.output_temperature,
         "parameters": networks.parameters(student.classifier),
@@ -99,7 +104,7 @@ def _teacher(
     own = config if options.teacher is None else {}
     mapping = own.get("class_map")
     return teachers.load(
-        lists.names("--teacher", name)[0],
+        networks.names("--teacher", name)[0],
         fitted,
         source.shape,
         source.classes,
