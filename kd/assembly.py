@@ -1,13 +1,13 @@
 """From the command's options to all the parts of a training, checked before anything is written."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from dsdistill.harness import lists
+from dsdistill.harness import progress
 from dsdistill.harness.errors import UserError
 from kd import (
     chain,
@@ -79,9 +79,10 @@ def assembled(options: Train) -> Parts:
     on = _engine(options, named)
     source = _source(options, named)
     taught = chain.teacher(options) or (named and named.teacher)
-    names = tuple(lists.names("--teacher", taught)) if taught else ()
+    names = tuple(networks.names("--teacher", taught)) if taught else ()
     alone = not (names or options.peers or options.mean_teacher is not None)
-    student = _student(options, name, source)
+    say = progress.say if on.is_main_process else _silent
+    student = _student(options, name, source, say)
     found = _teachers(options, names, source, student)
     peers = _peers(options, source)
     chosen = _recipe(options, named, source.distilled is not None, student)
@@ -237,16 +238,20 @@ def _outputs(specs: Sequence[Spec], alone: bool) -> Outputs:
     return "centred labels" if alone and "mse" in names and "ce" not in names else "logits"
 
 
-def _student(options: Train, name: str, source: Source | Files) -> Model:
+def _student(
+    options: Train, name: str, source: Source | Files, say: Callable[[str], None]
+) -> Model:
     """The student before training, with the preprocessing of the images it will see."""
     if source.distilled is not None and options.preprocess is not None:
         raise UserError("a distilled set brings its preprocessing: leave --preprocess out")
     if Path(name).is_dir():
-        return replace(_earlier(options, name, source), output_temperature=1.0)
+        return replace(_earlier(options, name, source, say), output_temperature=1.0)
     shape, classes = source.shape, source.classes
     classifier = networks.build(
         name, shape, len(classes), seed=options.seed, pretrained=options.pretrained
     )
+    for note in classifier.notes:
+        say(f"student {name}: {note}")
     _switched(options, classifier.network)
     if options.pretrained and options.preprocess is None and source.distilled is None:
         fitted, _ = networks.published(name, shape[-1])
@@ -255,7 +260,9 @@ def _student(options: Train, name: str, source: Source | Files) -> Model:
     return Model(classifier, name, classes, shape, fitted)
 
 
-def _earlier(options: Train, name: str, source: Source | Files) -> Model:
+def _earlier(
+    options: Train, name: str, source: Source | Files, say: Callable[[str], None]
+) -> Model:
     """The student of an earlier run, to be trained further."""
     if options.pretrained or options.preprocess is not None:
         raise UserError(
@@ -263,7 +270,7 @@ def _earlier(options: Train, name: str, source: Source | Files) -> Model:
             "leave --pretrained and --preprocess out"
         )
     model = models.load_run(Path(name))
-    models.check_fit(f"student {name}", model, source.shape, source.classes)
+    model = models.fitted(f"student {name}", model, source.shape, source.classes, say)
     if source.distilled is not None and not source.distilled.preprocess.same_as(model.preprocess):
         raise UserError(
             f"student {name} was trained with another preprocessing than the distilled set's: "
@@ -271,6 +278,10 @@ def _earlier(options: Train, name: str, source: Source | Files) -> Model:
         )
     _switched(options, model.classifier.network)
     return model
+
+
+def _silent(line: str) -> None:
+    """Say nothing: another process does."""
 
 
 def _switched(options: Train, network: nn.Module) -> None:
@@ -291,10 +302,10 @@ def _switched(options: Train, network: nn.Module) -> None:
 
 
 def _peers(options: Train, source: Source | Files) -> tuple[Classifier, ...]:
-    names = options.peers.split(",") if options.peers else ()  # a network may come twice
+    names = networks.split(options.peers or "")  # a network may come twice
     classes = len(source.classes)
     return tuple(
-        networks.build(name.strip(), source.shape, classes, seed=options.seed + 1 + i)
+        networks.build(name, source.shape, classes, seed=options.seed + 1 + i)
         for i, name in enumerate(names)
     )
 

@@ -1,6 +1,7 @@
 """The command `kd`: parse, run, print. Frameworks are imported inside the commands."""
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -33,6 +34,8 @@ def _train(options: Train) -> None:
         message = f"kd: interrupted; continue with `kd train --resume --out {options.out}`"
         if not (options.out / "config.json").exists():
             message = "kd: interrupted; the same line goes on with what is finished"
+        if int(os.environ.get("RANK", "0")) > 0:
+            raise SystemExit(1) from error  # the first of several processes says it
         raise SystemExit(printable(message)) from error
     if not report:  # another process writes, and prints
         return
@@ -84,6 +87,7 @@ _EXPORTED = (
 
 _SUMMARY = (
     "test_accuracy",
+    "test_images",
     "validation_accuracy",
     "nll",
     "calibration_error",

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from dsdistill.harness import layout, lists
+from dsdistill.harness import layout
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.labeled import Labeled
 from dsdistill.harness.runs import INPUTS
@@ -52,13 +52,18 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
     test = source.test(recipe, student.preprocess, device)
     if test is None:
         raise UserError(f"nothing to test on: {source.note or source.name + ' has no test images'}")
-    mapping = labels.read_class_map(options.class_map) if options.class_map else None
     who = f"student {options.run}"
-    matched = labels.match(who, student.classes, source.classes, mapping)
+    how, outputs = "by name", None
+    if options.class_map is None:
+        student = models.fitted(who, student, source.shape, source.classes)
+    else:
+        mapping = labels.read_class_map(options.class_map)
+        matched = labels.match(who, student.classes, source.classes, mapping)
+        how, outputs = matched.how, matched.outputs
     name = options.teacher or config.get("teacher")
     known: dict[str, nn.Module] = {}
     if name is not None:
-        names = lists.names("--teacher", name)
+        names = networks.names("--teacher", name)
         own = config if options.teacher is None else {}  # what was said of the run's teachers
         told = {name.removeprefix("teacher_"): own.get(name) for name in TOLD}
         where = student.preprocess, source.shape, source.classes
@@ -66,14 +71,14 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
         for each, mapping in zip(names, maps, strict=True):
             known[each] = teachers.load(each, *where, class_map=mapping, **told).to(device)
     student.classifier.to(device)
-    judged = _InOrder(student.classifier, matched.outputs)
+    judged = _InOrder(student.classifier, outputs)
     return {
         "run": str(options.run),
         "student": student.name,
         "teacher": name,
         "data": source.name,
         "judged_on": chosen.which,
-        "classes_matched": matched.how,
+        "classes_matched": how,
         **scoring.figures(judged, test, known, temperature=student.output_temperature),
         "output_temperature": student.output_temperature,
         "parameters": networks.parameters(student.classifier),

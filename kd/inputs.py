@@ -47,9 +47,9 @@ def hashes(parts: Parts, options: Train) -> dict[str, str]:
     # A start from a seed is a function of the options.
     if _from_elsewhere(options.student) or options.pretrained:
         found["the student's first weights"] = cache.fingerprint(parts.student.classifier.network)
-    peers = options.peers.split(",") if options.peers else ()
+    peers = networks.split(options.peers or "")
     for number, (name, peer) in enumerate(zip(peers, parts.peers, strict=True), 1):
-        if _from_elsewhere(name.strip()):
+        if _from_elsewhere(name):
             found[f"the first weights of peer {number}"] = cache.fingerprint(peer.network)
     return found
 

@@ -8,16 +8,17 @@ wrong normalisation or order of classes shows here, and not as a student that le
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from dsdistill.harness import metrics, progress
 from dsdistill.harness.errors import UserError
-from kd import scoring
+from kd import class_order, scoring
 from kd.data import Batch, Batches
 from kd.teachers import Resolved, Teacher
+from kd.zoo import labels as class_names
 
 FITTED = 10_000  # images enough for a temperature
 SAMPLE = 2_000  # images enough for an accuracy: its standard error is at most 1.1 %
@@ -53,6 +54,7 @@ class Facts:
         at_chance: Whether the accuracy is not significantly above that.
         temperature: softmax(logits / this) are its calibrated probabilities.
         images: Their number.
+        order: In which its classes make far more sense, in words; None where there is none.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Facts:
     at_chance: bool
     temperature: float
     images: int
+    order: str | None = None
 
 
 def check(
@@ -89,8 +92,12 @@ def check(
         UserError: If the accuracy is below `minimum`.
     """
     say(f"teacher {name}: {described(teacher.resolved)}")
+    for note in teacher.resolved.notes:
+        say(f"teacher {name}: {note}")
     logits, labels = scoring.scored(teacher, batches)
-    facts = _facts(name, teacher.resolved, logits, labels)
+    facts = replace(
+        _facts(name, teacher.resolved, logits, labels), order=_order(teacher, logits, labels)
+    )
     say(
         f"teacher {name}: accuracy {facts.accuracy:.1%} on {facts.images} {part} images, "
         f"calibration temperature {facts.temperature:.3g}"
@@ -100,7 +107,9 @@ def check(
             f"teacher {name} has {part} accuracy {facts.accuracy:.1%}, below "
             f"--min-teacher-accuracy {minimum:g}: check {_suspects(facts)}"
         )
-    if facts.at_chance:
+    if facts.order:
+        say(f"warning: teacher {name} seems to have its classes in another order: {facts.order}")
+    elif facts.at_chance:
         say(
             f"warning: teacher {name} is no better than chance ({facts.chance:.1%}): check "
             f"{_suspects(facts)}"
@@ -146,8 +155,29 @@ def _facts(
     return Facts(name, resolved, accuracy, expected, accuracy <= limit, temperature, n)
 
 
+def _order(
+    teacher: Teacher, logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]
+) -> str | None:
+    """Another order of the classes in which the teacher is far better, in words."""
+    count = logits.shape[1]
+    classes = teacher.resolved.classes or tuple(map(str, range(count)))
+    outputs = None if teacher.outputs is None else teacher.outputs.tolist()
+    positions, likely = outputs or list(range(count)), {}
+    if sorted(positions) == list(range(count)):
+        orders = class_names.likely_orders(classes)
+        likely = {name: [order[p] for p in positions] for name, order in orders.items()}
+    predicted = logits.argmax(1)
+    order = class_order.better(predicted, labels, count, likely)
+    if order is None:
+        return None
+    return class_order.described(order, metrics.accuracy(logits, labels), classes, outputs)
+
+
 def _suspects(facts: Facts) -> str:
-    return (
+    plain = (
         f"its classes and their order (matched {facts.resolved.matched}; --class-map), and its "
         "normalisation and image size"
+    )
+    return (
+        f"{plain}; its classes seem to be in another order: {facts.order}" if facts.order else plain
     )

@@ -355,22 +355,9 @@ def _config(options: Train) -> dict[str, Any]:
     for name in _PATHS:
         value = config[name]
         if value is not None and value != "digits":
-            config[name] = ",".join(map(_absolute, str(value).split(",")))
+            parts = networks.split(str(value)) if name == "teacher" else [str(value)]
+            config[name] = ",".join(map(networks.absolute, parts))
     return config | asdict(options.overrides)
-
-
-def _absolute(value: str) -> str:
-    """A path as it is from every folder, also behind `NAME@`, `hf:` and `local-dir:`."""
-    for prefix, name in (("", value), *(_parted(value, mark) for mark in "@:")):
-        path = Path(name).expanduser()
-        if name and path.exists():
-            return prefix + str(path.resolve())
-    return value
-
-
-def _parted(value: str, mark: str) -> tuple[str, str]:
-    before, found, after = value.rpartition(mark)
-    return before + found, after if found else ""
 
 
 def _stored(folder: Path, options: Train) -> Train:
