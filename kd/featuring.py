@@ -5,6 +5,8 @@ the sum over all pairs of layers. Where no layers are named, losses of vectors c
 embeddings, the inputs of the two classifiers; those of maps need names.
 """
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -195,6 +197,12 @@ class Fused(nn.Module):
             return nn.Identity()
 
         self.tapped, self.function = Tapped(place, noted, default=False), function
+        for (before, _), (layer, _) in itertools.pairwise(layouts):
+            if math.prod(layer.size or ()) > math.prod(before.size or ()):
+                raise UserError(
+                    f"--loss review takes layers from shallow to deep, and {layer.layer!r} has a "
+                    f"larger map than {before.layer!r} before it: give them in the other order"
+                )
         with torch.random.fork_rng():
             torch.manual_seed(place.seed)
             self.fusion = Fusion([s for s, _ in layouts], [t for _, t in layouts])

@@ -178,6 +178,12 @@ def _caches(parts: Parts, options: Train, *, still: bool) -> tuple[Cache, ...]:
             f"--cache needs images whose identity is known, and {parts.source.name} is read from "
             "front to back: leave it out, or use a folder"
         )
+    exact = [spec.name for spec in parts.specs if terms.needs_logits(spec)]
+    if options.cache_top is not None and exact:
+        raise UserError(
+            f"--cache-top keeps probabilities, and --loss {exact[0]} compares the logits "
+            "themselves: leave it out"
+        )
     # The preprocessing of the images is part of each teacher's own adapter, and so of its hash.
     common: dict[str, Any] = {"data": parts.source.digest, "shape": parts.source.shape}
     if not still:

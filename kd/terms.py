@@ -220,6 +220,12 @@ def check(specs: Sequence[Spec], *, classes: int, batch_size: int, mixed: bool) 
             )
 
 
+def needs_logits(spec: Spec) -> bool:
+    """Whether a term looks at more than the probabilities that a teacher's logits stand for."""
+    row = TERMS[spec.name]
+    return needs_teacher(spec) and row.make is None and row.together is not mean_probabilities
+
+
 def least_images(spec: Spec) -> int:
     """The least number of images that a term can compare."""
     if spec.name == "dist" and spec.parameters.get("intra") == 0:
