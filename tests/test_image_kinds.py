@@ -127,10 +127,8 @@ KINDS: dict[str, tuple[Callable[[], bytes], np.ndarray, int]] = {
     "ink.tif": (lambda: _bytes(INK, "TIFF"), _cmyk(10, 200, 30, 40), 1),
     "ink-inverted.jpg": (lambda: _bytes(INK, "JPEG", quality=100), _cmyk(10, 200, 30, 40), 3),
     "frames.gif": (
-        lambda: _bytes(
-            Image.fromarray(COLOUR[..., 0]), "GIF", save_all=True, append_images=FRAMES[1:]
-        ),
-        COLOUR[..., 0],
+        lambda: _bytes(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]),
+        COLOUR,
         0,
     ),
     "pages.tif": (
@@ -147,7 +145,7 @@ KINDS: dict[str, tuple[Callable[[], bytes], np.ndarray, int]] = {
     "lab.tif": (
         lambda: _bytes(Image.new("LAB", (3, 2), (138, 128 + 81, 128 + 70)), "TIFF"),
         np.broadcast_to([255, 0, 0], (2, 3, 3)),
-        4,
+        6,  # a level of 8-bit a or b is up to three of sRGB
     ),
 }
 
@@ -237,8 +235,8 @@ def _mixed(root: Path, gray: int, colour: int) -> Path:
 @pytest.mark.parametrize(("gray", "colour"), [(1, 9), (9, 1)])
 def test_gray_images_among_colour_ones_are_colour_and_said(gray, colour, tmp_path, capsys):
     data = _mixed(tmp_path / "data", gray, colour)
-    for _ in range(2):  # decoded, and from the cache
-        splits = folders.read(data, tmp_path / "cache", None)
+    folders.read(data, tmp_path / "cache", None)
+    splits = folders.read(data, tmp_path / "cache", None)  # from the cache
     assert splits.train.shape == (4, 4, 3)
     store = splits.train.store
     assert (store[0] == 50).all()
