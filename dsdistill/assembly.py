@@ -166,7 +166,10 @@ def _splits(distilled: Distilled, options: Evaluate) -> Splits:
             f"{len(splits.train.classes)}, or they differ in name"
         )
     if splits.digest != data["sha256"]:
-        raise UserError(f"{source} is not the data the set was made from: it has changed")
+        raise UserError(
+            f"{source} is not the data the set was made from: it has changed, or the set is of a "
+            "version that decoded large JPEGs otherwise"
+        )
     return splits
 
 

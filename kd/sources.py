@@ -230,7 +230,8 @@ def _check_origin(path: Path, distilled: Distilled, splits: Splits, came_from: s
     stored = _get(distilled.provenance, "data", "sha256")
     if stored is not None and stored != splits.digest:
         raise UserError(
-            f"{path} was distilled from other images than {came_from} holds now "
+            f"{path} was distilled from other images than {came_from} holds now, or by a version "
+            "that decoded large JPEGs otherwise "
             f"(SHA-256 {str(stored)[:12]}, found {splits.digest[:12]})"
         )
 
