@@ -46,7 +46,7 @@ def _class_names(path: Path, names: np.ndarray | None, k: int) -> tuple[str, ...
         return tuple(str(label) for label in range(k))
     try:
         words = names.tolist() if names.ndim == 1 and names.dtype.kind in "US" else []
-    except ValueError:  # NumPy keeps numbers that are no characters
+    except (ValueError, SystemError):  # NumPy keeps numbers that are no characters
         words = []
     # As file names are: bytes that are no UTF-8 stay apart.
     words = [w.decode(errors="surrogateescape") if isinstance(w, bytes) else w for w in words]
