@@ -1,5 +1,6 @@
 """The files that `mutations.py` changes: how an original is made, and what reads it."""
 
+import os
 import re
 import shutil
 import zlib
@@ -299,35 +300,31 @@ def _make_pictures(folder: Path) -> None:
 
 
 def _pictures_reader() -> Read:
-    from dsdistill.harness import folders
-
-    def read(folder: Path) -> Any:
-        return _splits(folders.read(folder / "data", folder / "cache", 8))
-
-    return read
+    return lambda folder: _folder_splits(folder / "data", folder)
 
 
-def _splits(parts: Sequence[Any]) -> Any:
-    return [(np.asarray(p.images()), p.labels, p.classes) for p in parts]
+def _folder_splits(data: Path, cache: Path) -> Any:
+    """A folder of pictures as a data set, decoded into a cache somewhere in another folder."""
+    from dsdistill.harness import datasets
+
+    os.environ["DSDISTILL_CACHE"] = str(cache / "cache")
+    return _splits(datasets.load(str(data), root=cache, image_size=8))
+
+
+def _splits(splits: Any) -> Any:
+    parts = (splits.train, splits.validation, splits.test)
+    return [(np.asarray(part.images()), part.labels, part.classes) for part in parts]
 
 
 def _make_decoded(folder: Path) -> None:
     _make_pictures(folder)
-    # The key holds the times of the files, which a copy keeps, and their folder: a link to it.
+    # The name of a cache holds the place and the times of the files: they lie beside it.
     shutil.move(folder / "data", folder.parent / "decoded-data")
-    from dsdistill.harness import folders
-
-    folders.read(folder.parent / "decoded-data", folder / "cache", 8)
+    _folder_splits(folder.parent / "decoded-data", folder)
 
 
 def _decoded_reader() -> Read:
-    from dsdistill.harness import folders
-
-    def read(folder: Path) -> Any:
-        data = folder.parent / "originals" / "decoded-data"
-        return _splits(folders.read(data, folder / "cache", 8))
-
-    return read
+    return lambda folder: _folder_splits(folder.parent / "originals" / "decoded-data", folder)
 
 
 KEY = {"arm": ["full"], "learner": "convnet", "seed": 0}
@@ -401,7 +398,7 @@ def _npz_reader() -> Read:
 
     def read(folder: Path) -> Any:
         found = [datasets.load(str(path), root=folder) for path in sorted(folder.glob("*.npz"))]
-        return [_splits((one.train, one.validation, one.test)) for one in found]
+        return list(map(_splits, found))
 
     return read
 
@@ -468,7 +465,7 @@ KINDS = {
     "ls checkpoint": Kind(8, _make_label_solve, _state_reader, (STATE,)),
     "kd checkpoint": Kind(8, _make_stopped_training, _state_reader, (STATE,)),
     "student": Kind(12, _make_training, _student_reader, STUDENT),
-    "decoded images": Kind(8, _make_decoded, _decoded_reader, ("cache/*/*.npy", "cache/*/*.json")),
+    "decoded images": Kind(8, _make_decoded, _decoded_reader, ("**/*.npy", "**/index.json")),
     "evaluation results": Kind(6, _make_kept, _kept_reader, ("results/*.json",)),
     "teacher cache": Kind(
         8, _make_teacher_cache, _teacher_cache_reader, ("cache/*/*.json", "cache/*/*/*.safetensors")
