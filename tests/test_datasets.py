@@ -3,6 +3,7 @@
 import os
 import urllib.error
 import urllib.request
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsdistill.harness import datasets, labeled
+from dsdistill.harness import datasets, labeled, npz
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.labeled import DataError, Examples, Labeled
 from dsdistill.harness.preprocess import identity
@@ -311,3 +312,23 @@ def test_fashion_mnist_loads():
     assert np.bincount(splits.validation.labels).tolist() == [600] * 10
     assert np.bincount(splits.test.labels).tolist() == [1000] * 10
     assert splits.train.classes[9] == "Ankle boot"
+
+
+def test_npz_class_names_of_any_bytes(tmp_path):
+    images, labels = np.zeros((8, 2, 2), np.uint8), np.arange(8) % 2
+    names = np.array(["é".encode(), b"\xff"])
+    np.savez(tmp_path / "a.npz", images=images, labels=labels, classes=names)
+    assert npz.read(tmp_path / "a.npz").classes == ("é", "\udcff")
+    beyond = np.array([[0x110000], [0x61]], "<u4").view("<U1")[:, 0]
+    np.savez(tmp_path / "b.npz", images=images, labels=labels, classes=beyond)
+    with pytest.raises(DataError, match="distinct names"):
+        npz.read(tmp_path / "b.npz")
+
+
+def test_npz_member_that_is_no_array_is_refused(tmp_path):
+    """NumPy gives such a member as its bytes."""
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("images.npy", b"no array")
+        archive.writestr("labels.npy", b"no array")
+    with pytest.raises(DataError, match="must hold arrays 'images' and 'labels'"):
+        npz.read(tmp_path / "a.npz")

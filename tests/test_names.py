@@ -449,3 +449,15 @@ def test_a_users_own_tex_settings_do_not_reach_a_name(tmp_path):
         curves.draw(kd_run(tmp_path / "run", "under_$5_$10"))
         grid(tmp_path / "set.png", (2, 2, 1), ("under_$5_$10", "%"))
     assert (tmp_path / "run" / "curves.png").stat().st_size > 1000
+
+
+def test_a_short_logarithmic_axis_has_numbers_too(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(drawing, "png", lambda figure: drawn.append(figure) or b"")
+    lines = [{"step": s, "ce": loss} for s, loss in ((1, 0.0131), (2, 0.0124))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    curves.draw(tmp_path)
+    axis = drawn[0].axes[0].yaxis
+    drawn[0].draw_without_rendering()
+    shown = [t.get_text() for t in (*axis.get_ticklabels(), *axis.get_ticklabels(minor=True))]
+    assert len([float(text) for text in shown if text]) >= 2

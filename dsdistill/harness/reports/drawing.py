@@ -121,10 +121,10 @@ def label(name: str, most: int = MOST) -> str:
 
 
 def plain_log(axis: Any) -> None:
-    """Plain numbers at the powers of ten, and between them where there are few."""
+    """Plain numbers: at all ticks of a short axis, at 1, 2 and 5 or at tens of longer ones."""
     low, high = axis.get_view_interval()
-    axis.set_major_formatter(_plain)
-    axis.set_minor_formatter(_plain if high < 100 * low else lambda value, _: "")
+    axis.set_major_formatter(_plain if high > 5 * low else _any)
+    axis.set_minor_formatter(_any if high < 5 * low else _plain if high < 100 * low else _none)
 
 
 def blank(height: float, width: float = WIDTH) -> "Figure":
@@ -173,6 +173,14 @@ def _plain(value: float, _: int) -> str:
         if digit in "125" and isclose(value, float(f"{value:.0e}"), rel_tol=1e-5)
         else ""
     )
+
+
+def _any(value: float, _: int) -> str:
+    return f"{value:g}"
+
+
+def _none(value: float, _: int) -> str:
+    return ""
 
 
 def _written(figure: "Figure", *, fonttype: str = "path", **options: Any) -> bytes:
