@@ -21,7 +21,7 @@ VALIDATION = 0.1  # for a set that held no validation images out itself
 JUDGED = 2000  # validation images, class-balanced, that choose rates and calibrate
 RIDGE = 1e-6  # relative, of kernel ridge regression on a set that does not say its own
 KERNEL = "fc"  # of `ridge` on a set that was made without a kernel
-STATED = ("pixels", "labels", "mean", "std", "layout")  # options of a set from elsewhere
+STATED = ("pixels", "labels", "mean", "std", "layout", "tiles")  # options of a set from elsewhere
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ import pickle
 import re
 import warnings
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -250,7 +251,7 @@ def test_own_export_comes_back_to_the_bit(tmp_path, splits, few, read, kind, pre
     np.testing.assert_array_equal(_seen(got, splits.test), _seen(made, splits.test))
 
 
-def test_own_export_that_cannot_be_used(tmp_path, few, refused):
+def test_own_export_that_cannot_be_used(tmp_path, few, read, refused):
     images, labels = few
     own = preprocess.fit("zca", lambda size: iter([images]), images.shape[1:])
     classes = tuple(str(i) for i in range(10))
@@ -262,7 +263,13 @@ def test_own_export_that_cannot_be_used(tmp_path, few, refused):
     made = Distilled(images, centred_one_hot(labels, 10), plain, classes[::-1], {})
     artifact.save(tmp_path / artifact.FILE, made)
     reversed_ = export.write(tmp_path / artifact.FILE, "npz", tmp_path / "reversed.npz")
-    refused(reversed_, "of the classes 9, 8, .* of 0, 1, .* same order")
+    got = read(reversed_)
+    np.testing.assert_array_equal(got.hard_labels, 9 - labels)  # label 9 is the class named '0'
+    assert "classes: matched by name" in _notes(got)
+    other = artifact.FILE.replace("distilled", "other")
+    artifact.save(tmp_path / other, replace(made, classes=("ten", *classes[1:])))
+    named = export.write(tmp_path / other, "npz", tmp_path / "named.npz")
+    refused(named, "of the classes ten, 1, .* of 0, 1, .* must have the same ones")
     with np.load(reversed_) as file:
         arrays = {name: file[name] for name in file.files if name != "classes"}
     np.savez(tmp_path / "wide.npz", **(arrays | {"std": np.ones(7, np.float32)}))
@@ -459,20 +466,22 @@ def test_pixels_that_are_not_as_stated(tmp_path, few, refused, images, stated, m
     refused(path, match, pixels=stated)
 
 
-def test_pixels_that_leave_the_range_a_little_may_be_stated(tmp_path, splits, few, fitted, read):
-    """Unclipped images: `auto` can but take them for standardised."""
+def test_pixels_that_leave_the_range_a_little_must_be_stated(
+    tmp_path, splits, few, fitted, read, refused
+):
+    """Unclipped images: they may as well be standardised."""
     path = _plain(tmp_path / "set.pt", _nchw(few[0] * np.float32(1.4) - np.float32(0.2)), few[1])
     got = read(path, pixels="unit")
     np.testing.assert_allclose(got.images, fitted.apply(few[0] * 1.4 - 0.2), atol=1e-5)
     assert _accuracy(got, splits.test) > GOOD
-    assert "pixels: standardised (from -0.2 to 1.2)" in _notes(read(path))
+    refused(path, "from -0.2 to 1.2, are, and they fit no range exactly: .*signed, unit, zca")
 
 
 def test_constants_that_are_stated_decide(tmp_path, splits, few, read):
     """A set standardised by strange constants: only the right ones give its accuracy."""
     path = _plain(tmp_path / "set.pt", _nchw((few[0] - np.float32(0.9)) / np.float32(0.1)), few[1])
     right = read(path, mean=(0.9,), std=(0.1,))
-    wrong = read(path)
+    wrong = read(path, pixels="standardised")
     assert _accuracy(right, splits.test) > GOOD
     assert _accuracy(wrong, splits.test) < 0.3
     assert "mean 0.9, deviation 0.1: as stated" in _notes(right)
