@@ -20,6 +20,7 @@ from pathlib import Path
 from dsdistill.harness.reports import report, words
 
 SEEDS = 2
+_PROGRAM = "from dsdistill.cli import main; main()"  # of this Python
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,16 @@ def evaluated(name: str, file: Path, root: Path, cifar10: str) -> Path:
         line += ["--controls", "random", "--seeds", str(SEEDS), "--out", str(out)]
         line += ["--resume"] if (out / "config.json").exists() else []
         print("dsdistill", shlex.join(line), flush=True)
-        subprocess.run([sys.executable, "-m", "dsdistill.cli", *line], check=True)
+        subprocess.run([sys.executable, "-c", _PROGRAM, *line], check=True)
     return out
 
 
 def table(reports: dict[str, report.Report]) -> list[str]:
     """Markdown, one row for each set and learner."""
-    lines = ["| set | learner | distilled | random images | the authors' |", "|---|---|---|---|---|"]
+    lines = [
+        "| set | learner | distilled | random images | the authors' |",
+        "|---|---|---|---|---|",
+    ]
     for name, found in reports.items():
         for learner in found.learners:
             rows = (found.row(learner, arm) for arm in ("distilled", "random"))

@@ -8,7 +8,7 @@ import numpy as np
 
 from dsdistill import arms, foreign
 from dsdistill.foreign import Stated
-from dsdistill.harness import artifact, controls, datasets, lists, preprocess
+from dsdistill.harness import artifact, controls, datasets, lists, origin, preprocess
 from dsdistill.harness.artifact import Distilled
 from dsdistill.harness.datasets import Splits
 from dsdistill.harness.errors import UserError, unknown
@@ -17,7 +17,6 @@ from dsdistill.harness.judges import Judges
 from dsdistill.harness.labeled import Examples, Labeled, balanced
 from dsdistill.options import Evaluate
 
-VALIDATION = 0.1  # for a set that held no validation images out itself
 JUDGED = 2000  # validation images, class-balanced, that choose rates and calibrate
 RIDGE = 1e-6  # relative, of kernel ridge regression on a set that does not say its own
 KERNEL = "fc"  # of `ridge` on a set that was made without a kernel
@@ -133,7 +132,7 @@ def _published(options: Evaluate) -> tuple[Distilled, Splits]:
         options.data,
         root=options.data_root,
         image_size=options.image_size,
-        validation_fraction=VALIDATION,
+        validation_fraction=origin.VALIDATION_FRACTION,
     )
     stated = Stated(**{name: getattr(options, name) for name in STATED})
     fitted = preprocess.fit("standardise", splits.train.chunks, splits.train.shape)
@@ -150,21 +149,11 @@ def _published(options: Evaluate) -> tuple[Distilled, Splits]:
 
 def _splits(distilled: Distilled, options: Evaluate) -> Splits:
     """The data set that the set was made from, split as it was then."""
-    data, config = distilled.provenance["data"], distilled.provenance["config"]
-    source = options.data or data["source"]
-    splits = datasets.load(
-        source,
-        root=options.data_root,
-        image_size=config["image_size"],
-        validation_fraction=config["validation_fraction"] or VALIDATION,
-    )
-    if splits.train.classes != distilled.classes:
-        raise UserError(
-            f"the distilled set has {len(distilled.classes)} classes, {source} has "
-            f"{len(splits.train.classes)}, or they differ in name or order"
-        )
-    if splits.digest != data["sha256"]:
-        raise UserError(f"{source} is not the data the set was made from: it has changed")
+    data = options.data or origin.source(distilled)
+    if data is None:
+        raise UserError(f"{options.run} does not say what it was distilled from: add --data")
+    splits = origin.load(distilled, data, root=options.data_root)
+    origin.check(distilled, splits, data, options.run)
     return splits
 
 

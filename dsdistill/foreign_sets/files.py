@@ -218,7 +218,9 @@ def _ridge(path: Path, jitter: np.ndarray) -> float:
 def _npy(path: Path) -> Raw:
     """Images in one file, labels in another one beside it."""
     names = [
-        path.name.replace(image, label) for image, label in _BESIDE if image in path.name.split(".")[0]
+        path.name.replace(image, label)
+        for image, label in _BESIDE
+        if image in path.name.split(".")[0]
     ]
     beside = next((b for name in names if (b := path.with_name(name)).is_file()), None)
     if not path.is_file():

@@ -70,7 +70,11 @@ def encoded(
     if raw.kind == "folder":
         return kind, rows, "those of the folders"
     if raw.classes is None:
-        return kind, rows, f"not named, so in the data's order: 0 is {classes[0]!r}, 1 {classes[1]!r}"
+        return (
+            kind,
+            rows,
+            f"not named, so in the data's order: 0 is {classes[0]!r}, 1 {classes[1]!r}",
+        )
     order = [raw.classes.index(name) for name in classes]
     return kind, rows[:, order], "matched by name"
 

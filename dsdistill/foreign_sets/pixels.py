@@ -115,7 +115,9 @@ def decided(
         )
     seen = _seen(path, images, low, high, raw, own, data)
     if constants and seen in ("unit", "bytes"):
-        raise UserError(f"{path}: pixels are {seen} ({ranged}), --mean and --std standardised ones'")
+        raise UserError(
+            f"{path}: pixels are {seen} ({ranged}), --mean and --std standardised ones'"
+        )
     if constants and _plausible("standardised", low, high):
         return "standardised", ranged
     if raw.pixels == "auto" and seen in ("unit", "bytes") and project == "standardised":
@@ -227,7 +229,9 @@ def whitening(
     if kind == "zca-rfad":
         return preprocess.fit_rfad(chunks, shape), note
     if max(shape[:2]) > BLOCKS:
-        raise UserError(f"{path}: FRePo whitens images above {BLOCKS} pixels in blocks, unread here")
+        raise UserError(
+            f"{path}: FRePo whitens images above {BLOCKS} pixels in blocks, unread here"
+        )
     known = _FREPO.get(_published_name(path, raw.kind, data))
     if known is None or len(known[0]) != shape[-1]:
         return preprocess.fit_frepo(chunks, shape), note
@@ -254,7 +258,8 @@ def tiles_decoded(
     def enlarged(tile: np.ndarray) -> np.ndarray:
         # PIL resizes float images one channel at a time; enlarging, it interpolates as torch does.
         planes = [Image.fromarray(tile[..., c]) for c in range(channels)]
-        return np.stack([p.resize((w, h), Image.Resampling.BILINEAR) for p in planes], -1)
+        large = [plane.resize((w, h), Image.Resampling.BILINEAR) for plane in planes]
+        return np.stack([np.asarray(plane) for plane in large], -1)
 
     small = images.reshape(len(images), tiles, h // tiles, tiles, w // tiles, channels)
     parts = small.transpose(1, 3, 0, 2, 4, 5).reshape(-1, h // tiles, w // tiles, channels)
@@ -268,9 +273,7 @@ def _require_sound(path: Path, flat: Float[np.ndarray, "n d"]) -> None:
         raise UserError(f"{path}: image {bad[0]} is constant: the file seems not to be whole")
 
 
-def _project(
-    raw: Raw, name: str, shape: tuple[int, ...]
-) -> tuple[str, tuple[str, str] | None]:
+def _project(raw: Raw, name: str, shape: tuple[int, ...]) -> tuple[str, tuple[str, str] | None]:
     """What the project of a file does to pixels, or what is unclear about it and the choices."""
     colour = shape[-1] == 3
     if raw.pixels != "auto":

@@ -162,9 +162,7 @@ def fit_mtt(chunks: Chunks, shape: tuple[int, int, int]) -> Preprocess:
     mean = total / count
     covariance = (squares - count * np.outer(mean, mean)) / max(count - 1, 1)
     covariance[np.diag_indices(len(mean))] += MTT_RIDGE
-    return Preprocess(
-        "zca-mtt", mean.reshape(shape).astype(np.float32), one, *_roots(covariance)
-    )
+    return Preprocess("zca-mtt", mean.reshape(shape).astype(np.float32), one, *_roots(covariance))
 
 
 def fit_rfad(chunks: Chunks, shape: tuple[int, int, int]) -> Preprocess:
