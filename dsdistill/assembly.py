@@ -1,6 +1,6 @@
 """From the options of `dsdistill evaluate` to all its parts, checked before anything is trained."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,7 @@ def assembled(options: Evaluate) -> Parts:
         _learner(name, distilled, options) for name in lists.names("--learners", options.learners)
     ]
     train = Examples(splits.train, distilled.preprocess)
+    _check_controls(names, splits.train, arms.images_per_class(distilled))
     data = {
         "sha256": splits.digest,
         "train": len(splits.train),
@@ -94,7 +95,13 @@ def assembled(options: Evaluate) -> Parts:
             Examples(_few(splits.validation), distilled.preprocess),
             Examples(splits.test, distilled.preprocess),
             teacher,
-            {"data": data, "validation": len(splits.validation), "teacher": taught_by},
+            {
+                "data": data,
+                "validation": len(splits.validation),
+                # Of another hash than the training images, and may change without them.
+                "test": datasets.digest(splits.test),
+                "teacher": taught_by,
+            },
         ),
         arms.of(distilled, train, names, data=data, teacher=teacher, taught_by=taught_by),
         learners,
@@ -109,6 +116,19 @@ def _check(options: Evaluate) -> None:
         raise UserError(f"--steps must be at least 1, got {options.steps}")
     if options.resume and options.out is None:
         raise UserError("--resume needs --out, the folder of the evaluation to continue")
+
+
+def _check_controls(names: Sequence[str], train: Labeled, per_class: int) -> None:
+    """Refuse controls that need more images of a class than there are."""
+    counts = np.bincount(train.labels, minlength=len(train.classes))
+    scarce = int(counts.argmin())
+    sized = [name for name in names if name != "full"]
+    if sized and counts[scarce] < per_class:
+        raise UserError(
+            f"the set has {per_class} images per class, the data only {counts[scarce]} training "
+            f"images of class {train.classes[scarce]!r}, so {', '.join(sized)} cannot be drawn: "
+            "say --controls full"
+        )
 
 
 def _loaded(options: Evaluate) -> tuple[Distilled, Splits]:

@@ -63,10 +63,10 @@ def load(
     if image_size is not None and image_size < 1:
         raise UserError(f"image size must be at least 1 pixel, got {image_size}")
     train, test = _read(data, root, image_size)
-    digest = _digest(train)
+    sha256 = digest(train)
     rest, held = stratified(train.labels, validation_fraction)
     _require_every_class(train.select(rest), data)
-    return Splits(_short_name(data), train.select(rest), train.select(held), test, digest)
+    return Splits(_short_name(data), train.select(rest), train.select(held), test, sha256)
 
 
 def _read(data: str, root: Path, image_size: int | None) -> tuple[Labeled, Labeled]:
@@ -147,7 +147,8 @@ def _resized(data: Labeled, size: int | None) -> Labeled:
     return replace(data, store=np.stack([one(image) for image in data.images()]), rows=None)
 
 
-def _digest(data: Labeled) -> str:
+def digest(data: Labeled) -> str:
+    """SHA-256 of images, labels and class names."""
     sha = hashlib.sha256(repr((data.shape, data.classes)).encode())
     sha.update(np.ascontiguousarray(data.labels, "<i8").data)
     for images in data.chunks(1024):
