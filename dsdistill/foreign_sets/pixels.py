@@ -286,9 +286,9 @@ def _project(raw: Raw, name: str, shape: tuple[int, ...]) -> tuple[str, tuple[st
         return "standardised", None
     if raw.kind == "FRePo":
         return "zca-frepo", None
-    if raw.kind == "RFAD" and "cifar" in name:
+    if raw.kind == "RFAD" and name == "cifar":
         return "zca-rfad", None
-    if raw.kind == "RFAD" and "svhn" in name:
+    if raw.kind == "RFAD" and name == "svhn":
         return "zca", None
     if raw.kind == "RFAD":
         return "auto", (
@@ -368,9 +368,10 @@ def _plausible(kind: str, low: float, high: float) -> bool:
 
 
 def _data_name(path: Path, raw: Raw, data: str) -> str:
-    """All that names the data, in small letters: its own name, or folders of the file."""
+    """`cifar` or `svhn`, by the name of the data or else by the folders of an RFAD file."""
     folders = [part.name for part in path.resolve().parents[:3]]
-    return (data or " ".join([*folders, path.stem])).lower()
+    texts = [text.lower() for text in (data, *folders)] if raw.kind == "RFAD" else []
+    return next((name for text in texts for name in ("cifar", "svhn") if name in text), "")
 
 
 def _published_name(path: Path, kind: str, data: str) -> str:
