@@ -42,8 +42,8 @@ class Splits:
         """SHA-256 of the images, labels and class names of each part, for `Run.require_same`."""
         return {
             "training images and labels": self.digest,
-            "validation images and labels": _digest(self.validation),
-            "test images and labels": _digest(self.test),
+            "validation images and labels": digest(self.validation),
+            "test images and labels": digest(self.test),
         }
 
 
@@ -117,12 +117,12 @@ def _split(
     data: str, train: Labeled, validation: Labeled | None, test: Labeled, fraction: float
 ) -> Splits:
     """The parts, with validation images held out where there are none of their own."""
-    digest = _digest(train)
+    sha256 = digest(train)
     if validation is None:
         kept, held = stratified(train.labels, fraction)
         train, validation = train.select(kept), train.select(held)
     _require_every_class(train, data)
-    return Splits(_short_name(data), train, validation, test, digest)
+    return Splits(_short_name(data), train, validation, test, sha256)
 
 
 def _read(data: str, path: Path, root: Path, image_size: int | None) -> tuple[Labeled, Labeled]:
@@ -229,7 +229,8 @@ def _in_order(data: Labeled, classes: Sequence[str] | None) -> Labeled:
     return replace(data, labels=np.array(order, np.int64)[data.labels], classes=tuple(classes))
 
 
-def _digest(data: Labeled) -> str:
+def digest(data: Labeled) -> str:
+    """SHA-256 of images, labels and class names."""
     sha = hashlib.sha256(repr((data.shape, data.classes)).encode())
     sha.update(np.ascontiguousarray(data.labels, "<i8").data)
     for images in data.chunks(1024):

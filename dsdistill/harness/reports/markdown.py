@@ -21,8 +21,9 @@ def render(report: Report) -> str:
         _plain(verdict.subject(report)),
         "\n".join(map(_plain, answers)),
         table(COLUMNS, [cells(row) for row in report.rows]),
-        "Accuracy: mean ± sample deviation over n seeds, and the 95 % t interval of the mean; "
-        "training: one seed's; tuning: all trainings that chose the learning rate.",
+        "Accuracy: mean ± sample deviation over n seeds, and the 95 % t interval of the mean, "
+        "cut off at 0 and 100 %; training: one seed's; tuning: all trainings that chose the "
+        "learning rate.",
         "## Scores",
         table(sheets.SCORES, [sheets.scores(score) for score in report.scores]),
         f"{sheets.SCORES_OF}. {sheets.SCORES_SAY}",

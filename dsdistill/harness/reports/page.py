@@ -22,7 +22,10 @@ HEADLINE = (
     "images",
     "size",
 )
-ACCURACY_SAYS = "Mean ± sample deviation over n seeds, with the 95 % t interval of the mean"
+ACCURACY_SAYS = (
+    "Mean ± sample deviation over n seeds, with the 95 % t interval of the mean, cut off at 0 and "
+    "100 %"
+)
 HOLLOW = "Hollow marks in plots: trained with augmentation."
 GROWTH_SAYS = (
     "Filled marks: measured here, with 95 % intervals. Hollow marks: published by others, with "
