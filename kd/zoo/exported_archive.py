@@ -51,7 +51,7 @@ _ENTRIES = (
     r"data/sample_inputs/model\.pt",  # never read
     r"data/weights/weight_[0-9]{1,9}",
     r"data/constants/tensor_[0-9]{1,9}",
-    r"extra/[^/\\]{1,200}",
+    r"extra/[A-Za-z0-9_. -]{1,200}",
 )
 _ENTRY = re.compile("|".join(_ENTRIES))
 

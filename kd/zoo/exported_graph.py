@@ -366,10 +366,19 @@ def _node(raw: Mapping[str, Any], known: set[str]) -> Node | None:
     if overload not in packet.overloads():
         raise UserError(f"this torch has no operator {target}")
     found = getattr(packet, overload)
+    if not _gives_tensors(found._schema, name):
+        raise NotAllowed(f"the operator {shown(target)} is not allowed")
     if found._schema.is_mutable and not name.endswith("_"):
         raise NotAllowed(f"the operator {shown(target)} writes into its arguments")
     args, kwargs = _bound(found._schema, raw["inputs"], known, target)
     return _named(found, target, args, kwargs, raw, known)
+
+
+def _gives_tensors(schema: Any, name: str) -> bool:
+    """Whether its results are tensors, or sizes of one; of the same name, some join strings."""
+    kinds = {str(result.type) for result in schema.returns}
+    sizes = {"int", "SymInt"} if name.startswith("sym_") else set()
+    return bool(kinds) and kinds <= {"Tensor", "List[Tensor]", *sizes}
 
 
 def _bound(
@@ -385,6 +394,10 @@ def _bound(
             kwargs[argument.name] = given.pop(argument.name)
         else:
             args.append(given.pop(argument.name))
+    # What is made from no tensor lies with the images too.
+    makes = not any("Tensor" in str(argument.type) for argument in schema.arguments)
+    if makes and any(argument.name == "device" for argument in schema.arguments):
+        kwargs["device"] = Device()
     if given:
         raise UserError(f"{target} has no argument {shown(next(iter(given)))}")
     return tuple(args), kwargs
@@ -569,9 +582,9 @@ def _value(arg: Any, values: Mapping[str, Any], device: torch.device) -> Any:
 
 def _store(node: Node, names: Any, result: Any, values: dict[str, Any]) -> None:
     """Give the results their names."""
+    if isinstance(result, Tensor) and result.nbytes > BYTES:
+        raise ValueError(f"{node.text} needs {result.nbytes} bytes for one result")
     if isinstance(names, str):
-        if isinstance(result, Tensor) and result.nbytes > BYTES:
-            raise ValueError(f"{node.text} needs {result.nbytes} bytes for one result")
         values[names] = result
     elif isinstance(names, list):
         for name, one in zip(names, result, strict=True):
