@@ -126,43 +126,60 @@ def _hidden_expression(whole: bytes, path: Path, marker: Path) -> None:
     _changed(whole, path, change)
 
 
+def _bomb(marker: Path) -> bytes:
+    content = io.BytesIO()
+    torch.save({"weight": _Bomb(marker)}, content)
+    return content.getvalue()
+
+
 def _old_layout(whole: bytes, path: Path, marker: Path) -> None:
-    bomb = pickle.dumps(_Bomb(marker))
-    program = _entries(whole)["models/model.json"]
-    names = ("serialized_state_dict.json", "serialized_constants.json")
+    bomb = _bomb(marker)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("version", "8.20")
+        program = _entries(whole)["models/model.json"]
         archive.writestr("serialized_exported_program.json", program)
-        archive.writestr("serialized_example_inputs.pt", bomb)
-        for name in names:
+        archive.writestr("serialized_example_inputs.pt", b"")
+        for name in ("serialized_state_dict.json", "serialized_constants.json"):
             archive.writestr(name, bomb)
 
 
 def _old_layout_beside(whole: bytes, path: Path, marker: Path) -> None:
-    bomb = pickle.dumps(_Bomb(marker))
-    _write(path, _entries(whole), ("serialized_state_dict.json", bomb), ("version", b"8.20"))
+    more = ("serialized_state_dict.json", _bomb(marker)), ("version", b"8.20")
+    _write(path, _entries(whole), *more)
 
 
-def _twice(whole: bytes, path: Path, marker: Path) -> None:
-    name = "data/weights/model_weights_config.json"
-    entries = _entries(whole)
-    pickled = json.loads(entries[name])
-    for payload in pickled["config"].values():
+def _twice(bomb_first: bool) -> Callable[[bytes, Path, Path], None]:
+    """An entry of which one reader takes the first and another the last."""
+
+    def make(whole: bytes, path: Path, marker: Path) -> None:
+        entries = _entries(whole)
+        name = "data/weights/model_weights_config.json"
+        pickled = json.loads(entries[name])
+        payload = pickled["config"]["first.bias"]
         payload["use_pickle"] = True
-    bombs = {k: pickle.dumps(_Bomb(marker)) for k in entries if "/weight_" in k}
-    _write(path, entries | bombs, (f"a/{name}", json.dumps(pickled).encode()))
+        weight = f"data/weights/{payload['path_name']}"
+        bomb = {name: json.dumps(pickled).encode(), weight: _bomb(marker)}
+        plain = {key: entries[key] for key in bomb}
+        one, other = (bomb, plain) if bomb_first else (plain, bomb)
+        _write(path, entries | one, *((f"a/{key}", other[key]) for key in other))
+
+    return make
 
 
-def _object(name: str) -> Callable[[bytes, Path, Path], None]:
-    """A constant that is an object, by the name of its entry."""
+def _object(
+    name: str, entry: str | None = None, pickled: bool = False
+) -> Callable[[bytes, Path, Path], None]:
+    """A constant that is an object, by its name and that of its entry."""
 
     def make(whole: bytes, path: Path, marker: Path) -> None:
         key = "data/constants/model_constants_config.json"
         entries = _entries(whole)
         config = json.loads(entries[key])
-        config["config"]["scale"] |= {"path_name": name, "use_pickle": True, "tensor_meta": None}
+        config["config"]["scale"] |= {"path_name": name, "use_pickle": pickled}
         entries[key] = json.dumps(config).encode()
-        _write(path, entries | {f"data/constants/{name}": pickle.dumps(_Bomb(marker))})
+        bomb = pickle.dumps(_Bomb(marker))
+        bomb += b"." * (-len(bomb) % 4)  # so many bytes as float32 numbers have
+        _write(path, entries | {f"data/constants/{entry or name}": bomb})
 
     return make
 
@@ -173,27 +190,19 @@ def _pickled_weight(whole: bytes, path: Path, marker: Path) -> None:
     config = json.loads(entries[key])
     config["config"]["first.bias"]["use_pickle"] = True
     entry = f"data/weights/{config['config']['first.bias']['path_name']}"
-    content = io.BytesIO()
-    torch.save(_Bomb(marker), content)
-    _write(path, entries | {key: json.dumps(config).encode(), entry: content.getvalue()})
+    _write(path, entries | {key: json.dumps(config).encode(), entry: _bomb(marker)})
 
 
 def _legacy_weights(whole: bytes, path: Path, marker: Path) -> None:
-    content = io.BytesIO()
-    torch.save({"first.weight": _Bomb(marker)}, content)
-    _write(path, _entries(whole) | {"data/weights/model.pt": content.getvalue()})
+    _write(path, _entries(whole) | {"data/weights/model.pt": _bomb(marker)})
 
 
 def _sample_inputs(whole: bytes, path: Path, marker: Path) -> None:
-    content = io.BytesIO()
-    torch.save(_Bomb(marker), content)
-    _write(path, _entries(whole) | {"data/sample_inputs/model.pt": content.getvalue()})
+    _write(path, _entries(whole) | {"data/sample_inputs/model.pt": _bomb(marker)})
 
 
 def _second_model(whole: bytes, path: Path, marker: Path) -> None:
-    content = io.BytesIO()
-    torch.save(_Bomb(marker), content)
-    more = {"models/other.json": b"{}", "data/sample_inputs/other.pt": content.getvalue()}
+    more = {"models/other.json": b"{}", "data/sample_inputs/other.pt": _bomb(marker)}
     _write(path, _entries(whole) | more)
 
 
@@ -279,13 +288,17 @@ REFUSED: dict[str, tuple[Callable[[bytes, Path, Path], object], str]] = {
     "expression": (_expression, "the size .*pathlib.* is not allowed"),
     "old layout": (_old_layout, "the entry 'version' is not allowed"),
     "old layout beside the new": (_old_layout_beside, "the entry 'serialized_state_dict.json'"),
-    "an entry twice": (_twice, "is there twice"),
+    "an entry twice": (_twice(bomb_first=False), "is there twice"),
+    "an entry twice, the other way": (_twice(bomb_first=True), "is there twice"),
     "opaque object": (_object("opaque_obj_0"), "the entry 'a/data/constants/opaque_obj_0'"),
-    "in a folder": (_object("x/opaque_obj_0"), "the entry 'a/data/constants/x/opaque_obj_0'"),
-    "of another case": (_object("OPAQUE_OBJ_0"), "the entry 'a/data/constants/OPAQUE_OBJ_0'"),
+    "in a folder": (_object("opaque_obj_0/x"), "the entry 'a/data/constants/opaque_obj_0/x'"),
+    "of another case": (
+        _object("opaque_obj_0", "OPAQUE_OBJ_0"),
+        "the entry 'a/data/constants/OPAQUE_OBJ_0'",
+    ),
     "behind dots": (_object("../constants/opaque_obj_0"), "is not allowed"),
     "custom object": (_object("custom_obj_0"), "the entry 'a/data/constants/custom_obj_0'"),
-    "as a tensor": (_object("tensor_0"), "'scale' is pickled"),
+    "as a tensor": (_object("tensor_0", pickled=True), "'scale' is pickled"),
     "pickled weight": (_pickled_weight, "'first.bias' is pickled"),
     "legacy weights": (_legacy_weights, "the entry 'a/data/weights/model.pt' is not allowed"),
     "second model": (_second_model, "the entry 'a/models/other.json' is not allowed"),
