@@ -7,6 +7,9 @@ from typing import Any
 from dsdistill.harness import artifact
 from dsdistill.harness.memory import readable
 from dsdistill.harness.progress import clock
+from dsdistill.harness.provenance import printable
+
+DEPTH = 6  # levels of a provenance that are shown as rows of their own
 
 
 def print_run(folder: Path) -> None:
@@ -40,37 +43,40 @@ def print_set(path: Path, *, as_json: bool) -> None:
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(show_header=False, box=None)
     for name, value in _flat(described):
-        table.add_row(name, _words(name, value))
+        # Plain text: a name in square brackets is no markup.
+        table.add_row(Text(printable(name)), Text(printable(_words(name, value))))
     Console(soft_wrap=True).print(table)
 
 
 def describe(distilled: artifact.Distilled) -> dict[str, Any]:
     """Shape, encoding and provenance of a set, JSON-compatible."""
-    return {
+    own = {
         "images": list(distilled.images.shape),
         "labels": list(distilled.labels.shape),
         "classes": list(distilled.classes),
         "encoding": distilled.encoding,
         "preprocess": distilled.preprocess.kind,
         "bytes": distilled.nbytes,
-        **distilled.provenance,
     }
+    # What the file says of itself does not stand in the place of what it holds.
+    return own | {k: v for k, v in distilled.provenance.items() if k not in own}
 
 
-def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def _flat(value: dict[str, Any], prefix: str = "", depth: int = 0) -> list[tuple[str, Any]]:
     rows = []
     for name, item in value.items():
-        nested = isinstance(item, dict)
-        rows += _flat(item, f"{prefix}{name}.") if nested else [(prefix + name, item)]
+        nested = isinstance(item, dict) and depth < DEPTH
+        rows += _flat(item, f"{prefix}{name}.", depth + 1) if nested else [(prefix + name, item)]
     return rows
 
 
 def _words(name: str, value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
-    if name in ("bytes", "peak_memory"):
+    if name in ("bytes", "peak_memory") and type(value) is int:
         return readable(value)
     return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,19 +1,18 @@
 """What `kd` trains on and tests on: a data set, or a distilled set with the data it came from."""
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from dsdistill.harness import artifact, datasets, preprocess
+from dsdistill.harness import artifact, datasets, preprocess, provenance
 from dsdistill.harness.artifact import Distilled
 from dsdistill.harness.datasets import Splits
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.labeled import Examples, Labeled
 from dsdistill.harness.preprocess import Preprocess
+from dsdistill.harness.provenance import Provenance
 from kd import data
 from kd.data import Resident
 from kd.engine import Engine
@@ -150,32 +149,33 @@ def is_distilled(data: str) -> bool:
 def _distilled(path: Path, root: Path) -> Source:
     distilled = artifact.load(path)
     name = path.parent.resolve().name if path.name == "distilled.safetensors" else path.stem
-    came_from = _get(distilled.provenance, "data", "source")
-    if not isinstance(came_from, str):
+    made = provenance.parse(distilled.provenance, distilled.images.shape[1:])
+    sizes = ("config.image_size", "config.validation_fraction", "data.sha256")
+    provenance.require(path, made, sizes)
+    came_from = made.source
+    if came_from is None:
         return Source(
             name, None, distilled, f"{path} does not say what it was distilled from: {_NO}"
         )
-    # Only of the right type: a set made by something else may hold anything here.
-    size = _get(distilled.provenance, "config", "image_size")
-    held = _get(distilled.provenance, "config", "validation_fraction")
     try:
         splits = datasets.load(
             came_from,
             root=root,
-            image_size=size if isinstance(size, int) else None,
-            validation_fraction=fraction(held if isinstance(held, float) else None),
+            image_size=made.image_size,
+            validation_fraction=fraction(made.validation_fraction),
         )
     except (UserError, OSError) as error:
         return Source(name, None, distilled, f"{error}: {_NO}")
-    _check_origin(path, distilled, splits, came_from)
+    _check_origin(path, distilled, splits, made)
     return Source(name, splits, distilled)
 
 
 _NO = "no validation and no test"
 
 
-def _check_origin(path: Path, distilled: Distilled, splits: Splits, came_from: str) -> None:
+def _check_origin(path: Path, distilled: Distilled, splits: Splits, made: Provenance) -> None:
     """Refuse data that are not those the set was distilled from."""
+    came_from = made.source
     if distilled.classes != splits.train.classes:
         raise UserError(
             f"{path} has classes {_few(distilled.classes)}, "
@@ -186,19 +186,11 @@ def _check_origin(path: Path, distilled: Distilled, splits: Splits, came_from: s
             f"{path} has images of shape {distilled.images.shape[1:]}, "
             f"but {came_from} of {splits.train.shape}"
         )
-    stored = _get(distilled.provenance, "data", "sha256")
-    if stored is not None and stored != splits.digest:
+    if made.sha256 is not None and made.sha256 != splits.digest:
         raise UserError(
             f"{path} was distilled from other images than {came_from} holds now "
-            f"(SHA-256 {str(stored)[:12]}, found {splits.digest[:12]})"
+            f"(SHA-256 {made.sha256[:12]}, found {splits.digest[:12]})"
         )
-
-
-def _get(value: Any, *names: str) -> Any:
-    """An entry of nested mappings, or None where there is none."""
-    for name in names:
-        value = value.get(name) if isinstance(value, Mapping) else None
-    return value
 
 
 def _few(classes: tuple[str, ...]) -> str:

@@ -77,6 +77,25 @@ def save(path: Path, distilled: Distilled) -> None:
         ArtifactError: If the set itself breaks a rule that `load` would check.
         OSError: If the folder cannot be written or the disk is full; an old file stays.
     """
+    metadata, tensors = pack(path, distilled)
+    write_bytes(path, safetensors.numpy.save(tensors, metadata))
+
+
+def pack(
+    path: Path, distilled: Distilled
+) -> tuple[dict[str, str], dict[str, Float[np.ndarray, "..."]]]:
+    """The set as a few strings and arrays, which `unpack` checks and puts together again.
+
+    Args:
+        path: Where they will be written, for messages.
+        distilled: The set.
+
+    Returns:
+        The header and its checksum by name, and the arrays by name.
+
+    Raises:
+        ArtifactError: If the set itself breaks a rule that `unpack` would check.
+    """
     _check(path, distilled)
     tensors = _tensors(distilled)
     header = {
@@ -90,8 +109,7 @@ def save(path: Path, distilled: Distilled) -> None:
         "provenance": dict(distilled.provenance),
     }
     text = json.dumps(header, sort_keys=True, allow_nan=False)
-    metadata = {"dsdistill": text, "sha256": _digest(text, tensors)}
-    write_bytes(path, safetensors.numpy.save(tensors, metadata))
+    return {"dsdistill": text, "sha256": _digest(text, tensors)}, tensors
 
 
 def load(path: Path) -> Distilled:
@@ -100,7 +118,18 @@ def load(path: Path) -> Distilled:
     Raises:
         ArtifactError: If the file is missing, truncated, damaged, foreign or inconsistent.
     """
-    header, tensors = _read(Path(path))
+    return unpack(Path(path), *_read(Path(path)))
+
+
+def unpack(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, np.ndarray]) -> Distilled:
+    """The set of what `pack` gave.
+
+    Raises:
+        ArtifactError: If it is damaged, foreign or inconsistent.
+    """
+    if _digest(metadata["dsdistill"], tensors) != metadata.get("sha256"):
+        raise ArtifactError(f"{path} is damaged: its contents do not match its checksum")
+    header = _parse(path, metadata["dsdistill"])
     try:
         fitted = pre.Preprocess(
             header["preprocess"]["kind"],
@@ -131,7 +160,7 @@ def locate(run: Path) -> Path:
     return run / FILE if run.is_dir() else run
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     if not path.is_file():
         raise ArtifactError(f"no distilled set at {path}")
     try:
@@ -142,9 +171,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise ArtifactError(f"{path} is not a whole .safetensors file: {error}") from error
     if "dsdistill" not in metadata:
         raise ArtifactError(f"{path} is a .safetensors file, but not a distilled set")
-    if _digest(metadata["dsdistill"], tensors) != metadata.get("sha256"):
-        raise ArtifactError(f"{path} is damaged: its contents do not match its checksum")
-    return _parse(path, metadata["dsdistill"]), tensors
+    return metadata, tensors
 
 
 def _parse(path: Path, text: str) -> dict[str, Any]:

@@ -69,6 +69,7 @@ def parse(
         name: `fc`, `conv`, `convnet`, `convnet3` or `myrtle`, also with its depth, as in
             `convnet(2)`; a sequence such as `CR-3xCRP-flatten` (see `sequence`); or
             `module:attribute` for a neural-tangents network: a `stax` triple or a kernel function.
+            The module is imported, from the current folder too: never pass a name from a file.
         depth: Hidden layers of `fc` and `conv` (default 1), pooled blocks of `convnet` (3),
             or the variant of `myrtle` (5, 7 or 10; default 5).
         w_std, b_std: Deviations of weights and biases; a module sets its own.
@@ -163,8 +164,9 @@ def _from_module(name: str, depth: int | None) -> Network:
         raise UserError(f"the kernel {name} has no --depth: its module fixes the network")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"kernel {name!r} cannot be imported: {error}") from error
+    except Exception as error:  # a module raises whatever it likes
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"kernel {name!r} cannot be imported: {why}") from error
     kernel = found[2] if isinstance(found, tuple) and len(found) == 3 else found
     if not callable(kernel):
         raise UserError(f"kernel {name!r} is neither a stax network nor a kernel function")
