@@ -19,12 +19,13 @@ import numpy as np
 
 from dsdistill import arms, commands
 from dsdistill.assembly import Parts, assembled
-from dsdistill.harness import controls, machine, memory, pictures, progress, runs
+from dsdistill.harness import controls, machine, memory, origin, pictures, progress, runs
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluate import Arm, Learner, evaluate, stored_bytes
 from dsdistill.harness.kept import Kept
 from dsdistill.harness.labeled import Labeled, per_class
 from dsdistill.harness.pictures import Side
+from dsdistill.harness.provenance import Provenance
 from dsdistill.harness.reports import page, report, verdict, words
 from dsdistill.harness.reports.report import Report
 from dsdistill.harness.results import Result
@@ -149,13 +150,13 @@ def _picture(out: Path, parts: Parts) -> None:
 
 
 def _report(options: Evaluate, parts: Parts, results: Sequence[Result], seconds: float) -> Report:
-    made, splits = parts.distilled.provenance, parts.splits
-    own = "config" in made
-    kernel = f" with {made['kernel']}" if made.get("kernel") else ""
+    made, splits = _made(parts), parts.splits
+    kernel = f" with {made.kernel}" if made.kernel else ""
+    own = None if made.config is None else commands.distil(made.method, made.config)
     return Report(
-        title=f"{made['method']}{kernel} on {splits.name}, {len(parts.distilled)} images",
-        notes=[*made.get("notes", []), *_notes(parts, results)],
-        commands=[*([commands.distil(made)] if own else []), commands.evaluation(options)],
+        title=f"{made.method}{kernel} on {splits.name}, {len(parts.distilled)} images",
+        notes=[*made.notes, *_notes(parts, results)],
+        commands=[*([own] if own else []), commands.evaluation(options)],
         classes=list(parts.distilled.classes),
         data={
             "name": splits.name,
@@ -175,6 +176,11 @@ def _report(options: Evaluate, parts: Parts, results: Sequence[Result], seconds:
     )
 
 
+def _made(parts: Parts) -> Provenance:
+    """What the set says of how it was made."""
+    return origin.described(parts.distilled)
+
+
 def _accelerators(learners: Sequence[Learner]) -> list[str]:
     """Each that a learner computes on, once."""
     names = (getattr(learner, "accelerator", None) for learner in learners)
@@ -182,12 +188,15 @@ def _accelerators(learners: Sequence[Learner]) -> list[str]:
 
 
 def _described(parts: Parts) -> dict[str, Any]:
-    made = parts.distilled.provenance
-    names = ("method", "kernel", "seconds", "peak_memory", "metrics")
+    made = _made(parts)
     full, size = parts.splits.train, parts.distilled.nbytes
     whole = len(full) * (int(np.prod(full.shape)) * full.store.itemsize + 1)
     return {
-        **{name: made.get(name) for name in names},
+        "method": made.method,
+        "kernel": made.kernel,
+        "seconds": made.seconds,
+        "peak_memory": made.peak_memory,
+        "metrics": dict(made.metrics),
         "images": len(parts.distilled),
         "bytes": size,
         "compression": whole / size,
@@ -245,7 +254,7 @@ def _same_draws(parts: Parts) -> list[str]:
 def _hints(parts: Parts, results: Sequence[Result]) -> list[str]:
     """What to check of a set from elsewhere on which no learner learns anything."""
     found = [r.accuracy for r in results if r.arm == "distilled" and r.accuracy is not None]
-    if "config" in parts.distilled.provenance or not found:
+    if _made(parts).config is not None or not found:
         return []
     from dsdistill import foreign
 

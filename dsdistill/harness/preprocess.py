@@ -189,7 +189,7 @@ def fit_rfad(chunks: Chunks, shape: tuple[int, int, int]) -> Preprocess:
 
     Source: Loo et al. (2022), arXiv:2210.12067; `data.py` of the program, `get_zca_matrix`.
     """
-    mean, std = _channel_moments(chunks, shape)
+    mean, std, _ = _channel_moments(chunks, shape)
     _, squares, count = _products(chunks, shape, mean, std)
     second = squares / count
     second[np.diag_indices(len(second))] += RFAD_RIDGE * np.trace(second) / len(second) or 1.0
@@ -216,7 +216,7 @@ def fit_frepo(
 
     Source: Zhou et al. (2022), arXiv:2206.00719; `lib/dataset/ops.py` of the program.
     """
-    mean, std = constants or _channel_moments(chunks, shape)
+    mean, std = constants or _channel_moments(chunks, shape)[:2]
     total, squares, count = _products(chunks, shape, mean, std)
     centre = total / count
     covariance = squares / count - np.outer(centre, centre)
@@ -268,7 +268,7 @@ def _announce_zca(shape: tuple[int, int, int], count: int) -> None:
     if d < 2 * PROBE:
         return
     began = time.perf_counter()
-    small @ small
+    np.matmul(small, small)
     seconds = (time.perf_counter() - began) * (d / PROBE) ** 2  # of a product of d x d with d x m
     total = seconds * (count + (EIGENVECTORS + 2) * d) / PROBE
     if total > progress.LINE_EVERY:

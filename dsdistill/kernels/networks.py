@@ -69,6 +69,7 @@ def parse(
         name: `fc`, `conv`, `convnet`, `convnet3` or `myrtle`, also with its depth, as in
             `convnet(2)`; a sequence such as `CR-3xCRP-flatten` (see `sequence`); or
             `module:attribute` for a neural-tangents network: a `stax` triple or a kernel function.
+            The module is imported, from the current folder too: never pass a name from a file.
         depth: Hidden layers of `fc` and `conv` (default 1), pooled blocks of `convnet` (3),
             or the variant of `myrtle` (5, 7 or 10; default 5).
         w_std, b_std: Deviations of weights and biases; a module sets its own.

@@ -20,6 +20,10 @@ from dsdistill.harness.errors import UserError, unknown
 from kd.zoo import builtin, labels
 from kd.zoo.wants import Shape, Wants, interpolation
 
+# Arguments by which timm reads files; the description of a run must not name any.
+_RESERVED = frozenset(
+    {"checkpoint_path", "cache_dir", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
+)
 SOURCES = ("hf-hub", "local-dir")  # prefixes that timm understands itself
 # Arguments of timm's that are said otherwise here, or make something else than a classifier.
 _RESERVED = (
@@ -107,6 +111,8 @@ def network(
     extra: dict[str, Any] = {}
     if config:
         name, extra = config["architecture"], dict(config["arguments"])
+        if not isinstance(name, str) or not timm.is_model(name) or extra.keys() & _RESERVED:
+            raise UserError(f"the description of the network {name!r} is not one that kd writes")
         extra["pretrained_cfg_overlay"] = dict(config["overlay"])
     elif size := _size(arguments):
         extra["pretrained_cfg_overlay"] = {"input_size": (_config(name)["input_size"][0], *size)}
