@@ -19,6 +19,7 @@ from kd.networks import Classifier, Shape
 from kd.objectives import Distillation, MeanTeacher, Mutual, Objective
 
 IMAGES = 4  # more only cost time
+SEED = 0
 
 
 def check(
@@ -59,18 +60,19 @@ def check(
     made_up = batch(n, shape, classes, images=images, mixed=mixed, centred=centred)
     made_up = data.sent(made_up, on.device)
     networks = _networks(objective)
-    with _restored(objective), torch.random.fork_rng(), on.autocast():
-        torch.manual_seed(0)
-        with _one_line(loss, n):
-            outputs = [network(made_up.images).float().sum() for network in networks]
-            used = _reached(objective, torch.stack(outputs).sum())
-            terms = objective(made_up)
-            taught = _reached(objective, torch.stack(list(terms.values())).sum())
+    with _restored(objective), torch.random.fork_rng(), on.autocast(), _one_line(loss, n):
+        used = _reached(objective, _outputs(networks, made_up))
+        torch.manual_seed(SEED)
+        terms = objective(made_up)
+        taught = _reached(objective, torch.stack(list(terms.values())).sum())
+        # In training a network may leave out layers at random, in evaluation it has them all.
+        objective.eval()
+        in_evaluation = _reached(objective, _outputs(networks, made_up))
     _check_finite(loss, terms)
     if left := [name for name in used if name not in taught]:
         raise UserError(_untrained(loss, left, len(used)))
     if on.num_processes > 1:
-        _freeze_unused(networks, {*used, *taught}, objective)
+        _freeze_unused(networks, {*used, *taught, *in_evaluation}, objective)
 
 
 def smallest_share(sizes: Sequence[int], world: int) -> int:
@@ -150,6 +152,13 @@ def _one_line(loss: str, n: int) -> Iterator[None]:
         raise UserError(
             f"--loss {loss} cannot be computed for a batch of {images} ({first}): {remedy}"
         ) from error
+
+
+def _outputs(networks: Sequence[Classifier], batch: Batch) -> Tensor:
+    """A number that every weight behind the outputs of the networks has a gradient of."""
+    # As in the objective, which calls them in this order: what they draw at random is the same.
+    torch.manual_seed(SEED)
+    return torch.stack([network(batch.images).float().sum() for network in networks]).sum()
 
 
 def _reached(objective: Objective, value: Tensor) -> list[str]:
