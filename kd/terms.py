@@ -206,7 +206,8 @@ def check(specs: Sequence[Spec], *, classes: int, batch_size: int, mixed: bool) 
         row = TERMS[spec.name]
         if mixed and row.whole:
             raise UserError(
-                f"--loss {spec.name} needs images of one class each: leave --mixup and --cutmix out"
+                f"--loss {spec.name} needs whole labels, an image of one class each: leave --mixup "
+                "and --cutmix out"
             )
         if classes < row.classes:
             raise UserError(

@@ -81,8 +81,8 @@ def test_every_parameter_of_every_term_has_a_range_that_holds_its_default() -> N
         ("ce,dkd", {"classes": 2}, "dkd needs 3 classes or more, and the data have 2"),
         ("ce,ls", {"classes": 2}, "ls needs 3 classes or more, and the data have 2"),
         ("ce,rkd-angle", {"batch_size": 2}, "--batch-size must be at least 3, got 2"),
-        ("ce,crd", {"mixed": True}, "crd needs images of one class each"),
-        ("ce,dkd", {"mixed": True}, "dkd needs images of one class each"),
+        ("ce,crd", {"mixed": True}, "crd needs whole labels"),
+        ("ce,dkd", {"mixed": True}, "dkd needs whole labels"),
         *(
             (f"ce,{name}", {"batch_size": 1}, "--batch-size must be at least 2, got 1")
             for name in ("dist", "sp", "pkt", "rkd-distance", "cc", "srd")
