@@ -175,6 +175,11 @@ def _check(parts: Parts, options: Train, alone: bool) -> None:
     featured = [name for name in taught if terms.TERMS[name].make is not None]
     if featured and not parts.teachers:
         raise UserError(f"--loss {featured[0]} looks at layers of a teacher: it needs --teacher")
+    if not parts.teachers and not any(map(terms.knows_labels, parts.specs)):
+        raise UserError(
+            f"--loss {recipe.loss} has no term that looks at labels, and without --teacher nobody "
+            "else knows them: add ce:1"
+        )
     own = [name for name in names if terms.TERMS[name].make is not None]
     if own and parts.peers:
         raise UserError(

@@ -221,6 +221,11 @@ def check(specs: Sequence[Spec], *, classes: int, batch_size: int, mixed: bool) 
             )
 
 
+def knows_labels(spec: Spec) -> bool:
+    """Whether a term tells the student which classes the images are of."""
+    return not needs_teacher(spec)
+
+
 def needs_logits(spec: Spec) -> bool:
     """Whether a term looks at more than the probabilities that a teacher's logits stand for."""
     row = TERMS[spec.name]
