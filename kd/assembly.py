@@ -200,6 +200,11 @@ def _check(parts: Parts, options: Train, alone: bool) -> None:
         )
     if "label_smoothing" in options.given and "ce" not in names:
         raise UserError(f"--label-smoothing has no effect on --loss {recipe.loss}: it is for ce")
+    if "heads" in names and parts.student.outputs != "logits":
+        raise UserError(
+            "--loss heads teaches its classifiers from the student's logits, and mse gives it "
+            "none: use ce"
+        )
     if recipe.metric == "nll" and parts.student.outputs != "logits":
         raise UserError("--metric nll needs logits, which a network of centred labels has not")
     optimization.check_optimizer(recipe)

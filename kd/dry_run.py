@@ -65,14 +65,15 @@ def check(
         torch.manual_seed(SEED)
         terms = objective(made_up)
         taught = _reached(objective, torch.stack(list(terms.values())).sum())
-        # In training a network may leave out layers at random, in evaluation it has them all.
-        objective.eval()
-        in_evaluation = _reached(objective, _outputs(networks, made_up))
     _check_finite(loss, terms)
     if left := [name for name in used if name not in taught]:
         raise UserError(_untrained(loss, left, len(used)))
     if on.num_processes > 1:
-        _freeze_unused(networks, {*used, *taught, *in_evaluation}, objective)
+        with _restored(objective), torch.random.fork_rng():
+            # In training a network may leave out layers at random, here it has them all.
+            objective.eval()
+            used += _reached(objective, _outputs(networks, made_up))
+        _freeze_unused(networks, {*used, *taught}, objective)
 
 
 def smallest_share(sizes: Sequence[int], world: int) -> int:

@@ -81,6 +81,7 @@ BOTH = ("--teacher", "one,other")
         ("three.npz", (*TAUGHT, "--generations", 2, "--loss", "ce,kd:1:temperature=0"),
          "temperature must be in"),
         ("three.npz", ("--peers", "mlp:8", "--loss", "ce,kd,heads@3"), "leave --peers out"),
+        ("three.npz", ("--loss", "mse,heads@3"), "mse gives it none: use ce"),
         ("three.npz", ("--peers", "mlp:8", "--loss", "kd"), "nobody else knows them: add ce:1"),
         ("three.npz", ("--mean-teacher", 0.9, "--loss", "dkd"), "nobody else knows them: add ce:1"),
         ("three.npz", (*TAUGHT, "--loss", "ce,crd", "--mixup", 0.2), "crd needs whole labels"),

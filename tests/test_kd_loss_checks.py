@@ -274,3 +274,9 @@ def test_layers_that_are_left_out_at_random_are_no_fault(monkeypatch, seed: int)
     # What never has a gradient would be waited for; what only now has none must stay trained.
     fixed = [name for name, weight in of.named_parameters() if not weight.requires_grad]
     assert fixed == ["student.network.mask_token"]
+
+
+def test_a_memory_needs_images_that_have_numbers() -> None:
+    specs = composition.parse("ce,crd", terms.FUNCTIONS)
+    with pytest.raises(UserError, match="remembers each training image, and these are read from"):
+        terms.build(specs, student(), (teacher(),), shape=SHAPE, classes=4, images=0)
