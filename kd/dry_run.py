@@ -174,8 +174,8 @@ def _check_finite(loss: str, terms: dict[str, Tensor]) -> None:
     for name, value in terms.items():
         if not torch.isfinite(value):
             raise UserError(
-                f"--loss {loss}: {name} is {value.item():g} on a first batch of noise: its weight "
-                "or its parameters are out of all proportion"
+                f"--loss {loss}: {name} is {value.item():g} on images of noise: check its weight, "
+                "its parameters and the teacher"
             )
 
 
