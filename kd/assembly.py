@@ -176,6 +176,11 @@ def _check(parts: Parts, options: Train, alone: bool) -> None:
     featured = [name for name in taught if terms.TERMS[name].make is not None]
     if featured and not parts.teachers:
         raise UserError(f"--loss {featured[0]} looks at layers of a teacher: it needs --teacher")
+    if not parts.teachers and not any(map(terms.knows_labels, parts.specs)):
+        raise UserError(
+            f"--loss {recipe.loss} has no term that looks at labels, and without --teacher nobody "
+            "else knows them: add ce:1"
+        )
     own = [name for name in names if terms.TERMS[name].make is not None]
     if own and parts.peers:
         raise UserError(
@@ -196,6 +201,11 @@ def _check(parts: Parts, options: Train, alone: bool) -> None:
         )
     if "label_smoothing" in options.given and "ce" not in names:
         raise UserError(f"--label-smoothing has no effect on --loss {recipe.loss}: it is for ce")
+    if "heads" in names and parts.student.outputs != "logits":
+        raise UserError(
+            "--loss heads teaches its classifiers from the student's logits, and mse gives it "
+            "none: use ce"
+        )
     if recipe.metric == "nll" and parts.student.outputs != "logits":
         raise UserError("--metric nll needs logits, which a network of centred labels has not")
     optimization.check_optimizer(recipe)
