@@ -111,6 +111,13 @@ def load_run(folder: Path) -> Model:
         raise UserError(f"{folder / CARD} is not a whole model description: {error!r}") from error
 
 
+def class_order(student: str) -> tuple[str, ...] | None:
+    """The class names of an earlier run's student, in label order; None where it is no run."""
+    path = Path(student) / CARD
+    names = runs.read_json(path).get("classes") if path.is_file() else None
+    return tuple(map(str, names)) if isinstance(names, list) else None
+
+
 def preprocessing(card: Mapping[str, Any], folder: Path) -> Preprocess:
     """What a card's `preprocess` describes; the matrices of ZCA lie in the folder.
 
