@@ -16,6 +16,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,7 +57,7 @@ class LeftOut:
     loose: int = 0
 
     def __str__(self) -> str:
-        kinds = sorted(self.files.items(), key=lambda item: (-item[1], item[0]))
+        kinds = sorted((+self.files).items(), key=lambda item: (-item[1], item[0]))
         parts = [f"{count:,} {kind}" for kind, count in kinds[:5]]
         if len(self.files) > 5:
             parts.append(f"{sum(self.files.values()):,} files that are no images in all")
@@ -232,7 +233,7 @@ def _parts(root: Path, left_out: LeftOut) -> dict[str, Path]:
     if not _is_labelled(parts["train"]):
         raise DataError(
             f"{shown(parts['train'])} has images and no class folders: expected one folder of "
-            "images a class"
+            "images a class (if it is a class itself, rename it)"
         )
     for folder in (*others, *sorted(taken - {*parts.values()})):
         left_out.folders.append(f"{_inside(root, folder)} (no part)")
@@ -256,11 +257,7 @@ def _compounds(folders: Sequence[Path]) -> dict[str, list[Path]]:
         if len(words := _WITHIN.findall(name)) == 1:
             parts = stems.setdefault(_WITHIN.sub("", name), {})
             parts.setdefault(PARTS[words[0]], []).append(folder)
-    whole = [
-        parts
-        for parts in stems.values()
-        if "train" in parts and len(parts) > 1 and _is_labelled(parts["train"][0])
-    ]
+    whole = [parts for parts in stems.values() if "train" in parts and len(parts) > 1]
     return whole[0] if len(whole) == 1 else {}
 
 
@@ -273,7 +270,8 @@ def _are_classes(root: Path, named: dict[str, list[Path]], others: Sequence[Path
     labelled = {part for part, candidates in named.items() if any(map(_is_labelled, candidates))}
     if not others or {"train"} < labelled:
         return False
-    if not labelled and len(named) == 1:
+    alike = all(_WITHIN.search(folder.name.casefold()) for folder in others)
+    if not labelled and len(named) == 1 and not alike:
         return True
     parts = [folder for candidates in named.values() for folder in candidates]
     raise DataError(
@@ -405,7 +403,9 @@ def _annotated(folder: Path, left_out: LeftOut) -> Part:
 def _folders(path: Path) -> list[Path]:
     """The folders inside that may hold images, links to folders among them, in order of names."""
     with os.scandir(path) as entries:
-        names = [entry.name for entry in entries if entry.is_dir() and not _is_leftover(entry.name)]
+        names = [
+            entry.name for entry in entries if _is_folder(entry) and not _is_leftover(entry.name)
+        ]
     return [path / name for name in sorted(names)]
 
 
@@ -428,7 +428,7 @@ def _loose_images(folder: Path) -> int:
 def _direct_images(folder: Path) -> Iterator[Path]:
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name[0] != "." and entry.is_file() and _is_image(entry):
+            if entry.name[0] != "." and _is_file(entry) and _is_image(entry):
                 yield Path(entry.path)
 
 
@@ -450,11 +450,12 @@ def _images(folder: Path, above: set[tuple[int, int]], left_out: LeftOut) -> Ite
         seen.add(identity)
         with os.scandir(where) as entries:
             for entry in entries:
-                if entry.is_dir():
+                if _is_folder(entry):
                     if not _is_leftover(entry.name):
                         waiting.append(Path(entry.path))
-                elif entry.is_symlink() and not entry.is_file():
-                    left_out.broken += 1
+                elif not _is_file(entry):  # a pipe would be waited for
+                    left_out.broken += entry.is_symlink()
+                    left_out.files["special"] += not entry.is_symlink()
                 elif _is_image(entry):
                     if entry.name[0] != ".":
                         yield Path(entry.path)
@@ -466,7 +467,19 @@ def _images(folder: Path, above: set[tuple[int, int]], left_out: LeftOut) -> Ite
 
 def _broken_links(folder: Path) -> int:
     with os.scandir(folder) as entries:
-        return sum(e.is_symlink() and not (e.is_dir() or e.is_file()) for e in entries)
+        return sum(e.is_symlink() and not (_is_folder(e) or _is_file(e)) for e in entries)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    with suppress(OSError):  # of links that go round in a circle
+        return entry.is_dir()
+    return False
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    with suppress(OSError):
+        return entry.is_file()
+    return False
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
@@ -475,7 +488,7 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
     if extension in image_files.extensions():
         return True
     plain = not re.fullmatch(r"\.[a-z][a-z0-9]*", extension)
-    return plain and entry.name[0] != "." and entry.is_file() and image_files.is_signed(entry.path)
+    return plain and entry.name[0] != "." and _is_file(entry) and image_files.is_signed(entry.path)
 
 
 def _kind(name: str) -> str:
