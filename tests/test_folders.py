@@ -346,6 +346,16 @@ def test_a_second_load_decodes_nothing(tmp_path, decoded):
     assert len(decoded) == 12
 
 
+def test_channels_that_the_images_have_anyway_are_no_further_entry(tmp_path, decoded):
+    data = _classes(tmp_path / "data", {"a": 3, "b": 3})
+    first = folders.read(data, tmp_path / "cache", None).train
+    again = folders.read(data, tmp_path / "cache", None, channels=3).train
+    assert len(decoded) == 6
+    np.testing.assert_array_equal(first.images(), again.images())
+    assert folders.read(data, tmp_path / "cache", None, channels=1).train.shape == (6, 6, 1)
+    assert len(decoded) == 12
+
+
 def test_any_change_of_the_folder_is_seen(tmp_path, decoded):
     data = _classes(tmp_path / "data", {"a": 3, "b": 3})
     changes = [
