@@ -156,7 +156,7 @@ def _open_or_fill(
                 os.utime(folder / INDEX)  # when it was last used
             return store
         progress.say(f"the decoded images in {folder} are damaged: {shown(path)} is decoded again")
-    return _fill(path, folder, files, size, channels)
+    return _fill(path, folder, files, size, None if folder == as_they_are else channels)
 
 
 def _stamp(path: Path, files: list[Path]) -> bytes:
