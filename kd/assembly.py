@@ -77,7 +77,7 @@ def assembled(options: Train) -> Parts:
     if not Path(name).is_dir():
         networks.check_name(name)
     on = _engine(options, named)
-    source = _source(options, named)
+    source = _source(options, named, models.class_order(name))
     taught = chain.teacher(options) or (named and named.teacher)
     names = tuple(networks.names("--teacher", taught)) if taught else ()
     alone = not (names or options.peers or options.mean_teacher is not None)
@@ -221,7 +221,9 @@ def _engine(options: Train, named: Recipe | None) -> Engine:
     return engine.make(options.device, precision)
 
 
-def _source(options: Train, named: Recipe | None) -> Source | Files:
+def _source(
+    options: Train, named: Recipe | None, classes: tuple[str, ...] | None
+) -> Source | Files:
     """The data: read from files as it goes where the recipe cuts them, and as a whole elsewhere."""
     size = options.given.get("image_size") or (named and named.image_size)
     changes = options.given.get("augment") or (named and named.augment)
@@ -232,6 +234,7 @@ def _source(options: Train, named: Recipe | None) -> Source | Files:
             image_size=size,
             validation_fraction=sources.fraction(options.validation_fraction),
             channels=options.channels,
+            classes=classes,
         )
     return sources.resolve(
         options.data,
@@ -239,6 +242,7 @@ def _source(options: Train, named: Recipe | None) -> Source | Files:
         image_size=size,
         validation_fraction=options.validation_fraction,
         channels=options.channels,
+        classes=classes,
     )
 
 
