@@ -100,7 +100,7 @@ def read(folder: Path) -> Finished:
     try:
         _check(config, report)
         return Finished(folder, config, report, _curve(folder / "metrics.jsonl"))
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, RecursionError) as error:
         raise UserError(f"{folder} holds a damaged run ({error}): leave it out") from error
 
 

@@ -461,3 +461,23 @@ def test_a_short_logarithmic_axis_has_numbers_too(tmp_path, monkeypatch):
     drawn[0].draw_without_rendering()
     shown = [t.get_text() for t in (*axis.get_ticklabels(), *axis.get_ticklabels(minor=True))]
     assert len([float(text) for text in shown if text]) >= 2
+
+
+def test_curves_are_drawn_from_the_lines_that_can_be_read(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(drawing, "png", lambda figure: drawn.append(figure) or b"")
+    deep = "[" * 100_000
+    lines = [
+        '{"step": 1, "ce": 2.0, "odd": "x"}',
+        "no JSON",
+        deep,
+        "[]",
+        '{"ce": 1.0}',
+        '{"step": 2, "ce": NaN, "validation_accuracy": {}}',
+        '{"step": 3, "ce": 1e400, "late": 1%s}' % ("0" * 400),
+        '{"step": 4, "ce": 1.0}',
+    ]
+    (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode() + b'\n{"step": 5, \xff')
+    curves.draw(tmp_path)
+    (line,) = drawn[0].axes[0].lines
+    assert line.get_xydata().tolist() == [[1, 2], [4, 1]]
