@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import warnings
@@ -140,9 +141,12 @@ def test_an_error_is_one_line(name, monkeypatch, capsys):
         raise OSError(f"cannot open {name}")
 
     monkeypatch.setattr(command, "_parse", lambda *_: Options())
-    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
-    with pytest.raises(SystemExit) as stop:
-        command.main("kd", "", {"train": (Options, fail)}, "stopped")
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            command.main("kd", "", {"train": (Options, fail)}, "stopped")
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert str(stop.value) == f"kd: cannot open {text.printable(name)}"
 
 
