@@ -17,6 +17,8 @@ import matplotlib
 import numpy as np
 import pytest
 from markdown_it import MarkdownIt
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 from report_support import report
 from rich.table import Table
@@ -174,7 +176,7 @@ def test_the_picture_of_a_set_takes_any_name(start, tmp_path):
 def test_a_name_is_drawn_as_text_and_not_as_a_formula(tmp_path):
     """In mathematics, the dollar signs would vanish and leave a narrower name."""
     with drawing.plain():
-        figure = matplotlib.figure.Figure()
+        figure = Figure()
         widths = [
             figure.text(0, 0, drawing.label(name)).get_window_extent().width
             for name in ("under_$5_$10", "under_x5_x10")
@@ -232,7 +234,7 @@ def nasty() -> list[reports.Report]:
 
 def texts(figure) -> list[str]:
     """Every text of a figure."""
-    return [t.get_text() for t in figure.findobj(matplotlib.text.Text)]
+    return [t.get_text() for t in figure.findobj(Text)]
 
 
 def test_plots_show_names_as_text(nasty):
