@@ -4,7 +4,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from dsdistill.harness import runs
+from dsdistill.harness import progress, runs
 from dsdistill.harness.errors import UserError
 from kd import engine, models, networks, scoring, sources, teachers
 from kd.files import streaming
@@ -45,6 +45,8 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
             class_map=labels.read_class_map(Path(mapping)) if mapping else None,
             **{name.removeprefix("teacher_"): own.get(name) for name in TOLD},
         )
+        for remark in teachers.remarks(teacher):
+            progress.say(f"teacher {first}: {remark}")
         teacher.to(device)
     student.classifier.to(device)
     return {
