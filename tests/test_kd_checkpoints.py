@@ -45,7 +45,10 @@ def _below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _timm(folder: Path, network: nn.Module, name: str) -> None:
     from timm.utils.checkpoint_saver import CheckpointSaver
 
-    optimizer, args = torch.optim.SGD(network.parameters(), 0.1), argparse.Namespace(lr=0.1)
+    optimizer, args = (
+        torch.optim.SGD(network.parameters(), 0.1),
+        argparse.Namespace(model="test_resnet"),
+    )
     CheckpointSaver(
         network, optimizer, args=args, checkpoint_dir=str(folder), recovery_dir=str(folder)
     ).save_checkpoint(0, metric=1.0)

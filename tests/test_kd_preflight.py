@@ -163,7 +163,7 @@ def test_weak_teachers_on_few_images_raise_no_false_alarm(n: int, k: int, accura
     for predicted, true in draws:
         order = class_order._assignment(predicted, true, k)
         gains.append((order[predicted] == true).mean() - (predicted == true).mean())
-    assert np.mean(gains) > 0.05
+    assert np.mean(gains) > 0.02
 
 
 def test_one_answer_for_everything_is_no_order() -> None:

@@ -228,11 +228,11 @@ def _literals(text: str) -> dict[str, Any] | None:
         call: Any = ast.parse(f"f{text}", mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
             return None
-        found = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+        found = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg}
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None
-    # One without a name is `**mapping`; Python takes none twice.
-    return None if None in found or len(found) < len(call.keywords) else found
+    # One without a name is `**mapping`, and Python takes none twice.
+    return found if len(found) == len(call.keywords) else None
 
 
 def _size(arguments: Mapping[str, Any]) -> tuple[int, int] | None:
