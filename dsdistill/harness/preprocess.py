@@ -191,7 +191,7 @@ def _announce_zca(shape: tuple[int, int, int], count: int) -> None:
     if d < 2 * PROBE:
         return
     began = time.perf_counter()
-    small @ small
+    np.matmul(small, small)
     seconds = (time.perf_counter() - began) * (d / PROBE) ** 2  # of a product of d x d with d x m
     total = seconds * (count + (EIGENVECTORS + 2) * d) / PROBE
     if total > progress.LINE_EVERY:
