@@ -170,7 +170,7 @@ def test_impossible_networks_are_refused(name, depth, message):
 
 
 @pytest.mark.parametrize("part", ["kernel", "symmetric", "slopes", "deviations"])
-@pytest.mark.parametrize("name", ["convnet", "myrtle", "CRP-CRPR-gap"])
+@pytest.mark.parametrize("name", ["convnet", "myrtle", "CRP-CRPCR-gap"])
 def test_images_too_small_for_the_poolings_are_one_line(name, part):
     function = getattr(networks.parse(name), part)
     x = np.zeros((2, 8, 3, 1), np.float32)
