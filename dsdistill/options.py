@@ -78,7 +78,7 @@ class Source:
     """of the drawn images, the noise and the target batches"""
 
     resume: bool = False
-    """continue the unfinished run in --out"""
+    """continue the unfinished run in --out, with the options and the data it was started with"""
 
     hosts: str | None = None
     """ADDRESS:PORT,INDEX/COUNT to share the work with other hosts, such as 10.0.0.1:9876,0/2: the

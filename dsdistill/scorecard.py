@@ -7,9 +7,11 @@ plots/        every plot as PNG and SVG
 report.json   all figures; report.md and report.html show them. Written last
 """
 
+import contextlib
 import platform
+import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +21,7 @@ import numpy as np
 
 from dsdistill import arms, commands
 from dsdistill.assembly import Parts, assembled
-from dsdistill.harness import controls, machine, memory, origin, pictures, progress, runs
+from dsdistill.harness import controls, machine, memory, origin, pictures, progress, runs, stopping
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluate import Arm, Learner, evaluate, stored_bytes
 from dsdistill.harness.kept import Kept
@@ -48,14 +50,15 @@ def run(options: Evaluate) -> Path:
     parts = assembled(options)
     beside = options.run if options.run.is_dir() else options.run.parent
     out = options.out or runs.next_free("evaluation", beside)
-    with runs.start(
+    begun = runs.start(
         out,
         _config(options),
         result=report.NAME,
         resume=options.resume,
         defaults=_config(Evaluate(options.run)),
         free=FREE,
-    ):
+    )
+    with begun, _stoppable(options.run, out):
         began = time.monotonic()
         kept = Kept(out / "results", options.cache, sharing=controls.CONTROLS)
         results = _measured(parts, list(range(options.seeds)), kept)
@@ -63,6 +66,16 @@ def run(options: Evaluate) -> Path:
         report.write(out, _report(options, parts, results, time.monotonic() - began))
     _print(report.load(out), out)
     return out
+
+
+@contextlib.contextmanager
+def _stoppable(run: Path, out: Path) -> Iterator[None]:
+    """Say after a stop by hand how the evaluation goes on."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        line = shlex.join(["dsdistill", "evaluate", str(run), "--resume", "--out", str(out)])
+        raise stopping.Stopped(f"stopped; continue with `{line}`") from error
 
 
 def compare(options: Compare) -> Path:

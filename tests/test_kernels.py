@@ -169,6 +169,15 @@ def test_impossible_networks_are_refused(name, depth, message):
         networks.parse(name, depth)
 
 
+@pytest.mark.parametrize("part", ["kernel", "symmetric", "slopes", "deviations"])
+@pytest.mark.parametrize("name", ["convnet", "myrtle", "CRP-CRPCR-gap"])
+def test_images_too_small_for_the_poolings_are_one_line(name, part):
+    function = getattr(networks.parse(name), part)
+    x = np.zeros((2, 8, 3, 1), np.float32)
+    with pytest.raises(UserError, match=r"at least .* pixels for the kernel's poolings, got 8x3"):
+        function(x, x) if part in ("kernel", "slopes") else function(x)
+
+
 def test_network_from_a_module(tmp_path, monkeypatch):
     (tmp_path / "my_network.py").write_text(
         "from neural_tangents import stax\n"
