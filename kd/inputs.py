@@ -61,7 +61,7 @@ def data_hashes(parts: Parts, options: Train) -> dict[str, str]:
         }
         if source.count == 0:
             # Shards are shared out among the processes that read.
-            found["number of reading processes (--workers)"] = str(options.workers)
+            found["number of reading processes (--workers)"] = str(options.readers)
         return found
     found = {}
     if source.distilled is not None:

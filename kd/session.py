@@ -49,6 +49,8 @@ from kd import (
 from kd.assembly import Parts
 from kd.checkpoint import Saved, State
 from kd.data import Batches
+from kd.files import shards
+from kd.files.streaming import Files
 from kd.models import Model
 from kd.objectives import Objective
 from kd.options import Overrides, Train
@@ -123,6 +125,7 @@ def _train(options: Train, earlier: Sequence[Path]) -> dict[str, Any]:
     assert folder is not None
     objective = assembly.objective(parts, options)
     held = _held(options, parts)
+    _check_used(options, parts)
     if held is None:
         _check_unvalidated(options, parts)
     for name, teacher in zip(parts.taught_by, parts.teachers, strict=True):
@@ -161,6 +164,22 @@ def _open(folder: Path, options: Train, hashes: Mapping[str, str]) -> runs.Run:
         run.close()
         raise
     return run
+
+
+def _check_used(options: Train, parts: Parts) -> None:
+    """Refuse options that have no effect on this kind of data.
+
+    Raises:
+        UserError: If one is given.
+    """
+    streamed = isinstance(parts.source, Files)
+    if options.workers is not None and not streamed:
+        raise UserError("--workers has no effect without --augment imagenet: leave it out")
+    if options.validation_fraction is not None and shards.is_named(options.data):
+        raise UserError(
+            f"--validation-fraction has no effect on {options.data}, which has a validation part "
+            "of its own: leave it out"
+        )
 
 
 def _check_unvalidated(options: Train, parts: Parts) -> None:
@@ -283,7 +302,7 @@ def _shown(
 def _tested(options: Train, parts: Parts, student: Model) -> dict[str, float | None]:
     """Figures on the test set; its only use."""
     fitted, on = student.preprocess, parts.on
-    batches = parts.source.test(parts.recipe, fitted, on.device, options.workers)
+    batches = parts.source.test(parts.recipe, fitted, on.device, options.readers)
     if batches is None:
         return {"test_accuracy": None, "test_images": 0}
     found = scoring.figures(
@@ -305,7 +324,7 @@ def _validated(options: Train, parts: Parts, student: Model, state: State) -> fl
 
 def _held(options: Train, parts: Parts) -> Judged | None:
     fitted, on = parts.student.preprocess, parts.on
-    return parts.source.validation(parts.recipe, fitted, on.device, options.workers)
+    return parts.source.validation(parts.recipe, fitted, on.device, options.readers)
 
 
 def _start(folder: Path, options: Train) -> runs.Run:

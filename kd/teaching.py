@@ -48,7 +48,7 @@ def batches(parts: Parts, options: Train, objective: Objective) -> Batches:
         UserError: If answers are to be kept that the loss does not ask for.
     """
     fitted, on = parts.student.preprocess, parts.on
-    source = parts.source.train(parts.recipe, fitted, on, options.workers)
+    source = parts.source.train(parts.recipe, fitted, on, options.readers)
     classes = parts.source.classes
     changed = augment.changed(source, parts.recipe, len(classes))
     if not isinstance(objective, Distillation) or not objective.needs_teacher:
