@@ -39,8 +39,8 @@ from kd.files.stream import (
     Stream,
     collated,
     delivered,
-    loader,
     handover,
+    loader,
     received,
 )
 from kd.files.views import Transform, Views, seeded

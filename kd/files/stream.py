@@ -32,6 +32,18 @@ Pair = tuple[Tensor, Tensor]  # images and labels
 Sent = Pair | tuple[np.ndarray, np.ndarray] | str  # a batch between processes, or an error
 
 
+class Handover(NamedTuple):
+    """How decoding processes hand over what they have made.
+
+    Attributes:
+        workers: Processes; 0 where none can be started, and this one decodes.
+        piped: Whether batches go through pipes, and not through shared memory.
+    """
+
+    workers: int
+    piped: bool
+
+
 @dataclass(frozen=True, eq=False)
 class Stream:
     """Batches of images that are read when they are needed; a `kd.data.Batches`.
@@ -198,18 +210,6 @@ def loader(
         # Its own: the loader would draw a number from torch's global generator.
         generator=torch.Generator().manual_seed(seed),
     )
-
-
-class Handover(NamedTuple):
-    """How decoding processes hand over what they have made.
-
-    Attributes:
-        workers: Processes; 0 where none can be started, and this one decodes.
-        piped: Whether batches go through pipes, and not through shared memory.
-    """
-
-    workers: int
-    piped: bool
 
 
 def handover(views: Views, size: int, workers: int, prefetch: int) -> Handover:
