@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from dsdistill.harness import layout
+from dsdistill.harness import layout, progress
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.labeled import Labeled
 from dsdistill.harness.preprocess import Preprocess
@@ -102,15 +102,19 @@ def _teacher(
 ) -> nn.Module:
     """The first teacher of that name, and of what was said of the run's own one."""
     own = config if options.teacher is None else {}
+    first = networks.names("--teacher", name)[0]
     mapping = own.get("class_map")
-    return teachers.load(
-        networks.names("--teacher", name)[0],
+    teacher = teachers.load(
+        first,
         fitted,
         source.shape,
         source.classes,
         class_map=labels.read_class_map(Path(mapping)) if mapping else None,
         **{name.removeprefix("teacher_"): own.get(name) for name in TOLD},
     )
+    for remark in teachers.remarks(teacher):
+        progress.say(f"teacher {first}: {remark}")
+    return teacher
 
 
 def _recipe(run: Path) -> Recipe:

@@ -30,7 +30,9 @@ _RESERVED = (
 
 def check(name: str) -> None:
     """Refuse a name that timm does not know, with the nearest known ones."""
-    name, _ = split(name)
+    name, arguments = split(name)
+    if arguments and name in builtin.NETWORKS:
+        raise UserError(f"{name} is built in and takes a width alone, as in {name}:32")
     if _source(name):
         return
     if Path(name).is_file():
@@ -226,10 +228,11 @@ def _literals(text: str) -> dict[str, Any] | None:
         call: Any = ast.parse(f"f{text}", mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
             return None
-        found = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+        found = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg}
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None
-    return None if None in found else found  # type: ignore[return-value]
+    # One without a name is `**mapping`, and Python takes none twice.
+    return found if len(found) == len(call.keywords) else None
 
 
 def _size(arguments: Mapping[str, Any]) -> tuple[int, int] | None:
