@@ -92,6 +92,7 @@ _SUMMARY = (
     "calibration_error",
     "teacher_agreement",
     "teacher_accuracy",
+    "teachers",
     "parameters",
     "seconds",
 )
@@ -99,6 +100,12 @@ _SUMMARY = (
 
 def _print(figures: dict[str, Any]) -> None:
     """Names and values: a table on a terminal, plain lines elsewhere."""
+    each = figures.get("teachers") or {}
+    figures = {k: v for k, v in figures.items() if k != "teachers"} | {
+        f"{name} of teacher {teacher}": value
+        for teacher, known in each.items()
+        for name, value in known.items()
+    }
     rows = [(_label(k), _value(v)) for k, v in figures.items() if v is not None]
     if not sys.stdout.isatty():
         for label, value in rows:

@@ -1,6 +1,6 @@
 """Figures of a finished student on test images: `kd evaluate`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -62,9 +62,12 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
         matched = labels.match(who, student.classes, source.classes, mapping)
         how, outputs = matched.how, matched.outputs
     name = options.teacher or config.get("teacher")
-    teacher = None
+    known: dict[str, nn.Module] = {}
     if name is not None:
-        teacher = _teacher(options, config, name, student.preprocess, source).to(device)
+        known = {
+            each: teacher.to(device)
+            for each, teacher in _teachers(options, config, name, student.preprocess, source)
+        }
     student.classifier.to(device)
     judged = _InOrder(student.classifier, outputs)
     return {
@@ -74,7 +77,7 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
         "data": source.name,
         "judged_on": chosen.which,
         "classes_matched": how,
-        **scoring.figures(judged, test, teacher, temperature=student.output_temperature),
+        **scoring.figures(judged, test, known, temperature=student.output_temperature),
         "output_temperature": student.output_temperature,
         "parameters": networks.parameters(student.classifier),
         **scoring.latency(student.classifier, student.shape),
@@ -93,28 +96,23 @@ class _InOrder(nn.Module):
         return scores if self.outputs is None else scores[:, list(self.outputs)]
 
 
-def _teacher(
+def _teachers(
     options: Evaluate,
     config: Mapping[str, Any],
     name: str,
     fitted: Preprocess,
     source: Source | Files,
-) -> nn.Module:
-    """The first teacher of that name, and of what was said of the run's own one."""
-    own = config if options.teacher is None else {}
-    first = networks.names("--teacher", name)[0]
-    mapping = own.get("class_map")
-    teacher = teachers.load(
-        first,
-        fitted,
-        source.shape,
-        source.classes,
-        class_map=labels.read_class_map(Path(mapping)) if mapping else None,
-        **{name.removeprefix("teacher_"): own.get(name) for name in TOLD},
-    )
-    for remark in teachers.remarks(teacher):
-        progress.say(f"teacher {first}: {remark}")
-    return teacher
+) -> Iterator[tuple[str, nn.Module]]:
+    """The teachers of that name, with what was said of the run's own ones."""
+    own, names = config if options.teacher is None else {}, networks.names("--teacher", name)
+    told = {name.removeprefix("teacher_"): own.get(name) for name in TOLD}
+    maps = labels.read_class_maps(own.get("class_map"), names)
+    for each, mapping in zip(names, maps, strict=True):
+        where = fitted, source.shape, source.classes
+        teacher = teachers.load(each, *where, class_map=mapping, **told)
+        for remark in teachers.remarks(teacher):
+            progress.say(f"teacher {each}: {remark}")
+        yield each, teacher
 
 
 def _recipe(run: Path) -> Recipe:

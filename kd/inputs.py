@@ -6,6 +6,7 @@ student that no single command can make, so the hashes are stored at the start a
 """
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from kd.files.streaming import Files
 from kd.options import Train
 from kd.seals import file_digest
 from kd.teachers import Teacher
+from kd.zoo import labels
 
 DATA = ("training images", "validation images", "test images", "distilled set")
 ABSENT = "absent"  # a hash of what is not there: that it comes or goes is a change too
@@ -40,7 +42,8 @@ def hashes(parts: Parts, options: Train) -> dict[str, str]:
         which = f"teacher {number}" if len(parts.teachers) > 1 else "the teacher"
         found[which] = teacher_hash(name, teacher)
     if options.class_map is not None and not chain.taught_by_run(options):
-        found["class map"] = file_digest(options.class_map)
+        maps = labels.read_class_maps(options.class_map, parts.taught_by)
+        found["class map"] = hashlib.sha256(json.dumps(maps).encode()).hexdigest()
     # A start from a seed is a function of the options.
     if _from_elsewhere(options.student) or options.pretrained:
         found["the student's first weights"] = cache.fingerprint(parts.student.classifier.network)

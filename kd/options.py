@@ -50,14 +50,15 @@ class Train:
     hf:NAME; NAME@FILE for weights in a file; or an earlier run's folder."""
     teacher: Names = None
     """Folder of an earlier run, any of the names above with published weights, or FILE.pt2; of
-    several, comma-separated, the tempered probabilities are averaged."""
+    several, comma-separated, the tempered probabilities are averaged, and terms of layers are."""
     recipe: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """supergradients, hinton, function_matching, cifar, distilled_set, deit; by default one for
     this kind of data and network. The options below change its fields."""
     teacher_weights: Literal["alike", "by-label"] | None = None
-    """Of several teachers; by-label: for each image by how well they know its label."""
-    class_map: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """JSON file, class of the data -> class of the teacher (name or number)."""
+    """Of several teachers' logits; by-label: for each image by how well they know its label."""
+    class_map: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """JSON file, class of the data -> class of the teacher (name or number); of several teachers
+    one for all, or one for each with commas between, and nothing for one that needs none."""
     teacher_image_size: Count = None
     """Height and width of the images given to a teacher from a file that does not say it."""
     teacher_mean: Values = None
@@ -65,7 +66,8 @@ class Train:
     teacher_std: Values = None
     """The same."""
     min_teacher_accuracy: Number = None
-    """Refuse a teacher below this fraction of the validation images."""
+    """Refuse a teacher below this accuracy on the validation images, or without any on 2000 of
+    the training images."""
     cache: Folder = None
     """Keep the teachers' answers here, view by view, for this and for later trainings."""
     cache_top: Count = None

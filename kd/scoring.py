@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import nn
 from dsdistill.harness import metrics
 from kd.data import Batch
 from kd.engine import Engine
+from kd.ensembles import combined_logits
 from kd.losses import response
 from kd.networks import Shape
 
@@ -62,16 +63,18 @@ def scored(
 def figures(
     network: nn.Module,
     batches: Judged,
-    teacher: nn.Module | None = None,
+    teachers: Mapping[str, nn.Module] | None = None,
     *,
     temperature: float = 1.0,
-) -> dict[str, float]:
-    """Accuracy, NLL in nats and calibration error (15 bins); with a teacher, agreement with it.
+) -> dict[str, Any]:
+    """Accuracy, NLL in nats and calibration error (15 bins); with teachers, agreement with them.
 
     Args:
         network: Takes images (n, c, h, w).
         batches: The images.
-        teacher: Takes the same images.
+        teachers: By name; they take the same images. Of several, `teacher_agreement` and
+            `teacher_accuracy` are those of the mean of their probabilities, and `teachers` holds
+            each one's `agreement` and `accuracy`.
         temperature: softmax(outputs / this) are the network's probabilities.
 
     Returns:
@@ -79,16 +82,26 @@ def figures(
     """
     scores, labels = scored(network, batches)
     probabilities = metrics.softmax(scores, temperature)
-    found = {
+    found: dict[str, Any] = {
         "images": len(labels),
         "accuracy": metrics.accuracy(scores, labels),
         "nll": metrics.nll(probabilities, labels),
         "calibration_error": metrics.expected_calibration_error(probabilities, labels),
     }
-    if teacher is not None:
-        answers = outputs(teacher, batches)
-        found["teacher_agreement"] = metrics.agreement(scores, answers)
-        found["teacher_accuracy"] = metrics.accuracy(answers, labels)
+    if teachers:
+        answers = {name: outputs(teacher, batches) for name, teacher in teachers.items()}
+        logits = [torch.from_numpy(each) for each in answers.values()]
+        together = logits[0] if len(logits) == 1 else combined_logits(logits, temperature=1.0)
+        found["teacher_agreement"] = metrics.agreement(scores, together.numpy())
+        found["teacher_accuracy"] = metrics.accuracy(together.numpy(), labels)
+        if len(answers) > 1:
+            found["teachers"] = {
+                name: {
+                    "agreement": metrics.agreement(scores, each),
+                    "accuracy": metrics.accuracy(each, labels),
+                }
+                for name, each in answers.items()
+            }
     return found
 
 

@@ -34,6 +34,7 @@ from kd import (
     assembly,
     chain,
     checkpoint,
+    composition,
     curves,
     engine,
     inputs,
@@ -44,7 +45,9 @@ from kd import (
     recipes,
     scoring,
     seals,
+    sources,
     teaching,
+    terms,
 )
 from kd.assembly import Parts
 from kd.checkpoint import Saved, State
@@ -61,7 +64,6 @@ from kd.train import train
 _OPTIONS = "options"  # among the hashes of a run: those that are not defaults
 _FREE = ("data_root", "device", "workers", "cache", "min_teacher_accuracy")  # may differ on resume
 _PER_CALL = ("out", "resume", "overrides")  # not options of the training
-_VALIDATING = ("patience", "validate_every", "metric", "average_best")  # without effect elsewhere
 _PATHS = ("data", "student", "teacher", "data_root", "class_map", "cache")
 
 
@@ -101,6 +103,8 @@ def run(options: Train) -> dict[str, Any]:
     assert options.out is not None
     if not options.resume:
         runs.check_free(options.out, REPORT)
+    if options.given.get("loss"):
+        composition.parse(options.given["loss"], terms.FUNCTIONS)  # its last link may be far away
     earlier: list[Path] = []
     for link in chain.before(options, options.out):
         assert link.out is not None
@@ -124,21 +128,18 @@ def _train(options: Train, earlier: Sequence[Path]) -> dict[str, Any]:
     folder, parts = options.out, assembly.assembled(options)
     assert folder is not None
     objective = assembly.objective(parts, options)
-    held = _held(options, parts)
     _check_used(options, parts)
-    if held is None:
-        _check_unvalidated(options, parts)
-    for name, teacher in zip(parts.taught_by, parts.teachers, strict=True):
-        if held is not None:
-            say = progress.say if parts.on.is_main_process else lambda line: None
-            minimum = options.min_teacher_accuracy
-            preflight.check(name, teacher, held, minimum=minimum, say=say)
+    source = teaching.source(parts, options)
+    assembly.check_step(parts, objective, source.sizes)
+    if options.compile:
+        parts.student.classifier.network.compile()
+    _judge_teachers(options, parts)
     hashes = inputs.hashes(parts, options)
     inputs.require_alike(parts.on, hashes)
     for link in earlier:
         stored = seals.read(link, "config.json").get(runs.INPUTS, {})
         inputs.require_same_data(link, stored, hashes)
-    batches = teaching.batches(parts, options, objective)
+    batches = teaching.batches(parts, options, objective, source)
     hashes |= {_OPTIONS: _options_hash(options)}
     with engine.shared(parts.on, lambda: _open(folder, options, hashes)) as run:
         run = replace(run, writes=parts.on.is_main_process)
@@ -182,19 +183,55 @@ def _check_used(options: Train, parts: Parts) -> None:
         )
 
 
-def _check_unvalidated(options: Train, parts: Parts) -> None:
-    """Refuse options that look at validation images where there are none.
+def _judge_teachers(options: Train, parts: Parts) -> None:
+    """Say how good each teacher is, on validation images or else on training images."""
+    say = progress.say if parts.on.is_main_process else lambda line: None
+    held: Judged | None = _held(options, parts)
+    part = "validation"
+    if held is None:
+        say(_without_validation(options, parts))
+    if held is None and parts.teachers:
+        fitted, device = parts.student.preprocess, parts.on.device
+        shuffled = parts.source.shuffled(parts.recipe, fitted, device, options.readers)
+        held, part = None if shuffled is None else preflight.FirstImages(shuffled), "training"
+    minimum = options.min_teacher_accuracy
+    if parts.teachers and held is None:
+        say("the teachers are not judged: there are no real images to judge them on")
+        if minimum is not None:
+            raise UserError(
+                f"--min-teacher-accuracy {minimum:g} needs real images to judge the teacher on, "
+                f"and there are none ({parts.source.note}): leave it out"
+            )
+    elif held is not None:
+        for name, teacher in zip(parts.taught_by, parts.teachers, strict=True):
+            preflight.check(name, teacher, held, minimum=minimum, part=part, say=say)
+
+
+def _without_validation(options: Train, parts: Parts) -> str:
+    """What falls away where no image is held out, in one line.
 
     Raises:
-        UserError: If one is given.
+        UserError: If an option is given that needs validation images.
     """
-    given = [name for name in _VALIDATING if options.given.get(name) is not None]
-    if options.min_teacher_accuracy is not None:
-        given.append("min_teacher_accuracy")
-    if given:
-        why = parts.source.note or "raise --validation-fraction, or leave it out"
-        option = "--" + given[0].replace("_", "-")
-        raise UserError(f"{option} needs validation images, and there are none: {why}")
+    for name in ("metric", "average_best", "patience", "validate_every"):
+        if name in options.given:
+            raise UserError(
+                f"--{name.replace('_', '-')} has no effect without validation images: "
+                "leave it out, or hold some out with --validation-fraction"
+            )
+    fraction = sources.fraction(options.validation_fraction)
+    lost = ["the weights of the last epoch are saved, not of the best"]
+    if parts.recipe.average_best > 1:
+        lost.append(f"and not the mean of {parts.recipe.average_best} epochs")
+    if parts.student.outputs == "centred labels":
+        lost.append("and its outputs are not calibrated")
+    if parts.source.distilled is not None and parts.source.note:
+        why = "there are no real images"
+    elif parts.source.distilled is not None or fraction == 0:
+        why = "none are held out"
+    else:
+        why = f"a share of {fraction:g} of so few images of each class is none"
+    return f"no validation images ({why}): {', '.join(lost)}"
 
 
 def _report(options: Train, parts: Parts, student: Model, state: State) -> dict[str, Any]:
@@ -299,7 +336,7 @@ def _shown(
         yield log, show
 
 
-def _tested(options: Train, parts: Parts, student: Model) -> dict[str, float | None]:
+def _tested(options: Train, parts: Parts, student: Model) -> dict[str, Any]:
     """Figures on the test set; its only use."""
     fitted, on = student.preprocess, parts.on
     batches = parts.source.test(parts.recipe, fitted, on.device, options.readers)
@@ -308,7 +345,7 @@ def _tested(options: Train, parts: Parts, student: Model) -> dict[str, float | N
     found = scoring.figures(
         student.classifier,
         batches,
-        parts.teachers[0] if parts.teachers else None,
+        dict(zip(parts.taught_by, parts.teachers, strict=True)),
         temperature=student.output_temperature,
     )
     return {"test_accuracy": found.pop("accuracy"), "test_images": found.pop("images"), **found}
@@ -340,7 +377,11 @@ def _config(options: Train) -> dict[str, Any]:
     for name in _PATHS:
         value = config[name]
         if value is not None and value != "digits":
-            parts = networks.split(str(value)) if name == "teacher" else [str(value)]
+            parts = [str(value)]
+            if name == "teacher":
+                parts = networks.split(str(value))
+            elif name == "class_map" and not Path(value).exists():  # one for each teacher
+                parts = str(value).split(",")
             config[name] = ",".join(map(networks.absolute, parts))
     return config | asdict(options.overrides)
 
@@ -358,7 +399,7 @@ def _stored(folder: Path, options: Train) -> Train:
     hashes = config.get(runs.INPUTS, {})
     known = {k: v for k, v in config.items() if k in _config(options)}
     try:
-        for name in ("data_root", "class_map", "cache"):
+        for name in ("data_root", "cache"):
             known[name] = None if known.get(name) is None else Path(known[name])
         known = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
         # An earlier version lacks the options that are newer.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dsdistill.harness import artifact, datasets, preprocess
@@ -85,21 +86,43 @@ class Source:
         images = self.train_images
         return preprocess.fit(kind or "standardise", images.chunks, images.shape)
 
-    def train(self, recipe: Recipe, fitted: Preprocess, on: Engine, workers: int = 0) -> Resident:
-        """The training images in batches of the recipe's size a process, as a network sees them."""
+    def train(
+        self,
+        recipe: Recipe,
+        fitted: Preprocess,
+        on: Engine,
+        workers: int = 0,
+        least: int = data.LEAST,
+    ) -> Resident:
+        """The training images in batches of the recipe's size a process, as a network sees them.
+
+        Args:
+            recipe, fitted, on, workers: As in `streaming.Files.train`.
+            least: Images that each process needs of a batch.
+        """
         world = on.num_processes
         size = recipe.batch_size * world
         if self.distilled is not None:
             examples = self.distilled.examples()
         else:
             examples = Examples(self.train_images, fitted)
-        return data.batches(examples, size, on.device, world)
+        return data.batches(examples, size, on.device, world, least)
 
     def validation(
         self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0
     ) -> Resident | None:
         """Real images held out of the training set; None if there are none."""
         return _judged(self.splits and self.splits.validation, fitted, device)
+
+    def shuffled(
+        self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0
+    ) -> Resident | None:
+        """Real training images, unchanged and read when needed; None if there are none."""
+        if self.splits is None:
+            return None
+        images = self.splits.train
+        labels = torch.from_numpy(images.labels.astype(np.int64)).to(device)
+        return Resident(Examples(images, fitted), SCORE_BATCH, device, labels)
 
     def test(
         self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0

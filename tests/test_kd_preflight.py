@@ -394,7 +394,9 @@ def test_weights_by_label_are_the_papers() -> None:
     soft = torch.full((5, 4), 0.1) + 0.6 * torch.from_numpy(one_hot).float()
     found = ensembles.label_weights(logits, soft)
     np.testing.assert_allclose(found, _weights(logits, soft.double().numpy()), rtol=1e-4)
-    combined = ensembles.combined_logits(logits, temperature=2.0, labels=true)
+    combined = ensembles.combined_logits(
+        logits, temperature=2.0, weights=ensembles.label_weights(logits, true)
+    )
     p = np.stack([scipy.special.softmax(x.double().numpy() / 2, 1) for x in logits])
     expected = (_weights(logits, one_hot)[..., None] * p).sum(0)
     found = scipy.special.softmax(combined.double().numpy() / 2, 1)
@@ -404,7 +406,8 @@ def test_weights_by_label_are_the_papers() -> None:
 def test_a_teacher_that_knows_the_label_outweighs_one_that_does_not() -> None:
     right = torch.tensor([[9.0, 0.0, 0.0]])
     wrong = torch.tensor([[0.0, 200.0, 0.0]])
-    combined = ensembles.combined_logits([right, wrong], temperature=1.0, labels=torch.tensor([0]))
+    weights = ensembles.label_weights([right, wrong], torch.tensor([0]))
+    combined = ensembles.combined_logits([right, wrong], temperature=1.0, weights=weights)
     assert torch.isfinite(combined).all()
     torch.testing.assert_close(combined.softmax(1), right.softmax(1))
 
@@ -413,14 +416,16 @@ def test_one_teacher_is_itself_and_alike_teachers_are_one() -> None:
     (only,) = _logits(m=1)
     for true in (None, torch.tensor([0, 1, 2, 3, 0])):
         for several in ([only], [only, only, only]):
-            combined = ensembles.combined_logits(several, temperature=3.0, labels=true)
+            weights = None if true is None else ensembles.label_weights(several, true)
+            combined = ensembles.combined_logits(several, temperature=3.0, weights=weights)
             expected = only - only.div(3).logsumexp(1, keepdim=True) * 3
             torch.testing.assert_close(combined, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_half_precision_extreme_logits_and_gradients() -> None:
     logits = [torch.tensor([[6e4, -6e4]]).half(), torch.tensor([[6e4, -6e4]]).half()]
-    combined = ensembles.combined_logits(logits, temperature=1.0, labels=torch.tensor([1]))
+    weights = ensembles.label_weights(logits, torch.tensor([1]))
+    combined = ensembles.combined_logits(logits, temperature=1.0, weights=weights)
     assert combined.dtype == torch.float32
     assert torch.isfinite(combined).all()
     grown = [x.requires_grad_() for x in _logits()]

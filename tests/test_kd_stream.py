@@ -269,6 +269,12 @@ def test_a_last_part_too_small_to_be_shared_joins_the_one_before(images: Picture
     assert Stream(images, PLAIN, 100, CPU).sizes == [100, 100, 100]
     assert Stream(images, PLAIN, 99, CPU, world=1).sizes == [99, 99, 99, 3]
     assert Stream(images, PLAIN, 99, CPU, world=2).sizes == [99, 99, 102]
+    needy = Stream(images, PLAIN, 99, CPU, least=4)
+    assert needy.sizes == [99, 99, 102]
+    assert [len(batch) for batch in needy.epoch(0, 0)] == needy.sizes
+    assert [len(batch) for batch in needy.epoch(0, 0, first=1)] == needy.sizes[1:]
+    with pytest.raises(UserError, match="it needs 4 in a batch, got 3"):
+        Stream(images, PLAIN, 3, CPU, least=4)
     assert Stream(images, PLAIN, 299, CPU).sizes == [300]
     assert Stream(images, PLAIN, 128, CPU, repeats=3).sizes == [128, 128]
 

@@ -30,7 +30,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from dsdistill.harness.errors import UserError, unknown
-from kd.data import Batch, derive
+from kd.data import LEAST, Batch, check_size, derive
 from kd.files.pictures import Pictures
 from kd.files.stream import (
     SHARED,
@@ -131,6 +131,7 @@ def streamed(
     repeats: int = 1,
     workers: int = 0,
     prefetch: int = 2,
+    least: int = LEAST,
 ) -> "Stream | Sequential":
     """Batches of either kind of data set; the arguments are those of `Stream`.
 
@@ -138,7 +139,10 @@ def streamed(
         UserError: If the data set cannot be read as asked.
     """
     if isinstance(source, Pictures):
-        return Stream(source, views, size, device, world, augment, repeats, workers, prefetch)
+        options = (world, augment, repeats, workers, prefetch, least)
+        return Stream(source, views, size, device, *options)
+    if augment:  # the processes' shares are equal, and all batches of one size
+        check_size(size // world, 1, least)
     if repeats > 1:
         raise UserError(
             f"--repeats {repeats} needs images that can be read in any order, and {source.name} "

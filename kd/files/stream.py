@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, default_collate
 from dsdistill.harness import progress
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.memory import readable
-from kd.data import Batch, derive, mine, split
+from kd.data import LEAST, Batch, check_size, derive, mine, split
 from kd.files.pictures import Pictures
 from kd.files.views import Transform, Views, kept, seed
 
@@ -53,7 +53,8 @@ class Stream:
         views: How they are changed.
         size: Images in a batch over all processes of the training; an epoch's last may be smaller.
         device: Where the batches appear.
-        world: Processes that share a batch, at most; none gets less than two images of one.
+        world: Processes that share a batch, at most.
+        least: Images that each of them gets of a batch, at least.
         augment: Whether an epoch has training views; without, those of evaluation.
         repeats: Views of one image in an epoch. More than 1 is timm's repeated augmentation: an
             epoch stays as long, rounded down to a multiple of 256, and so holds a part of the
@@ -71,17 +72,14 @@ class Stream:
     repeats: int = 1
     workers: int = 0
     prefetch: int = 2
+    least: int = LEAST
     _idle: list["_Crew"] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("size", "world", "repeats", "prefetch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        least = min(self.size, len(self.pictures))
-        if self.world > 1 and least < 2 * self.world:
-            raise UserError(
-                f"{self.world} processes need two images each of every batch, got {least} images"
-            )
+        check_size(min(self.size, len(self.pictures)), self.world, self.least)
         _ = self._desk  # a wrong augmentation is said now, not by a decoding process later
 
     @property
@@ -109,7 +107,7 @@ class Stream:
     def _sizes(self) -> list[int]:
         n = len(self.pictures)
         views = n if self.repeats == 1 or n < 256 else n // 256 * 256
-        return [len(part) for part in split(np.arange(views), self.size, self.world)]
+        return [len(part) for part in split(np.arange(views), self.size, self.world, self.least)]
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -124,7 +122,7 @@ class Stream:
         """
         rows = order(len(self.pictures), self.repeats, seed, epoch)
         key = (seed, epoch) if self.augment else None
-        parts = split(np.arange(len(rows)), self.size, self.world)[first:]
+        parts = split(np.arange(len(rows)), self.size, self.world, self.least)[first:]
         places = [part[mine(len(part), rank, world)] for part in parts]
         shares = [_Share(rows[place], place % self.repeats, key) for place in places]
         for part, batch in zip(parts, self._batches(shares), strict=True):

@@ -9,7 +9,7 @@ import torch
 
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.preprocess import Preprocess
-from kd.data import Batches
+from kd.data import LEAST, Batches
 from kd.engine import Engine
 from kd.files import pictures, shards
 from kd.files.pictures import Pictures
@@ -79,8 +79,10 @@ class Files:
             mean, std = mean.mean(keepdims=True), std.mean(keepdims=True)
         return Preprocess("standardise", mean, std)
 
-    def train(self, recipe: Recipe, fitted: Preprocess, on: Engine, workers: int) -> Batches:
-        """The training images in batches, cut and changed."""
+    def train(
+        self, recipe: Recipe, fitted: Preprocess, on: Engine, workers: int, least: int = LEAST
+    ) -> Batches:
+        """The training images in batches, cut and changed; `least` images a process and batch."""
         world = on.num_processes
         return shards.streamed(
             self.parts[0],
@@ -90,6 +92,7 @@ class Files:
             world=world,
             repeats=recipe.repeats,
             workers=workers,
+            least=least,
         )
 
     def validation(
@@ -97,6 +100,15 @@ class Files:
     ) -> Judged | None:
         """Images held out of the training set, or the data set's own; None if there are none."""
         return self._judged(self.parts[1], recipe, fitted, device, workers)
+
+    def shuffled(
+        self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0
+    ) -> Batches:
+        """Training images, as they are judged."""
+        views = self._views(recipe, fitted)
+        return shards.streamed(
+            self.parts[0], views, SCORE_BATCH, device, augment=False, workers=workers
+        )
 
     def test(
         self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0

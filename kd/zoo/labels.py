@@ -114,6 +114,31 @@ def read_class_map(path: Path) -> dict[str, str | int]:
     return found
 
 
+def read_class_maps(
+    text: str | None, names: Sequence[str]
+) -> tuple[dict[str, str | int] | None, ...]:
+    """The class map of each teacher; None where its classes are the data's.
+
+    Args:
+        text: One file for all teachers, or a comma-separated file for each in their order, where
+            nothing stands for none.
+        names: The teachers.
+
+    Raises:
+        UserError: If there are as many files as neither one nor teachers, or one cannot be read.
+    """
+    if text is None:
+        return (None,) * len(names)
+    files = [text] if Path(text).exists() else [part.strip() for part in text.split(",")]
+    if len(files) not in (1, len(names)):
+        raise UserError(
+            f"--class-map has {len(files)} files for {len(names)} teachers: give one for all, or "
+            "one for each, with nothing between the commas where the classes are the data's"
+        )
+    maps = [read_class_map(Path(file)) if file else None for file in files]
+    return tuple(maps) if len(maps) == len(names) else (maps[0],) * len(names)
+
+
 def with_synonyms(names: tuple[str, ...]) -> tuple[str, ...]:
     """The names; those of ImageNet's 1000 classes with their synsets and synonyms.
 
