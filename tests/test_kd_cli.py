@@ -206,7 +206,7 @@ WRONG = [
     (("train", *UNVALIDATED, "--validate-every", "3"), "--validate-every has no effect without"),
     (
         ("train", *UNVALIDATED, "--average-best", "3"),
-        "--average-best has no effect without validation",
+        "--average-best has no effect without",
     ),
     (("train", *UNVALIDATED, "--metric", "nll"), "--metric has no effect without validation"),
     (("train", "orphan.safetensors", "--patience", "3"), "has no effect without"),
