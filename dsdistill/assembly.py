@@ -1,6 +1,7 @@
 """From the options of `dsdistill evaluate` to all its parts, checked before anything is trained."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from dsdistill.harness.datasets import Splits
 from dsdistill.harness.errors import UserError, unknown
 from dsdistill.harness.evaluate import Arm, Augmentable, Learner
 from dsdistill.harness.judges import Judges
-from dsdistill.harness.labeled import Examples, Labeled, balanced
+from dsdistill.harness.labeled import Examples, Labeled, balanced, joined_chunks
 from dsdistill.options import Evaluate
 
 JUDGED = 2000  # validation images, class-balanced, that choose rates and calibrate
@@ -98,8 +99,8 @@ def assembled(options: Evaluate) -> Parts:
             {
                 "data": data,
                 "validation": len(splits.validation),
-                # Of another hash than the training images, and may change without them.
-                "test": datasets.digest(splits.test),
+                # These may change while the training images stay.
+                "judging": [datasets.digest(splits.validation), datasets.digest(splits.test)],
                 "teacher": taught_by,
             },
         ),
@@ -157,10 +158,7 @@ def _published(options: Evaluate) -> tuple[Distilled, Splits]:
     stated = Stated(**{name: getattr(options, name) for name in STATED})
     fitted = preprocess.fit("standardise", splits.train.chunks, splits.train.shape)
 
-    def chunks(size: int) -> Iterator[np.ndarray]:
-        yield from splits.train.chunks(size)
-        yield from splits.validation.chunks(size)
-
+    chunks = functools.partial(joined_chunks, (splits.train, splits.validation))
     loaded = foreign.load(
         options.run, splits.train, stated, preprocess=fitted, data=splits.name, chunks=chunks
     )

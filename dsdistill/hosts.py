@@ -25,7 +25,7 @@ from jax._src import distributed  # its key-value store, which JAX gives out now
 from jax.experimental import multihost_utils
 
 from dsdistill import alive, cluster
-from dsdistill.harness import progress, runs
+from dsdistill.harness import progress, runs, stopping
 from dsdistill.harness.errors import UserError
 from dsdistill.kernels import devices
 
@@ -116,12 +116,15 @@ def opened(start: Callable[[], runs.Run]) -> runs.Run:
         UserError: On every host, if host 0 cannot open its folder.
     """
 
+    runs_here: list[runs.Run] = []  # host 0's, with its lock on the folder
+
     def described() -> list[Any]:
         run = start()
+        runs_here.append(run)
         return [str(run.folder), run.config, run.resumed]
 
     folder, config, resumed = decided(described)
-    return runs.Run(Path(folder), config, resumed, writes=first())
+    return runs_here[0] if runs_here else runs.Run(Path(folder), config, resumed, writes=False)
 
 
 def checkpoint(run: runs.Run) -> Checkpoint | None:
@@ -144,13 +147,19 @@ def checkpoint(run: runs.Run) -> Checkpoint | None:
         return {name: np.asarray(devices.replicated(arrays[name])) for name in forms}, meta
 
 
-def stopping(step: int) -> bool:
-    """Whether all hosts end after this step, since one was told to stop.
+@contextlib.contextmanager
+def watch() -> Iterator[Callable[[int], bool]]:
+    """Watch for a stop by hand during the steps of a run.
 
-    Args:
-        step: Grows by one from call to call; every host calls after every step.
+    Yields:
+        Whether all hosts end after a step, since one was told to stop; called by every host after
+            every step, with a number that grows by one from call to call.
     """
-    return multihost_utils.reached_preemption_sync_point(step)
+    if distributed.global_state.client is not None:  # JAX's own handler tells the other hosts
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    with stopping.watch() as flag:
+        yield lambda step: flag.requested
 
 
 @contextlib.contextmanager

@@ -43,6 +43,10 @@ class Source:
     image_size: int | None = None
     """resize images to this height and width in pixels"""
 
+    channels: Literal[1, 3] | None = None
+    """1 makes all images grayscale, 3 colour; default: as they are, and colour where a folder has
+    both"""
+
     preprocess: Literal["standardise", "zca", "none"] | None = None
     """default: zca for colour, standardise for grayscale"""
 
@@ -238,7 +242,7 @@ class Evaluate:
     resume: bool = False
     """go on with an evaluation that was stopped"""
 
-    cache: Path | None = field(default_factory=lambda: places.cache() / "evaluations")
+    cache: Path | None = field(default_factory=places.evaluations)
     """where results that other evaluations can use are kept; None: nowhere"""
 
     data_root: Path = field(default_factory=places.data_root)
@@ -279,3 +283,14 @@ class Export:
 
     out: Path | None = None
     """default: <file>-<format> beside the file"""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """List or clear decoded images and results that are kept for later runs."""
+
+    clear: bool = False
+    """remove them; they are made again when they are needed"""
+
+    older_than: float | None = None
+    """only those that were not used for so many days"""

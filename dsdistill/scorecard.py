@@ -28,6 +28,7 @@ from dsdistill.harness.pictures import Side
 from dsdistill.harness.reports import page, report, verdict, words
 from dsdistill.harness.reports.report import Report
 from dsdistill.harness.results import Result
+from dsdistill.harness.text import console, printable
 from dsdistill.options import Evaluate
 from dsdistill.options import Report as Compare
 
@@ -46,19 +47,19 @@ def run(options: Evaluate) -> Path:
     parts = assembled(options)
     beside = options.run if options.run.is_dir() else options.run.parent
     out = options.out or runs.next_free("evaluation", beside)
-    runs.start(
+    with runs.start(
         out,
         _config(options),
         result=report.NAME,
         resume=options.resume,
         defaults=_config(Evaluate(options.run)),
         free=FREE,
-    )
-    began = time.monotonic()
-    kept = Kept(out / "results", options.cache, sharing=controls.CONTROLS)
-    results = _measured(parts, list(range(options.seeds)), kept)
-    _picture(out, parts)
-    report.write(out, _report(options, parts, results, time.monotonic() - began))
+    ):
+        began = time.monotonic()
+        kept = Kept(out / "results", options.cache, sharing=controls.CONTROLS)
+        results = _measured(parts, list(range(options.seeds)), kept)
+        _picture(out, parts)
+        report.write(out, _report(options, parts, results, time.monotonic() - began))
     _print(report.load(out), out)
     return out
 
@@ -255,15 +256,15 @@ def _hints(parts: Parts, results: Sequence[Result]) -> list[str]:
 
 def _print(found: Report, out: Path) -> None:
     """What fits a terminal; the report has the rest."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("trained on", "learner", "test accuracy, %", "95 % interval", "n")
     for row in found.rows:
         arm, count = words.label(row.arm, row.augmented), str(len(row.results))
-        table.add_row(arm, row.learner, words.accuracy(row), words.interval(row), count)
-    console = Console(soft_wrap=True)
-    console.print(table)
+        learner, accuracy = printable(row.learner), printable(words.accuracy(row))
+        table.add_row(arm, learner, accuracy, words.interval(row), count)
+    shown = console(soft_wrap=True)
+    shown.print(table)
     for line in (verdict.headline(found), *found.notes):
-        console.print(line)
-    console.print(f"report: {out / 'report.html'}")
+        shown.print(printable(line))
+    shown.print(printable(f"report: {out / 'report.html'}"))

@@ -1,17 +1,18 @@
 """From the command's options to all the parts of a training, checked before anything is written."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from dsdistill.harness import lists
+from dsdistill.harness import progress
 from dsdistill.harness.errors import UserError
 from kd import (
     chain,
     composition,
+    dry_run,
     engine,
     models,
     networks,
@@ -26,7 +27,7 @@ from kd.composition import Spec
 from kd.engine import Engine
 from kd.files import streaming
 from kd.files.streaming import Files
-from kd.models import Model
+from kd.models import Model, Outputs
 from kd.networks import Classifier
 from kd.objectives import Distillation, MeanTeacher, Mutual, Objective
 from kd.options import TOLD, Train
@@ -78,17 +79,20 @@ def assembled(options: Train) -> Parts:
     on = _engine(options, named)
     source = _source(options, named)
     taught = chain.teacher(options) or (named and named.teacher)
-    names = tuple(lists.names("--teacher", taught)) if taught else ()
+    names = tuple(networks.names("--teacher", taught)) if taught else ()
     alone = not (names or options.peers or options.mean_teacher is not None)
-    student = _student(options, name, source, alone)
+    say = progress.say if on.is_main_process else _silent
+    student = _student(options, name, source, say)
     found = _teachers(options, names, source, student)
     peers = _peers(options, source)
     chosen = _recipe(options, named, source.distilled is not None, student)
-    default = "mse:1" if student.outputs == "centred labels" else "ce:1"
+    default = "mse:1" if source.distilled is not None else "ce:1"
     default = default if alone else MUTUAL if peers else TAUGHT
     chosen = replace(chosen, loss=chosen.loss or default)
     assert chosen.loss is not None
     specs = composition.parse(chosen.loss, terms.FUNCTIONS)
+    chosen = _smoothed(chosen, specs, options)
+    student = replace(student, outputs=_outputs(specs, alone))
     for network in (student.classifier, *found, *peers):
         network.to(on.device)
     parts = Parts(source, student, names, found, peers, chosen, specs, on)
@@ -102,7 +106,7 @@ def objective(parts: Parts, options: Train) -> Objective:
     made = terms.build(
         parts.specs,
         student,
-        parts.teachers[0] if parts.teachers else None,
+        parts.teachers,
         shape=parts.source.shape,
         classes=len(parts.source.classes),
         images=parts.source.count,
@@ -116,9 +120,49 @@ def objective(parts: Parts, options: Train) -> Objective:
     else:
         by_label = options.teacher_weights == "by-label"
         found = Distillation(student, made, parts.teachers, by_label=by_label)
-    if options.compile:
-        student.network.compile()
     return found
+
+
+def check_step(parts: Parts, objective: Objective, sizes: Sequence[int]) -> None:
+    """Refuse a loss that does not work with these data and networks, see `kd.dry_run`.
+
+    Args:
+        parts: Of the training.
+        objective: Its loss, not compiled yet.
+        sizes: Images of each batch of an epoch, over all processes.
+
+    Raises:
+        UserError: With what does not work.
+    """
+    assert parts.recipe.loss is not None
+    dry_run.check(
+        objective,
+        parts.recipe.loss,
+        sizes,
+        shape=parts.source.shape,
+        classes=len(parts.source.classes),
+        images=parts.source.count,
+        on=parts.on,
+        mixed=_mixed(parts.recipe),
+        centred=parts.source.distilled is not None,
+    )
+
+
+def _mixed(recipe: Recipe) -> bool:
+    return recipe.mixup > 0 or recipe.cutmix > 0
+
+
+def _smoothed(recipe: Recipe, specs: Sequence[Spec], options: Train) -> Recipe:
+    """The recipe with the label smoothing of its `ce`, which the term itself may say."""
+    smoothing = next((s.parameters.get("smoothing") for s in specs if s.name == "ce"), None)
+    if smoothing is None:
+        return recipe
+    if "label_smoothing" in options.given:
+        raise UserError(
+            f"--label-smoothing {recipe.label_smoothing:g} and smoothing={smoothing:g} in --loss "
+            "are two values of one thing: give one of them"
+        )
+    return replace(recipe, label_smoothing=smoothing)
 
 
 def _check(parts: Parts, options: Train, alone: bool) -> None:
@@ -132,14 +176,24 @@ def _check(parts: Parts, options: Train, alone: bool) -> None:
     featured = [name for name in taught if terms.TERMS[name].make is not None]
     if featured and not parts.teachers:
         raise UserError(f"--loss {featured[0]} looks at layers of a teacher: it needs --teacher")
-    mixed = recipe.mixup > 0 or recipe.cutmix > 0
+    own = [name for name in names if terms.TERMS[name].make is not None]
+    if own and parts.peers:
+        raise UserError(
+            f"--loss {own[0]} looks at layers of one student: leave it out, or leave --peers out"
+        )
+    mixed = _mixed(recipe)
     if mixed and recipe.batch_size % 2:
         raise UserError(
             "--mixup and --cutmix pair the images of a batch: --batch-size must be even, got "
             f"{recipe.batch_size}"
         )
-    if mixed and {"dkd", "mse"} & set(names):
-        raise UserError(f"--loss {recipe.loss} needs whole labels: leave --mixup and --cutmix out")
+    classes = len(parts.source.classes)
+    terms.check(parts.specs, classes=classes, batch_size=recipe.batch_size, mixed=mixed)
+    logits = [name for name in taught if terms.TERMS[name].make is None]
+    if options.teacher_weights is not None and not logits:
+        raise UserError(
+            f"--teacher-weights has no effect on --loss {recipe.loss}: it is for terms of logits"
+        )
     if "label_smoothing" in options.given and "ce" not in names:
         raise UserError(f"--label-smoothing has no effect on --loss {recipe.loss}: it is for ce")
     if recipe.metric == "nll" and parts.student.outputs != "logits":
@@ -167,35 +221,48 @@ def _source(options: Train, named: Recipe | None) -> Source | Files:
             root=options.data_root,
             image_size=size,
             validation_fraction=sources.fraction(options.validation_fraction),
+            channels=options.channels,
         )
     return sources.resolve(
         options.data,
         root=options.data_root,
         image_size=size,
         validation_fraction=options.validation_fraction,
+        channels=options.channels,
     )
 
 
-def _student(options: Train, name: str, source: Source | Files, alone: bool) -> Model:
+def _outputs(specs: Sequence[Spec], alone: bool) -> Outputs:
+    """What a student's outputs are: those of MSE alone are no logits, and need a temperature."""
+    names = {spec.name for spec in specs}
+    return "centred labels" if alone and "mse" in names and "ce" not in names else "logits"
+
+
+def _student(
+    options: Train, name: str, source: Source | Files, say: Callable[[str], None]
+) -> Model:
     """The student before training, with the preprocessing of the images it will see."""
     if source.distilled is not None and options.preprocess is not None:
         raise UserError("a distilled set brings its preprocessing: leave --preprocess out")
-    outputs = "centred labels" if source.distilled is not None and alone else "logits"
     if Path(name).is_dir():
-        return replace(_earlier(options, name, source), outputs=outputs, output_temperature=1.0)
+        return replace(_earlier(options, name, source, say), output_temperature=1.0)
     shape, classes = source.shape, source.classes
     classifier = networks.build(
         name, shape, len(classes), seed=options.seed, pretrained=options.pretrained
     )
+    for note in classifier.notes:
+        say(f"student {name}: {note}")
     _switched(options, classifier.network)
     if options.pretrained and options.preprocess is None and source.distilled is None:
         fitted, _ = networks.published(name, shape[-1])
     else:
         fitted = source.fit(options.preprocess)
-    return Model(classifier, name, classes, shape, fitted, outputs)
+    return Model(classifier, name, classes, shape, fitted)
 
 
-def _earlier(options: Train, name: str, source: Source | Files) -> Model:
+def _earlier(
+    options: Train, name: str, source: Source | Files, say: Callable[[str], None]
+) -> Model:
     """The student of an earlier run, to be trained further."""
     if options.pretrained or options.preprocess is not None:
         raise UserError(
@@ -203,7 +270,7 @@ def _earlier(options: Train, name: str, source: Source | Files) -> Model:
             "leave --pretrained and --preprocess out"
         )
     model = models.load_run(Path(name))
-    models.check_fit(f"student {name}", model, source.shape, source.classes)
+    model = models.fitted(f"student {name}", model, source.shape, source.classes, say)
     if source.distilled is not None and not source.distilled.preprocess.same_as(model.preprocess):
         raise UserError(
             f"student {name} was trained with another preprocessing than the distilled set's: "
@@ -211,6 +278,10 @@ def _earlier(options: Train, name: str, source: Source | Files) -> Model:
         )
     _switched(options, model.classifier.network)
     return model
+
+
+def _silent(line: str) -> None:
+    """Say nothing: another process does."""
 
 
 def _switched(options: Train, network: nn.Module) -> None:
@@ -231,10 +302,10 @@ def _switched(options: Train, network: nn.Module) -> None:
 
 
 def _peers(options: Train, source: Source | Files) -> tuple[Classifier, ...]:
-    names = options.peers.split(",") if options.peers else ()  # a network may come twice
+    names = networks.split(options.peers or "")  # a network may come twice
     classes = len(source.classes)
     return tuple(
-        networks.build(name.strip(), source.shape, classes, seed=options.seed + 1 + i)
+        networks.build(name, source.shape, classes, seed=options.seed + 1 + i)
         for i, name in enumerate(names)
     )
 
@@ -245,10 +316,13 @@ def _teachers(
     """Loaded, adapted to the student's images, and frozen."""
     if chain.taught_by_run(options):
         options = replace(options, **dict.fromkeys(chain.FOREIGN))
-    mapping = labels.read_class_map(options.class_map) if options.class_map else None
+    maps = labels.read_class_maps(options.class_map, names)
     where = student.preprocess, source.shape, source.classes
     told = {name.removeprefix("teacher_"): getattr(options, name) for name in TOLD}
-    return tuple(teachers.load(name, *where, class_map=mapping, **told) for name in names)
+    return tuple(
+        teachers.load(name, *where, class_map=each, **told)
+        for name, each in zip(names, maps, strict=True)
+    )
 
 
 def _recipe(options: Train, named: Recipe | None, distilled: bool, student: Model) -> Recipe:

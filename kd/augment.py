@@ -118,6 +118,6 @@ def _mixer(recipe: Recipe, classes: int) -> Mixer:
         recipe.cutmix,
         prob=recipe.mix_probability,
         switch_prob=recipe.mix_switch,
-        label_smoothing=recipe.label_smoothing,
+        label_smoothing=0.0,  # the term `ce` smooths whole and mixed labels alike
         num_classes=classes,
     )

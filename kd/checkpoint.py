@@ -4,8 +4,9 @@ Random numbers, learning rates and the order of the images need no state: they a
 seed and the step.
 """
 
+import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError
+from dsdistill.harness.reports import schema
 from kd import sharding
 from kd.optimization import mean_weights
+from kd.recipe import Recipe
 
 Weights = Mapping[str, Tensor]
+TYPES = {  # of a checkpoint's figures
+    "step": int,
+    "epoch": int,
+    "stale": int,
+    "seconds": float,
+    "meter": Mapping[str, float] | None,
+    "recipe": Mapping[str, Any],
+}
 Saved = tuple[Mapping[str, np.ndarray], Mapping[str, Any]]
 
 
@@ -42,12 +53,14 @@ class State:
     Attributes:
         step, epoch: How many are done; the epoch of the step may be unfinished.
         kept: The best epochs so far, the best first.
+        stale: Validations in a row that found nothing better.
         meter: Sums of the figures of a round that is not over.
     """
 
     step: int = 0
     epoch: int = 0
     kept: tuple[Kept, ...] = ()
+    stale: int = 0
     meter: Mapping[str, float] | None = None
 
     @property
@@ -67,6 +80,38 @@ class State:
 def copy(network: nn.Module) -> dict[str, Tensor]:
     """The network's weights and buffers as they are now."""
     return {name: value.detach().clone() for name, value in network.state_dict().items()}
+
+
+def check(saved: Saved, recipe: Recipe) -> None:
+    """Refuse what is no checkpoint of `kd train`, or one of another recipe.
+
+    Args:
+        saved: What `pack` gave; with the `recipe` as JSON, but for earlier versions.
+        recipe: Of the training that is to go on.
+
+    Raises:
+        UserError: If it is.
+    """
+    meta = saved[1]
+    try:
+        schema.check("the checkpoint", meta, TYPES)
+    except ValueError as error:
+        raise UserError(
+            f"{error}, and so none of `kd train`: start anew in another --out"
+        ) from error
+    if missing := {"step", "epoch", "kept", "optimizer", "groups"} - meta.keys():
+        raise UserError(
+            f"the checkpoint is none of `kd train` (it lacks {min(missing)}): start anew in "
+            "another folder"
+        )
+    stored, now = meta.get("recipe") or {}, json.loads(json.dumps(asdict(recipe)))
+    for name in stored:
+        if name in now and stored[name] != now[name]:
+            raise UserError(
+                f"the checkpoint was made with {name.replace('_', ' ')} {stored[name]}, and the "
+                f"training has {now[name]} now: put back config.json, or start anew in another "
+                "folder"
+            )
 
 
 def pack(
@@ -96,6 +141,7 @@ def pack(
         "step": state.step,
         "epoch": state.epoch,
         "kept": [{"epoch": x.epoch, "figures": dict(x.figures)} for x in state.kept],
+        "stale": state.stale,
         "meter": state.meter,
         "optimizer": rest,
         "groups": [{k: _plain(v) for k, v in group.items()} for group in stored["param_groups"]],
@@ -126,7 +172,7 @@ def unpack(
     """
     try:
         return _unpacked(saved, modules, optimizer, scaler, network)
-    except (LookupError, RuntimeError, ValueError) as error:
+    except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
             f"the checkpoint is of another network, loss or recipe ({first}): start anew in "
@@ -161,7 +207,8 @@ def _unpacked(
         Kept(x["epoch"], x["figures"], _part(arrays, f"kept.{i}.", network))
         for i, x in enumerate(meta["kept"])
     )
-    return State(meta["step"], meta["epoch"], kept, meta["meter"])
+    # An older checkpoint says nothing of `stale`, and its training had no patience to lose.
+    return State(meta["step"], meta["epoch"], kept, meta.get("stale", 0), meta["meter"])
 
 
 def with_round(
@@ -174,19 +221,20 @@ def with_round(
 ) -> State:
     """The state after a validation: the best epochs are kept, of equal ones the later.
 
-    The later of two equals had the lower learning rate. Without figures the last epoch is the
-    best.
+    The later of two equals had the lower learning rate, but is no better for `stale`. Without
+    figures the last epoch is the best.
     """
     found = Kept(state.epoch, figures or {}, copy(network))
     if figures is None:
         return State(state.step, state.epoch, (found,))
     sign = -1 if metric == "nll" else 1
+    better = not state.kept or sign * figures[metric] > sign * state.kept[0].figures[metric]
 
     def order(kept: Kept) -> tuple[float, int]:
         return sign * kept.figures[metric], kept.epoch
 
     best = sorted([*state.kept, found], key=order, reverse=True)[:keep]
-    return State(state.step, state.epoch, tuple(best))
+    return State(state.step, state.epoch, tuple(best), 0 if better else state.stale + 1)
 
 
 def _plain(value: Any) -> Any:

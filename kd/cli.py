@@ -1,10 +1,12 @@
 """The command `kd`: parse, run, print. Frameworks are imported inside the commands."""
 
 import json
+import os
 import sys
 from typing import Any
 
 from dsdistill.harness import command
+from dsdistill.harness.text import console, printable
 from kd.options import Evaluate, Export, Report, Train
 
 
@@ -32,11 +34,13 @@ def _train(options: Train) -> None:
         message = f"kd: interrupted; continue with `kd train --resume --out {options.out}`"
         if not (options.out / "config.json").exists():
             message = "kd: interrupted; the same line goes on with what is finished"
-        raise SystemExit(message) from error
+        if int(os.environ.get("RANK", "0")) > 0:
+            raise SystemExit(1) from error  # the first of several processes says it
+        raise SystemExit(printable(message)) from error
     if not report:  # another process writes, and prints
         return
     if report["note"]:
-        print(f"kd: {report['note']}", file=sys.stderr)
+        print(printable(f"kd: {report['note']}"), file=sys.stderr)
     _print({"folder": str(options.out), **{name: report.get(name) for name in _SUMMARY}})
 
 
@@ -55,7 +59,7 @@ def _export(options: Export) -> None:
 
     found = export(options)
     if found["note"]:
-        print(f"kd: compared on random images only: {found['note']}", file=sys.stderr)
+        print(printable(f"kd: compared on random images only: {found['note']}"), file=sys.stderr)
     rounded = {name: f"{found[name]:.2g}" for name in ("largest_difference", "tolerance")}
     _print({name: rounded.get(name, found[name]) for name in _EXPORTED})
 
@@ -67,7 +71,7 @@ def _report(options: Report) -> None:
     text = report.render(options.runs)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(options.out, text.encode())
-    print(options.out)
+    print(printable(str(options.out)))
 
 
 _EXPORTED = (
@@ -83,11 +87,13 @@ _EXPORTED = (
 
 _SUMMARY = (
     "test_accuracy",
+    "test_images",
     "validation_accuracy",
     "nll",
     "calibration_error",
     "teacher_agreement",
     "teacher_accuracy",
+    "teachers",
     "parameters",
     "seconds",
 )
@@ -95,18 +101,23 @@ _SUMMARY = (
 
 def _print(figures: dict[str, Any]) -> None:
     """Names and values: a table on a terminal, plain lines elsewhere."""
+    each = figures.get("teachers") or {}
+    figures = {k: v for k, v in figures.items() if k != "teachers"} | {
+        f"{name} of teacher {teacher}": value
+        for teacher, known in each.items()
+        for name, value in known.items()
+    }
     rows = [(_label(k), _value(v)) for k, v in figures.items() if v is not None]
     if not sys.stdout.isatty():
         for label, value in rows:
             print(f"{label:<38}{value}")
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(show_header=False)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console().print(table)
 
 
 _UNITS = {
@@ -122,4 +133,4 @@ def _label(name: str) -> str:
 
 
 def _value(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    return f"{value:.4f}" if isinstance(value, float) else printable(str(value))

@@ -5,7 +5,8 @@
     LAYER  = NAME of a layer in student and teacher, or STUDENT_LAYER=TEACHER_LAYER
 
 What follows a comma is another term if it begins with the name of one, and otherwise another layer
-of the term before.
+of the term before. The range of a parameter is an annotation of the term's function, see
+`kd.losses.ranges`; without one any number that is 0 or more will do.
 """
 
 import inspect
@@ -15,8 +16,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dsdistill.harness.errors import UserError, unknown
+from kd.losses.ranges import Range
 
 Pair = tuple[str, str]  # a layer of the student and one of the teacher
+WEIGHTS = Range(1e-9, 1e9)
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ def parse(text: str, names: Mapping[str, Callable[..., Any]]) -> tuple[Spec, ...
         names: The known terms, and the function whose keyword-only arguments are its parameters.
 
     Raises:
-        UserError: For a name, number or parameter that is none, or the same term twice.
+        UserError: For a name, number or parameter that is none, a number out of its range, or the
+            same term or parameter twice.
     """
     specs: list[Spec] = []
     for piece in map(str.strip, text.split(",")):
@@ -74,12 +78,20 @@ def _term(head: str, function: Callable[..., Any]) -> Spec:
             if weight is not None:
                 raise UserError(f"--loss {head}: two weights, {weight:g} and {part}")
             weight = _number(part, f"--loss {head}: a weight")
+            if weight == 0:
+                raise UserError(f"--loss {head}: a term of weight 0 has no effect: leave it out")
+            _require_within(WEIGHTS, weight, f"--loss {head}: a weight")
             continue
         if key not in known:
             raise unknown(f"parameter of loss {name}", key, known)
+        if key in given:
+            raise UserError(f"--loss {head}: {key} stands there twice: give it once")
         number = _number(value, f"--loss {head}: {key}")
-        if key == "temperature" and number == 0:
-            raise UserError(f"--loss {head}: temperature must be positive, got 0")
+        if isinstance(known[key], int) and number != int(number):
+            raise UserError(f"--loss {head}: {key} must be a whole number, got {value}")
+        allowed = parameter_range(function, key)
+        if allowed is not None:
+            _require_within(allowed, number, f"--loss {head}: {key}")
         given[key] = int(number) if isinstance(known[key], int) else number
     return Spec(name, weight, given)
 
@@ -88,6 +100,18 @@ def parameters(function: Callable[..., Any]) -> dict[str, Any]:
     """The keyword-only arguments of a loss and their defaults, which are numbers."""
     found = inspect.signature(function).parameters.values()
     return {p.name: p.default for p in found if p.kind is p.KEYWORD_ONLY}
+
+
+def parameter_range(function: Callable[..., Any], name: str) -> Range | None:
+    """The range that the annotation of a keyword-only argument states, if it states one."""
+    annotation = inspect.signature(function).parameters[name].annotation
+    notes = getattr(annotation, "__metadata__", ())
+    return next((note for note in notes if isinstance(note, Range)), None)
+
+
+def _require_within(allowed: Range, value: float, what: str) -> None:
+    if value not in allowed:
+        raise UserError(f"{what} must be {allowed}, got {value:g}")
 
 
 def _number(text: str, what: str) -> float:

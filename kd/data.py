@@ -5,6 +5,7 @@ Everything random is a function of (seed, epoch, batch): an epoch can be entered
 several processes share a batch without a word between them.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -18,6 +19,7 @@ from dsdistill.harness import memory
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.labeled import Examples
 
+LEAST = 2  # images of a process's share of a batch: batch norm of 1x1 maps needs as many
 RESIDENT_BYTES = 1 << 30  # CIFAR-10 in float32 is 0.6 GiB; ImageNet at 64 pixels is 63 GiB
 
 
@@ -77,7 +79,8 @@ class Resident:
         examples: The data.
         size: Images in a batch over all processes; the last of an epoch may be smaller.
         device: Where the batches appear.
-        world: Processes that share a batch, at most; none gets less than two images of one.
+        world: Processes that share a batch, at most.
+        least: Images that each of them gets of a batch, at least.
         images: All of them, if they are kept on the device.
         labels, targets, teacher_logits: As in `Batch`, of all images.
     """
@@ -90,10 +93,11 @@ class Resident:
     targets: Float[Tensor, "N k"] | None = None
     teacher_logits: tuple[Float[Tensor, "N k"], ...] | None = None
     world: int = 1
+    least: int = LEAST
 
     @property
     def sizes(self) -> list[int]:
-        parts = split(np.arange(len(self.examples)), self.size, self.world)
+        parts = split(np.arange(len(self.examples)), self.size, self.world, self.least)
         return [len(part) for part in parts]
 
     def __len__(self) -> int:
@@ -105,7 +109,7 @@ class Resident:
         """Every image once, in an order that depends on `seed` and `epoch` alone."""
         generator = torch.Generator().manual_seed(derive(seed, epoch))
         order = torch.randperm(len(self.examples), generator=generator).numpy()
-        for rows in split(order, self.size, self.world)[first:]:
+        for rows in split(order, self.size, self.world, self.least)[first:]:
             yield replace(self.batch(rows[mine(len(rows), rank, world)]), whole=len(rows))
 
     def in_order(self, rank: int = 0, world: int = 1) -> Iterator[Batch]:
@@ -160,12 +164,22 @@ class Changed:
             yield self.change(batch, derive(seed, epoch, number))
 
 
+def sent(batch: Batch, device: torch.device) -> Batch:
+    """A batch on a device."""
+    moved = {
+        name: value.to(device) for name, value in vars(batch).items() if isinstance(value, Tensor)
+    }
+    return replace(batch, **moved)
+
+
 def _sent(x: Tensor, device: torch.device) -> Tensor:
     """On the device; a GPU is not waited for."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
-def batches(examples: Examples, size: int, device: torch.device, world: int = 1) -> Resident:
+def batches(
+    examples: Examples, size: int, device: torch.device, world: int = 1, least: int = LEAST
+) -> Resident:
     """Prepare a data set for a device.
 
     Args:
@@ -173,15 +187,13 @@ def batches(examples: Examples, size: int, device: torch.device, world: int = 1)
         size: Images in a batch over all processes.
         device: Where the batches appear.
         world: Processes that share a batch.
+        least: Images that each of them needs.
 
     Raises:
         UserError: If there are too few images for so many processes.
     """
     n, (h, w, c) = len(examples), examples.data.shape
-    if world > 1 and min(size, n) < 2 * world:
-        raise UserError(
-            f"{world} processes need two images each of every batch, got {min(size, n)} images"
-        )
+    check_size(min(size, n), world, least)
     needed = 4 * n * h * w * c
     small = needed <= min(RESIDENT_BYTES, memory.available() // 4)
     targets = examples.targets
@@ -193,6 +205,28 @@ def batches(examples: Examples, size: int, device: torch.device, world: int = 1)
         images=to_nchw(examples.images()).to(device) if small else None,
         targets=None if targets is None else torch.tensor(targets, device=device),
         world=world,
+        least=least,
+    )
+
+
+def check_size(size: int, world: int, least: int = LEAST) -> None:
+    """Refuse batches that are too small for the processes that share them.
+
+    Raises:
+        UserError: With the number that it takes.
+    """
+    needed = smallest(world, least)
+    if size >= needed or (world == 1 and least <= LEAST):
+        return
+    if world == 1:
+        raise UserError(
+            f"this loss compares images: it needs {needed} in a batch, got {size}: raise "
+            "--batch-size, or train on more images"
+        )
+    each = "two" if least == LEAST else str(least)
+    raise UserError(
+        f"{world} processes need {each} images each of every batch, so {needed} in all, got {size} "
+        "images"
     )
 
 
@@ -202,15 +236,28 @@ def to_nchw(images: Float[np.ndarray, "n h w c"]) -> Float[Tensor, "n c h w"]:
     return torch.from_numpy(nchw if nchw.flags.writeable else nchw.copy())
 
 
-def split(order: Int[np.ndarray, " n"], size: int, world: int = 1) -> list[np.ndarray]:
-    """Consecutive parts of `size`; a last part too small to be shared joins the part before it.
+def split(
+    order: Int[np.ndarray, " n"], size: int, world: int = 1, least: int = LEAST
+) -> list[np.ndarray]:
+    """Consecutive parts of `size`; a last part that is too small joins the part before it.
 
-    Batch norm of 1x1 maps cannot be trained on a single image, so each process gets two.
+    So every image is seen in every epoch, and no batch is larger than `size` by more than a few.
+
+    Args:
+        order: Rows.
+        size: Of a part.
+        world: Processes that share it.
+        least: Images that each of them needs.
     """
     starts = list(range(size, len(order), size))
-    if starts and size > 1 and len(order) - starts[-1] < max(2, 2 * world if world > 1 else 2):
+    if starts and size > 1 and len(order) - starts[-1] < smallest(world, least):
         starts.pop()
     return np.split(order, starts)
+
+
+def smallest(world: int, least: int = LEAST) -> int:
+    """The number of images from which on every process's share, see `mine`, is at least `least`."""
+    return least if world == 1 else 2 * world * math.ceil(least / 2)
 
 
 def mine(n: int, rank: int, world: int) -> Int[np.ndarray, " m"]:

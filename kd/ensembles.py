@@ -12,7 +12,7 @@ def combined_logits(
     logits: Sequence[Float[Tensor, "n k"]],
     *,
     temperature: float,
-    labels: Int[Tensor, " n"] | Float[Tensor, "n k"] | None = None,
+    weights: Float[Tensor, "m n"] | None = None,
 ) -> Float[Tensor, "n k"]:
     """T · log Σ_i w_i softmax(l_i / T): logits whose softmax at T is the teachers' weighted mean.
 
@@ -22,8 +22,7 @@ def combined_logits(
     Args:
         logits: One tensor a teacher, of one shape; no gradient flows into them.
         temperature: T > 0.
-        labels: Without them w_i = 1/m for m teachers. Class indices, or rows of probabilities,
-            weight the teachers for each image as in `label_weights`.
+        weights: w_i of each image, such as `label_weights`; None: 1/m for m teachers.
 
     Returns:
         float32. Of a single teacher, its own logits up to a shift of each row.
@@ -36,9 +35,32 @@ def combined_logits(
     stacked = _stack(logits)  # (m, n, k)
     log_p = F.log_softmax(stacked / temperature, dim=-1)
     m, n = stacked.shape[:2]
-    weights = log_p.new_full((m, n), 1 / m) if labels is None else label_weights(logits, labels)
+    if weights is None:
+        weights = log_p.new_full((m, n), 1 / m)
     # In logarithms: a class that all teachers rule out would be log 0.
     return temperature * torch.logsumexp(log_p + weights.log()[..., None], dim=0)
+
+
+def mean_logits(
+    logits: Sequence[Float[Tensor, "n k"]],
+    *,
+    weights: Float[Tensor, "m n"] | None = None,
+) -> Float[Tensor, "n k"]:
+    """Σ_i w_i l_i, for losses that compare the logits themselves.
+
+    A squared distance to it has the gradient of the mean squared distance to each teacher.
+
+    Args:
+        logits, weights: As in `combined_logits`.
+
+    Returns:
+        float32. Of a single teacher, its own logits.
+
+    Raises:
+        ValueError: If there are no logits, or their shapes differ.
+    """
+    stacked = _stack(logits)  # (m, n, k)
+    return stacked.mean(0) if weights is None else (weights[..., None] * stacked).sum(0)
 
 
 def label_weights(

@@ -1,19 +1,39 @@
 """Figures of a finished student on test images: `kd evaluate`."""
 
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from dsdistill.harness import lists, runs
+import numpy as np
+from torch import Tensor, nn
+
+from dsdistill.harness import layout
 from dsdistill.harness.errors import UserError
-from kd import engine, models, networks, scoring, sources, teachers
+from dsdistill.harness.labeled import Labeled
+from dsdistill.harness.runs import INPUTS
+from kd import engine, models, networks, scoring, seals, sources, teachers
 from kd.files import streaming
+from kd.files.pictures import Pictures
 from kd.files.streaming import Files
-from kd.networks import Shape
+from kd.models import Model
 from kd.options import TOLD, Evaluate
 from kd.recipe import Recipe
 from kd.sources import Source
 from kd.zoo import labels
+
+
+@dataclass(frozen=True, eq=False)
+class TestImages:
+    """The images that a student is judged on.
+
+    Attributes:
+        source: The data they are from; its test images are those to judge.
+        which: What they are, in words.
+    """
+
+    source: Source | Files
+    which: str
 
 
 def evaluate(options: Evaluate) -> dict[str, Any]:
@@ -24,59 +44,153 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
     """
     device = engine.make(options.device).device
     student = models.load_run(options.run)
-    config = runs.read_json(options.run / "config.json")
+    config = seals.read(options.run, "config.json")
     recipe = _recipe(options.run)
-    source = _source(options, config, student.shape, recipe)
+    chosen = _test_images(options, config, student, recipe)
+    source = chosen.source
+    models.check_shape(f"student {options.run}", student, source.shape)
     test = source.test(recipe, student.preprocess, device)
     if test is None:
         raise UserError(f"nothing to test on: {source.note or source.name + ' has no test images'}")
-    models.check_fit(f"student {options.run}", student, source.shape, source.classes)
+    who = f"student {options.run}"
+    how, outputs = "by name", None
+    if options.class_map is None:
+        student = models.fitted(who, student, source.shape, source.classes)
+    else:
+        mapping = labels.read_class_map(options.class_map)
+        matched = labels.match(who, student.classes, source.classes, mapping)
+        how, outputs = matched.how, matched.outputs
     name = options.teacher or config.get("teacher")
-    teacher = None
+    known: dict[str, nn.Module] = {}
     if name is not None:
-        first = lists.names("--teacher", name)[0]
-        own = config if options.teacher is None else {}  # what was said of the run's teacher
-        mapping = own.get("class_map")
-        teacher = teachers.load(
-            first,
-            student.preprocess,
-            source.shape,
-            source.classes,
-            class_map=labels.read_class_map(Path(mapping)) if mapping else None,
-            **{name.removeprefix("teacher_"): own.get(name) for name in TOLD},
-        )
-        teacher.to(device)
+        names = networks.names("--teacher", name)
+        own = config if options.teacher is None else {}  # what was said of the run's teachers
+        told = {name.removeprefix("teacher_"): own.get(name) for name in TOLD}
+        where = student.preprocess, source.shape, source.classes
+        maps = labels.read_class_maps(own.get("class_map"), names)
+        for each, mapping in zip(names, maps, strict=True):
+            known[each] = teachers.load(each, *where, class_map=mapping, **told).to(device)
     student.classifier.to(device)
+    judged = _InOrder(student.classifier, outputs)
     return {
         "run": str(options.run),
         "student": student.name,
         "teacher": name,
         "data": source.name,
-        **scoring.figures(student, test, teacher),
+        "judged_on": chosen.which,
+        "classes_matched": how,
+        **scoring.figures(judged, test, known, temperature=student.output_temperature),
         "output_temperature": student.output_temperature,
         "parameters": networks.parameters(student.classifier),
         **scoring.latency(student.classifier, student.shape),
     }
 
 
+class _InOrder(nn.Module):
+    """A network's outputs in the order of the data's classes."""
+
+    def __init__(self, network: nn.Module, outputs: tuple[int, ...] | None) -> None:
+        super().__init__()
+        self.network, self.outputs = network, outputs
+
+    def forward(self, images: Tensor) -> Tensor:
+        scores = self.network(images)
+        return scores if self.outputs is None else scores[:, list(self.outputs)]
+
+
 def _recipe(run: Path) -> Recipe:
     """What the run was trained with, as far as it says how images are cut."""
-    stored = runs.read_json(run / "recipe.json") if (run / "recipe.json").exists() else {}
+    stored = seals.read(run, "recipe.json") if (run / "recipe.json").exists() else {}
     known = {f.name: stored[f.name] for f in fields(Recipe) if f.name in stored}
     return Recipe(**known)
 
 
-def _source(
-    options: Evaluate, config: dict[str, Any], shape: Shape, recipe: Recipe
-) -> Source | Files:
-    """The images to test on, at the size the student takes."""
+def _test_images(
+    options: Evaluate, config: Mapping[str, Any], student: Model, recipe: Recipe
+) -> TestImages:
+    """The images to judge on, as the student takes them.
+
+    Of the data that the run was trained on, the test part. Of other data, their own test part
+    where they have one, and otherwise all of them.
+    """
     name = options.data or config.get("data")
     if not isinstance(name, str):
         raise UserError(f"{options.run} does not say what it was trained on: give DATA")
-    h, w, _ = shape
+    source = _source(options, config, name, student, recipe)
+    path = Path(name).expanduser()
+    is_array = path.suffix == ".npz" and path.is_file()
+    if isinstance(source, Source) and source.distilled is not None and source.splits is not None:
+        return TestImages(source, f"test images of {source.splits.name}")
+    if source.distilled is not None or not (path.is_dir() or is_array):
+        return TestImages(source, f"test images of {source.name}")
+    if not is_array and (part := layout.list_folder(path).test):
+        return TestImages(source, f"test images, {layout.shown(part.folder)}")
+    if options.data is None or _is_trained_on(config, name, source):
+        held = "the share of the images that the training has held out for testing"
+        return TestImages(source, held)
+    return TestImages(_with_all_to_test(source), f"all images of {name}")
+
+
+def _source(
+    options: Evaluate, config: Mapping[str, Any], name: str, student: Model, recipe: Recipe
+) -> Source | Files:
+    """The data at the size and with the channels and class order of the student."""
+    (h, w, channels), root = student.shape, options.data_root
     if recipe.augment == "imagenet":
         held = sources.fraction(config.get("validation_fraction"))
-        root = options.data_root
-        return streaming.resolve(name, root=root, image_size=h, validation_fraction=held)
-    size = h if h == w and not sources.is_distilled(name) else None
-    return sources.resolve(name, root=options.data_root, image_size=size)
+        return streaming.resolve(
+            name,
+            root=root,
+            image_size=h,
+            validation_fraction=held,
+            channels=channels,
+            classes=student.classes,
+        )
+    if sources.is_distilled(name):
+        return sources.resolve(name, root=root)
+    return sources.resolve(
+        name,
+        root=root,
+        image_size=h if h == w else None,
+        validation_fraction=0.0,  # of what is only judged nothing is held out
+        channels=channels,
+        classes=student.classes,
+    )
+
+
+def _is_trained_on(config: Mapping[str, Any], name: str, source: Source | Files) -> bool:
+    """Whether data are those that the run was trained on, by their path or by their hash."""
+    stored = config.get(INPUTS, {}).get("training images")
+    if isinstance(source, Files):
+        train = source.parts[0]
+        digest = train.digest if isinstance(train, Pictures) else None
+    else:
+        digest = source.splits.digest if source.splits else None
+    own = config.get("data")
+    same_path = isinstance(own, str) and Path(own).resolve() == Path(name).expanduser().resolve()
+    return same_path or (stored is not None and stored == digest)
+
+
+def _with_all_to_test(source: Source | Files) -> Source | Files:
+    """The data with all their images as test images."""
+    if isinstance(source, Files):
+        wholes = [part for part in source.parts if isinstance(part, Pictures)]
+        rows = np.concatenate([part.rows for part in wholes])
+        order = np.argsort(rows)
+        known = [part.labels for part in wholes if part.labels is not None]
+        every = replace(wholes[0], rows=rows[order], labels=np.concatenate(known)[order])
+        return replace(source, parts=(source.parts[0], None, every))
+    splits = source.splits
+    assert splits is not None
+    return replace(
+        source, splits=replace(splits, test=_joined(splits.train, splits.validation, splits.test))
+    )
+
+
+def _joined(*parts: Labeled) -> Labeled:
+    """Views of one store as one view, in the order of the store."""
+    first = parts[0]
+    rows = [np.arange(len(part)) if part.rows is None else part.rows for part in parts]
+    together, labels_ = np.concatenate(rows), np.concatenate([part.labels for part in parts])
+    order = np.argsort(together)
+    return replace(first, rows=together[order], labels=labels_[order])

@@ -5,9 +5,12 @@ the sum over all pairs of layers. Where no layers are named, losses of vectors c
 embeddings, the inputs of the two classifiers; those of maps need names.
 """
 
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 from dsdistill.harness.errors import UserError
 from kd.composition import Pair
 from kd.losses import contrastive, response
+from kd.losses.ranges import Range, Share, ShareBelowOne, Temperature
 from kd.networks import Classifier, Shape
 from kd.projectors import (
     Embed,
@@ -108,6 +112,17 @@ class Summed(nn.Module):
         return torch.stack([self.function(*features) for features in self.tapped()]).sum()
 
 
+class Averaged(nn.Module):
+    """The mean of what a term is with each of several teachers."""
+
+    def __init__(self, each: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.each = nn.ModuleList(each)
+
+    def forward(self, seen: Seen) -> Tensor:
+        return torch.stack([measure(seen) for measure in self.each]).mean()
+
+
 def function_matching(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """KL(teacher ‖ student) at temperature 1, batch mean.
 
@@ -182,6 +197,12 @@ class Fused(nn.Module):
             return nn.Identity()
 
         self.tapped, self.function = Tapped(place, noted, default=False), function
+        for (before, _), (layer, _) in itertools.pairwise(layouts):
+            if math.prod(layer.size or ()) > math.prod(before.size or ()):
+                raise UserError(
+                    f"--loss review takes layers from shallow to deep, and {layer.layer!r} has a "
+                    f"larger map than {before.layer!r} before it: give them in the other order"
+                )
         with torch.random.fork_rng():
             torch.manual_seed(place.seed)
             self.fusion = Fusion([s for s, _ in layouts], [t for _, t in layouts])
@@ -219,7 +240,11 @@ class Contrasted(nn.Module):
 
 
 def contrast(
-    *, temperature: float = 0.07, dim: int = 128, momentum: float = 0.5, negatives: int = 16384
+    *,
+    temperature: Temperature = 0.07,
+    dim: Annotated[int, Range(1, 8192)] = 128,
+    momentum: ShareBelowOne = 0.5,
+    negatives: Annotated[int, Range(1, 1_000_000)] = 16384,
 ) -> None:
     """The parameters of contrastive representation distillation, see `Contrasted`."""
 
@@ -261,8 +286,8 @@ def self_taught(
     student_logits: Tensor,
     labels: Tensor,
     *,
-    alpha: float = 0.3,
-    temperature: float = 3.0,
+    alpha: Share = 0.3,
+    temperature: Temperature = 3.0,
 ) -> Tensor:
     """(1 - alpha) CE(head, labels) + alpha T² KL(student ‖ head); no gradient into the student."""
     ce = response.cross_entropy(head_logits, labels)

@@ -12,9 +12,10 @@ from dsdistill.harness import runs, statistics
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.reports import schema
 from dsdistill.harness.statistics import Summary
+from kd import seals
 from kd.options import Overrides, Train
+from kd.seals import REPORT
 
-REPORT = "report.json"
 CURVE = "validation_accuracy"  # of metrics.jsonl
 NEEDED = {
     "student": str,
@@ -100,11 +101,12 @@ def read(folder: Path) -> Finished:
         remedy = f"continue it with `kd train --resume --out {folder}`" if begun else "leave it out"
         kind = "an unfinished run" if begun else "no run of `kd train`"
         raise UserError(f"{folder} holds {kind}: {remedy}")
-    config, report = (runs.read_json(folder / name) for name in ("config.json", REPORT))
+    config, report = (seals.read(folder, name) for name in ("config.json", REPORT))
+    seals.verify(folder, "metrics.jsonl")
     try:
         _check(config, report)
         return Finished(folder, config, report, _curve(folder / "metrics.jsonl"))
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, RecursionError) as error:
         raise UserError(f"{folder} holds a damaged run ({error}): leave it out") from error
 
 
@@ -112,7 +114,7 @@ def grouped(found: Sequence[Finished]) -> list[Group]:
     """The runs, those together whose options are the same but for the seed."""
     groups: dict[str, list[Finished]] = {}
     for run in found:
-        options = {name: value for name, value in run.config.items() if name != "seed"}
+        options = {name: v for name, v in run.config.items() if name not in ("seed", runs.INPUTS)}
         groups.setdefault(json.dumps(options, sort_keys=True), []).append(run)
     labels = _labels([members[0] for members in groups.values()])
     return [Group(*pair) for pair in zip(labels, groups.values(), strict=True)]

@@ -126,10 +126,7 @@ def prepare_safetensors(model: Model) -> Write:
 
     def write(path: Path, card: Card) -> None:
         path.mkdir(exist_ok=True)
-        models.save_run(path, model)
-        weights = path / models.WEIGHTS
-        content = safetensors.torch.save(safetensors.torch.load_file(weights), strings(card))
-        runs.write_bytes(weights, content)
+        models.save_run(path, model, strings(card))
 
     return write
 

@@ -4,27 +4,34 @@ A run's folder holds the network's weights alone (`student.safetensors`, loadabl
 network), `model.json`, and for ZCA the whitening matrices (`preprocess.safetensors`).
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
-from dsdistill.harness import runs
+from dsdistill.harness import progress, runs
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.preprocess import KINDS, Preprocess
-from kd import networks
+from dsdistill.harness.reports import schema
+from kd import networks, seals
 from kd.networks import Classifier
+from kd.seals import CARD, WEIGHTS, WHITENING
+from kd.zoo import labels, weights
 from kd.zoo.wants import Interpolation, Shape
 
 Outputs = Literal["logits", "centred labels"]
 
-WEIGHTS, CARD, WHITENING = "student.safetensors", "model.json", "preprocess.safetensors"
+KNOWN = (  # entries of `model.json`: with another one, a name in it is damaged
+    *("name", "classes", "input", "preprocess", "interpolation", "config", "outputs"),
+    *("output_temperature", "parameters", seals.KEY),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,16 +62,23 @@ class Model:
         return self.classifier.interpolation
 
 
-def save_run(folder: Path, model: Model) -> None:
-    """Write weights and `model.json` of a trained student, each atomically."""
+def save_run(folder: Path, model: Model, metadata: Mapping[str, str] | None = None) -> None:
+    """Write weights and `model.json` of a trained student, each atomically.
+
+    Args:
+        folder: Of the run.
+        model: The student.
+        metadata: For the header of the file of weights.
+    """
     # contiguous: safetensors refuses strided views
-    weights = {k: v.detach().cpu().contiguous() for k, v in _state(model).items()}
-    runs.write_bytes(folder / WEIGHTS, safetensors.torch.save(weights))
+    tensors = {k: v.detach().cpu().contiguous() for k, v in _state(model).items()}
+    content = safetensors.torch.save(tensors, None if metadata is None else dict(metadata))
+    runs.write_bytes(folder / WEIGHTS, content)
     fitted = model.preprocess
     if fitted.whiten is not None and fitted.unwhiten is not None:
         matrices = {"whiten": fitted.whiten, "unwhiten": fitted.unwhiten}
         runs.write_bytes(folder / WHITENING, safetensors.numpy.save(matrices))
-    runs.write_json(folder / CARD, card(model))
+    seals.write(folder, CARD, card(model), (WEIGHTS, WHITENING))
 
 
 def card(model: Model) -> dict[str, Any]:
@@ -93,22 +107,37 @@ def load_run(folder: Path) -> Model:
     """Load what `save_run` wrote.
 
     Raises:
-        UserError: If the folder holds no finished student, or a damaged one.
+        UserError: If the folder holds no finished student, a damaged one, or files of two runs.
     """
     if not (folder / CARD).is_file():
         raise UserError(f"{folder} holds no finished student: it has no {CARD}{_hint(folder)}")
-    found = runs.read_json(folder / CARD)
+    found = seals.read(folder, CARD)
+    if unknown := sorted(found.keys() - set(KNOWN)):
+        raise UserError(f"{folder / CARD} is damaged, or of a later version: unknown {unknown[0]}")
+    seals.verify(folder, WEIGHTS, WHITENING)
     try:
-        name, classes = found["name"], tuple(found["classes"])
-        shape = tuple(found["input"]["shape"])
-        classifier = networks.build(name, shape, len(classes), config=found.get("config"))
-        classifier.interpolation = found.get("interpolation", "bilinear")
-        _state_into(classifier.network, folder / WEIGHTS)
-        preprocess = preprocessing(found["preprocess"], folder)
-        temperature = float(found["output_temperature"])
-        return Model(classifier, name, classes, shape, preprocess, found["outputs"], temperature)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / CARD} is not a whole model description: {error!r}") from error
+        return _model(folder, found)
+    except UserError:
+        raise  # it is one line already
+    except Exception as error:  # of a file without a checksum: it may hold anything
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{folder / CARD} is not a whole model description ({why})") from error
+
+
+def _model(folder: Path, found: Mapping[str, Any]) -> Model:
+    schema.check(CARD, found, {"name": str, "classes": Sequence[str], "output_temperature": float})
+    name, classes = found["name"], tuple(found["classes"])
+    h, w, c = shape = tuple(found["input"]["shape"])
+    if not all(type(size) is int and size > 0 for size in (h, w, c)):
+        raise ValueError(f"images of shape {shape}")
+    if found["outputs"] not in get_args(Outputs):
+        raise ValueError(f"outputs {found['outputs']!r}")
+    classifier = networks.build(name, shape, len(classes), config=found.get("config"))
+    classifier.interpolation = found.get("interpolation", "bilinear")
+    _state_into(classifier.network, folder / WEIGHTS)
+    preprocess = preprocessing(found["preprocess"], folder)
+    temperature = float(found["output_temperature"])
+    return Model(classifier, name, classes, shape, preprocess, found["outputs"], temperature)
 
 
 def preprocessing(card: Mapping[str, Any], folder: Path) -> Preprocess:
@@ -135,30 +164,79 @@ def preprocessing(card: Mapping[str, Any], folder: Path) -> Preprocess:
     )
 
 
-def check_fit(who: str, model: Model, shape: Shape, classes: tuple[str, ...]) -> None:
-    """Refuse a model whose images or classes are not those of the data.
+def fitted(
+    who: str,
+    model: Model,
+    shape: Shape,
+    classes: tuple[str, ...],
+    say: Callable[[str], None] = progress.say,
+) -> Model:
+    """The model with its outputs in the order of the data's classes.
 
     Args:
-        who: How the message calls the model.
+        who: How messages call the model.
         shape, classes: Of the data.
+        say: Called with a line where the order was another one.
+
+    Raises:
+        UserError: If its images or the names of its classes are not those of the data.
     """
+    check_shape(who, model, shape)
+    if model.classes == classes:
+        return model
+    matched = labels.match(who, model.classes, classes)
+    if matched.assumed:  # names that say nothing are no reason to believe
+        raise UserError(
+            f"{who} calls its classes {labels.few(model.classes)}, the data {labels.few(classes)}: "
+            "they must match"
+        )
+    if matched.outputs is None:
+        return replace(model, classes=classes)
+    say(f"{who}: classes matched {matched.how}")
+    reorder(who, model.classifier, matched.outputs, model.shape)
+    return replace(model, classes=classes)
+
+
+def check_shape(who: str, model: Model, shape: Shape) -> None:
+    """Refuse a model for images of another shape than the data's."""
     if model.shape != shape:
         raise UserError(f"{who} takes images of shape {model.shape}, the data have {shape}")
-    check_classes(who, model.classes, classes)
 
 
-def check_classes(who: str, its: tuple[str, ...], classes: tuple[str, ...]) -> None:
-    """Refuse a model whose classes are not those of the data, in the same order."""
-    check_count(who, len(its), classes)
-    for i, (a, b) in enumerate(zip(its, classes, strict=True)):
-        if a != b:
-            raise UserError(f"{who} calls class {i} {a!r}, the data call it {b!r}: they must match")
+def reorder(who: str, classifier: Classifier, outputs: tuple[int, ...], shape: Shape) -> None:
+    """Put the outputs of a network in another order, in the weights of its last layer.
+
+    Args:
+        who: How the message calls it.
+        classifier: Changed in place.
+        outputs: The output that is to become the first, the second, ...
+        shape: Of its images.
+
+    Raises:
+        UserError: If that cannot be done in the weights of one layer.
+    """
+    h, w, c = shape
+    images = torch.rand(2, c, h, w, generator=torch.Generator().manual_seed(0))
+    was, order = classifier.training, torch.tensor(outputs)
+    classifier.eval()
+    with torch.no_grad():
+        expected = classifier(images)[:, order]
+        # The last layer comes last in most networks, but not in those with further heads.
+        for _, layer in reversed(weights.layers_of(classifier, len(outputs))):
+            _permute(layer, order)
+            if torch.allclose(classifier(images), expected, rtol=1e-4, atol=1e-5):
+                classifier.train(was)
+                return
+            _permute(layer, order.argsort())
+    raise UserError(
+        f"{who} has the data's classes in another order, and its last layer is not one whose "
+        "outputs can be put in order: name the classes of the data as it does"
+    )
 
 
-def check_count(who: str, count: int, classes: tuple[str, ...]) -> None:
-    """Refuse a model of another number of classes than the data."""
-    if count != len(classes):
-        raise UserError(f"{who} has {count} classes, the data have {len(classes)}: they must match")
+def _permute(layer: nn.Module, order: Tensor) -> None:
+    for parameter in layer.parameters(recurse=False):
+        parameter.copy_(parameter[order])
 
 
 def _state(model: Model) -> dict[str, Tensor]:

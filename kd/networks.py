@@ -2,6 +2,7 @@
 
 convnet, convnet:32, mlp        built in
 resnet18, timm:resnet18         timm's; also hf-hub:ID and local-dir:DIR, as timm knows them
+resnet18(drop_path_rate=0.1)    timm's with arguments
 torchvision:resnet18            torchvision's classifiers
 hf:microsoft/resnet-50, hf:DIR  Hugging Face's image classifiers
 NAME@FILE                       any of these, with the weights in a file
@@ -25,11 +26,14 @@ from kd.zoo.wants import Interpolation, Shape, Wants, Zoo
 __all__ = [
     "Classifier",
     "Shape",
+    "absolute",
     "build",
     "check_name",
+    "names",
     "parameters",
     "published",
     "resize",
+    "split",
     "wants",
 ]
 
@@ -47,6 +51,7 @@ class Classifier(nn.Module):
             those that it is given.
         interpolation: Of the resize.
         config: What is needed beside its name to make the network again.
+        notes: Lines about what was decided when it was made.
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class Classifier(nn.Module):
         self.channels = channels
         self.interpolation: Interpolation = interpolation
         self.config = config
+        self.notes: tuple[str, ...] = ()
 
     def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
         resized = resize(images, self.size, self.interpolation)
@@ -89,6 +95,7 @@ def build(
     seed: int = 0,
     pretrained: bool = False,
     config: Mapping[str, Any] | None = None,
+    adapt: bool = True,
 ) -> Classifier:
     """A classifier for images of a shape: fresh, pretrained, or with the weights of a file.
 
@@ -103,6 +110,8 @@ def build(
         seed: Of the initial weights.
         pretrained: Load the published weights; the last layer is new if `classes` differs.
         config: A `Classifier.config`: then nothing is looked up elsewhere.
+        adapt: Whether weights in a file may be of another number of classes, or of none, and of
+            other channels: the last layer is then new, and the first one adapted.
 
     Raises:
         UserError: For an unknown name, a bad width, images of a shape the network cannot take, or
@@ -120,7 +129,11 @@ def build(
         else:
             classifier = Classifier(builtin.network(found.base, shape, classes))
     if found.file:
-        weights.load_into(classifier.network, found.file, found.text)
+        stored, convert = weights.read(found.file), found.convert
+        notes = weights.load_into(
+            classifier.network, stored, found.text, classes, convert=convert, adapt=adapt
+        )
+        classifier.notes = tuple(notes)
     return classifier
 
 
@@ -182,6 +195,7 @@ def repeat(images: Float[Tensor, "n c h w"], channels: int | None) -> Float[Tens
     return images if channels is None else images.expand(-1, channels, -1, -1)
 
 
+FOLDERS = ("hf", "local-dir")  # prefixes of a folder's path
 # A prefix of names -> who knows what follows it. Names without one are timm's.
 ZOOS: Mapping[str, Zoo] = {
     "timm": timm_zoo,
@@ -206,6 +220,11 @@ class Parsed:
     file: Path | None
     text: str
 
+    @property
+    def convert(self) -> weights.Convert | None:
+        """What its library does to weights of another form."""
+        return timm_zoo.convert if self.zoo is timm_zoo else None
+
 
 def parse(name: str) -> Parsed:
     """Take a name apart. Whether there is such a network is not looked at.
@@ -217,9 +236,7 @@ def parse(name: str) -> Parsed:
         raise UserError(
             f"{name} is an exported program, which cannot be trained: use it as teacher"
         )
-    text, _, file = name.rpartition("@")
-    if Path(file).suffix not in weights.SUFFIXES or not text:
-        text, file = name, ""
+    text, file = _file_apart(name)
     prefix, colon, rest = text.partition(":")
     base = text
     if prefix in builtin.NETWORKS:
@@ -228,7 +245,92 @@ def parse(name: str) -> Parsed:
         zoo, base = ZOOS[prefix], rest
     else:
         zoo = timm_zoo
-    return Parsed(zoo, base, Path(file).expanduser() if file else None, text)
+    return Parsed(zoo, base, file, text)
+
+
+def split(text: str) -> list[str]:
+    """The names of a comma-separated list.
+
+    A comma in brackets is part of the arguments of a network, and one in the path of something that
+    exists is part of the path.
+    """
+    parts, found = text.split(","), []
+    while parts:
+        joined = [",".join(parts[: n + 1]) for n in range(len(parts))]
+        there = [n for n, name in enumerate(joined) if n and _exists(name.strip())]
+        whole = [n for n, name in enumerate(joined) if _balanced(name)]
+        n = max(there) if there else whole[0] if whole else 0
+        found.append(joined[n].strip())
+        parts = parts[n + 1 :]
+    return [name for name in found if name]
+
+
+def names(option: str, text: str) -> list[str]:
+    """The names of a list, each once.
+
+    Args:
+        option: As the user wrote it, for the message.
+        text: What stands after it.
+
+    Raises:
+        UserError: If there is none, or one comes twice.
+    """
+    found = split(text)
+    if not found:
+        raise UserError(f"{option} must name at least one")
+    if len(set(found)) < len(found):
+        raise UserError(f"{option} names one twice: {text}")
+    return found
+
+
+def absolute(name: str) -> str:
+    """The name with the path in it, if it has one that exists, as it is from every folder."""
+    if (path := Path(name).expanduser()).exists():
+        return str(path.resolve())
+    before, file = _file_apart(name)
+    after = f"@{file.resolve()}" if file and file.exists() else name[len(before) :]
+    prefix, _, rest = before.partition(":")
+    if prefix in FOLDERS and (path := Path(rest).expanduser()).exists():
+        before = f"{prefix}:{path.resolve()}"
+    return before + after
+
+
+def _exists(name: str) -> bool:
+    """Whether it is, or has in it, the path of something that is there."""
+    file = _file_apart(name)[1]
+    paths = (Path(name).expanduser(), Path(_after_prefix(name)).expanduser(), file)
+    return any(path is not None and _there(path) for path in paths)
+
+
+def _balanced(name: str) -> bool:
+    return all(name.count(a) <= name.count(b) for a, b in ("()", "[]", "{}"))
+
+
+def _file_apart(name: str) -> tuple[str, Path | None]:
+    """What stands before `@FILE`, and the file; what exists decides where an `@` parts them."""
+    at = [i for i, character in enumerate(name) if character == "@" and i]
+    if not at or _there(Path(name)) or _there(Path(_after_prefix(name))):
+        return name, None
+    for i in at:
+        if _there(file := Path(name[i + 1 :]).expanduser()) and file.is_file():
+            return name[:i], file
+    # hf-hub:timm/resnet18@main is a revision; elsewhere, a file that is not there.
+    if "/" in name[: at[0]] and Path(name).suffix not in weights.SUFFIXES:
+        return name, None
+    return name[: at[0]], Path(name[at[0] + 1 :]).expanduser()
+
+
+def _after_prefix(name: str) -> str:
+    """The path in `hf:DIR` and `local-dir:DIR`; other names as they are."""
+    prefix, _, rest = name.partition(":")
+    return rest if prefix in FOLDERS and rest else name
+
+
+def _there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long for any file
+        return False
 
 
 def _from_zoo(

@@ -16,6 +16,7 @@ Names = Annotated[str | None, tyro.conf.arg(metavar="NAME,NAME,...")]
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
 Count = Annotated[int | None, tyro.conf.arg(metavar="N")]
 Values = Annotated[tuple[float, ...] | None, tyro.conf.arg(metavar="X X X")]
+Channels = Annotated[Literal[1, 3] | None, tyro.conf.arg(metavar="1|3")]
 Number = Annotated[float | None, tyro.conf.arg(metavar="X")]
 
 _HINTS = get_type_hints(recipe.Recipe)
@@ -48,14 +49,15 @@ class Train:
     hf:NAME; NAME@FILE for weights in a file; or an earlier run's folder."""
     teacher: Names = None
     """Folder of an earlier run, any of the names above with published weights, or FILE.pt2; of
-    several, comma-separated, the tempered probabilities are averaged."""
+    several, comma-separated, the tempered probabilities are averaged, and terms of layers are."""
     recipe: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """supergradients, hinton, function_matching, cifar, distilled_set, deit; by default one for
     this kind of data and network. The options below change its fields."""
     teacher_weights: Literal["alike", "by-label"] | None = None
-    """Of several teachers; by-label: for each image by how well they know its label."""
-    class_map: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """JSON file, class of the data -> class of the teacher (name or number)."""
+    """Of several teachers' logits; by-label: for each image by how well they know its label."""
+    class_map: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """JSON file, class of the data -> class of the teacher (name or number); of several teachers
+    one for all, or one for each with commas between, and nothing for one that needs none."""
     teacher_image_size: Count = None
     """Height and width of the images given to a teacher from a file that does not say it."""
     teacher_mean: Values = None
@@ -63,7 +65,8 @@ class Train:
     teacher_std: Values = None
     """The same."""
     min_teacher_accuracy: Number = None
-    """Refuse a teacher below this fraction of the validation images."""
+    """Refuse a teacher below this accuracy on the validation images, or without any on 2000 of
+    the training images."""
     cache: Folder = None
     """Keep the teachers' answers here, view by view, for this and for later trainings."""
     cache_top: Count = None
@@ -88,6 +91,9 @@ class Train:
     """By default standardise, or what the pretrained or the earlier student was made for."""
     validation_fraction: Number = None
     """Share of the training images held out for validation; by default 0.1."""
+    channels: Channels = None
+    """1 makes all images grayscale, 3 colour; by default as they are, and colour where a folder
+    has both."""
     data_root: Path = field(default_factory=places.data_root)
     """Where data sets lie or are downloaded to."""
     device: str = "auto"
@@ -155,9 +161,12 @@ class Evaluate:
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Folder of a finished run."""
     data: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[DATA]")] = None
-    """Data set to test on; by default the one it was trained for."""
+    """Data set to test on; by default the one it was trained for. Of other data than those, all
+    images are judged, unless there is a test part (a folder with train/ and test/, say)."""
     teacher: Name = None
     """To measure the agreement with; by default the one it was trained with."""
+    class_map: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """JSON file, class of the data -> class of the student (name or number)."""
     data_root: Path = field(default_factory=places.data_root)
     """Where data sets lie or are downloaded to."""
     device: str = "auto"

@@ -1,22 +1,45 @@
 """A look at a teacher before it teaches: what was resolved for it, and how good it is.
 
-It is judged on validation images through the very path used in training, adapter and network: a
+It is judged on validation images, or where there are none on some of those that the student will
+be trained on, through the very path used in training, adapter and network: a
 wrong normalisation or order of classes shows here, and not as a student that learns little.
 """
 
+import itertools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from dsdistill.harness import metrics, progress
 from dsdistill.harness.errors import UserError
-from kd import scoring
+from kd import class_order, scoring
+from kd.data import Batch, Batches
 from kd.teachers import Resolved, Teacher
+from kd.zoo import labels as class_names
 
 FITTED = 10_000  # images enough for a temperature
+SAMPLE = 2_000  # images enough for an accuracy: its standard error is at most 1.1 %
+
+
+@dataclass(frozen=True, eq=False)
+class Some:
+    """The first images of a shuffled epoch: enough to judge a teacher by.
+
+    Attributes:
+        batches: In evaluation views, unchanged.
+        images: Their number, up to a batch.
+    """
+
+    batches: Batches
+    images: int = SAMPLE
+
+    def in_order(self, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+        """The images, always the same; every `world`-th batch."""
+        count = int(np.searchsorted(np.cumsum(self.batches.sizes), self.images)) + 1
+        yield from itertools.islice(self.batches.epoch(0, 0), rank, count, world)
 
 
 @dataclass(frozen=True)
@@ -26,11 +49,12 @@ class Facts:
     Attributes:
         name: As given.
         resolved: How its images are prepared and its classes matched.
-        accuracy: On the validation images, a fraction.
+        accuracy: On the images that it was judged on, a fraction.
         chance: The accuracy of such answers if they had nothing to do with the labels.
         at_chance: Whether the accuracy is not significantly above that.
         temperature: softmax(logits / this) are its calibrated probabilities.
-        images: Number of validation images.
+        images: Their number.
+        order: In which its classes make far more sense, in words; None where there is none.
     """
 
     name: str
@@ -40,6 +64,7 @@ class Facts:
     at_chance: bool
     temperature: float
     images: int
+    order: str | None = None
 
 
 def check(
@@ -48,34 +73,43 @@ def check(
     batches: scoring.Judged,
     *,
     minimum: float | None = None,
+    part: str = "validation",
     say: Callable[[str], None] = progress.say,
 ) -> Facts:
-    """Judge a teacher on validation images, and say what was found.
+    """Judge a teacher on images with labels, and say what was found.
 
     Args:
         name: How messages call it.
         teacher: On the device of the batches.
-        batches: Of validation images, in the space that the teacher will be given.
+        batches: Of validation images, or of `Some` training images where there are none, in the
+            space that the teacher will be given.
         minimum: Least accuracy, a fraction; None for a warning alone, where it is no better than
             chance.
+        part: What the images are, for messages.
         say: Called with each line; processes that show nothing give their own.
 
     Raises:
         UserError: If the accuracy is below `minimum`.
     """
     say(f"teacher {name}: {described(teacher.resolved)}")
+    for note in teacher.resolved.notes:
+        say(f"teacher {name}: {note}")
     logits, labels = scoring.scored(teacher, batches)
-    facts = _facts(name, teacher.resolved, logits, labels)
+    facts = replace(
+        _facts(name, teacher.resolved, logits, labels), order=_order(teacher, logits, labels)
+    )
     say(
-        f"teacher {name}: accuracy {facts.accuracy:.1%} on {facts.images} validation images, "
+        f"teacher {name}: accuracy {facts.accuracy:.1%} on {facts.images} {part} images, "
         f"calibration temperature {facts.temperature:.3g}"
     )
     if minimum is not None and facts.accuracy < minimum:
         raise UserError(
-            f"teacher {name} has validation accuracy {facts.accuracy:.1%}, below "
+            f"teacher {name} has {part} accuracy {facts.accuracy:.1%}, below "
             f"--min-teacher-accuracy {minimum:g}: check {_suspects(facts)}"
         )
-    if facts.at_chance:
+    if facts.order:
+        say(f"warning: teacher {name} seems to have its classes in another order: {facts.order}")
+    elif facts.at_chance:
         say(
             f"warning: teacher {name} is no better than chance ({facts.chance:.1%}): check "
             f"{_suspects(facts)}"
@@ -121,8 +155,29 @@ def _facts(
     return Facts(name, resolved, accuracy, expected, accuracy <= limit, temperature, n)
 
 
+def _order(
+    teacher: Teacher, logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]
+) -> str | None:
+    """Another order of the classes in which the teacher is far better, in words."""
+    count = logits.shape[1]
+    classes = teacher.resolved.classes or tuple(map(str, range(count)))
+    outputs = None if teacher.outputs is None else teacher.outputs.tolist()
+    positions, likely = outputs or list(range(count)), {}
+    if sorted(positions) == list(range(count)):
+        orders = class_names.likely_orders(classes)
+        likely = {name: [order[p] for p in positions] for name, order in orders.items()}
+    predicted = logits.argmax(1)
+    order = class_order.better(predicted, labels, count, likely)
+    if order is None:
+        return None
+    return class_order.described(order, metrics.accuracy(logits, labels), classes, outputs)
+
+
 def _suspects(facts: Facts) -> str:
-    return (
+    plain = (
         f"its classes and their order (matched {facts.resolved.matched}; --class-map), and its "
         "normalisation and image size"
+    )
+    return (
+        f"{plain}; its classes seem to be in another order: {facts.order}" if facts.order else plain
     )

@@ -64,6 +64,14 @@ class Recipe:
     ema_ramp: float = _is(15.0, "the decay rises as 1 - exp(-ramp step / steps)")
     average_best: int = _is(1, "mean of the weights of so many best epochs")
     metric: Metric = _is("accuracy", "what the best epoch has the best of, on validation images")
+    validate_every: int | None = _is(
+        None,
+        "epochs between validations; by default 1, or so many that short epochs make at most 40 "
+        "validations",
+    )
+    patience: int | None = _is(
+        None, "stop after so many validations in a row without a better --metric"
+    )
     precision: Precision = _is("no", "mixed: bf16 where the GPU has it, else fp16")
     image_size: int | None = _is(None, "images are resized to this height and width")
     student: str | None = _is(None, "")
@@ -115,7 +123,8 @@ def overridden(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
 
 
 def _check(recipe: Recipe) -> None:
-    for name in ("epochs", "steps", "batch_size", "accumulate", "repeats", "average_best"):
+    counts = ("epochs", "steps", "batch_size", "accumulate", "repeats", "average_best")
+    for name in (*counts, "validate_every", "patience"):
         value = getattr(recipe, name)
         _require(value is None or value >= 1, name, "at least 1", value)
     for name in ("lr", "clip", "min_scale", "crop_share"):

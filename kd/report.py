@@ -111,7 +111,7 @@ def curves(groups: Sequence[Group]) -> "Figure":
                     color=of.colour,
                     markersize=3.5,
                     alpha=0.8,
-                    label=named,
+                    label=named and drawing.label(named, drawing.TITLE),
                 )
                 named = None  # the legend names a group once
         axes.set(xlabel="step of the optimizer", ylabel="validation accuracy, %")

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,8 +13,8 @@ from torch import nn
 from dsdistill.harness import metrics
 from kd.data import Batch
 from kd.engine import Engine
+from kd.ensembles import combined_logits
 from kd.losses import response
-from kd.models import Model
 from kd.networks import Shape
 
 # Images at once where nothing is trained. More leave the cache of a CPU: `convnet` at 28x28 takes
@@ -60,19 +60,48 @@ def scored(
     return np.concatenate(parts), np.concatenate(labels)
 
 
-def figures(model: Model, batches: Judged, teacher: nn.Module | None = None) -> dict[str, float]:
-    """Accuracy, NLL in nats and calibration error (15 bins); with a teacher, agreement with it."""
-    scores, labels = scored(model.classifier, batches)
-    probabilities = metrics.softmax(scores, model.output_temperature)
-    found = {
+def figures(
+    network: nn.Module,
+    batches: Judged,
+    teachers: Mapping[str, nn.Module] | None = None,
+    *,
+    temperature: float = 1.0,
+) -> dict[str, Any]:
+    """Accuracy, NLL in nats and calibration error (15 bins); with teachers, agreement with them.
+
+    Args:
+        network: Takes images (n, c, h, w).
+        batches: The images.
+        teachers: By name; they take the same images. Of several, `teacher_agreement` and
+            `teacher_accuracy` are those of the mean of their probabilities, and `teachers` holds
+            each one's `agreement` and `accuracy`.
+        temperature: softmax(outputs / this) are the network's probabilities.
+
+    Returns:
+        The figures, and the number of `images` that they are of.
+    """
+    scores, labels = scored(network, batches)
+    probabilities = metrics.softmax(scores, temperature)
+    found: dict[str, Any] = {
+        "images": len(labels),
         "accuracy": metrics.accuracy(scores, labels),
         "nll": metrics.nll(probabilities, labels),
         "calibration_error": metrics.expected_calibration_error(probabilities, labels),
     }
-    if teacher is not None:
-        answers = outputs(teacher, batches)
-        found["teacher_agreement"] = metrics.agreement(scores, answers)
-        found["teacher_accuracy"] = metrics.accuracy(answers, labels)
+    if teachers:
+        answers = {name: outputs(teacher, batches) for name, teacher in teachers.items()}
+        logits = [torch.from_numpy(each) for each in answers.values()]
+        together = logits[0] if len(logits) == 1 else combined_logits(logits, temperature=1.0)
+        found["teacher_agreement"] = metrics.agreement(scores, together.numpy())
+        found["teacher_accuracy"] = metrics.accuracy(together.numpy(), labels)
+        if len(answers) > 1:
+            found["teachers"] = {
+                name: {
+                    "agreement": metrics.agreement(scores, each),
+                    "accuracy": metrics.accuracy(each, labels),
+                }
+                for name, each in answers.items()
+            }
     return found
 
 

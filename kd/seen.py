@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kd.data import Batch
-from kd.ensembles import combined_logits
+from kd.ensembles import combined_logits, label_weights, mean_logits
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +28,16 @@ class Seen:
         """Logits whose softmax at this temperature is that of all teachers together."""
         if len(self.answers) == 1:
             return self.answers[0]
+        return combined_logits(self.answers, temperature=temperature, weights=self.weights)
+
+    def mean_logits(self) -> Tensor:
+        """The mean of the teachers' logits."""
+        return mean_logits(self.answers, weights=self.weights)
+
+    @property
+    def weights(self) -> Tensor | None:
+        """Weights (m, n) of the teachers for each image; None where all count alike."""
+        if not self.by_label:
+            return None
         labels = self.batch.labels if self.batch.shares is None else self.batch.shares
-        weigh_by = labels if self.by_label else None
-        return combined_logits(self.answers, temperature=temperature, labels=weigh_by)
+        return label_weights(self.answers, labels)

@@ -3,20 +3,22 @@
 config.json              the options
 recipe.json              the resolved recipe: no field is left to a default
 metrics.jsonl, events.*  loss terms and validation figures of every round
-curves.png               the same as a picture
 checkpoint.safetensors   the last good state, for --resume
 student.safetensors      the network's weights of the best round
 model.json               what is needed to use them (and preprocess.safetensors for ZCA)
-report.json              test figures; written last: a folder that holds it is finished
+report.json              test figures, and the checksums of all other files; a folder that holds it
+                         is finished
+curves.png               the figures of every round as a picture
 """
 
+import hashlib
 import json
 import math
 import os
 import platform
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
@@ -26,20 +28,26 @@ from typing import Any
 import psutil
 from torch import nn
 
-from dsdistill.harness import memory, metrics, progress, runs
+from dsdistill.harness import memory, metrics, progress, runs, stopping
 from dsdistill.harness.errors import UserError
 from kd import (
     assembly,
     chain,
+    checkpoint,
+    composition,
     curves,
     engine,
+    inputs,
     models,
     networks,
     preflight,
     processes,
     recipes,
     scoring,
+    seals,
+    sources,
     teaching,
+    terms,
 )
 from kd.assembly import Parts
 from kd.checkpoint import Saved, State
@@ -48,11 +56,13 @@ from kd.models import Model
 from kd.objectives import Objective
 from kd.options import Overrides, Train
 from kd.scoring import Judged
+from kd.seals import REPORT
 from kd.train import train
 
-REPORT = "report.json"
+_OPTIONS = "options"  # among the hashes of a run: those that are not defaults
 _FREE = ("data_root", "device", "workers", "cache", "min_teacher_accuracy")  # may differ on resume
 _PER_CALL = ("out", "resume", "overrides")  # not options of the training
+_VALIDATING = ("patience", "validate_every", "metric", "average_best")  # without effect elsewhere
 _PATHS = ("data", "student", "teacher", "data_root", "class_map", "cache")
 
 
@@ -70,7 +80,7 @@ def settled(options: Train) -> Train:
         begun = [link.out for link in chain.before(options, options.out) if link.out]
         if not (options.out / "config.json").exists() and any(map(Path.exists, begun)):
             return replace(options, resume=False)  # a chain that was stopped before its last link
-        return _stored(_start(options.out, options), options)
+        return _stored(options.out, options)
     if options.out is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("several processes of one training need --out, the folder they share")
     return replace(options, out=options.out or _free_folder(options))
@@ -92,42 +102,117 @@ def run(options: Train) -> dict[str, Any]:
     assert options.out is not None
     if not options.resume:
         runs.check_free(options.out, REPORT)
+    earlier: list[Path] = []
+    if options.given.get("loss"):
+        composition.parse(options.given["loss"], terms.FUNCTIONS)  # its last link may be far away
     for link in chain.before(options, options.out):
         assert link.out is not None
         begun = (link.out / "config.json").exists()
         if begun and (link.out / REPORT).exists():
-            _check_same(link, runs.read_json(link.out / "config.json"))
-            continue
-        progress.say(f"first {link.out}: {link.student or assembly.STUDENT}")
-        _train(replace(link, resume=begun))
-    return _train(options)
+            _check_same(link, seals.read(link.out, "config.json"))
+        else:
+            progress.say(f"first {link.out}: {link.student or assembly.STUDENT}")
+            _train(replace(link, resume=begun), earlier)
+        earlier.append(link.out)
+    return _train(options, earlier)
 
 
-def _train(options: Train) -> dict[str, Any]:
-    """One training: find all its parts, train, read the test set once, write the folder."""
+def _train(options: Train, earlier: Sequence[Path]) -> dict[str, Any]:
+    """One training: find all its parts, train, read the test set once, write the folder.
+
+    Args:
+        options: Of it.
+        earlier: Folders of the trainings of its chain that are finished.
+    """
     folder, parts = options.out, assembly.assembled(options)
     assert folder is not None
     objective = assembly.objective(parts, options)
-    held = _held(options, parts)
-    for name, teacher in zip(parts.taught_by, parts.teachers, strict=True):
-        if held is not None:
-            say = progress.say if parts.on.is_main_process else lambda line: None
-            minimum = options.min_teacher_accuracy
-            preflight.check(name, teacher, held, minimum=minimum, say=say)
-    batches = teaching.batches(parts, options, objective)
-    run = engine.shared(parts.on, lambda: _start(folder, options))
-    run = replace(run, writes=parts.on.is_main_process)
-    if run.writes:
-        runs.write_json(folder / "recipe.json", asdict(parts.recipe))
-    with processes.watched(parts.on, folder):
-        student, state, spent = _fit(options, parts, objective, batches, run)
-    if not run.writes:
-        return {}
-    models.save_run(folder, student)
-    curves.draw(folder)
-    report = _report(options, parts, student, state) | spent
-    runs.write_json(folder / REPORT, report)
-    return report
+    source = teaching.source(parts, options)
+    assembly.check_step(parts, objective, source.sizes)
+    if options.compile:
+        parts.student.classifier.network.compile()
+    _judge_teachers(options, parts)
+    hashes = inputs.hashes(parts, options)
+    inputs.require_alike(parts.on, hashes)
+    for link in earlier:
+        stored = seals.read(link, "config.json").get(runs.INPUTS, {})
+        inputs.require_same_data(link, stored, hashes)
+    batches = teaching.batches(parts, options, objective, source)
+    hashes |= {_OPTIONS: _options_hash(options)}
+    with engine.shared(parts.on, lambda: _open(folder, options, hashes)) as run:
+        run = replace(run, writes=parts.on.is_main_process)
+        if run.writes:
+            runs.write_json(folder / "recipe.json", asdict(parts.recipe))
+        with processes.watched(parts.on, folder):
+            student, state, spent = _fit(options, parts, objective, batches, run)
+        if not run.writes:
+            return {}
+        models.save_run(folder, student)
+        report = _report(options, parts, student, state) | spent
+        seals.write(folder, REPORT, report, seals.FILES)
+        curves.draw(folder)  # last: a picture must not cost a training
+        return report
+
+
+def _open(folder: Path, options: Train, hashes: Mapping[str, str]) -> runs.Run:
+    """The run's folder, locked, of a run that was started with the same inputs or starts now."""
+    run = _start(folder, options)
+    try:
+        run.require_same(hashes)
+    except BaseException:
+        run.close()
+        raise
+    return run
+
+
+def _judge_teachers(options: Train, parts: Parts) -> None:
+    """Say how good each teacher is, on validation images or else on training images."""
+    say = progress.say if parts.on.is_main_process else lambda line: None
+    held: Judged | None = _held(options, parts)
+    part = "validation"
+    if held is None:
+        say(_without_validation(options, parts))
+        fitted, device = parts.student.preprocess, parts.on.device
+        shuffled = parts.source.shuffled(parts.recipe, fitted, device, options.workers)
+        held, part = None if shuffled is None else preflight.Some(shuffled), "training"
+    minimum = options.min_teacher_accuracy
+    if parts.teachers and held is None:
+        say("the teachers are not judged: there are no real images to judge them on")
+        if minimum is not None:
+            raise UserError(
+                f"--min-teacher-accuracy {minimum:g} needs real images to judge the teacher on, "
+                f"and there are none ({parts.source.note}): leave it out"
+            )
+    elif held is not None:
+        for name, teacher in zip(parts.taught_by, parts.teachers, strict=True):
+            preflight.check(name, teacher, held, minimum=minimum, part=part, say=say)
+
+
+def _without_validation(options: Train, parts: Parts) -> str:
+    """What falls away where no image is held out, in one line.
+
+    Raises:
+        UserError: If an option is given that needs validation images.
+    """
+    for name in _VALIDATING:
+        if name in options.given:
+            raise UserError(
+                f"--{name.replace('_', '-')} has no effect without validation images: "
+                "leave it out, or hold some out with --validation-fraction"
+            )
+    fraction = sources.fraction(options.validation_fraction)
+    lost = ["the weights of the last epoch are saved, not of the best"]
+    if parts.recipe.average_best > 1:
+        lost.append(f"and not the mean of {parts.recipe.average_best} epochs")
+    if parts.student.outputs == "centred labels":
+        lost.append("and its outputs are not calibrated")
+    if parts.source.distilled is not None and parts.source.note:
+        why = "there are no real images"
+    elif parts.source.distilled is not None or fraction == 0:
+        why = "none are held out"
+    else:
+        why = f"a share of {fraction:g} of so few images of each class is none"
+    return f"no validation images ({why}): {', '.join(lost)}"
 
 
 def _report(options: Train, parts: Parts, student: Model, state: State) -> dict[str, Any]:
@@ -167,16 +252,19 @@ def _fit(
         return scoring.validation(judged, held, parts.on, logits=student.outputs == "logits")
 
     saved = run.load_state()
-    earlier = saved[1]["seconds"] if saved else 0.0
+    if saved:
+        checkpoint.check(saved, parts.recipe)
+    earlier = saved[1].get("seconds", 0.0) if saved else 0.0
     began = time.perf_counter()
     startup = time.time() - psutil.Process().create_time()
 
     def save(state: Saved) -> None:
         arrays, meta = state
         seconds = earlier + time.perf_counter() - began
-        run.save_state(arrays, {**meta, "seconds": seconds})
+        run.save_state(arrays, {**meta, "recipe": asdict(parts.recipe), "seconds": seconds})
 
-    with _shown(parts, run, saved, len(batches)) as (log, show):
+    validation_images = parts.source.validation_count
+    with stopping.watch() as flag, _shown(parts, run, saved, len(batches)) as (log, show):
         state = train(
             objective,
             batches,
@@ -184,17 +272,32 @@ def _fit(
             options.seed,
             on=parts.on,
             validate=validate if held else None,
+            validation_images=validation_images,
             saved=saved,
             save=save,
+            stopping=lambda: flag.requested,
             log=log,
             show=show,
         )
+    _say_stopped(parts, state, len(batches))
     student.classifier.network.load_state_dict(state.best)
     if held and student.outputs == "centred labels":
         temperature = metrics.fit_temperature(*scoring.scored(student.classifier, held))
         student = replace(student, output_temperature=temperature)
     seconds = earlier + time.perf_counter() - began
     return student, state, {"seconds": seconds, "startup_seconds": startup}
+
+
+def _say_stopped(parts: Parts, state: State, per_epoch: int) -> None:
+    """One line where patience has ended a training before its last step."""
+    recipe = parts.recipe
+    total = recipe.total_steps(math.ceil(per_epoch / recipe.accumulate))
+    if state.step < total and parts.on.is_main_process:
+        waited = f"{recipe.patience} validation{'' if recipe.patience == 1 else 's'}"
+        progress.say(
+            f"stopped at step {state.step} of {total}: no better validation {recipe.metric} in "
+            f"{waited}"
+        )
 
 
 @contextmanager
@@ -214,14 +317,16 @@ def _shown(
         yield log, show
 
 
-def _tested(options: Train, parts: Parts, student: Model) -> dict[str, float | None]:
+def _tested(options: Train, parts: Parts, student: Model) -> dict[str, Any]:
     """Figures on the test set; its only use."""
     fitted, on = student.preprocess, parts.on
     batches = parts.source.test(parts.recipe, fitted, on.device, options.workers)
     if batches is None:
-        return {"test_accuracy": None}
-    found = scoring.figures(student, batches, parts.teachers[0] if parts.teachers else None)
-    return {"test_accuracy": found.pop("accuracy"), **found}
+        return {"test_accuracy": None, "test_images": 0}
+    known = dict(zip(parts.taught_by, parts.teachers, strict=True))
+    temperature = student.output_temperature
+    found = scoring.figures(student.classifier, batches, known, temperature=temperature)
+    return {"test_accuracy": found.pop("accuracy"), "test_images": found.pop("images"), **found}
 
 
 def _validated(options: Train, parts: Parts, student: Model, state: State) -> float | None:
@@ -229,7 +334,7 @@ def _validated(options: Train, parts: Parts, student: Model, state: State) -> fl
     held = _held(options, parts)
     if len(state.kept) == 1 or held is None:
         return state.best_accuracy
-    return scoring.figures(student, held)["accuracy"]
+    return scoring.figures(student.classifier, held)["accuracy"]
 
 
 def _held(options: Train, parts: Parts) -> Judged | None:
@@ -250,32 +355,48 @@ def _config(options: Train) -> dict[str, Any]:
     for name in _PATHS:
         value = config[name]
         if value is not None and value != "digits":
-            config[name] = ",".join(map(_absolute, str(value).split(",")))
+            parts = networks.split(str(value)) if name == "teacher" else [str(value)]
+            config[name] = ",".join(map(networks.absolute, parts))
     return config | asdict(options.overrides)
 
 
-def _absolute(value: str) -> str:
-    """A path as it is from every folder, also behind `NAME@`, `hf:` and `local-dir:`."""
-    for prefix, name in (("", value), *(_parted(value, mark) for mark in "@:")):
-        path = Path(name).expanduser()
-        if name and path.exists():
-            return prefix + str(path.resolve())
-    return value
+def _stored(folder: Path, options: Train) -> Train:
+    """The options that a run was started with.
+
+    Raises:
+        UserError: If there is no run to resume, its options are damaged, or those of this call
+            contradict them.
+    """
+    config = runs.stored_options(
+        folder, _config(options), result=REPORT, defaults=_config(Train()), free=_FREE
+    )
+    hashes = config.get(runs.INPUTS, {})
+    known = {k: v for k, v in config.items() if k in _config(options)}
+    try:
+        for name in ("data_root", "cache"):
+            known[name] = None if known.get(name) is None else Path(known[name])
+        known = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
+        # An earlier version lacks the options that are newer.
+        overrides = {f.name: known.pop(f.name, None) for f in fields(options.overrides)}
+        stored = replace(options, **known, overrides=Overrides(**overrides))
+        if hashes.get(_OPTIONS, "") in ("", _options_hash(stored)):
+            return stored
+    except TypeError:  # a path that is a number, say
+        pass
+    raise UserError(
+        f"{folder / 'config.json'} is damaged: its options do not match their checksum; put back "
+        "what they were, or start anew in another --out"
+    )
 
 
-def _parted(value: str, mark: str) -> tuple[str, str]:
-    before, found, after = value.rpartition(mark)
-    return before + found, after if found else ""
+def _options_hash(options: Train) -> str:
+    """SHA-256 of the options that a run must keep, as far as they are not the defaults.
 
-
-def _stored(run: runs.Run, options: Train) -> Train:
-    """The options that the run was started with."""
-    config = {k: v for k, v in run.config.items() if k in _config(options)}
-    for name in ("data_root", "class_map", "cache"):
-        config[name] = None if config[name] is None else Path(config[name])
-    config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-    overrides = {f.name: config.pop(f.name) for f in fields(options.overrides)}
-    return replace(options, **config, overrides=Overrides(**overrides))
+    So that a later version with more options finds the same.
+    """
+    config, defaults = _config(options), _config(Train())
+    kept = {k: v for k, v in config.items() if k not in _FREE and v != defaults[k]}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def _check_same(link: Train, stored: dict[str, Any]) -> None:

@@ -82,13 +82,6 @@ def gathered(network: nn.Module, into: nn.Module) -> nn.Module:
     return into
 
 
-def first_one(mine: bool, on: Accelerator) -> bool:
-    """The first process's answer, in all of them."""
-    answer = torch.tensor(mine, device=on.device)
-    distributed.broadcast(answer, src=0)
-    return bool(answer)
-
-
 def _frozen(module: nn.Module) -> bool:
     own = list(module.parameters(recurse=False))
     return bool(own) and not any(parameter.requires_grad for parameter in own)

@@ -1,9 +1,11 @@
 """What `kd` trains on and tests on: a data set, or a distilled set with the data it came from."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from dsdistill.harness import artifact, datasets, origin, preprocess
@@ -59,6 +61,11 @@ class Source:
         return len(self.train_images)
 
     @property
+    def validation_count(self) -> int:
+        """Images held out of the training set."""
+        return len(self.splits.validation) if self.splits else 0
+
+    @property
     def digest(self) -> str:
         """SHA-256 that changes with the images trained on."""
         if self.distilled is not None:
@@ -76,21 +83,43 @@ class Source:
         images = self.train_images
         return preprocess.fit(kind or "standardise", images.chunks, images.shape)
 
-    def train(self, recipe: Recipe, fitted: Preprocess, on: Engine, workers: int = 0) -> Resident:
-        """The training images in batches of the recipe's size a process, as a network sees them."""
+    def train(
+        self,
+        recipe: Recipe,
+        fitted: Preprocess,
+        on: Engine,
+        workers: int = 0,
+        least: int = data.LEAST,
+    ) -> Resident:
+        """The training images in batches of the recipe's size a process, as a network sees them.
+
+        Args:
+            recipe, fitted, on, workers: As in `streaming.Files.train`.
+            least: Images that each process needs of a batch.
+        """
         world = on.num_processes
         size = recipe.batch_size * world
         if self.distilled is not None:
             examples = self.distilled.examples()
         else:
             examples = Examples(self.train_images, fitted)
-        return data.batches(examples, size, on.device, world)
+        return data.batches(examples, size, on.device, world, least)
 
     def validation(
         self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0
     ) -> Resident | None:
         """Real images held out of the training set; None if there are none."""
         return _judged(self.splits and self.splits.validation, fitted, device)
+
+    def shuffled(
+        self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0
+    ) -> Resident | None:
+        """Real training images, unchanged and read when needed; None if there are none."""
+        if self.splits is None:
+            return None
+        images = self.splits.train
+        labels = torch.from_numpy(images.labels.astype(np.int64)).to(device)
+        return Resident(Examples(images, fitted), SCORE_BATCH, device, labels)
 
     def test(
         self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0
@@ -105,6 +134,8 @@ def resolve(
     root: Path,
     image_size: int | None = None,
     validation_fraction: float | None = None,
+    channels: int | None = None,
+    classes: Sequence[str] | None = None,
 ) -> Source:
     """Find out what DATA is, and load it.
 
@@ -112,23 +143,31 @@ def resolve(
         name: A data set as in `datasets.load`, the folder of a `dsdistill` run, or a distilled
             `.safetensors` file.
         root: Where data sets lie.
-        image_size, validation_fraction: As in `datasets.load`; a distilled set brings its own.
+        image_size, validation_fraction, channels, classes: As in `datasets.load`; a distilled set
+            brings its own.
 
     Raises:
         UserError: If it cannot be had, or a distilled set contradicts the data it came from.
     """
     path = Path(name).expanduser()
     if is_distilled(name):
-        if image_size is not None or validation_fraction is not None:
+        if any(value is not None for value in (image_size, validation_fraction, channels)):
             raise UserError(
-                "a distilled set brings its image size and its validation images: "
-                "leave --image-size and --validation-fraction out"
+                "a distilled set brings its image size, its channels and its validation images: "
+                "leave --image-size, --channels and --validation-fraction out"
             )
         return _distilled(artifact.locate(path), root)
     if path.is_dir() and (path / "config.json").is_file():
         raise UserError(f"{path} is a run's folder without a finished distilled set")
     held = fraction(validation_fraction)
-    splits = datasets.load(name, root=root, image_size=image_size, validation_fraction=held)
+    splits = datasets.load(
+        name,
+        root=root,
+        image_size=image_size,
+        validation_fraction=held,
+        channels=channels,
+        classes=classes,
+    )
     return Source(splits.name, splits)
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -21,7 +21,10 @@ from kd.optimization import Average, make_optimizer, make_schedule
 from kd.projectors import Memory
 from kd.recipe import Recipe
 
-SHORT_EPOCH = 100  # steps
+SHORT_EPOCH = 100  # steps; a longer epoch is validated each
+# Of a training with short epochs: validations at most, the share of its work that they may take,
+# and validations at least, whatever they take: fewer could not choose an epoch.
+VALIDATIONS, VALIDATION_SHARE, FEWEST_VALIDATIONS = 40, 0.1, 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +40,7 @@ class Loop:
     on: Engine
     per_epoch: int
     total: int
+    validations: int  # in all, where the recipe does not say how often
     replica: nn.Module | None  # of the student's network, where FSDP spreads it
 
     @property
@@ -55,18 +59,24 @@ class Loop:
         own = self.objective.student.network
         return sharding.gathered(own, self.replica) if self.replica else own
 
-    def stream(self, batches: Batches, seed: int, first: int) -> Iterator[tuple[int, list[Batch]]]:
-        """Steps from `first` on, each with its batches."""
-        rank, world, step = self.on.process_index, self.on.num_processes, first
-        while step < self.total:
+    def stream(
+        self, batches: Batches, seed: int, state: State
+    ) -> Generator[tuple[int, list[Batch]], None, None]:
+        """The steps after a state's, each with its batches; none after a training that is over."""
+        rank, world, step = self.on.process_index, self.on.num_processes, state.step
+        while step < self.total and not self.is_over(state):
             epoch, within = divmod(step, self.per_epoch)
             begin = within * self.recipe.accumulate
             source = batches.epoch(seed, epoch, first=begin, rank=rank, world=world)
             while step < self.total and (parts := list(islice(source, self.recipe.accumulate))):
-                yield step, parts
                 step += 1
-            if step % self.per_epoch == 0:
-                next(source, None)  # lets what is written epoch by epoch know that it is over
+                try:
+                    yield step - 1, parts
+                finally:
+                    # Lets what is written epoch by epoch know that the epoch is over, also where
+                    # the training ends with it.
+                    if step % self.per_epoch == 0:
+                        next(source, None)
 
     def update(self, step: int, parts: list[Batch], seed: int) -> dict[str, Tensor]:
         """One step down the gradient; the mean terms before it, of this process's images."""
@@ -94,13 +104,19 @@ class Loop:
 
     def ends_round(self, done: int) -> bool:
         """Whether a round is over after so many steps."""
+        epoch, rest = divmod(done, self.per_epoch)
+        if done == self.total or rest:
+            return done == self.total
+        if self.recipe.validate_every is not None:
+            return epoch % self.recipe.validate_every == 0
         epochs = math.ceil(self.total / self.per_epoch)
-        every = max(1, epochs // 5) if self.per_epoch < SHORT_EPOCH else 1
-        return done == self.total or done % (every * self.per_epoch) == 0
+        # Spread evenly: where the whole number of rounds that should be over rises.
+        return self.validations * epoch // epochs > self.validations * (epoch - 1) // epochs
 
-    def agreed(self, mine: bool) -> bool:
-        """This process's answer, or the first one's where all must act together."""
-        return sharding.first_one(mine, self.on) if self.replica else mine
+    def is_over(self, state: State) -> bool:
+        """Whether a training has taken all its steps, or has lost its patience."""
+        patience = self.recipe.patience
+        return state.step == self.total or (patience is not None and state.stale >= patience)
 
     def finish(self) -> None:
         """Leave the student whole."""
@@ -120,7 +136,13 @@ class Loop:
         return checkpoint.unpack(saved, modules, self.optimizer, scaler, network=self.judged)
 
 
-def made(objective: Objective, batches: Batches, recipe: Recipe, on: Engine) -> Loop:
+def made(
+    objective: Objective,
+    batches: Batches,
+    recipe: Recipe,
+    on: Engine,
+    validation_images: int | None = None,
+) -> Loop:
     """Everything on its device and wrapped for all processes, before the first step."""
     per_epoch = math.ceil(len(batches) / recipe.accumulate)
     total = recipe.total_steps(per_epoch)
@@ -136,9 +158,45 @@ def made(objective: Objective, batches: Batches, recipe: Recipe, on: Engine) -> 
         wrapped, prepared = on.prepare(objective, optimizer)
     if on.num_processes == 1 and on.scaler is None:
         prepared = optimizer  # the wrapper does nothing then, in a quarter of a millisecond
+    often = validations(sum(batches.sizes), per_epoch, total, validation_images)
     return Loop(
-        objective, wrapped, prepared, schedule, average, recipe, on, per_epoch, total, replica
+        objective,
+        wrapped,
+        prepared,
+        schedule,
+        average,
+        recipe,
+        on,
+        per_epoch,
+        total,
+        often,
+        replica,
     )
+
+
+def validations(images: int, per_epoch: int, total: int, validation_images: int | None) -> int:
+    """How often a training is validated where nothing else is asked for.
+
+    A long epoch is validated each. Of short ones, as many as are `VALIDATIONS`, but no more than
+    take `VALIDATION_SHARE` of the work of the training, and no fewer than `FEWEST_VALIDATIONS`.
+    Work is counted in passes of an image through the student: one to validate it, three to train
+    on it (forward, and backward for activations and for weights). A count, and no clock, so that a
+    training that is resumed is validated after the same epochs.
+
+    Args:
+        images: Of one epoch.
+        per_epoch: Steps of one epoch.
+        total: Steps of the training.
+        validation_images: Number of those; None where nobody knows.
+    """
+    epochs = math.ceil(total / per_epoch)
+    if per_epoch >= SHORT_EPOCH:
+        return epochs
+    often = VALIDATIONS
+    if validation_images:
+        work = 3 * images * total / per_epoch
+        often = min(often, int(VALIDATION_SHARE * work / validation_images))
+    return min(epochs, max(often, FEWEST_VALIDATIONS))
 
 
 def _send_no_more_than_needed(objective: Objective) -> None:

@@ -15,7 +15,7 @@ from kd import models, networks
 from kd.adapters import adapter, check_channels
 from kd.models import Model
 from kd.networks import Classifier
-from kd.zoo import exported, labels, weights
+from kd.zoo import exported, labels, timm_zoo, weights
 from kd.zoo.labels import ClassMap, Match
 from kd.zoo.wants import Interpolation, Shape, Wants
 
@@ -30,6 +30,8 @@ class Resolved:
         size: Height and width of the images it is given.
         interpolation: How they are resized to that.
         matched: How its outputs belong to the data's classes.
+        classes: Names of the data's classes, in order; none where they are not known.
+        notes: Lines about what was decided when it was made.
     """
 
     kind: str
@@ -38,6 +40,8 @@ class Resolved:
     size: tuple[int, int]
     interpolation: Interpolation
     matched: str
+    classes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class Teacher(nn.Module):
@@ -61,6 +65,7 @@ class Teacher(nn.Module):
         data: Preprocess,
         size: tuple[int, int],
         matched: Match | None = None,
+        classes: tuple[str, ...] = (),
     ) -> None:
         """Adapt a model.
 
@@ -69,6 +74,7 @@ class Teacher(nn.Module):
             data: What was applied to the images that the teacher will be given.
             size: Height and width of those.
             matched: Which output is which class; None where they are the same by name.
+            classes: Of the data, in order.
         """
         super().__init__()
         matched = matched or Match("by name")
@@ -83,7 +89,9 @@ class Teacher(nn.Module):
         fitted = model.preprocess
         mean = tuple(fitted.mean.reshape(-1, len(fitted.std)).mean(0).tolist())
         std = tuple(fitted.std.tolist())
-        self.resolved = Resolved(fitted.kind, mean, std, (h, w), model.interpolation, matched.how)
+        notes = (*model.classifier.notes, *([matched.note] if matched.note else []))
+        how = model.interpolation, matched.how
+        self.resolved = Resolved(fitted.kind, mean, std, (h, w), *how, classes, notes)
 
     def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
         logits = self.classifier(self.adapter(images)) / self.temperature
@@ -136,24 +144,30 @@ def load(
     elif name.endswith(exported.SUFFIX):
         found = _program(name, *data, class_map)
     elif networks.parse(name).file is not None:
-        found = _from_file(name, *data, class_map)
+        found = _from_file(name, *data, class_map, image_size)
     else:
-        found = _published(name, shape, classes, class_map)
+        found = _published(name, shape, classes, class_map, image_size)
     model, matched = found
     model = _told(model, *told)
     check_channels(who, model.shape[2], shape[2])
-    teacher = Teacher(model, preprocess, shape[:2], matched).eval().requires_grad_(False)
+    teacher = Teacher(model, preprocess, shape[:2], matched, classes).eval().requires_grad_(False)
     _try(who, teacher, shape)
     return teacher
 
 
 def _published(
-    name: str, shape: Shape, classes: tuple[str, ...], class_map: ClassMap | None
+    name: str,
+    shape: Shape,
+    classes: tuple[str, ...],
+    class_map: ClassMap | None,
+    image_size: int | None,
 ) -> tuple[Model, Match]:
     """From a zoo, with all the classes it has, on images of its own size."""
     own, who = networks.wants(name), f"teacher {name}"
     matched = labels.match(who, own.classes, classes, class_map)  # before a long download
     check_channels(who, len(own.mean), shape[2])
+    if image_size is not None:
+        name, own = _resized(name, own, image_size)
     return _built(name, own, own.classes, pretrained=True), matched
 
 
@@ -163,28 +177,74 @@ def _from_file(
     shape: Shape,
     classes: tuple[str, ...],
     class_map: ClassMap | None,
+    image_size: int | None,
 ) -> tuple[Model, Match]:
     """From a file of weights, with as many classes and channels as it has."""
-    found = networks.parse(name)
+    found, who = networks.parse(name), f"teacher {name}"
     assert found.file is not None
-    tensors = weights.read(found.file)
+    stored = weights.read(found.file)
     if found.zoo is None:
         plain = networks.build(found.text, shape, len(classes))
-        count, _ = weights.made_for(tensors, plain.network, len(classes), shape[2])
-        matched = labels.match(f"teacher {name}", count, classes, class_map)
-        classifier = networks.build(name, shape, count)
+        count, _ = _made_for(who, stored, plain, found, len(classes), shape[2])
+        matched = labels.match(who, count, classes, class_map)
+        classifier = networks.build(name, shape, count, adapt=False)
         return Model(classifier, name, _names(count), shape, preprocess), matched
     own = found.zoo.wants(found.base)
     channels = len(own.mean)
     plain = networks.build(found.text, (*own.size, channels), len(classes))
     h, w, _ = found.zoo.takes(plain.network, shape)
-    count, channels = weights.made_for(tensors, plain.network, len(classes), channels)
+    count, channels = _made_for(who, stored, plain, found, len(classes), channels)
     # The file does not say in which order its classes stand.
-    matched = labels.match(f"teacher {name}", count, classes, class_map)
+    matched = labels.match(who, count, classes, class_map)
     fitted = own.preprocess(channels)
     mean, std = tuple(fitted.mean.tolist()), tuple(fitted.std.tolist())
     own = replace(own, size=(h, w), mean=mean, std=std)
+    size = image_size
+    if size is None and found.zoo is timm_zoo and not timm_zoo.split(found.base)[1].get("img_size"):
+        names, _ = weights.prepared(stored, plain.network)
+        size = timm_zoo.stored_size(plain.network, names)
+    if size is not None:
+        name, own = _resized(name, own, size)
     return _built(name, own, count, pretrained=False), matched
+
+
+def _made_for(
+    who: str,
+    stored: weights.Stored,
+    plain: Classifier,
+    found: networks.Parsed,
+    classes: int,
+    channels: int,
+) -> tuple[int, int]:
+    """Classes and channels of the weights in a file.
+
+    Raises:
+        UserError: If they have no classes.
+    """
+    tensors, _ = weights.prepared(stored, plain.network, found.convert)
+    count, channels = weights.made_for(tensors, plain.network, classes, channels)
+    if count is None:
+        raise UserError(
+            f"{who} has no last layer: {stored.path} holds a network without classes, which can be "
+            "a student but not a teacher"
+        )
+    return count, channels
+
+
+def _resized(name: str, own: Wants, size: int) -> tuple[str, Wants]:
+    """A name and what it wants, for images of another size than the network is made for.
+
+    Others than timm's, and those that take any size, keep their names.
+    """
+    found = networks.parse(name)
+    if found.zoo is not timm_zoo or own.size == (size, size):
+        return name, own
+    plain = networks.build(found.text, (*own.size, len(own.mean)), 2)
+    if timm_zoo.takes(plain.network, (size, size, 3))[:2] == (size, size):
+        return name, own
+    text = timm_zoo.sized(found.text, size)
+    name = f"{text}@{found.file}" if found.file else text
+    return name, replace(own, size=(size, size))
 
 
 def _program(
@@ -207,7 +267,8 @@ def _program(
         raise UserError(f"the {exported.CARD} inside {path} is not whole: {error!r}") from error
     if len(names) != program.classes:
         raise UserError(f"{path} names {len(names)} classes and has {program.classes} outputs")
-    matched = labels.match(who, names, classes, class_map)
+    # Without a card there are no names.
+    matched = labels.match(who, names if card else program.classes, classes, class_map)
     classifier = Classifier(program.network, interpolation=interpolation)
     return Model(classifier, name, names, program.shape, fitted, **extra), matched
 
@@ -215,7 +276,7 @@ def _program(
 def _built(name: str, own: Wants, classes: tuple[str, ...] | int, *, pretrained: bool) -> Model:
     """A zoo's network, prepared for as it wants."""
     shape, names = (*own.size, len(own.mean)), _names(classes)
-    classifier = networks.build(name, shape, len(names), pretrained=pretrained)
+    classifier = networks.build(name, shape, len(names), pretrained=pretrained, adapt=False)
     classifier.interpolation = own.interpolation
     return Model(classifier, name, names, shape, own.preprocess())
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dsdistill.harness import progress
 from dsdistill.harness.errors import UserError
-from kd import augment, cache, data, scoring
+from kd import augment, cache, data, scoring, terms
 from kd.assembly import Parts
 from kd.cache import Cache
 from kd.data import Batch, Batches, Resident
@@ -41,14 +41,40 @@ VIEWS = (  # what a view of an image depends on, beside the image
 )
 
 
-def batches(parts: Parts, options: Train, objective: Objective) -> Batches:
-    """The training images in batches.
+def source(parts: Parts, options: Train) -> Batches:
+    """The training images in batches, as they are; a last batch that is too small is no batch.
+
+    Raises:
+        UserError: If there are too few images for the loss, or for so many processes.
+    """
+    on, least = parts.on, least_images(parts)
+    images = parts.source.train(parts.recipe, parts.student.preprocess, on, options.workers, least)
+    *_, last = images.sizes
+    whole = parts.recipe.batch_size * on.num_processes
+    if last > whole and on.is_main_process:
+        progress.say(
+            f"the last batch of an epoch holds {last} images, not {whole}: {last - whole} left "
+            f"over would be fewer than the {data.smallest(on.num_processes, least)} that it takes"
+        )
+    return images
+
+
+def least_images(parts: Parts) -> int:
+    """Images that each process needs of a batch, for the loss and for batch norm."""
+    return max(data.LEAST, *map(terms.least_images, parts.specs))
+
+
+def batches(parts: Parts, options: Train, objective: Objective, source: Batches) -> Batches:
+    """The training images in batches, changed, with what the teachers are known to answer.
+
+    Args:
+        parts, options: Of the training.
+        objective: Its loss.
+        source: From `source`.
 
     Raises:
         UserError: If answers are to be kept that the loss does not ask for.
     """
-    fitted, on = parts.student.preprocess, parts.on
-    source = parts.source.train(parts.recipe, fitted, on, options.workers)
     classes = parts.source.classes
     changed = augment.changed(source, parts.recipe, len(classes))
     if not isinstance(objective, Distillation) or not objective.needs_teacher:
@@ -152,11 +178,19 @@ def _caches(parts: Parts, options: Train, *, still: bool) -> tuple[Cache, ...]:
             f"--cache needs images whose identity is known, and {parts.source.name} is read from "
             "front to back: leave it out, or use a folder"
         )
+    exact = [spec.name for spec in parts.specs if terms.needs_logits(spec)]
+    if options.cache_top is not None and exact:
+        raise UserError(
+            f"--cache-top keeps probabilities, and --loss {exact[0]} compares the logits "
+            "themselves: leave it out"
+        )
     # The preprocessing of the images is part of each teacher's own adapter, and so of its hash.
     common: dict[str, Any] = {"data": parts.source.digest, "shape": parts.source.shape}
     if not still:
         recipe = asdict(parts.recipe)
         common |= {name: recipe[name] for name in VIEWS} | {"seed": options.seed}
+        if (least := least_images(parts)) > data.LEAST:  # where an epoch's last batch begins
+            common["least"] = least
     return tuple(
         cache.open_cache(
             options.cache,

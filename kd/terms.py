@@ -13,12 +13,35 @@ from typing import Any
 from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError
-from kd import composition, featuring
+from kd import composition, ensembles, featuring
 from kd.composition import Spec
 from kd.losses import feature, relation, response
 from kd.networks import Classifier, Shape
 from kd.seen import Seen
 from kd.teachers import Teacher
+
+Loss = Callable[..., Tensor]
+Together = Callable[[Seen, Loss, float], Tensor]  # of a loss of logits at a temperature
+
+
+def mean_probabilities(seen: Seen, function: Loss, temperature: float) -> Tensor:
+    """Several teachers are the mean of their probabilities at the loss's own temperature."""
+    return function(seen.outputs, seen.teacher(temperature))
+
+
+def mean_logits(seen: Seen, function: Loss, temperature: float) -> Tensor:
+    """Several teachers are the mean of their logits, which are not softened."""
+    return function(seen.outputs, seen.mean_logits())
+
+
+def mean_standardised(seen: Seen, function: Loss, temperature: float) -> Tensor:
+    """Several teachers are each standardised before their probabilities are averaged."""
+    if len(seen.answers) == 1:
+        return function(seen.outputs, seen.answers[0])
+    outputs, *answers = (response.standardise(x) for x in (seen.outputs, *seen.answers))
+    options = {"temperature": temperature, "weights": seen.weights}
+    teacher = ensembles.combined_logits(answers, **options)
+    return response.logit_kl(outputs, teacher, temperature=temperature)
 
 
 @dataclass(frozen=True)
@@ -30,36 +53,44 @@ class Row:
         weight: The published one; of `cc`, whose paper gives none, that of a public reproduction.
         looks_at: `labels`, `logits`, `logits and labels`, or `features`.
         make: Of a term of features: what brings them to a common shape, see `kd.featuring`.
+        images: Least number of images in a batch.
+        classes: Least number of classes.
+        whole: Whether an image must be of one class: mixed ones will not do.
+        together: Of a term of logits: how it takes several teachers' answers.
     """
 
     function: Callable[..., Any]
     weight: float
     looks_at: str
     make: Callable[..., nn.Module] | None = None
+    images: int = 1
+    classes: int = 2
+    whole: bool = False
+    together: Together = mean_probabilities
 
 
 TERMS: Mapping[str, Row] = {
     "ce": Row(response.cross_entropy, 1, "labels"),
-    "mse": Row(response.centred_mse, 1, "labels"),
+    "mse": Row(response.centred_mse, 1, "labels", whole=True),
     "kd": Row(response.logit_kl, 0.9, "logits"),
     "fm": Row(featuring.function_matching, 1, "logits"),
-    "dkd": Row(response.dkd, 1, "logits and labels"),
-    "dist": Row(response.dist, 2, "logits"),
-    "ls": Row(response.standardised_kl, 9, "logits"),
-    "logits": Row(response.logit_mse, 1, "logits"),
+    "dkd": Row(response.dkd, 1, "logits and labels", classes=3, whole=True),
+    "dist": Row(response.dist, 2, "logits", images=2),
+    "ls": Row(response.standardised_kl, 9, "logits", classes=3, together=mean_standardised),
+    "logits": Row(response.logit_mse, 1, "logits", together=mean_logits),
     "hard": Row(response.hard_distillation, 0.5, "logits"),
     "fitnet": Row(feature.fitnet, 100, "features", featuring.regressed),
     "at": Row(feature.attention_transfer, 1000, "features", featuring.pooled),
     "review": Row(feature.hierarchical_context, 1, "features", featuring.Fused),
     "vid": Row(feature.vid, 1, "features", featuring.variational),
     "mgd": Row(feature.mgd, 2e-5, "features", featuring.generated),
-    "srd": Row(feature.log_sum, 2, "features", featuring.projected),
-    "rkd-distance": Row(relation.rkd_distance, 25, "features", featuring.vectors),
-    "rkd-angle": Row(relation.rkd_angle, 50, "features", featuring.vectors),
-    "sp": Row(relation.similarity_preserving, 3000, "features", featuring.vectors),
-    "pkt": Row(relation.probabilistic_transfer, 3e4, "features", featuring.vectors),
-    "cc": Row(relation.correlation_congruence, 100, "features", featuring.vectors),
-    "crd": Row(featuring.contrast, 0.8, "features", featuring.Contrasted),
+    "srd": Row(feature.log_sum, 2, "features", featuring.projected, images=2),
+    "rkd-distance": Row(relation.rkd_distance, 25, "features", featuring.vectors, images=2),
+    "rkd-angle": Row(relation.rkd_angle, 50, "features", featuring.vectors, images=3),
+    "sp": Row(relation.similarity_preserving, 3000, "features", featuring.vectors, images=2),
+    "pkt": Row(relation.probabilistic_transfer, 3e4, "features", featuring.vectors, images=2),
+    "cc": Row(relation.correlation_congruence, 100, "features", featuring.vectors, images=2),
+    "crd": Row(featuring.contrast, 0.8, "features", featuring.Contrasted, whole=True),
     "heads": Row(featuring.self_taught, 1, "features", featuring.Heads),
 }
 FUNCTIONS = {name: row.function for name, row in TERMS.items()}
@@ -107,21 +138,24 @@ class Labelled(nn.Module):
 class Answered(nn.Module):
     """A loss of the student's logits and the teachers'."""
 
-    def __init__(self, function: Callable[..., Tensor], temperature: float, labels: bool) -> None:
+    def __init__(
+        self, function: Loss, temperature: float, labels: bool, together: Together
+    ) -> None:
         super().__init__()
         self.function, self.temperature, self.labels = function, temperature, labels
+        self.together = together
 
     def forward(self, seen: Seen) -> Tensor:
-        teacher = seen.teacher(self.temperature)
         if self.labels:
+            teacher = seen.teacher(self.temperature)
             return self.function(seen.outputs, teacher, seen.batch.labels)
-        return self.function(seen.outputs, teacher)
+        return self.together(seen, self.function, self.temperature)
 
 
 def build(
     specs: Sequence[Spec],
     student: Classifier,
-    teacher: Teacher | None = None,
+    teachers: Sequence[Teacher] = (),
     *,
     shape: Shape = (1, 1, 1),
     classes: int = 0,
@@ -133,7 +167,8 @@ def build(
 
     Args:
         specs: What was written.
-        student, teacher: Not wrapped and not compiled yet. Of several teachers the first.
+        student, teachers: Not wrapped and not compiled yet. A term of features is the mean of what
+            it is with each teacher, with a projector for each.
         shape: Height, width and channels of an image.
         classes: Their number, for `heads`.
         images: Number of training images, for the memory of `crd`.
@@ -143,8 +178,11 @@ def build(
     Raises:
         UserError: For a layer that is not there, or layers where none are looked at.
     """
-    place = partial(featuring.Place, student, teacher, shape, classes, images, seed)
-    return [_term(spec, place, smoothing) for spec in specs]
+    places = [
+        partial(featuring.Place, student, teacher, shape, classes, images, seed + i)
+        for i, teacher in enumerate(teachers or (None,))
+    ]
+    return [_term(spec, places, smoothing) for spec in specs]
 
 
 def needs_teacher(spec: Spec) -> bool:
@@ -152,7 +190,52 @@ def needs_teacher(spec: Spec) -> bool:
     return TERMS[spec.name].looks_at != "labels" and spec.name != "heads"
 
 
-def _term(spec: Spec, place: Callable[..., featuring.Place], smoothing: float) -> Weighted:
+def check(specs: Sequence[Spec], *, classes: int, batch_size: int, mixed: bool) -> None:
+    """Refuse terms that cannot work with the data.
+
+    Args:
+        specs: What was written.
+        classes: Their number.
+        batch_size: Images of a batch.
+        mixed: Whether images are mixed.
+
+    Raises:
+        UserError: With the term and what it needs.
+    """
+    for spec in specs:
+        row = TERMS[spec.name]
+        if mixed and row.whole:
+            raise UserError(
+                f"--loss {spec.name} needs images of one class each: leave --mixup and --cutmix out"
+            )
+        if classes < row.classes:
+            raise UserError(
+                f"--loss {spec.name} needs {row.classes} classes or more, and the data have "
+                f"{classes}: use kd"
+            )
+        if batch_size < (least := least_images(spec)):
+            raise UserError(
+                f"--loss {spec.name} compares the images of a batch: --batch-size must be at "
+                f"least {least}, got {batch_size}"
+            )
+
+
+def needs_logits(spec: Spec) -> bool:
+    """Whether a term looks at more than the probabilities that a teacher's logits stand for."""
+    row = TERMS[spec.name]
+    return needs_teacher(spec) and row.make is None and row.together is not mean_probabilities
+
+
+def least_images(spec: Spec) -> int:
+    """The least number of images that a term can compare."""
+    if spec.name == "dist" and spec.parameters.get("intra") == 0:
+        return 1  # the rows alone
+    return TERMS[spec.name].images
+
+
+def _term(
+    spec: Spec, places: Sequence[Callable[..., featuring.Place]], smoothing: float
+) -> Weighted:
     row = TERMS[spec.name]
     weight = row.weight if spec.weight is None else spec.weight
     given = composition.parameters(row.function) | dict(spec.parameters)
@@ -166,9 +249,12 @@ def _term(spec: Spec, place: Callable[..., featuring.Place], smoothing: float) -
     elif row.make is None:
         with_labels = row.looks_at == "logits and labels"
         temperature = given.get("temperature", 1.0)
-        measure = Answered(partial(row.function, **given), temperature, with_labels)
+        function = partial(row.function, **given)
+        measure = Answered(function, temperature, with_labels, row.together)
     else:
-        measure = row.make(place(spec.layers), partial(row.function, **given))
+        make, function = row.make, partial(row.function, **given)
+        each = [make(place(spec.layers), function) for place in places[: None if taught else 1]]
+        measure = each[0] if len(each) == 1 else featuring.Averaged(each)
     features = taught and row.make is not None
     return Weighted(
         spec.name, weight, measure, needs_teacher=taught, needs_teacher_features=features

@@ -1,13 +1,15 @@
 """One plain loop over an objective: steps, rounds, validation, checkpoints.
 
-A round is an epoch; where epochs are shorter than a hundred steps, as on a distilled set, it is a
-fifth of the training. After a round the student is validated and the training is saved; in long
-rounds it is saved every few minutes too.
+A round is an epoch, or several: as many as `--validate-every` says, and by default, where epochs
+are shorter than a hundred steps, as many as make at most forty rounds of the training (see
+`kd.steps`). After a round the student is validated. The training is saved after rounds and inside
+them, as often as it is cheap (see `kd.saving`).
 """
 
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import replace
 
 import torch
@@ -22,9 +24,9 @@ from kd.engine import Engine
 from kd.meter import Meter, Watch
 from kd.objectives import Objective
 from kd.recipe import Recipe
+from kd.saving import Saving
 from kd.steps import Loop
 
-SAVE_EVERY = 300.0  # seconds
 Figures = Mapping[str, float]
 
 
@@ -36,8 +38,10 @@ def train(
     *,
     on: Engine | None = None,
     validate: Callable[[nn.Module], Figures] | None = None,
+    validation_images: int | None = None,
     saved: Saved | None = None,
     save: Callable[[Saved], None] | None = None,
+    stopping: Callable[[], bool] = lambda: False,
     log: Metrics | None = None,
     show: Show | None = None,
 ) -> State:
@@ -51,9 +55,11 @@ def train(
         on: Where it computes; the CPU.
         validate: Figures of a network as it is now, `accuracy` and `nll`. Without it the last
             weights count as the best.
+        validation_images: Number of images that `validate` looks at; None where nobody knows. Many
+            of them make validations rarer where epochs are short.
         saved: What an earlier call last gave to `save`, to go on from.
-        save: Called after each round, and every few minutes, with arrays and a JSON-compatible
-            rest.
+        save: Called now and then, and after the last step, with arrays and a JSON-compatible rest.
+        stopping: Asked after each step whether to stop there. The training is saved first.
         log: Where the mean terms and the figures of each round go.
         show: Called after each step.
 
@@ -63,30 +69,36 @@ def train(
 
     Raises:
         UserError: If a loss term is not finite.
+        KeyboardInterrupt: If it was stopped before its end; it was saved.
     """
-    loop = steps.made(objective, batches, recipe, on or engine.make())
+    loop = steps.made(objective, batches, recipe, on or engine.make(), validation_images)
     state = loop.restored(saved) if saved else State()
-    meter, watch, saved_at = Meter(state.meter), Watch(), time.monotonic()
+    meter, watch, saving = Meter(state.meter), Watch(), Saving(loop.on, stopping)
     objective.train()
-    with torch.random.fork_rng():
-        for step, parts in loop.stream(batches, seed, state.step):
+    with torch.random.fork_rng(), closing(loop.stream(batches, seed, state)) as stream:
+        for step, parts in stream:
             terms = loop.update(step, parts, seed)
             watch.check(step, terms, parts, loop.rate)
             meter.add(terms, sum(len(part) for part in parts))
             state = replace(state, step=step + 1, epoch=(step + 1) // loop.per_epoch)
             if show:
                 show(step + 1, **meter.now(), **_best(state, recipe))
-            if loop.ends_round(step + 1):
+            round_over = loop.ends_round(step + 1)
+            if round_over:
                 watch.flush()
                 state = _round(loop, state, meter, validate, log)
                 meter = Meter()
                 objective.train()  # whatever the validation left it in
-            elif save is None or not loop.agreed(time.monotonic() - saved_at > SAVE_EVERY):
-                continue
-            watch.flush()
-            if save:
+            over, decision = loop.is_over(state), saving.decide(round_over=round_over)
+            if save and (over or decision.save):
+                watch.flush()
+                began = time.monotonic()
                 save(loop.packed(replace(state, meter=meter.sums())))
-            saved_at = time.monotonic()
+                saving.saved(time.monotonic() - began)
+            if over:
+                break
+            if decision.stop:
+                raise KeyboardInterrupt
     loop.finish()
     return state
 

@@ -9,14 +9,13 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from dsdistill.harness import places, preprocess, runs
+from dsdistill.harness import places, preprocess
 from dsdistill.harness.errors import UserError
-from kd import data, models, sources
+from kd import data, models, seals, sources
 from kd.files import streaming
 from kd.files.pictures import Pictures
 from kd.files.streaming import Files
 from kd.models import Model
-from kd.networks import Shape
 from kd.recipe import Recipe
 from kd.sources import Source
 
@@ -93,8 +92,8 @@ def _real(
     if not isinstance(name, str):
         raise UserError(f"{run} does not say what it was trained on")
     root = root or Path(config.get("data_root") or places.data_root())
-    source = _source(name, root, model.shape, recipe, config.get("validation_fraction"))
-    models.check_fit("the student", model, source.shape, source.classes)
+    source = _source(name, root, model, recipe, config.get("validation_fraction"))
+    models.check_shape("the student", model, source.shape)  # classes are not looked at
     if isinstance(source, Files):
         return source.name, _streamed(source, recipe, rng)
     if source.splits is None:
@@ -104,15 +103,26 @@ def _real(
 
 
 def _source(
-    name: str, root: Path, shape: Shape, recipe: Recipe, fraction: float | None
+    name: str, root: Path, model: Model, recipe: Recipe, fraction: float | None
 ) -> Source | Files:
-    """The data at the size the student takes, as `kd evaluate` finds them."""
-    h, w, _ = shape
+    """The data as the student takes them, as `kd evaluate` finds them."""
+    h, w, channels = model.shape
     if recipe.augment == "imagenet":
         held = sources.fraction(fraction)
-        return streaming.resolve(name, root=root, image_size=h, validation_fraction=held)
-    size = h if h == w and not sources.is_distilled(name) else None
-    return sources.resolve(name, root=root, image_size=size)
+        return streaming.resolve(
+            name,
+            root=root,
+            image_size=h,
+            validation_fraction=held,
+            channels=channels,
+            classes=model.classes,
+        )
+    if sources.is_distilled(name):
+        return sources.resolve(name, root=root)
+    size = h if h == w else None
+    return sources.resolve(
+        name, root=root, image_size=size, channels=channels, classes=model.classes
+    )
 
 
 def _streamed(source: Files, recipe: Recipe, rng: np.random.Generator) -> Images:
@@ -133,5 +143,4 @@ def _some(n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _optional(path: Path) -> Mapping[str, Any]:
-    found = runs.read_json(path) if path.is_file() else {}
-    return found if isinstance(found, Mapping) else {}
+    return seals.read(path.parent, path.name) if path.is_file() else {}

@@ -1,14 +1,18 @@
 """What several tests of `kd` need."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from dsdistill.harness import artifact, datasets, labeled, preprocess
 from dsdistill.harness.datasets import Splits
 from dsdistill.harness.labeled import Examples, Labeled
+from kd import cli, steps
 
 
 def kd(*arguments: object, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -18,10 +22,47 @@ def kd(*arguments: object, cwd: Path, **variables: str) -> subprocess.CompletedP
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=env)
 
 
+def main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    """The command in this process, where importing torch costs nothing more."""
+    monkeypatch.setattr(sys, "argv", ["kd", *map(str, arguments)])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        cli.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> str:
+    """What the command says, in one line, to input that it refuses."""
+    with pytest.raises(SystemExit) as stopped:
+        main(monkeypatch, *arguments)
+    line = str(stopped.value.code)
+    assert line.startswith("kd: ")
+    assert "\n" not in line
+    return line
+
+
+def stop_in(
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+    *arguments: object,
+    sign: signal.Signals = signal.SIGTERM,
+) -> str:
+    """What the command says when a signal reaches it in the middle of that step."""
+    update = steps.Loop.update
+
+    def signalled(loop: steps.Loop, number: int, *rest: object) -> object:
+        if number + 1 == step:
+            os.kill(os.getpid(), sign)
+        return update(loop, number, *rest)  # pyright: ignore[reportArgumentType]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps.Loop, "update", signalled)
+        return refused(patch, *arguments)
+
+
 def environment() -> dict[str, str]:
     """Lets a process in another folder import the packages, and never wait for a network."""
-    import os
-
     root = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}

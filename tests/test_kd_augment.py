@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from kd import augment, data, recipes
+from kd import augment, composition, data, recipes, terms
 from kd.data import Batch
+from kd.networks import Classifier
+from kd.recipe import Recipe
+from kd.seen import Seen
 
 
 def batch(n: int = 6, size: int = 5, first: int = 10) -> Batch:
@@ -98,3 +101,26 @@ def test_the_middle_of_an_odd_batch_stays() -> None:
     assert torch.allclose(changed.images[2], whole.images[2], atol=1e-6)
     assert changed.shares[2].tolist() == pytest.approx([0, 0, 1])
     assert not torch.allclose(changed.images[0], whole.images[0], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}]
+)
+def test_labels_of_mixed_images_are_smoothed_once_as_timm_smooths_them(options) -> None:
+    from timm.data.mixup import Mixup
+    from timm.loss import SoftTargetCrossEntropy
+
+    k, smoothing = 10, 0.1
+    recipe = Recipe(epochs=1, label_smoothing=smoothing, **options)
+    whole = Batch(torch.rand(8, 3, 6, 6), torch.arange(8))
+    logits = 3 * torch.randn(8, k, generator=torch.Generator().manual_seed(0))
+    mixed = augment.mixed(whole, 5, mixer=augment._mixer(recipe, k))
+    specs = composition.parse("ce:1", terms.FUNCTIONS)
+    (ce,) = terms.build(specs, Classifier(torch.nn.Identity()), smoothing=recipe.label_smoothing)
+    given = {"mixup_alpha": recipe.mixup, "cutmix_alpha": recipe.cutmix}
+    mixer = Mixup(**given, label_smoothing=smoothing, num_classes=k)
+    with augment.numpy_seeded(5):
+        images, targets = mixer(whole.images.clone(), whole.labels)
+    assert torch.equal(images, mixed.images)
+    expected = SoftTargetCrossEntropy()(logits, targets)
+    assert ce(Seen(mixed, logits, ())).item() == pytest.approx(expected.item(), rel=1e-6)

@@ -222,7 +222,7 @@ def test_a_teacher_of_centred_labels_answers_with_calibrated_logits(tmp_path: Pa
     ("shape", "classes", "message"),
     [
         (SHAPE, ("a", "b"), "has 3 classes, the data have 2"),
-        (SHAPE, ("a", "c", "b"), "calls class 1 'b', the data call it 'c'"),
+        (SHAPE, ("a", "c", "d"), "has no class 'd' of the data, which have none such as its 'b'"),
         ((8, 8, 3), NAMES, "1 channels, the data have 3"),
     ],
 )

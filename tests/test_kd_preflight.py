@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import scipy.special
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from dsdistill.harness import preprocess
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.labeled import Examples, Labeled
-from kd import data, ensembles, models, preflight
+from kd import class_order, data, ensembles, models, preflight
 from kd.networks import Classifier
 from kd.teachers import Teacher
 from kd.zoo import labels
@@ -109,33 +110,197 @@ def test_the_chance_of_unbalanced_answers_is_cohens() -> None:
     assert preflight.chance(always, true) == (true == 0).mean()
 
 
+# --- another order of the classes
+
+
+def _answers(
+    n: int, k: int, accuracy: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Predictions that know the class of a share of the images and guess that of others."""
+    true = rng.integers(0, k, n)
+    return np.where(rng.random(n) < accuracy, true, rng.integers(0, k, n)), true
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "accuracy"), [(20, 4, 1.0), (60, 12, 0.9), (400, 10, 0.4), (1000, 100, 0.8)]
+)
+def test_an_order_that_explains_the_answers_is_found(n: int, k: int, accuracy: float) -> None:
+    rng = np.random.default_rng(1)
+    predicted, true = _answers(n, k, accuracy, rng)
+    shuffle = np.roll(np.arange(k), 1)
+    found = class_order.better(shuffle[predicted], true, k)
+    assert found is not None
+    right = (predicted == true).mean()
+    assert found.accuracy >= right  # the order with the most right answers, by its definition
+    assert np.mean(np.array(found.classes)[shuffle] == np.arange(k)) > 0.9
+    named = class_order.better(shuffle[predicted], true, k, {"mine": np.argsort(shuffle)})
+    assert named is not None
+    assert (named.name, named.accuracy) == ("mine", right)
+    assert class_order.better(predicted, true, k, {"mine": np.argsort(shuffle)}) is None
+
+
+def test_two_exchanged_classes_of_many_are_found() -> None:
+    predicted, true = _answers(3000, 100, 0.8, np.random.default_rng(2))
+    exchange = np.arange(100)
+    exchange[[3, 8]] = 8, 3
+    found = class_order.better(exchange[predicted], true, 100)
+    assert found is not None
+    assert found.classes == tuple(exchange.tolist())
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "accuracy"), [(10, 2, 0.0), (60, 3, 0.1), (30, 10, 0.2), (200, 100, 0.1)]
+)
+def test_weak_teachers_on_few_images_raise_no_false_alarm(n: int, k: int, accuracy: float) -> None:
+    rng = np.random.default_rng(3)
+    draws = [_answers(n, k, accuracy, rng) for _ in range(300)]
+    likely = {"reversed": range(k)[::-1], "rolled": np.roll(np.arange(k), 1)}
+    alarms = sum(class_order.better(*draw, k, likely) is not None for draw in draws)
+    # At most 1 %: of 300 draws 3; more than 9 has a probability of 0.1 %.
+    assert alarms <= 9
+    # The order with the most right answers looks better on the very images it was found on.
+    gains = []
+    for predicted, true in draws:
+        order = class_order._assignment(predicted, true, k)
+        gains.append((order[predicted] == true).mean() - (predicted == true).mean())
+    assert np.mean(gains) > 0.05
+
+
+def test_one_answer_for_everything_is_no_order() -> None:
+    rng = np.random.default_rng(4)
+    true = np.where(rng.random(500) < 0.9, 3, rng.integers(0, 10, 500))
+    assert class_order.better(np.zeros(500, int), true, 10) is None
+
+
+@pytest.mark.parametrize("minimum", [None, 0.9])
+def test_a_teacher_in_another_order_is_warned_of_with_its_class_map(
+    minimum: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twelve folders of numbers: assumed in natural order, trained in torchvision's."""
+    true = np.arange(36) % 12
+    trained = [AS_WORDS.index(name) for name in TWELVE]  # its output of each class
+    matched = labels.match("t", 12, TWELVE)
+    batches = _batches()
+    model = models.Model(Classifier(nn.Identity()), "t", TWELVE, SHAPE, preprocess.identity(1))
+    teacher = Teacher(model, batches.examples.preprocess, SHAPE[:2], matched, TWELVE)
+    logits = np.eye(12)[np.array(trained)[true]]
+    monkeypatch.setattr(preflight.scoring, "scored", lambda *_: (logits, true))
+    said: list[str] = []
+    if minimum is None:
+        preflight.check("t", teacher, batches, say=said.append)
+        line = said[-1]
+        assert line.startswith("warning: teacher t seems to have its classes in another order")
+    else:
+        with pytest.raises(UserError, match="below --min-teacher-accuracy") as caught:
+            preflight.check("t", teacher, batches, minimum=minimum, say=said.append)
+        line = str(caught.value)
+    assert any("libraries sort these class folders differently" in x for x in said)
+    assert "but 100.0% with its classes in the order of code points, as torchvision sorts" in line
+    mapping = json.loads(line[line.index("{") :])
+    assert labels.match("t", 12, TWELVE, mapping).outputs == tuple(trained)
+    assert "\n" not in line
+
+
 # --- classes
 
 
-def test_classes_match_by_name_number_or_map() -> None:
-    assert labels.match("m", NAMES, NAMES) == labels.Match("by name")
-    assert labels.match("m", ("Cat", "hot-dog, dog", "great owl,OWL"), NAMES).how == "by name"
-    assert labels.match("m", 3, NAMES).how == "by their number alone"
-    assert labels.match("m", ("LABEL_0", "LABEL_1", "LABEL_2"), NAMES).outputs is None
-    assert labels.match("m", NAMES, ("0", "1", "2")).how == "by their number alone"
-    found = labels.match("m", ("x", "owl, eagle owl", "dog", "cat"), NAMES, {
-        "dog": "dog", "cat": 3, "owl": "eagle_owl",
-    })  # fmt: skip
+TENCH, GOLDFISH = "tench, Tinca tinca", "goldfish, Carassius auratus"
+TWELVE = tuple(map(str, range(12)))
+AS_WORDS = tuple(sorted(TWELVE))  # 0, 1, 10, 11, 2, ...
+
+
+@pytest.mark.parametrize(
+    ("its", "classes", "outputs"),
+    [
+        (NAMES, NAMES, None),
+        (("Cat", "dog", "OWL"), NAMES, None),
+        (("owl", "cat", "dog"), NAMES, (1, 2, 0)),
+        (("hot_dog", "Great  Owl"), ("great-owl", "hot dog"), (1, 0)),
+        (("Cat", "cat"), ("cat", "Cat"), (1, 0)),  # the closest of several that are alike
+        (TWELVE, AS_WORDS, tuple(map(int, AS_WORDS))),
+        (tuple(f"{i:05}" for i in range(12)), AS_WORDS, tuple(map(int, AS_WORDS))),
+        (AS_WORDS, TWELVE, tuple(AS_WORDS.index(name) for name in TWELVE)),
+        (("2", "02", "1"), ("02", "1", "2"), (1, 2, 0)),
+        (("caf\u00e9", "x"), ("X", "Cafe\u0301"), (1, 0)),  # as Linux and as macOS write it
+        ((TENCH, GOLDFISH), ("goldfish", "n01440764"), (1, 0)),
+        ((f"n01440764, {TENCH}", "cat"), ("Cat", "Tinca_tinca"), (1, 0)),
+        (
+            ("Pepper,_bell___a", "Pepper,_bell___b"),
+            ("Pepper,_bell___b", "Pepper,_bell___a"),
+            (1, 0),
+        ),
+        # ImageNet has two cranes: at the same places they are the same.
+        (("n1", "crane", "crane"), ("n1", "crane", "crane"), None),
+    ],
+)
+def test_classes_are_matched_by_name_in_any_order(its, classes, outputs) -> None:
+    found = labels.match("m", its, classes)
+    assert found.outputs == outputs
+    assert found.how == ("by name" if outputs is None else "by name, in another order")
+    assert not found.assumed
+
+
+def test_an_order_that_is_assumed_is_said() -> None:
+    found = labels.match("m", 3, NAMES)
+    assert (found.how, found.outputs, found.note) == (
+        "by position alone: outputs 0..2 taken as classes cat, dog, owl, the data's order",
+        None,
+        None,
+    )
+    assert found.assumed
+    assert labels.match("m", ("LABEL_0", "LABEL_1", "LABEL_2"), NAMES) == found
+    assert labels.match("m", ("0", "1", "2"), NAMES) == found
+    assert labels.match("m", NAMES, ("0", "1", "2")).assumed
+    # Numbers stand in their natural order, whatever the order of the data.
+    found = labels.match("m", 12, AS_WORDS)
+    assert found.outputs == tuple(map(int, AS_WORDS))
+    assert found.how.endswith("outputs 0..11 taken as classes 0, 1, 2, ..., natural order")
+    assert found.note is not None
+    assert "output 2 is '2' for timm" in found.note
+    assert "'10' for torchvision" in found.note
+
+
+@pytest.mark.parametrize(
+    "names", [TWELVE, ("b", "A", "c"), ("img12", "img2"), ("a1b2", "A1b10", "a1"), ("x_1", "x.1")]
+)
+def test_likely_orders_are_those_of_the_libraries(tmp_path: Path, names: tuple[str, ...]) -> None:
+    from timm.data import create_dataset
+    from torchvision.datasets import ImageFolder
+
+    for name in names:
+        (tmp_path / name).mkdir()
+        Image.new("L", (2, 2)).save(tmp_path / name / "0.png")
+    natural, plain = labels.likely_orders(names).values()
+    for order, known in (
+        (natural, create_dataset("", str(tmp_path)).reader.class_to_idx),
+        (plain, ImageFolder(str(tmp_path)).class_to_idx),
+    ):
+        assert [names[i] for i in order] == sorted(known, key=lambda name: known[name])
+
+
+def test_class_maps_choose_by_name_synonym_and_number() -> None:
+    its = ("x", GOLDFISH, "dog", "cat")
+    found = labels.match("m", its, NAMES, {"dog": "Dog", "cat": 3, "owl": "carassius_auratus"})
     assert found == labels.Match("by the class map", (3, 2, 1))
 
 
 @pytest.mark.parametrize(
-    ("its", "message"),
+    ("its", "classes", "message"),
     [
-        (4, "has 4 classes, the data have 3"),
-        (("cat", "owl", "dog"), r"calls class 1 'owl', the data call it 'dog' \(the same names in"),
-        (("cat", "dog", "emu"), "calls class 2 'emu', the data call it 'owl': --class-map FILE"),
-        (("10", "0", "1"), "calls class 0 '10'"),  # folders of numbers, sorted as words
+        (4, NAMES, "has 4 classes, the data have 3"),
+        (("cat", "dog", "emu"), NAMES, "no class 'owl' of the data.* its 'emu': --class-map FILE"),
+        (("10", "0", "1"), NAMES, "no class 'cat' of the data"),  # numbers of something else
+        (("1", "2"), ("0", "1"), "no class '0' of the data"),
+        (("Pepper,_bell___a", "y"), ("Pepper,_bell___b", "y"), "no class 'Pepper,_bell___b'"),
+        (("cat, pet", "dog", "owl"), NAMES, "no class 'cat'"),
+        (("CAT", "Cat", "owl"), ("cat", "dog", "owl"), "has 2 classes that could be 'cat'"),
+        (("cat", "dog"), ("Cat", "CAT"), "one class that could be several"),
     ],
 )
-def test_other_classes_are_refused(its: tuple[str, ...] | int, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        labels.match("teacher t", its, NAMES)
+def test_other_classes_are_refused(its, classes, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        labels.match("teacher t", its, classes)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -149,13 +314,13 @@ def test_other_classes_are_refused(its: tuple[str, ...] | int, message: str) -> 
         ({"cat": "cat", "dog": 0, "owl": 2}, "gives 'cat' and 'dog' the same class of teacher t"),
         ({"cat": 0, "dog": 5, "owl": 2}, "asks for class 5 of teacher t, which has 5"),
         ({"cat": 0, "dog": -1, "owl": 2}, "asks for class -1"),
-        ({"cat": 0, "dog": 1, "owl": "crane"}, "of which teacher t has 2, numbers 3, 4"),
+        ({"cat": 0, "dog": 1, "owl": "Crane"}, "of which teacher t has 2, numbers 3, 4"),
     ],
 )
 def test_class_maps_that_do_not_fit_are_one_line(
     class_map: dict[str, str | int], message: str
 ) -> None:
-    its = ("cat", "dog", "owl", "crane, bird", "crane, machine")
+    its = ("cat", "dog", "owl", "n02012849, crane", "n03126707, crane")
     with pytest.raises(UserError, match=message) as caught:
         labels.match("teacher t", its, NAMES, class_map)
     assert "\n" not in str(caught.value)
@@ -229,7 +394,9 @@ def test_weights_by_label_are_the_papers() -> None:
     soft = torch.full((5, 4), 0.1) + 0.6 * torch.from_numpy(one_hot).float()
     found = ensembles.label_weights(logits, soft)
     np.testing.assert_allclose(found, _weights(logits, soft.double().numpy()), rtol=1e-4)
-    combined = ensembles.combined_logits(logits, temperature=2.0, labels=true)
+    combined = ensembles.combined_logits(
+        logits, temperature=2.0, weights=ensembles.label_weights(logits, true)
+    )
     p = np.stack([scipy.special.softmax(x.double().numpy() / 2, 1) for x in logits])
     expected = (_weights(logits, one_hot)[..., None] * p).sum(0)
     found = scipy.special.softmax(combined.double().numpy() / 2, 1)
@@ -239,7 +406,8 @@ def test_weights_by_label_are_the_papers() -> None:
 def test_a_teacher_that_knows_the_label_outweighs_one_that_does_not() -> None:
     right = torch.tensor([[9.0, 0.0, 0.0]])
     wrong = torch.tensor([[0.0, 200.0, 0.0]])
-    combined = ensembles.combined_logits([right, wrong], temperature=1.0, labels=torch.tensor([0]))
+    weights = ensembles.label_weights([right, wrong], torch.tensor([0]))
+    combined = ensembles.combined_logits([right, wrong], temperature=1.0, weights=weights)
     assert torch.isfinite(combined).all()
     torch.testing.assert_close(combined.softmax(1), right.softmax(1))
 
@@ -248,14 +416,16 @@ def test_one_teacher_is_itself_and_alike_teachers_are_one() -> None:
     (only,) = _logits(m=1)
     for true in (None, torch.tensor([0, 1, 2, 3, 0])):
         for several in ([only], [only, only, only]):
-            combined = ensembles.combined_logits(several, temperature=3.0, labels=true)
+            weights = None if true is None else ensembles.label_weights(several, true)
+            combined = ensembles.combined_logits(several, temperature=3.0, weights=weights)
             expected = only - only.div(3).logsumexp(1, keepdim=True) * 3
             torch.testing.assert_close(combined, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_half_precision_extreme_logits_and_gradients() -> None:
     logits = [torch.tensor([[6e4, -6e4]]).half(), torch.tensor([[6e4, -6e4]]).half()]
-    combined = ensembles.combined_logits(logits, temperature=1.0, labels=torch.tensor([1]))
+    weights = ensembles.label_weights(logits, torch.tensor([1]))
+    combined = ensembles.combined_logits(logits, temperature=1.0, weights=weights)
     assert combined.dtype == torch.float32
     assert torch.isfinite(combined).all()
     grown = [x.requires_grad_() for x in _logits()]

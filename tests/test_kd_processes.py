@@ -84,6 +84,20 @@ def test_two_processes_give_the_student_of_one_with_the_doubled_batch(
         assert np.allclose(two[name], value, rtol=0, atol=2e-4), name
 
 
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path: Path) -> None:
+    options = ("train", "digits", "--student", "mlp:8", "--batch-size", 32, "--epochs", 4000)
+    processes = start(tmp_path, *options, "--out", "run")
+    checkpoint = tmp_path / "run" / "checkpoint.safetensors"
+    wait_for(checkpoint, processes[0])
+    before = checkpoint.stat().st_mtime_ns
+    processes[1].send_signal(signal.SIGTERM)
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1], errors
+    assert checkpoint.stat().st_mtime_ns > before
+    assert "kd: interrupted; continue with `kd train --resume --out run`" in errors[0]
+    assert not any("Traceback" in error or "died" in error for error in errors)
+
+
 def test_a_spread_student_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     """Moments of the optimizer, and a teacher that is the average of the student, included."""
     options = ("train", "digits", "--student", "convnet:8", "--batch-size", 32, "--epochs", 8)

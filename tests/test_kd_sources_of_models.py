@@ -136,8 +136,10 @@ def test_imagenet_is_known_by_any_of_its_names() -> None:
             if (name, classes) != ("test_resnet", tuple(categories)):  # two were renamed
                 teacher = teachers.load(name, data, COLOUR, classes)
                 assert teacher.resolved.matched == "by name"
-        with pytest.raises(UserError, match=r"the same names in another order.*--class-map"):
-            teachers.load(name, data, COLOUR, synsets[::-1])
+        teacher = teachers.load(name, data, COLOUR, synsets[::-1])
+        assert teacher.resolved.matched == "by name, in another order"
+        assert teacher.outputs is not None
+        assert teacher.outputs.tolist() == [*range(1000)][::-1]
 
 
 def test_torchvisions_crop_and_classes_are_its_own() -> None:
@@ -433,8 +435,10 @@ def test_timm_folders_bring_their_classes_and_outlive_their_source(tmp_path: Pat
     _check_path(teacher, data, _raw(COLOUR), own)
     images = _prepared(_raw(COLOUR), own)
     torch.testing.assert_close(teacher.classifier(images), made(images))
-    with pytest.raises(UserError, match="in another order"):
-        teachers.load(name, data, COLOUR, NAMES[::-1])
+    other = teachers.load(name, data, COLOUR, NAMES[::-1])
+    assert other.resolved.matched == "by name, in another order"
+    x = torch.rand(2, 3, 20, 20)
+    torch.testing.assert_close(other(x), teacher(x).flip(1))
     shape = (16, 16, 1)
     student = networks.build(name, shape, 2, pretrained=True).eval()
     models.save_run(run, models.Model(student, name, NAMES[:2], shape, _fitted("none", shape)))
@@ -493,7 +497,7 @@ def test_a_file_says_itself_for_how_many_classes_and_channels_it_is(
     shape, data = (32, 32, channels), _fitted("standardise", (32, 32, channels))
     name = f"test_resnet@{path}"
     teacher = teachers.load(name, data, shape, tuple("abcdefg"))
-    assert teacher.resolved.matched == "by their number alone"
+    assert teacher.resolved.matched.startswith("by position alone: outputs 0..6 taken as classes a")
     assert teacher.resolved.size == (32, 32)  # it takes any size: the data's
     raw = _raw(shape)
     expected = made(_nchw((raw / np.float32(255) - 0.5) / 0.5))
@@ -505,7 +509,7 @@ def test_a_file_says_itself_for_how_many_classes_and_channels_it_is(
         picked(_nchw(data.apply(raw))), expected[:, [6, 0, 3]], rtol=1e-3, atol=1e-4
     )
     with pytest.raises(UserError, match="for 7 classes, not for 3"):
-        networks.build(name, shape, 3)
+        networks.build(name, shape, 3, adapt=False)
 
 
 def test_what_a_file_cannot_say_is_told(tmp_path: Path) -> None:

@@ -19,10 +19,12 @@ import torch
 from PIL import Image
 from timm.data.dataset import ImageDataset, IterableImageDataset
 from timm.data.loader import create_loader
+from timm.utils.misc import natural_key
 from torch import Tensor
 
-from dsdistill.harness import datasets
+from dsdistill.harness import class_names, datasets
 from dsdistill.harness.errors import UserError
+from dsdistill.harness.layout import list_folder
 from kd.data import Batch, derive, mine
 from kd.files import pictures, shards
 from kd.files.pictures import Pictures, open_folder
@@ -377,7 +379,7 @@ def test_a_folder_is_split_as_it_is_where_it_is_decoded_once(
         assert streamed_.labels is not None
         assert np.array_equal(streamed_.labels, kept.labels)
         for row, pixels in enumerate(kept.images()):
-            image, label = streamed_.read(row, "RGB")
+            image, label = streamed_.read(row, 3)
             assert np.array_equal(np.asarray(image), pixels)
             assert label == kept.labels[row]
 
@@ -397,16 +399,16 @@ def test_images_of_every_kind_become_upright_colours_on_white(tmp_path: Path) ->
             exif = Image.Exif()
             exif[0x0112] = 6  # turned by a quarter
             image.save(tmp_path / label / name, exif=exif if name == "wide.jpg" else b"")
-    listed = pictures._listed(tmp_path)
+    listed = pictures._pictures(list_folder(tmp_path))
     names = sorted(made)
-    found = {name: listed.read(row, "RGB")[0] for row, name in enumerate(names)}
+    found = {name: listed.read(row, 3)[0] for row, name in enumerate(names)}
     assert {image.mode for image in found.values()} == {"RGB"}
     assert found["grey.png"].getpixel((0, 0)) == (77, 77, 77)
     assert found["deep.png"].getpixel((0, 0)) == (77, 77, 77)
     assert found["clear.png"].getpixel((0, 0)) == (255, 255, 255)
     assert found["cmyk.jpg"].getpixel((0, 0)) == (255, 255, 255)
     assert found["wide.jpg"].size == (4, 8)
-    assert listed.read(names.index("wide.jpg"), "L")[0].mode == "L"
+    assert listed.read(names.index("wide.jpg"), 1)[0].mode == "L"
 
 
 def test_grey_images_are_augmented_too(images: Pictures) -> None:
@@ -436,6 +438,12 @@ def test_a_decoding_process_can_be_given_its_images_by_value(images: Pictures) -
     copied = pickle.loads(pickle.dumps(stream._desk))
     other = Stream(copied.pictures, VIEWS, 8, CPU)
     assert _same(next(iter(stream.epoch(0, 0))), next(iter(other.epoch(0, 0))))
+
+
+def test_the_natural_key_is_timms() -> None:
+    names = ["b10", "B2", "a", "Zoo", "b2c10", "b2c9", "x_1", "x_01a", "dog 3", "dog 21"]
+    assert sorted(names, key=class_names.natural_key) == sorted(names, key=natural_key)
+    assert sorted(["a", "1"], key=class_names.natural_key) == ["1", "a"]
 
 
 def test_the_digest_changes_with_the_files_and_not_with_their_place(

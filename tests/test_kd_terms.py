@@ -13,6 +13,7 @@ from kd import composition, data, models, networks, teachers, terms
 from kd.losses import feature, relation
 from kd.objectives import Distillation
 from kd.recipe import Recipe
+from kd.seen import Seen
 from kd.train import train
 
 SHAPE, CLASSES = (16, 16, 1), 4
@@ -23,9 +24,11 @@ def student() -> networks.Classifier:
     return networks.build("convnet:8", SHAPE, CLASSES, seed=0)
 
 
-def teacher(name: str = "test_resnet") -> teachers.Teacher:
-    classifier = networks.build(name, SHAPE, CLASSES, seed=1)
-    names = tuple(f"class {i}" for i in range(CLASSES))
+def teacher(
+    name: str = "test_resnet", classes: int = CLASSES, *, seed: int = 1
+) -> teachers.Teacher:
+    classifier = networks.build(name, SHAPE, classes, seed=seed)
+    names = tuple(f"class {i}" for i in range(classes))
     model = models.Model(classifier, name, names, SHAPE, preprocess.identity(1))
     return teachers.Teacher(model, preprocess.identity(1), SHAPE[:2]).eval().requires_grad_(False)
 
@@ -37,7 +40,7 @@ def batches(n: int = 32) -> data.Resident:
 def objective(loss: str, taught_by: teachers.Teacher | None = None) -> Distillation:
     network, taught_by = student(), taught_by or teacher()
     made = terms.build(
-        composition.parse(loss, terms.FUNCTIONS), network, taught_by,
+        composition.parse(loss, terms.FUNCTIONS), network, (taught_by,),
         shape=SHAPE, classes=CLASSES, images=32,
     )  # fmt: skip
     return Distillation(network, made, (taught_by,))
@@ -172,7 +175,7 @@ def test_a_layer_before_all_weights_would_teach_nothing(loss: str) -> None:
     flat = networks.build("mlp:8", SHAPE, CLASSES, seed=0)  # its layer 0 flattens the image
     with pytest.raises(UserError, match="no trained weight comes before layer '0'"):
         terms.build(
-            composition.parse(loss, terms.FUNCTIONS), flat, teacher(),
+            composition.parse(loss, terms.FUNCTIONS), flat, (teacher(),),
             shape=SHAPE, classes=CLASSES, images=32,
         )  # fmt: skip
 
@@ -182,3 +185,66 @@ def test_mixed_labels_are_refused_where_whole_ones_are_needed() -> None:
     batch = next(batches().in_order())
     with pytest.raises(ValueError, match="label"):
         ours(replace(batch, labels=torch.rand(16, 4)))
+
+
+def test_a_term_of_features_is_the_mean_over_teachers() -> None:
+    network = student()
+    both = teacher(), teacher(seed=2)
+    batch = next(batches().in_order())
+    specs = composition.parse("sp:2,rkd-distance", terms.FUNCTIONS)
+    options = {"shape": SHAPE, "classes": CLASSES, "images": 32}
+    values = [
+        Distillation(network, terms.build(specs, network, several, **options), several)(batch)
+        for several in (both[:1], both[1:], both)
+    ]
+    for name in ("sp", "rkd-distance"):
+        first, second, mean = (value[name].item() for value in values)
+        assert first != pytest.approx(second, rel=1e-3)
+        assert mean == pytest.approx((first + second) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("by_label", [False, True])
+def test_terms_of_logits_take_several_teachers_each_in_its_own_way(by_label: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    outputs, first, second = 3 * torch.randn(3, 6, 4, generator=generator)
+    batch = data.Batch(torch.zeros(6, 1, 1, 1), torch.arange(6) % 4)
+    seen = Seen(batch, outputs, (first, 20 * second), by_label)
+    plain = [-x.log_softmax(1)[torch.arange(6), batch.labels] for x in seen.answers]
+    # Two teachers' weights are 1 - softmax of their cross-entropies; alike, a half each.
+    weights = 1 - torch.stack(plain).softmax(0) if by_label else torch.full((2, 6), 0.5)
+
+    def measured(name: str) -> float:
+        (term,) = terms.build(composition.parse(f"{name}:1", terms.FUNCTIONS), student())
+        return term(seen).item()
+
+    mean = sum(w[:, None] * x for w, x in zip(weights, seen.answers, strict=True))
+    assert measured("logits") == pytest.approx((outputs - mean).square().mean().item(), rel=1e-5)
+
+    def standard(x: torch.Tensor) -> torch.Tensor:
+        return (x - x.mean(1, keepdim=True)) / x.std(1, correction=0, keepdim=True)
+
+    p = sum(
+        w[:, None] * (standard(x) / 2).softmax(1)
+        for w, x in zip(weights, seen.answers, strict=True)
+    )
+    log_q = (standard(outputs) / 2).log_softmax(1)
+    expected = 4 * (p * (p.log() - log_q)).sum(1).mean()
+    assert measured("ls") == pytest.approx(expected.item(), rel=1e-4)
+    p = sum(w[:, None] * (x / 4).softmax(1) for w, x in zip(weights, seen.answers, strict=True))
+    expected = 16 * (p * (p.log() - (outputs / 4).log_softmax(1))).sum(1).mean()
+    assert measured("kd") == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["kd", "fm", "dkd", "dist", "ls", "logits", "hard"])
+def test_the_same_teacher_twice_is_that_teacher(name: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    outputs, answers = 3 * torch.randn(2, 6, 4, generator=generator)
+    batch = data.Batch(torch.zeros(6, 1, 1, 1), torch.arange(6) % 4)
+    (term,) = terms.build(composition.parse(name, terms.FUNCTIONS), student())
+    once, twice = (term(Seen(batch, outputs, (answers,) * n)).item() for n in (1, 2))
+    assert twice == pytest.approx(once, rel=1e-4)
+
+
+def test_stages_from_deep_to_shallow_are_refused() -> None:
+    with pytest.raises(UserError, match="takes layers from shallow to deep, and '2' has a larger"):
+        objective("review@6=layer2,2=layer1")

@@ -116,29 +116,75 @@ def test_processes_share_each_batch(world: int) -> None:
         assert sorted(torch.cat(rows).tolist()) == sorted(whole.index.tolist())
 
 
-def test_rounds_are_epochs_or_fifths(monkeypatch: pytest.MonkeyPatch) -> None:
+def _rounds(recipe: Recipe, size: int, validation_images: int | None = None) -> list[int]:
+    """Steps after which a training on 40 images is validated."""
     validated: list[int] = []
+    done = 0
 
-    def rounds(recipe: Recipe, size: int) -> list[int]:
-        validated.clear()
-        counted = replace(recipe, lr=1e-3, warmup=0)
-        done = iter(range(1, 1000))
-        train(
-            _objective(_student()),
-            _batches(size),
-            counted,
-            0,
-            validate=lambda network: {"accuracy": 0.0, "nll": 0.0},
-            save=lambda saved: validated.append(saved[1]["step"]),
-            show=lambda *_, **__: next(done),
-        )
-        return list(validated)
+    def validate(network: nn.Module) -> dict[str, float]:
+        validated.append(done)
+        return {"accuracy": 0.0, "nll": 0.0}
 
-    assert rounds(replace(QUICK, epochs=None, steps=50), 40) == [10, 20, 30, 40, 50]
-    # A number of steps may end inside an epoch: here of 20 batches, of which 8 epochs make a fifth.
-    assert rounds(replace(QUICK, epochs=None, steps=47), 2)[-1] == 47
+    def show(step: int, **_: float) -> None:
+        nonlocal done
+        done = step
+
+    train(
+        _objective(_student()),
+        _batches(size),
+        replace(recipe, lr=1e-3, warmup=0),
+        0,
+        validate=validate,
+        validation_images=validation_images,
+        show=show,
+    )
+    return validated
+
+
+def test_long_epochs_are_validated_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kd.steps.SHORT_EPOCH", 1)
-    assert rounds(replace(QUICK, epochs=3), 16) == [3, 6, 9]
+    assert _rounds(replace(QUICK, epochs=3), 16, validation_images=10**9) == [3, 6, 9]
+
+
+def test_short_epochs_are_validated_at_most_forty_times_evenly() -> None:
+    assert _rounds(replace(QUICK, epochs=4), 16) == [3, 6, 9, 12]  # three steps each
+    found = _rounds(replace(QUICK, epochs=100), 40)
+    assert len(found) == 40
+    assert found[-1] == 100
+    assert set(np.diff([0, *found])) == {2, 3}
+    # A number of steps may end inside an epoch: here of 20 batches.
+    assert _rounds(replace(QUICK, epochs=None, steps=47), 2) == [20, 40, 47]
+
+
+def test_validations_take_at_most_a_tenth_of_the_work_but_there_are_five() -> None:
+    recipe = replace(QUICK, epochs=100)
+    # 100 epochs of 40 images, each three passes: a tenth of them is twelve times 100 images.
+    assert len(_rounds(recipe, 40, validation_images=100)) == 12
+    assert len(_rounds(recipe, 40, validation_images=30)) == 40
+    assert _rounds(recipe, 40, validation_images=10**6) == [20, 40, 60, 80, 100]
+
+
+def test_validations_come_as_often_as_asked() -> None:
+    recipe = replace(QUICK, epochs=9, validate_every=4)
+    assert _rounds(recipe, 40, validation_images=10**6) == [4, 8, 9]
+
+
+def test_a_training_ends_when_its_patience_does() -> None:
+    accuracies = iter([0.1, 0.5, 0.5, 0.4, 0.3, 0.9])
+    recipe = replace(QUICK, epochs=6, patience=3)
+    state = train(
+        _objective(_student()), _batches(), recipe, 0,
+        validate=lambda network: {"accuracy": next(accuracies)},
+    )  # fmt: skip
+    # Nothing is better than the second; an equal one is chosen, but is no better.
+    assert (state.epoch, state.best_epoch, state.stale) == (5, 3, 3)
+    values = iter([3.0, 2.0, 2.5, 2.5, 0.1])
+    recipe = replace(recipe, metric="nll", patience=2)
+    state = train(
+        _objective(_student()), _batches(), recipe, 0,
+        validate=lambda network: {"accuracy": 0.5, "nll": next(values)},
+    )  # fmt: skip
+    assert (state.epoch, state.best_epoch) == (4, 2)
 
 
 def test_the_loss_goes_down_and_the_steps_are_counted() -> None:
@@ -202,6 +248,7 @@ STOPPED = [
     ("mlp:16", {"optimizer": "adamw", "lr": 0.01}),
     ("mlp:16", {"optimizer": "lamb", "lr": 0.01, "average_best": 2, "clip": 1.0}),
     ("test_resnet", {"ema": 0.9, "accumulate": 2, "mixup": 0.4, "augment": "crop-flip"}),
+    ("mlp:16", {"patience": 2}),
 ]
 
 
@@ -209,7 +256,7 @@ STOPPED = [
 def test_a_training_stopped_in_an_epoch_goes_on_bit_for_bit(
     name: str, changes: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kd.train.SAVE_EVERY", 0.0)  # after every step
+    monkeypatch.setattr("kd.saving.AT_MOST", 0.0)  # after every step
     recipe = replace(QUICK, batch_size=8, epochs=4, **changes)
 
     def run(stop: int | None, saved: checkpoint.Saved | None = None) -> checkpoint.Saved:
@@ -222,6 +269,8 @@ def test_a_training_stopped_in_an_epoch_goes_on_bit_for_bit(
                 raise _Stop
 
         def validate(network: nn.Module) -> dict[str, float]:
+            if recipe.patience:
+                return {"accuracy": 0.5}  # so that the first validation is the best one
             judged = student.around(network)
             return scoring.validation(judged, _batches(), engine.make(), logits=True)
 
@@ -235,17 +284,23 @@ def test_a_training_stopped_in_an_epoch_goes_on_bit_for_bit(
                 _objective(student), batches, recipe, 3,
                 validate=validate, saved=saved, save=save, show=show,
             )  # fmt: skip
-        return kept[-1]
+        return kept[-1] if kept else saved or ({}, {})
 
-    whole, stopped = run(None), run(8)
-    assert stopped[1]["step"] == 7
-    assert whole[1]["step"] > 8
+    # With patience, after the second validation, which found nothing better.
+    stop = 13 if recipe.patience else 8
+    whole, stopped = run(None), run(stop)
+    assert stopped[1]["step"] == stop - 1
+    assert whole[1]["step"] > stop
     resumed = run(None, stopped)
     for meta in (whole[1], resumed[1]):
         meta["meter"].pop("seconds")
     assert resumed[1] == whole[1]
     assert resumed[0].keys() == whole[0].keys()
     assert all(np.array_equal(resumed[0][k], whole[0][k]) for k in whole[0])
+    # A training of 4 epochs of 5 steps; two validations after the first end a patience of 2.
+    expected = 15 if recipe.patience else 4 * (-(-5 // recipe.accumulate))
+    assert whole[1]["step"] == expected
+    assert run(None, whole) is whole  # what is over does not go on
 
 
 def test_accumulated_batches_are_one_large_batch() -> None:

@@ -291,6 +291,7 @@ def test_a_diverging_loss_stops_with_the_last_good_checkpoint(support, tmp_path,
     assert kept is not None
     assert kept[1]["done"] == 3
     assert kept[0]["best.images"].shape == support.images.shape
+    run.close()
     with pytest.raises(UserError, match="at step 13"):
         search(opened(tmp_path), walk, support, TRAIN, VALIDATION)
 

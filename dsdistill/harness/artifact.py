@@ -4,7 +4,6 @@ The header holds a SHA-256 over everything else, so a damaged file is an `Artifa
 never a partial or silently different set. Nothing is ever unpickled.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -13,17 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 from jaxtyping import Float, Int
 
+from dsdistill.harness import checksums
 from dsdistill.harness import preprocess as pre
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.labeled import Examples, Labeled
 from dsdistill.harness.runs import write_bytes
 
 FORMAT = 1
+KEY = "dsdistill"  # of the header, in the file's metadata
 FILE = "distilled.safetensors"  # in a run's folder
+DEEPEST = 50  # values within values of provenance: whoever shows it goes through them one by one
 ENCODING = "one-hot minus 1/k"  # what `labels` would be, had they not been solved or learned
 
 
@@ -90,8 +90,7 @@ def save(path: Path, distilled: Distilled) -> None:
         "provenance": dict(distilled.provenance),
     }
     text = json.dumps(header, sort_keys=True, allow_nan=False)
-    metadata = {"dsdistill": text, "sha256": _digest(text, tensors)}
-    write_bytes(path, safetensors.numpy.save(tensors, metadata))
+    write_bytes(path, checksums.pack(KEY, text, tensors))
 
 
 def load(path: Path) -> Distilled:
@@ -132,27 +131,12 @@ def locate(run: Path) -> Path:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    if not path.is_file():
-        raise ArtifactError(f"no distilled set at {path}")
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # safetensors' own error, OSError, and ValueError for odd dtypes
-        raise ArtifactError(f"{path} is not a whole .safetensors file: {error}") from error
-    if "dsdistill" not in metadata:
-        raise ArtifactError(f"{path} is a .safetensors file, but not a distilled set")
-    if _digest(metadata["dsdistill"], tensors) != metadata.get("sha256"):
-        raise ArtifactError(f"{path} is damaged: its contents do not match its checksum")
-    return _parse(path, metadata["dsdistill"]), tensors
+    header, tensors, _ = checksums.load(path, KEY, kind="a distilled set", error=ArtifactError)
+    return _checked(path, header), tensors
 
 
-def _parse(path: Path, text: str) -> dict[str, Any]:
+def _checked(path: Path, header: Any) -> dict[str, Any]:
     """The header, each field of its type: a checksum does not keep a stranger from writing one."""
-    try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: the header is not JSON: {error}") from error
     found = header.get("format") if isinstance(header, dict) else None
     if found != FORMAT:
         raise ArtifactError(f"{path}: expected format {FORMAT}, got {found}")
@@ -176,15 +160,6 @@ def _tensors(distilled: Distilled) -> dict[str, np.ndarray]:
     }
     # A transposed view would be written in memory order, so everything is made contiguous.
     return {name: np.ascontiguousarray(a) for name, a in named.items() if a is not None}
-
-
-def _digest(header: str, tensors: Mapping[str, np.ndarray]) -> str:
-    sha = hashlib.sha256(header.encode())
-    for name in sorted(tensors):
-        array = tensors[name]
-        sha.update(f"{name} {array.dtype.str} {array.shape}".encode())
-        sha.update(np.ascontiguousarray(array).data)
-    return sha.hexdigest()
 
 
 def _check(path: Path, distilled: Distilled) -> None:
@@ -218,7 +193,17 @@ def _check(path: Path, distilled: Distilled) -> None:
             )
         if not np.isfinite(array).all():
             raise ArtifactError(f"{path}: {name} has NaN or infinite values")
+    if not _shallow(distilled.provenance, DEEPEST):
+        raise ArtifactError(f"{path}: provenance is nested more than {DEEPEST} values deep")
     if (fitted.std <= 0).any():
         raise ArtifactError(f"{path}: preprocess.std must be positive")
     if not isinstance(fitted.contrast, float) or not 0 <= fitted.contrast < math.inf:
         raise ArtifactError(f"{path}: contrast must be a finite float, got {fitted.contrast!r}")
+
+
+def _shallow(value: Any, depth: int) -> bool:
+    """Whether no value lies deeper within a JSON value."""
+    if not isinstance(value, Mapping | list | tuple):
+        return True
+    inner = value.values() if isinstance(value, Mapping) else value
+    return depth > 0 and all(_shallow(one, depth - 1) for one in inner)

@@ -6,14 +6,15 @@ import io
 import itertools
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import tyro
 
+from dsdistill.harness import stopping
 from dsdistill.harness.errors import UserError
+from dsdistill.harness.text import printable
 
 Commands = Mapping[str, tuple[type, Callable[[Any], None]]]
 
@@ -26,7 +27,8 @@ def main(prog: str, description: str, commands: Commands, stopped: str) -> None:
         description: For the help page.
         commands: Name -> class of its options, and what runs them. That may raise `UserError` or
             `OSError` for what the user can mend.
-        stopped: What to say after Ctrl-C or SIGTERM, which end a command the same way.
+        stopped: What to say after Ctrl-C or SIGTERM, which end a command the same way, unless it
+            says itself what is kept (`stopping.Stopped`).
 
     Raises:
         SystemExit: With code 0 after a help page; with code 2 and one line if the command line
@@ -34,17 +36,19 @@ def main(prog: str, description: str, commands: Commands, stopped: str) -> None:
     """
     options = _parse(prog, description, {name: cls for name, (cls, _) in commands.items()})
     execute = next(execute for cls, execute in commands.values() if type(options) is cls)
-    signal.signal(signal.SIGTERM, _interrupt)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does: Latin-1 alone
     try:
-        execute(options)
-        sys.stdout.flush()
+        with stopping.handled():
+            execute(options)
+            sys.stdout.flush()
     except BrokenPipeError as error:  # whoever reads has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from error
     except (UserError, OSError) as error:
-        raise SystemExit(f"{prog}: {error}") from error
+        raise SystemExit(printable(f"{prog}: {error}")) from error
     except KeyboardInterrupt as error:
-        raise SystemExit(f"{prog}: {stopped}") from error
+        raise SystemExit(f"{prog}: {str(error) or stopped}") from error
 
 
 def _parse(prog: str, description: str, commands: Mapping[str, type]) -> Any:
@@ -59,12 +63,8 @@ def _parse(prog: str, description: str, commands: Mapping[str, type]) -> Any:
             )
     except SystemExit as stop:
         if stop.code:
-            print(f"{prog}: {_one_line(box.getvalue(), commands)}", file=sys.stderr)
+            print(printable(f"{prog}: {_one_line(box.getvalue(), commands)}"), file=sys.stderr)
         raise
-
-
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 def _one_line(box: str, commands: Iterable[str]) -> str:

@@ -6,13 +6,14 @@ learner and seed sees the same split and nothing is ever chosen on the test imag
 
 import hashlib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dsdistill.harness import class_names, memory, places
 from dsdistill.harness.errors import UserError, unknown
 from dsdistill.harness.labeled import TEST_FRACTION, DataError, Labeled, stratified
 
@@ -37,6 +38,14 @@ class Splits:
     test: Labeled
     digest: str
 
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the images, labels and class names of each part, for `Run.require_same`."""
+        return {
+            "training images and labels": self.digest,
+            "validation images and labels": _digest(self.validation),
+            "test images and labels": _digest(self.test),
+        }
+
 
 def load(
     data: str,
@@ -44,16 +53,26 @@ def load(
     root: Path,
     image_size: int | None = None,
     validation_fraction: float = 0.1,
+    channels: int | None = None,
+    classes: Sequence[str] | None = None,
+    cache: Path | None = None,
 ) -> Splits:
     """Load a data set and split it.
 
     Args:
         data: `digits`; a torchvision name of `TORCHVISION`; a folder of class folders, with or
-            without `train/` and `val/` inside; or an `.npz` file with `images` and `labels`.
-        root: Where torchvision's data sets lie or are downloaded to, and where folders are cached.
+            without `train/`, `val/` and `test/` inside; or an `.npz` file with `images` and
+            `labels`.
+        root: Where torchvision's data sets lie or are downloaded to.
         image_size: Images are resized to this height and width. None keeps an array's size and
             is refused for folders whose images differ in size.
-        validation_fraction: Share of the training images held out for validation, in [0, 1).
+        validation_fraction: Share of the training images held out for validation, in [0, 1); of
+            no account for a folder that has `train/`, `val/` and `test/`.
+        channels: 1 makes all images grayscale, 3 colour; None keeps what they are, and gives a
+            folder with both colour.
+        classes: The order of the class names, as a distilled set or a network has them. The data's
+            own is kept where it has other classes.
+        cache: Where the decoded images of folders are kept; by default `places.decoded_images`.
 
     Raises:
         DataError: With one line that says what was looked for and what was found.
@@ -62,16 +81,52 @@ def load(
         raise UserError(f"validation fraction must be in [0, 1), got {validation_fraction}")
     if image_size is not None and image_size < 1:
         raise UserError(f"image size must be at least 1 pixel, got {image_size}")
-    train, test = _read(data, root, image_size)
-    sha256 = digest(train)
-    rest, held = stratified(train.labels, validation_fraction)
-    _require_every_class(train.select(rest), data)
-    return Splits(_short_name(data), train.select(rest), train.select(held), test, sha256)
-
-
-def _read(data: str, root: Path, image_size: int | None) -> tuple[Labeled, Labeled]:
-    """Training and test images of a named or given source."""
+    if channels not in (None, 1, 3):
+        raise UserError(f"channels must be 1 (grayscale) or 3 (colour), got {channels}")
+    if image_size is not None:
+        _require_memory(1, 3, 4, image_size)  # before the first image is resized
     path = Path(data).expanduser()
+    if data not in NAMES and path.is_dir():
+        return _folder(path, cache, image_size, validation_fraction, channels, classes)
+    train, test = (
+        _with_channels(_in_order(part, classes), channels)
+        for part in _read(data, path, root, image_size)
+    )
+    return _split(data, train, None, test, validation_fraction)
+
+
+def _folder(
+    path: Path,
+    cache: Path | None,
+    image_size: int | None,
+    validation_fraction: float,
+    channels: int | None,
+    classes: Sequence[str] | None,
+) -> Splits:
+    from dsdistill.harness import folders
+
+    cache = cache or places.decoded_images()
+    parts = folders.read(path, cache, image_size, channels=channels, classes=classes)
+    splits = _split(str(path), parts.train, parts.validation, parts.test, validation_fraction)
+    counts = (len(part) for part in (splits.train, splits.validation, splits.test))
+    parts.layout.say(*counts)
+    return splits
+
+
+def _split(
+    data: str, train: Labeled, validation: Labeled | None, test: Labeled, fraction: float
+) -> Splits:
+    """The parts, with validation images held out where there are none of their own."""
+    sha256 = digest(train)
+    if validation is None:
+        kept, held = stratified(train.labels, fraction)
+        train, validation = train.select(kept), train.select(held)
+    _require_every_class(train, data)
+    return Splits(_short_name(data), train, validation, test, sha256)
+
+
+def _read(data: str, path: Path, root: Path, image_size: int | None) -> tuple[Labeled, Labeled]:
+    """Training and test images of a named source, or of a file."""
     if data == "digits":
         return _halves(_resized(_digits(), image_size))
     if data in TORCHVISION:
@@ -81,10 +136,6 @@ def _read(data: str, root: Path, image_size: int | None) -> tuple[Labeled, Label
         from dsdistill.harness import npz
 
         return _halves(_resized(npz.read(path), image_size))
-    if path.is_dir():
-        from dsdistill.harness import folders
-
-        return folders.read(path, root / "folders", image_size)
     if path.exists():
         raise DataError(f"{data} is neither a folder of class folders nor an .npz file")
     if path.suffix or data != path.name:
@@ -136,6 +187,7 @@ def _halves(data: Labeled) -> tuple[Labeled, Labeled]:
 def _resized(data: Labeled, size: int | None) -> Labeled:
     if size is None or data.shape[:2] == (size, size):
         return data
+    _require_memory(len(data), data.shape[2], data.store.itemsize, size)
     from PIL import Image
 
     def one(image: np.ndarray) -> np.ndarray:
@@ -145,6 +197,36 @@ def _resized(data: Labeled, size: int | None) -> Labeled:
         return np.stack([np.asarray(plane) for plane in small], -1)
 
     return replace(data, store=np.stack([one(image) for image in data.images()]), rows=None)
+
+
+def _require_memory(count: int, channels: int, itemsize: int, size: int) -> None:
+    # While the images are stacked they are there twice.
+    needed = 2 * count * channels * itemsize * size**2
+    what = f"{count} images" if count > 1 else "an image"
+    memory.require(needed, f"{what} of {size}x{size} pixels", "use a smaller --image-size")
+
+
+def _with_channels(data: Labeled, channels: int | None) -> Labeled:
+    """Grayscale images in three equal channels, or colour ones as Pillow makes them gray."""
+    if channels in (None, data.shape[-1]):
+        return data
+    images = data.images()
+    if channels == 3:
+        return replace(data, store=np.repeat(images, 3, axis=-1), rows=None)
+    luma = np.array([19595, 38470, 7471])  # of ITU-R 601-2, in parts of 65536
+    if images.dtype == np.uint8:
+        gray = ((images @ luma + 32768) >> 16).astype(np.uint8)
+    else:
+        gray = (images @ (luma / 65536)).astype(np.float32)
+    return replace(data, store=gray[..., None], rows=None)
+
+
+def _in_order(data: Labeled, classes: Sequence[str] | None) -> Labeled:
+    """The same images with their classes in this order, if they are of just these classes."""
+    order = class_names.match(data.classes, classes) if classes else None
+    if order is None or classes is None:
+        return data
+    return replace(data, labels=np.array(order, np.int64)[data.labels], classes=tuple(classes))
 
 
 def digest(data: Labeled) -> str:

@@ -46,11 +46,17 @@ def load(distilled: Distilled, data: str, *, root: Path) -> Splits:
     """
     size = _entry(distilled, "config", "image_size")
     size = size if isinstance(size, int) and not isinstance(size, bool) else None
+    channels = _entry(distilled, "config", "channels")
     h, w, _ = distilled.images.shape[1:]
     if size is not None and (h, w) != (size, size):
         raise UserError(f"the set says that its images have {size}x{size} pixels, but has {h}x{w}")
     return datasets.load(
-        data, root=root, image_size=size, validation_fraction=validation_fraction(distilled)
+        data,
+        root=root,
+        image_size=size,
+        validation_fraction=validation_fraction(distilled),
+        channels=channels if channels in (1, 3) else None,
+        classes=distilled.classes,
     )
 
 
@@ -77,8 +83,9 @@ def check(distilled: Distilled, splits: Splits, data: str, path: Path) -> None:
     stored = _entry(distilled, "data", "sha256")
     if stored is not None and stored != splits.digest:
         raise UserError(
-            f"{path} was distilled from other images than {data} holds now (SHA-256 "
-            f"{str(stored)[:12]}, found {splits.digest[:12]})"
+            f"{path} was distilled from other images than {data} holds now, or by a version that "
+            f"decoded large JPEGs otherwise (SHA-256 {str(stored)[:12]}, found "
+            f"{splits.digest[:12]})"
         )
 
 

@@ -8,6 +8,7 @@ training notebook published with it.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -15,7 +16,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Num
 
-from dsdistill.harness import memory
+from dsdistill.harness import memory, progress, stopping
 from dsdistill.harness.errors import UserError
 
 Kind = Literal["standardise", "zca", "none", "zca-mtt", "zca-rfad", "zca-frepo"]
@@ -23,6 +24,8 @@ KINDS: tuple[Kind, ...] = ("standardise", "zca", "none")  # that sets are made w
 ZCA_RIDGE = 0.1  # relative to the mean eigenvalue of the covariance, as in the paper's notebook
 MTT_RIDGE = 0.1  # absolute, of pixels in [0, 1]
 RFAD_RIDGE = FREPO_RIDGE = 0.1  # relative to the mean eigenvalue, of standardised pixels
+PROBE = 512  # rows of the matrices whose product is timed
+EIGENVECTORS = 6  # products of two matrices that take as long as the eigenvectors of one
 CHUNK = 2**22  # pixel values held at a time of a data set that may not fit into memory
 
 Chunks = Callable[[int], Iterator[Num[np.ndarray, "m h w c"]]]
@@ -111,13 +114,16 @@ def fit(kind: str | None, chunks: Chunks, shape: tuple[int, int, int]) -> Prepro
         return identity(channels)
     if kind == "zca":
         _require_memory(shape)
-    mean, std = _channel_moments(chunks, shape)
+    mean, std, count = _channel_moments(chunks, shape)
     if kind == "standardise":
         return Preprocess("standardise", mean, std)
-    return _fit_zca(mean, std, chunks, shape)
+    return _fit_zca(mean, std, count, chunks, shape)
 
 
-def _channel_moments(chunks: Chunks, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+def _channel_moments(
+    chunks: Chunks, shape: tuple[int, int, int]
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Mean and deviation of each channel, and the number of images."""
     channels = shape[-1]
     count, total, squares = 0, np.zeros(channels), np.zeros(channels)
     for images in chunks(_chunk(shape)):
@@ -127,18 +133,22 @@ def _channel_moments(chunks: Chunks, shape: tuple[int, int, int]) -> tuple[np.nd
     mean = total / count
     std = np.sqrt(np.maximum(squares / count - mean**2, 0))
     std[std < 1e-6] = 1.0  # a constant channel carries nothing; dividing by 0 would give NaN
-    return mean.astype(np.float32), std.astype(np.float32)
+    images = count // (shape[0] * shape[1])
+    return mean.astype(np.float32), std.astype(np.float32), images
 
 
 def _fit_zca(
-    mean: np.ndarray, std: np.ndarray, chunks: Chunks, shape: tuple[int, int, int]
+    mean: np.ndarray, std: np.ndarray, count: int, chunks: Chunks, shape: tuple[int, int, int]
 ) -> Preprocess:
-    d = math.prod(shape)
-    covariance, count, norms = np.zeros((d, d)), 0, 0.0
-    for images in chunks(_chunk(shape)):
+    d, size = math.prod(shape), _chunk(shape)
+    _announce_zca(shape, count)
+    covariance, norms = np.zeros((d, d)), 0.0
+    parts = [slice(first, min(first + size, count)) for first in range(0, count, size)]
+    # The whole of `chunks` is used up: a memory map behind it is read to its end.
+    for images, _ in zip(chunks(size), progress.slow(parts, "images for ZCA"), strict=True):
         directions, norm = _directions((unit_range(images) - mean) / std)
         covariance += directions.T.astype(np.float64) @ directions
-        count, norms = count + len(images), norms + float(norm.sum())
+        norms += float(norm.sum())
     covariance /= count
     # Images that are all constant have no covariance at all: they get the identity.
     covariance[np.diag_indices(d)] += ZCA_RIDGE * np.trace(covariance) / d or 1.0
@@ -179,7 +189,7 @@ def fit_rfad(chunks: Chunks, shape: tuple[int, int, int]) -> Preprocess:
 
     Source: Loo et al. (2022), arXiv:2210.12067; `data.py` of the program, `get_zca_matrix`.
     """
-    mean, std = _channel_moments(chunks, shape)
+    mean, std, _ = _channel_moments(chunks, shape)
     _, squares, count = _products(chunks, shape, mean, std)
     second = squares / count
     second[np.diag_indices(len(second))] += RFAD_RIDGE * np.trace(second) / len(second) or 1.0
@@ -206,7 +216,7 @@ def fit_frepo(
 
     Source: Zhou et al. (2022), arXiv:2206.00719; `lib/dataset/ops.py` of the program.
     """
-    mean, std = constants or _channel_moments(chunks, shape)
+    mean, std = constants or _channel_moments(chunks, shape)[:2]
     total, squares, count = _products(chunks, shape, mean, std)
     centre = total / count
     covariance = squares / count - np.outer(centre, centre)
@@ -243,12 +253,31 @@ def _roots(
         covariance: Symmetric and positive.
         rank: How many of the largest eigenvalues are known; the others count as 1.
     """
-    values, vectors = np.linalg.eigh(covariance)  # in ascending order
+    values, vectors = stopping.interruptible(lambda: np.linalg.eigh(covariance))
+    # Eigenvalues ascend.
     roots = np.sqrt(values)
     if rank is not None and rank < len(roots):
         roots[: len(roots) - rank] = 1.0
     inverse, root = (vectors / roots) @ vectors.T, (vectors * roots) @ vectors.T
     return inverse.astype(np.float32), root.astype(np.float32)
+
+
+def _announce_zca(shape: tuple[int, int, int], count: int) -> None:
+    """Say how long ZCA takes, if it takes long: by the time of a product of two matrices."""
+    d, small = math.prod(shape), np.ones((PROBE, PROBE))
+    if d < 2 * PROBE:
+        return
+    began = time.perf_counter()
+    small @ small
+    seconds = (time.perf_counter() - began) * (d / PROBE) ** 2  # of a product of d x d with d x m
+    total = seconds * (count + (EIGENVECTORS + 2) * d) / PROBE
+    if total > progress.LINE_EVERY:
+        name = "x".join(map(str, shape))
+        progress.say(
+            f"ZCA of {count} images of {name}: a covariance of {d}x{d} values and its "
+            f"eigenvectors, roughly {progress.duration(total)} "
+            "(--preprocess standardise takes none)"
+        )
 
 
 def _require_memory(shape: tuple[int, int, int]) -> None:

@@ -5,29 +5,35 @@
     events.out.*        the same for TensorBoard
     checkpoint.*        the last good state, replaced atomically
     <result>            written last: a folder that holds it is finished
+    .lock               while a process works in it, see `locks`
 
-A process that is killed while it writes leaves a hidden file, and the old content in place.
+A process that is killed while it writes leaves a hidden file, and the old content in place; the
+next start removes such files.
 """
 
 import contextlib
-import io
 import itertools
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 
-from dsdistill.harness import events
+from dsdistill.harness import checksums, events, locks, progress
 from dsdistill.harness.errors import UserError
 
 CHECKPOINT = "checkpoint.safetensors"
 CHOSEN = "chosen"  # in a configuration: what the run itself has chosen
+INPUTS = "inputs"  # in a configuration: SHA-256 of what the run depends on
+# The form of `write_bytes`'s temporary files: hidden, the name of the file, eight random letters.
+_STATE = "meta"  # in a checkpoint's metadata
+REMEDY = ": start anew in another --out"
+_TEMPORARY = re.compile(r"\.[^.].*\.[A-Za-z]+\.[a-z0-9_]{8}")
 
 
 class RunError(UserError):
@@ -61,9 +67,9 @@ def read_json(path: Path) -> Any:
         RunError: If it is missing or is not JSON.
     """
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"cannot read {path}: {error}") from error
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"cannot read {path}: {' '.join(str(error).split())}") from error
 
 
 def next_free(stem: str, parent: Path = Path("runs")) -> Path:
@@ -73,19 +79,32 @@ def next_free(stem: str, parent: Path = Path("runs")) -> Path:
 
 @dataclass(frozen=True)
 class Run:
-    """An open run folder.
+    """An open run folder, which no other process can start or resume until it is closed.
 
     Attributes:
         folder: Exists and can be written to.
         config: As stored in `config.json`; on `--resume`, as stored by the first start.
         resumed: Whether there was an earlier start.
         writes: Whether this process writes into the folder; of several hosts' one does.
+        lock: Held by the process that writes; released by `close`.
     """
 
     folder: Path
     config: dict[str, Any]
     resumed: bool
     writes: bool = True
+    lock: locks.Lock | None = field(default=None, repr=False, compare=False)
+
+    def close(self) -> None:
+        """Give the folder free for other processes; a second call does nothing."""
+        if self.lock:
+            self.lock.release()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def recorded(self, name: str, choose: Callable[[], Any]) -> Any:
         """A value that the first start chooses, and that every later start finds.
@@ -103,8 +122,39 @@ class Run:
                 write_json(self.folder / "config.json", self.config)
         return chosen[name]
 
+    def require_same(self, inputs: Mapping[str, str]) -> None:
+        """Refuse to go on with other data, models or sets than the run was started with.
+
+        The first start stores the hashes in `config.json`; each later one compares. It may be
+        called for one input after the other.
+
+        Args:
+            inputs: SHA-256 of everything that the run depends on, by a name for people, such as
+                "training images and labels".
+
+        Raises:
+            RunError: If an input is not the one of the first start.
+        """
+        stored = self.config.setdefault(INPUTS, {})
+        for name, value in inputs.items():
+            if stored.get(name, value) != value:
+                raise RunError(
+                    f"changed since the run {self.folder} was started: {name} (SHA-256 was "
+                    f"{str(stored[name])[:12]}, is {value[:12]}): put back what it was, or start "
+                    "anew in another --out"
+                )
+        unknown = [name for name in inputs if name not in stored]
+        if unknown and self.resumed and (self.folder / CHECKPOINT).exists():
+            progress.say(
+                f"note: {self.folder} holds no hash of: {', '.join(unknown)}; whether that changed "
+                "since the run was started cannot be checked"
+            )
+        stored.update({name: inputs[name] for name in unknown})
+        if unknown and self.writes:
+            write_json(self.folder / "config.json", self.config)
+
     def withdraw(self) -> None:
-        """Free the folder again if the run was refused before it computed anything."""
+        """Free and close the folder again if the run was refused before it computed anything."""
         figures = self.folder / "metrics.jsonl"
         begun = figures.exists() and figures.stat().st_size > 0
         if begun or self.resumed or not self.writes or (self.folder / CHECKPOINT).exists():
@@ -112,6 +162,7 @@ class Run:
         for pattern in ("config.json", figures.name, f"{events.NAME}*"):
             for path in self.folder.glob(pattern):
                 path.unlink()
+        self.close()
         with contextlib.suppress(OSError):  # something else is in it, which stays
             self.folder.rmdir()
 
@@ -119,22 +170,28 @@ class Run:
         """Replace the checkpoint: named arrays and a JSON-compatible remainder."""
         if not self.writes:
             return
-        # Not ascontiguousarray, which gives a scalar (a step count) an axis.
-        tensors = {name: np.asarray(value, order="C") for name, value in arrays.items()}
-        content = safetensors.numpy.save(tensors, {"meta": json.dumps(meta)})
+        content = checksums.pack(_STATE, json.dumps(meta), arrays)
         write_bytes(self.folder / CHECKPOINT, content)
 
     def load_state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
-        """The last checkpoint, or None if the run was stopped before its first."""
+        """The last checkpoint, or None if the run was stopped before its first.
+
+        One that an earlier version wrote has no checksum; it is accepted, and that is said.
+
+        Raises:
+            RunError: If it is damaged: not whole, or its contents do not match its checksum.
+        """
         path = self.folder / CHECKPOINT
         if not path.exists():
             return None
-        try:
-            with safetensors.safe_open(path, framework="numpy") as file:
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                return arrays, json.loads(file.metadata()["meta"])
-        except Exception as error:  # a damaged file has many ways to fail
-            raise RunError(f"{path} is damaged ({error}): start anew in another folder") from error
+        meta, arrays, checked = checksums.load(
+            path, _STATE, kind="a checkpoint", remedy=REMEDY, error=RunError, required=False
+        )
+        if not isinstance(meta, dict):
+            raise RunError(f"{path} is damaged: expected an object of figures{REMEDY}")
+        if not checked:
+            progress.say(f"note: {path} is of an earlier version and has no checksum to verify")
+        return arrays, meta
 
 
 def check_free(folder: Path, result: str) -> None:
@@ -178,20 +235,86 @@ def start(
         RunError: If the folder holds a run and `resume` is off, if it is finished, or if the
             options contradict the stored ones.
     """
-    stored = folder / "config.json"
     config, defaults = _as_json(config), _as_json(defaults or {})
-    if resume and (folder / result).exists():
-        raise RunError(f"{folder} holds a finished run: there is nothing to resume")
-    if resume and not stored.exists():
-        raise RunError(f"{folder} holds no run to resume")
     if resume:
-        for left_over in folder.glob(".*.safetensors.*"):  # of a kill in the middle of a write
-            left_over.unlink()
-        return Run(folder, _reconcile(_stored_config(stored), config, defaults, free), True)
-    check_free(folder, result)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(stored, config)
-    return Run(folder, config, False)
+        _check_begun(folder, result)
+    else:
+        check_free(folder, result)
+    lock = _locked(folder, create=not resume)
+    try:
+        # Again, now that no other process can change it.
+        if resume:
+            _check_begun(folder, result)
+            stored = _reconcile(folder, _stored_config(folder), config, defaults, free)
+            _remove_temporaries(folder)
+            return Run(folder, stored, True, lock=lock)
+        check_free(folder, result)
+        _remove_temporaries(folder)
+        write_json(folder / "config.json", config)
+        return Run(folder, config, False, lock=lock)
+    except BaseException:
+        lock.release()
+        raise
+
+
+def stored_options(
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    result: str,
+    defaults: Mapping[str, Any],
+    free: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """The configuration of an unfinished run, without opening it: nothing is locked or changed.
+
+    Args:
+        folder, config, result, defaults, free: As for `start`.
+
+    Raises:
+        RunError: If there is nothing to resume, or the options contradict the stored ones.
+    """
+    _check_begun(folder, result)
+    new, defaults = _as_json(config), _as_json(defaults)
+    return _reconcile(folder, _stored_config(folder), new, defaults, free)
+
+
+def _check_begun(folder: Path, result: str) -> None:
+    if (folder / result).exists():
+        raise RunError(f"{folder} holds a finished run: there is nothing to resume")
+    if not (folder / "config.json").exists():
+        raise RunError(f"{folder} holds no run to resume")
+
+
+def _locked(folder: Path, *, create: bool) -> locks.Lock:
+    """The lock on a folder, which is made if it is not there.
+
+    Raises:
+        RunError: If another process works in it.
+    """
+    for attempt in itertools.count(1):
+        if create:
+            folder.mkdir(parents=True, exist_ok=True)
+        try:
+            return locks.acquire(folder)
+        except locks.Held as holder:
+            raise RunError(
+                f"{folder} is in use by {holder}: wait until it ends or stop it, or choose "
+                "another --out"
+            ) from holder
+        except FileNotFoundError:  # a run beside this one was refused, and removed the folder
+            if not create or attempt == locks.ATTEMPTS:
+                raise
+    raise AssertionError
+
+
+def _remove_temporaries(folder: Path) -> None:
+    """Remove what a kill in the middle of a write has left, in its own subfolders too."""
+    inside = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
+    own = [path for path in inside if not (path / "config.json").exists()]
+    for place in (folder, *own):
+        for path in place.iterdir():
+            if _TEMPORARY.fullmatch(path.name) and path.is_file():
+                path.unlink(missing_ok=True)
 
 
 def _as_json(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,20 +322,27 @@ def _as_json(options: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(_finite(options)))
 
 
-def _stored_config(path: Path) -> dict[str, Any]:
+def _stored_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
     stored = read_json(path)
     if not isinstance(stored, dict):
-        raise RunError(f"{path} is damaged: expected an object of options")
+        raise RunError(f"{path} is damaged: expected an object of options{REMEDY}")
+    for name in (CHOSEN, INPUTS):
+        if not isinstance(stored.get(name, {}), dict):
+            raise RunError(f"{path} is damaged: {name} must be an object{REMEDY}")
     return stored
 
 
 def _reconcile(
+    folder: Path,
     old: dict[str, Any],
     new: Mapping[str, Any],
     defaults: Mapping[str, Any],
     free: tuple[str, ...],
 ) -> dict[str, Any]:
     """The stored options, after refusing a given one that contradicts them."""
+    if old.get("command") != new.get("command") or (new and not new.keys() & old.keys()):
+        raise RunError(f"{folder} holds a run of another command: choose another --out")
     for name, value in new.items():
         if name in free:
             old[name] = value
@@ -256,15 +386,21 @@ class Metrics:
     def _drop_after(self, step: int) -> None:
         if not self._path.exists():
             return
-        kept = io.StringIO()
-        for line in self._path.read_text().splitlines():
-            try:
-                keep = json.loads(line)["step"] <= step
-            except ValueError:  # the line that was being written when the run was killed
-                keep = False
-            if keep:
-                kept.write(line + "\n")
-        write_bytes(self._path, kept.getvalue().encode())
+        lines = self._path.read_bytes().split(b"\n")[:-1]  # the end was being written at a kill
+        known = [(line, _step(line)) for line in lines]
+        if damaged := sum(found is None for _, found in known):
+            progress.say(f"note: {self._path}: {damaged} of {len(lines)} lines damaged, dropped")
+        kept = [line for line, found in known if found is not None and found <= step]
+        write_bytes(self._path, b"".join(line + b"\n" for line in kept))
+
+
+def _step(line: bytes) -> int | None:
+    """The step of a line of figures; None for one that is damaged."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return step if type(step) is int else None
 
 
 def _finite(value: Any) -> Any:

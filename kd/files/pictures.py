@@ -1,23 +1,23 @@
 """Image files by row: which there are, of which class, and their pixels when they are asked for.
 
-A folder has the classes, the order and the split of `dsdistill.harness.datasets`: the same images
-validate a training whether its data are streamed or decoded once into a cache.
+A folder has the classes, the order, the split and the pixels of `dsdistill.harness.datasets`: the
+same images validate a training whether its data are streamed or decoded once into a cache.
 """
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import numpy as np
 from jaxtyping import Int
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from dsdistill.harness import folders
+from dsdistill.harness import image_files
 from dsdistill.harness.labeled import TEST_FRACTION, DataError, stratified
+from dsdistill.harness.layout import Layout, list_folder, shown
 
 
 class Reader(Protocol):
@@ -82,12 +82,12 @@ class Pictures:
             raise DataError(f"class {empty!r} has no training image left")
         return self.select(kept), self.select(held)
 
-    def read(self, row: int, mode: str) -> tuple[Image.Image, int]:
+    def read(self, row: int, channels: int) -> tuple[Image.Image, int]:
         """One image, upright and with its transparent pixels on white, and its label.
 
         Args:
             row: Of these.
-            mode: `RGB` or `L`.
+            channels: 3 for colour, 1 for grayscale.
 
         Raises:
             DataError: If it cannot be read.
@@ -95,14 +95,13 @@ class Pictures:
         at = int(self.rows[row])
         try:
             file, label = self.reader[at]
-            with file, Image.open(file, formats=_formats()) as image:
-                ImageOps.exif_transpose(image, in_place=True)  # else it would copy every image
-                plain = folders._plain(image)
-            return plain if plain.mode == mode else plain.convert(mode), int(label)
+            with file:
+                return image_files.read(file, channels), int(label)
         except Exception as error:  # a damaged file has many ways to fail
             name = self.reader.filename(at, absolute=True) or f"number {at}"
             raise DataError(
-                f"image {name} cannot be read ({_why(error)}): mend it, or take it away"
+                f"image {shown(Path(name))} cannot be read ({image_files.reason(error)}): mend it, "
+                "or take it away"
             ) from error
 
 
@@ -112,7 +111,7 @@ class Parts:
 
     Attributes:
         train: To train on.
-        validation: Held out of the training images; may be none.
+        validation: The folder's own, or held out of the training images; may be none.
         test: To be looked at once.
     """
 
@@ -121,30 +120,35 @@ class Parts:
     test: Pictures
 
 
-def open_folder(path: Path, validation_fraction: float) -> Parts:
-    """List a folder of class folders, with `train/` and `val/` inside or without; nothing is read.
+def open_folder(
+    path: Path, validation_fraction: float, classes: Sequence[str] | None = None
+) -> Parts:
+    """List a folder; nothing is read.
 
     Args:
         path: As in `dsdistill.harness.folders.read`, which splits it in the same way.
-        validation_fraction: Share of every class of the training images, in [0, 1).
+        validation_fraction: Share of every class of the training images, in [0, 1); of no account
+            where the folder has validation images beside test images.
+        classes: Their order, as in `dsdistill.harness.layout.list_folder`.
 
     Raises:
         DataError: If the folders do not make a data set.
     """
     if not 0 <= validation_fraction < 1:
         raise DataError(f"validation fraction must be in [0, 1), got {validation_fraction}")
-    training, test = folders._parts(path)
-    images = _listed(training)
-    if test is None:
-        images, tested = images.held_out(TEST_FRACTION)
+    layout = list_folder(path, classes)
+    images, rows = _pictures(layout), np.arange(len(layout.files))
+    first, second = layout.ends
+    if layout.test:
+        train, test = images.select(rows[:first]), images.select(rows[second:])
     else:
-        tested = _listed(test)
-        if different := sorted({*images.classes} ^ {*tested.classes}):
-            raise DataError(
-                f"{training} and {test} must have the same classes: "
-                f"only one of them has {folders._some(different)}"
-            )
-    return Parts(*images.held_out(validation_fraction), tested)
+        train, test = images.held_out(TEST_FRACTION)
+    if layout.validation:
+        validation = images.select(rows[first:second])
+    else:
+        train, validation = train.held_out(validation_fraction)
+    layout.say(len(train), len(validation), len(test))
+    return Parts(train, validation, test)
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,21 +189,8 @@ class Files:
         return self.root / os.fsdecode(self.names[index])
 
 
-def _listed(folder: Path) -> Pictures:
-    classes, paths, labels = folders._listing(folder)
-    names = np.array([os.fsencode(path.relative_to(folder)) for path in paths])
-    files = Files(folder, names, np.array(labels, np.int64))
+def _pictures(layout: Layout) -> Pictures:
+    names = np.array([os.fsencode(path.relative_to(layout.root)) for path in layout.files])
+    files = Files(layout.root, names, np.array(layout.labels, np.int64))
+    classes = layout.train.classes
     return Pictures(files, classes, files.stamp, np.arange(len(files)), files.labels)
-
-
-def _why(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image"
-    # Of a file's own error the reason alone: its text repeats the path.
-    text = getattr(error, "strerror", None) or str(error)
-    return " ".join(text.split()) or type(error).__name__
-
-
-@cache
-def _formats() -> tuple[str, ...]:
-    return folders._formats()

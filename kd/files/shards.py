@@ -17,6 +17,7 @@ Evaluation is exact: there every rank reads everything, and keeps its own batche
 import hashlib
 import importlib.util
 import itertools
+import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -29,9 +30,18 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from dsdistill.harness.errors import UserError, unknown
-from kd.data import Batch, derive
+from kd.data import LEAST, Batch, check_size, derive
 from kd.files.pictures import Pictures
-from kd.files.stream import Pair, Stream, collated, delivered, loader
+from kd.files.stream import (
+    Pair,
+    Sent,
+    Stream,
+    collated,
+    delivered,
+    loader,
+    received,
+    shares_memory,
+)
 from kd.files.views import Transform, Views, seeded
 
 PACKAGES = {"hfds": "datasets", "tfds": "tensorflow_datasets", "wds": "webdataset"}
@@ -47,12 +57,26 @@ class Archive:
         root: Where it lies, if the name does not say so.
         split: Such as `train`, or the shards themselves: `train-{0000..0009}.tar|9000`.
         classes: Names, in label order.
+        folder: Of its files; None where they are not known.
     """
 
     name: str
     root: Path | None
     split: str
     classes: tuple[str, ...]
+    folder: Path | None = None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the classes and which files there are, with their sizes and times."""
+        sha = hashlib.sha256(repr((self.name, self.split, self.classes)).encode())
+        files = [] if self.folder is None else sorted(self.folder.rglob("*"))
+        for path in files:
+            if path.is_file():
+                found = path.stat()
+                name = os.fsencode(path.relative_to(self.folder or path))
+                sha.update(repr((name, found.st_size, found.st_mtime_ns)).encode())
+        return sha.hexdigest()
 
 
 def is_named(data: str) -> bool:
@@ -90,7 +114,9 @@ def open_named(
         raise UserError(f"{name} does not name its classes: put {NAMES}, one a line, beside it")
     if kind == "hfds":
         return _pictures(name, split, dataset.reader, classes)
-    return Archive(name, root, split, classes)
+    builder = getattr(dataset.reader, "builder", None)  # of tfds
+    folder = root if kind == "wds" else builder and Path(builder.data_dir)
+    return Archive(name, root, split, classes, folder)
 
 
 def streamed(
@@ -104,6 +130,7 @@ def streamed(
     repeats: int = 1,
     workers: int = 0,
     prefetch: int = 2,
+    least: int = LEAST,
 ) -> "Stream | Sequential":
     """Batches of either kind of data set; the arguments are those of `Stream`.
 
@@ -111,7 +138,10 @@ def streamed(
         UserError: If the data set cannot be read as asked.
     """
     if isinstance(source, Pictures):
-        return Stream(source, views, size, device, world, augment, repeats, workers, prefetch)
+        options = (world, augment, repeats, workers, prefetch, least)
+        return Stream(source, views, size, device, *options)
+    if augment:  # the processes' shares are equal, and all batches of one size
+        check_size(size // world, 1, least)
     if repeats > 1:
         raise UserError(
             f"--repeats {repeats} needs images that can be read in any order, and {source.name} "
@@ -156,7 +186,8 @@ class Sequential:
     @property
     def digest(self) -> str:
         """SHA-256 of what the order of an epoch depends on; not of the images."""
-        return hashlib.sha256(repr((self.archive, self.workers, self.world)).encode()).hexdigest()
+        order = (self.archive.digest, self.workers, self.world)
+        return hashlib.sha256(repr(order).encode()).hexdigest()
 
     @property
     def labels(self) -> None:
@@ -172,6 +203,10 @@ class Sequential:
         share = self.size // self.world
         dataset = self._dataset(training=True, rank=0, world=self.world)
         return [self.size] * (len(dataset) // share)
+
+    @cached_property
+    def _piped(self) -> bool:
+        return not shares_memory(self.views, self.size, self.workers, self.prefetch)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -226,8 +261,9 @@ class Sequential:
         self, dataset: Any, share: int, key: tuple[int, ...] | None, seed: int
     ) -> Iterator[Pair]:
         transform = self.views.transform(key is not None)
-        source = _Poured(self.archive.name, dataset, share, transform, key)
-        for answer in loader(source, self.device, self.workers, self.prefetch, seed=seed):
+        source = _Poured(self.archive.name, dataset, share, transform, key, self._piped)
+        answers = loader(source, self.device, self.workers, self.prefetch, seed=seed)
+        for answer in received(answers):
             yield delivered(answer, self.views, self.device)
 
 
@@ -244,21 +280,22 @@ class _Poured(IterableDataset):
     share: int
     transform: Transform
     key: tuple[int, ...] | None
+    piped: bool
 
-    def __iter__(self) -> Iterator[Pair | str]:
+    def __iter__(self) -> Iterator[Sent]:
         images, labels = [], []
         try:
             for image, label in self._views():
                 images.append(image)
                 labels.append(label)
                 if len(labels) == self.share:
-                    yield collated(images, labels)
+                    yield collated(images, labels, self.piped)
                     images, labels = [], []
         except Exception as error:  # raised here, it would arrive wrapped in a traceback
             yield f"{self.name} cannot be read ({_why(error)})"
             return
         if labels:
-            yield collated(images, labels)
+            yield collated(images, labels, self.piped)
 
     def _views(self) -> Iterator[tuple[torch.Tensor, int]]:
         worker = get_worker_info()

@@ -5,6 +5,8 @@ that decode, nor on the batch where an epoch is entered. So a killed training go
 and a teacher's answers can be kept.
 """
 
+import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,12 +18,17 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
+from dsdistill.harness import progress
 from dsdistill.harness.errors import UserError
-from kd.data import Batch, derive, mine, split
+from dsdistill.harness.memory import readable
+from kd.data import LEAST, Batch, check_size, derive, mine, split
 from kd.files.pictures import Pictures
 from kd.files.views import Transform, Views, kept, seed
 
+SHARED = "/dev/shm"  # where Linux keeps the memory that processes share
+
 Pair = tuple[Tensor, Tensor]  # images and labels
+Sent = Pair | tuple[np.ndarray, np.ndarray] | str  # a batch between processes, or an error
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +40,8 @@ class Stream:
         views: How they are changed.
         size: Images in a batch over all processes of the training; an epoch's last may be smaller.
         device: Where the batches appear.
-        world: Processes that share a batch, at most; none gets less than two images of one.
+        world: Processes that share a batch, at most.
+        least: Images that each of them gets of a batch, at least.
         augment: Whether an epoch has training views; without, those of evaluation.
         repeats: Views of one image in an epoch. More than 1 is timm's repeated augmentation: an
             epoch stays as long, rounded down to a multiple of 256, and so holds a part of the
@@ -51,17 +59,14 @@ class Stream:
     repeats: int = 1
     workers: int = 0
     prefetch: int = 2
+    least: int = LEAST
     _idle: list["_Crew"] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("size", "world", "repeats", "prefetch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        least = min(self.size, len(self.pictures))
-        if self.world > 1 and least < 2 * self.world:
-            raise UserError(
-                f"{self.world} processes need two images each of every batch, got {least} images"
-            )
+        check_size(min(self.size, len(self.pictures)), self.world, self.least)
         _ = self._desk  # a wrong augmentation is said now, not by a decoding process later
 
     @property
@@ -89,7 +94,7 @@ class Stream:
     def _sizes(self) -> list[int]:
         n = len(self.pictures)
         views = n if self.repeats == 1 or n < 256 else n // 256 * 256
-        return [len(part) for part in split(np.arange(views), self.size, self.world)]
+        return [len(part) for part in split(np.arange(views), self.size, self.world, self.least)]
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -104,7 +109,7 @@ class Stream:
         """
         rows = order(len(self.pictures), self.repeats, seed, epoch)
         key = (seed, epoch) if self.augment else None
-        parts = split(np.arange(len(rows)), self.size, self.world)[first:]
+        parts = split(np.arange(len(rows)), self.size, self.world, self.least)[first:]
         places = [part[mine(len(part), rank, world)] for part in parts]
         shares = [_Share(rows[place], place % self.repeats, key) for place in places]
         for part, batch in zip(parts, self._batches(shares), strict=True):
@@ -123,7 +128,7 @@ class Stream:
         crew = self._idle.pop() if self._idle else self._crew()
         crew.shares[:] = shares
         try:
-            for share, answer in zip(shares, crew.loader, strict=True):
+            for share, answer in zip(shares, received(crew.loader), strict=True):
                 images, labels = delivered(answer, self.views, self.device)
                 index = torch.from_numpy(share.rows).to(self.device)
                 yield Batch(images, labels, index=index)
@@ -137,7 +142,8 @@ class Stream:
     @cached_property
     def _desk(self) -> "_Desk":
         transforms = self.views.transform(False), self.views.transform(True)
-        return _Desk(self.pictures, self.views.mode, *transforms)
+        piped = not shares_memory(self.views, self.size // self.world, self.workers, self.prefetch)
+        return _Desk(self.pictures, len(self.views.mean), *transforms, piped)
 
 
 def order(n: int, repeats: int, seed: int, epoch: int) -> Int[np.ndarray, " views"]:
@@ -187,7 +193,53 @@ def loader(
     )
 
 
-def delivered(answer: Pair | str, views: Views, device: torch.device) -> Pair:
+def shares_memory(views: Views, size: int, workers: int, prefetch: int) -> bool:
+    """Whether decoding processes can hand over batches in shared memory; said where they cannot.
+
+    A container has often 64 MB of it. Without it a process that writes there is killed, so batches
+    then go through pipes, which takes a copy more.
+
+    Args:
+        views: Of the images.
+        size: Images of a process's batch.
+        workers, prefetch: As in `Stream`.
+    """
+    if workers == 0 or not os.path.isdir(SHARED):
+        return True
+    found = os.statvfs(SHARED)
+    free = found.f_bavail * found.f_frsize
+    image = math.prod(views.size) * len(views.mean) * (4 if views.random_erase else 1)
+    # Twice what is ahead: training and validation images may be on their way at once.
+    needed = 2 * (workers * prefetch + 1) * size * image
+    if needed <= free:
+        return True
+    progress.say(
+        f"note: {SHARED} has {readable(free)} free of {readable(needed)} that batches of images "
+        "would take: they go through pipes, which is a little slower; a container gets more with "
+        "--shm-size"
+    )
+    return False
+
+
+def received(answers: DataLoader) -> Iterator[Sent]:
+    """What decoding processes send; the loss of one is one line.
+
+    Raises:
+        UserError: If a process has died.
+    """
+    try:
+        yield from answers
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        if "DataLoader worker" not in text and "shared memory" not in text:
+            raise
+        raise UserError(
+            f"a process that reads images has died ({text}): it may have run out of memory; use "
+            "fewer --workers, or --workers 0 for none"
+        ) from error
+
+
+def delivered(answer: Sent, views: Views, device: torch.device) -> Pair:
     """A batch on its device, or the error that a decoding process met.
 
     Raises:
@@ -195,12 +247,15 @@ def delivered(answer: Pair | str, views: Views, device: torch.device) -> Pair:
     """
     if isinstance(answer, str):
         raise UserError(answer)
-    images, labels = (part.to(device, non_blocking=True) for part in answer)
+    parts = (torch.from_numpy(p) if isinstance(p, np.ndarray) else p for p in answer)
+    images, labels = (part.to(device, non_blocking=True) for part in parts)
     return views.finish(images), labels
 
 
-def collated(images: Sequence[Tensor], labels: Sequence[int]) -> Pair:
-    """A batch, laid at once where the training's process finds it."""
+def collated(images: Sequence[Tensor], labels: Sequence[int], piped: bool = False) -> Sent:
+    """A batch, laid at once where the training's process finds it; or `piped`, for a pipe."""
+    if piped:
+        return np.stack([image.numpy() for image in images]), np.array(labels)
     return default_collate(list(images)), torch.tensor(labels)
 
 
@@ -224,26 +279,27 @@ class _Desk:
     """What a decoding process has: shares in, batches out."""
 
     pictures: Pictures
-    mode: str
+    channels: int
     still: Transform
     changed: Transform
+    piped: bool
 
-    def __getitem__(self, share: _Share) -> Pair | str:
+    def __getitem__(self, share: _Share) -> Sent:
         try:
             with kept():
                 read = [self._read(*place, share.key) for place in zip(*share[:2], strict=True)]
         except UserError as error:
             return str(error)  # raised here, it would arrive wrapped in a traceback
         images, labels = zip(*read, strict=True)
-        return collated(images, labels)
+        return collated(images, labels, self.piped)
 
     def _read(self, row: int, repeat: int, key: tuple[int, int] | None) -> tuple[Tensor, int]:
-        image, label = self.pictures.read(row, self.mode)
+        image, label = self.pictures.read(row, self.channels)
         if key is None:
             return self.still(image), label
         seed(*key, row, repeat)
         return self.changed(image), label
 
 
-def _as_it_is(answer: Pair | str) -> Pair | str:
+def _as_it_is(answer: Sent) -> Sent:
     return answer

@@ -1,5 +1,6 @@
 """Images read from files while a training goes on: folders, and timm's wds/, hfds/, tfds/."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.preprocess import Preprocess
-from kd.data import Batches
+from kd.data import LEAST, Batches
 from kd.engine import Engine
 from kd.files import pictures, shards
 from kd.files.pictures import Pictures
@@ -30,19 +31,21 @@ class Files:
         name: Short, for folder names and reports.
         parts: Training, validation and test images; the last two may be missing.
         size: Height and width of an image as a network sees it.
+        channels: 3 for colour, 1 for grayscale.
         note: What the user should know about it.
     """
 
     name: str
     parts: tuple[Part, Part | None, Part | None]
     size: int
+    channels: int = 3
     note: str | None = None
     distilled: None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Height, width and channels of an image."""
-        return self.size, self.size, len(MEAN)
+        return self.size, self.size, self.channels
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -56,6 +59,12 @@ class Files:
         return len(train) if isinstance(train, Pictures) else 0
 
     @property
+    def validation_count(self) -> int | None:
+        """Images to validate on; None where nobody knows before they are read."""
+        held = self.parts[1]
+        return None if isinstance(held, Archive) else len(held or ())
+
+    @property
     def digest(self) -> str:
         """SHA-256 that changes with the images trained on."""
         train = self.parts[0]
@@ -66,10 +75,14 @@ class Files:
         if kind not in (None, "standardise"):
             raise UserError(f"--preprocess {kind} needs all images at once: leave it out")
         mean, std = (np.asarray(values, np.float32) for values in (MEAN, STD))
+        if self.channels == 1:  # as timm does for networks of one channel
+            mean, std = mean.mean(keepdims=True), std.mean(keepdims=True)
         return Preprocess("standardise", mean, std)
 
-    def train(self, recipe: Recipe, fitted: Preprocess, on: Engine, workers: int) -> Batches:
-        """The training images in batches, cut and changed."""
+    def train(
+        self, recipe: Recipe, fitted: Preprocess, on: Engine, workers: int, least: int = LEAST
+    ) -> Batches:
+        """The training images in batches, cut and changed; `least` images a process and batch."""
         world = on.num_processes
         return shards.streamed(
             self.parts[0],
@@ -79,6 +92,7 @@ class Files:
             world=world,
             repeats=recipe.repeats,
             workers=workers,
+            least=least,
         )
 
     def validation(
@@ -86,6 +100,15 @@ class Files:
     ) -> Judged | None:
         """Images held out of the training set, or the data set's own; None if there are none."""
         return self._judged(self.parts[1], recipe, fitted, device, workers)
+
+    def shuffled(
+        self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0
+    ) -> Batches:
+        """Training images, as they are judged."""
+        views = self._views(recipe, fitted)
+        return shards.streamed(
+            self.parts[0], views, SCORE_BATCH, device, augment=False, workers=workers
+        )
 
     def test(
         self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0
@@ -124,7 +147,15 @@ class Files:
         )
 
 
-def resolve(data: str, *, root: Path, image_size: int | None, validation_fraction: float) -> Files:
+def resolve(
+    data: str,
+    *,
+    root: Path,
+    image_size: int | None,
+    validation_fraction: float,
+    channels: int | None = None,
+    classes: Sequence[str] | None = None,
+) -> Files:
     """List the images of a data set that is to be read as it goes.
 
     Args:
@@ -132,6 +163,8 @@ def resolve(data: str, *, root: Path, image_size: int | None, validation_fractio
         root: Where timm's named data sets lie.
         image_size: Height and width of the crops.
         validation_fraction: Of a folder's training images.
+        channels: 1 or 3; None is 3.
+        classes: The order of a folder's classes, as in `datasets.load`.
 
     Raises:
         UserError: If it cannot be had, or is no data set of files.
@@ -142,12 +175,12 @@ def resolve(data: str, *, root: Path, image_size: int | None, validation_fractio
     if shards.is_named(data):
         train, held = (shards.open_named(data, part, root=root) for part in PARTS)
         note = f"{data} has no test images: its validation images choose the best epoch"
-        return Files(data.replace("/", "-"), (train, held, None), image_size, note)
+        return Files(data.replace("/", "-"), (train, held, None), image_size, channels or 3, note)
     if not path.is_dir():
         raise UserError(
             f"--augment imagenet reads image files as it goes, and {data} is no folder of class "
             "folders: use --augment crop-flip, or none"
         )
-    found = pictures.open_folder(path, validation_fraction)
+    found = pictures.open_folder(path, validation_fraction, classes)
     parts = (found.train, found.validation, found.test)
-    return Files(path.resolve().stem, parts, image_size)
+    return Files(path.resolve().stem, parts, image_size, channels or 3)

@@ -6,10 +6,14 @@ function says otherwise: a trained projector in front of the loss sees to that. 
 names the reduction that its published weight belongs to.
 """
 
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+from kd.losses.ranges import Floor, Range
 
 PYRAMID = 4, 2, 1  # sides of the pooled maps of `hierarchical_context`
 
@@ -98,7 +102,7 @@ def vid(
     raw_variance: Float[Tensor, " c"],
     teacher: Float[Tensor, "n c h w"],
     *,
-    minimum: float = 1e-5,
+    minimum: Floor = 1e-5,
 ) -> Float[Tensor, ""]:
     """½ ((t - mean)² / v + log v) with v = softplus(raw_variance) + minimum, mean over all entries.
 
@@ -135,9 +139,9 @@ def log_sum(
     student: Float[Tensor, "n d"],
     teacher: Float[Tensor, "n d"],
     *,
-    alpha: float = 4.0,
-    norm_eps: float = 1e-4,
-    floor: float = 1e-5,
+    alpha: Annotated[float, Range(1, 16)] = 4.0,
+    norm_eps: Floor = 1e-4,
+    floor: Floor = 1e-5,
 ) -> Float[Tensor, ""]:
     """log Σ_d |s - t|^α of batch-normalised embeddings, with the batch mean inside the logarithm.
 

@@ -13,11 +13,14 @@ is bounded, so equal rows and dead units do no harm.
 """
 
 import math
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+from kd.losses.ranges import Floor, Range
 
 
 def rkd_distance(student: Float[Tensor, "n d"], teacher: Float[Tensor, "n m"]) -> Float[Tensor, ""]:
@@ -80,7 +83,7 @@ def similarity_preserving(
 
 
 def probabilistic_transfer(
-    student: Float[Tensor, "n d"], teacher: Float[Tensor, "n m"], *, floor: float = 1e-7
+    student: Float[Tensor, "n d"], teacher: Float[Tensor, "n m"], *, floor: Floor = 1e-7
 ) -> Float[Tensor, ""]:
     """KL(teacher ‖ student) of the probabilities that one image picks another, mean over n² pairs.
 
@@ -110,8 +113,8 @@ def correlation_congruence(
     student: Float[Tensor, "n d"],
     teacher: Float[Tensor, "n m"],
     *,
-    gamma: float = 0.4,
-    order: int = 2,
+    gamma: Annotated[float, Range(1e-3, 10)] = 0.4,
+    order: Annotated[int, Range(1, 20)] = 2,
 ) -> Float[Tensor, ""]:
     """Squared difference of Gaussian kernel matrices of unit embeddings, mean over n² pairs.
 

@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kd.losses.ranges import Factor, ShareBelowOne, Temperature
+
 
 def logit_kl(
     student_logits: Float[Tensor, "n k"],
     teacher_logits: Float[Tensor, "n k"],
     *,
-    temperature: float = 4.0,
+    temperature: Temperature = 4.0,
 ) -> Float[Tensor, ""]:
     """T² · KL(teacher ‖ student) of temperature-softened predictions, batch mean.
 
@@ -40,7 +42,7 @@ def cross_entropy(
     logits: Float[Tensor, "n k"],
     labels: Int[Tensor, " n"] | Float[Tensor, "n k"],
     *,
-    smoothing: float = 0.0,
+    smoothing: ShareBelowOne = 0.0,
 ) -> Float[Tensor, ""]:
     """-Σ_k p_k log softmax(logits)_k in nats, batch mean.
 
@@ -89,9 +91,9 @@ def dkd(
     teacher_logits: Float[Tensor, "n k"],
     labels: Int[Tensor, " n"],
     *,
-    alpha: float = 1.0,
-    beta: float = 8.0,
-    temperature: float = 4.0,
+    alpha: Factor = 1.0,
+    beta: Factor = 8.0,
+    temperature: Temperature = 4.0,
 ) -> Float[Tensor, ""]:
     """T² · (α KL of target against rest + β KL among the other classes), batch mean.
 
@@ -108,14 +110,16 @@ def dkd(
         temperature: T > 0.
 
     Raises:
-        ValueError: If labels are not indices, k ≤ 2, `temperature` is not positive, or the
-            shapes differ.
+        ValueError: If labels are not indices, k ≤ 2, `temperature` is not positive, both weights
+            are 0, or the shapes differ.
 
     Source: Zhao et al. (2022), arXiv:2203.08679, section 3.
     """
     student, teacher = _pair(student_logits, teacher_logits)
     _check_targets(labels, student.shape[-1])
     _check_temperature(temperature)
+    if not (alpha or beta):
+        raise ValueError("alpha and beta are both 0: nothing is left of dkd")
     target_q, others_q = _split(student / temperature, labels)
     target_p, others_p = _split(teacher / temperature, labels)
     target_part = F.kl_div(target_q, target_p, reduction="batchmean", log_target=True)
@@ -127,9 +131,9 @@ def dist(
     student_logits: Float[Tensor, "n k"],
     teacher_logits: Float[Tensor, "n k"],
     *,
-    inter: float = 1.0,
-    intra: float = 1.0,
-    temperature: float = 1.0,
+    inter: Factor = 1.0,
+    intra: Factor = 1.0,
+    temperature: Temperature = 1.0,
 ) -> Float[Tensor, ""]:
     """T² · weighted sum of 1 - Pearson correlation over rows and over columns of the predictions.
 
@@ -147,14 +151,16 @@ def dist(
         temperature: T > 0 of both softmaxes.
 
     Raises:
-        ValueError: If `intra` is not 0 for a batch of one, `temperature` is not positive, or the
-            shapes differ.
+        ValueError: If `intra` is not 0 for a batch of one, both weights are 0, `temperature` is
+            not positive, or the shapes differ.
 
     Source: Huang et al. (2022), arXiv:2205.10536, section 3. The factor T² is in the authors'
     code. They add 1e-8 to the product of the norms instead of treating rows without spread.
     """
     student, teacher = _pair(student_logits, teacher_logits)
     _check_temperature(temperature)
+    if not (inter or intra):
+        raise ValueError("inter and intra are both 0: nothing is left of dist")
     if intra and len(student) < 2:
         raise ValueError("intra compares images: it needs a batch of 2 or more, got 1; set intra=0")
     q = F.softmax(student / temperature, dim=-1)
@@ -169,7 +175,7 @@ def standardised_kl(
     student_logits: Float[Tensor, "n k"],
     teacher_logits: Float[Tensor, "n k"],
     *,
-    temperature: float = 2.0,
+    temperature: Temperature = 2.0,
 ) -> Float[Tensor, ""]:
     """`logit_kl` of logits brought to mean 0 and deviation 1 in each row, batch mean.
 
@@ -188,9 +194,13 @@ def standardised_kl(
     authors' code divides by k - 1, which is a temperature higher by √(k / (k - 1)).
     """
     student, teacher = _pair(student_logits, teacher_logits)
+    return _softened_kl(standardise(student), standardise(teacher), temperature)
+
+
+def standardise(logits: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+    """Bring each row to mean 0 and deviation 1, in float32; a row without spread becomes zeros."""
     # A centred row of length √k has deviation 1.
-    scale = student.shape[-1] ** 0.5
-    return _softened_kl(scale * _centred_unit(student), scale * _centred_unit(teacher), temperature)
+    return logits.shape[-1] ** 0.5 * _centred_unit(logits.float())
 
 
 def logit_mse(

@@ -1,12 +1,14 @@
-"""Whether a model's classes are the data's: by name, by number alone, or through a class map.
+"""Whether a model's classes are the data's: by name, by position, or through a class map.
 
 A teacher whose outputs stand in another order than the data's classes teaches nonsense without any
-error, so everything that can be compared is compared.
+error, so everything that can be compared is compared, and what must be assumed is said.
 """
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +18,8 @@ from dsdistill.harness.errors import UserError, unknown
 
 ClassMap = Mapping[str, str | int]  # class of the data -> class of the teacher, by name or number
 
+_SYNSET = re.compile(r"n\d{8}")
+
 
 @dataclass(frozen=True)
 class Match:
@@ -24,10 +28,14 @@ class Match:
     Attributes:
         how: In words, for reports.
         outputs: The model's output of each class of the data; None where they are the same.
+        assumed: Whether the order of the model's classes is a guess, for want of names.
+        note: What the user should know about the guess.
     """
 
     how: str
     outputs: tuple[int, ...] | None = None
+    assumed: bool = False
+    note: str | None = None
 
 
 def match(
@@ -35,17 +43,23 @@ def match(
 ) -> Match:
     """Find a model's output of each class of the data.
 
-    Names are compared without regard to case, spaces, hyphens and underscores; commas part
-    synonyms, of which one is enough. Names that are mere numbers of the classes say nothing.
+    Names are compared without regard to case, spaces, hyphens, underscores and the form of
+    Unicode; whole numbers by their value, so that `007` is `7`. ImageNet's classes are known by
+    synset and by each of their synonyms. The order does not matter where names are known: outputs
+    are taken in the order of the data's classes.
+
+    Where the model has no names, or one side has only the numbers 0, 1, 2, ..., positions decide:
+    in the natural order of classes that are numbers, and in the data's order of others.
 
     Args:
         who: How messages call the model.
         its: Its class names in the order of its outputs, or only their number.
         classes: Of the data, in order.
-        class_map: Needed unless the classes are the same in the same order.
+        class_map: Needed where names differ or the assumed order is wrong.
 
     Raises:
-        UserError: If they are not, or the map does not give each class one output of its own.
+        UserError: If the classes are not the same, or the map does not give each class one output
+            of its own.
     """
     if class_map is not None:
         return Match("by the class map", _mapped(who, its, classes, class_map))
@@ -55,15 +69,31 @@ def match(
             f"{who} has {count} classes, the data have {len(classes)}: they must match, or "
             "--class-map FILE must say which are which"
         )
-    if isinstance(its, int) or _numbers(its) or _numbers(classes):
-        return Match("by their number alone")
-    for i, (a, b) in enumerate(zip(its, classes, strict=True)):
-        if not _same(a, b):
-            raise UserError(
-                f"{who} calls class {i} {a!r}, the data call it {b!r}"
-                f"{_reordered(its, classes)}: --class-map FILE must say which are which"
-            )
-    return Match("by name")
+    if isinstance(its, int) or _nameless(its):
+        return _by_position(classes)
+    outputs = _by_name(its, classes)
+    if outputs is not None:
+        same = outputs == tuple(range(count))
+        return Match("by name" if same else "by name, in another order", None if same else outputs)
+    if _counted(its) and not any(map(_is_number, classes)):
+        return _by_position(classes)
+    if _counted(classes) and not any(map(_is_number, its)):
+        return _by_position(classes)
+    raise UserError(f"{who} {_difference(its, classes)}: --class-map FILE must say which are which")
+
+
+def likely_orders(classes: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Orders in which the libraries that read class folders number classes of these names.
+
+    Returns:
+        The name of each order, and the classes in it, as positions in `classes`.
+    """
+    natural = sorted(range(len(classes)), key=lambda i: _natural(classes[i]))
+    plain = sorted(range(len(classes)), key=lambda i: classes[i])
+    return {
+        "natural order, as timm sorts folders": tuple(natural),
+        "the order of code points, as torchvision sorts folders": tuple(plain),
+    }
 
 
 def read_class_map(path: Path) -> dict[str, str | int]:
@@ -82,6 +112,31 @@ def read_class_map(path: Path) -> dict[str, str | int]:
             'numbers, as in {"cat": "tabby", "dog": 207}'
         )
     return found
+
+
+def read_class_maps(
+    text: str | None, names: Sequence[str]
+) -> tuple[dict[str, str | int] | None, ...]:
+    """The class map of each teacher; None where its classes are the data's.
+
+    Args:
+        text: One file for all teachers, or a comma-separated file for each in their order, where
+            nothing stands for none.
+        names: The teachers.
+
+    Raises:
+        UserError: If there are as many files as neither one nor teachers, or one cannot be read.
+    """
+    if text is None:
+        return (None,) * len(names)
+    files = [text] if Path(text).exists() else [part.strip() for part in text.split(",")]
+    if len(files) not in (1, len(names)):
+        raise UserError(
+            f"--class-map has {len(files)} files for {len(names)} teachers: give one for all, or "
+            "one for each, with nothing between the commas where the classes are the data's"
+        )
+    maps = [read_class_map(Path(file)) if file else None for file in files]
+    return tuple(maps) if len(maps) == len(names) else (maps[0],) * len(names)
 
 
 def with_synonyms(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -111,13 +166,18 @@ def imagenet(count: int) -> tuple[str, ...] | None:
     return tuple(f"{name}, {info.label_name_to_description(name)}" for name in info.label_names())
 
 
+def few(names: Sequence[str]) -> str:
+    """The first of many names, for messages."""
+    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+
+
 def _mapped(
     who: str, its: Sequence[str] | int, classes: Sequence[str], class_map: ClassMap
 ) -> tuple[int, ...]:
     if foreign := [name for name in class_map if name not in classes]:
         raise unknown("class of the data in the class map", foreign[0], classes)
     if left := [name for name in classes if name not in class_map]:
-        raise UserError(f"the class map leaves out {len(left)} of the data's classes: {_few(left)}")
+        raise UserError(f"the class map leaves out {len(left)} of the data's classes: {few(left)}")
     outputs = [_output(who, its, class_map[name]) for name in classes]
     for i, output in enumerate(outputs):
         if (j := outputs.index(output)) != i:
@@ -140,8 +200,7 @@ def _output(who: str, its: Sequence[str] | int, wanted: str | int) -> int:
             f"the class map asks for class {wanted!r} of {who}, whose class names are not known: "
             f"give numbers from 0 to {count - 1}"
         )
-    exact = [i for i, name in enumerate(its) if name == wanted]
-    found = exact or [i for i, name in enumerate(its) if _same(name, wanted)]
+    found = _candidates(wanted, its)
     if not found:
         near = difflib.get_close_matches(wanted, its, n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
@@ -167,28 +226,147 @@ def _is_class(value: object) -> bool:
     return isinstance(value, str | int) and not isinstance(value, bool)
 
 
-def _reordered(its: Sequence[str], classes: Sequence[str]) -> str:
-    known = set().union(*map(_synonyms, its))
-    same = all(known & _synonyms(name) for name in classes)
-    return " (the same names in another order)" if same else ""
+def _by_position(classes: Sequence[str]) -> Match:
+    """The match of a model that has no names; the order of its classes can only be assumed."""
+    k = len(classes)
+    numbers = all(map(_is_number, classes))
+    order = sorted(range(k), key=lambda i: int(classes[i])) if numbers else list(range(k))
+    named = "natural order" if numbers else "the data's order"
+    shown = ", ".join(classes[i] for i in order[:3]) + (", ..." if k > 3 else "")
+    outputs = tuple(order.index(i) for i in range(k))
+    return Match(
+        f"by position alone: outputs 0..{k - 1} taken as classes {shown}, {named}",
+        None if outputs == tuple(range(k)) else outputs,
+        assumed=True,
+        note=_disagreement(classes),
+    )
 
 
-def _numbers(names: Sequence[str]) -> bool:
-    """Whether the i-th name is i, or Hugging Face's LABEL_i, for every i."""
-    return all(name in (str(i), f"LABEL_{i}") for i, name in enumerate(names))
+def _disagreement(classes: Sequence[str]) -> str | None:
+    """A line where the order of a model's classes depends on who sorted the folders."""
+    natural, plain = likely_orders(classes).values()
+    if natural == plain:
+        return None
+    i = next(i for i, (a, b) in enumerate(zip(natural, plain, strict=True)) if a != b)
+    return (
+        "the libraries sort these class folders differently: output "
+        f"{i} is {classes[natural[i]]!r} for timm (natural order, without case) and "
+        f"{classes[plain[i]]!r} for torchvision (code points); if the order assumed is not that of "
+        "the training, --class-map FILE says which are which"
+    )
+
+
+def _by_name(its: Sequence[str], classes: Sequence[str]) -> tuple[int, ...] | None:
+    """The output of each class, where every class has exactly one of its own."""
+    tables = [_index(its, key) for key in _KEYS]
+    outputs = []
+    for i, name in enumerate(classes):
+        hits = (
+            {output for part in key(name) for output in table.get(part, ())}
+            for key, table in zip(_KEYS, tables, strict=True)
+        )
+        best = next(filter(None, hits), set())
+        # ImageNet has two cranes: where both sides have them at the same place, they are the same.
+        if len(best) != 1 and i not in best:
+            return None
+        outputs.append(i if len(best) > 1 else best.pop())
+    return tuple(outputs) if len(set(outputs)) == len(outputs) else None
+
+
+def _difference(its: Sequence[str], classes: Sequence[str]) -> str:
+    """In words, the first class of the data that the model does not have once."""
+    for name in classes:
+        hits = _candidates(name, its)
+        if not hits:
+            own = next((a for a in its if not _candidates(a, classes)), its[0])
+            return f"has no class {name!r} of the data, which have none such as its {own!r}"
+        if len(hits) > 1:
+            number = len(hits)
+            return f"has {number} classes that could be {name!r} of the data"
+    return "has one class that could be several of the data's"
+
+
+def _candidates(name: str, its: Sequence[str]) -> list[int]:
+    """The outputs that could be of a class: those of that very name, or else of a like one."""
+    for key in _KEYS:
+        wanted = key(name)
+        if found := [i for i, other in enumerate(its) if wanted & key(other)]:
+            return found
+    return []
+
+
+def _index(names: Sequence[str], key: Callable[[str], set[str]]) -> dict[str, set[int]]:
+    found: dict[str, set[int]] = {}
+    for i, name in enumerate(names):
+        for part in key(name):
+            found.setdefault(part, set()).add(i)
+    return found
+
+
+def _nameless(names: Sequence[str]) -> bool:
+    """Whether they are Hugging Face's LABEL_0, LABEL_1, ..., which say nothing."""
+    return all(name == f"LABEL_{i}" for i, name in enumerate(names))
+
+
+def _counted(names: Sequence[str]) -> bool:
+    """Whether they are the numbers 0, 1, 2, ..., as of an array of labels, in any order."""
+    return all(map(_is_number, names)) and {*map(int, names)} == {*range(len(names))}
+
+
+def _is_number(name: str) -> bool:
+    return name.isdecimal()
+
+
+def _natural(name: str) -> list[int | str]:
+    """timm's key: without case, and numbers in the name by their value."""
+    parts = re.split(r"(\d+)", name.lower())
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
 def _same(a: str, b: str) -> bool:
-    return _plain(a) == _plain(b) or bool(_synonyms(a) & _synonyms(b))
+    return any(key(a) & key(b) for key in _KEYS)
+
+
+def _itself(name: str) -> set[str]:
+    return {name}
+
+
+def _spelt(name: str) -> set[str]:
+    return {_plain(name)}
 
 
 def _synonyms(name: str) -> set[str]:
-    return {_plain(part) for part in name.split(",")} - {""}
+    """Spellings that mean the same: the value of a number, the synonyms of a class of ImageNet.
+
+    A comma parts synonyms in ImageNet's own descriptions alone; elsewhere it is part of the name.
+    """
+    if _is_number(name):
+        return {str(int(name))}
+    parts = {_plain(part) for part in name.split(",")} - {""}
+    synset = name.partition(",")[0].strip()
+    if _SYNSET.fullmatch(synset):
+        description = name.partition(",")[2]
+        return {_plain(name), *parts} | ({_plain(description)} if description else set())
+    known = _descriptions().get(_plain(name)) if "," in name else None
+    return {_plain(name), *parts, known} if known else {_plain(name)}
 
 
+# From the closest to the widest sense in which two names can be the same.
+_KEYS = (_itself, _spelt, _synonyms)
+
+
+@lru_cache
+def _descriptions() -> Mapping[str, str]:
+    """The synset of each of ImageNet's descriptions, such as `tench, Tinca tinca`."""
+    from timm.data.imagenet_info import ImageNetInfo
+
+    info = ImageNetInfo("imagenet-22k")
+    return {_plain(info.label_name_to_description(name)): name for name in info.label_names()}
+
+
+@lru_cache(maxsize=65536)
 def _plain(name: str) -> str:
-    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+    # Folders of one name come in two forms of Unicode: macOS takes letters and accents apart.
+    whole = unicodedata.normalize("NFD", name).casefold()
+    whole = unicodedata.normalize("NFC", whole)
+    return " ".join(whole.replace("_", " ").replace("-", " ").split())

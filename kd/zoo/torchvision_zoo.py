@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from dsdistill.harness.errors import unknown
-from kd.zoo import labels
+from kd.zoo import labels, weights
 from kd.zoo.wants import Shape, Wants, interpolation
 
 CHANNELS = 3
@@ -30,8 +30,8 @@ def check(name: str) -> None:
 
 def wants(name: str) -> Wants:
     """What the published weights want."""
-    weights = _weights(name)
-    prepare = weights.transforms()
+    published = _weights(name)
+    prepare = published.transforms()
     (side,), (whole,) = prepare.crop_size, prepare.resize_size
     return Wants(
         tuple(prepare.mean),
@@ -39,7 +39,7 @@ def wants(name: str) -> Wants:
         (side, side),
         interpolation(prepare.interpolation.value),
         side / whole,
-        labels.with_synonyms(tuple(weights.meta["categories"])),
+        labels.with_synonyms(tuple(published.meta["categories"])),
     )
 
 
@@ -65,9 +65,9 @@ def network(
 
     check(name)
     if pretrained:
-        weights = _weights(name)
-        made = models.get_model(name, weights=weights, progress=False)
-        return _with_outputs(made, len(weights.meta["categories"]), classes)
+        published = _weights(name)
+        made = models.get_model(name, weights=published, progress=False)
+        return _with_outputs(made, len(published.meta["categories"]), classes)
     extra: dict[str, Any] = dict(config or {})
     if name in _AUXILIARY:
         extra |= {"aux_logits": False, "init_weights": True}
@@ -102,12 +102,7 @@ def _with_outputs(network: nn.Module, old: int, new: int) -> nn.Module:
     """With a new last layer, where another number of classes is wanted."""
     if new == old:
         return network
-    ends = [
-        (name, layer)
-        for name, layer in network.named_modules()
-        if getattr(layer, "out_features", getattr(layer, "out_channels", None)) == old
-    ]
-    name, layer = ends[-1]
+    name, layer = weights.layers_of(network, old)[-1]
     parent, _, attribute = name.rpartition(".")
     if isinstance(layer, nn.Conv2d):  # of SqueezeNet
         fresh: nn.Module = nn.Conv2d(layer.in_channels, new, layer.kernel_size)  # pyright: ignore[reportArgumentType]

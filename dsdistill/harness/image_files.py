@@ -1,0 +1,127 @@
+"""One image file as people see it: upright, its first frame, 8 bits, grayscale or colour.
+
+Both packages decode with `read`, so that an image has the same pixels whether it is kept in a cache
+or streamed. The pixels are those of Pillow's `convert`, as in torchvision and timm, except where
+that loses the image:
+
+- EXIF orientation is applied.
+- Transparent pixels are laid on white. `convert` shows the colour that lies hidden under them.
+- 16-bit grayscale is divided by 257, and 12-bit grayscale by 4095/255, so that the depth that the
+  file declares becomes 0 to 255. `convert` clips it at 255.
+- Grayscale with more bits or of real numbers has no known range and counts as unreadable.
+
+Colour profiles (ICC) are not applied, as nowhere else.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MODES = {1: "L", 3: "RGB"}  # Pillow's names, by channels
+# Opened by an external program (EPS, WMF), no pictures (MPEG), or mere stubs for plugins.
+NOT_READ = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5", "IPTC"}
+SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+LFS = b"version https://git-lfs"
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are read; no file runs another program."""
+    Image.init()  # loads every format Pillow knows
+    return tuple(sorted(set(Image.OPEN) - NOT_READ))
+
+
+@cache
+def extensions() -> frozenset[str]:
+    """Extensions of those formats, in lower case and with the dot."""
+    known = Image.registered_extensions().items()
+    return frozenset(extension for extension, name in known if name in formats())
+
+
+def is_signed(path: Path | str) -> bool:
+    """Whether a file begins as an image does; for names without an extension."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(12)
+    except OSError:
+        return False
+    return start.startswith(SIGNATURES) or (start[:4] == b"RIFF" and start[8:] == b"WEBP")
+
+
+def read(file: BinaryIO | Path, channels: int | None = None) -> Image.Image:
+    """The image, decoded.
+
+    Args:
+        file: Open for reading, or a path.
+        channels: 1 or 3; None keeps what the file has.
+
+    Returns:
+        An image of mode `L` or `RGB`.
+
+    Raises:
+        Exception: A damaged file has many ways to fail; `reason` makes one line of them.
+    """
+    with Image.open(file, formats=formats()) as image:
+        ImageOps.exif_transpose(image, in_place=True)  # else it would copy every image
+        plain = _plain(image)
+    mode = MODES[channels] if channels else plain.mode
+    return plain if plain.mode == mode else plain.convert(mode)
+
+
+def is_gray(path: Path) -> bool | None:
+    """Whether a file has one channel, by its header alone; None if it cannot be read."""
+    try:
+        with Image.open(path, formats=formats()) as image:
+            return _has_one_channel(image)
+    except Exception:  # a damaged file has many ways to fail
+        return None
+
+
+def reason(error: Exception, path: Path | None = None) -> str:
+    """Why an image could not be read, in one line without its path."""
+    if isinstance(error, UnidentifiedImageError):
+        return _foreign(path) if path is not None else "not an image"
+    # Of a file's own error the reason alone: its text repeats the path.
+    text = getattr(error, "strerror", None) or str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _foreign(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(LFS))
+    except OSError:
+        return "not an image"
+    if not start:
+        return "an empty file"
+    return "a Git LFS pointer: run git lfs pull" if start == LFS else "not an image"
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    """The image as 8-bit grayscale or RGB, whichever its mode is closer to."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        # Pillow's own conversion has clipped at 255 in some releases and shifted in others.
+        values = np.asarray(image).astype(np.float64)
+        gray = np.rint(values * (255 / _largest(image))).astype(np.uint8)
+        gray[values == image.info.get("transparency", -1)] = 255
+        return Image.fromarray(gray)
+    if image.mode in ("I", "F"):
+        raise ValueError("pixels of 32 bits have no known range: convert it to 8 or 16 bits")
+    mode = "L" if _has_one_channel(image) else "RGB"
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert(mode)
+
+
+def _has_one_channel(image: Image.Image) -> bool:
+    return image.mode in ("1", "L", "LA", "La", "I", "F") or image.mode.startswith("I;16")
+
+
+def _largest(image: Image.Image) -> int:
+    """The value of white; of a TIFF by its bits, all else is scaled to 16 by Pillow."""
+    bits = getattr(image, "tag_v2", {}).get(258)
+    return 2 ** int(bits[0]) - 1 if bits else 65535

@@ -1,0 +1,506 @@
+"""Which files of a folder are images of which class, and for training, validation or test.
+
+    photos/train/cat/1.jpg    photos/val/cat/7.jpg    photos/test/cat/9.jpg     three parts
+    photos/Training/cat/1.jpg photos/Testing/cat/7.jpg                          two
+    photos/cat/1.jpg          photos/dog/2.jpg                                  none
+
+The names of the parts are those that torchvision, timm and Hugging Face know, in any case, alone or
+with something else that all parts share (`seg_train` and `seg_test`, `train2017` and `val2017`).
+`test` is tested on and `val` chosen by. Where there is no `test` with classes, `val` is tested on
+and the images to choose by are held out of `train`, as with a folder that has no parts at all.
+
+Nothing is read here but folders, and files without an extension.
+"""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dsdistill.harness import class_names, image_files, progress
+from dsdistill.harness.labeled import DataError
+
+KEYWORDS = {  # of a part: Hugging Face's, which include those of timm and torchvision
+    "train": ("train", "training"),
+    "validation": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+PARTS = {keyword: part for part, keywords in KEYWORDS.items() for keyword in keywords}
+_WORDS = "|".join(sorted(PARTS, key=len, reverse=True))
+_WITHIN = re.compile(rf"(?<![a-z])({_WORDS})(?:set)?(?![a-z])")
+# Leftovers of other programs, beside names that begin with a dot.
+LEFTOVERS = {"__macosx", "@eadir", "__pycache__", "lost+found", "$recycle.bin", "#recycle"}
+LEFTOVERS |= {"system volume information", "thumbs.db", "desktop.ini"}
+DEPTH = 3  # folders in folders that are followed, as unpacking archives leaves them
+ANNOTATIONS = "val_annotations.txt"  # of Tiny-ImageNet: name of a file, tab, class, and a box
+
+
+@dataclass
+class LeftOut:
+    """What lies among the images and is not read.
+
+    Attributes:
+        files: How many, by extension.
+        broken: Links to nothing.
+        hidden: Images whose name begins with a dot.
+        folders: With images, and no part of the data set.
+        loose: Images beside the class folders.
+    """
+
+    files: Counter[str] = field(default_factory=Counter)
+    broken: int = 0
+    hidden: int = 0
+    folders: list[str] = field(default_factory=list)
+    loose: int = 0
+
+    def __str__(self) -> str:
+        kinds = sorted(self.files.items(), key=lambda item: (-item[1], item[0]))
+        parts = [f"{count:,} {kind}" for kind, count in kinds[:5]]
+        if len(self.files) > 5:
+            parts.append(f"{sum(self.files.values()):,} files that are no images in all")
+        parts += [f"{self.broken:,} broken link{'s' * (self.broken > 1)}"] if self.broken else []
+        parts += [f"{self.hidden:,} hidden"] if self.hidden else []
+        parts += [f"{self.loose:,} beside the class folders"] if self.loose else []
+        return ", ".join(parts + self.folders)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The images of one part.
+
+    Attributes:
+        folder: Where they lie.
+        classes: Names, in label order.
+        files: Paths, class by class.
+        labels: A class index each.
+    """
+
+    folder: Path
+    classes: tuple[str, ...]
+    files: list[Path]
+    labels: list[int]
+
+    def in_order(self, classes: Sequence[str]) -> "Part":
+        """The part with its classes in another order.
+
+        Args:
+            classes: The same classes, as `class_names.match` has it.
+        """
+        order = class_names.match(classes, self.classes)
+        assert order is not None, f"{classes} and {self.classes} are other classes"
+        members: list[list[Path]] = [[] for _ in self.classes]
+        for file, label in zip(self.files, self.labels, strict=True):
+            members[label].append(file)
+        files = [file for label in order for file in members[label]]
+        labels = [new for new, old in enumerate(order) for _ in members[old]]
+        return Part(self.folder, tuple(classes), files, labels)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The images of a folder by part.
+
+    Attributes:
+        root: The folder, or the one inside it that holds the data.
+        train: All of them where the folder has no parts.
+        validation, test: None where the folder has none.
+        left_out: In words; empty where nothing is.
+    """
+
+    root: Path
+    train: Part
+    validation: Part | None
+    test: Part | None
+    left_out: str
+
+    @property
+    def files(self) -> list[Path]:
+        """All images: of training, validation and test."""
+        return [file for part in self._parts for file in part.files]
+
+    @property
+    def labels(self) -> list[int]:
+        """One class index a file."""
+        return [label for part in self._parts for label in part.labels]
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """Where among `files` the training and the validation images end."""
+        train = len(self.train.files)
+        return train, train + (len(self.validation.files) if self.validation else 0)
+
+    @property
+    def _parts(self) -> list[Part]:
+        return [part for part in (self.train, self.validation, self.test) if part]
+
+    def say(self, train: int, validation: int, test: int) -> None:
+        """Tell the user what was taken for what, and the order of the classes if it matters."""
+        progress.note(self.summary(train, validation, test))
+        if order := class_names.order_note(self.train.classes):
+            progress.note(f"{shown(self.root)}: {order}")
+
+    def summary(self, train: int, validation: int, test: int) -> str:
+        """One line on what was taken for what; the numbers are those of the images used."""
+        inside = _inside(self.root, self.train.folder)
+        held = f"held out of {inside or 'them'}"
+        words = (
+            f"{train:,} training images of {len(self.train.classes)} classes{_from(inside)}",
+            f"{validation:,} for validation, "
+            + (f"from {_inside(self.root, self.validation.folder)}" if self.validation else held),
+            f"{test:,} for the test, "
+            + (f"from {_inside(self.root, self.test.folder)}" if self.test else held),
+        )
+        line = f"{shown(self.root)}: {'; '.join(words)}"
+        return line + (f"; left out: {self.left_out}" if self.left_out else "")
+
+
+def list_folder(path: Path, classes: Sequence[str] | None = None) -> Layout:
+    """Find the images of a folder.
+
+    Args:
+        path: The folder.
+        classes: The order of the classes, where it is known; it is kept if the folder has just
+            these classes, by name or, where all are numbers, by value.
+
+    Raises:
+        DataError: If the folders do not make a data set, or could make several.
+        OSError: If one of them cannot be read.
+    """
+    if not path.is_dir():
+        raise DataError(f"no such folder: {shown(path)}")
+    left_out = LeftOut()
+    root = _descend(path)
+    roles = _parts(root, left_out)
+    train = _read_part(roles.get("train", root), (root,), left_out)
+    order = class_names.ordered(train.classes)
+    if classes is not None and class_names.match(classes, train.classes) is not None:
+        order = tuple(classes)
+    train = train.in_order(order)
+    others: dict[str, Part | None] = {
+        name: _evaluated(roles[name], root, train, left_out) for name in roles if name != "train"
+    }
+    validation, test = others.get("validation"), others.get("test")
+    if test is None:
+        validation, test = None, validation
+    return Layout(root, train, validation, test, str(left_out))
+
+
+def shown(path: Path) -> str:
+    """A path for messages."""
+    return class_names.printable(str(path))
+
+
+def _descend(path: Path, *, part: bool = False) -> Path:
+    """The folder that holds the data: `zipped/zipped` where `zipped` holds nothing else.
+
+    Args:
+        path: Where to begin.
+        part: Whether it is one part, in which a folder `train` holds classes and is no part.
+    """
+    inner = path
+    for _ in range(DEPTH + 1):
+        inside = [folder for folder in _folders(inner) if _holds_images(folder)]
+        if len(inside) > 1 or (len(inside) == 1 and _part_name(inside[0].name) and not part):
+            return inner
+        if not inside or _has_loose_images(inner):
+            break
+        inner = inside[0]
+    return path
+
+
+def _parts(root: Path, left_out: LeftOut) -> dict[str, Path]:
+    """The folder of each part; none where `root` holds class folders."""
+    folders = [folder for folder in _folders(root) if _holds_images(folder)]
+    named: dict[str, list[Path]] = {}
+    for folder in folders:
+        if part := _part_name(folder.name):
+            named.setdefault(part, []).append(folder)
+    for part, candidates in _compounds(folders).items():
+        named.setdefault(part, candidates)
+    taken = {folder for candidates in named.values() for folder in candidates}
+    others = [folder for folder in folders if folder not in taken]
+    if not named or _are_classes(root, named, others):
+        return {}
+    parts = {part: _one(root, candidates) for part, candidates in named.items()}
+    if "train" not in parts:
+        raise DataError(
+            f"{shown(root)} has {_names(parts.values())} and no train folder: name the one to "
+            f"train on {shown(root / 'train')}, or give its path"
+        )
+    if not _is_labelled(parts["train"]):
+        raise DataError(
+            f"{shown(parts['train'])} has images and no class folders: expected one folder of "
+            "images a class"
+        )
+    for folder in (*others, *sorted(taken - {*parts.values()})):
+        left_out.folders.append(f"{_inside(root, folder)} (no part)")
+    for folder in _folders(root):
+        if _part_name(folder.name) and folder not in folders:
+            left_out.folders.append(f"{_inside(root, folder)} (no images)")
+    left_out.loose += _loose_images(root)
+    return parts
+
+
+def _part_name(name: str) -> str | None:
+    """Which part a folder's name means by itself."""
+    return PARTS.get(name.casefold())
+
+
+def _compounds(folders: Sequence[Path]) -> dict[str, list[Path]]:
+    """Folders such as `seg_train` and `seg_test`, whose names differ in the word of the part."""
+    stems: dict[str, dict[str, list[Path]]] = {}
+    for folder in folders:
+        name = folder.name.casefold()
+        if len(words := _WITHIN.findall(name)) == 1:
+            parts = stems.setdefault(_WITHIN.sub("", name), {})
+            parts.setdefault(PARTS[words[0]], []).append(folder)
+    whole = [
+        parts
+        for parts in stems.values()
+        if "train" in parts and len(parts) > 1 and _is_labelled(parts["train"][0])
+    ]
+    return whole[0] if len(whole) == 1 else {}
+
+
+def _are_classes(root: Path, named: dict[str, list[Path]], others: Sequence[Path]) -> bool:
+    """Whether folders that are named as parts are classes, as a train among vehicles is.
+
+    Raises:
+        DataError: If nobody can know.
+    """
+    labelled = {part for part, candidates in named.items() if any(map(_is_labelled, candidates))}
+    if not others or {"train"} < labelled:
+        return False
+    if not labelled and len(named) == 1:
+        return True
+    parts = [folder for candidates in named.values() for folder in candidates]
+    raise DataError(
+        f"{shown(root)} has {_names(parts)} beside {_names(others)}: if they are parts, give the "
+        "path of one, or move the others away; if they are classes, rename them"
+    )
+
+
+def _one(root: Path, candidates: Sequence[Path]) -> Path:
+    """The one folder of a part, or of several the one that has classes.
+
+    Raises:
+        DataError: If several have.
+    """
+    labelled = [folder for folder in candidates if _is_labelled(folder)]
+    if len(labelled) > 1:
+        raise DataError(
+            f"{shown(root)} has {_names(labelled)}, which mean the same part: leave one of them, "
+            "or move the other away"
+        )
+    return (labelled or candidates)[0]
+
+
+def _is_labelled(folder: Path) -> bool:
+    """Whether the images of a part have classes; those of a hidden test often have none."""
+    return (folder / ANNOTATIONS).is_file() or any(map(_holds_images, _folders(folder)))
+
+
+def _evaluated(folder: Path, root: Path, train: Part, left_out: LeftOut) -> Part | None:
+    """A part beside that of training, in the order of its classes; None if it has no classes.
+
+    Raises:
+        DataError: If its classes are others.
+    """
+    inside = [f for f in _folders(folder) if _holds_images(f)]
+    alone = len(inside) == 1 and class_names.from_folder(inside[0].name) not in train.classes
+    flat = alone and not any(map(_holds_images, _folders(inside[0])))
+    if not (folder / ANNOTATIONS).is_file() and (not inside or flat):
+        left_out.folders.append(f"{_inside(root, folder)} (images without classes)")
+        return None
+    part = _read_part(folder, (root,), left_out)
+    if class_names.match(train.classes, part.classes) is None:
+        different = sorted({*train.classes} ^ {*part.classes})
+        raise DataError(
+            f"{shown(train.folder)} and {shown(folder)} must have the same classes: "
+            f"only one of them has {some(different)}"
+        )
+    return part.in_order(train.classes)
+
+
+def _read_part(folder: Path, above: tuple[Path, ...], left_out: LeftOut) -> Part:
+    """The classes and files of one part, in the order of their folders.
+
+    Raises:
+        DataError: If there are fewer than two classes, one has no images, or two have one name.
+    """
+    if (folder / ANNOTATIONS).is_file():
+        return _annotated(folder, left_out)
+    inside = _descend(folder, part=True)
+    above, folder = (*above, folder), inside
+    folders: dict[str, Path] = {}
+    for path in _folders(folder):
+        name = class_names.from_folder(path.name)
+        if name in folders:
+            raise DataError(
+                f"{shown(folder)} has two folders of one name, {name!r}, which differ in how "
+                "they write it: merge them, or rename one"
+            )
+        folders[name] = path
+    if not folders:
+        raise DataError(
+            f"{shown(folder)} has no class folders: expected one folder of images a class"
+        )
+    if len(folders) == 1:
+        raise DataError(
+            f"{shown(folder)} has one class folder, {next(iter(folders))!r}: expected at least two"
+        )
+    left_out.loose += _loose_images(folder)
+    left_out.broken += _broken_links(folder)
+    files, labels = [], []
+    for label, path in enumerate(folders.values()):
+        other = LeftOut()
+        images = sorted(_images(path, {_identity(p) for p in (*above, folder)}, other))
+        if not images:
+            what = f" ({other})" if str(other) else ""
+            raise DataError(f"class folder {shown(path)} has no images{what}: remove it")
+        left_out.files.update(other.files)
+        left_out.broken += other.broken
+        left_out.hidden += other.hidden
+        files += images
+        labels += [label] * len(images)
+    return Part(folder, tuple(folders), files, labels)
+
+
+def _annotated(folder: Path, left_out: LeftOut) -> Part:
+    """A part whose classes stand in a text file, as Tiny-ImageNet's validation images.
+
+    Raises:
+        DataError: If the file cannot be read, or names an image that is not there.
+    """
+    path = folder / ANNOTATIONS
+    found: dict[Path, str] = {}
+    where = folder / "images" if (folder / "images").is_dir() else folder
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except ValueError as error:
+        raise DataError(f"{shown(path)} is no text: {error}") from error
+    for number, line in enumerate(filter(str.strip, lines), start=1):
+        name, _, rest = line.partition("\t")
+        label = class_names.from_folder(rest.partition("\t")[0].strip())
+        file = where / name
+        if not label or Path(name).name != name or not file.is_file():
+            raise DataError(
+                f"{shown(path)}: line {number} must be the name of a file in {shown(where)}, a "
+                f"tab and a class, got {class_names.printable(line[:60])!r}"
+            )
+        found[file] = label
+    classes = class_names.ordered(sorted({*found.values()}))
+    if len(classes) < 2:
+        raise DataError(f"{shown(path)} names {len(classes)} classes: expected at least two")
+    unnamed = sum(1 for file in _images(where, set(), LeftOut()) if file not in found)
+    if unnamed:
+        left_out.folders.append(f"{unnamed:,} images that {ANNOTATIONS} does not name")
+    index = {name: label for label, name in enumerate(classes)}
+    files = sorted(found, key=lambda file: (index[found[file]], file))
+    return Part(folder, classes, files, [index[found[file]] for file in files])
+
+
+def _folders(path: Path) -> list[Path]:
+    """The folders inside that may hold images, links to folders among them, in order of names."""
+    with os.scandir(path) as entries:
+        names = [entry.name for entry in entries if entry.is_dir() and not _is_leftover(entry.name)]
+    return [path / name for name in sorted(names)]
+
+
+def _is_leftover(name: str) -> bool:
+    return name[0] == "." or name.casefold() in LEFTOVERS
+
+
+def _holds_images(folder: Path) -> bool:
+    return next(_images(folder, set(), LeftOut()), None) is not None
+
+
+def _has_loose_images(folder: Path) -> bool:
+    return next(_direct_images(folder), None) is not None
+
+
+def _loose_images(folder: Path) -> int:
+    return sum(1 for _ in _direct_images(folder))
+
+
+def _direct_images(folder: Path) -> Iterator[Path]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name[0] != "." and entry.is_file() and _is_image(entry):
+                yield Path(entry.path)
+
+
+def _images(folder: Path, above: set[tuple[int, int]], left_out: LeftOut) -> Iterator[Path]:
+    """The images at any depth, as some data sets nest them.
+
+    Links are followed, each folder once: a link back to one above it would never end.
+
+    Args:
+        folder: Of a class.
+        above: Identities of the folders that hold it.
+        left_out: Counts what is passed over.
+    """
+    seen, waiting = set(above), [folder]
+    while waiting:
+        where = waiting.pop()
+        if (identity := _identity(where)) in seen:
+            continue
+        seen.add(identity)
+        with os.scandir(where) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    if not _is_leftover(entry.name):
+                        waiting.append(Path(entry.path))
+                elif entry.is_symlink() and not entry.is_file():
+                    left_out.broken += 1
+                elif _is_image(entry):
+                    if entry.name[0] != ".":
+                        yield Path(entry.path)
+                    else:
+                        left_out.hidden += 1
+                elif entry.name[0] != "." and entry.name.casefold() not in LEFTOVERS:
+                    left_out.files[_kind(entry.name)] += 1
+
+
+def _broken_links(folder: Path) -> int:
+    with os.scandir(folder) as entries:
+        return sum(e.is_symlink() and not (e.is_dir() or e.is_file()) for e in entries)
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    """By the extension; a file that has none is looked into."""
+    extension = os.path.splitext(entry.name)[1].lower()
+    if extension in image_files.extensions():
+        return True
+    plain = not re.fullmatch(r"\.[a-z][a-z0-9]*", extension)
+    return plain and entry.name[0] != "." and entry.is_file() and image_files.is_signed(entry.path)
+
+
+def _kind(name: str) -> str:
+    """What a file that is no image is called where such are counted."""
+    extension = os.path.splitext(name)[1].lower()
+    return class_names.printable(extension) if extension else "without extension"
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_dev, found.st_ino
+
+
+def _inside(root: Path, folder: Path) -> str:
+    return "" if folder == root else f"{shown(folder.relative_to(root))}/"
+
+
+def _from(inside: str) -> str:
+    return f" from {inside}" if inside else ""
+
+
+def _names(folders: Iterable[Path]) -> str:
+    return some([f"{class_names.printable(folder.name)}/" for folder in folders])
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few of a list, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

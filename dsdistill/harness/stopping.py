@@ -1,0 +1,127 @@
+"""A stop by hand or by a scheduler: Ctrl-C and SIGTERM as a flag that a loop asks.
+
+Python runs a signal's handler between any two instructions, in a callback of JAX or of the garbage
+collector too, and an exception raised there is printed and lost. So inside `watch` the first signal
+sets a flag alone, which the loop asks after each step; a later one raises KeyboardInterrupt at
+once, and one more ends the process. Outside it the first one raises, and the flag stays up for a
+loop that comes later.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Seconds in which a second signal counts as the first: a launcher passes on a Ctrl-C that the
+# terminal has sent to its processes as well.
+ECHO = 1.0
+
+
+class Stopped(KeyboardInterrupt):
+    """A command that was told to stop; the message says what is kept and how it goes on."""
+
+
+class Flag:
+    """The handler of both signals.
+
+    Attributes:
+        requested: Whether a stop was asked for.
+        waits: Whether a loop is at work that asks for the flag.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.waits = False
+        self._since = 0.0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.requested and now - self._since < ECHO:
+            return
+        first, self.requested, self._since = not self.requested, True, now
+        if self.waits and first:
+            # Not print: the signal may have come in the middle of one.
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nstopping after this step; once more ends at once\n")
+            return
+        if not first:
+            for each in SIGNALS:
+                signal.signal(each, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """End what is at work if a stop was asked for.
+
+        Raises:
+            KeyboardInterrupt: If one was.
+        """
+        if self.requested:
+            raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def handled() -> Iterator[Flag]:
+    """Let both signals raise KeyboardInterrupt, and be noticed by every `watch` inside.
+
+    For a command. A signal that is ignored stays so, as SIGINT is in a shell's background.
+
+    Yields:
+        The flag. In a thread other than the main one, and where another library handles the
+        signals, it follows nothing.
+    """
+    flag, before = Flag(), {}
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, flag)
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is flag:
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[Flag]:
+    """Let the first signal set a flag instead of raising; for a loop that asks after each step.
+
+    Yields:
+        The flag; up already if an earlier exception of a signal was lost.
+    """
+    current = [signal.getsignal(number) for number in SIGNALS]
+    flags = [handler for handler in current if isinstance(handler, Flag)]
+    with contextlib.nullcontext(flags[0]) if flags else handled() as flag:
+        waited, flag.waits = flag.waits, True
+        try:
+            yield flag
+        finally:
+            flag.waits = waited
+
+
+def interruptible(work: Callable[[], Value]) -> Value:
+    """Call a function that spends minutes outside Python, where no handler runs before its end.
+
+    A signal ends the wait for it. The work goes on in its thread, and ends with the process.
+    """
+    outcome: dict[str, Any] = {}
+
+    def run() -> None:
+        try:
+            outcome["value"] = work()
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["value"]
