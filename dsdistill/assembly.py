@@ -9,7 +9,7 @@ import numpy as np
 
 from dsdistill import arms, foreign
 from dsdistill.foreign import Stated
-from dsdistill.harness import artifact, controls, datasets, lists, origin, preprocess
+from dsdistill.harness import artifact, controls, datasets, lists, origin, preprocess, progress
 from dsdistill.harness.artifact import Distilled
 from dsdistill.harness.datasets import Splits
 from dsdistill.harness.errors import UserError, unknown
@@ -162,6 +162,7 @@ def _published(options: Evaluate) -> tuple[Distilled, Splits]:
     loaded = foreign.load(
         options.run, splits.train, stated, preprocess=fitted, data=splits.name, chunks=chunks
     )
+    progress.say(f"{options.run}: {'; '.join(loaded.provenance['notes'])}")
     return loaded, splits
 
 
