@@ -75,7 +75,7 @@ def assembled(options: Evaluate) -> Parts:
         _learner(name, distilled, options) for name in lists.names("--learners", options.learners)
     ]
     train = Examples(splits.train, distilled.preprocess)
-    _check_controls(names, splits.train, arms.images_per_class(distilled))
+    check_controls(names, splits.train, arms.images_per_class(distilled))
     data = {
         "sha256": splits.digest,
         "train": len(splits.train),
@@ -119,7 +119,7 @@ def _check(options: Evaluate) -> None:
         raise UserError("--resume needs --out, the folder of the evaluation to continue")
 
 
-def _check_controls(names: Sequence[str], train: Labeled, per_class: int) -> None:
+def check_controls(names: Sequence[str], train: Labeled, per_class: int) -> None:
     """Refuse controls that need more images of a class than there are."""
     counts = np.bincount(train.labels, minlength=len(train.classes))
     scarce = int(counts.argmin())

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
+from dsdistill import assembly, scorecard
 from dsdistill.harness import evaluate as protocol
 from dsdistill.harness import judges, labeled, results
 from dsdistill.harness.errors import UserError
@@ -417,3 +418,34 @@ def test_stored_bytes_count_labels_as_they_are():
     assert protocol.stored_bytes(plain) == 10 * (16 + 1)
     soft = replace(plain, targets=np.zeros((10, 2), np.float32))
     assert protocol.stored_bytes(soft) == 10 * (16 + 8)
+
+
+def _answers(confusion, arm="distilled"):
+    return results.Result(arm, "mlp", False, 0, 10, 10, confusion=confusion)
+
+
+def test_an_accuracy_that_is_the_share_of_a_class_is_said():
+    """Eight of ten test images are dark: answering it always has 80 %."""
+    images = np.zeros((10, 1, 1, 1), np.float32)
+    test = Labeled(images, np.array([0] * 8 + [1] * 2), ("dark", "light"))
+    always, mixed = _answers([[8, 0], [2, 0]]), _answers([[7, 1], [0, 2]], "random")
+    share, constant = scorecard.majority([always, mixed], test)
+    assert share.startswith("80.0% of the test images are of class 'dark'")
+    assert "mlp on distilled answers 'dark' to every test image" in constant
+    assert "80.0%" in constant
+    even = Labeled(images, np.arange(10) % 2, ("dark", "light"))
+    assert scorecard.majority([_answers([[4, 1], [1, 4]])], even) == []
+    # Of several seeds one that answers otherwise is enough.
+    assert len(scorecard.majority([always, _answers([[7, 1], [2, 0]])], test)) == 1
+
+
+def test_controls_that_cannot_be_drawn_are_refused_before_anything_is_trained():
+    train = Labeled(
+        np.zeros((5, 1, 1, 1), np.float32), np.array([0, 0, 0, 1, 1]), ("dark", "light")
+    )
+    assembly.check_controls(("random", "full"), train, 2)
+    assembly.check_controls(("full",), train, 3)
+    with pytest.raises(
+        UserError, match="3 images per class, .* 2 training images of class 'light'"
+    ):
+        assembly.check_controls(("random", "full"), train, 3)
