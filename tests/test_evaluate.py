@@ -446,6 +446,6 @@ def test_controls_that_cannot_be_drawn_are_refused_before_anything_is_trained():
     assembly.check_controls(("random", "full"), train, 2)
     assembly.check_controls(("full",), train, 3)
     with pytest.raises(
-        UserError, match="3 images per class, .* 2 training images of class 'light'"
+        UserError, match=r"3 images per class, .* 2 training images of class 'light'"
     ):
         assembly.check_controls(("random", "full"), train, 3)
