@@ -55,6 +55,7 @@ def of(
         replace(
             controls.arm(name, train, per_class),
             identity={"data": data} | ({} if name == "full" else {"images_per_class": per_class}),
+            images=len(train) if name == "full" else per_class * len(distilled.classes),
         )
         for name in names
     ]
@@ -82,7 +83,7 @@ def prepared(preprocess: Preprocess) -> str:
 
 
 def _fixed(name: str, examples: Examples, identity: dict[str, Any]) -> Arm:
-    return Arm(name, lambda seed: examples, fixed=True, identity=identity)
+    return Arm(name, lambda seed: examples, fixed=True, identity=identity, images=len(examples))
 
 
 def _answers(teacher: Logits, examples: Examples) -> Float[np.ndarray, "n k"]:

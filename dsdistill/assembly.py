@@ -1,6 +1,7 @@
 """From the options of `dsdistill evaluate` to all its parts, checked before anything is trained."""
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,20 +9,19 @@ import numpy as np
 
 from dsdistill import arms, foreign
 from dsdistill.foreign import Stated
-from dsdistill.harness import artifact, controls, datasets, lists, preprocess
+from dsdistill.harness import artifact, controls, datasets, lists, origin, preprocess, progress
 from dsdistill.harness.artifact import Distilled
 from dsdistill.harness.datasets import Splits
 from dsdistill.harness.errors import UserError, unknown
 from dsdistill.harness.evaluate import Arm, Augmentable, Learner
 from dsdistill.harness.judges import Judges
-from dsdistill.harness.labeled import Examples, Labeled, balanced
+from dsdistill.harness.labeled import Examples, Labeled, balanced, joined_chunks
 from dsdistill.options import Evaluate
 
-VALIDATION = 0.1  # for a set that held no validation images out itself
 JUDGED = 2000  # validation images, class-balanced, that choose rates and calibrate
 RIDGE = 1e-6  # relative, of kernel ridge regression on a set that does not say its own
 KERNEL = "fc"  # of `ridge` on a set that was made without a kernel
-STATED = ("pixels", "labels", "mean", "std", "layout")  # options of a set from elsewhere
+STATED = ("pixels", "labels", "mean", "std", "layout", "tiles")  # options of a set from elsewhere
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +75,7 @@ def assembled(options: Evaluate) -> Parts:
         _learner(name, distilled, options) for name in lists.names("--learners", options.learners)
     ]
     train = Examples(splits.train, distilled.preprocess)
+    check_controls(names, splits.train, arms.images_per_class(distilled))
     data = {
         "sha256": splits.digest,
         "train": len(splits.train),
@@ -95,7 +96,13 @@ def assembled(options: Evaluate) -> Parts:
             Examples(_few(splits.validation), distilled.preprocess),
             Examples(splits.test, distilled.preprocess),
             teacher,
-            {"data": data, "validation": len(splits.validation), "teacher": taught_by},
+            {
+                "data": data,
+                "validation": len(splits.validation),
+                # These may change while the training images stay.
+                "judging": [datasets.digest(splits.validation), datasets.digest(splits.test)],
+                "teacher": taught_by,
+            },
         ),
         arms.of(distilled, train, names, data=data, teacher=teacher, taught_by=taught_by),
         learners,
@@ -110,6 +117,19 @@ def _check(options: Evaluate) -> None:
         raise UserError(f"--steps must be at least 1, got {options.steps}")
     if options.resume and options.out is None:
         raise UserError("--resume needs --out, the folder of the evaluation to continue")
+
+
+def check_controls(names: Sequence[str], train: Labeled, per_class: int) -> None:
+    """Refuse controls that need more images of a class than there are."""
+    counts = np.bincount(train.labels, minlength=len(train.classes))
+    scarce = int(counts.argmin())
+    sized = [name for name in names if name != "full"]
+    if sized and counts[scarce] < per_class:
+        raise UserError(
+            f"the set has {per_class} images per class, the data only {counts[scarce]} training "
+            f"images of class {train.classes[scarce]!r}, so {', '.join(sized)} cannot be drawn: "
+            "say --controls full"
+        )
 
 
 def _loaded(options: Evaluate) -> tuple[Distilled, Splits]:
@@ -133,40 +153,26 @@ def _published(options: Evaluate) -> tuple[Distilled, Splits]:
         options.data,
         root=options.data_root,
         image_size=options.image_size,
-        validation_fraction=VALIDATION,
+        validation_fraction=origin.VALIDATION_FRACTION,
     )
     stated = Stated(**{name: getattr(options, name) for name in STATED})
     fitted = preprocess.fit("standardise", splits.train.chunks, splits.train.shape)
 
-    def chunks(size: int) -> Iterator[np.ndarray]:
-        yield from splits.train.chunks(size)
-        yield from splits.validation.chunks(size)
-
+    chunks = functools.partial(joined_chunks, (splits.train, splits.validation))
     loaded = foreign.load(
         options.run, splits.train, stated, preprocess=fitted, data=splits.name, chunks=chunks
     )
+    progress.say(f"{options.run}: {'; '.join(loaded.provenance['notes'])}")
     return loaded, splits
 
 
 def _splits(distilled: Distilled, options: Evaluate) -> Splits:
     """The data set that the set was made from, split as it was then."""
-    data, config = distilled.provenance["data"], distilled.provenance["config"]
-    source = options.data or data["source"]
-    splits = datasets.load(
-        source,
-        root=options.data_root,
-        image_size=config["image_size"],
-        validation_fraction=config["validation_fraction"] or VALIDATION,
-        channels=config.get("channels"),
-        classes=distilled.classes,
-    )
-    if splits.train.classes != distilled.classes:
-        raise UserError(
-            f"the distilled set has {len(distilled.classes)} classes, {source} has "
-            f"{len(splits.train.classes)}, or they differ in name"
-        )
-    if splits.digest != data["sha256"]:
-        raise UserError(f"{source} is not the data the set was made from: it has changed")
+    data = options.data or origin.source(distilled)
+    if data is None:
+        raise UserError(f"{options.run} does not say what it was distilled from: add --data")
+    splits = origin.load(distilled, data, root=options.data_root)
+    origin.check(distilled, splits, data, options.run)
     return splits
 
 

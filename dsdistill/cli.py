@@ -1,4 +1,4 @@
-"""The command `dsdistill`: kip, ls, evaluate, report, inspect, export.
+"""The command `dsdistill`: kip, ls, evaluate, report, inspect, export, cache.
 
 Only options are imported here; the frameworks are imported inside the commands, so that
 `dsdistill --help` answers at once. What is wrong with the input is said in one line.
@@ -10,6 +10,7 @@ from typing import Any
 
 from dsdistill import options
 from dsdistill.harness import command
+from dsdistill.harness.text import printable
 
 
 def kip(chosen: options.Kip) -> None:
@@ -35,7 +36,7 @@ def evaluate(chosen: options.Evaluate) -> None:
 def report(chosen: options.Report) -> None:
     from dsdistill import scorecard
 
-    print(scorecard.compare(chosen))
+    print(printable(str(scorecard.compare(chosen))))
 
 
 def inspect(chosen: options.Inspect) -> None:
@@ -47,7 +48,13 @@ def inspect(chosen: options.Inspect) -> None:
 def export(chosen: options.Export) -> None:
     from dsdistill import export as exporting
 
-    print(exporting.write(chosen.file, chosen.format, chosen.out))
+    print(printable(str(exporting.write(chosen.file, chosen.format, chosen.out))))
+
+
+def cache(chosen: options.Cache) -> None:
+    from dsdistill import cache as kept
+
+    kept.run(clear=chosen.clear, older_than=chosen.older_than)
 
 
 def _distil(run: Callable[[Any], Path], chosen: options.Source) -> None:
@@ -68,13 +75,14 @@ COMMANDS: command.Commands = {
     "report": (options.Report, report),
     "inspect": (options.Inspect, inspect),
     "export": (options.Export, export),
+    "cache": (options.Cache, cache),
 }
 
 
 def main() -> None:
     """Run one command of the line that the user typed."""
     description = "Condense an image data set into a few synthetic images."
-    command.main("dsdistill", description, COMMANDS, "stopped; a run continues with --resume")
+    command.main("dsdistill", description, COMMANDS, "stopped")
 
 
 if __name__ == "__main__":

@@ -201,9 +201,25 @@ class Evaluate:
     image_size: int | None = None
     """of --data, if it is a folder"""
 
-    pixels: Literal["auto", "standardised", "unit", "bytes", "zca", "zca-mtt"] = "auto"
-    """of a set from elsewhere: mean 0 and deviation 1 of --mean and --std, [0, 1], 0 to 255, or
-    whitened as by KIP's paper or by MTT"""
+    pixels: Literal[
+        "auto",
+        "standardised",
+        "imagenet",
+        "signed",
+        "unit",
+        "bytes",
+        "zca",
+        "zca-mtt",
+        "zca-rfad",
+        "zca-frepo",
+    ] = "auto"
+    """of a set from elsewhere: mean 0 and deviation 1 by --mean and --std (default: the project's
+    constants, or the data's own) or by ImageNet's constants, in [-1, 1], in [0, 1], 0 to 255, or
+    whitened as by KIP's paper, MTT, RFAD or FRePo"""
+
+    tiles: int | None = None
+    """of a set from elsewhere: smaller images in a row and a column of each (IDC's factor);
+    default: IDC's 2 where the numbers show it"""
 
     labels: Literal["auto", "index", "one-hot", "centred", "probabilities", "logits"] = "auto"
     """of a set from elsewhere"""
@@ -267,3 +283,14 @@ class Export:
 
     out: Path | None = None
     """default: <file>-<format> beside the file"""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """List or clear decoded images and results that are kept for later runs."""
+
+    clear: bool = False
+    """remove them; they are made again when they are needed"""
+
+    older_than: float | None = None
+    """only those that were not used for so many days"""

@@ -1,22 +1,34 @@
 """One distillation run: a data set in, a run's folder out.
 
-load -> fit preprocessing -> distil -> read the test set once -> save the picture and the set
+load -> fit preprocessing -> distil -> read the test set once -> save the set, draw its picture
 """
 
+import contextlib
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
 from dsdistill import hosts, label_solve, pace, ridge, start
-from dsdistill.harness import artifact, datasets, machine, memory, pictures, progress, runs
+from dsdistill.harness import (
+    artifact,
+    datasets,
+    machine,
+    memory,
+    pictures,
+    progress,
+    runs,
+    stopping,
+)
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluate import Predict
 from dsdistill.harness.judges import accuracy
@@ -93,21 +105,55 @@ def _run(
     hosts.check_same({name: value for name, value in asked.items() if name not in PATHS})
     if options.resume:
         run, options = _reopened(options, method)
-        setting = prepared(options)
-    else:
-        folder = Path(hosts.decided(lambda: str(_free_folder(options, method))))
+        with run, _stoppable(method, run.folder):
+            return _work(options, run, prepared(options), distil)
+    folder = Path(hosts.decided(lambda: str(_free_folder(options, method))))
+    with _stoppable(method):
         setting = prepared(options)  # wrong input leaves no folder behind
-        options = replace(options, images_per_class=setting.images_per_class)
-        stored = _stored(options, method)
-        run = hosts.opened(lambda: runs.start(folder, stored, result=artifact.FILE))
-    hosts.check_same({"data": setting.splits.digest})
+    options = replace(options, images_per_class=setting.images_per_class)
+    stored = _stored(options, method)
+    with (
+        hosts.opened(lambda: runs.start(folder, stored, result=artifact.FILE)) as run,
+        _stoppable(method, folder),
+    ):
+        return _work(options, run, setting, distil)
+
+
+def _work(
+    options: Options,
+    run: runs.Run,
+    setting: Setting,
+    distil: Callable[[Options, runs.Run, Setting], Result],
+) -> Path:
     with hosts.resumable(run.folder):
         try:
+            inputs = setting.splits.digests()
+            hosts.check_same(inputs)
+            run.require_same(inputs)
             result = distil(options, run, setting)
         except UserError:
             run.withdraw()
             raise
         return _finish(options, run, setting, result)
+
+
+@contextlib.contextmanager
+def _stoppable(method: str, folder: Path | None = None) -> Iterator[None]:
+    """Say what a stop by hand leaves, and how it goes on.
+
+    Args:
+        method: The command.
+        folder: The run's; None before it has begun.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if folder is None:
+            raise stopping.Stopped("stopped before the run began: nothing was written") from error
+        if (folder / artifact.FILE).exists():
+            raise stopping.Stopped(f"stopped; the set in {folder} is complete") from error
+        words = ["dsdistill", method, "--resume", "--out", str(folder)]
+        raise stopping.Stopped(f"stopped; continue with `{shlex.join(words)}`") from error
 
 
 def _kip(options: Kip, run: runs.Run, setting: Setting) -> Result:
@@ -145,10 +191,9 @@ def _support(options: Kip, run: runs.Run, setting: Setting) -> Support:
             seed=options.seed,
         )
     content = artifact.locate(Path(options.init).expanduser()).read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
-    if run.recorded("init_sha256", lambda: digest) != digest:
-        raise UserError(f"--init: {options.init} has changed since the run was started")
-    hosts.check_same({"set of --init": digest})
+    inputs = {"set of --init": hashlib.sha256(content).hexdigest()}
+    hosts.check_same(inputs)
+    run.require_same(inputs)
     if start.saw(setting.init, setting.splits.digest, options.validation_fraction):
         progress.say(
             "note: the set of --init was made with images that this run validates on, which "
@@ -208,7 +253,7 @@ def _finish(options: Source, run: runs.Run, setting: Setting, result: Result) ->
     figures = {"test_accuracy": after, "initial_test_accuracy": initial, **result.figures}
     provenance = {
         "method": run.config["command"],
-        "config": {k: v for k, v in run.config.items() if k != "data_root"},
+        "config": {k: v for k, v in run.config.items() if k not in ("data_root", runs.INPUTS)},
         "kernel": setting.network.name,
         "engine": setting.network.engine,
         "evaluation_ridge": result.ridge,
@@ -220,6 +265,7 @@ def _finish(options: Source, run: runs.Run, setting: Setting, result: Result) ->
             "validation": len(splits.validation),
             "test": len(splits.test),
         },
+        "inputs": run.config[runs.INPUTS],
         "seed": options.seed,
         "metrics": {k: None if v != v else v for k, v in figures.items()},
         "seconds": result.seconds,
@@ -236,11 +282,20 @@ def _finish(options: Source, run: runs.Run, setting: Setting, result: Result) ->
     if not run.writes:
         return run.folder
     distilled = artifact.Distilled(result.images, result.labels, fitted, classes, provenance)
-    picture = run.folder / "distilled.png"
-    sides = Side("before", before.images, hard), Side("after", result.images, hard)
-    pictures.write_grid(picture, *sides, classes, fitted)
+    # The set is what hours have gone into: it is saved before anything else can go wrong.
     artifact.save(run.folder / artifact.FILE, distilled)
+    sides = Side("before", before.images, hard), Side("after", result.images, hard)
+    _draw(run.folder / "distilled.png", sides, classes, fitted)
     return run.folder
+
+
+def _draw(picture: Path, sides: tuple[Side, Side], classes: tuple[str, ...], fitted: Any) -> None:
+    """Draw the picture of a set that is saved; a failure is said, and the run is finished."""
+    try:
+        pictures.write_grid(picture, *sides, classes, fitted)
+    except Exception as error:  # a font, a name, a full disk
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        progress.say(f"note: the set is saved, but {picture} could not be drawn ({reason})")
 
 
 def _accuracies(setting: Setting, result: Result, test: Examples) -> tuple[float, float]:
@@ -291,5 +346,42 @@ def _reopened(options: Options, method: str) -> tuple[runs.Run, Options]:
             free=FREE,
         )
     )
-    named = {k: v for k, v in run.config.items() if k not in ("command", runs.CHOSEN, *FREE)}
-    return run, replace(options, **named)
+    try:
+        return run, _restored(options, run)
+    except BaseException:
+        run.close()
+        raise
+
+
+def _restored(options: Options, run: runs.Run) -> Options:
+    """The options of a run as its `config.json` holds them.
+
+    Raises:
+        RunError: If one is unknown, or its value is not of its type.
+    """
+    apart = ("command", runs.CHOSEN, runs.INPUTS, *FREE)
+    named = {name: value for name, value in run.config.items() if name not in apart}
+    types = get_type_hints(type(options))
+    for name, value in named.items():
+        if name not in types or not _is(value, types[name]):
+            raise runs.RunError(
+                f"{run.folder / 'config.json'} is damaged or of another version: "
+                f"{name} cannot be {value!r}{runs.REMEDY}"
+            )
+    if not isinstance(run.config.get(runs.CHOSEN, {}).get("target_batch", 1), int):
+        raise runs.RunError(
+            f"{run.folder / 'config.json'} is damaged: {runs.CHOSEN}.target_batch must be a "
+            f"whole number{runs.REMEDY}"
+        )
+    return replace(options, **named)
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value from JSON is one of an option's type."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) in (Union, UnionType):
+        return any(_is(value, each) for each in get_args(kind))
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is kind

@@ -23,16 +23,18 @@ from dsdistill.harness import controls, machine, memory, pictures, progress, run
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluate import Arm, Learner, evaluate, stored_bytes
 from dsdistill.harness.kept import Kept
-from dsdistill.harness.labeled import per_class
+from dsdistill.harness.labeled import Labeled, per_class
 from dsdistill.harness.pictures import Side
 from dsdistill.harness.reports import page, report, verdict, words
 from dsdistill.harness.reports.report import Report
 from dsdistill.harness.results import Result
+from dsdistill.harness.text import console, printable
 from dsdistill.options import Evaluate
 from dsdistill.options import Report as Compare
 
 FREE = ("data_root", "cache", "device")  # options that may differ on resume
 PER_CALL = ("out", "resume")  # options that are none of the evaluation's
+UNEVEN = 1.5  # times its even share, that the commonest class has in uneven test images
 VERSIONS = ("dsdistill", "jax", "numpy", "scikit-learn", "scipy", "timm", "torch")
 
 
@@ -45,19 +47,19 @@ def run(options: Evaluate) -> Path:
     parts = assembled(options)
     beside = options.run if options.run.is_dir() else options.run.parent
     out = options.out or runs.next_free("evaluation", beside)
-    runs.start(
+    with runs.start(
         out,
         _config(options),
         result=report.NAME,
         resume=options.resume,
         defaults=_config(Evaluate(options.run)),
         free=FREE,
-    )
-    began = time.monotonic()
-    kept = Kept(out / "results", options.cache, sharing=controls.CONTROLS)
-    results = _measured(parts, list(range(options.seeds)), kept)
-    _picture(out, parts)
-    report.write(out, _report(options, parts, results, time.monotonic() - began))
+    ):
+        began = time.monotonic()
+        kept = Kept(out / "results", options.cache, sharing=controls.CONTROLS)
+        results = _measured(parts, list(range(options.seeds)), kept)
+        _picture(out, parts)
+        report.write(out, _report(options, parts, results, time.monotonic() - began))
     _print(report.load(out), out)
     return out
 
@@ -202,7 +204,42 @@ def _notes(parts: Parts, results: Sequence[Result]) -> list[str]:
             f"{learner} on full data: a class-balanced draw of {images} of {whole} images, since "
             "its exact solution of all needs too much memory."
         )
-    return found + _hints(parts, results)
+    share = _same_draws(parts)
+    return [*found, *share, *majority(results, parts.splits.test), *_hints(parts, results)]
+
+
+def majority(results: Sequence[Result], test: Labeled) -> list[str]:
+    """Notes of accuracies that only repeat how common one class is among the test images."""
+    k = len(test.classes)
+    shares = np.bincount(test.labels, minlength=k) / len(test)
+    common, notes = int(shares.argmax()), []
+    if shares[common] > UNEVEN / k:
+        notes.append(
+            f"{shares[common]:.1%} of the test images are of class {test.classes[common]!r}: "
+            "always answering it has that accuracy, whatever the training."
+        )
+    given: dict[tuple[str, str], set[int]] = {}
+    for result in results:
+        if result.confusion is not None:
+            answers = np.flatnonzero(np.asarray(result.confusion).sum(0))
+            given.setdefault((result.learner, result.arm), set()).update(map(int, answers))
+    for (learner, arm), answers in given.items():
+        if len(answers) == 1:
+            (label,) = answers
+            notes.append(
+                f"{learner} on {arm} answers {test.classes[label]!r} to every test image: its "
+                f"accuracy of {shares[label]:.1%} is the share of that class."
+            )
+    return notes
+
+
+def _same_draws(parts: Parts) -> list[str]:
+    """A note where random images are all that there are, and so the same for every seed."""
+    count, classes = arms.images_per_class(parts.distilled), parts.distilled.classes
+    drawn = any(arm.name == "random" for arm in parts.arms)
+    if not drawn or len(parts.train) > count * len(classes):
+        return []
+    return [f"The random images are all {len(parts.train)} training images, for every seed."]
 
 
 def _hints(parts: Parts, results: Sequence[Result]) -> list[str]:
@@ -219,15 +256,15 @@ def _hints(parts: Parts, results: Sequence[Result]) -> list[str]:
 
 def _print(found: Report, out: Path) -> None:
     """What fits a terminal; the report has the rest."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("trained on", "learner", "test accuracy, %", "95 % interval", "n")
     for row in found.rows:
         arm, count = words.label(row.arm, row.augmented), str(len(row.results))
-        table.add_row(arm, row.learner, words.accuracy(row), words.interval(row), count)
-    console = Console(soft_wrap=True)
-    console.print(table)
+        learner, accuracy = printable(row.learner), printable(words.accuracy(row))
+        table.add_row(arm, learner, accuracy, words.interval(row), count)
+    shown = console(soft_wrap=True)
+    shown.print(table)
     for line in (verdict.headline(found), *found.notes):
-        console.print(line)
-    console.print(f"report: {out / 'report.html'}")
+        shown.print(printable(line))
+    shown.print(printable(f"report: {out / 'report.html'}"))

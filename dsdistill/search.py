@@ -43,8 +43,9 @@ def search(
     found = hosts.checkpoint(run)
     for phase in plan.phases:
         kip.check_memory(phase.objective, support, train, plan.target_batch)
-    announce(plan, len(support.images), train, found[1]["done"] if found else 0)
-    last = good = _snapshot(found, plan, support, judge)
+    restored = _restored_snapshot(run, found, plan, support) if found else None
+    announce(plan, len(support.images), train, restored.done if restored else 0)
+    last = good = restored or _first_snapshot(plan, support, judge)
     saved = time.monotonic()
     stream = snapshots(plan, support, train, judge, last)
     with (
@@ -94,7 +95,7 @@ def accumulated(
         KeyboardInterrupt, RuntimeError, ValueError: As `search`; after a checkpoint of the last
             whole chunk.
     """
-    last, spent = _restored_sums(run)
+    last, spent = _restored_sums(run, len(support), train)
     _announce_sums(network, len(support), train, last.done, closing_images)
     said = False  # the expected duration by the run itself
     saved, began = time.monotonic(), time.monotonic() - spent
@@ -159,13 +160,37 @@ def _announce_sums(
         progress.expected(seconds, "tile", *tile)
 
 
-def _restored_sums(run: runs.Run) -> tuple[label_solve.Sums, float]:
+def _restored_sums(run: runs.Run, n: int, train: Examples) -> tuple[label_solve.Sums, float]:
     """The sums of the last checkpoint and the seconds they took; nothing summed without one."""
     found = hosts.checkpoint(run)
     if found is None:
         return label_solve.Sums(0, np.zeros((0, 0)), np.zeros((0, 0))), 0.0
     arrays, meta = found
-    return label_solve.Sums(meta["done"], arrays["gram_tt"], arrays["gram_ty"]), meta["seconds"]
+    with _fitting(run):
+        done, seconds = int(meta["done"]), float(meta["seconds"])
+        gram_tt, gram_ty = arrays["gram_tt"], arrays["gram_ty"]
+        _require(0 <= done <= len(train), f"{done} of {len(train)} targets are done")
+        k = len(train.data.classes)
+        _require(gram_tt.shape == (n, n) and gram_ty.shape == (n, k), "the sums' shapes are others")
+    return label_solve.Sums(done, gram_tt, gram_ty), seconds
+
+
+@contextlib.contextmanager
+def _fitting(run: runs.Run) -> Iterator[None]:
+    """Say in one line that a checkpoint is not of this run."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise runs.RunError(
+            f"{run.folder / runs.CHECKPOINT} is not of this run or of another version "
+            f"({reason}){runs.REMEDY}"
+        ) from error
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise ValueError(otherwise)
 
 
 def _judge(plan: Plan, validation: Examples, unit: str | None = None) -> Judge:
@@ -193,16 +218,32 @@ def _save(run: runs.Run, snapshot: Snapshot) -> None:
     run.save_state(arrays, counts | {"best": figures})
 
 
-def _snapshot(
-    found: hosts.Checkpoint | None, plan: Plan, support: Support, judge: Judge
-) -> Snapshot:
-    """That of a checkpoint, or the start."""
+def _first_snapshot(plan: Plan, support: Support, judge: Judge) -> Snapshot:
     state = kip.initial_state(plan.phases[0].objective, support)
-    if found is None:
-        return Snapshot(0, state, judge(0, state.images, state.labels), 0.0)
+    return Snapshot(0, state, judge(0, state.images, state.labels), 0.0)
+
+
+def _restored_snapshot(
+    run: runs.Run, found: hosts.Checkpoint, plan: Plan, support: Support
+) -> Snapshot:
+    """That of a checkpoint.
+
+    Raises:
+        RunError: If it is not one of this run.
+    """
+    state = kip.initial_state(plan.phases[0].objective, support)
     arrays, meta = found
     leaves, structure = jax.tree.flatten(state)
-    stored = [jnp.asarray(arrays[f"state.{i}"]) for i in range(len(leaves))]
-    best = Candidate(images=arrays["best.images"], labels=arrays["best.labels"], **meta["best"])
-    counts = {name: meta[name] for name in COUNTS}
-    return Snapshot(state=jax.tree.unflatten(structure, stored), best=best, **counts)
+    with _fitting(run):
+        stored = [arrays[f"state.{i}"] for i in range(len(leaves))]
+        for i, (old, new) in enumerate(zip(stored, leaves, strict=True)):
+            same = old.shape == np.shape(new) and old.dtype == np.asarray(new).dtype
+            _require(same, f"state.{i} is {old.dtype} {old.shape}")
+        best = Candidate(images=arrays["best.images"], labels=arrays["best.labels"], **meta["best"])
+        _require(best.images.shape == support.images.shape, "the best images' shape is another")
+        _require(best.labels.shape == support.labels.shape, "the best labels' shape is another")
+        counts = {name: meta[name] for name in COUNTS}
+        _require(all(type(x) in (int, float) for x in counts.values()), "a figure is no number")
+        _require(type(meta["done"]) is int and 0 <= meta["done"] <= plan.steps, "done is another")
+    state = jax.tree.unflatten(structure, [jnp.asarray(array) for array in stored])
+    return Snapshot(state=state, best=best, **counts)

@@ -6,8 +6,10 @@ Every rule that input can break is broken here: a wrong line leaves no folder be
 import re
 from dataclasses import dataclass
 
+import numpy as np
+
 from dsdistill import augment, gauss_newton, kip, pace, start
-from dsdistill.harness import datasets, labeled, lists, preprocess
+from dsdistill.harness import datasets, labeled, lists, preprocess, progress
 from dsdistill.harness.artifact import Distilled
 from dsdistill.harness.datasets import Splits
 from dsdistill.harness.errors import UserError
@@ -62,25 +64,16 @@ def prepared(options: Source) -> Setting:
         channels=options.channels,
         classes=init.classes if init else None,
     )
-    _check_validation(options, splits)
+    _check_parts(options, splits)
     images_per_class = _images_per_class(options, splits, init)
     for network in {*kernels, *(n for phase in phases for n in phase.objective.networks)}:
-        _check_size(network, splits.train.shape)
+        networks.check(network, splits.train.shape)
         gram.plan(network, 1, 1, splits.train.shape, gradient=bool(phases))  # may refuse
         if isinstance(options, Kip) and options.optimizer == "gauss-newton":
             gauss_newton.slopes(network)  # may refuse
     fitted = preprocess.fit(options.preprocess, splits.train.chunks, splits.train.shape)
     train, validation = Examples(splits.train, fitted), Examples(splits.validation, fitted)
     return Setting(splits, train, validation, kernels[0], images_per_class, init, phases)
-
-
-def _check_size(network: Network, shape: tuple[int, int, int]) -> None:
-    if min(shape[:2]) < network.smallest:
-        raise UserError(
-            f"the kernel {network.name} needs images of at least {network.smallest}x"
-            f"{network.smallest} pixels for its poolings, got {shape[0]}x{shape[1]}: choose "
-            f"--image-size {network.smallest} or more, or another --kernel"
-        )
 
 
 def _networks(
@@ -182,9 +175,23 @@ def _check_gauss_newton(options: Kip) -> None:
         )
 
 
-def _check_validation(options: Source, splits: Splits) -> None:
-    if isinstance(options, Kip) and options.patience is not None and not len(splits.validation):
+def _check_parts(options: Source, splits: Splits) -> None:
+    """Refuse data without test images, and say where there are none to choose by."""
+    if not len(splits.test):
+        raise UserError(
+            f"{options.data} leaves no test images, since a fifth of so few images of each class "
+            "is none: give at least 3 images of each class, or a test part of its own"
+        )
+    wanted, held = options.validation_fraction, splits.validation
+    if isinstance(options, Kip) and options.patience is not None and not len(held):
         raise UserError(
             "--patience needs validation images, and there are none: raise --validation-fraction "
-            f"(now {options.validation_fraction:g})"
+            f"(now {wanted:g})"
+        )
+    k, there = len(held.classes), len(np.unique(held.labels))
+    if wanted > 0 and there < k:
+        missing = "no class has" if not there else f"{k - there} of {k} classes do not have"
+        progress.say(
+            f"note: {missing} any validation images, since --validation-fraction {wanted:g} of so "
+            "few images is none" + ("; the last step's images are kept" if not there else "")
         )

@@ -100,7 +100,7 @@ def check(distilled: artifact.Distilled, train: Labeled, images_per_class: int |
     if distilled.classes != train.classes:
         raise UserError(
             f"--init: the set has {len(distilled.classes)} classes, the data {k}, or they differ "
-            "in name"
+            "in name or order"
         )
     if distilled.images.shape[1:] != train.shape:
         shapes = ("x".join(map(str, s)) for s in (distilled.images.shape[1:], train.shape))

@@ -7,20 +7,22 @@ from typing import Any
 from dsdistill.harness import artifact
 from dsdistill.harness.memory import readable
 from dsdistill.harness.progress import clock
+from dsdistill.harness.text import console, printable
 
 
 def print_run(folder: Path) -> None:
     """Print where a finished run lies and how good it is."""
     distilled = artifact.load(artifact.locate(folder))
     metrics, data = distilled.provenance["metrics"], distilled.provenance["data"]
-    print(
+    line = (
         f"{folder}: {len(distilled)} images of {data['name']}, "
         f"test accuracy {metrics['test_accuracy']:.2%} by ridge regression "
         f"({metrics['initial_test_accuracy']:.2%} before), "
         f"kernel {distilled.provenance['kernel']}, {clock(distilled.provenance['seconds'])}"
     )
+    print(printable(line))
     if stopped := distilled.provenance.get("stopped"):
-        print(f"stopped early, {stopped}")
+        print(printable(f"stopped early, {stopped}"))
 
 
 def print_set(path: Path, *, as_json: bool) -> None:
@@ -38,26 +40,26 @@ def print_set(path: Path, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(described, indent=2))
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(show_header=False, box=None)
     for name, value in _flat(described):
-        table.add_row(name, _words(name, value))
-    Console(soft_wrap=True).print(table)
+        table.add_row(printable(name), printable(_words(name, value)))
+    console(soft_wrap=True).print(table)
 
 
 def describe(distilled: artifact.Distilled) -> dict[str, Any]:
     """Shape, encoding and provenance of a set, JSON-compatible."""
-    return {
+    own = {
         "images": list(distilled.images.shape),
         "labels": list(distilled.labels.shape),
         "classes": list(distilled.classes),
         "encoding": distilled.encoding,
         "preprocess": distilled.preprocess.kind,
         "bytes": distilled.nbytes,
-        **distilled.provenance,
     }
+    # A stranger's provenance may use these names for anything.
+    return own | {k: v for k, v in distilled.provenance.items() if k not in own}
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -71,6 +73,6 @@ def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 def _words(name: str, value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
-    if name in ("bytes", "peak_memory"):
+    if name in ("bytes", "peak_memory") and isinstance(value, int | float):
         return readable(value)
     return f"{value:.6g}" if isinstance(value, float) else str(value)

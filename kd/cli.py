@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from dsdistill.harness import command
+from dsdistill.harness.text import console, printable
 from kd.options import Evaluate, Export, Report, Train
 
 
@@ -35,11 +36,11 @@ def _train(options: Train) -> None:
             message = "kd: interrupted; the same line goes on with what is finished"
         if int(os.environ.get("RANK", "0")) > 0:
             raise SystemExit(1) from error  # the first of several processes says it
-        raise SystemExit(message) from error
+        raise SystemExit(printable(message)) from error
     if not report:  # another process writes, and prints
         return
     if report["note"]:
-        print(f"kd: {report['note']}", file=sys.stderr)
+        print(printable(f"kd: {report['note']}"), file=sys.stderr)
     _print({"folder": str(options.out), **{name: report.get(name) for name in _SUMMARY}})
 
 
@@ -58,7 +59,7 @@ def _export(options: Export) -> None:
 
     found = export(options)
     if found["note"]:
-        print(f"kd: compared on random images only: {found['note']}", file=sys.stderr)
+        print(printable(f"kd: compared on random images only: {found['note']}"), file=sys.stderr)
     rounded = {name: f"{found[name]:.2g}" for name in ("largest_difference", "tolerance")}
     _print({name: rounded.get(name, found[name]) for name in _EXPORTED})
 
@@ -70,7 +71,7 @@ def _report(options: Report) -> None:
     text = report.render(options.runs)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(options.out, text.encode())
-    print(options.out)
+    print(printable(str(options.out)))
 
 
 _EXPORTED = (
@@ -111,13 +112,12 @@ def _print(figures: dict[str, Any]) -> None:
         for label, value in rows:
             print(f"{label:<38}{value}")
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(show_header=False)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console().print(table)
 
 
 _UNITS = {
@@ -133,4 +133,4 @@ def _label(name: str) -> str:
 
 
 def _value(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    return f"{value:.4f}" if isinstance(value, float) else printable(str(value))

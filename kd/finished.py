@@ -1,6 +1,7 @@
 """Finished runs as their folders tell of them, and which of them differ in their seed alone."""
 
 import json
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -83,7 +84,10 @@ class Group:
         """Of a figure of all runs; None if one lacks it."""
         values = [run.report.get(name) for run in self.runs]
         known = [value for value in values if value is not None]
-        return statistics.summary(known) if len(known) == len(values) else None
+        if len(known) < len(values):
+            return None
+        fraction = all(0 <= value <= 1 for value in known) and "accuracy" in name
+        return statistics.summary(known, bounds=(0.0, 1.0) if fraction else (-math.inf, math.inf))
 
 
 def read(folder: Path) -> Finished:

@@ -28,9 +28,9 @@ FIGURES = (
 COST = ("training", "parameters", "seconds", "peak memory", "steps", "images", "device")
 RUNS = ("folder", "seed", "test accuracy, %", "validation accuracy, %", "best epoch")
 SAYS = (
-    "Mean ± sample deviation over n runs, with the 95 % t interval of the mean. Runs are put "
-    "together if their options differ in the seed alone. The best epoch was chosen on validation "
-    "images; the test images were read once."
+    "Mean ± sample deviation over n runs, with the 95 % t interval of the mean, cut off at "
+    "0 and 100 %. Runs are put together if their options differ in the seed alone. The best epoch "
+    "was chosen on validation images; the test images were read once."
 )
 
 
@@ -111,7 +111,7 @@ def curves(groups: Sequence[Group]) -> "Figure":
                     color=of.colour,
                     markersize=3.5,
                     alpha=0.8,
-                    label=named,
+                    label=named and drawing.label(named, drawing.TITLE),
                 )
                 named = None  # the legend names a group once
         axes.set(xlabel="step of the optimizer", ylabel="validation accuracy, %")

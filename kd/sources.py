@@ -1,15 +1,14 @@
 """What `kd` trains on and tests on: a data set, or a distilled set with the data it came from."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from dsdistill.harness import artifact, datasets, preprocess
+from dsdistill.harness import artifact, datasets, origin, preprocess
 from dsdistill.harness.artifact import Distilled
 from dsdistill.harness.datasets import Splits
 from dsdistill.harness.errors import UserError
@@ -20,8 +19,6 @@ from kd.data import Resident
 from kd.engine import Engine
 from kd.recipe import Recipe
 from kd.scoring import SCORE_BATCH
-
-VALIDATION_FRACTION = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +173,7 @@ def resolve(
 
 def fraction(given: float | None) -> float:
     """Of the training images that are held out for validation."""
-    return VALIDATION_FRACTION if given is None else given
+    return origin.VALIDATION_FRACTION if given is None else given
 
 
 def is_distilled(data: str) -> bool:
@@ -188,63 +185,20 @@ def is_distilled(data: str) -> bool:
 def _distilled(path: Path, root: Path) -> Source:
     distilled = artifact.load(path)
     name = path.parent.resolve().name if path.name == "distilled.safetensors" else path.stem
-    came_from = _get(distilled.provenance, "data", "source")
-    if not isinstance(came_from, str):
+    came_from = origin.source(distilled)
+    if came_from is None:
         return Source(
             name, None, distilled, f"{path} does not say what it was distilled from: {_NO}"
         )
-    # Only of the right type: a set made by something else may hold anything here.
-    size = _get(distilled.provenance, "config", "image_size")
-    held = _get(distilled.provenance, "config", "validation_fraction")
-    channels = _get(distilled.provenance, "config", "channels")
     try:
-        splits = datasets.load(
-            came_from,
-            root=root,
-            image_size=size if isinstance(size, int) else None,
-            validation_fraction=fraction(held if isinstance(held, float) else None),
-            channels=channels if channels in (1, 3) else None,
-            classes=distilled.classes,
-        )
+        splits = origin.load(distilled, came_from, root=root)
     except (UserError, OSError) as error:
         return Source(name, None, distilled, f"{error}: {_NO}")
-    _check_origin(path, distilled, splits, came_from)
+    origin.check(distilled, splits, came_from, path)
     return Source(name, splits, distilled)
 
 
 _NO = "no validation and no test"
-
-
-def _check_origin(path: Path, distilled: Distilled, splits: Splits, came_from: str) -> None:
-    """Refuse data that are not those the set was distilled from."""
-    if distilled.classes != splits.train.classes:
-        raise UserError(
-            f"{path} has classes {_few(distilled.classes)}, "
-            f"but {came_from} has {_few(splits.train.classes)}"
-        )
-    if distilled.images.shape[1:] != splits.train.shape:
-        raise UserError(
-            f"{path} has images of shape {distilled.images.shape[1:]}, "
-            f"but {came_from} of {splits.train.shape}"
-        )
-    stored = _get(distilled.provenance, "data", "sha256")
-    if stored is not None and stored != splits.digest:
-        raise UserError(
-            f"{path} was distilled from other images than {came_from} holds now "
-            f"(SHA-256 {str(stored)[:12]}, found {splits.digest[:12]})"
-        )
-
-
-def _get(value: Any, *names: str) -> Any:
-    """An entry of nested mappings, or None where there is none."""
-    for name in names:
-        value = value.get(name) if isinstance(value, Mapping) else None
-    return value
-
-
-def _few(classes: tuple[str, ...]) -> str:
-    shown = ", ".join(classes[:4]) + (", ..." if len(classes) > 4 else "")
-    return f"{len(classes)} ({shown})"
 
 
 def _judged(images: Labeled | None, fitted: Preprocess, device: torch.device) -> Resident | None:

@@ -184,7 +184,7 @@ def test_a_run_with_every_way_to_save_time(dsdistill, tmp_path):
     assert f"stopped early, {made['stopped']}" in done.stdout
     chosen = made["config"]["chosen"]
     assert chosen["target_batch"] % 10 == 0
-    assert len(chosen["init_sha256"]) == 64
+    assert len(made["inputs"]["set of --init"]) == 64
     note, *said = done.stderr.splitlines()
     assert note.startswith("note: the set of --init was made with images that this run validates")
     assert said[0] == f"target batch: {chosen['target_batch']} images, for steps of 5 ms"
@@ -211,7 +211,7 @@ def test_a_resumed_run_measures_no_batch_again_and_starts_from_the_same_set(dsdi
     shutil.rmtree(tmp_path / "ls")
     again = dsdistill("ls", "digits", "--images-per-class", 1, "--seed", 1, "--out", "ls")
     assert again.returncode == 0
-    one_line(dsdistill("kip", "--out", "run", "--resume"), "--init", "has changed since")
+    one_line(dsdistill("kip", "--out", "run", "--resume"), "changed since", "set of --init")
 
 
 def test_an_init_that_does_not_fit_leaves_nothing(dsdistill, kip_run, tmp_path):
@@ -298,7 +298,8 @@ def test_stopped_by_hand_leaves_a_checkpoint(dsdistill, tmp_path, number):
     _, error = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "Traceback" not in error
-    assert error.strip().endswith("stopped; a run continues with --resume")
+    assert error.strip().endswith("stopped; continue with `dsdistill kip --resume --out run`")
+    assert not (tmp_path / "run" / ".lock").exists()
     assert (tmp_path / "run" / "checkpoint.safetensors").exists()
 
 

@@ -3,6 +3,7 @@
 import os
 import urllib.error
 import urllib.request
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsdistill.harness import datasets, labeled
+from dsdistill.harness import datasets, labeled, npz
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.labeled import DataError, Examples, Labeled
 from dsdistill.harness.preprocess import identity
@@ -139,15 +140,15 @@ def test_digest_does_not_depend_on_the_validation_split(tmp_path):
 
 def test_digest_changes_with_any_pixel_label_name_or_shape(tmp_path):
     data = _labeled([3, 4])
-    digest = datasets._digest(data)
+    digest = datasets.digest(data)
     changed = {digest}
     for pixel in np.ndindex(data.store.shape[1:]):
         store = data.store.copy()
         store[(5, *pixel)] ^= 1
-        changed.add(datasets._digest(replace(data, store=store)))
-    changed.add(datasets._digest(replace(data, labels=data.labels[::-1].copy())))
-    changed.add(datasets._digest(replace(data, classes=("a", "b"))))
-    changed.add(datasets._digest(replace(data, store=data.store.reshape(-1, 4, 3, 1))))
+        changed.add(datasets.digest(replace(data, store=store)))
+    changed.add(datasets.digest(replace(data, labels=data.labels[::-1].copy())))
+    changed.add(datasets.digest(replace(data, classes=("a", "b"))))
+    changed.add(datasets.digest(replace(data, store=data.store.reshape(-1, 4, 3, 1))))
     assert len(changed) == 1 + 12 + 3
 
 
@@ -311,3 +312,37 @@ def test_fashion_mnist_loads():
     assert np.bincount(splits.validation.labels).tolist() == [600] * 10
     assert np.bincount(splits.test.labels).tolist() == [1000] * 10
     assert splits.train.classes[9] == "Ankle boot"
+
+
+def test_npz_class_names_of_any_bytes(tmp_path):
+    images, labels = np.zeros((8, 2, 2), np.uint8), np.arange(8) % 2
+    names = np.array(["é".encode(), b"\xff"])
+    np.savez(tmp_path / "a.npz", images=images, labels=labels, classes=names)
+    assert npz.read(tmp_path / "a.npz").classes == ("é", "\udcff")
+    beyond = np.array([[0x110000], [0x61]], "<u4").view("<U1")[:, 0]
+    np.savez(tmp_path / "b.npz", images=images, labels=labels, classes=beyond)
+    with pytest.raises(DataError, match="distinct names"):
+        npz.read(tmp_path / "b.npz")
+
+
+def test_npz_member_that_is_no_array_is_refused(tmp_path):
+    """NumPy gives such a member as its bytes."""
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("images.npy", b"no array")
+        archive.writestr("labels.npy", b"no array")
+    with pytest.raises(DataError, match="must hold arrays 'images' and 'labels'"):
+        npz.read(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 7, 100])
+def test_parts_are_read_across_their_borders(size):
+    images = np.arange(11, dtype=np.uint8).reshape(-1, 1, 1, 1)
+    every = Labeled(images, np.zeros(11, np.int64), ("a", "b"))
+    parts = [
+        every.select(np.arange(5)),
+        every.select(np.empty(0, np.int64)),
+        every.select(np.arange(5, 11)),
+    ]
+    chunks = list(labeled.joined_chunks(parts, size))
+    np.testing.assert_array_equal(np.concatenate(chunks), images)
+    assert [len(chunk) for chunk in chunks] == [len(c) for c in every.chunks(size)]

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dsdistill.harness import datasets, folders, labeled, layout
+from dsdistill import cache
+from dsdistill.harness import datasets, folders, labeled, layout, places
+from dsdistill.harness.errors import UserError
 from dsdistill.harness.labeled import DataError
 
 
@@ -449,3 +451,121 @@ def test_only_chunks_are_held(tmp_path, monkeypatch):
         lead.append(len(done) - written)
     assert len(done) == 60
     assert max(lead) <= 8
+
+
+def _flip(file, place, bit):
+    with file.open("r+b") as opened:
+        opened.seek(place)
+        byte = opened.read(1)[0]
+        opened.seek(place)
+        opened.write(bytes([byte ^ (1 << bit)]))
+
+
+def test_every_flipped_bit_of_the_cache_is_seen_and_said(tmp_path, capsys):
+    data = _classes(tmp_path / "data", {"a": 3, "b": 3})
+    expected = np.array(_read(data, tmp_path)[0].images())
+    (entry,) = (tmp_path / "cache").iterdir()
+    rng = np.random.default_rng(0)
+    for name in ("images.npy", "index.json"):
+        for _ in range(20):
+            place = int(rng.integers((entry / name).stat().st_size))
+            _flip(entry / name, place, int(rng.integers(8)))
+            np.testing.assert_array_equal(_read(data, tmp_path)[0].images(), expected)
+    said = [line for line in capsys.readouterr().err.splitlines() if "are damaged" in line]
+    assert len(said) >= 38  # white space of the index is no content
+    assert str(entry) in said[0]
+
+
+def test_each_part_of_a_large_cache_has_a_checksum(tmp_path, monkeypatch):
+    data = _classes(tmp_path / "data", {"a": 3, "b": 3})
+    monkeypatch.setattr(folders, "CHECKED", 100)
+    _read(data, tmp_path)
+    (entry,) = (tmp_path / "cache").iterdir()
+    content = (entry / "images.npy").read_bytes()
+    parts = [content[start : start + 100] for start in range(0, len(content), 100)]
+    assert folders.read_index(entry)["checksums"] == [zlib.crc32(part) for part in parts]
+    assert len(parts) > 6
+
+
+def test_the_cache_has_a_folder_of_its_own_and_its_size_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DSDISTILL_CACHE", str(tmp_path / "kept"))
+    data, root = _classes(tmp_path / "data", {"a": 20, "b": 20}), tmp_path / "root"
+    datasets.load(str(data), root=root)
+    datasets.load(str(data), root=root)
+    assert not root.exists()
+    (entry,) = (tmp_path / "kept" / "decoded").iterdir()
+    said = [line for line in capsys.readouterr().err.splitlines() if str(entry) in line]
+    assert said == [
+        f"{data}: its decoded images are kept in {entry} (4.3 KiB); "
+        "`dsdistill cache` lists and clears them"
+    ]
+    monkeypatch.delenv("DSDISTILL_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert places.decoded_images() == tmp_path / "xdg" / "dsdistill" / "decoded"
+
+
+def _kept_things(root):
+    """One entry of each kind, and what belongs to others."""
+    data = _classes(root / "photos", {"a": 3, "b": 3})
+    folders.read(data, root / "kept" / "decoded", 4)
+    ours = [*(root / "kept" / "decoded").iterdir()]
+    (root / "kept" / "decoded" / ".half-x").mkdir()
+    (root / "kept" / "evaluations").mkdir()
+    (root / "kept" / "evaluations" / f"{'1' * 32}.json").write_text("{}")
+    answers = root / "kept" / "answers" / ("2" * 64)
+    (answers / "chunks").mkdir(parents=True)
+    (answers / "key.json").write_text("{}")
+    (answers / "chunks" / "x.safetensors").write_bytes(b"x" * 3000)
+    old = root / "data" / "folders" / ("3" * 32)
+    old.mkdir(parents=True)
+    np.save(old / "images.npy", np.zeros((2, 4, 4, 3), np.uint8))
+    (old / "index.json").write_text('{"shape": [2, 4, 4, 3], "skipped": {}}')
+    ours += [root / "kept" / "decoded" / ".half-x", answers, old]
+    ours += [root / "kept" / "evaluations" / f"{'1' * 32}.json"]
+    others = [
+        root / "kept" / "decoded" / "notes" / "images.npy",
+        root / "kept" / "decoded" / ("4" * 32) / "mine.txt",
+        root / "kept" / "evaluations" / "mine.json",
+        root / "kept" / "MNIST" / "raw" / "labels",
+        root / "data" / "folders" / "cat" / "0.png",
+    ]
+    for path in others:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    return data, ours, others
+
+
+def test_the_cache_is_listed_and_cleared_and_nothing_else_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DSDISTILL_CACHE", str(tmp_path / "kept"))
+    monkeypatch.setenv("DSDISTILL_DATA", str(tmp_path / "data"))
+    data, ours, others = _kept_things(tmp_path)
+    month = time.time() - 30 * 24 * 3600
+    os.utime(ours[0] / "index.json", (month, month))
+    os.utime(ours[0] / "images.npy", (month, month))
+    cache.run(clear=False, older_than=None)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(ours) + 1
+    for path in ours[:-1]:
+        assert sum(str(path) in line for line in lines) == 1
+    assert any(f"{data} at 4 pixels" in line for line in lines)
+    assert any("1 results of evaluations" in line for line in lines)
+    assert any("earlier version" in line for line in lines)
+    cache.run(clear=True, older_than=7)
+    assert [path.exists() for path in ours] == [False] + [True] * (len(ours) - 1)
+    cache.run(clear=True, older_than=None)
+    assert not any(path.exists() for path in ours)
+    assert all(path.exists() for path in others)
+    capsys.readouterr()
+    cache.run(clear=False, older_than=None)
+    assert capsys.readouterr().out.split()[:2] == ["0", "B"]
+    with pytest.raises(UserError, match="--older-than must be 0 days or more, got -1"):
+        cache.run(clear=True, older_than=-1)
+
+
+def test_reading_the_cache_renews_its_last_use(tmp_path):
+    data = _classes(tmp_path / "data", {"a": 3, "b": 3})
+    _read(data, tmp_path)
+    (entry,) = (tmp_path / "cache").iterdir()
+    os.utime(entry / "index.json", (1, 1))
+    _read(data, tmp_path)
+    assert time.time() - (entry / "index.json").stat().st_mtime < 100

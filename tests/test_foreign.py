@@ -6,6 +6,7 @@ import pickle
 import re
 import warnings
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 
 from dsdistill import export, foreign
 from dsdistill.foreign import Stated
-from dsdistill.foreign_sets import pixels
+from dsdistill.foreign_sets import evidence, pixels
 from dsdistill.harness import artifact, datasets, preprocess
 from dsdistill.harness.artifact import Distilled
 from dsdistill.harness.errors import UserError
@@ -250,7 +251,7 @@ def test_own_export_comes_back_to_the_bit(tmp_path, splits, few, read, kind, pre
     np.testing.assert_array_equal(_seen(got, splits.test), _seen(made, splits.test))
 
 
-def test_own_export_that_cannot_be_used(tmp_path, few, refused):
+def test_own_export_that_cannot_be_used(tmp_path, few, read, refused):
     images, labels = few
     own = preprocess.fit("zca", lambda size: iter([images]), images.shape[1:])
     classes = tuple(str(i) for i in range(10))
@@ -262,7 +263,13 @@ def test_own_export_that_cannot_be_used(tmp_path, few, refused):
     made = Distilled(images, centred_one_hot(labels, 10), plain, classes[::-1], {})
     artifact.save(tmp_path / artifact.FILE, made)
     reversed_ = export.write(tmp_path / artifact.FILE, "npz", tmp_path / "reversed.npz")
-    refused(reversed_, "of the classes 9, 8, .* of 0, 1, .* same order")
+    got = read(reversed_)
+    np.testing.assert_array_equal(got.hard_labels, 9 - labels)  # label 9 is the class named '0'
+    assert "classes: matched by name" in _notes(got)
+    other = artifact.FILE.replace("distilled", "other")
+    artifact.save(tmp_path / other, replace(made, classes=("ten", *classes[1:])))
+    named = export.write(tmp_path / other, "npz", tmp_path / "named.npz")
+    refused(named, "of the classes ten, 1, .* of 0, 1, .* must have the same ones")
     with np.load(reversed_) as file:
         arrays = {name: file[name] for name in file.files if name != "classes"}
     np.savez(tmp_path / "wide.npz", **(arrays | {"std": np.ones(7, np.float32)}))
@@ -459,20 +466,22 @@ def test_pixels_that_are_not_as_stated(tmp_path, few, refused, images, stated, m
     refused(path, match, pixels=stated)
 
 
-def test_pixels_that_leave_the_range_a_little_may_be_stated(tmp_path, splits, few, fitted, read):
-    """Unclipped images: `auto` can but take them for standardised."""
+def test_pixels_that_leave_the_range_a_little_must_be_stated(
+    tmp_path, splits, few, fitted, read, refused
+):
+    """Unclipped images: they may as well be standardised."""
     path = _plain(tmp_path / "set.pt", _nchw(few[0] * np.float32(1.4) - np.float32(0.2)), few[1])
     got = read(path, pixels="unit")
     np.testing.assert_allclose(got.images, fitted.apply(few[0] * 1.4 - 0.2), atol=1e-5)
     assert _accuracy(got, splits.test) > GOOD
-    assert "pixels: standardised (from -0.2 to 1.2)" in _notes(read(path))
+    refused(path, "from -0.2 to 1.2, are, and they fit no range exactly: .*signed, unit, zca")
 
 
 def test_constants_that_are_stated_decide(tmp_path, splits, few, read):
     """A set standardised by strange constants: only the right ones give its accuracy."""
     path = _plain(tmp_path / "set.pt", _nchw((few[0] - np.float32(0.9)) / np.float32(0.1)), few[1])
     right = read(path, mean=(0.9,), std=(0.1,))
-    wrong = read(path)
+    wrong = read(path, pixels="standardised")
     assert _accuracy(right, splits.test) > GOOD
     assert _accuracy(wrong, splits.test) < 0.3
     assert "mean 0.9, deviation 0.1: as stated" in _notes(right)
@@ -701,3 +710,300 @@ def test_damaged_files(tmp_path, few, read, suffix):
             messages.append(str(error))
     assert len(messages) > 20
     assert not any("\n" in message for message in messages)
+
+
+def _colour(splits, few):
+    """Real and few images of three channels that differ, so that constants can be told apart."""
+    gains = np.array([1.0, 0.7, 0.4], np.float32)
+    every = splits.train.images() * gains
+    every[..., 0] = 1 - every[..., 0]
+    images = few[0] * gains
+    images[..., 0] = 1 - images[..., 0]
+    return Labeled(every, splits.train.labels, splits.train.classes), images
+
+
+def _whitened_by_hand(train, kind):
+    """RFAD's or FRePo's map, written out with a singular value decomposition in float64."""
+    x = train.images().astype(np.float64)
+    mean, std = x.mean((0, 1, 2)), x.std((0, 1, 2))
+    flat = ((x - mean) / std).reshape(len(x), -1)
+    centre = flat.mean(0) if kind == "zca-frepo" else np.zeros(flat.shape[1])
+    second = (flat - centre).T @ (flat - centre) / len(flat)
+    second += 0.1 * np.trace(second) / len(second) * np.eye(len(second))
+    u, s, _ = np.linalg.svd(second)
+    matrix = u @ np.diag(s**-0.5) @ u.T
+
+    def apply(images):
+        z = ((images - mean) / std).reshape(len(images), -1) - centre
+        return (z @ matrix).reshape(images.shape).astype(np.float32)
+
+    return apply
+
+
+def _rfad(path, images, labels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    k, jit = np.float32(3.7), np.float64(5e-3)
+    nchw = images.transpose(0, 3, 1, 2)
+    np.savez(path, images=nchw, labels=labels, valid_loss=1.0, k=k, jit=jit, best_iter=7)
+    return path
+
+
+def test_rfad_file_of_colour_images(tmp_path, splits, few, refused):
+    train, images = _colour(splits, few)
+    own = preprocess.fit("standardise", train.chunks, train.shape)
+    whiten = _whitened_by_hand(train, "zca-rfad")
+    learned = centred_one_hot(few[1], 10) + np.float32(0.01)
+    path = _rfad(
+        tmp_path / "distilled_images_final" / "cifar10" / "10" / "best.npz", whiten(images), learned
+    )
+    got = foreign.load(path, train, Stated(), preprocess=own)
+    np.testing.assert_array_equal(got.images, whiten(images))
+    test = splits.test.images(np.arange(50)) * np.array([1.0, 0.7, 0.4], np.float32)
+    np.testing.assert_allclose(got.preprocess.apply(test), whiten(test), atol=1e-3)
+    np.testing.assert_allclose(got.preprocess.invert(got.images), images, atol=1e-3)
+    np.testing.assert_array_equal(got.labels, learned)
+    assert "pixels: zca-rfad" in _notes(got)
+    assert "ridge: 0.005, as in the file" in _notes(got)
+    assert got.provenance["evaluation_ridge"] == 5e-3
+    # Where neither data nor folders are named, three readings are left.
+    unnamed = _rfad(tmp_path / "set.npz", whiten(images), learned)
+    refused(unnamed, "state --pixels zca-rfad, --pixels zca or --pixels standard", train=train)
+    svhn = foreign.load(unnamed, train, Stated(), preprocess=own, data="svhn")
+    assert svhn.preprocess.kind == "zca"
+
+
+def test_rfad_file_of_grey_images_is_standardised(tmp_path, few, fitted, read, refused):
+    path = _rfad(tmp_path / "best.npz", 1.3 * fitted.apply(few[0]), centred_one_hot(few[1], 10))
+    got = read(path)
+    assert got.preprocess.same_as(fitted)
+    np.savez(tmp_path / "bad.npz", images=few[0], labels=few[1], k=1.0, jit=np.float64(np.nan))
+    refused(tmp_path / "bad.npz", "'jit' must be one number between 0 and 1")
+
+
+def test_frepo_file(tmp_path, splits, few, read):
+    train, images = _colour(splits, few)
+    own = preprocess.fit("standardise", train.chunks, train.shape)
+    whiten = _whitened_by_hand(train, "zca-frepo")
+    path = tmp_path / "step500000.npz"
+    drifted = centred_one_hot(few[1], 10) + np.float32(0.02)  # learned, so no longer summing to 0
+    np.savez(path, image=whiten(images), label=drifted)
+    got = foreign.load(path, train, Stated(), preprocess=own)
+    assert got.preprocess.kind == "zca-frepo"
+    np.testing.assert_allclose(got.preprocess.apply(images), whiten(images), atol=1e-3)
+    np.testing.assert_allclose(got.preprocess.invert(got.images), images, atol=1e-3)
+    np.testing.assert_array_equal(got.labels, drifted)
+    np.savez(path, image=3 * few[0] - 1, label=drifted)
+    got = read(path, data="fashion-mnist")  # grey: standardised, by the constants of the project
+    assert "mean 0.2861, deviation 0.353: those of FRePo for FashionMNIST" in _notes(got)
+
+
+def test_frepo_divides_labels_by_a_root_of_the_number_of_classes(tmp_path, fitted):
+    labels = np.arange(40)
+    images = np.random.default_rng(0).random((40, 8, 8, 1), np.float32)
+    train = Labeled(images, labels, tuple(map(str, range(40))))
+    np.savez(tmp_path / "s.npz", image=fitted.apply(images), label=centred_one_hot(labels, 40) / 2)
+    got = foreign.load(tmp_path / "s.npz", train, Stated(), preprocess=fitted)
+    np.testing.assert_allclose(got.labels, centred_one_hot(labels, 40), atol=1e-6)
+
+
+def test_directions_beyond_the_number_of_images_keep_their_scale():
+    """FRePo's rank control: of 20 images in 192 dimensions, at least 172 directions."""
+    images = np.random.default_rng(0).random((20, 8, 8, 3)).astype(np.float32)
+    fitted = preprocess.fit_frepo(lambda size: iter([images]), (8, 8, 3))
+    values = np.linalg.eigvalsh(fitted.whiten.astype(np.float64))
+    assert (np.abs(values - 1) < 1e-4).sum() >= 172
+    assert (values < 0.9).any()
+
+
+@pytest.mark.parametrize(
+    ("kind", "mean", "std"),
+    [
+        ("imagenet", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ("signed", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    ],
+)
+@pytest.mark.parametrize("stated", [False, True])
+def test_other_constants_are_proven_by_the_numbers(
+    tmp_path, splits, few, refused, kind, mean, std, stated
+):
+    train, images = _colour(splits, few)
+    train.store[0, 0, 0], images[0, 0, 0] = 1.0, 1.0  # every channel has its full range somewhere
+    own = preprocess.fit("standardise", train.chunks, train.shape)
+    mean, std = np.float32(mean), np.float32(std)
+    path = _plain(tmp_path / "set.pt", _nchw((images - mean) / std), few[1])
+    got = foreign.load(path, train, Stated(kind if stated else "auto"), preprocess=own)
+    np.testing.assert_allclose(got.preprocess.apply(images), got.images, atol=1e-5)
+    np.testing.assert_array_equal(got.preprocess.mean, mean)
+    assert f"pixels: {kind} (" in _notes(got)
+    refused(path, f"are {kind} ones to the last digit", train=train, pixels="standardised")
+    # Noise as of an optimiser leaves the range: then nothing is proven.
+    rng = np.random.default_rng(0)
+    noisy = (images + rng.normal(0, 0.1, images.shape).astype(np.float32) - mean) / std
+    refused(
+        _plain(tmp_path / "noisy.pt", _nchw(noisy), few[1]),
+        "imagenet, unit|imagenet, zca",
+        train=train,
+    )
+
+
+def test_pictures_of_8_bits_are_proven_inside_the_range(tmp_path, few, fitted, read):
+    """They touch neither end, but lie on multiples of 1/255."""
+    levels = np.rint(few[0] * 100 + 60) / np.float32(255)
+    got = read(_plain(tmp_path / "set.pt", _nchw(levels * 2 - 1), few[1]))
+    assert "pixels: signed (from -0.529 to 0.255)" in _notes(got)
+
+
+@pytest.mark.parametrize(
+    ("images", "stated", "match"),
+    [
+        (lambda x: np.rint(16 * x), {}, "as bytes ones they have 0.063 times the contrast"),
+        (lambda x: x / 255, {}, "as unit ones they have 0.0039 times the contrast"),
+        (lambda x: 1.2 * x + 0.01, {}, "state --pixels unit or bytes"),
+        (lambda x: x - 0.5, {"pixels": "imagenet"}, "imagenet is for colour: give --mean"),
+        (lambda x: x, {"tiles": 0}, "--tiles must be from 1 to 8, got 0"),
+        (lambda x: x, {"tiles": 3}, "8x8 pixels do not part into 3x3 tiles"),
+    ],
+)
+def test_pixels_that_are_asked_for(tmp_path, few, refused, images, stated, match):
+    refused(_plain(tmp_path / "set.pt", _nchw(images(few[0])), few[1]), match, **stated)
+
+
+def test_bytes_that_are_no_whole_numbers(tmp_path, splits, few, fitted, read):
+    images = few[0] * np.float32(254.5) + np.float32(0.25)
+    got = read(_plain(tmp_path / "set.pt", _nchw(images), few[1]))
+    np.testing.assert_allclose(got.images, fitted.apply(images / 255), atol=1e-5)
+
+
+def _tiled(images):
+    """Every four images in one of the same size, as IDC stores them."""
+    small = images.reshape(len(images), 4, 2, 4, 2, 1).mean((2, 4))
+    rows = small.reshape(-1, 2, 2, 4, 4, 1).transpose(0, 1, 3, 2, 4, 5)
+    return rows.reshape(-1, 8, 8, 1), small
+
+
+def test_idc_file_is_taken_out_of_its_tiles(tmp_path, splits, few, fitted, read, refused):
+    tiles, small = _tiled(few[0])
+    small = small.reshape(-1, 4, 4, 4, 1).transpose(1, 0, 2, 3, 4).reshape(-1, 4, 4, 1)
+    large = torch.nn.functional.interpolate(_nchw(small), size=8, mode="bilinear")
+    expected = fitted.apply(large.numpy().transpose(0, 2, 3, 1))
+    path = tmp_path / "data_best.pt"
+    torch.save([_nchw(tiles), torch.from_numpy(few[1][::4])], path)
+    got = read(path)
+    assert got.images.shape == (200, 8, 8, 1)
+    np.testing.assert_allclose(got.images, expected, atol=1e-5)
+    np.testing.assert_array_equal(got.hard_labels, np.tile(few[1][::4], 4))
+    assert _accuracy(got, splits.test) > 0.8  # 0.86: half the resolution
+    assert "tiles: 2x2 images in one, now 200 images (IDC's; " in _notes(got)
+    assert len(read(path, tiles=1)) == 50
+    plain = _plain(tmp_path / "set.pt", _nchw(tiles), few[1][::4])
+    refused(plain, "images look like 2x2 tiles: .*state --tiles 2 to part them, or --tiles 1")
+    assert len(read(plain, tiles=2)) == 200
+    torch.save([_nchw(few[0]), torch.from_numpy(few[1])], path)  # of a run with factor 1
+    refused(path, "IDC may keep 2x2 tiles")
+
+
+def test_steps_across_the_middle_show_tiles():
+    """Smooth images of unequal brightness, whose mean says nothing."""
+    rng = np.random.default_rng(0)
+    ramp = np.linspace(0, 1, 16, dtype=np.float32)[:, None, None] * np.ones((16, 16, 1), np.float32)
+    smooth = ramp + ramp.transpose(1, 0, 2)
+    whole = np.stack([smooth * gain for gain in rng.random(40, np.float32)])
+    train = Labeled(whole, np.arange(40) % 2, ("a", "b"))
+    assert evidence.tiled(whole, train) is None
+    half = whole[:, ::2, ::2]
+    corners = half.reshape(10, 2, 2, 8, 8, 1).transpose(0, 1, 3, 2, 4, 5).reshape(10, 16, 16, 1)
+    assert "the step across the middle is" in evidence.tiled(corners, train)
+
+
+@pytest.mark.parametrize(
+    ("image", "label"),
+    [("image", "label"), ("x", "y"), ("data", "targets"), ("X_train", "y_train")],
+)
+@pytest.mark.parametrize("suffix", [".npz", ".pt"])
+def test_other_names_of_the_arrays(tmp_path, few, fitted, read, image, label, suffix):
+    path = tmp_path / f"set{suffix}"
+    if suffix == ".npz":
+        np.savez(path, **{image: fitted.apply(few[0]), label: few[1], "epochs": 3})
+    else:
+        torch.save({image: torch.from_numpy(few[0]), label: torch.from_numpy(few[1])}, path)
+    got = read(path)
+    np.testing.assert_array_equal(got.hard_labels, few[1])
+    assert f"images are its {image!r}, labels its {label!r}" in _notes(got)
+
+
+def test_names_that_could_be_either_are_refused(tmp_path, few, refused):
+    np.savez(tmp_path / "set.npz", x=few[0], data=few[0], y=few[1])
+    refused(tmp_path / "set.npz", "several arrays that could be its images or labels .data, x, y.")
+
+
+def test_two_npy_files(tmp_path, few, fitted, read, refused):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    np.save(folder / "images.npy", fitted.apply(few[0]))
+    refused(folder, "one array, and its labels are nowhere: wanted labels.npy")
+    np.save(folder / "labels.npy", few[1])
+    assert foreign.is_foreign(folder)
+    for path in (folder, folder / "images.npy"):
+        np.testing.assert_array_equal(read(path).hard_labels, few[1])
+    os.replace(folder / "images.npy", tmp_path / "x_train.npy")
+    os.replace(folder / "labels.npy", tmp_path / "y_train.npy")
+    assert len(read(tmp_path / "x_train.npy")) == len(few[1])
+    refused(tmp_path / "y_train.npy", "its labels are nowhere")
+    (tmp_path / "x_train.npy").write_bytes(b"\x93NUMPY\x01\x00")
+    refused(tmp_path / "x_train.npy", "is not a readable .npy")
+
+
+def test_arrays_that_claim_more_than_they_hold(tmp_path, few, refused):
+    """Nothing of the claimed size is allocated: it would be 4 TiB."""
+    np.save(tmp_path / "images.npy", few[0])
+    content = (tmp_path / "images.npy").read_bytes()
+    claim = content.replace(b"(200, 8, 8, 1), }   ", b"(999999999999, 1), }")
+    assert claim != content
+    (tmp_path / "images.npy").write_bytes(claim)
+    np.save(tmp_path / "labels.npy", few[1])
+    refused(tmp_path / "images.npy", r"claims the shape \(999999999999, 1\)")
+    with zipfile.ZipFile(tmp_path / "set.npz", "w") as archive:
+        for name in ("images.npy", "labels.npy"):
+            archive.write(tmp_path / name, name)
+    refused(tmp_path / "set.npz", r"claims the shape \(999999999999, 1\)")
+
+
+@pytest.mark.parametrize("name", ["set.pkl", "set.pickle", "set.p"])
+def test_pickles_are_refused_unread(tmp_path, refused, name):
+    target = tmp_path / "made by a pickle"
+    (tmp_path / name).write_bytes(pickle.dumps(_Hostile(target)))
+    assert foreign.is_foreign(tmp_path / name)
+    refused(tmp_path / name, "is a pickle, which can run any program .*numpy.savez")
+    assert not target.exists()
+
+
+def test_numbered_folders_of_numbered_classes_go_by_number(tmp_path, splits, few, fitted, read):
+    """Classes sorted as text: the third is '10', and folder 00002 is class '2' all the same."""
+    names = ("0", "1", "10", *"2345678")  # digit 2 stands in for '10', digit 9 for '8'
+    train = Labeled(splits.train.images(), splits.train.labels, names)
+    images, labels = few
+    numbers = [int(name) for name in names]
+    folder = _write_folder(tmp_path / "syn", images, labels, lambda k: f"{numbers[k]:05}")
+    got = read(folder, train=train)
+    order = np.argsort([numbers[label] for label in labels], kind="stable")
+    np.testing.assert_array_equal(got.hard_labels, labels[order])
+    assert _accuracy(got, splits.test) > GOOD
+    assert "matched by number" in _notes(got)
+    assert "another order" not in _notes(got)
+
+
+def test_another_order_of_classes_is_told(tmp_path, splits, few, fitted, read):
+    """Labels 0 and 2 exchange their places, and a set of few images says nothing."""
+    order = np.array([2, 1, 0, *range(3, 10)])
+    path = _plain(tmp_path / "set.pt", _nchw(few[0]), order[few[1]])
+    assert "another order" not in _notes(read(path)), "most images fit as they are"
+    turned = (few[1] + 3) % 10
+    got = _notes(read(_plain(tmp_path / "turned.pt", _nchw(few[0]), turned)))
+    assert "another order than the data's: images labelled '0' like '7', '1' like '8'" in got
+    one = np.arange(0, 200, SHARE)
+    small = _plain(tmp_path / "small.pt", _nchw(few[0][one]), turned[one])
+    assert "another order" not in _notes(read(small))
+    whitened = preprocess.fit("zca", splits.train.chunks, splits.train.shape).apply(few[0])
+    path = _plain(tmp_path / "zca.pt", _nchw(whitened), turned)
+    assert "another order" in _notes(read(path, pixels="zca"))
+    assert "another order" not in _notes(read(_plain(path, _nchw(whitened), few[1]), pixels="zca"))

@@ -111,7 +111,7 @@ def test_a_stop_is_agreed_on_and_a_death_ends_the_run(dsdistill, tmp_path):
     processes[1].send_signal(signal.SIGTERM)
     (code, _, error), (other, *_) = ended(processes)
     assert (code, other) == (1, 1)
-    assert error.strip().endswith("stopped; a run continues with --resume")
+    assert error.strip().endswith("stopped; continue with `dsdistill kip --resume --out run`")
     reached = steps(run)
     assert reached == list(range(1, len(reached) + 1))
 
@@ -146,7 +146,7 @@ def test_ctrl_c_stops_all_hosts(tmp_path):
     processes[0].send_signal(signal.SIGINT)
     for code, _, error in ended(processes):
         assert code == 1
-        assert error.strip().endswith("stopped; a run continues with --resume")
+        assert error.strip().endswith("stopped; continue with `dsdistill kip --resume --out run`")
     assert (tmp_path / "host0" / "run" / "checkpoint.safetensors").exists()
 
 

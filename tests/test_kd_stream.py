@@ -21,9 +21,10 @@ import torch
 from PIL import Image
 from timm.data.dataset import ImageDataset, IterableImageDataset
 from timm.data.loader import create_loader
+from timm.utils.misc import natural_key
 from torch import Tensor
 
-from dsdistill.harness import datasets
+from dsdistill.harness import class_names, datasets
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.layout import list_folder
 from kd.data import Batch, derive, mine
@@ -488,6 +489,12 @@ def test_a_decoding_process_can_be_given_its_images_by_value(images: Pictures) -
     copied = pickle.loads(pickle.dumps(stream._desk))
     other = Stream(copied.pictures, VIEWS, 8, CPU)
     assert _same(next(iter(stream.epoch(0, 0))), next(iter(other.epoch(0, 0))))
+
+
+def test_the_natural_key_is_timms() -> None:
+    names = ["b10", "B2", "a", "Zoo", "b2c10", "b2c9", "x_1", "x_01a", "dog 3", "dog 21"]
+    assert sorted(names, key=class_names.natural_key) == sorted(names, key=natural_key)
+    assert sorted(["a", "1"], key=class_names.natural_key) == ["1", "a"]
 
 
 def test_the_digest_changes_with_the_files_and_not_with_their_place(

@@ -2,14 +2,16 @@
 
 import json
 import os
+import re
 import sys
 import types
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
-from dsdistill.harness import runs
+from dsdistill.harness import checksums, runs
 from dsdistill.harness.runs import Metrics, RunError
 
 DEFAULTS = {"steps": 1000, "ridge": 1e-6, "data_root": None, "sizes": (1, 2)}
@@ -117,9 +119,20 @@ def test_resume_keeps_the_stored_options(tmp_path):
         _start(tmp_path, resume=True, steps=7)
 
 
-@pytest.mark.parametrize("text", ["", '{"steps": ', "[1]", "\0\0"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b'{"steps": ',
+        b"[1]",
+        b"\0\0",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"chosen": 3, "steps": 5}',
+    ],
+)
 def test_a_damaged_config_is_one_line(tmp_path, text):
-    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "config.json").write_bytes(text)
     with pytest.raises(RunError, match=r"config\.json") as caught:
         _start(tmp_path, resume=True)
     assert "\n" not in str(caught.value)
@@ -162,6 +175,117 @@ def test_state_comes_back_to_the_bit(tmp_path):
         assert got[name].dtype == array.dtype
         assert got[name].shape == array.shape
         np.testing.assert_array_equal(got[name], array)
+
+
+DATA, OTHER = "ab" * 32, "cd" * 32
+
+
+def test_a_run_goes_on_with_the_same_inputs_alone(tmp_path):
+    with _start(tmp_path) as run:
+        run.require_same({"training images": DATA})
+        run.require_same({"set of --init": OTHER})
+        run.save_state({"a": np.zeros(1)}, {})
+    assert runs.read_json(tmp_path / "config.json")["inputs"] == {
+        "training images": DATA,
+        "set of --init": OTHER,
+    }
+    with _start(tmp_path, resume=True) as run:
+        run.require_same({"training images": DATA, "set of --init": OTHER})
+        message = (
+            f"changed since the run {tmp_path} was started: set of --init (SHA-256 was "
+            "cdcdcdcdcdcd, is abababababab): put back what it was, or start anew in another --out"
+        )
+        with pytest.raises(RunError, match=f"^{re.escape(message)}$"):
+            run.require_same({"training images": DATA, "set of --init": DATA})
+    assert runs.read_json(tmp_path / "config.json")["inputs"]["set of --init"] == OTHER
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_run_of_an_earlier_version_says_that_its_inputs_cannot_be_checked(
+    tmp_path, capsys, begun
+):
+    with _start(tmp_path) as run:
+        if begun:
+            run.save_state({"a": np.zeros(1)}, {})
+    with _start(tmp_path, resume=True) as run:
+        run.require_same({"test images": DATA})
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == begun
+    assert not begun or re.search("no hash of: test images; .* cannot be checked", lines[0])
+    with _start(tmp_path, resume=True) as run, pytest.raises(RunError, match="test images"):
+        run.require_same({"test images": OTHER})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".config.json.x1y2z3a_",
+        ".metrics.jsonl.abcdefgh",
+        ".checkpoint.safetensors.01234567",
+        ".distilled.png.abcdefgh",
+        "results/.0a1b.json.abcdefgh",
+    ],
+)
+@pytest.mark.parametrize("resume", [True, False])
+def test_what_a_kill_left_is_removed(tmp_path, name, resume):
+    if resume:
+        _start(tmp_path)
+    elif "/" in name:
+        return  # a folder with something in it is not free
+    kept = [tmp_path / ".mine", tmp_path / ".model.json.swp"]
+    for path in (tmp_path / name, *kept):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{")
+    _start(tmp_path, resume=resume)
+    assert not (tmp_path / name).exists()
+    assert all(path.exists() for path in kept)
+
+
+def test_a_run_of_another_command_is_not_resumed(tmp_path):
+    runs.start(tmp_path, {"command": "kip", "steps": 5}, result="a")
+    for config in ({"command": "ls", "steps": 5}, {"steps": 5}):
+        with pytest.raises(RunError, match="holds a run of another command"):
+            runs.start(tmp_path, config, result="b", resume=True, defaults=config)
+
+
+def _flipped(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :]
+
+
+def test_no_bit_of_a_checkpoint_changes_unnoticed(tmp_path):
+    run = _start(tmp_path)
+    arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array(3, np.int32)}
+    run.save_state(arrays, {"done": 7, "seconds": 0.25})
+    path = tmp_path / "checkpoint.safetensors"
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        path.write_bytes(_flipped(whole, at))
+        with pytest.raises(RunError, match="checkpoint") as caught:
+            run.load_state()
+        assert "\n" not in str(caught.value)
+    path.write_bytes(whole)
+    assert run.load_state() is not None
+
+
+def test_a_checkpoint_without_a_checksum_is_accepted_and_said(tmp_path, capsys):
+    run = _start(tmp_path)
+    content = safetensors.numpy.save({"a": np.zeros(3)}, {"meta": json.dumps({"step": 4})})
+    (tmp_path / "checkpoint.safetensors").write_bytes(content)
+    state = run.load_state()
+    assert state is not None
+    assert state[1] == {"step": 4}
+    assert "has no checksum" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("meta", ["", "{", "[" * 100_000, "[1]", "7"])
+def test_a_checkpoint_whose_figures_are_none_is_one_line(tmp_path, meta):
+    run = _start(tmp_path)
+    tensors = {"a": np.zeros(3)}
+    content = safetensors.numpy.save(tensors, checksums.metadata("meta", meta, tensors))
+    (tmp_path / "checkpoint.safetensors").write_bytes(content)
+    with pytest.raises(RunError, match="is damaged") as caught:
+        run.load_state()
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kept", [0, 5, 20, -1])
@@ -220,6 +344,22 @@ def test_resumed_metrics_equal_uninterrupted_ones(tmp_path):
             metrics.write(step, loss=1 / (step + 1))
     files = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("cut", "whole")]
     assert files[0] == files[1]
+
+
+def test_damaged_lines_are_dropped_and_said(tmp_path, capsys):
+    lines = [
+        b'{"step": 1}',
+        b"\xff\xfe",
+        b"[1]",
+        b"{}",
+        b'{"step": "2"}',
+        b"[" * 99999,
+        b'{"step": 2}',
+    ]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*lines, b'{"step": 3, "l']))
+    Metrics(tmp_path, resume_from=2).close()
+    assert _lines(tmp_path) == [{"step": 1}, {"step": 2}]
+    assert "5 of 7 lines damaged, dropped" in capsys.readouterr().err
 
 
 def test_resume_before_the_first_line(tmp_path):

@@ -3,22 +3,29 @@
     res_DM_CIFAR10_ConvNet_10ipc.pt        DC, DSA and DM: {"data": [[images, labels], ...]}
     images_best.pt, labels_best.pt         MTT and its successors: a tensor each
     ConvNet_ssize100_nozca_l_aug_ckpt1.npz KIP: `images` and `labels`
+    cifar10/10/best.npz                    RFAD: `images`, `labels`, `k` and `jit`
+    np/step500000.npz                      FRePo: `image` and `label`
+    data.pt, data_best.pt                  IDC: [images, labels]
+    images.npy, labels.npy                 an array each
     {"images": ..., "labels": ...}         plain tensors or arrays; `dsdistill export`
 
 This module finds the arrays, and what the kind of file says of them.
 
 Source of the formats: the programs of VICO-UoE/DatasetCondensation (`main.py`, `main_DM.py`),
-GeorgeCazenavette/mtt-distillation (`distill.py`) and google-research/kip (`dataset.ipynb`).
+GeorgeCazenavette/mtt-distillation (`distill.py`), google-research/kip (`dataset.ipynb`),
+yolky/RFAD (`distillation.py`), yongchaoz/FRePo (`lib/datadistillation/utils.py`) and
+snu-mllab/Efficient-Dataset-Condensation (`condense.py`, `test.py`).
 """
 
 import hashlib
+import math
 import pickle
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from jaxtyping import Num
@@ -26,12 +33,24 @@ from jaxtyping import Num
 from dsdistill.harness import memory
 from dsdistill.harness.errors import UserError
 
-SUFFIXES = (".pt", ".pth", ".npz")
+SUFFIXES = (".pt", ".pth", ".npz", ".npy")
 REMEDY = "save its images and labels with torch.save({'images': images, 'labels': labels}, FILE)"
+CONVERSION = "numpy.savez('set.npz', images=images, labels=labels)"
 # A DC file's list of accuracies consists of these; they are read as `_Ignored`.
 _NUMPY_SCALARS = ("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
-_NAMES = ("images", "labels", "pixels", "mean", "std", "classes")
+_OTHERS = ("pixels", "mean", "std", "classes")  # of `dsdistill export`
+# Names under which projects and their users keep images and labels, in small letters.
+_IMAGES = (
+    *("images", "image", "imgs", "img", "x", "data", "x_train", "x_proto", "x_syn"),
+    *("image_syn", "images_syn", "syn_images", "syn_data"),
+)
+_LABELS = (
+    *("labels", "label", "y", "targets", "target", "y_train", "y_proto", "y_syn"),
+    *("label_syn", "labels_syn", "syn_labels", "syn_targets"),
+)
+_BESIDE = (("image", "label"), ("data", "target"), ("data", "label"), ("x", "y"), ("X", "y"))
 _MTT = re.compile(r"images_(?P<unwhitened>zca_)?(?P<step>\w+)\.pt")
+_IDC = re.compile(r"data(_best|\d+)?\.pt")
 _KIP = re.compile(r"_ssize\d+_(?P<no>no)?zca(_|$)")
 
 
@@ -40,7 +59,7 @@ class Raw:
     """Arrays as published, and what the kind of file says of them.
 
     Attributes:
-        kind: `DC`, `MTT`, `KIP`, `dsdistill`, `plain` or `folder`.
+        kind: `DC`, `MTT`, `KIP`, `RFAD`, `FRePo`, `IDC`, `dsdistill`, `plain` or `folder`.
         images: In any layout and range.
         labels: One number or one row an image.
         files: All that was read.
@@ -49,6 +68,7 @@ class Raw:
         mean, std: One value a channel, where the file holds them.
         classes: Names in label order, where the file holds them.
         unclear: Why `auto` must not decide about the pixels; empty where it may.
+        ridge: Relative, with which the project solves kernel ridge regression on it.
     """
 
     kind: str
@@ -62,6 +82,7 @@ class Raw:
     std: Num[np.ndarray, " c"] | None = None
     classes: tuple[str, ...] | None = None
     unclear: str = ""
+    ridge: float | None = None
 
     @property
     def digest(self) -> str:
@@ -72,22 +93,31 @@ class Raw:
 
 
 def holds_pair(folder: Path) -> bool:
-    """Whether a folder has the two files of MTT."""
-    return any(_MTT.fullmatch(p.name) for p in folder.iterdir())
+    """Whether a folder has the two files of MTT, or `images.npy`."""
+    names = [p.name for p in folder.iterdir()]
+    return "images.npy" in names or any(_MTT.fullmatch(name) for name in names)
 
 
 def read(path: Path) -> Raw:
-    """Read a published set from a `.pt`, `.pth` or `.npz` file, or a folder with MTT's files.
+    """Read a published set from one of `SUFFIXES`, or a folder with the two files of a set.
 
     Raises:
         UserError: If it is missing, damaged, hostile or none of these, or if it was exported from
             a whitened set, whose own file has the whitening.
     """
+    if path.is_dir() and (path / "images.npy").is_file():
+        return _npy(path / "images.npy")
     if path.is_dir():
         return _torch(_best(path))
-    if path.suffix not in SUFFIXES:
+    suffix = path.suffix.lower()
+    if suffix in (".pkl", ".pickle", ".p"):
+        raise UserError(
+            f"{path} is a pickle, which can run any program as it is read, so it is not read: in "
+            f"the program that wrote it, use {CONVERSION}"
+        )
+    if suffix not in SUFFIXES:
         raise UserError(f"{path} must be a folder or one of {', '.join(SUFFIXES)}")
-    return _npz(path) if path.suffix == ".npz" else _torch(path)
+    return {".npz": _npz, ".npy": _npy}.get(suffix, _torch)(path)
 
 
 def line(error: Exception) -> str:
@@ -113,11 +143,12 @@ def _torch(path: Path) -> Raw:
     found = _load_torch(path)
     if isinstance(found, dict) and isinstance(found.get("data"), list):
         return _condensed(path, found["data"])
-    if isinstance(found, dict) and {"images", "labels"} <= found.keys():
-        return _named(path, {k: _numpy(path, v) for k, v in found.items() if k in _NAMES})
+    if isinstance(found, dict) and (names := _pair(path, found)):
+        keep = {*names, *_OTHERS}
+        return _named(path, {k: _numpy(path, v) for k, v in found.items() if k in keep}, names)
     if isinstance(found, (list, tuple)) and len(found) == 2:
         images, labels = (_numpy(path, part) for part in found)
-        return Raw("plain", images, labels, (path,))
+        return Raw("IDC" if _IDC.fullmatch(path.name) else "plain", images, labels, (path,))
     if isinstance(found, torch.Tensor):
         return _matched_trajectory(path, _numpy(path, found))
     raise UserError(f"{path} holds no images with labels that are known here: {REMEDY}")
@@ -155,24 +186,121 @@ def _npz(path: Path) -> Raw:
     try:
         with np.load(path, allow_pickle=False) as file:
             names = sorted(file.files)
-            found = {name: file[name] for name in names if name in _NAMES}
+            if not (pair := _pair(path, names)):
+                raise UserError(f"{path} must hold 'images' and 'labels', has {names}")
+            keep = [name for name in names if name in (*pair, *_OTHERS, "jit")]
+            for name in keep:
+                _require_header(path, file.zip, name)
+            found = {name: file[name] for name in keep}
+    except UserError:
+        raise
     except Exception as error:  # numpy raises OSError, ValueError, BadZipFile, zlib.error, EOFError
-        raise UserError(f"{path} is not a readable .npz: {line(error)}") from error
-    if not {"images", "labels"} <= found.keys():
-        raise UserError(f"{path} must hold 'images' and 'labels', has {names}")
-    raw = _named(path, found)
-    named = _KIP.search(path.stem)
-    if raw.kind != "plain" or named is None:
+        raise UserError(f"{path} is not a readable .npz: {_why(error)}") from error
+    raw = _named(path, found, pair)
+    if raw.kind != "plain":
         return raw
-    return replace(raw, kind="KIP", labels_as="centred", pixels="auto" if named["no"] else "zca")
+    if pair == ("images", "labels") and {"k", "jit"} <= set(names):
+        return replace(raw, kind="RFAD", labels_as="centred", ridge=_ridge(path, found["jit"]))
+    if pair == ("image", "label") and len(names) == 2:
+        return replace(raw, kind="FRePo", labels_as="centred")
+    if named := _KIP.search(path.stem):
+        pixels = "standardised" if named["no"] else "zca"
+        return replace(raw, kind="KIP", labels_as="centred", pixels=pixels)
+    return raw
 
 
-def _named(path: Path, found: dict[str, np.ndarray]) -> Raw:
+def _ridge(path: Path, jitter: np.ndarray) -> float:
+    if jitter.size != 1 or jitter.dtype.kind != "f" or not 0 < jitter.item() < 1:
+        raise UserError(f"{path}: RFAD's 'jit' must be one number between 0 and 1")
+    return float(jitter.item())
+
+
+def _npy(path: Path) -> Raw:
+    """Images in one file, labels in another one beside it."""
+    names = [
+        path.name.replace(image, label)
+        for image, label in _BESIDE
+        if image in path.name.split(".")[0]
+    ]
+    beside = next((b for name in names if (b := path.with_name(name)).is_file()), None)
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    if beside is None:
+        wanted = some(names) if names else "labels.npy beside images.npy"
+        raise UserError(f"{path} holds one array, and its labels are nowhere: wanted {wanted}")
+    return Raw("plain", _array(path), _array(beside), (path, beside))
+
+
+def _array(path: Path) -> np.ndarray:
+    try:
+        with path.open("rb") as file:
+            _require_array(path, file, path.stat().st_size)
+        return np.load(path, allow_pickle=False)
+    except UserError:
+        raise
+    except Exception as error:  # as for .npz
+        raise UserError(f"{path} is not a readable .npy: {_why(error)}") from error
+
+
+def _why(error: Exception) -> str:
+    text = line(error)
+    pickled = "Object arrays" in text
+    return f"{text}; in the program that wrote it, use {CONVERSION}" if pickled else text
+
+
+def _require_header(path: Path, archive: zipfile.ZipFile, name: str) -> None:
+    """Refuse an array of an archive that claims more than its bytes, before it is allocated."""
+    entry = name if name in archive.namelist() else f"{name}.npy"
+    with archive.open(entry) as file:
+        _require_array(path, file, archive.getinfo(entry).file_size)
+
+
+def _require_array(path: Path, file: IO[bytes], size: int) -> None:
+    version = np.lib.format.read_magic(file)
+    read_header = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }.get(version)
+    if read_header is None:
+        raise UserError(f"{path}: an array is of the format {version}, wanted (1, 0) or (2, 0)")
+    shape, _, dtype = read_header(file)
+    if dtype.hasobject:  # numpy refuses it with a message of its own
+        return
+    needed = math.prod(shape) * dtype.itemsize
+    if needed > size:
+        raise UserError(f"{path}: an array claims the shape {shape}, which its {size} bytes lack")
+    memory.require(9 * math.prod(shape), f"an array of {path}", "take a smaller set")
+
+
+def _pair(path: Path, names: Mapping[Any, Any] | Sequence[str]) -> tuple[str, str] | None:
+    """The names of images and labels among others; None where there are none.
+
+    Raises:
+        UserError: If several names could be either.
+    """
+    if {"images", "labels"} <= set(names):
+        return "images", "labels"
+    texts = [name for name in names if isinstance(name, str)]
+    images = [name for name in texts if name.lower() in _IMAGES]
+    labels = [name for name in texts if name.lower() in _LABELS]
+    if not images or not labels:
+        return None
+    if len(images) > 1 or len(labels) > 1:
+        raise UserError(
+            f"{path} has several arrays that could be its images or labels ({some(images + labels)}"
+            f"): keep one of each, as 'images' and 'labels'"
+        )
+    return images[0], labels[0]
+
+
+def _named(path: Path, found: dict[str, np.ndarray], pair: tuple[str, str]) -> Raw:
     """Arrays by name; those of `dsdistill export` carry their preprocessing."""
-    raw = Raw("plain", found["images"], found["labels"], (path,))
+    raw = Raw("plain", found[pair[0]], found[pair[1]], (path,))
+    if pair != ("images", "labels"):
+        raw = replace(raw, notes=(f"images are its {pair[0]!r}, labels its {pair[1]!r}",))
     if "classes" in found:
         raw = replace(raw, classes=tuple(map(str, found["classes"].ravel().tolist())))
-    if not {"pixels", "mean", "std"} <= found.keys():
+    if not {"images", "pixels", "mean", "std"} <= found.keys():
         return raw
     parts = images, pixels, mean, std = [found[k] for k in ("images", "pixels", "mean", "std")]
     alike = images.shape == pixels.shape and mean.shape == std.shape == images.shape[-1:]

@@ -1,5 +1,6 @@
 """Labels of a published set: what they are, and as rows in the project's encoding."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,8 +28,8 @@ _ALLOWED: Mapping[str, tuple[str, ...]] = {
 
 def encoded(
     path: Path, raw: Raw, stated: str, classes: tuple[str, ...]
-) -> tuple[str, Float[np.ndarray, "n k"]]:
-    """The kind of the labels, and the labels as rows.
+) -> tuple[str, Float[np.ndarray, "n k"], str]:
+    """The kind of the labels, the labels as rows, and the order of classes that was taken.
 
     Args:
         path: Of the set, for messages.
@@ -38,15 +39,17 @@ def encoded(
 
     Returns:
         The kind, and float32 rows: an integer label gives one-hot minus 1/k, probabilities and
-        the softmax of logits lose 1/k, centred ones stay as they are.
+        the softmax of logits lose 1/k, centred ones stay as they are, but FRePo's are scaled back.
+        Rows are in the data's order of classes: those of a file that names its classes are matched
+        by name, others are taken to have it.
 
     Raises:
         UserError: If they are of other classes, not of the stated kind, or of no clear kind.
     """
-    if raw.classes is not None and raw.classes != classes:
+    if raw.classes is not None and sorted(raw.classes) != sorted(classes):
         raise UserError(
             f"{path} is of the classes {some(raw.classes)}, the data of {some(classes)}: --data "
-            "must have the same ones in the same order"
+            "must have the same ones"
         )
     labels = _rows(path, raw.labels, len(classes))
     seen = _seen(labels)
@@ -61,7 +64,19 @@ def encoded(
         raise UserError(f"{path}: labels do not look {kind}: say --labels {remedy}")
     if stated == "centred" and abs(mean := labels.sum(1).mean()) > DRIFT:
         raise UserError(f"{path}: rows of labels sum to {mean:.3g}, centred ones to about 0")
-    return kind, _encode(path, labels, kind, len(classes)).astype(np.float32)
+    rows = _encode(path, labels, kind, len(classes)).astype(np.float32)
+    if raw.kind == "FRePo":  # which divides centred labels by this
+        rows = rows * np.float32(math.sqrt(len(classes) / 10))
+    if raw.kind == "folder":
+        return kind, rows, "those of the folders"
+    if raw.classes is None:
+        return (
+            kind,
+            rows,
+            f"not named, so in the data's order: 0 is {classes[0]!r}, 1 {classes[1]!r}",
+        )
+    order = [raw.classes.index(name) for name in classes]
+    return kind, rows[:, order], "matched by name"
 
 
 def unequal(labels: Int[np.ndarray, " n"], k: int) -> list[str]:

@@ -17,7 +17,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from dsdistill.foreign_sets.files import Raw, line, some
-from dsdistill.harness import memory
+from dsdistill.harness import class_names, memory
 from dsdistill.harness.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -73,18 +73,24 @@ def _is_picture(file: Path) -> bool:
 def _order(path: Path, names: list[str], classes: Sequence[str]) -> tuple[list[int], str]:
     """The label of each class folder, and how it was found."""
     # `dsdistill export` writes "T-shirt/top" as a folder "T-shirt-top".
-    known = {name.replace("/", "-"): label for label, name in enumerate(classes)}
-    if set(names) == known.keys():
-        return [known[name] for name in names], "class folders were matched by name"
+    known = [name.replace("/", "-") for name in classes]
+    if (place := class_names.match(names, known)) is not None:
+        if set(names) == set(known):
+            return list(place), "class folders were matched by name"
+        return list(place), _by_number(names, place, classes)
     numbered = [re.fullmatch(r"(\D*)(\d+)", name) for name in names]
     found = [(match[1], int(match[2])) for match in numbered if match]
     order = [index for _, index in found]
     if len({prefix for prefix, _ in found}) == 1 and sorted(order) == list(range(len(classes))):
-        return order, f"class folders were matched by number: {names[0]} is {classes[order[0]]!r}"
+        return order, _by_number(names, order, classes)
     raise UserError(
         f"{path} must have a folder for each class of the data, by name or numbered from 0: it has "
         f"{len(names)} ({some(names)}), the data has {len(classes)} ({some(classes)})"
     )
+
+
+def _by_number(names: Sequence[str], order: Sequence[int], classes: Sequence[str]) -> str:
+    return f"class folders were matched by number: {names[0]} is {classes[order[0]]!r}"
 
 
 def _picture(file: Path, shape: tuple[int, int, int]) -> tuple[UInt8[np.ndarray, "h w c"], bool]:

@@ -23,6 +23,7 @@ from dsdistill.harness.runs import write_bytes
 FORMAT = 1
 KEY = "dsdistill"  # of the header, in the file's metadata
 FILE = "distilled.safetensors"  # in a run's folder
+DEEPEST = 50  # values within values of provenance: whoever shows it goes through them one by one
 ENCODING = "one-hot minus 1/k"  # what `labels` would be, had they not been solved or learned
 
 
@@ -192,7 +193,17 @@ def _check(path: Path, distilled: Distilled) -> None:
             )
         if not np.isfinite(array).all():
             raise ArtifactError(f"{path}: {name} has NaN or infinite values")
+    if not _shallow(distilled.provenance, DEEPEST):
+        raise ArtifactError(f"{path}: provenance is nested more than {DEEPEST} values deep")
     if (fitted.std <= 0).any():
         raise ArtifactError(f"{path}: preprocess.std must be positive")
     if not isinstance(fitted.contrast, float) or not 0 <= fitted.contrast < math.inf:
         raise ArtifactError(f"{path}: contrast must be a finite float, got {fitted.contrast!r}")
+
+
+def _shallow(value: Any, depth: int) -> bool:
+    """Whether no value lies deeper within a JSON value."""
+    if not isinstance(value, Mapping | list | tuple):
+        return True
+    inner = value.values() if isinstance(value, Mapping) else value
+    return depth > 0 and all(_shallow(one, depth - 1) for one in inner)

@@ -14,6 +14,7 @@ import tyro
 
 from dsdistill.harness import stopping
 from dsdistill.harness.errors import UserError
+from dsdistill.harness.text import printable
 
 Commands = Mapping[str, tuple[type, Callable[[Any], None]]]
 
@@ -35,6 +36,8 @@ def main(prog: str, description: str, commands: Commands, stopped: str) -> None:
     """
     options = _parse(prog, description, {name: cls for name, (cls, _) in commands.items()})
     execute = next(execute for cls, execute in commands.values() if type(options) is cls)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does: Latin-1 alone
     try:
         with stopping.handled():
             execute(options)
@@ -43,7 +46,7 @@ def main(prog: str, description: str, commands: Commands, stopped: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from error
     except (UserError, OSError) as error:
-        raise SystemExit(f"{prog}: {error}") from error
+        raise SystemExit(printable(f"{prog}: {error}")) from error
     except KeyboardInterrupt as error:
         raise SystemExit(f"{prog}: {str(error) or stopped}") from error
 
@@ -60,7 +63,7 @@ def _parse(prog: str, description: str, commands: Mapping[str, type]) -> Any:
             )
     except SystemExit as stop:
         if stop.code:
-            print(f"{prog}: {_one_line(box.getvalue(), commands)}", file=sys.stderr)
+            print(printable(f"{prog}: {_one_line(box.getvalue(), commands)}"), file=sys.stderr)
         raise
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dsdistill.harness import class_names, places
+from dsdistill.harness import class_names, memory, places
 from dsdistill.harness.errors import UserError, unknown
 from dsdistill.harness.labeled import TEST_FRACTION, DataError, Labeled, stratified
 
@@ -37,6 +37,14 @@ class Splits:
     validation: Labeled
     test: Labeled
     digest: str
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the images, labels and class names of each part, for `Run.require_same`."""
+        return {
+            "training images and labels": self.digest,
+            "validation images and labels": _digest(self.validation),
+            "test images and labels": _digest(self.test),
+        }
 
 
 def load(
@@ -75,6 +83,8 @@ def load(
         raise UserError(f"image size must be at least 1 pixel, got {image_size}")
     if channels not in (None, 1, 3):
         raise UserError(f"channels must be 1 (grayscale) or 3 (colour), got {channels}")
+    if image_size is not None:
+        _require_memory(1, 3, 4, image_size)  # before the first image is resized
     path = Path(data).expanduser()
     if data not in NAMES and path.is_dir():
         return _folder(path, cache, image_size, validation_fraction, channels, classes)
@@ -107,12 +117,12 @@ def _split(
     data: str, train: Labeled, validation: Labeled | None, test: Labeled, fraction: float
 ) -> Splits:
     """The parts, with validation images held out where there are none of their own."""
-    digest = _digest(train)
+    sha256 = digest(train)
     if validation is None:
         kept, held = stratified(train.labels, fraction)
         train, validation = train.select(kept), train.select(held)
     _require_every_class(train, data)
-    return Splits(_short_name(data), train, validation, test, digest)
+    return Splits(_short_name(data), train, validation, test, sha256)
 
 
 def _read(data: str, path: Path, root: Path, image_size: int | None) -> tuple[Labeled, Labeled]:
@@ -177,6 +187,7 @@ def _halves(data: Labeled) -> tuple[Labeled, Labeled]:
 def _resized(data: Labeled, size: int | None) -> Labeled:
     if size is None or data.shape[:2] == (size, size):
         return data
+    _require_memory(len(data), data.shape[2], data.store.itemsize, size)
     from PIL import Image
 
     def one(image: np.ndarray) -> np.ndarray:
@@ -186,6 +197,13 @@ def _resized(data: Labeled, size: int | None) -> Labeled:
         return np.stack([np.asarray(plane) for plane in small], -1)
 
     return replace(data, store=np.stack([one(image) for image in data.images()]), rows=None)
+
+
+def _require_memory(count: int, channels: int, itemsize: int, size: int) -> None:
+    # While the images are stacked they are there twice.
+    needed = 2 * count * channels * itemsize * size**2
+    what = f"{count} images" if count > 1 else "an image"
+    memory.require(needed, f"{what} of {size}x{size} pixels", "use a smaller --image-size")
 
 
 def _with_channels(data: Labeled, channels: int | None) -> Labeled:
@@ -211,7 +229,8 @@ def _in_order(data: Labeled, classes: Sequence[str] | None) -> Labeled:
     return replace(data, labels=np.array(order, np.int64)[data.labels], classes=tuple(classes))
 
 
-def _digest(data: Labeled) -> str:
+def digest(data: Labeled) -> str:
+    """SHA-256 of images, labels and class names."""
     sha = hashlib.sha256(repr((data.shape, data.classes)).encode())
     sha.update(np.ascontiguousarray(data.labels, "<i8").data)
     for images in data.chunks(1024):

@@ -3,9 +3,17 @@
 import difflib
 from collections.abc import Iterable
 
+from dsdistill.harness.text import printable
+
 
 class UserError(ValueError):
-    """Input that breaks a rule. The message states the rule, the value got and the remedy."""
+    """Input that breaks a rule. The message states the rule, the value got and the remedy.
+
+    It is one line whatever the names in it hold.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 def unknown(what: str, got: str, known: Iterable[str]) -> UserError:

@@ -7,6 +7,7 @@ all kinds of data, and calibrate probabilities. The test images are read once fo
 predictor, and never reach a learner.
 """
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float
 
-from dsdistill.harness import memory, metrics
+from dsdistill.harness import memory, metrics, results
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.judges import Judges
 from dsdistill.harness.kept import Kept
@@ -93,6 +94,7 @@ class Arm:
         identity: JSON-compatible: what the draw depends on beside the seed. None: its results
             cannot be kept.
         like: Name of an arm with the very same images and labels, whose results are its own.
+        images: Number in a draw; None where it is not known before.
     """
 
     name: str
@@ -100,6 +102,7 @@ class Arm:
     fixed: bool = False
     identity: Mapping[str, Any] | None = None
     like: str | None = None
+    images: int | None = None
 
 
 def evaluate(
@@ -136,17 +139,39 @@ def evaluate(
         if not isinstance(learner, Augmentable):
             raise UserError(f"{learner.name} cannot be trained with augmentation")
         learner = learner.augmented()
-    results: list[Result] = []
+    measured: list[Result] = []
     for seed in seeds:
         key = _key(learner, arm, judges, seeds[0], seed)
-        found = kept.get(key) if kept and key else None
+        found = None
+        if kept and key:
+            expected = functools.partial(_impossible, learner, arm, judges, seed, augmented)
+            found = kept.get(key, expected)
         if found is None:
-            found = _next(learner, arm, judges, seed, results, augmented)
+            found = _next(learner, arm, judges, seed, measured, augmented)
             if kept and key:
                 kept.put(key, found)
-        results.append(found)
+        measured.append(found)
         on_result(found)
-    return results
+    return measured
+
+
+def _impossible(
+    learner: Learner, arm: Arm, judges: Judges, seed: int, augmented: bool, found: Result
+) -> str | None:
+    """What shows that a stored result is not that of this training, or None."""
+    named = (found.arm, found.learner, found.augmented, found.seed)
+    if named != (arm.name, learner.name, augmented, seed):
+        return "it is of another training"
+    labels, k = judges.test.data.labels, len(judges.test.data.classes)
+    if why := results.problem(found, np.bincount(labels, minlength=k).tolist()):
+        return why
+    if arm.images is None:
+        return None
+    if learner.limit is None or arm.images <= learner.limit:
+        right = found.images == arm.images
+    else:
+        right = 0 < found.images <= learner.limit
+    return None if right else f"it is of {found.images} images"
 
 
 def _next(

@@ -30,7 +30,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-from dsdistill.harness import class_names, image_files, progress
+from dsdistill.harness import class_names, image_files, memory, progress
 from dsdistill.harness.labeled import TEST_FRACTION, DataError, Labeled, stratified
 from dsdistill.harness.layout import Layout, list_folder, shown, some
 from dsdistill.harness.memory import readable
@@ -332,6 +332,11 @@ def _stream(
     files: list[Path], size: int | None, channels: int | None = None
 ) -> Iterator[Decoded | str]:
     """Every file's pixels, or why it has none, in order; a chunk at a time is in memory."""
+    if size is not None:
+        many = min(CHUNK, len(files))
+        # Each is decoded, resized and an array.
+        needed, name = 3 * 3 * many * size**2, f"{size}x{size}"
+        memory.require(needed, f"{many} images of {name} pixels", "use a smaller --image-size")
     decode = partial(_decode, size=size, channels=channels)
     with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes without Python's lock
         for start in range(0, len(files), CHUNK):
@@ -339,8 +344,9 @@ def _stream(
 
 
 def _decode(file: Path, size: int | None, channels: int | None) -> Decoded | str:
-    # The decoder's own shrinking of large JPEGs ("draft") would be 1.5 to 4 times as fast and
-    # change pixels by up to 49 levels: a teacher would see other images than in its training.
+    # Decoded whole: the JPEG decoder's own shrinking ("draft") would be 2 to 4 times as fast, once,
+    # and change pixels by up to 5 levels in pictures and 49 in noise, so that a teacher would see
+    # other images than those it was trained on, and streamed images would differ from kept ones.
     try:
         plain = image_files.read(file)
         is_gray = plain.mode == "L"

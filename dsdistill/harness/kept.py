@@ -35,10 +35,17 @@ class Kept:
     sharing: tuple[str, ...] = ()
     say: Callable[[str], None] = progress.say
 
-    def get(self, key: Mapping[str, Any]) -> Result | None:
-        """The result of that key, or None."""
+    def get(
+        self, key: Mapping[str, Any], problem: Callable[[Result], str | None] = lambda _: None
+    ) -> Result | None:
+        """The result of that key, or None.
+
+        Args:
+            key: All that it depends on.
+            problem: What is impossible about a result; one that has a problem does not count.
+        """
         for folder in self._folders(key):
-            if found := self._read(folder / _name(key), key):
+            if found := self._read(folder / _name(key), key, problem):
                 return found
         return None
 
@@ -55,7 +62,9 @@ class Kept:
         shared = self.shared if key["arm"][0] in self.sharing else None
         return [self.folder, *([shared] if shared else [])]
 
-    def _read(self, path: Path, key: Mapping[str, Any]) -> Result | None:
+    def _read(
+        self, path: Path, key: Mapping[str, Any], problem: Callable[[Result], str | None]
+    ) -> Result | None:
         if not path.exists():
             return None
         try:
@@ -66,8 +75,12 @@ class Kept:
             content = json.loads(text)
             if content["key"] != json.loads(json.dumps(key)):
                 raise ValueError("it belongs to another key")
-            return Result(**content["result"])
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            result = Result(**content["result"])
+            if why := problem(result):
+                raise ValueError(why)
+            return result
+        # What is no JSON, or JSON of another form, fails in all these ways.
+        except (OSError, ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
             self.say(f"{path} is damaged ({error}) and is measured anew")
             return None
 

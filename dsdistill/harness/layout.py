@@ -56,7 +56,8 @@ class LeftOut:
     loose: int = 0
 
     def __str__(self) -> str:
-        parts = [f"{count:,} {kind}" for kind, count in self.files.most_common(5)]
+        kinds = sorted(self.files.items(), key=lambda item: (-item[1], item[0]))
+        parts = [f"{count:,} {kind}" for kind, count in kinds[:5]]
         if len(self.files) > 5:
             parts.append(f"{sum(self.files.values()):,} files that are no images in all")
         parts += [f"{self.broken:,} broken link{'s' * (self.broken > 1)}"] if self.broken else []
@@ -198,13 +199,14 @@ def _descend(path: Path, *, part: bool = False) -> Path:
         path: Where to begin.
         part: Whether it is one part, in which a folder `train` holds classes and is no part.
     """
-    for _ in range(DEPTH):
-        inside = [folder for folder in _folders(path) if _holds_images(folder)]
-        if len(inside) != 1 or (_part_name(inside[0].name) and not part):
+    inner = path
+    for _ in range(DEPTH + 1):
+        inside = [folder for folder in _folders(inner) if _holds_images(folder)]
+        if len(inside) > 1 or (len(inside) == 1 and _part_name(inside[0].name) and not part):
+            return inner
+        if not inside or _has_loose_images(inner):
             break
-        if sum(map(_holds_images, _folders(inside[0]))) < 2 or _has_loose_images(path):
-            break
-        path = inside[0]
+        inner = inside[0]
     return path
 
 

@@ -15,11 +15,13 @@ def read(path: Path) -> Labeled:
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+            members = {name: file[name] for name in file.files}
     except Exception as error:  # numpy raises OSError, ValueError, BadZipFile, zlib.error, EOFError
         raise DataError(f"{path} is not a readable .npz: {error}") from error
+    # What is no array is given as its bytes.
+    arrays = {name: a for name, a in members.items() if isinstance(a, np.ndarray)}
     if not {"images", "labels"} <= arrays.keys():
-        raise DataError(f"{path} must hold 'images' and 'labels', has {sorted(arrays)}")
+        raise DataError(f"{path} must hold arrays 'images' and 'labels', has {sorted(arrays)}")
     images, labels = arrays["images"], arrays["labels"]
     images = images[..., None] if images.ndim == 3 else images
     if images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
@@ -42,11 +44,17 @@ def read(path: Path) -> Labeled:
 def _class_names(path: Path, names: np.ndarray | None, k: int) -> tuple[str, ...]:
     if names is None:
         return tuple(str(label) for label in range(k))
-    if names.ndim != 1 or names.dtype.kind not in "US" or len(set(names.tolist())) < len(names):
+    try:
+        words = names.tolist() if names.ndim == 1 and names.dtype.kind in "US" else []
+    except (ValueError, SystemError):  # NumPy keeps numbers that are no characters
+        words = []
+    # As file names are: bytes that are no UTF-8 stay apart.
+    words = [w.decode(errors="surrogateescape") if isinstance(w, bytes) else w for w in words]
+    if not words or len(set(words)) < len(words):
         raise DataError(f"{path}: classes must be a list of distinct names")
-    if len(names) < k:
-        raise DataError(f"{path}: label {k - 1} but only {len(names)} class names")
-    return tuple(name.decode() if isinstance(name, bytes) else name for name in names.tolist())
+    if len(words) < k:
+        raise DataError(f"{path}: label {k - 1} but only {len(words)} class names")
+    return tuple(words)
 
 
 def _checked_range(path: Path, images: np.ndarray) -> np.ndarray:

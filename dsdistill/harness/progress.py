@@ -10,6 +10,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from dsdistill.harness import text
+
+WORDS = 60  # characters of a figure and its name: a bar has one line
 LINE_EVERY = 10.0  # seconds between lines where there is no terminal
 
 Show = Callable[..., None]
@@ -38,15 +41,14 @@ def bar(total: int, unit: str = "steps", start: int = 0) -> Iterator[Show]:
 @contextmanager
 def _live(total: int, unit: str, start: int) -> Iterator[Show]:
     from rich import progress
-    from rich.console import Console
 
     columns = (
         progress.BarColumn(),
         progress.TextColumn(f"{{task.completed:.0f}}/{{task.total:.0f}} {unit}"),
-        progress.TextColumn("{task.fields[figures]}"),
+        progress.TextColumn("{task.fields[figures]}", markup=False),  # names of learners and data
         progress.TimeRemainingColumn(),
     )
-    with progress.Progress(*columns, console=Console(stderr=True)) as display:
+    with progress.Progress(*columns, console=text.console(stderr=True)) as display:
         task = display.add_task("", total=total, completed=start, figures="")
 
         def show(done: int, **figures: float | str) -> None:
@@ -95,7 +97,7 @@ def slow(parts: Sequence[slice], unit: str) -> Iterator[slice]:
 
 def say(line: str) -> None:
     """One line for whoever follows the run."""
-    print(line, file=sys.stderr, flush=True)
+    print(text.printable(line), file=sys.stderr, flush=True)
 
 
 def note(line: str) -> None:
@@ -146,7 +148,8 @@ def duration(seconds: float) -> str:
 
 def _words(figures: Mapping[str, float | str]) -> str:
     shown = {name: v if isinstance(v, str) else f"{v:.4g}" for name, v in figures.items()}
-    return "  ".join(f"{name.replace('_', ' ')} {word}" for name, word in shown.items())
+    pairs = ((name.replace("_", " "), word) for name, word in shown.items())
+    return "  ".join(text.shortened(f"{name} {word}", WORDS) for name, word in pairs)
 
 
 def clock(seconds: float) -> str:

@@ -83,7 +83,8 @@ def _paired(a: Row | None, b: Row | None) -> Paired | None:
     seeds = [seed for seed in first if seed in second]
     if not seeds:
         return None
-    return statistics.paired([first[seed] for seed in seeds], [second[seed] for seed in seeds])
+    pairs = [first[seed] for seed in seeds], [second[seed] for seed in seeds]
+    return statistics.paired(*pairs, bounds=(-1.0, 1.0))
 
 
 def _by_seed(row: Row) -> dict[int, float]:

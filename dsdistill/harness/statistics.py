@@ -23,8 +23,8 @@ class Summary:
         mean: Arithmetic.
         std: Of the sample (n - 1 in the denominator); 0 for one value.
         n: Number of values.
-        low, high: 95 % t interval of the mean, not clipped to what the values can be; both equal
-            the mean for one value, which says nothing of the others.
+        low, high: 95 % t interval of the mean, cut off at the bounds of the values where they are
+            given; both equal the mean for one value, which says nothing of the others.
     """
 
     mean: float
@@ -48,19 +48,31 @@ class Paired:
     p: float | None
 
 
-def summary(values: Sequence[float]) -> Summary:
+def summary(
+    values: Sequence[float], *, bounds: tuple[float, float] = (-math.inf, math.inf)
+) -> Summary:
     """Mean, sample deviation and 95 % interval mean ± t(n - 1) std / √n.
 
-    The interval takes the values for independent draws of a normal distribution.
+    The interval takes the values for independent draws of a normal distribution. That of two
+    values is 12.7 standard errors wide on either side, and easily leaves what they can be: the
+    mean cannot, so what lies outside `bounds` is cut off, and the interval covers the mean as
+    often as before.
+
+    Args:
+        values: At least one.
+        bounds: Between which the values lie, (0, 1) for accuracies.
 
     Raises:
-        ValueError: If there are no values, or one is not finite.
+        ValueError: If there are no values, or one is not finite or outside the bounds.
     """
     x = np.asarray(values, np.float64)
     if not x.size:
         raise ValueError("a summary needs at least one value, got none")
     if not np.isfinite(x).all():
         raise ValueError(f"a summary needs finite values, got {x.tolist()}")
+    least, most = bounds
+    if not ((x >= least) & (x <= most)).all():
+        raise ValueError(f"values must lie between {least:g} and {most:g}, got {x.tolist()}")
     # Measured from the first value: equal values then have a deviation of exactly 0.
     offsets, n = x - x[0], len(x)
     mean = float(x[0] + offsets.mean())
@@ -68,14 +80,20 @@ def summary(values: Sequence[float]) -> Summary:
         return Summary(mean, 0.0, n, mean, mean)
     std = float(offsets.std(ddof=1))
     half = _t_quantile(n - 1) * std / math.sqrt(n)
-    return Summary(mean, std, n, mean - half, mean + half)
+    return Summary(mean, std, n, max(mean - half, least), min(mean + half, most))
 
 
-def paired(a: Sequence[float], b: Sequence[float]) -> Paired:
+def paired(
+    a: Sequence[float],
+    b: Sequence[float],
+    *,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+) -> Paired:
     """The differences a - b of pairs that share a seed, and whether their mean could be 0.
 
     Args:
         a, b: In the same order; values at one position belong together.
+        bounds: Between which the differences lie, (-1, 1) for those of accuracies.
 
     Raises:
         ValueError: If the lengths differ, there are no values, or one is not finite.
@@ -84,7 +102,7 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Paired:
 
     if len(a) != len(b):
         raise ValueError(f"pairs need sequences of one length, got {len(a)} and {len(b)}")
-    difference = summary([x - y for x, y in zip(a, b, strict=True)])
+    difference = summary([x - y for x, y in zip(a, b, strict=True)], bounds=bounds)
     # 0.9 - 0.8 and 0.8 - 0.7 differ in their last digits, which a test would find significant.
     rounding = 4 * float(np.finfo(np.float64).eps) * max(abs(x) for x in (*a, *b))
     if difference.std <= rounding:  # of one pair too

@@ -12,9 +12,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any, TypeVar
 
+Value = TypeVar("Value")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Seconds in which a second signal counts as the first: a launcher passes on a Ctrl-C that the
 # terminal has sent to its processes as well.
@@ -101,3 +103,25 @@ def watch() -> Iterator[Flag]:
             yield flag
         finally:
             flag.waits = waited
+
+
+def interruptible(work: Callable[[], Value]) -> Value:
+    """Call a function that spends minutes outside Python, where no handler runs before its end.
+
+    A signal ends the wait for it. The work goes on in its thread, and ends with the process.
+    """
+    outcome: dict[str, Any] = {}
+
+    def run() -> None:
+        try:
+            outcome["value"] = work()
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["value"]

@@ -96,6 +96,45 @@ def parse(
     return build(depth or default, w_std, b_std)
 
 
+def check(network: Network, shape: tuple[int, int, int]) -> None:
+    """Refuse images that a network cannot take, and a user's kernel that is none; nothing is run.
+
+    Args:
+        network: As `parse` returned it.
+        shape: Height, width and channels of an image.
+
+    Raises:
+        UserError: If the images are too small for its poolings; if a user's kernel fails, or does
+            not give one number for each pair of images, as a network without a readout does not.
+    """
+    if min(shape[:2]) < network.smallest:
+        raise UserError(
+            f"the kernel {network.name} needs images of at least {network.smallest}x"
+            f"{network.smallest} pixels for its poolings, got {shape[0]}x{shape[1]}: choose "
+            f"--image-size {network.smallest} or more, or another --kernel"
+        )
+    if network.diagonal is None or network.engine != "neural-tangents":
+        return
+    two, three = (jax.ShapeDtypeStruct((n, *shape), jnp.float32) for n in (2, 3))
+    try:
+        pairs = jax.eval_shape(network.kernel, two, three)
+        same = jax.eval_shape(network.diagonal, two)
+    except Exception as error:  # whatever the user's code and neural-tangents raise
+        line = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"the kernel {network.name} cannot be evaluated for images of "
+            f"{'x'.join(map(str, shape))} ({type(error).__name__}: {line}): it must be a "
+            "neural-tangents network that ends in a readout, such as stax.Flatten() and "
+            "stax.Dense(1)"
+        ) from error
+    if getattr(pairs, "shape", None) != (2, 3) or getattr(same, "shape", None) != (2,):
+        raise UserError(
+            f"the kernel {network.name} must give one number for each pair of images, 2x3 for 2 "
+            f"and 3 of them, got {getattr(pairs, 'shape', type(pairs).__name__)}: end the network "
+            "in a readout, such as stax.Flatten() and stax.Dense(1)"
+        )
+
+
 def _fc(depth: int, w_std: float, b_std: float) -> Network:
     kernel = functools.partial(fc_ntk, depth=depth, w_std=w_std, b_std=b_std)
     return Network(f"fc({depth})", "closed form", kernel, slopes=_slopes(kernel))
@@ -163,8 +202,9 @@ def _from_module(name: str, depth: int | None) -> Network:
         raise UserError(f"the kernel {name} has no --depth: its module fixes the network")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"kernel {name!r} cannot be imported: {error}") from error
+    except Exception as error:  # of the user's code, or of neural-tangents for its network
+        line = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"kernel {name!r} cannot be imported: {line}") from error
     kernel = found[2] if isinstance(found, tuple) and len(found) == 3 else found
     if not callable(kernel):
         raise UserError(f"kernel {name!r} is neither a stax network nor a kernel function")

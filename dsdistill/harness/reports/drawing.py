@@ -13,16 +13,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
+from math import isclose
 from typing import TYPE_CHECKING, Any
+
+from dsdistill.harness.text import MOST, printable, shortened
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK = "#010203"  # in no palette, and black enough for a PNG
 FONT = "'DejaVu Sans',Verdana,sans-serif"  # what the layout was measured with, and a wide one
+TITLE = 50  # characters of the title of a panel, or of a line in a legend
 WIDTH = 4.4  # inches: on a phone its text is still 9 pixels high
 DPI = 150
 
+# Names come from data: a dollar sign in one is no formula, and none is a command of TeX.
+_PLAIN: Any = {"text.parse_math": False, "text.usetex": False}
 _STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -47,8 +53,6 @@ _STYLE: Any = {
     "errorbar.capsize": 2.5,
     "hatch.linewidth": 0.6,
     "hatch.color": INK,
-    # Names come from data: a dollar sign in one is no formula.
-    "text.parse_math": False,
     "svg.hashsalt": "dsdistill",
     **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
     **dict.fromkeys(
@@ -88,14 +92,39 @@ def look(arm: str) -> Look:
 
 
 @contextmanager
+def plain() -> Iterator[None]:
+    """Within it, names are drawn as the text they are, whatever the user's own settings."""
+    import matplotlib
+
+    with matplotlib.rc_context(_PLAIN), warnings.catch_warnings():
+        # A class name in a script that the font of the files lacks: the page's font has it.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        yield
+
+
+@contextmanager
 def style() -> Iterator[None]:
     """Within it, figures are made and written in the common style."""
     import matplotlib
 
-    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-        # A class name in a script that the font of the files lacks: the page's font has it.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+    with plain(), matplotlib.rc_context(_STYLE):
         yield
+
+
+def label(name: str, most: int = MOST) -> str:
+    """A name as a plot shows it: on one line and short.
+
+    A legend leaves out what begins with an underscore; behind a space it does not.
+    """
+    shown = shortened(name, most)
+    return f" {shown}" if shown.startswith("_") else shown
+
+
+def plain_log(axis: Any) -> None:
+    """Plain numbers: at all ticks of a short axis, at 1, 2 and 5 or at tens of longer ones."""
+    low, high = axis.get_view_interval()
+    axis.set_major_formatter(_plain if high > 5 * low else _any)
+    axis.set_minor_formatter(_any if high < 5 * low else _plain if high < 100 * low else _none)
 
 
 def blank(height: float, width: float = WIDTH) -> "Figure":
@@ -120,9 +149,9 @@ def svg(figure: "Figure", *, name: str = "plot", alt: str = "") -> str:
     text = re.sub(r"<[^>]+>", lambda tag: _adapted(tag[0], name), text)
     text = re.sub(r">\s+<", "><", text)
     used = set(re.findall(r"#([\w.-]+)", text))
-    text = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", text)
-    label = f'role="img" aria-label="{escape(alt)}"' if alt else 'aria-hidden="true"'
-    return re.sub(r"^<svg\b[^>]*>", lambda tag: _opened(tag[0], label), text).strip()
+    text = re.sub(r"<[^>]+>", lambda tag: _without_ids(tag[0], used), text)
+    role = f'role="img" aria-label="{escape(printable(alt))}"' if alt else 'aria-hidden="true"'
+    return re.sub(r"^<svg\b[^>]*>", lambda tag: _opened(tag[0], role), text).strip()
 
 
 def svg_file(figure: "Figure") -> bytes:
@@ -134,6 +163,24 @@ def svg_file(figure: "Figure") -> bytes:
 def png(figure: "Figure") -> bytes:
     """A PNG file, black on white."""
     return _written(figure, format="png", facecolor="white", dpi=DPI)
+
+
+def _plain(value: float, _: int) -> str:
+    """A number of a logarithmic axis as people write it; only 1, 2 and 5 of each power of ten."""
+    digit = f"{value:e}"[0]
+    return (
+        f"{value:g}"
+        if digit in "125" and isclose(value, float(f"{value:.0e}"), rel_tol=1e-5)
+        else ""
+    )
+
+
+def _any(value: float, _: int) -> str:
+    return f"{value:g}"
+
+
+def _none(value: float, _: int) -> str:
+    return ""
 
 
 def _written(figure: "Figure", *, fonttype: str = "path", **options: Any) -> bytes:
@@ -155,9 +202,14 @@ def _adapted(tag: str, name: str) -> str:
     return re.sub(r"\s+", " ", tag).replace(INK, "currentColor")
 
 
-def _opened(tag: str, label: str) -> str:
+def _without_ids(tag: str, used: set[str]) -> str:
+    """A tag without its id if nothing refers to that; text of names may look like one."""
+    return re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", tag)
+
+
+def _opened(tag: str, role: str) -> str:
     """The opening tag, sized by the page: only the ratio of its sides stays."""
     box = re.search(r'viewBox="[^"]*"', tag)
     assert box is not None
     width = float(box[0].split()[2])
-    return f'<svg {box[0]} {label} style="width:{width * 4 / 3:.0f}px;font-family:{FONT}">'
+    return f'<svg {box[0]} {role} style="width:{width * 4 / 3:.0f}px;font-family:{FONT}">'

@@ -1,5 +1,7 @@
 """Which plots a report has: one of each kind for every learner that there are figures of."""
 
+import itertools
+import re
 from typing import TYPE_CHECKING
 
 from dsdistill.harness.reports import plots, words
@@ -9,6 +11,7 @@ from dsdistill.harness.results import Row
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MOST = 60  # characters of a file name
 SHOWN = ("distilled", "random", "full")  # of each class
 
 
@@ -20,12 +23,22 @@ def files(report: Report) -> "dict[str, Figure]":
     }
     if any(words.fact(row, "curve") for row in report.rows):
         found["curves"] = plots.curves(report.rows)
+    taken: set[str] = set()
     for learner in report.learners:
-        name = "".join(c if c.isalnum() else "-" for c in learner)
+        name = _file_name(learner, taken)
         for kind, figure in (("classes", classes), ("confusion", confusion)):
             if made := figure(report, learner):
                 found[f"{kind}-{name}"] = made
     return found
+
+
+def _file_name(learner: str, taken: set[str]) -> str:
+    """A learner's part of a file name: plain, short, and unlike those that are taken."""
+    plain = re.sub(r"[^A-Za-z0-9]", "-", learner)[:MOST]
+    numbered = (f"{plain}-{n}" for n in itertools.count(2))
+    name = next(name for name in itertools.chain([plain], numbered) if name.lower() not in taken)
+    taken.add(name.lower())  # some file systems know no case
+    return name
 
 
 def accuracy(report: Report, learner: str) -> "Figure | None":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dsdistill.harness.reports import published
-from dsdistill.harness.reports.drawing import INK, SERIES, Look, blank, look, style
+from dsdistill.harness.reports.drawing import INK, SERIES, TITLE, Look, blank, label, look, style
 from dsdistill.harness.reports.report import Report
 from dsdistill.harness.statistics import Summary
 
@@ -104,7 +104,7 @@ def _panel(axes: Any, reports: Sequence[Report], learner: str) -> None:
     axes.set_xscale("log")
     axes.set_xticks(sorted(counts), [f"{count:,}" for count in sorted(counts)])
     axes.set_xticks([], minor=True)
-    axes.set(xlabel="images per class", ylabel="test accuracy, %", title=learner)
+    axes.set(xlabel="images per class", ylabel="test accuracy, %", title=label(learner, TITLE))
     axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.22), ncols=2, columnspacing=1)
 
 
@@ -112,7 +112,7 @@ def _line(axes: Any, line: Line) -> None:
     counts = sorted({n for n, _ in line.points})
     means = [np.mean([100 * a.mean for m, a in line.points if m == n]) for n in counts]
     look = {"color": line.look.colour, "marker": line.look.marker}
-    axes.plot(counts, means, ls=line.look.line, label=line.label, **look)
+    axes.plot(counts, means, ls=line.look.line, label=label(line.label, TITLE), **look)
     x = [n for n, _ in line.points]
     y = np.array([100 * a.mean for _, a in line.points])
     around = 100 * np.array([[a.mean - a.low, a.high - a.mean] for _, a in line.points]).T

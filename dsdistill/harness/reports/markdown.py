@@ -1,10 +1,14 @@
 """The report of an evaluation in Markdown."""
 
+import re
 from collections.abc import Callable, Sequence
 
 from dsdistill.harness.reports import sheets, verdict
 from dsdistill.harness.reports.report import COLUMNS, Report, cells
 from dsdistill.harness.results import Row
+from dsdistill.harness.text import printable
+
+_MARKS = re.compile(r"[\\`*_\[\]#~$|]")  # characters that open something in Markdown, or a cell
 
 
 def render(report: Report) -> str:
@@ -17,8 +21,9 @@ def render(report: Report) -> str:
         _plain(verdict.subject(report)),
         "\n".join(map(_plain, answers)),
         table(COLUMNS, [cells(row) for row in report.rows]),
-        "Accuracy: mean ± sample deviation over n seeds, and the 95 % t interval of the mean; "
-        "training: one seed's; tuning: all trainings that chose the learning rate.",
+        "Accuracy: mean ± sample deviation over n seeds, and the 95 % t interval of the mean, "
+        "cut off at 0 and 100 %; training: one seed's; tuning: all trainings that chose the "
+        "learning rate.",
         "## Scores",
         table(sheets.SCORES, [sheets.scores(score) for score in report.scores]),
         f"{sheets.SCORES_OF}. {sheets.SCORES_SAY}",
@@ -30,7 +35,7 @@ def render(report: Report) -> str:
         *_list("## Failures", failures),
         *_list("## Notes", report.notes),
         "## Reproduce with",
-        "\n".join(f"    {' '.join(command.split())}" for command in report.commands),
+        "\n".join(f"    {printable(command)}" for command in report.commands),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -60,6 +65,6 @@ def _list(title: str, lines: Sequence[str]) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Text from anywhere on one line, so that it is neither a new cell nor HTML."""
-    flat = " ".join(text.split())
-    return flat.replace("&", "&amp;").replace("<", "&lt;").replace("|", r"\|")
+    """Text from anywhere on one line, so that it is neither a new cell nor any other markup."""
+    flat = " ".join(printable(text).split())
+    return _MARKS.sub(r"\\\g<0>", flat).replace("&", "&amp;").replace("<", "&lt;")

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from importlib import resources
 
+from dsdistill.harness.text import printable
+
 # Nothing is loaded and nothing runs; pictures are in the page itself.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'"
 
@@ -18,8 +20,8 @@ Cell = str | tuple[str, int]  # markup, and how many columns it spans
 
 
 def text(value: object) -> str:
-    """Any text, escaped."""
-    return escape(str(value))
+    """Any text on one line, escaped."""
+    return escape(printable(str(value)))
 
 
 def document(title: str, body: Iterable[str]) -> str:

@@ -1,5 +1,6 @@
 """Evaluations as one HTML page to show each other: everything is in the file itself."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,10 @@ HEADLINE = (
     "images",
     "size",
 )
-ACCURACY_SAYS = "Mean ± sample deviation over n seeds, with the 95 % t interval of the mean"
+ACCURACY_SAYS = (
+    "Mean ± sample deviation over n seeds, with the 95 % t interval of the mean, cut off at 0 and "
+    "100 %"
+)
 HOLLOW = "Hollow marks in plots: trained with augmentation."
 GROWTH_SAYS = (
     "Filled marks: measured here, with 95 % intervals. Hollow marks: published by others, with "
@@ -65,8 +69,9 @@ def _names(reports: Sequence[Report]) -> dict[str, Report]:
     """The reports by title, those with the same one numbered."""
     names: dict[str, Report] = {}
     for report in reports:
-        same = sum(other.title == report.title for other in names.values())
-        names[report.title if not same else f"{report.title} ({same + 1})"] = report
+        numbered = (f"{report.title} ({n})" for n in itertools.count(2))
+        free = (name for name in itertools.chain([report.title], numbered) if name not in names)
+        names[next(free)] = report
     return names
 
 

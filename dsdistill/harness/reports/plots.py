@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dsdistill.harness.reports import words
-from dsdistill.harness.reports.drawing import BLUE, INK, SERIES, blank, look, style
+from dsdistill.harness.reports.drawing import (
+    BLUE,
+    INK,
+    SERIES,
+    TITLE,
+    blank,
+    label,
+    look,
+    plain_log,
+    style,
+)
 from dsdistill.harness.results import Row
 
 if TYPE_CHECKING:
@@ -32,7 +42,7 @@ def accuracies(rows: Sequence[Row], *, among: Sequence[Row] | None = None) -> "F
             _arms_axis(axes, group)
             for y, row in enumerate(group):
                 _accuracy(axes, y, row)
-            axes.set_title(learner)
+            axes.set_title(label(learner, TITLE))
         panels[-1][0].set_xlabel("test accuracy, %")
         panels[-1][0].set_xlim(_span(among or rows))
     return figure
@@ -56,8 +66,8 @@ def cost(rows: Sequence[Row], distillation: float | None) -> "Figure":
                     *_columns(known), series.marker, color=series.colour, label=kind, alpha=0.9
                 )
             axes.set_xscale("log")
-            _log_labels(axes.xaxis)
-            axes.set_title(learner)
+            plain_log(axes.xaxis)
+            axes.set_title(label(learner, TITLE))
         panels[-1][0].set_xlabel("seconds: of one training, of all tuning, of the distillation")
         figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
     return figure
@@ -85,18 +95,18 @@ def per_class(rows: Sequence[Row], classes: Sequence[str]) -> "Figure":
                 [y - 0.4 + (i + 0.5) * height for y, _ in known],
                 [100 * v for _, v in known],
                 height,
-                label=arm,
+                label=label(arm),
                 hatch=of.hatch,
                 facecolor="none" if of.colour == INK else of.colour,
                 edgecolor=INK,
                 linewidth=0.5,
             )
-        axes.set_yticks(range(len(chosen)), [classes[c] for c in chosen])
+        axes.set_yticks(range(len(chosen)), [label(classes[c]) for c in chosen])
         axes.set(xlim=(0, 100), ylim=(len(chosen) - 0.5, -0.5))
         axes.set_xlabel("test accuracy of the class, % (mean of the seeds)")
         axes.set_ylabel(_class_axis(len(chosen), len(classes)))
         axes.grid(visible=False, axis="y")
-        axes.set_title(rows[0].learner)
+        axes.set_title(label(rows[0].learner, TITLE))
         figure.legend(loc="outside upper right", ncols=len(table))
     return figure
 
@@ -115,15 +125,16 @@ def confusion(row: Row, classes: Sequence[str]) -> "Figure":
         # The depth of the colour is its opacity: right on any background.
         axes.imshow(_shaded(share), interpolation="none")
         if named:
-            axes.set_xticks(range(k), classes, rotation=45, ha="right", rotation_mode="anchor")
-            axes.set_yticks(range(k), classes)
+            names = list(map(label, classes))
+            axes.set_xticks(range(k), names, rotation=45, ha="right", rotation_mode="anchor")
+            axes.set_yticks(range(k), names)
         if k <= 12:
             _numbers(axes, 100 * share)
         axes.set(xlabel="predicted class", ylabel="true class")
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
-        axes.set_title(f"{row.learner} trained on {words.label(row.arm, row.augmented)}, %")
+        axes.set_title(f"{label(row.learner)} trained on {_arm(row)}, %")
     return figure
 
 
@@ -137,8 +148,8 @@ def curves(rows: Sequence[Row]) -> "Figure":
         for axes, (learner, group) in zip(panels, groups.items(), strict=True):
             for row in group:
                 _curve(axes, row)
-            axes.set(ylabel="training loss", yscale="log", title=learner)
-            _log_labels(axes.yaxis)
+            axes.set(ylabel="training loss", yscale="log", title=label(learner, TITLE))
+            plain_log(axes.yaxis)
             axes.set_xlabel("step of the optimizer")
             axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.2), ncols=2)
     return figure
@@ -178,9 +189,13 @@ def _panels(rows: Sequence[Row]) -> tuple[Any, list[tuple[Any, tuple[str, list[R
 
 
 def _arms_axis(axes: Any, group: Sequence[Row]) -> None:
-    axes.set_yticks(range(len(group)), [words.label(row.arm, row.augmented) for row in group])
+    axes.set_yticks(range(len(group)), [_arm(row) for row in group])
     axes.set_ylim(len(group) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
+
+
+def _arm(row: Row) -> str:
+    return label(words.label(row.arm, row.augmented))
 
 
 def _accuracy(axes: Any, y: int, row: Row) -> None:
@@ -211,7 +226,7 @@ def _spent(row: Row, kind: str, distillation: float | None) -> float | None:
 def _curve(axes: Any, row: Row) -> None:
     of, points = look(row.arm), _mean_curve(row)
     line = ":" if row.augmented else of.line
-    name = words.label(row.arm, row.augmented)
+    name = _arm(row)
     axes.plot(*_columns(points), ls=line, color=of.colour, label=name)
 
 
@@ -229,19 +244,6 @@ def _span(rows: Sequence[Row]) -> tuple[float, float]:
     ends += [100 * r.accuracy for row in rows for r in row.results if r.accuracy is not None]
     low, high = max(min(ends, default=0), 0), min(max(ends, default=100), 100)
     return low - 0.04 * (high - low) - 0.5, high + 0.04 * (high - low) + 0.5
-
-
-def _log_labels(axis: Any) -> None:
-    """Plain numbers at the powers of ten, and between them where there are few."""
-    low, high = axis.get_view_interval()
-    axis.set_major_formatter(_plain)
-    axis.set_minor_formatter(_plain if high < 100 * low else lambda value, _: "")
-
-
-def _plain(value: float, _: int) -> str:
-    """A number of a logarithmic axis as people write it; only 1, 2 and 5 of each power of ten."""
-    digit = f"{value:e}"[0]
-    return f"{value:g}" if digit in "125" and np.isclose(value, float(f"{value:.0e}")) else ""
 
 
 def _columns(pairs: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:

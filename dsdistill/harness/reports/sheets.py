@@ -165,7 +165,7 @@ def about(report: Report) -> list[tuple[str, str]]:
 
 def failures(report: Report) -> list[str]:
     """Every training without an accuracy, with its reason."""
-    return [f"{_training(r)}: {r.failure or 'no accuracy'}" for r in report.results if _failed(r)]
+    return [f"{_training(r)}: {words.reason(r)}" for r in report.results if _failed(r)]
 
 
 def _failed(result: Result) -> bool:

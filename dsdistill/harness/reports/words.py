@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dsdistill.harness.progress import duration
-from dsdistill.harness.results import Row
+from dsdistill.harness.results import Result, Row
 from dsdistill.harness.statistics import Paired, Summary
 
 NOTHING = "–"  # in a cell without a value
@@ -59,8 +59,13 @@ def interval(row: Row) -> str:
 
 def failure(row: Row) -> str:
     """How many seeds failed, and why."""
-    reasons = dict.fromkeys(_line(r.failure or "no accuracy") for r in row.failures)
+    reasons = dict.fromkeys(reason(r) for r in row.failures)
     return f"failed {len(row.failures)} of {len(row.results)}: {'; '.join(reasons)}"
+
+
+def reason(result: Result) -> str:
+    """Why a training has no accuracy, on one line."""
+    return " ".join((result.failure or "no accuracy").split())
 
 
 def chance(paired: Paired | None) -> str:
@@ -100,7 +105,3 @@ def label(arm: str, augmented: bool) -> str:
 def listed(names: Sequence[str]) -> str:
     """Names in a sentence: a, b and c."""
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())

@@ -1,0 +1,65 @@
+r"""Names that users and files bring, shown as the text they are.
+
+A class, a file or a data set may have any name: with an escape sequence that recolours a terminal,
+a line feed, marks that turn the reading direction, bytes that are no UTF-8. Files keep a name as it
+is; whoever shows one passes it through here.
+"""
+
+import unicodedata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+MOST = 32  # characters of a name in a plot
+# Controls, marks without a width, halves of a surrogate pair, separators of lines and paragraphs.
+_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+_JOINERS = "\u200c\u200d"  # within words of Persian and of Indic scripts, and within emoji
+
+
+def printable(text: str) -> str:
+    r"""The text on one line, with whatever a screen would obey or hide written as `\n`, `\x1b`, ...
+
+    Args:
+        text: Any string, lone surrogates included (bytes of a file name that are no UTF-8).
+
+    Returns:
+        A string that can be encoded as UTF-8. A second call changes nothing.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    before, after = f" {text}", f"{text} "[1:]
+    around = zip(before, text, after, strict=False)
+    return "".join(_seen(a, character, b) for a, character, b in around)
+
+
+def shortened(text: str, most: int = MOST) -> str:
+    """The printable text, without its middle where it is longer than `most` characters.
+
+    Names of one data set often begin alike, so the end is kept too.
+    """
+    shown = printable(text)
+    if len(shown) <= most:
+        return shown
+    tail = (most - 1) // 2
+    return f"{shown[: most - 1 - tail]}…{shown[-tail:]}"
+
+
+def console(*, stderr: bool = False, soft_wrap: bool = False) -> "Console":
+    """A console that takes no text for markup: `[/x]` and `:smile:` stand as they are.
+
+    Args:
+        stderr: Write to standard error.
+        soft_wrap: Leave long lines to the terminal, and whole where there is none.
+    """
+    from rich.console import Console
+
+    return Console(stderr=stderr, markup=False, emoji=False, soft_wrap=soft_wrap)
+
+
+def _seen(before: str, character: str, after: str) -> str:
+    if unicodedata.category(character) not in _UNSEEN:
+        return character
+    if character in _JOINERS and not before.isascii() and not after.isascii():
+        return character
+    return character.encode("unicode_escape").decode()

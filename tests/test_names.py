@@ -1,0 +1,463 @@
+"""Names are text: whatever a class, a file or a data set is called, it stands as it is."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+from dataclasses import asdict, replace
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import matplotlib
+import numpy as np
+import pytest
+from markdown_it import MarkdownIt
+from PIL import Image
+from report_support import report
+from rich.table import Table
+
+from dsdistill import summary
+from dsdistill.harness import artifact, command, pictures, preprocess, progress, runs, text
+from dsdistill.harness.errors import UserError, unknown
+from dsdistill.harness.pictures import Side
+from dsdistill.harness.reports import drawing, gallery, growth, markdown, page
+from dsdistill.harness.reports import report as reports
+from kd import cli, curves
+from kd import report as kd_report
+from kd.options import Train
+
+# What a class may be called, and how it is shown.
+NAMES = {
+    "under_$5_$10": "under_$5_$10",
+    "$unbalanced": "$unbalanced",
+    r"\frac{1}{0}": r"\frac{1}{0}",
+    "50%_#1^2~&": "50%_#1^2~&",
+    "_hidden": "_hidden",
+    "[/x]": "[/x]",
+    "[bold]loud[/bold]": "[bold]loud[/bold]",
+    "[link=https://example.org]here": "[link=https://example.org]here",
+    ":smile:": ":smile:",
+    "</script><script>alert(1)</script>": "</script><script>alert(1)</script>",
+    '" onload=\'x\' id="y"': '" onload=\'x\' id="y"',
+    "<!-- -- --> ]]> &amp;": "<!-- -- --> ]]> &amp;",
+    "a|b `c` *d* ![e](f)": "a|b `c` *d* ![e](f)",
+    "two\nlines\r": r"two\nlines\r",
+    "tab\tand\x00nul": r"tab\tand\x00nul",
+    "\x1b[31mred\x1b[0m\x07": r"\x1b[31mred\x1b[0m\x07",
+    "del\x7f c1\x9b31m": r"del\x7f c1\x9b31m",
+    "next\x85line\u2028and\u2029": r"next\x85line\u2028and\u2029",
+    "tac\u202ecod.exe": r"tac\u202ecod.exe",
+    "zero\u200bwidth\ufeff": r"zero\u200bwidth\ufeff",
+    "bad\udcffbyte": r"bad\udcffbyte",
+    "猫": "猫",
+    "کتاب\u200cها": "کتاب\u200cها",
+    "👩\u200d🔬": "👩\u200d🔬",
+    "{0} {name}": "{0} {name}",
+}
+LONG = "Tomato_" + "x" * 286 + "_healthy"
+CLASSES = (*NAMES, LONG)
+SHOWN = (*NAMES.values(), LONG)
+
+
+class Texts(HTMLParser):
+    """Text nodes and attributes of a page, and its tags."""
+
+    def __init__(self, content: str) -> None:
+        super().__init__()
+        self.nodes: list[str] = []
+        self.attributes: list[str] = []
+        self.tags: set[str] = set()
+        self.feed(content)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes += [value for _, value in attrs if value]
+        names = {name for name, _ in attrs}
+        assert not any(name.startswith("on") for name in names)
+
+    def handle_data(self, data: str) -> None:
+        self.nodes.append(data)
+
+
+class Terminal(io.StringIO):
+    """Says that it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def strict():
+    """A warning, such as that of a glyph that the font lacks, is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def one_line(words: str) -> bool:
+    return len(words.splitlines()) == 1 and not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", words)
+
+
+def visible(words: str) -> str:
+    """What a terminal shows, without the styles that rich sets."""
+    return re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", words)
+
+
+@pytest.mark.parametrize(("name", "shown"), NAMES.items(), ids=ascii)
+def test_a_name_is_printable_on_one_line(name, shown):
+    assert text.printable(name) == shown
+    assert text.printable(shown) == shown
+    assert one_line(shown)
+    shown.encode()
+
+
+def test_long_names_keep_both_ends():
+    short = text.shortened(LONG, 32)
+    assert len(short) == 32
+    assert short.startswith("Tomato_x")
+    assert short.endswith("x_healthy")
+    assert text.shortened("bird", 4) == "bird"
+    assert text.shortened("birds", 4) == "bi…s"
+    assert len(text.shortened("\x1b" * 100, 32)) == 32
+
+
+@pytest.mark.parametrize("name", CLASSES, ids=lambda name: ascii(name)[:20])
+def test_an_error_is_one_line(name, monkeypatch, capsys):
+    assert one_line(str(UserError(f"no such class: {name}")))
+    assert one_line(str(unknown("class", name, ["cat"])))
+    progress.say(f"note: {name}")
+    assert one_line(capsys.readouterr().err)
+
+    class Options:
+        pass
+
+    def fail(_: object) -> None:
+        raise OSError(f"cannot open {name}")
+
+    monkeypatch.setattr(command, "_parse", lambda *_: Options())
+    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as stop:
+        command.main("kd", "", {"train": (Options, fail)}, "stopped")
+    assert str(stop.value) == f"kd: cannot open {text.printable(name)}"
+
+
+def images(shape: tuple[int, int, int], classes: int, each: int = 1):
+    pixels = np.random.default_rng(0).random((classes * each, *shape), np.float32)
+    return pixels, np.repeat(np.arange(classes), each)
+
+
+def grid(path: Path, shape: tuple[int, int, int], classes: tuple[str, ...], each: int = 1):
+    pixels, labels = images(shape, len(classes), each)
+    flat = np.zeros(shape[-1], np.float32)
+    fitted = preprocess.Preprocess("standardise", flat, flat + 1)
+    side = Side("[/x] $5 $10", pixels, labels)
+    pictures.write_grid(path, side, side, classes, fitted)
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+@pytest.mark.parametrize("start", [0, 20])
+def test_the_picture_of_a_set_takes_any_name(start, tmp_path):
+    drawn = grid(tmp_path / "set.png", (2, 2, 1), CLASSES[start:])
+    assert (drawn[:, :20] < 255).any() or (drawn != drawn[0, 0]).any()
+
+
+def test_a_name_is_drawn_as_text_and_not_as_a_formula(tmp_path):
+    """In mathematics, the dollar signs would vanish and leave a narrower name."""
+    with drawing.plain():
+        figure = matplotlib.figure.Figure()
+        widths = [
+            figure.text(0, 0, drawing.label(name)).get_window_extent().width
+            for name in ("under_$5_$10", "under_x5_x10")
+        ]
+    assert widths[0] == pytest.approx(widths[1], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (1, 1, 3), (3000, 2, 3), (2, 3000, 1), (4, 4, 2), (2000, 3000, 4)]
+)
+def test_a_picture_of_any_shape_is_drawn(shape, tmp_path):
+    drawn = grid(tmp_path / "set.png", shape, ("cat", "dog"))
+    assert max(drawn.shape) < 3000
+
+
+def test_a_picture_of_many_classes_shows_the_first(tmp_path):
+    drawn = grid(tmp_path / "set.png", (4, 4, 3), tuple(map(str, range(1000))), each=12)
+    assert max(drawn.shape) < 3000
+
+
+def test_rows_of_classes_without_images_stay_empty(tmp_path):
+    flat = np.zeros(1, np.float32)
+    fitted = preprocess.Preprocess("standardise", flat, flat + 1)
+    none = Side("none", np.zeros((0, 4, 4, 1), np.float32), np.zeros(0, np.int64))
+    pictures.write_grid(tmp_path / "set.png", none, none, ("cat", "dog"), fitted)
+    assert (tmp_path / "set.png").exists()
+
+
+@pytest.fixture(scope="module")
+def nasty() -> list[reports.Report]:
+    """Reports whose every text is a nasty name; each has as many classes as a plot names."""
+    found = []
+    for start in (0, 20):
+        classes, learner = CLASSES[start : start + 20], CLASSES[start + 3]
+        made = report(learners=("ridge", "convnet"), classes=classes, seed=start)
+        failed = replace(made.results[-1], accuracy=None, failure=CLASSES[start + 1])
+        results = (*made.results[:-1], failed)
+        results = tuple(
+            replace(r, learner=learner if r.learner == "convnet" else "_ridge") for r in results
+        )
+        found.append(
+            replace(
+                made,
+                title=" ".join(CLASSES),
+                notes=list(CLASSES),
+                commands=[f"dsdistill evaluate {name}" for name in CLASSES],
+                data=made.data | {"name": "under_$5_$10\n\udcff"},
+                distilled=made.distilled | {"method": f"kip {start} [/x]", "kernel": "$a $b_\x1b"},
+                results=results,
+                machine=LONG,
+            )
+        )
+    return found
+
+
+def texts(figure) -> list[str]:
+    """Every text of a figure."""
+    return [t.get_text() for t in figure.findobj(matplotlib.text.Text)]
+
+
+def test_plots_show_names_as_text(nasty):
+    for found in nasty:
+        shown = [drawing.label(name) for name in found.classes]
+        assert len(set(shown)) == len(shown)
+        learner = found.learners[1]
+        for figure in (gallery.classes(found, learner), gallery.confusion(found, learner)):
+            assert figure is not None
+            assert set(shown) <= set(texts(figure))
+            content = drawing.svg(figure, name="p", alt=" ".join(found.classes))
+            assert set(shown) <= set(Texts(content).nodes)
+            root = ElementTree.fromstring(drawing.svg_file(figure))
+            assert root.tag.endswith("svg")
+            drawing.png(figure)
+    by_images = growth.by_images(nasty)
+    drawing.png(by_images)
+    assert drawing.label(nasty[0].learners[1], drawing.TITLE) in texts(by_images)
+    legend = [t.get_text() for t in by_images.axes[0].get_legend().get_texts()]
+    assert any(line.startswith("distilled, kip 0 [/x] $a $b_\\x1b") for line in legend)
+
+
+def test_every_file_of_a_report_is_written(nasty, tmp_path):
+    found = nasty[1]
+    reports.write(tmp_path, found)
+    assert reports.load(tmp_path) == found
+    raw = json.loads((tmp_path / "report.json").read_text())
+    assert raw["classes"] == list(found.classes)  # JSON keeps the names as they are
+    written = sorted(path.name for path in (tmp_path / "plots").glob("*.png"))
+    assert len(written) == 3 + 2 * 2
+
+
+def test_plots_of_learners_that_look_alike_have_files_of_their_own():
+    made = report(learners=("mlp:64", "mlp-64", "MLP:64", "x" * 300))
+    found = gallery.files(made)
+    assert len({name.lower() for name in found}) == 3 + 2 * 4
+    assert max(map(len, found)) < 100
+
+
+def test_a_page_shows_names_as_text(nasty):
+    content = page.render(nasty, title=" ".join(CLASSES), pictures={LONG: png(), "[/x]": png()})
+    assert one_line(content.replace("\n", " "))
+    content.encode()
+    parsed = Texts(content)
+    nodes = set(parsed.nodes)
+    assert " ".join(SHOWN) in nodes  # the title
+    assert set(SHOWN) <= nodes  # the notes
+    assert not parsed.tags & {"script", "img onerror", "b onload"}
+    assert LONG in parsed.attributes  # what is said in place of the picture
+    commands = "\n".join(f"dsdistill evaluate {name}" for name in SHOWN)
+    assert commands in nodes
+    for found in nasty:
+        assert text.printable(found.learners[1]) in nodes
+
+
+def test_reports_are_numbered_whatever_their_titles():
+    made = report(learners=("ridge",), classes=("a", "b"))
+    found = [replace(made, title=title) for title in ("A", "A", "A (2)")]
+    names = page._names(found)
+    assert list(names) == ["A", "A (2)", "A (2) (2)"]
+    assert list(map(id, names.values())) == list(map(id, found))
+
+
+def test_markdown_shows_names_as_text(nasty):
+    for found in nasty:
+        content = markdown.render(found)
+        content.encode()
+        parsed = Texts(MarkdownIt("commonmark").enable("table").render(content))
+        lines = "".join(parsed.nodes).splitlines()
+        assert " ".join(" ".join(SHOWN).split()) in lines
+        assert {" ".join(name.split()) for name in SHOWN} <= set(lines)
+        assert not parsed.tags & {"script", "em", "strong", "a", "img"}
+        assert parsed.tags >= {"h1", "h2", "table", "ul"}
+        for name in SHOWN:
+            assert f"dsdistill evaluate {name}" in lines
+
+
+def png() -> bytes:
+    box = io.BytesIO()
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(box, "png")
+    return box.getvalue()
+
+
+def test_a_table_on_a_terminal_shows_names_as_text(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setenv("COLUMNS", "600")
+    table = Table()
+    for name in CLASSES:
+        table.add_row(text.printable(name))
+    text.console(soft_wrap=True).print(table)
+    shown = visible(sys.stdout.getvalue())
+    assert all(name in shown for name in SHOWN)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_shows_names_as_text(terminal, monkeypatch):
+    stream = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(progress, "LINE_EVERY", 0)
+    monkeypatch.setenv("COLUMNS", "200")
+    for name in CLASSES:
+        with progress.bar(2) as show:
+            show(1, **{name: "failed", "note": name})
+            show(2, note=name)
+    shown = visible(stream.getvalue())
+    for name in CLASSES:
+        assert text.shortened(f"note {name}", progress.WORDS) in shown
+    assert "\x07" not in shown
+    assert "\u202e" not in shown
+
+
+def distilled(classes: tuple[str, ...]) -> artifact.Distilled:
+    pixels, _ = images((2, 2, 1), len(classes))
+    fitted = preprocess.fit("standardise", lambda size: iter([pixels]), (2, 2, 1))
+    k = len(classes)
+    return artifact.Distilled(
+        pixels, np.eye(k, dtype=np.float32), fitted, classes, {"data": {"name": "[/x]\udcff\n"}}
+    )
+
+
+def test_inspect_shows_names_as_text(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "set.safetensors"
+    artifact.save(path, distilled(CLASSES))
+    assert artifact.load(path).classes == CLASSES
+    monkeypatch.setenv("COLUMNS", "2000")
+    summary.print_set(path, as_json=False)
+    shown = capsys.readouterr().out
+    assert ", ".join(SHOWN) in shown
+    assert r"[/x]\udcff\n" in shown
+    summary.print_set(path, as_json=True)
+    assert tuple(json.loads(capsys.readouterr().out)["classes"]) == CLASSES
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_inspect_shows_any_provenance(as_json, tmp_path, capsys):
+    """A stranger's may have fields of any kind, and under the names of the set's own."""
+    deep: object = "end"
+    for _ in range(artifact.DEEPEST - 2):
+        deep = {"in": deep}
+    odd = {"peak_memory": "[/x]", "bytes": "many", "images": None, "seconds": [], "deep": deep}
+    path = tmp_path / "set.safetensors"
+    artifact.save(path, replace(distilled(("a", "b")), provenance=odd))
+    summary.print_set(path, as_json=as_json)
+    shown = capsys.readouterr().out
+    assert "[/x]" in shown
+    assert "many" not in shown
+    assert "end" in shown
+
+
+def test_provenance_that_is_nested_without_end_is_refused(tmp_path):
+    deep: object = 0
+    for _ in range(500):
+        deep = [deep]
+    with pytest.raises(artifact.ArtifactError, match="nested"):
+        artifact.save(tmp_path / "set", replace(distilled(("a", "b")), provenance={"a": deep}))
+
+
+def test_standard_output_of_another_encoding_is_no_traceback(tmp_path):
+    path = tmp_path / "set.safetensors"
+    artifact.save(path, distilled(CLASSES))
+    line = "import sys; from dsdistill.cli import main; sys.argv[0] = 'dsdistill'; main()"
+    found = subprocess.run(
+        [sys.executable, "-c", line, "inspect", path],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert (found.returncode, found.stderr) == (0, b"")
+    assert rb"\u732b" in found.stdout
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_figures_of_kd_show_names_as_text(terminal, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Terminal() if terminal else io.StringIO())
+    monkeypatch.setenv("COLUMNS", "600")
+    for name in CLASSES:
+        cli._print({"folder": name})
+    shown = visible(sys.stdout.getvalue())
+    assert all(name in shown for name in SHOWN)
+
+
+def kd_run(folder: Path, name: str) -> Path:
+    """A finished run whose names are all the same."""
+    folder.mkdir()
+    options = asdict(Train(name, student=name))
+    config = {k: v for k, v in options.items() if k not in ("out", "resume", "overrides")}
+    runs.write_json(folder / "config.json", config | {"data_root": "data"})
+    figures = {"student": name, "data": name, "seed": 0, "test_accuracy": 0.5}
+    rest = {"seconds": 1.0, "parameters": 3, "teacher": name, "note": name, "device": name}
+    runs.write_json(folder / "report.json", figures | rest)
+    lines = [{"step": s, name: 10.0 / s, "validation_accuracy": 0.5} for s in (1, 20, 300)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_runs_of_kd_are_compared_whatever_their_names(tmp_path):
+    folders = [kd_run(tmp_path / str(i), name) for i, name in enumerate(CLASSES)]
+    content = kd_report.render(folders)
+    assert one_line(content.replace("\n", " "))
+    content.encode()
+    parsed = Texts(content)
+    assert set(SHOWN) <= set(parsed.nodes)  # notes, data sets
+    assert "script" not in parsed.tags
+
+
+@pytest.mark.parametrize("name", CLASSES, ids=lambda name: ascii(name)[:20])
+def test_curves_are_drawn_whatever_the_terms_are_called(name, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(drawing, "png", lambda figure: drawn.append(figure) or b"")
+    curves.draw(kd_run(tmp_path / "run", name))
+    left = drawn[0].axes[0]
+    assert [t.get_text() for t in left.get_legend().get_texts()] == [drawing.label(name)]
+    ticks = [t.get_text() for t in left.get_yticklabels()]
+    assert not any("$" in tick for tick in ticks)
+
+
+def test_a_users_own_tex_settings_do_not_reach_a_name(tmp_path):
+    with matplotlib.rc_context({"text.usetex": True}):
+        curves.draw(kd_run(tmp_path / "run", "under_$5_$10"))
+        grid(tmp_path / "set.png", (2, 2, 1), ("under_$5_$10", "%"))
+    assert (tmp_path / "run" / "curves.png").stat().st_size > 1000
+
+
+def test_a_short_logarithmic_axis_has_numbers_too(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(drawing, "png", lambda figure: drawn.append(figure) or b"")
+    lines = [{"step": s, "ce": loss} for s, loss in ((1, 0.0131), (2, 0.0124))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    curves.draw(tmp_path)
+    axis = drawn[0].axes[0].yaxis
+    drawn[0].draw_without_rendering()
+    shown = [t.get_text() for t in (*axis.get_ticklabels(), *axis.get_ticklabels(minor=True))]
+    assert len([float(text) for text in shown if text]) >= 2

@@ -1,0 +1,283 @@
+"""What a run of `dsdistill` depends on; what it leaves when it is refused, stopped or damaged."""
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dsdistill import pipeline, setting
+from dsdistill.harness import (
+    artifact,
+    checksums,
+    datasets,
+    memory,
+    pictures,
+    preprocess,
+    progress,
+    runs,
+)
+from dsdistill.harness.errors import UserError
+from dsdistill.harness.runs import RunError
+from dsdistill.harness.stopping import Stopped
+from dsdistill.kernels import networks
+from dsdistill.options import Kip, LabelSolve
+
+CLASSES = ("ant", "bee", "cat")
+
+
+def write_data(path: Path, per_class: int = 15, **changes: np.ndarray) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(3 * per_class) % 3
+    images = rng.integers(0, 99, (len(labels), 4, 4, 1)).astype(np.uint8) + (50 * labels)[
+        :, None, None, None
+    ].astype(np.uint8)
+    arrays = {"images": images, "labels": labels, "classes": np.array(CLASSES)}
+    np.savez(path, **(arrays | changes))
+
+
+def start(folder: Path, method: str, *, resume: bool = False) -> Path:
+    data, out = str(folder / "data.npz"), folder / "run"
+    given = {} if resume else {"images_per_class": 1}
+    if method == "ls":
+        return pipeline.run_label_solve(LabelSolve(data=data, out=out, resume=resume, **given))
+    given = {} if resume else {**given, "steps": 6, "target_batch": 12}
+    return pipeline.run_kip(Kip(data=data, out=out, resume=resume, **given))
+
+
+@pytest.fixture(scope="module", params=["kip", "ls"])
+def stopped(request, tmp_path_factory) -> tuple[str, Path]:
+    """A run that Ctrl-C stopped while it wrote its second line."""
+    folder = tmp_path_factory.mktemp("stopped")
+    write_data(folder / "data.npz")
+    with pytest.MonkeyPatch.context() as patch:
+        write = runs.Metrics.write
+
+        def stopping(self, step: int, **figures: float) -> None:
+            write(self, step, **figures)
+            if request.param == "ls" or step == 2:
+                raise KeyboardInterrupt
+
+        patch.setattr(runs.Metrics, "write", stopping)
+        with pytest.raises(Stopped, match=f"continue with `dsdistill {request.param} --resume"):
+            start(folder, request.param)
+    assert (folder / "run" / "checkpoint.safetensors").exists()
+    assert not (folder / "run" / ".lock").exists()
+    return request.param, folder
+
+
+@pytest.fixture
+def copy(stopped, tmp_path) -> tuple[str, Path]:
+    method, folder = stopped
+    shutil.copytree(folder, tmp_path / "copy")
+    config = json.loads((tmp_path / "copy" / "run" / "config.json").read_text())
+    config["data"] = str(tmp_path / "copy" / "data.npz")
+    (tmp_path / "copy" / "run" / "config.json").write_text(json.dumps(config))
+    return method, tmp_path / "copy"
+
+
+def _data(folder: Path) -> dict[str, np.ndarray]:
+    with np.load(folder / "data.npz") as file:
+        return {name: file[name] for name in file.files}
+
+
+def _parts(folder: Path) -> dict[str, np.ndarray]:
+    """Indices of the images of each part."""
+    splits = datasets.load(str(folder / "data.npz"), root=folder, validation_fraction=0.1)
+    parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+    return {name: part.rows for name, part in parts.items() if part.rows is not None}
+
+
+CHANGES = {
+    "a pixel of a training image": "training images",
+    "a pixel of a test image": "test images",
+    "the labels": "training images",
+    "the number": "training images",
+    "the class names": "training images",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_data_are_refused_and_the_same_go_on(copy, change):
+    method, folder = copy
+    arrays = _data(folder)
+    images, labels = arrays["images"].copy(), arrays["labels"]
+    if "pixel" in change:
+        images[_parts(folder)["test" if "test" in change else "train"][0], 1, 2] ^= 1
+        arrays["images"] = images
+    elif change == "the labels":
+        arrays["labels"] = (labels + 1) % 3
+    elif change == "the number":
+        arrays |= {"images": images[:-3], "labels": labels[:-3]}
+    else:
+        arrays["classes"] = arrays["classes"][[1, 0, 2]]
+    np.savez(folder / "data.npz", **arrays)
+    before = {path: path.read_bytes() for path in (folder / "run").iterdir()}
+    with pytest.raises(RunError, match=f"changed since the run .* {CHANGES[change]}") as caught:
+        start(folder, method, resume=True)
+    assert "\n" not in str(caught.value)
+    assert {path: path.read_bytes() for path in (folder / "run").iterdir()} == before
+
+
+def test_the_same_data_go_on(copy):
+    method, folder = copy
+    start(folder, method, resume=True)
+    whole = folder / "whole"
+    whole.mkdir()
+    shutil.copy(folder / "data.npz", whole)
+    start(whole, method)
+    one, two = (artifact.load(where / "run" / artifact.FILE) for where in (folder, whole))
+    np.testing.assert_array_equal(one.images, two.images)
+    np.testing.assert_array_equal(one.labels, two.labels)
+    assert one.provenance["inputs"] == two.provenance["inputs"]
+
+
+BAD = {
+    "steps": "many",
+    "seed": 1.5,
+    "ridge": None,
+    "data": 3,
+    "kernel": ["fc"],
+    "preprocess": "whiter",
+    "learn_labels": 1,
+    "unknown": 1,
+    "chosen": {"target_batch": "x"},
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_an_option_of_a_wrong_type_is_one_line(copy, name):
+    method, folder = copy
+    if method == "ls" and name in ("steps", "learn_labels"):
+        name = "unknown"
+    config = json.loads((folder / "run" / "config.json").read_text())
+    (folder / "run" / "config.json").write_text(json.dumps(config | {name: BAD[name]}))
+    options = (Kip if method == "kip" else LabelSolve)(out=folder / "run", resume=True)
+    run = pipeline.run_kip if isinstance(options, Kip) else pipeline.run_label_solve
+    with pytest.raises(RunError, match=f"config.json is damaged.*{name}") as caught:
+        run(options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("lost", ["done", "best", "seconds", "state.0", "gram_tt", "shape", "type"])
+def test_a_checkpoint_of_another_run_is_one_line(copy, lost):
+    """Whole, with a checksum that fits: of another version, say."""
+    method, folder = copy
+    path = folder / "run" / runs.CHECKPOINT
+    meta, arrays, _ = checksums.load(path, "meta", kind="a checkpoint")
+    if (lost in ("best", "state.0") and method == "ls") or (lost == "gram_tt" and method == "kip"):
+        lost = "done"
+    if lost == "shape":
+        arrays = {name: np.stack([array, array]) for name, array in arrays.items()}
+    if lost == "type":
+        meta["done"] = "three"
+    meta.pop(lost, None)
+    arrays.pop(lost, None)
+    path.write_bytes(checksums.pack("meta", json.dumps(meta), arrays))
+    with pytest.raises(RunError, match="is not of this run or of another version") as caught:
+        start(folder, method, resume=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_set_is_saved_though_its_picture_cannot_be_drawn(tmp_path, monkeypatch, capsys):
+    def fail(*_) -> None:
+        raise ValueError("not\nmathematics")
+
+    monkeypatch.setattr(pictures, "write_grid", fail)
+    write_data(tmp_path / "data.npz")
+    folder = start(tmp_path, "ls")
+    assert len(artifact.load(folder / artifact.FILE)) == 3
+    assert "could not be drawn (ValueError: not mathematics)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["kip", "ls"])
+@pytest.mark.parametrize("per_class", [1, 2])
+def test_too_few_images_for_a_test_part_are_refused_before_any_work(
+    tmp_path, monkeypatch, method, per_class
+):
+    monkeypatch.setattr(preprocess, "fit", lambda *_: pytest.fail("worked"))
+    write_data(tmp_path / "data.npz", per_class)
+    with pytest.raises(UserError, match=r"no test images.* at least 3 images of each class"):
+        start(tmp_path, method)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("per_class", "missing"), [(4, "no class has"), (15, None)])
+def test_missing_validation_images_are_said(tmp_path, capsys, per_class, missing):
+    write_data(tmp_path / "data.npz", per_class)
+    options = replace(Kip(data=str(tmp_path / "data.npz")), images_per_class=1, steps=1)
+    setting.prepared(replace(options, target_batch=3, learning_rate=0.1, schedule="constant"))
+    error = capsys.readouterr().err
+    assert f"note: {missing} any validation images" in error if missing else not error
+
+
+def test_a_stop_before_the_run_began_promises_no_resume(tmp_path, monkeypatch):
+    def stop(*_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preprocess, "fit", stop)
+    write_data(tmp_path / "data.npz")
+    with pytest.raises(Stopped, match=r"stopped before the run began: nothing was written"):
+        start(tmp_path, "kip")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("size", [10**4, 10**6, 10**18])
+@pytest.mark.parametrize("data", ["digits", "folder"])
+def test_an_image_size_that_fits_no_memory_is_one_line(tmp_path, monkeypatch, size, data):
+    from PIL import Image
+
+    for name in CLASSES:
+        (tmp_path / "folder" / name).mkdir(parents=True)
+        for i in range(5):
+            Image.new("L", (8, 8)).save(tmp_path / "folder" / name / f"{i}.png")
+    monkeypatch.setattr(memory, "available", lambda: 2**30)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="free: use a smaller --image-size"):
+        datasets.load(data, root=tmp_path, image_size=size)
+
+
+def test_long_zca_is_announced_and_its_result_the_same(monkeypatch, capsys):
+    images = np.random.default_rng(0).random((40, 4, 4, 3)).astype(np.float32)
+
+    def chunks(size):
+        return (images[i : i + size] for i in range(0, len(images), size))
+
+    short = preprocess.fit("zca", chunks, (4, 4, 3))
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(preprocess, "PROBE", 4)
+    monkeypatch.setattr(preprocess, "CHUNK", 7 * 48)
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    long = preprocess.fit("zca", chunks, (4, 4, 3))
+    np.testing.assert_allclose(long.whiten, short.whiten, rtol=1e-4, atol=1e-4)
+    announced, *lines = capsys.readouterr().err.splitlines()
+    assert "ZCA of 40 images of 4x4x3: a covariance of 48x48 values" in announced
+    assert lines[-1].startswith("40/40 images for ZCA")
+
+
+USERS = """
+from neural_tangents import stax
+bare = stax.serial(stax.Conv(8, (3, 3), padding="SAME"), stax.Relu())
+refused = stax.serial(stax.Dense(8), stax.Relu(), stax.Relu(), stax.Flatten(), stax.Dense(1))
+good = stax.serial(stax.Flatten(), stax.Dense(8), stax.Relu(), stax.Dense(1))
+def two(x1, x2): return x1 @ x2
+"""
+
+
+@pytest.mark.parametrize("name", ["bare", "refused", "two", "good"])
+def test_a_users_kernel_that_is_none_is_one_line(tmp_path, monkeypatch, name):
+    (tmp_path / "users_kernels.py").write_text(USERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "users_kernels", raising=False)
+    network = networks.parse(f"users_kernels:{name}")
+    if name == "good":
+        networks.check(network, (8, 8, 1))
+        return
+    with pytest.raises(UserError, match=f"users_kernels:{name} .* stax.Dense") as caught:
+        networks.check(network, (8, 8, 1))
+    assert "\n" not in str(caught.value)
+    assert jax.config.jax_enable_x64 is False

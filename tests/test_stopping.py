@@ -1,0 +1,126 @@
+"""Ctrl-C and SIGTERM as a flag, where an exception could be lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from dsdistill.harness import command, stopping
+from dsdistill.harness.stopping import handled, watch
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+
+
+def _send(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+class Callback:
+    """Sends a signal where Python prints an exception and goes on: while an object is removed."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        _send(self.number)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_in_a_callback_stops_the_loop(number):
+    before = signal.getsignal(number)
+    with handled(), watch() as stop:
+        assert not stop.requested
+        Callback(number)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            stop.check()
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_was_lost_before_the_loop_stops_it():
+    with handled():
+        Callback(signal.SIGTERM)
+        with watch() as stop:
+            assert stop.requested
+
+
+def test_outside_a_loop_a_signal_ends_the_work_at_once():
+    with handled(), pytest.raises(KeyboardInterrupt):
+        _send(signal.SIGTERM)
+
+
+def test_a_second_signal_ends_the_loop_at_once_and_an_echo_does_not(monkeypatch):
+    with handled(), watch() as stop:
+        _send(signal.SIGINT)
+        _send(signal.SIGTERM)  # a launcher passes the first one on
+        assert stop.requested
+        monkeypatch.setattr(stopping, "ECHO", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            _send(signal.SIGINT)
+
+
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with watch() as stop:
+            _send(signal.SIGINT)
+            assert not stop.requested
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_in_another_thread_nothing_is_watched():
+    found = []
+
+    def work() -> None:
+        with watch() as stop:
+            found.append(stop.requested)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [False]
+
+
+def test_long_work_outside_python_ends_at_a_signal():
+    script = (
+        "import ctypes, sys\n"
+        "from dsdistill.harness import stopping\n"
+        "libc = ctypes.CDLL(None)\n"
+        "with stopping.handled():\n"
+        "    print('begun', flush=True)\n"
+        "    stopping.interruptible(lambda: [libc.usleep(900_000) for _ in range(60)])\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=20)
+    assert error.strip().endswith("KeyboardInterrupt")
+
+
+def test_interruptible_work_returns_and_raises_as_without():
+    assert stopping.interruptible(lambda: 3) == 3
+    with pytest.raises(ZeroDivisionError):
+        stopping.interruptible(lambda: 1 // 0)
+
+
+def test_a_command_says_what_is_kept(monkeypatch, capsys):
+    class Options:
+        pass
+
+    def stopped(_: Options) -> None:
+        raise stopping.Stopped("stopped; continue with --resume")
+
+    monkeypatch.setattr(command, "_parse", lambda *_: Options())
+    with pytest.raises(SystemExit, match=r"^p: stopped; continue with --resume$"):
+        command.main("p", "", {"work": (Options, stopped)}, "stopped")
