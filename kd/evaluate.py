@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dsdistill.harness import layout, progress
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.labeled import Labeled
+from dsdistill.harness.preprocess import Preprocess
 from dsdistill.harness.runs import INPUTS
 from kd import engine, models, networks, scoring, seals, sources, teachers
 from kd.files import streaming
