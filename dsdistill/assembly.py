@@ -1,19 +1,29 @@
 """From the options of `dsdistill evaluate` to all its parts, checked before anything is trained."""
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from dsdistill import arms, export, foreign
 from dsdistill.foreign import Stated
-from dsdistill.harness import artifact, controls, datasets, lists, origin, preprocess, provenance
+from dsdistill.harness import (
+    artifact,
+    controls,
+    datasets,
+    lists,
+    origin,
+    preprocess,
+    progress,
+    provenance,
+)
 from dsdistill.harness.artifact import Distilled
 from dsdistill.harness.datasets import Splits
 from dsdistill.harness.errors import UserError, unknown
 from dsdistill.harness.evaluate import Arm, Augmentable, Learner
 from dsdistill.harness.judges import Judges
-from dsdistill.harness.labeled import Examples, Labeled, balanced
+from dsdistill.harness.labeled import Examples, Labeled, balanced, joined_chunks
 from dsdistill.options import Evaluate
 
 JUDGED = 2000  # validation images, class-balanced, that choose rates and calibrate
@@ -73,7 +83,7 @@ def assembled(options: Evaluate) -> Parts:
         _learner(name, distilled, options) for name in lists.names("--learners", options.learners)
     ]
     train = Examples(splits.train, distilled.preprocess)
-    _check_controls(names, splits.train, arms.images_per_class(distilled))
+    check_controls(names, splits.train, arms.images_per_class(distilled))
     data = {
         "sha256": splits.digest,
         "train": len(splits.train),
@@ -97,8 +107,8 @@ def assembled(options: Evaluate) -> Parts:
             {
                 "data": data,
                 "validation": len(splits.validation),
-                # Of another hash than the training images, and may change without them.
-                "test": datasets.digest(splits.test),
+                # These may change while the training images stay.
+                "judging": [datasets.digest(splits.validation), datasets.digest(splits.test)],
                 "teacher": taught_by,
             },
         ),
@@ -117,7 +127,7 @@ def _check(options: Evaluate) -> None:
         raise UserError("--resume needs --out, the folder of the evaluation to continue")
 
 
-def _check_controls(names: Sequence[str], train: Labeled, per_class: int) -> None:
+def check_controls(names: Sequence[str], train: Labeled, per_class: int) -> None:
     """Refuse controls that need more images of a class than there are."""
     counts = np.bincount(train.labels, minlength=len(train.classes))
     scarce = int(counts.argmin())
@@ -157,13 +167,11 @@ def _published(options: Evaluate) -> tuple[Distilled, Splits]:
     stated = Stated(**{name: getattr(options, name) for name in STATED})
     fitted = preprocess.fit("standardise", splits.train.chunks, splits.train.shape)
 
-    def chunks(size: int) -> Iterator[np.ndarray]:
-        yield from splits.train.chunks(size)
-        yield from splits.validation.chunks(size)
-
+    chunks = functools.partial(joined_chunks, (splits.train, splits.validation))
     loaded = foreign.load(
         options.run, splits.train, stated, preprocess=fitted, data=splits.name, chunks=chunks
     )
+    progress.say(f"{options.run}: {'; '.join(loaded.provenance['notes'])}")
     return loaded, splits
 
 

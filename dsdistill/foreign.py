@@ -135,6 +135,8 @@ def load(
         f"classes: {order}",
         *labels.unequal(targets.argmax(1), len(train.classes)),
     ]
+    if other := evidence.other_order(images, targets.argmax(1), train, fitted):
+        notes.append(other)
     if raw.ridge is not None:
         notes.append(f"ridge: {raw.ridge:g}, as in the file")
     made = _provenance(path, raw, stated, notes)

@@ -1,6 +1,6 @@
 """Figures of a finished student on test images: `kd evaluate`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dsdistill.harness import layout, progress
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.labeled import Labeled
+from dsdistill.harness.preprocess import Preprocess
 from dsdistill.harness.runs import INPUTS
 from kd import engine, models, networks, scoring, seals, sources, teachers
 from kd.files import streaming
@@ -63,16 +64,10 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
     name = options.teacher or config.get("teacher")
     known: dict[str, nn.Module] = {}
     if name is not None:
-        names = networks.names("--teacher", name)
-        own = config if options.teacher is None else {}  # what was said of the run's teachers
-        told = {name.removeprefix("teacher_"): own.get(name) for name in TOLD}
-        where = student.preprocess, source.shape, source.classes
-        maps = labels.read_class_maps(own.get("class_map"), names)
-        for each, mapping in zip(names, maps, strict=True):
-            teacher = teachers.load(each, *where, class_map=mapping, **told)
-            for remark in teachers.remarks(teacher):
-                progress.say(f"teacher {each}: {remark}")
-            known[each] = teacher.to(device)
+        known = {
+            each: teacher.to(device)
+            for each, teacher in _teachers(options, config, name, student.preprocess, source)
+        }
     student.classifier.to(device)
     judged = _InOrder(student.classifier, outputs)
     return {
@@ -99,6 +94,25 @@ class _InOrder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         scores = self.network(images)
         return scores if self.outputs is None else scores[:, list(self.outputs)]
+
+
+def _teachers(
+    options: Evaluate,
+    config: Mapping[str, Any],
+    name: str,
+    fitted: Preprocess,
+    source: Source | Files,
+) -> Iterator[tuple[str, nn.Module]]:
+    """The teachers of that name, with what was said of the run's own ones."""
+    own, names = config if options.teacher is None else {}, networks.names("--teacher", name)
+    told = {name.removeprefix("teacher_"): own.get(name) for name in TOLD}
+    maps = labels.read_class_maps(own.get("class_map"), names)
+    for each, mapping in zip(names, maps, strict=True):
+        where = fitted, source.shape, source.classes
+        teacher = teachers.load(each, *where, class_map=mapping, **told)
+        for remark in teachers.remarks(teacher):
+            progress.say(f"teacher {each}: {remark}")
+        yield each, teacher
 
 
 def _recipe(run: Path) -> Recipe:

@@ -13,7 +13,7 @@ from dsdistill.harness.errors import UserError
 from dsdistill.harness.reports import schema
 from dsdistill.harness.statistics import Summary
 from kd import seals
-from kd.options import Overrides, Train
+from kd.options import READERS, Overrides, Train
 from kd.seals import REPORT
 
 CURVE = "validation_accuracy"  # of metrics.jsonl
@@ -141,7 +141,12 @@ _DEFAULTS = {
 
 def _given(config: Mapping[str, Any]) -> dict[str, Any]:
     """The stored options that differ from the defaults."""
-    given = {k: v for k, v in config.items() if k in _DEFAULTS and v != _DEFAULTS[k]}
+    former = {"workers": READERS}  # stored by earlier versions where it was not given
+    given = {
+        k: v
+        for k, v in config.items()
+        if k in _DEFAULTS and v not in (_DEFAULTS[k], former.get(k, _DEFAULTS[k]))
+    }
     return given | {k: v for k, v in config.items() if k in _OWN and v is not None}
 
 

@@ -42,8 +42,8 @@ def hashes(parts: Parts, options: Train) -> dict[str, str]:
         which = f"teacher {number}" if len(parts.teachers) > 1 else "the teacher"
         found[which] = teacher_hash(name, teacher)
     if options.class_map is not None and not chain.taught_by_run(options):
-        maps = json.dumps(labels.read_class_maps(options.class_map, parts.taught_by))
-        found["class map"] = hashlib.sha256(maps.encode()).hexdigest()
+        maps = labels.read_class_maps(options.class_map, parts.taught_by)
+        found["class map"] = hashlib.sha256(json.dumps(maps).encode()).hexdigest()
     # A start from a seed is a function of the options.
     if _from_elsewhere(options.student) or options.pretrained:
         found["the student's first weights"] = cache.fingerprint(parts.student.classifier.network)
@@ -64,7 +64,7 @@ def data_hashes(parts: Parts, options: Train) -> dict[str, str]:
         }
         if source.count == 0:
             # Shards are shared out among the processes that read.
-            found["number of reading processes (--workers)"] = str(options.workers)
+            found["number of reading processes (--workers)"] = str(options.readers)
         return found
     found = {}
     if source.distilled is not None:

@@ -34,6 +34,7 @@ Overrides: Any = make_dataclass(
     frozen=True,
 )
 
+READERS = 2  # processes that read image files, where nothing else is asked for
 TOLD = ("teacher_image_size", "teacher_mean", "teacher_std")  # what a file of weights cannot say
 
 
@@ -98,8 +99,8 @@ class Train:
     """Where data sets lie or are downloaded to."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
-    workers: int = 2
-    """Processes that read image files, for --augment imagenet."""
+    workers: Count = None
+    """Processes that read image files, for --augment imagenet; by default 2."""
     compile: bool = False
     """Compile the student with torch.compile."""
     channels_last: bool = False
@@ -113,6 +114,11 @@ class Train:
         """The fields of the recipe that were given."""
         return {k: v for k, v in asdict(self.overrides).items() if v is not None}
 
+    @property
+    def readers(self) -> int:
+        """Processes that read image files."""
+        return READERS if self.workers is None else self.workers
+
     def check(self) -> None:
         """Refuse values out of range and options that exclude each other.
 
@@ -122,7 +128,7 @@ class Train:
         if self.recipe is not None:
             recipes.named(self.recipe)
         _require(self.seed >= 0, "--seed must be 0 or more", self.seed)
-        _require(self.workers >= 0, "--workers must be 0 or more", self.workers)
+        _require(self.readers >= 0, "--workers must be 0 or more", self.workers)
         _require(not self.resume or self.out is not None, "--resume needs --out", self.out)
         for name in ("min_teacher_accuracy", "mean_teacher"):
             value = getattr(self, name)

@@ -164,9 +164,12 @@ def _check_used(recipe: Recipe, given: Mapping[str, Any]) -> None:
         "mix_probability": (mixed, "--mixup or --cutmix"),
         "mix_switch": (recipe.mixup > 0 and recipe.cutmix > 0, "--mixup and --cutmix"),
         "ema_ramp": (recipe.ema is not None, "--ema"),
+        "decay_all": (recipe.weight_decay > 0, "--weight-decay"),
     }
     images = ("interpolation", "min_scale", "auto_augment", "color_jitter", "random_erase")
     needs |= dict.fromkeys((*images, "repeats", "crop_share"), (files, "--augment imagenet"))
+    if "color_jitter" in given and recipe.auto_augment is not None:
+        raise UserError("--color-jitter has no effect with --auto-augment: leave one of them out")
     for name in given:
         used, what = needs.get(name, (True, ""))
         if not used:

@@ -52,6 +52,8 @@ from kd import (
 from kd.assembly import Parts
 from kd.checkpoint import Saved, State
 from kd.data import Batches
+from kd.files import shards
+from kd.files.streaming import Files
 from kd.models import Model
 from kd.objectives import Objective
 from kd.options import Overrides, Train
@@ -62,7 +64,6 @@ from kd.train import train
 _OPTIONS = "options"  # among the hashes of a run: those that are not defaults
 _FREE = ("data_root", "device", "workers", "cache", "min_teacher_accuracy")  # may differ on resume
 _PER_CALL = ("out", "resume", "overrides")  # not options of the training
-_VALIDATING = ("patience", "validate_every", "metric", "average_best")  # without effect elsewhere
 _PATHS = ("data", "student", "teacher", "data_root", "class_map", "cache")
 
 
@@ -102,9 +103,9 @@ def run(options: Train) -> dict[str, Any]:
     assert options.out is not None
     if not options.resume:
         runs.check_free(options.out, REPORT)
-    earlier: list[Path] = []
     if options.given.get("loss"):
         composition.parse(options.given["loss"], terms.FUNCTIONS)  # its last link may be far away
+    earlier: list[Path] = []
     for link in chain.before(options, options.out):
         assert link.out is not None
         begun = (link.out / "config.json").exists()
@@ -127,6 +128,7 @@ def _train(options: Train, earlier: Sequence[Path]) -> dict[str, Any]:
     folder, parts = options.out, assembly.assembled(options)
     assert folder is not None
     objective = assembly.objective(parts, options)
+    _check_used(options, parts)
     source = teaching.source(parts, options)
     assembly.check_step(parts, objective, source.sizes)
     if options.compile:
@@ -165,6 +167,22 @@ def _open(folder: Path, options: Train, hashes: Mapping[str, str]) -> runs.Run:
     return run
 
 
+def _check_used(options: Train, parts: Parts) -> None:
+    """Refuse options that have no effect on this kind of data.
+
+    Raises:
+        UserError: If one is given.
+    """
+    streamed = isinstance(parts.source, Files)
+    if options.workers is not None and not streamed:
+        raise UserError("--workers has no effect without --augment imagenet: leave it out")
+    if options.validation_fraction is not None and shards.is_named(options.data):
+        raise UserError(
+            f"--validation-fraction has no effect on {options.data}, which has a validation part "
+            "of its own: leave it out"
+        )
+
+
 def _judge_teachers(options: Train, parts: Parts) -> None:
     """Say how good each teacher is, on validation images or else on training images."""
     say = progress.say if parts.on.is_main_process else lambda line: None
@@ -174,7 +192,7 @@ def _judge_teachers(options: Train, parts: Parts) -> None:
         say(_without_validation(options, parts))
     if held is None and parts.teachers:
         fitted, device = parts.student.preprocess, parts.on.device
-        shuffled = parts.source.shuffled(parts.recipe, fitted, device, options.workers)
+        shuffled = parts.source.shuffled(parts.recipe, fitted, device, options.readers)
         held, part = None if shuffled is None else preflight.FirstImages(shuffled), "training"
     minimum = options.min_teacher_accuracy
     if parts.teachers and held is None:
@@ -195,7 +213,7 @@ def _without_validation(options: Train, parts: Parts) -> str:
     Raises:
         UserError: If an option is given that needs validation images.
     """
-    for name in _VALIDATING:
+    for name in ("metric", "average_best", "patience", "validate_every"):
         if name in options.given:
             raise UserError(
                 f"--{name.replace('_', '-')} has no effect without validation images: "
@@ -321,12 +339,15 @@ def _shown(
 def _tested(options: Train, parts: Parts, student: Model) -> dict[str, Any]:
     """Figures on the test set; its only use."""
     fitted, on = student.preprocess, parts.on
-    batches = parts.source.test(parts.recipe, fitted, on.device, options.workers)
+    batches = parts.source.test(parts.recipe, fitted, on.device, options.readers)
     if batches is None:
         return {"test_accuracy": None, "test_images": 0}
-    known = dict(zip(parts.taught_by, parts.teachers, strict=True))
-    temperature = student.output_temperature
-    found = scoring.figures(student.classifier, batches, known, temperature=temperature)
+    found = scoring.figures(
+        student.classifier,
+        batches,
+        dict(zip(parts.taught_by, parts.teachers, strict=True)),
+        temperature=student.output_temperature,
+    )
     return {"test_accuracy": found.pop("accuracy"), "test_images": found.pop("images"), **found}
 
 
@@ -340,7 +361,7 @@ def _validated(options: Train, parts: Parts, student: Model, state: State) -> fl
 
 def _held(options: Train, parts: Parts) -> Judged | None:
     fitted, on = parts.student.preprocess, parts.on
-    return parts.source.validation(parts.recipe, fitted, on.device, options.workers)
+    return parts.source.validation(parts.recipe, fitted, on.device, options.readers)
 
 
 def _start(folder: Path, options: Train) -> runs.Run:
@@ -356,7 +377,11 @@ def _config(options: Train) -> dict[str, Any]:
     for name in _PATHS:
         value = config[name]
         if value is not None and value != "digits":
-            parts = networks.split(str(value)) if name == "teacher" else [str(value)]
+            parts = [str(value)]
+            if name == "teacher":
+                parts = networks.split(str(value))
+            elif name == "class_map" and not Path(value).exists():  # one for each teacher
+                parts = str(value).split(",")
             config[name] = ",".join(map(networks.absolute, parts))
     return config | asdict(options.overrides)
 

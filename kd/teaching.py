@@ -48,7 +48,7 @@ def source(parts: Parts, options: Train) -> Batches:
         UserError: If there are too few images for the loss, or for so many processes.
     """
     on, least = parts.on, least_images(parts)
-    images = parts.source.train(parts.recipe, parts.student.preprocess, on, options.workers, least)
+    images = parts.source.train(parts.recipe, parts.student.preprocess, on, options.readers, least)
     if not images.sizes:
         raise UserError(
             f"{parts.source.name} has fewer training images than one batch of "

@@ -140,15 +140,15 @@ def test_digest_does_not_depend_on_the_validation_split(tmp_path):
 
 def test_digest_changes_with_any_pixel_label_name_or_shape(tmp_path):
     data = _labeled([3, 4])
-    digest = datasets._digest(data)
+    digest = datasets.digest(data)
     changed = {digest}
     for pixel in np.ndindex(data.store.shape[1:]):
         store = data.store.copy()
         store[(5, *pixel)] ^= 1
-        changed.add(datasets._digest(replace(data, store=store)))
-    changed.add(datasets._digest(replace(data, labels=data.labels[::-1].copy())))
-    changed.add(datasets._digest(replace(data, classes=("a", "b"))))
-    changed.add(datasets._digest(replace(data, store=data.store.reshape(-1, 4, 3, 1))))
+        changed.add(datasets.digest(replace(data, store=store)))
+    changed.add(datasets.digest(replace(data, labels=data.labels[::-1].copy())))
+    changed.add(datasets.digest(replace(data, classes=("a", "b"))))
+    changed.add(datasets.digest(replace(data, store=data.store.reshape(-1, 4, 3, 1))))
     assert len(changed) == 1 + 12 + 3
 
 
@@ -332,3 +332,17 @@ def test_npz_member_that_is_no_array_is_refused(tmp_path):
         archive.writestr("labels.npy", b"no array")
     with pytest.raises(DataError, match="must hold arrays 'images' and 'labels'"):
         npz.read(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 7, 100])
+def test_parts_are_read_across_their_borders(size):
+    images = np.arange(11, dtype=np.uint8).reshape(-1, 1, 1, 1)
+    every = Labeled(images, np.zeros(11, np.int64), ("a", "b"))
+    parts = [
+        every.select(np.arange(5)),
+        every.select(np.empty(0, np.int64)),
+        every.select(np.arange(5, 11)),
+    ]
+    chunks = list(labeled.joined_chunks(parts, size))
+    np.testing.assert_array_equal(np.concatenate(chunks), images)
+    assert [len(chunk) for chunk in chunks] == [len(c) for c in every.chunks(size)]

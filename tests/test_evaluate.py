@@ -1,11 +1,13 @@
 """The protocol with learners made of NumPy, whose results are known by hand."""
 
+import hashlib
 import json
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
+from dsdistill import assembly, scorecard
 from dsdistill.harness import evaluate as protocol
 from dsdistill.harness import judges, labeled, results
 from dsdistill.harness.errors import UserError
@@ -329,6 +331,74 @@ def test_a_damaged_result_is_measured_anew(kept, damage):
     assert len(learner.seen) == 1
 
 
+def _resigned(path, **changes):
+    """A stored result with other figures, and a checksum that fits them."""
+    content = json.loads(json.loads(path.read_text())["content"])
+    content["result"] |= changes
+    text = json.dumps(content, sort_keys=True)
+    sha = hashlib.sha256(text.encode()).hexdigest()
+    path.write_text(json.dumps({"sha256": sha, "content": text}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"accuracy": 1.6}, "accuracy is 1.6"),
+        ({"accuracy": -0.2}, "accuracy is -0.2"),
+        ({"accuracy": float("nan")}, "accuracy is not finite"),
+        ({"accuracy": "0.6"}, "accuracy is '0.6'"),
+        ({"accuracy": True}, "accuracy is True"),
+        ({"accuracy": 0.9}, "by the confusion matrix another"),
+        ({"accuracy": None}, "neither figures nor a reason"),
+        ({"confusion": [[2, 1], [1, 2]]}, "of other test images"),
+        ({"confusion": [[3, 0], [3, -1]]}, "other entries than counts"),
+        ({"confusion": [[3]]}, "is not 2x2"),
+        ({"confusion": [[3, 0], 2]}, "is not 2x2"),
+        ({"per_class": [1.0, 0.5]}, "not those of the confusion matrix"),
+        ({"calibration_error": 2.0}, "calibration_error is 2.0"),
+        ({"nll": -1.0}, "nll is -1.0"),
+        ({"nll": float("inf")}, "nll is not finite"),
+        ({"seed": 1}, "of another training"),
+        ({"learner": "ridge"}, "of another training"),
+        ({"arm": "random"}, "of another training"),
+        ({"augmented": True}, "of another training"),
+        ({"images": 9}, "of 9 images"),
+        ({"images": -10}, "not whole, or is negative"),
+        ({"failure": "none"}, "it failed, and has an accuracy"),
+        ({"train_seconds": float("-inf")}, "train_seconds is not finite"),
+        ({"facts": [1]}, "facts are"),
+        ({"facts": {"curve": [[1, float("nan")]]}}, "facts is not finite"),
+        ({"unknown": 1}, "unexpected keyword"),
+    ],
+)
+def test_a_result_that_cannot_be_is_measured_anew(kept, changes, why):
+    """Signed again, so that its checksum is right."""
+    store, said = kept
+    arm = replace(FULL, images=10)
+    first = evaluate(Constant(), arm, judging(), [0], kept=store)
+    for folder in (store.folder, store.shared):
+        (path,) = folder.iterdir()
+        _resigned(path, **changes)
+    learner = Constant()
+    (again,) = evaluate(learner, arm, judging(), [0], kept=store)
+    assert replace(again, train_seconds=0, peak_memory=0) == replace(
+        first[0], train_seconds=0, peak_memory=0
+    )
+    assert len(learner.seen) == 1
+    assert all(why in line for line in said), said
+    assert len(said) == 2
+
+
+def test_a_result_of_a_limited_draw_has_at_most_so_many_images(kept):
+    store, said = kept
+    arm, limited = replace(FULL, images=10), Constant(limit=6)
+    evaluate(limited, arm, judging(), [0], kept=store)
+    assert limited.seen
+    again = Constant(limit=6)
+    evaluate(again, arm, judging(), [0], kept=store)
+    assert (again.seen, said) == ([], [])
+
+
 def test_a_failure_is_not_shared(kept, tmp_path):
     class Failing(Constant):
         def __call__(self, train, validation, seed, /):
@@ -348,3 +418,34 @@ def test_stored_bytes_count_labels_as_they_are():
     assert protocol.stored_bytes(plain) == 10 * (16 + 1)
     soft = replace(plain, targets=np.zeros((10, 2), np.float32))
     assert protocol.stored_bytes(soft) == 10 * (16 + 8)
+
+
+def _answers(confusion, arm="distilled"):
+    return results.Result(arm, "mlp", False, 0, 10, 10, confusion=confusion)
+
+
+def test_an_accuracy_that_is_the_share_of_a_class_is_said():
+    """Eight of ten test images are dark: answering it always has 80 %."""
+    images = np.zeros((10, 1, 1, 1), np.float32)
+    test = Labeled(images, np.array([0] * 8 + [1] * 2), ("dark", "light"))
+    always, mixed = _answers([[8, 0], [2, 0]]), _answers([[7, 1], [0, 2]], "random")
+    share, constant = scorecard.majority([always, mixed], test)
+    assert share.startswith("80.0% of the test images are of class 'dark'")
+    assert "mlp on distilled answers 'dark' to every test image" in constant
+    assert "80.0%" in constant
+    even = Labeled(images, np.arange(10) % 2, ("dark", "light"))
+    assert scorecard.majority([_answers([[4, 1], [1, 4]])], even) == []
+    # Of several seeds one that answers otherwise is enough.
+    assert len(scorecard.majority([always, _answers([[7, 1], [2, 0]])], test)) == 1
+
+
+def test_controls_that_cannot_be_drawn_are_refused_before_anything_is_trained():
+    train = Labeled(
+        np.zeros((5, 1, 1, 1), np.float32), np.array([0, 0, 0, 1, 1]), ("dark", "light")
+    )
+    assembly.check_controls(("random", "full"), train, 2)
+    assembly.check_controls(("full",), train, 3)
+    with pytest.raises(
+        UserError, match=r"3 images per class, .* 2 training images of class 'light'"
+    ):
+        assembly.check_controls(("random", "full"), train, 3)

@@ -975,3 +975,35 @@ def test_pickles_are_refused_unread(tmp_path, refused, name):
     assert foreign.is_foreign(tmp_path / name)
     refused(tmp_path / name, "is a pickle, which can run any program .*numpy.savez")
     assert not target.exists()
+
+
+def test_numbered_folders_of_numbered_classes_go_by_number(tmp_path, splits, few, fitted, read):
+    """Classes sorted as text: the third is '10', and folder 00002 is class '2' all the same."""
+    names = ("0", "1", "10", *"2345678")  # digit 2 stands in for '10', digit 9 for '8'
+    train = Labeled(splits.train.images(), splits.train.labels, names)
+    images, labels = few
+    numbers = [int(name) for name in names]
+    folder = _write_folder(tmp_path / "syn", images, labels, lambda k: f"{numbers[k]:05}")
+    got = read(folder, train=train)
+    order = np.argsort([numbers[label] for label in labels], kind="stable")
+    np.testing.assert_array_equal(got.hard_labels, labels[order])
+    assert _accuracy(got, splits.test) > GOOD
+    assert "matched by number" in _notes(got)
+    assert "another order" not in _notes(got)
+
+
+def test_another_order_of_classes_is_told(tmp_path, splits, few, fitted, read):
+    """Labels 0 and 2 exchange their places, and a set of few images says nothing."""
+    order = np.array([2, 1, 0, *range(3, 10)])
+    path = _plain(tmp_path / "set.pt", _nchw(few[0]), order[few[1]])
+    assert "another order" not in _notes(read(path)), "most images fit as they are"
+    turned = (few[1] + 3) % 10
+    got = _notes(read(_plain(tmp_path / "turned.pt", _nchw(few[0]), turned)))
+    assert "another order than the data's: images labelled '0' like '7', '1' like '8'" in got
+    one = np.arange(0, 200, SHARE)
+    small = _plain(tmp_path / "small.pt", _nchw(few[0][one]), turned[one])
+    assert "another order" not in _notes(read(small))
+    whitened = preprocess.fit("zca", splits.train.chunks, splits.train.shape).apply(few[0])
+    path = _plain(tmp_path / "zca.pt", _nchw(whitened), turned)
+    assert "another order" in _notes(read(path, pixels="zca"))
+    assert "another order" not in _notes(read(_plain(path, _nchw(whitened), few[1]), pixels="zca"))

@@ -172,6 +172,7 @@ def timm_mean() -> float:
     return sum(config.mean) / 3
 
 
+UNVALIDATED = ("--validation-fraction", "0")
 WRONG = [
     (("train", "--loss", "kdd:1"), "unknown loss 'kdd'; did you mean 'kd'"),
     (("train", "--loss", "kd:1"), "--loss kd needs a teacher"),
@@ -197,6 +198,18 @@ WRONG = [
     (("train", "--mixup", "0.2", "--batch-size", "33"), "--batch-size must be even, got 33"),
     (("train", "--momentum", "0.5", "--optimizer", "adamw"), "--momentum has no effect"),
     (("train", "--crop-padding", "2"), "--crop-padding has no effect without"),
+    (("train", "--decay-all", "True", "--weight-decay", "0"), "--decay-all has no effect without"),
+    (("train", "--workers", "0"), "--workers has no effect without --augment imagenet"),
+    (("train", "--patience", "0"), "--patience must be at least 1, got 0"),
+    (("train", "--validate-every", "0"), "--validate-every must be at least 1, got 0"),
+    (("train", *UNVALIDATED, "--patience", "3"), "--patience has no effect without validation"),
+    (("train", *UNVALIDATED, "--validate-every", "3"), "--validate-every has no effect without"),
+    (
+        ("train", *UNVALIDATED, "--average-best", "3"),
+        "--average-best has no effect without",
+    ),
+    (("train", *UNVALIDATED, "--metric", "nll"), "--metric has no effect without validation"),
+    (("train", "orphan.safetensors", "--patience", "3"), "has no effect without"),
     (("train", "--precision", "fp16"), "--precision fp16 needs a GPU"),
     (("train", "--checkpoint-gradients"), "has no such switch"),
     (("train", "--teacher", "teacher", "--min-teacher-accuracy", "0.99"), "below --min-teacher"),

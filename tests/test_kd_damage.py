@@ -113,6 +113,7 @@ def test_every_command_says_so_in_one_line(inside: pytest.MonkeyPatch) -> None:
         ("export", "run", "--format", "safetensors", "--out", "out"),
         ("train", "digits", *QUICK, "--teacher", "run", "--out", "never"),
         ("train", "digits", "--student", "run", "--epochs", 1, "--out", "never"),
+        ("train", "digits", "--student", "mlp:8@run/student.safetensors", "--out", "never"),
     ):
         assert "student.safetensors is damaged" in refused(inside, *arguments)
     assert not Path("never").exists()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dsdistill.harness.errors import UserError
-from kd import composition, optimization, recipe, recipes, terms
+from kd import composition, networks, optimization, recipe, recipes, terms
 from kd.data import Batch
 from kd.networks import Classifier
 from kd.recipe import Recipe
@@ -159,3 +159,11 @@ def test_every_recipe_has_a_loss_that_can_be_read() -> None:
         recipe.overridden(chosen, {})  # breaks no rule
         if chosen.loss is not None:
             assert composition.parse(chosen.loss, terms.FUNCTIONS), name
+
+
+def test_the_deit_recipe_has_the_drop_path_of_its_paper() -> None:
+    """Touvron et al. 2021, table 9: stochastic depth 0.1, rising with the depth."""
+    assert recipes.DEIT.student is not None
+    network = networks.build(recipes.DEIT.student, (224, 224, 3), 10).network
+    drops = [getattr(block.drop_path1, "drop_prob", 0.0) for block in network.blocks]
+    assert drops == pytest.approx([0.1 * i / 11 for i in range(12)], abs=1e-6)

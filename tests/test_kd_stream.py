@@ -7,10 +7,12 @@ import os
 import pickle
 import random
 import shutil
+import signal
 import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -316,6 +318,49 @@ def test_images_are_read_when_their_batch_is_asked_for(images: Pictures) -> None
     for done, _ in enumerate(stream.epoch(0, 0, first=5), start=1):
         assert reader.opened == 20 * done
     assert reader.opened == 200
+
+
+@pytest.mark.parametrize(("free", "words"), [(1 << 20, "through pipes"), (1 << 16, "without")])
+def test_batches_are_the_same_where_there_is_little_shared_memory(
+    images: Pictures,
+    free: int,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As in a container with a small `/dev/shm`, which tells its size as `statvfs` does."""
+    expected = list(Stream(images, VIEWS, 64, CPU).epoch(0, 1))
+    small = SimpleNamespace(f_bavail=free, f_frsize=1)
+    monkeypatch.setattr("kd.files.stream.SHARED", ".")
+    monkeypatch.setattr("kd.files.stream.os.statvfs", lambda path: small)
+    monkeypatch.setattr("kd.files.stream.SEMAPHORES", 1 << 16)
+    stream = Stream(images, VIEWS, 64, CPU, workers=2)  # five batches of 0.6 MB
+    assert _all_same(list(stream.epoch(0, 1)), expected)
+    assert words in capsys.readouterr().err
+
+
+def test_the_death_of_a_decoding_process_is_one_line(images: Pictures) -> None:
+    killed = _Killed(images.reader)
+    message = _error(Stream(replace(images, reader=killed), VIEWS, 64, CPU, workers=1).epoch(0, 0))
+    assert message.startswith("a process that reads images has died (DataLoader worker")
+    assert "\n" not in message
+
+
+class _Killed:
+    """A reader whose process is killed by the system, as where memory runs out."""
+
+    def __init__(self, reader: pictures.Reader) -> None:
+        self.reader = reader
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return self.reader[index]
+
+    def filename(self, index: int, *, absolute: bool) -> str:
+        return self.reader.filename(index, absolute=absolute)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -209,18 +209,3 @@ def test_neural_tangents_works_beyond_kernels():
     assert nt.batch(kernel, batch_size=1)(x, None, "ntk").shape == (3, 3)
     predict = nt.predict.gradient_descent_mse_ensemble(kernel, x, jnp.ones((3, 1)))
     assert predict(x_test=x, get="ntk").shape == (3, 1)
-
-
-@pytest.mark.parametrize("name", ["convnet", "CRPCRPCRP-gap"])
-@pytest.mark.parametrize("shape", [(1, 1, 3), (7, 8, 1)])
-def test_images_too_small_for_the_poolings_are_one_line(name, shape):
-    network, x = networks.parse(name), jnp.zeros((2, *shape))
-    calls = (
-        (network.kernel, (x, x)),
-        (network.symmetric, (x,)),
-        (network.slopes, (x, x)),
-        (network.deviations, (x,)),
-    )
-    for compute, given in calls:
-        with pytest.raises(UserError, match=r"needs images of at least 8x8 pixels .* got \dx\d: "):
-            compute(*given)

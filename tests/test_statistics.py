@@ -47,6 +47,17 @@ def test_what_has_no_summary(values):
         statistics.summary(values)
 
 
+def test_an_interval_ends_where_its_values_do():
+    """Two seeds: t of one degree of freedom is 12.7, so 0.9 and 1 span 0.315 to 1.585."""
+    found = statistics.summary([0.9, 1.0], bounds=(0, 1))
+    assert (found.low, found.high) == (pytest.approx(0.95 - 12.7062 * 0.05, abs=1e-4), 1.0)
+    found = statistics.summary([0.0, 0.1], bounds=(0, 1))
+    assert (found.low, found.high) == (0.0, pytest.approx(0.05 + 12.7062 * 0.05, abs=1e-4))
+    assert statistics.paired([1.0, 0.9], [0.1, 0.2], bounds=(-1, 1)).difference.high == 1.0
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        statistics.summary([0.5, 1.5], bounds=(0, 1))
+
+
 def test_pairs_by_scipy():
     found = statistics.paired(FIVE, OTHER)
     expected = stats.ttest_rel(FIVE, OTHER)

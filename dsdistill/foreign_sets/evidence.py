@@ -9,10 +9,11 @@ neither do whitened ones: such a set does not say what it is.
 from collections.abc import Mapping
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
+from dsdistill.foreign_sets.files import some
 from dsdistill.harness.labeled import Labeled, balanced
-from dsdistill.harness.preprocess import unit_range
+from dsdistill.harness.preprocess import Preprocess, unit_range
 
 Constants = tuple[Float[np.ndarray, " c"], Float[np.ndarray, " c"]]
 
@@ -20,7 +21,9 @@ TOUCH = 2e-3  # by which an end of [0, 1] may be missed: half precision, and rou
 LATTICE = 0.05  # of a level of 8 bits, by which multiples of 1/255 may be missed
 DIM = 5.0  # factor between the contrasts of two sets of the same data, which no set reaches
 SEAM = 2.0  # steps across the middle of an image, relative to those beside it, that prove tiles
-LIKE, UNLIKE = 0.8, 0.5  # correlations with the mean real image of what it is, and of what not
+LIKE, UNLIKE = 0.6, 0.5  # correlations with the mean real image of what it is, and of what not
+FEWEST = 5  # images a class, from which the order of classes is told
+MOST, GAP = 0.5, 0.3  # share that fits in another order, and by how much more than as labelled
 SAMPLE = 1000  # real images that are compared with
 
 
@@ -81,12 +84,55 @@ def tiled(images: Float[np.ndarray, "n h w c"], train: Labeled) -> str | None:
         return f"the step across the middle is {ratio:.1f} times those beside it"
     real = _sample(train).mean(0)
     whole = _correlation(images.mean(0), real)
-    tiles = images.reshape(len(images), 2, h // 2, 2, w // 2, -1).mean((0, 1, 3))
+    quarters = images.mean(0).reshape(2, h // 2, 2, w // 2, -1).transpose(0, 2, 1, 3, 4)
     small = real.reshape(h // 2, 2, w // 2, 2, -1).mean((1, 3))
-    part = _correlation(tiles, small)
+    part = min(_correlation(quarter, small) for quarter in quarters.reshape(4, *small.shape))
     if whole < UNLIKE and part > LIKE:
-        return f"the mean quarter resembles the mean real image ({part:.2f}), the whole {whole:.2f}"
+        return f"every quarter resembles the mean real image ({part:.2f}), the whole {whole:.2f}"
     return None
+
+
+def other_order(
+    images: Float[np.ndarray, "n h w c"],
+    labels: Int[np.ndarray, " n"],
+    train: Labeled,
+    fitted: Preprocess,
+) -> str | None:
+    """Which real classes the images of each class look like, where those are others; or None.
+
+    Images are told by the mean real image that they resemble most. Said only where that names a
+    permutation under which most images are right, while as labelled few are, and of five images
+    a class or more: fewer agree with some permutation by chance.
+
+    Args:
+        images: As a model sees them.
+        labels: Their classes.
+        train: Real images.
+        fitted: How a model sees those.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    k = len(train.classes)
+    if len(images) < FEWEST * k:
+        return None
+    rows = np.sort(balanced(train.labels, SAMPLE, np.random.default_rng(0)))
+    real, known = fitted.apply(train.images(rows)).reshape(len(rows), -1), train.labels[rows]
+    means = np.stack([real[known == label].mean(0) for label in range(k)])
+    means -= means.mean(0)
+    means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
+    told = (images.reshape(len(images), -1) @ means.T).argmax(1)
+    counts = np.zeros((k, k), np.int64)
+    np.add.at(counts, (labels, told), 1)
+    _, order = linear_sum_assignment(-counts)
+    as_is, permuted = (counts[range(k), column].sum() / len(images) for column in (range(k), order))
+    if permuted < MOST or as_is > permuted - GAP:
+        return None
+    moved = [label for label in range(k) if order[label] != label]
+    pairs = [f"{train.classes[label]!r} like {train.classes[order[label]]!r}" for label in moved]
+    return (
+        f"the classes seem to be in another order than the data's: images labelled {some(pairs)} "
+        f"({permuted:.0%} fit so, {as_is:.0%} as they are)"
+    )
 
 
 def _seam(images: Float[np.ndarray, "n h w c"], axis: int) -> float:

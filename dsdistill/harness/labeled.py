@@ -1,6 +1,6 @@
 """Labelled images, possibly on disk; draws from them; and what a learner trains on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -57,6 +57,19 @@ class Labeled:
         """All images in order, `size` at a time."""
         for start in range(0, len(self), size):
             yield self.images(slice(start, start + size))
+
+
+def joined_chunks(parts: Sequence[Labeled], size: int) -> Iterator[np.ndarray]:
+    """All images of several parts in order, `size` at a time across their borders."""
+    rest = parts[0].images(slice(0, 0))
+    for part in parts:
+        for images in part.chunks(size):
+            rest = np.concatenate([rest, images]) if len(rest) else images
+            while len(rest) >= size:
+                yield rest[:size]
+                rest = rest[size:]
+    if len(rest):
+        yield rest
 
 
 @dataclass(frozen=True, eq=False)

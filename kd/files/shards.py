@@ -33,14 +33,15 @@ from dsdistill.harness.errors import UserError, unknown
 from kd.data import LEAST, Batch, check_size, derive
 from kd.files.pictures import Pictures
 from kd.files.stream import (
+    SHARED,
     Pair,
     Sent,
     Stream,
     collated,
     delivered,
+    handover,
     loader,
     received,
-    shares_memory,
 )
 from kd.files.views import Transform, Views, seeded
 
@@ -206,7 +207,18 @@ class Sequential:
 
     @cached_property
     def _piped(self) -> bool:
-        return not shares_memory(self.views, self.size, self.workers, self.prefetch)
+        """Whether batches go through pipes.
+
+        Raises:
+            UserError: If not even that can be done: an epoch depends on the number of processes.
+        """
+        found = handover(self.views, self.size, self.workers, self.prefetch)
+        if found.workers < self.workers:
+            raise UserError(
+                f"{self.archive.name} is read by {self.workers} processes, for which there is not "
+                f"enough shared memory ({SHARED}): give the container more with --shm-size"
+            )
+        return found.piped
 
     def __len__(self) -> int:
         return len(self.sizes)

@@ -26,9 +26,22 @@ from kd.files.pictures import Pictures
 from kd.files.views import Transform, Views, kept, seed
 
 SHARED = "/dev/shm"  # where Linux keeps the memory that processes share
+SEMAPHORES = 1 << 17  # bytes of it that the queues of a decoding process take, and some more
 
 Pair = tuple[Tensor, Tensor]  # images and labels
 Sent = Pair | tuple[np.ndarray, np.ndarray] | str  # a batch between processes, or an error
+
+
+class Handover(NamedTuple):
+    """How decoding processes hand over what they have made.
+
+    Attributes:
+        workers: Processes; 0 where none can be started, and this one decodes.
+        piped: Whether batches go through pipes, and not through shared memory.
+    """
+
+    workers: int
+    piped: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,13 +150,17 @@ class Stream:
 
     def _crew(self) -> "_Crew":
         shares: list[_Share] = []
-        return _Crew(loader(self._desk, self.device, self.workers, self.prefetch, shares), shares)
+        workers = self._handover.workers
+        return _Crew(loader(self._desk, self.device, workers, self.prefetch, shares), shares)
+
+    @cached_property
+    def _handover(self) -> Handover:
+        return handover(self.views, self.size // self.world, self.workers, self.prefetch)
 
     @cached_property
     def _desk(self) -> "_Desk":
         transforms = self.views.transform(False), self.views.transform(True)
-        piped = not shares_memory(self.views, self.size // self.world, self.workers, self.prefetch)
-        return _Desk(self.pictures, len(self.views.mean), *transforms, piped)
+        return _Desk(self.pictures, len(self.views.mean), *transforms, self._handover.piped)
 
 
 def order(n: int, repeats: int, seed: int, epoch: int) -> Int[np.ndarray, " views"]:
@@ -193,11 +210,11 @@ def loader(
     )
 
 
-def shares_memory(views: Views, size: int, workers: int, prefetch: int) -> bool:
-    """Whether decoding processes can hand over batches in shared memory; said where they cannot.
+def handover(views: Views, size: int, workers: int, prefetch: int) -> Handover:
+    """How batches can be handed over with the shared memory that there is; said where it is scarce.
 
-    A container has often 64 MB of it. Without it a process that writes there is killed, so batches
-    then go through pipes, which takes a copy more.
+    A container has often 64 MB of it, and a process that writes beyond it is killed. Through a pipe
+    a batch takes one copy more. The semaphores of the pipes lie in shared memory too.
 
     Args:
         views: Of the images.
@@ -205,20 +222,21 @@ def shares_memory(views: Views, size: int, workers: int, prefetch: int) -> bool:
         workers, prefetch: As in `Stream`.
     """
     if workers == 0 or not os.path.isdir(SHARED):
-        return True
+        return Handover(workers, False)
     found = os.statvfs(SHARED)
     free = found.f_bavail * found.f_frsize
     image = math.prod(views.size) * len(views.mean) * (4 if views.random_erase else 1)
     # Twice what is ahead: training and validation images may be on their way at once.
     needed = 2 * (workers * prefetch + 1) * size * image
     if needed <= free:
-        return True
+        return Handover(workers, False)
+    possible = free >= SEMAPHORES * (workers + 1)
+    instead = "they go through pipes" if possible else "they are read without further processes"
     progress.say(
         f"note: {SHARED} has {readable(free)} free of {readable(needed)} that batches of images "
-        "would take: they go through pipes, which is a little slower; a container gets more with "
-        "--shm-size"
+        f"would take: {instead}, which is slower; a container gets more with --shm-size"
     )
-    return False
+    return Handover(workers if possible else 0, True)
 
 
 def received(answers: DataLoader) -> Iterator[Sent]:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError
+from kd import seals
 
 Tensors = Mapping[str, Tensor]
 # A library's own changes to tensors of another release, size or project, for a network of its own.
@@ -265,6 +266,8 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _safetensors(path: Path) -> Mapping[str, Any]:
+    if path.name == seals.WEIGHTS:  # of a run, which may have its checksum
+        seals.verify(path.parent, path.name)
     try:
         return safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:

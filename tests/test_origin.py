@@ -1,0 +1,98 @@
+"""Which images are held out for a distilled set: the same ones in both packages."""
+
+import numpy as np
+import pytest
+
+from dsdistill import assembly
+from dsdistill.harness import artifact, datasets, origin, preprocess
+from dsdistill.harness.artifact import Distilled
+from dsdistill.harness.errors import UserError
+from dsdistill.harness.labeled import centred_one_hot, per_class
+from dsdistill.options import Evaluate
+from kd import sources
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """All 1438 training images."""
+    root = tmp_path_factory.mktemp("root")
+    return datasets.load("digits", root=root, validation_fraction=0.0)
+
+
+def _saved(path, digits, **changes):
+    """A distilled set of twenty digits whose provenance has these entries of its configuration."""
+    rows = per_class(digits.train, 2, np.random.default_rng(0))
+    fitted = preprocess.fit("standardise", digits.train.chunks, digits.train.shape)
+    made = {
+        "method": "label solve",
+        "kernel": "fc",
+        "seconds": 1.0,
+        "data": {"source": "digits", "sha256": digits.digest},
+        "config": {"kernel": "fc", "image_size": None, "validation_fraction": 0.0},
+        "metrics": {},
+    }
+    made["config"] |= changes.pop("config", {})
+    made |= changes
+    labels = centred_one_hot(digits.train.labels[rows], 10)
+    images = fitted.apply(digits.train.images(rows))
+    artifact.save(path, Distilled(images, labels, fitted, digits.train.classes, made))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("stored", "held"),
+    [
+        (0.0, 143),  # Label Solve: made of all, so a tenth of each class is held out afterwards
+        (0.25, 359),  # of each class, rounded
+        (None, 143),
+        ("a lot", 143),
+        (7, 143),
+    ],
+)
+def test_both_packages_hold_out_the_same_images(tmp_path, digits, stored, held):
+    path = _saved(tmp_path / "set.safetensors", digits, config={"validation_fraction": stored})
+    root = tmp_path / "root"
+    ours = assembly.assembled(Evaluate(path, learners="ridge", controls="full", data_root=root))
+    theirs = sources.resolve(str(path), root=root).splits
+    assert theirs is not None
+    for part, count in (("train", 1438 - held), ("validation", held), ("test", 359)):
+        a, b = getattr(ours.splits, part), getattr(theirs, part)
+        assert (len(a), len(b)) == (count, count)
+        assert datasets.digest(a) == datasets.digest(b)
+
+
+def test_a_set_of_other_images_is_refused_by_both(tmp_path, digits):
+    path = _saved(
+        tmp_path / "set.safetensors", digits, data={"source": "digits", "sha256": "0" * 64}
+    )
+    for read in (
+        lambda: assembly.assembled(Evaluate(path, learners="ridge", controls="full")),
+        lambda: sources.resolve(str(path), root=tmp_path),
+    ):
+        with pytest.raises(UserError, match="was distilled from other images than digits holds"):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {}}, "does not say what it was distilled from: add --data"),
+        ({"data": None}, "does not say what it was distilled from: add --data"),
+        ({"data": {"source": 7}}, "does not say what it was distilled from: add --data"),
+        ({"config": {"image_size": 1_000_000}}, "has 1000000x1000000 pixels, but has 8x8"),
+    ],
+)
+def test_odd_provenance_is_one_line(tmp_path, digits, changes, message):
+    path = _saved(tmp_path / "set.safetensors", digits, **changes)
+    with pytest.raises(UserError, match=message.replace("has 1000000", "have 1000000")) as caught:
+        assembly.assembled(Evaluate(path, learners="ridge", controls="full"))
+    assert "\n" not in str(caught.value)
+    source = sources.resolve(str(path), root=tmp_path)  # trained on without evaluation
+    assert source.splits is None
+    assert source.note
+
+
+def test_the_fraction_of_a_set_that_says_nothing_is_the_default(digits, tmp_path):
+    distilled = artifact.load(_saved(tmp_path / "set.safetensors", digits))
+    assert origin.validation_fraction(distilled) == 0.1
+    assert origin.source(distilled) == "digits"
