@@ -11,11 +11,13 @@ import warnings
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
 import pytest
+from kd_support import write_npz
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -29,9 +31,9 @@ from dsdistill.harness.errors import UserError, unknown
 from dsdistill.harness.pictures import Side
 from dsdistill.harness.reports import drawing, gallery, growth, markdown, page
 from dsdistill.harness.reports import report as reports
-from kd import cli, curves
+from kd import cli, curves, finished, models, session
 from kd import report as kd_report
-from kd.options import Train
+from kd.options import Overrides, Train
 
 # What a class may be called, and how it is shown.
 NAMES = {
@@ -487,3 +489,17 @@ def test_curves_are_drawn_from_the_lines_that_can_be_read(tmp_path, monkeypatch)
     curves.draw(tmp_path)
     (line,) = drawn[0].axes[0].lines
     assert line.get_xydata().tolist() == [[1, 2], [4, 1]]
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_result(tmp_path, monkeypatch):
+    def fail(_: Path) -> None:
+        raise RuntimeError("no picture")
+
+    monkeypatch.setattr(curves, "draw", fail)
+    epochs: Any = Overrides(epochs=1)
+    data = str(write_npz(tmp_path / "data.npz"))
+    options = Train(data, student="mlp:8", out=tmp_path / "run", overrides=epochs)
+    with pytest.raises(RuntimeError, match="no picture"):
+        session.run(session.settled(options))
+    assert finished.read(tmp_path / "run").report["student"] == "mlp:8"
+    assert models.load_run(tmp_path / "run").name == "mlp:8"
