@@ -18,6 +18,7 @@ from kd.files.streaming import Files
 from kd.models import Model
 from kd.recipe import Recipe
 from kd.sources import Source
+from kd.zoo import labels
 
 RANDOM, REAL = 16, 48  # images of either kind
 SEED = 0
@@ -93,7 +94,8 @@ def _real(
         raise UserError(f"{run} does not say what it was trained on")
     root = root or Path(config.get("data_root") or places.data_root())
     source = _source(name, root, model, recipe, config.get("validation_fraction"))
-    models.check_shape("the student", model, source.shape)  # classes are not looked at
+    models.check_shape("the student", model, source.shape)
+    labels.match("the student", model.classes, source.classes)  # of whatever order
     if isinstance(source, Files):
         return source.name, _streamed(source, recipe, rng)
     if source.splits is None:
