@@ -147,7 +147,8 @@ def test_a_changed_export_is_refused(tmp_path: Path) -> None:
     np.savez(path, **arrays)
     with pytest.raises(ArtifactError, match="is damaged"):
         export.read(path)
-    np.savez(path, **(arrays | {"images": np.array("no array")}))
+    changed: dict[str, Any] = arrays | {"images": np.array("no array")}
+    np.savez(path, **changed)
     with pytest.raises(UserError):
         export.read(path)
     arrays.pop("sha256")
