@@ -79,6 +79,11 @@ def assembled(options: Evaluate) -> Parts:
         if name not in controls.CONTROLS:
             raise unknown("control", name, controls.CONTROLS)
     distilled, splits = _loaded(options)
+    if not len(splits.validation):
+        raise UserError(
+            f"{splits.name} has too few images to hold any out for validation, by which learning "
+            "rates are chosen: evaluate with more images of each class"
+        )
     learners = [
         _learner(name, distilled, options) for name in lists.names("--learners", options.learners)
     ]

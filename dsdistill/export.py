@@ -145,9 +145,8 @@ def _write_npz(path: Path, distilled: Distilled) -> None:
     # As bytes that NumPy takes for text: it knows no lone halves of surrogate pairs.
     classes = np.array([name.encode("utf-8", "replace").decode() for name in distilled.classes])
     with path.open("wb") as opened:
-        np.savez_compressed(
-            opened, allow_pickle=False, classes=classes, **texts, **_arrays(distilled)
-        )
+        named: dict[str, Any] = {"classes": classes, **texts, **_arrays(distilled)}
+        np.savez_compressed(opened, **named)
 
 
 def _write_torch(path: Path, distilled: Distilled) -> None:

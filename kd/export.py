@@ -192,10 +192,10 @@ def _files(recipe: Recipe) -> dict[str, Any]:
 
 def _free(options: Export, model: Model, chosen: Format) -> Path:
     """Where to write; nothing is there yet."""
-    name = re.sub(r"\W+", "-", model.name) + chosen.suffix
+    name = re.sub(r"\W+", "-", model.name)[-60:] + chosen.suffix
     out = Path(os.path.abspath(options.out or options.run / "export" / name))
     for path in (out, *([out.with_name(out.name + chosen.beside)] if chosen.beside else [])):
-        if path.exists():
+        if os.path.lexists(path):
             raise UserError(f"{path} exists already: choose another --out")
     return out
 
@@ -210,6 +210,16 @@ def _staged(out: Path) -> Iterator[Path]:
 
 def _place(path: Path, out: Path) -> None:
     """Give what was written its name, and last the file that the others describe."""
+    missing = [folder for folder in out.parents if not folder.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
-    for file in sorted(path.parent.iterdir(), key=lambda file: file == path):
-        os.rename(file, out.with_name(file.name))
+    placed: list[Path] = []
+    try:
+        for file in sorted(path.parent.iterdir(), key=lambda file: file == path):
+            placed.append(out.with_name(file.name))
+            os.rename(file, placed[-1])
+    except OSError:
+        for other in placed[:-1]:  # the card of what is not there
+            other.unlink()
+        for folder in missing:  # the deepest first
+            folder.rmdir()
+        raise

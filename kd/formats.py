@@ -103,6 +103,9 @@ def prepare_pt2(model: Model) -> Write:
         lambda graph, example, sizes: torch.export.export(graph, example, dynamic_shapes=sizes),
     )
 
+    # Where the code lies on this machine is nobody else's business.
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)
     # As a teacher it takes plain images: its own preprocessing is a part of it.
     plain = replace(model, preprocess=preprocess.identity(model.shape[2]))
     described = json.dumps(models.card(plain))
@@ -164,7 +167,9 @@ def read_timm(path: Path) -> Run:
 
 def strings(card: Card) -> dict[str, str]:
     """The card for headers that hold strings alone: what is no string becomes JSON."""
-    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in card.items()}
+    texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in card.items()}
+    # A path may hold bytes that are no text; no header takes them.
+    return {k: v.encode("utf-8", "backslashreplace").decode() for k, v in texts.items()}
 
 
 def first_line(error: Exception) -> str:

@@ -1,8 +1,10 @@
 """A teacher from wherever it comes, checked against the data and adapted to them."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -268,18 +270,38 @@ def _program(
     program = exported.load(path, shape)
     card, who = program.card, f"teacher {name}"
     try:
-        names = tuple(card["classes"]) if card else _names(program.classes)
+        names = _strings(card["classes"]) if card else _names(program.classes)
         fitted = models.preprocessing(card["preprocess"], path.parent) if card else preprocess
-        extra = {k: card[k] for k in ("outputs", "output_temperature") if k in card}
-        interpolation: Interpolation = card.get("interpolation", "bilinear")
-    except (KeyError, TypeError) as error:
+        outputs, interpolation = (
+            card.get("outputs", "logits"),
+            card.get("interpolation", "bilinear"),
+        )
+        temperature = float(card.get("output_temperature", 1.0))
+        channels = program.shape[2]
+        if card and not (fitted.mean.shape == fitted.std.shape == (channels,)):
+            raise ValueError(f"mean and std are not {channels} values each")
+        if card and not (np.isfinite(fitted.mean).all() and (fitted.std > 0).all()):
+            raise ValueError("mean and std are not finite and positive")
+        if outputs not in get_args(models.Outputs) or interpolation not in get_args(Interpolation):
+            raise ValueError("outputs or interpolation is none that kd writes")
+        if not 0 < temperature < math.inf:
+            raise ValueError("output_temperature is not positive")
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"the {exported.CARD} inside {path} is not whole: {error!r}") from error
     if len(names) != program.classes:
         raise UserError(f"{path} names {len(names)} classes and has {program.classes} outputs")
     # Without a card there are no names.
     matched = labels.match(who, names if card else program.classes, classes, class_map)
     classifier = Classifier(program.network, interpolation=interpolation)
-    return Model(classifier, name, names, program.shape, fitted, **extra), matched
+    return Model(classifier, name, names, program.shape, fitted, outputs, temperature), matched
+
+
+def _strings(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise TypeError("classes is no list of names")
+    return tuple(value)
 
 
 def _built(name: str, own: Wants, classes: tuple[str, ...] | int, *, pretrained: bool) -> Model:

@@ -32,6 +32,7 @@ from kd.files import streaming
 from kd.files.pictures import Pictures
 from kd.recipe import Recipe
 from kd.trials import Trials
+from kd.zoo import exported
 
 # Rounding of float32 sums of up to a few thousand terms, of outputs of about 1.
 ROUNDING = 1e-5
@@ -80,6 +81,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     next(iter(broken.values()))[0] = float("nan")
     weights.write_bytes(safetensors.torch.save(broken))
     (folder / "taken.pt2").write_text("mine")
+    (folder / "dangling").symlink_to("gone")
     (folder / "half.onnx.json").write_text("{}")
     return folder
 
@@ -476,6 +478,7 @@ def test_a_network_that_cannot_be_traced_is_refused(inside: pytest.MonkeyPatch, 
         (("mlp", "--format", "pt2", "--out", "taken.pt2"), "taken.pt2 exists already"),
         (("mlp", "--format", "onnx", "--out", "half.onnx"), "half.onnx.json exists already"),
         (("vit", "--format", "timm", "--out", "mlp"), "mlp exists already: choose another --out"),
+        (("mlp", "--format", "pt2", "--out", "dangling"), "dangling exists already"),
     ],
 )
 def test_wrong_input_is_one_line_and_leaves_nothing(
@@ -548,6 +551,77 @@ def test_an_interruption_leaves_nothing(inside: pytest.MonkeyPatch, work: Path) 
 
     _reads(inside, stop)
     assert _refused(inside, work, "mlp", "--format", "pt2") == "kd: interrupted"
+
+
+HOSTILE = (
+    *("..", "nul\0here", "half \ud800", "$a$b$", "[/x]", "\u202egpj", "line\nbreak", "x" * 300),
+    *("';rm -r x;'", "名前"),
+)
+
+
+@pytest.mark.parametrize("form", ["onnx", "pt2", "safetensors", "timm"])
+def test_class_names_are_text_and_nothing_else(
+    inside: pytest.MonkeyPatch, tmp_path: Path, form: str
+) -> None:
+    name = "test_resnet" if form == "timm" else "mlp:8"
+    _save(tmp_path / "run", name, "standardise", classes=HOSTILE)
+    (tmp_path / "out").mkdir()
+    out = tmp_path / "out" / f"net.{form}"
+    _main(inside, tmp_path / "run", "--format", form, "--out", out)
+    beside = [f"net.{form}.json"] if form == "onnx" else []
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [f"net.{form}", *beside]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run"]
+    if form == "onnx":
+        assert tuple(_card_of(onnxruntime.InferenceSession(str(out)))["classes"]) == HOSTILE
+    elif form == "pt2":
+        extra = {formats.CARD: ""}
+        torch.export.load(out, extra_files=extra)
+        assert tuple(json.loads(extra[formats.CARD])["classes"]) == HOSTILE
+        assert tuple(exported.load(out, (8, 8, 1)).card["classes"]) == HOSTILE
+    elif form == "safetensors":
+        assert models.load_run(out).classes == HOSTILE
+    else:
+        made: Any = timm.create_model(f"local-dir:{out}", pretrained=True)
+        assert tuple(made.pretrained_cfg["label_names"]) == HOSTILE
+
+
+def test_headers_take_what_is_no_text() -> None:
+    """A path of bytes that are no UTF-8 is a part of a student's name."""
+    texts = formats.strings({"student": "local-dir:/a\udcff", "classes": ["\ud800"]})
+    assert texts == {"student": "local-dir:/a\\udcff", "classes": '["\\ud800"]'}
+    onnx.helper.set_model_props(onnx.ModelProto(), texts)
+
+
+def test_a_pt2_file_does_not_say_where_its_code_lay(inside: pytest.MonkeyPatch, work: Path) -> None:
+    _main(inside, "resnet", "--format", "pt2", "--out", "plain.pt2")
+    content = (work / "plain.pt2").read_bytes()
+    assert str(Path(timm.__file__).parent).encode() not in content
+    assert b"stack_trace" not in content
+
+
+@pytest.mark.parametrize("student", ["convnet", "mlp", "zca", "resnet", "vit"])
+def test_every_student_can_be_a_program(
+    inside: pytest.MonkeyPatch, work: Path, tmp_path: Path, student: str
+) -> None:
+    _main(inside, student, "--format", "pt2", "--out", tmp_path / "a.pt2")
+    program = exported.load(tmp_path / "a.pt2", (8, 8, 1))
+    with torch.no_grad():
+        got = program.network(_nchw(_images())).numpy()
+    np.testing.assert_allclose(got, _outputs(work / student, _images()), atol=ROUNDING)
+
+
+def test_what_cannot_be_placed_leaves_nothing(inside: pytest.MonkeyPatch, work: Path) -> None:
+    rename, calls = os.rename, []
+
+    def fail(source: Any, target: Any) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError(13, "Permission denied")
+        rename(source, target)
+
+    inside.setattr(os, "rename", fail)
+    assert "Permission denied" in _refused(inside, work, "mlp", "--format", "onnx")
+    assert [path.name for path in calls] == ["mlp-8.onnx.json", "mlp-8.onnx"]
 
 
 def test_a_second_export_does_not_replace_the_first(

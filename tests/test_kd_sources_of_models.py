@@ -656,6 +656,12 @@ def test_the_card_of_a_program_says_what_it_wants(tmp_path: Path) -> None:
     torch.testing.assert_close(teacher(_nchw(data.apply(raw))), expected, rtol=1e-3, atol=1e-3)
 
 
+def _card(mean: Any = (0.5,) * 3, std: Any = (0.5,) * 3, **changed: Any) -> str:
+    prepared = {"kind": "standardise", "mean": mean, "std": std, "contrast": 1.0}
+    card = {"classes": ["a", "b", "c"], "preprocess": prepared, "outputs": "logits"}
+    return json.dumps(card | {"output_temperature": 1.0} | changed)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -665,6 +671,17 @@ def test_the_card_of_a_program_says_what_it_wants(tmp_path: Path) -> None:
         (lambda path: zipfile.ZipFile(path, "w").close(), "is not a program that can be read"),
         (lambda path: _export(path, card="{}}"), "is no JSON"),
         (lambda path: _export(path, card='{"classes": []}'), "is not whole"),
+        (lambda path: _export(path, card="[1]"), "is not an object of JSON"),
+        (lambda path: _export(path, card=_card(classes=[1, 2, 3])), "is not whole"),
+        (lambda path: _export(path, card=_card(classes="abc")), "is not whole"),
+        (lambda path: _export(path, card=_card(output_temperature="hot")), "is not whole"),
+        (lambda path: _export(path, card=_card(output_temperature=0)), "is not whole"),
+        (lambda path: _export(path, card=_card(outputs={})), "is not whole"),
+        (lambda path: _export(path, card=_card(interpolation="lanczos")), "is not whole"),
+        (lambda path: _export(path, card=_card(preprocess=[])), "is not whole"),
+        (lambda path: _export(path, card=_card(mean=["a", "b", "c"])), "is not whole"),
+        (lambda path: _export(path, card=_card(mean=[0.5])), "is not whole"),
+        (lambda path: _export(path, card=_card(std=[0, 1, 1])), "is not whole"),
         (lambda path: None, "there is no file"),
     ],
 )
@@ -677,6 +694,83 @@ def test_programs_that_cannot_teach_are_one_line(
         teachers.load(str(path), _fitted("none", COLOUR), COLOUR, NAMES)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "ran").exists()
+
+
+# --- folders that bring code
+
+
+def _coded(folder: Path, patch: pytest.MonkeyPatch) -> Path:
+    """A folder whose configurations name a module that lies beside; who is asked says yes."""
+    _vit(folder)
+    marker = folder / "ran"
+    code = f"import pathlib\npathlib.Path({str(marker)!r}).touch()\n"
+    (folder / "code.py").write_text(code)
+    for name, kinds in {
+        "config.json": ("AutoConfig", "AutoModelForImageClassification"),
+        "preprocessor_config.json": ("AutoImageProcessor",),
+    }.items():
+        config = json.loads((folder / name).read_text())
+        config["auto_map"] = dict.fromkeys(kinds, "code.Anything")
+        config["model_type" if name == "config.json" else "image_processor_type"] = "unknown-type"
+        (folder / name).write_text(json.dumps(config))
+    patch.setattr("builtins.input", lambda *_: "y")
+    return marker
+
+
+def test_code_in_a_hugging_face_folder_is_never_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marker = _coded(tmp_path, monkeypatch)
+    with pytest.raises(UserError) as caught:
+        teachers.load(f"hf:{tmp_path}", _fitted("none", COLOUR), COLOUR, NAMES)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError):
+        networks.build(f"hf:{tmp_path}", COLOUR, 2)
+    assert not marker.exists()
+
+
+def test_a_hugging_face_folder_of_pickles_is_not_unpickled(tmp_path: Path) -> None:
+    _vit(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"classifier.bias": _Bomb(tmp_path / "ran")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError) as caught:
+        teachers.load(f"hf:{tmp_path}", _fitted("none", COLOUR), COLOUR, NAMES)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_attention_from_the_hub_is_refused(tmp_path: Path) -> None:
+    _vit(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["attn_implementation"] = "somebody/kernel"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"somebody/kernel.*code that would be downloaded"):
+        teachers.load(f"hf:{tmp_path}", _fitted("none", COLOUR), COLOUR, NAMES)
+
+
+def test_a_timm_folder_of_pickles_is_not_unpickled(tmp_path: Path) -> None:
+    config = {"architecture": "test_resnet", "num_classes": 2, "pretrained_cfg": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save({"state_dict": _Bomb(tmp_path / "ran")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError) as caught:
+        teachers.load(f"local-dir:{tmp_path}", _fitted("none", COLOUR), COLOUR, NAMES)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"architecture": "local-dir:elsewhere"},
+        {"architecture": "hf-hub:some/body"},
+        {"arguments": {"checkpoint_path": "elsewhere.pth"}},
+        {"arguments": {"pretrained_cfg": {"url": "https://example.com/x.pth"}}},
+    ],
+)
+def test_the_description_of_a_run_names_no_other_file(changed: dict[str, Any]) -> None:
+    config = {"architecture": "test_resnet", "arguments": {}, "overlay": {}} | changed
+    with pytest.raises(UserError, match="is not one that kd writes"):
+        networks.build("local-dir:gone", COLOUR, 2, config=config)
 
 
 # --- what no adapter can reconcile

@@ -122,7 +122,8 @@ def require(who: object, provenance: Provenance, names: Sequence[str]) -> None:
     Raises:
         UserError: With the first of them that is odd.
     """
-    for name in names:
+    wholes = [name.partition(".")[0] for name in names]
+    for name in (*wholes, *names):
         if name in provenance.odd:
             raise UserError(
                 f"{who} says of itself a {name} that cannot be: its file was made or changed by "
