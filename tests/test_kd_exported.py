@@ -526,6 +526,16 @@ class _Sized(nn.Module):
         return self.last(parts.mean((2, 3, 4))) * scale
 
 
+def test_a_program_whose_answers_are_no_numbers_is_one_line(tmp_path: Path) -> None:
+    network = _Small()
+    with torch.no_grad():
+        network.last.weight[0, 0] = float("nan")
+    path = tmp_path / "nan.pt2"
+    path.write_bytes(_saved(network))
+    with pytest.raises(UserError, match="not finite"):
+        exported.load(path, SHAPE)
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_images_of_any_size_that_it_was_exported_for(tmp_path: Path, strict: bool) -> None:
     auto = torch.export.Dim.AUTO

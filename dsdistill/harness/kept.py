@@ -79,8 +79,7 @@ class Kept:
             if why := problem(result):
                 raise ValueError(why)
             return result
-        # What is no JSON, or JSON of another form, fails in all these ways.
-        except (OSError, ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
+        except Exception as error:  # damage shows in many ways, each mended by measuring anew
             self.say(f"{path} is damaged ({error}) and is measured anew")
             return None
 

@@ -146,6 +146,8 @@ def _try(path: Path, network: Exported, shape: Shape) -> int:
         raise UserError(f"{path} cannot take {h}x{w} images: {_first(error)}") from error
     if not isinstance(first, Tensor) or first.ndim != 2 or len(first) != 2:
         raise UserError(f"{path} does not answer with logits (n, k)")
+    if not torch.isfinite(first).all():
+        raise UserError(f"{path} answers with numbers that are not finite: its weights are damaged")
     # Rounding may differ between batches by some ulp; batch norm in training mode, by far more.
     if not torch.allclose(first[0], second[0], rtol=1e-3, atol=1e-3 * float(first.abs().max())):
         raise UserError(
