@@ -168,7 +168,7 @@ def test_axes_of_the_curves_are_labelled(folders):
         ("report.json", None, "holds an unfinished run: continue it with"),
         ("config.json", None, "cannot read"),
         ("report.json", "{", "cannot read"),
-        ("report.json", "[]", r"report.json is \[\], no object"),
+        ("report.json", "[]", "report.json is damaged: expected a JSON object"),
         ("report.json", "{}", "report.json lacks data"),
         ("config.json", "{}", "damaged run"),
         ("metrics.jsonl", '{"step": 1}\n{"st', "damaged run"),
