@@ -52,7 +52,6 @@ def other(**fields):
         ({"name": "cat"}, "silent difference"),
         (lambda: time.sleep(5), "too long"),
     ],
-    ids=str,
 )
 def test_every_outcome_has_its_name(answer, kind):
     assert outcome(answer, seconds=0.2) == kind
