@@ -254,8 +254,8 @@ def _edit_archive(rng: Random, content: bytes, marker: str) -> Changed:
         members = [(_deflated(info), inner) for info, inner in members]
     box = io.BytesIO()
     with zipfile.ZipFile(box, "w") as archive, _unsaid():
-        for info, inner in members:
-            archive.writestr(info, inner)
+        for member, written in members:
+            archive.writestr(member, written)
     return box.getvalue(), f"{kind} {info.filename} {what}"
 
 

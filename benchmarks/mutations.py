@@ -245,7 +245,10 @@ def campaign(names: Sequence[str], count: int, seed: int, out: Path) -> None:
 
 def _done(results: Path) -> dict[tuple[str, int], dict[str, Any]]:
     lines = results.read_text().splitlines() if results.exists() else []
-    rows = (row for line in lines if (row := _json(line)))  # the last may be cut
+    rows = []
+    for line in lines:
+        with contextlib.suppress(ValueError):  # the last may be cut
+            rows.append(json.loads(line))
     return {(row["kind"], row["number"]): row for row in rows}
 
 

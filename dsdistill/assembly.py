@@ -1,15 +1,23 @@
 """From the options of `dsdistill evaluate` to all its parts, checked before anything is trained."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from dsdistill import arms, foreign
+from dsdistill import arms, export, foreign
 from dsdistill.foreign import Stated
-from dsdistill.harness import artifact, controls, datasets, lists, origin, preprocess, progress
+from dsdistill.harness import (
+    artifact,
+    controls,
+    datasets,
+    lists,
+    origin,
+    preprocess,
+    progress,
+    provenance,
+)
 from dsdistill.harness.artifact import Distilled
 from dsdistill.harness.datasets import Splits
 from dsdistill.harness.errors import UserError, unknown
@@ -134,9 +142,10 @@ def check_controls(names: Sequence[str], train: Labeled, per_class: int) -> None
 
 def _loaded(options: Evaluate) -> tuple[Distilled, Splits]:
     """The set and the data it was made from."""
-    if foreign.is_foreign(options.run):
+    distilled, default = export.read(options.run), Evaluate(options.run)
+    if distilled is None and foreign.is_foreign(options.run):
         return _published(options)
-    distilled, default = artifact.load(artifact.locate(options.run)), Evaluate(options.run)
+    distilled = distilled or artifact.load(artifact.locate(options.run))
     for name in STATED:
         if getattr(options, name) != getattr(default, name):
             raise UserError(f"--{name} is for sets from elsewhere: {options.run} says it itself")
@@ -168,11 +177,14 @@ def _published(options: Evaluate) -> tuple[Distilled, Splits]:
 
 def _splits(distilled: Distilled, options: Evaluate) -> Splits:
     """The data set that the set was made from, split as it was then."""
-    data = options.data or origin.source(distilled)
+    data = options.data or origin.source(options.run, distilled)
     if data is None:
-        raise UserError(f"{options.run} does not say what it was distilled from: add --data")
-    splits = origin.load(distilled, data, root=options.data_root)
-    origin.check(distilled, splits, data, options.run)
+        raise UserError(
+            f"{options.run} does not say what it was distilled from: add --data, such as "
+            "--data cifar10"
+        )
+    splits = origin.load(options.run, distilled, data, root=options.data_root)
+    origin.check(options.run, distilled, splits, data)
     return splits
 
 
@@ -185,25 +197,36 @@ def _few(validation: Labeled) -> Labeled:
 def _learner(name: str, distilled: Distilled, options: Evaluate) -> Learner:
     base, _, kernel = name.partition(":")
     if base == "ridge":
-        return _ridge(name, kernel, distilled.provenance)
+        return _ridge(name, kernel, distilled)
     from kd.learners import learner
 
     flip = options.augment == "crop-flip"
     return learner(name, steps=options.steps, device=options.device, flip=flip)
 
 
-def _ridge(name: str, kernel: str, made: Mapping[str, Any]) -> Learner:
+def _ridge(name: str, kernel: str, distilled: Distilled) -> Learner:
     from dsdistill import ridge
     from dsdistill.kernels import networks
 
-    depth, std, config = None, {}, made.get("config", {})
+    made = origin.described(distilled)
+    depth, std = None, {}
     if not kernel:
+        needed = ("kernel", "depth", "w_std", "b_std")
+        provenance.require("the distilled set", made, [f"config.{part}" for part in needed])
         # Of several kernels, the one that judged.
-        kernel = lists.names("--kernel", config.get("kernel", KERNEL))[0]
-        depth = config.get("depth")
-        std = {name: config[name] for name in ("w_std", "b_std") if name in config}
+        kernel = lists.names("--kernel", made.judge or KERNEL)[0]
+        if ":" in kernel:
+            raise UserError(
+                f"the distilled set was made with the kernel {kernel}, which is code, and a file "
+                "may not choose the code that runs here: if you know that module, name it "
+                f"yourself, --learners ridge:{kernel}; else leave ridge out of --learners"
+            )
+        depth = made.depth
+        known = {"w_std": made.w_std, "b_std": made.b_std}
+        std = {part: value for part, value in known.items() if value is not None}
     found = networks.parse(kernel, depth, **std)
-    value = made.get("evaluation_ridge", RIDGE)
+    provenance.require("the distilled set", made, ["evaluation_ridge"])
+    value = RIDGE if made.ridge is None else made.ridge
     # What a module of the user holds may change under its name.
     identity = None if ":" in kernel else {"kernel": found.name, "ridge": value, **std}
     return ridge.Ridge(found, value, name, identity=identity)

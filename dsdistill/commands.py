@@ -2,25 +2,36 @@
 
 import shlex
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from dsdistill.harness import runs
-from dsdistill.options import Evaluate, Kip, LabelSolve, settled
+from dsdistill.options import DEFAULTS, Evaluate, Kip, LabelSolve, settled
+
+METHODS = ("kip", "ls")
 
 
-def distil(made: Mapping[str, Any]) -> str:
-    """Of a distilled set of `dsdistill kip` or `dsdistill ls`.
+def distil(method: str, config: Mapping[str, Any]) -> str | None:
+    """Of a distilled set of `dsdistill kip` or `dsdistill ls`; None if a file does not say it.
 
     Args:
-        made: Its provenance.
+        method: As the set's file says.
+        config: The options, as the set's file says: values of any kind, which are quoted.
     """
     defaults = vars(LabelSolve())
-    if made["method"] == "kip":
-        optimizer = made["config"].get("optimizer", Kip.optimizer)
-        defaults = vars(settled(Kip(optimizer=optimizer))) | {"optimizer": Kip.optimizer}
-    chosen = {**made["config"], **made["config"].get(runs.CHOSEN, {})}
+    if method == "kip":
+        optimizer = config.get("optimizer", Kip.optimizer)
+        if not isinstance(optimizer, str) or optimizer not in DEFAULTS:
+            return None
+        defaults = vars(settled(Kip(optimizer=cast(Any, optimizer)))) | {"optimizer": Kip.optimizer}
+    data, more = config.get("data"), config.get(runs.CHOSEN, {})
+    if method not in METHODS or not isinstance(data, str) or not isinstance(more, Mapping):
+        return None
+    chosen = {**config, **more}
     given = {k: v for k, v in chosen.items() if k in defaults and k != "data"}
-    return _line(["dsdistill", made["method"], str(made["config"]["data"])], given, defaults)
+    # What starts with a hyphen would be an option, and not the data.
+    start = ["dsdistill", method, f"./{data}" if data.startswith("-") else data]
+    line = _line(start, given, defaults)
+    return line if line.isprintable() else None
 
 
 def evaluation(options: Evaluate) -> str:
@@ -38,5 +49,10 @@ def _line(words: list[str], given: Mapping[str, Any], defaults: Mapping[str, Any
             continue
         option = "--" + name.replace("_", "-")
         values = value if isinstance(value, tuple | list) else (value,)
-        words += [option] if value is True else [option, *map(str, values)]
+        if value is True:
+            words.append(option)
+        elif isinstance(value, str) and value.startswith("-"):
+            words.append(f"{option}={value}")  # by itself it would be another option
+        else:
+            words += [option, *map(str, values)]
     return shlex.join(words)

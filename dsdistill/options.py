@@ -59,8 +59,8 @@ class Source:
     kernel: str = "fc"
     """fc, conv, convnet, convnet3, myrtle; a sequence such as CR-3xCRP-flatten (C: 3x3 convolution,
     R: ReLU, P: 2x2 pooling; flatten or gap ends it); or module:attribute for a neural-tangents
-    network. kip takes several, comma-separated: each step draws one, the first judges and is
-    stored"""
+    network, whose module is imported and run, from the current folder first. kip takes several,
+    comma-separated: each step draws one, the first judges and is stored"""
 
     depth: int | None = None
     """hidden layers of fc and conv (1), blocks of convnet (3), variant of myrtle (5, 7, 10)"""
@@ -78,7 +78,7 @@ class Source:
     """of the drawn images, the noise and the target batches"""
 
     resume: bool = False
-    """continue the unfinished run in --out"""
+    """continue the unfinished run in --out, with the options and the data it was started with"""
 
     hosts: str | None = None
     """ADDRESS:PORT,INDEX/COUNT to share the work with other hosts, such as 10.0.0.1:9876,0/2: the
@@ -176,7 +176,8 @@ class Evaluate:
     a .pt or .npz file, a folder of class folders"""
 
     learners: str = "ridge,convnet"
-    """comma-separated: ridge (with the set's own kernel), ridge:KERNEL (with another), convnet,
+    """comma-separated: ridge (with the set's own kernel), ridge:KERNEL (with another, and needed
+    for a module:attribute, which is never imported because a file names it), convnet,
     kip-convnet, mlp, resnet18, vgg11, vit, with a width as convnet:32; any student of `kd train`"""
 
     controls: str = "random,k-means,herding,full"
@@ -279,7 +280,8 @@ class Export:
     """a distilled .safetensors file, or a run's folder"""
 
     format: Literal["folder", "npz", "torch"]
-    """folder: PNGs in class folders; npz: arrays; torch: tensors, torch.load(weights_only=True)"""
+    """folder: PNGs in class folders, for the eye; npz: arrays; torch: tensors,
+    torch.load(weights_only=True). The last two keep everything: evaluate reads them as the set"""
 
     out: Path | None = None
     """default: <file>-<format> beside the file"""

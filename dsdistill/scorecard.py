@@ -7,9 +7,11 @@ plots/        every plot as PNG and SVG
 report.json   all figures; report.md and report.html show them. Written last
 """
 
+import contextlib
 import platform
+import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
@@ -19,12 +21,13 @@ import numpy as np
 
 from dsdistill import arms, commands
 from dsdistill.assembly import Parts, assembled
-from dsdistill.harness import controls, machine, memory, pictures, progress, runs
+from dsdistill.harness import controls, machine, memory, origin, pictures, progress, runs, stopping
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluate import Arm, Learner, evaluate, stored_bytes
 from dsdistill.harness.kept import Kept
 from dsdistill.harness.labeled import Labeled, per_class
 from dsdistill.harness.pictures import Side
+from dsdistill.harness.provenance import Provenance
 from dsdistill.harness.reports import page, report, verdict, words
 from dsdistill.harness.reports.report import Report
 from dsdistill.harness.results import Result
@@ -47,14 +50,15 @@ def run(options: Evaluate) -> Path:
     parts = assembled(options)
     beside = options.run if options.run.is_dir() else options.run.parent
     out = options.out or runs.next_free("evaluation", beside)
-    with runs.start(
+    begun = runs.start(
         out,
         _config(options),
         result=report.NAME,
         resume=options.resume,
         defaults=_config(Evaluate(options.run)),
         free=FREE,
-    ):
+    )
+    with begun, _stoppable(options.run, out):
         began = time.monotonic()
         kept = Kept(out / "results", options.cache, sharing=controls.CONTROLS)
         results = _measured(parts, list(range(options.seeds)), kept)
@@ -62,6 +66,16 @@ def run(options: Evaluate) -> Path:
         report.write(out, _report(options, parts, results, time.monotonic() - began))
     _print(report.load(out), out)
     return out
+
+
+@contextlib.contextmanager
+def _stoppable(run: Path, out: Path) -> Iterator[None]:
+    """Say after a stop by hand how the evaluation goes on."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        line = shlex.join(["dsdistill", "evaluate", str(run), "--resume", "--out", str(out)])
+        raise stopping.Stopped(f"stopped; continue with `{line}`") from error
 
 
 def compare(options: Compare) -> Path:
@@ -149,13 +163,13 @@ def _picture(out: Path, parts: Parts) -> None:
 
 
 def _report(options: Evaluate, parts: Parts, results: Sequence[Result], seconds: float) -> Report:
-    made, splits = parts.distilled.provenance, parts.splits
-    own = "config" in made
-    kernel = f" with {made['kernel']}" if made.get("kernel") else ""
+    made, splits = _made(parts), parts.splits
+    kernel = f" with {made.kernel}" if made.kernel else ""
+    own = None if made.config is None else commands.distil(made.method, made.config)
     return Report(
-        title=f"{made['method']}{kernel} on {splits.name}, {len(parts.distilled)} images",
-        notes=[*made.get("notes", []), *_notes(parts, results)],
-        commands=[*([commands.distil(made)] if own else []), commands.evaluation(options)],
+        title=f"{made.method}{kernel} on {splits.name}, {len(parts.distilled)} images",
+        notes=[*made.notes, *_notes(parts, results)],
+        commands=[*([own] if own else []), commands.evaluation(options)],
         classes=list(parts.distilled.classes),
         data={
             "name": splits.name,
@@ -175,6 +189,11 @@ def _report(options: Evaluate, parts: Parts, results: Sequence[Result], seconds:
     )
 
 
+def _made(parts: Parts) -> Provenance:
+    """What the set says of how it was made."""
+    return origin.described(parts.distilled)
+
+
 def _accelerators(learners: Sequence[Learner]) -> list[str]:
     """Each that a learner computes on, once."""
     names = (getattr(learner, "accelerator", None) for learner in learners)
@@ -182,12 +201,15 @@ def _accelerators(learners: Sequence[Learner]) -> list[str]:
 
 
 def _described(parts: Parts) -> dict[str, Any]:
-    made = parts.distilled.provenance
-    names = ("method", "kernel", "seconds", "peak_memory", "metrics")
+    made = _made(parts)
     full, size = parts.splits.train, parts.distilled.nbytes
     whole = len(full) * (int(np.prod(full.shape)) * full.store.itemsize + 1)
     return {
-        **{name: made.get(name) for name in names},
+        "method": made.method,
+        "kernel": made.kernel,
+        "seconds": made.seconds,
+        "peak_memory": made.peak_memory,
+        "metrics": dict(made.metrics),
         "images": len(parts.distilled),
         "bytes": size,
         "compression": whole / size,
@@ -245,7 +267,7 @@ def _same_draws(parts: Parts) -> list[str]:
 def _hints(parts: Parts, results: Sequence[Result]) -> list[str]:
     """What to check of a set from elsewhere on which no learner learns anything."""
     found = [r.accuracy for r in results if r.arm == "distilled" and r.accuracy is not None]
-    if "config" in parts.distilled.provenance or not found:
+    if _made(parts).config is not None or not found:
         return []
     from dsdistill import foreign
 

@@ -9,6 +9,8 @@ from dsdistill.harness.memory import readable
 from dsdistill.harness.progress import clock
 from dsdistill.harness.text import console, printable
 
+DEPTH = 6  # levels of a provenance that are shown as rows of their own
+
 
 def print_run(folder: Path) -> None:
     """Print where a finished run lies and how good it is."""
@@ -62,17 +64,17 @@ def describe(distilled: artifact.Distilled) -> dict[str, Any]:
     return own | {k: v for k, v in distilled.provenance.items() if k not in own}
 
 
-def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def _flat(value: dict[str, Any], prefix: str = "", depth: int = 0) -> list[tuple[str, Any]]:
     rows = []
     for name, item in value.items():
-        nested = isinstance(item, dict)
-        rows += _flat(item, f"{prefix}{name}.") if nested else [(prefix + name, item)]
+        nested = isinstance(item, dict) and depth < DEPTH
+        rows += _flat(item, f"{prefix}{name}.", depth + 1) if nested else [(prefix + name, item)]
     return rows
 
 
 def _words(name: str, value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
-    if name in ("bytes", "peak_memory") and isinstance(value, int | float):
+    if name in ("bytes", "peak_memory") and type(value) is int:
         return readable(value)
     return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from dsdistill.harness import progress
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.preprocess import Preprocess
-from kd import cache, data, engine, teachers
+from kd import cache, data, engine, networks, teachers
 from kd.teachers import Teacher
 from kd.zoo.wants import Shape
 
@@ -53,8 +54,10 @@ def of(
     Raises:
         UserError: If there is no such teacher, or it does not fit the data.
     """
-    if "," in name:
+    if len(networks.split(name)) > 1:
         raise UserError(f"an evaluation compares with one teacher, got {name}")
     on = engine.make(device).device
     teacher = teachers.load(name, preprocess, shape, classes)
+    for remark in teachers.remarks(teacher):
+        progress.say(f"teacher {name}: {remark}")
     return Answers(teacher.to(on), on, cache.fingerprint(teacher))

@@ -77,7 +77,7 @@ def assembled(options: Train) -> Parts:
     if not Path(name).is_dir():
         networks.check_name(name)
     on = _engine(options, named)
-    source = _source(options, named)
+    source = _source(options, named, models.class_order(name))
     taught = chain.teacher(options) or (named and named.teacher)
     names = tuple(networks.names("--teacher", taught)) if taught else ()
     alone = not (names or options.peers or options.mean_teacher is not None)
@@ -176,6 +176,11 @@ def _check(parts: Parts, options: Train, alone: bool) -> None:
     featured = [name for name in taught if terms.TERMS[name].make is not None]
     if featured and not parts.teachers:
         raise UserError(f"--loss {featured[0]} looks at layers of a teacher: it needs --teacher")
+    if not parts.teachers and not any(map(terms.knows_labels, parts.specs)):
+        raise UserError(
+            f"--loss {recipe.loss} has no term that looks at labels, and without --teacher nobody "
+            "else knows them: add ce:1"
+        )
     own = [name for name in names if terms.TERMS[name].make is not None]
     if own and parts.peers:
         raise UserError(
@@ -196,6 +201,11 @@ def _check(parts: Parts, options: Train, alone: bool) -> None:
         )
     if "label_smoothing" in options.given and "ce" not in names:
         raise UserError(f"--label-smoothing has no effect on --loss {recipe.loss}: it is for ce")
+    if "heads" in names and parts.student.outputs != "logits":
+        raise UserError(
+            "--loss heads teaches its classifiers from the student's logits, and mse gives it "
+            "none: use ce"
+        )
     if recipe.metric == "nll" and parts.student.outputs != "logits":
         raise UserError("--metric nll needs logits, which a network of centred labels has not")
     optimization.check_optimizer(recipe)
@@ -211,7 +221,9 @@ def _engine(options: Train, named: Recipe | None) -> Engine:
     return engine.make(options.device, precision)
 
 
-def _source(options: Train, named: Recipe | None) -> Source | Files:
+def _source(
+    options: Train, named: Recipe | None, classes: tuple[str, ...] | None
+) -> Source | Files:
     """The data: read from files as it goes where the recipe cuts them, and as a whole elsewhere."""
     size = options.given.get("image_size") or (named and named.image_size)
     changes = options.given.get("augment") or (named and named.augment)
@@ -222,6 +234,7 @@ def _source(options: Train, named: Recipe | None) -> Source | Files:
             image_size=size,
             validation_fraction=sources.fraction(options.validation_fraction),
             channels=options.channels,
+            classes=classes,
         )
     return sources.resolve(
         options.data,
@@ -229,6 +242,7 @@ def _source(options: Train, named: Recipe | None) -> Source | Files:
         image_size=size,
         validation_fraction=options.validation_fraction,
         channels=options.channels,
+        classes=classes,
     )
 
 

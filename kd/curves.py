@@ -11,12 +11,14 @@ NOT_DRAWN = ("step", "epoch", "images_per_second", "lr")
 
 
 def draw(folder: Path) -> None:
-    """Write `curves.png` from `metrics.jsonl`; nothing where there are no figures."""
-    path = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Write `curves.png` from `metrics.jsonl`, as far as that can be read; nothing without figures.
+
+    The results of the run are elsewhere, and lose nothing by a line that is damaged.
+    """
+    rows = _rows(folder / "metrics.jsonl")
     if not rows:
         return
-    names = [name for name in rows[0] if name not in NOT_DRAWN]
+    names = dict.fromkeys(name for row in rows for name in row if name not in NOT_DRAWN)
     terms = [name for name in names if not name.startswith("validation_")]
     with drawing.style():
         figure = drawing.blank(3.5, 9)
@@ -29,9 +31,34 @@ def draw(folder: Path) -> None:
     runs.write_bytes(folder / "curves.png", drawing.png(figure))
 
 
-def _lines(axes: Any, rows: list[dict[str, Any]], names: list[str]) -> None:
+def _rows(path: Path) -> list[dict[str, float]]:
+    """The numbers of each line that has a step."""
+    found = []
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    for line in lines:
+        try:
+            stored = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        row = stored if isinstance(stored, dict) else {}
+        known = {
+            name: number for name, value in row.items() if (number := _number(value)) is not None
+        }
+        if "step" in known:
+            found.append(known)
+    return found
+
+
+def _number(value: Any) -> float | None:
+    """A finite number that a plot can show."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if abs(value) < 1e30 else None
+
+
+def _lines(axes: Any, rows: list[dict[str, float]], names: list[str]) -> None:
     for name in names:
-        known = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        known = [(row["step"], row[name]) for row in rows if name in row]
         if known:
             axes.plot(*zip(*known, strict=True), label=drawing.label(name), marker=".")
     if axes.lines:

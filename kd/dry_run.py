@@ -19,6 +19,7 @@ from kd.networks import Classifier, Shape
 from kd.objectives import Distillation, MeanTeacher, Mutual, Objective
 
 IMAGES = 4  # more only cost time
+SEED = 0
 
 
 def check(
@@ -59,17 +60,19 @@ def check(
     made_up = batch(n, shape, classes, images=images, mixed=mixed, centred=centred)
     made_up = data.sent(made_up, on.device)
     networks = _networks(objective)
-    with _restored(objective), torch.random.fork_rng(), on.autocast():
-        torch.manual_seed(0)
-        with _one_line(loss, n):
-            outputs = [network(made_up.images).float().sum() for network in networks]
-            used = _reached(objective, torch.stack(outputs).sum())
-            terms = objective(made_up)
-            taught = _reached(objective, torch.stack(list(terms.values())).sum())
+    with _restored(objective), torch.random.fork_rng(), on.autocast(), _one_line(loss, n):
+        used = _reached(objective, _outputs(networks, made_up))
+        torch.manual_seed(SEED)
+        terms = objective(made_up)
+        taught = _reached(objective, torch.stack(list(terms.values())).sum())
     _check_finite(loss, terms)
     if left := [name for name in used if name not in taught]:
         raise UserError(_untrained(loss, left, len(used)))
     if on.num_processes > 1:
+        with _restored(objective), torch.random.fork_rng():
+            # In training a network may leave out layers at random, here it has them all.
+            objective.eval()
+            used += _reached(objective, _outputs(networks, made_up))
         _freeze_unused(networks, {*used, *taught}, objective)
 
 
@@ -152,6 +155,13 @@ def _one_line(loss: str, n: int) -> Iterator[None]:
         ) from error
 
 
+def _outputs(networks: Sequence[Classifier], batch: Batch) -> Tensor:
+    """A number that every weight behind the outputs of the networks has a gradient of."""
+    # As in the objective, which calls them in this order: what they draw at random is the same.
+    torch.manual_seed(SEED)
+    return torch.stack([network(batch.images).float().sum() for network in networks]).sum()
+
+
 def _reached(objective: Objective, value: Tensor) -> list[str]:
     """The trained weights that a value depends on, by name."""
     objective.zero_grad(set_to_none=True)
@@ -164,8 +174,8 @@ def _check_finite(loss: str, terms: dict[str, Tensor]) -> None:
     for name, value in terms.items():
         if not torch.isfinite(value):
             raise UserError(
-                f"--loss {loss}: {name} is {value.item():g} on a first batch of noise: its weight "
-                "or its parameters are out of all proportion"
+                f"--loss {loss}: {name} is {value.item():g} on images of noise: check its weight, "
+                "its parameters and the teacher"
             )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from dsdistill.harness import layout
+from dsdistill.harness import layout, progress
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.labeled import Labeled
 from dsdistill.harness.runs import INPUTS
@@ -69,7 +69,10 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
         where = student.preprocess, source.shape, source.classes
         maps = labels.read_class_maps(own.get("class_map"), names)
         for each, mapping in zip(names, maps, strict=True):
-            known[each] = teachers.load(each, *where, class_map=mapping, **told).to(device)
+            teacher = teachers.load(each, *where, class_map=mapping, **told)
+            for remark in teachers.remarks(teacher):
+                progress.say(f"teacher {each}: {remark}")
+            known[each] = teacher.to(device)
     student.classifier.to(device)
     judged = _InOrder(student.classifier, outputs)
     return {

@@ -221,6 +221,11 @@ class Contrasted(nn.Module):
 
     def __init__(self, place: Place, function: partial) -> None:
         super().__init__()
+        if place.images == 0:
+            raise UserError(
+                "--loss crd remembers each training image, and these are read from front to back "
+                "without a number: leave it out, or use a folder"
+            )
         options = dict(function.keywords)
         self.temperature = options.pop("temperature")
         make = partial(Embed, dim=options["dim"])

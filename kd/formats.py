@@ -25,7 +25,7 @@ from dsdistill.harness.errors import UserError
 from kd import models, networks
 from kd.adapters import Apply
 from kd.models import Model
-from kd.zoo import exported
+from kd.zoo import exported, timm_zoo
 
 Card = Mapping[str, Any]
 Write = Callable[[Path, Card], None]  # may be called again, with another card
@@ -268,6 +268,13 @@ def _architecture(model: Model) -> str | None:
     return config.get("architecture") if isinstance(config, Mapping) else None
 
 
+def _arguments(model: Model) -> dict[str, Any]:
+    """What timm's function for the network is given."""
+    found = networks.parse(model.name)
+    own = timm_zoo.split(found.base)[1] if found.zoo is timm_zoo else {}
+    return (model.classifier.config or {}).get("arguments", {}) | own
+
+
 def _timm_config(model: Model, card: Card) -> dict[str, Any]:
     classifier, (h, w, c) = model.classifier, model.shape
     network: Any = classifier.network
@@ -277,7 +284,7 @@ def _timm_config(model: Model, card: Card) -> dict[str, Any]:
         "num_classes": len(model.classes),
         "num_features": network.num_features,
         "label_names": model.classes,
-        "model_args": (classifier.config or {}).get("arguments", {}),
+        "model_args": _arguments(model),
         "pretrained_cfg": {
             "custom_load": False,
             "input_size": (c, *(classifier.size or (h, w))),

@@ -140,6 +140,13 @@ def _model(folder: Path, found: Mapping[str, Any]) -> Model:
     return Model(classifier, name, classes, shape, preprocess, found["outputs"], temperature)
 
 
+def class_order(student: str) -> tuple[str, ...] | None:
+    """The class names of an earlier run's student, in label order; None where it is no run."""
+    path = Path(student) / CARD
+    names = runs.read_json(path).get("classes") if path.is_file() else None
+    return tuple(map(str, names)) if isinstance(names, list) else None
+
+
 def preprocessing(card: Mapping[str, Any], folder: Path) -> Preprocess:
     """What a card's `preprocess` describes; the matrices of ZCA lie in the folder.
 

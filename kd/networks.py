@@ -134,6 +134,8 @@ def build(
             classifier.network, stored, found.text, classes, convert=convert, adapt=adapt
         )
         classifier.notes = tuple(notes)
+    elif pretrained:
+        classifier.notes = _adapted(found, classes, shape[-1], classifier)
     return classifier
 
 
@@ -297,9 +299,11 @@ def absolute(name: str) -> str:
 
 def _exists(name: str) -> bool:
     """Whether it is, or has in it, the path of something that is there."""
-    file = _file_apart(name)[1]
-    paths = (Path(name).expanduser(), Path(_after_prefix(name)).expanduser(), file)
-    return any(path is not None and _there(path) for path in paths)
+    if any(_there(Path(path).expanduser()) for path in (name, _after_prefix(name))):
+        return True
+    before, file = _file_apart(name)
+    # The file of the last of several names does not make them one.
+    return file is not None and _there(file) and len(split(before)) == 1
 
 
 def _balanced(name: str) -> bool:
@@ -308,7 +312,7 @@ def _balanced(name: str) -> bool:
 
 def _file_apart(name: str) -> tuple[str, Path | None]:
     """What stands before `@FILE`, and the file; what exists decides where an `@` parts them."""
-    at = [i for i, character in enumerate(name) if character == "@" and i]
+    at = [i for i, character in enumerate(name[:-1]) if character == "@" and i]
     if not at or _there(Path(name)) or _there(Path(_after_prefix(name))):
         return name, None
     for i in at:
@@ -362,6 +366,23 @@ def _from_zoo(
         raise UserError(f"{found.text} takes images of {c} channels, the data have {shape[2]}")
     _try(classifier, found.text, shape)
     return classifier
+
+
+def _adapted(found: Parsed, classes: int, channels: int, classifier: Classifier) -> tuple[str, ...]:
+    """Lines about where a network differs from the published one."""
+    assert found.zoo is not None
+    try:
+        own = found.zoo.wants(found.base)
+    except UserError:  # Hugging Face's folders may lack what only a teacher needs
+        return ()
+    notes, theirs = [], len(own.mean)
+    if own.count != classes:
+        notes.append(
+            f"a new last layer for {classes} classes, since the published one is for {own.count}"
+        )
+    if classifier.channels is None and channels != theirs:
+        notes.append(f"first layer adapted from {theirs} to {channels} channels, as timm does")
+    return tuple(notes)
 
 
 def _try(classifier: Classifier, name: str, shape: Shape) -> None:

@@ -25,7 +25,7 @@ SAMPLE = 2_000  # images enough for an accuracy: its standard error is at most 1
 
 
 @dataclass(frozen=True, eq=False)
-class Some:
+class FirstImages:
     """The first images of a shuffled epoch: enough to judge a teacher by.
 
     Attributes:
@@ -81,8 +81,8 @@ def check(
     Args:
         name: How messages call it.
         teacher: On the device of the batches.
-        batches: Of validation images, or of `Some` training images where there are none, in the
-            space that the teacher will be given.
+        batches: Of validation images, or `FirstImages` where there are none, in the space that the
+            teacher will be given.
         minimum: Least accuracy, a fraction; None for a warning alone, where it is no better than
             chance.
         part: What the images are, for messages.

@@ -172,9 +172,10 @@ def _judge_teachers(options: Train, parts: Parts) -> None:
     part = "validation"
     if held is None:
         say(_without_validation(options, parts))
+    if held is None and parts.teachers:
         fitted, device = parts.student.preprocess, parts.on.device
         shuffled = parts.source.shuffled(parts.recipe, fitted, device, options.workers)
-        held, part = None if shuffled is None else preflight.Some(shuffled), "training"
+        held, part = None if shuffled is None else preflight.FirstImages(shuffled), "training"
     minimum = options.min_teacher_accuracy
     if parts.teachers and held is None:
         say("the teachers are not judged: there are no real images to judge them on")

@@ -185,16 +185,16 @@ def is_distilled(data: str) -> bool:
 def _distilled(path: Path, root: Path) -> Source:
     distilled = artifact.load(path)
     name = path.parent.resolve().name if path.name == "distilled.safetensors" else path.stem
-    came_from = origin.source(distilled)
+    came_from = origin.source(path, distilled)
     if came_from is None:
         return Source(
             name, None, distilled, f"{path} does not say what it was distilled from: {_NO}"
         )
     try:
-        splits = origin.load(distilled, came_from, root=root)
+        splits = origin.load(path, distilled, came_from, root=root)
     except (UserError, OSError) as error:
         return Source(name, None, distilled, f"{error}: {_NO}")
-    origin.check(distilled, splits, came_from, path)
+    origin.check(path, distilled, splits, came_from)
     return Source(name, splits, distilled)
 
 

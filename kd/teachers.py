@@ -155,6 +155,15 @@ def load(
     return teacher
 
 
+def remarks(teacher: Teacher) -> tuple[str, ...]:
+    """Lines about what was decided about a teacher, where its accuracy is not looked at."""
+    matched = teacher.resolved.matched
+    return (
+        *([] if matched == "by name" else [f"classes matched {matched}"]),
+        *teacher.resolved.notes,
+    )
+
+
 def _published(
     name: str,
     shape: Shape,

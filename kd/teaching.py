@@ -49,7 +49,12 @@ def source(parts: Parts, options: Train) -> Batches:
     """
     on, least = parts.on, least_images(parts)
     images = parts.source.train(parts.recipe, parts.student.preprocess, on, options.workers, least)
-    *_, last = images.sizes
+    if not images.sizes:
+        raise UserError(
+            f"{parts.source.name} has fewer training images than one batch of "
+            f"{parts.recipe.batch_size} images a process: lower --batch-size"
+        )
+    last = images.sizes[-1]
     whole = parts.recipe.batch_size * on.num_processes
     if last > whole and on.is_main_process:
         progress.say(

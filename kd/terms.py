@@ -206,7 +206,8 @@ def check(specs: Sequence[Spec], *, classes: int, batch_size: int, mixed: bool) 
         row = TERMS[spec.name]
         if mixed and row.whole:
             raise UserError(
-                f"--loss {spec.name} needs images of one class each: leave --mixup and --cutmix out"
+                f"--loss {spec.name} needs whole labels, an image of one class each: leave --mixup "
+                "and --cutmix out"
             )
         if classes < row.classes:
             raise UserError(
@@ -218,6 +219,11 @@ def check(specs: Sequence[Spec], *, classes: int, batch_size: int, mixed: bool) 
                 f"--loss {spec.name} compares the images of a batch: --batch-size must be at "
                 f"least {least}, got {batch_size}"
             )
+
+
+def knows_labels(spec: Spec) -> bool:
+    """Whether a term tells the student which classes the images are of."""
+    return not needs_teacher(spec)
 
 
 def needs_logits(spec: Spec) -> bool:

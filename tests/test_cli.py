@@ -462,7 +462,10 @@ def test_export_in_every_format(dsdistill, kip_run, tmp_path):
     for form, out in (("folder", "png"), ("npz", "set.npz"), ("torch", "set.pt")):
         done = dsdistill("export", kip_run, "--format", form, "--out", out)
         assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in (tmp_path / "png").iterdir()) == list("0123456789")
+    names = list("0123456789")
+    assert sorted(path.name for path in (tmp_path / "png").iterdir()) == [*names, "classes.json"]
+    beside = json.loads((tmp_path / "png" / "classes.json").read_text())
+    assert beside == dict(zip(names, names, strict=True))
     pictures = sorted((tmp_path / "png").rglob("*.png"))
     assert len(pictures) == 20
     pixels = np.clip(distilled.preprocess.invert(distilled.images), 0, 1)

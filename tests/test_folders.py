@@ -346,6 +346,16 @@ def test_a_second_load_decodes_nothing(tmp_path, decoded):
     assert len(decoded) == 12
 
 
+def test_channels_that_the_images_have_anyway_are_no_further_entry(tmp_path, decoded):
+    data = _classes(tmp_path / "data", {"a": 3, "b": 3})
+    first = folders.read(data, tmp_path / "cache", None).train
+    again = folders.read(data, tmp_path / "cache", None, channels=3).train
+    assert len(decoded) == 6
+    np.testing.assert_array_equal(first.images(), again.images())
+    assert folders.read(data, tmp_path / "cache", None, channels=1).train.shape == (6, 6, 1)
+    assert len(decoded) == 12
+
+
 def test_any_change_of_the_folder_is_seen(tmp_path, decoded):
     data = _classes(tmp_path / "data", {"a": 3, "b": 3})
     changes = [
@@ -483,7 +493,9 @@ def test_each_part_of_a_large_cache_has_a_checksum(tmp_path, monkeypatch):
     (entry,) = (tmp_path / "cache").iterdir()
     content = (entry / "images.npy").read_bytes()
     parts = [content[start : start + 100] for start in range(0, len(content), 100)]
-    assert folders.read_index(entry)["checksums"] == [zlib.crc32(part) for part in parts]
+    index = folders.read_index(entry)
+    assert index is not None
+    assert index["checksums"] == [zlib.crc32(part) for part in parts]
     assert len(parts) > 6
 
 

@@ -319,3 +319,38 @@ def test_half_of_a_tiny_folder_may_not_be_damaged(tmp_path):
     files[0].write_bytes(b"")
     with pytest.raises(DataError, match=r"1 of 8 .*; at most 0 of so many"):
         folders.read(tmp_path / "data", tmp_path / "cache", None)
+
+
+def _mutated(content: bytes, rng: np.random.Generator) -> bytes:
+    """Cut, flipped, filled or doubled somewhere."""
+    place = int(rng.integers(len(content)))
+    length = int(rng.integers(1, 40))
+    kind = rng.integers(4)
+    if kind == 0:
+        return content[:place]
+    if kind == 1:
+        flipped = content[place] ^ (1 << int(rng.integers(8)))
+        return content[:place] + bytes([flipped]) + content[place + 1 :]
+    if kind == 2:
+        return (
+            content[:place] + bytes([int(rng.integers(256))]) * length + content[place + length :]
+        )
+    return content[: place + length] + content[place:]
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of what it can still read
+@pytest.mark.parametrize("name", KINDS)
+def test_a_mutated_file_is_an_image_or_one_line(name, tmp_path):
+    content, rng = KINDS[name][0](), np.random.default_rng(0)
+    file = tmp_path / name
+    for _ in range(40):
+        file.write_bytes(_mutated(content, rng))
+        got = folders._decode(file, size=5, channels=None)
+        if isinstance(got, str):
+            assert got
+            assert "\n" not in got
+            assert str(tmp_path) not in got
+        else:
+            assert got.pixels.dtype == np.uint8
+            assert got.pixels.shape in ((5, 5, 1), (5, 5, 3))
+        image_files.is_gray(file)

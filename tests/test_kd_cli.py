@@ -176,7 +176,10 @@ WRONG = [
     (("train", "--loss", "kdd:1"), "unknown loss 'kdd'; did you mean 'kd'"),
     (("train", "--loss", "kd:1"), "--loss kd needs a teacher"),
     (("train", "--teacher", "teacher", "--loss", "ce:1"), "no term that looks at a teacher"),
-    (("train", "--teacher", "teacher", "--loss", "kd:1:temperature=0"), "must be positive, got 0"),
+    (
+        ("train", "--teacher", "teacher", "--loss", "kd:1:temperature=0"),
+        "temperature must be in [0.01, 1000], got 0",
+    ),
     (("train", "--teacher", "teacher", "--loss", "at:1"), "a loss of maps needs layers"),
     (("train", "--teacher", "teacher", "--loss", "at@nine"), "unknown layer 'nine'"),
     (("train", "--teacher", "teacher", "--mixup", "0.2", "--loss", "dkd"), "needs whole labels"),

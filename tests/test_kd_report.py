@@ -175,6 +175,7 @@ def test_axes_of_the_curves_are_labelled(folders):
         ("metrics.jsonl", "[1]", "damaged run"),
         ("metrics.jsonl", '{"step": "one", "validation_accuracy": 1}', "damaged run"),
         ("metrics.jsonl", '{"validation_accuracy": 1}', "damaged run"),
+        ("metrics.jsonl", "[" * 100_000, "damaged run"),
     ],
 )
 def test_a_bad_folder_is_one_clear_error(file, content, message, folders):

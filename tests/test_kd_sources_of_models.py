@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import socket
 import time
 import zipfile
@@ -657,19 +656,6 @@ def test_the_card_of_a_program_says_what_it_wants(tmp_path: Path) -> None:
     torch.testing.assert_close(teacher(_nchw(data.apply(raw))), expected, rtol=1e-3, atol=1e-3)
 
 
-def _pickled(path: Path) -> None:
-    """A program whose sample inputs would run code."""
-    whole = path.with_name("whole.pt2")
-    _export(whole)
-    with (
-        zipfile.ZipFile(whole) as old,
-        zipfile.ZipFile(path, "w") as new,
-    ):
-        for name in old.namelist():
-            bomb = pickle.dumps(_Bomb(path.parent / "ran"), protocol=2)
-            new.writestr(name, bomb if "sample_inputs" in name else old.read(name))
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -677,7 +663,6 @@ def _pickled(path: Path) -> None:
         (lambda path: _export(path, batch="fixed"), "takes exactly 2 images at once"),
         (lambda path: path.write_bytes(b"nothing"), "is not a whole .pt2 file"),
         (lambda path: zipfile.ZipFile(path, "w").close(), "is not a program that can be read"),
-        (_pickled, "holds more than a program and tensors"),
         (lambda path: _export(path, card="{}}"), "is no JSON"),
         (lambda path: _export(path, card='{"classes": []}'), "is not whole"),
         (lambda path: None, "there is no file"),

@@ -22,15 +22,19 @@ from timm.data.loader import create_loader
 from timm.utils.misc import natural_key
 from torch import Tensor
 
-from dsdistill.harness import class_names, datasets
+from dsdistill.harness import artifact, class_names, datasets, preprocess
+from dsdistill.harness.artifact import Distilled
 from dsdistill.harness.errors import UserError
+from dsdistill.harness.labeled import centred_one_hot
 from dsdistill.harness.layout import list_folder
+from kd import sources
 from kd.data import Batch, derive, mine
-from kd.files import pictures, shards
+from kd.files import pictures, shards, streaming
 from kd.files.pictures import Pictures, open_folder
 from kd.files.shards import Archive, Sequential, is_named, open_named, streamed
 from kd.files.stream import Stream, order
 from kd.files.views import Views, seeded
+from kd.recipe import Recipe
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -268,6 +272,12 @@ def test_a_last_part_too_small_to_be_shared_joins_the_one_before(images: Picture
     assert Stream(images, PLAIN, 100, CPU).sizes == [100, 100, 100]
     assert Stream(images, PLAIN, 99, CPU, world=1).sizes == [99, 99, 99, 3]
     assert Stream(images, PLAIN, 99, CPU, world=2).sizes == [99, 99, 102]
+    needy = Stream(images, PLAIN, 99, CPU, least=4)
+    assert needy.sizes == [99, 99, 102]
+    assert [len(batch) for batch in needy.epoch(0, 0)] == needy.sizes
+    assert [len(batch) for batch in needy.epoch(0, 0, first=1)] == needy.sizes[1:]
+    with pytest.raises(UserError, match="it needs 4 in a batch, got 3"):
+        Stream(images, PLAIN, 3, CPU, least=4)
     assert Stream(images, PLAIN, 299, CPU).sizes == [300]
     assert Stream(images, PLAIN, 128, CPU, repeats=3).sizes == [128, 128]
 
@@ -382,6 +392,91 @@ def test_a_folder_is_split_as_it_is_where_it_is_decoded_once(
             image, label = streamed_.read(row, 3)
             assert np.array_equal(np.asarray(image), pixels)
             assert label == kept.labels[row]
+
+
+@pytest.mark.parametrize(
+    "order", [None, ("0", "1", "10", "2", "9"), ("00", "01", "02", "09", "10")]
+)
+def test_parts_and_class_orders_are_those_of_images_decoded_once(
+    tmp_path: Path, order: tuple[str, ...] | None
+) -> None:
+    root = tmp_path / "photos"
+    code = 0
+    for part, count in (("Training", 5), ("valid", 2), ("testing", 3)):
+        for label in ("0", "1", "2", "9", "10"):
+            (root / part / label).mkdir(parents=True)
+            for number in range(count):
+                code += 1
+                Image.new("RGB", (6, 6), (code, 0, int(label))).save(
+                    root / part / label / f"{number}.png"
+                )
+    resident = datasets.load(str(root), root=tmp_path, cache=tmp_path / "cache", classes=order)
+    ours = open_folder(root, 0.3, order)
+    expected = order or ("0", "1", "2", "9", "10")
+    assert ours.train.classes == resident.train.classes == expected
+    for streamed_, kept, count in (
+        (ours.train, resident.train, 25),
+        (ours.validation, resident.validation, 10),
+        (ours.test, resident.test, 15),
+    ):
+        assert len(streamed_) == len(kept) == count
+        assert np.array_equal(streamed_.labels, kept.labels)  # pyright: ignore[reportArgumentType]
+        for row, pixels in enumerate(kept.images()):
+            image, label = streamed_.read(row, 3)
+            assert np.array_equal(np.asarray(image), pixels)
+            assert int(expected[label]) == pixels[0, 0, 2]
+
+
+def test_channels_of_streamed_images(tmp_path: Path) -> None:
+    for label in "ab":
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for number in range(10):
+            Image.new("RGB", (9, 9), (250, 0, 0)).save(
+                tmp_path / "photos" / label / f"{number}.png"
+            )
+    options: dict[str, Any] = {"root": tmp_path, "image_size": 8, "validation_fraction": 0.0}
+    gray = streaming.resolve(str(tmp_path / "photos"), channels=1, **options)
+    assert gray.shape == (8, 8, 1)
+    fitted = gray.fit(None)
+    (batch,) = gray.test(Recipe(), fitted, CPU).in_order()  # pyright: ignore[reportOptionalMemberAccess]
+    assert batch.images.shape[1:] == (1, 8, 8)
+    luma = round(0.299 * 250) / 255
+    torch.testing.assert_close(
+        batch.images * float(fitted.std[0]) + float(fitted.mean[0]),
+        torch.full_like(batch.images, luma),
+    )
+    assert streaming.resolve(str(tmp_path / "photos"), **options).shape == (8, 8, 3)
+
+
+def test_a_set_in_another_class_order_is_matched_by_its_names(tmp_path: Path) -> None:
+    """As sets are that were made when folders of numbers stood in the order of their text."""
+    for label in range(12):
+        (tmp_path / "photos" / str(label)).mkdir(parents=True)
+        for number in range(10):
+            Image.new("L", (4, 4), 20 * label + number).save(
+                tmp_path / "photos" / str(label) / f"{number}.png"
+            )
+    stored = tuple(sorted(str(label) for label in range(12)))
+    splits = datasets.load(str(tmp_path / "photos"), root=tmp_path, classes=stored)
+    fitted = preprocess.fit("standardise", splits.train.chunks, splits.train.shape)
+    provenance = {
+        "data": {"source": str(tmp_path / "photos"), "sha256": splits.digest},
+        "config": {"image_size": None, "validation_fraction": 0.1},
+    }
+    made = Distilled(
+        fitted.apply(splits.train.images(np.arange(0, len(splits.train), 7))),
+        centred_one_hot(splits.train.labels[::7], 12),
+        fitted,
+        stored,
+        provenance,
+    )
+    artifact.save(tmp_path / "set.safetensors", made)
+    source = sources.resolve(str(tmp_path / "set.safetensors"), root=tmp_path)
+    assert source.note is None
+    assert source.splits is not None
+    assert source.classes == source.splits.test.classes == stored
+    for image, label in zip(source.splits.test.images(), source.splits.test.labels, strict=True):
+        assert stored[label] == str(image[0, 0, 0] // 20)
 
 
 def test_images_of_every_kind_become_upright_colours_on_white(tmp_path: Path) -> None:

@@ -169,6 +169,15 @@ def test_impossible_networks_are_refused(name, depth, message):
         networks.parse(name, depth)
 
 
+@pytest.mark.parametrize("part", ["kernel", "symmetric", "slopes", "deviations"])
+@pytest.mark.parametrize("name", ["convnet", "myrtle", "CRP-CRPCR-gap"])
+def test_images_too_small_for_the_poolings_are_one_line(name, part):
+    function = getattr(networks.parse(name), part)
+    x = np.zeros((2, 8, 3, 1), np.float32)
+    with pytest.raises(UserError, match=r"at least .* pixels for the kernel's poolings, got 8x3"):
+        function(x, x) if part in ("kernel", "slopes") else function(x)
+
+
 def test_network_from_a_module(tmp_path, monkeypatch):
     (tmp_path / "my_network.py").write_text(
         "from neural_tangents import stax\n"
@@ -200,3 +209,18 @@ def test_neural_tangents_works_beyond_kernels():
     assert nt.batch(kernel, batch_size=1)(x, None, "ntk").shape == (3, 3)
     predict = nt.predict.gradient_descent_mse_ensemble(kernel, x, jnp.ones((3, 1)))
     assert predict(x_test=x, get="ntk").shape == (3, 1)
+
+
+@pytest.mark.parametrize("name", ["convnet", "CRPCRPCRP-gap"])
+@pytest.mark.parametrize("shape", [(1, 1, 3), (7, 8, 1)])
+def test_images_too_small_for_the_poolings_are_one_line(name, shape):
+    network, x = networks.parse(name), jnp.zeros((2, *shape))
+    calls = (
+        (network.kernel, (x, x)),
+        (network.symmetric, (x,)),
+        (network.slopes, (x, x)),
+        (network.deviations, (x,)),
+    )
+    for compute, given in calls:
+        with pytest.raises(UserError, match=r"needs images of at least 8x8 pixels .* got \dx\d: "):
+            compute(*given)

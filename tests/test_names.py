@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import warnings
@@ -16,6 +17,8 @@ import matplotlib
 import numpy as np
 import pytest
 from markdown_it import MarkdownIt
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 from report_support import report
 from rich.table import Table
@@ -140,9 +143,12 @@ def test_an_error_is_one_line(name, monkeypatch, capsys):
         raise OSError(f"cannot open {name}")
 
     monkeypatch.setattr(command, "_parse", lambda *_: Options())
-    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
-    with pytest.raises(SystemExit) as stop:
-        command.main("kd", "", {"train": (Options, fail)}, "stopped")
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            command.main("kd", "", {"train": (Options, fail)}, "stopped")
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert str(stop.value) == f"kd: cannot open {text.printable(name)}"
 
 
@@ -170,7 +176,7 @@ def test_the_picture_of_a_set_takes_any_name(start, tmp_path):
 def test_a_name_is_drawn_as_text_and_not_as_a_formula(tmp_path):
     """In mathematics, the dollar signs would vanish and leave a narrower name."""
     with drawing.plain():
-        figure = matplotlib.figure.Figure()
+        figure = Figure()
         widths = [
             figure.text(0, 0, drawing.label(name)).get_window_extent().width
             for name in ("under_$5_$10", "under_x5_x10")
@@ -179,7 +185,7 @@ def test_a_name_is_drawn_as_text_and_not_as_a_formula(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1), (1, 1, 3), (3000, 2, 3), (2, 3000, 1), (4, 4, 2), (2000, 3000, 4)]
+    "shape", [(1, 1, 1), (1, 1, 3), (3000, 2, 3), (2, 3000, 1), (4, 4, 2), (900, 1200, 4)]
 )
 def test_a_picture_of_any_shape_is_drawn(shape, tmp_path):
     drawn = grid(tmp_path / "set.png", shape, ("cat", "dog"))
@@ -228,7 +234,7 @@ def nasty() -> list[reports.Report]:
 
 def texts(figure) -> list[str]:
     """Every text of a figure."""
-    return [t.get_text() for t in figure.findobj(matplotlib.text.Text)]
+    return [t.get_text() for t in figure.findobj(Text)]
 
 
 def test_plots_show_names_as_text(nasty):
@@ -461,3 +467,23 @@ def test_a_short_logarithmic_axis_has_numbers_too(tmp_path, monkeypatch):
     drawn[0].draw_without_rendering()
     shown = [t.get_text() for t in (*axis.get_ticklabels(), *axis.get_ticklabels(minor=True))]
     assert len([float(text) for text in shown if text]) >= 2
+
+
+def test_curves_are_drawn_from_the_lines_that_can_be_read(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(drawing, "png", lambda figure: drawn.append(figure) or b"")
+    deep = "[" * 100_000
+    lines = [
+        '{"step": 1, "ce": 2.0, "odd": "x"}',
+        "no JSON",
+        deep,
+        "[]",
+        '{"ce": 1.0}',
+        '{"step": 2, "ce": NaN, "validation_accuracy": {}}',
+        '{"step": 3, "ce": 1e400, "late": 1%s}' % ("0" * 400),
+        '{"step": 4, "ce": 1.0}',
+    ]
+    (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode() + b'\n{"step": 5, \xff')
+    curves.draw(tmp_path)
+    (line,) = drawn[0].axes[0].lines
+    assert line.get_xydata().tolist() == [[1, 2], [4, 1]]

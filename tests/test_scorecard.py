@@ -18,6 +18,7 @@ from dsdistill import assembly, scorecard
 from dsdistill.harness import artifact, machine
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.reports import report as reports
+from dsdistill.harness.stopping import Stopped
 from dsdistill.options import Evaluate, Kip, Report
 from dsdistill.pipeline import run_kip
 from kd import learners, session
@@ -295,3 +296,9 @@ def test_data_that_changed_is_refused(made: Path, tmp_path: Path):
     artifact.save(other / artifact.FILE, replace(distilled, provenance=provenance))
     with pytest.raises(UserError, match="was distilled from other images"):
         scorecard.run(Evaluate(other))
+
+
+def test_a_stop_by_hand_says_how_the_evaluation_goes_on():
+    line = r"`dsdistill evaluate 'a run' --resume --out out`$"
+    with pytest.raises(Stopped, match=line), scorecard._stoppable(Path("a run"), Path("out")):
+        raise KeyboardInterrupt

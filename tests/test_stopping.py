@@ -1,11 +1,13 @@
 """Ctrl-C and SIGTERM as a flag, where an exception could be lost."""
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -41,12 +43,50 @@ def test_a_signal_in_a_callback_stops_the_loop(number):
     assert signal.getsignal(number) is before
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_signal_that_was_lost_before_the_loop_stops_it():
+def _compute() -> None:
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        pass
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("where", ["removal", "collection", "weak reference"])
+def test_a_signal_in_a_callback_outside_a_loop_ends_the_work_as_well(number, where, capsys):
+    """JAX has a callback of the garbage collector: exceptions in it are printed and lost."""
+    sent = []
+
+    def callback(*_: object) -> None:
+        if not sent:
+            sent.append(number)
+            _send(number)
+
+    def work() -> None:
+        if where == "removal":
+            Callback(number)
+        elif where == "collection":
+            gc.collect()
+        else:
+            weakref.finalize(type("Plain", (), {})(), callback)
+        _compute()
+
+    if where == "collection":
+        gc.callbacks.append(callback)
+    try:
+        with handled(), pytest.raises(KeyboardInterrupt):
+            work()
+    finally:
+        if where == "collection":
+            gc.callbacks.remove(callback)
+    assert "ignored" not in capsys.readouterr().err
+
+
+def test_a_signal_that_was_lost_before_the_loop_stops_it(monkeypatch):
+    monkeypatch.setattr(stopping, "AGAIN", 1000.0)
     with handled():
         Callback(signal.SIGTERM)
         with watch() as stop:
             assert stop.requested
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
 
 def test_outside_a_loop_a_signal_ends_the_work_at_once():

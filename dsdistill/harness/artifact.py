@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 from jaxtyping import Float, Int
 
 from dsdistill.harness import checksums
@@ -77,6 +78,25 @@ def save(path: Path, distilled: Distilled) -> None:
         ArtifactError: If the set itself breaks a rule that `load` would check.
         OSError: If the folder cannot be written or the disk is full; an old file stays.
     """
+    metadata, tensors = pack(path, distilled)
+    write_bytes(path, safetensors.numpy.save(tensors, metadata))
+
+
+def pack(
+    path: Path, distilled: Distilled
+) -> tuple[dict[str, str], dict[str, Float[np.ndarray, "..."]]]:
+    """The set as a few strings and arrays, which `unpack` checks and puts together again.
+
+    Args:
+        path: Where they will be written, for messages.
+        distilled: The set.
+
+    Returns:
+        The header and its checksum by name, and the arrays by name.
+
+    Raises:
+        ArtifactError: If the set itself breaks a rule that `unpack` would check.
+    """
     _check(path, distilled)
     tensors = _tensors(distilled)
     header = {
@@ -90,7 +110,7 @@ def save(path: Path, distilled: Distilled) -> None:
         "provenance": dict(distilled.provenance),
     }
     text = json.dumps(header, sort_keys=True, allow_nan=False)
-    write_bytes(path, checksums.pack(KEY, text, tensors))
+    return checksums.metadata(KEY, text, tensors), tensors
 
 
 def load(path: Path) -> Distilled:
@@ -99,7 +119,30 @@ def load(path: Path) -> Distilled:
     Raises:
         ArtifactError: If the file is missing, truncated, damaged, foreign or inconsistent.
     """
-    header, tensors = _read(Path(path))
+    path = Path(path)
+    header, tensors, _ = checksums.load(path, KEY, kind="a distilled set", error=ArtifactError)
+    return _assembled(path, header, tensors)
+
+
+def unpack(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, np.ndarray]) -> Distilled:
+    """The set of what `pack` gave.
+
+    Raises:
+        ArtifactError: If it is damaged, foreign or inconsistent.
+    """
+    text = metadata[KEY]
+    seal = metadata.get(checksums.SHA256)
+    checksums.verify(path, text, tensors, seal, error=ArtifactError)
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: the header is not JSON: {error}") from error
+    return _assembled(path, header, tensors)
+
+
+def _assembled(path: Path, stored: Any, tensors: Mapping[str, np.ndarray]) -> Distilled:
+    """The set that a header and named arrays describe, after every check."""
+    header = _checked(path, stored)
     try:
         fitted = pre.Preprocess(
             header["preprocess"]["kind"],
@@ -128,11 +171,6 @@ def load(path: Path) -> Distilled:
 def locate(run: Path) -> Path:
     """The distilled-set file of a run's folder, or the path itself if it is a file."""
     return run / FILE if run.is_dir() else run
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    header, tensors, _ = checksums.load(path, KEY, kind="a distilled set", error=ArtifactError)
-    return _checked(path, header), tensors
 
 
 def _checked(path: Path, header: Any) -> dict[str, Any]:

@@ -42,8 +42,8 @@ class Splits:
         """SHA-256 of the images, labels and class names of each part, for `Run.require_same`."""
         return {
             "training images and labels": self.digest,
-            "validation images and labels": _digest(self.validation),
-            "test images and labels": _digest(self.test),
+            "validation images and labels": digest(self.validation),
+            "test images and labels": digest(self.test),
         }
 
 

@@ -39,6 +39,7 @@ from dsdistill.harness.runs import write_json
 MAX_UNREADABLE = 0.01  # share of the images that may be skipped
 FEW = 3  # unreadable images are skipped in a small folder too, up to a tenth of its images
 CHUNK = 256  # images decoded between two writes
+INDEX = "index.json"
 LAYOUT = 2  # part of the key: raise it when the same files would be decoded differently
 ABANDONED = 24 * 3600  # seconds without a write after which a half-made cache is swept away
 CHECKED = 1 << 24  # bytes of one checksum
@@ -120,7 +121,7 @@ def read(
     if store.skipped:
         line = _unreadable(path, files, store.skipped)
         logging.getLogger(__name__).warning("%s; skipped", line)
-    if store.gray:
+    if store.gray and channels is None:
         progress.note(
             f"{shown(path)}: {store.gray:,} of {len(files):,} images are grayscale and are read as "
             "colour, since others have it; --channels 1 makes all grayscale"
@@ -144,26 +145,32 @@ def _open_or_fill(
     path: Path, cache: Path, files: list[Path], size: int | None, channels: int | None
 ) -> Store:
     """The images from the cache, decoded if they are not there or are damaged there."""
-    folder = cache / _key(path, files, size, channels)
+    stamp = _stamp(path, files)
+    folder = cache / _key(stamp, size, channels)
+    as_they_are = cache / _key(stamp, size, None)
+    if (read_index(as_they_are) or {"shape": [None]})["shape"][-1] == channels:
+        folder = as_they_are  # has the channels that are asked for
     if folder.exists():
         if store := _open(folder, len(files)):
             with suppress(OSError):  # of a cache that others own
                 os.utime(folder / INDEX)  # when it was last used
             return store
         progress.say(f"the decoded images in {folder} are damaged: {shown(path)} is decoded again")
-    return _fill(path, folder, files, size, channels)
+    return _fill(path, folder, files, size, None if folder == as_they_are else channels)
 
 
-INDEX = "index.json"
-
-
-def _key(path: Path, files: list[Path], size: int | None, channels: int | None) -> str:
-    sha = hashlib.sha256(repr((LAYOUT, os.fsencode(path.resolve()), size, channels)).encode())
+def _stamp(path: Path, files: list[Path]) -> bytes:
+    """Changes with the place of the folder, and with the name, size or time of any file."""
+    sha = hashlib.sha256(repr((LAYOUT, os.fsencode(path.resolve()))).encode())
     for file in files:
         found = file.stat()
         name = os.fsencode(file.relative_to(path))
         sha.update(repr((name, found.st_size, found.st_mtime_ns)).encode())
-    return sha.hexdigest()[:32]
+    return sha.digest()
+
+
+def _key(stamp: bytes, size: int | None, channels: int | None) -> str:
+    return hashlib.sha256(repr((stamp, size, channels)).encode()).hexdigest()[:32]
 
 
 def _open(folder: Path, count: int) -> Store | None:

@@ -12,15 +12,23 @@ and the images to choose by are held out of `train`, as with a folder that has n
 Nothing is read here but folders, and files without an extension.
 """
 
-import os
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from dsdistill.harness import class_names, image_files, progress
+from dsdistill.harness import class_names, progress
 from dsdistill.harness.labeled import DataError
+from dsdistill.harness.walk import (
+    LeftOut,
+    count_broken_links,
+    count_loose_images,
+    find_images,
+    has_loose_images,
+    holds_images,
+    identify,
+    subfolders,
+)
 
 KEYWORDS = {  # of a part: Hugging Face's, which include those of timm and torchvision
     "train": ("train", "training"),
@@ -30,40 +38,8 @@ KEYWORDS = {  # of a part: Hugging Face's, which include those of timm and torch
 PARTS = {keyword: part for part, keywords in KEYWORDS.items() for keyword in keywords}
 _WORDS = "|".join(sorted(PARTS, key=len, reverse=True))
 _WITHIN = re.compile(rf"(?<![a-z])({_WORDS})(?:set)?(?![a-z])")
-# Leftovers of other programs, beside names that begin with a dot.
-LEFTOVERS = {"__macosx", "@eadir", "__pycache__", "lost+found", "$recycle.bin", "#recycle"}
-LEFTOVERS |= {"system volume information", "thumbs.db", "desktop.ini"}
 DEPTH = 3  # folders in folders that are followed, as unpacking archives leaves them
 ANNOTATIONS = "val_annotations.txt"  # of Tiny-ImageNet: name of a file, tab, class, and a box
-
-
-@dataclass
-class LeftOut:
-    """What lies among the images and is not read.
-
-    Attributes:
-        files: How many, by extension.
-        broken: Links to nothing.
-        hidden: Images whose name begins with a dot.
-        folders: With images, and no part of the data set.
-        loose: Images beside the class folders.
-    """
-
-    files: Counter[str] = field(default_factory=Counter)
-    broken: int = 0
-    hidden: int = 0
-    folders: list[str] = field(default_factory=list)
-    loose: int = 0
-
-    def __str__(self) -> str:
-        kinds = sorted(self.files.items(), key=lambda item: (-item[1], item[0]))
-        parts = [f"{count:,} {kind}" for kind, count in kinds[:5]]
-        if len(self.files) > 5:
-            parts.append(f"{sum(self.files.values()):,} files that are no images in all")
-        parts += [f"{self.broken:,} broken link{'s' * (self.broken > 1)}"] if self.broken else []
-        parts += [f"{self.hidden:,} hidden"] if self.hidden else []
-        parts += [f"{self.loose:,} beside the class folders"] if self.loose else []
-        return ", ".join(parts + self.folders)
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,10 +177,10 @@ def _descend(path: Path, *, part: bool = False) -> Path:
     """
     inner = path
     for _ in range(DEPTH + 1):
-        inside = [folder for folder in _folders(inner) if _holds_images(folder)]
+        inside = [folder for folder in subfolders(inner) if holds_images(folder)]
         if len(inside) > 1 or (len(inside) == 1 and _part_name(inside[0].name) and not part):
             return inner
-        if not inside or _has_loose_images(inner):
+        if not inside or has_loose_images(inner):
             break
         inner = inside[0]
     return path
@@ -212,7 +188,7 @@ def _descend(path: Path, *, part: bool = False) -> Path:
 
 def _parts(root: Path, left_out: LeftOut) -> dict[str, Path]:
     """The folder of each part; none where `root` holds class folders."""
-    folders = [folder for folder in _folders(root) if _holds_images(folder)]
+    folders = [folder for folder in subfolders(root) if holds_images(folder)]
     named: dict[str, list[Path]] = {}
     for folder in folders:
         if part := _part_name(folder.name):
@@ -232,14 +208,14 @@ def _parts(root: Path, left_out: LeftOut) -> dict[str, Path]:
     if not _is_labelled(parts["train"]):
         raise DataError(
             f"{shown(parts['train'])} has images and no class folders: expected one folder of "
-            "images a class"
+            "images a class (if it is a class itself, rename it)"
         )
     for folder in (*others, *sorted(taken - {*parts.values()})):
         left_out.folders.append(f"{_inside(root, folder)} (no part)")
-    for folder in _folders(root):
+    for folder in subfolders(root):
         if _part_name(folder.name) and folder not in folders:
             left_out.folders.append(f"{_inside(root, folder)} (no images)")
-    left_out.loose += _loose_images(root)
+    left_out.loose += count_loose_images(root)
     return parts
 
 
@@ -256,11 +232,7 @@ def _compounds(folders: Sequence[Path]) -> dict[str, list[Path]]:
         if len(words := _WITHIN.findall(name)) == 1:
             parts = stems.setdefault(_WITHIN.sub("", name), {})
             parts.setdefault(PARTS[words[0]], []).append(folder)
-    whole = [
-        parts
-        for parts in stems.values()
-        if "train" in parts and len(parts) > 1 and _is_labelled(parts["train"][0])
-    ]
+    whole = [parts for parts in stems.values() if "train" in parts and len(parts) > 1]
     return whole[0] if len(whole) == 1 else {}
 
 
@@ -273,7 +245,8 @@ def _are_classes(root: Path, named: dict[str, list[Path]], others: Sequence[Path
     labelled = {part for part, candidates in named.items() if any(map(_is_labelled, candidates))}
     if not others or {"train"} < labelled:
         return False
-    if not labelled and len(named) == 1:
+    alike = all(_WITHIN.search(folder.name.casefold()) for folder in others)
+    if not labelled and len(named) == 1 and not alike:
         return True
     parts = [folder for candidates in named.values() for folder in candidates]
     raise DataError(
@@ -299,7 +272,7 @@ def _one(root: Path, candidates: Sequence[Path]) -> Path:
 
 def _is_labelled(folder: Path) -> bool:
     """Whether the images of a part have classes; those of a hidden test often have none."""
-    return (folder / ANNOTATIONS).is_file() or any(map(_holds_images, _folders(folder)))
+    return (folder / ANNOTATIONS).is_file() or any(map(holds_images, subfolders(folder)))
 
 
 def _evaluated(folder: Path, root: Path, train: Part, left_out: LeftOut) -> Part | None:
@@ -308,9 +281,9 @@ def _evaluated(folder: Path, root: Path, train: Part, left_out: LeftOut) -> Part
     Raises:
         DataError: If its classes are others.
     """
-    inside = [f for f in _folders(folder) if _holds_images(f)]
+    inside = [f for f in subfolders(folder) if holds_images(f)]
     alone = len(inside) == 1 and class_names.from_folder(inside[0].name) not in train.classes
-    flat = alone and not any(map(_holds_images, _folders(inside[0])))
+    flat = alone and not any(map(holds_images, subfolders(inside[0])))
     if not (folder / ANNOTATIONS).is_file() and (not inside or flat):
         left_out.folders.append(f"{_inside(root, folder)} (images without classes)")
         return None
@@ -335,7 +308,7 @@ def _read_part(folder: Path, above: tuple[Path, ...], left_out: LeftOut) -> Part
     inside = _descend(folder, part=True)
     above, folder = (*above, folder), inside
     folders: dict[str, Path] = {}
-    for path in _folders(folder):
+    for path in subfolders(folder):
         name = class_names.from_folder(path.name)
         if name in folders:
             raise DataError(
@@ -351,12 +324,12 @@ def _read_part(folder: Path, above: tuple[Path, ...], left_out: LeftOut) -> Part
         raise DataError(
             f"{shown(folder)} has one class folder, {next(iter(folders))!r}: expected at least two"
         )
-    left_out.loose += _loose_images(folder)
-    left_out.broken += _broken_links(folder)
+    left_out.loose += count_loose_images(folder)
+    left_out.broken += count_broken_links(folder)
     files, labels = [], []
     for label, path in enumerate(folders.values()):
         other = LeftOut()
-        images = sorted(_images(path, {_identity(p) for p in (*above, folder)}, other))
+        images = sorted(find_images(path, {identify(p) for p in (*above, folder)}, other))
         if not images:
             what = f" ({other})" if str(other) else ""
             raise DataError(f"class folder {shown(path)} has no images{what}: remove it")
@@ -394,99 +367,12 @@ def _annotated(folder: Path, left_out: LeftOut) -> Part:
     classes = class_names.ordered(sorted({*found.values()}))
     if len(classes) < 2:
         raise DataError(f"{shown(path)} names {len(classes)} classes: expected at least two")
-    unnamed = sum(1 for file in _images(where, set(), LeftOut()) if file not in found)
+    unnamed = sum(1 for file in find_images(where, set(), LeftOut()) if file not in found)
     if unnamed:
         left_out.folders.append(f"{unnamed:,} images that {ANNOTATIONS} does not name")
     index = {name: label for label, name in enumerate(classes)}
     files = sorted(found, key=lambda file: (index[found[file]], file))
     return Part(folder, classes, files, [index[found[file]] for file in files])
-
-
-def _folders(path: Path) -> list[Path]:
-    """The folders inside that may hold images, links to folders among them, in order of names."""
-    with os.scandir(path) as entries:
-        names = [entry.name for entry in entries if entry.is_dir() and not _is_leftover(entry.name)]
-    return [path / name for name in sorted(names)]
-
-
-def _is_leftover(name: str) -> bool:
-    return name[0] == "." or name.casefold() in LEFTOVERS
-
-
-def _holds_images(folder: Path) -> bool:
-    return next(_images(folder, set(), LeftOut()), None) is not None
-
-
-def _has_loose_images(folder: Path) -> bool:
-    return next(_direct_images(folder), None) is not None
-
-
-def _loose_images(folder: Path) -> int:
-    return sum(1 for _ in _direct_images(folder))
-
-
-def _direct_images(folder: Path) -> Iterator[Path]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name[0] != "." and entry.is_file() and _is_image(entry):
-                yield Path(entry.path)
-
-
-def _images(folder: Path, above: set[tuple[int, int]], left_out: LeftOut) -> Iterator[Path]:
-    """The images at any depth, as some data sets nest them.
-
-    Links are followed, each folder once: a link back to one above it would never end.
-
-    Args:
-        folder: Of a class.
-        above: Identities of the folders that hold it.
-        left_out: Counts what is passed over.
-    """
-    seen, waiting = set(above), [folder]
-    while waiting:
-        where = waiting.pop()
-        if (identity := _identity(where)) in seen:
-            continue
-        seen.add(identity)
-        with os.scandir(where) as entries:
-            for entry in entries:
-                if entry.is_dir():
-                    if not _is_leftover(entry.name):
-                        waiting.append(Path(entry.path))
-                elif entry.is_symlink() and not entry.is_file():
-                    left_out.broken += 1
-                elif _is_image(entry):
-                    if entry.name[0] != ".":
-                        yield Path(entry.path)
-                    else:
-                        left_out.hidden += 1
-                elif entry.name[0] != "." and entry.name.casefold() not in LEFTOVERS:
-                    left_out.files[_kind(entry.name)] += 1
-
-
-def _broken_links(folder: Path) -> int:
-    with os.scandir(folder) as entries:
-        return sum(e.is_symlink() and not (e.is_dir() or e.is_file()) for e in entries)
-
-
-def _is_image(entry: os.DirEntry[str]) -> bool:
-    """By the extension; a file that has none is looked into."""
-    extension = os.path.splitext(entry.name)[1].lower()
-    if extension in image_files.extensions():
-        return True
-    plain = not re.fullmatch(r"\.[a-z][a-z0-9]*", extension)
-    return plain and entry.name[0] != "." and entry.is_file() and image_files.is_signed(entry.path)
-
-
-def _kind(name: str) -> str:
-    """What a file that is no image is called where such are counted."""
-    extension = os.path.splitext(name)[1].lower()
-    return class_names.printable(extension) if extension else "without extension"
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_dev, found.st_ino
 
 
 def _inside(root: Path, folder: Path) -> str:

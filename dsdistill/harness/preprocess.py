@@ -23,9 +23,9 @@ Kind = Literal["standardise", "zca", "none", "zca-mtt", "zca-rfad", "zca-frepo"]
 KINDS: tuple[Kind, ...] = ("standardise", "zca", "none")  # that sets are made with here
 ZCA_RIDGE = 0.1  # relative to the mean eigenvalue of the covariance, as in the paper's notebook
 MTT_RIDGE = 0.1  # absolute, of pixels in [0, 1]
-RFAD_RIDGE = FREPO_RIDGE = 0.1  # relative to the mean eigenvalue, of standardised pixels
 PROBE = 512  # rows of the matrices whose product is timed
 EIGENVECTORS = 6  # products of two matrices that take as long as the eigenvectors of one
+RFAD_RIDGE = FREPO_RIDGE = 0.1  # relative to the mean eigenvalue, of standardised pixels
 CHUNK = 2**22  # pixel values held at a time of a data set that may not fit into memory
 
 Chunks = Callable[[int], Iterator[Num[np.ndarray, "m h w c"]]]
@@ -253,8 +253,8 @@ def _roots(
         covariance: Symmetric and positive.
         rank: How many of the largest eigenvalues are known; the others count as 1.
     """
+    # In ascending order.
     values, vectors = stopping.interruptible(lambda: np.linalg.eigh(covariance))
-    # Eigenvalues ascend.
     roots = np.sqrt(values)
     if rank is not None and rank < len(roots):
         roots[: len(roots) - rank] = 1.0
@@ -268,7 +268,7 @@ def _announce_zca(shape: tuple[int, int, int], count: int) -> None:
     if d < 2 * PROBE:
         return
     began = time.perf_counter()
-    small @ small
+    np.matmul(small, small)
     seconds = (time.perf_counter() - began) * (d / PROBE) ** 2  # of a product of d x d with d x m
     total = seconds * (count + (EIGENVECTORS + 2) * d) / PROBE
     if total > progress.LINE_EVERY:

@@ -3,15 +3,18 @@
 Python runs a signal's handler between any two instructions, in a callback of JAX or of the garbage
 collector too, and an exception raised there is printed and lost. So inside `watch` the first signal
 sets a flag alone, which the loop asks after each step; a later one raises KeyboardInterrupt at
-once, and one more ends the process. Outside it the first one raises, and the flag stays up for a
-loop that comes later.
+once, and one more ends the process. Outside it the first one raises, in a callback as soon as that
+is over, and the flag stays up for a loop that comes later.
 """
 
+import _weakrefset
 import contextlib
+import gc
 import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, TypeVar
@@ -21,6 +24,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Seconds in which a second signal counts as the first: a launcher passes on a Ctrl-C that the
 # terminal has sent to its processes as well.
 ECHO = 1.0
+AGAIN = 0.02  # seconds of computing after which a signal that came in a callback is looked at again
 
 
 class Stopped(KeyboardInterrupt):
@@ -33,11 +37,13 @@ class Flag:
     Attributes:
         requested: Whether a stop was asked for.
         waits: Whether a loop is at work that asks for the flag.
+        over: Whether the work is over that the signals would end.
     """
 
     def __init__(self) -> None:
         self.requested = False
         self.waits = False
+        self.over = False
         self._since = 0.0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
@@ -53,7 +59,23 @@ class Flag:
         if not first:
             for each in SIGNALS:
                 signal.signal(each, signal.SIG_DFL)
-        raise KeyboardInterrupt
+        self._interrupt(frame)
+
+    def _interrupt(self, frame: FrameType | None) -> None:
+        """Raise, if an exception comes through here; else when the callback is over.
+
+        Not a thread: to start one may wait for a lock that the interrupted code holds. Not SIGALRM,
+        which other libraries use.
+        """
+        if not _in_callback(frame) or not hasattr(signal, "setitimer"):
+            raise KeyboardInterrupt
+
+        def again(number: int, frame: FrameType | None) -> None:
+            if not self.waits and not self.over:
+                self._interrupt(frame)
+
+        signal.signal(signal.SIGVTALRM, again)
+        signal.setitimer(signal.ITIMER_VIRTUAL, AGAIN)
 
     def check(self) -> None:
         """End what is at work if a stop was asked for.
@@ -63,6 +85,18 @@ class Flag:
         """
         if self.requested:
             raise KeyboardInterrupt
+
+
+def _in_callback(frame: FrameType | None) -> bool:
+    """Whether an exception raised in this frame would be printed and lost."""
+    callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
+    files = {weakref.__file__, _weakrefset.__file__}
+    while frame is not None:
+        code = frame.f_code
+        if code in callbacks or code.co_name == "__del__" or code.co_filename in files:
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextlib.contextmanager
@@ -83,6 +117,7 @@ def handled() -> Iterator[Flag]:
     try:
         yield flag
     finally:
+        flag.over = True
         for number, handler in before.items():
             if signal.getsignal(number) is flag:
                 signal.signal(number, handler)

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from dsdistill.harness.errors import UserError
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -120,7 +122,16 @@ def grids(height: int, width: int, poolings: int, everywhere: bool) -> tuple[Gri
         poolings: How many.
         everywhere: Whether the readout averages over all pixels (GlobalAvgPool) or pairs each
             pixel with itself (Flatten).
+
+    Raises:
+        UserError: If the images are too small for the poolings.
     """
+    smallest = 1 << poolings
+    if min(height, width) < smallest:
+        raise UserError(
+            f"images must have at least {smallest}x{smallest} pixels for the kernel's poolings, "
+            f"got {height}x{width}: take larger images or fewer poolings"
+        )
     axes = [_axes(size, poolings, everywhere) for size in (height, width)]
     return tuple(Grid(y, x) for y, x in zip(*axes, strict=True))
 

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from dsdistill.kernels.sequence import Sequence
 Kernel = Callable[[Float[Array, "n h w c"], Float[Array, "m h w c"]], Float[Array, "n m"]]
 Diagonal = Callable[[Float[Array, "n h w c"]], Float[Array, " n"]]
 Symmetric = Callable[[Float[Array, "n h w c"]], Float[Array, "n n"]]
+Computed = TypeVar("Computed")
 Slopes = Callable[
     [Float[Array, "n h w c"], Float[Array, "m h w c"]],
     tuple[Float[Array, "n m"], Float[Array, "n m h w c"]],
@@ -69,6 +70,7 @@ def parse(
         name: `fc`, `conv`, `convnet`, `convnet3` or `myrtle`, also with its depth, as in
             `convnet(2)`; a sequence such as `CR-3xCRP-flatten` (see `sequence`); or
             `module:attribute` for a neural-tangents network: a `stax` triple or a kernel function.
+            The module is imported, from the current folder too: never pass a name from a file.
         depth: Hidden layers of `fc` and `conv` (default 1), pooled blocks of `convnet` (3),
             or the variant of `myrtle` (5, 7 or 10; default 5).
         w_std, b_std: Deviations of weights and biases; a module sets its own.
@@ -184,15 +186,33 @@ def _planes(name: str, layers: Sequence) -> Network:
     one_half = functools.partial(banded.ntk_symmetric, network=layers)
     symmetric = devices.symmetric(functools.partial(banded.ntk, network=layers), one_half)
     deviations = functools.partial(variances.deviations, network=layers)
+    slopes = functools.partial(banded.slopes, network=layers)
     return Network(
         name,
         "exact planes",
-        kernel,
-        symmetric=symmetric,
-        slopes=functools.partial(banded.slopes, network=layers),
-        deviations=deviations,
+        _large_enough(name, layers, kernel),
+        symmetric=_large_enough(name, layers, symmetric),
+        slopes=_large_enough(name, layers, slopes),
+        deviations=_large_enough(name, layers, deviations),
         smallest=layers.smallest,
     )
+
+
+def _large_enough(
+    name: str, layers: Sequence, compute: Callable[..., Computed]
+) -> Callable[..., Computed]:
+    """The function, which refuses images of which the poolings would leave nothing."""
+
+    def checked(*images: Float[Array, "n h w c"]) -> Computed:
+        h, w = images[0].shape[1:3]
+        if min(h, w) < layers.smallest:
+            raise UserError(
+                f"the kernel {name} needs images of at least {layers.smallest}x{layers.smallest} "
+                f"pixels for its poolings, got {h}x{w}: take larger images or another kernel"
+            )
+        return compute(*images)
+
+    return checked
 
 
 def _from_module(name: str, depth: int | None) -> Network:

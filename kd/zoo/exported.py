@@ -1,13 +1,12 @@
 """A program that `torch.export` has saved, as a teacher: `FILE.pt2`.
 
-It gives logits and nothing else: it cannot be trained, and none of its layers can be tapped. An
-archive may hold pickled or compiled parts, which run code when they are read; one that does is
-refused.
+It gives logits and nothing else: it cannot be trained, and none of its layers can be tapped. The
+file may come from anybody: `exported_archive` reads it and `exported_graph` runs it, neither of
+which can do more than compute with tensors.
 """
 
-import io
+import hashlib
 import json
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError
+from kd.zoo import exported_archive, exported_graph
+from kd.zoo.exported_archive import Archive, NotAllowed
+from kd.zoo.exported_graph import Graph
 from kd.zoo.wants import Shape
 
 SUFFIX = ".pt2"
@@ -27,17 +29,37 @@ CARD = "model.json"  # the extra file that says what the program wants and what 
 class Exported(nn.Module):
     """A program that maps images to logits, in the mode in which it was exported."""
 
-    def __init__(self, program: nn.Module) -> None:
+    digest: Tensor
+
+    def __init__(self, archive: Archive, graph: Graph) -> None:
+        """Hold the program's tensors.
+
+        Args:
+            archive: Has all tensors that the graph names.
+            graph: What is run.
+        """
         super().__init__()
-        self.program = program
+        self.graph = graph
+        # A dot in the name of a parameter is not allowed: each is called by its place.
+        self._keys = {name: f"tensor_{i}" for i, name in enumerate(sorted(archive.tensors))}
+        for name, key in self._keys.items():
+            tensor = archive.tensors[name]
+            if name in archive.parameters and tensor.is_floating_point():
+                self.register_parameter(key, nn.Parameter(tensor))
+            else:
+                self.register_buffer(key, tensor)
+        # Two programs with the same weights answer differently: a hash of the state tells.
+        digest = bytearray(hashlib.sha256(archive.text).digest())
+        self.register_buffer("digest", torch.frombuffer(digest, dtype=torch.uint8))
 
     def train(self, mode: bool = True) -> "Exported":
-        # The mode is part of the program, whose own `train` raises.
+        # The mode is part of the program.
         self.training = mode
         return self
 
     def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
-        return self.program(images)
+        tensors = {name: getattr(self, key) for name, key in self._keys.items()}
+        return exported_graph.run(self.graph, tensors, images)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,68 +90,49 @@ def load(path: Path, like: Shape) -> Program:
         UserError: If the file is missing or damaged, or holds more than a program, or a program
             that does not map any number of images, each for itself, to logits.
     """
-    _check_archive(path)
-    extra = {CARD: ""}
+    archive = exported_archive.read(path)
     try:
-        saved = torch.export.load(path, extra_files=extra)
-        network = Exported(saved.module())
-    except Exception as error:  # a foreign file has many ways to fail
+        graph = exported_graph.parse(archive.program)
+        if lacking := set(graph.inputs.values()) - archive.tensors.keys():
+            raise UserError(f"it lacks the tensor {exported_archive.shown(min(lacking))}")
+    except NotAllowed as error:
+        raise NotAllowed(f"{path} holds more than a program and tensors: {error}") from error
+    # A foreign file is incomplete in many ways.
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not a program that can be read: {_first(error)}") from error
-    shape = _shape(path, saved, like)
+    shape = _shape(path, graph, like)
+    _try_sizes(path, archive, graph, shape)
+    network = Exported(archive, graph)
     classes = _try(path, network, shape)
-    return Program(network, shape, classes, _card(path, extra[CARD]))
+    return Program(network, shape, classes, _card(path, archive.extra.get(CARD, b"")))
 
 
-def _check_archive(path: Path) -> None:
-    """Refuse a file that is no archive, or one that would run code when it is read."""
-    if not path.is_file():
-        raise UserError(f"there is no file {path}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            running = [name for name in archive.namelist() if _may_run(archive, name)]
-    except (OSError, zipfile.BadZipFile, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is not a whole {SUFFIX} file: {_first(error)}") from error
-    if running:
-        raise UserError(f"{path} holds more than a program and tensors: {running[0]} may run code")
-
-
-def _may_run(archive: zipfile.ZipFile, name: str) -> bool:
-    """Whether reading this member would run code: compiled, or pickled and not tensors alone."""
-    folder, _, last = name.rpartition("/")
-    if "/aotinductor" in folder or last.startswith(("custom_obj_", "opaque_obj_")):
-        return True
-    if folder.endswith(("/weights", "/constants")) and last.endswith("_config.json"):
-        entries = json.loads(archive.read(name))["config"].values()
-        return any(entry["use_pickle"] for entry in entries)  # raw bytes by default
-    if not last.endswith(".pt"):
-        return False
-    content = archive.read(name)
-    if not content:
-        return False
-    try:
-        torch.load(io.BytesIO(content), weights_only=True)
-    except Exception:  # whatever it is, it is not tensors alone
-        return True
-    return False
-
-
-def _shape(path: Path, saved: torch.export.ExportedProgram, like: Shape) -> Shape:
+def _shape(path: Path, graph: Graph, like: Shape) -> Shape:
     """The shape of the images it takes; that of the data where an axis may have any length."""
-    inputs = [
-        node.meta["val"]
-        for node in saved.graph.nodes
-        if node.op == "placeholder" and node.name in saved.graph_signature.user_inputs
-    ]
-    if len(inputs) != 1 or inputs[0].ndim != 4:
+    if len(graph.axes) != 4:
         raise UserError(f"{path} does not take one batch of images (n, c, h, w)")
-    n, c, h, w = inputs[0].shape
-    if isinstance(n, int):
+    n, *axes = graph.axes
+    if n.symbol is None:
         raise UserError(
-            f"{path} takes exactly {n} images at once: export it with a dynamic batch size"
+            f"{path} takes exactly {n.factor} images at once: export it with a dynamic batch size"
         )
-    sizes = zip((h, w, c), like, strict=True)
-    h, w, c = (own if isinstance(own, int) else ours for own, ours in sizes)
+    h, w, c = like
+    c, h, w = (
+        axis.factor if axis.symbol is None else ours
+        for axis, ours in zip(axes, (c, h, w), strict=True)
+    )
     return h, w, c
+
+
+def _try_sizes(path: Path, archive: Archive, graph: Graph, shape: Shape) -> None:
+    """Run the program on sizes alone, which takes no memory, before it may ask for any."""
+    h, w, c = shape
+    tensors = {name: tensor.to("meta") for name, tensor in archive.tensors.items()}
+    try:
+        with torch.no_grad():
+            exported_graph.run(graph, tensors, torch.empty(3, c, h, w, device="meta"))
+    except Exception as error:  # an operator raises whatever it likes
+        raise UserError(f"{path} cannot take {h}x{w} images: {_first(error)}") from error
 
 
 def _try(path: Path, network: Exported, shape: Shape) -> int:
@@ -152,13 +155,16 @@ def _try(path: Path, network: Exported, shape: Shape) -> int:
     return first.shape[1]
 
 
-def _card(path: Path, text: str | bytes) -> Mapping[str, Any]:
+def _card(path: Path, text: bytes) -> Mapping[str, Any]:
     if not text:
         return {}
     try:
-        return json.loads(text)
-    except ValueError as error:
+        card = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"the {CARD} inside {path} is no JSON: {error}") from error
+    if not isinstance(card, dict):
+        raise UserError(f"the {CARD} inside {path} is not an object of JSON")
+    return card
 
 
 def _first(error: Exception) -> str:

@@ -5,6 +5,7 @@ optional extra. No code of a model's repository is ever run.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,16 +76,24 @@ def network(
     """
     auto = library().AutoModelForImageClassification
     if config is not None:
-        return auto.from_config(library().AutoConfig.for_model(**config))
+        own = {key: value for key, value in config.items() if key != "auto_map"}
+        found = library().AutoConfig.for_model(**own)
+        _check_code(name, found)
+        return auto.from_config(found, trust_remote_code=False)
     check(name)
     found = _get("AutoConfig", name)
+    _check_code(name, found)
     own = found.num_labels
     if classes != own:
         found.num_labels = classes
     if not pretrained:
-        return auto.from_config(found)
+        return auto.from_config(found, trust_remote_code=False)
     made, info = auto.from_pretrained(
-        name, config=found, ignore_mismatched_sizes=True, output_loading_info=True
+        name,
+        config=found,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        trust_remote_code=False,
     )
     fresh = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     head = {key for key, value in made.state_dict().items() if value.shape[:1] == (classes,)}
@@ -132,13 +141,28 @@ def library() -> Any:
 
 def _get(kind: str, name: str) -> Any:
     try:
-        return getattr(library(), kind).from_pretrained(name)
+        # Otherwise the library asks at the terminal whether to run the code that lies beside it.
+        return getattr(library(), kind).from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # hub, network, file and format errors share no base class
         what = "configuration" if kind == "AutoConfig" else "image processor"
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
             f"cannot get the {what} of hf:{name} (looked for {origin(name)}): {first}"
         ) from error
+
+
+def _check_code(name: str, config: Any) -> None:
+    """Refuse a configuration that names code on the hub to compute attention with.
+
+    Raises:
+        UserError: If it does.
+    """
+    attention = getattr(config, "_attn_implementation", None)
+    if attention is not None and not re.fullmatch(r"[a-z0-9_]+", str(attention)):
+        raise UserError(
+            f"the configuration of hf:{name} names {attention!r}, code that would be downloaded: "
+            "remove attn_implementation from its config.json"
+        )
 
 
 def _normalisation(name: str, processor: Any) -> tuple[Any, Any, tuple[int, int]]:

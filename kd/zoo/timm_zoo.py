@@ -20,6 +20,10 @@ from dsdistill.harness.errors import UserError, unknown
 from kd.zoo import builtin, labels
 from kd.zoo.wants import Shape, Wants, interpolation
 
+# Arguments by which timm reads files; the description of a run must not name any.
+_RESERVED = frozenset(
+    {"checkpoint_path", "cache_dir", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
+)
 SOURCES = ("hf-hub", "local-dir")  # prefixes that timm understands itself
 # Arguments of timm's that are said otherwise here, or make something else than a classifier.
 _RESERVED = (
@@ -30,7 +34,9 @@ _RESERVED = (
 
 def check(name: str) -> None:
     """Refuse a name that timm does not know, with the nearest known ones."""
-    name, _ = split(name)
+    name, arguments = split(name)
+    if arguments and name in builtin.NETWORKS:
+        raise UserError(f"{name} is built in and takes a width alone, as in {name}:32")
     if _source(name):
         return
     if Path(name).is_file():
@@ -107,6 +113,8 @@ def network(
     extra: dict[str, Any] = {}
     if config:
         name, extra = config["architecture"], dict(config["arguments"])
+        if not isinstance(name, str) or not timm.is_model(name) or extra.keys() & _RESERVED:
+            raise UserError(f"the description of the network {name!r} is not one that kd writes")
         extra["pretrained_cfg_overlay"] = dict(config["overlay"])
     elif size := _size(arguments):
         extra["pretrained_cfg_overlay"] = {"input_size": (_config(name)["input_size"][0], *size)}
@@ -226,10 +234,11 @@ def _literals(text: str) -> dict[str, Any] | None:
         call: Any = ast.parse(f"f{text}", mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
             return None
-        found = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+        found = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg}
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None
-    return None if None in found else found  # type: ignore[return-value]
+    # One without a name is `**mapping`, and Python takes none twice.
+    return found if len(found) == len(call.keywords) else None
 
 
 def _size(arguments: Mapping[str, Any]) -> tuple[int, int] | None:

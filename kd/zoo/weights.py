@@ -9,6 +9,7 @@ import argparse
 import pathlib
 import pickle
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ def read(path: Path) -> Stored:
     """
     if not path.is_file():
         raise UserError(f"there is no file {path}")
-    found = _safetensors(path) if path.suffix == ".safetensors" else _torch(path)
+    found = _safetensors(path) if _is_safetensors(path) else _torch(path)
     averaged = None
     for depth in range(DEPTH, 0, -1):
         if (key := _inner(found, depth)) is None:
@@ -254,6 +255,15 @@ def _only(found: set[int], otherwise: int) -> int:
     return found.pop() if len(found) == 1 else otherwise
 
 
+def _is_safetensors(path: Path) -> bool:
+    """Whether it is one by its name, or by its first bytes: a length and `{`."""
+    if path.suffix == ".safetensors":
+        return True
+    with path.open("rb") as file:
+        first = file.read(9)
+    return len(first) == 9 and first[8:] == b"{" and int.from_bytes(first[:8], "little") < 2**27
+
+
 def _safetensors(path: Path) -> Mapping[str, Any]:
     try:
         return safetensors.torch.load_file(path)
@@ -263,7 +273,8 @@ def _safetensors(path: Path) -> Mapping[str, Any]:
 
 def _torch(path: Path) -> Mapping[str, Any]:
     try:
-        with torch.serialization.safe_globals(_harmless()):
+        with torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong with a file is said once, below
             found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
@@ -297,7 +308,8 @@ def _harmless() -> list[Any]:
 def _foreign(path: Path) -> str:
     """What else a checkpoint would make, in brackets."""
     try:
-        found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals(_harmless()):
+            found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # no zip file, or a damaged one
         return ""
     return f" ({', '.join(sorted(found)[:3])})" if found else ""

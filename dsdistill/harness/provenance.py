@@ -1,0 +1,189 @@
+"""What a distilled set says of how it was made, with every type checked.
+
+A file may come from anybody and say anything: each value has the type and the range that it is
+used with here, or counts as absent. Nothing that a file says is imported, and what it says of
+sizes must agree with its own images.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dsdistill.harness.errors import UserError
+from dsdistill.harness.text import shortened
+
+NUMBERS = 100  # largest depth, and largest number in a kernel's name, that are believed
+LENGTH = 300  # of a text that is shown
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What is known of a set; None where the file says nothing, or nothing usable.
+
+    Attributes:
+        method: `kip`, `ls`, or another name in one printable line.
+        kernel: That judged the set, for people to read.
+        judge: The kernel as a command line names it, with its depth in `depth`.
+        depth, w_std, b_std: Of that kernel.
+        ridge: Relative, with which kernel ridge regression on the set was judged.
+        source: Data set, folder or file that the set was distilled from.
+        sha256: Of its images.
+        image_size: To which they were resized.
+        channels: To which they were converted; None where they were kept.
+        validation_fraction: Share of the training images that were held out.
+        seconds, peak_memory: That the distillation took.
+        metrics: Figures by name.
+        notes: Sentences for a report.
+        config: The options of the run; None for a set that `dsdistill` did not make.
+        odd: Names of values that are there and cannot be used, as in `data.source`.
+    """
+
+    method: str
+    kernel: str | None
+    judge: str | None
+    depth: int | None
+    w_std: float | None
+    b_std: float | None
+    ridge: float | None
+    source: str | None
+    sha256: str | None
+    image_size: int | None
+    channels: int | None
+    validation_fraction: float | None
+    seconds: float | None
+    peak_memory: int | None
+    metrics: Mapping[str, float | None]
+    notes: tuple[str, ...]
+    config: Mapping[str, Any] | None
+    odd: tuple[str, ...]
+
+
+def parse(stored: Mapping[str, Any], shape: Sequence[int]) -> Provenance:
+    """Read what a file says; never raises.
+
+    Args:
+        stored: The file's `provenance`.
+        shape: Height, width and channels of the set's images.
+    """
+    odd: list[str] = []
+    data = _mapping(stored.get("data"), "data", odd)
+    config = _mapping(stored.get("config"), "config", odd)
+
+    def read(where: Mapping[str, Any], name: str, key: str, check: Any) -> Any:
+        value = where.get(key)
+        if value is None:
+            return None
+        if (checked := check(value)) is None:
+            odd.append(name)
+        return checked
+
+    def of_shape(value: object) -> int | None:
+        size = _integer(value, 1, 2**31)
+        return size if size == shape[0] == shape[1] else None
+
+    method = read(stored, "method", "method", _line)
+    kernel = read(stored, "kernel", "kernel", _line)
+    return Provenance(
+        method=method or "unknown method",
+        kernel=kernel,
+        judge=read(config, "config.kernel", "kernel", _kernel),
+        depth=read(config, "config.depth", "depth", lambda v: _integer(v, 1, NUMBERS)),
+        w_std=read(config, "config.w_std", "w_std", lambda v: _number(v, 1e-6, 1e6)),
+        b_std=read(config, "config.b_std", "b_std", lambda v: _number(v, 0, 1e6)),
+        ridge=read(stored, "evaluation_ridge", "evaluation_ridge", lambda v: _number(v, 0, 1e6)),
+        source=read(data, "data.source", "source", _source),
+        sha256=read(data, "data.sha256", "sha256", _digest),
+        channels=read(config, "config.channels", "channels", lambda v: v if v in (1, 3) else None),
+        image_size=read(config, "config.image_size", "image_size", of_shape),
+        validation_fraction=read(
+            config,
+            "config.validation_fraction",
+            "validation_fraction",
+            lambda v: number if (number := _number(v, 0, 1)) is not None and number < 1 else None,
+        ),
+        seconds=read(stored, "seconds", "seconds", lambda v: _number(v, 0, 1e10)),
+        peak_memory=read(stored, "peak_memory", "peak_memory", lambda v: _integer(v, 0, 2**60)),
+        metrics=_metrics(stored.get("metrics")),
+        notes=_notes(stored.get("notes")),
+        config=config if isinstance(stored.get("config"), Mapping) else None,
+        odd=tuple(odd),
+    )
+
+
+def require(who: object, provenance: Provenance, names: Sequence[str]) -> None:
+    """Refuse a set that says something unusable of what is about to be used.
+
+    Args:
+        who: How the message calls the set.
+        provenance: What it says.
+        names: Of the values that are used.
+
+    Raises:
+        UserError: With the first of them that is odd.
+    """
+    for name in names:
+        if name in provenance.odd:
+            raise UserError(
+                f"{who} says of itself a {name} that cannot be: its file was made or changed by "
+                "something else"
+            )
+
+
+def _mapping(value: object, name: str, odd: list[str]) -> Mapping[str, Any]:
+    if isinstance(value, Mapping):
+        return value
+    if value is not None:
+        odd.append(name)
+    return {}
+
+
+def _line(value: object) -> str | None:
+    return shortened(value, LENGTH) if isinstance(value, str) and value else None
+
+
+def _kernel(value: object) -> str | None:
+    """One or several names, whose numbers are small: a network is built as deep as they say."""
+    if not isinstance(value, str) or not 0 < len(value) <= LENGTH or not value.isprintable():
+        return None
+    numbers = re.findall(r"[0-9]+", value)
+    return value if all(len(n) < 9 and int(n) <= NUMBERS for n in numbers) else None
+
+
+def _source(value: object) -> str | None:
+    """A name or a path; nothing is fetched from an address that a file gives."""
+    if not isinstance(value, str) or not value or not value.isprintable():
+        return None
+    return None if "://" in value or value.startswith("-") else value
+
+
+def _digest(value: object) -> str | None:
+    return value if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else None
+
+
+def _integer(value: object, low: int, high: int) -> int | None:
+    return value if type(value) is int and low <= value <= high else None
+
+
+def _number(value: object, low: float, high: float) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if low <= value <= high else None  # NaN is in no range
+
+
+def _metrics(value: object) -> dict[str, float | None]:
+    """Those that are numbers; None stands for one that was not finite."""
+    if not isinstance(value, Mapping):
+        return {}
+    checked = {name: _number(number, -1e300, 1e300) for name, number in value.items()}
+    return {
+        shortened(name, LENGTH): number
+        for name, number in checked.items()
+        if number is not None or value[name] is None
+    }
+
+
+def _notes(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        return ()
+    return tuple(shortened(note, LENGTH) for note in value if isinstance(note, str))
