@@ -45,8 +45,6 @@ def _saved(path, digits, **changes):
         (0.0, 143),  # Label Solve: made of all, so a tenth of each class is held out afterwards
         (0.25, 359),  # of each class, rounded
         (None, 143),
-        ("a lot", 143),
-        (7, 143),
     ],
 )
 def test_both_packages_hold_out_the_same_images(tmp_path, digits, stored, held):
@@ -78,21 +76,21 @@ def test_a_set_of_other_images_is_refused_by_both(tmp_path, digits):
     [
         ({"data": {}}, "does not say what it was distilled from: add --data"),
         ({"data": None}, "does not say what it was distilled from: add --data"),
-        ({"data": {"source": 7}}, "does not say what it was distilled from: add --data"),
-        ({"config": {"image_size": 1_000_000}}, "has 1000000x1000000 pixels, but has 8x8"),
+        ({"data": {"source": 7}}, "a data.source that cannot be"),
+        ({"config": {"image_size": 1_000_000}}, "a config.image_size that cannot be"),
+        ({"config": {"validation_fraction": "a lot"}}, "a config.validation_fraction that cannot"),
+        ({"config": {"validation_fraction": 7.0}}, "a config.validation_fraction that cannot"),
     ],
 )
 def test_odd_provenance_is_one_line(tmp_path, digits, changes, message):
     path = _saved(tmp_path / "set.safetensors", digits, **changes)
-    with pytest.raises(UserError, match=message.replace("has 1000000", "have 1000000")) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         assembly.assembled(Evaluate(path, learners="ridge", controls="full"))
     assert "\n" not in str(caught.value)
-    source = sources.resolve(str(path), root=tmp_path)  # trained on without evaluation
-    assert source.splits is None
-    assert source.note
 
 
 def test_the_fraction_of_a_set_that_says_nothing_is_the_default(digits, tmp_path):
-    distilled = artifact.load(_saved(tmp_path / "set.safetensors", digits))
+    path = _saved(tmp_path / "set.safetensors", digits)
+    distilled = artifact.load(path)
     assert origin.validation_fraction(distilled) == 0.1
-    assert origin.source(distilled) == "digits"
+    assert origin.source(path, distilled) == "digits"

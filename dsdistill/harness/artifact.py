@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 from jaxtyping import Float, Int
 
 from dsdistill.harness import checksums
