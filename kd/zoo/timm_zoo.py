@@ -21,7 +21,7 @@ from kd.zoo import builtin, labels
 from kd.zoo.wants import Shape, Wants, interpolation
 
 # Arguments by which timm reads files; the description of a run must not name any.
-_RESERVED = frozenset(
+_READING = frozenset(
     {"checkpoint_path", "cache_dir", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
 )
 SOURCES = ("hf-hub", "local-dir")  # prefixes that timm understands itself
@@ -113,7 +113,7 @@ def network(
     extra: dict[str, Any] = {}
     if config:
         name, extra = config["architecture"], dict(config["arguments"])
-        if not isinstance(name, str) or not timm.is_model(name) or extra.keys() & _RESERVED:
+        if not isinstance(name, str) or not timm.is_model(name) or extra.keys() & _READING:
             raise UserError(f"the description of the network {name!r} is not one that kd writes")
         extra["pretrained_cfg_overlay"] = dict(config["overlay"])
     elif size := _size(arguments):

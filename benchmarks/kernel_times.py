@@ -1,7 +1,7 @@
 """The exact convolutional kernel against neural-tangents: milliseconds a pair of images.
 
-    python benchmarks/kernels.py            every case, and growth: about an hour on two cores
-    python benchmarks/kernels.py convnet3   the cases whose name contains the word
+    python benchmarks/kernel_times.py            every case, and growth: about an hour on two cores
+    python benchmarks/kernel_times.py convnet3   the cases whose name contains the word
 
 For each case both engines compute the kernel of unit Gaussian images, and its gradient with
 respect to the first set, in float32, by turns in one process, each free to use every core. A time
