@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsdistill.harness.errors import UserError
+from dsdistill.harness.errors import UserError, first_line
 
 SCHEMA = 8  # major version of the graph's JSON
 EXPANSION = 2**28  # bytes to which a tensor may repeat what the file holds
@@ -94,11 +94,11 @@ def read(path: Path) -> Archive:
     except NotAllowed as error:
         raise NotAllowed(f"{path} holds more than a program and tensors: {error}") from error
     except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise UserError(f"{path} is not a whole .pt2 file: {_first(error)}") from error
+        raise UserError(f"{path} is not a whole .pt2 file: {first_line(error)}") from error
     except UserError as error:
         raise UserError(f"{path} is not a program that can be read: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
-        raise UserError(f"{path} is not a program that can be read: {_first(error)}") from error
+        raise UserError(f"{path} is not a program that can be read: {first_line(error)}") from error
 
 
 def shown(value: object) -> str:
@@ -213,7 +213,3 @@ def integer(value: Mapping[str, Any]) -> int:
     if len(value) != 1 or type(number) is not int or not 0 <= number < 2**63:
         raise NotAllowed(f"a tensor has the size {shown(value)}")
     return number
-
-
-def _first(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
