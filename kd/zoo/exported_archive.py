@@ -188,6 +188,8 @@ def _storage(name: str, content: bytes, dtype: object) -> Tensor:
         return torch.empty(0, dtype=kind)
     if len(content) % kind.itemsize:
         raise UserError(f"the bytes of {shown(name)} are no whole numbers")
+    if kind == torch.bool:  # kernels trust that it is 0 or 1
+        return torch.frombuffer(bytearray(content), dtype=torch.uint8).bool()
     return torch.frombuffer(bytearray(content), dtype=kind)
 
 
@@ -213,3 +215,14 @@ def integer(value: Mapping[str, Any]) -> int:
     if len(value) != 1 or type(number) is not int or not 0 <= number < 2**63:
         raise NotAllowed(f"a tensor has the size {shown(value)}")
     return number
+
+
+def string(value: object) -> str:
+    """A name as the file writes it.
+
+    Raises:
+        NotAllowed: If it is none.
+    """
+    if not isinstance(value, str):
+        raise NotAllowed(f"the name {shown(value)} is not allowed")
+    return value
