@@ -287,6 +287,8 @@ def names(option: str, text: str) -> list[str]:
 
 def absolute(name: str) -> str:
     """The name with the path in it, if it has one that exists, as it is from every folder."""
+    if not name:  # not the working directory, which is what a path of nothing is
+        return name
     if (path := Path(name).expanduser()).exists():
         return str(path.resolve())
     before, file = _file_apart(name)
