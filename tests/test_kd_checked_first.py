@@ -26,6 +26,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     artifact.save(folder / "orphan.safetensors", support.distilled(support.digits(), **gone))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr("kd.curves.draw", lambda folder: None)  # as long as the training itself
         for name, data in (("teacher-2", "two.npz"), ("one", "three.npz"), ("other", "three.npz")):
             seed = 1 if name == "other" else 0
             _main(patch, "train", data, *FAST, "--epochs", 20, "--seed", seed, "--out", name)
@@ -49,6 +50,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def inside(work: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.chdir(work)
+    monkeypatch.setattr("kd.curves.draw", lambda folder: None)
     return monkeypatch
 
 
