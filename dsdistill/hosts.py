@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 
 from dsdistill import alive, cluster
 from dsdistill.harness import progress, runs, stopping
-from dsdistill.harness.errors import UserError
+from dsdistill.harness.errors import UserError, first_line
 from dsdistill.kernels import devices
 
 HEARTBEAT = 60  # seconds of silence after which JAX aborts; `alive` ends the process before that
@@ -175,7 +175,7 @@ def resumable(folder: Path | None = None) -> Iterator[None]:
     except LOST as error:
         if jax.process_count() == 1 or not re.match(_FAILED, str(error)):
             raise
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"another host has ended or cannot be reached: {alive.advice()} ({reason})"
         ) from error

@@ -33,6 +33,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsdistill.harness import progress
+from dsdistill.harness.checksums import file_digest
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import write_bytes
 from kd import compact
@@ -241,9 +242,7 @@ def _chunk(folder: Path, sha256: str, rows: int, classes: int, top: int | None) 
     _require(bool(re.fullmatch("[0-9a-f]{64}", sha256)), "a chunk's name is no checksum")
     path = folder / f"{sha256}.safetensors"
     _require(path.is_file(), f"chunk {sha256[:12]} is missing")
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    _require(found == sha256, f"chunk {sha256[:12]} does not match its checksum")
+    _require(file_digest(path) == sha256, f"chunk {sha256[:12]} does not match its checksum")
     with safetensors.safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     form = {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()}

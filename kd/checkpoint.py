@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dsdistill.harness.errors import UserError
+from dsdistill.harness.errors import UserError, first_line
 from dsdistill.harness.reports import schema
 from kd import sharding
 from kd.optimization import mean_weights
@@ -173,7 +173,7 @@ def unpack(
     try:
         return _unpacked(saved, modules, optimizer, scaler, network)
     except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        first = first_line(error)
         raise UserError(
             f"the checkpoint is of another network, loss or recipe ({first}): start anew in "
             "another folder"

@@ -26,7 +26,7 @@ def _train(options: Train) -> None:
     options.check()  # before the seconds that importing torch takes
     from kd import session
 
-    options = session.settled(options)
+    options = session.resolve(options)
     try:
         report = session.run(options)
     except KeyboardInterrupt as error:

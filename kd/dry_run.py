@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from dsdistill.harness.errors import UserError
+from dsdistill.harness.errors import UserError, first_line
 from kd import data
 from kd.data import Batch
 from kd.engine import Engine
@@ -147,7 +147,7 @@ def _one_line(loss: str, n: int) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        first = first_line(error)
         remedy = "raise --batch-size" if n == 1 else "choose another loss, student or --batch-size"
         images = "1 image" if n == 1 else f"{n} images"
         raise UserError(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dsdistill.harness.errors import UserError, unknown
+from dsdistill.harness.errors import UserError, first_line, unknown
 from kd import data, formats, models, networks, trials
 from kd.formats import FORMATS, Format
 from kd.models import Model
@@ -114,7 +114,7 @@ def _agreeing(path: Path, trialled: Trials, options: Export) -> Comparison:
     except Exception as error:  # of another program's reader, which raises whatever it likes
         raise UserError(
             f"as {options.format} the student of {options.run} cannot be run "
-            f"({formats.first_line(error)}): nothing was written; use another --format"
+            f"({first_line(error)}): nothing was written; use another --format"
         ) from error
     # Not `>`, which is false for NaN.
     if not found.largest_difference <= found.tolerance:

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsdistill.harness import preprocess, runs
-from dsdistill.harness.errors import UserError
+from dsdistill.harness.errors import UserError, first_line
 from kd import models, networks
 from kd.adapters import Apply
 from kd.models import Model
@@ -170,11 +170,6 @@ def strings(card: Card) -> dict[str, str]:
     texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in card.items()}
     # A path may hold bytes that are no text; no header takes them.
     return {k: v.encode("utf-8", "backslashreplace").decode() for k, v in texts.items()}
-
-
-def first_line(error: Exception) -> str:
-    """Of its message, or what kind of error it is."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 FORMATS: Mapping[str, Format] = {

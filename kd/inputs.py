@@ -14,6 +14,7 @@ import numpy as np
 from accelerate.utils import gather_object
 
 from dsdistill.harness import artifact
+from dsdistill.harness.checksums import file_digest
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.labeled import Labeled
 from kd import cache, chain, networks
@@ -21,7 +22,6 @@ from kd.assembly import Parts
 from kd.engine import Engine
 from kd.files.streaming import Files
 from kd.options import Train
-from kd.seals import file_digest
 from kd.teachers import Teacher
 from kd.zoo import labels
 

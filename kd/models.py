@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dsdistill.harness import progress, runs
-from dsdistill.harness.errors import UserError
+from dsdistill.harness.errors import UserError, first_line
 from dsdistill.harness.preprocess import KINDS, Preprocess
 from dsdistill.harness.reports import schema
 from kd import networks, seals
@@ -254,7 +254,7 @@ def _state_into(network: nn.Module, path: Path) -> None:
     try:
         network.load_state_dict(safetensors.torch.load_file(path))
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        first = str(error).splitlines()[0]
+        first = first_line(error)
         raise UserError(f"{path} does not hold the weights of this network: {first}") from error
 
 

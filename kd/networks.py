@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dsdistill.harness.errors import UserError
+from dsdistill.harness.errors import UserError, first_line
 from dsdistill.harness.preprocess import Preprocess
 from kd.zoo import builtin, exported, huggingface, timm_zoo, torchvision_zoo, weights
 from kd.zoo.wants import Interpolation, Shape, Wants, Zoo
@@ -287,6 +287,8 @@ def names(option: str, text: str) -> list[str]:
 
 def absolute(name: str) -> str:
     """The name with the path in it, if it has one that exists, as it is from every folder."""
+    if not name:  # not the working directory, which is what a path of nothing is
+        return name
     if (path := Path(name).expanduser()).exists():
         return str(path.resolve())
     before, file = _file_apart(name)
@@ -351,7 +353,7 @@ def _from_zoo(
         raise
     except Exception as error:  # hub, network, file and the zoos' own errors share no base class
         what = f"get the weights of {found.text} (looked for {where})" if pretrained else ""
-        raise UserError(f"cannot {what or f'make {found.text}'}: {_first_line(error)}") from error
+        raise UserError(f"cannot {what or f'make {found.text}'}: {first_line(error)}") from error
     h, w, c = zoo.takes(network, shape)
     size = None if (h, w) == shape[:2] else (h, w)
     classifier = Classifier(
@@ -394,10 +396,6 @@ def _try(classifier: Classifier, name: str, shape: Shape) -> None:
             classifier.eval()(torch.zeros(1, c, h, w))
     except Exception as error:  # they raise whatever they like
         raise UserError(
-            f"{name} cannot take {h}x{w} images ({_first_line(error)}): use a larger --image-size"
+            f"{name} cannot take {h}x{w} images ({first_line(error)}): use a larger --image-size"
         ) from error
     classifier.train(was)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

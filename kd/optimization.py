@@ -12,7 +12,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
-from dsdistill.harness.errors import UserError
+from dsdistill.harness.errors import UserError, first_line
 from kd.recipe import Recipe
 
 
@@ -95,7 +95,7 @@ def check_optimizer(recipe: Recipe) -> None:
     try:
         make_optimizer(nn.Linear(1, 1), recipe)
     except Exception as error:  # timm's optimizers need what they need
-        first = next(iter(str(error).splitlines()), type(error).__name__)
+        first = first_line(error)
         raise UserError(f"cannot make optimizer {recipe.optimizer!r}: {first}") from error
 
 

@@ -6,13 +6,13 @@ rest. So a file that was damaged, edited, or taken from another run is one line,
 result. Runs that were finished by an earlier version have no checksums and are read as they are.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dsdistill.harness import runs
+from dsdistill.harness.checksums import file_digest, json_digest
 from dsdistill.harness.errors import UserError
 
 REPORT, CARD = "report.json", "model.json"
@@ -33,7 +33,7 @@ def write(folder: Path, name: str, content: Mapping[str, Any], files: Iterable[s
     present = [other for other in files if (folder / other).is_file()]
     body = {**content, KEY: {other: file_digest(folder / other) for other in present}}
     plain = json.loads(json.dumps(body), parse_constant=lambda _: None)  # as it will be read
-    plain[KEY][name] = _digest(plain)
+    plain[KEY][name] = json_digest(plain)
     runs.write_json(folder / name, plain)
 
 
@@ -69,12 +69,6 @@ def verify(folder: Path, *names: str) -> None:
                 )
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _sums(folder: Path, holder: str) -> Mapping[str, str]:
     """The checksums in one of the two files; none in one of an earlier version."""
     path = folder / holder
@@ -87,7 +81,7 @@ def _sums(folder: Path, holder: str) -> Mapping[str, str]:
     if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
         raise UserError(f"{path} is damaged: its checksums are not readable")
     own = sums.pop(holder, None)
-    if own != _digest(content):
+    if own != json_digest(content):
         raise UserError(
             f"{path} is damaged: its content does not match its checksum; put back the file of "
             "this run, or train anew"
@@ -104,7 +98,3 @@ def _unverified(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: expected a JSON object")
     return content
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

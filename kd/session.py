@@ -11,8 +11,6 @@ report.json              test figures, and the checksums of all other files; a f
 curves.png               the figures of every round as a picture
 """
 
-import hashlib
-import json
 import math
 import os
 import platform
@@ -20,7 +18,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,7 @@ from kd import (
     chain,
     checkpoint,
     composition,
+    config,
     curves,
     engine,
     inputs,
@@ -56,18 +55,13 @@ from kd.files import shards
 from kd.files.streaming import Files
 from kd.models import Model
 from kd.objectives import Objective
-from kd.options import Overrides, Train
+from kd.options import Train
 from kd.scoring import Judged
 from kd.seals import REPORT
 from kd.train import train
 
-_OPTIONS = "options"  # among the hashes of a run: those that are not defaults
-_FREE = ("data_root", "device", "workers", "cache", "min_teacher_accuracy")  # may differ on resume
-_PER_CALL = ("out", "resume", "overrides")  # not options of the training
-_PATHS = ("data", "student", "teacher", "data_root", "class_map", "cache")
 
-
-def settled(options: Train) -> Train:
+def resolve(options: Train) -> Train:
     """The options with a folder; of a run that is resumed, those that it was started with.
 
     Args:
@@ -81,7 +75,7 @@ def settled(options: Train) -> Train:
         begun = [link.out for link in chain.before(options, options.out) if link.out]
         if not (options.out / "config.json").exists() and any(map(Path.exists, begun)):
             return replace(options, resume=False)  # a chain that was stopped before its last link
-        return _stored(options.out, options)
+        return config.restore(options.out, options)
     if options.out is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("several processes of one training need --out, the folder they share")
     return replace(options, out=options.out or _free_folder(options))
@@ -91,7 +85,7 @@ def run(options: Train) -> dict[str, Any]:
     """The whole of `kd train`: the trainings of a chain that come first, then the one asked for.
 
     Args:
-        options: As `settled`.
+        options: As `resolve` gives them.
 
     Returns:
         What its `report.json` holds; nothing in a process that does not write.
@@ -110,7 +104,7 @@ def run(options: Train) -> dict[str, Any]:
         assert link.out is not None
         begun = (link.out / "config.json").exists()
         if begun and (link.out / REPORT).exists():
-            _check_same(link, seals.read(link.out, "config.json"))
+            config.require_same(link, seals.read(link.out, "config.json"))
         else:
             progress.say(f"first {link.out}: {link.student or assembly.STUDENT}")
             _train(replace(link, resume=begun), earlier)
@@ -140,7 +134,7 @@ def _train(options: Train, earlier: Sequence[Path]) -> dict[str, Any]:
         stored = seals.read(link, "config.json").get(runs.INPUTS, {})
         inputs.require_same_data(link, stored, hashes)
     batches = teaching.batches(parts, options, objective, source)
-    hashes |= {_OPTIONS: _options_hash(options)}
+    hashes |= {config.HASH: config.digest(options)}
     with engine.shared(parts.on, lambda: _open(folder, options, hashes)) as run:
         run = replace(run, writes=parts.on.is_main_process)
         if run.writes:
@@ -158,7 +152,10 @@ def _train(options: Train, earlier: Sequence[Path]) -> dict[str, Any]:
 
 def _open(folder: Path, options: Train, hashes: Mapping[str, str]) -> runs.Run:
     """The run's folder, locked, of a run that was started with the same inputs or starts now."""
-    run = _start(folder, options)
+    values, defaults = config.to_json(options), config.to_json(Train())
+    run = runs.start(
+        folder, values, result=REPORT, resume=options.resume, defaults=defaults, free=config.FREE
+    )
     try:
         run.require_same(hashes)
     except BaseException:
@@ -362,78 +359,6 @@ def _validated(options: Train, parts: Parts, student: Model, state: State) -> fl
 def _held(options: Train, parts: Parts) -> Judged | None:
     fitted, on = parts.student.preprocess, parts.on
     return parts.source.validation(parts.recipe, fitted, on.device, options.readers)
-
-
-def _start(folder: Path, options: Train) -> runs.Run:
-    config, defaults = _config(options), _config(Train())
-    return runs.start(
-        folder, config, result=REPORT, resume=options.resume, defaults=defaults, free=_FREE
-    )
-
-
-def _config(options: Train) -> dict[str, Any]:
-    """Options as JSON, with paths that stay right in another working directory."""
-    config = {k: v for k, v in asdict(options).items() if k not in _PER_CALL}
-    for name in _PATHS:
-        value = config[name]
-        if value is not None and value != "digits":
-            parts = [str(value)]
-            if name == "teacher":
-                parts = networks.split(str(value))
-            elif name == "class_map" and not Path(value).exists():  # one for each teacher
-                parts = str(value).split(",")
-            config[name] = ",".join(map(networks.absolute, parts))
-    return config | asdict(options.overrides)
-
-
-def _stored(folder: Path, options: Train) -> Train:
-    """The options that a run was started with.
-
-    Raises:
-        UserError: If there is no run to resume, its options are damaged, or those of this call
-            contradict them.
-    """
-    config = runs.stored_options(
-        folder, _config(options), result=REPORT, defaults=_config(Train()), free=_FREE
-    )
-    hashes = config.get(runs.INPUTS, {})
-    known = {k: v for k, v in config.items() if k in _config(options)}
-    try:
-        for name in ("data_root", "cache"):
-            known[name] = None if known.get(name) is None else Path(known[name])
-        known = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
-        # An earlier version lacks the options that are newer.
-        overrides = {f.name: known.pop(f.name, None) for f in fields(options.overrides)}
-        stored = replace(options, **known, overrides=Overrides(**overrides))
-        if hashes.get(_OPTIONS, "") in ("", _options_hash(stored)):
-            return stored
-    except TypeError:  # a path that is a number, say
-        pass
-    raise UserError(
-        f"{folder / 'config.json'} is damaged: its options do not match their checksum; put back "
-        "what they were, or start anew in another --out"
-    )
-
-
-def _options_hash(options: Train) -> str:
-    """SHA-256 of the options that a run must keep, as far as they are not the defaults.
-
-    So that a later version with more options finds the same.
-    """
-    config, defaults = _config(options), _config(Train())
-    kept = {k: v for k, v in config.items() if k not in _FREE and v != defaults[k]}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-
-
-def _check_same(link: Train, stored: dict[str, Any]) -> None:
-    """Refuse a finished training that is not the link of this chain."""
-    for name, value in _config(link).items():
-        if name not in _FREE and stored.get(name) != json.loads(json.dumps(value)):
-            option = "--" + name.replace("_", "-")
-            raise UserError(
-                f"{link.out} holds a training with {option} {stored.get(name)}, and this one has "
-                f"{value}: choose another --out"
-            )
 
 
 def _free_folder(options: Train) -> Path:

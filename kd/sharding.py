@@ -13,7 +13,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dsdistill.harness.errors import UserError
+from dsdistill.harness.errors import UserError, first_line
 
 
 def asked() -> FullyShardedDataParallelPlugin | None:
@@ -51,8 +51,7 @@ def spread(
     try:
         return on.prepare(objective, optimizer)
     except ValueError as error:
-        first = str(error).partition("\n")[0]
-        raise UserError(f"FSDP cannot wrap these modules: {first}") from error
+        raise UserError(f"FSDP cannot wrap these modules: {first_line(error)}") from error
 
 
 def whole(value: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dsdistill.harness.errors import UserError
+from dsdistill.harness.errors import UserError, first_line
 from dsdistill.harness.preprocess import Preprocess
 from kd import models, networks
 from kd.adapters import adapter, check_channels
@@ -342,10 +342,9 @@ def _try(who: str, teacher: Teacher, shape: Shape) -> None:
         with torch.no_grad():
             teacher(torch.zeros(1, c, h, w))
     except Exception as error:  # networks raise whatever they like
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         (own_h, own_w), size = teacher.resolved.size, f"{h}x{w}"
         raise UserError(
-            f"{who} cannot take {size} images brought to {own_h}x{own_w}: {first}"
+            f"{who} cannot take {size} images brought to {own_h}x{own_w}: {first_line(error)}"
         ) from error
 
 

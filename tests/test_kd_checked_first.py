@@ -6,9 +6,11 @@ from pathlib import Path
 import kd_support as support
 import numpy as np
 import pytest
+import safetensors.numpy
 from test_kd_cli import _main, _report
 
 from dsdistill.harness import artifact
+from kd import seals
 
 FAST = ("--student", "mlp:8", "--epochs", 1, "--device", "cpu")
 
@@ -24,6 +26,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     artifact.save(folder / "orphan.safetensors", support.distilled(support.digits(), **gone))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr("kd.curves.draw", lambda folder: None)  # as long as the training itself
         for name, data in (("teacher-2", "two.npz"), ("one", "three.npz"), ("other", "three.npz")):
             seed = 1 if name == "other" else 0
             _main(patch, "train", data, *FAST, "--epochs", 20, "--seed", seed, "--out", name)
@@ -31,39 +34,23 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # The same network, whose outputs 0 and 2 have changed places and names.
     swapped = folder / "swapped"
     swapped.mkdir()
-    for path in (folder / "one").iterdir():
-        if path.suffix == ".json":
-            (swapped / path.name).write_bytes(path.read_bytes())
-    weights = artifact_weights(folder / "one" / "student.safetensors")
+    weights = safetensors.numpy.load_file(folder / "one" / seals.WEIGHTS)
     *_, head = sorted(name for name in weights if name.endswith("weight"))
     for name in (head, head.replace("weight", "bias")):
-        weights[name] = weights[name][[2, 1, 0]]
-    save_weights(swapped / "student.safetensors", weights)
-    card = json.loads((swapped / "model.json").read_text())
-    card["classes"] = ["zoe", "yan", "xia"]
-    (swapped / "model.json").write_text(json.dumps(card))
+        weights[name] = np.ascontiguousarray(weights[name][[2, 1, 0]])
+    safetensors.numpy.save_file(weights, swapped / seals.WEIGHTS)
+    card = seals.read(folder / "one", seals.CARD) | {"classes": ["zoe", "yan", "xia"]}
+    seals.write(swapped, seals.CARD, card, [seals.WEIGHTS])
     classes = json.loads((folder / "one" / "model.json").read_text())["classes"]
     right = dict(zip(classes, ("xia", "yan", "zoe"), strict=True))
     (folder / "right.json").write_text(json.dumps(right))
     return folder
 
 
-def artifact_weights(path: Path) -> dict[str, np.ndarray]:
-    import safetensors.numpy
-
-    return safetensors.numpy.load_file(path)
-
-
-def save_weights(path: Path, weights: dict[str, np.ndarray]) -> None:
-    import safetensors.numpy
-
-    contiguous = {name: np.ascontiguousarray(value) for name, value in weights.items()}
-    safetensors.numpy.save_file(contiguous, path)
-
-
 @pytest.fixture
 def inside(work: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.chdir(work)
+    monkeypatch.setattr("kd.curves.draw", lambda folder: None)
     return monkeypatch
 
 

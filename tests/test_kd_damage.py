@@ -23,6 +23,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("damage")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr("kd.curves.draw", lambda folder: None)  # as long as the training itself
         for seed, out in ((0, "whole"), (1, "other")):
             options = ("--preprocess", "zca", "--seed", seed, "--out", out)
             main(patch, "train", "digits", *QUICK, *options)
@@ -33,6 +34,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def inside(work: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.chdir(work)
+    monkeypatch.setattr("kd.curves.draw", lambda folder: None)
     shutil.rmtree("run", ignore_errors=True)
     return monkeypatch
 

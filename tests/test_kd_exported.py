@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError
 from kd import cache
-from kd.zoo import exported, exported_graph
+from kd.zoo import exported, exported_operators
 
 SHAPE = (20, 20, 3)
 Program = dict[str, Any]
@@ -391,15 +391,43 @@ def _sized(name: str, **meta: Any) -> Callable[[bytes, Path], Path]:
     return lambda whole, path: _changed(whole, path, change, key)
 
 
+def _nodes(*nodes: tuple[str, str | None, dict[str, Any]]) -> Callable[[bytes, Path], Path]:
+    """A program that calls operators first: their names, names of their results, and arguments."""
+
+    def node(target: str, result: str | None, arguments: dict[str, Any]) -> Program:
+        inputs = [{"name": key, "arg": arg, "kind": 1} for key, arg in arguments.items()]
+        output = {"as_none": True} if result is None else {"as_tensor": {"name": result}}
+        target = f"torch.ops.aten.{target}"
+        return {"target": target, "inputs": inputs, "outputs": [output], "metadata": {}}
+
+    def change(program: Program) -> None:
+        _graph(program)["nodes"][:0] = [node(*each) for each in nodes]
+
+    return lambda whole, path: _changed(whole, path, change)
+
+
+def _tensor(name: str) -> Program:
+    return {"as_tensor": {"name": name}}
+
+
 def _needs(sizes: list[int]) -> Callable[[bytes, Path], Path]:
     """A program that makes zeros of a size, and does not use them."""
-    node = {
-        "target": "torch.ops.aten.zeros.default",
-        "inputs": [{"name": "size", "arg": {"as_ints": sizes}, "kind": 1}],
-        "outputs": [{"as_none": True}],
-        "metadata": {},
-    }
-    return lambda whole, path: _changed(whole, path, lambda p: _graph(p)["nodes"].insert(0, node))
+    return _nodes(("zeros.default", None, {"size": {"as_ints": sizes}}))
+
+
+def _normalised(target: str, values: str, **more: Any) -> Callable[[bytes, Path], Path]:
+    """Batch norm of the images with these values as everything."""
+    names = ("weight", "bias", "running_mean", "running_var")
+    numbers = {"momentum": {"as_float": 0.1}, "eps": {"as_float": 1e-5}}
+    arguments = {"input": _tensor("images")} | dict.fromkeys(names, _tensor(values)) | numbers
+    return _nodes((target, None, arguments | more))
+
+
+def _resized(scale: float) -> Callable[[bytes, Path], Path]:
+    sizes = {"output_size": {"as_ints": [20, 20]}, "align_corners": {"as_bool": False}}
+    scales = {name: {"as_float": scale} for name in ("scales_h", "scales_w")}
+    arguments = {"self": _tensor("images")} | sizes | scales
+    return _nodes(("_upsample_bilinear2d_aa.default", None, arguments))
 
 
 def _overlapping(whole: bytes, path: Path) -> None:
@@ -423,7 +451,7 @@ def _compressed(whole: bytes, path: Path) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in _entries(whole).items():
             archive.writestr(f"a/{name}", content)
-        archive.writestr("a/extra/zeros", bytes(10**8))
+        archive.writestr("a/extra/zeros", bytes(10**7))
 
 
 DAMAGED: dict[str, tuple[Callable[[bytes, Path], object], str]] = {
@@ -460,6 +488,44 @@ DAMAGED: dict[str, tuple[Callable[[bytes, Path], object], str]] = {
     "another dtype": (_sized("first.bias", dtype=99), "is of the dtype 99"),
     "sparse": (_sized("first.bias", layout=2), "has the layout 2"),
     "a huge result": (_needs([10**6, 10**6]), "needs 4000000000000 bytes for one result"),
+    "huge results together": (
+        _nodes(
+            ("zeros.default", "z1", {"size": {"as_ints": [2**30]}}),
+            ("zeros.default", "z2", {"size": {"as_ints": [2**30]}}),
+            ("add.Tensor", None, {"self": _tensor("z1"), "other": _tensor("z2")}),
+            ("maximum.default", None, {"self": _tensor("z1"), "other": _tensor("z2")}),
+        ),
+        r"it needs \d{10} bytes at once",
+    ),
+    "short statistics": (
+        _normalised("_native_batch_norm_legit_no_training.default", "p_first_bias"),
+        "weight of batch norm is not 3 numbers",
+    ),
+    "averages that change": (
+        _normalised(
+            "batch_norm.default",
+            "p_last_bias",
+            training={"as_bool": True},
+            cudnn_enabled={"as_bool": False},
+        ),
+        "exported in training mode",
+    ),
+    "a scale of other sizes": (_resized(3.0), "a resize from 20 to 20 has the scale 3"),
+    "images that change": (
+        _nodes(
+            ("alias.default", "view", {"self": _tensor("images")}),
+            ("relu_.default", None, {"self": _tensor("view")}),
+        ),
+        "would change the images or the weights",
+    ),
+    "weights that change": (
+        _nodes(("zero_.default", None, {"self": _tensor("p_first_bias")})),
+        "would change the images or the weights",
+    ),
+    "bytes as bool": (
+        _nodes(("view.dtype", None, {"self": _tensor("images"), "dtype": {"as_scalar_type": 12}})),
+        "the operator 'torch.ops.aten.view.dtype' is not allowed",
+    ),
     "a result beyond all": (_needs([2**62, 2**62]), "cannot take 20x20 images"),
     "an unknown result": (
         lambda whole, path: _changed(whole, path, lambda p: _graph(p)["nodes"].pop(0)),
@@ -606,11 +672,11 @@ def test_every_operator_that_is_allowed_takes_no_text_but_words_for_ways_to_comp
     words = {"approximate", "mode", "equation", "rounding_mode", "indexing", "padding", "ord"}
     words |= {"padding_mode", "reduce", "interpolation"}
     text = set()
-    for name in exported_graph.OPERATORS:
+    for name in exported_operators.OPERATORS:
         packet = getattr(torch.ops.aten, name)
         for overload in packet.overloads():
             schema = getattr(packet, overload)._schema
-            if exported_graph._gives_tensors(schema, name):
+            if exported_operators.gives_tensors(schema, name):
                 text |= {a.name for a in schema.arguments if "str" in str(a.type)}
                 assert not any("Generator" in str(a.type) for a in schema.arguments)
     assert text <= words

@@ -61,24 +61,32 @@ def weights(folder: Path) -> dict[str, np.ndarray]:
     return safetensors.numpy.load_file(folder / "student.safetensors")
 
 
+# Features, projectors, mixing, accumulation and the average of the weights included.
+DOUBLED = ("train", "digits", "--student", "convnet:8", "--epochs", 2, "--lr", 0.02)
+DOUBLED += ("--teacher", "teacher", "--loss", "ce:1,kd:1,fitnet:1@2", "--ema", 0.9)
+DOUBLED += ("--mixup", 0.4, "--accumulate", 2)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a teacher, and with the student of one process."""
+    folder = tmp_path_factory.mktemp("processes")
+    teacher = ("train", "digits", "--student", "convnet:8", "--epochs", 1, "--out", "teacher")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        support.main(patch, *teacher, "--device", "cpu")
+        support.main(patch, *DOUBLED, "--batch-size", 64, "--out", "one", "--device", "cpu")
+    return folder
+
+
 @pytest.mark.parametrize("spread", [False, True], ids=["DDP", "FSDP"])
 def test_two_processes_give_the_student_of_one_with_the_doubled_batch(
-    tmp_path: Path, spread: bool
+    alone: Path, tmp_path: Path, spread: bool
 ) -> None:
-    """Features, projectors, mixing, accumulation and the average of the weights included."""
-    common = ("train", "digits", "--student", "convnet:8", "--epochs", 2, "--lr", 0.02)
-    done = support.kd(
-        *("train", "digits", "--student", "convnet:8", "--epochs", 1, "--out", "teacher"),
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    common += ("--teacher", "teacher", "--loss", "ce:1,kd:1,fitnet:1@2", "--ema", 0.9)
-    common += ("--mixup", 0.4, "--accumulate", 2)
-    alone = support.kd(*common, "--batch-size", 64, "--out", "one", cwd=tmp_path)
-    assert alone.returncode == 0, alone.stderr
-    outputs = finish(start(tmp_path, *common, "--batch-size", 32, "--out", "two", spread=spread))
+    line = (*DOUBLED, "--batch-size", 32, "--out", tmp_path / "two")
+    outputs = finish(start(alone, *line, spread=spread))
     assert outputs[1][0] == ""  # the first process alone prints
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    one, two = weights(alone / "one"), weights(tmp_path / "two")
     for name, value in one.items():
         # Sums in another order, through 42 steps: float32 rounding, grown a little.
         assert np.allclose(two[name], value, rtol=0, atol=2e-4), name
@@ -134,10 +142,10 @@ def test_the_others_stop_and_name_a_process_that_died(tmp_path: Path) -> None:
     assert "Traceback" not in stderr
 
 
-def test_several_processes_need_a_folder(tmp_path: Path) -> None:
-    done = support.kd("train", "digits", cwd=tmp_path, WORLD_SIZE="2")
-    assert done.returncode == 1
-    assert "several processes of one training need --out" in done.stderr
+def test_several_processes_need_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = support.refused(monkeypatch, "train", "digits")
+    assert "several processes of one training need --out" in line
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs torchrun's agent")

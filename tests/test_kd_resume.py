@@ -22,7 +22,17 @@ QUICK = ("--student", "mlp:8", "--epochs", 12, "--batch-size", 64)
 @pytest.fixture
 def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kd.curves.draw", lambda folder: None)  # as long as the training itself
     return monkeypatch
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    """The student of a training that nothing stopped."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("whole"))
+        main(patch, "train", "digits", *QUICK, "--out", "whole")
+        return weights("whole")
 
 
 def checkpoint_step(folder: Path) -> int:
@@ -47,15 +57,17 @@ def pictures(folder: Path, classes: tuple[str, ...] = ("cat", "dog", "owl"), n: 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_followed_after_the_step_and_loses_nothing(
-    inside: pytest.MonkeyPatch, tmp_path: Path, sign: signal.Signals
+    inside: pytest.MonkeyPatch,
+    tmp_path: Path,
+    whole: dict[str, np.ndarray],
+    sign: signal.Signals,
 ) -> None:
     inside.setattr("kd.saving.FIRST", 1e9)
     said = stop_in(inside, 7, "train", "digits", *QUICK, "--out", "stopped", sign=sign)
     assert said == "kd: interrupted; continue with `kd train --resume --out stopped`"
     assert checkpoint_step(tmp_path / "stopped") == 7  # in the first epoch, of 21 steps
     main(inside, "train", "--out", "stopped", "--resume")
-    main(inside, "train", "digits", *QUICK, "--out", "whole")
-    whole, resumed = weights("whole"), weights("stopped")
+    resumed = weights("stopped")
     assert all(np.array_equal(whole[name], resumed[name]) for name in whole)
 
 
@@ -213,7 +225,9 @@ def test_the_folder_of_another_command_is_refused(inside: pytest.MonkeyPatch) ->
     assert "of another command" in refused(inside, "train", "--out", "kip", "--resume")
 
 
-def test_a_run_of_an_earlier_version_goes_on(inside: pytest.MonkeyPatch) -> None:
+def test_a_run_of_an_earlier_version_goes_on(
+    inside: pytest.MonkeyPatch, whole: dict[str, np.ndarray]
+) -> None:
     """Without hashes, checksums, the recipe in the checkpoint, and the newest options."""
     stop_in(inside, 5, "train", "digits", *QUICK, "--out", "run")
     path = Path("run/config.json")
@@ -229,8 +243,7 @@ def test_a_run_of_an_earlier_version_goes_on(inside: pytest.MonkeyPatch) -> None
         meta.pop(name)
     safetensors.numpy.save_file(arrays, state, {"meta": json.dumps(meta)})
     main(inside, "train", "--out", "run", "--resume")
-    main(inside, "train", "digits", *QUICK, "--out", "whole")
-    whole, resumed = weights("whole"), weights("run")
+    resumed = weights("run")
     assert all(np.array_equal(whole[name], resumed[name]) for name in whole)
 
 

@@ -500,6 +500,6 @@ def test_a_picture_that_cannot_be_drawn_costs_no_result(tmp_path, monkeypatch):
     data = str(write_npz(tmp_path / "data.npz"))
     options = Train(data, student="mlp:8", out=tmp_path / "run", overrides=epochs)
     with pytest.raises(RuntimeError, match="no picture"):
-        session.run(session.settled(options))
+        session.run(session.resolve(options))
     assert finished.read(tmp_path / "run").report["student"] == "mlp:8"
     assert models.load_run(tmp_path / "run").name == "mlp:8"

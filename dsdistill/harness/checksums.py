@@ -49,6 +49,17 @@ def digest(text: str, arrays: Mapping[str, np.ndarray]) -> str:
     return sha.hexdigest()
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_digest(value: Any) -> str:
+    """SHA-256 of a JSON value, whatever the order of its names."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def metadata(key: str, text: str, arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
     """What the header of a `.safetensors` file holds beside the arrays.
 

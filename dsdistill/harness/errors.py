@@ -28,3 +28,8 @@ def unknown(what: str, got: str, known: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(got, names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return UserError(f"unknown {what} {got!r}{hint} (known: {', '.join(names)})")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, or the kind of the error where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

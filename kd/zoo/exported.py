@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dsdistill.harness.errors import UserError
+from dsdistill.harness.errors import UserError, first_line
 from kd.zoo import exported_archive, exported_graph
 from kd.zoo.exported_archive import Archive, NotAllowed
 from kd.zoo.exported_graph import Graph
@@ -99,7 +99,7 @@ def load(path: Path, like: Shape) -> Program:
         raise NotAllowed(f"{path} holds more than a program and tensors: {error}") from error
     # A foreign file is incomplete in many ways.
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is not a program that can be read: {_first(error)}") from error
+        raise UserError(f"{path} is not a program that can be read: {first_line(error)}") from error
     shape = _shape(path, graph, like)
     _try_sizes(path, archive, graph, shape)
     network = Exported(archive, graph)
@@ -132,7 +132,7 @@ def _try_sizes(path: Path, archive: Archive, graph: Graph, shape: Shape) -> None
         with torch.no_grad():
             exported_graph.run(graph, tensors, torch.empty(3, c, h, w, device="meta"))
     except Exception as error:  # an operator raises whatever it likes
-        raise UserError(f"{path} cannot take {h}x{w} images: {_first(error)}") from error
+        raise UserError(f"{path} cannot take {h}x{w} images: {first_line(error)}") from error
 
 
 def _try(path: Path, network: Exported, shape: Shape) -> int:
@@ -143,7 +143,7 @@ def _try(path: Path, network: Exported, shape: Shape) -> int:
         with torch.no_grad():
             first, second = network(images[:2]), network(images[[0, 2]])
     except Exception as error:  # a program raises whatever it likes
-        raise UserError(f"{path} cannot take {h}x{w} images: {_first(error)}") from error
+        raise UserError(f"{path} cannot take {h}x{w} images: {first_line(error)}") from error
     if not isinstance(first, Tensor) or first.ndim != 2 or len(first) != 2:
         raise UserError(f"{path} does not answer with logits (n, k)")
     if not torch.isfinite(first).all():
@@ -167,7 +167,3 @@ def _card(path: Path, text: bytes) -> Mapping[str, Any]:
     if not isinstance(card, dict):
         raise UserError(f"the {CARD} inside {path} is not an object of JSON")
     return card
-
-
-def _first(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

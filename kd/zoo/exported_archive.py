@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsdistill.harness.errors import UserError
+from dsdistill.harness.errors import UserError, first_line
 
 SCHEMA = 8  # major version of the graph's JSON
 EXPANSION = 2**28  # bytes to which a tensor may repeat what the file holds
@@ -94,11 +94,11 @@ def read(path: Path) -> Archive:
     except NotAllowed as error:
         raise NotAllowed(f"{path} holds more than a program and tensors: {error}") from error
     except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise UserError(f"{path} is not a whole .pt2 file: {_first(error)}") from error
+        raise UserError(f"{path} is not a whole .pt2 file: {first_line(error)}") from error
     except UserError as error:
         raise UserError(f"{path} is not a program that can be read: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
-        raise UserError(f"{path} is not a program that can be read: {_first(error)}") from error
+        raise UserError(f"{path} is not a program that can be read: {first_line(error)}") from error
 
 
 def shown(value: object) -> str:
@@ -188,6 +188,8 @@ def _storage(name: str, content: bytes, dtype: object) -> Tensor:
         return torch.empty(0, dtype=kind)
     if len(content) % kind.itemsize:
         raise UserError(f"the bytes of {shown(name)} are no whole numbers")
+    if kind == torch.bool:  # kernels trust that it is 0 or 1
+        return torch.frombuffer(bytearray(content), dtype=torch.uint8).bool()
     return torch.frombuffer(bytearray(content), dtype=kind)
 
 
@@ -215,5 +217,12 @@ def integer(value: Mapping[str, Any]) -> int:
     return number
 
 
-def _first(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def string(value: object) -> str:
+    """A name as the file writes it.
+
+    Raises:
+        NotAllowed: If it is none.
+    """
+    if not isinstance(value, str):
+        raise NotAllowed(f"the name {shown(value)} is not allowed")
+    return value

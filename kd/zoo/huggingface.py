@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dsdistill.harness.errors import UserError
+from dsdistill.harness.errors import UserError, first_line
 from kd.zoo import labels
 from kd.zoo.wants import Shape, Wants, interpolation
 
@@ -145,9 +145,8 @@ def _get(kind: str, name: str) -> Any:
         return getattr(library(), kind).from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # hub, network, file and format errors share no base class
         what = "configuration" if kind == "AutoConfig" else "image processor"
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
-            f"cannot get the {what} of hf:{name} (looked for {origin(name)}): {first}"
+            f"cannot get the {what} of hf:{name} (looked for {origin(name)}): {first_line(error)}"
         ) from error
 
 

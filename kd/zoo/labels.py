@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from dsdistill.harness.class_names import natural_key
 from dsdistill.harness.errors import UserError, unknown
 
 ClassMap = Mapping[str, str | int]  # class of the data -> class of the teacher, by name or number
@@ -88,7 +89,7 @@ def likely_orders(classes: Sequence[str]) -> dict[str, tuple[int, ...]]:
     Returns:
         The name of each order, and the classes in it, as positions in `classes`.
     """
-    natural = sorted(range(len(classes)), key=lambda i: _natural(classes[i]))
+    natural = sorted(range(len(classes)), key=lambda i: natural_key(classes[i]))
     plain = sorted(range(len(classes)), key=lambda i: classes[i])
     return {
         "natural order, as timm sorts folders": tuple(natural),
@@ -129,7 +130,7 @@ def read_class_maps(
     """
     if text is None:
         return (None,) * len(names)
-    files = [text] if Path(text).exists() else [part.strip() for part in text.split(",")]
+    files = class_map_files(text)
     if len(files) not in (1, len(names)):
         raise UserError(
             f"--class-map has {len(files)} files for {len(names)} teachers: give one for all, or "
@@ -137,6 +138,11 @@ def read_class_maps(
         )
     maps = [read_class_map(Path(file)) if file else None for file in files]
     return tuple(maps) if len(maps) == len(names) else (maps[0],) * len(names)
+
+
+def class_map_files(text: str) -> list[str]:
+    """The files that `--class-map` names; an empty name for a teacher that needs none."""
+    return [text] if Path(text).exists() else [part.strip() for part in text.split(",")]
 
 
 def with_synonyms(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -315,12 +321,6 @@ def _counted(names: Sequence[str]) -> bool:
 
 def _is_number(name: str) -> bool:
     return name.isdecimal()
-
-
-def _natural(name: str) -> list[int | str]:
-    """timm's key: without case, and numbers in the name by their value."""
-    parts = re.split(r"(\d+)", name.lower())
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
 def _same(a: str, b: str) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dsdistill.harness.errors import UserError, unknown
+from dsdistill.harness.errors import UserError, first_line, unknown
 from kd.zoo import builtin, labels
 from kd.zoo.wants import Shape, Wants, interpolation
 
@@ -284,7 +284,7 @@ def _hub_config(name: str) -> dict[str, Any]:
                 k: read[k] for k in ("num_classes", "label_names") if k in read
             }
     except Exception as error:  # hub, network and file errors share no base class
-        first = next(iter(str(error).splitlines()), type(error).__name__)
+        first = first_line(error)
         raise UserError(f"cannot read {name} (looked for its config.json): {first}") from error
     arguments, found = dict(arguments or {}), dict(found)
     if size := arguments.get("img_size"):  # timm leaves the architecture's in the description

@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from dsdistill.harness.errors import UserError
+from dsdistill.harness.errors import UserError, first_line
 from kd import seals
 
 Tensors = Mapping[str, Tensor]
@@ -285,13 +285,12 @@ def _torch(path: Path) -> Mapping[str, Any]:
             "it was run: save the network's state_dict() alone"
         ) from error
     except Exception as error:  # a damaged file has many ways to fail
-        first = next(iter(str(error).splitlines()), type(error).__name__)
         if "TorchScript" in first:
             raise UserError(
                 f"{path} is a TorchScript program, of which nothing was run: save the network's "
                 "state_dict(), or export it with torch.export as .pt2"
             ) from error
-        raise UserError(f"{path} is not readable: {first}") from error
+        raise UserError(f"{path} is not readable: {first_line(error)}") from error
     if not isinstance(found, Mapping):
         raise UserError(f"{path} holds no weights by name: save the network's state_dict()")
     return found
