@@ -16,9 +16,10 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-from dsdistill.foreign_sets.files import Raw, line, some
+from dsdistill.foreign_sets.files import Raw, line
 from dsdistill.harness import class_names, memory
 from dsdistill.harness.errors import UserError
+from dsdistill.harness.text import some
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 

@@ -32,10 +32,10 @@ from PIL import Image, ImageOps
 
 from dsdistill.harness import image_files, memory, progress
 from dsdistill.harness.labeled import TEST_FRACTION, DataError, Labeled, stratified
-from dsdistill.harness.layout import Layout, list_folder, some
+from dsdistill.harness.layout import Layout, list_folder
 from dsdistill.harness.memory import readable
 from dsdistill.harness.runs import write_json
-from dsdistill.harness.text import printable
+from dsdistill.harness.text import printable, some
 
 MAX_UNREADABLE = 0.01  # share of the images that may be skipped
 FEW = 3  # unreadable images are skipped in a small folder too, up to a tenth of its images

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from dsdistill.harness import class_names, progress
 from dsdistill.harness.labeled import DataError
+from dsdistill.harness.text import some
 from dsdistill.harness.walk import (
     LeftOut,
     count_broken_links,
@@ -378,8 +379,3 @@ def _from(inside: str) -> str:
 
 def _names(folders: Iterable[Path]) -> str:
     return some([f"{folder.name}/" for folder in folders])
-
-
-def some(names: Sequence[str]) -> str:
-    """The first few of a list, and how many more there are."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

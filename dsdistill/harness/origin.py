@@ -11,6 +11,7 @@ from dsdistill.harness.artifact import Distilled
 from dsdistill.harness.datasets import Splits
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.provenance import Provenance
+from dsdistill.harness.text import some
 
 VALIDATION_FRACTION = 0.1  # of a set that held no validation images out itself
 USED = ("config.image_size", "config.channels", "config.validation_fraction", "data.sha256")
@@ -85,8 +86,8 @@ def check(path: Path, distilled: Distilled, splits: Splits, data: str) -> None:
     """
     if distilled.classes != splits.train.classes:
         raise UserError(
-            f"{path} has classes {_few(distilled.classes)}, but {data} has "
-            f"{_few(splits.train.classes)}"
+            f"{path} has {len(distilled.classes)} classes ({some(distilled.classes)}), but {data} "
+            f"has {len(splits.train.classes)} ({some(splits.train.classes)})"
         )
     if distilled.images.shape[1:] != splits.train.shape:
         raise UserError(
@@ -101,8 +102,3 @@ def check(path: Path, distilled: Distilled, splits: Splits, data: str) -> None:
             f"{path} was distilled from other images than {data} holds now, or by a version that "
             f"decoded large JPEGs otherwise (SHA-256 {stored[:12]}, found {splits.digest[:12]})"
         )
-
-
-def _few(classes: tuple[str, ...]) -> str:
-    shown = ", ".join(classes[:4]) + (", ..." if len(classes) > 4 else "")
-    return f"{len(classes)} ({shown})"

@@ -25,14 +25,14 @@ from typing import Any
 import numpy as np
 
 from dsdistill.harness import checksums, events, locks, progress
-from dsdistill.harness.errors import UserError
+from dsdistill.harness.errors import UserError, one_line
 
 CHECKPOINT = "checkpoint.safetensors"
 CHOSEN = "chosen"  # in a configuration: what the run itself has chosen
 INPUTS = "inputs"  # in a configuration: SHA-256 of what the run depends on
-# The form of `write_bytes`'s temporary files: hidden, the name of the file, eight random letters.
-_STATE = "meta"  # in a checkpoint's metadata
 REMEDY = ": start anew in another --out"
+_STATE = "meta"  # in a checkpoint's metadata
+# The form of `write_bytes`'s temporary files: hidden, the name of the file, eight random letters.
 _TEMPORARY = re.compile(r"\.[^.].*\.[A-Za-z]+\.[a-z0-9_]{8}")
 
 
@@ -69,7 +69,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+        raise RunError(f"cannot read {path}: {one_line(error)}") from error
 
 
 def next_free(stem: str, parent: Path = Path("runs")) -> Path:

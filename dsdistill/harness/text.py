@@ -6,6 +6,7 @@ is; whoever shows one passes it through here.
 """
 
 import unicodedata
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -45,6 +46,11 @@ def shortened(text: str, most: int = MOST) -> str:
         return shown
     tail = (most - 1) // 2
     return f"{shown[: most - 1 - tail]}…{shown[-tail:]}"
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names for a message, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def console(*, stderr: bool = False, soft_wrap: bool = False) -> "Console":
