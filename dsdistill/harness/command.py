@@ -48,7 +48,7 @@ def main(prog: str, description: str, commands: Commands, stopped: str) -> None:
     except (UserError, OSError) as error:
         raise SystemExit(printable(f"{prog}: {error}")) from error
     except KeyboardInterrupt as error:
-        raise SystemExit(f"{prog}: {str(error) or stopped}") from error
+        raise SystemExit(printable(f"{prog}: {str(error) or stopped}")) from error
 
 
 def _parse(prog: str, description: str, commands: Mapping[str, type]) -> Any:

@@ -37,8 +37,8 @@ class LeftOut:
     def __str__(self) -> str:
         kinds = sorted((+self.files).items(), key=lambda item: (-item[1], item[0]))
         parts = [f"{count:,} {kind}" for kind, count in kinds[:5]]
-        if len(self.files) > 5:
-            parts.append(f"{sum(self.files.values()):,} files that are no images in all")
+        if len(kinds) > 5:
+            parts.append(f"{self.files.total():,} files that are no images in all")
         parts += [f"{self.broken:,} broken link{'s' * (self.broken > 1)}"] if self.broken else []
         parts += [f"{self.hidden:,} hidden"] if self.hidden else []
         parts += [f"{self.loose:,} beside the class folders"] if self.loose else []
