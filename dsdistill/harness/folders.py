@@ -328,8 +328,8 @@ def _write(
     allowed = int(max(MAX_UNREADABLE * len(files), min(FEW, len(files) / 10)))
     if len(skipped) > allowed:
         raise DataError(
-            f"{_unreadable(path, files, skipped)}; at most {allowed} may be: mend them, or "
-            "take them away"
+            f"{_unreadable(path, files, skipped)}; at most {allowed} of {len(files)} may be: "
+            "mend them, or take them away"
         )
     file.truncate(start + len(files) * expected.nbytes)  # the last slot may be a skipped one
     coloured = expected.shape[-1] == 3 and gray < len(files) - len(skipped)
