@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from dsdistill.harness.class_names import natural_key
 from dsdistill.harness.errors import UserError, unknown
 
 ClassMap = Mapping[str, str | int]  # class of the data -> class of the teacher, by name or number
@@ -88,7 +89,7 @@ def likely_orders(classes: Sequence[str]) -> dict[str, tuple[int, ...]]:
     Returns:
         The name of each order, and the classes in it, as positions in `classes`.
     """
-    natural = sorted(range(len(classes)), key=lambda i: _natural(classes[i]))
+    natural = sorted(range(len(classes)), key=lambda i: natural_key(classes[i]))
     plain = sorted(range(len(classes)), key=lambda i: classes[i])
     return {
         "natural order, as timm sorts folders": tuple(natural),
@@ -315,12 +316,6 @@ def _counted(names: Sequence[str]) -> bool:
 
 def _is_number(name: str) -> bool:
     return name.isdecimal()
-
-
-def _natural(name: str) -> list[int | str]:
-    """timm's key: without case, and numbers in the name by their value."""
-    parts = re.split(r"(\d+)", name.lower())
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
 def _same(a: str, b: str) -> bool:
