@@ -177,7 +177,7 @@ def test_the_picture_of_a_set_takes_any_name(start, tmp_path):
 
 def test_a_name_is_drawn_as_text_and_not_as_a_formula(tmp_path):
     """In mathematics, the dollar signs would vanish and leave a narrower name."""
-    with drawing.plain():
+    with drawing.plain_text():
         figure = Figure()
         widths = [
             figure.text(0, 0, drawing.label(name)).get_window_extent().width

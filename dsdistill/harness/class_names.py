@@ -34,7 +34,7 @@ def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts if part)
 
 
-def ordered(names: Sequence[str]) -> tuple[str, ...]:
+def sort(names: Sequence[str]) -> tuple[str, ...]:
     """The names in the order of their labels: numbers by value, others as text."""
     return tuple(sorted(names, key=int) if are_numbers(names) else sorted(names))
 

@@ -39,7 +39,7 @@ def main(prog: str, description: str, commands: Commands, stopped: str) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does: Latin-1 alone
     try:
-        with stopping.handled():
+        with stopping.handle_signals():
             execute(options)
             sys.stdout.flush()
     except BrokenPipeError as error:  # whoever reads has seen enough, as `head` does

@@ -234,7 +234,7 @@ def _fill(
         ) from error
     _sweep(cache)
     try:
-        shape, skipped, gray = _write_in_kind(work / "images.npy", path, files, size, channels)
+        shape, skipped, gray = _write_images(work / "images.npy", path, files, size, channels)
         index = {
             "source": printable(str(path.resolve())),
             "image_size": size,
@@ -259,7 +259,7 @@ def _fill(
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _write_in_kind(
+def _write_images(
     file: Path, path: Path, files: list[Path], size: int | None, channels: int | None
 ) -> tuple[tuple[int, ...], dict[int, str], int]:
     """Write the images with as many channels as they need.

@@ -151,12 +151,14 @@ def list_folder(path: Path, classes: Sequence[str] | None = None) -> Layout:
     root = _descend(path)
     roles = _parts(root, left_out)
     train = _read_part(roles.get("train", root), (root,), left_out)
-    order = class_names.ordered(train.classes)
+    order = class_names.sort(train.classes)
     if classes is not None and class_names.match(classes, train.classes) is not None:
         order = tuple(classes)
     train = train.in_order(order)
     others: dict[str, Part | None] = {
-        name: _evaluated(roles[name], root, train, left_out) for name in roles if name != "train"
+        name: _read_beside_train(roles[name], root, train, left_out)
+        for name in roles
+        if name != "train"
     }
     validation, test = others.get("validation"), others.get("test")
     if test is None:
@@ -271,7 +273,7 @@ def _is_labelled(folder: Path) -> bool:
     return (folder / ANNOTATIONS).is_file() or any(map(holds_images, subfolders(folder)))
 
 
-def _evaluated(folder: Path, root: Path, train: Part, left_out: LeftOut) -> Part | None:
+def _read_beside_train(folder: Path, root: Path, train: Part, left_out: LeftOut) -> Part | None:
     """A part beside that of training, in the order of its classes; None if it has no classes.
 
     Raises:
@@ -300,7 +302,7 @@ def _read_part(folder: Path, above: tuple[Path, ...], left_out: LeftOut) -> Part
         DataError: If there are fewer than two classes, one has no images, or two have one name.
     """
     if (folder / ANNOTATIONS).is_file():
-        return _annotated(folder, left_out)
+        return _read_annotations(folder, left_out)
     inside = _descend(folder, part=True)
     above, folder = (*above, folder), inside
     folders: dict[str, Path] = {}
@@ -335,7 +337,7 @@ def _read_part(folder: Path, above: tuple[Path, ...], left_out: LeftOut) -> Part
     return Part(folder, tuple(folders), files, labels)
 
 
-def _annotated(folder: Path, left_out: LeftOut) -> Part:
+def _read_annotations(folder: Path, left_out: LeftOut) -> Part:
     """A part whose classes stand in a text file, as Tiny-ImageNet's validation images.
 
     Raises:
@@ -358,7 +360,7 @@ def _annotated(folder: Path, left_out: LeftOut) -> Part:
                 f"tab and a class, got {line[:60]!r}"
             )
         found[file] = label
-    classes = class_names.ordered(sorted({*found.values()}))
+    classes = class_names.sort(sorted({*found.values()}))
     if len(classes) < 2:
         raise DataError(f"{path} names {len(classes)} classes: expected at least two")
     unnamed = sum(1 for file in find_images(where, set(), LeftOut()) if file not in found)

@@ -17,7 +17,7 @@ VALIDATION_FRACTION = 0.1  # of a set that held no validation images out itself
 USED = ("config.image_size", "config.channels", "config.validation_fraction", "data.sha256")
 
 
-def described(distilled: Distilled) -> Provenance:
+def read_provenance(distilled: Distilled) -> Provenance:
     """What a set says of how it was made, with every type checked."""
     return provenance.parse(distilled.provenance, distilled.images.shape[1:])
 
@@ -32,7 +32,7 @@ def source(path: Path, distilled: Distilled) -> str | None:
     Raises:
         UserError: If it says something that cannot be of the data or of how they were read.
     """
-    made = described(distilled)
+    made = read_provenance(distilled)
     provenance.require(path, made, ("data.source", *USED))
     if made.source is not None and made.source not in datasets.NAMES:
         progress.say(f"{path} says that its data are {made.source}, which is read")
@@ -45,7 +45,7 @@ def validation_fraction(distilled: Distilled) -> float:
     That of the set itself; for one that was made of all images, as Label Solve's are, and for one
     that does not say, `VALIDATION_FRACTION`: learning rates and epochs are chosen on something.
     """
-    return described(distilled).validation_fraction or VALIDATION_FRACTION
+    return read_provenance(distilled).validation_fraction or VALIDATION_FRACTION
 
 
 def load(path: Path, distilled: Distilled, data: str, *, root: Path) -> Splits:
@@ -61,7 +61,7 @@ def load(path: Path, distilled: Distilled, data: str, *, root: Path) -> Splits:
         UserError: If the data cannot be had, or the set says something that cannot be of how they
             were read.
     """
-    made = described(distilled)
+    made = read_provenance(distilled)
     provenance.require(path, made, USED)
     return datasets.load(
         data,
@@ -94,7 +94,7 @@ def check(path: Path, distilled: Distilled, splits: Splits, data: str) -> None:
             f"{path} has images of shape {distilled.images.shape[1:]}, but {data} of "
             f"{splits.train.shape}"
         )
-    stored = described(distilled).sha256
+    stored = read_provenance(distilled).sha256
     if stored is None:
         progress.say(f"{path} has no checksum of its data: {data} is taken for them")
     elif stored != splits.digest:

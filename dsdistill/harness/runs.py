@@ -240,7 +240,7 @@ def start(
         _check_begun(folder, result)
     else:
         check_free(folder, result)
-    lock = _locked(folder, create=not resume)
+    lock = _acquire_lock(folder, create=not resume)
     try:
         # Again, now that no other process can change it.
         if resume:
@@ -285,7 +285,7 @@ def _check_begun(folder: Path, result: str) -> None:
         raise RunError(f"{folder} holds no run to resume")
 
 
-def _locked(folder: Path, *, create: bool) -> locks.Lock:
+def _acquire_lock(folder: Path, *, create: bool) -> locks.Lock:
     """The lock on a folder, which is made if it is not there.
 
     Raises:
