@@ -200,14 +200,19 @@ def check_free(folder: Path, result: str) -> None:
     Raises:
         RunError: If it is a file, or holds a run or anything else.
     """
-    if (folder / result).exists():
+    try:
+        # Read once: another process may be writing the first file of a run at this moment.
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return
+    except NotADirectoryError as error:
+        raise RunError(f"{folder} is a file: choose another --out") from error
+    if result in names:
         raise RunError(f"{folder} already holds a finished run: choose another --out")
-    if (folder / "config.json").exists():
+    if "config.json" in names:
         raise RunError(f"{folder} already holds a run: add --resume, or choose another --out")
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder} is a file: choose another --out")
     # A hidden file may be left by a start that was killed.
-    if folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir()):
+    if any(name[0] != "." for name in names):
         raise RunError(f"{folder} is not empty and holds no run: choose another --out")
 
 
