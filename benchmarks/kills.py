@@ -7,8 +7,9 @@ A trial starts a small run of `dsdistill kip`, `dsdistill ls` or `kd train` on d
 SIGKILL, SIGTERM or SIGINT at a moment drawn uniformly over its undisturbed duration, resumes it,
 and so on, up to three times; then lets it finish. It holds if the arrays, the figures and
 `metrics.jsonl` are those of the undisturbed run to the bit, nothing is left behind, and no start
-said more than one line of error. Each trial is a line of ROOT/results.jsonl; a campaign that is
-stopped goes on there. The last lines are a table: kills tried, and kills of trials that held.
+wrote a traceback, an ignored exception or a RuntimeWarning. Each trial is a line of
+ROOT/results.jsonl; a campaign that is stopped goes on there. The last lines are a table: kills
+tried, and kills of trials that held.
 
 Every start is a fork of one process that has imported everything and started no thread: half a
 second instead of five. Checkpoints are written ten times a second, and Label Solve reads its
@@ -56,6 +57,7 @@ CLOCKS = {  # figures that differ from run to run
     "pairs_per_second",
     "peak_memory",
     "seconds",
+    "sha256",  # of files that hold such figures
     "startup_seconds",
 }
 
@@ -103,15 +105,12 @@ class Trial:
 
 def preload() -> None:
     """Import all that the commands import, and make checkpoints frequent."""
-    import torch  # noqa: F401
-
+    import kd.cli  # noqa: F401
     from dsdistill import label_solve, pipeline, search, summary  # noqa: F401
     from dsdistill.kernels import devices  # noqa: F401
+    from kd import saving, session  # noqa: F401
 
-    search.CHECKPOINT_EVERY = CHECKPOINT_EVERY
-    for name, limit in (("kd.train", "SAVE_EVERY"), ("kd.saving", "AT_MOST")):
-        if hasattr(sys.modules.get(name), limit):
-            setattr(sys.modules[name], limit, CHECKPOINT_EVERY)
+    search.CHECKPOINT_EVERY = saving.AT_MOST = CHECKPOINT_EVERY
     label_solve.CHUNK = label_solve.PAIRS = CHUNK
 
 

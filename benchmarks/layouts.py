@@ -33,7 +33,7 @@ def picture(file: Path, colour: tuple[int, ...] = RED, kind: str = "PNG") -> Non
 
 
 def fill(folder: Path, count: int, names: tuple[str, ...] = NAMES) -> None:
-    """Write so many pictures of each class."""
+    """Write `count` pictures of each class."""
     for name in names:
         for number in range(count):
             picture(folder / name / f"{number}.png")

@@ -354,6 +354,9 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--pipe", type=int, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
+    again = [chosen.again.rpartition(":")[0]] if chosen.again else []
+    if unknown := {*chosen.kinds.split(","), *again} - set(KINDS):
+        parser.error(f"no kind {', '.join(sorted(unknown))}: {', '.join(KINDS)}")
     out = chosen.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     if chosen.worker:

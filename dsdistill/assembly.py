@@ -23,7 +23,7 @@ from dsdistill.harness.datasets import Splits
 from dsdistill.harness.errors import UserError, unknown
 from dsdistill.harness.evaluate import Arm, Augmentable, Learner
 from dsdistill.harness.judges import Judges
-from dsdistill.harness.labeled import Examples, Labeled, balanced, joined_chunks
+from dsdistill.harness.labeled import Examples, Labeled, balanced, iterate_chunks
 from dsdistill.options import Evaluate
 
 JUDGED = 2000  # validation images, class-balanced, that choose rates and calibrate
@@ -172,7 +172,7 @@ def _published(options: Evaluate) -> tuple[Distilled, Splits]:
     stated = Stated(**{name: getattr(options, name) for name in STATED})
     fitted = preprocess.fit("standardise", splits.train.chunks, splits.train.shape)
 
-    chunks = functools.partial(joined_chunks, (splits.train, splits.validation))
+    chunks = functools.partial(iterate_chunks, (splits.train, splits.validation))
     loaded = foreign.load(
         options.run, splits.train, stated, preprocess=fitted, data=splits.name, chunks=chunks
     )
@@ -213,7 +213,7 @@ def _ridge(name: str, kernel: str, distilled: Distilled) -> Learner:
     from dsdistill import ridge
     from dsdistill.kernels import networks
 
-    made = origin.described(distilled)
+    made = origin.read_provenance(distilled)
     depth, std = None, {}
     if not kernel:
         needed = ("kernel", "depth", "w_std", "b_std")

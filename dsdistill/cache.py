@@ -15,9 +15,11 @@ from pathlib import Path
 from dsdistill.harness import folders, places
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.memory import readable
+from dsdistill.harness.text import printable
 
 DAY = 24 * 3600
 _KEY = re.compile(r"[0-9a-f]{32}")
+_OURS = {"images.npy", folders.INDEX}
 
 
 @dataclass(frozen=True)
@@ -37,20 +39,16 @@ class CacheEntry:
     used: float
 
 
-def entries(cache: Path, data_root: Path) -> list[CacheEntry]:
-    """All that is kept, the largest first.
-
-    Args:
-        cache: As in `places.cache`.
-        data_root: Where earlier versions kept decoded images.
-    """
-    found = [
-        *_decoded(cache / "decoded"),
-        *_decoded(data_root / "folders", " (of an earlier version, no longer read)"),
-        *_evaluations(cache / "evaluations"),
-        *_teacher_answers(cache),
+def entries() -> list[CacheEntry]:
+    """All that is kept, the largest first."""
+    everything = [
+        *_decoded(places.decoded_images()),
+        # Where earlier versions kept them.
+        *_decoded(places.data_root() / "folders", " (of an earlier version, no longer read)"),
+        *_evaluations(places.evaluations()),
+        *_teacher_answers(places.cache()),
     ]
-    return sorted(found, key=lambda entry: -entry.size)
+    return sorted(everything, key=lambda entry: -entry.size)
 
 
 def run(*, clear: bool, older_than: float | None) -> None:
@@ -58,26 +56,23 @@ def run(*, clear: bool, older_than: float | None) -> None:
 
     Args:
         clear: Remove it.
-        older_than: Only what was not used for so many days.
+        older_than: Only what was not used for this number of days.
 
     Raises:
         UserError: If the number of days is below 0.
     """
     if older_than is not None and older_than < 0:
         raise UserError(f"--older-than must be 0 days or more, got {older_than:g}")
-    cache, data_root = places.cache(), places.data_root()
     limit = time.time() - (older_than or 0) * DAY
-    chosen = [
-        entry for entry in entries(cache, data_root) if older_than is None or entry.used < limit
-    ]
+    chosen = [entry for entry in entries() if older_than is None or entry.used < limit]
     if clear:
         for entry in chosen:
             _remove(entry.path)
     for entry in _rows(chosen):
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
-        print(f"{readable(entry.size):>10}  {used}  {entry.what}  {entry.path}")
+        print(printable(f"{readable(entry.size):>10}  {used}  {entry.what}  {entry.path}"))
     total = readable(sum(entry.size for entry in chosen))
-    print(f"{total:>10}  {'removed' if clear else 'kept'} in {cache} (DSDISTILL_CACHE)")
+    print(f"{total:>10}  {'removed' if clear else 'kept'} in {places.cache()} (DSDISTILL_CACHE)")
 
 
 def _rows(chosen: Sequence[CacheEntry]) -> list[CacheEntry]:
@@ -107,9 +102,6 @@ def _decoded(folder: Path, note: str = "") -> Iterator[CacheEntry]:
             yield _entry(path, f"{index.get('source', 'decoded images')}{size}{note}")
 
 
-_OURS = {"images.npy", folders.INDEX}
-
-
 def _evaluations(folder: Path) -> Iterator[CacheEntry]:
     for path in folder.glob("*.json"):
         if _KEY.fullmatch(path.stem):
@@ -117,7 +109,7 @@ def _evaluations(folder: Path) -> Iterator[CacheEntry]:
 
 
 def _teacher_answers(cache: Path) -> Iterator[CacheEntry]:
-    """Of `kd train --cache` into a folder here."""
+    """The answers that `kd train --cache` keeps in a folder here."""
     for key in (*cache.glob("*/key.json"), *cache.glob("*/*/key.json")):
         if re.fullmatch(r"[0-9a-f]{64}", key.parent.name):
             yield _entry(key.parent, "answers of a teacher")

@@ -11,7 +11,7 @@ METHODS = ("kip", "ls")
 
 
 def distil(method: str, config: Mapping[str, Any]) -> str | None:
-    """Of a distilled set of `dsdistill kip` or `dsdistill ls`; None if a file does not say it.
+    """The command that made a set of `dsdistill kip` or `ls`; None if its file does not say it.
 
     Args:
         method: As the set's file says.

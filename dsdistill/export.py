@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from dsdistill.harness import artifact, memory, progress, runs
+from dsdistill.harness import artifact, checksums, memory, progress, runs
 from dsdistill.harness.artifact import ArtifactError, Distilled
 from dsdistill.harness.errors import UserError
 
 SUFFIX = {"folder": "", "npz": ".npz", "torch": ".pt"}
 NAMES = "classes.json"  # in a folder of pictures: class folder -> class
-HEADER = ("dsdistill", "sha256")  # strings by which `read` knows an export
+HEADER = (artifact.KEY, checksums.SHA256)  # strings by which `read` knows an export
 BYTES = 100  # that a folder's name may take; file systems allow 255
 CLIPPED = 0.01  # share of clipped values from which it is said
 # What Windows keeps for itself, with any suffix.
@@ -164,7 +164,7 @@ def _read_npz(path: Path) -> Any:
         if not set(HEADER) <= set(file.files):
             return None
         size = sum(info.file_size for info in file.zip.infolist())
-        memory.require(2 * size, str(path), "it claims to unpack to so much")
+        memory.require(2 * size, str(path), "take a smaller set")
         found = {name: file[name] for name in file.files if name != "classes"}
     return {name: str(a) if name in HEADER else a for name, a in found.items()}
 

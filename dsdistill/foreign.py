@@ -192,8 +192,8 @@ def _tiles(
     why = None if kind in pixels.WHITENED else evidence.tiled(images, train)
     tiles = stated or 1
     if stated is None and raw.kind == "folder":
-        hint = f"the pictures look like mosaics ({why}) and are taken whole, as RDED does"
-        return images, [f"{hint}; --tiles 2 parts them"] if why else []
+        note = f"the pictures look like mosaics ({why}) and are taken whole, as RDED does"
+        return images, [f"{note}; --tiles 2 parts them"] if why else []
     if stated is None and raw.kind == "IDC" and why:
         tiles = 2
     elif stated is None and (why or raw.kind == "IDC"):
@@ -201,7 +201,7 @@ def _tiles(
         raise UserError(f"{path}: {doubt}: state --tiles 2 to part them, or --tiles 1")
     if tiles == 1:
         return images, []
-    parted = pixels.tiles_decoded(path, images, tiles)
+    parted = pixels.decode_tiles(path, images, tiles)
     said = "stated" if stated else f"IDC's; {why}"
     return parted, [f"tiles: {tiles}x{tiles} images in one, now {len(parted)} images ({said})"]
 

@@ -295,4 +295,4 @@ class Cache:
     """remove them; they are made again when they are needed"""
 
     older_than: float | None = None
-    """only those that were not used for so many days"""
+    """only those that were not used for this number of days"""

@@ -29,7 +29,7 @@ from dsdistill.harness import (
     runs,
     stopping,
 )
-from dsdistill.harness.errors import UserError
+from dsdistill.harness.errors import UserError, one_line
 from dsdistill.harness.evaluate import Predict
 from dsdistill.harness.judges import accuracy
 from dsdistill.harness.labeled import Examples
@@ -294,7 +294,7 @@ def _draw(picture: Path, sides: tuple[Side, Side], classes: tuple[str, ...], fit
     try:
         pictures.write_grid(picture, *sides, classes, fitted)
     except Exception as error:  # a font, a name, a full disk
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = one_line(error, kind=True)
         progress.say(f"note: the set is saved, but {picture} could not be drawn ({reason})")
 
 

@@ -27,7 +27,6 @@ from dsdistill.harness.evaluate import Arm, Learner, evaluate, stored_bytes
 from dsdistill.harness.kept import Kept
 from dsdistill.harness.labeled import Labeled, per_class
 from dsdistill.harness.pictures import Side
-from dsdistill.harness.provenance import Provenance
 from dsdistill.harness.reports import page, report, verdict, words
 from dsdistill.harness.reports.report import Report
 from dsdistill.harness.results import Result
@@ -163,7 +162,7 @@ def _picture(out: Path, parts: Parts) -> None:
 
 
 def _report(options: Evaluate, parts: Parts, results: Sequence[Result], seconds: float) -> Report:
-    made, splits = _made(parts), parts.splits
+    made, splits = origin.read_provenance(parts.distilled), parts.splits
     kernel = f" with {made.kernel}" if made.kernel else ""
     own = None if made.config is None else commands.distil(made.method, made.config)
     return Report(
@@ -189,11 +188,6 @@ def _report(options: Evaluate, parts: Parts, results: Sequence[Result], seconds:
     )
 
 
-def _made(parts: Parts) -> Provenance:
-    """What the set says of how it was made."""
-    return origin.described(parts.distilled)
-
-
 def _accelerators(learners: Sequence[Learner]) -> list[str]:
     """Each that a learner computes on, once."""
     names = (getattr(learner, "accelerator", None) for learner in learners)
@@ -201,7 +195,7 @@ def _accelerators(learners: Sequence[Learner]) -> list[str]:
 
 
 def _described(parts: Parts) -> dict[str, Any]:
-    made = _made(parts)
+    made = origin.read_provenance(parts.distilled)
     full, size = parts.splits.train, parts.distilled.nbytes
     whole = len(full) * (int(np.prod(full.shape)) * full.store.itemsize + 1)
     return {
@@ -267,7 +261,7 @@ def _same_draws(parts: Parts) -> list[str]:
 def _hints(parts: Parts, results: Sequence[Result]) -> list[str]:
     """What to check of a set from elsewhere on which no learner learns anything."""
     found = [r.accuracy for r in results if r.arm == "distilled" and r.accuracy is not None]
-    if _made(parts).config is not None or not found:
+    if origin.read_provenance(parts.distilled).config is not None or not found:
         return []
     from dsdistill import foreign
 

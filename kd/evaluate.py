@@ -141,7 +141,7 @@ def _test_images(
     if source.distilled is not None or not (path.is_dir() or is_array):
         return TestImages(source, f"test images of {source.name}")
     if not is_array and (part := layout.list_folder(path).test):
-        return TestImages(source, f"test images, {layout.shown(part.folder)}")
+        return TestImages(source, f"test images, {part.folder}")
     if options.data is None or _is_trained_on(config, name, source):
         held = "the share of the images that the training has held out for testing"
         return TestImages(source, held)

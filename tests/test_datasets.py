@@ -343,6 +343,6 @@ def test_parts_are_read_across_their_borders(size):
         every.select(np.empty(0, np.int64)),
         every.select(np.arange(5, 11)),
     ]
-    chunks = list(labeled.joined_chunks(parts, size))
+    chunks = list(labeled.iterate_chunks(parts, size))
     np.testing.assert_array_equal(np.concatenate(chunks), images)
     assert [len(chunk) for chunk in chunks] == [len(c) for c in every.chunks(size)]

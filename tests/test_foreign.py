@@ -308,12 +308,15 @@ def test_class_folders(tmp_path, splits, few, fitted, read, name, how):
     np.testing.assert_array_equal(got.hard_labels, few[1][order])
 
 
-def test_class_folders_by_name_need_no_order(tmp_path, splits, few, read):
-    """Names that sort unlike the classes, one with a slash, as `dsdistill export` writes them."""
-    names = ("zero/nil", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+@pytest.mark.parametrize("names", ["zero/nil one two.", "cafe\u0301 one: one_", "a/b a-b .hidden"])
+def test_class_folders_by_name_need_no_order(names, tmp_path, splits, few, read):
+    """Names that sort unlike the classes, or that a folder cannot have: as `export` writes them."""
+    names = (*names.split(" "), "three", "four", "five", "six", "seven", "eight", "nine")
     train = Labeled(splits.train.images(), splits.train.labels, names)
-    folder = _write_folder(tmp_path / "syn", *few, lambda k: names[k].replace("/", "-"))
-    assert _accuracy(read(folder, train=train), splits.test) > GOOD
+    folders = export.folder_names(names)
+    got = read(_write_folder(tmp_path / "syn", *few, lambda k: folders[k]), train=train)
+    assert _accuracy(got, splits.test) > GOOD
+    assert "matched by name" in _notes(got)
 
 
 def test_pictures_of_other_sizes_and_channels_are_brought_to_the_data(tmp_path, splits, few, read):

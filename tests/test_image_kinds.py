@@ -310,14 +310,14 @@ def test_a_damaged_image_of_a_small_folder_is_skipped_and_named(tmp_path, caplog
     assert "b/005.png: a Git LFS pointer: run git lfs pull" in message
     for file in files[:5]:
         file.write_bytes(b"")
-    with pytest.raises(DataError, match=r"6 of 40 .*; at most 3 of so many may be"):
+    with pytest.raises(DataError, match=r"6 of 40 .*; at most 3 of 40 may be"):
         folders.read(tmp_path / "data", tmp_path / "cache", None)
 
 
 def test_half_of_a_tiny_folder_may_not_be_damaged(tmp_path):
     files = _many(tmp_path / "data", 4)
     files[0].write_bytes(b"")
-    with pytest.raises(DataError, match=r"1 of 8 .*; at most 0 of so many"):
+    with pytest.raises(DataError, match=r"1 of 8 .*; at most 0 of 8 may be"):
         folders.read(tmp_path / "data", tmp_path / "cache", None)
 
 

@@ -294,7 +294,7 @@ def test_numbers_stand_by_value_and_other_names_as_text(tmp_path):
     names = ("Zebra", "ant", "b10", "b2")
     assert list_folder(_fill(tmp_path / "names", 1, names)).train.classes == names
     # 1 and 01 are one number, and so names.
-    assert class_names.ordered(("2", "10", "1", "01")) == ("01", "1", "10", "2")
+    assert class_names.sort(("2", "10", "1", "01")) == ("01", "1", "10", "2")
 
 
 def test_the_order_is_said_where_programs_differ():

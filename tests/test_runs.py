@@ -6,6 +6,7 @@ import re
 import sys
 import types
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -397,3 +398,18 @@ def test_tensorboard_forgets_the_steps_after_the_checkpoint(tmp_path, without_te
     assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 2
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(0, 0), (1, 1), (2, 2), (3, 30)]
+
+
+def test_a_run_that_begins_meanwhile_is_no_foreign_content(tmp_path, monkeypatch):
+    """Another process writes `config.json` between any two looks at the folder."""
+    (tmp_path / ".config.json.abcd1234").touch()
+    exists = Path.exists
+
+    def looked_at(path: Path, **options: bool) -> bool:
+        answer = exists(path, **options)
+        if path.name == "config.json":
+            path.touch()
+        return answer
+
+    monkeypatch.setattr(Path, "exists", looked_at)
+    runs.check_free(tmp_path, "result")  # which is refused later, under the lock

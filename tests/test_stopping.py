@@ -12,7 +12,7 @@ import weakref
 import pytest
 
 from dsdistill.harness import command, stopping
-from dsdistill.harness.stopping import handled, watch
+from dsdistill.harness.stopping import handle_signals, watch
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
@@ -34,7 +34,7 @@ class Callback:
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_in_a_callback_stops_the_loop(number):
     before = signal.getsignal(number)
-    with handled(), watch() as stop:
+    with handle_signals(), watch() as stop:
         assert not stop.requested
         Callback(number)
         assert stop.requested
@@ -72,7 +72,7 @@ def test_a_signal_in_a_callback_outside_a_loop_ends_the_work_as_well(number, whe
     if where == "collection":
         gc.callbacks.append(callback)
     try:
-        with handled(), pytest.raises(KeyboardInterrupt):
+        with handle_signals(), pytest.raises(KeyboardInterrupt):
             work()
     finally:
         if where == "collection":
@@ -82,7 +82,7 @@ def test_a_signal_in_a_callback_outside_a_loop_ends_the_work_as_well(number, whe
 
 def test_a_signal_that_was_lost_before_the_loop_stops_it(monkeypatch):
     monkeypatch.setattr(stopping, "AGAIN", 1000.0)
-    with handled():
+    with handle_signals():
         Callback(signal.SIGTERM)
         with watch() as stop:
             assert stop.requested
@@ -90,12 +90,12 @@ def test_a_signal_that_was_lost_before_the_loop_stops_it(monkeypatch):
 
 
 def test_outside_a_loop_a_signal_ends_the_work_at_once():
-    with handled(), pytest.raises(KeyboardInterrupt):
+    with handle_signals(), pytest.raises(KeyboardInterrupt):
         _send(signal.SIGTERM)
 
 
 def test_a_second_signal_ends_the_loop_at_once_and_an_echo_does_not(monkeypatch):
-    with handled(), watch() as stop:
+    with handle_signals(), watch() as stop:
         _send(signal.SIGINT)
         _send(signal.SIGTERM)  # a launcher passes the first one on
         assert stop.requested
@@ -133,7 +133,7 @@ def test_long_work_outside_python_ends_at_a_signal():
         "import ctypes, sys\n"
         "from dsdistill.harness import stopping\n"
         "libc = ctypes.CDLL(None)\n"
-        "with stopping.handled():\n"
+        "with stopping.handle_signals():\n"
         "    print('begun', flush=True)\n"
         "    stopping.interruptible(lambda: [libc.usleep(900_000) for _ in range(60)])\n"
     )

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Float, Int
 
-from dsdistill.foreign_sets.files import some
 from dsdistill.harness.labeled import Labeled, balanced
 from dsdistill.harness.preprocess import Preprocess, unit_range
+from dsdistill.harness.text import some
 
 Constants = tuple[Float[np.ndarray, " c"], Float[np.ndarray, " c"]]
 

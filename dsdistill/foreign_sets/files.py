@@ -32,6 +32,7 @@ from jaxtyping import Num
 
 from dsdistill.harness import memory
 from dsdistill.harness.errors import UserError
+from dsdistill.harness.text import some
 
 SUFFIXES = (".pt", ".pth", ".npz", ".npy")
 REMEDY = "save its images and labels with torch.save({'images': images, 'labels': labels}, FILE)"
@@ -123,11 +124,6 @@ def read(path: Path) -> Raw:
 def line(error: Exception) -> str:
     """An error of another library in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split("\n")[0].split())
-
-
-def some(names: Sequence[str]) -> str:
-    """The first few names, for a message."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _best(folder: Path) -> Path:

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 
-from dsdistill.foreign_sets.files import Raw, some
+from dsdistill.foreign_sets.files import Raw
 from dsdistill.harness import metrics
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.labeled import centred_one_hot
+from dsdistill.harness.text import some
 
 SUM = 5e-3  # by which the sum of a row may be off: labels are often stored in half precision
 DRIFT = 0.5  # by which the mean sum of learned rows may be off: Adam does not keep it at 0

@@ -16,9 +16,11 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-from dsdistill.foreign_sets.files import Raw, line, some
+from dsdistill import export
+from dsdistill.foreign_sets.files import Raw, line
 from dsdistill.harness import class_names, memory
 from dsdistill.harness.errors import UserError
+from dsdistill.harness.text import some
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -71,13 +73,13 @@ def _is_picture(file: Path) -> bool:
 
 
 def _order(path: Path, names: list[str], classes: Sequence[str]) -> tuple[list[int], str]:
-    """The label of each class folder, and how it was found."""
-    # `dsdistill export` writes "T-shirt/top" as a folder "T-shirt-top".
-    known = [name.replace("/", "-") for name in classes]
-    if (place := class_names.match(names, known)) is not None:
-        if set(names) == set(known):
-            return list(place), "class folders were matched by name"
-        return list(place), _by_number(names, place, classes)
+    """The label of each class folder, and what it was matched by."""
+    for known in (classes, export.folder_names(classes)):  # as `dsdistill export` writes them
+        if (place := class_names.match(names, known)) is None:
+            continue
+        if class_names.are_numbers(names) and set(names) != set(known):
+            return list(place), _by_number(names, place, classes)
+        return list(place), "class folders were matched by name"
     numbered = [re.fullmatch(r"(\D*)(\d+)", name) for name in names]
     found = [(match[1], int(match[2])) for match in numbered if match]
     order = [index for _, index in found]

@@ -239,7 +239,7 @@ def whitening(
     return preprocess.fit_frepo(chunks, shape, (mean, std)), note
 
 
-def tiles_decoded(
+def decode_tiles(
     path: Path, images: Float[np.ndarray, "n h w c"], tiles: int
 ) -> Float[np.ndarray, "m h w c"]:
     """Every tile of each image as an image of full size, the first tiles of all images first.

@@ -121,28 +121,22 @@ def load(path: Path) -> Distilled:
     """
     path = Path(path)
     header, tensors, _ = checksums.load(path, KEY, kind="a distilled set", error=ArtifactError)
-    return _assembled(path, header, tensors)
+    return _assemble(path, header, tensors)
 
 
-def unpack(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, np.ndarray]) -> Distilled:
+def unpack(path: Path, metadata: Mapping[str, str], tensors: dict[str, np.ndarray]) -> Distilled:
     """The set of what `pack` gave.
 
     Raises:
         ArtifactError: If it is damaged, foreign or inconsistent.
     """
-    text = metadata[KEY]
-    seal = metadata.get(checksums.SHA256)
-    checksums.verify(path, text, tensors, seal, error=ArtifactError)
-    try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: the header is not JSON: {error}") from error
-    return _assembled(path, header, tensors)
+    header, tensors, _ = checksums.unpack(path, KEY, metadata, tensors, error=ArtifactError)
+    return _assemble(path, header, tensors)
 
 
-def _assembled(path: Path, stored: Any, tensors: Mapping[str, np.ndarray]) -> Distilled:
+def _assemble(path: Path, stored: Any, tensors: Mapping[str, np.ndarray]) -> Distilled:
     """The set that a header and named arrays describe, after every check."""
-    header = _checked(path, stored)
+    header = _check_header(path, stored)
     try:
         fitted = pre.Preprocess(
             header["preprocess"]["kind"],
@@ -173,7 +167,7 @@ def locate(run: Path) -> Path:
     return run / FILE if run.is_dir() else run
 
 
-def _checked(path: Path, header: Any) -> dict[str, Any]:
+def _check_header(path: Path, header: Any) -> dict[str, Any]:
     """The header, each field of its type: a checksum does not keep a stranger from writing one."""
     found = header.get("format") if isinstance(header, dict) else None
     if found != FORMAT:

@@ -15,7 +15,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from dsdistill.harness.errors import UserError
+from dsdistill.harness.errors import UserError, one_line
 
 SHA256 = "sha256"  # key of the checksum in a file's metadata
 
@@ -110,48 +110,46 @@ def load(
         raise error(f"no {kind.partition(' ')[2]} at {path}{remedy}")
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
-            found = file.metadata() or {}
+            header = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as reason:  # safetensors' own error, OSError, and others for odd dtypes
-        line = " ".join(str(reason).split())
-        message = f"{path} is damaged: it is not a whole .safetensors file ({line}){remedy}"
-        raise error(message) from reason
-    if key not in found:
+        message = f"{path} is damaged: it is not a whole .safetensors file ({one_line(reason)})"
+        raise error(message + remedy) from reason
+    if key not in header:
         raise error(f"{path} is a .safetensors file, but not {kind}{remedy}")
-    seal = found.get(SHA256)
     # A bit that flips in the word "sha256" must not make a file one of those without a checksum.
-    required = required or found.keys() != {key}
-    verify(path, found[key], arrays, seal, required=required, remedy=remedy, error=error)
-    try:
-        description = json.loads(found[key])
-    except (ValueError, RecursionError) as reason:
-        line = " ".join(str(reason).split())
-        raise error(f"{path} is damaged: its header is not JSON ({line}){remedy}") from reason
-    return Content(description, arrays, seal is not None)
+    required = required or header.keys() != {key}
+    return unpack(path, key, header, arrays, remedy=remedy, error=error, required=required)
 
 
-def verify(
+def unpack(
     path: Path,
-    text: str,
-    arrays: Mapping[str, np.ndarray],
-    expected: str | None,
+    key: str,
+    header: Mapping[str, str],
+    arrays: dict[str, np.ndarray],
     *,
-    required: bool = True,
     remedy: str = "",
     error: type[UserError] = UserError,
-) -> None:
-    """Compare the content of a file with the checksum that stands in it.
+    required: bool = True,
+) -> Content:
+    """Verify the checksum of a file's content, and read its description.
 
     Args:
-        path: For the message.
-        text, arrays: As for `digest`.
-        expected: The checksum; None where there is none.
-        required, remedy, error: As for `load`.
+        path: For messages.
+        key, remedy, error, required: As for `load`.
+        header: What `metadata` gave.
+        arrays: As for `digest`.
 
     Raises:
-        UserError: Of class `error`, if they differ, or if there is none and one is required.
+        UserError: Of class `error`, if the checksum differs or is missing and required, or if the
+            description is not JSON.
     """
-    if expected is None and not required:
-        return
-    if expected != digest(text, arrays):
+    expected = header.get(SHA256)
+    if (expected is not None or required) and expected != digest(header[key], arrays):
         raise error(f"{path} is damaged: its contents do not match its checksum{remedy}")
+    try:
+        description = json.loads(header[key])
+    except (ValueError, RecursionError) as reason:
+        line = one_line(reason)
+        raise error(f"{path} is damaged: its header is not JSON ({line}){remedy}") from reason
+    return Content(description, arrays, expected is not None)

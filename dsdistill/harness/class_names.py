@@ -6,31 +6,23 @@ names that are all numbers stand by value and all others as text. Wherever names
 sides they are matched by name, so that the order is of no account.
 """
 
-import os
 import re
 import unicodedata
 from collections.abc import Sequence
 
+from dsdistill.harness.text import printable
+
 CONTROL = {"Cc", "Cs"}  # Unicode categories that would break a line, or that no file can hold
 
 
-def printable(name: str) -> str:
-    """A text that can be shown on one line and written as UTF-8.
-
-    A byte of a file's name that is no UTF-8 becomes such as `\\xe9`, a line feed `\\n`.
-    """
-    text = os.fsencode(name).decode("utf-8", "backslashreplace") if _has_surrogate(name) else name
-    if text.isprintable():
-        return text
-    return "".join(_escaped(c) if unicodedata.category(c) in CONTROL else c for c in text)
-
-
 def from_folder(name: str) -> str:
-    """The class name of a folder: printable, in Unicode's composed normal form (NFC).
+    """The class name of a folder: one line of UTF-8, in Unicode's composed normal form (NFC).
 
-    macOS and archives made there store `é` as two characters, others as one.
+    A byte that is no UTF-8 becomes `\\xe9` or the like, a line feed `\\n`. macOS and archives made
+    there store `é` as two characters, others as one.
     """
-    return unicodedata.normalize("NFC", printable(name))
+    escaped = (printable(c) if unicodedata.category(c) in CONTROL else c for c in name)
+    return unicodedata.normalize("NFC", "".join(escaped))
 
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
@@ -42,7 +34,7 @@ def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts if part)
 
 
-def ordered(names: Sequence[str]) -> tuple[str, ...]:
+def sort(names: Sequence[str]) -> tuple[str, ...]:
     """The names in the order of their labels: numbers by value, others as text."""
     return tuple(sorted(names, key=int) if are_numbers(names) else sorted(names))
 
@@ -99,11 +91,3 @@ def _start(names: Sequence[str]) -> str:
 
 def _values(names: Sequence[str]) -> list[int] | None:
     return [int(name) for name in names] if are_numbers(names) else None
-
-
-def _has_surrogate(name: str) -> bool:
-    return any("\ud800" <= c <= "\udfff" for c in name)
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode()

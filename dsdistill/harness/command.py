@@ -39,7 +39,7 @@ def main(prog: str, description: str, commands: Commands, stopped: str) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does: Latin-1 alone
     try:
-        with stopping.handled():
+        with stopping.handle_signals():
             execute(options)
             sys.stdout.flush()
     except BrokenPipeError as error:  # whoever reads has seen enough, as `head` does
@@ -48,7 +48,7 @@ def main(prog: str, description: str, commands: Commands, stopped: str) -> None:
     except (UserError, OSError) as error:
         raise SystemExit(printable(f"{prog}: {error}")) from error
     except KeyboardInterrupt as error:
-        raise SystemExit(f"{prog}: {str(error) or stopped}") from error
+        raise SystemExit(printable(f"{prog}: {str(error) or stopped}")) from error
 
 
 def _parse(prog: str, description: str, commands: Mapping[str, type]) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dsdistill.harness import class_names, memory, places
-from dsdistill.harness.errors import UserError, unknown
+from dsdistill.harness.errors import UserError, one_line, unknown
 from dsdistill.harness.labeled import TEST_FRACTION, DataError, Labeled, stratified
 
 # Our name -> (class in torchvision.datasets, argument that chooses the part, its two values).
@@ -168,7 +168,7 @@ def _torchvision_part(kind: Callable[..., Any], name: str, root: Path, part: dic
     except Exception as error:  # a damaged file fails in many ways, as does a download
         raise DataError(
             f"{name} is not whole under {root} and could not be downloaded "
-            f"({' '.join(str(error).split())}): give its folder with --data-root or DSDISTILL_DATA"
+            f"({one_line(error)}): give its folder with --data-root or DSDISTILL_DATA"
         ) from error
     images = np.asarray(source.data)
     if name == "svhn":

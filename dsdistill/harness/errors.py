@@ -16,6 +16,17 @@ class UserError(ValueError):
         return printable(super().__str__())
 
 
+def one_line(error: BaseException, *, kind: bool = False) -> str:
+    """The message of another library's error on one line; its class where it has no message.
+
+    Args:
+        error: Its message may have any number of lines.
+        kind: Begin with the class, where the message alone says too little.
+    """
+    text, name = " ".join(str(error).split()), type(error).__name__
+    return f"{name}: {text}" if kind and text else text or name
+
+
 def unknown(what: str, got: str, known: Iterable[str]) -> UserError:
     """An error for a name that is not in a table: lists the known names, the nearest first in mind.
 

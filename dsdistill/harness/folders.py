@@ -30,11 +30,12 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-from dsdistill.harness import class_names, image_files, memory, progress
+from dsdistill.harness import image_files, memory, progress
 from dsdistill.harness.labeled import TEST_FRACTION, DataError, Labeled, stratified
-from dsdistill.harness.layout import Layout, list_folder, shown, some
+from dsdistill.harness.layout import Layout, list_folder
 from dsdistill.harness.memory import readable
 from dsdistill.harness.runs import write_json
+from dsdistill.harness.text import printable, some
 
 MAX_UNREADABLE = 0.01  # share of the images that may be skipped
 FEW = 3  # unreadable images are skipped in a small folder too, up to a tenth of its images
@@ -120,10 +121,10 @@ def read(
     store = _open_or_fill(path, cache, files, image_size, channels)
     if store.skipped:
         line = _unreadable(path, files, store.skipped)
-        logging.getLogger(__name__).warning("%s; skipped", line)
+        logging.getLogger(__name__).warning("%s; skipped", printable(line))
     if store.gray and channels is None:
         progress.note(
-            f"{shown(path)}: {store.gray:,} of {len(files):,} images are grayscale and are read as "
+            f"{path}: {store.gray:,} of {len(files):,} images are grayscale and are read as "
             "colour, since others have it; --channels 1 makes all grayscale"
         )
     good = np.setdiff1d(np.arange(len(files)), list(store.skipped))
@@ -155,7 +156,7 @@ def _open_or_fill(
             with suppress(OSError):  # of a cache that others own
                 os.utime(folder / INDEX)  # when it was last used
             return store
-        progress.say(f"the decoded images in {folder} are damaged: {shown(path)} is decoded again")
+        progress.say(f"the decoded images in {folder} are damaged: {path} is decoded again")
     return _fill(path, folder, files, size, None if folder == as_they_are else channels)
 
 
@@ -233,9 +234,9 @@ def _fill(
         ) from error
     _sweep(cache)
     try:
-        shape, skipped, gray = _write_in_kind(work / "images.npy", path, files, size, channels)
+        shape, skipped, gray = _write_images(work / "images.npy", path, files, size, channels)
         index = {
-            "source": class_names.printable(str(path.resolve())),
+            "source": printable(str(path.resolve())),
             "image_size": size,
             "shape": shape,
             "skipped": {str(slot): why for slot, why in skipped.items()},
@@ -250,7 +251,7 @@ def _fill(
         assert stored is not None, f"{folder} cannot be read back"
         size_on_disk = readable((folder / "images.npy").stat().st_size)
         progress.note(
-            f"{shown(path)}: its decoded images are kept in {folder} ({size_on_disk}); "
+            f"{path}: its decoded images are kept in {folder} ({size_on_disk}); "
             "`dsdistill cache` lists and clears them"
         )
         return stored
@@ -258,7 +259,7 @@ def _fill(
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _write_in_kind(
+def _write_images(
     file: Path, path: Path, files: list[Path], size: int | None, channels: int | None
 ) -> tuple[tuple[int, ...], dict[int, str], int]:
     """Write the images with as many channels as they need.
@@ -327,8 +328,8 @@ def _write(
     allowed = int(max(MAX_UNREADABLE * len(files), min(FEW, len(files) / 10)))
     if len(skipped) > allowed:
         raise DataError(
-            f"{_unreadable(path, files, skipped)}; at most {allowed} of so many may be: mend them, "
-            "or take them away"
+            f"{_unreadable(path, files, skipped)}; at most {allowed} of {len(files)} may be: "
+            "mend them, or take them away"
         )
     file.truncate(start + len(files) * expected.nbytes)  # the last slot may be a skipped one
     coloured = expected.shape[-1] == 3 and gray < len(files) - len(skipped)
@@ -371,7 +372,7 @@ def _header(file: BinaryIO, path: Path, shape: tuple[int, ...]) -> int:
     needed, free = math.prod(shape), shutil.disk_usage(Path(file.name).parent).free
     if needed > free:
         raise DataError(
-            f"the decoded images of {shown(path)} need {readable(needed)} on the disk of the "
+            f"the decoded images of {path} need {readable(needed)} on the disk of the "
             f"cache, {readable(free)} is free: use a smaller --image-size, or name another folder "
             "in the environment variable DSDISTILL_CACHE"
         )
@@ -384,14 +385,14 @@ def _require_alike(path: Path, first: Path, expected: Pixels, file: Path, got: P
     """Refuse a file whose size differs from that of the first one."""
     if expected.shape == got.shape:
         return
-    one, other = (shown(f.relative_to(path)) for f in (first, file))
+    one, other = (f.relative_to(path) for f in (first, file))
     (h, w, _), (h2, w2, _) = expected.shape, got.shape
     raise DataError(
-        f"{shown(path)} has images of different size: {one} is {w}x{h}, {other} is {w2}x{h2} "
+        f"{path} has images of different size: {one} is {w}x{h}, {other} is {w2}x{h2} "
         "(width x height): give --image-size"
     )
 
 
 def _unreadable(path: Path, files: list[Path], skipped: dict[int, str]) -> str:
-    named = [f"{shown(files[slot].relative_to(path))}: {why}" for slot, why in skipped.items()]
-    return f"{len(skipped)} of {len(files)} images of {shown(path)} are unreadable ({some(named)})"
+    named = [f"{files[slot].relative_to(path)}: {why}" for slot, why in skipped.items()]
+    return f"{len(skipped)} of {len(files)} images of {path} are unreadable ({some(named)})"

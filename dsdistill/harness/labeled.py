@@ -59,7 +59,7 @@ class Labeled:
             yield self.images(slice(start, start + size))
 
 
-def joined_chunks(parts: Sequence[Labeled], size: int) -> Iterator[np.ndarray]:
+def iterate_chunks(parts: Sequence[Labeled], size: int) -> Iterator[np.ndarray]:
     """All images of several parts in order, `size` at a time across their borders."""
     rest = parts[0].images(slice(0, 0))
     for part in parts:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from dsdistill.harness import class_names, progress
 from dsdistill.harness.labeled import DataError
+from dsdistill.harness.text import some
 from dsdistill.harness.walk import (
     LeftOut,
     count_broken_links,
@@ -115,7 +116,7 @@ class Layout:
         """Tell the user what was taken for what, and the order of the classes if it matters."""
         progress.note(self.summary(train, validation, test))
         if order := class_names.order_note(self.train.classes):
-            progress.note(f"{shown(self.root)}: {order}")
+            progress.note(f"{self.root}: {order}")
 
     def summary(self, train: int, validation: int, test: int) -> str:
         """One line on what was taken for what; the numbers are those of the images used."""
@@ -128,7 +129,7 @@ class Layout:
             f"{test:,} for the test, "
             + (f"from {_inside(self.root, self.test.folder)}" if self.test else held),
         )
-        line = f"{shown(self.root)}: {'; '.join(words)}"
+        line = f"{self.root}: {'; '.join(words)}"
         return line + (f"; left out: {self.left_out}" if self.left_out else "")
 
 
@@ -145,27 +146,24 @@ def list_folder(path: Path, classes: Sequence[str] | None = None) -> Layout:
         OSError: If one of them cannot be read.
     """
     if not path.is_dir():
-        raise DataError(f"no such folder: {shown(path)}")
+        raise DataError(f"no such folder: {path}")
     left_out = LeftOut()
     root = _descend(path)
     roles = _parts(root, left_out)
     train = _read_part(roles.get("train", root), (root,), left_out)
-    order = class_names.ordered(train.classes)
+    order = class_names.sort(train.classes)
     if classes is not None and class_names.match(classes, train.classes) is not None:
         order = tuple(classes)
     train = train.in_order(order)
     others: dict[str, Part | None] = {
-        name: _evaluated(roles[name], root, train, left_out) for name in roles if name != "train"
+        name: _read_beside_train(roles[name], root, train, left_out)
+        for name in roles
+        if name != "train"
     }
     validation, test = others.get("validation"), others.get("test")
     if test is None:
         validation, test = None, validation
     return Layout(root, train, validation, test, str(left_out))
-
-
-def shown(path: Path) -> str:
-    """A path for messages."""
-    return class_names.printable(str(path))
 
 
 def _descend(path: Path, *, part: bool = False) -> Path:
@@ -202,12 +200,12 @@ def _parts(root: Path, left_out: LeftOut) -> dict[str, Path]:
     parts = {part: _one(root, candidates) for part, candidates in named.items()}
     if "train" not in parts:
         raise DataError(
-            f"{shown(root)} has {_names(parts.values())} and no train folder: name the one to "
-            f"train on {shown(root / 'train')}, or give its path"
+            f"{root} has {_names(parts.values())} and no train folder: name the one to "
+            f"train on {root / 'train'}, or give its path"
         )
     if not _is_labelled(parts["train"]):
         raise DataError(
-            f"{shown(parts['train'])} has images and no class folders: expected one folder of "
+            f"{parts['train']} has images and no class folders: expected one folder of "
             "images a class (if it is a class itself, rename it)"
         )
     for folder in (*others, *sorted(taken - {*parts.values()})):
@@ -250,7 +248,7 @@ def _are_classes(root: Path, named: dict[str, list[Path]], others: Sequence[Path
         return True
     parts = [folder for candidates in named.values() for folder in candidates]
     raise DataError(
-        f"{shown(root)} has {_names(parts)} beside {_names(others)}: if they are parts, give the "
+        f"{root} has {_names(parts)} beside {_names(others)}: if they are parts, give the "
         "path of one, or move the others away; if they are classes, rename them"
     )
 
@@ -264,7 +262,7 @@ def _one(root: Path, candidates: Sequence[Path]) -> Path:
     labelled = [folder for folder in candidates if _is_labelled(folder)]
     if len(labelled) > 1:
         raise DataError(
-            f"{shown(root)} has {_names(labelled)}, which mean the same part: leave one of them, "
+            f"{root} has {_names(labelled)}, which mean the same part: leave one of them, "
             "or move the other away"
         )
     return (labelled or candidates)[0]
@@ -275,7 +273,7 @@ def _is_labelled(folder: Path) -> bool:
     return (folder / ANNOTATIONS).is_file() or any(map(holds_images, subfolders(folder)))
 
 
-def _evaluated(folder: Path, root: Path, train: Part, left_out: LeftOut) -> Part | None:
+def _read_beside_train(folder: Path, root: Path, train: Part, left_out: LeftOut) -> Part | None:
     """A part beside that of training, in the order of its classes; None if it has no classes.
 
     Raises:
@@ -291,7 +289,7 @@ def _evaluated(folder: Path, root: Path, train: Part, left_out: LeftOut) -> Part
     if class_names.match(train.classes, part.classes) is None:
         different = sorted({*train.classes} ^ {*part.classes})
         raise DataError(
-            f"{shown(train.folder)} and {shown(folder)} must have the same classes: "
+            f"{train.folder} and {folder} must have the same classes: "
             f"only one of them has {some(different)}"
         )
     return part.in_order(train.classes)
@@ -304,7 +302,7 @@ def _read_part(folder: Path, above: tuple[Path, ...], left_out: LeftOut) -> Part
         DataError: If there are fewer than two classes, one has no images, or two have one name.
     """
     if (folder / ANNOTATIONS).is_file():
-        return _annotated(folder, left_out)
+        return _read_annotations(folder, left_out)
     inside = _descend(folder, part=True)
     above, folder = (*above, folder), inside
     folders: dict[str, Path] = {}
@@ -312,17 +310,15 @@ def _read_part(folder: Path, above: tuple[Path, ...], left_out: LeftOut) -> Part
         name = class_names.from_folder(path.name)
         if name in folders:
             raise DataError(
-                f"{shown(folder)} has two folders of one name, {name!r}, which differ in how "
+                f"{folder} has two folders of one name, {name!r}, which differ in how "
                 "they write it: merge them, or rename one"
             )
         folders[name] = path
     if not folders:
-        raise DataError(
-            f"{shown(folder)} has no class folders: expected one folder of images a class"
-        )
+        raise DataError(f"{folder} has no class folders: expected one folder of images a class")
     if len(folders) == 1:
         raise DataError(
-            f"{shown(folder)} has one class folder, {next(iter(folders))!r}: expected at least two"
+            f"{folder} has one class folder, {next(iter(folders))!r}: expected at least two"
         )
     left_out.loose += count_loose_images(folder)
     left_out.broken += count_broken_links(folder)
@@ -332,7 +328,7 @@ def _read_part(folder: Path, above: tuple[Path, ...], left_out: LeftOut) -> Part
         images = sorted(find_images(path, {identify(p) for p in (*above, folder)}, other))
         if not images:
             what = f" ({other})" if str(other) else ""
-            raise DataError(f"class folder {shown(path)} has no images{what}: remove it")
+            raise DataError(f"class folder {path} has no images{what}: remove it")
         left_out.files.update(other.files)
         left_out.broken += other.broken
         left_out.hidden += other.hidden
@@ -341,7 +337,7 @@ def _read_part(folder: Path, above: tuple[Path, ...], left_out: LeftOut) -> Part
     return Part(folder, tuple(folders), files, labels)
 
 
-def _annotated(folder: Path, left_out: LeftOut) -> Part:
+def _read_annotations(folder: Path, left_out: LeftOut) -> Part:
     """A part whose classes stand in a text file, as Tiny-ImageNet's validation images.
 
     Raises:
@@ -353,20 +349,20 @@ def _annotated(folder: Path, left_out: LeftOut) -> Part:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except ValueError as error:
-        raise DataError(f"{shown(path)} is no text: {error}") from error
+        raise DataError(f"{path} is no text: {error}") from error
     for number, line in enumerate(filter(str.strip, lines), start=1):
         name, _, rest = line.partition("\t")
         label = class_names.from_folder(rest.partition("\t")[0].strip())
         file = where / name
         if not label or Path(name).name != name or not file.is_file():
             raise DataError(
-                f"{shown(path)}: line {number} must be the name of a file in {shown(where)}, a "
-                f"tab and a class, got {class_names.printable(line[:60])!r}"
+                f"{path}: line {number} must be the name of a file in {where}, a "
+                f"tab and a class, got {line[:60]!r}"
             )
         found[file] = label
-    classes = class_names.ordered(sorted({*found.values()}))
+    classes = class_names.sort(sorted({*found.values()}))
     if len(classes) < 2:
-        raise DataError(f"{shown(path)} names {len(classes)} classes: expected at least two")
+        raise DataError(f"{path} names {len(classes)} classes: expected at least two")
     unnamed = sum(1 for file in find_images(where, set(), LeftOut()) if file not in found)
     if unnamed:
         left_out.folders.append(f"{unnamed:,} images that {ANNOTATIONS} does not name")
@@ -376,7 +372,7 @@ def _annotated(folder: Path, left_out: LeftOut) -> Part:
 
 
 def _inside(root: Path, folder: Path) -> str:
-    return "" if folder == root else f"{shown(folder.relative_to(root))}/"
+    return "" if folder == root else f"{folder.relative_to(root)}/"
 
 
 def _from(inside: str) -> str:
@@ -384,9 +380,4 @@ def _from(inside: str) -> str:
 
 
 def _names(folders: Iterable[Path]) -> str:
-    return some([f"{class_names.printable(folder.name)}/" for folder in folders])
-
-
-def some(names: Sequence[str]) -> str:
-    """The first few of a list, and how many more there are."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return some([f"{folder.name}/" for folder in folders])

@@ -76,7 +76,10 @@ def acquire(folder: Path) -> Lock:
             holder = _holder(handle)
             os.close(handle)
             if error.errno in _UNSUPPORTED:
-                progress.say(f"note: no lock on {folder}: its file system has none; use it once")
+                progress.say(
+                    f"note: no lock on {folder}: its file system has none; start no second run in "
+                    "it while this one goes on"
+                )
                 path.unlink(missing_ok=True)
                 return Lock(path, None)
             if isinstance(error, BlockingIOError):

@@ -11,12 +11,13 @@ from dsdistill.harness.artifact import Distilled
 from dsdistill.harness.datasets import Splits
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.provenance import Provenance
+from dsdistill.harness.text import some
 
 VALIDATION_FRACTION = 0.1  # of a set that held no validation images out itself
 USED = ("config.image_size", "config.channels", "config.validation_fraction", "data.sha256")
 
 
-def described(distilled: Distilled) -> Provenance:
+def read_provenance(distilled: Distilled) -> Provenance:
     """What a set says of how it was made, with every type checked."""
     return provenance.parse(distilled.provenance, distilled.images.shape[1:])
 
@@ -31,7 +32,7 @@ def source(path: Path, distilled: Distilled) -> str | None:
     Raises:
         UserError: If it says something that cannot be of the data or of how they were read.
     """
-    made = described(distilled)
+    made = read_provenance(distilled)
     provenance.require(path, made, ("data.source", *USED))
     if made.source is not None and made.source not in datasets.NAMES:
         progress.say(f"{path} says that its data are {made.source}, which is read")
@@ -44,7 +45,7 @@ def validation_fraction(distilled: Distilled) -> float:
     That of the set itself; for one that was made of all images, as Label Solve's are, and for one
     that does not say, `VALIDATION_FRACTION`: learning rates and epochs are chosen on something.
     """
-    return described(distilled).validation_fraction or VALIDATION_FRACTION
+    return read_provenance(distilled).validation_fraction or VALIDATION_FRACTION
 
 
 def load(path: Path, distilled: Distilled, data: str, *, root: Path) -> Splits:
@@ -60,7 +61,7 @@ def load(path: Path, distilled: Distilled, data: str, *, root: Path) -> Splits:
         UserError: If the data cannot be had, or the set says something that cannot be of how they
             were read.
     """
-    made = described(distilled)
+    made = read_provenance(distilled)
     provenance.require(path, made, USED)
     return datasets.load(
         data,
@@ -85,15 +86,15 @@ def check(path: Path, distilled: Distilled, splits: Splits, data: str) -> None:
     """
     if distilled.classes != splits.train.classes:
         raise UserError(
-            f"{path} has classes {_few(distilled.classes)}, but {data} has "
-            f"{_few(splits.train.classes)}"
+            f"{path} has {len(distilled.classes)} classes ({some(distilled.classes)}), but {data} "
+            f"has {len(splits.train.classes)} ({some(splits.train.classes)})"
         )
     if distilled.images.shape[1:] != splits.train.shape:
         raise UserError(
             f"{path} has images of shape {distilled.images.shape[1:]}, but {data} of "
             f"{splits.train.shape}"
         )
-    stored = described(distilled).sha256
+    stored = read_provenance(distilled).sha256
     if stored is None:
         progress.say(f"{path} has no checksum of its data: {data} is taken for them")
     elif stored != splits.digest:
@@ -101,8 +102,3 @@ def check(path: Path, distilled: Distilled, splits: Splits, data: str) -> None:
             f"{path} was distilled from other images than {data} holds now, or by a version that "
             f"decoded large JPEGs otherwise (SHA-256 {stored[:12]}, found {splits.digest[:12]})"
         )
-
-
-def _few(classes: tuple[str, ...]) -> str:
-    shown = ", ".join(classes[:4]) + (", ..." if len(classes) > 4 else "")
-    return f"{len(classes)} ({shown})"

@@ -49,15 +49,15 @@ def write_grid(
     count = min(len(classes), MOST_ROWS)
     sides = (left, right)
     columns = max(1, *(len(row) for side in sides for row in side.rows(count)))
-    with drawing.plain():
-        pixels = _drawn(sides, classes[:count], columns, preprocess)
+    with drawing.plain_text():
+        pixels = _render(sides, classes[:count], columns, preprocess)
     gray = (pixels == pixels[..., :1]).all()  # a third less to store, and to put into a page
     buffer = io.BytesIO()
     Image.fromarray(pixels[..., 0] if gray else pixels).save(buffer, "png", optimize=True)
     write_bytes(path, buffer.getvalue())
 
 
-def _drawn(
+def _render(
     sides: tuple[Side, Side], classes: tuple[str, ...], columns: int, preprocess: Preprocess
 ) -> UInt8[np.ndarray, "H W 3"]:
     """The picture's pixels; every class has a row, though it may have no image."""

@@ -23,10 +23,10 @@ Kind = Literal["standardise", "zca", "none", "zca-mtt", "zca-rfad", "zca-frepo"]
 KINDS: tuple[Kind, ...] = ("standardise", "zca", "none")  # that sets are made with here
 ZCA_RIDGE = 0.1  # relative to the mean eigenvalue of the covariance, as in the paper's notebook
 MTT_RIDGE = 0.1  # absolute, of pixels in [0, 1]
-PROBE = 512  # rows of the matrices whose product is timed
-EIGENVECTORS = 6  # products of two matrices that take as long as the eigenvectors of one
 RFAD_RIDGE = FREPO_RIDGE = 0.1  # relative to the mean eigenvalue, of standardised pixels
 CHUNK = 2**22  # pixel values held at a time of a data set that may not fit into memory
+PROBE = 512  # rows of the matrices whose product is timed
+EIGENVECTORS = 6  # products of two matrices that take as long as the eigenvectors of one
 
 Chunks = Callable[[int], Iterator[Num[np.ndarray, "m h w c"]]]
 
@@ -133,8 +133,7 @@ def _channel_moments(
     mean = total / count
     std = np.sqrt(np.maximum(squares / count - mean**2, 0))
     std[std < 1e-6] = 1.0  # a constant channel carries nothing; dividing by 0 would give NaN
-    images = count // (shape[0] * shape[1])
-    return mean.astype(np.float32), std.astype(np.float32), images
+    return mean.astype(np.float32), std.astype(np.float32), count // (shape[0] * shape[1])
 
 
 def _fit_zca(

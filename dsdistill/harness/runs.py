@@ -25,14 +25,14 @@ from typing import Any
 import numpy as np
 
 from dsdistill.harness import checksums, events, locks, progress
-from dsdistill.harness.errors import UserError
+from dsdistill.harness.errors import UserError, one_line
 
 CHECKPOINT = "checkpoint.safetensors"
 CHOSEN = "chosen"  # in a configuration: what the run itself has chosen
 INPUTS = "inputs"  # in a configuration: SHA-256 of what the run depends on
-# The form of `write_bytes`'s temporary files: hidden, the name of the file, eight random letters.
-_STATE = "meta"  # in a checkpoint's metadata
 REMEDY = ": start anew in another --out"
+_STATE = "meta"  # in a checkpoint's metadata
+# The form of `write_bytes`'s temporary files: hidden, the name of the file, eight random letters.
 _TEMPORARY = re.compile(r"\.[^.].*\.[A-Za-z]+\.[a-z0-9_]{8}")
 
 
@@ -69,7 +69,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+        raise RunError(f"cannot read {path}: {one_line(error)}") from error
 
 
 def next_free(stem: str, parent: Path = Path("runs")) -> Path:
@@ -200,14 +200,19 @@ def check_free(folder: Path, result: str) -> None:
     Raises:
         RunError: If it is a file, or holds a run or anything else.
     """
-    if (folder / result).exists():
+    try:
+        # Read once: another process may be writing the first file of a run at this moment.
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return
+    except NotADirectoryError as error:
+        raise RunError(f"{folder} is a file: choose another --out") from error
+    if result in names:
         raise RunError(f"{folder} already holds a finished run: choose another --out")
-    if (folder / "config.json").exists():
+    if "config.json" in names:
         raise RunError(f"{folder} already holds a run: add --resume, or choose another --out")
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder} is a file: choose another --out")
     # A hidden file may be left by a start that was killed.
-    if folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir()):
+    if any(name[0] != "." for name in names):
         raise RunError(f"{folder} is not empty and holds no run: choose another --out")
 
 
@@ -240,7 +245,7 @@ def start(
         _check_begun(folder, result)
     else:
         check_free(folder, result)
-    lock = _locked(folder, create=not resume)
+    lock = _acquire_lock(folder, create=not resume)
     try:
         # Again, now that no other process can change it.
         if resume:
@@ -285,7 +290,7 @@ def _check_begun(folder: Path, result: str) -> None:
         raise RunError(f"{folder} holds no run to resume")
 
 
-def _locked(folder: Path, *, create: bool) -> locks.Lock:
+def _acquire_lock(folder: Path, *, create: bool) -> locks.Lock:
     """The lock on a folder, which is made if it is not there.
 
     Raises:

@@ -100,7 +100,7 @@ def _in_callback(frame: FrameType | None) -> bool:
 
 
 @contextlib.contextmanager
-def handled() -> Iterator[Flag]:
+def handle_signals() -> Iterator[Flag]:
     """Let both signals raise KeyboardInterrupt, and be noticed by every `watch` inside.
 
     For a command. A signal that is ignored stays so, as SIGINT is in a shell's background.
@@ -132,7 +132,7 @@ def watch() -> Iterator[Flag]:
     """
     current = [signal.getsignal(number) for number in SIGNALS]
     flags = [handler for handler in current if isinstance(handler, Flag)]
-    with contextlib.nullcontext(flags[0]) if flags else handled() as flag:
+    with contextlib.nullcontext(flags[0]) if flags else handle_signals() as flag:
         waited, flag.waits = flag.waits, True
         try:
             yield flag

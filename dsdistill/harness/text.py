@@ -6,6 +6,7 @@ is; whoever shows one passes it through here.
 """
 
 import unicodedata
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 MOST = 32  # characters of a name in a plot
 # Controls, marks without a width, halves of a surrogate pair, separators of lines and paragraphs.
 _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+_BYTES = "".join(map(chr, range(0xDC80, 0xDD00)))  # as `os.fsdecode` keeps them
 _JOINERS = "\u200c\u200d"  # within words of Persian and of Indic scripts, and within emoji
 
 
@@ -21,7 +23,8 @@ def printable(text: str) -> str:
     r"""The text on one line, with whatever a screen would obey or hide written as `\n`, `\x1b`, ...
 
     Args:
-        text: Any string, lone surrogates included (bytes of a file name that are no UTF-8).
+        text: Any string. A byte of a file's name that is no UTF-8, which Python keeps as half a
+            surrogate pair, is written as `\xe9`.
 
     Returns:
         A string that can be encoded as UTF-8. A second call changes nothing.
@@ -45,6 +48,11 @@ def shortened(text: str, most: int = MOST) -> str:
     return f"{shown[: most - 1 - tail]}…{shown[-tail:]}"
 
 
+def some(names: Sequence[str]) -> str:
+    """The first few names for a message, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
 def console(*, stderr: bool = False, soft_wrap: bool = False) -> "Console":
     """A console that takes no text for markup: `[/x]` and `:smile:` stand as they are.
 
@@ -62,4 +70,6 @@ def _seen(before: str, character: str, after: str) -> str:
         return character
     if character in _JOINERS and not before.isascii() and not after.isascii():
         return character
+    if character in _BYTES:
+        return f"\\x{ord(character) - ord(_BYTES[0]) + 0x80:02x}"
     return character.encode("unicode_escape").decode()

@@ -8,7 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dsdistill.harness import class_names, image_files
+from dsdistill.harness import image_files
+from dsdistill.harness.text import printable
 
 # Leftovers of other programs, beside names that begin with a dot.
 LEFTOVERS = {"__macosx", "@eadir", "__pycache__", "lost+found", "$recycle.bin", "#recycle"}
@@ -36,8 +37,8 @@ class LeftOut:
     def __str__(self) -> str:
         kinds = sorted((+self.files).items(), key=lambda item: (-item[1], item[0]))
         parts = [f"{count:,} {kind}" for kind, count in kinds[:5]]
-        if len(self.files) > 5:
-            parts.append(f"{sum(self.files.values()):,} files that are no images in all")
+        if len(kinds) > 5:
+            parts.append(f"{self.files.total():,} files that are no images in all")
         parts += [f"{self.broken:,} broken link{'s' * (self.broken > 1)}"] if self.broken else []
         parts += [f"{self.hidden:,} hidden"] if self.hidden else []
         parts += [f"{self.loose:,} beside the class folders"] if self.loose else []
@@ -142,7 +143,7 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
 def _kind(name: str) -> str:
     """What a file that is no image is called where such are counted."""
     extension = os.path.splitext(name)[1].lower()
-    return class_names.printable(extension) if extension else "without extension"
+    return printable(extension) if extension else "without extension"
 
 
 def identify(path: Path) -> tuple[int, int]:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dsdistill.harness.errors import UserError, unknown
+from dsdistill.harness.errors import UserError, one_line, unknown
 from dsdistill.kernels import banded, devices, sequence, tangents, variances
 from dsdistill.kernels.dense import fc_ntk
 from dsdistill.kernels.sequence import Sequence
@@ -121,10 +121,9 @@ def check(network: Network, shape: tuple[int, int, int]) -> None:
         pairs = jax.eval_shape(network.kernel, two, three)
         same = jax.eval_shape(network.diagonal, two)
     except Exception as error:  # whatever the user's code and neural-tangents raise
-        line = " ".join(str(error).split())[:300]
         raise UserError(
             f"the kernel {network.name} cannot be evaluated for images of "
-            f"{'x'.join(map(str, shape))} ({type(error).__name__}: {line}): it must be a "
+            f"{'x'.join(map(str, shape))} ({one_line(error, kind=True)[:300]}): it must be a "
             "neural-tangents network that ends in a readout, such as stax.Flatten() and "
             "stax.Dense(1)"
         ) from error
@@ -204,7 +203,7 @@ def _from_module(name: str, depth: int | None) -> Network:
     try:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # of the user's code, or of neural-tangents for its network
-        line = " ".join(f"{type(error).__name__}: {error}".split())
+        line = one_line(error, kind=True)
         raise UserError(f"kernel {name!r} cannot be imported: {line}") from error
     kernel = found[2] if isinstance(found, tuple) and len(found) == 3 else found
     if not callable(kernel):

@@ -17,7 +17,7 @@ from PIL import Image
 
 from dsdistill.harness import image_files
 from dsdistill.harness.labeled import TEST_FRACTION, DataError, stratified
-from dsdistill.harness.layout import Layout, list_folder, shown
+from dsdistill.harness.layout import Layout, list_folder
 
 
 class Reader(Protocol):
@@ -100,7 +100,7 @@ class Pictures:
         except Exception as error:  # a damaged file has many ways to fail
             name = self.reader.filename(at, absolute=True) or f"number {at}"
             raise DataError(
-                f"image {shown(Path(name))} cannot be read ({image_files.reason(error)}): mend it, "
+                f"image {name} cannot be read ({image_files.reason(error)}): mend it, "
                 "or take it away"
             ) from error
 

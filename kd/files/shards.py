@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from dsdistill.harness.errors import UserError, unknown
+from dsdistill.harness.errors import UserError, one_line, unknown
 from kd.data import LEAST, Batch, check_size, derive
 from kd.files.pictures import Pictures
 from kd.files.stream import (
@@ -304,7 +304,7 @@ class _Poured(IterableDataset):
                     yield collated(images, labels, self.piped)
                     images, labels = [], []
         except Exception as error:  # raised here, it would arrive wrapped in a traceback
-            yield f"{self.name} cannot be read ({_why(error)})"
+            yield f"{self.name} cannot be read ({one_line(error)})"
             return
         if labels:
             yield collated(images, labels, self.piped)
@@ -324,11 +324,7 @@ def _opened(name: str, root: Path | None, split: str, **options: Any) -> Any:
     try:
         return create_dataset(name, root and str(root), split, **options)
     except Exception as error:  # each kind of data set has errors of its own
-        raise UserError(f"cannot open the {split!r} part of {name} ({_why(error)})") from error
-
-
-def _why(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"cannot open the {split!r} part of {name} ({one_line(error)})") from error
 
 
 def _pictures(name: str, split: str, reader: Any, classes: tuple[str, ...]) -> Pictures:

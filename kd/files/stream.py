@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from dsdistill.harness import progress
-from dsdistill.harness.errors import UserError
+from dsdistill.harness.errors import UserError, one_line
 from dsdistill.harness.memory import readable
 from kd.data import LEAST, Batch, check_size, derive, mine, split
 from kd.files.pictures import Pictures
@@ -248,7 +248,7 @@ def received(answers: DataLoader) -> Iterator[Sent]:
     try:
         yield from answers
     except RuntimeError as error:
-        text = " ".join(str(error).split())
+        text = one_line(error)
         if "DataLoader worker" not in text and "shared memory" not in text:
             raise
         raise UserError(

@@ -28,7 +28,7 @@ WIDTH = 4.4  # inches: on a phone its text is still 9 pixels high
 DPI = 150
 
 # Names come from data: a dollar sign in one is no formula, and none is a command of TeX.
-_PLAIN: Any = {"text.parse_math": False, "text.usetex": False}
+_AS_TEXT: Any = {"text.parse_math": False, "text.usetex": False}
 _STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -92,11 +92,11 @@ def look(arm: str) -> Look:
 
 
 @contextmanager
-def plain() -> Iterator[None]:
+def plain_text() -> Iterator[None]:
     """Within it, names are drawn as the text they are, whatever the user's own settings."""
     import matplotlib
 
-    with matplotlib.rc_context(_PLAIN), warnings.catch_warnings():
+    with matplotlib.rc_context(_AS_TEXT), warnings.catch_warnings():
         # A class name in a script that the font of the files lacks: the page's font has it.
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         yield
@@ -107,7 +107,7 @@ def style() -> Iterator[None]:
     """Within it, figures are made and written in the common style."""
     import matplotlib
 
-    with plain(), matplotlib.rc_context(_STYLE):
+    with plain_text(), matplotlib.rc_context(_STYLE):
         yield
 
 
@@ -123,8 +123,10 @@ def label(name: str, most: int = MOST) -> str:
 def plain_log(axis: Any) -> None:
     """Plain numbers: at all ticks of a short axis, at 1, 2 and 5 or at tens of longer ones."""
     low, high = axis.get_view_interval()
-    axis.set_major_formatter(_plain if high > 5 * low else _any)
-    axis.set_minor_formatter(_any if high < 5 * low else _plain if high < 100 * low else _none)
+    axis.set_major_formatter(_round_number if high > 5 * low else _any_number)
+    axis.set_minor_formatter(
+        _any_number if high < 5 * low else _round_number if high < 100 * low else _no_number
+    )
 
 
 def blank(height: float, width: float = WIDTH) -> "Figure":
@@ -165,7 +167,7 @@ def png(figure: "Figure") -> bytes:
     return _written(figure, format="png", facecolor="white", dpi=DPI)
 
 
-def _plain(value: float, _: int) -> str:
+def _round_number(value: float, _: int) -> str:
     """A number of a logarithmic axis as people write it; only 1, 2 and 5 of each power of ten."""
     digit = f"{value:e}"[0]
     return (
@@ -175,11 +177,11 @@ def _plain(value: float, _: int) -> str:
     )
 
 
-def _any(value: float, _: int) -> str:
+def _any_number(value: float, _: int) -> str:
     return f"{value:g}"
 
 
-def _none(value: float, _: int) -> str:
+def _no_number(value: float, _: int) -> str:
     return ""
 
 
