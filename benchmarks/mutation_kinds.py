@@ -154,7 +154,7 @@ def _make_training(folder: Path) -> None:
 
     few: Any = Overrides(epochs=2, batch_size=16)
     session.run(
-        session.settled(
+        session.resolve(
             Train(str(_data(folder)), student="mlp:8", out=folder, preprocess="zca", overrides=few)
         )
     )
@@ -205,7 +205,7 @@ def _training_reader() -> Read:
     from kd.options import Train
 
     def read(folder: Path) -> Any:
-        report = session.run(session.settled(Train(out=folder, resume=True)))
+        report = session.run(session.resolve(Train(out=folder, resume=True)))
         state = models.load_run(folder).classifier.network.state_dict()
         return {k: v.numpy() for k, v in state.items()}, report["test_accuracy"]
 

@@ -285,7 +285,7 @@ def _torch(path: Path) -> Mapping[str, Any]:
             "it was run: save the network's state_dict() alone"
         ) from error
     except Exception as error:  # a damaged file has many ways to fail
-        if "TorchScript" in first:
+        if "TorchScript" in str(error):
             raise UserError(
                 f"{path} is a TorchScript program, of which nothing was run: save the network's "
                 "state_dict(), or export it with torch.export as .pt2"
