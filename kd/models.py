@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dsdistill.harness import progress, runs
-from dsdistill.harness.errors import UserError, first_line, one_line
+from dsdistill.harness.errors import UserError, first_line
 from dsdistill.harness.preprocess import KINDS, Preprocess
 from dsdistill.harness.reports import schema
 from kd import networks, seals
@@ -120,7 +120,7 @@ def load_run(folder: Path) -> Model:
     except UserError:
         raise  # it is one line already
     except Exception as error:  # of a file without a checksum: it may hold anything
-        why = one_line(error, kind=True)
+        why = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{folder / CARD} is not a whole model description ({why})") from error
 
 

@@ -206,6 +206,8 @@ def check_free(folder: Path, result: str) -> None:
     except FileNotFoundError:
         return
     except NotADirectoryError as error:
+        if not folder.exists():
+            raise  # a folder above it is a file
         raise RunError(f"{folder} is a file: choose another --out") from error
     if result in names:
         raise RunError(f"{folder} already holds a finished run: choose another --out")
