@@ -48,11 +48,13 @@ def write(path: Path, kind: str, out: Path | None) -> Path:
         What was written.
 
     Raises:
-        UserError: If the set cannot be read, or `out` exists.
+        UserError: If the set cannot be read, or `out` exists or has another suffix.
     """
     file = artifact.locate(path)
     distilled = artifact.load(file)
     out = out or file.with_name(f"{file.stem}-{kind}{SUFFIX[kind]}")
+    if SUFFIX[kind] and out.suffix != SUFFIX[kind]:
+        raise UserError(f"--out must end in {SUFFIX[kind]} for --format {kind}, got {out}")
     if os.path.lexists(out):
         raise UserError(f"{out} exists already: choose another --out")
     writers: dict[str, Callable[[Path, Distilled], None]] = {

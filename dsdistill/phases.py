@@ -275,7 +275,8 @@ def _progress(
             said = True
         if said or here == phase.steps:
             rate = {"pairs/s": progress.amount(step.pairs / step.seconds)}
-            show(here, loss=step.loss, validation=best.accuracy, **rate)
+            known = {} if math.isnan(best.accuracy) else {"validation": best.accuracy}
+            show(here, loss=step.loss, **known, **rate)
 
     with progress.bar(phase.steps, f"{unit}s", start=done - first) as show:
         yield display

@@ -104,7 +104,11 @@ def _teachers(
     source: Source | Files,
 ) -> Iterator[tuple[str, nn.Module]]:
     """The teachers of that name, with what was said of the run's own ones."""
-    own, names = config if options.teacher is None else {}, networks.names("--teacher", name)
+    names = networks.names("--teacher", name)
+    is_own = options.teacher is None or (
+        ",".join(map(networks.absolute, names)) == config.get("teacher")
+    )
+    own = config if is_own else {}
     told = {name.removeprefix("teacher_"): own.get(name) for name in TOLD}
     maps = labels.read_class_maps(own.get("class_map"), names)
     for each, mapping in zip(names, maps, strict=True):
@@ -133,8 +137,10 @@ def _test_images(
     name = options.data or config.get("data")
     if not isinstance(name, str):
         raise UserError(f"{options.run} does not say what it was trained on: give DATA")
-    source = _source(options, config, name, student, recipe)
     path = Path(name).expanduser()
+    if path.is_dir() and (part := layout.find_part_without_train(path)):
+        path, name = part, str(part)
+    source = _source(options, config, name, student, recipe)
     is_array = path.suffix == ".npz" and path.is_file()
     if isinstance(source, Source) and source.distilled is not None and source.splits is not None:
         return TestImages(source, f"test images of {source.splits.name}")

@@ -111,7 +111,7 @@ def check(
         say(f"warning: teacher {name} seems to have its classes in another order: {facts.order}")
     elif facts.at_chance:
         say(
-            f"warning: teacher {name} is no better than chance ({facts.chance:.1%}): check "
+            f"warning: teacher {name} cannot be told from chance ({facts.chance:.1%}): check "
             f"{_suspects(facts)}"
         )
     return facts

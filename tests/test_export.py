@@ -200,9 +200,17 @@ def test_what_fails_leaves_nothing(
 
 @pytest.mark.parametrize("make", [Path.mkdir, Path.touch, lambda p: p.symlink_to("gone")])
 def test_what_is_there_stays(tmp_path: Path, make: Callable[[Path], None]) -> None:
-    file, out = _saved(tmp_path, _set(DIGITS.train.classes)), tmp_path / "taken"
-    make(out)
-    for form in export.SUFFIX:
-        with pytest.raises(UserError, match="taken exists already: choose another --out"):
+    file = _saved(tmp_path, _set(DIGITS.train.classes))
+    for form, suffix in export.SUFFIX.items():
+        out = tmp_path / f"taken{suffix}"
+        make(out)
+        with pytest.raises(UserError, match="exists already: choose another --out"):
             export.write(file, form, out)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["set.safetensors", "taken"]
+    names = {"set.safetensors", *(f"taken{suffix}" for suffix in export.SUFFIX.values())}
+    assert {p.name for p in tmp_path.iterdir()} == names
+
+
+def test_a_suffix_that_the_reader_would_not_know_is_refused(tmp_path: Path) -> None:
+    file = _saved(tmp_path, _set(DIGITS.train.classes))
+    with pytest.raises(UserError, match=r"--out must end in \.npz for --format npz, got .*set$"):
+        export.write(file, "npz", tmp_path / "set")

@@ -136,3 +136,35 @@ def test_classes_are_matched_by_name_or_by_a_map(
     assert found["accuracy"] == by_hand("of-parts", images, np.repeat(np.arange(4), 15))
     assert found["classes_matched"] == "by the class map"
     assert found["nll"] == pytest.approx(judged(inside, capsys, "of-parts", "straight")["nll"])
+
+
+@pytest.mark.parametrize(("parts", "chosen"), [(("val",), "val"), (("val", "test"), "test")])
+def test_a_folder_without_a_part_to_train_on_is_judged(
+    inside: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    parts: tuple[str, ...],
+    chosen: str,
+) -> None:
+    folder = f"only-{'-'.join(parts)}"
+    images = {part: draw(Path(folder) / part, CLASSES, 9, len(part)) for part in parts}
+    found = judged(inside, capsys, "of-parts", folder)
+    assert (found["images"], found["judged_on"]) == (36, f"all images of {folder}/{chosen}")
+    assert found["accuracy"] == by_hand("of-parts", images[chosen], np.repeat(np.arange(4), 9))
+
+
+def test_the_own_teachers_keep_their_class_maps_where_they_are_named(
+    inside: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {"cat": "m", "dog": "l", "elk": "k", "owl": "j"}
+    for part in ("train", "val"):
+        for old, new in names.items():
+            shutil.copytree(Path("parts") / part / old, Path("other-names") / part / new)
+    Path("names.json").write_text(json.dumps(names))
+    main(inside, "train", "other-names", "--student", "mlp:8", "--epochs", 3, "--out", "second")
+    options = ("--class-map", ",names.json", "--epochs", 1, "--out", "of-two")
+    teachers = "of-parts,second"
+    main(inside, "train", "parts", "--student", "mlp:8", "--teacher", teachers, *options)
+    own = judged(inside, capsys, "of-two")
+    assert set(own["teachers"]) == {str(Path(name).resolve()) for name in teachers.split(",")}
+    named = judged(inside, capsys, "of-two", "--teacher", teachers)
+    assert [*named["teachers"].values()] == [*own["teachers"].values()]

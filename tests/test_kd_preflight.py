@@ -95,7 +95,7 @@ def test_a_teacher_at_chance_is_warned_of_even_without_a_minimum(capsys) -> None
     batches = _batches(noise=1.0)  # labels that say nothing
     facts = preflight.check("t", _teacher(batches), batches)
     assert facts.at_chance
-    assert "warning: teacher t is no better than chance (3" in capsys.readouterr().err
+    assert "warning: teacher t cannot be told from chance (3" in capsys.readouterr().err
     assert not preflight.check("t", _teacher(_batches()), _batches()).at_chance
     assert "warning" not in capsys.readouterr().err
 

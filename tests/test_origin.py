@@ -94,3 +94,23 @@ def test_the_fraction_of_a_set_that_says_nothing_is_the_default(digits, tmp_path
     distilled = artifact.load(path)
     assert origin.validation_fraction(distilled) == 0.1
     assert origin.source(path, distilled) == "digits"
+
+
+def test_a_folder_that_cannot_be_the_data_is_not_read(tmp_path, digits, monkeypatch):
+    """A file may name any folder, `/` too."""
+    folder = tmp_path / "elsewhere"
+    for name in [*digits.train.classes[1:], "ten"]:
+        (folder / "train" / name).mkdir(parents=True)
+    path = _saved(tmp_path / "set.safetensors", digits, data={"source": str(folder)})
+    monkeypatch.setattr(datasets, "load", lambda *_, **__: pytest.fail("it was read"))
+    with pytest.raises(UserError, match="has no folder of its class '0'"):
+        origin.load(path, artifact.load(path), str(folder), root=tmp_path)
+    assert "has no folder of its class '0'" in (
+        sources.resolve(str(path), root=tmp_path).note or ""
+    )
+
+
+def test_validation_images_that_the_set_has_seen_are_said(tmp_path, digits, capsys):
+    path = _saved(tmp_path / "solved.safetensors", digits)
+    sources.resolve(str(path), root=tmp_path)
+    assert "solved.safetensors was made of all training images" in capsys.readouterr().err

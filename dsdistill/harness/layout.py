@@ -166,6 +166,20 @@ def list_folder(path: Path, classes: Sequence[str] | None = None) -> Layout:
     return Layout(root, train, validation, test, str(left_out))
 
 
+def find_part_without_train(path: Path) -> Path | None:
+    """The test part of a folder that has no part to train on, or its validation part if alone.
+
+    What is only judged needs none to train on, which `list_folder` asks for. None for any other
+    folder.
+    """
+    named: dict[str, list[Path]] = {}
+    for folder in subfolders(_descend(path)):
+        if (part := _part_name(folder.name)) and _is_labelled(folder):
+            named.setdefault(part, []).append(folder)
+    candidates = named.get("test") or named.get("validation") or []
+    return candidates[0] if "train" not in named and len(candidates) == 1 else None
+
+
 def _descend(path: Path, *, part: bool = False) -> Path:
     """The folder that holds the data: `zipped/zipped` where `zipped` holds nothing else.
 

@@ -4,9 +4,11 @@
 learns from, the other would otherwise judge by.
 """
 
+import contextlib
+import os
 from pathlib import Path
 
-from dsdistill.harness import datasets, progress, provenance
+from dsdistill.harness import class_names, datasets, progress, provenance
 from dsdistill.harness.artifact import Distilled
 from dsdistill.harness.datasets import Splits
 from dsdistill.harness.errors import UserError
@@ -14,6 +16,8 @@ from dsdistill.harness.provenance import Provenance
 from dsdistill.harness.text import some
 
 VALIDATION_FRACTION = 0.1  # of a set that held no validation images out itself
+DEPTH = 4  # class folders of `data/data/train/cat`
+MOST_FOLDERS = 100_000  # that are looked at for class folders
 USED = ("config.image_size", "config.channels", "config.validation_fraction", "data.sha256")
 
 
@@ -63,6 +67,13 @@ def load(path: Path, distilled: Distilled, data: str, *, root: Path) -> Splits:
     """
     made = read_provenance(distilled)
     provenance.require(path, made, USED)
+    if data == made.source:
+        _require_class_folders(path, distilled.classes, Path(data).expanduser())
+    if not made.validation_fraction:
+        progress.note(
+            f"{path} was made of all training images: those that are held out for validation here "
+            "are among them"
+        )
     return datasets.load(
         data,
         root=root,
@@ -101,4 +112,31 @@ def check(path: Path, distilled: Distilled, splits: Splits, data: str) -> None:
         raise UserError(
             f"{path} was distilled from other images than {data} holds now, or by a version that "
             f"decoded large JPEGs otherwise (SHA-256 {stored[:12]}, found {splits.digest[:12]})"
+        )
+
+
+def _require_class_folders(path: Path, classes: tuple[str, ...], folder: Path) -> None:
+    """Refuse a folder that cannot be the data, before it is read: a file may name any.
+
+    Raises:
+        UserError: If it has no folder for some class, up to `DEPTH` folders deep.
+    """
+    if not folder.is_dir():
+        return
+    wanted = {class_names.from_folder(name) for name in classes}
+    level, looked = [folder], 0
+    for _ in range(DEPTH):
+        inside: list[os.DirEntry[str]] = []
+        for each in level:
+            with contextlib.suppress(OSError):  # a folder that may not be read holds no data
+                inside += [entry for entry in os.scandir(each) if entry.is_dir()]
+        wanted -= {class_names.from_folder(entry.name) for entry in inside}
+        looked += len(inside)
+        if not wanted or looked > MOST_FOLDERS:
+            break
+        level = [Path(entry.path) for entry in inside]
+    if wanted:
+        raise UserError(
+            f"{path} says that its data are {folder}, which has no folder of its class "
+            f"{min(wanted)!r}: they are somewhere else now, or the file is wrong"
         )
