@@ -251,7 +251,7 @@ def test_inspect_shows_what_the_file_holds_and_not_what_it_says(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     said = {"images": [9, 9, 9, 9], "bytes": "none", "peak_memory": "much", "[/x]": "[bold]y[/]"}
-    file = _saved(tmp_path, **said, note="\x1b[2Jgone\u202e", deep=_nested(400))
+    file = _saved(tmp_path, **said, note="\x1b[2Jgone\u202e", deep=_nested(40))
     summary.print_set(file, as_json=True)
     shown = json.loads(capsys.readouterr().out)
     assert shown["images"] == [10, 8, 8, 1]
