@@ -349,7 +349,8 @@ def _reconcile(
 ) -> dict[str, Any]:
     """The stored options, after refusing a given one that contradicts them."""
     if old.get("command") != new.get("command") or (new and not new.keys() & old.keys()):
-        raise RunError(f"{folder} holds a run of another command: choose another --out")
+        commands = f" ({old.get('command') or 'kd train'}, got {new.get('command') or 'kd train'})"
+        raise RunError(f"{folder} holds a run of another command{commands}: choose another --out")
     for name, value in new.items():
         if name in free:
             old[name] = value
