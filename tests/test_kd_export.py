@@ -343,7 +343,7 @@ def test_a_streamed_runs_files_are_compared_on_and_cut_by_timm_as_in_evaluation(
     _, _, tested = source.parts
     assert isinstance(tested, Pictures)
     assert stream is not None
-    files = [tested.read(row, "RGB")[0] for row in range(len(tested))]
+    files = [tested.read(row, 3)[0] for row in range(len(tested))]
     with torch.no_grad():
         got = network(torch.stack([transform(file) for file in files])).numpy()
         expected = classifier(next(iter(stream.in_order())).images).numpy()
