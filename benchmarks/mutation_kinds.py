@@ -114,7 +114,10 @@ def _use_reader() -> Read:
         uses = [
             lambda: assembly.assembled(Evaluate(path, learners="ridge,mlp:8")).train.images(),
             lambda: sources.resolve(str(path), root=folder).shape,
-            *(lambda kind=kind: export.write(path, kind, folder / kind) for kind in _EXPORTS),
+            *(
+                lambda kind=kind, end=end: export.write(path, kind, folder / f"{kind}{end}")
+                for kind, end in export.SUFFIX.items()
+            ),
         ]
         refusals, found = [], []
         for use in uses:
@@ -127,9 +130,6 @@ def _use_reader() -> Read:
         return found[0]
 
     return read
-
-
-_EXPORTS = ("folder", "npz", "torch")
 
 
 def _make_kip(folder: Path) -> None:

@@ -1,10 +1,14 @@
 """Shared by all tests: the real command lines, and where Fashion-MNIST lies."""
 
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+# Tests run side by side: with a thread for each core, each would wait for those of the others.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
