@@ -214,7 +214,7 @@ def test_aliases() -> None:
 
 
 def test_the_seed_decides_the_predictions() -> None:
-    # Not resnet18:4: torch's gradient of a strided 1x1 convolution of 4 channels is of stray memory.
+    # Not resnet18:4: in torch, the gradient of its 1x1 convolutions of 4 channels is not the same.
     for name in ("mlp:8", "resnet18:8", "vgg11:4", "vit:12", "kip-convnet:4"):
         found = learner(name, steps=3).augmented()
         a, b, c = (found(EASY, EASY, seed)(EASY.images()) for seed in (1, 1, 2))
