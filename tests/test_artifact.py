@@ -215,6 +215,7 @@ HEADERS = {
     "list as kind": _header(preprocess={"kind": ["zca"], "contrast": 1.0}),
     "zca without matrices": _header(preprocess={"kind": "zca", "contrast": 1.0}),
     "text as contrast": _header(preprocess={"kind": "none", "contrast": "1"}),
+    "infinity in the provenance": _header(provenance={"a": [{"b": float("inf")}]}),
     "NaN as contrast": _header(preprocess={"kind": "none", "contrast": float("nan")}),
 }
 TENSORS = {

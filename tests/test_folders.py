@@ -388,6 +388,7 @@ DAMAGE = {
     ),
     "index missing": lambda entry: (entry / "index.json").unlink(),
     "index cut": lambda entry: (entry / "index.json").write_text('{"shape": [6'),
+    "index nested": lambda entry: (entry / "index.json").write_text("[" * 100_000),
     "index foreign": lambda entry: (entry / "index.json").write_text(json.dumps([1, 2])),
     "all gone": lambda entry: [file.unlink() for file in entry.iterdir()],
 }

@@ -177,6 +177,10 @@ def _check_header(path: Path, header: Any) -> dict[str, Any]:
         got = type(header.get(name))
         if got is not kind:
             raise ArtifactError(f"{path}: {name} must be a {kind.__name__}, got {got.__name__}")
+    try:
+        json.dumps(header, allow_nan=False)  # as `save` writes it: such a set could not be saved
+    except ValueError as error:
+        raise ArtifactError(f"{path}: the header has a number that is not finite") from error
     return header
 
 

@@ -196,7 +196,7 @@ def read_index(folder: Path) -> dict[str, Any] | None:
         stored = json.loads((folder / INDEX).read_text())
         index = stored["index"]
         return index if stored["sha256"] == _digest(index) else None
-    except (OSError, ValueError, TypeError, KeyError):
+    except Exception:  # damage shows in many ways, endless brackets among them
         return None
 
 
