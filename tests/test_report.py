@@ -90,6 +90,7 @@ def stored(found, folder: Path) -> dict:
         (lambda s: s["results"][3].update(augmented=1), "augmented is 1"),
         (lambda s: s["results"][3].update(seed=True), "seed is True"),
         (lambda s: s["results"][3]["confusion"].pop(), "not of 8 classes"),
+        (lambda s: s["results"][3]["confusion"][0].__setitem__(0, 10**40), "confusion is "),
         (lambda s: s["results"][3]["per_class"].pop(), "not of 8 classes"),
         (lambda s: s["results"][-1]["facts"].update(curve=[[1]]), "a step and a loss"),
         (lambda s: s["results"][-1]["facts"].update(flops="many"), "facts.flops is 'many'"),

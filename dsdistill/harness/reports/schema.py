@@ -6,6 +6,7 @@ from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+LARGEST = 2**62  # integer that is believed: twice as many no array can hold
 
 
 def build(cls: type[T], stored: Any) -> T:
@@ -56,10 +57,8 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, list) and all(fits(item, args[0]) for item in value)
     if origin is Mapping:
         return isinstance(value, dict) and all(fits(item, args[1]) for item in value.values())
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (int, float) and isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) <= LARGEST
     return isinstance(value, NoneType if hint is None else hint)
 
 
