@@ -71,7 +71,7 @@ SETS = {  # accuracies of the `.pt` files are those that they hold, of their aut
         "gauravnuti/Text_Dataset_Condensation: result/res_DC_FashionMNIST_ConvNet_1ipc.pt",
         "fashion-mnist",
         "ridge,convnet",
-        "none: a run that was stopped at its start",
+        "none in the file",
     ),
 }
 

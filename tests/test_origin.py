@@ -110,7 +110,22 @@ def test_a_folder_that_cannot_be_the_data_is_not_read(tmp_path, digits, monkeypa
     )
 
 
-def test_validation_images_that_the_set_has_seen_are_said(tmp_path, digits, capsys):
-    path = _saved(tmp_path / "solved.safetensors", digits)
+def test_a_folder_whose_numbers_are_written_otherwise_is_read(tmp_path, digits, monkeypatch):
+    folder = tmp_path / "photos"
+    for name in digits.train.classes:
+        (folder / "train" / f"000{name}").mkdir(parents=True)
+    path = _saved(tmp_path / "set.safetensors", digits, data={"source": str(folder)})
+    monkeypatch.setattr(datasets, "load", lambda data, **_: data)
+    assert origin.load(path, artifact.load(path), str(folder), root=tmp_path) == str(folder)
+
+
+@pytest.mark.parametrize(
+    ("stored", "line"),
+    [(0.0, "was made of all training images"), (None, "does not say which images it held out")],
+)
+def test_validation_images_that_the_set_may_have_seen_are_said(
+    tmp_path, digits, capsys, stored, line
+):
+    path = _saved(tmp_path / "solved.safetensors", digits, config={"validation_fraction": stored})
     sources.resolve(str(path), root=tmp_path)
-    assert "solved.safetensors was made of all training images" in capsys.readouterr().err
+    assert f"solved.safetensors {line}" in capsys.readouterr().err

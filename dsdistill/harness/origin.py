@@ -69,7 +69,12 @@ def load(path: Path, distilled: Distilled, data: str, *, root: Path) -> Splits:
     provenance.require(path, made, USED)
     if data == made.source:
         _require_class_folders(path, distilled.classes, Path(data).expanduser())
-    if not made.validation_fraction:
+    if made.validation_fraction is None:
+        progress.note(
+            f"{path} does not say which images it held out: those that are held out for validation "
+            "here may be among those that it was made of"
+        )
+    elif made.validation_fraction == 0:
         progress.note(
             f"{path} was made of all training images: those that are held out for validation here "
             "are among them"
@@ -123,14 +128,14 @@ def _require_class_folders(path: Path, classes: tuple[str, ...], folder: Path) -
     """
     if not folder.is_dir():
         return
-    wanted = {class_names.from_folder(name) for name in classes}
+    wanted = set(map(_class_key, classes))
     level, looked = [folder], 0
     for _ in range(DEPTH):
         inside: list[os.DirEntry[str]] = []
         for each in level:
             with contextlib.suppress(OSError):  # a folder that may not be read holds no data
                 inside += [entry for entry in os.scandir(each) if entry.is_dir()]
-        wanted -= {class_names.from_folder(entry.name) for entry in inside}
+        wanted -= {_class_key(entry.name) for entry in inside}
         looked += len(inside)
         if not wanted or looked > MOST_FOLDERS:
             break
@@ -140,3 +145,9 @@ def _require_class_folders(path: Path, classes: tuple[str, ...], folder: Path) -
             f"{path} says that its data are {folder}, which has no folder of its class "
             f"{min(wanted)!r}: they are somewhere else now, or the file is wrong"
         )
+
+
+def _class_key(name: str) -> str:
+    """A class name as `class_names.match` compares it: `00007` is `7`."""
+    name = class_names.from_folder(name)
+    return str(int(name)) if class_names.are_numbers([name]) else name
