@@ -88,11 +88,10 @@ def load(
     path = Path(data).expanduser()
     if data not in NAMES and path.is_dir():
         return _folder(path, cache, image_size, validation_fraction, channels, classes)
-    train, test = (
-        _with_channels(_in_order(part, classes), channels)
-        for part in _read(data, path, root, image_size)
-    )
-    return _split(data, train, None, test, validation_fraction)
+    parts = _read(data, path, root, image_size)
+    order = class_names.match(parts[0].classes, classes) if classes else None
+    train, test = (_with_channels(_in_order(part, order, classes), channels) for part in parts)
+    return _split(data, train, None, test, validation_fraction, order)
 
 
 def _folder(
@@ -107,19 +106,34 @@ def _folder(
 
     cache = cache or places.decoded_images()
     parts = folders.read(path, cache, image_size, channels=channels, classes=classes)
-    splits = _split(str(path), parts.train, parts.validation, parts.test, validation_fraction)
+    splits = _split(
+        str(path),
+        parts.train,
+        parts.validation,
+        parts.test,
+        validation_fraction,
+        parts.layout.draw_order,
+    )
     counts = (len(part) for part in (splits.train, splits.validation, splits.test))
     parts.layout.say(*counts)
     return splits
 
 
 def _split(
-    data: str, train: Labeled, validation: Labeled | None, test: Labeled, fraction: float
+    data: str,
+    train: Labeled,
+    validation: Labeled | None,
+    test: Labeled,
+    fraction: float,
+    order: Sequence[int] | None,
 ) -> Splits:
-    """The parts, with validation images held out where there are none of their own."""
+    """The parts, with validation images held out where there are none of their own.
+
+    The images are drawn in the data's own order of the classes, not in that of whoever reads them.
+    """
     sha256 = digest(train)
     if validation is None:
-        kept, held = stratified(train.labels, fraction)
+        kept, held = stratified(train.labels, fraction, order)
         train, validation = train.select(kept), train.select(held)
     _require_every_class(train, data)
     return Splits(_short_name(data), train, validation, test, sha256)
@@ -221,9 +235,14 @@ def _with_channels(data: Labeled, channels: int | None) -> Labeled:
     return replace(data, store=gray[..., None], rows=None)
 
 
-def _in_order(data: Labeled, classes: Sequence[str] | None) -> Labeled:
-    """The same images with their classes in this order, if they are of just these classes."""
-    order = class_names.match(data.classes, classes) if classes else None
+def _in_order(data: Labeled, order: Sequence[int] | None, classes: Sequence[str] | None) -> Labeled:
+    """The same images with their classes in another order, if they are of just these classes.
+
+    Args:
+        data: The images.
+        order: The place of each of its classes among `classes`; None if these are others.
+        classes: All class names.
+    """
     if order is None or classes is None:
         return data
     return replace(data, labels=np.array(order, np.int64)[data.labels], classes=tuple(classes))

@@ -138,7 +138,7 @@ def read(
         return FolderSplits(
             everything.select(rows[:first]), validation, everything.select(rows[second:]), layout
         )
-    train, test = stratified(everything.labels, TEST_FRACTION)
+    train, test = stratified(everything.labels, TEST_FRACTION, layout.draw_order)
     return FolderSplits(everything.select(train), None, everything.select(test), layout)
 
 

@@ -108,11 +108,21 @@ class Examples:
         return [slice(start, min(start + BATCH, len(self))) for start in starts]
 
 
-def stratified(labels: Int[np.ndarray, " n"], fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted indices of the images kept and of those held out, the same share of every class."""
+def stratified(
+    labels: Int[np.ndarray, " n"], fraction: float, order: Sequence[int] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted indices of the images kept and of those held out, the same share of every class.
+
+    Args:
+        labels: One class index an image.
+        fraction: Share of every class that is held out.
+        order: Class indices in the order in which their images are drawn, which decides which
+            images are held out; default: from 0 on.
+    """
     rng = np.random.default_rng(SPLIT_SEED)
     held = [np.empty(0, np.int64)]
-    for label in np.unique(labels):
+    present = np.unique(labels).tolist()
+    for label in present if order is None else [label for label in order if label in present]:
         members = rng.permutation(np.flatnonzero(labels == label))
         held.append(members[: round(fraction * len(members))])
     out = np.sort(np.concatenate(held))

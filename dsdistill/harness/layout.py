@@ -84,6 +84,8 @@ class Layout:
         train: All of them where the folder has no parts.
         validation, test: None where the folder has none.
         left_out: In words; empty where nothing is.
+        draw_order: Class indices in the order of the folders' names as text, by which images are
+            held out: the same ones whatever the order of the classes.
     """
 
     root: Path
@@ -91,6 +93,7 @@ class Layout:
     validation: Part | None
     test: Part | None
     left_out: str
+    draw_order: tuple[int, ...]
 
     @property
     def files(self) -> list[Path]:
@@ -151,10 +154,12 @@ def list_folder(path: Path, classes: Sequence[str] | None = None) -> Layout:
     root = _descend(path)
     roles = _parts(root, left_out)
     train = _read_part(roles.get("train", root), (root,), left_out)
-    order = class_names.sort(train.classes)
+    as_text, order = train.classes, class_names.sort(train.classes)
     if classes is not None and class_names.match(classes, train.classes) is not None:
         order = tuple(classes)
     train = train.in_order(order)
+    draw_order = class_names.match(as_text, order)
+    assert draw_order is not None, "they are the same classes"
     others: dict[str, Part | None] = {
         name: _read_beside_train(roles[name], root, train, left_out)
         for name in roles
@@ -163,7 +168,7 @@ def list_folder(path: Path, classes: Sequence[str] | None = None) -> Layout:
     validation, test = others.get("validation"), others.get("test")
     if test is None:
         validation, test = None, validation
-    return Layout(root, train, validation, test, str(left_out))
+    return Layout(root, train, validation, test, str(left_out), draw_order)
 
 
 def find_part_without_train(path: Path) -> Path | None:

@@ -44,6 +44,7 @@ class Pictures:
         stamp: Called for a text that changes with the images of the reader.
         rows: Positions in the reader.
         labels: One class index a row, if they are known without reading the images.
+        draw_order: As `stratified` takes it.
     """
 
     reader: Reader
@@ -51,6 +52,7 @@ class Pictures:
     stamp: Callable[[], str]
     rows: Int[np.ndarray, " n"]
     labels: Int[np.ndarray, " n"] | None
+    draw_order: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -75,7 +77,7 @@ class Pictures:
         """
         if self.labels is None:
             raise DataError("images whose labels are not known beforehand cannot be held out")
-        kept, held = stratified(self.labels, fraction)
+        kept, held = stratified(self.labels, fraction, self.draw_order)
         left = np.bincount(self.labels[kept], minlength=len(self.classes))
         if (left == 0).any():
             empty = self.classes[int(left.argmin())]
@@ -192,5 +194,11 @@ class Files:
 def _pictures(layout: Layout) -> Pictures:
     names = np.array([os.fsencode(path.relative_to(layout.root)) for path in layout.files])
     files = Files(layout.root, names, np.array(layout.labels, np.int64))
-    classes = layout.train.classes
-    return Pictures(files, classes, files.stamp, np.arange(len(files)), files.labels)
+    return Pictures(
+        files,
+        layout.train.classes,
+        files.stamp,
+        np.arange(len(files)),
+        files.labels,
+        layout.draw_order,
+    )
