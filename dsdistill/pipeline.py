@@ -127,7 +127,7 @@ def _work(
 ) -> Path:
     with hosts.resumable(run.folder):
         try:
-            inputs = setting.splits.digests()
+            inputs = setting.digests()
             hosts.check_same(inputs)
             run.require_same(inputs)
             result = distil(options, run, setting)

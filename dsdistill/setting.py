@@ -34,6 +34,7 @@ class Setting:
         images_per_class: Of the distilled set.
         init: The distilled set that a KIP run starts from, if it does.
         phases: Of a KIP run.
+        networks: All kernels of the run.
     """
 
     splits: Splits
@@ -43,6 +44,16 @@ class Setting:
     images_per_class: int
     init: Distilled | None
     phases: tuple[Phase, ...]
+    networks: tuple[Network, ...]
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of data and users' kernels by a name for people, for `Run.require_same`."""
+        modules = {
+            f"module of the kernel {network.name}": network.module_sha256
+            for network in self.networks
+            if network.module_sha256 is not None
+        }
+        return self.splits.digests() | modules
 
 
 def prepared(options: Source) -> Setting:
@@ -66,14 +77,16 @@ def prepared(options: Source) -> Setting:
     )
     _check_parts(options, splits)
     images_per_class = _images_per_class(options, splits, init)
-    for network in {*kernels, *(n for phase in phases for n in phase.objective.networks)}:
+    # Each once, in the order in which they are named.
+    every = tuple(dict.fromkeys([*kernels, *(n for p in phases for n in p.objective.networks)]))
+    for network in every:
         networks.check(network, splits.train.shape)
         gram.plan(network, 1, 1, splits.train.shape, gradient=bool(phases))  # may refuse
         if isinstance(options, Kip) and options.optimizer == "gauss-newton":
             gauss_newton.slopes(network)  # may refuse
     fitted = preprocess.fit(options.preprocess, splits.train.chunks, splits.train.shape)
     train, validation = Examples(splits.train, fitted), Examples(splits.validation, fitted)
-    return Setting(splits, train, validation, kernels[0], images_per_class, init, phases)
+    return Setting(splits, train, validation, kernels[0], images_per_class, init, phases, every)
 
 
 def _networks(

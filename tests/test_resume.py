@@ -1,5 +1,7 @@
 """What a run of `dsdistill` depends on; what it leaves when it is refused, stopped or damaged."""
 
+import hashlib
+import importlib
 import json
 import shutil
 import sys
@@ -281,3 +283,47 @@ def test_a_users_kernel_that_is_none_is_one_line(tmp_path, monkeypatch, name):
         networks.check(network, (8, 8, 1))
     assert "\n" not in str(caught.value)
     assert jax.config.jax_enable_x64 is False
+
+
+@pytest.mark.parametrize("change", ["module", "nothing", "no hash"])
+def test_a_users_kernel_that_changed_is_refused(tmp_path, monkeypatch, capsys, change):
+    module, out = tmp_path / "users_kernels.py", tmp_path / "run"
+    module.write_text(USERS)
+    write_data(tmp_path / "data.npz")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "users_kernels", raising=False)
+    options = Kip(
+        data=str(tmp_path / "data.npz"),
+        out=out,
+        images_per_class=1,
+        steps=6,
+        target_batch=12,
+        kernel="fc",
+        warm_up="users_kernels:good:2",
+    )
+    write = runs.Metrics.write
+
+    def stopping(self, step: int, **figures: float) -> None:
+        write(self, step, **figures)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(runs.Metrics, "write", stopping)
+        pipeline.run_kip(options)
+    config = json.loads((out / "config.json").read_text())
+    name = "module of the kernel users_kernels:good"
+    assert config["inputs"][name] == hashlib.sha256(USERS.encode()).hexdigest()
+    if change == "module":
+        module.write_text(USERS.replace("Dense(8)", "Dense(8, W_std=2)"))
+        importlib.invalidate_caches()
+        sys.modules.pop("users_kernels")
+        with pytest.raises(RunError, match=f"changed since the run .*{name}") as caught:
+            pipeline.run_kip(Kip(out=out, resume=True))
+        assert "\n" not in str(caught.value)
+        return
+    if change == "no hash":
+        del config["inputs"][name]
+        (out / "config.json").write_text(json.dumps(config))
+    pipeline.run_kip(Kip(out=out, resume=True))
+    assert (f"holds no hash of: {name}" in capsys.readouterr().err) == (change == "no hash")
+    assert artifact.load(out / artifact.FILE).provenance["inputs"][name]

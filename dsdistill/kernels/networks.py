@@ -5,11 +5,14 @@ NTK parameterisation, ReLU, weight deviation sqrt(2), bias deviation 0.1, 3x3 SA
 """
 
 import functools
+import hashlib
 import importlib
 import math
 import re
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -48,6 +51,7 @@ class Network:
             the first of its two images.
         deviations: Of each image before each ReLU, (n, h, w) each; to say where one is not finite.
         smallest: The smallest height and width it takes, in pixels.
+        module_sha256: Of the file of the user's module, if one gave it; not of what that imports.
     """
 
     name: str
@@ -58,6 +62,7 @@ class Network:
     slopes: Slopes | None = None
     deviations: Callable[[Float[Array, "n h w c"]], list[Array]] | None = None
     smallest: int = 1
+    module_sha256: str | None = None
 
 
 def parse(
@@ -201,18 +206,35 @@ def _from_module(name: str, depth: int | None) -> Network:
     if depth is not None:
         raise UserError(f"the kernel {name} has no --depth: its module fixes the network")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        imported = importlib.import_module(module)
+        found = getattr(imported, attribute)
     except Exception as error:  # of the user's code, or of neural-tangents for its network
         line = one_line(error, kind=True)
         raise UserError(f"kernel {name!r} cannot be imported: {line}") from error
     kernel = found[2] if isinstance(found, tuple) and len(found) == 3 else found
     if not callable(kernel):
         raise UserError(f"kernel {name!r} is neither a stax network nor a kernel function")
-    return _from_kernel(name, kernel)
+    return _from_kernel(name, kernel, _digest(imported))
 
 
-def _from_kernel(name: str, kernel: Callable[..., Any]) -> Network:
-    return Network(name, "neural-tangents", _in_float32(kernel), _diagonal(kernel))
+def _from_kernel(
+    name: str, kernel: Callable[..., Any], module_sha256: str | None = None
+) -> Network:
+    return Network(
+        name,
+        "neural-tangents",
+        _in_float32(kernel),
+        _diagonal(kernel),
+        module_sha256=module_sha256,
+    )
+
+
+def _digest(module: types.ModuleType) -> str | None:
+    """SHA-256 of a module's file; None for one that has none, as in a notebook."""
+    file = getattr(module, "__file__", None)
+    if file is None or not Path(file).is_file():
+        return None
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def _in_float32(kernel: Callable[..., Any]) -> Kernel:
