@@ -30,6 +30,7 @@ JUDGED = 2000  # validation images, class-balanced, that choose rates and calibr
 RIDGE = 1e-6  # relative, of kernel ridge regression on a set that does not say its own
 KERNEL = "fc"  # of `ridge` on a set that was made without a kernel
 STATED = ("pixels", "labels", "mean", "std", "layout", "tiles")  # options of a set from elsewhere
+OF_ITS_DATA = ("image_size", "channels")  # how the data of one are read
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,9 +152,10 @@ def _loaded(options: Evaluate) -> tuple[Distilled, Splits]:
     if distilled is None and foreign.is_foreign(options.run):
         return _published(options)
     distilled = distilled or artifact.load(artifact.locate(options.run))
-    for name in STATED:
+    for name in (*STATED, *OF_ITS_DATA):
         if getattr(options, name) != getattr(default, name):
-            raise UserError(f"--{name} is for sets from elsewhere: {options.run} says it itself")
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} is for sets from elsewhere: {options.run} says it itself")
     return distilled, _splits(distilled, options)
 
 
@@ -168,6 +170,7 @@ def _published(options: Evaluate) -> tuple[Distilled, Splits]:
         root=options.data_root,
         image_size=options.image_size,
         validation_fraction=origin.VALIDATION_FRACTION,
+        channels=options.channels,
     )
     stated = Stated(**{name: getattr(options, name) for name in STATED})
     fitted = preprocess.fit("standardise", splits.train.chunks, splits.train.shape)

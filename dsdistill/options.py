@@ -200,7 +200,11 @@ class Evaluate:
     """what a set from elsewhere was distilled from; of our own sets it is known"""
 
     image_size: int | None = None
-    """of --data, if it is a folder"""
+    """of a set from elsewhere: resize the images of --data to this height and width in pixels"""
+
+    channels: Literal[1, 3] | None = None
+    """of a set from elsewhere: 1 makes all images of --data grayscale, 3 colour; default: as they
+    are, and colour where a folder has both"""
 
     pixels: Literal[
         "auto",

@@ -13,13 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-from dsdistill import export, foreign
+from dsdistill import assembly, export, foreign
 from dsdistill.foreign import Stated
 from dsdistill.foreign_sets import evidence, pixels
 from dsdistill.harness import artifact, datasets, preprocess
 from dsdistill.harness.artifact import Distilled
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.labeled import Labeled, centred_one_hot, per_class
+from dsdistill.options import Evaluate
 
 SHARE = 20  # real images a class that play the distilled set
 GOOD = 0.9  # accuracy of ridge regression on them: 0.96; chance is 0.1
@@ -1010,3 +1011,48 @@ def test_another_order_of_classes_is_told(tmp_path, splits, few, fitted, read):
     path = _plain(tmp_path / "zca.pt", _nchw(whitened), turned)
     assert "another order" in _notes(read(path, pixels="zca"))
     assert "another order" not in _notes(read(_plain(path, _nchw(whitened), few[1]), pixels="zca"))
+
+
+def test_the_data_of_a_set_are_read_with_its_channels(tmp_path):
+    """As the other commands do, `--channels 1` makes colour images of a folder gray."""
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(("cat", "dog")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(10):
+            image = rng.integers(0, 128, (8, 8, 3)) + 127 * label
+            Image.fromarray(image.astype(np.uint8)).save(
+                tmp_path / "photos" / name / f"{number}.png"
+            )
+    options = Evaluate(
+        tmp_path / "set.npz",
+        data=str(tmp_path / "photos"),
+        learners="ridge",
+        controls="random",
+        data_root=tmp_path,
+    )
+    gray = datasets.load(options.data or "", root=tmp_path, channels=1).train
+    rows = per_class(gray, 2, np.random.default_rng(0))
+    np.savez(options.run, images=gray.images(rows), labels=gray.labels[rows])
+    parts = assembly.assembled(replace(options, channels=1))
+    assert parts.splits.train.shape == parts.distilled.images.shape[1:] == (8, 8, 1)
+    assert parts.splits.digest == datasets.digest(
+        datasets.load(options.data or "", root=tmp_path, channels=1, validation_fraction=0).train
+    )
+    with pytest.raises(UserError, match="its --image-size and --channels"):
+        assembly.assembled(options)
+    assembly.assembled(replace(options, channels=1, image_size=8))
+
+
+@pytest.mark.parametrize("stated", [{"channels": 1}, {"image_size": 8}])
+def test_how_the_data_of_our_own_sets_are_read_is_theirs_to_say(tmp_path, splits, fitted, stated):
+    rows = per_class(splits.train, 1, np.random.default_rng(0))
+    one_each = (
+        fitted.apply(splits.train.images(rows)),
+        centred_one_hot(splits.train.labels[rows], 10),
+    )
+    artifact.save(
+        tmp_path / "set.safetensors", Distilled(*one_each, fitted, splits.train.classes, {})
+    )
+    options = Evaluate(tmp_path / "set.safetensors", data="digits", learners="ridge", **stated)
+    with pytest.raises(UserError, match=r"-(channels|image-size) is for sets from elsewhere"):
+        assembly.assembled(options)

@@ -307,9 +307,10 @@ def test_a_users_kernel_that_changed_is_refused(tmp_path, monkeypatch, capsys, c
         write(self, step, **figures)
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
+    with monkeypatch.context() as patch:
         patch.setattr(runs.Metrics, "write", stopping)
-        pipeline.run_kip(options)
+        with pytest.raises(Stopped):
+            pipeline.run_kip(options)
     config = json.loads((out / "config.json").read_text())
     name = "module of the kernel users_kernels:good"
     assert config["inputs"][name] == hashlib.sha256(USERS.encode()).hexdigest()

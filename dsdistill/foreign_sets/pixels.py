@@ -70,7 +70,7 @@ def arranged(
         wanted = " or ".join(f"(n, {', '.join(map(str, axes))})" for axes in shapes.values())
         raise UserError(
             f"{path}: images have shape {images.shape}, those of the data {wanted}: check --data, "
-            "its --image-size, and --layout"
+            "its --image-size and --channels, and --layout"
         )
     if len(fits) > 1 and c > 1:
         raise UserError(f"{path}: images of shape {images.shape} fit both layouts: give --layout")
