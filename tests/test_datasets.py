@@ -167,6 +167,29 @@ def test_npz_loads_with_and_without_names(tmp_path):
     assert _load(tmp_path / "c.npz", tmp_path).test.classes == ("w", "x", "y", "z")
 
 
+KINDS = {  # an array that means these images, and the pixels that are read
+    "uint16": (lambda a: a.astype(np.uint16) * 257, lambda a: a / 255),
+    "uint16, not to its end": (lambda a: a.astype(np.uint16) * 16, lambda a: a * 16 / 65535),
+    "big-endian uint16": (lambda a: a.astype(">u2") * 257, lambda a: a / 255),
+    "bool": (lambda a: a > 127, lambda a: a > 127),
+    "int64 of 0 and 1": (lambda a: (a > 127).astype(np.int64), lambda a: a > 127),
+    "float16": (lambda a: (a > 127).astype(np.float16) / 4, lambda a: (a > 127) / 4),
+    "float64": (lambda a: a / 255, lambda a: a / 255),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_npz_of_other_numbers_has_the_pixels_that_they_mean(kind, tmp_path, capsys):
+    store, meant = KINDS[kind]
+    arrays = _arrays()
+    np.savez(tmp_path / "a.npz", **arrays | {"images": store(arrays["images"])})
+    train = _load(tmp_path / "a.npz", tmp_path).train
+    assert train.store.dtype == np.float32
+    expected = meant(arrays["images"].astype(float))[train.rows]
+    np.testing.assert_allclose(train.images()[..., 0], expected, rtol=1e-6, atol=1e-7)
+    assert ("divided by 65535" in capsys.readouterr().err) == ("uint16" in kind)
+
+
 def _with(name, change):
     def make():
         arrays = _arrays()
@@ -187,6 +210,14 @@ REFUSED = {
     "float above 1": (_with("images", lambda a: a.astype(np.float32)), r"in \[0, 1\]"),
     "negative": (_with("images", lambda a: a / 255 - 0.5), r"in \[0, 1\]"),
     "int64 pixels": (_with("images", lambda a: a.astype(np.int64)), r"in \[0, 1\]"),
+    "bytes in int64": (_with("images", lambda a: a.astype(np.int64)), r"astype\(numpy.uint8\)"),
+    "bytes in uint16": (_with("images", lambda a: a.astype(np.uint16)), r"astype\(numpy.uint8\)"),
+    "int16": (_with("images", lambda a: a.astype(np.int16) * 99), "int16 from .* as uint16"),
+    "uint32": (_with("images", lambda a: a.astype(np.uint32) << 24), "uint32 from"),
+    "below 0": (_with("images", lambda a: a.astype(np.int16) - 128), "int16 from -128"),
+    "just above 1": (_with("images", lambda a: a / 255 + 1e-8), "from .* to 1.00000001"),
+    # float32 has no such number; NumPy would warn.
+    "huge": (_with("images", lambda a: a * 1e300), "float64 from .*e\\+302"),
     "text": (_with("images", lambda a: a.astype(str)), "<U3"),
     "complex": (_with("images", lambda a: a * 1j), "complex"),
     "flat": (_with("images", lambda a: a.reshape(20, -1)), r"\(20, 36\)"),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dsdistill.harness import progress
 from dsdistill.harness.labeled import DataError, Labeled
 
 
@@ -58,17 +59,28 @@ def _class_names(path: Path, names: np.ndarray | None, k: int) -> tuple[str, ...
 
 
 def _checked_range(path: Path, images: np.ndarray) -> np.ndarray:
+    """The images as uint8, or as float32 in [0, 1]; what has no known range is refused.
+
+    Integers of 0 and 1 alone are taken for bilevel images, as booleans are.
+    """
     if images.dtype == np.uint8:
         return images
+    rule = f"{path}: images must be uint8, uint16, bool, or floats in [0, 1]"
     if images.dtype.kind not in "fiub":
-        raise DataError(f"{path}: images must be uint8 or floats, got {images.dtype}")
-    images = images.astype(np.float32)
+        raise DataError(f"{rule}, got {images.dtype}")
     if not np.isfinite(images).all():
         bad = int(np.flatnonzero(~np.isfinite(images).reshape(len(images), -1).all(1))[0])
         raise DataError(f"{path}: image {bad} has NaN or infinite values")
-    if images.min() < 0 or images.max() > 1:
-        raise DataError(
-            f"{path}: images must be uint8, or floats in [0, 1], "
-            f"got {images.min():.3g} to {images.max():.3g}"
-        )
-    return images
+    low, high = images.min().item(), images.max().item()
+    if 0 <= low and high <= 1:
+        return images.astype(np.float32)
+    got = f"got {images.dtype} from {low:.9g} to {high:.9g}"
+    if images.dtype.kind == "f":
+        raise DataError(f"{rule}, {got}: bring them to [0, 1] by what 0 and 1 mean in them")
+    # Bytes are often kept in wider integers.
+    if low >= 0 and high <= 255:
+        raise DataError(f"{rule}, {got}: if they are bytes, save images.astype(numpy.uint8)")
+    if images.dtype != np.uint16:
+        raise DataError(f"{rule}, {got}: save bytes as uint8, or 16 bits of 0 to 65535 as uint16")
+    progress.note(f"{path}: images of 16 bits, {low} to {high}, are divided by 65535")
+    return images.astype(np.float32) / np.float32(65535)
