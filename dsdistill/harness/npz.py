@@ -72,7 +72,7 @@ def _checked_range(path: Path, images: np.ndarray) -> np.ndarray:
         bad = int(np.flatnonzero(~np.isfinite(images).reshape(len(images), -1).all(1))[0])
         raise DataError(f"{path}: image {bad} has NaN or infinite values")
     low, high = images.min().item(), images.max().item()
-    if 0 <= low and high <= 1:
+    if low >= 0 and high <= 1:
         return images.astype(np.float32)
     got = f"got {images.dtype} from {low:.9g} to {high:.9g}"
     if images.dtype.kind == "f":
