@@ -94,6 +94,36 @@ def _latin1(root: Path) -> None:
     os.rename(os.fsencode(root) + b"/x", os.fsencode(root) + b"/caf\xe9")
 
 
+def _table(root: Path, folder: str, parts: dict[str, int], column: str = "label") -> None:
+    """Pictures by turns of each class below `folder`, and the table that says so."""
+    lines = [f"file_name,{column}"]
+    for part, count in parts.items():
+        for number in range(count * len(NAMES)):
+            picture(root / folder / part / f"{number}.png")
+            lines.append(f"{Path(part) / str(number)}.png,{NAMES[number % len(NAMES)]}")
+    (root / folder / "metadata.csv").write_text("\n".join(lines) + "\n")
+
+
+def _table_in_each_part(root: Path) -> None:
+    _table(root, "train", {"": 10})
+    _table(root, "test", {"": 2})
+
+
+def _captions(root: Path) -> None:
+    fill(root, 10)
+    names = [f"{name}/{number}.png" for name in NAMES for number in range(10)]
+    lines = ["file_name,text", *(f"{name},a picture" for name in names)]
+    (root / "metadata.csv").write_text("\n".join(lines) + "\n")
+
+
+def _pets(root: Path) -> None:
+    for name in ("Abyssinian", "beagle"):
+        for number in range(10):
+            picture(root / "images" / f"{name}_{number}.png")
+            picture(root / "annotations" / "trimaps" / f"{name}_{number}.png")
+    (root / "annotations" / "trainval.txt").write_text("Abyssinian_0 1 1 1\n")
+
+
 def _leftovers(root: Path) -> None:
     fill(root, 10, ("cat", "dog"))
     fill(root / "__MACOSX", 1, ("cat",))
@@ -155,6 +185,14 @@ LAYOUTS: dict[str, Callable[[Path], None]] = {
     "files without extension": _no_extension,
     "a class folder without images": _empty_class,
     "images and no folders": _flat,
+    "train/metadata.csv, test/metadata.csv": _table_in_each_part,
+    "metadata.csv above train/ test/": lambda root: _table(root, "", {"train": 10, "test": 2}),
+    "metadata.csv beside images/": lambda root: _table(root, "", {"images": 10}),
+    "metadata.csv with classes, batch1/ batch2/": lambda root: _table(
+        root, "", {"batch1": 5, "batch2": 5}
+    ),
+    "metadata.csv of captions, class folders": _captions,
+    "Oxford-IIIT Pet": _pets,
     "an empty file among 40": _damaged,
     "0/ 1/ ... 11/ (order)": lambda root: fill(root, 10, tuple(map(str, range(12)))),
     "Zoo/ ant/ b10/ b2/ (order)": lambda root: fill(root, 10, ("Zoo", "ant", "b10", "b2")),
@@ -272,8 +310,10 @@ def _hugging_face(root: Path) -> str:
         with tempfile.TemporaryDirectory() as cache:
             parts = datasets.load_dataset("imagefolder", data_dir=str(root), cache_dir=cache)
             assert isinstance(parts, datasets.DatasetDict)
-            label = next(iter(parts.values())).features.get("label")
-            names = tuple(label.names) if label is not None else ()
+            first = next(iter(parts.values()))
+            label, names = first.features.get("label"), ()
+            if label is not None:  # numbers with names, or text as a table has it
+                names = tuple(getattr(label, "names", None) or sorted(set(first["label"])))
             return _cell(names, {str(name): len(part) for name, part in parts.items()})
 
     return _tried(read, root)

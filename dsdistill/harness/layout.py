@@ -9,15 +9,17 @@ with something else that all parts share (`seg_train` and `seg_test`, `train2017
 `test` is tested on and `val` chosen by. Where there is no `test` with classes, `val` is tested on
 and the images to choose by are held out of `train`, as with a folder that has no parts at all.
 
-Nothing is read here but folders, and files without an extension.
+A class is a folder, or stands in a table beside the images (`metadata_files`).
+
+Nothing is read here but folders, tables, and files without an extension.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsdistill.harness import class_names, progress
+from dsdistill.harness import class_names, metadata_files, progress
 from dsdistill.harness.labeled import DataError
 from dsdistill.harness.text import some
 from dsdistill.harness.walk import (
@@ -40,6 +42,8 @@ PARTS = {keyword: part for part, keywords in KEYWORDS.items() for keyword in key
 _WORDS = "|".join(sorted(PARTS, key=len, reverse=True))
 _WITHIN = re.compile(rf"(?<![a-z])({_WORDS})(?:set)?(?![a-z])")
 DEPTH = 3  # folders in folders that are followed, as unpacking archives leaves them
+# Folders beside `images` that hold pictures of something else than a class.
+BESIDE_IMAGES = {"annotation", "annotations", "labels", "masks", "segmentations", "trimaps"}
 ANNOTATIONS = "val_annotations.txt"  # of Tiny-ImageNet: name of a file, tab, class, and a box
 
 
@@ -152,6 +156,7 @@ def list_folder(path: Path, classes: Sequence[str] | None = None) -> Layout:
         raise DataError(f"no such folder: {path}")
     left_out = LeftOut()
     root = _descend(path)
+    _refuse_images_beside_annotations(root)
     roles = _parts(root, left_out)
     train = _read_part(roles.get("train", root), (root,), left_out)
     as_text, order = train.classes, class_names.sort(train.classes)
@@ -194,6 +199,8 @@ def _descend(path: Path, *, part: bool = False) -> Path:
     """
     inner = path
     for _ in range(DEPTH + 1):
+        if metadata_files.find(inner):
+            return inner
         inside = [folder for folder in subfolders(inner) if holds_images(folder)]
         if len(inside) > 1 or (len(inside) == 1 and _part_name(inside[0].name) and not part):
             return inner
@@ -222,7 +229,7 @@ def _parts(root: Path, left_out: LeftOut) -> dict[str, Path]:
             f"{root} has {_names(parts.values())} and no train folder: name the one to "
             f"train on {root / 'train'}, or give its path"
         )
-    if not _is_labelled(parts["train"]):
+    if not _is_labelled(parts["train"]) and not metadata_files.find(root):
         raise DataError(
             f"{parts['train']} has images and no class folders: expected one folder of "
             "images a class (if it is a class itself, rename it)"
@@ -259,6 +266,8 @@ def _are_classes(root: Path, named: dict[str, list[Path]], others: Sequence[Path
     Raises:
         DataError: If nobody can know.
     """
+    if metadata_files.find(root):
+        return False  # no folder is a class there, and the table says which images count
     labelled = {part for part, candidates in named.items() if any(map(_is_labelled, candidates))}
     if not others or {"train"} < labelled:
         return False
@@ -289,7 +298,9 @@ def _one(root: Path, candidates: Sequence[Path]) -> Path:
 
 def _is_labelled(folder: Path) -> bool:
     """Whether the images of a part have classes; those of a hidden test often have none."""
-    return (folder / ANNOTATIONS).is_file() or any(map(holds_images, subfolders(folder)))
+    if (folder / ANNOTATIONS).is_file() or metadata_files.find(folder):
+        return True
+    return any(map(holds_images, subfolders(folder)))
 
 
 def _read_beside_train(folder: Path, root: Path, train: Part, left_out: LeftOut) -> Part | None:
@@ -298,17 +309,27 @@ def _read_beside_train(folder: Path, root: Path, train: Part, left_out: LeftOut)
     Raises:
         DataError: If its classes are others.
     """
+    if (table := _read_metadata(folder, (root,), left_out)) is not None:
+        return _same_classes(train, table)
     inside = [f for f in subfolders(folder) if holds_images(f)]
     alone = len(inside) == 1 and class_names.from_folder(inside[0].name) not in train.classes
     flat = alone and not any(map(holds_images, subfolders(inside[0])))
     if not (folder / ANNOTATIONS).is_file() and (not inside or flat):
         left_out.folders.append(f"{_inside(root, folder)} (images without classes)")
         return None
-    part = _read_part(folder, (root,), left_out)
+    return _same_classes(train, _read_part(folder, (root,), left_out))
+
+
+def _same_classes(train: Part, part: Part) -> Part:
+    """A part in the order of the classes of the training part.
+
+    Raises:
+        DataError: If its classes are others.
+    """
     if class_names.match(train.classes, part.classes) is None:
         different = sorted({*train.classes} ^ {*part.classes})
         raise DataError(
-            f"{train.folder} and {folder} must have the same classes: "
+            f"{train.folder} and {part.folder} must have the same classes: "
             f"only one of them has {some(different)}"
         )
     return part.in_order(train.classes)
@@ -322,6 +343,8 @@ def _read_part(folder: Path, above: tuple[Path, ...], left_out: LeftOut) -> Part
     """
     if (folder / ANNOTATIONS).is_file():
         return _read_annotations(folder, left_out)
+    if (table := _read_metadata(folder, above, left_out)) is not None:
+        return table
     inside = _descend(folder, part=True)
     above, folder = (*above, folder), inside
     folders: dict[str, Path] = {}
@@ -334,7 +357,10 @@ def _read_part(folder: Path, above: tuple[Path, ...], left_out: LeftOut) -> Part
             )
         folders[name] = path
     if not folders:
-        raise DataError(f"{folder} has no class folders: expected one folder of images a class")
+        raise DataError(
+            f"{folder} has no class folders: expected one folder of images a class, or a "
+            "metadata.csv with the columns file_name and label"
+        )
     if len(folders) == 1:
         raise DataError(
             f"{folder} has one class folder, {next(iter(folders))!r}: expected at least two"
@@ -379,15 +405,87 @@ def _read_annotations(folder: Path, left_out: LeftOut) -> Part:
                 f"tab and a class, got {line[:60]!r}"
             )
         found[file] = label
-    classes = class_names.sort(sorted({*found.values()}))
+    return _part_by_name(folder, path, found, where, left_out)
+
+
+def _read_metadata(folder: Path, above: tuple[Path, ...], left_out: LeftOut) -> Part | None:
+    """A part whose classes stand in a table in its folder, or in one above it.
+
+    Returns:
+        None where there is no table, or one without classes or about other folders alone: then
+        folders are classes.
+
+    Raises:
+        DataError: If the table cannot be read, or its rows are not of images in its folder.
+    """
+    inside = _descend(folder, part=True)
+    for place in dict.fromkeys((inside, folder, *above)):
+        if (path := metadata_files.find(place)) is None:
+            continue
+        classes = metadata_files.read(path)
+        if classes is None:
+            progress.note(f"{path} has no column of classes: it is not read, folders are classes")
+            continue
+        here = {file: name for file, name in classes.items() if file.is_relative_to(inside)}
+        if not here:
+            continue
+        progress.note(f"{path}: the classes stand in it, and its images are those that it names")
+        return _part_by_name(inside, path, here, inside, left_out)
+    return None
+
+
+def _part_by_name(
+    folder: Path, table: Path, names: Mapping[Path, str], where: Path, left_out: LeftOut
+) -> Part:
+    """A part whose images have these class names.
+
+    Args:
+        folder: Of the part.
+        table: The file that gives the names.
+        names: A class name by image.
+        where: Which folder all images of the part lie in.
+        left_out: Counts the images without a name.
+
+    Raises:
+        DataError: If there are fewer than two classes.
+    """
+    classes = tuple(sorted({*names.values()}))
     if len(classes) < 2:
-        raise DataError(f"{path} names {len(classes)} classes: expected at least two")
-    unnamed = sum(1 for file in find_images(where, set(), LeftOut()) if file not in found)
+        raise DataError(f"{table} names {len(classes)} classes: expected at least two")
+    unnamed = sum(1 for file in find_images(where, set(), LeftOut()) if file not in names)
     if unnamed:
-        left_out.folders.append(f"{unnamed:,} images that {ANNOTATIONS} does not name")
+        left_out.folders.append(f"{unnamed:,} images that {table.name} does not name")
     index = {name: label for label, name in enumerate(classes)}
-    files = sorted(found, key=lambda file: (index[found[file]], file))
-    return Part(folder, classes, files, [index[found[file]] for file in files])
+    files = sorted(names, key=lambda file: (index[names[file]], file))
+    return Part(folder, classes, files, [index[names[file]] for file in files])
+
+
+def _refuse_images_beside_annotations(root: Path) -> None:
+    """Refuse `images/` and `annotations/` as two classes, as Oxford-IIIT Pet ships with masks.
+
+    Raises:
+        DataError: With the way to arrange them.
+    """
+    folders = {folder.name.casefold(): folder for folder in subfolders(root)}
+    others = [folders[name] for name in sorted(BESIDE_IMAGES & folders.keys())]
+    if "images" not in folders or not others or metadata_files.find(root):
+        return
+    images = folders["images"]
+    if (others[0] / "trainval.txt").is_file() and has_loose_images(images):
+        raise DataError(
+            f"{root} is as the Oxford-IIIT Pet data set ships, with its classes in the names of "
+            f"the files: put each image that {others[0] / 'trainval.txt'} names into "
+            f"{root / 'train'}/CLASS and each of test.txt into {root / 'test'}/CLASS, where CLASS "
+            "is the name without its number; docs/folders.md has the lines"
+        )
+    if {*folders} - {"images", *BESIDE_IMAGES} or not any(map(holds_images, others)):
+        return
+    remedy = (
+        f"give the path {images}"
+        if any(map(holds_images, subfolders(images)))
+        else "put the images into one folder a class"
+    )
+    raise DataError(f"{root} has images/ beside {_names(others)}, which are no classes: {remedy}")
 
 
 def _inside(root: Path, folder: Path) -> str:

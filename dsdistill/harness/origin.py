@@ -8,7 +8,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from dsdistill.harness import class_names, datasets, progress, provenance
+from dsdistill.harness import class_names, datasets, metadata_files, progress, provenance
 from dsdistill.harness.artifact import Distilled
 from dsdistill.harness.datasets import Splits
 from dsdistill.harness.errors import UserError
@@ -124,13 +124,15 @@ def _require_class_folders(path: Path, classes: tuple[str, ...], folder: Path) -
     """Refuse a folder that cannot be the data, before it is read: a file may name any.
 
     Raises:
-        UserError: If it has no folder for some class, up to `DEPTH` folders deep.
+        UserError: If some class has no folder, and stands in no table, up to `DEPTH` folders deep.
     """
     if not folder.is_dir():
         return
     wanted = set(map(_class_key, classes))
     level, looked = [folder], 0
     for _ in range(DEPTH):
+        for each in level:
+            wanted -= set(map(_class_key, _classes_of_table(each)))
         inside: list[os.DirEntry[str]] = []
         for each in level:
             with contextlib.suppress(OSError):  # a folder that may not be read holds no data
@@ -145,6 +147,14 @@ def _require_class_folders(path: Path, classes: tuple[str, ...], folder: Path) -
             f"{path} says that its data are {folder}, which has no folder of its class "
             f"{min(wanted)!r}: they are somewhere else now, or the file is wrong"
         )
+
+
+def _classes_of_table(folder: Path) -> set[str]:
+    """The class names in the table of a folder; none where there is no table that can be read."""
+    with contextlib.suppress(UserError, OSError):
+        if table := metadata_files.find(folder):
+            return {*(metadata_files.read(table) or {}).values()}
+    return set()
 
 
 def _class_key(name: str) -> str:
