@@ -12,14 +12,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsdistill.harness import folders, places
+from dsdistill.harness import folders, locks, places, progress
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.memory import readable
 from dsdistill.harness.text import printable
 
 DAY = 24 * 3600
 _KEY = re.compile(r"[0-9a-f]{32}")
-_OURS = {"images.npy", folders.INDEX}
+_OURS = {"images.npy", folders.INDEX, locks.NAME}
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,7 @@ def run(*, clear: bool, older_than: float | None) -> None:
     limit = time.time() - (older_than or 0) * DAY
     chosen = [entry for entry in entries() if older_than is None or entry.used < limit]
     if clear:
-        for entry in chosen:
-            _remove(entry.path)
+        chosen = [entry for entry in chosen if _remove(entry.path)]
     for entry in _rows(chosen):
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
         print(printable(f"{readable(entry.size):>10}  {used}  {entry.what}  {entry.path}"))
@@ -122,12 +121,24 @@ def _entry(path: Path, what: str) -> CacheEntry:
     return CacheEntry(path, what, size, max(s.st_mtime for s in found))
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
+def _remove(path: Path) -> bool:
+    """Remove a file, or a folder unless a living process writes it; whether it was removed."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return True
+    try:
+        lock = locks.acquire(path, needed=False)
+    except locks.Held as holder:
+        progress.say(f"{path} is left: {holder} is writing it")
+        return False
+    except FileNotFoundError:  # its process has finished it, or given up
+        return False
+    try:
         # Renamed at once: a process that opens it now finds a whole entry or none.
         doomed = path.with_name(f".half-{path.name.removeprefix('.half-')}")
         with suppress(OSError):
             path = path.rename(doomed)
         shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    finally:
+        lock.release()
+    return True

@@ -21,7 +21,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dsdistill.harness import progress
+from dsdistill.harness import locks, progress
 from dsdistill.harness.checksums import file_digest
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import write_bytes
@@ -96,10 +96,13 @@ class Cache:
     Attributes:
         folder: Named by the key's SHA-256.
         top: Log-probabilities kept of each row; None for all logits in float32.
+        lock: Held while this is used, so that nobody clears the folder; None where another process
+            that uses the same answers holds it.
     """
 
     folder: Path
     top: int | None
+    lock: locks.Lock | None = field(default=None, repr=False, compare=False)
 
     def open(self, name: str, rows: int, classes: int) -> Entry | None:
         """An entry, checked as a whole now and mapped into memory; None if it cannot be used.
@@ -172,11 +175,19 @@ def open_cache(folder: Path, key: Mapping[str, Any], *, top: int | None) -> Cach
     inner = folder / _digest(whole)
     try:
         (inner / "chunks").mkdir(parents=True, exist_ok=True)
+        lock = _lock(inner)
         write_bytes(inner / "key.json", _text(whole))
         _sweep(inner)
     except OSError as error:
         raise UserError(f"--cache {folder} cannot be used ({error}): choose another") from error
-    return Cache(inner, top)
+    return Cache(inner, top, lock)
+
+
+def _lock(folder: Path) -> locks.Lock | None:
+    try:
+        return locks.acquire(folder, needed=False)
+    except locks.Held:
+        return None
 
 
 class _Writer:

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from dsdistill import cache
-from dsdistill.harness import datasets, folders, labeled, layout, places
+from dsdistill.harness import datasets, folders, labeled, layout, locks, places
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.labeled import DataError
 
@@ -426,7 +426,7 @@ folders.read(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), None)
     assert len(train) + len(test) == 600
     assert train.images().any((1, 2, 3)).all()  # no black slot of an image never written
     assert half.exists()  # it may belong to a living process
-    for file in (half, *half.iterdir()):
+    for file in (half, *half.rglob("*")):
         os.utime(file, (time.time() - 2 * folders.ABANDONED,) * 2)
     _read(data, tmp_path, 4)
     assert not half.exists()
@@ -573,6 +573,36 @@ def test_the_cache_is_listed_and_cleared_and_nothing_else_is(tmp_path, monkeypat
     assert capsys.readouterr().out.split()[:2] == ["0", "B"]
     with pytest.raises(UserError, match="--older-than must be 0 days or more, got -1"):
         cache.run(clear=True, older_than=-1)
+
+
+def test_what_a_living_process_decodes_is_not_cleared(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DSDISTILL_CACHE", str(tmp_path / "kept"))
+    monkeypatch.setenv("DSDISTILL_DATA", str(tmp_path / "data"))
+    kept = tmp_path / "kept" / "decoded"
+    dead = kept / ".half-dead"
+    dead.mkdir(parents=True)
+    (dead / locks.NAME).write_text("1 elsewhere\n")  # as a kill leaves it
+    data = _classes(tmp_path / "photos", {"a": 4, "b": 4})
+    decode, cleared = folders._decode, []
+
+    def clearing(file, **options):
+        if not cleared:
+            cleared.append(True)
+            cache.run(clear=True, older_than=None)
+        return decode(file, **options)
+
+    monkeypatch.setattr(folders, "_decode", clearing)
+    splits = datasets.load(str(data), root=tmp_path)
+    assert cleared
+    said = capsys.readouterr()
+    assert "is left: another run of this process is writing it" in said.err
+    assert "unfinished decoding" in said.out  # the dead one
+    assert len(splits.train) + len(splits.validation) + len(splits.test) == 8
+    (entry,) = kept.iterdir()
+    assert {path.name for path in entry.iterdir()} == {"images.npy", "index.json"}
+    cache.run(clear=True, older_than=None)
+    assert not list(kept.iterdir())
+    assert "is left" not in capsys.readouterr().err
 
 
 def test_reading_the_cache_renews_its_last_use(tmp_path):

@@ -19,6 +19,7 @@ import torch
 from kd_support import environment
 from torch import nn
 
+from dsdistill import cache as stored
 from dsdistill.harness.errors import UserError
 from kd import cache as caches
 from kd import compact
@@ -529,3 +530,23 @@ def test_a_fingerprint_changes_with_everything_it_is_made_of() -> None:
     ]
     assert len({fingerprint(m) for m in (module, *others)}) == 1 + len(others)
     assert fingerprint(_module().to(memory_format=torch.channels_last)) == fingerprint(module)
+
+
+def test_a_teachers_answers_are_not_cleared_while_they_are_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DSDISTILL_CACHE", str(tmp_path))
+    monkeypatch.setenv("DSDISTILL_DATA", str(tmp_path / "data"))
+    used = open_cache(tmp_path / "answers", {"a": 1}, top=None)
+    beside = open_cache(tmp_path / "answers", {"a": 1}, top=None)  # shares it
+    stored.run(clear=True, older_than=None)
+    assert "is left" in capsys.readouterr().err
+    with used.writing("static") as write:
+        write(torch.zeros(2, 3))
+    loaded = beside.load("static", 2, 3)
+    assert loaded is not None
+    assert loaded.shape == (2, 3)
+    folder = used.folder
+    del used
+    stored.run(clear=True, older_than=None)
+    assert not folder.exists()

@@ -30,7 +30,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-from dsdistill.harness import image_files, memory, progress
+from dsdistill.harness import image_files, locks, memory, progress
 from dsdistill.harness.labeled import TEST_FRACTION, DataError, Labeled, stratified
 from dsdistill.harness.layout import Layout, list_folder
 from dsdistill.harness.memory import readable
@@ -226,14 +226,16 @@ def _fill(
     cache = folder.parent
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(dir=cache, prefix=".half-"))
+        half, lock = _begin(cache)
     except OSError as error:
         raise DataError(
             f"decoded images cannot be kept in {cache} ({error.strerror}): name a folder for them "
             "in the environment variable DSDISTILL_CACHE"
         ) from error
     _sweep(cache)
+    work = half / "entry"
     try:
+        work.mkdir()
         shape, skipped, gray = _write_images(work / "images.npy", path, files, size, channels)
         index = {
             "source": printable(str(path.resolve())),
@@ -245,7 +247,6 @@ def _fill(
         }
         index = json.loads(json.dumps(index))
         write_json(work / INDEX, {"index": index, "sha256": _digest(index)})
-        work.chmod(0o755)  # mkdtemp makes it private
         _publish(work, folder, len(files))
         stored = _open(folder, len(files))
         assert stored is not None, f"{folder} cannot be read back"
@@ -256,7 +257,17 @@ def _fill(
         )
         return stored
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(half, ignore_errors=True)
+        lock.release()
+
+
+def _begin(cache: Path) -> tuple[Path, locks.Lock]:
+    """A folder for a half-made entry, locked so that whoever clears the cache leaves it."""
+    while True:
+        half = Path(tempfile.mkdtemp(dir=cache, prefix=".half-"))
+        # Else it was cleared before the lock.
+        with suppress(locks.Held, FileNotFoundError):
+            return half, locks.acquire(half, needed=False)
 
 
 def _write_images(
@@ -293,7 +304,7 @@ def _sweep(cache: Path) -> None:
     """Remove what killed processes left; a living one writes all the time."""
     for half in cache.glob(".half-*"):
         with suppress(FileNotFoundError):  # another process finished it meanwhile
-            last = max(p.stat().st_mtime for p in (half, *half.iterdir()))
+            last = max(p.stat().st_mtime for p in (half, *half.rglob("*")))
             if time.time() - last > ABANDONED:
                 shutil.rmtree(half)
 

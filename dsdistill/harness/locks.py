@@ -58,8 +58,13 @@ class Lock:
         return Lock, (Path(), None)  # what is sent to another process holds nothing
 
 
-def acquire(folder: Path) -> Lock:
+def acquire(folder: Path, *, needed: bool = True) -> Lock:
     """Lock a folder that exists.
+
+    Args:
+        folder: The folder.
+        needed: Say where the file system has no locks. Not for what only `dsdistill cache --clear`
+            asks for.
 
     Raises:
         Held: If another process, or another run of this one, holds it.
@@ -76,10 +81,11 @@ def acquire(folder: Path) -> Lock:
             holder = _holder(handle)
             os.close(handle)
             if error.errno in _UNSUPPORTED:
-                progress.say(
-                    f"note: no lock on {folder}: its file system has none; start no second run in "
-                    "it while this one goes on"
-                )
+                if needed:
+                    progress.say(
+                        f"note: no lock on {folder}: its file system has none; start no second run "
+                        "in it while this one goes on"
+                    )
                 path.unlink(missing_ok=True)
                 return Lock(path, None)
             if isinstance(error, BlockingIOError):
