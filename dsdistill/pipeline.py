@@ -6,8 +6,7 @@ load -> fit preprocessing -> distil -> read the test set once -> save the set, d
 import contextlib
 import functools
 import hashlib
-import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -105,16 +104,16 @@ def _run(
     hosts.check_same({name: value for name, value in asked.items() if name not in PATHS})
     if options.resume:
         run, options = _reopened(options, method)
-        with run, _stoppable(method, run.folder):
+        with run, _explain_stop(method, run.folder):
             return _work(options, run, prepared(options), distil)
     folder = Path(hosts.decided(lambda: str(_free_folder(options, method))))
-    with _stoppable(method):
+    with stopping.explain_stop():
         setting = prepared(options)  # wrong input leaves no folder behind
     options = replace(options, images_per_class=setting.images_per_class)
     stored = _stored(options, method)
     with (
         hosts.opened(lambda: runs.start(folder, stored, result=artifact.FILE)) as run,
-        _stoppable(method, folder),
+        _explain_stop(method, folder),
     ):
         return _work(options, run, setting, distil)
 
@@ -137,23 +136,9 @@ def _work(
         return _finish(options, run, setting, result)
 
 
-@contextlib.contextmanager
-def _stoppable(method: str, folder: Path | None = None) -> Iterator[None]:
-    """Say what a stop by hand leaves, and how it goes on.
-
-    Args:
-        method: The command.
-        folder: The run's; None before it has begun.
-    """
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        if folder is None:
-            raise stopping.Stopped("stopped before the run began: nothing was written") from error
-        if (folder / artifact.FILE).exists():
-            raise stopping.Stopped(f"stopped; the set in {folder} is complete") from error
-        words = ["dsdistill", method, "--resume", "--out", str(folder)]
-        raise stopping.Stopped(f"stopped; continue with `{shlex.join(words)}`") from error
+def _explain_stop(method: str, folder: Path) -> contextlib.AbstractContextManager[None]:
+    command = ("dsdistill", method, "--resume", "--out", str(folder))
+    return stopping.explain_stop(command, folder / artifact.FILE)
 
 
 def _kip(options: Kip, run: runs.Run, setting: Setting) -> Result:

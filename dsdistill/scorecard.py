@@ -7,11 +7,9 @@ plots/        every plot as PNG and SVG
 report.json   all figures; report.md and report.html show them. Written last
 """
 
-import contextlib
 import platform
-import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
@@ -57,7 +55,8 @@ def run(options: Evaluate) -> Path:
         defaults=_config(Evaluate(options.run)),
         free=FREE,
     )
-    with begun, _stoppable(options.run, out):
+    command = ("dsdistill", "evaluate", str(options.run), "--resume", "--out", str(out))
+    with begun, stopping.explain_stop(command, out / report.NAME):
         began = time.monotonic()
         kept = Kept(out / "results", options.cache, sharing=controls.CONTROLS)
         results = _measured(parts, list(range(options.seeds)), kept)
@@ -65,16 +64,6 @@ def run(options: Evaluate) -> Path:
         report.write(out, _report(options, parts, results, time.monotonic() - began))
     _print(report.load(out), out)
     return out
-
-
-@contextlib.contextmanager
-def _stoppable(run: Path, out: Path) -> Iterator[None]:
-    """Say after a stop by hand how the evaluation goes on."""
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        line = shlex.join(["dsdistill", "evaluate", str(run), "--resume", "--out", str(out)])
-        raise stopping.Stopped(f"stopped; continue with `{line}`") from error
 
 
 def compare(options: Compare) -> Path:

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from dsdistill.harness import locks, progress
 from dsdistill.harness.checksums import file_digest
-from dsdistill.harness.errors import UserError
+from dsdistill.harness.errors import UserError, one_line
 from dsdistill.harness.runs import write_bytes
 from kd import compact
 from kd.compact import Tensors
@@ -115,7 +115,7 @@ class Cache:
         try:
             return _open(path, self.folder.name, rows, classes, self.top) if path.exists() else None
         except Exception as error:  # damage shows in many ways, and each is mended by new answers
-            why = " ".join(str(error).split()) or type(error).__name__
+            why = one_line(error)
             progress.say(f"teacher cache: {path} is not used ({why}): computed anew")
             return None
 

@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -298,7 +300,26 @@ def test_data_that_changed_is_refused(made: Path, tmp_path: Path):
         scorecard.run(Evaluate(other))
 
 
-def test_a_stop_by_hand_says_how_the_evaluation_goes_on():
-    line = r"`dsdistill evaluate 'a run' --resume --out out`$"
-    with pytest.raises(Stopped, match=line), scorecard._stoppable(Path("a run"), Path("out")):
+def test_a_stop_by_hand_says_how_the_evaluation_goes_on(made: Path, tmp_path: Path, monkeypatch):
+    def stopped(*_: object) -> None:
         raise KeyboardInterrupt
+
+    options = Evaluate(made, learners="ridge", controls="", seeds=1, cache=None)
+    options = replace(options, out=tmp_path / "an out")
+    with monkeypatch.context() as patch:
+        patch.setattr(scorecard, "_measured", stopped)
+        with pytest.raises(
+            Stopped, match=f"`dsdistill evaluate {made} --resume --out '.*an out'`$"
+        ):
+            scorecard.run(options)
+    monkeypatch.setattr(scorecard.report, "write", _write_and_stop(scorecard.report.write))
+    with pytest.raises(Stopped, match=r"an out/report\.json is complete"):
+        scorecard.run(replace(options, resume=True))
+
+
+def _write_and_stop(write: Callable[..., None]) -> Callable[..., None]:
+    def stopping(*arguments: Any) -> None:
+        write(*arguments)
+        raise KeyboardInterrupt
+
+    return stopping

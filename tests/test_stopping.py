@@ -164,3 +164,19 @@ def test_a_command_says_what_is_kept(monkeypatch, capsys):
     monkeypatch.setattr(command, "_parse", lambda *_: Options())
     with pytest.raises(SystemExit, match=r"^p: stopped; continue with --resume$"):
         command.main("p", "", {"work": (Options, stopped)}, "stopped")
+
+
+def test_a_stop_says_what_is_kept_and_how_to_go_on(tmp_path):
+    result = tmp_path / "result"
+    kip = ("dsdistill", "kip", "--out", "a run")
+    for line, words in (
+        ((), "stopped before the run began: nothing was written"),
+        (kip, "stopped; continue with `dsdistill kip --out 'a run'`"),
+    ):
+        with pytest.raises(stopping.Stopped) as caught, stopping.explain_stop(line, result):
+            raise KeyboardInterrupt
+        assert str(caught.value) == words
+    result.touch()
+    with pytest.raises(stopping.Stopped) as caught, stopping.explain_stop(("dsdistill",), result):
+        raise KeyboardInterrupt
+    assert str(caught.value) == f"stopped; {result} is complete"

@@ -27,6 +27,11 @@ def one_line(error: BaseException, *, kind: bool = False) -> str:
     return f"{name}: {text}" if kind and text else text or name
 
 
+def first_line(error: BaseException) -> str:
+    """The first line alone, where a library explains itself over many, as PyTorch does."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def unknown(what: str, got: str, known: Iterable[str]) -> UserError:
     """An error for a name that is not in a table: lists the known names, the nearest first in mind.
 
@@ -39,8 +44,3 @@ def unknown(what: str, got: str, known: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(got, names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return UserError(f"unknown {what} {got!r}{hint} (known: {', '.join(names)})")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of another library's message, or the kind of the error where it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -11,11 +11,13 @@ import _weakrefset
 import contextlib
 import gc
 import os
+import shlex
 import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -138,6 +140,28 @@ def watch() -> Iterator[Flag]:
             yield flag
         finally:
             flag.waits = waited
+
+
+@contextlib.contextmanager
+def explain_stop(command: Sequence[str] = (), result: Path | None = None) -> Iterator[None]:
+    """Say after a stop by hand what is kept, and how the command goes on.
+
+    Args:
+        command: The words of the line that goes on; none before anything is written.
+        result: The file whose presence means that nothing is left to do.
+
+    Raises:
+        Stopped: If there was a stop.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        message = f"stopped; continue with `{shlex.join(command)}`"
+        if not command:
+            message = "stopped before the run began: nothing was written"
+        elif result is not None and result.exists():
+            message = f"stopped; {result} is complete"
+        raise Stopped(message) from error
 
 
 def interruptible(work: Callable[[], Value]) -> Value:
