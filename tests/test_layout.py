@@ -305,6 +305,13 @@ def test_the_order_is_said_where_programs_differ():
     assert numbers is not None
     assert "order of their numbers, as in timm" in numbers
     assert "as text (0, 1, 10, 11, 2, ...)" in numbers
+    # A set that was made when numbers stood as text keeps its order.
+    earlier = class_names.order_note(sorted(str(i) for i in range(12)))
+    assert earlier is not None
+    assert "order of their text (0, 1, 10, 11, 2, ...)" in earlier
+    assert "timm has 0, 1, 2, 3, 4, ..." in earlier
+    given = class_names.order_note(("dog", "cat"))
+    assert given == "classes stand in the order of what they are matched with (dog, cat)"
     text = class_names.order_note(("b10", "b2"))
     assert text is not None
     assert "order of their text (b10, b2)" in text

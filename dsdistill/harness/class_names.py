@@ -67,20 +67,20 @@ def match(names: Sequence[str], others: Sequence[str]) -> tuple[int, ...] | None
 
 def order_note(names: Sequence[str]) -> str | None:
     """One sentence on the order of these names, where other programs have another one."""
-    as_text, natural = sorted(names), sorted(names, key=natural_key)
-    if are_numbers(names):
-        if as_text == sorted(names, key=int):
-            return None
+    order, as_text, natural = list(names), sorted(names), sorted(names, key=natural_key)
+    if as_text == natural == order:
+        return None
+    if order == as_text:
+        return (
+            f"classes stand in the order of their text ({_start(as_text)}), as in torchvision and "
+            f"Hugging Face; timm has {_start(natural)}"
+        )
+    if are_numbers(names) and order == sorted(names, key=int):
         return (
             "classes stand in the order of their numbers, as in timm; torchvision and Hugging "
             f"Face order them as text ({_start(as_text)})"
         )
-    if as_text == natural:
-        return None
-    return (
-        f"classes stand in the order of their text ({_start(as_text)}), as in torchvision and "
-        f"Hugging Face; timm has {_start(natural)}"
-    )
+    return f"classes stand in the order of what they are matched with ({_start(order)})"
 
 
 def _start(names: Sequence[str]) -> str:
