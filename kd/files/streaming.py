@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from dsdistill.harness.errors import UserError
+from dsdistill.harness.labeled import spread
 from dsdistill.harness.preprocess import Preprocess
 from kd.data import LEAST, Batches
 from kd.engine import Engine
@@ -109,6 +110,23 @@ class Files:
         return shards.streamed(
             self.parts[0], views, SCORE_BATCH, device, augment=False, workers=workers
         )
+
+    def sample(
+        self,
+        count: int,
+        recipe: Recipe,
+        fitted: Preprocess,
+        device: torch.device,
+        workers: int = 0,
+    ) -> Judged | None:
+        """Up to `count` training images, spread over the classes; None of an archive of shards."""
+        train = self.parts[0]
+        if not isinstance(train, Pictures):
+            return None
+        # Images whose labels are not known before they are read are spread by chance.
+        labels = np.zeros(len(train), np.int64) if train.labels is None else train.labels
+        chosen = train.select(spread(labels, count))
+        return self._judged(chosen, recipe, fitted, device, workers)
 
     def test(
         self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0
