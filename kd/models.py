@@ -177,6 +177,7 @@ def fitted(
     shape: Shape,
     classes: tuple[str, ...],
     say: Callable[[str], None] = progress.say,
+    option: str | None = None,
 ) -> Model:
     """The model with its outputs in the order of the data's classes.
 
@@ -184,6 +185,7 @@ def fitted(
         who: How messages call the model.
         shape, classes: Of the data.
         say: Called with a line where the order was another one.
+        option: By which the user gives a class map, for messages; None where there is none.
 
     Raises:
         UserError: If its images or the names of its classes are not those of the data.
@@ -191,11 +193,12 @@ def fitted(
     check_shape(who, model, shape)
     if model.classes == classes:
         return model
-    matched = labels.match(who, model.classes, classes)
+    matched = labels.match(who, model.classes, classes, option=option)
     if matched.assumed:  # names that say nothing are no reason to believe
         raise UserError(
             f"{who} calls its classes {labels.few(model.classes)}, the data {labels.few(classes)}: "
             "they must match"
+            + ("" if option is None else f", or {option} FILE say which are which")
         )
     if matched.outputs is None:
         return replace(model, classes=classes)

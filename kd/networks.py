@@ -396,6 +396,6 @@ def _try(classifier: Classifier, name: str, shape: Shape) -> None:
             classifier.eval()(torch.zeros(1, c, h, w))
     except Exception as error:  # they raise whatever they like
         raise UserError(
-            f"{name} cannot take {h}x{w} images ({first_line(error)}): use a larger --image-size"
+            f"{name} cannot take {h}x{w} images ({first_line(error)}): use larger images"
         ) from error
     classifier.train(was)

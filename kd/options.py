@@ -173,6 +173,9 @@ class Evaluate:
     """To measure the agreement with; by default the one it was trained with."""
     class_map: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """JSON file, class of the data -> class of the student (name or number)."""
+    teacher_class_map: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """The same of the teacher; of several teachers as for kd train. By default, of the run's own
+    teachers, the one that it was trained with."""
     data_root: Path = field(default_factory=places.data_root)
     """Where data sets lie or are downloaded to."""
     device: str = "auto"

@@ -356,7 +356,10 @@ def _tested(options: Train, parts: Parts, student: Model) -> dict[str, Any]:
         batches,
         dict(zip(parts.taught_by, parts.teachers, strict=True)),
         temperature=student.output_temperature,
+        classes=parts.source.classes,
     )
+    for note in found.pop("notes"):
+        progress.say(note)
     return {"test_accuracy": found.pop("accuracy"), "test_images": found.pop("images"), **found}
 
 

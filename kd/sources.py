@@ -148,6 +148,7 @@ def resolve(
     validation_fraction: float | None = None,
     channels: int | None = None,
     classes: Sequence[str] | None = None,
+    announce: bool = True,
 ) -> Source:
     """Find out what DATA is, and load it.
 
@@ -155,8 +156,8 @@ def resolve(
         name: A data set as in `datasets.load`, the folder of a `dsdistill` run, or a distilled
             `.safetensors` file.
         root: Where data sets lie.
-        image_size, validation_fraction, channels, classes: As in `datasets.load`; a distilled set
-            brings its own.
+        image_size, validation_fraction, channels, classes, announce: As in `datasets.load`; a
+            distilled set brings its own.
 
     Raises:
         UserError: If it cannot be had, or a distilled set contradicts the data it came from.
@@ -179,6 +180,7 @@ def resolve(
         validation_fraction=held,
         channels=channels,
         classes=classes,
+        announce=announce,
     )
     return Source(splits.name, splits)
 

@@ -173,6 +173,7 @@ def resolve(
     validation_fraction: float,
     channels: int | None = None,
     classes: Sequence[str] | None = None,
+    announce: bool = True,
 ) -> Files:
     """List the images of a data set that is to be read as it goes.
 
@@ -182,7 +183,7 @@ def resolve(
         image_size: Height and width of the crops.
         validation_fraction: Of a folder's training images.
         channels: 1 or 3; None is 3.
-        classes: The order of a folder's classes, as in `datasets.load`.
+        classes, announce: Of a folder, as in `datasets.load`.
 
     Raises:
         UserError: If it cannot be had, or is no data set of files.
@@ -199,6 +200,6 @@ def resolve(
             f"--augment imagenet reads image files as it goes, and {data} is no folder of class "
             "folders: use --augment crop-flip, or none"
         )
-    found = pictures.open_folder(path, validation_fraction, classes)
+    found = pictures.open_folder(path, validation_fraction, classes, announce=announce)
     parts = (found.train, found.validation, found.test)
     return Files(path.resolve().stem, parts, image_size, channels or 3)
