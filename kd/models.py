@@ -132,7 +132,10 @@ def _model(folder: Path, found: Mapping[str, Any]) -> Model:
         raise ValueError(f"images of shape {shape}")
     if found["outputs"] not in get_args(Outputs):
         raise ValueError(f"outputs {found['outputs']!r}")
-    classifier = networks.build(name, shape, len(classes), config=found.get("config"))
+    try:
+        classifier = networks.build(name, shape, len(classes), config=found.get("config"))
+    except UserError as error:
+        raise UserError(f"{folder / CARD} describes no network to be made here: {error}") from error
     classifier.interpolation = found.get("interpolation", "bilinear")
     _state_into(classifier.network, folder / WEIGHTS)
     preprocess = preprocessing(found["preprocess"], folder)
