@@ -17,7 +17,7 @@ from kd import engine, models, networks, run_data, scoring, seals, teachers
 from kd.files.pictures import Pictures
 from kd.files.streaming import Files
 from kd.models import Model
-from kd.options import TOLD, Evaluate
+from kd.options import Evaluate, told
 from kd.recipe import Recipe
 from kd.sources import Source
 from kd.zoo import labels
@@ -114,13 +114,12 @@ def _teachers(
         ",".join(map(networks.absolute, names)) == config.get("teacher")
     )
     own = config if is_own else {}
-    told = {name.removeprefix("teacher_"): own.get(name) for name in TOLD}
     option = "--teacher-class-map"
     text = options.teacher_class_map or own.get("class_map")
     maps = labels.read_class_maps(text, names, option)
-    for each, mapping in zip(names, maps, strict=True):
+    for each, mapping, known in zip(names, maps, told(own, len(names)), strict=True):
         where = fitted, source.shape, source.classes
-        teacher = teachers.load(each, *where, class_map=mapping, class_map_option=option, **told)
+        teacher = teachers.load(each, *where, class_map=mapping, class_map_option=option, **known)
         for remark in teachers.remarks(teacher):
             progress.say(f"teacher {each}: {remark}")
         yield each, teacher
