@@ -100,7 +100,9 @@ def assembled(options: Evaluate) -> Parts:
         from kd import answers
 
         classes, shape = splits.train.classes, splits.train.shape
-        teacher = answers.of(options.teacher, distilled.preprocess, shape, classes, options.device)
+        prepared, device = distilled.preprocess, options.device
+        class_map = options.teacher_class_map
+        teacher = answers.of(options.teacher, prepared, shape, classes, device, class_map)
     taught_by = None if teacher is None else teacher.digest
     return Parts(
         distilled,
@@ -129,6 +131,8 @@ def _check(options: Evaluate) -> None:
         raise UserError(f"--seeds must be at least 1, got {options.seeds}")
     if options.steps is not None and options.steps < 1:
         raise UserError(f"--steps must be at least 1, got {options.steps}")
+    if options.teacher_class_map is not None and options.teacher is None:
+        raise UserError("--teacher-class-map needs --teacher")
     if options.resume and options.out is None:
         raise UserError("--resume needs --out, the folder of the evaluation to continue")
 

@@ -187,6 +187,9 @@ class Evaluate:
     """a teacher of `kd train`: relabels the distilled images in one more arm, and is compared with
     every learner"""
 
+    teacher_class_map: Path | None = None
+    """JSON file, class of the data -> class of the teacher (name or number), where they differ"""
+
     augment: Literal["none", "crop", "crop-flip"] = "none"
     """networks are trained with these changes too, beside the training without"""
 

@@ -24,6 +24,7 @@ from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluate import Arm, Learner, evaluate, stored_bytes
 from dsdistill.harness.kept import Kept
 from dsdistill.harness.labeled import Labeled, per_class
+from dsdistill.harness.majority import common_class, constant_answer
 from dsdistill.harness.pictures import Side
 from dsdistill.harness.reports import page, report, verdict, words
 from dsdistill.harness.reports.report import Report
@@ -34,7 +35,6 @@ from dsdistill.options import Report as Compare
 
 FREE = ("data_root", "cache", "device")  # options that may differ on resume
 PER_CALL = ("out", "resume")  # options that are none of the evaluation's
-UNEVEN = 1.5  # times its even share, that the commonest class has in uneven test images
 VERSIONS = ("dsdistill", "jax", "numpy", "scikit-learn", "scipy", "timm", "torch")
 
 
@@ -215,27 +215,16 @@ def _notes(parts: Parts, results: Sequence[Result]) -> list[str]:
 
 def majority(results: Sequence[Result], test: Labeled) -> list[str]:
     """Notes of accuracies that only repeat how common one class is among the test images."""
-    k = len(test.classes)
-    shares = np.bincount(test.labels, minlength=k) / len(test)
-    common, notes = int(shares.argmax()), []
-    if shares[common] > UNEVEN / k:
-        notes.append(
-            f"{shares[common]:.1%} of the test images are of class {test.classes[common]!r}: "
-            "always answering it has that accuracy, whatever the training."
-        )
     given: dict[tuple[str, str], set[int]] = {}
     for result in results:
         if result.confusion is not None:
             answers = np.flatnonzero(np.asarray(result.confusion).sum(0))
             given.setdefault((result.learner, result.arm), set()).update(map(int, answers))
-    for (learner, arm), answers in given.items():
-        if len(answers) == 1:
-            (label,) = answers
-            notes.append(
-                f"{learner} on {arm} answers {test.classes[label]!r} to every test image: its "
-                f"accuracy of {shares[label]:.1%} is the share of that class."
-            )
-    return notes
+    constant = (
+        constant_answer(f"{learner} on {arm}", answers, test.labels, test.classes)
+        for (learner, arm), answers in given.items()
+    )
+    return [note for note in (common_class(test.labels, test.classes), *constant) if note]
 
 
 def _same_draws(parts: Parts) -> list[str]:

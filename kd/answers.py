@@ -1,6 +1,7 @@
 """A teacher of `kd` for the harness: NumPy images in, NumPy logits out."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from dsdistill.harness.errors import UserError
 from dsdistill.harness.preprocess import Preprocess
 from kd import cache, data, engine, networks, teachers
 from kd.teachers import Teacher
+from kd.zoo import labels
 from kd.zoo.wants import Shape
 
 BATCH = 500  # images at once
@@ -40,7 +42,12 @@ class Answers:
 
 
 def of(
-    name: str, preprocess: Preprocess, shape: Shape, classes: tuple[str, ...], device: str = "cpu"
+    name: str,
+    preprocess: Preprocess,
+    shape: Shape,
+    classes: tuple[str, ...],
+    device: str = "cpu",
+    class_map: Path | None = None,
 ) -> Answers:
     """The answers of a teacher to images in a preprocessing.
 
@@ -50,6 +57,7 @@ def of(
         shape: Of the images.
         classes: Of the data, in order.
         device: `cpu`, `auto`, `cuda` or `cuda:N`.
+        class_map: File of `--teacher-class-map`, where its classes are others than the data's.
 
     Raises:
         UserError: If there is no such teacher, or it does not fit the data.
@@ -57,7 +65,11 @@ def of(
     if len(networks.split(name)) > 1:
         raise UserError(f"an evaluation compares with one teacher, got {name}")
     on = engine.make(device).device
-    teacher = teachers.load(name, preprocess, shape, classes)
+    mapping = None if class_map is None else labels.read_class_map(class_map)
+    option = "--teacher-class-map"
+    teacher = teachers.load(
+        name, preprocess, shape, classes, class_map=mapping, class_map_option=option
+    )
     for remark in teachers.remarks(teacher):
         progress.say(f"teacher {name}: {remark}")
     return Answers(teacher.to(on), on, cache.fingerprint(teacher))

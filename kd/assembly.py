@@ -30,7 +30,7 @@ from kd.files.streaming import Files
 from kd.models import Model, Outputs
 from kd.networks import Classifier
 from kd.objectives import Distillation, MeanTeacher, Mutual, Objective
-from kd.options import TOLD, Train
+from kd.options import Train, told
 from kd.recipe import Recipe
 from kd.sources import Source
 from kd.teachers import Teacher
@@ -97,6 +97,8 @@ def assembled(options: Train) -> Parts:
         network.to(on.device)
     parts = Parts(source, student, names, found, peers, chosen, specs, on)
     _check(parts, options, alone)
+    for remark in terms.remarks(specs, images=source.count):
+        say(remark)
     return parts
 
 
@@ -332,10 +334,9 @@ def _teachers(
         options = replace(options, **dict.fromkeys(chain.FOREIGN))
     maps = labels.read_class_maps(options.class_map, names)
     where = student.preprocess, source.shape, source.classes
-    told = {name.removeprefix("teacher_"): getattr(options, name) for name in TOLD}
     return tuple(
-        teachers.load(name, *where, class_map=each, **told)
-        for name, each in zip(names, maps, strict=True)
+        teachers.load(name, *where, class_map=mapping, **known)
+        for name, mapping, known in zip(names, maps, told(vars(options), len(names)), strict=True)
     )
 
 

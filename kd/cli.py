@@ -51,7 +51,7 @@ def _evaluate(options: Evaluate) -> None:
     if options.json:
         print(json.dumps(found, indent=2))
     else:
-        _print(found)
+        _print({name: value for name, value in found.items() if name != "notes"})  # are said
 
 
 def _export(options: Export) -> None:

@@ -1,7 +1,7 @@
 """Figures of a finished student on test images: `kd evaluate`."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,11 @@ from dsdistill.harness.errors import UserError
 from dsdistill.harness.labeled import Labeled
 from dsdistill.harness.preprocess import Preprocess
 from dsdistill.harness.runs import INPUTS
-from kd import engine, models, networks, scoring, seals, sources, teachers
-from kd.files import streaming
+from kd import engine, models, networks, run_data, scoring, seals, teachers
 from kd.files.pictures import Pictures
 from kd.files.streaming import Files
 from kd.models import Model
-from kd.options import TOLD, Evaluate
+from kd.options import Evaluate, told
 from kd.recipe import Recipe
 from kd.sources import Source
 from kd.zoo import labels
@@ -46,7 +45,7 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
     device = engine.make(options.device).device
     student = models.load_run(options.run)
     config = seals.read(options.run, "config.json")
-    recipe = _recipe(options.run)
+    recipe = run_data.read_recipe(options.run)
     chosen = _test_images(options, config, student, recipe)
     source = chosen.source
     models.check_shape(f"student {options.run}", student, source.shape)
@@ -56,13 +55,15 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
     who = f"student {options.run}"
     how, outputs = "by name", None
     if options.class_map is None:
-        student = models.fitted(who, student, source.shape, source.classes)
+        student = models.fitted(who, student, source.shape, source.classes, option="--class-map")
     else:
         mapping = labels.read_class_map(options.class_map)
         matched = labels.match(who, student.classes, source.classes, mapping)
         how, outputs = matched.how, matched.outputs
     name = options.teacher or config.get("teacher")
     known: dict[str, nn.Module] = {}
+    if name is None and options.teacher_class_map is not None:
+        raise UserError("--teacher-class-map needs --teacher: the run was trained without one")
     if name is not None:
         known = {
             each: teacher.to(device)
@@ -70,6 +71,10 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
         }
     student.classifier.to(device)
     judged = _InOrder(student.classifier, outputs)
+    temperature = student.output_temperature
+    figures = scoring.figures(judged, test, known, temperature=temperature, classes=source.classes)
+    for note in figures["notes"]:
+        progress.say(note)
     return {
         "run": str(options.run),
         "student": student.name,
@@ -77,8 +82,8 @@ def evaluate(options: Evaluate) -> dict[str, Any]:
         "data": source.name,
         "judged_on": chosen.which,
         "classes_matched": how,
-        **scoring.figures(judged, test, known, temperature=student.output_temperature),
-        "output_temperature": student.output_temperature,
+        **figures,
+        "output_temperature": temperature,
         "parameters": networks.parameters(student.classifier),
         **scoring.latency(student.classifier, student.shape),
     }
@@ -109,21 +114,15 @@ def _teachers(
         ",".join(map(networks.absolute, names)) == config.get("teacher")
     )
     own = config if is_own else {}
-    told = {name.removeprefix("teacher_"): own.get(name) for name in TOLD}
-    maps = labels.read_class_maps(own.get("class_map"), names)
-    for each, mapping in zip(names, maps, strict=True):
+    option = "--teacher-class-map"
+    text = options.teacher_class_map or own.get("class_map")
+    maps = labels.read_class_maps(text, names, option)
+    for each, mapping, known in zip(names, maps, told(own, len(names)), strict=True):
         where = fitted, source.shape, source.classes
-        teacher = teachers.load(each, *where, class_map=mapping, **told)
+        teacher = teachers.load(each, *where, class_map=mapping, class_map_option=option, **known)
         for remark in teachers.remarks(teacher):
             progress.say(f"teacher {each}: {remark}")
         yield each, teacher
-
-
-def _recipe(run: Path) -> Recipe:
-    """What the run was trained with, as far as it says how images are cut."""
-    stored = seals.read(run, "recipe.json") if (run / "recipe.json").exists() else {}
-    known = {f.name: stored[f.name] for f in fields(Recipe) if f.name in stored}
-    return Recipe(**known)
 
 
 def _test_images(
@@ -140,45 +139,33 @@ def _test_images(
     path = Path(name).expanduser()
     if path.is_dir() and (part := layout.find_part_without_train(path)):
         path, name = part, str(part)
-    source = _source(options, config, name, student, recipe)
+    source = run_data.load(name, student, recipe, config, root=options.data_root, announce=False)
     is_array = path.suffix == ".npz" and path.is_file()
     if isinstance(source, Source) and source.distilled is not None and source.splits is not None:
         return TestImages(source, f"test images of {source.splits.name}")
     if source.distilled is not None or not (path.is_dir() or is_array):
         return TestImages(source, f"test images of {source.name}")
-    if not is_array and (part := layout.list_folder(path).test):
-        return TestImages(source, f"test images, {part.folder}")
-    if options.data is None or _is_trained_on(config, name, source):
+    folder = None if is_array else layout.list_folder(path, student.classes)
+    is_own = options.data is None or _is_trained_on(config, name, source)
+    every = not is_own and (folder is None or folder.test is None)
+    chosen = _with_all_to_test(source) if every else source
+    if folder is not None:
+        folder.say_judged(_test_count(chosen), every=every)
+    if folder is not None and folder.test:
+        return TestImages(chosen, f"test images, {folder.test.folder}")
+    if is_own:
         held = "the share of the images that the training has held out for testing"
-        return TestImages(source, held)
-    return TestImages(_with_all_to_test(source), f"all images of {name}")
+        return TestImages(chosen, held)
+    return TestImages(chosen, f"all images of {name}")
 
 
-def _source(
-    options: Evaluate, config: Mapping[str, Any], name: str, student: Model, recipe: Recipe
-) -> Source | Files:
-    """The data at the size and with the channels and class order of the student."""
-    (h, w, channels), root = student.shape, options.data_root
-    if recipe.augment == "imagenet":
-        held = sources.fraction(config.get("validation_fraction"))
-        return streaming.resolve(
-            name,
-            root=root,
-            image_size=h,
-            validation_fraction=held,
-            channels=channels,
-            classes=student.classes,
-        )
-    if sources.is_distilled(name):
-        return sources.resolve(name, root=root)
-    return sources.resolve(
-        name,
-        root=root,
-        image_size=h if h == w else None,
-        validation_fraction=0.0,  # of what is only judged nothing is held out
-        channels=channels,
-        classes=student.classes,
-    )
+def _test_count(source: Source | Files) -> int:
+    """Test images of a folder."""
+    if isinstance(source, Files):
+        test = source.parts[2]
+        return len(test) if isinstance(test, Pictures) else 0
+    assert source.splits is not None
+    return len(source.splits.test)
 
 
 def _is_trained_on(config: Mapping[str, Any], name: str, source: Source | Files) -> bool:

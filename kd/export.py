@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from dsdistill.harness.errors import UserError, first_line, unknown
-from kd import data, formats, models, networks, trials
+from kd import data, formats, models, networks, run_data, trials
 from kd.formats import FORMATS, Format
 from kd.models import Model
 from kd.options import Export
@@ -140,7 +140,7 @@ def _card(options: Export, model: Model, chosen: Format) -> dict[str, Any]:
             "layout": "NCHW",
             "shape": ["batch", c, h, w],
             "values": "pixels in [0, 1]" if chosen.graph else "pixels in [0, 1], preprocessed",
-            "files": _files(trials.recipe_of(options.run)),
+            "files": _files(run_data.read_recipe(options.run)),
         },
         "preprocess": {
             "kind": fitted.kind,

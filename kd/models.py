@@ -132,7 +132,10 @@ def _model(folder: Path, found: Mapping[str, Any]) -> Model:
         raise ValueError(f"images of shape {shape}")
     if found["outputs"] not in get_args(Outputs):
         raise ValueError(f"outputs {found['outputs']!r}")
-    classifier = networks.build(name, shape, len(classes), config=found.get("config"))
+    try:
+        classifier = networks.build(name, shape, len(classes), config=found.get("config"))
+    except UserError as error:
+        raise UserError(f"{folder / CARD} describes no network to be made here: {error}") from error
     classifier.interpolation = found.get("interpolation", "bilinear")
     _state_into(classifier.network, folder / WEIGHTS)
     preprocess = preprocessing(found["preprocess"], folder)
@@ -177,6 +180,7 @@ def fitted(
     shape: Shape,
     classes: tuple[str, ...],
     say: Callable[[str], None] = progress.say,
+    option: str | None = None,
 ) -> Model:
     """The model with its outputs in the order of the data's classes.
 
@@ -184,6 +188,7 @@ def fitted(
         who: How messages call the model.
         shape, classes: Of the data.
         say: Called with a line where the order was another one.
+        option: By which the user gives a class map, for messages; None where there is none.
 
     Raises:
         UserError: If its images or the names of its classes are not those of the data.
@@ -191,11 +196,12 @@ def fitted(
     check_shape(who, model, shape)
     if model.classes == classes:
         return model
-    matched = labels.match(who, model.classes, classes)
+    matched = labels.match(who, model.classes, classes, option=option)
     if matched.assumed:  # names that say nothing are no reason to believe
         raise UserError(
             f"{who} calls its classes {labels.few(model.classes)}, the data {labels.few(classes)}: "
             "they must match"
+            + ("" if option is None else f", or {option} FILE say which are which")
         )
     if matched.outputs is None:
         return replace(model, classes=classes)

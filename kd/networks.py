@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError, first_line
 from dsdistill.harness.preprocess import Preprocess
-from kd.zoo import builtin, exported, huggingface, timm_zoo, torchvision_zoo, weights
+from kd.zoo import allocation, builtin, exported, huggingface, timm_zoo, torchvision_zoo, weights
 from kd.zoo.wants import Interpolation, Shape, Wants, Zoo
 
 __all__ = [
@@ -114,13 +114,14 @@ def build(
             other channels: the last layer is then new, and the first one adapted.
 
     Raises:
-        UserError: For an unknown name, a bad width, images of a shape the network cannot take, or
-            weights that cannot be had or are another network's.
+        UserError: For an unknown name, a bad width, a network that would not fit into memory,
+            images of a shape it cannot take, or weights that cannot be had or are another
+            network's.
     """
     found = parse(name)
     if pretrained and found.file:
         raise UserError(f"{found.file} has the weights of {found.text}: leave --pretrained out")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), allocation.limited(found.text):
         torch.manual_seed(seed)
         if found.zoo is not None:
             classifier = _from_zoo(found, shape, classes, pretrained, config)
@@ -394,8 +395,10 @@ def _try(classifier: Classifier, name: str, shape: Shape) -> None:
     try:
         with torch.no_grad():
             classifier.eval()(torch.zeros(1, c, h, w))
+    except UserError:  # of the memory
+        raise
     except Exception as error:  # they raise whatever they like
         raise UserError(
-            f"{name} cannot take {h}x{w} images ({first_line(error)}): use a larger --image-size"
+            f"{name} cannot take {h}x{w} images ({first_line(error)}): use larger images"
         ) from error
     classifier.train(was)

@@ -1,5 +1,6 @@
 """What the commands take. Frozen values; the texts below are the help pages."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -8,14 +9,16 @@ import tyro
 
 from dsdistill.harness import places
 from dsdistill.harness.errors import UserError
-from kd import recipe, recipes
+from kd import recipe, recipes, several
 
 # The names that the help pages show for values.
 Name = Annotated[str | None, tyro.conf.arg(metavar="NAME|RUN")]
 Names = Annotated[str | None, tyro.conf.arg(metavar="NAME,NAME,...")]
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
 Count = Annotated[int | None, tyro.conf.arg(metavar="N")]
-Values = Annotated[tuple[float, ...] | None, tyro.conf.arg(metavar="X X X")]
+# A text has commas in it, between teachers.
+Values = Annotated[tuple[float | str, ...] | None, tyro.conf.arg(metavar="X X X")]
+Sizes = Annotated[int | str | None, tyro.conf.arg(metavar="N")]
 Channels = Annotated[Literal[1, 3] | None, tyro.conf.arg(metavar="1|3")]
 Number = Annotated[float | None, tyro.conf.arg(metavar="X")]
 
@@ -59,10 +62,12 @@ class Train:
     class_map: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """JSON file, class of the data -> class of the teacher (name or number); of several teachers
     one for all, or one for each with commas between, and nothing for one that needs none."""
-    teacher_image_size: Count = None
-    """Height and width of the images given to a teacher from a file that does not say it."""
+    teacher_image_size: Sizes = None
+    """Height and width of the images given to a teacher from a file that does not say it; of
+    several teachers one for all, or one for each with commas between, as of --class-map."""
     teacher_mean: Values = None
-    """Its normalisation, one value a channel of images in [0, 1]."""
+    """Its normalisation, one value a channel of images in [0, 1]; of several teachers as above, as
+    in 0.5 0.5 0.5 , 0.3 0.3 0.3"""
     teacher_std: Values = None
     """The same."""
     min_teacher_accuracy: Number = None
@@ -134,10 +139,13 @@ class Train:
             value = getattr(self, name)
             rule = f"{_option(name)} must be in [0, 1)"
             _require(value is None or 0 <= value < 1, rule, value)
-        for name in ("cache_top", "generations", "teacher_image_size"):
+        for name in ("cache_top", "generations"):
             value = getattr(self, name)
             rule = f"{_option(name)} must be at least 1"
             _require(value is None or value >= 1, rule, value)
+        several.read_sizes("--teacher-image-size", self.teacher_image_size)
+        for name in ("teacher_mean", "teacher_std"):
+            several.read(_option(name), getattr(self, name))
         schemes = ("peers", "mean_teacher", "generations", "assistants")
         chosen = [_option(name) for name in schemes if getattr(self, name) is not None]
         _require(len(chosen) < 2, "only one scheme at a time", " and ".join(chosen))
@@ -173,6 +181,9 @@ class Evaluate:
     """To measure the agreement with; by default the one it was trained with."""
     class_map: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """JSON file, class of the data -> class of the student (name or number)."""
+    teacher_class_map: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """The same of the teacher; of several teachers as for kd train. By default, of the run's own
+    teachers, the one that it was trained with."""
     data_root: Path = field(default_factory=places.data_root)
     """Where data sets lie or are downloaded to."""
     device: str = "auto"
@@ -204,6 +215,26 @@ class Report:
     """Folders of finished runs; those that differ in their seed alone are put together."""
     out: Path = Path("report.html")
     """The page to write."""
+
+
+def told(values: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+    """What is told of each teacher, as arguments of `teachers.load`.
+
+    Args:
+        values: Options, by name; those of `TOLD` count, where they are there.
+        count: Number of teachers.
+
+    Raises:
+        UserError: If there are as many values as neither one nor teachers.
+    """
+    size, mean, std = (values.get(name) for name in TOLD)
+    sizes = several.read_sizes("--teacher-image-size", size, count)
+    means = several.read("--teacher-mean", mean, count)
+    deviations = several.read("--teacher-std", std, count)
+    return [
+        {"image_size": size, "mean": mean, "std": std}
+        for size, mean, std in zip(sizes, means, deviations, strict=True)
+    ]
 
 
 def _require(holds: bool, rule: str, got: object) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import nn
 
-from dsdistill.harness import metrics
+from dsdistill.harness import majority, metrics
 from kd.data import Batch
 from kd.engine import Engine
 from kd.ensembles import combined_logits
@@ -66,6 +66,7 @@ def figures(
     teachers: Mapping[str, nn.Module] | None = None,
     *,
     temperature: float = 1.0,
+    classes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Accuracy, NLL in nats and calibration error (15 bins); with teachers, agreement with them.
 
@@ -76,9 +77,11 @@ def figures(
             `teacher_accuracy` are those of the mean of their probabilities, and `teachers` holds
             each one's `agreement` and `accuracy`.
         temperature: softmax(outputs / this) are the network's probabilities.
+        classes: Names, in label order.
 
     Returns:
-        The figures, and the number of `images` that they are of.
+        The figures, and the number of `images` that they are of; with `classes` also `notes`,
+        sentences on an accuracy that only repeats how common a class is.
     """
     scores, labels = scored(network, batches)
     probabilities = metrics.softmax(scores, temperature)
@@ -88,6 +91,10 @@ def figures(
         "nll": metrics.nll(probabilities, labels),
         "calibration_error": metrics.expected_calibration_error(probabilities, labels),
     }
+    if classes:
+        given = np.unique(scores.argmax(1)).tolist()
+        constant = majority.constant_answer("the student", given, labels, classes)
+        found["notes"] = [n for n in (majority.common_class(labels, classes), constant) if n]
     if teachers:
         answers = {name: outputs(teacher, batches) for name, teacher in teachers.items()}
         logits = [torch.from_numpy(each) for each in answers.values()]

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -200,8 +201,19 @@ def _judge_teachers(options: Train, parts: Parts) -> None:
                 f"and there are none ({parts.source.note}): leave it out"
             )
     elif held is not None:
+        more = partial(_training_images, options, parts) if part == "validation" else _none
         for name, teacher in zip(parts.taught_by, parts.teachers, strict=True):
-            preflight.check(name, teacher, held, minimum=minimum, part=part, say=say)
+            preflight.check(name, teacher, held, minimum=minimum, part=part, more=more, say=say)
+
+
+def _training_images(options: Train, parts: Parts, count: int) -> Judged | None:
+    """Up to so many training images, spread over the classes, as they are judged."""
+    fitted, device = parts.student.preprocess, parts.on.device
+    return parts.source.sample(count, parts.recipe, fitted, device, options.readers)
+
+
+def _none(count: int) -> None:
+    """No further images: those that are judged are training images already."""
 
 
 def _without_validation(options: Train, parts: Parts) -> str:
@@ -344,7 +356,10 @@ def _tested(options: Train, parts: Parts, student: Model) -> dict[str, Any]:
         batches,
         dict(zip(parts.taught_by, parts.teachers, strict=True)),
         temperature=student.output_temperature,
+        classes=parts.source.classes,
     )
+    for note in found.pop("notes"):
+        progress.say(note)
     return {"test_accuracy": found.pop("accuracy"), "test_images": found.pop("images"), **found}
 
 

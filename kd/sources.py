@@ -12,7 +12,7 @@ from dsdistill.harness import artifact, datasets, origin, preprocess
 from dsdistill.harness.artifact import Distilled
 from dsdistill.harness.datasets import Splits
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.labeled import Examples, Labeled
+from dsdistill.harness.labeled import Examples, Labeled, spread
 from dsdistill.harness.preprocess import Preprocess
 from kd import data
 from kd.data import Resident
@@ -117,9 +117,21 @@ class Source:
         """Real training images, unchanged and read when needed; None if there are none."""
         if self.splits is None:
             return None
-        images = self.splits.train
-        labels = torch.from_numpy(images.labels.astype(np.int64)).to(device)
-        return Resident(Examples(images, fitted), SCORE_BATCH, device, labels)
+        return _unchanged(self.splits.train, fitted, device)
+
+    def sample(
+        self,
+        count: int,
+        recipe: Recipe,
+        fitted: Preprocess,
+        device: torch.device,
+        workers: int = 0,
+    ) -> Resident | None:
+        """Up to `count` real training images, spread over the classes; None if there are none."""
+        if self.splits is None:
+            return None
+        rows = spread(self.splits.train.labels, count)
+        return _unchanged(self.splits.train.select(rows), fitted, device)
 
     def test(
         self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0
@@ -136,6 +148,7 @@ def resolve(
     validation_fraction: float | None = None,
     channels: int | None = None,
     classes: Sequence[str] | None = None,
+    announce: bool = True,
 ) -> Source:
     """Find out what DATA is, and load it.
 
@@ -143,8 +156,8 @@ def resolve(
         name: A data set as in `datasets.load`, the folder of a `dsdistill` run, or a distilled
             `.safetensors` file.
         root: Where data sets lie.
-        image_size, validation_fraction, channels, classes: As in `datasets.load`; a distilled set
-            brings its own.
+        image_size, validation_fraction, channels, classes, announce: As in `datasets.load`; a
+            distilled set brings its own.
 
     Raises:
         UserError: If it cannot be had, or a distilled set contradicts the data it came from.
@@ -167,6 +180,7 @@ def resolve(
         validation_fraction=held,
         channels=channels,
         classes=classes,
+        announce=announce,
     )
     return Source(splits.name, splits)
 
@@ -199,6 +213,11 @@ def _distilled(path: Path, root: Path) -> Source:
 
 
 _NO = "no validation and no test"
+
+
+def _unchanged(images: Labeled, fitted: Preprocess, device: torch.device) -> Resident:
+    labels = torch.from_numpy(images.labels.astype(np.int64)).to(device)
+    return Resident(Examples(images, fitted), SCORE_BATCH, device, labels)
 
 
 def _judged(images: Labeled | None, fitted: Preprocess, device: torch.device) -> Resident | None:

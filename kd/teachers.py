@@ -1,7 +1,7 @@
 """A teacher from wherever it comes, checked against the data and adapted to them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -107,6 +107,7 @@ def load(
     classes: tuple[str, ...],
     *,
     class_map: ClassMap | None = None,
+    class_map_option: str = "--class-map",
     image_size: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -126,6 +127,7 @@ def load(
         shape: Of those images.
         classes: Of the data, in order.
         class_map: Class of the data -> class of the teacher, where they differ.
+        class_map_option: By which the user gives one, for messages.
         image_size: Height and width of the images that it is given.
         mean, std: One value a channel, of images in [0, 1].
 
@@ -133,8 +135,11 @@ def load(
         UserError: If there is no such teacher, or it does not fit the data.
     """
     who = f"teacher {name}"
-    data = preprocess, shape, classes
     told = image_size, mean, std
+
+    def match(its: Sequence[str] | int) -> Match:
+        return labels.match(who, its, classes, class_map, class_map_option)
+
     if Path(name).is_dir():
         if told != (None, None, None):
             raise UserError(
@@ -142,13 +147,13 @@ def load(
                 "--teacher-image-size, --teacher-mean and --teacher-std out"
             )
         model = models.load_run(Path(name))
-        found: tuple[Model, Match] = model, labels.match(who, model.classes, classes, class_map)
+        found: tuple[Model, Match] = model, match(model.classes)
     elif name.endswith(exported.SUFFIX):
-        found = _program(name, *data, class_map)
+        found = _program(name, preprocess, shape, match)
     elif networks.parse(name).file is not None:
-        found = _from_file(name, *data, class_map, image_size)
+        found = _from_file(name, preprocess, shape, len(classes), match, image_size)
     else:
-        found = _published(name, shape, classes, class_map, image_size)
+        found = _published(name, shape, match, image_size)
     model, matched = found
     model = _told(model, *told)
     check_channels(who, model.shape[2], shape[2])
@@ -169,13 +174,12 @@ def remarks(teacher: Teacher) -> tuple[str, ...]:
 def _published(
     name: str,
     shape: Shape,
-    classes: tuple[str, ...],
-    class_map: ClassMap | None,
+    match: Callable[[Sequence[str] | int], Match],
     image_size: int | None,
 ) -> tuple[Model, Match]:
     """From a zoo, with all the classes it has, on images of its own size."""
     own, who = networks.wants(name), f"teacher {name}"
-    matched = labels.match(who, own.classes, classes, class_map)  # before a long download
+    matched = match(own.classes)  # before a long download
     check_channels(who, len(own.mean), shape[2])
     if image_size is not None:
         name, own = _resized(name, own, image_size)
@@ -186,8 +190,8 @@ def _from_file(
     name: str,
     preprocess: Preprocess,
     shape: Shape,
-    classes: tuple[str, ...],
-    class_map: ClassMap | None,
+    classes: int,
+    match: Callable[[Sequence[str] | int], Match],
     image_size: int | None,
 ) -> tuple[Model, Match]:
     """From a file of weights, with as many classes and channels as it has."""
@@ -195,18 +199,18 @@ def _from_file(
     assert found.file is not None
     stored = weights.read(found.file)
     if found.zoo is None:
-        plain = networks.build(found.text, shape, len(classes))
-        count, _ = _made_for(who, stored, plain, found, len(classes), shape[2])
-        matched = labels.match(who, count, classes, class_map)
+        plain = networks.build(found.text, shape, classes)
+        count, _ = _made_for(who, stored, plain, found, classes, shape[2])
+        matched = match(count)
         classifier = networks.build(name, shape, count, adapt=False)
         return Model(classifier, name, _names(count), shape, preprocess), matched
     own = found.zoo.wants(found.base)
     channels = len(own.mean)
-    plain = networks.build(found.text, (*own.size, channels), len(classes))
+    plain = networks.build(found.text, (*own.size, channels), classes)
     h, w, _ = found.zoo.takes(plain.network, shape)
-    count, channels = _made_for(who, stored, plain, found, len(classes), channels)
+    count, channels = _made_for(who, stored, plain, found, classes, channels)
     # The file does not say in which order its classes stand.
-    matched = labels.match(who, count, classes, class_map)
+    matched = match(count)
     fitted = own.preprocess(channels)
     mean, std = tuple(fitted.mean.tolist()), tuple(fitted.std.tolist())
     own = replace(own, size=(h, w), mean=mean, std=std)
@@ -262,13 +266,12 @@ def _program(
     name: str,
     preprocess: Preprocess,
     shape: Shape,
-    classes: tuple[str, ...],
-    class_map: ClassMap | None,
+    match: Callable[[Sequence[str] | int], Match],
 ) -> tuple[Model, Match]:
     """From the file of an exported program, as its card says if it has one."""
     path = Path(name).expanduser()
     program = exported.load(path, shape)
-    card, who = program.card, f"teacher {name}"
+    card = program.card
     try:
         names = _strings(card["classes"]) if card else _names(program.classes)
         fitted = models.preprocessing(card["preprocess"], path.parent) if card else preprocess
@@ -293,7 +296,7 @@ def _program(
     if len(names) != program.classes:
         raise UserError(f"{path} names {len(names)} classes and has {program.classes} outputs")
     # Without a card there are no names.
-    matched = labels.match(who, names if card else program.classes, classes, class_map)
+    matched = match(names if card else program.classes)
     classifier = Classifier(program.network, interpolation=interpolation)
     return Model(classifier, name, names, program.shape, fitted, outputs, temperature), matched
 

@@ -221,6 +221,26 @@ def check(specs: Sequence[Spec], *, classes: int, batch_size: int, mixed: bool) 
             )
 
 
+def remarks(specs: Sequence[Spec], *, images: int) -> list[str]:
+    """Lines about what a term does otherwise than it says, for want of images.
+
+    Args:
+        specs: What was written.
+        images: Number of training images; 0 where nobody knows.
+    """
+    lines = []
+    for spec in specs:
+        asked = spec.parameters.get("negatives")
+        if asked is None and spec.name == "crd":
+            asked = composition.parameters(TERMS[spec.name].function)["negatives"]
+        if asked is not None and asked > images - 1 > 0:
+            lines.append(
+                f"--loss {spec.name} compares each image with {images - 1} others, as many as "
+                f"there are, and not with negatives={asked}"
+            )
+    return lines
+
+
 def knows_labels(spec: Spec) -> bool:
     """Whether a term tells the student which classes the images are of."""
     return not needs_teacher(spec)

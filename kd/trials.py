@@ -1,7 +1,7 @@
 """Images on which an exported student is compared with the student: random ones, and real ones."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,11 @@ from jaxtyping import Float
 
 from dsdistill.harness import places, preprocess
 from dsdistill.harness.errors import UserError
-from kd import data, models, seals, sources
-from kd.files import streaming
+from kd import data, models, run_data, seals
 from kd.files.pictures import Pictures
 from kd.files.streaming import Files
 from kd.models import Model
 from kd.recipe import Recipe
-from kd.sources import Source
 from kd.zoo import labels
 
 RANDOM, REAL = 16, 48  # images of either kind
@@ -68,12 +66,6 @@ def gather(run: Path, model: Model, root: Path | None) -> Trials:
     return Trials(batches, expected, name, note)
 
 
-def recipe_of(run: Path) -> Recipe:
-    """What the run was trained with, as far as it says how images are cut."""
-    stored = _optional(run / "recipe.json")
-    return Recipe(**{f.name: stored[f.name] for f in fields(Recipe) if f.name in stored})
-
-
 def _answers(model: Model, images: Images) -> Float[np.ndarray, "n k"]:
     """The student as `kd evaluate` runs it: NumPy's preprocessing, then the network."""
     with torch.inference_mode():
@@ -88,43 +80,20 @@ def _real(
     Raises:
         UserError: If they cannot be had, or are not such as the student takes.
     """
-    config, recipe = _optional(run / "config.json"), recipe_of(run)
+    config, recipe = _optional(run / "config.json"), run_data.read_recipe(run)
     name = config.get("data")
     if not isinstance(name, str):
         raise UserError(f"{run} does not say what it was trained on")
     root = root or Path(config.get("data_root") or places.data_root())
-    source = _source(name, root, model, recipe, config.get("validation_fraction"))
+    source = run_data.load(name, model, recipe, config, root=root)
     models.check_shape("the student", model, source.shape)
-    labels.match("the student", model.classes, source.classes)  # of whatever order
+    labels.match("the student", model.classes, source.classes, option=None)  # of whatever order
     if isinstance(source, Files):
         return source.name, _streamed(source, recipe, rng)
     if source.splits is None:
         raise UserError(source.note or f"{name} has no real images")
     images = source.splits.test if len(source.splits.test) else source.splits.train
     return source.splits.name, preprocess.unit_range(images.images(_some(len(images), rng)))
-
-
-def _source(
-    name: str, root: Path, model: Model, recipe: Recipe, fraction: float | None
-) -> Source | Files:
-    """The data as the student takes them, as `kd evaluate` finds them."""
-    h, w, channels = model.shape
-    if recipe.augment == "imagenet":
-        held = sources.fraction(fraction)
-        return streaming.resolve(
-            name,
-            root=root,
-            image_size=h,
-            validation_fraction=held,
-            channels=channels,
-            classes=model.classes,
-        )
-    if sources.is_distilled(name):
-        return sources.resolve(name, root=root)
-    size = h if h == w else None
-    return sources.resolve(
-        name, root=root, image_size=size, channels=channels, classes=model.classes
-    )
 
 
 def _streamed(source: Files, recipe: Recipe, rng: np.random.Generator) -> Images:

@@ -10,6 +10,7 @@ import safetensors.numpy
 from test_kd_cli import _main, _report
 
 from dsdistill.harness import artifact
+from dsdistill.harness.errors import UserError
 from kd import seals
 
 FAST = ("--student", "mlp:8", "--epochs", 1, "--device", "cpu")
@@ -186,3 +187,28 @@ def test_terms_of_features_learn_from_every_teacher(inside, work: Path) -> None:
         _main(inside, "train", "three.npz", *FAST, *options, "--out", f"featured-{name}")
         students.append((work / f"featured-{name}" / "student.safetensors").read_bytes())
     assert len(set(students)) == 3
+
+
+@pytest.mark.parametrize(
+    ("loss", "line"),
+    [
+        ("ce,crd", "crd compares each image with 65 others, as many as there are, and not with "
+         "negatives=16384"),
+        ("ce,crd:1:negatives=66", "others, as many as there are, and not with negatives=66"),
+        ("ce,crd:1:negatives=65", None),
+        ("ce,srd", None),
+    ],
+)  # fmt: skip
+def test_fewer_negatives_than_asked_for_are_said_first(
+    inside, work: Path, capsys, loss: str, line: str | None
+) -> None:
+    assert _report(work / "one")["train_images"] == 66
+
+    def stop(*_: object) -> None:
+        raise UserError("stopped before the folder is made")
+
+    inside.setattr("kd.session._open", stop)
+    with pytest.raises(SystemExit, match="stopped before the folder is made"):
+        _main(inside, "train", "three.npz", *FAST, *TAUGHT, "--loss", loss, "--out", "capped")
+    said = " ".join(capsys.readouterr().err.split())
+    assert (line in said) if line else ("as many as there are" not in said)

@@ -1,17 +1,25 @@
 """Which images `kd evaluate` judges, and how many it says they are."""
 
+import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
 import kd_support as support
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from kd_support import main
 from PIL import Image
 
-from kd import data, models
+import dsdistill.options
+from dsdistill import assembly
+from dsdistill.harness import artifact, progress
+from dsdistill.harness.errors import UserError
+from kd import data, models, seals
+from kd.options import Evaluate
 
 CLASSES = ("cat", "dog", "elk", "owl")
 
@@ -168,3 +176,116 @@ def test_the_own_teachers_keep_their_class_maps_where_they_are_named(
     assert set(own["teachers"]) == {str(Path(name).resolve()) for name in teachers.split(",")}
     named = judged(inside, capsys, "of-two", "--teacher", teachers)
     assert [*named["teachers"].values()] == [*own["teachers"].values()]
+
+
+def advised(line: str) -> set[str]:
+    return set(re.findall(r"--[a-z][a-z-]*", line))
+
+
+def options_of(options: type) -> set[str]:
+    return {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(options)}
+
+
+def test_a_foreign_teacher_is_mapped_by_its_own_option(
+    inside: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its classes are called otherwise, and sort the other way round."""
+    names = {"cat": "z", "dog": "y", "elk": "x", "owl": "w"}
+    for old, new in names.items():
+        shutil.copytree(Path("parts/train") / old, Path("foreign-names") / new)
+    main(inside, "train", "foreign-names", "--student", "mlp:8", "--epochs", 3, "--out", "foreign")
+    Path("foreign.json").write_text(json.dumps(names))
+    line = support.refused(inside, "evaluate", "of-parts", "--teacher", "foreign")
+    assert "has no class 'cat' of the data" in line
+    assert advised(line) == {"--teacher-class-map"}
+    assert advised(line) <= options_of(Evaluate)
+    options = ("--teacher", "foreign", "--teacher-class-map", "foreign.json")
+    found = judged(inside, capsys, "of-parts", *options)
+    files = [sorted((Path("parts/val") / name).iterdir()) for name in CLASSES]
+    images = np.stack([np.asarray(Image.open(file)) for each in files for file in each])
+    labels = np.repeat(np.arange(4), 13)
+    assert found["teacher_accuracy"] == by_hand("foreign", images, 3 - labels)
+    # Of several one map each, nothing for one that needs none.
+    options = ("--teacher", "of-plain,foreign", "--teacher-class-map", ",foreign.json")
+    each = judged(inside, capsys, "of-parts", *options)["teachers"]
+    assert each["foreign"]["accuracy"] == found["teacher_accuracy"]
+    line = support.refused(inside, "evaluate", "of-parts", "--teacher-class-map", "foreign.json")
+    assert "--teacher-class-map needs --teacher" in line
+    # A student that is trained further has no map at all.
+    line = support.refused(inside, "train", "parts", "--student", "foreign", "--out", "further")
+    assert "has no class 'cat' of the data" in line
+    assert not advised(line)
+
+
+def test_the_teacher_of_a_distilled_sets_evaluation_has_a_map(
+    inside: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    main(inside, "train", "digits", "--student", "mlp:8", "--epochs", 1, "--out", "of-digits")
+    renamed = tmp_path / "renamed"
+    shutil.copytree("of-digits", renamed)
+    (renamed / "report.json").unlink()
+    card = seals.read(renamed, seals.CARD)
+    other = [str(10 + i) for i in range(10)]  # of words the digits would be taken by position
+    seals.write(renamed, seals.CARD, card | {"classes": other}, [seals.WEIGHTS])
+    artifact.save(tmp_path / "set.safetensors", support.distilled(support.digits()))
+    mapping = tmp_path / "map.json"
+    mapping.write_text(json.dumps({str(i): other[i] for i in range(10)}))
+    options = dsdistill.options.Evaluate(
+        tmp_path / "set.safetensors", learners="mlp:8", controls="", teacher=str(renamed)
+    )
+    with pytest.raises(UserError) as caught:
+        assembly.assembled(options)
+    assert advised(str(caught.value)) == {"--teacher-class-map"}
+    assert advised(str(caught.value)) <= options_of(type(options))
+    teacher = assembly.assembled(dataclasses.replace(options, teacher_class_map=mapping))
+    plain = assembly.assembled(dataclasses.replace(options, teacher="of-digits"))
+    images = plain.judges.test.images(slice(50))
+    assert teacher.judges.teacher is not None
+    assert plain.judges.teacher is not None
+    np.testing.assert_array_equal(teacher.judges.teacher(images), plain.judges.teacher(images))
+    with pytest.raises(UserError, match="--teacher-class-map needs --teacher"):
+        assembly.assembled(dataclasses.replace(options, teacher=None, teacher_class_map=mapping))
+
+
+def test_the_share_of_a_class_and_a_constant_answer_are_said(
+    inside: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Nine of ten images are cats, and a student whose last layer is zero answers cat alone."""
+    for name, count in zip(CLASSES, (27, 1, 1, 1), strict=True):
+        draw(Path("uneven"), (name,), count, 5)
+    weights = safetensors.numpy.load_file(Path("of-parts") / seals.WEIGHTS)
+    *_, head = sorted(name for name in weights if name.endswith("weight"))
+    weights[head] *= 0
+    weights[head.replace("weight", "bias")][:] = (1, 0, 0, 0)
+    constant = tmp_path / "constant"
+    shutil.copytree("of-parts", constant)
+    (constant / "report.json").unlink()
+    safetensors.numpy.save_file(weights, constant / seals.WEIGHTS)
+    seals.write(constant, seals.CARD, seals.read(Path("of-parts"), seals.CARD), [seals.WEIGHTS])
+    found = judged(inside, capsys, str(constant), "uneven")
+    share, answer = found["notes"]
+    assert share.startswith("90.0% of the test images are of class 'cat'")
+    assert answer.startswith("the student answers 'cat' to every test image: its accuracy of 90.0%")
+    main(inside, "evaluate", str(constant), "uneven")
+    printed = capsys.readouterr()
+    assert " ".join(printed.err.split()).count(share) == 1
+    assert "notes" not in printed.out
+    assert judged(inside, capsys, "of-parts")["notes"] == []
+
+
+def test_the_line_of_a_folder_speaks_of_what_is_judged(
+    inside: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw(Path("line"), CLASSES, 7, 6)
+    for run, folder, expected in (
+        ("of-parts", ("line",), "line: 28 images of 4 classes are judged, all of them"),
+        ("of-parts", (), "parts: 52 images of 4 classes are judged, from val/"),
+        ("of-plain", (), "plain: 16 images of 4 classes are judged, the share that is held out"),
+        ("of-plain", ("parts",), "parts: 52 images of 4 classes are judged, from val/"),
+    ):
+        progress._say_once.cache_clear()
+        main(inside, "evaluate", run, *folder)
+        said = " ".join(capsys.readouterr().err.split())
+        assert expected in said
+        assert "training images" not in said
+        assert "validation" not in said

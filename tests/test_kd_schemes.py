@@ -169,6 +169,47 @@ def test_a_file_of_weights_is_told_its_normalisation_and_a_chain_forgets_it(
         _main(inside, "train", "digits", *FAST, *options, "--out", "none")
 
 
+def test_each_of_several_teachers_is_told_its_own_normalisation(inside, work: Path) -> None:
+    files = [f"mlp:16@{work / name / 'student.safetensors'}" for name in ("teacher-0", "teacher-1")]
+    fitted = models.load_run(work / "teacher-0").preprocess
+    mean, std = float(fitted.mean[0]), float(fitted.std[0])
+    known = [_report(work / name)["test_accuracy"] for name in ("teacher-0", "teacher-1")]
+
+    def accuracies(out: str, names: str, *options: object) -> list[float]:
+        _main(inside, "train", "digits", *FAST, "--teacher", names, *options, "--out", out)
+        return [each["accuracy"] for each in _report(work / out)["teachers"].values()]
+
+    both = ("--teacher-mean", mean, "--teacher-std", std, "--teacher-image-size", 8)
+    assert accuracies("for-all", ",".join(files), *both) == pytest.approx(known)
+    each = ("--teacher-mean", f"{mean}", ",", f"{mean + 1}", "--teacher-std", f"{std},{std}")
+    first, second = accuracies("for-each", ",".join(files), *each, "--teacher-image-size", "8,8")
+    assert first == pytest.approx(known[0])
+    assert second < known[1] - 0.1
+    # An earlier run needs none, and refuses any.
+    own = ("--teacher-mean", f",{mean}", "--teacher-std", f",{std}", "--teacher-image-size", ",8")
+    assert accuracies("for-one", f"teacher-1,{files[0]}", *own) == pytest.approx(known[::-1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--teacher-mean", "0,0,0"), "--teacher-mean is given for 3 teachers, and there are 2"),
+        (("--teacher-std", "0.1,x"), "--teacher-std must be numbers, with commas between teachers"),
+        (("--teacher-image-size", "8,0"), "must be one number of at least 1 for a teacher"),
+        (("--teacher-image-size", "8.5"), "--teacher-image-size must be a whole number, got 8.5"),
+        (("--teacher-mean", ",0"), "teacher-1 is an earlier run and brings its preprocessing"),
+    ],
+)
+def test_numbers_of_several_teachers_that_do_not_fit_are_one_line(
+    inside, work: Path, options: tuple, message: str
+) -> None:
+    with pytest.raises(SystemExit, match=message) as error:
+        _main(inside, "train", "digits", *FAST, "--teacher", "teacher-0,teacher-1", *options,
+              "--out", "unfit")  # fmt: skip
+    assert "\n" not in str(error.value)
+    assert not list(work.glob("unfit*"))
+
+
 @pytest.mark.parametrize("weights", ["alike", "by-label"])
 def test_two_teachers(inside, work: Path, weights: str) -> None:
     options = ("--teacher", "teacher-0,teacher-1", "--teacher-weights", weights)

@@ -56,6 +56,7 @@ def load(
     channels: int | None = None,
     classes: Sequence[str] | None = None,
     cache: Path | None = None,
+    announce: bool = True,
 ) -> Splits:
     """Load a data set and split it.
 
@@ -73,6 +74,7 @@ def load(
         classes: The order of the class names, as a distilled set or a network has them. The data's
             own is kept where it has other classes.
         cache: Where the decoded images of folders are kept; by default `places.decoded_images`.
+        announce: Whether to say which part of a folder was taken for what.
 
     Raises:
         DataError: With one line that says what was looked for and what was found.
@@ -87,7 +89,7 @@ def load(
         _require_memory(1, 3, 4, image_size)  # before the first image is resized
     path = Path(data).expanduser()
     if data not in NAMES and path.is_dir():
-        return _folder(path, cache, image_size, validation_fraction, channels, classes)
+        return _folder(path, cache, image_size, validation_fraction, channels, classes, announce)
     parts = _read(data, path, root, image_size)
     order = class_names.match(parts[0].classes, classes) if classes else None
     train, test = (_with_channels(_in_order(part, order, classes), channels) for part in parts)
@@ -101,6 +103,7 @@ def _folder(
     validation_fraction: float,
     channels: int | None,
     classes: Sequence[str] | None,
+    announce: bool,
 ) -> Splits:
     from dsdistill.harness import folders
 
@@ -115,7 +118,8 @@ def _folder(
         parts.layout.draw_order,
     )
     counts = (len(part) for part in (splits.train, splits.validation, splits.test))
-    parts.layout.say(*counts)
+    if announce:
+        parts.layout.say(*counts)
     return splits
 
 

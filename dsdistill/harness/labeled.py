@@ -143,6 +143,19 @@ def balanced(labels: Int[np.ndarray, " n"], count: int, rng: np.random.Generator
     return np.concatenate([rng.permutation(m)[:share] for m in members])
 
 
+def spread(labels: Int[np.ndarray, " n"], count: int) -> Int[np.ndarray, " m"]:
+    """Sorted indices of up to `count` images, always the same, of as many classes as possible."""
+    rng = np.random.default_rng(0)
+    shuffled = rng.permutation(len(labels))
+    # Each image by how many of its class come before it: first one of each class, then a second.
+    ordered = labels[shuffled]
+    by_class = np.argsort(ordered, kind="stable")
+    starts = np.searchsorted(ordered[by_class], ordered[by_class])
+    turn = np.empty(len(labels), np.int64)
+    turn[by_class] = np.arange(len(labels)) - starts
+    return np.sort(shuffled[np.argsort(turn, kind="stable")[:count]])
+
+
 def per_class(data: Labeled, images_per_class: int, rng: np.random.Generator) -> np.ndarray:
     """Indices of exactly `images_per_class` random images of every class, in class order.
 

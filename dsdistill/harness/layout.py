@@ -122,8 +122,26 @@ class Layout:
     def say(self, train: int, validation: int, test: int) -> None:
         """Tell the user what was taken for what, and the order of the classes if it matters."""
         progress.note(self.summary(train, validation, test))
+        self._say_order()
+
+    def _say_order(self) -> None:
         if order := class_names.order_note(self.train.classes):
             progress.note(f"{self.root}: {order}")
+
+    def say_judged(self, count: int, *, every: bool) -> None:
+        """Tell the user which images a finished model is judged on; nothing is trained on here.
+
+        Args:
+            count: Their number.
+            every: Whether they are all that the folder has.
+        """
+        if self.test:
+            which = f"from {_inside(self.root, self.test.folder)}"
+        else:
+            which = "all of them" if every else "the share that is held out of them for the test"
+        line = f"{self.root}: {count:,} images of {len(self.train.classes)} classes are judged"
+        progress.note(f"{line}, {which}{self._without}")
+        self._say_order()
 
     def summary(self, train: int, validation: int, test: int) -> str:
         """One line on what was taken for what; the numbers are those of the images used."""
@@ -137,7 +155,11 @@ class Layout:
             + (f"from {_inside(self.root, self.test.folder)}" if self.test else held),
         )
         line = f"{self.root}: {'; '.join(words)}"
-        return line + (f"; left out: {self.left_out}" if self.left_out else "")
+        return line + self._without
+
+    @property
+    def _without(self) -> str:
+        return f"; left out: {self.left_out}" if self.left_out else ""
 
 
 def list_folder(path: Path, classes: Sequence[str] | None = None) -> Layout:

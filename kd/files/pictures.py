@@ -123,7 +123,11 @@ class Parts:
 
 
 def open_folder(
-    path: Path, validation_fraction: float, classes: Sequence[str] | None = None
+    path: Path,
+    validation_fraction: float,
+    classes: Sequence[str] | None = None,
+    *,
+    announce: bool = True,
 ) -> Parts:
     """List a folder; nothing is read.
 
@@ -132,6 +136,7 @@ def open_folder(
         validation_fraction: Share of every class of the training images, in [0, 1); of no account
             where the folder has validation images beside test images.
         classes: Their order, as in `dsdistill.harness.layout.list_folder`.
+        announce: Whether to say what was taken for what.
 
     Raises:
         DataError: If the folders do not make a data set.
@@ -149,7 +154,8 @@ def open_folder(
         validation = images.select(rows[first:second])
     else:
         train, validation = train.held_out(validation_fraction)
-    layout.say(len(train), len(validation), len(test))
+    if announce:
+        layout.say(len(train), len(validation), len(test))
     return Parts(train, validation, test)
 
 

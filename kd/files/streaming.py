@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from dsdistill.harness.errors import UserError
+from dsdistill.harness.labeled import spread
 from dsdistill.harness.preprocess import Preprocess
 from kd.data import LEAST, Batches
 from kd.engine import Engine
@@ -110,6 +111,23 @@ class Files:
             self.parts[0], views, SCORE_BATCH, device, augment=False, workers=workers
         )
 
+    def sample(
+        self,
+        count: int,
+        recipe: Recipe,
+        fitted: Preprocess,
+        device: torch.device,
+        workers: int = 0,
+    ) -> Judged | None:
+        """Up to `count` training images, spread over the classes; None of an archive of shards."""
+        train = self.parts[0]
+        if not isinstance(train, Pictures):
+            return None
+        # Images whose labels are not known before they are read are spread by chance.
+        labels = np.zeros(len(train), np.int64) if train.labels is None else train.labels
+        chosen = train.select(spread(labels, count))
+        return self._judged(chosen, recipe, fitted, device, workers)
+
     def test(
         self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0
     ) -> Judged | None:
@@ -155,6 +173,7 @@ def resolve(
     validation_fraction: float,
     channels: int | None = None,
     classes: Sequence[str] | None = None,
+    announce: bool = True,
 ) -> Files:
     """List the images of a data set that is to be read as it goes.
 
@@ -164,7 +183,7 @@ def resolve(
         image_size: Height and width of the crops.
         validation_fraction: Of a folder's training images.
         channels: 1 or 3; None is 3.
-        classes: The order of a folder's classes, as in `datasets.load`.
+        classes, announce: Of a folder, as in `datasets.load`.
 
     Raises:
         UserError: If it cannot be had, or is no data set of files.
@@ -181,6 +200,6 @@ def resolve(
             f"--augment imagenet reads image files as it goes, and {data} is no folder of class "
             "folders: use --augment crop-flip, or none"
         )
-    found = pictures.open_folder(path, validation_fraction, classes)
+    found = pictures.open_folder(path, validation_fraction, classes, announce=announce)
     parts = (found.train, found.validation, found.test)
     return Files(path.resolve().stem, parts, image_size, channels or 3)

@@ -96,6 +96,6 @@ def _halved_thrice(name: str, shape: Shape) -> Shape:
     if min(h, w) < 8:
         raise UserError(
             f"{name} halves images three times and needs at least 8x8 pixels, got {h}x{w}: "
-            "use --student mlp or a larger --image-size"
+            "use mlp, or larger images"
         )
     return shape

@@ -20,6 +20,7 @@ from kd.zoo.wants import Shape, Wants, interpolation
 
 # PIL's numbers of resampling filters.
 _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+LABELS = 1_000_000  # that a configuration may have; the library makes a name for each
 _PROBE = 64  # pixels of the sides of the images of one colour that a processor is shown
 
 
@@ -76,7 +77,8 @@ def network(
     """
     auto = library().AutoModelForImageClassification
     if config is not None:
-        own = {key: value for key, value in config.items() if key != "auto_map"}
+        # From a number of labels the library would make as many names.
+        own = {k: v for k, v in config.items() if k not in ("auto_map", "num_labels")}
         found = library().AutoConfig.for_model(**own)
         _check_code(name, found)
         return auto.from_config(found, trust_remote_code=False)
@@ -140,6 +142,7 @@ def library() -> Any:
 
 
 def _get(kind: str, name: str) -> Any:
+    _check_labels(Path(name) / "config.json")
     try:
         # Otherwise the library asks at the terminal whether to run the code that lies beside it.
         return getattr(library(), kind).from_pretrained(name, trust_remote_code=False)
@@ -148,6 +151,23 @@ def _get(kind: str, name: str) -> Any:
         raise UserError(
             f"cannot get the {what} of hf:{name} (looked for {origin(name)}): {first_line(error)}"
         ) from error
+
+
+def _check_labels(path: Path) -> None:
+    """Refuse a folder's configuration with a number of labels for which no names have room.
+
+    Raises:
+        UserError: If it has one.
+    """
+    if not path.is_file():
+        return
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        return  # the library says what is wrong
+    count = found.get("num_labels") if isinstance(found, dict) else None
+    if isinstance(count, int) and count > LABELS:
+        raise UserError(f"{path} has num_labels {count}: at most {LABELS:,} are read")
 
 
 def _check_code(name: str, config: Any) -> None:

@@ -40,7 +40,11 @@ class Match:
 
 
 def match(
-    who: str, its: Sequence[str] | int, classes: Sequence[str], class_map: ClassMap | None = None
+    who: str,
+    its: Sequence[str] | int,
+    classes: Sequence[str],
+    class_map: ClassMap | None = None,
+    option: str | None = "--class-map",
 ) -> Match:
     """Find a model's output of each class of the data.
 
@@ -57,6 +61,7 @@ def match(
         its: Its class names in the order of its outputs, or only their number.
         classes: Of the data, in order.
         class_map: Needed where names differ or the assumed order is wrong.
+        option: By which the user gives one, for messages; None where there is no such option.
 
     Raises:
         UserError: If the classes are not the same, or the map does not give each class one output
@@ -67,20 +72,21 @@ def match(
     count = its if isinstance(its, int) else len(its)
     if count != len(classes):
         raise UserError(
-            f"{who} has {count} classes, the data have {len(classes)}: they must match, or "
-            "--class-map FILE must say which are which"
+            f"{who} has {count} classes, the data have {len(classes)}: they must match"
+            + ("" if option is None else f", or {option} FILE must say which are which")
         )
     if isinstance(its, int) or _nameless(its):
-        return _by_position(classes)
+        return _by_position(classes, option)
     outputs = _by_name(its, classes)
     if outputs is not None:
         same = outputs == tuple(range(count))
         return Match("by name" if same else "by name, in another order", None if same else outputs)
     if _counted(its) and not any(map(_is_number, classes)):
-        return _by_position(classes)
+        return _by_position(classes, option)
     if _counted(classes) and not any(map(_is_number, its)):
-        return _by_position(classes)
-    raise UserError(f"{who} {_difference(its, classes)}: --class-map FILE must say which are which")
+        return _by_position(classes, option)
+    remedy = "they must match" if option is None else f"{option} FILE must say which are which"
+    raise UserError(f"{who} {_difference(its, classes)}: {remedy}")
 
 
 def likely_orders(classes: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -116,7 +122,7 @@ def read_class_map(path: Path) -> dict[str, str | int]:
 
 
 def read_class_maps(
-    text: str | None, names: Sequence[str]
+    text: str | None, names: Sequence[str], option: str = "--class-map"
 ) -> tuple[dict[str, str | int] | None, ...]:
     """The class map of each teacher; None where its classes are the data's.
 
@@ -124,6 +130,7 @@ def read_class_maps(
         text: One file for all teachers, or a comma-separated file for each in their order, where
             nothing stands for none.
         names: The teachers.
+        option: As the user wrote it, for messages.
 
     Raises:
         UserError: If there are as many files as neither one nor teachers, or one cannot be read.
@@ -133,7 +140,7 @@ def read_class_maps(
     files = class_map_files(text)
     if len(files) not in (1, len(names)):
         raise UserError(
-            f"--class-map has {len(files)} files for {len(names)} teachers: give one for all, or "
+            f"{option} has {len(files)} files for {len(names)} teachers: give one for all, or "
             "one for each, with nothing between the commas where the classes are the data's"
         )
     maps = [read_class_map(Path(file)) if file else None for file in files]
@@ -232,7 +239,7 @@ def _is_class(value: object) -> bool:
     return isinstance(value, str | int) and not isinstance(value, bool)
 
 
-def _by_position(classes: Sequence[str]) -> Match:
+def _by_position(classes: Sequence[str], option: str | None) -> Match:
     """The match of a model that has no names; the order of its classes can only be assumed."""
     k = len(classes)
     numbers = all(map(_is_number, classes))
@@ -244,21 +251,22 @@ def _by_position(classes: Sequence[str]) -> Match:
         f"by position alone: outputs 0..{k - 1} taken as classes {shown}, {named}",
         None if outputs == tuple(range(k)) else outputs,
         assumed=True,
-        note=_disagreement(classes),
+        note=_disagreement(classes, option),
     )
 
 
-def _disagreement(classes: Sequence[str]) -> str | None:
+def _disagreement(classes: Sequence[str], option: str | None) -> str | None:
     """A line where the order of a model's classes depends on who sorted the folders."""
     natural, plain = likely_orders(classes).values()
     if natural == plain:
         return None
     i = next(i for i, (a, b) in enumerate(zip(natural, plain, strict=True)) if a != b)
+    remedy = "; if the order assumed is not that of the training, "
+    remedy = "" if option is None else f"{remedy}{option} FILE says which are which"
     return (
         "the libraries sort these class folders differently: output "
         f"{i} is {classes[natural[i]]!r} for timm (natural order, without case) and "
-        f"{classes[plain[i]]!r} for torchvision (code points); if the order assumed is not that of "
-        "the training, --class-map FILE says which are which"
+        f"{classes[plain[i]]!r} for torchvision (code points){remedy}"
     )
 
 

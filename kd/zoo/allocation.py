@@ -1,0 +1,94 @@
+"""Networks that would not fit into memory are refused while they are made, before it is taken.
+
+A name or a description from a file may ask for any width and depth. The size of each tensor is
+known when it is asked for, and its memory is taken only when it is filled: so every operation that
+makes one is looked at first.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dsdistill.harness import memory
+from dsdistill.harness.errors import UserError
+
+TENSORS = 30_000  # that a network may have; the largest known ones have a few thousand
+
+
+@contextmanager
+def limited(name: str) -> Iterator[None]:
+    """Refuse to make a network that needs more memory than is available.
+
+    Args:
+        name: How the message calls it.
+
+    Raises:
+        UserError: With the memory that is free, if the tensors that are made inside need more.
+    """
+    with _Limit(name, memory.available()):
+        yield
+
+
+class _Limit(TorchDispatchMode):
+    """Adds up the tensors that are made from nothing, and looks at the size of every other."""
+
+    def __init__(self, name: str, free: int) -> None:
+        super().__init__()
+        self.name, self.free = name, free
+        self.bytes = self.tensors = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        operation, kwargs = func.overloadpacket, kwargs or {}
+        if not _is_meta(kwargs):
+            self._look(operation, args, kwargs)
+        result = func(*args, **kwargs)
+        # A view of many elements takes no memory, but the next operation on it does.
+        if isinstance(result, Tensor) and result.device.type != "meta":
+            self._require(result.numel() * result.itemsize)
+        return result
+
+    def _look(self, operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Refuse an operation whose result would be too large, before it takes the memory."""
+        width = (kwargs.get("dtype") or torch.get_default_dtype()).itemsize
+        if operation in _SIZED and args and isinstance(args[0], list | tuple):
+            self.tensors, self.bytes = self.tensors + 1, self.bytes + width * math.prod(args[0])
+            self._require(self.bytes)
+        elif operation is _ATEN.linspace:  # of rates of the layers, which become a list
+            self.tensors += int(args[2])
+        elif operation is _ATEN.convolution:
+            images, weight, stride = args[0], args[1], args[3]
+            positions = math.prod(images.shape[2:]) // math.prod(stride)
+            self._require(images.itemsize * images.shape[0] * weight.shape[0] * positions)
+        if self.tensors > TENSORS:
+            raise UserError(
+                f"{self.name} has more than {TENSORS:,} layers and weights: use a smaller network"
+            )
+
+    def _require(self, size: int) -> None:
+        if size > self.free:
+            raise UserError(
+                f"{self.name} needs {memory.readable(size)} of memory or more, "
+                f"{memory.readable(self.free)} is free: use a smaller network"
+            )
+
+
+_ATEN: Any = torch.ops.aten
+_NAMES = ("empty", "empty_strided", "zeros", "ones", "full", "rand", "randn")
+_SIZED = {getattr(_ATEN, name) for name in _NAMES}  # their first argument is a size
+
+
+def _is_meta(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a tensor is made that has a shape and no memory."""
+    device = kwargs.get("device")
+    return device is not None and torch.device(device).type == "meta"
