@@ -4,9 +4,9 @@
     python benchmarks/kd_step.py --device cuda
 
 All four do the same student and teacher passes, the same loss and the same SGD step, in turns in
-one process: `kd.train` with everything that it does besides; a hand-written loop; a loop over
-timm's LogitDistillationTask; and `kd.train` with the teacher's answers known, against a
-hand-written loop that never runs the teacher. Every turn takes them in another order.
+one process: `kd.training.loop` with everything that it does besides; a hand-written loop; a loop
+over timm's LogitDistillationTask; and `kd.training.loop` with the teacher's answers known, against
+a hand-written loop that never runs the teacher. Every turn takes them in another order.
 Each line gives the ratio of `kd` to the others, the median over the turns, since a machine that is
 shared slows down for seconds at a time; in brackets the quartiles. Above 1 it is faster. A turn is
 one epoch: copying the weights, which `kd` does after a round of at least a hundred steps or a fifth
@@ -28,12 +28,15 @@ from timm.task import LogitDistillationTask
 from timm.task.distillation import DistillationTeacher
 from torch import nn
 
-from dsdistill.harness import preprocess
-from dsdistill.harness.labeled import Examples, Labeled
-from kd import composition, data, engine, networks, terms
-from kd.objectives import Distillation
+from dsdistill.harness.data import preprocess
+from dsdistill.harness.data.labeled_images import Examples, Labeled
+from kd.data import batching
+from kd.models import networks
+from kd.objectives import loss_spec, terms
+from kd.objectives.schemes import Distillation
+from kd.parallel import engine
 from kd.recipe import Recipe
-from kd.train import train
+from kd.training.loop import train
 
 T, ALPHA = 4.0, 0.9
 CASES = {  # device: student, teacher, height and width, channels, batch
@@ -57,7 +60,7 @@ class Case:
 
     student: networks.Classifier
     teacher: networks.Classifier
-    batches: data.Resident
+    batches: batching.Resident
     device: torch.device
 
 
@@ -106,12 +109,12 @@ def made(
     where = torch.device(device)
     build = functools.partial(networks.build, shape=shape, classes=10, seed=1)
     ours, theirs = (build(name).to(where) for name in (student, teacher))
-    return Case(ours, theirs, data.batches(examples, batch, where), where)
+    return Case(ours, theirs, batching.batches(examples, batch, where), where)
 
 
-def ours(case: Case, steps: int, batches: data.Resident | None = None) -> float:
-    """Seconds a step of `kd.train`."""
-    specs = composition.parse(f"ce:{1 - ALPHA},kd:{ALPHA}:temperature={T}", terms.FUNCTIONS)
+def ours(case: Case, steps: int, batches: batching.Resident | None = None) -> float:
+    """Seconds a step of `kd.training.loop`."""
+    specs = loss_spec.parse(f"ce:{1 - ALPHA},kd:{ALPHA}:temperature={T}", terms.FUNCTIONS)
     objective = Distillation(case.student, terms.build(specs, case.student), [case.teacher])
     recipe = Recipe(steps=WARM_UP + steps, lr=1e-3, batch_size=case.batches.size)
     marks: list[float] = []
@@ -210,7 +213,7 @@ def distillation(
     return ALPHA * kl + (1 - ALPHA) * F.cross_entropy(outputs, labels)
 
 
-def stream(case: Case) -> Iterator[data.Batch]:
+def stream(case: Case) -> Iterator[batching.Batch]:
     for epoch in range(1_000_000):
         yield from case.batches.epoch(0, epoch)
 

@@ -22,15 +22,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dsdistill.kernels import devices
+from dsdistill.parallel import devices
 
 devices.use_all()
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
-from dsdistill.kernels import networks, tangents  # noqa: E402
-from dsdistill.kernels import sequence as notation  # noqa: E402
+from dsdistill.kernels import (  # noqa: E402
+    networks,
+    neural_tangents,
+    notation,
+)
 
 REPEATS = 3
 ON_CPU = jax.default_backend() == "cpu"
@@ -151,7 +154,7 @@ def images(n: int, shape: tuple[int, int, int], seed: int) -> jax.Array:
 
 def stax_kernel(network: notation.Sequence) -> Callable[..., Any]:
     """The same network in neural-tangents."""
-    stax = tangents.load().stax
+    stax = neural_tangents.load().stax
     std = {"W_std": network.w_std, "b_std": network.b_std}
     layers = {
         "C": stax.Conv(1, (3, 3), padding="SAME", **std),

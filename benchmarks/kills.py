@@ -107,9 +107,11 @@ class Trial:
 def preload() -> None:
     """Import all that the commands import, and make checkpoints frequent."""
     import kd.cli  # noqa: F401
-    from dsdistill import label_solve, pipeline, search, summary  # noqa: F401
-    from dsdistill.kernels import devices  # noqa: F401
-    from kd import saving, session  # noqa: F401
+    from dsdistill.loops import search
+    from dsdistill.methods import label_solve
+    from dsdistill.parallel import devices  # noqa: F401
+    from kd.commands import train  # noqa: F401
+    from kd.training import saving
 
     search.CHECKPOINT_EVERY = saving.AT_MOST = CHECKPOINT_EVERY
     label_solve.CHUNK = label_solve.PAIRS = CHUNK

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from dsdistill.harness import artifact
+from dsdistill.harness.data import distilled_set
 
 COMMON = "--kernel convnet"
 KIP = "kip fashion-mnist --learn-labels --images-per-class"
@@ -63,7 +63,7 @@ def measured(name: str, root: Path) -> dict[str, Any]:
     accuracies, before, seconds = [], [], []
     for line, folder in CASES[name]:
         finish(line, root / folder)
-        found = artifact.load(root / folder / artifact.FILE).provenance
+        found = distilled_set.load(root / folder / distilled_set.FILE).provenance
         accuracies.append(found["metrics"]["test_accuracy"])
         before.append(found["metrics"]["initial_test_accuracy"])
         seconds.append(found["seconds"])
@@ -79,7 +79,7 @@ def measured(name: str, root: Path) -> dict[str, Any]:
 
 def finish(line: str, folder: Path) -> None:
     """Run a command to its end, unless it is there."""
-    if (folder / artifact.FILE).exists():
+    if (folder / distilled_set.FILE).exists():
         return
     resume = ["--resume"] if folder.exists() else []
     dsdistill([*shlex.split(line), "--out", str(folder), *resume])

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsdistill import kip
-from dsdistill.harness.labeled import Examples, Labeled
-from dsdistill.harness.preprocess import identity
-from dsdistill.kernels import networks, tangents
-from dsdistill.start import Support, initial_support
-from dsdistill.targets import Batches
+from dsdistill.harness.data.labeled_images import Examples, Labeled
+from dsdistill.harness.data.preprocess import identity
+from dsdistill.kernels import networks, neural_tangents
+from dsdistill.methods import kip
+from dsdistill.methods.initial_support import Support, initial_support
+from dsdistill.methods.targets import Batches
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def reference_steps(train: Examples, support: Support):
     """The notebook's step: one function of the support in float64, differentiated as a whole."""
     import optax
 
-    stax = tangents.load().stax
+    stax = neural_tangents.load().stax
     dense = {"W_std": networks.W_STD, "b_std": networks.B_STD}
     layers = [stax.Flatten(), stax.Dense(1, **dense), stax.Relu(), stax.Dense(1, **dense)]
     kernel = stax.serial(*layers)[2]

@@ -249,8 +249,8 @@ IMAGES: dict[str, Callable[[Path], None]] = {
 
 
 def ours(root: Path, cache: Path) -> str:
-    """Classes and images per part as `dsdistill.harness.datasets.load` reads them."""
-    from dsdistill.harness import datasets
+    """Classes and images per part as `dsdistill.harness.data.datasets.load` reads them."""
+    from dsdistill.harness.data import datasets
     from dsdistill.harness.errors import UserError
 
     try:
@@ -263,8 +263,8 @@ def ours(root: Path, cache: Path) -> str:
 
 
 def our_pixel(root: Path, cache: Path) -> str:
-    """The first pixel of the odd image as `dsdistill.harness.datasets.load` reads it."""
-    from dsdistill.harness import datasets
+    """The first pixel of the odd image as `dsdistill.harness.data.datasets.load` reads it."""
+    from dsdistill.harness.data import datasets
     from dsdistill.harness.errors import UserError
 
     try:

@@ -58,7 +58,7 @@ def _data(folder: Path) -> Path:
 
 
 def _make_set(folder: Path) -> None:
-    from dsdistill.harness import artifact, preprocess
+    from dsdistill.harness.data import distilled_set, preprocess
 
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (50, 4, 4, 1), dtype=np.uint8)
@@ -76,44 +76,46 @@ def _make_set(folder: Path) -> None:
         "versions": {"numpy": "2.0"},
     }
     names = ("cat", "dog", "under_$5_$10")
-    made = artifact.Distilled(fitted.apply(pixels[:6]), labels, fitted, names, provenance)
-    artifact.save(folder / artifact.FILE, made)
+    made = distilled_set.Distilled(fitted.apply(pixels[:6]), labels, fitted, names, provenance)
+    distilled_set.save(folder / distilled_set.FILE, made)
 
 
 def _set_reader() -> Read:
-    from dsdistill import summary
-    from dsdistill.harness import artifact
+    from dsdistill.commands import inspect
+    from dsdistill.harness.data import distilled_set
 
     def read(folder: Path) -> Any:
-        made = artifact.load(folder / artifact.FILE)
+        made = distilled_set.load(folder / distilled_set.FILE)
         for as_json in (False, True):
-            summary.print_set(folder, as_json=as_json)
+            inspect.print_set(folder, as_json=as_json)
         return made
 
     return read
 
 
 def _make_whole_set(folder: Path) -> None:
-    from dsdistill import pipeline
+    from dsdistill.commands import distil
     from dsdistill.options import Kip
 
-    pipeline.run_kip(Kip(str(_data(folder)), out=folder / "run", images_per_class=2, steps=2))
+    distil.run_kip(Kip(str(_data(folder)), out=folder / "run", images_per_class=2, steps=2))
     shutil.move(folder / "run" / SET[0], folder / SET[0])
     shutil.rmtree(folder / "run")
 
 
 def _use_reader() -> Read:
     """Up to the first training: what a set says of itself decides which data are loaded."""
-    from dsdistill import assembly, export
+    from dsdistill.commands import evaluation_parts, export
     from dsdistill.harness.errors import UserError
     from dsdistill.options import Evaluate
-    from kd import sources
+    from kd.data import data_source
 
     def read(folder: Path) -> Any:
         path = folder / SET[0]
         uses = [
-            lambda: assembly.assembled(Evaluate(path, learners="ridge,mlp:8")).train.images(),
-            lambda: sources.resolve(str(path), root=folder).shape,
+            lambda: evaluation_parts.assembled(
+                Evaluate(path, learners="ridge,mlp:8")
+            ).train.images(),
+            lambda: data_source.resolve(str(path), root=folder).shape,
             *(
                 lambda kind=kind, end=end: export.write(path, kind, folder / f"{kind}{end}")
                 for kind, end in export.SUFFIX.items()
@@ -133,28 +135,28 @@ def _use_reader() -> Read:
 
 
 def _make_kip(folder: Path) -> None:
-    from dsdistill import pipeline
+    from dsdistill.commands import distil
     from dsdistill.options import Kip
 
-    pipeline.run_kip(Kip(str(_data(folder)), out=folder, images_per_class=2, steps=6))
+    distil.run_kip(Kip(str(_data(folder)), out=folder, images_per_class=2, steps=6))
     (folder / "distilled.safetensors").unlink()  # so that there is something to resume
 
 
 def _make_label_solve(folder: Path) -> None:
-    from dsdistill import pipeline
+    from dsdistill.commands import distil
     from dsdistill.options import LabelSolve
 
-    pipeline.run_label_solve(LabelSolve(str(_data(folder)), out=folder, images_per_class=2))
+    distil.run_label_solve(LabelSolve(str(_data(folder)), out=folder, images_per_class=2))
     (folder / "distilled.safetensors").unlink()
 
 
 def _make_training(folder: Path) -> None:
-    from kd import session
+    from kd.commands import train
     from kd.options import Overrides, Train
 
     few: Any = Overrides(epochs=2, batch_size=16)
-    session.run(
-        session.resolve(
+    train.run(
+        train.resolve(
             Train(str(_data(folder)), student="mlp:8", out=folder, preprocess="zca", overrides=few)
         )
     )
@@ -166,71 +168,74 @@ def _make_stopped_training(folder: Path) -> None:
 
 
 def _state_reader() -> Read:
-    from dsdistill.harness import runs
+    from dsdistill.harness.runs import run_folder
 
     def read(folder: Path) -> Any:
-        return runs.Run(folder, runs.read_json(folder / "config.json"), True).load_state()
+        return run_folder.Run(
+            folder, run_folder.read_json(folder / "config.json"), True
+        ).load_state()
 
     return read
 
 
 def _kip_reader() -> Read:
-    from dsdistill import pipeline
-    from dsdistill.harness import artifact
+    from dsdistill.commands import distil
+    from dsdistill.harness.data import distilled_set
     from dsdistill.options import Kip
 
     def read(folder: Path) -> Any:
-        pipeline.run_kip(Kip(out=folder, resume=True))
-        made = artifact.load(artifact.locate(folder))
+        distil.run_kip(Kip(out=folder, resume=True))
+        made = distilled_set.load(distilled_set.locate(folder))
         return made.images, made.labels
 
     return read
 
 
 def _label_solve_reader() -> Read:
-    from dsdistill import pipeline
-    from dsdistill.harness import artifact
+    from dsdistill.commands import distil
+    from dsdistill.harness.data import distilled_set
     from dsdistill.options import LabelSolve
 
     def read(folder: Path) -> Any:
-        pipeline.run_label_solve(LabelSolve(out=folder, resume=True))
-        made = artifact.load(artifact.locate(folder))
+        distil.run_label_solve(LabelSolve(out=folder, resume=True))
+        made = distilled_set.load(distilled_set.locate(folder))
         return made.images, made.labels
 
     return read
 
 
 def _training_reader() -> Read:
-    from kd import models, session
+    from kd.commands import train
+    from kd.models import saved_models
     from kd.options import Train
 
     def read(folder: Path) -> Any:
-        report = session.run(session.resolve(Train(out=folder, resume=True)))
-        state = models.load_run(folder).classifier.network.state_dict()
+        report = train.run(train.resolve(Train(out=folder, resume=True)))
+        state = saved_models.load_run(folder).classifier.network.state_dict()
         return {k: v.numpy() for k, v in state.items()}, report["test_accuracy"]
 
     return read
 
 
 def _student_reader() -> Read:
-    from kd import models
+    from kd.models import saved_models
 
     def read(folder: Path) -> Any:
-        model = models.load_run(folder)
+        model = saved_models.load_run(folder)
         state = model.classifier.network.state_dict()
-        return {k: v.numpy() for k, v in state.items()}, models.card(model), model.preprocess
+        return {k: v.numpy() for k, v in state.items()}, saved_models.card(model), model.preprocess
 
     return read
 
 
 def _kd_report_reader() -> Read:
-    from kd import report
+    from kd.commands import report
 
     return lambda folder: re.sub(re.escape(str(folder)), "", report.render([folder]))
 
 
 def _kd_evaluate_reader() -> Read:
-    from kd.evaluate import evaluate
+    from kd.commands.evaluate import evaluate
     from kd.options import Evaluate
 
     def read(folder: Path) -> Any:
@@ -241,8 +246,8 @@ def _kd_evaluate_reader() -> Read:
 
 
 def _make_evaluation(folder: Path) -> None:
+    from dsdistill.harness.evaluation.results import Result
     from dsdistill.harness.reports import report
-    from dsdistill.harness.results import Result
 
     rng = np.random.default_rng(0)
     found = []
@@ -305,7 +310,7 @@ def _pictures_reader() -> Read:
 
 def _folder_splits(data: Path, cache: Path) -> Any:
     """A folder of pictures as a data set, decoded into a cache somewhere in another folder."""
-    from dsdistill.harness import datasets
+    from dsdistill.harness.data import datasets
 
     os.environ["DSDISTILL_CACHE"] = str(cache / "cache")
     return _splits(datasets.load(str(data), root=cache, image_size=8))
@@ -335,13 +340,13 @@ def _make_kept(folder: Path) -> None:
 
 
 def _kept(folder: Path) -> Any:
-    from dsdistill.harness.kept import Kept
+    from dsdistill.harness.evaluation.result_cache import Kept
 
     return Kept(folder / "results", say=lambda line: None)
 
 
 def _result() -> Any:
-    from dsdistill.harness.results import Result
+    from dsdistill.harness.evaluation.results import Result
 
     facts = {"parameters": 12, "curve": [[0, 2.0], [10, 1.0]]}
     one = Result("full", "convnet", False, 0, 30, 900, 0.01, 0.75, 0.7, 0.5, 0.1)
@@ -360,9 +365,9 @@ def _answers() -> Any:
 
 
 def _teacher_cache(folder: Path) -> Any:
-    from kd import cache
+    from kd.data import teacher_cache
 
-    return cache.open_cache(folder / "cache", {"teacher": "x", "views": 1}, top=None)
+    return teacher_cache.open_cache(folder / "cache", {"teacher": "x", "views": 1}, top=None)
 
 
 def _make_teacher_cache(folder: Path) -> None:
@@ -394,7 +399,7 @@ def _make_npz(folder: Path) -> None:
 
 
 def _npz_reader() -> Read:
-    from dsdistill.harness import datasets
+    from dsdistill.harness.data import datasets
 
     def read(folder: Path) -> Any:
         found = [datasets.load(str(path), root=folder) for path in sorted(folder.glob("*.npz"))]
@@ -416,8 +421,8 @@ def _make_foreign(folder: Path) -> None:
 
 
 def _foreign_reader() -> Read:
-    from dsdistill import foreign
-    from dsdistill.harness import npz, preprocess
+    from dsdistill.harness.data import npz, preprocess
+    from dsdistill.published_sets import reader as foreign
 
     stated = foreign.Stated(pixels="standardised", mean=(0.5,), std=(0.25,))
 
@@ -434,7 +439,7 @@ def _foreign_reader() -> Read:
 
 
 def _make_program(folder: Path) -> None:
-    from kd.export import export
+    from kd.commands.export import export
     from kd.options import Export
 
     _make_training(folder / "run")
@@ -445,7 +450,7 @@ def _make_program(folder: Path) -> None:
 def _program_reader() -> Read:
     import torch
 
-    from kd.zoo import exported
+    from kd.models.zoo import exported
 
     images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsdistill.harness.reports import report, words
+from dsdistill.harness.reports import report, wording
 
 SEEDS = 2
 _PROGRAM = "from dsdistill.cli import main; main()"  # of this Python
@@ -114,7 +114,7 @@ def table(reports: dict[str, report.Report]) -> list[str]:
     for name, found in reports.items():
         for learner in found.learners:
             rows = (found.row(learner, arm) for arm in ("distilled", "random"))
-            cells = [words.accuracy(row) if row else words.NOTHING for row in rows]
+            cells = [wording.accuracy(row) if row else wording.NOTHING for row in rows]
             lines.append(f"| {name} | {learner} | {' | '.join(cells)} | {SETS[name].authors} |")
     return lines
 

@@ -17,8 +17,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dsdistill.harness import artifact
-from dsdistill.harness.reports import report, words
+from dsdistill.harness.data import distilled_set
+from dsdistill.harness.reports import report, wording
 
 COUNTS = (1, 10, 50)
 SETS = {  # name: the command
@@ -57,7 +57,7 @@ def main() -> None:
 def evaluated(name: str, root: Path) -> Path:
     """The folder of a set's evaluation, both made unless they are there."""
     run = root / name
-    if not (run / artifact.FILE).exists():
+    if not (run / distilled_set.FILE).exists():
         again = ["--resume"] if run.exists() else []
         dsdistill(*shlex.split(SETS[name]), "--out", str(run), *again)
     out = run / "scorecard"
@@ -83,10 +83,10 @@ def table(reports: dict[str, report.Report]) -> list[str]:
     for name, found in reports.items():
         for score in found.scores:
             rows = [found.row(score.learner, arm) for arm in ARMS]
-            cells = [words.accuracy(row) if row else words.NOTHING for row in rows]
-            cells = [cell.removesuffix(f" ({words.DETERMINISTIC})") for cell in cells]
-            ior = words.NOTHING if score.ior is None else f"{score.ior:+.3f}"
-            cells += [ior, words.chance(score.versus_random)]
+            cells = [wording.accuracy(row) if row else wording.NOTHING for row in rows]
+            cells = [cell.removesuffix(f" ({wording.DETERMINISTIC})") for cell in cells]
+            ior = wording.NOTHING if score.ior is None else f"{score.ior:+.3f}"
+            cells += [ior, wording.chance(score.versus_random)]
             lines.append(f"| `{name}` | {score.learner} | " + " | ".join(cells) + " |")
     return lines
 

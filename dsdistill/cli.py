@@ -9,66 +9,66 @@ from pathlib import Path
 from typing import Any
 
 from dsdistill import options
-from dsdistill.harness import command
+from dsdistill.harness import command_line
 from dsdistill.harness.text import printable
 
 
 def kip(chosen: options.Kip) -> None:
-    from dsdistill import pipeline
+    from dsdistill.commands import distil
 
-    _distil(pipeline.run_kip, chosen)
+    _distil(distil.run_kip, chosen)
 
 
 def label_solve(chosen: options.LabelSolve) -> None:
-    from dsdistill import pipeline
+    from dsdistill.commands import distil
 
-    _distil(pipeline.run_label_solve, chosen)
+    _distil(distil.run_label_solve, chosen)
 
 
 def evaluate(chosen: options.Evaluate) -> None:
-    from dsdistill import scorecard
-    from dsdistill.kernels import devices
+    from dsdistill.commands import evaluate as evaluate_command
+    from dsdistill.parallel import devices
 
     devices.use_all()
-    scorecard.run(chosen)
+    evaluate_command.run(chosen)
 
 
 def report(chosen: options.Report) -> None:
-    from dsdistill import scorecard
+    from dsdistill.commands import evaluate as evaluate_command
 
-    print(printable(str(scorecard.compare(chosen))))
+    print(printable(str(evaluate_command.compare(chosen))))
 
 
 def inspect(chosen: options.Inspect) -> None:
-    from dsdistill import summary
+    from dsdistill.commands import inspect as inspect_command
 
-    summary.print_set(chosen.file, as_json=chosen.json)
+    inspect_command.print_set(chosen.file, as_json=chosen.json)
 
 
 def export(chosen: options.Export) -> None:
-    from dsdistill import export as exporting
+    from dsdistill.commands import export as exporting
 
     print(printable(str(exporting.write(chosen.file, chosen.format, chosen.out))))
 
 
 def cache(chosen: options.Cache) -> None:
-    from dsdistill import cache as kept
+    from dsdistill.commands import cache as kept
 
     kept.run(clear=chosen.clear, older_than=chosen.older_than)
 
 
 def _distil(run: Callable[[Any], Path], chosen: options.Source) -> None:
-    from dsdistill import hosts, summary
-    from dsdistill.kernels import devices
+    from dsdistill.commands import inspect as inspect_command
+    from dsdistill.parallel import devices, hosts
 
     devices.use_all()
     with hosts.joined(chosen.hosts):
         folder = run(chosen)
         if hosts.first():
-            summary.print_run(folder)
+            inspect_command.print_run(folder)
 
 
-COMMANDS: command.Commands = {
+COMMANDS: command_line.Commands = {
     "kip": (options.Kip, kip),
     "ls": (options.LabelSolve, label_solve),
     "evaluate": (options.Evaluate, evaluate),
@@ -82,7 +82,7 @@ COMMANDS: command.Commands = {
 def main() -> None:
     """Run one command of the line that the user typed."""
     description = "Condense an image data set into a few synthetic images."
-    command.main("dsdistill", description, COMMANDS, "stopped")
+    command_line.main("dsdistill", description, COMMANDS, "stopped")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from dsdistill.harness import places
+from dsdistill.harness import paths
 
 Data = Annotated[str, tyro.conf.Positional]
 Options = TypeVar("Options")
@@ -37,7 +37,7 @@ class Source:
     """digits, mnist, fashion-mnist, cifar10, cifar100, svhn, a folder of class folders, or an .npz
     file with images and labels"""
 
-    data_root: Path = field(default_factory=places.data_root)
+    data_root: Path = field(default_factory=paths.data_root)
     """where named data sets lie or are downloaded to (environment: DSDISTILL_DATA)"""
 
     image_size: int | None = None
@@ -250,10 +250,10 @@ class Evaluate:
     resume: bool = False
     """go on with an evaluation that was stopped"""
 
-    cache: Path | None = field(default_factory=places.evaluations)
+    cache: Path | None = field(default_factory=paths.evaluations)
     """where results that other evaluations can use are kept; None: nowhere"""
 
-    data_root: Path = field(default_factory=places.data_root)
+    data_root: Path = field(default_factory=paths.data_root)
     """where named data sets lie (environment: DSDISTILL_DATA)"""
 
 

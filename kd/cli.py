@@ -5,7 +5,7 @@ import os
 import sys
 from typing import Any
 
-from dsdistill.harness import command
+from dsdistill.harness import command_line
 from dsdistill.harness.text import console, printable
 from kd.options import Evaluate, Export, Report, Train
 
@@ -19,16 +19,16 @@ def main() -> None:
         "export": (Export, _export),
         "report": (Report, _report),
     }
-    command.main("kd", description, commands, "interrupted")
+    command_line.main("kd", description, commands, "interrupted")
 
 
 def _train(options: Train) -> None:
     options.check()  # before the seconds that importing torch takes
-    from kd import session
+    from kd.commands import train
 
-    options = session.resolve(options)
+    options = train.resolve(options)
     try:
-        report = session.run(options)
+        report = train.run(options)
     except KeyboardInterrupt as error:
         assert options.out is not None
         message = f"kd: interrupted; continue with `kd train --resume --out {options.out}`"
@@ -45,7 +45,7 @@ def _train(options: Train) -> None:
 
 
 def _evaluate(options: Evaluate) -> None:
-    from kd.evaluate import evaluate
+    from kd.commands.evaluate import evaluate
 
     found = evaluate(options)
     if options.json:
@@ -55,7 +55,7 @@ def _evaluate(options: Evaluate) -> None:
 
 
 def _export(options: Export) -> None:
-    from kd.export import export
+    from kd.commands.export import export
 
     found = export(options)
     if found["note"]:
@@ -65,8 +65,8 @@ def _export(options: Export) -> None:
 
 
 def _report(options: Report) -> None:
-    from dsdistill.harness.runs import write_bytes
-    from kd import report
+    from dsdistill.harness.runs.run_folder import write_bytes
+    from kd.commands import report
 
     text = report.render(options.runs)
     options.out.parent.mkdir(parents=True, exist_ok=True)

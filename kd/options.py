@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
 
-from dsdistill.harness import places
+from dsdistill.harness import paths
 from dsdistill.harness.errors import UserError
-from kd import recipe, recipes, several
+from kd import per_teacher, recipe, recipes
 
 # The names that the help pages show for values.
 Name = Annotated[str | None, tyro.conf.arg(metavar="NAME|RUN")]
@@ -100,7 +100,7 @@ class Train:
     channels: Channels = None
     """1 makes all images grayscale, 3 colour; by default as they are, and colour where a folder
     has both."""
-    data_root: Path = field(default_factory=places.data_root)
+    data_root: Path = field(default_factory=paths.data_root)
     """Where data sets lie or are downloaded to."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
@@ -143,9 +143,9 @@ class Train:
             value = getattr(self, name)
             rule = f"{_option(name)} must be at least 1"
             _require(value is None or value >= 1, rule, value)
-        several.read_sizes("--teacher-image-size", self.teacher_image_size)
+        per_teacher.read_sizes("--teacher-image-size", self.teacher_image_size)
         for name in ("teacher_mean", "teacher_std"):
-            several.read(_option(name), getattr(self, name))
+            per_teacher.read(_option(name), getattr(self, name))
         schemes = ("peers", "mean_teacher", "generations", "assistants")
         chosen = [_option(name) for name in schemes if getattr(self, name) is not None]
         _require(len(chosen) < 2, "only one scheme at a time", " and ".join(chosen))
@@ -184,7 +184,7 @@ class Evaluate:
     teacher_class_map: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """The same of the teacher; of several teachers as for kd train. By default, of the run's own
     teachers, the one that it was trained with."""
-    data_root: Path = field(default_factory=places.data_root)
+    data_root: Path = field(default_factory=paths.data_root)
     """Where data sets lie or are downloaded to."""
     device: str = "auto"
     """Where accuracy is measured; latency is always the CPU's."""
@@ -228,9 +228,9 @@ def told(values: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
         UserError: If there are as many values as neither one nor teachers.
     """
     size, mean, std = (values.get(name) for name in TOLD)
-    sizes = several.read_sizes("--teacher-image-size", size, count)
-    means = several.read("--teacher-mean", mean, count)
-    deviations = several.read("--teacher-std", std, count)
+    sizes = per_teacher.read_sizes("--teacher-image-size", size, count)
+    means = per_teacher.read("--teacher-mean", mean, count)
+    deviations = per_teacher.read("--teacher-std", std, count)
     return [
         {"image_size": size, "mean": mean, "std": std}
         for size, mean, std in zip(sizes, means, deviations, strict=True)

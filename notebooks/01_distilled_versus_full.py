@@ -37,9 +37,9 @@ SEEDS = 3
 import tempfile
 from pathlib import Path
 
-from dsdistill.harness import artifact
+from dsdistill.commands.distil import run_kip
+from dsdistill.harness.data import distilled_set
 from dsdistill.options import Kip
-from dsdistill.pipeline import run_kip
 
 folder = Path(tempfile.mkdtemp())
 runs = [
@@ -47,7 +47,7 @@ runs = [
     for k in IMAGES_PER_CLASS
 ]
 for run in runs:
-    distilled = artifact.load(run / artifact.FILE)
+    distilled = distilled_set.load(run / distilled_set.FILE)
     made = distilled.provenance
     before, after = (made["metrics"][n] for n in ("initial_test_accuracy", "test_accuracy"))
     print(
@@ -69,11 +69,11 @@ Image(runs[-2 if len(runs) > 1 else 0] / "distilled.png", width=760)
 # images from the same grid, and a few seeds.
 
 # %%
-from dsdistill import scorecard
+from dsdistill.commands import evaluate
 from dsdistill.options import Evaluate
 
 evaluations = [
-    scorecard.run(
+    evaluate.run(
         Evaluate(run, learners=LEARNERS, controls="random,k-means,full", seeds=SEEDS, cache=folder)
     )
     for run in runs

@@ -34,11 +34,12 @@ KERNEL = "fc"
 # %%
 import numpy as np
 
-from dsdistill.harness import datasets, places, preprocess
-from dsdistill.harness.labeled import per_class
+from dsdistill.harness import paths
+from dsdistill.harness.data import datasets, preprocess
+from dsdistill.harness.data.labeled_images import per_class
 from dsdistill.kernels import networks
 
-train = datasets.load(DATA, root=places.data_root()).train
+train = datasets.load(DATA, root=paths.data_root()).train
 rows = per_class(train, 8, np.random.default_rng(0))
 fitted = preprocess.fit("standardise", train.chunks, train.shape)
 images = fitted.apply(train.images(rows))
@@ -68,8 +69,8 @@ _ = figure.colorbar(shown, label="kernel, divided by both lengths")
 import tempfile
 from pathlib import Path
 
+from dsdistill.commands.distil import run_kip, run_label_solve
 from dsdistill.options import Kip, LabelSolve
-from dsdistill.pipeline import run_kip, run_label_solve
 
 folder = Path(tempfile.mkdtemp())
 common = {"data": DATA, "images_per_class": IMAGES_PER_CLASS, "kernel": KERNEL}
@@ -88,9 +89,9 @@ made = {
 # %%
 from IPython.display import Markdown
 
-from dsdistill.harness import artifact
+from dsdistill.harness.data import distilled_set
 
-sets = {name: artifact.load(run / artifact.FILE) for name, run in made.items()}
+sets = {name: distilled_set.load(run / distilled_set.FILE) for name, run in made.items()}
 lines = ["| set | test accuracy before | after | time |", "|---|---|---|---|"]
 for name, found in sets.items():
     metrics, seconds = found.provenance["metrics"], found.provenance["seconds"]

@@ -32,13 +32,13 @@ LAYERS = "2,6,10"  # the ReLUs after the three blocks, in teacher and student al
 import tempfile
 from pathlib import Path
 
-from kd import session
+from kd.commands import train
 from kd.options import Overrides, Train
 
 folder = Path(tempfile.mkdtemp())
 teacher = folder / "teacher"
 options = Train(DATA, student=TEACHER, out=teacher, overrides=Overrides(epochs=TEACHER_EPOCHS))
-report = session.run(options)
+report = train.run(options)
 f"teacher: {report['test_accuracy']:.2%} of the test images, {report['parameters']:,} parameters"
 
 # %% [markdown]
@@ -71,7 +71,7 @@ for name, loss in LOSSES.items():
             **taught,
             **cached,
         )
-        students[name, seed] = session.run(options)
+        students[name, seed] = train.run(options)
 
 # %% [markdown]
 # ## What helped
@@ -83,7 +83,7 @@ for name, loss in LOSSES.items():
 # %%
 from IPython.display import Markdown
 
-from dsdistill.harness import statistics
+from dsdistill.harness.evaluation import statistics
 
 scratch = [students["labels alone", seed]["test_accuracy"] for seed in SEEDS]
 lines = [

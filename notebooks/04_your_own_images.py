@@ -33,13 +33,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image as Pictures
 
-from dsdistill.harness import datasets, places
-from dsdistill.harness.labeled import per_class
+from dsdistill.harness import paths
+from dsdistill.harness.data import datasets
+from dsdistill.harness.data.labeled_images import per_class
 
 work = Path(tempfile.mkdtemp())
 photos = Path(FOLDER) if FOLDER else work / "photos"
 if not FOLDER:
-    source = datasets.load("fashion-mnist", root=places.data_root()).train
+    source = datasets.load("fashion-mnist", root=paths.data_root()).train
     for row in per_class(source, EXAMPLES, np.random.default_rng(0)):
         name = source.classes[source.labels[row]].replace("/", " or ")
         (photos / name).mkdir(parents=True, exist_ok=True)
@@ -56,8 +57,8 @@ sorted(path.name for path in photos.iterdir())
 # %%
 from IPython.display import Image
 
+from dsdistill.commands.distil import run_kip
 from dsdistill.options import Kip
-from dsdistill.pipeline import run_kip
 
 options = Kip(
     data=str(photos), image_size=IMAGE_SIZE, images_per_class=5, steps=200, out=work / "distilled"
@@ -71,7 +72,7 @@ Image(run_kip(options) / "distilled.png", width=700)
 # starts from scratch. Any name of timm, torchvision or Hugging Face will do.
 
 # %%
-from kd import session
+from kd.commands import train
 from kd.options import Overrides, Train
 
 # Of sizes other than the network's own the images are resized.
@@ -83,7 +84,7 @@ options = Train(
     out=teacher,
     overrides=Overrides(epochs=TEACHER_EPOCHS, lr=0.02, augment="crop-flip", **size),
 )
-taught = session.run(options)
+taught = train.run(options)
 f"teacher: {taught['test_accuracy']:.1%}, {taught['parameters']:,} parameters"
 
 # %% [markdown]
@@ -102,7 +103,7 @@ options = Train(
         epochs=EPOCHS, loss="ce:0.5,kd:0.5:temperature=4", augment="crop-flip", **size
     ),
 )
-learned = session.run(options)
+learned = train.run(options)
 f"student: {learned['test_accuracy']:.1%}, {learned['parameters']:,} parameters"
 
 # %%
@@ -115,7 +116,7 @@ Image(student / "curves.png", width=760)
 # It has been compared with the student on real and on random images before it is written.
 
 # %%
-from kd.export import export
+from kd.commands.export import export
 from kd.options import Export
 
 written = export(Export(student, "onnx"))

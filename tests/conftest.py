@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-from dsdistill.harness.places import data_root
+from dsdistill.harness.paths import data_root
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -5,8 +5,8 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from kd import engine
 from kd.cli import main
+from kd.parallel import engine
 
 
 class OnCpu(Accelerator):

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsdistill.harness import artifact, datasets, labeled, preprocess
-from dsdistill.harness.datasets import Splits
-from dsdistill.harness.labeled import Examples, Labeled
-from kd import cli, steps
+from dsdistill.harness.data import datasets, distilled_set, labeled_images, preprocess
+from dsdistill.harness.data.datasets import Splits
+from dsdistill.harness.data.labeled_images import Examples, Labeled
+from kd import cli
+from kd.training import steps
 
 
 def kd(*arguments: object, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -82,15 +83,15 @@ def write_npz(path: Path, *, classes: int = 3, size: int = 8, n: int = 90) -> Pa
     return path
 
 
-def distilled(splits: Splits, **provenance: object) -> artifact.Distilled:
+def distilled(splits: Splits, **provenance: object) -> distilled_set.Distilled:
     """A distilled set of five real images a class, as `dsdistill` would write it."""
     fitted = preprocess.fit("standardise", splits.train.chunks, splits.train.shape)
-    chosen = labeled.per_class(splits.train, 5, np.random.default_rng(0))
+    chosen = labeled_images.per_class(splits.train, 5, np.random.default_rng(0))
     data = splits.train.select(chosen)
     came_from = {"source": splits.name, "sha256": splits.digest}
-    return artifact.Distilled(
+    return distilled_set.Distilled(
         fitted.apply(data.images()),
-        labeled.centred_one_hot(data.labels, len(data.classes)),
+        labeled_images.centred_one_hot(data.labels, len(data.classes)),
         fitted,
         data.classes,
         {"data": came_from, "config": {"image_size": None, "validation_fraction": 0.1}}

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsdistill.kernels import tangents
-from dsdistill.kernels.sequence import Sequence
+from dsdistill.kernels import neural_tangents as neural_tangents_kernel
+from dsdistill.kernels.notation import Sequence
 
 STEP = 1e-30
 ANGLE = 1e-14  # up to this 1 - c² is taken for 0
@@ -50,7 +50,7 @@ def neural_tangents(network: Sequence) -> Callable[[jax.Array, jax.Array], jax.A
 
 def stax_kernel(network: Sequence) -> Callable[..., jax.Array]:
     """The kernel function of neural-tangents."""
-    stax = tangents.load().stax
+    stax = neural_tangents_kernel.load().stax
     std = {"W_std": network.w_std, "b_std": network.b_std}
     layers = {
         "C": stax.Conv(1, (3, 3), padding="SAME", **std),

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from dsdistill.harness.evaluation.results import Result
 from dsdistill.harness.reports.report import Report
-from dsdistill.harness.results import Result
 
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "bag")
 LEVELS = {

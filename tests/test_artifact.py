@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from dsdistill.harness import artifact, checksums, preprocess
-from dsdistill.harness.artifact import ArtifactError, Distilled
+from dsdistill.harness import checksums
+from dsdistill.harness.data import distilled_set, preprocess
+from dsdistill.harness.data.distilled_set import ArtifactError, Distilled
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
@@ -36,7 +37,7 @@ def _distilled(n=4, shape=(3, 2, 1), k=2, kind="zca", seed=0):
 
 @pytest.fixture
 def content(tmp_path):
-    artifact.save(tmp_path / "good.safetensors", _distilled())
+    distilled_set.save(tmp_path / "good.safetensors", _distilled())
     return (tmp_path / "good.safetensors").read_bytes()
 
 
@@ -64,16 +65,16 @@ def test_round_trip_is_equal_to_the_bit(tmp_path_factory, data, n, shape, k, kin
         labels=data.draw(arrays.arrays(np.float32, (n, k), elements=FLOATS)),
     )
     path = tmp_path_factory.mktemp("set") / "distilled.safetensors"
-    artifact.save(path, distilled)
-    _assert_equal(artifact.load(path), distilled)
+    distilled_set.save(path, distilled)
+    _assert_equal(distilled_set.load(path), distilled)
 
 
 def test_views_in_any_memory_order_are_written_as_they_look(tmp_path):
     plain = _distilled()
     turned = replace(plain, images=np.asfortranarray(plain.images), labels=plain.labels[:, ::-1])
-    artifact.save(tmp_path / "a", turned)
+    distilled_set.save(tmp_path / "a", turned)
     _assert_equal(
-        artifact.load(tmp_path / "a"),
+        distilled_set.load(tmp_path / "a"),
         replace(turned, images=plain.images, labels=np.ascontiguousarray(turned.labels)),
     )
 
@@ -92,18 +93,18 @@ def _equal_or_refused(path, content, damaged):
     """The property of the file format, for any bytes."""
     path.write_bytes(damaged)
     try:
-        got = artifact.load(path)
+        got = distilled_set.load(path)
     except ArtifactError:
         return
     path.write_bytes(content)
-    _assert_equal(got, artifact.load(path))
+    _assert_equal(got, distilled_set.load(path))
 
 
 @given(where=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
 @settings(max_examples=200, deadline=None)
 def test_any_byte_flip_is_an_equal_set_or_an_error(tmp_path_factory, where, flip):
     path = tmp_path_factory.mktemp("flip") / "a.safetensors"
-    artifact.save(path, _distilled())
+    distilled_set.save(path, _distilled())
     content = path.read_bytes()
     at = int(where * len(content))
     _equal_or_refused(path, content, content[:at] + bytes([content[at] ^ flip]) + content[at + 1 :])
@@ -120,7 +121,7 @@ def test_truncations_are_refused(tmp_path, content):
     for end in [*range(0, len(content), 7), len(content) - 1]:
         (tmp_path / "a").write_bytes(content[:end])
         with pytest.raises(ArtifactError):
-            artifact.load(tmp_path / "a")
+            distilled_set.load(tmp_path / "a")
 
 
 def test_bytes_added_at_the_end_are_an_equal_set_or_an_error(tmp_path, content):
@@ -155,14 +156,14 @@ def test_foreign_files_are_refused(kind, tmp_path):
     path = tmp_path / "foreign.safetensors"
     FOREIGN[kind](path)
     with pytest.raises(ArtifactError, match=r"foreign\.safetensors") as caught:
-        artifact.load(path)
+        distilled_set.load(path)
     assert "\n" not in str(caught.value)
 
 
 def _header(**changes):
     header = {
-        "format": artifact.FORMAT,
-        "encoding": artifact.ENCODING,
+        "format": distilled_set.FORMAT,
+        "encoding": distilled_set.ENCODING,
         "classes": ["a", "b"],
         "preprocess": {"kind": "standardise", "contrast": 1.0},
         "provenance": {},
@@ -189,7 +190,7 @@ def _forge(path, header, tensors):
 
 def test_the_forged_file_would_load_unchanged(tmp_path):
     _forge(tmp_path / "a", _header(), _tensors())
-    assert len(artifact.load(tmp_path / "a")) == 2
+    assert len(distilled_set.load(tmp_path / "a")) == 2
 
 
 HEADERS = {
@@ -241,7 +242,7 @@ TENSORS = {
 def test_a_hostile_header_is_refused(case, tmp_path):
     _forge(tmp_path / "forged", HEADERS[case], _tensors())
     with pytest.raises(ArtifactError, match="forged") as caught:
-        artifact.load(tmp_path / "forged")
+        distilled_set.load(tmp_path / "forged")
     assert "\n" not in str(caught.value)
 
 
@@ -249,13 +250,13 @@ def test_a_hostile_header_is_refused(case, tmp_path):
 def test_hostile_tensors_are_refused(case, tmp_path):
     _forge(tmp_path / "forged", _header(), _tensors(**TENSORS[case]))
     with pytest.raises(ArtifactError, match="forged"):
-        artifact.load(tmp_path / "forged")
+        distilled_set.load(tmp_path / "forged")
 
 
 def test_a_wrong_set_is_not_written(tmp_path):
     bad = replace(_distilled(), labels=np.full((4, 2), np.nan, np.float32))
     with pytest.raises(ArtifactError, match="labels has NaN"):
-        artifact.save(tmp_path / "a", bad)
+        distilled_set.save(tmp_path / "a", bad)
     assert not list(tmp_path.iterdir())
 
 
@@ -267,7 +268,7 @@ def test_a_failed_rename_leaves_the_old_file_and_nothing_else(tmp_path, content,
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="no space left"):
-        artifact.save(path, _distilled(seed=1))
+        distilled_set.save(path, _distilled(seed=1))
     assert path.read_bytes() == content
     assert list(tmp_path.iterdir()) == [path]
 
@@ -281,7 +282,7 @@ import pathlib, resource, sys
 path, tests, limit = sys.argv[1:]
 sys.path.insert(0, tests)
 import test_artifact
-from dsdistill.harness import artifact
+from dsdistill.harness.data import distilled_set as artifact
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
 try:
     artifact.save(pathlib.Path(path), test_artifact._distilled(seed=1))
@@ -304,5 +305,5 @@ def test_the_file_is_readable_by_others(tmp_path, content):
 
 
 def test_locate(tmp_path):
-    assert artifact.locate(tmp_path) == tmp_path / "distilled.safetensors"
-    assert artifact.locate(tmp_path / "a.safetensors") == tmp_path / "a.safetensors"
+    assert distilled_set.locate(tmp_path) == tmp_path / "distilled.safetensors"
+    assert distilled_set.locate(tmp_path / "a.safetensors") == tmp_path / "a.safetensors"

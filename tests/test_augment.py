@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsdistill import augment
 from dsdistill.harness.errors import UserError
+from dsdistill.methods import augment
 
 
 @pytest.fixture

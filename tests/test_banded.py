@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from dsdistill.harness import datasets
-from dsdistill.harness.places import data_root
-from dsdistill.kernels import banded, sequence
+from dsdistill.harness.data import datasets
+from dsdistill.harness.paths import data_root
+from dsdistill.kernels import notation
+from dsdistill.kernels.conv import conv_kernel
 
 SINGLE = jnp.float32
 # What is promised of the engine against neural-tangents in float64, in the max norm. Where no
@@ -48,8 +49,8 @@ def engine(text: str, b_std: float = 0.1) -> Any:
 
 @functools.cache
 def _engine(text: str, b_std: float) -> Any:
-    network = sequence.parse(text, b_std=b_std)
-    return with_gradient(lambda x1, x2: banded.ntk(x1, x2, network))
+    network = notation.parse(text, b_std=b_std)
+    return with_gradient(lambda x1, x2: conv_kernel.ntk(x1, x2, network))
 
 
 def with_gradient(kernel: Any) -> Any:
@@ -79,7 +80,7 @@ def errors(
     found: Any, x1: Any, x2: Any, g: Any, text: str, b_std: float = 0.1
 ) -> tuple[float, float]:
     """Relative errors of value and gradient, the latter along random directions."""
-    network = sequence.parse(text, b_std=b_std)
+    network = notation.parse(text, b_std=b_std)
     value, gradient = (np.asarray(a, np.float64) for a in found)
     directions = np.random.default_rng(4).standard_normal((4, *gradient.shape))
     along = [(gradient * d).sum((1, 2, 3)) for d in directions]
@@ -93,7 +94,7 @@ def errors(
 @pytest.mark.parametrize("text", ["CR-2xCRP-flatten", "CRP-CR-gap"])
 def test_plain_oracle_equals_neural_tangents(text):
     x, y, g = images(2, 0, 5, 4, 3), images(2, 1, 5, 4, 3), weights(2, 2)
-    theirs = double(with_gradient(oracle.neural_tangents(sequence.parse(text))), x, y, g)
+    theirs = double(with_gradient(oracle.neural_tangents(notation.parse(text))), x, y, g)
     assert max(errors(theirs, x, y, g, text)) < TIGHT
 
 
@@ -129,7 +130,7 @@ def test_real_images_equal_neural_tangents():
     x, two, g = digits(4), [0, 2, 3], weights(2, 3)
     found = double(engine(text), x[:2], x[two], g)
     assert max(errors(found, x[:2], x[two], g, text)) < VALUE
-    kernel = oracle.stax_kernel(sequence.parse(text))
+    kernel = oracle.stax_kernel(notation.parse(text))
     theirs = double(jax.jit(lambda x: kernel(x, None, "ntk")), x)
     assert relative(found[0], theirs[:2, np.array(two)]) < VALUE
 
@@ -140,7 +141,7 @@ def test_fashion_equals_neural_tangents(text):
     train = datasets.load("fashion-mnist", root=data_root()).train
     x = train.images(np.arange(4)) / 255.0
     value, gradient = double(engine(text), x[:2], x[2:], weights(2, 2))
-    theirs = with_gradient(oracle.neural_tangents(sequence.parse(text)))
+    theirs = with_gradient(oracle.neural_tangents(notation.parse(text)))
     expected, expected_gradient = double(theirs, x[:2], x[2:], weights(2, 2))
     assert relative(value, expected) < VALUE
     assert relative(gradient, expected_gradient) < GRADIENT
@@ -154,7 +155,7 @@ def test_fashion_equals_neural_tangents(text):
 )
 def test_float32_is_closer_than_neural_tangents(text, data):
     x = digits(4) if data == "digits" else images(4, 0, 6, 6, 1)
-    x, g, network = np.float32(x), weights(4, 4), sequence.parse(text)
+    x, g, network = np.float32(x), weights(4, 4), notation.parse(text)
     expected = oracle.ntk(np.float64(x), np.float64(x), network)
     found = single(engine(text), x, x, g)
     kernel = oracle.stax_kernel(network)
@@ -167,8 +168,8 @@ def test_float32_is_closer_than_neural_tangents(text, data):
 
 
 def test_float32_stays_float32_in_x64_mode():
-    x, network = jnp.zeros((2, 4, 4, 1), SINGLE), sequence.parse("2xCRP-flatten")
-    loss = jax.value_and_grad(lambda a: banded.ntk(a, x, network).sum())
+    x, network = jnp.zeros((2, 4, 4, 1), SINGLE), notation.parse("2xCRP-flatten")
+    loss = jax.value_and_grad(lambda a: conv_kernel.ntk(a, x, network).sum())
     assert [s.dtype for s in jax.eval_shape(loss, x)] == [SINGLE, SINGLE]
 
 
@@ -260,7 +261,7 @@ def test_trap_nearly_coincident_images():
 
 def test_trap_equal_pixels_are_exact_in_float32():
     """Trap 2: the angle near c = 1 is not left to rounding."""
-    x, network = np.float32(X), sequence.parse("2xCRP-flatten")
+    x, network = np.float32(X), notation.parse("2xCRP-flatten")
     value, _ = single(engine("2xCRP-flatten"), x, x, weights(2, 2))
     expected = oracle.ntk(np.float64(x), np.float64(x), network)
     assert relative(np.diag(value), np.diag(expected)) < 3e-7
@@ -279,8 +280,8 @@ def test_gradients_of_both_sides():
     """Through x2 as through x1 with the roles changed."""
     text = "CRP-flatten"
     x, y, g = images(2, 0, 6, 5, 2), images(3, 1, 6, 5, 2), weights(2, 3)
-    network = sequence.parse(text)
-    second = with_gradient(lambda y, x: banded.ntk(x, y, network).T)
+    network = notation.parse(text)
+    second = with_gradient(lambda y, x: conv_kernel.ntk(x, y, network).T)
     value, gradient = double(second, y, x, g.T)
     turned, expected = double(engine(text), y, x, g.T)
     assert relative(value, turned) < TIGHT
@@ -290,8 +291,8 @@ def test_gradients_of_both_sides():
 @pytest.mark.parametrize("text", ["CRP-flatten", "CRP-gap"])
 def test_symmetric_equals_both_arguments(text):
     # More images than float64 has lanes: blocks above, on and below the diagonal.
-    network, x, g = sequence.parse(text), images(10, 0, 4, 5, 1), weights(10, 10)
-    run = with_gradient(lambda x, _: banded.ntk_symmetric(x, network))
+    network, x, g = notation.parse(text), images(10, 0, 4, 5, 1), weights(10, 10)
+    run = with_gradient(lambda x, _: conv_kernel.ntk_symmetric(x, network))
     value, gradient = double(run, x, x, g)
     expected, first = double(engine(text), x, x, g)
     _, second = double(engine(text), x, x, g.T)
@@ -307,7 +308,7 @@ def test_slopes_are_the_gradient_of_every_entry(text, shape):
     """With an image that both sets share, and one of zeros."""
     x, y = images(2, 0, *shape), images(9, 1, *shape)
     y[3], y[4] = x[1], 0
-    run = jax.jit(lambda x, y: banded.slopes(x, y, sequence.parse(text)))
+    run = jax.jit(lambda x, y: conv_kernel.slopes(x, y, notation.parse(text)))
     value, slopes = double(run, x, y)
     expected, _ = double(engine(text), x, y, weights(2, 9))
     np.testing.assert_allclose(value, expected, rtol=TIGHT)

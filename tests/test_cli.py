@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dsdistill.harness import artifact
+from dsdistill.harness.data import distilled_set
 
 SHORT = ("--images-per-class", 2, "--steps", 12)
 
@@ -48,7 +48,7 @@ def test_kip_writes_all_it_promises(kip_run):
     assert [line["step"] for line in lines] == list(range(1, 61))
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert Image.open(kip_run / "distilled.png").size[0] > 300
-    distilled = artifact.load(kip_run / "distilled.safetensors")
+    distilled = distilled_set.load(kip_run / "distilled.safetensors")
     metrics = distilled.provenance["metrics"]
     assert distilled.images.shape == (20, 8, 8, 1)
     assert metrics["test_accuracy"] > 0.9 > metrics["initial_test_accuracy"]
@@ -59,7 +59,7 @@ def test_kip_reaches_the_published_accuracy_on_digits(dsdistill, tmp_path):
     done = dsdistill("kip", "digits", "--out", "run")
     seconds = time.monotonic() - began
     assert done.returncode == 0, done.stderr
-    distilled = artifact.load(tmp_path / "run" / "distilled.safetensors")
+    distilled = distilled_set.load(tmp_path / "run" / "distilled.safetensors")
     assert distilled.provenance["metrics"]["test_accuracy"] >= 0.985
     assert seconds < 60
 
@@ -69,7 +69,7 @@ def test_label_solve_on_fashion_mnist(dsdistill, tmp_path):
     """84.5 % at fifty a class in the reference figures, with a deviation of 0.2 between draws."""
     done = dsdistill("ls", "fashion-mnist", "--images-per-class", 50, "--out", "run")
     assert done.returncode == 0, done.stderr
-    distilled = artifact.load(tmp_path / "run" / "distilled.safetensors")
+    distilled = distilled_set.load(tmp_path / "run" / "distilled.safetensors")
     assert distilled.provenance["data"]["train"] == 60_000
     assert distilled.provenance["metrics"]["test_accuracy"] == pytest.approx(0.845, abs=0.008)
 
@@ -78,7 +78,7 @@ def test_label_solve_on_fashion_mnist(dsdistill, tmp_path):
 def test_kip_learns_fashion_mnist(dsdistill, tmp_path):
     done = dsdistill("kip", "fashion-mnist", "--steps", 60, "--out", "run")
     assert done.returncode == 0, done.stderr
-    metrics = artifact.load(tmp_path / "run" / "distilled.safetensors").provenance["metrics"]
+    metrics = distilled_set.load(tmp_path / "run" / "distilled.safetensors").provenance["metrics"]
     # The reference run has 70.1 % before and 82.9 % after 50 steps.
     assert metrics["initial_test_accuracy"] == pytest.approx(0.70, abs=0.04)
     assert metrics["test_accuracy"] > 0.815
@@ -96,7 +96,7 @@ def test_folder_of_jpegs_in_colour(dsdistill, tmp_path):
     options = ("--image-size", 8, "--kernel", "conv", "--data-root", tmp_path / "cache")
     done = dsdistill("kip", "photos", *SHORT, *options, "--out", "run")
     assert done.returncode == 0, done.stderr
-    distilled = artifact.load(tmp_path / "run" / "distilled.safetensors")
+    distilled = distilled_set.load(tmp_path / "run" / "distilled.safetensors")
     assert distilled.preprocess.kind == "zca"
     assert distilled.classes == ("cold", "warm")
     assert distilled.provenance["engine"] == "exact planes"
@@ -133,7 +133,7 @@ def test_pooled_kernels(dsdistill, tmp_path, monkeypatch, kernel, engine):
     for method, steps in (("kip", ("--steps", 2, "--target-batch", 10)), ("ls", ())):
         done = dsdistill(method, *options, *steps, "--out", method)
         assert done.returncode == 0, done.stderr
-        provenance = artifact.load(tmp_path / method / artifact.FILE).provenance
+        provenance = distilled_set.load(tmp_path / method / distilled_set.FILE).provenance
         assert provenance["engine"] == engine
         assert provenance["metrics"]["test_accuracy"] == 1  # brightness alone tells the classes
 
@@ -155,7 +155,7 @@ def test_npz_with_every_option(dsdistill, tmp_path):
     options += ["--ridge", "1e-3", "--learning-rate", "0.01", "--validation-fraction", "0"]
     done = dsdistill("kip", "mine.npz", *SHORT, *options)
     assert done.returncode == 0, done.stderr
-    distilled = artifact.load(tmp_path / "runs" / "kip-mine-1" / "distilled.safetensors")
+    distilled = distilled_set.load(tmp_path / "runs" / "kip-mine-1" / "distilled.safetensors")
     assert distilled.provenance["kernel"] == "fc(2)"
     metrics = distilled.provenance["metrics"]
     assert metrics["validation_accuracy"] is metrics["validation_loss"] is None
@@ -172,7 +172,7 @@ def test_a_run_with_every_way_to_save_time(dsdistill, tmp_path):
     options += ["--steps", "400", "--patience", "1", "--validation-images", "50"]
     done = dsdistill("kip", "digits", *options, "--learning-rate", "0.4", "--out", "run")
     assert done.returncode == 0, done.stderr
-    solved, learned = (artifact.load(tmp_path / n / artifact.FILE) for n in ("ls", "run"))
+    solved, learned = (distilled_set.load(tmp_path / n / distilled_set.FILE) for n in ("ls", "run"))
     made = learned.provenance
     assert len(learned) == len(solved) == 20
     assert made["metrics"]["initial_test_accuracy"] == pytest.approx(
@@ -197,7 +197,7 @@ def test_a_resumed_run_measures_no_batch_again_and_starts_from_the_same_set(dsdi
     assert dsdistill("ls", "digits", "--images-per-class", 1, "--out", "ls").returncode == 0
     options = ["kip", "digits", "--steps", 20, "--init", "ls", "--out", "run"]
     assert dsdistill(*options, "--target-batch", "5ms").returncode == 0
-    (tmp_path / "run" / artifact.FILE).unlink()  # stopped before the last file was written
+    (tmp_path / "run" / distilled_set.FILE).unlink()  # stopped before the last file was written
     config = tmp_path / "run" / "config.json"
     stored = json.loads(config.read_text())
     stored["chosen"]["target_batch"] = 70
@@ -205,9 +205,9 @@ def test_a_resumed_run_measures_no_batch_again_and_starts_from_the_same_set(dsdi
     done = dsdistill("kip", "--out", "run", "--resume")
     assert done.returncode == 0, done.stderr
     assert "target batch" not in done.stderr
-    made = artifact.load(tmp_path / "run" / artifact.FILE).provenance
+    made = distilled_set.load(tmp_path / "run" / distilled_set.FILE).provenance
     assert made["config"]["chosen"]["target_batch"] == 70
-    (tmp_path / "run" / artifact.FILE).unlink()
+    (tmp_path / "run" / distilled_set.FILE).unlink()
     shutil.rmtree(tmp_path / "ls")
     again = dsdistill("ls", "digits", "--images-per-class", 1, "--seed", 1, "--out", "ls")
     assert again.returncode == 0
@@ -229,7 +229,7 @@ def test_of_several_kernels_the_first_one_is_stored_and_evaluates(dsdistill, tmp
     short = ("--images-per-class", 1, "--steps", 6)
     done = dsdistill("kip", "digits", *options, *short, "--out", "run")
     assert done.returncode == 0, done.stderr
-    made = artifact.load(tmp_path / "run" / artifact.FILE).provenance
+    made = distilled_set.load(tmp_path / "run" / distilled_set.FILE).provenance
     assert (made["kernel"], made["config"]["kernel"]) == ("fc(1)", "fc,conv")
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert {line["network"] for line in lines} == {0, 1}
@@ -274,7 +274,8 @@ def test_killed_run_resumes_to_the_same_bits(dsdistill, tmp_path):
     done = dsdistill("kip", "--out", "killed", "--resume")
     assert done.returncode == 0, done.stderr
     whole, killed = (
-        artifact.load(tmp_path / name / "distilled.safetensors") for name in ("whole", "killed")
+        distilled_set.load(tmp_path / name / "distilled.safetensors")
+        for name in ("whole", "killed")
     )
     np.testing.assert_array_equal(whole.images, killed.images)
     np.testing.assert_array_equal(whole.labels, killed.labels)
@@ -458,7 +459,7 @@ def test_inspect_in_words_and_as_json(dsdistill, kip_run):
 def test_export_in_every_format(dsdistill, kip_run, tmp_path):
     import torch
 
-    distilled = artifact.load(kip_run / "distilled.safetensors")
+    distilled = distilled_set.load(kip_run / "distilled.safetensors")
     for form, out in (("folder", "png"), ("npz", "set.npz"), ("torch", "set.pt")):
         done = dsdistill("export", kip_run, "--format", form, "--out", out)
         assert done.returncode == 0, done.stderr

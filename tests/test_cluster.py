@@ -2,14 +2,14 @@
 
 import pytest
 
-from dsdistill import cluster
 from dsdistill.harness.errors import UserError
+from dsdistill.parallel import launchers
 
 
 def test_notation():
-    assert cluster.parse("none") is None
-    assert cluster.parse("10.0.0.1:9876,0/1") is None
-    found = cluster.parse("[fd00::1]:9876,1/3")
+    assert launchers.parse("none") is None
+    assert launchers.parse("10.0.0.1:9876,0/1") is None
+    found = launchers.parse("[fd00::1]:9876,1/3")
     assert found is not None
     assert found["coordinator_address"] == "[fd00::1]:9876"
     assert (found["process_id"], found["num_processes"]) == (1, 3)
@@ -29,7 +29,7 @@ def test_notation():
     ],
 )
 def test_a_cluster_is_one_that_launched_several_tasks(environment, launched):
-    assert cluster._launched(environment) is launched
+    assert launchers._launched(environment) is launched
 
 
 @pytest.mark.parametrize(
@@ -47,4 +47,4 @@ def test_a_cluster_is_one_that_launched_several_tasks(environment, launched):
 )
 def test_a_wrong_text_is_refused(text, words):
     with pytest.raises(UserError, match=words):
-        cluster.parse(text)
+        launchers.parse(text)

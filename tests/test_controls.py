@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from dsdistill.harness import controls
+from dsdistill.harness.data.labeled_images import Examples, Labeled
+from dsdistill.harness.data.preprocess import fit, identity
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.labeled import Examples, Labeled
-from dsdistill.harness.preprocess import fit, identity
+from dsdistill.harness.evaluation import controls
 
 
 def examples(n: int, seed: int = 0) -> Examples:

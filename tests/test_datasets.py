@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsdistill.harness import datasets, labeled, npz
+from dsdistill.harness.data import datasets, labeled_images, npz
+from dsdistill.harness.data.labeled_images import DataError, Examples, Labeled
+from dsdistill.harness.data.preprocess import identity
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.labeled import DataError, Examples, Labeled
-from dsdistill.harness.preprocess import identity
 
 FASHION = Path(os.environ.get("DSDISTILL_DATA", "no such folder"))
 
@@ -48,27 +48,27 @@ def _refused(path, tmp_path, match, **options):
 )
 def test_stratified_is_exact_disjoint_and_repeatable(counts, fraction, seed):
     labels = _labeled(counts, seed).labels
-    kept, held = labeled.stratified(labels, fraction)
+    kept, held = labeled_images.stratified(labels, fraction)
     assert sorted([*kept, *held]) == list(range(len(labels)))
     assert (np.diff(kept) > 0).all()
     assert (np.diff(held) > 0).all()
     for label, count in enumerate(counts):
         assert (labels[held] == label).sum() == round(fraction * count)
-    again = labeled.stratified(labels, fraction)
+    again = labeled_images.stratified(labels, fraction)
     np.testing.assert_array_equal(again[0], kept)
     np.testing.assert_array_equal(again[1], held)
 
 
 def test_stratified_is_a_random_choice():
     labels = np.repeat([0, 1], 100)
-    _, held = labeled.stratified(labels, 0.2)
+    _, held = labeled_images.stratified(labels, 0.2)
     assert held[labels[held] == 0].max() > 30  # not simply the first 20
 
 
 @given(counts=st.lists(st.integers(1, 12), min_size=1, max_size=5), count=st.integers(0, 80))
 def test_balanced_gives_every_class_its_share(counts, count):
     labels = _labeled(counts).labels
-    chosen = labeled.balanced(labels, count, np.random.default_rng(0))
+    chosen = labeled_images.balanced(labels, count, np.random.default_rng(0))
     assert len(set(chosen.tolist())) == len(chosen)
     share = max(count // len(counts), 1)
     assert np.bincount(labels[chosen]).tolist() == [min(share, n) for n in counts]
@@ -77,23 +77,25 @@ def test_balanced_gives_every_class_its_share(counts, count):
 
 def test_balanced_follows_its_generator():
     labels = np.repeat([0, 1], 50)
-    draw = [labeled.balanced(labels, 10, np.random.default_rng(s)).tolist() for s in (0, 0, 1)]
+    draw = [
+        labeled_images.balanced(labels, 10, np.random.default_rng(s)).tolist() for s in (0, 0, 1)
+    ]
     assert draw[0] == draw[1] != draw[2]
 
 
 def test_per_class_is_exact_or_refused():
     data = _labeled([5, 3, 9])
-    chosen = labeled.per_class(data, 3, np.random.default_rng(0))
+    chosen = labeled_images.per_class(data, 3, np.random.default_rng(0))
     assert data.labels[chosen].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     with pytest.raises(DataError, match=r"'class 1' has 3 .* fewer than the 4"):
-        labeled.per_class(data, 4, np.random.default_rng(0))
+        labeled_images.per_class(data, 4, np.random.default_rng(0))
     with pytest.raises(UserError, match="at least 1, got 0"):
-        labeled.per_class(data, 0, np.random.default_rng(0))
+        labeled_images.per_class(data, 0, np.random.default_rng(0))
 
 
 def test_centred_one_hot_rows_sum_to_zero():
     labels = np.array([2, 0, 1])
-    rows = labeled.centred_one_hot(labels, 4)
+    rows = labeled_images.centred_one_hot(labels, 4)
     np.testing.assert_allclose(rows.sum(1), 0, atol=1e-7)
     np.testing.assert_allclose(rows, np.eye(4)[labels] - 0.25)
 
@@ -111,7 +113,9 @@ def test_examples_give_centred_or_stored_labels():
     data, some = _labeled([2, 3]), np.array([4, 0])
     plain = Examples(data, identity(1))
     np.testing.assert_array_equal(plain.images(some), data.store[some] / np.float32(255))
-    np.testing.assert_array_equal(plain.labels(some), labeled.centred_one_hot(data.labels[some], 2))
+    np.testing.assert_array_equal(
+        plain.labels(some), labeled_images.centred_one_hot(data.labels[some], 2)
+    )
     stored = np.arange(10, dtype=np.float32).reshape(5, 2)
     ready = Examples(data, identity(1), targets=stored, ready=True)
     np.testing.assert_array_equal(ready.images(some), data.store[some])
@@ -374,6 +378,6 @@ def test_parts_are_read_across_their_borders(size):
         every.select(np.empty(0, np.int64)),
         every.select(np.arange(5, 11)),
     ]
-    chunks = list(labeled.iterate_chunks(parts, size))
+    chunks = list(labeled_images.iterate_chunks(parts, size))
     np.testing.assert_array_equal(np.concatenate(chunks), images)
     assert [len(chunk) for chunk in chunks] == [len(c) for c in every.chunks(size)]

@@ -10,10 +10,10 @@ PROGRAM = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
-from dsdistill import kip, start
-from dsdistill.harness.labeled import Examples, Labeled
-from dsdistill.harness.preprocess import identity
-from dsdistill.kernels import devices, networks
+from dsdistill.methods import kip, initial_support as start
+from dsdistill.harness.data.labeled_images import Examples, Labeled
+from dsdistill.harness.data.preprocess import identity
+from dsdistill.parallel import devices; from dsdistill.kernels import networks
 network = networks.parse("CRP-flatten")
 rng = np.random.default_rng(0)
 x1, x2, g = (jnp.asarray(rng.standard_normal(s), jnp.float32)
@@ -61,7 +61,7 @@ def test_two_devices_give_the_same_as_one(results):
 
 def test_all_cores_are_used_by_the_command():
     program = (
-        "import os, sys; from dsdistill.kernels import devices; devices.use_all(); import jax; "
+        "import os, sys; from dsdistill.parallel import devices; devices.use_all(); import jax; "
         "sys.exit(jax.local_device_count() != len(os.sched_getaffinity(0)))"
     )
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0

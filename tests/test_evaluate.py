@@ -7,15 +7,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from dsdistill import assembly, scorecard
-from dsdistill.harness import evaluate as protocol
-from dsdistill.harness import judges, labeled, results
+from dsdistill.commands import evaluate as evaluate_command
+from dsdistill.commands import evaluation_parts
+from dsdistill.harness.data import labeled_images
+from dsdistill.harness.data.labeled_images import Examples, Labeled
+from dsdistill.harness.data.preprocess import identity
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.evaluate import Arm, evaluate
-from dsdistill.harness.judges import Judges
-from dsdistill.harness.kept import Kept
-from dsdistill.harness.labeled import Examples, Labeled
-from dsdistill.harness.preprocess import identity
+from dsdistill.harness.evaluation import held_out, protocol, results
+from dsdistill.harness.evaluation.held_out import Judges
+from dsdistill.harness.evaluation.protocol import Arm, evaluate
+from dsdistill.harness.evaluation.result_cache import Kept
 
 
 def examples(n: int, seed: int = 0) -> Examples:
@@ -238,12 +239,12 @@ def test_figures_beside_a_teacher():
 
 
 def test_test_images_of_several_batches(monkeypatch):
-    monkeypatch.setattr(labeled, "BATCH", 2)
+    monkeypatch.setattr(labeled_images, "BATCH", 2)
 
     def constant(images):
         return np.ones((len(images), 2))
 
-    assert judges.accuracy(constant, examples(5), "test images") == 3 / 5
+    assert held_out.accuracy(constant, examples(5), "test images") == 3 / 5
 
 
 def test_a_limit_is_a_balanced_draw():
@@ -429,23 +430,23 @@ def test_an_accuracy_that_is_the_share_of_a_class_is_said():
     images = np.zeros((10, 1, 1, 1), np.float32)
     test = Labeled(images, np.array([0] * 8 + [1] * 2), ("dark", "light"))
     always, mixed = _answers([[8, 0], [2, 0]]), _answers([[7, 1], [0, 2]], "random")
-    share, constant = scorecard.majority([always, mixed], test)
+    share, constant = evaluate_command.majority([always, mixed], test)
     assert share.startswith("80.0% of the test images are of class 'dark'")
     assert "mlp on distilled answers 'dark' to every test image" in constant
     assert "80.0%" in constant
     even = Labeled(images, np.arange(10) % 2, ("dark", "light"))
-    assert scorecard.majority([_answers([[4, 1], [1, 4]])], even) == []
+    assert evaluate_command.majority([_answers([[4, 1], [1, 4]])], even) == []
     # Of several seeds one that answers otherwise is enough.
-    assert len(scorecard.majority([always, _answers([[7, 1], [2, 0]])], test)) == 1
+    assert len(evaluate_command.majority([always, _answers([[7, 1], [2, 0]])], test)) == 1
 
 
 def test_controls_that_cannot_be_drawn_are_refused_before_anything_is_trained():
     train = Labeled(
         np.zeros((5, 1, 1, 1), np.float32), np.array([0, 0, 0, 1, 1]), ("dark", "light")
     )
-    assembly.check_controls(("random", "full"), train, 2)
-    assembly.check_controls(("full",), train, 3)
+    evaluation_parts.check_controls(("random", "full"), train, 2)
+    evaluation_parts.check_controls(("full",), train, 3)
     with pytest.raises(
         UserError, match=r"3 images per class, .* 2 training images of class 'light'"
     ):
-        assembly.check_controls(("random", "full"), train, 3)
+        evaluation_parts.check_controls(("random", "full"), train, 3)

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dsdistill import assembly, export
-from dsdistill.harness import artifact, datasets, preprocess
-from dsdistill.harness.artifact import ArtifactError, Distilled
+from dsdistill.commands import evaluation_parts, export
+from dsdistill.harness.data import datasets, distilled_set, preprocess
+from dsdistill.harness.data.distilled_set import ArtifactError, Distilled
 from dsdistill.harness.errors import UserError
 from dsdistill.options import Evaluate
 
@@ -40,7 +40,7 @@ def _set(classes: tuple[str, ...], kind: str = "standardise") -> Distilled:
 
 
 def _saved(folder: Path, distilled: Distilled) -> Path:
-    artifact.save(folder / "set.safetensors", distilled)
+    distilled_set.save(folder / "set.safetensors", distilled)
     return folder / "set.safetensors"
 
 
@@ -130,7 +130,7 @@ def test_evaluate_scores_an_export_as_the_set(tmp_path: Path) -> None:
     scores = []
     for run in (file, path):
         options = Evaluate(run, learners="ridge", controls="", cache=None, seeds=1)
-        parts = assembly.assembled(options)
+        parts = evaluation_parts.assembled(options)
         (learner,) = parts.learners
         examples, judged = parts.distilled.examples(), parts.judges.validation
         predict = learner(examples, judged, 0)

@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dsdistill import cache
-from dsdistill.harness import datasets, folders, labeled, layout, locks, places
+from dsdistill.commands import cache
+from dsdistill.harness import paths
+from dsdistill.harness.data import datasets, folders, labeled_images, layout
+from dsdistill.harness.data.labeled_images import DataError
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.labeled import DataError
+from dsdistill.harness.runs import locks
 
 
 def _pixels(h=6, w=6, c=3, seed=0):
@@ -94,7 +96,7 @@ def test_a_folder_without_test_part_is_split(inside, tmp_path):
     data = tmp_path / "data"
     _classes(data / inside, {"a": 10, "b": 20})
     train, test = _read(data, tmp_path)
-    kept, held = labeled.stratified(np.repeat([0, 1], [10, 20]), datasets.TEST_FRACTION)
+    kept, held = labeled_images.stratified(np.repeat([0, 1], [10, 20]), datasets.TEST_FRACTION)
     np.testing.assert_array_equal(train.rows, kept)
     np.testing.assert_array_equal(test.rows, held)
     assert np.bincount(test.labels).tolist() == [2, 4]
@@ -409,7 +411,7 @@ def test_a_killed_decode_leaves_nothing_that_is_used(tmp_path):
     data = _classes(tmp_path / "data", {"a": 300, "b": 300})
     script = """
 import os, pathlib, signal, sys
-from dsdistill.harness import folders
+from dsdistill.harness.data import folders
 decode = folders._decode
 def die(file, **options):
     if file.name == "100.png" and file.parent.name == "b":
@@ -514,7 +516,7 @@ def test_the_cache_has_a_folder_of_its_own_and_its_size_is_said(tmp_path, monkey
     ]
     monkeypatch.delenv("DSDISTILL_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert places.decoded_images() == tmp_path / "xdg" / "dsdistill" / "decoded"
+    assert paths.decoded_images() == tmp_path / "xdg" / "dsdistill" / "decoded"
 
 
 def _kept_things(root):

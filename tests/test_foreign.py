@@ -13,14 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-from dsdistill import assembly, export, foreign
-from dsdistill.foreign import Stated
-from dsdistill.foreign_sets import evidence, pixels
-from dsdistill.harness import artifact, datasets, preprocess
-from dsdistill.harness.artifact import Distilled
+from dsdistill.commands import evaluation_parts, export
+from dsdistill.harness.data import datasets, distilled_set, preprocess
+from dsdistill.harness.data.distilled_set import Distilled
+from dsdistill.harness.data.labeled_images import Labeled, centred_one_hot, per_class
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.labeled import Labeled, centred_one_hot, per_class
 from dsdistill.options import Evaluate
+from dsdistill.published_sets import evidence, pixels, reader
+from dsdistill.published_sets.reader import Stated
 
 SHARE = 20  # real images a class that play the distilled set
 GOOD = 0.9  # accuracy of ridge regression on them: 0.96; chance is 0.1
@@ -49,7 +49,7 @@ def read(splits, fitted):
         given = {name: stated.pop(name) for name in ("data",) if name in stated}
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            return foreign.load(path, train, Stated(**stated), preprocess=fitted, **given)
+            return reader.load(path, train, Stated(**stated), preprocess=fitted, **given)
 
     return one
 
@@ -154,7 +154,7 @@ def test_pair_of_files_as_folder_and_as_file(tmp_path, splits, few, fitted, read
     published = _nchw(fitted.apply(images)).requires_grad_()
     torch.save(published, folder / "images_500.pt")
     torch.save(torch.from_numpy(labels), folder / "labels_500.pt")
-    assert foreign.is_foreign(folder)
+    assert reader.is_foreign(folder)
     refused(folder, r"no images_best.pt: give one of its files \(images_500.pt\)")
     torch.save(published, folder / "images_best.pt")
     refused(folder, "there is no file .*labels_best.pt")
@@ -176,12 +176,12 @@ def test_whitened_pairs_are_not_guessed(tmp_path, splits, few, refused):
     torch.save(_nchw(own.apply(images)), folder / "images_best.pt")
     torch.save(torch.from_numpy(labels), folder / "labels_best.pt")
     refused(folder, "state --pixels zca-mtt or --pixels standardised", train=colour)
-    got = foreign.load(folder, colour, Stated(pixels="standardised"), preprocess=own)
+    got = reader.load(folder, colour, Stated(pixels="standardised"), preprocess=own)
     assert "those of MTT for CIFAR100" in _notes(got)
     torch.save(_nchw(images * np.float32(1.2) - np.float32(0.1)), folder / "images_zca_best.pt")
     whitened = "is whitened by ZCA.* say --pixels zca-mtt"
     refused(folder, whitened, train=colour, pixels="standardised")
-    got = foreign.load(folder / "images_zca_best.pt", colour, Stated(), preprocess=own)
+    got = reader.load(folder / "images_zca_best.pt", colour, Stated(), preprocess=own)
     np.testing.assert_allclose(got.images, own.apply(images * 1.2 - 0.1), atol=1e-4)
     assert "pixels: unit (the kind of file)" in _notes(got)
 
@@ -244,8 +244,8 @@ def test_own_export_comes_back_to_the_bit(tmp_path, splits, few, read, kind, pre
     own = preprocess.fit(prepared, lambda size: iter([images]), images.shape[1:])
     solved = np.random.default_rng(1).normal(0, 9, (len(labels), 10)).astype(np.float32)
     made = Distilled(own.apply(images), solved, own, splits.train.classes, {})
-    artifact.save(tmp_path / artifact.FILE, made)
-    path = export.write(tmp_path / artifact.FILE, kind, None)
+    distilled_set.save(tmp_path / distilled_set.FILE, made)
+    path = export.write(tmp_path / distilled_set.FILE, kind, None)
     got = read(path)
     np.testing.assert_array_equal(got.images, made.images)
     np.testing.assert_array_equal(got.labels, made.labels)
@@ -257,18 +257,18 @@ def test_own_export_that_cannot_be_used(tmp_path, few, read, refused):
     own = preprocess.fit("zca", lambda size: iter([images]), images.shape[1:])
     classes = tuple(str(i) for i in range(10))
     made = Distilled(own.apply(images), centred_one_hot(labels, 10), own, classes, {})
-    artifact.save(tmp_path / artifact.FILE, made)
-    whitened = export.write(tmp_path / artifact.FILE, "npz", None)
+    distilled_set.save(tmp_path / distilled_set.FILE, made)
+    whitened = export.write(tmp_path / distilled_set.FILE, "npz", None)
     refused(whitened, "whitened set: evaluate its .safetensors")
     plain = preprocess.identity(1)
     made = Distilled(images, centred_one_hot(labels, 10), plain, classes[::-1], {})
-    artifact.save(tmp_path / artifact.FILE, made)
-    reversed_ = export.write(tmp_path / artifact.FILE, "npz", tmp_path / "reversed.npz")
+    distilled_set.save(tmp_path / distilled_set.FILE, made)
+    reversed_ = export.write(tmp_path / distilled_set.FILE, "npz", tmp_path / "reversed.npz")
     got = read(reversed_)
     np.testing.assert_array_equal(got.hard_labels, 9 - labels)  # label 9 is the class named '0'
     assert "classes: matched by name" in _notes(got)
-    other = artifact.FILE.replace("distilled", "other")
-    artifact.save(tmp_path / other, replace(made, classes=("ten", *classes[1:])))
+    other = distilled_set.FILE.replace("distilled", "other")
+    distilled_set.save(tmp_path / other, replace(made, classes=("ten", *classes[1:])))
     named = export.write(tmp_path / other, "npz", tmp_path / "named.npz")
     refused(named, "of the classes ten, 1, .* of 0, 1, .* must have the same ones")
     with np.load(reversed_) as file:
@@ -299,7 +299,7 @@ def _write_folder(folder, images, labels, name, suffix=".png", size=None):
 )
 def test_class_folders(tmp_path, splits, few, fitted, read, name, how):
     folder = _write_folder(tmp_path / "syn", *few, name)
-    assert foreign.is_foreign(folder)
+    assert reader.is_foreign(folder)
     got = read(folder)
     assert _accuracy(got, splits.test) > GOOD
     assert how in _notes(got)
@@ -551,7 +551,7 @@ def test_a_shape_that_fits_both_layouts_must_be_stated(tmp_path, refused):
     path = _plain(tmp_path / "set.pt", images, np.arange(20) % 10)
     refused(path, "fit both layouts: give --layout", train=train)
     nhwc, nchw = (
-        foreign.load(path, train, Stated(layout=layout), preprocess=own).images
+        reader.load(path, train, Stated(layout=layout), preprocess=own).images
         for layout in ("nhwc", "nchw")
     )
     np.testing.assert_allclose(nhwc, own.apply(images), atol=1e-6)
@@ -561,8 +561,8 @@ def test_a_shape_that_fits_both_layouts_must_be_stated(tmp_path, refused):
 def test_the_set_can_be_saved_and_says_how_it_was_read(tmp_path, few, fitted, read):
     path = _plain(tmp_path / "set.pt", _nchw(fitted.apply(few[0])), few[1])
     got = read(path, mean=(0.3,), std=(0.4,))
-    artifact.save(tmp_path / "again.safetensors", got)
-    made = artifact.load(tmp_path / "again.safetensors").provenance
+    distilled_set.save(tmp_path / "again.safetensors", got)
+    made = distilled_set.load(tmp_path / "again.safetensors").provenance
     assert made == json.loads(json.dumps(got.provenance)) == got.provenance
     assert made["method"] == "published"
     assert made["file"] == str(path)
@@ -581,26 +581,26 @@ def test_digest_follows_every_file(tmp_path, few, read):
 
 def test_what_is_foreign(tmp_path):
     for name in ("a.pt", "a.pth", "a.npz"):
-        assert foreign.is_foreign(tmp_path / name)
-    assert not foreign.is_foreign(tmp_path / "a.safetensors")
-    assert not foreign.is_foreign(tmp_path / "missing")
-    assert not foreign.is_foreign(tmp_path)
+        assert reader.is_foreign(tmp_path / name)
+    assert not reader.is_foreign(tmp_path / "a.safetensors")
+    assert not reader.is_foreign(tmp_path / "missing")
+    assert not reader.is_foreign(tmp_path)
     (tmp_path / "new000").mkdir()
-    assert not foreign.is_foreign(tmp_path)
+    assert not reader.is_foreign(tmp_path)
     (tmp_path / "new000" / "1.JPEG").touch()
-    assert foreign.is_foreign(tmp_path)
-    (tmp_path / artifact.FILE).touch()
-    assert not foreign.is_foreign(tmp_path)
+    assert reader.is_foreign(tmp_path)
+    (tmp_path / distilled_set.FILE).touch()
+    assert not reader.is_foreign(tmp_path)
 
 
 def test_hint():
     """Three standard errors of 10000 answers at chance 0.1 are 0.009."""
-    assert foreign.hint(0.1091, 0.1, 10000) is None
-    line = foreign.hint(0.1089, 0.1, 10000)
+    assert reader.hint(0.1091, 0.1, 10000) is None
+    line = reader.hint(0.1089, 0.1, 10000)
     assert line is not None
     assert all(word in line for word in ("--pixels", "--mean", "--labels", "--layout", "order"))
-    assert foreign.hint(0.02, 0.1, 10000) is not None
-    assert foreign.hint(0.15, 0.1, 100) is not None
+    assert reader.hint(0.02, 0.1, 10000) is not None
+    assert reader.hint(0.15, 0.1, 100) is not None
 
 
 class _Hostile:
@@ -760,7 +760,7 @@ def test_rfad_file_of_colour_images(tmp_path, splits, few, refused):
     path = _rfad(
         tmp_path / "distilled_images_final" / "cifar10" / "10" / "best.npz", whiten(images), learned
     )
-    got = foreign.load(path, train, Stated(), preprocess=own)
+    got = reader.load(path, train, Stated(), preprocess=own)
     np.testing.assert_array_equal(got.images, whiten(images))
     test = splits.test.images(np.arange(50)) * np.array([1.0, 0.7, 0.4], np.float32)
     np.testing.assert_allclose(got.preprocess.apply(test), whiten(test), atol=1e-3)
@@ -772,7 +772,7 @@ def test_rfad_file_of_colour_images(tmp_path, splits, few, refused):
     # Where neither data nor folders are named, three readings are left.
     unnamed = _rfad(tmp_path / "set.npz", whiten(images), learned)
     refused(unnamed, "state --pixels zca-rfad, --pixels zca or --pixels standard", train=train)
-    svhn = foreign.load(unnamed, train, Stated(), preprocess=own, data="svhn")
+    svhn = reader.load(unnamed, train, Stated(), preprocess=own, data="svhn")
     assert svhn.preprocess.kind == "zca"
 
 
@@ -791,7 +791,7 @@ def test_frepo_file(tmp_path, splits, few, read):
     path = tmp_path / "step500000.npz"
     drifted = centred_one_hot(few[1], 10) + np.float32(0.02)  # learned, so no longer summing to 0
     np.savez(path, image=whiten(images), label=drifted)
-    got = foreign.load(path, train, Stated(), preprocess=own)
+    got = reader.load(path, train, Stated(), preprocess=own)
     assert got.preprocess.kind == "zca-frepo"
     np.testing.assert_allclose(got.preprocess.apply(images), whiten(images), atol=1e-3)
     np.testing.assert_allclose(got.preprocess.invert(got.images), images, atol=1e-3)
@@ -806,7 +806,7 @@ def test_frepo_divides_labels_by_a_root_of_the_number_of_classes(tmp_path, fitte
     images = np.random.default_rng(0).random((40, 8, 8, 1), np.float32)
     train = Labeled(images, labels, tuple(map(str, range(40))))
     np.savez(tmp_path / "s.npz", image=fitted.apply(images), label=centred_one_hot(labels, 40) / 2)
-    got = foreign.load(tmp_path / "s.npz", train, Stated(), preprocess=fitted)
+    got = reader.load(tmp_path / "s.npz", train, Stated(), preprocess=fitted)
     np.testing.assert_allclose(got.labels, centred_one_hot(labels, 40), atol=1e-6)
 
 
@@ -835,7 +835,7 @@ def test_other_constants_are_proven_by_the_numbers(
     own = preprocess.fit("standardise", train.chunks, train.shape)
     mean, std = np.float32(mean), np.float32(std)
     path = _plain(tmp_path / "set.pt", _nchw((images - mean) / std), few[1])
-    got = foreign.load(path, train, Stated(kind if stated else "auto"), preprocess=own)
+    got = reader.load(path, train, Stated(kind if stated else "auto"), preprocess=own)
     np.testing.assert_allclose(got.preprocess.apply(images), got.images, atol=1e-5)
     np.testing.assert_array_equal(got.preprocess.mean, mean)
     assert f"pixels: {kind} (" in _notes(got)
@@ -946,7 +946,7 @@ def test_two_npy_files(tmp_path, few, fitted, read, refused):
     np.save(folder / "images.npy", fitted.apply(few[0]))
     refused(folder, "one array, and its labels are nowhere: wanted labels.npy")
     np.save(folder / "labels.npy", few[1])
-    assert foreign.is_foreign(folder)
+    assert reader.is_foreign(folder)
     for path in (folder, folder / "images.npy"):
         np.testing.assert_array_equal(read(path).hard_labels, few[1])
     os.replace(folder / "images.npy", tmp_path / "x_train.npy")
@@ -976,7 +976,7 @@ def test_arrays_that_claim_more_than_they_hold(tmp_path, few, refused):
 def test_pickles_are_refused_unread(tmp_path, refused, name):
     target = tmp_path / "made by a pickle"
     (tmp_path / name).write_bytes(pickle.dumps(_Hostile(target)))
-    assert foreign.is_foreign(tmp_path / name)
+    assert reader.is_foreign(tmp_path / name)
     refused(tmp_path / name, "is a pickle, which can run any program .*numpy.savez")
     assert not target.exists()
 
@@ -1033,14 +1033,14 @@ def test_the_data_of_a_set_are_read_with_its_channels(tmp_path):
     gray = datasets.load(options.data or "", root=tmp_path, channels=1).train
     rows = per_class(gray, 2, np.random.default_rng(0))
     np.savez(options.run, images=gray.images(rows), labels=gray.labels[rows])
-    parts = assembly.assembled(replace(options, channels=1))
+    parts = evaluation_parts.assembled(replace(options, channels=1))
     assert parts.splits.train.shape == parts.distilled.images.shape[1:] == (8, 8, 1)
     assert parts.splits.digest == datasets.digest(
         datasets.load(options.data or "", root=tmp_path, channels=1, validation_fraction=0).train
     )
     with pytest.raises(UserError, match="its --image-size and --channels"):
-        assembly.assembled(options)
-    assembly.assembled(replace(options, channels=1, image_size=8))
+        evaluation_parts.assembled(options)
+    evaluation_parts.assembled(replace(options, channels=1, image_size=8))
 
 
 @pytest.mark.parametrize("stated", [{"channels": 1}, {"image_size": 8}])
@@ -1050,9 +1050,9 @@ def test_how_the_data_of_our_own_sets_are_read_is_theirs_to_say(tmp_path, splits
         fitted.apply(splits.train.images(rows)),
         centred_one_hot(splits.train.labels[rows], 10),
     )
-    artifact.save(
+    distilled_set.save(
         tmp_path / "set.safetensors", Distilled(*one_each, fitted, splits.train.classes, {})
     )
     options = Evaluate(tmp_path / "set.safetensors", data="digits", learners="ridge", **stated)
     with pytest.raises(UserError, match=r"-(channels|image-size) is for sets from elsewhere"):
-        assembly.assembled(options)
+        evaluation_parts.assembled(options)

@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsdistill import gauss_newton, kip, ridge
-from dsdistill.gauss_newton import Memory, Problem
+from dsdistill.harness.data.labeled_images import Examples, Labeled
+from dsdistill.harness.data.preprocess import identity
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.labeled import Examples, Labeled
-from dsdistill.harness.preprocess import identity
-from dsdistill.kernels import devices, gram, networks
-from dsdistill.start import initial_support
-from dsdistill.targets import Batches
+from dsdistill.kernels import gram, networks
+from dsdistill.methods import gauss_newton, kip, ridge
+from dsdistill.methods.gauss_newton import Memory, Problem
+from dsdistill.methods.initial_support import initial_support
+from dsdistill.methods.targets import Batches
+from dsdistill.parallel import devices
 
 NETWORKS = {name: networks.parse(name) for name in ("fc", "CRP-flatten")}
 STRENGTH = 1e-3

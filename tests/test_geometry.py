@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsdistill.kernels.geometry import Axis, Grid, grids
+from dsdistill.kernels.conv.offsets import Axis, Grid, grids
 
 CASES = [
     (height, width, poolings, everywhere)

@@ -20,11 +20,12 @@ import pytest
 import safetensors.numpy
 import torch
 
-from dsdistill import kip
-from dsdistill.harness import preprocess
-from dsdistill.harness.labeled import Examples
-from dsdistill.kernels import banded, gpu, layout, networks, planes, sequence, stages, variances
-from dsdistill.start import initial_support
+from dsdistill.harness.data import preprocess
+from dsdistill.harness.data.labeled_images import Examples
+from dsdistill.kernels import networks, notation
+from dsdistill.kernels.conv import conv_kernel, gpu, lanes, planes, stages, variances
+from dsdistill.methods import kip
+from dsdistill.methods.initial_support import initial_support
 
 on_jax = pytest.mark.skipif(jax.default_backend() == "cpu", reason="JAX has no GPU here")
 on_torch = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch has no GPU here")
@@ -46,13 +47,13 @@ def planes_of(text: str, *shape: int) -> list[tuple]:
 
     Also those of the images' variances, where both sides have lanes and there is no tangent.
     """
-    network = sequence.parse(text)
+    network = notation.parse(text)
     x1, x2 = (jnp.asarray(images(n, *shape, seed=n), jnp.float64) for n in (1, 4))
-    one, two = banded._Side.of(x1, network), banded._Side.blocks(x2, network)
+    one, two = conv_kernel._Side.of(x1, network), conv_kernel._Side.blocks(x2, network)
     image, block = (jax.tree.map(lambda a: a[0], side) for side in (one, two))
-    levels = layout.levels_of(network, block.images.shape)
-    sigmas = banded._sides(levels, image.deviations, block.deviations)
-    entering, _ = banded._sources(levels, image.images, block.images, sigmas)
+    levels = lanes.levels_of(network, block.images.shape)
+    sigmas = conv_kernel._sides(levels, image.deviations, block.deviations)
+    entering, _ = conv_kernel._sources(levels, image.images, block.images, sigmas)
     found = list(zip(levels, entering, sigmas, strict=True))
     deviations, levels, entering, _ = variances._walk(block.images, network)
     rest = iter(deviations)
@@ -104,7 +105,7 @@ def test_programs_are_lowered_for_a_gpu_that_is_not_here(
 @pytest.mark.parametrize("text", ["2xCRP-flatten", "CR-2xCRP-flatten", "CR-CRP-CR-gap"])
 def test_kernels_of_exact_planes(text: str) -> None:
     x1, x2 = images(2, 8, 6, 1), images(3, 8, 6, 1, seed=1)
-    network, plain = networks.parse(text), sequence.parse(text)
+    network, plain = networks.parse(text), notation.parse(text)
     value, pull = jax.vjp(lambda x: network.kernel(x, x2), jnp.asarray(x1))
     assert relative(value, oracle.ntk(x1, x2, plain)) < VALUE
     direction = images(2, 8, 6, 1, seed=2)

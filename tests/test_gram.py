@@ -10,7 +10,7 @@ import pytest
 
 from dsdistill.harness import memory
 from dsdistill.harness.errors import UserError
-from dsdistill.kernels import gram, networks, tangents
+from dsdistill.kernels import gram, networks, neural_tangents
 from dsdistill.kernels.gram import Tile
 
 
@@ -20,7 +20,7 @@ def images(n: int, seed: int, size: int = 8) -> jax.Array:
 
 def stored_covariances(monkeypatch) -> networks.Network:
     """A network of neural-tangents, which keeps every pair of pixels of every pair of images."""
-    stax = tangents.load().stax
+    stax = neural_tangents.load().stax
     block = (stax.Conv(1, (3, 3), padding="SAME"), stax.Relu(), stax.AvgPool((2, 2), (2, 2)))
     net = stax.serial(*block, *block, stax.Flatten(), stax.Dense(1))
     monkeypatch.setitem(sys.modules, "mine", types.SimpleNamespace(net=net))

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dsdistill.harness import datasets
-from dsdistill.harness.labeled import Labeled
-from kd.files.pictures import Pictures, open_folder
+from dsdistill.harness.data import datasets
+from dsdistill.harness.data.labeled_images import Labeled
+from kd.data.files.image_files import Pictures, open_folder
 
 # Two of ten images of each of the classes 0, 1, ... 11, as they were held out when folders of
 # numbers stood in the order of their text (0, 1, 10, 11, 2, ...).

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsdistill.harness import artifact
+from dsdistill.harness.data import distilled_set
 
 DSDISTILL = Path(sys.executable).with_name("dsdistill")
 TIMEOUT = 240  # of two processes that may share one core
@@ -95,7 +95,9 @@ def test_two_hosts_give_the_support_of_one(dsdistill, tmp_path, line):
     assert list((tmp_path / "host1").iterdir()) == []
     names = {path.name.split(".tfevents")[0] for path in (tmp_path / "host0" / "run").iterdir()}
     assert names == {path.name.split(".tfevents")[0] for path in (tmp_path / "alone").iterdir()}
-    one, two = (artifact.load(tmp_path / name / artifact.FILE) for name in ("alone", "host0/run"))
+    one, two = (
+        distilled_set.load(tmp_path / name / distilled_set.FILE) for name in ("alone", "host0/run")
+    )
     assert two.provenance["machine"]["hosts"] == 2
     # Adam divides by the size of the gradient: where that is rounding, so is the step.
     np.testing.assert_allclose(two.images, one.images, atol=1e-4)
@@ -127,7 +129,7 @@ def test_a_stop_is_agreed_on_and_a_death_ends_the_run(dsdistill, tmp_path):
     done = dsdistill("kip", "--resume", "--out", run)
     assert done.returncode == 0, done.stderr
     assert steps(run) == list(range(1, reached[-1] + 21))
-    assert artifact.load(run / artifact.FILE).provenance["metrics"]["test_accuracy"] > 0.9
+    assert distilled_set.load(run / distilled_set.FILE).provenance["metrics"]["test_accuracy"] > 0.9
 
 
 def test_a_silent_host_counts_as_lost(tmp_path):
@@ -192,9 +194,9 @@ SHARED = """
 import re, sys
 import jax, numpy as np
 jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
-from dsdistill import kip, label_solve
-from dsdistill.kernels import devices, gram, networks
-from dsdistill.start import Support
+from dsdistill.methods import kip, label_solve
+from dsdistill.parallel import devices; from dsdistill.kernels import gram, networks
+from dsdistill.methods.initial_support import Support
 gram.plan = lambda *_, **__: gram.Tile(2, 3)
 network = networks.parse("CRP-flatten")
 rng = np.random.default_rng(0)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dsdistill.harness import datasets, folders, image_files
+from dsdistill.harness.data import datasets, folders, image_files
+from dsdistill.harness.data.labeled_images import DataError
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.labeled import DataError
-from kd.files.pictures import open_folder
+from kd.data.files.image_files import open_folder
 
 GRAY = np.array([[0, 77, 200], [255, 1, 128]], np.uint8)
 COLOUR = np.arange(18, dtype=np.uint8).reshape(2, 3, 3) * 14

@@ -20,17 +20,17 @@ REPORTS = ("page", "report")
 RULES = [
     *((f"import dsdistill.harness.{name}", ()) for name in HARNESS),
     *((f"import dsdistill.harness.reports.{name}", ()) for name in REPORTS),
-    ("import kd.report", ()),
+    ("import kd.commands.report", ()),
     ("import dsdistill.cli", ()),
     ("import kd.cli", ()),
-    ("import dsdistill.kip", ("jax",)),
-    ("import dsdistill.label_solve", ("jax",)),
-    ("import dsdistill.kernels.tangents", ("jax",)),
-    ("import kd.train", ("torch",)),
+    ("import dsdistill.methods.kip", ("jax",)),
+    ("import dsdistill.methods.label_solve", ("jax",)),
+    ("import dsdistill.kernels.neural_tangents", ("jax",)),
+    ("import kd.training.loop", ("torch",)),
 ]
 WRITE_EVENTS = """
 import pathlib, tempfile
-from dsdistill.harness.runs import Metrics
+from dsdistill.harness.runs.run_folder import Metrics
 with tempfile.TemporaryDirectory() as folder:
     with Metrics(pathlib.Path(folder)) as metrics:
         metrics.write(1, loss=0.5)
@@ -38,7 +38,7 @@ with tempfile.TemporaryDirectory() as folder:
 """
 LOAD_DIGITS = """
 import pathlib
-from dsdistill.harness import datasets, preprocess
+from dsdistill.harness.data import datasets, preprocess
 train = datasets.load("digits", root=pathlib.Path("none")).train
 preprocess.fit("zca", train.chunks, train.shape)
 """

@@ -11,8 +11,8 @@ from kd_support import main, refused, write_npz
 
 from dsdistill.harness import memory
 from dsdistill.harness.errors import UserError
-from kd import networks, seals
-from kd.zoo import builtin, huggingface
+from kd.models import networks, seals
+from kd.models.zoo import builtin, huggingface
 
 FREE = 64 << 20
 SHAPE = (8, 8, 1)
@@ -25,7 +25,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_npz(folder / "three.npz")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("kd.curves.draw", lambda folder: None)
+        patch.setattr("kd.commands.curves.draw", lambda folder: None)
         options = ("--student", "convnet:4", "--epochs", 1, "--device", "cpu")
         main(patch, "train", "three.npz", *options, "--out", "run")
     shutil.copytree(folder / "run", folder / "huge")

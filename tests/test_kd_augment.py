@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from kd import augment, composition, data, recipes, terms
-from kd.data import Batch
-from kd.networks import Classifier
+from kd import recipes
+from kd.data import augment, batching
+from kd.data.batching import Batch
+from kd.models.networks import Classifier
+from kd.objectives import loss_spec, terms
+from kd.objectives.step_outputs import Seen
 from kd.recipe import Recipe
-from kd.seen import Seen
 
 
 def batch(n: int = 6, size: int = 5, first: int = 10) -> Batch:
@@ -68,7 +70,7 @@ def test_processes_that_share_a_batch_change_it_as_one_does(world: int) -> None:
         alone = changed(whole, seed)
         assert alone.shares is not None
         for rank in range(world):
-            rows = data.mine(13, rank, world)
+            rows = batching.mine(13, rank, world)
             shared = changed(part(whole, rows), seed)
             assert torch.equal(shared.images, alone.images[rows])
             assert torch.equal(shared.shares, alone.shares[rows])
@@ -115,7 +117,7 @@ def test_labels_of_mixed_images_are_smoothed_once_as_timm_smooths_them(options) 
     whole = Batch(torch.rand(8, 3, 6, 6), torch.arange(8))
     logits = 3 * torch.randn(8, k, generator=torch.Generator().manual_seed(0))
     mixed = augment.mixed(whole, 5, mixer=augment._mixer(recipe, k))
-    specs = composition.parse("ce:1", terms.FUNCTIONS)
+    specs = loss_spec.parse("ce:1", terms.FUNCTIONS)
     (ce,) = terms.build(specs, Classifier(torch.nn.Identity()), smoothing=recipe.label_smoothing)
     given = {"mixup_alpha": recipe.mixup, "cutmix_alpha": recipe.cutmix}
     mixer = Mixup(**given, label_smoothing=smoothing, num_classes=k)

@@ -19,11 +19,11 @@ import torch
 from kd_support import environment
 from torch import nn
 
-from dsdistill import cache as stored
+from dsdistill.commands import cache as stored
 from dsdistill.harness.errors import UserError
-from kd import cache as caches
-from kd import compact
-from kd.cache import Cache, fingerprint, open_cache
+from kd.data import teacher_cache as caches
+from kd.data import top_k
+from kd.data.teacher_cache import Cache, fingerprint, open_cache
 
 N, K = 50, 7
 KEY = {"data": "abc", "teacher": "def", "seed": 3, "shape": (32, 32, 3)}
@@ -115,7 +115,7 @@ def test_an_entry_is_mapped_and_not_loaded(tmp_path: Path) -> None:
 
 def test_the_largest_probabilities_and_the_tail_match_float64() -> None:
     logits, top = _logits(200, 30), 4
-    stored = compact.compress(logits, top)
+    stored = top_k.compress(logits, top)
     expected = _log_softmax(logits)
     order = np.argsort(-expected, axis=1)
     assert np.array_equal(stored.indices.numpy(), order[:, :top])
@@ -129,8 +129,8 @@ def test_the_largest_probabilities_and_the_tail_match_float64() -> None:
 
 def test_expanded_rows_spread_the_tail_evenly_and_sum_to_one() -> None:
     logits, top, k = _logits(200, 30), 4, 30
-    stored = compact.compress(logits, top)
-    expanded = compact.expand(stored, k)
+    stored = top_k.compress(logits, top)
+    expanded = top_k.expand(stored, k)
     assert expanded.dtype == torch.float32
     indices = stored.indices.to(torch.int64)
     assert torch.equal(expanded.gather(1, indices), stored.log_probs.float())
@@ -145,19 +145,19 @@ def test_expanded_rows_spread_the_tail_evenly_and_sum_to_one() -> None:
 def test_all_classes_kept_leave_no_tail() -> None:
     logits = _logits()
     for top in (K, K + 3):
-        stored = compact.compress(logits, top)
+        stored = top_k.compress(logits, top)
         assert not stored.tail.any()
-        expanded = compact.expand(stored, K)
+        expanded = top_k.expand(stored, K)
         np.testing.assert_allclose(expanded.numpy(), _log_softmax(logits), rtol=2**-11, atol=1e-6)
 
 
 def test_a_confident_teachers_tail_is_not_rounded_away_and_stays_finite() -> None:
     logits = torch.tensor([[40.0, 0, 0, 0], [300, 0, 0, 0], [1e6, 0, 0, 0], [0, -1e6, -1e6, 5]])
-    stored = compact.compress(logits, 1)
+    stored = top_k.compress(logits, 1)
     assert stored.tail[0].item() == pytest.approx(3 * np.exp(-40), rel=1e-5)
-    assert torch.isfinite(compact.expand(stored, 4)).all()
-    both = compact.compress(logits, 2)
-    assert torch.isfinite(compact.expand(both, 4)).all()
+    assert torch.isfinite(top_k.expand(stored, 4)).all()
+    both = top_k.compress(logits, 2)
+    assert torch.isfinite(top_k.expand(both, 4)).all()
 
 
 def test_more_classes_than_uint16_counts(tmp_path: Path) -> None:
@@ -169,13 +169,13 @@ def test_more_classes_than_uint16_counts(tmp_path: Path) -> None:
     found = cache.load("static", 2, k)
     assert found is not None
     assert found.argmax(1).tolist() == [k - 1, 40000]
-    assert compact.compress(logits, 1).indices.dtype == torch.int32
+    assert top_k.compress(logits, 1).indices.dtype == torch.int32
     # The last index of uint16 must not come back as -1.
     few = torch.zeros(1, 65535)
     few[0, 65534] = 20
-    stored = compact.compress(few, 1)
+    stored = top_k.compress(few, 1)
     assert stored.indices.dtype == torch.uint16
-    assert compact.expand(stored, 65535).argmax(1).item() == 65534
+    assert top_k.expand(stored, 65535).argmax(1).item() == 65534
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -302,7 +302,7 @@ def _stranger(cache: Cache, tensors: dict[str, torch.Tensor] | bytes, rows: int)
 
 
 def _changed(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
-    stored = compact.encode(_logits(), 2)
+    stored = top_k.encode(_logits(), 2)
     return {**stored, name: change(stored[name]).contiguous()}
 
 
@@ -316,7 +316,7 @@ def _changed(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> dict[
         (_changed("tail", lambda x: x[:3]), "another form"),
         (_changed("indices", lambda x: x.to(torch.int32)), "another form"),
         ({"logits": _logits()}, "another form"),
-        ({**compact.encode(_logits(), 2), "more": torch.zeros(2)}, "another form"),
+        ({**top_k.encode(_logits(), 2), "more": torch.zeros(2)}, "another form"),
         (_changed("indices", lambda x: x.view(torch.int16).fill_(-1).view(x.dtype)), "no teacher"),
         (_changed("indices", lambda x: torch.full((N, 2), K).to(x.dtype)), "no teacher"),
         (_changed("log_probs", lambda x: x.fill_(float("nan"))), "no teacher"),
@@ -342,7 +342,7 @@ def test_a_strangers_entry_with_right_checksums_is_not_used(
 def test_a_strangers_entry_with_right_values_is_used(tmp_path: Path) -> None:
     # Without this the test before could pass for another reason than the one it names.
     cache = open_cache(tmp_path, KEY, top=2)
-    _stranger(cache, compact.encode(_logits(), 2), N)
+    _stranger(cache, top_k.encode(_logits(), 2), N)
     assert cache.load("static", N, K) is not None
 
 
@@ -362,7 +362,7 @@ def test_an_error_in_the_middle_of_an_epoch_leaves_no_entry(tmp_path: Path) -> N
 _WRITE = """
 import sys, torch
 from pathlib import Path
-from kd import cache as caches
+from kd.data import teacher_cache as cache as caches
 caches.CHUNK_BYTES = 4 * 7 * 11
 cache = caches.open_cache(Path(sys.argv[1]), {"data": "abc"}, top=None)
 logits = torch.arange(50 * 7.).view(50, 7)

@@ -9,9 +9,9 @@ import pytest
 import safetensors.numpy
 from test_kd_cli import _main, _report
 
-from dsdistill.harness import artifact
+from dsdistill.harness.data import distilled_set
 from dsdistill.harness.errors import UserError
-from kd import seals
+from kd.models import seals
 
 FAST = ("--student", "mlp:8", "--epochs", 1, "--device", "cpu")
 
@@ -24,10 +24,12 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     support.write_npz(folder / "three.npz", classes=3)
     support.write_npz(folder / "few.npz", classes=3, n=15)
     gone = {"data": {"source": "gone/away.npz"}}
-    artifact.save(folder / "orphan.safetensors", support.distilled(support.digits(), **gone))
+    distilled_set.save(folder / "orphan.safetensors", support.distilled(support.digits(), **gone))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("kd.curves.draw", lambda folder: None)  # as long as the training itself
+        patch.setattr(
+            "kd.commands.curves.draw", lambda folder: None
+        )  # as long as the training itself
         for name, data in (("teacher-2", "two.npz"), ("one", "three.npz"), ("other", "three.npz")):
             seed = 1 if name == "other" else 0
             _main(patch, "train", data, *FAST, "--epochs", 20, "--seed", seed, "--out", name)
@@ -51,7 +53,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def inside(work: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.chdir(work)
-    monkeypatch.setattr("kd.curves.draw", lambda folder: None)
+    monkeypatch.setattr("kd.commands.curves.draw", lambda folder: None)
     return monkeypatch
 
 
@@ -207,7 +209,7 @@ def test_fewer_negatives_than_asked_for_are_said_first(
     def stop(*_: object) -> None:
         raise UserError("stopped before the folder is made")
 
-    inside.setattr("kd.session._open", stop)
+    inside.setattr("kd.commands.train._open", stop)
     with pytest.raises(SystemExit, match="stopped before the folder is made"):
         _main(inside, "train", "three.npz", *FAST, *TAUGHT, "--loss", loss, "--out", "capped")
     said = " ".join(capsys.readouterr().err.split())

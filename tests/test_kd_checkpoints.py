@@ -15,10 +15,11 @@ import timm.models
 import torch
 from torch import Tensor, nn
 
-from dsdistill.harness import preprocess
+from dsdistill.harness.data import preprocess
 from dsdistill.harness.errors import UserError
-from kd import formats, models, networks, teachers
-from kd.zoo import weights
+from kd.commands import export_formats
+from kd.models import networks, saved_models, teachers
+from kd.models.zoo import weights
 
 NAMES = ("cat", "dog", "owl")
 SHAPE = (32, 32, 3)
@@ -276,12 +277,12 @@ def test_arguments_reach_timm_and_outlive_a_run(tmp_path: Path) -> None:
     network: Any = student.network
     assert (len(network.blocks), student.size) == (2, (32, 32))
     assert network.blocks[1].drop_path1.drop_prob == pytest.approx(0.1)
-    model = models.Model(student, name, NAMES, (16, 16, 3), preprocess.identity(3))
-    models.save_run(tmp_path, model)
-    again = models.load_run(tmp_path)
+    model = saved_models.Model(student, name, NAMES, (16, 16, 3), preprocess.identity(3))
+    saved_models.save_run(tmp_path, model)
+    again = saved_models.load_run(tmp_path)
     x = torch.rand(2, 3, 16, 16)
     assert torch.equal(again.classifier.eval()(x), student(x))
-    assert formats._arguments(again) == {"img_size": 32, "depth": 2, "drop_path_rate": 0.1}
+    assert export_formats._arguments(again) == {"img_size": 32, "depth": 2, "drop_path_rate": 0.1}
     assert networks.wants(name).size == (32, 32)
 
 
@@ -354,27 +355,29 @@ def test_a_student_is_brought_to_the_order_of_the_data(tmp_path: Path, name: str
         nn.init.normal_(parameter, std=0.1)
     x = torch.rand(2, 3, 32, 32)
     before = classifier(x)
-    model = models.Model(classifier, name, NAMES, SHAPE, preprocess.identity(3))
+    model = saved_models.Model(classifier, name, NAMES, SHAPE, preprocess.identity(3))
     said: list[str] = []
-    found = models.fitted("student s", model, SHAPE, ("Owl", "cat", "dog"), said.append)
+    found = saved_models.fitted("student s", model, SHAPE, ("Owl", "cat", "dog"), said.append)
     assert found.classes == ("Owl", "cat", "dog")
     torch.testing.assert_close(found.classifier(x), before[:, [2, 0, 1]])
     assert said == ["student s: classes matched by name, in another order"]
-    models.save_run(tmp_path, found)
-    torch.testing.assert_close(models.load_run(tmp_path).classifier.eval()(x), found.classifier(x))
+    saved_models.save_run(tmp_path, found)
+    torch.testing.assert_close(
+        saved_models.load_run(tmp_path).classifier.eval()(x), found.classifier(x)
+    )
 
 
 def test_a_student_of_other_classes_is_refused() -> None:
-    model = models.Model(
+    model = saved_models.Model(
         networks.build("mlp:8", SHAPE, 3), "mlp:8", NAMES, SHAPE, preprocess.identity(3)
     )
-    assert models.fitted("s", model, SHAPE, NAMES) is model
+    assert saved_models.fitted("s", model, SHAPE, NAMES) is model
     for classes, message in (
         (("0", "1", "2"), "calls its classes 'cat', 'dog', 'owl', the data '0', '1', '2'"),
         (("cat", "dog", "emu"), "has no class 'emu' of the data"),
         (NAMES[:2], "has 3 classes, the data have 2"),
     ):
         with pytest.raises(UserError, match=message):
-            models.fitted("s", model, SHAPE, classes)
+            saved_models.fitted("s", model, SHAPE, classes)
     with pytest.raises(UserError, match="takes images of shape"):
-        models.fitted("s", model, (8, 8, 3), NAMES)
+        saved_models.fitted("s", model, (8, 8, 3), NAMES)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dsdistill.harness import artifact
+from dsdistill.harness.data import distilled_set
 from kd import cli
 
 FAST = ("--student", "mlp:16", "--epochs", "4", "--batch-size", "64")
@@ -43,15 +43,15 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         _main(patch, "train", "digits", *FAST, "--epochs", 12, "--out", "teacher")
     splits = support.digits()
-    artifact.save(folder / "set.safetensors", support.distilled(splits))
+    distilled_set.save(folder / "set.safetensors", support.distilled(splits))
     other = {"data": {"source": "digits", "sha256": "0" * 64}}
-    artifact.save(folder / "other.safetensors", support.distilled(splits, **other))
+    distilled_set.save(folder / "other.safetensors", support.distilled(splits, **other))
     gone = {"data": {"source": "gone/away.npz"}}
-    artifact.save(folder / "orphan.safetensors", support.distilled(splits, **gone))
+    distilled_set.save(folder / "orphan.safetensors", support.distilled(splits, **gone))
     bare = support.distilled(splits)
-    artifact.save(
+    distilled_set.save(
         folder / "bare.safetensors",
-        artifact.Distilled(bare.images, bare.labels, bare.preprocess, bare.classes, {}),
+        distilled_set.Distilled(bare.images, bare.labels, bare.preprocess, bare.classes, {}),
     )
     (folder / "cut.safetensors").write_bytes((folder / "set.safetensors").read_bytes()[:5000])
     (folder / "run").mkdir()
@@ -307,9 +307,9 @@ def test_an_unwritable_folder_is_one_line(inside, work: Path) -> None:
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(inside, work: Path) -> None:
-    from dsdistill.harness import runs
+    from dsdistill.harness.runs import run_folder
 
-    write, calls = runs.write_bytes, []
+    write, calls = run_folder.write_bytes, []
 
     def full(path: Path, content: bytes) -> None:
         calls.append(path.name)
@@ -317,11 +317,11 @@ def test_a_full_disk_leaves_the_last_checkpoint(inside, work: Path) -> None:
             raise OSError(28, "No space left on device")
         write(path, content)
 
-    inside.setattr(runs, "write_bytes", full)
-    inside.setattr("kd.saving.AT_MOST", 0.0)  # saved after every step
+    inside.setattr(run_folder, "write_bytes", full)
+    inside.setattr("kd.training.saving.AT_MOST", 0.0)  # saved after every step
     with pytest.raises(SystemExit, match="No space left on device"):
         _main(inside, "train", *FAST, "--out", "full")
-    inside.setattr(runs, "write_bytes", write)
+    inside.setattr(run_folder, "write_bytes", write)
     assert not list((work / "full").glob(".checkpoint*"))
     _main(inside, "train", "--out", "full", "--resume")
     assert _report(work / "full")["epochs"] == 4

@@ -3,8 +3,8 @@
 import pytest
 
 from dsdistill.harness.errors import UserError
-from kd import composition
-from kd.composition import Spec
+from kd.objectives import loss_spec
+from kd.objectives.loss_spec import Spec
 
 
 def kd(s, t, *, temperature: float = 4.0): ...
@@ -36,7 +36,7 @@ NAMES = {"kd": kd, "at": at, "cc": cc}
     ],
 )  # fmt: skip
 def test_what_was_written(text, expected) -> None:
-    assert list(composition.parse(text, NAMES)) == expected
+    assert list(loss_spec.parse(text, NAMES)) == expected
 
 
 @pytest.mark.parametrize(
@@ -57,5 +57,5 @@ def test_what_was_written(text, expected) -> None:
 )
 def test_what_cannot_be_read(text, message) -> None:
     with pytest.raises(UserError) as error:
-        composition.parse(text, NAMES)
+        loss_spec.parse(text, NAMES)
     assert message in str(error.value)

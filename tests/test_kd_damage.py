@@ -9,9 +9,10 @@ import pytest
 import safetensors.numpy
 from kd_support import main, refused, stop_in
 
-from dsdistill.harness import runs
 from dsdistill.harness.errors import UserError
-from kd import finished, models, seals
+from dsdistill.harness.runs import run_folder
+from kd.commands import finished_runs
+from kd.models import saved_models, seals
 
 QUICK = ("--student", "mlp:8", "--epochs", 2, "--batch-size", 64)
 FLIPS = 60  # of each file
@@ -23,7 +24,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("damage")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("kd.curves.draw", lambda folder: None)  # as long as the training itself
+        patch.setattr(
+            "kd.commands.curves.draw", lambda folder: None
+        )  # as long as the training itself
         for seed, out in ((0, "whole"), (1, "other")):
             options = ("--preprocess", "zca", "--seed", seed, "--out", out)
             main(patch, "train", "digits", *QUICK, *options)
@@ -34,7 +37,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def inside(work: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.chdir(work)
-    monkeypatch.setattr("kd.curves.draw", lambda folder: None)
+    monkeypatch.setattr("kd.commands.curves.draw", lambda folder: None)
     shutil.rmtree("run", ignore_errors=True)
     return monkeypatch
 
@@ -51,8 +54,8 @@ def flipped(content: bytes, count: int, seed: int) -> list[bytes]:
 
 def read_all(folder: Path) -> None:
     """All that `kd` reads of a finished run."""
-    models.load_run(folder)
-    finished.read(folder)
+    saved_models.load_run(folder)
+    finished_runs.read(folder)
     seals.read(folder, "recipe.json")
 
 
@@ -100,10 +103,10 @@ def test_weights_and_their_description_are_checked_without_the_rest(
     Path("run").mkdir()
     for name in (seals.CARD, seals.WEIGHTS, seals.WHITENING):
         shutil.copy(Path("whole") / name, "run")
-    models.load_run(Path("run"))
+    saved_models.load_run(Path("run"))
     shutil.copy(Path("other") / seals.WEIGHTS, "run")
     with pytest.raises(UserError, match=r"student\.safetensors is damaged or of another run"):
-        models.load_run(Path("run"))
+        saved_models.load_run(Path("run"))
 
 
 def test_every_command_says_so_in_one_line(inside: pytest.MonkeyPatch) -> None:
@@ -142,7 +145,7 @@ def test_a_checkpoint_of_something_else_is_one_line(inside: pytest.MonkeyPatch) 
     with safetensors.safe_open("run/checkpoint.safetensors", framework="numpy") as file:
         meta = json.loads(file.metadata()["meta"])
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    run = runs.Run(Path("run"), {}, True)
+    run = run_folder.Run(Path("run"), {}, True)
     for change, message in (
         ({"step": None}, "none of `kd train`"),
         ({"meter": {"ce": "x"}}, "none of `kd train`"),
@@ -190,5 +193,5 @@ def test_a_description_that_is_odd_but_signed_is_one_line(
     content = json.loads(Path("run/model.json").read_text())
     seals.write(Path("run"), seals.CARD, content | change, (seals.WEIGHTS, seals.WHITENING))
     with pytest.raises(UserError) as refusal:
-        models.load_run(Path("run"))
+        saved_models.load_run(Path("run"))
     assert "\n" not in str(refusal.value)

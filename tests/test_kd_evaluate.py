@@ -15,10 +15,12 @@ from kd_support import main
 from PIL import Image
 
 import dsdistill.options
-from dsdistill import assembly
-from dsdistill.harness import artifact, progress
+from dsdistill.commands import evaluation_parts
+from dsdistill.harness.data import distilled_set
 from dsdistill.harness.errors import UserError
-from kd import data, models, seals
+from dsdistill.harness.runs import progress
+from kd.data import batching
+from kd.models import saved_models, seals
 from kd.options import Evaluate
 
 CLASSES = ("cat", "dog", "elk", "owl")
@@ -65,10 +67,10 @@ def judged(inside: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *argu
 
 
 def by_hand(run: str, images: np.ndarray, labels: np.ndarray) -> float:
-    model = models.load_run(Path(run))
+    model = saved_models.load_run(Path(run))
     fitted = model.preprocess.apply(images[..., None])
     with torch.no_grad():
-        scores = model.classifier.eval()(data.to_nchw(fitted))
+        scores = model.classifier.eval()(batching.to_nchw(fitted))
     return float((scores.argmax(1).numpy() == labels).mean())
 
 
@@ -227,24 +229,26 @@ def test_the_teacher_of_a_distilled_sets_evaluation_has_a_map(
     card = seals.read(renamed, seals.CARD)
     other = [str(10 + i) for i in range(10)]  # of words the digits would be taken by position
     seals.write(renamed, seals.CARD, card | {"classes": other}, [seals.WEIGHTS])
-    artifact.save(tmp_path / "set.safetensors", support.distilled(support.digits()))
+    distilled_set.save(tmp_path / "set.safetensors", support.distilled(support.digits()))
     mapping = tmp_path / "map.json"
     mapping.write_text(json.dumps({str(i): other[i] for i in range(10)}))
     options = dsdistill.options.Evaluate(
         tmp_path / "set.safetensors", learners="mlp:8", controls="", teacher=str(renamed)
     )
     with pytest.raises(UserError) as caught:
-        assembly.assembled(options)
+        evaluation_parts.assembled(options)
     assert advised(str(caught.value)) == {"--teacher-class-map"}
     assert advised(str(caught.value)) <= options_of(type(options))
-    teacher = assembly.assembled(dataclasses.replace(options, teacher_class_map=mapping))
-    plain = assembly.assembled(dataclasses.replace(options, teacher="of-digits"))
+    teacher = evaluation_parts.assembled(dataclasses.replace(options, teacher_class_map=mapping))
+    plain = evaluation_parts.assembled(dataclasses.replace(options, teacher="of-digits"))
     images = plain.judges.test.images(slice(50))
     assert teacher.judges.teacher is not None
     assert plain.judges.teacher is not None
     np.testing.assert_array_equal(teacher.judges.teacher(images), plain.judges.teacher(images))
     with pytest.raises(UserError, match="--teacher-class-map needs --teacher"):
-        assembly.assembled(dataclasses.replace(options, teacher=None, teacher_class_map=mapping))
+        evaluation_parts.assembled(
+            dataclasses.replace(options, teacher=None, teacher_class_map=mapping)
+        )
 
 
 def test_the_share_of_a_class_and_a_constant_answer_are_said(

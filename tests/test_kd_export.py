@@ -24,15 +24,19 @@ from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 from torch import nn
 
-from dsdistill.harness import preprocess, runs
-from dsdistill.harness.metrics import softmax
-from dsdistill.harness.preprocess import Preprocess
-from kd import cli, export, formats, models, networks, seals, sources, teachers
-from kd.files import streaming
-from kd.files.pictures import Pictures
+from dsdistill.harness.data import preprocess
+from dsdistill.harness.data.preprocess import Preprocess
+from dsdistill.harness.evaluation.metrics import softmax
+from dsdistill.harness.runs import run_folder
+from kd import cli
+from kd.commands import export, export_formats
+from kd.commands.export_check import Trials
+from kd.data import data_source
+from kd.data.files import file_source
+from kd.data.files.image_files import Pictures
+from kd.models import networks, saved_models, seals, teachers
+from kd.models.zoo import exported
 from kd.recipe import Recipe
-from kd.trials import Trials
-from kd.zoo import exported
 
 # Rounding of float32 sums of up to a few thousand terms, of outputs of about 1.
 ROUNDING = 1e-5
@@ -45,7 +49,7 @@ RUNS = {
 }
 
 
-def _save(folder: Path, name: str, kind: str, **changed: Any) -> models.Model:
+def _save(folder: Path, name: str, kind: str, **changed: Any) -> saved_models.Model:
     """A finished run on digits, whose weights and buffers are all unlike their initial values."""
     images = support.digits().train
     classifier = networks.build(name, images.shape, 10, seed=3)
@@ -55,11 +59,11 @@ def _save(folder: Path, name: str, kind: str, **changed: Any) -> models.Model:
             if value.is_floating_point():
                 value += 0.1 * torch.rand(value.shape, generator=generator)
     fitted = preprocess.fit(kind, images.chunks, images.shape)
-    model = models.Model(classifier, name, images.classes, images.shape, fitted)
+    model = saved_models.Model(classifier, name, images.classes, images.shape, fitted)
     model = dataclasses.replace(model, **changed)
     folder.mkdir()
-    models.save_run(folder, model)
-    runs.write_json(folder / "config.json", {"data": "digits"})
+    saved_models.save_run(folder, model)
+    run_folder.write_json(folder / "config.json", {"data": "digits"})
     return model
 
 
@@ -71,19 +75,19 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         centred = {"outputs": "centred labels", "output_temperature": 0.25}
         _save(folder / run, name, kind, **(centred if run == "zca" else {}))
     (folder / "unfinished").mkdir()
-    runs.write_json(folder / "unfinished" / "config.json", {"data": "digits"})
+    run_folder.write_json(folder / "unfinished" / "config.json", {"data": "digits"})
     for run in ("cut", "broken"):
         shutil.copytree(folder / "mlp", folder / run)
-    weights = folder / "cut" / models.WEIGHTS
+    weights = folder / "cut" / saved_models.WEIGHTS
     weights.write_bytes(weights.read_bytes()[:500])
-    weights = folder / "broken" / models.WEIGHTS
+    weights = folder / "broken" / saved_models.WEIGHTS
     broken = safetensors.torch.load_file(weights)
     next(iter(broken.values()))[0] = float("nan")
     weights.write_bytes(safetensors.torch.save(broken))
     for run in ("cut", "broken"):  # as a version without checksums has left them
-        card = json.loads((folder / run / models.CARD).read_text())
+        card = json.loads((folder / run / saved_models.CARD).read_text())
         del card[seals.KEY]
-        runs.write_json(folder / run / models.CARD, card)
+        run_folder.write_json(folder / run / saved_models.CARD, card)
     (folder / "taken.pt2").write_text("mine")
     (folder / "dangling").symlink_to("gone")
     (folder / "half.onnx.json").write_text("{}")
@@ -130,7 +134,7 @@ def _nchw(images: np.ndarray) -> torch.Tensor:
 
 def _outputs(run: Path, images: np.ndarray) -> np.ndarray:
     """What the student says, preprocessed by NumPy."""
-    model = models.load_run(run)
+    model = saved_models.load_run(run)
     with torch.no_grad():
         return model.classifier.eval()(_nchw(model.preprocess.apply(images))).numpy()
 
@@ -213,9 +217,9 @@ def test_pt2_holds_preprocessing_resize_and_card(
     inside: pytest.MonkeyPatch, work: Path, run: str
 ) -> None:
     _main(inside, run, "--format", "pt2", "--out", f"{run}.pt2")
-    extra = {formats.CARD: ""}
+    extra = {export_formats.CARD: ""}
     program: Callable = torch.export.load(f"{run}.pt2", extra_files=extra).module()
-    card = json.loads(extra[formats.CARD])
+    card = json.loads(extra[export_formats.CARD])
     assert card["format"] == "pt2"
     assert card["check"]["argmax_agreement"] == 1
     assert card["resize"]["size"] == ([160, 160] if run == "vit" else None)
@@ -247,19 +251,19 @@ def test_safetensors_load_into_the_bare_network_and_make_a_run(
 ) -> None:
     _main(inside, "resnet", "--format", "safetensors")
     folder = work / "resnet" / "export" / "test_resnet-safetensors"
-    assert {p.name for p in folder.iterdir()} == {models.WEIGHTS, models.CARD}
+    assert {p.name for p in folder.iterdir()} == {saved_models.WEIGHTS, saved_models.CARD}
     bare = timm.create_model("test_resnet", in_chans=1, num_classes=10).eval()
-    bare.load_state_dict(safetensors.torch.load_file(folder / models.WEIGHTS))
-    prepared = models.load_run(work / "resnet").preprocess.apply(_images())
+    bare.load_state_dict(safetensors.torch.load_file(folder / saved_models.WEIGHTS))
+    prepared = saved_models.load_run(work / "resnet").preprocess.apply(_images())
     with torch.no_grad():
         got = bare(_nchw(prepared)).numpy()
     np.testing.assert_array_equal(got, _outputs(work / "resnet", _images()))
     np.testing.assert_array_equal(got, _outputs(folder, _images()))
-    cards = [json.loads((run / models.CARD).read_text()) for run in (folder, work / "resnet")]
+    cards = [json.loads((run / saved_models.CARD).read_text()) for run in (folder, work / "resnet")]
     for card in cards:
         del card[seals.KEY]  # the exported weights have another header
     assert cards[0] == cards[1]
-    with safetensors.safe_open(folder / models.WEIGHTS, "pt") as file:
+    with safetensors.safe_open(folder / saved_models.WEIGHTS, "pt") as file:
         header = file.metadata()
     assert json.loads(header["classes"]) == [str(i) for i in range(10)]
     assert json.loads(header["preprocess"])["included"] is False
@@ -282,7 +286,7 @@ def test_timm_makes_the_student_and_knows_its_input(
     _main(inside, run, "--format", "timm", "--out", f"{run}-timm")
     made = timm.create_model(f"local-dir:{work / f'{run}-timm'}", pretrained=True)
     network: Any = made.eval()
-    student = models.load_run(work / run)
+    student = saved_models.load_run(work / run)
     config = resolve_model_data_config(network)
     size = (160, 160) if run == "vit" else (8, 8)
     assert tuple(config["input_size"]) == (1, *size)
@@ -321,12 +325,12 @@ def test_a_streamed_runs_files_are_compared_on_and_cut_by_timm_as_in_evaluation(
     mean, std = np.array([[0.4, 0.5, 0.6], [0.2, 0.3, 0.4]], np.float32)
     fitted = Preprocess("standardise", mean, std)
     classifier = networks.build("test_resnet", (16, 16, 3), 2, seed=3).eval()
-    model = models.Model(classifier, "test_resnet", ("cat", "dog"), (16, 16, 3), fitted)
+    model = saved_models.Model(classifier, "test_resnet", ("cat", "dog"), (16, 16, 3), fitted)
     (tmp_path / "run").mkdir()
-    models.save_run(tmp_path / "run", model)
-    runs.write_json(tmp_path / "run" / "config.json", {"data": str(tmp_path / "pictures")})
+    saved_models.save_run(tmp_path / "run", model)
+    run_folder.write_json(tmp_path / "run" / "config.json", {"data": str(tmp_path / "pictures")})
     recipe = {"augment": "imagenet", "crop_share": 0.8, "interpolation": "random"}
-    runs.write_json(tmp_path / "run" / "recipe.json", recipe)
+    run_folder.write_json(tmp_path / "run" / "recipe.json", recipe)
     _main(inside, tmp_path / "run", "--format", "timm", "--out", tmp_path / "net")
     (line,) = capsys.readouterr().err.splitlines()
     assert "pictures: 14 training images of 2 classes" in line
@@ -338,7 +342,7 @@ def test_a_streamed_runs_files_are_compared_on_and_cut_by_timm_as_in_evaluation(
     assert (config["crop_pct"], config["interpolation"]) == (0.8, "bicubic")
     transform: Any = create_transform(**config)
     size = {"image_size": 16, "validation_fraction": 0.1}
-    source = streaming.resolve(str(tmp_path / "pictures"), root=tmp_path, **size)
+    source = file_source.resolve(str(tmp_path / "pictures"), root=tmp_path, **size)
     stream = source.test(Recipe(**recipe), fitted, torch.device("cpu"))
     _, _, tested = source.parts
     assert isinstance(tested, Pictures)
@@ -367,13 +371,13 @@ def test_without_its_data_a_student_is_compared_on_random_images_and_says_so(
 ) -> None:
     _save(tmp_path / "run", "mlp:8", "standardise")
     support.write_npz(tmp_path / "three.npz", classes=3)
-    runs.write_json(tmp_path / "run" / "config.json", config)
+    run_folder.write_json(tmp_path / "run" / "config.json", config)
     inside.chdir(tmp_path)
     _main(inside, "run", "--format", "safetensors")
     captured = capsys.readouterr()
     assert "kd: compared on random images only: " in captured.err
     assert why in captured.err
-    weights = tmp_path / "run" / "export" / "mlp-8-safetensors" / models.WEIGHTS
+    weights = tmp_path / "run" / "export" / "mlp-8-safetensors" / saved_models.WEIGHTS
     with safetensors.safe_open(weights, "pt") as file:
         check = json.loads(file.metadata()["check"])
     assert (check["random_images"], check["real_images"], check["data"]) == (16, 0, None)
@@ -382,14 +386,16 @@ def test_without_its_data_a_student_is_compared_on_random_images_and_says_so(
 
 def test_the_data_are_looked_for_where_they_lay(inside: pytest.MonkeyPatch, tmp_path: Path) -> None:
     _save(tmp_path / "run", "mlp:8", "none")
-    runs.write_json(tmp_path / "run" / "config.json", {"data": "cifar10", "data_root": "there"})
+    run_folder.write_json(
+        tmp_path / "run" / "config.json", {"data": "cifar10", "data_root": "there"}
+    )
     asked: list[Path] = []
 
     def resolve(name: str, *, root: Path, **_: object) -> None:
         asked.append(root)
         raise OSError("none")
 
-    inside.setattr(sources, "resolve", resolve)
+    inside.setattr(data_source, "resolve", resolve)
     for number, given in enumerate(((), ("--data-root", "here"))):
         out = tmp_path / f"{number}.pt2"
         _main(inside, tmp_path / "run", "--format", "pt2", "--out", out, *given)
@@ -402,7 +408,7 @@ def test_a_comparison_counts_every_output_of_every_batch() -> None:
     images = np.zeros((3, 8, 8, 1), np.float32)
     answers = iter([got[:1], got])
     read = dataclasses.replace(
-        formats.FORMATS["pt2"], read=lambda path: lambda x: torch.from_numpy(next(answers))
+        export_formats.FORMATS["pt2"], read=lambda path: lambda x: torch.from_numpy(next(answers))
     )
     trials = Trials((images[:1], images), (expected[:1], expected), "some", None)
     found = export.compare(Path("unused"), read, trials)
@@ -413,18 +419,18 @@ def test_a_comparison_counts_every_output_of_every_batch() -> None:
 
 
 def _forgets_preprocessing(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(formats, "Apply", lambda fitted: nn.Identity())
+    patch.setattr(export_formats, "Apply", lambda fitted: nn.Identity())
 
 
 def _reads(patch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """What the file answers is changed when it is run."""
-    chosen = formats.FORMATS["pt2"]
+    chosen = export_formats.FORMATS["pt2"]
 
-    def read(path: Path) -> formats.Run:
+    def read(path: Path) -> export_formats.Run:
         run = chosen.read(path)
         return lambda images: change(run(images))
 
-    changed = {**formats.FORMATS, "pt2": dataclasses.replace(chosen, read=read)}
+    changed = {**export_formats.FORMATS, "pt2": dataclasses.replace(chosen, read=read)}
     patch.setattr(export, "FORMATS", changed)
 
 
@@ -468,7 +474,7 @@ def test_a_network_that_cannot_be_traced_is_refused(inside: pytest.MonkeyPatch, 
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return images if float(images.sum()) > 0 else -images
 
-    inside.setattr(formats, "Apply", lambda fitted: Branches())
+    inside.setattr(export_formats, "Apply", lambda fitted: Branches())
     line = _refused(inside, work, "convnet", "--format", "pt2")
     assert "convnet:8 cannot be made into a graph" in line
     assert "use --format safetensors" in line
@@ -518,7 +524,7 @@ def test_an_unknown_format_lists_the_known_ones(work: Path) -> None:
         export.export(options)
 
 
-@pytest.mark.parametrize("package", formats.ONNX_PACKAGES)
+@pytest.mark.parametrize("package", export_formats.ONNX_PACKAGES)
 def test_a_missing_package_is_named_with_its_remedy(
     inside: pytest.MonkeyPatch, work: Path, package: str
 ) -> None:
@@ -534,14 +540,14 @@ def test_a_missing_package_is_named_with_its_remedy(
 def test_a_network_too_large_for_an_onnx_file_is_refused(
     inside: pytest.MonkeyPatch, work: Path
 ) -> None:
-    inside.setattr(formats, "ONNX_BYTES", 1000)
+    inside.setattr(export_formats, "ONNX_BYTES", 1000)
     line = _refused(inside, work, "mlp", "--format", "onnx")
     assert "holds less than 1000 bytes, and mlp:8 has 2728 of weights" in line
 
 
 @pytest.mark.parametrize("at", [1, 2])
 def test_a_full_disk_leaves_nothing(inside: pytest.MonkeyPatch, work: Path, at: int) -> None:
-    write, calls = runs.write_bytes, []
+    write, calls = run_folder.write_bytes, []
 
     def full(path: Path, content: bytes) -> None:
         calls.append(path)
@@ -549,7 +555,7 @@ def test_a_full_disk_leaves_nothing(inside: pytest.MonkeyPatch, work: Path, at: 
             raise OSError(28, "No space left on device")
         write(path, content)
 
-    inside.setattr(runs, "write_bytes", full)
+    inside.setattr(run_folder, "write_bytes", full)
     assert "No space left on device" in _refused(inside, work, "mlp", "--format", "safetensors")
 
 
@@ -582,12 +588,12 @@ def test_class_names_are_text_and_nothing_else(
     if form == "onnx":
         assert tuple(_card_of(onnxruntime.InferenceSession(str(out)))["classes"]) == HOSTILE
     elif form == "pt2":
-        extra = {formats.CARD: ""}
+        extra = {export_formats.CARD: ""}
         torch.export.load(out, extra_files=extra)
-        assert tuple(json.loads(extra[formats.CARD])["classes"]) == HOSTILE
+        assert tuple(json.loads(extra[export_formats.CARD])["classes"]) == HOSTILE
         assert tuple(exported.load(out, (8, 8, 1)).card["classes"]) == HOSTILE
     elif form == "safetensors":
-        assert models.load_run(out).classes == HOSTILE
+        assert saved_models.load_run(out).classes == HOSTILE
     else:
         made: Any = timm.create_model(f"local-dir:{out}", pretrained=True)
         assert tuple(made.pretrained_cfg["label_names"]) == HOSTILE
@@ -595,7 +601,7 @@ def test_class_names_are_text_and_nothing_else(
 
 def test_headers_take_what_is_no_text() -> None:
     """A path of bytes that are no UTF-8 is a part of a student's name."""
-    texts = formats.strings({"student": "local-dir:/a\udcff", "classes": ["\ud800"]})
+    texts = export_formats.strings({"student": "local-dir:/a\udcff", "classes": ["\ud800"]})
     assert texts == {"student": "local-dir:/a\\udcff", "classes": '["\\ud800"]'}
     onnx.helper.set_model_props(onnx.ModelProto(), texts)
 

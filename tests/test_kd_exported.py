@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError
-from kd import cache
-from kd.zoo import exported, exported_operators
+from kd.data import teacher_cache
+from kd.models.zoo import exported, exported_operators
 
 SHAPE = (20, 20, 3)
 Program = dict[str, Any]
@@ -664,8 +664,8 @@ def test_programs_with_the_same_weights_have_different_fingerprints(
     again = exported.load(tmp_path / "a.pt2", SHAPE).network
     images = torch.rand(2, 3, 20, 20)
     assert not torch.equal(one(images), other(images))
-    assert cache.fingerprint(one) != cache.fingerprint(other)
-    assert cache.fingerprint(one) == cache.fingerprint(again)
+    assert teacher_cache.fingerprint(one) != teacher_cache.fingerprint(other)
+    assert teacher_cache.fingerprint(one) == teacher_cache.fingerprint(again)
 
 
 def test_every_operator_that_is_allowed_takes_no_text_but_words_for_ways_to_compute() -> None:

@@ -12,9 +12,11 @@ import torch
 from kd_support import main
 from PIL import Image
 
-from dsdistill.harness import preprocess
-from dsdistill.harness.labeled import spread
-from kd import class_order, data, networks
+from dsdistill.harness.data import preprocess
+from dsdistill.harness.data.labeled_images import spread
+from kd.data import batching
+from kd.evaluation import class_order
+from kd.models import networks
 
 TWELVE = tuple(map(str, range(12)))
 AS_TEXT = sorted(TWELVE)  # 0, 1, 10, 11, 2, ...: as torchvision numbers the folders
@@ -42,7 +44,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _draw(folder / "two", dict.fromkeys(TWELVE[:2], 5))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("kd.curves.draw", lambda folder: None)
+        patch.setattr("kd.commands.curves.draw", lambda folder: None)
         options = ("--student", "mlp:32", "--epochs", 60, "--device", "cpu", "--lr", 0.003)
         main(patch, "train", "many", *options, "--out", "of-many")
         main(patch, "train", "two", *options, "--out", "of-two")
@@ -61,7 +63,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def inside(work: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.chdir(work)
-    monkeypatch.setattr("kd.curves.draw", lambda folder: None)
+    monkeypatch.setattr("kd.commands.curves.draw", lambda folder: None)
     return monkeypatch
 
 
@@ -134,7 +136,7 @@ def test_untrained_networks_on_real_images_are_no_order(name: str) -> None:
     """They answer alike to images that are alike, so some order fits them better."""
     digits = support.digits()
     fitted = preprocess.fit("standardise", digits.train.chunks, digits.train.shape)
-    images = data.to_nchw(fitted.apply(digits.train.images(slice(600))))
+    images = batching.to_nchw(fitted.apply(digits.train.images(slice(600))))
     labels, fits = digits.train.labels[:600], []
     for seed in range(20):
         network = networks.build(name, digits.train.shape, 10, seed=seed).eval()

@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.evaluate import Augmentable, Learner, Tunable
-from kd import learners, networks, recipes
-from kd.learners import Network, learner
-from kd.networks import Shape
+from dsdistill.harness.evaluation.protocol import Augmentable, Learner, Tunable
+from kd import recipes
+from kd.evaluation import learners
+from kd.evaluation.learners import Network, learner
+from kd.models import networks
+from kd.models.networks import Shape
 
 SHAPES: tuple[Shape, ...] = ((8, 8, 1), (28, 28, 1), (32, 32, 3))
 EASY = support.easy()

@@ -14,9 +14,13 @@ from test_kd_terms import LAYERED, SHAPE, layers, teacher
 from torch import nn
 
 from dsdistill.harness.errors import UserError
-from kd import composition, data, dry_run, engine, networks, terms
-from kd.data import Batch
-from kd.objectives import Distillation, MeanTeacher, Mutual, Objective
+from kd.data import batching
+from kd.data.batching import Batch
+from kd.models import networks
+from kd.objectives import loss_spec, terms
+from kd.objectives.schemes import Distillation, MeanTeacher, Mutual, Objective
+from kd.parallel import engine
+from kd.training import dry_run
 
 ON = engine.make()
 OUT_OF_RANGE = [
@@ -50,7 +54,7 @@ def student(name: str = "convnet:8", classes: int = 4, seed: int = 0) -> network
 
 def objective(loss: str, *, name: str = "convnet:8", classes: int = 4) -> Distillation:
     network, taught_by = student(name, classes), teacher("test_resnet", classes)
-    specs = composition.parse(loss, terms.FUNCTIONS)
+    specs = loss_spec.parse(loss, terms.FUNCTIONS)
     options = {"shape": SHAPE, "classes": classes, "images": 32}
     return Distillation(network, terms.build(specs, network, (taught_by,), **options), (taught_by,))
 
@@ -63,14 +67,14 @@ def check(loss: str, of: Objective, sizes: Sequence[int] = (16,), classes: int =
 @pytest.mark.parametrize(("loss", "message"), OUT_OF_RANGE)
 def test_a_parameter_out_of_its_range_is_one_line(loss: str, message: str) -> None:
     with pytest.raises(UserError) as error:
-        composition.parse(loss, terms.FUNCTIONS)
+        loss_spec.parse(loss, terms.FUNCTIONS)
     assert message in str(error.value)
 
 
 def test_every_parameter_of_every_term_has_a_range_that_holds_its_default() -> None:
     for name, function in terms.FUNCTIONS.items():
-        for key, default in composition.parameters(function).items():
-            allowed = composition.parameter_range(function, key)
+        for key, default in loss_spec.parameters(function).items():
+            allowed = loss_spec.parameter_range(function, key)
             assert allowed is not None, (name, key)
             assert default in allowed, (name, key)
 
@@ -90,7 +94,7 @@ def test_every_parameter_of_every_term_has_a_range_that_holds_its_default() -> N
     ],
 )
 def test_a_term_says_what_it_needs_of_the_data(loss: str, options: dict, message: str) -> None:
-    specs = composition.parse(loss, terms.FUNCTIONS)
+    specs = loss_spec.parse(loss, terms.FUNCTIONS)
     with pytest.raises(UserError) as error:
         terms.check(specs, **{"classes": 4, "batch_size": 16, "mixed": False} | options)
     assert message in str(error.value)
@@ -132,12 +136,12 @@ def test_frozen_weights_and_those_that_no_output_needs_are_no_fault() -> None:
 
 
 def test_peers_and_a_mean_teacher_are_checked_as_students_of_teachers_are() -> None:
-    specs = composition.parse("ce,kd:1:temperature=1", terms.FUNCTIONS)
+    specs = loss_spec.parse("ce,kd:1:temperature=1", terms.FUNCTIONS)
     network = student()
     made = terms.build(specs, network, shape=SHAPE, classes=4)
     check("ce,kd", MeanTeacher(network, made, decay=0.9))
     check("ce,kd", Mutual(network, [student(seed=1), student("mlp:8", seed=2)], made))
-    only = terms.build(composition.parse("heads@2,6", terms.FUNCTIONS), network,
+    only = terms.build(loss_spec.parse("heads@2,6", terms.FUNCTIONS), network,
                        shape=SHAPE, classes=4)  # fmt: skip
     with pytest.raises(UserError, match="sends no gradient"):
         check("heads@2,6", MeanTeacher(network, only, decay=0.9))
@@ -157,7 +161,7 @@ def test_the_check_leaves_weights_averages_memories_and_random_numbers_alone() -
 
 
 def test_batch_norm_of_one_image_is_one_line() -> None:
-    of = Distillation(student("test_resnet"), terms.build([composition.Spec("ce")], student()))
+    of = Distillation(student("test_resnet"), terms.build([loss_spec.Spec("ce")], student()))
     narrow = networks.Classifier(
         nn.Sequential(nn.Flatten(), nn.Linear(256, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
     )
@@ -170,23 +174,23 @@ def test_batch_norm_of_one_image_is_one_line() -> None:
 @pytest.mark.parametrize("least", [2, 3, 4, 7])
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_no_process_gets_less_of_a_batch_than_the_loss_needs(world: int, least: int) -> None:
-    floor = data.smallest(world, least)
+    floor = batching.smallest(world, least)
     for size in (floor, floor + 1, 2 * floor + 3):
         for n in range(floor, 4 * size):
-            parts = data.split(np.arange(n), size, world, least)
+            parts = batching.split(np.arange(n), size, world, least)
             assert np.array_equal(np.concatenate(parts), np.arange(n))
             assert all(len(part) == size for part in parts[:-1])
-            shares = [len(data.mine(len(p), r, world)) for p in parts for r in range(world)]
+            shares = [len(batching.mine(len(p), r, world)) for p in parts for r in range(world)]
             assert min(shares) >= least
 
 
 def test_too_few_images_for_the_loss_are_one_line() -> None:
     examples = support.easy(n=8)
     with pytest.raises(UserError, match="needs 3 in a batch, got 2"):
-        data.batches(examples, 2, torch.device("cpu"), least=3)
+        batching.batches(examples, 2, torch.device("cpu"), least=3)
     with pytest.raises(UserError, match="2 processes need 3 images each of every batch, so 8 in"):
-        data.batches(examples, 6, torch.device("cpu"), 2, least=3)
-    assert data.batches(examples, 3, torch.device("cpu"), least=3).sizes == [3, 5]
+        batching.batches(examples, 6, torch.device("cpu"), 2, least=3)
+    assert batching.batches(examples, 3, torch.device("cpu"), least=3).sizes == [3, 5]
 
 
 ODD = st.sampled_from(["0", "1", "0.5", "-1", "nan", "inf", "1e-30", "1e30", "x", "", "21"])
@@ -194,8 +198,8 @@ ODD = st.sampled_from(["0", "1", "0.5", "-1", "nan", "inf", "1e-30", "1e30", "x"
 
 def _values(name: str, key: str) -> st.SearchStrategy[str]:
     """Mostly values of a parameter that are in its range."""
-    allowed = composition.parameter_range(terms.FUNCTIONS[name], key)
-    whole = isinstance(composition.parameters(terms.FUNCTIONS[name])[key], int)
+    allowed = loss_spec.parameter_range(terms.FUNCTIONS[name], key)
+    whole = isinstance(loss_spec.parameters(terms.FUNCTIONS[name])[key], int)
     assert allowed is not None
     low, high = allowed.low, min(allowed.high, 100)
     inside = st.integers(int(low), int(high)) if whole else st.floats(low, high)
@@ -207,7 +211,7 @@ def written(draw: st.DrawFn) -> str:
     """One to three terms with any parameters, at layers that are there."""
     pieces, names = [], st.sampled_from(sorted(terms.TERMS))
     for name in draw(st.lists(names, min_size=1, max_size=3, unique=True)):
-        known = sorted(composition.parameters(terms.FUNCTIONS[name]))
+        known = sorted(loss_spec.parameters(terms.FUNCTIONS[name]))
         chosen = draw(st.lists(st.sampled_from(known), max_size=2, unique=True)) if known else []
         weights = st.one_of(st.just(""), st.just(":0.5"), st.just(":1e9"), ODD.map(":{}".format))
         weight = draw(weights)
@@ -228,7 +232,7 @@ def test_any_loss_either_takes_a_step_or_is_refused(
     loss: str, n: int, classes: int, mixed: bool
 ) -> None:
     try:
-        specs = composition.parse(loss, terms.FUNCTIONS)
+        specs = loss_spec.parse(loss, terms.FUNCTIONS)
         terms.check(specs, classes=classes, batch_size=n, mixed=mixed)
         of = objective(loss, classes=classes)
         check(loss, of, [n], classes, mixed=mixed)
@@ -265,7 +269,7 @@ class _Skipping(nn.Module):
 @pytest.mark.parametrize("seed", range(4))
 def test_layers_that_are_left_out_at_random_are_no_fault(monkeypatch, seed: int) -> None:
     network = networks.Classifier(_Skipping())
-    of = Distillation(network, terms.build([composition.Spec("ce")], network))
+    of = Distillation(network, terms.build([loss_spec.Spec("ce")], network))
     monkeypatch.setattr(dry_run, "SEED", seed)
     check("ce", of)
     assert all(weight.requires_grad for weight in of.parameters())
@@ -277,6 +281,6 @@ def test_layers_that_are_left_out_at_random_are_no_fault(monkeypatch, seed: int)
 
 
 def test_a_memory_needs_images_that_have_numbers() -> None:
-    specs = composition.parse("ce,crd", terms.FUNCTIONS)
+    specs = loss_spec.parse("ce,crd", terms.FUNCTIONS)
     with pytest.raises(UserError, match="remembers each training image, and these are read from"):
         terms.build(specs, student(), (teacher(),), shape=SHAPE, classes=4, images=0)

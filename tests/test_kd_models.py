@@ -10,11 +10,11 @@ import safetensors.torch
 import timm
 import torch
 
-from dsdistill.harness import preprocess
+from dsdistill.harness.data import preprocess
+from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.preprocess import Preprocess
-from kd import models, networks, seals, teachers
-from kd.adapters import Adapter, adapter
+from kd.models import networks, saved_models, seals, teachers
+from kd.models.adapters import Adapter, adapter
 
 SHAPE = (8, 8, 1)
 NAMES = ("a", "b", "c")
@@ -37,7 +37,7 @@ def _fitted(kind: str, shape: networks.Shape = SHAPE) -> Preprocess:
 
 def _model(name: str = "mlp:8", kind: str = "standardise", shape: networks.Shape = SHAPE):
     classifier = networks.build(name, shape, len(NAMES), seed=3).eval()
-    return models.Model(classifier, name, NAMES, shape, _fitted(kind, shape))
+    return saved_models.Model(classifier, name, NAMES, shape, _fitted(kind, shape))
 
 
 def test_convnet_is_the_default_of_the_field() -> None:
@@ -121,8 +121,8 @@ def test_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", preprocess.KINDS)
 def test_save_and_load_bit_for_bit(tmp_path: Path, kind: str) -> None:
     model = _model(kind=kind)
-    models.save_run(tmp_path, model)
-    loaded = models.load_run(tmp_path)
+    saved_models.save_run(tmp_path, model)
+    loaded = saved_models.load_run(tmp_path)
     assert loaded.preprocess.same_as(model.preprocess)
     assert (loaded.name, loaded.classes, loaded.shape) == (model.name, NAMES, SHAPE)
     x = _nchw(_images())
@@ -131,7 +131,7 @@ def test_save_and_load_bit_for_bit(tmp_path: Path, kind: str) -> None:
 
 def test_the_weights_load_into_the_bare_network(tmp_path: Path) -> None:
     model = _model("test_resnet", shape=(32, 32, 3))
-    models.save_run(tmp_path, model)
+    saved_models.save_run(tmp_path, model)
     bare = timm.create_model("test_resnet", in_chans=3, num_classes=3).eval()
     bare.load_state_dict(safetensors.torch.load_file(tmp_path / "student.safetensors"))
     x = torch.rand(2, 3, 32, 32)
@@ -141,7 +141,7 @@ def test_the_weights_load_into_the_bare_network(tmp_path: Path) -> None:
 def test_a_run_from_before_interpolations_resizes_as_it_did(tmp_path: Path) -> None:
     model = _model("test_vit", kind="none")
     model.classifier.interpolation = "bilinear"
-    models.save_run(tmp_path, model)
+    saved_models.save_run(tmp_path, model)
     card = json.loads((tmp_path / "model.json").read_text())
     (tmp_path / "model.json").write_text(
         json.dumps(
@@ -149,17 +149,17 @@ def test_a_run_from_before_interpolations_resizes_as_it_did(tmp_path: Path) -> N
         )
     )
     x = _nchw(_images())
-    assert torch.equal(models.load_run(tmp_path).classifier.eval()(x), model.classifier(x))
+    assert torch.equal(saved_models.load_run(tmp_path).classifier.eval()(x), model.classifier(x))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "missing", "card", "keys"])
 def test_a_damaged_run_is_one_clear_error(tmp_path: Path, damage: str) -> None:
-    models.save_run(tmp_path, _model())
+    saved_models.save_run(tmp_path, _model())
     weights, card = tmp_path / "student.safetensors", tmp_path / "model.json"
     if damage == "truncated":
         weights.write_bytes(weights.read_bytes()[:-9])
     elif damage == "foreign":
-        models.save_run(tmp_path, _model("mlp:9"))
+        saved_models.save_run(tmp_path, _model("mlp:9"))
         card.write_text(card.read_text().replace("mlp:9", "mlp:8"))
     elif damage == "missing":
         weights.unlink()
@@ -168,7 +168,7 @@ def test_a_damaged_run_is_one_clear_error(tmp_path: Path, damage: str) -> None:
     else:
         card.write_text(json.dumps({"name": "mlp:8"}))
     with pytest.raises(UserError) as caught:
-        models.load_run(tmp_path)
+        saved_models.load_run(tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -200,7 +200,7 @@ def test_adapter_is_the_identity_where_nothing_differs_and_trains_nothing() -> N
 
 def test_a_teacher_sees_the_images_as_in_its_own_training(tmp_path: Path) -> None:
     model = _model(kind="zca")
-    models.save_run(tmp_path, model)
+    saved_models.save_run(tmp_path, model)
     data = _fitted("none")
     teacher = teachers.load(str(tmp_path), data, SHAPE, NAMES)
     images = _images()
@@ -214,7 +214,7 @@ def test_a_teacher_of_centred_labels_answers_with_calibrated_logits(tmp_path: Pa
     from dataclasses import replace
 
     model = replace(_model(), outputs="centred labels", output_temperature=0.25)
-    models.save_run(tmp_path, model)
+    saved_models.save_run(tmp_path, model)
     teacher = teachers.load(str(tmp_path), model.preprocess, SHAPE, NAMES)
     x = _nchw(_images())
     torch.testing.assert_close(teacher(x), 4 * model.classifier(x))
@@ -229,7 +229,7 @@ def test_a_teacher_of_centred_labels_answers_with_calibrated_logits(tmp_path: Pa
     ],
 )
 def test_teachers_that_do_not_fit(tmp_path: Path, shape, classes, message: str) -> None:
-    models.save_run(tmp_path, _model())
+    saved_models.save_run(tmp_path, _model())
     with pytest.raises(UserError, match=message):
         teachers.load(str(tmp_path), _fitted("none", shape), shape, classes)
 

@@ -10,13 +10,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dsdistill.harness import preprocess
+from dsdistill.harness.data import preprocess
+from dsdistill.harness.data.labeled_images import Examples, Labeled
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.labeled import Examples, Labeled
-from kd import class_order, data, ensembles, models, preflight
-from kd.networks import Classifier
-from kd.teachers import Teacher
-from kd.zoo import labels
+from kd.data import batching
+from kd.evaluation import class_order, teacher_check
+from kd.losses import ensemble
+from kd.models import saved_models
+from kd.models.networks import Classifier
+from kd.models.teachers import Teacher
+from kd.models.zoo import class_names
 
 CPU = torch.device("cpu")
 NAMES = ("cat", "dog", "owl")
@@ -36,27 +39,29 @@ class _Brightest(nn.Module):
         return -self.sharpness * (images[:, 0, :K].mean(-1) - 0.9).abs()
 
 
-def _batches(n: int = 60, noise: float = 0.0, kind: str = "standardise") -> data.Resident:
+def _batches(n: int = 60, noise: float = 0.0, kind: str = "standardise") -> batching.Resident:
     rng = np.random.default_rng(0)
     classes = np.arange(n) % K
     images = np.full((n, *SHAPE), 0.3, np.float32)
     images[np.arange(n), classes] = 0.9
     shown = np.where(rng.random(n) < noise, rng.integers(0, K, n), classes)
     fitted = preprocess.fit(kind, lambda size: iter([images]), SHAPE)
-    return data.batches(Examples(Labeled(images, shown, NAMES), fitted), 16, CPU)
+    return batching.batches(Examples(Labeled(images, shown, NAMES), fitted), 16, CPU)
 
 
-def _teacher(batches: data.Resident, classes: tuple[str, ...] = NAMES, *, own: str = "none", **of):
+def _teacher(
+    batches: batching.Resident, classes: tuple[str, ...] = NAMES, *, own: str = "none", **of
+):
     made = Classifier(_Brightest(of.pop("sharpness", 30.0)))
     fitted = preprocess.identity(1) if own == "none" else batches.examples.preprocess
-    model = models.Model(made, "brightest", classes, SHAPE, fitted, **of)
+    model = saved_models.Model(made, "brightest", classes, SHAPE, fitted, **of)
     return Teacher(model, batches.examples.preprocess, SHAPE[:2]).eval()
 
 
 def test_a_good_teacher_is_described_and_measured() -> None:
     said: list[str] = []
     batches = _batches()
-    facts = preflight.check("t", _teacher(batches), batches, minimum=0.99, say=said.append)
+    facts = teacher_check.check("t", _teacher(batches), batches, minimum=0.99, say=said.append)
     assert (facts.accuracy, facts.images, facts.at_chance) == (1.0, 60, False)
     assert facts.chance == pytest.approx(1 / 3)
     assert said[0] == (
@@ -69,7 +74,7 @@ def test_a_good_teacher_is_described_and_measured() -> None:
 def test_accuracy_and_temperature_are_those_of_the_path_used_in_training() -> None:
     batches = _batches(n=3000, noise=0.3)
     teacher = _teacher(batches, sharpness=30.0)
-    facts = preflight.check("t", teacher, batches, say=lambda line: None)
+    facts = teacher_check.check("t", teacher, batches, say=lambda line: None)
     x = torch.cat([batch.images for batch in batches.in_order()])
     right = (teacher(x).argmax(1).numpy() == batches.examples.data.labels).mean()
     assert facts.accuracy == right
@@ -83,7 +88,7 @@ def test_a_weak_teacher_is_refused_with_what_to_check() -> None:
     batches = _batches()
     wrong = _teacher(batches, own="data")  # sees standardised images where it wants plain ones
     with pytest.raises(UserError) as caught:
-        preflight.check("t", wrong, batches, minimum=0.5, say=lambda line: None)
+        teacher_check.check("t", wrong, batches, minimum=0.5, say=lambda line: None)
     line = str(caught.value)
     assert line.startswith("teacher t has validation accuracy ")
     assert "below --min-teacher-accuracy 0.5: check its classes and their order" in line
@@ -93,10 +98,10 @@ def test_a_weak_teacher_is_refused_with_what_to_check() -> None:
 
 def test_a_teacher_at_chance_is_warned_of_even_without_a_minimum(capsys) -> None:
     batches = _batches(noise=1.0)  # labels that say nothing
-    facts = preflight.check("t", _teacher(batches), batches)
+    facts = teacher_check.check("t", _teacher(batches), batches)
     assert facts.at_chance
     assert "warning: teacher t cannot be told from chance (3" in capsys.readouterr().err
-    assert not preflight.check("t", _teacher(_batches()), _batches()).at_chance
+    assert not teacher_check.check("t", _teacher(_batches()), _batches()).at_chance
     assert "warning" not in capsys.readouterr().err
 
 
@@ -105,9 +110,9 @@ def test_the_chance_of_unbalanced_answers_is_cohens() -> None:
     predicted, true = rng.choice(3, 400, p=[0.9, 0.1, 0]), rng.choice(3, 400, p=[0.8, 0.1, 0.1])
     shuffled = [(rng.permutation(predicted) == true).mean() for _ in range(2000)]
     # The mean of 2000 draws whose deviation is about 0.01.
-    assert preflight.chance(predicted, true) == pytest.approx(np.mean(shuffled), abs=1e-3)
+    assert teacher_check.chance(predicted, true) == pytest.approx(np.mean(shuffled), abs=1e-3)
     always = np.zeros(400, int)
-    assert preflight.chance(always, true) == (true == 0).mean()
+    assert teacher_check.chance(always, true) == (true == 0).mean()
 
 
 # --- another order of the classes
@@ -179,25 +184,27 @@ def test_a_teacher_in_another_order_is_warned_of_with_its_class_map(
     """Twelve folders of numbers: assumed in natural order, trained in torchvision's."""
     true = np.arange(36) % 12
     trained = [AS_WORDS.index(name) for name in TWELVE]  # its output of each class
-    matched = labels.match("t", 12, TWELVE)
+    matched = class_names.match("t", 12, TWELVE)
     batches = _batches()
-    model = models.Model(Classifier(nn.Identity()), "t", TWELVE, SHAPE, preprocess.identity(1))
+    model = saved_models.Model(
+        Classifier(nn.Identity()), "t", TWELVE, SHAPE, preprocess.identity(1)
+    )
     teacher = Teacher(model, batches.examples.preprocess, SHAPE[:2], matched, TWELVE)
     logits = np.eye(12)[np.array(trained)[true]]
-    monkeypatch.setattr(preflight.scoring, "scored", lambda *_: (logits, true))
+    monkeypatch.setattr(teacher_check.scoring, "scored", lambda *_: (logits, true))
     said: list[str] = []
     if minimum is None:
-        preflight.check("t", teacher, batches, say=said.append)
+        teacher_check.check("t", teacher, batches, say=said.append)
         line = said[-1]
         assert line.startswith("warning: teacher t seems to have its classes in another order")
     else:
         with pytest.raises(UserError, match="below --min-teacher-accuracy") as caught:
-            preflight.check("t", teacher, batches, minimum=minimum, say=said.append)
+            teacher_check.check("t", teacher, batches, minimum=minimum, say=said.append)
         line = str(caught.value)
     assert any("libraries sort these class folders differently" in x for x in said)
     assert "but 100.0% with its classes in the order of code points, as torchvision sorts" in line
     mapping = json.loads(line[line.index("{") :])
-    assert labels.match("t", 12, TWELVE, mapping).outputs == tuple(trained)
+    assert class_names.match("t", 12, TWELVE, mapping).outputs == tuple(trained)
     assert "\n" not in line
 
 
@@ -234,25 +241,25 @@ AS_WORDS = tuple(sorted(TWELVE))  # 0, 1, 10, 11, 2, ...
     ],
 )
 def test_classes_are_matched_by_name_in_any_order(its, classes, outputs) -> None:
-    found = labels.match("m", its, classes)
+    found = class_names.match("m", its, classes)
     assert found.outputs == outputs
     assert found.how == ("by name" if outputs is None else "by name, in another order")
     assert not found.assumed
 
 
 def test_an_order_that_is_assumed_is_said() -> None:
-    found = labels.match("m", 3, NAMES)
+    found = class_names.match("m", 3, NAMES)
     assert (found.how, found.outputs, found.note) == (
         "by position alone: outputs 0..2 taken as classes cat, dog, owl, the data's order",
         None,
         None,
     )
     assert found.assumed
-    assert labels.match("m", ("LABEL_0", "LABEL_1", "LABEL_2"), NAMES) == found
-    assert labels.match("m", ("0", "1", "2"), NAMES) == found
-    assert labels.match("m", NAMES, ("0", "1", "2")).assumed
+    assert class_names.match("m", ("LABEL_0", "LABEL_1", "LABEL_2"), NAMES) == found
+    assert class_names.match("m", ("0", "1", "2"), NAMES) == found
+    assert class_names.match("m", NAMES, ("0", "1", "2")).assumed
     # Numbers stand in their natural order, whatever the order of the data.
-    found = labels.match("m", 12, AS_WORDS)
+    found = class_names.match("m", 12, AS_WORDS)
     assert found.outputs == tuple(map(int, AS_WORDS))
     assert found.how.endswith("outputs 0..11 taken as classes 0, 1, 2, ..., natural order")
     assert found.note is not None
@@ -270,7 +277,7 @@ def test_likely_orders_are_those_of_the_libraries(tmp_path: Path, names: tuple[s
     for name in names:
         (tmp_path / name).mkdir()
         Image.new("L", (2, 2)).save(tmp_path / name / "0.png")
-    natural, plain = labels.likely_orders(names).values()
+    natural, plain = class_names.likely_orders(names).values()
     for order, known in (
         (natural, find_images_and_targets(str(tmp_path))[1]),
         (plain, ImageFolder(str(tmp_path)).class_to_idx),
@@ -280,8 +287,8 @@ def test_likely_orders_are_those_of_the_libraries(tmp_path: Path, names: tuple[s
 
 def test_class_maps_choose_by_name_synonym_and_number() -> None:
     its = ("x", GOLDFISH, "dog", "cat")
-    found = labels.match("m", its, NAMES, {"dog": "Dog", "cat": 3, "owl": "carassius_auratus"})
-    assert found == labels.Match("by the class map", (3, 2, 1))
+    found = class_names.match("m", its, NAMES, {"dog": "Dog", "cat": 3, "owl": "carassius_auratus"})
+    assert found == class_names.Match("by the class map", (3, 2, 1))
 
 
 @pytest.mark.parametrize(
@@ -299,7 +306,7 @@ def test_class_maps_choose_by_name_synonym_and_number() -> None:
 )
 def test_other_classes_are_refused(its, classes, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        labels.match("teacher t", its, classes)
+        class_names.match("teacher t", its, classes)
     assert "\n" not in str(caught.value)
 
 
@@ -322,19 +329,19 @@ def test_class_maps_that_do_not_fit_are_one_line(
 ) -> None:
     its = ("cat", "dog", "owl", "n02012849, crane", "n03126707, crane")
     with pytest.raises(UserError, match=message) as caught:
-        labels.match("teacher t", its, NAMES, class_map)
+        class_names.match("teacher t", its, NAMES, class_map)
     assert "\n" not in str(caught.value)
 
 
 def test_names_in_a_map_need_names_in_the_teacher() -> None:
     with pytest.raises(UserError, match="are not known: give numbers from 0 to 8"):
-        labels.match("teacher t", 9, NAMES, {"cat": "cat", "dog": 1, "owl": 2})
+        class_names.match("teacher t", 9, NAMES, {"cat": "cat", "dog": 1, "owl": 2})
 
 
 def test_a_class_map_is_read_from_json(tmp_path: Path) -> None:
     path, wanted = tmp_path / "map.json", {"cat": "tabby", "dog": 207, "owl": "owl"}
     path.write_text(json.dumps(wanted))
-    assert labels.read_class_map(path) == wanted
+    assert class_names.read_class_map(path) == wanted
 
 
 @pytest.mark.parametrize(
@@ -354,7 +361,7 @@ def test_damaged_class_maps_are_one_line(tmp_path: Path, text: str | None, messa
     if text is not None:
         path.write_text(text)
     with pytest.raises(UserError, match=message) as caught:
-        labels.read_class_map(path)
+        class_names.read_class_map(path)
     assert "\n" not in str(caught.value)
 
 
@@ -369,7 +376,7 @@ def _logits(m: int = 3, n: int = 5, k: int = 4, scale: float = 3.0) -> list[Tens
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 def test_combined_logits_give_the_mean_of_tempered_probabilities(temperature: float) -> None:
     logits = _logits()
-    combined = ensembles.combined_logits(logits, temperature=temperature)
+    combined = ensemble.combined_logits(logits, temperature=temperature)
     expected = np.mean(
         [scipy.special.softmax(x.double().numpy() / temperature, 1) for x in logits], 0
     )
@@ -388,14 +395,14 @@ def _weights(logits: list[Tensor], true: np.ndarray) -> np.ndarray:
 def test_weights_by_label_are_the_papers() -> None:
     logits, true = _logits(), torch.tensor([0, 3, 1, 1, 2])
     one_hot = np.eye(4)[true.numpy()]
-    found = ensembles.label_weights(logits, true)
+    found = ensemble.label_weights(logits, true)
     np.testing.assert_allclose(found, _weights(logits, one_hot), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found.sum(0), torch.ones(5))
     soft = torch.full((5, 4), 0.1) + 0.6 * torch.from_numpy(one_hot).float()
-    found = ensembles.label_weights(logits, soft)
+    found = ensemble.label_weights(logits, soft)
     np.testing.assert_allclose(found, _weights(logits, soft.double().numpy()), rtol=1e-4)
-    combined = ensembles.combined_logits(
-        logits, temperature=2.0, weights=ensembles.label_weights(logits, true)
+    combined = ensemble.combined_logits(
+        logits, temperature=2.0, weights=ensemble.label_weights(logits, true)
     )
     p = np.stack([scipy.special.softmax(x.double().numpy() / 2, 1) for x in logits])
     expected = (_weights(logits, one_hot)[..., None] * p).sum(0)
@@ -406,8 +413,8 @@ def test_weights_by_label_are_the_papers() -> None:
 def test_a_teacher_that_knows_the_label_outweighs_one_that_does_not() -> None:
     right = torch.tensor([[9.0, 0.0, 0.0]])
     wrong = torch.tensor([[0.0, 200.0, 0.0]])
-    weights = ensembles.label_weights([right, wrong], torch.tensor([0]))
-    combined = ensembles.combined_logits([right, wrong], temperature=1.0, weights=weights)
+    weights = ensemble.label_weights([right, wrong], torch.tensor([0]))
+    combined = ensemble.combined_logits([right, wrong], temperature=1.0, weights=weights)
     assert torch.isfinite(combined).all()
     torch.testing.assert_close(combined.softmax(1), right.softmax(1))
 
@@ -416,27 +423,27 @@ def test_one_teacher_is_itself_and_alike_teachers_are_one() -> None:
     (only,) = _logits(m=1)
     for true in (None, torch.tensor([0, 1, 2, 3, 0])):
         for several in ([only], [only, only, only]):
-            weights = None if true is None else ensembles.label_weights(several, true)
-            combined = ensembles.combined_logits(several, temperature=3.0, weights=weights)
+            weights = None if true is None else ensemble.label_weights(several, true)
+            combined = ensemble.combined_logits(several, temperature=3.0, weights=weights)
             expected = only - only.div(3).logsumexp(1, keepdim=True) * 3
             torch.testing.assert_close(combined, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_half_precision_extreme_logits_and_gradients() -> None:
     logits = [torch.tensor([[6e4, -6e4]]).half(), torch.tensor([[6e4, -6e4]]).half()]
-    weights = ensembles.label_weights(logits, torch.tensor([1]))
-    combined = ensembles.combined_logits(logits, temperature=1.0, weights=weights)
+    weights = ensemble.label_weights(logits, torch.tensor([1]))
+    combined = ensemble.combined_logits(logits, temperature=1.0, weights=weights)
     assert combined.dtype == torch.float32
     assert torch.isfinite(combined).all()
     grown = [x.requires_grad_() for x in _logits()]
-    assert not ensembles.combined_logits(grown, temperature=1.0).requires_grad
-    assert not ensembles.label_weights(grown, torch.zeros(5, dtype=torch.long)).requires_grad
+    assert not ensemble.combined_logits(grown, temperature=1.0).requires_grad
+    assert not ensemble.label_weights(grown, torch.zeros(5, dtype=torch.long)).requires_grad
 
 
 def test_combinations_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ValueError, match="temperature must be positive, got 0"):
-        ensembles.combined_logits(_logits(), temperature=0)
+        ensemble.combined_logits(_logits(), temperature=0)
     with pytest.raises(ValueError, match="must be of one shape, got none"):
-        ensembles.combined_logits([], temperature=1)
+        ensemble.combined_logits([], temperature=1)
     with pytest.raises(ValueError, match=r"must be of one shape, got \[\(5, 4\), \(5, 5\)\]"):
-        ensembles.combined_logits([*_logits(), torch.zeros(5, 5)], temperature=1)
+        ensemble.combined_logits([*_logits(), torch.zeros(5, 5)], temperature=1)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
 from dsdistill.harness.errors import UserError
-from kd import networks
 from kd.losses import contrastive, feature
-from kd.projectors import (
+from kd.models import networks
+from kd.objectives.projectors import (
     Embed,
     Fusion,
     Generator,
@@ -27,7 +27,7 @@ from kd.projectors import (
     Variational,
     resized,
 )
-from kd.taps import Layout, Taps, as_map, probe
+from kd.objectives.taps import Layout, Taps, as_map, probe
 
 IMAGE = (32, 32, 3)
 STUDENT = Layout("student", "nchw", 3, (4, 6))

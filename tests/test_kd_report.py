@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import tyro
 
-from dsdistill.harness import runs
 from dsdistill.harness.errors import UserError
-from kd import finished, report
+from dsdistill.harness.runs import run_folder
+from kd.commands import finished_runs, report
 from kd.options import Overrides, Train
 
 
@@ -27,9 +27,9 @@ def made(
     folder.mkdir()
     config = {k: v for k, v in asdict(options).items() if k not in ("out", "resume", "overrides")}
     config |= {"data_root": str(config["data_root"]), **asdict(options.overrides), "chosen": {}}
-    runs.write_json(folder / "config.json", config)
+    run_folder.write_json(folder / "config.json", config)
     rng = np.random.default_rng(options.seed)
-    runs.write_json(
+    run_folder.write_json(
         folder / "report.json",
         {
             "student": options.student or "convnet",
@@ -76,7 +76,7 @@ def folders(tmp_path: Path) -> list[Path]:
 
 
 def test_runs_that_differ_in_their_seed_are_put_together(folders):
-    groups = finished.grouped([finished.read(folder) for folder in folders])
+    groups = finished_runs.grouped([finished_runs.read(folder) for folder in folders])
     assert [len(group.runs) for group in groups] == [3, 1]
     assert groups[0].label == "mlp:16"
     assert groups[1].label == "mlp:16 from teacher, lr 0.1, decay all True"
@@ -91,17 +91,17 @@ def test_runs_that_differ_in_their_seed_are_put_together(folders):
 
 def test_groups_of_one_name_are_numbered(tmp_path):
     options = [replace(PLAIN, teacher=f"/{place}/teacher") for place in ("here", "there")]
-    found = [finished.read(made(tmp_path, option)) for option in options]
-    labels = [group.label for group in finished.grouped(found)]
+    found = [finished_runs.read(made(tmp_path, option)) for option in options]
+    labels = [group.label for group in finished_runs.grouped(found)]
     assert labels == ["mlp:16 from teacher", "mlp:16 from teacher #2"]
 
 
 def test_a_seed_without_a_figure_leaves_no_mean(tmp_path):
     found = [
-        finished.read(made(tmp_path, replace(PLAIN, seed=seed), accuracy=value))
+        finished_runs.read(made(tmp_path, replace(PLAIN, seed=seed), accuracy=value))
         for seed, value in enumerate((0.5, None))
     ]
-    assert report.figures(finished.grouped(found)[0])[1:3] == ["–", "–"]
+    assert report.figures(finished_runs.grouped(found)[0])[1:3] == ["–", "–"]
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_a_seed_without_a_figure_leaves_no_mean(tmp_path):
     ],
 )
 def test_the_command_makes_the_same_run(options, tmp_path):
-    line = finished.read(made(tmp_path, options)).command
+    line = finished_runs.read(made(tmp_path, options)).command
     words = shlex.split(line)
     assert words[:2] == ["kd", "train"]
     again = tyro.cli(Train, args=words[2:], config=(tyro.conf.FlagCreatePairsOff,))
@@ -129,7 +129,7 @@ def test_the_command_makes_the_same_run(options, tmp_path):
 
 
 def test_options_with_their_default_are_left_out(tmp_path):
-    assert finished.read(made(tmp_path, PLAIN)).command == "kd train digits --student mlp:16"
+    assert finished_runs.read(made(tmp_path, PLAIN)).command == "kd train digits --student mlp:16"
 
 
 def test_the_page_shows_figures_curves_and_commands(folders):
@@ -152,7 +152,7 @@ def test_intervals_that_overlap_are_said_to(tmp_path):
 
 
 def test_axes_of_the_curves_are_labelled(folders):
-    groups = finished.grouped([finished.read(folder) for folder in folders])
+    groups = finished_runs.grouped([finished_runs.read(folder) for folder in folders])
     axes = report.curves(groups).axes[0]
     assert axes.get_xlabel() == "step of the optimizer"
     assert axes.get_ylabel() == "validation accuracy, %"
@@ -195,7 +195,10 @@ def test_folders_that_hold_no_run_are_refused(tmp_path):
 
 
 def test_it_needs_no_framework():
-    code = "import sys, kd.report; print(*{'torch', 'jax', 'matplotlib'} & sys.modules.keys())"
+    code = (
+        "import sys, kd.commands.report; "
+        "print(*{'torch', 'jax', 'matplotlib'} & sys.modules.keys())"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
 

@@ -13,8 +13,9 @@ import safetensors.numpy
 from kd_support import main, refused, stop_in
 from PIL import Image
 
-from dsdistill.harness import artifact
-from kd import engine, saving
+from dsdistill.harness.data import distilled_set
+from kd.parallel import engine
+from kd.training import saving
 
 QUICK = ("--student", "mlp:8", "--epochs", 12, "--batch-size", 64)
 
@@ -22,7 +23,9 @@ QUICK = ("--student", "mlp:8", "--epochs", 12, "--batch-size", 64)
 @pytest.fixture
 def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("kd.curves.draw", lambda folder: None)  # as long as the training itself
+    monkeypatch.setattr(
+        "kd.commands.curves.draw", lambda folder: None
+    )  # as long as the training itself
     return monkeypatch
 
 
@@ -62,7 +65,7 @@ def test_a_signal_is_followed_after_the_step_and_loses_nothing(
     whole: dict[str, np.ndarray],
     sign: signal.Signals,
 ) -> None:
-    inside.setattr("kd.saving.FIRST", 1e9)
+    inside.setattr("kd.training.saving.FIRST", 1e9)
     said = stop_in(inside, 7, "train", "digits", *QUICK, "--out", "stopped", sign=sign)
     assert said == "kd: interrupted; continue with `kd train --resume --out stopped`"
     assert checkpoint_step(tmp_path / "stopped") == 7  # in the first epoch, of 21 steps
@@ -151,15 +154,15 @@ def test_a_resume_with_another_distilled_set_or_class_map_is_refused(
 ) -> None:
     splits = support.digits()
     found = support.distilled(splits)
-    artifact.save(Path("set.safetensors"), found)
+    distilled_set.save(Path("set.safetensors"), found)
     options = ("--student", "mlp:8", "--epochs", 30, "--out", "run")
     stop_in(inside, 5, "train", "set.safetensors", *options)
     labels = found.labels.copy()
     labels[0] = labels[-1]  # the images are the same
-    changed = artifact.Distilled(
+    changed = distilled_set.Distilled(
         found.images, labels, found.preprocess, found.classes, found.provenance
     )
-    artifact.save(Path("set.safetensors"), changed)
+    distilled_set.save(Path("set.safetensors"), changed)
     assert "distilled set" in refused(inside, "train", "--out", "run", "--resume")
 
     main(inside, "train", "digits", *QUICK, "--epochs", 1, "--out", "teacher")
@@ -193,7 +196,7 @@ def test_a_chain_goes_on_from_the_same_data_and_links_alone(inside: pytest.Monke
         raise Killed
 
     with inside.context() as patch:
-        patch.setattr("kd.curves.draw", killed)  # the last thing that the first link does
+        patch.setattr("kd.commands.curves.draw", killed)  # the last thing that the first link does
         with pytest.raises(Killed):
             main(patch, *line)
     assert Path("run-1/report.json").exists()

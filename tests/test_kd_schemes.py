@@ -10,7 +10,8 @@ import safetensors.numpy
 from PIL import Image
 from test_kd_cli import _main, _report
 
-from kd import dry_run, models, teachers
+from kd.models import saved_models, teachers
+from kd.training import dry_run
 
 FAST = ("--student", "mlp:16", "--epochs", "2", "--device", "cpu")
 
@@ -151,7 +152,7 @@ def test_a_file_of_weights_is_told_its_normalisation_and_a_chain_forgets_it(
     inside, work: Path
 ) -> None:
     """Told what it was trained with, it is the teacher that it was; told otherwise, it is not."""
-    fitted = models.load_run(work / "teacher-0").preprocess
+    fitted = saved_models.load_run(work / "teacher-0").preprocess
     mean, std = float(fitted.mean[0]), float(fitted.std[0])
     common = ("--teacher", f"mlp:16@{work / 'teacher-0' / 'student.safetensors'}")
     accuracies = []
@@ -171,7 +172,7 @@ def test_a_file_of_weights_is_told_its_normalisation_and_a_chain_forgets_it(
 
 def test_each_of_several_teachers_is_told_its_own_normalisation(inside, work: Path) -> None:
     files = [f"mlp:16@{work / name / 'student.safetensors'}" for name in ("teacher-0", "teacher-1")]
-    fitted = models.load_run(work / "teacher-0").preprocess
+    fitted = saved_models.load_run(work / "teacher-0").preprocess
     mean, std = float(fitted.mean[0]), float(fitted.std[0])
     known = [_report(work / name)["test_accuracy"] for name in ("teacher-0", "teacher-1")]
 

@@ -19,12 +19,12 @@ import torchvision
 from PIL import Image
 from torch import Tensor, nn
 
-from dsdistill.harness import preprocess
+from dsdistill.harness.data import preprocess
+from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.preprocess import Preprocess
-from kd import models, networks, teachers
-from kd.zoo import exported, huggingface, torchvision_zoo, weights
-from kd.zoo.wants import Wants
+from kd.models import networks, saved_models, teachers
+from kd.models.zoo import exported, huggingface, torchvision_zoo, weights
+from kd.models.zoo.protocol import Wants
 
 NAMES = ("cat", "dog", "owl")
 COLOUR, GRAY = (20, 20, 3), (12, 12, 1)
@@ -167,9 +167,9 @@ def test_torchvision_students_are_trainable_saved_and_loaded(
         else (_fitted("none", shape), 1000)
     )
     assert (len(fitted.mean), count) == (1, 1000)
-    model = models.Model(student.eval(), f"torchvision:{name}", NAMES, shape, fitted)
-    models.save_run(tmp_path, model)
-    again = models.load_run(tmp_path)
+    model = saved_models.Model(student.eval(), f"torchvision:{name}", NAMES, shape, fitted)
+    saved_models.save_run(tmp_path, model)
+    again = saved_models.load_run(tmp_path)
     assert again.interpolation == student.interpolation
     assert torch.equal(again.classifier.eval()(images), student(images))
 
@@ -318,17 +318,17 @@ def test_hugging_face_students_outlive_the_folder_they_came_from(
     assert student.size == ((16, 16) if make is _vit else None)
     images = torch.rand(2, 1, 12, 12)
     student.train()(images).sum().backward()
-    model = models.Model(
+    model = saved_models.Model(
         student.eval(), f"hf:{source}", tuple("abcde"), GRAY, _fitted("none", GRAY)
     )
-    models.save_run(run, model)
+    saved_models.save_run(run, model)
     for file in source.iterdir():
         file.unlink()
-    again = models.load_run(run).classifier.eval()
+    again = saved_models.load_run(run).classifier.eval()
     assert again.interpolation == ("bicubic" if make is _vit else "bilinear")
     assert torch.equal(again(images), student(images))
     bare = type(student.network)(student.network.config)  # pyright: ignore[reportCallIssue]
-    bare.load_state_dict(safetensors.torch.load_file(run / models.WEIGHTS))
+    bare.load_state_dict(safetensors.torch.load_file(run / saved_models.WEIGHTS))
 
 
 def test_pretrained_weights_are_those_of_the_folder(tmp_path: Path) -> None:
@@ -440,11 +440,13 @@ def test_timm_folders_bring_their_classes_and_outlive_their_source(tmp_path: Pat
     torch.testing.assert_close(other(x), teacher(x).flip(1))
     shape = (16, 16, 1)
     student = networks.build(name, shape, 2, pretrained=True).eval()
-    models.save_run(run, models.Model(student, name, NAMES[:2], shape, _fitted("none", shape)))
+    saved_models.save_run(
+        run, saved_models.Model(student, name, NAMES[:2], shape, _fitted("none", shape))
+    )
     for file in source.iterdir():
         file.unlink()
     x = torch.rand(2, 1, 16, 16)
-    assert torch.equal(models.load_run(run).classifier.eval()(x), student(x))
+    assert torch.equal(saved_models.load_run(run).classifier.eval()(x), student(x))
 
 
 # --- files of weights
@@ -479,12 +481,14 @@ def test_weights_are_found_in_what_trainers_save(tmp_path: Path, how: str) -> No
     student = networks.build(f"test_resnet@{path}", (32, 32, 3), 3).eval()
     x, tolerance = torch.rand(2, 3, 32, 32), 2e-2 if how == "half" else 0  # 11 bits a weight
     torch.testing.assert_close(student(x), made(x), rtol=tolerance, atol=tolerance)
-    models.save_run(
+    saved_models.save_run(
         tmp_path,
-        models.Model(student, f"test_resnet@{path}", NAMES, (32, 32, 3), _fitted("none", COLOUR)),
+        saved_models.Model(
+            student, f"test_resnet@{path}", NAMES, (32, 32, 3), _fitted("none", COLOUR)
+        ),
     )
     path.unlink()
-    assert models.load_run(tmp_path).name == "test_resnet"
+    assert saved_models.load_run(tmp_path).name == "test_resnet"
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -646,8 +650,10 @@ def test_the_card_of_a_program_says_what_it_wants(tmp_path: Path) -> None:
     own = Wants((0.2, 0.3, 0.4), (0.5, 0.6, 0.7), (20, 20), "bicubic", 1.0, NAMES)
     path, fitted = tmp_path / "program.pt2", own.preprocess()
     classifier = networks.Classifier(_Small(), interpolation="bicubic")
-    model = models.Model(classifier, "mlp", NAMES, (20, 20, 3), fitted, output_temperature=0.5)
-    network = _export(path, card=json.dumps(models.card(model), default=list))
+    model = saved_models.Model(
+        classifier, "mlp", NAMES, (20, 20, 3), fitted, output_temperature=0.5
+    )
+    network = _export(path, card=json.dumps(saved_models.card(model), default=list))
     shape = (33, 28, 1)
     data, raw = _fitted("standardise", shape), _raw(shape)
     teacher = teachers.load(str(path), data, shape, NAMES)

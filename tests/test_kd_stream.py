@@ -24,18 +24,18 @@ from timm.data.loader import create_loader
 from timm.utils.misc import natural_key
 from torch import Tensor
 
-from dsdistill.harness import artifact, class_names, datasets, preprocess
-from dsdistill.harness.artifact import Distilled
+from dsdistill.harness.data import class_names, datasets, distilled_set, preprocess
+from dsdistill.harness.data.distilled_set import Distilled
+from dsdistill.harness.data.labeled_images import centred_one_hot
+from dsdistill.harness.data.layout import list_folder
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.labeled import centred_one_hot
-from dsdistill.harness.layout import list_folder
-from kd import sources
-from kd.data import Batch, derive, mine
-from kd.files import pictures, shards, streaming
-from kd.files.pictures import Pictures, open_folder
-from kd.files.shards import Archive, Sequential, is_named, open_named, streamed
-from kd.files.stream import Stream, order
-from kd.files.views import Views, seeded
+from kd.data import data_source
+from kd.data.batching import Batch, derive, mine
+from kd.data.files import archives, file_source, image_files
+from kd.data.files.archives import Archive, Sequential, is_named, open_named, streamed
+from kd.data.files.image_files import Pictures, open_folder
+from kd.data.files.stream import Stream, order
+from kd.data.files.transforms import Views, seeded
 from kd.recipe import Recipe
 
 CPU = torch.device("cpu")
@@ -295,7 +295,7 @@ def test_every_image_is_validated_once_by_one_of_the_ranks(images: Pictures) -> 
 class _Counted:
     """A reader that counts the images it has opened."""
 
-    def __init__(self, reader: pictures.Reader) -> None:
+    def __init__(self, reader: image_files.Reader) -> None:
         self.reader, self.opened = reader, 0
 
     def __len__(self) -> int:
@@ -331,9 +331,9 @@ def test_batches_are_the_same_where_there_is_little_shared_memory(
     """As in a container with a small `/dev/shm`, which tells its size as `statvfs` does."""
     expected = list(Stream(images, VIEWS, 64, CPU).epoch(0, 1))
     small = SimpleNamespace(f_bavail=free, f_frsize=1)
-    monkeypatch.setattr("kd.files.stream.SHARED", ".")
-    monkeypatch.setattr("kd.files.stream.os.statvfs", lambda path: small)
-    monkeypatch.setattr("kd.files.stream.SEMAPHORES", 1 << 16)
+    monkeypatch.setattr("kd.data.files.stream.SHARED", ".")
+    monkeypatch.setattr("kd.data.files.stream.os.statvfs", lambda path: small)
+    monkeypatch.setattr("kd.data.files.stream.SEMAPHORES", 1 << 16)
     stream = Stream(images, VIEWS, 64, CPU, workers=2)  # five batches of 0.6 MB
     assert _all_same(list(stream.epoch(0, 1)), expected)
     assert words in capsys.readouterr().err
@@ -349,7 +349,7 @@ def test_the_death_of_a_decoding_process_is_one_line(images: Pictures) -> None:
 class _Killed:
     """A reader whose process is killed by the system, as where memory runs out."""
 
-    def __init__(self, reader: pictures.Reader) -> None:
+    def __init__(self, reader: image_files.Reader) -> None:
         self.reader = reader
 
     def __len__(self) -> int:
@@ -480,7 +480,7 @@ def test_channels_of_streamed_images(tmp_path: Path) -> None:
                 tmp_path / "photos" / label / f"{number}.png"
             )
     options: dict[str, Any] = {"root": tmp_path, "image_size": 8, "validation_fraction": 0.0}
-    gray = streaming.resolve(str(tmp_path / "photos"), channels=1, **options)
+    gray = file_source.resolve(str(tmp_path / "photos"), channels=1, **options)
     assert gray.shape == (8, 8, 1)
     fitted = gray.fit(None)
     (batch,) = gray.test(Recipe(), fitted, CPU).in_order()  # pyright: ignore[reportOptionalMemberAccess]
@@ -490,7 +490,7 @@ def test_channels_of_streamed_images(tmp_path: Path) -> None:
         batch.images * float(fitted.std[0]) + float(fitted.mean[0]),
         torch.full_like(batch.images, luma),
     )
-    assert streaming.resolve(str(tmp_path / "photos"), **options).shape == (8, 8, 3)
+    assert file_source.resolve(str(tmp_path / "photos"), **options).shape == (8, 8, 3)
 
 
 def test_a_set_in_another_class_order_is_matched_by_its_names(tmp_path: Path) -> None:
@@ -515,8 +515,8 @@ def test_a_set_in_another_class_order_is_matched_by_its_names(tmp_path: Path) ->
         stored,
         provenance,
     )
-    artifact.save(tmp_path / "set.safetensors", made)
-    source = sources.resolve(str(tmp_path / "set.safetensors"), root=tmp_path)
+    distilled_set.save(tmp_path / "set.safetensors", made)
+    source = data_source.resolve(str(tmp_path / "set.safetensors"), root=tmp_path)
     assert source.note is None
     assert source.splits is not None
     assert source.classes == source.splits.test.classes == stored
@@ -539,7 +539,7 @@ def test_images_of_every_kind_become_upright_colours_on_white(tmp_path: Path) ->
             exif = Image.Exif()
             exif[0x0112] = 6  # turned by a quarter
             image.save(tmp_path / label / name, exif=exif if name == "wide.jpg" else b"")
-    listed = pictures._pictures(list_folder(tmp_path))
+    listed = image_files._pictures(list_folder(tmp_path))
     names = sorted(made)
     found = {name: listed.read(row, 3)[0] for row, name in enumerate(names)}
     assert {image.mode for image in found.values()} == {"RGB"}
@@ -785,12 +785,12 @@ def test_what_an_archive_cannot_do_is_refused(images: Pictures) -> None:
 def test_names_that_timm_cannot_open_are_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(archives.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs the package tensorflow-datasets: pip install"):
         open_named("tfds/mnist", "train")
     with pytest.raises(UserError, match="unknown kind of data set 'wdss'; did you mean 'wds'"):
         open_named("wdss/x", "train")
-    monkeypatch.setattr(shards.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(archives.importlib.util, "find_spec", lambda name: name)
     with pytest.raises(UserError, match="cannot open the 'train' part of wds/"):
         open_named(f"wds/{tmp_path}", "train")
 

@@ -15,8 +15,8 @@ from torch import nn
 from torch.multiprocessing.spawn import spawn
 
 from dsdistill.harness.errors import UserError
-from kd import networks
-from kd.taps import Layout, Taps, as_map, as_tokens, as_vector, probe
+from kd.models import networks
+from kd.objectives.taps import Layout, Taps, as_map, as_tokens, as_vector, probe
 
 IMAGE = (32, 32, 3)
 

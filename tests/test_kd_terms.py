@@ -7,14 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from dsdistill.harness import preprocess
+from dsdistill.harness.data import preprocess
 from dsdistill.harness.errors import UserError
-from kd import composition, data, models, networks, teachers, terms
+from kd.data import batching
 from kd.losses import feature, relation
-from kd.objectives import Distillation
+from kd.models import networks, saved_models, teachers
+from kd.objectives import loss_spec, terms
+from kd.objectives.schemes import Distillation
+from kd.objectives.step_outputs import Seen
 from kd.recipe import Recipe
-from kd.seen import Seen
-from kd.train import train
+from kd.training.loop import train
 
 SHAPE, CLASSES = (16, 16, 1), 4
 
@@ -29,18 +31,18 @@ def teacher(
 ) -> teachers.Teacher:
     classifier = networks.build(name, SHAPE, classes, seed=seed)
     names = tuple(f"class {i}" for i in range(classes))
-    model = models.Model(classifier, name, names, SHAPE, preprocess.identity(1))
+    model = saved_models.Model(classifier, name, names, SHAPE, preprocess.identity(1))
     return teachers.Teacher(model, preprocess.identity(1), SHAPE[:2]).eval().requires_grad_(False)
 
 
-def batches(n: int = 32) -> data.Resident:
-    return data.batches(support.easy(n=n, size=16), 16, torch.device("cpu"))
+def batches(n: int = 32) -> batching.Resident:
+    return batching.batches(support.easy(n=n, size=16), 16, torch.device("cpu"))
 
 
 def objective(loss: str, taught_by: teachers.Teacher | None = None) -> Distillation:
     network, taught_by = student(), taught_by or teacher()
     made = terms.build(
-        composition.parse(loss, terms.FUNCTIONS), network, (taught_by,),
+        loss_spec.parse(loss, terms.FUNCTIONS), network, (taught_by,),
         shape=SHAPE, classes=CLASSES, images=32,
     )  # fmt: skip
     return Distillation(network, made, (taught_by,))
@@ -128,7 +130,7 @@ def test_projectors_are_trained_and_stored_and_not_part_of_the_student() -> None
 
 def test_self_distillation_through_shallow_heads() -> None:
     network = student()
-    specs = composition.parse("ce:1,heads:1@2,6", terms.FUNCTIONS)
+    specs = loss_spec.parse("ce:1,heads:1@2,6", terms.FUNCTIONS)
     made = terms.build(specs, network, shape=SHAPE, classes=CLASSES)
     ours = Distillation(network, made)
     assert not ours.needs_teacher
@@ -175,7 +177,7 @@ def test_a_layer_before_all_weights_would_teach_nothing(loss: str) -> None:
     flat = networks.build("mlp:8", SHAPE, CLASSES, seed=0)  # its layer 0 flattens the image
     with pytest.raises(UserError, match="no trained weight comes before layer '0'"):
         terms.build(
-            composition.parse(loss, terms.FUNCTIONS), flat, (teacher(),),
+            loss_spec.parse(loss, terms.FUNCTIONS), flat, (teacher(),),
             shape=SHAPE, classes=CLASSES, images=32,
         )  # fmt: skip
 
@@ -191,7 +193,7 @@ def test_a_term_of_features_is_the_mean_over_teachers() -> None:
     network = student()
     both = teacher(), teacher(seed=2)
     batch = next(batches().in_order())
-    specs = composition.parse("sp:2,rkd-distance", terms.FUNCTIONS)
+    specs = loss_spec.parse("sp:2,rkd-distance", terms.FUNCTIONS)
     options = {"shape": SHAPE, "classes": CLASSES, "images": 32}
     values = [
         Distillation(network, terms.build(specs, network, several, **options), several)(batch)
@@ -207,14 +209,14 @@ def test_a_term_of_features_is_the_mean_over_teachers() -> None:
 def test_terms_of_logits_take_several_teachers_each_in_its_own_way(by_label: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     outputs, first, second = 3 * torch.randn(3, 6, 4, generator=generator)
-    batch = data.Batch(torch.zeros(6, 1, 1, 1), torch.arange(6) % 4)
+    batch = batching.Batch(torch.zeros(6, 1, 1, 1), torch.arange(6) % 4)
     seen = Seen(batch, outputs, (first, 20 * second), by_label)
     plain = [-x.log_softmax(1)[torch.arange(6), batch.labels] for x in seen.answers]
     # Two teachers' weights are 1 - softmax of their cross-entropies; alike, a half each.
     weights = 1 - torch.stack(plain).softmax(0) if by_label else torch.full((2, 6), 0.5)
 
     def measured(name: str) -> float:
-        (term,) = terms.build(composition.parse(f"{name}:1", terms.FUNCTIONS), student())
+        (term,) = terms.build(loss_spec.parse(f"{name}:1", terms.FUNCTIONS), student())
         return term(seen).item()
 
     mean = sum(w[:, None] * x for w, x in zip(weights, seen.answers, strict=True))
@@ -239,8 +241,8 @@ def test_terms_of_logits_take_several_teachers_each_in_its_own_way(by_label: boo
 def test_the_same_teacher_twice_is_that_teacher(name: str) -> None:
     generator = torch.Generator().manual_seed(1)
     outputs, answers = 3 * torch.randn(2, 6, 4, generator=generator)
-    batch = data.Batch(torch.zeros(6, 1, 1, 1), torch.arange(6) % 4)
-    (term,) = terms.build(composition.parse(name, terms.FUNCTIONS), student())
+    batch = batching.Batch(torch.zeros(6, 1, 1, 1), torch.arange(6) % 4)
+    (term,) = terms.build(loss_spec.parse(name, terms.FUNCTIONS), student())
     once, twice = (term(Seen(batch, outputs, (answers,) * n)).item() for n in (1, 2))
     assert twice == pytest.approx(once, rel=1e-4)
 

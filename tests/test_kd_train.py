@@ -10,24 +10,20 @@ import pytest
 import torch
 from torch import nn
 
-from dsdistill.harness import labeled, metrics, preprocess
+from dsdistill.harness.data import labeled_images, preprocess
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.evaluate import Learner
-from kd import (
-    augment,
-    checkpoint,
-    composition,
-    data,
-    engine,
-    learners,
-    networks,
-    recipes,
-    scoring,
-    terms,
-)
-from kd.objectives import Distillation, MeanTeacher, Mutual
+from dsdistill.harness.evaluation import metrics
+from dsdistill.harness.evaluation.protocol import Learner
+from kd import recipes
+from kd.data import augment, batching
+from kd.evaluation import learners, scoring
+from kd.models import networks
+from kd.objectives import loss_spec, terms
+from kd.objectives.schemes import Distillation, MeanTeacher, Mutual
+from kd.parallel import engine
 from kd.recipe import Recipe
-from kd.train import train
+from kd.training import checkpoint
+from kd.training.loop import train
 
 CPU = torch.device("cpu")
 QUICK = Recipe(lr=0.1, batch_size=16, epochs=8, warmup=0.4)
@@ -37,8 +33,8 @@ def _student(seed: int = 0) -> networks.Classifier:
     return networks.build("mlp:16", (8, 8, 1), 4, seed=seed)
 
 
-def _batches(size: int = 16) -> data.Resident:
-    return data.batches(support.easy(), size, CPU)
+def _batches(size: int = 16) -> batching.Resident:
+    return batching.batches(support.easy(), size, CPU)
 
 
 def _objective(
@@ -48,7 +44,7 @@ def _objective(
 
 
 def _terms(loss: str) -> list[terms.Weighted]:
-    return terms.build(composition.parse(loss, terms.FUNCTIONS), _student())
+    return terms.build(loss_spec.parse(loss, terms.FUNCTIONS), _student())
 
 
 class _Stop(Exception):
@@ -57,7 +53,7 @@ class _Stop(Exception):
 
 def test_batches_hold_every_image_once_as_nchw() -> None:
     examples = support.easy(n=33)
-    batches = data.batches(examples, 8, CPU)
+    batches = batching.batches(examples, 8, CPU)
     seen = list(batches.epoch(seed=1, epoch=0))
     # 33 = 4 * 8 + 1: the last image joins the batch before it.
     assert [len(b) for b in seen] == [8, 8, 8, 9]
@@ -86,10 +82,10 @@ def test_data_too_large_for_the_device_give_the_same_batches(
 ) -> None:
     splits = support.digits()
     fitted = preprocess.fit("standardise", splits.train.chunks, splits.train.shape)
-    examples = labeled.Examples(splits.train, fitted)
-    resident = data.batches(examples, 100, CPU)
-    monkeypatch.setattr(data, "RESIDENT_BYTES", 0)
-    streamed = data.batches(examples, 100, CPU)
+    examples = labeled_images.Examples(splits.train, fitted)
+    resident = batching.batches(examples, 100, CPU)
+    monkeypatch.setattr(batching, "RESIDENT_BYTES", 0)
+    streamed = batching.batches(examples, 100, CPU)
     assert resident.images is not None
     assert streamed.images is None
     for a, b in zip(resident.epoch(0, 0), streamed.epoch(0, 0), strict=True):
@@ -106,7 +102,7 @@ def test_an_epoch_can_be_entered_anywhere() -> None:
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_share_each_batch(world: int) -> None:
-    batches = data.batches(support.easy(n=33), 16, CPU, world)
+    batches = batching.batches(support.easy(n=33), 16, CPU, world)
     assert batches.sizes == [16, 17]  # the last image alone cannot be shared
     shares = [list(batches.epoch(0, 0, rank=rank, world=world)) for rank in range(world)]
     for number, whole in enumerate(batches.epoch(0, 0)):
@@ -142,7 +138,7 @@ def _rounds(recipe: Recipe, size: int, validation_images: int | None = None) -> 
 
 
 def test_long_epochs_are_validated_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kd.steps.SHORT_EPOCH", 1)
+    monkeypatch.setattr("kd.training.steps.SHORT_EPOCH", 1)
     assert _rounds(replace(QUICK, epochs=3), 16, validation_images=10**9) == [3, 6, 9]
 
 
@@ -256,7 +252,7 @@ STOPPED = [
 def test_a_training_stopped_in_an_epoch_goes_on_bit_for_bit(
     name: str, changes: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kd.saving.AT_MOST", 0.0)  # after every step
+    monkeypatch.setattr("kd.training.saving.AT_MOST", 0.0)  # after every step
     recipe = replace(QUICK, batch_size=8, epochs=4, **changes)
 
     def run(stop: int | None, saved: checkpoint.Saved | None = None) -> checkpoint.Saved:
@@ -310,7 +306,7 @@ def test_accumulated_batches_are_one_large_batch() -> None:
         student = _student()
         recipe = replace(QUICK, batch_size=batch_size, accumulate=accumulate, epochs=3)
         examples = support.easy(n=38)
-        train(_objective(student), data.batches(examples, batch_size, CPU), recipe, 0)
+        train(_objective(student), batching.batches(examples, batch_size, CPU), recipe, 0)
         return nn.utils.parameters_to_vector(student.parameters())
 
     # Batches of 19, or of 7, 7 and 5.
@@ -439,7 +435,7 @@ def test_a_student_comes_to_agree_with_its_teacher() -> None:
 def test_stored_labels_are_used_where_there_are_some() -> None:
     examples = support.easy()
     stored = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
-    batch = next(data.batches(replace(examples, targets=stored), 40, CPU).in_order())
+    batch = next(batching.batches(replace(examples, targets=stored), 40, CPU).in_order())
     student = _student()
     loss = _objective(student, "mse:1")(batch)["mse"]
     outputs = student(batch.images).detach().numpy()

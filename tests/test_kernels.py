@@ -7,7 +7,7 @@ import pytest
 from jax.test_util import check_grads
 
 from dsdistill.harness.errors import UserError
-from dsdistill.kernels import dense, networks, tangents
+from dsdistill.kernels import dense, networks, neural_tangents
 from dsdistill.kernels.relu import relu
 
 SHAPE = (6, 6, 3)
@@ -25,7 +25,7 @@ def images(n: int, seed: int, dtype=jnp.float64) -> jax.Array:
 
 def oracle(depth: int):
     """The same network through neural-tangents."""
-    stax = tangents.load().stax
+    stax = neural_tangents.load().stax
     std = {"W_std": networks.W_STD, "b_std": networks.B_STD}
     hidden = [layer for _ in range(depth) for layer in (stax.Dense(1, **std), stax.Relu())]
     kernel = stax.serial(stax.Flatten(), *hidden, stax.Dense(1, **std))[2]
@@ -113,7 +113,7 @@ def test_relu_at_the_ends_of_the_angle():
 @pytest.mark.parametrize("name", ["fc", "conv", "convnet3"])
 def test_monte_carlo_over_finite_networks(name):
     """The empirical tangent kernel of wide random networks approaches the infinite one."""
-    stax, nt = tangents.load().stax, tangents.load().nt
+    stax, nt = neural_tangents.load().stax, neural_tangents.load().nt
     with jax.enable_x64(False):
         x = images(3, 0, jnp.float32)[:, :, :, :1]
         x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))  # 8x8, for three poolings
@@ -195,13 +195,13 @@ def test_tangents_replaces_no_name_of_jax():
     import jax.random
 
     before = {m: dict(vars(m)) for m in (jax.core, jax.random, jax.interpreters.ad)}
-    tangents._add_names()
+    neural_tangents._add_names()
     for module, names in before.items():
         assert all(vars(module)[name] is value for name, value in names.items())
 
 
 def test_neural_tangents_works_beyond_kernels():
-    stax, nt = tangents.load().stax, tangents.load().nt
+    stax, nt = neural_tangents.load().stax, neural_tangents.load().nt
     x = images(3, 0)
     init, apply, kernel = stax.serial(stax.Flatten(), stax.Dense(16), stax.Gelu(), stax.Dense(1))
     _, params = init(jax.random.key(0), x.shape)

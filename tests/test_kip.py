@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsdistill import kip, label_solve, ridge
+from dsdistill.harness.data.labeled_images import Examples, Labeled, centred_one_hot
+from dsdistill.harness.data.preprocess import identity
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.labeled import Examples, Labeled, centred_one_hot
-from dsdistill.harness.preprocess import identity
 from dsdistill.kernels import gram, networks
 from dsdistill.kernels.dense import fc_ntk
-from dsdistill.start import Support, initial_support
-from dsdistill.targets import Batches
+from dsdistill.methods import kip, label_solve, ridge
+from dsdistill.methods.initial_support import Support, initial_support
+from dsdistill.methods.targets import Batches
 
 
 @pytest.fixture(scope="module")

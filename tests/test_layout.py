@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dsdistill.harness import class_names, datasets
-from dsdistill.harness.labeled import DataError
-from dsdistill.harness.layout import Layout, list_folder
+from dsdistill.harness.data import class_names, datasets
+from dsdistill.harness.data.labeled_images import DataError
+from dsdistill.harness.data.layout import Layout, list_folder
 
 COLOURS = {"cat": (200, 30, 30), "dog": (30, 200, 30), "owl": (30, 30, 200)}
 

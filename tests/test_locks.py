@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from dsdistill.harness import locks, runs
-from dsdistill.harness.runs import RunError
+from dsdistill.harness.runs import locks, run_folder
+from dsdistill.harness.runs.run_folder import RunError
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from dsdistill.harness import runs
+from dsdistill.harness.runs import run_folder as runs
 run = runs.start(Path(sys.argv[1]), {"steps": 1}, result="result")
 print("begun", flush=True)
 time.sleep(60)
@@ -25,7 +25,7 @@ time.sleep(60)
 RIVAL = """
 import sys, time
 from pathlib import Path
-from dsdistill.harness import runs
+from dsdistill.harness.runs import run_folder as runs
 begun = []
 for i, folder in enumerate(sorted(Path(sys.argv[1]).iterdir())):
     time.sleep(max(0.0, float(sys.argv[2]) + 0.03 * i - time.time()))
@@ -38,8 +38,8 @@ time.sleep(1)
 """
 
 
-def _start(folder: Path, *, resume: bool = False) -> runs.Run:
-    return runs.start(folder, {"steps": 1}, result="result", resume=resume)
+def _start(folder: Path, *, resume: bool = False) -> run_folder.Run:
+    return run_folder.start(folder, {"steps": 1}, result="result", resume=resume)
 
 
 @pytest.fixture

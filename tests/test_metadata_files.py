@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dsdistill.harness import datasets, origin
-from dsdistill.harness.artifact import Distilled
-from dsdistill.harness.labeled import DataError
-from dsdistill.harness.layout import list_folder
-from dsdistill.harness.preprocess import identity
-from kd.files.pictures import open_folder
+from dsdistill.harness.data import datasets, origin
+from dsdistill.harness.data.distilled_set import Distilled
+from dsdistill.harness.data.labeled_images import DataError
+from dsdistill.harness.data.layout import list_folder
+from dsdistill.harness.data.preprocess import identity
+from kd.data.files.image_files import open_folder
 
 NAMES = ("cat", "dog", "owl")
 Rows = Sequence[Mapping[str, Any]]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dsdistill.harness import metrics
+from dsdistill.harness.evaluation import metrics
 
 
 def test_softmax_by_hand() -> None:

@@ -25,14 +25,18 @@ from PIL import Image
 from report_support import report
 from rich.table import Table
 
-from dsdistill import summary
-from dsdistill.harness import artifact, command, pictures, preprocess, progress, runs, text
+from dsdistill.commands import inspect
+from dsdistill.harness import command_line, text
+from dsdistill.harness.data import distilled_set, preprocess
 from dsdistill.harness.errors import UserError, unknown
-from dsdistill.harness.pictures import Side
-from dsdistill.harness.reports import drawing, gallery, growth, markdown, page
+from dsdistill.harness.reports import gallery, growth, image_grid, markdown, page, plot_style
 from dsdistill.harness.reports import report as reports
-from kd import cli, curves, finished, models, session
-from kd import report as kd_report
+from dsdistill.harness.reports.image_grid import Side
+from dsdistill.harness.runs import progress, run_folder
+from kd import cli
+from kd.commands import curves, finished_runs, train
+from kd.commands import report as kd_report
+from kd.models import saved_models
 from kd.options import Overrides, Train
 
 # What a class may be called, and how it is shown.
@@ -144,11 +148,11 @@ def test_an_error_is_one_line(name, monkeypatch, capsys):
     def fail(_: object) -> None:
         raise OSError(f"cannot open {name}")
 
-    monkeypatch.setattr(command, "_parse", lambda *_: Options())
+    monkeypatch.setattr(command_line, "_parse", lambda *_: Options())
     before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(SystemExit) as stop:
-            command.main("kd", "", {"train": (Options, fail)}, "stopped")
+            command_line.main("kd", "", {"train": (Options, fail)}, "stopped")
     finally:
         signal.signal(signal.SIGTERM, before)
     assert str(stop.value) == f"kd: cannot open {text.printable(name)}"
@@ -164,7 +168,7 @@ def grid(path: Path, shape: tuple[int, int, int], classes: tuple[str, ...], each
     flat = np.zeros(shape[-1], np.float32)
     fitted = preprocess.Preprocess("standardise", flat, flat + 1)
     side = Side("[/x] $5 $10", pixels, labels)
-    pictures.write_grid(path, side, side, classes, fitted)
+    image_grid.write_grid(path, side, side, classes, fitted)
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"))
 
@@ -177,10 +181,10 @@ def test_the_picture_of_a_set_takes_any_name(start, tmp_path):
 
 def test_a_name_is_drawn_as_text_and_not_as_a_formula(tmp_path):
     """In mathematics, the dollar signs would vanish and leave a narrower name."""
-    with drawing.plain_text():
+    with plot_style.plain_text():
         figure = Figure()
         widths = [
-            figure.text(0, 0, drawing.label(name)).get_window_extent().width
+            figure.text(0, 0, plot_style.label(name)).get_window_extent().width
             for name in ("under_$5_$10", "under_x5_x10")
         ]
     assert widths[0] == pytest.approx(widths[1], rel=0.05)
@@ -203,7 +207,7 @@ def test_rows_of_classes_without_images_stay_empty(tmp_path):
     flat = np.zeros(1, np.float32)
     fitted = preprocess.Preprocess("standardise", flat, flat + 1)
     none = Side("none", np.zeros((0, 4, 4, 1), np.float32), np.zeros(0, np.int64))
-    pictures.write_grid(tmp_path / "set.png", none, none, ("cat", "dog"), fitted)
+    image_grid.write_grid(tmp_path / "set.png", none, none, ("cat", "dog"), fitted)
     assert (tmp_path / "set.png").exists()
 
 
@@ -241,20 +245,20 @@ def texts(figure) -> list[str]:
 
 def test_plots_show_names_as_text(nasty):
     for found in nasty:
-        shown = [drawing.label(name) for name in found.classes]
+        shown = [plot_style.label(name) for name in found.classes]
         assert len(set(shown)) == len(shown)
         learner = found.learners[1]
         for figure in (gallery.classes(found, learner), gallery.confusion(found, learner)):
             assert figure is not None
             assert set(shown) <= set(texts(figure))
-            content = drawing.svg(figure, name="p", alt=" ".join(found.classes))
+            content = plot_style.svg(figure, name="p", alt=" ".join(found.classes))
             assert set(shown) <= set(Texts(content).nodes)
-            root = ElementTree.fromstring(drawing.svg_file(figure))
+            root = ElementTree.fromstring(plot_style.svg_file(figure))
             assert root.tag.endswith("svg")
-            drawing.png(figure)
+            plot_style.png(figure)
     by_images = growth.by_images(nasty)
-    drawing.png(by_images)
-    assert drawing.label(nasty[0].learners[1], drawing.TITLE) in texts(by_images)
+    plot_style.png(by_images)
+    assert plot_style.label(nasty[0].learners[1], plot_style.TITLE) in texts(by_images)
     legend = [t.get_text() for t in by_images.axes[0].get_legend().get_texts()]
     assert any(line.startswith("distilled, kip 0 [/x] $a $b_\\x1b") for line in legend)
 
@@ -348,25 +352,25 @@ def test_progress_shows_names_as_text(terminal, monkeypatch):
     assert "\u202e" not in shown
 
 
-def distilled(classes: tuple[str, ...]) -> artifact.Distilled:
+def distilled(classes: tuple[str, ...]) -> distilled_set.Distilled:
     pixels, _ = images((2, 2, 1), len(classes))
     fitted = preprocess.fit("standardise", lambda size: iter([pixels]), (2, 2, 1))
     k = len(classes)
-    return artifact.Distilled(
+    return distilled_set.Distilled(
         pixels, np.eye(k, dtype=np.float32), fitted, classes, {"data": {"name": "[/x]\udcff\n"}}
     )
 
 
 def test_inspect_shows_names_as_text(tmp_path, capsys, monkeypatch):
     path = tmp_path / "set.safetensors"
-    artifact.save(path, distilled(CLASSES))
-    assert artifact.load(path).classes == CLASSES
+    distilled_set.save(path, distilled(CLASSES))
+    assert distilled_set.load(path).classes == CLASSES
     monkeypatch.setenv("COLUMNS", "2000")
-    summary.print_set(path, as_json=False)
+    inspect.print_set(path, as_json=False)
     shown = capsys.readouterr().out
     assert ", ".join(SHOWN) in shown
     assert r"[/x]\xff\n" in shown
-    summary.print_set(path, as_json=True)
+    inspect.print_set(path, as_json=True)
     assert tuple(json.loads(capsys.readouterr().out)["classes"]) == CLASSES
 
 
@@ -374,12 +378,12 @@ def test_inspect_shows_names_as_text(tmp_path, capsys, monkeypatch):
 def test_inspect_shows_any_provenance(as_json, tmp_path, capsys):
     """A stranger's may have fields of any kind, and under the names of the set's own."""
     deep: object = "end"
-    for _ in range(artifact.DEEPEST - 2):
+    for _ in range(distilled_set.DEEPEST - 2):
         deep = {"in": deep}
     odd = {"peak_memory": "[/x]", "bytes": "many", "images": None, "seconds": [], "deep": deep}
     path = tmp_path / "set.safetensors"
-    artifact.save(path, replace(distilled(("a", "b")), provenance=odd))
-    summary.print_set(path, as_json=as_json)
+    distilled_set.save(path, replace(distilled(("a", "b")), provenance=odd))
+    inspect.print_set(path, as_json=as_json)
     shown = capsys.readouterr().out
     assert "[/x]" in shown
     assert "many" not in shown
@@ -390,13 +394,13 @@ def test_provenance_that_is_nested_without_end_is_refused(tmp_path):
     deep: object = 0
     for _ in range(500):
         deep = [deep]
-    with pytest.raises(artifact.ArtifactError, match="nested"):
-        artifact.save(tmp_path / "set", replace(distilled(("a", "b")), provenance={"a": deep}))
+    with pytest.raises(distilled_set.ArtifactError, match="nested"):
+        distilled_set.save(tmp_path / "set", replace(distilled(("a", "b")), provenance={"a": deep}))
 
 
 def test_standard_output_of_another_encoding_is_no_traceback(tmp_path):
     path = tmp_path / "set.safetensors"
-    artifact.save(path, distilled(CLASSES))
+    distilled_set.save(path, distilled(CLASSES))
     line = "import sys; from dsdistill.cli import main; sys.argv[0] = 'dsdistill'; main()"
     found = subprocess.run(
         [sys.executable, "-c", line, "inspect", path],
@@ -422,10 +426,10 @@ def kd_run(folder: Path, name: str) -> Path:
     folder.mkdir()
     options = asdict(Train(name, student=name))
     config = {k: v for k, v in options.items() if k not in ("out", "resume", "overrides")}
-    runs.write_json(folder / "config.json", config | {"data_root": "data"})
+    run_folder.write_json(folder / "config.json", config | {"data_root": "data"})
     figures = {"student": name, "data": name, "seed": 0, "test_accuracy": 0.5}
     rest = {"seconds": 1.0, "parameters": 3, "teacher": name, "note": name, "device": name}
-    runs.write_json(folder / "report.json", figures | rest)
+    run_folder.write_json(folder / "report.json", figures | rest)
     lines = [{"step": s, name: 10.0 / s, "validation_accuracy": 0.5} for s in (1, 20, 300)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
@@ -444,10 +448,10 @@ def test_runs_of_kd_are_compared_whatever_their_names(tmp_path):
 @pytest.mark.parametrize("name", CLASSES, ids=lambda name: ascii(name)[:20])
 def test_curves_are_drawn_whatever_the_terms_are_called(name, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(drawing, "png", lambda figure: drawn.append(figure) or b"")
+    monkeypatch.setattr(plot_style, "png", lambda figure: drawn.append(figure) or b"")
     curves.draw(kd_run(tmp_path / "run", name))
     left = drawn[0].axes[0]
-    assert [t.get_text() for t in left.get_legend().get_texts()] == [drawing.label(name)]
+    assert [t.get_text() for t in left.get_legend().get_texts()] == [plot_style.label(name)]
     ticks = [t.get_text() for t in left.get_yticklabels()]
     assert not any("$" in tick for tick in ticks)
 
@@ -461,7 +465,7 @@ def test_a_users_own_tex_settings_do_not_reach_a_name(tmp_path):
 
 def test_a_short_logarithmic_axis_has_numbers_too(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(drawing, "png", lambda figure: drawn.append(figure) or b"")
+    monkeypatch.setattr(plot_style, "png", lambda figure: drawn.append(figure) or b"")
     lines = [{"step": s, "ce": loss} for s, loss in ((1, 0.0131), (2, 0.0124))]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     curves.draw(tmp_path)
@@ -473,7 +477,7 @@ def test_a_short_logarithmic_axis_has_numbers_too(tmp_path, monkeypatch):
 
 def test_curves_are_drawn_from_the_lines_that_can_be_read(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(drawing, "png", lambda figure: drawn.append(figure) or b"")
+    monkeypatch.setattr(plot_style, "png", lambda figure: drawn.append(figure) or b"")
     deep = "[" * 100_000
     lines = [
         '{"step": 1, "ce": 2.0, "odd": "x"}',
@@ -500,6 +504,6 @@ def test_a_picture_that_cannot_be_drawn_costs_no_result(tmp_path, monkeypatch):
     data = str(write_npz(tmp_path / "data.npz"))
     options = Train(data, student="mlp:8", out=tmp_path / "run", overrides=epochs)
     with pytest.raises(RuntimeError, match="no picture"):
-        session.run(session.resolve(options))
-    assert finished.read(tmp_path / "run").report["student"] == "mlp:8"
-    assert models.load_run(tmp_path / "run").name == "mlp:8"
+        train.run(train.resolve(options))
+    assert finished_runs.read(tmp_path / "run").report["student"] == "mlp:8"
+    assert saved_models.load_run(tmp_path / "run").name == "mlp:8"

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from dsdistill import assembly
-from dsdistill.harness import artifact, datasets, origin, preprocess
-from dsdistill.harness.artifact import Distilled
+from dsdistill.commands import evaluation_parts
+from dsdistill.harness.data import datasets, distilled_set, origin, preprocess
+from dsdistill.harness.data.distilled_set import Distilled
+from dsdistill.harness.data.labeled_images import centred_one_hot, per_class
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.labeled import centred_one_hot, per_class
 from dsdistill.options import Evaluate
-from kd import sources
+from kd.data import data_source
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def _saved(path, digits, **changes):
     made |= changes
     labels = centred_one_hot(digits.train.labels[rows], 10)
     images = fitted.apply(digits.train.images(rows))
-    artifact.save(path, Distilled(images, labels, fitted, digits.train.classes, made))
+    distilled_set.save(path, Distilled(images, labels, fitted, digits.train.classes, made))
     return path
 
 
@@ -50,8 +50,10 @@ def _saved(path, digits, **changes):
 def test_both_packages_hold_out_the_same_images(tmp_path, digits, stored, held):
     path = _saved(tmp_path / "set.safetensors", digits, config={"validation_fraction": stored})
     root = tmp_path / "root"
-    ours = assembly.assembled(Evaluate(path, learners="ridge", controls="full", data_root=root))
-    theirs = sources.resolve(str(path), root=root).splits
+    ours = evaluation_parts.assembled(
+        Evaluate(path, learners="ridge", controls="full", data_root=root)
+    )
+    theirs = data_source.resolve(str(path), root=root).splits
     assert theirs is not None
     for part, count in (("train", 1438 - held), ("validation", held), ("test", 359)):
         a, b = getattr(ours.splits, part), getattr(theirs, part)
@@ -64,8 +66,8 @@ def test_a_set_of_other_images_is_refused_by_both(tmp_path, digits):
         tmp_path / "set.safetensors", digits, data={"source": "digits", "sha256": "0" * 64}
     )
     for read in (
-        lambda: assembly.assembled(Evaluate(path, learners="ridge", controls="full")),
-        lambda: sources.resolve(str(path), root=tmp_path),
+        lambda: evaluation_parts.assembled(Evaluate(path, learners="ridge", controls="full")),
+        lambda: data_source.resolve(str(path), root=tmp_path),
     ):
         with pytest.raises(UserError, match="was distilled from other images than digits holds"):
             read()
@@ -85,13 +87,13 @@ def test_a_set_of_other_images_is_refused_by_both(tmp_path, digits):
 def test_odd_provenance_is_one_line(tmp_path, digits, changes, message):
     path = _saved(tmp_path / "set.safetensors", digits, **changes)
     with pytest.raises(UserError, match=message) as caught:
-        assembly.assembled(Evaluate(path, learners="ridge", controls="full"))
+        evaluation_parts.assembled(Evaluate(path, learners="ridge", controls="full"))
     assert "\n" not in str(caught.value)
 
 
 def test_the_fraction_of_a_set_that_says_nothing_is_the_default(digits, tmp_path):
     path = _saved(tmp_path / "set.safetensors", digits)
-    distilled = artifact.load(path)
+    distilled = distilled_set.load(path)
     assert origin.validation_fraction(distilled) == 0.1
     assert origin.source(path, distilled) == "digits"
 
@@ -104,9 +106,9 @@ def test_a_folder_that_cannot_be_the_data_is_not_read(tmp_path, digits, monkeypa
     path = _saved(tmp_path / "set.safetensors", digits, data={"source": str(folder)})
     monkeypatch.setattr(datasets, "load", lambda *_, **__: pytest.fail("it was read"))
     with pytest.raises(UserError, match="has no folder of its class '0'"):
-        origin.load(path, artifact.load(path), str(folder), root=tmp_path)
+        origin.load(path, distilled_set.load(path), str(folder), root=tmp_path)
     assert "has no folder of its class '0'" in (
-        sources.resolve(str(path), root=tmp_path).note or ""
+        data_source.resolve(str(path), root=tmp_path).note or ""
     )
 
 
@@ -116,7 +118,7 @@ def test_a_folder_whose_numbers_are_written_otherwise_is_read(tmp_path, digits, 
         (folder / "train" / f"000{name}").mkdir(parents=True)
     path = _saved(tmp_path / "set.safetensors", digits, data={"source": str(folder)})
     monkeypatch.setattr(datasets, "load", lambda data, **_: data)
-    assert origin.load(path, artifact.load(path), str(folder), root=tmp_path) == str(folder)
+    assert origin.load(path, distilled_set.load(path), str(folder), root=tmp_path) == str(folder)
 
 
 @pytest.mark.parametrize(
@@ -127,5 +129,5 @@ def test_validation_images_that_the_set_may_have_seen_are_said(
     tmp_path, digits, capsys, stored, line
 ):
     path = _saved(tmp_path / "solved.safetensors", digits, config={"validation_fraction": stored})
-    sources.resolve(str(path), root=tmp_path)
+    data_source.resolve(str(path), root=tmp_path)
     assert f"solved.safetensors {line}" in capsys.readouterr().err

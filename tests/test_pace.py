@@ -4,13 +4,14 @@ import jax
 import numpy as np
 import pytest
 
-from dsdistill import kip, pace
-from dsdistill.harness import progress
+from dsdistill.harness.data.labeled_images import Examples, Labeled
+from dsdistill.harness.data.preprocess import identity
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.labeled import Examples, Labeled
-from dsdistill.harness.preprocess import identity
+from dsdistill.harness.runs import progress
 from dsdistill.kernels import networks
-from dsdistill.start import initial_support
+from dsdistill.loops import timing
+from dsdistill.methods import kip
+from dsdistill.methods.initial_support import initial_support
 
 
 @pytest.mark.parametrize(
@@ -18,14 +19,14 @@ from dsdistill.start import initial_support
     [(5000, 5000), ("480", 480), ("2s", 2.0), ("0.5 s", 0.5), ("500ms", 0.5), ("1min", 60.0)],
 )
 def test_parse(text, value):
-    assert pace.parse(text) == value
-    assert type(pace.parse(text)) is type(value)
+    assert timing.parse(text) == value
+    assert type(timing.parse(text)) is type(value)
 
 
 @pytest.mark.parametrize("text", ["", "soon", "2h", "1e3", "1.5", 0, -3, "0s", "-2s"])
 def test_parse_refuses(text):
     with pytest.raises(UserError, match="--target-batch must be"):
-        pace.parse(text)
+        timing.parse(text)
 
 
 def train(n: int) -> Examples:
@@ -40,7 +41,7 @@ FC = networks.parse("fc"), networks.parse("fc", 2)
 def chosen(seconds: float, n: int = 10_000, count: int = 1) -> int:
     objective, data = kip.Objective(FC[:count]), train(n)
     support = initial_support(data, 1, noise=False, corruption=0, seed=0)
-    return pace.target_batch(objective, support, data, seconds, seed=0)
+    return timing.target_batch(objective, support, data, seconds, seed=0)
 
 
 def timed(monkeypatch, seconds) -> list[int]:
@@ -51,7 +52,7 @@ def timed(monkeypatch, seconds) -> list[int]:
         sizes.append(targets)
         return seconds(targets, objective.networks[0])
 
-    monkeypatch.setattr(pace, "_seconds", measured)
+    monkeypatch.setattr(timing, "_seconds", measured)
     return sizes
 
 
@@ -99,11 +100,11 @@ def test_a_real_measurement():
 
 @pytest.mark.parametrize("work", ["forward", "adam", "gauss-newton"])
 def test_a_tile_announces_long_work_alone(work, monkeypatch):
-    monkeypatch.setitem(pace.TILES, "exact planes", 4)
-    conv, long = networks.parse("conv(1)"), pace.LONG * 4 * 4
-    assert pace.tile(conv, train(20), long, work) is None
-    assert pace.tile(FC[0], train(20), 1e9, work) is None  # its steps say so soon enough
-    found = pace.tile(conv, train(20), long + 1, work)
+    monkeypatch.setitem(timing.TILES, "exact planes", 4)
+    conv, long = networks.parse("conv(1)"), timing.LONG * 4 * 4
+    assert timing.tile(conv, train(20), long, work) is None
+    assert timing.tile(FC[0], train(20), 1e9, work) is None  # its steps say so soon enough
+    found = timing.tile(conv, train(20), long + 1, work)
     assert found is not None
     assert found.pairs == 4 * 4 * jax.device_count()
     assert 0 < found.seconds < 10
@@ -111,8 +112,8 @@ def test_a_tile_announces_long_work_alone(work, monkeypatch):
 
 def test_the_time_of_a_tile_is_without_compiling(monkeypatch):
     times = iter([30.0, 3.0, 2.0])
-    monkeypatch.setattr(pace, "_timed", lambda run, images: next(times))
-    assert pace.tile(networks.parse("conv(1)"), train(3), 1e9, "adam") == (
+    monkeypatch.setattr(timing, "_timed", lambda run, images: next(times))
+    assert timing.tile(networks.parse("conv(1)"), train(3), 1e9, "adam") == (
         2.0,
         3 * 3 * jax.device_count(),
     )
@@ -123,10 +124,10 @@ def step(seconds: float, network: int = 0) -> kip.Step:
 
 
 def test_pace_leaves_out_the_steps_that_compile():
-    one = pace.Pace(1)
+    one = timing.Pace(1)
     assert one.seconds(step(30)) is None
     assert one.seconds(step(2)) == 2
-    two = pace.Pace(2)
+    two = timing.Pace(2)
     for taken, network in ((30, 0), (2, 0), (40, 1)):
         assert two.seconds(step(taken, network)) is None
     assert two.seconds(step(4, 1)) == 3

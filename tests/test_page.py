@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 from report_support import report
 
-from dsdistill.harness.reports import markup, page
-from dsdistill.harness.reports.markup import POLICY
+from dsdistill.harness.reports import html, page
+from dsdistill.harness.reports.html import POLICY
 
 needs_browser = pytest.mark.skipif(browser.CHROMIUM is None, reason="no chromium")
 EVIL = "<script>document.title = 'taken'</script>"
@@ -165,8 +165,8 @@ def test_pages_are_the_same_for_the_same_report():
 
 
 def test_small_pictures_are_enlarged_by_whole_pixels():
-    assert 'class="pixels" style="width:476px' in markup.picture(png(28), "x")  # 17 times
-    assert 'class="picture" style="width:384px' in markup.picture(png(600), "x")
+    assert 'class="pixels" style="width:476px' in html.picture(png(28), "x")  # 17 times
+    assert 'class="picture" style="width:384px' in html.picture(png(600), "x")
 
 
 @needs_browser

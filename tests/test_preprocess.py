@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from dsdistill.harness import memory, preprocess
+from dsdistill.harness import memory
+from dsdistill.harness.data import preprocess
 from dsdistill.harness.errors import UserError
 
 SHAPE = (4, 5, 3)

@@ -13,14 +13,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dsdistill import assembly, commands, scorecard, start, summary
-from dsdistill.harness import artifact, datasets, preprocess, provenance
-from dsdistill.harness.artifact import Distilled
+from dsdistill.commands import evaluate, evaluation_parts, inspect, reproduce
+from dsdistill.harness.data import datasets, distilled_set, preprocess, provenance
+from dsdistill.harness.data.distilled_set import Distilled
 from dsdistill.harness.errors import UserError
+from dsdistill.harness.evaluation.results import Result
 from dsdistill.harness.reports import markdown, report
-from dsdistill.harness.results import Result
+from dsdistill.methods import initial_support
 from dsdistill.options import Evaluate
-from kd import sources
+from kd.data import data_source
 
 DIGITS = datasets.load("digits", root=Path("unused"))
 WHOLE: dict[str, Any] = {
@@ -54,7 +55,7 @@ def _set(**changed: Any) -> Distilled:
 
 
 def _saved(folder: Path, **changed: Any) -> Path:
-    artifact.save(folder / "set.safetensors", _set(**changed))
+    distilled_set.save(folder / "set.safetensors", _set(**changed))
     return folder / "set.safetensors"
 
 
@@ -94,13 +95,13 @@ def test_a_set_imports_nothing(
     first = kernel.split(",")[0]
     if ":" in first:
         with pytest.raises(UserError, match=rf"--learners ridge:{first}") as caught:
-            assembly.assembled(_options(file))
+            evaluation_parts.assembled(_options(file))
         assert "\n" not in str(caught.value)
     else:
-        assembly.assembled(_options(file))
-    summary.print_set(file, as_json=False)
-    start.load(str(file))
-    sources.resolve(str(file), root=tmp_path)
+        evaluation_parts.assembled(_options(file))
+    inspect.print_set(file, as_json=False)
+    initial_support.load(str(file))
+    data_source.resolve(str(file), root=tmp_path)
     assert not marker.exists()
     assert "stored_kernel" not in sys.modules
 
@@ -108,7 +109,7 @@ def test_a_set_imports_nothing(
 def test_what_the_user_types_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     marker = _module(tmp_path, monkeypatch, "typed_kernel")
     file = _saved(tmp_path, **_config(kernel="typed_kernel:net"))
-    parts = assembly.assembled(_options(file, learners="ridge:typed_kernel:net"))
+    parts = evaluation_parts.assembled(_options(file, learners="ridge:typed_kernel:net"))
     assert marker.exists()
     assert [learner.name for learner in parts.learners] == ["ridge:typed_kernel:net"]
 
@@ -125,7 +126,7 @@ def test_an_error_in_a_users_module_is_one_line(
     (tmp_path / f"{name}.py").write_text(content)
     options = _options(_saved(tmp_path), learners=f"ridge:{name}:net")
     with pytest.raises(UserError, match="cannot be imported: ") as caught:
-        assembly.assembled(options)
+        evaluation_parts.assembled(options)
     assert "\n" not in str(caught.value)
 
 
@@ -166,10 +167,10 @@ def test_an_odd_value_is_one_line_before_anything_is_trained(tmp_path: Path, kin
     changed, name = (ODD | ODD_FOR_RIDGE)[kind]
     file = _saved(tmp_path, **changed)
     with pytest.raises(UserError, match=rf"says of itself a {name} that cannot be"):
-        assembly.assembled(_options(file))
+        evaluation_parts.assembled(_options(file))
     if kind in ODD:
         with pytest.raises(UserError, match=rf"says of itself a {name} that cannot be"):
-            sources.resolve(str(file), root=tmp_path)
+            data_source.resolve(str(file), root=tmp_path)
 
 
 @pytest.mark.parametrize("lacking", ["method", "seconds", "config", "metrics", "kernel"])
@@ -177,18 +178,18 @@ def test_a_missing_part_is_not_needed(tmp_path: Path, lacking: str) -> None:
     distilled = _set()
     rest = {k: v for k, v in distilled.provenance.items() if k != lacking}
     file = tmp_path / "set.safetensors"
-    artifact.save(file, replace(distilled, provenance=rest))
-    parts = assembly.assembled(_options(file))
+    distilled_set.save(file, replace(distilled, provenance=rest))
+    parts = evaluation_parts.assembled(_options(file))
     assert parts.splits.digest == DIGITS.digest
-    scorecard._report(_options(file), parts, _results(), 1.0)
+    evaluate._report(_options(file), parts, _results(), 1.0)
 
 
 def test_data_that_a_set_does_not_name_are_asked_for(tmp_path: Path) -> None:
     file = tmp_path / "set.safetensors"
-    artifact.save(file, replace(_set(), provenance={}))
+    distilled_set.save(file, replace(_set(), provenance={}))
     with pytest.raises(UserError, match=r"add --data, such as"):
-        assembly.assembled(_options(file))
-    parts = assembly.assembled(_options(file, data="digits"))
+        evaluation_parts.assembled(_options(file))
+    parts = evaluation_parts.assembled(_options(file, data="digits"))
     assert parts.splits.digest == DIGITS.digest
 
 
@@ -202,8 +203,8 @@ def test_a_folder_that_a_set_names_is_read_and_said(
     splits = datasets.load(source, root=tmp_path)
     changed = _data(source=source, sha256=splits.digest)
     distilled = replace(_set(**changed), classes=splits.train.classes)
-    artifact.save(tmp_path / "set.safetensors", distilled)
-    assembly.assembled(_options(tmp_path / "set.safetensors"))
+    distilled_set.save(tmp_path / "set.safetensors", distilled)
+    evaluation_parts.assembled(_options(tmp_path / "set.safetensors"))
     assert f"says that its data are {source}, which is read" in capsys.readouterr().err
 
 
@@ -212,7 +213,7 @@ def test_a_folder_that_a_set_names_is_read_and_said(
 
 def test_a_command_to_copy_runs_nothing_else() -> None:
     config = {"data": "a; touch x $(y) `z`", "kernel": "fc' || true '", "seed": 3}
-    line = commands.distil("kip", config)
+    line = reproduce.distil("kip", config)
     assert line is not None
     assert shlex.split(line) == [
         *("dsdistill", "kip", config["data"], "--kernel", config["kernel"], "--seed", "3"),
@@ -220,7 +221,7 @@ def test_a_command_to_copy_runs_nothing_else() -> None:
 
 
 def test_a_command_to_copy_takes_no_option_from_a_value() -> None:
-    line = commands.distil("ls", {"data": "--kernel=evil:net", "init": "x", "kernel": "-h"})
+    line = reproduce.distil("ls", {"data": "--kernel=evil:net", "init": "x", "kernel": "-h"})
     assert line is not None
     assert shlex.split(line)[2:] == ["./--kernel=evil:net", "--kernel=-h"]
 
@@ -241,7 +242,7 @@ def test_a_command_to_copy_takes_no_option_from_a_value() -> None:
 def test_a_command_that_a_file_does_not_give_is_left_out(
     method: str, config: dict[str, Any]
 ) -> None:
-    assert commands.distil(method, config) is None
+    assert reproduce.distil(method, config) is None
 
 
 # --- what is shown
@@ -252,11 +253,11 @@ def test_inspect_shows_what_the_file_holds_and_not_what_it_says(
 ) -> None:
     said = {"images": [9, 9, 9, 9], "bytes": "none", "peak_memory": "much", "[/x]": "[bold]y[/]"}
     file = _saved(tmp_path, **said, note="\x1b[2Jgone\u202e", deep=_nested(40))
-    summary.print_set(file, as_json=True)
+    inspect.print_set(file, as_json=True)
     shown = json.loads(capsys.readouterr().out)
     assert shown["images"] == [10, 8, 8, 1]
     assert shown["bytes"] == _set().nbytes
-    summary.print_set(file, as_json=False)
+    inspect.print_set(file, as_json=False)
     text = capsys.readouterr().out
     assert "[/x]" in text
     assert "[bold]y[/]" in text
@@ -336,14 +337,14 @@ def test_no_provenance_is_more_than_one_line(
     tmp_path: Path, stored: dict[str, Any], capsys: pytest.CaptureFixture
 ) -> None:
     file = tmp_path / "set.safetensors"
-    artifact.save(file, replace(_set(), provenance=stored))
-    summary.print_set(file, as_json=True)
-    summary.print_set(file, as_json=False)
-    made = start.load(str(file))
+    distilled_set.save(file, replace(_set(), provenance=stored))
+    inspect.print_set(file, as_json=True)
+    inspect.print_set(file, as_json=False)
+    made = initial_support.load(str(file))
     assert made is not None
-    start.saw(made, DIGITS.digest, 0.1)
+    initial_support.saw(made, DIGITS.digest, 0.1)
     for consume in (
-        lambda: sources.resolve(str(file), root=tmp_path),
+        lambda: data_source.resolve(str(file), root=tmp_path),
         lambda: _evaluated(_options(file)),
         lambda: _evaluated(_options(file, data="digits", learners="mlp:8")),
     ):
@@ -354,8 +355,8 @@ def test_no_provenance_is_more_than_one_line(
 
 def _evaluated(options: Evaluate) -> None:
     """Everything of an evaluation but the trainings and the drawing."""
-    parts = assembly.assembled(options)
-    text = scorecard._report(options, parts, _results(), 1.0)
+    parts = evaluation_parts.assembled(options)
+    text = evaluate._report(options, parts, _results(), 1.0)
     markdown.render(text)
     report.schema.check("distilled", dict(text.distilled), report.DISTILLED)
     json.dumps(dict(text.distilled), allow_nan=False)

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsdistill.harness import artifact
+from dsdistill.harness.data import distilled_set
 
 pytestmark = [pytest.mark.slow, pytest.mark.fashion]
 
 
 def accuracy(run: Path) -> float:
-    return artifact.load(run / artifact.FILE).provenance["metrics"]["test_accuracy"]
+    return distilled_set.load(run / distilled_set.FILE).provenance["metrics"]["test_accuracy"]
 
 
 def test_kip_on_fashion_mnist(dsdistill, tmp_path):

@@ -11,20 +11,20 @@ import pytest
 from PIL import Image
 from report_support import CLASSES, report, result
 
-from dsdistill.harness import results, statistics
 from dsdistill.harness.errors import UserError
+from dsdistill.harness.evaluation import results, statistics
 from dsdistill.harness.reports import (
-    drawing,
     gallery,
     growth,
     markdown,
+    plot_style,
     plots,
     published,
-    sheets,
     verdict,
-    words,
+    wording,
 )
 from dsdistill.harness.reports import report as reports
+from dsdistill.harness.reports import tables as report_tables
 
 REASON = "FloatingPointError: loss is nan | at <step> 3"
 
@@ -131,7 +131,7 @@ def test_means_and_intervals_are_those_of_the_seeds():
 
 
 def test_negative_ends_of_an_interval_have_a_sign_as_wide_as_a_digit():
-    assert words.between(statistics.summary([-0.1, 0.1])) == "−127.1 to 127.1"
+    assert wording.between(statistics.summary([-0.1, 0.1])) == "−127.1 to 127.1"
 
 
 def test_a_learner_without_randomness_is_called_deterministic():
@@ -150,14 +150,14 @@ def test_equal_accuracies_by_chance_are_not_called_deterministic():
 def test_one_seed_has_no_deviation_and_no_interval():
     one = results.rows([result(np.random.default_rng(0), "random", "ridge", False, 0)])[0]
     assert re.fullmatch(r"\d\d\.\d", reports.cells(one)[3])
-    assert reports.cells(one)[4] == words.NOTHING
+    assert reports.cells(one)[4] == wording.NOTHING
 
 
 def test_a_failure_stands_where_the_mean_would():
     found = failing("random", seeds=(1, 3))
     cells = reports.cells(row(found, "random"))
     assert cells[3] == f"failed 2 of 5: {REASON}"
-    assert cells[4] == words.NOTHING
+    assert cells[4] == wording.NOTHING
     text = markdown.render(found)
     assert r"failed 2 of 5: FloatingPointError: loss is nan \| at &lt;step> 3" in text
     assert "convnet on random, seed 3: " in text
@@ -255,7 +255,7 @@ def test_every_axis_is_labelled_with_its_unit():
 def test_logarithmic_axes_have_plain_numbers():
     for seconds in (2.0, 90000.0):  # within a power of ten, and far from it
         figure = plots.cost([row(small(), "distilled")], seconds)
-        text = drawing.svg(figure)
+        text = plot_style.svg(figure)
         assert "mathdefault" not in text
         assert ">10</text>" in text
 
@@ -303,11 +303,11 @@ def test_a_curve_is_the_mean_of_the_steps_that_all_seeds_have():
 def test_an_svg_for_a_page_takes_ink_and_ground_from_it():
     names = ("<i>", "$a_b$", "日", "d")
     figure = plots.per_class(small(classes=names).rows[:1], names)
-    text = drawing.svg(figure, name="one", alt='a "b" <c>')
+    text = plot_style.svg(figure, name="one", alt='a "b" <c>')
     assert text.startswith("<svg viewBox=")
     assert 'aria-label="a &quot;b&quot; &lt;c&gt;"' in text
     assert "currentColor" in text
-    assert drawing.INK not in text
+    assert plot_style.INK not in text
     assert "<style" not in text
     assert "<metadata" not in text
     assert "&lt;i&gt;" in text
@@ -316,7 +316,7 @@ def test_an_svg_for_a_page_takes_ink_and_ground_from_it():
     ids = re.findall(r'\bid="([^"]*)"', text)
     assert ids
     assert all(name.startswith("one-") for name in ids)
-    other = drawing.svg(figure, name="two")
+    other = plot_style.svg(figure, name="two")
     assert not set(ids) & set(re.findall(r'\bid="([^"]*)"', other))
     for target in re.findall(r'(?:url\(|href=")#([^")]*)', text):
         assert target in ids
@@ -324,11 +324,11 @@ def test_an_svg_for_a_page_takes_ink_and_ground_from_it():
 
 def test_files_are_black_on_white():
     figure = plots.cost(small().rows, 100.0)
-    text = drawing.svg_file(figure).decode()
+    text = plot_style.svg_file(figure).decode()
     assert "currentColor" not in text
     assert "#000000" in text
-    assert drawing.png(figure)[:8] == b"\x89PNG\r\n\x1a\n"
-    pixels = np.asarray(Image.open(io.BytesIO(drawing.png(figure))).convert("RGB"))
+    assert plot_style.png(figure)[:8] == b"\x89PNG\r\n\x1a\n"
+    pixels = np.asarray(Image.open(io.BytesIO(plot_style.png(figure))).convert("RGB"))
     assert (pixels[0, 0] == 255).all()
     assert pixels.min() < 10
 
@@ -375,10 +375,10 @@ def test_published_figures_are_fractions_of_known_data():
 
 def test_columns_without_any_value_are_left_out():
     found = small()
-    head, _ = sheets.by_arm(found.rows, sheets.COST, sheets.cost)
-    assert head == list(sheets.COST)
+    head, _ = report_tables.by_arm(found.rows, report_tables.COST, report_tables.cost)
+    assert head == list(report_tables.COST)
     ridge = [row for row in found.rows if row.learner == "ridge"]
-    head, lines = sheets.by_arm(ridge, sheets.COST, sheets.cost)
+    head, lines = report_tables.by_arm(ridge, report_tables.COST, report_tables.cost)
     assert "parameters" not in head
     assert all(len(line) == len(head) for _, line in lines)
 

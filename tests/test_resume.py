@@ -12,19 +12,13 @@ import jax
 import numpy as np
 import pytest
 
-from dsdistill import pipeline, setting
-from dsdistill.harness import (
-    artifact,
-    checksums,
-    datasets,
-    memory,
-    pictures,
-    preprocess,
-    progress,
-    runs,
-)
+from dsdistill.commands import distil, prepare
+from dsdistill.harness import checksums, memory
+from dsdistill.harness.data import datasets, distilled_set, preprocess
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.runs import RunError
+from dsdistill.harness.reports import image_grid
+from dsdistill.harness.runs import progress, run_folder
+from dsdistill.harness.runs.run_folder import RunError
 from dsdistill.harness.stopping import Stopped
 from dsdistill.kernels import networks
 from dsdistill.options import Kip, LabelSolve
@@ -46,9 +40,9 @@ def start(folder: Path, method: str, *, resume: bool = False) -> Path:
     data, out = str(folder / "data.npz"), folder / "run"
     given = {} if resume else {"images_per_class": 1}
     if method == "ls":
-        return pipeline.run_label_solve(LabelSolve(data=data, out=out, resume=resume, **given))
+        return distil.run_label_solve(LabelSolve(data=data, out=out, resume=resume, **given))
     given = {} if resume else {**given, "steps": 6, "target_batch": 12}
-    return pipeline.run_kip(Kip(data=data, out=out, resume=resume, **given))
+    return distil.run_kip(Kip(data=data, out=out, resume=resume, **given))
 
 
 @pytest.fixture(scope="module", params=["kip", "ls"])
@@ -57,14 +51,14 @@ def stopped(request, tmp_path_factory) -> tuple[str, Path]:
     folder = tmp_path_factory.mktemp("stopped")
     write_data(folder / "data.npz")
     with pytest.MonkeyPatch.context() as patch:
-        write = runs.Metrics.write
+        write = run_folder.Metrics.write
 
         def stopping(self, step: int, **figures: float) -> None:
             write(self, step, **figures)
             if request.param == "ls" or step == 2:
                 raise KeyboardInterrupt
 
-        patch.setattr(runs.Metrics, "write", stopping)
+        patch.setattr(run_folder.Metrics, "write", stopping)
         with pytest.raises(Stopped, match=f"continue with `dsdistill {request.param} --resume"):
             start(folder, request.param)
     assert (folder / "run" / "checkpoint.safetensors").exists()
@@ -132,7 +126,7 @@ def test_the_same_data_go_on(copy):
     whole.mkdir()
     shutil.copy(folder / "data.npz", whole)
     start(whole, method)
-    one, two = (artifact.load(where / "run" / artifact.FILE) for where in (folder, whole))
+    one, two = (distilled_set.load(where / "run" / distilled_set.FILE) for where in (folder, whole))
     np.testing.assert_array_equal(one.images, two.images)
     np.testing.assert_array_equal(one.labels, two.labels)
     assert one.provenance["inputs"] == two.provenance["inputs"]
@@ -159,7 +153,7 @@ def test_an_option_of_a_wrong_type_is_one_line(copy, name):
     config = json.loads((folder / "run" / "config.json").read_text())
     (folder / "run" / "config.json").write_text(json.dumps(config | {name: BAD[name]}))
     options = (Kip if method == "kip" else LabelSolve)(out=folder / "run", resume=True)
-    run = pipeline.run_kip if isinstance(options, Kip) else pipeline.run_label_solve
+    run = distil.run_kip if isinstance(options, Kip) else distil.run_label_solve
     with pytest.raises(RunError, match=f"config.json is damaged.*{name}") as caught:
         run(options)
     assert "\n" not in str(caught.value)
@@ -169,7 +163,7 @@ def test_an_option_of_a_wrong_type_is_one_line(copy, name):
 def test_a_checkpoint_of_another_run_is_one_line(copy, lost):
     """Whole, with a checksum that fits: of another version, say."""
     method, folder = copy
-    path = folder / "run" / runs.CHECKPOINT
+    path = folder / "run" / run_folder.CHECKPOINT
     meta, arrays, _ = checksums.load(path, "meta", kind="a checkpoint")
     if (lost in ("best", "state.0") and method == "ls") or (lost == "gram_tt" and method == "kip"):
         lost = "done"
@@ -189,10 +183,10 @@ def test_a_set_is_saved_though_its_picture_cannot_be_drawn(tmp_path, monkeypatch
     def fail(*_) -> None:
         raise ValueError("not\nmathematics")
 
-    monkeypatch.setattr(pictures, "write_grid", fail)
+    monkeypatch.setattr(image_grid, "write_grid", fail)
     write_data(tmp_path / "data.npz")
     folder = start(tmp_path, "ls")
-    assert len(artifact.load(folder / artifact.FILE)) == 3
+    assert len(distilled_set.load(folder / distilled_set.FILE)) == 3
     assert "could not be drawn (ValueError: not mathematics)" in capsys.readouterr().err
 
 
@@ -212,7 +206,7 @@ def test_too_few_images_for_a_test_part_are_refused_before_any_work(
 def test_missing_validation_images_are_said(tmp_path, capsys, per_class, missing):
     write_data(tmp_path / "data.npz", per_class)
     options = replace(Kip(data=str(tmp_path / "data.npz")), images_per_class=1, steps=1)
-    setting.prepared(replace(options, target_batch=3, learning_rate=0.1, schedule="constant"))
+    prepare.prepared(replace(options, target_batch=3, learning_rate=0.1, schedule="constant"))
     error = capsys.readouterr().err
     assert f"note: {missing} any validation images" in error if missing else not error
 
@@ -301,16 +295,16 @@ def test_a_users_kernel_that_changed_is_refused(tmp_path, monkeypatch, capsys, c
         kernel="fc",
         warm_up="users_kernels:good:2",
     )
-    write = runs.Metrics.write
+    write = run_folder.Metrics.write
 
     def stopping(self, step: int, **figures: float) -> None:
         write(self, step, **figures)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs.Metrics, "write", stopping)
+        patch.setattr(run_folder.Metrics, "write", stopping)
         with pytest.raises(Stopped):
-            pipeline.run_kip(options)
+            distil.run_kip(options)
     config = json.loads((out / "config.json").read_text())
     name = "module of the kernel users_kernels:good"
     assert config["inputs"][name] == hashlib.sha256(USERS.encode()).hexdigest()
@@ -319,12 +313,12 @@ def test_a_users_kernel_that_changed_is_refused(tmp_path, monkeypatch, capsys, c
         importlib.invalidate_caches()
         sys.modules.pop("users_kernels")
         with pytest.raises(RunError, match=f"changed since the run .*{name}") as caught:
-            pipeline.run_kip(Kip(out=out, resume=True))
+            distil.run_kip(Kip(out=out, resume=True))
         assert "\n" not in str(caught.value)
         return
     if change == "no hash":
         del config["inputs"][name]
         (out / "config.json").write_text(json.dumps(config))
-    pipeline.run_kip(Kip(out=out, resume=True))
+    distil.run_kip(Kip(out=out, resume=True))
     assert (f"holds no hash of: {name}" in capsys.readouterr().err) == (change == "no hash")
-    assert artifact.load(out / artifact.FILE).provenance["inputs"][name]
+    assert distilled_set.load(out / distilled_set.FILE).provenance["inputs"][name]

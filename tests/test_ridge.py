@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsdistill import ridge
+from dsdistill.harness.data.labeled_images import Examples, Labeled
+from dsdistill.harness.data.preprocess import identity
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.labeled import Examples, Labeled
-from dsdistill.harness.preprocess import identity
 from dsdistill.kernels import networks
+from dsdistill.methods import ridge
 
 
 @pytest.fixture

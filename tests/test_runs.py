@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dsdistill.harness import checksums, runs
-from dsdistill.harness.runs import Metrics, RunError
+from dsdistill.harness import checksums
+from dsdistill.harness.runs import run_folder
+from dsdistill.harness.runs.run_folder import Metrics, RunError
 
 DEFAULTS = {"steps": 1000, "ridge": 1e-6, "data_root": None, "sizes": (1, 2)}
 
 
 def _start(folder, *, resume=False, **options):
-    return runs.start(
+    return run_folder.start(
         folder,
         DEFAULTS | options,
         result="distilled.safetensors",
@@ -33,7 +34,7 @@ def test_start_creates_the_folder_and_stores_the_options(tmp_path):
     run = _start(tmp_path / "a" / "b", steps=5)
     assert not run.resumed
     assert run.config["steps"] == 5
-    assert runs.read_json(tmp_path / "a" / "b" / "config.json") == run.config
+    assert run_folder.read_json(tmp_path / "a" / "b" / "config.json") == run.config
     assert run.load_state() is None
 
 
@@ -94,11 +95,11 @@ def test_start_refuses_a_run_a_finished_run_a_file_and_a_foreign_folder(tmp_path
 
 
 def test_check_free_creates_nothing(tmp_path):
-    runs.check_free(tmp_path / "new", "distilled.safetensors")
+    run_folder.check_free(tmp_path / "new", "distilled.safetensors")
     assert not (tmp_path / "new").exists()
     _start(tmp_path / "run")
     with pytest.raises(RunError, match="already holds a run"):
-        runs.check_free(tmp_path / "run", "distilled.safetensors")
+        run_folder.check_free(tmp_path / "run", "distilled.safetensors")
 
 
 def test_resume_refuses_a_folder_without_a_run(tmp_path):
@@ -146,15 +147,15 @@ def test_a_choice_is_made_once_and_stands_in_the_config(tmp_path):
     again = _start(tmp_path, resume=True)
     assert again.recorded("batch", lambda: pytest.fail("chosen twice")) == 480
     assert again.recorded("other", lambda: [1]) == [1]
-    stored = runs.read_json(tmp_path / "config.json")
+    stored = run_folder.read_json(tmp_path / "config.json")
     assert stored["chosen"] == {"batch": 480, "other": [1]}
     assert stored["steps"] == 5
 
 
 def test_next_free(tmp_path):
-    assert runs.next_free("kip-digits", tmp_path) == tmp_path / "kip-digits-1"
+    assert run_folder.next_free("kip-digits", tmp_path) == tmp_path / "kip-digits-1"
     (tmp_path / "kip-digits-1").mkdir()
-    assert runs.next_free("kip-digits", tmp_path) == tmp_path / "kip-digits-2"
+    assert run_folder.next_free("kip-digits", tmp_path) == tmp_path / "kip-digits-2"
 
 
 def test_state_comes_back_to_the_bit(tmp_path):
@@ -186,7 +187,7 @@ def test_a_run_goes_on_with_the_same_inputs_alone(tmp_path):
         run.require_same({"training images": DATA})
         run.require_same({"set of --init": OTHER})
         run.save_state({"a": np.zeros(1)}, {})
-    assert runs.read_json(tmp_path / "config.json")["inputs"] == {
+    assert run_folder.read_json(tmp_path / "config.json")["inputs"] == {
         "training images": DATA,
         "set of --init": OTHER,
     }
@@ -198,7 +199,7 @@ def test_a_run_goes_on_with_the_same_inputs_alone(tmp_path):
         )
         with pytest.raises(RunError, match=f"^{re.escape(message)}$"):
             run.require_same({"training images": DATA, "set of --init": DATA})
-    assert runs.read_json(tmp_path / "config.json")["inputs"]["set of --init"] == OTHER
+    assert run_folder.read_json(tmp_path / "config.json")["inputs"]["set of --init"] == OTHER
 
 
 @pytest.mark.parametrize("begun", [True, False])
@@ -243,10 +244,10 @@ def test_what_a_kill_left_is_removed(tmp_path, name, resume):
 
 
 def test_a_run_of_another_command_is_not_resumed(tmp_path):
-    runs.start(tmp_path, {"command": "kip", "steps": 5}, result="a")
+    run_folder.start(tmp_path, {"command": "kip", "steps": 5}, result="a")
     for config in ({"command": "ls", "steps": 5}, {"steps": 5}):
         with pytest.raises(RunError, match="holds a run of another command"):
-            runs.start(tmp_path, config, result="b", resume=True, defaults=config)
+            run_folder.start(tmp_path, config, result="b", resume=True, defaults=config)
 
 
 def _flipped(content: bytes, at: int) -> bytes:
@@ -317,8 +318,8 @@ def test_a_failed_checkpoint_leaves_the_last_one(tmp_path, monkeypatch):
 
 
 def test_json_has_null_for_nan(tmp_path):
-    runs.write_json(tmp_path / "a", {"x": [float("nan"), (1.5, float("inf"))], "y": "é"})
-    assert runs.read_json(tmp_path / "a") == {"x": [None, [1.5, None]], "y": "é"}
+    run_folder.write_json(tmp_path / "a", {"x": [float("nan"), (1.5, float("inf"))], "y": "é"})
+    assert run_folder.read_json(tmp_path / "a") == {"x": [None, [1.5, None]], "y": "é"}
 
 
 def _lines(folder):
@@ -412,4 +413,4 @@ def test_a_run_that_begins_meanwhile_is_no_foreign_content(tmp_path, monkeypatch
         return answer
 
     monkeypatch.setattr(Path, "exists", looked_at)
-    runs.check_free(tmp_path, "result")  # which is refused later, under the lock
+    run_folder.check_free(tmp_path, "result")  # which is refused later, under the lock

@@ -16,14 +16,17 @@ import numpy as np
 import pytest
 import torch
 
-from dsdistill import assembly, scorecard
-from dsdistill.harness import artifact, machine
+from dsdistill.commands import evaluate as evaluate_command
+from dsdistill.commands import evaluation_parts
+from dsdistill.commands.distil import run_kip
+from dsdistill.harness import machine
+from dsdistill.harness.data import distilled_set
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.reports import report as reports
 from dsdistill.harness.stopping import Stopped
 from dsdistill.options import Evaluate, Kip, Report
-from dsdistill.pipeline import run_kip
-from kd import learners, session
+from kd.commands import train as train_command
+from kd.evaluation import learners
 from kd.options import Overrides, Train
 
 ARMS = ["distilled", "distilled-hard", "random", "k-means", "herding", "full"]
@@ -46,7 +49,7 @@ def evaluated(made: Path, cache: Path, tmp_path_factory) -> Path:
     """Ridge regression and a network, two seeds."""
     out = tmp_path_factory.mktemp("evaluation") / "first"
     options = Evaluate(made, learners="ridge,mlp:16", seeds=2, steps=20, cache=cache, out=out)
-    return scorecard.run(options)
+    return evaluate_command.run(options)
 
 
 def test_every_arm_of_every_learner_is_there(evaluated: Path, made: Path):
@@ -55,7 +58,7 @@ def test_every_arm_of_every_learner_is_there(evaluated: Path, made: Path):
         (learner, arm) for learner in ("ridge", "mlp:16") for arm in ARMS
     ]
     distilled, random, full = (found.row("ridge", arm) for arm in ("distilled", "random", "full"))
-    known = artifact.load(made / artifact.FILE).provenance["metrics"]["test_accuracy"]
+    known = distilled_set.load(made / distilled_set.FILE).provenance["metrics"]["test_accuracy"]
     assert [r.accuracy for r in distilled.results] == [pytest.approx(known)] * 2
     assert random.accuracy.mean < distilled.accuracy.mean < full.accuracy.mean
     assert (random.results[0].images, full.results[0].images) == (20, 1295)
@@ -103,7 +106,7 @@ def test_another_evaluation_takes_the_controls_from_the_cache(
 ):
     trainings = _Trainings(monkeypatch)
     options = Evaluate(made, learners="mlp:16", seeds=2, steps=20, cache=cache, out=tmp_path / "b")
-    again = reports.load(scorecard.run(options))
+    again = reports.load(evaluate_command.run(options))
     # Its labels are hard labels, so that one arm serves two: each seed, and the grid twice more.
     assert trainings.count == 2 + 2
     first = reports.load(evaluated)
@@ -111,7 +114,9 @@ def test_another_evaluation_takes_the_controls_from_the_cache(
         a, b = (found.row("mlp:16", arm) for found in (first, again))
         assert [r.accuracy for r in a.results] == [r.accuracy for r in b.results]
     trainings.count = 0
-    scorecard.run(replace(options, controls="full", cache=tmp_path / "empty", out=tmp_path / "c"))
+    evaluate_command.run(
+        replace(options, controls="full", cache=tmp_path / "empty", out=tmp_path / "c")
+    )
     assert trainings.count == 2 * (2 + 2)
 
 
@@ -136,24 +141,24 @@ def test_a_stopped_evaluation_goes_on_where_it_was(made: Path, tmp_path: Path):
     kept = {path: path.stat().st_mtime_ns for path in results.glob("*.json")}
     options = Evaluate(made, learners="mlp:16", controls="random", seeds=3, steps=150, cache=None)
     with pytest.raises(UserError, match="add --resume, or choose another --out"):
-        scorecard.run(replace(options, out=out))
+        evaluate_command.run(replace(options, out=out))
     with pytest.raises(UserError, match="was started with --steps 150"):
-        scorecard.run(replace(options, steps=151, out=out, resume=True))
-    scorecard.run(replace(options, out=out, resume=True))
+        evaluate_command.run(replace(options, steps=151, out=out, resume=True))
+    evaluate_command.run(replace(options, out=out, resume=True))
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    whole = scorecard.run(replace(options, out=tmp_path / "whole"))
+    whole = evaluate_command.run(replace(options, out=tmp_path / "whole"))
     one, other = (reports.load(folder).results for folder in (out, whole))
     assert [(r.arm, r.seed, r.rate, r.accuracy, r.nll) for r in one] == [
         (r.arm, r.seed, r.rate, r.accuracy, r.nll) for r in other
     ]
     with pytest.raises(UserError, match="finished"):
-        scorecard.run(replace(options, out=out))
+        evaluate_command.run(replace(options, out=out))
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("teacher") / "run"
-    session.run(Train("digits", student="mlp:32", out=out, overrides=Overrides(epochs=5)))
+    train_command.run(Train("digits", student="mlp:32", out=out, overrides=Overrides(epochs=5)))
     return out
 
 
@@ -167,13 +172,13 @@ def test_a_teacher_relabels_and_is_compared_with(made: Path, teacher: Path, tmp_
         cache=None,
         out=tmp_path / "a",
     )
-    found = reports.load(scorecard.run(options))
+    found = reports.load(evaluate_command.run(options))
     assert [row.arm for row in found.rows] == [*ARMS[:2], "distilled-teacher", "random"]
     for row in found.rows:
         (result,) = row.results
         assert 0.3 < result.teacher_agreement <= 1
         assert result.teacher_kl > 0
-    parts = assembly.assembled(options)
+    parts = evaluation_parts.assembled(options)
     relabelled = next(arm for arm in parts.arms if arm.name == "distilled-teacher").draw(0)
     np.testing.assert_allclose(relabelled.labels().sum(1), 0, atol=1e-6)  # probabilities minus 1/k
     assert relabelled.labels().min() >= -0.1 - 1e-6
@@ -181,7 +186,9 @@ def test_a_teacher_relabels_and_is_compared_with(made: Path, teacher: Path, tmp_
 
 def test_augmentation_is_trained_beside_the_plain(made: Path, tmp_path: Path):
     options = Evaluate(made, learners="ridge,mlp:16", controls="random", augment="crop", seeds=1)
-    found = reports.load(scorecard.run(replace(options, steps=20, cache=None, out=tmp_path / "a")))
+    found = reports.load(
+        evaluate_command.run(replace(options, steps=20, cache=None, out=tmp_path / "a"))
+    )
     kinds = [(row.learner, row.augmented) for row in found.rows]
     assert kinds == [("ridge", False)] * 3 + [("mlp:16", False)] * 3 + [("mlp:16", True)] * 3
     assert found.scores[0].ars is None
@@ -198,7 +205,7 @@ def test_a_learner_that_fails_is_in_the_report(made: Path, tmp_path: Path, monke
 
     monkeypatch.setattr(learners.Network, "__call__", failing)
     options = Evaluate(made, learners="mlp:16", controls="random", seeds=2, steps=20, cache=None)
-    folder = scorecard.run(replace(options, out=tmp_path / "a"))
+    folder = evaluate_command.run(replace(options, out=tmp_path / "a"))
     found = reports.load(folder)
     assert [row.accuracy for row in found.rows] == [None] * 3
     for name in ("report.md", "report.html"):
@@ -208,13 +215,13 @@ def test_a_learner_that_fails_is_in_the_report(made: Path, tmp_path: Path, monke
 def test_accelerators_are_named_once(made: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(learners.Network, "accelerator", "Some GPU")
     options = Evaluate(made, learners="mlp:4,mlp:5", controls="", seeds=1, steps=1, cache=None)
-    found = reports.load(scorecard.run(replace(options, out=tmp_path / "a")))
+    found = reports.load(evaluate_command.run(replace(options, out=tmp_path / "a")))
     assert found.machine == f"{machine.described()}, Some GPU"
 
 
 def test_a_set_from_elsewhere(made: Path, tmp_path: Path):
     """The layout, pixels and labels of a condensed set of the DC project."""
-    ours = artifact.load(made / artifact.FILE)
+    ours = distilled_set.load(made / distilled_set.FILE)
     images = torch.from_numpy(ours.images.transpose(0, 3, 1, 2).copy())
     data = [[images, torch.from_numpy(ours.hard_labels)]]
     torch.save({"data": data, "accs_all_exps": {"ConvNet": [0.5]}}, tmp_path / "res.pt")
@@ -227,7 +234,7 @@ def test_a_set_from_elsewhere(made: Path, tmp_path: Path):
         cache=None,
         out=tmp_path / "a",
     )
-    found = reports.load(scorecard.run(options))
+    found = reports.load(evaluate_command.run(options))
     assert found.row("ridge", "distilled").accuracy.mean > 0.85
     assert any("--pixels" in note or "standardised" in note for note in found.notes)
     assert found.commands == [
@@ -235,32 +242,32 @@ def test_a_set_from_elsewhere(made: Path, tmp_path: Path):
         "--controls random --seeds 1 --data digits"
     ]
     with pytest.raises(UserError, match="does not say what it was distilled from: add --data"):
-        scorecard.run(replace(options, data=None, out=tmp_path / "b"))
+        evaluate_command.run(replace(options, data=None, out=tmp_path / "b"))
 
 
 def test_a_set_at_chance_gets_a_hint(made: Path, tmp_path: Path):
-    ours = artifact.load(made / artifact.FILE)
+    ours = distilled_set.load(made / distilled_set.FILE)
     noise = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     torch.save({"images": noise, "labels": torch.from_numpy(ours.hard_labels)}, tmp_path / "x.pt")
     options = Evaluate(tmp_path / "x.pt", data="digits", learners="ridge", controls="", seeds=1)
     stated = replace(options, pixels="standardised", cache=None, out=tmp_path / "a")
-    notes = reports.load(scorecard.run(stated)).notes
+    notes = reports.load(evaluate_command.run(stated)).notes
     assert any("chance" in note and "--labels" in note for note in notes)
 
 
 def test_several_evaluations_on_one_page(evaluated: Path, made: Path, cache: Path, tmp_path: Path):
     inside = made / "evaluation-1"
     options = Evaluate(made, learners="ridge", controls="random", seeds=1, cache=cache)
-    assert scorecard.run(options) == inside
-    page = scorecard.compare(Report((evaluated, made), tmp_path / "pages" / "both.html"))
+    assert evaluate_command.run(options) == inside
+    page = evaluate_command.compare(Report((evaluated, made), tmp_path / "pages" / "both.html"))
     text = page.read_text()
     assert text.count("dsdistill kip digits --images-per-class 2 --steps 60") >= 2
     for address in ('src="http', 'href="http', "url(http", "@import"):
         assert address not in text
     with pytest.raises(UserError, match="holds no evaluation"):
-        scorecard.compare(Report((tmp_path,), tmp_path / "none.html"))
+        evaluate_command.compare(Report((tmp_path,), tmp_path / "none.html"))
     with pytest.raises(UserError, match="at least one folder"):
-        scorecard.compare(Report(()))
+        evaluate_command.compare(Report(()))
 
 
 @pytest.mark.parametrize(
@@ -282,7 +289,7 @@ def test_several_evaluations_on_one_page(evaluated: Path, made: Path, cache: Pat
 def test_wrong_input_is_one_line_and_leaves_no_folder(made: Path, tmp_path, changes, message):
     options = Evaluate(made, learners="ridge", out=tmp_path / "a", cache=None)
     with pytest.raises(UserError, match=message) as caught:
-        scorecard.run(
+        evaluate_command.run(
             replace(options, **({"out": None} if changes.get("resume") else {}), **changes)
         )
     assert "\n" not in str(caught.value)
@@ -292,12 +299,12 @@ def test_wrong_input_is_one_line_and_leaves_no_folder(made: Path, tmp_path, chan
 def test_data_that_changed_is_refused(made: Path, tmp_path: Path):
     other = tmp_path / "other"
     shutil.copytree(made, other)
-    distilled = artifact.load(other / artifact.FILE)
+    distilled = distilled_set.load(other / distilled_set.FILE)
     provenance = json.loads(json.dumps(dict(distilled.provenance)))
     provenance["data"]["sha256"] = "0" * 64
-    artifact.save(other / artifact.FILE, replace(distilled, provenance=provenance))
+    distilled_set.save(other / distilled_set.FILE, replace(distilled, provenance=provenance))
     with pytest.raises(UserError, match="was distilled from other images"):
-        scorecard.run(Evaluate(other))
+        evaluate_command.run(Evaluate(other))
 
 
 def test_a_stop_by_hand_says_how_the_evaluation_goes_on(made: Path, tmp_path: Path, monkeypatch):
@@ -307,14 +314,16 @@ def test_a_stop_by_hand_says_how_the_evaluation_goes_on(made: Path, tmp_path: Pa
     options = Evaluate(made, learners="ridge", controls="", seeds=1, cache=None)
     options = replace(options, out=tmp_path / "an out")
     with monkeypatch.context() as patch:
-        patch.setattr(scorecard, "_measured", stopped)
+        patch.setattr(evaluate_command, "_measured", stopped)
         with pytest.raises(
             Stopped, match=f"`dsdistill evaluate {made} --resume --out '.*an out'`$"
         ):
-            scorecard.run(options)
-    monkeypatch.setattr(scorecard.report, "write", _write_and_stop(scorecard.report.write))
+            evaluate_command.run(options)
+    monkeypatch.setattr(
+        evaluate_command.report, "write", _write_and_stop(evaluate_command.report.write)
+    )
     with pytest.raises(Stopped, match=r"an out/report\.json is complete"):
-        scorecard.run(replace(options, resume=True))
+        evaluate_command.run(replace(options, resume=True))
 
 
 def _write_and_stop(write: Callable[..., None]) -> Callable[..., None]:

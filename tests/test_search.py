@@ -10,18 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsdistill import judging, kip, pace, phases
-from dsdistill.harness import memory, progress, runs
+from dsdistill.commands.distil import run_kip, run_label_solve
+from dsdistill.harness import memory
+from dsdistill.harness.data.labeled_images import Examples, Labeled
+from dsdistill.harness.data.preprocess import identity
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.labeled import Examples, Labeled
-from dsdistill.harness.preprocess import identity
-from dsdistill.judging import Candidate
+from dsdistill.harness.runs import progress, run_folder
 from dsdistill.kernels import gram, networks
+from dsdistill.loops import phases, selection, timing
+from dsdistill.loops.phases import Phase, Plan
+from dsdistill.loops.search import accumulated, search
+from dsdistill.loops.selection import Candidate
+from dsdistill.methods import kip
+from dsdistill.methods.initial_support import Support, initial_support
 from dsdistill.options import Kip, LabelSolve
-from dsdistill.phases import Phase, Plan
-from dsdistill.pipeline import run_kip, run_label_solve
-from dsdistill.search import accumulated, search
-from dsdistill.start import Support, initial_support
 
 FC1, FC2 = networks.parse("fc", 1), networks.parse("fc", 2)
 
@@ -50,9 +52,9 @@ def plan(*steps: int, networks: tuple = (FC1,), patience: int | None = None, **c
     return Plan(tuple(made), target_batch=30, seed=0, patience=patience)
 
 
-def opened(folder: Path) -> runs.Run:
+def opened(folder: Path) -> run_folder.Run:
     resume = (folder / "config.json").exists()
-    return runs.start(folder, {}, result="result", resume=resume)
+    return run_folder.start(folder, {}, result="result", resume=resume)
 
 
 def lines(folder: Path) -> list[dict]:
@@ -61,14 +63,14 @@ def lines(folder: Path) -> list[dict]:
 
 def interrupted_at(monkeypatch, stop: int) -> None:
     """Ctrl-C while the line of this step is written."""
-    write = runs.Metrics.write
+    write = run_folder.Metrics.write
 
     def stopping(self, step: int, **figures: float) -> None:
         if step == stop:
             raise KeyboardInterrupt
         write(self, step, **figures)
 
-    monkeypatch.setattr(runs.Metrics, "write", stopping)
+    monkeypatch.setattr(run_folder.Metrics, "write", stopping)
 
 
 OPTIONS = {
@@ -110,9 +112,9 @@ def test_long_work_is_announced_before_it_begins(
     A step has 6 (2.5 * 6 + 30) = 270 pairs' worth: 9 or, after step 4, 5 of them. The start and
     each of 6, or 5, steps predict 30 images from 6, the end of the run 100.
     """
-    monkeypatch.setattr(pace, "FORWARD", 0.5)
+    monkeypatch.setattr(timing, "FORWARD", 0.5)
     monkeypatch.setattr(
-        pace, "tile", lambda network, *_: pace.Tile(20 if network is FC2 else 10, 10)
+        timing, "tile", lambda network, *_: timing.Tile(20 if network is FC2 else 10, 10)
     )
     walk = replace(plan(3, 6), validation_images=30, closing_images=100)
     if stop is not None:
@@ -132,7 +134,7 @@ def test_long_work_is_announced_before_it_begins(
 def test_long_work_of_the_second_kernel_is_announced(support, tmp_path, monkeypatch, capsys):
     """Half of six steps of 270 pairs' worth, 1 s each; the other kernel's are quick."""
     monkeypatch.setattr(
-        pace, "tile", lambda network, *_: pace.Tile(10, 10) if network is FC2 else None
+        timing, "tile", lambda network, *_: timing.Tile(10, 10) if network is FC2 else None
     )
     search(opened(tmp_path), plan(6, networks=(FC1, FC2)), support, TRAIN, VALIDATION)
     announced, *_ = capsys.readouterr().err.splitlines()
@@ -140,7 +142,7 @@ def test_long_work_of_the_second_kernel_is_announced(support, tmp_path, monkeypa
 
 
 def test_label_solve_is_announced_before_it_begins(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pace, "tile", lambda *_: pace.Tile(10, 10))
+    monkeypatch.setattr(timing, "tile", lambda *_: timing.Tile(10, 10))
     accumulated(opened(tmp_path), FC1, TRAIN.images(slice(5)), TRAIN, closing_images=30)
     announced, *_ = capsys.readouterr().err.splitlines()
     assert announced.startswith(f"expected: {progress.duration(5 * (90 + 30))} to the end")
@@ -190,8 +192,8 @@ def test_each_phase_starts_adam_afresh_and_keeps_the_images(support, tmp_path):
 
 def test_several_networks_are_recorded_and_the_first_one_judges(support, tmp_path, monkeypatch):
     judges = []
-    real = judging.judge
-    monkeypatch.setattr(judging, "judge", lambda *a, **k: judges.append(a[0]) or real(*a, **k))
+    real = selection.judge
+    monkeypatch.setattr(selection, "judge", lambda *a, **k: judges.append(a[0]) or real(*a, **k))
     search(opened(tmp_path), plan(20, networks=(FC2, FC1)), support, TRAIN, VALIDATION)
     assert {f["network"] for f in lines(tmp_path)} == {0, 1}
     assert judges == [FC2]
@@ -209,7 +211,7 @@ def scripted(monkeypatch, loss: Callable[[int, int], float]) -> list[tuple[int, 
 
         return score
 
-    monkeypatch.setattr(judging, "judge", judge)
+    monkeypatch.setattr(selection, "judge", judge)
     return asked
 
 
@@ -260,11 +262,11 @@ def test_with_few_validation_images_all_judge_and_none_twice(support, tmp_path, 
 
 
 def test_the_subset_is_balanced_and_fixed():
-    sample = judging.subset(VALIDATION, 12, seed=0)
+    sample = selection.subset(VALIDATION, 12, seed=0)
     assert np.bincount(sample.data.labels).tolist() == [4, 4, 4]
-    np.testing.assert_array_equal(sample.images(), judging.subset(VALIDATION, 12, 0).images())
-    assert judging.subset(VALIDATION, 30, seed=0) is VALIDATION
-    assert len(judging.subset(VALIDATION, 1, seed=0)) == 3  # one a class at least
+    np.testing.assert_array_equal(sample.images(), selection.subset(VALIDATION, 12, 0).images())
+    assert selection.subset(VALIDATION, 30, seed=0) is VALIDATION
+    assert len(selection.subset(VALIDATION, 1, seed=0)) == 3  # one a class at least
 
 
 def with_losses(monkeypatch, *losses: float) -> None:

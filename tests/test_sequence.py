@@ -5,7 +5,7 @@ import math
 import pytest
 
 from dsdistill.harness.errors import UserError
-from dsdistill.kernels.sequence import Sequence, Stage, parse, written
+from dsdistill.kernels.notation import Sequence, Stage, parse, written
 
 
 @pytest.mark.parametrize(

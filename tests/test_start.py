@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsdistill import start
-from dsdistill.harness import artifact, preprocess
-from dsdistill.harness.artifact import Distilled
+from dsdistill.harness.data import distilled_set, preprocess
+from dsdistill.harness.data.distilled_set import Distilled
+from dsdistill.harness.data.labeled_images import Labeled, centred_one_hot
+from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.labeled import Labeled, centred_one_hot
-from dsdistill.harness.preprocess import Preprocess
+from dsdistill.methods import initial_support
 
 
 @pytest.fixture
@@ -33,28 +33,28 @@ def made(data: Labeled) -> Distilled:
 
 
 def test_load_takes_a_file_or_a_folder_and_leaves_the_names(made, tmp_path):
-    artifact.save(tmp_path / artifact.FILE, made)
-    for path in (tmp_path, tmp_path / artifact.FILE):
-        found = start.load(str(path))
+    distilled_set.save(tmp_path / distilled_set.FILE, made)
+    for path in (tmp_path, tmp_path / distilled_set.FILE):
+        found = initial_support.load(str(path))
         assert found is not None
         np.testing.assert_array_equal(found.images, made.images)
-    assert start.load("real") is start.load("noise") is None
+    assert initial_support.load("real") is initial_support.load("noise") is None
 
 
 def test_load_refuses_what_is_not_there(tmp_path):
     with pytest.raises(UserError, match="unknown --init 'reel'; did you mean 'real'"):
-        start.load("reel")
+        initial_support.load("reel")
     with pytest.raises(UserError, match="no distilled set"):
-        start.load(str(tmp_path))
+        initial_support.load(str(tmp_path))
     (tmp_path / "foreign.safetensors").write_bytes(b"no")
     with pytest.raises(UserError, match="not a whole"):
-        start.load(str(tmp_path / "foreign.safetensors"))
+        initial_support.load(str(tmp_path / "foreign.safetensors"))
 
 
 def test_the_set_decides_how_many_images(made, data):
-    assert start.check(made, data, None) == start.check(made, data, 2) == 2
+    assert initial_support.check(made, data, None) == initial_support.check(made, data, 2) == 2
     with pytest.raises(UserError, match="2 images a class, --images-per-class asks for 5"):
-        start.check(made, data, 5)
+        initial_support.check(made, data, 5)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_the_set_decides_how_many_images(made, data):
 )
 def test_a_set_that_does_not_fit_is_refused(made, data, changes, message):
     with pytest.raises(UserError, match=message):
-        start.check(replace(made, **changes), data, None)
+        initial_support.check(replace(made, **changes), data, None)
 
 
 @pytest.mark.parametrize(
@@ -85,11 +85,11 @@ def test_a_set_that_does_not_fit_is_refused(made, data, changes, message):
     ],
 )
 def test_a_set_that_has_seen_the_validation_images(made, provenance, saw):
-    assert start.saw(replace(made, provenance=provenance), "x", 0.1) is saw
+    assert initial_support.saw(replace(made, provenance=provenance), "x", 0.1) is saw
 
 
 def test_the_same_preprocessing_keeps_every_bit(made, data):
-    support = start.from_set(made, fitted("standardise", data), corruption=0, seed=0)
+    support = initial_support.from_set(made, fitted("standardise", data), corruption=0, seed=0)
     np.testing.assert_array_equal(support.images, made.images)
     np.testing.assert_array_equal(support.labels, made.labels)
     assert not support.frozen.any()
@@ -98,7 +98,7 @@ def test_the_same_preprocessing_keeps_every_bit(made, data):
 @pytest.mark.parametrize("kind", ["none", "zca"])
 def test_another_preprocessing_is_undone_and_this_one_applied(made, data, kind):
     target = fitted(kind, data)
-    support = start.from_set(made, target, corruption=0, seed=0)
+    support = initial_support.from_set(made, target, corruption=0, seed=0)
     np.testing.assert_allclose(support.images, target.apply(data.images(slice(0, 6))), atol=1e-5)
 
 
@@ -109,7 +109,7 @@ def test_a_whitened_set_comes_back_up_to_brightness_and_contrast(data):
     made = Distilled(old.apply(raw), centred_one_hot(np.arange(6) % 3, 3), old, data.classes, {})
     new = fitted("zca", data)
     assert not old.same_as(new)
-    got = start.from_set(made, new, corruption=0, seed=0).images
+    got = initial_support.from_set(made, new, corruption=0, seed=0).images
     expected = new.apply(raw)
     cosine = (got * expected).sum((1, 2, 3)) / np.sqrt(
         (got**2).sum((1, 2, 3)) * (expected**2).sum((1, 2, 3))
@@ -118,7 +118,7 @@ def test_a_whitened_set_comes_back_up_to_brightness_and_contrast(data):
 
 
 def test_corruption_reaches_a_set_too(made, data):
-    support = start.from_set(made, made.preprocess, corruption=0.5, seed=0)
+    support = initial_support.from_set(made, made.preprocess, corruption=0.5, seed=0)
     frozen = np.broadcast_to(support.frozen, made.images.shape)
     np.testing.assert_array_equal(support.images[~frozen], made.images[~frozen])
     assert (support.images[frozen] != made.images[frozen]).all()
@@ -127,5 +127,5 @@ def test_corruption_reaches_a_set_too(made, data):
 
 def test_a_home_folder_is_expanded(made, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    artifact.save(Path(tmp_path) / "mine.safetensors", made)
-    assert start.load("~/mine.safetensors") is not None
+    distilled_set.save(Path(tmp_path) / "mine.safetensors", made)
+    assert initial_support.load("~/mine.safetensors") is not None

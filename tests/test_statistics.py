@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dsdistill.harness import statistics
-from dsdistill.harness.results import Result, rows
-from dsdistill.harness.scores import Scores, scores
+from dsdistill.harness.evaluation import statistics
+from dsdistill.harness.evaluation.results import Result, rows
+from dsdistill.harness.evaluation.scores import Scores, scores
 
 FIVE = [0.81, 0.79, 0.84, 0.80, 0.83]
 OTHER = [0.78, 0.80, 0.79, 0.77, 0.81]

@@ -11,7 +11,7 @@ import weakref
 
 import pytest
 
-from dsdistill.harness import command, stopping
+from dsdistill.harness import command_line, stopping
 from dsdistill.harness.stopping import handle_signals, watch
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
@@ -161,9 +161,9 @@ def test_a_command_says_what_is_kept(monkeypatch, capsys):
     def stopped(_: Options) -> None:
         raise stopping.Stopped("stopped; continue with --resume")
 
-    monkeypatch.setattr(command, "_parse", lambda *_: Options())
+    monkeypatch.setattr(command_line, "_parse", lambda *_: Options())
     with pytest.raises(SystemExit, match=r"^p: stopped; continue with --resume$"):
-        command.main("p", "", {"work": (Options, stopped)}, "stopped")
+        command_line.main("p", "", {"work": (Options, stopped)}, "stopped")
 
 
 def test_a_stop_says_what_is_kept_and_how_to_go_on(tmp_path):

@@ -17,8 +17,8 @@ from jaxtyping import Array, Float
 
 from dsdistill.harness import memory
 from dsdistill.harness.errors import UserError
-from dsdistill.kernels import devices
 from dsdistill.kernels.networks import Kernel, Network
+from dsdistill.parallel import devices
 
 SHARE = 0.5  # of the free memory that one tile may take by its traced figure, see `peak_bytes`
 ENOUGH = 2**31  # bytes: a larger tile is not faster, and leaves less to others

@@ -20,9 +20,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dsdistill.harness.errors import UserError, one_line, unknown
-from dsdistill.kernels import banded, devices, sequence, tangents, variances
+from dsdistill.kernels import neural_tangents, notation
+from dsdistill.kernels.conv import conv_kernel, variances
 from dsdistill.kernels.dense import fc_ntk
-from dsdistill.kernels.sequence import Sequence
+from dsdistill.kernels.notation import Sequence
+from dsdistill.parallel import devices
 
 Kernel = Callable[[Float[Array, "n h w c"], Float[Array, "m h w c"]], Float[Array, "n m"]]
 Diagonal = Callable[[Float[Array, "n h w c"]], Float[Array, " n"]]
@@ -84,10 +86,10 @@ def parse(
     """
     if ":" in name:
         return _from_module(name, depth)
-    if sequence.written(name):
+    if notation.written(name):
         if depth is not None:
             raise UserError(f"the kernel {name} has no --depth: the sequence says it")
-        return _planes(name, sequence.parse(name, w_std=w_std, b_std=b_std))
+        return _planes(name, notation.parse(name, w_std=w_std, b_std=b_std))
     found = re.fullmatch(r"([a-z0-9]+)\(([0-9]+)\)", name)
     if found:
         if depth is not None:
@@ -185,16 +187,16 @@ _BUILDERS: dict[str, tuple[Callable[..., Network], int | None]] = {
 
 def _planes(name: str, layers: Sequence) -> Network:
     """A network of convolutions, ReLUs and poolings; targets are shared out over the devices."""
-    kernel = devices.sharded(functools.partial(banded.ntk, network=layers))
-    one_half = functools.partial(banded.ntk_symmetric, network=layers)
-    symmetric = devices.symmetric(functools.partial(banded.ntk, network=layers), one_half)
+    kernel = devices.sharded(functools.partial(conv_kernel.ntk, network=layers))
+    one_half = functools.partial(conv_kernel.ntk_symmetric, network=layers)
+    symmetric = devices.symmetric(functools.partial(conv_kernel.ntk, network=layers), one_half)
     deviations = functools.partial(variances.deviations, network=layers)
     return Network(
         name,
         "exact planes",
         kernel,
         symmetric=symmetric,
-        slopes=functools.partial(banded.slopes, network=layers),
+        slopes=functools.partial(conv_kernel.slopes, network=layers),
         deviations=deviations,
         smallest=layers.smallest,
     )
@@ -202,7 +204,7 @@ def _planes(name: str, layers: Sequence) -> Network:
 
 def _from_module(name: str, depth: int | None) -> Network:
     module, _, attribute = name.partition(":")
-    tangents.load()  # a user's module imports neural_tangents itself
+    neural_tangents.load()  # a user's module imports neural_tangents itself
     if depth is not None:
         raise UserError(f"the kernel {name} has no --depth: its module fixes the network")
     try:

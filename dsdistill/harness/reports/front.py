@@ -2,21 +2,21 @@
 
 from collections.abc import Mapping
 
-from dsdistill.harness.reports import markup, sheets, verdict
+from dsdistill.harness.reports import html, tables, verdict
 from dsdistill.harness.reports.report import Report
 
 
 def one(report: Report) -> str:
     """The answer of one evaluation, what it is of, and a line for each learner."""
     lines = (
-        f"<b>{markup.text(score.learner)}</b>: {markup.text(verdict.answer(report, score))}"
+        f"<b>{html.text(score.learner)}</b>: {html.text(verdict.answer(report, score))}"
         for score in report.scores
     )
     return "\n".join(
         [
-            markup.paragraph(verdict.headline(report), "answer"),
-            markup.paragraph(verdict.subject(report)),
-            markup.items(lines),
+            html.paragraph(verdict.headline(report), "answer"),
+            html.paragraph(verdict.subject(report)),
+            html.items(lines),
         ]
     )
 
@@ -28,12 +28,12 @@ def several(names: Mapping[str, Report]) -> str:
         names: The evaluations by name.
     """
     answers = (
-        f"<b>{markup.text(name)}</b>: {markup.text(verdict.headline(report))}"
+        f"<b>{html.text(name)}</b>: {html.text(verdict.headline(report))}"
         for name, report in names.items()
     )
     groups = [
-        (name, [list(map(markup.text, sheets.contrasts(report, s))) for s in report.scores])
+        (name, [list(map(html.text, tables.contrasts(report, s))) for s in report.scores])
         for name, report in names.items()
     ]
     said = "Test accuracy after training on the distilled set, and its distance to other data"
-    return "\n".join([markup.items(answers), markup.table(said, sheets.CONTRASTS, groups)])
+    return "\n".join([html.items(answers), html.table(said, tables.CONTRASTS, groups)])

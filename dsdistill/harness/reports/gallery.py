@@ -4,9 +4,9 @@ import itertools
 import re
 from typing import TYPE_CHECKING
 
-from dsdistill.harness.reports import plots, words
+from dsdistill.harness.evaluation.results import Row
+from dsdistill.harness.reports import plots, wording
 from dsdistill.harness.reports.report import Report
-from dsdistill.harness.results import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,7 +21,7 @@ def files(report: Report) -> "dict[str, Figure]":
         "accuracy": plots.accuracies(report.rows),
         "cost": plots.cost(report.rows, report.distilled.get("seconds")),
     }
-    if any(words.fact(row, "curve") for row in report.rows):
+    if any(wording.fact(row, "curve") for row in report.rows):
         found["curves"] = plots.curves(report.rows)
     taken: set[str] = set()
     for learner in report.learners:
@@ -63,7 +63,7 @@ def confusion(report: Report, learner: str) -> "Figure | None":
 
 def curves(report: Report, learner: str) -> "Figure | None":
     """The training losses; None if the learner keeps none."""
-    rows = [row for row in _rows(report, learner) if words.fact(row, "curve")]
+    rows = [row for row in _rows(report, learner) if wording.fact(row, "curve")]
     return plots.curves(rows) if rows else None
 
 

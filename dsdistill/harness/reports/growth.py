@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dsdistill.harness.evaluation.statistics import Summary
 from dsdistill.harness.reports import published
-from dsdistill.harness.reports.drawing import INK, SERIES, TITLE, Look, blank, label, look, style
+from dsdistill.harness.reports.plot_style import INK, SERIES, TITLE, Look, blank, label, look, style
 from dsdistill.harness.reports.report import Report
-from dsdistill.harness.statistics import Summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

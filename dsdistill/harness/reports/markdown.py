@@ -3,9 +3,9 @@
 import re
 from collections.abc import Callable, Sequence
 
-from dsdistill.harness.reports import sheets, verdict
+from dsdistill.harness.evaluation.results import Row
+from dsdistill.harness.reports import tables, verdict
 from dsdistill.harness.reports.report import COLUMNS, Report, cells
-from dsdistill.harness.results import Row
 from dsdistill.harness.text import printable
 
 _MARKS = re.compile(r"[\\`*_\[\]#~$|]")  # characters that open something in Markdown, or a cell
@@ -14,7 +14,7 @@ _MARKS = re.compile(r"[\\`*_\[\]#~$|]")  # characters that open something in Mar
 def render(report: Report) -> str:
     """The answer, the tables, how it was made, and how to make it again."""
     answers = [f"- {score.learner}: {verdict.answer(report, score)}" for score in report.scores]
-    failures = sheets.failures(report)
+    failures = tables.failures(report)
     parts = [
         f"# {_plain(report.title)}",
         _plain(verdict.headline(report)),
@@ -25,13 +25,13 @@ def render(report: Report) -> str:
         "cut off at 0 and 100 %; training: one seed's; tuning: all trainings that chose the "
         "learning rate.",
         "## Scores",
-        table(sheets.SCORES, [sheets.scores(score) for score in report.scores]),
-        f"{sheets.SCORES_OF}. {sheets.SCORES_SAY}",
+        table(tables.SCORES, [tables.scores(score) for score in report.scores]),
+        f"{tables.SCORES_OF}. {tables.SCORES_SAY}",
         *_quality(report),
         "## Cost",
-        _by_arm(report, sheets.COST, sheets.cost),
-        f"{sheets.COST_OF}. {sheets.COST_SAY}",
-        "\n".join(f"- {_plain(f'{name}: {value}')}" for name, value in sheets.about(report)),
+        _by_arm(report, tables.COST, tables.cost),
+        f"{tables.COST_OF}. {tables.COST_SAY}",
+        "\n".join(f"- {_plain(f'{name}: {value}')}" for name, value in tables.about(report)),
         *_list("## Failures", failures),
         *_list("## Notes", report.notes),
         "## Reproduce with",
@@ -47,15 +47,15 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _quality(report: Report) -> list[str]:
-    if not sheets.has_quality(report.rows):
+    if not tables.has_quality(report.rows):
         return []
-    said = f"{sheets.QUALITY_OF}. {sheets.QUALITY_SAY}"
-    return ["## Probabilities", _by_arm(report, sheets.QUALITY, sheets.quality), said]
+    said = f"{tables.QUALITY_OF}. {tables.QUALITY_SAY}"
+    return ["## Probabilities", _by_arm(report, tables.QUALITY, tables.quality), said]
 
 
 def _by_arm(report: Report, head: Sequence[str], cells: Callable[[Row], list[str]]) -> str:
     """A table of all rows, with the learner as second column."""
-    (first, *names), lines = sheets.by_arm(report.rows, head, cells)
+    (first, *names), lines = tables.by_arm(report.rows, head, cells)
     rows = [[arm, row.learner, *rest] for row, (arm, *rest) in lines]
     return table([first, "learner", *names], rows)
 

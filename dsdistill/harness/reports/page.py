@@ -4,11 +4,11 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from dsdistill.harness.evaluation.results import Row
 from dsdistill.harness.memory import readable
-from dsdistill.harness.reports import drawing, front, gallery, growth, markup, sheets, words
-from dsdistill.harness.reports.markup import Cell
+from dsdistill.harness.reports import front, gallery, growth, html, plot_style, tables, wording
+from dsdistill.harness.reports.html import Cell
 from dsdistill.harness.reports.report import Report
-from dsdistill.harness.results import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,21 +48,21 @@ def render(
     shown = pictures or {}
     sections = {
         "Test accuracy": [_each(names, _headline)],
-        "Scores": _explained(_each(names, _scores), sheets.SCORES_SAY),
+        "Scores": _explained(_each(names, _scores), tables.SCORES_SAY),
         "Accuracy against images per class": [_growth(reports)],
         "Images": [_picture(png, name) for name, png in shown.items()],
         "Classes": [_each(names, _classes)],
         "Confusion": [_each(names, _confusion)],
         "Learning curves": [_each(names, _curves)],
-        "Probabilities": _explained(_each(names, _quality), sheets.QUALITY_SAY),
-        "Cost": _explained(_each(names, _cost), sheets.COST_SAY),
+        "Probabilities": _explained(_each(names, _quality), tables.QUALITY_SAY),
+        "Cost": _explained(_each(names, _cost), tables.COST_SAY),
         "Failures": [_each(names, _failures)],
         "Notes": [_each(names, _notes)],
         "Reproduce": [_each(names, _commands)],
     }
-    filled = {name: markup.section(_anchor(name), name, *parts) for name, parts in sections.items()}
+    filled = {name: html.section(_anchor(name), name, *parts) for name, parts in sections.items()}
     filled = {name: text for name, text in filled.items() if text}
-    return markup.document(title, [_head(title, names, list(filled)), *filled.values()])
+    return html.document(title, [_head(title, names, list(filled)), *filled.values()])
 
 
 def _names(reports: Sequence[Report]) -> dict[str, Report]:
@@ -76,12 +76,12 @@ def _names(reports: Sequence[Report]) -> dict[str, Report]:
 
 
 def _head(title: str, names: Mapping[str, Report], sections: Sequence[str]) -> str:
-    links = (f'<a href="#{_anchor(name)}">{markup.text(name)}</a>' for name in sections)
+    links = (f'<a href="#{_anchor(name)}">{html.text(name)}</a>' for name in sections)
     answer = front.one(next(iter(names.values()))) if len(names) == 1 else front.several(names)
     return "\n".join(
         [
             "<header>",
-            f"<h1>{markup.text(title)}</h1>",
+            f"<h1>{html.text(title)}</h1>",
             answer,
             f'<nav aria-label="Contents">{" ".join(links)}</nav>',
             "</header>",
@@ -99,11 +99,11 @@ def _each(names: Mapping[str, Report], part: Callable[[Report, str], str]) -> st
     found = [(name, part(report, str(i))) for i, (name, report) in enumerate(names.items())]
     if len(names) == 1:
         return found[0][1]
-    return "\n".join(f"<h3>{markup.text(name)}</h3>\n{text}" for name, text in found if text)
+    return "\n".join(f"<h3>{html.text(name)}</h3>\n{text}" for name, text in found if text)
 
 
 def _explained(content: str, words: str) -> list[str]:
-    return [content, markup.paragraph(words, "quiet")] if content else []
+    return [content, html.paragraph(words, "quiet")] if content else []
 
 
 def _headline(report: Report, n: str) -> str:
@@ -111,18 +111,18 @@ def _headline(report: Report, n: str) -> str:
     said = "Test accuracy with {}: mean, 95 % interval, and below it every seed"
     return "\n".join(
         [
-            markup.table(ACCURACY_SAYS, HEADLINE, groups),
+            html.table(ACCURACY_SAYS, HEADLINE, groups),
             _plots(report, gallery.accuracy, f"accuracy-{n}", said),
-            markup.paragraph(HOLLOW, "quiet") if any(row.augmented for row in report.rows) else "",
+            html.paragraph(HOLLOW, "quiet") if any(row.augmented for row in report.rows) else "",
         ]
     )
 
 
 def _accuracy(row: Row) -> list[Cell]:
     first = row.results[0]
-    said: list[Cell] = [markup.text(words.accuracy(row)), _bar(row), words.interval(row)]
+    said: list[Cell] = [html.text(wording.accuracy(row)), _bar(row), wording.interval(row)]
     if row.failures:
-        said = [(markup.text(words.failure(row)), len(said))]
+        said = [(html.text(wording.failure(row)), len(said))]
     return [
         _label(row),
         *said,
@@ -147,9 +147,9 @@ def _plots(
     for i, learner in enumerate(report.learners):
         if figure := draw(report, learner):
             said = caption.format(learner)
-            content = drawing.svg(figure, name=f"{name}-{i}", alt=said)
-            found.append(markup.figure(content, f"{said}."))
-    return markup.figures(found)
+            content = plot_style.svg(figure, name=f"{name}-{i}", alt=said)
+            found.append(html.figure(content, f"{said}."))
+    return html.figures(found)
 
 
 def _bar(row: Row) -> str:
@@ -165,8 +165,8 @@ def _bar(row: Row) -> str:
 
 
 def _scores(report: Report, _: str) -> str:
-    rows = [[markup.text(cell) for cell in sheets.scores(score)] for score in report.scores]
-    return markup.table(sheets.SCORES_OF, sheets.SCORES, [("", rows)])
+    rows = [[html.text(cell) for cell in tables.scores(score)] for score in report.scores]
+    return html.table(tables.SCORES_OF, tables.SCORES, [("", rows)])
 
 
 def _growth(reports: Sequence[Report]) -> str:
@@ -180,13 +180,13 @@ def _growth(reports: Sequence[Report]) -> str:
             said = f"Test accuracy against images per class: {learner} on {data}"
             figure = growth.by_images(group, [learner])
             hollow = hollow or bool(growth.beside(group, learner))
-            content = drawing.svg(figure, name=f"growth-{len(found)}", alt=said)
-            found.append(markup.figure(content, f"{said}."))
-    return markup.figures(found) + (markup.paragraph(GROWTH_SAYS, "quiet") if hollow else "")
+            content = plot_style.svg(figure, name=f"growth-{len(found)}", alt=said)
+            found.append(html.figure(content, f"{said}."))
+    return html.figures(found) + (html.paragraph(GROWTH_SAYS, "quiet") if hollow else "")
 
 
 def _picture(png: bytes, caption: str) -> str:
-    return markup.figure(markup.picture(png, caption), caption)
+    return html.figure(html.picture(png, caption), caption)
 
 
 def _classes(report: Report, n: str) -> str:
@@ -204,45 +204,45 @@ def _curves(report: Report, n: str) -> str:
 
 
 def _quality(report: Report, _: str) -> str:
-    if not sheets.has_quality(report.rows):
+    if not tables.has_quality(report.rows):
         return ""
-    return _by_arm(report, sheets.QUALITY_OF, sheets.QUALITY, sheets.quality)
+    return _by_arm(report, tables.QUALITY_OF, tables.QUALITY, tables.quality)
 
 
 def _cost(report: Report, n: str) -> str:
     facts = "".join(
-        f"<dt>{markup.text(name)}</dt><dd>{markup.text(value)}</dd>\n"
-        for name, value in sheets.about(report)
+        f"<dt>{html.text(name)}</dt><dd>{html.text(value)}</dd>\n"
+        for name, value in tables.about(report)
     )
     said = "Seconds that {} took, on a logarithmic axis"
     return "\n".join(
         [
             f"<dl>\n{facts}</dl>",
-            _by_arm(report, sheets.COST_OF, sheets.COST, sheets.cost),
+            _by_arm(report, tables.COST_OF, tables.COST, tables.cost),
             _plots(report, gallery.cost, f"cost-{n}", said),
         ]
     )
 
 
 def _failures(report: Report, _: str) -> str:
-    return markup.items(map(markup.text, sheets.failures(report)))
+    return html.items(map(html.text, tables.failures(report)))
 
 
 def _notes(report: Report, _: str) -> str:
-    return markup.items(map(markup.text, report.notes))
+    return html.items(map(html.text, report.notes))
 
 
 def _commands(report: Report, _: str) -> str:
-    return markup.code(report.commands)
+    return html.code(report.commands)
 
 
 def _by_arm(
     report: Report, caption: str, head: Sequence[str], cells: Callable[[Row], list[str]]
 ) -> str:
     """A table of words with a line for each row, by learner."""
-    names, lines = sheets.by_arm(report.rows, head, cells)
-    marked = [(row, list(map(markup.text, line))) for row, line in lines]
-    return markup.table(caption, names, _grouped(report, marked))
+    names, lines = tables.by_arm(report.rows, head, cells)
+    marked = [(row, list(map(html.text, line))) for row, line in lines]
+    return html.table(caption, names, _grouped(report, marked))
 
 
 def _grouped(
@@ -256,7 +256,7 @@ def _grouped(
 
 
 def _label(row: Row) -> str:
-    return markup.text(words.label(row.arm, row.augmented))
+    return html.text(wording.label(row.arm, row.augmented))
 
 
 def _anchor(name: str) -> str:

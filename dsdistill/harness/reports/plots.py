@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsdistill.harness.reports import words
-from dsdistill.harness.reports.drawing import (
+from dsdistill.harness.evaluation.results import Row
+from dsdistill.harness.reports import wording
+from dsdistill.harness.reports.plot_style import (
     BLUE,
     INK,
     SERIES,
@@ -20,7 +21,6 @@ from dsdistill.harness.reports.drawing import (
     plain_log,
     style,
 )
-from dsdistill.harness.results import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -141,7 +141,7 @@ def confusion(row: Row, classes: Sequence[str]) -> "Figure":
 def curves(rows: Sequence[Row]) -> "Figure":
     """Training loss against steps, mean of the seeds, one panel a learner."""
     with style():
-        groups = _by_learner([row for row in rows if words.fact(row, "curve")])
+        groups = _by_learner([row for row in rows if wording.fact(row, "curve")])
         lines = sum(len(group) for group in groups.values())
         figure = blank(2.8 * len(groups) + 0.09 * lines)
         panels = figure.subplots(len(groups), squeeze=False)[:, 0]
@@ -195,7 +195,7 @@ def _arms_axis(axes: Any, group: Sequence[Row]) -> None:
 
 
 def _arm(row: Row) -> str:
-    return label(words.label(row.arm, row.augmented))
+    return label(wording.label(row.arm, row.augmented))
 
 
 def _accuracy(axes: Any, y: int, row: Row) -> None:
@@ -220,7 +220,7 @@ def _accuracy(axes: Any, y: int, row: Row) -> None:
 def _spent(row: Row, kind: str, distillation: float | None) -> float | None:
     if kind == "distillation":
         return distillation if row.arm.startswith("distilled") else None
-    return words.training(row) if kind == "training" else words.tuning(row)
+    return wording.training(row) if kind == "training" else wording.tuning(row)
 
 
 def _curve(axes: Any, row: Row) -> None:

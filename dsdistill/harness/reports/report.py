@@ -12,13 +12,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dsdistill.harness import results, runs
-from dsdistill.harness import scores as scoring
 from dsdistill.harness.errors import UserError
+from dsdistill.harness.evaluation import results
+from dsdistill.harness.evaluation import scores as scoring
+from dsdistill.harness.evaluation.results import Result, Row
+from dsdistill.harness.evaluation.scores import Scores
 from dsdistill.harness.memory import readable
-from dsdistill.harness.reports import schema, words
-from dsdistill.harness.results import Result, Row
-from dsdistill.harness.scores import Scores
+from dsdistill.harness.reports import schema, wording
+from dsdistill.harness.runs import run_folder
 
 FORMAT = 2
 NAME = "report.json"
@@ -103,13 +104,13 @@ def cells(row: Row) -> list[str]:
         row.arm,
         row.learner,
         "yes" if row.augmented else "no",
-        words.accuracy(row),
-        words.interval(row),
+        wording.accuracy(row),
+        wording.interval(row),
         str(len(row.results)),
         str(row.results[0].images),
         readable(row.results[0].bytes),
-        words.time(words.training(row)),
-        words.time(words.tuning(row)),
+        wording.time(wording.training(row)),
+        wording.time(wording.tuning(row)),
     ]
 
 
@@ -121,18 +122,18 @@ def write(folder: Path, report: Report) -> None:
         report: Of one evaluation.
     """
     # These show a Report, so they import this module.
-    from dsdistill.harness.reports import drawing, gallery, markdown, page
+    from dsdistill.harness.reports import gallery, markdown, page, plot_style
 
     (folder / "plots").mkdir(exist_ok=True)
     for name, figure in gallery.files(report).items():
-        runs.write_bytes(folder / "plots" / f"{name}.png", drawing.png(figure))
-        runs.write_bytes(folder / "plots" / f"{name}.svg", drawing.svg_file(figure))
+        run_folder.write_bytes(folder / "plots" / f"{name}.png", plot_style.png(figure))
+        run_folder.write_bytes(folder / "plots" / f"{name}.svg", plot_style.svg_file(figure))
     picture = folder / PICTURE
     shown = {"Distilled images beside real ones": picture.read_bytes()} if picture.exists() else {}
     text = page.render([report], title=report.title, pictures=shown)
-    runs.write_bytes(folder / "report.html", text.encode())
-    runs.write_bytes(folder / "report.md", markdown.render(report).encode())
-    runs.write_json(folder / NAME, {"format": FORMAT, **asdict(report)})
+    run_folder.write_bytes(folder / "report.html", text.encode())
+    run_folder.write_bytes(folder / "report.md", markdown.render(report).encode())
+    run_folder.write_json(folder / NAME, {"format": FORMAT, **asdict(report)})
 
 
 def load(path: Path) -> Report:
@@ -145,7 +146,7 @@ def load(path: Path) -> Report:
         UserError: If there is none, it is damaged, or it is not of an evaluation.
     """
     file = path / NAME if path.is_dir() else path
-    stored = runs.read_json(file)
+    stored = run_folder.read_json(file)
     if not isinstance(stored, dict) or stored.get("format") != FORMAT:
         found = stored.get("format") if isinstance(stored, dict) else type(stored).__name__
         raise UserError(

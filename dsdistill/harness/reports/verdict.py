@@ -1,10 +1,10 @@
 """What an evaluation says, in sentences: is the distilled set better than random images?"""
 
-from dsdistill.harness.reports import words
+from dsdistill.harness.evaluation.results import Row
+from dsdistill.harness.evaluation.scores import Scores
+from dsdistill.harness.evaluation.statistics import Paired
+from dsdistill.harness.reports import wording
 from dsdistill.harness.reports.report import Report
-from dsdistill.harness.results import Row
-from dsdistill.harness.scores import Scores
-from dsdistill.harness.statistics import Paired
 
 BETTER, WORSE, ALIKE, UNKNOWN = "better", "worse", "alike", "unknown"
 _SIZED = ("k-means", "herding")  # other controls of as many images as the set
@@ -18,12 +18,12 @@ def subject(report: Report) -> str:
     by += f" with the kernel {kernel}" if kernel else ""
     arms = {row.arm for row in report.rows}
     sized = [arm for arm in ("random", *_SIZED) if arm in arms]
-    beside = f" and, the same way, on as many {words.listed(sized)} images" if sized else ""
+    beside = f" and, the same way, on as many {wording.listed(sized)} images" if sized else ""
     beside += " and on the full data" if "full" in arms else ""
     count = f"{seeds} seed{'s' if seeds > 1 else ''} each"
     return (
         f"{_size(report)} distilled from {report.data['name']}{by}, judged by the accuracy of "
-        f"{words.listed(report.learners)} on {report.data['test']:,} test images after "
+        f"{wording.listed(report.learners)} on {report.data['test']:,} test images after "
         f"training on it{beside}; {count}."
     )
 
@@ -43,7 +43,9 @@ def headline(report: Report) -> str:
         parts[WORSE] = "the distilled set is worse than as many random images for {}"
         parts[ALIKE] = "the distilled set is not clearly other than as many random images for {}"
         parts[UNKNOWN] = "nothing can be said of the distilled set against random images for {}"
-    said = [text.format(words.listed(found[kind])) for kind, text in parts.items() if kind in found]
+    said = [
+        text.format(wording.listed(found[kind])) for kind, text in parts.items() if kind in found
+    ]
     sentence = "; ".join(said)
     return sentence[:1].upper() + sentence[1:] + "."
 
@@ -53,7 +55,7 @@ def verdict(score: Scores) -> str:
     against = score.versus_random
     if against is None or (against.p is None and against.difference.n == 1):
         return UNKNOWN
-    if against.p is not None and against.p >= words.SIGNIFICANT:
+    if against.p is not None and against.p >= wording.SIGNIFICANT:
         return ALIKE
     mean = against.difference.mean
     return ALIKE if mean == 0 else BETTER if mean > 0 else WORSE
@@ -63,7 +65,7 @@ def answer(report: Report, score: Scores) -> str:
     """What one learner says: by how much, how sure, and how far from the full data."""
     distilled = report.row(score.learner, "distilled")
     if distilled is None or distilled.accuracy is None:
-        why = words.failure(distilled) if distilled else "not trained on the distilled set"
+        why = wording.failure(distilled) if distilled else "not trained on the distilled set"
         return f"{why}."
     against = score.versus_random
     said = [_against_random(against) if against else "not compared with random images"]
@@ -72,7 +74,7 @@ def answer(report: Report, score: Scores) -> str:
             said.append(_distance(distilled, row, arm))
     full = report.row(score.learner, "full")
     said.append(_distance(distilled, full, "full data") if full else "full data not trained on")
-    return f"{words.percent(distilled.accuracy.mean)} %, {', '.join(said)}."
+    return f"{wording.percent(distilled.accuracy.mean)} %, {', '.join(said)}."
 
 
 def _against_random(against: Paired) -> str:
@@ -82,19 +84,20 @@ def _against_random(against: Paired) -> str:
         return f"{text} (one seed: no test)"
     if against.p is None:
         return f"{text} (the same for every seed)"
-    p = words.chance(against)
-    equals = (p if p.startswith("<") else f"= {p}").replace(" ", words.HARD)
-    return f"{text} (95{words.HARD}% interval {words.between(difference)}, p{words.HARD}{equals})"
+    p = wording.chance(against)
+    equals = (p if p.startswith("<") else f"= {p}").replace(" ", wording.HARD)
+    interval = wording.between(difference)
+    return f"{text} (95{wording.HARD}% interval {interval}, p{wording.HARD}{equals})"
 
 
 def _distance(distilled: Row, other: Row, name: str) -> str:
     if other.accuracy is None or distilled.accuracy is None:
-        return f"{name} {words.failure(other)}"
+        return f"{name} {wording.failure(other)}"
     return _points(distilled.accuracy.mean - other.accuracy.mean, name)
 
 
 def _points(difference: float, than: str, unit: str = "") -> str:
-    size = words.percent(abs(difference))
+    size = wording.percent(abs(difference))
     if size == "0.0":
         return f"level with {than}"
     return f"{size}{unit} {'above' if difference > 0 else 'below'} {than}"

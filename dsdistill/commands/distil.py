@@ -1,0 +1,370 @@
+"""One distillation run: a data set in, a run's folder out.
+
+load -> fit preprocessing -> distil -> read the test set once -> save the set, draw its picture
+"""
+
+import contextlib
+import functools
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from dsdistill.commands.prepare import Setting, prepared
+from dsdistill.harness import machine, memory, stopping
+from dsdistill.harness.data import datasets, distilled_set
+from dsdistill.harness.data.labeled_images import Examples
+from dsdistill.harness.errors import UserError, one_line
+from dsdistill.harness.evaluation.held_out import accuracy
+from dsdistill.harness.evaluation.protocol import Predict
+from dsdistill.harness.reports import image_grid
+from dsdistill.harness.reports.image_grid import Side
+from dsdistill.harness.runs import progress, run_folder
+from dsdistill.loops import timing
+from dsdistill.loops.phases import Plan
+from dsdistill.loops.search import accumulated, search
+from dsdistill.methods import initial_support, label_solve, ridge
+from dsdistill.methods.initial_support import Support
+from dsdistill.methods.targets import resident
+from dsdistill.options import Kip, LabelSolve, Source, settled
+from dsdistill.parallel import hosts
+
+EVALUATION_RIDGE = 1e-6  # relative, for Label Solve, whose own ridge is absolute
+NOT_STORED = ("out", "resume", "hosts")  # options that say where the run is, not what it is
+VERSIONS = ("dsdistill", "jax", "jaxlib", "numpy", "optax")
+FREE = ("data_root",)  # the data may have moved between start and resume
+PATHS = ("data", "data_root", "init")  # which may differ from host to host
+WORDS = (*datasets.NAMES, *initial_support.DRAWN)  # options of these values are no paths
+
+Options = TypeVar("Options", bound=Source)
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What every method ends with.
+
+    Attributes:
+        before: What it started from.
+        images, labels: The distilled set.
+        ridge: For prediction from it, relative.
+        figures: Of the search, such as the step that was chosen.
+        seconds: Of the search, over all starts.
+        stopped: When and why it ended early, if it did.
+    """
+
+    before: Support
+    images: Float[np.ndarray, "n h w c"]
+    labels: Float[np.ndarray, "n k"]
+    ridge: float
+    figures: Mapping[str, float]
+    seconds: float
+    stopped: str | None = None
+
+
+def run_kip(options: Kip) -> Path:
+    """Run `dsdistill kip` and return the run's folder.
+
+    Raises:
+        UserError: For input that breaks a rule, or a loss that diverges.
+        KeyboardInterrupt: After a checkpoint, if stopped by hand.
+    """
+    return _run(options, "kip", _kip)
+
+
+def run_label_solve(options: LabelSolve) -> Path:
+    """Run `dsdistill ls` and return the run's folder.
+
+    Raises:
+        UserError: For input that breaks a rule.
+        KeyboardInterrupt: After a checkpoint, if stopped by hand.
+    """
+    return _run(options, "ls", _label_solve)
+
+
+def _run(
+    options: Options,
+    method: str,
+    distil: Callable[[Options, run_folder.Run, Setting], Result],
+) -> Path:
+    if options.resume and options.out is None:
+        raise UserError("--resume needs --out, the folder of the run to continue")
+    options = options if options.resume else settled(options)
+    asked = _stored(options, method)
+    hosts.check_same({name: value for name, value in asked.items() if name not in PATHS})
+    if options.resume:
+        run, options = _reopened(options, method)
+        with run, _explain_stop(method, run.folder):
+            return _work(options, run, prepared(options), distil)
+    folder = Path(hosts.decided(lambda: str(_free_folder(options, method))))
+    with stopping.explain_stop():
+        setting = prepared(options)  # wrong input leaves no folder behind
+    options = replace(options, images_per_class=setting.images_per_class)
+    stored = _stored(options, method)
+    with (
+        hosts.opened(lambda: run_folder.start(folder, stored, result=distilled_set.FILE)) as run,
+        _explain_stop(method, folder),
+    ):
+        return _work(options, run, setting, distil)
+
+
+def _work(
+    options: Options,
+    run: run_folder.Run,
+    setting: Setting,
+    distil: Callable[[Options, run_folder.Run, Setting], Result],
+) -> Path:
+    with hosts.resumable(run.folder):
+        try:
+            inputs = setting.digests()
+            hosts.check_same(inputs)
+            run.require_same(inputs)
+            result = distil(options, run, setting)
+        except UserError:
+            run.withdraw()
+            raise
+        return _finish(options, run, setting, result)
+
+
+def _explain_stop(method: str, folder: Path) -> contextlib.AbstractContextManager[None]:
+    command = ("dsdistill", method, "--resume", "--out", str(folder))
+    return stopping.explain_stop(command, folder / distilled_set.FILE)
+
+
+def _kip(options: Kip, run: run_folder.Run, setting: Setting) -> Result:
+    support, train = _support(options, run, setting), resident(setting.train)
+    plan = Plan(
+        setting.phases,
+        _target_batch(options, run, setting, support, train),
+        options.seed,
+        options.patience,
+        min(options.validation_images, len(setting.validation)),
+        closing_images=_closing_images(options, setting),
+    )
+    best, last = search(run, plan, support, train, setting.validation)
+    figures = {
+        "best_step": best.step,
+        "last_step": last.done,
+        "validation_accuracy": best.accuracy,
+        "validation_loss": best.loss,
+    }
+    stopped = None
+    if last.done < plan.steps:
+        waited = f"{options.patience} validation{'' if options.patience == 1 else 's'}"
+        stopped = f"at step {last.done} of {plan.steps}: no lower validation loss in {waited}"
+    return Result(support, best.images, best.labels, options.ridge, figures, last.seconds, stopped)
+
+
+def _support(options: Kip, run: run_folder.Run, setting: Setting) -> Support:
+    """Where the run starts: drawn, or from a distilled set that must not change meanwhile."""
+    if setting.init is None:
+        return initial_support.initial_support(
+            setting.train,
+            setting.images_per_class,
+            noise=options.init == "noise",
+            corruption=options.corruption,
+            seed=options.seed,
+        )
+    content = distilled_set.locate(Path(options.init).expanduser()).read_bytes()
+    inputs = {"set of --init": hashlib.sha256(content).hexdigest()}
+    hosts.check_same(inputs)
+    run.require_same(inputs)
+    if initial_support.saw(setting.init, setting.splits.digest, options.validation_fraction):
+        progress.say(
+            "note: the set of --init was made with images that this run validates on, which "
+            f"flatters it: make it with --validation-fraction {options.validation_fraction:g}"
+        )
+    return initial_support.from_set(
+        setting.init,
+        setting.train.preprocess,
+        corruption=options.corruption,
+        seed=options.seed,
+    )
+
+
+def _target_batch(
+    options: Kip, run: run_folder.Run, setting: Setting, support: Support, train: Examples
+) -> int:
+    """The number asked for, or the one that fits the time asked for: measured once a run."""
+    assert options.target_batch is not None  # it is settled
+    wanted = timing.parse(options.target_batch)
+    if isinstance(wanted, int):
+        return wanted
+
+    def measured() -> int:
+        objective = setting.phases[-1].objective
+        size = timing.target_batch(objective, support, train, wanted, seed=options.seed)
+        progress.say(f"target batch: {size} images, for steps of {progress.duration(wanted)}")
+        return size
+
+    return run.recorded("target_batch", measured)
+
+
+def _closing_images(options: Kip, setting: Setting) -> int:
+    """The images that two supports predict at the end of a run."""
+    fresh = len(setting.validation) if len(setting.validation) > options.validation_images else 0
+    return 2 * (fresh + len(setting.splits.test))
+
+
+def _label_solve(options: LabelSolve, run: run_folder.Run, setting: Setting) -> Result:
+    support = initial_support.initial_support(
+        setting.train, setting.images_per_class, noise=False, corruption=0, seed=options.seed
+    )
+    closing = len(setting.splits.test)
+    sums, seconds = accumulated(run, setting.network, support.images, setting.train, closing)
+    labels = label_solve.solve(setting.network, support.images, sums, options.ridge)
+    # The pixels stay; the natural labels are what the solved ones are compared with.
+    return Result(support, support.images, labels, EVALUATION_RIDGE, {}, seconds)
+
+
+def _finish(options: Source, run: run_folder.Run, setting: Setting, result: Result) -> Path:
+    """Read the test set, for the first time, and write what the run has found."""
+    splits, fitted = setting.splits, setting.train.preprocess
+    classes = splits.train.classes
+    hard = np.repeat(np.arange(len(classes)), setting.images_per_class)
+    before = result.before
+    test = Examples(splits.test, fitted)
+    after, initial = _accuracies(setting, result, test)
+    figures = {"test_accuracy": after, "initial_test_accuracy": initial, **result.figures}
+    provenance = {
+        "method": run.config["command"],
+        "config": {
+            k: v for k, v in run.config.items() if k not in ("data_root", run_folder.INPUTS)
+        },
+        "kernel": setting.network.name,
+        "engine": setting.network.engine,
+        "evaluation_ridge": result.ridge,
+        "data": {
+            "name": splits.name,
+            "source": run.config["data"],
+            "sha256": splits.digest,
+            "train": len(splits.train),
+            "validation": len(splits.validation),
+            "test": len(splits.test),
+        },
+        "inputs": run.config[run_folder.INPUTS],
+        "seed": options.seed,
+        "metrics": {k: None if v != v else v for k, v in figures.items()},
+        "seconds": result.seconds,
+        "stopped": result.stopped,
+        "peak_memory": memory.peak(),
+        "machine": {
+            "device": jax.devices()[0].device_kind,
+            "devices": jax.device_count(),
+            "hosts": jax.process_count(),
+            "platform": machine.described(),
+        },
+        "versions": {name: metadata.version(name) for name in VERSIONS},
+    }
+    if not run.writes:
+        return run.folder
+    distilled = distilled_set.Distilled(result.images, result.labels, fitted, classes, provenance)
+    # The set is what hours have gone into: it is saved before anything else can go wrong.
+    distilled_set.save(run.folder / distilled_set.FILE, distilled)
+    sides = Side("before", before.images, hard), Side("after", result.images, hard)
+    _draw(run.folder / "distilled.png", sides, classes, fitted)
+    return run.folder
+
+
+def _draw(picture: Path, sides: tuple[Side, Side], classes: tuple[str, ...], fitted: Any) -> None:
+    """Draw the picture of a set that is saved; a failure is said, and the run is finished."""
+    try:
+        image_grid.write_grid(picture, *sides, classes, fitted)
+    except Exception as error:  # a font, a name, a full disk
+        reason = one_line(error, kind=True)
+        progress.say(f"note: the set is saved, but {picture} could not be drawn ({reason})")
+
+
+def _accuracies(setting: Setting, result: Result, test: Examples) -> tuple[float, float]:
+    """On the test images, of the result and of where it started."""
+
+    def fitted(images: np.ndarray, labels: np.ndarray) -> Predict:
+        return ridge.fit(setting.network, images, labels, result.ridge)
+
+    before, k = result.before, result.labels.shape[1]
+    if result.images is not before.images:
+        after, initial = fitted(result.images, result.labels), fitted(before.images, before.labels)
+        return accuracy(after, test, "test images"), accuracy(initial, test, "test images, before")
+    # The same images with other labels: the kernel, the long part, is evaluated once.
+    both = fitted(result.images, np.concatenate([result.labels, before.labels], 1))
+    batches = progress.slow(test.batches(), "test images")
+    scores = np.concatenate([both(test.images(rows)) for rows in batches])
+    right = [s.argmax(1) == test.data.labels for s in (scores[:, :k], scores[:, k:])]
+    return float(right[0].mean()), float(right[1].mean())
+
+
+def _stored(options: Source, method: str) -> dict[str, Any]:
+    """The options as they stand in `config.json`: paths hold from every folder."""
+    named = {name: v for name, v in asdict(options).items() if name not in NOT_STORED}
+    for name in {"data", "init"} & named.keys():
+        if named[name] not in WORDS and Path(named[name]).expanduser().exists():
+            named[name] = str(Path(named[name]).expanduser().resolve())
+    paths = {name: str(v) for name, v in named.items() if isinstance(v, Path)}
+    return {"command": method} | named | paths
+
+
+def _free_folder(options: Source, method: str) -> Path:
+    folder = options.out or run_folder.next_free(f"{method}-{Path(options.data).stem}")
+    run_folder.check_free(folder, distilled_set.FILE)
+    return folder
+
+
+def _reopened(options: Options, method: str) -> tuple[run_folder.Run, Options]:
+    """The run to resume, and the options that it was started with."""
+    assert options.out is not None
+    run = hosts.opened(
+        functools.partial(
+            run_folder.start,
+            options.out,
+            _stored(options, method),
+            result=distilled_set.FILE,
+            resume=True,
+            defaults=_stored(type(options)(), method) | {"command": None},
+            free=FREE,
+        )
+    )
+    try:
+        return run, _restored(options, run)
+    except BaseException:
+        run.close()
+        raise
+
+
+def _restored(options: Options, run: run_folder.Run) -> Options:
+    """The options of a run as its `config.json` holds them.
+
+    Raises:
+        RunError: If one is unknown, or its value is not of its type.
+    """
+    apart = ("command", run_folder.CHOSEN, run_folder.INPUTS, *FREE)
+    named = {name: value for name, value in run.config.items() if name not in apart}
+    types = get_type_hints(type(options))
+    for name, value in named.items():
+        if name not in types or not _is(value, types[name]):
+            raise run_folder.RunError(
+                f"{run.folder / 'config.json'} is damaged or of another version: "
+                f"{name} cannot be {value!r}{run_folder.REMEDY}"
+            )
+    if not isinstance(run.config.get(run_folder.CHOSEN, {}).get("target_batch", 1), int):
+        raise run_folder.RunError(
+            f"{run.folder / 'config.json'} is damaged: {run_folder.CHOSEN}.target_batch must be a "
+            f"whole number{run_folder.REMEDY}"
+        )
+    return replace(options, **named)
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value from JSON is one of an option's type."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) in (Union, UnionType):
+        return any(_is(value, each) for each in get_args(kind))
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is kind

@@ -1,0 +1,267 @@
+"""`dsdistill evaluate` and `dsdistill report`: learners of both frameworks on every kind of data.
+
+config.json   the options
+results/      one small file a training: what a stopped evaluation goes on with
+images.png    the distilled images beside real ones
+plots/        every plot as PNG and SVG
+report.json   all figures; report.md and report.html show them. Written last
+"""
+
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsdistill.commands import reproduce, training_data
+from dsdistill.commands.evaluation_parts import Parts, assembled
+from dsdistill.harness import machine, memory, stopping
+from dsdistill.harness.data import origin
+from dsdistill.harness.data.labeled_images import Labeled, per_class
+from dsdistill.harness.errors import UserError
+from dsdistill.harness.evaluation import controls
+from dsdistill.harness.evaluation.majority import common_class, constant_answer
+from dsdistill.harness.evaluation.protocol import Arm, Learner, evaluate, stored_bytes
+from dsdistill.harness.evaluation.result_cache import Kept
+from dsdistill.harness.evaluation.results import Result
+from dsdistill.harness.reports import image_grid, page, report, verdict, wording
+from dsdistill.harness.reports.image_grid import Side
+from dsdistill.harness.reports.report import Report
+from dsdistill.harness.runs import progress, run_folder
+from dsdistill.harness.text import console, printable
+from dsdistill.options import Evaluate
+from dsdistill.options import Report as Compare
+
+FREE = ("data_root", "cache", "device")  # options that may differ on resume
+PER_CALL = ("out", "resume")  # options that are none of the evaluation's
+VERSIONS = ("dsdistill", "jax", "numpy", "scikit-learn", "scipy", "timm", "torch")
+
+
+def run(options: Evaluate) -> Path:
+    """Evaluate a distilled set, print the comparison, and return the folder of the report.
+
+    Raises:
+        UserError: For input that breaks a rule, before anything is trained.
+    """
+    parts = assembled(options)
+    beside = options.run if options.run.is_dir() else options.run.parent
+    out = options.out or run_folder.next_free("evaluation", beside)
+    begun = run_folder.start(
+        out,
+        _config(options),
+        result=report.NAME,
+        resume=options.resume,
+        defaults=_config(Evaluate(options.run)),
+        free=FREE,
+    )
+    command = ("dsdistill", "evaluate", str(options.run), "--resume", "--out", str(out))
+    with begun, stopping.explain_stop(command, out / report.NAME):
+        began = time.monotonic()
+        kept = Kept(out / "results", options.cache, sharing=controls.CONTROLS)
+        results = _measured(parts, list(range(options.seeds)), kept)
+        _picture(out, parts)
+        report.write(out, _report(options, parts, results, time.monotonic() - began))
+    _print(report.load(out), out)
+    return out
+
+
+def compare(options: Compare) -> Path:
+    """One page about any number of evaluations.
+
+    Raises:
+        UserError: If a folder holds none.
+    """
+    if not options.runs:
+        raise UserError("give at least one folder of an evaluation, or of a run that has one")
+    folders = [_newest(run) for run in options.runs]
+    reports = [report.load(folder) for folder in folders]
+    shown = {
+        f"{found.title}: distilled images beside real ones": (folder / report.PICTURE).read_bytes()
+        for folder, found in zip(folders, reports, strict=True)
+        if (folder / report.PICTURE).exists()
+    }
+    title = reports[0].title if len(reports) == 1 else f"{len(reports)} evaluations"
+    text = page.render(reports, title=title, pictures=shown)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    run_folder.write_bytes(options.out, text.encode())
+    return options.out
+
+
+def _newest(run: Path) -> Path:
+    """The folder itself if it is an evaluation's, else the newest of those inside it."""
+    if (run / report.NAME).exists():
+        return run
+    inside = sorted(run.glob(f"*/{report.NAME}"), key=lambda path: path.stat().st_mtime)
+    if not inside:
+        raise UserError(f"{run} holds no evaluation: make one with `dsdistill evaluate {run}`")
+    return inside[-1].parent
+
+
+def _config(options: Evaluate) -> dict[str, Any]:
+    found = {k: v for k, v in asdict(options).items() if k not in PER_CALL}
+    return {k: str(v.absolute()) if isinstance(v, Path) else v for k, v in found.items()}
+
+
+def _measured(parts: Parts, seeds: list[int], kept: Kept) -> list[Result]:
+    trainings, results = parts.trainings, []
+    with progress.bar(len(trainings) * len(seeds), unit="trainings") as show:
+
+        def on_result(found: Result) -> None:
+            results.append(found)
+            figure = "failed" if found.accuracy is None else f"{found.accuracy:.1%}"
+            show(len(results), **{f"{found.learner} on {found.arm}": figure})
+
+        for learner, augmented, arm in trainings:
+            if arm.like is not None:
+                for found in _taken(results, learner, augmented, arm):
+                    on_result(found)
+                continue
+            evaluate(
+                learner,
+                arm,
+                parts.judges,
+                seeds,
+                augmented=augmented,
+                kept=kept,
+                on_result=on_result,
+            )
+    return results
+
+
+def _taken(results: Sequence[Result], learner: Learner, augmented: bool, arm: Arm) -> list[Result]:
+    """The results of the arm that has the same images and labels, which cost nothing more."""
+    key, size = (learner.name, augmented, arm.like), stored_bytes(arm.draw(0))
+    return [
+        replace(found, arm=arm.name, bytes=size, train_seconds=0.0, tune_seconds=0.0)
+        for found in results
+        if (found.learner, found.augmented, found.arm) == key
+    ]
+
+
+def _picture(out: Path, parts: Parts) -> None:
+    """The set beside real images of the same classes."""
+    distilled, train = parts.distilled, parts.train
+    rng = np.random.default_rng(0)
+    rows = per_class(train.data, training_data.images_per_class(distilled), rng)
+    left = Side("real", train.images(rows), train.data.labels[rows])
+    right = Side("distilled", distilled.images, distilled.hard_labels)
+    classes, fitted = distilled.classes, distilled.preprocess
+    image_grid.write_grid(out / report.PICTURE, left, right, classes, fitted)
+
+
+def _report(options: Evaluate, parts: Parts, results: Sequence[Result], seconds: float) -> Report:
+    made, splits = origin.read_provenance(parts.distilled), parts.splits
+    kernel = f" with {made.kernel}" if made.kernel else ""
+    own = None if made.config is None else reproduce.distil(made.method, made.config)
+    return Report(
+        title=f"{made.method}{kernel} on {splits.name}, {len(parts.distilled)} images",
+        notes=[*made.notes, *_notes(parts, results)],
+        commands=[*([own] if own else []), reproduce.evaluation(options)],
+        classes=list(parts.distilled.classes),
+        data={
+            "name": splits.name,
+            "sha256": splits.digest,
+            "train": len(splits.train),
+            "validation": len(splits.validation),
+            "test": len(splits.test),
+        },
+        images_per_class=training_data.images_per_class(parts.distilled),
+        results=tuple(results),
+        distilled=_described(parts),
+        seconds=seconds,
+        peak_memory=memory.peak(),
+        machine=machine.described(_accelerators(parts.learners)),
+        versions={"python": platform.python_version()}
+        | {name: metadata.version(name) for name in VERSIONS},
+    )
+
+
+def _accelerators(learners: Sequence[Learner]) -> list[str]:
+    """Each that a learner computes on, once."""
+    names = (getattr(learner, "accelerator", None) for learner in learners)
+    return list(dict.fromkeys(filter(None, names)))
+
+
+def _described(parts: Parts) -> dict[str, Any]:
+    made = origin.read_provenance(parts.distilled)
+    full, size = parts.splits.train, parts.distilled.nbytes
+    whole = len(full) * (int(np.prod(full.shape)) * full.store.itemsize + 1)
+    return {
+        "method": made.method,
+        "kernel": made.kernel,
+        "seconds": made.seconds,
+        "peak_memory": made.peak_memory,
+        "metrics": dict(made.metrics),
+        "images": len(parts.distilled),
+        "bytes": size,
+        "compression": whole / size,
+    }
+
+
+def _notes(parts: Parts, results: Sequence[Result]) -> list[str]:
+    whole, found = len(parts.splits.train), []
+    if any(arm.like for arm in parts.arms):
+        found.append("The stored labels are hard labels: one training serves both.")
+    limited = {r.learner: r.images for r in results if r.arm == "full" and r.images < whole}
+    for learner, images in limited.items():
+        found.append(
+            f"{learner} on full data: a class-balanced draw of {images} of {whole} images, since "
+            "its exact solution of all needs too much memory."
+        )
+    share = _same_draws(parts)
+    return [*found, *share, *majority(results, parts.splits.test), *_hints(parts, results)]
+
+
+def majority(results: Sequence[Result], test: Labeled) -> list[str]:
+    """Notes of accuracies that only repeat how common one class is among the test images."""
+    given: dict[tuple[str, str], set[int]] = {}
+    for result in results:
+        if result.confusion is not None:
+            answers = np.flatnonzero(np.asarray(result.confusion).sum(0))
+            given.setdefault((result.learner, result.arm), set()).update(map(int, answers))
+    constant = (
+        constant_answer(f"{learner} on {arm}", answers, test.labels, test.classes)
+        for (learner, arm), answers in given.items()
+    )
+    return [note for note in (common_class(test.labels, test.classes), *constant) if note]
+
+
+def _same_draws(parts: Parts) -> list[str]:
+    """A note where random images are all that there are, and so the same for every seed."""
+    count, classes = training_data.images_per_class(parts.distilled), parts.distilled.classes
+    drawn = any(arm.name == "random" for arm in parts.arms)
+    if not drawn or len(parts.train) > count * len(classes):
+        return []
+    return [f"The random images are all {len(parts.train)} training images, for every seed."]
+
+
+def _hints(parts: Parts, results: Sequence[Result]) -> list[str]:
+    """What to check of a set from elsewhere on which no learner learns anything."""
+    found = [r.accuracy for r in results if r.arm == "distilled" and r.accuracy is not None]
+    if origin.read_provenance(parts.distilled).config is not None or not found:
+        return []
+    from dsdistill.published_sets import reader
+
+    chance = float(np.bincount(parts.splits.test.labels).max() / len(parts.splits.test))
+    hint = reader.hint(max(found), chance, len(parts.splits.test))
+    return [hint] if hint else []
+
+
+def _print(found: Report, out: Path) -> None:
+    """What fits a terminal; the report has the rest."""
+    from rich.table import Table
+
+    table = Table("trained on", "learner", "test accuracy, %", "95 % interval", "n")
+    for row in found.rows:
+        arm, count = wording.label(row.arm, row.augmented), str(len(row.results))
+        learner, accuracy = printable(row.learner), printable(wording.accuracy(row))
+        table.add_row(arm, learner, accuracy, wording.interval(row), count)
+    shown = console(soft_wrap=True)
+    shown.print(table)
+    for line in (verdict.headline(found), *found.notes):
+        shown.print(printable(line))
+    shown.print(printable(f"report: {out / 'report.html'}"))

@@ -1,0 +1,239 @@
+"""From the options of `dsdistill evaluate` to all its parts, checked before anything is trained."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dsdistill.commands import export, training_data
+from dsdistill.harness import lists
+from dsdistill.harness.data import datasets, distilled_set, origin, preprocess, provenance
+from dsdistill.harness.data.datasets import Splits
+from dsdistill.harness.data.distilled_set import Distilled
+from dsdistill.harness.data.labeled_images import Examples, Labeled, balanced, iterate_chunks
+from dsdistill.harness.errors import UserError, unknown
+from dsdistill.harness.evaluation import controls
+from dsdistill.harness.evaluation.held_out import Judges
+from dsdistill.harness.evaluation.protocol import Arm, Augmentable, Learner
+from dsdistill.harness.runs import progress
+from dsdistill.options import Evaluate
+from dsdistill.published_sets import reader
+from dsdistill.published_sets.reader import Stated
+
+JUDGED = 2000  # validation images, class-balanced, that choose rates and calibrate
+RIDGE = 1e-6  # relative, of kernel ridge regression on a set that does not say its own
+KERNEL = "fc"  # of `ridge` on a set that was made without a kernel
+STATED = ("pixels", "labels", "mean", "std", "layout", "tiles")  # options of a set from elsewhere
+OF_ITS_DATA = ("image_size", "channels")  # how the data of one are read
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What an evaluation is made of.
+
+    Attributes:
+        distilled: The set.
+        splits: What it was distilled from.
+        train: All training images, in the set's preprocessing.
+        judges: Validation and test images in the same.
+        arms: Kinds of training data.
+        learners: Who is trained on each.
+        augment: Whether those that can are trained with augmentation too.
+    """
+
+    distilled: Distilled
+    splits: Splits
+    train: Examples
+    judges: Judges
+    arms: list[Arm]
+    learners: list[Learner]
+    augment: bool
+
+    @property
+    def trainings(self) -> list[tuple[Learner, bool, Arm]]:
+        """Every learner on every arm, without and perhaps with augmentation."""
+        return [
+            (learner, augmented, arm)
+            for learner in self.learners
+            for augmented in (False, True)[
+                : 1 + (self.augment and isinstance(learner, Augmentable))
+            ]
+            for arm in self.arms
+        ]
+
+
+def assembled(options: Evaluate) -> Parts:
+    """Load the set, its data and the teacher, and resolve all names.
+
+    Raises:
+        UserError: If anything is unknown, missing or does not fit together.
+    """
+    _check(options)
+    names = lists.names("--controls", options.controls, empty=True)
+    for name in names:
+        if name not in controls.CONTROLS:
+            raise unknown("control", name, controls.CONTROLS)
+    distilled, splits = _loaded(options)
+    if not len(splits.validation):
+        raise UserError(
+            f"{splits.name} has too few images to hold any out for validation, by which learning "
+            "rates are chosen: evaluate with more images of each class"
+        )
+    learners = [
+        _learner(name, distilled, options) for name in lists.names("--learners", options.learners)
+    ]
+    train = Examples(splits.train, distilled.preprocess)
+    check_controls(names, splits.train, training_data.images_per_class(distilled))
+    data = {
+        "sha256": splits.digest,
+        "train": len(splits.train),
+        "preprocess": training_data.prepared(distilled.preprocess),
+    }
+    teacher = None
+    if options.teacher is not None:
+        from kd.evaluation import answers
+
+        classes, shape = splits.train.classes, splits.train.shape
+        prepared, device = distilled.preprocess, options.device
+        class_map = options.teacher_class_map
+        teacher = answers.of(options.teacher, prepared, shape, classes, device, class_map)
+    taught_by = None if teacher is None else teacher.digest
+    return Parts(
+        distilled,
+        splits,
+        train,
+        Judges(
+            Examples(_few(splits.validation), distilled.preprocess),
+            Examples(splits.test, distilled.preprocess),
+            teacher,
+            {
+                "data": data,
+                "validation": len(splits.validation),
+                # These may change while the training images stay.
+                "judging": [datasets.digest(splits.validation), datasets.digest(splits.test)],
+                "teacher": taught_by,
+            },
+        ),
+        training_data.of(distilled, train, names, data=data, teacher=teacher, taught_by=taught_by),
+        learners,
+        options.augment != "none",
+    )
+
+
+def _check(options: Evaluate) -> None:
+    if options.seeds < 1:
+        raise UserError(f"--seeds must be at least 1, got {options.seeds}")
+    if options.steps is not None and options.steps < 1:
+        raise UserError(f"--steps must be at least 1, got {options.steps}")
+    if options.teacher_class_map is not None and options.teacher is None:
+        raise UserError("--teacher-class-map needs --teacher")
+    if options.resume and options.out is None:
+        raise UserError("--resume needs --out, the folder of the evaluation to continue")
+
+
+def check_controls(names: Sequence[str], train: Labeled, per_class: int) -> None:
+    """Refuse controls that need more images of a class than there are."""
+    counts = np.bincount(train.labels, minlength=len(train.classes))
+    scarce = int(counts.argmin())
+    sized = [name for name in names if name != "full"]
+    if sized and counts[scarce] < per_class:
+        raise UserError(
+            f"the set has {per_class} images per class, the data only {counts[scarce]} training "
+            f"images of class {train.classes[scarce]!r}, so {', '.join(sized)} cannot be drawn: "
+            "say --controls full"
+        )
+
+
+def _loaded(options: Evaluate) -> tuple[Distilled, Splits]:
+    """The set and the data it was made from."""
+    distilled, default = export.read(options.run), Evaluate(options.run)
+    if distilled is None and reader.is_foreign(options.run):
+        return _published(options)
+    distilled = distilled or distilled_set.load(distilled_set.locate(options.run))
+    for name in (*STATED, *OF_ITS_DATA):
+        if getattr(options, name) != getattr(default, name):
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} is for sets from elsewhere: {options.run} says it itself")
+    return distilled, _splits(distilled, options)
+
+
+def _published(options: Evaluate) -> tuple[Distilled, Splits]:
+    if options.data is None:
+        raise UserError(
+            f"{options.run} does not say what it was distilled from: add --data, such as "
+            "--data cifar10"
+        )
+    splits = datasets.load(
+        options.data,
+        root=options.data_root,
+        image_size=options.image_size,
+        validation_fraction=origin.VALIDATION_FRACTION,
+        channels=options.channels,
+    )
+    stated = Stated(**{name: getattr(options, name) for name in STATED})
+    fitted = preprocess.fit("standardise", splits.train.chunks, splits.train.shape)
+
+    chunks = functools.partial(iterate_chunks, (splits.train, splits.validation))
+    loaded = reader.load(
+        options.run, splits.train, stated, preprocess=fitted, data=splits.name, chunks=chunks
+    )
+    progress.say(f"{options.run}: {'; '.join(loaded.provenance['notes'])}")
+    return loaded, splits
+
+
+def _splits(distilled: Distilled, options: Evaluate) -> Splits:
+    """The data set that the set was made from, split as it was then."""
+    data = options.data or origin.source(options.run, distilled)
+    if data is None:
+        raise UserError(
+            f"{options.run} does not say what it was distilled from: add --data, such as "
+            "--data cifar10"
+        )
+    splits = origin.load(options.run, distilled, data, root=options.data_root)
+    origin.check(options.run, distilled, splits, data)
+    return splits
+
+
+def _few(validation: Labeled) -> Labeled:
+    """Enough of the validation images, the same for everything that they judge."""
+    rows = balanced(validation.labels, JUDGED, np.random.default_rng(0))
+    return validation.select(np.sort(rows)) if len(rows) < len(validation) else validation
+
+
+def _learner(name: str, distilled: Distilled, options: Evaluate) -> Learner:
+    base, _, kernel = name.partition(":")
+    if base == "ridge":
+        return _ridge(name, kernel, distilled)
+    from kd.evaluation.learners import learner
+
+    flip = options.augment == "crop-flip"
+    return learner(name, steps=options.steps, device=options.device, flip=flip)
+
+
+def _ridge(name: str, kernel: str, distilled: Distilled) -> Learner:
+    from dsdistill.kernels import networks
+    from dsdistill.methods import ridge
+
+    made = origin.read_provenance(distilled)
+    depth, std = None, {}
+    if not kernel:
+        needed = ("kernel", "depth", "w_std", "b_std")
+        provenance.require("the distilled set", made, [f"config.{part}" for part in needed])
+        # Of several kernels, the one that judged.
+        kernel = lists.names("--kernel", made.judge or KERNEL)[0]
+        if ":" in kernel:
+            raise UserError(
+                f"the distilled set was made with the kernel {kernel}, which is code, and a file "
+                "may not choose the code that runs here: if you know that module, name it "
+                f"yourself, --learners ridge:{kernel}; else leave ridge out of --learners"
+            )
+        depth = made.depth
+        known = {"w_std": made.w_std, "b_std": made.b_std}
+        std = {part: value for part, value in known.items() if value is not None}
+    found = networks.parse(kernel, depth, **std)
+    provenance.require("the distilled set", made, ["evaluation_ridge"])
+    value = RIDGE if made.ridge is None else made.ridge
+    # What a module of the user holds may change under its name.
+    identity = None if ":" in kernel else {"kernel": found.name, "ridge": value, **std}
+    return ridge.Ridge(found, value, name, identity=identity)

@@ -1,0 +1,212 @@
+"""A distilled set for programs that do not read `.safetensors`."""
+
+import io
+import json
+import os
+import re
+import tempfile
+import unicodedata
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsdistill.harness import checksums, memory
+from dsdistill.harness.data import distilled_set
+from dsdistill.harness.data.distilled_set import ArtifactError, Distilled
+from dsdistill.harness.errors import UserError
+from dsdistill.harness.runs import progress, run_folder
+
+SUFFIX = {"folder": "", "npz": ".npz", "torch": ".pt"}
+NAMES = "classes.json"  # in a folder of pictures: class folder -> class
+HEADER = (distilled_set.KEY, checksums.SHA256)  # strings by which `read` knows an export
+BYTES = 100  # that a folder's name may take; file systems allow 255
+CLIPPED = 0.01  # share of clipped values from which it is said
+# What Windows keeps for itself, with any suffix.
+RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
+
+
+def write(path: Path, kind: str, out: Path | None) -> Path:
+    """Export a set.
+
+    `folder` writes 8-bit PNGs for the eye: the preprocessing is undone, values beyond black and
+    white are clipped, and real-valued labels are reduced to their largest class. Of a whitened set
+    each image is shown with the mean contrast of the training images, since whitening has lost
+    its own. A class folder has the name of its class as far as every file system takes it;
+    `classes.json` says which class each is.
+
+    `npz` and `torch` keep everything: `images` as the kernel saw them, `labels`, `pixels` (the
+    images with the preprocessing undone), the preprocessing (`mean`, `std`, and of a whitened set
+    `whiten` and `unwhiten`), and in `dsdistill` a JSON text with the kind of preprocessing, the
+    classes, the encoding of the labels and the provenance. `dsdistill evaluate` reads either.
+
+    Args:
+        path: The set's file, or its run's folder.
+        kind: `folder`, `npz` or `torch`.
+        out: Where; by default beside the file. Written beside, and renamed when it is whole.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: If the set cannot be read, or `out` exists or has another suffix.
+    """
+    file = distilled_set.locate(path)
+    distilled = distilled_set.load(file)
+    out = out or file.with_name(f"{file.stem}-{kind}{SUFFIX[kind]}")
+    if SUFFIX[kind] and out.suffix != SUFFIX[kind]:
+        raise UserError(f"--out must end in {SUFFIX[kind]} for --format {kind}, got {out}")
+    if os.path.lexists(out):
+        raise UserError(f"{out} exists already: choose another --out")
+    writers: dict[str, Callable[[Path, Distilled], None]] = {
+        "folder": _write_folder,
+        "npz": _write_npz,
+        "torch": _write_torch,
+    }
+    absolute = Path(os.path.abspath(out))
+    parent = next(folder for folder in absolute.parents if folder.is_dir())
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".export-") as hidden:
+        staged = Path(hidden) / "set"
+        writers[kind](staged, distilled)
+        absolute.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(staged, absolute)
+    return out
+
+
+def read(path: Path) -> Distilled | None:
+    """The set that `write` has written as `npz` or `torch`; None for any other file.
+
+    Raises:
+        ArtifactError: If it is an export that is damaged or inconsistent.
+    """
+    if not path.is_file() or path.suffix not in (".npz", ".pt"):
+        return None
+    try:
+        found = _read_npz(path) if path.suffix == ".npz" else _read_torch(path)
+    except Exception:  # the reader of published sets says what it is
+        return None
+    if not isinstance(found, dict) or not set(HEADER) <= found.keys():
+        return None
+    metadata = {name: found[name] for name in HEADER}
+    names = {"images": "images", "labels": "labels"}
+    names |= {part: f"preprocess.{part}" for part in ("mean", "std", "whiten", "unwhiten")}
+    tensors = {names[key]: value for key, value in found.items() if key in names}
+    texts = all(isinstance(text, str) for text in metadata.values())
+    if not texts or not all(isinstance(array, np.ndarray) for array in tensors.values()):
+        raise ArtifactError(f"{path} is an export that holds something other than arrays")
+    return distilled_set.unpack(path, metadata, tensors)
+
+
+def folder_names(classes: Sequence[str]) -> tuple[str, ...]:
+    """A name of a folder for each class: safe on every file system, and none twice.
+
+    A name that is safe by itself is kept; of two that differ in case alone, the first.
+    """
+    safe = [_safe(name) for name in classes]
+    # Names that need no change have the first choice, whatever the order of the classes.
+    order = sorted(range(len(classes)), key=lambda k: safe[k] != classes[k])
+    taken, names = {NAMES}, list(safe)
+    for k in order:
+        count = 1
+        while unicodedata.normalize("NFC", names[k]).casefold() in taken:
+            count += 1
+            names[k] = f"{safe[k]}-{count}"
+        taken.add(unicodedata.normalize("NFC", names[k]).casefold())
+    return tuple(names)
+
+
+def _safe(name: str) -> str:
+    """The name in letters that are safe in a path, and not hidden."""
+    text = unicodedata.normalize("NFC", name)
+    text = re.sub(r"[/\\]", "-", text)
+    text = "".join(c if c.isprintable() and c not in '<>:"|?*' else "_" for c in text)
+    while len(text.encode()) > BYTES:
+        text = text[:-1]
+    text = text.strip(" ").rstrip(". ")
+    if not text or text.startswith((".", "-")) or RESERVED.fullmatch(text):
+        text = f"_{text}"
+    return text
+
+
+def _arrays(distilled: Distilled) -> dict[str, np.ndarray]:
+    fitted = distilled.preprocess
+    named = {
+        "images": distilled.images,
+        "labels": distilled.labels,
+        "pixels": fitted.invert(distilled.images),
+        "mean": fitted.mean,
+        "std": fitted.std,
+        "whiten": fitted.whiten,
+        "unwhiten": fitted.unwhiten,
+    }
+    return {name: np.ascontiguousarray(a) for name, a in named.items() if a is not None}
+
+
+def _write_npz(path: Path, distilled: Distilled) -> None:
+    metadata, _ = distilled_set.pack(path, distilled)
+    texts = {name: np.array(text) for name, text in metadata.items()}
+    # As bytes that NumPy takes for text: it knows no lone halves of surrogate pairs.
+    classes = np.array([name.encode("utf-8", "replace").decode() for name in distilled.classes])
+    with path.open("wb") as opened:
+        named: dict[str, Any] = {"classes": classes, **texts, **_arrays(distilled)}
+        np.savez_compressed(opened, **named)
+
+
+def _write_torch(path: Path, distilled: Distilled) -> None:
+    import torch
+
+    metadata, _ = distilled_set.pack(path, distilled)
+    tensors = {name: torch.from_numpy(array) for name, array in _arrays(distilled).items()}
+    content = io.BytesIO()
+    torch.save({**metadata, **tensors}, content)
+    run_folder.write_bytes(path, content.getvalue())
+
+
+def _read_npz(path: Path) -> Any:
+    with np.load(path, allow_pickle=False) as file:
+        if not set(HEADER) <= set(file.files):
+            return None
+        size = sum(info.file_size for info in file.zip.infolist())
+        memory.require(2 * size, str(path), "take a smaller set")
+        found = {name: file[name] for name in file.files if name != "classes"}
+    return {name: str(a) if name in HEADER else a for name, a in found.items()}
+
+
+def _read_torch(path: Path) -> Any:
+    import torch
+
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(found, dict):
+        return None
+    return {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in found.items()}
+
+
+def _write_folder(path: Path, distilled: Distilled) -> None:
+    from PIL import Image
+
+    if distilled.images.shape[-1] not in (1, 3):
+        raise UserError(
+            f"{distilled.images.shape[-1]} channels make no picture: use --format npz or torch"
+        )
+    pixels = distilled.preprocess.invert(distilled.images)
+    clipped = float(((pixels < 0) | (pixels > 1)).mean())
+    bytes_ = np.round(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
+    names = folder_names(distilled.classes)
+    for index, (image, label) in enumerate(zip(bytes_, distilled.hard_labels, strict=True)):
+        folder = path / names[label]
+        # A name is one folder inside, whatever the class is called.
+        assert folder.resolve().parent == path.resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(
+            folder / f"{index:05}.png"
+        )
+    used = {names[label]: distilled.classes[label] for label in distilled.hard_labels}
+    # Escaped, so that a name with half a surrogate pair can be written too.
+    text = json.dumps(dict(sorted(used.items())), indent=2)
+    run_folder.write_bytes(path / NAMES, f"{text}\n".encode())
+    if clipped >= CLIPPED:
+        progress.say(
+            f"{clipped:.1%} of the pixel values lie beyond black and white and are clipped in the "
+            "PNGs, which are for the eye: train on --format npz or torch, which keep every number"
+        )

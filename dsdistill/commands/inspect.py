@@ -1,0 +1,80 @@
+"""What a distilled set holds and how it was made, in words or as JSON."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dsdistill.harness.data import distilled_set
+from dsdistill.harness.memory import readable
+from dsdistill.harness.runs.progress import clock
+from dsdistill.harness.text import console, printable
+
+DEPTH = 6  # levels of a provenance that are shown as rows of their own
+
+
+def print_run(folder: Path) -> None:
+    """Print where a finished run lies and how good it is."""
+    distilled = distilled_set.load(distilled_set.locate(folder))
+    metrics, data = distilled.provenance["metrics"], distilled.provenance["data"]
+    line = (
+        f"{folder}: {len(distilled)} images of {data['name']}, "
+        f"test accuracy {metrics['test_accuracy']:.2%} by ridge regression "
+        f"({metrics['initial_test_accuracy']:.2%} before), "
+        f"kernel {distilled.provenance['kernel']}, {clock(distilled.provenance['seconds'])}"
+    )
+    print(printable(line))
+    if stopped := distilled.provenance.get("stopped"):
+        print(printable(f"stopped early, {stopped}"))
+
+
+def print_set(path: Path, *, as_json: bool) -> None:
+    """Print one distilled set.
+
+    Args:
+        path: Its file, or the run's folder.
+        as_json: One JSON object, `metrics.test_accuracy` among its fields.
+
+    Raises:
+        ArtifactError: If the file cannot be trusted.
+    """
+    file = distilled_set.locate(path)
+    described = {"file": str(file), **describe(distilled_set.load(file))}
+    if as_json:
+        print(json.dumps(described, indent=2))
+        return
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None)
+    for name, value in _flat(described):
+        table.add_row(printable(name), printable(_words(name, value)))
+    console(soft_wrap=True).print(table)
+
+
+def describe(distilled: distilled_set.Distilled) -> dict[str, Any]:
+    """Shape, encoding and provenance of a set, JSON-compatible."""
+    own = {
+        "images": list(distilled.images.shape),
+        "labels": list(distilled.labels.shape),
+        "classes": list(distilled.classes),
+        "encoding": distilled.encoding,
+        "preprocess": distilled.preprocess.kind,
+        "bytes": distilled.nbytes,
+    }
+    # A stranger's provenance may use these names for anything.
+    return own | {k: v for k, v in distilled.provenance.items() if k not in own}
+
+
+def _flat(value: dict[str, Any], prefix: str = "", depth: int = 0) -> list[tuple[str, Any]]:
+    rows = []
+    for name, item in value.items():
+        nested = isinstance(item, dict) and depth < DEPTH
+        rows += _flat(item, f"{prefix}{name}.", depth + 1) if nested else [(prefix + name, item)]
+    return rows
+
+
+def _words(name: str, value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if name in ("bytes", "peak_memory") and type(value) is int:
+        return readable(value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

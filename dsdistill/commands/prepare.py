@@ -1,0 +1,213 @@
+"""The options of a run, checked and turned into values, before anything is written.
+
+Every rule that input can break is broken here: a wrong line leaves no folder behind.
+"""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from dsdistill.harness import lists
+from dsdistill.harness.data import datasets, labeled_images, preprocess
+from dsdistill.harness.data.datasets import Splits
+from dsdistill.harness.data.distilled_set import Distilled
+from dsdistill.harness.data.labeled_images import Examples
+from dsdistill.harness.errors import UserError
+from dsdistill.harness.runs import progress
+from dsdistill.kernels import gram, networks
+from dsdistill.kernels.networks import Network
+from dsdistill.loops import timing
+from dsdistill.loops.phases import Phase
+from dsdistill.methods import augment, gauss_newton, initial_support, kip
+from dsdistill.options import Kip, LabelSolve, Source
+
+IMAGES_PER_CLASS = 10
+WARM_UP = 4  # a warm-up has a quarter of the steps unless it is said
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What every method starts from.
+
+    Attributes:
+        splits: The data.
+        train, validation: As the kernel sees them.
+        network: Whose kernel validates, predicts and is stored; of several, the first.
+        images_per_class: Of the distilled set.
+        init: The distilled set that a KIP run starts from, if it does.
+        phases: Of a KIP run.
+        networks: All kernels of the run.
+    """
+
+    splits: Splits
+    train: Examples
+    validation: Examples
+    network: Network
+    images_per_class: int
+    init: Distilled | None
+    phases: tuple[Phase, ...]
+    networks: tuple[Network, ...]
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of data and users' kernels by a name for people, for `Run.require_same`."""
+        modules = {
+            f"module of the kernel {network.name}": network.module_sha256
+            for network in self.networks
+            if network.module_sha256 is not None
+        }
+        return self.splits.digests() | modules
+
+
+def prepared(options: Source) -> Setting:
+    """Check all of the input, which is `settled`, load the data and fit the preprocessing.
+
+    Raises:
+        UserError: For the first rule that is broken.
+    """
+    _check(options)
+    kernels = _networks("--kernel", options.kernel, options, options.depth)
+    phases, init = (), None
+    if isinstance(options, Kip):
+        phases, init = _phases(options, kernels), initial_support.load(options.init)
+    splits = datasets.load(
+        options.data,
+        root=options.data_root,
+        image_size=options.image_size,
+        validation_fraction=options.validation_fraction,
+        channels=options.channels,
+        classes=init.classes if init else None,
+    )
+    _check_parts(options, splits)
+    images_per_class = _images_per_class(options, splits, init)
+    # Each once, in the order in which they are named.
+    every = tuple(dict.fromkeys([*kernels, *(n for p in phases for n in p.objective.networks)]))
+    for network in every:
+        networks.check(network, splits.train.shape)
+        gram.plan(network, 1, 1, splits.train.shape, gradient=bool(phases))  # may refuse
+        if isinstance(options, Kip) and options.optimizer == "gauss-newton":
+            gauss_newton.slopes(network)  # may refuse
+    fitted = preprocess.fit(options.preprocess, splits.train.chunks, splits.train.shape)
+    train, validation = Examples(splits.train, fitted), Examples(splits.validation, fitted)
+    return Setting(splits, train, validation, kernels[0], images_per_class, init, phases, every)
+
+
+def _networks(
+    option: str, text: str, options: Source, depth: int | None = None
+) -> tuple[Network, ...]:
+    names = lists.names(option, text)
+    if depth is not None and len(names) > 1:
+        raise UserError(
+            f"--depth is for one kernel, got {text}: write it into the names, such as fc(3),conv(2)"
+        )
+    std = {"w_std": options.w_std, "b_std": options.b_std}
+    return tuple(networks.parse(name, depth, **std) for name in names)
+
+
+def _phases(options: Kip, kernels: tuple[Network, ...]) -> tuple[Phase, ...]:
+    assert options.steps is not None  # it is settled
+    main = _phase(options, kernels, options.steps)
+    if options.warm_up is None:
+        return (main,)
+    found = re.fullmatch(r"(.+):(-?[0-9]+)", options.warm_up)
+    name, steps = found.groups() if found else (options.warm_up, max(options.steps // WARM_UP, 1))
+    if int(steps) < 1:
+        raise UserError(f"--warm-up must have at least 1 step, got {options.warm_up}")
+    return (_phase(options, _networks("--warm-up", name, options), int(steps)), main)
+
+
+def _phase(options: Kip, kernels: tuple[Network, ...], steps: int) -> Phase:
+    assert options.learning_rate is not None
+    objective = kip.Objective(
+        kernels,
+        options.ridge,
+        options.optimizer,
+        options.learning_rate,
+        options.label_learning_rate,
+        options.damping,
+        steps if options.schedule == "cosine" else None,
+        options.learn_labels,
+        augment.parse(options.augment),
+    )
+    return Phase(objective, steps)
+
+
+def _images_per_class(options: Source, splits: Splits, init: Distilled | None) -> int:
+    if init is not None:
+        return initial_support.check(init, splits.train, options.images_per_class)
+    wanted = options.images_per_class
+    wanted = IMAGES_PER_CLASS if wanted is None else wanted
+    labeled_images.check_per_class(splits.train, wanted)
+    return wanted
+
+
+def _check(options: Source) -> None:
+    if options.resume and options.out is None:
+        raise UserError("--resume needs --out, the folder of the run to continue")
+    if not options.w_std > 0 or not options.b_std >= 0:
+        raise UserError(
+            f"--w-std must be positive and --b-std not negative, got {options.w_std} and "
+            f"{options.b_std}"
+        )
+    if options.seed < 0:
+        raise UserError(f"--seed must not be negative, got {options.seed}")
+    wanted = options.images_per_class
+    if wanted is not None and wanted < 1:
+        raise UserError(f"--images-per-class must be at least 1, got {wanted}")
+    if isinstance(options, Kip | LabelSolve) and not options.ridge > 0:
+        raise UserError(f"--ridge must be positive, got {options.ridge}")
+    if isinstance(options, LabelSolve) and len(lists.names("--kernel", options.kernel)) > 1:
+        raise UserError(f"Label Solve takes one --kernel, got {options.kernel}")
+    if isinstance(options, Kip):
+        _check_kip(options)
+
+
+def _check_kip(options: Kip) -> None:
+    counts = {"steps": options.steps, "patience": options.patience}
+    for name, count in (counts | {"validation-images": options.validation_images}).items():
+        if count is not None and count < 1:
+            raise UserError(f"--{name} must be at least 1, got {count}")
+    rates = {"learning-rate": options.learning_rate, "damping": options.damping}
+    for name, rate in (rates | {"label-learning-rate": options.label_learning_rate}).items():
+        if rate is not None and not 0 < rate < float("inf"):
+            raise UserError(f"--{name} must be positive, got {rate}")
+    if options.label_learning_rate is not None and not options.learn_labels:
+        raise UserError("--label-learning-rate needs --learn-labels")
+    if options.optimizer == "gauss-newton":
+        _check_gauss_newton(options)
+    if not 0 <= options.corruption <= 1:
+        raise UserError(f"--corruption must be a fraction in [0, 1], got {options.corruption}")
+    assert options.target_batch is not None
+    timing.parse(options.target_batch)
+
+
+def _check_gauss_newton(options: Kip) -> None:
+    if options.label_learning_rate is not None:
+        raise UserError("--label-learning-rate is of --optimizer adam")
+    if options.learning_rate is not None and options.learning_rate > 1:
+        raise UserError(
+            "--learning-rate is a part of the step with --optimizer gauss-newton, at most 1, got "
+            f"{options.learning_rate:g}"
+        )
+
+
+def _check_parts(options: Source, splits: Splits) -> None:
+    """Refuse data without test images, and say where there are none to choose by."""
+    if not len(splits.test):
+        raise UserError(
+            f"{options.data} leaves no test images, since a fifth of so few images of each class "
+            "is none: give at least 3 images of each class, or a test part of its own"
+        )
+    wanted, held = options.validation_fraction, splits.validation
+    if isinstance(options, Kip) and options.patience is not None and not len(held):
+        raise UserError(
+            "--patience needs validation images, and there are none: raise --validation-fraction "
+            f"(now {wanted:g})"
+        )
+    k, there = len(held.classes), len(np.unique(held.labels))
+    if wanted > 0 and there < k:
+        missing = "no class has" if not there else f"{k - there} of {k} classes do not have"
+        progress.say(
+            f"note: {missing} any validation images, since --validation-fraction {wanted:g} of so "
+            "few images is none" + ("; the last step's images are kept" if not there else "")
+        )

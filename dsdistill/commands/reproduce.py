@@ -1,0 +1,58 @@
+"""Command lines that make a result again; options that have their default are left out."""
+
+import shlex
+from collections.abc import Mapping
+from typing import Any, cast
+
+from dsdistill.harness.runs import run_folder
+from dsdistill.options import DEFAULTS, Evaluate, Kip, LabelSolve, settled
+
+METHODS = ("kip", "ls")
+
+
+def distil(method: str, config: Mapping[str, Any]) -> str | None:
+    """The command that made a set of `dsdistill kip` or `ls`; None if its file does not say it.
+
+    Args:
+        method: As the set's file says.
+        config: The options, as the set's file says: values of any kind, which are quoted.
+    """
+    defaults = vars(LabelSolve())
+    if method == "kip":
+        optimizer = config.get("optimizer", Kip.optimizer)
+        if not isinstance(optimizer, str) or optimizer not in DEFAULTS:
+            return None
+        defaults = vars(settled(Kip(optimizer=cast(Any, optimizer)))) | {"optimizer": Kip.optimizer}
+    data, more = config.get("data"), config.get(run_folder.CHOSEN, {})
+    if method not in METHODS or not isinstance(data, str) or not isinstance(more, Mapping):
+        return None
+    chosen = {**config, **more}
+    given = {k: v for k, v in chosen.items() if k in defaults and k != "data"}
+    # What starts with a hyphen would be an option, and not the data.
+    start = ["dsdistill", method, f"./{data}" if data.startswith("-") else data]
+    line = _line(start, given, defaults)
+    return line if line.isprintable() else None
+
+
+def evaluation(options: Evaluate) -> str:
+    """Of an evaluation."""
+    given = {k: v for k, v in vars(options).items() if k not in _PLACES}
+    return _line(["dsdistill", "evaluate", str(options.run)], given, vars(Evaluate(options.run)))
+
+
+_PLACES = ("run", "out", "resume", "cache", "data_root")
+
+
+def _line(words: list[str], given: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    for name, value in given.items():
+        if value == defaults.get(name):
+            continue
+        option = "--" + name.replace("_", "-")
+        values = value if isinstance(value, tuple | list) else (value,)
+        if value is True:
+            words.append(option)
+        elif isinstance(value, str) and value.startswith("-"):
+            words.append(f"{option}={value}")  # by itself it would be another option
+        else:
+            words += [option, *map(str, values)]
+    return shlex.join(words)

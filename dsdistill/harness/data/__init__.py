@@ -1,0 +1,1 @@
+"""Data sets, folders of images, their preprocessing, and distilled sets as files."""

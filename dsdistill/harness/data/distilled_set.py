@@ -1,0 +1,245 @@
+"""The distilled set and its file: one `.safetensors` that NumPy, JAX and torch can read.
+
+The header holds a SHA-256 over everything else, so a damaged file is an `ArtifactError` and
+never a partial or silently different set. Nothing is ever unpickled.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from jaxtyping import Float, Int
+
+from dsdistill.harness import checksums
+from dsdistill.harness.data import preprocess as pre
+from dsdistill.harness.data.labeled_images import Examples, Labeled
+from dsdistill.harness.errors import UserError
+from dsdistill.harness.runs.run_folder import write_bytes
+
+FORMAT = 1
+KEY = "dsdistill"  # of the header, in the file's metadata
+FILE = "distilled.safetensors"  # in a run's folder
+DEEPEST = 50  # values within values of provenance: whoever shows it goes through them one by one
+ENCODING = "one-hot minus 1/k"  # what `labels` would be, had they not been solved or learned
+
+
+class ArtifactError(UserError):
+    """A distilled-set file that cannot be trusted; the message names file, expected and got."""
+
+
+@dataclass(frozen=True, eq=False)
+class Distilled:
+    """A few synthetic images with real-valued labels, and all that is needed to use them.
+
+    Attributes:
+        images: As the kernel saw them, that is after `preprocess`.
+        labels: Real-valued, in `encoding`.
+        preprocess: The fitted map from images in [0, 1]; apply it to any image to be classified.
+        classes: Names, in label order.
+        provenance: JSON-compatible: method, configuration, kernel, data, seed, versions, metrics.
+        encoding: How an integer label would be written as a row of `labels`.
+    """
+
+    images: Float[np.ndarray, "n h w c"]
+    labels: Float[np.ndarray, "n k"]
+    preprocess: pre.Preprocess
+    classes: tuple[str, ...]
+    provenance: Mapping[str, Any]
+    encoding: str = ENCODING
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def hard_labels(self) -> Int[np.ndarray, " n"]:
+        """The class of the largest label of each image."""
+        return self.labels.argmax(1)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of images and labels together."""
+        return self.images.nbytes + self.labels.nbytes
+
+    def examples(self) -> Examples:
+        """The set as a learner's training set, with the stored labels."""
+        data = Labeled(self.images, self.hard_labels, self.classes)
+        return Examples(data, self.preprocess, targets=self.labels, ready=True)
+
+
+def save(path: Path, distilled: Distilled) -> None:
+    """Write the file atomically: a reader sees the old file or the new one, never a part.
+
+    Raises:
+        ArtifactError: If the set itself breaks a rule that `load` would check.
+        OSError: If the folder cannot be written or the disk is full; an old file stays.
+    """
+    metadata, tensors = pack(path, distilled)
+    write_bytes(path, safetensors.numpy.save(tensors, metadata))
+
+
+def pack(
+    path: Path, distilled: Distilled
+) -> tuple[dict[str, str], dict[str, Float[np.ndarray, "..."]]]:
+    """The set as a few strings and arrays, which `unpack` checks and puts together again.
+
+    Args:
+        path: Where they will be written, for messages.
+        distilled: The set.
+
+    Returns:
+        The header and its checksum by name, and the arrays by name.
+
+    Raises:
+        ArtifactError: If the set itself breaks a rule that `unpack` would check.
+    """
+    _check(path, distilled)
+    tensors = _tensors(distilled)
+    header = {
+        "format": FORMAT,
+        "encoding": distilled.encoding,
+        "classes": list(distilled.classes),
+        "preprocess": {
+            "kind": distilled.preprocess.kind,
+            "contrast": distilled.preprocess.contrast,
+        },
+        "provenance": dict(distilled.provenance),
+    }
+    text = json.dumps(header, sort_keys=True, allow_nan=False)
+    return checksums.metadata(KEY, text, tensors), tensors
+
+
+def load(path: Path) -> Distilled:
+    """Read and check a distilled set.
+
+    Raises:
+        ArtifactError: If the file is missing, truncated, damaged, foreign or inconsistent.
+    """
+    path = Path(path)
+    header, tensors, _ = checksums.load(path, KEY, kind="a distilled set", error=ArtifactError)
+    return _assemble(path, header, tensors)
+
+
+def unpack(path: Path, metadata: Mapping[str, str], tensors: dict[str, np.ndarray]) -> Distilled:
+    """The set of what `pack` gave.
+
+    Raises:
+        ArtifactError: If it is damaged, foreign or inconsistent.
+    """
+    header, tensors, _ = checksums.unpack(path, KEY, metadata, tensors, error=ArtifactError)
+    return _assemble(path, header, tensors)
+
+
+def _assemble(path: Path, stored: Any, tensors: Mapping[str, np.ndarray]) -> Distilled:
+    """The set that a header and named arrays describe, after every check."""
+    header = _check_header(path, stored)
+    try:
+        fitted = pre.Preprocess(
+            header["preprocess"]["kind"],
+            tensors["preprocess.mean"],
+            tensors["preprocess.std"],
+            tensors.get("preprocess.whiten"),
+            tensors.get("preprocess.unwhiten"),
+            header["preprocess"]["contrast"],
+        )
+        distilled = Distilled(
+            tensors["images"],
+            tensors["labels"],
+            fitted,
+            tuple(header["classes"]),
+            header["provenance"],
+            header["encoding"],
+        )
+    except KeyError as error:
+        raise ArtifactError(f"{path}: incomplete distilled set, lacks {error}") from error
+    _check(path, distilled)
+    if unknown := sorted(tensors.keys() - _tensors(distilled).keys()):
+        raise ArtifactError(f"{path}: unknown tensors {unknown}")
+    return distilled
+
+
+def locate(run: Path) -> Path:
+    """The distilled-set file of a run's folder, or the path itself if it is a file."""
+    return run / FILE if run.is_dir() else run
+
+
+def _check_header(path: Path, header: Any) -> dict[str, Any]:
+    """The header, each field of its type: a checksum does not keep a stranger from writing one."""
+    found = header.get("format") if isinstance(header, dict) else None
+    if found != FORMAT:
+        raise ArtifactError(f"{path}: expected format {FORMAT}, got {found}")
+    fields = {"encoding": str, "classes": list, "preprocess": dict, "provenance": dict}
+    for name, kind in fields.items():
+        got = type(header.get(name))
+        if got is not kind:
+            raise ArtifactError(f"{path}: {name} must be a {kind.__name__}, got {got.__name__}")
+    try:
+        json.dumps(header, allow_nan=False)  # as `save` writes it: such a set could not be saved
+    except ValueError as error:
+        raise ArtifactError(f"{path}: the header has a number that is not finite") from error
+    return header
+
+
+def _tensors(distilled: Distilled) -> dict[str, np.ndarray]:
+    fitted = distilled.preprocess
+    named = {
+        "images": distilled.images,
+        "labels": distilled.labels,
+        "preprocess.mean": fitted.mean,
+        "preprocess.std": fitted.std,
+        "preprocess.whiten": fitted.whiten,
+        "preprocess.unwhiten": fitted.unwhiten,
+    }
+    # A transposed view would be written in memory order, so everything is made contiguous.
+    return {name: np.ascontiguousarray(a) for name, a in named.items() if a is not None}
+
+
+def _check(path: Path, distilled: Distilled) -> None:
+    """Every rule of the format; `save` and `load` share it."""
+    images, fitted, classes = distilled.images, distilled.preprocess, distilled.classes
+    if images.ndim != 4 or 0 in images.shape:
+        raise ArtifactError(f"{path}: images must be (n, h, w, c), got {images.shape}")
+    d, channels = math.prod(images.shape[1:]), images.shape[-1]
+    expected = {
+        "images": images.shape,
+        "labels": (len(images), len(classes)),
+        "preprocess.mean": (channels,),
+        "preprocess.std": (channels,),
+    }
+    if not all(isinstance(name, str) for name in classes) or len(set(classes)) < len(classes):
+        raise ArtifactError(f"{path}: classes must be distinct names, got {classes}")
+    if len(classes) < 2:
+        raise ArtifactError(f"{path}: expected at least two classes, got {len(classes)}")
+    if fitted.kind not in pre.KINDS:
+        raise ArtifactError(f"{path}: unknown preprocessing {fitted.kind!r}")
+    if fitted.kind == "zca":
+        expected |= {"preprocess.whiten": (d, d), "preprocess.unwhiten": (d, d)}
+    tensors = _tensors(distilled)
+    if tensors.keys() != expected.keys():
+        raise ArtifactError(f"{path}: expected tensors {sorted(expected)}, got {sorted(tensors)}")
+    for name, shape in expected.items():
+        array = tensors[name]
+        if array.shape != shape or array.dtype != np.float32:
+            raise ArtifactError(
+                f"{path}: {name} must be float32 {shape}, got {array.dtype} {array.shape}"
+            )
+        if not np.isfinite(array).all():
+            raise ArtifactError(f"{path}: {name} has NaN or infinite values")
+    if not _shallow(distilled.provenance, DEEPEST):
+        raise ArtifactError(f"{path}: provenance is nested more than {DEEPEST} values deep")
+    if (fitted.std <= 0).any():
+        raise ArtifactError(f"{path}: preprocess.std must be positive")
+    if not isinstance(fitted.contrast, float) or not 0 <= fitted.contrast < math.inf:
+        raise ArtifactError(f"{path}: contrast must be a finite float, got {fitted.contrast!r}")
+
+
+def _shallow(value: Any, depth: int) -> bool:
+    """Whether no value lies deeper within a JSON value."""
+    if not isinstance(value, Mapping | list | tuple):
+        return True
+    inner = value.values() if isinstance(value, Mapping) else value
+    return depth > 0 and all(_shallow(one, depth - 1) for one in inner)

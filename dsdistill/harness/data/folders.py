@@ -1,0 +1,411 @@
+"""Folders of images, decoded once into a memory-mapped cache.
+
+    photos/train/cat/1.jpg        or, split here,    photos/cat/1.jpg
+    photos/val/cat/7.jpg                             photos/dog/2.png
+
+Which files are read, and for what, is said by `layout`, and how each is decoded by `image_files`.
+Decoding costs far more than anything done with the pixels
+afterwards, so it happens once: the images lie as uint8 under a key made of every file's name, size
+and time, and a second load only maps them into memory, after their checksums have been compared.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import tempfile
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+
+from dsdistill.harness import memory
+from dsdistill.harness.data import image_files
+from dsdistill.harness.data.labeled_images import TEST_FRACTION, DataError, Labeled, stratified
+from dsdistill.harness.data.layout import Layout, list_folder
+from dsdistill.harness.memory import readable
+from dsdistill.harness.runs import locks, progress
+from dsdistill.harness.runs.run_folder import write_json
+from dsdistill.harness.text import printable, some
+
+MAX_UNREADABLE = 0.01  # share of the images that may be skipped
+FEW = 3  # unreadable images are skipped in a small folder too, up to a tenth of its images
+CHUNK = 256  # images decoded between two writes
+INDEX = "index.json"
+LAYOUT = 2  # part of the key: raise it when the same files would be decoded differently
+ABANDONED = 24 * 3600  # seconds without a write after which a half-made cache is swept away
+CHECKED = 1 << 24  # bytes of one checksum
+PROBED = 64  # files whose headers are read to learn whether there is colour
+
+Pixels = UInt8[np.ndarray, "h w c"]
+
+
+class Decoded(NamedTuple):
+    """An image, and whether its file has one channel only."""
+
+    pixels: Pixels
+    is_gray: bool
+
+
+@dataclass(frozen=True, eq=False)
+class FolderSplits:
+    """The images of a folder by part.
+
+    Attributes:
+        train: All that are no test images, where the folder has no validation part.
+        validation: The folder's own; None if some of `train` are to be held out.
+        test: The folder's own, or a fixed share of every class.
+        layout: What was taken for what.
+    """
+
+    train: Labeled
+    validation: Labeled | None
+    test: Labeled
+    layout: Layout
+
+
+@dataclass(frozen=True, eq=False)
+class Store:
+    """Decoded images.
+
+    Attributes:
+        images: One slot a file.
+        skipped: Why some slots are empty.
+        gray: How many files have one channel, where the images have three.
+    """
+
+    images: np.ndarray
+    skipped: dict[int, str]
+    gray: int
+
+
+class _ColourAppears(Exception):
+    """After grayscale images alone: what was written has too few channels."""
+
+
+def read(
+    path: Path,
+    cache: Path,
+    image_size: int | None,
+    *,
+    channels: int | None = None,
+    classes: Sequence[str] | None = None,
+) -> FolderSplits:
+    """The images of a folder, decoded now if they are not in the cache.
+
+    Args:
+        path: As in `layout.list_folder`, which finds its parts; where it has none, a fixed share
+            of every class becomes the test part.
+        cache: Where decoded images are kept; created with its parents.
+        image_size: The shorter side becomes this long, the longer one is cropped at its centre.
+            None asks for images that are all of one size.
+        channels: 1 or 3; None is 3 where any image has colour.
+        classes: Their order, as in `layout.list_folder`.
+
+    Raises:
+        DataError: If the folders do not make a data set, if the images differ in size, if too many
+            are unreadable, or if the cache cannot be made or would not fit on its disk.
+        OSError: If the cache cannot be written.
+    """
+    layout = list_folder(path, classes)
+    files = layout.files
+    store = _open_or_fill(path, cache, files, image_size, channels)
+    if store.skipped:
+        line = _unreadable(path, files, store.skipped)
+        logging.getLogger(__name__).warning("%s; skipped", printable(line))
+    if store.gray and channels is None:
+        progress.note(
+            f"{path}: {store.gray:,} of {len(files):,} images are grayscale and are read as "
+            "colour, since others have it; --channels 1 makes all grayscale"
+        )
+    good = np.setdiff1d(np.arange(len(files)), list(store.skipped))
+    everything = Labeled(
+        store.images, np.array(layout.labels)[good], layout.train.classes, rows=good
+    )
+    first, second = np.searchsorted(good, layout.ends)
+    rows = np.arange(len(good))
+    validation = everything.select(rows[first:second]) if layout.validation else None
+    if layout.test:
+        return FolderSplits(
+            everything.select(rows[:first]), validation, everything.select(rows[second:]), layout
+        )
+    train, test = stratified(everything.labels, TEST_FRACTION, layout.draw_order)
+    return FolderSplits(everything.select(train), None, everything.select(test), layout)
+
+
+def _open_or_fill(
+    path: Path, cache: Path, files: list[Path], size: int | None, channels: int | None
+) -> Store:
+    """The images from the cache, decoded if they are not there or are damaged there."""
+    stamp = _stamp(path, files)
+    folder = cache / _key(stamp, size, channels)
+    as_they_are = cache / _key(stamp, size, None)
+    if (read_index(as_they_are) or {"shape": [None]})["shape"][-1] == channels:
+        folder = as_they_are  # has the channels that are asked for
+    if folder.exists():
+        if store := _open(folder, len(files)):
+            with suppress(OSError):  # of a cache that others own
+                os.utime(folder / INDEX)  # when it was last used
+            return store
+        progress.say(f"the decoded images in {folder} are damaged: {path} is decoded again")
+    return _fill(path, folder, files, size, None if folder == as_they_are else channels)
+
+
+def _stamp(path: Path, files: list[Path]) -> bytes:
+    """Changes with the place of the folder, and with the name, size or time of any file."""
+    sha = hashlib.sha256(repr((LAYOUT, os.fsencode(path.resolve()))).encode())
+    for file in files:
+        found = file.stat()
+        name = os.fsencode(file.relative_to(path))
+        sha.update(repr((name, found.st_size, found.st_mtime_ns)).encode())
+    return sha.digest()
+
+
+def _key(stamp: bytes, size: int | None, channels: int | None) -> str:
+    return hashlib.sha256(repr((stamp, size, channels)).encode()).hexdigest()[:32]
+
+
+def _open(folder: Path, count: int) -> Store | None:
+    """The mapped images; None if they are missing, or not byte for byte what was written."""
+    try:
+        index = read_index(folder)
+        assert index is not None
+        skipped = {int(slot): str(why) for slot, why in index["skipped"].items()}
+        if _checksums(folder / "images.npy") != index["checksums"]:
+            return None
+        store = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
+        whole = list(store.shape) == index["shape"] and store.dtype == np.uint8
+        gray = int(index["gray"])
+    except Exception:  # damage shows in many ways, and each is mended by decoding again
+        return None
+    return Store(store, skipped, gray) if whole and len(store) == count else None
+
+
+def read_index(folder: Path) -> dict[str, Any] | None:
+    """What an entry of the cache says of itself; None if there is none, or it is damaged."""
+    try:
+        stored = json.loads((folder / INDEX).read_text())
+        index = stored["index"]
+        return index if stored["sha256"] == _digest(index) else None
+    except Exception:  # damage shows in many ways, endless brackets among them
+        return None
+
+
+def _digest(index: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
+
+
+def _checksums(file: Path) -> list[int]:
+    """CRC-32 of each `CHECKED` bytes of a file, the `.npy`'s header among them.
+
+    It finds what disks and memory do, at several GB/s on a core; it is no seal against people.
+    """
+
+    def one(start: int) -> int:
+        with file.open("rb") as opened:
+            opened.seek(start)
+            return zlib.crc32(opened.read(CHECKED))
+
+    with ThreadPoolExecutor() as pool:  # both release Python's lock
+        return list(pool.map(one, range(0, file.stat().st_size, CHECKED)))
+
+
+def _fill(
+    path: Path, folder: Path, files: list[Path], size: int | None, channels: int | None
+) -> Store:
+    """Decode into a folder of another name, renamed when it is whole."""
+    cache = folder.parent
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        half, lock = _begin(cache)
+    except OSError as error:
+        raise DataError(
+            f"decoded images cannot be kept in {cache} ({error.strerror}): name a folder for them "
+            "in the environment variable DSDISTILL_CACHE"
+        ) from error
+    _sweep(cache)
+    work = half / "entry"
+    try:
+        work.mkdir()
+        shape, skipped, gray = _write_images(work / "images.npy", path, files, size, channels)
+        index = {
+            "source": printable(str(path.resolve())),
+            "image_size": size,
+            "shape": shape,
+            "skipped": {str(slot): why for slot, why in skipped.items()},
+            "gray": gray,
+            "checksums": _checksums(work / "images.npy"),
+        }
+        index = json.loads(json.dumps(index))
+        write_json(work / INDEX, {"index": index, "sha256": _digest(index)})
+        _publish(work, folder, len(files))
+        stored = _open(folder, len(files))
+        assert stored is not None, f"{folder} cannot be read back"
+        size_on_disk = readable((folder / "images.npy").stat().st_size)
+        progress.note(
+            f"{path}: its decoded images are kept in {folder} ({size_on_disk}); "
+            "`dsdistill cache` lists and clears them"
+        )
+        return stored
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+        lock.release()
+
+
+def _begin(cache: Path) -> tuple[Path, locks.Lock]:
+    """A folder for a half-made entry, locked so that whoever clears the cache leaves it."""
+    while True:
+        half = Path(tempfile.mkdtemp(dir=cache, prefix=".half-"))
+        # Else it was cleared before the lock.
+        with suppress(locks.Held, FileNotFoundError):
+            return half, locks.acquire(half, needed=False)
+
+
+def _write_images(
+    file: Path, path: Path, files: list[Path], size: int | None, channels: int | None
+) -> tuple[tuple[int, ...], dict[int, str], int]:
+    """Write the images with as many channels as they need.
+
+    Where colour appears after grayscale images alone, all is begun again; a look at some headers
+    makes that rare.
+    """
+    if channels is None:
+        step = max(len(files) // PROBED, 1)
+        kinds = [image_files.is_gray(name) for name in files[::step]]
+        channels = 3 if False in kinds else None
+    for attempt in (channels, 3):
+        with suppress(_ColourAppears), file.open("wb") as opened:
+            written = _write(opened, path, files, size, attempt)
+            opened.flush()
+            os.fsync(opened.fileno())
+            return written
+    raise AssertionError("three channels hold every image")
+
+
+def _publish(work: Path, folder: Path, count: int) -> None:
+    try:
+        work.rename(folder)  # fails where another process was faster, or left a damaged cache
+    except OSError:
+        if _open(folder, count) is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            work.rename(folder)
+
+
+def _sweep(cache: Path) -> None:
+    """Remove what killed processes left; a living one writes all the time."""
+    for half in cache.glob(".half-*"):
+        with suppress(FileNotFoundError):  # another process finished it meanwhile
+            last = max(p.stat().st_mtime for p in (half, *half.rglob("*")))
+            if time.time() - last > ABANDONED:
+                shutil.rmtree(half)
+
+
+def _write(
+    file: BinaryIO, path: Path, files: list[Path], size: int | None, channels: int | None
+) -> tuple[tuple[int, ...], dict[int, str], int]:
+    """Write one `.npy` of all images; an unreadable one leaves its slot black.
+
+    Written, not mapped: on a full disk a write raises an error, a mapped page kills the process.
+    """
+    skipped: dict[int, str] = {}
+    first, expected, start, gray = -1, np.empty(0), 0, 0
+    with progress.bar(len(files), unit="images") as show:
+        for slot, decoded in enumerate(_stream(files, size, channels)):
+            if isinstance(decoded, str):
+                skipped[slot] = decoded
+                continue
+            pixels, is_gray = decoded
+            gray += is_gray
+            if first < 0:
+                first, expected = slot, pixels
+                start = _header(file, path, (len(files), *pixels.shape))
+            if pixels.shape[-1] < expected.shape[-1]:
+                pixels = np.repeat(pixels, 3, axis=-1)
+            elif pixels.shape[-1] > expected.shape[-1]:
+                raise _ColourAppears
+            _require_alike(path, files[first], expected, files[slot], pixels)
+            file.seek(start + slot * pixels.nbytes)
+            file.write(pixels.data)
+            show(slot + 1)
+    allowed = int(max(MAX_UNREADABLE * len(files), min(FEW, len(files) / 10)))
+    if len(skipped) > allowed:
+        raise DataError(
+            f"{_unreadable(path, files, skipped)}; at most {allowed} of {len(files)} may be: "
+            "mend them, or take them away"
+        )
+    file.truncate(start + len(files) * expected.nbytes)  # the last slot may be a skipped one
+    coloured = expected.shape[-1] == 3 and gray < len(files) - len(skipped)
+    return (len(files), *expected.shape), skipped, gray if coloured else 0
+
+
+def _stream(
+    files: list[Path], size: int | None, channels: int | None = None
+) -> Iterator[Decoded | str]:
+    """Every file's pixels, or why it has none, in order; a chunk at a time is in memory."""
+    if size is not None:
+        many = min(CHUNK, len(files))
+        # Each is decoded, resized and an array.
+        needed, name = 3 * 3 * many * size**2, f"{size}x{size}"
+        memory.require(needed, f"{many} images of {name} pixels", "use a smaller --image-size")
+    decode = partial(_decode, size=size, channels=channels)
+    with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes without Python's lock
+        for start in range(0, len(files), CHUNK):
+            yield from pool.map(decode, files[start : start + CHUNK])
+
+
+def _decode(file: Path, size: int | None, channels: int | None) -> Decoded | str:
+    # Decoded whole: the JPEG decoder's own shrinking ("draft") would be 2 to 4 times as fast, once,
+    # and change pixels by up to 5 levels in pictures and 49 in noise, so that a teacher would see
+    # other images than those it was trained on, and streamed images would differ from kept ones.
+    try:
+        plain = image_files.read(file)
+        is_gray = plain.mode == "L"
+        if size is not None:
+            plain = ImageOps.fit(plain, (size, size), Image.Resampling.BILINEAR)
+        plain = plain if channels is None else plain.convert(image_files.MODES[channels])
+        pixels = np.asarray(plain)
+    except Exception as error:  # a damaged file has many ways to fail, SyntaxError among them
+        return image_files.reason(error, file)
+    return Decoded(pixels if pixels.ndim == 3 else pixels[..., None], is_gray)
+
+
+def _header(file: BinaryIO, path: Path, shape: tuple[int, ...]) -> int:
+    """Begin the `.npy`, now that its size is known; returns where the first slot begins."""
+    needed, free = math.prod(shape), shutil.disk_usage(Path(file.name).parent).free
+    if needed > free:
+        raise DataError(
+            f"the decoded images of {path} need {readable(needed)} on the disk of the "
+            f"cache, {readable(free)} is free: use a smaller --image-size, or name another folder "
+            "in the environment variable DSDISTILL_CACHE"
+        )
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.tell()
+
+
+def _require_alike(path: Path, first: Path, expected: Pixels, file: Path, got: Pixels) -> None:
+    """Refuse a file whose size differs from that of the first one."""
+    if expected.shape == got.shape:
+        return
+    one, other = (f.relative_to(path) for f in (first, file))
+    (h, w, _), (h2, w2, _) = expected.shape, got.shape
+    raise DataError(
+        f"{path} has images of different size: {one} is {w}x{h}, {other} is {w2}x{h2} "
+        "(width x height): give --image-size"
+    )
+
+
+def _unreadable(path: Path, files: list[Path], skipped: dict[int, str]) -> str:
+    named = [f"{files[slot].relative_to(path)}: {why}" for slot, why in skipped.items()]
+    return f"{len(skipped)} of {len(files)} images of {path} are unreadable ({some(named)})"

@@ -1,0 +1,184 @@
+"""Labelled images, possibly on disk; draws from them; and what a learner trains on."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Float, Int, Num
+
+from dsdistill.harness.data.preprocess import Preprocess
+from dsdistill.harness.errors import UserError
+
+BATCH = 2000  # images that are preprocessed and predicted at a time
+SPLIT_SEED = 0  # fixed: a split that followed --seed would leak validation images between runs
+TEST_FRACTION = 0.2  # of a source that has no test part of its own; of digits too
+
+
+class DataError(UserError):
+    """A data set that is missing, unreadable or unfit for what was asked."""
+
+
+@dataclass(frozen=True, eq=False)
+class Labeled:
+    """Images with integer labels, possibly a view of rows of a larger array or memory map.
+
+    Attributes:
+        store: (N, h, w, c) uint8, or float32 in [0, 1]; N >= n.
+        labels: One class index an image.
+        classes: Names, in the order of the indices.
+        rows: Position of each image in `store`; None when the two are aligned.
+    """
+
+    store: Num[np.ndarray, "N h w c"]
+    labels: Int[np.ndarray, " n"]
+    classes: tuple[str, ...]
+    rows: Int[np.ndarray, " n"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image."""
+        h, w, c = self.store.shape[1:]
+        return h, w, c
+
+    def images(self, indices: Int[np.ndarray, " m"] | slice = slice(None)) -> np.ndarray:
+        """The images at `indices`, read from disk now if the store is a memory map."""
+        rows = indices if self.rows is None else self.rows[indices]
+        return np.asarray(self.store[rows])
+
+    def select(self, indices: Int[np.ndarray, " m"]) -> "Labeled":
+        """A view of some of the images, in the order given; no pixel is copied."""
+        rows = indices if self.rows is None else self.rows[indices]
+        return replace(self, labels=self.labels[indices], rows=rows)
+
+    def chunks(self, size: int) -> Iterator[np.ndarray]:
+        """All images in order, `size` at a time."""
+        for start in range(0, len(self), size):
+            yield self.images(slice(start, start + size))
+
+
+def iterate_chunks(parts: Sequence[Labeled], size: int) -> Iterator[np.ndarray]:
+    """All images of several parts in order, `size` at a time across their borders."""
+    rest = parts[0].images(slice(0, 0))
+    for part in parts:
+        for images in part.chunks(size):
+            rest = np.concatenate([rest, images]) if len(rest) else images
+            while len(rest) >= size:
+                yield rest[:size]
+                rest = rest[size:]
+    if len(rest):
+        yield rest
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """What a learner trains on: images as its model sees them, with real-valued labels.
+
+    Attributes:
+        data: The images; for a distilled set, already preprocessed, with arg-max labels.
+        targets: (n, k) float32, or None for one-hot labels minus 1/k.
+        preprocess: The space in which a model sees the images.
+        ready: True if `data` is already in that space (a distilled set).
+    """
+
+    data: Labeled
+    preprocess: Preprocess
+    targets: Float[np.ndarray, "n k"] | None = None
+    ready: bool = False
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def images(self, indices: Int[np.ndarray, " m"] | slice = slice(None)) -> np.ndarray:
+        """Preprocessed float32 images at `indices`."""
+        raw = self.data.images(indices)
+        return raw if self.ready else self.preprocess.apply(raw)
+
+    def labels(self, indices: Int[np.ndarray, " m"] | slice = slice(None)) -> np.ndarray:
+        """(m, k) float32 labels at `indices`: the stored ones, or one-hot minus 1/k."""
+        if self.targets is not None:
+            return self.targets[indices]
+        return centred_one_hot(self.data.labels[indices], len(self.data.classes))
+
+    def batches(self) -> list[slice]:
+        """Slices over all images, of as many as are preprocessed and predicted at a time."""
+        starts = range(0, len(self), BATCH)
+        return [slice(start, min(start + BATCH, len(self))) for start in starts]
+
+
+def stratified(
+    labels: Int[np.ndarray, " n"], fraction: float, order: Sequence[int] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted indices of the images kept and of those held out, the same share of every class.
+
+    Args:
+        labels: One class index an image.
+        fraction: Share of every class that is held out.
+        order: Class indices in the order in which their images are drawn, which decides which
+            images are held out; default: from 0 on.
+    """
+    rng = np.random.default_rng(SPLIT_SEED)
+    held = [np.empty(0, np.int64)]
+    present = np.unique(labels).tolist()
+    for label in present if order is None else [label for label in order if label in present]:
+        members = rng.permutation(np.flatnonzero(labels == label))
+        held.append(members[: round(fraction * len(members))])
+    out = np.sort(np.concatenate(held))
+    return np.setdiff1d(np.arange(len(labels)), out), out
+
+
+def balanced(labels: Int[np.ndarray, " n"], count: int, rng: np.random.Generator) -> np.ndarray:
+    """Indices of up to `count` random images, as many of each class as there are, in class order.
+
+    Args:
+        count: Images wanted in all; divided evenly, the remainder dropped. A class that has
+            fewer gives all it has.
+        rng: Draws without replacement.
+    """
+    classes = np.unique(labels)
+    share = max(count // len(classes), 1)
+    members = (np.flatnonzero(labels == label) for label in classes)
+    return np.concatenate([rng.permutation(m)[:share] for m in members])
+
+
+def spread(labels: Int[np.ndarray, " n"], count: int) -> Int[np.ndarray, " m"]:
+    """Sorted indices of up to `count` images, always the same, of as many classes as possible."""
+    rng = np.random.default_rng(0)
+    shuffled = rng.permutation(len(labels))
+    # Each image by how many of its class come before it: first one of each class, then a second.
+    ordered = labels[shuffled]
+    by_class = np.argsort(ordered, kind="stable")
+    starts = np.searchsorted(ordered[by_class], ordered[by_class])
+    turn = np.empty(len(labels), np.int64)
+    turn[by_class] = np.arange(len(labels)) - starts
+    return np.sort(shuffled[np.argsort(turn, kind="stable")[:count]])
+
+
+def per_class(data: Labeled, images_per_class: int, rng: np.random.Generator) -> np.ndarray:
+    """Indices of exactly `images_per_class` random images of every class, in class order.
+
+    Raises:
+        DataError: If a class has fewer.
+    """
+    check_per_class(data, images_per_class)
+    return balanced(data.labels, images_per_class * len(data.classes), rng)
+
+
+def check_per_class(data: Labeled, images_per_class: int) -> None:
+    """Refuse a number of images a class that is not there."""
+    if images_per_class < 1:
+        raise UserError(f"images per class must be at least 1, got {images_per_class}")
+    counts = np.bincount(data.labels, minlength=len(data.classes))
+    scarce = int(counts.argmin())
+    if counts[scarce] < images_per_class:
+        raise DataError(
+            f"class {data.classes[scarce]!r} has {counts[scarce]} training images, fewer than "
+            f"the {images_per_class} asked for: lower --images-per-class"
+        )
+
+
+def centred_one_hot(labels: Int[np.ndarray, " n"], k: int) -> Float[np.ndarray, "n k"]:
+    """One-hot labels minus 1/k: every row sums to 0. The encoding of KIP and Label Solve."""
+    return (np.eye(k, dtype=np.float32) - np.float32(1 / k))[labels]

@@ -1,0 +1,314 @@
+"""Preprocessing that is fitted once, stored with the distilled set, and never refitted.
+
+Most failures to reproduce a published distilled set come from a preprocessing that was
+fitted again on other images, so `Preprocess` is a value that travels with the set.
+
+Source of the ZCA variant: Nguyen, Novak, Xiao and Lee (2021), arXiv:2107.13034, and the
+training notebook published with it.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float, Num
+
+from dsdistill.harness import memory, stopping
+from dsdistill.harness.errors import UserError
+from dsdistill.harness.runs import progress
+
+Kind = Literal["standardise", "zca", "none", "zca-mtt", "zca-rfad", "zca-frepo"]
+KINDS: tuple[Kind, ...] = ("standardise", "zca", "none")  # that sets are made with here
+ZCA_RIDGE = 0.1  # relative to the mean eigenvalue of the covariance, as in the paper's notebook
+MTT_RIDGE = 0.1  # absolute, of pixels in [0, 1]
+RFAD_RIDGE = FREPO_RIDGE = 0.1  # relative to the mean eigenvalue, of standardised pixels
+CHUNK = 2**22  # pixel values held at a time of a data set that may not fit into memory
+PROBE = 512  # rows of the matrices whose product is timed
+EIGENVECTORS = 6  # products of two matrices that take as long as the eigenvectors of one
+
+Chunks = Callable[[int], Iterator[Num[np.ndarray, "m h w c"]]]
+
+
+@dataclass(frozen=True, eq=False)
+class Preprocess:
+    """Maps images with values in [0, 1] (or uint8) to what a kernel or network sees, and back.
+
+    `standardise` subtracts the channel mean and divides by the channel deviation. `zca` goes on:
+    each flattened image is centred, divided by its L2 norm, and multiplied by `whiten`. `zca-mtt`
+    and `zca-frepo` subtract the mean image, divide by `std` and multiply by `whiten`; `zca-rfad`
+    does the same with the channel means in place of the mean image.
+
+    Attributes:
+        kind: Which of the maps above; `none` only converts to float32 in [0, 1].
+        mean: Of the training images, one value a channel; for `zca-mtt` and `zca-frepo` the mean
+            image.
+        std: Of the training images, one value a channel; 1 for `zca-mtt`.
+        whiten, unwhiten: Symmetric and inverse to each other; for all kinds of ZCA. d = h w c.
+        contrast: Mean L2 norm of the centred training images. The per-image norm is lost by
+            ZCA, so `invert` gives every image this one.
+    """
+
+    kind: Kind
+    mean: Float[np.ndarray, "*h_w c"]
+    std: Float[np.ndarray, " c"]
+    whiten: Float[np.ndarray, "d d"] | None = None
+    unwhiten: Float[np.ndarray, "d d"] | None = None
+    contrast: float = 1.0
+
+    def apply(self, images: Num[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n h w c"]:
+        """Preprocessed float32 images; uint8 is divided by 255 first, floats are taken as is."""
+        x = (unit_range(images) - self.mean) / self.std
+        if self.whiten is None:
+            return x
+        flat = _directions(x)[0] if self.kind == "zca" else x.reshape(len(x), -1)
+        return (flat @ self.whiten).reshape(x.shape)
+
+    def invert(self, images: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n h w c"]:
+        """Images as the eye knows them, about [0, 1] but not clipped.
+
+        Exact but for `zca`, where it is up to each image's brightness and contrast.
+        """
+        x = images
+        if self.unwhiten is not None:
+            flat = images.reshape(len(images), -1) @ self.unwhiten
+            x = (flat * self.contrast).reshape(images.shape)
+        return (x * self.std + self.mean).astype(np.float32)
+
+    def same_as(self, other: "Preprocess") -> bool:
+        """Whether both maps are identical, value for value."""
+        return self.kind == other.kind and all(
+            _equal(getattr(self, name), getattr(other, name))
+            for name in ("mean", "std", "whiten", "contrast")
+        )
+
+
+def unit_range(images: Num[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n h w c"]:
+    """float32 images: uint8 divided by 255, floats as they are."""
+    x = np.asarray(images, dtype=np.float32)
+    return x / np.float32(255) if images.dtype == np.uint8 else x
+
+
+def identity(channels: int) -> Preprocess:
+    """The preprocessing that changes nothing, for images that are already as a model sees them."""
+    return Preprocess("none", np.zeros(channels, np.float32), np.ones(channels, np.float32))
+
+
+def fit(kind: str | None, chunks: Chunks, shape: tuple[int, int, int]) -> Preprocess:
+    """Fit a preprocessing on training images.
+
+    Args:
+        kind: One of `KINDS`; None chooses ZCA for colour and standardisation for grayscale, as
+            the KIP paper does.
+        chunks: Called with a chunk size, yields all training images in chunks of that size.
+        shape: Height, width and channels of an image.
+
+    Raises:
+        UserError: If the covariance that ZCA needs does not fit into memory.
+    """
+    check_kind(kind)
+    channels = shape[-1]
+    kind = kind or ("zca" if channels == 3 else "standardise")
+    if kind == "none":
+        return identity(channels)
+    if kind == "zca":
+        _require_memory(shape)
+    mean, std, count = _channel_moments(chunks, shape)
+    if kind == "standardise":
+        return Preprocess("standardise", mean, std)
+    return _fit_zca(mean, std, count, chunks, shape)
+
+
+def _channel_moments(
+    chunks: Chunks, shape: tuple[int, int, int]
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Mean and deviation of each channel, and the number of images."""
+    channels = shape[-1]
+    count, total, squares = 0, np.zeros(channels), np.zeros(channels)
+    for images in chunks(_chunk(shape)):
+        # float64: a sum over millions of pixels loses digits in float32.
+        x = unit_range(images).astype(np.float64).reshape(-1, channels)
+        count, total, squares = count + len(x), total + x.sum(0), squares + (x * x).sum(0)
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    std[std < 1e-6] = 1.0  # a constant channel carries nothing; dividing by 0 would give NaN
+    return mean.astype(np.float32), std.astype(np.float32), count // (shape[0] * shape[1])
+
+
+def _fit_zca(
+    mean: np.ndarray, std: np.ndarray, count: int, chunks: Chunks, shape: tuple[int, int, int]
+) -> Preprocess:
+    d, size = math.prod(shape), _chunk(shape)
+    _announce_zca(shape, count)
+    covariance, norms = np.zeros((d, d)), 0.0
+    parts = [slice(first, min(first + size, count)) for first in range(0, count, size)]
+    # The whole of `chunks` is used up: a memory map behind it is read to its end.
+    for images, _ in zip(chunks(size), progress.slow(parts, "images for ZCA"), strict=True):
+        directions, norm = _directions((unit_range(images) - mean) / std)
+        covariance += directions.T.astype(np.float64) @ directions
+        norms += float(norm.sum())
+    covariance /= count
+    # Images that are all constant have no covariance at all: they get the identity.
+    covariance[np.diag_indices(d)] += ZCA_RIDGE * np.trace(covariance) / d or 1.0
+    return Preprocess("zca", mean, std, *_roots(covariance), contrast=norms / count)
+
+
+def fit_mtt(chunks: Chunks, shape: tuple[int, int, int]) -> Preprocess:
+    """ZCA of pixels in [0, 1] as they are, for sets that MTT has whitened.
+
+    Args:
+        chunks, shape: As for `fit`.
+
+    Raises:
+        UserError: If the covariance does not fit into memory.
+
+    Source: Cazenavette et al. (2022), arXiv:2203.11932, whose program calls Kornia's
+    `ZCAWhitening(eps=0.1)`.
+    """
+    one = np.ones(shape[-1], np.float32)
+    total, squares, count = _products(chunks, shape, np.zeros_like(one), one)
+    mean = total / count
+    covariance = (squares - count * np.outer(mean, mean)) / max(count - 1, 1)
+    covariance[np.diag_indices(len(mean))] += MTT_RIDGE
+    return Preprocess("zca-mtt", mean.reshape(shape).astype(np.float32), one, *_roots(covariance))
+
+
+def fit_rfad(chunks: Chunks, shape: tuple[int, int, int]) -> Preprocess:
+    """ZCA of standardised pixels, for CIFAR sets that RFAD has whitened.
+
+    Neither the mean image nor the brightness of an image is taken off: the matrix is the inverse
+    root of the mean outer product of standardised images, plus `RFAD_RIDGE` of its mean eigenvalue.
+
+    Args:
+        chunks, shape: As for `fit`.
+
+    Raises:
+        UserError: If the matrix does not fit into memory.
+
+    Source: Loo et al. (2022), arXiv:2210.12067; `data.py` of the program, `get_zca_matrix`.
+    """
+    mean, std, _ = _channel_moments(chunks, shape)
+    _, squares, count = _products(chunks, shape, mean, std)
+    second = squares / count
+    second[np.diag_indices(len(second))] += RFAD_RIDGE * np.trace(second) / len(second) or 1.0
+    return Preprocess("zca-rfad", mean, std, *_roots(second))
+
+
+def fit_frepo(
+    chunks: Chunks,
+    shape: tuple[int, int, int],
+    constants: tuple[Float[np.ndarray, " c"], Float[np.ndarray, " c"]] | None = None,
+) -> Preprocess:
+    """ZCA of standardised pixels around the mean image, for colour sets that FRePo has whitened.
+
+    Where there are fewer images than pixel values, the directions beyond the number of images
+    keep their scale.
+
+    Args:
+        chunks, shape: As for `fit`.
+        constants: Channel mean and deviation by which the pixels were standardised before; those
+            of the images where they are not known.
+
+    Raises:
+        UserError: If the covariance does not fit into memory.
+
+    Source: Zhou et al. (2022), arXiv:2206.00719; `lib/dataset/ops.py` of the program.
+    """
+    mean, std = constants or _channel_moments(chunks, shape)[:2]
+    total, squares, count = _products(chunks, shape, mean, std)
+    centre = total / count
+    covariance = squares / count - np.outer(centre, centre)
+    covariance[np.diag_indices(len(centre))] += (
+        FREPO_RIDGE * np.trace(covariance) / len(centre) or 1.0
+    )
+    image = mean + std * centre.reshape(shape).astype(np.float32)
+    return Preprocess("zca-frepo", image, std, *_roots(covariance, rank=count))
+
+
+def _products(
+    chunks: Chunks,
+    shape: tuple[int, int, int],
+    mean: Float[np.ndarray, " c"],
+    std: Float[np.ndarray, " c"],
+) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "d d"], int]:
+    """Sum and sum of outer products of flattened images standardised by constants; their number."""
+    _require_memory(shape)
+    d, count = math.prod(shape), 0
+    total, squares = np.zeros(d), np.zeros((d, d))
+    for images in chunks(_chunk(shape)):
+        # float64: the square of the mean is taken off the mean square.
+        x = ((unit_range(images) - mean) / std).reshape(len(images), d).astype(np.float64)
+        count, total, squares = count + len(x), total + x.sum(0), squares + x.T @ x
+    return total, squares, count
+
+
+def _roots(
+    covariance: Float[np.ndarray, "d d"], rank: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Its symmetric inverse square root and square root, in float32.
+
+    Args:
+        covariance: Symmetric and positive.
+        rank: How many of the largest eigenvalues are known; the others count as 1.
+    """
+    # In ascending order.
+    values, vectors = stopping.interruptible(lambda: np.linalg.eigh(covariance))
+    roots = np.sqrt(values)
+    if rank is not None and rank < len(roots):
+        roots[: len(roots) - rank] = 1.0
+    inverse, root = (vectors / roots) @ vectors.T, (vectors * roots) @ vectors.T
+    return inverse.astype(np.float32), root.astype(np.float32)
+
+
+def _announce_zca(shape: tuple[int, int, int], count: int) -> None:
+    """Say how long ZCA takes, if it takes long: by the time of a product of two matrices."""
+    d, small = math.prod(shape), np.ones((PROBE, PROBE))
+    if d < 2 * PROBE:
+        return
+    began = time.perf_counter()
+    np.matmul(small, small)
+    seconds = (time.perf_counter() - began) * (d / PROBE) ** 2  # of a product of d x d with d x m
+    total = seconds * (count + (EIGENVECTORS + 2) * d) / PROBE
+    if total > progress.LINE_EVERY:
+        name = "x".join(map(str, shape))
+        progress.say(
+            f"ZCA of {count} images of {name}: a covariance of {d}x{d} values and its "
+            f"eigenvectors, roughly {progress.duration(total)} "
+            "(--preprocess standardise takes none)"
+        )
+
+
+def _require_memory(shape: tuple[int, int, int]) -> None:
+    # Covariance, eigenvectors and work space in float64, two float32 matrices at the end.
+    needed = 6 * 8 * math.prod(shape) ** 2
+    remedy = "use --preprocess standardise, or a smaller --image-size"
+    memory.require(needed, f"ZCA whitening of {shape[0]}x{shape[1]} images", remedy)
+
+
+def _chunk(shape: tuple[int, int, int]) -> int:
+    """Images of `CHUNK` values, and at least one."""
+    return max(CHUNK // math.prod(shape), 1)
+
+
+def _directions(x: Float[np.ndarray, "n h w c"]) -> tuple[np.ndarray, np.ndarray]:
+    """Flattened images, centred and divided by their L2 norm, and the norms."""
+    flat = x.reshape(len(x), -1)
+    # float64: a float32 mean of equal pixels is not quite that pixel, and the division by the
+    # norm would blow the difference up to a direction of pure rounding error.
+    flat = flat - flat.mean(1, keepdims=True, dtype=np.float64).astype(np.float32)
+    norm = np.linalg.norm(flat, axis=1, keepdims=True)
+    return flat / np.maximum(norm, 1e-12), norm  # a constant image has norm 0 and stays 0
+
+
+def _equal(a: object, b: object) -> bool:
+    if a is None or b is None:
+        return a is b
+    return np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def check_kind(kind: str | None) -> None:
+    """Refuse an unknown `--preprocess`."""
+    if kind is not None and kind not in KINDS:
+        raise UserError(f"preprocess must be one of {', '.join(KINDS)}, got {kind!r}")

@@ -1,0 +1,1 @@
+"""The evaluation protocol: learners, controls, held-out images, metrics and statistics."""

@@ -1,0 +1,187 @@
+"""What an evaluation finds: one result a training, and rows of all seeds together."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dsdistill.harness.evaluation import statistics
+from dsdistill.harness.evaluation.statistics import Summary
+
+
+@dataclass(frozen=True)
+class Result:
+    """One learner trained once on one kind of data, and judged once on the test images.
+
+    A training that failed has its reason in `failure` and None for what could not be measured.
+
+    Attributes:
+        arm: Kind of data: `distilled`, `distilled-hard`, `distilled-teacher`, `random`, `k-means`,
+            `herding` or `full`.
+        learner: Name.
+        augmented: Whether it was trained with augmentation.
+        seed: Of the draw of the data and of the training.
+        images: Number it was trained on.
+        bytes: Of those images and their labels, as stored.
+        rate: The learning rate that was chosen on the validation images; None where there is none.
+        accuracy: On the test images, a fraction.
+        validation_accuracy: A fraction.
+        nll: Of the test images, mean in nats, of probabilities calibrated on the validation images.
+        calibration_error: Of the same probabilities, 15 bins, a fraction.
+        per_class: Accuracy on the test images of each class; None for a class that has none.
+        confusion: Test images by true class (row) and predicted class (column).
+        teacher_agreement: Fraction of the test images on which learner and teacher agree.
+        teacher_kl: KL(teacher || learner), mean over the test images, in nats.
+        train_seconds: Of this training.
+        tune_seconds: Of all trainings that chose the rate; counted in the first seed alone.
+        peak_memory: Largest size of the process until the end of this training, in bytes.
+        facts: What the learner says of itself: `parameters`, `flops` (multiply-adds of one image,
+            doubled), `latency_ms` ({"1": ..., "64": ...}), `curve` ([[step, training loss], ...]).
+        failure: Why there is no accuracy.
+    """
+
+    arm: str
+    learner: str
+    augmented: bool
+    seed: int
+    images: int
+    bytes: int
+    rate: float | None = None
+    accuracy: float | None = None
+    validation_accuracy: float | None = None
+    nll: float | None = None
+    calibration_error: float | None = None
+    per_class: Sequence[float | None] | None = None
+    confusion: Sequence[Sequence[int]] | None = None
+    teacher_agreement: float | None = None
+    teacher_kl: float | None = None
+    train_seconds: float = 0.0
+    tune_seconds: float = 0.0
+    peak_memory: int = 0
+    facts: Mapping[str, Any] | None = None
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One learner on one kind of data, over all seeds.
+
+    Attributes:
+        arm, learner, augmented: As in the results.
+        results: One a seed, in the order of the seeds.
+        accuracy: Of all seeds together; None if any of them failed, since a mean of the others
+            would flatter.
+    """
+
+    arm: str
+    learner: str
+    augmented: bool
+    results: tuple[Result, ...]
+    accuracy: Summary | None
+
+    @property
+    def failures(self) -> tuple[Result, ...]:
+        """The results without an accuracy."""
+        return tuple(r for r in self.results if r.accuracy is None)
+
+    def mean(self, name: str) -> float | None:
+        """Mean over the seeds of a numeric attribute of the results; None if any lacks it."""
+        values = [getattr(result, name) for result in self.results]
+        return None if None in values else float(sum(values) / len(values))
+
+
+_FRACTIONS = ("accuracy", "validation_accuracy", "calibration_error", "teacher_agreement")
+_MEASURED = ("accuracy", "validation_accuracy", "nll", "calibration_error", "confusion")
+_COUNTS = ("images", "bytes", "peak_memory")
+_AMOUNTS = ("rate", "nll", "teacher_kl", "train_seconds", "tune_seconds")
+_ROUNDING = 1e-9  # by which figures that are computed in two ways may differ
+
+
+def problem(result: Result, test_counts: Sequence[int]) -> str | None:
+    """What is impossible about a stored result, or None.
+
+    A checksum keeps damage out, and not a result that something else has written.
+
+    Args:
+        result: Its fields may be of any type.
+        test_counts: Test images of each class.
+    """
+    for name, value in asdict(result).items():
+        if not _finite(value):
+            return f"{name} is not finite"
+    texts = (result.arm, result.learner, result.failure or "")
+    if not all(isinstance(text, str) for text in texts) or not isinstance(result.augmented, bool):
+        return "its names are of another type"
+    if not _whole(result.seed) or any(not _whole(getattr(result, name)) for name in _COUNTS):
+        return "a number is not whole, or is negative"
+    for name in (*_FRACTIONS, *_AMOUNTS):
+        value, most = getattr(result, name), 1 if name in _FRACTIONS else math.inf
+        if value is not None and not (_number(value) and -_ROUNDING <= value <= most):
+            return f"{name} is {value!r}"
+    if result.facts is not None and not isinstance(result.facts, Mapping):
+        return f"facts are {result.facts!r}"
+    if result.failure is not None:
+        return None if result.accuracy is None else "it failed, and has an accuracy"
+    if any(getattr(result, name) is None for name in _MEASURED):
+        return "it has neither figures nor a reason"
+    return _contradiction(result, test_counts)
+
+
+def _contradiction(result: Result, test_counts: Sequence[int]) -> str | None:
+    """Where accuracy, accuracy of each class and confusion matrix do not fit together."""
+    confusion: Any = result.confusion
+    k = len(test_counts)
+    square = isinstance(confusion, Sequence) and len(confusion) == k
+    if not square or not all(isinstance(row, Sequence) and len(row) == k for row in confusion):
+        return f"its confusion matrix is not {k}x{k}"
+    if not all(_whole(count) for row in confusion for count in row):
+        return "its confusion matrix has other entries than counts"
+    if [sum(row) for row in confusion] != list(test_counts):
+        return "its confusion matrix is of other test images"
+    right = [confusion[label][label] for label in range(k)]
+    if abs(sum(right) / sum(test_counts) - (result.accuracy or 0.0)) > _ROUNDING:
+        return f"accuracy is {result.accuracy}, by the confusion matrix another"
+    shares = [r / n if n else None for r, n in zip(right, test_counts, strict=True)]
+    given = result.per_class
+    if not isinstance(given, Sequence) or len(given) != k or not all(map(_alike, given, shares)):
+        return "its accuracies of the classes are not those of the confusion matrix"
+    return None
+
+
+def _alike(a: Any, b: float | None) -> bool:
+    return a is b if a is None or b is None else _number(a) and abs(a - b) <= _ROUNDING
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _finite(value: Any) -> bool:
+    """Whether all numbers in nested lists and objects are finite."""
+    if isinstance(value, Mapping):
+        return all(map(_finite, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def rows(results: Sequence[Result]) -> list[Row]:
+    """The results by learner, augmentation and arm, in the order in which they first appear."""
+    groups: dict[tuple[str, str, bool], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.learner, result.arm, result.augmented), []).append(result)
+    return [
+        Row(arm, learner, augmented, tuple(group), _summary(group))
+        for (learner, arm, augmented), group in groups.items()
+    ]
+
+
+def _summary(group: Sequence[Result]) -> Summary | None:
+    values = [result.accuracy for result in group if result.accuracy is not None]
+    if len(values) < len(group):
+        return None
+    return statistics.summary(values, bounds=(0.0, 1.0))

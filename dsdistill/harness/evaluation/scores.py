@@ -1,0 +1,91 @@
+"""DD-Ranking's scores of each learner, from the rows of an evaluation."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dsdistill.harness.evaluation import statistics
+from dsdistill.harness.evaluation.results import Row
+from dsdistill.harness.evaluation.statistics import Paired
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one learner says of a distilled set; None where an arm it needs is missing or failed.
+
+    Attributes:
+        learner: Name.
+        hlr: Hard-label recovery, of the arms `full` and `distilled-hard`.
+        ior: Improvement over random, of the arms `distilled` and `random`.
+        lrs: Label-robust score of the two.
+        ars: Augmentation-robust score, of `distilled` and `random` with and without augmentation.
+        versus_random: `distilled` minus `random`, paired by the seeds that both have.
+    """
+
+    learner: str
+    hlr: float | None
+    ior: float | None
+    lrs: float | None
+    ars: float | None
+    versus_random: Paired | None
+
+
+def scores(rows: Sequence[Row]) -> list[Scores]:
+    """One `Scores` a learner, in the order in which the learners first appear.
+
+    All but the ARS come from the rows without augmentation, or from the augmented ones of a
+    learner that was never trained without: a difference between the two kinds would measure the
+    augmentation.
+
+    Args:
+        rows: Of `results.rows`; their mean accuracies are compared.
+    """
+    learners = dict.fromkeys(row.learner for row in rows)
+    return [_scores(name, [row for row in rows if row.learner == name]) for name in learners]
+
+
+def _scores(learner: str, rows: Sequence[Row]) -> Scores:
+    table = {(row.arm, row.augmented): row for row in rows}
+    augmented = all(row.augmented for row in rows)
+
+    def mean(arm: str, augmented: bool = augmented) -> float | None:
+        row = table.get((arm, augmented))
+        return row.accuracy.mean if row and row.accuracy else None
+
+    def gain(augmented: bool) -> float | None:
+        accuracies = mean("distilled", augmented), mean("random", augmented)
+        return _known(statistics.improvement_over_random, *accuracies)
+
+    hlr = _known(statistics.hard_label_recovery, mean("full"), mean("distilled-hard"))
+    ior = gain(augmented)
+    return Scores(
+        learner,
+        hlr,
+        ior,
+        lrs=_known(statistics.label_robust_score, hlr, ior),
+        ars=_known(statistics.augmentation_robust_score, gain(True), gain(False)),
+        versus_random=_paired(
+            table.get(("distilled", augmented)), table.get(("random", augmented))
+        ),
+    )
+
+
+def _known(
+    formula: Callable[[float, float], float], a: float | None, b: float | None
+) -> float | None:
+    """The formula of both values, or None if one is unknown."""
+    return None if a is None or b is None else formula(a, b)
+
+
+def _paired(a: Row | None, b: Row | None) -> Paired | None:
+    if a is None or b is None or a.failures or b.failures:
+        return None
+    first, second = _by_seed(a), _by_seed(b)
+    seeds = [seed for seed in first if seed in second]
+    if not seeds:
+        return None
+    pairs = [first[seed] for seed in seeds], [second[seed] for seed in seeds]
+    return statistics.paired(*pairs, bounds=(-1.0, 1.0))
+
+
+def _by_seed(row: Row) -> dict[int, float]:
+    return {r.seed: r.accuracy for r in row.results if r.accuracy is not None}

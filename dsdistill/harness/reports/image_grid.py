@@ -1,0 +1,110 @@
+"""Two sets of images side by side, as the eye knows them: one row a class."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+from PIL import Image
+
+from dsdistill.harness.data.preprocess import Preprocess
+from dsdistill.harness.reports import plot_style
+from dsdistill.harness.runs.run_folder import write_bytes
+
+MOST_ROWS, MOST_COLUMNS = 20, 10  # a grid of a thousand classes is no picture
+MOST_PIXELS = 256  # a side of an image; its place in the picture has about 80
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """Half of a picture.
+
+    Attributes:
+        title: Above it.
+        images: Preprocessed.
+        labels: Class of each image.
+    """
+
+    title: str
+    images: Float[np.ndarray, "n h w c"]
+    labels: Int[np.ndarray, " n"]
+
+    def rows(self, classes: int) -> list[Float[np.ndarray, "m h w c"]]:
+        """The first images of each class."""
+        return [self.images[self.labels == c][:MOST_COLUMNS] for c in range(classes)]
+
+
+def write_grid(
+    path: Path, left: Side, right: Side, classes: tuple[str, ...], preprocess: Preprocess
+) -> None:
+    """Write a PNG with two sets of images side by side, a row a class.
+
+    Args:
+        path: Of the PNG.
+        left, right: The preprocessing is undone for the picture.
+        classes: Names; the first `MOST_ROWS` are shown.
+        preprocess: As stored with the set.
+    """
+    count = min(len(classes), MOST_ROWS)
+    sides = (left, right)
+    columns = max(1, *(len(row) for side in sides for row in side.rows(count)))
+    with plot_style.plain_text():
+        pixels = _render(sides, classes[:count], columns, preprocess)
+    gray = (pixels == pixels[..., :1]).all()  # a third less to store, and to put into a page
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if gray else pixels).save(buffer, "png", optimize=True)
+    write_bytes(path, buffer.getvalue())
+
+
+def _render(
+    sides: tuple[Side, Side], classes: tuple[str, ...], columns: int, preprocess: Preprocess
+) -> UInt8[np.ndarray, "H W 3"]:
+    """The picture's pixels; every class has a row, though it may have no image."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    count = len(classes)
+    size = (2 * columns * 0.55 + 2.2, count * 0.55 + 0.6)
+    figure = Figure(figsize=(max(size[0], 5), max(size[1], 2)), dpi=150, layout="constrained")
+    both = figure.subplots(1, 2)
+    for axes, side in zip(both, sides, strict=True):
+        tiled = tile([_small(preprocess.invert(row)) for row in side.rows(count)], columns)
+        axes.imshow(
+            tiled.squeeze(-1) if tiled.shape[-1] == 1 else tiled, cmap="gray", vmin=0, vmax=1
+        )
+        axes.set_title(plot_style.label(side.title), fontsize=9)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+    height = _small(sides[0].images[:1]).shape[1] + 1
+    middles = [(row + 0.5) * height - 1 for row in range(count)]
+    both[0].set_yticks(middles, list(map(plot_style.label, classes)), fontsize=7)
+    both[0].tick_params(length=0)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+def _small(images: Float[np.ndarray, "m h w c"]) -> Float[np.ndarray, "m h2 w2 c2"]:
+    """Images of at most `MOST_PIXELS` a side, in gray or colour: gray for any other channels."""
+    rows, columns = (-(-side // MOST_PIXELS) for side in images.shape[1:3])
+    thin = images[:, ::rows, ::columns]
+    return thin if thin.shape[-1] in (1, 3) else thin.mean(-1, keepdims=True)
+
+
+def tile(rows: list[Float[np.ndarray, "m h w c"]], columns: int) -> Float[np.ndarray, "H W c"]:
+    """Images in a grid with one white pixel between them, clipped to [0, 1].
+
+    Args:
+        rows: The images of each row; a row may be shorter than `columns`.
+        columns: Images a row.
+    """
+    _, h, w, c = rows[0].shape
+    grid = np.ones((len(rows) * (h + 1) - 1, columns * (w + 1) - 1, c), np.float32)
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            top, left = i * (h + 1), j * (w + 1)
+            grid[top : top + h, left : left + w] = np.clip(image, 0, 1)
+    return grid

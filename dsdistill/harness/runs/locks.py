@@ -1,0 +1,142 @@
+"""A lock on a folder: one process works in it, and a process that has died holds nothing.
+
+The lock is that of the operating system on the open file `.lock` (`flock`), which ends with the
+process however it ends; the file itself means nothing, and is removed with the lock. On a network
+file system it holds between machines where the server keeps `flock` locks: NFS with Linux clients,
+Lustre mounted with `flock` and GPFS do; where it does not, or on a system without `flock`
+(Windows), a folder is used without a lock.
+"""
+
+import contextlib
+import errno
+import os
+import socket
+import weakref
+from pathlib import Path
+
+from dsdistill.harness.runs import progress
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+NAME = ".lock"
+ATTEMPTS = 100  # at a lock file that its holder removes at the same moment
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of such file systems
+
+
+class Held(Exception):
+    """Another process holds the lock. The message names it, such as "process 123"."""
+
+
+class Lock:
+    """A lock that is held until `release`, or until the process ends.
+
+    Args:
+        path: The lock file.
+        handle: Its descriptor; None for a lock that holds nothing.
+    """
+
+    def __init__(self, path: Path, handle: int | None) -> None:
+        self._handle = handle
+        self._release = weakref.finalize(self, _release, path, handle, os.getpid())
+        # A process that ends without a release must not remove a file in its last moments.
+        self._release.atexit = False
+        _LOCKS.add(self)
+
+    def release(self) -> None:
+        """Give the folder free and remove the file; a second call does nothing."""
+        self._release()
+
+    def forget(self) -> None:
+        """Close a copy that a forked process has inherited: the lock stays its parent's."""
+        if self._release.detach() and self._handle is not None:
+            os.close(self._handle)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Lock, (Path(), None)  # what is sent to another process holds nothing
+
+
+def acquire(folder: Path, *, needed: bool = True) -> Lock:
+    """Lock a folder that exists.
+
+    Args:
+        folder: The folder.
+        needed: Say where the file system has no locks. Not for what only `dsdistill cache --clear`
+            asks for.
+
+    Raises:
+        Held: If another process, or another run of this one, holds it.
+        OSError: If the lock file cannot be created.
+    """
+    path = folder / NAME
+    if fcntl is None:
+        return Lock(path, None)
+    for _ in range(ATTEMPTS):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = _holder(handle)
+            os.close(handle)
+            if error.errno in _UNSUPPORTED:
+                if needed:
+                    progress.say(
+                        f"note: no lock on {folder}: its file system has none; start no second run "
+                        "in it while this one goes on"
+                    )
+                path.unlink(missing_ok=True)
+                return Lock(path, None)
+            if isinstance(error, BlockingIOError):
+                raise Held(holder) from error
+            raise
+        # Whoever released it may have removed the file that we opened: then it locks nothing.
+        if _is_at(handle, path):
+            os.truncate(handle, 0)
+            os.write(handle, f"{os.getpid()} {socket.gethostname()}\n".encode())
+            return Lock(path, handle)
+        os.close(handle)
+    raise Held("another process")
+
+
+def _holder(handle: int) -> str:
+    words = os.read(handle, 300).decode(errors="replace").split()
+    if not words or not words[0].isdigit():
+        return "another process"
+    if words[0] == str(os.getpid()):
+        return "another run of this process"
+    elsewhere = words[1:] and words[1] != socket.gethostname()
+    return f"process {words[0]}" + (f" on {words[1]}" if elsewhere else "")
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether an open file is still the one at that path."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _release(path: Path, handle: int | None, owner: int) -> None:
+    if handle is None:
+        return
+    if os.getpid() == owner:
+        with contextlib.suppress(OSError):  # the folder has gone, or can no longer be written
+            if _is_at(handle, path):
+                path.unlink()
+    os.close(handle)
+
+
+# `flock` belongs to the open file, which a forked child (a worker that loads images) shares: it
+# would go on holding the folder after its parent was killed.
+_LOCKS: "weakref.WeakSet[Lock]" = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for lock in list(_LOCKS):
+        lock.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)

@@ -1,0 +1,423 @@
+"""A run's folder: never overwritten, resumable, and readable while the run goes on.
+
+    config.json         how it was asked for, written first
+    metrics.jsonl       one JSON object a line, flushed at once
+    events.out.*        the same for TensorBoard
+    checkpoint.*        the last good state, replaced atomically
+    <result>            written last: a folder that holds it is finished
+    .lock               while a process works in it, see `locks`
+
+A process that is killed while it writes leaves a hidden file, and the old content in place; the
+next start removes such files.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsdistill.harness import checksums
+from dsdistill.harness.runs import tensorboard, locks, progress
+from dsdistill.harness.errors import UserError, one_line
+
+CHECKPOINT = "checkpoint.safetensors"
+CHOSEN = "chosen"  # in a configuration: what the run itself has chosen
+INPUTS = "inputs"  # in a configuration: SHA-256 of what the run depends on
+REMEDY = ": start anew in another --out"
+_STATE = "meta"  # in a checkpoint's metadata
+# The form of `write_bytes`'s temporary files: hidden, the name of the file, eight random letters.
+_TEMPORARY = re.compile(r"\.[^.].*\.[A-Za-z]+\.[a-z0-9_]{8}")
+
+
+class RunError(UserError):
+    """A folder that cannot be started, resumed or read as asked."""
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file atomically: written beside it, flushed to disk, then renamed."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes it private
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file atomically. NaN becomes null, since JSON has none."""
+    write_bytes(path, (json.dumps(_finite(value), indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a run.
+
+    Raises:
+        RunError: If it is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"cannot read {path}: {one_line(error)}") from error
+
+
+def next_free(stem: str, parent: Path = Path("runs")) -> Path:
+    """The first of `parent/stem-1`, `parent/stem-2`, ... that does not exist."""
+    return next(p for n in itertools.count(1) if not (p := parent / f"{stem}-{n}").exists())
+
+
+@dataclass(frozen=True)
+class Run:
+    """An open run folder, which no other process can start or resume until it is closed.
+
+    Attributes:
+        folder: Exists and can be written to.
+        config: As stored in `config.json`; on `--resume`, as stored by the first start.
+        resumed: Whether there was an earlier start.
+        writes: Whether this process writes into the folder; of several hosts' one does.
+        lock: Held by the process that writes; released by `close`.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    resumed: bool
+    writes: bool = True
+    lock: locks.Lock | None = field(default=None, repr=False, compare=False)
+
+    def close(self) -> None:
+        """Give the folder free for other processes; a second call does nothing."""
+        if self.lock:
+            self.lock.release()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def recorded(self, name: str, choose: Callable[[], Any]) -> Any:
+        """A value that the first start chooses, and that every later start finds.
+
+        It stands in `config.json` under `chosen`, apart from the options.
+
+        Args:
+            name: Of the value.
+            choose: Called at the first start alone; JSON-compatible.
+        """
+        chosen = self.config.setdefault(CHOSEN, {})
+        if name not in chosen:
+            chosen[name] = choose()
+            if self.writes:
+                write_json(self.folder / "config.json", self.config)
+        return chosen[name]
+
+    def require_same(self, inputs: Mapping[str, str]) -> None:
+        """Refuse to go on with other data, models or sets than the run was started with.
+
+        The first start stores the hashes in `config.json`; each later one compares. It may be
+        called for one input after the other.
+
+        Args:
+            inputs: SHA-256 of everything that the run depends on, by a name for people, such as
+                "training images and labels".
+
+        Raises:
+            RunError: If an input is not the one of the first start.
+        """
+        stored = self.config.setdefault(INPUTS, {})
+        for name, value in inputs.items():
+            if stored.get(name, value) != value:
+                raise RunError(
+                    f"changed since the run {self.folder} was started: {name} (SHA-256 was "
+                    f"{str(stored[name])[:12]}, is {value[:12]}): put back what it was, or start "
+                    "anew in another --out"
+                )
+        unknown = [name for name in inputs if name not in stored]
+        if unknown and self.resumed and (self.folder / CHECKPOINT).exists():
+            progress.say(
+                f"note: {self.folder} holds no hash of: {', '.join(unknown)}; whether that changed "
+                "since the run was started cannot be checked"
+            )
+        stored.update({name: inputs[name] for name in unknown})
+        if unknown and self.writes:
+            write_json(self.folder / "config.json", self.config)
+
+    def withdraw(self) -> None:
+        """Free and close the folder again if the run was refused before it computed anything."""
+        figures = self.folder / "metrics.jsonl"
+        begun = figures.exists() and figures.stat().st_size > 0
+        if begun or self.resumed or not self.writes or (self.folder / CHECKPOINT).exists():
+            return
+        for pattern in ("config.json", figures.name, f"{tensorboard.NAME}*"):
+            for path in self.folder.glob(pattern):
+                path.unlink()
+        self.close()
+        with contextlib.suppress(OSError):  # something else is in it, which stays
+            self.folder.rmdir()
+
+    def save_state(self, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
+        """Replace the checkpoint: named arrays and a JSON-compatible remainder."""
+        if not self.writes:
+            return
+        content = checksums.pack(_STATE, json.dumps(meta), arrays)
+        write_bytes(self.folder / CHECKPOINT, content)
+
+    def load_state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+        """The last checkpoint, or None if the run was stopped before its first.
+
+        One that an earlier version wrote has no checksum; it is accepted, and that is said.
+
+        Raises:
+            RunError: If it is damaged: not whole, or its contents do not match its checksum.
+        """
+        path = self.folder / CHECKPOINT
+        if not path.exists():
+            return None
+        meta, arrays, checked = checksums.load(
+            path, _STATE, kind="a checkpoint", remedy=REMEDY, error=RunError, required=False
+        )
+        if not isinstance(meta, dict):
+            raise RunError(f"{path} is damaged: expected an object of figures{REMEDY}")
+        if not checked:
+            progress.say(f"note: {path} is of an earlier version and has no checksum to verify")
+        return arrays, meta
+
+
+def check_free(folder: Path, result: str) -> None:
+    """Refuse a folder in which a new run could not start; nothing is created.
+
+    Raises:
+        RunError: If it is a file, or holds a run or anything else.
+    """
+    try:
+        # Read once: another process may be writing the first file of a run at this moment.
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return
+    except NotADirectoryError as error:
+        if not folder.exists():
+            raise  # a folder above it is a file
+        raise RunError(f"{folder} is a file: choose another --out") from error
+    if result in names:
+        raise RunError(f"{folder} already holds a finished run: choose another --out")
+    if "config.json" in names:
+        raise RunError(f"{folder} already holds a run: add --resume, or choose another --out")
+    # A hidden file may be left by a start that was killed.
+    if any(name[0] != "." for name in names):
+        raise RunError(f"{folder} is not empty and holds no run: choose another --out")
+
+
+def start(
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    result: str,
+    resume: bool = False,
+    defaults: Mapping[str, Any] | None = None,
+    free: tuple[str, ...] = (),
+) -> Run:
+    """Open a run folder.
+
+    Args:
+        folder: Where; created with its parents.
+        config: JSON-compatible options of this call.
+        result: Name of the file whose presence means that the run is finished.
+        resume: Continue an unfinished run. Its stored options hold; an option of this call that
+            is neither the default nor the stored value is refused.
+        defaults: Default options, to tell which of this call's were given.
+        free: Options that may differ on resume (where the data lie, say).
+
+    Raises:
+        RunError: If the folder holds a run and `resume` is off, if it is finished, or if the
+            options contradict the stored ones.
+    """
+    config, defaults = _as_json(config), _as_json(defaults or {})
+    if resume:
+        _check_begun(folder, result)
+    else:
+        check_free(folder, result)
+    lock = _acquire_lock(folder, create=not resume)
+    try:
+        # Again, now that no other process can change it.
+        if resume:
+            _check_begun(folder, result)
+            stored = _reconcile(folder, _stored_config(folder), config, defaults, free)
+            _remove_temporaries(folder)
+            return Run(folder, stored, True, lock=lock)
+        check_free(folder, result)
+        _remove_temporaries(folder)
+        write_json(folder / "config.json", config)
+        return Run(folder, config, False, lock=lock)
+    except BaseException:
+        lock.release()
+        raise
+
+
+def stored_options(
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    result: str,
+    defaults: Mapping[str, Any],
+    free: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """The configuration of an unfinished run, without opening it: nothing is locked or changed.
+
+    Args:
+        folder, config, result, defaults, free: As for `start`.
+
+    Raises:
+        RunError: If there is nothing to resume, or the options contradict the stored ones.
+    """
+    _check_begun(folder, result)
+    new, defaults = _as_json(config), _as_json(defaults)
+    return _reconcile(folder, _stored_config(folder), new, defaults, free)
+
+
+def _check_begun(folder: Path, result: str) -> None:
+    if (folder / result).exists():
+        raise RunError(f"{folder} holds a finished run: there is nothing to resume")
+    if not (folder / "config.json").exists():
+        raise RunError(f"{folder} holds no run to resume")
+
+
+def _acquire_lock(folder: Path, *, create: bool) -> locks.Lock:
+    """The lock on a folder, which is made if it is not there.
+
+    Raises:
+        RunError: If another process works in it.
+    """
+    for attempt in itertools.count(1):
+        if create:
+            folder.mkdir(parents=True, exist_ok=True)
+        try:
+            return locks.acquire(folder)
+        except locks.Held as holder:
+            raise RunError(
+                f"{folder} is in use by {holder}: wait until it ends or stop it, or choose "
+                "another --out"
+            ) from holder
+        except FileNotFoundError:  # a run beside this one was refused, and removed the folder
+            if not create or attempt == locks.ATTEMPTS:
+                raise
+    raise AssertionError
+
+
+def _remove_temporaries(folder: Path) -> None:
+    """Remove what a kill in the middle of a write has left, in its own subfolders too."""
+    inside = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
+    own = [path for path in inside if not (path / "config.json").exists()]
+    for place in (folder, *own):
+        for path in place.iterdir():
+            if _TEMPORARY.fullmatch(path.name) and path.is_file():
+                path.unlink(missing_ok=True)
+
+
+def _as_json(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options as `config.json` gives them back, where a tuple has become a list."""
+    return json.loads(json.dumps(_finite(options)))
+
+
+def _stored_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    stored = read_json(path)
+    if not isinstance(stored, dict):
+        raise RunError(f"{path} is damaged: expected an object of options{REMEDY}")
+    for name in (CHOSEN, INPUTS):
+        if not isinstance(stored.get(name, {}), dict):
+            raise RunError(f"{path} is damaged: {name} must be an object{REMEDY}")
+    return stored
+
+
+def _reconcile(
+    folder: Path,
+    old: dict[str, Any],
+    new: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    free: tuple[str, ...],
+) -> dict[str, Any]:
+    """The stored options, after refusing a given one that contradicts them."""
+    if old.get("command") != new.get("command") or (new and not new.keys() & old.keys()):
+        commands = f" ({old.get('command') or 'kd train'}, got {new.get('command') or 'kd train'})"
+        raise RunError(f"{folder} holds a run of another command{commands}: choose another --out")
+    for name, value in new.items():
+        if name in free:
+            old[name] = value
+        elif value != defaults.get(name) and value != old.get(name):
+            option = "--" + name.replace("_", "-")
+            raise RunError(f"the run was started with {option} {old.get(name)}, got {value}")
+    return old
+
+
+class Metrics:
+    """Appends named figures to `metrics.jsonl` and to a TensorBoard event file.
+
+    On resume, lines of steps after the checkpoint are dropped, so that a resumed run's file
+    equals that of an uninterrupted one.
+    """
+
+    def __init__(self, folder: Path, *, resume_from: int | None = None) -> None:
+        self._path = folder / "metrics.jsonl"
+        if resume_from is not None:
+            self._drop_after(resume_from)
+        self._file = self._path.open("a")
+        self._events = tensorboard.Events(folder, resume_from)
+
+    def write(self, step: int, **figures: float) -> None:
+        """Record figures of one step; seen at once by whoever follows the files."""
+        figures = {name: float(value) for name, value in figures.items()}  # NumPy's too
+        self._file.write(json.dumps(_finite({"step": step, **figures})) + "\n")
+        self._file.flush()
+        self._events.write(step, figures)
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _drop_after(self, step: int) -> None:
+        if not self._path.exists():
+            return
+        lines = self._path.read_bytes().split(b"\n")[:-1]  # the end was being written at a kill
+        known = [(line, _step(line)) for line in lines]
+        if damaged := sum(found is None for _, found in known):
+            progress.say(f"note: {self._path}: {damaged} of {len(lines)} lines damaged, dropped")
+        kept = [line for line, found in known if found is not None and found <= step]
+        write_bytes(self._path, b"".join(line + b"\n" for line in kept))
+
+
+def _step(line: bytes) -> int | None:
+    """The step of a line of figures; None for one that is damaged."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return step if type(step) is int else None
+
+
+def _finite(value: Any) -> Any:
+    """A copy in which NaN and infinities are None, at any depth."""
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value

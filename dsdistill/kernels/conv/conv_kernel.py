@@ -1,0 +1,214 @@
+"""The exact neural tangent kernel of a convolutional ReLU network, without what is never used.
+
+neural-tangents keeps the covariance of every pair of pixels, (h w)² numbers for a pair of images.
+Most of them never reach the readout. Only the planes that do are computed (`geometry`), level by
+level (`planes`), for one image against a block of others at a time. The result is exact.
+
+A ReLU needs the variances of its inputs, n images instead of n m pairs; what the pairs say about
+the gradient with respect to them is summed up first, and taken back to the pixels in one pass for
+each image (`variances`).
+
+Source: Novak et al. (2019), arXiv:1810.05148, and Arora et al. (2019), arXiv:1904.11955, for the
+kernel; the planes are this project's.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from dsdistill.kernels.conv import planes, stages, variances
+from dsdistill.kernels.conv.lanes import blocks, lanes_of, levels_of, unblocked
+from dsdistill.kernels.conv.stages import Level, Sides
+from dsdistill.kernels.conv.variances import Deviations, deviations
+from dsdistill.kernels.notation import Sequence
+
+
+def ntk(
+    x1: Float[Array, "n h w c"], x2: Float[Array, "m h w c"], network: Sequence
+) -> Float[Array, "n m"]:
+    """The kernel between two sets of images, in their dtype.
+
+    Differentiable once in both arguments; finite for repeated, constant and zero images.
+    """
+    return _ntk(x1, x2, network)
+
+
+def ntk_symmetric(x: Float[Array, "n h w c"], network: Sequence) -> Float[Array, "n n"]:
+    """The kernel of a set of images with itself, from half of the pairs.
+
+    The gradient takes one pass over all pairs, with the symmetrised cotangent.
+    """
+    return _symmetric(x, network)
+
+
+def slopes(
+    x1: Float[Array, "n h w c"], x2: Float[Array, "m h w c"], network: Sequence
+) -> tuple[Float[Array, "n m"], Float[Array, "n m h w c"]]:
+    """The kernel, and of every pair its gradient with respect to the first image at fixed second.
+
+    A little more work than the gradient of a weighted sum of all pairs: what is summed up there,
+    the variances' part, is taken back to the pixels for every pair. Not differentiable.
+    """
+    one, two = _Side.of(x1, network), _Side.blocks(x2, network)
+    ones = jnp.ones(two.images.shape[-1], x1.dtype)
+
+    def row(item: tuple[Array, _Side]) -> tuple[Array, Array]:
+        x, image = item
+        value, direct, logs = lax.map(lambda b: _pairs_with_adjoint(network, image, b, ones), two)
+        again = jnp.broadcast_to(x, x2.shape)
+        through = variances.adjoint(again, [unblocked(g, len(x2)) for g in logs], network)
+        direct = jnp.moveaxis(unblocked(direct, len(x2)), 1, -1)
+        return value.reshape(-1)[: len(x2)], direct + through
+
+    return lax.map(row, (x1, one))
+
+
+def _value(x1: Array, x2: Array, network: Sequence) -> Array:
+    one, two = _Side.of(x1, network), _Side.blocks(x2, network)
+    rows = lax.map(lambda a: lax.map(lambda b: _pairs(network, a, b), two), one)  # (n, blocks, l)
+    return rows.reshape(len(x1), -1)[:, : len(x2)]
+
+
+def _symmetric_value(x: Array, network: Sequence) -> Array:
+    one, two = _Side.of(x, network), _Side.blocks(x, network)
+    lanes = two.images.shape[-1]
+    pairs = [(i, j) for j in range(len(two.images)) for i in range(min((j + 1) * lanes, len(x)))]
+
+    def of(item: Array) -> Array:
+        return _pairs(network, _item(one, item[0]), _item(two, item[1]))
+
+    index = jnp.asarray(pairs)
+    found = lax.map(of, index)  # (pairs, lanes)
+    whole = jnp.zeros((len(x), len(two.images), lanes), found.dtype)
+    upper = whole.at[index[:, 0], index[:, 1]].set(found).reshape(len(x), -1)[:, : len(x)]
+    return jnp.triu(upper) + jnp.triu(upper, 1).T
+
+
+def _gradient(x1: Array, x2: Array, cotangent: Array, network: Sequence) -> Array:
+    """Of the sum of cotangent (n, m) times kernel, with respect to x1 at fixed x2."""
+    one, two = _Side.of(x1, network), _Side.blocks(x2, network)
+    lanes = two.images.shape[-1]
+    missing = -len(x2) % lanes
+    filled = jnp.pad(cotangent, ((0, 0), (0, missing))).reshape(len(x1), -1, lanes)
+
+    def row(item: tuple[_Side, Array]) -> tuple[Array, list[Array]]:
+        image, weights = item
+
+        def block(total: tuple, item: tuple[_Side, Array]) -> tuple[tuple, None]:
+            more = _pairs_with_adjoint(network, image, *item)[1:]
+            return jax.tree.map(jnp.add, total, more), None
+
+        _, *shapes = jax.eval_shape(
+            lambda: _pairs_with_adjoint(network, image, _item(two, 0), weights[0])
+        )
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), tuple(shapes))
+        sums, _ = lax.scan(block, zeros, (two, weights))
+        return jax.tree.map(lambda total: total.sum(-1), sums)
+
+    direct, logs = lax.map(row, (one, filled))
+    direct = jnp.moveaxis(direct, 1, -1)
+    return direct + variances.adjoint(x1, logs, network)
+
+
+_ntk = jax.custom_vjp(_value, nondiff_argnums=(2,))
+_ntk.defvjp(
+    lambda x1, x2, network: (_value(x1, x2, network), (x1, x2)),
+    lambda network, x, g: (
+        _gradient(x[0], x[1], g, network),
+        _gradient(x[1], x[0], g.T, network),
+    ),
+)
+_symmetric = jax.custom_vjp(_symmetric_value, nondiff_argnums=(1,))
+_symmetric.defvjp(
+    lambda x, network: (_symmetric_value(x, network), x),
+    lambda network, x, g: (_gradient(x, x, g + g.T, network),),
+)
+
+
+class _Side(NamedTuple):
+    """Images, (..., c, h, w, lanes), and their deviations before each ReLU, (..., h, w, lanes)."""
+
+    images: Array
+    deviations: Deviations
+
+    @staticmethod
+    def of(x: Array, network: Sequence) -> "_Side":
+        """One image at a time: (n, c, h, w, 1)."""
+        each = [d[..., None] for d in deviations(x, network)]
+        return _Side(jnp.moveaxis(x, -1, 1)[..., None], each)
+
+    @staticmethod
+    def blocks(x: Array, network: Sequence) -> "_Side":
+        """As many side by side as are vectorised."""
+        lanes = lanes_of(x, levels_of(network, x.shape))
+        each = [blocks(d, lanes) for d in deviations(x, network)]
+        return _Side(blocks(jnp.moveaxis(x, -1, 1), lanes), each)
+
+
+def _item(side: _Side, i: Array | int) -> _Side:
+    return jax.tree.map(lambda a: a[i], side)
+
+
+def _sides(levels: list[Level], one: Deviations, two: Deviations) -> list[tuple[Sides, ...]]:
+    """For each level, both sides' deviations at each of its ReLUs."""
+    pairs = iter(zip(one, two, strict=True))
+    return [
+        tuple(stages.sides(level.grid, *next(pairs)) for stage in level.stages if stage.relu)
+        for level in levels
+    ]
+
+
+def _sources(
+    levels: list[Level], one: Array, two: Array, sigmas: list[tuple[Sides, ...]]
+) -> tuple[list[stages.Source], Array]:
+    """What enters each level, and what the readout sums up."""
+    source: stages.Source = stages.images(levels[0].grid, one, two)
+    sources = []
+    for level, sigma in zip(levels, sigmas, strict=True):
+        sources.append(source)
+        source = planes.forward(level, source, sigma)
+    assert not isinstance(source, stages.Images)  # there is always a level
+    return sources, source
+
+
+def _readout(network: Sequence, levels: list[Level]) -> float:
+    """W² over the number of entries that the readout averages."""
+    h, w = levels[-1].grid.shape
+    return network.w_std**2 / (h * w) ** (2 if network.head == "gap" else 1)
+
+
+def _pairs(network: Sequence, one: _Side, two: _Side) -> Array:
+    """The kernel of one image with each lane."""
+    levels = levels_of(network, two.images.shape)
+    sigmas = _sides(levels, one.deviations, two.deviations)
+    return _read(network, levels, _sources(levels, one.images, two.images, sigmas)[1])
+
+
+def _read(network: Sequence, levels: list[Level], end: Array) -> Array:
+    """The dense readout: K' = W² K + b², T' = W² T + K'."""
+    total = end.sum((0, 1))
+    return _readout(network, levels) * (total.real + total.imag) + network.b_std**2
+
+
+def _pairs_with_adjoint(
+    network: Sequence, one: _Side, two: _Side, cotangent: Array
+) -> tuple[Array, Array, list[Array]]:
+    """The kernel of one image with each lane, and what a cotangent of it becomes.
+
+    Returns:
+        The kernel, (lanes,); the cotangents of the image, (c, h, w, lanes), and of log σ at each
+        ReLU, (h, w, lanes).
+    """
+    levels = levels_of(network, two.images.shape)
+    sigmas = _sides(levels, one.deviations, two.deviations)
+    sources, end = _sources(levels, one.images, two.images, sigmas)
+    g = jnp.broadcast_to(_readout(network, levels) * cotangent, end.shape)
+    g = lax.complex(g, g) if jnp.iscomplexobj(end) else g
+    every: list[list[Array]] = []
+    for level, source, sigma in reversed(list(zip(levels, sources, sigmas, strict=True))):
+        g, logs = planes.backward(level, source, sigma, g)
+        every.insert(0, logs)
+    return _read(network, levels, end), g, [log for logs in every for log in logs]

@@ -1,0 +1,102 @@
+"""All planes of one resolution, one after the other through its stages.
+
+Why it looks as it does: XLA fuses a loop body into as few kernels as it can, and evaluates a value
+again wherever it is used: nine times in a convolution's window, twice for two results. What it
+writes into an array that the loop carries it computes once, and in place. So every plane that is
+used more than once is written into such an array (`stages.written`), which stays in the
+processor's cache, and K and T travel as one complex number, so that one result is all that a
+kernel has. Lanes come last because they are vectorised.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array
+
+from dsdistill.kernels.conv import first_level, gpu
+from dsdistill.kernels.conv.offsets import Grid
+from dsdistill.kernels.conv.stages import Entry, Level, Sides, Source, Stages
+from dsdistill.kernels.conv.stages_adjoint import Reversal
+
+
+def forward(level: Level, source: Source, sigmas: tuple[Sides, ...]) -> Array:
+    """All planes of a level, pooled or summed up.
+
+    Args:
+        level: What to do.
+        source: The images, or what `forward` of the level before returned.
+        sigmas: Of each ReLU.
+
+    Returns:
+        Before another level its planes, and one more that is of no use: (len(coarse) + 1, h/2,
+        w/2, lanes). Before the readout the sum over all planes, (h, w, lanes).
+    """
+    if gpu.covers(level, source):
+        total = gpu.forward(level, source, sigmas)
+    elif first_level.covers(source, level):
+        total = first_level.forward(level, source, sigmas[0])
+    else:
+        total = _summed(Stages(level, source, sigmas))
+    return total if level.coarse is None else total * _mean_of_16(level.coarse, total)
+
+
+def _summed(run: Stages) -> Array:
+    """What `forward` gives, but sums in place of means."""
+
+    def step(carry: tuple[Array, list[Array]], entry: Entry) -> tuple[tuple, None]:
+        total, buffers = carry
+        buffers = run.entering(buffers, entry)
+        return (run.added(total, entry, buffers[-1]), buffers), None
+
+    (total, _), _ = lax.scan(step, (run.empty(), run.buffers()), _entries(run.level))
+    return total
+
+
+def backward(
+    level: Level, source: Source, sigmas: tuple[Sides, ...], cotangent: Array
+) -> tuple[Array, list[Array]]:
+    """The adjoint of `forward` in the first side only; the planes are computed anew.
+
+    Args:
+        level, source, sigmas: As there.
+        cotangent: Of its result. Its real part is the cotangent of K, its imaginary part of T.
+
+    Returns:
+        The cotangent of the image, (c, h, w, lanes), or of the planes, (n + 1, h, w, lanes), not
+        yet summed over lanes; and of the logarithm of the image's deviations at each ReLU,
+        (h, w, lanes).
+    """
+    if level.coarse is not None:
+        cotangent = cotangent * _mean_of_16(level.coarse, cotangent)
+    if gpu.covers(level, source):
+        return gpu.backward(level, source, sigmas, cotangent)
+    if first_level.covers(source, level, channels=1):
+        return first_level.backward(level, source, sigmas[0], cotangent)
+    run = Stages(level, source, sigmas)
+    reversal = Reversal(run, cotangent)
+
+    def step(carry: tuple, entry: Entry) -> tuple[tuple, None]:
+        total, logs, buffers, blocks, places = carry
+        buffers = run.entering(buffers, entry)
+        blocks, places, more = reversal.followed(blocks, places, buffers, entry)
+        logs = [log + new for log, new in zip(logs, more, strict=True)]
+        return (reversal.added(total, entry, places[0].left), logs, buffers, blocks, places), None
+
+    start = reversal.empty(), reversal.logs(), run.buffers(), reversal.blocks(), reversal.places()
+    (total, logs, *_), _ = lax.scan(step, start, _entries(level))
+    return total, logs
+
+
+def _entries(level: Level) -> Entry:
+    """For every plane."""
+    grid = level.grid
+    n = len(grid)
+    to = grid.pooled(level.coarse) if level.coarse else np.zeros((n, 4), int)
+    return Entry(jnp.arange(n), jnp.asarray(grid.starts), jnp.asarray(to))
+
+
+def _mean_of_16(grid: Grid, like: Array) -> Array:
+    """1/16 where both pixels lie inside their images; one plane more of zeros."""
+    y, x = (jnp.asarray(axis.valid / 4, like.real.dtype) for axis in (grid.y, grid.x))
+    every = (y[:, None, :, None] * x[None, :, None]).reshape(-1, *grid.shape, 1)
+    return jnp.concatenate([every, jnp.zeros_like(every[:1])])

@@ -1,0 +1,283 @@
+"""What the layers of one resolution do to one plane.
+
+A plane holds the kernels of one offset (see `geometry`) for one image against some others, the
+lanes, as (h, w, lanes): the covariance K alone, or K + i T with the tangent kernel T. With s the
+sum over a 3x3 window, zero outside the images,
+
+    convolution    K' = W²/9 s(K) + b²,   T' = W²/9 s(T) + K'
+    ReLU           as in `relu`
+    pooling        the mean over the four pixels of p and the four of q
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from dsdistill.kernels import relu
+from dsdistill.kernels.conv.offsets import Grid
+from dsdistill.kernels.notation import Stage
+
+UNROLLED = 4  # channels
+
+
+@dataclass(frozen=True)
+class Level:
+    """What happens at one resolution.
+
+    Attributes:
+        stages: In order.
+        grid: The planes.
+        coarse: The planes after the pooling; None if the readout follows.
+        weight, bias: W²/9 and b² of the convolutions.
+        tangent: Whether T is wanted beside K.
+    """
+
+    stages: tuple[Stage, ...]
+    grid: Grid
+    coarse: Grid | None
+    weight: float
+    bias: float
+    tangent: bool = True
+
+
+class Sides(NamedTuple):
+    """Deviations of the pre-activations of one ReLU, and their inverses.
+
+    Attributes:
+        one, one_inverse: Of the image, (h, w, 1 or lanes).
+        two, two_inverse: Of the lanes, (h, w, lanes), extended by `Grid.extended`.
+    """
+
+    one: Array
+    one_inverse: Array
+    two: Array
+    two_inverse: Array
+
+
+class Images(NamedTuple):
+    """The pixels a network begins with: their covariance is the mean of products over channels.
+
+    Attributes:
+        one: The image with a margin of zeros, (c, h + 2, w + 2, 1 or lanes).
+        two: The lanes, (c, h, w, lanes), extended by `Grid.extended`.
+    """
+
+    one: Array
+    two: Array
+
+
+class Entry(NamedTuple):
+    """Of one plane: its index, where its q begin, and where its pixels of each parity go."""
+
+    plane: Array
+    start: Array
+    to: Array
+
+
+class Part(NamedTuple):
+    """Every `step`-th pixel of a plane from (y, x) on: h rows and w columns."""
+
+    y: int
+    x: int
+    h: int
+    w: int
+    step: int
+
+
+Source = Images | Array  # an array: the planes of the level before, (n + 1, h, w, lanes)
+
+
+def sides(grid: Grid, one: Array, two: Array) -> Sides:
+    """From the deviations (h, w, 1 or lanes) of an image and (h, w, lanes) of the lanes."""
+    extended = grid.extended(two)
+    return Sides(one, inverse(one), extended, inverse(extended))
+
+
+def images(grid: Grid, one: Array, two: Array) -> Images:
+    """From an image (c, h, w, 1 or lanes) and the lanes (c, h, w, lanes)."""
+    return Images(margin(one), grid.extended(two))
+
+
+def inverse(x: Array) -> Array:
+    """1 / x, and 0 for 0."""
+    return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0)
+
+
+class Stages:
+    """The stages of one level; every method is a pure function of its arguments."""
+
+    def __init__(self, level: Level, source: Source, sigmas: tuple[Sides, ...]) -> None:
+        self.level, self.source = level, source
+        self.stages = level.stages or (Stage(False, False),)
+        rest = iter(sigmas)
+        self.sigmas = [next(rest) if stage.relu else None for stage in self.stages]
+        first = source.two if isinstance(source, Images) else source
+        self.lanes, self.dtype = first.shape[-1], first.real.dtype
+        h, w = level.grid.shape
+        self.whole = Part(0, 0, h, w, 1)
+        self.mask = level.grid.extended(jnp.ones((h, w, 1), self.dtype))
+
+    def has_tangent(self, i: int) -> bool:
+        """Whether the planes that enter stage i hold T beside K."""
+        if not isinstance(self.source, Images) and is_complex(self.source):
+            return True
+        return self.level.tangent and any(stage.conv for stage in self.stages[:i])
+
+    def blank(self, complex_: bool, edge: int = 0) -> Array:
+        """A plane of zeros, with a margin of `edge` pixels."""
+        h, w = self.level.grid.shape
+        shape = (h + 2 * edge, w + 2 * edge, self.lanes)
+        return jnp.zeros(shape, _complex(self.dtype) if complex_ else self.dtype)
+
+    def buffers(self) -> list[Array]:
+        """For each stage a place for the plane that enters it, with a margin of zeros."""
+        return [self.blank(self.has_tangent(i), 1) for i in range(len(self.stages))]
+
+    def entering(self, buffers: list[Array], entry: Entry) -> list[Array]:
+        """The same places, now with what one plane becomes on its way."""
+        planes = [written(buffers[0], self.first(entry), entry.plane)]
+        for i, buffer in enumerate(buffers[1:]):
+            after = joined(*self.applied(i, entry, planes[i], self.whole))
+            planes.append(written(buffer, after, entry.plane))
+        return planes
+
+    def first(self, entry: Entry) -> Array:
+        """The plane that enters the first stage."""
+        if not isinstance(self.source, Images):
+            return self.source[entry.plane]
+        one, two = self.source.one[:, 1:-1, 1:-1], self.source.two
+        if len(two) > UNROLLED:
+            return jnp.sum(one * self.cut(two, entry), 0) / len(two)
+        # XLA's own sum over a leading axis is not vectorised.
+        products = [a * self.cut(b, entry) for a, b in zip(one, two, strict=True)]
+        return functools.reduce(jnp.add, products) / len(two)
+
+    def cut(self, extended: Array, entry: Entry) -> Array:
+        """The q of a plane."""
+        h, w = self.level.grid.shape
+        lead, (y, x) = extended.shape[:-3], entry.start + 1
+        size = (*lead, h, w, extended.shape[-1])
+        return lax.dynamic_slice(extended, (*[0] * len(lead), y, x, 0), size)
+
+    def inside(self, entry: Entry, part: Part) -> Array:
+        """1 where q lies inside the image, 0 elsewhere."""
+        return taken(self.cut(self.mask, entry), part)
+
+    def before(self, i: int, entry: Entry, z: Array, part: Part) -> tuple[Array, Array | None]:
+        """K and T before the ReLU of stage i; T is None as long as it is 0 or not wanted."""
+        if not self.stages[i].conv:
+            centre = taken(z, part, 1, 1)
+            return (centre.real, centre.imag) if is_complex(z) else (centre, None)
+        total, mask = window_in(z, part), self.inside(entry, part)
+        nngp = (self.level.weight * total.real + self.level.bias) * mask
+        if not self.level.tangent:
+            return nngp, None
+        if not is_complex(z):
+            return nngp, nngp
+        return nngp, self.level.weight * total.imag * mask + nngp
+
+    def scales(self, i: int, entry: Entry, part: Part) -> tuple[Array, Array]:
+        """n = σ1 σ2 and 1 / n at the ReLU of stage i."""
+        sides = self.sigmas[i]
+        assert sides is not None  # the stage has a ReLU
+        one, one_inverse, two, two_inverse = sides
+        n = taken(one, part) * taken(self.cut(two, entry), part)
+        return n, taken(one_inverse, part) * taken(self.cut(two_inverse, entry), part)
+
+    def applied(self, i: int, entry: Entry, z: Array, part: Part) -> tuple[Array, Array | None]:
+        """K and T after stage i."""
+        nngp, ntk = self.before(i, entry, z, part)
+        if not self.stages[i].relu:
+            return nngp, ntk
+        n, n_inverse = self.scales(i, entry, part)
+        cos, sine, gain, _ = relu.angle(nngp * n_inverse)
+        return n * (sine + cos * gain), None if ntk is None else ntk * gain
+
+    def empty(self) -> Array:
+        """What `added` starts from."""
+        both = self.has_tangent(len(self.stages))
+        if self.level.coarse is None:
+            return self.blank(both)
+        shape = (len(self.level.coarse) + 1, *self.level.coarse.shape, self.lanes)
+        return jnp.zeros(shape, _complex(self.dtype) if both else self.dtype)
+
+    def added(self, total: Array, entry: Entry, z: Array) -> Array:
+        """The last stage of a plane, added to the planes that it is pooled into."""
+        i = len(self.stages) - 1
+        if self.level.coarse is None:
+            return total + joined(*self.applied(i, entry, z, self.whole))
+        for parity, part in enumerate(self.parities()):
+            more = joined(*self.applied(i, entry, z, part))[None]
+            at = (entry.to[parity], 0, 0, 0)
+            old = lax.dynamic_slice(total, at, more.shape)
+            total = lax.dynamic_update_slice(total, old + more, at)
+        return total
+
+    def parities(self) -> list[Part]:
+        """The pixels that a pooling treats alike: even and odd rows, even and odd columns."""
+        h, w = self.level.grid.shape
+        return [Part(y, x, h // 2, w // 2, 2) for y in (0, 1) for x in (0, 1)]
+
+
+def is_complex(x: Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.complexfloating)
+
+
+def _complex(dtype: Any) -> Any:
+    return jnp.result_type(dtype, jnp.complex64)
+
+
+def joined(nngp: Array, ntk: Array | None) -> Array:
+    return nngp if ntk is None else lax.complex(nngp, ntk)
+
+
+def written(buffer: Array, plane: Array, i: Array) -> Array:
+    """A buffer (..., h + 2, w + 2, lanes) with a margin of zeros, holding another plane.
+
+    XLA writes in place what a loop carries. It must not know where, or it would take the plane
+    read back for the plane, and compute it anew for every use; so the place depends on i >= 0.
+    """
+    one = jnp.sign(i + 1)
+    at = [jnp.zeros_like(one)] * (plane.ndim - 3) + [one, one, jnp.zeros_like(one)]
+    return lax.dynamic_update_slice(buffer, plane, at)
+
+
+def read(buffer: Array, i: Array) -> Array:
+    """The plane in a buffer, for a second use that XLA does not know to be of the same plane.
+
+    It would otherwise store what two uses have in common, such as a square root.
+    """
+    one = jnp.sign(i + 2)
+    at = [jnp.zeros_like(one)] * (buffer.ndim - 3) + [one, one, jnp.zeros_like(one)]
+    *lead, h, w, lanes = buffer.shape
+    return lax.dynamic_slice(buffer, at, (*lead, h - 2, w - 2, lanes))
+
+
+def margin(z: Array) -> Array:
+    """One pixel of zeros around (..., h, w, lanes)."""
+    return jnp.pad(z, [(0, 0)] * (z.ndim - 3) + [(1, 1), (1, 1), (0, 0)])
+
+
+def taken(z: Array, part: Part, dy: int = 0, dx: int = 0) -> Array:
+    """A part of a plane, shifted."""
+    y, x, h, w, step = part
+    y, x = y + dy, x + dx
+    stop = (y + step * (h - 1) + 1, x + step * (w - 1) + 1, z.shape[-1])
+    return lax.slice(z, (y, x, 0), stop, (step, step, 1))
+
+
+def window(z: Array) -> Array:
+    """The sum over the 3x3 window of each pixel of (h, w, lanes), zero outside."""
+    h, w, _ = z.shape
+    return window_in(margin(z), Part(0, 0, h, w, 1))
+
+
+def window_in(z: Array, part: Part) -> Array:
+    """The sum over the 3x3 window of each pixel, of a plane with a margin."""
+    columns = [[taken(z, part, dy, dx) for dy in range(3)] for dx in range(3)]
+    left, middle, right = (top + centre + bottom for top, centre, bottom in columns)
+    return left + middle + right

@@ -1,0 +1,164 @@
+"""The adjoint of what the layers of one resolution do to one plane, see `stages`.
+
+The adjoint of the sum over a window is the sum over the window.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from dsdistill.kernels import relu
+from dsdistill.kernels.conv.stages import (
+    Entry,
+    Images,
+    Stages,
+    is_complex,
+    joined,
+    read,
+    taken,
+    window_in,
+    written,
+)
+
+
+class Places(NamedTuple):
+    """Where one stage writes down what is used more than once, each with a margin of zeros.
+
+    Attributes:
+        before: K, or K + i T, before its ReLU; None if it has none.
+        left: The cotangent of what enters it, before the adjoint of its convolution.
+    """
+
+    before: Array | None
+    left: Array
+
+
+class Reversal:
+    """The stages of one level, backwards; every method is a pure function of its arguments."""
+
+    def __init__(self, run: Stages, cotangent: Array) -> None:
+        self.run, self.cotangent = run, cotangent
+
+    def places(self) -> list[Places]:
+        """Zeros."""
+        run, found = self.run, []
+        for i, stage in enumerate(run.stages):
+            place = run.blank(run.has_tangent(i), 1)
+            found.append(Places(place if stage.relu else None, place))
+        return found
+
+    def logs(self) -> list[Array]:
+        """Zeros, for the cotangent of log σ1 at each ReLU."""
+        return [self.run.blank(False) for stage in self.run.stages if stage.relu]
+
+    def empty(self) -> Array:
+        """What `added` starts from."""
+        run = self.run
+        if isinstance(run.source, Images):
+            return jnp.stack([run.blank(False)] * len(run.source.two))
+        return jnp.zeros_like(run.source)
+
+    def added(self, total: Array, entry: Entry, left: Array) -> Array:
+        """What one plane says about the image, or the plane itself, added to the others."""
+        run = self.run
+        g = self.entered(0, left)
+        if not isinstance(run.source, Images):
+            return lax.dynamic_update_slice(total, g[None], (entry.plane, 0, 0, 0))
+        return total + g * run.cut(run.source.two, entry) / len(run.source.two)
+
+    def followed(
+        self, blocks: Array, places: list[Places], planes: list[Array], entry: Entry
+    ) -> tuple[Array, list[Places], list[Array]]:
+        """One plane back through all stages.
+
+        Args:
+            blocks: A place for the cotangent of the plane that leaves the last stage.
+            places: Of each stage.
+            planes: That have entered each stage.
+            entry: Of the plane.
+
+        Returns:
+            The same places, and the cotangents of log σ1 at each ReLU.
+        """
+        places, logs = list(places), []
+        blocks = self.unpooled(blocks, entry)
+        g = self.fine(blocks)
+        for i in reversed(range(len(places))):
+            places[i], log = self.through(i, places[i], planes[i], g, entry)
+            logs += [] if log is None else [log]
+            g = self.entered(i, places[i].left)
+        return blocks, places, logs[::-1]
+
+    def blocks(self) -> Array:
+        """Zeros, one for each pixel of a plane that is pooled: row, 0 or 1, column, 0 or 1."""
+        h, w = self.run.level.coarse.shape if self.run.level.coarse else (0, 0)
+        return jnp.zeros((h, 2, w, 2, self.run.lanes), self.cotangent.dtype)
+
+    def unpooled(self, blocks: Array, entry: Entry) -> Array:
+        """The cotangent of the pixels of one plane that are pooled, after the last stage."""
+        if self.run.level.coarse is None:
+            return blocks
+        for parity, part in enumerate(self.run.parities()):
+            g = self.cotangent[entry.to[parity]][:, None, :, None]
+            blocks = lax.dynamic_update_slice(blocks, g, (0, part.y, 0, part.x, 0))
+        return blocks
+
+    def fine(self, blocks: Array) -> Array:
+        """The cotangent of one plane after the last stage."""
+        if self.run.level.coarse is None:
+            return self.cotangent
+        h, _, w, _, lanes = blocks.shape
+        rows, columns = self.run.level.grid.shape
+        even = blocks.reshape(2 * h, 2 * w, lanes)
+        return jnp.pad(even, ((0, rows - 2 * h), (0, columns - 2 * w), (0, 0)))
+
+    def entered(self, i: int, left: Array) -> Array:
+        """The cotangent of the plane that entered stage i."""
+        run = self.run
+        conv = run.stages[i].conv
+        return window_in(left, run.whole) if conv else taken(left, run.whole, 1, 1)
+
+    def through(
+        self, i: int, place: Places, z: Array, g: Array, entry: Entry
+    ) -> tuple[Places, Array | None]:
+        """One stage: what it writes down, and the cotangent of log σ1 if it has a ReLU."""
+        run = self.run
+        if place.before is None:
+            left = self.onto(i, g, entry)
+            return place._replace(left=written(place.left, left, entry.plane)), None
+        before = joined(*run.before(i, entry, z, run.whole))
+        before = written(place.before, before if run.has_tangent(i) else before.real, entry.plane)
+        left = self.left(i, before[1:-1, 1:-1], g, entry)
+        log = self.log(i, read(before, entry.plane), g, entry)
+        return Places(before, written(place.left, left, entry.plane)), log
+
+    def left(self, i: int, before: Array, g: Array, entry: Entry) -> Array:
+        """The cotangent of what enters stage i, up to the adjoint of its convolution."""
+        _, n_inverse = self.run.scales(i, entry, self.run.whole)
+        _, _, gain, slope = relu.angle(before.real * n_inverse)
+        if not is_complex(g):
+            return self.onto(i, g * gain, entry)
+        turned = g.imag * self.tangent(before) * slope * n_inverse
+        return self.onto(i, lax.complex(g.real * gain + turned, g.imag * gain), entry)
+
+    def log(self, i: int, before: Array, g: Array, entry: Entry) -> Array:
+        """The cotangent of log σ1 at stage i."""
+        n, n_inverse = self.run.scales(i, entry, self.run.whole)
+        cos, sine, _, slope = relu.angle(before.real * n_inverse)
+        if not is_complex(g):
+            return g * n * sine
+        return g.real * n * sine - g.imag * self.tangent(before) * slope * cos
+
+    def tangent(self, before: Array) -> Array:
+        """T, which begins as K."""
+        return before.imag if is_complex(before) else before
+
+    def onto(self, i: int, g: Array, entry: Entry) -> Array:
+        """From the cotangents of K and T after a convolution to those of the windows' sums."""
+        run = self.run
+        if run.stages[i].conv:
+            g = lax.complex(g.real + g.imag, g.imag) if is_complex(g) else g
+            g = run.level.weight * run.inside(entry, run.whole) * g
+        return g if run.has_tangent(i) else g.real

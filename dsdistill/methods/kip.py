@@ -1,0 +1,272 @@
+"""Kernel Inducing Points: a support set learned by gradient descent through ridge regression.
+
+Each step draws a class-balanced batch of targets (x_t, y_t) from the training images, predicts it
+by kernel ridge regression from the support (x_s, y_s), and moves x_s, and y_s if asked, down the
+gradient of half the mean squared error with Adam:
+
+    loss = 1/2 mean (k_ts (k_ss + ridge * mean(diag k_ss) I)^-1 y_s - y_t)²
+
+Source: Nguyen, Chen and Lee (2021), arXiv:2011.00050, algorithm 1; Nguyen, Novak, Xiao and Lee
+(2021), arXiv:2107.13034, for label learning and augmentation. Deviation: kernels of the targets
+are float32 and the solve float64, where the authors' code is float64 throughout; the test suite
+compares both.
+"""
+
+import time
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from dsdistill.harness.data.labeled_images import Examples
+from dsdistill.harness.errors import UserError
+from dsdistill.kernels import diagnosis, gram
+from dsdistill.kernels.networks import Network
+from dsdistill.methods import gauss_newton, ridge
+from dsdistill.methods.augment import augmented
+from dsdistill.methods.initial_support import Support
+from dsdistill.methods.targets import Batches, resident
+from dsdistill.parallel import devices
+
+ADAM = optax.scale_by_adam()  # the learning rates are applied afterwards, see `_moved`
+
+
+class State(NamedTuple):
+    """What a step changes: the support, its labels, and what the optimiser remembers."""
+
+    images: Float[Array, "n h w c"]
+    labels: Float[Array, "n k"]
+    moments: Any
+
+
+class Step(NamedTuple):
+    """One item of `distill`.
+
+    Attributes:
+        done: Steps so far, this one included.
+        state: After this step.
+        loss: Before this step.
+        network: Which of the objective's networks it used, by position.
+        pairs: Of images, whose kernel it evaluated.
+        seconds: What it took; the first one of each network compiles.
+    """
+
+    done: int
+    state: State
+    loss: float
+    network: int
+    pairs: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What KIP minimises, and how it steps.
+
+    Attributes:
+        networks: Whose neural tangent kernels; of several, each step draws one.
+        ridge: Relative to the mean of diag(k_ss).
+        optimizer: `adam`, or `gauss-newton` of the module of that name.
+        learning_rate: Adam's; of Gauss and Newton's step the part that is taken.
+        label_learning_rate: Adam's for the labels, whose scale differs; None: as the images.
+        damping: Of Gauss and Newton's step.
+        cosine_steps: Both rates fall to 0 over so many steps, along a cosine; None: constant.
+        learn_labels: Whether the gradient also moves the labels.
+        augment: How targets are changed at random: names of `dsdistill.methods.augment`.
+    """
+
+    networks: tuple[Network, ...]
+    ridge: float = 1e-6
+    optimizer: str = "adam"
+    learning_rate: float = 0.04
+    label_learning_rate: float | None = None
+    damping: float = 0.01
+    cosine_steps: int | None = None
+    learn_labels: bool = False
+    augment: tuple[str, ...] = ()
+
+
+def initial_state(objective: Objective, support: Support) -> State:
+    """The state before the first step."""
+    return restarted(objective, jnp.asarray(support.images), jnp.asarray(support.labels))
+
+
+def restarted(
+    objective: Objective, images: Float[Array, "n h w c"], labels: Float[Array, "n k"]
+) -> State:
+    """These images and labels, the optimiser and its schedule at the start."""
+    learned = _learned(objective, images, labels)
+    first = ADAM.init if objective.optimizer == "adam" else gauss_newton.start
+    return State(images, labels, first(learned))
+
+
+def distill(
+    objective: Objective,
+    support: Support,
+    train: Examples,
+    *,
+    steps: int,
+    target_batch: int,
+    seed: int,
+    state: State | None = None,
+    done: int = 0,
+) -> Generator[Step, None, None]:
+    """Run KIP, one step for each item taken.
+
+    The same seed gives the same support, bit for bit on one machine, however often the run is
+    stopped and continued: targets and network of a step depend on the seed and the step alone,
+    the learning rates on the steps that the moments have seen.
+
+    Args:
+        objective: What is minimised.
+        support: Where it starts, and which pixels stay.
+        train: Targets are drawn from these.
+        steps: In all.
+        target_batch: Targets a step, the same number of every class as far as a class has them.
+        seed: Of the target batches, their augmentation and the choice among networks.
+        state, done: Continue after `done` steps from this state.
+
+    Raises:
+        UserError: If the loss or the support is not finite; the state of the step before is the
+            last good one.
+    """
+    check_memory(objective, support, train, target_batch)
+    batches = Batches(resident(train), target_batch, seed)
+    # Where every later state will be: otherwise the second step compiles anew.
+    current = devices.replicated(state or initial_state(objective, support))
+    updates = [
+        _compiled_update(objective, network, support, batches.size)
+        for network in objective.networks
+    ]
+    pairs = len(support.images) * (len(support.images) + batches.size)
+    with ThreadPoolExecutor(1) as worker:  # the next batch is gathered while a step runs
+        upcoming = worker.submit(batches.draw, done)
+        for step in range(done, steps):
+            began = time.monotonic()
+            targets = upcoming.result()
+            upcoming = worker.submit(batches.draw, step + 1)
+            network = _drawn(len(updates), seed, step)
+            with jax.enable_x64(True):
+                key = jax.random.fold_in(jax.random.key(seed), step)
+                before = current
+                current, loss = updates[network](current, *targets, key)
+                loss = float(loss)
+            if not np.isfinite(loss):
+                images = np.asarray(before.images)
+                why = diagnosis.explained(objective.networks[network], images, targets[0])
+                raise diverged(objective, f"the loss is not finite at step {step}, {why}")
+            yield Step(step + 1, current, loss, network, pairs, time.monotonic() - began)
+
+
+def check_memory(objective: Objective, support: Support, train: Examples, targets: int) -> None:
+    """Refuse steps of so many targets that cannot fit, before anything is computed.
+
+    Raises:
+        UserError: With what they need.
+    """
+    if objective.optimizer == "gauss-newton":
+        gauss_newton.check_memory(support.images, Batches(train, targets, 0).size)
+
+
+def diverged(objective: Objective, what: str) -> UserError:
+    """An error that ends a run whose loss is lost, with the options to change."""
+    if objective.optimizer == "gauss-newton":
+        return UserError(
+            f"{what}: raise --ridge (now {objective.ridge:g}) or --damping "
+            f"(now {objective.damping:g})"
+        )
+    rates = f"--learning-rate (now {objective.learning_rate:g})"
+    if objective.learn_labels and objective.label_learning_rate is not None:
+        rates += f" or --label-learning-rate (now {objective.label_learning_rate:g})"
+    return UserError(f"{what}: raise --ridge (now {objective.ridge:g}) or lower {rates}")
+
+
+def _drawn(networks: int, seed: int, step: int) -> int:
+    """The position of a step's network."""
+    return int(np.random.default_rng([seed, 3, step]).integers(networks))
+
+
+def _compiled_update(
+    objective: Objective, network: Network, support: Support, targets: int
+) -> Callable[..., Any]:
+    newton = objective.optimizer == "gauss-newton"
+    n, shape = len(support.images), support.images.shape[1:]
+    tile_ss = ridge.support_tile(network, n, shape, gradient=not newton)
+    tile_st = gram.plan(network, n, devices.share(targets), shape, gradient=not newton)
+
+    def share(
+        at: tuple[State, PRNGKeyArray], real: Array, x_t: Array, y_t: Array
+    ) -> tuple[Array, Any, Any]:
+        """The step of one device with its targets: in sums over all devices the same on each."""
+        state, key = at
+        whole = {"images": state.images, "labels": state.labels}
+        learned = _learned(objective, **whole)
+        factor = _factor(objective, state.moments.count)  # before the update: 1 at the first step
+
+        def loss(learned: dict[str, Array]) -> Array:
+            now = whole | learned
+            x_s, y_s = now["images"], now["labels"]
+            k_ss = ridge.support_gram(network, x_s, tile_ss)
+            k_st = gram.gram(network.kernel, x_s, x_t, tile_st)
+            return ridge.loss(k_ss, k_st, y_s, y_t, objective.ridge, real / targets)
+
+        if newton:
+            problem = gauss_newton.Problem(
+                gauss_newton.slopes(network),
+                objective.ridge,
+                jnp.asarray(~support.frozen),
+                x_t,
+                y_t,
+                real / targets,
+                targets,
+            )
+            rate = objective.learning_rate * factor
+            options = {"damping": objective.damping, "key": jax.random.fold_in(key, 1)}
+            return gauss_newton.step(
+                problem, whole, learned, state.moments, loss, rate=rate, **options
+            )
+        value, gradient = devices.total(jax.value_and_grad(loss)(learned))
+        gradient["images"] = gradient["images"] * ~support.frozen
+        return value, *_moved(objective, learned, gradient, state.moments, factor)
+
+    def update(state: State, x_t: Array, y_t: Array, key: PRNGKeyArray) -> tuple[State, Array]:
+        x_t = augmented(x_t, key, objective.augment)
+        value, moved, moments = devices.divided(share)((state, key), targets, x_t, y_t)
+        # A finite loss can have a gradient that is not: seen now, the last good state is kept.
+        sound = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((moved, moments))]
+        value = jnp.where(jnp.stack(sound).all(), value, jnp.nan)
+        return State(moved["images"], moved.get("labels", state.labels), moments), value
+
+    return jax.jit(update)
+
+
+def _learned(objective: Objective, images: Array, labels: Array) -> dict[str, Array]:
+    return {"images": images} | ({"labels": labels} if objective.learn_labels else {})
+
+
+def _moved(
+    objective: Objective, learned: dict[str, Array], gradient: Any, moments: Any, factor: Array
+) -> tuple[Any, Any]:
+    """One step of Adam, with a learning rate of its own for images and for labels."""
+    change: Any
+    change, moments = ADAM.update(gradient, moments)
+    rate = label_rate = objective.learning_rate
+    if objective.label_learning_rate is not None:
+        label_rate = objective.label_learning_rate
+    rates = {"images": rate, "labels": label_rate}
+    steps: Any = {name: -rates[name] * factor * change[name] for name in learned}
+    return optax.apply_updates(learned, steps), moments
+
+
+def _factor(objective: Objective, step: Array) -> Array:
+    """What the schedule leaves of the learning rates; float32 whatever mode JAX is in."""
+    if objective.cosine_steps is None:
+        return jnp.float32(1)
+    schedule = optax.cosine_decay_schedule(1.0, objective.cosine_steps)
+    return jnp.asarray(schedule(step), jnp.float32)

@@ -1,0 +1,156 @@
+"""Label Solve: real images keep their pixels, and their labels are solved for in closed form.
+
+The labels that make ridge regression on the support fit the whole training set best are, with n
+support images,
+
+    y* = (k_ss + ridge/n I) (k_st k_st^T + ridge/n I)^-1 k_st y_t
+
+k_st k_st^T (n x n) and k_st y_t (n x k) are sums over targets, so the training set streams
+through once, tile by tile, in O(n² + tile) memory.
+
+This ridge is absolute, as in the paper, while the ridge of `dsdistill.methods.ridge`, with which
+the result is used, is relative to the mean of the diagonal.
+
+Source: Nguyen, Chen and Lee (2021), arXiv:2011.00050, section 3.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from dsdistill.harness import memory
+from dsdistill.harness.data.labeled_images import Examples
+from dsdistill.harness.errors import UserError
+from dsdistill.kernels import diagnosis, gram
+from dsdistill.kernels.networks import Network
+from dsdistill.methods import ridge as krr
+from dsdistill.parallel import devices
+
+CHUNK = 2000  # targets that are read at a time; a tile of the kernel may be smaller
+PAIRS = 50_000  # at a time for a convolutional kernel: some ten seconds between two checkpoints
+
+
+class Sums(NamedTuple):
+    """The two sums over the first `done` targets, in float64."""
+
+    done: int
+    gram_tt: Float[Array | np.ndarray, "n n"]
+    gram_ty: Float[Array | np.ndarray, "n k"]
+
+
+def solve_labels(
+    network: Network,
+    support: Float[np.ndarray, "n h w c"],
+    train: Examples,
+    *,
+    ridge: float = 1e-6,
+) -> Float[np.ndarray, "n k"]:
+    """Labels of the support images that fit all training images best.
+
+    Args:
+        network: Whose neural tangent kernel.
+        support: Preprocessed images.
+        train: All targets; read once, in chunks.
+        ridge: Absolute, divided by n.
+
+    Raises:
+        UserError: As `accumulate` and `solve` do.
+    """
+    *_, total = accumulate(network, support, train)
+    return solve(network, support, total, ridge)
+
+
+def accumulate(
+    network: Network,
+    support: Float[np.ndarray, "n h w c"],
+    train: Examples,
+    start: Sums | None = None,
+) -> Iterator[Sums]:
+    """k_st k_st^T and k_st y_t, one chunk of targets for each item taken.
+
+    Args:
+        network, support, train: As in `solve_labels`.
+        start: The sums to go on from.
+
+    Raises:
+        UserError: If the support is larger than the training set, or too large for memory; or if
+            the kernel is not finite, with the first image where.
+    """
+    n, k = len(support), len(train.data.classes)
+    if n > len(train):
+        raise UserError(
+            f"Label Solve needs a support no larger than the training set: {n} support images, "
+            f"{len(train)} training images; lower --images-per-class"
+        )
+    purpose = f"Label Solve with {n} support images"
+    memory.require(6 * 8 * n * n, purpose, "lower --images-per-class")
+    size = chunk(network, n, train)
+    add = _compiled_sum(network, support, size)
+    sums = start or Sums(0, *(np.zeros(shape) for shape in ((n, n), (n, k))))
+    with jax.enable_x64(True):  # where every later sum will be: no second compilation
+        sums = Sums(sums.done, *map(devices.replicated, sums[1:]))
+    for first in range(sums.done, len(train), size):
+        done = min(first + size, len(train))
+        rows = np.minimum(np.arange(first, first + size), len(train) - 1)  # one shape for all
+        with jax.enable_x64(True):
+            added = add(*sums[1:], done - first, train.images(rows), train.labels(rows))
+            jax.block_until_ready(added)
+        if not all(np.isfinite(array).all() for array in added):
+            why = diagnosis.explained(network, support, train.images(rows))
+            raise UserError(f"the sums over the targets from {first} on are not finite: {why}")
+        sums = Sums(done, *added)
+        yield sums
+
+
+def chunk(network: Network, n: int, train: Examples) -> int:
+    """Targets that `accumulate` reads at a time, for `n` support images."""
+    size = min(CHUNK, len(train))
+    return size if network.engine == "closed form" else min(max(PAIRS // n, 1), size)
+
+
+def _compiled_sum(
+    network: Network, support: Float[np.ndarray, "n h w c"], targets: int
+) -> Callable[..., tuple[Array, Array]]:
+    """Adds so many targets, of which the first `count` count, to the two sums."""
+    n, *shape = support.shape
+    tile = gram.plan(network, n, devices.share(targets), tuple(shape), gradient=False)
+
+    def share(x_s: Array, real: Array, x_t: Array, y_t: Array) -> tuple[Array, Array]:
+        k_st = gram.gram(network.kernel, x_s, x_t, tile)
+        k_st = jnp.where(real, k_st, 0).astype(jnp.float64)  # padding adds nothing
+        return devices.total((k_st @ k_st.T, k_st @ y_t))
+
+    @jax.jit
+    def add(
+        gram_tt: Array, gram_ty: Array, count: Array, x_t: Array, y_t: Array
+    ) -> tuple[Array, Array]:
+        more_tt, more_ty = devices.divided(share)(support, count, x_t, y_t)
+        return gram_tt + more_tt, gram_ty + more_ty
+
+    return add
+
+
+def solve(
+    network: Network, support: Float[np.ndarray, "n h w c"], sums: Sums, ridge: float
+) -> Float[np.ndarray, "n k"]:
+    """The labels, from the sums over all targets.
+
+    Raises:
+        UserError: If the system is singular at this ridge.
+    """
+    n = len(support)
+    h, w, c = support.shape[1:]
+    with jax.enable_x64(True):
+        jitter = ridge / n * jnp.eye(n)
+        tile = krr.support_tile(network, n, (h, w, c), gradient=False)
+        k_ss = jax.jit(devices.everywhere(lambda x: krr.support_gram(network, x, tile)))(support)
+        k_ss, gram_tt, gram_ty = map(np.asarray, (k_ss, *sums[1:]))  # on this host's own device
+        fitted = jax.scipy.linalg.solve(gram_tt + jitter, gram_ty, assume_a="pos")
+        labels = np.asarray(((k_ss + jitter) @ fitted).astype(jnp.float32))
+    if not np.isfinite(labels).all():
+        raise UserError(f"Label Solve is singular at a ridge of {ridge:g}: raise --ridge")
+    return labels

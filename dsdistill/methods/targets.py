@@ -1,0 +1,46 @@
+"""The targets of KIP: class-balanced batches of training images, the same for the same step."""
+
+import numpy as np
+
+from dsdistill.harness import memory
+from dsdistill.harness.data.labeled_images import Examples, Labeled
+
+RESIDENT = 0.25  # share of the free memory that the preprocessed images may take
+
+
+def resident(examples: Examples) -> Examples:
+    """The examples preprocessed once and kept, if they fit into a share of the free memory."""
+    h, w, c = examples.data.shape
+    if examples.ready or 4 * len(examples) * h * w * c > RESIDENT * memory.available():
+        return examples
+    images = np.empty((len(examples), h, w, c), np.float32)
+    for start in range(0, len(images), 4096):
+        rows = slice(start, start + 4096)
+        images[rows] = examples.images(rows)
+    data = Labeled(images, examples.data.labels, examples.data.classes)
+    return Examples(data, examples.preprocess, examples.targets, ready=True)
+
+
+class Batches:
+    """Class-balanced target batches; the batch of a step is a function of seed and step.
+
+    Attributes:
+        size: Targets a step. A class that has fewer images than its share gives all it has.
+    """
+
+    def __init__(self, train: Examples, size: int, seed: int) -> None:
+        labels = train.data.labels
+        share = max(size // len(train.data.classes), 1)
+        self._members = [np.flatnonzero(labels == c) for c in range(len(train.data.classes))]
+        self._share = [min(share, len(members)) for members in self._members]
+        self._train, self._seed = train, seed
+        self.size = sum(self._share)
+
+    def draw(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Images and labels of one step, without replacement within it."""
+        rng = np.random.default_rng([self._seed, 1, step])
+        drawn = (
+            rng.choice(m, s, replace=False) for m, s in zip(self._members, self._share, strict=True)
+        )
+        rows = np.concatenate(list(drawn))
+        return self._train.images(rows), self._train.labels(rows)

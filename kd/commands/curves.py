@@ -1,0 +1,65 @@
+"""The figures of a training as a picture: loss terms, and what was validated, against steps."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dsdistill.harness.reports import plot_style
+from dsdistill.harness.runs import run_folder
+
+NOT_DRAWN = ("step", "epoch", "images_per_second", "lr")
+
+
+def draw(folder: Path) -> None:
+    """Write `curves.png` from `metrics.jsonl`, as far as that can be read; nothing without figures.
+
+    The results of the run are elsewhere, and lose nothing by a line that is damaged.
+    """
+    rows = _rows(folder / "metrics.jsonl")
+    if not rows:
+        return
+    names = dict.fromkeys(name for row in rows for name in row if name not in NOT_DRAWN)
+    terms = [name for name in names if not name.startswith("validation_")]
+    with plot_style.style():
+        figure = plot_style.blank(3.5, 9)
+        left, right = figure.subplots(1, 2)
+        _lines(left, rows, terms)
+        left.set(ylabel="loss terms, weighted (mean of a round)", xlabel="step", yscale="log")
+        plot_style.plain_log(left.yaxis)
+        _lines(right, rows, ["validation_accuracy"])
+        right.set(ylabel="validation accuracy (fraction)", xlabel="step")
+    run_folder.write_bytes(folder / "curves.png", plot_style.png(figure))
+
+
+def _rows(path: Path) -> list[dict[str, float]]:
+    """The numbers of each line that has a step."""
+    found = []
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    for line in lines:
+        try:
+            stored = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        row = stored if isinstance(stored, dict) else {}
+        known = {
+            name: number for name, value in row.items() if (number := _number(value)) is not None
+        }
+        if "step" in known:
+            found.append(known)
+    return found
+
+
+def _number(value: Any) -> float | None:
+    """A finite number that a plot can show."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if abs(value) < 1e30 else None
+
+
+def _lines(axes: Any, rows: list[dict[str, float]], names: list[str]) -> None:
+    for name in names:
+        known = [(row["step"], row[name]) for row in rows if name in row]
+        if known:
+            axes.plot(*zip(*known, strict=True), label=plot_style.label(name), marker=".")
+    if axes.lines:
+        axes.legend()

@@ -1,0 +1,212 @@
+"""Figures of a finished student on test images: `kd evaluate`."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from dsdistill.harness.data import layout
+from dsdistill.harness.data.labeled_images import Labeled
+from dsdistill.harness.data.preprocess import Preprocess
+from dsdistill.harness.errors import UserError
+from dsdistill.harness.runs import progress
+from dsdistill.harness.runs.run_folder import INPUTS
+from kd.commands import run_data
+from kd.data.data_source import Source
+from kd.data.files.file_source import Files
+from kd.data.files.image_files import Pictures
+from kd.evaluation import scoring
+from kd.models import networks, saved_models, seals, teachers
+from kd.models.saved_models import Model
+from kd.models.zoo import class_names
+from kd.options import Evaluate, told
+from kd.parallel import engine
+from kd.recipe import Recipe
+
+
+@dataclass(frozen=True, eq=False)
+class TestImages:
+    """The images that a student is judged on.
+
+    Attributes:
+        source: The data they are from; its test images are those to judge.
+        which: What they are, in words.
+    """
+
+    source: Source | Files
+    which: str
+
+
+def evaluate(options: Evaluate) -> dict[str, Any]:
+    """Accuracy, NLL, calibration, agreement with the teacher, size and latency.
+
+    Raises:
+        UserError: If run, data or teacher cannot be had or do not fit together.
+    """
+    device = engine.make(options.device).device
+    student = saved_models.load_run(options.run)
+    config = seals.read(options.run, "config.json")
+    recipe = run_data.read_recipe(options.run)
+    chosen = _test_images(options, config, student, recipe)
+    source = chosen.source
+    saved_models.check_shape(f"student {options.run}", student, source.shape)
+    test = source.test(recipe, student.preprocess, device)
+    if test is None:
+        raise UserError(f"nothing to test on: {source.note or source.name + ' has no test images'}")
+    who = f"student {options.run}"
+    how, outputs = "by name", None
+    if options.class_map is None:
+        student = saved_models.fitted(
+            who, student, source.shape, source.classes, option="--class-map"
+        )
+    else:
+        mapping = class_names.read_class_map(options.class_map)
+        matched = class_names.match(who, student.classes, source.classes, mapping)
+        how, outputs = matched.how, matched.outputs
+    name = options.teacher or config.get("teacher")
+    known: dict[str, nn.Module] = {}
+    if name is None and options.teacher_class_map is not None:
+        raise UserError("--teacher-class-map needs --teacher: the run was trained without one")
+    if name is not None:
+        known = {
+            each: teacher.to(device)
+            for each, teacher in _teachers(options, config, name, student.preprocess, source)
+        }
+    student.classifier.to(device)
+    judged = _InOrder(student.classifier, outputs)
+    temperature = student.output_temperature
+    figures = scoring.figures(judged, test, known, temperature=temperature, classes=source.classes)
+    for note in figures["notes"]:
+        progress.say(note)
+    return {
+        "run": str(options.run),
+        "student": student.name,
+        "teacher": name,
+        "data": source.name,
+        "judged_on": chosen.which,
+        "classes_matched": how,
+        **figures,
+        "output_temperature": temperature,
+        "parameters": networks.parameters(student.classifier),
+        **scoring.latency(student.classifier, student.shape),
+    }
+
+
+class _InOrder(nn.Module):
+    """A network's outputs in the order of the data's classes."""
+
+    def __init__(self, network: nn.Module, outputs: tuple[int, ...] | None) -> None:
+        super().__init__()
+        self.network, self.outputs = network, outputs
+
+    def forward(self, images: Tensor) -> Tensor:
+        scores = self.network(images)
+        return scores if self.outputs is None else scores[:, list(self.outputs)]
+
+
+def _teachers(
+    options: Evaluate,
+    config: Mapping[str, Any],
+    name: str,
+    fitted: Preprocess,
+    source: Source | Files,
+) -> Iterator[tuple[str, nn.Module]]:
+    """The teachers of that name, with what was said of the run's own ones."""
+    names = networks.names("--teacher", name)
+    is_own = options.teacher is None or (
+        ",".join(map(networks.absolute, names)) == config.get("teacher")
+    )
+    own = config if is_own else {}
+    option = "--teacher-class-map"
+    text = options.teacher_class_map or own.get("class_map")
+    maps = class_names.read_class_maps(text, names, option)
+    for each, mapping, known in zip(names, maps, told(own, len(names)), strict=True):
+        where = fitted, source.shape, source.classes
+        teacher = teachers.load(each, *where, class_map=mapping, class_map_option=option, **known)
+        for remark in teachers.remarks(teacher):
+            progress.say(f"teacher {each}: {remark}")
+        yield each, teacher
+
+
+def _test_images(
+    options: Evaluate, config: Mapping[str, Any], student: Model, recipe: Recipe
+) -> TestImages:
+    """The images to judge on, as the student takes them.
+
+    Of the data that the run was trained on, the test part. Of other data, their own test part
+    where they have one, and otherwise all of them.
+    """
+    name = options.data or config.get("data")
+    if not isinstance(name, str):
+        raise UserError(f"{options.run} does not say what it was trained on: give DATA")
+    path = Path(name).expanduser()
+    if path.is_dir() and (part := layout.find_part_without_train(path)):
+        path, name = part, str(part)
+    source = run_data.load(name, student, recipe, config, root=options.data_root, announce=False)
+    is_array = path.suffix == ".npz" and path.is_file()
+    if isinstance(source, Source) and source.distilled is not None and source.splits is not None:
+        return TestImages(source, f"test images of {source.splits.name}")
+    if source.distilled is not None or not (path.is_dir() or is_array):
+        return TestImages(source, f"test images of {source.name}")
+    folder = None if is_array else layout.list_folder(path, student.classes)
+    is_own = options.data is None or _is_trained_on(config, name, source)
+    every = not is_own and (folder is None or folder.test is None)
+    chosen = _with_all_to_test(source) if every else source
+    if folder is not None:
+        folder.say_judged(_test_count(chosen), every=every)
+    if folder is not None and folder.test:
+        return TestImages(chosen, f"test images, {folder.test.folder}")
+    if is_own:
+        held = "the share of the images that the training has held out for testing"
+        return TestImages(chosen, held)
+    return TestImages(chosen, f"all images of {name}")
+
+
+def _test_count(source: Source | Files) -> int:
+    """Test images of a folder."""
+    if isinstance(source, Files):
+        test = source.parts[2]
+        return len(test) if isinstance(test, Pictures) else 0
+    assert source.splits is not None
+    return len(source.splits.test)
+
+
+def _is_trained_on(config: Mapping[str, Any], name: str, source: Source | Files) -> bool:
+    """Whether data are those that the run was trained on, by their path or by their hash."""
+    stored = config.get(INPUTS, {}).get("training images")
+    if isinstance(source, Files):
+        train = source.parts[0]
+        digest = train.digest if isinstance(train, Pictures) else None
+    else:
+        digest = source.splits.digest if source.splits else None
+    own = config.get("data")
+    same_path = isinstance(own, str) and Path(own).resolve() == Path(name).expanduser().resolve()
+    return same_path or (stored is not None and stored == digest)
+
+
+def _with_all_to_test(source: Source | Files) -> Source | Files:
+    """The data with all their images as test images."""
+    if isinstance(source, Files):
+        wholes = [part for part in source.parts if isinstance(part, Pictures)]
+        rows = np.concatenate([part.rows for part in wholes])
+        order = np.argsort(rows)
+        known = [part.labels for part in wholes if part.labels is not None]
+        every = replace(wholes[0], rows=rows[order], labels=np.concatenate(known)[order])
+        return replace(source, parts=(source.parts[0], None, every))
+    splits = source.splits
+    assert splits is not None
+    return replace(
+        source, splits=replace(splits, test=_joined(splits.train, splits.validation, splits.test))
+    )
+
+
+def _joined(*parts: Labeled) -> Labeled:
+    """Views of one store as one view, in the order of the store."""
+    first = parts[0]
+    rows = [np.arange(len(part)) if part.rows is None else part.rows for part in parts]
+    together, labels_ = np.concatenate(rows), np.concatenate([part.labels for part in parts])
+    order = np.argsort(together)
+    return replace(first, rows=together[order], labels=labels_[order])

@@ -1,0 +1,122 @@
+"""Images on which an exported student is compared with the student: random ones, and real ones."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from dsdistill.harness import paths
+from dsdistill.harness.data import preprocess
+from dsdistill.harness.errors import UserError
+from kd.commands import run_data
+from kd.data import batching
+from kd.data.files.file_source import Files
+from kd.data.files.image_files import Pictures
+from kd.models import saved_models, seals
+from kd.models.saved_models import Model
+from kd.models.zoo import class_names
+from kd.recipe import Recipe
+
+RANDOM, REAL = 16, 48  # images of either kind
+SEED = 0
+
+Images = Float[np.ndarray, "n h w c"]
+
+
+@dataclass(frozen=True, eq=False)
+class Trials:
+    """Images in [0, 1] with what the student says to them.
+
+    Attributes:
+        batches: The random images, and last the real ones if there are any.
+        expected: The student's outputs for each batch.
+        data: Name of the data set that the real images are from; None if there are none.
+        note: Why there are none.
+    """
+
+    batches: tuple[Images, ...]
+    expected: tuple[Float[np.ndarray, "n k"], ...]
+    data: str | None
+    note: str | None
+
+
+def gather(run: Path, model: Model, root: Path | None) -> Trials:
+    """Random and real images, each kind as a batch and its first image alone.
+
+    Args:
+        run: The student's folder, which says what it was trained on.
+        model: The student, in evaluation mode.
+        root: Where data sets lie; None for where they lay in training.
+
+    Raises:
+        UserError: If the student's outputs are not finite.
+    """
+    rng = np.random.default_rng(SEED)
+    wholes, name, note = [rng.random((RANDOM, *model.shape), dtype=np.float32)], None, None
+    try:
+        name, images = _real(run, model, root, rng)
+        wholes.append(images)
+    except (UserError, OSError) as error:
+        note = str(error)
+    batches = tuple(part for images in wholes for part in (images[:1], images))
+    expected = tuple(_answers(model, images) for images in batches)
+    if not all(np.isfinite(answers).all() for answers in expected):
+        raise UserError(f"the student of {run} gives outputs that are not finite")
+    return Trials(batches, expected, name, note)
+
+
+def _answers(model: Model, images: Images) -> Float[np.ndarray, "n k"]:
+    """The student as `kd evaluate` runs it: NumPy's preprocessing, then the network."""
+    with torch.inference_mode():
+        return model.classifier(batching.to_nchw(model.preprocess.apply(images))).numpy()
+
+
+def _real(
+    run: Path, model: Model, root: Path | None, rng: np.random.Generator
+) -> tuple[str, Images]:
+    """The data's name and some of its images, of the test set where it has one.
+
+    Raises:
+        UserError: If they cannot be had, or are not such as the student takes.
+    """
+    config, recipe = _optional(run / "config.json"), run_data.read_recipe(run)
+    name = config.get("data")
+    if not isinstance(name, str):
+        raise UserError(f"{run} does not say what it was trained on")
+    root = root or Path(config.get("data_root") or paths.data_root())
+    source = run_data.load(name, model, recipe, config, root=root)
+    saved_models.check_shape("the student", model, source.shape)
+    class_names.match(
+        "the student", model.classes, source.classes, option=None
+    )  # of whatever order
+    if isinstance(source, Files):
+        return source.name, _streamed(source, recipe, rng)
+    if source.splits is None:
+        raise UserError(source.note or f"{name} has no real images")
+    images = source.splits.test if len(source.splits.test) else source.splits.train
+    return source.splits.name, preprocess.unit_range(images.images(_some(len(images), rng)))
+
+
+def _streamed(source: Files, recipe: Recipe, rng: np.random.Generator) -> Images:
+    """Evaluation views of some images; of an archive, of the first ones."""
+    train, held, test = source.parts
+    part = test or held or train
+    if isinstance(part, Pictures):
+        part = part.select(_some(len(part), rng))
+    plain, cpu = preprocess.identity(source.shape[2]), torch.device("cpu")
+    stream = replace(source, parts=(train, None, part)).test(recipe, plain, cpu)
+    assert stream is not None
+    first = next(iter(stream.in_order())).images[:REAL]
+    return first.permute(0, 2, 3, 1).numpy()
+
+
+def _some(n: int, rng: np.random.Generator) -> np.ndarray:
+    return np.sort(rng.permutation(n)[:REAL])
+
+
+def _optional(path: Path) -> Mapping[str, Any]:
+    return seals.read(path.parent, path.name) if path.is_file() else {}

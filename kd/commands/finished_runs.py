@@ -1,0 +1,200 @@
+"""Finished runs as their folders tell of them, and which of them differ in their seed alone."""
+
+import json
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from dsdistill.harness.errors import UserError
+from dsdistill.harness.evaluation import statistics
+from dsdistill.harness.evaluation.statistics import Summary
+from dsdistill.harness.reports import schema
+from dsdistill.harness.runs import run_folder
+from kd.models import seals
+from kd.models.seals import REPORT
+from kd.options import READERS, Overrides, Train
+
+CURVE = "validation_accuracy"  # of metrics.jsonl
+NEEDED = {
+    "student": str,
+    "data": str,
+    "seed": int,
+    "test_accuracy": float | None,
+    "seconds": float,
+    "parameters": int,
+}
+KNOWN = {
+    "teacher": str | None,
+    "validation_accuracy": float | None,
+    "nll": float | None,
+    "calibration_error": float | None,
+    "teacher_agreement": float | None,
+    "teacher_accuracy": float | None,
+    "peak_memory": float | None,
+    "train_images": int | None,
+    "steps": int | None,
+    "best_epoch": int | None,
+    "device": str | None,
+    "note": str | None,
+}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One run.
+
+    Attributes:
+        folder: As it was given.
+        config: Its options, as in `config.json`.
+        report: Its figures, as in `report.json`.
+        curve: Steps, and the validation accuracy after them, a fraction.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    report: Mapping[str, Any]
+    curve: Sequence[tuple[int, float]]
+
+    @property
+    def command(self) -> str:
+        """The line that makes the run again."""
+        return command(self.config)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but their seed.
+
+    Attributes:
+        label: Unlike that of any other group.
+        runs: In the order in which they were given.
+    """
+
+    label: str
+    runs: Sequence[Finished]
+
+    @property
+    def data(self) -> str:
+        """The data set."""
+        return self.runs[0].report["data"]
+
+    def summary(self, name: str) -> Summary | None:
+        """Of a figure of all runs; None if one lacks it."""
+        values = [run.report.get(name) for run in self.runs]
+        known = [value for value in values if value is not None]
+        if len(known) < len(values):
+            return None
+        fraction = all(0 <= value <= 1 for value in known) and "accuracy" in name
+        return statistics.summary(known, bounds=(0.0, 1.0) if fraction else (-math.inf, math.inf))
+
+
+def read(folder: Path) -> Finished:
+    """A finished run.
+
+    Raises:
+        UserError: If the folder holds none, or a file in it is damaged.
+    """
+    if not (folder / REPORT).exists():
+        begun = (folder / "config.json").exists()
+        remedy = f"continue it with `kd train --resume --out {folder}`" if begun else "leave it out"
+        kind = "an unfinished run" if begun else "no run of `kd train`"
+        raise UserError(f"{folder} holds {kind}: {remedy}")
+    config, report = (seals.read(folder, name) for name in ("config.json", REPORT))
+    seals.verify(folder, "metrics.jsonl")
+    try:
+        _check(config, report)
+        return Finished(folder, config, report, _curve(folder / "metrics.jsonl"))
+    except (ValueError, KeyError, RecursionError) as error:
+        raise UserError(f"{folder} holds a damaged run ({error}): leave it out") from error
+
+
+def grouped(found: Sequence[Finished]) -> list[Group]:
+    """The runs, those together whose options are the same but for the seed."""
+    groups: dict[str, list[Finished]] = {}
+    for run in found:
+        options = {
+            name: v for name, v in run.config.items() if name not in ("seed", run_folder.INPUTS)
+        }
+        groups.setdefault(json.dumps(options, sort_keys=True), []).append(run)
+    labels = _labels([members[0] for members in groups.values()])
+    return [Group(*pair) for pair in zip(labels, groups.values(), strict=True)]
+
+
+def command(config: Mapping[str, Any]) -> str:
+    """The `kd train` line of stored options; those that have their default are left out."""
+    words = ["kd", "train", str(config["data"])]
+    for name, value in _given(config).items():
+        option = "--" + name.replace("_", "-")
+        values = value if isinstance(value, list | tuple) else [value]
+        flag = value is True and name in _DEFAULTS  # fields of the recipe take a value
+        words += [option] if flag else [option, *map(str, values)]
+    return shlex.join(words)
+
+
+_OWN = {f.name for f in fields(Overrides)}
+_DEFAULTS = {
+    name: str(value) if isinstance(value, Path) else value
+    for name, value in asdict(Train()).items()
+    if name not in ("data", "out", "resume", "overrides")
+}
+
+
+def _given(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The stored options that differ from the defaults."""
+    former = {"workers": READERS}  # stored by earlier versions where it was not given
+    given = {
+        k: v
+        for k, v in config.items()
+        if k in _DEFAULTS and v not in (_DEFAULTS[k], former.get(k, _DEFAULTS[k]))
+    }
+    return given | {k: v for k, v in config.items() if k in _OWN and v is not None}
+
+
+def _check(config: Any, report: Any) -> None:
+    schema.check("config.json", config, {"data": str, "seed": int})
+    schema.check(REPORT, report, NEEDED | KNOWN)
+    if missing := NEEDED.keys() - report.keys():
+        raise ValueError(f"{REPORT} lacks {', '.join(sorted(missing))}")
+    if missing := {"data", "seed"} - config.keys():
+        raise ValueError(f"config.json lacks {', '.join(sorted(missing))}")
+
+
+def _curve(path: Path) -> list[tuple[int, float]]:
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        schema.check(path.name, row, {"step": int, CURVE: float | None})
+    return [(row["step"], row[CURVE]) for row in rows if row.get(CURVE) is not None]
+
+
+def _labels(firsts: Sequence[Finished]) -> list[str]:
+    """A short name for each: student and teacher, then the options in which they differ."""
+    options = [_given(run.config) for run in firsts]
+    named = {"student", "teacher", "seed", "data_root"}
+    varied = {
+        name
+        for given in options
+        for name in given
+        if name not in named and any(other.get(name) != given[name] for other in options)
+    }
+    labels: list[str] = []
+    for run, given in zip(firsts, options, strict=True):
+        teacher = run.report.get("teacher")
+        parts = [run.report["student"] + (f" from {_short(teacher)}" if teacher else "")]
+        parts += [f"{n.replace('_', ' ')} {_said(v)}" for n, v in given.items() if n in varied]
+        label = ", ".join(parts)
+        same = sum(other.split(" #")[0] == label for other in labels)
+        labels.append(f"{label} #{same + 1}" if same else label)
+    return labels
+
+
+def _short(teachers: str) -> str:
+    """Names of teachers without their folders."""
+    return ",".join(Path(name).name for name in teachers.split(","))
+
+
+def _said(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,199 @@
+"""Any number of finished runs on one page, seeds of one training together."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dsdistill.harness.errors import UserError
+from dsdistill.harness.evaluation.statistics import Summary
+from dsdistill.harness.memory import readable
+from dsdistill.harness.reports import html, plot_style, wording
+from dsdistill.harness.reports.wording import NOTHING
+from kd.commands import finished_runs
+from kd.commands.finished_runs import Finished, Group
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FIGURES = (
+    "training",
+    "test accuracy, %",
+    "95 % interval",
+    "n",
+    "NLL, nats",
+    "calibration error, %",
+    "agrees with teacher, %",
+    "teacher's accuracy, %",
+)
+COST = ("training", "parameters", "seconds", "peak memory", "steps", "images", "device")
+RUNS = ("folder", "seed", "test accuracy, %", "validation accuracy, %", "best epoch")
+SAYS = (
+    "Mean ± sample deviation over n runs, with the 95 % t interval of the mean, cut off at "
+    "0 and 100 %. Runs are put together if their options differ in the seed alone. The best epoch "
+    "was chosen on validation images; the test images were read once."
+)
+
+
+def render(folders: Sequence[Path]) -> str:
+    """One HTML page that compares runs.
+
+    Args:
+        folders: Of finished runs; one that is given twice counts once.
+
+    Raises:
+        UserError: If there is none, or one is unfinished or damaged.
+    """
+    if not folders:
+        raise UserError("give at least one folder of a finished run")
+    different = {folder.resolve(): folder for folder in folders}.values()
+    runs = [finished_runs.read(folder) for folder in different]
+    groups = finished_runs.grouped(runs)
+    title = f"{_count(len(groups), 'training')}, {_count(len(runs), 'run')}"
+    notes = dict.fromkeys(note for run in runs if (note := run.report.get("note")))
+    sections = [
+        html.section("test", "Test figures", _table(FIGURES, groups, figures), _said(SAYS)),
+        html.section("curves", "Learning curves", _curves(groups)),
+        html.section("cost", "Cost", _table(COST, groups, cost)),
+        html.section("runs", "Every run", _every(groups)),
+        html.section("notes", "Notes", html.items(map(html.text, notes))),
+        html.section("reproduce", "Reproduce", html.code(run.command for run in runs)),
+    ]
+    head = f"<header>\n<h1>{html.text(title)}</h1>\n{_answer(groups)}\n</header>"
+    return html.document(title, [head, *filter(None, sections)])
+
+
+def figures(group: Group) -> list[str]:
+    """One line under `FIGURES`."""
+    accuracy = group.summary("test_accuracy")
+    return [
+        group.label,
+        wording.spread(accuracy),
+        wording.between(accuracy),
+        str(len(group.runs)),
+        wording.spread(group.summary("nll"), scale=1, digits=3),
+        wording.spread(group.summary("calibration_error")),
+        wording.spread(group.summary("teacher_agreement")),
+        wording.spread(group.summary("teacher_accuracy")),
+    ]
+
+
+def cost(group: Group) -> list[str]:
+    """One line under `COST`."""
+    report = group.runs[0].report
+    memory = [run.report.get("peak_memory") or 0 for run in group.runs]
+    steps, images = report.get("steps"), report.get("train_images")
+    return [
+        group.label,
+        f"{report['parameters']:,}",
+        wording.spread(group.summary("seconds"), scale=1),
+        readable(max(memory)) if any(memory) else NOTHING,
+        NOTHING if steps is None else f"{steps:,}",
+        NOTHING if images is None else f"{images:,}",
+        report.get("device") or NOTHING,
+    ]
+
+
+def curves(groups: Sequence[Group]) -> "Figure":
+    """Validation accuracy against steps: a colour for each group, a line for each of its runs."""
+    with plot_style.style():
+        figure = plot_style.blank(2.9 + 0.15 * len(groups))
+        axes = figure.subplots()
+        for i, group in enumerate(groups):
+            of = plot_style.SERIES[i % len(plot_style.SERIES)]
+            named = group.label
+            for run in filter(lambda run: run.curve, group.runs):
+                steps, values = zip(*run.curve, strict=True)
+                axes.plot(
+                    steps,
+                    [100 * value for value in values],
+                    of.marker,
+                    ls=of.line,
+                    color=of.colour,
+                    markersize=3.5,
+                    alpha=0.8,
+                    label=named and plot_style.label(named, plot_style.TITLE),
+                )
+                named = None  # the legend names a group once
+        axes.set(xlabel="step of the optimizer", ylabel="validation accuracy, %")
+        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.2))
+    return figure
+
+
+def _answer(groups: Sequence[Group]) -> str:
+    """Which training is ahead on each data set, and whether by more than its intervals."""
+    lines = []
+    for data in _data(groups):
+        known = [(group, a) for group, a in _accuracies(groups, data) if a is not None]
+        if not known:
+            lines.append(f"On {data}: no test accuracy.")
+            continue
+        ahead = sorted(known, key=lambda pair: -pair[1].mean)
+        first, accuracy = ahead[0]
+        line = f"On {data}, {first.label}: {wording.spread(accuracy)} %."
+        lines.append(f"{line} {_margin(accuracy, *ahead[1])}" if len(ahead) > 1 else line)
+    return "\n".join(html.paragraph(line, "answer") for line in lines)
+
+
+def _margin(accuracy: Summary, second: Group, other: Summary) -> str:
+    more = wording.percent(accuracy.mean - other.mean)
+    text = f"That is {more} points more than {second.label}"
+    if accuracy.n == 1 or other.n == 1:
+        return f"{text}; one seed cannot tell whether by chance."
+    apart = accuracy.low > other.high
+    return f"{text}; their 95 % intervals {'are apart' if apart else 'overlap'}."
+
+
+def _accuracies(groups: Sequence[Group], data: str) -> list[tuple[Group, Summary | None]]:
+    return [(group, group.summary("test_accuracy")) for group in groups if group.data == data]
+
+
+def _curves(groups: Sequence[Group]) -> str:
+    found = []
+    for i, data in enumerate(_data(groups)):
+        drawn = [g for g in groups if g.data == data and any(run.curve for run in g.runs)]
+        if drawn:
+            said = f"Validation accuracy on {data}, one line a run"
+            content = plot_style.svg(curves(drawn), name=f"curves-{i}", alt=said)
+            found.append(html.figure(content, f"{said}."))
+    return html.figures(found)
+
+
+def _table(
+    head: Sequence[str], groups: Sequence[Group], cells: Callable[[Group], list[str]]
+) -> str:
+    lines = [(group.data, [html.text(cell) for cell in cells(group)]) for group in groups]
+    kept = [i for i in range(len(head)) if any(line[i] != NOTHING for _, line in lines)]
+    bodies = [
+        (data, [[line[i] for i in kept] for of, line in lines if of == data])
+        for data in _data(groups)
+    ]
+    return html.table("By data set", [head[i] for i in kept], bodies)
+
+
+def _every(groups: Sequence[Group]) -> str:
+    bodies = [(group.label, [_run(run) for run in group.runs]) for group in groups]
+    return html.table("As each run's own report says", RUNS, bodies)
+
+
+def _run(run: Finished) -> list[str]:
+    epoch = run.report.get("best_epoch")
+    return [
+        html.text(run.folder),
+        str(run.report["seed"]),
+        wording.percent(run.report["test_accuracy"]),
+        wording.percent(run.report.get("validation_accuracy")),
+        NOTHING if epoch is None else str(epoch),
+    ]
+
+
+def _data(groups: Sequence[Group]) -> list[str]:
+    """Names of the data sets."""
+    return list(dict.fromkeys(group.data for group in groups))
+
+
+def _said(text: str) -> str:
+    return html.paragraph(text, "quiet")
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"

@@ -1,0 +1,386 @@
+"""A training from the command's options to the finished folder.
+
+config.json              the options
+recipe.json              the resolved recipe: no field is left to a default
+metrics.jsonl, events.*  loss terms and validation figures of every round
+checkpoint.safetensors   the last good state, for --resume
+student.safetensors      the network's weights of the best round
+model.json               what is needed to use them (and preprocess.safetensors for ZCA)
+report.json              test figures, and the checksums of all other files; a folder that holds it
+                         is finished
+curves.png               the figures of every round as a picture
+"""
+
+import math
+import os
+import platform
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+from torch import nn
+
+from dsdistill.harness import memory, stopping
+from dsdistill.harness.errors import UserError
+from dsdistill.harness.evaluation import metrics
+from dsdistill.harness.runs import progress, run_folder
+from kd import recipes
+from kd.commands import (
+    curves,
+    run_inputs,
+    run_options,
+    teacher_chain,
+    training_batches,
+    training_parts,
+)
+from kd.commands.training_parts import Parts
+from kd.data import data_source
+from kd.data.batching import Batches
+from kd.data.files import archives
+from kd.data.files.file_source import Files
+from kd.evaluation import scoring, teacher_check
+from kd.evaluation.scoring import Judged
+from kd.models import networks, saved_models, seals
+from kd.models.saved_models import Model
+from kd.models.seals import REPORT
+from kd.objectives import loss_spec, terms
+from kd.objectives.schemes import Objective
+from kd.options import Train
+from kd.parallel import engine, heartbeat
+from kd.training import checkpoint
+from kd.training.checkpoint import Saved, State
+from kd.training.loop import train
+
+
+def resolve(options: Train) -> Train:
+    """The options with a folder; of a run that is resumed, those that it was started with.
+
+    Args:
+        options: That passed `Train.check`.
+
+    Raises:
+        UserError: If there is nothing to resume, or the options contradict the stored ones.
+    """
+    if options.resume:
+        assert options.out is not None
+        begun = [link.out for link in teacher_chain.before(options, options.out) if link.out]
+        if not (options.out / "config.json").exists() and any(map(Path.exists, begun)):
+            return replace(options, resume=False)  # a chain that was stopped before its last link
+        return run_options.restore(options.out, options)
+    if options.out is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("several processes of one training need --out, the folder they share")
+    return replace(options, out=options.out or _free_folder(options))
+
+
+def run(options: Train) -> dict[str, Any]:
+    """The whole of `kd train`: the trainings of a chain that come first, then the one asked for.
+
+    Args:
+        options: As `resolve` gives them.
+
+    Returns:
+        What its `report.json` holds; nothing in a process that does not write.
+
+    Raises:
+        UserError: If anything is unknown, missing or does not fit together, a folder cannot be
+            used, or the loss is not finite.
+    """
+    assert options.out is not None
+    if not options.resume:
+        run_folder.check_free(options.out, REPORT)
+    if options.given.get("loss"):
+        loss_spec.parse(options.given["loss"], terms.FUNCTIONS)  # its last link may be far away
+    earlier: list[Path] = []
+    for link in teacher_chain.before(options, options.out):
+        assert link.out is not None
+        begun = (link.out / "config.json").exists()
+        if begun and (link.out / REPORT).exists():
+            run_options.require_same(link, seals.read(link.out, "config.json"))
+        else:
+            progress.say(f"first {link.out}: {link.student or training_parts.STUDENT}")
+            _train(replace(link, resume=begun), earlier)
+        earlier.append(link.out)
+    return _train(options, earlier)
+
+
+def _train(options: Train, earlier: Sequence[Path]) -> dict[str, Any]:
+    """One training: find all its parts, train, read the test set once, write the folder.
+
+    Args:
+        options: Of it.
+        earlier: Folders of the trainings of its chain that are finished.
+    """
+    folder, parts = options.out, training_parts.assembled(options)
+    assert folder is not None
+    objective = training_parts.objective(parts, options)
+    _check_used(options, parts)
+    source = training_batches.source(parts, options)
+    training_parts.check_step(parts, objective, source.sizes)
+    if options.compile:
+        parts.student.classifier.network.compile()
+    _judge_teachers(options, parts)
+    hashes = run_inputs.hashes(parts, options)
+    run_inputs.require_alike(parts.on, hashes)
+    for link in earlier:
+        stored = seals.read(link, "config.json").get(run_folder.INPUTS, {})
+        run_inputs.require_same_data(link, stored, hashes)
+    batches = training_batches.batches(parts, options, objective, source)
+    hashes |= {run_options.HASH: run_options.digest(options)}
+    with engine.shared(parts.on, lambda: _open(folder, options, hashes)) as run:
+        run = replace(run, writes=parts.on.is_main_process)
+        if run.writes:
+            run_folder.write_json(folder / "recipe.json", asdict(parts.recipe))
+        with heartbeat.watched(parts.on, folder):
+            student, state, spent = _fit(options, parts, objective, batches, run)
+        if not run.writes:
+            return {}
+        saved_models.save_run(folder, student)
+        report = _report(options, parts, student, state) | spent
+        seals.write(folder, REPORT, report, seals.FILES)
+        curves.draw(folder)  # last: a picture must not cost a training
+        return report
+
+
+def _open(folder: Path, options: Train, hashes: Mapping[str, str]) -> run_folder.Run:
+    """The run's folder, locked, of a run that was started with the same inputs or starts now."""
+    values, defaults = run_options.to_json(options), run_options.to_json(Train())
+    run = run_folder.start(
+        folder,
+        values,
+        result=REPORT,
+        resume=options.resume,
+        defaults=defaults,
+        free=run_options.FREE,
+    )
+    try:
+        run.require_same(hashes)
+    except BaseException:
+        run.close()
+        raise
+    return run
+
+
+def _check_used(options: Train, parts: Parts) -> None:
+    """Refuse options that have no effect on this kind of data.
+
+    Raises:
+        UserError: If one is given.
+    """
+    streamed = isinstance(parts.source, Files)
+    if options.workers is not None and not streamed:
+        raise UserError("--workers has no effect without --augment imagenet: leave it out")
+    if options.validation_fraction is not None and archives.is_named(options.data):
+        raise UserError(
+            f"--validation-fraction has no effect on {options.data}, which has a validation part "
+            "of its own: leave it out"
+        )
+
+
+def _judge_teachers(options: Train, parts: Parts) -> None:
+    """Say how good each teacher is, on validation images or else on training images."""
+    say = progress.say if parts.on.is_main_process else lambda line: None
+    held: Judged | None = _held(options, parts)
+    part = "validation"
+    if held is None:
+        say(_without_validation(options, parts))
+    if held is None and parts.teachers:
+        fitted, device = parts.student.preprocess, parts.on.device
+        shuffled = parts.source.shuffled(parts.recipe, fitted, device, options.readers)
+        held, part = None if shuffled is None else teacher_check.FirstImages(shuffled), "training"
+    minimum = options.min_teacher_accuracy
+    if parts.teachers and held is None:
+        say("the teachers are not judged: there are no real images to judge them on")
+        if minimum is not None:
+            raise UserError(
+                f"--min-teacher-accuracy {minimum:g} needs real images to judge the teacher on, "
+                f"and there are none ({parts.source.note}): leave it out"
+            )
+    elif held is not None:
+        more = partial(_training_images, options, parts) if part == "validation" else _none
+        for name, teacher in zip(parts.taught_by, parts.teachers, strict=True):
+            teacher_check.check(name, teacher, held, minimum=minimum, part=part, more=more, say=say)
+
+
+def _training_images(options: Train, parts: Parts, count: int) -> Judged | None:
+    """Up to so many training images, spread over the classes, as they are judged."""
+    fitted, device = parts.student.preprocess, parts.on.device
+    return parts.source.sample(count, parts.recipe, fitted, device, options.readers)
+
+
+def _none(count: int) -> None:
+    """No further images: those that are judged are training images already."""
+
+
+def _without_validation(options: Train, parts: Parts) -> str:
+    """What falls away where no image is held out, in one line.
+
+    Raises:
+        UserError: If an option is given that needs validation images.
+    """
+    for name in ("metric", "average_best", "patience", "validate_every"):
+        if name in options.given:
+            raise UserError(
+                f"--{name.replace('_', '-')} has no effect without validation images: "
+                "leave it out, or hold some out with --validation-fraction"
+            )
+    fraction = data_source.fraction(options.validation_fraction)
+    lost = ["the weights of the last epoch are saved, not of the best"]
+    if parts.recipe.average_best > 1:
+        lost.append(f"and not the mean of {parts.recipe.average_best} epochs")
+    if parts.student.outputs == "centred labels":
+        lost.append("and its outputs are not calibrated")
+    if parts.source.distilled is not None and parts.source.note:
+        why = "there are no real images"
+    elif parts.source.distilled is not None or fraction == 0:
+        why = "none are held out"
+    else:
+        why = f"a share of {fraction:g} of so few images of each class is none"
+    return f"no validation images ({why}): {', '.join(lost)}"
+
+
+def _report(options: Train, parts: Parts, student: Model, state: State) -> dict[str, Any]:
+    return {
+        **_tested(options, parts, student),
+        "validation_accuracy": _validated(options, parts, student, state),
+        "best_epoch": state.best_epoch,
+        "epochs": state.epoch,
+        "steps": state.step,
+        "parameters": networks.parameters(student.classifier),
+        "peak_memory": memory.peak(),
+        "seed": options.seed,
+        "data": parts.source.name,
+        "train_images": parts.source.count,
+        "student": student.name,
+        "teacher": ",".join(parts.taught_by) or None,
+        "recipe": asdict(parts.recipe),
+        "output_temperature": student.output_temperature,
+        "note": parts.source.note,
+        "device": str(parts.on.device),
+        "processes": parts.on.num_processes,
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "timm", "numpy", "accelerate")},
+    }
+
+
+def _fit(
+    options: Train, parts: Parts, objective: Objective, batches: Batches, run: run_folder.Run
+) -> tuple[Model, State, dict[str, float]]:
+    """The student with its best weights, the last state of its training, and what it took."""
+    student = parts.student
+    held = _held(options, parts)
+
+    def validate(network: nn.Module) -> Mapping[str, float]:
+        assert held is not None
+        judged = student.classifier.around(network)
+        return scoring.validation(judged, held, parts.on, logits=student.outputs == "logits")
+
+    saved = run.load_state()
+    if saved:
+        checkpoint.check(saved, parts.recipe)
+    earlier = saved[1].get("seconds", 0.0) if saved else 0.0
+    began = time.perf_counter()
+    startup = time.time() - psutil.Process().create_time()
+
+    def save(state: Saved) -> None:
+        arrays, meta = state
+        seconds = earlier + time.perf_counter() - began
+        run.save_state(arrays, {**meta, "recipe": asdict(parts.recipe), "seconds": seconds})
+
+    validation_images = parts.source.validation_count
+    with stopping.watch() as flag, _shown(parts, run, saved, len(batches)) as (log, show):
+        state = train(
+            objective,
+            batches,
+            parts.recipe,
+            options.seed,
+            on=parts.on,
+            validate=validate if held else None,
+            validation_images=validation_images,
+            saved=saved,
+            save=save,
+            stopping=lambda: flag.requested,
+            log=log,
+            show=show,
+        )
+    _say_stopped(parts, state, len(batches))
+    student.classifier.network.load_state_dict(state.best)
+    if held and student.outputs == "centred labels":
+        temperature = metrics.fit_temperature(*scoring.scored(student.classifier, held))
+        student = replace(student, output_temperature=temperature)
+    seconds = earlier + time.perf_counter() - began
+    return student, state, {"seconds": seconds, "startup_seconds": startup}
+
+
+def _say_stopped(parts: Parts, state: State, per_epoch: int) -> None:
+    """One line where patience has ended a training before its last step."""
+    recipe = parts.recipe
+    total = recipe.total_steps(math.ceil(per_epoch / recipe.accumulate))
+    if state.step < total and parts.on.is_main_process:
+        waited = f"{recipe.patience} validation{'' if recipe.patience == 1 else 's'}"
+        progress.say(
+            f"stopped at step {state.step} of {total}: no better validation {recipe.metric} in "
+            f"{waited}"
+        )
+
+
+@contextmanager
+def _shown(
+    parts: Parts, run: run_folder.Run, saved: Saved | None, per_epoch: int
+) -> Iterator[tuple[run_folder.Metrics | None, progress.Show | None]]:
+    """Where figures go and how progress is shown, in the process that writes."""
+    if not run.writes:
+        yield None, None
+        return
+    steps = parts.recipe.total_steps(math.ceil(per_epoch / parts.recipe.accumulate))
+    done = saved[1]["step"] if saved else 0
+    with (
+        run_folder.Metrics(run.folder, resume_from=done if run.resumed else None) as log,
+        progress.bar(steps, start=done) as show,
+    ):
+        yield log, show
+
+
+def _tested(options: Train, parts: Parts, student: Model) -> dict[str, Any]:
+    """Figures on the test set; its only use."""
+    fitted, on = student.preprocess, parts.on
+    batches = parts.source.test(parts.recipe, fitted, on.device, options.readers)
+    if batches is None:
+        return {"test_accuracy": None, "test_images": 0}
+    found = scoring.figures(
+        student.classifier,
+        batches,
+        dict(zip(parts.taught_by, parts.teachers, strict=True)),
+        temperature=student.output_temperature,
+        classes=parts.source.classes,
+    )
+    for note in found.pop("notes"):
+        progress.say(note)
+    return {"test_accuracy": found.pop("accuracy"), "test_images": found.pop("images"), **found}
+
+
+def _validated(options: Train, parts: Parts, student: Model, state: State) -> float | None:
+    """Of the weights that are saved: a mean of several epochs' is judged once more."""
+    held = _held(options, parts)
+    if len(state.kept) == 1 or held is None:
+        return state.best_accuracy
+    return scoring.figures(student.classifier, held)["accuracy"]
+
+
+def _held(options: Train, parts: Parts) -> Judged | None:
+    fitted, on = parts.student.preprocess, parts.on
+    return parts.source.validation(parts.recipe, fitted, on.device, options.readers)
+
+
+def _free_folder(options: Train) -> Path:
+    """The first free `runs/kd-STUDENT-DATA-N`."""
+    named = recipes.named(options.recipe).student if options.recipe else None
+    name = options.student or named or training_parts.STUDENT
+    short = Path(name).resolve().name if Path(name).is_dir() else re.sub(r"\W+", "-", name)
+    return run_folder.next_free(f"kd-{short}-{Path(options.data).stem}")

@@ -1,0 +1,209 @@
+"""Batches as a training sees them: changed, mixed, and with the teachers' answers that are known.
+
+A teacher answers to the very view that the student sees. Where no image ever changes, its answers
+are a table, computed once; where they do change, `--cache` keeps them epoch by epoch.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dsdistill.harness.errors import UserError
+from dsdistill.harness.runs import progress
+from kd.commands.training_parts import Parts
+from kd.data import augment, batching, teacher_cache
+from kd.data.batching import Batch, Batches, Resident
+from kd.data.teacher_cache import Cache
+from kd.evaluation import scoring
+from kd.objectives import terms
+from kd.objectives.schemes import Distillation, Objective
+from kd.options import Train
+
+VIEWS = (  # what a view of an image depends on, beside the image
+    "batch_size",
+    "augment",
+    "crop_padding",
+    "hflip",
+    "interpolation",
+    "min_scale",
+    "auto_augment",
+    "color_jitter",
+    "random_erase",
+    "repeats",
+    "mixup",
+    "cutmix",
+    "mix_probability",
+    "mix_switch",
+    "image_size",
+)
+
+
+def source(parts: Parts, options: Train) -> Batches:
+    """The training images in batches, as they are; a last batch that is too small is no batch.
+
+    Raises:
+        UserError: If there are too few images for the loss, or for so many processes.
+    """
+    on, least = parts.on, least_images(parts)
+    images = parts.source.train(parts.recipe, parts.student.preprocess, on, options.readers, least)
+    if not images.sizes:
+        raise UserError(
+            f"{parts.source.name} has fewer training images than one batch of "
+            f"{parts.recipe.batch_size} images a process: lower --batch-size"
+        )
+    last = images.sizes[-1]
+    whole = parts.recipe.batch_size * on.num_processes
+    if last > whole and on.is_main_process:
+        progress.say(
+            f"the last batch of an epoch holds {last} images, not {whole}: {last - whole} left "
+            f"over would be fewer than the {batching.smallest(on.num_processes, least)} "
+            "that it takes"
+        )
+    return images
+
+
+def least_images(parts: Parts) -> int:
+    """Images that each process needs of a batch, for the loss and for batch norm."""
+    return max(batching.LEAST, *map(terms.least_images, parts.specs))
+
+
+def batches(parts: Parts, options: Train, objective: Objective, source: Batches) -> Batches:
+    """The training images in batches, changed, with what the teachers are known to answer.
+
+    Args:
+        parts, options: Of the training.
+        objective: Its loss.
+        source: From `source`.
+
+    Raises:
+        UserError: If answers are to be kept that the loss does not ask for.
+    """
+    classes = parts.source.classes
+    changed = augment.changed(source, parts.recipe, len(classes))
+    if not isinstance(objective, Distillation) or not objective.needs_teacher:
+        return changed
+    if objective.needs_features:
+        if options.cache is not None:
+            raise UserError(
+                "--cache keeps the teachers' logits, and this loss needs their features too: "
+                "leave --cache out, or the terms with layers"
+            )
+        return changed
+    caches = _caches(parts, options, still=changed is source)
+    if changed is source and isinstance(source, Resident):
+        return _table(source, parts, caches)
+    return Cached(changed, parts.teachers, caches, len(classes)) if caches else changed
+
+
+@dataclass(frozen=True, eq=False)
+class Cached:
+    """Batches with the teachers' answers, from the cache or on their way into it.
+
+    An epoch that is entered in the middle, after a kill, is not written: the next training writes
+    it.
+
+    Attributes:
+        source: Of the batches.
+        teachers: One for each cache.
+        caches: Of this process's share of every batch.
+        classes: Their number.
+    """
+
+    source: Batches
+    teachers: tuple[nn.Module, ...]
+    caches: tuple[Cache, ...]
+    classes: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.source.device
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def sizes(self) -> list[int]:
+        return self.source.sizes
+
+    def epoch(
+        self, seed: int, epoch: int, *, first: int = 0, rank: int = 0, world: int = 1
+    ) -> Iterator[Batch]:
+        """The source's epoch, with logits."""
+        stream = self.source.epoch(seed, epoch, first=first, rank=rank, world=world)
+        shares = [len(batching.mine(size, rank, world)) for size in self.sizes]
+        name, ends = f"epoch-{epoch:05}-{rank}-of-{world}", np.cumsum([0, *shares])
+        known = [kept.open(name, int(ends[-1]), self.classes) for kept in self.caches]
+        with ExitStack() as stack:  # closed with an error where the epoch is left before its end
+            writers = [
+                stack.enter_context(kept.writing(name)) if entry is None and first == 0 else None
+                for kept, entry in zip(self.caches, known, strict=True)
+            ]
+            for number, batch in enumerate(stream, first):
+                rows = slice(int(ends[number]), int(ends[number + 1]))
+                answers = []
+                for teacher, entry, write in zip(self.teachers, known, writers, strict=True):
+                    logits = answer(teacher, batch) if entry is None else entry[rows]
+                    answers.append(logits.to(self.device))
+                    if write is not None:
+                        write(logits)
+                yield replace(batch, teacher_logits=tuple(answers))
+
+
+def answer(teacher: nn.Module, batch: Batch) -> Tensor:
+    """A teacher's logits of a batch, without a graph."""
+    with torch.no_grad():
+        return teacher(batch.images).float()
+
+
+def _table(source: Resident, parts: Parts, caches: tuple[Cache, ...]) -> Batches:
+    """With every teacher's logits of every image: no augmentation changes them."""
+    n, k = len(source.examples), len(parts.source.classes)
+    if 4 * n * k * len(parts.teachers) > batching.RESIDENT_BYTES:
+        return source
+    tables = []
+    for i, teacher in enumerate(parts.teachers):
+        logits = caches[i].load("static", n, k) if caches else None
+        if logits is None:
+            with progress.bar(len(source), "teacher batches") as show:
+                logits = torch.from_numpy(scoring.outputs(teacher, source, tick=show))
+            if caches and parts.on.is_main_process:
+                caches[i].save("static", logits)
+        tables.append(logits.to(source.device))
+    return replace(source, teacher_logits=tuple(tables))
+
+
+def _caches(parts: Parts, options: Train, *, still: bool) -> tuple[Cache, ...]:
+    """One for each teacher; none without `--cache`."""
+    if options.cache is None:
+        return ()
+    if parts.source.count == 0:
+        raise UserError(
+            f"--cache needs images whose identity is known, and {parts.source.name} is read from "
+            "front to back: leave it out, or use a folder"
+        )
+    exact = [spec.name for spec in parts.specs if terms.needs_logits(spec)]
+    if options.cache_top is not None and exact:
+        raise UserError(
+            f"--cache-top keeps probabilities, and --loss {exact[0]} compares the logits "
+            "themselves: leave it out"
+        )
+    # The preprocessing of the images is part of each teacher's own adapter, and so of its hash.
+    common: dict[str, Any] = {"data": parts.source.digest, "shape": parts.source.shape}
+    if not still:
+        recipe = asdict(parts.recipe)
+        common |= {name: recipe[name] for name in VIEWS} | {"seed": options.seed}
+        if (least := least_images(parts)) > batching.LEAST:  # where an epoch's last batch begins
+            common["least"] = least
+    return tuple(
+        teacher_cache.open_cache(
+            options.cache,
+            common | {"teacher": teacher_cache.fingerprint(teacher)},
+            top=options.cache_top,
+        )
+        for teacher in parts.teachers
+    )

@@ -1,0 +1,339 @@
+"""From the command's options to all the parts of a training, checked before anything is written."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dsdistill.harness.errors import UserError
+from dsdistill.harness.runs import progress
+from kd import recipe, recipes
+from kd.commands import teacher_chain
+from kd.data import data_source
+from kd.data.data_source import Source
+from kd.data.files import file_source
+from kd.data.files.file_source import Files
+from kd.models import networks, saved_models, teachers
+from kd.models.networks import Classifier
+from kd.models.saved_models import Model, Outputs
+from kd.models.teachers import Teacher
+from kd.models.zoo import class_names
+from kd.objectives import loss_spec, terms
+from kd.objectives.loss_spec import Spec
+from kd.objectives.schemes import Distillation, MeanTeacher, Mutual, Objective
+from kd.options import Train, told
+from kd.parallel import engine
+from kd.parallel.engine import Engine
+from kd.recipe import Recipe
+from kd.training import dry_run, optimization
+
+STUDENT = "convnet"
+TAUGHT = "ce:0.1,kd:0.9:temperature=4"  # the loss where none is given: Hinton's, as customary
+MUTUAL = "ce:1,kd:1:temperature=1"  # of deep mutual learning
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What a training is made of.
+
+    Attributes:
+        source: The data.
+        student: With its initial weights.
+        taught_by: Names of the teachers; none to train on labels alone.
+        teachers: Frozen, on the device.
+        peers: The other students of deep mutual learning.
+        recipe: Resolved: no field is left to a default.
+        specs: Of the loss.
+        on: Where it computes.
+    """
+
+    source: Source | Files
+    student: Model
+    taught_by: tuple[str, ...]
+    teachers: tuple[Teacher, ...]
+    peers: tuple[Classifier, ...]
+    recipe: Recipe
+    specs: tuple[Spec, ...]
+    on: Engine
+
+
+def assembled(options: Train) -> Parts:
+    """Resolve names, load data, student and teachers.
+
+    Raises:
+        UserError: If anything is unknown, missing or does not fit together.
+    """
+    named = recipes.named(options.recipe) if options.recipe else None
+    name = options.student or (named and named.student) or STUDENT
+    if not Path(name).is_dir():
+        networks.check_name(name)
+    on = _engine(options, named)
+    source = _source(options, named, saved_models.class_order(name))
+    taught = teacher_chain.teacher(options) or (named and named.teacher)
+    names = tuple(networks.names("--teacher", taught)) if taught else ()
+    alone = not (names or options.peers or options.mean_teacher is not None)
+    say = progress.say if on.is_main_process else _silent
+    student = _student(options, name, source, say)
+    found = _teachers(options, names, source, student)
+    peers = _peers(options, source)
+    chosen = _recipe(options, named, source.distilled is not None, student)
+    default = "mse:1" if source.distilled is not None else "ce:1"
+    default = default if alone else MUTUAL if peers else TAUGHT
+    chosen = replace(chosen, loss=chosen.loss or default)
+    assert chosen.loss is not None
+    specs = loss_spec.parse(chosen.loss, terms.FUNCTIONS)
+    chosen = _smoothed(chosen, specs, options)
+    student = replace(student, outputs=_outputs(specs, alone))
+    for network in (student.classifier, *found, *peers):
+        network.to(on.device)
+    parts = Parts(source, student, names, found, peers, chosen, specs, on)
+    _check(parts, options, alone)
+    for remark in terms.remarks(specs, images=source.count):
+        say(remark)
+    return parts
+
+
+def objective(parts: Parts, options: Train) -> Objective:
+    """The objective of a training, with its taps and projectors."""
+    student = parts.student.classifier
+    made = terms.build(
+        parts.specs,
+        student,
+        parts.teachers,
+        shape=parts.source.shape,
+        classes=len(parts.source.classes),
+        images=parts.source.count,
+        smoothing=parts.recipe.label_smoothing,
+        seed=options.seed,
+    )
+    if parts.peers:
+        found: Objective = Mutual(student, parts.peers, made)
+    elif options.mean_teacher is not None:
+        found = MeanTeacher(student, made, decay=options.mean_teacher)
+    else:
+        by_label = options.teacher_weights == "by-label"
+        found = Distillation(student, made, parts.teachers, by_label=by_label)
+    return found
+
+
+def check_step(parts: Parts, objective: Objective, sizes: Sequence[int]) -> None:
+    """Refuse a loss that does not work with these data and networks, see `kd.training.dry_run`.
+
+    Args:
+        parts: Of the training.
+        objective: Its loss, not compiled yet.
+        sizes: Images of each batch of an epoch, over all processes.
+
+    Raises:
+        UserError: With what does not work.
+    """
+    assert parts.recipe.loss is not None
+    dry_run.check(
+        objective,
+        parts.recipe.loss,
+        sizes,
+        shape=parts.source.shape,
+        classes=len(parts.source.classes),
+        images=parts.source.count,
+        on=parts.on,
+        mixed=_mixed(parts.recipe),
+        centred=parts.source.distilled is not None,
+    )
+
+
+def _mixed(recipe: Recipe) -> bool:
+    return recipe.mixup > 0 or recipe.cutmix > 0
+
+
+def _smoothed(recipe: Recipe, specs: Sequence[Spec], options: Train) -> Recipe:
+    """The recipe with the label smoothing of its `ce`, which the term itself may say."""
+    smoothing = next((s.parameters.get("smoothing") for s in specs if s.name == "ce"), None)
+    if smoothing is None:
+        return recipe
+    if "label_smoothing" in options.given:
+        raise UserError(
+            f"--label-smoothing {recipe.label_smoothing:g} and smoothing={smoothing:g} in --loss "
+            "are two values of one thing: give one of them"
+        )
+    return replace(recipe, label_smoothing=smoothing)
+
+
+def _check(parts: Parts, options: Train, alone: bool) -> None:
+    """Refuse a loss, a recipe and a scheme that do not fit each other."""
+    recipe, names = parts.recipe, [spec.name for spec in parts.specs]
+    taught = [spec.name for spec in parts.specs if terms.needs_teacher(spec)]
+    if taught and alone:
+        raise UserError(f"--loss {taught[0]} needs a teacher: add --teacher, --peers or others")
+    if not taught and not alone:
+        raise UserError(f"--loss {recipe.loss} has no term that looks at a teacher: add kd:0.9")
+    featured = [name for name in taught if terms.TERMS[name].make is not None]
+    if featured and not parts.teachers:
+        raise UserError(f"--loss {featured[0]} looks at layers of a teacher: it needs --teacher")
+    if not parts.teachers and not any(map(terms.knows_labels, parts.specs)):
+        raise UserError(
+            f"--loss {recipe.loss} has no term that looks at labels, and without --teacher nobody "
+            "else knows them: add ce:1"
+        )
+    own = [name for name in names if terms.TERMS[name].make is not None]
+    if own and parts.peers:
+        raise UserError(
+            f"--loss {own[0]} looks at layers of one student: leave it out, or leave --peers out"
+        )
+    mixed = _mixed(recipe)
+    if mixed and recipe.batch_size % 2:
+        raise UserError(
+            "--mixup and --cutmix pair the images of a batch: --batch-size must be even, got "
+            f"{recipe.batch_size}"
+        )
+    classes = len(parts.source.classes)
+    terms.check(parts.specs, classes=classes, batch_size=recipe.batch_size, mixed=mixed)
+    logits = [name for name in taught if terms.TERMS[name].make is None]
+    if options.teacher_weights is not None and not logits:
+        raise UserError(
+            f"--teacher-weights has no effect on --loss {recipe.loss}: it is for terms of logits"
+        )
+    if "label_smoothing" in options.given and "ce" not in names:
+        raise UserError(f"--label-smoothing has no effect on --loss {recipe.loss}: it is for ce")
+    if "heads" in names and parts.student.outputs != "logits":
+        raise UserError(
+            "--loss heads teaches its classifiers from the student's logits, and mse gives it "
+            "none: use ce"
+        )
+    if recipe.metric == "nll" and parts.student.outputs != "logits":
+        raise UserError("--metric nll needs logits, which a network of centred labels has not")
+    optimization.check_optimizer(recipe)
+
+
+def _engine(options: Train, named: Recipe | None) -> Engine:
+    precision = options.given.get("precision") or (named.precision if named else "no")
+    if named and named.gpu and options.device == "auto" and not torch.cuda.is_available():
+        raise UserError(
+            f"recipe {options.recipe} is made for a GPU and there is none: "
+            "add --device cpu to run it on the CPU all the same"
+        )
+    return engine.make(options.device, precision)
+
+
+def _source(
+    options: Train, named: Recipe | None, classes: tuple[str, ...] | None
+) -> Source | Files:
+    """The data: read from files as it goes where the recipe cuts them, and as a whole elsewhere."""
+    size = options.given.get("image_size") or (named and named.image_size)
+    changes = options.given.get("augment") or (named and named.augment)
+    if changes == "imagenet":
+        return file_source.resolve(
+            options.data,
+            root=options.data_root,
+            image_size=size,
+            validation_fraction=data_source.fraction(options.validation_fraction),
+            channels=options.channels,
+            classes=classes,
+        )
+    return data_source.resolve(
+        options.data,
+        root=options.data_root,
+        image_size=size,
+        validation_fraction=options.validation_fraction,
+        channels=options.channels,
+        classes=classes,
+    )
+
+
+def _outputs(specs: Sequence[Spec], alone: bool) -> Outputs:
+    """What a student's outputs are: those of MSE alone are no logits, and need a temperature."""
+    names = {spec.name for spec in specs}
+    return "centred labels" if alone and "mse" in names and "ce" not in names else "logits"
+
+
+def _student(
+    options: Train, name: str, source: Source | Files, say: Callable[[str], None]
+) -> Model:
+    """The student before training, with the preprocessing of the images it will see."""
+    if source.distilled is not None and options.preprocess is not None:
+        raise UserError("a distilled set brings its preprocessing: leave --preprocess out")
+    if Path(name).is_dir():
+        return replace(_earlier(options, name, source, say), output_temperature=1.0)
+    shape, classes = source.shape, source.classes
+    classifier = networks.build(
+        name, shape, len(classes), seed=options.seed, pretrained=options.pretrained
+    )
+    for note in classifier.notes:
+        say(f"student {name}: {note}")
+    _switched(options, classifier.network)
+    if options.pretrained and options.preprocess is None and source.distilled is None:
+        fitted, _ = networks.published(name, shape[-1])
+    else:
+        fitted = source.fit(options.preprocess)
+    return Model(classifier, name, classes, shape, fitted)
+
+
+def _earlier(
+    options: Train, name: str, source: Source | Files, say: Callable[[str], None]
+) -> Model:
+    """The student of an earlier run, to be trained further."""
+    if options.pretrained or options.preprocess is not None:
+        raise UserError(
+            f"{name} brings its weights and its preprocessing: "
+            "leave --pretrained and --preprocess out"
+        )
+    model = saved_models.load_run(Path(name))
+    model = saved_models.fitted(f"student {name}", model, source.shape, source.classes, say)
+    if source.distilled is not None and not source.distilled.preprocess.same_as(model.preprocess):
+        raise UserError(
+            f"student {name} was trained with another preprocessing than the distilled set's: "
+            "give it as --teacher, or train a new student"
+        )
+    _switched(options, model.classifier.network)
+    return model
+
+
+def _silent(line: str) -> None:
+    """Say nothing: another process does."""
+
+
+def _switched(options: Train, network: nn.Module) -> None:
+    """Memory format and gradient checkpointing, before any tap or wrapper."""
+    if options.channels_last:
+        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    if not options.checkpoint_gradients:
+        return
+    for name in ("set_grad_checkpointing", "gradient_checkpointing_enable"):  # timm, Hugging Face
+        enable = getattr(network, name, None)
+        if enable is not None:
+            enable()
+            return
+    raise UserError(
+        f"--checkpoint-gradients is for timm's and Hugging Face's networks, and "
+        f"{type(network).__name__} has no such switch"
+    )
+
+
+def _peers(options: Train, source: Source | Files) -> tuple[Classifier, ...]:
+    names = networks.split(options.peers or "")  # a network may come twice
+    classes = len(source.classes)
+    return tuple(
+        networks.build(name, source.shape, classes, seed=options.seed + 1 + i)
+        for i, name in enumerate(names)
+    )
+
+
+def _teachers(
+    options: Train, names: Sequence[str], source: Source | Files, student: Model
+) -> tuple[Teacher, ...]:
+    """Loaded, adapted to the student's images, and frozen."""
+    if teacher_chain.taught_by_run(options):
+        options = replace(options, **dict.fromkeys(teacher_chain.FOREIGN))
+    maps = class_names.read_class_maps(options.class_map, names)
+    where = student.preprocess, source.shape, source.classes
+    return tuple(
+        teachers.load(name, *where, class_map=mapping, **known)
+        for name, mapping, known in zip(names, maps, told(vars(options), len(names)), strict=True)
+    )
+
+
+def _recipe(options: Train, named: Recipe | None, distilled: bool, student: Model) -> Recipe:
+    layer_norm = any(isinstance(m, nn.LayerNorm) for m in student.classifier.modules())
+    base = named or recipes.default(distilled=distilled, layer_norm=layer_norm)
+    return recipe.overridden(base, options.given)

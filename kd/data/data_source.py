@@ -1,0 +1,226 @@
+"""What `kd` trains on and tests on: a data set, or a distilled set with the data it came from."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dsdistill.harness.data import datasets, distilled_set, origin, preprocess
+from dsdistill.harness.data.datasets import Splits
+from dsdistill.harness.data.distilled_set import Distilled
+from dsdistill.harness.data.labeled_images import Examples, Labeled, spread
+from dsdistill.harness.data.preprocess import Preprocess
+from dsdistill.harness.errors import UserError
+from kd.data import batching
+from kd.data.batching import Resident
+from kd.evaluation.scoring import SCORE_BATCH
+from kd.parallel.engine import Engine
+from kd.recipe import Recipe
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Images to train on, and where there are any, images to validate and test on.
+
+    Attributes:
+        name: Short, for folder names and reports.
+        splits: The real images; None if those of a distilled set cannot be had.
+        distilled: The distilled set, if that is what is trained on.
+        note: What the user should know about it, such as why there is no evaluation.
+    """
+
+    name: str
+    splits: Splits | None
+    distilled: Distilled | None = None
+    note: str | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image."""
+        return self.train_images.shape
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names, in label order."""
+        return self.train_images.classes
+
+    @property
+    def train_images(self) -> Labeled:
+        """The images trained on; of a distilled set, already preprocessed."""
+        if self.distilled is not None:
+            return self.distilled.examples().data
+        assert self.splits is not None
+        return self.splits.train
+
+    @property
+    def count(self) -> int:
+        """Images to train on."""
+        return len(self.train_images)
+
+    @property
+    def validation_count(self) -> int:
+        """Images held out of the training set."""
+        return len(self.splits.validation) if self.splits else 0
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 that changes with the images trained on."""
+        if self.distilled is not None:
+            return hashlib.sha256(self.distilled.images.tobytes()).hexdigest()
+        assert self.splits is not None
+        return f"{self.splits.digest}-{len(self.splits.train)}"
+
+    def fit(self, kind: str | None) -> Preprocess:
+        """The distilled set's stored preprocessing, or one fitted on the training images.
+
+        None is standardisation, for colour too: unlike a kernel, a network loses nothing by it.
+        """
+        if self.distilled is not None:
+            return self.distilled.preprocess
+        images = self.train_images
+        return preprocess.fit(kind or "standardise", images.chunks, images.shape)
+
+    def train(
+        self,
+        recipe: Recipe,
+        fitted: Preprocess,
+        on: Engine,
+        workers: int = 0,
+        least: int = batching.LEAST,
+    ) -> Resident:
+        """The training images in batches of the recipe's size a process, as a network sees them.
+
+        Args:
+            recipe, fitted, on, workers: As in `streaming.Files.train`.
+            least: Images that each process needs of a batch.
+        """
+        world = on.num_processes
+        size = recipe.batch_size * world
+        if self.distilled is not None:
+            examples = self.distilled.examples()
+        else:
+            examples = Examples(self.train_images, fitted)
+        return batching.batches(examples, size, on.device, world, least)
+
+    def validation(
+        self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0
+    ) -> Resident | None:
+        """Real images held out of the training set; None if there are none."""
+        return _judged(self.splits and self.splits.validation, fitted, device)
+
+    def shuffled(
+        self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0
+    ) -> Resident | None:
+        """Real training images, unchanged and read when needed; None if there are none."""
+        if self.splits is None:
+            return None
+        return _unchanged(self.splits.train, fitted, device)
+
+    def sample(
+        self,
+        count: int,
+        recipe: Recipe,
+        fitted: Preprocess,
+        device: torch.device,
+        workers: int = 0,
+    ) -> Resident | None:
+        """Up to `count` real training images, spread over the classes; None if there are none."""
+        if self.splits is None:
+            return None
+        rows = spread(self.splits.train.labels, count)
+        return _unchanged(self.splits.train.select(rows), fitted, device)
+
+    def test(
+        self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0
+    ) -> Resident | None:
+        """Real images to be read once, at the end; None if there are none."""
+        return _judged(self.splits and self.splits.test, fitted, device)
+
+
+def resolve(
+    name: str,
+    *,
+    root: Path,
+    image_size: int | None = None,
+    validation_fraction: float | None = None,
+    channels: int | None = None,
+    classes: Sequence[str] | None = None,
+    announce: bool = True,
+) -> Source:
+    """Find out what DATA is, and load it.
+
+    Args:
+        name: A data set as in `datasets.load`, the folder of a `dsdistill` run, or a distilled
+            `.safetensors` file.
+        root: Where data sets lie.
+        image_size, validation_fraction, channels, classes, announce: As in `datasets.load`; a
+            distilled set brings its own.
+
+    Raises:
+        UserError: If it cannot be had, or a distilled set contradicts the data it came from.
+    """
+    path = Path(name).expanduser()
+    if is_distilled(name):
+        if any(value is not None for value in (image_size, validation_fraction, channels)):
+            raise UserError(
+                "a distilled set brings its image size, its channels and its validation images: "
+                "leave --image-size, --channels and --validation-fraction out"
+            )
+        return _distilled(distilled_set.locate(path), root)
+    if path.is_dir() and (path / "config.json").is_file():
+        raise UserError(f"{path} is a run's folder without a finished distilled set")
+    held = fraction(validation_fraction)
+    splits = datasets.load(
+        name,
+        root=root,
+        image_size=image_size,
+        validation_fraction=held,
+        channels=channels,
+        classes=classes,
+        announce=announce,
+    )
+    return Source(splits.name, splits)
+
+
+def fraction(given: float | None) -> float:
+    """Of the training images that are held out for validation."""
+    return origin.VALIDATION_FRACTION if given is None else given
+
+
+def is_distilled(data: str) -> bool:
+    """Whether DATA is a distilled set's file or the folder of a run that made one."""
+    path = Path(data).expanduser()
+    return path.suffix == ".safetensors" or (path / "distilled.safetensors").is_file()
+
+
+def _distilled(path: Path, root: Path) -> Source:
+    distilled = distilled_set.load(path)
+    name = path.parent.resolve().name if path.name == "distilled.safetensors" else path.stem
+    came_from = origin.source(path, distilled)
+    if came_from is None:
+        return Source(
+            name, None, distilled, f"{path} does not say what it was distilled from: {_NO}"
+        )
+    try:
+        splits = origin.load(path, distilled, came_from, root=root)
+    except (UserError, OSError) as error:
+        return Source(name, None, distilled, f"{error}: {_NO}")
+    origin.check(path, distilled, splits, came_from)
+    return Source(name, splits, distilled)
+
+
+_NO = "no validation and no test"
+
+
+def _unchanged(images: Labeled, fitted: Preprocess, device: torch.device) -> Resident:
+    labels = torch.from_numpy(images.labels.astype(np.int64)).to(device)
+    return Resident(Examples(images, fitted), SCORE_BATCH, device, labels)
+
+
+def _judged(images: Labeled | None, fitted: Preprocess, device: torch.device) -> Resident | None:
+    if images is None or not len(images):
+        return None
+    return batching.batches(Examples(images, fitted), SCORE_BATCH, device)

@@ -1,0 +1,205 @@
+"""Images read from files while a training goes on: folders, and timm's wds/, hfds/, tfds/."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dsdistill.harness.data.labeled_images import spread
+from dsdistill.harness.data.preprocess import Preprocess
+from dsdistill.harness.errors import UserError
+from kd.data.batching import LEAST, Batches
+from kd.data.files import archives, image_files
+from kd.data.files.archives import Archive
+from kd.data.files.image_files import Pictures
+from kd.data.files.transforms import Views
+from kd.evaluation.scoring import SCORE_BATCH, Judged
+from kd.parallel.engine import Engine
+from kd.recipe import Recipe
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as timm has them
+PARTS = ("train", "validation")  # of a data set by timm's name, which has no test images then
+Part = Pictures | Archive
+
+
+@dataclass(frozen=True, eq=False)
+class Files:
+    """Images to train on, to validate and to test on, none of them in memory; as `sources.Source`.
+
+    Attributes:
+        name: Short, for folder names and reports.
+        parts: Training, validation and test images; the last two may be missing.
+        size: Height and width of an image as a network sees it.
+        channels: 3 for colour, 1 for grayscale.
+        note: What the user should know about it.
+    """
+
+    name: str
+    parts: tuple[Part, Part | None, Part | None]
+    size: int
+    channels: int = 3
+    note: str | None = None
+    distilled: None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image."""
+        return self.size, self.size, self.channels
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names, in label order."""
+        return self.parts[0].classes
+
+    @property
+    def count(self) -> int:
+        """Images to train on; 0 where nobody knows before they are read."""
+        train = self.parts[0]
+        return len(train) if isinstance(train, Pictures) else 0
+
+    @property
+    def validation_count(self) -> int | None:
+        """Images to validate on; None where nobody knows before they are read."""
+        held = self.parts[1]
+        return None if isinstance(held, Archive) else len(held or ())
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 that changes with the images trained on."""
+        train = self.parts[0]
+        return train.digest if isinstance(train, Pictures) else f"{train.name} {train.split}"
+
+    def fit(self, kind: str | None) -> Preprocess:
+        """ImageNet's normalisation: nothing is fitted on images that are not read yet."""
+        if kind not in (None, "standardise"):
+            raise UserError(f"--preprocess {kind} needs all images at once: leave it out")
+        mean, std = (np.asarray(values, np.float32) for values in (MEAN, STD))
+        if self.channels == 1:  # as timm does for networks of one channel
+            mean, std = mean.mean(keepdims=True), std.mean(keepdims=True)
+        return Preprocess("standardise", mean, std)
+
+    def train(
+        self, recipe: Recipe, fitted: Preprocess, on: Engine, workers: int, least: int = LEAST
+    ) -> Batches:
+        """The training images in batches, cut and changed; `least` images a process and batch."""
+        world = on.num_processes
+        return archives.streamed(
+            self.parts[0],
+            self._views(recipe, fitted),
+            recipe.batch_size * world,
+            on.device,
+            world=world,
+            repeats=recipe.repeats,
+            workers=workers,
+            least=least,
+        )
+
+    def validation(
+        self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0
+    ) -> Judged | None:
+        """Images held out of the training set, or the data set's own; None if there are none."""
+        return self._judged(self.parts[1], recipe, fitted, device, workers)
+
+    def shuffled(
+        self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0
+    ) -> Batches:
+        """Training images, as they are judged."""
+        views = self._views(recipe, fitted)
+        return archives.streamed(
+            self.parts[0], views, SCORE_BATCH, device, augment=False, workers=workers
+        )
+
+    def sample(
+        self,
+        count: int,
+        recipe: Recipe,
+        fitted: Preprocess,
+        device: torch.device,
+        workers: int = 0,
+    ) -> Judged | None:
+        """Up to `count` training images, spread over the classes; None of an archive of shards."""
+        train = self.parts[0]
+        if not isinstance(train, Pictures):
+            return None
+        # Images whose labels are not known before they are read are spread by chance.
+        labels = np.zeros(len(train), np.int64) if train.labels is None else train.labels
+        chosen = train.select(spread(labels, count))
+        return self._judged(chosen, recipe, fitted, device, workers)
+
+    def test(
+        self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0
+    ) -> Judged | None:
+        """Images to be read once, at the end; None if there are none."""
+        return self._judged(self.parts[2], recipe, fitted, device, workers)
+
+    def _judged(
+        self,
+        part: Part | None,
+        recipe: Recipe,
+        fitted: Preprocess,
+        device: torch.device,
+        workers: int,
+    ) -> Judged | None:
+        if part is None or (isinstance(part, Pictures) and not len(part)):
+            return None
+        views = self._views(recipe, fitted)
+        return archives.streamed(part, views, SCORE_BATCH, device, augment=False, workers=workers)
+
+    def _views(self, recipe: Recipe, fitted: Preprocess) -> Views:
+        mean, std = (tuple(float(v) for v in values) for values in (fitted.mean, fitted.std))
+        random = recipe.interpolation == "random"
+        return Views(
+            (self.size, self.size),
+            mean,
+            std,
+            interpolation="bicubic" if random else recipe.interpolation,
+            train_interpolation=recipe.interpolation,
+            scale=(recipe.min_scale, 1.0),
+            hflip=recipe.hflip,
+            color_jitter=recipe.color_jitter,
+            auto_augment=recipe.auto_augment,
+            random_erase=recipe.random_erase,
+            crop_pct=recipe.crop_share,
+        )
+
+
+def resolve(
+    data: str,
+    *,
+    root: Path,
+    image_size: int | None,
+    validation_fraction: float,
+    channels: int | None = None,
+    classes: Sequence[str] | None = None,
+    announce: bool = True,
+) -> Files:
+    """List the images of a data set that is to be read as it goes.
+
+    Args:
+        data: A folder of class folders, or one of timm's names.
+        root: Where timm's named data sets lie.
+        image_size: Height and width of the crops.
+        validation_fraction: Of a folder's training images.
+        channels: 1 or 3; None is 3.
+        classes, announce: Of a folder, as in `datasets.load`.
+
+    Raises:
+        UserError: If it cannot be had, or is no data set of files.
+    """
+    if image_size is None:
+        raise UserError("--augment imagenet cuts images to one size: give --image-size 224, say")
+    path = Path(data).expanduser()
+    if archives.is_named(data):
+        train, held = (archives.open_named(data, part, root=root) for part in PARTS)
+        note = f"{data} has no test images: its validation images choose the best epoch"
+        return Files(data.replace("/", "-"), (train, held, None), image_size, channels or 3, note)
+    if not path.is_dir():
+        raise UserError(
+            f"--augment imagenet reads image files as it goes, and {data} is no folder of class "
+            "folders: use --augment crop-flip, or none"
+        )
+    found = image_files.open_folder(path, validation_fraction, classes, announce=announce)
+    parts = (found.train, found.validation, found.test)
+    return Files(path.resolve().stem, parts, image_size, channels or 3)

@@ -1,0 +1,1 @@
+"""How good networks are: students, teachers before they teach, learners of the protocol."""

@@ -1,0 +1,77 @@
+"""A teacher of `kd` for the harness: NumPy images in, NumPy logits out."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from dsdistill.harness.data.preprocess import Preprocess
+from dsdistill.harness.errors import UserError
+from dsdistill.harness.runs import progress
+from kd.data import batching, teacher_cache
+from kd.models import networks, teachers
+from kd.models.teachers import Teacher
+from kd.models.zoo import class_names
+from kd.models.zoo.protocol import Shape
+from kd.parallel import engine
+
+BATCH = 500  # images at once
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """Logits of a frozen teacher.
+
+    Attributes:
+        teacher: On its device, in evaluation mode.
+        device: Of it.
+        digest: SHA-256 of its state.
+    """
+
+    teacher: Teacher
+    device: torch.device
+    digest: str
+
+    def __call__(self, images: Float[np.ndarray, "n h w c"], /) -> Float[np.ndarray, "n k"]:
+        with torch.inference_mode():
+            parts = [
+                self.teacher(batching.to_nchw(images[i : i + BATCH]).to(self.device)).float().cpu()
+                for i in range(0, len(images), BATCH)
+            ]
+        return torch.cat(parts).numpy()
+
+
+def of(
+    name: str,
+    preprocess: Preprocess,
+    shape: Shape,
+    classes: tuple[str, ...],
+    device: str = "cpu",
+    class_map: Path | None = None,
+) -> Answers:
+    """The answers of a teacher to images in a preprocessing.
+
+    Args:
+        name: As for `kd.models.teachers.load`.
+        preprocess: What was applied to the images.
+        shape: Of the images.
+        classes: Of the data, in order.
+        device: `cpu`, `auto`, `cuda` or `cuda:N`.
+        class_map: File of `--teacher-class-map`, where its classes are others than the data's.
+
+    Raises:
+        UserError: If there is no such teacher, or it does not fit the data.
+    """
+    if len(networks.split(name)) > 1:
+        raise UserError(f"an evaluation compares with one teacher, got {name}")
+    on = engine.make(device).device
+    mapping = None if class_map is None else class_names.read_class_map(class_map)
+    option = "--teacher-class-map"
+    teacher = teachers.load(
+        name, preprocess, shape, classes, class_map=mapping, class_map_option=option
+    )
+    for remark in teachers.remarks(teacher):
+        progress.say(f"teacher {name}: {remark}")
+    return Answers(teacher.to(on), on, teacher_cache.fingerprint(teacher))

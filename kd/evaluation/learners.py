@@ -1,0 +1,239 @@
+"""Networks as learners of the evaluation protocol: the same number of steps on every data set.
+
+They are trained by MSE on centred labels, be they stored, hard or a teacher's, and keep their last
+weights. There is no model selection: the learning rate ends at 0, and every data set gets the same
+number of optimizer steps, so that arms differ in their images alone.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from dsdistill.harness.data.labeled_images import Examples
+from kd import recipes
+from kd.data import augment, batching
+from kd.evaluation import scoring
+from kd.models import networks
+from kd.models.networks import Classifier, Shape
+from kd.models.zoo import builtin
+from kd.objectives import terms
+from kd.objectives.loss_spec import Spec
+from kd.objectives.schemes import Distillation
+from kd.parallel import engine
+from kd.recipe import Recipe, overridden
+from kd.training.loop import train
+
+POINTS = 60  # of a loss curve
+VERSIONS = ("dsdistill", "torch", "timm", "torchvision")
+
+# What the field calls these networks, which it takes in their form for small images.
+ALIASES: Mapping[str, str] = {
+    "resnet18": "small-resnet18",
+    "vgg11": "small-vgg11",
+    "vit": "small-vit",
+}
+
+# Of the rate of `recipes.KIP`: two decades, as its header says.
+KIP_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
+
+
+@dataclass(frozen=True)
+class Network:
+    """Trains a network, always for as many steps.
+
+    Attributes:
+        name: As for `learner`.
+        recipe: Its steps are the budget. The shifts of its `crop-flip` are an eighth of an image,
+            whatever its `crop_padding`.
+        limit: None: it trains on any number of images.
+        factors: Of the recipe's learning rate: the grid from which one is chosen.
+        flip: Whether augmentation flips images too; a flipped digit is another digit, or none.
+        device: `cpu`, `cuda` or `cuda:N`.
+    """
+
+    name: str
+    recipe: Recipe = recipes.SMALL
+    limit: int | None = None
+    factors: tuple[float, ...] = (1 / 3, 1.0, 3.0)
+    flip: bool = False
+    device: str = "cpu"
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates to choose from, the same for all data."""
+        return tuple(self.recipe.lr * factor for factor in self.factors)
+
+    def at(self, rate: float) -> "Network":
+        """The learner with that learning rate alone."""
+        return replace(self, recipe=replace(self.recipe, lr=rate), factors=(1.0,))
+
+    def augmented(self) -> "Network":
+        """The learner with random shifts, and with flips where it has them."""
+        hflip = 0.5 if self.flip else 0.0
+        return replace(self, recipe=replace(self.recipe, augment="crop-flip", hflip=hflip))
+
+    @property
+    def identity(self) -> dict[str, Any] | None:
+        """All that its results depend on beside data and seed, JSON-compatible.
+
+        None for weights from a file, which may change under its name.
+        """
+        if networks.parse(_full(self.name)).file is not None:
+            return None
+        return {
+            "name": self.name,
+            "network": _full(self.name),
+            "recipe": asdict(self.recipe),
+            "rates": list(self.rates),
+            "flip": self.flip,
+            "device": self.device,
+            "versions": {name: version(name) for name in VERSIONS},
+        }
+
+    @property
+    def accelerator(self) -> str | None:
+        """Its name, if the device is a GPU."""
+        device = torch.device(self.device)
+        return None if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+    def __call__(self, train_set: Examples, validation: Examples, seed: int, /) -> "Trained":
+        shape, classes = train_set.data.shape, len(train_set.data.classes)
+        recipe = replace(self.recipe, crop_padding=max(1, min(shape[:2]) // 8))
+        on = engine.make(self.device, recipe.precision)
+        network = networks.build(_full(self.name), shape, classes, seed=seed)
+        resident = batching.batches(train_set, recipe.batch_size, on.device)
+        objective = Distillation(network, terms.build([Spec("mse")], network))
+        losses: list[Tensor] = []
+        objective.register_forward_hook(lambda *passed: losses.append(_sum(passed[-1])))
+        train(objective, augment.changed(resident, recipe, classes), recipe, seed, on=on)
+        curve = _curve(torch.stack(losses).tolist(), recipe.total_steps(len(resident)))
+        return Trained(network.eval(), _full(self.name), shape, classes, on.device, curve)
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """Scores of a trained network: estimates of centred labels.
+
+    Attributes:
+        network: In evaluation mode, on its device.
+        name: As for `kd.models.networks.build`.
+        shape: Of the images.
+        classes: Their number.
+        device: Where the network is.
+        curve: Pairs of a step and the mean training loss of the steps since the pair before it.
+    """
+
+    network: Classifier
+    name: str
+    shape: Shape
+    classes: int
+    device: torch.device
+    curve: Sequence[tuple[int, float]]
+
+    def __call__(self, images: Float[np.ndarray, "n h w c"], /) -> Float[np.ndarray, "n k"]:
+        with torch.inference_mode():
+            parts = [
+                self.network(batching.to_nchw(images[i : i + scoring.SCORE_BATCH]).to(self.device))
+                for i in range(0, len(images), scoring.SCORE_BATCH)
+            ]
+            return torch.cat(parts).float().cpu().numpy()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Parameters, FLOPs of an image, latency on the CPU and loss curve, JSON-compatible.
+
+        FLOPs and latency depend on the network alone: they are measured when first asked for.
+        """
+        flops, one, many = _costs(self.name, self.shape, self.classes)
+        return {
+            "parameters": networks.parameters(self.network),
+            "flops": flops,
+            "latency_ms": {"1": one, str(scoring.LATENCY_BATCH): many},
+            "curve": [list(point) for point in self.curve],
+        }
+
+
+def learner(
+    name: str, *, steps: int | None = None, device: str = "cpu", flip: bool = False
+) -> Network:
+    """The learner of that name.
+
+    Args:
+        name: As for `kd.models.networks.build`, but `resnet18`, `vgg11` and `vit`, with or without
+            a width, are those for small images; `timm:resnet18` is timm's own.
+        steps: The budget, in place of the recipe's; its warm-up keeps its share.
+        device: `cpu`, `auto` (a GPU where there is one), `cuda` or `cuda:N`.
+        flip: Whether its augmentation flips images.
+
+    Raises:
+        UserError: If there is no such network or device, or for a budget that is none.
+    """
+    full = _full(name)
+    networks.check_name(full)
+    network = Network(name, flip=flip, device=str(engine.make(device).device))
+    if full.partition(":")[0] == "kip-convnet":
+        recipe = replace(recipes.KIP, lr=recipes.KIP.lr / builtin.width(full))
+        network = replace(network, recipe=recipe, factors=KIP_FACTORS)
+    elif _has_layer_norm(full):
+        network = replace(network, recipe=recipes.SMALL_LAYER_NORM)
+    given = {} if steps is None else {"steps": steps}
+    return replace(network, recipe=overridden(network.recipe, given))
+
+
+def names() -> tuple[str, ...]:
+    """What can be asked for, beside the networks of timm, torchvision and Hugging Face."""
+    hidden = ALIASES.values()
+    return (*(name for name in builtin.NETWORKS if name not in hidden), *ALIASES)
+
+
+def _full(name: str) -> str:
+    """The name as `kd.models.networks` knows it."""
+    base, colon, width = name.partition(":")
+    return ALIASES.get(base, base) + colon + width
+
+
+def _has_layer_norm(name: str) -> bool:
+    """Whether SGD and large rates would train it badly."""
+    found = networks.parse(name)
+    # The size and channels that most published networks are made for.
+    shape = (32, 32, 3) if found.zoo is None else (224, 224, 3)
+    return any(isinstance(m, nn.LayerNorm) for m in networks.build(found.text, shape, 2).modules())
+
+
+def _sum(loss_terms: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack([value.detach() for value in loss_terms.values()]).sum()
+
+
+def _curve(losses: Sequence[float], steps: int) -> list[tuple[int, float]]:
+    """Mean losses of up to `POINTS` stretches of a training, each with its last step.
+
+    Args:
+        losses: Of each batch, of which a step may take several.
+        steps: Their number.
+    """
+    parts = np.array_split(np.asarray(losses, np.float64), min(POINTS, len(losses)))
+    ends = np.cumsum([len(part) for part in parts]) * steps / len(losses)
+    return [(round(end), float(part.mean())) for end, part in zip(ends, parts, strict=True)]
+
+
+@lru_cache(maxsize=64)
+def _costs(name: str, shape: Shape, classes: int) -> tuple[int, float, float]:
+    """FLOPs of one image, and milliseconds of one image and of a batch on the CPU."""
+    network = networks.build(name, shape, classes).eval()
+    latency = scoring.latency(network, shape)
+    h, w, c = shape
+    # The counter knows no fused attention of a CPU, but the products that attention is made of.
+    plain = sdpa_kernel(SDPBackend.MATH)
+    with FlopCounterMode(display=False) as counter, plain, torch.no_grad():
+        network(torch.zeros(1, c, h, w))
+    one, many = (latency[f"latency_ms_batch_{n}"] for n in (1, scoring.LATENCY_BATCH))
+    return counter.get_total_flops(), one, many

@@ -1,0 +1,1 @@
+"""Networks: by name, from files, as teachers, and as students of finished runs."""

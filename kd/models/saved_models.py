@@ -1,0 +1,277 @@
+"""A classifier with all that is needed to use it, and its form on disk.
+
+A run's folder holds the network's weights alone (`student.safetensors`, loadable into the bare
+network), `model.json`, and for ZCA the whitening matrices (`preprocess.safetensors`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from dsdistill.harness.data.preprocess import KINDS, Preprocess
+from dsdistill.harness.errors import UserError, first_line
+from dsdistill.harness.reports import schema
+from dsdistill.harness.runs import progress, run_folder
+from kd.models import networks, seals
+from kd.models.networks import Classifier
+from kd.models.seals import CARD, WEIGHTS, WHITENING
+from kd.models.zoo import class_names, weights
+from kd.models.zoo.protocol import Interpolation, Shape
+
+Outputs = Literal["logits", "centred labels"]
+
+KNOWN = (  # entries of `model.json`: with another one, a name in it is damaged
+    *("name", "classes", "input", "preprocess", "interpolation", "config", "outputs"),
+    *("output_temperature", "parameters", seals.KEY),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A classifier with all that is needed to use it on images.
+
+    Attributes:
+        classifier: Takes images after `preprocess`.
+        name: `convnet:32`, `resnet18`, ...; what `build` made it from.
+        classes: Names in the order of the outputs.
+        shape: Of the images before any resize of the classifier's own.
+        preprocess: From images in [0, 1] to the classifier's input.
+        outputs: `logits`; or estimates of centred labels, for a network trained by MSE.
+        output_temperature: softmax(outputs / this) are calibrated probabilities; 1 for logits.
+    """
+
+    classifier: Classifier
+    name: str
+    classes: tuple[str, ...]
+    shape: Shape
+    preprocess: Preprocess
+    outputs: Outputs = "logits"
+    output_temperature: float = 1.0
+
+    @property
+    def interpolation(self) -> Interpolation:
+        """How images of another size are brought to the size of the model's."""
+        return self.classifier.interpolation
+
+
+def save_run(folder: Path, model: Model, metadata: Mapping[str, str] | None = None) -> None:
+    """Write weights and `model.json` of a trained student, each atomically.
+
+    Args:
+        folder: Of the run.
+        model: The student.
+        metadata: For the header of the file of weights.
+    """
+    # contiguous: safetensors refuses strided views
+    tensors = {k: v.detach().cpu().contiguous() for k, v in _state(model).items()}
+    content = safetensors.torch.save(tensors, None if metadata is None else dict(metadata))
+    run_folder.write_bytes(folder / WEIGHTS, content)
+    fitted = model.preprocess
+    if fitted.whiten is not None and fitted.unwhiten is not None:
+        matrices = {"whiten": fitted.whiten, "unwhiten": fitted.unwhiten}
+        run_folder.write_bytes(folder / WHITENING, safetensors.numpy.save(matrices))
+    seals.write(folder, CARD, card(model), (WEIGHTS, WHITENING))
+
+
+def card(model: Model) -> dict[str, Any]:
+    """All about a model but its arrays: what `model.json` holds."""
+    fitted = model.preprocess
+    return {
+        # The weights are here now, wherever they came from at first.
+        "name": networks.parse(model.name).text,
+        "classes": model.classes,
+        "input": {"shape": model.shape, "layout": "height, width, channels"},
+        "preprocess": {
+            "kind": fitted.kind,
+            "mean": fitted.mean.tolist(),
+            "std": fitted.std.tolist(),
+            "contrast": fitted.contrast,
+        },
+        "interpolation": model.interpolation,
+        "config": model.classifier.config,
+        "outputs": model.outputs,
+        "output_temperature": model.output_temperature,
+        "parameters": networks.parameters(model.classifier),
+    }
+
+
+def load_run(folder: Path) -> Model:
+    """Load what `save_run` wrote.
+
+    Raises:
+        UserError: If the folder holds no finished student, a damaged one, or files of two runs.
+    """
+    if not (folder / CARD).is_file():
+        raise UserError(f"{folder} holds no finished student: it has no {CARD}{_hint(folder)}")
+    found = seals.read(folder, CARD)
+    if unknown := sorted(found.keys() - set(KNOWN)):
+        raise UserError(f"{folder / CARD} is damaged, or of a later version: unknown {unknown[0]}")
+    seals.verify(folder, WEIGHTS, WHITENING)
+    try:
+        return _model(folder, found)
+    except UserError:
+        raise  # it is one line already
+    except Exception as error:  # of a file without a checksum: it may hold anything
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{folder / CARD} is not a whole model description ({why})") from error
+
+
+def _model(folder: Path, found: Mapping[str, Any]) -> Model:
+    schema.check(CARD, found, {"name": str, "classes": Sequence[str], "output_temperature": float})
+    name, classes = found["name"], tuple(found["classes"])
+    h, w, c = shape = tuple(found["input"]["shape"])
+    if not all(type(size) is int and size > 0 for size in (h, w, c)):
+        raise ValueError(f"images of shape {shape}")
+    if found["outputs"] not in get_args(Outputs):
+        raise ValueError(f"outputs {found['outputs']!r}")
+    try:
+        classifier = networks.build(name, shape, len(classes), config=found.get("config"))
+    except UserError as error:
+        raise UserError(f"{folder / CARD} describes no network to be made here: {error}") from error
+    classifier.interpolation = found.get("interpolation", "bilinear")
+    _state_into(classifier.network, folder / WEIGHTS)
+    preprocess = preprocessing(found["preprocess"], folder)
+    temperature = float(found["output_temperature"])
+    return Model(classifier, name, classes, shape, preprocess, found["outputs"], temperature)
+
+
+def class_order(student: str) -> tuple[str, ...] | None:
+    """The class names of an earlier run's student, in label order; None where it is no run."""
+    path = Path(student) / CARD
+    names = run_folder.read_json(path).get("classes") if path.is_file() else None
+    return tuple(map(str, names)) if isinstance(names, list) else None
+
+
+def preprocessing(card: Mapping[str, Any], folder: Path) -> Preprocess:
+    """What a card's `preprocess` describes; the matrices of ZCA lie in the folder.
+
+    Raises:
+        UserError: If it is of an unknown kind, or the matrices are not readable.
+    """
+    if card["kind"] not in KINDS:
+        raise UserError(f"{folder / CARD}: unknown preprocessing {card['kind']!r}")
+    matrices: dict[str, np.ndarray] = {}
+    if card["kind"] == "zca":
+        try:
+            matrices = safetensors.numpy.load_file(folder / WHITENING)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise UserError(f"{folder / WHITENING} is not readable: {error}") from error
+    return Preprocess(
+        card["kind"],
+        np.asarray(card["mean"], np.float32),
+        np.asarray(card["std"], np.float32),
+        matrices.get("whiten"),
+        matrices.get("unwhiten"),
+        card["contrast"],
+    )
+
+
+def fitted(
+    who: str,
+    model: Model,
+    shape: Shape,
+    classes: tuple[str, ...],
+    say: Callable[[str], None] = progress.say,
+    option: str | None = None,
+) -> Model:
+    """The model with its outputs in the order of the data's classes.
+
+    Args:
+        who: How messages call the model.
+        shape, classes: Of the data.
+        say: Called with a line where the order was another one.
+        option: By which the user gives a class map, for messages; None where there is none.
+
+    Raises:
+        UserError: If its images or the names of its classes are not those of the data.
+    """
+    check_shape(who, model, shape)
+    if model.classes == classes:
+        return model
+    matched = class_names.match(who, model.classes, classes, option=option)
+    if matched.assumed:  # names that say nothing are no reason to believe
+        raise UserError(
+            f"{who} calls its classes {class_names.few(model.classes)}, "
+            f"the data {class_names.few(classes)}: they must match"
+            + ("" if option is None else f", or {option} FILE say which are which")
+        )
+    if matched.outputs is None:
+        return replace(model, classes=classes)
+    say(f"{who}: classes matched {matched.how}")
+    reorder(who, model.classifier, matched.outputs, model.shape)
+    return replace(model, classes=classes)
+
+
+def check_shape(who: str, model: Model, shape: Shape) -> None:
+    """Refuse a model for images of another shape than the data's."""
+    if model.shape != shape:
+        raise UserError(f"{who} takes images of shape {model.shape}, the data have {shape}")
+
+
+def reorder(who: str, classifier: Classifier, outputs: tuple[int, ...], shape: Shape) -> None:
+    """Put the outputs of a network in another order, in the weights of its last layer.
+
+    Args:
+        who: How the message calls it.
+        classifier: Changed in place.
+        outputs: The output that is to become the first, the second, ...
+        shape: Of its images.
+
+    Raises:
+        UserError: If that cannot be done in the weights of one layer.
+    """
+    h, w, c = shape
+    images = torch.rand(2, c, h, w, generator=torch.Generator().manual_seed(0))
+    was, order = classifier.training, torch.tensor(outputs)
+    classifier.eval()
+    with torch.no_grad():
+        expected = classifier(images)[:, order]
+        # The last layer comes last in most networks, but not in those with further heads.
+        for _, layer in reversed(weights.layers_of(classifier, len(outputs))):
+            _permute(layer, order)
+            if torch.allclose(classifier(images), expected, rtol=1e-4, atol=1e-5):
+                classifier.train(was)
+                return
+            _permute(layer, order.argsort())
+    raise UserError(
+        f"{who} has the data's classes in another order, and its last layer is not one whose "
+        "outputs can be put in order: name the classes of the data as it does"
+    )
+
+
+def _permute(layer: nn.Module, order: Tensor) -> None:
+    for parameter in layer.parameters(recurse=False):
+        parameter.copy_(parameter[order])
+
+
+def _state(model: Model) -> dict[str, Tensor]:
+    return model.classifier.network.state_dict()
+
+
+def _state_into(network: nn.Module, path: Path) -> None:
+    try:
+        network.load_state_dict(safetensors.torch.load_file(path))
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        first = first_line(error)
+        raise UserError(f"{path} does not hold the weights of this network: {first}") from error
+
+
+def _hint(folder: Path) -> str:
+    """How the folder of a zoo's model is named."""
+    try:
+        found = run_folder.read_json(folder / "config.json")
+    except UserError:
+        return ""
+    known = {"model_type": ("Hugging Face", "hf"), "architecture": ("timm", "local-dir")}
+    for key, (whose, prefix) in known.items():
+        if isinstance(found, dict) and key in found:
+            return f"; a model of {whose} is named {prefix}:{folder}"
+    return ""

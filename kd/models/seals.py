@@ -1,0 +1,100 @@
+"""The files of a finished run under one checksum, verified whenever one of them is read.
+
+`report.json` is written last, and holds the SHA-256 of every other file of the run and one of its
+own content; `model.json` holds those of the weights, which may be copied elsewhere without the
+rest. So a file that was damaged, edited, or taken from another run is one line, and no other
+result. Runs that were finished by an earlier version have no checksums and are read as they are.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dsdistill.harness.checksums import file_digest, json_digest
+from dsdistill.harness.errors import UserError
+from dsdistill.harness.runs import run_folder
+
+REPORT, CARD = "report.json", "model.json"
+WEIGHTS, WHITENING = "student.safetensors", "preprocess.safetensors"
+FILES = ("config.json", "recipe.json", "metrics.jsonl", CARD, WEIGHTS, WHITENING)
+KEY = "sha256"  # in both files: file -> SHA-256
+
+
+def write(folder: Path, name: str, content: Mapping[str, Any], files: Iterable[str]) -> None:
+    """Write a JSON file with the checksums of itself and of other files.
+
+    Args:
+        folder: Of the run.
+        name: Of the file.
+        content: JSON-compatible; NaN becomes null.
+        files: Names of the others; those that are not there are left out.
+    """
+    present = [other for other in files if (folder / other).is_file()]
+    body = {**content, KEY: {other: file_digest(folder / other) for other in present}}
+    plain = json.loads(json.dumps(body), parse_constant=lambda _: None)  # as it will be read
+    plain[KEY][name] = json_digest(plain)
+    run_folder.write_json(folder / name, plain)
+
+
+def read(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON file of a run, verified where the run has checksums.
+
+    Args:
+        folder: Of the run.
+        name: `config.json`, `recipe.json`, `model.json` or `report.json`.
+
+    Raises:
+        UserError: If it is missing, no JSON object, or does not match its checksum.
+    """
+    verify(folder, name)
+    return _unverified(folder / name)
+
+
+def verify(folder: Path, *names: str) -> None:
+    """Compare files of a run with the checksums that the run has of them.
+
+    Raises:
+        UserError: If one is missing or differs.
+    """
+    for holder in (REPORT, CARD):
+        if not (folder / holder).is_file():
+            continue
+        sums = _sums(folder, holder)
+        for name in names:
+            if name != holder and name in sums and _missing_or_other(folder / name, sums[name]):
+                raise UserError(
+                    f"{folder / name} is damaged or of another run: it does not match the "
+                    f"checksum in {holder}; put back the file of this run, or train anew"
+                )
+
+
+def _sums(folder: Path, holder: str) -> Mapping[str, str]:
+    """The checksums in one of the two files; none in one of an earlier version."""
+    path = folder / holder
+    content = _unverified(path)
+    if KEY not in content:
+        if holder == REPORT and (folder / CARD).is_file() and KEY in _unverified(folder / CARD):
+            raise UserError(f"{path} is damaged or of another run: it has lost its checksums")
+        return {}
+    sums = content[KEY]
+    if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
+        raise UserError(f"{path} is damaged: its checksums are not readable")
+    own = sums.pop(holder, None)
+    if own != json_digest(content):
+        raise UserError(
+            f"{path} is damaged: its content does not match its checksum; put back the file of "
+            "this run, or train anew"
+        )
+    return sums
+
+
+def _missing_or_other(path: Path, sha256: str) -> bool:
+    return not path.is_file() or file_digest(path) != sha256
+
+
+def _unverified(path: Path) -> dict[str, Any]:
+    content = run_folder.read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: expected a JSON object")
+    return content

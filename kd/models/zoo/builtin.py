@@ -1,0 +1,101 @@
+"""The networks that ship with the package: what distillation papers use on small images."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from torch import nn
+
+from dsdistill.harness.errors import UserError
+from kd.models.zoo import small
+from kd.models.zoo.protocol import Shape
+
+
+def convnet(shape: Shape, classes: int, width: int) -> nn.Module:
+    """Three blocks of Conv 3x3, InstanceNorm, ReLU, AvgPool 2x2, then a linear layer.
+
+    The default network of dataset distillation.
+
+    Source: Gidaris and Komodakis (2018), arXiv:1804.09458; Zhao et al. (2021), arXiv:2006.05929.
+    """
+    h, w, channels = _halved_thrice("convnet", shape)
+    layers: list[nn.Module] = []
+    for fan_in in (channels, width, width):
+        # One group a channel: InstanceNorm with a scale and a shift.
+        norm = nn.GroupNorm(width, width)
+        layers += [nn.Conv2d(fan_in, width, 3, padding=1), norm, nn.ReLU(), nn.AvgPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * (h // 8) * (w // 8), classes))
+
+
+def kip_convnet(shape: Shape, classes: int, width: int) -> nn.Module:
+    """Conv 3x3, ReLU; three blocks of Conv 3x3, ReLU, AvgPool 2x2; then a linear layer.
+
+    The finite network to which the KIP paper transfers its sets: no normalisation, and 1024
+    channels. It starts as their infinite network does, in the standard parameterisation: weights
+    N(0, 2 / fan-in) and biases N(0, 0.01), those of the last layer too.
+
+    Source: Nguyen, Novak, Xiao and Lee (2021), arXiv:2107.13034, appendix; the `standard`
+    parameterisation of neural-tangents.
+    """
+    h, w, channels = _halved_thrice("kip-convnet", shape)
+    layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+    for _ in range(3):
+        layers += [nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2)]
+    layers += [nn.Flatten(), nn.Linear(width * (h // 8) * (w // 8), classes)]
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            assert layer.bias is not None
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")  # variance 2 / fan-in
+            nn.init.normal_(layer.bias, std=0.1)
+    return nn.Sequential(*layers)
+
+
+def mlp(shape: Shape, classes: int, width: int) -> nn.Module:
+    """Two hidden ReLU layers on the flattened image."""
+    hidden = (nn.Linear(int(np.prod(shape)), width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, classes))
+
+
+# Name -> (function, default width).
+NETWORKS: Mapping[str, tuple[Callable[[Shape, int, int], nn.Module], int]] = {
+    "convnet": (convnet, 128),
+    "mlp": (mlp, 256),
+    "kip-convnet": (kip_convnet, 1024),
+    "small-resnet18": (small.resnet18, 64),
+    "small-vgg11": (small.vgg11, 64),
+    "small-vit": (small.vit, 192),
+}
+
+
+def network(name: str, shape: Shape, classes: int) -> nn.Module:
+    """Freshly initialised, with the width of its name.
+
+    Raises:
+        UserError: For a bad width, or images that are too small.
+    """
+    make, _ = NETWORKS[name.partition(":")[0]]
+    return make(shape, classes, width(name))
+
+
+def width(name: str) -> int:
+    """The number after the colon, or the default.
+
+    Raises:
+        UserError: If it is no positive whole number.
+    """
+    base, colon, text = name.partition(":")
+    if not colon:
+        return NETWORKS[base][1]
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"a width is a positive whole number, as in {base}:32, got {name!r}")
+    return int(text)
+
+
+def _halved_thrice(name: str, shape: Shape) -> Shape:
+    """The shape, if there is something left of its images."""
+    h, w, _ = shape
+    if min(h, w) < 8:
+        raise UserError(
+            f"{name} halves images three times and needs at least 8x8 pixels, got {h}x{w}: "
+            "use mlp, or larger images"
+        )
+    return shape

@@ -1,0 +1,198 @@
+"""The operators that an exported program may call, and what each of them is checked for.
+
+They compute tensors from tensors and touch nothing else: no file, no process, no library. Some of
+torch's own trust their arguments, and read or write beyond a tensor where these are wrong: what
+torch's Python checks before it calls them is checked here.
+"""
+
+import math
+import operator
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from dsdistill.harness.errors import UserError
+from kd.models.zoo.exported_archive import NotAllowed, shown
+from kd.models.zoo.exported_sizes import limited
+
+# What networks for images are exported to: those of kd, timm, torchvision and transformers, and
+# their close relatives. Names that end in _ change their first argument, an intermediate result.
+# Left out are operators that read or write files, print, draw random numbers, give uninitialised
+# memory or trust indices without a check.
+_NAMES = """
+_adaptive_avg_pool2d _log_softmax _native_batch_norm_legit_no_training _softmax _to_copy
+_unsafe_view _upsample_bicubic2d_aa _upsample_bilinear2d_aa _upsample_nearest_exact2d abs abs_
+adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d add add_ addcdiv addcmul addcmul_
+addmm alias all amax amin any arange argmax argmin argsort as_strided atan atan2 avg_pool1d
+avg_pool2d baddbmm batch_norm bitwise_and bitwise_not bitwise_or bitwise_xor bmm
+broadcast_tensors broadcast_to cat ceil celu channel_shuffle chunk clamp clamp_ clamp_max
+clamp_min clone col2im concat constant_pad_nd contiguous conv1d conv2d conv3d conv_transpose2d
+convolution copy copy_ cos cosh cumprod cumsum detach detach_ diag diagonal diff div div_ dot
+dropout dropout_ dsplit einsum elu elu_ embedding eq erf exp expand expand_as expm1 eye
+feature_dropout fill_ flatten flip floor floor_divide fmod full full_like gather ge gelu gelu_
+glu grid_sampler group_norm gt hardshrink hardsigmoid hardsigmoid_ hardswish hardswish_ hardtanh
+hardtanh_ hsplit im2col index index_select instance_norm isfinite isinf isnan layer_norm le
+leaky_relu leaky_relu_ lerp lift_fresh_copy linalg_vector_norm linear linspace log log10 log1p
+log2 log_sigmoid log_softmax logical_and logical_not logical_or logical_xor logsumexp lt
+masked_fill masked_fill_ matmul max max_pool1d max_pool2d max_pool2d_with_indices maximum mean
+meshgrid min minimum mish mish_ mm movedim mul mul_ multiply mv narrow native_group_norm
+native_layer_norm ne neg new_full new_ones new_zeros norm one_hot ones ones_like outer pad
+permute pixel_shuffle pixel_unshuffle pow prelu prod reciprocal reflection_pad1d
+reflection_pad2d relu relu6 relu6_ relu_ remainder repeat repeat_interleave replication_pad2d
+reshape reshape_as rms_norm roll rot90 round rsqrt rsub scalar_tensor
+scaled_dot_product_attention scatter select selu selu_ sigmoid sigmoid_ sign silu silu_ sin sinh
+slice softmax softplus softshrink sort split split_with_sizes sqrt square squeeze stack std sub
+sub_ sum swapaxes sym_numel sym_size sym_stride t tan tanh tanh_ tensor_split threshold
+threshold_ tile to topk transpose tril triu true_divide type_as unbind unflatten unfold
+unsqueeze upsample_bicubic2d upsample_bilinear2d upsample_nearest2d var var_mean view view_as
+vsplit where zero_ zeros zeros_like
+"""
+OPERATORS = frozenset(_NAMES.split())
+ASSERTIONS = frozenset({"_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size"})
+# The same bytes as another dtype: a bool would be other than 0 and 1, and kernels trust it.
+REFUSED = frozenset({("view", "dtype")})
+SKIPPED = "_assert_tensor_metadata"  # of dtype and device, which an operator checks itself
+
+Number = int | float | bool
+SYMBOLIC: Mapping[str, Callable[..., Any]] = {
+    "_operator.add": operator.add,
+    "_operator.sub": operator.sub,
+    "_operator.mul": operator.mul,
+    "_operator.floordiv": operator.floordiv,
+    "_operator.truediv": operator.truediv,
+    "_operator.mod": operator.mod,
+    "_operator.neg": operator.neg,
+    "_operator.pos": operator.pos,
+    "_operator.eq": operator.eq,
+    "_operator.ne": operator.ne,
+    "_operator.lt": operator.lt,
+    "_operator.le": operator.le,
+    "_operator.gt": operator.gt,
+    "_operator.ge": operator.ge,
+    "_operator.and_": operator.and_,
+    "_operator.or_": operator.or_,
+    "math.trunc": math.trunc,
+    "math.ceil": math.ceil,
+    "math.floor": math.floor,
+    "torch.sym_int": int,
+    "torch.sym_float": float,
+    "torch.sym_not": operator.not_,
+    "torch.sym_max": max,
+    "torch.sym_min": min,
+    "torch.sym_ite": lambda condition, then, other: then if condition else other,
+}
+
+
+def resolve(target: str) -> Any:
+    """The operator of that name, such as `torch.ops.aten.relu.default`.
+
+    Raises:
+        NotAllowed: If it is not on the list, or writes into other arguments than its first.
+        UserError: If this version of torch has none.
+    """
+    name, overload = parts(target)
+    if name not in OPERATORS:
+        raise NotAllowed(f"the operator {shown(target)} is not allowed")
+    packet = getattr(torch.ops.aten, name)
+    if overload not in packet.overloads():
+        raise UserError(f"this torch has no operator {target}")
+    function = getattr(packet, overload)
+    if not gives_tensors(function._schema, name) or (name, overload) in REFUSED:
+        raise NotAllowed(f"the operator {shown(target)} is not allowed")
+    if function._schema.is_mutable and not name.endswith("_"):
+        raise NotAllowed(f"the operator {shown(target)} writes into its arguments")
+    return function
+
+
+def parts(target: str) -> tuple[str, str]:
+    """Name and overload of an operator of `aten`.
+
+    Raises:
+        NotAllowed: If it is none.
+    """
+    match = re.fullmatch(r"torch\.ops\.aten\.([A-Za-z0-9_]+)\.([A-Za-z0-9_]+)", target)
+    if match is None:
+        raise NotAllowed(f"the operator {shown(target)} is not allowed")
+    return match[1], match[2]
+
+
+def checked(function: Any) -> Callable[..., Any]:
+    """An operator that looks at arguments which torch's own trusts.
+
+    Args:
+        function: From `resolve`.
+
+    Returns:
+        A function of the same arguments that raises a ValueError where they are wrong.
+    """
+    check = _CHECKS.get(function._schema.name.removeprefix("aten::"))
+    if check is None:
+        return function
+    names = [argument.name for argument in function._schema.arguments]
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        check({**dict(zip(names, args, strict=False)), **kwargs})
+        return function(*args, **kwargs)
+
+    return call
+
+
+def gives_tensors(schema: Any, name: str) -> bool:
+    """Whether its results are tensors, or sizes of one; of the same name, some join strings."""
+    kinds = {str(result.type) for result in schema.returns}
+    sizes = {"int", "SymInt"} if name.startswith("sym_") else set()
+    return bool(kinds) and kinds <= {"Tensor", "List[Tensor]", *sizes}
+
+
+def number(function: Callable[..., Any]) -> Callable[..., Number]:
+    """The function for numbers alone, and of numbers that stay small."""
+
+    def checked(*args: object) -> Number:
+        if not all(isinstance(arg, int | float) for arg in args):
+            raise TypeError("a size is computed from what is no number")
+        return limited(function(*args))
+
+    return checked
+
+
+def _check_lengths(given: Mapping[str, Any]) -> None:
+    """One number for each channel: the kernel reads as many as there are channels."""
+    channels = given["input"].shape[1]
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        value = given.get(name)
+        if value is not None and value.shape != (channels,):
+            raise ValueError(f"{name} of batch norm is not {channels} numbers")
+
+
+def _check_scales(given: Mapping[str, Any]) -> None:
+    """The scale by which an image is resized, where it is given, is that of its sizes."""
+    for axis, name in ((-2, "scales_h"), (-1, "scales_w")):
+        scale = given.get(name)
+        if scale is None:
+            continue
+        size, wanted = given["self"].shape[axis], given["output_size"][axis]
+        # As `interpolate` computes the size; the rest is rounding.
+        if not wanted <= size * scale * (1 + 1e-6) < (wanted + 1) * (1 + 2e-6):
+            raise ValueError(f"a resize from {size} to {wanted} has the scale {scale:g}")
+
+
+def _check_statistics(given: Mapping[str, Any]) -> None:
+    """Running averages stay as they are: an answer must not depend on earlier batches."""
+    learns = given.get("training", given.get("use_input_stats"))
+    if learns and given.get("running_mean") is not None:
+        raise ValueError("it was exported in training mode: call eval() before the export")
+
+
+_CHECKS: Mapping[str, Callable[[Mapping[str, Any]], None]] = {
+    "batch_norm": _check_statistics,
+    "instance_norm": _check_statistics,
+    "_native_batch_norm_legit_no_training": _check_lengths,
+    "upsample_bicubic2d": _check_scales,
+    "upsample_bilinear2d": _check_scales,
+    "upsample_nearest2d": _check_scales,
+    "_upsample_bicubic2d_aa": _check_scales,
+    "_upsample_bilinear2d_aa": _check_scales,
+    "_upsample_nearest_exact2d": _check_scales,
+}

@@ -1,0 +1,165 @@
+"""The sizes of images that an exported program takes: axes with ranges, and conditions on them.
+
+A condition is the text of an expression. It is parsed and never compiled: what its tree may hold is
+written down here, and computed here.
+"""
+
+import ast
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kd.models.zoo.exported_archive import NotAllowed, shown, string
+
+INTEGERS = 2**63  # below which a size lies
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What the images' size along one axis may be: `factor` times a number in a range.
+
+    Attributes:
+        factor: Of the number; the size itself if there is no symbol.
+        symbol: The number's name; axes with the same name have the same number.
+        low, high: Of the number.
+    """
+
+    factor: int
+    symbol: str | None = None
+    low: int = 0
+    high: int = INTEGERS
+
+
+def axis(size: Mapping[str, Any], ranges: Mapping[str, Any]) -> Axis:
+    """A size of the images: a number, a symbol, or a multiple of a symbol.
+
+    Args:
+        size: As the program has it.
+        ranges: Its `range_constraints`.
+
+    Raises:
+        NotAllowed: For anything else.
+    """
+    if "as_int" in size:
+        number = size["as_int"]
+        if type(number) is not int or number < 0:
+            raise NotAllowed(f"the size {shown(number)} is not allowed")
+        return Axis(number)
+    text = string(size["as_expr"]["expr_str"])
+    symbol = r"Symbol\('([A-Za-z_][A-Za-z_0-9]*)', positive=True, integer=True\)"
+    match = re.fullmatch(rf"(?:Mul\(Integer\(([1-9][0-9]{{0,8}})\), {symbol}\)|{symbol})", text)
+    if match is None:
+        raise NotAllowed(f"the size {shown(text)} is not allowed")
+    name = match[2] or match[3]
+    limits = ranges.get(name) or {}
+    low, high = limits.get("min_val"), limits.get("max_val")
+    # torch writes 2 for every free size, and runs such a program on one image too.
+    low = low if type(low) is int and low > 2 else 0
+    return Axis(int(match[1] or 1), name, low, high if type(high) is int else INTEGERS)
+
+
+def condition(text: object) -> ast.expr:
+    """A condition, parsed and never compiled: integers, sizes, + - * // %, min, max, comparisons.
+
+    Raises:
+        NotAllowed: For anything else.
+    """
+    if not isinstance(text, str) or len(text) > 10_000:
+        raise NotAllowed(f"the condition {shown(text)} is not allowed")
+    try:
+        condition = ast.parse(text, mode="eval").body
+        _evaluate(condition, None)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise NotAllowed(f"the condition {shown(text)} is not allowed") from error
+    return condition
+
+
+def check(axes: Sequence[Axis], conditions: Sequence[ast.expr], shape: Sequence[int]) -> None:
+    """Refuse images that the program was not exported for.
+
+    Raises:
+        ValueError: If the size breaks a range or a condition.
+    """
+    text = "x".join(map(str, shape))
+    if len(shape) != len(axes):
+        raise ValueError(f"it takes {len(axes)} axes, got {text}")
+    numbers: dict[str, int] = {}
+    for size, axis in zip(shape, axes, strict=True):
+        if axis.symbol is None:
+            fits = size == axis.factor
+        else:
+            number = size // axis.factor
+            fits = size % axis.factor == 0 and axis.low <= number <= axis.high
+            fits = fits and numbers.setdefault(axis.symbol, number) == number
+        if not fits:
+            raise ValueError(f"it was exported for other sizes than {text}")
+    for each in conditions:
+        if not _evaluate(each, shape):
+            raise ValueError(f"{ast.unparse(each)[:200]} is false for {text}")
+
+
+def limited(value: Any) -> Any:
+    """The value, which is no integer beyond those of a size.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    if isinstance(value, int) and abs(value) >= INTEGERS:
+        raise ValueError("a number in it is too large")
+    return value
+
+
+_BINARY: Mapping[type, Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}
+_COMPARE: Mapping[type, Callable[[int, int], bool]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}
+_SIZE = re.compile(r"L\['[A-Za-z_][A-Za-z_0-9]*'\](?:\[0\])?\.size\(\)\[([0-3])\]")
+
+
+def _evaluate(node: ast.expr, shape: Sequence[int] | None) -> Any:
+    """The value of a condition for images of a shape; without one, only the grammar is checked.
+
+    Raises:
+        ValueError: If the grammar does not hold.
+    """
+    match node:
+        case ast.Constant(value=int() as value):
+            return value
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_evaluate(operand, shape)
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
+            one, two = _evaluate(left, shape), _evaluate(right, shape)
+            return 1 if shape is None else limited(_BINARY[type(op)](one, two))
+        case ast.BoolOp(op=op, values=parts):
+            values = [_evaluate(part, shape) for part in parts]
+            return all(values) if isinstance(op, ast.And) else any(values)
+        case ast.Compare(left=left, ops=ops, comparators=rest) if all(
+            type(op) in _COMPARE for op in ops
+        ):
+            values = [_evaluate(value, shape) for value in (left, *rest)]
+            pairs = zip(ops, values, values[1:], strict=False)
+            return all(_COMPARE[type(op)](one, two) for op, one, two in pairs)
+        case ast.Call(
+            func=ast.Attribute(value=ast.Name(id="torch"), attr="sym_max" | "sym_min" as name),
+            args=[_, *_] as args,
+            keywords=[],
+        ):
+            return (max if name == "sym_max" else min)(_evaluate(arg, shape) for arg in args)
+        case ast.Subscript():
+            match_ = _SIZE.fullmatch(ast.unparse(node))
+            if match_:
+                return 1 if shape is None else shape[int(match_[1])]
+    raise ValueError("no condition on sizes")

@@ -1,0 +1,113 @@
+"""torchvision's classifiers by name: `torchvision:resnet50`, with its best published weights.
+
+One of the zoos behind `kd.models.networks`, which all have the functions below.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from dsdistill.harness.errors import unknown
+from kd.models.zoo import class_names, weights
+from kd.models.zoo.protocol import Shape, Wants, interpolation
+
+CHANNELS = 3
+# Their heads for training alone would add outputs that no loss here knows.
+_AUXILIARY = ("googlenet", "inception_v3")
+# What published weights may set, and a network made again must be told.
+_SET = ("image_size", "transform_input")
+
+
+def check(name: str) -> None:
+    """Refuse a name that is no classifier of torchvision, with the nearest known ones."""
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if name not in known:
+        raise unknown("torchvision classifier", name, known)
+
+
+def wants(name: str) -> Wants:
+    """What the published weights want."""
+    published = _weights(name)
+    prepare = published.transforms()
+    (side,), (whole,) = prepare.crop_size, prepare.resize_size
+    return Wants(
+        tuple(prepare.mean),
+        tuple(prepare.std),
+        (side, side),
+        interpolation(prepare.interpolation.value),
+        side / whole,
+        class_names.with_synonyms(tuple(published.meta["categories"])),
+    )
+
+
+def origin(name: str) -> str:
+    """Where the published weights lie."""
+    return _weights(name).url
+
+
+def network(
+    name: str,
+    channels: int,
+    classes: int,
+    *,
+    pretrained: bool = False,
+    config: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """A network for images of three channels, the only ones torchvision knows.
+
+    Args:
+        config: What `config` gave for such a network.
+    """
+    from torchvision import models
+
+    check(name)
+    if pretrained:
+        published = _weights(name)
+        made = models.get_model(name, weights=published, progress=False)
+        return _with_outputs(made, len(published.meta["categories"]), classes)
+    extra: dict[str, Any] = dict(config or {})
+    if name in _AUXILIARY:
+        extra |= {"aux_logits": False, "init_weights": True}
+    return models.get_model(name, weights=None, num_classes=classes, **extra)
+
+
+def takes(network: nn.Module, shape: Shape) -> Shape:
+    """The shape to which images of `shape` must be brought: all take three channels."""
+    from torchvision.models import MaxVit, VisionTransformer
+
+    h, w, _ = shape
+    if isinstance(network, VisionTransformer):
+        h = w = network.image_size
+    elif isinstance(network, MaxVit):
+        h = w = 224  # its window attention is built for it, and does not say so
+    return h, w, CHANNELS
+
+
+def config(name: str, network: nn.Module) -> dict[str, Any] | None:
+    """What is needed beside the name to make the network again."""
+    return {key: getattr(network, key) for key in _SET if hasattr(network, key)} or None
+
+
+def _weights(name: str) -> Any:
+    from torchvision import models
+
+    check(name)
+    return models.get_model_weights(name).DEFAULT  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _with_outputs(network: nn.Module, old: int, new: int) -> nn.Module:
+    """With a new last layer, where another number of classes is wanted."""
+    if new == old:
+        return network
+    name, layer = weights.layers_of(network, old)[-1]
+    parent, _, attribute = name.rpartition(".")
+    if isinstance(layer, nn.Conv2d):  # of SqueezeNet
+        fresh: nn.Module = nn.Conv2d(layer.in_channels, new, layer.kernel_size)  # pyright: ignore[reportArgumentType]
+    else:
+        assert isinstance(layer, nn.Linear)
+        fresh = nn.Linear(layer.in_features, new)
+    setattr(network.get_submodule(parent), attribute, fresh)
+    return network

@@ -1,0 +1,397 @@
+"""Weights in a file for a named architecture: `resnet18@FILE`.
+
+A `.safetensors` file, or a checkpoint as torch saves it, under any name: of timm, torchvision's
+references, Lightning, SuperGradients and others. Only tensors, numbers and texts are read, so that
+no code in it can run; from these the network's own are picked by their names.
+"""
+
+import argparse
+import pathlib
+import pickle
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from dsdistill.harness.errors import UserError, first_line
+from kd.models import seals
+
+Tensors = Mapping[str, Tensor]
+# A library's own changes to tensors of another release, size or project, for a network of its own.
+Convert = Callable[[nn.Module, Tensors], Tensors]
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt", ".pkl")
+DEPTH = 4  # of the wrapping that is looked into
+# Where trainers keep a network's weights; averaged ones first, since those are what is used.
+_AVERAGED = ("state_dict_ema", "model_ema", "ema_net", "ema_state_dict", "ema")
+_PLAIN = (
+    *("state_dict", "model_state_dict", "model", "net", "network", "module", "student"),
+    "model_state",
+)
+# Tables and counters that some releases of a library store and others compute, or that tools
+# which count operations leave behind.
+_COMPUTED = (
+    *("num_batches_tracked", "relative_position_index", "attn_mask"),
+    *("total_ops", "total_params", "n_averaged"),
+)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a file holds.
+
+    Attributes:
+        path: The file.
+        tensors: By their names there.
+        averaged: Where in it they lay, if they are a moving average beside the plain weights.
+    """
+
+    path: Path
+    tensors: Tensors
+    averaged: str | None = None
+
+
+def read(path: Path) -> Stored:
+    """Read the tensors of a file, out of whatever a trainer has wrapped them in.
+
+    Raises:
+        UserError: If it is missing or damaged, or holds no tensors, or more than tensors.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    found = _safetensors(path) if _is_safetensors(path) else _torch(path)
+    averaged = None
+    for depth in range(DEPTH, 0, -1):
+        if (key := _inner(found, depth)) is None:
+            break
+        if key in _AVERAGED and averaged is None:
+            averaged = key
+        found = found[key]
+    tensors = {_uncompiled(str(k)): v for k, v in found.items() if isinstance(v, Tensor)}
+    if not tensors:
+        raise UserError(f"{path} holds no weights by name: save the network's state_dict()")
+    return Stored(path, tensors, averaged)
+
+
+def prepared(
+    stored: Stored, network: nn.Module, convert: Convert | None = None
+) -> tuple[Tensors, list[str]]:
+    """Give tensors the names of a network, out of any wrapper, and bring them to its size.
+
+    Args:
+        stored: Of a file.
+        network: Whose they may be, whatever the number of classes and channels.
+        convert: What the network's library does to tensors of another form.
+
+    Returns:
+        The tensors, and a line for each thing that is not plain.
+
+    Raises:
+        UserError: If the file holds several such networks.
+    """
+    own, notes = network.state_dict(), []
+    wrapper = _wrapper(stored, own)
+    tensors = _within(stored.tensors, wrapper)
+    if stored.averaged or _is_averaged(wrapper):
+        notes.append(
+            f"averaged weights ({stored.averaged or wrapper.rstrip('.')}) of {stored.path}"
+        )
+    if convert is not None and _differing(tensors, own):
+        converted = convert(network, tensors)
+        notes += _resized(tensors, converted)
+        tensors = converted
+    return tensors, notes
+
+
+def load_into(
+    network: nn.Module,
+    stored: Stored,
+    name: str,
+    classes: int,
+    *,
+    convert: Convert | None = None,
+    adapt: bool = True,
+) -> list[str]:
+    """Give a network the weights of a file.
+
+    Args:
+        network: Of the number of classes and channels that are wanted.
+        stored: The file.
+        name: Of the architecture, for messages.
+        classes: Number of outputs of the network.
+        convert: As of `prepared`.
+        adapt: Whether the last layer may stay new, where the file's is missing or of another number
+            of classes, and the first be adapted to another number of channels.
+
+    Returns:
+        A line for each thing that is not plain.
+
+    Raises:
+        UserError: If the file holds those of another architecture, or of another number of classes
+            or channels where nothing may be adapted.
+    """
+    own = network.state_dict()
+    tensors, notes = prepared(stored, network, convert)
+    given = dict(tensors)
+    if adapt:
+        notes += _with_new_head(given, own, head(network, classes), stored.path)
+        notes += _with_channels(given, own, stored.path)
+    path = stored.path
+    ours = {k for k in own if k in given or not k.endswith(_COMPUTED)}
+    theirs = {k for k in given if k in own or not k.endswith(_COMPUTED)}
+    missing, foreign = sorted(ours - theirs), sorted(theirs - ours)
+    if missing or foreign:
+        found = [_some("without", missing), _some("with unknown", foreign)]
+        raise UserError(
+            f"{path} does not hold the weights of {name}: it is {', '.join(filter(None, found))}"
+        )
+    differ = [(k, tuple(given[k].shape), tuple(own[k].shape)) for k in sorted(ours)]
+    if differ := [(k, a, b) for k, a, b in differ if a != b]:
+        k, a, b = differ[-1]  # heads come last in most networks
+        if a and b and all((x[:1], y[:1], x[1:]) == (a[:1], b[:1], y[1:]) for _, x, y in differ):
+            raise UserError(f"{path} holds weights of {name} for {a[0]} classes, not for {b[0]}")
+        raise UserError(f"{path} does not fit {name}: {k} has shape {a}, not {b}")
+    network.load_state_dict({k: given[k] for k in ours}, strict=False)
+    return notes
+
+
+def made_for(
+    tensors: Tensors, network: nn.Module, classes: int, channels: int
+) -> tuple[int | None, int]:
+    """Classes and channels that weights are for, by where their shapes differ from a network's.
+
+    Args:
+        tensors: As `prepared` for the network.
+        network: Of the same architecture, for `classes` and `channels`.
+
+    Returns:
+        None in place of the classes for weights without a last layer.
+    """
+    own, heads, stems = network.state_dict(), set(), set()
+    last = head(network, classes)
+    if last and not any(k in tensors for k in last) and any(k in tensors for k in own):
+        return None, channels
+    shapes = [(tuple(tensors[k].shape), tuple(own[k].shape)) for k in own if k in tensors]
+    for theirs, ours in shapes:
+        if theirs[1:] == ours[1:] and ours[:1] == (classes,):
+            heads.add(theirs[0])
+        if (theirs[:1], theirs[2:]) == (ours[:1], ours[2:]) and ours[1:2] == (channels,):
+            stems.add(theirs[1])
+    # Where not one number alone differs it is another architecture, which `load_into` will say.
+    return _only(heads - {classes}, classes), _only(stems - {channels}, channels)
+
+
+def layers_of(network: nn.Module, outputs: int) -> list[tuple[str, nn.Module]]:
+    """The linear and convolutional layers with so many outputs, in the order of the network."""
+    return [
+        (name, layer)
+        for name, layer in network.named_modules()
+        if getattr(layer, "out_features", getattr(layer, "out_channels", None)) == outputs
+    ]
+
+
+def head(network: nn.Module, classes: int) -> list[str]:
+    """The names of the tensors of the last layer, or layers, of a network.
+
+    Args:
+        classes: Its number of outputs.
+    """
+    config = getattr(network, "pretrained_cfg", None)
+    names = config.get("classifier") if isinstance(config, Mapping) else None
+    known = dict(network.named_modules())
+    names = (names,) if isinstance(names, str) else names or ()
+    if not any(name in known for name in names):
+        names = [name for name, _ in layers_of(network, classes)[-1:]]
+    starts = tuple(f"{name}." for name in names)
+    return [k for k in network.state_dict() if k.startswith(starts)] if starts else []
+
+
+def _with_new_head(
+    given: dict[str, Tensor], own: Tensors, last: list[str], path: Path
+) -> list[str]:
+    """Take a last layer of another number of classes out of `given`; the network's stays."""
+    theirs = [k for k in last if k in given]
+    if not last or (theirs and all(given[k].shape == own[k].shape for k in theirs)):
+        return []
+    if any(given[k].shape[1:] != own[k].shape[1:] for k in theirs):
+        return []  # another architecture, which will be said
+    if not any(k in given for k in own if k not in last):
+        return []
+    were = [len(given[k]) for k in theirs]
+    given |= {k: own[k] for k in last}
+    since = f"that of {path} is for {were[-1]}" if were else f"{path} has none"
+    return [f"a new last layer for {len(own[last[-1]])} classes, since {since}"]
+
+
+def _with_channels(given: dict[str, Tensor], own: Tensors, path: Path) -> list[str]:
+    """Adapt first layers to other images, as timm does: channels are summed or repeated."""
+    from timm.models import adapt_input_conv
+
+    notes = []
+    for k, tensor in own.items():
+        if k not in given or tensor.ndim != 4 or given[k].ndim != 4:
+            continue
+        ours, theirs = tensor.shape, given[k].shape
+        if ours != theirs and (ours[0], ours[2:]) == (theirs[0], theirs[2:]):
+            try:
+                given[k] = adapt_input_conv(ours[1], given[k], theirs[1])
+            except NotImplementedError:
+                continue
+            notes.append(
+                f"first layer adapted from {theirs[1]} to {ours[1]} channels, as timm does"
+            )
+    return notes
+
+
+def _only(found: set[int], otherwise: int) -> int:
+    return found.pop() if len(found) == 1 else otherwise
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether it is one by its name, or by its first bytes: a length and `{`."""
+    if path.suffix == ".safetensors":
+        return True
+    with path.open("rb") as file:
+        first = file.read(9)
+    return len(first) == 9 and first[8:] == b"{" and int.from_bytes(first[:8], "little") < 2**27
+
+
+def _safetensors(path: Path) -> Mapping[str, Any]:
+    if path.name == seals.WEIGHTS:  # of a run, which may have its checksum
+        seals.verify(path.parent, path.name)
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path} is not a whole .safetensors file: {error}") from error
+
+
+def _torch(path: Path) -> Mapping[str, Any]:
+    try:
+        with torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong with a file is said once, below
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} holds more than tensors{_foreign(path)}, or is no file of torch; nothing in "
+            "it was run: save the network's state_dict() alone"
+        ) from error
+    except Exception as error:  # a damaged file has many ways to fail
+        if "TorchScript" in str(error):
+            raise UserError(
+                f"{path} is a TorchScript program, of which nothing was run: save the network's "
+                "state_dict(), or export it with torch.export as .pt2"
+            ) from error
+        raise UserError(f"{path} is not readable: {first_line(error)}") from error
+    if not isinstance(found, Mapping):
+        raise UserError(f"{path} holds no weights by name: save the network's state_dict()")
+    return found
+
+
+def _harmless() -> list[Any]:
+    """Values that trainers keep beside the weights and that do nothing when they are made."""
+    scalar: Any = np.float64(0).__reduce__()[0]  # makes a number of a dtype and bytes
+    dtypes = {type(np.dtype(kind)) for kind in (*"?bBhHiIlLqQefdgFD", "S", "U")}
+    return [
+        *(argparse.Namespace, np.dtype, *dtypes, pathlib.PosixPath, pathlib.PurePosixPath),
+        # NumPy 1 and 2 call it by different names.
+        *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    ]
+
+
+def _foreign(path: Path) -> str:
+    """What else a checkpoint would make, in brackets."""
+    try:
+        with torch.serialization.safe_globals(_harmless()):
+            found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # no zip file, or a damaged one
+        return ""
+    return f" ({', '.join(sorted(found)[:3])})" if found else ""
+
+
+def _inner(found: Mapping[str, Any], depth: int = DEPTH) -> str | None:
+    """The key of the weights in what a trainer saves beside its own state; None if it has none."""
+    return next((k for k in (*_AVERAGED, *_PLAIN) if _has_tensors(found.get(k), depth)), None)
+
+
+def _has_tensors(value: Any, depth: int) -> bool:
+    if not isinstance(value, Mapping) or depth == 0:  # a pickle may contain itself
+        return False
+    held = any(isinstance(v, Tensor) for v in value.values())
+    return held or _inner(value, depth - 1) is not None
+
+
+def _uncompiled(name: str) -> str:
+    """Without the mark that torch.compile leaves at any depth."""
+    return name.replace("_orig_mod.", "")
+
+
+def _wrapper(stored: Stored, own: Tensors) -> str:
+    """What stands before the network's names in a file: nothing, `module.`, `model.`, ...
+
+    The one under which most of the network is. Other networks under other names, such as a loss or
+    a metric, do not matter.
+
+    Raises:
+        UserError: If several hold as much of it.
+    """
+    under: Counter[str] = Counter()
+    for k in stored.tensors:
+        parts = k.split(".")
+        for i in range(len(parts)):
+            if ".".join(parts[i:]) in own:
+                under[".".join(parts[:i])] += 1
+    most = max(under.values(), default=0)
+    best = sorted(k for k, n in under.items() if n == most)
+    if not best or under.get("", 0) == most:
+        return ""
+    averaged = [k for k in best if _is_averaged(k)]
+    if len(averaged) == 1 and len(best) == 2:
+        best = averaged
+    # Small parts of a network occur often, the whole one does not.
+    if len(best) > 1 and 2 * most > len(own):
+        raise UserError(
+            f"{stored.path} holds several such networks, as {' and as '.join(best[:3])}: save the "
+            "state_dict() of the one that is meant"
+        )
+    return f"{best[0]}."
+
+
+def _is_averaged(wrapper: str) -> bool:
+    return bool(re.search(r"(^|[._])(ema|averaged?)([._]|$)", wrapper))
+
+
+def _within(tensors: Tensors, wrapper: str) -> dict[str, Tensor]:
+    n = len(wrapper)
+    return {k[n:]: v for k, v in tensors.items() if k.startswith(wrapper)}
+
+
+def _differing(tensors: Tensors, own: Tensors) -> bool:
+    names = {k for k in tensors if not k.endswith(_COMPUTED)}
+    if names != {k for k in own if not k.endswith(_COMPUTED)}:
+        return True
+    return any(tensors[k].shape != own[k].shape for k in names)
+
+
+def _resized(before: Tensors, after: Tensors) -> list[str]:
+    """A line for what was resampled to another size."""
+    names = [k for k in after if k in before and before[k].shape != after[k].shape]
+    notes = []
+    if any("pos" in k for k in names):
+        notes.append("position embeddings resampled to the size of its images, as timm does")
+    if any("patch_embed" in k for k in names):
+        notes.append("patch embedding resampled to the size of its patches, as timm does")
+    return notes
+
+
+def _some(word: str, names: list[str]) -> str:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{word} {names[0]}{more}" if names else ""

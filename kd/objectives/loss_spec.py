@@ -1,0 +1,134 @@
+"""A loss written on a command line: `ce:0.1,kd:0.9:temperature=4,at:1000@layer2,layer3`.
+
+    loss   = term, term, ...
+    term   = NAME [:WEIGHT] [:PARAMETER=VALUE ...] [@LAYER, LAYER, ...]
+    LAYER  = NAME of a layer in student and teacher, or STUDENT_LAYER=TEACHER_LAYER
+
+What follows a comma is another term if it begins with the name of one, and otherwise another layer
+of the term before. The range of a parameter is an annotation of the term's function, see
+`kd.losses.ranges`; without one any number that is 0 or more will do.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from dsdistill.harness.errors import UserError, unknown
+from kd.losses.ranges import Range
+
+Pair = tuple[str, str]  # a layer of the student and one of the teacher
+WEIGHTS = Range(1e-9, 1e9)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One term as it was written.
+
+    Attributes:
+        name: In the table of `kd.objectives.terms`.
+        weight: What its value is multiplied by; None: the term's own.
+        parameters: Of its function.
+        layers: Pairs of layers, for terms of features.
+    """
+
+    name: str
+    weight: float | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    layers: tuple[Pair, ...] = ()
+
+
+def parse(text: str, names: Mapping[str, Callable[..., Any]]) -> tuple[Spec, ...]:
+    """The terms of a loss.
+
+    Args:
+        text: As on the command line.
+        names: The known terms, and the function whose keyword-only arguments are its parameters.
+
+    Raises:
+        UserError: For a name, number or parameter that is none, a number out of its range, or the
+            same term or parameter twice.
+    """
+    specs: list[Spec] = []
+    for piece in map(str.strip, text.split(",")):
+        head, at, layers = piece.partition("@")
+        name = head.partition(":")[0]
+        if name in names:
+            specs.append(_term(head, names[name]))
+            if at:
+                specs[-1] = replace(specs[-1], layers=(_pair(layers, piece),))
+        elif specs and specs[-1].layers and ":" not in piece and not at:
+            specs[-1] = replace(specs[-1], layers=(*specs[-1].layers, _pair(piece, piece)))
+        else:
+            raise unknown("loss", name, names)
+    twice = {s.name for s in specs if [t.name for t in specs].count(s.name) > 1}
+    if twice:
+        raise UserError(f"--loss has {min(twice)} twice: give it once, with all its layers")
+    return tuple(specs)
+
+
+def _term(head: str, function: Callable[..., Any]) -> Spec:
+    name, *rest = head.split(":")
+    weight, given = None, {}
+    known = parameters(function)
+    for part in rest:
+        key, equals, value = part.partition("=")
+        if not equals:
+            if weight is not None:
+                raise UserError(f"--loss {head}: two weights, {weight:g} and {part}")
+            weight = _number(part, f"--loss {head}: a weight")
+            if weight == 0:
+                raise UserError(f"--loss {head}: a term of weight 0 has no effect: leave it out")
+            _require_within(WEIGHTS, weight, f"--loss {head}: a weight")
+            continue
+        if key not in known:
+            raise unknown(f"parameter of loss {name}", key, known)
+        if key in given:
+            raise UserError(f"--loss {head}: {key} stands there twice: give it once")
+        number = _number(value, f"--loss {head}: {key}")
+        if isinstance(known[key], int) and number != int(number):
+            raise UserError(f"--loss {head}: {key} must be a whole number, got {value}")
+        allowed = parameter_range(function, key)
+        if allowed is not None:
+            _require_within(allowed, number, f"--loss {head}: {key}")
+        given[key] = int(number) if isinstance(known[key], int) else number
+    return Spec(name, weight, given)
+
+
+def parameters(function: Callable[..., Any]) -> dict[str, Any]:
+    """The keyword-only arguments of a loss and their defaults, which are numbers."""
+    found = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in found if p.kind is p.KEYWORD_ONLY}
+
+
+def parameter_range(function: Callable[..., Any], name: str) -> Range | None:
+    """The range that the annotation of a keyword-only argument states, if it states one."""
+    annotation = inspect.signature(function).parameters[name].annotation
+    notes = getattr(annotation, "__metadata__", ())
+    return next((note for note in notes if isinstance(note, Range)), None)
+
+
+def _require_within(allowed: Range, value: float, what: str) -> None:
+    if value not in allowed:
+        raise UserError(f"{what} must be {allowed}, got {value:g}")
+
+
+def _number(text: str, what: str) -> float:
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise UserError(f"{what} must be a number, got {text!r}") from error
+    if not 0 <= value < float("inf"):
+        raise UserError(f"{what} must be 0 or more and finite, got {text}")
+    return value
+
+
+def _pair(text: str, piece: str) -> Pair:
+    if not re.fullmatch(r"[\w.]+(=[\w.]+)?", text):
+        raise UserError(
+            f"--loss {piece}: a layer is a name such as layer2 or blocks.3, or two as in "
+            f"layer2=blocks.3 (student=teacher), got {text!r}"
+        )
+    student, _, teacher = text.partition("=")
+    return student, teacher or student

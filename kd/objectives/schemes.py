@@ -1,0 +1,183 @@
+"""What a training step minimises: modules that return named, weighted loss terms for a batch.
+
+The objective as a whole is the unit to wrap for several devices, so that taps and projectors work
+there; its `student` alone is saved.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kd.data.batching import Batch
+from kd.models.networks import Classifier
+from kd.objectives.step_outputs import Seen
+from kd.objectives.terms import Weighted
+from kd.parallel import sharding
+
+FROZEN = "teachers."  # the prefix of what is neither trained nor stored
+
+
+class Distillation(nn.Module):
+    """Labels alone, or labels and frozen teachers: a weighted sum of terms.
+
+    Attributes:
+        student: Trained.
+        terms: Of the loss; their projectors are trained too.
+        teachers: In evaluation mode and without gradients, whatever `train` is called with. Each
+            maps the student's images to logits.
+        by_label: Whether several teachers are weighted, for each image, by how well they know its
+            label, or alike.
+    """
+
+    def __init__(
+        self,
+        student: Classifier,
+        terms: Sequence[Weighted],
+        teachers: Sequence[nn.Module] = (),
+        *,
+        by_label: bool = False,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.terms = nn.ModuleList(terms)
+        self.teachers = nn.ModuleList(teacher.requires_grad_(False) for teacher in teachers)
+        self.by_label = by_label
+        self.needs_teacher = any(term.needs_teacher for term in terms)
+        self.needs_features = any(term.needs_teacher_features for term in terms)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "Distillation":
+        super().train(mode)
+        self.teachers.eval()
+        return self
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        outputs = self.student(batch.images)
+        seen = Seen(batch, outputs, self._answers(batch), self.by_label)
+        return {term.name: term(seen) for term in _each(self.terms)}
+
+    def stored(self) -> dict[str, Tensor]:
+        return {k: v for k, v in self.state_dict().items() if not k.startswith(FROZEN)}
+
+    def after_step(self, step: int, total: int) -> None:
+        pass
+
+    def no_weight_decay(self) -> set[str]:
+        return undecayed(self.student, "student.network.")
+
+    def _answers(self, batch: Batch) -> tuple[Tensor, ...]:
+        if not self.needs_teacher:
+            return ()
+        if batch.teacher_logits is not None and not self.needs_features:
+            return batch.teacher_logits
+        with torch.no_grad():
+            return tuple(teacher(batch.images) for teacher in self.teachers)
+
+
+class Mutual(nn.Module):
+    """Deep mutual learning: students that teach each other while they learn.
+
+    Each minimises its own labelled terms, and the mean over the others of the terms that have a
+    teacher. All take their steps at once, where the paper takes them in turn.
+
+    Attributes:
+        student: The first, which is saved.
+        peers: The others.
+
+    Source: Zhang, Xiang, Hospedales and Lu (2018), arXiv:1706.00384, equations 5 to 9.
+    """
+
+    def __init__(
+        self, student: Classifier, peers: Sequence[Classifier], terms: Sequence[Weighted]
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.peers = nn.ModuleList(peers)
+        self.terms = nn.ModuleList(terms)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        outputs = [network(batch.images) for network in (self.student, *self.peers)]
+        losses: dict[str, Tensor] = {}
+        for i, own in enumerate(outputs):
+            others = [other.detach() for j, other in enumerate(outputs) if j != i]
+            for term in _each(self.terms):
+                teachers = others if term.needs_teacher else [own.detach()]
+                values = [term(Seen(batch, own, (other,))) for other in teachers]
+                name = term.name if i == 0 else f"{term.name}_{i + 1}"
+                losses[name] = torch.stack(values).mean()
+        return losses
+
+    def stored(self) -> dict[str, Tensor]:
+        return self.state_dict()
+
+    def after_step(self, step: int, total: int) -> None:
+        pass
+
+    def no_weight_decay(self) -> set[str]:
+        names = undecayed(self.student, "student.network.")
+        for i, peer in enumerate(self.peers):
+            assert isinstance(peer, Classifier)
+            names |= undecayed(peer, f"peers.{i}.network.")
+        return names
+
+
+class MeanTeacher(nn.Module):
+    """Self-distillation from the moving average of the student's own weights.
+
+    Attributes:
+        inner: The distillation from that average.
+        decay: Of the average, which starts as a copy and follows faster at the start.
+
+    Source: Tarvainen and Valpola (2017), arXiv:1703.01780; the ramp of the decay is theirs too,
+    min(1 - 1/(step + 1), decay).
+    """
+
+    def __init__(self, student: Classifier, terms: Sequence[Weighted], *, decay: float) -> None:
+        super().__init__()
+        self.inner = Distillation(student, terms, [copy.deepcopy(student)])
+        self.decay = decay
+
+    @property
+    def student(self) -> Classifier:
+        return self.inner.student
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        return self.inner(batch)
+
+    def stored(self) -> dict[str, Tensor]:
+        return self.state_dict()
+
+    @torch.no_grad()
+    def after_step(self, step: int, total: int) -> None:
+        keep = min(1 - 1 / (step + 1), self.decay)
+        average = self.inner.teachers[0].state_dict()
+        for name, value in self.student.state_dict().items():
+            if value.is_floating_point():
+                average[name].lerp_(sharding.whole(value), 1 - keep)
+            else:
+                average[name].copy_(value)
+
+    def no_weight_decay(self) -> set[str]:
+        return undecayed(self.student, "inner.student.network.")
+
+
+def _each(terms: nn.ModuleList) -> Iterator[Weighted]:
+    for term in terms:
+        assert isinstance(term, Weighted)
+        yield term
+
+
+def undecayed(student: Classifier, prefix: str) -> set[str]:
+    """Parameters, such as position embeddings, that timm's networks ask not to decay."""
+    names = getattr(student.network, "no_weight_decay", lambda: ())
+    return {prefix + name for name in names()}
+
+
+# All return weighted terms by name, and have besides:
+#   student             what is saved
+#   stored()            what a checkpoint needs: weights, projectors, memories; no frozen teacher
+#   after_step(step, total)   called when step 1, 2, ... has changed the weights
+#   no_weight_decay()   names of parameters that the student's architecture asks not to decay
+Objective = Distillation | Mutual | MeanTeacher

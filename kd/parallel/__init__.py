@@ -1,0 +1,1 @@
+"""Several processes: precision, sharded weights, and the notice that one has died."""

@@ -1,0 +1,80 @@
+"""The processes of one training: which one has died, when the others find it gone.
+
+Each process keeps a heartbeat in the store through which all of them met. A process whose partner
+has gone sees only a broken connection; the heartbeat that stopped says whose it was.
+"""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from dsdistill.harness.errors import UserError
+from kd.parallel.engine import Engine
+
+BEAT = 1.0  # seconds
+SILENT = 3.5  # after which a process is taken for dead
+
+
+@contextmanager
+def watched(on: Engine, out: Path) -> Iterator[None]:
+    """Turn the loss of a process into one line that names it.
+
+    Raises:
+        UserError: If another process has died.
+    """
+    if on.num_processes == 1:
+        yield
+        return
+    store = dist.distributed_c10d._get_default_store()
+    over = threading.Event()
+
+    def beat() -> None:
+        count = 0
+        while not over.wait(BEAT):
+            count += 1
+            try:
+                store.set(f"beat-{on.process_index}", str(count))
+            except RuntimeError:  # the process that holds the store has gone
+                return
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    except (RuntimeError, dist.DistBackendError) as error:
+        if isinstance(error, UserError) or not _lost(error):
+            raise
+        raise UserError(_who(on, store, out)) from error
+    finally:
+        over.set()
+        thread.join()
+
+
+def _lost(error: Exception) -> bool:
+    words = ("closed", "connection", "reset by peer", "broken pipe", "timed out", "timeout")
+    return any(word in str(error).lower() for word in words)
+
+
+def _who(on: Engine, store: Any, out: Path) -> str:
+    others = [rank for rank in range(on.num_processes) if rank != on.process_index]
+
+    def beats() -> dict[int, bytes]:
+        return {r: store.get(f"beat-{r}") for r in others if store.check([f"beat-{r}"])}
+
+    try:
+        before = beats()
+        time.sleep(SILENT)
+        after = beats()
+        dead = [rank for rank in others if after.get(rank) == before.get(rank)]
+    except RuntimeError:
+        dead = [0]  # its store went with it
+    names = ", ".join(map(str, dead)) or "another"
+    return (
+        f"process {names} of {on.num_processes} has died: go on with as many processes and "
+        f"`kd train --resume --out {out}`"
+    )

@@ -1,0 +1,1 @@
+"""The training loop: steps, optimizer, checkpoints, and when they are written."""
