@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+from kd_support import main, read_report
 from PIL import Image
-from test_kd_cli import _main, _report
 
 from kd.evaluation import teacher_check
 from kd.models import saved_models, teachers
@@ -25,7 +25,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         for seed in (0, 1):
             options = ("--epochs", 4, "--seed", seed, "--out", f"teacher-{seed}")
-            _main(patch, "train", "digits", *FAST, *options)
+            main(patch, "train", "digits", *FAST, *options)
     rng = np.random.default_rng(0)
     for label, colour in enumerate(["red", "green", "blue"]):
         (folder / "photos" / colour).mkdir(parents=True)
@@ -74,16 +74,16 @@ def test_answers_from_the_cache_give_the_same_student_without_the_teacher(
 ) -> None:
     name = "-".join(["cached", *changes]).replace("--", "")
     common = ("train", "digits", *FAST, "--teacher", "teacher-0", *changes)
-    _main(inside, *common, "--out", f"{name}-0")
+    main(inside, *common, "--out", f"{name}-0")
     asked = _Asked(inside)
-    _main(inside, *common, "--cache", f"{name}-answers", "--out", f"{name}-1")
+    main(inside, *common, "--cache", f"{name}-answers", "--out", f"{name}-1")
     first, asked.images = asked.images, 0
-    _main(inside, *common, "--cache", f"{name}-answers", "--out", f"{name}-2")
+    main(inside, *common, "--cache", f"{name}-answers", "--out", f"{name}-2")
     assert _same(work / f"{name}-0", work / f"{name}-1")
     assert _same(work / f"{name}-0", work / f"{name}-2")
     trained = 1295 * (2 if changes else 1)
     assert first - asked.images == trained
-    report = _report(work / f"{name}-2")
+    report = read_report(work / f"{name}-2")
     # The preflight with training images beside the few held out, the test images, a trial of the
     # shape and one step on made-up images.
     assert asked.images <= teacher_check.FOR_ORDER + 359 + 1 + dry_run.IMAGES
@@ -100,19 +100,19 @@ def test_the_cache_belongs_to_teacher_seed_and_augmentation(inside, work: Path) 
             ("--teacher", "teacher-0", "--crop-padding", 1),
         ]
     ):
-        _main(inside, *common, *other, "--out", f"keyed-{i}")
+        main(inside, *common, *other, "--out", f"keyed-{i}")
     assert len(list((work / "answers").iterdir())) == 4
 
 
 def test_a_damaged_entry_is_computed_anew(inside, work: Path, capsys) -> None:
     common = ("train", "digits", *FAST, "--teacher", "teacher-0", "--cache", "damaged")
-    _main(inside, *common, "--out", "whole")
+    main(inside, *common, "--out", "whole")
     for path in (work / "damaged").rglob("*.safetensors"):
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
         path.write_bytes(content)
     capsys.readouterr()
-    _main(inside, *common, "--out", "mended")
+    main(inside, *common, "--out", "mended")
     assert "does not match its checksum" in capsys.readouterr().err
     assert _same(work / "whole", work / "mended")
 
@@ -120,34 +120,34 @@ def test_a_damaged_entry_is_computed_anew(inside, work: Path, capsys) -> None:
 def test_features_cannot_be_cached(inside) -> None:
     options = ("--teacher", "teacher-0", "--loss", "ce:1,sp", "--cache", "features")
     with pytest.raises(SystemExit, match="this loss needs their features too"):
-        _main(inside, "train", "digits", *FAST, *options, "--out", "none")
+        main(inside, "train", "digits", *FAST, *options, "--out", "none")
 
 
 def test_born_again_networks_are_a_chain_that_can_be_continued(inside, work: Path) -> None:
     common = ("train", "digits", *FAST, "--generations", 3, "--out", "again")
-    _main(inside, *common)
-    reports = [_report(work / name) for name in ("again-1", "again-2", "again")]
+    main(inside, *common)
+    reports = [read_report(work / name) for name in ("again-1", "again-2", "again")]
     taught_by = [report["teacher"] for report in reports]
     assert taught_by == [None, str(Path("again-1")), str(Path("again-2"))]
     assert len({report["seed"] for report in reports}) == 3
     before = (work / "again-2" / "student.safetensors").stat().st_mtime_ns
     first = _weights(work / "again")
     shutil.rmtree(work / "again")
-    _main(inside, *common, "--resume")  # as if it had been stopped before the last training
+    main(inside, *common, "--resume")  # as if it had been stopped before the last training
     assert (work / "again-2" / "student.safetensors").stat().st_mtime_ns == before
     second = _weights(work / "again")
     assert all(np.array_equal(first[name], second[name]) for name in first)
     shutil.rmtree(work / "again")
     with pytest.raises(SystemExit, match="again-1 holds a training with --lr None"):
-        _main(inside, *common, "--lr", 0.01)
+        main(inside, *common, "--lr", 0.01)
 
 
 def test_an_assistant_stands_between_teacher_and_student(inside, work: Path) -> None:
     options = ("--teacher", "teacher-0", "--assistants", "mlp:24", "--out", "helped")
-    _main(inside, "train", "digits", *FAST, *options)
-    assert _report(work / "helped-1")["student"] == "mlp:24"
-    assert _report(work / "helped-1")["teacher"].endswith("teacher-0")
-    assert _report(work / "helped")["teacher"] == "helped-1"
+    main(inside, "train", "digits", *FAST, *options)
+    assert read_report(work / "helped-1")["student"] == "mlp:24"
+    assert read_report(work / "helped-1")["teacher"].endswith("teacher-0")
+    assert read_report(work / "helped")["teacher"] == "helped-1"
 
 
 def test_a_file_of_weights_is_told_its_normalisation_and_a_chain_forgets_it(
@@ -161,26 +161,26 @@ def test_a_file_of_weights_is_told_its_normalisation_and_a_chain_forgets_it(
     for name, shift in (("told", 0.0), ("mistold", 1.0)):
         told = ("--teacher-mean", mean + shift, "--teacher-std", std, "--teacher-image-size", 8)
         chain = ("--assistants", "mlp:24", "--out", name)
-        _main(inside, "train", "digits", *FAST, *common, *told, *chain)
-        assert _report(work / name)["teacher"] == f"{name}-1"
-        accuracies.append(_report(work / f"{name}-1")["teacher_accuracy"])
-    known = _report(work / "teacher-0")["test_accuracy"]
+        main(inside, "train", "digits", *FAST, *common, *told, *chain)
+        assert read_report(work / name)["teacher"] == f"{name}-1"
+        accuracies.append(read_report(work / f"{name}-1")["teacher_accuracy"])
+    known = read_report(work / "teacher-0")["test_accuracy"]
     assert accuracies[0] == pytest.approx(known)
     assert accuracies[1] < known - 0.1
     options = ("--teacher", "teacher-0", "--teacher-mean", 0)
     with pytest.raises(SystemExit, match="is an earlier run and brings its preprocessing"):
-        _main(inside, "train", "digits", *FAST, *options, "--out", "none")
+        main(inside, "train", "digits", *FAST, *options, "--out", "none")
 
 
 def test_each_of_several_teachers_is_told_its_own_normalisation(inside, work: Path) -> None:
     files = [f"mlp:16@{work / name / 'student.safetensors'}" for name in ("teacher-0", "teacher-1")]
     fitted = saved_models.load_run(work / "teacher-0").preprocess
     mean, std = float(fitted.mean[0]), float(fitted.std[0])
-    known = [_report(work / name)["test_accuracy"] for name in ("teacher-0", "teacher-1")]
+    known = [read_report(work / name)["test_accuracy"] for name in ("teacher-0", "teacher-1")]
 
     def accuracies(out: str, names: str, *options: object) -> list[float]:
-        _main(inside, "train", "digits", *FAST, "--teacher", names, *options, "--out", out)
-        return [each["accuracy"] for each in _report(work / out)["teachers"].values()]
+        main(inside, "train", "digits", *FAST, "--teacher", names, *options, "--out", out)
+        return [each["accuracy"] for each in read_report(work / out)["teachers"].values()]
 
     both = ("--teacher-mean", mean, "--teacher-std", std, "--teacher-image-size", 8)
     assert accuracies("for-all", ",".join(files), *both) == pytest.approx(known)
@@ -207,7 +207,7 @@ def test_numbers_of_several_teachers_that_do_not_fit_are_one_line(
     inside, work: Path, options: tuple, message: str
 ) -> None:
     with pytest.raises(SystemExit, match=message) as error:
-        _main(inside, "train", "digits", *FAST, "--teacher", "teacher-0,teacher-1", *options,
+        main(inside, "train", "digits", *FAST, "--teacher", "teacher-0,teacher-1", *options,
               "--out", "unfit")  # fmt: skip
     assert "\n" not in str(error.value)
     assert not list(work.glob("unfit*"))
@@ -216,13 +216,13 @@ def test_numbers_of_several_teachers_that_do_not_fit_are_one_line(
 @pytest.mark.parametrize("weights", ["alike", "by-label"])
 def test_two_teachers(inside, work: Path, weights: str) -> None:
     options = ("--teacher", "teacher-0,teacher-1", "--teacher-weights", weights)
-    _main(inside, "train", "digits", *FAST, *options, "--out", f"two-{weights}")
-    assert _report(work / f"two-{weights}")["teacher"] == "teacher-0,teacher-1"
+    main(inside, "train", "digits", *FAST, *options, "--out", f"two-{weights}")
+    assert read_report(work / f"two-{weights}")["teacher"] == "teacher-0,teacher-1"
 
 
 def test_a_mean_teacher_and_peers(inside, work: Path) -> None:
-    _main(inside, "train", "digits", *FAST, "--mean-teacher", 0.9, "--out", "mean")
-    _main(inside, "train", "digits", *FAST, "--peers", "mlp:8,mlp:8", "--out", "peers")
+    main(inside, "train", "digits", *FAST, "--mean-teacher", 0.9, "--out", "mean")
+    main(inside, "train", "digits", *FAST, "--peers", "mlp:8,mlp:8", "--out", "peers")
     lines = (work / "peers" / "metrics.jsonl").read_text().splitlines()
     assert {"ce", "kd", "ce_2", "kd_3"} <= json.loads(lines[0]).keys()
     assert (work / "peers" / "curves.png").stat().st_size > 1000
@@ -232,18 +232,18 @@ def test_a_folder_of_photographs_is_streamed(inside, work: Path) -> None:
     """Random crops, RandAugment, erasing, repeats, mixing and the cache of a timm teacher's run."""
     common = ("train", "photos", "--augment", "imagenet", "--image-size", 16, "--device", "cpu")
     common += ("--batch-size", 16, "--workers", 0, "--student", "convnet:8")
-    _main(inside, *common, "--epochs", 3, "--lr", 0.02, "--out", "colours")
-    report = _report(work / "colours")
+    main(inside, *common, "--epochs", 3, "--lr", 0.02, "--out", "colours")
+    report = read_report(work / "colours")
     assert report["train_images"] == 66
     assert report["test_accuracy"] > 0.6
     recipe = json.loads((work / "colours" / "recipe.json").read_text())
     assert recipe["augment"] == "imagenet"
     more = ("--auto-augment", "rand-m7-mstd0.5", "--random-erase", 0.3, "--mixup", 0.2)
     more += ("--repeats", 2, "--teacher", "colours", "--cache", "seen", "--epochs", 1)
-    _main(inside, *common, *more, "--out", "first")
-    _main(inside, *common, *more, "--out", "second")
+    main(inside, *common, *more, "--out", "first")
+    main(inside, *common, *more, "--out", "second")
     assert _same(work / "first", work / "second")
-    _main(inside, "evaluate", "first", "--json", "--device", "cpu")
+    main(inside, "evaluate", "first", "--json", "--device", "cpu")
 
 
 def test_an_unreadable_photograph_is_named(inside, work: Path) -> None:
@@ -256,4 +256,4 @@ def test_an_unreadable_photograph_is_named(inside, work: Path) -> None:
         path.write_bytes(path.read_bytes()[:60])
     options = ("--augment", "imagenet", "--image-size", 16, "--workers", 0, "--epochs", 1)
     with pytest.raises(SystemExit, match=r"image .*red/\d.png cannot be read"):
-        _main(inside, "train", "broken", *options, "--student", "mlp:8", "--out", "unread")
+        main(inside, "train", "broken", *options, "--student", "mlp:8", "--out", "unread")

@@ -281,11 +281,11 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, content):
 import pathlib, resource, sys
 path, tests, limit = sys.argv[1:]
 sys.path.insert(0, tests)
-import test_artifact
+import test_distilled_set
 from dsdistill.harness.data import distilled_set as artifact
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
 try:
-    artifact.save(pathlib.Path(path), test_artifact._distilled(seed=1))
+    artifact.save(pathlib.Path(path), test_distilled_set._distilled(seed=1))
 except OSError as error:
     sys.exit(f"OSError {error.errno}")
 """

@@ -7,7 +7,7 @@ import nbclient
 import nbformat
 import pytest
 
-FOLDER = Path(__file__).parents[1] / "notebooks"
+FOLDER = Path(__file__).parents[2] / "notebooks"
 SMALL = {  # name: the cell of settings, and how many pictures there are
     "01_distilled_versus_full": (
         'DATA, IMAGES_PER_CLASS, STEPS = "digits", (1, 2), 40\nSEEDS, LEARNERS = 2, "ridge,mlp:8"',

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-SPREAD = Path(__file__).with_name("fsdp_on_cpu.py")
+SPREAD = Path(__file__).parents[1] / "support" / "fsdp_on_cpu.py"
 
 
 def start(

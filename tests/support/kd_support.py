@@ -1,5 +1,6 @@
 """What several tests of `kd` need."""
 
+import json
 import os
 import signal
 import subprocess
@@ -33,6 +34,10 @@ def main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
         signal.signal(signal.SIGTERM, before)
 
 
+def read_report(folder: Path) -> dict:
+    return json.loads((folder / "report.json").read_text())
+
+
 def refused(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> str:
     """What the command says, in one line, to input that it refuses."""
     with pytest.raises(SystemExit) as stopped:
@@ -64,7 +69,7 @@ def stop_in(
 
 def environment() -> dict[str, str]:
     """Lets a process in another folder import the packages, and never wait for a network."""
-    root = str(Path(__file__).resolve().parents[1])
+    root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
 

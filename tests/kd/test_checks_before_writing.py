@@ -7,7 +7,7 @@ import kd_support as support
 import numpy as np
 import pytest
 import safetensors.numpy
-from test_kd_cli import _main, _report
+from kd_support import main, read_report
 
 from dsdistill.harness.data import distilled_set
 from dsdistill.harness.errors import UserError
@@ -32,8 +32,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )  # as long as the training itself
         for name, data in (("teacher-2", "two.npz"), ("one", "three.npz"), ("other", "three.npz")):
             seed = 1 if name == "other" else 0
-            _main(patch, "train", data, *FAST, "--epochs", 20, "--seed", seed, "--out", name)
-        _main(patch, "train", "digits", *FAST, "--out", "digits")
+            main(patch, "train", data, *FAST, "--epochs", 20, "--seed", seed, "--out", name)
+        main(patch, "train", "digits", *FAST, "--out", "digits")
     # The same network, whose outputs 0 and 2 have changed places and names.
     swapped = folder / "swapped"
     swapped.mkdir()
@@ -100,7 +100,7 @@ def test_what_cannot_work_is_one_line_and_leaves_nothing(
     wrong = dict(zip(classes, wrong.values(), strict=True))
     (work / "wrong.json").write_text(json.dumps(wrong))
     with pytest.raises(SystemExit) as error:
-        _main(inside, "train", data, *FAST, *options, "--out", "refused")
+        main(inside, "train", data, *FAST, *options, "--out", "refused")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert not list(work.glob("refused*"))
@@ -111,46 +111,46 @@ def test_a_last_batch_too_small_for_the_loss_joins_the_one_before(
 ) -> None:
     """Of 66 images by 16 the last two are too few for angles, and enough for all else."""
     size = 16
-    assert _report(work / "one")["train_images"] == 4 * size + 2
+    assert read_report(work / "one")["train_images"] == 4 * size + 2
     options = (*TAUGHT, "--loss", "ce,rkd-angle", "--batch-size", size)
-    _main(inside, "train", "three.npz", *FAST, *options, "--out", "angles")
+    main(inside, "train", "three.npz", *FAST, *options, "--out", "angles")
     said = capsys.readouterr().err
     assert f"the last batch of an epoch holds {size + 2} images, not {size}: 2 left over" in said
-    assert _report(work / "angles")["steps"] == 4
-    _main(inside, "train", "three.npz", *FAST, "--batch-size", size, "--out", "plain")
-    assert _report(work / "plain")["steps"] == 5
+    assert read_report(work / "angles")["steps"] == 4
+    main(inside, "train", "three.npz", *FAST, "--batch-size", size, "--out", "plain")
+    assert read_report(work / "plain")["steps"] == 5
     assert "left over" not in capsys.readouterr().err
 
 
 def test_smoothing_in_the_loss_is_the_recipes(inside, work: Path) -> None:
     options = ("--recipe", "distilled_set", "--loss", "ce:1:smoothing=0.2", "--mixup", 0.2)
-    _main(inside, "train", "three.npz", "--student", "mlp:8", *options, "--steps", 3,
+    main(inside, "train", "three.npz", "--student", "mlp:8", *options, "--steps", 3,
           "--device", "cpu", "--out", "smooth")  # fmt: skip
     assert json.loads((work / "smooth" / "recipe.json").read_text())["label_smoothing"] == 0.2
 
 
 def test_mse_of_real_images_is_stored_as_what_it_is(inside, work: Path) -> None:
     """Its outputs are near one-hot rows: as logits they would be no probabilities at all."""
-    _main(inside, "train", "three.npz", *FAST, "--epochs", 20, "--loss", "mse", "--out", "mse")
+    main(inside, "train", "three.npz", *FAST, "--epochs", 20, "--loss", "mse", "--out", "mse")
     card = json.loads((work / "mse" / "model.json").read_text())
     assert card["outputs"] == "centred labels"
     assert card["output_temperature"] < 0.5
-    assert _report(work / "mse")["nll"] < 0.5
+    assert read_report(work / "mse")["nll"] < 0.5
 
 
 def test_without_validation_images_it_is_said_and_the_teacher_is_judged_all_the_same(
     inside, work: Path, capsys
 ) -> None:
     options = (*TAUGHT, "--validation-fraction", 0, "--min-teacher-accuracy", 0.5)
-    _main(inside, "train", "three.npz", *FAST, *options, "--out", "unheld")
+    main(inside, "train", "three.npz", *FAST, *options, "--out", "unheld")
     said = " ".join(capsys.readouterr().err.split())
     assert "no validation images (none are held out): the weights of the last epoch are" in said
-    count = _report(work / "unheld")["train_images"]
+    count = read_report(work / "unheld")["train_images"]
     assert f"on {count} training images" in said
-    _main(inside, "train", "few.npz", *FAST, "--out", "few")
+    main(inside, "train", "few.npz", *FAST, "--out", "few")
     said = " ".join(capsys.readouterr().err.split())
     assert "no validation images (a share of 0.1 of so few images of each class is none)" in said
-    _main(inside, "train", "orphan.safetensors", "--student", "mlp:8", "--steps", 2,
+    main(inside, "train", "orphan.safetensors", "--student", "mlp:8", "--steps", 2,
           "--teacher", "digits", "--device", "cpu", "--out", "orphan")  # fmt: skip
     said = " ".join(capsys.readouterr().err.split())
     assert "the teachers are not judged: there are no real images" in said
@@ -159,26 +159,26 @@ def test_without_validation_images_it_is_said_and_the_teacher_is_judged_all_the_
 def test_each_teacher_has_its_own_class_map_and_figures(inside, work: Path, capsys) -> None:
     """`swapped` is `one` with other names in another order: mapped, it answers the same."""
     options = ("--teacher", "one,swapped", "--class-map", ",right.json")
-    _main(inside, "train", "three.npz", *FAST, *options, "--out", "mapped")
+    main(inside, "train", "three.npz", *FAST, *options, "--out", "mapped")
     said = " ".join(capsys.readouterr().err.split())
     assert "teacher one: accuracy" in said
     assert "teacher swapped: accuracy" in said
     assert "classes matched by the class map" in said
-    report = _report(work / "mapped")
+    report = read_report(work / "mapped")
     each = report["teachers"]
     assert each["one"] == each["swapped"]
     assert report["teacher_accuracy"] == each["one"]["accuracy"]
-    assert each["one"]["accuracy"] == _report(work / "one")["test_accuracy"]
+    assert each["one"]["accuracy"] == read_report(work / "one")["test_accuracy"]
     config = json.loads((work / "mapped" / "config.json").read_text())
     assert config["class_map"] == f",{(work / 'right.json').resolve()}"
     capsys.readouterr()
-    _main(inside, "evaluate", "mapped", "--json", "--device", "cpu")
+    main(inside, "evaluate", "mapped", "--json", "--device", "cpu")
     found = json.loads(capsys.readouterr().out)["teachers"]
     assert list(found.values()) == list(each.values())
-    _main(inside, "train", "three.npz", *FAST, "--teacher", "one,other", "--out", "several")
-    report = _report(work / "several")
+    main(inside, "train", "three.npz", *FAST, "--teacher", "one,other", "--out", "several")
+    report = read_report(work / "several")
     for name in ("one", "other"):
-        known = _report(work / name)["test_accuracy"]
+        known = read_report(work / name)["test_accuracy"]
         assert report["teachers"][name]["accuracy"] == known
 
 
@@ -186,7 +186,7 @@ def test_terms_of_features_learn_from_every_teacher(inside, work: Path) -> None:
     students = []
     for name, several in (("first", "one"), ("second", "other"), ("both", "one,other")):
         options = ("--teacher", several, "--loss", "ce,srd:1")
-        _main(inside, "train", "three.npz", *FAST, *options, "--out", f"featured-{name}")
+        main(inside, "train", "three.npz", *FAST, *options, "--out", f"featured-{name}")
         students.append((work / f"featured-{name}" / "student.safetensors").read_bytes())
     assert len(set(students)) == 3
 
@@ -204,13 +204,13 @@ def test_terms_of_features_learn_from_every_teacher(inside, work: Path) -> None:
 def test_fewer_negatives_than_asked_for_are_said_first(
     inside, work: Path, capsys, loss: str, line: str | None
 ) -> None:
-    assert _report(work / "one")["train_images"] == 66
+    assert read_report(work / "one")["train_images"] == 66
 
     def stop(*_: object) -> None:
         raise UserError("stopped before the folder is made")
 
     inside.setattr("kd.commands.train._open", stop)
     with pytest.raises(SystemExit, match="stopped before the folder is made"):
-        _main(inside, "train", "three.npz", *FAST, *TAUGHT, "--loss", loss, "--out", "capped")
+        main(inside, "train", "three.npz", *FAST, *TAUGHT, "--loss", loss, "--out", "capped")
     said = " ".join(capsys.readouterr().err.split())
     assert (line in said) if line else ("as many as there are" not in said)

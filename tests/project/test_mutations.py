@@ -11,7 +11,7 @@ import pytest
 
 from dsdistill.harness.errors import UserError
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import mutation_edits  # noqa: E402

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_kd_terms import LAYERED, SHAPE, layers, teacher
+from terms_support import LAYERED, SHAPE, layers, teacher
 from torch import nn
 
 from dsdistill.harness.errors import UserError

@@ -14,25 +14,11 @@ import kd_support as support
 import numpy as np
 import pytest
 import safetensors.numpy
+from kd_support import main, read_report
 
 from dsdistill.harness.data import distilled_set
-from kd import cli
 
 FAST = ("--student", "mlp:16", "--epochs", "4", "--batch-size", "64")
-
-
-def _main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    """The command in this process, where importing torch costs nothing more."""
-    monkeypatch.setattr(sys, "argv", ["kd", *map(str, arguments)])
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        cli.main()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _report(folder: Path) -> dict:
-    return json.loads((folder / "report.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +27,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kd")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        _main(patch, "train", "digits", *FAST, "--epochs", 12, "--out", "teacher")
+        main(patch, "train", "digits", *FAST, "--epochs", 12, "--out", "teacher")
     splits = support.digits()
     distilled_set.save(folder / "set.safetensors", support.distilled(splits))
     other = {"data": {"source": "digits", "sha256": "0" * 64}}
@@ -86,7 +72,7 @@ def test_a_finished_folder_holds_all_that_was_promised(work: Path) -> None:
     names = {p.name for p in folder.iterdir()}
     assert {"student.safetensors", "model.json", "config.json", "metrics.jsonl"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
-    report = _report(folder)
+    report = read_report(folder)
     assert report["test_accuracy"] > 0.8
     assert report["train_images"] == len(support.digits().train)
     assert report["recipe"]["epochs"] == 12
@@ -98,27 +84,27 @@ def test_a_finished_folder_holds_all_that_was_promised(work: Path) -> None:
 
 
 def test_train_from_a_teacher_and_evaluate(inside, work: Path, capsys) -> None:
-    _main(inside, "train", *FAST, "--teacher", "teacher", "--out", "taught")
-    assert _report(work / "taught")["teacher_agreement"] > 0.5
+    main(inside, "train", *FAST, "--teacher", "teacher", "--out", "taught")
+    assert read_report(work / "taught")["teacher_agreement"] > 0.5
     capsys.readouterr()
-    _main(inside, "evaluate", "taught", "--json")
+    main(inside, "evaluate", "taught", "--json")
     found = json.loads(capsys.readouterr().out)
-    report = _report(work / "taught")
+    report = read_report(work / "taught")
     for name in ("nll", "calibration_error", "teacher_agreement", "teacher_accuracy"):
         assert found[name] == pytest.approx(report[name])
     assert found["accuracy"] == report["test_accuracy"]
     assert found["parameters"] == report["parameters"] > 0
     assert found["latency_ms_batch_1"] > 0
     assert found["latency_ms_batch_64"] > 0
-    _main(inside, "evaluate", "taught", "digits")
+    main(inside, "evaluate", "taught", "digits")
     assert "expected calibration error (15 bins)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("data", ["set.safetensors", "run"])
 def test_a_distilled_set_is_trained_on_its_stored_labels(inside, work: Path, data: str) -> None:
     out = f"alone-{data}"
-    _main(inside, "train", data, "--student", "mlp:16", "--epochs", 100, "--out", out)
-    report, card = _report(work / out), json.loads((work / out / "model.json").read_text())
+    main(inside, "train", data, "--student", "mlp:16", "--epochs", 100, "--out", out)
+    report, card = read_report(work / out), json.loads((work / out / "model.json").read_text())
     assert report["test_accuracy"] > 0.5
     assert report["train_images"] == 50
     assert card["outputs"] == "centred labels"
@@ -128,8 +114,8 @@ def test_a_distilled_set_is_trained_on_its_stored_labels(inside, work: Path, dat
 
 def test_a_teacher_relabels_a_distilled_set(inside, work: Path) -> None:
     options = ("--student", "mlp:64", "--epochs", 200, "--teacher", "teacher", "--out", "relabel")
-    _main(inside, "train", "set.safetensors", *options)
-    report = _report(work / "relabel")
+    main(inside, "train", "set.safetensors", *options)
+    report = read_report(work / "relabel")
     assert report["test_accuracy"] > 0.5
     assert report["output_temperature"] == 1.0
     first = json.loads((work / "relabel" / "metrics.jsonl").read_text().splitlines()[0])
@@ -140,15 +126,15 @@ def test_a_teacher_relabels_a_distilled_set(inside, work: Path) -> None:
 def test_a_set_whose_data_are_gone_is_trained_on_without_evaluation(
     inside, work: Path, data: str, capsys
 ) -> None:
-    _main(inside, "train", data, "--student", "mlp:8", "--epochs", 2, "--out", f"from-{data}")
+    main(inside, "train", data, "--student", "mlp:8", "--epochs", 2, "--out", f"from-{data}")
     assert "no validation and no test" in capsys.readouterr().err
-    assert _report(work / f"from-{data}")["test_accuracy"] is None
+    assert read_report(work / f"from-{data}")["test_accuracy"] is None
 
 
 def test_an_earlier_student_is_trained_further(inside, work: Path) -> None:
     options = ("--student", "teacher", "--epochs", 1, "--lr", 1e-4, "--out", "further")
-    _main(inside, "train", "digits", *options)
-    before, after = (_report(work / name) for name in ("teacher", "further"))
+    main(inside, "train", "digits", *options)
+    before, after = (read_report(work / name) for name in ("teacher", "further"))
     assert after["student"] == "mlp:16"
     assert abs(after["test_accuracy"] - before["test_accuracy"]) < 0.05
 
@@ -159,7 +145,7 @@ def test_pretrained_students_get_their_own_normalisation(inside, work: Path) -> 
     make = timm.create_model
     inside.setattr(timm, "create_model", lambda name, pretrained, **kw: make(name, **kw))
     options = ("--student", "test_resnet", "--pretrained", "--epochs", 1, "--out", "own")
-    _main(inside, "train", "three.npz", *options)
+    main(inside, "train", "three.npz", *options)
     card = json.loads((work / "own" / "model.json").read_text())
     assert card["preprocess"]["mean"] == [pytest.approx(timm_mean())]
 
@@ -257,7 +243,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
 ) -> None:
     before = sorted(work.iterdir())
     with pytest.raises(SystemExit) as stopped:
-        _main(inside, *arguments)
+        main(inside, *arguments)
     line = str(stopped.value.code)  # what the interpreter prints on stderr, with exit code 1
     assert line.startswith("kd: ")
     assert message in line
@@ -294,7 +280,7 @@ def test_half_precision_and_another_memory_format_through_the_real_command(work:
         "train", "digits", "--student", "convnet:8", "--epochs", 1, *options, cwd=work
     )
     assert done.returncode == 0, done.stderr
-    assert _report(work / "half")["recipe"]["precision"] == "bf16"
+    assert read_report(work / "half")["recipe"]["precision"] == "bf16"
     stored = safetensors.numpy.load_file(work / "half" / "student.safetensors")
     assert {value.dtype for value in stored.values()} == {np.dtype(np.float32)}
 
@@ -303,7 +289,7 @@ def test_half_precision_and_another_memory_format_through_the_real_command(work:
 def test_an_unwritable_folder_is_one_line(inside, work: Path) -> None:
     (work / "locked").mkdir(mode=0o500)
     with pytest.raises(SystemExit, match=r"kd: .*Permission denied"):
-        _main(inside, "train", *FAST, "--out", "locked/run")
+        main(inside, "train", *FAST, "--out", "locked/run")
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(inside, work: Path) -> None:
@@ -320,20 +306,20 @@ def test_a_full_disk_leaves_the_last_checkpoint(inside, work: Path) -> None:
     inside.setattr(run_folder, "write_bytes", full)
     inside.setattr("kd.training.saving.AT_MOST", 0.0)  # saved after every step
     with pytest.raises(SystemExit, match="No space left on device"):
-        _main(inside, "train", *FAST, "--out", "full")
+        main(inside, "train", *FAST, "--out", "full")
     inside.setattr(run_folder, "write_bytes", write)
     assert not list((work / "full").glob(".checkpoint*"))
-    _main(inside, "train", "--out", "full", "--resume")
-    assert _report(work / "full")["epochs"] == 4
+    main(inside, "train", "--out", "full", "--resume")
+    assert read_report(work / "full")["epochs"] == 4
 
 
 def test_a_checkpoint_of_another_network_is_refused(inside, work: Path) -> None:
     for name, student in (("small", "mlp:8"), ("large", "mlp:16")):
-        _main(inside, "train", "digits", "--student", student, "--epochs", 1, "--out", name)
+        main(inside, "train", "digits", "--student", student, "--epochs", 1, "--out", name)
     (work / "large" / "report.json").unlink()
     shutil.copy(work / "small" / "checkpoint.safetensors", work / "large")
     with pytest.raises(SystemExit, match="the checkpoint is of another network, loss or recipe"):
-        _main(inside, "train", "--out", "large", "--resume")
+        main(inside, "train", "--out", "large", "--resume")
 
 
 def test_options_that_contradict_the_stored_ones_are_refused(inside, work: Path) -> None:
@@ -341,7 +327,7 @@ def test_options_that_contradict_the_stored_ones_are_refused(inside, work: Path)
     shutil.copytree(work / "teacher", folder)
     (folder / "report.json").unlink()
     with pytest.raises(SystemExit, match="was started with --epochs 12, got 3"):
-        _main(inside, "train", "--out", folder, "--resume", "--epochs", 3)
+        main(inside, "train", "--out", folder, "--resume", "--epochs", 3)
 
 
 LONG = ("--student", "mlp:64", "--epochs", "30", "--batch-size", "64", "--seed", "5")
@@ -365,8 +351,8 @@ def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(inside, work: P
     process = _kill_after_a_checkpoint(work, "killed", signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert not (work / "killed" / "report.json").exists()
-    _main(inside, "train", "--out", "killed", "--resume")
-    _main(inside, "train", "digits", *LONG, "--out", "whole")
+    main(inside, "train", "--out", "killed", "--resume")
+    main(inside, "train", "digits", *LONG, "--out", "whole")
     a, b = (
         safetensors.numpy.load_file(work / name / "student.safetensors")
         for name in ("killed", "whole")
@@ -396,7 +382,7 @@ def test_interrupted_is_one_line_and_resumable(work: Path, sign: int) -> None:
 
 def test_the_default_folder_is_the_next_free_one(inside, work: Path, capsys) -> None:
     for n in (1, 2):
-        _main(inside, "train", "three.npz", "--student", "mlp:8", "--epochs", 1)
+        main(inside, "train", "three.npz", "--student", "mlp:8", "--epochs", 1)
         assert (work / "runs" / f"kd-mlp-8-three-{n}" / "report.json").exists()
     assert re.search(r"folder +runs/kd-mlp-8-three-2", capsys.readouterr().out)
 
@@ -407,5 +393,5 @@ def test_fashion_mnist(inside, work: Path) -> None:
     if not root or not (Path(root) / "FashionMNIST").is_dir():
         pytest.skip("Fashion-MNIST is not under DSDISTILL_DATA")
     options = ("--student", "mlp:32", "--epochs", 1, "--data-root", root, "--out", "fashion")
-    _main(inside, "train", "fashion-mnist", *options)
-    assert _report(work / "fashion")["test_accuracy"] > 0.75
+    main(inside, "train", "fashion-mnist", *options)
+    assert read_report(work / "fashion")["test_accuracy"] > 0.75
