@@ -29,7 +29,7 @@ from timm.task.distillation import DistillationTeacher
 from torch import nn
 
 from dsdistill.harness.data import preprocess
-from dsdistill.harness.data.labeled_images import Examples, Labeled
+from dsdistill.harness.data.labeled_images import Examples, LabeledImages
 from kd.data import batching
 from kd.models import networks
 from kd.objectives import loss_spec, terms
@@ -105,7 +105,9 @@ def made(
     rng = np.random.default_rng(0)
     images = rng.normal(size=(n, *shape)).astype(np.float32)
     labels = np.arange(n) % 10
-    examples = Examples(Labeled(images, labels, tuple("0123456789")), preprocess.identity(channels))
+    examples = Examples(
+        LabeledImages(images, labels, tuple("0123456789")), preprocess.identity(channels)
+    )
     where = torch.device(device)
     build = functools.partial(networks.build, shape=shape, classes=10, seed=1)
     ours, theirs = (build(name).to(where) for name in (student, teacher))

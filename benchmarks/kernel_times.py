@@ -152,7 +152,7 @@ def images(n: int, shape: tuple[int, int, int], seed: int) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), (n, *shape))
 
 
-def stax_kernel(network: notation.Sequence) -> Callable[..., Any]:
+def stax_kernel(network: notation.Architecture) -> Callable[..., Any]:
     """The same network in neural-tangents."""
     stax = neural_tangents.load().stax
     std = {"W_std": network.w_std, "b_std": network.b_std}

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsdistill.harness.data.labeled_images import Examples, Labeled
+from dsdistill.harness.data.labeled_images import Examples, LabeledImages
 from dsdistill.harness.data.preprocess import identity
 from dsdistill.kernels import networks, neural_tangents
 from dsdistill.methods import kip
@@ -47,7 +47,7 @@ def random_examples(n: int) -> Examples:
     rng = np.random.default_rng(0)
     images = rng.standard_normal((n, 28, 28, 1), np.float32)
     classes = tuple(map(str, range(10)))
-    return Examples(Labeled(images, rng.integers(0, 10, n), classes), identity(1), ready=True)
+    return Examples(LabeledImages(images, rng.integers(0, 10, n), classes), identity(1), ready=True)
 
 
 def our_steps(train: Examples, support: Support, steps: int):

@@ -95,9 +95,9 @@ def _set_reader() -> Read:
 
 def _make_whole_set(folder: Path) -> None:
     from dsdistill.commands import distil
-    from dsdistill.options import Kip
+    from dsdistill.options import KipOptions
 
-    distil.run_kip(Kip(str(_data(folder)), out=folder / "run", images_per_class=2, steps=2))
+    distil.run_kip(KipOptions(str(_data(folder)), out=folder / "run", images_per_class=2, steps=2))
     shutil.move(folder / "run" / SET[0], folder / SET[0])
     shutil.rmtree(folder / "run")
 
@@ -106,14 +106,14 @@ def _use_reader() -> Read:
     """Up to the first training: what a set says of itself decides which data are loaded."""
     from dsdistill.commands import evaluation_parts, export
     from dsdistill.harness.errors import UserError
-    from dsdistill.options import Evaluate
+    from dsdistill.options import EvaluateOptions
     from kd.data import data_source
 
     def read(folder: Path) -> Any:
         path = folder / SET[0]
         uses = [
-            lambda: evaluation_parts.assembled(
-                Evaluate(path, learners="ridge,mlp:8")
+            lambda: evaluation_parts.assemble(
+                EvaluateOptions(path, learners="ridge,mlp:8")
             ).train.images(),
             lambda: data_source.resolve(str(path), root=folder).shape,
             *(
@@ -136,28 +136,30 @@ def _use_reader() -> Read:
 
 def _make_kip(folder: Path) -> None:
     from dsdistill.commands import distil
-    from dsdistill.options import Kip
+    from dsdistill.options import KipOptions
 
-    distil.run_kip(Kip(str(_data(folder)), out=folder, images_per_class=2, steps=6))
+    distil.run_kip(KipOptions(str(_data(folder)), out=folder, images_per_class=2, steps=6))
     (folder / "distilled.safetensors").unlink()  # so that there is something to resume
 
 
 def _make_label_solve(folder: Path) -> None:
     from dsdistill.commands import distil
-    from dsdistill.options import LabelSolve
+    from dsdistill.options import LabelSolveOptions
 
-    distil.run_label_solve(LabelSolve(str(_data(folder)), out=folder, images_per_class=2))
+    distil.run_label_solve(LabelSolveOptions(str(_data(folder)), out=folder, images_per_class=2))
     (folder / "distilled.safetensors").unlink()
 
 
 def _make_training(folder: Path) -> None:
     from kd.commands import train
-    from kd.options import Overrides, Train
+    from kd.options import Overrides, TrainOptions
 
     few: Any = Overrides(epochs=2, batch_size=16)
     train.run(
         train.resolve(
-            Train(str(_data(folder)), student="mlp:8", out=folder, preprocess="zca", overrides=few)
+            TrainOptions(
+                str(_data(folder)), student="mlp:8", out=folder, preprocess="zca", overrides=few
+            )
         )
     )
 
@@ -181,10 +183,10 @@ def _state_reader() -> Read:
 def _kip_reader() -> Read:
     from dsdistill.commands import distil
     from dsdistill.harness.data import distilled_set
-    from dsdistill.options import Kip
+    from dsdistill.options import KipOptions
 
     def read(folder: Path) -> Any:
-        distil.run_kip(Kip(out=folder, resume=True))
+        distil.run_kip(KipOptions(out=folder, resume=True))
         made = distilled_set.load(distilled_set.locate(folder))
         return made.images, made.labels
 
@@ -194,10 +196,10 @@ def _kip_reader() -> Read:
 def _label_solve_reader() -> Read:
     from dsdistill.commands import distil
     from dsdistill.harness.data import distilled_set
-    from dsdistill.options import LabelSolve
+    from dsdistill.options import LabelSolveOptions
 
     def read(folder: Path) -> Any:
-        distil.run_label_solve(LabelSolve(out=folder, resume=True))
+        distil.run_label_solve(LabelSolveOptions(out=folder, resume=True))
         made = distilled_set.load(distilled_set.locate(folder))
         return made.images, made.labels
 
@@ -207,10 +209,10 @@ def _label_solve_reader() -> Read:
 def _training_reader() -> Read:
     from kd.commands import train
     from kd.models import saved_models
-    from kd.options import Train
+    from kd.options import TrainOptions
 
     def read(folder: Path) -> Any:
-        report = train.run(train.resolve(Train(out=folder, resume=True)))
+        report = train.run(train.resolve(TrainOptions(out=folder, resume=True)))
         state = saved_models.load_run(folder).classifier.network.state_dict()
         return {k: v.numpy() for k, v in state.items()}, report["test_accuracy"]
 
@@ -236,10 +238,10 @@ def _kd_report_reader() -> Read:
 
 def _kd_evaluate_reader() -> Read:
     from kd.commands.evaluate import evaluate
-    from kd.options import Evaluate
+    from kd.options import EvaluateOptions
 
     def read(folder: Path) -> Any:
-        found = evaluate(Evaluate(folder))
+        found = evaluate(EvaluateOptions(folder))
         return {k: v for k, v in found.items() if not k.startswith("latency") and k != "run"}
 
     return read
@@ -340,9 +342,9 @@ def _make_kept(folder: Path) -> None:
 
 
 def _kept(folder: Path) -> Any:
-    from dsdistill.harness.evaluation.result_cache import Kept
+    from dsdistill.harness.evaluation.result_cache import ResultCache
 
-    return Kept(folder / "results", say=lambda line: None)
+    return ResultCache(folder / "results", say=lambda line: None)
 
 
 def _result() -> Any:
@@ -424,7 +426,7 @@ def _foreign_reader() -> Read:
     from dsdistill.harness.data import npz, preprocess
     from dsdistill.published_sets import reader as foreign
 
-    stated = foreign.Stated(pixels="standardised", mean=(0.5,), std=(0.25,))
+    stated = foreign.StatedFormat(pixels="standardised", mean=(0.5,), std=(0.25,))
 
     def read(folder: Path) -> Any:
         data = npz.read(folder / "real" / "data.npz")
@@ -440,10 +442,10 @@ def _foreign_reader() -> Read:
 
 def _make_program(folder: Path) -> None:
     from kd.commands.export import export
-    from kd.options import Export
+    from kd.options import ExportOptions
 
     _make_training(folder / "run")
-    export(Export(folder / "run", format="pt2", out=folder / "program.pt2"))
+    export(ExportOptions(folder / "run", format="pt2", out=folder / "program.pt2"))
     shutil.rmtree(folder / "run")
 
 

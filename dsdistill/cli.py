@@ -13,19 +13,19 @@ from dsdistill.harness import command_line
 from dsdistill.harness.text import printable
 
 
-def kip(chosen: options.Kip) -> None:
+def kip(chosen: options.KipOptions) -> None:
     from dsdistill.commands import distil
 
     _distil(distil.run_kip, chosen)
 
 
-def label_solve(chosen: options.LabelSolve) -> None:
+def label_solve(chosen: options.LabelSolveOptions) -> None:
     from dsdistill.commands import distil
 
     _distil(distil.run_label_solve, chosen)
 
 
-def evaluate(chosen: options.Evaluate) -> None:
+def evaluate(chosen: options.EvaluateOptions) -> None:
     from dsdistill.commands import evaluate as evaluate_command
     from dsdistill.parallel import devices
 
@@ -33,31 +33,31 @@ def evaluate(chosen: options.Evaluate) -> None:
     evaluate_command.run(chosen)
 
 
-def report(chosen: options.Report) -> None:
+def report(chosen: options.ReportOptions) -> None:
     from dsdistill.commands import evaluate as evaluate_command
 
     print(printable(str(evaluate_command.compare(chosen))))
 
 
-def inspect(chosen: options.Inspect) -> None:
+def inspect(chosen: options.InspectOptions) -> None:
     from dsdistill.commands import inspect as inspect_command
 
     inspect_command.print_set(chosen.file, as_json=chosen.json)
 
 
-def export(chosen: options.Export) -> None:
+def export(chosen: options.ExportOptions) -> None:
     from dsdistill.commands import export as exporting
 
     print(printable(str(exporting.write(chosen.file, chosen.format, chosen.out))))
 
 
-def cache(chosen: options.Cache) -> None:
+def cache(chosen: options.CacheOptions) -> None:
     from dsdistill.commands import cache as kept
 
     kept.run(clear=chosen.clear, older_than=chosen.older_than)
 
 
-def _distil(run: Callable[[Any], Path], chosen: options.Source) -> None:
+def _distil(run: Callable[[Any], Path], chosen: options.RunOptions) -> None:
     from dsdistill.commands import inspect as inspect_command
     from dsdistill.parallel import devices, hosts
 
@@ -69,13 +69,13 @@ def _distil(run: Callable[[Any], Path], chosen: options.Source) -> None:
 
 
 COMMANDS: command_line.Commands = {
-    "kip": (options.Kip, kip),
-    "ls": (options.LabelSolve, label_solve),
-    "evaluate": (options.Evaluate, evaluate),
-    "report": (options.Report, report),
-    "inspect": (options.Inspect, inspect),
-    "export": (options.Export, export),
-    "cache": (options.Cache, cache),
+    "kip": (options.KipOptions, kip),
+    "ls": (options.LabelSolveOptions, label_solve),
+    "evaluate": (options.EvaluateOptions, evaluate),
+    "report": (options.ReportOptions, report),
+    "inspect": (options.InspectOptions, inspect),
+    "export": (options.ExportOptions, export),
+    "cache": (options.CacheOptions, cache),
 }
 
 

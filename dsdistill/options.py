@@ -30,7 +30,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # of an optimizer
 
 
 @dataclass(frozen=True)
-class Source:
+class RunOptions:
     """Which images, and how a kernel sees them."""
 
     data: Data = "digits"
@@ -88,7 +88,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Kip(Source):
+class KipOptions(RunOptions):
     """Kernel Inducing Points: learn a few images by gradient descent through ridge regression."""
 
     images_per_class: int | None = None
@@ -147,9 +147,9 @@ class Kip(Source):
     """validation images, class-balanced, that judge during the run; all of them at its end"""
 
 
-def settled(options: Options) -> Options:
+def with_defaults(options: Options) -> Options:
     """The options with the defaults that depend on others."""
-    if not isinstance(options, Kip):
+    if not isinstance(options, KipOptions):
         return options
     defaults = DEFAULTS[options.optimizer]
     missing = {name: value for name, value in defaults.items() if getattr(options, name) is None}
@@ -157,7 +157,7 @@ def settled(options: Options) -> Options:
 
 
 @dataclass(frozen=True)
-class LabelSolve(Source):
+class LabelSolveOptions(RunOptions):
     """Label Solve: keep real images and solve for the labels that fit all training images best."""
 
     validation_fraction: float = 0.0
@@ -168,7 +168,7 @@ class LabelSolve(Source):
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class EvaluateOptions:
     """Train learners on a distilled set and, the same way, on random, coreset and full data."""
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -258,7 +258,7 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
-class Report:
+class ReportOptions:
     """Compare evaluations, or distilled sets, on one page."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
@@ -269,7 +269,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Inspect:
+class InspectOptions:
     """Print what a distilled set holds and how it was made."""
 
     file: Annotated[Path, tyro.conf.Positional]
@@ -280,7 +280,7 @@ class Inspect:
 
 
 @dataclass(frozen=True)
-class Export:
+class ExportOptions:
     """Write the images of a distilled set for other programs."""
 
     file: Annotated[Path, tyro.conf.Positional]
@@ -295,7 +295,7 @@ class Export:
 
 
 @dataclass(frozen=True)
-class Cache:
+class CacheOptions:
     """List or clear decoded images and results that are kept for later runs."""
 
     clear: bool = False

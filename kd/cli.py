@@ -7,22 +7,22 @@ from typing import Any
 
 from dsdistill.harness import command_line
 from dsdistill.harness.text import console, printable
-from kd.options import Evaluate, Export, Report, Train
+from kd.options import EvaluateOptions, ExportOptions, ReportOptions, TrainOptions
 
 
 def main() -> None:
     """Run one command of the line that the user typed."""
     description = "Train a small student from labels or from a large teacher, and judge it."
     commands = {
-        "train": (Train, _train),
-        "evaluate": (Evaluate, _evaluate),
-        "export": (Export, _export),
-        "report": (Report, _report),
+        "train": (TrainOptions, _train),
+        "evaluate": (EvaluateOptions, _evaluate),
+        "export": (ExportOptions, _export),
+        "report": (ReportOptions, _report),
     }
     command_line.main("kd", description, commands, "interrupted")
 
 
-def _train(options: Train) -> None:
+def _train(options: TrainOptions) -> None:
     options.check()  # before the seconds that importing torch takes
     from kd.commands import train
 
@@ -44,7 +44,7 @@ def _train(options: Train) -> None:
     _print({"folder": str(options.out), **{name: report.get(name) for name in _SUMMARY}})
 
 
-def _evaluate(options: Evaluate) -> None:
+def _evaluate(options: EvaluateOptions) -> None:
     from kd.commands.evaluate import evaluate
 
     found = evaluate(options)
@@ -54,7 +54,7 @@ def _evaluate(options: Evaluate) -> None:
         _print({name: value for name, value in found.items() if name != "notes"})  # are said
 
 
-def _export(options: Export) -> None:
+def _export(options: ExportOptions) -> None:
     from kd.commands.export import export
 
     found = export(options)
@@ -64,7 +64,7 @@ def _export(options: Export) -> None:
     _print({name: rounded.get(name, found[name]) for name in _EXPORTED})
 
 
-def _report(options: Report) -> None:
+def _report(options: ReportOptions) -> None:
     from dsdistill.harness.runs.run_folder import write_bytes
     from kd.commands import report
 

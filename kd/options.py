@@ -42,7 +42,7 @@ TOLD = ("teacher_image_size", "teacher_mean", "teacher_std")  # what a file of w
 
 
 @dataclass(frozen=True)
-class Train:
+class TrainOptions:
     """Train a student on labels alone, or from teachers."""
 
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[DATA]")] = "digits"
@@ -169,7 +169,7 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class EvaluateOptions:
     """Judge a trained student on test images."""
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
@@ -193,7 +193,7 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
-class Export:
+class ExportOptions:
     """Write a finished student for other programs, and check that it answers the same."""
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
@@ -208,7 +208,7 @@ class Export:
 
 
 @dataclass(frozen=True)
-class Report:
+class ReportOptions:
     """Compare finished runs on one page."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]

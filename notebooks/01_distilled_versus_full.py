@@ -39,11 +39,11 @@ from pathlib import Path
 
 from dsdistill.commands.distil import run_kip
 from dsdistill.harness.data import distilled_set
-from dsdistill.options import Kip
+from dsdistill.options import KipOptions
 
 folder = Path(tempfile.mkdtemp())
 runs = [
-    run_kip(Kip(data=DATA, images_per_class=k, steps=STEPS, out=folder / f"kip-{k}"))
+    run_kip(KipOptions(data=DATA, images_per_class=k, steps=STEPS, out=folder / f"kip-{k}"))
     for k in IMAGES_PER_CLASS
 ]
 for run in runs:
@@ -70,11 +70,13 @@ Image(runs[-2 if len(runs) > 1 else 0] / "distilled.png", width=760)
 
 # %%
 from dsdistill.commands import evaluate
-from dsdistill.options import Evaluate
+from dsdistill.options import EvaluateOptions
 
 evaluations = [
     evaluate.run(
-        Evaluate(run, learners=LEARNERS, controls="random,k-means,full", seeds=SEEDS, cache=folder)
+        EvaluateOptions(
+            run, learners=LEARNERS, controls="random,k-means,full", seeds=SEEDS, cache=folder
+        )
     )
     for run in runs
 ]

@@ -70,19 +70,19 @@ import tempfile
 from pathlib import Path
 
 from dsdistill.commands.distil import run_kip, run_label_solve
-from dsdistill.options import Kip, LabelSolve
+from dsdistill.options import KipOptions, LabelSolveOptions
 
 folder = Path(tempfile.mkdtemp())
 common = {"data": DATA, "images_per_class": IMAGES_PER_CLASS, "kernel": KERNEL}
 steps = {"steps": STEPS}
 made = {
-    "Label Solve": run_label_solve(LabelSolve(**common, out=folder / "ls")),
-    "KIP": run_kip(Kip(**common, **steps, out=folder / "kip")),
+    "Label Solve": run_label_solve(LabelSolveOptions(**common, out=folder / "ls")),
+    "KIP": run_kip(KipOptions(**common, **steps, out=folder / "kip")),
     "KIP, labels learned": run_kip(
-        Kip(**common, **steps, learn_labels=True, out=folder / "kip-labels")
+        KipOptions(**common, **steps, learn_labels=True, out=folder / "kip-labels")
     ),
     "KIP, 90 % of the pixels noise": run_kip(
-        Kip(**common, **steps, init="noise", corruption=0.9, out=folder / "kip-corrupted")
+        KipOptions(**common, **steps, init="noise", corruption=0.9, out=folder / "kip-corrupted")
     ),
 }
 

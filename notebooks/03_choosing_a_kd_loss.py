@@ -33,11 +33,13 @@ import tempfile
 from pathlib import Path
 
 from kd.commands import train
-from kd.options import Overrides, Train
+from kd.options import Overrides, TrainOptions
 
 folder = Path(tempfile.mkdtemp())
 teacher = folder / "teacher"
-options = Train(DATA, student=TEACHER, out=teacher, overrides=Overrides(epochs=TEACHER_EPOCHS))
+options = TrainOptions(
+    DATA, student=TEACHER, out=teacher, overrides=Overrides(epochs=TEACHER_EPOCHS)
+)
 report = train.run(options)
 f"teacher: {report['test_accuracy']:.2%} of the test images, {report['parameters']:,} parameters"
 
@@ -62,7 +64,7 @@ for name, loss in LOSSES.items():
     # Answers can be kept from one training to the next; layers cannot.
     cached = {"cache": folder / "answers"} if name in ("KD", "DKD", "DIST") else {}
     for seed in SEEDS:
-        options = Train(
+        options = TrainOptions(
             DATA,
             student=STUDENT,
             seed=seed,

@@ -58,9 +58,9 @@ sorted(path.name for path in photos.iterdir())
 from IPython.display import Image
 
 from dsdistill.commands.distil import run_kip
-from dsdistill.options import Kip
+from dsdistill.options import KipOptions
 
-options = Kip(
+options = KipOptions(
     data=str(photos), image_size=IMAGE_SIZE, images_per_class=5, steps=200, out=work / "distilled"
 )
 Image(run_kip(options) / "distilled.png", width=700)
@@ -73,12 +73,12 @@ Image(run_kip(options) / "distilled.png", width=700)
 
 # %%
 from kd.commands import train
-from kd.options import Overrides, Train
+from kd.options import Overrides, TrainOptions
 
 # Of sizes other than the network's own the images are resized.
 size = {"image_size": IMAGE_SIZE}
 teacher = work / "teacher"
-options = Train(
+options = TrainOptions(
     str(photos),
     student=TEACHER,
     out=teacher,
@@ -94,7 +94,7 @@ f"teacher: {taught['test_accuracy']:.1%}, {taught['parameters']:,} parameters"
 
 # %%
 student = work / "student"
-options = Train(
+options = TrainOptions(
     str(photos),
     student=STUDENT,
     teacher=str(teacher),
@@ -117,9 +117,9 @@ Image(student / "curves.png", width=760)
 
 # %%
 from kd.commands.export import export
-from kd.options import Export
+from kd.options import ExportOptions
 
-written = export(Export(student, "onnx"))
+written = export(ExportOptions(student, "onnx"))
 {name: written[name] for name in ("written", "largest_difference", "argmax_agreement")}
 
 # %%

@@ -130,7 +130,7 @@ def _remove(path: Path) -> bool:
         return True
     try:
         lock = locks.acquire(path, needed=False)
-    except locks.Held as holder:
+    except locks.LockHeld as holder:
         progress.say(f"{path} is left: {holder} is writing it")
         return False
     except FileNotFoundError:  # its process has finished it, or given up

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from dsdistill.commands.prepare import Setting, prepared
+from dsdistill.commands.prepare import Prepared, prepare
 from dsdistill.harness import machine, memory, stopping
 from dsdistill.harness.data import datasets, distilled_set
 from dsdistill.harness.data.labeled_images import Examples
@@ -33,7 +33,7 @@ from dsdistill.loops.search import accumulated, search
 from dsdistill.methods import initial_support, label_solve, ridge
 from dsdistill.methods.initial_support import Support
 from dsdistill.methods.targets import resident
-from dsdistill.options import Kip, LabelSolve, Source, settled
+from dsdistill.options import KipOptions, LabelSolveOptions, RunOptions, with_defaults
 from dsdistill.parallel import hosts
 
 EVALUATION_RIDGE = 1e-6  # relative, for Label Solve, whose own ridge is absolute
@@ -43,11 +43,11 @@ FREE = ("data_root",)  # the data may have moved between start and resume
 PATHS = ("data", "data_root", "init")  # which may differ from host to host
 WORDS = (*datasets.NAMES, *initial_support.DRAWN)  # options of these values are no paths
 
-Options = TypeVar("Options", bound=Source)
+Options = TypeVar("Options", bound=RunOptions)
 
 
 @dataclass(frozen=True, eq=False)
-class Result:
+class Outcome:
     """What every method ends with.
 
     Attributes:
@@ -68,7 +68,7 @@ class Result:
     stopped: str | None = None
 
 
-def run_kip(options: Kip) -> Path:
+def run_kip(options: KipOptions) -> Path:
     """Run `dsdistill kip` and return the run's folder.
 
     Raises:
@@ -78,7 +78,7 @@ def run_kip(options: Kip) -> Path:
     return _run(options, "kip", _kip)
 
 
-def run_label_solve(options: LabelSolve) -> Path:
+def run_label_solve(options: LabelSolveOptions) -> Path:
     """Run `dsdistill ls` and return the run's folder.
 
     Raises:
@@ -91,20 +91,20 @@ def run_label_solve(options: LabelSolve) -> Path:
 def _run(
     options: Options,
     method: str,
-    distil: Callable[[Options, run_folder.Run, Setting], Result],
+    distil: Callable[[Options, run_folder.Run, Prepared], Outcome],
 ) -> Path:
     if options.resume and options.out is None:
         raise UserError("--resume needs --out, the folder of the run to continue")
-    options = options if options.resume else settled(options)
+    options = options if options.resume else with_defaults(options)
     asked = _stored(options, method)
     hosts.check_same({name: value for name, value in asked.items() if name not in PATHS})
     if options.resume:
         run, options = _reopened(options, method)
         with run, _explain_stop(method, run.folder):
-            return _work(options, run, prepared(options), distil)
+            return _work(options, run, prepare(options), distil)
     folder = Path(hosts.decided(lambda: str(_free_folder(options, method))))
     with stopping.explain_stop():
-        setting = prepared(options)  # wrong input leaves no folder behind
+        setting = prepare(options)  # wrong input leaves no folder behind
     options = replace(options, images_per_class=setting.images_per_class)
     stored = _stored(options, method)
     with (
@@ -117,8 +117,8 @@ def _run(
 def _work(
     options: Options,
     run: run_folder.Run,
-    setting: Setting,
-    distil: Callable[[Options, run_folder.Run, Setting], Result],
+    setting: Prepared,
+    distil: Callable[[Options, run_folder.Run, Prepared], Outcome],
 ) -> Path:
     with hosts.resumable(run.folder):
         try:
@@ -137,7 +137,7 @@ def _explain_stop(method: str, folder: Path) -> contextlib.AbstractContextManage
     return stopping.explain_stop(command, folder / distilled_set.FILE)
 
 
-def _kip(options: Kip, run: run_folder.Run, setting: Setting) -> Result:
+def _kip(options: KipOptions, run: run_folder.Run, setting: Prepared) -> Outcome:
     support, train = _support(options, run, setting), resident(setting.train)
     plan = Plan(
         setting.phases,
@@ -158,10 +158,10 @@ def _kip(options: Kip, run: run_folder.Run, setting: Setting) -> Result:
     if last.done < plan.steps:
         waited = f"{options.patience} validation{'' if options.patience == 1 else 's'}"
         stopped = f"at step {last.done} of {plan.steps}: no lower validation loss in {waited}"
-    return Result(support, best.images, best.labels, options.ridge, figures, last.seconds, stopped)
+    return Outcome(support, best.images, best.labels, options.ridge, figures, last.seconds, stopped)
 
 
-def _support(options: Kip, run: run_folder.Run, setting: Setting) -> Support:
+def _support(options: KipOptions, run: run_folder.Run, setting: Prepared) -> Support:
     """Where the run starts: drawn, or from a distilled set that must not change meanwhile."""
     if setting.init is None:
         return initial_support.initial_support(
@@ -189,7 +189,7 @@ def _support(options: Kip, run: run_folder.Run, setting: Setting) -> Support:
 
 
 def _target_batch(
-    options: Kip, run: run_folder.Run, setting: Setting, support: Support, train: Examples
+    options: KipOptions, run: run_folder.Run, setting: Prepared, support: Support, train: Examples
 ) -> int:
     """The number asked for, or the one that fits the time asked for: measured once a run."""
     assert options.target_batch is not None  # it is settled
@@ -206,13 +206,13 @@ def _target_batch(
     return run.recorded("target_batch", measured)
 
 
-def _closing_images(options: Kip, setting: Setting) -> int:
+def _closing_images(options: KipOptions, setting: Prepared) -> int:
     """The images that two supports predict at the end of a run."""
     fresh = len(setting.validation) if len(setting.validation) > options.validation_images else 0
     return 2 * (fresh + len(setting.splits.test))
 
 
-def _label_solve(options: LabelSolve, run: run_folder.Run, setting: Setting) -> Result:
+def _label_solve(options: LabelSolveOptions, run: run_folder.Run, setting: Prepared) -> Outcome:
     support = initial_support.initial_support(
         setting.train, setting.images_per_class, noise=False, corruption=0, seed=options.seed
     )
@@ -220,10 +220,10 @@ def _label_solve(options: LabelSolve, run: run_folder.Run, setting: Setting) -> 
     sums, seconds = accumulated(run, setting.network, support.images, setting.train, closing)
     labels = label_solve.solve(setting.network, support.images, sums, options.ridge)
     # The pixels stay; the natural labels are what the solved ones are compared with.
-    return Result(support, support.images, labels, EVALUATION_RIDGE, {}, seconds)
+    return Outcome(support, support.images, labels, EVALUATION_RIDGE, {}, seconds)
 
 
-def _finish(options: Source, run: run_folder.Run, setting: Setting, result: Result) -> Path:
+def _finish(options: RunOptions, run: run_folder.Run, setting: Prepared, result: Outcome) -> Path:
     """Read the test set, for the first time, and write what the run has found."""
     splits, fitted = setting.splits, setting.train.preprocess
     classes = splits.train.classes
@@ -281,7 +281,7 @@ def _draw(picture: Path, sides: tuple[Side, Side], classes: tuple[str, ...], fit
         progress.say(f"note: the set is saved, but {picture} could not be drawn ({reason})")
 
 
-def _accuracies(setting: Setting, result: Result, test: Examples) -> tuple[float, float]:
+def _accuracies(setting: Prepared, result: Outcome, test: Examples) -> tuple[float, float]:
     """On the test images, of the result and of where it started."""
 
     def fitted(images: np.ndarray, labels: np.ndarray) -> Predict:
@@ -299,7 +299,7 @@ def _accuracies(setting: Setting, result: Result, test: Examples) -> tuple[float
     return float(right[0].mean()), float(right[1].mean())
 
 
-def _stored(options: Source, method: str) -> dict[str, Any]:
+def _stored(options: RunOptions, method: str) -> dict[str, Any]:
     """The options as they stand in `config.json`: paths hold from every folder."""
     named = {name: v for name, v in asdict(options).items() if name not in NOT_STORED}
     for name in {"data", "init"} & named.keys():
@@ -309,7 +309,7 @@ def _stored(options: Source, method: str) -> dict[str, Any]:
     return {"command": method} | named | paths
 
 
-def _free_folder(options: Source, method: str) -> Path:
+def _free_folder(options: RunOptions, method: str) -> Path:
     folder = options.out or run_folder.next_free(f"{method}-{Path(options.data).stem}")
     run_folder.check_free(folder, distilled_set.FILE)
     return folder

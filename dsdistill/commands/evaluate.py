@@ -18,36 +18,36 @@ from typing import Any
 import numpy as np
 
 from dsdistill.commands import reproduce, training_data
-from dsdistill.commands.evaluation_parts import Parts, assembled
+from dsdistill.commands.evaluation_parts import EvaluationParts, assemble
 from dsdistill.harness import machine, memory, stopping
 from dsdistill.harness.data import origin
-from dsdistill.harness.data.labeled_images import Labeled, per_class
+from dsdistill.harness.data.labeled_images import LabeledImages, per_class
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation import controls
 from dsdistill.harness.evaluation.majority import common_class, constant_answer
 from dsdistill.harness.evaluation.protocol import Arm, Learner, evaluate, stored_bytes
-from dsdistill.harness.evaluation.result_cache import Kept
+from dsdistill.harness.evaluation.result_cache import ResultCache
 from dsdistill.harness.evaluation.results import Result
 from dsdistill.harness.reports import image_grid, page, report, verdict, wording
 from dsdistill.harness.reports.image_grid import Side
 from dsdistill.harness.reports.report import Report
 from dsdistill.harness.runs import progress, run_folder
 from dsdistill.harness.text import console, printable
-from dsdistill.options import Evaluate
-from dsdistill.options import Report as Compare
+from dsdistill.options import EvaluateOptions
+from dsdistill.options import ReportOptions as Compare
 
 FREE = ("data_root", "cache", "device")  # options that may differ on resume
 PER_CALL = ("out", "resume")  # options that are none of the evaluation's
 VERSIONS = ("dsdistill", "jax", "numpy", "scikit-learn", "scipy", "timm", "torch")
 
 
-def run(options: Evaluate) -> Path:
+def run(options: EvaluateOptions) -> Path:
     """Evaluate a distilled set, print the comparison, and return the folder of the report.
 
     Raises:
         UserError: For input that breaks a rule, before anything is trained.
     """
-    parts = assembled(options)
+    parts = assemble(options)
     beside = options.run if options.run.is_dir() else options.run.parent
     out = options.out or run_folder.next_free("evaluation", beside)
     begun = run_folder.start(
@@ -55,13 +55,13 @@ def run(options: Evaluate) -> Path:
         _config(options),
         result=report.NAME,
         resume=options.resume,
-        defaults=_config(Evaluate(options.run)),
+        defaults=_config(EvaluateOptions(options.run)),
         free=FREE,
     )
     command = ("dsdistill", "evaluate", str(options.run), "--resume", "--out", str(out))
     with begun, stopping.explain_stop(command, out / report.NAME):
         began = time.monotonic()
-        kept = Kept(out / "results", options.cache, sharing=controls.CONTROLS)
+        kept = ResultCache(out / "results", options.cache, sharing=controls.CONTROLS)
         results = _measured(parts, list(range(options.seeds)), kept)
         _picture(out, parts)
         report.write(out, _report(options, parts, results, time.monotonic() - began))
@@ -101,12 +101,12 @@ def _newest(run: Path) -> Path:
     return inside[-1].parent
 
 
-def _config(options: Evaluate) -> dict[str, Any]:
+def _config(options: EvaluateOptions) -> dict[str, Any]:
     found = {k: v for k, v in asdict(options).items() if k not in PER_CALL}
     return {k: str(v.absolute()) if isinstance(v, Path) else v for k, v in found.items()}
 
 
-def _measured(parts: Parts, seeds: list[int], kept: Kept) -> list[Result]:
+def _measured(parts: EvaluationParts, seeds: list[int], kept: ResultCache) -> list[Result]:
     trainings, results = parts.trainings, []
     with progress.bar(len(trainings) * len(seeds), unit="trainings") as show:
 
@@ -142,7 +142,7 @@ def _taken(results: Sequence[Result], learner: Learner, augmented: bool, arm: Ar
     ]
 
 
-def _picture(out: Path, parts: Parts) -> None:
+def _picture(out: Path, parts: EvaluationParts) -> None:
     """The set beside real images of the same classes."""
     distilled, train = parts.distilled, parts.train
     rng = np.random.default_rng(0)
@@ -153,7 +153,9 @@ def _picture(out: Path, parts: Parts) -> None:
     image_grid.write_grid(out / report.PICTURE, left, right, classes, fitted)
 
 
-def _report(options: Evaluate, parts: Parts, results: Sequence[Result], seconds: float) -> Report:
+def _report(
+    options: EvaluateOptions, parts: EvaluationParts, results: Sequence[Result], seconds: float
+) -> Report:
     made, splits = origin.read_provenance(parts.distilled), parts.splits
     kernel = f" with {made.kernel}" if made.kernel else ""
     own = None if made.config is None else reproduce.distil(made.method, made.config)
@@ -186,7 +188,7 @@ def _accelerators(learners: Sequence[Learner]) -> list[str]:
     return list(dict.fromkeys(filter(None, names)))
 
 
-def _described(parts: Parts) -> dict[str, Any]:
+def _described(parts: EvaluationParts) -> dict[str, Any]:
     made = origin.read_provenance(parts.distilled)
     full, size = parts.splits.train, parts.distilled.nbytes
     whole = len(full) * (int(np.prod(full.shape)) * full.store.itemsize + 1)
@@ -202,7 +204,7 @@ def _described(parts: Parts) -> dict[str, Any]:
     }
 
 
-def _notes(parts: Parts, results: Sequence[Result]) -> list[str]:
+def _notes(parts: EvaluationParts, results: Sequence[Result]) -> list[str]:
     whole, found = len(parts.splits.train), []
     if any(arm.like for arm in parts.arms):
         found.append("The stored labels are hard labels: one training serves both.")
@@ -216,7 +218,7 @@ def _notes(parts: Parts, results: Sequence[Result]) -> list[str]:
     return [*found, *share, *majority(results, parts.splits.test), *_hints(parts, results)]
 
 
-def majority(results: Sequence[Result], test: Labeled) -> list[str]:
+def majority(results: Sequence[Result], test: LabeledImages) -> list[str]:
     """Notes of accuracies that only repeat how common one class is among the test images."""
     given: dict[tuple[str, str], set[int]] = {}
     for result in results:
@@ -230,7 +232,7 @@ def majority(results: Sequence[Result], test: Labeled) -> list[str]:
     return [note for note in (common_class(test.labels, test.classes), *constant) if note]
 
 
-def _same_draws(parts: Parts) -> list[str]:
+def _same_draws(parts: EvaluationParts) -> list[str]:
     """A note where random images are all that there are, and so the same for every seed."""
     count, classes = training_data.images_per_class(parts.distilled), parts.distilled.classes
     drawn = any(arm.name == "random" for arm in parts.arms)
@@ -239,7 +241,7 @@ def _same_draws(parts: Parts) -> list[str]:
     return [f"The random images are all {len(parts.train)} training images, for every seed."]
 
 
-def _hints(parts: Parts, results: Sequence[Result]) -> list[str]:
+def _hints(parts: EvaluationParts, results: Sequence[Result]) -> list[str]:
     """What to check of a set from elsewhere on which no learner learns anything."""
     found = [r.accuracy for r in results if r.arm == "distilled" and r.accuracy is not None]
     if origin.read_provenance(parts.distilled).config is not None or not found:

@@ -11,15 +11,15 @@ from dsdistill.harness import lists
 from dsdistill.harness.data import datasets, distilled_set, origin, preprocess, provenance
 from dsdistill.harness.data.datasets import Splits
 from dsdistill.harness.data.distilled_set import Distilled
-from dsdistill.harness.data.labeled_images import Examples, Labeled, balanced, iterate_chunks
+from dsdistill.harness.data.labeled_images import Examples, LabeledImages, balanced, iterate_chunks
 from dsdistill.harness.errors import UserError, unknown
 from dsdistill.harness.evaluation import controls
-from dsdistill.harness.evaluation.held_out import Judges
+from dsdistill.harness.evaluation.held_out import HeldOut
 from dsdistill.harness.evaluation.protocol import Arm, Augmentable, Learner
 from dsdistill.harness.runs import progress
-from dsdistill.options import Evaluate
+from dsdistill.options import EvaluateOptions
 from dsdistill.published_sets import reader
-from dsdistill.published_sets.reader import Stated
+from dsdistill.published_sets.reader import StatedFormat
 
 JUDGED = 2000  # validation images, class-balanced, that choose rates and calibrate
 RIDGE = 1e-6  # relative, of kernel ridge regression on a set that does not say its own
@@ -29,7 +29,7 @@ OF_ITS_DATA = ("image_size", "channels")  # how the data of one are read
 
 
 @dataclass(frozen=True, eq=False)
-class Parts:
+class EvaluationParts:
     """What an evaluation is made of.
 
     Attributes:
@@ -45,7 +45,7 @@ class Parts:
     distilled: Distilled
     splits: Splits
     train: Examples
-    judges: Judges
+    judges: HeldOut
     arms: list[Arm]
     learners: list[Learner]
     augment: bool
@@ -63,7 +63,7 @@ class Parts:
         ]
 
 
-def assembled(options: Evaluate) -> Parts:
+def assemble(options: EvaluateOptions) -> EvaluationParts:
     """Load the set, its data and the teacher, and resolve all names.
 
     Raises:
@@ -99,11 +99,11 @@ def assembled(options: Evaluate) -> Parts:
         class_map = options.teacher_class_map
         teacher = answers.of(options.teacher, prepared, shape, classes, device, class_map)
     taught_by = None if teacher is None else teacher.digest
-    return Parts(
+    return EvaluationParts(
         distilled,
         splits,
         train,
-        Judges(
+        HeldOut(
             Examples(_few(splits.validation), distilled.preprocess),
             Examples(splits.test, distilled.preprocess),
             teacher,
@@ -121,7 +121,7 @@ def assembled(options: Evaluate) -> Parts:
     )
 
 
-def _check(options: Evaluate) -> None:
+def _check(options: EvaluateOptions) -> None:
     if options.seeds < 1:
         raise UserError(f"--seeds must be at least 1, got {options.seeds}")
     if options.steps is not None and options.steps < 1:
@@ -132,7 +132,7 @@ def _check(options: Evaluate) -> None:
         raise UserError("--resume needs --out, the folder of the evaluation to continue")
 
 
-def check_controls(names: Sequence[str], train: Labeled, per_class: int) -> None:
+def check_controls(names: Sequence[str], train: LabeledImages, per_class: int) -> None:
     """Refuse controls that need more images of a class than there are."""
     counts = np.bincount(train.labels, minlength=len(train.classes))
     scarce = int(counts.argmin())
@@ -145,9 +145,9 @@ def check_controls(names: Sequence[str], train: Labeled, per_class: int) -> None
         )
 
 
-def _loaded(options: Evaluate) -> tuple[Distilled, Splits]:
+def _loaded(options: EvaluateOptions) -> tuple[Distilled, Splits]:
     """The set and the data it was made from."""
-    distilled, default = export.read(options.run), Evaluate(options.run)
+    distilled, default = export.read(options.run), EvaluateOptions(options.run)
     if distilled is None and reader.is_foreign(options.run):
         return _published(options)
     distilled = distilled or distilled_set.load(distilled_set.locate(options.run))
@@ -158,7 +158,7 @@ def _loaded(options: Evaluate) -> tuple[Distilled, Splits]:
     return distilled, _splits(distilled, options)
 
 
-def _published(options: Evaluate) -> tuple[Distilled, Splits]:
+def _published(options: EvaluateOptions) -> tuple[Distilled, Splits]:
     if options.data is None:
         raise UserError(
             f"{options.run} does not say what it was distilled from: add --data, such as "
@@ -171,7 +171,7 @@ def _published(options: Evaluate) -> tuple[Distilled, Splits]:
         validation_fraction=origin.VALIDATION_FRACTION,
         channels=options.channels,
     )
-    stated = Stated(**{name: getattr(options, name) for name in STATED})
+    stated = StatedFormat(**{name: getattr(options, name) for name in STATED})
     fitted = preprocess.fit("standardise", splits.train.chunks, splits.train.shape)
 
     chunks = functools.partial(iterate_chunks, (splits.train, splits.validation))
@@ -182,7 +182,7 @@ def _published(options: Evaluate) -> tuple[Distilled, Splits]:
     return loaded, splits
 
 
-def _splits(distilled: Distilled, options: Evaluate) -> Splits:
+def _splits(distilled: Distilled, options: EvaluateOptions) -> Splits:
     """The data set that the set was made from, split as it was then."""
     data = options.data or origin.source(options.run, distilled)
     if data is None:
@@ -195,13 +195,13 @@ def _splits(distilled: Distilled, options: Evaluate) -> Splits:
     return splits
 
 
-def _few(validation: Labeled) -> Labeled:
+def _few(validation: LabeledImages) -> LabeledImages:
     """Enough of the validation images, the same for everything that they judge."""
     rows = balanced(validation.labels, JUDGED, np.random.default_rng(0))
     return validation.select(np.sort(rows)) if len(rows) < len(validation) else validation
 
 
-def _learner(name: str, distilled: Distilled, options: Evaluate) -> Learner:
+def _learner(name: str, distilled: Distilled, options: EvaluateOptions) -> Learner:
     base, _, kernel = name.partition(":")
     if base == "ridge":
         return _ridge(name, kernel, distilled)

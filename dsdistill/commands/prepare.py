@@ -16,18 +16,18 @@ from dsdistill.harness.data.labeled_images import Examples
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
 from dsdistill.kernels import gram, networks
-from dsdistill.kernels.networks import Network
+from dsdistill.kernels.networks import InfiniteNetwork
 from dsdistill.loops import timing
 from dsdistill.loops.phases import Phase
 from dsdistill.methods import augment, gauss_newton, initial_support, kip
-from dsdistill.options import Kip, LabelSolve, Source
+from dsdistill.options import KipOptions, LabelSolveOptions, RunOptions
 
 IMAGES_PER_CLASS = 10
 WARM_UP = 4  # a warm-up has a quarter of the steps unless it is said
 
 
 @dataclass(frozen=True, eq=False)
-class Setting:
+class Prepared:
     """What every method starts from.
 
     Attributes:
@@ -43,11 +43,11 @@ class Setting:
     splits: Splits
     train: Examples
     validation: Examples
-    network: Network
+    network: InfiniteNetwork
     images_per_class: int
     init: Distilled | None
     phases: tuple[Phase, ...]
-    networks: tuple[Network, ...]
+    networks: tuple[InfiniteNetwork, ...]
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of data and users' kernels by a name for people, for `Run.require_same`."""
@@ -59,7 +59,7 @@ class Setting:
         return self.splits.digests() | modules
 
 
-def prepared(options: Source) -> Setting:
+def prepare(options: RunOptions) -> Prepared:
     """Check all of the input, which is `settled`, load the data and fit the preprocessing.
 
     Raises:
@@ -68,7 +68,7 @@ def prepared(options: Source) -> Setting:
     _check(options)
     kernels = _networks("--kernel", options.kernel, options, options.depth)
     phases, init = (), None
-    if isinstance(options, Kip):
+    if isinstance(options, KipOptions):
         phases, init = _phases(options, kernels), initial_support.load(options.init)
     splits = datasets.load(
         options.data,
@@ -85,16 +85,16 @@ def prepared(options: Source) -> Setting:
     for network in every:
         networks.check(network, splits.train.shape)
         gram.plan(network, 1, 1, splits.train.shape, gradient=bool(phases))  # may refuse
-        if isinstance(options, Kip) and options.optimizer == "gauss-newton":
+        if isinstance(options, KipOptions) and options.optimizer == "gauss-newton":
             gauss_newton.slopes(network)  # may refuse
     fitted = preprocess.fit(options.preprocess, splits.train.chunks, splits.train.shape)
     train, validation = Examples(splits.train, fitted), Examples(splits.validation, fitted)
-    return Setting(splits, train, validation, kernels[0], images_per_class, init, phases, every)
+    return Prepared(splits, train, validation, kernels[0], images_per_class, init, phases, every)
 
 
 def _networks(
-    option: str, text: str, options: Source, depth: int | None = None
-) -> tuple[Network, ...]:
+    option: str, text: str, options: RunOptions, depth: int | None = None
+) -> tuple[InfiniteNetwork, ...]:
     names = lists.names(option, text)
     if depth is not None and len(names) > 1:
         raise UserError(
@@ -104,7 +104,7 @@ def _networks(
     return tuple(networks.parse(name, depth, **std) for name in names)
 
 
-def _phases(options: Kip, kernels: tuple[Network, ...]) -> tuple[Phase, ...]:
+def _phases(options: KipOptions, kernels: tuple[InfiniteNetwork, ...]) -> tuple[Phase, ...]:
     assert options.steps is not None  # it is settled
     main = _phase(options, kernels, options.steps)
     if options.warm_up is None:
@@ -116,7 +116,7 @@ def _phases(options: Kip, kernels: tuple[Network, ...]) -> tuple[Phase, ...]:
     return (_phase(options, _networks("--warm-up", name, options), int(steps)), main)
 
 
-def _phase(options: Kip, kernels: tuple[Network, ...], steps: int) -> Phase:
+def _phase(options: KipOptions, kernels: tuple[InfiniteNetwork, ...], steps: int) -> Phase:
     assert options.learning_rate is not None
     objective = kip.Objective(
         kernels,
@@ -132,7 +132,7 @@ def _phase(options: Kip, kernels: tuple[Network, ...], steps: int) -> Phase:
     return Phase(objective, steps)
 
 
-def _images_per_class(options: Source, splits: Splits, init: Distilled | None) -> int:
+def _images_per_class(options: RunOptions, splits: Splits, init: Distilled | None) -> int:
     if init is not None:
         return initial_support.check(init, splits.train, options.images_per_class)
     wanted = options.images_per_class
@@ -141,7 +141,7 @@ def _images_per_class(options: Source, splits: Splits, init: Distilled | None) -
     return wanted
 
 
-def _check(options: Source) -> None:
+def _check(options: RunOptions) -> None:
     if options.resume and options.out is None:
         raise UserError("--resume needs --out, the folder of the run to continue")
     if not options.w_std > 0 or not options.b_std >= 0:
@@ -154,15 +154,15 @@ def _check(options: Source) -> None:
     wanted = options.images_per_class
     if wanted is not None and wanted < 1:
         raise UserError(f"--images-per-class must be at least 1, got {wanted}")
-    if isinstance(options, Kip | LabelSolve) and not options.ridge > 0:
+    if isinstance(options, KipOptions | LabelSolveOptions) and not options.ridge > 0:
         raise UserError(f"--ridge must be positive, got {options.ridge}")
-    if isinstance(options, LabelSolve) and len(lists.names("--kernel", options.kernel)) > 1:
+    if isinstance(options, LabelSolveOptions) and len(lists.names("--kernel", options.kernel)) > 1:
         raise UserError(f"Label Solve takes one --kernel, got {options.kernel}")
-    if isinstance(options, Kip):
+    if isinstance(options, KipOptions):
         _check_kip(options)
 
 
-def _check_kip(options: Kip) -> None:
+def _check_kip(options: KipOptions) -> None:
     counts = {"steps": options.steps, "patience": options.patience}
     for name, count in (counts | {"validation-images": options.validation_images}).items():
         if count is not None and count < 1:
@@ -181,7 +181,7 @@ def _check_kip(options: Kip) -> None:
     timing.parse(options.target_batch)
 
 
-def _check_gauss_newton(options: Kip) -> None:
+def _check_gauss_newton(options: KipOptions) -> None:
     if options.label_learning_rate is not None:
         raise UserError("--label-learning-rate is of --optimizer adam")
     if options.learning_rate is not None and options.learning_rate > 1:
@@ -191,7 +191,7 @@ def _check_gauss_newton(options: Kip) -> None:
         )
 
 
-def _check_parts(options: Source, splits: Splits) -> None:
+def _check_parts(options: RunOptions, splits: Splits) -> None:
     """Refuse data without test images, and say where there are none to choose by."""
     if not len(splits.test):
         raise UserError(
@@ -199,7 +199,7 @@ def _check_parts(options: Source, splits: Splits) -> None:
             "is none: give at least 3 images of each class, or a test part of its own"
         )
     wanted, held = options.validation_fraction, splits.validation
-    if isinstance(options, Kip) and options.patience is not None and not len(held):
+    if isinstance(options, KipOptions) and options.patience is not None and not len(held):
         raise UserError(
             "--patience needs validation images, and there are none: raise --validation-fraction "
             f"(now {wanted:g})"

@@ -5,7 +5,13 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from dsdistill.harness.runs import run_folder
-from dsdistill.options import DEFAULTS, Evaluate, Kip, LabelSolve, settled
+from dsdistill.options import (
+    DEFAULTS,
+    EvaluateOptions,
+    KipOptions,
+    LabelSolveOptions,
+    with_defaults,
+)
 
 METHODS = ("kip", "ls")
 
@@ -17,12 +23,14 @@ def distil(method: str, config: Mapping[str, Any]) -> str | None:
         method: As the set's file says.
         config: The options, as the set's file says: values of any kind, which are quoted.
     """
-    defaults = vars(LabelSolve())
+    defaults = vars(LabelSolveOptions())
     if method == "kip":
-        optimizer = config.get("optimizer", Kip.optimizer)
+        optimizer = config.get("optimizer", KipOptions.optimizer)
         if not isinstance(optimizer, str) or optimizer not in DEFAULTS:
             return None
-        defaults = vars(settled(Kip(optimizer=cast(Any, optimizer)))) | {"optimizer": Kip.optimizer}
+        defaults = vars(with_defaults(KipOptions(optimizer=cast(Any, optimizer)))) | {
+            "optimizer": KipOptions.optimizer
+        }
     data, more = config.get("data"), config.get(run_folder.CHOSEN, {})
     if method not in METHODS or not isinstance(data, str) or not isinstance(more, Mapping):
         return None
@@ -34,10 +42,12 @@ def distil(method: str, config: Mapping[str, Any]) -> str | None:
     return line if line.isprintable() else None
 
 
-def evaluation(options: Evaluate) -> str:
+def evaluation(options: EvaluateOptions) -> str:
     """Of an evaluation."""
     given = {k: v for k, v in vars(options).items() if k not in _PLACES}
-    return _line(["dsdistill", "evaluate", str(options.run)], given, vars(Evaluate(options.run)))
+    return _line(
+        ["dsdistill", "evaluate", str(options.run)], given, vars(EvaluateOptions(options.run))
+    )
 
 
 _PLACES = ("run", "out", "resume", "cache", "data_root")

@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from dsdistill.kernels.networks import Network
+from dsdistill.kernels.networks import InfiniteNetwork
 
 CHUNK = 1000  # images of the second set at a time
 
 Images = Float[np.ndarray, "n h w c"]
 
 
-def explained(network: Network, support: Images, targets: Images) -> str:
+def explained(network: InfiniteNetwork, support: Images, targets: Images) -> str:
     """The first place where the kernel between two sets of images is not finite, in words.
 
     Args:
@@ -33,7 +33,7 @@ def explained(network: Network, support: Images, targets: Images) -> str:
     return "the kernel itself is finite"
 
 
-def _alone(network: Network, images: Images) -> str | None:
+def _alone(network: InfiniteNetwork, images: Images) -> str | None:
     """The first image that is not finite by itself, and before which layer."""
     largest = np.abs(images).max((1, 2, 3))
     if not np.isfinite(largest).all():

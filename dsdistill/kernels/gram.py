@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from dsdistill.harness import memory
 from dsdistill.harness.errors import UserError
-from dsdistill.kernels.networks import Kernel, Network
+from dsdistill.kernels.networks import InfiniteNetwork, Kernel
 from dsdistill.parallel import devices
 
 SHARE = 0.5  # of the free memory that one tile may take by its traced figure, see `peak_bytes`
@@ -33,7 +33,7 @@ class Tile:
 
 
 def plan(
-    network: Network,
+    network: InfiniteNetwork,
     n: int,
     m: int,
     shape: tuple[int, int, int],

@@ -23,7 +23,7 @@ from dsdistill.harness.errors import UserError, one_line, unknown
 from dsdistill.kernels import neural_tangents, notation
 from dsdistill.kernels.conv import conv_kernel, variances
 from dsdistill.kernels.dense import fc_ntk
-from dsdistill.kernels.notation import Sequence
+from dsdistill.kernels.notation import Architecture
 from dsdistill.parallel import devices
 
 Kernel = Callable[[Float[Array, "n h w c"], Float[Array, "m h w c"]], Float[Array, "n m"]]
@@ -39,7 +39,7 @@ MYRTLE = {5: (1, 1, 1), 7: (1, 2, 2), 10: (2, 3, 3)}  # (Conv, ReLU) pairs in ea
 
 
 @dataclass(frozen=True)
-class Network:
+class InfiniteNetwork:
     """An infinitely wide network, as its neural tangent kernel.
 
     Attributes:
@@ -69,7 +69,7 @@ class Network:
 
 def parse(
     name: str, depth: int | None = None, *, w_std: float = W_STD, b_std: float = B_STD
-) -> Network:
+) -> InfiniteNetwork:
     """The network of a name.
 
     Args:
@@ -104,7 +104,7 @@ def parse(
     return build(depth or default, w_std, b_std)
 
 
-def check(network: Network, shape: tuple[int, int, int]) -> None:
+def check(network: InfiniteNetwork, shape: tuple[int, int, int]) -> None:
     """Refuse images that a network cannot take, and a user's kernel that is none; nothing is run.
 
     Args:
@@ -142,9 +142,9 @@ def check(network: Network, shape: tuple[int, int, int]) -> None:
         )
 
 
-def _fc(depth: int, w_std: float, b_std: float) -> Network:
+def _fc(depth: int, w_std: float, b_std: float) -> InfiniteNetwork:
     kernel = functools.partial(fc_ntk, depth=depth, w_std=w_std, b_std=b_std)
-    return Network(f"fc({depth})", "closed form", kernel, slopes=_slopes(kernel))
+    return InfiniteNetwork(f"fc({depth})", "closed form", kernel, slopes=_slopes(kernel))
 
 
 def _slopes(kernel: Kernel) -> Slopes:
@@ -157,26 +157,26 @@ def _slopes(kernel: Kernel) -> Slopes:
     return jax.vmap(rows, in_axes=(0, None))
 
 
-def _conv(depth: int, *std: float) -> Network:
-    return _planes(f"conv({depth})", Sequence("CR" * depth, "flatten", *std))
+def _conv(depth: int, *std: float) -> InfiniteNetwork:
+    return _planes(f"conv({depth})", Architecture("CR" * depth, "flatten", *std))
 
 
-def _convnet(depth: int, *std: float) -> Network:
-    return _planes(f"convnet({depth})", Sequence("CR" + "CRP" * depth, "flatten", *std))
+def _convnet(depth: int, *std: float) -> InfiniteNetwork:
+    return _planes(f"convnet({depth})", Architecture("CR" + "CRP" * depth, "flatten", *std))
 
 
-def _convnet3(_: int | None, *std: float) -> Network:
-    return _planes("convnet3", Sequence("CRP" * 3, "flatten", *std))
+def _convnet3(_: int | None, *std: float) -> InfiniteNetwork:
+    return _planes("convnet3", Architecture("CRP" * 3, "flatten", *std))
 
 
-def _myrtle(variant: int, *std: float) -> Network:
+def _myrtle(variant: int, *std: float) -> InfiniteNetwork:
     if variant not in MYRTLE:
         raise UserError(f"myrtle has the depths {', '.join(map(str, MYRTLE))}, got {variant}")
     first, second, third = ("CR" * count for count in MYRTLE[variant])
-    return _planes(f"myrtle({variant})", Sequence(f"CR{first}P{second}P{third}", "gap", *std))
+    return _planes(f"myrtle({variant})", Architecture(f"CR{first}P{second}P{third}", "gap", *std))
 
 
-_BUILDERS: dict[str, tuple[Callable[..., Network], int | None]] = {
+_BUILDERS: dict[str, tuple[Callable[..., InfiniteNetwork], int | None]] = {
     "fc": (_fc, 1),
     "conv": (_conv, 1),
     "convnet": (_convnet, 3),
@@ -185,13 +185,13 @@ _BUILDERS: dict[str, tuple[Callable[..., Network], int | None]] = {
 }
 
 
-def _planes(name: str, layers: Sequence) -> Network:
+def _planes(name: str, layers: Architecture) -> InfiniteNetwork:
     """A network of convolutions, ReLUs and poolings; targets are shared out over the devices."""
     kernel = devices.sharded(functools.partial(conv_kernel.ntk, network=layers))
     one_half = functools.partial(conv_kernel.ntk_symmetric, network=layers)
     symmetric = devices.symmetric(functools.partial(conv_kernel.ntk, network=layers), one_half)
     deviations = functools.partial(variances.deviations, network=layers)
-    return Network(
+    return InfiniteNetwork(
         name,
         "exact planes",
         kernel,
@@ -202,7 +202,7 @@ def _planes(name: str, layers: Sequence) -> Network:
     )
 
 
-def _from_module(name: str, depth: int | None) -> Network:
+def _from_module(name: str, depth: int | None) -> InfiniteNetwork:
     module, _, attribute = name.partition(":")
     neural_tangents.load()  # a user's module imports neural_tangents itself
     if depth is not None:
@@ -221,8 +221,8 @@ def _from_module(name: str, depth: int | None) -> Network:
 
 def _from_kernel(
     name: str, kernel: Callable[..., Any], module_sha256: str | None = None
-) -> Network:
-    return Network(
+) -> InfiniteNetwork:
+    return InfiniteNetwork(
         name,
         "neural-tangents",
         _in_float32(kernel),

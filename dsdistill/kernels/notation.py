@@ -27,7 +27,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Sequence:
+class Architecture:
     """Layers in the NTK parameterisation, followed by a dense readout.
 
     Attributes:
@@ -59,7 +59,7 @@ def written(text: str) -> bool:
     )
 
 
-def parse(text: str, *, w_std: float = math.sqrt(2), b_std: float = 0.1) -> Sequence:
+def parse(text: str, *, w_std: float = math.sqrt(2), b_std: float = 0.1) -> Architecture:
     """The network of a notation.
 
     Raises:
@@ -78,7 +78,7 @@ def parse(text: str, *, w_std: float = math.sqrt(2), b_std: float = 0.1) -> Sequ
             f"the kernel {text!r} has a ReLU without a convolution before it: its input is not "
             "Gaussian, and the kernel has no closed form"
         )
-    return Sequence(layers, head, w_std, b_std)
+    return Architecture(layers, head, w_std, b_std)
 
 
 def _stages(letters: str) -> tuple[Stage, ...]:

@@ -19,7 +19,7 @@ from dsdistill.harness.data.labeled_images import Examples, centred_one_hot
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
 from dsdistill.loops import selection, timing
-from dsdistill.loops.selection import Candidate, Judge
+from dsdistill.loops.selection import Candidate, Scorer
 from dsdistill.methods import kip
 from dsdistill.methods.initial_support import Support
 
@@ -94,7 +94,7 @@ Stepped = tuple[Snapshot, dict[str, float]]  # with the figures to record of the
 
 
 def snapshots(
-    plan: Plan, support: Support, train: Examples, judge: Judge, last: Snapshot
+    plan: Plan, support: Support, train: Examples, judge: Scorer, last: Snapshot
 ) -> Generator[Stepped, None, None]:
     """Run KIP on from a snapshot, one step for each item taken.
 
@@ -158,7 +158,7 @@ def _steps(
     first: int,
     support: Support,
     train: Examples,
-    judge: Judge,
+    judge: Scorer,
     last: Snapshot,
     later: "_Later",
 ) -> Generator[Stepped, None, None]:
@@ -261,7 +261,7 @@ def _progress(
     plan: Plan, phase: Phase, first: int, done: int, later: _Later
 ) -> Iterator[Callable[..., None]]:
     """Live progress of a phase; its first line says how long all that is left will take."""
-    times, said = timing.Pace(len(phase.objective.networks)), False
+    times, said = timing.StepTimer(len(phase.objective.networks)), False
     unit = "step" if phase is plan.phases[-1] else "warm-up step"
 
     def display(step: kip.Step, best: Candidate) -> None:

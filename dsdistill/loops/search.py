@@ -13,10 +13,10 @@ from jaxtyping import Float
 from dsdistill.harness.data.labeled_images import Examples
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress, run_folder
-from dsdistill.kernels.networks import Network
+from dsdistill.kernels.networks import InfiniteNetwork
 from dsdistill.loops import selection, timing
 from dsdistill.loops.phases import Plan, Snapshot, announce, snapshots
-from dsdistill.loops.selection import Candidate, Judge
+from dsdistill.loops.selection import Candidate, Scorer
 from dsdistill.methods import kip, label_solve
 from dsdistill.methods.initial_support import Support
 from dsdistill.parallel import hosts
@@ -79,7 +79,7 @@ def search(
 
 def accumulated(
     run: run_folder.Run,
-    network: Network,
+    network: InfiniteNetwork,
     support: Float[np.ndarray, "n h w c"],
     train: Examples,
     closing_images: int = 0,
@@ -151,7 +151,7 @@ def _metrics(run: run_folder.Run, done: int) -> Iterator[Callable[..., None]]:
 
 
 def _announce_sums(
-    network: Network, n: int, train: Examples, done: int, closing_images: int
+    network: InfiniteNetwork, n: int, train: Examples, done: int, closing_images: int
 ) -> None:
     """Say how long Label Solve will take before it begins, if its first two chunks take long."""
     left = len(train) - done
@@ -195,9 +195,9 @@ def _require(holds: bool, otherwise: str) -> None:
         raise ValueError(otherwise)
 
 
-def _judge(plan: Plan, validation: Examples, unit: str | None = None) -> Judge:
+def _judge(plan: Plan, validation: Examples, unit: str | None = None) -> Scorer:
     objective = plan.phases[-1].objective
-    return selection.judge(objective.networks[0], objective.ridge, validation, unit=unit)
+    return selection.scorer(objective.networks[0], objective.ridge, validation, unit=unit)
 
 
 def _chosen(plan: Plan, last: Snapshot, sample: Examples, validation: Examples) -> Candidate:
@@ -220,7 +220,7 @@ def _save(run: run_folder.Run, snapshot: Snapshot) -> None:
     run.save_state(arrays, counts | {"best": figures})
 
 
-def _first_snapshot(plan: Plan, support: Support, judge: Judge) -> Snapshot:
+def _first_snapshot(plan: Plan, support: Support, judge: Scorer) -> Snapshot:
     state = kip.initial_state(plan.phases[0].objective, support)
     return Snapshot(0, state, judge(0, state.images, state.labels), 0.0)
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Array, Float
 
-from dsdistill.harness.data.labeled_images import Examples, Labeled, balanced
-from dsdistill.kernels.networks import Network
+from dsdistill.harness.data.labeled_images import Examples, LabeledImages, balanced
+from dsdistill.kernels.networks import InfiniteNetwork
 from dsdistill.methods import ridge
 from dsdistill.methods.targets import resident
 
@@ -35,12 +35,12 @@ class Candidate:
 
 Images = Float[Array, "n h w c"] | Float[np.ndarray, "n h w c"]
 Labels = Float[Array, "n k"] | Float[np.ndarray, "n k"]
-Judge = Callable[[int, Images, Labels], Candidate]
+Scorer = Callable[[int, Images, Labels], Candidate]
 
 
-def judge(
-    network: Network, strength: float, validation: Examples, *, unit: str | None = None
-) -> Judge:
+def scorer(
+    network: InfiniteNetwork, strength: float, validation: Examples, *, unit: str | None = None
+) -> Scorer:
     """A function that scores a support on these validation images.
 
     Args:
@@ -70,7 +70,7 @@ def subset(validation: Examples, count: int, seed: int) -> Examples:
     if len(validation) <= count:
         return validation
     rows = balanced(validation.data.labels, count, np.random.default_rng([seed, 2]))
-    data: Labeled = validation.data.select(rows)
+    data: LabeledImages = validation.data.select(rows)
     return Examples(data, validation.preprocess)
 
 
@@ -79,7 +79,7 @@ def better(found: Candidate, best: Candidate) -> bool:
     return not found.loss > best.loss
 
 
-def final(candidates: Sequence[Candidate], judge: Judge) -> Candidate:
+def final(candidates: Sequence[Candidate], judge: Scorer) -> Candidate:
     """The candidate of the lowest error by another judge, with its figures; of equals the first."""
     judged = [judge(c.step, c.images, c.labels) for c in candidates]
     return min(judged, key=lambda candidate: candidate.loss)

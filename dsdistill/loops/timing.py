@@ -14,7 +14,7 @@ from jaxtyping import Array
 from dsdistill.harness.data.labeled_images import Examples
 from dsdistill.harness.errors import UserError
 from dsdistill.kernels import gram
-from dsdistill.kernels.networks import Network
+from dsdistill.kernels.networks import InfiniteNetwork
 from dsdistill.methods import gauss_newton, kip
 from dsdistill.methods.initial_support import Support
 from dsdistill.parallel import devices, hosts
@@ -126,14 +126,14 @@ def _least(stream: Iterator[kip.Step]) -> float:
     return best
 
 
-class Tile(NamedTuple):
+class Timing(NamedTuple):
     """A small part of a Gram matrix that was evaluated on every device, all at the same time."""
 
     seconds: float
     pairs: int
 
 
-def tile(network: Network, train: Examples, pairs: float, work: str) -> Tile | None:
+def tile(network: InfiniteNetwork, train: Examples, pairs: float, work: str) -> Timing | None:
     """What a tile takes once it is compiled, to announce long work before it begins.
 
     Args:
@@ -166,7 +166,7 @@ def tile(network: Network, train: Examples, pairs: float, work: str) -> Tile | N
         devices.everywhere({"forward": forward, "adam": adam, "gauss-newton": newton}[work])
     )
     _, *times = (_timed(run, images) for _ in range(3))  # the first one compiles
-    return Tile(min(times), side**2 * jax.device_count())
+    return Timing(min(times), side**2 * jax.device_count())
 
 
 def _timed(run: Callable[..., Any], images: np.ndarray) -> float:
@@ -175,7 +175,7 @@ def _timed(run: Callable[..., Any], images: np.ndarray) -> float:
     return time.monotonic() - began
 
 
-class Pace:
+class StepTimer:
     """Seconds a step, known once every network has made a step that did not compile."""
 
     def __init__(self, networks: int) -> None:

@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from dsdistill.harness import memory
 from dsdistill.harness.errors import UserError
 from dsdistill.kernels import gram
-from dsdistill.kernels.networks import Network, Slopes
+from dsdistill.kernels.networks import InfiniteNetwork, Slopes
 from dsdistill.methods import ridge
 from dsdistill.parallel import devices
 
@@ -48,7 +48,7 @@ Learned = dict[str, Array]
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Memory:
+class GaussNewtonState:
     """What one step leaves to the next.
 
     Attributes:
@@ -62,7 +62,7 @@ class Memory:
     boost: Float[Array, ""]
 
 
-def slopes(network: Network) -> Slopes:
+def slopes(network: InfiniteNetwork) -> Slopes:
     """The slopes of a network.
 
     Raises:
@@ -92,9 +92,9 @@ def check_memory(support: Float[np.ndarray, "n h w c"], targets: int) -> None:
         )
 
 
-def start(learned: Learned) -> Memory:
+def start(learned: Learned) -> GaussNewtonState:
     """Before the first step."""
-    return Memory(jnp.int32(0), jax.tree.map(jnp.zeros_like, learned), jnp.float32(1))
+    return GaussNewtonState(jnp.int32(0), jax.tree.map(jnp.zeros_like, learned), jnp.float32(1))
 
 
 @dataclass(frozen=True)
@@ -123,13 +123,13 @@ def step(
     problem: Problem,
     whole: Learned,
     learned: Learned,
-    last: Memory,
+    last: GaussNewtonState,
     loss: Callable[[Learned], Array],
     *,
     rate: Array,
     damping: float,
     key: PRNGKeyArray,
-) -> tuple[Array, Learned, Memory]:
+) -> tuple[Array, Learned, GaussNewtonState]:
     """One step; inside `devices.divided`.
 
     Args:
@@ -173,7 +173,7 @@ def step(
     factor = jnp.where(share < POOR, RISE, jnp.where(share > GOOD, FALL, 1.0))
     boost = jnp.maximum(last.boost * factor, 1)
     moved = jax.tree.map(lambda new, old: jnp.where(kept, new, old), moved, learned)
-    return value, moved, Memory(last.count + 1, direction, jnp.float32(boost))
+    return value, moved, GaussNewtonState(last.count + 1, direction, jnp.float32(boost))
 
 
 def linearised(

@@ -10,7 +10,12 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from dsdistill.harness.data import distilled_set
-from dsdistill.harness.data.labeled_images import Examples, Labeled, centred_one_hot, per_class
+from dsdistill.harness.data.labeled_images import (
+    Examples,
+    LabeledImages,
+    centred_one_hot,
+    per_class,
+)
 from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError, unknown
 
@@ -85,7 +90,9 @@ def load(init: str) -> distilled_set.Distilled | None:
     return distilled_set.load(distilled_set.locate(path))
 
 
-def check(distilled: distilled_set.Distilled, train: Labeled, images_per_class: int | None) -> int:
+def check(
+    distilled: distilled_set.Distilled, train: LabeledImages, images_per_class: int | None
+) -> int:
     """Refuse a set that a run on these images cannot start from, and count its images a class.
 
     Args:

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from dsdistill.harness.data.labeled_images import Examples
 from dsdistill.harness.errors import UserError
 from dsdistill.kernels import diagnosis, gram
-from dsdistill.kernels.networks import Network
+from dsdistill.kernels.networks import InfiniteNetwork
 from dsdistill.methods import gauss_newton, ridge
 from dsdistill.methods.augment import augmented
 from dsdistill.methods.initial_support import Support
@@ -81,7 +81,7 @@ class Objective:
         augment: How targets are changed at random: names of `dsdistill.methods.augment`.
     """
 
-    networks: tuple[Network, ...]
+    networks: tuple[InfiniteNetwork, ...]
     ridge: float = 1e-6
     optimizer: str = "adam"
     learning_rate: float = 0.04
@@ -193,7 +193,7 @@ def _drawn(networks: int, seed: int, step: int) -> int:
 
 
 def _compiled_update(
-    objective: Objective, network: Network, support: Support, targets: int
+    objective: Objective, network: InfiniteNetwork, support: Support, targets: int
 ) -> Callable[..., Any]:
     newton = objective.optimizer == "gauss-newton"
     n, shape = len(support.images), support.images.shape[1:]

@@ -26,7 +26,7 @@ from dsdistill.harness import memory
 from dsdistill.harness.data.labeled_images import Examples
 from dsdistill.harness.errors import UserError
 from dsdistill.kernels import diagnosis, gram
-from dsdistill.kernels.networks import Network
+from dsdistill.kernels.networks import InfiniteNetwork
 from dsdistill.methods import ridge as krr
 from dsdistill.parallel import devices
 
@@ -43,7 +43,7 @@ class Sums(NamedTuple):
 
 
 def solve_labels(
-    network: Network,
+    network: InfiniteNetwork,
     support: Float[np.ndarray, "n h w c"],
     train: Examples,
     *,
@@ -65,7 +65,7 @@ def solve_labels(
 
 
 def accumulate(
-    network: Network,
+    network: InfiniteNetwork,
     support: Float[np.ndarray, "n h w c"],
     train: Examples,
     start: Sums | None = None,
@@ -106,14 +106,14 @@ def accumulate(
         yield sums
 
 
-def chunk(network: Network, n: int, train: Examples) -> int:
+def chunk(network: InfiniteNetwork, n: int, train: Examples) -> int:
     """Targets that `accumulate` reads at a time, for `n` support images."""
     size = min(CHUNK, len(train))
     return size if network.engine == "closed form" else min(max(PAIRS // n, 1), size)
 
 
 def _compiled_sum(
-    network: Network, support: Float[np.ndarray, "n h w c"], targets: int
+    network: InfiniteNetwork, support: Float[np.ndarray, "n h w c"], targets: int
 ) -> Callable[..., tuple[Array, Array]]:
     """Adds so many targets, of which the first `count` count, to the two sums."""
     n, *shape = support.shape
@@ -135,7 +135,7 @@ def _compiled_sum(
 
 
 def solve(
-    network: Network, support: Float[np.ndarray, "n h w c"], sums: Sums, ridge: float
+    network: InfiniteNetwork, support: Float[np.ndarray, "n h w c"], sums: Sums, ridge: float
 ) -> Float[np.ndarray, "n k"]:
     """The labels, from the sums over all targets.
 

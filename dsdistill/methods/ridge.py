@@ -25,7 +25,7 @@ from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation.protocol import Predict
 from dsdistill.harness.runs import progress
 from dsdistill.kernels.gram import Tile, gram, plan
-from dsdistill.kernels.networks import Network
+from dsdistill.kernels.networks import InfiniteNetwork
 from dsdistill.parallel import devices
 
 CHUNK = 2000  # images that are predicted at a time
@@ -80,7 +80,7 @@ class Ridge:
         name, limit, identity: As any learner's; without an identity its results are not kept.
     """
 
-    network: Network
+    network: InfiniteNetwork
     ridge: float = 1e-6
     name: str = "ridge"
     limit: int | None = LIMIT
@@ -99,7 +99,7 @@ class Ridge:
 
 
 def fit(
-    network: Network,
+    network: InfiniteNetwork,
     images: Float[np.ndarray, "n h w c"],
     labels: Float[np.ndarray, "n k"],
     ridge: float,
@@ -143,7 +143,7 @@ def fit(
 
 
 def support_gram(
-    network: Network, support: Float[Array, "n h w c"], tile: Tile
+    network: InfiniteNetwork, support: Float[Array, "n h w c"], tile: Tile
 ) -> Float[Array, "n n"]:
     """k_ss in float64 with an exact diagonal: in float32 kernels lose digits on identical images.
 
@@ -163,7 +163,9 @@ def support_gram(
     return jnp.where(jnp.eye(len(support), dtype=bool), network.diagonal(double), k_ss)
 
 
-def support_tile(network: Network, n: int, shape: tuple[int, int, int], *, gradient: bool) -> Tile:
+def support_tile(
+    network: InfiniteNetwork, n: int, shape: tuple[int, int, int], *, gradient: bool
+) -> Tile:
     """The tile for `support_gram`."""
     dtype = jnp.float64 if network.diagonal is None else jnp.float32
     with jax.enable_x64(True):
@@ -179,7 +181,7 @@ class _Programs:
 
 
 @functools.lru_cache(maxsize=8)  # a run validates dozens of supports of the same size
-def _programs(network: Network, n: int, shape: tuple[int, int, int]) -> _Programs:
+def _programs(network: InfiniteNetwork, n: int, shape: tuple[int, int, int]) -> _Programs:
     tile_ss = support_tile(network, n, shape, gradient=False)
     tile_st = plan(network, n, devices.share(CHUNK), shape, gradient=False)
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from dsdistill.harness import memory
-from dsdistill.harness.data.labeled_images import Examples, Labeled
+from dsdistill.harness.data.labeled_images import Examples, LabeledImages
 
 RESIDENT = 0.25  # share of the free memory that the preprocessed images may take
 
@@ -17,7 +17,7 @@ def resident(examples: Examples) -> Examples:
     for start in range(0, len(images), 4096):
         rows = slice(start, start + 4096)
         images[rows] = examples.images(rows)
-    data = Labeled(images, examples.data.labels, examples.data.classes)
+    data = LabeledImages(images, examples.data.labels, examples.data.classes)
     return Examples(data, examples.preprocess, examples.targets, ready=True)
 
 

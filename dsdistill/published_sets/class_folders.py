@@ -21,7 +21,7 @@ from dsdistill.harness import memory
 from dsdistill.harness.data import class_names
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.text import some
-from dsdistill.published_sets.files import Raw, line
+from dsdistill.published_sets.files import RawSet, line
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -32,7 +32,7 @@ def holds_classes(folder: Path) -> bool:
     return any(_is_picture(file) for p in inside for file in p.iterdir())
 
 
-def read(path: Path, classes: Sequence[str], shape: tuple[int, int, int]) -> Raw:
+def read(path: Path, classes: Sequence[str], shape: tuple[int, int, int]) -> RawSet:
     """Read a folder of class folders.
 
     Args:
@@ -58,7 +58,7 @@ def read(path: Path, classes: Sequence[str], shape: tuple[int, int, int]) -> Raw
     changed = sum(resized for _, resized in decoded)
     notes = (note, f"{changed} images were resized to {shape[0]}x{shape[1]}")
     images = np.stack([pixels for pixels, _ in decoded])
-    return Raw(
+    return RawSet(
         "folder",
         images,
         np.array(labels),

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Float, Int
 
-from dsdistill.harness.data.labeled_images import Labeled, balanced
+from dsdistill.harness.data.labeled_images import LabeledImages, balanced
 from dsdistill.harness.data.preprocess import Preprocess, unit_range
 from dsdistill.harness.text import some
 
@@ -61,12 +61,12 @@ def _misfit(
     return min(touch, off)
 
 
-def contrast(images: Float[np.ndarray, "n h w c"], train: Labeled) -> float:
+def contrast(images: Float[np.ndarray, "n h w c"], train: LabeledImages) -> float:
     """Deviation of pixels in [0, 1] relative to that of real images."""
     return float(images.std() / max(_sample(train).std(), 1e-6))
 
 
-def tiled(images: Float[np.ndarray, "n h w c"], train: Labeled) -> str | None:
+def tiled(images: Float[np.ndarray, "n h w c"], train: LabeledImages) -> str | None:
     """Why images seem to consist of 2 x 2 tiles, or None.
 
     Tiles of real-looking images meet in a step that is larger than those beside it; tiles of
@@ -95,7 +95,7 @@ def tiled(images: Float[np.ndarray, "n h w c"], train: Labeled) -> str | None:
 def other_order(
     images: Float[np.ndarray, "n h w c"],
     labels: Int[np.ndarray, " n"],
-    train: Labeled,
+    train: LabeledImages,
     fitted: Preprocess,
 ) -> str | None:
     """Which real classes the images of each class look like, where those are others; or None.
@@ -150,6 +150,6 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(a @ b) / length if length else 0.0
 
 
-def _sample(train: Labeled) -> Float[np.ndarray, "n h w c"]:
+def _sample(train: LabeledImages) -> Float[np.ndarray, "n h w c"]:
     rows = np.sort(balanced(train.labels, SAMPLE, np.random.default_rng(0)))
     return unit_range(train.images(rows))

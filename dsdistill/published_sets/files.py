@@ -56,7 +56,7 @@ _KIP = re.compile(r"_ssize\d+_(?P<no>no)?zca(_|$)")
 
 
 @dataclass(frozen=True, eq=False)
-class Raw:
+class RawSet:
     """Arrays as published, and what the kind of file says of them.
 
     Attributes:
@@ -99,7 +99,7 @@ def holds_pair(folder: Path) -> bool:
     return "images.npy" in names or any(_MTT.fullmatch(name) for name in names)
 
 
-def read(path: Path) -> Raw:
+def read(path: Path) -> RawSet:
     """Read a published set from one of `SUFFIXES`, or a folder with the two files of a set.
 
     Raises:
@@ -133,7 +133,7 @@ def _best(folder: Path) -> Path:
     raise UserError(f"{folder} has no images_best.pt: give one of its files ({some(found)})")
 
 
-def _torch(path: Path) -> Raw:
+def _torch(path: Path) -> RawSet:
     import torch
 
     found = _load_torch(path)
@@ -144,30 +144,30 @@ def _torch(path: Path) -> Raw:
         return _named(path, {k: _numpy(path, v) for k, v in found.items() if k in keep}, names)
     if isinstance(found, (list, tuple)) and len(found) == 2:
         images, labels = (_numpy(path, part) for part in found)
-        return Raw("IDC" if _IDC.fullmatch(path.name) else "plain", images, labels, (path,))
+        return RawSet("IDC" if _IDC.fullmatch(path.name) else "plain", images, labels, (path,))
     if isinstance(found, torch.Tensor):
         return _matched_trajectory(path, _numpy(path, found))
     raise UserError(f"{path} holds no images with labels that are known here: {REMEDY}")
 
 
-def _condensed(path: Path, experiments: list[Any]) -> Raw:
+def _condensed(path: Path, experiments: list[Any]) -> RawSet:
     """Dataset Condensation saves the sets of all its repetitions in one file."""
     last = experiments[-1] if experiments else None
     if not isinstance(last, (list, tuple)) or len(last) != 2:
         raise UserError(f"{path}: 'data' must be a list of [images, labels]: {REMEDY}")
     images, labels = (_numpy(path, part) for part in last)
     several = f"the last of {len(experiments)} sets in the file was taken"
-    return Raw("DC", images, labels, (path,), (several,) if len(experiments) > 1 else ())
+    return RawSet("DC", images, labels, (path,), (several,) if len(experiments) > 1 else ())
 
 
-def _matched_trajectory(path: Path, images: np.ndarray) -> Raw:
+def _matched_trajectory(path: Path, images: np.ndarray) -> RawSet:
     """MTT saves images and labels in two files; of a whitened run also images made plain again."""
     named = _MTT.fullmatch(path.name)
     if named is None:
         raise UserError(f"{path} holds one tensor, and its labels are nowhere: {REMEDY}")
     beside = path.with_name(f"labels_{named['step']}.pt")
     labels = _numpy(beside, _load_torch(beside))
-    raw = Raw("MTT", images, labels, (path, beside))
+    raw = RawSet("MTT", images, labels, (path, beside))
     if named["unwhitened"]:
         return replace(raw, pixels="unit", notes=("the images are those with ZCA undone",))
     if any(path.parent.glob("images_zca_*.pt")):
@@ -177,7 +177,7 @@ def _matched_trajectory(path: Path, images: np.ndarray) -> Raw:
     return raw
 
 
-def _npz(path: Path) -> Raw:
+def _npz(path: Path) -> RawSet:
     _require_memory(path)
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -211,7 +211,7 @@ def _ridge(path: Path, jitter: np.ndarray) -> float:
     return float(jitter.item())
 
 
-def _npy(path: Path) -> Raw:
+def _npy(path: Path) -> RawSet:
     """Images in one file, labels in another one beside it."""
     names = [
         path.name.replace(image, label)
@@ -224,7 +224,7 @@ def _npy(path: Path) -> Raw:
     if beside is None:
         wanted = some(names) if names else "labels.npy beside images.npy"
         raise UserError(f"{path} holds one array, and its labels are nowhere: wanted {wanted}")
-    return Raw("plain", _array(path), _array(beside), (path, beside))
+    return RawSet("plain", _array(path), _array(beside), (path, beside))
 
 
 def _array(path: Path) -> np.ndarray:
@@ -289,9 +289,9 @@ def _pair(path: Path, names: Mapping[Any, Any] | Sequence[str]) -> tuple[str, st
     return images[0], labels[0]
 
 
-def _named(path: Path, found: dict[str, np.ndarray], pair: tuple[str, str]) -> Raw:
+def _named(path: Path, found: dict[str, np.ndarray], pair: tuple[str, str]) -> RawSet:
     """Arrays by name; those of `dsdistill export` carry their preprocessing."""
-    raw = Raw("plain", found[pair[0]], found[pair[1]], (path,))
+    raw = RawSet("plain", found[pair[0]], found[pair[1]], (path,))
     if pair != ("images", "labels"):
         raw = replace(raw, notes=(f"images are its {pair[0]!r}, labels its {pair[1]!r}",))
     if "classes" in found:

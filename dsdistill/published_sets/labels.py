@@ -11,7 +11,7 @@ from dsdistill.harness.data.labeled_images import centred_one_hot
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation import metrics
 from dsdistill.harness.text import some
-from dsdistill.published_sets.files import Raw
+from dsdistill.published_sets.files import RawSet
 
 SUM = 5e-3  # by which the sum of a row may be off: labels are often stored in half precision
 DRIFT = 0.5  # by which the mean sum of learned rows may be off: Adam does not keep it at 0
@@ -28,7 +28,7 @@ _ALLOWED: Mapping[str, tuple[str, ...]] = {
 
 
 def encoded(
-    path: Path, raw: Raw, stated: str, classes: tuple[str, ...]
+    path: Path, raw: RawSet, stated: str, classes: tuple[str, ...]
 ) -> tuple[str, Float[np.ndarray, "n k"], str]:
     """The kind of the labels, the labels as rows, and the order of classes that was taken.
 

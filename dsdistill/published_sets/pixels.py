@@ -8,12 +8,12 @@ from PIL import Image
 
 from dsdistill.harness.data import preprocess
 from dsdistill.harness.data.datasets import TORCHVISION
-from dsdistill.harness.data.labeled_images import Labeled
+from dsdistill.harness.data.labeled_images import LabeledImages
 from dsdistill.harness.data.preprocess import Chunks, Preprocess
 from dsdistill.harness.errors import UserError
 from dsdistill.published_sets import evidence
 from dsdistill.published_sets.evidence import Constants
-from dsdistill.published_sets.files import Raw
+from dsdistill.published_sets.files import RawSet
 
 # Mean and deviation by which DC, DSA and DM standardise, under the names that their files bear.
 # Those of CIFAR-100 changed in 2022; before, they were CIFAR-10's.
@@ -83,9 +83,9 @@ def arranged(
 def decided(
     path: Path,
     images: Float[np.ndarray, "n h w c"],
-    raw: Raw,
+    raw: RawSet,
     stated: str,
-    train: Labeled,
+    train: LabeledImages,
     *,
     own: Preprocess,
     data: str = "",
@@ -163,7 +163,7 @@ def decided(
 
 def standardisation(
     path: Path,
-    raw: Raw,
+    raw: RawSet,
     stated: tuple[tuple[float, ...], tuple[float, ...]] | None,
     fitted: Preprocess,
     data: str,
@@ -209,7 +209,7 @@ def standardisation(
 
 
 def whitening(
-    kind: str, chunks: Chunks, shape: tuple[int, int, int], *, path: Path, raw: Raw, data: str
+    kind: str, chunks: Chunks, shape: tuple[int, int, int], *, path: Path, raw: RawSet, data: str
 ) -> tuple[Preprocess, str]:
     """The ZCA of `WHITENED` by which images were whitened, and what to note of it.
 
@@ -273,7 +273,7 @@ def _require_sound(path: Path, flat: Float[np.ndarray, "n d"]) -> None:
         raise UserError(f"{path}: image {bad[0]} is constant: the file seems not to be whole")
 
 
-def _project(raw: Raw, name: str, shape: tuple[int, ...]) -> tuple[str, tuple[str, str] | None]:
+def _project(raw: RawSet, name: str, shape: tuple[int, ...]) -> tuple[str, tuple[str, str] | None]:
     """What the project of a file does to pixels, or what is unclear about it and the choices."""
     colour = shape[-1] == 3
     if raw.pixels != "auto":
@@ -305,7 +305,7 @@ def _seen(
     images: Float[np.ndarray, "n h w c"],
     low: float,
     high: float,
-    raw: Raw,
+    raw: RawSet,
     own: Preprocess,
     data: str,
 ) -> str:
@@ -323,7 +323,7 @@ def _seen(
     return "standardised" if high > 255 else "unclear"
 
 
-def _candidates(path: Path, raw: Raw, own: Preprocess, data: str) -> dict[str, Constants]:
+def _candidates(path: Path, raw: RawSet, own: Preprocess, data: str) -> dict[str, Constants]:
     """Constants that a set of this data may have been standardised by."""
     channels, name = len(own.mean), _published_name(path, raw.kind, data)
     pairs = {"signed": ((0.5,) * channels, (0.5,) * channels)}
@@ -367,7 +367,7 @@ def _plausible(kind: str, low: float, high: float) -> bool:
     return low >= -255 * BEYOND and least < high <= 255 * (1 + BEYOND)
 
 
-def _data_name(path: Path, raw: Raw, data: str) -> str:
+def _data_name(path: Path, raw: RawSet, data: str) -> str:
     """`cifar` or `svhn`, by the name of the data or else by the folders of an RFAD file."""
     folders = [part.name for part in path.resolve().parents[:3]]
     texts = [text.lower() for text in (data, *folders)] if raw.kind == "RFAD" else []

@@ -17,18 +17,18 @@ from jaxtyping import Float
 from dsdistill.harness.data import distilled_set
 from dsdistill.harness.data import preprocess as preprocess_module
 from dsdistill.harness.data.distilled_set import Distilled
-from dsdistill.harness.data.labeled_images import Labeled
+from dsdistill.harness.data.labeled_images import LabeledImages
 from dsdistill.harness.data.preprocess import Chunks, Preprocess
 from dsdistill.harness.errors import UserError
 from dsdistill.published_sets import class_folders, evidence, files, labels, pixels
-from dsdistill.published_sets.files import Raw
+from dsdistill.published_sets.files import RawSet
 
 MOST_TILES = 8  # in a row, that an image may be made of
 SIGMAS = 3.0  # standard errors within which an accuracy is that of chance
 
 
 @dataclass(frozen=True)
-class Stated:
+class StatedFormat:
     """What the user says of a published set; `auto` is decided from evidence.
 
     Attributes:
@@ -70,8 +70,8 @@ def is_foreign(path: Path) -> bool:
 
 def load(
     path: Path,
-    train: Labeled,
-    stated: Stated,
+    train: LabeledImages,
+    stated: StatedFormat,
     *,
     preprocess: Preprocess,
     data: str = "",
@@ -160,7 +160,7 @@ def hint(accuracy: float, chance: float, test_images: int) -> str | None:
     )
 
 
-def _check_statement(stated: Stated) -> None:
+def _check_statement(stated: StatedFormat) -> None:
     if (stated.mean is None) != (stated.std is None):
         raise UserError("--mean and --std go together: give both, or neither")
     if stated.mean is not None and stated.pixels not in ("auto", "standardised"):
@@ -178,11 +178,11 @@ def _own(fitted: Preprocess, chunks: Chunks, shape: tuple[int, int, int]) -> Pre
 
 def _tiles(
     path: Path,
-    raw: Raw,
+    raw: RawSet,
     images: Float[np.ndarray, "n h w c"],
     kind: str,
     stated: int | None,
-    train: Labeled,
+    train: LabeledImages,
 ) -> tuple[Float[np.ndarray, "m h w c"], list[str]]:
     """The images, taken out of their tiles where they have some, and what to note of it.
 
@@ -206,7 +206,7 @@ def _tiles(
     return parted, [f"tiles: {tiles}x{tiles} images in one, now {len(parted)} images ({said})"]
 
 
-def _read(path: Path, train: Labeled) -> Raw:
+def _read(path: Path, train: LabeledImages) -> RawSet:
     if path.is_dir() and not files.holds_pair(path):
         raw = class_folders.read(path, train.classes, train.shape)
     else:
@@ -221,7 +221,7 @@ def _read(path: Path, train: Labeled) -> Raw:
     return raw
 
 
-def _provenance(path: Path, raw: Raw, stated: Stated, notes: list[str]) -> dict[str, Any]:
+def _provenance(path: Path, raw: RawSet, stated: StatedFormat, notes: list[str]) -> dict[str, Any]:
     said = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(stated).items()}
     return {
         "method": "published",

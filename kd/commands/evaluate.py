@@ -9,20 +9,20 @@ import numpy as np
 from torch import Tensor, nn
 
 from dsdistill.harness.data import layout
-from dsdistill.harness.data.labeled_images import Labeled
+from dsdistill.harness.data.labeled_images import LabeledImages
 from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
 from dsdistill.harness.runs.run_folder import INPUTS
 from kd.commands import run_data
-from kd.data.data_source import Source
-from kd.data.files.file_source import Files
-from kd.data.files.image_files import Pictures
+from kd.data.data_source import DataSource
+from kd.data.files.file_source import FileSource
+from kd.data.files.image_files import ImageFiles
 from kd.evaluation import scoring
 from kd.models import networks, saved_models, seals, teachers
 from kd.models.saved_models import Model
 from kd.models.zoo import class_names
-from kd.options import Evaluate, told
+from kd.options import EvaluateOptions, told
 from kd.parallel import engine
 from kd.recipe import Recipe
 
@@ -36,11 +36,11 @@ class TestImages:
         which: What they are, in words.
     """
 
-    source: Source | Files
+    source: DataSource | FileSource
     which: str
 
 
-def evaluate(options: Evaluate) -> dict[str, Any]:
+def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """Accuracy, NLL, calibration, agreement with the teacher, size and latency.
 
     Raises:
@@ -108,11 +108,11 @@ class _InOrder(nn.Module):
 
 
 def _teachers(
-    options: Evaluate,
+    options: EvaluateOptions,
     config: Mapping[str, Any],
     name: str,
     fitted: Preprocess,
-    source: Source | Files,
+    source: DataSource | FileSource,
 ) -> Iterator[tuple[str, nn.Module]]:
     """The teachers of that name, with what was said of the run's own ones."""
     names = networks.names("--teacher", name)
@@ -132,7 +132,7 @@ def _teachers(
 
 
 def _test_images(
-    options: Evaluate, config: Mapping[str, Any], student: Model, recipe: Recipe
+    options: EvaluateOptions, config: Mapping[str, Any], student: Model, recipe: Recipe
 ) -> TestImages:
     """The images to judge on, as the student takes them.
 
@@ -147,7 +147,11 @@ def _test_images(
         path, name = part, str(part)
     source = run_data.load(name, student, recipe, config, root=options.data_root, announce=False)
     is_array = path.suffix == ".npz" and path.is_file()
-    if isinstance(source, Source) and source.distilled is not None and source.splits is not None:
+    if (
+        isinstance(source, DataSource)
+        and source.distilled is not None
+        and source.splits is not None
+    ):
         return TestImages(source, f"test images of {source.splits.name}")
     if source.distilled is not None or not (path.is_dir() or is_array):
         return TestImages(source, f"test images of {source.name}")
@@ -165,21 +169,21 @@ def _test_images(
     return TestImages(chosen, f"all images of {name}")
 
 
-def _test_count(source: Source | Files) -> int:
+def _test_count(source: DataSource | FileSource) -> int:
     """Test images of a folder."""
-    if isinstance(source, Files):
+    if isinstance(source, FileSource):
         test = source.parts[2]
-        return len(test) if isinstance(test, Pictures) else 0
+        return len(test) if isinstance(test, ImageFiles) else 0
     assert source.splits is not None
     return len(source.splits.test)
 
 
-def _is_trained_on(config: Mapping[str, Any], name: str, source: Source | Files) -> bool:
+def _is_trained_on(config: Mapping[str, Any], name: str, source: DataSource | FileSource) -> bool:
     """Whether data are those that the run was trained on, by their path or by their hash."""
     stored = config.get(INPUTS, {}).get("training images")
-    if isinstance(source, Files):
+    if isinstance(source, FileSource):
         train = source.parts[0]
-        digest = train.digest if isinstance(train, Pictures) else None
+        digest = train.digest if isinstance(train, ImageFiles) else None
     else:
         digest = source.splits.digest if source.splits else None
     own = config.get("data")
@@ -187,10 +191,10 @@ def _is_trained_on(config: Mapping[str, Any], name: str, source: Source | Files)
     return same_path or (stored is not None and stored == digest)
 
 
-def _with_all_to_test(source: Source | Files) -> Source | Files:
+def _with_all_to_test(source: DataSource | FileSource) -> DataSource | FileSource:
     """The data with all their images as test images."""
-    if isinstance(source, Files):
-        wholes = [part for part in source.parts if isinstance(part, Pictures)]
+    if isinstance(source, FileSource):
+        wholes = [part for part in source.parts if isinstance(part, ImageFiles)]
         rows = np.concatenate([part.rows for part in wholes])
         order = np.argsort(rows)
         known = [part.labels for part in wholes if part.labels is not None]
@@ -203,7 +207,7 @@ def _with_all_to_test(source: Source | Files) -> Source | Files:
     )
 
 
-def _joined(*parts: Labeled) -> Labeled:
+def _joined(*parts: LabeledImages) -> LabeledImages:
     """Views of one store as one view, in the order of the store."""
     first = parts[0]
     rows = [np.arange(len(part)) if part.rows is None else part.rows for part in parts]

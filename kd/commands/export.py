@@ -24,7 +24,7 @@ from kd.commands.export_formats import FORMATS, Format
 from kd.data import batching
 from kd.models import networks, saved_models
 from kd.models.saved_models import Model
-from kd.options import Export
+from kd.options import ExportOptions
 from kd.recipe import Recipe
 
 # Of the spread of the outputs. Another order of float32 sums changes them by 1e-7 to 1e-5 of it, a
@@ -57,7 +57,7 @@ class Comparison:
     note: str | None
 
 
-def export(options: Export) -> dict[str, Any]:
+def export(options: ExportOptions) -> dict[str, Any]:
     """Write a student in one format.
 
     Returns:
@@ -110,7 +110,7 @@ def compare(path: Path, chosen: Format, trialled: Trials) -> Comparison:
     )
 
 
-def _agreeing(path: Path, trialled: Trials, options: Export) -> Comparison:
+def _agreeing(path: Path, trialled: Trials, options: ExportOptions) -> Comparison:
     try:
         found = compare(path, FORMATS[options.format], trialled)
     except Exception as error:  # of another program's reader, which raises whatever it likes
@@ -128,7 +128,7 @@ def _agreeing(path: Path, trialled: Trials, options: Export) -> Comparison:
     return found
 
 
-def _card(options: Export, model: Model, chosen: Format) -> dict[str, Any]:
+def _card(options: ExportOptions, model: Model, chosen: Format) -> dict[str, Any]:
     """What a person or a program needs to use the files."""
     h, w, c = model.shape
     fitted = model.preprocess
@@ -192,7 +192,7 @@ def _files(recipe: Recipe) -> dict[str, Any]:
     return {"crop": recipe.crop_share, "interpolation": interpolation}
 
 
-def _free(options: Export, model: Model, chosen: Format) -> Path:
+def _free(options: ExportOptions, model: Model, chosen: Format) -> Path:
     """Where to write; nothing is there yet."""
     name = re.sub(r"\W+", "-", model.name)[-60:] + chosen.suffix
     out = Path(os.path.abspath(options.out or options.run / "export" / name))

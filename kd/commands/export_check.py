@@ -14,8 +14,8 @@ from dsdistill.harness.data import preprocess
 from dsdistill.harness.errors import UserError
 from kd.commands import run_data
 from kd.data import batching
-from kd.data.files.file_source import Files
-from kd.data.files.image_files import Pictures
+from kd.data.files.file_source import FileSource
+from kd.data.files.image_files import ImageFiles
 from kd.models import saved_models, seals
 from kd.models.saved_models import Model
 from kd.models.zoo import class_names
@@ -93,7 +93,7 @@ def _real(
     class_names.match(
         "the student", model.classes, source.classes, option=None
     )  # of whatever order
-    if isinstance(source, Files):
+    if isinstance(source, FileSource):
         return source.name, _streamed(source, recipe, rng)
     if source.splits is None:
         raise UserError(source.note or f"{name} has no real images")
@@ -101,11 +101,11 @@ def _real(
     return source.splits.name, preprocess.unit_range(images.images(_some(len(images), rng)))
 
 
-def _streamed(source: Files, recipe: Recipe, rng: np.random.Generator) -> Images:
+def _streamed(source: FileSource, recipe: Recipe, rng: np.random.Generator) -> Images:
     """Evaluation views of some images; of an archive, of the first ones."""
     train, held, test = source.parts
     part = test or held or train
-    if isinstance(part, Pictures):
+    if isinstance(part, ImageFiles):
         part = part.select(_some(len(part), rng))
     plain, cpu = preprocess.identity(source.shape[2]), torch.device("cpu")
     stream = replace(source, parts=(train, None, part)).test(recipe, plain, cpu)

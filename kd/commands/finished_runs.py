@@ -15,7 +15,7 @@ from dsdistill.harness.reports import schema
 from dsdistill.harness.runs import run_folder
 from kd.models import seals
 from kd.models.seals import REPORT
-from kd.options import READERS, Overrides, Train
+from kd.options import READERS, Overrides, TrainOptions
 
 CURVE = "validation_accuracy"  # of metrics.jsonl
 NEEDED = {
@@ -43,7 +43,7 @@ KNOWN = {
 
 
 @dataclass(frozen=True)
-class Finished:
+class FinishedRun:
     """One run.
 
     Attributes:
@@ -65,7 +65,7 @@ class Finished:
 
 
 @dataclass(frozen=True)
-class Group:
+class RunGroup:
     """Runs that differ in nothing but their seed.
 
     Attributes:
@@ -74,7 +74,7 @@ class Group:
     """
 
     label: str
-    runs: Sequence[Finished]
+    runs: Sequence[FinishedRun]
 
     @property
     def data(self) -> str:
@@ -91,7 +91,7 @@ class Group:
         return statistics.summary(known, bounds=(0.0, 1.0) if fraction else (-math.inf, math.inf))
 
 
-def read(folder: Path) -> Finished:
+def read(folder: Path) -> FinishedRun:
     """A finished run.
 
     Raises:
@@ -106,21 +106,21 @@ def read(folder: Path) -> Finished:
     seals.verify(folder, "metrics.jsonl")
     try:
         _check(config, report)
-        return Finished(folder, config, report, _curve(folder / "metrics.jsonl"))
+        return FinishedRun(folder, config, report, _curve(folder / "metrics.jsonl"))
     except (ValueError, KeyError, RecursionError) as error:
         raise UserError(f"{folder} holds a damaged run ({error}): leave it out") from error
 
 
-def grouped(found: Sequence[Finished]) -> list[Group]:
+def grouped(found: Sequence[FinishedRun]) -> list[RunGroup]:
     """The runs, those together whose options are the same but for the seed."""
-    groups: dict[str, list[Finished]] = {}
+    groups: dict[str, list[FinishedRun]] = {}
     for run in found:
         options = {
             name: v for name, v in run.config.items() if name not in ("seed", run_folder.INPUTS)
         }
         groups.setdefault(json.dumps(options, sort_keys=True), []).append(run)
     labels = _labels([members[0] for members in groups.values()])
-    return [Group(*pair) for pair in zip(labels, groups.values(), strict=True)]
+    return [RunGroup(*pair) for pair in zip(labels, groups.values(), strict=True)]
 
 
 def command(config: Mapping[str, Any]) -> str:
@@ -137,7 +137,7 @@ def command(config: Mapping[str, Any]) -> str:
 _OWN = {f.name for f in fields(Overrides)}
 _DEFAULTS = {
     name: str(value) if isinstance(value, Path) else value
-    for name, value in asdict(Train()).items()
+    for name, value in asdict(TrainOptions()).items()
     if name not in ("data", "out", "resume", "overrides")
 }
 
@@ -170,7 +170,7 @@ def _curve(path: Path) -> list[tuple[int, float]]:
     return [(row["step"], row[CURVE]) for row in rows if row.get(CURVE) is not None]
 
 
-def _labels(firsts: Sequence[Finished]) -> list[str]:
+def _labels(firsts: Sequence[FinishedRun]) -> list[str]:
     """A short name for each: student and teacher, then the options in which they differ."""
     options = [_given(run.config) for run in firsts]
     named = {"student", "teacher", "seed", "data_root"}

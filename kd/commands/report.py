@@ -10,7 +10,7 @@ from dsdistill.harness.memory import readable
 from dsdistill.harness.reports import html, plot_style, wording
 from dsdistill.harness.reports.wording import NOTHING
 from kd.commands import finished_runs
-from kd.commands.finished_runs import Finished, Group
+from kd.commands.finished_runs import FinishedRun, RunGroup
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,7 +62,7 @@ def render(folders: Sequence[Path]) -> str:
     return html.document(title, [head, *filter(None, sections)])
 
 
-def figures(group: Group) -> list[str]:
+def figures(group: RunGroup) -> list[str]:
     """One line under `FIGURES`."""
     accuracy = group.summary("test_accuracy")
     return [
@@ -77,7 +77,7 @@ def figures(group: Group) -> list[str]:
     ]
 
 
-def cost(group: Group) -> list[str]:
+def cost(group: RunGroup) -> list[str]:
     """One line under `COST`."""
     report = group.runs[0].report
     memory = [run.report.get("peak_memory") or 0 for run in group.runs]
@@ -93,7 +93,7 @@ def cost(group: Group) -> list[str]:
     ]
 
 
-def curves(groups: Sequence[Group]) -> "Figure":
+def curves(groups: Sequence[RunGroup]) -> "Figure":
     """Validation accuracy against steps: a colour for each group, a line for each of its runs."""
     with plot_style.style():
         figure = plot_style.blank(2.9 + 0.15 * len(groups))
@@ -119,7 +119,7 @@ def curves(groups: Sequence[Group]) -> "Figure":
     return figure
 
 
-def _answer(groups: Sequence[Group]) -> str:
+def _answer(groups: Sequence[RunGroup]) -> str:
     """Which training is ahead on each data set, and whether by more than its intervals."""
     lines = []
     for data in _data(groups):
@@ -134,7 +134,7 @@ def _answer(groups: Sequence[Group]) -> str:
     return "\n".join(html.paragraph(line, "answer") for line in lines)
 
 
-def _margin(accuracy: Summary, second: Group, other: Summary) -> str:
+def _margin(accuracy: Summary, second: RunGroup, other: Summary) -> str:
     more = wording.percent(accuracy.mean - other.mean)
     text = f"That is {more} points more than {second.label}"
     if accuracy.n == 1 or other.n == 1:
@@ -143,11 +143,11 @@ def _margin(accuracy: Summary, second: Group, other: Summary) -> str:
     return f"{text}; their 95 % intervals {'are apart' if apart else 'overlap'}."
 
 
-def _accuracies(groups: Sequence[Group], data: str) -> list[tuple[Group, Summary | None]]:
+def _accuracies(groups: Sequence[RunGroup], data: str) -> list[tuple[RunGroup, Summary | None]]:
     return [(group, group.summary("test_accuracy")) for group in groups if group.data == data]
 
 
-def _curves(groups: Sequence[Group]) -> str:
+def _curves(groups: Sequence[RunGroup]) -> str:
     found = []
     for i, data in enumerate(_data(groups)):
         drawn = [g for g in groups if g.data == data and any(run.curve for run in g.runs)]
@@ -159,7 +159,7 @@ def _curves(groups: Sequence[Group]) -> str:
 
 
 def _table(
-    head: Sequence[str], groups: Sequence[Group], cells: Callable[[Group], list[str]]
+    head: Sequence[str], groups: Sequence[RunGroup], cells: Callable[[RunGroup], list[str]]
 ) -> str:
     lines = [(group.data, [html.text(cell) for cell in cells(group)]) for group in groups]
     kept = [i for i in range(len(head)) if any(line[i] != NOTHING for _, line in lines)]
@@ -170,12 +170,12 @@ def _table(
     return html.table("By data set", [head[i] for i in kept], bodies)
 
 
-def _every(groups: Sequence[Group]) -> str:
+def _every(groups: Sequence[RunGroup]) -> str:
     bodies = [(group.label, [_run(run) for run in group.runs]) for group in groups]
     return html.table("As each run's own report says", RUNS, bodies)
 
 
-def _run(run: Finished) -> list[str]:
+def _run(run: FinishedRun) -> list[str]:
     epoch = run.report.get("best_epoch")
     return [
         html.text(run.folder),
@@ -186,7 +186,7 @@ def _run(run: Finished) -> list[str]:
     ]
 
 
-def _data(groups: Sequence[Group]) -> list[str]:
+def _data(groups: Sequence[RunGroup]) -> list[str]:
     """Names of the data sets."""
     return list(dict.fromkeys(group.data for group in groups))
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from kd.data import data_source
-from kd.data.data_source import Source
+from kd.data.data_source import DataSource
 from kd.data.files import file_source
-from kd.data.files.file_source import Files
+from kd.data.files.file_source import FileSource
 from kd.models import seals
 from kd.models.saved_models import Model
 from kd.recipe import Recipe
@@ -28,7 +28,7 @@ def load(
     *,
     root: Path,
     announce: bool = True,
-) -> Source | Files:
+) -> DataSource | FileSource:
     """Data at the size and with the channels and class order of a student.
 
     Args:

@@ -15,23 +15,23 @@ from accelerate.utils import gather_object
 
 from dsdistill.harness.checksums import file_digest
 from dsdistill.harness.data import distilled_set
-from dsdistill.harness.data.labeled_images import Labeled
+from dsdistill.harness.data.labeled_images import LabeledImages
 from dsdistill.harness.errors import UserError
 from kd.commands import teacher_chain
-from kd.commands.training_parts import Parts
+from kd.commands.training_parts import TrainingParts
 from kd.data import teacher_cache
-from kd.data.files.file_source import Files
+from kd.data.files.file_source import FileSource
 from kd.models import networks
 from kd.models.teachers import Teacher
 from kd.models.zoo import class_names
-from kd.options import Train
+from kd.options import TrainOptions
 from kd.parallel.engine import Engine
 
 DATA = ("training images", "validation images", "test images", "distilled set")
 ABSENT = "absent"  # a hash of what is not there: that it comes or goes is a change too
 
 
-def hashes(parts: Parts, options: Train) -> dict[str, str]:
+def hashes(parts: TrainingParts, options: TrainOptions) -> dict[str, str]:
     """SHA-256 of everything that a training depends on, by a name for people.
 
     Args:
@@ -58,10 +58,10 @@ def hashes(parts: Parts, options: Train) -> dict[str, str]:
     return found
 
 
-def data_hashes(parts: Parts, options: Train) -> dict[str, str]:
+def data_hashes(parts: TrainingParts, options: TrainOptions) -> dict[str, str]:
     """SHA-256 of the data's parts and, of streamed archives, what their order depends on."""
     source = parts.source
-    if isinstance(source, Files):
+    if isinstance(source, FileSource):
         found = {
             name: ABSENT if part is None else part.digest
             for name, part in zip(DATA, source.parts, strict=False)
@@ -82,7 +82,7 @@ def data_hashes(parts: Parts, options: Train) -> dict[str, str]:
     return found
 
 
-def labeled_hash(images: Labeled) -> str:
+def labeled_hash(images: LabeledImages) -> str:
     """SHA-256 of images, labels, their number and the class names."""
     sha = hashlib.sha256(repr((images.shape, images.classes, len(images))).encode())
     sha.update(np.ascontiguousarray(images.labels, "<i8").data)

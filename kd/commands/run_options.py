@@ -11,7 +11,7 @@ from dsdistill.harness.runs import run_folder
 from kd.models import networks
 from kd.models.seals import REPORT
 from kd.models.zoo import class_names
-from kd.options import Overrides, Train
+from kd.options import Overrides, TrainOptions
 
 HASH = "options"  # key, among the hashes of a run, of that of the options
 FREE = ("data_root", "device", "workers", "cache", "min_teacher_accuracy")  # may differ on resume
@@ -19,7 +19,7 @@ _PER_CALL = ("out", "resume", "overrides")  # not options of the training
 _PATHS = ("data", "student", "teacher", "data_root", "class_map", "cache")
 
 
-def to_json(options: Train) -> dict[str, Any]:
+def to_json(options: TrainOptions) -> dict[str, Any]:
     """The options of a training, with paths that stay right in another working directory."""
     config = {k: v for k, v in asdict(options).items() if k not in _PER_CALL}
     for name in _PATHS:
@@ -34,7 +34,7 @@ def to_json(options: Train) -> dict[str, Any]:
     return config | asdict(options.overrides)
 
 
-def restore(folder: Path, options: Train) -> Train:
+def restore(folder: Path, options: TrainOptions) -> TrainOptions:
     """The options that a run was started with.
 
     Args:
@@ -46,7 +46,7 @@ def restore(folder: Path, options: Train) -> Train:
             contradict them.
     """
     config = run_folder.stored_options(
-        folder, to_json(options), result=REPORT, defaults=to_json(Train()), free=FREE
+        folder, to_json(options), result=REPORT, defaults=to_json(TrainOptions()), free=FREE
     )
     hashes = config.get(run_folder.INPUTS, {})
     known = {k: v for k, v in config.items() if k in to_json(options)}
@@ -67,17 +67,17 @@ def restore(folder: Path, options: Train) -> Train:
     )
 
 
-def digest(options: Train) -> str:
+def digest(options: TrainOptions) -> str:
     """SHA-256 of the options that a run must keep, as far as they are not the defaults.
 
     So that a later version with more options finds the same.
     """
-    config, defaults = to_json(options), to_json(Train())
+    config, defaults = to_json(options), to_json(TrainOptions())
     kept = {k: v for k, v in config.items() if k not in FREE and v != defaults[k]}
     return checksums.json_digest(kept)
 
 
-def require_same(link: Train, stored: dict[str, Any]) -> None:
+def require_same(link: TrainOptions, stored: dict[str, Any]) -> None:
     """Refuse a finished training that is not the link of this chain.
 
     Args:

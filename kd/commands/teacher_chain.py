@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from dsdistill.harness import lists
-from kd.options import TOLD, Train
+from kd.options import TOLD, TrainOptions
 
 FOREIGN = ("class_map", *TOLD)  # of the first teacher: an earlier run has the data's classes
 
 
-def before(options: Train, out: Path) -> tuple[Train, ...]:
+def before(options: TrainOptions, out: Path) -> tuple[TrainOptions, ...]:
     """The trainings before the last, in turn; none without a chain."""
     students = _students(options)
     plain = replace(options, generations=None, assistants=None)
@@ -34,7 +34,7 @@ def before(options: Train, out: Path) -> tuple[Train, ...]:
     return tuple(found)
 
 
-def teacher(options: Train) -> str | None:
+def teacher(options: TrainOptions) -> str | None:
     """Who teaches the last training of a chain; without one, `--teacher`."""
     count = len(_students(options))
     if count == 0 or options.out is None:
@@ -42,12 +42,12 @@ def teacher(options: Train) -> str | None:
     return str(_folder(options.out, count))
 
 
-def taught_by_run(options: Train) -> bool:
+def taught_by_run(options: TrainOptions) -> bool:
     """Whether the teacher of the last training is one of the chain's."""
     return teacher(options) != options.teacher
 
 
-def _students(options: Train) -> list[str | None]:
+def _students(options: TrainOptions) -> list[str | None]:
     if options.assistants is not None:
         return list(lists.names("--assistants", options.assistants))
     return [options.student] * ((options.generations or 1) - 1)

@@ -40,26 +40,26 @@ from kd.commands import (
     training_batches,
     training_parts,
 )
-from kd.commands.training_parts import Parts
+from kd.commands.training_parts import TrainingParts
 from kd.data import data_source
 from kd.data.batching import Batches
 from kd.data.files import archives
-from kd.data.files.file_source import Files
+from kd.data.files.file_source import FileSource
 from kd.evaluation import scoring, teacher_check
-from kd.evaluation.scoring import Judged
+from kd.evaluation.scoring import EvaluationBatches
 from kd.models import networks, saved_models, seals
 from kd.models.saved_models import Model
 from kd.models.seals import REPORT
 from kd.objectives import loss_spec, terms
 from kd.objectives.schemes import Objective
-from kd.options import Train
+from kd.options import TrainOptions
 from kd.parallel import engine, heartbeat
 from kd.training import checkpoint
-from kd.training.checkpoint import Saved, State
+from kd.training.checkpoint import Saved, TrainingState
 from kd.training.loop import train
 
 
-def resolve(options: Train) -> Train:
+def resolve(options: TrainOptions) -> TrainOptions:
     """The options with a folder; of a run that is resumed, those that it was started with.
 
     Args:
@@ -79,7 +79,7 @@ def resolve(options: Train) -> Train:
     return replace(options, out=options.out or _free_folder(options))
 
 
-def run(options: Train) -> dict[str, Any]:
+def run(options: TrainOptions) -> dict[str, Any]:
     """The whole of `kd train`: the trainings of a chain that come first, then the one asked for.
 
     Args:
@@ -110,7 +110,7 @@ def run(options: Train) -> dict[str, Any]:
     return _train(options, earlier)
 
 
-def _train(options: Train, earlier: Sequence[Path]) -> dict[str, Any]:
+def _train(options: TrainOptions, earlier: Sequence[Path]) -> dict[str, Any]:
     """One training: find all its parts, train, read the test set once, write the folder.
 
     Args:
@@ -148,9 +148,9 @@ def _train(options: Train, earlier: Sequence[Path]) -> dict[str, Any]:
         return report
 
 
-def _open(folder: Path, options: Train, hashes: Mapping[str, str]) -> run_folder.Run:
+def _open(folder: Path, options: TrainOptions, hashes: Mapping[str, str]) -> run_folder.Run:
     """The run's folder, locked, of a run that was started with the same inputs or starts now."""
-    values, defaults = run_options.to_json(options), run_options.to_json(Train())
+    values, defaults = run_options.to_json(options), run_options.to_json(TrainOptions())
     run = run_folder.start(
         folder,
         values,
@@ -167,13 +167,13 @@ def _open(folder: Path, options: Train, hashes: Mapping[str, str]) -> run_folder
     return run
 
 
-def _check_used(options: Train, parts: Parts) -> None:
+def _check_used(options: TrainOptions, parts: TrainingParts) -> None:
     """Refuse options that have no effect on this kind of data.
 
     Raises:
         UserError: If one is given.
     """
-    streamed = isinstance(parts.source, Files)
+    streamed = isinstance(parts.source, FileSource)
     if options.workers is not None and not streamed:
         raise UserError("--workers has no effect without --augment imagenet: leave it out")
     if options.validation_fraction is not None and archives.is_named(options.data):
@@ -183,10 +183,10 @@ def _check_used(options: Train, parts: Parts) -> None:
         )
 
 
-def _judge_teachers(options: Train, parts: Parts) -> None:
+def _judge_teachers(options: TrainOptions, parts: TrainingParts) -> None:
     """Say how good each teacher is, on validation images or else on training images."""
     say = progress.say if parts.on.is_main_process else lambda line: None
-    held: Judged | None = _held(options, parts)
+    held: EvaluationBatches | None = _held(options, parts)
     part = "validation"
     if held is None:
         say(_without_validation(options, parts))
@@ -208,7 +208,9 @@ def _judge_teachers(options: Train, parts: Parts) -> None:
             teacher_check.check(name, teacher, held, minimum=minimum, part=part, more=more, say=say)
 
 
-def _training_images(options: Train, parts: Parts, count: int) -> Judged | None:
+def _training_images(
+    options: TrainOptions, parts: TrainingParts, count: int
+) -> EvaluationBatches | None:
     """Up to so many training images, spread over the classes, as they are judged."""
     fitted, device = parts.student.preprocess, parts.on.device
     return parts.source.sample(count, parts.recipe, fitted, device, options.readers)
@@ -218,7 +220,7 @@ def _none(count: int) -> None:
     """No further images: those that are judged are training images already."""
 
 
-def _without_validation(options: Train, parts: Parts) -> str:
+def _without_validation(options: TrainOptions, parts: TrainingParts) -> str:
     """What falls away where no image is held out, in one line.
 
     Raises:
@@ -245,7 +247,9 @@ def _without_validation(options: Train, parts: Parts) -> str:
     return f"no validation images ({why}): {', '.join(lost)}"
 
 
-def _report(options: Train, parts: Parts, student: Model, state: State) -> dict[str, Any]:
+def _report(
+    options: TrainOptions, parts: TrainingParts, student: Model, state: TrainingState
+) -> dict[str, Any]:
     return {
         **_tested(options, parts, student),
         "validation_accuracy": _validated(options, parts, student, state),
@@ -270,8 +274,12 @@ def _report(options: Train, parts: Parts, student: Model, state: State) -> dict[
 
 
 def _fit(
-    options: Train, parts: Parts, objective: Objective, batches: Batches, run: run_folder.Run
-) -> tuple[Model, State, dict[str, float]]:
+    options: TrainOptions,
+    parts: TrainingParts,
+    objective: Objective,
+    batches: Batches,
+    run: run_folder.Run,
+) -> tuple[Model, TrainingState, dict[str, float]]:
     """The student with its best weights, the last state of its training, and what it took."""
     student = parts.student
     held = _held(options, parts)
@@ -318,7 +326,7 @@ def _fit(
     return student, state, {"seconds": seconds, "startup_seconds": startup}
 
 
-def _say_stopped(parts: Parts, state: State, per_epoch: int) -> None:
+def _say_stopped(parts: TrainingParts, state: TrainingState, per_epoch: int) -> None:
     """One line where patience has ended a training before its last step."""
     recipe = parts.recipe
     total = recipe.total_steps(math.ceil(per_epoch / recipe.accumulate))
@@ -332,7 +340,7 @@ def _say_stopped(parts: Parts, state: State, per_epoch: int) -> None:
 
 @contextmanager
 def _shown(
-    parts: Parts, run: run_folder.Run, saved: Saved | None, per_epoch: int
+    parts: TrainingParts, run: run_folder.Run, saved: Saved | None, per_epoch: int
 ) -> Iterator[tuple[run_folder.Metrics | None, progress.Show | None]]:
     """Where figures go and how progress is shown, in the process that writes."""
     if not run.writes:
@@ -347,7 +355,7 @@ def _shown(
         yield log, show
 
 
-def _tested(options: Train, parts: Parts, student: Model) -> dict[str, Any]:
+def _tested(options: TrainOptions, parts: TrainingParts, student: Model) -> dict[str, Any]:
     """Figures on the test set; its only use."""
     fitted, on = student.preprocess, parts.on
     batches = parts.source.test(parts.recipe, fitted, on.device, options.readers)
@@ -365,7 +373,9 @@ def _tested(options: Train, parts: Parts, student: Model) -> dict[str, Any]:
     return {"test_accuracy": found.pop("accuracy"), "test_images": found.pop("images"), **found}
 
 
-def _validated(options: Train, parts: Parts, student: Model, state: State) -> float | None:
+def _validated(
+    options: TrainOptions, parts: TrainingParts, student: Model, state: TrainingState
+) -> float | None:
     """Of the weights that are saved: a mean of several epochs' is judged once more."""
     held = _held(options, parts)
     if len(state.kept) == 1 or held is None:
@@ -373,12 +383,12 @@ def _validated(options: Train, parts: Parts, student: Model, state: State) -> fl
     return scoring.figures(student.classifier, held)["accuracy"]
 
 
-def _held(options: Train, parts: Parts) -> Judged | None:
+def _held(options: TrainOptions, parts: TrainingParts) -> EvaluationBatches | None:
     fitted, on = parts.student.preprocess, parts.on
     return parts.source.validation(parts.recipe, fitted, on.device, options.readers)
 
 
-def _free_folder(options: Train) -> Path:
+def _free_folder(options: TrainOptions) -> Path:
     """The first free `runs/kd-STUDENT-DATA-N`."""
     named = recipes.named(options.recipe).student if options.recipe else None
     name = options.student or named or training_parts.STUDENT

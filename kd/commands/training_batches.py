@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
-from kd.commands.training_parts import Parts
+from kd.commands.training_parts import TrainingParts
 from kd.data import augment, batching, teacher_cache
 from kd.data.batching import Batch, Batches, Resident
-from kd.data.teacher_cache import Cache
+from kd.data.teacher_cache import TeacherCache
 from kd.evaluation import scoring
 from kd.objectives import terms
 from kd.objectives.schemes import Distillation, Objective
-from kd.options import Train
+from kd.options import TrainOptions
 
 VIEWS = (  # what a view of an image depends on, beside the image
     "batch_size",
@@ -43,7 +43,7 @@ VIEWS = (  # what a view of an image depends on, beside the image
 )
 
 
-def source(parts: Parts, options: Train) -> Batches:
+def source(parts: TrainingParts, options: TrainOptions) -> Batches:
     """The training images in batches, as they are; a last batch that is too small is no batch.
 
     Raises:
@@ -67,12 +67,14 @@ def source(parts: Parts, options: Train) -> Batches:
     return images
 
 
-def least_images(parts: Parts) -> int:
+def least_images(parts: TrainingParts) -> int:
     """Images that each process needs of a batch, for the loss and for batch norm."""
     return max(batching.LEAST, *map(terms.least_images, parts.specs))
 
 
-def batches(parts: Parts, options: Train, objective: Objective, source: Batches) -> Batches:
+def batches(
+    parts: TrainingParts, options: TrainOptions, objective: Objective, source: Batches
+) -> Batches:
     """The training images in batches, changed, with what the teachers are known to answer.
 
     Args:
@@ -97,11 +99,11 @@ def batches(parts: Parts, options: Train, objective: Objective, source: Batches)
     caches = _caches(parts, options, still=changed is source)
     if changed is source and isinstance(source, Resident):
         return _table(source, parts, caches)
-    return Cached(changed, parts.teachers, caches, len(classes)) if caches else changed
+    return CachedBatches(changed, parts.teachers, caches, len(classes)) if caches else changed
 
 
 @dataclass(frozen=True, eq=False)
-class Cached:
+class CachedBatches:
     """Batches with the teachers' answers, from the cache or on their way into it.
 
     An epoch that is entered in the middle, after a kill, is not written: the next training writes
@@ -116,7 +118,7 @@ class Cached:
 
     source: Batches
     teachers: tuple[nn.Module, ...]
-    caches: tuple[Cache, ...]
+    caches: tuple[TeacherCache, ...]
     classes: int
 
     @property
@@ -160,7 +162,7 @@ def answer(teacher: nn.Module, batch: Batch) -> Tensor:
         return teacher(batch.images).float()
 
 
-def _table(source: Resident, parts: Parts, caches: tuple[Cache, ...]) -> Batches:
+def _table(source: Resident, parts: TrainingParts, caches: tuple[TeacherCache, ...]) -> Batches:
     """With every teacher's logits of every image: no augmentation changes them."""
     n, k = len(source.examples), len(parts.source.classes)
     if 4 * n * k * len(parts.teachers) > batching.RESIDENT_BYTES:
@@ -177,7 +179,9 @@ def _table(source: Resident, parts: Parts, caches: tuple[Cache, ...]) -> Batches
     return replace(source, teacher_logits=tuple(tables))
 
 
-def _caches(parts: Parts, options: Train, *, still: bool) -> tuple[Cache, ...]:
+def _caches(
+    parts: TrainingParts, options: TrainOptions, *, still: bool
+) -> tuple[TeacherCache, ...]:
     """One for each teacher; none without `--cache`."""
     if options.cache is None:
         return ()

@@ -12,9 +12,9 @@ from dsdistill.harness.runs import progress
 from kd import recipe, recipes
 from kd.commands import teacher_chain
 from kd.data import data_source
-from kd.data.data_source import Source
+from kd.data.data_source import DataSource
 from kd.data.files import file_source
-from kd.data.files.file_source import Files
+from kd.data.files.file_source import FileSource
 from kd.models import networks, saved_models, teachers
 from kd.models.networks import Classifier
 from kd.models.saved_models import Model, Outputs
@@ -23,7 +23,7 @@ from kd.models.zoo import class_names
 from kd.objectives import loss_spec, terms
 from kd.objectives.loss_spec import Spec
 from kd.objectives.schemes import Distillation, MeanTeacher, Mutual, Objective
-from kd.options import Train, told
+from kd.options import TrainOptions, told
 from kd.parallel import engine
 from kd.parallel.engine import Engine
 from kd.recipe import Recipe
@@ -35,7 +35,7 @@ MUTUAL = "ce:1,kd:1:temperature=1"  # of deep mutual learning
 
 
 @dataclass(frozen=True, eq=False)
-class Parts:
+class TrainingParts:
     """What a training is made of.
 
     Attributes:
@@ -49,7 +49,7 @@ class Parts:
         on: Where it computes.
     """
 
-    source: Source | Files
+    source: DataSource | FileSource
     student: Model
     taught_by: tuple[str, ...]
     teachers: tuple[Teacher, ...]
@@ -59,7 +59,7 @@ class Parts:
     on: Engine
 
 
-def assembled(options: Train) -> Parts:
+def assembled(options: TrainOptions) -> TrainingParts:
     """Resolve names, load data, student and teachers.
 
     Raises:
@@ -88,14 +88,14 @@ def assembled(options: Train) -> Parts:
     student = replace(student, outputs=_outputs(specs, alone))
     for network in (student.classifier, *found, *peers):
         network.to(on.device)
-    parts = Parts(source, student, names, found, peers, chosen, specs, on)
+    parts = TrainingParts(source, student, names, found, peers, chosen, specs, on)
     _check(parts, options, alone)
     for remark in terms.remarks(specs, images=source.count):
         say(remark)
     return parts
 
 
-def objective(parts: Parts, options: Train) -> Objective:
+def objective(parts: TrainingParts, options: TrainOptions) -> Objective:
     """The objective of a training, with its taps and projectors."""
     student = parts.student.classifier
     made = terms.build(
@@ -118,7 +118,7 @@ def objective(parts: Parts, options: Train) -> Objective:
     return found
 
 
-def check_step(parts: Parts, objective: Objective, sizes: Sequence[int]) -> None:
+def check_step(parts: TrainingParts, objective: Objective, sizes: Sequence[int]) -> None:
     """Refuse a loss that does not work with these data and networks, see `kd.training.dry_run`.
 
     Args:
@@ -147,7 +147,7 @@ def _mixed(recipe: Recipe) -> bool:
     return recipe.mixup > 0 or recipe.cutmix > 0
 
 
-def _smoothed(recipe: Recipe, specs: Sequence[Spec], options: Train) -> Recipe:
+def _smoothed(recipe: Recipe, specs: Sequence[Spec], options: TrainOptions) -> Recipe:
     """The recipe with the label smoothing of its `ce`, which the term itself may say."""
     smoothing = next((s.parameters.get("smoothing") for s in specs if s.name == "ce"), None)
     if smoothing is None:
@@ -160,7 +160,7 @@ def _smoothed(recipe: Recipe, specs: Sequence[Spec], options: Train) -> Recipe:
     return replace(recipe, label_smoothing=smoothing)
 
 
-def _check(parts: Parts, options: Train, alone: bool) -> None:
+def _check(parts: TrainingParts, options: TrainOptions, alone: bool) -> None:
     """Refuse a loss, a recipe and a scheme that do not fit each other."""
     recipe, names = parts.recipe, [spec.name for spec in parts.specs]
     taught = [spec.name for spec in parts.specs if terms.needs_teacher(spec)]
@@ -206,7 +206,7 @@ def _check(parts: Parts, options: Train, alone: bool) -> None:
     optimization.check_optimizer(recipe)
 
 
-def _engine(options: Train, named: Recipe | None) -> Engine:
+def _engine(options: TrainOptions, named: Recipe | None) -> Engine:
     precision = options.given.get("precision") or (named.precision if named else "no")
     if named and named.gpu and options.device == "auto" and not torch.cuda.is_available():
         raise UserError(
@@ -217,8 +217,8 @@ def _engine(options: Train, named: Recipe | None) -> Engine:
 
 
 def _source(
-    options: Train, named: Recipe | None, classes: tuple[str, ...] | None
-) -> Source | Files:
+    options: TrainOptions, named: Recipe | None, classes: tuple[str, ...] | None
+) -> DataSource | FileSource:
     """The data: read from files as it goes where the recipe cuts them, and as a whole elsewhere."""
     size = options.given.get("image_size") or (named and named.image_size)
     changes = options.given.get("augment") or (named and named.augment)
@@ -248,7 +248,7 @@ def _outputs(specs: Sequence[Spec], alone: bool) -> Outputs:
 
 
 def _student(
-    options: Train, name: str, source: Source | Files, say: Callable[[str], None]
+    options: TrainOptions, name: str, source: DataSource | FileSource, say: Callable[[str], None]
 ) -> Model:
     """The student before training, with the preprocessing of the images it will see."""
     if source.distilled is not None and options.preprocess is not None:
@@ -270,7 +270,7 @@ def _student(
 
 
 def _earlier(
-    options: Train, name: str, source: Source | Files, say: Callable[[str], None]
+    options: TrainOptions, name: str, source: DataSource | FileSource, say: Callable[[str], None]
 ) -> Model:
     """The student of an earlier run, to be trained further."""
     if options.pretrained or options.preprocess is not None:
@@ -293,7 +293,7 @@ def _silent(line: str) -> None:
     """Say nothing: another process does."""
 
 
-def _switched(options: Train, network: nn.Module) -> None:
+def _switched(options: TrainOptions, network: nn.Module) -> None:
     """Memory format and gradient checkpointing, before any tap or wrapper."""
     if options.channels_last:
         network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -310,7 +310,7 @@ def _switched(options: Train, network: nn.Module) -> None:
     )
 
 
-def _peers(options: Train, source: Source | Files) -> tuple[Classifier, ...]:
+def _peers(options: TrainOptions, source: DataSource | FileSource) -> tuple[Classifier, ...]:
     names = networks.split(options.peers or "")  # a network may come twice
     classes = len(source.classes)
     return tuple(
@@ -320,7 +320,7 @@ def _peers(options: Train, source: Source | Files) -> tuple[Classifier, ...]:
 
 
 def _teachers(
-    options: Train, names: Sequence[str], source: Source | Files, student: Model
+    options: TrainOptions, names: Sequence[str], source: DataSource | FileSource, student: Model
 ) -> tuple[Teacher, ...]:
     """Loaded, adapted to the student's images, and frozen."""
     if teacher_chain.taught_by_run(options):
@@ -333,7 +333,7 @@ def _teachers(
     )
 
 
-def _recipe(options: Train, named: Recipe | None, distilled: bool, student: Model) -> Recipe:
+def _recipe(options: TrainOptions, named: Recipe | None, distilled: bool, student: Model) -> Recipe:
     layer_norm = any(isinstance(m, nn.LayerNorm) for m in student.classifier.modules())
     base = named or recipes.default(distilled=distilled, layer_norm=layer_norm)
     return recipe.overridden(base, options.given)

@@ -11,7 +11,7 @@ import torch
 from dsdistill.harness.data import datasets, distilled_set, origin, preprocess
 from dsdistill.harness.data.datasets import Splits
 from dsdistill.harness.data.distilled_set import Distilled
-from dsdistill.harness.data.labeled_images import Examples, Labeled, spread
+from dsdistill.harness.data.labeled_images import Examples, LabeledImages, spread
 from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError
 from kd.data import batching
@@ -22,7 +22,7 @@ from kd.recipe import Recipe
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class DataSource:
     """Images to train on, and where there are any, images to validate and test on.
 
     Attributes:
@@ -48,7 +48,7 @@ class Source:
         return self.train_images.classes
 
     @property
-    def train_images(self) -> Labeled:
+    def train_images(self) -> LabeledImages:
         """The images trained on; of a distilled set, already preprocessed."""
         if self.distilled is not None:
             return self.distilled.examples().data
@@ -149,7 +149,7 @@ def resolve(
     channels: int | None = None,
     classes: Sequence[str] | None = None,
     announce: bool = True,
-) -> Source:
+) -> DataSource:
     """Find out what DATA is, and load it.
 
     Args:
@@ -182,7 +182,7 @@ def resolve(
         classes=classes,
         announce=announce,
     )
-    return Source(splits.name, splits)
+    return DataSource(splits.name, splits)
 
 
 def fraction(given: float | None) -> float:
@@ -196,31 +196,33 @@ def is_distilled(data: str) -> bool:
     return path.suffix == ".safetensors" or (path / "distilled.safetensors").is_file()
 
 
-def _distilled(path: Path, root: Path) -> Source:
+def _distilled(path: Path, root: Path) -> DataSource:
     distilled = distilled_set.load(path)
     name = path.parent.resolve().name if path.name == "distilled.safetensors" else path.stem
     came_from = origin.source(path, distilled)
     if came_from is None:
-        return Source(
+        return DataSource(
             name, None, distilled, f"{path} does not say what it was distilled from: {_NO}"
         )
     try:
         splits = origin.load(path, distilled, came_from, root=root)
     except (UserError, OSError) as error:
-        return Source(name, None, distilled, f"{error}: {_NO}")
+        return DataSource(name, None, distilled, f"{error}: {_NO}")
     origin.check(path, distilled, splits, came_from)
-    return Source(name, splits, distilled)
+    return DataSource(name, splits, distilled)
 
 
 _NO = "no validation and no test"
 
 
-def _unchanged(images: Labeled, fitted: Preprocess, device: torch.device) -> Resident:
+def _unchanged(images: LabeledImages, fitted: Preprocess, device: torch.device) -> Resident:
     labels = torch.from_numpy(images.labels.astype(np.int64)).to(device)
     return Resident(Examples(images, fitted), SCORE_BATCH, device, labels)
 
 
-def _judged(images: Labeled | None, fitted: Preprocess, device: torch.device) -> Resident | None:
+def _judged(
+    images: LabeledImages | None, fitted: Preprocess, device: torch.device
+) -> Resident | None:
     if images is None or not len(images):
         return None
     return batching.batches(Examples(images, fitted), SCORE_BATCH, device)

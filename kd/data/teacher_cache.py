@@ -56,7 +56,7 @@ def fingerprint(module: nn.Module) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Entry:
+class CachedLogits:
     """A checked entry, read where it is asked for: its chunks are mapped, not loaded.
 
     Attributes:
@@ -90,7 +90,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Cache:
+class TeacherCache:
     """The answers that one key leads to; made by `open_cache`.
 
     Attributes:
@@ -104,7 +104,7 @@ class Cache:
     top: int | None
     lock: locks.Lock | None = field(default=None, repr=False, compare=False)
 
-    def open(self, name: str, rows: int, classes: int) -> Entry | None:
+    def open(self, name: str, rows: int, classes: int) -> CachedLogits | None:
         """An entry, checked as a whole now and mapped into memory; None if it cannot be used.
 
         Args:
@@ -155,7 +155,7 @@ class Cache:
         return self.folder / f"{name}.json"
 
 
-def open_cache(folder: Path, key: Mapping[str, Any], *, top: int | None) -> Cache:
+def open_cache(folder: Path, key: Mapping[str, Any], *, top: int | None) -> TeacherCache:
     """The answers under `folder` that belong to a key.
 
     Args:
@@ -180,13 +180,13 @@ def open_cache(folder: Path, key: Mapping[str, Any], *, top: int | None) -> Cach
         _sweep(inner)
     except OSError as error:
         raise UserError(f"--cache {folder} cannot be used ({error}): choose another") from error
-    return Cache(inner, top, lock)
+    return TeacherCache(inner, top, lock)
 
 
 def _lock(folder: Path) -> locks.Lock | None:
     try:
         return locks.acquire(folder, needed=False)
-    except locks.Held:
+    except locks.LockHeld:
         return None
 
 
@@ -227,7 +227,7 @@ class _Writer:
         self.parts, self.held = [top_k.take(joined, rows[count:])], self.held - count
 
 
-def _open(path: Path, key: str, rows: int, classes: int, top: int | None) -> Entry:
+def _open(path: Path, key: str, rows: int, classes: int, top: int | None) -> CachedLogits:
     """Raises, with what is wrong, unless every byte is as it was written."""
     index = _read_index(path)
     _require(index["key"] == key, "it belongs to another key")
@@ -238,7 +238,7 @@ def _open(path: Path, key: str, rows: int, classes: int, top: int | None) -> Ent
     ends = np.cumsum([0, *lengths])
     folder = path.parent / "chunks"
     chunks = [_chunk(folder, c["sha256"], c["rows"], classes, top) for c in index["chunks"]]
-    return Entry(chunks, ends[:-1], classes, rows)
+    return CachedLogits(chunks, ends[:-1], classes, rows)
 
 
 def _read_index(path: Path) -> dict[str, Any]:

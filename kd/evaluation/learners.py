@@ -47,7 +47,7 @@ KIP_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 @dataclass(frozen=True)
-class Network:
+class NetworkLearner:
     """Trains a network, always for as many steps.
 
     Attributes:
@@ -72,11 +72,11 @@ class Network:
         """The learning rates to choose from, the same for all data."""
         return tuple(self.recipe.lr * factor for factor in self.factors)
 
-    def at(self, rate: float) -> "Network":
+    def at(self, rate: float) -> "NetworkLearner":
         """The learner with that learning rate alone."""
         return replace(self, recipe=replace(self.recipe, lr=rate), factors=(1.0,))
 
-    def augmented(self) -> "Network":
+    def augmented(self) -> "NetworkLearner":
         """The learner with random shifts, and with flips where it has them."""
         hflip = 0.5 if self.flip else 0.0
         return replace(self, recipe=replace(self.recipe, augment="crop-flip", hflip=hflip))
@@ -105,7 +105,7 @@ class Network:
         device = torch.device(self.device)
         return None if device.type == "cpu" else torch.cuda.get_device_name(device)
 
-    def __call__(self, train_set: Examples, validation: Examples, seed: int, /) -> "Trained":
+    def __call__(self, train_set: Examples, validation: Examples, seed: int, /) -> "TrainedNetwork":
         shape, classes = train_set.data.shape, len(train_set.data.classes)
         recipe = replace(self.recipe, crop_padding=max(1, min(shape[:2]) // 8))
         on = engine.make(self.device, recipe.precision)
@@ -116,11 +116,11 @@ class Network:
         objective.register_forward_hook(lambda *passed: losses.append(_sum(passed[-1])))
         train(objective, augment.changed(resident, recipe, classes), recipe, seed, on=on)
         curve = _curve(torch.stack(losses).tolist(), recipe.total_steps(len(resident)))
-        return Trained(network.eval(), _full(self.name), shape, classes, on.device, curve)
+        return TrainedNetwork(network.eval(), _full(self.name), shape, classes, on.device, curve)
 
 
 @dataclass(frozen=True, eq=False)
-class Trained:
+class TrainedNetwork:
     """Scores of a trained network: estimates of centred labels.
 
     Attributes:
@@ -164,7 +164,7 @@ class Trained:
 
 def learner(
     name: str, *, steps: int | None = None, device: str = "cpu", flip: bool = False
-) -> Network:
+) -> NetworkLearner:
     """The learner of that name.
 
     Args:
@@ -179,7 +179,7 @@ def learner(
     """
     full = _full(name)
     networks.check_name(full)
-    network = Network(name, flip=flip, device=str(engine.make(device).device))
+    network = NetworkLearner(name, flip=flip, device=str(engine.make(device).device))
     if full.partition(":")[0] == "kip-convnet":
         recipe = replace(recipes.KIP, lr=recipes.KIP.lr / builtin.width(full))
         network = replace(network, recipe=recipe, factors=KIP_FACTORS)

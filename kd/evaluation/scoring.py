@@ -23,7 +23,7 @@ SCORE_BATCH = 64
 LATENCY_BATCH = 64
 
 
-class Judged(Protocol):
+class EvaluationBatches(Protocol):
     """Images to score: resident or streamed."""
 
     def in_order(self, rank: int = 0, world: int = 1) -> Iterator[Batch]:
@@ -32,14 +32,14 @@ class Judged(Protocol):
 
 
 def outputs(
-    network: nn.Module, batches: Judged, tick: Callable[[int], None] | None = None
+    network: nn.Module, batches: EvaluationBatches, tick: Callable[[int], None] | None = None
 ) -> Float[np.ndarray, "n k"]:
     """Outputs in evaluation mode, in the order of the data; the mode is left as it was."""
     return scored(network, batches, tick)[0]
 
 
 def scored(
-    network: nn.Module, batches: Judged, tick: Callable[[int], None] | None = None
+    network: nn.Module, batches: EvaluationBatches, tick: Callable[[int], None] | None = None
 ) -> tuple[Float[np.ndarray, "n k"], Int[np.ndarray, " n"]]:
     """Outputs, as `outputs`, with the labels of the images.
 
@@ -62,7 +62,7 @@ def scored(
 
 def figures(
     network: nn.Module,
-    batches: Judged,
+    batches: EvaluationBatches,
     teachers: Mapping[str, nn.Module] | None = None,
     *,
     temperature: float = 1.0,
@@ -113,7 +113,7 @@ def figures(
 
 
 def validation(
-    network: nn.Module, batches: Judged, on: Engine, *, logits: bool
+    network: nn.Module, batches: EvaluationBatches, on: Engine, *, logits: bool
 ) -> dict[str, float]:
     """Accuracy, and NLL in nats of a network that gives logits; each process counts a share.
 

@@ -22,7 +22,7 @@ from dsdistill.harness.evaluation import metrics
 from dsdistill.harness.runs import progress
 from kd.data.batching import Batch, Batches
 from kd.evaluation import class_order, scoring
-from kd.models.teachers import Resolved, Teacher
+from kd.models.teachers import ResolvedTeacher, Teacher
 from kd.models.zoo import class_names
 
 FITTED = 10_000  # images enough for a temperature
@@ -67,7 +67,7 @@ class Facts:
     """
 
     name: str
-    resolved: Resolved
+    resolved: ResolvedTeacher
     accuracy: float
     chance: float
     at_chance: bool
@@ -80,11 +80,11 @@ class Facts:
 def check(
     name: str,
     teacher: Teacher,
-    batches: scoring.Judged,
+    batches: scoring.EvaluationBatches,
     *,
     minimum: float | None = None,
     part: str = "validation",
-    more: Callable[[int], scoring.Judged | None] = lambda count: None,
+    more: Callable[[int], scoring.EvaluationBatches | None] = lambda count: None,
     say: Callable[[str], None] = progress.say,
 ) -> Facts:
     """Judge a teacher on images with labels, and say what was found.
@@ -143,7 +143,7 @@ def check(
     return facts
 
 
-def described(resolved: Resolved) -> str:
+def described(resolved: ResolvedTeacher) -> str:
     """One line of how a model's images are prepared and its classes matched."""
     (h, w), numbers = (
         resolved.size,
@@ -168,7 +168,7 @@ def chance(predicted: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"]) -> f
 
 def _facts(
     name: str,
-    resolved: Resolved,
+    resolved: ResolvedTeacher,
     logits: Float[np.ndarray, "n k"],
     labels: Int[np.ndarray, " n"],
 ) -> Facts:

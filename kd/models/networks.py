@@ -29,7 +29,7 @@ from kd.models.zoo import (
     torchvision_zoo,
     weights,
 )
-from kd.models.zoo.protocol import Interpolation, Shape, Wants, Zoo
+from kd.models.zoo.protocol import Interpolation, PretrainedConfig, Shape, Zoo
 
 __all__ = [
     "Classifier",
@@ -172,7 +172,7 @@ def published(name: str, channels: int) -> tuple[Preprocess, int]:
     return own.preprocess(channels), own.count
 
 
-def wants(name: str) -> Wants:
+def wants(name: str) -> PretrainedConfig:
     """What a network's published weights want: normalisation, size, interpolation, classes.
 
     Raises:
@@ -216,7 +216,7 @@ ZOOS: Mapping[str, Zoo] = {
 
 
 @dataclass(frozen=True)
-class Parsed:
+class NetworkName:
     """The parts of a name.
 
     Attributes:
@@ -237,7 +237,7 @@ class Parsed:
         return timm_zoo.convert if self.zoo is timm_zoo else None
 
 
-def parse(name: str) -> Parsed:
+def parse(name: str) -> NetworkName:
     """Take a name apart. Whether there is such a network is not looked at.
 
     Raises:
@@ -256,7 +256,7 @@ def parse(name: str) -> Parsed:
         zoo, base = ZOOS[prefix], rest
     else:
         zoo = timm_zoo
-    return Parsed(zoo, base, file, text)
+    return NetworkName(zoo, base, file, text)
 
 
 def split(text: str) -> list[str]:
@@ -349,7 +349,11 @@ def _there(path: Path) -> bool:
 
 
 def _from_zoo(
-    found: Parsed, shape: Shape, classes: int, pretrained: bool, config: Mapping[str, Any] | None
+    found: NetworkName,
+    shape: Shape,
+    classes: int,
+    pretrained: bool,
+    config: Mapping[str, Any] | None,
 ) -> Classifier:
     zoo, name = found.zoo, found.base
     assert zoo is not None
@@ -379,7 +383,9 @@ def _from_zoo(
     return classifier
 
 
-def _adapted(found: Parsed, classes: int, channels: int, classifier: Classifier) -> tuple[str, ...]:
+def _adapted(
+    found: NetworkName, classes: int, channels: int, classifier: Classifier
+) -> tuple[str, ...]:
     """Lines about where a network differs from the published one."""
     assert found.zoo is not None
     try:

@@ -19,11 +19,11 @@ from kd.models.networks import Classifier
 from kd.models.saved_models import Model
 from kd.models.zoo import class_names, exported, timm_zoo, weights
 from kd.models.zoo.class_names import ClassMap, Match
-from kd.models.zoo.protocol import Interpolation, Shape, Wants
+from kd.models.zoo.protocol import Interpolation, PretrainedConfig, Shape
 
 
 @dataclass(frozen=True)
-class Resolved:
+class ResolvedTeacher:
     """What was found out about a model: how its images are prepared and its classes matched.
 
     Attributes:
@@ -93,7 +93,7 @@ class Teacher(nn.Module):
         std = tuple(fitted.std.tolist())
         notes = (*model.classifier.notes, *([matched.note] if matched.note else []))
         how = model.interpolation, matched.how
-        self.resolved = Resolved(fitted.kind, mean, std, (h, w), *how, classes, notes)
+        self.resolved = ResolvedTeacher(fitted.kind, mean, std, (h, w), *how, classes, notes)
 
     def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
         logits = self.classifier(self.adapter(images)) / self.temperature
@@ -227,7 +227,7 @@ def _made_for(
     who: str,
     stored: weights.Stored,
     plain: Classifier,
-    found: networks.Parsed,
+    found: networks.NetworkName,
     classes: int,
     channels: int,
 ) -> tuple[int, int]:
@@ -246,7 +246,7 @@ def _made_for(
     return count, channels
 
 
-def _resized(name: str, own: Wants, size: int) -> tuple[str, Wants]:
+def _resized(name: str, own: PretrainedConfig, size: int) -> tuple[str, PretrainedConfig]:
     """A name and what it wants, for images of another size than the network is made for.
 
     Others than timm's, and those that take any size, keep their names.
@@ -309,7 +309,9 @@ def _strings(value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _built(name: str, own: Wants, classes: tuple[str, ...] | int, *, pretrained: bool) -> Model:
+def _built(
+    name: str, own: PretrainedConfig, classes: tuple[str, ...] | int, *, pretrained: bool
+) -> Model:
     """A zoo's network, prepared for as it wants."""
     shape, names = (*own.size, len(own.mean)), _names(classes)
     classifier = networks.build(name, shape, len(names), pretrained=pretrained, adapt=False)

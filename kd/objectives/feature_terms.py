@@ -20,18 +20,18 @@ from kd.losses import contrastive, response
 from kd.losses.ranges import Range, Share, ShareBelowOne, Temperature
 from kd.models.networks import Classifier, Shape
 from kd.models.teachers import Teacher
-from kd.objectives.loss_spec import Pair
+from kd.objectives.loss_spec import LayerPair
 from kd.objectives.projectors import (
     Embed,
+    EmbeddingMemory,
     Fusion,
     Generator,
-    Memory,
     Projector,
     Regressor,
     Variational,
     resized,
 )
-from kd.objectives.step_outputs import Seen
+from kd.objectives.step_outputs import StepOutputs
 from kd.objectives.taps import EMBEDDING, Layout, Taps, as_map, as_vector, probe
 
 Function = Callable[..., Tensor]
@@ -56,9 +56,9 @@ class Place:
     classes: int
     images: int
     seed: int
-    pairs: tuple[Pair, ...]
+    pairs: tuple[LayerPair, ...]
 
-    def layers(self, *, default: bool) -> tuple[Pair, ...]:
+    def layers(self, *, default: bool) -> tuple[LayerPair, ...]:
         """The pairs, or the embeddings if none were named and that will do."""
         if self.pairs:
             return self.pairs
@@ -108,7 +108,7 @@ class Summed(nn.Module):
         super().__init__()
         self.tapped, self.function = tapped, function
 
-    def forward(self, seen: Seen) -> Tensor:
+    def forward(self, seen: StepOutputs) -> Tensor:
         return torch.stack([self.function(*features) for features in self.tapped()]).sum()
 
 
@@ -119,7 +119,7 @@ class Averaged(nn.Module):
         super().__init__()
         self.each = nn.ModuleList(each)
 
-    def forward(self, seen: Seen) -> Tensor:
+    def forward(self, seen: StepOutputs) -> Tensor:
         return torch.stack([measure(seen) for measure in self.each]).mean()
 
 
@@ -207,7 +207,7 @@ class Fused(nn.Module):
             torch.manual_seed(place.seed)
             self.fusion = Fusion([s for s, _ in layouts], [t for _, t in layouts])
 
-    def forward(self, seen: Seen) -> Tensor:
+    def forward(self, seen: StepOutputs) -> Tensor:
         students, teachers = zip(*self.tapped.read(), strict=True)
         fused = self.fusion(students, teachers)
         return torch.stack([self.function(*pair) for pair in fused]).sum()
@@ -232,9 +232,9 @@ class Contrasted(nn.Module):
         self.tapped = Tapped(place, make, default=True)
         if len(self.tapped.pairs) > 1:
             raise UserError("--loss crd compares one pair of layers")
-        self.memory = Memory(place.images, seed=place.seed, **options)
+        self.memory = EmbeddingMemory(place.images, seed=place.seed, **options)
 
-    def forward(self, seen: Seen) -> Tensor:
+    def forward(self, seen: StepOutputs) -> Tensor:
         (embeddings,) = self.tapped()
         assert seen.batch.index is not None
         scores = self.memory(*embeddings, seen.batch.index, temperature=self.temperature)
@@ -276,7 +276,7 @@ class Heads(nn.Module):
             )
         self.layers = layers
 
-    def forward(self, seen: Seen) -> Tensor:
+    def forward(self, seen: StepOutputs) -> Tensor:
         features = self.taps.read()
         labels = seen.batch.labels if seen.batch.shares is None else seen.batch.shares
         outputs = [

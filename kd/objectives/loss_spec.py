@@ -18,7 +18,7 @@ from typing import Any
 from dsdistill.harness.errors import UserError, unknown
 from kd.losses.ranges import Range
 
-Pair = tuple[str, str]  # a layer of the student and one of the teacher
+LayerPair = tuple[str, str]  # a layer of the student and one of the teacher
 WEIGHTS = Range(1e-9, 1e9)
 
 
@@ -36,7 +36,7 @@ class Spec:
     name: str
     weight: float | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    layers: tuple[Pair, ...] = ()
+    layers: tuple[LayerPair, ...] = ()
 
 
 def parse(text: str, names: Mapping[str, Callable[..., Any]]) -> tuple[Spec, ...]:
@@ -124,7 +124,7 @@ def _number(text: str, what: str) -> float:
     return value
 
 
-def _pair(text: str, piece: str) -> Pair:
+def _pair(text: str, piece: str) -> LayerPair:
     if not re.fullmatch(r"[\w.]+(=[\w.]+)?", text):
         raise UserError(
             f"--loss {piece}: a layer is a name such as layer2 or blocks.3, or two as in "

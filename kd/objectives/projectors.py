@@ -24,7 +24,7 @@ from kd.objectives.taps import Layout, as_map, as_vector
 
 Feature = Float[Tensor, "n ..."]  # of any layout
 Maps = Float[Tensor, "n c h w"]
-Pair = tuple[Maps, Maps]
+MapPair = tuple[Maps, Maps]
 Rows = Float[Tensor, "n d"]
 Scores = Float[Tensor, "n 1+k"]
 
@@ -45,7 +45,7 @@ class Regressor(nn.Module):
         self.convolution = nn.Conv2d(student.channels, teacher.channels, 1, bias=not norm)
         self.norm = nn.BatchNorm2d(teacher.channels) if norm else nn.Identity()
 
-    def forward(self, student: Feature, teacher: Feature) -> Pair:
+    def forward(self, student: Feature, teacher: Feature) -> MapPair:
         """The student's maps regressed, and the teacher's."""
         ours, theirs = _maps(student, teacher, self.layouts)
         return self.norm(self.convolution(_cast(ours, self.convolution))), theirs
@@ -94,7 +94,7 @@ class Generator(nn.Module):
         first, second = (nn.Conv2d(c, c, 3, padding=1) for _ in range(2))
         self.generate = nn.Sequential(first, nn.ReLU(), second)
 
-    def forward(self, student: Feature, teacher: Feature) -> Pair:
+    def forward(self, student: Feature, teacher: Feature) -> MapPair:
         """What was generated, and the teacher's maps."""
         ours, theirs = _maps(student, teacher, self.layouts)
         aligned = self.align(_cast(ours, self.align))
@@ -121,9 +121,9 @@ class Fusion(nn.Module):
         self.attention = nn.ModuleList(nn.Conv2d(2 * width, 2, 1) for _ in students[:-1])
         self.outer = nn.ModuleList(_normed(width, t.channels, 3) for t in teachers)
 
-    def forward(self, students: Sequence[Feature], teachers: Sequence[Feature]) -> list[Pair]:
+    def forward(self, students: Sequence[Feature], teachers: Sequence[Feature]) -> list[MapPair]:
         """For each stage, in the same order, the fused maps and the teacher's, at its size."""
-        pairs: list[Pair] = []
+        pairs: list[MapPair] = []
         residual: Tensor | None = None
         for i in reversed(range(len(self.layouts))):
             ours = as_map(students[i], self.layouts[i][0])
@@ -180,7 +180,7 @@ class Embed(nn.Module):
         return F.normalize(rows[0].float(), dim=-1), F.normalize(rows[1].float(), dim=-1)
 
 
-class Memory(nn.Module):
+class EmbeddingMemory(nn.Module):
     """The embeddings of all N training images by both networks, as `crd` compares with them.
 
     It is all in buffers, so in checkpoints. Each process writes the embeddings of all processes,
@@ -261,14 +261,14 @@ class Memory(nn.Module):
         self.log_z.copy_(torch.where(self.log_z.isnan(), mean, self.log_z))
 
 
-def resized(a: Float[Tensor, "n _ _ _"], b: Float[Tensor, "n _ _ _"]) -> Pair:
+def resized(a: Float[Tensor, "n _ _ _"], b: Float[Tensor, "n _ _ _"]) -> MapPair:
     """Both at the smaller of the two heights and of the two widths, by averages over positions."""
     size = min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3])
     a, b = (x if x.shape[-2:] == size else F.adaptive_avg_pool2d(x, size) for x in (a, b))
     return a, b
 
 
-def _maps(student: Feature, teacher: Feature, layouts: tuple[Layout, Layout]) -> Pair:
+def _maps(student: Feature, teacher: Feature, layouts: tuple[Layout, Layout]) -> MapPair:
     return resized(as_map(student, layouts[0]), as_map(teacher.detach(), layouts[1]))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kd.data.batching import Batch
 from kd.models.networks import Classifier
-from kd.objectives.step_outputs import Seen
+from kd.objectives.step_outputs import StepOutputs
 from kd.objectives.terms import Weighted
 from kd.parallel import sharding
 
@@ -55,7 +55,7 @@ class Distillation(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         outputs = self.student(batch.images)
-        seen = Seen(batch, outputs, self._answers(batch), self.by_label)
+        seen = StepOutputs(batch, outputs, self._answers(batch), self.by_label)
         return {term.name: term(seen) for term in _each(self.terms)}
 
     def stored(self) -> dict[str, Tensor]:
@@ -104,7 +104,7 @@ class Mutual(nn.Module):
             others = [other.detach() for j, other in enumerate(outputs) if j != i]
             for term in _each(self.terms):
                 teachers = others if term.needs_teacher else [own.detach()]
-                values = [term(Seen(batch, own, (other,))) for other in teachers]
+                values = [term(StepOutputs(batch, own, (other,))) for other in teachers]
                 name = term.name if i == 0 else f"{term.name}_{i + 1}"
                 losses[name] = torch.stack(values).mean()
         return losses

@@ -9,7 +9,7 @@ from kd.losses.ensemble import combined_logits, label_weights, mean_logits
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
+class StepOutputs:
     """A step's batch, and what the networks answered to it.
 
     Attributes:

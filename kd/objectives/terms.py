@@ -18,23 +18,23 @@ from kd.models.networks import Classifier, Shape
 from kd.models.teachers import Teacher
 from kd.objectives import feature_terms, loss_spec
 from kd.objectives.loss_spec import Spec
-from kd.objectives.step_outputs import Seen
+from kd.objectives.step_outputs import StepOutputs
 
 Loss = Callable[..., Tensor]
-Together = Callable[[Seen, Loss, float], Tensor]  # of a loss of logits at a temperature
+Together = Callable[[StepOutputs, Loss, float], Tensor]  # of a loss of logits at a temperature
 
 
-def mean_probabilities(seen: Seen, function: Loss, temperature: float) -> Tensor:
+def mean_probabilities(seen: StepOutputs, function: Loss, temperature: float) -> Tensor:
     """Several teachers are the mean of their probabilities at the loss's own temperature."""
     return function(seen.outputs, seen.teacher(temperature))
 
 
-def mean_logits(seen: Seen, function: Loss, temperature: float) -> Tensor:
+def mean_logits(seen: StepOutputs, function: Loss, temperature: float) -> Tensor:
     """Several teachers are the mean of their logits, which are not softened."""
     return function(seen.outputs, seen.mean_logits())
 
 
-def mean_standardised(seen: Seen, function: Loss, temperature: float) -> Tensor:
+def mean_standardised(seen: StepOutputs, function: Loss, temperature: float) -> Tensor:
     """Several teachers are each standardised before their probabilities are averaged."""
     if len(seen.answers) == 1:
         return function(seen.outputs, seen.answers[0])
@@ -45,7 +45,7 @@ def mean_standardised(seen: Seen, function: Loss, temperature: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Row:
+class TermDefinition:
     """A row of the table.
 
     Attributes:
@@ -69,29 +69,43 @@ class Row:
     together: Together = mean_probabilities
 
 
-TERMS: Mapping[str, Row] = {
-    "ce": Row(response.cross_entropy, 1, "labels"),
-    "mse": Row(response.centred_mse, 1, "labels", whole=True),
-    "kd": Row(response.logit_kl, 0.9, "logits"),
-    "fm": Row(feature_terms.function_matching, 1, "logits"),
-    "dkd": Row(response.dkd, 1, "logits and labels", classes=3, whole=True),
-    "dist": Row(response.dist, 2, "logits", images=2),
-    "ls": Row(response.standardised_kl, 9, "logits", classes=3, together=mean_standardised),
-    "logits": Row(response.logit_mse, 1, "logits", together=mean_logits),
-    "hard": Row(response.hard_distillation, 0.5, "logits"),
-    "fitnet": Row(feature.fitnet, 100, "features", feature_terms.regressed),
-    "at": Row(feature.attention_transfer, 1000, "features", feature_terms.pooled),
-    "review": Row(feature.hierarchical_context, 1, "features", feature_terms.Fused),
-    "vid": Row(feature.vid, 1, "features", feature_terms.variational),
-    "mgd": Row(feature.mgd, 2e-5, "features", feature_terms.generated),
-    "srd": Row(feature.log_sum, 2, "features", feature_terms.projected, images=2),
-    "rkd-distance": Row(relation.rkd_distance, 25, "features", feature_terms.vectors, images=2),
-    "rkd-angle": Row(relation.rkd_angle, 50, "features", feature_terms.vectors, images=3),
-    "sp": Row(relation.similarity_preserving, 3000, "features", feature_terms.vectors, images=2),
-    "pkt": Row(relation.probabilistic_transfer, 3e4, "features", feature_terms.vectors, images=2),
-    "cc": Row(relation.correlation_congruence, 100, "features", feature_terms.vectors, images=2),
-    "crd": Row(feature_terms.contrast, 0.8, "features", feature_terms.Contrasted, whole=True),
-    "heads": Row(feature_terms.self_taught, 1, "features", feature_terms.Heads),
+TERMS: Mapping[str, TermDefinition] = {
+    "ce": TermDefinition(response.cross_entropy, 1, "labels"),
+    "mse": TermDefinition(response.centred_mse, 1, "labels", whole=True),
+    "kd": TermDefinition(response.logit_kl, 0.9, "logits"),
+    "fm": TermDefinition(feature_terms.function_matching, 1, "logits"),
+    "dkd": TermDefinition(response.dkd, 1, "logits and labels", classes=3, whole=True),
+    "dist": TermDefinition(response.dist, 2, "logits", images=2),
+    "ls": TermDefinition(
+        response.standardised_kl, 9, "logits", classes=3, together=mean_standardised
+    ),
+    "logits": TermDefinition(response.logit_mse, 1, "logits", together=mean_logits),
+    "hard": TermDefinition(response.hard_distillation, 0.5, "logits"),
+    "fitnet": TermDefinition(feature.fitnet, 100, "features", feature_terms.regressed),
+    "at": TermDefinition(feature.attention_transfer, 1000, "features", feature_terms.pooled),
+    "review": TermDefinition(feature.hierarchical_context, 1, "features", feature_terms.Fused),
+    "vid": TermDefinition(feature.vid, 1, "features", feature_terms.variational),
+    "mgd": TermDefinition(feature.mgd, 2e-5, "features", feature_terms.generated),
+    "srd": TermDefinition(feature.log_sum, 2, "features", feature_terms.projected, images=2),
+    "rkd-distance": TermDefinition(
+        relation.rkd_distance, 25, "features", feature_terms.vectors, images=2
+    ),
+    "rkd-angle": TermDefinition(
+        relation.rkd_angle, 50, "features", feature_terms.vectors, images=3
+    ),
+    "sp": TermDefinition(
+        relation.similarity_preserving, 3000, "features", feature_terms.vectors, images=2
+    ),
+    "pkt": TermDefinition(
+        relation.probabilistic_transfer, 3e4, "features", feature_terms.vectors, images=2
+    ),
+    "cc": TermDefinition(
+        relation.correlation_congruence, 100, "features", feature_terms.vectors, images=2
+    ),
+    "crd": TermDefinition(
+        feature_terms.contrast, 0.8, "features", feature_terms.Contrasted, whole=True
+    ),
+    "heads": TermDefinition(feature_terms.self_taught, 1, "features", feature_terms.Heads),
 }
 FUNCTIONS = {name: row.function for name, row in TERMS.items()}
 
@@ -119,7 +133,7 @@ class Weighted(nn.Module):
         self.needs_teacher = needs_teacher
         self.needs_teacher_features = needs_teacher_features
 
-    def forward(self, seen: Seen) -> Tensor:
+    def forward(self, seen: StepOutputs) -> Tensor:
         return self.weight * self.measure(seen)
 
 
@@ -130,7 +144,7 @@ class Labelled(nn.Module):
         super().__init__()
         self.function, self.centred = function, centred
 
-    def forward(self, seen: Seen) -> Tensor:
+    def forward(self, seen: StepOutputs) -> Tensor:
         labels = seen.batch.targets if self.centred else seen.batch.shares
         return self.function(seen.outputs, seen.batch.labels if labels is None else labels)
 
@@ -145,7 +159,7 @@ class Answered(nn.Module):
         self.function, self.temperature, self.labels = function, temperature, labels
         self.together = together
 
-    def forward(self, seen: Seen) -> Tensor:
+    def forward(self, seen: StepOutputs) -> Tensor:
         if self.labels:
             teacher = seen.teacher(self.temperature)
             return self.function(seen.outputs, teacher, seen.batch.labels)

@@ -32,7 +32,7 @@ Saved = tuple[Mapping[str, np.ndarray], Mapping[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
+class BestEpoch:
     """The weights after an epoch that is among the best.
 
     Attributes:
@@ -47,7 +47,7 @@ class Kept:
 
 
 @dataclass(frozen=True, eq=False)
-class State:
+class TrainingState:
     """A training after some step.
 
     Attributes:
@@ -59,7 +59,7 @@ class State:
 
     step: int = 0
     epoch: int = 0
-    kept: tuple[Kept, ...] = ()
+    kept: tuple[BestEpoch, ...] = ()
     stale: int = 0
     meter: Mapping[str, float] | None = None
 
@@ -115,7 +115,7 @@ def check(saved: Saved, recipe: Recipe) -> None:
 
 
 def pack(
-    state: State,
+    state: TrainingState,
     modules: Mapping[str, Weights],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None = None,
@@ -158,7 +158,7 @@ def unpack(
     scaler: torch.amp.GradScaler | None = None,
     *,
     network: nn.Module,
-) -> State:
+) -> TrainingState:
     """Put modules, optimizer and scaler where `pack` found them.
 
     Args:
@@ -186,7 +186,7 @@ def _unpacked(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None,
     network: nn.Module,
-) -> State:
+) -> TrainingState:
     arrays, meta = saved
     for name, module in modules.items():
         # Not strict: an objective's frozen teachers are not stored.
@@ -204,37 +204,37 @@ def _unpacked(
     if scaler is not None:
         scaler.load_state_dict(meta["scaler"])
     kept = tuple(
-        Kept(x["epoch"], x["figures"], _part(arrays, f"kept.{i}.", network))
+        BestEpoch(x["epoch"], x["figures"], _part(arrays, f"kept.{i}.", network))
         for i, x in enumerate(meta["kept"])
     )
     # An older checkpoint says nothing of `stale`, and its training had no patience to lose.
-    return State(meta["step"], meta["epoch"], kept, meta.get("stale", 0), meta["meter"])
+    return TrainingState(meta["step"], meta["epoch"], kept, meta.get("stale", 0), meta["meter"])
 
 
 def with_round(
-    state: State,
+    state: TrainingState,
     network: nn.Module,
     figures: Mapping[str, float] | None,
     *,
     metric: str,
     keep: int,
-) -> State:
+) -> TrainingState:
     """The state after a validation: the best epochs are kept, of equal ones the later.
 
     The later of two equals had the lower learning rate, but is no better for `stale`. Without
     figures the last epoch is the best.
     """
-    found = Kept(state.epoch, figures or {}, copy(network))
+    found = BestEpoch(state.epoch, figures or {}, copy(network))
     if figures is None:
-        return State(state.step, state.epoch, (found,))
+        return TrainingState(state.step, state.epoch, (found,))
     sign = -1 if metric == "nll" else 1
     better = not state.kept or sign * figures[metric] > sign * state.kept[0].figures[metric]
 
-    def order(kept: Kept) -> tuple[float, int]:
+    def order(kept: BestEpoch) -> tuple[float, int]:
         return sign * kept.figures[metric], kept.epoch
 
     best = sorted([*state.kept, found], key=order, reverse=True)[:keep]
-    return State(state.step, state.epoch, tuple(best), 0 if better else state.stale + 1)
+    return TrainingState(state.step, state.epoch, tuple(best), 0 if better else state.stale + 1)
 
 
 def _plain(value: Any) -> Any:

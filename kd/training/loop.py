@@ -23,7 +23,7 @@ from kd.parallel import engine
 from kd.parallel.engine import Engine
 from kd.recipe import Recipe
 from kd.training import checkpoint, steps
-from kd.training.checkpoint import Saved, State
+from kd.training.checkpoint import Saved, TrainingState
 from kd.training.meter import Meter, Watch
 from kd.training.saving import Saving
 from kd.training.steps import Loop
@@ -45,7 +45,7 @@ def train(
     stopping: Callable[[], bool] = lambda: False,
     log: Metrics | None = None,
     show: Show | None = None,
-) -> State:
+) -> TrainingState:
     """Minimise the sum of the objective's terms; the same seed gives the same student.
 
     Args:
@@ -73,7 +73,7 @@ def train(
         KeyboardInterrupt: If it was stopped before its end; it was saved.
     """
     loop = steps.made(objective, batches, recipe, on or engine.make(), validation_images)
-    state = loop.restored(saved) if saved else State()
+    state = loop.restored(saved) if saved else TrainingState()
     meter, watch, saving = Meter(state.meter), Watch(), Saving(loop.on, stopping)
     objective.train()
     with torch.random.fork_rng(), closing(loop.stream(batches, seed, state)) as stream:
@@ -106,11 +106,11 @@ def train(
 
 def _round(
     loop: Loop,
-    state: State,
+    state: TrainingState,
     meter: Meter,
     validate: Callable[[nn.Module], Figures] | None,
     log: Metrics | None,
-) -> State:
+) -> TrainingState:
     state = replace(state, epoch=math.ceil(state.step / loop.per_epoch))
     network = loop.judged
     figures = validate(network) if validate else None
@@ -124,6 +124,6 @@ def _round(
     return state
 
 
-def _best(state: State, recipe: Recipe) -> dict[str, float]:
+def _best(state: TrainingState, recipe: Recipe) -> dict[str, float]:
     figures = state.kept[0].figures if state.kept else {}
     return {f"best_{recipe.metric}": figures[recipe.metric]} if figures else {}

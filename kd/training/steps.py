@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kd.data.batching import Batch, Batches, derive
-from kd.objectives.projectors import Memory
+from kd.objectives.projectors import EmbeddingMemory
 from kd.objectives.schemes import Objective
 from kd.parallel import sharding
 from kd.parallel.engine import Engine
 from kd.recipe import Recipe
 from kd.training import checkpoint
-from kd.training.checkpoint import Saved, State
+from kd.training.checkpoint import Saved, TrainingState
 from kd.training.optimization import Average, make_optimizer, make_schedule
 
 SHORT_EPOCH = 100  # steps; a longer epoch is validated each
@@ -61,7 +61,7 @@ class Loop:
         return sharding.gathered(own, self.replica) if self.replica else own
 
     def stream(
-        self, batches: Batches, seed: int, state: State
+        self, batches: Batches, seed: int, state: TrainingState
     ) -> Generator[tuple[int, list[Batch]], None, None]:
         """The steps after a state's, each with its batches; none after a training that is over."""
         rank, world, step = self.on.process_index, self.on.num_processes, state.step
@@ -114,7 +114,7 @@ class Loop:
         # Spread evenly: where the whole number of rounds that should be over rises.
         return self.validations * epoch // epochs > self.validations * (epoch - 1) // epochs
 
-    def is_over(self, state: State) -> bool:
+    def is_over(self, state: TrainingState) -> bool:
         """Whether a training has taken all its steps, or has lost its patience."""
         patience = self.recipe.patience
         return state.step == self.total or (patience is not None and state.stale >= patience)
@@ -123,13 +123,13 @@ class Loop:
         """Leave the student whole."""
         self.objective.student.network = self.student
 
-    def packed(self, state: State) -> Saved:
+    def packed(self, state: TrainingState) -> Saved:
         modules = {"objective": self.objective.stored()}
         if self.average:
             modules["average"] = self.average.network.state_dict()
         return checkpoint.pack(state, modules, self.optimizer, self.on.scaler)
 
-    def restored(self, saved: Saved) -> State:
+    def restored(self, saved: Saved) -> TrainingState:
         modules: dict[str, nn.Module] = {"objective": self.objective}
         if self.average:
             modules["average"] = self.average.network
@@ -206,7 +206,7 @@ def _send_no_more_than_needed(objective: Objective) -> None:
     unshared = [
         name
         for name in objective.state_dict()
-        if name not in own or isinstance(kinds[name.rpartition(".")[0]], Memory)
+        if name not in own or isinstance(kinds[name.rpartition(".")[0]], EmbeddingMemory)
     ]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, unshared)
 

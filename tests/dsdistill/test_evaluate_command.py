@@ -24,10 +24,10 @@ from dsdistill.harness.data import distilled_set
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.reports import report as reports
 from dsdistill.harness.stopping import Stopped
-from dsdistill.options import Evaluate, Kip, Report
+from dsdistill.options import EvaluateOptions, KipOptions, ReportOptions
 from kd.commands import train as train_command
 from kd.evaluation import learners
-from kd.options import Overrides, Train
+from kd.options import Overrides, TrainOptions
 
 ARMS = ["distilled", "distilled-hard", "random", "k-means", "herding", "full"]
 
@@ -36,7 +36,7 @@ ARMS = ["distilled", "distilled-hard", "random", "k-means", "herding", "full"]
 def made(tmp_path_factory) -> Path:
     """A distilled set of twenty digits."""
     out = tmp_path_factory.mktemp("set") / "kip"
-    return run_kip(Kip("digits", images_per_class=2, steps=60, out=out))
+    return run_kip(KipOptions("digits", images_per_class=2, steps=60, out=out))
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,9 @@ def cache(tmp_path_factory) -> Path:
 def evaluated(made: Path, cache: Path, tmp_path_factory) -> Path:
     """Ridge regression and a network, two seeds."""
     out = tmp_path_factory.mktemp("evaluation") / "first"
-    options = Evaluate(made, learners="ridge,mlp:16", seeds=2, steps=20, cache=cache, out=out)
+    options = EvaluateOptions(
+        made, learners="ridge,mlp:16", seeds=2, steps=20, cache=cache, out=out
+    )
     return evaluate_command.run(options)
 
 
@@ -92,20 +94,22 @@ class _Trainings:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        call = learners.Network.__call__
+        call = learners.NetworkLearner.__call__
 
         def counted(learner, *arguments):
             self.count += 1
             return call(learner, *arguments)
 
-        patch.setattr(learners.Network, "__call__", counted)
+        patch.setattr(learners.NetworkLearner, "__call__", counted)
 
 
 def test_another_evaluation_takes_the_controls_from_the_cache(
     evaluated: Path, made: Path, cache: Path, tmp_path: Path, monkeypatch
 ):
     trainings = _Trainings(monkeypatch)
-    options = Evaluate(made, learners="mlp:16", seeds=2, steps=20, cache=cache, out=tmp_path / "b")
+    options = EvaluateOptions(
+        made, learners="mlp:16", seeds=2, steps=20, cache=cache, out=tmp_path / "b"
+    )
     again = reports.load(evaluate_command.run(options))
     # Its labels are hard labels, so that one arm serves two: each seed, and the grid twice more.
     assert trainings.count == 2 + 2
@@ -139,7 +143,9 @@ def test_a_stopped_evaluation_goes_on_where_it_was(made: Path, tmp_path: Path):
     running.wait()
     assert not (out / "report.json").exists()
     kept = {path: path.stat().st_mtime_ns for path in results.glob("*.json")}
-    options = Evaluate(made, learners="mlp:16", controls="random", seeds=3, steps=150, cache=None)
+    options = EvaluateOptions(
+        made, learners="mlp:16", controls="random", seeds=3, steps=150, cache=None
+    )
     with pytest.raises(UserError, match="add --resume, or choose another --out"):
         evaluate_command.run(replace(options, out=out))
     with pytest.raises(UserError, match="was started with --steps 150"):
@@ -158,12 +164,14 @@ def test_a_stopped_evaluation_goes_on_where_it_was(made: Path, tmp_path: Path):
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("teacher") / "run"
-    train_command.run(Train("digits", student="mlp:32", out=out, overrides=Overrides(epochs=5)))
+    train_command.run(
+        TrainOptions("digits", student="mlp:32", out=out, overrides=Overrides(epochs=5))
+    )
     return out
 
 
 def test_a_teacher_relabels_and_is_compared_with(made: Path, teacher: Path, tmp_path: Path):
-    options = Evaluate(
+    options = EvaluateOptions(
         made,
         learners="ridge",
         controls="random",
@@ -178,14 +186,16 @@ def test_a_teacher_relabels_and_is_compared_with(made: Path, teacher: Path, tmp_
         (result,) = row.results
         assert 0.3 < result.teacher_agreement <= 1
         assert result.teacher_kl > 0
-    parts = evaluation_parts.assembled(options)
+    parts = evaluation_parts.assemble(options)
     relabelled = next(arm for arm in parts.arms if arm.name == "distilled-teacher").draw(0)
     np.testing.assert_allclose(relabelled.labels().sum(1), 0, atol=1e-6)  # probabilities minus 1/k
     assert relabelled.labels().min() >= -0.1 - 1e-6
 
 
 def test_augmentation_is_trained_beside_the_plain(made: Path, tmp_path: Path):
-    options = Evaluate(made, learners="ridge,mlp:16", controls="random", augment="crop", seeds=1)
+    options = EvaluateOptions(
+        made, learners="ridge,mlp:16", controls="random", augment="crop", seeds=1
+    )
     found = reports.load(
         evaluate_command.run(replace(options, steps=20, cache=None, out=tmp_path / "a"))
     )
@@ -196,15 +206,17 @@ def test_augmentation_is_trained_beside_the_plain(made: Path, tmp_path: Path):
 
 
 def test_a_learner_that_fails_is_in_the_report(made: Path, tmp_path: Path, monkeypatch):
-    call = learners.Network.__call__
+    call = learners.NetworkLearner.__call__
 
     def failing(learner, train, validation, seed, /):
         if seed == 1:
             raise UserError("loss is nan at step 3")
         return call(learner, train, validation, seed)
 
-    monkeypatch.setattr(learners.Network, "__call__", failing)
-    options = Evaluate(made, learners="mlp:16", controls="random", seeds=2, steps=20, cache=None)
+    monkeypatch.setattr(learners.NetworkLearner, "__call__", failing)
+    options = EvaluateOptions(
+        made, learners="mlp:16", controls="random", seeds=2, steps=20, cache=None
+    )
     folder = evaluate_command.run(replace(options, out=tmp_path / "a"))
     found = reports.load(folder)
     assert [row.accuracy for row in found.rows] == [None] * 3
@@ -213,8 +225,10 @@ def test_a_learner_that_fails_is_in_the_report(made: Path, tmp_path: Path, monke
 
 
 def test_accelerators_are_named_once(made: Path, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(learners.Network, "accelerator", "Some GPU")
-    options = Evaluate(made, learners="mlp:4,mlp:5", controls="", seeds=1, steps=1, cache=None)
+    monkeypatch.setattr(learners.NetworkLearner, "accelerator", "Some GPU")
+    options = EvaluateOptions(
+        made, learners="mlp:4,mlp:5", controls="", seeds=1, steps=1, cache=None
+    )
     found = reports.load(evaluate_command.run(replace(options, out=tmp_path / "a")))
     assert found.machine == f"{machine.described()}, Some GPU"
 
@@ -225,7 +239,7 @@ def test_a_set_from_elsewhere(made: Path, tmp_path: Path):
     images = torch.from_numpy(ours.images.transpose(0, 3, 1, 2).copy())
     data = [[images, torch.from_numpy(ours.hard_labels)]]
     torch.save({"data": data, "accs_all_exps": {"ConvNet": [0.5]}}, tmp_path / "res.pt")
-    options = Evaluate(
+    options = EvaluateOptions(
         tmp_path / "res.pt",
         data="digits",
         learners="ridge",
@@ -249,7 +263,9 @@ def test_a_set_at_chance_gets_a_hint(made: Path, tmp_path: Path):
     ours = distilled_set.load(made / distilled_set.FILE)
     noise = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     torch.save({"images": noise, "labels": torch.from_numpy(ours.hard_labels)}, tmp_path / "x.pt")
-    options = Evaluate(tmp_path / "x.pt", data="digits", learners="ridge", controls="", seeds=1)
+    options = EvaluateOptions(
+        tmp_path / "x.pt", data="digits", learners="ridge", controls="", seeds=1
+    )
     stated = replace(options, pixels="standardised", cache=None, out=tmp_path / "a")
     notes = reports.load(evaluate_command.run(stated)).notes
     assert any("chance" in note and "--labels" in note for note in notes)
@@ -257,17 +273,19 @@ def test_a_set_at_chance_gets_a_hint(made: Path, tmp_path: Path):
 
 def test_several_evaluations_on_one_page(evaluated: Path, made: Path, cache: Path, tmp_path: Path):
     inside = made / "evaluation-1"
-    options = Evaluate(made, learners="ridge", controls="random", seeds=1, cache=cache)
+    options = EvaluateOptions(made, learners="ridge", controls="random", seeds=1, cache=cache)
     assert evaluate_command.run(options) == inside
-    page = evaluate_command.compare(Report((evaluated, made), tmp_path / "pages" / "both.html"))
+    page = evaluate_command.compare(
+        ReportOptions((evaluated, made), tmp_path / "pages" / "both.html")
+    )
     text = page.read_text()
     assert text.count("dsdistill kip digits --images-per-class 2 --steps 60") >= 2
     for address in ('src="http', 'href="http', "url(http", "@import"):
         assert address not in text
     with pytest.raises(UserError, match="holds no evaluation"):
-        evaluate_command.compare(Report((tmp_path,), tmp_path / "none.html"))
+        evaluate_command.compare(ReportOptions((tmp_path,), tmp_path / "none.html"))
     with pytest.raises(UserError, match="at least one folder"):
-        evaluate_command.compare(Report(()))
+        evaluate_command.compare(ReportOptions(()))
 
 
 @pytest.mark.parametrize(
@@ -287,7 +305,7 @@ def test_several_evaluations_on_one_page(evaluated: Path, made: Path, cache: Pat
     ],
 )
 def test_wrong_input_is_one_line_and_leaves_no_folder(made: Path, tmp_path, changes, message):
-    options = Evaluate(made, learners="ridge", out=tmp_path / "a", cache=None)
+    options = EvaluateOptions(made, learners="ridge", out=tmp_path / "a", cache=None)
     with pytest.raises(UserError, match=message) as caught:
         evaluate_command.run(
             replace(options, **({"out": None} if changes.get("resume") else {}), **changes)
@@ -304,14 +322,14 @@ def test_data_that_changed_is_refused(made: Path, tmp_path: Path):
     provenance["data"]["sha256"] = "0" * 64
     distilled_set.save(other / distilled_set.FILE, replace(distilled, provenance=provenance))
     with pytest.raises(UserError, match="was distilled from other images"):
-        evaluate_command.run(Evaluate(other))
+        evaluate_command.run(EvaluateOptions(other))
 
 
 def test_a_stop_by_hand_says_how_the_evaluation_goes_on(made: Path, tmp_path: Path, monkeypatch):
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
-    options = Evaluate(made, learners="ridge", controls="", seeds=1, cache=None)
+    options = EvaluateOptions(made, learners="ridge", controls="", seeds=1, cache=None)
     options = replace(options, out=tmp_path / "an out")
     with monkeypatch.context() as patch:
         patch.setattr(evaluate_command, "_measured", stopped)

@@ -18,7 +18,7 @@ from dsdistill.commands import evaluation_parts, export
 from dsdistill.harness.data import datasets, distilled_set, preprocess
 from dsdistill.harness.data.distilled_set import ArtifactError, Distilled
 from dsdistill.harness.errors import UserError
-from dsdistill.options import Evaluate
+from dsdistill.options import EvaluateOptions
 
 DIGITS = datasets.load("digits", root=Path("unused"))
 HOSTILE = (
@@ -129,8 +129,8 @@ def test_evaluate_scores_an_export_as_the_set(tmp_path: Path) -> None:
     path = export.write(file, "npz", None)
     scores = []
     for run in (file, path):
-        options = Evaluate(run, learners="ridge", controls="", cache=None, seeds=1)
-        parts = evaluation_parts.assembled(options)
+        options = EvaluateOptions(run, learners="ridge", controls="", cache=None, seeds=1)
+        parts = evaluation_parts.assemble(options)
         (learner,) = parts.learners
         examples, judged = parts.distilled.examples(), parts.judges.validation
         predict = learner(examples, judged, 0)

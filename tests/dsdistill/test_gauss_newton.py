@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsdistill.harness.data.labeled_images import Examples, Labeled
+from dsdistill.harness.data.labeled_images import Examples, LabeledImages
 from dsdistill.harness.data.preprocess import identity
 from dsdistill.harness.errors import UserError
 from dsdistill.kernels import gram, networks
 from dsdistill.methods import gauss_newton, kip, ridge
-from dsdistill.methods.gauss_newton import Memory, Problem
+from dsdistill.methods.gauss_newton import GaussNewtonState, Problem
 from dsdistill.methods.initial_support import initial_support
 from dsdistill.methods.targets import Batches
 from dsdistill.parallel import devices
@@ -27,7 +27,7 @@ def examples(n: int = 60) -> Examples:
     rng = np.random.default_rng(0)
     labels = np.arange(n) % 3
     images = rng.standard_normal((3, 6, 6, 1))[labels] + rng.standard_normal((n, 6, 6, 1))
-    data = Labeled(images.astype(np.float32), labels, ("a", "b", "c"))
+    data = LabeledImages(images.astype(np.float32), labels, ("a", "b", "c"))
     return Examples(data, identity(1), ready=True)
 
 
@@ -105,7 +105,7 @@ def test_frozen_pixels_neither_move_nor_count():
     assert (np.asarray(back)[free] != 0).all()
 
 
-def stepped(at: dict, last: Memory, *, rate: float, damping: float, network: str = "fc"):
+def stepped(at: dict, last: GaussNewtonState, *, rate: float, damping: float, network: str = "fc"):
     """One step, with the loss from the definition of KIP."""
     kernel = NETWORKS[network].kernel
 

@@ -18,7 +18,7 @@ def images(n: int, seed: int, size: int = 8) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal((n, size, size, 1)), jnp.float32)
 
 
-def stored_covariances(monkeypatch) -> networks.Network:
+def stored_covariances(monkeypatch) -> networks.InfiniteNetwork:
     """A network of neural-tangents, which keeps every pair of pixels of every pair of images."""
     stax = neural_tangents.load().stax
     block = (stax.Conv(1, (3, 3), padding="SAME"), stax.Relu(), stax.AvgPool((2, 2), (2, 2)))

@@ -8,24 +8,24 @@ import pytest
 
 from dsdistill.harness.data import distilled_set, preprocess
 from dsdistill.harness.data.distilled_set import Distilled
-from dsdistill.harness.data.labeled_images import Labeled, centred_one_hot
+from dsdistill.harness.data.labeled_images import LabeledImages, centred_one_hot
 from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError
 from dsdistill.methods import initial_support
 
 
 @pytest.fixture
-def data() -> Labeled:
+def data() -> LabeledImages:
     rng = np.random.default_rng(0)
-    return Labeled(rng.random((60, 6, 6, 3), np.float32), np.arange(60) % 3, ("a", "b", "c"))
+    return LabeledImages(rng.random((60, 6, 6, 3), np.float32), np.arange(60) % 3, ("a", "b", "c"))
 
 
-def fitted(kind: str, data: Labeled) -> Preprocess:
+def fitted(kind: str, data: LabeledImages) -> Preprocess:
     return preprocess.fit(kind, data.chunks, data.shape)
 
 
 @pytest.fixture
-def made(data: Labeled) -> Distilled:
+def made(data: LabeledImages) -> Distilled:
     """Two images a class with labels that were learned."""
     images = fitted("standardise", data).apply(data.images(slice(0, 6)))
     labels = centred_one_hot(np.repeat([0, 1, 2], 2), 3) * np.float32(1.3)

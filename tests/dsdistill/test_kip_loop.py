@@ -12,7 +12,7 @@ import pytest
 
 from dsdistill.commands.distil import run_kip, run_label_solve
 from dsdistill.harness import memory
-from dsdistill.harness.data.labeled_images import Examples, Labeled
+from dsdistill.harness.data.labeled_images import Examples, LabeledImages
 from dsdistill.harness.data.preprocess import identity
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress, run_folder
@@ -23,7 +23,7 @@ from dsdistill.loops.search import accumulated, search
 from dsdistill.loops.selection import Candidate
 from dsdistill.methods import kip
 from dsdistill.methods.initial_support import Support, initial_support
-from dsdistill.options import Kip, LabelSolve
+from dsdistill.options import KipOptions, LabelSolveOptions
 
 FC1, FC2 = networks.parse("fc", 1), networks.parse("fc", 2)
 
@@ -33,7 +33,7 @@ def examples(seed: int, n: int) -> Examples:
     means = np.random.default_rng(0).standard_normal((3, 6, 6, 1))
     labels = np.arange(n) % 3
     noise = np.random.default_rng(seed).standard_normal((n, 6, 6, 1))
-    data = Labeled((means[labels] + noise).astype(np.float32), labels, ("a", "b", "c"))
+    data = LabeledImages((means[labels] + noise).astype(np.float32), labels, ("a", "b", "c"))
     return Examples(data, identity(1), ready=True)
 
 
@@ -114,7 +114,7 @@ def test_long_work_is_announced_before_it_begins(
     """
     monkeypatch.setattr(timing, "FORWARD", 0.5)
     monkeypatch.setattr(
-        timing, "tile", lambda network, *_: timing.Tile(20 if network is FC2 else 10, 10)
+        timing, "tile", lambda network, *_: timing.Timing(20 if network is FC2 else 10, 10)
     )
     walk = replace(plan(3, 6), validation_images=30, closing_images=100)
     if stop is not None:
@@ -134,7 +134,7 @@ def test_long_work_is_announced_before_it_begins(
 def test_long_work_of_the_second_kernel_is_announced(support, tmp_path, monkeypatch, capsys):
     """Half of six steps of 270 pairs' worth, 1 s each; the other kernel's are quick."""
     monkeypatch.setattr(
-        timing, "tile", lambda network, *_: timing.Tile(10, 10) if network is FC2 else None
+        timing, "tile", lambda network, *_: timing.Timing(10, 10) if network is FC2 else None
     )
     search(opened(tmp_path), plan(6, networks=(FC1, FC2)), support, TRAIN, VALIDATION)
     announced, *_ = capsys.readouterr().err.splitlines()
@@ -142,7 +142,7 @@ def test_long_work_of_the_second_kernel_is_announced(support, tmp_path, monkeypa
 
 
 def test_label_solve_is_announced_before_it_begins(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(timing, "tile", lambda *_: timing.Tile(10, 10))
+    monkeypatch.setattr(timing, "tile", lambda *_: timing.Timing(10, 10))
     accumulated(opened(tmp_path), FC1, TRAIN.images(slice(5)), TRAIN, closing_images=30)
     announced, *_ = capsys.readouterr().err.splitlines()
     assert announced.startswith(f"expected: {progress.duration(5 * (90 + 30))} to the end")
@@ -192,8 +192,8 @@ def test_each_phase_starts_adam_afresh_and_keeps_the_images(support, tmp_path):
 
 def test_several_networks_are_recorded_and_the_first_one_judges(support, tmp_path, monkeypatch):
     judges = []
-    real = selection.judge
-    monkeypatch.setattr(selection, "judge", lambda *a, **k: judges.append(a[0]) or real(*a, **k))
+    real = selection.scorer
+    monkeypatch.setattr(selection, "scorer", lambda *a, **k: judges.append(a[0]) or real(*a, **k))
     search(opened(tmp_path), plan(20, networks=(FC2, FC1)), support, TRAIN, VALIDATION)
     assert {f["network"] for f in lines(tmp_path)} == {0, 1}
     assert judges == [FC2]
@@ -211,7 +211,7 @@ def scripted(monkeypatch, loss: Callable[[int, int], float]) -> list[tuple[int, 
 
         return score
 
-    monkeypatch.setattr(selection, "judge", judge)
+    monkeypatch.setattr(selection, "scorer", judge)
     return asked
 
 
@@ -327,9 +327,9 @@ def test_a_run_that_needs_too_much_memory_leaves_its_folder_free(tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(gram, "free", lambda: 1e6)
         with pytest.raises(UserError, match="lower --target-batch"):
-            run_kip(Kip(optimizer="gauss-newton", out=tmp_path / "a"))
+            run_kip(KipOptions(optimizer="gauss-newton", out=tmp_path / "a"))
     with monkeypatch.context() as patch:
         patch.setattr(memory, "available", lambda: 3e5)
         with pytest.raises(UserError, match=r"Label Solve .* lower --images-per-class"):
-            run_label_solve(LabelSolve(out=tmp_path / "b"))
+            run_label_solve(LabelSolveOptions(out=tmp_path / "b"))
     assert not any(tmp_path.iterdir())

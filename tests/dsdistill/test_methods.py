@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsdistill.harness.data.labeled_images import Examples, Labeled, centred_one_hot
+from dsdistill.harness.data.labeled_images import Examples, LabeledImages, centred_one_hot
 from dsdistill.harness.data.preprocess import identity
 from dsdistill.harness.errors import UserError
 from dsdistill.kernels import gram, networks
@@ -25,7 +25,7 @@ def train() -> Examples:
     labels = np.repeat([0, 1, 2], [40, 35, 15])
     means = rng.standard_normal((3, 6, 6, 1))
     images = (means[labels] + rng.standard_normal((90, 6, 6, 1))).astype(np.float32)
-    return Examples(Labeled(images, labels, ("a", "b", "c")), identity(1), ready=True)
+    return Examples(LabeledImages(images, labels, ("a", "b", "c")), identity(1), ready=True)
 
 
 def objective(**changes) -> kip.Objective:

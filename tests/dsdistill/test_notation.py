@@ -5,7 +5,7 @@ import math
 import pytest
 
 from dsdistill.harness.errors import UserError
-from dsdistill.kernels.notation import Sequence, Stage, parse, written
+from dsdistill.kernels.notation import Architecture, Stage, parse, written
 
 
 @pytest.mark.parametrize(
@@ -25,13 +25,13 @@ from dsdistill.kernels.notation import Sequence, Stage, parse, written
     ],
 )
 def test_notation(text, layers, head):
-    assert parse(text) == Sequence(layers, head)
+    assert parse(text) == Architecture(layers, head)
     assert written(text)
 
 
 def test_deviations():
     assert (parse("gap").w_std, parse("gap").b_std) == (math.sqrt(2), 0.1)
-    assert parse("CR-flatten", w_std=1.5, b_std=0.0) == Sequence("CR", "flatten", 1.5, 0.0)
+    assert parse("CR-flatten", w_std=1.5, b_std=0.0) == Architecture("CR", "flatten", 1.5, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,11 @@ from PIL import Image
 from dsdistill.commands import evaluation_parts, export
 from dsdistill.harness.data import datasets, distilled_set, preprocess
 from dsdistill.harness.data.distilled_set import Distilled
-from dsdistill.harness.data.labeled_images import Labeled, centred_one_hot, per_class
+from dsdistill.harness.data.labeled_images import LabeledImages, centred_one_hot, per_class
 from dsdistill.harness.errors import UserError
-from dsdistill.options import Evaluate
+from dsdistill.options import EvaluateOptions
 from dsdistill.published_sets import evidence, pixels, reader
-from dsdistill.published_sets.reader import Stated
+from dsdistill.published_sets.reader import StatedFormat
 
 SHARE = 20  # real images a class that play the distilled set
 GOOD = 0.9  # accuracy of ridge regression on them: 0.96; chance is 0.1
@@ -49,7 +49,7 @@ def read(splits, fitted):
         given = {name: stated.pop(name) for name in ("data",) if name in stated}
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            return reader.load(path, train, Stated(**stated), preprocess=fitted, **given)
+            return reader.load(path, train, StatedFormat(**stated), preprocess=fitted, **given)
 
     return one
 
@@ -168,7 +168,7 @@ def test_pair_of_files_as_folder_and_as_file(tmp_path, splits, few, fitted, read
 def test_whitened_pairs_are_not_guessed(tmp_path, splits, few, refused):
     """Colour: MTT's files do not say whether ZCA was used, unless the images without lie there."""
     pictures = np.repeat(splits.train.images(), 3, -1)
-    colour = Labeled(pictures, splits.train.labels, splits.train.classes)
+    colour = LabeledImages(pictures, splits.train.labels, splits.train.classes)
     own = preprocess.fit("standardise", colour.chunks, colour.shape)
     images, labels = np.repeat(few[0], 3, -1), few[1]
     folder = tmp_path / "CIFAR100" / "run"
@@ -176,12 +176,12 @@ def test_whitened_pairs_are_not_guessed(tmp_path, splits, few, refused):
     torch.save(_nchw(own.apply(images)), folder / "images_best.pt")
     torch.save(torch.from_numpy(labels), folder / "labels_best.pt")
     refused(folder, "state --pixels zca-mtt or --pixels standardised", train=colour)
-    got = reader.load(folder, colour, Stated(pixels="standardised"), preprocess=own)
+    got = reader.load(folder, colour, StatedFormat(pixels="standardised"), preprocess=own)
     assert "those of MTT for CIFAR100" in _notes(got)
     torch.save(_nchw(images * np.float32(1.2) - np.float32(0.1)), folder / "images_zca_best.pt")
     whitened = "is whitened by ZCA.* say --pixels zca-mtt"
     refused(folder, whitened, train=colour, pixels="standardised")
-    got = reader.load(folder / "images_zca_best.pt", colour, Stated(), preprocess=own)
+    got = reader.load(folder / "images_zca_best.pt", colour, StatedFormat(), preprocess=own)
     np.testing.assert_allclose(got.images, own.apply(images * 1.2 - 0.1), atol=1e-4)
     assert "pixels: unit (the kind of file)" in _notes(got)
 
@@ -313,7 +313,7 @@ def test_class_folders(tmp_path, splits, few, fitted, read, name, how):
 def test_class_folders_by_name_need_no_order(names, tmp_path, splits, few, read):
     """Names that sort unlike the classes, or that a folder cannot have: as `export` writes them."""
     names = (*names.split(" "), "three", "four", "five", "six", "seven", "eight", "nine")
-    train = Labeled(splits.train.images(), splits.train.labels, names)
+    train = LabeledImages(splits.train.images(), splits.train.labels, names)
     folders = export.folder_names(names)
     got = read(_write_folder(tmp_path / "syn", *few, lambda k: folders[k]), train=train)
     assert _accuracy(got, splits.test) > GOOD
@@ -546,12 +546,12 @@ def _with(images, index, value):
 def test_a_shape_that_fits_both_layouts_must_be_stated(tmp_path, refused):
     rng = np.random.default_rng(0)
     images = rng.random((20, 3, 3, 3), np.float32)
-    train = Labeled(images, np.arange(20) % 10, tuple("0123456789"))
+    train = LabeledImages(images, np.arange(20) % 10, tuple("0123456789"))
     own = preprocess.fit("standardise", train.chunks, train.shape)
     path = _plain(tmp_path / "set.pt", images, np.arange(20) % 10)
     refused(path, "fit both layouts: give --layout", train=train)
     nhwc, nchw = (
-        reader.load(path, train, Stated(layout=layout), preprocess=own).images
+        reader.load(path, train, StatedFormat(layout=layout), preprocess=own).images
         for layout in ("nhwc", "nchw")
     )
     np.testing.assert_allclose(nhwc, own.apply(images), atol=1e-6)
@@ -723,7 +723,7 @@ def _colour(splits, few):
     every[..., 0] = 1 - every[..., 0]
     images = few[0] * gains
     images[..., 0] = 1 - images[..., 0]
-    return Labeled(every, splits.train.labels, splits.train.classes), images
+    return LabeledImages(every, splits.train.labels, splits.train.classes), images
 
 
 def _whitened_by_hand(train, kind):
@@ -760,7 +760,7 @@ def test_rfad_file_of_colour_images(tmp_path, splits, few, refused):
     path = _rfad(
         tmp_path / "distilled_images_final" / "cifar10" / "10" / "best.npz", whiten(images), learned
     )
-    got = reader.load(path, train, Stated(), preprocess=own)
+    got = reader.load(path, train, StatedFormat(), preprocess=own)
     np.testing.assert_array_equal(got.images, whiten(images))
     test = splits.test.images(np.arange(50)) * np.array([1.0, 0.7, 0.4], np.float32)
     np.testing.assert_allclose(got.preprocess.apply(test), whiten(test), atol=1e-3)
@@ -772,7 +772,7 @@ def test_rfad_file_of_colour_images(tmp_path, splits, few, refused):
     # Where neither data nor folders are named, three readings are left.
     unnamed = _rfad(tmp_path / "set.npz", whiten(images), learned)
     refused(unnamed, "state --pixels zca-rfad, --pixels zca or --pixels standard", train=train)
-    svhn = reader.load(unnamed, train, Stated(), preprocess=own, data="svhn")
+    svhn = reader.load(unnamed, train, StatedFormat(), preprocess=own, data="svhn")
     assert svhn.preprocess.kind == "zca"
 
 
@@ -791,7 +791,7 @@ def test_frepo_file(tmp_path, splits, few, read):
     path = tmp_path / "step500000.npz"
     drifted = centred_one_hot(few[1], 10) + np.float32(0.02)  # learned, so no longer summing to 0
     np.savez(path, image=whiten(images), label=drifted)
-    got = reader.load(path, train, Stated(), preprocess=own)
+    got = reader.load(path, train, StatedFormat(), preprocess=own)
     assert got.preprocess.kind == "zca-frepo"
     np.testing.assert_allclose(got.preprocess.apply(images), whiten(images), atol=1e-3)
     np.testing.assert_allclose(got.preprocess.invert(got.images), images, atol=1e-3)
@@ -804,9 +804,9 @@ def test_frepo_file(tmp_path, splits, few, read):
 def test_frepo_divides_labels_by_a_root_of_the_number_of_classes(tmp_path, fitted):
     labels = np.arange(40)
     images = np.random.default_rng(0).random((40, 8, 8, 1), np.float32)
-    train = Labeled(images, labels, tuple(map(str, range(40))))
+    train = LabeledImages(images, labels, tuple(map(str, range(40))))
     np.savez(tmp_path / "s.npz", image=fitted.apply(images), label=centred_one_hot(labels, 40) / 2)
-    got = reader.load(tmp_path / "s.npz", train, Stated(), preprocess=fitted)
+    got = reader.load(tmp_path / "s.npz", train, StatedFormat(), preprocess=fitted)
     np.testing.assert_allclose(got.labels, centred_one_hot(labels, 40), atol=1e-6)
 
 
@@ -835,7 +835,7 @@ def test_other_constants_are_proven_by_the_numbers(
     own = preprocess.fit("standardise", train.chunks, train.shape)
     mean, std = np.float32(mean), np.float32(std)
     path = _plain(tmp_path / "set.pt", _nchw((images - mean) / std), few[1])
-    got = reader.load(path, train, Stated(kind if stated else "auto"), preprocess=own)
+    got = reader.load(path, train, StatedFormat(kind if stated else "auto"), preprocess=own)
     np.testing.assert_allclose(got.preprocess.apply(images), got.images, atol=1e-5)
     np.testing.assert_array_equal(got.preprocess.mean, mean)
     assert f"pixels: {kind} (" in _notes(got)
@@ -912,7 +912,7 @@ def test_steps_across_the_middle_show_tiles():
     ramp = np.linspace(0, 1, 16, dtype=np.float32)[:, None, None] * np.ones((16, 16, 1), np.float32)
     smooth = ramp + ramp.transpose(1, 0, 2)
     whole = np.stack([smooth * gain for gain in rng.random(40, np.float32)])
-    train = Labeled(whole, np.arange(40) % 2, ("a", "b"))
+    train = LabeledImages(whole, np.arange(40) % 2, ("a", "b"))
     assert evidence.tiled(whole, train) is None
     half = whole[:, ::2, ::2]
     corners = half.reshape(10, 2, 2, 8, 8, 1).transpose(0, 1, 3, 2, 4, 5).reshape(10, 16, 16, 1)
@@ -984,7 +984,7 @@ def test_pickles_are_refused_unread(tmp_path, refused, name):
 def test_numbered_folders_of_numbered_classes_go_by_number(tmp_path, splits, few, fitted, read):
     """Classes sorted as text: the third is '10', and folder 00002 is class '2' all the same."""
     names = ("0", "1", "10", *"2345678")  # digit 2 stands in for '10', digit 9 for '8'
-    train = Labeled(splits.train.images(), splits.train.labels, names)
+    train = LabeledImages(splits.train.images(), splits.train.labels, names)
     images, labels = few
     numbers = [int(name) for name in names]
     folder = _write_folder(tmp_path / "syn", images, labels, lambda k: f"{numbers[k]:05}")
@@ -1023,7 +1023,7 @@ def test_the_data_of_a_set_are_read_with_its_channels(tmp_path):
             Image.fromarray(image.astype(np.uint8)).save(
                 tmp_path / "photos" / name / f"{number}.png"
             )
-    options = Evaluate(
+    options = EvaluateOptions(
         tmp_path / "set.npz",
         data=str(tmp_path / "photos"),
         learners="ridge",
@@ -1033,14 +1033,14 @@ def test_the_data_of_a_set_are_read_with_its_channels(tmp_path):
     gray = datasets.load(options.data or "", root=tmp_path, channels=1).train
     rows = per_class(gray, 2, np.random.default_rng(0))
     np.savez(options.run, images=gray.images(rows), labels=gray.labels[rows])
-    parts = evaluation_parts.assembled(replace(options, channels=1))
+    parts = evaluation_parts.assemble(replace(options, channels=1))
     assert parts.splits.train.shape == parts.distilled.images.shape[1:] == (8, 8, 1)
     assert parts.splits.digest == datasets.digest(
         datasets.load(options.data or "", root=tmp_path, channels=1, validation_fraction=0).train
     )
     with pytest.raises(UserError, match="its --image-size and --channels"):
-        evaluation_parts.assembled(options)
-    evaluation_parts.assembled(replace(options, channels=1, image_size=8))
+        evaluation_parts.assemble(options)
+    evaluation_parts.assemble(replace(options, channels=1, image_size=8))
 
 
 @pytest.mark.parametrize("stated", [{"channels": 1}, {"image_size": 8}])
@@ -1053,6 +1053,8 @@ def test_how_the_data_of_our_own_sets_are_read_is_theirs_to_say(tmp_path, splits
     distilled_set.save(
         tmp_path / "set.safetensors", Distilled(*one_each, fitted, splits.train.classes, {})
     )
-    options = Evaluate(tmp_path / "set.safetensors", data="digits", learners="ridge", **stated)
+    options = EvaluateOptions(
+        tmp_path / "set.safetensors", data="digits", learners="ridge", **stated
+    )
     with pytest.raises(UserError, match=r"-(channels|image-size) is for sets from elsewhere"):
-        evaluation_parts.assembled(options)
+        evaluation_parts.assemble(options)

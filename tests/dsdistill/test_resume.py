@@ -21,7 +21,7 @@ from dsdistill.harness.runs import progress, run_folder
 from dsdistill.harness.runs.run_folder import RunError
 from dsdistill.harness.stopping import Stopped
 from dsdistill.kernels import networks
-from dsdistill.options import Kip, LabelSolve
+from dsdistill.options import KipOptions, LabelSolveOptions
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -40,9 +40,9 @@ def start(folder: Path, method: str, *, resume: bool = False) -> Path:
     data, out = str(folder / "data.npz"), folder / "run"
     given = {} if resume else {"images_per_class": 1}
     if method == "ls":
-        return distil.run_label_solve(LabelSolve(data=data, out=out, resume=resume, **given))
+        return distil.run_label_solve(LabelSolveOptions(data=data, out=out, resume=resume, **given))
     given = {} if resume else {**given, "steps": 6, "target_batch": 12}
-    return distil.run_kip(Kip(data=data, out=out, resume=resume, **given))
+    return distil.run_kip(KipOptions(data=data, out=out, resume=resume, **given))
 
 
 @pytest.fixture(scope="module", params=["kip", "ls"])
@@ -152,8 +152,10 @@ def test_an_option_of_a_wrong_type_is_one_line(copy, name):
         name = "unknown"
     config = json.loads((folder / "run" / "config.json").read_text())
     (folder / "run" / "config.json").write_text(json.dumps(config | {name: BAD[name]}))
-    options = (Kip if method == "kip" else LabelSolve)(out=folder / "run", resume=True)
-    run = distil.run_kip if isinstance(options, Kip) else distil.run_label_solve
+    options = (KipOptions if method == "kip" else LabelSolveOptions)(
+        out=folder / "run", resume=True
+    )
+    run = distil.run_kip if isinstance(options, KipOptions) else distil.run_label_solve
     with pytest.raises(RunError, match=f"config.json is damaged.*{name}") as caught:
         run(options)
     assert "\n" not in str(caught.value)
@@ -205,8 +207,8 @@ def test_too_few_images_for_a_test_part_are_refused_before_any_work(
 @pytest.mark.parametrize(("per_class", "missing"), [(4, "no class has"), (15, None)])
 def test_missing_validation_images_are_said(tmp_path, capsys, per_class, missing):
     write_data(tmp_path / "data.npz", per_class)
-    options = replace(Kip(data=str(tmp_path / "data.npz")), images_per_class=1, steps=1)
-    prepare.prepared(replace(options, target_batch=3, learning_rate=0.1, schedule="constant"))
+    options = replace(KipOptions(data=str(tmp_path / "data.npz")), images_per_class=1, steps=1)
+    prepare.prepare(replace(options, target_batch=3, learning_rate=0.1, schedule="constant"))
     error = capsys.readouterr().err
     assert f"note: {missing} any validation images" in error if missing else not error
 
@@ -286,7 +288,7 @@ def test_a_users_kernel_that_changed_is_refused(tmp_path, monkeypatch, capsys, c
     write_data(tmp_path / "data.npz")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "users_kernels", raising=False)
-    options = Kip(
+    options = KipOptions(
         data=str(tmp_path / "data.npz"),
         out=out,
         images_per_class=1,
@@ -313,12 +315,12 @@ def test_a_users_kernel_that_changed_is_refused(tmp_path, monkeypatch, capsys, c
         importlib.invalidate_caches()
         sys.modules.pop("users_kernels")
         with pytest.raises(RunError, match=f"changed since the run .*{name}") as caught:
-            distil.run_kip(Kip(out=out, resume=True))
+            distil.run_kip(KipOptions(out=out, resume=True))
         assert "\n" not in str(caught.value)
         return
     if change == "no hash":
         del config["inputs"][name]
         (out / "config.json").write_text(json.dumps(config))
-    distil.run_kip(Kip(out=out, resume=True))
+    distil.run_kip(KipOptions(out=out, resume=True))
     assert (f"holds no hash of: {name}" in capsys.readouterr().err) == (change == "no hash")
     assert distilled_set.load(out / distilled_set.FILE).provenance["inputs"][name]

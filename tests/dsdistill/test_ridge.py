@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsdistill.harness.data.labeled_images import Examples, Labeled
+from dsdistill.harness.data.labeled_images import Examples, LabeledImages
 from dsdistill.harness.data.preprocess import identity
 from dsdistill.harness.errors import UserError
 from dsdistill.kernels import networks
@@ -49,7 +49,9 @@ def test_the_ridge_is_relative(problem):
 def examples(n: int) -> Examples:
     rng = np.random.default_rng(1)
     images = rng.standard_normal((n, 5, 5, 1), np.float32)
-    return Examples(Labeled(images, np.arange(n) % 3, ("a", "b", "c")), identity(1), ready=True)
+    return Examples(
+        LabeledImages(images, np.arange(n) % 3, ("a", "b", "c")), identity(1), ready=True
+    )
 
 
 def test_learner_fits_its_training_images_and_predicts_any_number():

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from dsdistill.harness.data.labeled_images import Examples, Labeled
+from dsdistill.harness.data.labeled_images import Examples, LabeledImages
 from dsdistill.harness.data.preprocess import identity
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
@@ -32,7 +32,7 @@ def test_parse_refuses(text):
 def train(n: int) -> Examples:
     labels = np.arange(n) % 10
     images = np.random.default_rng(0).random((n, 4, 4, 1), np.float32)
-    return Examples(Labeled(images, labels, tuple("abcdefghij")), identity(1), ready=True)
+    return Examples(LabeledImages(images, labels, tuple("abcdefghij")), identity(1), ready=True)
 
 
 FC = networks.parse("fc"), networks.parse("fc", 2)
@@ -124,10 +124,10 @@ def step(seconds: float, network: int = 0) -> kip.Step:
 
 
 def test_pace_leaves_out_the_steps_that_compile():
-    one = timing.Pace(1)
+    one = timing.StepTimer(1)
     assert one.seconds(step(30)) is None
     assert one.seconds(step(2)) == 2
-    two = timing.Pace(2)
+    two = timing.StepTimer(2)
     for taken, network in ((30, 0), (2, 0), (40, 1)):
         assert two.seconds(step(taken, network)) is None
     assert two.seconds(step(4, 1)) == 3

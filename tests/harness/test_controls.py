@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dsdistill.harness.data.labeled_images import Examples, Labeled
+from dsdistill.harness.data.labeled_images import Examples, LabeledImages
 from dsdistill.harness.data.preprocess import fit, identity
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation import controls
@@ -14,14 +14,14 @@ def examples(n: int, seed: int = 0) -> Examples:
     rng = np.random.default_rng(seed)
     labels = np.arange(n) % 2
     images = rng.normal(labels[:, None, None, None], 0.1, (n, 2, 2, 1)).astype(np.float32)
-    return Examples(Labeled(images, labels, ("dark", "light")), identity(1))
+    return Examples(LabeledImages(images, labels, ("dark", "light")), identity(1))
 
 
 def coloured(n: int) -> Examples:
     """Two classes in random order, uint8, two channels of different scales, standardised."""
     rng = np.random.default_rng(1)
     images = (rng.random((n, 3, 2, 2)) * [255, 60]).astype(np.uint8)
-    data = Labeled(images, rng.permutation(np.arange(n) % 2), ("a", "b"))
+    data = LabeledImages(images, rng.permutation(np.arange(n) % 2), ("a", "b"))
     return Examples(data, fit("standardise", data.chunks, data.shape))
 
 
@@ -39,7 +39,9 @@ def test_k_means_covers_the_clusters_of_a_class():
     corners = np.array([[0, 0], [0, 1], [1, 0], [1, 1]], np.float32)
     rng = np.random.default_rng(0)
     images = np.repeat(np.tile(corners, (2, 1)), 6, axis=0) + rng.normal(0, 0.01, (48, 2))
-    data = Labeled(images.astype(np.float32).reshape(48, 1, 2, 1), np.arange(48) // 24, ("a", "b"))
+    data = LabeledImages(
+        images.astype(np.float32).reshape(48, 1, 2, 1), np.arange(48) // 24, ("a", "b")
+    )
     chosen = controls.k_means(Examples(data, identity(1)), 4, 0)
     assert len(chosen) == 8
     for label in (0, 1):
@@ -82,7 +84,7 @@ def test_herding_of_images_far_from_zero():
     """At 1000 times the spread, uncentred float32 squares would all be the same."""
     rng = np.random.default_rng(2)
     images = (1e3 + rng.random((20, 3, 3, 1))).astype(np.float32)
-    train = Examples(Labeled(images, np.zeros(20, int), ("a",)), identity(1))
+    train = Examples(LabeledImages(images, np.zeros(20, int), ("a",)), identity(1))
     rows = controls.herding(train, 10).data.rows
     assert rows is not None
     assert rows.tolist() == greedy(images.reshape(20, -1), 10)
@@ -99,7 +101,7 @@ def test_herding_of_all_images_is_the_whole_class():
 
 def test_herding_takes_no_image_twice_even_of_equal_ones():
     images = np.ones((5, 2, 2, 1), np.float32)
-    train = Examples(Labeled(images, np.zeros(5, int), ("a",)), identity(1), ready=True)
+    train = Examples(LabeledImages(images, np.zeros(5, int), ("a",)), identity(1), ready=True)
     rows = controls.herding(train, 4).data.rows
     assert rows is not None
     assert len(set(rows.tolist())) == 4

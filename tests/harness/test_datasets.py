@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsdistill.harness.data import datasets, labeled_images, npz
-from dsdistill.harness.data.labeled_images import DataError, Examples, Labeled
+from dsdistill.harness.data.labeled_images import DataError, Examples, LabeledImages
 from dsdistill.harness.data.preprocess import identity
 from dsdistill.harness.errors import UserError
 
@@ -23,7 +23,7 @@ FASHION = Path(os.environ.get("DSDISTILL_DATA", "no such folder"))
 def _labeled(counts, seed=0):
     labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
     store = np.random.default_rng(1).integers(0, 256, (len(labels), 3, 4, 1), dtype=np.uint8)
-    return Labeled(store, labels, tuple(f"class {i}" for i in range(len(counts))))
+    return LabeledImages(store, labels, tuple(f"class {i}" for i in range(len(counts))))
 
 
 def _arrays(n=20, k=4):
@@ -372,7 +372,7 @@ def test_npz_member_that_is_no_array_is_refused(tmp_path):
 @pytest.mark.parametrize("size", [1, 3, 4, 7, 100])
 def test_parts_are_read_across_their_borders(size):
     images = np.arange(11, dtype=np.uint8).reshape(-1, 1, 1, 1)
-    every = Labeled(images, np.zeros(11, np.int64), ("a", "b"))
+    every = LabeledImages(images, np.zeros(11, np.int64), ("a", "b"))
     parts = [
         every.select(np.arange(5)),
         every.select(np.empty(0, np.int64)),

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from dsdistill.harness.data import datasets
-from dsdistill.harness.data.labeled_images import Labeled
-from kd.data.files.image_files import Pictures, open_folder
+from dsdistill.harness.data.labeled_images import LabeledImages
+from kd.data.files.image_files import ImageFiles, open_folder
 
 # Two of ten images of each of the classes 0, 1, ... 11, as they were held out when folders of
 # numbers stood in the order of their text (0, 1, 10, 11, 2, ...).
@@ -34,11 +34,11 @@ def _paths(numbers: str) -> set[str]:
     return {f"{label}/{n}" for label, pair in enumerate(numbers.split()) for n in pair}
 
 
-def _decoded(part: Labeled) -> set[str]:
+def _decoded(part: LabeledImages) -> set[str]:
     return {f"{image[0, 0, 0]}/{image[0, 0, 1]}" for image in part.images()}
 
 
-def _streamed(part: Pictures) -> set[str]:
+def _streamed(part: ImageFiles) -> set[str]:
     names = (part.reader.filename(int(row), absolute=True) for row in part.rows)
     return {f"{Path(name).parent.name}/{Path(name).stem}" for name in names}
 

@@ -138,7 +138,7 @@ def test_a_lock_file_that_was_replaced_is_tried_again(tmp_path, monkeypatch):
         patch.setattr(locks.os, "open", slow)
         lock = locks.acquire(tmp_path)
     assert len(calls) == 2
-    with pytest.raises(locks.Held):
+    with pytest.raises(locks.LockHeld):
         locks.acquire(tmp_path)
     lock.release()
     assert not any(tmp_path.iterdir())
@@ -147,7 +147,7 @@ def test_a_lock_file_that_was_replaced_is_tried_again(tmp_path, monkeypatch):
 def test_a_lock_that_is_sent_to_another_process_holds_nothing(tmp_path):
     lock = locks.acquire(tmp_path)
     pickle.loads(pickle.dumps(lock)).release()
-    with pytest.raises(locks.Held):
+    with pytest.raises(locks.LockHeld):
         locks.acquire(tmp_path)
     lock.release()
 

@@ -37,7 +37,7 @@ from kd import cli
 from kd.commands import curves, finished_runs, train
 from kd.commands import report as kd_report
 from kd.models import saved_models
-from kd.options import Overrides, Train
+from kd.options import Overrides, TrainOptions
 
 # What a class may be called, and how it is shown.
 NAMES = {
@@ -424,7 +424,7 @@ def test_figures_of_kd_show_names_as_text(terminal, monkeypatch):
 def kd_run(folder: Path, name: str) -> Path:
     """A finished run whose names are all the same."""
     folder.mkdir()
-    options = asdict(Train(name, student=name))
+    options = asdict(TrainOptions(name, student=name))
     config = {k: v for k, v in options.items() if k not in ("out", "resume", "overrides")}
     run_folder.write_json(folder / "config.json", config | {"data_root": "data"})
     figures = {"student": name, "data": name, "seed": 0, "test_accuracy": 0.5}
@@ -502,7 +502,7 @@ def test_a_picture_that_cannot_be_drawn_costs_no_result(tmp_path, monkeypatch):
     monkeypatch.setattr(curves, "draw", fail)
     epochs: Any = Overrides(epochs=1)
     data = str(write_npz(tmp_path / "data.npz"))
-    options = Train(data, student="mlp:8", out=tmp_path / "run", overrides=epochs)
+    options = TrainOptions(data, student="mlp:8", out=tmp_path / "run", overrides=epochs)
     with pytest.raises(RuntimeError, match="no picture"):
         train.run(train.resolve(options))
     assert finished_runs.read(tmp_path / "run").report["student"] == "mlp:8"

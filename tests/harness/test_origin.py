@@ -8,7 +8,7 @@ from dsdistill.harness.data import datasets, distilled_set, origin, preprocess
 from dsdistill.harness.data.distilled_set import Distilled
 from dsdistill.harness.data.labeled_images import centred_one_hot, per_class
 from dsdistill.harness.errors import UserError
-from dsdistill.options import Evaluate
+from dsdistill.options import EvaluateOptions
 from kd.data import data_source
 
 
@@ -50,8 +50,8 @@ def _saved(path, digits, **changes):
 def test_both_packages_hold_out_the_same_images(tmp_path, digits, stored, held):
     path = _saved(tmp_path / "set.safetensors", digits, config={"validation_fraction": stored})
     root = tmp_path / "root"
-    ours = evaluation_parts.assembled(
-        Evaluate(path, learners="ridge", controls="full", data_root=root)
+    ours = evaluation_parts.assemble(
+        EvaluateOptions(path, learners="ridge", controls="full", data_root=root)
     )
     theirs = data_source.resolve(str(path), root=root).splits
     assert theirs is not None
@@ -66,7 +66,7 @@ def test_a_set_of_other_images_is_refused_by_both(tmp_path, digits):
         tmp_path / "set.safetensors", digits, data={"source": "digits", "sha256": "0" * 64}
     )
     for read in (
-        lambda: evaluation_parts.assembled(Evaluate(path, learners="ridge", controls="full")),
+        lambda: evaluation_parts.assemble(EvaluateOptions(path, learners="ridge", controls="full")),
         lambda: data_source.resolve(str(path), root=tmp_path),
     ):
         with pytest.raises(UserError, match="was distilled from other images than digits holds"):
@@ -87,7 +87,7 @@ def test_a_set_of_other_images_is_refused_by_both(tmp_path, digits):
 def test_odd_provenance_is_one_line(tmp_path, digits, changes, message):
     path = _saved(tmp_path / "set.safetensors", digits, **changes)
     with pytest.raises(UserError, match=message) as caught:
-        evaluation_parts.assembled(Evaluate(path, learners="ridge", controls="full"))
+        evaluation_parts.assemble(EvaluateOptions(path, learners="ridge", controls="full"))
     assert "\n" not in str(caught.value)
 
 

@@ -10,13 +10,13 @@ import pytest
 from dsdistill.commands import evaluate as evaluate_command
 from dsdistill.commands import evaluation_parts
 from dsdistill.harness.data import labeled_images
-from dsdistill.harness.data.labeled_images import Examples, Labeled
+from dsdistill.harness.data.labeled_images import Examples, LabeledImages
 from dsdistill.harness.data.preprocess import identity
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation import held_out, protocol, results
-from dsdistill.harness.evaluation.held_out import Judges
+from dsdistill.harness.evaluation.held_out import HeldOut
 from dsdistill.harness.evaluation.protocol import Arm, evaluate
-from dsdistill.harness.evaluation.result_cache import Kept
+from dsdistill.harness.evaluation.result_cache import ResultCache
 
 
 def examples(n: int, seed: int = 0) -> Examples:
@@ -24,11 +24,11 @@ def examples(n: int, seed: int = 0) -> Examples:
     rng = np.random.default_rng(seed)
     labels = np.arange(n) % 2
     images = rng.normal(labels[:, None, None, None], 0.1, (n, 2, 2, 1)).astype(np.float32)
-    return Examples(Labeled(images, labels, ("dark", "light")), identity(1))
+    return Examples(LabeledImages(images, labels, ("dark", "light")), identity(1))
 
 
-def judging(**of) -> Judges:
-    return Judges(examples(8, 1), examples(5, 2), identity={"test": 5}, **of)
+def judging(**of) -> HeldOut:
+    return HeldOut(examples(8, 1), examples(5, 2), identity={"test": 5}, **of)
 
 
 FULL = Arm("full", lambda seed: examples(10), fixed=True, identity={"n": 10})
@@ -131,7 +131,7 @@ def test_the_tuner_never_reads_the_test_images():
     _Counted.reads = 0
     test = _Counted(inner.data, inner.preprocess)
     learner = Graded({0.1: 0.25, 0.2: 1.0, 0.3: 0.5})
-    found = evaluate(learner, FULL, Judges(examples(8, 1), test), [4, 5])
+    found = evaluate(learner, FULL, HeldOut(examples(8, 1), test), [4, 5])
     assert learner.trained == [(0.1, 4), (0.2, 4), (0.3, 4), (0.2, 5)]
     assert _Counted.reads == 2
     assert [r.rate for r in found] == [0.2, 0.2]
@@ -262,7 +262,7 @@ def test_no_seed_is_refused():
 @pytest.fixture
 def kept(tmp_path):
     said: list[str] = []
-    return Kept(tmp_path / "own", tmp_path / "shared", ("full",), said.append), said
+    return ResultCache(tmp_path / "own", tmp_path / "shared", ("full",), said.append), said
 
 
 def test_what_was_measured_is_not_measured_again(kept):
@@ -428,20 +428,20 @@ def _answers(confusion, arm="distilled"):
 def test_an_accuracy_that_is_the_share_of_a_class_is_said():
     """Eight of ten test images are dark: answering it always has 80 %."""
     images = np.zeros((10, 1, 1, 1), np.float32)
-    test = Labeled(images, np.array([0] * 8 + [1] * 2), ("dark", "light"))
+    test = LabeledImages(images, np.array([0] * 8 + [1] * 2), ("dark", "light"))
     always, mixed = _answers([[8, 0], [2, 0]]), _answers([[7, 1], [0, 2]], "random")
     share, constant = evaluate_command.majority([always, mixed], test)
     assert share.startswith("80.0% of the test images are of class 'dark'")
     assert "mlp on distilled answers 'dark' to every test image" in constant
     assert "80.0%" in constant
-    even = Labeled(images, np.arange(10) % 2, ("dark", "light"))
+    even = LabeledImages(images, np.arange(10) % 2, ("dark", "light"))
     assert evaluate_command.majority([_answers([[4, 1], [1, 4]])], even) == []
     # Of several seeds one that answers otherwise is enough.
     assert len(evaluate_command.majority([always, _answers([[7, 1], [2, 0]])], test)) == 1
 
 
 def test_controls_that_cannot_be_drawn_are_refused_before_anything_is_trained():
-    train = Labeled(
+    train = LabeledImages(
         np.zeros((5, 1, 1, 1), np.float32), np.array([0, 0, 0, 1, 1]), ("dark", "light")
     )
     evaluation_parts.check_controls(("random", "full"), train, 2)

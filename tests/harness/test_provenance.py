@@ -20,7 +20,7 @@ from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation.results import Result
 from dsdistill.harness.reports import markdown, report
 from dsdistill.methods import initial_support
-from dsdistill.options import Evaluate
+from dsdistill.options import EvaluateOptions
 from kd.data import data_source
 
 DIGITS = datasets.load("digits", root=Path("unused"))
@@ -67,9 +67,9 @@ def _data(**changed: Any) -> dict[str, Any]:
     return {"data": WHOLE["data"] | changed}
 
 
-def _options(file: Path, **changed: Any) -> Evaluate:
+def _options(file: Path, **changed: Any) -> EvaluateOptions:
     small = {"learners": "ridge", "controls": "", "cache": None, "seeds": 1}
-    return Evaluate(file, **(small | changed))
+    return EvaluateOptions(file, **(small | changed))
 
 
 def _module(folder: Path, patch: pytest.MonkeyPatch, name: str) -> Path:
@@ -95,10 +95,10 @@ def test_a_set_imports_nothing(
     first = kernel.split(",")[0]
     if ":" in first:
         with pytest.raises(UserError, match=rf"--learners ridge:{first}") as caught:
-            evaluation_parts.assembled(_options(file))
+            evaluation_parts.assemble(_options(file))
         assert "\n" not in str(caught.value)
     else:
-        evaluation_parts.assembled(_options(file))
+        evaluation_parts.assemble(_options(file))
     inspect.print_set(file, as_json=False)
     initial_support.load(str(file))
     data_source.resolve(str(file), root=tmp_path)
@@ -109,7 +109,7 @@ def test_a_set_imports_nothing(
 def test_what_the_user_types_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     marker = _module(tmp_path, monkeypatch, "typed_kernel")
     file = _saved(tmp_path, **_config(kernel="typed_kernel:net"))
-    parts = evaluation_parts.assembled(_options(file, learners="ridge:typed_kernel:net"))
+    parts = evaluation_parts.assemble(_options(file, learners="ridge:typed_kernel:net"))
     assert marker.exists()
     assert [learner.name for learner in parts.learners] == ["ridge:typed_kernel:net"]
 
@@ -126,7 +126,7 @@ def test_an_error_in_a_users_module_is_one_line(
     (tmp_path / f"{name}.py").write_text(content)
     options = _options(_saved(tmp_path), learners=f"ridge:{name}:net")
     with pytest.raises(UserError, match="cannot be imported: ") as caught:
-        evaluation_parts.assembled(options)
+        evaluation_parts.assemble(options)
     assert "\n" not in str(caught.value)
 
 
@@ -167,7 +167,7 @@ def test_an_odd_value_is_one_line_before_anything_is_trained(tmp_path: Path, kin
     changed, name = (ODD | ODD_FOR_RIDGE)[kind]
     file = _saved(tmp_path, **changed)
     with pytest.raises(UserError, match=rf"says of itself a {name} that cannot be"):
-        evaluation_parts.assembled(_options(file))
+        evaluation_parts.assemble(_options(file))
     if kind in ODD:
         with pytest.raises(UserError, match=rf"says of itself a {name} that cannot be"):
             data_source.resolve(str(file), root=tmp_path)
@@ -179,7 +179,7 @@ def test_a_missing_part_is_not_needed(tmp_path: Path, lacking: str) -> None:
     rest = {k: v for k, v in distilled.provenance.items() if k != lacking}
     file = tmp_path / "set.safetensors"
     distilled_set.save(file, replace(distilled, provenance=rest))
-    parts = evaluation_parts.assembled(_options(file))
+    parts = evaluation_parts.assemble(_options(file))
     assert parts.splits.digest == DIGITS.digest
     evaluate._report(_options(file), parts, _results(), 1.0)
 
@@ -188,8 +188,8 @@ def test_data_that_a_set_does_not_name_are_asked_for(tmp_path: Path) -> None:
     file = tmp_path / "set.safetensors"
     distilled_set.save(file, replace(_set(), provenance={}))
     with pytest.raises(UserError, match=r"add --data, such as"):
-        evaluation_parts.assembled(_options(file))
-    parts = evaluation_parts.assembled(_options(file, data="digits"))
+        evaluation_parts.assemble(_options(file))
+    parts = evaluation_parts.assemble(_options(file, data="digits"))
     assert parts.splits.digest == DIGITS.digest
 
 
@@ -204,7 +204,7 @@ def test_a_folder_that_a_set_names_is_read_and_said(
     changed = _data(source=source, sha256=splits.digest)
     distilled = replace(_set(**changed), classes=splits.train.classes)
     distilled_set.save(tmp_path / "set.safetensors", distilled)
-    evaluation_parts.assembled(_options(tmp_path / "set.safetensors"))
+    evaluation_parts.assemble(_options(tmp_path / "set.safetensors"))
     assert f"says that its data are {source}, which is read" in capsys.readouterr().err
 
 
@@ -353,9 +353,9 @@ def test_no_provenance_is_more_than_one_line(
     capsys.readouterr()
 
 
-def _evaluated(options: Evaluate) -> None:
+def _evaluated(options: EvaluateOptions) -> None:
     """Everything of an evaluation but the trainings and the drawing."""
-    parts = evaluation_parts.assembled(options)
+    parts = evaluation_parts.assemble(options)
     text = evaluate._report(options, parts, _results(), 1.0)
     markdown.render(text)
     report.schema.check("distilled", dict(text.distilled), report.DISTILLED)

@@ -8,7 +8,7 @@ from scipy import stats
 
 from dsdistill.harness.evaluation import statistics
 from dsdistill.harness.evaluation.results import Result, rows
-from dsdistill.harness.evaluation.scores import Scores, scores
+from dsdistill.harness.evaluation.scores import SetScores, scores
 
 FIVE = [0.81, 0.79, 0.84, 0.80, 0.83]
 OTHER = [0.78, 0.80, 0.79, 0.77, 0.81]
@@ -225,4 +225,4 @@ def test_pairs_are_of_the_same_seed():
 def test_one_line_a_learner():
     found = scores(rows(complete(learner="b") + results("full", [0.9], learner="a")))
     assert [s.learner for s in found] == ["b", "a"]
-    assert found[1] == Scores("a", None, None, None, None, None)
+    assert found[1] == SetScores("a", None, None, None, None, None)

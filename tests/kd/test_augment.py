@@ -11,7 +11,7 @@ from kd.data import augment, batching
 from kd.data.batching import Batch
 from kd.models.networks import Classifier
 from kd.objectives import loss_spec, terms
-from kd.objectives.step_outputs import Seen
+from kd.objectives.step_outputs import StepOutputs
 from kd.recipe import Recipe
 
 
@@ -125,4 +125,4 @@ def test_labels_of_mixed_images_are_smoothed_once_as_timm_smooths_them(options) 
         images, targets = mixer(whole.images.clone(), whole.labels)
     assert torch.equal(images, mixed.images)
     expected = SoftTargetCrossEntropy()(logits, targets)
-    assert ce(Seen(mixed, logits, ())).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert ce(StepOutputs(mixed, logits, ())).item() == pytest.approx(expected.item(), rel=1e-6)

@@ -21,7 +21,7 @@ from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
 from kd.data import batching
 from kd.models import saved_models, seals
-from kd.options import Evaluate
+from kd.options import EvaluateOptions
 
 CLASSES = ("cat", "dog", "elk", "owl")
 
@@ -200,7 +200,7 @@ def test_a_foreign_teacher_is_mapped_by_its_own_option(
     line = support.refused(inside, "evaluate", "of-parts", "--teacher", "foreign")
     assert "has no class 'cat' of the data" in line
     assert advised(line) == {"--teacher-class-map"}
-    assert advised(line) <= options_of(Evaluate)
+    assert advised(line) <= options_of(EvaluateOptions)
     options = ("--teacher", "foreign", "--teacher-class-map", "foreign.json")
     found = judged(inside, capsys, "of-parts", *options)
     files = [sorted((Path("parts/val") / name).iterdir()) for name in CLASSES]
@@ -236,17 +236,17 @@ def test_the_teacher_of_a_distilled_sets_evaluation_has_a_map(
         tmp_path / "set.safetensors", learners="mlp:8", controls="", teacher=str(renamed)
     )
     with pytest.raises(UserError) as caught:
-        evaluation_parts.assembled(options)
+        evaluation_parts.assemble(options)
     assert advised(str(caught.value)) == {"--teacher-class-map"}
     assert advised(str(caught.value)) <= options_of(type(options))
-    teacher = evaluation_parts.assembled(dataclasses.replace(options, teacher_class_map=mapping))
-    plain = evaluation_parts.assembled(dataclasses.replace(options, teacher="of-digits"))
+    teacher = evaluation_parts.assemble(dataclasses.replace(options, teacher_class_map=mapping))
+    plain = evaluation_parts.assemble(dataclasses.replace(options, teacher="of-digits"))
     images = plain.judges.test.images(slice(50))
     assert teacher.judges.teacher is not None
     assert plain.judges.teacher is not None
     np.testing.assert_array_equal(teacher.judges.teacher(images), plain.judges.teacher(images))
     with pytest.raises(UserError, match="--teacher-class-map needs --teacher"):
-        evaluation_parts.assembled(
+        evaluation_parts.assemble(
             dataclasses.replace(options, teacher=None, teacher_class_map=mapping)
         )
 

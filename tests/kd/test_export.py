@@ -33,7 +33,7 @@ from kd.commands import export, export_formats
 from kd.commands.export_check import Trials
 from kd.data import data_source
 from kd.data.files import file_source
-from kd.data.files.image_files import Pictures
+from kd.data.files.image_files import ImageFiles
 from kd.models import networks, saved_models, seals, teachers
 from kd.models.zoo import exported
 from kd.recipe import Recipe
@@ -345,7 +345,7 @@ def test_a_streamed_runs_files_are_compared_on_and_cut_by_timm_as_in_evaluation(
     source = file_source.resolve(str(tmp_path / "pictures"), root=tmp_path, **size)
     stream = source.test(Recipe(**recipe), fitted, torch.device("cpu"))
     _, _, tested = source.parts
-    assert isinstance(tested, Pictures)
+    assert isinstance(tested, ImageFiles)
     assert stream is not None
     files = [tested.read(row, 3)[0] for row in range(len(tested))]
     with torch.no_grad():

@@ -562,7 +562,7 @@ def test_any_flipped_byte_of_the_program_is_one_line_or_a_program(
 # --- what ordinary networks need
 
 
-def _loaded(content: bytes, path: Path, shape: tuple[int, int, int]) -> exported.Program:
+def _loaded(content: bytes, path: Path, shape: tuple[int, int, int]) -> exported.ExportedProgram:
     path.write_bytes(content)
     return exported.load(path, shape)
 

@@ -15,7 +15,7 @@ from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation.protocol import Augmentable, Learner, Tunable
 from kd import recipes
 from kd.evaluation import learners
-from kd.evaluation.learners import Network, learner
+from kd.evaluation.learners import NetworkLearner, learner
 from kd.models import networks
 from kd.models.networks import Shape
 
@@ -312,7 +312,7 @@ def test_identity() -> None:
     ]
     texts = [json.dumps(each.identity, sort_keys=True) for each in (found, *others)]
     assert len(set(texts)) == len(texts)
-    same = Network("mlp:8", replace(found.recipe))
+    same = NetworkLearner("mlp:8", replace(found.recipe))
     assert same.identity == found.identity
     found(EASY, EASY, 3)
     assert json.dumps(found.identity, sort_keys=True) == texts[0]
@@ -320,5 +320,5 @@ def test_identity() -> None:
 
 def test_weights_from_a_file_have_no_identity() -> None:
     """The file may change under its name, and results of the old one must not be taken."""
-    assert Network("convnet@weights.pt").identity is None
-    assert Network("convnet").identity is not None
+    assert NetworkLearner("convnet@weights.pt").identity is None
+    assert NetworkLearner("convnet").identity is not None

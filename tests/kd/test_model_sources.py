@@ -24,7 +24,7 @@ from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError
 from kd.models import networks, saved_models, teachers
 from kd.models.zoo import exported, huggingface, torchvision_zoo, weights
-from kd.models.zoo.protocol import Wants
+from kd.models.zoo.protocol import PretrainedConfig
 
 NAMES = ("cat", "dog", "owl")
 COLOUR, GRAY = (20, 20, 3), (12, 12, 1)
@@ -51,7 +51,7 @@ def _nchw(images: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2), np.float32))
 
 
-def _prepared(raw: np.ndarray, own: Wants) -> Tensor:
+def _prepared(raw: np.ndarray, own: PretrainedConfig) -> Tensor:
     """Raw images as a network wants them, by Pillow and NumPy in float64."""
     h, w = own.size
     images = []
@@ -63,7 +63,9 @@ def _prepared(raw: np.ndarray, own: Wants) -> Tensor:
     return _nchw((np.stack(images) - np.array(own.mean)) / np.array(own.std))
 
 
-def _check_path(teacher: teachers.Teacher, data: Preprocess, raw: np.ndarray, own: Wants) -> None:
+def _check_path(
+    teacher: teachers.Teacher, data: Preprocess, raw: np.ndarray, own: PretrainedConfig
+) -> None:
     """What a network gets through the adapter is what its own preparation gives it."""
     images = _prepared(raw, own)
     adapted = teacher.adapter(_nchw(data.apply(raw)))
@@ -526,7 +528,7 @@ def test_what_a_file_cannot_say_is_told(tmp_path: Path) -> None:
     assert teacher.resolved.mean == pytest.approx(mean)
     plain = _fitted("none", shape)
     teacher = teachers.load(name, plain, shape, NAMES, image_size=40, mean=mean, std=std)
-    own = Wants(mean, std, (40, 40), "bilinear", 1.0, 3)
+    own = PretrainedConfig(mean, std, (40, 40), "bilinear", 1.0, 3)
     _check_path(teacher, plain, _raw(shape), own)
     with pytest.raises(UserError, match="must be 3 values each, and std positive"):
         teachers.load(name, plain, shape, NAMES, std=(1, 0, 1))
@@ -642,12 +644,12 @@ def test_a_program_teaches_in_the_space_of_the_data(tmp_path: Path) -> None:
         teachers.load(str(path), data, COLOUR, NAMES[:2])
     larger = (40, 30, 3)  # brought to the program's size
     raw, fitted = _raw(larger), _fitted("standardise", larger)
-    own = Wants(tuple(fitted.mean), tuple(fitted.std), (20, 20), "bilinear", 1.0, 3)
+    own = PretrainedConfig(tuple(fitted.mean), tuple(fitted.std), (20, 20), "bilinear", 1.0, 3)
     _check_path(teachers.load(str(path), fitted, larger, NAMES), fitted, raw, own)
 
 
 def test_the_card_of_a_program_says_what_it_wants(tmp_path: Path) -> None:
-    own = Wants((0.2, 0.3, 0.4), (0.5, 0.6, 0.7), (20, 20), "bicubic", 1.0, NAMES)
+    own = PretrainedConfig((0.2, 0.3, 0.4), (0.5, 0.6, 0.7), (20, 20), "bicubic", 1.0, NAMES)
     path, fitted = tmp_path / "program.pt2", own.preprocess()
     classifier = networks.Classifier(_Small(), interpolation="bicubic")
     model = saved_models.Model(

@@ -19,9 +19,9 @@ from kd.losses import contrastive, feature
 from kd.models import networks
 from kd.objectives.projectors import (
     Embed,
+    EmbeddingMemory,
     Fusion,
     Generator,
-    Memory,
     Projector,
     Regressor,
     Variational,
@@ -315,7 +315,7 @@ def test_any_network_learns_from_any_other_through_every_projector(
         Projector(*pairs[2]),
         Embed(*pairs[2]),
     )
-    memory = Memory(10, negatives=4)
+    memory = EmbeddingMemory(10, negatives=4)
     images = _normal(4, 3, 32, 32, dtype=torch.float32)
     small(images)
     large(images)
@@ -371,7 +371,7 @@ def _unit(n: int, d: int, seed: int) -> Tensor:
 
 
 def test_a_step_of_the_memory_is_that_of_the_paper() -> None:
-    memory = Memory(9, dim=6, negatives=5, momentum=0.3, seed=3)
+    memory = EmbeddingMemory(9, dim=6, negatives=5, momentum=0.3, seed=3)
     before = {name: _array(value).copy() for name, value in memory.state_dict().items()}
     index = torch.tensor([4, 0, 7])
     ours, theirs = _unit(3, 6, 0), _unit(3, 6, 1)
@@ -394,7 +394,7 @@ def test_a_step_of_the_memory_is_that_of_the_paper() -> None:
 
 
 def test_normalisers_are_those_of_the_first_batch() -> None:
-    memory, index = Memory(9, dim=6), torch.tensor([1, 2])
+    memory, index = EmbeddingMemory(9, dim=6), torch.tensor([1, 2])
     memory(_unit(2, 6, 0), _unit(2, 6, 1), index)
     first = memory.log_z.clone()
     assert torch.isfinite(first).all()
@@ -403,9 +403,9 @@ def test_normalisers_are_those_of_the_first_batch() -> None:
 
 
 def test_the_memory_is_in_checkpoints() -> None:
-    memory, index = Memory(9, dim=6, seed=1), torch.tensor([1, 2])
+    memory, index = EmbeddingMemory(9, dim=6, seed=1), torch.tensor([1, 2])
     memory(_unit(2, 6, 0), _unit(2, 6, 1), index)
-    resumed = Memory(9, dim=6, seed=2)
+    resumed = EmbeddingMemory(9, dim=6, seed=2)
     resumed.load_state_dict(memory.state_dict())
     steps = []
     for each in (memory, resumed):
@@ -416,7 +416,7 @@ def test_the_memory_is_in_checkpoints() -> None:
 
 
 def test_draws_are_the_image_itself_and_uniform_rows() -> None:
-    memory = Memory(8, dim=2, negatives=16384)
+    memory = EmbeddingMemory(8, dim=2, negatives=16384)
     assert memory.negatives == 7  # no more than there are others
     index = torch.arange(8).repeat(500)
     torch.manual_seed(0)
@@ -429,25 +429,25 @@ def test_draws_are_the_image_itself_and_uniform_rows() -> None:
     np.testing.assert_allclose(counts, 3500, atol=250)
     torch.manual_seed(0)
     assert torch.equal(memory.draw(index), rows)
-    assert Memory(100, dim=2, negatives=3).draw(index).shape == (4000, 4)
+    assert EmbeddingMemory(100, dim=2, negatives=3).draw(index).shape == (4000, 4)
     with pytest.raises(UserError, match="needs 2 to train on, got 1"):
-        Memory(1)
+        EmbeddingMemory(1)
 
 
 def test_the_first_memory_is_its_seeds_and_leaves_the_global_generator_alone() -> None:
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
-    memory = Memory(9, dim=6, seed=1)
+    memory = EmbeddingMemory(9, dim=6, seed=1)
     assert torch.equal(torch.rand(1), expected)
     torch.testing.assert_close(memory.student.norm(dim=1), torch.ones(9))
-    assert torch.equal(memory.student, Memory(9, dim=6, seed=1).student)
-    assert not torch.equal(memory.student, Memory(9, dim=6, seed=2).student)
+    assert torch.equal(memory.student, EmbeddingMemory(9, dim=6, seed=1).student)
+    assert not torch.equal(memory.student, EmbeddingMemory(9, dim=6, seed=2).student)
     assert not torch.equal(memory.student, memory.teacher)
 
 
 def test_two_views_of_an_image_count_by_their_mean() -> None:
-    memory = Memory(9, dim=6)
+    memory = EmbeddingMemory(9, dim=6)
     old, views = _array(memory.student[3]), _unit(2, 6, 0)
     memory(views, views, torch.tensor([3, 3]))
     expected = 0.5 * old + 0.5 * _array(views).mean(0)
@@ -457,7 +457,7 @@ def test_two_views_of_an_image_count_by_their_mean() -> None:
 
 
 def test_the_gradient_is_that_against_the_memory_before_the_step() -> None:
-    memory, index = Memory(9, dim=6, negatives=4), torch.tensor([1, 2])
+    memory, index = EmbeddingMemory(9, dim=6, negatives=4), torch.tensor([1, 2])
     before = memory.teacher.clone()
     ours = _unit(2, 6, 0).requires_grad_()
     torch.manual_seed(0)
@@ -469,7 +469,7 @@ def test_the_gradient_is_that_against_the_memory_before_the_step() -> None:
 
 
 def test_autocast_does_not_round_the_memory() -> None:
-    plain, mixed = Memory(9, dim=6), Memory(9, dim=6)
+    plain, mixed = EmbeddingMemory(9, dim=6), EmbeddingMemory(9, dim=6)
     ours, theirs, index = _unit(2, 6, 0), _unit(2, 6, 1), torch.tensor([1, 2])
     plain(ours, theirs, index)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -482,7 +482,7 @@ def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     rendezvous = f"file://{folder}/store"
     dist.init_process_group("gloo", rendezvous, rank=rank, world_size=2)
-    memory, mine = Memory(9, dim=6), slice(3) if rank == 0 else slice(3, 4)
+    memory, mine = EmbeddingMemory(9, dim=6), slice(3) if rank == 0 else slice(3, 4)
     memory(_unit(4, 6, 0)[mine], _unit(4, 6, 1)[mine], torch.tensor([4, 0, 7, 0])[mine])
     arrays: dict[str, Any] = {name: value.numpy() for name, value in memory.state_dict().items()}
     np.savez(f"{folder}/{rank}.npz", **arrays)
@@ -494,7 +494,7 @@ def test_all_processes_hold_the_memory_that_one_process_would(
 ) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     spawn(_rank, (str(tmp_path),), nprocs=2)
-    memory = Memory(9, dim=6)
+    memory = EmbeddingMemory(9, dim=6)
     memory(_unit(4, 6, 0), _unit(4, 6, 1), torch.tensor([4, 0, 7, 0]))
     with np.load(tmp_path / "0.npz") as zero, np.load(tmp_path / "1.npz") as one:
         for name in ("student", "teacher"):

@@ -13,7 +13,7 @@ from kd.data.batching import Batch
 from kd.models import networks
 from kd.models.networks import Classifier
 from kd.objectives import loss_spec, terms
-from kd.objectives.step_outputs import Seen
+from kd.objectives.step_outputs import StepOutputs
 from kd.recipe import Recipe
 from kd.training import optimization
 
@@ -64,7 +64,7 @@ def test_supergradients_loss_is_a_weighted_sum_at_temperature_one() -> None:
     loss = recipes.SUPERGRADIENTS.loss
     assert loss is not None
     made = terms.build(loss_spec.parse(loss, terms.FUNCTIONS), Classifier(nn.Identity()))
-    seen = Seen(Batch(torch.zeros(1, 1, 1, 1), labels), student, (teacher,))
+    seen = StepOutputs(Batch(torch.zeros(1, 1, 1, 1), labels), student, (teacher,))
     found = {term.name: term(seen).item() for term in made}
     assert found == pytest.approx({"ce": 0.2 * task, "kd": 0.8 * kl}, rel=1e-6)
 

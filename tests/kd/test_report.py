@@ -16,11 +16,11 @@ import tyro
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import run_folder
 from kd.commands import finished_runs, report
-from kd.options import Overrides, Train
+from kd.options import Overrides, TrainOptions
 
 
 def made(
-    parent: Path, options: Train, *, accuracy: float | None = 0.8, note: str | None = None
+    parent: Path, options: TrainOptions, *, accuracy: float | None = 0.8, note: str | None = None
 ) -> Path:
     """A finished run's folder, as far as a report reads it."""
     folder = parent / f"run-{len(list(parent.iterdir()))}"
@@ -59,7 +59,7 @@ def overrides(**given: Any) -> Any:
     return Overrides(**given)
 
 
-PLAIN = Train("digits", student="mlp:16")
+PLAIN = TrainOptions("digits", student="mlp:16")
 TAUGHT = replace(PLAIN, teacher="/far/teacher", overrides=overrides(lr=0.1, decay_all=True))
 
 
@@ -107,10 +107,10 @@ def test_a_seed_without_a_figure_leaves_no_mean(tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        Train(),
+        TrainOptions(),
         TAUGHT,
-        Train("a folder", student="resnet18", pretrained=True, seed=3, device="cpu"),
-        Train(
+        TrainOptions("a folder", student="resnet18", pretrained=True, seed=3, device="cpu"),
+        TrainOptions(
             "digits",
             teacher="x.pt2",
             teacher_mean=(0.1, 0.2),
@@ -124,7 +124,7 @@ def test_the_command_makes_the_same_run(options, tmp_path):
     line = finished_runs.read(made(tmp_path, options)).command
     words = shlex.split(line)
     assert words[:2] == ["kd", "train"]
-    again = tyro.cli(Train, args=words[2:], config=(tyro.conf.FlagCreatePairsOff,))
+    again = tyro.cli(TrainOptions, args=words[2:], config=(tyro.conf.FlagCreatePairsOff,))
     assert again == options
 
 

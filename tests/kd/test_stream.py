@@ -33,7 +33,7 @@ from kd.data import data_source
 from kd.data.batching import Batch, derive, mine
 from kd.data.files import archives, file_source, image_files
 from kd.data.files.archives import Archive, Sequential, is_named, open_named, streamed
-from kd.data.files.image_files import Pictures, open_folder
+from kd.data.files.image_files import ImageFiles, open_folder
 from kd.data.files.stream import Stream, order
 from kd.data.files.transforms import Views, seeded
 from kd.recipe import Recipe
@@ -63,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def images(folder: Path) -> Pictures:
+def images(folder: Path) -> ImageFiles:
     return open_folder(folder, 0.0).train
 
 
@@ -85,7 +85,7 @@ def _index(batch: Batch) -> np.ndarray:
 
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_views_do_not_depend_on_the_workers_or_on_the_way_into_the_epoch(
-    images: Pictures, repeats: int
+    images: ImageFiles, repeats: int
 ) -> None:
     alone = Stream(images, VIEWS, 64, CPU, repeats=repeats)
     whole = list(alone.epoch(5, 2))
@@ -98,7 +98,7 @@ def test_views_do_not_depend_on_the_workers_or_on_the_way_into_the_epoch(
     assert list(alone.epoch(5, 2, first=len(alone))) == []
 
 
-def test_an_epoch_that_was_left_does_not_reach_into_the_next(images: Pictures) -> None:
+def test_an_epoch_that_was_left_does_not_reach_into_the_next(images: ImageFiles) -> None:
     expected = list(Stream(images, VIEWS, 64, CPU).epoch(0, 1))
     stream = Stream(images, VIEWS, 64, CPU, workers=2)
     for _ in stream.epoch(0, 0):
@@ -109,7 +109,7 @@ def test_an_epoch_that_was_left_does_not_reach_into_the_next(images: Pictures) -
     assert all(_same(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_seed_epoch_and_repeat_change_the_views(images: Pictures) -> None:
+def test_seed_epoch_and_repeat_change_the_views(images: ImageFiles) -> None:
     views = replace(VIEWS, random_erase=0.0)
     stream = Stream(images, views, 300, CPU)
     seen = {}
@@ -137,7 +137,7 @@ def test_repeated_augmentation_takes_whole_blocks_of_the_repeated_order(n: int) 
     assert np.array_equal(order(n, 1, 7, 3), shuffled)
 
 
-def test_the_global_generators_are_as_they_were(images: Pictures) -> None:
+def test_the_global_generators_are_as_they_were(images: ImageFiles) -> None:
     def state() -> tuple[Any, ...]:
         numpy = np.random.get_state()  # noqa: NPY002
         return random.getstate(), numpy[1].tobytes(), torch.get_rng_state().numpy().tobytes()  # type: ignore[union-attr]
@@ -220,7 +220,7 @@ def test_the_transforms_are_those_of_timms_loader(
 
 @pytest.mark.parametrize("views", CONFIGURATIONS)
 def test_a_training_view_is_timms_transform_of_the_plain_image(
-    folder: Path, images: Pictures, views: Views
+    folder: Path, images: ImageFiles, views: Views
 ) -> None:
     transform = _timm(views, folder / "train", True, False).dataset.transform
     batch = next(iter(Stream(images, views, 8, CPU).epoch(4, 9)))
@@ -235,7 +235,7 @@ def test_a_training_view_is_timms_transform_of_the_plain_image(
 
 @pytest.mark.parametrize("views", [PLAIN, CONFIGURATIONS[-1], replace(PLAIN, size=(20, 32))])
 def test_evaluation_views_are_those_of_timms_loader(
-    folder: Path, images: Pictures, views: Views
+    folder: Path, images: ImageFiles, views: Views
 ) -> None:
     theirs = list(_timm(views, folder / "train", False, True))
     ours = list(Stream(images, views, 50, CPU, workers=2).in_order())
@@ -250,7 +250,7 @@ def test_evaluation_views_are_those_of_timms_loader(
 
 @pytest.mark.parametrize(("world", "repeats"), [(2, 1), (3, 3), (4, 1)])
 def test_the_shares_of_the_ranks_make_up_the_batch(
-    images: Pictures, world: int, repeats: int
+    images: ImageFiles, world: int, repeats: int
 ) -> None:
     stream = Stream(images, VIEWS, 72, CPU, world=world, repeats=repeats)
     together = list(stream.epoch(1, 1))
@@ -270,7 +270,7 @@ def test_the_shares_of_the_ranks_make_up_the_batch(
         assert np.array_equal(np.sort(np.concatenate(places)), np.arange(n))
 
 
-def test_a_last_part_too_small_to_be_shared_joins_the_one_before(images: Pictures) -> None:
+def test_a_last_part_too_small_to_be_shared_joins_the_one_before(images: ImageFiles) -> None:
     assert Stream(images, PLAIN, 100, CPU).sizes == [100, 100, 100]
     assert Stream(images, PLAIN, 99, CPU, world=1).sizes == [99, 99, 99, 3]
     assert Stream(images, PLAIN, 99, CPU, world=2).sizes == [99, 99, 102]
@@ -284,7 +284,7 @@ def test_a_last_part_too_small_to_be_shared_joins_the_one_before(images: Picture
     assert Stream(images, PLAIN, 128, CPU, repeats=3).sizes == [128, 128]
 
 
-def test_every_image_is_validated_once_by_one_of_the_ranks(images: Pictures) -> None:
+def test_every_image_is_validated_once_by_one_of_the_ranks(images: ImageFiles) -> None:
     stream = Stream(images, PLAIN, 40, CPU)
     shares = [[_index(b) for b in stream.in_order(rank, 3)] for rank in range(3)]
     assert np.array_equal(
@@ -309,7 +309,7 @@ class _Counted:
         return self.reader.filename(index, absolute=absolute)
 
 
-def test_images_are_read_when_their_batch_is_asked_for(images: Pictures) -> None:
+def test_images_are_read_when_their_batch_is_asked_for(images: ImageFiles) -> None:
     reader = _Counted(images.reader)
     stream = Stream(replace(images, reader=reader), PLAIN, 20, CPU)
     assert len(stream) == 15
@@ -322,7 +322,7 @@ def test_images_are_read_when_their_batch_is_asked_for(images: Pictures) -> None
 
 @pytest.mark.parametrize(("free", "words"), [(1 << 20, "through pipes"), (1 << 16, "without")])
 def test_batches_are_the_same_where_there_is_little_shared_memory(
-    images: Pictures,
+    images: ImageFiles,
     free: int,
     words: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -339,7 +339,7 @@ def test_batches_are_the_same_where_there_is_little_shared_memory(
     assert words in capsys.readouterr().err
 
 
-def test_the_death_of_a_decoding_process_is_one_line(images: Pictures) -> None:
+def test_the_death_of_a_decoding_process_is_one_line(images: ImageFiles) -> None:
     killed = _Killed(images.reader)
     message = _error(Stream(replace(images, reader=killed), VIEWS, 64, CPU, workers=1).epoch(0, 0))
     assert message.startswith("a process that reads images has died (DataLoader worker")
@@ -551,28 +551,28 @@ def test_images_of_every_kind_become_upright_colours_on_white(tmp_path: Path) ->
     assert listed.read(names.index("wide.jpg"), 1)[0].mode == "L"
 
 
-def test_grey_images_are_augmented_too(images: Pictures) -> None:
+def test_grey_images_are_augmented_too(images: ImageFiles) -> None:
     views = Views((20, 20), (0.5,), (0.25,), auto_augment="rand-m9-n3", random_erase=0.5)
     for batch in Stream(images, views, 150, CPU).epoch(0, 0):
         assert batch.images.shape == (150, 1, 20, 20)
         assert torch.isfinite(batch.images).all()
 
 
-def test_without_augmentation_an_epoch_has_evaluation_views(images: Pictures) -> None:
+def test_without_augmentation_an_epoch_has_evaluation_views(images: ImageFiles) -> None:
     stream = Stream(images, VIEWS, 300, CPU, augment=False)
     (still,), (mixed,) = list(stream.in_order()), list(stream.epoch(0, 0))
     assert not np.array_equal(_index(mixed), np.arange(300))
     assert torch.equal(mixed.images, still.images[torch.from_numpy(_index(mixed))])
 
 
-def test_labels_are_known_before_anything_is_read(images: Pictures) -> None:
+def test_labels_are_known_before_anything_is_read(images: ImageFiles) -> None:
     stream = Stream(images, PLAIN, 64, CPU)
     assert stream.labels is not None
     for batch in stream.epoch(0, 0):
         assert torch.equal(stream.labels[torch.from_numpy(_index(batch))], batch.labels)
 
 
-def test_a_decoding_process_can_be_given_its_images_by_value(images: Pictures) -> None:
+def test_a_decoding_process_can_be_given_its_images_by_value(images: ImageFiles) -> None:
     # As on systems that start processes afresh and do not copy them.
     stream = Stream(images, VIEWS, 8, CPU)
     copied = pickle.loads(pickle.dumps(stream._desk))
@@ -618,13 +618,13 @@ def test_the_digest_changes_with_the_files_and_not_with_their_place(
     ],
 )
 def test_an_augmentation_that_timm_does_not_know_is_one_line(
-    images: Pictures, change: dict[str, Any], why: str
+    images: ImageFiles, change: dict[str, Any], why: str
 ) -> None:
     with pytest.raises(UserError, match=why):
         Stream(images, replace(PLAIN, **change), 8, CPU)
 
 
-def test_processes_that_would_get_no_image_are_refused(images: Pictures) -> None:
+def test_processes_that_would_get_no_image_are_refused(images: ImageFiles) -> None:
     few = images.select(np.array([0, 100, 200]))
     for chosen, size in ((images, 3), (few, 64)):
         with pytest.raises(UserError, match="2 processes need two images each"):
@@ -771,7 +771,7 @@ def test_an_archive_that_ends_early_or_breaks_is_one_line(greys: dict[str, int])
         list(stream.in_order())
 
 
-def test_what_an_archive_cannot_do_is_refused(images: Pictures) -> None:
+def test_what_an_archive_cannot_do_is_refused(images: ImageFiles) -> None:
     with pytest.raises(UserError, match="--repeats 3 needs images that can be read in any order"):
         streamed(ARCHIVE, GREY, 10, CPU, repeats=3)
     with pytest.raises(UserError, match="must be a multiple of 3, got 10"):
@@ -828,7 +828,7 @@ def tars(tmp_path: Path, folder: Path) -> Path:
     return root
 
 
-def test_webdataset_shards_are_streamed(tars: Path, images: Pictures) -> None:
+def test_webdataset_shards_are_streamed(tars: Path, images: ImageFiles) -> None:
     source = open_named(f"wds/{tars}", "train")
     assert isinstance(source, Archive)
     assert source.classes == ("a", "b", "c")
@@ -855,14 +855,14 @@ def test_webdataset_shards_are_streamed(tars: Path, images: Pictures) -> None:
 
 
 def test_hugging_face_data_sets_are_read_in_any_order(
-    folder: Path, tmp_path: Path, images: Pictures, caplog: pytest.LogCaptureFixture
+    folder: Path, tmp_path: Path, images: ImageFiles, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.ERROR)
     source = open_named(f"hfds/{folder}", "train", root=tmp_path)
-    assert isinstance(source, Pictures)
+    assert isinstance(source, ImageFiles)
     assert source.classes == ("a", "b", "c")
     again = open_named(f"hfds/{folder}", "train", root=tmp_path)
-    assert isinstance(again, Pictures)
+    assert isinstance(again, ImageFiles)
     assert source.digest == again.digest
     (ours,) = Stream(images, VIEWS, 300, CPU).in_order()
     (theirs,) = streamed(source, VIEWS, 300, CPU, workers=2).in_order()

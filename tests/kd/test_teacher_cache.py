@@ -23,7 +23,7 @@ from dsdistill.commands import cache as stored
 from dsdistill.harness.errors import UserError
 from kd.data import teacher_cache as caches
 from kd.data import top_k
-from kd.data.teacher_cache import Cache, fingerprint, open_cache
+from kd.data.teacher_cache import TeacherCache, fingerprint, open_cache
 
 N, K = 50, 7
 KEY = {"data": "abc", "teacher": "def", "seed": 3, "shape": (32, 32, 3)}
@@ -291,7 +291,7 @@ def test_a_damaged_entry_is_said_in_one_line_and_not_used(
     assert capsys.readouterr().err == ""
 
 
-def _stranger(cache: Cache, tensors: dict[str, torch.Tensor] | bytes, rows: int) -> None:
+def _stranger(cache: TeacherCache, tensors: dict[str, torch.Tensor] | bytes, rows: int) -> None:
     """An entry with checksums that are all right, whatever it holds."""
     content = tensors if isinstance(tensors, bytes) else safetensors.torch.save(tensors)
     sha256 = hashlib.sha256(content).hexdigest()

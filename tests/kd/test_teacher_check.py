@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dsdistill.harness.data import preprocess
-from dsdistill.harness.data.labeled_images import Examples, Labeled
+from dsdistill.harness.data.labeled_images import Examples, LabeledImages
 from dsdistill.harness.errors import UserError
 from kd.data import batching
 from kd.evaluation import class_order, teacher_check
@@ -46,7 +46,7 @@ def _batches(n: int = 60, noise: float = 0.0, kind: str = "standardise") -> batc
     images[np.arange(n), classes] = 0.9
     shown = np.where(rng.random(n) < noise, rng.integers(0, K, n), classes)
     fitted = preprocess.fit(kind, lambda size: iter([images]), SHAPE)
-    return batching.batches(Examples(Labeled(images, shown, NAMES), fitted), 16, CPU)
+    return batching.batches(Examples(LabeledImages(images, shown, NAMES), fitted), 16, CPU)
 
 
 def _teacher(

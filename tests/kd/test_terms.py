@@ -24,7 +24,7 @@ from kd.losses import feature, relation
 from kd.models import networks
 from kd.objectives import loss_spec, terms
 from kd.objectives.schemes import Distillation
-from kd.objectives.step_outputs import Seen
+from kd.objectives.step_outputs import StepOutputs
 from kd.recipe import Recipe
 from kd.training.loop import train
 
@@ -178,7 +178,7 @@ def test_terms_of_logits_take_several_teachers_each_in_its_own_way(by_label: boo
     generator = torch.Generator().manual_seed(0)
     outputs, first, second = 3 * torch.randn(3, 6, 4, generator=generator)
     batch = batching.Batch(torch.zeros(6, 1, 1, 1), torch.arange(6) % 4)
-    seen = Seen(batch, outputs, (first, 20 * second), by_label)
+    seen = StepOutputs(batch, outputs, (first, 20 * second), by_label)
     plain = [-x.log_softmax(1)[torch.arange(6), batch.labels] for x in seen.answers]
     # Two teachers' weights are 1 - softmax of their cross-entropies; alike, a half each.
     weights = 1 - torch.stack(plain).softmax(0) if by_label else torch.full((2, 6), 0.5)
@@ -211,7 +211,7 @@ def test_the_same_teacher_twice_is_that_teacher(name: str) -> None:
     outputs, answers = 3 * torch.randn(2, 6, 4, generator=generator)
     batch = batching.Batch(torch.zeros(6, 1, 1, 1), torch.arange(6) % 4)
     (term,) = terms.build(loss_spec.parse(name, terms.FUNCTIONS), student())
-    once, twice = (term(Seen(batch, outputs, (answers,) * n)).item() for n in (1, 2))
+    once, twice = (term(StepOutputs(batch, outputs, (answers,) * n)).item() for n in (1, 2))
     assert twice == pytest.approx(once, rel=1e-4)
 
 

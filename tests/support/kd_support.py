@@ -12,7 +12,7 @@ import pytest
 
 from dsdistill.harness.data import datasets, distilled_set, labeled_images, preprocess
 from dsdistill.harness.data.datasets import Splits
-from dsdistill.harness.data.labeled_images import Examples, Labeled
+from dsdistill.harness.data.labeled_images import Examples, LabeledImages
 from kd import cli
 from kd.training import steps
 
@@ -111,4 +111,4 @@ def easy(n: int = 40, classes: int = 4, size: int = 8) -> Examples:
     images = rng.random((n, size, size, 1), dtype=np.float32) * 0.3
     images[np.arange(n), labels] += 0.7
     names = tuple(f"class {i}" for i in range(classes))
-    return Examples(Labeled(images, labels, names), preprocess.identity(1))
+    return Examples(LabeledImages(images, labels, names), preprocess.identity(1))

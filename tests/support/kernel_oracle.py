@@ -13,19 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsdistill.kernels import neural_tangents as neural_tangents_kernel
-from dsdistill.kernels.notation import Sequence
+from dsdistill.kernels.notation import Architecture
 
 STEP = 1e-30
 ANGLE = 1e-14  # up to this 1 - c² is taken for 0
 
 
-def ntk(x1: Any, x2: Any, network: Sequence) -> np.ndarray:
+def ntk(x1: Any, x2: Any, network: Architecture) -> np.ndarray:
     """The tangent kernel (n, m) of images (n, h, w, c) and (m, h, w, c)."""
     x1, x2 = np.asarray(x1), np.asarray(x2)
     return np.array([[_pair(a, b, network) for b in x2] for a in x1])
 
 
-def slopes(x1: Any, x2: Any, network: Sequence, directions: Any) -> np.ndarray:
+def slopes(x1: Any, x2: Any, network: Architecture, directions: Any) -> np.ndarray:
     """Derivatives of the kernel (n, m) when each x1[i] moves along directions[i].
 
     Where an angle vanishes the kernel has a tip, and 0 is taken for its slope.
@@ -33,7 +33,7 @@ def slopes(x1: Any, x2: Any, network: Sequence, directions: Any) -> np.ndarray:
     return ntk(np.asarray(x1) + 1j * STEP * np.asarray(directions), x2, network).imag / STEP
 
 
-def neural_tangents(network: Sequence) -> Callable[[jax.Array, jax.Array], jax.Array]:
+def neural_tangents(network: Architecture) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """The same through neural-tangents.
 
     As the off-diagonal block of one set: XLA's CPU compiler (jaxlib 0.10.2) crashes on the float64
@@ -48,7 +48,7 @@ def neural_tangents(network: Sequence) -> Callable[[jax.Array, jax.Array], jax.A
     return cross
 
 
-def stax_kernel(network: Sequence) -> Callable[..., jax.Array]:
+def stax_kernel(network: Architecture) -> Callable[..., jax.Array]:
     """The kernel function of neural-tangents."""
     stax = neural_tangents_kernel.load().stax
     std = {"W_std": network.w_std, "b_std": network.b_std}
@@ -63,7 +63,7 @@ def stax_kernel(network: Sequence) -> Callable[..., jax.Array]:
     return stax.serial(*(layers[n] for n in names), stax.Dense(1, **std))[2]
 
 
-def _pair(a: np.ndarray, b: np.ndarray, network: Sequence) -> complex:
+def _pair(a: np.ndarray, b: np.ndarray, network: Architecture) -> complex:
     """Of two images (h, w, c): K and T of (a, a), (b, b) and (a, b), each (h, w, h, w)."""
     w, bias = network.w_std**2, network.b_std**2
     inner = [np.einsum("ijc,klc->ijkl", p, q) / p.shape[-1] for p, q in ((a, a), (b, b), (a, b))]

@@ -15,7 +15,12 @@ import numpy as np
 
 from dsdistill.harness import memory, paths
 from dsdistill.harness.data import class_names
-from dsdistill.harness.data.labeled_images import TEST_FRACTION, DataError, Labeled, stratified
+from dsdistill.harness.data.labeled_images import (
+    TEST_FRACTION,
+    DataError,
+    LabeledImages,
+    stratified,
+)
 from dsdistill.harness.errors import UserError, one_line, unknown
 
 # Our name -> (class in torchvision.datasets, argument that chooses the part, its two values).
@@ -34,9 +39,9 @@ class Splits:
     """One data set in three parts; `digest` is the SHA-256 of its training images and labels."""
 
     name: str
-    train: Labeled
-    validation: Labeled
-    test: Labeled
+    train: LabeledImages
+    validation: LabeledImages
+    test: LabeledImages
     digest: str
 
     def digests(self) -> dict[str, str]:
@@ -126,9 +131,9 @@ def _folder(
 
 def _split(
     data: str,
-    train: Labeled,
-    validation: Labeled | None,
-    test: Labeled,
+    train: LabeledImages,
+    validation: LabeledImages | None,
+    test: LabeledImages,
     fraction: float,
     order: Sequence[int] | None,
 ) -> Splits:
@@ -144,7 +149,9 @@ def _split(
     return Splits(_short_name(data), train, validation, test, sha256)
 
 
-def _read(data: str, path: Path, root: Path, image_size: int | None) -> tuple[Labeled, Labeled]:
+def _read(
+    data: str, path: Path, root: Path, image_size: int | None
+) -> tuple[LabeledImages, LabeledImages]:
     """Training and test images of a named source, or of a file."""
     if data == "digits":
         return _halves(_resized(_digits(), image_size))
@@ -162,23 +169,23 @@ def _read(data: str, path: Path, root: Path, image_size: int | None) -> tuple[La
     raise unknown("data set", data, NAMES)
 
 
-def _digits() -> Labeled:
+def _digits() -> LabeledImages:
     """scikit-learn's 1797 real 8x8 images, values 0 to 16."""
     from sklearn.datasets import load_digits
 
     flat, labels = load_digits(return_X_y=True)
     images = np.asarray(flat, np.float32).reshape(-1, 8, 8, 1) / 16
-    return Labeled(images, np.asarray(labels, np.int64), tuple(str(i) for i in range(10)))
+    return LabeledImages(images, np.asarray(labels, np.int64), tuple(str(i) for i in range(10)))
 
 
-def _torchvision(name: str, root: Path) -> tuple[Labeled, Labeled]:
+def _torchvision(name: str, root: Path) -> tuple[LabeledImages, LabeledImages]:
     cls, argument, parts = TORCHVISION[name]
     kind = getattr(importlib.import_module("torchvision.datasets"), cls)
     train, test = (_torchvision_part(kind, name, root, {argument: part}) for part in parts)
     return train, test
 
 
-def _torchvision_part(kind: Callable[..., Any], name: str, root: Path, part: dict) -> Labeled:
+def _torchvision_part(kind: Callable[..., Any], name: str, root: Path, part: dict) -> LabeledImages:
     try:
         try:
             source = kind(root, **part, download=False)
@@ -194,16 +201,16 @@ def _torchvision_part(kind: Callable[..., Any], name: str, root: Path, part: dic
         images = images.transpose(0, 2, 3, 1)  # torchvision keeps this one as NCHW
     labels = np.asarray(getattr(source, "targets", getattr(source, "labels", None)), np.int64)
     classes = getattr(source, "classes", [str(i) for i in range(10)])
-    return Labeled(images if images.ndim == 4 else images[..., None], labels, tuple(classes))
+    return LabeledImages(images if images.ndim == 4 else images[..., None], labels, tuple(classes))
 
 
-def _halves(data: Labeled) -> tuple[Labeled, Labeled]:
+def _halves(data: LabeledImages) -> tuple[LabeledImages, LabeledImages]:
     """Training and test part of a source that has no parts of its own."""
     train, test = stratified(data.labels, TEST_FRACTION)
     return data.select(train), data.select(test)
 
 
-def _resized(data: Labeled, size: int | None) -> Labeled:
+def _resized(data: LabeledImages, size: int | None) -> LabeledImages:
     if size is None or data.shape[:2] == (size, size):
         return data
     _require_memory(len(data), data.shape[2], data.store.itemsize, size)
@@ -225,7 +232,7 @@ def _require_memory(count: int, channels: int, itemsize: int, size: int) -> None
     memory.require(needed, f"{what} of {size}x{size} pixels", "use a smaller --image-size")
 
 
-def _with_channels(data: Labeled, channels: int | None) -> Labeled:
+def _with_channels(data: LabeledImages, channels: int | None) -> LabeledImages:
     """Grayscale images in three equal channels, or colour ones as Pillow makes them gray."""
     if channels in (None, data.shape[-1]):
         return data
@@ -240,7 +247,9 @@ def _with_channels(data: Labeled, channels: int | None) -> Labeled:
     return replace(data, store=gray[..., None], rows=None)
 
 
-def _in_order(data: Labeled, order: Sequence[int] | None, classes: Sequence[str] | None) -> Labeled:
+def _in_order(
+    data: LabeledImages, order: Sequence[int] | None, classes: Sequence[str] | None
+) -> LabeledImages:
     """The same images with their classes in another order, if they are of just these classes.
 
     Args:
@@ -253,7 +262,7 @@ def _in_order(data: Labeled, order: Sequence[int] | None, classes: Sequence[str]
     return replace(data, labels=np.array(order, np.int64)[data.labels], classes=tuple(classes))
 
 
-def digest(data: Labeled) -> str:
+def digest(data: LabeledImages) -> str:
     """SHA-256 of images, labels and class names."""
     sha = hashlib.sha256(repr((data.shape, data.classes)).encode())
     sha.update(np.ascontiguousarray(data.labels, "<i8").data)
@@ -262,7 +271,7 @@ def digest(data: Labeled) -> str:
     return sha.hexdigest()
 
 
-def _require_every_class(train: Labeled, data: str) -> None:
+def _require_every_class(train: LabeledImages, data: str) -> None:
     counts = np.bincount(train.labels, minlength=len(train.classes))
     if len(train.classes) < 2:
         raise DataError(f"{data} must have at least two classes, has {len(train.classes)}")

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 
 from dsdistill.harness import checksums
 from dsdistill.harness.data import preprocess as pre
-from dsdistill.harness.data.labeled_images import Examples, Labeled
+from dsdistill.harness.data.labeled_images import Examples, LabeledImages
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs.run_folder import write_bytes
 
@@ -67,7 +67,7 @@ class Distilled:
 
     def examples(self) -> Examples:
         """The set as a learner's training set, with the stored labels."""
-        data = Labeled(self.images, self.hard_labels, self.classes)
+        data = LabeledImages(self.images, self.hard_labels, self.classes)
         return Examples(data, self.preprocess, targets=self.labels, ready=True)
 
 

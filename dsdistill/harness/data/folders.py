@@ -32,7 +32,12 @@ from PIL import Image, ImageOps
 
 from dsdistill.harness import memory
 from dsdistill.harness.data import image_files
-from dsdistill.harness.data.labeled_images import TEST_FRACTION, DataError, Labeled, stratified
+from dsdistill.harness.data.labeled_images import (
+    TEST_FRACTION,
+    DataError,
+    LabeledImages,
+    stratified,
+)
 from dsdistill.harness.data.layout import Layout, list_folder
 from dsdistill.harness.memory import readable
 from dsdistill.harness.runs import locks, progress
@@ -69,9 +74,9 @@ class FolderSplits:
         layout: What was taken for what.
     """
 
-    train: Labeled
-    validation: Labeled | None
-    test: Labeled
+    train: LabeledImages
+    validation: LabeledImages | None
+    test: LabeledImages
     layout: Layout
 
 
@@ -130,7 +135,7 @@ def read(
             "colour, since others have it; --channels 1 makes all grayscale"
         )
     good = np.setdiff1d(np.arange(len(files)), list(store.skipped))
-    everything = Labeled(
+    everything = LabeledImages(
         store.images, np.array(layout.labels)[good], layout.train.classes, rows=good
     )
     first, second = np.searchsorted(good, layout.ends)
@@ -268,7 +273,7 @@ def _begin(cache: Path) -> tuple[Path, locks.Lock]:
     while True:
         half = Path(tempfile.mkdtemp(dir=cache, prefix=".half-"))
         # Else it was cleared before the lock.
-        with suppress(locks.Held, FileNotFoundError):
+        with suppress(locks.LockHeld, FileNotFoundError):
             return half, locks.acquire(half, needed=False)
 
 

@@ -19,7 +19,7 @@ class DataError(UserError):
 
 
 @dataclass(frozen=True, eq=False)
-class Labeled:
+class LabeledImages:
     """Images with integer labels, possibly a view of rows of a larger array or memory map.
 
     Attributes:
@@ -48,7 +48,7 @@ class Labeled:
         rows = indices if self.rows is None else self.rows[indices]
         return np.asarray(self.store[rows])
 
-    def select(self, indices: Int[np.ndarray, " m"]) -> "Labeled":
+    def select(self, indices: Int[np.ndarray, " m"]) -> "LabeledImages":
         """A view of some of the images, in the order given; no pixel is copied."""
         rows = indices if self.rows is None else self.rows[indices]
         return replace(self, labels=self.labels[indices], rows=rows)
@@ -59,7 +59,7 @@ class Labeled:
             yield self.images(slice(start, start + size))
 
 
-def iterate_chunks(parts: Sequence[Labeled], size: int) -> Iterator[np.ndarray]:
+def iterate_chunks(parts: Sequence[LabeledImages], size: int) -> Iterator[np.ndarray]:
     """All images of several parts in order, `size` at a time across their borders."""
     rest = parts[0].images(slice(0, 0))
     for part in parts:
@@ -83,7 +83,7 @@ class Examples:
         ready: True if `data` is already in that space (a distilled set).
     """
 
-    data: Labeled
+    data: LabeledImages
     preprocess: Preprocess
     targets: Float[np.ndarray, "n k"] | None = None
     ready: bool = False
@@ -156,7 +156,7 @@ def spread(labels: Int[np.ndarray, " n"], count: int) -> Int[np.ndarray, " m"]:
     return np.sort(shuffled[np.argsort(turn, kind="stable")[:count]])
 
 
-def per_class(data: Labeled, images_per_class: int, rng: np.random.Generator) -> np.ndarray:
+def per_class(data: LabeledImages, images_per_class: int, rng: np.random.Generator) -> np.ndarray:
     """Indices of exactly `images_per_class` random images of every class, in class order.
 
     Raises:
@@ -166,7 +166,7 @@ def per_class(data: Labeled, images_per_class: int, rng: np.random.Generator) ->
     return balanced(data.labels, images_per_class * len(data.classes), rng)
 
 
-def check_per_class(data: Labeled, images_per_class: int) -> None:
+def check_per_class(data: LabeledImages, images_per_class: int) -> None:
     """Refuse a number of images a class that is not there."""
     if images_per_class < 1:
         raise UserError(f"images per class must be at least 1, got {images_per_class}")

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from dsdistill.harness.data.labeled_images import DataError, Labeled
+from dsdistill.harness.data.labeled_images import DataError, LabeledImages
 from dsdistill.harness.runs import progress
 
 
-def read(path: Path) -> Labeled:
+def read(path: Path) -> LabeledImages:
     """Images (n, h, w) or (n, h, w, c), labels (n,), and class names under `classes` if given.
 
     Raises:
@@ -39,7 +39,7 @@ def read(path: Path) -> Labeled:
             f"{labels.max()} for {len(images)} images"
         )
     names = _class_names(path, arrays.get("classes"), int(labels.max()) + 1)
-    return Labeled(_checked_range(path, images), labels.astype(np.int64), names)
+    return LabeledImages(_checked_range(path, images), labels.astype(np.int64), names)
 
 
 def _class_names(path: Path, names: np.ndarray | None, k: int) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ Scores = Callable[[Float[np.ndarray, "n h w c"]], Float[np.ndarray, "n k"]]
 
 
 @dataclass(frozen=True, eq=False)
-class Judges:
+class HeldOut:
     """Validation and test images, in the preprocessing of the training sets.
 
     Attributes:

@@ -20,8 +20,8 @@ from dsdistill.harness import memory
 from dsdistill.harness.data.labeled_images import Examples, balanced
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation import metrics, results
-from dsdistill.harness.evaluation.held_out import Judges
-from dsdistill.harness.evaluation.result_cache import Kept
+from dsdistill.harness.evaluation.held_out import HeldOut
+from dsdistill.harness.evaluation.result_cache import ResultCache
 from dsdistill.harness.evaluation.results import Result
 
 
@@ -109,11 +109,11 @@ class Arm:
 def evaluate(
     learner: Learner,
     arm: Arm,
-    judges: Judges,
+    judges: HeldOut,
     seeds: Sequence[int],
     *,
     augmented: bool = False,
-    kept: Kept | None = None,
+    kept: ResultCache | None = None,
     on_result: Callable[[Result], None] = lambda result: None,
 ) -> list[Result]:
     """Train a learner on one kind of data, once a seed, and score it on the test images.
@@ -157,7 +157,7 @@ def evaluate(
 
 
 def _impossible(
-    learner: Learner, arm: Arm, judges: Judges, seed: int, augmented: bool, found: Result
+    learner: Learner, arm: Arm, judges: HeldOut, seed: int, augmented: bool, found: Result
 ) -> str | None:
     """What shows that a stored result is not that of this training, or None."""
     named = (found.arm, found.learner, found.augmented, found.seed)
@@ -178,7 +178,7 @@ def _impossible(
 def _next(
     learner: Learner,
     arm: Arm,
-    judges: Judges,
+    judges: HeldOut,
     seed: int,
     before: Sequence[Result],
     augmented: bool,
@@ -210,7 +210,7 @@ class _Trained:
     failure: str | None = None
 
 
-def _trained(learner: Learner, train: Examples, judges: Judges, seed: int) -> _Trained:
+def _trained(learner: Learner, train: Examples, judges: HeldOut, seed: int) -> _Trained:
     began = time.monotonic()
     try:
         predict, failure = learner(train, judges.validation, seed), None
@@ -221,7 +221,7 @@ def _trained(learner: Learner, train: Examples, judges: Judges, seed: int) -> _T
     return _Trained(predict, time.monotonic() - began, failure)
 
 
-def _tuned(learner: Tunable, begun: Result, train: Examples, judges: Judges) -> Result:
+def _tuned(learner: Tunable, begun: Result, train: Examples, judges: HeldOut) -> Result:
     """The best of one training a rate by validation accuracy, the likeliest of equals."""
     best, failures, spent = None, [], 0.0
     for rate in learner.rates:
@@ -240,7 +240,7 @@ def _tuned(learner: Tunable, begun: Result, train: Examples, judges: Judges) -> 
     return _finished(begun, trained, judges)
 
 
-def _validated(predict: Predict, judges: Judges) -> tuple[float, float] | None:
+def _validated(predict: Predict, judges: HeldOut) -> tuple[float, float] | None:
     """Validation accuracy, and the likelihood that decides between equals; larger is better."""
     scores = judges.validation_scores(predict)
     if scores is None:
@@ -249,7 +249,7 @@ def _validated(predict: Predict, judges: Judges) -> tuple[float, float] | None:
     return accuracy, -judges.calibrated(scores)[1]
 
 
-def _finished(begun: Result, trained: _Trained, judges: Judges) -> Result:
+def _finished(begun: Result, trained: _Trained, judges: HeldOut) -> Result:
     """With its figures on the test images."""
     begun = replace(begun, train_seconds=trained.seconds)
     if trained.predict is None:
@@ -269,7 +269,7 @@ def _reason(error: Exception) -> str:
 
 
 def _key(
-    learner: Learner, arm: Arm, judges: Judges, first: int, seed: int
+    learner: Learner, arm: Arm, judges: HeldOut, first: int, seed: int
 ) -> Mapping[str, Any] | None:
     """All that a result depends on; None if that is not known."""
     identity = getattr(learner, "identity", None)

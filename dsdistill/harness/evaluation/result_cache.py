@@ -20,7 +20,7 @@ VERSION = 1  # raise it when a result would be another for the same key
 
 
 @dataclass(frozen=True)
-class Kept:
+class ResultCache:
     """A folder of results, and where those that others can use lie too.
 
     Attributes:

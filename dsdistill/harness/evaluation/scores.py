@@ -9,7 +9,7 @@ from dsdistill.harness.evaluation.statistics import Paired
 
 
 @dataclass(frozen=True)
-class Scores:
+class SetScores:
     """What one learner says of a distilled set; None where an arm it needs is missing or failed.
 
     Attributes:
@@ -29,7 +29,7 @@ class Scores:
     versus_random: Paired | None
 
 
-def scores(rows: Sequence[Row]) -> list[Scores]:
+def scores(rows: Sequence[Row]) -> list[SetScores]:
     """One `Scores` a learner, in the order in which the learners first appear.
 
     All but the ARS come from the rows without augmentation, or from the augmented ones of a
@@ -43,7 +43,7 @@ def scores(rows: Sequence[Row]) -> list[Scores]:
     return [_scores(name, [row for row in rows if row.learner == name]) for name in learners]
 
 
-def _scores(learner: str, rows: Sequence[Row]) -> Scores:
+def _scores(learner: str, rows: Sequence[Row]) -> SetScores:
     table = {(row.arm, row.augmented): row for row in rows}
     augmented = all(row.augmented for row in rows)
 
@@ -57,7 +57,7 @@ def _scores(learner: str, rows: Sequence[Row]) -> Scores:
 
     hlr = _known(statistics.hard_label_recovery, mean("full"), mean("distilled-hard"))
     ior = gain(augmented)
-    return Scores(
+    return SetScores(
         learner,
         hlr,
         ior,

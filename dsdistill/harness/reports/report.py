@@ -16,7 +16,7 @@ from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation import results
 from dsdistill.harness.evaluation import scores as scoring
 from dsdistill.harness.evaluation.results import Result, Row
-from dsdistill.harness.evaluation.scores import Scores
+from dsdistill.harness.evaluation.scores import SetScores
 from dsdistill.harness.memory import readable
 from dsdistill.harness.reports import schema, wording
 from dsdistill.harness.runs import run_folder
@@ -77,7 +77,7 @@ class Report:
         return tuple(results.rows(self.results))
 
     @cached_property
-    def scores(self) -> tuple[Scores, ...]:
+    def scores(self) -> tuple[SetScores, ...]:
         """One a learner."""
         return tuple(scoring.scores(self.rows))
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from dsdistill.harness.evaluation.results import Result, Row
-from dsdistill.harness.evaluation.scores import Scores
+from dsdistill.harness.evaluation.scores import SetScores
 from dsdistill.harness.evaluation.statistics import Paired
 from dsdistill.harness.memory import readable
 from dsdistill.harness.reports import wording
@@ -79,7 +79,7 @@ def by_arm(
     return [head[i] for i in kept], [(row, [line[i] for i in kept]) for row, line in lines]
 
 
-def contrasts(report: Report, score: Scores) -> list[str]:
+def contrasts(report: Report, score: SetScores) -> list[str]:
     """One line under `CONTRASTS`: the mean on the distilled set, and how far others are from it."""
     own = report.row(score.learner, "distilled")
     others = (report.row(score.learner, arm) for arm in ("k-means", "herding", "full"))
@@ -92,7 +92,7 @@ def contrasts(report: Report, score: Scores) -> list[str]:
     ]
 
 
-def scores(score: Scores) -> list[str]:
+def scores(score: SetScores) -> list[str]:
     """One line under `SCORES`."""
     against = score.versus_random
     fractions = (score.hlr, score.ior, score.lrs, score.ars)

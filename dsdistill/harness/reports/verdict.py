@@ -1,7 +1,7 @@
 """What an evaluation says, in sentences: is the distilled set better than random images?"""
 
 from dsdistill.harness.evaluation.results import Row
-from dsdistill.harness.evaluation.scores import Scores
+from dsdistill.harness.evaluation.scores import SetScores
 from dsdistill.harness.evaluation.statistics import Paired
 from dsdistill.harness.reports import wording
 from dsdistill.harness.reports.report import Report
@@ -50,7 +50,7 @@ def headline(report: Report) -> str:
     return sentence[:1].upper() + sentence[1:] + "."
 
 
-def verdict(score: Scores) -> str:
+def verdict(score: SetScores) -> str:
     """Whether the distilled set or random images are better, as far as the seeds can tell."""
     against = score.versus_random
     if against is None or (against.p is None and against.difference.n == 1):
@@ -61,7 +61,7 @@ def verdict(score: Scores) -> str:
     return ALIKE if mean == 0 else BETTER if mean > 0 else WORSE
 
 
-def answer(report: Report, score: Scores) -> str:
+def answer(report: Report, score: SetScores) -> str:
     """What one learner says: by how much, how sure, and how far from the full data."""
     distilled = report.row(score.learner, "distilled")
     if distilled is None or distilled.accuracy is None:

@@ -26,7 +26,7 @@ ATTEMPTS = 100  # at a lock file that its holder removes at the same moment
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of such file systems
 
 
-class Held(Exception):
+class LockHeld(Exception):
     """Another process holds the lock. The message names it, such as "process 123"."""
 
 
@@ -89,7 +89,7 @@ def acquire(folder: Path, *, needed: bool = True) -> Lock:
                 path.unlink(missing_ok=True)
                 return Lock(path, None)
             if isinstance(error, BlockingIOError):
-                raise Held(holder) from error
+                raise LockHeld(holder) from error
             raise
         # Whoever released it may have removed the file that we opened: then it locks nothing.
         if _is_at(handle, path):
@@ -97,7 +97,7 @@ def acquire(folder: Path, *, needed: bool = True) -> Lock:
             os.write(handle, f"{os.getpid()} {socket.gethostname()}\n".encode())
             return Lock(path, handle)
         os.close(handle)
-    raise Held("another process")
+    raise LockHeld("another process")
 
 
 def _holder(handle: int) -> str:

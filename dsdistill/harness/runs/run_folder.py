@@ -304,7 +304,7 @@ def _acquire_lock(folder: Path, *, create: bool) -> locks.Lock:
             folder.mkdir(parents=True, exist_ok=True)
         try:
             return locks.acquire(folder)
-        except locks.Held as holder:
+        except locks.LockHeld as holder:
             raise RunError(
                 f"{folder} is in use by {holder}: wait until it ends or stop it, or choose "
                 "another --out"

@@ -23,11 +23,11 @@ from dsdistill.kernels.conv import planes, stages, variances
 from dsdistill.kernels.conv.lanes import blocks, lanes_of, levels_of, unblocked
 from dsdistill.kernels.conv.stages import Level, Sides
 from dsdistill.kernels.conv.variances import Deviations, deviations
-from dsdistill.kernels.notation import Sequence
+from dsdistill.kernels.notation import Architecture
 
 
 def ntk(
-    x1: Float[Array, "n h w c"], x2: Float[Array, "m h w c"], network: Sequence
+    x1: Float[Array, "n h w c"], x2: Float[Array, "m h w c"], network: Architecture
 ) -> Float[Array, "n m"]:
     """The kernel between two sets of images, in their dtype.
 
@@ -36,7 +36,7 @@ def ntk(
     return _ntk(x1, x2, network)
 
 
-def ntk_symmetric(x: Float[Array, "n h w c"], network: Sequence) -> Float[Array, "n n"]:
+def ntk_symmetric(x: Float[Array, "n h w c"], network: Architecture) -> Float[Array, "n n"]:
     """The kernel of a set of images with itself, from half of the pairs.
 
     The gradient takes one pass over all pairs, with the symmetrised cotangent.
@@ -45,7 +45,7 @@ def ntk_symmetric(x: Float[Array, "n h w c"], network: Sequence) -> Float[Array,
 
 
 def slopes(
-    x1: Float[Array, "n h w c"], x2: Float[Array, "m h w c"], network: Sequence
+    x1: Float[Array, "n h w c"], x2: Float[Array, "m h w c"], network: Architecture
 ) -> tuple[Float[Array, "n m"], Float[Array, "n m h w c"]]:
     """The kernel, and of every pair its gradient with respect to the first image at fixed second.
 
@@ -66,13 +66,13 @@ def slopes(
     return lax.map(row, (x1, one))
 
 
-def _value(x1: Array, x2: Array, network: Sequence) -> Array:
+def _value(x1: Array, x2: Array, network: Architecture) -> Array:
     one, two = _Side.of(x1, network), _Side.blocks(x2, network)
     rows = lax.map(lambda a: lax.map(lambda b: _pairs(network, a, b), two), one)  # (n, blocks, l)
     return rows.reshape(len(x1), -1)[:, : len(x2)]
 
 
-def _symmetric_value(x: Array, network: Sequence) -> Array:
+def _symmetric_value(x: Array, network: Architecture) -> Array:
     one, two = _Side.of(x, network), _Side.blocks(x, network)
     lanes = two.images.shape[-1]
     pairs = [(i, j) for j in range(len(two.images)) for i in range(min((j + 1) * lanes, len(x)))]
@@ -87,7 +87,7 @@ def _symmetric_value(x: Array, network: Sequence) -> Array:
     return jnp.triu(upper) + jnp.triu(upper, 1).T
 
 
-def _gradient(x1: Array, x2: Array, cotangent: Array, network: Sequence) -> Array:
+def _gradient(x1: Array, x2: Array, cotangent: Array, network: Architecture) -> Array:
     """Of the sum of cotangent (n, m) times kernel, with respect to x1 at fixed x2."""
     one, two = _Side.of(x1, network), _Side.blocks(x2, network)
     lanes = two.images.shape[-1]
@@ -135,13 +135,13 @@ class _Side(NamedTuple):
     deviations: Deviations
 
     @staticmethod
-    def of(x: Array, network: Sequence) -> "_Side":
+    def of(x: Array, network: Architecture) -> "_Side":
         """One image at a time: (n, c, h, w, 1)."""
         each = [d[..., None] for d in deviations(x, network)]
         return _Side(jnp.moveaxis(x, -1, 1)[..., None], each)
 
     @staticmethod
-    def blocks(x: Array, network: Sequence) -> "_Side":
+    def blocks(x: Array, network: Architecture) -> "_Side":
         """As many side by side as are vectorised."""
         lanes = lanes_of(x, levels_of(network, x.shape))
         each = [blocks(d, lanes) for d in deviations(x, network)]
@@ -174,27 +174,27 @@ def _sources(
     return sources, source
 
 
-def _readout(network: Sequence, levels: list[Level]) -> float:
+def _readout(network: Architecture, levels: list[Level]) -> float:
     """W² over the number of entries that the readout averages."""
     h, w = levels[-1].grid.shape
     return network.w_std**2 / (h * w) ** (2 if network.head == "gap" else 1)
 
 
-def _pairs(network: Sequence, one: _Side, two: _Side) -> Array:
+def _pairs(network: Architecture, one: _Side, two: _Side) -> Array:
     """The kernel of one image with each lane."""
     levels = levels_of(network, two.images.shape)
     sigmas = _sides(levels, one.deviations, two.deviations)
     return _read(network, levels, _sources(levels, one.images, two.images, sigmas)[1])
 
 
-def _read(network: Sequence, levels: list[Level], end: Array) -> Array:
+def _read(network: Architecture, levels: list[Level], end: Array) -> Array:
     """The dense readout: K' = W² K + b², T' = W² T + K'."""
     total = end.sum((0, 1))
     return _readout(network, levels) * (total.real + total.imag) + network.b_std**2
 
 
 def _pairs_with_adjoint(
-    network: Sequence, one: _Side, two: _Side, cotangent: Array
+    network: Architecture, one: _Side, two: _Side, cotangent: Array
 ) -> tuple[Array, Array, list[Array]]:
     """The kernel of one image with each lane, and what a cotangent of it becomes.
 

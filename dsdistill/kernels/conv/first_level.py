@@ -25,7 +25,7 @@ from dsdistill.kernels import relu
 from dsdistill.kernels.conv.stages import UNROLLED, Images, Level, Sides, Source, read, written
 from dsdistill.kernels.notation import Stage
 
-Pair = tuple[int, int, int, int]  # row and column in the image's block, then in the lanes'
+PixelPair = tuple[int, int, int, int]  # row and column in the image's block, then in the lanes'
 
 BLOCK = [(j, k) for j in range(2) for k in range(2)]
 PATCH = [(j, k) for j in range(4) for k in range(4)]
@@ -144,7 +144,7 @@ class _Tiles(NamedTuple):
     def weight(self) -> float:
         return self.level.weight / len(self.one)
 
-    def windows(self, start: Array) -> dict[Pair, Array]:
+    def windows(self, start: Array) -> dict[PixelPair, Array]:
         """The sums over the 3x3 windows of all pairs, each product of two pixels taken once."""
         two = [{p: self.cut(channel, start, *p) for p in PATCH} for channel in self.two]
         found = {}

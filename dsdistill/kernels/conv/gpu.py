@@ -19,7 +19,16 @@ from jax import lax
 from jaxtyping import Array
 
 from dsdistill.kernels.conv import stages
-from dsdistill.kernels.conv.gpu_programs import LANES, SIDE, WARPS, Pair, Program, Spot, pl, triton
+from dsdistill.kernels.conv.gpu_programs import (
+    LANES,
+    SIDE,
+    WARPS,
+    Covariances,
+    Spot,
+    StageProgram,
+    pl,
+    triton,
+)
 from dsdistill.kernels.conv.stages import Images, Level, Sides, Source
 from dsdistill.kernels.notation import Stage
 
@@ -37,7 +46,7 @@ class Cotangent(NamedTuple):
     """
 
     kind: str
-    pair: Pair
+    pair: Covariances
 
 
 def used() -> bool:
@@ -66,7 +75,7 @@ def backward(
 ) -> tuple[Array, list[Array]]:
     """What `planes.backward` returns."""
     run = _Level(level, source, sigmas)
-    after = Cotangent("pooled" if level.coarse else "all", Pair.of(cotangent))
+    after = Cotangent("pooled" if level.coarse else "all", Covariances.of(cotangent))
     logs = []
     for i, entering in reversed(list(enumerate(run.entering(source)))):
         left, log = run.left(i, entering, after)
@@ -94,35 +103,35 @@ class _Level:
         first = source.two if isinstance(source, Images) else source
         self.lanes, self.dtype = first.shape[-1], first.real.dtype
 
-    def entering(self, source: Source) -> list[Images | Pair]:
+    def entering(self, source: Source) -> list[Images | Covariances]:
         """What enters each stage."""
-        found: list[Images | Pair] = [
-            source if isinstance(source, Images) else Pair.of(source[:-1])
+        found: list[Images | Covariances] = [
+            source if isinstance(source, Images) else Covariances.of(source[:-1])
         ]
         for i in range(len(self.stages) - 1):
             found.append(self.applied(i, found[i]))
         return found
 
-    def applied(self, i: int, source: Images | Pair) -> Pair:
+    def applied(self, i: int, source: Images | Covariances) -> Covariances:
         """All planes after stage i, (n, h, w, lanes)."""
-        if isinstance(source, Pair) and self.stages[i] == Stage(False, False):
+        if isinstance(source, Covariances) and self.stages[i] == Stage(False, False):
             return source
         made = self.made(i, source, len(self.grid), *self.grid.shape)
 
-        def program(spot: Spot, refs: Any, out: Pair) -> None:
+        def program(spot: Spot, refs: Any, out: Covariances) -> None:
             spot = spot.square().at(pl.program_id(2))
             value = self.stage(i, spot, *refs).after()
             out.map(lambda ref, x: spot.write(ref, x), value)
 
         return self.run(program, (source, self.sigmas[i]), made, len(self.grid), SIDE)
 
-    def pooled(self, i: int, source: Images | Pair) -> Pair:
+    def pooled(self, i: int, source: Images | Covariances) -> Covariances:
         """All planes after stage i and the pooling, sums of 16."""
         coarse = self.level.coarse
         assert coarse is not None  # a pooling follows
         made = self.made(i, source, len(coarse), *coarse.shape)
 
-        def program(spot: Spot, refs: Any, out: Pair) -> None:
+        def program(spot: Spot, refs: Any, out: Covariances) -> None:
             plane = pl.program_id(2)
             value = self.stage(i, spot.pairs(coarse, plane), *refs).after()
             at = plane, spot.y, spot.x, spot.lanes[0]
@@ -130,15 +139,17 @@ class _Level:
 
         return self.run(program, (source, self.sigmas[i]), made, len(coarse), 2)
 
-    def left(self, i: int, source: Images | Pair, after: Cotangent) -> tuple[Pair, Array | None]:
+    def left(
+        self, i: int, source: Images | Covariances, after: Cotangent
+    ) -> tuple[Covariances, Array | None]:
         """Cotangents of what enters stage i, up to the adjoint of its convolution, and of log σ1.
 
         Returns:
             (n, h, w, lanes); and (h, w, lanes), or None without a ReLU.
         """
         like, log = (self.like(n, *self.grid.shape) for n in (len(self.grid), self.chunks))
-        both = isinstance(source, Pair) and source.ntk is not None
-        made = Pair(like, like if both else None), log if self.stages[i].relu else None
+        both = isinstance(source, Covariances) and source.ntk is not None
+        made = Covariances(like, like if both else None), log if self.stages[i].relu else None
 
         def program(spot: Spot, refs: Any, out: Any) -> None:
             spot, chunk = spot.square(), pl.program_id(2)
@@ -178,9 +189,9 @@ class _Level:
 
         return self.run(program, (source.two, after.pair), made, self.chunks, SIDE).sum(1)
 
-    def stage(self, i: int, spot: Spot, source: Any, sigma: Any) -> Program:
+    def stage(self, i: int, spot: Spot, source: Any, sigma: Any) -> StageProgram:
         """Stage i in a program."""
-        return Program(self.level, self.stages[i], spot, source, sigma)
+        return StageProgram(self.level, self.stages[i], spot, source, sigma)
 
     @property
     def chunks(self) -> int:
@@ -194,11 +205,11 @@ class _Level:
     def like(self, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((*shape, self.lanes), self.dtype)
 
-    def made(self, i: int, source: Images | Pair, *shape: int) -> Pair:
+    def made(self, i: int, source: Images | Covariances, *shape: int) -> Covariances:
         """The shape of what leaves stage i."""
-        given = isinstance(source, Pair) and source.ntk is not None
+        given = isinstance(source, Covariances) and source.ntk is not None
         both = given or (self.level.tangent and self.stages[i].conv)
-        return Pair(self.like(*shape), self.like(*shape) if both else None)
+        return Covariances(self.like(*shape), self.like(*shape) if both else None)
 
     def run(
         self, program: Callable[..., None], given: Any, made: Any, planes: int, side: int

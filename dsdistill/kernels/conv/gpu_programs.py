@@ -35,19 +35,19 @@ WARPS = 4  # of 32 threads, for one program
 WINDOW = list(itertools.product((-1, 0, 1), repeat=2))
 
 
-class Pair(NamedTuple):
+class Covariances(NamedTuple):
     """K and T, or cotangents of them; T is None where it is not wanted, or is still K."""
 
     nngp: Any
     ntk: Any = None
 
     @staticmethod
-    def of(x: Array) -> "Pair":
-        return Pair(x.real, x.imag) if stages.is_complex(x) else Pair(x)
+    def of(x: Array) -> "Covariances":
+        return Covariances(x.real, x.imag) if stages.is_complex(x) else Covariances(x)
 
-    def map(self, function: Callable[..., Any], *others: "Pair") -> "Pair":
+    def map(self, function: Callable[..., Any], *others: "Covariances") -> "Covariances":
         every = zip(self, *others, strict=True)
-        return Pair(*(None if parts[0] is None else function(*parts) for parts in every))
+        return Covariances(*(None if parts[0] is None else function(*parts) for parts in every))
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Spot:
         place = self.entries(ref, *index, self.plane, self.y, self.x)
         triton.store(place, value, mask=jnp.broadcast_to(self.inside(), self.shape))
 
-    def cotangent(self, kind: str, given: Pair, coarse: Grid | None) -> Pair:
+    def cotangent(self, kind: str, given: Covariances, coarse: Grid | None) -> Covariances:
         """Of what leaves a stage, see `Cotangent`."""
         if kind == "window":
             return given.map(self.box)
@@ -186,7 +186,7 @@ def _pooled(fine: Axis, coarse: Axis, i: Array, pixel: Array) -> tuple[Array, Ar
     return j, (j >= 0) & (j <= 2 * coarse.radius)
 
 
-class Program:
+class StageProgram:
     """One stage for the pixels of a program.
 
     Args:
@@ -200,21 +200,21 @@ class Program:
         self.level, self.stage = level, stage
         self.spot, self.source, self.sigma = spot, source, sigma
 
-    def before(self) -> Pair:
+    def before(self) -> Covariances:
         """K and T before the ReLU."""
         spot, source, conv = self.spot, self.source, self.stage.conv
         if isinstance(source, Images):
             parts = (self.product(dy, dx) for dy, dx in (WINDOW if conv else [(0, 0)]))
-            total = Pair(functools.reduce(jnp.add, parts) / source.two.shape[0])
+            total = Covariances(functools.reduce(jnp.add, parts) / source.two.shape[0])
         else:
             total = source.map(spot.box if conv else spot.here)
         if not conv:
             return total
         nngp = jnp.where(spot.mask(), self.level.weight * total.nngp + self.level.bias, 0)
         if total.ntk is None:
-            return Pair(nngp, nngp)
+            return Covariances(nngp, nngp)
         ntk = jnp.where(spot.mask(), self.level.weight * total.ntk, 0)
-        return Pair(nngp, ntk + nngp)
+        return Covariances(nngp, ntk + nngp)
 
     def product(self, dy: int, dx: int) -> Array:
         """The product of two pixels of the images, shifted, summed up over channels."""
@@ -232,16 +232,16 @@ class Program:
         n = spot.one(sigma.one) * spot.other(sigma.two)
         return n, spot.one(sigma.one_inverse) * spot.other(sigma.two_inverse)
 
-    def after(self) -> Pair:
+    def after(self) -> Covariances:
         """K and T after the stage."""
         nngp, ntk = self.before()
         if not self.stage.relu:
-            return Pair(nngp, ntk)
+            return Covariances(nngp, ntk)
         n, n_inverse = self.scales()
         cos, sine, gain, _ = relu.angle(nngp * n_inverse)
-        return Pair(n * (sine + cos * gain), None if ntk is None else ntk * gain)
+        return Covariances(n * (sine + cos * gain), None if ntk is None else ntk * gain)
 
-    def left(self, g: Pair) -> tuple[Pair, Array | None]:
+    def left(self, g: Covariances) -> tuple[Covariances, Array | None]:
         """Cotangents of what enters, up to the adjoint of the convolution, and of log σ1."""
         log = None
         if self.stage.relu:
@@ -252,9 +252,9 @@ class Program:
             if g.ntk is not None:
                 turned = g.ntk * (nngp if ntk is None else ntk) * slope
                 direct, log = direct + turned * n_inverse, log - turned * cos
-            g = Pair(direct, None if g.ntk is None else g.ntk * gain)
+            g = Covariances(direct, None if g.ntk is None else g.ntk * gain)
         if self.stage.conv:
             weight = jnp.where(self.spot.mask(), self.level.weight, 0).astype(g.nngp.dtype)
-            g = Pair(g.nngp if g.ntk is None else g.nngp + g.ntk, g.ntk)
+            g = Covariances(g.nngp if g.ntk is None else g.nngp + g.ntk, g.ntk)
             g = g.map(lambda x: weight * x)
         return g, log

@@ -8,21 +8,21 @@ from jaxtyping import Array, Float
 from dsdistill.kernels.conv import gpu, gpu_programs
 from dsdistill.kernels.conv.offsets import Grid, grids
 from dsdistill.kernels.conv.stages import Level
-from dsdistill.kernels.notation import Sequence, Stage
+from dsdistill.kernels.notation import Architecture, Stage
 
 REGISTER = 64  # bytes: an AVX-512 register is filled with images side by side
 PLANE = 50_000  # bytes that a plane of so many images should have: the loops cost less than it
 STACK = 2**28  # bytes that all planes of so many images have on a GPU, which computes them at once
 
 
-def levels_of(network: Sequence, shape: tuple[int, ...]) -> list[Level]:
+def levels_of(network: Architecture, shape: tuple[int, ...]) -> list[Level]:
     """The network's levels for images of a shape (c, h, w, lanes) or (n, h, w, c)."""
     poolings, everywhere = len(network.levels) - 1, network.head == "gap"
     return with_grids(network, network.levels, grids(*shape[1:3], poolings, everywhere))
 
 
 def with_grids(
-    network: Sequence, levels: tuple[tuple[Stage, ...], ...], every: tuple[Grid, ...]
+    network: Architecture, levels: tuple[tuple[Stage, ...], ...], every: tuple[Grid, ...]
 ) -> list[Level]:
     """Levels with the planes of each; the last is followed by the readout."""
     weight, bias = network.w_std**2 / 9, network.b_std**2

@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from dsdistill.kernels.conv import first_level, gpu
 from dsdistill.kernels.conv.offsets import Grid
-from dsdistill.kernels.conv.stages import Entry, Level, Sides, Source, Stages
+from dsdistill.kernels.conv.stages import Level, PlaneIndex, Sides, Source, Stages
 from dsdistill.kernels.conv.stages_adjoint import Reversal
 
 
@@ -43,7 +43,7 @@ def forward(level: Level, source: Source, sigmas: tuple[Sides, ...]) -> Array:
 def _summed(run: Stages) -> Array:
     """What `forward` gives, but sums in place of means."""
 
-    def step(carry: tuple[Array, list[Array]], entry: Entry) -> tuple[tuple, None]:
+    def step(carry: tuple[Array, list[Array]], entry: PlaneIndex) -> tuple[tuple, None]:
         total, buffers = carry
         buffers = run.entering(buffers, entry)
         return (run.added(total, entry, buffers[-1]), buffers), None
@@ -75,7 +75,7 @@ def backward(
     run = Stages(level, source, sigmas)
     reversal = Reversal(run, cotangent)
 
-    def step(carry: tuple, entry: Entry) -> tuple[tuple, None]:
+    def step(carry: tuple, entry: PlaneIndex) -> tuple[tuple, None]:
         total, logs, buffers, blocks, places = carry
         buffers = run.entering(buffers, entry)
         blocks, places, more = reversal.followed(blocks, places, buffers, entry)
@@ -87,12 +87,12 @@ def backward(
     return total, logs
 
 
-def _entries(level: Level) -> Entry:
+def _entries(level: Level) -> PlaneIndex:
     """For every plane."""
     grid = level.grid
     n = len(grid)
     to = grid.pooled(level.coarse) if level.coarse else np.zeros((n, 4), int)
-    return Entry(jnp.arange(n), jnp.asarray(grid.starts), jnp.asarray(to))
+    return PlaneIndex(jnp.arange(n), jnp.asarray(grid.starts), jnp.asarray(to))
 
 
 def _mean_of_16(grid: Grid, like: Array) -> Array:

@@ -70,7 +70,7 @@ class Images(NamedTuple):
     two: Array
 
 
-class Entry(NamedTuple):
+class PlaneIndex(NamedTuple):
     """Of one plane: its index, where its q begin, and where its pixels of each parity go."""
 
     plane: Array
@@ -137,7 +137,7 @@ class Stages:
         """For each stage a place for the plane that enters it, with a margin of zeros."""
         return [self.blank(self.has_tangent(i), 1) for i in range(len(self.stages))]
 
-    def entering(self, buffers: list[Array], entry: Entry) -> list[Array]:
+    def entering(self, buffers: list[Array], entry: PlaneIndex) -> list[Array]:
         """The same places, now with what one plane becomes on its way."""
         planes = [written(buffers[0], self.first(entry), entry.plane)]
         for i, buffer in enumerate(buffers[1:]):
@@ -145,7 +145,7 @@ class Stages:
             planes.append(written(buffer, after, entry.plane))
         return planes
 
-    def first(self, entry: Entry) -> Array:
+    def first(self, entry: PlaneIndex) -> Array:
         """The plane that enters the first stage."""
         if not isinstance(self.source, Images):
             return self.source[entry.plane]
@@ -156,18 +156,18 @@ class Stages:
         products = [a * self.cut(b, entry) for a, b in zip(one, two, strict=True)]
         return functools.reduce(jnp.add, products) / len(two)
 
-    def cut(self, extended: Array, entry: Entry) -> Array:
+    def cut(self, extended: Array, entry: PlaneIndex) -> Array:
         """The q of a plane."""
         h, w = self.level.grid.shape
         lead, (y, x) = extended.shape[:-3], entry.start + 1
         size = (*lead, h, w, extended.shape[-1])
         return lax.dynamic_slice(extended, (*[0] * len(lead), y, x, 0), size)
 
-    def inside(self, entry: Entry, part: Part) -> Array:
+    def inside(self, entry: PlaneIndex, part: Part) -> Array:
         """1 where q lies inside the image, 0 elsewhere."""
         return taken(self.cut(self.mask, entry), part)
 
-    def before(self, i: int, entry: Entry, z: Array, part: Part) -> tuple[Array, Array | None]:
+    def before(self, i: int, entry: PlaneIndex, z: Array, part: Part) -> tuple[Array, Array | None]:
         """K and T before the ReLU of stage i; T is None as long as it is 0 or not wanted."""
         if not self.stages[i].conv:
             centre = taken(z, part, 1, 1)
@@ -180,7 +180,7 @@ class Stages:
             return nngp, nngp
         return nngp, self.level.weight * total.imag * mask + nngp
 
-    def scales(self, i: int, entry: Entry, part: Part) -> tuple[Array, Array]:
+    def scales(self, i: int, entry: PlaneIndex, part: Part) -> tuple[Array, Array]:
         """n = σ1 σ2 and 1 / n at the ReLU of stage i."""
         sides = self.sigmas[i]
         assert sides is not None  # the stage has a ReLU
@@ -188,7 +188,9 @@ class Stages:
         n = taken(one, part) * taken(self.cut(two, entry), part)
         return n, taken(one_inverse, part) * taken(self.cut(two_inverse, entry), part)
 
-    def applied(self, i: int, entry: Entry, z: Array, part: Part) -> tuple[Array, Array | None]:
+    def applied(
+        self, i: int, entry: PlaneIndex, z: Array, part: Part
+    ) -> tuple[Array, Array | None]:
         """K and T after stage i."""
         nngp, ntk = self.before(i, entry, z, part)
         if not self.stages[i].relu:
@@ -205,7 +207,7 @@ class Stages:
         shape = (len(self.level.coarse) + 1, *self.level.coarse.shape, self.lanes)
         return jnp.zeros(shape, _complex(self.dtype) if both else self.dtype)
 
-    def added(self, total: Array, entry: Entry, z: Array) -> Array:
+    def added(self, total: Array, entry: PlaneIndex, z: Array) -> Array:
         """The last stage of a plane, added to the planes that it is pooled into."""
         i = len(self.stages) - 1
         if self.level.coarse is None:

@@ -11,8 +11,8 @@ from jaxtyping import Array
 
 from dsdistill.kernels import relu
 from dsdistill.kernels.conv.stages import (
-    Entry,
     Images,
+    PlaneIndex,
     Stages,
     is_complex,
     joined,
@@ -60,7 +60,7 @@ class Reversal:
             return jnp.stack([run.blank(False)] * len(run.source.two))
         return jnp.zeros_like(run.source)
 
-    def added(self, total: Array, entry: Entry, left: Array) -> Array:
+    def added(self, total: Array, entry: PlaneIndex, left: Array) -> Array:
         """What one plane says about the image, or the plane itself, added to the others."""
         run = self.run
         g = self.entered(0, left)
@@ -69,7 +69,7 @@ class Reversal:
         return total + g * run.cut(run.source.two, entry) / len(run.source.two)
 
     def followed(
-        self, blocks: Array, places: list[Places], planes: list[Array], entry: Entry
+        self, blocks: Array, places: list[Places], planes: list[Array], entry: PlaneIndex
     ) -> tuple[Array, list[Places], list[Array]]:
         """One plane back through all stages.
 
@@ -96,7 +96,7 @@ class Reversal:
         h, w = self.run.level.coarse.shape if self.run.level.coarse else (0, 0)
         return jnp.zeros((h, 2, w, 2, self.run.lanes), self.cotangent.dtype)
 
-    def unpooled(self, blocks: Array, entry: Entry) -> Array:
+    def unpooled(self, blocks: Array, entry: PlaneIndex) -> Array:
         """The cotangent of the pixels of one plane that are pooled, after the last stage."""
         if self.run.level.coarse is None:
             return blocks
@@ -121,7 +121,7 @@ class Reversal:
         return window_in(left, run.whole) if conv else taken(left, run.whole, 1, 1)
 
     def through(
-        self, i: int, place: Places, z: Array, g: Array, entry: Entry
+        self, i: int, place: Places, z: Array, g: Array, entry: PlaneIndex
     ) -> tuple[Places, Array | None]:
         """One stage: what it writes down, and the cotangent of log σ1 if it has a ReLU."""
         run = self.run
@@ -134,7 +134,7 @@ class Reversal:
         log = self.log(i, read(before, entry.plane), g, entry)
         return Places(before, written(place.left, left, entry.plane)), log
 
-    def left(self, i: int, before: Array, g: Array, entry: Entry) -> Array:
+    def left(self, i: int, before: Array, g: Array, entry: PlaneIndex) -> Array:
         """The cotangent of what enters stage i, up to the adjoint of its convolution."""
         _, n_inverse = self.run.scales(i, entry, self.run.whole)
         _, _, gain, slope = relu.angle(before.real * n_inverse)
@@ -143,7 +143,7 @@ class Reversal:
         turned = g.imag * self.tangent(before) * slope * n_inverse
         return self.onto(i, lax.complex(g.real * gain + turned, g.imag * gain), entry)
 
-    def log(self, i: int, before: Array, g: Array, entry: Entry) -> Array:
+    def log(self, i: int, before: Array, g: Array, entry: PlaneIndex) -> Array:
         """The cotangent of log σ1 at stage i."""
         n, n_inverse = self.run.scales(i, entry, self.run.whole)
         cos, sine, _, slope = relu.angle(before.real * n_inverse)
@@ -155,7 +155,7 @@ class Reversal:
         """T, which begins as K."""
         return before.imag if is_complex(before) else before
 
-    def onto(self, i: int, g: Array, entry: Entry) -> Array:
+    def onto(self, i: int, g: Array, entry: PlaneIndex) -> Array:
         """From the cotangents of K and T after a convolution to those of the windows' sums."""
         run = self.run
         if run.stages[i].conv:

@@ -15,19 +15,19 @@ from dsdistill.kernels.conv import planes, stages
 from dsdistill.kernels.conv.lanes import blocks, lanes_of, unblocked, with_grids
 from dsdistill.kernels.conv.offsets import grids
 from dsdistill.kernels.conv.stages import Level
-from dsdistill.kernels.notation import Sequence
+from dsdistill.kernels.notation import Architecture
 
 Deviations = list[Float[Array, "n h w"]]
 
 
-def deviations(x: Float[Array, "n h w c"], network: Sequence) -> Deviations:
+def deviations(x: Float[Array, "n h w c"], network: Architecture) -> Deviations:
     """The deviation of every pre-activation of each image, for each ReLU."""
     lanes = lanes_of(x, _levels(network, x.shape))
     found = lax.map(lambda b: _walk(b, network)[0], blocks(jnp.moveaxis(x, -1, 1), lanes))
     return [unblocked(d, len(x)) for d in found]
 
 
-def _levels(network: Sequence, shape: tuple[int, ...]) -> list[Level]:
+def _levels(network: Architecture, shape: tuple[int, ...]) -> list[Level]:
     """The levels up to the last ReLU, without T; images as for `levels_of`."""
     last = max([i for i, level in enumerate(network.levels) if any(s.relu for s in level)] or [0])
     every = grids(*shape[1:3], last, everywhere=False)
@@ -36,7 +36,7 @@ def _levels(network: Sequence, shape: tuple[int, ...]) -> list[Level]:
 
 
 def _walk(
-    x: Array, network: Sequence
+    x: Array, network: Architecture
 ) -> tuple[Deviations, list[Level], list[stages.Source], list[Array]]:
     """The covariance of images (c, h, w, lanes) with themselves.
 
@@ -71,7 +71,7 @@ def _chain(level: Level, variance: Array) -> Deviations:
     return deviations
 
 
-def adjoint(x: Float[Array, "n h w c"], logs: Deviations, network: Sequence) -> Array:
+def adjoint(x: Float[Array, "n h w c"], logs: Deviations, network: Architecture) -> Array:
     """From cotangents of log σ at each ReLU, (n, h, w), to one of the images."""
     lanes = lanes_of(x, _levels(network, x.shape))
     items = (blocks(jnp.moveaxis(x, -1, 1), lanes), [blocks(g, lanes) for g in logs])
@@ -79,7 +79,7 @@ def adjoint(x: Float[Array, "n h w c"], logs: Deviations, network: Sequence) -> 
     return jnp.moveaxis(unblocked(grads, len(x)), 1, -1)
 
 
-def _walk_adjoint(x: Array, logs: list[Array], network: Sequence) -> Array:
+def _walk_adjoint(x: Array, logs: list[Array], network: Architecture) -> Array:
     """The same for one block, (c, h, w, lanes).
 
     A variance is the entry of a pixel with itself, where both sides of the symmetric kernel

@@ -31,10 +31,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from dsdistill.harness.errors import UserError, one_line, unknown
 from kd.data.batching import LEAST, Batch, check_size, derive
-from kd.data.files.image_files import Pictures
+from kd.data.files.image_files import ImageFiles
 from kd.data.files.stream import (
     SHARED,
-    Pair,
+    ImagesAndLabels,
     Sent,
     Stream,
     collated,
@@ -87,7 +87,7 @@ def is_named(data: str) -> bool:
 
 def open_named(
     name: str, split: str, *, root: Path | None = None, classes: tuple[str, ...] = ()
-) -> Pictures | Archive:
+) -> ImageFiles | Archive:
     """A part of a data set by timm's name.
 
     Args:
@@ -121,7 +121,7 @@ def open_named(
 
 
 def streamed(
-    source: Pictures | Archive,
+    source: ImageFiles | Archive,
     views: Views,
     size: int,
     device: torch.device,
@@ -138,7 +138,7 @@ def streamed(
     Raises:
         UserError: If the data set cannot be read as asked.
     """
-    if isinstance(source, Pictures):
+    if isinstance(source, ImageFiles):
         options = (world, augment, repeats, workers, prefetch, least)
         return Stream(source, views, size, device, *options)
     if augment:  # the processes' shares are equal, and all batches of one size
@@ -271,16 +271,16 @@ class Sequential:
 
     def _answers(
         self, dataset: Any, share: int, key: tuple[int, ...] | None, seed: int
-    ) -> Iterator[Pair]:
+    ) -> Iterator[ImagesAndLabels]:
         transform = self.views.transform(key is not None)
-        source = _Poured(self.archive.name, dataset, share, transform, key, self._piped)
+        source = _ShardDataset(self.archive.name, dataset, share, transform, key, self._piped)
         answers = loader(source, self.device, self.workers, self.prefetch, seed=seed)
         for answer in received(answers):
             yield delivered(answer, self.views, self.device)
 
 
 @dataclass(frozen=True, eq=False)
-class _Poured(IterableDataset):
+class _ShardDataset(IterableDataset):
     """What a decoding process has: its part of the images in, batches out.
 
     A view is a function of the key, of the process's number and of the image's place in what that
@@ -327,11 +327,11 @@ def _opened(name: str, root: Path | None, split: str, **options: Any) -> Any:
         raise UserError(f"cannot open the {split!r} part of {name} ({one_line(error)})") from error
 
 
-def _pictures(name: str, split: str, reader: Any, classes: tuple[str, ...]) -> Pictures:
+def _pictures(name: str, split: str, reader: Any, classes: tuple[str, ...]) -> ImageFiles:
     """Hugging Face data sets know all labels beforehand."""
     labels = np.asarray(reader.dataset[reader.label_key][:], np.int64)
     stamp = f"{name} {split} {reader.dataset._fingerprint}"
-    return Pictures(reader, classes, lambda: stamp, np.arange(len(labels)), labels)
+    return ImageFiles(reader, classes, lambda: stamp, np.arange(len(labels)), labels)
 
 
 def _own(reader: Any) -> tuple[str, ...]:

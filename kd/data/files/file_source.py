@@ -13,19 +13,19 @@ from dsdistill.harness.errors import UserError
 from kd.data.batching import LEAST, Batches
 from kd.data.files import archives, image_files
 from kd.data.files.archives import Archive
-from kd.data.files.image_files import Pictures
+from kd.data.files.image_files import ImageFiles
 from kd.data.files.transforms import Views
-from kd.evaluation.scoring import SCORE_BATCH, Judged
+from kd.evaluation.scoring import SCORE_BATCH, EvaluationBatches
 from kd.parallel.engine import Engine
 from kd.recipe import Recipe
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as timm has them
 PARTS = ("train", "validation")  # of a data set by timm's name, which has no test images then
-Part = Pictures | Archive
+Part = ImageFiles | Archive
 
 
 @dataclass(frozen=True, eq=False)
-class Files:
+class FileSource:
     """Images to train on, to validate and to test on, none of them in memory; as `sources.Source`.
 
     Attributes:
@@ -57,7 +57,7 @@ class Files:
     def count(self) -> int:
         """Images to train on; 0 where nobody knows before they are read."""
         train = self.parts[0]
-        return len(train) if isinstance(train, Pictures) else 0
+        return len(train) if isinstance(train, ImageFiles) else 0
 
     @property
     def validation_count(self) -> int | None:
@@ -69,7 +69,7 @@ class Files:
     def digest(self) -> str:
         """SHA-256 that changes with the images trained on."""
         train = self.parts[0]
-        return train.digest if isinstance(train, Pictures) else f"{train.name} {train.split}"
+        return train.digest if isinstance(train, ImageFiles) else f"{train.name} {train.split}"
 
     def fit(self, kind: str | None) -> Preprocess:
         """ImageNet's normalisation: nothing is fitted on images that are not read yet."""
@@ -98,7 +98,7 @@ class Files:
 
     def validation(
         self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0
-    ) -> Judged | None:
+    ) -> EvaluationBatches | None:
         """Images held out of the training set, or the data set's own; None if there are none."""
         return self._judged(self.parts[1], recipe, fitted, device, workers)
 
@@ -118,10 +118,10 @@ class Files:
         fitted: Preprocess,
         device: torch.device,
         workers: int = 0,
-    ) -> Judged | None:
+    ) -> EvaluationBatches | None:
         """Up to `count` training images, spread over the classes; None of an archive of shards."""
         train = self.parts[0]
-        if not isinstance(train, Pictures):
+        if not isinstance(train, ImageFiles):
             return None
         # Images whose labels are not known before they are read are spread by chance.
         labels = np.zeros(len(train), np.int64) if train.labels is None else train.labels
@@ -130,7 +130,7 @@ class Files:
 
     def test(
         self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0
-    ) -> Judged | None:
+    ) -> EvaluationBatches | None:
         """Images to be read once, at the end; None if there are none."""
         return self._judged(self.parts[2], recipe, fitted, device, workers)
 
@@ -141,8 +141,8 @@ class Files:
         fitted: Preprocess,
         device: torch.device,
         workers: int,
-    ) -> Judged | None:
-        if part is None or (isinstance(part, Pictures) and not len(part)):
+    ) -> EvaluationBatches | None:
+        if part is None or (isinstance(part, ImageFiles) and not len(part)):
             return None
         views = self._views(recipe, fitted)
         return archives.streamed(part, views, SCORE_BATCH, device, augment=False, workers=workers)
@@ -174,7 +174,7 @@ def resolve(
     channels: int | None = None,
     classes: Sequence[str] | None = None,
     announce: bool = True,
-) -> Files:
+) -> FileSource:
     """List the images of a data set that is to be read as it goes.
 
     Args:
@@ -194,7 +194,9 @@ def resolve(
     if archives.is_named(data):
         train, held = (archives.open_named(data, part, root=root) for part in PARTS)
         note = f"{data} has no test images: its validation images choose the best epoch"
-        return Files(data.replace("/", "-"), (train, held, None), image_size, channels or 3, note)
+        return FileSource(
+            data.replace("/", "-"), (train, held, None), image_size, channels or 3, note
+        )
     if not path.is_dir():
         raise UserError(
             f"--augment imagenet reads image files as it goes, and {data} is no folder of class "
@@ -202,4 +204,4 @@ def resolve(
         )
     found = image_files.open_folder(path, validation_fraction, classes, announce=announce)
     parts = (found.train, found.validation, found.test)
-    return Files(path.resolve().stem, parts, image_size, channels or 3)
+    return FileSource(path.resolve().stem, parts, image_size, channels or 3)

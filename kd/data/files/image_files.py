@@ -35,7 +35,7 @@ class Reader(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Pictures:
+class ImageFiles:
     """Some of the images of a reader.
 
     Attributes:
@@ -64,12 +64,12 @@ class Pictures:
         sha.update(np.ascontiguousarray(self.rows, "<i8").data)
         return sha.hexdigest()
 
-    def select(self, indices: Int[np.ndarray, " m"]) -> "Pictures":
+    def select(self, indices: Int[np.ndarray, " m"]) -> "ImageFiles":
         """Some of these, in the order given."""
         labels = None if self.labels is None else self.labels[indices]
         return replace(self, rows=self.rows[indices], labels=labels)
 
-    def held_out(self, fraction: float) -> tuple["Pictures", "Pictures"]:
+    def held_out(self, fraction: float) -> tuple["ImageFiles", "ImageFiles"]:
         """The images kept and those held out, the same share of every class.
 
         Raises:
@@ -108,7 +108,7 @@ class Pictures:
 
 
 @dataclass(frozen=True, eq=False)
-class Parts:
+class FileSplits:
     """The images of a folder.
 
     Attributes:
@@ -117,9 +117,9 @@ class Parts:
         test: To be looked at once.
     """
 
-    train: Pictures
-    validation: Pictures
-    test: Pictures
+    train: ImageFiles
+    validation: ImageFiles
+    test: ImageFiles
 
 
 def open_folder(
@@ -128,7 +128,7 @@ def open_folder(
     classes: Sequence[str] | None = None,
     *,
     announce: bool = True,
-) -> Parts:
+) -> FileSplits:
     """List a folder; nothing is read.
 
     Args:
@@ -156,11 +156,11 @@ def open_folder(
         train, validation = train.held_out(validation_fraction)
     if announce:
         layout.say(len(train), len(validation), len(test))
-    return Parts(train, validation, test)
+    return FileSplits(train, validation, test)
 
 
 @dataclass(frozen=True, eq=False)
-class Files:
+class FileList:
     """Image files below a folder, in a form that processes share: a million paths in one array.
 
     A list of as many strings would be copied into every process, as each counts who uses it.
@@ -197,10 +197,10 @@ class Files:
         return self.root / os.fsdecode(self.names[index])
 
 
-def _pictures(layout: Layout) -> Pictures:
+def _pictures(layout: Layout) -> ImageFiles:
     names = np.array([os.fsencode(path.relative_to(layout.root)) for path in layout.files])
-    files = Files(layout.root, names, np.array(layout.labels, np.int64))
-    return Pictures(
+    files = FileList(layout.root, names, np.array(layout.labels, np.int64))
+    return ImageFiles(
         files,
         layout.train.classes,
         files.stamp,

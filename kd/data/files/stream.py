@@ -22,14 +22,16 @@ from dsdistill.harness.errors import UserError, one_line
 from dsdistill.harness.memory import readable
 from dsdistill.harness.runs import progress
 from kd.data.batching import LEAST, Batch, check_size, derive, mine, split
-from kd.data.files.image_files import Pictures
+from kd.data.files.image_files import ImageFiles
 from kd.data.files.transforms import Transform, Views, kept, seed
 
 SHARED = "/dev/shm"  # where Linux keeps the memory that processes share
 SEMAPHORES = 1 << 17  # bytes of it that the queues of a decoding process take, and some more
 
-Pair = tuple[Tensor, Tensor]  # images and labels
-Sent = Pair | tuple[np.ndarray, np.ndarray] | str  # a batch between processes, or an error
+ImagesAndLabels = tuple[Tensor, Tensor]  # images and labels
+Sent = (
+    ImagesAndLabels | tuple[np.ndarray, np.ndarray] | str
+)  # a batch between processes, or an error
 
 
 class Handover(NamedTuple):
@@ -63,7 +65,7 @@ class Stream:
         prefetch: Batches that each of them is ahead.
     """
 
-    pictures: Pictures
+    pictures: ImageFiles
     views: Views
     size: int
     device: torch.device
@@ -73,7 +75,7 @@ class Stream:
     workers: int = 0
     prefetch: int = 2
     least: int = LEAST
-    _idle: list["_Crew"] = field(default_factory=list, init=False, repr=False)
+    _idle: list["_WorkerPool"] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("size", "world", "repeats", "prefetch"):
@@ -148,19 +150,21 @@ class Stream:
         finally:
             self._idle.append(crew)
 
-    def _crew(self) -> "_Crew":
+    def _crew(self) -> "_WorkerPool":
         shares: list[_Share] = []
         workers = self._handover.workers
-        return _Crew(loader(self._desk, self.device, workers, self.prefetch, shares), shares)
+        return _WorkerPool(loader(self._desk, self.device, workers, self.prefetch, shares), shares)
 
     @cached_property
     def _handover(self) -> Handover:
         return handover(self.views, self.size // self.world, self.workers, self.prefetch)
 
     @cached_property
-    def _desk(self) -> "_Desk":
+    def _desk(self) -> "_WorkerDataset":
         transforms = self.views.transform(False), self.views.transform(True)
-        return _Desk(self.pictures, len(self.views.mean), *transforms, self._handover.piped)
+        return _WorkerDataset(
+            self.pictures, len(self.views.mean), *transforms, self._handover.piped
+        )
 
 
 def order(n: int, repeats: int, seed: int, epoch: int) -> Int[np.ndarray, " views"]:
@@ -257,7 +261,7 @@ def received(answers: DataLoader) -> Iterator[Sent]:
         ) from error
 
 
-def delivered(answer: Sent, views: Views, device: torch.device) -> Pair:
+def delivered(answer: Sent, views: Views, device: torch.device) -> ImagesAndLabels:
     """A batch on its device, or the error that a decoding process met.
 
     Raises:
@@ -285,7 +289,7 @@ class _Share(NamedTuple):
     key: tuple[int, int] | None  # seed and epoch; None: evaluation views
 
 
-class _Crew(NamedTuple):
+class _WorkerPool(NamedTuple):
     """Decoding processes, and the list that gives them their work."""
 
     loader: DataLoader
@@ -293,10 +297,10 @@ class _Crew(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class _Desk:
+class _WorkerDataset:
     """What a decoding process has: shares in, batches out."""
 
-    pictures: Pictures
+    pictures: ImageFiles
     channels: int
     still: Transform
     changed: Transform

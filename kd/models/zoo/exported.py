@@ -63,7 +63,7 @@ class Exported(nn.Module):
 
 
 @dataclass(frozen=True, eq=False)
-class Program:
+class ExportedProgram:
     """What a file holds.
 
     Attributes:
@@ -79,7 +79,7 @@ class Program:
     card: Mapping[str, Any]
 
 
-def load(path: Path, like: Shape) -> Program:
+def load(path: Path, like: Shape) -> ExportedProgram:
     """Read a program and try it.
 
     Args:
@@ -104,7 +104,7 @@ def load(path: Path, like: Shape) -> Program:
     _try_sizes(path, archive, graph, shape)
     network = Exported(archive, graph)
     classes = _try(path, network, shape)
-    return Program(network, shape, classes, _card(path, archive.extra.get(CARD, b"")))
+    return ExportedProgram(network, shape, classes, _card(path, archive.extra.get(CARD, b"")))
 
 
 def _shape(path: Path, graph: Graph, like: Shape) -> Shape:

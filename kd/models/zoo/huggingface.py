@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError, first_line
 from kd.models.zoo import class_names
-from kd.models.zoo.protocol import Shape, Wants, interpolation
+from kd.models.zoo.protocol import PretrainedConfig, Shape, interpolation
 
 # PIL's numbers of resampling filters.
 _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
@@ -36,14 +36,14 @@ def check(name: str) -> None:
         raise UserError(f"there is no folder {name}")
 
 
-def wants(name: str) -> Wants:
+def wants(name: str) -> PretrainedConfig:
     """What the model's image processor does, found by showing it images."""
     check(name)
     config, processor = _get("AutoConfig", name), _get("AutoImageProcessor", name)
     names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
     mean, std, size = _normalisation(name, processor)
     filter = getattr(processor, "resample", None)
-    return Wants(
+    return PretrainedConfig(
         mean,
         std,
         size if _sizes(processor) else _own_size(config) or size,

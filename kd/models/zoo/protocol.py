@@ -17,7 +17,7 @@ Interpolation = Literal["bilinear", "bicubic"]
 
 
 @dataclass(frozen=True)
-class Wants:
+class PretrainedConfig:
     """How images must look for a network, and what its outputs mean.
 
     Attributes:
@@ -57,7 +57,7 @@ class Zoo(Protocol):
         """Refuse an unknown name, with the nearest known ones."""
         ...
 
-    def wants(self, name: str, /) -> Wants:
+    def wants(self, name: str, /) -> PretrainedConfig:
         """What the published weights want."""
         ...
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError, first_line, unknown
 from kd.models.zoo import builtin, class_names
-from kd.models.zoo.protocol import Shape, Wants, interpolation
+from kd.models.zoo.protocol import PretrainedConfig, Shape, interpolation
 
 # Arguments by which timm reads files; the description of a run must not name any.
 _READING = frozenset(
@@ -53,7 +53,7 @@ def check(name: str) -> None:
         raise UserError(f"{unknown('network', name, [*builtin.NETWORKS, *near])}, or any timm name")
 
 
-def wants(name: str) -> Wants:
+def wants(name: str) -> PretrainedConfig:
     """What the published weights want; of an architecture without any, what timm assumes."""
     check(name)
     from timm.data.config import resolve_data_config
@@ -62,7 +62,7 @@ def wants(name: str) -> Wants:
     config = _config(name)
     found = resolve_data_config(pretrained_cfg=config)
     h, w = _size(arguments) or found["input_size"][1:]
-    return Wants(
+    return PretrainedConfig(
         tuple(found["mean"]),
         tuple(found["std"]),
         (h, w),

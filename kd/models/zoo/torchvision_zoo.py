@@ -10,7 +10,7 @@ from torch import nn
 
 from dsdistill.harness.errors import unknown
 from kd.models.zoo import class_names, weights
-from kd.models.zoo.protocol import Shape, Wants, interpolation
+from kd.models.zoo.protocol import PretrainedConfig, Shape, interpolation
 
 CHANNELS = 3
 # Their heads for training alone would add outputs that no loss here knows.
@@ -28,12 +28,12 @@ def check(name: str) -> None:
         raise unknown("torchvision classifier", name, known)
 
 
-def wants(name: str) -> Wants:
+def wants(name: str) -> PretrainedConfig:
     """What the published weights want."""
     published = _weights(name)
     prepare = published.transforms()
     (side,), (whole,) = prepare.crop_size, prepare.resize_size
-    return Wants(
+    return PretrainedConfig(
         tuple(prepare.mean),
         tuple(prepare.std),
         (side, side),
