@@ -60,7 +60,7 @@ class Case:
 
     student: networks.Classifier
     teacher: networks.Classifier
-    batches: batching.Resident
+    batches: batching.ResidentBatches
     device: torch.device
 
 
@@ -111,12 +111,12 @@ def made(
     where = torch.device(device)
     build = functools.partial(networks.build, shape=shape, classes=10, seed=1)
     ours, theirs = (build(name).to(where) for name in (student, teacher))
-    return Case(ours, theirs, batching.batches(examples, batch, where), where)
+    return Case(ours, theirs, batching.prepare_resident(examples, batch, where), where)
 
 
-def ours(case: Case, steps: int, batches: batching.Resident | None = None) -> float:
+def ours(case: Case, steps: int, batches: batching.ResidentBatches | None = None) -> float:
     """Seconds a step of `kd.training.loop`."""
-    specs = loss_spec.parse(f"ce:{1 - ALPHA},kd:{ALPHA}:temperature={T}", terms.FUNCTIONS)
+    specs = loss_spec.parse(f"ce:{1 - ALPHA},kd:{ALPHA}:temperature={T}", terms.TERM_FUNCTIONS)
     objective = Distillation(case.student, terms.build(specs, case.student), [case.teacher])
     recipe = Recipe(steps=WARM_UP + steps, lr=1e-3, batch_size=case.batches.size)
     marks: list[float] = []

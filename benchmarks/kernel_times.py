@@ -78,7 +78,7 @@ def compare(text: str, shape: tuple[int, int, int], mine: Any, theirs: Any) -> d
     rival = stax_kernel(notation.parse(text))
     fast = measured(ours, images(mine[0], shape, 0), images(mine[1], shape, 1))
     x1, x2 = images(theirs[0], shape, 0), images(theirs[1], shape, 1)
-    rivals = [rival, devices.sharded(rival)] if jax.local_device_count() > 1 else [rival]
+    rivals = [rival, devices.shard_kernel(rival)] if jax.local_device_count() > 1 else [rival]
     slow = [measured(engine, x1, x2) for engine in rivals]
     best = {key: min(times[key] for times in slow) for key in ("forward", "gradient")}
     return {

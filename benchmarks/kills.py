@@ -113,8 +113,8 @@ def preload() -> None:
     from kd.commands import train  # noqa: F401
     from kd.training import saving
 
-    search.CHECKPOINT_EVERY = saving.AT_MOST = CHECKPOINT_EVERY
-    label_solve.CHUNK = label_solve.PAIRS = CHUNK
+    search.SECONDS_BETWEEN_CHECKPOINTS = saving.MAX_SECONDS_BETWEEN_CHECKPOINTS = CHECKPOINT_EVERY
+    label_solve.CHUNK = label_solve.MAX_CHUNK_PAIRS = CHUNK
 
 
 def execute(words: list[str], log: Path) -> NoReturn:

@@ -63,7 +63,7 @@ def measured(name: str, root: Path) -> dict[str, Any]:
     accuracies, before, seconds = [], [], []
     for line, folder in CASES[name]:
         finish(line, root / folder)
-        found = distilled_set.load(root / folder / distilled_set.FILE).provenance
+        found = distilled_set.load(root / folder / distilled_set.FILE_NAME).provenance
         accuracies.append(found["metrics"]["test_accuracy"])
         before.append(found["metrics"]["initial_test_accuracy"])
         seconds.append(found["seconds"])
@@ -79,7 +79,7 @@ def measured(name: str, root: Path) -> dict[str, Any]:
 
 def finish(line: str, folder: Path) -> None:
     """Run a command to its end, unless it is there."""
-    if (folder / distilled_set.FILE).exists():
+    if (folder / distilled_set.FILE_NAME).exists():
         return
     resume = ["--resume"] if folder.exists() else []
     dsdistill([*shlex.split(line), "--out", str(folder), *resume])

@@ -17,8 +17,8 @@ from dsdistill.harness.data.labeled_images import Examples, LabeledImages
 from dsdistill.harness.data.preprocess import identity
 from dsdistill.kernels import networks, neural_tangents
 from dsdistill.methods import kip
-from dsdistill.methods.initial_support import Support, initial_support
-from dsdistill.methods.targets import Batches
+from dsdistill.methods.initial_support import Support, draw_support
+from dsdistill.methods.targets import TargetBatches
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     steps = parser.parse_args().steps
     train = random_examples(54_000)
-    support = initial_support(train, 10, noise=False, corruption=0, seed=0)
+    support = draw_support(train, 10, noise=False, corruption=0, seed=0)
     ours = our_steps(train, support, 2 * steps)
     reference = reference_steps(train, support)
     for stream in (ours, reference):
@@ -51,7 +51,7 @@ def random_examples(n: int) -> Examples:
 
 
 def our_steps(train: Examples, support: Support, steps: int):
-    objective = kip.Objective((networks.parse("fc"),))
+    objective = kip.KipObjective((networks.parse("fc"),))
     yield from kip.distill(objective, support, train, steps=steps, target_batch=5000, seed=0)
 
 
@@ -78,7 +78,7 @@ def reference_steps(train: Examples, support: Support):
         change, moments = adam.update(gradient, moments)
         return optax.apply_updates(x_s, change), moments
 
-    batches = Batches(train, 5000, 0)
+    batches = TargetBatches(train, 5000, 0)
     with jax.enable_x64(True):
         x_s, y_s = (
             jnp.asarray(support.images, jnp.float64),

@@ -76,8 +76,8 @@ def _make_set(folder: Path) -> None:
         "versions": {"numpy": "2.0"},
     }
     names = ("cat", "dog", "under_$5_$10")
-    made = distilled_set.Distilled(fitted.apply(pixels[:6]), labels, fitted, names, provenance)
-    distilled_set.save(folder / distilled_set.FILE, made)
+    made = distilled_set.DistilledSet(fitted.apply(pixels[:6]), labels, fitted, names, provenance)
+    distilled_set.save(folder / distilled_set.FILE_NAME, made)
 
 
 def _set_reader() -> Read:
@@ -85,7 +85,7 @@ def _set_reader() -> Read:
     from dsdistill.harness.data import distilled_set
 
     def read(folder: Path) -> Any:
-        made = distilled_set.load(folder / distilled_set.FILE)
+        made = distilled_set.load(folder / distilled_set.FILE_NAME)
         for as_json in (False, True):
             inspect.print_set(folder, as_json=as_json)
         return made

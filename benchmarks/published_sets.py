@@ -95,7 +95,7 @@ def main() -> None:
 def evaluated(name: str, file: Path, root: Path, cifar10: str) -> Path:
     """The folder of a set's evaluation, made unless it is finished."""
     out, entry = root / name, SETS[name]
-    if not (out / report.NAME).exists():
+    if not (out / report.FILE_NAME).exists():
         data = cifar10 if entry.data == "cifar10" else entry.data
         line = ["evaluate", str(file), "--data", data, "--learners", entry.learners]
         line += ["--controls", "random", "--seeds", str(SEEDS), "--out", str(out)]

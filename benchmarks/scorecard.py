@@ -57,11 +57,11 @@ def main() -> None:
 def evaluated(name: str, root: Path) -> Path:
     """The folder of a set's evaluation, both made unless they are there."""
     run = root / name
-    if not (run / distilled_set.FILE).exists():
+    if not (run / distilled_set.FILE_NAME).exists():
         again = ["--resume"] if run.exists() else []
         dsdistill(*shlex.split(SETS[name]), "--out", str(run), *again)
     out = run / "scorecard"
-    if not (out / report.NAME).exists():
+    if not (out / report.FILE_NAME).exists():
         again = ["--resume"] if out.exists() else []
         what = ("--learners", learners(name), "--controls", CONTROLS, "--seeds", "5")
         cache = ("--cache", str(root / "cache"))
@@ -86,7 +86,7 @@ def table(reports: dict[str, report.Report]) -> list[str]:
             cells = [wording.accuracy(row) if row else wording.NOTHING for row in rows]
             cells = [cell.removesuffix(f" ({wording.DETERMINISTIC})") for cell in cells]
             ior = wording.NOTHING if score.ior is None else f"{score.ior:+.3f}"
-            cells += [ior, wording.chance(score.versus_random)]
+            cells += [ior, wording.p_value(score.versus_random)]
             lines.append(f"| `{name}` | {score.learner} | " + " | ".join(cells) + " |")
     return lines
 

@@ -62,9 +62,9 @@ def _distil(run: Callable[[Any], Path], chosen: options.RunOptions) -> None:
     from dsdistill.parallel import devices, hosts
 
     devices.use_all()
-    with hosts.joined(chosen.hosts):
+    with hosts.join(chosen.hosts):
         folder = run(chosen)
-        if hosts.first():
+        if hosts.is_first():
             inspect_command.print_run(folder)
 
 

@@ -13,7 +13,7 @@ from dsdistill.harness import paths
 
 Data = Annotated[str, tyro.conf.Positional]
 Options = TypeVar("Options")
-DEFAULTS: dict[str, dict[str, Any]] = {  # of an optimizer
+OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {  # of an optimizer
     "adam": {
         "steps": 1000,
         "target_batch": 5000,
@@ -151,7 +151,7 @@ def with_defaults(options: Options) -> Options:
     """The options with the defaults that depend on others."""
     if not isinstance(options, KipOptions):
         return options
-    defaults = DEFAULTS[options.optimizer]
+    defaults = OPTIMIZER_DEFAULTS[options.optimizer]
     missing = {name: value for name, value in defaults.items() if getattr(options, name) is None}
     return replace(options, **missing)
 

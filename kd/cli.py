@@ -41,7 +41,9 @@ def _train(options: TrainOptions) -> None:
         return
     if report["note"]:
         print(printable(f"kd: {report['note']}"), file=sys.stderr)
-    _print({"folder": str(options.out), **{name: report.get(name) for name in _SUMMARY}})
+    _print_figures(
+        {"folder": str(options.out), **{name: report.get(name) for name in _TRAIN_FIELDS}}
+    )
 
 
 def _evaluate(options: EvaluateOptions) -> None:
@@ -51,7 +53,9 @@ def _evaluate(options: EvaluateOptions) -> None:
     if options.json:
         print(json.dumps(found, indent=2))
     else:
-        _print({name: value for name, value in found.items() if name != "notes"})  # are said
+        _print_figures(
+            {name: value for name, value in found.items() if name != "notes"}
+        )  # are said
 
 
 def _export(options: ExportOptions) -> None:
@@ -61,7 +65,7 @@ def _export(options: ExportOptions) -> None:
     if found["note"]:
         print(printable(f"kd: compared on random images only: {found['note']}"), file=sys.stderr)
     rounded = {name: f"{found[name]:.2g}" for name in ("largest_difference", "tolerance")}
-    _print({name: rounded.get(name, found[name]) for name in _EXPORTED})
+    _print_figures({name: rounded.get(name, found[name]) for name in _EXPORT_FIELDS})
 
 
 def _report(options: ReportOptions) -> None:
@@ -74,7 +78,7 @@ def _report(options: ReportOptions) -> None:
     print(printable(str(options.out)))
 
 
-_EXPORTED = (
+_EXPORT_FIELDS = (
     "written",
     "largest_difference",
     "tolerance",
@@ -85,7 +89,7 @@ _EXPORTED = (
 )
 
 
-_SUMMARY = (
+_TRAIN_FIELDS = (
     "test_accuracy",
     "test_images",
     "validation_accuracy",
@@ -99,7 +103,7 @@ _SUMMARY = (
 )
 
 
-def _print(figures: dict[str, Any]) -> None:
+def _print_figures(figures: dict[str, Any]) -> None:
     """Names and values: a table on a terminal, plain lines elsewhere."""
     each = figures.get("teachers") or {}
     figures = {k: v for k, v in figures.items() if k != "teachers"} | {
@@ -107,7 +111,7 @@ def _print(figures: dict[str, Any]) -> None:
         for teacher, known in each.items()
         for name, value in known.items()
     }
-    rows = [(_label(k), _value(v)) for k, v in figures.items() if v is not None]
+    rows = [(_label(k), _format_value(v)) for k, v in figures.items() if v is not None]
     if not sys.stdout.isatty():
         for label, value in rows:
             print(f"{label:<38}{value}")
@@ -120,7 +124,7 @@ def _print(figures: dict[str, Any]) -> None:
     console().print(table)
 
 
-_UNITS = {
+_LABELS = {
     "nll": "nll (nats)",
     "calibration_error": "expected calibration error (15 bins)",
     "latency_ms_batch_1": "latency of 1 image on the CPU (ms)",
@@ -129,8 +133,8 @@ _UNITS = {
 
 
 def _label(name: str) -> str:
-    return _UNITS.get(name, name.replace("_", " "))
+    return _LABELS.get(name, name.replace("_", " "))
 
 
-def _value(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else printable(str(value))

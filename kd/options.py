@@ -12,15 +12,15 @@ from dsdistill.harness.errors import UserError
 from kd import per_teacher, recipe, recipes
 
 # The names that the help pages show for values.
-Name = Annotated[str | None, tyro.conf.arg(metavar="NAME|RUN")]
-Names = Annotated[str | None, tyro.conf.arg(metavar="NAME,NAME,...")]
-Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
-Count = Annotated[int | None, tyro.conf.arg(metavar="N")]
+NameArg = Annotated[str | None, tyro.conf.arg(metavar="NAME|RUN")]
+NamesArg = Annotated[str | None, tyro.conf.arg(metavar="NAME,NAME,...")]
+FolderArg = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
+CountArg = Annotated[int | None, tyro.conf.arg(metavar="N")]
 # A text has commas in it, between teachers.
-Values = Annotated[tuple[float | str, ...] | None, tyro.conf.arg(metavar="X X X")]
+ValuesArg = Annotated[tuple[float | str, ...] | None, tyro.conf.arg(metavar="X X X")]
 Sizes = Annotated[int | str | None, tyro.conf.arg(metavar="N")]
-Channels = Annotated[Literal[1, 3] | None, tyro.conf.arg(metavar="1|3")]
-Number = Annotated[float | None, tyro.conf.arg(metavar="X")]
+ChannelsArg = Annotated[Literal[1, 3] | None, tyro.conf.arg(metavar="1|3")]
+NumberArg = Annotated[float | None, tyro.conf.arg(metavar="X")]
 
 _HINTS = get_type_hints(recipe.Recipe)
 # A field of the recipe each, None where it is not given.
@@ -37,8 +37,12 @@ Overrides: Any = make_dataclass(
     frozen=True,
 )
 
-READERS = 2  # processes that read image files, where nothing else is asked for
-TOLD = ("teacher_image_size", "teacher_mean", "teacher_std")  # what a file of weights cannot say
+DEFAULT_WORKERS = 2  # processes that read image files, where nothing else is asked for
+TEACHER_INPUT_OPTIONS = (
+    "teacher_image_size",
+    "teacher_mean",
+    "teacher_std",
+)  # what a file of weights cannot say
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,10 @@ class TrainOptions:
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[DATA]")] = "digits"
     """Data set name or path; folder of a dsdistill run; distilled .safetensors file; with
     --augment imagenet also timm's wds/, hfds/ and tfds/ names."""
-    student: Name = None
+    student: NameArg = None
     """convnet (the default), mlp, with a width as convnet:32; any timm name; torchvision:NAME;
     hf:NAME; NAME@FILE for weights in a file; or an earlier run's folder."""
-    teacher: Names = None
+    teacher: NamesArg = None
     """Folder of an earlier run, any of the names above with published weights, or FILE.pt2; of
     several, comma-separated, the tempered probabilities are averaged, and terms of layers are."""
     recipe: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
@@ -65,29 +69,29 @@ class TrainOptions:
     teacher_image_size: Sizes = None
     """Height and width of the images given to a teacher from a file that does not say it; of
     several teachers one for all, or one for each with commas between, as of --class-map."""
-    teacher_mean: Values = None
+    teacher_mean: ValuesArg = None
     """Its normalisation, one value a channel of images in [0, 1]; of several teachers as above, as
     in 0.5 0.5 0.5 , 0.3 0.3 0.3"""
-    teacher_std: Values = None
+    teacher_std: ValuesArg = None
     """The same."""
-    min_teacher_accuracy: Number = None
+    min_teacher_accuracy: NumberArg = None
     """Refuse a teacher below this accuracy on the validation images, or without any on 2000 of
     the training images."""
-    cache: Folder = None
+    cache: FolderArg = None
     """Keep the teachers' answers here, view by view, for this and for later trainings."""
-    cache_top: Count = None
+    cache_top: CountArg = None
     """Keep the largest so many probabilities in half precision; by default all logits, exactly."""
-    peers: Names = None
+    peers: NamesArg = None
     """Deep mutual learning with these further students."""
-    mean_teacher: Number = None
+    mean_teacher: NumberArg = None
     """Self-distillation from the moving average of the student, with this decay."""
-    generations: Count = None
+    generations: CountArg = None
     """Born-again networks: so many trainings, each from the student of the one before."""
-    assistants: Names = None
+    assistants: NamesArg = None
     """Networks between teacher and student, trained one from another in this order."""
     pretrained: bool = False
     """Start the student from its published weights."""
-    out: Folder = None
+    out: FolderArg = None
     """Folder of the run; by default the next free runs/kd-STUDENT-DATA-N."""
     resume: bool = False
     """Continue the unfinished run in --out."""
@@ -95,16 +99,16 @@ class TrainOptions:
     """Of the initial weights, the order of the images and their augmentation."""
     preprocess: Literal["standardise", "zca", "none"] | None = None
     """By default standardise, or what the pretrained or the earlier student was made for."""
-    validation_fraction: Number = None
+    validation_fraction: NumberArg = None
     """Share of the training images held out for validation; by default 0.1."""
-    channels: Channels = None
+    channels: ChannelsArg = None
     """1 makes all images grayscale, 3 colour; by default as they are, and colour where a folder
     has both."""
     data_root: Path = field(default_factory=paths.data_root)
     """Where data sets lie or are downloaded to."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
-    workers: Count = None
+    workers: CountArg = None
     """Processes that read image files, for --augment imagenet; by default 2."""
     compile: bool = False
     """Compile the student with torch.compile."""
@@ -122,7 +126,7 @@ class TrainOptions:
     @property
     def readers(self) -> int:
         """Processes that read image files."""
-        return READERS if self.workers is None else self.workers
+        return DEFAULT_WORKERS if self.workers is None else self.workers
 
     def check(self) -> None:
         """Refuse values out of range and options that exclude each other.
@@ -131,7 +135,7 @@ class TrainOptions:
             UserError: With the option, the rule and the value.
         """
         if self.recipe is not None:
-            recipes.named(self.recipe)
+            recipes.by_name(self.recipe)
         _require(self.seed >= 0, "--seed must be 0 or more", self.seed)
         _require(self.readers >= 0, "--workers must be 0 or more", self.workers)
         _require(not self.resume or self.out is not None, "--resume needs --out", self.out)
@@ -153,14 +157,14 @@ class TrainOptions:
 
     def _check_teacher(self) -> None:
         """Refuse options that need a teacher where there is none, and a teacher where none fits."""
-        teacher = self.teacher or (self.recipe and recipes.named(self.recipe).teacher)
+        teacher = self.teacher or (self.recipe and recipes.by_name(self.recipe).teacher)
         if self.teacher and (self.peers or self.mean_teacher):
             raise UserError(
                 f"{_option('peers' if self.peers else 'mean_teacher')} is a scheme without a "
                 "teacher: leave --teacher out"
             )
         needing = ("cache", "class_map", "min_teacher_accuracy", "teacher_weights", "assistants")
-        for name in (*needing, *TOLD):
+        for name in (*needing, *TEACHER_INPUT_OPTIONS):
             if getattr(self, name) is not None and not teacher:
                 raise UserError(f"{_option(name)} needs --teacher")
         if self.teacher_weights and "," not in (teacher or ""):
@@ -177,7 +181,7 @@ class EvaluateOptions:
     data: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[DATA]")] = None
     """Data set to test on; by default the one it was trained for. Of other data than those, all
     images are judged, unless there is a test part (a folder with train/ and test/, say)."""
-    teacher: Name = None
+    teacher: NameArg = None
     """To measure the agreement with; by default the one it was trained with."""
     class_map: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """JSON file, class of the data -> class of the student (name or number)."""
@@ -203,7 +207,7 @@ class ExportOptions:
     weights alone; timm: a folder for timm.create_model."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """File or folder to write; by default RUN/export/STUDENT with a suffix."""
-    data_root: Folder = None
+    data_root: FolderArg = None
     """Where the run's data lie, of which some images are compared; by default where they lay."""
 
 
@@ -221,13 +225,13 @@ def told(values: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
     """What is told of each teacher, as arguments of `teachers.load`.
 
     Args:
-        values: Options, by name; those of `TOLD` count, where they are there.
+        values: Options, by name; those of `TEACHER_INPUT_OPTIONS` count, where they are there.
         count: Number of teachers.
 
     Raises:
         UserError: If there are as many values as neither one nor teachers.
     """
-    size, mean, std = (values.get(name) for name in TOLD)
+    size, mean, std = (values.get(name) for name in TEACHER_INPUT_OPTIONS)
     sizes = per_teacher.read_sizes("--teacher-image-size", size, count)
     means = per_teacher.read("--teacher-mean", mean, count)
     deviations = per_teacher.read("--teacher-std", std, count)

@@ -17,7 +17,7 @@ Augment = Literal["none", "crop-flip", "imagenet"]
 Metric = Literal["accuracy", "nll"]
 
 
-def _is(default: Any, help: str) -> Any:
+def _field(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
@@ -25,58 +25,60 @@ def _is(default: Any, help: str) -> Any:
 class Recipe:
     """All that a training depends on beside its data and its networks."""
 
-    epochs: int | None = _is(None, "passes over the training images")
-    steps: int | None = _is(None, "steps of the optimizer, in place of --epochs")
-    batch_size: int = _is(64, "images on one device at once")
-    accumulate: int = _is(1, "batches whose mean gradient makes one step")
-    optimizer: Optimizer = _is("sgd", "timm's names; sgd: Nesterov momentum, momentum: classical")
-    lr: float = _is(0.05, "largest learning rate, of a step, however many devices share it")
-    momentum: float = _is(0.9, "of sgd and momentum")
-    weight_decay: float = _is(5e-4, "of weights; norms and biases only with --decay-all")
-    decay_all: bool = _is(False, "decay norms and biases too")
-    clip: float | None = _is(None, "largest norm of a step's gradient")
-    schedule: Schedule = _is("cosine", "of the learning rate after the warm-up")
-    warmup: float = _is(0.0, "linear rise of the learning rate, in epochs (or steps)")
-    warmup_from: float = _is(0.01, "share of --lr where the rise begins")
-    cooldown: float = _is(0.0, "stretch at the last learning rate, in epochs (or steps)")
-    final: float = _is(0.0, "share of --lr where the cosine ends")
-    milestones: tuple[float, ...] = _is((), "where the rate falls, in epochs (or steps)")
-    decay: float = _is(0.1, "factor of the learning rate at each milestone")
-    loss: str | None = _is(None, "weighted terms, such as ce:0.1,kd:0.9:temperature=4")
-    label_smoothing: float = _is(0.0, "of the labels in cross-entropy")
-    augment: Augment = _is(
+    epochs: int | None = _field(None, "passes over the training images")
+    steps: int | None = _field(None, "steps of the optimizer, in place of --epochs")
+    batch_size: int = _field(64, "images on one device at once")
+    accumulate: int = _field(1, "batches whose mean gradient makes one step")
+    optimizer: Optimizer = _field(
+        "sgd", "timm's names; sgd: Nesterov momentum, momentum: classical"
+    )
+    lr: float = _field(0.05, "largest learning rate, of a step, however many devices share it")
+    momentum: float = _field(0.9, "of sgd and momentum")
+    weight_decay: float = _field(5e-4, "of weights; norms and biases only with --decay-all")
+    decay_all: bool = _field(False, "decay norms and biases too")
+    clip: float | None = _field(None, "largest norm of a step's gradient")
+    schedule: Schedule = _field("cosine", "of the learning rate after the warm-up")
+    warmup: float = _field(0.0, "linear rise of the learning rate, in epochs (or steps)")
+    warmup_from: float = _field(0.01, "share of --lr where the rise begins")
+    cooldown: float = _field(0.0, "stretch at the last learning rate, in epochs (or steps)")
+    final: float = _field(0.0, "share of --lr where the cosine ends")
+    milestones: tuple[float, ...] = _field((), "where the rate falls, in epochs (or steps)")
+    decay: float = _field(0.1, "factor of the learning rate at each milestone")
+    loss: str | None = _field(None, "weighted terms, such as ce:0.1,kd:0.9:temperature=4")
+    label_smoothing: float = _field(0.0, "of the labels in cross-entropy")
+    augment: Augment = _field(
         "none", "crop-flip: shifts by --crop-padding and flips; imagenet: random crops of files"
     )
-    crop_padding: int = _is(4, "pixels of crop-flip")
-    hflip: float = _is(0.5, "probability of a horizontal flip")
-    interpolation: str = _is("random", "of random crops: random, bilinear, bicubic")
-    min_scale: float = _is(0.08, "smallest share of an image in a random crop")
-    auto_augment: str | None = _is(None, "timm's string, such as rand-m7-mstd0.5")
-    color_jitter: float | None = _is(None, "strength; off where --auto-augment is given")
-    random_erase: float = _is(0.0, "probability that a part of an image becomes noise")
-    repeats: int = _is(1, "views of an image in one epoch (repeated augmentation)")
-    crop_share: float = _is(0.875, "side of the central crop in evaluation: 224 of 256")
-    mixup: float = _is(0.0, "alpha of mixup; 0: none")
-    cutmix: float = _is(0.0, "alpha of CutMix; 0: none")
-    mix_probability: float = _is(1.0, "of mixing a batch")
-    mix_switch: float = _is(0.5, "probability of CutMix where both are on")
-    ema: float | None = _is(None, "largest decay of the averaged weights, which are then saved")
-    ema_ramp: float = _is(15.0, "the decay rises as 1 - exp(-ramp step / steps)")
-    average_best: int = _is(1, "mean of the weights of so many best epochs")
-    metric: Metric = _is("accuracy", "what the best epoch has the best of, on validation images")
-    validate_every: int | None = _is(
+    crop_padding: int = _field(4, "pixels of crop-flip")
+    hflip: float = _field(0.5, "probability of a horizontal flip")
+    interpolation: str = _field("random", "of random crops: random, bilinear, bicubic")
+    min_scale: float = _field(0.08, "smallest share of an image in a random crop")
+    auto_augment: str | None = _field(None, "timm's string, such as rand-m7-mstd0.5")
+    color_jitter: float | None = _field(None, "strength; off where --auto-augment is given")
+    random_erase: float = _field(0.0, "probability that a part of an image becomes noise")
+    repeats: int = _field(1, "views of an image in one epoch (repeated augmentation)")
+    crop_share: float = _field(0.875, "side of the central crop in evaluation: 224 of 256")
+    mixup: float = _field(0.0, "alpha of mixup; 0: none")
+    cutmix: float = _field(0.0, "alpha of CutMix; 0: none")
+    mix_probability: float = _field(1.0, "of mixing a batch")
+    mix_switch: float = _field(0.5, "probability of CutMix where both are on")
+    ema: float | None = _field(None, "largest decay of the averaged weights, which are then saved")
+    ema_ramp: float = _field(15.0, "the decay rises as 1 - exp(-ramp step / steps)")
+    average_best: int = _field(1, "mean of the weights of so many best epochs")
+    metric: Metric = _field("accuracy", "what the best epoch has the best of, on validation images")
+    validate_every: int | None = _field(
         None,
         "epochs between validations; by default 1, or so many that short epochs make at most 40 "
         "validations",
     )
-    patience: int | None = _is(
+    patience: int | None = _field(
         None, "stop after so many validations in a row without a better --metric"
     )
-    precision: Precision = _is("no", "mixed: bf16 where the GPU has it, else fp16")
-    image_size: int | None = _is(None, "images are resized to this height and width")
-    student: str | None = _is(None, "")
-    teacher: str | None = _is(None, "")
-    gpu: bool = _is(False, "")
+    precision: Precision = _field("no", "mixed: bf16 where the GPU has it, else fp16")
+    image_size: int | None = _field(None, "images are resized to this height and width")
+    student: str | None = _field(None, "")
+    teacher: str | None = _field(None, "")
+    gpu: bool = _field(False, "")
 
     @property
     def length(self) -> float:
@@ -95,11 +97,11 @@ class Recipe:
         return round(length if self.steps is not None else length * steps_per_epoch)
 
 
-INTERNAL = ("student", "teacher", "gpu")  # not options of their own
-OPTIONS = tuple(f for f in fields(Recipe) if f.name not in INTERNAL)
+NOT_OPTIONS = ("student", "teacher", "gpu")  # not options of their own
+OPTIONS = tuple(f for f in fields(Recipe) if f.name not in NOT_OPTIONS)
 
 
-def overridden(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
+def override(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
     """The recipe with the fields that the user gave.
 
     A training of another length keeps the shares of its warm-up, cool-down and milestones, unless

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from dsdistill.harness.errors import unknown
+from dsdistill.harness.errors import unknown_name
 from kd.recipe import Recipe
 
 # Learning rates of the first four were chosen on validation splits, one seed, two CPU cores.
@@ -182,14 +182,14 @@ NAMED: Mapping[str, Recipe] = {
 }
 
 
-def named(name: str) -> Recipe:
+def by_name(name: str) -> Recipe:
     """The recipe of that name.
 
     Raises:
         UserError: If there is none.
     """
     if name not in NAMED:
-        raise unknown("recipe", name, NAMED)
+        raise unknown_name("recipe", name, NAMED)
     return NAMED[name]
 
 

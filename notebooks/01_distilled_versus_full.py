@@ -47,7 +47,7 @@ runs = [
     for k in IMAGES_PER_CLASS
 ]
 for run in runs:
-    distilled = distilled_set.load(run / distilled_set.FILE)
+    distilled = distilled_set.load(run / distilled_set.FILE_NAME)
     made = distilled.provenance
     before, after = (made["metrics"][n] for n in ("initial_test_accuracy", "test_accuracy"))
     print(
@@ -87,7 +87,7 @@ from IPython.display import Markdown
 from dsdistill.harness.reports import markdown, report
 
 reports = [report.load(evaluation) for evaluation in evaluations]
-Markdown(markdown.table(report.COLUMNS, [report.cells(row) for row in reports[-1].rows]))
+Markdown(markdown.table(report.COLUMNS, [report.row_cells(row) for row in reports[-1].rows]))
 
 # %% [markdown]
 # ## Accuracy against the number of images
@@ -96,7 +96,7 @@ Markdown(markdown.table(report.COLUMNS, [report.cells(row) for row in reports[-1
 # %matplotlib inline
 from dsdistill.harness.reports import growth
 
-growth.by_images(reports)
+growth.plot(reports)
 
 # %% [markdown]
 # ## The time that it saves

@@ -36,11 +36,11 @@ import numpy as np
 
 from dsdistill.harness import paths
 from dsdistill.harness.data import datasets, preprocess
-from dsdistill.harness.data.labeled_images import per_class
+from dsdistill.harness.data.labeled_images import draw_per_class
 from dsdistill.kernels import networks
 
 train = datasets.load(DATA, root=paths.data_root()).train
-rows = per_class(train, 8, np.random.default_rng(0))
+rows = draw_per_class(train, 8, np.random.default_rng(0))
 fitted = preprocess.fit("standardise", train.chunks, train.shape)
 images = fitted.apply(train.images(rows))
 similar = np.asarray(networks.parse(KERNEL).kernel(images, images))
@@ -91,7 +91,7 @@ from IPython.display import Markdown
 
 from dsdistill.harness.data import distilled_set
 
-sets = {name: distilled_set.load(run / distilled_set.FILE) for name, run in made.items()}
+sets = {name: distilled_set.load(run / distilled_set.FILE_NAME) for name, run in made.items()}
 lines = ["| set | test accuracy before | after | time |", "|---|---|---|---|"]
 for name, found in sets.items():
     metrics, seconds = found.provenance["metrics"], found.provenance["seconds"]

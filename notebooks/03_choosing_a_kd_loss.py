@@ -99,7 +99,7 @@ for name in LOSSES:
     mean = statistics.summary(accuracies)
     words = "-"
     if name != "labels alone":
-        gained = differences[name] = statistics.paired(accuracies, scratch).difference
+        gained = differences[name] = statistics.paired_difference(accuracies, scratch).difference
         words = f"{100 * gained.mean:+.2f} ({100 * gained.low:+.2f} to {100 * gained.high:+.2f})"
     error = statistics.summary([report["calibration_error"] for report in found]).mean
     seconds = statistics.summary([report["seconds"] for report in found]).mean

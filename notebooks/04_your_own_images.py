@@ -35,13 +35,13 @@ from PIL import Image as Pictures
 
 from dsdistill.harness import paths
 from dsdistill.harness.data import datasets
-from dsdistill.harness.data.labeled_images import per_class
+from dsdistill.harness.data.labeled_images import draw_per_class
 
 work = Path(tempfile.mkdtemp())
 photos = Path(FOLDER) if FOLDER else work / "photos"
 if not FOLDER:
     source = datasets.load("fashion-mnist", root=paths.data_root()).train
-    for row in per_class(source, EXAMPLES, np.random.default_rng(0)):
+    for row in draw_per_class(source, EXAMPLES, np.random.default_rng(0)):
         name = source.classes[source.labels[row]].replace("/", " or ")
         (photos / name).mkdir(parents=True, exist_ok=True)
         pixels = source.images(np.array([row]))[0, ..., 0]

@@ -15,13 +15,13 @@ from pathlib import Path
 from dsdistill.harness import paths
 from dsdistill.harness.data import folders
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.memory import readable
+from dsdistill.harness.memory import format_bytes
 from dsdistill.harness.runs import locks, progress
 from dsdistill.harness.text import printable
 
-DAY = 24 * 3600
+SECONDS_PER_DAY = 24 * 3600
 _KEY = re.compile(r"[0-9a-f]{32}")
-_OURS = {"images.npy", folders.INDEX, locks.NAME}
+_ENTRY_FILES = {"images.npy", folders.INDEX_FILE, locks.LOCK_FILE}
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class CacheEntry:
 def entries() -> list[CacheEntry]:
     """All that is kept, the largest first."""
     everything = [
-        *_decoded(paths.decoded_images()),
+        *_decoded_images(paths.decoded_images()),
         # Where earlier versions kept them.
-        *_decoded(paths.data_root() / "folders", " (of an earlier version, no longer read)"),
+        *_decoded_images(paths.data_root() / "folders", " (of an earlier version, no longer read)"),
         *_evaluations(paths.evaluations()),
         *_teacher_answers(paths.cache()),
     ]
@@ -65,14 +65,14 @@ def run(*, clear: bool, older_than: float | None) -> None:
     """
     if older_than is not None and older_than < 0:
         raise UserError(f"--older-than must be 0 days or more, got {older_than:g}")
-    limit = time.time() - (older_than or 0) * DAY
+    limit = time.time() - (older_than or 0) * SECONDS_PER_DAY
     chosen = [entry for entry in entries() if older_than is None or entry.used < limit]
     if clear:
         chosen = [entry for entry in chosen if _remove(entry.path)]
     for entry in _rows(chosen):
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
-        print(printable(f"{readable(entry.size):>10}  {used}  {entry.what}  {entry.path}"))
-    total = readable(sum(entry.size for entry in chosen))
+        print(printable(f"{format_bytes(entry.size):>10}  {used}  {entry.what}  {entry.path}"))
+    total = format_bytes(sum(entry.size for entry in chosen))
     print(f"{total:>10}  {'removed' if clear else 'kept'} in {paths.cache()} (DSDISTILL_CACHE)")
 
 
@@ -90,14 +90,14 @@ def _rows(chosen: Sequence[CacheEntry]) -> list[CacheEntry]:
     return rows
 
 
-def _decoded(folder: Path, note: str = "") -> Iterator[CacheEntry]:
+def _decoded_images(folder: Path, note: str = "") -> Iterator[CacheEntry]:
     """Decoded images of folders, the halves that killed processes left among them."""
     for path in folder.glob("*"):
         if not path.is_dir() or path.is_symlink():
             continue
         if path.name.startswith(".half-"):
             yield _entry(path, "unfinished decoding")
-        elif _KEY.fullmatch(path.name) and {p.name for p in path.iterdir()} <= _OURS:
+        elif _KEY.fullmatch(path.name) and {p.name for p in path.iterdir()} <= _ENTRY_FILES:
             index = folders.read_index(path) or {}
             size = f" at {index['image_size']} pixels" if index.get("image_size") else ""
             yield _entry(path, f"{index.get('source', 'decoded images')}{size}{note}")

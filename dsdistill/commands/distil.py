@@ -25,25 +25,28 @@ from dsdistill.harness.errors import UserError, one_line
 from dsdistill.harness.evaluation.held_out import accuracy
 from dsdistill.harness.evaluation.protocol import Predict
 from dsdistill.harness.reports import image_grid
-from dsdistill.harness.reports.image_grid import Side
+from dsdistill.harness.reports.image_grid import GridSide
 from dsdistill.harness.runs import progress, run_folder
 from dsdistill.loops import timing
 from dsdistill.loops.phases import Plan
-from dsdistill.loops.search import accumulated, search
+from dsdistill.loops.search import accumulate_sums, search_support
 from dsdistill.methods import initial_support, label_solve, ridge
 from dsdistill.methods.initial_support import Support
-from dsdistill.methods.targets import resident
+from dsdistill.methods.targets import load_into_memory
 from dsdistill.options import KipOptions, LabelSolveOptions, RunOptions, with_defaults
 from dsdistill.parallel import hosts
 
 EVALUATION_RIDGE = 1e-6  # relative, for Label Solve, whose own ridge is absolute
-NOT_STORED = ("out", "resume", "hosts")  # options that say where the run is, not what it is
+UNSTORED_OPTIONS = ("out", "resume", "hosts")  # options that say where the run is, not what it is
 VERSIONS = ("dsdistill", "jax", "jaxlib", "numpy", "optax")
-FREE = ("data_root",)  # the data may have moved between start and resume
-PATHS = ("data", "data_root", "init")  # which may differ from host to host
-WORDS = (*datasets.NAMES, *initial_support.DRAWN)  # options of these values are no paths
+CHANGEABLE_OPTIONS = ("data_root",)  # the data may have moved between start and resume
+PATH_OPTIONS = ("data", "data_root", "init")  # which may differ from host to host
+NON_PATH_VALUES = (
+    *datasets.NAMES,
+    *initial_support.INIT_NAMES,
+)  # options of these values are no paths
 
-Options = TypeVar("Options", bound=RunOptions)
+RunOptionsT = TypeVar("RunOptionsT", bound=RunOptions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,38 +92,40 @@ def run_label_solve(options: LabelSolveOptions) -> Path:
 
 
 def _run(
-    options: Options,
+    options: RunOptionsT,
     method: str,
-    distil: Callable[[Options, run_folder.Run, Prepared], Outcome],
+    distil: Callable[[RunOptionsT, run_folder.Run, Prepared], Outcome],
 ) -> Path:
     if options.resume and options.out is None:
         raise UserError("--resume needs --out, the folder of the run to continue")
     options = options if options.resume else with_defaults(options)
-    asked = _stored(options, method)
-    hosts.check_same({name: value for name, value in asked.items() if name not in PATHS})
+    asked = _config(options, method)
+    hosts.check_same({name: value for name, value in asked.items() if name not in PATH_OPTIONS})
     if options.resume:
-        run, options = _reopened(options, method)
+        run, options = _reopen(options, method)
         with run, _explain_stop(method, run.folder):
-            return _work(options, run, prepare(options), distil)
-    folder = Path(hosts.decided(lambda: str(_free_folder(options, method))))
+            return _distil_and_finish(options, run, prepare(options), distil)
+    folder = Path(hosts.decide(lambda: str(_free_folder(options, method))))
     with stopping.explain_stop():
         setting = prepare(options)  # wrong input leaves no folder behind
     options = replace(options, images_per_class=setting.images_per_class)
-    stored = _stored(options, method)
+    stored = _config(options, method)
     with (
-        hosts.opened(lambda: run_folder.start(folder, stored, result=distilled_set.FILE)) as run,
+        hosts.open_run(
+            lambda: run_folder.start(folder, stored, result=distilled_set.FILE_NAME)
+        ) as run,
         _explain_stop(method, folder),
     ):
-        return _work(options, run, setting, distil)
+        return _distil_and_finish(options, run, setting, distil)
 
 
-def _work(
-    options: Options,
+def _distil_and_finish(
+    options: RunOptionsT,
     run: run_folder.Run,
     setting: Prepared,
-    distil: Callable[[Options, run_folder.Run, Prepared], Outcome],
+    distil: Callable[[RunOptionsT, run_folder.Run, Prepared], Outcome],
 ) -> Path:
-    with hosts.resumable(run.folder):
+    with hosts.explain_lost_host(run.folder):
         try:
             inputs = setting.digests()
             hosts.check_same(inputs)
@@ -134,11 +139,11 @@ def _work(
 
 def _explain_stop(method: str, folder: Path) -> contextlib.AbstractContextManager[None]:
     command = ("dsdistill", method, "--resume", "--out", str(folder))
-    return stopping.explain_stop(command, folder / distilled_set.FILE)
+    return stopping.explain_stop(command, folder / distilled_set.FILE_NAME)
 
 
 def _kip(options: KipOptions, run: run_folder.Run, setting: Prepared) -> Outcome:
-    support, train = _support(options, run, setting), resident(setting.train)
+    support, train = _support(options, run, setting), load_into_memory(setting.train)
     plan = Plan(
         setting.phases,
         _target_batch(options, run, setting, support, train),
@@ -147,7 +152,7 @@ def _kip(options: KipOptions, run: run_folder.Run, setting: Prepared) -> Outcome
         min(options.validation_images, len(setting.validation)),
         closing_images=_closing_images(options, setting),
     )
-    best, last = search(run, plan, support, train, setting.validation)
+    best, last = search_support(run, plan, support, train, setting.validation)
     figures = {
         "best_step": best.step,
         "last_step": last.done,
@@ -164,7 +169,7 @@ def _kip(options: KipOptions, run: run_folder.Run, setting: Prepared) -> Outcome
 def _support(options: KipOptions, run: run_folder.Run, setting: Prepared) -> Support:
     """Where the run starts: drawn, or from a distilled set that must not change meanwhile."""
     if setting.init is None:
-        return initial_support.initial_support(
+        return initial_support.draw_support(
             setting.train,
             setting.images_per_class,
             noise=options.init == "noise",
@@ -175,7 +180,9 @@ def _support(options: KipOptions, run: run_folder.Run, setting: Prepared) -> Sup
     inputs = {"set of --init": hashlib.sha256(content).hexdigest()}
     hosts.check_same(inputs)
     run.require_same(inputs)
-    if initial_support.saw(setting.init, setting.splits.digest, options.validation_fraction):
+    if initial_support.overlaps_validation(
+        setting.init, setting.splits.digest, options.validation_fraction
+    ):
         progress.say(
             "note: the set of --init was made with images that this run validates on, which "
             f"flatters it: make it with --validation-fraction {options.validation_fraction:g}"
@@ -193,14 +200,16 @@ def _target_batch(
 ) -> int:
     """The number asked for, or the one that fits the time asked for: measured once a run."""
     assert options.target_batch is not None  # it is settled
-    wanted = timing.parse(options.target_batch)
+    wanted = timing.parse_target_batch(options.target_batch)
     if isinstance(wanted, int):
         return wanted
 
     def measured() -> int:
         objective = setting.phases[-1].objective
-        size = timing.target_batch(objective, support, train, wanted, seed=options.seed)
-        progress.say(f"target batch: {size} images, for steps of {progress.duration(wanted)}")
+        size = timing.choose_target_batch(objective, support, train, wanted, seed=options.seed)
+        progress.say(
+            f"target batch: {size} images, for steps of {progress.format_duration(wanted)}"
+        )
         return size
 
     return run.recorded("target_batch", measured)
@@ -213,11 +222,11 @@ def _closing_images(options: KipOptions, setting: Prepared) -> int:
 
 
 def _label_solve(options: LabelSolveOptions, run: run_folder.Run, setting: Prepared) -> Outcome:
-    support = initial_support.initial_support(
+    support = initial_support.draw_support(
         setting.train, setting.images_per_class, noise=False, corruption=0, seed=options.seed
     )
     closing = len(setting.splits.test)
-    sums, seconds = accumulated(run, setting.network, support.images, setting.train, closing)
+    sums, seconds = accumulate_sums(run, setting.network, support.images, setting.train, closing)
     labels = label_solve.solve(setting.network, support.images, sums, options.ridge)
     # The pixels stay; the natural labels are what the solved ones are compared with.
     return Outcome(support, support.images, labels, EVALUATION_RIDGE, {}, seconds)
@@ -235,7 +244,7 @@ def _finish(options: RunOptions, run: run_folder.Run, setting: Prepared, result:
     provenance = {
         "method": run.config["command"],
         "config": {
-            k: v for k, v in run.config.items() if k not in ("data_root", run_folder.INPUTS)
+            k: v for k, v in run.config.items() if k not in ("data_root", run_folder.INPUTS_KEY)
         },
         "kernel": setting.network.name,
         "engine": setting.network.engine,
@@ -248,7 +257,7 @@ def _finish(options: RunOptions, run: run_folder.Run, setting: Prepared, result:
             "validation": len(splits.validation),
             "test": len(splits.test),
         },
-        "inputs": run.config[run_folder.INPUTS],
+        "inputs": run.config[run_folder.INPUTS_KEY],
         "seed": options.seed,
         "metrics": {k: None if v != v else v for k, v in figures.items()},
         "seconds": result.seconds,
@@ -258,24 +267,28 @@ def _finish(options: RunOptions, run: run_folder.Run, setting: Prepared, result:
             "device": jax.devices()[0].device_kind,
             "devices": jax.device_count(),
             "hosts": jax.process_count(),
-            "platform": machine.described(),
+            "platform": machine.describe(),
         },
         "versions": {name: metadata.version(name) for name in VERSIONS},
     }
     if not run.writes:
         return run.folder
-    distilled = distilled_set.Distilled(result.images, result.labels, fitted, classes, provenance)
+    distilled = distilled_set.DistilledSet(
+        result.images, result.labels, fitted, classes, provenance
+    )
     # The set is what hours have gone into: it is saved before anything else can go wrong.
-    distilled_set.save(run.folder / distilled_set.FILE, distilled)
-    sides = Side("before", before.images, hard), Side("after", result.images, hard)
+    distilled_set.save(run.folder / distilled_set.FILE_NAME, distilled)
+    sides = GridSide("before", before.images, hard), GridSide("after", result.images, hard)
     _draw(run.folder / "distilled.png", sides, classes, fitted)
     return run.folder
 
 
-def _draw(picture: Path, sides: tuple[Side, Side], classes: tuple[str, ...], fitted: Any) -> None:
+def _draw(
+    picture: Path, sides: tuple[GridSide, GridSide], classes: tuple[str, ...], fitted: Any
+) -> None:
     """Draw the picture of a set that is saved; a failure is said, and the run is finished."""
     try:
-        image_grid.write_grid(picture, *sides, classes, fitted)
+        image_grid.write(picture, *sides, classes, fitted)
     except Exception as error:  # a font, a name, a full disk
         reason = one_line(error, kind=True)
         progress.say(f"note: the set is saved, but {picture} could not be drawn ({reason})")
@@ -293,17 +306,17 @@ def _accuracies(setting: Prepared, result: Outcome, test: Examples) -> tuple[flo
         return accuracy(after, test, "test images"), accuracy(initial, test, "test images, before")
     # The same images with other labels: the kernel, the long part, is evaluated once.
     both = fitted(result.images, np.concatenate([result.labels, before.labels], 1))
-    batches = progress.slow(test.batches(), "test images")
+    batches = progress.track_if_slow(test.batches(), "test images")
     scores = np.concatenate([both(test.images(rows)) for rows in batches])
     right = [s.argmax(1) == test.data.labels for s in (scores[:, :k], scores[:, k:])]
     return float(right[0].mean()), float(right[1].mean())
 
 
-def _stored(options: RunOptions, method: str) -> dict[str, Any]:
+def _config(options: RunOptions, method: str) -> dict[str, Any]:
     """The options as they stand in `config.json`: paths hold from every folder."""
-    named = {name: v for name, v in asdict(options).items() if name not in NOT_STORED}
+    named = {name: v for name, v in asdict(options).items() if name not in UNSTORED_OPTIONS}
     for name in {"data", "init"} & named.keys():
-        if named[name] not in WORDS and Path(named[name]).expanduser().exists():
+        if named[name] not in NON_PATH_VALUES and Path(named[name]).expanduser().exists():
             named[name] = str(Path(named[name]).expanduser().resolve())
     paths = {name: str(v) for name, v in named.items() if isinstance(v, Path)}
     return {"command": method} | named | paths
@@ -311,60 +324,60 @@ def _stored(options: RunOptions, method: str) -> dict[str, Any]:
 
 def _free_folder(options: RunOptions, method: str) -> Path:
     folder = options.out or run_folder.next_free(f"{method}-{Path(options.data).stem}")
-    run_folder.check_free(folder, distilled_set.FILE)
+    run_folder.check_free(folder, distilled_set.FILE_NAME)
     return folder
 
 
-def _reopened(options: Options, method: str) -> tuple[run_folder.Run, Options]:
+def _reopen(options: RunOptionsT, method: str) -> tuple[run_folder.Run, RunOptionsT]:
     """The run to resume, and the options that it was started with."""
     assert options.out is not None
-    run = hosts.opened(
+    run = hosts.open_run(
         functools.partial(
             run_folder.start,
             options.out,
-            _stored(options, method),
-            result=distilled_set.FILE,
+            _config(options, method),
+            result=distilled_set.FILE_NAME,
             resume=True,
-            defaults=_stored(type(options)(), method) | {"command": None},
-            free=FREE,
+            defaults=_config(type(options)(), method) | {"command": None},
+            free=CHANGEABLE_OPTIONS,
         )
     )
     try:
-        return run, _restored(options, run)
+        return run, _restore_options(options, run)
     except BaseException:
         run.close()
         raise
 
 
-def _restored(options: Options, run: run_folder.Run) -> Options:
+def _restore_options(options: RunOptionsT, run: run_folder.Run) -> RunOptionsT:
     """The options of a run as its `config.json` holds them.
 
     Raises:
         RunError: If one is unknown, or its value is not of its type.
     """
-    apart = ("command", run_folder.CHOSEN, run_folder.INPUTS, *FREE)
+    apart = ("command", run_folder.CHOSEN_KEY, run_folder.INPUTS_KEY, *CHANGEABLE_OPTIONS)
     named = {name: value for name, value in run.config.items() if name not in apart}
     types = get_type_hints(type(options))
     for name, value in named.items():
-        if name not in types or not _is(value, types[name]):
+        if name not in types or not _has_type(value, types[name]):
             raise run_folder.RunError(
                 f"{run.folder / 'config.json'} is damaged or of another version: "
                 f"{name} cannot be {value!r}{run_folder.REMEDY}"
             )
-    if not isinstance(run.config.get(run_folder.CHOSEN, {}).get("target_batch", 1), int):
+    if not isinstance(run.config.get(run_folder.CHOSEN_KEY, {}).get("target_batch", 1), int):
         raise run_folder.RunError(
-            f"{run.folder / 'config.json'} is damaged: {run_folder.CHOSEN}.target_batch must be a "
+            f"{run.folder / 'config.json'} is damaged: {run_folder.CHOSEN_KEY}.target_batch must be a "
             f"whole number{run_folder.REMEDY}"
         )
     return replace(options, **named)
 
 
-def _is(value: Any, kind: Any) -> bool:
+def _has_type(value: Any, kind: Any) -> bool:
     """Whether a value from JSON is one of an option's type."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     if get_origin(kind) in (Union, UnionType):
-        return any(_is(value, each) for each in get_args(kind))
+        return any(_has_type(value, each) for each in get_args(kind))
     if kind is float:
         return type(value) in (int, float)
     return type(value) is kind

@@ -21,7 +21,7 @@ from dsdistill.commands import reproduce, training_data
 from dsdistill.commands.evaluation_parts import EvaluationParts, assemble
 from dsdistill.harness import machine, memory, stopping
 from dsdistill.harness.data import origin
-from dsdistill.harness.data.labeled_images import LabeledImages, per_class
+from dsdistill.harness.data.labeled_images import LabeledImages, draw_per_class
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation import controls
 from dsdistill.harness.evaluation.majority import common_class, constant_answer
@@ -29,15 +29,15 @@ from dsdistill.harness.evaluation.protocol import Arm, Learner, evaluate, stored
 from dsdistill.harness.evaluation.result_cache import ResultCache
 from dsdistill.harness.evaluation.results import Result
 from dsdistill.harness.reports import image_grid, page, report, verdict, wording
-from dsdistill.harness.reports.image_grid import Side
+from dsdistill.harness.reports.image_grid import GridSide
 from dsdistill.harness.reports.report import Report
 from dsdistill.harness.runs import progress, run_folder
 from dsdistill.harness.text import console, printable
 from dsdistill.options import EvaluateOptions
 from dsdistill.options import ReportOptions as Compare
 
-FREE = ("data_root", "cache", "device")  # options that may differ on resume
-PER_CALL = ("out", "resume")  # options that are none of the evaluation's
+CHANGEABLE_OPTIONS = ("data_root", "cache", "device")  # options that may differ on resume
+UNSTORED_OPTIONS = ("out", "resume")  # options that are none of the evaluation's
 VERSIONS = ("dsdistill", "jax", "numpy", "scikit-learn", "scipy", "timm", "torch")
 
 
@@ -53,18 +53,18 @@ def run(options: EvaluateOptions) -> Path:
     begun = run_folder.start(
         out,
         _config(options),
-        result=report.NAME,
+        result=report.FILE_NAME,
         resume=options.resume,
         defaults=_config(EvaluateOptions(options.run)),
-        free=FREE,
+        free=CHANGEABLE_OPTIONS,
     )
     command = ("dsdistill", "evaluate", str(options.run), "--resume", "--out", str(out))
-    with begun, stopping.explain_stop(command, out / report.NAME):
+    with begun, stopping.explain_stop(command, out / report.FILE_NAME):
         began = time.monotonic()
         kept = ResultCache(out / "results", options.cache, sharing=controls.CONTROLS)
-        results = _measured(parts, list(range(options.seeds)), kept)
-        _picture(out, parts)
-        report.write(out, _report(options, parts, results, time.monotonic() - began))
+        results = _run_trainings(parts, list(range(options.seeds)), kept)
+        _draw_images(out, parts)
+        report.write(out, _build_report(options, parts, results, time.monotonic() - began))
     _print(report.load(out), out)
     return out
 
@@ -80,9 +80,11 @@ def compare(options: Compare) -> Path:
     folders = [_newest(run) for run in options.runs]
     reports = [report.load(folder) for folder in folders]
     shown = {
-        f"{found.title}: distilled images beside real ones": (folder / report.PICTURE).read_bytes()
+        f"{found.title}: distilled images beside real ones": (
+            folder / report.IMAGES_FILE
+        ).read_bytes()
         for folder, found in zip(folders, reports, strict=True)
-        if (folder / report.PICTURE).exists()
+        if (folder / report.IMAGES_FILE).exists()
     }
     title = reports[0].title if len(reports) == 1 else f"{len(reports)} evaluations"
     text = page.render(reports, title=title, pictures=shown)
@@ -93,20 +95,20 @@ def compare(options: Compare) -> Path:
 
 def _newest(run: Path) -> Path:
     """The folder itself if it is an evaluation's, else the newest of those inside it."""
-    if (run / report.NAME).exists():
+    if (run / report.FILE_NAME).exists():
         return run
-    inside = sorted(run.glob(f"*/{report.NAME}"), key=lambda path: path.stat().st_mtime)
+    inside = sorted(run.glob(f"*/{report.FILE_NAME}"), key=lambda path: path.stat().st_mtime)
     if not inside:
         raise UserError(f"{run} holds no evaluation: make one with `dsdistill evaluate {run}`")
     return inside[-1].parent
 
 
 def _config(options: EvaluateOptions) -> dict[str, Any]:
-    found = {k: v for k, v in asdict(options).items() if k not in PER_CALL}
+    found = {k: v for k, v in asdict(options).items() if k not in UNSTORED_OPTIONS}
     return {k: str(v.absolute()) if isinstance(v, Path) else v for k, v in found.items()}
 
 
-def _measured(parts: EvaluationParts, seeds: list[int], kept: ResultCache) -> list[Result]:
+def _run_trainings(parts: EvaluationParts, seeds: list[int], kept: ResultCache) -> list[Result]:
     trainings, results = parts.trainings, []
     with progress.bar(len(trainings) * len(seeds), unit="trainings") as show:
 
@@ -117,7 +119,7 @@ def _measured(parts: EvaluationParts, seeds: list[int], kept: ResultCache) -> li
 
         for learner, augmented, arm in trainings:
             if arm.like is not None:
-                for found in _taken(results, learner, augmented, arm):
+                for found in _copy_results(results, learner, augmented, arm):
                     on_result(found)
                 continue
             evaluate(
@@ -132,7 +134,9 @@ def _measured(parts: EvaluationParts, seeds: list[int], kept: ResultCache) -> li
     return results
 
 
-def _taken(results: Sequence[Result], learner: Learner, augmented: bool, arm: Arm) -> list[Result]:
+def _copy_results(
+    results: Sequence[Result], learner: Learner, augmented: bool, arm: Arm
+) -> list[Result]:
     """The results of the arm that has the same images and labels, which cost nothing more."""
     key, size = (learner.name, augmented, arm.like), stored_bytes(arm.draw(0))
     return [
@@ -142,27 +146,27 @@ def _taken(results: Sequence[Result], learner: Learner, augmented: bool, arm: Ar
     ]
 
 
-def _picture(out: Path, parts: EvaluationParts) -> None:
+def _draw_images(out: Path, parts: EvaluationParts) -> None:
     """The set beside real images of the same classes."""
     distilled, train = parts.distilled, parts.train
     rng = np.random.default_rng(0)
-    rows = per_class(train.data, training_data.images_per_class(distilled), rng)
-    left = Side("real", train.images(rows), train.data.labels[rows])
-    right = Side("distilled", distilled.images, distilled.hard_labels)
+    rows = draw_per_class(train.data, training_data.images_per_class(distilled), rng)
+    left = GridSide("real", train.images(rows), train.data.labels[rows])
+    right = GridSide("distilled", distilled.images, distilled.hard_labels)
     classes, fitted = distilled.classes, distilled.preprocess
-    image_grid.write_grid(out / report.PICTURE, left, right, classes, fitted)
+    image_grid.write(out / report.IMAGES_FILE, left, right, classes, fitted)
 
 
-def _report(
+def _build_report(
     options: EvaluateOptions, parts: EvaluationParts, results: Sequence[Result], seconds: float
 ) -> Report:
     made, splits = origin.read_provenance(parts.distilled), parts.splits
     kernel = f" with {made.kernel}" if made.kernel else ""
-    own = None if made.config is None else reproduce.distil(made.method, made.config)
+    own = None if made.config is None else reproduce.distil_line(made.method, made.config)
     return Report(
         title=f"{made.method}{kernel} on {splits.name}, {len(parts.distilled)} images",
         notes=[*made.notes, *_notes(parts, results)],
-        commands=[*([own] if own else []), reproduce.evaluation(options)],
+        commands=[*([own] if own else []), reproduce.evaluate_line(options)],
         classes=list(parts.distilled.classes),
         data={
             "name": splits.name,
@@ -173,10 +177,10 @@ def _report(
         },
         images_per_class=training_data.images_per_class(parts.distilled),
         results=tuple(results),
-        distilled=_described(parts),
+        distilled=_describe_set(parts),
         seconds=seconds,
         peak_memory=memory.peak(),
-        machine=machine.described(_accelerators(parts.learners)),
+        machine=machine.describe(_accelerators(parts.learners)),
         versions={"python": platform.python_version()}
         | {name: metadata.version(name) for name in VERSIONS},
     )
@@ -188,7 +192,7 @@ def _accelerators(learners: Sequence[Learner]) -> list[str]:
     return list(dict.fromkeys(filter(None, names)))
 
 
-def _described(parts: EvaluationParts) -> dict[str, Any]:
+def _describe_set(parts: EvaluationParts) -> dict[str, Any]:
     made = origin.read_provenance(parts.distilled)
     full, size = parts.splits.train, parts.distilled.nbytes
     whole = len(full) * (int(np.prod(full.shape)) * full.store.itemsize + 1)
@@ -214,11 +218,11 @@ def _notes(parts: EvaluationParts, results: Sequence[Result]) -> list[str]:
             f"{learner} on full data: a class-balanced draw of {images} of {whole} images, since "
             "its exact solution of all needs too much memory."
         )
-    share = _same_draws(parts)
-    return [*found, *share, *majority(results, parts.splits.test), *_hints(parts, results)]
+    share = _same_draw_notes(parts)
+    return [*found, *share, *majority_notes(results, parts.splits.test), *_hints(parts, results)]
 
 
-def majority(results: Sequence[Result], test: LabeledImages) -> list[str]:
+def majority_notes(results: Sequence[Result], test: LabeledImages) -> list[str]:
     """Notes of accuracies that only repeat how common one class is among the test images."""
     given: dict[tuple[str, str], set[int]] = {}
     for result in results:
@@ -232,7 +236,7 @@ def majority(results: Sequence[Result], test: LabeledImages) -> list[str]:
     return [note for note in (common_class(test.labels, test.classes), *constant) if note]
 
 
-def _same_draws(parts: EvaluationParts) -> list[str]:
+def _same_draw_notes(parts: EvaluationParts) -> list[str]:
     """A note where random images are all that there are, and so the same for every seed."""
     count, classes = training_data.images_per_class(parts.distilled), parts.distilled.classes
     drawn = any(arm.name == "random" for arm in parts.arms)
@@ -249,7 +253,7 @@ def _hints(parts: EvaluationParts, results: Sequence[Result]) -> list[str]:
     from dsdistill.published_sets import reader
 
     chance = float(np.bincount(parts.splits.test.labels).max() / len(parts.splits.test))
-    hint = reader.hint(max(found), chance, len(parts.splits.test))
+    hint = reader.chance_hint(max(found), chance, len(parts.splits.test))
     return [hint] if hint else []
 
 
@@ -259,7 +263,7 @@ def _print(found: Report, out: Path) -> None:
 
     table = Table("trained on", "learner", "test accuracy, %", "95 % interval", "n")
     for row in found.rows:
-        arm, count = wording.label(row.arm, row.augmented), str(len(row.results))
+        arm, count = wording.arm_label(row.arm, row.augmented), str(len(row.results))
         learner, accuracy = printable(row.learner), printable(wording.accuracy(row))
         table.add_row(arm, learner, accuracy, wording.interval(row), count)
     shown = console(soft_wrap=True)

@@ -10,9 +10,14 @@ from dsdistill.commands import export, training_data
 from dsdistill.harness import lists
 from dsdistill.harness.data import datasets, distilled_set, origin, preprocess, provenance
 from dsdistill.harness.data.datasets import Splits
-from dsdistill.harness.data.distilled_set import Distilled
-from dsdistill.harness.data.labeled_images import Examples, LabeledImages, balanced, iterate_chunks
-from dsdistill.harness.errors import UserError, unknown
+from dsdistill.harness.data.distilled_set import DistilledSet
+from dsdistill.harness.data.labeled_images import (
+    Examples,
+    LabeledImages,
+    draw_balanced,
+    iterate_chunks,
+)
+from dsdistill.harness.errors import UserError, unknown_name
 from dsdistill.harness.evaluation import controls
 from dsdistill.harness.evaluation.held_out import HeldOut
 from dsdistill.harness.evaluation.protocol import Arm, Augmentable, Learner
@@ -21,10 +26,17 @@ from dsdistill.options import EvaluateOptions
 from dsdistill.published_sets import reader
 from dsdistill.published_sets.reader import StatedFormat
 
-JUDGED = 2000  # validation images, class-balanced, that choose rates and calibrate
-RIDGE = 1e-6  # relative, of kernel ridge regression on a set that does not say its own
-KERNEL = "fc"  # of `ridge` on a set that was made without a kernel
-STATED = ("pixels", "labels", "mean", "std", "layout", "tiles")  # options of a set from elsewhere
+MAX_VALIDATION_IMAGES = 2000  # validation images, class-balanced, that choose rates and calibrate
+DEFAULT_RIDGE = 1e-6  # relative, of kernel ridge regression on a set that does not say its own
+DEFAULT_KERNEL = "fc"  # of `ridge` on a set that was made without a kernel
+FORMAT_OPTIONS = (
+    "pixels",
+    "labels",
+    "mean",
+    "std",
+    "layout",
+    "tiles",
+)  # options of a set from elsewhere
 OF_ITS_DATA = ("image_size", "channels")  # how the data of one are read
 
 
@@ -42,7 +54,7 @@ class EvaluationParts:
         augment: Whether those that can are trained with augmentation too.
     """
 
-    distilled: Distilled
+    distilled: DistilledSet
     splits: Splits
     train: Examples
     judges: HeldOut
@@ -70,25 +82,26 @@ def assemble(options: EvaluateOptions) -> EvaluationParts:
         UserError: If anything is unknown, missing or does not fit together.
     """
     _check(options)
-    names = lists.names("--controls", options.controls, empty=True)
+    names = lists.parse_names("--controls", options.controls, empty=True)
     for name in names:
         if name not in controls.CONTROLS:
-            raise unknown("control", name, controls.CONTROLS)
-    distilled, splits = _loaded(options)
+            raise unknown_name("control", name, controls.CONTROLS)
+    distilled, splits = _load_set(options)
     if not len(splits.validation):
         raise UserError(
             f"{splits.name} has too few images to hold any out for validation, by which learning "
             "rates are chosen: evaluate with more images of each class"
         )
     learners = [
-        _learner(name, distilled, options) for name in lists.names("--learners", options.learners)
+        _learner(name, distilled, options)
+        for name in lists.parse_names("--learners", options.learners)
     ]
     train = Examples(splits.train, distilled.preprocess)
     check_controls(names, splits.train, training_data.images_per_class(distilled))
     data = {
         "sha256": splits.digest,
         "train": len(splits.train),
-        "preprocess": training_data.prepared(distilled.preprocess),
+        "preprocess": training_data.preprocess_digest(distilled.preprocess),
     }
     teacher = None
     if options.teacher is not None:
@@ -97,14 +110,14 @@ def assemble(options: EvaluateOptions) -> EvaluationParts:
         classes, shape = splits.train.classes, splits.train.shape
         prepared, device = distilled.preprocess, options.device
         class_map = options.teacher_class_map
-        teacher = answers.of(options.teacher, prepared, shape, classes, device, class_map)
+        teacher = answers.load(options.teacher, prepared, shape, classes, device, class_map)
     taught_by = None if teacher is None else teacher.digest
     return EvaluationParts(
         distilled,
         splits,
         train,
         HeldOut(
-            Examples(_few(splits.validation), distilled.preprocess),
+            Examples(_limit_validation(splits.validation), distilled.preprocess),
             Examples(splits.test, distilled.preprocess),
             teacher,
             {
@@ -115,7 +128,9 @@ def assemble(options: EvaluateOptions) -> EvaluationParts:
                 "teacher": taught_by,
             },
         ),
-        training_data.of(distilled, train, names, data=data, teacher=teacher, taught_by=taught_by),
+        training_data.arms(
+            distilled, train, names, data=data, teacher=teacher, taught_by=taught_by
+        ),
         learners,
         options.augment != "none",
     )
@@ -145,20 +160,20 @@ def check_controls(names: Sequence[str], train: LabeledImages, per_class: int) -
         )
 
 
-def _loaded(options: EvaluateOptions) -> tuple[Distilled, Splits]:
+def _load_set(options: EvaluateOptions) -> tuple[DistilledSet, Splits]:
     """The set and the data it was made from."""
     distilled, default = export.read(options.run), EvaluateOptions(options.run)
-    if distilled is None and reader.is_foreign(options.run):
-        return _published(options)
+    if distilled is None and reader.is_published_set(options.run):
+        return _load_published(options)
     distilled = distilled or distilled_set.load(distilled_set.locate(options.run))
-    for name in (*STATED, *OF_ITS_DATA):
+    for name in (*FORMAT_OPTIONS, *OF_ITS_DATA):
         if getattr(options, name) != getattr(default, name):
             option = name.replace("_", "-")
             raise UserError(f"--{option} is for sets from elsewhere: {options.run} says it itself")
     return distilled, _splits(distilled, options)
 
 
-def _published(options: EvaluateOptions) -> tuple[Distilled, Splits]:
+def _load_published(options: EvaluateOptions) -> tuple[DistilledSet, Splits]:
     if options.data is None:
         raise UserError(
             f"{options.run} does not say what it was distilled from: add --data, such as "
@@ -168,10 +183,10 @@ def _published(options: EvaluateOptions) -> tuple[Distilled, Splits]:
         options.data,
         root=options.data_root,
         image_size=options.image_size,
-        validation_fraction=origin.VALIDATION_FRACTION,
+        validation_fraction=origin.DEFAULT_VALIDATION_FRACTION,
         channels=options.channels,
     )
-    stated = StatedFormat(**{name: getattr(options, name) for name in STATED})
+    stated = StatedFormat(**{name: getattr(options, name) for name in FORMAT_OPTIONS})
     fitted = preprocess.fit("standardise", splits.train.chunks, splits.train.shape)
 
     chunks = functools.partial(iterate_chunks, (splits.train, splits.validation))
@@ -182,7 +197,7 @@ def _published(options: EvaluateOptions) -> tuple[Distilled, Splits]:
     return loaded, splits
 
 
-def _splits(distilled: Distilled, options: EvaluateOptions) -> Splits:
+def _splits(distilled: DistilledSet, options: EvaluateOptions) -> Splits:
     """The data set that the set was made from, split as it was then."""
     data = options.data or origin.source(options.run, distilled)
     if data is None:
@@ -191,27 +206,27 @@ def _splits(distilled: Distilled, options: EvaluateOptions) -> Splits:
             "--data cifar10"
         )
     splits = origin.load(options.run, distilled, data, root=options.data_root)
-    origin.check(options.run, distilled, splits, data)
+    origin.check_same_data(options.run, distilled, splits, data)
     return splits
 
 
-def _few(validation: LabeledImages) -> LabeledImages:
+def _limit_validation(validation: LabeledImages) -> LabeledImages:
     """Enough of the validation images, the same for everything that they judge."""
-    rows = balanced(validation.labels, JUDGED, np.random.default_rng(0))
+    rows = draw_balanced(validation.labels, MAX_VALIDATION_IMAGES, np.random.default_rng(0))
     return validation.select(np.sort(rows)) if len(rows) < len(validation) else validation
 
 
-def _learner(name: str, distilled: Distilled, options: EvaluateOptions) -> Learner:
+def _learner(name: str, distilled: DistilledSet, options: EvaluateOptions) -> Learner:
     base, _, kernel = name.partition(":")
     if base == "ridge":
         return _ridge(name, kernel, distilled)
-    from kd.evaluation.learners import learner
+    from kd.evaluation.learners import network_learner
 
     flip = options.augment == "crop-flip"
-    return learner(name, steps=options.steps, device=options.device, flip=flip)
+    return network_learner(name, steps=options.steps, device=options.device, flip=flip)
 
 
-def _ridge(name: str, kernel: str, distilled: Distilled) -> Learner:
+def _ridge(name: str, kernel: str, distilled: DistilledSet) -> Learner:
     from dsdistill.kernels import networks
     from dsdistill.methods import ridge
 
@@ -219,9 +234,9 @@ def _ridge(name: str, kernel: str, distilled: Distilled) -> Learner:
     depth, std = None, {}
     if not kernel:
         needed = ("kernel", "depth", "w_std", "b_std")
-        provenance.require("the distilled set", made, [f"config.{part}" for part in needed])
+        provenance.require_usable("the distilled set", made, [f"config.{part}" for part in needed])
         # Of several kernels, the one that judged.
-        kernel = lists.names("--kernel", made.judge or KERNEL)[0]
+        kernel = lists.parse_names("--kernel", made.judge or DEFAULT_KERNEL)[0]
         if ":" in kernel:
             raise UserError(
                 f"the distilled set was made with the kernel {kernel}, which is code, and a file "
@@ -232,8 +247,8 @@ def _ridge(name: str, kernel: str, distilled: Distilled) -> Learner:
         known = {"w_std": made.w_std, "b_std": made.b_std}
         std = {part: value for part, value in known.items() if value is not None}
     found = networks.parse(kernel, depth, **std)
-    provenance.require("the distilled set", made, ["evaluation_ridge"])
-    value = RIDGE if made.ridge is None else made.ridge
+    provenance.require_usable("the distilled set", made, ["evaluation_ridge"])
+    value = DEFAULT_RIDGE if made.ridge is None else made.ridge
     # What a module of the user holds may change under its name.
     identity = None if ":" in kernel else {"kernel": found.name, "ridge": value, **std}
-    return ridge.Ridge(found, value, name, identity=identity)
+    return ridge.RidgeLearner(found, value, name, identity=identity)

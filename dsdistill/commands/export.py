@@ -14,17 +14,20 @@ import numpy as np
 
 from dsdistill.harness import checksums, memory
 from dsdistill.harness.data import distilled_set
-from dsdistill.harness.data.distilled_set import ArtifactError, Distilled
+from dsdistill.harness.data.distilled_set import DistilledSet, DistilledSetError
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress, run_folder
 
 SUFFIX = {"folder": "", "npz": ".npz", "torch": ".pt"}
-NAMES = "classes.json"  # in a folder of pictures: class folder -> class
-HEADER = (distilled_set.KEY, checksums.SHA256)  # strings by which `read` knows an export
-BYTES = 100  # that a folder's name may take; file systems allow 255
-CLIPPED = 0.01  # share of clipped values from which it is said
+CLASSES_FILE = "classes.json"  # in a folder of pictures: class folder -> class
+HEADER_KEYS = (
+    distilled_set.HEADER_KEY,
+    checksums.CHECKSUM_KEY,
+)  # strings by which `read` knows an export
+MAX_FOLDER_NAME_BYTES = 100  # that a folder's name may take; file systems allow 255
+MIN_REPORTED_CLIPPING = 0.01  # share of clipped values from which it is said
 # What Windows keeps for itself, with any suffix.
-RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
+WINDOWS_RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 
 
 def write(path: Path, kind: str, out: Path | None) -> Path:
@@ -59,7 +62,7 @@ def write(path: Path, kind: str, out: Path | None) -> Path:
         raise UserError(f"--out must end in {SUFFIX[kind]} for --format {kind}, got {out}")
     if os.path.lexists(out):
         raise UserError(f"{out} exists already: choose another --out")
-    writers: dict[str, Callable[[Path, Distilled], None]] = {
+    writers: dict[str, Callable[[Path, DistilledSet], None]] = {
         "folder": _write_folder,
         "npz": _write_npz,
         "torch": _write_torch,
@@ -74,7 +77,7 @@ def write(path: Path, kind: str, out: Path | None) -> Path:
     return out
 
 
-def read(path: Path) -> Distilled | None:
+def read(path: Path) -> DistilledSet | None:
     """The set that `write` has written as `npz` or `torch`; None for any other file.
 
     Raises:
@@ -86,15 +89,15 @@ def read(path: Path) -> Distilled | None:
         found = _read_npz(path) if path.suffix == ".npz" else _read_torch(path)
     except Exception:  # the reader of published sets says what it is
         return None
-    if not isinstance(found, dict) or not set(HEADER) <= found.keys():
+    if not isinstance(found, dict) or not set(HEADER_KEYS) <= found.keys():
         return None
-    metadata = {name: found[name] for name in HEADER}
+    metadata = {name: found[name] for name in HEADER_KEYS}
     names = {"images": "images", "labels": "labels"}
     names |= {part: f"preprocess.{part}" for part in ("mean", "std", "whiten", "unwhiten")}
     tensors = {names[key]: value for key, value in found.items() if key in names}
     texts = all(isinstance(text, str) for text in metadata.values())
     if not texts or not all(isinstance(array, np.ndarray) for array in tensors.values()):
-        raise ArtifactError(f"{path} is an export that holds something other than arrays")
+        raise DistilledSetError(f"{path} is an export that holds something other than arrays")
     return distilled_set.unpack(path, metadata, tensors)
 
 
@@ -103,10 +106,10 @@ def folder_names(classes: Sequence[str]) -> tuple[str, ...]:
 
     A name that is safe by itself is kept; of two that differ in case alone, the first.
     """
-    safe = [_safe(name) for name in classes]
+    safe = [_safe_name(name) for name in classes]
     # Names that need no change have the first choice, whatever the order of the classes.
     order = sorted(range(len(classes)), key=lambda k: safe[k] != classes[k])
-    taken, names = {NAMES}, list(safe)
+    taken, names = {CLASSES_FILE}, list(safe)
     for k in order:
         count = 1
         while unicodedata.normalize("NFC", names[k]).casefold() in taken:
@@ -116,20 +119,20 @@ def folder_names(classes: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _safe(name: str) -> str:
+def _safe_name(name: str) -> str:
     """The name in letters that are safe in a path, and not hidden."""
     text = unicodedata.normalize("NFC", name)
     text = re.sub(r"[/\\]", "-", text)
     text = "".join(c if c.isprintable() and c not in '<>:"|?*' else "_" for c in text)
-    while len(text.encode()) > BYTES:
+    while len(text.encode()) > MAX_FOLDER_NAME_BYTES:
         text = text[:-1]
     text = text.strip(" ").rstrip(". ")
-    if not text or text.startswith((".", "-")) or RESERVED.fullmatch(text):
+    if not text or text.startswith((".", "-")) or WINDOWS_RESERVED.fullmatch(text):
         text = f"_{text}"
     return text
 
 
-def _arrays(distilled: Distilled) -> dict[str, np.ndarray]:
+def _arrays(distilled: DistilledSet) -> dict[str, np.ndarray]:
     fitted = distilled.preprocess
     named = {
         "images": distilled.images,
@@ -143,7 +146,7 @@ def _arrays(distilled: Distilled) -> dict[str, np.ndarray]:
     return {name: np.ascontiguousarray(a) for name, a in named.items() if a is not None}
 
 
-def _write_npz(path: Path, distilled: Distilled) -> None:
+def _write_npz(path: Path, distilled: DistilledSet) -> None:
     metadata, _ = distilled_set.pack(path, distilled)
     texts = {name: np.array(text) for name, text in metadata.items()}
     # As bytes that NumPy takes for text: it knows no lone halves of surrogate pairs.
@@ -153,7 +156,7 @@ def _write_npz(path: Path, distilled: Distilled) -> None:
         np.savez_compressed(opened, **named)
 
 
-def _write_torch(path: Path, distilled: Distilled) -> None:
+def _write_torch(path: Path, distilled: DistilledSet) -> None:
     import torch
 
     metadata, _ = distilled_set.pack(path, distilled)
@@ -165,12 +168,12 @@ def _write_torch(path: Path, distilled: Distilled) -> None:
 
 def _read_npz(path: Path) -> Any:
     with np.load(path, allow_pickle=False) as file:
-        if not set(HEADER) <= set(file.files):
+        if not set(HEADER_KEYS) <= set(file.files):
             return None
         size = sum(info.file_size for info in file.zip.infolist())
         memory.require(2 * size, str(path), "take a smaller set")
         found = {name: file[name] for name in file.files if name != "classes"}
-    return {name: str(a) if name in HEADER else a for name, a in found.items()}
+    return {name: str(a) if name in HEADER_KEYS else a for name, a in found.items()}
 
 
 def _read_torch(path: Path) -> Any:
@@ -182,7 +185,7 @@ def _read_torch(path: Path) -> Any:
     return {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in found.items()}
 
 
-def _write_folder(path: Path, distilled: Distilled) -> None:
+def _write_folder(path: Path, distilled: DistilledSet) -> None:
     from PIL import Image
 
     if distilled.images.shape[-1] not in (1, 3):
@@ -204,8 +207,8 @@ def _write_folder(path: Path, distilled: Distilled) -> None:
     used = {names[label]: distilled.classes[label] for label in distilled.hard_labels}
     # Escaped, so that a name with half a surrogate pair can be written too.
     text = json.dumps(dict(sorted(used.items())), indent=2)
-    run_folder.write_bytes(path / NAMES, f"{text}\n".encode())
-    if clipped >= CLIPPED:
+    run_folder.write_bytes(path / CLASSES_FILE, f"{text}\n".encode())
+    if clipped >= MIN_REPORTED_CLIPPING:
         progress.say(
             f"{clipped:.1%} of the pixel values lie beyond black and white and are clipped in the "
             "PNGs, which are for the eye: train on --format npz or torch, which keep every number"

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from dsdistill.harness.data import distilled_set
-from dsdistill.harness.memory import readable
-from dsdistill.harness.runs.progress import clock
+from dsdistill.harness.memory import format_bytes
+from dsdistill.harness.runs.progress import format_clock
 from dsdistill.harness.text import console, printable
 
-DEPTH = 6  # levels of a provenance that are shown as rows of their own
+MAX_ROW_DEPTH = 6  # levels of a provenance that are shown as rows of their own
 
 
 def print_run(folder: Path) -> None:
@@ -20,7 +20,7 @@ def print_run(folder: Path) -> None:
         f"{folder}: {len(distilled)} images of {data['name']}, "
         f"test accuracy {metrics['test_accuracy']:.2%} by ridge regression "
         f"({metrics['initial_test_accuracy']:.2%} before), "
-        f"kernel {distilled.provenance['kernel']}, {clock(distilled.provenance['seconds'])}"
+        f"kernel {distilled.provenance['kernel']}, {format_clock(distilled.provenance['seconds'])}"
     )
     print(printable(line))
     if stopped := distilled.provenance.get("stopped"):
@@ -45,12 +45,12 @@ def print_set(path: Path, *, as_json: bool) -> None:
     from rich.table import Table
 
     table = Table(show_header=False, box=None)
-    for name, value in _flat(described):
-        table.add_row(printable(name), printable(_words(name, value)))
+    for name, value in _flatten(described):
+        table.add_row(printable(name), printable(_format_value(name, value)))
     console(soft_wrap=True).print(table)
 
 
-def describe(distilled: distilled_set.Distilled) -> dict[str, Any]:
+def describe(distilled: distilled_set.DistilledSet) -> dict[str, Any]:
     """Shape, encoding and provenance of a set, JSON-compatible."""
     own = {
         "images": list(distilled.images.shape),
@@ -64,17 +64,17 @@ def describe(distilled: distilled_set.Distilled) -> dict[str, Any]:
     return own | {k: v for k, v in distilled.provenance.items() if k not in own}
 
 
-def _flat(value: dict[str, Any], prefix: str = "", depth: int = 0) -> list[tuple[str, Any]]:
+def _flatten(value: dict[str, Any], prefix: str = "", depth: int = 0) -> list[tuple[str, Any]]:
     rows = []
     for name, item in value.items():
-        nested = isinstance(item, dict) and depth < DEPTH
-        rows += _flat(item, f"{prefix}{name}.", depth + 1) if nested else [(prefix + name, item)]
+        nested = isinstance(item, dict) and depth < MAX_ROW_DEPTH
+        rows += _flatten(item, f"{prefix}{name}.", depth + 1) if nested else [(prefix + name, item)]
     return rows
 
 
-def _words(name: str, value: Any) -> str:
+def _format_value(name: str, value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
     if name in ("bytes", "peak_memory") and type(value) is int:
-        return readable(value)
+        return format_bytes(value)
     return f"{value:.6g}" if isinstance(value, float) else str(value)

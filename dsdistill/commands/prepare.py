@@ -11,7 +11,7 @@ import numpy as np
 from dsdistill.harness import lists
 from dsdistill.harness.data import datasets, labeled_images, preprocess
 from dsdistill.harness.data.datasets import Splits
-from dsdistill.harness.data.distilled_set import Distilled
+from dsdistill.harness.data.distilled_set import DistilledSet
 from dsdistill.harness.data.labeled_images import Examples
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
@@ -22,8 +22,8 @@ from dsdistill.loops.phases import Phase
 from dsdistill.methods import augment, gauss_newton, initial_support, kip
 from dsdistill.options import KipOptions, LabelSolveOptions, RunOptions
 
-IMAGES_PER_CLASS = 10
-WARM_UP = 4  # a warm-up has a quarter of the steps unless it is said
+DEFAULT_IMAGES_PER_CLASS = 10
+WARM_UP_DIVISOR = 4  # a warm-up has a quarter of the steps unless it is said
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,7 @@ class Prepared:
     validation: Examples
     network: InfiniteNetwork
     images_per_class: int
-    init: Distilled | None
+    init: DistilledSet | None
     phases: tuple[Phase, ...]
     networks: tuple[InfiniteNetwork, ...]
 
@@ -78,15 +78,15 @@ def prepare(options: RunOptions) -> Prepared:
         channels=options.channels,
         classes=init.classes if init else None,
     )
-    _check_parts(options, splits)
+    _check_splits(options, splits)
     images_per_class = _images_per_class(options, splits, init)
     # Each once, in the order in which they are named.
     every = tuple(dict.fromkeys([*kernels, *(n for p in phases for n in p.objective.networks)]))
     for network in every:
         networks.check(network, splits.train.shape)
-        gram.plan(network, 1, 1, splits.train.shape, gradient=bool(phases))  # may refuse
+        gram.plan_tile(network, 1, 1, splits.train.shape, gradient=bool(phases))  # may refuse
         if isinstance(options, KipOptions) and options.optimizer == "gauss-newton":
-            gauss_newton.slopes(network)  # may refuse
+            gauss_newton.require_slopes(network)  # may refuse
     fitted = preprocess.fit(options.preprocess, splits.train.chunks, splits.train.shape)
     train, validation = Examples(splits.train, fitted), Examples(splits.validation, fitted)
     return Prepared(splits, train, validation, kernels[0], images_per_class, init, phases, every)
@@ -95,7 +95,7 @@ def prepare(options: RunOptions) -> Prepared:
 def _networks(
     option: str, text: str, options: RunOptions, depth: int | None = None
 ) -> tuple[InfiniteNetwork, ...]:
-    names = lists.names(option, text)
+    names = lists.parse_names(option, text)
     if depth is not None and len(names) > 1:
         raise UserError(
             f"--depth is for one kernel, got {text}: write it into the names, such as fc(3),conv(2)"
@@ -110,7 +110,9 @@ def _phases(options: KipOptions, kernels: tuple[InfiniteNetwork, ...]) -> tuple[
     if options.warm_up is None:
         return (main,)
     found = re.fullmatch(r"(.+):(-?[0-9]+)", options.warm_up)
-    name, steps = found.groups() if found else (options.warm_up, max(options.steps // WARM_UP, 1))
+    name, steps = (
+        found.groups() if found else (options.warm_up, max(options.steps // WARM_UP_DIVISOR, 1))
+    )
     if int(steps) < 1:
         raise UserError(f"--warm-up must have at least 1 step, got {options.warm_up}")
     return (_phase(options, _networks("--warm-up", name, options), int(steps)), main)
@@ -118,7 +120,7 @@ def _phases(options: KipOptions, kernels: tuple[InfiniteNetwork, ...]) -> tuple[
 
 def _phase(options: KipOptions, kernels: tuple[InfiniteNetwork, ...], steps: int) -> Phase:
     assert options.learning_rate is not None
-    objective = kip.Objective(
+    objective = kip.KipObjective(
         kernels,
         options.ridge,
         options.optimizer,
@@ -132,12 +134,12 @@ def _phase(options: KipOptions, kernels: tuple[InfiniteNetwork, ...], steps: int
     return Phase(objective, steps)
 
 
-def _images_per_class(options: RunOptions, splits: Splits, init: Distilled | None) -> int:
+def _images_per_class(options: RunOptions, splits: Splits, init: DistilledSet | None) -> int:
     if init is not None:
         return initial_support.check(init, splits.train, options.images_per_class)
     wanted = options.images_per_class
-    wanted = IMAGES_PER_CLASS if wanted is None else wanted
-    labeled_images.check_per_class(splits.train, wanted)
+    wanted = DEFAULT_IMAGES_PER_CLASS if wanted is None else wanted
+    labeled_images.check_images_per_class(splits.train, wanted)
     return wanted
 
 
@@ -156,7 +158,10 @@ def _check(options: RunOptions) -> None:
         raise UserError(f"--images-per-class must be at least 1, got {wanted}")
     if isinstance(options, KipOptions | LabelSolveOptions) and not options.ridge > 0:
         raise UserError(f"--ridge must be positive, got {options.ridge}")
-    if isinstance(options, LabelSolveOptions) and len(lists.names("--kernel", options.kernel)) > 1:
+    if (
+        isinstance(options, LabelSolveOptions)
+        and len(lists.parse_names("--kernel", options.kernel)) > 1
+    ):
         raise UserError(f"Label Solve takes one --kernel, got {options.kernel}")
     if isinstance(options, KipOptions):
         _check_kip(options)
@@ -178,7 +183,7 @@ def _check_kip(options: KipOptions) -> None:
     if not 0 <= options.corruption <= 1:
         raise UserError(f"--corruption must be a fraction in [0, 1], got {options.corruption}")
     assert options.target_batch is not None
-    timing.parse(options.target_batch)
+    timing.parse_target_batch(options.target_batch)
 
 
 def _check_gauss_newton(options: KipOptions) -> None:
@@ -191,7 +196,7 @@ def _check_gauss_newton(options: KipOptions) -> None:
         )
 
 
-def _check_parts(options: RunOptions, splits: Splits) -> None:
+def _check_splits(options: RunOptions, splits: Splits) -> None:
     """Refuse data without test images, and say where there are none to choose by."""
     if not len(splits.test):
         raise UserError(

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from dsdistill.harness.runs import run_folder
 from dsdistill.options import (
-    DEFAULTS,
+    OPTIMIZER_DEFAULTS,
     EvaluateOptions,
     KipOptions,
     LabelSolveOptions,
@@ -16,7 +16,7 @@ from dsdistill.options import (
 METHODS = ("kip", "ls")
 
 
-def distil(method: str, config: Mapping[str, Any]) -> str | None:
+def distil_line(method: str, config: Mapping[str, Any]) -> str | None:
     """The command that made a set of `dsdistill kip` or `ls`; None if its file does not say it.
 
     Args:
@@ -26,12 +26,12 @@ def distil(method: str, config: Mapping[str, Any]) -> str | None:
     defaults = vars(LabelSolveOptions())
     if method == "kip":
         optimizer = config.get("optimizer", KipOptions.optimizer)
-        if not isinstance(optimizer, str) or optimizer not in DEFAULTS:
+        if not isinstance(optimizer, str) or optimizer not in OPTIMIZER_DEFAULTS:
             return None
         defaults = vars(with_defaults(KipOptions(optimizer=cast(Any, optimizer)))) | {
             "optimizer": KipOptions.optimizer
         }
-    data, more = config.get("data"), config.get(run_folder.CHOSEN, {})
+    data, more = config.get("data"), config.get(run_folder.CHOSEN_KEY, {})
     if method not in METHODS or not isinstance(data, str) or not isinstance(more, Mapping):
         return None
     chosen = {**config, **more}
@@ -42,15 +42,15 @@ def distil(method: str, config: Mapping[str, Any]) -> str | None:
     return line if line.isprintable() else None
 
 
-def evaluation(options: EvaluateOptions) -> str:
+def evaluate_line(options: EvaluateOptions) -> str:
     """Of an evaluation."""
-    given = {k: v for k, v in vars(options).items() if k not in _PLACES}
+    given = {k: v for k, v in vars(options).items() if k not in _LOCATION_OPTIONS}
     return _line(
         ["dsdistill", "evaluate", str(options.run)], given, vars(EvaluateOptions(options.run))
     )
 
 
-_PLACES = ("run", "out", "resume", "cache", "data_root")
+_LOCATION_OPTIONS = ("run", "out", "resume", "cache", "data_root")
 
 
 def _line(words: list[str], given: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:

@@ -8,22 +8,22 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from dsdistill.harness.data.distilled_set import Distilled
+from dsdistill.harness.data.distilled_set import DistilledSet
 from dsdistill.harness.data.labeled_images import Examples
 from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.evaluation import controls, metrics
 from dsdistill.harness.evaluation.protocol import Arm
 
-Logits = Callable[[Float[np.ndarray, "n h w c"]], Float[np.ndarray, "n k"]]
+LogitFunction = Callable[[Float[np.ndarray, "n h w c"]], Float[np.ndarray, "n k"]]
 
 
-def of(
-    distilled: Distilled,
+def arms(
+    distilled: DistilledSet,
     train: Examples,
     names: Sequence[str],
     *,
     data: Any,
-    teacher: Logits | None = None,
+    teacher: LogitFunction | None = None,
     taught_by: Any = None,
 ) -> list[Arm]:
     """All arms, the distilled set's first.
@@ -41,16 +41,16 @@ def of(
     same = np.array_equal(hard.labels(), stored.labels())
     per_class = images_per_class(distilled)
     found = [
-        _fixed("distilled", stored, {"set": digest(distilled)}),
+        _fixed_arm("distilled", stored, {"set": digest(distilled)}),
         replace(
-            _fixed("distilled-hard", hard, {"set": digest(distilled)}),
+            _fixed_arm("distilled-hard", hard, {"set": digest(distilled)}),
             like="distilled" if same else None,
         ),
     ]
     if teacher is not None:
         relabelled = replace(stored, targets=_answers(teacher, stored))
         key = {"set": digest(distilled), "teacher": taught_by}
-        found.append(_fixed("distilled-teacher", relabelled, key))
+        found.append(_fixed_arm("distilled-teacher", relabelled, key))
     return found + [
         replace(
             controls.arm(name, train, per_class),
@@ -61,20 +61,20 @@ def of(
     ]
 
 
-def images_per_class(distilled: Distilled) -> int:
+def images_per_class(distilled: DistilledSet) -> int:
     """Of the controls: as many as the set has in all, shared out evenly."""
     return max(len(distilled) // len(distilled.classes), 1)
 
 
-def digest(distilled: Distilled) -> str:
+def digest(distilled: DistilledSet) -> str:
     """SHA-256 of images, labels and preprocessing."""
-    sha = hashlib.sha256(prepared(distilled.preprocess).encode())
+    sha = hashlib.sha256(preprocess_digest(distilled.preprocess).encode())
     for array in (distilled.images, distilled.labels):
         sha.update(repr(array.shape).encode() + np.ascontiguousarray(array).tobytes())
     return sha.hexdigest()
 
 
-def prepared(preprocess: Preprocess) -> str:
+def preprocess_digest(preprocess: Preprocess) -> str:
     """SHA-256 of a preprocessing."""
     sha = hashlib.sha256(f"{preprocess.kind} {preprocess.contrast}".encode())
     for array in (preprocess.mean, preprocess.std, preprocess.whiten):
@@ -82,11 +82,11 @@ def prepared(preprocess: Preprocess) -> str:
     return sha.hexdigest()
 
 
-def _fixed(name: str, examples: Examples, identity: dict[str, Any]) -> Arm:
+def _fixed_arm(name: str, examples: Examples, identity: dict[str, Any]) -> Arm:
     return Arm(name, lambda seed: examples, fixed=True, identity=identity, images=len(examples))
 
 
-def _answers(teacher: Logits, examples: Examples) -> Float[np.ndarray, "n k"]:
+def _answers(teacher: LogitFunction, examples: Examples) -> Float[np.ndarray, "n k"]:
     """The teacher's probabilities, in the encoding of the stored labels: minus 1/k."""
     logits = np.concatenate([teacher(examples.images(rows)) for rows in examples.batches()])
     return (metrics.softmax(logits) - 1 / logits.shape[1]).astype(np.float32)

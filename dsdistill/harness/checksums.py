@@ -17,7 +17,7 @@ import safetensors.numpy
 
 from dsdistill.harness.errors import UserError, one_line
 
-SHA256 = "sha256"  # key of the checksum in a file's metadata
+CHECKSUM_KEY = "sha256"  # key of the checksum in a file's metadata
 
 
 class Content(NamedTuple):
@@ -68,7 +68,7 @@ def metadata(key: str, text: str, arrays: Mapping[str, np.ndarray]) -> dict[str,
         text: The description as JSON.
         arrays: As for `digest`.
     """
-    return {key: text, SHA256: digest(text, arrays)}
+    return {key: text, CHECKSUM_KEY: digest(text, arrays)}
 
 
 def pack(key: str, text: str, arrays: Mapping[str, np.ndarray]) -> bytes:
@@ -144,7 +144,7 @@ def unpack(
         UserError: Of class `error`, if the checksum differs or is missing and required, or if the
             description is not JSON.
     """
-    expected = header.get(SHA256)
+    expected = header.get(CHECKSUM_KEY)
     if (expected is not None or required) and expected != digest(header[key], arrays):
         raise error(f"{path} is damaged: its contents do not match its checksum{remedy}")
     try:

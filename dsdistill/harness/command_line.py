@@ -28,7 +28,7 @@ def main(prog: str, description: str, commands: Commands, stopped: str) -> None:
         commands: Name -> class of its options, and what runs them. That may raise `UserError` or
             `OSError` for what the user can mend.
         stopped: What to say after Ctrl-C or SIGTERM, which end a command the same way, unless it
-            says itself what is kept (`stopping.Stopped`).
+            says itself what is kept (`stopping.StopInterrupt`).
 
     Raises:
         SystemExit: With code 0 after a help page; with code 2 and one line if the command line
@@ -63,15 +63,18 @@ def _parse(prog: str, description: str, commands: Mapping[str, type]) -> Any:
             )
     except SystemExit as stop:
         if stop.code:
-            print(printable(f"{prog}: {_one_line(box.getvalue(), commands)}"), file=sys.stderr)
+            print(
+                printable(f"{prog}: {_shorten_tyro_message(box.getvalue(), commands)}"),
+                file=sys.stderr,
+            )
         raise
 
 
-def _one_line(box: str, commands: Iterable[str]) -> str:
+def _shorten_tyro_message(box: str, commands: Iterable[str]) -> str:
     """tyro's framed message as one line, with the nearest known name."""
     lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
     message = " ".join(itertools.takewhile(lambda line: not line.startswith("─"), lines))
-    near = _suggested_option(lines) or _nearest_choice(message) or _nearest(message, commands)
+    near = _suggested_option(lines) or _nearest_choice(message) or _nearest_name(message, commands)
     return message.rstrip(".") + (f"; did you mean {near}?" if near else "")
 
 
@@ -82,9 +85,9 @@ def _suggested_option(lines: list[str]) -> str | None:
 
 def _nearest_choice(message: str) -> str | None:
     found = re.search(r"invalid choice '(.*?)'.*Expected one of \((.*)\)", message)
-    return _nearest(found[1], re.findall(r"'(.*?)'", found[2])) if found else None
+    return _nearest_name(found[1], re.findall(r"'(.*?)'", found[2])) if found else None
 
 
-def _nearest(text: str, known: Iterable[str]) -> str | None:
+def _nearest_name(text: str, known: Iterable[str]) -> str | None:
     """The known name that is nearest to the last word."""
     return next(iter(difflib.get_close_matches(text.split()[-1], known, n=1)), None)

@@ -32,7 +32,7 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def unknown(what: str, got: str, known: Iterable[str]) -> UserError:
+def unknown_name(what: str, got: str, known: Iterable[str]) -> UserError:
     """An error for a name that is not in a table: lists the known names, the nearest first in mind.
 
     Args:

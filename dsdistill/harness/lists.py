@@ -3,7 +3,7 @@
 from dsdistill.harness.errors import UserError
 
 
-def names(option: str, text: str, *, empty: bool = False) -> list[str]:
+def parse_names(option: str, text: str, *, empty: bool = False) -> list[str]:
     """The names of a list such as `conv,fc(3)`. A comma within brackets does not split.
 
     Args:
@@ -14,7 +14,7 @@ def names(option: str, text: str, *, empty: bool = False) -> list[str]:
     Raises:
         UserError: If there is none, or one comes twice.
     """
-    found = [name.strip() for name in _split(text) if name.strip()]
+    found = [name.strip() for name in _split_outside_brackets(text) if name.strip()]
     if not found and not empty:
         raise UserError(f"{option} must name at least one")
     if len(set(found)) < len(found):
@@ -22,7 +22,7 @@ def names(option: str, text: str, *, empty: bool = False) -> list[str]:
     return found
 
 
-def _split(text: str) -> list[str]:
+def _split_outside_brackets(text: str) -> list[str]:
     parts, depth = [""], 0
     for character in text:
         depth += (character in "([") - (character in ")]")

@@ -11,14 +11,14 @@ from dsdistill.harness import memory
 _CPUS = Path("/proc/cpuinfo")
 
 
-def described(accelerators: Iterable[str] = ()) -> str:
+def describe(accelerators: Iterable[str] = ()) -> str:
     """Processor, cores, memory and system, as in `AMD EPYC, 2 cores, 23.5 GiB, Linux x86_64`.
 
     Args:
         accelerators: Names of those that were used; they come last.
     """
     cores = psutil.cpu_count() or 1
-    size = memory.readable(psutil.virtual_memory().total)
+    size = memory.format_bytes(psutil.virtual_memory().total)
     system = f"{platform.system()} {platform.machine()}"
     parts = (_processor(), f"{cores} core{'s' * (cores > 1)}", size, system, *accelerators)
     return ", ".join(parts)

@@ -42,10 +42,12 @@ def require(needed: int, purpose: str, remedy: str) -> None:
     """
     free = available()
     if needed > free:
-        raise UserError(f"{purpose} needs {readable(needed)}, {readable(free)} is free: {remedy}")
+        raise UserError(
+            f"{purpose} needs {format_bytes(needed)}, {format_bytes(free)} is free: {remedy}"
+        )
 
 
-def readable(size: float) -> str:
+def format_bytes(size: float) -> str:
     """A byte count for people, such as 1.5 GiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:

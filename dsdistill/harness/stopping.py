@@ -25,15 +25,17 @@ Value = TypeVar("Value")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Seconds in which a second signal counts as the first: a launcher passes on a Ctrl-C that the
 # terminal has sent to its processes as well.
-ECHO = 1.0
-AGAIN = 0.02  # seconds of computing after which a signal that came in a callback is looked at again
+ECHO_SECONDS = 1.0
+RETRY_SECONDS = (
+    0.02  # seconds of computing after which a signal that came in a callback is looked at again
+)
 
 
-class Stopped(KeyboardInterrupt):
+class StopInterrupt(KeyboardInterrupt):
     """A command that was told to stop; the message says what is kept and how it goes on."""
 
 
-class Flag:
+class StopFlag:
     """The handler of both signals.
 
     Attributes:
@@ -50,7 +52,7 @@ class Flag:
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.requested and now - self._since < ECHO:
+        if self.requested and now - self._since < ECHO_SECONDS:
             return
         first, self.requested, self._since = not self.requested, True, now
         if self.waits and first:
@@ -77,7 +79,7 @@ class Flag:
                 self._interrupt(frame)
 
         signal.signal(signal.SIGVTALRM, again)
-        signal.setitimer(signal.ITIMER_VIRTUAL, AGAIN)
+        signal.setitimer(signal.ITIMER_VIRTUAL, RETRY_SECONDS)
 
     def check(self) -> None:
         """End what is at work if a stop was asked for.
@@ -102,7 +104,7 @@ def _in_callback(frame: FrameType | None) -> bool:
 
 
 @contextlib.contextmanager
-def handle_signals() -> Iterator[Flag]:
+def handle_signals() -> Iterator[StopFlag]:
     """Let both signals raise KeyboardInterrupt, and be noticed by every `watch` inside.
 
     For a command. A signal that is ignored stays so, as SIGINT is in a shell's background.
@@ -111,7 +113,7 @@ def handle_signals() -> Iterator[Flag]:
         The flag. In a thread other than the main one, and where another library handles the
         signals, it follows nothing.
     """
-    flag, before = Flag(), {}
+    flag, before = StopFlag(), {}
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
@@ -126,14 +128,14 @@ def handle_signals() -> Iterator[Flag]:
 
 
 @contextlib.contextmanager
-def watch() -> Iterator[Flag]:
+def watch() -> Iterator[StopFlag]:
     """Let the first signal set a flag instead of raising; for a loop that asks after each step.
 
     Yields:
         The flag; up already if an earlier exception of a signal was lost.
     """
     current = [signal.getsignal(number) for number in SIGNALS]
-    flags = [handler for handler in current if isinstance(handler, Flag)]
+    flags = [handler for handler in current if isinstance(handler, StopFlag)]
     with contextlib.nullcontext(flags[0]) if flags else handle_signals() as flag:
         waited, flag.waits = flag.waits, True
         try:
@@ -161,10 +163,10 @@ def explain_stop(command: Sequence[str] = (), result: Path | None = None) -> Ite
             message = "stopped before the run began: nothing was written"
         elif result is not None and result.exists():
             message = f"stopped; {result} is complete"
-        raise Stopped(message) from error
+        raise StopInterrupt(message) from error
 
 
-def interruptible(work: Callable[[], Value]) -> Value:
+def call_interruptibly(work: Callable[[], Value]) -> Value:
     """Call a function that spends minutes outside Python, where no handler runs before its end.
 
     A signal ends the wait for it. The work goes on in its thread, and ends with the process.

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-MOST = 32  # characters of a name in a plot
+MAX_NAME_CHARACTERS = 32  # characters of a name in a plot
 # Controls, marks without a width, halves of a surrogate pair, separators of lines and paragraphs.
-_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
-_BYTES = "".join(map(chr, range(0xDC80, 0xDD00)))  # as `os.fsdecode` keeps them
+_INVISIBLE_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")
+_ESCAPED_BYTES = "".join(map(chr, range(0xDC80, 0xDD00)))  # as `os.fsdecode` keeps them
 _JOINERS = "\u200c\u200d"  # within words of Persian and of Indic scripts, and within emoji
 
 
@@ -33,10 +33,10 @@ def printable(text: str) -> str:
         return text
     before, after = f" {text}", f"{text} "[1:]
     around = zip(before, text, after, strict=False)
-    return "".join(_seen(a, character, b) for a, character, b in around)
+    return "".join(_escape_character(a, character, b) for a, character, b in around)
 
 
-def shortened(text: str, most: int = MOST) -> str:
+def shorten(text: str, most: int = MAX_NAME_CHARACTERS) -> str:
     """The printable text, without its middle where it is longer than `most` characters.
 
     Names of one data set often begin alike, so the end is kept too.
@@ -48,7 +48,7 @@ def shortened(text: str, most: int = MOST) -> str:
     return f"{shown[: most - 1 - tail]}…{shown[-tail:]}"
 
 
-def some(names: Sequence[str]) -> str:
+def abbreviate_names(names: Sequence[str]) -> str:
     """The first few names for a message, and how many more there are."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
@@ -65,11 +65,11 @@ def console(*, stderr: bool = False, soft_wrap: bool = False) -> "Console":
     return Console(stderr=stderr, markup=False, emoji=False, soft_wrap=soft_wrap)
 
 
-def _seen(before: str, character: str, after: str) -> str:
-    if unicodedata.category(character) not in _UNSEEN:
+def _escape_character(before: str, character: str, after: str) -> str:
+    if unicodedata.category(character) not in _INVISIBLE_CATEGORIES:
         return character
     if character in _JOINERS and not before.isascii() and not after.isascii():
         return character
-    if character in _BYTES:
-        return f"\\x{ord(character) - ord(_BYTES[0]) + 0x80:02x}"
+    if character in _ESCAPED_BYTES:
+        return f"\\x{ord(character) - ord(_ESCAPED_BYTES[0]) + 0x80:02x}"
     return character.encode("unicode_escape").decode()

@@ -7,12 +7,12 @@ from jaxtyping import Float
 
 from dsdistill.kernels.networks import InfiniteNetwork
 
-CHUNK = 1000  # images of the second set at a time
+IMAGES_PER_CHUNK = 1000  # images of the second set at a time
 
-Images = Float[np.ndarray, "n h w c"]
+ImageSet = Float[np.ndarray, "n h w c"]
 
 
-def explained(network: InfiniteNetwork, support: Images, targets: Images) -> str:
+def explain_not_finite(network: InfiniteNetwork, support: ImageSet, targets: ImageSet) -> str:
     """The first place where the kernel between two sets of images is not finite, in words.
 
     Args:
@@ -20,20 +20,20 @@ def explained(network: InfiniteNetwork, support: Images, targets: Images) -> str
         support, targets: As the kernel took them; they are counted from 0.
     """
     for name, images in (("support image", support), ("target", targets)):
-        found = _alone(network, images)
+        found = _explain_image(network, images)
         if found is not None:
             return f"{name} {found}"
     kernel = jax.jit(network.kernel)
     for name, images in (("support image", support), ("target", targets)):
-        for first in range(0, len(images), CHUNK):
-            bad = ~np.isfinite(kernel(support, images[first : first + CHUNK]))
+        for first in range(0, len(images), IMAGES_PER_CHUNK):
+            bad = ~np.isfinite(kernel(support, images[first : first + IMAGES_PER_CHUNK]))
             if bad.any():
                 i, j = np.argwhere(bad)[0]
                 return f"the kernel of support image {i} with {name} {first + j} is not finite"
     return "the kernel itself is finite"
 
 
-def _alone(network: InfiniteNetwork, images: Images) -> str | None:
+def _explain_image(network: InfiniteNetwork, images: ImageSet) -> str | None:
     """The first image that is not finite by itself, and before which layer."""
     largest = np.abs(images).max((1, 2, 3))
     if not np.isfinite(largest).all():

@@ -20,8 +20,10 @@ from dsdistill.harness.errors import UserError
 from dsdistill.kernels.networks import InfiniteNetwork, Kernel
 from dsdistill.parallel import devices
 
-SHARE = 0.5  # of the free memory that one tile may take by its traced figure, see `peak_bytes`
-ENOUGH = 2**31  # bytes: a larger tile is not faster, and leaves less to others
+MAX_MEMORY_FRACTION = (
+    0.5  # of the free memory that one tile may take by its traced figure, see `peak_bytes`
+)
+MAX_TILE_BYTES = 2**31  # bytes: a larger tile is not faster, and leaves less to others
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Tile:
     columns: int
 
 
-def plan(
+def plan_tile(
     network: InfiniteNetwork,
     n: int,
     m: int,
@@ -53,8 +55,8 @@ def plan(
     Raises:
         UserError: If not even one pair fits; the message gives the figures.
     """
-    usable = SHARE * free()
-    budget = min(usable, ENOUGH)
+    usable = MAX_MEMORY_FRACTION * free_bytes()
+    budget = min(usable, MAX_TILE_BYTES)
 
     def cost(tile: Tile) -> int:
         return _traced_bytes(network.kernel, tile, shape, gradient, dtype)
@@ -64,14 +66,14 @@ def plan(
         return whole
     if cost(pair) > usable:
         raise UserError(
-            f"the kernel {network.name} needs {memory.readable(cost(pair))} for one pair of "
-            f"{shape[0]}x{shape[1]} images, and {memory.readable(usable)} can be used: "
+            f"the kernel {network.name} needs {memory.format_bytes(cost(pair))} for one pair of "
+            f"{shape[0]}x{shape[1]} images, and {memory.format_bytes(usable)} can be used: "
             "choose a smaller --image-size or another --kernel"
         )
-    return _grown(pair, whole, cost, budget)
+    return _grow(pair, whole, cost, budget)
 
 
-def _grown(tile: Tile, whole: Tile, cost: Callable[[Tile], int], budget: float) -> Tile:
+def _grow(tile: Tile, whole: Tile, cost: Callable[[Tile], int], budget: float) -> Tile:
     """The tile scaled up towards the budget, as square as the matrix allows.
 
     A tile's cost is a sum of parts proportional to 1, r, c and r c, so a side scaled by f scales
@@ -123,7 +125,7 @@ def _traced_bytes(
         value, pullback = jax.vjp(lambda a: kernel(a, b), a)
         return pullback(value)
 
-    work = devices.alone(with_gradient if gradient else kernel)
+    work = devices.on_one_device(with_gradient if gradient else kernel)
     traced = jax.make_jaxpr(work)(x1, x2)
     return peak_bytes(traced.jaxpr)
 
@@ -137,19 +139,19 @@ def peak_bytes(jaxpr: jex.Jaxpr) -> int:
     """
     last_use = {var: i for i, eqn in enumerate(jaxpr.eqns) for var in _variables(eqn.invars)}
     last_use |= dict.fromkeys(_variables(jaxpr.outvars), len(jaxpr.eqns))
-    live = peak = sum(map(_size, [*jaxpr.invars, *jaxpr.constvars]))
+    live = peak = sum(map(_count_bytes, [*jaxpr.invars, *jaxpr.constvars]))
     for i, eqn in enumerate(jaxpr.eqns):
-        inner = max((peak_bytes(j) for j in _inner(eqn)), default=0)
-        arguments = sum(map(_size, _variables(eqn.invars))) if inner else 0
-        made = sum(map(_size, eqn.outvars))
+        inner = max((peak_bytes(j) for j in _inner_jaxprs(eqn)), default=0)
+        arguments = sum(map(_count_bytes, _variables(eqn.invars))) if inner else 0
+        made = sum(map(_count_bytes, eqn.outvars))
         peak = max(peak, live + max(made, inner - arguments))
         live += made
         dead = {v for v in [*_variables(eqn.invars), *eqn.outvars] if last_use.get(v, -1) <= i}
-        live -= sum(map(_size, dead - {*jaxpr.invars, *jaxpr.constvars}))
+        live -= sum(map(_count_bytes, dead - {*jaxpr.invars, *jaxpr.constvars}))
     return peak
 
 
-def _inner(eqn: jex.JaxprEqn) -> list[jex.Jaxpr]:
+def _inner_jaxprs(eqn: jex.JaxprEqn) -> list[jex.Jaxpr]:
     """The computations inside a call, a loop or a branch."""
     values = [v for p in eqn.params.values() for v in (p if isinstance(p, tuple | list) else [p])]
     closed = [v.jaxpr for v in values if isinstance(v, jex.ClosedJaxpr)]
@@ -160,18 +162,18 @@ def _variables(atoms: Any) -> list[jex.Var]:
     return [atom for atom in atoms if not isinstance(atom, jex.Literal)]
 
 
-def _size(var: jex.Var) -> int:
+def _count_bytes(var: jex.Var) -> int:
     aval: Any = var.aval
     if not hasattr(aval, "shape"):
         return 0
     return math.prod(aval.shape) * aval.dtype.itemsize
 
 
-def free() -> float:
+def free_bytes() -> float:
     """Free bytes for one device, on the host that has the least."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":  # all of a host's share its memory
-        return devices.least(memory.available() / jax.local_device_count())
+        return devices.minimum(memory.available() / jax.local_device_count())
     stats = device.memory_stats() or {}
     limit = stats.get("bytes_limit", memory.available())
-    return devices.least(limit - stats.get("bytes_in_use", 0))
+    return devices.minimum(limit - stats.get("bytes_in_use", 0))

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dsdistill.harness.errors import UserError, one_line, unknown
+from dsdistill.harness.errors import UserError, one_line, unknown_name
 from dsdistill.kernels import neural_tangents, notation
 from dsdistill.kernels.conv import conv_kernel, variances
 from dsdistill.kernels.dense import fc_ntk
@@ -27,15 +27,15 @@ from dsdistill.kernels.notation import Architecture
 from dsdistill.parallel import devices
 
 Kernel = Callable[[Float[Array, "n h w c"], Float[Array, "m h w c"]], Float[Array, "n m"]]
-Diagonal = Callable[[Float[Array, "n h w c"]], Float[Array, " n"]]
-Symmetric = Callable[[Float[Array, "n h w c"]], Float[Array, "n n"]]
+KernelDiagonal = Callable[[Float[Array, "n h w c"]], Float[Array, " n"]]
+SymmetricKernel = Callable[[Float[Array, "n h w c"]], Float[Array, "n n"]]
 Slopes = Callable[
     [Float[Array, "n h w c"], Float[Array, "m h w c"]],
     tuple[Float[Array, "n m"], Float[Array, "n m h w c"]],
 ]
 
 W_STD, B_STD = math.sqrt(2), 0.1
-MYRTLE = {5: (1, 1, 1), 7: (1, 2, 2), 10: (2, 3, 3)}  # (Conv, ReLU) pairs in each block
+MYRTLE_BLOCKS = {5: (1, 1, 1), 7: (1, 2, 2), 10: (2, 3, 3)}  # (Conv, ReLU) pairs in each block
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class InfiniteNetwork:
     name: str
     engine: str
     kernel: Kernel
-    diagonal: Diagonal | None = None
-    symmetric: Symmetric | None = None
+    diagonal: KernelDiagonal | None = None
+    symmetric: SymmetricKernel | None = None
     slopes: Slopes | None = None
     deviations: Callable[[Float[Array, "n h w c"]], list[Array]] | None = None
     smallest: int = 1
@@ -74,7 +74,7 @@ def parse(
 
     Args:
         name: `fc`, `conv`, `convnet`, `convnet3` or `myrtle`, also with its depth, as in
-            `convnet(2)`; a sequence such as `CR-3xCRP-flatten` (see `sequence`); or
+            `convnet(2)`; a sequence such as `CR-3xCRP-flatten` (see `notation`); or
             `module:attribute` for a neural-tangents network: a `stax` triple or a kernel function.
             The module is imported, from the current folder too: never pass a name from a file.
         depth: Hidden layers of `fc` and `conv` (default 1), pooled blocks of `convnet` (3),
@@ -86,17 +86,17 @@ def parse(
     """
     if ":" in name:
         return _from_module(name, depth)
-    if notation.written(name):
+    if notation.is_notation(name):
         if depth is not None:
             raise UserError(f"the kernel {name} has no --depth: the sequence says it")
-        return _planes(name, notation.parse(name, w_std=w_std, b_std=b_std))
+        return _convolutional(name, notation.parse(name, w_std=w_std, b_std=b_std))
     found = re.fullmatch(r"([a-z0-9]+)\(([0-9]+)\)", name)
     if found:
         if depth is not None:
             raise UserError(f"the kernel {name} has its depth in its name; leave out --depth")
         name, depth = found[1], int(found[2])
     if name not in _BUILDERS:
-        raise unknown("kernel", name, [*_BUILDERS, "CR-3xCRP-flatten", "module:attribute"])
+        raise unknown_name("kernel", name, [*_BUILDERS, "CR-3xCRP-flatten", "module:attribute"])
     build, default = _BUILDERS[name]
     if depth is not None and (default is None or depth < 1):
         rule = "has no depth" if default is None else f"needs a depth of at least 1, got {depth}"
@@ -158,22 +158,26 @@ def _slopes(kernel: Kernel) -> Slopes:
 
 
 def _conv(depth: int, *std: float) -> InfiniteNetwork:
-    return _planes(f"conv({depth})", Architecture("CR" * depth, "flatten", *std))
+    return _convolutional(f"conv({depth})", Architecture("CR" * depth, "flatten", *std))
 
 
 def _convnet(depth: int, *std: float) -> InfiniteNetwork:
-    return _planes(f"convnet({depth})", Architecture("CR" + "CRP" * depth, "flatten", *std))
+    return _convolutional(f"convnet({depth})", Architecture("CR" + "CRP" * depth, "flatten", *std))
 
 
 def _convnet3(_: int | None, *std: float) -> InfiniteNetwork:
-    return _planes("convnet3", Architecture("CRP" * 3, "flatten", *std))
+    return _convolutional("convnet3", Architecture("CRP" * 3, "flatten", *std))
 
 
 def _myrtle(variant: int, *std: float) -> InfiniteNetwork:
-    if variant not in MYRTLE:
-        raise UserError(f"myrtle has the depths {', '.join(map(str, MYRTLE))}, got {variant}")
-    first, second, third = ("CR" * count for count in MYRTLE[variant])
-    return _planes(f"myrtle({variant})", Architecture(f"CR{first}P{second}P{third}", "gap", *std))
+    if variant not in MYRTLE_BLOCKS:
+        raise UserError(
+            f"myrtle has the depths {', '.join(map(str, MYRTLE_BLOCKS))}, got {variant}"
+        )
+    first, second, third = ("CR" * count for count in MYRTLE_BLOCKS[variant])
+    return _convolutional(
+        f"myrtle({variant})", Architecture(f"CR{first}P{second}P{third}", "gap", *std)
+    )
 
 
 _BUILDERS: dict[str, tuple[Callable[..., InfiniteNetwork], int | None]] = {
@@ -185,11 +189,13 @@ _BUILDERS: dict[str, tuple[Callable[..., InfiniteNetwork], int | None]] = {
 }
 
 
-def _planes(name: str, layers: Architecture) -> InfiniteNetwork:
+def _convolutional(name: str, layers: Architecture) -> InfiniteNetwork:
     """A network of convolutions, ReLUs and poolings; targets are shared out over the devices."""
-    kernel = devices.sharded(functools.partial(conv_kernel.ntk, network=layers))
+    kernel = devices.shard_kernel(functools.partial(conv_kernel.ntk, network=layers))
     one_half = functools.partial(conv_kernel.ntk_symmetric, network=layers)
-    symmetric = devices.symmetric(functools.partial(conv_kernel.ntk, network=layers), one_half)
+    symmetric = devices.shard_symmetric_kernel(
+        functools.partial(conv_kernel.ntk, network=layers), one_half
+    )
     deviations = functools.partial(variances.deviations, network=layers)
     return InfiniteNetwork(
         name,
@@ -225,7 +231,7 @@ def _from_kernel(
     return InfiniteNetwork(
         name,
         "neural-tangents",
-        _in_float32(kernel),
+        _in_image_dtype(kernel),
         _diagonal(kernel),
         module_sha256=module_sha256,
     )
@@ -239,7 +245,7 @@ def _digest(module: types.ModuleType) -> str | None:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
-def _in_float32(kernel: Callable[..., Any]) -> Kernel:
+def _in_image_dtype(kernel: Callable[..., Any]) -> Kernel:
     """neural-tangents' kernel of float32 images in float32, whatever mode JAX is in.
 
     In x64 mode its float64 constants would promote everything, and XLA's CPU compiler (jaxlib
@@ -262,6 +268,6 @@ def _in_float32(kernel: Callable[..., Any]) -> Kernel:
     return single
 
 
-def _diagonal(kernel: Callable[..., Any]) -> Diagonal:
+def _diagonal(kernel: Callable[..., Any]) -> KernelDiagonal:
     """Each image with itself, in float64, where neural-tangents is exact on identical images."""
     return lambda x: jax.lax.map(lambda image: kernel(image[None], None, "ntk")[0, 0], x)

@@ -14,10 +14,10 @@ import types
 from dataclasses import dataclass
 from typing import Any
 
-TRIED_ON = "0.10.2"  # the JAX release on which every name below was found
+TESTED_JAX = "0.10.2"  # the JAX release on which every name below was found
 
 # Where neural-tangents looks -> where current JAX keeps the names.
-_MOVED = {
+_MOVED_NAMES = {
     "jax.core": {
         "jax.extend.core": ("ClosedJaxpr", "Jaxpr", "JaxprEqn", "Literal", "Primitive", "Var"),
         "jax._src.core": ("AbstractValue", "ShapedArray", "Value", "eval_context"),
@@ -35,7 +35,7 @@ _MOVED = {
 
 
 @dataclass(frozen=True)
-class Tangents:
+class NeuralTangents:
     """The two parts of neural-tangents that are used here."""
 
     stax: Any
@@ -43,7 +43,7 @@ class Tangents:
 
 
 @functools.cache
-def load() -> Tangents:
+def load() -> NeuralTangents:
     """Import neural-tangents; the first call takes about a second.
 
     Raises:
@@ -52,40 +52,40 @@ def load() -> Tangents:
     import jax
 
     try:
-        _add_names()
-        return Tangents(
+        _restore_moved_names()
+        return NeuralTangents(
             importlib.import_module("neural_tangents.stax"),
             importlib.import_module("neural_tangents"),
         )
     except (ImportError, AttributeError) as error:
         raise ImportError(
             f"neural-tangents does not import on JAX {jax.__version__} ({error}); "
-            f"it was tried on JAX {TRIED_ON}: pip install jax=={TRIED_ON} jaxlib=={TRIED_ON}"
+            f"it was tried on JAX {TESTED_JAX}: pip install jax=={TESTED_JAX} jaxlib=={TESTED_JAX}"
         ) from error
 
 
-def _add_names() -> None:
-    for target, sources in _MOVED.items():
-        module = _module(target)
+def _restore_moved_names() -> None:
+    for target, sources in _MOVED_NAMES.items():
+        module = _import_or_create(target)
         for source, names in sources.items():
             origin = importlib.import_module(source)
             for name in names:
-                _add(module, name, getattr(origin, name))
+                _add_if_missing(module, name, getattr(origin, name))
     import jax
     import jax.core
     import jax.extend.core
 
-    _add(jax.random, "KeyArray", jax.Array)
+    _add_if_missing(jax.random, "KeyArray", jax.Array)
     # Removed for good. Both are only compared with, so values that equal nothing serve.
-    _add(jax.core, "DShapedArray", type("DShapedArray", (), {}))
-    ad = _module("jax.interpreters.ad")
-    _add(ad, "zeros_like_p", jax.extend.core.Primitive("zeros_like"))
+    _add_if_missing(jax.core, "DShapedArray", type("DShapedArray", (), {}))
+    ad = _import_or_create("jax.interpreters.ad")
+    _add_if_missing(ad, "zeros_like_p", jax.extend.core.Primitive("zeros_like"))
     # The only part that needs TensorFlow; nothing here uses it.
     name = "neural_tangents.experimental"
     sys.modules.setdefault(name, types.ModuleType(name))
 
 
-def _module(name: str) -> types.ModuleType:
+def _import_or_create(name: str) -> types.ModuleType:
     """The module, or an empty one of that name where JAX no longer has it."""
     try:
         return importlib.import_module(name)
@@ -96,7 +96,7 @@ def _module(name: str) -> types.ModuleType:
         return module
 
 
-def _add(module: types.ModuleType, name: str, value: Any) -> None:
+def _add_if_missing(module: types.ModuleType, name: str, value: Any) -> None:
     # Through vars: hasattr would run JAX's module __getattr__, which raises for removed names.
     if name not in vars(module):
         setattr(module, name, value)

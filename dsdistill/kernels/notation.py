@@ -12,7 +12,7 @@ from dsdistill.harness.errors import UserError
 
 HEADS = ("flatten", "gap")
 _BLOCK = re.compile(r"(?:([1-9][0-9]?)x)?([CRP]+)")
-NOTATION = (
+SYNTAX = (
     "a sequence such as CR-3xCRP-flatten: blocks of C (3x3 convolution), R (ReLU) and P (2x2 "
     "average pooling), repeated by 3x, ending in flatten or gap (global average pooling)"
 )
@@ -44,7 +44,7 @@ class Architecture:
     @property
     def levels(self) -> tuple[tuple[Stage, ...], ...]:
         """The stages at each resolution, finest first."""
-        return tuple(_stages(part) for part in self.layers.split("P"))
+        return tuple(_split_stages(part) for part in self.layers.split("P"))
 
     @property
     def smallest(self) -> int:
@@ -52,7 +52,7 @@ class Architecture:
         return 2 ** self.layers.count("P")
 
 
-def written(text: str) -> bool:
+def is_notation(text: str) -> bool:
     """Whether a kernel's name is meant as a sequence."""
     return any(text == head or text.endswith(f"-{head}") for head in HEADS) or bool(
         re.fullmatch(r"[0-9xCRP-]+", text)
@@ -69,7 +69,7 @@ def parse(text: str, *, w_std: float = math.sqrt(2), b_std: float = 0.1) -> Arch
     found = [_BLOCK.fullmatch(block) for block in blocks]
     if head not in HEADS or not all(found):
         raise UserError(
-            f"the kernel {text!r} is not {NOTATION}; any other network can be given as "
+            f"the kernel {text!r} is not {SYNTAX}; any other network can be given as "
             "module:attribute, where the attribute is a neural-tangents stax network"
         )
     layers = "".join(match[2] * int(match[1] or 1) for match in found if match)
@@ -81,6 +81,6 @@ def parse(text: str, *, w_std: float = math.sqrt(2), b_std: float = 0.1) -> Arch
     return Architecture(layers, head, w_std, b_std)
 
 
-def _stages(letters: str) -> tuple[Stage, ...]:
+def _split_stages(letters: str) -> tuple[Stage, ...]:
     """Every convolution with the ReLU right after it, and every other ReLU by itself."""
     return tuple(Stage("C" in part, "R" in part) for part in re.findall("CR?|R", letters))

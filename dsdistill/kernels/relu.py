@@ -26,7 +26,7 @@ from numpy.polynomial import Chebyshev, Polynomial
 
 # 1 - |c| of two equal vectors is a few units of rounding, not 0, and its square root is 1e-3 in
 # float32: a relative error of 2e-4 in the kernel. Up to SNAP units it is taken for 0.
-SNAP = 10
+MAX_GAP_IN_EPS = 10
 
 
 def relu(
@@ -40,7 +40,7 @@ def relu(
         scale: n = σ1 σ2, at least |K| up to rounding; where it is 0 the results are 0.
 
     Returns:
-        K' and T'. Where c = 1 within `SNAP` rounding units, K' is n / 2 and T' is T / 2 exactly.
+        K' and T'. Where c = 1 within `MAX_GAP_IN_EPS` rounding units, K' is n / 2 and T' is T / 2 exactly.
     """
     return _relu(nngp, ntk, scale)
 
@@ -71,7 +71,7 @@ def angle(cos: Float[Array, "*s"]) -> tuple[Array, Array, Array, Array]:
     The c returned is 1 or -1 exactly where the angle vanishes, and s and g' are 0 there.
     """
     gap = 1 - jnp.abs(cos)
-    gap = jnp.where(gap < SNAP * jnp.finfo(cos.dtype).eps, 0, gap)
+    gap = jnp.where(gap < MAX_GAP_IN_EPS * jnp.finfo(cos.dtype).eps, 0, gap)
     squared = gap * (2 - gap)  # sin² θ without the cancellation in 1 - c²
     sin = jnp.sqrt(squared)
     acute = sin * _angle_over_sine(gap)  # arccos |c| / 2π

@@ -23,16 +23,16 @@ from dsdistill.loops.selection import Candidate, Scorer
 from dsdistill.methods import kip
 from dsdistill.methods.initial_support import Support
 
-VALIDATIONS = 40  # in a phase
-FACTOR = 10  # a loss so many times too large is a sign of divergence
-ROW = 10  # and so many of them in a row are the proof
+VALIDATIONS_PER_PHASE = 40  # in a phase
+DIVERGENCE_FACTOR = 10  # a loss so many times too large is a sign of divergence
+DIVERGENCE_STEPS = 10  # and so many of them in a row are the proof
 
 
 @dataclass(frozen=True)
 class Phase:
     """A stretch of steps that minimise one objective."""
 
-    objective: kip.Objective
+    objective: kip.KipObjective
     steps: int
 
 
@@ -90,12 +90,12 @@ class Snapshot:
     high: int = 0
 
 
-Stepped = tuple[Snapshot, dict[str, float]]  # with the figures to record of the step
+StepRecord = tuple[Snapshot, dict[str, float]]  # with the figures to record of the step
 
 
 def snapshots(
     plan: Plan, support: Support, train: Examples, judge: Scorer, last: Snapshot
-) -> Generator[Stepped, None, None]:
+) -> Generator[StepRecord, None, None]:
     """Run KIP on from a snapshot, one step for each item taken.
 
     Args:
@@ -112,8 +112,8 @@ def snapshots(
     first = 0
     for number, phase in enumerate(plan.phases, 1):
         if last.done < first + phase.steps:
-            start = _entered(phase, last) if last.done <= first else last
-            later = _later(plan, plan.phases[number:], support, train)
+            start = _enter_phase(phase, last) if last.done <= first else last
+            later = _later_cost(plan, plan.phases[number:], support, train)
             for last, figures in _steps(plan, phase, first, support, train, judge, start, later):
                 yield last, figures | ({"phase": number} if len(plan.phases) > 1 else {})
         first += phase.steps
@@ -127,28 +127,32 @@ def announce(plan: Plan, n: int, train: Examples, done: int) -> None:
         n: Images in the support.
         done: Steps that are done already.
     """
-    pairs = n * (timing.DOUBLE * n + plan.target_batch)  # of a step, as if all were with targets
+    pairs = n * (
+        timing.FLOAT64_COST * n + plan.target_batch
+    )  # of a step, as if all were with targets
     total, first, here, tiles, measured = 0.0, 0, 0, [], []
     for phase in plan.phases:
         here = min(max(done - first, 0), phase.steps)
         steps, first = phase.steps - here, first + phase.steps
         optimizer, networks = phase.objective.optimizer, phase.objective.networks
-        tiles = [timing.tile(each, train, min(steps, 2) * pairs, optimizer) for each in networks]
+        tiles = [
+            timing.time_tile(each, train, min(steps, 2) * pairs, optimizer) for each in networks
+        ]
         long = [tile for tile in tiles if tile is not None]  # the others take next to nothing
         total += steps * pairs * sum(t.seconds / t.pairs for t in long) / len(networks)
         measured += long
     if tiles[0] is not None:  # of the network that validates
         validations = _validations(plan, plan.phases[-1], here) + (done == 0)
         images = plan.closing_images + validations * plan.validation_images
-        total += timing.predicting(images, n, *tiles[0])
+        total += timing.prediction_seconds(images, n, *tiles[0])
     if measured:
-        progress.expected(total, "tile", *measured[-1])
+        progress.announce_duration(total, "tile", *measured[-1])
 
 
-def _entered(phase: Phase, last: Snapshot) -> Snapshot:
+def _enter_phase(phase: Phase, last: Snapshot) -> Snapshot:
     """The start of a phase: images and labels as they are, everything else afresh."""
     images, labels = np.asarray(last.state.images), np.asarray(last.state.labels)
-    state = kip.restarted(phase.objective, jnp.asarray(images), jnp.asarray(labels))
+    state = kip.restart(phase.objective, jnp.asarray(images), jnp.asarray(labels))
     return replace(last, state=state, lowest=math.inf, stale=0, limit=math.inf, high=0)
 
 
@@ -160,11 +164,11 @@ def _steps(
     train: Examples,
     judge: Scorer,
     last: Snapshot,
-    later: "_Later",
-) -> Generator[Stepped, None, None]:
+    later: "_LaterCost",
+) -> Generator[StepRecord, None, None]:
     """The steps of one phase, after `first` steps of others."""
     warm_up, end = phase is not plan.phases[-1], first + phase.steps
-    every = _every(plan, phase)
+    every = _validation_interval(plan, phase)
     patience = math.inf if warm_up or plan.patience is None else plan.patience
     if last.stale >= patience:
         return  # it had stopped before the checkpoint
@@ -178,22 +182,22 @@ def _steps(
         state=last.state,
         done=last.done,
     )
-    nothing = _loss_of_nothing(len(train.data.classes))
+    nothing = _zero_prediction_loss(len(train.data.classes))
     began = time.monotonic() - last.seconds
     with contextlib.closing(stream), _progress(plan, phase, first, last.done, later) as show:
         for step in stream:
             due = (step.done - first) % every == 0 or step.done == end
             found = judge(step.done, step.state.images, step.state.labels) if due else None
-            last = _after(step, last, found, nothing, time.monotonic() - began)
+            last = _next_snapshot(step, last, found, nothing, time.monotonic() - began)
             show(step, last.best)
             yield last, _figures(phase, step, found)
-            if last.high >= ROW:
-                raise _diverged(phase, last, step)
+            if last.high >= DIVERGENCE_STEPS:
+                raise _divergence_error(phase, last, step)
             if last.stale >= patience:
                 return
 
 
-def _after(
+def _next_snapshot(
     step: kip.Step, last: Snapshot, found: Candidate | None, nothing: float, seconds: float
 ) -> Snapshot:
     """The snapshot after a step, and after the validation if there was one.
@@ -203,10 +207,10 @@ def _after(
     """
     best, lowest, stale = last.best, last.lowest, last.stale
     if found is not None:
-        best = found if selection.better(found, best) else best
+        best = found if selection.is_better(found, best) else best
         stale = 0 if found.loss < lowest else stale + 1
         lowest = min(lowest, found.loss)
-    limit = last.limit if last.limit < math.inf else FACTOR * max(step.loss, nothing)
+    limit = last.limit if last.limit < math.inf else DIVERGENCE_FACTOR * max(step.loss, nothing)
     high = last.high + 1 if step.loss > limit else 0
     return Snapshot(step.done, step.state, best, seconds, lowest, stale, limit, high)
 
@@ -220,45 +224,47 @@ def _figures(phase: Phase, step: kip.Step, found: Candidate | None) -> dict[str,
     return figures
 
 
-def _diverged(phase: Phase, last: Snapshot, step: kip.Step) -> UserError:
-    what = f"the loss diverges: for {ROW} steps in a row above {last.limit:.3g}"
-    return kip.diverged(phase.objective, f"{what}, {step.loss:.3g} at step {step.done}")
+def _divergence_error(phase: Phase, last: Snapshot, step: kip.Step) -> UserError:
+    what = f"the loss diverges: for {DIVERGENCE_STEPS} steps in a row above {last.limit:.3g}"
+    return kip.divergence_error(phase.objective, f"{what}, {step.loss:.3g} at step {step.done}")
 
 
-def _loss_of_nothing(k: int) -> float:
+def _zero_prediction_loss(k: int) -> float:
     """The loss of a prediction of 0 for every target."""
     return 0.5 * float(np.mean(centred_one_hot(np.arange(k), k) ** 2))
 
 
-def _every(plan: Plan, phase: Phase) -> int:
+def _validation_interval(plan: Plan, phase: Phase) -> int:
     """Steps from one validation to the next."""
-    return max(phase.steps // VALIDATIONS, 1) if phase is plan.phases[-1] else phase.steps
+    return max(phase.steps // VALIDATIONS_PER_PHASE, 1) if phase is plan.phases[-1] else phase.steps
 
 
 def _validations(plan: Plan, phase: Phase, here: int = 0) -> int:
     """After `here` steps of a phase, to its end."""
-    every = _every(plan, phase)
+    every = _validation_interval(plan, phase)
     return -(-phase.steps // every) - here // every
 
 
-class _Later(NamedTuple):
+class _LaterCost(NamedTuple):
     """What the phases after one will take: seconds of their steps, and how many validations."""
 
     seconds: float
     validations: int
 
 
-def _later(plan: Plan, rest: tuple[Phase, ...], support: Support, train: Examples) -> _Later:
+def _later_cost(
+    plan: Plan, rest: tuple[Phase, ...], support: Support, train: Examples
+) -> _LaterCost:
     """As two steps of each say, which are thrown away."""
     size, seed = plan.target_batch, plan.seed
     each = [timing.step_seconds(p.objective, support, train, size, seed=seed) for p in rest]
     seconds = sum(phase.steps * one for phase, one in zip(rest, each, strict=True))
-    return _Later(seconds, sum(_validations(plan, phase) for phase in rest))
+    return _LaterCost(seconds, sum(_validations(plan, phase) for phase in rest))
 
 
 @contextlib.contextmanager
 def _progress(
-    plan: Plan, phase: Phase, first: int, done: int, later: _Later
+    plan: Plan, phase: Phase, first: int, done: int, later: _LaterCost
 ) -> Iterator[Callable[..., None]]:
     """Live progress of a phase; its first line says how long all that is left will take."""
     times, said = timing.StepTimer(len(phase.objective.networks)), False
@@ -271,11 +277,11 @@ def _progress(
             validations = _validations(plan, phase, here) + later.validations
             images = plan.closing_images + validations * plan.validation_images
             left = (phase.steps - here) * seconds + later.seconds
-            left += timing.predicting(images, len(best.images), seconds, step.pairs)
-            progress.expected(left, unit, seconds, step.pairs)
+            left += timing.prediction_seconds(images, len(best.images), seconds, step.pairs)
+            progress.announce_duration(left, unit, seconds, step.pairs)
             said = True
         if said or here == phase.steps:
-            rate = {"pairs/s": progress.amount(step.pairs / step.seconds)}
+            rate = {"pairs/s": progress.format_amount(step.pairs / step.seconds)}
             known = {} if math.isnan(best.accuracy) else {"validation": best.accuracy}
             show(here, loss=step.loss, **known, **rate)
 

@@ -21,11 +21,18 @@ from dsdistill.methods import kip, label_solve
 from dsdistill.methods.initial_support import Support
 from dsdistill.parallel import hosts
 
-CHECKPOINT_EVERY = 10.0  # seconds
-COUNTS = ("done", "seconds", "lowest", "stale", "limit", "high")  # of a snapshot, in a checkpoint
+SECONDS_BETWEEN_CHECKPOINTS = 10.0  # seconds
+SNAPSHOT_FIELDS = (
+    "done",
+    "seconds",
+    "lowest",
+    "stale",
+    "limit",
+    "high",
+)  # of a snapshot, in a checkpoint
 
 
-def search(
+def search_support(
     run: run_folder.Run, plan: Plan, support: Support, train: Examples, validation: Examples
 ) -> tuple[Candidate, Snapshot]:
     """Run KIP to the end, from the run's last checkpoint if there is one.
@@ -37,15 +44,15 @@ def search(
         UserError: If a step does not fit into memory, before anything is computed; if the loss is
             not finite, or stays far above what it was at first, after a checkpoint of the last good
             step.
-        RuntimeError, ValueError: If another host is lost, see `hosts.LOST`; after the same.
+        RuntimeError, ValueError: If another host is lost, see `hosts.LOST_HOST_ERRORS`; after the same.
         KeyboardInterrupt: After a checkpoint of the last whole step.
     """
     sample = selection.subset(validation, plan.validation_images, plan.seed)
-    judge = _judge(plan, sample)
-    found = hosts.checkpoint(run)
+    judge = _make_scorer(plan, sample)
+    found = hosts.load_checkpoint(run)
     for phase in plan.phases:
         kip.check_memory(phase.objective, support, train, plan.target_batch)
-    restored = _restored_snapshot(run, found, plan, support) if found else None
+    restored = _restore_snapshot(run, found, plan, support) if found else None
     announce(plan, len(support.images), train, restored.done if restored else 0)
     last = good = restored or _first_snapshot(plan, support, judge)
     saved = time.monotonic()
@@ -53,7 +60,7 @@ def search(
     with (
         _metrics(run, last.done) as write,
         contextlib.closing(stream),
-        hosts.watch() as stopping,
+        hosts.watch_for_stop() as stopping,
     ):
         try:
             for reached, figures in stream:
@@ -64,20 +71,20 @@ def search(
                 if last.high:
                     continue  # perhaps diverging: not worth keeping yet
                 good = last
-                if time.monotonic() - saved > CHECKPOINT_EVERY:
+                if time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
                     _save(run, last)
                     saved = time.monotonic()
-        except (UserError, *hosts.LOST):
+        except (UserError, *hosts.LOST_HOST_ERRORS):
             _save(run, good)
             raise
         except KeyboardInterrupt:
             _save(run, last)
             raise
     _save(run, last)
-    return _chosen(plan, last, sample, validation), last
+    return _choose_candidate(plan, last, sample, validation), last
 
 
-def accumulated(
+def accumulate_sums(
     run: run_folder.Run,
     network: InfiniteNetwork,
     support: Float[np.ndarray, "n h w c"],
@@ -94,10 +101,10 @@ def accumulated(
         The sums, and the seconds spent in this and all earlier starts.
 
     Raises:
-        KeyboardInterrupt, RuntimeError, ValueError: As `search`; after a checkpoint of the last
+        KeyboardInterrupt, RuntimeError, ValueError: As `search_support`; after a checkpoint of the last
             whole chunk.
     """
-    last, spent = _restored_sums(run, len(support), train)
+    last, spent = _restore_sums(run, len(support), train)
     _announce_sums(network, len(support), train, last.done, closing_images)
     said = False  # the expected duration by the run itself
     saved, began = time.monotonic(), time.monotonic() - spent
@@ -111,7 +118,7 @@ def accumulated(
     with (
         _metrics(run, last.done) as write,
         progress.bar(len(train), "targets", start=last.done) as show,
-        hosts.watch() as stopping,
+        hosts.watch_for_stop() as stopping,
     ):
         start = last if last.done else None
         marks = [(last.done, time.monotonic())]
@@ -124,16 +131,16 @@ def accumulated(
                 if len(marks) == 3 and not said:  # the first chunk compiled
                     said = True
                     images = len(train) - last.done + closing_images
-                    progress.expected(images / targets * seconds, "chunk", seconds, pairs)
+                    progress.announce_duration(images / targets * seconds, "chunk", seconds, pairs)
                 write(last.done, pairs_per_second=pairs / seconds)
-                rate = progress.amount(pairs / seconds)
+                rate = progress.format_amount(pairs / seconds)
                 show(last.done, **{"pairs/s": rate})
-                if time.monotonic() - saved > CHECKPOINT_EVERY:
+                if time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
                     save()
                     saved = time.monotonic()
                 if stopping(chunk):
                     raise KeyboardInterrupt
-        except (KeyboardInterrupt, *hosts.LOST):
+        except (KeyboardInterrupt, *hosts.LOST_HOST_ERRORS):
             save()
             raise
     save()
@@ -155,20 +162,20 @@ def _announce_sums(
 ) -> None:
     """Say how long Label Solve will take before it begins, if its first two chunks take long."""
     left = len(train) - done
-    soon = min(2 * label_solve.chunk(network, n, train), left)
-    tile = timing.tile(network, train, n * soon, "forward")
+    soon = min(2 * label_solve.chunk_size(network, n, train), left)
+    tile = timing.time_tile(network, train, n * soon, "forward")
     if tile is not None:
         seconds = n * (left + closing_images) * tile.seconds / tile.pairs
-        progress.expected(seconds, "tile", *tile)
+        progress.announce_duration(seconds, "tile", *tile)
 
 
-def _restored_sums(run: run_folder.Run, n: int, train: Examples) -> tuple[label_solve.Sums, float]:
+def _restore_sums(run: run_folder.Run, n: int, train: Examples) -> tuple[label_solve.Sums, float]:
     """The sums of the last checkpoint and the seconds they took; nothing summed without one."""
-    found = hosts.checkpoint(run)
+    found = hosts.load_checkpoint(run)
     if found is None:
         return label_solve.Sums(0, np.zeros((0, 0)), np.zeros((0, 0))), 0.0
     arrays, meta = found
-    with _fitting(run):
+    with _explain_mismatch(run):
         done, seconds = int(meta["done"]), float(meta["seconds"])
         gram_tt, gram_ty = arrays["gram_tt"], arrays["gram_ty"]
         _require(0 <= done <= len(train), f"{done} of {len(train)} targets are done")
@@ -178,7 +185,7 @@ def _restored_sums(run: run_folder.Run, n: int, train: Examples) -> tuple[label_
 
 
 @contextlib.contextmanager
-def _fitting(run: run_folder.Run) -> Iterator[None]:
+def _explain_mismatch(run: run_folder.Run) -> Iterator[None]:
     """Say in one line that a checkpoint is not of this run."""
     try:
         yield
@@ -195,19 +202,21 @@ def _require(holds: bool, otherwise: str) -> None:
         raise ValueError(otherwise)
 
 
-def _judge(plan: Plan, validation: Examples, unit: str | None = None) -> Scorer:
+def _make_scorer(plan: Plan, validation: Examples, unit: str | None = None) -> Scorer:
     objective = plan.phases[-1].objective
     return selection.scorer(objective.networks[0], objective.ridge, validation, unit=unit)
 
 
-def _chosen(plan: Plan, last: Snapshot, sample: Examples, validation: Examples) -> Candidate:
+def _choose_candidate(
+    plan: Plan, last: Snapshot, sample: Examples, validation: Examples
+) -> Candidate:
     """The better of the best and the last, by all validation images."""
     if len(sample) == len(validation):
         return last.best
     images, labels = np.asarray(last.state.images), np.asarray(last.state.labels)
     end = replace(last.best, step=last.done, images=images, labels=labels)
     candidates = [last.best] if last.best.step == last.done else [last.best, end]
-    return selection.final(candidates, _judge(plan, validation, "validation images"))
+    return selection.choose_final(candidates, _make_scorer(plan, validation, "validation images"))
 
 
 def _save(run: run_folder.Run, snapshot: Snapshot) -> None:
@@ -215,7 +224,7 @@ def _save(run: run_folder.Run, snapshot: Snapshot) -> None:
     arrays = {"best.images": best.images, "best.labels": best.labels}
     for i, leaf in enumerate(jax.tree.leaves(snapshot.state)):
         arrays[f"state.{i}"] = np.asarray(leaf)
-    counts = {name: getattr(snapshot, name) for name in COUNTS}
+    counts = {name: getattr(snapshot, name) for name in SNAPSHOT_FIELDS}
     figures = {"step": best.step, "accuracy": best.accuracy, "loss": best.loss}
     run.save_state(arrays, counts | {"best": figures})
 
@@ -225,7 +234,7 @@ def _first_snapshot(plan: Plan, support: Support, judge: Scorer) -> Snapshot:
     return Snapshot(0, state, judge(0, state.images, state.labels), 0.0)
 
 
-def _restored_snapshot(
+def _restore_snapshot(
     run: run_folder.Run, found: hosts.Checkpoint, plan: Plan, support: Support
 ) -> Snapshot:
     """That of a checkpoint.
@@ -236,7 +245,7 @@ def _restored_snapshot(
     state = kip.initial_state(plan.phases[0].objective, support)
     arrays, meta = found
     leaves, structure = jax.tree.flatten(state)
-    with _fitting(run):
+    with _explain_mismatch(run):
         stored = [arrays[f"state.{i}"] for i in range(len(leaves))]
         for i, (old, new) in enumerate(zip(stored, leaves, strict=True)):
             same = old.shape == np.shape(new) and old.dtype == np.asarray(new).dtype
@@ -244,7 +253,7 @@ def _restored_snapshot(
         best = Candidate(images=arrays["best.images"], labels=arrays["best.labels"], **meta["best"])
         _require(best.images.shape == support.images.shape, "the best images' shape is another")
         _require(best.labels.shape == support.labels.shape, "the best labels' shape is another")
-        counts = {name: meta[name] for name in COUNTS}
+        counts = {name: meta[name] for name in SNAPSHOT_FIELDS}
         _require(all(type(x) in (int, float) for x in counts.values()), "a figure is no number")
         _require(type(meta["done"]) is int and 0 <= meta["done"] <= plan.steps, "done is another")
     state = jax.tree.unflatten(structure, [jnp.asarray(array) for array in stored])

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Array, Float
 
-from dsdistill.harness.data.labeled_images import Examples, LabeledImages, balanced
+from dsdistill.harness.data.labeled_images import Examples, LabeledImages, draw_balanced
 from dsdistill.kernels.networks import InfiniteNetwork
 from dsdistill.methods import ridge
-from dsdistill.methods.targets import resident
+from dsdistill.methods.targets import load_into_memory
 
 UNKNOWN = float("nan")  # the figures where there are no validation images
 
@@ -33,9 +33,9 @@ class Candidate:
     loss: float
 
 
-Images = Float[Array, "n h w c"] | Float[np.ndarray, "n h w c"]
-Labels = Float[Array, "n k"] | Float[np.ndarray, "n k"]
-Scorer = Callable[[int, Images, Labels], Candidate]
+SupportImages = Float[Array, "n h w c"] | Float[np.ndarray, "n h w c"]
+SupportLabels = Float[Array, "n k"] | Float[np.ndarray, "n k"]
+Scorer = Callable[[int, SupportImages, SupportLabels], Candidate]
 
 
 def scorer(
@@ -53,10 +53,10 @@ def scorer(
         return lambda step, x_s, y_s: Candidate(
             step, np.asarray(x_s), np.asarray(y_s), UNKNOWN, UNKNOWN
         )
-    validation = resident(validation)
+    validation = load_into_memory(validation)
     images, labels = validation.images(), validation.labels()
 
-    def score(step: int, x_s: Images, y_s: Labels) -> Candidate:
+    def score(step: int, x_s: SupportImages, y_s: SupportLabels) -> Candidate:
         support, y_s = np.asarray(x_s), np.asarray(y_s)
         scores = ridge.fit(network, support, y_s, strength, unit=unit)(images)
         accuracy = float((scores.argmax(1) == labels.argmax(1)).mean())
@@ -69,17 +69,17 @@ def subset(validation: Examples, count: int, seed: int) -> Examples:
     """`count` validation images, as many of each class, or all where there are not more."""
     if len(validation) <= count:
         return validation
-    rows = balanced(validation.data.labels, count, np.random.default_rng([seed, 2]))
+    rows = draw_balanced(validation.data.labels, count, np.random.default_rng([seed, 2]))
     data: LabeledImages = validation.data.select(rows)
     return Examples(data, validation.preprocess)
 
 
-def better(found: Candidate, best: Candidate) -> bool:
+def is_better(found: Candidate, best: Candidate) -> bool:
     """Whether a later candidate takes the place of the best: NaN, of no validation, always does."""
     return not found.loss > best.loss
 
 
-def final(candidates: Sequence[Candidate], judge: Scorer) -> Candidate:
+def choose_final(candidates: Sequence[Candidate], judge: Scorer) -> Candidate:
     """The candidate of the lowest error by another judge, with its figures; of equals the first."""
     judged = [judge(c.step, c.images, c.labels) for c in candidates]
     return min(judged, key=lambda candidate: candidate.loss)

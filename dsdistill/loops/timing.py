@@ -19,17 +19,19 @@ from dsdistill.methods import gauss_newton, kip
 from dsdistill.methods.initial_support import Support
 from dsdistill.parallel import devices, hosts
 
-SMALL = 4  # images a class of the smallest batch that is timed
+SMALLEST_BATCH_PER_CLASS = 4  # images a class of the smallest batch that is timed
 GROWTH = 4  # from one timed batch to the next
-DOUBLE = 2.5  # of the time of a pair with a target: a pair within the support, in float64
-FORWARD = 0.35  # of a step's time for a pair of images, where no gradient is needed
-QUICK = 0.3  # seconds: a step that takes less is timed three times
-TILES = {"exact planes": 16, "neural-tangents": 4}  # images a side of the tile that is timed
-LONG = 30  # such tiles of work need not be announced: the first steps say soon what they take
+FLOAT64_COST = 2.5  # of the time of a pair with a target: a pair within the support, in float64
+FORWARD_COST = 0.35  # of a step's time for a pair of images, where no gradient is needed
+MAX_QUICK_SECONDS = 0.3  # seconds: a step that takes less is timed three times
+TILE_SIDES = {"exact planes": 16, "neural-tangents": 4}  # images a side of the tile that is timed
+MIN_ANNOUNCED_TILES = (
+    30  # such tiles of work need not be announced: the first steps say soon what they take
+)
 SECONDS = {"ms": 1e-3, "s": 1.0, "min": 60.0}
 
 
-def parse(target_batch: int | str) -> int | float:
+def parse_target_batch(target_batch: int | str) -> int | float:
     """A `--target-batch`: a number of targets (int), or the seconds of a step (float).
 
     Raises:
@@ -48,8 +50,8 @@ def parse(target_batch: int | str) -> int | float:
     return value
 
 
-def target_batch(
-    objective: kip.Objective, support: Support, train: Examples, seconds: float, *, seed: int
+def choose_target_batch(
+    objective: kip.KipObjective, support: Support, train: Examples, seconds: float, *, seed: int
 ) -> int:
     """The targets of a step that takes about so long, once it is compiled.
 
@@ -69,19 +71,19 @@ def target_batch(
     def timed(targets: int) -> float:
         return step_seconds(objective, support, train, targets, seed=seed)
 
-    size = min(SMALL * k, len(train))
+    size = min(SMALLEST_BATCH_PER_CLASS * k, len(train))
     times = {size: timed(size)}
     while len(times) < 2 or times[size] < seconds / 4:
         size *= GROWTH
         if size > len(train):
             break
         times[size] = timed(size)
-    wanted = int(_on_line(times, seconds))
+    wanted = int(_interpolate_size(times, seconds))
     return max(min(wanted, len(train)) // k * k, k)
 
 
 def step_seconds(
-    objective: kip.Objective, support: Support, train: Examples, targets: int, *, seed: int
+    objective: kip.KipObjective, support: Support, train: Examples, targets: int, *, seed: int
 ) -> float:
     """What a step of so many targets takes once it is compiled, in the mean of the networks.
 
@@ -89,13 +91,13 @@ def step_seconds(
         objective, support, train, seed: As in `kip.distill`.
     """
     each = [
-        _seconds(replace(objective, networks=(network,)), support, train, targets, seed)
+        _time_step(replace(objective, networks=(network,)), support, train, targets, seed)
         for network in objective.networks
     ]
     return sum(each) / len(each)
 
 
-def _on_line(times: dict[int, float], seconds: float) -> float:
+def _interpolate_size(times: dict[int, float], seconds: float) -> float:
     """The size that takes so long, on the line through the last two of (size, time)."""
     *before, (m, t) = times.items()
     if not before:
@@ -106,22 +108,22 @@ def _on_line(times: dict[int, float], seconds: float) -> float:
     return m + (seconds - t) / slope
 
 
-def _seconds(
-    objective: kip.Objective, support: Support, train: Examples, targets: int, seed: int
+def _time_step(
+    objective: kip.KipObjective, support: Support, train: Examples, targets: int, seed: int
 ) -> float:
     """The time of one step after compiling; of quick ones, the least of three."""
     stream = kip.distill(objective, support, train, steps=4, target_batch=targets, seed=seed)
     with contextlib.closing(stream):
-        return _least(stream)
+        return _fastest_step(stream)
 
 
-def _least(stream: Iterator[kip.Step]) -> float:
+def _fastest_step(stream: Iterator[kip.Step]) -> float:
     next(stream)  # compiles
     best = float("inf")
     for step in stream:
-        seconds = hosts.decided(lambda step=step: step.seconds)
+        seconds = hosts.decide(lambda step=step: step.seconds)
         best = min(best, seconds)
-        if seconds > QUICK:
+        if seconds > MAX_QUICK_SECONDS:
             break
     return best
 
@@ -133,24 +135,24 @@ class Timing(NamedTuple):
     pairs: int
 
 
-def tile(network: InfiniteNetwork, train: Examples, pairs: float, work: str) -> Timing | None:
+def time_tile(network: InfiniteNetwork, train: Examples, pairs: float, work: str) -> Timing | None:
     """What a tile takes once it is compiled, to announce long work before it begins.
 
     Args:
         network: Whose kernel.
         train: The tile's images are the first ones of these.
         pairs: Of images, that are evaluated until the work says by itself what it takes.
-        work: `forward`, or a step of an optimizer of `kip.Objective`.
+        work: `forward`, or a step of an optimizer of `kip.KipObjective`.
 
     Returns:
         None if so many pairs do not take long.
     """
-    side = min(TILES.get(network.engine, 0), len(train))
-    if pairs <= LONG * side**2 or not side:
+    side = min(TILE_SIDES.get(network.engine, 0), len(train))
+    if pairs <= MIN_ANNOUNCED_TILES * side**2 or not side:
         return None
     images = train.images(np.arange(side))
     # Small as it is, a tile of any network of neural-tangents may have to be divided.
-    plan = gram.plan(network, side, side, images.shape[1:], gradient=work == "adam")
+    plan = gram.plan_tile(network, side, side, images.shape[1:], gradient=work == "adam")
 
     def forward(x1: Array, x2: Array) -> Array:
         return gram.gram(network.kernel, x1, x2, plan)
@@ -160,16 +162,16 @@ def tile(network: InfiniteNetwork, train: Examples, pairs: float, work: str) -> 
         return value, pullback(value)
 
     def newton(x1: Array, x2: Array) -> Any:
-        return gauss_newton.slopes(network)(x1, x2), forward(x1, x2)
+        return gauss_newton.require_slopes(network)(x1, x2), forward(x1, x2)
 
     run = jax.jit(
         devices.everywhere({"forward": forward, "adam": adam, "gauss-newton": newton}[work])
     )
-    _, *times = (_timed(run, images) for _ in range(3))  # the first one compiles
+    _, *times = (_time_call(run, images) for _ in range(3))  # the first one compiles
     return Timing(min(times), side**2 * jax.device_count())
 
 
-def _timed(run: Callable[..., Any], images: np.ndarray) -> float:
+def _time_call(run: Callable[..., Any], images: np.ndarray) -> float:
     began = time.monotonic()
     jax.block_until_ready(run(images, images))
     return time.monotonic() - began
@@ -191,11 +193,11 @@ class StepTimer:
         return sum(warm) / len(warm) if len(warm) == len(self._times) else None
 
 
-def predicting(images: int, support: int, seconds: float, pairs: int) -> float:
+def prediction_seconds(images: int, support: int, seconds: float, pairs: int) -> float:
     """Seconds that it takes to predict so many images, by the step that was measured.
 
     Args:
         images: To predict, each from a support of `support` images.
         seconds, pairs: Of a step with the gradient, or of a tile of one.
     """
-    return FORWARD * images * support * seconds / pairs
+    return FORWARD_COST * images * support * seconds / pairs

@@ -1,6 +1,6 @@
 """Random changes of the target images that keep their class: flips, shifts and small rotations.
 
-Each transform is a pure function of the images and of one number an image; `augmented` draws the
+Each transform is a pure function of the images and of one number an image; `augment_images` draws the
 numbers. They act on preprocessed images, and pixels that come in from outside repeat the edge.
 
 Source: Nguyen, Novak, Xiao and Lee (2021), arXiv:2107.13034, who augment targets; the reach of
@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from dsdistill.harness import lists
-from dsdistill.harness.errors import unknown
+from dsdistill.harness.errors import unknown_name
 
-REACH = 8  # a shift moves by up to an eighth of the height and of the width
-DEGREES = 15  # a rotation turns by up to so many, both ways
+SHIFT_DIVISOR = 8  # a shift moves by up to an eighth of the height and of the width
+MAX_ROTATION_DEGREES = 15  # a rotation turns by up to so many, both ways
 
 
 def parse(text: str | None) -> tuple[str, ...]:
@@ -24,15 +24,15 @@ def parse(text: str | None) -> tuple[str, ...]:
     Raises:
         UserError: For an unknown name, or one that comes twice.
     """
-    names = lists.names("--augment", text or "", empty=True)
-    known = [*_DRAWN, "all"]
+    names = lists.parse_names("--augment", text or "", empty=True)
+    known = [*_TRANSFORMS, "all"]
     for name in names:
         if name not in known:
-            raise unknown("augmentation", name, known)
-    return tuple(name for name in _DRAWN if name in names or "all" in names)
+            raise unknown_name("augmentation", name, known)
+    return tuple(name for name in _TRANSFORMS if name in names or "all" in names)
 
 
-def augmented(
+def augment_images(
     images: Float[Array, "m h w c"], key: PRNGKeyArray, names: tuple[str, ...]
 ) -> Float[Array, "m h w c"]:
     """Each image changed on its own, by every transform named.
@@ -42,20 +42,18 @@ def augmented(
         key: Of all draws. Those of one transform do not depend on which others are named.
         names: As `parse` returns them.
     """
-    for i, (name, draw) in enumerate(_DRAWN.items()):
+    for i, (name, draw) in enumerate(_TRANSFORMS.items()):
         if name in names:
             images = draw(images, jax.random.fold_in(key, i))
     return images
 
 
-def flipped(
-    images: Float[Array, "m h w c"], mirrored: Bool[Array, " m"]
-) -> Float[Array, "m h w c"]:
+def flip(images: Float[Array, "m h w c"], mirrored: Bool[Array, " m"]) -> Float[Array, "m h w c"]:
     """The images marked are flipped left to right."""
     return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
 
 
-def shifted(
+def shift(
     images: Float[Array, "m h w c"], down: Int[Array, " m"], right: Int[Array, " m"]
 ) -> Float[Array, "m h w c"]:
     """Every image moved by so many pixels down and to the right; negative: up, to the left."""
@@ -66,7 +64,7 @@ def shifted(
     return images[each, rows[:, :, None], columns[:, None, :]]
 
 
-def rotated(images: Float[Array, "m h w c"], angles: Float[Array, " m"]) -> Float[Array, "m h w c"]:
+def rotate(images: Float[Array, "m h w c"], angles: Float[Array, " m"]) -> Float[Array, "m h w c"]:
     """Every image turned about its centre, bilinear.
 
     Args:
@@ -88,23 +86,23 @@ def rotated(images: Float[Array, "m h w c"], angles: Float[Array, " m"]) -> Floa
     return jax.vmap(turn)(images, angles.astype(images.dtype))
 
 
-def _flip(images: Array, key: PRNGKeyArray) -> Array:
-    return flipped(images, jax.random.bernoulli(key, 0.5, (len(images),)))
+def _random_flip(images: Array, key: PRNGKeyArray) -> Array:
+    return flip(images, jax.random.bernoulli(key, 0.5, (len(images),)))
 
 
-def _shift(images: Array, key: PRNGKeyArray) -> Array:
+def _random_shift(images: Array, key: PRNGKeyArray) -> Array:
     m, h, w, _ = images.shape
     keys = jax.random.split(key)
     moves = (
-        jax.random.randint(k, (m,), -(size // REACH), size // REACH + 1)
+        jax.random.randint(k, (m,), -(size // SHIFT_DIVISOR), size // SHIFT_DIVISOR + 1)
         for k, size in zip(keys, (h, w), strict=True)
     )
-    return shifted(images, *moves)
+    return shift(images, *moves)
 
 
-def _rotate(images: Array, key: PRNGKeyArray) -> Array:
-    most = jnp.deg2rad(DEGREES)
-    return rotated(images, jax.random.uniform(key, (len(images),), jnp.float32, -most, most))
+def _random_rotation(images: Array, key: PRNGKeyArray) -> Array:
+    most = jnp.deg2rad(MAX_ROTATION_DEGREES)
+    return rotate(images, jax.random.uniform(key, (len(images),), jnp.float32, -most, most))
 
 
-_DRAWN = {"flip": _flip, "shift": _shift, "rotate": _rotate}
+_TRANSFORMS = {"flip": _random_flip, "shift": _random_shift, "rotate": _random_rotation}

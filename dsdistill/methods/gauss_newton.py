@@ -34,16 +34,16 @@ from dsdistill.methods import ridge
 from dsdistill.parallel import devices
 
 ITERATIONS = 30  # of conjugate gradients: more follow the noise of the batch
-KEPT = 0.9  # of the last direction, where they start
-SLOPES = 2.2  # times their size, while they are computed
+WARM_START = 0.9  # of the last direction, where they start
+SLOPES_MEMORY_FACTOR = 2.2  # times their size, while they are computed
 PROBES = 4  # random vectors that estimate the mean of a diagonal
 POOR, GOOD = 0.25, 0.75  # shares of the promised decrease
-TINY = 1e-30  # of a diagonal: no predictions move
+MIN_DIAGONAL = 1e-30  # of a diagonal: no predictions move
 RISE, FALL = 4.0, 0.5  # of the damping after a poor and a good step
 
 _product = functools.partial(jnp.einsum, precision="highest")  # a GPU's default is TF32
 
-Learned = dict[str, Array]
+LearnedArrays = dict[str, Array]
 
 
 @jax.tree_util.register_dataclass
@@ -58,11 +58,11 @@ class GaussNewtonState:
     """
 
     count: Int[Array, ""]
-    direction: Learned
+    direction: LearnedArrays
     boost: Float[Array, ""]
 
 
-def slopes(network: InfiniteNetwork) -> Slopes:
+def require_slopes(network: InfiniteNetwork) -> Slopes:
     """The slopes of a network.
 
     Raises:
@@ -83,16 +83,16 @@ def check_memory(support: Float[np.ndarray, "n h w c"], targets: int) -> None:
         UserError: With what they need.
     """
     n, pixels = len(support), support[0].size
-    each = 4 * n * pixels * (SLOPES * devices.share(targets) + 3 * n)
-    free, count = gram.free(), jax.local_device_count()
+    each = 4 * n * pixels * (SLOPES_MEMORY_FACTOR * devices.share(targets) + 3 * n)
+    free, count = gram.free_bytes(), jax.local_device_count()
     if each > free:
         raise UserError(
-            f"the slopes of {n} x {targets} pairs need {memory.readable(each * count)}, "
-            f"{memory.readable(free * count)} is free: lower --target-batch"
+            f"the slopes of {n} x {targets} pairs need {memory.format_bytes(each * count)}, "
+            f"{memory.format_bytes(free * count)} is free: lower --target-batch"
         )
 
 
-def start(learned: Learned) -> GaussNewtonState:
+def initial_state(learned: LearnedArrays) -> GaussNewtonState:
     """Before the first step."""
     return GaussNewtonState(jnp.int32(0), jax.tree.map(jnp.zeros_like, learned), jnp.float32(1))
 
@@ -121,16 +121,16 @@ class Problem:
 
 def step(
     problem: Problem,
-    whole: Learned,
-    learned: Learned,
+    whole: LearnedArrays,
+    learned: LearnedArrays,
     last: GaussNewtonState,
-    loss: Callable[[Learned], Array],
+    loss: Callable[[LearnedArrays], Array],
     *,
     rate: Array,
     damping: float,
     key: PRNGKeyArray,
-) -> tuple[Array, Learned, GaussNewtonState]:
-    """One step; inside `devices.divided`.
+) -> tuple[Array, LearnedArrays, GaussNewtonState]:
+    """One step; inside `devices.shard_targets`.
 
     Args:
         problem: This device's.
@@ -145,7 +145,7 @@ def step(
     Returns:
         The loss before the step, the values after it, and what the next step starts from.
     """
-    predictions, forward, backward = linearised(problem, whole, learned)
+    predictions, forward, backward = linearise(problem, whole, learned)
     errors = predictions - problem.y_t
     weights = jnp.broadcast_to(problem.weights[:, None], errors.shape) / errors.shape[1]
 
@@ -155,12 +155,14 @@ def step(
     scale = _scales(backward, weights, (problem.targets, weights.shape[1]), key)
     gradient = _times(scale, devices.total(backward(weights * errors)))
 
-    def curvature(v: Learned) -> Learned:  # scaled, so that the mean of its diagonal is 1
+    def curvature(
+        v: LearnedArrays,
+    ) -> LearnedArrays:  # scaled, so that the mean of its diagonal is 1
         change = devices.total(backward(weights * forward(_times(scale, v))))
         more = damping * last.boost
         return jax.tree.map(lambda c, v: c + more * v, _times(scale, change), v)
 
-    first = {name: KEPT * v / scale[name] for name, v in last.direction.items()}
+    first = {name: WARM_START * v / scale[name] for name, v in last.direction.items()}
     direction = _times(scale, cg(curvature, gradient, x0=first, tol=0, maxiter=ITERATIONS)[0])
     change = jax.tree.map(lambda v: (-rate * v).astype(v.dtype), direction)
     moved = jax.tree.map(jnp.add, learned, change)
@@ -176,9 +178,9 @@ def step(
     return value, moved, GaussNewtonState(last.count + 1, direction, jnp.float32(boost))
 
 
-def linearised(
-    problem: Problem, whole: Learned, learned: Learned
-) -> tuple[Array, Callable[[Learned], Array], Callable[[Array], Learned]]:
+def linearise(
+    problem: Problem, whole: LearnedArrays, learned: LearnedArrays
+) -> tuple[Array, Callable[[LearnedArrays], Array], Callable[[Array], LearnedArrays]]:
     """The predictions of the targets, and their derivative, applied to a change of what is learned.
 
     Returns:
@@ -187,9 +189,9 @@ def linearised(
     """
     images = whole["images"]
     double = images.astype(jnp.float64)
-    rows_ss, each_ss = problem.slopes(devices.own(double), double)
-    k_ss = devices.joined(rows_ss)[: len(images)]
-    each_ss = devices.joined(each_ss.astype(jnp.float32))[: len(images)]
+    rows_ss, each_ss = problem.slopes(devices.local_rows(double), double)
+    k_ss = devices.gather_rows(rows_ss)[: len(images)]
+    each_ss = devices.gather_rows(each_ss.astype(jnp.float32))[: len(images)]
     k_st, each_st = problem.slopes(images, problem.x_t)
 
     def predicted(k_ss: Array, k_st: Array, y_s: Array) -> Array:
@@ -200,7 +202,7 @@ def linearised(
     predictions, push = jax.linearize(predicted, *at)
     pull = jax.linear_transpose(push, *at)
 
-    def forward(change: Learned) -> Array:
+    def forward(change: LearnedArrays) -> Array:
         moves = change["images"] * problem.free
         # An image moves its row of k_ss as the first of two images, its column as the second.
         rows = _product("nahwc,nhwc->na", each_ss, moves)
@@ -208,7 +210,7 @@ def linearised(
         labels = change["labels"] if "labels" in learned else jnp.zeros_like(y_s)
         return push(*(a.astype(jnp.float64) for a in (rows + rows.T, k_ts, labels)))
 
-    def backward(cotangent: Array) -> Learned:
+    def backward(cotangent: Array) -> LearnedArrays:
         d_ss, d_st, d_y = (g.astype(jnp.float32) for g in pull(cotangent.astype(jnp.float64)))
         moves = _product("na,nahwc->nhwc", d_ss + d_ss.T, each_ss)
         moves += _product("nm,nmhwc->nhwc", d_st, each_st)
@@ -219,25 +221,27 @@ def linearised(
 
 
 def _scales(
-    backward: Callable[[Array], Learned],
+    backward: Callable[[Array], LearnedArrays],
     weights: Float[Array, "m k"],
     shape: tuple[int, int],
     key: PRNGKeyArray,
-) -> Learned:
+) -> LearnedArrays:
     """One over the root of the mean of the diagonal of J^T J, for images and for labels.
 
     The square of J^T times random signs is that diagonal, in the mean over the signs. `shape` is
     that of all targets' predictions, so that signs do not depend on the number of devices.
     """
 
-    def probe(key: PRNGKeyArray) -> Learned:
-        signs = devices.own(jax.random.rademacher(key, shape, weights.dtype))
+    def probe(key: PRNGKeyArray) -> LearnedArrays:
+        signs = devices.local_rows(jax.random.rademacher(key, shape, weights.dtype))
         moves = devices.total(backward(jnp.sqrt(weights) * signs))
         return {name: jnp.mean(v**2) for name, v in moves.items()}
 
     found = jax.lax.map(probe, jax.random.split(key, PROBES))
-    return {name: 1 / jnp.sqrt(jnp.maximum(means.mean(), TINY)) for name, means in found.items()}
+    return {
+        name: 1 / jnp.sqrt(jnp.maximum(means.mean(), MIN_DIAGONAL)) for name, means in found.items()
+    }
 
 
-def _times(scales: Learned, values: Learned) -> Learned:
+def _times(scales: LearnedArrays, values: LearnedArrays) -> LearnedArrays:
     return {name: scales[name] * value for name, value in values.items()}

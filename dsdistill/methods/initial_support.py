@@ -14,12 +14,12 @@ from dsdistill.harness.data.labeled_images import (
     Examples,
     LabeledImages,
     centred_one_hot,
-    per_class,
+    draw_per_class,
 )
 from dsdistill.harness.data.preprocess import Preprocess
-from dsdistill.harness.errors import UserError, unknown
+from dsdistill.harness.errors import UserError, unknown_name
 
-DRAWN = ("real", "noise")  # what `--init` can name beside a file
+INIT_NAMES = ("real", "noise")  # what `--init` can name beside a file
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class Support:
     frozen: Bool[np.ndarray, "n h w 1"]
 
 
-def initial_support(
+def draw_support(
     train: Examples, images_per_class: int, *, noise: bool, corruption: float, seed: int
 ) -> Support:
     """Class-balanced real images, or unit Gaussian noise, partly replaced by frozen noise.
@@ -49,13 +49,13 @@ def initial_support(
         seed: Of the draw and of the noise.
     """
     rng = np.random.default_rng([seed, 0])
-    rows = per_class(train.data, images_per_class, rng)
+    rows = draw_per_class(train.data, images_per_class, rng)
     images = train.images(rows)
     labels = centred_one_hot(train.data.labels[rows], len(train.data.classes))
-    return corrupted(images, labels, corruption, rng, noise=noise)
+    return corrupt(images, labels, corruption, rng, noise=noise)
 
 
-def corrupted(
+def corrupt(
     images: Float[np.ndarray, "n h w c"],
     labels: Float[np.ndarray, "n k"],
     fraction: float,
@@ -76,22 +76,22 @@ def corrupted(
     return Support(noisy if noise else np.where(frozen, noisy, images), labels, frozen)
 
 
-def load(init: str) -> distilled_set.Distilled | None:
+def load(init: str) -> distilled_set.DistilledSet | None:
     """The distilled set that `--init` names; None for `real` and `noise`.
 
     Raises:
         UserError: If it is neither, or a file that cannot be trusted.
     """
-    if init in DRAWN:
+    if init in INIT_NAMES:
         return None
     path = Path(init).expanduser()
     if not path.exists():
-        raise unknown("--init", init, [*DRAWN, "a .safetensors file", "a run's folder"])
+        raise unknown_name("--init", init, [*INIT_NAMES, "a .safetensors file", "a run's folder"])
     return distilled_set.load(distilled_set.locate(path))
 
 
 def check(
-    distilled: distilled_set.Distilled, train: LabeledImages, images_per_class: int | None
+    distilled: distilled_set.DistilledSet, train: LabeledImages, images_per_class: int | None
 ) -> int:
     """Refuse a set that a run on these images cannot start from, and count its images a class.
 
@@ -127,7 +127,9 @@ def check(
     return n // k
 
 
-def saw(distilled: distilled_set.Distilled, digest: str, validation_fraction: float) -> bool:
+def overlaps_validation(
+    distilled: distilled_set.DistilledSet, digest: str, validation_fraction: float
+) -> bool:
     """Whether a set was made with training images that a run holds out for validation.
 
     Splits are nested: a larger fraction holds out all that a smaller one does.
@@ -148,7 +150,7 @@ def saw(distilled: distilled_set.Distilled, digest: str, validation_fraction: fl
 
 
 def from_set(
-    distilled: distilled_set.Distilled, preprocess: Preprocess, *, corruption: float, seed: int
+    distilled: distilled_set.DistilledSet, preprocess: Preprocess, *, corruption: float, seed: int
 ) -> Support:
     """A checked set's images and labels, in this run's preprocessing.
 
@@ -158,10 +160,10 @@ def from_set(
     Args:
         distilled: Class by class.
         preprocess: As this run's kernel sees images.
-        corruption, seed: As in `initial_support`.
+        corruption, seed: As in `draw_support`.
     """
     images = distilled.images
     if not distilled.preprocess.same_as(preprocess):
         images = preprocess.apply(distilled.preprocess.invert(images))
     rng = np.random.default_rng([seed, 0])
-    return corrupted(images, distilled.labels, corruption, rng)
+    return corrupt(images, distilled.labels, corruption, rng)

@@ -29,12 +29,12 @@ from dsdistill.harness.errors import UserError
 from dsdistill.kernels import diagnosis, gram
 from dsdistill.kernels.networks import InfiniteNetwork
 from dsdistill.methods import gauss_newton, ridge
-from dsdistill.methods.augment import augmented
+from dsdistill.methods.augment import augment_images
 from dsdistill.methods.initial_support import Support
-from dsdistill.methods.targets import Batches, resident
+from dsdistill.methods.targets import TargetBatches, load_into_memory
 from dsdistill.parallel import devices
 
-ADAM = optax.scale_by_adam()  # the learning rates are applied afterwards, see `_moved`
+ADAM = optax.scale_by_adam()  # the learning rates are applied afterwards, see `_adam_step`
 
 
 class State(NamedTuple):
@@ -66,7 +66,7 @@ class Step(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Objective:
+class KipObjective:
     """What KIP minimises, and how it steps.
 
     Attributes:
@@ -92,22 +92,22 @@ class Objective:
     augment: tuple[str, ...] = ()
 
 
-def initial_state(objective: Objective, support: Support) -> State:
+def initial_state(objective: KipObjective, support: Support) -> State:
     """The state before the first step."""
-    return restarted(objective, jnp.asarray(support.images), jnp.asarray(support.labels))
+    return restart(objective, jnp.asarray(support.images), jnp.asarray(support.labels))
 
 
-def restarted(
-    objective: Objective, images: Float[Array, "n h w c"], labels: Float[Array, "n k"]
+def restart(
+    objective: KipObjective, images: Float[Array, "n h w c"], labels: Float[Array, "n k"]
 ) -> State:
     """These images and labels, the optimiser and its schedule at the start."""
-    learned = _learned(objective, images, labels)
-    first = ADAM.init if objective.optimizer == "adam" else gauss_newton.start
+    learned = _learned_arrays(objective, images, labels)
+    first = ADAM.init if objective.optimizer == "adam" else gauss_newton.initial_state
     return State(images, labels, first(learned))
 
 
 def distill(
-    objective: Objective,
+    objective: KipObjective,
     support: Support,
     train: Examples,
     *,
@@ -137,12 +137,11 @@ def distill(
             last good one.
     """
     check_memory(objective, support, train, target_batch)
-    batches = Batches(resident(train), target_batch, seed)
+    batches = TargetBatches(load_into_memory(train), target_batch, seed)
     # Where every later state will be: otherwise the second step compiles anew.
-    current = devices.replicated(state or initial_state(objective, support))
+    current = devices.replicate(state or initial_state(objective, support))
     updates = [
-        _compiled_update(objective, network, support, batches.size)
-        for network in objective.networks
+        _compile_update(objective, network, support, batches.size) for network in objective.networks
     ]
     pairs = len(support.images) * (len(support.images) + batches.size)
     with ThreadPoolExecutor(1) as worker:  # the next batch is gathered while a step runs
@@ -151,7 +150,7 @@ def distill(
             began = time.monotonic()
             targets = upcoming.result()
             upcoming = worker.submit(batches.draw, step + 1)
-            network = _drawn(len(updates), seed, step)
+            network = _draw_network(len(updates), seed, step)
             with jax.enable_x64(True):
                 key = jax.random.fold_in(jax.random.key(seed), step)
                 before = current
@@ -159,22 +158,22 @@ def distill(
                 loss = float(loss)
             if not np.isfinite(loss):
                 images = np.asarray(before.images)
-                why = diagnosis.explained(objective.networks[network], images, targets[0])
-                raise diverged(objective, f"the loss is not finite at step {step}, {why}")
+                why = diagnosis.explain_not_finite(objective.networks[network], images, targets[0])
+                raise divergence_error(objective, f"the loss is not finite at step {step}, {why}")
             yield Step(step + 1, current, loss, network, pairs, time.monotonic() - began)
 
 
-def check_memory(objective: Objective, support: Support, train: Examples, targets: int) -> None:
+def check_memory(objective: KipObjective, support: Support, train: Examples, targets: int) -> None:
     """Refuse steps of so many targets that cannot fit, before anything is computed.
 
     Raises:
         UserError: With what they need.
     """
     if objective.optimizer == "gauss-newton":
-        gauss_newton.check_memory(support.images, Batches(train, targets, 0).size)
+        gauss_newton.check_memory(support.images, TargetBatches(train, targets, 0).size)
 
 
-def diverged(objective: Objective, what: str) -> UserError:
+def divergence_error(objective: KipObjective, what: str) -> UserError:
     """An error that ends a run whose loss is lost, with the options to change."""
     if objective.optimizer == "gauss-newton":
         return UserError(
@@ -187,18 +186,18 @@ def diverged(objective: Objective, what: str) -> UserError:
     return UserError(f"{what}: raise --ridge (now {objective.ridge:g}) or lower {rates}")
 
 
-def _drawn(networks: int, seed: int, step: int) -> int:
+def _draw_network(networks: int, seed: int, step: int) -> int:
     """The position of a step's network."""
     return int(np.random.default_rng([seed, 3, step]).integers(networks))
 
 
-def _compiled_update(
-    objective: Objective, network: InfiniteNetwork, support: Support, targets: int
+def _compile_update(
+    objective: KipObjective, network: InfiniteNetwork, support: Support, targets: int
 ) -> Callable[..., Any]:
     newton = objective.optimizer == "gauss-newton"
     n, shape = len(support.images), support.images.shape[1:]
     tile_ss = ridge.support_tile(network, n, shape, gradient=not newton)
-    tile_st = gram.plan(network, n, devices.share(targets), shape, gradient=not newton)
+    tile_st = gram.plan_tile(network, n, devices.share(targets), shape, gradient=not newton)
 
     def share(
         at: tuple[State, PRNGKeyArray], real: Array, x_t: Array, y_t: Array
@@ -206,7 +205,7 @@ def _compiled_update(
         """The step of one device with its targets: in sums over all devices the same on each."""
         state, key = at
         whole = {"images": state.images, "labels": state.labels}
-        learned = _learned(objective, **whole)
+        learned = _learned_arrays(objective, **whole)
         factor = _factor(objective, state.moments.count)  # before the update: 1 at the first step
 
         def loss(learned: dict[str, Array]) -> Array:
@@ -218,7 +217,7 @@ def _compiled_update(
 
         if newton:
             problem = gauss_newton.Problem(
-                gauss_newton.slopes(network),
+                gauss_newton.require_slopes(network),
                 objective.ridge,
                 jnp.asarray(~support.frozen),
                 x_t,
@@ -233,11 +232,11 @@ def _compiled_update(
             )
         value, gradient = devices.total(jax.value_and_grad(loss)(learned))
         gradient["images"] = gradient["images"] * ~support.frozen
-        return value, *_moved(objective, learned, gradient, state.moments, factor)
+        return value, *_adam_step(objective, learned, gradient, state.moments, factor)
 
     def update(state: State, x_t: Array, y_t: Array, key: PRNGKeyArray) -> tuple[State, Array]:
-        x_t = augmented(x_t, key, objective.augment)
-        value, moved, moments = devices.divided(share)((state, key), targets, x_t, y_t)
+        x_t = augment_images(x_t, key, objective.augment)
+        value, moved, moments = devices.shard_targets(share)((state, key), targets, x_t, y_t)
         # A finite loss can have a gradient that is not: seen now, the last good state is kept.
         sound = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((moved, moments))]
         value = jnp.where(jnp.stack(sound).all(), value, jnp.nan)
@@ -246,12 +245,12 @@ def _compiled_update(
     return jax.jit(update)
 
 
-def _learned(objective: Objective, images: Array, labels: Array) -> dict[str, Array]:
+def _learned_arrays(objective: KipObjective, images: Array, labels: Array) -> dict[str, Array]:
     return {"images": images} | ({"labels": labels} if objective.learn_labels else {})
 
 
-def _moved(
-    objective: Objective, learned: dict[str, Array], gradient: Any, moments: Any, factor: Array
+def _adam_step(
+    objective: KipObjective, learned: dict[str, Array], gradient: Any, moments: Any, factor: Array
 ) -> tuple[Any, Any]:
     """One step of Adam, with a learning rate of its own for images and for labels."""
     change: Any
@@ -264,7 +263,7 @@ def _moved(
     return optax.apply_updates(learned, steps), moments
 
 
-def _factor(objective: Objective, step: Array) -> Array:
+def _factor(objective: KipObjective, step: Array) -> Array:
     """What the schedule leaves of the learning rates; float32 whatever mode JAX is in."""
     if objective.cosine_steps is None:
         return jnp.float32(1)

@@ -31,7 +31,9 @@ from dsdistill.methods import ridge as krr
 from dsdistill.parallel import devices
 
 CHUNK = 2000  # targets that are read at a time; a tile of the kernel may be smaller
-PAIRS = 50_000  # at a time for a convolutional kernel: some ten seconds between two checkpoints
+MAX_CHUNK_PAIRS = (
+    50_000  # at a time for a convolutional kernel: some ten seconds between two checkpoints
+)
 
 
 class Sums(NamedTuple):
@@ -88,11 +90,11 @@ def accumulate(
         )
     purpose = f"Label Solve with {n} support images"
     memory.require(6 * 8 * n * n, purpose, "lower --images-per-class")
-    size = chunk(network, n, train)
-    add = _compiled_sum(network, support, size)
+    size = chunk_size(network, n, train)
+    add = _compile_sum(network, support, size)
     sums = start or Sums(0, *(np.zeros(shape) for shape in ((n, n), (n, k))))
     with jax.enable_x64(True):  # where every later sum will be: no second compilation
-        sums = Sums(sums.done, *map(devices.replicated, sums[1:]))
+        sums = Sums(sums.done, *map(devices.replicate, sums[1:]))
     for first in range(sums.done, len(train), size):
         done = min(first + size, len(train))
         rows = np.minimum(np.arange(first, first + size), len(train) - 1)  # one shape for all
@@ -100,24 +102,24 @@ def accumulate(
             added = add(*sums[1:], done - first, train.images(rows), train.labels(rows))
             jax.block_until_ready(added)
         if not all(np.isfinite(array).all() for array in added):
-            why = diagnosis.explained(network, support, train.images(rows))
+            why = diagnosis.explain_not_finite(network, support, train.images(rows))
             raise UserError(f"the sums over the targets from {first} on are not finite: {why}")
         sums = Sums(done, *added)
         yield sums
 
 
-def chunk(network: InfiniteNetwork, n: int, train: Examples) -> int:
+def chunk_size(network: InfiniteNetwork, n: int, train: Examples) -> int:
     """Targets that `accumulate` reads at a time, for `n` support images."""
     size = min(CHUNK, len(train))
-    return size if network.engine == "closed form" else min(max(PAIRS // n, 1), size)
+    return size if network.engine == "closed form" else min(max(MAX_CHUNK_PAIRS // n, 1), size)
 
 
-def _compiled_sum(
+def _compile_sum(
     network: InfiniteNetwork, support: Float[np.ndarray, "n h w c"], targets: int
 ) -> Callable[..., tuple[Array, Array]]:
     """Adds so many targets, of which the first `count` count, to the two sums."""
     n, *shape = support.shape
-    tile = gram.plan(network, n, devices.share(targets), tuple(shape), gradient=False)
+    tile = gram.plan_tile(network, n, devices.share(targets), tuple(shape), gradient=False)
 
     def share(x_s: Array, real: Array, x_t: Array, y_t: Array) -> tuple[Array, Array]:
         k_st = gram.gram(network.kernel, x_s, x_t, tile)
@@ -128,7 +130,7 @@ def _compiled_sum(
     def add(
         gram_tt: Array, gram_ty: Array, count: Array, x_t: Array, y_t: Array
     ) -> tuple[Array, Array]:
-        more_tt, more_ty = devices.divided(share)(support, count, x_t, y_t)
+        more_tt, more_ty = devices.shard_targets(share)(support, count, x_t, y_t)
         return gram_tt + more_tt, gram_ty + more_ty
 
     return add

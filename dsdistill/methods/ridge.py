@@ -24,12 +24,14 @@ from dsdistill.harness.data.labeled_images import Examples
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation.protocol import Predict
 from dsdistill.harness.runs import progress
-from dsdistill.kernels.gram import Tile, gram, plan
+from dsdistill.kernels.gram import Tile, gram, plan_tile
 from dsdistill.kernels.networks import InfiniteNetwork
 from dsdistill.parallel import devices
 
 CHUNK = 2000  # images that are predicted at a time
-LIMIT = 10_000  # training images of an exact solve: 0.8 GB of kernel, ten seconds on two cores
+MAX_TRAINING_IMAGES = (
+    10_000  # training images of an exact solve: 0.8 GB of kernel, ten seconds on two cores
+)
 
 
 def solve(k_ss: Float[Array, "n n"], y_s: Float[Array, "n k"], ridge: float) -> Float[Array, "n k"]:
@@ -71,7 +73,7 @@ def loss(
 
 
 @dataclass(frozen=True)
-class Ridge:
+class RidgeLearner:
     """Kernel ridge regression as a `Learner`. Nothing in it is random or tuned.
 
     Attributes:
@@ -83,7 +85,7 @@ class Ridge:
     network: InfiniteNetwork
     ridge: float = 1e-6
     name: str = "ridge"
-    limit: int | None = LIMIT
+    limit: int | None = MAX_TRAINING_IMAGES
     identity: Mapping[str, Any] | None = None
     deterministic: ClassVar[bool] = True
 
@@ -132,7 +134,7 @@ def fit(
         starts = range(0, len(targets), size)
         parts = [slice(start, min(start + size, len(targets))) for start in starts]
         with jax.enable_x64(True):
-            for part in progress.slow(parts, unit) if unit else parts:
+            for part in progress.track_if_slow(parts, unit) if unit else parts:
                 chunk = targets[part]
                 filled = np.zeros((size, *chunk.shape[1:]), np.float32)
                 filled[: len(chunk)] = chunk  # one shape for all: one compilation
@@ -169,7 +171,7 @@ def support_tile(
     """The tile for `support_gram`."""
     dtype = jnp.float64 if network.diagonal is None else jnp.float32
     with jax.enable_x64(True):
-        return plan(network, n, n, shape, gradient=gradient, dtype=dtype)
+        return plan_tile(network, n, n, shape, gradient=gradient, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ class _Programs:
 @functools.lru_cache(maxsize=8)  # a run validates dozens of supports of the same size
 def _programs(network: InfiniteNetwork, n: int, shape: tuple[int, int, int]) -> _Programs:
     tile_ss = support_tile(network, n, shape, gradient=False)
-    tile_st = plan(network, n, devices.share(CHUNK), shape, gradient=False)
+    tile_st = plan_tile(network, n, devices.share(CHUNK), shape, gradient=False)
 
     def coefficients(x_s: Array, y_s: Array, ridge: float) -> Array:
         return solve(support_gram(network, x_s, tile_ss), y_s, ridge)
@@ -193,9 +195,9 @@ def _programs(network: InfiniteNetwork, n: int, shape: tuple[int, int, int]) -> 
 
     def share(whole: tuple[Array, Array], real: Array, x_t: Array) -> Array:
         x_s, alpha = whole
-        return devices.joined(predict(gram(network.kernel, x_s, x_t, tile_st), alpha))
+        return devices.gather_rows(predict(gram(network.kernel, x_s, x_t, tile_st), alpha))
 
     def scores(x_s: Array, alpha: Array, x_t: Array) -> Array:
-        return devices.divided(share)((x_s, alpha), len(x_t), x_t)
+        return devices.shard_targets(share)((x_s, alpha), len(x_t), x_t)
 
     return _Programs(jax.jit(everywhere), jax.jit(scores))

@@ -5,13 +5,13 @@ import numpy as np
 from dsdistill.harness import memory
 from dsdistill.harness.data.labeled_images import Examples, LabeledImages
 
-RESIDENT = 0.25  # share of the free memory that the preprocessed images may take
+MAX_MEMORY_SHARE = 0.25  # share of the free memory that the preprocessed images may take
 
 
-def resident(examples: Examples) -> Examples:
+def load_into_memory(examples: Examples) -> Examples:
     """The examples preprocessed once and kept, if they fit into a share of the free memory."""
     h, w, c = examples.data.shape
-    if examples.ready or 4 * len(examples) * h * w * c > RESIDENT * memory.available():
+    if examples.ready or 4 * len(examples) * h * w * c > MAX_MEMORY_SHARE * memory.available():
         return examples
     images = np.empty((len(examples), h, w, c), np.float32)
     for start in range(0, len(images), 4096):
@@ -21,7 +21,7 @@ def resident(examples: Examples) -> Examples:
     return Examples(data, examples.preprocess, examples.targets, ready=True)
 
 
-class Batches:
+class TargetBatches:
     """Class-balanced target batches; the batch of a step is a function of seed and step.
 
     Attributes:

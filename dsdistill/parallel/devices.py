@@ -1,7 +1,7 @@
 """All devices of all hosts: targets are shared out, and each device computes with its share.
 
-A program made with `divided` runs on every device alike, on the same values but for the targets,
-and ends in values that all devices hold: a `total` over the shares, or the shares `joined`. With
+A program made with `shard_targets` runs on every device alike, on the same values but for the targets,
+and ends in values that all devices hold: a `total` over the shares, or the shares `gather_rows`. With
 several hosts (see `hosts`) every host must run the same programs in the same order.
 """
 
@@ -36,26 +36,26 @@ def use_all() -> None:
     jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
 
 
-def replicated(values: T) -> T:
-    """Host 0's values on every device, as the results of a computation with `divided` are.
+def replicate(values: T) -> T:
+    """Host 0's values on every device, as the results of a computation with `shard_targets` are.
 
     Args:
         values: Arrays in any structure, on every host of the same shapes and dtypes.
     """
     if jax.process_count() == 1:
         return jax.device_put(values, NamedSharding(_mesh(), _WHOLE))
-    return jax.tree.map(functools.partial(_reduced, _first), values)
+    return jax.tree.map(functools.partial(_reduce_hosts, _first), values)
 
 
-def least(value: float) -> float:
+def minimum(value: float) -> float:
     """The least of the hosts' values, such as their free memory."""
-    return value if jax.process_count() == 1 else float(_reduced(jnp.min, value))
+    return value if jax.process_count() == 1 else float(_reduce_hosts(jnp.min, value))
 
 
-def gathered(value: Any) -> list[np.ndarray]:
+def gather_hosts(value: Any) -> list[np.ndarray]:
     """Every host's value, in the order of the hosts; of one shape and dtype."""
     hosts = [device.process_index for device in _mesh().devices]
-    rows = np.asarray(_reduced(_all, value))
+    rows = np.asarray(_reduce_hosts(_all, value))
     return [rows[hosts.index(host)] for host in range(jax.process_count())]
 
 
@@ -64,7 +64,7 @@ def share(count: int) -> int:
     return -(-count // jax.device_count())
 
 
-def divided(work: Callable[..., T]) -> Callable[..., T]:
+def shard_targets(work: Callable[..., T]) -> Callable[..., T]:
     """`work(whole, real, *rows)` on every device, with its share of the rows.
 
     Shares are filled up to the same size with copies of the last row, which are not `real`. Taking
@@ -72,7 +72,7 @@ def divided(work: Callable[..., T]) -> Callable[..., T]:
 
     Args:
         work: Traced; what it returns must be the same on all devices, so it ends with `total` or
-            with `joined`. Its gradients are those of its own share.
+            with `gather_rows`. Its gradients are those of its own share.
 
     Returns:
         A function of `whole`, of how many rows from the first on are real, and of the rows.
@@ -85,7 +85,7 @@ def divided(work: Callable[..., T]) -> Callable[..., T]:
             start = jax.lax.axis_index(_AXIS) * size
             # Slices: XLA gathers rows by number as slowly as it evaluates a kernel.
             taken = [
-                jax.lax.dynamic_slice_in_dim(_filled(r, jax.device_count()), start, size)
+                jax.lax.dynamic_slice_in_dim(_pad_rows(r, jax.device_count()), start, size)
                 for r in rows
             ]
             return work(whole, start + jnp.arange(size) < count, *taken)
@@ -102,34 +102,34 @@ def everywhere(work: Callable[..., T]) -> Callable[..., T]:
 
 
 def total(values: T) -> T:
-    """Inside `divided`: the sum of all devices' values. All arrays travel as one."""
+    """Inside `shard_targets`: the sum of all devices' values. All arrays travel as one."""
     flat, restored = jax.flatten_util.ravel_pytree(values)
     return restored(jax.lax.psum(flat, _AXIS))
 
 
-def joined(rows: Shaped[Array, "m ..."]) -> Shaped[Array, "n ..."]:
-    """Inside `divided`: the rows of all devices, in the order in which they were shared out."""
+def gather_rows(rows: Shaped[Array, "m ..."]) -> Shaped[Array, "n ..."]:
+    """Inside `shard_targets`: the rows of all devices, in the order in which they were shared out."""
     return jax.lax.all_gather(rows, _AXIS, tiled=True)
 
 
-def own(rows: Shaped[Array, "n ..."]) -> Shaped[Array, "s ..."]:
-    """Inside `divided`: this device's share of rows that all devices hold, filled up."""
+def local_rows(rows: Shaped[Array, "n ..."]) -> Shaped[Array, "s ..."]:
+    """Inside `shard_targets`: this device's share of rows that all devices hold, filled up."""
     size = share(len(rows))
     start = jax.lax.axis_index(_AXIS) * size
-    return jax.lax.dynamic_slice_in_dim(_filled(rows, jax.device_count()), start, size)
+    return jax.lax.dynamic_slice_in_dim(_pad_rows(rows, jax.device_count()), start, size)
 
 
-def alone(work: Callable[..., T]) -> Callable[..., T]:
-    """A function as one device of `divided` computes it: nothing in it is shared out again."""
+def on_one_device(work: Callable[..., T]) -> Callable[..., T]:
+    """A function as one device of `shard_targets` computes it: nothing in it is shared out again."""
     mesh = Mesh(np.array(jax.local_devices()[:1]), _AXIS, axis_types=(AxisType.Auto,))
     return jax.shard_map(work, mesh=mesh, in_specs=_WHOLE, out_specs=_WHOLE, check_vma=False)
 
 
-def sharded(kernel: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
+def shard_kernel(kernel: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
     """The same kernel, the second set of images divided among the devices of this host.
 
     Differentiable: the gradient with respect to the first set is summed over the devices. Inside
-    `divided` it is the kernel itself, since the targets there are one device's share already.
+    `shard_targets` it is the kernel itself, since the targets there are one device's share already.
     """
 
     def across(x1: Array, x2: Array) -> Array:
@@ -143,17 +143,17 @@ def sharded(kernel: Callable[[Array, Array], Array]) -> Callable[[Array, Array],
         run = jax.shard_map(
             kernel, mesh=mesh, in_specs=(_WHOLE, _PART), out_specs=columns, check_vma=False
         )
-        return run(x1, _filled(x2, count))[:, : len(x2)]
+        return run(x1, _pad_rows(x2, count))[:, : len(x2)]
 
     return across
 
 
-def symmetric(
+def shard_symmetric_kernel(
     kernel: Callable[[Array, Array], Array], undivided: Callable[[Array], Array]
 ) -> Callable[[Array], Array]:
     """The kernel of a set of images with itself, its rows divided among the devices.
 
-    Differentiable inside `divided`: the gradient is this device's part of that of all devices'
+    Differentiable inside `shard_targets`: the gradient is this device's part of that of all devices'
     sum. On one device, and outside, it is `undivided`.
 
     Args:
@@ -162,13 +162,13 @@ def symmetric(
     """
 
     def value(x: Array) -> Array:
-        return joined(kernel(own(x), x))[: len(x)]
+        return gather_rows(kernel(local_rows(x), x))[: len(x)]
 
     def gradient(x: Array, cotangent: Array) -> tuple[Array]:
         whole = jax.lax.psum(cotangent, _AXIS)
-        pullback = jax.vjp(lambda rows: kernel(rows, x), own(x))[1]
+        pullback = jax.vjp(lambda rows: kernel(rows, x), local_rows(x))[1]
         # A row is the first argument in its own row and the second one in its column.
-        part = pullback(own(whole + whole.T))[0]
+        part = pullback(local_rows(whole + whole.T))[0]
         size, start = len(part), jax.lax.axis_index(_AXIS) * len(part)
         every = jnp.zeros((jax.device_count() * size, *part.shape[1:]), part.dtype)
         return (jax.lax.dynamic_update_slice_in_dim(every, part, start, 0)[: len(x)],)
@@ -183,7 +183,7 @@ def symmetric(
     return across
 
 
-def _filled(rows: Array, count: int) -> Array:
+def _pad_rows(rows: Array, count: int) -> Array:
     """The rows, and copies of the last one up to a multiple of `count`."""
     missing = -len(rows) % count
     return jnp.concatenate([rows, jnp.broadcast_to(rows[-1:], (missing, *rows.shape[1:]))])
@@ -203,7 +203,7 @@ def _all(rows: Array) -> Array:
     return rows
 
 
-def _reduced(reduction: Callable[[Array], Array], value: Any) -> Array:
+def _reduce_hosts(reduction: Callable[[Array], Array], value: Any) -> Array:
     """One of the hosts' values, or something between them, on every device.
 
     Args:

@@ -29,16 +29,23 @@ from dsdistill.harness.errors import UserError, first_line
 from dsdistill.harness.runs import progress, run_folder
 from dsdistill.parallel import devices, heartbeat, launchers
 
-HEARTBEAT = 60  # seconds of silence after which JAX aborts; `alive` ends the process before that
-PATIENCE = 5.0  # seconds after an error in which the others may end as well
-LINGER = 2.0  # and more that host 0 stays, over which all are connected
-LOST = (RuntimeError, ValueError)  # JAX's error when a host is lost; of some programs it is NumPy's
+JAX_HEARTBEAT_SECONDS = (
+    60  # seconds of silence after which JAX aborts; `heartbeat` ends the process before that
+)
+END_BARRIER_SECONDS = 5.0  # seconds after an error in which the others may end as well
+HOST_0_LINGER_SECONDS = 2.0  # and more that host 0 stays, over which all are connected
+LOST_HOST_ERRORS = (
+    RuntimeError,
+    ValueError,
+)  # JAX's error when a host is lost; of some programs it is NumPy's
 Checkpoint = tuple[dict[str, np.ndarray], dict[str, Any]]  # arrays, and the rest
-_FAILED = "(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): "  # how it opens
+_JAX_ERROR_PATTERN = (
+    "(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): "  # how it opens
+)
 
 
 @contextlib.contextmanager
-def joined(hosts: str | None) -> Iterator[None]:
+def join(hosts: str | None) -> Iterator[None]:
     """Work as one of several hosts, if there are several; before JAX computes anything.
 
     Args:
@@ -51,22 +58,22 @@ def joined(hosts: str | None) -> Iterator[None]:
     if where is None:
         yield
         return
-    _join(where)
+    _initialize(where)
     try:
-        with _silent(), resumable():
+        with _silence_output(), explain_lost_host():
             yield
     except BaseException:
         # JAX would first wait for the other hosts to end as well, and then abort.
-        atexit.register(_leave)
+        atexit.register(_exit_after_error)
         raise
 
 
-def first() -> bool:
+def is_first() -> bool:
     """Whether this is host 0, which writes and decides; true of a host on its own."""
     return jax.process_index() == 0
 
 
-def decided(choose: Callable[[], Any]) -> Any:
+def decide(choose: Callable[[], Any]) -> Any:
     """What host 0 chooses, on every host.
 
     Args:
@@ -79,10 +86,10 @@ def decided(choose: Callable[[], Any]) -> Any:
         return choose()
     answer: dict[str, Any] = {}
     try:
-        answer = {"value": choose()} if first() else {}
+        answer = {"value": choose()} if is_first() else {}
     except (UserError, OSError) as error:
         answer = {"error": str(error)}
-    answer = _sent(answer)
+    answer = _broadcast(answer)
     if "error" in answer:
         raise UserError(answer["error"])
     return answer["value"]
@@ -99,7 +106,7 @@ def check_same(values: Mapping[str, Any]) -> None:
     """
     if jax.process_count() == 1:
         return
-    expected, *others = _gathered(values)
+    expected, *others = _gather(values)
     for index, found in enumerate(others, start=1):
         for name, value in expected.items():
             if json.dumps(found.get(name)) != json.dumps(value):  # NaN equals NaN
@@ -109,7 +116,7 @@ def check_same(values: Mapping[str, Any]) -> None:
                 )
 
 
-def opened(start: Callable[[], run_folder.Run]) -> run_folder.Run:
+def open_run(start: Callable[[], run_folder.Run]) -> run_folder.Run:
     """The run that host 0 starts or resumes; other hosts learn its configuration and write nothing.
 
     Raises:
@@ -123,13 +130,13 @@ def opened(start: Callable[[], run_folder.Run]) -> run_folder.Run:
         runs_here.append(run)
         return [str(run.folder), run.config, run.resumed]
 
-    folder, config, resumed = decided(described)
+    folder, config, resumed = decide(described)
     return (
         runs_here[0] if runs_here else run_folder.Run(Path(folder), config, resumed, writes=False)
     )
 
 
-def checkpoint(run: run_folder.Run) -> Checkpoint | None:
+def load_checkpoint(run: run_folder.Run) -> Checkpoint | None:
     """Host 0's last checkpoint, or None if there is none."""
     arrays: dict[str, np.ndarray] = {}
 
@@ -140,17 +147,17 @@ def checkpoint(run: run_folder.Run) -> Checkpoint | None:
         arrays.update(found[0])
         return [{name: (str(a.dtype), a.shape) for name, a in arrays.items()}, found[1]]
 
-    answer = decided(described)
+    answer = decide(described)
     if answer is None:
         return None
     forms, meta = answer
     arrays = arrays or {name: np.zeros(shape, dtype) for name, (dtype, shape) in forms.items()}
     with jax.enable_x64(True):
-        return {name: np.asarray(devices.replicated(arrays[name])) for name in forms}, meta
+        return {name: np.asarray(devices.replicate(arrays[name])) for name in forms}, meta
 
 
 @contextlib.contextmanager
-def watch() -> Iterator[Callable[[int], bool]]:
+def watch_for_stop() -> Iterator[Callable[[int], bool]]:
     """Watch for a stop by hand during the steps of a run.
 
     Yields:
@@ -165,40 +172,40 @@ def watch() -> Iterator[Callable[[int], bool]]:
 
 
 @contextlib.contextmanager
-def resumable(folder: Path | None = None) -> Iterator[None]:
+def explain_lost_host(folder: Path | None = None) -> Iterator[None]:
     """Say in one line that a host is lost, and how the run goes on.
 
     Args:
         folder: Of the run, once it is known.
     """
-    heartbeat.run = folder
+    heartbeat.run_path = folder
     try:
         yield
-    except LOST as error:
-        if jax.process_count() == 1 or not re.match(_FAILED, str(error)):
+    except LOST_HOST_ERRORS as error:
+        if jax.process_count() == 1 or not re.match(_JAX_ERROR_PATTERN, str(error)):
             raise
         reason = first_line(error)
         raise UserError(
-            f"another host has ended or cannot be reached: {heartbeat.advice()} ({reason})"
+            f"another host has ended or cannot be reached: {heartbeat.resume_advice()} ({reason})"
         ) from error
 
 
-def _join(where: dict[str, Any]) -> None:
+def _initialize(where: dict[str, Any]) -> None:
     if where.get("process_id") == 0:
         _check_port(int(where["coordinator_address"].rpartition(":")[2]))
         progress.say(f"waiting for {where['num_processes']} hosts")
     try:
-        jax.distributed.initialize(**where, heartbeat_timeout_seconds=HEARTBEAT)
+        jax.distributed.initialize(**where, heartbeat_timeout_seconds=JAX_HEARTBEAT_SECONDS)
     except (ValueError, RuntimeError) as error:
         how = "give --hosts, or --hosts none to run alone" if not where else "check --hosts"
         raise UserError(f"the hosts cannot be joined ({error}): {how}") from error
     signal.signal(signal.SIGINT, _stop_all)
     state = distributed.global_state
-    heartbeat.watch(state.client, state.process_id)
-    with _no_announcement():
+    heartbeat.start(state.client, state.process_id)
+    with _silence_gloo():
         # Devices connect when they first need each other, and must do so within half a minute of
         # each other: now, not after compilations of different length.
-        jax.block_until_ready(devices.replicated([np.zeros(1)]))
+        jax.block_until_ready(devices.replicate([np.zeros(1)]))
 
 
 def _check_port(port: int) -> None:
@@ -216,28 +223,28 @@ def _stop_all(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _sent(answer: dict[str, Any]) -> dict[str, Any]:
+def _broadcast(answer: dict[str, Any]) -> dict[str, Any]:
     """Host 0's answer, on every host: as bytes, after their number."""
     content = np.frombuffer(json.dumps(answer).encode(), np.uint8)
-    size = int(devices.replicated(np.array(len(content), np.int32)))
+    size = int(devices.replicate(np.array(len(content), np.int32)))
     row = np.zeros(size, np.uint8)
     row[: len(content)] = content[:size]
-    return json.loads(bytes(np.asarray(devices.replicated(row))))
+    return json.loads(bytes(np.asarray(devices.replicate(row))))
 
 
-def _gathered(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _gather(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every host's values, on every host: as bytes, all rows as long as the longest."""
     content = np.frombuffer(json.dumps(values).encode(), np.uint8)
-    size = max(map(int, devices.gathered(np.array(len(content), np.int32))))
+    size = max(map(int, devices.gather_hosts(np.array(len(content), np.int32))))
     row = np.full(size, ord(" "), np.uint8)
     row[: len(content)] = content
-    return [json.loads(bytes(row)) for row in devices.gathered(row)]
+    return [json.loads(bytes(row)) for row in devices.gather_hosts(row)]
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
+def _silence_output() -> Iterator[None]:
     """Host 0 speaks for all; the errors of the others come after this."""
-    if first():
+    if is_first():
         yield
         return
     with (
@@ -249,7 +256,7 @@ def _silent() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_announcement() -> Iterator[None]:
+def _silence_gloo() -> Iterator[None]:
     """Gloo, which connects CPUs, announces every connection on standard output."""
     sys.stdout.flush()
     kept = os.dup(1)
@@ -262,12 +269,12 @@ def _no_announcement() -> Iterator[None]:
         os.close(kept)
 
 
-def _leave() -> None:
+def _exit_after_error() -> None:
     """End after an error, once the others have seen theirs: the end breaks their connections."""
     client: Any = distributed.global_state.client
     with contextlib.suppress(RuntimeError):  # not all of them end, or host 0 has
-        client.wait_at_barrier("dsdistill/end", round(1e3 * PATIENCE))
-    if first():
-        time.sleep(LINGER)
+        client.wait_at_barrier("dsdistill/end", round(1e3 * END_BARRIER_SECONDS))
+    if is_first():
+        time.sleep(HOST_0_LINGER_SECONDS)
     sys.stdout.flush()
     os._exit(1)

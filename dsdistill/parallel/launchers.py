@@ -20,7 +20,7 @@ def parse(hosts: str | None) -> dict[str, Any] | None:
         UserError: For any other text.
     """
     if hosts is None:
-        return {} if _launched(os.environ) else None
+        return {} if _has_several_tasks(os.environ) else None
     if hosts == "none":
         return None
     found = re.fullmatch(r"(\S+):([0-9]+),([0-9]+)/([0-9]+)", hosts)
@@ -44,7 +44,7 @@ def parse(hosts: str | None) -> dict[str, Any] | None:
     }
 
 
-def _launched(environment: Mapping[str, str]) -> bool:
+def _has_several_tasks(environment: Mapping[str, str]) -> bool:
     """Whether several tasks of this command were launched, by the environment alone.
 
     JAX's own detection follows where this holds. It asks the network in some places and takes a

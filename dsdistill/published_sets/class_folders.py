@@ -20,8 +20,8 @@ from dsdistill.commands import export
 from dsdistill.harness import memory
 from dsdistill.harness.data import class_names
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.text import some
-from dsdistill.published_sets.files import RawSet, line
+from dsdistill.harness.text import abbreviate_names
+from dsdistill.published_sets.files import RawSet, error_line
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -79,20 +79,20 @@ def _order(path: Path, names: list[str], classes: Sequence[str]) -> tuple[list[i
         if (place := class_names.match(names, known)) is None:
             continue
         if class_names.are_numbers(names) and set(names) != set(known):
-            return list(place), _by_number(names, place, classes)
+            return list(place), _number_note(names, place, classes)
         return list(place), "class folders were matched by name"
     numbered = [re.fullmatch(r"(\D*)(\d+)", name) for name in names]
     found = [(match[1], int(match[2])) for match in numbered if match]
     order = [index for _, index in found]
     if len({prefix for prefix, _ in found}) == 1 and sorted(order) == list(range(len(classes))):
-        return order, _by_number(names, order, classes)
+        return order, _number_note(names, order, classes)
     raise UserError(
         f"{path} must have a folder for each class of the data, by name or numbered from 0: it has "
-        f"{len(names)} ({some(names)}), the data has {len(classes)} ({some(classes)})"
+        f"{len(names)} ({abbreviate_names(names)}), the data has {len(classes)} ({abbreviate_names(classes)})"
     )
 
 
-def _by_number(names: Sequence[str], order: Sequence[int], classes: Sequence[str]) -> str:
+def _number_note(names: Sequence[str], order: Sequence[int], classes: Sequence[str]) -> str:
     return f"class folders were matched by number: {names[0]} is {classes[order[0]]!r}"
 
 
@@ -108,5 +108,5 @@ def _picture(file: Path, shape: tuple[int, int, int]) -> tuple[UInt8[np.ndarray,
         if resized:  # Pillow's resampling averages over all pixels that one replaces
             plain = ImageOps.fit(plain, (w, h), Image.Resampling.BILINEAR)
     except Exception as error:  # a damaged file has many ways to fail, SyntaxError among them
-        raise UserError(f"{file} is not a readable image: {line(error)}") from error
+        raise UserError(f"{file} is not a readable image: {error_line(error)}") from error
     return np.asarray(plain).reshape(shape), resized

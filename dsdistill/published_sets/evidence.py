@@ -11,24 +11,30 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Float, Int
 
-from dsdistill.harness.data.labeled_images import LabeledImages, balanced
+from dsdistill.harness.data.labeled_images import LabeledImages, draw_balanced
 from dsdistill.harness.data.preprocess import Preprocess, unit_range
-from dsdistill.harness.text import some
+from dsdistill.harness.text import abbreviate_names
 
-Constants = tuple[Float[np.ndarray, " c"], Float[np.ndarray, " c"]]
+MeanAndStd = tuple[Float[np.ndarray, " c"], Float[np.ndarray, " c"]]
 
-TOUCH = 2e-3  # by which an end of [0, 1] may be missed: half precision, and rounded constants
-LATTICE = 0.05  # of a level of 8 bits, by which multiples of 1/255 may be missed
-DIM = 5.0  # factor between the contrasts of two sets of the same data, which no set reaches
-SEAM = 2.0  # steps across the middle of an image, relative to those beside it, that prove tiles
+RANGE_TOLERANCE = (
+    2e-3  # by which an end of [0, 1] may be missed: half precision, and rounded constants
+)
+LEVEL_TOLERANCE = 0.05  # of a level of 8 bits, by which multiples of 1/255 may be missed
+MAX_CONTRAST_RATIO = (
+    5.0  # factor between the contrasts of two sets of the same data, which no set reaches
+)
+MIN_SEAM_RATIO = (
+    2.0  # steps across the middle of an image, relative to those beside it, that prove tiles
+)
 LIKE, UNLIKE = 0.6, 0.5  # correlations with the mean real image of what it is, and of what not
-FEWEST = 5  # images a class, from which the order of classes is told
+MIN_IMAGES_PER_CLASS = 5  # images a class, from which the order of classes is told
 MOST, GAP = 0.5, 0.3  # share that fits in another order, and by how much more than as labelled
 SAMPLE = 1000  # real images that are compared with
 
 
-def fits(
-    images: Float[np.ndarray, "n h w c"], constants: Mapping[str, Constants]
+def match_constants(
+    images: Float[np.ndarray, "n h w c"], constants: Mapping[str, MeanAndStd]
 ) -> tuple[str | None, float]:
     """The name of the constants by which images in [0, 1] were standardised, if one is proven.
 
@@ -42,7 +48,7 @@ def fits(
     """
     misfits = {name: _misfit(images, *pair) for name, pair in constants.items()}
     best = min(misfits, key=misfits.__getitem__)
-    return (best if misfits[best] <= TOUCH else None), misfits[best]
+    return (best if misfits[best] <= RANGE_TOLERANCE else None), misfits[best]
 
 
 def _misfit(
@@ -53,11 +59,11 @@ def _misfit(
     """How far the images are from filling [0, 1] in every channel, or from 8 bits inside it."""
     pixels = images * std + mean
     low, high = pixels.min((0, 1, 2)), pixels.max((0, 1, 2))
-    if (low < -TOUCH).any() or (high > 1 + TOUCH).any():
+    if (low < -RANGE_TOLERANCE).any() or (high > 1 + RANGE_TOLERANCE).any():
         return float(max(-low.min(), high.max() - 1))
     touch = float(max(np.abs(low).max(), np.abs(high - 1).max()))
     levels = pixels * 255
-    off = float(np.abs(levels - np.rint(levels)).max()) / LATTICE * TOUCH
+    off = float(np.abs(levels - np.rint(levels)).max()) / LEVEL_TOLERANCE * RANGE_TOLERANCE
     return min(touch, off)
 
 
@@ -66,7 +72,7 @@ def contrast(images: Float[np.ndarray, "n h w c"], train: LabeledImages) -> floa
     return float(images.std() / max(_sample(train).std(), 1e-6))
 
 
-def tiled(images: Float[np.ndarray, "n h w c"], train: LabeledImages) -> str | None:
+def find_tiles(images: Float[np.ndarray, "n h w c"], train: LabeledImages) -> str | None:
     """Why images seem to consist of 2 x 2 tiles, or None.
 
     Tiles of real-looking images meet in a step that is larger than those beside it; tiles of
@@ -80,7 +86,7 @@ def tiled(images: Float[np.ndarray, "n h w c"], train: LabeledImages) -> str | N
     if h % 2 or w % 2 or min(h, w) < 8:
         return None
     ratio = min(_seam(images, 1), _seam(images, 2))
-    if ratio >= SEAM:
+    if ratio >= MIN_SEAM_RATIO:
         return f"the step across the middle is {ratio:.1f} times those beside it"
     real = _sample(train).mean(0)
     whole = _correlation(images.mean(0), real)
@@ -92,7 +98,7 @@ def tiled(images: Float[np.ndarray, "n h w c"], train: LabeledImages) -> str | N
     return None
 
 
-def other_order(
+def find_other_order(
     images: Float[np.ndarray, "n h w c"],
     labels: Int[np.ndarray, " n"],
     train: LabeledImages,
@@ -113,9 +119,9 @@ def other_order(
     from scipy.optimize import linear_sum_assignment
 
     k = len(train.classes)
-    if len(images) < FEWEST * k:
+    if len(images) < MIN_IMAGES_PER_CLASS * k:
         return None
-    rows = np.sort(balanced(train.labels, SAMPLE, np.random.default_rng(0)))
+    rows = np.sort(draw_balanced(train.labels, SAMPLE, np.random.default_rng(0)))
     real, known = fitted.apply(train.images(rows)).reshape(len(rows), -1), train.labels[rows]
     means = np.stack([real[known == label].mean(0) for label in range(k)])
     means -= means.mean(0)
@@ -130,7 +136,7 @@ def other_order(
     moved = [label for label in range(k) if order[label] != label]
     pairs = [f"{train.classes[label]!r} like {train.classes[order[label]]!r}" for label in moved]
     return (
-        f"the classes seem to be in another order than the data's: images labelled {some(pairs)} "
+        f"the classes seem to be in another order than the data's: images labelled {abbreviate_names(pairs)} "
         f"({permuted:.0%} fit so, {as_is:.0%} as they are)"
     )
 
@@ -151,5 +157,5 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _sample(train: LabeledImages) -> Float[np.ndarray, "n h w c"]:
-    rows = np.sort(balanced(train.labels, SAMPLE, np.random.default_rng(0)))
+    rows = np.sort(draw_balanced(train.labels, SAMPLE, np.random.default_rng(0)))
     return unit_range(train.images(rows))

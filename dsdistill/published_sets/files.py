@@ -32,14 +32,14 @@ from jaxtyping import Num
 
 from dsdistill.harness import memory
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.text import some
+from dsdistill.harness.text import abbreviate_names
 
 SUFFIXES = (".pt", ".pth", ".npz", ".npy")
 REMEDY = "save its images and labels with torch.save({'images': images, 'labels': labels}, FILE)"
 CONVERSION = "numpy.savez('set.npz', images=images, labels=labels)"
-# A DC file's list of accuracies consists of these; they are read as `_Ignored`.
+# A DC file's list of accuracies consists of these; they are read as `_IgnoredScalar`.
 _NUMPY_SCALARS = ("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
-_OTHERS = ("pixels", "mean", "std", "classes")  # of `dsdistill export`
+_EXPORT_KEYS = ("pixels", "mean", "std", "classes")  # of `dsdistill export`
 # Names under which projects and their users keep images and labels, in small letters.
 _IMAGES = (
     *("images", "image", "imgs", "img", "x", "data", "x_train", "x_proto", "x_syn"),
@@ -49,7 +49,13 @@ _LABELS = (
     *("labels", "label", "y", "targets", "target", "y_train", "y_proto", "y_syn"),
     *("label_syn", "labels_syn", "syn_labels", "syn_targets"),
 )
-_BESIDE = (("image", "label"), ("data", "target"), ("data", "label"), ("x", "y"), ("X", "y"))
+_NPY_NAME_PAIRS = (
+    ("image", "label"),
+    ("data", "target"),
+    ("data", "label"),
+    ("x", "y"),
+    ("X", "y"),
+)
 _MTT = re.compile(r"images_(?P<unwhitened>zca_)?(?P<step>\w+)\.pt")
 _IDC = re.compile(r"data(_best|\d+)?\.pt")
 _KIP = re.compile(r"_ssize\d+_(?P<no>no)?zca(_|$)")
@@ -107,9 +113,9 @@ def read(path: Path) -> RawSet:
             a whitened set, whose own file has the whitening.
     """
     if path.is_dir() and (path / "images.npy").is_file():
-        return _npy(path / "images.npy")
+        return _read_npy(path / "images.npy")
     if path.is_dir():
-        return _torch(_best(path))
+        return _read_torch(_best_mtt_file(path))
     suffix = path.suffix.lower()
     if suffix in (".pkl", ".pickle", ".p"):
         raise UserError(
@@ -118,55 +124,59 @@ def read(path: Path) -> RawSet:
         )
     if suffix not in SUFFIXES:
         raise UserError(f"{path} must be a folder or one of {', '.join(SUFFIXES)}")
-    return {".npz": _npz, ".npy": _npy}.get(suffix, _torch)(path)
+    return {".npz": _read_npz, ".npy": _read_npy}.get(suffix, _read_torch)(path)
 
 
-def line(error: Exception) -> str:
+def error_line(error: Exception) -> str:
     """An error of another library in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split("\n")[0].split())
 
 
-def _best(folder: Path) -> Path:
+def _best_mtt_file(folder: Path) -> Path:
     if (best := folder / "images_best.pt").is_file():
         return best
     found = sorted(p.name for p in folder.glob("images_*.pt"))
-    raise UserError(f"{folder} has no images_best.pt: give one of its files ({some(found)})")
+    raise UserError(
+        f"{folder} has no images_best.pt: give one of its files ({abbreviate_names(found)})"
+    )
 
 
-def _torch(path: Path) -> RawSet:
+def _read_torch(path: Path) -> RawSet:
     import torch
 
     found = _load_torch(path)
     if isinstance(found, dict) and isinstance(found.get("data"), list):
-        return _condensed(path, found["data"])
+        return _read_dc(path, found["data"])
     if isinstance(found, dict) and (names := _pair(path, found)):
-        keep = {*names, *_OTHERS}
-        return _named(path, {k: _numpy(path, v) for k, v in found.items() if k in keep}, names)
+        keep = {*names, *_EXPORT_KEYS}
+        return _build_set(
+            path, {k: _to_numpy(path, v) for k, v in found.items() if k in keep}, names
+        )
     if isinstance(found, (list, tuple)) and len(found) == 2:
-        images, labels = (_numpy(path, part) for part in found)
+        images, labels = (_to_numpy(path, part) for part in found)
         return RawSet("IDC" if _IDC.fullmatch(path.name) else "plain", images, labels, (path,))
     if isinstance(found, torch.Tensor):
-        return _matched_trajectory(path, _numpy(path, found))
+        return _read_mtt(path, _to_numpy(path, found))
     raise UserError(f"{path} holds no images with labels that are known here: {REMEDY}")
 
 
-def _condensed(path: Path, experiments: list[Any]) -> RawSet:
+def _read_dc(path: Path, experiments: list[Any]) -> RawSet:
     """Dataset Condensation saves the sets of all its repetitions in one file."""
     last = experiments[-1] if experiments else None
     if not isinstance(last, (list, tuple)) or len(last) != 2:
         raise UserError(f"{path}: 'data' must be a list of [images, labels]: {REMEDY}")
-    images, labels = (_numpy(path, part) for part in last)
+    images, labels = (_to_numpy(path, part) for part in last)
     several = f"the last of {len(experiments)} sets in the file was taken"
     return RawSet("DC", images, labels, (path,), (several,) if len(experiments) > 1 else ())
 
 
-def _matched_trajectory(path: Path, images: np.ndarray) -> RawSet:
+def _read_mtt(path: Path, images: np.ndarray) -> RawSet:
     """MTT saves images and labels in two files; of a whitened run also images made plain again."""
     named = _MTT.fullmatch(path.name)
     if named is None:
         raise UserError(f"{path} holds one tensor, and its labels are nowhere: {REMEDY}")
     beside = path.with_name(f"labels_{named['step']}.pt")
-    labels = _numpy(beside, _load_torch(beside))
+    labels = _to_numpy(beside, _load_torch(beside))
     raw = RawSet("MTT", images, labels, (path, beside))
     if named["unwhitened"]:
         return replace(raw, pixels="unit", notes=("the images are those with ZCA undone",))
@@ -177,22 +187,22 @@ def _matched_trajectory(path: Path, images: np.ndarray) -> RawSet:
     return raw
 
 
-def _npz(path: Path) -> RawSet:
+def _read_npz(path: Path) -> RawSet:
     _require_memory(path)
     try:
         with np.load(path, allow_pickle=False) as file:
             names = sorted(file.files)
             if not (pair := _pair(path, names)):
                 raise UserError(f"{path} must hold 'images' and 'labels', has {names}")
-            keep = [name for name in names if name in (*pair, *_OTHERS, "jit")]
+            keep = [name for name in names if name in (*pair, *_EXPORT_KEYS, "jit")]
             for name in keep:
                 _require_header(path, file.zip, name)
             found = {name: file[name] for name in keep}
     except UserError:
         raise
     except Exception as error:  # numpy raises OSError, ValueError, BadZipFile, zlib.error, EOFError
-        raise UserError(f"{path} is not a readable .npz: {_why(error)}") from error
-    raw = _named(path, found, pair)
+        raise UserError(f"{path} is not a readable .npz: {_explain_error(error)}") from error
+    raw = _build_set(path, found, pair)
     if raw.kind != "plain":
         return raw
     if pair == ("images", "labels") and {"k", "jit"} <= set(names):
@@ -211,18 +221,18 @@ def _ridge(path: Path, jitter: np.ndarray) -> float:
     return float(jitter.item())
 
 
-def _npy(path: Path) -> RawSet:
+def _read_npy(path: Path) -> RawSet:
     """Images in one file, labels in another one beside it."""
     names = [
         path.name.replace(image, label)
-        for image, label in _BESIDE
+        for image, label in _NPY_NAME_PAIRS
         if image in path.name.split(".")[0]
     ]
     beside = next((b for name in names if (b := path.with_name(name)).is_file()), None)
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     if beside is None:
-        wanted = some(names) if names else "labels.npy beside images.npy"
+        wanted = abbreviate_names(names) if names else "labels.npy beside images.npy"
         raise UserError(f"{path} holds one array, and its labels are nowhere: wanted {wanted}")
     return RawSet("plain", _array(path), _array(beside), (path, beside))
 
@@ -235,11 +245,11 @@ def _array(path: Path) -> np.ndarray:
     except UserError:
         raise
     except Exception as error:  # as for .npz
-        raise UserError(f"{path} is not a readable .npy: {_why(error)}") from error
+        raise UserError(f"{path} is not a readable .npy: {_explain_error(error)}") from error
 
 
-def _why(error: Exception) -> str:
-    text = line(error)
+def _explain_error(error: Exception) -> str:
+    text = error_line(error)
     pickled = "Object arrays" in text
     return f"{text}; in the program that wrote it, use {CONVERSION}" if pickled else text
 
@@ -283,13 +293,13 @@ def _pair(path: Path, names: Mapping[Any, Any] | Sequence[str]) -> tuple[str, st
         return None
     if len(images) > 1 or len(labels) > 1:
         raise UserError(
-            f"{path} has several arrays that could be its images or labels ({some(images + labels)}"
+            f"{path} has several arrays that could be its images or labels ({abbreviate_names(images + labels)}"
             f"): keep one of each, as 'images' and 'labels'"
         )
     return images[0], labels[0]
 
 
-def _named(path: Path, found: dict[str, np.ndarray], pair: tuple[str, str]) -> RawSet:
+def _build_set(path: Path, found: dict[str, np.ndarray], pair: tuple[str, str]) -> RawSet:
     """Arrays by name; those of `dsdistill export` carry their preprocessing."""
     raw = RawSet("plain", found[pair[0]], found[pair[1]], (path,))
     if pair != ("images", "labels"):
@@ -310,7 +320,7 @@ def _named(path: Path, found: dict[str, np.ndarray], pair: tuple[str, str]) -> R
     return replace(ours, mean=mean, std=std)
 
 
-class _Ignored:
+class _IgnoredScalar:
     """Stands for a NumPy scalar in a file of torch: nothing is computed from what it is given."""
 
     def __init__(self, *_: object) -> None: ...
@@ -322,7 +332,7 @@ def _load_torch(path: Path) -> Any:
     import torch
 
     _require_memory(path)
-    allowed: list[Any] = [(_Ignored, name) for name in _NUMPY_SCALARS]
+    allowed: list[Any] = [(_IgnoredScalar, name) for name in _NUMPY_SCALARS]
     try:
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -332,10 +342,10 @@ def _load_torch(path: Path) -> Any:
             f"was run: {REMEDY}"
         ) from error
     except Exception as error:  # a damaged file has many ways to fail
-        raise UserError(f"{path} is not a whole file of torch: {line(error)}") from error
+        raise UserError(f"{path} is not a whole file of torch: {error_line(error)}") from error
 
 
-def _numpy(path: Path, tensor: Any) -> np.ndarray:
+def _to_numpy(path: Path, tensor: Any) -> np.ndarray:
     import torch
 
     if not isinstance(tensor, torch.Tensor):

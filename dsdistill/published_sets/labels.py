@@ -10,15 +10,19 @@ from jaxtyping import Float, Int
 from dsdistill.harness.data.labeled_images import centred_one_hot
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation import metrics
-from dsdistill.harness.text import some
+from dsdistill.harness.text import abbreviate_names
 from dsdistill.published_sets.files import RawSet
 
-SUM = 5e-3  # by which the sum of a row may be off: labels are often stored in half precision
-DRIFT = 0.5  # by which the mean sum of learned rows may be off: Adam does not keep it at 0
-LEARNED = 5.0  # rows that sum to 0 and reach farther may as well be logits
+ROW_SUM_TOLERANCE = (
+    5e-3  # by which the sum of a row may be off: labels are often stored in half precision
+)
+MAX_MEAN_ROW_SUM = (
+    0.5  # by which the mean sum of learned rows may be off: Adam does not keep it at 0
+)
+MAX_LEARNED_LABEL = 5.0  # rows that sum to 0 and reach farther may as well be logits
 
 # What each kind of label may look like. Logits and learned labels may have any sum.
-_ALLOWED: Mapping[str, tuple[str, ...]] = {
+_COMPATIBLE_KINDS: Mapping[str, tuple[str, ...]] = {
     "index": ("index",),
     "one-hot": ("one-hot",),
     "probabilities": ("one-hot", "probabilities"),
@@ -27,7 +31,7 @@ _ALLOWED: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def encoded(
+def encode(
     path: Path, raw: RawSet, stated: str, classes: tuple[str, ...]
 ) -> tuple[str, Float[np.ndarray, "n k"], str]:
     """The kind of the labels, the labels as rows, and the order of classes that was taken.
@@ -49,23 +53,23 @@ def encoded(
     """
     if raw.classes is not None and sorted(raw.classes) != sorted(classes):
         raise UserError(
-            f"{path} is of the classes {some(raw.classes)}, the data of {some(classes)}: --data "
+            f"{path} is of the classes {abbreviate_names(raw.classes)}, the data of {abbreviate_names(classes)}: --data "
             "must have the same ones"
         )
     labels = _rows(path, raw.labels, len(classes))
-    seen = _seen(labels)
+    seen = _detect_kind(labels)
     kind = next(name for name in (stated, raw.labels_as, seen) if name != "auto")
     if kind == "unclear":
         raise UserError(
             f"{path}: labels run from {labels.min():.3g} to {labels.max():.3g} and could be logits "
             "or learned: say --labels logits, or --labels centred"
         )
-    if seen not in _ALLOWED[kind]:
+    if seen not in _COMPATIBLE_KINDS[kind]:
         remedy = "logits or --labels centred" if seen == "unclear" else seen
         raise UserError(f"{path}: labels do not look {kind}: say --labels {remedy}")
-    if stated == "centred" and abs(mean := labels.sum(1).mean()) > DRIFT:
+    if stated == "centred" and abs(mean := labels.sum(1).mean()) > MAX_MEAN_ROW_SUM:
         raise UserError(f"{path}: rows of labels sum to {mean:.3g}, centred ones to about 0")
-    rows = _encode(path, labels, kind, len(classes)).astype(np.float32)
+    rows = _encode_kind(path, labels, kind, len(classes)).astype(np.float32)
     if raw.kind == "FRePo":  # which divides centred labels by this
         rows = rows * np.float32(math.sqrt(len(classes) / 10))
     if raw.kind == "folder":
@@ -80,7 +84,7 @@ def encoded(
     return kind, rows[:, order], "matched by name"
 
 
-def unequal(labels: Int[np.ndarray, " n"], k: int) -> list[str]:
+def imbalance_notes(labels: Int[np.ndarray, " n"], k: int) -> list[str]:
     """A note if the classes have different numbers of images."""
     counts = np.bincount(labels, minlength=k)
     few, many = int(counts.min()), int(counts.max())
@@ -101,21 +105,24 @@ def _rows(path: Path, raw: np.ndarray, k: int) -> Float[np.ndarray, "n ..."]:
     return labels
 
 
-def _seen(labels: Float[np.ndarray, "n ..."]) -> str:
+def _detect_kind(labels: Float[np.ndarray, "n ..."]) -> str:
     """What labels look like: a kind, or `unclear`."""
     if labels.ndim == 1:
         return "index"
     sums, largest = labels.sum(1), np.abs(labels).max(1)
     if np.isin(labels, (0, 1)).all() and (sums == 1).all():
         return "one-hot"
-    if labels.min() >= 0 and np.abs(sums - 1).max() <= SUM:
+    if labels.min() >= 0 and np.abs(sums - 1).max() <= ROW_SUM_TOLERANCE:
         return "probabilities"
-    if largest.max() <= LEARNED and (np.abs(sums) <= SUM * np.maximum(largest, 1e-6)).all():
+    if (
+        largest.max() <= MAX_LEARNED_LABEL
+        and (np.abs(sums) <= ROW_SUM_TOLERANCE * np.maximum(largest, 1e-6)).all()
+    ):
         return "centred"
     return "unclear"
 
 
-def _encode(
+def _encode_kind(
     path: Path, labels: Float[np.ndarray, "n ..."], kind: str, k: int
 ) -> Float[np.ndarray, "n k"]:
     if kind == "index":

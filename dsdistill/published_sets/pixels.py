@@ -12,7 +12,7 @@ from dsdistill.harness.data.labeled_images import LabeledImages
 from dsdistill.harness.data.preprocess import Chunks, Preprocess
 from dsdistill.harness.errors import UserError
 from dsdistill.published_sets import evidence
-from dsdistill.published_sets.evidence import Constants
+from dsdistill.published_sets.evidence import MeanAndStd
 from dsdistill.published_sets.files import RawSet
 
 # Mean and deviation by which DC, DSA and DM standardise, under the names that their files bear.
@@ -33,19 +33,19 @@ _FREPO = CONDENSATION | {"CIFAR10": (CONDENSATION["CIFAR10"][0], (0.2470, 0.2435
 CONSTANTS = {"DC": CONDENSATION, "MTT": _MTT, "FRePo": _FREPO}
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
-WHITENED = {  # kind of pixels: whose ZCA it is
+WHITENED_KINDS = {  # kind of pixels: whose ZCA it is
     "zca": "as the KIP paper does",
     "zca-mtt": "as MTT does",
     "zca-rfad": "as RFAD does for CIFAR",
     "zca-frepo": "as FRePo does",
 }
-MAPPED = ("standardised", "imagenet", "signed")  # by a mean and a deviation a channel
-BLOCKS = 64  # FRePo whitens larger images in interleaved blocks
-BEYOND = 0.5  # by which [0, 1] may be left by pixels that were never clipped
-EXTREME = 100.0  # no distilled image reaches this many deviations
+STANDARDISED_KINDS = ("standardised", "imagenet", "signed")  # by a mean and a deviation a channel
+MAX_FREPO_SIDE = 64  # FRePo whitens larger images in interleaved blocks
+MAX_OVERSHOOT = 0.5  # by which [0, 1] may be left by pixels that were never clipped
+MAX_DEVIATIONS = 100.0  # no distilled image reaches this many deviations
 
 
-def arranged(
+def to_nhwc(
     path: Path, images: Num[np.ndarray, "n ..."], shape: tuple[int, int, int], layout: str
 ) -> tuple[Float[np.ndarray, "n h w c"], str]:
     """float32 images in our layout, and the layout that they were in.
@@ -80,7 +80,7 @@ def arranged(
     return x.transpose(0, 2, 3, 1) if fits[0] == "nchw" else x, fits[0]
 
 
-def decided(
+def decide_kind(
     path: Path,
     images: Float[np.ndarray, "n h w c"],
     raw: RawSet,
@@ -91,7 +91,7 @@ def decided(
     data: str = "",
     constants: bool = False,
 ) -> tuple[str, str]:
-    """What the pixels are, of `MAPPED`, `unit`, `bytes` or a kind of `WHITENED`, and why.
+    """What the pixels are, of `STANDARDISED_KINDS`, `unit`, `bytes` or a kind of `WHITENED_KINDS`, and why.
 
     Args:
         path: Of the set, for messages.
@@ -109,11 +109,11 @@ def decided(
     low, high = float(images.min()), float(images.max())
     ranged = f"from {low:.3g} to {high:.3g}"
     project, unclear = _project(raw, _data_name(path, raw, data), images.shape[1:])
-    if raw.pixels in WHITENED and stated not in ("auto", raw.pixels):
+    if raw.pixels in WHITENED_KINDS and stated not in ("auto", raw.pixels):
         raise UserError(
             f"{path} is whitened by ZCA, by its name or its neighbours: say --pixels {raw.pixels}"
         )
-    seen = _seen(path, images, low, high, raw, own, data)
+    seen = _detect_kind(path, images, low, high, raw, own, data)
     if constants and seen in ("unit", "bytes"):
         raise UserError(
             f"{path}: pixels are {seen} ({ranged}), --mean and --std standardised ones'"
@@ -123,7 +123,7 @@ def decided(
     if raw.pixels == "auto" and seen in ("unit", "bytes") and project == "standardised":
         project = "auto"  # the file has the project's form, but not its pixels
     if stated == "auto" and project != "auto":
-        if project in WHITENED and not _plausible(project, low, high):
+        if project in WHITENED_KINDS and not _plausible(project, low, high):
             raise UserError(
                 f"{path}: pixels run {ranged}, but {raw.kind} has {project} ones: say --pixels "
                 f"{seen}"
@@ -148,12 +148,12 @@ def decided(
     if stated == "auto" and kind in ("unit", "bytes"):
         scale = 255 if kind == "bytes" else 1
         times = evidence.contrast(images / np.float32(scale), train)
-        if not 1 / evidence.DIM < times < evidence.DIM:
+        if not 1 / evidence.MAX_CONTRAST_RATIO < times < evidence.MAX_CONTRAST_RATIO:
             raise UserError(
                 f"{path}: pixels run {ranged}; as {kind} ones they have {times:.2g} times the "
                 f"contrast of the data: state --pixels {kind} if they are, or scale them"
             )
-    if stated in MAPPED and seen in MAPPED and seen != stated:
+    if stated in STANDARDISED_KINDS and seen in STANDARDISED_KINDS and seen != stated:
         raise UserError(
             f"{path}: pixels, {ranged}, are {seen} ones to the last digit, not {stated} ones: say "
             f"--pixels {seen}"
@@ -177,7 +177,7 @@ def standardisation(
         stated: Mean and deviation, one value a channel.
         fitted: On the data; its constants are the last resort.
         data: The data's name, or empty.
-        kind: Of `MAPPED`.
+        kind: Of `STANDARDISED_KINDS`.
 
     Raises:
         UserError: If the constants are not those of images in [0, 1] with as many channels, or
@@ -202,7 +202,7 @@ def standardisation(
     mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
     if mean.shape != (channels,) or std.shape != (channels,):
         raise UserError(f"{path}: --mean and --std must be {channels} values, one a channel")
-    said = f"mean {_short(mean)}, deviation {_short(std)}"
+    said = f"mean {_format_values(mean)}, deviation {_format_values(std)}"
     if not ((mean >= 0) & (mean <= 1) & (std > 0) & (std <= 1)).all():
         raise UserError(f"{path}: {said} are not of images in [0, 1]: divide those of bytes by 255")
     return Preprocess("standardise", mean, std), f"{said}: {whose}"
@@ -211,26 +211,26 @@ def standardisation(
 def whitening(
     kind: str, chunks: Chunks, shape: tuple[int, int, int], *, path: Path, raw: RawSet, data: str
 ) -> tuple[Preprocess, str]:
-    """The ZCA of `WHITENED` by which images were whitened, and what to note of it.
+    """The ZCA of `WHITENED_KINDS` by which images were whitened, and what to note of it.
 
     Args:
-        kind: Of `WHITENED`.
+        kind: Of `WHITENED_KINDS`.
         chunks, shape: Of all training images; the whitening is fitted on them again.
         path, raw, data: As for `standardisation`.
 
     Raises:
         UserError: If the whitening of such large images is not known.
     """
-    note = f"ZCA {WHITENED[kind]}, fitted again on the training images"
+    note = f"ZCA {WHITENED_KINDS[kind]}, fitted again on the training images"
     if kind == "zca":
         return preprocess.fit("zca", chunks, shape), note
     if kind == "zca-mtt":
         return preprocess.fit_mtt(chunks, shape), note
     if kind == "zca-rfad":
         return preprocess.fit_rfad(chunks, shape), note
-    if max(shape[:2]) > BLOCKS:
+    if max(shape[:2]) > MAX_FREPO_SIDE:
         raise UserError(
-            f"{path}: FRePo whitens images above {BLOCKS} pixels in blocks, unread here"
+            f"{path}: FRePo whitens images above {MAX_FREPO_SIDE} pixels in blocks, unread here"
         )
     known = _FREPO.get(_published_name(path, raw.kind, data))
     if known is None or len(known[0]) != shape[-1]:
@@ -300,7 +300,7 @@ def _project(raw: RawSet, name: str, shape: tuple[int, ...]) -> tuple[str, tuple
     return "auto", None
 
 
-def _seen(
+def _detect_kind(
     path: Path,
     images: Float[np.ndarray, "n h w c"],
     low: float,
@@ -311,19 +311,19 @@ def _seen(
 ) -> str:
     """What the numbers alone prove: a kind of pixels, or `unclear`."""
     if low < 0:
-        if max(-low, high) > EXTREME:
+        if max(-low, high) > MAX_DEVIATIONS:
             return "standardised"  # which is then refused
-        proven, _ = evidence.fits(images, _candidates(path, raw, own, data))
+        proven, _ = evidence.match_constants(images, _candidates(path, raw, own, data))
         return "unclear" if proven is None else proven.split()[0]
     if high <= 1:
         return "unit"
     whole = (np.rint(images) == images).all()
-    if high <= 255 and (whole or high > EXTREME):
+    if high <= 255 and (whole or high > MAX_DEVIATIONS):
         return "bytes"
     return "standardised" if high > 255 else "unclear"
 
 
-def _candidates(path: Path, raw: RawSet, own: Preprocess, data: str) -> dict[str, Constants]:
+def _candidates(path: Path, raw: RawSet, own: Preprocess, data: str) -> dict[str, MeanAndStd]:
     """Constants that a set of this data may have been standardised by."""
     channels, name = len(own.mean), _published_name(path, raw.kind, data)
     pairs = {"signed": ((0.5,) * channels, (0.5,) * channels)}
@@ -345,8 +345,8 @@ def _choices(low: float, channels: int) -> str:
         return "unit or bytes"
     mapped = "standardised (by the data's own constants, or with --mean and --std), signed"
     imagenet = ", imagenet" if channels == len(IMAGENET[0]) else ""
-    unit = ", unit" if low >= -BEYOND else ""
-    return f"{mapped}{imagenet}{unit}, {', '.join(list(WHITENED)[:-1])} or {list(WHITENED)[-1]}"
+    unit = ", unit" if low >= -MAX_OVERSHOOT else ""
+    return f"{mapped}{imagenet}{unit}, {', '.join(list(WHITENED_KINDS)[:-1])} or {list(WHITENED_KINDS)[-1]}"
 
 
 def _remedy(seen: str, kind: str, low: float, channels: int) -> str:
@@ -358,13 +358,13 @@ def _remedy(seen: str, kind: str, low: float, channels: int) -> str:
 
 def _plausible(kind: str, low: float, high: float) -> bool:
     if kind == "signed":
-        return low < 0 and max(-low, high) <= 1 + 2 * BEYOND
-    if kind in MAPPED or kind in WHITENED:  # some pixels are darker than the mean
-        return low < 0 and max(-low, high) <= EXTREME
+        return low < 0 and max(-low, high) <= 1 + 2 * MAX_OVERSHOOT
+    if kind in STANDARDISED_KINDS or kind in WHITENED_KINDS:  # some pixels are darker than the mean
+        return low < 0 and max(-low, high) <= MAX_DEVIATIONS
     if kind == "unit":
-        return low >= -BEYOND and high <= 1 + BEYOND
-    least = 1 if low >= 0 else EXTREME
-    return low >= -255 * BEYOND and least < high <= 255 * (1 + BEYOND)
+        return low >= -MAX_OVERSHOOT and high <= 1 + MAX_OVERSHOOT
+    least = 1 if low >= 0 else MAX_DEVIATIONS
+    return low >= -255 * MAX_OVERSHOOT and least < high <= 255 * (1 + MAX_OVERSHOOT)
 
 
 def _data_name(path: Path, raw: RawSet, data: str) -> str:
@@ -387,5 +387,5 @@ def _published_name(path: Path, kind: str, data: str) -> str:
     return given or found
 
 
-def _short(values: Float[np.ndarray, " c"]) -> str:
+def _format_values(values: Float[np.ndarray, " c"]) -> str:
     return ", ".join(f"{value:.4g}" for value in values)

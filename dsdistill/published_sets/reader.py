@@ -16,15 +16,15 @@ from jaxtyping import Float
 
 from dsdistill.harness.data import distilled_set
 from dsdistill.harness.data import preprocess as preprocess_module
-from dsdistill.harness.data.distilled_set import Distilled
+from dsdistill.harness.data.distilled_set import DistilledSet
 from dsdistill.harness.data.labeled_images import LabeledImages
 from dsdistill.harness.data.preprocess import Chunks, Preprocess
 from dsdistill.harness.errors import UserError
 from dsdistill.published_sets import class_folders, evidence, files, labels, pixels
 from dsdistill.published_sets.files import RawSet
 
-MOST_TILES = 8  # in a row, that an image may be made of
-SIGMAS = 3.0  # standard errors within which an accuracy is that of chance
+MAX_TILES_PER_SIDE = 8  # in a row, that an image may be made of
+CHANCE_STANDARD_ERRORS = 3.0  # standard errors within which an accuracy is that of chance
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ class StatedFormat:
     tiles: int | None = None
 
 
-def is_foreign(path: Path) -> bool:
+def is_published_set(path: Path) -> bool:
     """Whether a path is for `load` to read, or to refuse, and is no set of our own."""
     if not path.is_dir():
         known = path.suffix.lower() in files.SUFFIXES
         return known or (path.is_file() and path.suffix != ".safetensors")
-    ours = (path / distilled_set.FILE).exists()
+    ours = (path / distilled_set.FILE_NAME).exists()
     return not ours and (files.holds_pair(path) or class_folders.holds_classes(path))
 
 
@@ -76,7 +76,7 @@ def load(
     preprocess: Preprocess,
     data: str = "",
     chunks: Chunks | None = None,
-) -> Distilled:
+) -> DistilledSet:
     """Read a published set.
 
     Standardised pixels stay as published, and test images will be standardised by the same
@@ -102,11 +102,11 @@ def load(
     """
     _check_statement(stated)
     raw = _read(path, train)
-    images, layout = pixels.arranged(path, raw.images, train.shape, stated.layout)
+    images, layout = pixels.to_nhwc(path, raw.images, train.shape, stated.layout)
     every = chunks or train.chunks
-    own = _own(preprocess, every, train.shape) if images.min() < 0 else preprocess
+    own = _fit_standardisation(preprocess, every, train.shape) if images.min() < 0 else preprocess
     constants = None if stated.mean is None or stated.std is None else (stated.mean, stated.std)
-    kind, why = pixels.decided(
+    kind, why = pixels.decide_kind(
         path,
         images,
         raw,
@@ -117,14 +117,14 @@ def load(
         constants=constants is not None,
     )
     fitted, whose = preprocess, "the preprocessing is this data's own"
-    if kind in pixels.MAPPED:
+    if kind in pixels.STANDARDISED_KINDS:
         fitted, whose = pixels.standardisation(path, raw, constants, own, data, kind)
-    elif kind in pixels.WHITENED:
+    elif kind in pixels.WHITENED_KINDS:
         fitted, whose = pixels.whitening(kind, every, train.shape, path=path, raw=raw, data=data)
-    images, tiled = _tiles(path, raw, images, kind, stated.tiles, train)
+    images, tiled = _split_tiles(path, raw, images, kind, stated.tiles, train)
     if kind in ("unit", "bytes"):
         images = preprocess.apply(images / np.float32(255) if kind == "bytes" else images)
-    encoding, targets, order = labels.encoded(path, raw, stated.labels, train.classes)
+    encoding, targets, order = labels.encode(path, raw, stated.labels, train.classes)
     targets = np.tile(targets, (len(images) // len(targets), 1))
     notes = [
         *raw.notes,
@@ -133,17 +133,17 @@ def load(
         *tiled,
         f"labels: {encoding}{' (stated)' if stated.labels == encoding else ''}",
         f"classes: {order}",
-        *labels.unequal(targets.argmax(1), len(train.classes)),
+        *labels.imbalance_notes(targets.argmax(1), len(train.classes)),
     ]
-    if other := evidence.other_order(images, targets.argmax(1), train, fitted):
+    if other := evidence.find_other_order(images, targets.argmax(1), train, fitted):
         notes.append(other)
     if raw.ridge is not None:
         notes.append(f"ridge: {raw.ridge:g}, as in the file")
     made = _provenance(path, raw, stated, notes)
-    return Distilled(np.ascontiguousarray(images), targets, fitted, train.classes, made)
+    return DistilledSet(np.ascontiguousarray(images), targets, fitted, train.classes, made)
 
 
-def hint(accuracy: float, chance: float, test_images: int) -> str | None:
+def chance_hint(accuracy: float, chance: float, test_images: int) -> str | None:
     """What to check where the best learner on a published set is no better than chance.
 
     Args:
@@ -151,7 +151,7 @@ def hint(accuracy: float, chance: float, test_images: int) -> str | None:
         chance: Accuracy of always answering the commonest class.
         test_images: On which the accuracy was measured; they set its standard error.
     """
-    if accuracy > chance + SIGMAS * math.sqrt(chance * (1 - chance) / test_images):
+    if accuracy > chance + CHANCE_STANDARD_ERRORS * math.sqrt(chance * (1 - chance) / test_images):
         return None
     return (
         f"No learner is better than chance ({accuracy:.3f} of {test_images} test images, chance "
@@ -165,18 +165,20 @@ def _check_statement(stated: StatedFormat) -> None:
         raise UserError("--mean and --std go together: give both, or neither")
     if stated.mean is not None and stated.pixels not in ("auto", "standardised"):
         raise UserError(f"--mean and --std are for --pixels standardised, not {stated.pixels}")
-    if stated.tiles is not None and not 1 <= stated.tiles <= MOST_TILES:
-        raise UserError(f"--tiles must be from 1 to {MOST_TILES}, got {stated.tiles}")
+    if stated.tiles is not None and not 1 <= stated.tiles <= MAX_TILES_PER_SIDE:
+        raise UserError(f"--tiles must be from 1 to {MAX_TILES_PER_SIDE}, got {stated.tiles}")
 
 
-def _own(fitted: Preprocess, chunks: Chunks, shape: tuple[int, int, int]) -> Preprocess:
+def _fit_standardisation(
+    fitted: Preprocess, chunks: Chunks, shape: tuple[int, int, int]
+) -> Preprocess:
     """The standardisation by all training images, as projects fit it."""
     if fitted.kind != "standardise":
         return fitted
     return preprocess_module.fit("standardise", chunks, shape)
 
 
-def _tiles(
+def _split_tiles(
     path: Path,
     raw: RawSet,
     images: Float[np.ndarray, "n h w c"],
@@ -189,7 +191,7 @@ def _tiles(
     IDC's files hold four small images each, and do not say so; RDED's pictures are mosaics that
     its program trains on as they are.
     """
-    why = None if kind in pixels.WHITENED else evidence.tiled(images, train)
+    why = None if kind in pixels.WHITENED_KINDS else evidence.find_tiles(images, train)
     tiles = stated or 1
     if stated is None and raw.kind == "folder":
         note = f"the pictures look like mosaics ({why}) and are taken whole, as RDED does"

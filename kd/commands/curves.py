@@ -7,7 +7,7 @@ from typing import Any
 from dsdistill.harness.reports import plot_style
 from dsdistill.harness.runs import run_folder
 
-NOT_DRAWN = ("step", "epoch", "images_per_second", "lr")
+NOT_PLOTTED = ("step", "epoch", "images_per_second", "lr")
 
 
 def draw(folder: Path) -> None:
@@ -15,23 +15,23 @@ def draw(folder: Path) -> None:
 
     The results of the run are elsewhere, and lose nothing by a line that is damaged.
     """
-    rows = _rows(folder / "metrics.jsonl")
+    rows = _read_rows(folder / "metrics.jsonl")
     if not rows:
         return
-    names = dict.fromkeys(name for row in rows for name in row if name not in NOT_DRAWN)
+    names = dict.fromkeys(name for row in rows for name in row if name not in NOT_PLOTTED)
     terms = [name for name in names if not name.startswith("validation_")]
-    with plot_style.style():
-        figure = plot_style.blank(3.5, 9)
+    with plot_style.style_context():
+        figure = plot_style.new_figure(3.5, 9)
         left, right = figure.subplots(1, 2)
-        _lines(left, rows, terms)
+        _plot_lines(left, rows, terms)
         left.set(ylabel="loss terms, weighted (mean of a round)", xlabel="step", yscale="log")
-        plot_style.plain_log(left.yaxis)
-        _lines(right, rows, ["validation_accuracy"])
+        plot_style.format_log_axis(left.yaxis)
+        _plot_lines(right, rows, ["validation_accuracy"])
         right.set(ylabel="validation accuracy (fraction)", xlabel="step")
     run_folder.write_bytes(folder / "curves.png", plot_style.png(figure))
 
 
-def _rows(path: Path) -> list[dict[str, float]]:
+def _read_rows(path: Path) -> list[dict[str, float]]:
     """The numbers of each line that has a step."""
     found = []
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
@@ -42,21 +42,23 @@ def _rows(path: Path) -> list[dict[str, float]]:
             continue
         row = stored if isinstance(stored, dict) else {}
         known = {
-            name: number for name, value in row.items() if (number := _number(value)) is not None
+            name: number
+            for name, value in row.items()
+            if (number := _plottable_number(value)) is not None
         }
         if "step" in known:
             found.append(known)
     return found
 
 
-def _number(value: Any) -> float | None:
+def _plottable_number(value: Any) -> float | None:
     """A finite number that a plot can show."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if abs(value) < 1e30 else None
 
 
-def _lines(axes: Any, rows: list[dict[str, float]], names: list[str]) -> None:
+def _plot_lines(axes: Any, rows: list[dict[str, float]], names: list[str]) -> None:
     for name in names:
         known = [(row["step"], row[name]) for row in rows if name in row]
         if known:

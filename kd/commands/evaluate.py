@@ -13,7 +13,7 @@ from dsdistill.harness.data.labeled_images import LabeledImages
 from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
-from dsdistill.harness.runs.run_folder import INPUTS
+from dsdistill.harness.runs.run_folder import INPUTS_KEY
 from kd.commands import run_data
 from kd.data.data_source import DataSource
 from kd.data.files.file_source import FileSource
@@ -59,7 +59,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     who = f"student {options.run}"
     how, outputs = "by name", None
     if options.class_map is None:
-        student = saved_models.fitted(
+        student = saved_models.match_classes(
             who, student, source.shape, source.classes, option="--class-map"
         )
     else:
@@ -73,12 +73,12 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     if name is not None:
         known = {
             each: teacher.to(device)
-            for each, teacher in _teachers(options, config, name, student.preprocess, source)
+            for each, teacher in _load_teachers(options, config, name, student.preprocess, source)
         }
     student.classifier.to(device)
-    judged = _InOrder(student.classifier, outputs)
+    judged = _OutputSelector(student.classifier, outputs)
     temperature = student.output_temperature
-    figures = scoring.figures(judged, test, known, temperature=temperature, classes=source.classes)
+    figures = scoring.evaluate(judged, test, known, temperature=temperature, classes=source.classes)
     for note in figures["notes"]:
         progress.say(note)
     return {
@@ -90,12 +90,12 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         "classes_matched": how,
         **figures,
         "output_temperature": temperature,
-        "parameters": networks.parameters(student.classifier),
+        "parameters": networks.parameter_count(student.classifier),
         **scoring.latency(student.classifier, student.shape),
     }
 
 
-class _InOrder(nn.Module):
+class _OutputSelector(nn.Module):
     """A network's outputs in the order of the data's classes."""
 
     def __init__(self, network: nn.Module, outputs: tuple[int, ...] | None) -> None:
@@ -107,7 +107,7 @@ class _InOrder(nn.Module):
         return scores if self.outputs is None else scores[:, list(self.outputs)]
 
 
-def _teachers(
+def _load_teachers(
     options: EvaluateOptions,
     config: Mapping[str, Any],
     name: str,
@@ -115,9 +115,9 @@ def _teachers(
     source: DataSource | FileSource,
 ) -> Iterator[tuple[str, nn.Module]]:
     """The teachers of that name, with what was said of the run's own ones."""
-    names = networks.names("--teacher", name)
+    names = networks.parse_names("--teacher", name)
     is_own = options.teacher is None or (
-        ",".join(map(networks.absolute, names)) == config.get("teacher")
+        ",".join(map(networks.absolute_name, names)) == config.get("teacher")
     )
     own = config if is_own else {}
     option = "--teacher-class-map"
@@ -126,7 +126,7 @@ def _teachers(
     for each, mapping, known in zip(names, maps, told(own, len(names)), strict=True):
         where = fitted, source.shape, source.classes
         teacher = teachers.load(each, *where, class_map=mapping, class_map_option=option, **known)
-        for remark in teachers.remarks(teacher):
+        for remark in teachers.matching_notes(teacher):
             progress.say(f"teacher {each}: {remark}")
         yield each, teacher
 
@@ -143,7 +143,7 @@ def _test_images(
     if not isinstance(name, str):
         raise UserError(f"{options.run} does not say what it was trained on: give DATA")
     path = Path(name).expanduser()
-    if path.is_dir() and (part := layout.find_part_without_train(path)):
+    if path.is_dir() and (part := layout.find_lone_test_part(path)):
         path, name = part, str(part)
     source = run_data.load(name, student, recipe, config, root=options.data_root, announce=False)
     is_array = path.suffix == ".npz" and path.is_file()
@@ -156,9 +156,9 @@ def _test_images(
     if source.distilled is not None or not (path.is_dir() or is_array):
         return TestImages(source, f"test images of {source.name}")
     folder = None if is_array else layout.list_folder(path, student.classes)
-    is_own = options.data is None or _is_trained_on(config, name, source)
+    is_own = options.data is None or _is_training_data(config, name, source)
     every = not is_own and (folder is None or folder.test is None)
-    chosen = _with_all_to_test(source) if every else source
+    chosen = _test_on_all_images(source) if every else source
     if folder is not None:
         folder.say_judged(_test_count(chosen), every=every)
     if folder is not None and folder.test:
@@ -178,9 +178,11 @@ def _test_count(source: DataSource | FileSource) -> int:
     return len(source.splits.test)
 
 
-def _is_trained_on(config: Mapping[str, Any], name: str, source: DataSource | FileSource) -> bool:
+def _is_training_data(
+    config: Mapping[str, Any], name: str, source: DataSource | FileSource
+) -> bool:
     """Whether data are those that the run was trained on, by their path or by their hash."""
-    stored = config.get(INPUTS, {}).get("training images")
+    stored = config.get(INPUTS_KEY, {}).get("training images")
     if isinstance(source, FileSource):
         train = source.parts[0]
         digest = train.digest if isinstance(train, ImageFiles) else None
@@ -191,7 +193,7 @@ def _is_trained_on(config: Mapping[str, Any], name: str, source: DataSource | Fi
     return same_path or (stored is not None and stored == digest)
 
 
-def _with_all_to_test(source: DataSource | FileSource) -> DataSource | FileSource:
+def _test_on_all_images(source: DataSource | FileSource) -> DataSource | FileSource:
     """The data with all their images as test images."""
     if isinstance(source, FileSource):
         wholes = [part for part in source.parts if isinstance(part, ImageFiles)]
@@ -203,11 +205,12 @@ def _with_all_to_test(source: DataSource | FileSource) -> DataSource | FileSourc
     splits = source.splits
     assert splits is not None
     return replace(
-        source, splits=replace(splits, test=_joined(splits.train, splits.validation, splits.test))
+        source,
+        splits=replace(splits, test=_merge_views(splits.train, splits.validation, splits.test)),
     )
 
 
-def _joined(*parts: LabeledImages) -> LabeledImages:
+def _merge_views(*parts: LabeledImages) -> LabeledImages:
     """Views of one store as one view, in the order of the store."""
     first = parts[0]
     rows = [np.arange(len(part)) if part.rows is None else part.rows for part in parts]

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from dsdistill.harness.errors import UserError, first_line, unknown
+from dsdistill.harness.errors import UserError, first_line, unknown_name
 from kd.commands import export_check, export_formats, run_data
-from kd.commands.export_check import Trials
-from kd.commands.export_formats import FORMATS, Format
+from kd.commands.export_check import ReferenceOutputs
+from kd.commands.export_formats import FORMATS, ExportFormat
 from kd.data import batching
 from kd.models import networks, saved_models
 from kd.models.saved_models import Model
@@ -29,7 +29,7 @@ from kd.recipe import Recipe
 
 # Of the spread of the outputs. Another order of float32 sums changes them by 1e-7 to 1e-5 of it, a
 # forgotten normalisation or another way to resize by 1e-2 and more.
-TOLERANCE = 1e-4
+RELATIVE_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -68,24 +68,24 @@ def export(options: ExportOptions) -> dict[str, Any]:
             missing, the output exists, or what was written disagrees with the student.
     """
     if options.format not in FORMATS:
-        raise unknown("format", options.format, FORMATS)
+        raise unknown_name("format", options.format, FORMATS)
     chosen = FORMATS[options.format]
     model = saved_models.load_run(options.run)
     model.classifier.eval()
-    out = _free(options, model, chosen)
+    out = _free_path(options, model, chosen)
     write = chosen.prepare(model)
     trialled = export_check.gather(options.run, model, options.data_root)
     card = _card(options, model, chosen)
-    with _staged(out) as path:
+    with _staging_path(out) as path:
         write(path, card)
-        found = _agreeing(path, trialled, options)
+        found = _require_agreement(path, trialled, options)
         write(path, card | {"check": asdict(found)})
-        _agreeing(path, trialled, options)  # the very file that is kept
+        _require_agreement(path, trialled, options)  # the very file that is kept
         _place(path, out)
     return {"written": str(out), **asdict(found)}
 
 
-def compare(path: Path, chosen: Format, trialled: Trials) -> Comparison:
+def compare(path: Path, chosen: ExportFormat, trialled: ReferenceOutputs) -> Comparison:
     """Run what was written on all trials.
 
     Args:
@@ -100,17 +100,19 @@ def compare(path: Path, chosen: Format, trialled: Trials) -> Comparison:
     sizes = [len(images) for images in trialled.batches]
     return Comparison(
         largest_difference=float(np.abs(got - expected).max()),
-        tolerance=TOLERANCE * float(np.ptp(expected)),
+        tolerance=RELATIVE_TOLERANCE * float(np.ptp(expected)),
         argmax_agreement=float((got.argmax(1) == expected.argmax(1)).mean()),
         batch_sizes=tuple(sorted(set(sizes))),
-        random_images=export_check.RANDOM,
+        random_images=export_check.RANDOM_IMAGES,
         real_images=0 if trialled.data is None else sizes[-1],
         data=trialled.data,
         note=trialled.note,
     )
 
 
-def _agreeing(path: Path, trialled: Trials, options: ExportOptions) -> Comparison:
+def _require_agreement(
+    path: Path, trialled: ReferenceOutputs, options: ExportOptions
+) -> Comparison:
     try:
         found = compare(path, FORMATS[options.format], trialled)
     except Exception as error:  # of another program's reader, which raises whatever it likes
@@ -128,7 +130,7 @@ def _agreeing(path: Path, trialled: Trials, options: ExportOptions) -> Compariso
     return found
 
 
-def _card(options: ExportOptions, model: Model, chosen: Format) -> dict[str, Any]:
+def _card(options: ExportOptions, model: Model, chosen: ExportFormat) -> dict[str, Any]:
     """What a person or a program needs to use the files."""
     h, w, c = model.shape
     fitted = model.preprocess
@@ -137,12 +139,12 @@ def _card(options: ExportOptions, model: Model, chosen: Format) -> dict[str, Any
         "student": model.name,
         "classes": model.classes,
         "input": {
-            "name": export_formats.INPUT,
+            "name": export_formats.INPUT_NAME,
             "dtype": "float32",
             "layout": "NCHW",
             "shape": ["batch", c, h, w],
             "values": "pixels in [0, 1]" if chosen.graph else "pixels in [0, 1], preprocessed",
-            "files": _files(run_data.read_recipe(options.run)),
+            "files": _file_resize(run_data.read_recipe(options.run)),
         },
         "preprocess": {
             "kind": fitted.kind,
@@ -158,19 +160,19 @@ def _card(options: ExportOptions, model: Model, chosen: Format) -> dict[str, Any
             "included": chosen.graph,
         },
         "outputs": {
-            "name": export_formats.OUTPUT,
+            "name": export_formats.OUTPUT_NAME,
             "dtype": "float32",
             "shape": ["batch", len(model.classes)],
             "kind": model.outputs,
         },
         "output_temperature": model.output_temperature,
-        "use": _use(model, chosen),
-        "parameters": networks.parameters(model.classifier),
+        "use": _usage(model, chosen),
+        "parameters": networks.parameter_count(model.classifier),
         "versions": {name: version(name) for name in ("torch", "timm", "numpy")},
     }
 
 
-def _use(model: Model, chosen: Format) -> str:
+def _usage(model: Model, chosen: ExportFormat) -> str:
     first = "" if chosen.graph else "preprocess and resize the images as described; "
     meaning = (
         "unnormalised log-probabilities"
@@ -183,7 +185,7 @@ def _use(model: Model, chosen: Format) -> str:
     )
 
 
-def _files(recipe: Recipe) -> dict[str, Any]:
+def _file_resize(recipe: Recipe) -> dict[str, Any]:
     """How image files were brought to the shape of the input, in evaluation."""
     if recipe.augment != "imagenet":
         return {"crop": 1.0, "interpolation": "bilinear"}
@@ -192,7 +194,7 @@ def _files(recipe: Recipe) -> dict[str, Any]:
     return {"crop": recipe.crop_share, "interpolation": interpolation}
 
 
-def _free(options: ExportOptions, model: Model, chosen: Format) -> Path:
+def _free_path(options: ExportOptions, model: Model, chosen: ExportFormat) -> Path:
     """Where to write; nothing is there yet."""
     name = re.sub(r"\W+", "-", model.name)[-60:] + chosen.suffix
     out = Path(os.path.abspath(options.out or options.run / "export" / name))
@@ -203,7 +205,7 @@ def _free(options: ExportOptions, model: Model, chosen: Format) -> Path:
 
 
 @contextmanager
-def _staged(out: Path) -> Iterator[Path]:
+def _staging_path(out: Path) -> Iterator[Path]:
     """A path of the same name in a hidden folder of the same disk, which is gone afterwards."""
     parent = next(folder for folder in out.parents if folder.is_dir())
     with tempfile.TemporaryDirectory(dir=parent, prefix=".export-") as folder:

@@ -21,14 +21,14 @@ from kd.models.saved_models import Model
 from kd.models.zoo import class_names
 from kd.recipe import Recipe
 
-RANDOM, REAL = 16, 48  # images of either kind
+RANDOM_IMAGES, REAL_IMAGES = 16, 48  # images of either kind
 SEED = 0
 
-Images = Float[np.ndarray, "n h w c"]
+ImageBatch = Float[np.ndarray, "n h w c"]
 
 
 @dataclass(frozen=True, eq=False)
-class Trials:
+class ReferenceOutputs:
     """Images in [0, 1] with what the student says to them.
 
     Attributes:
@@ -38,13 +38,13 @@ class Trials:
         note: Why there are none.
     """
 
-    batches: tuple[Images, ...]
+    batches: tuple[ImageBatch, ...]
     expected: tuple[Float[np.ndarray, "n k"], ...]
     data: str | None
     note: str | None
 
 
-def gather(run: Path, model: Model, root: Path | None) -> Trials:
+def gather(run: Path, model: Model, root: Path | None) -> ReferenceOutputs:
     """Random and real images, each kind as a batch and its first image alone.
 
     Args:
@@ -56,34 +56,34 @@ def gather(run: Path, model: Model, root: Path | None) -> Trials:
         UserError: If the student's outputs are not finite.
     """
     rng = np.random.default_rng(SEED)
-    wholes, name, note = [rng.random((RANDOM, *model.shape), dtype=np.float32)], None, None
+    wholes, name, note = [rng.random((RANDOM_IMAGES, *model.shape), dtype=np.float32)], None, None
     try:
-        name, images = _real(run, model, root, rng)
+        name, images = _real_images(run, model, root, rng)
         wholes.append(images)
     except (UserError, OSError) as error:
         note = str(error)
     batches = tuple(part for images in wholes for part in (images[:1], images))
-    expected = tuple(_answers(model, images) for images in batches)
+    expected = tuple(_student_outputs(model, images) for images in batches)
     if not all(np.isfinite(answers).all() for answers in expected):
         raise UserError(f"the student of {run} gives outputs that are not finite")
-    return Trials(batches, expected, name, note)
+    return ReferenceOutputs(batches, expected, name, note)
 
 
-def _answers(model: Model, images: Images) -> Float[np.ndarray, "n k"]:
+def _student_outputs(model: Model, images: ImageBatch) -> Float[np.ndarray, "n k"]:
     """The student as `kd evaluate` runs it: NumPy's preprocessing, then the network."""
     with torch.inference_mode():
         return model.classifier(batching.to_nchw(model.preprocess.apply(images))).numpy()
 
 
-def _real(
+def _real_images(
     run: Path, model: Model, root: Path | None, rng: np.random.Generator
-) -> tuple[str, Images]:
+) -> tuple[str, ImageBatch]:
     """The data's name and some of its images, of the test set where it has one.
 
     Raises:
         UserError: If they cannot be had, or are not such as the student takes.
     """
-    config, recipe = _optional(run / "config.json"), run_data.read_recipe(run)
+    config, recipe = _read_if_present(run / "config.json"), run_data.read_recipe(run)
     name = config.get("data")
     if not isinstance(name, str):
         raise UserError(f"{run} does not say what it was trained on")
@@ -94,29 +94,29 @@ def _real(
         "the student", model.classes, source.classes, option=None
     )  # of whatever order
     if isinstance(source, FileSource):
-        return source.name, _streamed(source, recipe, rng)
+        return source.name, _stream_images(source, recipe, rng)
     if source.splits is None:
         raise UserError(source.note or f"{name} has no real images")
     images = source.splits.test if len(source.splits.test) else source.splits.train
-    return source.splits.name, preprocess.unit_range(images.images(_some(len(images), rng)))
+    return source.splits.name, preprocess.unit_range(images.images(_sample_rows(len(images), rng)))
 
 
-def _streamed(source: FileSource, recipe: Recipe, rng: np.random.Generator) -> Images:
+def _stream_images(source: FileSource, recipe: Recipe, rng: np.random.Generator) -> ImageBatch:
     """Evaluation views of some images; of an archive, of the first ones."""
     train, held, test = source.parts
     part = test or held or train
     if isinstance(part, ImageFiles):
-        part = part.select(_some(len(part), rng))
+        part = part.select(_sample_rows(len(part), rng))
     plain, cpu = preprocess.identity(source.shape[2]), torch.device("cpu")
     stream = replace(source, parts=(train, None, part)).test(recipe, plain, cpu)
     assert stream is not None
-    first = next(iter(stream.in_order())).images[:REAL]
+    first = next(iter(stream.in_order())).images[:REAL_IMAGES]
     return first.permute(0, 2, 3, 1).numpy()
 
 
-def _some(n: int, rng: np.random.Generator) -> np.ndarray:
-    return np.sort(rng.permutation(n)[:REAL])
+def _sample_rows(n: int, rng: np.random.Generator) -> np.ndarray:
+    return np.sort(rng.permutation(n)[:REAL_IMAGES])
 
 
-def _optional(path: Path) -> Mapping[str, Any]:
+def _read_if_present(path: Path) -> Mapping[str, Any]:
     return seals.read(path.parent, path.name) if path.is_file() else {}

@@ -24,21 +24,21 @@ from dsdistill.harness.data import preprocess
 from dsdistill.harness.errors import UserError, first_line
 from dsdistill.harness.runs import run_folder
 from kd.models import networks, saved_models
-from kd.models.adapters import Apply
+from kd.models.adapters import PreprocessLayer
 from kd.models.saved_models import Model
 from kd.models.zoo import exported, timm_zoo
 
 Card = Mapping[str, Any]
-Write = Callable[[Path, Card], None]  # may be called again, with another card
-Run = Callable[[Float[Tensor, "n c h w"]], Float[Tensor, "n k"]]  # from images in [0, 1]
+Writer = Callable[[Path, Card], None]  # may be called again, with another card
+Runner = Callable[[Float[Tensor, "n c h w"]], Float[Tensor, "n k"]]  # from images in [0, 1]
 
-INPUT, OUTPUT, CARD = "images", "outputs", "card.json"
+INPUT_NAME, OUTPUT_NAME, CARD_FILE = "images", "outputs", "card.json"
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-ONNX_BYTES = 2**31  # a protobuf message has no more
+MAX_ONNX_BYTES = 2**31  # a protobuf message has no more
 
 
 @dataclass(frozen=True)
-class Format:
+class ExportFormat:
     """One of the forms.
 
     Attributes:
@@ -51,55 +51,57 @@ class Format:
         use: For a person who has the files alone.
     """
 
-    prepare: Callable[[Model], Write]
-    read: Callable[[Path], Run]
+    prepare: Callable[[Model], Writer]
+    read: Callable[[Path], Runner]
     suffix: str
     beside: str | None
     graph: bool
     use: str
 
 
-def prepare_onnx(model: Model) -> Write:
+def prepare_onnx(model: Model) -> Writer:
     """An ONNX graph, with the card in its metadata and in a JSON file beside it."""
     _check_onnx(model)
     import onnx
 
-    program: Any = _traced(
+    program: Any = _trace_graph(
         model,
         lambda graph, example, sizes: torch.onnx.export(
             graph,
             example,
             dynamo=True,
             dynamic_shapes=sizes,
-            input_names=[INPUT],
-            output_names=[OUTPUT],
+            input_names=[INPUT_NAME],
+            output_names=[OUTPUT_NAME],
             verbose=False,
         ),
     )
     proto = program.model_proto
 
     def write(path: Path, card: Card) -> None:
-        onnx.helper.set_model_props(proto, strings(card))
+        onnx.helper.set_model_props(proto, header_strings(card))
         run_folder.write_bytes(path, proto.SerializeToString())
         run_folder.write_json(path.with_name(path.name + ".json"), card)
 
     return write
 
 
-def read_onnx(path: Path) -> Run:
+def read_onnx(path: Path) -> Runner:
     """The graph in onnxruntime, on the CPU."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
+    return lambda images: torch.from_numpy(
+        session.run([OUTPUT_NAME], {INPUT_NAME: images.numpy()})[0]
+    )
 
 
-def prepare_pt2(model: Model) -> Write:
+def prepare_pt2(model: Model) -> Writer:
     """A program of `torch.export`, with the card as an extra file inside.
 
     A second one, in the form of a run's `model.json`, makes it a teacher for `kd train`.
     """
-    program = _traced(
+    program = _trace_graph(
         model,
         lambda graph, example, sizes: torch.export.export(graph, example, dynamic_shapes=sizes),
     )
@@ -113,35 +115,35 @@ def prepare_pt2(model: Model) -> Write:
 
     def write(path: Path, card: Card) -> None:
         content = io.BytesIO()
-        inside = {CARD: json.dumps(card), exported.CARD: described}
+        inside = {CARD_FILE: json.dumps(card), exported.CARD: described}
         torch.export.save(program, content, extra_files=inside)
         run_folder.write_bytes(path, content.getvalue())
 
     return write
 
 
-def read_pt2(path: Path) -> Run:
+def read_pt2(path: Path) -> Runner:
     """The program as another process gets it."""
     return torch.export.load(path).module()
 
 
-def prepare_safetensors(model: Model) -> Write:
+def prepare_safetensors(model: Model) -> Writer:
     """A folder like a run's, with the card in the header of the weights."""
 
     def write(path: Path, card: Card) -> None:
         path.mkdir(exist_ok=True)
-        saved_models.save_run(path, model, strings(card))
+        saved_models.save_run(path, model, header_strings(card))
 
     return write
 
 
-def read_safetensors(path: Path) -> Run:
+def read_safetensors(path: Path) -> Runner:
     """A student made anew from the folder."""
     found = saved_models.load_run(path)
-    return nn.Sequential(Apply(found.preprocess), found.classifier).eval()
+    return nn.Sequential(PreprocessLayer(found.preprocess), found.classifier).eval()
 
 
-def prepare_timm(model: Model) -> Write:
+def prepare_timm(model: Model) -> Writer:
     """A folder for `timm.create_model("local-dir:...", pretrained=True)`."""
     _check_timm(model)
 
@@ -152,12 +154,12 @@ def prepare_timm(model: Model) -> Write:
             path / "model.safetensors", safetensors.torch.save(weights, _TIMM_HEADER)
         )
         run_folder.write_json(path / "config.json", _timm_config(model, card))
-        run_folder.write_json(path / CARD, card)
+        run_folder.write_json(path / CARD_FILE, card)
 
     return write
 
 
-def read_timm(path: Path) -> Run:
+def read_timm(path: Path) -> Runner:
     """What timm makes of the folder, its input prepared as the folder's config says."""
     import timm
 
@@ -168,15 +170,15 @@ def read_timm(path: Path) -> Run:
     return lambda images: network(networks.resize((images - mean) / std, size, how))
 
 
-def strings(card: Card) -> dict[str, str]:
+def header_strings(card: Card) -> dict[str, str]:
     """The card for headers that hold strings alone: what is no string becomes JSON."""
     texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in card.items()}
     # A path may hold bytes that are no text; no header takes them.
     return {k: v.encode("utf-8", "backslashreplace").decode() for k, v in texts.items()}
 
 
-FORMATS: Mapping[str, Format] = {
-    "onnx": Format(
+FORMATS: Mapping[str, ExportFormat] = {
+    "onnx": ExportFormat(
         prepare_onnx,
         read_onnx,
         suffix=".onnx",
@@ -184,7 +186,7 @@ FORMATS: Mapping[str, Format] = {
         graph=True,
         use="onnxruntime.InferenceSession(FILE).run(None, {'images': images})[0]",
     ),
-    "pt2": Format(
+    "pt2": ExportFormat(
         prepare_pt2,
         read_pt2,
         suffix=".pt2",
@@ -192,7 +194,7 @@ FORMATS: Mapping[str, Format] = {
         graph=True,
         use="torch.export.load(FILE).module()(images)",
     ),
-    "safetensors": Format(
+    "safetensors": ExportFormat(
         prepare_safetensors,
         read_safetensors,
         suffix="-safetensors",
@@ -202,7 +204,7 @@ FORMATS: Mapping[str, Format] = {
         f"safetensors.torch.load_file('FOLDER/{saved_models.WEIGHTS}')), "
         "network(images); the folder is a RUN for every command of kd",
     ),
-    "timm": Format(
+    "timm": ExportFormat(
         prepare_timm,
         read_timm,
         suffix="-timm",
@@ -214,13 +216,13 @@ FORMATS: Mapping[str, Format] = {
 
 _TIMM_HEADER = {"format": "pt"}  # what programs of the same family expect there
 
-_Trace = Callable[[nn.Module, tuple[Tensor], tuple[dict[int, Any]]], Any]
+_Tracer = Callable[[nn.Module, tuple[Tensor], tuple[dict[int, Any]]], Any]
 
 
-def _traced(model: Model, trace: _Trace) -> Any:
+def _trace_graph(model: Model, trace: _Tracer) -> Any:
     """Preprocessing, resize and network as one graph for any number of images."""
     h, w, c = model.shape
-    graph = nn.Sequential(Apply(model.preprocess), model.classifier).eval()
+    graph = nn.Sequential(PreprocessLayer(model.preprocess), model.classifier).eval()
     # Two images: a size of 1 would be taken for a constant.
     example, sizes = (torch.zeros(2, c, h, w),), ({0: torch.export.Dim("batch", min=1)},)
     level = logging.getLogger("torch.onnx").level
@@ -244,10 +246,10 @@ def _check_onnx(model: Model) -> None:
         raise UserError(
             f"--format onnx needs {', '.join(ONNX_PACKAGES)}: pip install 'dsdistill[onnx]'"
         )
-    needed = 4 * networks.parameters(model.classifier)
-    if needed >= ONNX_BYTES:
+    needed = 4 * networks.parameter_count(model.classifier)
+    if needed >= MAX_ONNX_BYTES:
         raise UserError(
-            f"an ONNX file holds less than {ONNX_BYTES} bytes, and {model.name} has {needed} of "
+            f"an ONNX file holds less than {MAX_ONNX_BYTES} bytes, and {model.name} has {needed} of "
             "weights: use --format pt2 or safetensors"
         )
 
@@ -259,23 +261,23 @@ def _check_timm(model: Model) -> None:
             "timm cannot whiten images, and this student needs it: "
             "use --format onnx, pt2 or safetensors"
         )
-    if not _architecture(model):
+    if not _timm_architecture(model):
         raise UserError(
             f"{model.name} is not one of timm's architectures: "
             "use --format onnx, pt2 or safetensors"
         )
 
 
-def _architecture(model: Model) -> str | None:
+def _timm_architecture(model: Model) -> str | None:
     """timm's name for the network; None for one that is not timm's."""
     config = getattr(model.classifier.network, "pretrained_cfg", None)
     return config.get("architecture") if isinstance(config, Mapping) else None
 
 
-def _arguments(model: Model) -> dict[str, Any]:
+def _timm_arguments(model: Model) -> dict[str, Any]:
     """What timm's function for the network is given."""
     found = networks.parse(model.name)
-    own = timm_zoo.split(found.base)[1] if found.zoo is timm_zoo else {}
+    own = timm_zoo.split_arguments(found.base)[1] if found.zoo is timm_zoo else {}
     return (model.classifier.config or {}).get("arguments", {}) | own
 
 
@@ -284,11 +286,11 @@ def _timm_config(model: Model, card: Card) -> dict[str, Any]:
     network: Any = classifier.network
     made, files = network.pretrained_cfg, card["input"]["files"]
     return {
-        "architecture": _architecture(model),
+        "architecture": _timm_architecture(model),
         "num_classes": len(model.classes),
         "num_features": network.num_features,
         "label_names": model.classes,
-        "model_args": _arguments(model),
+        "model_args": _timm_arguments(model),
         "pretrained_cfg": {
             "custom_load": False,
             "input_size": (c, *(classifier.size or (h, w))),

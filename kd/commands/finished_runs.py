@@ -15,10 +15,10 @@ from dsdistill.harness.reports import schema
 from dsdistill.harness.runs import run_folder
 from kd.models import seals
 from kd.models.seals import REPORT
-from kd.options import READERS, Overrides, TrainOptions
+from kd.options import DEFAULT_WORKERS, Overrides, TrainOptions
 
-CURVE = "validation_accuracy"  # of metrics.jsonl
-NEEDED = {
+CURVE_METRIC = "validation_accuracy"  # of metrics.jsonl
+REQUIRED_TYPES = {
     "student": str,
     "data": str,
     "seed": int,
@@ -26,7 +26,7 @@ NEEDED = {
     "seconds": float,
     "parameters": int,
 }
-KNOWN = {
+OPTIONAL_TYPES = {
     "teacher": str | None,
     "validation_accuracy": float | None,
     "nll": float | None,
@@ -61,7 +61,7 @@ class FinishedRun:
     @property
     def command(self) -> str:
         """The line that makes the run again."""
-        return command(self.config)
+        return train_command(self.config)
 
 
 @dataclass(frozen=True)
@@ -106,27 +106,27 @@ def read(folder: Path) -> FinishedRun:
     seals.verify(folder, "metrics.jsonl")
     try:
         _check(config, report)
-        return FinishedRun(folder, config, report, _curve(folder / "metrics.jsonl"))
+        return FinishedRun(folder, config, report, _read_curve(folder / "metrics.jsonl"))
     except (ValueError, KeyError, RecursionError) as error:
         raise UserError(f"{folder} holds a damaged run ({error}): leave it out") from error
 
 
-def grouped(found: Sequence[FinishedRun]) -> list[RunGroup]:
+def group_by_options(found: Sequence[FinishedRun]) -> list[RunGroup]:
     """The runs, those together whose options are the same but for the seed."""
     groups: dict[str, list[FinishedRun]] = {}
     for run in found:
         options = {
-            name: v for name, v in run.config.items() if name not in ("seed", run_folder.INPUTS)
+            name: v for name, v in run.config.items() if name not in ("seed", run_folder.INPUTS_KEY)
         }
         groups.setdefault(json.dumps(options, sort_keys=True), []).append(run)
     labels = _labels([members[0] for members in groups.values()])
     return [RunGroup(*pair) for pair in zip(labels, groups.values(), strict=True)]
 
 
-def command(config: Mapping[str, Any]) -> str:
+def train_command(config: Mapping[str, Any]) -> str:
     """The `kd train` line of stored options; those that have their default are left out."""
     words = ["kd", "train", str(config["data"])]
-    for name, value in _given(config).items():
+    for name, value in _non_default(config).items():
         option = "--" + name.replace("_", "-")
         values = value if isinstance(value, list | tuple) else [value]
         flag = value is True and name in _DEFAULTS  # fields of the recipe take a value
@@ -134,7 +134,7 @@ def command(config: Mapping[str, Any]) -> str:
     return shlex.join(words)
 
 
-_OWN = {f.name for f in fields(Overrides)}
+_RECIPE_FIELDS = {f.name for f in fields(Overrides)}
 _DEFAULTS = {
     name: str(value) if isinstance(value, Path) else value
     for name, value in asdict(TrainOptions()).items()
@@ -142,37 +142,37 @@ _DEFAULTS = {
 }
 
 
-def _given(config: Mapping[str, Any]) -> dict[str, Any]:
+def _non_default(config: Mapping[str, Any]) -> dict[str, Any]:
     """The stored options that differ from the defaults."""
-    former = {"workers": READERS}  # stored by earlier versions where it was not given
+    former = {"workers": DEFAULT_WORKERS}  # stored by earlier versions where it was not given
     given = {
         k: v
         for k, v in config.items()
         if k in _DEFAULTS and v not in (_DEFAULTS[k], former.get(k, _DEFAULTS[k]))
     }
-    return given | {k: v for k, v in config.items() if k in _OWN and v is not None}
+    return given | {k: v for k, v in config.items() if k in _RECIPE_FIELDS and v is not None}
 
 
 def _check(config: Any, report: Any) -> None:
     schema.check("config.json", config, {"data": str, "seed": int})
-    schema.check(REPORT, report, NEEDED | KNOWN)
-    if missing := NEEDED.keys() - report.keys():
+    schema.check(REPORT, report, REQUIRED_TYPES | OPTIONAL_TYPES)
+    if missing := REQUIRED_TYPES.keys() - report.keys():
         raise ValueError(f"{REPORT} lacks {', '.join(sorted(missing))}")
     if missing := {"data", "seed"} - config.keys():
         raise ValueError(f"config.json lacks {', '.join(sorted(missing))}")
 
 
-def _curve(path: Path) -> list[tuple[int, float]]:
+def _read_curve(path: Path) -> list[tuple[int, float]]:
     lines = path.read_text().splitlines() if path.exists() else []
     rows = [json.loads(line) for line in lines]
     for row in rows:
-        schema.check(path.name, row, {"step": int, CURVE: float | None})
-    return [(row["step"], row[CURVE]) for row in rows if row.get(CURVE) is not None]
+        schema.check(path.name, row, {"step": int, CURVE_METRIC: float | None})
+    return [(row["step"], row[CURVE_METRIC]) for row in rows if row.get(CURVE_METRIC) is not None]
 
 
 def _labels(firsts: Sequence[FinishedRun]) -> list[str]:
     """A short name for each: student and teacher, then the options in which they differ."""
-    options = [_given(run.config) for run in firsts]
+    options = [_non_default(run.config) for run in firsts]
     named = {"student", "teacher", "seed", "data_root"}
     varied = {
         name
@@ -183,18 +183,20 @@ def _labels(firsts: Sequence[FinishedRun]) -> list[str]:
     labels: list[str] = []
     for run, given in zip(firsts, options, strict=True):
         teacher = run.report.get("teacher")
-        parts = [run.report["student"] + (f" from {_short(teacher)}" if teacher else "")]
-        parts += [f"{n.replace('_', ' ')} {_said(v)}" for n, v in given.items() if n in varied]
+        parts = [run.report["student"] + (f" from {_base_names(teacher)}" if teacher else "")]
+        parts += [
+            f"{n.replace('_', ' ')} {_format_value(v)}" for n, v in given.items() if n in varied
+        ]
         label = ", ".join(parts)
         same = sum(other.split(" #")[0] == label for other in labels)
         labels.append(f"{label} #{same + 1}" if same else label)
     return labels
 
 
-def _short(teachers: str) -> str:
+def _base_names(teachers: str) -> str:
     """Names of teachers without their folders."""
     return ",".join(Path(name).name for name in teachers.split(","))
 
 
-def _said(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)

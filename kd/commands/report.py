@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation.statistics import Summary
-from dsdistill.harness.memory import readable
+from dsdistill.harness.memory import format_bytes
 from dsdistill.harness.reports import html, plot_style, wording
 from dsdistill.harness.reports.wording import NOTHING
 from kd.commands import finished_runs
@@ -15,7 +15,7 @@ from kd.commands.finished_runs import FinishedRun, RunGroup
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FIGURES = (
+METRIC_COLUMNS = (
     "training",
     "test accuracy, %",
     "95 % interval",
@@ -25,9 +25,9 @@ FIGURES = (
     "agrees with teacher, %",
     "teacher's accuracy, %",
 )
-COST = ("training", "parameters", "seconds", "peak memory", "steps", "images", "device")
-RUNS = ("folder", "seed", "test accuracy, %", "validation accuracy, %", "best epoch")
-SAYS = (
+COST_COLUMNS = ("training", "parameters", "seconds", "peak memory", "steps", "images", "device")
+RUN_COLUMNS = ("folder", "seed", "test accuracy, %", "validation accuracy, %", "best epoch")
+METRICS_NOTE = (
     "Mean ± sample deviation over n runs, with the 95 % t interval of the mean, cut off at "
     "0 and 100 %. Runs are put together if their options differ in the seed alone. The best epoch "
     "was chosen on validation images; the test images were read once."
@@ -47,28 +47,33 @@ def render(folders: Sequence[Path]) -> str:
         raise UserError("give at least one folder of a finished run")
     different = {folder.resolve(): folder for folder in folders}.values()
     runs = [finished_runs.read(folder) for folder in different]
-    groups = finished_runs.grouped(runs)
-    title = f"{_count(len(groups), 'training')}, {_count(len(runs), 'run')}"
+    groups = finished_runs.group_by_options(runs)
+    title = f"{_plural(len(groups), 'training')}, {_plural(len(runs), 'run')}"
     notes = dict.fromkeys(note for run in runs if (note := run.report.get("note")))
     sections = [
-        html.section("test", "Test figures", _table(FIGURES, groups, figures), _said(SAYS)),
+        html.section(
+            "test",
+            "Test figures",
+            _table(METRIC_COLUMNS, groups, metric_cells),
+            _note(METRICS_NOTE),
+        ),
         html.section("curves", "Learning curves", _curves(groups)),
-        html.section("cost", "Cost", _table(COST, groups, cost)),
-        html.section("runs", "Every run", _every(groups)),
-        html.section("notes", "Notes", html.items(map(html.text, notes))),
+        html.section("cost", "Cost", _table(COST_COLUMNS, groups, cost_cells)),
+        html.section("runs", "Every run", _run_table(groups)),
+        html.section("notes", "Notes", html.bullet_list(map(html.text, notes))),
         html.section("reproduce", "Reproduce", html.code(run.command for run in runs)),
     ]
     head = f"<header>\n<h1>{html.text(title)}</h1>\n{_answer(groups)}\n</header>"
     return html.document(title, [head, *filter(None, sections)])
 
 
-def figures(group: RunGroup) -> list[str]:
-    """One line under `FIGURES`."""
+def metric_cells(group: RunGroup) -> list[str]:
+    """One line under `METRIC_COLUMNS`."""
     accuracy = group.summary("test_accuracy")
     return [
         group.label,
         wording.spread(accuracy),
-        wording.between(accuracy),
+        wording.confidence_interval(accuracy),
         str(len(group.runs)),
         wording.spread(group.summary("nll"), scale=1, digits=3),
         wording.spread(group.summary("calibration_error")),
@@ -77,8 +82,8 @@ def figures(group: RunGroup) -> list[str]:
     ]
 
 
-def cost(group: RunGroup) -> list[str]:
-    """One line under `COST`."""
+def cost_cells(group: RunGroup) -> list[str]:
+    """One line under `COST_COLUMNS`."""
     report = group.runs[0].report
     memory = [run.report.get("peak_memory") or 0 for run in group.runs]
     steps, images = report.get("steps"), report.get("train_images")
@@ -86,7 +91,7 @@ def cost(group: RunGroup) -> list[str]:
         group.label,
         f"{report['parameters']:,}",
         wording.spread(group.summary("seconds"), scale=1),
-        readable(max(memory)) if any(memory) else NOTHING,
+        format_bytes(max(memory)) if any(memory) else NOTHING,
         NOTHING if steps is None else f"{steps:,}",
         NOTHING if images is None else f"{images:,}",
         report.get("device") or NOTHING,
@@ -95,8 +100,8 @@ def cost(group: RunGroup) -> list[str]:
 
 def curves(groups: Sequence[RunGroup]) -> "Figure":
     """Validation accuracy against steps: a colour for each group, a line for each of its runs."""
-    with plot_style.style():
-        figure = plot_style.blank(2.9 + 0.15 * len(groups))
+    with plot_style.style_context():
+        figure = plot_style.new_figure(2.9 + 0.15 * len(groups))
         axes = figure.subplots()
         for i, group in enumerate(groups):
             of = plot_style.SERIES[i % len(plot_style.SERIES)]
@@ -111,7 +116,7 @@ def curves(groups: Sequence[RunGroup]) -> "Figure":
                     color=of.colour,
                     markersize=3.5,
                     alpha=0.8,
-                    label=named and plot_style.label(named, plot_style.TITLE),
+                    label=named and plot_style.label(named, plot_style.MAX_TITLE_LENGTH),
                 )
                 named = None  # the legend names a group once
         axes.set(xlabel="step of the optimizer", ylabel="validation accuracy, %")
@@ -122,7 +127,7 @@ def curves(groups: Sequence[RunGroup]) -> "Figure":
 def _answer(groups: Sequence[RunGroup]) -> str:
     """Which training is ahead on each data set, and whether by more than its intervals."""
     lines = []
-    for data in _data(groups):
+    for data in _data_names(groups):
         known = [(group, a) for group, a in _accuracies(groups, data) if a is not None]
         if not known:
             lines.append(f"On {data}: no test accuracy.")
@@ -149,13 +154,13 @@ def _accuracies(groups: Sequence[RunGroup], data: str) -> list[tuple[RunGroup, S
 
 def _curves(groups: Sequence[RunGroup]) -> str:
     found = []
-    for i, data in enumerate(_data(groups)):
+    for i, data in enumerate(_data_names(groups)):
         drawn = [g for g in groups if g.data == data and any(run.curve for run in g.runs)]
         if drawn:
             said = f"Validation accuracy on {data}, one line a run"
             content = plot_style.svg(curves(drawn), name=f"curves-{i}", alt=said)
             found.append(html.figure(content, f"{said}."))
-    return html.figures(found)
+    return html.figure_grid(found)
 
 
 def _table(
@@ -165,17 +170,17 @@ def _table(
     kept = [i for i in range(len(head)) if any(line[i] != NOTHING for _, line in lines)]
     bodies = [
         (data, [[line[i] for i in kept] for of, line in lines if of == data])
-        for data in _data(groups)
+        for data in _data_names(groups)
     ]
     return html.table("By data set", [head[i] for i in kept], bodies)
 
 
-def _every(groups: Sequence[RunGroup]) -> str:
-    bodies = [(group.label, [_run(run) for run in group.runs]) for group in groups]
-    return html.table("As each run's own report says", RUNS, bodies)
+def _run_table(groups: Sequence[RunGroup]) -> str:
+    bodies = [(group.label, [_run_cells(run) for run in group.runs]) for group in groups]
+    return html.table("As each run's own report says", RUN_COLUMNS, bodies)
 
 
-def _run(run: FinishedRun) -> list[str]:
+def _run_cells(run: FinishedRun) -> list[str]:
     epoch = run.report.get("best_epoch")
     return [
         html.text(run.folder),
@@ -186,14 +191,14 @@ def _run(run: FinishedRun) -> list[str]:
     ]
 
 
-def _data(groups: Sequence[RunGroup]) -> list[str]:
+def _data_names(groups: Sequence[RunGroup]) -> list[str]:
     """Names of the data sets."""
     return list(dict.fromkeys(group.data for group in groups))
 
 
-def _said(text: str) -> str:
+def _note(text: str) -> str:
     return html.paragraph(text, "quiet")
 
 
-def _count(n: int, what: str) -> str:
+def _plural(n: int, what: str) -> str:
     return f"{n} {what}{'' if n == 1 else 's'}"

@@ -48,7 +48,7 @@ def load(
             name,
             root=root,
             image_size=h,
-            validation_fraction=data_source.fraction(config.get("validation_fraction")),
+            validation_fraction=data_source.fraction_or_default(config.get("validation_fraction")),
             channels=channels,
             classes=student.classes,
             announce=announce,

@@ -27,7 +27,7 @@ from kd.models.zoo import class_names
 from kd.options import TrainOptions
 from kd.parallel.engine import Engine
 
-DATA = ("training images", "validation images", "test images", "distilled set")
+DATA_PARTS = ("training images", "validation images", "test images", "distilled set")
 ABSENT = "absent"  # a hash of what is not there: that it comes or goes is a change too
 
 
@@ -43,17 +43,17 @@ def hashes(parts: TrainingParts, options: TrainOptions) -> dict[str, str]:
     for number, (name, teacher) in enumerate(zip(parts.taught_by, parts.teachers, strict=True), 1):
         which = f"teacher {number}" if len(parts.teachers) > 1 else "the teacher"
         found[which] = teacher_hash(name, teacher)
-    if options.class_map is not None and not teacher_chain.taught_by_run(options):
+    if options.class_map is not None and not teacher_chain.is_taught_by_chain(options):
         maps = class_names.read_class_maps(options.class_map, parts.taught_by)
         found["class map"] = hashlib.sha256(json.dumps(maps).encode()).hexdigest()
     # A start from a seed is a function of the options.
-    if _from_elsewhere(options.student) or options.pretrained:
+    if _has_stored_weights(options.student) or options.pretrained:
         found["the student's first weights"] = teacher_cache.fingerprint(
             parts.student.classifier.network
         )
-    peers = networks.split(options.peers or "")
+    peers = networks.split_names(options.peers or "")
     for number, (name, peer) in enumerate(zip(peers, parts.peers, strict=True), 1):
-        if _from_elsewhere(name):
+        if _has_stored_weights(name):
             found[f"the first weights of peer {number}"] = teacher_cache.fingerprint(peer.network)
     return found
 
@@ -64,7 +64,7 @@ def data_hashes(parts: TrainingParts, options: TrainOptions) -> dict[str, str]:
     if isinstance(source, FileSource):
         found = {
             name: ABSENT if part is None else part.digest
-            for name, part in zip(DATA, source.parts, strict=False)
+            for name, part in zip(DATA_PARTS, source.parts, strict=False)
         }
         if source.count == 0:
             # Shards are shared out among the processes that read.
@@ -77,12 +77,12 @@ def data_hashes(parts: TrainingParts, options: TrainOptions) -> dict[str, str]:
     splits = source.splits
     # Of the training images with those that are held out of them.
     found["training images"] = ABSENT if splits is None else splits.digest
-    found["validation images"] = ABSENT if splits is None else labeled_hash(splits.validation)
-    found["test images"] = ABSENT if splits is None else labeled_hash(splits.test)
+    found["validation images"] = ABSENT if splits is None else images_hash(splits.validation)
+    found["test images"] = ABSENT if splits is None else images_hash(splits.test)
     return found
 
 
-def labeled_hash(images: LabeledImages) -> str:
+def images_hash(images: LabeledImages) -> str:
     """SHA-256 of images, labels, their number and the class names."""
     sha = hashlib.sha256(repr((images.shape, images.classes, len(images))).encode())
     sha.update(np.ascontiguousarray(images.labels, "<i8").data)
@@ -106,7 +106,7 @@ def teacher_hash(name: str, teacher: Teacher) -> str:
     return sha.hexdigest()
 
 
-def require_alike(on: Engine, inputs: Mapping[str, str]) -> None:
+def require_same_inputs(on: Engine, inputs: Mapping[str, str]) -> None:
     """Refuse processes of one training that have different inputs; in all of them alike.
 
     Raises:
@@ -135,7 +135,7 @@ def require_same_data(folder: Path, stored: Mapping[str, str], inputs: Mapping[s
     Raises:
         UserError: If it was.
     """
-    for name in DATA:
+    for name in DATA_PARTS:
         if stored.get(name, inputs.get(name)) != inputs.get(name):
             raise UserError(
                 f"{folder} was trained on other {name} than there are now: put back what they "
@@ -143,6 +143,6 @@ def require_same_data(folder: Path, stored: Mapping[str, str], inputs: Mapping[s
             )
 
 
-def _from_elsewhere(name: str | None) -> bool:
+def _has_stored_weights(name: str | None) -> bool:
     """Whether a network's first weights are those of a run or a file."""
     return name is not None and (Path(name).is_dir() or networks.parse(name).file is not None)

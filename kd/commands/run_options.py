@@ -13,8 +13,14 @@ from kd.models.seals import REPORT
 from kd.models.zoo import class_names
 from kd.options import Overrides, TrainOptions
 
-HASH = "options"  # key, among the hashes of a run, of that of the options
-FREE = ("data_root", "device", "workers", "cache", "min_teacher_accuracy")  # may differ on resume
+HASH_KEY = "options"  # key, among the hashes of a run, of that of the options
+MAY_DIFFER_ON_RESUME = (
+    "data_root",
+    "device",
+    "workers",
+    "cache",
+    "min_teacher_accuracy",
+)  # may differ on resume
 _PER_CALL = ("out", "resume", "overrides")  # not options of the training
 _PATHS = ("data", "student", "teacher", "data_root", "class_map", "cache")
 
@@ -27,10 +33,10 @@ def to_json(options: TrainOptions) -> dict[str, Any]:
         if value is not None and value != "digits":
             parts = [str(value)]
             if name == "teacher":
-                parts = networks.split(str(value))
+                parts = networks.split_names(str(value))
             elif name == "class_map":
                 parts = class_names.class_map_files(str(value))
-            config[name] = ",".join(map(networks.absolute, parts))
+            config[name] = ",".join(map(networks.absolute_name, parts))
     return config | asdict(options.overrides)
 
 
@@ -46,9 +52,13 @@ def restore(folder: Path, options: TrainOptions) -> TrainOptions:
             contradict them.
     """
     config = run_folder.stored_options(
-        folder, to_json(options), result=REPORT, defaults=to_json(TrainOptions()), free=FREE
+        folder,
+        to_json(options),
+        result=REPORT,
+        defaults=to_json(TrainOptions()),
+        free=MAY_DIFFER_ON_RESUME,
     )
-    hashes = config.get(run_folder.INPUTS, {})
+    hashes = config.get(run_folder.INPUTS_KEY, {})
     known = {k: v for k, v in config.items() if k in to_json(options)}
     try:
         for name in ("data_root", "cache"):
@@ -57,7 +67,7 @@ def restore(folder: Path, options: TrainOptions) -> TrainOptions:
         # An earlier version lacks the options that are newer.
         overrides = {f.name: known.pop(f.name, None) for f in fields(options.overrides)}
         stored = replace(options, **known, overrides=Overrides(**overrides))
-        if hashes.get(HASH, "") in ("", digest(stored)):
+        if hashes.get(HASH_KEY, "") in ("", digest(stored)):
             return stored
     except TypeError:  # a path that is a number, say
         pass
@@ -73,7 +83,7 @@ def digest(options: TrainOptions) -> str:
     So that a later version with more options finds the same.
     """
     config, defaults = to_json(options), to_json(TrainOptions())
-    kept = {k: v for k, v in config.items() if k not in FREE and v != defaults[k]}
+    kept = {k: v for k, v in config.items() if k not in MAY_DIFFER_ON_RESUME and v != defaults[k]}
     return checksums.json_digest(kept)
 
 
@@ -88,7 +98,7 @@ def require_same(link: TrainOptions, stored: dict[str, Any]) -> None:
         UserError: If one differs.
     """
     for name, value in to_json(link).items():
-        if name not in FREE and stored.get(name) != json.loads(json.dumps(value)):
+        if name not in MAY_DIFFER_ON_RESUME and stored.get(name) != json.loads(json.dumps(value)):
             option = "--" + name.replace("_", "-")
             raise UserError(
                 f"{link.out} holds a training with {option} {stored.get(name)}, and this one has "

@@ -11,18 +11,21 @@ from dataclasses import replace
 from pathlib import Path
 
 from dsdistill.harness import lists
-from kd.options import TOLD, TrainOptions
+from kd.options import TEACHER_INPUT_OPTIONS, TrainOptions
 
-FOREIGN = ("class_map", *TOLD)  # of the first teacher: an earlier run has the data's classes
+FIRST_TEACHER_OPTIONS = (
+    "class_map",
+    *TEACHER_INPUT_OPTIONS,
+)  # of the first teacher: an earlier run has the data's classes
 
 
-def before(options: TrainOptions, out: Path) -> tuple[TrainOptions, ...]:
+def earlier_trainings(options: TrainOptions, out: Path) -> tuple[TrainOptions, ...]:
     """The trainings before the last, in turn; none without a chain."""
     students = _students(options)
     plain = replace(options, generations=None, assistants=None)
     found, teacher = [], options.teacher
     for number, student in enumerate(students, start=1):
-        folder = _folder(out, number)
+        folder = _link_folder(out, number)
         # Another seed each: a generation is another draw of the same network.
         seed = options.seed + len(students) - number + 1 if options.generations else options.seed
         link = replace(plain, student=student, teacher=teacher, out=folder, seed=seed)
@@ -30,28 +33,28 @@ def before(options: TrainOptions, out: Path) -> tuple[TrainOptions, ...]:
             link = replace(link, overrides=replace(options.overrides, loss=None))
         found.append(link)
         teacher = str(folder)
-        plain = replace(plain, **dict.fromkeys(FOREIGN))
+        plain = replace(plain, **dict.fromkeys(FIRST_TEACHER_OPTIONS))
     return tuple(found)
 
 
-def teacher(options: TrainOptions) -> str | None:
+def last_teacher(options: TrainOptions) -> str | None:
     """Who teaches the last training of a chain; without one, `--teacher`."""
     count = len(_students(options))
     if count == 0 or options.out is None:
         return options.teacher
-    return str(_folder(options.out, count))
+    return str(_link_folder(options.out, count))
 
 
-def taught_by_run(options: TrainOptions) -> bool:
+def is_taught_by_chain(options: TrainOptions) -> bool:
     """Whether the teacher of the last training is one of the chain's."""
-    return teacher(options) != options.teacher
+    return last_teacher(options) != options.teacher
 
 
 def _students(options: TrainOptions) -> list[str | None]:
     if options.assistants is not None:
-        return list(lists.names("--assistants", options.assistants))
+        return list(lists.parse_names("--assistants", options.assistants))
     return [options.student] * ((options.generations or 1) - 1)
 
 
-def _folder(out: Path, number: int) -> Path:
+def _link_folder(out: Path, number: int) -> Path:
     return out.with_name(f"{out.name}-{number}")

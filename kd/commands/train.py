@@ -42,7 +42,7 @@ from kd.commands import (
 )
 from kd.commands.training_parts import TrainingParts
 from kd.data import data_source
-from kd.data.batching import Batches
+from kd.data.batching import BatchSource
 from kd.data.files import archives
 from kd.data.files.file_source import FileSource
 from kd.evaluation import scoring, teacher_check
@@ -55,7 +55,7 @@ from kd.objectives.schemes import Objective
 from kd.options import TrainOptions
 from kd.parallel import engine, heartbeat
 from kd.training import checkpoint
-from kd.training.checkpoint import Saved, TrainingState
+from kd.training.checkpoint import PackedState, TrainingState
 from kd.training.loop import train
 
 
@@ -70,7 +70,9 @@ def resolve(options: TrainOptions) -> TrainOptions:
     """
     if options.resume:
         assert options.out is not None
-        begun = [link.out for link in teacher_chain.before(options, options.out) if link.out]
+        begun = [
+            link.out for link in teacher_chain.earlier_trainings(options, options.out) if link.out
+        ]
         if not (options.out / "config.json").exists() and any(map(Path.exists, begun)):
             return replace(options, resume=False)  # a chain that was stopped before its last link
         return run_options.restore(options.out, options)
@@ -96,15 +98,17 @@ def run(options: TrainOptions) -> dict[str, Any]:
     if not options.resume:
         run_folder.check_free(options.out, REPORT)
     if options.given.get("loss"):
-        loss_spec.parse(options.given["loss"], terms.FUNCTIONS)  # its last link may be far away
+        loss_spec.parse(
+            options.given["loss"], terms.TERM_FUNCTIONS
+        )  # its last link may be far away
     earlier: list[Path] = []
-    for link in teacher_chain.before(options, options.out):
+    for link in teacher_chain.earlier_trainings(options, options.out):
         assert link.out is not None
         begun = (link.out / "config.json").exists()
         if begun and (link.out / REPORT).exists():
             run_options.require_same(link, seals.read(link.out, "config.json"))
         else:
-            progress.say(f"first {link.out}: {link.student or training_parts.STUDENT}")
+            progress.say(f"first {link.out}: {link.student or training_parts.DEFAULT_STUDENT}")
             _train(replace(link, resume=begun), earlier)
         earlier.append(link.out)
     return _train(options, earlier)
@@ -117,38 +121,38 @@ def _train(options: TrainOptions, earlier: Sequence[Path]) -> dict[str, Any]:
         options: Of it.
         earlier: Folders of the trainings of its chain that are finished.
     """
-    folder, parts = options.out, training_parts.assembled(options)
+    folder, parts = options.out, training_parts.assemble(options)
     assert folder is not None
-    objective = training_parts.objective(parts, options)
+    objective = training_parts.build_objective(parts, options)
     _check_used(options, parts)
-    source = training_batches.source(parts, options)
+    source = training_batches.load(parts, options)
     training_parts.check_step(parts, objective, source.sizes)
     if options.compile:
         parts.student.classifier.network.compile()
-    _judge_teachers(options, parts)
+    _check_teachers(options, parts)
     hashes = run_inputs.hashes(parts, options)
-    run_inputs.require_alike(parts.on, hashes)
+    run_inputs.require_same_inputs(parts.on, hashes)
     for link in earlier:
-        stored = seals.read(link, "config.json").get(run_folder.INPUTS, {})
+        stored = seals.read(link, "config.json").get(run_folder.INPUTS_KEY, {})
         run_inputs.require_same_data(link, stored, hashes)
-    batches = training_batches.batches(parts, options, objective, source)
-    hashes |= {run_options.HASH: run_options.digest(options)}
-    with engine.shared(parts.on, lambda: _open(folder, options, hashes)) as run:
+    batches = training_batches.prepare(parts, options, objective, source)
+    hashes |= {run_options.HASH_KEY: run_options.digest(options)}
+    with engine.decide_on_main(parts.on, lambda: _open_run(folder, options, hashes)) as run:
         run = replace(run, writes=parts.on.is_main_process)
         if run.writes:
             run_folder.write_json(folder / "recipe.json", asdict(parts.recipe))
-        with heartbeat.watched(parts.on, folder):
+        with heartbeat.watch(parts.on, folder):
             student, state, spent = _fit(options, parts, objective, batches, run)
         if not run.writes:
             return {}
         saved_models.save_run(folder, student)
         report = _report(options, parts, student, state) | spent
-        seals.write(folder, REPORT, report, seals.FILES)
+        seals.write(folder, REPORT, report, seals.SEALED_FILES)
         curves.draw(folder)  # last: a picture must not cost a training
         return report
 
 
-def _open(folder: Path, options: TrainOptions, hashes: Mapping[str, str]) -> run_folder.Run:
+def _open_run(folder: Path, options: TrainOptions, hashes: Mapping[str, str]) -> run_folder.Run:
     """The run's folder, locked, of a run that was started with the same inputs or starts now."""
     values, defaults = run_options.to_json(options), run_options.to_json(TrainOptions())
     run = run_folder.start(
@@ -157,7 +161,7 @@ def _open(folder: Path, options: TrainOptions, hashes: Mapping[str, str]) -> run
         result=REPORT,
         resume=options.resume,
         defaults=defaults,
-        free=run_options.FREE,
+        free=run_options.MAY_DIFFER_ON_RESUME,
     )
     try:
         run.require_same(hashes)
@@ -176,20 +180,20 @@ def _check_used(options: TrainOptions, parts: TrainingParts) -> None:
     streamed = isinstance(parts.source, FileSource)
     if options.workers is not None and not streamed:
         raise UserError("--workers has no effect without --augment imagenet: leave it out")
-    if options.validation_fraction is not None and archives.is_named(options.data):
+    if options.validation_fraction is not None and archives.is_timm_name(options.data):
         raise UserError(
             f"--validation-fraction has no effect on {options.data}, which has a validation part "
             "of its own: leave it out"
         )
 
 
-def _judge_teachers(options: TrainOptions, parts: TrainingParts) -> None:
+def _check_teachers(options: TrainOptions, parts: TrainingParts) -> None:
     """Say how good each teacher is, on validation images or else on training images."""
     say = progress.say if parts.on.is_main_process else lambda line: None
-    held: EvaluationBatches | None = _held(options, parts)
+    held: EvaluationBatches | None = _validation_batches(options, parts)
     part = "validation"
     if held is None:
-        say(_without_validation(options, parts))
+        say(_describe_no_validation(options, parts))
     if held is None and parts.teachers:
         fitted, device = parts.student.preprocess, parts.on.device
         shuffled = parts.source.shuffled(parts.recipe, fitted, device, options.readers)
@@ -220,7 +224,7 @@ def _none(count: int) -> None:
     """No further images: those that are judged are training images already."""
 
 
-def _without_validation(options: TrainOptions, parts: TrainingParts) -> str:
+def _describe_no_validation(options: TrainOptions, parts: TrainingParts) -> str:
     """What falls away where no image is held out, in one line.
 
     Raises:
@@ -232,7 +236,7 @@ def _without_validation(options: TrainOptions, parts: TrainingParts) -> str:
                 f"--{name.replace('_', '-')} has no effect without validation images: "
                 "leave it out, or hold some out with --validation-fraction"
             )
-    fraction = data_source.fraction(options.validation_fraction)
+    fraction = data_source.fraction_or_default(options.validation_fraction)
     lost = ["the weights of the last epoch are saved, not of the best"]
     if parts.recipe.average_best > 1:
         lost.append(f"and not the mean of {parts.recipe.average_best} epochs")
@@ -251,12 +255,12 @@ def _report(
     options: TrainOptions, parts: TrainingParts, student: Model, state: TrainingState
 ) -> dict[str, Any]:
     return {
-        **_tested(options, parts, student),
-        "validation_accuracy": _validated(options, parts, student, state),
+        **_test_metrics(options, parts, student),
+        "validation_accuracy": _validation_accuracy(options, parts, student, state),
         "best_epoch": state.best_epoch,
         "epochs": state.epoch,
         "steps": state.step,
-        "parameters": networks.parameters(student.classifier),
+        "parameters": networks.parameter_count(student.classifier),
         "peak_memory": memory.peak(),
         "seed": options.seed,
         "data": parts.source.name,
@@ -277,17 +281,17 @@ def _fit(
     options: TrainOptions,
     parts: TrainingParts,
     objective: Objective,
-    batches: Batches,
+    batches: BatchSource,
     run: run_folder.Run,
 ) -> tuple[Model, TrainingState, dict[str, float]]:
     """The student with its best weights, the last state of its training, and what it took."""
     student = parts.student
-    held = _held(options, parts)
+    held = _validation_batches(options, parts)
 
     def validate(network: nn.Module) -> Mapping[str, float]:
         assert held is not None
         judged = student.classifier.around(network)
-        return scoring.validation(judged, held, parts.on, logits=student.outputs == "logits")
+        return scoring.validate(judged, held, parts.on, logits=student.outputs == "logits")
 
     saved = run.load_state()
     if saved:
@@ -296,13 +300,16 @@ def _fit(
     began = time.perf_counter()
     startup = time.time() - psutil.Process().create_time()
 
-    def save(state: Saved) -> None:
+    def save(state: PackedState) -> None:
         arrays, meta = state
         seconds = earlier + time.perf_counter() - began
         run.save_state(arrays, {**meta, "recipe": asdict(parts.recipe), "seconds": seconds})
 
     validation_images = parts.source.validation_count
-    with stopping.watch() as flag, _shown(parts, run, saved, len(batches)) as (log, show):
+    with (
+        stopping.watch() as flag,
+        _log_and_progress(parts, run, saved, len(batches)) as (log, show),
+    ):
         state = train(
             objective,
             batches,
@@ -317,16 +324,16 @@ def _fit(
             log=log,
             show=show,
         )
-    _say_stopped(parts, state, len(batches))
+    _report_early_stop(parts, state, len(batches))
     student.classifier.network.load_state_dict(state.best)
     if held and student.outputs == "centred labels":
-        temperature = metrics.fit_temperature(*scoring.scored(student.classifier, held))
+        temperature = metrics.fit_temperature(*scoring.outputs_and_labels(student.classifier, held))
         student = replace(student, output_temperature=temperature)
     seconds = earlier + time.perf_counter() - began
     return student, state, {"seconds": seconds, "startup_seconds": startup}
 
 
-def _say_stopped(parts: TrainingParts, state: TrainingState, per_epoch: int) -> None:
+def _report_early_stop(parts: TrainingParts, state: TrainingState, per_epoch: int) -> None:
     """One line where patience has ended a training before its last step."""
     recipe = parts.recipe
     total = recipe.total_steps(math.ceil(per_epoch / recipe.accumulate))
@@ -339,9 +346,9 @@ def _say_stopped(parts: TrainingParts, state: TrainingState, per_epoch: int) -> 
 
 
 @contextmanager
-def _shown(
-    parts: TrainingParts, run: run_folder.Run, saved: Saved | None, per_epoch: int
-) -> Iterator[tuple[run_folder.Metrics | None, progress.Show | None]]:
+def _log_and_progress(
+    parts: TrainingParts, run: run_folder.Run, saved: PackedState | None, per_epoch: int
+) -> Iterator[tuple[run_folder.Metrics | None, progress.ShowProgress | None]]:
     """Where figures go and how progress is shown, in the process that writes."""
     if not run.writes:
         yield None, None
@@ -355,13 +362,13 @@ def _shown(
         yield log, show
 
 
-def _tested(options: TrainOptions, parts: TrainingParts, student: Model) -> dict[str, Any]:
+def _test_metrics(options: TrainOptions, parts: TrainingParts, student: Model) -> dict[str, Any]:
     """Figures on the test set; its only use."""
     fitted, on = student.preprocess, parts.on
     batches = parts.source.test(parts.recipe, fitted, on.device, options.readers)
     if batches is None:
         return {"test_accuracy": None, "test_images": 0}
-    found = scoring.figures(
+    found = scoring.evaluate(
         student.classifier,
         batches,
         dict(zip(parts.taught_by, parts.teachers, strict=True)),
@@ -373,24 +380,24 @@ def _tested(options: TrainOptions, parts: TrainingParts, student: Model) -> dict
     return {"test_accuracy": found.pop("accuracy"), "test_images": found.pop("images"), **found}
 
 
-def _validated(
+def _validation_accuracy(
     options: TrainOptions, parts: TrainingParts, student: Model, state: TrainingState
 ) -> float | None:
     """Of the weights that are saved: a mean of several epochs' is judged once more."""
-    held = _held(options, parts)
+    held = _validation_batches(options, parts)
     if len(state.kept) == 1 or held is None:
         return state.best_accuracy
-    return scoring.figures(student.classifier, held)["accuracy"]
+    return scoring.evaluate(student.classifier, held)["accuracy"]
 
 
-def _held(options: TrainOptions, parts: TrainingParts) -> EvaluationBatches | None:
+def _validation_batches(options: TrainOptions, parts: TrainingParts) -> EvaluationBatches | None:
     fitted, on = parts.student.preprocess, parts.on
     return parts.source.validation(parts.recipe, fitted, on.device, options.readers)
 
 
 def _free_folder(options: TrainOptions) -> Path:
     """The first free `runs/kd-STUDENT-DATA-N`."""
-    named = recipes.named(options.recipe).student if options.recipe else None
-    name = options.student or named or training_parts.STUDENT
+    named = recipes.by_name(options.recipe).student if options.recipe else None
+    name = options.student or named or training_parts.DEFAULT_STUDENT
     short = Path(name).resolve().name if Path(name).is_dir() else re.sub(r"\W+", "-", name)
     return run_folder.next_free(f"kd-{short}-{Path(options.data).stem}")

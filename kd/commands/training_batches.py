@@ -17,14 +17,14 @@ from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
 from kd.commands.training_parts import TrainingParts
 from kd.data import augment, batching, teacher_cache
-from kd.data.batching import Batch, Batches, Resident
+from kd.data.batching import Batch, BatchSource, ResidentBatches
 from kd.data.teacher_cache import TeacherCache
 from kd.evaluation import scoring
 from kd.objectives import terms
 from kd.objectives.schemes import Distillation, Objective
 from kd.options import TrainOptions
 
-VIEWS = (  # what a view of an image depends on, beside the image
+VIEW_OPTIONS = (  # what a view of an image depends on, beside the image
     "batch_size",
     "augment",
     "crop_padding",
@@ -43,13 +43,13 @@ VIEWS = (  # what a view of an image depends on, beside the image
 )
 
 
-def source(parts: TrainingParts, options: TrainOptions) -> Batches:
+def load(parts: TrainingParts, options: TrainOptions) -> BatchSource:
     """The training images in batches, as they are; a last batch that is too small is no batch.
 
     Raises:
         UserError: If there are too few images for the loss, or for so many processes.
     """
-    on, least = parts.on, least_images(parts)
+    on, least = parts.on, min_images_per_process(parts)
     images = parts.source.train(parts.recipe, parts.student.preprocess, on, options.readers, least)
     if not images.sizes:
         raise UserError(
@@ -61,32 +61,32 @@ def source(parts: TrainingParts, options: TrainOptions) -> Batches:
     if last > whole and on.is_main_process:
         progress.say(
             f"the last batch of an epoch holds {last} images, not {whole}: {last - whole} left "
-            f"over would be fewer than the {batching.smallest(on.num_processes, least)} "
+            f"over would be fewer than the {batching.min_shared_size(on.num_processes, least)} "
             "that it takes"
         )
     return images
 
 
-def least_images(parts: TrainingParts) -> int:
+def min_images_per_process(parts: TrainingParts) -> int:
     """Images that each process needs of a batch, for the loss and for batch norm."""
-    return max(batching.LEAST, *map(terms.least_images, parts.specs))
+    return max(batching.MIN_IMAGES_PER_PROCESS, *map(terms.min_images, parts.specs))
 
 
-def batches(
-    parts: TrainingParts, options: TrainOptions, objective: Objective, source: Batches
-) -> Batches:
+def prepare(
+    parts: TrainingParts, options: TrainOptions, objective: Objective, source: BatchSource
+) -> BatchSource:
     """The training images in batches, changed, with what the teachers are known to answer.
 
     Args:
         parts, options: Of the training.
         objective: Its loss.
-        source: From `source`.
+        source: From `load`.
 
     Raises:
         UserError: If answers are to be kept that the loss does not ask for.
     """
     classes = parts.source.classes
-    changed = augment.changed(source, parts.recipe, len(classes))
+    changed = augment.augment_batches(source, parts.recipe, len(classes))
     if not isinstance(objective, Distillation) or not objective.needs_teacher:
         return changed
     if objective.needs_features:
@@ -96,9 +96,9 @@ def batches(
                 "leave --cache out, or the terms with layers"
             )
         return changed
-    caches = _caches(parts, options, still=changed is source)
-    if changed is source and isinstance(source, Resident):
-        return _table(source, parts, caches)
+    caches = _open_caches(parts, options, still=changed is source)
+    if changed is source and isinstance(source, ResidentBatches):
+        return _precompute_logits(source, parts, caches)
     return CachedBatches(changed, parts.teachers, caches, len(classes)) if caches else changed
 
 
@@ -116,7 +116,7 @@ class CachedBatches:
         classes: Their number.
     """
 
-    source: Batches
+    source: BatchSource
     teachers: tuple[nn.Module, ...]
     caches: tuple[TeacherCache, ...]
     classes: int
@@ -137,7 +137,7 @@ class CachedBatches:
     ) -> Iterator[Batch]:
         """The source's epoch, with logits."""
         stream = self.source.epoch(seed, epoch, first=first, rank=rank, world=world)
-        shares = [len(batching.mine(size, rank, world)) for size in self.sizes]
+        shares = [len(batching.share_positions(size, rank, world)) for size in self.sizes]
         name, ends = f"epoch-{epoch:05}-{rank}-of-{world}", np.cumsum([0, *shares])
         known = [kept.open(name, int(ends[-1]), self.classes) for kept in self.caches]
         with ExitStack() as stack:  # closed with an error where the epoch is left before its end
@@ -149,23 +149,25 @@ class CachedBatches:
                 rows = slice(int(ends[number]), int(ends[number + 1]))
                 answers = []
                 for teacher, entry, write in zip(self.teachers, known, writers, strict=True):
-                    logits = answer(teacher, batch) if entry is None else entry[rows]
+                    logits = predict_logits(teacher, batch) if entry is None else entry[rows]
                     answers.append(logits.to(self.device))
                     if write is not None:
                         write(logits)
                 yield replace(batch, teacher_logits=tuple(answers))
 
 
-def answer(teacher: nn.Module, batch: Batch) -> Tensor:
+def predict_logits(teacher: nn.Module, batch: Batch) -> Tensor:
     """A teacher's logits of a batch, without a graph."""
     with torch.no_grad():
         return teacher(batch.images).float()
 
 
-def _table(source: Resident, parts: TrainingParts, caches: tuple[TeacherCache, ...]) -> Batches:
+def _precompute_logits(
+    source: ResidentBatches, parts: TrainingParts, caches: tuple[TeacherCache, ...]
+) -> BatchSource:
     """With every teacher's logits of every image: no augmentation changes them."""
     n, k = len(source.examples), len(parts.source.classes)
-    if 4 * n * k * len(parts.teachers) > batching.RESIDENT_BYTES:
+    if 4 * n * k * len(parts.teachers) > batching.MAX_RESIDENT_BYTES:
         return source
     tables = []
     for i, teacher in enumerate(parts.teachers):
@@ -179,7 +181,7 @@ def _table(source: Resident, parts: TrainingParts, caches: tuple[TeacherCache, .
     return replace(source, teacher_logits=tuple(tables))
 
 
-def _caches(
+def _open_caches(
     parts: TrainingParts, options: TrainOptions, *, still: bool
 ) -> tuple[TeacherCache, ...]:
     """One for each teacher; none without `--cache`."""
@@ -190,7 +192,7 @@ def _caches(
             f"--cache needs images whose identity is known, and {parts.source.name} is read from "
             "front to back: leave it out, or use a folder"
         )
-    exact = [spec.name for spec in parts.specs if terms.needs_logits(spec)]
+    exact = [spec.name for spec in parts.specs if terms.needs_raw_logits(spec)]
     if options.cache_top is not None and exact:
         raise UserError(
             f"--cache-top keeps probabilities, and --loss {exact[0]} compares the logits "
@@ -200,8 +202,10 @@ def _caches(
     common: dict[str, Any] = {"data": parts.source.digest, "shape": parts.source.shape}
     if not still:
         recipe = asdict(parts.recipe)
-        common |= {name: recipe[name] for name in VIEWS} | {"seed": options.seed}
-        if (least := least_images(parts)) > batching.LEAST:  # where an epoch's last batch begins
+        common |= {name: recipe[name] for name in VIEW_OPTIONS} | {"seed": options.seed}
+        if (
+            least := min_images_per_process(parts)
+        ) > batching.MIN_IMAGES_PER_PROCESS:  # where an epoch's last batch begins
             common["least"] = least
     return tuple(
         teacher_cache.open_cache(

@@ -17,11 +17,11 @@ from kd.data.files import file_source
 from kd.data.files.file_source import FileSource
 from kd.models import networks, saved_models, teachers
 from kd.models.networks import Classifier
-from kd.models.saved_models import Model, Outputs
+from kd.models.saved_models import Model, OutputKind
 from kd.models.teachers import Teacher
 from kd.models.zoo import class_names
 from kd.objectives import loss_spec, terms
-from kd.objectives.loss_spec import Spec
+from kd.objectives.loss_spec import TermSpec
 from kd.objectives.schemes import Distillation, MeanTeacher, Mutual, Objective
 from kd.options import TrainOptions, told
 from kd.parallel import engine
@@ -29,9 +29,9 @@ from kd.parallel.engine import Engine
 from kd.recipe import Recipe
 from kd.training import dry_run, optimization
 
-STUDENT = "convnet"
-TAUGHT = "ce:0.1,kd:0.9:temperature=4"  # the loss where none is given: Hinton's, as customary
-MUTUAL = "ce:1,kd:1:temperature=1"  # of deep mutual learning
+DEFAULT_STUDENT = "convnet"
+TEACHER_LOSS = "ce:0.1,kd:0.9:temperature=4"  # the loss where none is given: Hinton's, as customary
+MUTUAL_LOSS = "ce:1,kd:1:temperature=1"  # of deep mutual learning
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,36 +55,36 @@ class TrainingParts:
     teachers: tuple[Teacher, ...]
     peers: tuple[Classifier, ...]
     recipe: Recipe
-    specs: tuple[Spec, ...]
+    specs: tuple[TermSpec, ...]
     on: Engine
 
 
-def assembled(options: TrainOptions) -> TrainingParts:
+def assemble(options: TrainOptions) -> TrainingParts:
     """Resolve names, load data, student and teachers.
 
     Raises:
         UserError: If anything is unknown, missing or does not fit together.
     """
-    named = recipes.named(options.recipe) if options.recipe else None
-    name = options.student or (named and named.student) or STUDENT
+    named = recipes.by_name(options.recipe) if options.recipe else None
+    name = options.student or (named and named.student) or DEFAULT_STUDENT
     if not Path(name).is_dir():
         networks.check_name(name)
     on = _engine(options, named)
     source = _source(options, named, saved_models.class_order(name))
-    taught = teacher_chain.teacher(options) or (named and named.teacher)
-    names = tuple(networks.names("--teacher", taught)) if taught else ()
+    taught = teacher_chain.last_teacher(options) or (named and named.teacher)
+    names = tuple(networks.parse_names("--teacher", taught)) if taught else ()
     alone = not (names or options.peers or options.mean_teacher is not None)
-    say = progress.say if on.is_main_process else _silent
+    say = progress.say if on.is_main_process else _say_nothing
     student = _student(options, name, source, say)
     found = _teachers(options, names, source, student)
     peers = _peers(options, source)
     chosen = _recipe(options, named, source.distilled is not None, student)
     default = "mse:1" if source.distilled is not None else "ce:1"
-    default = default if alone else MUTUAL if peers else TAUGHT
+    default = default if alone else MUTUAL_LOSS if peers else TEACHER_LOSS
     chosen = replace(chosen, loss=chosen.loss or default)
     assert chosen.loss is not None
-    specs = loss_spec.parse(chosen.loss, terms.FUNCTIONS)
-    chosen = _smoothed(chosen, specs, options)
+    specs = loss_spec.parse(chosen.loss, terms.TERM_FUNCTIONS)
+    chosen = _apply_loss_smoothing(chosen, specs, options)
     student = replace(student, outputs=_outputs(specs, alone))
     for network in (student.classifier, *found, *peers):
         network.to(on.device)
@@ -95,7 +95,7 @@ def assembled(options: TrainOptions) -> TrainingParts:
     return parts
 
 
-def objective(parts: TrainingParts, options: TrainOptions) -> Objective:
+def build_objective(parts: TrainingParts, options: TrainOptions) -> Objective:
     """The objective of a training, with its taps and projectors."""
     student = parts.student.classifier
     made = terms.build(
@@ -138,16 +138,18 @@ def check_step(parts: TrainingParts, objective: Objective, sizes: Sequence[int])
         classes=len(parts.source.classes),
         images=parts.source.count,
         on=parts.on,
-        mixed=_mixed(parts.recipe),
+        mixed=_mixes_images(parts.recipe),
         centred=parts.source.distilled is not None,
     )
 
 
-def _mixed(recipe: Recipe) -> bool:
+def _mixes_images(recipe: Recipe) -> bool:
     return recipe.mixup > 0 or recipe.cutmix > 0
 
 
-def _smoothed(recipe: Recipe, specs: Sequence[Spec], options: TrainOptions) -> Recipe:
+def _apply_loss_smoothing(
+    recipe: Recipe, specs: Sequence[TermSpec], options: TrainOptions
+) -> Recipe:
     """The recipe with the label smoothing of its `ce`, which the term itself may say."""
     smoothing = next((s.parameters.get("smoothing") for s in specs if s.name == "ce"), None)
     if smoothing is None:
@@ -171,7 +173,7 @@ def _check(parts: TrainingParts, options: TrainOptions, alone: bool) -> None:
     featured = [name for name in taught if terms.TERMS[name].make is not None]
     if featured and not parts.teachers:
         raise UserError(f"--loss {featured[0]} looks at layers of a teacher: it needs --teacher")
-    if not parts.teachers and not any(map(terms.knows_labels, parts.specs)):
+    if not parts.teachers and not any(map(terms.teaches_labels, parts.specs)):
         raise UserError(
             f"--loss {recipe.loss} has no term that looks at labels, and without --teacher nobody "
             "else knows them: add ce:1"
@@ -181,7 +183,7 @@ def _check(parts: TrainingParts, options: TrainOptions, alone: bool) -> None:
         raise UserError(
             f"--loss {own[0]} looks at layers of one student: leave it out, or leave --peers out"
         )
-    mixed = _mixed(recipe)
+    mixed = _mixes_images(recipe)
     if mixed and recipe.batch_size % 2:
         raise UserError(
             "--mixup and --cutmix pair the images of a batch: --batch-size must be even, got "
@@ -227,7 +229,7 @@ def _source(
             options.data,
             root=options.data_root,
             image_size=size,
-            validation_fraction=data_source.fraction(options.validation_fraction),
+            validation_fraction=data_source.fraction_or_default(options.validation_fraction),
             channels=options.channels,
             classes=classes,
         )
@@ -241,7 +243,7 @@ def _source(
     )
 
 
-def _outputs(specs: Sequence[Spec], alone: bool) -> Outputs:
+def _outputs(specs: Sequence[TermSpec], alone: bool) -> OutputKind:
     """What a student's outputs are: those of MSE alone are no logits, and need a temperature."""
     names = {spec.name for spec in specs}
     return "centred labels" if alone and "mse" in names and "ce" not in names else "logits"
@@ -254,22 +256,22 @@ def _student(
     if source.distilled is not None and options.preprocess is not None:
         raise UserError("a distilled set brings its preprocessing: leave --preprocess out")
     if Path(name).is_dir():
-        return replace(_earlier(options, name, source, say), output_temperature=1.0)
+        return replace(_load_earlier_student(options, name, source, say), output_temperature=1.0)
     shape, classes = source.shape, source.classes
     classifier = networks.build(
         name, shape, len(classes), seed=options.seed, pretrained=options.pretrained
     )
     for note in classifier.notes:
         say(f"student {name}: {note}")
-    _switched(options, classifier.network)
+    _apply_memory_options(options, classifier.network)
     if options.pretrained and options.preprocess is None and source.distilled is None:
-        fitted, _ = networks.published(name, shape[-1])
+        fitted, _ = networks.pretrained_preprocess(name, shape[-1])
     else:
         fitted = source.fit(options.preprocess)
     return Model(classifier, name, classes, shape, fitted)
 
 
-def _earlier(
+def _load_earlier_student(
     options: TrainOptions, name: str, source: DataSource | FileSource, say: Callable[[str], None]
 ) -> Model:
     """The student of an earlier run, to be trained further."""
@@ -279,21 +281,21 @@ def _earlier(
             "leave --pretrained and --preprocess out"
         )
     model = saved_models.load_run(Path(name))
-    model = saved_models.fitted(f"student {name}", model, source.shape, source.classes, say)
+    model = saved_models.match_classes(f"student {name}", model, source.shape, source.classes, say)
     if source.distilled is not None and not source.distilled.preprocess.same_as(model.preprocess):
         raise UserError(
             f"student {name} was trained with another preprocessing than the distilled set's: "
             "give it as --teacher, or train a new student"
         )
-    _switched(options, model.classifier.network)
+    _apply_memory_options(options, model.classifier.network)
     return model
 
 
-def _silent(line: str) -> None:
+def _say_nothing(line: str) -> None:
     """Say nothing: another process does."""
 
 
-def _switched(options: TrainOptions, network: nn.Module) -> None:
+def _apply_memory_options(options: TrainOptions, network: nn.Module) -> None:
     """Memory format and gradient checkpointing, before any tap or wrapper."""
     if options.channels_last:
         network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -311,7 +313,7 @@ def _switched(options: TrainOptions, network: nn.Module) -> None:
 
 
 def _peers(options: TrainOptions, source: DataSource | FileSource) -> tuple[Classifier, ...]:
-    names = networks.split(options.peers or "")  # a network may come twice
+    names = networks.split_names(options.peers or "")  # a network may come twice
     classes = len(source.classes)
     return tuple(
         networks.build(name, source.shape, classes, seed=options.seed + 1 + i)
@@ -323,8 +325,8 @@ def _teachers(
     options: TrainOptions, names: Sequence[str], source: DataSource | FileSource, student: Model
 ) -> tuple[Teacher, ...]:
     """Loaded, adapted to the student's images, and frozen."""
-    if teacher_chain.taught_by_run(options):
-        options = replace(options, **dict.fromkeys(teacher_chain.FOREIGN))
+    if teacher_chain.is_taught_by_chain(options):
+        options = replace(options, **dict.fromkeys(teacher_chain.FIRST_TEACHER_OPTIONS))
     maps = class_names.read_class_maps(options.class_map, names)
     where = student.preprocess, source.shape, source.classes
     return tuple(
@@ -336,4 +338,4 @@ def _teachers(
 def _recipe(options: TrainOptions, named: Recipe | None, distilled: bool, student: Model) -> Recipe:
     layer_norm = any(isinstance(m, nn.LayerNorm) for m in student.classifier.modules())
     base = named or recipes.default(distilled=distilled, layer_norm=layer_norm)
-    return recipe.overridden(base, options.given)
+    return recipe.override(base, options.given)

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt64
 from torch import Tensor
 
-from kd.data.batching import Batch, Batches, Changed
+from kd.data.batching import Batch, BatchSource, ChangedBatches
 from kd.recipe import Recipe
 
 Mixer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def changed(source: Batches, recipe: Recipe, classes: int) -> Batches:
+def augment_batches(source: BatchSource, recipe: Recipe, classes: int) -> BatchSource:
     """The source with what the recipe does to batches.
 
     Args:
@@ -31,9 +31,9 @@ def changed(source: Batches, recipe: Recipe, classes: int) -> Batches:
     """
     if recipe.augment == "crop-flip":
         options = {"padding": recipe.crop_padding, "hflip": recipe.hflip}
-        source = Changed(source, partial(crop_flip, **options))
+        source = ChangedBatches(source, partial(crop_flip, **options))
     if recipe.mixup or recipe.cutmix:
-        source = Changed(source, partial(mixed, mixer=_mixer(recipe, classes)))
+        source = ChangedBatches(source, partial(mix_images, mixer=_timm_mixup(recipe, classes)))
     return source
 
 
@@ -45,7 +45,7 @@ def crop_flip(batch: Batch, seed: int, *, padding: int, hflip: float) -> Batch:
     """
     assert batch.index is not None
     h, w = batch.images.shape[-2:]
-    draws = uniform(batch.index.cpu().numpy(), seed)
+    draws = row_uniforms(batch.index.cpu().numpy(), seed)
     top, left = (np.floor(draws[:, i] * (2 * padding + 1)).astype(np.int64) for i in (0, 1))
     x = left[:, None] + np.arange(w)
     x = np.where(draws[:, 2:] < hflip, x[:, ::-1], x)
@@ -58,7 +58,7 @@ def crop_flip(batch: Batch, seed: int, *, padding: int, hflip: float) -> Batch:
     return replace(batch, images=moved.permute(0, 3, 1, 2).contiguous())
 
 
-def mixed(batch: Batch, seed: int, *, mixer: Mixer) -> Batch:
+def mix_images(batch: Batch, seed: int, *, mixer: Mixer) -> Batch:
     """Mixup or CutMix of each image with the one at the same place from the other end.
 
     Of an odd number, such as an epoch's last batch may have, the image in the middle stays.
@@ -71,7 +71,7 @@ def mixed(batch: Batch, seed: int, *, mixer: Mixer) -> Batch:
     twice = torch.arange(n + n % 2, device=batch.images.device)
     if n % 2:
         twice[n // 2 + 1 :] -= 1
-    with numpy_seeded(seed):
+    with temporary_numpy_seed(seed):
         images, shares = mixer(batch.images[twice], batch.labels[twice])
     if n % 2:
         once = torch.arange(n, device=twice.device)
@@ -81,7 +81,7 @@ def mixed(batch: Batch, seed: int, *, mixer: Mixer) -> Batch:
 
 
 @contextmanager
-def numpy_seeded(seed: int) -> Iterator[None]:
+def temporary_numpy_seed(seed: int) -> Iterator[None]:
     """NumPy's global generator from a seed inside, and as it was afterwards."""
     before = np.random.get_state()  # noqa: NPY002
     np.random.seed(seed % (1 << 32))  # noqa: NPY002
@@ -91,7 +91,7 @@ def numpy_seeded(seed: int) -> Iterator[None]:
         np.random.set_state(before)  # noqa: NPY002
 
 
-def uniform(rows: np.ndarray, seed: int, draws: int = 3) -> Float[np.ndarray, "n draws"]:
+def row_uniforms(rows: np.ndarray, seed: int, draws: int = 3) -> Float[np.ndarray, "n draws"]:
     """Numbers in [0, 1) that are a function of (seed, row) alone.
 
     Source: SplitMix64, Steele, Lea and Flood (2014), "Fast splittable pseudorandom number
@@ -99,18 +99,18 @@ def uniform(rows: np.ndarray, seed: int, draws: int = 3) -> Float[np.ndarray, "n
     """
     golden = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):  # arithmetic is modulo 2^64
-        start = _mix(rows.astype(np.uint64) * golden + np.uint64(seed))[:, None]
-        bits = _mix(start + golden * np.arange(1, draws + 1, dtype=np.uint64))
+        start = _splitmix64(rows.astype(np.uint64) * golden + np.uint64(seed))[:, None]
+        bits = _splitmix64(start + golden * np.arange(1, draws + 1, dtype=np.uint64))
     return (bits >> np.uint64(11)) * 2.0**-53
 
 
-def _mix(z: UInt64[np.ndarray, "..."]) -> UInt64[np.ndarray, "..."]:
+def _splitmix64(z: UInt64[np.ndarray, "..."]) -> UInt64[np.ndarray, "..."]:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
 
 
-def _mixer(recipe: Recipe, classes: int) -> Mixer:
+def _timm_mixup(recipe: Recipe, classes: int) -> Mixer:
     from timm.data.mixup import Mixup  # slow to import, and seldom needed
 
     return Mixup(

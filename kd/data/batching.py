@@ -19,8 +19,10 @@ from dsdistill.harness import memory
 from dsdistill.harness.data.labeled_images import Examples
 from dsdistill.harness.errors import UserError
 
-LEAST = 2  # images of a process's share of a batch: batch norm of 1x1 maps needs as many
-RESIDENT_BYTES = 1 << 30  # CIFAR-10 in float32 is 0.6 GiB; ImageNet at 64 pixels is 63 GiB
+MIN_IMAGES_PER_PROCESS = (
+    2  # images of a process's share of a batch: batch norm of 1x1 maps needs as many
+)
+MAX_RESIDENT_BYTES = 1 << 30  # CIFAR-10 in float32 is 0.6 GiB; ImageNet at 64 pixels is 63 GiB
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +51,7 @@ class Batch:
         return len(self.labels)
 
 
-class Batches(Protocol):
+class BatchSource(Protocol):
     """A source of batches: resident or streamed, and what changes them on the way."""
 
     @property
@@ -72,8 +74,8 @@ class Batches(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Resident:
-    """A data set that stays as it is; made by `batches`.
+class ResidentBatches:
+    """A data set that stays as it is; made by `prepare_resident`.
 
     Attributes:
         examples: The data.
@@ -93,11 +95,11 @@ class Resident:
     targets: Float[Tensor, "N k"] | None = None
     teacher_logits: tuple[Float[Tensor, "N k"], ...] | None = None
     world: int = 1
-    least: int = LEAST
+    least: int = MIN_IMAGES_PER_PROCESS
 
     @property
     def sizes(self) -> list[int]:
-        parts = split(np.arange(len(self.examples)), self.size, self.world, self.least)
+        parts = split_rows(np.arange(len(self.examples)), self.size, self.world, self.least)
         return [len(part) for part in parts]
 
     def __len__(self) -> int:
@@ -107,20 +109,24 @@ class Resident:
         self, seed: int, epoch: int, *, first: int = 0, rank: int = 0, world: int = 1
     ) -> Iterator[Batch]:
         """Every image once, in an order that depends on `seed` and `epoch` alone."""
-        generator = torch.Generator().manual_seed(derive(seed, epoch))
+        generator = torch.Generator().manual_seed(derive_seed(seed, epoch))
         order = torch.randperm(len(self.examples), generator=generator).numpy()
-        for rows in split(order, self.size, self.world, self.least)[first:]:
-            yield replace(self.batch(rows[mine(len(rows), rank, world)]), whole=len(rows))
+        for rows in split_rows(order, self.size, self.world, self.least)[first:]:
+            yield replace(
+                self.batch(rows[share_positions(len(rows), rank, world)]), whole=len(rows)
+            )
 
     def in_order(self, rank: int = 0, world: int = 1) -> Iterator[Batch]:
         """Every image once, in the order of the data; every `world`-th batch."""
-        yield from map(self.batch, split(np.arange(len(self.examples)), self.size)[rank::world])
+        yield from map(
+            self.batch, split_rows(np.arange(len(self.examples)), self.size)[rank::world]
+        )
 
     def batch(self, rows: Int[np.ndarray, " n"]) -> Batch:
         """The images of these rows."""
-        index = _sent(torch.from_numpy(rows), self.device)
+        index = _move_tensor(torch.from_numpy(rows), self.device)
         if self.images is None:
-            images = _sent(to_nchw(self.examples.images(rows)), self.device)
+            images = _move_tensor(to_nchw(self.examples.images(rows)), self.device)
         else:
             images = self.images[index]
         return Batch(
@@ -133,7 +139,7 @@ class Resident:
 
 
 @dataclass(frozen=True, eq=False)
-class Changed:
+class ChangedBatches:
     """Batches that a function changes on their way: augmentation, mixing, a teacher's answers.
 
     Attributes:
@@ -141,7 +147,7 @@ class Changed:
         change: Called with a batch and a seed that is its own, the same in every process.
     """
 
-    source: Batches
+    source: BatchSource
     change: Callable[[Batch, int], Batch]
 
     @property
@@ -161,10 +167,10 @@ class Changed:
         """The source's epoch, changed."""
         stream = self.source.epoch(seed, epoch, first=first, rank=rank, world=world)
         for number, batch in enumerate(stream, first):
-            yield self.change(batch, derive(seed, epoch, number))
+            yield self.change(batch, derive_seed(seed, epoch, number))
 
 
-def sent(batch: Batch, device: torch.device) -> Batch:
+def move(batch: Batch, device: torch.device) -> Batch:
     """A batch on a device."""
     moved = {
         name: value.to(device) for name, value in vars(batch).items() if isinstance(value, Tensor)
@@ -172,14 +178,18 @@ def sent(batch: Batch, device: torch.device) -> Batch:
     return replace(batch, **moved)
 
 
-def _sent(x: Tensor, device: torch.device) -> Tensor:
+def _move_tensor(x: Tensor, device: torch.device) -> Tensor:
     """On the device; a GPU is not waited for."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
-def batches(
-    examples: Examples, size: int, device: torch.device, world: int = 1, least: int = LEAST
-) -> Resident:
+def prepare_resident(
+    examples: Examples,
+    size: int,
+    device: torch.device,
+    world: int = 1,
+    least: int = MIN_IMAGES_PER_PROCESS,
+) -> ResidentBatches:
     """Prepare a data set for a device.
 
     Args:
@@ -195,9 +205,9 @@ def batches(
     n, (h, w, c) = len(examples), examples.data.shape
     check_size(min(size, n), world, least)
     needed = 4 * n * h * w * c
-    small = needed <= min(RESIDENT_BYTES, memory.available() // 4)
+    small = needed <= min(MAX_RESIDENT_BYTES, memory.available() // 4)
     targets = examples.targets
-    return Resident(
+    return ResidentBatches(
         examples,
         size,
         device,
@@ -209,21 +219,21 @@ def batches(
     )
 
 
-def check_size(size: int, world: int, least: int = LEAST) -> None:
+def check_size(size: int, world: int, least: int = MIN_IMAGES_PER_PROCESS) -> None:
     """Refuse batches that are too small for the processes that share them.
 
     Raises:
         UserError: With the number that it takes.
     """
-    needed = smallest(world, least)
-    if size >= needed or (world == 1 and least <= LEAST):
+    needed = min_shared_size(world, least)
+    if size >= needed or (world == 1 and least <= MIN_IMAGES_PER_PROCESS):
         return
     if world == 1:
         raise UserError(
             f"this loss compares images: it needs {needed} in a batch, got {size}: raise "
             "--batch-size, or train on more images"
         )
-    each = "two" if least == LEAST else str(least)
+    each = "two" if least == MIN_IMAGES_PER_PROCESS else str(least)
     raise UserError(
         f"{world} processes need {each} images each of every batch, so {needed} in all, got {size} "
         "images"
@@ -236,8 +246,8 @@ def to_nchw(images: Float[np.ndarray, "n h w c"]) -> Float[Tensor, "n c h w"]:
     return torch.from_numpy(nchw if nchw.flags.writeable else nchw.copy())
 
 
-def split(
-    order: Int[np.ndarray, " n"], size: int, world: int = 1, least: int = LEAST
+def split_rows(
+    order: Int[np.ndarray, " n"], size: int, world: int = 1, least: int = MIN_IMAGES_PER_PROCESS
 ) -> list[np.ndarray]:
     """Consecutive parts of `size`; a last part that is too small joins the part before it.
 
@@ -250,17 +260,17 @@ def split(
         least: Images that each of them needs.
     """
     starts = list(range(size, len(order), size))
-    if starts and size > 1 and len(order) - starts[-1] < smallest(world, least):
+    if starts and size > 1 and len(order) - starts[-1] < min_shared_size(world, least):
         starts.pop()
     return np.split(order, starts)
 
 
-def smallest(world: int, least: int = LEAST) -> int:
-    """The number of images from which on every process's share, see `mine`, is at least `least`."""
+def min_shared_size(world: int, least: int = MIN_IMAGES_PER_PROCESS) -> int:
+    """The number of images from which on every process's share, see `share_positions`, is at least `least`."""
     return least if world == 1 else 2 * world * math.ceil(least / 2)
 
 
-def mine(n: int, rank: int, world: int) -> Int[np.ndarray, " m"]:
+def share_positions(n: int, rank: int, world: int) -> Int[np.ndarray, " m"]:
     """Positions of a batch of n that are this process's.
 
     The i-th from the front and the i-th from the back stay together: mixing pairs them.
@@ -269,6 +279,6 @@ def mine(n: int, rank: int, world: int) -> Int[np.ndarray, " m"]:
     return positions[np.minimum(positions, n - 1 - positions) % world == rank]
 
 
-def derive(*numbers: int) -> int:
+def derive_seed(*numbers: int) -> int:
     """One 63-bit seed from several numbers, without the collisions of a sum."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

@@ -10,12 +10,12 @@ import torch
 
 from dsdistill.harness.data import datasets, distilled_set, origin, preprocess
 from dsdistill.harness.data.datasets import Splits
-from dsdistill.harness.data.distilled_set import Distilled
+from dsdistill.harness.data.distilled_set import DistilledSet
 from dsdistill.harness.data.labeled_images import Examples, LabeledImages, spread
 from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError
 from kd.data import batching
-from kd.data.batching import Resident
+from kd.data.batching import ResidentBatches
 from kd.evaluation.scoring import SCORE_BATCH
 from kd.parallel.engine import Engine
 from kd.recipe import Recipe
@@ -34,7 +34,7 @@ class DataSource:
 
     name: str
     splits: Splits | None
-    distilled: Distilled | None = None
+    distilled: DistilledSet | None = None
     note: str | None = None
 
     @property
@@ -89,12 +89,12 @@ class DataSource:
         fitted: Preprocess,
         on: Engine,
         workers: int = 0,
-        least: int = batching.LEAST,
-    ) -> Resident:
+        least: int = batching.MIN_IMAGES_PER_PROCESS,
+    ) -> ResidentBatches:
         """The training images in batches of the recipe's size a process, as a network sees them.
 
         Args:
-            recipe, fitted, on, workers: As in `streaming.Files.train`.
+            recipe, fitted, on, workers: As in `file_source.FileSource.train`.
             least: Images that each process needs of a batch.
         """
         world = on.num_processes
@@ -103,17 +103,17 @@ class DataSource:
             examples = self.distilled.examples()
         else:
             examples = Examples(self.train_images, fitted)
-        return batching.batches(examples, size, on.device, world, least)
+        return batching.prepare_resident(examples, size, on.device, world, least)
 
     def validation(
         self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0
-    ) -> Resident | None:
+    ) -> ResidentBatches | None:
         """Real images held out of the training set; None if there are none."""
-        return _judged(self.splits and self.splits.validation, fitted, device)
+        return _evaluation_batches(self.splits and self.splits.validation, fitted, device)
 
     def shuffled(
         self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0
-    ) -> Resident | None:
+    ) -> ResidentBatches | None:
         """Real training images, unchanged and read when needed; None if there are none."""
         if self.splits is None:
             return None
@@ -126,7 +126,7 @@ class DataSource:
         fitted: Preprocess,
         device: torch.device,
         workers: int = 0,
-    ) -> Resident | None:
+    ) -> ResidentBatches | None:
         """Up to `count` real training images, spread over the classes; None if there are none."""
         if self.splits is None:
             return None
@@ -135,9 +135,9 @@ class DataSource:
 
     def test(
         self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0
-    ) -> Resident | None:
+    ) -> ResidentBatches | None:
         """Real images to be read once, at the end; None if there are none."""
-        return _judged(self.splits and self.splits.test, fitted, device)
+        return _evaluation_batches(self.splits and self.splits.test, fitted, device)
 
 
 def resolve(
@@ -169,10 +169,10 @@ def resolve(
                 "a distilled set brings its image size, its channels and its validation images: "
                 "leave --image-size, --channels and --validation-fraction out"
             )
-        return _distilled(distilled_set.locate(path), root)
+        return _load_distilled(distilled_set.locate(path), root)
     if path.is_dir() and (path / "config.json").is_file():
         raise UserError(f"{path} is a run's folder without a finished distilled set")
-    held = fraction(validation_fraction)
+    held = fraction_or_default(validation_fraction)
     splits = datasets.load(
         name,
         root=root,
@@ -185,9 +185,9 @@ def resolve(
     return DataSource(splits.name, splits)
 
 
-def fraction(given: float | None) -> float:
+def fraction_or_default(given: float | None) -> float:
     """Of the training images that are held out for validation."""
-    return origin.VALIDATION_FRACTION if given is None else given
+    return origin.DEFAULT_VALIDATION_FRACTION if given is None else given
 
 
 def is_distilled(data: str) -> bool:
@@ -196,33 +196,36 @@ def is_distilled(data: str) -> bool:
     return path.suffix == ".safetensors" or (path / "distilled.safetensors").is_file()
 
 
-def _distilled(path: Path, root: Path) -> DataSource:
+def _load_distilled(path: Path, root: Path) -> DataSource:
     distilled = distilled_set.load(path)
     name = path.parent.resolve().name if path.name == "distilled.safetensors" else path.stem
     came_from = origin.source(path, distilled)
     if came_from is None:
         return DataSource(
-            name, None, distilled, f"{path} does not say what it was distilled from: {_NO}"
+            name,
+            None,
+            distilled,
+            f"{path} does not say what it was distilled from: {_NO_EVALUATION}",
         )
     try:
         splits = origin.load(path, distilled, came_from, root=root)
     except (UserError, OSError) as error:
-        return DataSource(name, None, distilled, f"{error}: {_NO}")
-    origin.check(path, distilled, splits, came_from)
+        return DataSource(name, None, distilled, f"{error}: {_NO_EVALUATION}")
+    origin.check_same_data(path, distilled, splits, came_from)
     return DataSource(name, splits, distilled)
 
 
-_NO = "no validation and no test"
+_NO_EVALUATION = "no validation and no test"
 
 
-def _unchanged(images: LabeledImages, fitted: Preprocess, device: torch.device) -> Resident:
+def _unchanged(images: LabeledImages, fitted: Preprocess, device: torch.device) -> ResidentBatches:
     labels = torch.from_numpy(images.labels.astype(np.int64)).to(device)
-    return Resident(Examples(images, fitted), SCORE_BATCH, device, labels)
+    return ResidentBatches(Examples(images, fitted), SCORE_BATCH, device, labels)
 
 
-def _judged(
+def _evaluation_batches(
     images: LabeledImages | None, fitted: Preprocess, device: torch.device
-) -> Resident | None:
+) -> ResidentBatches | None:
     if images is None or not len(images):
         return None
-    return batching.batches(Examples(images, fitted), SCORE_BATCH, device)
+    return batching.prepare_resident(Examples(images, fitted), SCORE_BATCH, device)

@@ -37,12 +37,12 @@ from dsdistill.harness.errors import UserError, one_line
 from dsdistill.harness.runs import locks, progress
 from dsdistill.harness.runs.run_folder import write_bytes
 from kd.data import top_k
-from kd.data.top_k import Tensors
+from kd.data.top_k import StoredLogits
 
-FORMAT = 1  # part of the key: raise it when the same answers would be stored differently
+FORMAT_VERSION = 1  # part of the key: raise it when the same answers would be stored differently
 CHUNK_BYTES = 1 << 24  # of one file, and so of the memory that writing takes
-INDEX_BYTES = 1 << 24  # no whole index is larger
-ABANDONED = 7 * 24 * 3600  # seconds after which a chunk that no index names is swept away
+MAX_INDEX_BYTES = 1 << 24  # no whole index is larger
+ABANDONED_SECONDS = 7 * 24 * 3600  # seconds after which a chunk that no index names is swept away
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -66,7 +66,7 @@ class CachedLogits:
         rows: n.
     """
 
-    chunks: list[Tensors]
+    chunks: list[StoredLogits]
     starts: Int[np.ndarray, " chunks"]
     classes: int
     rows: int
@@ -84,7 +84,7 @@ class CachedLogits:
         for number in np.unique(chunk):
             here = np.flatnonzero(chunk == number)
             local = torch.from_numpy(wanted[here] - self.starts[number])
-            found = top_k.take(self.chunks[number], local)
+            found = top_k.select_rows(self.chunks[number], local)
             answers[torch.from_numpy(here)] = top_k.decode(found, self.classes)
         return answers
 
@@ -113,7 +113,11 @@ class TeacherCache:
         """
         path = self._index(name)
         try:
-            return _open(path, self.folder.name, rows, classes, self.top) if path.exists() else None
+            return (
+                _open_entry(path, self.folder.name, rows, classes, self.top)
+                if path.exists()
+                else None
+            )
         except Exception as error:  # damage shows in many ways, and each is mended by new answers
             why = one_line(error)
             progress.say(f"teacher cache: {path} is not used ({why}): computed anew")
@@ -147,7 +151,7 @@ class TeacherCache:
         yield writer.add
         writer.flush()
         index = {"key": self.folder.name, "classes": writer.classes, "chunks": writer.written}
-        write_bytes(path, _text({"index": index, "sha256": _digest(index)}))
+        write_bytes(path, _json_bytes({"index": index, "sha256": _strict_json_digest(index)}))
 
     def _index(self, name: str) -> Path:
         if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name) or name == "key":
@@ -171,13 +175,13 @@ def open_cache(folder: Path, key: Mapping[str, Any], *, top: int | None) -> Teac
     """
     if top is not None and top < 1:
         raise UserError(f"--cache-top must be at least 1, got {top}")
-    whole = {"format": FORMAT, "top": top, "key": dict(key)}
-    inner = folder / _digest(whole)
+    whole = {"format": FORMAT_VERSION, "top": top, "key": dict(key)}
+    inner = folder / _strict_json_digest(whole)
     try:
         (inner / "chunks").mkdir(parents=True, exist_ok=True)
         lock = _lock(inner)
-        write_bytes(inner / "key.json", _text(whole))
-        _sweep(inner)
+        write_bytes(inner / "key.json", _json_bytes(whole))
+        _remove_abandoned(inner)
     except OSError as error:
         raise UserError(f"--cache {folder} cannot be used ({error}): choose another") from error
     return TeacherCache(inner, top, lock)
@@ -196,7 +200,7 @@ class _Writer:
     def __init__(self, folder: Path, top: int | None) -> None:
         self.folder, self.top = folder, top
         self.classes = self.held = 0
-        self.parts: list[Tensors] = []
+        self.parts: list[StoredLogits] = []
         self.written: list[dict[str, Any]] = []
 
     def add(self, logits: Float[Tensor, "m k"]) -> None:
@@ -205,7 +209,7 @@ class _Writer:
         if not torch.isfinite(logits).all():
             raise ValueError("a teacher's logits must be finite: NaN or infinity among them")
         self.classes = logits.shape[1]
-        row = top_k.form(1, self.classes, self.top).values()
+        row = top_k.expected_forms(1, self.classes, self.top).values()
         length = max(1, CHUNK_BYTES // sum(t.itemsize * math.prod(shape) for t, shape in row))
         for part in logits.split(length):
             self.parts.append(top_k.encode(part, self.top))
@@ -219,15 +223,15 @@ class _Writer:
 
     def _write(self, count: int) -> None:
         """The first `count` rows that are held, as a file named by its contents."""
-        joined, rows = top_k.join(self.parts), torch.arange(self.held)
-        content = safetensors.torch.save(top_k.take(joined, rows[:count]))
+        joined, rows = top_k.join_rows(self.parts), torch.arange(self.held)
+        content = safetensors.torch.save(top_k.select_rows(joined, rows[:count]))
         sha256 = hashlib.sha256(content).hexdigest()
         write_bytes(self.folder / f"{sha256}.safetensors", content)
         self.written.append({"sha256": sha256, "rows": count})
-        self.parts, self.held = [top_k.take(joined, rows[count:])], self.held - count
+        self.parts, self.held = [top_k.select_rows(joined, rows[count:])], self.held - count
 
 
-def _open(path: Path, key: str, rows: int, classes: int, top: int | None) -> CachedLogits:
+def _open_entry(path: Path, key: str, rows: int, classes: int, top: int | None) -> CachedLogits:
     """Raises, with what is wrong, unless every byte is as it was written."""
     index = _read_index(path)
     _require(index["key"] == key, "it belongs to another key")
@@ -237,18 +241,23 @@ def _open(path: Path, key: str, rows: int, classes: int, top: int | None) -> Cac
     _require(sum(lengths) == rows, f"it has {sum(lengths)} rows, not {rows}")
     ends = np.cumsum([0, *lengths])
     folder = path.parent / "chunks"
-    chunks = [_chunk(folder, c["sha256"], c["rows"], classes, top) for c in index["chunks"]]
+    chunks = [_open_chunk(folder, c["sha256"], c["rows"], classes, top) for c in index["chunks"]]
     return CachedLogits(chunks, ends[:-1], classes, rows)
 
 
 def _read_index(path: Path) -> dict[str, Any]:
-    _require(path.is_file() and path.stat().st_size <= INDEX_BYTES, "the index is no such file")
+    _require(path.is_file() and path.stat().st_size <= MAX_INDEX_BYTES, "the index is no such file")
     stored = json.loads(path.read_text())
-    _require(_digest(stored["index"]) == stored["sha256"], "the index does not match its checksum")
+    _require(
+        _strict_json_digest(stored["index"]) == stored["sha256"],
+        "the index does not match its checksum",
+    )
     return stored["index"]
 
 
-def _chunk(folder: Path, sha256: str, rows: int, classes: int, top: int | None) -> Tensors:
+def _open_chunk(
+    folder: Path, sha256: str, rows: int, classes: int, top: int | None
+) -> StoredLogits:
     """A chunk's tensors, mapped; a checksum keeps damage out, the rest keeps strangers out."""
     _require(bool(re.fullmatch("[0-9a-f]{64}", sha256)), "a chunk's name is no checksum")
     path = folder / f"{sha256}.safetensors"
@@ -257,12 +266,16 @@ def _chunk(folder: Path, sha256: str, rows: int, classes: int, top: int | None) 
     with safetensors.safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     form = {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()}
-    _require(form == top_k.form(rows, classes, top), f"chunk {sha256[:12]} has another form")
-    _require(top_k.sound(tensors, classes), f"chunk {sha256[:12]} holds what no teacher answers")
+    _require(
+        form == top_k.expected_forms(rows, classes, top), f"chunk {sha256[:12]} has another form"
+    )
+    _require(
+        top_k.are_valid(tensors, classes), f"chunk {sha256[:12]} holds what no teacher answers"
+    )
     return tensors
 
 
-def _sweep(folder: Path) -> None:
+def _remove_abandoned(folder: Path) -> None:
     """Remove what killed processes left; a living one writes each chunk anew."""
     named: set[str] = set()
     for path in folder.glob("[!.]*.json"):
@@ -270,7 +283,7 @@ def _sweep(folder: Path) -> None:
             named |= {chunk["sha256"] for chunk in _read_index(path)["chunks"]}
     for path in (*folder.glob(".*"), *(folder / "chunks").iterdir()):
         with suppress(FileNotFoundError):  # another process was faster
-            if path.stem not in named and time.time() - path.stat().st_mtime > ABANDONED:
+            if path.stem not in named and time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
                 path.unlink()
 
 
@@ -279,11 +292,11 @@ def _require(holds: bool, why: str) -> None:
         raise ValueError(why)
 
 
-def _text(value: Any) -> bytes:
+def _json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def _digest(value: Any) -> str:
+def _strict_json_digest(value: Any) -> str:
     """SHA-256 of a JSON value, whatever the order of its names and its white space.
 
     Raises:

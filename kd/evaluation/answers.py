@@ -17,11 +17,11 @@ from kd.models.zoo import class_names
 from kd.models.zoo.protocol import Shape
 from kd.parallel import engine
 
-BATCH = 500  # images at once
+BATCH_SIZE = 500  # images at once
 
 
 @dataclass(frozen=True, eq=False)
-class Answers:
+class NumpyTeacher:
     """Logits of a frozen teacher.
 
     Attributes:
@@ -37,20 +37,22 @@ class Answers:
     def __call__(self, images: Float[np.ndarray, "n h w c"], /) -> Float[np.ndarray, "n k"]:
         with torch.inference_mode():
             parts = [
-                self.teacher(batching.to_nchw(images[i : i + BATCH]).to(self.device)).float().cpu()
-                for i in range(0, len(images), BATCH)
+                self.teacher(batching.to_nchw(images[i : i + BATCH_SIZE]).to(self.device))
+                .float()
+                .cpu()
+                for i in range(0, len(images), BATCH_SIZE)
             ]
         return torch.cat(parts).numpy()
 
 
-def of(
+def load(
     name: str,
     preprocess: Preprocess,
     shape: Shape,
     classes: tuple[str, ...],
     device: str = "cpu",
     class_map: Path | None = None,
-) -> Answers:
+) -> NumpyTeacher:
     """The answers of a teacher to images in a preprocessing.
 
     Args:
@@ -64,7 +66,7 @@ def of(
     Raises:
         UserError: If there is no such teacher, or it does not fit the data.
     """
-    if len(networks.split(name)) > 1:
+    if len(networks.split_names(name)) > 1:
         raise UserError(f"an evaluation compares with one teacher, got {name}")
     on = engine.make(device).device
     mapping = None if class_map is None else class_names.read_class_map(class_map)
@@ -72,6 +74,6 @@ def of(
     teacher = teachers.load(
         name, preprocess, shape, classes, class_map=mapping, class_map_option=option
     )
-    for remark in teachers.remarks(teacher):
+    for remark in teachers.matching_notes(teacher):
         progress.say(f"teacher {name}: {remark}")
-    return Answers(teacher.to(on), on, teacher_cache.fingerprint(teacher))
+    return NumpyTeacher(teacher.to(on), on, teacher_cache.fingerprint(teacher))

@@ -26,11 +26,13 @@ import numpy as np
 from jaxtyping import Int
 from scipy.optimize import linear_sum_assignment
 
-FALSE_ALARMS = 0.01  # of teachers whose own order is the best
-SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the fortune that are staked; which is best is not known
-LOOKS = 10  # times that an order is found anew, on the images so far
+FALSE_ALARM_RATE = 0.01  # of teachers whose own order is the best
+STAKES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the fortune that are staked; which is best is not known
+REFITS = 10  # times that an order is found anew, on the images so far
 FEW = 4_000  # images times classes up to which it is after each image: there each one counts
-RATIO = 2.0  # that the moved classes must be better by: less may be two classes that are alike
+MIN_ACCURACY_RATIO = (
+    2.0  # that the moved classes must be better by: less may be two classes that are alike
+)
 # An untrained network answers alike to images that are alike, so some order fits it better than its
 # own, and not by chance. But it knows few classes, and badly: of 180 (three kinds, on digits and on
 # Fashion-MNIST) no order had either of these.
@@ -39,7 +41,7 @@ WELL = 2 / 3  # or of the images of the moved classes that are recognised, each 
 
 
 @dataclass(frozen=True)
-class Order:
+class ClassOrder:
     """An order in which a teacher's outputs make more sense.
 
     Attributes:
@@ -53,12 +55,12 @@ class Order:
     name: str | None = None
 
 
-def better(
+def find_better(
     predicted: Int[np.ndarray, " n"],
     labels: Int[np.ndarray, " n"],
     count: int,
     likely: Mapping[str, Sequence[int]] | None = None,
-) -> Order | None:
+) -> ClassOrder | None:
     """Find another order of the classes with which predictions are right far more often.
 
     Args:
@@ -69,14 +71,14 @@ def better(
 
     Returns:
         None if there is none. The probability of another answer for a teacher whose own order is
-        the best is at most `FALSE_ALARMS`.
+        the best is at most `FALSE_ALARM_RATE`.
     """
     likely = {k: v for k, v in (likely or {}).items() if tuple(v) != tuple(range(count))}
     known = [np.asarray(order) for order in likely.values()]
-    fortunes = [_fortune(*_bets(predicted, labels, order)) for order in known]
-    fortunes.append(_fortune(*_found_bets(predicted, labels, count)))
+    fortunes = [_log_fortune(*_count_bets(predicted, labels, order)) for order in known]
+    fortunes.append(_log_fortune(*_bets_on_fitted_orders(predicted, labels, count)))
     # The mean of fortunes is a fortune: the gambler has divided the money among them.
-    if np.logaddexp.reduce(fortunes) - math.log(len(fortunes)) < -math.log(FALSE_ALARMS):
+    if np.logaddexp.reduce(fortunes) - math.log(len(fortunes)) < -math.log(FALSE_ALARM_RATE):
         return None
     # The first of the known orders that explains it, and otherwise what the images say.
     best = max(fortunes)
@@ -87,22 +89,22 @@ def better(
     ]
     candidates.append((None, _assignment(predicted, labels, count)))
     for name, order in candidates:
-        if _far_better(predicted, labels, order):
+        if _is_far_better(predicted, labels, order):
             accuracy = float((order[predicted] == labels).mean())
-            return Order(tuple(order.tolist()), accuracy, name)
+            return ClassOrder(tuple(order.tolist()), accuracy, name)
     return None
 
 
 def is_decidable(
     labels: Int[np.ndarray, " n"], count: int, likely: Mapping[str, Sequence[int]] | None = None
 ) -> bool:
-    """Whether `better` finds the order of a flawless teacher from images of these classes.
+    """Whether `find_better` finds the order of a flawless teacher from images of these classes.
 
     Args:
         labels: The class of each image.
-        count, likely: As in `better`.
+        count, likely: As in `find_better`.
     """
-    return better((labels + 1) % count, labels, count, likely) is not None
+    return find_better((labels + 1) % count, labels, count, likely) is not None
 
 
 def best_fit(
@@ -113,16 +115,16 @@ def best_fit(
     Of few images that says nothing: there is always such an order for a teacher that guesses.
 
     Args:
-        predicted, labels, count: As in `better`.
+        predicted, labels, count: As in `find_better`.
     """
     order = _assignment(predicted, labels, count)
-    if not _far_better(predicted, labels, order):
+    if not _is_far_better(predicted, labels, order):
         return None
     return float((order[predicted] == labels).mean())
 
 
-def described(
-    order: Order, accuracy: float, classes: Sequence[str], outputs: Sequence[int] | None = None
+def describe(
+    order: ClassOrder, accuracy: float, classes: Sequence[str], outputs: Sequence[int] | None = None
 ) -> str:
     """An order in words, with the class map that brings it about.
 
@@ -148,23 +150,23 @@ def described(
     )
 
 
-def _found_bets(
+def _bets_on_fitted_orders(
     predicted: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"], count: int
 ) -> tuple[int, int]:
     """Bets on orders that are found, each on the images before those that it is judged by."""
     shuffled = np.random.default_rng(0).permutation(len(labels))  # data may be sorted by class
     predicted, labels = predicted[shuffled], labels[shuffled]
-    looks = len(labels) if len(labels) * count <= FEW else LOOKS
+    looks = len(labels) if len(labels) * count <= FEW else REFITS
     edges = np.linspace(0, len(labels), looks + 1).astype(int)
     won = lost = 0
     for start, end in itertools.pairwise(edges[1:]):
         order = _assignment(predicted[:start], labels[:start], count)
-        more, less = _bets(predicted[start:end], labels[start:end], order)
+        more, less = _count_bets(predicted[start:end], labels[start:end], order)
         won, lost = won + more, lost + less
     return won, lost
 
 
-def _bets(
+def _count_bets(
     predicted: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"], order: Int[np.ndarray, " k"]
 ) -> tuple[int, int]:
     """Images that only the other order has right, and those that only the present one has."""
@@ -172,10 +174,10 @@ def _bets(
     return int((other & ~own).sum()), int((own & ~other).sum())
 
 
-def _fortune(won: int, lost: int) -> float:
+def _log_fortune(won: int, lost: int) -> float:
     """Logarithm of what 1 has become, divided evenly among the shares that are staked."""
-    grown = [won * math.log1p(share) + lost * math.log1p(-share) for share in SHARES]
-    return float(np.logaddexp.reduce(grown)) - math.log(len(SHARES))
+    grown = [won * math.log1p(share) + lost * math.log1p(-share) for share in STAKES]
+    return float(np.logaddexp.reduce(grown)) - math.log(len(STAKES))
 
 
 def _assignment(
@@ -190,7 +192,7 @@ def _assignment(
     return order
 
 
-def _far_better(
+def _is_far_better(
     predicted: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"], order: Int[np.ndarray, " k"]
 ) -> bool:
     """Whether the moved classes are recognised, and far better, each counted alike.
@@ -207,4 +209,4 @@ def _far_better(
         for answers in (order[predicted], predicted)
     )
     recognised = (other >= 0.05).mean() >= KNOWN or other.mean() >= WELL
-    return bool(recognised and other.mean() >= RATIO * own.mean())
+    return bool(recognised and other.mean() >= MIN_ACCURACY_RATIO * own.mean())

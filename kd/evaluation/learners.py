@@ -26,14 +26,14 @@ from kd.models import networks
 from kd.models.networks import Classifier, Shape
 from kd.models.zoo import builtin
 from kd.objectives import terms
-from kd.objectives.loss_spec import Spec
+from kd.objectives.loss_spec import TermSpec
 from kd.objectives.schemes import Distillation
 from kd.parallel import engine
-from kd.recipe import Recipe, overridden
+from kd.recipe import Recipe, override
 from kd.training.loop import train
 
-POINTS = 60  # of a loss curve
-VERSIONS = ("dsdistill", "torch", "timm", "torchvision")
+CURVE_POINTS = 60  # of a loss curve
+VERSIONED_PACKAGES = ("dsdistill", "torch", "timm", "torchvision")
 
 # What the field calls these networks, which it takes in their form for small images.
 ALIASES: Mapping[str, str] = {
@@ -43,7 +43,7 @@ ALIASES: Mapping[str, str] = {
 }
 
 # Of the rate of `recipes.KIP`: two decades, as its header says.
-KIP_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
+KIP_RATE_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class NetworkLearner:
     """Trains a network, always for as many steps.
 
     Attributes:
-        name: As for `learner`.
+        name: As for `network_learner`.
         recipe: Its steps are the budget. The shifts of its `crop-flip` are an eighth of an image,
             whatever its `crop_padding`.
         limit: None: it trains on any number of images.
@@ -87,16 +87,16 @@ class NetworkLearner:
 
         None for weights from a file, which may change under its name.
         """
-        if networks.parse(_full(self.name)).file is not None:
+        if networks.parse(_full_name(self.name)).file is not None:
             return None
         return {
             "name": self.name,
-            "network": _full(self.name),
+            "network": _full_name(self.name),
             "recipe": asdict(self.recipe),
             "rates": list(self.rates),
             "flip": self.flip,
             "device": self.device,
-            "versions": {name: version(name) for name in VERSIONS},
+            "versions": {name: version(name) for name in VERSIONED_PACKAGES},
         }
 
     @property
@@ -109,14 +109,16 @@ class NetworkLearner:
         shape, classes = train_set.data.shape, len(train_set.data.classes)
         recipe = replace(self.recipe, crop_padding=max(1, min(shape[:2]) // 8))
         on = engine.make(self.device, recipe.precision)
-        network = networks.build(_full(self.name), shape, classes, seed=seed)
-        resident = batching.batches(train_set, recipe.batch_size, on.device)
-        objective = Distillation(network, terms.build([Spec("mse")], network))
+        network = networks.build(_full_name(self.name), shape, classes, seed=seed)
+        resident = batching.prepare_resident(train_set, recipe.batch_size, on.device)
+        objective = Distillation(network, terms.build([TermSpec("mse")], network))
         losses: list[Tensor] = []
-        objective.register_forward_hook(lambda *passed: losses.append(_sum(passed[-1])))
-        train(objective, augment.changed(resident, recipe, classes), recipe, seed, on=on)
+        objective.register_forward_hook(lambda *passed: losses.append(_total_loss(passed[-1])))
+        train(objective, augment.augment_batches(resident, recipe, classes), recipe, seed, on=on)
         curve = _curve(torch.stack(losses).tolist(), recipe.total_steps(len(resident)))
-        return TrainedNetwork(network.eval(), _full(self.name), shape, classes, on.device, curve)
+        return TrainedNetwork(
+            network.eval(), _full_name(self.name), shape, classes, on.device, curve
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,16 +155,16 @@ class TrainedNetwork:
 
         FLOPs and latency depend on the network alone: they are measured when first asked for.
         """
-        flops, one, many = _costs(self.name, self.shape, self.classes)
+        flops, one, many = _network_costs(self.name, self.shape, self.classes)
         return {
-            "parameters": networks.parameters(self.network),
+            "parameters": networks.parameter_count(self.network),
             "flops": flops,
             "latency_ms": {"1": one, str(scoring.LATENCY_BATCH): many},
             "curve": [list(point) for point in self.curve],
         }
 
 
-def learner(
+def network_learner(
     name: str, *, steps: int | None = None, device: str = "cpu", flip: bool = False
 ) -> NetworkLearner:
     """The learner of that name.
@@ -177,16 +179,16 @@ def learner(
     Raises:
         UserError: If there is no such network or device, or for a budget that is none.
     """
-    full = _full(name)
+    full = _full_name(name)
     networks.check_name(full)
     network = NetworkLearner(name, flip=flip, device=str(engine.make(device).device))
     if full.partition(":")[0] == "kip-convnet":
         recipe = replace(recipes.KIP, lr=recipes.KIP.lr / builtin.width(full))
-        network = replace(network, recipe=recipe, factors=KIP_FACTORS)
+        network = replace(network, recipe=recipe, factors=KIP_RATE_FACTORS)
     elif _has_layer_norm(full):
         network = replace(network, recipe=recipes.SMALL_LAYER_NORM)
     given = {} if steps is None else {"steps": steps}
-    return replace(network, recipe=overridden(network.recipe, given))
+    return replace(network, recipe=override(network.recipe, given))
 
 
 def names() -> tuple[str, ...]:
@@ -195,7 +197,7 @@ def names() -> tuple[str, ...]:
     return (*(name for name in builtin.NETWORKS if name not in hidden), *ALIASES)
 
 
-def _full(name: str) -> str:
+def _full_name(name: str) -> str:
     """The name as `kd.models.networks` knows it."""
     base, colon, width = name.partition(":")
     return ALIASES.get(base, base) + colon + width
@@ -209,24 +211,24 @@ def _has_layer_norm(name: str) -> bool:
     return any(isinstance(m, nn.LayerNorm) for m in networks.build(found.text, shape, 2).modules())
 
 
-def _sum(loss_terms: Mapping[str, Tensor]) -> Tensor:
+def _total_loss(loss_terms: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([value.detach() for value in loss_terms.values()]).sum()
 
 
 def _curve(losses: Sequence[float], steps: int) -> list[tuple[int, float]]:
-    """Mean losses of up to `POINTS` stretches of a training, each with its last step.
+    """Mean losses of up to `CURVE_POINTS` stretches of a training, each with its last step.
 
     Args:
         losses: Of each batch, of which a step may take several.
         steps: Their number.
     """
-    parts = np.array_split(np.asarray(losses, np.float64), min(POINTS, len(losses)))
+    parts = np.array_split(np.asarray(losses, np.float64), min(CURVE_POINTS, len(losses)))
     ends = np.cumsum([len(part) for part in parts]) * steps / len(losses)
     return [(round(end), float(part.mean())) for end, part in zip(ends, parts, strict=True)]
 
 
 @lru_cache(maxsize=64)
-def _costs(name: str, shape: Shape, classes: int) -> tuple[int, float, float]:
+def _network_costs(name: str, shape: Shape, classes: int) -> tuple[int, float, float]:
     """FLOPs of one image, and milliseconds of one image and of a batch on the CPU."""
     network = networks.build(name, shape, classes).eval()
     latency = scoring.latency(network, shape)

@@ -35,10 +35,10 @@ def outputs(
     network: nn.Module, batches: EvaluationBatches, tick: Callable[[int], None] | None = None
 ) -> Float[np.ndarray, "n k"]:
     """Outputs in evaluation mode, in the order of the data; the mode is left as it was."""
-    return scored(network, batches, tick)[0]
+    return outputs_and_labels(network, batches, tick)[0]
 
 
-def scored(
+def outputs_and_labels(
     network: nn.Module, batches: EvaluationBatches, tick: Callable[[int], None] | None = None
 ) -> tuple[Float[np.ndarray, "n k"], Int[np.ndarray, " n"]]:
     """Outputs, as `outputs`, with the labels of the images.
@@ -60,7 +60,7 @@ def scored(
     return np.concatenate(parts), np.concatenate(labels)
 
 
-def figures(
+def evaluate(
     network: nn.Module,
     batches: EvaluationBatches,
     teachers: Mapping[str, nn.Module] | None = None,
@@ -83,7 +83,7 @@ def figures(
         The figures, and the number of `images` that they are of; with `classes` also `notes`,
         sentences on an accuracy that only repeats how common a class is.
     """
-    scores, labels = scored(network, batches)
+    scores, labels = outputs_and_labels(network, batches)
     probabilities = metrics.softmax(scores, temperature)
     found: dict[str, Any] = {
         "images": len(labels),
@@ -112,7 +112,7 @@ def figures(
     return found
 
 
-def validation(
+def validate(
     network: nn.Module, batches: EvaluationBatches, on: Engine, *, logits: bool
 ) -> dict[str, float]:
     """Accuracy, and NLL in nats of a network that gives logits; each process counts a share.

@@ -20,15 +20,15 @@ from jaxtyping import Float, Int
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation import metrics
 from dsdistill.harness.runs import progress
-from kd.data.batching import Batch, Batches
+from kd.data.batching import Batch, BatchSource
 from kd.evaluation import class_order, scoring
 from kd.models.teachers import ResolvedTeacher, Teacher
 from kd.models.zoo import class_names
 
-FITTED = 10_000  # images enough for a temperature
-SAMPLE = 2_000  # images enough for an accuracy: its standard error is at most 1.1 %
+MAX_TEMPERATURE_IMAGES = 10_000  # images enough for a temperature
+ACCURACY_IMAGES = 2_000  # images enough for an accuracy: its standard error is at most 1.1 %
 FOR_ORDER = 400  # images at least that judge the order of the classes, where there are so many
-PER_CLASS = 20  # and of each class, but no more than `SAMPLE` in all
+PER_CLASS = 20  # and of each class, but no more than `ACCURACY_IMAGES` in all
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +40,8 @@ class FirstImages:
         images: Their number, up to a batch.
     """
 
-    batches: Batches
-    images: int = SAMPLE
+    batches: BatchSource
+    images: int = ACCURACY_IMAGES
 
     def in_order(self, rank: int = 0, world: int = 1) -> Iterator[Batch]:
         """The images, always the same; every `world`-th batch."""
@@ -50,7 +50,7 @@ class FirstImages:
 
 
 @dataclass(frozen=True)
-class Facts:
+class TeacherQuality:
     """What is known of a teacher before the training.
 
     Attributes:
@@ -86,7 +86,7 @@ def check(
     part: str = "validation",
     more: Callable[[int], scoring.EvaluationBatches | None] = lambda count: None,
     say: Callable[[str], None] = progress.say,
-) -> Facts:
+) -> TeacherQuality:
     """Judge a teacher on images with labels, and say what was found.
 
     Args:
@@ -105,22 +105,24 @@ def check(
     Raises:
         UserError: If the accuracy is below `minimum`.
     """
-    say(f"teacher {name}: {described(teacher.resolved)}")
+    say(f"teacher {name}: {describe(teacher.resolved)}")
     for note in teacher.resolved.notes:
         say(f"teacher {name}: {note}")
-    logits, labels = scoring.scored(teacher, batches)
-    facts = _facts(name, teacher.resolved, logits, labels)
+    logits, labels = scoring.outputs_and_labels(teacher, batches)
+    facts = _measure(name, teacher.resolved, logits, labels)
     predicted, count = logits.argmax(1), logits.shape[1]
-    lacking = min(max(FOR_ORDER, PER_CLASS * count), SAMPLE) - len(labels)
+    lacking = min(max(FOR_ORDER, PER_CLASS * count), ACCURACY_IMAGES) - len(labels)
     further = more(lacking) if lacking > 0 else None
     kind = part
     if further is not None:
-        others, theirs = scoring.scored(teacher, further)
+        others, theirs = scoring.outputs_and_labels(teacher, further)
         predicted = np.concatenate([predicted, others.argmax(1)])
         labels, kind = np.concatenate([labels, theirs]), f"{part} and training"
         expected, at_chance = _chance(predicted, labels)
         facts = replace(facts, chance=expected, at_chance=at_chance)
-    order, undecided = _order(teacher, predicted, labels, count, f"{len(labels)} {kind} images")
+    order, undecided = _better_order(
+        teacher, predicted, labels, count, f"{len(labels)} {kind} images"
+    )
     facts = replace(facts, order=order, undecided=undecided)
     say(
         f"teacher {name}: accuracy {facts.accuracy:.1%} on {facts.images} {part} images, "
@@ -143,7 +145,7 @@ def check(
     return facts
 
 
-def described(resolved: ResolvedTeacher) -> str:
+def describe(resolved: ResolvedTeacher) -> str:
     """One line of how a model's images are prepared and its classes matched."""
     (h, w), numbers = (
         resolved.size,
@@ -155,7 +157,7 @@ def described(resolved: ResolvedTeacher) -> str:
     return f"{h}x{w} {resolved.interpolation}, {kind}{numbers}, classes matched {resolved.matched}"
 
 
-def chance(predicted: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"]) -> float:
+def chance_accuracy(predicted: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"]) -> float:
     """The accuracy to expect of predictions with these frequencies but unrelated to the labels.
 
     Source: the agreement by chance in Cohen (1960), "A coefficient of agreement for nominal
@@ -166,28 +168,30 @@ def chance(predicted: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"]) -> f
     return float(shares[0] @ shares[1])
 
 
-def _facts(
+def _measure(
     name: str,
     resolved: ResolvedTeacher,
     logits: Float[np.ndarray, "n k"],
     labels: Int[np.ndarray, " n"],
-) -> Facts:
+) -> TeacherQuality:
     n, accuracy = len(labels), metrics.accuracy(logits, labels)
     expected, at_chance = _chance(logits.argmax(1), labels)
-    some = slice(None, None, math.ceil(n / FITTED))  # every so many: data may be sorted by class
+    some = slice(
+        None, None, math.ceil(n / MAX_TEMPERATURE_IMAGES)
+    )  # every so many: data may be sorted by class
     temperature = metrics.fit_temperature(logits[some], labels[some])
-    return Facts(name, resolved, accuracy, expected, at_chance, temperature, n)
+    return TeacherQuality(name, resolved, accuracy, expected, at_chance, temperature, n)
 
 
 def _chance(predicted: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"]) -> tuple[float, bool]:
     """The accuracy by chance, and whether that of the predictions may be no better."""
-    expected = chance(predicted, labels)
+    expected = chance_accuracy(predicted, labels)
     # Three standard deviations of the mean of n coin tosses.
     limit = expected + 3 * math.sqrt(expected * (1 - expected) / len(labels))
     return expected, bool((predicted == labels).mean() <= limit)
 
 
-def _order(
+def _better_order(
     teacher: Teacher,
     predicted: Int[np.ndarray, " n"],
     labels: Int[np.ndarray, " n"],
@@ -198,7 +202,7 @@ def _order(
 
     Args:
         teacher: Whose largest outputs were `predicted`, of `count` ones.
-        predicted, labels, count: As in `class_order.better`.
+        predicted, labels, count: As in `class_order.find_better`.
         images: What they are, for messages.
 
     Returns:
@@ -211,9 +215,12 @@ def _order(
     if sorted(positions) == list(range(count)):
         orders = class_names.likely_orders(classes)
         likely = {name: [order[p] for p in positions] for name, order in orders.items()}
-    order, own = class_order.better(predicted, labels, count, likely), (predicted == labels).mean()
+    order, own = (
+        class_order.find_better(predicted, labels, count, likely),
+        (predicted == labels).mean(),
+    )
     if order is not None:
-        text = class_order.described(order, float(own), classes, outputs)
+        text = class_order.describe(order, float(own), classes, outputs)
         return f"on {images} {text}", None
     fit = class_order.best_fit(predicted, labels, count)
     if fit is None or class_order.is_decidable(labels, count, likely):
@@ -225,7 +232,7 @@ def _order(
     )
 
 
-def _suspects(facts: Facts) -> str:
+def _suspects(facts: TeacherQuality) -> str:
     plain = (
         f"its classes and their order (matched {facts.resolved.matched}; --class-map), and its "
         "normalisation and image size"

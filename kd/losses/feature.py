@@ -37,7 +37,7 @@ def fitnet(
     train the lower layers first. Mean, weight and joint training: Tian et al. (2020),
     arXiv:1910.10699, whose CIFAR-100 comparison made this variant the usual one.
     """
-    return F.mse_loss(*_pair(student, teacher))
+    return F.mse_loss(*_prepare_pair(student, teacher))
 
 
 def attention_transfer(
@@ -62,7 +62,7 @@ def attention_transfer(
     Source: Zagoruyko and Komodakis (2017), arXiv:1612.03928, section 3.1. The equation there has
     the norm of the difference; the square and the mean are in the authors' code.
     """
-    _check_places(student, teacher)
+    _check_positions(student, teacher)
     return F.mse_loss(_attention(student.float()), _attention(teacher.detach().float()))
 
 
@@ -86,7 +86,7 @@ def hierarchical_context(
     Source: Chen et al. (2021), arXiv:2104.09044; sizes and weights as in the authors' code, which
     compares a copy with the height alone, where this takes the shorter side.
     """
-    student, teacher = _pair(student, teacher)
+    student, teacher = _prepare_pair(student, teacher)
     loss, weight, total = F.mse_loss(student, teacher), 1.0, 1.0
     for level in PYRAMID:
         if level < min(student.shape[-2:]):
@@ -123,7 +123,7 @@ def vid(
     Source: Ahn et al. (2019), arXiv:1904.05835. The mean over entries, where the paper has a sum,
     is that of Tian et al. (2020), arXiv:1910.10699, to which the weight belongs.
     """
-    mean, teacher = _pair(mean, teacher)
+    mean, teacher = _prepare_pair(mean, teacher)
     if raw_variance.shape != mean.shape[1:2]:
         raise ValueError(
             f"raw_variance must hold one value for each of {mean.shape[1]} channels, "
@@ -165,7 +165,7 @@ def log_sum(
     this takes the mean: the gradient is the same, and the value is lower by log n. In it, `floor`
     belongs to the variant for transformers alone.
     """
-    student, teacher = _pair(student, teacher)
+    student, teacher = _prepare_pair(student, teacher)
     if len(student) < 2:
         raise ValueError(f"log_sum normalises over the batch: it needs 2 rows, got {len(student)}")
     if not (alpha >= 1 and floor > 0):
@@ -193,11 +193,11 @@ def mgd(
 
     Source: Yang et al. (2022), arXiv:2205.01529.
     """
-    generated, teacher = _pair(generated, teacher)
+    generated, teacher = _prepare_pair(generated, teacher)
     return (generated - teacher).square().flatten(1).sum(-1).mean()
 
 
-def _pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+def _prepare_pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Both in float32, the teacher without gradient."""
     # Broadcasting would otherwise hide features that do not match.
     if student.shape != teacher.shape:
@@ -208,7 +208,7 @@ def _pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return student.float(), teacher.detach().float()
 
 
-def _check_places(student: Tensor, teacher: Tensor) -> None:
+def _check_positions(student: Tensor, teacher: Tensor) -> None:
     theirs, ours = (tuple(maps.shape[i] for i in (0, 2, 3)) for maps in (teacher, student))
     if ours != theirs:
         raise ValueError(

@@ -105,7 +105,7 @@ def probabilistic_transfer(
     student, teacher = _embeddings(student, teacher, at_least=2)
     if not floor > 0:
         raise ValueError(f"floor must be positive, got {floor}; the authors' code has 1e-7")
-    q, p = _picks(student), _picks(teacher)
+    q, p = _pick_probabilities(student), _pick_probabilities(teacher)
     return (p * ((p + floor) / (q + floor)).log()).mean()
 
 
@@ -188,7 +188,7 @@ def _cosines_of_angles(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n n n"]:
     return _gram(_unit(differences, smallest=1e-6))
 
 
-def _picks(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
+def _pick_probabilities(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
     # Rounding can bring a cosine just below -1.
     similarity = ((1 + _gram(_unit(rows))) / 2).clamp_min(0)
     return similarity / similarity.sum(-1, keepdim=True)

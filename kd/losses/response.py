@@ -34,7 +34,7 @@ def logit_kl(
 
     Source: Hinton, Vinyals and Dean (2015), arXiv:1503.02531, section 2.
     """
-    student, teacher = _pair(student_logits, teacher_logits)
+    student, teacher = _prepare_pair(student_logits, teacher_logits)
     return _softened_kl(student, teacher, temperature)
 
 
@@ -115,7 +115,7 @@ def dkd(
 
     Source: Zhao et al. (2022), arXiv:2203.08679, section 3.
     """
-    student, teacher = _pair(student_logits, teacher_logits)
+    student, teacher = _prepare_pair(student_logits, teacher_logits)
     _check_targets(labels, student.shape[-1])
     _check_temperature(temperature)
     if not (alpha or beta):
@@ -157,7 +157,7 @@ def dist(
     Source: Huang et al. (2022), arXiv:2205.10536, section 3. The factor T² is in the authors'
     code. They add 1e-8 to the product of the norms instead of treating rows without spread.
     """
-    student, teacher = _pair(student_logits, teacher_logits)
+    student, teacher = _prepare_pair(student_logits, teacher_logits)
     _check_temperature(temperature)
     if not (inter or intra):
         raise ValueError("inter and intra are both 0: nothing is left of dist")
@@ -193,7 +193,7 @@ def standardised_kl(
     Source: Sun et al. (2024), arXiv:2403.01427. The deviation divides by k, as in the paper; the
     authors' code divides by k - 1, which is a temperature higher by √(k / (k - 1)).
     """
-    student, teacher = _pair(student_logits, teacher_logits)
+    student, teacher = _prepare_pair(student_logits, teacher_logits)
     return _softened_kl(standardise(student), standardise(teacher), temperature)
 
 
@@ -220,7 +220,7 @@ def logit_mse(
     Source: Kim et al. (2021), arXiv:2105.08919, whose equation sums over classes; the division by
     k is in the authors' code, and makes weights comparable between data sets.
     """
-    return F.mse_loss(*_pair(student_logits, teacher_logits))
+    return F.mse_loss(*_prepare_pair(student_logits, teacher_logits))
 
 
 def hard_distillation(
@@ -240,11 +240,11 @@ def hard_distillation(
 
     Source: Touvron et al. (2021), arXiv:2012.12877, section 4.
     """
-    student, teacher = _pair(student_logits, teacher_logits)
+    student, teacher = _prepare_pair(student_logits, teacher_logits)
     return F.cross_entropy(student, teacher.argmax(dim=-1))
 
 
-def _pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+def _prepare_pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Both in float32, the teacher without gradient."""
     # Broadcasting would otherwise hide a teacher with other classes.
     if student.shape != teacher.shape:

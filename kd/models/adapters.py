@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError
-from kd.models.networks import repeat, resize
+from kd.models.networks import repeat_channels, resize
 from kd.models.zoo.protocol import Interpolation
 
 
-class Undo(nn.Module):
+class InversePreprocessLayer(nn.Module):
     """`Preprocess.invert` for NCHW tensors.
 
     Exact but for `zca`, which forgets each image's mean and norm: an image comes back with mean 0
@@ -31,7 +31,7 @@ class Undo(nn.Module):
 
     def __init__(self, fitted: Preprocess) -> None:
         super().__init__()
-        _register(self, fitted, fitted.unwhiten)
+        _register_buffers(self, fitted, fitted.unwhiten)
         self.contrast = fitted.contrast
 
     def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
@@ -40,7 +40,7 @@ class Undo(nn.Module):
         return images * self.std + self.mean
 
 
-class Apply(nn.Module):
+class PreprocessLayer(nn.Module):
     """`Preprocess.apply` for NCHW tensors with values in [0, 1]."""
 
     mean: Tensor
@@ -49,7 +49,7 @@ class Apply(nn.Module):
 
     def __init__(self, fitted: Preprocess) -> None:
         super().__init__()
-        _register(self, fitted, fitted.whiten)
+        _register_buffers(self, fitted, fitted.whiten)
         self.normalised = fitted.kind == "zca"
 
     def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
@@ -88,18 +88,18 @@ class Adapter(nn.Module):
         interpolation: Interpolation = "bilinear",
     ) -> None:
         super().__init__()
-        self.undo = Undo(data)
-        self.apply_model = Apply(model)
+        self.undo = InversePreprocessLayer(data)
+        self.apply_model = PreprocessLayer(model)
         self.size = size
         self.interpolation: Interpolation = interpolation
         self.channels = None if len(model.std) == len(data.std) else len(model.std)
 
     def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n C H W"]:
         plain = resize(self.undo(images), self.size, self.interpolation)
-        return self.apply_model(repeat(plain, self.channels))
+        return self.apply_model(repeat_channels(plain, self.channels))
 
 
-def adapter(
+def build_adapter(
     data: Preprocess,
     model: Preprocess,
     size: tuple[int, int],
@@ -133,7 +133,7 @@ def check_channels(who: str, its: int, channels: int) -> None:
         )
 
 
-def _register(
+def _register_buffers(
     module: nn.Module, fitted: Preprocess, matrix: Float[np.ndarray, "d d"] | None
 ) -> None:
     mean = torch.tensor(fitted.mean)  # one value a channel, or an image

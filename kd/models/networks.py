@@ -31,20 +31,6 @@ from kd.models.zoo import (
 )
 from kd.models.zoo.protocol import Interpolation, PretrainedConfig, Shape, Zoo
 
-__all__ = [
-    "Classifier",
-    "Shape",
-    "absolute",
-    "build",
-    "check_name",
-    "names",
-    "parameters",
-    "published",
-    "resize",
-    "split",
-    "wants",
-]
-
 
 class Classifier(nn.Module):
     """A network that takes images of the data's shape, whatever shape it was made for.
@@ -81,7 +67,7 @@ class Classifier(nn.Module):
 
     def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
         resized = resize(images, self.size, self.interpolation)
-        answer = self.network(repeat(resized, self.channels))
+        answer = self.network(repeat_channels(resized, self.channels))
         return answer if isinstance(answer, Tensor) else answer.logits
 
     def around(self, network: nn.Module) -> "Classifier":
@@ -132,7 +118,7 @@ def build(
     with torch.random.fork_rng(), allocation.limited(found.text):
         torch.manual_seed(seed)
         if found.zoo is not None:
-            classifier = _from_zoo(found, shape, classes, pretrained, config)
+            classifier = _build_from_zoo(found, shape, classes, pretrained, config)
         elif pretrained:
             raise UserError(f"{found.base} has no published weights: leave --pretrained out")
         else:
@@ -144,7 +130,7 @@ def build(
         )
         classifier.notes = tuple(notes)
     elif pretrained:
-        classifier.notes = _adapted(found, classes, shape[-1], classifier)
+        classifier.notes = _adaptation_notes(found, classes, shape[-1], classifier)
     return classifier
 
 
@@ -159,7 +145,7 @@ def check_name(name: str) -> None:
         found.zoo.check(found.base)
 
 
-def published(name: str, channels: int) -> tuple[Preprocess, int]:
+def pretrained_preprocess(name: str, channels: int) -> tuple[Preprocess, int]:
     """The normalisation of a network's published weights, and their number of classes.
 
     For another number of channels than theirs every channel gets the mean of theirs, since the
@@ -168,11 +154,11 @@ def published(name: str, channels: int) -> tuple[Preprocess, int]:
     Raises:
         UserError: If the name is unknown, or no weights were published.
     """
-    own = wants(name)
+    own = pretrained_config(name)
     return own.preprocess(channels), own.count
 
 
-def wants(name: str) -> PretrainedConfig:
+def pretrained_config(name: str) -> PretrainedConfig:
     """What a network's published weights want: normalisation, size, interpolation, classes.
 
     Raises:
@@ -182,10 +168,10 @@ def wants(name: str) -> PretrainedConfig:
     if found.zoo is None:
         raise UserError(f"{name} has no published weights: train it with `kd train` first")
     found.zoo.origin(found.base)
-    return found.zoo.wants(found.base)
+    return found.zoo.pretrained_config(found.base)
 
 
-def parameters(network: nn.Module) -> int:
+def parameter_count(network: nn.Module) -> int:
     """Number of trainable values."""
     return sum(p.numel() for p in network.parameters())
 
@@ -201,12 +187,14 @@ def resize(
     return F.interpolate(images, size=size, mode=interpolation, antialias=True, align_corners=False)
 
 
-def repeat(images: Float[Tensor, "n c h w"], channels: int | None) -> Float[Tensor, "n C h w"]:
+def repeat_channels(
+    images: Float[Tensor, "n c h w"], channels: int | None
+) -> Float[Tensor, "n C h w"]:
     """Grayscale images with their channel repeated; the images themselves if `channels` is None."""
     return images if channels is None else images.expand(-1, channels, -1, -1)
 
 
-FOLDERS = ("hf", "local-dir")  # prefixes of a folder's path
+FOLDER_PREFIXES = ("hf", "local-dir")  # prefixes of a folder's path
 # A prefix of names -> who knows what follows it. Names without one are timm's.
 ZOOS: Mapping[str, Zoo] = {
     "timm": timm_zoo,
@@ -232,7 +220,7 @@ class NetworkName:
     text: str
 
     @property
-    def convert(self) -> weights.Convert | None:
+    def convert(self) -> weights.Converter | None:
         """What its library does to weights of another form."""
         return timm_zoo.convert if self.zoo is timm_zoo else None
 
@@ -247,7 +235,7 @@ def parse(name: str) -> NetworkName:
         raise UserError(
             f"{name} is an exported program, which cannot be trained: use it as teacher"
         )
-    text, file = _file_apart(name)
+    text, file = _split_file(name)
     prefix, colon, rest = text.partition(":")
     base = text
     if prefix in builtin.NETWORKS:
@@ -259,7 +247,7 @@ def parse(name: str) -> NetworkName:
     return NetworkName(zoo, base, file, text)
 
 
-def split(text: str) -> list[str]:
+def split_names(text: str) -> list[str]:
     """The names of a comma-separated list.
 
     A comma in brackets is part of the arguments of a network, and one in the path of something that
@@ -268,15 +256,15 @@ def split(text: str) -> list[str]:
     parts, found = text.split(","), []
     while parts:
         joined = [",".join(parts[: n + 1]) for n in range(len(parts))]
-        there = [n for n, name in enumerate(joined) if n and _exists(name.strip())]
-        whole = [n for n, name in enumerate(joined) if _balanced(name)]
+        there = [n for n, name in enumerate(joined) if n and _has_existing_path(name.strip())]
+        whole = [n for n, name in enumerate(joined) if _brackets_are_closed(name)]
         n = max(there) if there else whole[0] if whole else 0
         found.append(joined[n].strip())
         parts = parts[n + 1 :]
     return [name for name in found if name]
 
 
-def names(option: str, text: str) -> list[str]:
+def parse_names(option: str, text: str) -> list[str]:
     """The names of a list, each once.
 
     Args:
@@ -286,7 +274,7 @@ def names(option: str, text: str) -> list[str]:
     Raises:
         UserError: If there is none, or one comes twice.
     """
-    found = split(text)
+    found = split_names(text)
     if not found:
         raise UserError(f"{option} must name at least one")
     if len(set(found)) < len(found):
@@ -294,40 +282,40 @@ def names(option: str, text: str) -> list[str]:
     return found
 
 
-def absolute(name: str) -> str:
+def absolute_name(name: str) -> str:
     """The name with the path in it, if it has one that exists, as it is from every folder."""
     if not name:  # not the working directory, which is what a path of nothing is
         return name
     if (path := Path(name).expanduser()).exists():
         return str(path.resolve())
-    before, file = _file_apart(name)
+    before, file = _split_file(name)
     after = f"@{file.resolve()}" if file and file.exists() else name[len(before) :]
     prefix, _, rest = before.partition(":")
-    if prefix in FOLDERS and (path := Path(rest).expanduser()).exists():
+    if prefix in FOLDER_PREFIXES and (path := Path(rest).expanduser()).exists():
         before = f"{prefix}:{path.resolve()}"
     return before + after
 
 
-def _exists(name: str) -> bool:
+def _has_existing_path(name: str) -> bool:
     """Whether it is, or has in it, the path of something that is there."""
-    if any(_there(Path(path).expanduser()) for path in (name, _after_prefix(name))):
+    if any(_path_exists(Path(path).expanduser()) for path in (name, _strip_folder_prefix(name))):
         return True
-    before, file = _file_apart(name)
+    before, file = _split_file(name)
     # The file of the last of several names does not make them one.
-    return file is not None and _there(file) and len(split(before)) == 1
+    return file is not None and _path_exists(file) and len(split_names(before)) == 1
 
 
-def _balanced(name: str) -> bool:
+def _brackets_are_closed(name: str) -> bool:
     return all(name.count(a) <= name.count(b) for a, b in ("()", "[]", "{}"))
 
 
-def _file_apart(name: str) -> tuple[str, Path | None]:
+def _split_file(name: str) -> tuple[str, Path | None]:
     """What stands before `@FILE`, and the file; what exists decides where an `@` parts them."""
     at = [i for i, character in enumerate(name[:-1]) if character == "@" and i]
-    if not at or _there(Path(name)) or _there(Path(_after_prefix(name))):
+    if not at or _path_exists(Path(name)) or _path_exists(Path(_strip_folder_prefix(name))):
         return name, None
     for i in at:
-        if _there(file := Path(name[i + 1 :]).expanduser()) and file.is_file():
+        if _path_exists(file := Path(name[i + 1 :]).expanduser()) and file.is_file():
             return name[:i], file
     # hf-hub:timm/resnet18@main is a revision; elsewhere, a file that is not there.
     if "/" in name[: at[0]] and Path(name).suffix not in weights.SUFFIXES:
@@ -335,20 +323,20 @@ def _file_apart(name: str) -> tuple[str, Path | None]:
     return name[: at[0]], Path(name[at[0] + 1 :]).expanduser()
 
 
-def _after_prefix(name: str) -> str:
+def _strip_folder_prefix(name: str) -> str:
     """The path in `hf:DIR` and `local-dir:DIR`; other names as they are."""
     prefix, _, rest = name.partition(":")
-    return rest if prefix in FOLDERS and rest else name
+    return rest if prefix in FOLDER_PREFIXES and rest else name
 
 
-def _there(path: Path) -> bool:
+def _path_exists(path: Path) -> bool:
     try:
         return path.exists()
     except OSError:  # a name that is too long for any file
         return False
 
 
-def _from_zoo(
+def _build_from_zoo(
     found: NetworkName,
     shape: Shape,
     classes: int,
@@ -367,29 +355,31 @@ def _from_zoo(
     except Exception as error:  # hub, network, file and the zoos' own errors share no base class
         what = f"get the weights of {found.text} (looked for {where})" if pretrained else ""
         raise UserError(f"cannot {what or f'make {found.text}'}: {first_line(error)}") from error
-    h, w, c = zoo.takes(network, shape)
+    h, w, c = zoo.input_shape(network, shape)
     size = None if (h, w) == shape[:2] else (h, w)
     classifier = Classifier(
         network,
         size,
         channels=None if c == shape[2] else c,
         # Only where it is needed: to know it, a configuration may have to be downloaded.
-        interpolation=zoo.wants(name).interpolation if size and config is None else "bilinear",
+        interpolation=zoo.pretrained_config(name).interpolation
+        if size and config is None
+        else "bilinear",
         config=config or zoo.config(name, network),
     )
     if shape[2] not in (1, c):
         raise UserError(f"{found.text} takes images of {c} channels, the data have {shape[2]}")
-    _try(classifier, found.text, shape)
+    _check_image_size(classifier, found.text, shape)
     return classifier
 
 
-def _adapted(
+def _adaptation_notes(
     found: NetworkName, classes: int, channels: int, classifier: Classifier
 ) -> tuple[str, ...]:
     """Lines about where a network differs from the published one."""
     assert found.zoo is not None
     try:
-        own = found.zoo.wants(found.base)
+        own = found.zoo.pretrained_config(found.base)
     except UserError:  # Hugging Face's folders may lack what only a teacher needs
         return ()
     notes, theirs = [], len(own.mean)
@@ -402,7 +392,7 @@ def _adapted(
     return tuple(notes)
 
 
-def _try(classifier: Classifier, name: str, shape: Shape) -> None:
+def _check_image_size(classifier: Classifier, name: str, shape: Shape) -> None:
     """Refuse a network that cannot take images of this size, now and not after an hour."""
     h, w, c = shape
     was = classifier.training

@@ -26,11 +26,11 @@ from kd.models.seals import CARD, WEIGHTS, WHITENING
 from kd.models.zoo import class_names, weights
 from kd.models.zoo.protocol import Interpolation, Shape
 
-Outputs = Literal["logits", "centred labels"]
+OutputKind = Literal["logits", "centred labels"]
 
-KNOWN = (  # entries of `model.json`: with another one, a name in it is damaged
+CARD_KEYS = (  # entries of `model.json`: with another one, a name in it is damaged
     *("name", "classes", "input", "preprocess", "interpolation", "config", "outputs"),
-    *("output_temperature", "parameters", seals.KEY),
+    *("output_temperature", "parameters", seals.CHECKSUMS_KEY),
 )
 
 
@@ -53,7 +53,7 @@ class Model:
     classes: tuple[str, ...]
     shape: Shape
     preprocess: Preprocess
-    outputs: Outputs = "logits"
+    outputs: OutputKind = "logits"
     output_temperature: float = 1.0
 
     @property
@@ -71,7 +71,7 @@ def save_run(folder: Path, model: Model, metadata: Mapping[str, str] | None = No
         metadata: For the header of the file of weights.
     """
     # contiguous: safetensors refuses strided views
-    tensors = {k: v.detach().cpu().contiguous() for k, v in _state(model).items()}
+    tensors = {k: v.detach().cpu().contiguous() for k, v in _network_state(model).items()}
     content = safetensors.torch.save(tensors, None if metadata is None else dict(metadata))
     run_folder.write_bytes(folder / WEIGHTS, content)
     fitted = model.preprocess
@@ -99,7 +99,7 @@ def card(model: Model) -> dict[str, Any]:
         "config": model.classifier.config,
         "outputs": model.outputs,
         "output_temperature": model.output_temperature,
-        "parameters": networks.parameters(model.classifier),
+        "parameters": networks.parameter_count(model.classifier),
     }
 
 
@@ -110,13 +110,13 @@ def load_run(folder: Path) -> Model:
         UserError: If the folder holds no finished student, a damaged one, or files of two runs.
     """
     if not (folder / CARD).is_file():
-        raise UserError(f"{folder} holds no finished student: it has no {CARD}{_hint(folder)}")
+        raise UserError(f"{folder} holds no finished student: it has no {CARD}{_zoo_hint(folder)}")
     found = seals.read(folder, CARD)
-    if unknown := sorted(found.keys() - set(KNOWN)):
+    if unknown := sorted(found.keys() - set(CARD_KEYS)):
         raise UserError(f"{folder / CARD} is damaged, or of a later version: unknown {unknown[0]}")
     seals.verify(folder, WEIGHTS, WHITENING)
     try:
-        return _model(folder, found)
+        return _build_model(folder, found)
     except UserError:
         raise  # it is one line already
     except Exception as error:  # of a file without a checksum: it may hold anything
@@ -124,21 +124,21 @@ def load_run(folder: Path) -> Model:
         raise UserError(f"{folder / CARD} is not a whole model description ({why})") from error
 
 
-def _model(folder: Path, found: Mapping[str, Any]) -> Model:
+def _build_model(folder: Path, found: Mapping[str, Any]) -> Model:
     schema.check(CARD, found, {"name": str, "classes": Sequence[str], "output_temperature": float})
     name, classes = found["name"], tuple(found["classes"])
     h, w, c = shape = tuple(found["input"]["shape"])
     if not all(type(size) is int and size > 0 for size in (h, w, c)):
         raise ValueError(f"images of shape {shape}")
-    if found["outputs"] not in get_args(Outputs):
+    if found["outputs"] not in get_args(OutputKind):
         raise ValueError(f"outputs {found['outputs']!r}")
     try:
         classifier = networks.build(name, shape, len(classes), config=found.get("config"))
     except UserError as error:
         raise UserError(f"{folder / CARD} describes no network to be made here: {error}") from error
     classifier.interpolation = found.get("interpolation", "bilinear")
-    _state_into(classifier.network, folder / WEIGHTS)
-    preprocess = preprocessing(found["preprocess"], folder)
+    _load_weights(classifier.network, folder / WEIGHTS)
+    preprocess = load_preprocess(found["preprocess"], folder)
     temperature = float(found["output_temperature"])
     return Model(classifier, name, classes, shape, preprocess, found["outputs"], temperature)
 
@@ -150,7 +150,7 @@ def class_order(student: str) -> tuple[str, ...] | None:
     return tuple(map(str, names)) if isinstance(names, list) else None
 
 
-def preprocessing(card: Mapping[str, Any], folder: Path) -> Preprocess:
+def load_preprocess(card: Mapping[str, Any], folder: Path) -> Preprocess:
     """What a card's `preprocess` describes; the matrices of ZCA lie in the folder.
 
     Raises:
@@ -174,7 +174,7 @@ def preprocessing(card: Mapping[str, Any], folder: Path) -> Preprocess:
     )
 
 
-def fitted(
+def match_classes(
     who: str,
     model: Model,
     shape: Shape,
@@ -199,14 +199,14 @@ def fitted(
     matched = class_names.match(who, model.classes, classes, option=option)
     if matched.assumed:  # names that say nothing are no reason to believe
         raise UserError(
-            f"{who} calls its classes {class_names.few(model.classes)}, "
-            f"the data {class_names.few(classes)}: they must match"
+            f"{who} calls its classes {class_names.abbreviate(model.classes)}, "
+            f"the data {class_names.abbreviate(classes)}: they must match"
             + ("" if option is None else f", or {option} FILE say which are which")
         )
     if matched.outputs is None:
         return replace(model, classes=classes)
     say(f"{who}: classes matched {matched.how}")
-    reorder(who, model.classifier, matched.outputs, model.shape)
+    reorder_outputs(who, model.classifier, matched.outputs, model.shape)
     return replace(model, classes=classes)
 
 
@@ -216,7 +216,9 @@ def check_shape(who: str, model: Model, shape: Shape) -> None:
         raise UserError(f"{who} takes images of shape {model.shape}, the data have {shape}")
 
 
-def reorder(who: str, classifier: Classifier, outputs: tuple[int, ...], shape: Shape) -> None:
+def reorder_outputs(
+    who: str, classifier: Classifier, outputs: tuple[int, ...], shape: Shape
+) -> None:
     """Put the outputs of a network in another order, in the weights of its last layer.
 
     Args:
@@ -235,7 +237,7 @@ def reorder(who: str, classifier: Classifier, outputs: tuple[int, ...], shape: S
     with torch.no_grad():
         expected = classifier(images)[:, order]
         # The last layer comes last in most networks, but not in those with further heads.
-        for _, layer in reversed(weights.layers_of(classifier, len(outputs))):
+        for _, layer in reversed(weights.layers_with_outputs(classifier, len(outputs))):
             _permute(layer, order)
             if torch.allclose(classifier(images), expected, rtol=1e-4, atol=1e-5):
                 classifier.train(was)
@@ -252,11 +254,11 @@ def _permute(layer: nn.Module, order: Tensor) -> None:
         parameter.copy_(parameter[order])
 
 
-def _state(model: Model) -> dict[str, Tensor]:
+def _network_state(model: Model) -> dict[str, Tensor]:
     return model.classifier.network.state_dict()
 
 
-def _state_into(network: nn.Module, path: Path) -> None:
+def _load_weights(network: nn.Module, path: Path) -> None:
     try:
         network.load_state_dict(safetensors.torch.load_file(path))
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
@@ -264,7 +266,7 @@ def _state_into(network: nn.Module, path: Path) -> None:
         raise UserError(f"{path} does not hold the weights of this network: {first}") from error
 
 
-def _hint(folder: Path) -> str:
+def _zoo_hint(folder: Path) -> str:
     """How the folder of a zoo's model is named."""
     try:
         found = run_folder.read_json(folder / "config.json")

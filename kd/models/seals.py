@@ -17,8 +17,8 @@ from dsdistill.harness.runs import run_folder
 
 REPORT, CARD = "report.json", "model.json"
 WEIGHTS, WHITENING = "student.safetensors", "preprocess.safetensors"
-FILES = ("config.json", "recipe.json", "metrics.jsonl", CARD, WEIGHTS, WHITENING)
-KEY = "sha256"  # in both files: file -> SHA-256
+SEALED_FILES = ("config.json", "recipe.json", "metrics.jsonl", CARD, WEIGHTS, WHITENING)
+CHECKSUMS_KEY = "sha256"  # in both files: file -> SHA-256
 
 
 def write(folder: Path, name: str, content: Mapping[str, Any], files: Iterable[str]) -> None:
@@ -31,9 +31,9 @@ def write(folder: Path, name: str, content: Mapping[str, Any], files: Iterable[s
         files: Names of the others; those that are not there are left out.
     """
     present = [other for other in files if (folder / other).is_file()]
-    body = {**content, KEY: {other: file_digest(folder / other) for other in present}}
+    body = {**content, CHECKSUMS_KEY: {other: file_digest(folder / other) for other in present}}
     plain = json.loads(json.dumps(body), parse_constant=lambda _: None)  # as it will be read
-    plain[KEY][name] = json_digest(plain)
+    plain[CHECKSUMS_KEY][name] = json_digest(plain)
     run_folder.write_json(folder / name, plain)
 
 
@@ -48,7 +48,7 @@ def read(folder: Path, name: str) -> dict[str, Any]:
         UserError: If it is missing, no JSON object, or does not match its checksum.
     """
     verify(folder, name)
-    return _unverified(folder / name)
+    return _read_unverified(folder / name)
 
 
 def verify(folder: Path, *names: str) -> None:
@@ -60,24 +60,28 @@ def verify(folder: Path, *names: str) -> None:
     for holder in (REPORT, CARD):
         if not (folder / holder).is_file():
             continue
-        sums = _sums(folder, holder)
+        sums = _read_checksums(folder, holder)
         for name in names:
-            if name != holder and name in sums and _missing_or_other(folder / name, sums[name]):
+            if name != holder and name in sums and _differs(folder / name, sums[name]):
                 raise UserError(
                     f"{folder / name} is damaged or of another run: it does not match the "
                     f"checksum in {holder}; put back the file of this run, or train anew"
                 )
 
 
-def _sums(folder: Path, holder: str) -> Mapping[str, str]:
+def _read_checksums(folder: Path, holder: str) -> Mapping[str, str]:
     """The checksums in one of the two files; none in one of an earlier version."""
     path = folder / holder
-    content = _unverified(path)
-    if KEY not in content:
-        if holder == REPORT and (folder / CARD).is_file() and KEY in _unverified(folder / CARD):
+    content = _read_unverified(path)
+    if CHECKSUMS_KEY not in content:
+        if (
+            holder == REPORT
+            and (folder / CARD).is_file()
+            and CHECKSUMS_KEY in _read_unverified(folder / CARD)
+        ):
             raise UserError(f"{path} is damaged or of another run: it has lost its checksums")
         return {}
-    sums = content[KEY]
+    sums = content[CHECKSUMS_KEY]
     if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
         raise UserError(f"{path} is damaged: its checksums are not readable")
     own = sums.pop(holder, None)
@@ -89,11 +93,11 @@ def _sums(folder: Path, holder: str) -> Mapping[str, str]:
     return sums
 
 
-def _missing_or_other(path: Path, sha256: str) -> bool:
+def _differs(path: Path, sha256: str) -> bool:
     return not path.is_file() or file_digest(path) != sha256
 
 
-def _unverified(path: Path) -> dict[str, Any]:
+def _read_unverified(path: Path) -> dict[str, Any]:
     content = run_folder.read_json(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: expected a JSON object")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError, first_line
 from kd.models import networks, saved_models
-from kd.models.adapters import adapter, check_channels
+from kd.models.adapters import build_adapter, check_channels
 from kd.models.networks import Classifier
 from kd.models.saved_models import Model
 from kd.models.zoo import class_names, exported, timm_zoo, weights
@@ -81,10 +81,10 @@ class Teacher(nn.Module):
         super().__init__()
         matched = matched or Match("by name")
         h, w, _ = model.shape
-        self.adapter = adapter(data, model.preprocess, size, (h, w), model.interpolation)
+        self.adapter = build_adapter(data, model.preprocess, size, (h, w), model.interpolation)
         self.classifier = model.classifier
         self.temperature = model.output_temperature
-        self.register_buffer("outputs", _index(matched))
+        self.register_buffer("outputs", _output_index(matched))
         # What is no tensor by itself but changes the answers: a hash of the state tells all.
         bicubic = float(model.interpolation == "bicubic")
         self.register_buffer("settings", torch.tensor([h, w, bicubic, self.temperature]))
@@ -149,20 +149,20 @@ def load(
         model = saved_models.load_run(Path(name))
         found: tuple[Model, Match] = model, match(model.classes)
     elif name.endswith(exported.SUFFIX):
-        found = _program(name, preprocess, shape, match)
+        found = _load_program(name, preprocess, shape, match)
     elif networks.parse(name).file is not None:
-        found = _from_file(name, preprocess, shape, len(classes), match, image_size)
+        found = _load_weights_file(name, preprocess, shape, len(classes), match, image_size)
     else:
-        found = _published(name, shape, match, image_size)
+        found = _load_published(name, shape, match, image_size)
     model, matched = found
-    model = _told(model, *told)
+    model = _apply_overrides(model, *told)
     check_channels(who, model.shape[2], shape[2])
     teacher = Teacher(model, preprocess, shape[:2], matched, classes).eval().requires_grad_(False)
-    _try(who, teacher, shape)
+    _check_image_size(who, teacher, shape)
     return teacher
 
 
-def remarks(teacher: Teacher) -> tuple[str, ...]:
+def matching_notes(teacher: Teacher) -> tuple[str, ...]:
     """Lines about what was decided about a teacher, where its accuracy is not looked at."""
     matched = teacher.resolved.matched
     return (
@@ -171,22 +171,22 @@ def remarks(teacher: Teacher) -> tuple[str, ...]:
     )
 
 
-def _published(
+def _load_published(
     name: str,
     shape: Shape,
     match: Callable[[Sequence[str] | int], Match],
     image_size: int | None,
 ) -> tuple[Model, Match]:
     """From a zoo, with all the classes it has, on images of its own size."""
-    own, who = networks.wants(name), f"teacher {name}"
+    own, who = networks.pretrained_config(name), f"teacher {name}"
     matched = match(own.classes)  # before a long download
     check_channels(who, len(own.mean), shape[2])
     if image_size is not None:
-        name, own = _resized(name, own, image_size)
-    return _built(name, own, own.classes, pretrained=True), matched
+        name, own = _with_image_size(name, own, image_size)
+    return _build_model(name, own, own.classes, pretrained=True), matched
 
 
-def _from_file(
+def _load_weights_file(
     name: str,
     preprocess: Preprocess,
     shape: Shape,
@@ -200,32 +200,36 @@ def _from_file(
     stored = weights.read(found.file)
     if found.zoo is None:
         plain = networks.build(found.text, shape, classes)
-        count, _ = _made_for(who, stored, plain, found, classes, shape[2])
+        count, _ = _classes_and_channels(who, stored, plain, found, classes, shape[2])
         matched = match(count)
         classifier = networks.build(name, shape, count, adapt=False)
-        return Model(classifier, name, _names(count), shape, preprocess), matched
-    own = found.zoo.wants(found.base)
+        return Model(classifier, name, _output_names(count), shape, preprocess), matched
+    own = found.zoo.pretrained_config(found.base)
     channels = len(own.mean)
     plain = networks.build(found.text, (*own.size, channels), classes)
-    h, w, _ = found.zoo.takes(plain.network, shape)
-    count, channels = _made_for(who, stored, plain, found, classes, channels)
+    h, w, _ = found.zoo.input_shape(plain.network, shape)
+    count, channels = _classes_and_channels(who, stored, plain, found, classes, channels)
     # The file does not say in which order its classes stand.
     matched = match(count)
     fitted = own.preprocess(channels)
     mean, std = tuple(fitted.mean.tolist()), tuple(fitted.std.tolist())
     own = replace(own, size=(h, w), mean=mean, std=std)
     size = image_size
-    if size is None and found.zoo is timm_zoo and not timm_zoo.split(found.base)[1].get("img_size"):
-        names, _ = weights.prepared(stored, plain.network)
+    if (
+        size is None
+        and found.zoo is timm_zoo
+        and not timm_zoo.split_arguments(found.base)[1].get("img_size")
+    ):
+        names, _ = weights.prepare(stored, plain.network)
         size = timm_zoo.stored_size(plain.network, names)
     if size is not None:
-        name, own = _resized(name, own, size)
-    return _built(name, own, count, pretrained=False), matched
+        name, own = _with_image_size(name, own, size)
+    return _build_model(name, own, count, pretrained=False), matched
 
 
-def _made_for(
+def _classes_and_channels(
     who: str,
-    stored: weights.Stored,
+    stored: weights.StoredWeights,
     plain: Classifier,
     found: networks.NetworkName,
     classes: int,
@@ -236,8 +240,8 @@ def _made_for(
     Raises:
         UserError: If they have no classes.
     """
-    tensors, _ = weights.prepared(stored, plain.network, found.convert)
-    count, channels = weights.made_for(tensors, plain.network, classes, channels)
+    tensors, _ = weights.prepare(stored, plain.network, found.convert)
+    count, channels = weights.infer_classes_and_channels(tensors, plain.network, classes, channels)
     if count is None:
         raise UserError(
             f"{who} has no last layer: {stored.path} holds a network without classes, which can be "
@@ -246,7 +250,7 @@ def _made_for(
     return count, channels
 
 
-def _resized(name: str, own: PretrainedConfig, size: int) -> tuple[str, PretrainedConfig]:
+def _with_image_size(name: str, own: PretrainedConfig, size: int) -> tuple[str, PretrainedConfig]:
     """A name and what it wants, for images of another size than the network is made for.
 
     Others than timm's, and those that take any size, keep their names.
@@ -255,14 +259,14 @@ def _resized(name: str, own: PretrainedConfig, size: int) -> tuple[str, Pretrain
     if found.zoo is not timm_zoo or own.size == (size, size):
         return name, own
     plain = networks.build(found.text, (*own.size, len(own.mean)), 2)
-    if timm_zoo.takes(plain.network, (size, size, 3))[:2] == (size, size):
+    if timm_zoo.input_shape(plain.network, (size, size, 3))[:2] == (size, size):
         return name, own
-    text = timm_zoo.sized(found.text, size)
+    text = timm_zoo.with_image_size(found.text, size)
     name = f"{text}@{found.file}" if found.file else text
     return name, replace(own, size=(size, size))
 
 
-def _program(
+def _load_program(
     name: str,
     preprocess: Preprocess,
     shape: Shape,
@@ -273,8 +277,10 @@ def _program(
     program = exported.load(path, shape)
     card = program.card
     try:
-        names = _strings(card["classes"]) if card else _names(program.classes)
-        fitted = saved_models.preprocessing(card["preprocess"], path.parent) if card else preprocess
+        names = _require_names(card["classes"]) if card else _output_names(program.classes)
+        fitted = (
+            saved_models.load_preprocess(card["preprocess"], path.parent) if card else preprocess
+        )
         outputs, interpolation = (
             card.get("outputs", "logits"),
             card.get("interpolation", "bilinear"),
@@ -285,7 +291,7 @@ def _program(
             raise ValueError(f"mean and std are not {channels} values each")
         if card and not (np.isfinite(fitted.mean).all() and (fitted.std > 0).all()):
             raise ValueError("mean and std are not finite and positive")
-        if outputs not in get_args(saved_models.Outputs) or interpolation not in get_args(
+        if outputs not in get_args(saved_models.OutputKind) or interpolation not in get_args(
             Interpolation
         ):
             raise ValueError("outputs or interpolation is none that kd writes")
@@ -303,23 +309,23 @@ def _program(
     return Model(classifier, name, names, program.shape, fitted, outputs, temperature), matched
 
 
-def _strings(value: object) -> tuple[str, ...]:
+def _require_names(value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise TypeError("classes is no list of names")
     return tuple(value)
 
 
-def _built(
+def _build_model(
     name: str, own: PretrainedConfig, classes: tuple[str, ...] | int, *, pretrained: bool
 ) -> Model:
     """A zoo's network, prepared for as it wants."""
-    shape, names = (*own.size, len(own.mean)), _names(classes)
+    shape, names = (*own.size, len(own.mean)), _output_names(classes)
     classifier = networks.build(name, shape, len(names), pretrained=pretrained, adapt=False)
     classifier.interpolation = own.interpolation
     return Model(classifier, name, names, shape, own.preprocess())
 
 
-def _told(
+def _apply_overrides(
     model: Model,
     image_size: int | None,
     mean: Sequence[float] | None,
@@ -342,7 +348,7 @@ def _told(
     return replace(model, preprocess=Preprocess("standardise", m, s))
 
 
-def _try(who: str, teacher: Teacher, shape: Shape) -> None:
+def _check_image_size(who: str, teacher: Teacher, shape: Shape) -> None:
     """Refuse a teacher that cannot take the data's images, now and not in the first step."""
     h, w, c = shape
     try:
@@ -355,9 +361,9 @@ def _try(who: str, teacher: Teacher, shape: Shape) -> None:
         ) from error
 
 
-def _names(classes: tuple[str, ...] | int) -> tuple[str, ...]:
+def _output_names(classes: tuple[str, ...] | int) -> tuple[str, ...]:
     return tuple(map(str, range(classes))) if isinstance(classes, int) else classes
 
 
-def _index(matched: Match) -> Tensor | None:
+def _output_index(matched: Match) -> Tensor | None:
     return None if matched.outputs is None else torch.tensor(matched.outputs)

@@ -22,23 +22,23 @@ from kd.models.networks import Classifier, Shape
 from kd.models.teachers import Teacher
 from kd.objectives.loss_spec import LayerPair
 from kd.objectives.projectors import (
-    Embed,
+    Embedder,
     EmbeddingMemory,
     Fusion,
-    Generator,
+    GaussianRegressor,
+    MaskedGenerator,
     Projector,
     Regressor,
-    Variational,
-    resized,
+    match_sizes,
 )
 from kd.objectives.step_outputs import StepOutputs
-from kd.objectives.taps import EMBEDDING, Layout, Taps, as_map, as_vector, probe
+from kd.objectives.taps import EMBEDDING, FeatureLayout, Taps, as_map, as_vector, probe
 
-Function = Callable[..., Tensor]
+LossFunction = Callable[..., Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class TermContext:
     """Where features are compared.
 
     Attributes:
@@ -70,14 +70,16 @@ class Place:
         return ((EMBEDDING, EMBEDDING),)
 
 
-class Tapped(nn.Module):
+class ProjectedFeatures(nn.Module):
     """Features of pairs of layers, through one projector a pair, to one loss.
 
     Attributes:
         projectors: Of each pair; called with both features, they return the loss's arguments.
     """
 
-    def __init__(self, place: Place, make: Callable[..., nn.Module], *, default: bool) -> None:
+    def __init__(
+        self, place: TermContext, make: Callable[..., nn.Module], *, default: bool
+    ) -> None:
         super().__init__()
         pairs = place.layers(default=default)
         assert place.teacher is not None
@@ -101,10 +103,10 @@ class Tapped(nn.Module):
         return [projector(*features) for projector, features in pairs]
 
 
-class Summed(nn.Module):
+class LayerPairLoss(nn.Module):
     """The loss of every pair of layers, summed."""
 
-    def __init__(self, tapped: Tapped, function: Function) -> None:
+    def __init__(self, tapped: ProjectedFeatures, function: LossFunction) -> None:
         super().__init__()
         self.tapped, self.function = tapped, function
 
@@ -112,7 +114,7 @@ class Summed(nn.Module):
         return torch.stack([self.function(*features) for features in self.tapped()]).sum()
 
 
-class Averaged(nn.Module):
+class MeanOverTeachers(nn.Module):
     """The mean of what a term is with each of several teachers."""
 
     def __init__(self, each: Sequence[nn.Module]) -> None:
@@ -131,38 +133,38 @@ def function_matching(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return response.logit_kl(student_logits, teacher_logits, temperature=1)
 
 
-def regressed(place: Place, function: Function) -> nn.Module:
+def regressor_term(place: TermContext, function: LossFunction) -> nn.Module:
     """Maps of the student through a 1x1 convolution."""
-    return Summed(Tapped(place, Regressor, default=False), function)
+    return LayerPairLoss(ProjectedFeatures(place, Regressor, default=False), function)
 
 
-def variational(place: Place, function: Function) -> nn.Module:
+def variational_term(place: TermContext, function: LossFunction) -> nn.Module:
     """Maps of the student as the mean of a Gaussian."""
-    return Summed(Tapped(place, Variational, default=False), function)
+    return LayerPairLoss(ProjectedFeatures(place, GaussianRegressor, default=False), function)
 
 
-def generated(place: Place, function: Function) -> nn.Module:
+def generator_term(place: TermContext, function: LossFunction) -> nn.Module:
     """Maps generated from masked ones."""
-    return Summed(Tapped(place, Generator, default=False), function)
+    return LayerPairLoss(ProjectedFeatures(place, MaskedGenerator, default=False), function)
 
 
-def projected(place: Place, function: Function) -> nn.Module:
+def projector_term(place: TermContext, function: LossFunction) -> nn.Module:
     """Vectors of the student through a linear map."""
-    return Summed(Tapped(place, Projector, default=True), function)
+    return LayerPairLoss(ProjectedFeatures(place, Projector, default=True), function)
 
 
-def pooled(place: Place, function: Function) -> nn.Module:
+def map_term(place: TermContext, function: LossFunction) -> nn.Module:
     """Maps as they are, at the smaller of the two sizes."""
-    return Summed(Tapped(place, _Pooled, default=False), function)
+    return LayerPairLoss(ProjectedFeatures(place, _PooledMaps, default=False), function)
 
 
-def vectors(place: Place, function: Function) -> nn.Module:
+def vector_term(place: TermContext, function: LossFunction) -> nn.Module:
     """Vectors as they are: the mean over positions."""
-    return Summed(Tapped(place, _Vectors, default=True), function)
+    return LayerPairLoss(ProjectedFeatures(place, _PooledVectors, default=True), function)
 
 
-class _Pooled(nn.Module):
-    def __init__(self, student: Layout, teacher: Layout) -> None:
+class _PooledMaps(nn.Module):
+    def __init__(self, student: FeatureLayout, teacher: FeatureLayout) -> None:
         super().__init__()
         self.layouts = student, teacher
         for layout in self.layouts:
@@ -173,11 +175,11 @@ class _Pooled(nn.Module):
                 )
 
     def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        return resized(as_map(student, self.layouts[0]), as_map(teacher, self.layouts[1]))
+        return match_sizes(as_map(student, self.layouts[0]), as_map(teacher, self.layouts[1]))
 
 
-class _Vectors(nn.Module):
-    def __init__(self, student: Layout, teacher: Layout) -> None:
+class _PooledVectors(nn.Module):
+    def __init__(self, student: FeatureLayout, teacher: FeatureLayout) -> None:
         super().__init__()
         self.layouts = student, teacher
 
@@ -185,18 +187,18 @@ class _Vectors(nn.Module):
         return as_vector(student, self.layouts[0]), as_vector(teacher, self.layouts[1])
 
 
-class Fused(nn.Module):
+class FusionTerm(nn.Module):
     """Maps of all stages, from shallow to deep, each together with the deeper ones."""
 
-    def __init__(self, place: Place, function: Function) -> None:
+    def __init__(self, place: TermContext, function: LossFunction) -> None:
         super().__init__()
-        layouts: list[tuple[Layout, Layout]] = []
+        layouts: list[tuple[FeatureLayout, FeatureLayout]] = []
 
-        def noted(*pair: Layout) -> nn.Module:  # the projector is one of all pairs together
+        def noted(*pair: FeatureLayout) -> nn.Module:  # the projector is one of all pairs together
             layouts.append((pair[0], pair[1]))
             return nn.Identity()
 
-        self.tapped, self.function = Tapped(place, noted, default=False), function
+        self.tapped, self.function = ProjectedFeatures(place, noted, default=False), function
         for (before, _), (layer, _) in itertools.pairwise(layouts):
             if math.prod(layer.size or ()) > math.prod(before.size or ()):
                 raise UserError(
@@ -213,13 +215,13 @@ class Fused(nn.Module):
         return torch.stack([self.function(*pair) for pair in fused]).sum()
 
 
-class Contrasted(nn.Module):
+class CrdTerm(nn.Module):
     """Embeddings against a memory of all training images: CRD.
 
-    The parameters of `contrast` are what the memory and its loss are made with.
+    The parameters of `crd_parameters` are what the memory and its loss are made with.
     """
 
-    def __init__(self, place: Place, function: partial) -> None:
+    def __init__(self, place: TermContext, function: partial) -> None:
         super().__init__()
         if place.images == 0:
             raise UserError(
@@ -228,8 +230,8 @@ class Contrasted(nn.Module):
             )
         options = dict(function.keywords)
         self.temperature = options.pop("temperature")
-        make = partial(Embed, dim=options["dim"])
-        self.tapped = Tapped(place, make, default=True)
+        make = partial(Embedder, dim=options["dim"])
+        self.tapped = ProjectedFeatures(place, make, default=True)
         if len(self.tapped.pairs) > 1:
             raise UserError("--loss crd compares one pair of layers")
         self.memory = EmbeddingMemory(place.images, seed=place.seed, **options)
@@ -244,17 +246,17 @@ class Contrasted(nn.Module):
         )
 
 
-def contrast(
+def crd_parameters(
     *,
     temperature: Temperature = 0.07,
     dim: Annotated[int, Range(1, 8192)] = 128,
     momentum: ShareBelowOne = 0.5,
     negatives: Annotated[int, Range(1, 1_000_000)] = 16384,
 ) -> None:
-    """The parameters of contrastive representation distillation, see `Contrasted`."""
+    """The parameters of contrastive representation distillation, see `CrdTerm`."""
 
 
-class Heads(nn.Module):
+class DeepSupervisionTerm(nn.Module):
     """Deep supervision: shallow layers get classifiers, which learn from labels and from the last.
 
     Of each head (1 - alpha) CE + alpha KL(student ‖ head) at T, the student's logits fixed; the
@@ -263,7 +265,7 @@ class Heads(nn.Module):
     Source: Zhang et al. (2019), "Be your own teacher", arXiv:1905.08094, equations 1 to 3.
     """
 
-    def __init__(self, place: Place, function: Function) -> None:
+    def __init__(self, place: TermContext, function: LossFunction) -> None:
         super().__init__()
         layers = [student for student, _ in place.layers(default=False)]
         self.taps = Taps(place.student.network, layers)
@@ -286,7 +288,7 @@ class Heads(nn.Module):
         return torch.stack([self.function(o, seen.outputs, labels) for o in outputs]).sum()
 
 
-def self_taught(
+def self_distillation(
     head_logits: Tensor,
     student_logits: Tensor,
     labels: Tensor,

@@ -15,15 +15,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dsdistill.harness.errors import UserError, unknown
+from dsdistill.harness.errors import UserError, unknown_name
 from kd.losses.ranges import Range
 
 LayerPair = tuple[str, str]  # a layer of the student and one of the teacher
-WEIGHTS = Range(1e-9, 1e9)
+WEIGHT_RANGE = Range(1e-9, 1e9)
 
 
 @dataclass(frozen=True)
-class Spec:
+class TermSpec:
     """One term as it was written.
 
     Attributes:
@@ -39,7 +39,7 @@ class Spec:
     layers: tuple[LayerPair, ...] = ()
 
 
-def parse(text: str, names: Mapping[str, Callable[..., Any]]) -> tuple[Spec, ...]:
+def parse(text: str, names: Mapping[str, Callable[..., Any]]) -> tuple[TermSpec, ...]:
     """The terms of a loss.
 
     Args:
@@ -50,25 +50,27 @@ def parse(text: str, names: Mapping[str, Callable[..., Any]]) -> tuple[Spec, ...
         UserError: For a name, number or parameter that is none, a number out of its range, or the
             same term or parameter twice.
     """
-    specs: list[Spec] = []
+    specs: list[TermSpec] = []
     for piece in map(str.strip, text.split(",")):
         head, at, layers = piece.partition("@")
         name = head.partition(":")[0]
         if name in names:
-            specs.append(_term(head, names[name]))
+            specs.append(_parse_term(head, names[name]))
             if at:
-                specs[-1] = replace(specs[-1], layers=(_pair(layers, piece),))
+                specs[-1] = replace(specs[-1], layers=(_parse_layer_pair(layers, piece),))
         elif specs and specs[-1].layers and ":" not in piece and not at:
-            specs[-1] = replace(specs[-1], layers=(*specs[-1].layers, _pair(piece, piece)))
+            specs[-1] = replace(
+                specs[-1], layers=(*specs[-1].layers, _parse_layer_pair(piece, piece))
+            )
         else:
-            raise unknown("loss", name, names)
+            raise unknown_name("loss", name, names)
     twice = {s.name for s in specs if [t.name for t in specs].count(s.name) > 1}
     if twice:
         raise UserError(f"--loss has {min(twice)} twice: give it once, with all its layers")
     return tuple(specs)
 
 
-def _term(head: str, function: Callable[..., Any]) -> Spec:
+def _parse_term(head: str, function: Callable[..., Any]) -> TermSpec:
     name, *rest = head.split(":")
     weight, given = None, {}
     known = parameters(function)
@@ -77,23 +79,23 @@ def _term(head: str, function: Callable[..., Any]) -> Spec:
         if not equals:
             if weight is not None:
                 raise UserError(f"--loss {head}: two weights, {weight:g} and {part}")
-            weight = _number(part, f"--loss {head}: a weight")
+            weight = _parse_number(part, f"--loss {head}: a weight")
             if weight == 0:
                 raise UserError(f"--loss {head}: a term of weight 0 has no effect: leave it out")
-            _require_within(WEIGHTS, weight, f"--loss {head}: a weight")
+            _require_within(WEIGHT_RANGE, weight, f"--loss {head}: a weight")
             continue
         if key not in known:
-            raise unknown(f"parameter of loss {name}", key, known)
+            raise unknown_name(f"parameter of loss {name}", key, known)
         if key in given:
             raise UserError(f"--loss {head}: {key} stands there twice: give it once")
-        number = _number(value, f"--loss {head}: {key}")
+        number = _parse_number(value, f"--loss {head}: {key}")
         if isinstance(known[key], int) and number != int(number):
             raise UserError(f"--loss {head}: {key} must be a whole number, got {value}")
         allowed = parameter_range(function, key)
         if allowed is not None:
             _require_within(allowed, number, f"--loss {head}: {key}")
         given[key] = int(number) if isinstance(known[key], int) else number
-    return Spec(name, weight, given)
+    return TermSpec(name, weight, given)
 
 
 def parameters(function: Callable[..., Any]) -> dict[str, Any]:
@@ -114,7 +116,7 @@ def _require_within(allowed: Range, value: float, what: str) -> None:
         raise UserError(f"{what} must be {allowed}, got {value:g}")
 
 
-def _number(text: str, what: str) -> float:
+def _parse_number(text: str, what: str) -> float:
     try:
         value = float(text)
     except ValueError as error:
@@ -124,7 +126,7 @@ def _number(text: str, what: str) -> float:
     return value
 
 
-def _pair(text: str, piece: str) -> LayerPair:
+def _parse_layer_pair(text: str, piece: str) -> LayerPair:
     if not re.fullmatch(r"[\w.]+(=[\w.]+)?", text):
         raise UserError(
             f"--loss {piece}: a layer is a name such as layer2 or blocks.3, or two as in "

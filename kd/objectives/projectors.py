@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError
 from kd.losses import contrastive
-from kd.objectives.taps import Layout, as_map, as_vector
+from kd.objectives.taps import FeatureLayout, as_map, as_vector
 
 Feature = Float[Tensor, "n ..."]  # of any layout
 Maps = Float[Tensor, "n c h w"]
 MapPair = tuple[Maps, Maps]
 Rows = Float[Tensor, "n d"]
-Scores = Float[Tensor, "n 1+k"]
+MemoryScores = Float[Tensor, "n 1+k"]
 
 
 class Regressor(nn.Module):
@@ -38,7 +38,9 @@ class Regressor(nn.Module):
     in Tian et al. (2020), arXiv:1910.10699.
     """
 
-    def __init__(self, student: Layout, teacher: Layout, *, norm: bool = False) -> None:
+    def __init__(
+        self, student: FeatureLayout, teacher: FeatureLayout, *, norm: bool = False
+    ) -> None:
         """`norm` puts batch norm behind the convolution, which has no bias then."""
         super().__init__()
         self.layouts = student, teacher
@@ -47,11 +49,11 @@ class Regressor(nn.Module):
 
     def forward(self, student: Feature, teacher: Feature) -> MapPair:
         """The student's maps regressed, and the teacher's."""
-        ours, theirs = _maps(student, teacher, self.layouts)
+        ours, theirs = _map_pair(student, teacher, self.layouts)
         return self.norm(self.convolution(_cast(ours, self.convolution))), theirs
 
 
-class Variational(nn.Module):
+class GaussianRegressor(nn.Module):
     """A Gaussian of the teacher's features, given the student's. For `vid`.
 
     Attributes:
@@ -61,7 +63,7 @@ class Variational(nn.Module):
     teacher's width are those of Tian et al. (2020), arXiv:1910.10699.
     """
 
-    def __init__(self, student: Layout, teacher: Layout) -> None:
+    def __init__(self, student: FeatureLayout, teacher: FeatureLayout) -> None:
         super().__init__()
         self.layouts = student, teacher
         c = teacher.channels
@@ -71,11 +73,11 @@ class Variational(nn.Module):
 
     def forward(self, student: Feature, teacher: Feature) -> tuple[Maps, Float[Tensor, " c"], Maps]:
         """Mean and raw variance of the teacher's maps, and these maps."""
-        ours, theirs = _maps(student, teacher, self.layouts)
+        ours, theirs = _map_pair(student, teacher, self.layouts)
         return self.mean(_cast(ours, self.mean)), self.raw_variance, theirs
 
 
-class Generator(nn.Module):
+class MaskedGenerator(nn.Module):
     """The teacher's features from the student's at a few positions. For `mgd`.
 
     A position is dropped with probability `ratio`, anew in each call, by torch's global generator.
@@ -83,7 +85,9 @@ class Generator(nn.Module):
     Source: Yang et al. (2022), arXiv:2205.01529, section 3; their code aligns unequal widths only.
     """
 
-    def __init__(self, student: Layout, teacher: Layout, *, ratio: float = 0.65) -> None:
+    def __init__(
+        self, student: FeatureLayout, teacher: FeatureLayout, *, ratio: float = 0.65
+    ) -> None:
         super().__init__()
         if not 0 <= ratio < 1:
             raise ValueError(f"ratio of dropped positions must be in [0, 1), got {ratio}")
@@ -96,7 +100,7 @@ class Generator(nn.Module):
 
     def forward(self, student: Feature, teacher: Feature) -> MapPair:
         """What was generated, and the teacher's maps."""
-        ours, theirs = _maps(student, teacher, self.layouts)
+        ours, theirs = _map_pair(student, teacher, self.layouts)
         aligned = self.align(_cast(ours, self.align))
         kept = torch.rand_like(aligned[:, :1], dtype=torch.float32) >= self.ratio
         return self.generate(aligned * kept), theirs
@@ -112,14 +116,16 @@ class Fusion(nn.Module):
     residual's convolutions as in the authors' code.
     """
 
-    def __init__(self, students: Sequence[Layout], teachers: Sequence[Layout]) -> None:
+    def __init__(
+        self, students: Sequence[FeatureLayout], teachers: Sequence[FeatureLayout]
+    ) -> None:
         """The layouts of pairs of layers, from shallow to deep."""
         super().__init__()
         self.layouts = list(zip(students, teachers, strict=True))
         width = min(512, students[-1].channels)
-        self.inner = nn.ModuleList(_normed(s.channels, width, 1) for s in students)
+        self.inner = nn.ModuleList(_conv_batch_norm(s.channels, width, 1) for s in students)
         self.attention = nn.ModuleList(nn.Conv2d(2 * width, 2, 1) for _ in students[:-1])
-        self.outer = nn.ModuleList(_normed(width, t.channels, 3) for t in teachers)
+        self.outer = nn.ModuleList(_conv_batch_norm(width, t.channels, 3) for t in teachers)
 
     def forward(self, students: Sequence[Feature], teachers: Sequence[Feature]) -> list[MapPair]:
         """For each stage, in the same order, the fused maps and the teacher's, at its size."""
@@ -147,7 +153,7 @@ class Projector(nn.Module):
     Source: Miles and Mikolajczyk (2024), arXiv:2303.11098.
     """
 
-    def __init__(self, student: Layout, teacher: Layout) -> None:
+    def __init__(self, student: FeatureLayout, teacher: FeatureLayout) -> None:
         super().__init__()
         self.layouts = student, teacher
         self.linear = nn.Linear(student.channels, teacher.channels)
@@ -158,15 +164,15 @@ class Projector(nn.Module):
         return self.linear(_cast(ours, self.linear)), as_vector(teacher.detach(), self.layouts[1])
 
 
-class Embed(nn.Module):
-    """Unit vectors of one space from both networks' means over positions. For `Memory`.
+class Embedder(nn.Module):
+    """Unit vectors of one space from both networks' means over positions. For `EmbeddingMemory`.
 
     The teacher's side is trained too: a gradient flows into its layer here, not into the teacher.
 
     Source: Tian et al. (2020), arXiv:1910.10699, section 3.1.
     """
 
-    def __init__(self, student: Layout, teacher: Layout, *, dim: int = 128) -> None:
+    def __init__(self, student: FeatureLayout, teacher: FeatureLayout, *, dim: int = 128) -> None:
         super().__init__()
         self.layouts = student, teacher
         self.student = nn.Linear(student.channels, dim)
@@ -216,11 +222,11 @@ class EmbeddingMemory(nn.Module):
 
     def forward(
         self, student: Rows, teacher: Rows, index: Int[Tensor, " n"], *, temperature: float = 0.07
-    ) -> tuple[Scores, Scores]:
+    ) -> tuple[MemoryScores, MemoryScores]:
         """Scores against the memory as it was, into which the batch is then taken.
 
         Args:
-            student, teacher: From `Embed`.
+            student, teacher: From `Embedder`.
             index: Rows of the images in the training set.
             temperature: > 0.
 
@@ -243,36 +249,38 @@ class EmbeddingMemory(nn.Module):
 
     @torch.no_grad()
     def _update(self, index: Int[Tensor, " n"], student: Rows, teacher: Rows) -> None:
-        index = _gathered(index)
+        index = _gather_rows(index)
         # Several views of an image count by their mean: the order of writing must not matter.
         same = (index[:, None] == index).float()
         for memory, rows in ((self.student, student), (self.teacher, teacher)):
             with torch.autocast(rows.device.type, enabled=False):
-                mean = same @ _gathered(rows.float()) / same.sum(1, keepdim=True)
+                mean = same @ _gather_rows(rows.float()) / same.sum(1, keepdim=True)
             moved = self.momentum * memory[index] + (1 - self.momentum) * mean
             memory[index] = F.normalize(moved, dim=-1)
 
     @torch.no_grad()
-    def _estimate(self, *scores: Scores) -> None:
+    def _estimate(self, *scores: MemoryScores) -> None:
         found = [contrastive.log_normaliser(each, n_data=self.n_data) for each in scores]
-        each = _gathered(torch.stack(found)[None])
+        each = _gather_rows(torch.stack(found)[None])
         mean = each.logsumexp(0) - math.log(len(each))
         # Asking the device whether this is the first batch would be waiting for it.
         self.log_z.copy_(torch.where(self.log_z.isnan(), mean, self.log_z))
 
 
-def resized(a: Float[Tensor, "n _ _ _"], b: Float[Tensor, "n _ _ _"]) -> MapPair:
+def match_sizes(a: Float[Tensor, "n _ _ _"], b: Float[Tensor, "n _ _ _"]) -> MapPair:
     """Both at the smaller of the two heights and of the two widths, by averages over positions."""
     size = min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3])
     a, b = (x if x.shape[-2:] == size else F.adaptive_avg_pool2d(x, size) for x in (a, b))
     return a, b
 
 
-def _maps(student: Feature, teacher: Feature, layouts: tuple[Layout, Layout]) -> MapPair:
-    return resized(as_map(student, layouts[0]), as_map(teacher.detach(), layouts[1]))
+def _map_pair(
+    student: Feature, teacher: Feature, layouts: tuple[FeatureLayout, FeatureLayout]
+) -> MapPair:
+    return match_sizes(as_map(student, layouts[0]), as_map(teacher.detach(), layouts[1]))
 
 
-def _normed(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
+def _conv_batch_norm(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
     convolution = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
     nn.init.kaiming_uniform_(convolution.weight, a=1)
     return nn.Sequential(convolution, nn.BatchNorm2d(outputs))
@@ -285,7 +293,7 @@ def _cast(features: Tensor, layer: nn.Module) -> Tensor:
     return features.to(next(layer.parameters()).dtype)
 
 
-def _gathered(rows: Tensor) -> Tensor:
+def _gather_rows(rows: Tensor) -> Tensor:
     """The rows of all processes, which may have different numbers of them."""
     if not (dist.is_available() and dist.is_initialized()):
         return rows

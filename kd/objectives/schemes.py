@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from kd.data.batching import Batch
 from kd.models.networks import Classifier
 from kd.objectives.step_outputs import StepOutputs
-from kd.objectives.terms import Weighted
+from kd.objectives.terms import WeightedTerm
 from kd.parallel import sharding
 
-FROZEN = "teachers."  # the prefix of what is neither trained nor stored
+FROZEN_PREFIX = "teachers."  # the prefix of what is neither trained nor stored
 
 
 class Distillation(nn.Module):
@@ -34,7 +34,7 @@ class Distillation(nn.Module):
     def __init__(
         self,
         student: Classifier,
-        terms: Sequence[Weighted],
+        terms: Sequence[WeightedTerm],
         teachers: Sequence[nn.Module] = (),
         *,
         by_label: bool = False,
@@ -56,16 +56,16 @@ class Distillation(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         outputs = self.student(batch.images)
         seen = StepOutputs(batch, outputs, self._answers(batch), self.by_label)
-        return {term.name: term(seen) for term in _each(self.terms)}
+        return {term.name: term(seen) for term in _weighted_terms(self.terms)}
 
     def stored(self) -> dict[str, Tensor]:
-        return {k: v for k, v in self.state_dict().items() if not k.startswith(FROZEN)}
+        return {k: v for k, v in self.state_dict().items() if not k.startswith(FROZEN_PREFIX)}
 
     def after_step(self, step: int, total: int) -> None:
         pass
 
     def no_weight_decay(self) -> set[str]:
-        return undecayed(self.student, "student.network.")
+        return no_weight_decay_names(self.student, "student.network.")
 
     def _answers(self, batch: Batch) -> tuple[Tensor, ...]:
         if not self.needs_teacher:
@@ -90,7 +90,7 @@ class Mutual(nn.Module):
     """
 
     def __init__(
-        self, student: Classifier, peers: Sequence[Classifier], terms: Sequence[Weighted]
+        self, student: Classifier, peers: Sequence[Classifier], terms: Sequence[WeightedTerm]
     ) -> None:
         super().__init__()
         self.student = student
@@ -102,7 +102,7 @@ class Mutual(nn.Module):
         losses: dict[str, Tensor] = {}
         for i, own in enumerate(outputs):
             others = [other.detach() for j, other in enumerate(outputs) if j != i]
-            for term in _each(self.terms):
+            for term in _weighted_terms(self.terms):
                 teachers = others if term.needs_teacher else [own.detach()]
                 values = [term(StepOutputs(batch, own, (other,))) for other in teachers]
                 name = term.name if i == 0 else f"{term.name}_{i + 1}"
@@ -116,10 +116,10 @@ class Mutual(nn.Module):
         pass
 
     def no_weight_decay(self) -> set[str]:
-        names = undecayed(self.student, "student.network.")
+        names = no_weight_decay_names(self.student, "student.network.")
         for i, peer in enumerate(self.peers):
             assert isinstance(peer, Classifier)
-            names |= undecayed(peer, f"peers.{i}.network.")
+            names |= no_weight_decay_names(peer, f"peers.{i}.network.")
         return names
 
 
@@ -134,7 +134,7 @@ class MeanTeacher(nn.Module):
     min(1 - 1/(step + 1), decay).
     """
 
-    def __init__(self, student: Classifier, terms: Sequence[Weighted], *, decay: float) -> None:
+    def __init__(self, student: Classifier, terms: Sequence[WeightedTerm], *, decay: float) -> None:
         super().__init__()
         self.inner = Distillation(student, terms, [copy.deepcopy(student)])
         self.decay = decay
@@ -155,21 +155,21 @@ class MeanTeacher(nn.Module):
         average = self.inner.teachers[0].state_dict()
         for name, value in self.student.state_dict().items():
             if value.is_floating_point():
-                average[name].lerp_(sharding.whole(value), 1 - keep)
+                average[name].lerp_(sharding.unshard(value), 1 - keep)
             else:
                 average[name].copy_(value)
 
     def no_weight_decay(self) -> set[str]:
-        return undecayed(self.student, "inner.student.network.")
+        return no_weight_decay_names(self.student, "inner.student.network.")
 
 
-def _each(terms: nn.ModuleList) -> Iterator[Weighted]:
+def _weighted_terms(terms: nn.ModuleList) -> Iterator[WeightedTerm]:
     for term in terms:
-        assert isinstance(term, Weighted)
+        assert isinstance(term, WeightedTerm)
         yield term
 
 
-def undecayed(student: Classifier, prefix: str) -> set[str]:
+def no_weight_decay_names(student: Classifier, prefix: str) -> set[str]:
     """Parameters, such as position embeddings, that timm's networks ask not to decay."""
     names = getattr(student.network, "no_weight_decay", lambda: ())
     return {prefix + name for name in names()}

@@ -24,11 +24,11 @@ from dsdistill.harness.errors import UserError
 from kd.models.networks import Shape
 
 EMBEDDING = "embedding"  # the input of the classifier, whatever else a network calls so
-SQUARE = (1, 1, 1)  # proportions that a network may give an image first
+SQUARE_SHAPE = (1, 1, 1)  # proportions that a network may give an image first
 
 
 @dataclass(frozen=True)
-class Layout:
+class FeatureLayout:
     """How the features of a layer lie in memory.
 
     Attributes:
@@ -70,14 +70,14 @@ class Taps:
             UserError: If there is no such layer.
         """
         self.layers = tuple(dict.fromkeys(layers))
-        self._pass = _Pass()
-        network.register_forward_pre_hook(_Begin(self._pass))
+        self._pass = _ForwardPass()
+        network.register_forward_pre_hook(_StartPass(self._pass))
         for name in self.layers:
-            keep = _Keep(self._pass, name)
+            keep = _KeepFeature(self._pass, name)
             if name == EMBEDDING:
-                _classifier(network).register_forward_pre_hook(keep)
+                _find_classifier(network).register_forward_pre_hook(keep)
             else:
-                _layer(network, name).register_forward_hook(keep)
+                _find_layer(network, name).register_forward_hook(keep)
 
     def read(self) -> dict[str, Tensor]:
         """The features of the last forward pass by layer, once: they are then forgotten.
@@ -97,7 +97,7 @@ class Taps:
 
 def probe(
     network: nn.Module, taps: Taps, shape: Shape, *, trained: bool = False
-) -> dict[str, Layout]:
+) -> dict[str, FeatureLayout]:
     """The layouts of the tapped layers, from one image of zeros in evaluation mode.
 
     The two axes of a map that have the proportions of the image, or of a square, are its height and
@@ -125,10 +125,12 @@ def probe(
     fixed = [layer for layer, feature in found.items() if not feature.requires_grad]
     if trained and fixed:
         raise UserError(f"no trained weight comes before layer {fixed[0]!r}: tap a later one")
-    return {layer: _layout(layer, feature, network, shape) for layer, feature in found.items()}
+    return {
+        layer: _infer_layout(layer, feature, network, shape) for layer, feature in found.items()
+    }
 
 
-def as_map(feature: Float[Tensor, "n ..."], layout: Layout) -> Float[Tensor, "n c h w"]:
+def as_map(feature: Float[Tensor, "n ..."], layout: FeatureLayout) -> Float[Tensor, "n c h w"]:
     """Without prefix tokens; a vector is a map of one position.
 
     Raises:
@@ -149,25 +151,27 @@ def as_map(feature: Float[Tensor, "n ..."], layout: Layout) -> Float[Tensor, "n 
     return grid.permute(0, 3, 1, 2)
 
 
-def as_tokens(feature: Float[Tensor, "n ..."], layout: Layout) -> Float[Tensor, "n t c"]:
+def as_tokens(feature: Float[Tensor, "n ..."], layout: FeatureLayout) -> Float[Tensor, "n t c"]:
     """Row after row of a map; without prefix tokens; a vector is one token."""
     if layout.kind == "tokens":
         return feature[:, layout.prefix :]
     return as_map(feature, layout).flatten(2).transpose(1, 2)
 
 
-def as_vector(feature: Float[Tensor, "n ..."], layout: Layout) -> Float[Tensor, "n c"]:
+def as_vector(feature: Float[Tensor, "n ..."], layout: FeatureLayout) -> Float[Tensor, "n c"]:
     """The mean over all positions, without prefix tokens."""
     return as_tokens(feature, layout).mean(1)
 
 
-class _Pass:
+class _ForwardPass:
     """Features of a forward pass: None after they were read, until the next one begins."""
 
     features: dict[str, Tensor] | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Pass":
-        return _Pass()  # features in a graph cannot be copied, and those of another pass need not
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_ForwardPass":
+        return (
+            _ForwardPass()
+        )  # features in a graph cannot be copied, and those of another pass need not
 
 
 class _Hook:
@@ -177,16 +181,18 @@ class _Hook:
     one new pass of one old one, and drops it at the end where nothing else holds it.
     """
 
-    def __init__(self, owner: _Pass, name: str = "") -> None:
+    def __init__(self, owner: _ForwardPass, name: str = "") -> None:
         self.owner = weakref.ref(owner)
         self.name = name
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":
         owner = self.owner()
-        return type(self)(_Pass() if owner is None else copy.deepcopy(owner, memo), self.name)
+        return type(self)(
+            _ForwardPass() if owner is None else copy.deepcopy(owner, memo), self.name
+        )
 
 
-class _Begin(_Hook):
+class _StartPass(_Hook):
     """Before the network: forget another pass, of which nothing may be taken for this one's."""
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -195,7 +201,7 @@ class _Begin(_Hook):
             owner.features = {}
 
 
-class _Keep(_Hook):
+class _KeepFeature(_Hook):
     """After a layer: keep its output. Before it, where there is no output yet: its input."""
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], *output: Any) -> None:
@@ -203,23 +209,23 @@ class _Keep(_Hook):
         # Between two passes a layer runs when a checkpointed block is computed again.
         if owner is None or owner.features is None:
             return
-        value = _first(output or inputs)
+        value = _first_tensor(output or inputs)
         if value is not None:
             # A copy, since the next layer may work in place: torchvision's ReLU and residual sums.
             owner.features[self.name] = value.clone()
 
 
-def _first(value: Any) -> Tensor | None:
+def _first_tensor(value: Any) -> Tensor | None:
     """The first tensor in nested outputs, such as those of transformers."""
     if isinstance(value, Tensor):
         return value
     parts = value.values() if isinstance(value, Mapping) else value
     if not isinstance(parts, tuple | list | ValuesView):
         return None
-    return next((found for part in parts if (found := _first(part)) is not None), None)
+    return next((found for part in parts if (found := _first_tensor(part)) is not None), None)
 
 
-def _layer(network: nn.Module, name: str) -> nn.Module:
+def _find_layer(network: nn.Module, name: str) -> nn.Module:
     layers = dict(network.named_modules(remove_duplicate=False))
     layers.pop("")
     if name not in layers:
@@ -231,8 +237,8 @@ def _layer(network: nn.Module, name: str) -> nn.Module:
     return layers[name]
 
 
-def _classifier(network: nn.Module) -> nn.Module:
-    said = _said(network, "get_classifier", Callable)
+def _find_classifier(network: nn.Module) -> nn.Module:
+    said = _module_attribute(network, "get_classifier", Callable)
     found = said() if said else None
     if isinstance(found, tuple):  # DeiT: the heads of the class and of the distillation token
         found = found[0]
@@ -247,54 +253,54 @@ def _classifier(network: nn.Module) -> nn.Module:
     )
 
 
-def _layout(layer: str, feature: Tensor, network: nn.Module, shape: Shape) -> Layout:
+def _infer_layout(layer: str, feature: Tensor, network: nn.Module, shape: Shape) -> FeatureLayout:
     if feature.ndim not in (2, 3, 4) or len(feature) != 1 or not feature.is_floating_point():
         raise UserError(
             f"layer {layer!r} gives {tuple(feature.shape)} for one image, which is no map "
             "(1, c, h, w), tokens (1, t, c) or vector (1, c): tap another layer"
         )
     if feature.ndim == 2:
-        return Layout(layer, "vector", feature.shape[1])
+        return FeatureLayout(layer, "vector", feature.shape[1])
     if feature.ndim == 3:
-        size, prefix = _grid(feature.shape[1], network, shape)
-        return Layout(layer, "tokens", feature.shape[2], size, prefix)
+        size, prefix = _token_grid(feature.shape[1], network, shape)
+        return FeatureLayout(layer, "tokens", feature.shape[2], size, prefix)
     _, a, b, c = feature.shape
-    if _channels_last(a, b, c, network, shape):
-        return Layout(layer, "nhwc", c, (a, b))
-    return Layout(layer, "nchw", a, (b, c))
+    if _has_channels_last(a, b, c, network, shape):
+        return FeatureLayout(layer, "nhwc", c, (a, b))
+    return FeatureLayout(layer, "nchw", a, (b, c))
 
 
-def _channels_last(a: int, b: int, c: int, network: nn.Module, shape: Shape) -> bool:
-    for height, width, _ in (shape, SQUARE):
+def _has_channels_last(a: int, b: int, c: int, network: nn.Module, shape: Shape) -> bool:
+    for height, width, _ in (shape, SQUARE_SHAPE):
         # Each axis of a map is rounded to whole positions on its own.
         slack = 0 if height == width else max(height, width)
         first, last = (abs(h * width - w * height) <= slack for h, w in ((a, b), (b, c)))
         if first or last:
-            return first and (not last or _said(network, "output_fmt", str) == "NHWC")
+            return first and (not last or _module_attribute(network, "output_fmt", str) == "NHWC")
     return False
 
 
-def _grid(count: int, network: nn.Module, shape: Shape) -> tuple[tuple[int, int] | None, int]:
+def _token_grid(count: int, network: nn.Module, shape: Shape) -> tuple[tuple[int, int] | None, int]:
     """Size of the grid of some tokens, and how many are left in front of it."""
-    own = _said(network, "grid_size", tuple)
-    said = _said(network, "num_prefix_tokens", int)
+    own = _module_attribute(network, "grid_size", tuple)
+    said = _module_attribute(network, "num_prefix_tokens", int)
     # Class; class and distillation; class and four registers.
     prefixes = (0, 1, 2, 5) if said is None else (said, 0, 1, 2, 5)
-    for like, prefix in itertools.product((shape, SQUARE), prefixes):
-        for size in (own, _proportional(count - prefix, like)):
+    for like, prefix in itertools.product((shape, SQUARE_SHAPE), prefixes):
+        for size in (own, _proportional_grid(count - prefix, like)):
             if size is not None and count - prefix == size[0] * size[1]:
                 return size, prefix
     return None, prefixes[0]
 
 
-def _proportional(count: int, shape: Shape) -> tuple[int, int] | None:
+def _proportional_grid(count: int, shape: Shape) -> tuple[int, int] | None:
     height, width, _ = shape
     h = math.isqrt(max(count, 0) * height // width)
     w = h * width // height
     return (h, w) if h > 0 and h * width == w * height else None
 
 
-def _said(network: nn.Module, name: str, kind: Any) -> Any:
+def _module_attribute(network: nn.Module, name: str, kind: Any) -> Any:
     """What a network, or the first of its parts that does, says of itself, as timm's do."""
     found = (getattr(module, name, None) for module in network.modules())
     return next((value for value in found if isinstance(value, kind)), None)

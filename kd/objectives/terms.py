@@ -17,24 +17,26 @@ from kd.losses import ensemble, feature, relation, response
 from kd.models.networks import Classifier, Shape
 from kd.models.teachers import Teacher
 from kd.objectives import feature_terms, loss_spec
-from kd.objectives.loss_spec import Spec
+from kd.objectives.loss_spec import TermSpec
 from kd.objectives.step_outputs import StepOutputs
 
-Loss = Callable[..., Tensor]
-Together = Callable[[StepOutputs, Loss, float], Tensor]  # of a loss of logits at a temperature
+LogitLoss = Callable[..., Tensor]
+TeacherCombiner = Callable[
+    [StepOutputs, LogitLoss, float], Tensor
+]  # of a loss of logits at a temperature
 
 
-def mean_probabilities(seen: StepOutputs, function: Loss, temperature: float) -> Tensor:
+def mean_probability_loss(seen: StepOutputs, function: LogitLoss, temperature: float) -> Tensor:
     """Several teachers are the mean of their probabilities at the loss's own temperature."""
     return function(seen.outputs, seen.teacher(temperature))
 
 
-def mean_logits(seen: StepOutputs, function: Loss, temperature: float) -> Tensor:
+def mean_logit_loss(seen: StepOutputs, function: LogitLoss, temperature: float) -> Tensor:
     """Several teachers are the mean of their logits, which are not softened."""
     return function(seen.outputs, seen.mean_logits())
 
 
-def mean_standardised(seen: StepOutputs, function: Loss, temperature: float) -> Tensor:
+def mean_standardised_loss(seen: StepOutputs, function: LogitLoss, temperature: float) -> Tensor:
     """Several teachers are each standardised before their probabilities are averaged."""
     if len(seen.answers) == 1:
         return function(seen.outputs, seen.answers[0])
@@ -66,7 +68,7 @@ class TermDefinition:
     images: int = 1
     classes: int = 2
     whole: bool = False
-    together: Together = mean_probabilities
+    together: TeacherCombiner = mean_probability_loss
 
 
 TERMS: Mapping[str, TermDefinition] = {
@@ -77,40 +79,42 @@ TERMS: Mapping[str, TermDefinition] = {
     "dkd": TermDefinition(response.dkd, 1, "logits and labels", classes=3, whole=True),
     "dist": TermDefinition(response.dist, 2, "logits", images=2),
     "ls": TermDefinition(
-        response.standardised_kl, 9, "logits", classes=3, together=mean_standardised
+        response.standardised_kl, 9, "logits", classes=3, together=mean_standardised_loss
     ),
-    "logits": TermDefinition(response.logit_mse, 1, "logits", together=mean_logits),
+    "logits": TermDefinition(response.logit_mse, 1, "logits", together=mean_logit_loss),
     "hard": TermDefinition(response.hard_distillation, 0.5, "logits"),
-    "fitnet": TermDefinition(feature.fitnet, 100, "features", feature_terms.regressed),
-    "at": TermDefinition(feature.attention_transfer, 1000, "features", feature_terms.pooled),
-    "review": TermDefinition(feature.hierarchical_context, 1, "features", feature_terms.Fused),
-    "vid": TermDefinition(feature.vid, 1, "features", feature_terms.variational),
-    "mgd": TermDefinition(feature.mgd, 2e-5, "features", feature_terms.generated),
-    "srd": TermDefinition(feature.log_sum, 2, "features", feature_terms.projected, images=2),
+    "fitnet": TermDefinition(feature.fitnet, 100, "features", feature_terms.regressor_term),
+    "at": TermDefinition(feature.attention_transfer, 1000, "features", feature_terms.map_term),
+    "review": TermDefinition(feature.hierarchical_context, 1, "features", feature_terms.FusionTerm),
+    "vid": TermDefinition(feature.vid, 1, "features", feature_terms.variational_term),
+    "mgd": TermDefinition(feature.mgd, 2e-5, "features", feature_terms.generator_term),
+    "srd": TermDefinition(feature.log_sum, 2, "features", feature_terms.projector_term, images=2),
     "rkd-distance": TermDefinition(
-        relation.rkd_distance, 25, "features", feature_terms.vectors, images=2
+        relation.rkd_distance, 25, "features", feature_terms.vector_term, images=2
     ),
     "rkd-angle": TermDefinition(
-        relation.rkd_angle, 50, "features", feature_terms.vectors, images=3
+        relation.rkd_angle, 50, "features", feature_terms.vector_term, images=3
     ),
     "sp": TermDefinition(
-        relation.similarity_preserving, 3000, "features", feature_terms.vectors, images=2
+        relation.similarity_preserving, 3000, "features", feature_terms.vector_term, images=2
     ),
     "pkt": TermDefinition(
-        relation.probabilistic_transfer, 3e4, "features", feature_terms.vectors, images=2
+        relation.probabilistic_transfer, 3e4, "features", feature_terms.vector_term, images=2
     ),
     "cc": TermDefinition(
-        relation.correlation_congruence, 100, "features", feature_terms.vectors, images=2
+        relation.correlation_congruence, 100, "features", feature_terms.vector_term, images=2
     ),
     "crd": TermDefinition(
-        feature_terms.contrast, 0.8, "features", feature_terms.Contrasted, whole=True
+        feature_terms.crd_parameters, 0.8, "features", feature_terms.CrdTerm, whole=True
     ),
-    "heads": TermDefinition(feature_terms.self_taught, 1, "features", feature_terms.Heads),
+    "heads": TermDefinition(
+        feature_terms.self_distillation, 1, "features", feature_terms.DeepSupervisionTerm
+    ),
 }
-FUNCTIONS = {name: row.function for name, row in TERMS.items()}
+TERM_FUNCTIONS = {name: row.function for name, row in TERMS.items()}
 
 
-class Weighted(nn.Module):
+class WeightedTerm(nn.Module):
     """A term of a loss: its weight times what it measures.
 
     Attributes:
@@ -137,7 +141,7 @@ class Weighted(nn.Module):
         return self.weight * self.measure(seen)
 
 
-class Labelled(nn.Module):
+class LabelTerm(nn.Module):
     """A loss of outputs and labels."""
 
     def __init__(self, function: Callable[..., Tensor], *, centred: bool) -> None:
@@ -149,11 +153,11 @@ class Labelled(nn.Module):
         return self.function(seen.outputs, seen.batch.labels if labels is None else labels)
 
 
-class Answered(nn.Module):
+class LogitTerm(nn.Module):
     """A loss of the student's logits and the teachers'."""
 
     def __init__(
-        self, function: Loss, temperature: float, labels: bool, together: Together
+        self, function: LogitLoss, temperature: float, labels: bool, together: TeacherCombiner
     ) -> None:
         super().__init__()
         self.function, self.temperature, self.labels = function, temperature, labels
@@ -167,7 +171,7 @@ class Answered(nn.Module):
 
 
 def build(
-    specs: Sequence[Spec],
+    specs: Sequence[TermSpec],
     student: Classifier,
     teachers: Sequence[Teacher] = (),
     *,
@@ -176,7 +180,7 @@ def build(
     images: int = 0,
     smoothing: float = 0.0,
     seed: int = 0,
-) -> list[Weighted]:
+) -> list[WeightedTerm]:
     """The terms as modules; those of features have their taps on the networks.
 
     Args:
@@ -193,18 +197,18 @@ def build(
         UserError: For a layer that is not there, or layers where none are looked at.
     """
     places = [
-        partial(feature_terms.Place, student, teacher, shape, classes, images, seed + i)
+        partial(feature_terms.TermContext, student, teacher, shape, classes, images, seed + i)
         for i, teacher in enumerate(teachers or (None,))
     ]
-    return [_term(spec, places, smoothing) for spec in specs]
+    return [_build_term(spec, places, smoothing) for spec in specs]
 
 
-def needs_teacher(spec: Spec) -> bool:
+def needs_teacher(spec: TermSpec) -> bool:
     """Whether a term looks at a teacher."""
     return TERMS[spec.name].looks_at != "labels" and spec.name != "heads"
 
 
-def check(specs: Sequence[Spec], *, classes: int, batch_size: int, mixed: bool) -> None:
+def check(specs: Sequence[TermSpec], *, classes: int, batch_size: int, mixed: bool) -> None:
     """Refuse terms that cannot work with the data.
 
     Args:
@@ -228,14 +232,14 @@ def check(specs: Sequence[Spec], *, classes: int, batch_size: int, mixed: bool) 
                 f"--loss {spec.name} needs {row.classes} classes or more, and the data have "
                 f"{classes}: use kd"
             )
-        if batch_size < (least := least_images(spec)):
+        if batch_size < (least := min_images(spec)):
             raise UserError(
                 f"--loss {spec.name} compares the images of a batch: --batch-size must be at "
                 f"least {least}, got {batch_size}"
             )
 
 
-def remarks(specs: Sequence[Spec], *, images: int) -> list[str]:
+def remarks(specs: Sequence[TermSpec], *, images: int) -> list[str]:
     """Lines about what a term does otherwise than it says, for want of images.
 
     Args:
@@ -255,27 +259,27 @@ def remarks(specs: Sequence[Spec], *, images: int) -> list[str]:
     return lines
 
 
-def knows_labels(spec: Spec) -> bool:
+def teaches_labels(spec: TermSpec) -> bool:
     """Whether a term tells the student which classes the images are of."""
     return not needs_teacher(spec)
 
 
-def needs_logits(spec: Spec) -> bool:
+def needs_raw_logits(spec: TermSpec) -> bool:
     """Whether a term looks at more than the probabilities that a teacher's logits stand for."""
     row = TERMS[spec.name]
-    return needs_teacher(spec) and row.make is None and row.together is not mean_probabilities
+    return needs_teacher(spec) and row.make is None and row.together is not mean_probability_loss
 
 
-def least_images(spec: Spec) -> int:
+def min_images(spec: TermSpec) -> int:
     """The least number of images that a term can compare."""
     if spec.name == "dist" and spec.parameters.get("intra") == 0:
         return 1  # the rows alone
     return TERMS[spec.name].images
 
 
-def _term(
-    spec: Spec, places: Sequence[Callable[..., feature_terms.Place]], smoothing: float
-) -> Weighted:
+def _build_term(
+    spec: TermSpec, places: Sequence[Callable[..., feature_terms.TermContext]], smoothing: float
+) -> WeightedTerm:
     row = TERMS[spec.name]
     weight = row.weight if spec.weight is None else spec.weight
     given = loss_spec.parameters(row.function) | dict(spec.parameters)
@@ -285,17 +289,17 @@ def _term(
     if row.looks_at == "labels":
         if spec.name == "ce" and "smoothing" not in spec.parameters:
             given["smoothing"] = smoothing
-        measure = Labelled(partial(row.function, **given), centred=spec.name == "mse")
+        measure = LabelTerm(partial(row.function, **given), centred=spec.name == "mse")
     elif row.make is None:
         with_labels = row.looks_at == "logits and labels"
         temperature = given.get("temperature", 1.0)
         function = partial(row.function, **given)
-        measure = Answered(function, temperature, with_labels, row.together)
+        measure = LogitTerm(function, temperature, with_labels, row.together)
     else:
         make, function = row.make, partial(row.function, **given)
         each = [make(place(spec.layers), function) for place in places[: None if taught else 1]]
-        measure = each[0] if len(each) == 1 else feature_terms.Averaged(each)
+        measure = each[0] if len(each) == 1 else feature_terms.MeanOverTeachers(each)
     features = taught and row.make is not None
-    return Weighted(
+    return WeightedTerm(
         spec.name, weight, measure, needs_teacher=taught, needs_teacher_features=features
     )

@@ -15,7 +15,7 @@ from dsdistill.harness.errors import UserError, first_line
 from kd.parallel import sharding
 
 Engine = Accelerator
-Value = TypeVar("Value")
+Shared = TypeVar("Shared")
 
 
 def make(device: str = "cpu", precision: str = "no") -> Engine:
@@ -32,12 +32,12 @@ def make(device: str = "cpu", precision: str = "no") -> Engine:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = _present(device).type
+    kind = _require_device(device).type
     if ":" in device:
         os.environ["ACCELERATE_TORCH_DEVICE"] = device
-    spread = sharding.asked()
+    spread = sharding.requested_plugin()
     engine = Accelerator(
-        cpu=kind == "cpu", mixed_precision=resolved(precision, kind), fsdp_plugin=spread
+        cpu=kind == "cpu", mixed_precision=resolve_precision(precision, kind), fsdp_plugin=spread
     )
     # cuDNN's default algorithms add up in no fixed order: a resumed run would be another one.
     torch.backends.cudnn.deterministic = True
@@ -50,7 +50,7 @@ def make(device: str = "cpu", precision: str = "no") -> Engine:
     return engine
 
 
-def shared(on: Engine, decide: Callable[[], Value]) -> Value:
+def decide_on_main(on: Engine, decide: Callable[[], Shared]) -> Shared:
     """What the first process decides, in all of them; its error too, so that none waits in vain.
 
     Raises:
@@ -68,7 +68,7 @@ def shared(on: Engine, decide: Callable[[], Value]) -> Value:
     return found[0]
 
 
-def resolved(precision: str, kind: str) -> str:
+def resolve_precision(precision: str, kind: str) -> str:
     """The precision that `mixed` stands for on a kind of device.
 
     Raises:
@@ -83,7 +83,7 @@ def resolved(precision: str, kind: str) -> str:
     return precision
 
 
-def _present(name: str) -> torch.device:
+def _require_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)

@@ -16,12 +16,12 @@ import torch.distributed as dist
 from dsdistill.harness.errors import UserError
 from kd.parallel.engine import Engine
 
-BEAT = 1.0  # seconds
-SILENT = 3.5  # after which a process is taken for dead
+SECONDS_BETWEEN_BEATS = 1.0  # seconds
+SECONDS_UNTIL_DEAD = 3.5  # after which a process is taken for dead
 
 
 @contextmanager
-def watched(on: Engine, out: Path) -> Iterator[None]:
+def watch(on: Engine, out: Path) -> Iterator[None]:
     """Turn the loss of a process into one line that names it.
 
     Raises:
@@ -35,7 +35,7 @@ def watched(on: Engine, out: Path) -> Iterator[None]:
 
     def beat() -> None:
         count = 0
-        while not over.wait(BEAT):
+        while not over.wait(SECONDS_BETWEEN_BEATS):
             count += 1
             try:
                 store.set(f"beat-{on.process_index}", str(count))
@@ -47,20 +47,20 @@ def watched(on: Engine, out: Path) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, dist.DistBackendError) as error:
-        if isinstance(error, UserError) or not _lost(error):
+        if isinstance(error, UserError) or not _is_connection_loss(error):
             raise
-        raise UserError(_who(on, store, out)) from error
+        raise UserError(_dead_process_message(on, store, out)) from error
     finally:
         over.set()
         thread.join()
 
 
-def _lost(error: Exception) -> bool:
+def _is_connection_loss(error: Exception) -> bool:
     words = ("closed", "connection", "reset by peer", "broken pipe", "timed out", "timeout")
     return any(word in str(error).lower() for word in words)
 
 
-def _who(on: Engine, store: Any, out: Path) -> str:
+def _dead_process_message(on: Engine, store: Any, out: Path) -> str:
     others = [rank for rank in range(on.num_processes) if rank != on.process_index]
 
     def beats() -> dict[int, bytes]:
@@ -68,7 +68,7 @@ def _who(on: Engine, store: Any, out: Path) -> str:
 
     try:
         before = beats()
-        time.sleep(SILENT)
+        time.sleep(SECONDS_UNTIL_DEAD)
         after = beats()
         dead = [rank for rank in others if after.get(rank) == before.get(rank)]
     except RuntimeError:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from dsdistill.harness.errors import UserError, first_line
 
 
-def asked() -> FullyShardedDataParallelPlugin | None:
+def requested_plugin() -> FullyShardedDataParallelPlugin | None:
     """FSDP in its second version, where `accelerate launch --use_fsdp` asks for it.
 
     Raises:
@@ -37,7 +37,7 @@ def check(on: Accelerator) -> None:
         raise UserError(f"FSDP needs several GPUs, and this is {where}: leave --use_fsdp out")
 
 
-def spread(
+def shard(
     on: Accelerator, objective: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, Any]:
     """Objective and optimizer as `Accelerator.prepare` spreads them, what is frozen left whole.
@@ -46,7 +46,7 @@ def spread(
         UserError: If modules are to be wrapped that cannot be.
     """
     assert on.state.fsdp_plugin is not None
-    frozen = [module for module in objective.modules() if _frozen(module)]
+    frozen = [module for module in objective.modules() if _is_frozen(module)]
     on.state.fsdp_plugin.ignored_modules = frozen
     try:
         return on.prepare(objective, optimizer)
@@ -54,12 +54,12 @@ def spread(
         raise UserError(f"FSDP cannot wrap these modules: {first_line(error)}") from error
 
 
-def whole(value: Tensor) -> Tensor:
+def unshard(value: Tensor) -> Tensor:
     """A tensor with the shares of all processes, each of which must call this."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def like(value: Tensor, own: Tensor) -> Tensor:
+def distribute_like(value: Tensor, own: Tensor) -> Tensor:
     """A whole tensor in the shape, on the device and as spread as another one.
 
     Raises:
@@ -71,9 +71,9 @@ def like(value: Tensor, own: Tensor) -> Tensor:
     return distribute_tensor(value, own.device_mesh, own.placements)
 
 
-def gathered(network: nn.Module, into: nn.Module) -> nn.Module:
+def gather(network: nn.Module, into: nn.Module) -> nn.Module:
     """A spread network's weights, and the first process's buffers, in a whole copy of it."""
-    found = {name: whole(value) for name, value in network.state_dict().items()}
+    found = {name: unshard(value) for name, value in network.state_dict().items()}
     for name, _ in network.named_buffers():
         if name in found:
             distributed.broadcast(found[name], src=0)
@@ -81,6 +81,6 @@ def gathered(network: nn.Module, into: nn.Module) -> nn.Module:
     return into
 
 
-def _frozen(module: nn.Module) -> bool:
+def _is_frozen(module: nn.Module) -> bool:
     own = list(module.parameters(recurse=False))
     return bool(own) and not any(parameter.requires_grad for parameter in own)

@@ -20,7 +20,7 @@ from kd.recipe import Recipe
 from kd.training.optimization import mean_weights
 
 Weights = Mapping[str, Tensor]
-TYPES = {  # of a checkpoint's figures
+META_TYPES = {  # of a checkpoint's figures
     "step": int,
     "epoch": int,
     "stale": int,
@@ -28,7 +28,7 @@ TYPES = {  # of a checkpoint's figures
     "meter": Mapping[str, float] | None,
     "recipe": Mapping[str, Any],
 }
-Saved = tuple[Mapping[str, np.ndarray], Mapping[str, Any]]
+PackedState = tuple[Mapping[str, np.ndarray], Mapping[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,12 +77,12 @@ class TrainingState:
         return mean_weights([dict(kept.weights) for kept in self.kept])
 
 
-def copy(network: nn.Module) -> dict[str, Tensor]:
+def copy_weights(network: nn.Module) -> dict[str, Tensor]:
     """The network's weights and buffers as they are now."""
     return {name: value.detach().clone() for name, value in network.state_dict().items()}
 
 
-def check(saved: Saved, recipe: Recipe) -> None:
+def check(saved: PackedState, recipe: Recipe) -> None:
     """Refuse what is no checkpoint of `kd train`, or one of another recipe.
 
     Args:
@@ -94,7 +94,7 @@ def check(saved: Saved, recipe: Recipe) -> None:
     """
     meta = saved[1]
     try:
-        schema.check("the checkpoint", meta, TYPES)
+        schema.check("the checkpoint", meta, META_TYPES)
     except ValueError as error:
         raise UserError(
             f"{error}, and so none of `kd train`: start anew in another --out"
@@ -119,7 +119,7 @@ def pack(
     modules: Mapping[str, Weights],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None = None,
-) -> Saved:
+) -> PackedState:
     """Named arrays and a JSON-compatible remainder, for `runs.Run.save_state`.
 
     Args:
@@ -144,15 +144,17 @@ def pack(
         "stale": state.stale,
         "meter": state.meter,
         "optimizer": rest,
-        "groups": [{k: _plain(v) for k, v in group.items()} for group in stored["param_groups"]],
+        "groups": [
+            {k: _to_number(v) for k, v in group.items()} for group in stored["param_groups"]
+        ],
         "scaler": None if scaler is None else scaler.state_dict(),
     }
-    whole = {name: sharding.whole(value.detach()) for name, value in tensors.items()}
+    whole = {name: sharding.unshard(value.detach()) for name, value in tensors.items()}
     return {name: value.cpu().numpy() for name, value in whole.items()}, meta
 
 
 def unpack(
-    saved: Saved,
+    saved: PackedState,
     modules: Mapping[str, nn.Module],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None = None,
@@ -171,7 +173,7 @@ def unpack(
         UserError: If it was packed with other networks or another recipe.
     """
     try:
-        return _unpacked(saved, modules, optimizer, scaler, network)
+        return _restore(saved, modules, optimizer, scaler, network)
     except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         first = first_line(error)
         raise UserError(
@@ -180,8 +182,8 @@ def unpack(
         ) from error
 
 
-def _unpacked(
-    saved: Saved,
+def _restore(
+    saved: PackedState,
     modules: Mapping[str, nn.Module],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None,
@@ -190,7 +192,7 @@ def _unpacked(
     arrays, meta = saved
     for name, module in modules.items():
         # Not strict: an objective's frozen teachers are not stored.
-        module.load_state_dict(_part(arrays, f"{name}.", module), strict=False)
+        module.load_state_dict(_select_prefix(arrays, f"{name}.", module), strict=False)
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     moments: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in meta["optimizer"].items()}
     for name in arrays:
@@ -198,20 +200,20 @@ def _unpacked(
             _, index, key = name.split(".")
             value = torch.from_numpy(arrays[name].copy())
             if value.shape == weights[int(index)].shape:
-                value = sharding.like(value, weights[int(index)])
+                value = sharding.distribute_like(value, weights[int(index)])
             moments.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": moments, "param_groups": meta["groups"]})
     if scaler is not None:
         scaler.load_state_dict(meta["scaler"])
     kept = tuple(
-        BestEpoch(x["epoch"], x["figures"], _part(arrays, f"kept.{i}.", network))
+        BestEpoch(x["epoch"], x["figures"], _select_prefix(arrays, f"kept.{i}.", network))
         for i, x in enumerate(meta["kept"])
     )
     # An older checkpoint says nothing of `stale`, and its training had no patience to lose.
     return TrainingState(meta["step"], meta["epoch"], kept, meta.get("stale", 0), meta["meter"])
 
 
-def with_round(
+def after_validation(
     state: TrainingState,
     network: nn.Module,
     figures: Mapping[str, float] | None,
@@ -224,7 +226,7 @@ def with_round(
     The later of two equals had the lower learning rate, but is no better for `stale`. Without
     figures the last epoch is the best.
     """
-    found = BestEpoch(state.epoch, figures or {}, copy(network))
+    found = BestEpoch(state.epoch, figures or {}, copy_weights(network))
     if figures is None:
         return TrainingState(state.step, state.epoch, (found,))
     sign = -1 if metric == "nll" else 1
@@ -237,14 +239,16 @@ def with_round(
     return TrainingState(state.step, state.epoch, tuple(best), 0 if better else state.stale + 1)
 
 
-def _plain(value: Any) -> Any:
+def _to_number(value: Any) -> Any:
     """A number where an optimizer keeps an option as a tensor, as timm's LAMB does."""
     return value.item() if isinstance(value, Tensor) else value
 
 
-def _part(arrays: Mapping[str, np.ndarray], prefix: str, like: nn.Module) -> dict[str, Tensor]:
+def _select_prefix(
+    arrays: Mapping[str, np.ndarray], prefix: str, like: nn.Module
+) -> dict[str, Tensor]:
     """The tensors under a prefix, on the devices of the module's own."""
     own = like.state_dict()
     names: Iterable[str] = (name for name in arrays if name.startswith(prefix))
     found = {name.removeprefix(prefix): torch.from_numpy(arrays[name].copy()) for name in names}
-    return {name: sharding.like(value, own[name]) for name, value in found.items()}
+    return {name: sharding.distribute_like(value, own[name]) for name, value in found.items()}

@@ -18,7 +18,7 @@ from kd.models.networks import Classifier, Shape
 from kd.objectives.schemes import Distillation, MeanTeacher, Mutual, Objective
 from kd.parallel.engine import Engine
 
-IMAGES = 4  # more only cost time
+MAX_IMAGES = 4  # more only cost time
 SEED = 0
 
 
@@ -56,32 +56,39 @@ def check(
             network without any gradient.
     """
     objective.to(on.device)
-    n = min(smallest_share(sizes, on.num_processes), IMAGES)
-    made_up = batch(n, shape, classes, images=images, mixed=mixed, centred=centred)
-    made_up = batching.sent(made_up, on.device)
-    networks = _networks(objective)
-    with _restored(objective), torch.random.fork_rng(), on.autocast(), _one_line(loss, n):
-        used = _reached(objective, _outputs(networks, made_up))
+    n = min(smallest_share(sizes, on.num_processes), MAX_IMAGES)
+    made_up = noise_batch(n, shape, classes, images=images, mixed=mixed, centred=centred)
+    made_up = batching.move(made_up, on.device)
+    networks = _trained_networks(objective)
+    with (
+        _preserve_state(objective),
+        torch.random.fork_rng(),
+        on.autocast(),
+        _report_errors(loss, n),
+    ):
+        used = _weights_with_gradient(objective, _sum_outputs(networks, made_up))
         torch.manual_seed(SEED)
         terms = objective(made_up)
-        taught = _reached(objective, torch.stack(list(terms.values())).sum())
+        taught = _weights_with_gradient(objective, torch.stack(list(terms.values())).sum())
     _check_finite(loss, terms)
     if left := [name for name in used if name not in taught]:
-        raise UserError(_untrained(loss, left, len(used)))
+        raise UserError(_no_gradient_message(loss, left, len(used)))
     if on.num_processes > 1:
-        with _restored(objective), torch.random.fork_rng():
+        with _preserve_state(objective), torch.random.fork_rng():
             # In training a network may leave out layers at random, here it has them all.
             objective.eval()
-            used += _reached(objective, _outputs(networks, made_up))
+            used += _weights_with_gradient(objective, _sum_outputs(networks, made_up))
         _freeze_unused(networks, {*used, *taught}, objective)
 
 
 def smallest_share(sizes: Sequence[int], world: int) -> int:
     """Images of the smallest part of a batch that a process gets."""
-    return min(len(batching.mine(n, rank, world)) for n in set(sizes) for rank in range(world))
+    return min(
+        len(batching.share_positions(n, rank, world)) for n in set(sizes) for rank in range(world)
+    )
 
 
-def batch(
+def noise_batch(
     n: int,
     shape: Shape,
     classes: int,
@@ -113,7 +120,7 @@ def batch(
     )
 
 
-def _networks(objective: Objective) -> list[Classifier]:
+def _trained_networks(objective: Objective) -> list[Classifier]:
     """The networks that are trained."""
     if isinstance(objective, Mutual):
         peers = [peer for peer in objective.peers if isinstance(peer, Classifier)]
@@ -122,7 +129,7 @@ def _networks(objective: Objective) -> list[Classifier]:
 
 
 @contextmanager
-def _restored(objective: Objective) -> Iterator[None]:
+def _preserve_state(objective: Objective) -> Iterator[None]:
     """Training mode inside; buffers, such as running averages, and the mode as they were after."""
     plain = objective.inner if isinstance(objective, MeanTeacher) else objective
     frozen = plain.teachers.buffers() if isinstance(plain, Distillation) else ()
@@ -140,7 +147,7 @@ def _restored(objective: Objective) -> Iterator[None]:
 
 
 @contextmanager
-def _one_line(loss: str, n: int) -> Iterator[None]:
+def _report_errors(loss: str, n: int) -> Iterator[None]:
     """An error inside as one line: networks and losses raise whatever they like."""
     try:
         yield
@@ -155,14 +162,14 @@ def _one_line(loss: str, n: int) -> Iterator[None]:
         ) from error
 
 
-def _outputs(networks: Sequence[Classifier], batch: Batch) -> Tensor:
+def _sum_outputs(networks: Sequence[Classifier], batch: Batch) -> Tensor:
     """A number that every weight behind the outputs of the networks has a gradient of."""
     # As in the objective, which calls them in this order: what they draw at random is the same.
     torch.manual_seed(SEED)
     return torch.stack([network(batch.images).float().sum() for network in networks]).sum()
 
 
-def _reached(objective: Objective, value: Tensor) -> list[str]:
+def _weights_with_gradient(objective: Objective, value: Tensor) -> list[str]:
     """The trained weights that a value depends on, by name."""
     objective.zero_grad(set_to_none=True)
     if value.requires_grad:
@@ -179,7 +186,7 @@ def _check_finite(loss: str, terms: dict[str, Tensor]) -> None:
             )
 
 
-def _untrained(loss: str, left: Sequence[str], count: int) -> str:
+def _no_gradient_message(loss: str, left: Sequence[str], count: int) -> str:
     short = (name.removeprefix("inner.").removeprefix("student.network.") for name in left)
     modules = list(dict.fromkeys(name.rpartition(".")[0] or name for name in short))
     shown = ", ".join(modules[:3]) + (", ..." if len(modules) > 3 else "")

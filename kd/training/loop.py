@@ -15,36 +15,36 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from dsdistill.harness.runs.progress import Show
+from dsdistill.harness.runs.progress import ShowProgress
 from dsdistill.harness.runs.run_folder import Metrics
-from kd.data.batching import Batches
+from kd.data.batching import BatchSource
 from kd.objectives.schemes import Objective
 from kd.parallel import engine
 from kd.parallel.engine import Engine
 from kd.recipe import Recipe
 from kd.training import checkpoint, steps
-from kd.training.checkpoint import Saved, TrainingState
-from kd.training.meter import Meter, Watch
-from kd.training.saving import Saving
-from kd.training.steps import Loop
+from kd.training.checkpoint import PackedState, TrainingState
+from kd.training.meter import FiniteGuard, Meter
+from kd.training.saving import SavePolicy
+from kd.training.steps import Trainer
 
 Figures = Mapping[str, float]
 
 
 def train(
     objective: Objective,
-    batches: Batches,
+    batches: BatchSource,
     recipe: Recipe,
     seed: int,
     *,
     on: Engine | None = None,
     validate: Callable[[nn.Module], Figures] | None = None,
     validation_images: int | None = None,
-    saved: Saved | None = None,
-    save: Callable[[Saved], None] | None = None,
+    saved: PackedState | None = None,
+    save: Callable[[PackedState], None] | None = None,
     stopping: Callable[[], bool] = lambda: False,
     log: Metrics | None = None,
-    show: Show | None = None,
+    show: ShowProgress | None = None,
 ) -> TrainingState:
     """Minimise the sum of the objective's terms; the same seed gives the same student.
 
@@ -72,9 +72,9 @@ def train(
         UserError: If a loss term is not finite.
         KeyboardInterrupt: If it was stopped before its end; it was saved.
     """
-    loop = steps.made(objective, batches, recipe, on or engine.make(), validation_images)
+    loop = steps.prepare(objective, batches, recipe, on or engine.make(), validation_images)
     state = loop.restored(saved) if saved else TrainingState()
-    meter, watch, saving = Meter(state.meter), Watch(), Saving(loop.on, stopping)
+    meter, watch, saving = Meter(state.meter), FiniteGuard(), SavePolicy(loop.on, stopping)
     objective.train()
     with torch.random.fork_rng(), closing(loop.stream(batches, seed, state)) as stream:
         for step, parts in stream:
@@ -83,11 +83,11 @@ def train(
             meter.add(terms, sum(len(part) for part in parts))
             state = replace(state, step=step + 1, epoch=(step + 1) // loop.per_epoch)
             if show:
-                show(step + 1, **meter.now(), **_best(state, recipe))
+                show(step + 1, **meter.now(), **_best_figure(state, recipe))
             round_over = loop.ends_round(step + 1)
             if round_over:
                 watch.flush()
-                state = _round(loop, state, meter, validate, log)
+                state = _end_round(loop, state, meter, validate, log)
                 meter = Meter()
                 objective.train()  # whatever the validation left it in
             over, decision = loop.is_over(state), saving.decide(round_over=round_over)
@@ -104,8 +104,8 @@ def train(
     return state
 
 
-def _round(
-    loop: Loop,
+def _end_round(
+    loop: Trainer,
     state: TrainingState,
     meter: Meter,
     validate: Callable[[nn.Module], Figures] | None,
@@ -116,7 +116,7 @@ def _round(
     figures = validate(network) if validate else None
     recipe = loop.recipe
     options = {"metric": recipe.metric, "keep": recipe.average_best}
-    state = checkpoint.with_round(state, network, figures, **options)
+    state = checkpoint.after_validation(state, network, figures, **options)
     means = meter.means(loop.on)
     if log:
         known = {f"validation_{name}": value for name, value in (figures or {}).items()}
@@ -124,6 +124,6 @@ def _round(
     return state
 
 
-def _best(state: TrainingState, recipe: Recipe) -> dict[str, float]:
+def _best_figure(state: TrainingState, recipe: Recipe) -> dict[str, float]:
     figures = state.kept[0].figures if state.kept else {}
     return {f"best_{recipe.metric}": figures[recipe.metric]} if figures else {}

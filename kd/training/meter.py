@@ -11,8 +11,8 @@ from dsdistill.harness.errors import UserError
 from kd.data.batching import Batch
 from kd.parallel.engine import Engine
 
-SHOW_EVERY = 0.5  # seconds: reading a value waits for the device
-SHOWN = 5  # rows of a batch in an error
+SECONDS_BETWEEN_READINGS = 0.5  # seconds: reading a value waits for the device
+MAX_ROWS_SHOWN = 5  # rows of a batch in an error
 
 
 class Meter:
@@ -40,7 +40,7 @@ class Meter:
 
     def now(self) -> dict[str, float]:
         """A recent step's terms, and images a second since the round began."""
-        if time.monotonic() - self._shown[0] > SHOW_EVERY:
+        if time.monotonic() - self._shown[0] > SECONDS_BETWEEN_READINGS:
             terms = {name: value.item() for name, value in self._last.items()}
             self._shown = time.monotonic(), terms | self._speed()
         return self._shown[1]
@@ -68,7 +68,7 @@ class Meter:
         return {"images_per_second": self._images / self.sums()["seconds"]}
 
 
-class Watch:
+class FiniteGuard:
     """Stops a training whose loss is not finite.
 
     A step's terms are judged on the device, and the answer is read after the next step has been
@@ -87,7 +87,7 @@ class Watch:
         Raises:
             UserError: If a term of it was not finite.
         """
-        asked = _finite(terms), (step, terms, batches, rate)
+        asked = _start_finite_check(terms), (step, terms, batches, rate)
         self.flush()
         self._unseen = asked
 
@@ -95,10 +95,10 @@ class Watch:
         """Look at the last step too."""
         unseen, self._unseen = self._unseen, None
         if unseen is not None and not unseen[0]():
-            raise _refusal(*unseen[1])
+            raise _not_finite_error(*unseen[1])
 
 
-def _finite(terms: Mapping[str, Tensor]) -> Callable[[], bool]:
+def _start_finite_check(terms: Mapping[str, Tensor]) -> Callable[[], bool]:
     """Ask the device whether the terms are finite, and how to read the answer.
 
     Asked later, the question would wait behind whatever had been sent to the device by then.
@@ -118,13 +118,15 @@ def _finite(terms: Mapping[str, Tensor]) -> Callable[[], bool]:
     return read
 
 
-def _refusal(
+def _not_finite_error(
     step: int, terms: Mapping[str, Tensor], batches: Sequence[Batch], rate: float
 ) -> UserError:
     values = torch.stack(list(terms.values()))
     name = next((n for n, v in terms.items() if not torch.isfinite(v)), "sum")
     rows = [i for batch in batches if batch.index is not None for i in batch.index.tolist()]
-    images = ", ".join(map(str, rows[:SHOWN])) + (", ..." if len(rows) > SHOWN else "")
+    images = ", ".join(map(str, rows[:MAX_ROWS_SHOWN])) + (
+        ", ..." if len(rows) > MAX_ROWS_SHOWN else ""
+    )
     return UserError(
         f"loss term {name!r} is {terms.get(name, values.sum()).item()} at step {step}, training "
         f"images {images} (learning rate {rate:.3g}): lower --lr; the last checkpoint is as it was"

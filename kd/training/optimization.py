@@ -61,7 +61,7 @@ def make_schedule(
     )
 
 
-class Average:
+class WeightAverage:
     """Exponential moving average of a network's weights and buffers.
 
     Its decay rises, ema (1 - exp(-ramp · step / total)), so that the random first weights are soon

@@ -15,11 +15,13 @@ import torch
 
 from kd.parallel.engine import Engine
 
-SHARE = 0.02  # of the time of a training that saving it may take
-FIRST = 1.0  # seconds until the first checkpoint inside a round
-AT_LEAST = 10.0  # seconds between two of them inside a round, however cheap they are
-AT_MOST = 300.0  # seconds between two checkpoints, however dear they are
-AGREE_EVERY = 1.0  # seconds between two agreements of several processes
+MAX_SAVING_FRACTION = 0.02  # of the time of a training that saving it may take
+SECONDS_TO_FIRST_CHECKPOINT = 1.0  # seconds until the first checkpoint inside a round
+MIN_SECONDS_BETWEEN_CHECKPOINTS = (
+    10.0  # seconds between two of them inside a round, however cheap they are
+)
+MAX_SECONDS_BETWEEN_CHECKPOINTS = 300.0  # seconds between two checkpoints, however dear they are
+SECONDS_BETWEEN_AGREEMENTS = 1.0  # seconds between two agreements of several processes
 
 
 class Decision(NamedTuple):
@@ -29,7 +31,7 @@ class Decision(NamedTuple):
     stop: bool
 
 
-class Saving:
+class SavePolicy:
     """Decides after each step whether the training is saved, and whether it stops there.
 
     Args:
@@ -39,7 +41,7 @@ class Saving:
 
     def __init__(self, on: Engine, stopping: Callable[[], bool]) -> None:
         self._on, self._stopping = on, stopping
-        self._cost, self._pause = 0.0, FIRST
+        self._cost, self._pause = 0.0, SECONDS_TO_FIRST_CHECKPOINT
         self._saved_at = self._agreed_at = time.monotonic()
         self._since, self._gap = 0, 1  # steps since the last agreement, and until the next
 
@@ -54,17 +56,24 @@ class Saving:
 
     def saved(self, seconds: float) -> None:
         """Note that the training was saved, and how long that took."""
-        self._cost, self._pause, self._saved_at = seconds, AT_LEAST, time.monotonic()
+        self._cost, self._pause, self._saved_at = (
+            seconds,
+            MIN_SECONDS_BETWEEN_CHECKPOINTS,
+            time.monotonic(),
+        )
 
     def _mine(self, round_over: bool) -> Decision:
-        wait = max(self._cost / SHARE, 0.0 if round_over else self._pause)
+        wait = max(self._cost / MAX_SAVING_FRACTION, 0.0 if round_over else self._pause)
         stop = self._stopping()
-        return Decision(stop or time.monotonic() - self._saved_at >= min(wait, AT_MOST), stop)
+        return Decision(
+            stop or time.monotonic() - self._saved_at >= min(wait, MAX_SECONDS_BETWEEN_CHECKPOINTS),
+            stop,
+        )
 
     def _agree(self, mine: Decision) -> Decision:
         """Stop where any process is to; save, and agree again, as the first one's clock says."""
         now = time.monotonic()
-        steps = round(self._since * AGREE_EVERY / max(now - self._agreed_at, 1e-9))
+        steps = round(self._since * SECONDS_BETWEEN_AGREEMENTS / max(now - self._agreed_at, 1e-9))
         first = self._on.is_main_process
         answers = [mine.stop, mine.save and first, max(steps, 1) if first else 0]
         summed: Any = self._on.reduce(

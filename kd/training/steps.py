@@ -12,31 +12,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kd.data.batching import Batch, Batches, derive
+from kd.data.batching import Batch, BatchSource, derive_seed
 from kd.objectives.projectors import EmbeddingMemory
 from kd.objectives.schemes import Objective
 from kd.parallel import sharding
 from kd.parallel.engine import Engine
 from kd.recipe import Recipe
 from kd.training import checkpoint
-from kd.training.checkpoint import Saved, TrainingState
-from kd.training.optimization import Average, make_optimizer, make_schedule
+from kd.training.checkpoint import PackedState, TrainingState
+from kd.training.optimization import WeightAverage, make_optimizer, make_schedule
 
-SHORT_EPOCH = 100  # steps; a longer epoch is validated each
+LONG_EPOCH_STEPS = 100  # steps; a longer epoch is validated each
 # Of a training with short epochs: validations at most, the share of its work that they may take,
 # and validations at least, whatever they take: fewer could not choose an epoch.
 VALIDATIONS, VALIDATION_SHARE, FEWEST_VALIDATIONS = 40, 0.1, 5
 
 
 @dataclass(frozen=True, eq=False)
-class Loop:
+class Trainer:
     """What a training is made of, and its step."""
 
     objective: Objective
     wrapped: nn.Module
     optimizer: Any
     schedule: Any
-    average: Average | None
+    average: WeightAverage | None
     recipe: Recipe
     on: Engine
     per_epoch: int
@@ -58,10 +58,10 @@ class Loop:
     def student(self) -> nn.Module:
         """The student's network, whole; all processes must ask for it."""
         own = self.objective.student.network
-        return sharding.gathered(own, self.replica) if self.replica else own
+        return sharding.gather(own, self.replica) if self.replica else own
 
     def stream(
-        self, batches: Batches, seed: int, state: TrainingState
+        self, batches: BatchSource, seed: int, state: TrainingState
     ) -> Generator[tuple[int, list[Batch]], None, None]:
         """The steps after a state's, each with its batches; none after a training that is over."""
         rank, world, step = self.on.process_index, self.on.num_processes, state.step
@@ -86,7 +86,7 @@ class Loop:
         whole = sum(part.whole or len(part) for part in parts)
         terms: dict[str, Tensor] = {}
         for i, part in enumerate(parts):
-            _seed(derive(seed, step, i, self.on.process_index), self.on.device)
+            _seed_generators(derive_seed(seed, step, i, self.on.process_index), self.on.device)
             last = i + 1 == len(parts)
             with contextlib.nullcontext() if last else self.on.no_sync(self.wrapped):
                 found = self.wrapped(part)
@@ -123,13 +123,13 @@ class Loop:
         """Leave the student whole."""
         self.objective.student.network = self.student
 
-    def packed(self, state: TrainingState) -> Saved:
+    def packed(self, state: TrainingState) -> PackedState:
         modules = {"objective": self.objective.stored()}
         if self.average:
             modules["average"] = self.average.network.state_dict()
         return checkpoint.pack(state, modules, self.optimizer, self.on.scaler)
 
-    def restored(self, saved: Saved) -> TrainingState:
+    def restored(self, saved: PackedState) -> TrainingState:
         modules: dict[str, nn.Module] = {"objective": self.objective}
         if self.average:
             modules["average"] = self.average.network
@@ -137,30 +137,30 @@ class Loop:
         return checkpoint.unpack(saved, modules, self.optimizer, scaler, network=self.judged)
 
 
-def made(
+def prepare(
     objective: Objective,
-    batches: Batches,
+    batches: BatchSource,
     recipe: Recipe,
     on: Engine,
     validation_images: int | None = None,
-) -> Loop:
+) -> Trainer:
     """Everything on its device and wrapped for all processes, before the first step."""
     per_epoch = math.ceil(len(batches) / recipe.accumulate)
     total = recipe.total_steps(per_epoch)
     objective.to(on.device)
     optimizer = make_optimizer(objective, recipe)
     schedule = make_schedule(optimizer, recipe, per_epoch)
-    average = Average(objective.student.network, recipe, total) if recipe.ema else None
+    average = WeightAverage(objective.student.network, recipe, total) if recipe.ema else None
     replica = copy.deepcopy(objective.student.network) if on.is_fsdp2 else None
     if on.is_fsdp2:
-        wrapped, prepared = sharding.spread(on, objective, optimizer)
+        wrapped, prepared = sharding.shard(on, objective, optimizer)
     else:
-        _send_no_more_than_needed(objective)
+        _exclude_frozen_from_ddp(objective)
         wrapped, prepared = on.prepare(objective, optimizer)
     if on.num_processes == 1 and on.scaler is None:
         prepared = optimizer  # the wrapper does nothing then, in a quarter of a millisecond
-    often = validations(sum(batches.sizes), per_epoch, total, validation_images)
-    return Loop(
+    often = choose_validations(sum(batches.sizes), per_epoch, total, validation_images)
+    return Trainer(
         objective,
         wrapped,
         prepared,
@@ -175,7 +175,9 @@ def made(
     )
 
 
-def validations(images: int, per_epoch: int, total: int, validation_images: int | None) -> int:
+def choose_validations(
+    images: int, per_epoch: int, total: int, validation_images: int | None
+) -> int:
     """How often a training is validated where nothing else is asked for.
 
     A long epoch is validated each. Of short ones, as many as are `VALIDATIONS`, but no more than
@@ -191,7 +193,7 @@ def validations(images: int, per_epoch: int, total: int, validation_images: int 
         validation_images: Number of those; None where nobody knows.
     """
     epochs = math.ceil(total / per_epoch)
-    if per_epoch >= SHORT_EPOCH:
+    if per_epoch >= LONG_EPOCH_STEPS:
         return epochs
     often = VALIDATIONS
     if validation_images:
@@ -200,7 +202,7 @@ def validations(images: int, per_epoch: int, total: int, validation_images: int 
     return min(epochs, max(often, FEWEST_VALIDATIONS))
 
 
-def _send_no_more_than_needed(objective: Objective) -> None:
+def _exclude_frozen_from_ddp(objective: Objective) -> None:
     """Frozen teachers and memories are alike in all processes: DDP would send them at each step."""
     own, kinds = objective.stored(), dict(objective.named_modules())
     unshared = [
@@ -211,7 +213,7 @@ def _send_no_more_than_needed(objective: Objective) -> None:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, unshared)
 
 
-def _seed(seed: int, device: torch.device) -> None:
+def _seed_generators(seed: int, device: torch.device) -> None:
     """torch's global generators; `torch.manual_seed` takes long where CUDA is not in use."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":

@@ -133,7 +133,7 @@ def test_pooled_kernels(dsdistill, tmp_path, monkeypatch, kernel, engine):
     for method, steps in (("kip", ("--steps", 2, "--target-batch", 10)), ("ls", ())):
         done = dsdistill(method, *options, *steps, "--out", method)
         assert done.returncode == 0, done.stderr
-        provenance = distilled_set.load(tmp_path / method / distilled_set.FILE).provenance
+        provenance = distilled_set.load(tmp_path / method / distilled_set.FILE_NAME).provenance
         assert provenance["engine"] == engine
         assert provenance["metrics"]["test_accuracy"] == 1  # brightness alone tells the classes
 
@@ -172,7 +172,9 @@ def test_a_run_with_every_way_to_save_time(dsdistill, tmp_path):
     options += ["--steps", "400", "--patience", "1", "--validation-images", "50"]
     done = dsdistill("kip", "digits", *options, "--learning-rate", "0.4", "--out", "run")
     assert done.returncode == 0, done.stderr
-    solved, learned = (distilled_set.load(tmp_path / n / distilled_set.FILE) for n in ("ls", "run"))
+    solved, learned = (
+        distilled_set.load(tmp_path / n / distilled_set.FILE_NAME) for n in ("ls", "run")
+    )
     made = learned.provenance
     assert len(learned) == len(solved) == 20
     assert made["metrics"]["initial_test_accuracy"] == pytest.approx(
@@ -197,7 +199,9 @@ def test_a_resumed_run_measures_no_batch_again_and_starts_from_the_same_set(dsdi
     assert dsdistill("ls", "digits", "--images-per-class", 1, "--out", "ls").returncode == 0
     options = ["kip", "digits", "--steps", 20, "--init", "ls", "--out", "run"]
     assert dsdistill(*options, "--target-batch", "5ms").returncode == 0
-    (tmp_path / "run" / distilled_set.FILE).unlink()  # stopped before the last file was written
+    (
+        tmp_path / "run" / distilled_set.FILE_NAME
+    ).unlink()  # stopped before the last file was written
     config = tmp_path / "run" / "config.json"
     stored = json.loads(config.read_text())
     stored["chosen"]["target_batch"] = 70
@@ -205,9 +209,9 @@ def test_a_resumed_run_measures_no_batch_again_and_starts_from_the_same_set(dsdi
     done = dsdistill("kip", "--out", "run", "--resume")
     assert done.returncode == 0, done.stderr
     assert "target batch" not in done.stderr
-    made = distilled_set.load(tmp_path / "run" / distilled_set.FILE).provenance
+    made = distilled_set.load(tmp_path / "run" / distilled_set.FILE_NAME).provenance
     assert made["config"]["chosen"]["target_batch"] == 70
-    (tmp_path / "run" / distilled_set.FILE).unlink()
+    (tmp_path / "run" / distilled_set.FILE_NAME).unlink()
     shutil.rmtree(tmp_path / "ls")
     again = dsdistill("ls", "digits", "--images-per-class", 1, "--seed", 1, "--out", "ls")
     assert again.returncode == 0
@@ -229,7 +233,7 @@ def test_of_several_kernels_the_first_one_is_stored_and_evaluates(dsdistill, tmp
     short = ("--images-per-class", 1, "--steps", 6)
     done = dsdistill("kip", "digits", *options, *short, "--out", "run")
     assert done.returncode == 0, done.stderr
-    made = distilled_set.load(tmp_path / "run" / distilled_set.FILE).provenance
+    made = distilled_set.load(tmp_path / "run" / distilled_set.FILE_NAME).provenance
     assert (made["kernel"], made["config"]["kernel"]) == ("fc(1)", "fc,conv")
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert {line["network"] for line in lines} == {0, 1}

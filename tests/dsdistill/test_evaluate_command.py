@@ -23,7 +23,7 @@ from dsdistill.harness import machine
 from dsdistill.harness.data import distilled_set
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.reports import report as reports
-from dsdistill.harness.stopping import Stopped
+from dsdistill.harness.stopping import StopInterrupt
 from dsdistill.options import EvaluateOptions, KipOptions, ReportOptions
 from kd.commands import train as train_command
 from kd.evaluation import learners
@@ -60,13 +60,15 @@ def test_every_arm_of_every_learner_is_there(evaluated: Path, made: Path):
         (learner, arm) for learner in ("ridge", "mlp:16") for arm in ARMS
     ]
     distilled, random, full = (found.row("ridge", arm) for arm in ("distilled", "random", "full"))
-    known = distilled_set.load(made / distilled_set.FILE).provenance["metrics"]["test_accuracy"]
+    known = distilled_set.load(made / distilled_set.FILE_NAME).provenance["metrics"][
+        "test_accuracy"
+    ]
     assert [r.accuracy for r in distilled.results] == [pytest.approx(known)] * 2
     assert random.accuracy.mean < distilled.accuracy.mean < full.accuracy.mean
     assert (random.results[0].images, full.results[0].images) == (20, 1295)
     assert random.results[0].bytes == 20 * (64 * 4 + 1)
     mlp = found.row("mlp:16", "distilled").results
-    grid = learners.learner("mlp:16", steps=20).rates
+    grid = learners.network_learner("mlp:16", steps=20).rates
     assert mlp[0].rate in grid
     assert mlp[0].rate == mlp[1].rate
     assert mlp[0].facts["parameters"] == 64 * 16 + 16 + 16 * 16 + 16 + 16 * 10 + 10
@@ -230,12 +232,12 @@ def test_accelerators_are_named_once(made: Path, tmp_path: Path, monkeypatch):
         made, learners="mlp:4,mlp:5", controls="", seeds=1, steps=1, cache=None
     )
     found = reports.load(evaluate_command.run(replace(options, out=tmp_path / "a")))
-    assert found.machine == f"{machine.described()}, Some GPU"
+    assert found.machine == f"{machine.describe()}, Some GPU"
 
 
 def test_a_set_from_elsewhere(made: Path, tmp_path: Path):
     """The layout, pixels and labels of a condensed set of the DC project."""
-    ours = distilled_set.load(made / distilled_set.FILE)
+    ours = distilled_set.load(made / distilled_set.FILE_NAME)
     images = torch.from_numpy(ours.images.transpose(0, 3, 1, 2).copy())
     data = [[images, torch.from_numpy(ours.hard_labels)]]
     torch.save({"data": data, "accs_all_exps": {"ConvNet": [0.5]}}, tmp_path / "res.pt")
@@ -260,7 +262,7 @@ def test_a_set_from_elsewhere(made: Path, tmp_path: Path):
 
 
 def test_a_set_at_chance_gets_a_hint(made: Path, tmp_path: Path):
-    ours = distilled_set.load(made / distilled_set.FILE)
+    ours = distilled_set.load(made / distilled_set.FILE_NAME)
     noise = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     torch.save({"images": noise, "labels": torch.from_numpy(ours.hard_labels)}, tmp_path / "x.pt")
     options = EvaluateOptions(
@@ -317,10 +319,10 @@ def test_wrong_input_is_one_line_and_leaves_no_folder(made: Path, tmp_path, chan
 def test_data_that_changed_is_refused(made: Path, tmp_path: Path):
     other = tmp_path / "other"
     shutil.copytree(made, other)
-    distilled = distilled_set.load(other / distilled_set.FILE)
+    distilled = distilled_set.load(other / distilled_set.FILE_NAME)
     provenance = json.loads(json.dumps(dict(distilled.provenance)))
     provenance["data"]["sha256"] = "0" * 64
-    distilled_set.save(other / distilled_set.FILE, replace(distilled, provenance=provenance))
+    distilled_set.save(other / distilled_set.FILE_NAME, replace(distilled, provenance=provenance))
     with pytest.raises(UserError, match="was distilled from other images"):
         evaluate_command.run(EvaluateOptions(other))
 
@@ -332,15 +334,15 @@ def test_a_stop_by_hand_says_how_the_evaluation_goes_on(made: Path, tmp_path: Pa
     options = EvaluateOptions(made, learners="ridge", controls="", seeds=1, cache=None)
     options = replace(options, out=tmp_path / "an out")
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate_command, "_measured", stopped)
+        patch.setattr(evaluate_command, "_run_trainings", stopped)
         with pytest.raises(
-            Stopped, match=f"`dsdistill evaluate {made} --resume --out '.*an out'`$"
+            StopInterrupt, match=f"`dsdistill evaluate {made} --resume --out '.*an out'`$"
         ):
             evaluate_command.run(options)
     monkeypatch.setattr(
         evaluate_command.report, "write", _write_and_stop(evaluate_command.report.write)
     )
-    with pytest.raises(Stopped, match=r"an out/report\.json is complete"):
+    with pytest.raises(StopInterrupt, match=r"an out/report\.json is complete"):
         evaluate_command.run(replace(options, resume=True))
 
 

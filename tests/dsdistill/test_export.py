@@ -16,7 +16,7 @@ from PIL import Image
 
 from dsdistill.commands import evaluation_parts, export
 from dsdistill.harness.data import datasets, distilled_set, preprocess
-from dsdistill.harness.data.distilled_set import ArtifactError, Distilled
+from dsdistill.harness.data.distilled_set import DistilledSet, DistilledSetError
 from dsdistill.harness.errors import UserError
 from dsdistill.options import EvaluateOptions
 
@@ -29,17 +29,17 @@ HOSTILE = (
 )
 
 
-def _set(classes: tuple[str, ...], kind: str = "standardise") -> Distilled:
+def _set(classes: tuple[str, ...], kind: str = "standardise") -> DistilledSet:
     """An image of each class, of digits that go round."""
     train = DIGITS.train
     fitted = preprocess.fit(kind, train.chunks, train.shape)
     images = fitted.apply(train.images(np.arange(len(classes))))
     labels = np.eye(len(classes), dtype=np.float32) * 3 - np.float32(0.1)
     made = {"method": "kip", "note": "half \ud800 and $x$"}
-    return Distilled(images, labels, fitted, classes, made)
+    return DistilledSet(images, labels, fitted, classes, made)
 
 
-def _saved(folder: Path, distilled: Distilled) -> Path:
+def _saved(folder: Path, distilled: DistilledSet) -> Path:
     distilled_set.save(folder / "set.safetensors", distilled)
     return folder / "set.safetensors"
 
@@ -145,7 +145,7 @@ def test_a_changed_export_is_refused(tmp_path: Path) -> None:
         arrays: dict[str, Any] = dict(file)
     arrays["images"][0, 0, 0, 0] += 1
     np.savez(path, **arrays)
-    with pytest.raises(ArtifactError, match="is damaged"):
+    with pytest.raises(DistilledSetError, match="is damaged"):
         export.read(path)
     changed: dict[str, Any] = arrays | {"images": np.array("no array")}
     np.savez(path, **changed)

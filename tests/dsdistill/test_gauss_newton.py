@@ -14,8 +14,8 @@ from dsdistill.harness.errors import UserError
 from dsdistill.kernels import gram, networks
 from dsdistill.methods import gauss_newton, kip, ridge
 from dsdistill.methods.gauss_newton import GaussNewtonState, Problem
-from dsdistill.methods.initial_support import initial_support
-from dsdistill.methods.targets import Batches
+from dsdistill.methods.initial_support import draw_support
+from dsdistill.methods.targets import TargetBatches
 from dsdistill.parallel import devices
 
 NETWORKS = {name: networks.parse(name) for name in ("fc", "CRP-flatten")}
@@ -32,20 +32,20 @@ def examples(n: int = 60) -> Examples:
 
 
 TRAIN = examples()
-SUPPORT = initial_support(TRAIN, 1, noise=False, corruption=0, seed=0)
-X_T, Y_T = Batches(TRAIN, 9, 0).draw(0)
+SUPPORT = draw_support(TRAIN, 1, noise=False, corruption=0, seed=0)
+X_T, Y_T = TargetBatches(TRAIN, 9, 0).draw(0)
 
 
 def alone(work, *arguments):
-    """Inside `devices.divided`, with all of the targets on one device."""
+    """Inside `devices.shard_targets`, with all of the targets on one device."""
     assert jax.device_count() == 1
-    share = devices.divided(lambda whole, real, x_t: work(*whole))
+    share = devices.shard_targets(lambda whole, real, x_t: work(*whole))
     with jax.enable_x64(True):
         return jax.jit(lambda *whole: share(whole, len(X_T), X_T))(*arguments)
 
 
 def problem(name: str, free: np.ndarray | None = None) -> Problem:
-    slopes = gauss_newton.slopes(NETWORKS[name])
+    slopes = gauss_newton.require_slopes(NETWORKS[name])
     free = np.ones(SUPPORT.images.shape, bool) if free is None else free
     weights = np.full(len(X_T), 1 / len(X_T))
     return Problem(slopes, STRENGTH, *map(jnp.asarray, (free, X_T, Y_T, weights)), len(X_T))
@@ -78,7 +78,7 @@ def test_the_derivative_is_that_of_the_predictions(name):
     u = np.random.default_rng(3).standard_normal(Y_T.shape)
 
     def both(at, v, u):
-        p, forward, backward = gauss_newton.linearised(problem(name), at, at)
+        p, forward, backward = gauss_newton.linearise(problem(name), at, at)
         return p, forward(v), backward(u)
 
     p, along, back = alone(both, at, v, u)
@@ -94,7 +94,7 @@ def test_frozen_pixels_neither_move_nor_count():
     free = np.random.default_rng(4).random(SUPPORT.images.shape) < 0.5
 
     def both(at, v, u):
-        _, forward, backward = gauss_newton.linearised(problem("fc", free), at, at)
+        _, forward, backward = gauss_newton.linearise(problem("fc", free), at, at)
         return forward(v), backward(u)["images"]
 
     at, v = support(), change(2)
@@ -126,11 +126,11 @@ def test_the_step_solves_the_damped_problem(monkeypatch):
     monkeypatch.setattr(gauss_newton, "ITERATIONS", 400)
     monkeypatch.setattr(gauss_newton, "PROBES", 2000)  # the mean of the diagonal, nearly exactly
     at = support()
-    *_, after = stepped(at, gauss_newton.start(at), rate=0.1, damping=0.5)
+    *_, after = stepped(at, gauss_newton.initial_state(at), rate=0.1, damping=0.5)
     unit = np.eye(sum(v.size for v in at.values()))
 
     def jacobian(at):
-        _, _, backward = gauss_newton.linearised(problem("fc"), at, at)
+        _, _, backward = gauss_newton.linearise(problem("fc"), at, at)
         rows = jax.vmap(backward)(jnp.eye(Y_T.size).reshape(-1, *Y_T.shape))
         return jnp.concatenate([rows[n].reshape(Y_T.size, -1) for n in at], 1)
 
@@ -146,7 +146,7 @@ def test_the_step_solves_the_damped_problem(monkeypatch):
 
 def test_a_step_lowers_the_loss_of_its_batch_and_remembers_its_direction():
     at = support()
-    loss, moved, after = stepped(at, gauss_newton.start(at), rate=0.3, damping=0.1)
+    loss, moved, after = stepped(at, gauss_newton.initial_state(at), rate=0.3, damping=0.1)
     lower, *_ = stepped(moved, after, rate=0.3, damping=0.1)
     assert float(lower) < float(loss)
     assert int(after.count) == 1
@@ -157,7 +157,9 @@ def test_a_step_lowers_the_loss_of_its_batch_and_remembers_its_direction():
 
 def test_a_step_too_far_is_taken_back_and_the_damping_grows_until_one_is_kept():
     at = support()
-    after = replace(gauss_newton.start(at), direction={n: jnp.asarray(v) for n, v in at.items()})
+    after = replace(
+        gauss_newton.initial_state(at), direction={n: jnp.asarray(v) for n, v in at.items()}
+    )
     boosts, kept = [], False
     for _ in range(30):
         before = at
@@ -172,7 +174,7 @@ def test_a_step_too_far_is_taken_back_and_the_damping_grows_until_one_is_kept():
 
 
 def test_images_alone_when_labels_are_not_learned():
-    objective = kip.Objective((NETWORKS["fc"],), optimizer="gauss-newton", learning_rate=0.3)
+    objective = kip.KipObjective((NETWORKS["fc"],), optimizer="gauss-newton", learning_rate=0.3)
     *_, last = kip.distill(objective, SUPPORT, TRAIN, steps=3, target_batch=30, seed=0)
     np.testing.assert_array_equal(last.state.labels, SUPPORT.labels)
     assert (np.asarray(last.state.images) != SUPPORT.images).all()
@@ -181,7 +183,7 @@ def test_images_alone_when_labels_are_not_learned():
 def test_ten_steps_do_what_a_hundred_of_adam_do():
     losses = {}
     for optimizer, rate, steps in (("adam", 0.04, 101), ("gauss-newton", 0.5, 11)):
-        objective = kip.Objective(
+        objective = kip.KipObjective(
             (NETWORKS["fc"],), optimizer=optimizer, learning_rate=rate, learn_labels=True
         )
         *_, last = kip.distill(objective, SUPPORT, TRAIN, steps=steps, target_batch=60, seed=0)
@@ -192,7 +194,7 @@ def test_ten_steps_do_what_a_hundred_of_adam_do():
 def test_a_kernel_without_slopes_is_refused():
     network = replace(NETWORKS["fc"], slopes=None, engine="neural-tangents", name="mine:net")
     with pytest.raises(UserError, match="mine:net is computed by neural-tangents: use --optimizer"):
-        gauss_newton.slopes(network)
+        gauss_newton.require_slopes(network)
 
 
 def test_slopes_that_do_not_fit_are_refused():
@@ -201,9 +203,9 @@ def test_slopes_that_do_not_fit_are_refused():
 
 
 def test_slopes_that_do_not_fit_are_refused_before_anything_is_computed(monkeypatch):
-    monkeypatch.setattr(gram, "free", lambda: 1e3)
+    monkeypatch.setattr(gram, "free_bytes", lambda: 1e3)
     network = replace(NETWORKS["fc"], kernel=None, slopes=None)  # can compute nothing
-    objective = kip.Objective((network,), optimizer="gauss-newton")
+    objective = kip.KipObjective((network,), optimizer="gauss-newton")
     with pytest.raises(UserError, match=r"need .* lower --target-batch"):
         next(kip.distill(objective, SUPPORT, TRAIN, steps=1, target_batch=60, seed=0))
 

@@ -25,7 +25,7 @@ from dsdistill.harness.data.labeled_images import Examples
 from dsdistill.kernels import networks, notation
 from dsdistill.kernels.conv import conv_kernel, gpu, lanes, planes, stages, variances
 from dsdistill.methods import kip
-from dsdistill.methods.initial_support import initial_support
+from dsdistill.methods.initial_support import draw_support
 
 on_jax = pytest.mark.skipif(jax.default_backend() == "cpu", reason="JAX has no GPU here")
 on_torch = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch has no GPU here")
@@ -49,17 +49,20 @@ def planes_of(text: str, *shape: int) -> list[tuple]:
     """
     network = notation.parse(text)
     x1, x2 = (jnp.asarray(images(n, *shape, seed=n), jnp.float64) for n in (1, 4))
-    one, two = conv_kernel._Side.of(x1, network), conv_kernel._Side.blocks(x2, network)
+    one, two = (
+        conv_kernel._PreparedImages.of(x1, network),
+        conv_kernel._PreparedImages.blocks(x2, network),
+    )
     image, block = (jax.tree.map(lambda a: a[0], side) for side in (one, two))
-    levels = lanes.levels_of(network, block.images.shape)
-    sigmas = conv_kernel._sides(levels, image.deviations, block.deviations)
-    entering, _ = conv_kernel._sources(levels, image.images, block.images, sigmas)
+    levels = lanes.build_levels(network, block.images.shape)
+    sigmas = conv_kernel._relu_deviations(levels, image.deviations, block.deviations)
+    entering, _ = conv_kernel._level_inputs(levels, image.images, block.images, sigmas)
     found = list(zip(levels, entering, sigmas, strict=True))
-    deviations, levels, entering, _ = variances._walk(block.images, network)
+    deviations, levels, entering, _ = variances._propagate(block.images, network)
     rest = iter(deviations)
     for level, source in zip(levels, entering, strict=True):
         own = [next(rest) for stage in level.stages if stage.relu]
-        found.append((level, source, tuple(stages.sides(level.grid, d, d) for d in own)))
+        found.append((level, source, tuple(stages.pair_deviations(level.grid, d, d) for d in own)))
     return found
 
 
@@ -90,7 +93,7 @@ def test_programs_of_a_level_are_what_planes_computes(
 def test_programs_are_lowered_for_a_gpu_that_is_not_here(
     monkeypatch: pytest.MonkeyPatch, text: str, dtype: str
 ) -> None:
-    monkeypatch.setattr(gpu, "used", lambda: True)
+    monkeypatch.setattr(gpu, "is_enabled", lambda: True)
     with jax.enable_x64(dtype == "float64"):
         ones, others = (jax.ShapeDtypeStruct((n, 28, 28, 1), dtype) for n in (4, 300))
         traced = jax.jit(networks.parse(text).slopes).trace(ones, others)
@@ -126,9 +129,9 @@ def first_step(optimizer: str) -> tuple[np.ndarray, float]:
     """How KIP's first step moves the images of digits, and the loss before it."""
     train = support.digits().train
     examples = Examples(train, preprocess.fit("standardise", train.chunks, train.shape))
-    start = initial_support(examples, 1, noise=False, corruption=0, seed=0)
+    start = draw_support(examples, 1, noise=False, corruption=0, seed=0)
     network = networks.parse("CRP-flatten")
-    objective = kip.Objective((network,), optimizer=optimizer, learn_labels=True, ridge=1e-3)
+    objective = kip.KipObjective((network,), optimizer=optimizer, learn_labels=True, ridge=1e-3)
     stream = kip.distill(objective, start, examples, steps=1, target_batch=50, seed=0)
     step = next(stream)
     return np.asarray(step.state.images) - start.images, step.loss

@@ -45,19 +45,21 @@ def test_tiles_change_neither_value_nor_gradient(tile):
 
 
 def test_a_matrix_that_fits_is_one_tile():
-    assert gram.plan(networks.parse("fc"), 100, 5000, (28, 28, 1), gradient=True) == Tile(100, 5000)
+    assert gram.plan_tile(networks.parse("fc"), 100, 5000, (28, 28, 1), gradient=True) == Tile(
+        100, 5000
+    )
 
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_plan_keeps_to_the_budget_and_uses_it(monkeypatch, gradient):
     network, shape = stored_covariances(monkeypatch), (16, 16, 1)
     monkeypatch.setattr(memory, "available", lambda: 2**30)
-    tile = gram.plan(network, 100, 5000, shape, gradient=gradient)
+    tile = gram.plan_tile(network, 100, 5000, shape, gradient=gradient)
     cost = gram._traced_bytes(network.kernel, tile, shape, gradient, jnp.float32)
     assert 2**28 < cost <= 2**29
 
 
-@pytest.mark.parametrize(("stored", "share"), [(True, 1), (False, gram.SHARE)])
+@pytest.mark.parametrize(("stored", "share"), [(True, 1), (False, gram.MAX_MEMORY_FRACTION)])
 def test_traced_bytes_bound_what_the_compiler_takes(monkeypatch, stored, share):
     """Of stored covariances it is a bound; of planes, what is taken stays within the memory."""
     network = stored_covariances(monkeypatch) if stored else networks.parse("convnet3")
@@ -75,7 +77,7 @@ def test_a_pair_that_does_not_fit_is_refused_with_the_figures(monkeypatch):
     with pytest.raises(
         UserError, match=r"convnet\(3\) needs \S+ MiB for one pair of 112x112 .* can be used"
     ):
-        gram.plan(networks.parse("convnet"), 10, 10, (112, 112, 3), gradient=True)
+        gram.plan_tile(networks.parse("convnet"), 10, 10, (112, 112, 3), gradient=True)
 
 
 def test_peak_of_a_chain_is_two_arrays():

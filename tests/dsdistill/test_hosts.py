@@ -96,7 +96,8 @@ def test_two_hosts_give_the_support_of_one(dsdistill, tmp_path, line):
     names = {path.name.split(".tfevents")[0] for path in (tmp_path / "host0" / "run").iterdir()}
     assert names == {path.name.split(".tfevents")[0] for path in (tmp_path / "alone").iterdir()}
     one, two = (
-        distilled_set.load(tmp_path / name / distilled_set.FILE) for name in ("alone", "host0/run")
+        distilled_set.load(tmp_path / name / distilled_set.FILE_NAME)
+        for name in ("alone", "host0/run")
     )
     assert two.provenance["machine"]["hosts"] == 2
     # Adam divides by the size of the gradient: where that is rounding, so is the step.
@@ -129,7 +130,10 @@ def test_a_stop_is_agreed_on_and_a_death_ends_the_run(dsdistill, tmp_path):
     done = dsdistill("kip", "--resume", "--out", run)
     assert done.returncode == 0, done.stderr
     assert steps(run) == list(range(1, reached[-1] + 21))
-    assert distilled_set.load(run / distilled_set.FILE).provenance["metrics"]["test_accuracy"] > 0.9
+    assert (
+        distilled_set.load(run / distilled_set.FILE_NAME).provenance["metrics"]["test_accuracy"]
+        > 0.9
+    )
 
 
 def test_a_silent_host_counts_as_lost(tmp_path):

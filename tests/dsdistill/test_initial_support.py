@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dsdistill.harness.data import distilled_set, preprocess
-from dsdistill.harness.data.distilled_set import Distilled
+from dsdistill.harness.data.distilled_set import DistilledSet
 from dsdistill.harness.data.labeled_images import LabeledImages, centred_one_hot
 from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError
@@ -25,16 +25,16 @@ def fitted(kind: str, data: LabeledImages) -> Preprocess:
 
 
 @pytest.fixture
-def made(data: LabeledImages) -> Distilled:
+def made(data: LabeledImages) -> DistilledSet:
     """Two images a class with labels that were learned."""
     images = fitted("standardise", data).apply(data.images(slice(0, 6)))
     labels = centred_one_hot(np.repeat([0, 1, 2], 2), 3) * np.float32(1.3)
-    return Distilled(images, labels, fitted("standardise", data), data.classes, {})
+    return DistilledSet(images, labels, fitted("standardise", data), data.classes, {})
 
 
 def test_load_takes_a_file_or_a_folder_and_leaves_the_names(made, tmp_path):
-    distilled_set.save(tmp_path / distilled_set.FILE, made)
-    for path in (tmp_path, tmp_path / distilled_set.FILE):
+    distilled_set.save(tmp_path / distilled_set.FILE_NAME, made)
+    for path in (tmp_path, tmp_path / distilled_set.FILE_NAME):
         found = initial_support.load(str(path))
         assert found is not None
         np.testing.assert_array_equal(found.images, made.images)
@@ -85,7 +85,9 @@ def test_a_set_that_does_not_fit_is_refused(made, data, changes, message):
     ],
 )
 def test_a_set_that_has_seen_the_validation_images(made, provenance, saw):
-    assert initial_support.saw(replace(made, provenance=provenance), "x", 0.1) is saw
+    assert (
+        initial_support.overlaps_validation(replace(made, provenance=provenance), "x", 0.1) is saw
+    )
 
 
 def test_the_same_preprocessing_keeps_every_bit(made, data):
@@ -106,7 +108,7 @@ def test_a_whitened_set_comes_back_up_to_brightness_and_contrast(data):
     """Where the new preprocessing ignores both, as ZCA does, nothing is lost."""
     raw = data.images(slice(0, 6))
     old = preprocess.fit("zca", data.select(np.arange(40)).chunks, data.shape)
-    made = Distilled(old.apply(raw), centred_one_hot(np.arange(6) % 3, 3), old, data.classes, {})
+    made = DistilledSet(old.apply(raw), centred_one_hot(np.arange(6) % 3, 3), old, data.classes, {})
     new = fitted("zca", data)
     assert not old.same_as(new)
     got = initial_support.from_set(made, new, corruption=0, seed=0).images

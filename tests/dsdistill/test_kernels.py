@@ -195,7 +195,7 @@ def test_tangents_replaces_no_name_of_jax():
     import jax.random
 
     before = {m: dict(vars(m)) for m in (jax.core, jax.random, jax.interpreters.ad)}
-    neural_tangents._add_names()
+    neural_tangents._restore_moved_names()
     for module, names in before.items():
         assert all(vars(module)[name] is value for name, value in names.items())
 

@@ -19,10 +19,10 @@ from dsdistill.harness.runs import progress, run_folder
 from dsdistill.kernels import gram, networks
 from dsdistill.loops import phases, selection, timing
 from dsdistill.loops.phases import Phase, Plan
-from dsdistill.loops.search import accumulated, search
+from dsdistill.loops.search import accumulate_sums, search_support
 from dsdistill.loops.selection import Candidate
 from dsdistill.methods import kip
-from dsdistill.methods.initial_support import Support, initial_support
+from dsdistill.methods.initial_support import Support, draw_support
 from dsdistill.options import KipOptions, LabelSolveOptions
 
 FC1, FC2 = networks.parse("fc", 1), networks.parse("fc", 2)
@@ -42,13 +42,13 @@ TRAIN, VALIDATION = examples(1, 90), examples(2, 30)
 
 @pytest.fixture
 def support() -> Support:
-    return initial_support(TRAIN, 2, noise=False, corruption=0, seed=0)
+    return draw_support(TRAIN, 2, noise=False, corruption=0, seed=0)
 
 
 def plan(*steps: int, networks: tuple = (FC1,), patience: int | None = None, **changes) -> Plan:
     """Phases of so many steps, an `fc(2)` in all but the last."""
-    made = [Phase(kip.Objective((FC2,), **changes), n) for n in steps[:-1]]
-    made.append(Phase(kip.Objective(networks, **changes), steps[-1]))
+    made = [Phase(kip.KipObjective((FC2,), **changes), n) for n in steps[:-1]]
+    made.append(Phase(kip.KipObjective(networks, **changes), steps[-1]))
     return Plan(tuple(made), target_batch=30, seed=0, patience=patience)
 
 
@@ -89,12 +89,12 @@ STOPS = [("plain", 2), ("plain", 4), *((name, 7) for name in OPTIONS)]
 def test_resume_is_exact_in_every_phase(name, stop, support, tmp_path, monkeypatch):
     """Three steps of warm-up and six more: stopped in the first phase, at the border, later."""
     walk = plan(3, 6, **OPTIONS[name])
-    best, last = search(opened(tmp_path / "whole"), walk, support, TRAIN, VALIDATION)
+    best, last = search_support(opened(tmp_path / "whole"), walk, support, TRAIN, VALIDATION)
     with monkeypatch.context() as context:
         interrupted_at(context, stop)
         with pytest.raises(KeyboardInterrupt):
-            search(opened(tmp_path / "cut"), walk, support, TRAIN, VALIDATION)
-    found, end = search(opened(tmp_path / "cut"), walk, support, TRAIN, VALIDATION)
+            search_support(opened(tmp_path / "cut"), walk, support, TRAIN, VALIDATION)
+    found, end = search_support(opened(tmp_path / "cut"), walk, support, TRAIN, VALIDATION)
     np.testing.assert_array_equal(end.state.images, last.state.images)
     np.testing.assert_array_equal(end.state.labels, last.state.labels)
     np.testing.assert_array_equal(found.images, best.images)
@@ -112,21 +112,21 @@ def test_long_work_is_announced_before_it_begins(
     A step has 6 (2.5 * 6 + 30) = 270 pairs' worth: 9 or, after step 4, 5 of them. The start and
     each of 6, or 5, steps predict 30 images from 6, the end of the run 100.
     """
-    monkeypatch.setattr(timing, "FORWARD", 0.5)
+    monkeypatch.setattr(timing, "FORWARD_COST", 0.5)
     monkeypatch.setattr(
-        timing, "tile", lambda network, *_: timing.Timing(20 if network is FC2 else 10, 10)
+        timing, "time_tile", lambda network, *_: timing.Timing(20 if network is FC2 else 10, 10)
     )
     walk = replace(plan(3, 6), validation_images=30, closing_images=100)
     if stop is not None:
         with monkeypatch.context() as context:
             interrupted_at(context, stop)
             with pytest.raises(KeyboardInterrupt):
-                search(opened(tmp_path), walk, support, TRAIN, VALIDATION)
+                search_support(opened(tmp_path), walk, support, TRAIN, VALIDATION)
         capsys.readouterr()
-    search(opened(tmp_path), walk, support, TRAIN, VALIDATION)
+    search_support(opened(tmp_path), walk, support, TRAIN, VALIDATION)
     announced, *_ = capsys.readouterr().err.splitlines()
     assert announced == (
-        f"expected: {progress.duration(seconds)} to the end of the run "
+        f"expected: {progress.format_duration(seconds)} to the end of the run "
         "(10 s a tile, 1 pairs of images a second)"
     )
 
@@ -134,22 +134,22 @@ def test_long_work_is_announced_before_it_begins(
 def test_long_work_of_the_second_kernel_is_announced(support, tmp_path, monkeypatch, capsys):
     """Half of six steps of 270 pairs' worth, 1 s each; the other kernel's are quick."""
     monkeypatch.setattr(
-        timing, "tile", lambda network, *_: timing.Timing(10, 10) if network is FC2 else None
+        timing, "time_tile", lambda network, *_: timing.Timing(10, 10) if network is FC2 else None
     )
-    search(opened(tmp_path), plan(6, networks=(FC1, FC2)), support, TRAIN, VALIDATION)
+    search_support(opened(tmp_path), plan(6, networks=(FC1, FC2)), support, TRAIN, VALIDATION)
     announced, *_ = capsys.readouterr().err.splitlines()
-    assert announced.startswith(f"expected: {progress.duration(3 * 270)} to the end")
+    assert announced.startswith(f"expected: {progress.format_duration(3 * 270)} to the end")
 
 
 def test_label_solve_is_announced_before_it_begins(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(timing, "tile", lambda *_: timing.Timing(10, 10))
-    accumulated(opened(tmp_path), FC1, TRAIN.images(slice(5)), TRAIN, closing_images=30)
+    monkeypatch.setattr(timing, "time_tile", lambda *_: timing.Timing(10, 10))
+    accumulate_sums(opened(tmp_path), FC1, TRAIN.images(slice(5)), TRAIN, closing_images=30)
     announced, *_ = capsys.readouterr().err.splitlines()
-    assert announced.startswith(f"expected: {progress.duration(5 * (90 + 30))} to the end")
+    assert announced.startswith(f"expected: {progress.format_duration(5 * (90 + 30))} to the end")
 
 
 def test_a_warm_up_is_numbered_shown_and_judged_at_its_end(support, tmp_path, capsys):
-    search(opened(tmp_path), plan(3, 6), support, TRAIN, VALIDATION)
+    search_support(opened(tmp_path), plan(3, 6), support, TRAIN, VALIDATION)
     figures = lines(tmp_path)
     assert [f["step"] for f in figures] == list(range(1, 10))
     assert [f["phase"] for f in figures] == [1] * 3 + [2] * 6
@@ -168,22 +168,22 @@ def test_the_expected_duration_counts_both_phases_and_all_predictions(
     monkeypatch.setattr(phases.pace, "step_seconds", lambda *_, **__: 100.0)
     monkeypatch.setattr(phases.pace.Pace, "seconds", lambda self, step: 100.0)
     walk = replace(plan(3, 6), validation_images=60, closing_images=600)
-    search(opened(tmp_path), walk, support, TRAIN, VALIDATION)
+    search_support(opened(tmp_path), walk, support, TRAIN, VALIDATION)
     n = len(support.images)
     pairs = n * (n + 30)
     steps = 100 * (2 + 6)
     predictions = phases.pace.FORWARD * 100 / pairs * n * (60 * 7 + 600)
     said = capsys.readouterr().err.splitlines()[0]
-    assert said.startswith(f"expected: {progress.duration(steps + predictions)} to the end")
+    assert said.startswith(f"expected: {progress.format_duration(steps + predictions)} to the end")
 
 
 def test_each_phase_starts_adam_afresh_and_keeps_the_images(support, tmp_path):
     """The second phase alone, from what the first one made, with the same targets."""
     walk = plan(3, 2)
-    _, last = search(opened(tmp_path), walk, support, TRAIN, VALIDATION)
+    _, last = search_support(opened(tmp_path), walk, support, TRAIN, VALIDATION)
     first, second = (phase.objective for phase in walk.phases)
     *_, warm = kip.distill(first, support, TRAIN, steps=3, target_batch=30, seed=0)
-    state = kip.restarted(second, warm.state.images, warm.state.labels)
+    state = kip.restart(second, warm.state.images, warm.state.labels)
     options = {"steps": 5, "target_batch": 30, "seed": 0, "state": state, "done": 3}
     *_, end = kip.distill(second, support, TRAIN, **options)
     np.testing.assert_array_equal(last.state.images, end.state.images)
@@ -194,7 +194,7 @@ def test_several_networks_are_recorded_and_the_first_one_judges(support, tmp_pat
     judges = []
     real = selection.scorer
     monkeypatch.setattr(selection, "scorer", lambda *a, **k: judges.append(a[0]) or real(*a, **k))
-    search(opened(tmp_path), plan(20, networks=(FC2, FC1)), support, TRAIN, VALIDATION)
+    search_support(opened(tmp_path), plan(20, networks=(FC2, FC1)), support, TRAIN, VALIDATION)
     assert {f["network"] for f in lines(tmp_path)} == {0, 1}
     assert judges == [FC2]
 
@@ -218,10 +218,10 @@ def scripted(monkeypatch, loss: Callable[[int, int], float]) -> list[tuple[int, 
 def test_patience_stops_a_run_and_a_resumed_one_stays_stopped(support, tmp_path, monkeypatch):
     asked = scripted(monkeypatch, lambda step, _: abs(step - 10) + 1)
     walk = plan(120, patience=4)  # a validation every three steps
-    best, last = search(opened(tmp_path), walk, support, TRAIN, VALIDATION)
+    best, last = search_support(opened(tmp_path), walk, support, TRAIN, VALIDATION)
     assert (best.step, last.done) == (9, 21)
     assert [step for step, _ in asked] == [*range(0, 22, 3)]
-    again, end = search(opened(tmp_path), walk, support, TRAIN, VALIDATION)
+    again, end = search_support(opened(tmp_path), walk, support, TRAIN, VALIDATION)
     assert (again.step, end.done) == (9, 21)
     assert len(lines(tmp_path)) == 21
 
@@ -229,13 +229,13 @@ def test_patience_stops_a_run_and_a_resumed_one_stays_stopped(support, tmp_path,
 def test_patience_counts_from_the_steps_not_from_the_start(support, tmp_path, monkeypatch):
     """A start better than all that follows must not end a run that improves."""
     scripted(monkeypatch, lambda step, _: 1 / step if step else 0.0)
-    best, last = search(opened(tmp_path), plan(40, patience=2), support, TRAIN, VALIDATION)
+    best, last = search_support(opened(tmp_path), plan(40, patience=2), support, TRAIN, VALIDATION)
     assert (best.step, last.done) == (0, 40)
 
 
 def test_no_patience_in_a_warm_up(support, tmp_path, monkeypatch):
     scripted(monkeypatch, lambda step, _: float(step))
-    _, last = search(opened(tmp_path), plan(3, 40, patience=1), support, TRAIN, VALIDATION)
+    _, last = search_support(opened(tmp_path), plan(3, 40, patience=1), support, TRAIN, VALIDATION)
     assert last.done == 3 + 2
 
 
@@ -248,7 +248,7 @@ def test_the_choice_is_made_on_all_validation_images(support, tmp_path, monkeypa
 
     asked = scripted(monkeypatch, loss)
     walk = replace(plan(10), validation_images=12)
-    best, _ = search(opened(tmp_path), walk, support, TRAIN, VALIDATION)
+    best, _ = search_support(opened(tmp_path), walk, support, TRAIN, VALIDATION)
     assert best.step == chosen
     assert best.loss == min(full, 0.05)
     assert [a for a in asked if a[1] == 30] == [(4, 30), (10, 30)]
@@ -257,7 +257,7 @@ def test_the_choice_is_made_on_all_validation_images(support, tmp_path, monkeypa
 
 def test_with_few_validation_images_all_judge_and_none_twice(support, tmp_path, monkeypatch):
     asked = scripted(monkeypatch, lambda step, _: 1.0)
-    search(opened(tmp_path), plan(5), support, TRAIN, VALIDATION)
+    search_support(opened(tmp_path), plan(5), support, TRAIN, VALIDATION)
     assert asked == [(step, 30) for step in range(6)]
 
 
@@ -288,28 +288,28 @@ def test_a_diverging_loss_stops_with_the_last_good_checkpoint(support, tmp_path,
         r"lower --learning-rate \(now 0.04\) or --label-learning-rate \(now 0.5\)"
     )
     with pytest.raises(UserError, match=message):
-        search(run, walk, support, TRAIN, VALIDATION)
+        search_support(run, walk, support, TRAIN, VALIDATION)
     kept = run.load_state()
     assert kept is not None
     assert kept[1]["done"] == 3
     assert kept[0]["best.images"].shape == support.images.shape
     run.close()
     with pytest.raises(UserError, match="at step 13"):
-        search(opened(tmp_path), walk, support, TRAIN, VALIDATION)
+        search_support(opened(tmp_path), walk, support, TRAIN, VALIDATION)
 
 
 def test_a_loss_that_is_high_for_a_while_stops_nothing(support, tmp_path, monkeypatch):
     with_losses(monkeypatch, 0.2, *[2.5] * 9, 0.1, *[2.5] * 9, 0.1)
-    _, last = search(opened(tmp_path), plan(40), support, TRAIN, VALIDATION)
+    _, last = search_support(opened(tmp_path), plan(40), support, TRAIN, VALIDATION)
     assert last.done == 40
 
 
 def test_a_small_first_loss_is_no_measure(support, tmp_path, monkeypatch):
     """A distilled start has nearly no loss; what counts is the loss of predicting nothing."""
-    nothing = phases._loss_of_nothing(3)
+    nothing = phases._zero_prediction_loss(3)
     assert nothing == pytest.approx(0.5 * (4 / 9 + 1 / 9 + 1 / 9) / 3)
     with_losses(monkeypatch, 1e-6, 9 * nothing)
-    _, last = search(opened(tmp_path), plan(40), support, TRAIN, VALIDATION)
+    _, last = search_support(opened(tmp_path), plan(40), support, TRAIN, VALIDATION)
     assert last.done == 40
     assert math.isclose(last.limit, 10 * nothing)
 
@@ -317,7 +317,7 @@ def test_a_small_first_loss_is_no_measure(support, tmp_path, monkeypatch):
 def test_a_support_that_is_not_finite_ends_before_it_is_kept(support, tmp_path):
     run = opened(tmp_path)
     with pytest.raises(UserError, match=r"not finite at step .*--ridge .*--learning-rate"):
-        search(run, plan(50, learning_rate=1e38), support, TRAIN, VALIDATION)
+        search_support(run, plan(50, learning_rate=1e38), support, TRAIN, VALIDATION)
     kept = run.load_state()
     assert kept is not None
     assert all(np.isfinite(array).all() for array in kept[0].values())
@@ -325,7 +325,7 @@ def test_a_support_that_is_not_finite_ends_before_it_is_kept(support, tmp_path):
 
 def test_a_run_that_needs_too_much_memory_leaves_its_folder_free(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(gram, "free", lambda: 1e6)
+        patch.setattr(gram, "free_bytes", lambda: 1e6)
         with pytest.raises(UserError, match="lower --target-batch"):
             run_kip(KipOptions(optimizer="gauss-newton", out=tmp_path / "a"))
     with monkeypatch.context() as patch:

@@ -29,7 +29,7 @@ def test_notation():
     ],
 )
 def test_a_cluster_is_one_that_launched_several_tasks(environment, launched):
-    assert launchers._launched(environment) is launched
+    assert launchers._has_several_tasks(environment) is launched
 
 
 @pytest.mark.parametrize(

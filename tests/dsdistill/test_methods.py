@@ -14,8 +14,8 @@ from dsdistill.harness.errors import UserError
 from dsdistill.kernels import gram, networks
 from dsdistill.kernels.dense import fc_ntk
 from dsdistill.methods import kip, label_solve, ridge
-from dsdistill.methods.initial_support import Support, initial_support
-from dsdistill.methods.targets import Batches
+from dsdistill.methods.initial_support import Support, draw_support
+from dsdistill.methods.targets import TargetBatches
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +28,13 @@ def train() -> Examples:
     return Examples(LabeledImages(images, labels, ("a", "b", "c")), identity(1), ready=True)
 
 
-def objective(**changes) -> kip.Objective:
-    return kip.Objective((networks.parse("fc"),), **changes)
+def objective(**changes) -> kip.KipObjective:
+    return kip.KipObjective((networks.parse("fc"),), **changes)
 
 
 def start(train: Examples, **changes) -> Support:
     options = {"noise": False, "corruption": 0.0, "seed": 0} | changes
-    return initial_support(train, 2, **options)
+    return draw_support(train, 2, **options)
 
 
 def run(train: Examples, steps: int = 5, support: Support | None = None, **changes):
@@ -66,7 +66,7 @@ def test_first_step_is_adam_on_the_reference_loss(train):
     """Loss and step against the authors' formulas, in float64 throughout."""
     support = start(train)
     with jax.enable_x64(True):
-        drawn = Batches(train, 60, 0).draw(0)
+        drawn = TargetBatches(train, 60, 0).draw(0)
         x_s, y_s, x_t, y_t = (
             jnp.asarray(a, jnp.float64) for a in (support.images, support.labels, *drawn)
         )
@@ -117,7 +117,7 @@ def test_without_a_schedule_the_steps_are_those_of_optax(train):
     for gradient in gradients:
         change, moments = adam.update(gradient, moments)
         expected = expected + change
-        moved, after = kip._moved(
+        moved, after = kip._adam_step(
             objective(),
             {"images": state.images},
             {"images": gradient},
@@ -143,13 +143,13 @@ def test_each_step_draws_one_of_several_networks(train):
     """A function of seed and step; each network's loss is that of a run with it alone."""
     both = networks.parse("fc"), networks.parse("fc", 2)
     options = {"steps": 12, "target_batch": 60, "seed": 0}
-    steps = list(kip.distill(kip.Objective(both), start(train), train, **options))
+    steps = list(kip.distill(kip.KipObjective(both), start(train), train, **options))
     assert {step.network for step in steps} == {0, 1}
-    alone = kip.Objective((both[steps[0].network],))
+    alone = kip.KipObjective((both[steps[0].network],))
     first = next(kip.distill(alone, start(train), train, **options))
     assert first.loss == steps[0].loss
     np.testing.assert_array_equal(first.state.images, steps[0].state.images)
-    late = kip.distill(kip.Objective(both), start(train), train, **options, done=5)
+    late = kip.distill(kip.KipObjective(both), start(train), train, **options, done=5)
     assert [step.network for step in late] == [step.network for step in steps[5:]]
 
 
@@ -198,7 +198,7 @@ def test_support_is_real_balanced_and_drawn_by_the_seed(train):
 
 
 def test_target_batches_are_balanced_capped_and_without_repeats(train):
-    batches = Batches(train, 60, 0)
+    batches = TargetBatches(train, 60, 0)
     labels = batches.draw(3)[1].argmax(1)
     assert np.bincount(labels).tolist() == [20, 20, 15]  # the last class has no more
     images = batches.draw(3)[0]
@@ -218,7 +218,7 @@ def test_a_kernel_that_is_not_finite_is_traced_to_its_image(train):
     network = networks.parse("CRP-flatten")
     with pytest.raises(UserError, match=r"support image 4, .* not finite before ReLU 1 of 1"):
         label_solve.solve_labels(network, images, train)
-    support, one = replace(start(train), images=images), kip.Objective((network,))
+    support, one = replace(start(train), images=images), kip.KipObjective((network,))
     with pytest.raises(UserError, match=r"step 0, support image 4, .*: raise --ridge"):
         next(kip.distill(one, support, train, steps=1, target_batch=30, seed=0))
 

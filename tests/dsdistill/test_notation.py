@@ -5,7 +5,7 @@ import math
 import pytest
 
 from dsdistill.harness.errors import UserError
-from dsdistill.kernels.notation import Architecture, Stage, parse, written
+from dsdistill.kernels.notation import Architecture, Stage, is_notation, parse
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ from dsdistill.kernels.notation import Architecture, Stage, parse, written
 )
 def test_notation(text, layers, head):
     assert parse(text) == Architecture(layers, head)
-    assert written(text)
+    assert is_notation(text)
 
 
 def test_deviations():
@@ -99,7 +99,7 @@ def test_a_relu_needs_a_convolution_before_it(text):
     ],
 )
 def test_what_is_meant_as_a_sequence(text, expected):
-    assert written(text) is expected
+    assert is_notation(text) is expected
 
 
 def test_levels_split_at_poolings_and_stages_at_convolutions():

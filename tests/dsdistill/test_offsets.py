@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsdistill.kernels.conv.offsets import Axis, Grid, grids
+from dsdistill.kernels.conv.offsets import AxisOffsets, Grid, grids
 
 CASES = [
     (height, width, poolings, everywhere)
@@ -45,7 +45,7 @@ def places(grid: Grid) -> dict:
     return found
 
 
-def other(axis: Axis, p: int, offset: int) -> int:
+def other(axis: AxisOffsets, p: int, offset: int) -> int:
     return int(p + offset) % axis.period if axis.radius is None else int(p + offset)
 
 
@@ -103,7 +103,9 @@ def test_flatten_keeps_a_band_and_global_pooling_every_pair_once():
     assert [g.y.period for g in grids(28, 28, 2, True)] == [32, 16, 8]
 
 
-@pytest.mark.parametrize("axis", [Axis(5, 0), Axis(5, 2), Axis(4, 3), Axis(5, None, 8)])
+@pytest.mark.parametrize(
+    "axis", [AxisOffsets(5, 0), AxisOffsets(5, 2), AxisOffsets(4, 3), AxisOffsets(5, None, 8)]
+)
 def test_extended_images_hold_q_where_starts_says(axis):
     extended = np.asarray(axis.extended(jnp.arange(1, axis.size + 1), 0))
     for start, offset, valid in zip(axis.starts, axis.offsets, axis.valid, strict=True):

@@ -15,8 +15,8 @@ from PIL import Image
 
 from dsdistill.commands import evaluation_parts, export
 from dsdistill.harness.data import datasets, distilled_set, preprocess
-from dsdistill.harness.data.distilled_set import Distilled
-from dsdistill.harness.data.labeled_images import LabeledImages, centred_one_hot, per_class
+from dsdistill.harness.data.distilled_set import DistilledSet
+from dsdistill.harness.data.labeled_images import LabeledImages, centred_one_hot, draw_per_class
 from dsdistill.harness.errors import UserError
 from dsdistill.options import EvaluateOptions
 from dsdistill.published_sets import evidence, pixels, reader
@@ -39,7 +39,7 @@ def fitted(splits):
 @pytest.fixture(scope="module")
 def few(splits):
     """The set's images in [0, 1] and labels, in class order."""
-    rows = per_class(splits.train, SHARE, np.random.default_rng(0))
+    rows = draw_per_class(splits.train, SHARE, np.random.default_rng(0))
     return splits.train.images(rows), splits.train.labels[rows]
 
 
@@ -154,7 +154,7 @@ def test_pair_of_files_as_folder_and_as_file(tmp_path, splits, few, fitted, read
     published = _nchw(fitted.apply(images)).requires_grad_()
     torch.save(published, folder / "images_500.pt")
     torch.save(torch.from_numpy(labels), folder / "labels_500.pt")
-    assert reader.is_foreign(folder)
+    assert reader.is_published_set(folder)
     refused(folder, r"no images_best.pt: give one of its files \(images_500.pt\)")
     torch.save(published, folder / "images_best.pt")
     refused(folder, "there is no file .*labels_best.pt")
@@ -243,9 +243,9 @@ def test_own_export_comes_back_to_the_bit(tmp_path, splits, few, read, kind, pre
     images, labels = few
     own = preprocess.fit(prepared, lambda size: iter([images]), images.shape[1:])
     solved = np.random.default_rng(1).normal(0, 9, (len(labels), 10)).astype(np.float32)
-    made = Distilled(own.apply(images), solved, own, splits.train.classes, {})
-    distilled_set.save(tmp_path / distilled_set.FILE, made)
-    path = export.write(tmp_path / distilled_set.FILE, kind, None)
+    made = DistilledSet(own.apply(images), solved, own, splits.train.classes, {})
+    distilled_set.save(tmp_path / distilled_set.FILE_NAME, made)
+    path = export.write(tmp_path / distilled_set.FILE_NAME, kind, None)
     got = read(path)
     np.testing.assert_array_equal(got.images, made.images)
     np.testing.assert_array_equal(got.labels, made.labels)
@@ -256,18 +256,18 @@ def test_own_export_that_cannot_be_used(tmp_path, few, read, refused):
     images, labels = few
     own = preprocess.fit("zca", lambda size: iter([images]), images.shape[1:])
     classes = tuple(str(i) for i in range(10))
-    made = Distilled(own.apply(images), centred_one_hot(labels, 10), own, classes, {})
-    distilled_set.save(tmp_path / distilled_set.FILE, made)
-    whitened = export.write(tmp_path / distilled_set.FILE, "npz", None)
+    made = DistilledSet(own.apply(images), centred_one_hot(labels, 10), own, classes, {})
+    distilled_set.save(tmp_path / distilled_set.FILE_NAME, made)
+    whitened = export.write(tmp_path / distilled_set.FILE_NAME, "npz", None)
     refused(whitened, "whitened set: evaluate its .safetensors")
     plain = preprocess.identity(1)
-    made = Distilled(images, centred_one_hot(labels, 10), plain, classes[::-1], {})
-    distilled_set.save(tmp_path / distilled_set.FILE, made)
-    reversed_ = export.write(tmp_path / distilled_set.FILE, "npz", tmp_path / "reversed.npz")
+    made = DistilledSet(images, centred_one_hot(labels, 10), plain, classes[::-1], {})
+    distilled_set.save(tmp_path / distilled_set.FILE_NAME, made)
+    reversed_ = export.write(tmp_path / distilled_set.FILE_NAME, "npz", tmp_path / "reversed.npz")
     got = read(reversed_)
     np.testing.assert_array_equal(got.hard_labels, 9 - labels)  # label 9 is the class named '0'
     assert "classes: matched by name" in _notes(got)
-    other = distilled_set.FILE.replace("distilled", "other")
+    other = distilled_set.FILE_NAME.replace("distilled", "other")
     distilled_set.save(tmp_path / other, replace(made, classes=("ten", *classes[1:])))
     named = export.write(tmp_path / other, "npz", tmp_path / "named.npz")
     refused(named, "of the classes ten, 1, .* of 0, 1, .* must have the same ones")
@@ -299,7 +299,7 @@ def _write_folder(folder, images, labels, name, suffix=".png", size=None):
 )
 def test_class_folders(tmp_path, splits, few, fitted, read, name, how):
     folder = _write_folder(tmp_path / "syn", *few, name)
-    assert reader.is_foreign(folder)
+    assert reader.is_published_set(folder)
     got = read(folder)
     assert _accuracy(got, splits.test) > GOOD
     assert how in _notes(got)
@@ -581,26 +581,26 @@ def test_digest_follows_every_file(tmp_path, few, read):
 
 def test_what_is_foreign(tmp_path):
     for name in ("a.pt", "a.pth", "a.npz"):
-        assert reader.is_foreign(tmp_path / name)
-    assert not reader.is_foreign(tmp_path / "a.safetensors")
-    assert not reader.is_foreign(tmp_path / "missing")
-    assert not reader.is_foreign(tmp_path)
+        assert reader.is_published_set(tmp_path / name)
+    assert not reader.is_published_set(tmp_path / "a.safetensors")
+    assert not reader.is_published_set(tmp_path / "missing")
+    assert not reader.is_published_set(tmp_path)
     (tmp_path / "new000").mkdir()
-    assert not reader.is_foreign(tmp_path)
+    assert not reader.is_published_set(tmp_path)
     (tmp_path / "new000" / "1.JPEG").touch()
-    assert reader.is_foreign(tmp_path)
-    (tmp_path / distilled_set.FILE).touch()
-    assert not reader.is_foreign(tmp_path)
+    assert reader.is_published_set(tmp_path)
+    (tmp_path / distilled_set.FILE_NAME).touch()
+    assert not reader.is_published_set(tmp_path)
 
 
 def test_hint():
     """Three standard errors of 10000 answers at chance 0.1 are 0.009."""
-    assert reader.hint(0.1091, 0.1, 10000) is None
-    line = reader.hint(0.1089, 0.1, 10000)
+    assert reader.chance_hint(0.1091, 0.1, 10000) is None
+    line = reader.chance_hint(0.1089, 0.1, 10000)
     assert line is not None
     assert all(word in line for word in ("--pixels", "--mean", "--labels", "--layout", "order"))
-    assert reader.hint(0.02, 0.1, 10000) is not None
-    assert reader.hint(0.15, 0.1, 100) is not None
+    assert reader.chance_hint(0.02, 0.1, 10000) is not None
+    assert reader.chance_hint(0.15, 0.1, 100) is not None
 
 
 class _Hostile:
@@ -913,10 +913,10 @@ def test_steps_across_the_middle_show_tiles():
     smooth = ramp + ramp.transpose(1, 0, 2)
     whole = np.stack([smooth * gain for gain in rng.random(40, np.float32)])
     train = LabeledImages(whole, np.arange(40) % 2, ("a", "b"))
-    assert evidence.tiled(whole, train) is None
+    assert evidence.find_tiles(whole, train) is None
     half = whole[:, ::2, ::2]
     corners = half.reshape(10, 2, 2, 8, 8, 1).transpose(0, 1, 3, 2, 4, 5).reshape(10, 16, 16, 1)
-    assert "the step across the middle is" in evidence.tiled(corners, train)
+    assert "the step across the middle is" in evidence.find_tiles(corners, train)
 
 
 @pytest.mark.parametrize(
@@ -946,7 +946,7 @@ def test_two_npy_files(tmp_path, few, fitted, read, refused):
     np.save(folder / "images.npy", fitted.apply(few[0]))
     refused(folder, "one array, and its labels are nowhere: wanted labels.npy")
     np.save(folder / "labels.npy", few[1])
-    assert reader.is_foreign(folder)
+    assert reader.is_published_set(folder)
     for path in (folder, folder / "images.npy"):
         np.testing.assert_array_equal(read(path).hard_labels, few[1])
     os.replace(folder / "images.npy", tmp_path / "x_train.npy")
@@ -976,7 +976,7 @@ def test_arrays_that_claim_more_than_they_hold(tmp_path, few, refused):
 def test_pickles_are_refused_unread(tmp_path, refused, name):
     target = tmp_path / "made by a pickle"
     (tmp_path / name).write_bytes(pickle.dumps(_Hostile(target)))
-    assert reader.is_foreign(tmp_path / name)
+    assert reader.is_published_set(tmp_path / name)
     refused(tmp_path / name, "is a pickle, which can run any program .*numpy.savez")
     assert not target.exists()
 
@@ -1031,7 +1031,7 @@ def test_the_data_of_a_set_are_read_with_its_channels(tmp_path):
         data_root=tmp_path,
     )
     gray = datasets.load(options.data or "", root=tmp_path, channels=1).train
-    rows = per_class(gray, 2, np.random.default_rng(0))
+    rows = draw_per_class(gray, 2, np.random.default_rng(0))
     np.savez(options.run, images=gray.images(rows), labels=gray.labels[rows])
     parts = evaluation_parts.assemble(replace(options, channels=1))
     assert parts.splits.train.shape == parts.distilled.images.shape[1:] == (8, 8, 1)
@@ -1045,13 +1045,13 @@ def test_the_data_of_a_set_are_read_with_its_channels(tmp_path):
 
 @pytest.mark.parametrize("stated", [{"channels": 1}, {"image_size": 8}])
 def test_how_the_data_of_our_own_sets_are_read_is_theirs_to_say(tmp_path, splits, fitted, stated):
-    rows = per_class(splits.train, 1, np.random.default_rng(0))
+    rows = draw_per_class(splits.train, 1, np.random.default_rng(0))
     one_each = (
         fitted.apply(splits.train.images(rows)),
         centred_one_hot(splits.train.labels[rows], 10),
     )
     distilled_set.save(
-        tmp_path / "set.safetensors", Distilled(*one_each, fitted, splits.train.classes, {})
+        tmp_path / "set.safetensors", DistilledSet(*one_each, fitted, splits.train.classes, {})
     )
     options = EvaluateOptions(
         tmp_path / "set.safetensors", data="digits", learners="ridge", **stated

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.fashion]
 
 
 def accuracy(run: Path) -> float:
-    return distilled_set.load(run / distilled_set.FILE).provenance["metrics"]["test_accuracy"]
+    return distilled_set.load(run / distilled_set.FILE_NAME).provenance["metrics"]["test_accuracy"]
 
 
 def test_kip_on_fashion_mnist(dsdistill, tmp_path):

@@ -19,7 +19,7 @@ from dsdistill.harness.errors import UserError
 from dsdistill.harness.reports import image_grid
 from dsdistill.harness.runs import progress, run_folder
 from dsdistill.harness.runs.run_folder import RunError
-from dsdistill.harness.stopping import Stopped
+from dsdistill.harness.stopping import StopInterrupt
 from dsdistill.kernels import networks
 from dsdistill.options import KipOptions, LabelSolveOptions
 
@@ -59,7 +59,9 @@ def stopped(request, tmp_path_factory) -> tuple[str, Path]:
                 raise KeyboardInterrupt
 
         patch.setattr(run_folder.Metrics, "write", stopping)
-        with pytest.raises(Stopped, match=f"continue with `dsdistill {request.param} --resume"):
+        with pytest.raises(
+            StopInterrupt, match=f"continue with `dsdistill {request.param} --resume"
+        ):
             start(folder, request.param)
     assert (folder / "run" / "checkpoint.safetensors").exists()
     assert not (folder / "run" / ".lock").exists()
@@ -126,7 +128,9 @@ def test_the_same_data_go_on(copy):
     whole.mkdir()
     shutil.copy(folder / "data.npz", whole)
     start(whole, method)
-    one, two = (distilled_set.load(where / "run" / distilled_set.FILE) for where in (folder, whole))
+    one, two = (
+        distilled_set.load(where / "run" / distilled_set.FILE_NAME) for where in (folder, whole)
+    )
     np.testing.assert_array_equal(one.images, two.images)
     np.testing.assert_array_equal(one.labels, two.labels)
     assert one.provenance["inputs"] == two.provenance["inputs"]
@@ -185,10 +189,10 @@ def test_a_set_is_saved_though_its_picture_cannot_be_drawn(tmp_path, monkeypatch
     def fail(*_) -> None:
         raise ValueError("not\nmathematics")
 
-    monkeypatch.setattr(image_grid, "write_grid", fail)
+    monkeypatch.setattr(image_grid, "write", fail)
     write_data(tmp_path / "data.npz")
     folder = start(tmp_path, "ls")
-    assert len(distilled_set.load(folder / distilled_set.FILE)) == 3
+    assert len(distilled_set.load(folder / distilled_set.FILE_NAME)) == 3
     assert "could not be drawn (ValueError: not mathematics)" in capsys.readouterr().err
 
 
@@ -219,7 +223,7 @@ def test_a_stop_before_the_run_began_promises_no_resume(tmp_path, monkeypatch):
 
     monkeypatch.setattr(preprocess, "fit", stop)
     write_data(tmp_path / "data.npz")
-    with pytest.raises(Stopped, match=r"stopped before the run began: nothing was written"):
+    with pytest.raises(StopInterrupt, match=r"stopped before the run began: nothing was written"):
         start(tmp_path, "kip")
     assert not (tmp_path / "run").exists()
 
@@ -247,9 +251,9 @@ def test_long_zca_is_announced_and_its_result_the_same(monkeypatch, capsys):
 
     short = preprocess.fit("zca", chunks, (4, 4, 3))
     assert not capsys.readouterr().err
-    monkeypatch.setattr(preprocess, "PROBE", 4)
-    monkeypatch.setattr(preprocess, "CHUNK", 7 * 48)
-    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    monkeypatch.setattr(preprocess, "PROBE_ROWS", 4)
+    monkeypatch.setattr(preprocess, "MAX_CHUNK_VALUES", 7 * 48)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     long = preprocess.fit("zca", chunks, (4, 4, 3))
     np.testing.assert_allclose(long.whiten, short.whiten, rtol=1e-4, atol=1e-4)
     announced, *lines = capsys.readouterr().err.splitlines()
@@ -305,7 +309,7 @@ def test_a_users_kernel_that_changed_is_refused(tmp_path, monkeypatch, capsys, c
 
     with monkeypatch.context() as patch:
         patch.setattr(run_folder.Metrics, "write", stopping)
-        with pytest.raises(Stopped):
+        with pytest.raises(StopInterrupt):
             distil.run_kip(options)
     config = json.loads((out / "config.json").read_text())
     name = "module of the kernel users_kernels:good"
@@ -323,4 +327,4 @@ def test_a_users_kernel_that_changed_is_refused(tmp_path, monkeypatch, capsys, c
         (out / "config.json").write_text(json.dumps(config))
     distil.run_kip(KipOptions(out=out, resume=True))
     assert (f"holds no hash of: {name}" in capsys.readouterr().err) == (change == "no hash")
-    assert distilled_set.load(out / distilled_set.FILE).provenance["inputs"][name]
+    assert distilled_set.load(out / distilled_set.FILE_NAME).provenance["inputs"][name]

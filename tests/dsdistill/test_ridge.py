@@ -56,7 +56,7 @@ def examples(n: int) -> Examples:
 
 def test_learner_fits_its_training_images_and_predicts_any_number():
     train = examples(30)
-    predict = ridge.Ridge(networks.parse("fc"), 1e-9)(train, examples(3), 0)
+    predict = ridge.RidgeLearner(networks.parse("fc"), 1e-9)(train, examples(3), 0)
     np.testing.assert_allclose(predict(train.images()), train.labels(), atol=1e-3)
     many = examples(ridge.CHUNK + 5).images()
     # float32 kernels of another number of images are summed in another order.

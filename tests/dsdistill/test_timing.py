@@ -11,7 +11,7 @@ from dsdistill.harness.runs import progress
 from dsdistill.kernels import networks
 from dsdistill.loops import timing
 from dsdistill.methods import kip
-from dsdistill.methods.initial_support import initial_support
+from dsdistill.methods.initial_support import draw_support
 
 
 @pytest.mark.parametrize(
@@ -19,14 +19,14 @@ from dsdistill.methods.initial_support import initial_support
     [(5000, 5000), ("480", 480), ("2s", 2.0), ("0.5 s", 0.5), ("500ms", 0.5), ("1min", 60.0)],
 )
 def test_parse(text, value):
-    assert timing.parse(text) == value
-    assert type(timing.parse(text)) is type(value)
+    assert timing.parse_target_batch(text) == value
+    assert type(timing.parse_target_batch(text)) is type(value)
 
 
 @pytest.mark.parametrize("text", ["", "soon", "2h", "1e3", "1.5", 0, -3, "0s", "-2s"])
 def test_parse_refuses(text):
     with pytest.raises(UserError, match="--target-batch must be"):
-        timing.parse(text)
+        timing.parse_target_batch(text)
 
 
 def train(n: int) -> Examples:
@@ -39,9 +39,9 @@ FC = networks.parse("fc"), networks.parse("fc", 2)
 
 
 def chosen(seconds: float, n: int = 10_000, count: int = 1) -> int:
-    objective, data = kip.Objective(FC[:count]), train(n)
-    support = initial_support(data, 1, noise=False, corruption=0, seed=0)
-    return timing.target_batch(objective, support, data, seconds, seed=0)
+    objective, data = kip.KipObjective(FC[:count]), train(n)
+    support = draw_support(data, 1, noise=False, corruption=0, seed=0)
+    return timing.choose_target_batch(objective, support, data, seconds, seed=0)
 
 
 def timed(monkeypatch, seconds) -> list[int]:
@@ -52,7 +52,7 @@ def timed(monkeypatch, seconds) -> list[int]:
         sizes.append(targets)
         return seconds(targets, objective.networks[0])
 
-    monkeypatch.setattr(timing, "_seconds", measured)
+    monkeypatch.setattr(timing, "_time_step", measured)
     return sizes
 
 
@@ -100,11 +100,11 @@ def test_a_real_measurement():
 
 @pytest.mark.parametrize("work", ["forward", "adam", "gauss-newton"])
 def test_a_tile_announces_long_work_alone(work, monkeypatch):
-    monkeypatch.setitem(timing.TILES, "exact planes", 4)
-    conv, long = networks.parse("conv(1)"), timing.LONG * 4 * 4
-    assert timing.tile(conv, train(20), long, work) is None
-    assert timing.tile(FC[0], train(20), 1e9, work) is None  # its steps say so soon enough
-    found = timing.tile(conv, train(20), long + 1, work)
+    monkeypatch.setitem(timing.TILE_SIDES, "exact planes", 4)
+    conv, long = networks.parse("conv(1)"), timing.MIN_ANNOUNCED_TILES * 4 * 4
+    assert timing.time_tile(conv, train(20), long, work) is None
+    assert timing.time_tile(FC[0], train(20), 1e9, work) is None  # its steps say so soon enough
+    found = timing.time_tile(conv, train(20), long + 1, work)
     assert found is not None
     assert found.pairs == 4 * 4 * jax.device_count()
     assert 0 < found.seconds < 10
@@ -112,8 +112,8 @@ def test_a_tile_announces_long_work_alone(work, monkeypatch):
 
 def test_the_time_of_a_tile_is_without_compiling(monkeypatch):
     times = iter([30.0, 3.0, 2.0])
-    monkeypatch.setattr(timing, "_timed", lambda run, images: next(times))
-    assert timing.tile(networks.parse("conv(1)"), train(3), 1e9, "adam") == (
+    monkeypatch.setattr(timing, "_time_call", lambda run, images: next(times))
+    assert timing.time_tile(networks.parse("conv(1)"), train(3), 1e9, "adam") == (
         2.0,
         3 * 3 * jax.device_count(),
     )
@@ -135,23 +135,23 @@ def test_pace_leaves_out_the_steps_that_compile():
 
 def test_only_long_work_shows_its_parts(capsys, monkeypatch):
     parts = [slice(0, 4), slice(4, 8), slice(8, 9)]
-    assert list(progress.slow(parts, "test images")) == parts
-    assert list(progress.slow([], "test images")) == []
+    assert list(progress.track_if_slow(parts, "test images")) == parts
+    assert list(progress.track_if_slow([], "test images")) == []
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(progress, "LINE_EVERY", 0)
-    assert list(progress.slow(parts, "test images")) == parts
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
+    assert list(progress.track_if_slow(parts, "test images")) == parts
     said = capsys.readouterr().err.splitlines()
     assert [line.split("  ")[0] for line in said] == [f"{done}/9 test images" for done in (4, 8, 9)]
     assert said[-1].endswith("0:00 left")
 
 
 def test_expected_is_one_line(capsys):
-    progress.expected(720, "step", 0.72, 864_000)
+    progress.announce_duration(720, "step", 0.72, 864_000)
     assert capsys.readouterr().err == (
         "expected: 12 min to the end of the run "
         "(0.7 s a step, 1.2 million pairs of images a second)\n"
     )
-    progress.expected(0.0123, "chunk", 0.0123, 10)
+    progress.announce_duration(0.0123, "chunk", 0.0123, 10)
     assert capsys.readouterr().err == (
         "expected: 12 ms to the end of the run (12 ms a chunk, 813 pairs of images a second)\n"
     )
@@ -171,7 +171,7 @@ def test_expected_is_one_line(capsys):
     ],
 )
 def test_durations(seconds, words):
-    assert progress.duration(seconds) == words
+    assert progress.format_duration(seconds) == words
 
 
 @pytest.mark.parametrize(
@@ -185,4 +185,4 @@ def test_durations(seconds, words):
     ],
 )
 def test_amounts(number, words):
-    assert progress.amount(number) == words
+    assert progress.format_amount(number) == words

@@ -51,7 +51,7 @@ def test_k_means_covers_the_clusters_of_a_class():
 
 def test_k_means_takes_no_image_twice():
     distance = np.array([[0.0, 0.1], [1.0, 1.0], [2.0, 0.5]])  # both centres nearest to image 0
-    assert controls._nearest(distance).tolist() == [0, 2]
+    assert controls._nearest_images(distance).tolist() == [0, 2]
 
 
 def greedy(pixels: np.ndarray, count: int) -> list[int]:

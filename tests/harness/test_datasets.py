@@ -48,27 +48,27 @@ def _refused(path, tmp_path, match, **options):
 )
 def test_stratified_is_exact_disjoint_and_repeatable(counts, fraction, seed):
     labels = _labeled(counts, seed).labels
-    kept, held = labeled_images.stratified(labels, fraction)
+    kept, held = labeled_images.split_by_class(labels, fraction)
     assert sorted([*kept, *held]) == list(range(len(labels)))
     assert (np.diff(kept) > 0).all()
     assert (np.diff(held) > 0).all()
     for label, count in enumerate(counts):
         assert (labels[held] == label).sum() == round(fraction * count)
-    again = labeled_images.stratified(labels, fraction)
+    again = labeled_images.split_by_class(labels, fraction)
     np.testing.assert_array_equal(again[0], kept)
     np.testing.assert_array_equal(again[1], held)
 
 
 def test_stratified_is_a_random_choice():
     labels = np.repeat([0, 1], 100)
-    _, held = labeled_images.stratified(labels, 0.2)
+    _, held = labeled_images.split_by_class(labels, 0.2)
     assert held[labels[held] == 0].max() > 30  # not simply the first 20
 
 
 @given(counts=st.lists(st.integers(1, 12), min_size=1, max_size=5), count=st.integers(0, 80))
 def test_balanced_gives_every_class_its_share(counts, count):
     labels = _labeled(counts).labels
-    chosen = labeled_images.balanced(labels, count, np.random.default_rng(0))
+    chosen = labeled_images.draw_balanced(labels, count, np.random.default_rng(0))
     assert len(set(chosen.tolist())) == len(chosen)
     share = max(count // len(counts), 1)
     assert np.bincount(labels[chosen]).tolist() == [min(share, n) for n in counts]
@@ -78,19 +78,20 @@ def test_balanced_gives_every_class_its_share(counts, count):
 def test_balanced_follows_its_generator():
     labels = np.repeat([0, 1], 50)
     draw = [
-        labeled_images.balanced(labels, 10, np.random.default_rng(s)).tolist() for s in (0, 0, 1)
+        labeled_images.draw_balanced(labels, 10, np.random.default_rng(s)).tolist()
+        for s in (0, 0, 1)
     ]
     assert draw[0] == draw[1] != draw[2]
 
 
 def test_per_class_is_exact_or_refused():
     data = _labeled([5, 3, 9])
-    chosen = labeled_images.per_class(data, 3, np.random.default_rng(0))
+    chosen = labeled_images.draw_per_class(data, 3, np.random.default_rng(0))
     assert data.labels[chosen].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     with pytest.raises(DataError, match=r"'class 1' has 3 .* fewer than the 4"):
-        labeled_images.per_class(data, 4, np.random.default_rng(0))
+        labeled_images.draw_per_class(data, 4, np.random.default_rng(0))
     with pytest.raises(UserError, match="at least 1, got 0"):
-        labeled_images.per_class(data, 0, np.random.default_rng(0))
+        labeled_images.draw_per_class(data, 0, np.random.default_rng(0))
 
 
 def test_centred_one_hot_rows_sum_to_zero():

@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as arrays
 
 from dsdistill.harness import checksums
 from dsdistill.harness.data import distilled_set, preprocess
-from dsdistill.harness.data.distilled_set import ArtifactError, Distilled
+from dsdistill.harness.data.distilled_set import DistilledSet, DistilledSetError
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
@@ -26,7 +26,7 @@ def _distilled(n=4, shape=(3, 2, 1), k=2, kind="zca", seed=0):
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 256, (50, *shape), dtype=np.uint8)
     fitted = preprocess.fit(kind, lambda size: iter([pixels]), shape)
-    return Distilled(
+    return DistilledSet(
         fitted.apply(pixels[:n]),
         rng.normal(size=(n, k)).astype(np.float32),
         fitted,
@@ -94,7 +94,7 @@ def _equal_or_refused(path, content, damaged):
     path.write_bytes(damaged)
     try:
         got = distilled_set.load(path)
-    except ArtifactError:
+    except DistilledSetError:
         return
     path.write_bytes(content)
     _assert_equal(got, distilled_set.load(path))
@@ -120,7 +120,7 @@ def test_every_byte_of_the_header_may_flip(tmp_path, content):
 def test_truncations_are_refused(tmp_path, content):
     for end in [*range(0, len(content), 7), len(content) - 1]:
         (tmp_path / "a").write_bytes(content[:end])
-        with pytest.raises(ArtifactError):
+        with pytest.raises(DistilledSetError):
             distilled_set.load(tmp_path / "a")
 
 
@@ -155,14 +155,14 @@ FOREIGN = {
 def test_foreign_files_are_refused(kind, tmp_path):
     path = tmp_path / "foreign.safetensors"
     FOREIGN[kind](path)
-    with pytest.raises(ArtifactError, match=r"foreign\.safetensors") as caught:
+    with pytest.raises(DistilledSetError, match=r"foreign\.safetensors") as caught:
         distilled_set.load(path)
     assert "\n" not in str(caught.value)
 
 
 def _header(**changes):
     header = {
-        "format": distilled_set.FORMAT,
+        "format": distilled_set.FORMAT_VERSION,
         "encoding": distilled_set.ENCODING,
         "classes": ["a", "b"],
         "preprocess": {"kind": "standardise", "contrast": 1.0},
@@ -241,7 +241,7 @@ TENSORS = {
 @pytest.mark.parametrize("case", HEADERS)
 def test_a_hostile_header_is_refused(case, tmp_path):
     _forge(tmp_path / "forged", HEADERS[case], _tensors())
-    with pytest.raises(ArtifactError, match="forged") as caught:
+    with pytest.raises(DistilledSetError, match="forged") as caught:
         distilled_set.load(tmp_path / "forged")
     assert "\n" not in str(caught.value)
 
@@ -249,13 +249,13 @@ def test_a_hostile_header_is_refused(case, tmp_path):
 @pytest.mark.parametrize("case", TENSORS)
 def test_hostile_tensors_are_refused(case, tmp_path):
     _forge(tmp_path / "forged", _header(), _tensors(**TENSORS[case]))
-    with pytest.raises(ArtifactError, match="forged"):
+    with pytest.raises(DistilledSetError, match="forged"):
         distilled_set.load(tmp_path / "forged")
 
 
 def test_a_wrong_set_is_not_written(tmp_path):
     bad = replace(_distilled(), labels=np.full((4, 2), np.nan, np.float32))
-    with pytest.raises(ArtifactError, match="labels has NaN"):
+    with pytest.raises(DistilledSetError, match="labels has NaN"):
         distilled_set.save(tmp_path / "a", bad)
     assert not list(tmp_path.iterdir())
 

@@ -83,7 +83,7 @@ def test_train_and_val_are_read_in_class_order(tmp_path):
     assert isinstance(train.store, np.memmap)
 
 
-@pytest.mark.parametrize("name", sorted({*layout.PARTS} - {"train", "training"}))
+@pytest.mark.parametrize("name", sorted({*layout.PART_BY_KEYWORD} - {"train", "training"}))
 def test_names_of_the_test_part(name, tmp_path):
     _classes(tmp_path / "data" / "train", {"a": 2, "b": 2})
     _classes(tmp_path / "data" / name, {"a": 1, "b": 3})
@@ -96,7 +96,7 @@ def test_a_folder_without_test_part_is_split(inside, tmp_path):
     data = tmp_path / "data"
     _classes(data / inside, {"a": 10, "b": 20})
     train, test = _read(data, tmp_path)
-    kept, held = labeled_images.stratified(np.repeat([0, 1], [10, 20]), datasets.TEST_FRACTION)
+    kept, held = labeled_images.split_by_class(np.repeat([0, 1], [10, 20]), datasets.TEST_FRACTION)
     np.testing.assert_array_equal(train.rows, kept)
     np.testing.assert_array_equal(test.rows, held)
     assert np.bincount(test.labels).tolist() == [2, 4]
@@ -429,7 +429,7 @@ folders.read(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), None)
     assert train.images().any((1, 2, 3)).all()  # no black slot of an image never written
     assert half.exists()  # it may belong to a living process
     for file in (half, *half.rglob("*")):
-        os.utime(file, (time.time() - 2 * folders.ABANDONED,) * 2)
+        os.utime(file, (time.time() - 2 * folders.MAX_SECONDS_WITHOUT_WRITE,) * 2)
     _read(data, tmp_path, 4)
     assert not half.exists()
 
@@ -451,7 +451,7 @@ def test_processes_may_decode_at_once(tmp_path):
 def test_only_chunks_are_held(tmp_path, monkeypatch):
     """Files are not decoded ahead of the chunk that is being written."""
     data = _classes(tmp_path / "data", {"a": 30, "b": 30})
-    monkeypatch.setattr(folders, "CHUNK", 8)
+    monkeypatch.setattr(folders, "IMAGES_PER_CHUNK", 8)
     decode, done, lead = folders._decode, [], []
 
     def spy(file, **options):
@@ -460,7 +460,7 @@ def test_only_chunks_are_held(tmp_path, monkeypatch):
 
     monkeypatch.setattr(folders, "_decode", spy)
     files = sorted(data.rglob("*.png"))
-    for written, _ in enumerate(folders._stream(files, None)):
+    for written, _ in enumerate(folders._decode_all(files, None)):
         lead.append(len(done) - written)
     assert len(done) == 60
     assert max(lead) <= 8
@@ -491,7 +491,7 @@ def test_every_flipped_bit_of_the_cache_is_seen_and_said(tmp_path, capsys):
 
 def test_each_part_of_a_large_cache_has_a_checksum(tmp_path, monkeypatch):
     data = _classes(tmp_path / "data", {"a": 3, "b": 3})
-    monkeypatch.setattr(folders, "CHECKED", 100)
+    monkeypatch.setattr(folders, "BYTES_PER_CHECKSUM", 100)
     _read(data, tmp_path)
     (entry,) = (tmp_path / "cache").iterdir()
     content = (entry / "images.npy").read_bytes()
@@ -583,7 +583,7 @@ def test_what_a_living_process_decodes_is_not_cleared(tmp_path, monkeypatch, cap
     kept = tmp_path / "kept" / "decoded"
     dead = kept / ".half-dead"
     dead.mkdir(parents=True)
-    (dead / locks.NAME).write_text("1 elsewhere\n")  # as a kill leaves it
+    (dead / locks.LOCK_FILE).write_text("1 elsewhere\n")  # as a kill leaves it
     data = _classes(tmp_path / "photos", {"a": 4, "b": 4})
     decode, cleared = folders._decode, []
 

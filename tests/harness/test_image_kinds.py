@@ -247,7 +247,7 @@ def test_gray_images_among_colour_ones_are_colour_and_said(gray, colour, tmp_pat
 
 def test_colour_that_no_header_foretold_begins_again(tmp_path, monkeypatch):
     data = _mixed(tmp_path / "data", 9, 1)
-    monkeypatch.setattr(folders, "PROBED", 1)
+    monkeypatch.setattr(folders, "MAX_PROBED_FILES", 1)
     store = folders.read(data, tmp_path / "cache", None).train.store
     assert store.shape == (20, 4, 4, 3)
     assert [int(image[0, 0, 0]) for image in store] == [*range(50, 59), 200] * 2

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dsdistill.harness.data import class_names, datasets
 from dsdistill.harness.data.labeled_images import DataError
-from dsdistill.harness.data.layout import Layout, list_folder
+from dsdistill.harness.data.layout import FolderLayout, list_folder
 
 COLOURS = {"cat": (200, 30, 30), "dog": (30, 200, 30), "owl": (30, 30, 200)}
 
@@ -27,7 +27,7 @@ def _fill(folder: Path, count: int, names: tuple[str, ...] = tuple(COLOURS)) -> 
     return folder
 
 
-def _counts(layout: Layout) -> tuple[int, int, int]:
+def _counts(layout: FolderLayout) -> tuple[int, int, int]:
     return tuple(
         len(part.files) if part else 0 for part in (layout.train, layout.validation, layout.test)
     )  # pyright: ignore[reportReturnType]

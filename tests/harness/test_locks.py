@@ -88,12 +88,12 @@ def test_a_closed_run_leaves_no_lock_file_and_can_be_resumed_in_the_same_process
     run.close()
     with _start(tmp_path, resume=True):
         run.close()  # an old handle closes nothing of others
-        assert (tmp_path / locks.NAME).exists()
+        assert (tmp_path / locks.LOCK_FILE).exists()
 
 
 def test_a_run_that_is_dropped_gives_its_folder_free(tmp_path):
     _start(tmp_path)
-    assert not (tmp_path / locks.NAME).exists()
+    assert not (tmp_path / locks.LOCK_FILE).exists()
 
 
 def test_a_refused_start_leaves_nothing(tmp_path):
@@ -109,7 +109,7 @@ def test_a_forked_child_neither_holds_nor_removes_the_lock(tmp_path):
     child = os.fork()
     if child == 0:
         del run
-        os.write(write, b"1" if (tmp_path / locks.NAME).exists() else b"0")
+        os.write(write, b"1" if (tmp_path / locks.LOCK_FILE).exists() else b"0")
         time.sleep(60)
         os._exit(0)
     try:

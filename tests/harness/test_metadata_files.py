@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dsdistill.harness.data import datasets, origin
-from dsdistill.harness.data.distilled_set import Distilled
+from dsdistill.harness.data.distilled_set import DistilledSet
 from dsdistill.harness.data.labeled_images import DataError
 from dsdistill.harness.data.layout import list_folder
 from dsdistill.harness.data.preprocess import identity
@@ -267,10 +267,10 @@ def test_a_set_finds_its_data_again(tmp_path):
     _write(root / "metadata.csv", _rows(root, 30))
     images, labels = np.zeros((3, 4, 4, 3), np.float32), np.eye(3, dtype=np.float32) - 1 / 3
     said = {"data": {"source": str(root)}, "config": {"data": str(root)}}
-    distilled = Distilled(images, labels.astype(np.float32), identity(3), NAMES, said)
+    distilled = DistilledSet(images, labels.astype(np.float32), identity(3), NAMES, said)
     splits = origin.load(tmp_path / "set", distilled, str(root), root=tmp_path)
     assert splits.train.classes == NAMES
-    other = Distilled(images, labels, identity(3), ("ant", "bee", "cow"), said)
+    other = DistilledSet(images, labels, identity(3), ("ant", "bee", "cow"), said)
     with pytest.raises(ValueError, match="no folder of its class 'ant'"):
         origin.load(tmp_path / "set", other, str(root), root=tmp_path)
 

@@ -28,10 +28,10 @@ from rich.table import Table
 from dsdistill.commands import inspect
 from dsdistill.harness import command_line, text
 from dsdistill.harness.data import distilled_set, preprocess
-from dsdistill.harness.errors import UserError, unknown
+from dsdistill.harness.errors import UserError, unknown_name
 from dsdistill.harness.reports import gallery, growth, image_grid, markdown, page, plot_style
 from dsdistill.harness.reports import report as reports
-from dsdistill.harness.reports.image_grid import Side
+from dsdistill.harness.reports.image_grid import GridSide
 from dsdistill.harness.runs import progress, run_folder
 from kd import cli
 from kd.commands import curves, finished_runs, train
@@ -126,19 +126,19 @@ def test_a_name_is_printable_on_one_line(name, shown):
 
 
 def test_long_names_keep_both_ends():
-    short = text.shortened(LONG, 32)
+    short = text.shorten(LONG, 32)
     assert len(short) == 32
     assert short.startswith("Tomato_x")
     assert short.endswith("x_healthy")
-    assert text.shortened("bird", 4) == "bird"
-    assert text.shortened("birds", 4) == "bi…s"
-    assert len(text.shortened("\x1b" * 100, 32)) == 32
+    assert text.shorten("bird", 4) == "bird"
+    assert text.shorten("birds", 4) == "bi…s"
+    assert len(text.shorten("\x1b" * 100, 32)) == 32
 
 
 @pytest.mark.parametrize("name", CLASSES, ids=lambda name: ascii(name)[:20])
 def test_an_error_is_one_line(name, monkeypatch, capsys):
     assert one_line(str(UserError(f"no such class: {name}")))
-    assert one_line(str(unknown("class", name, ["cat"])))
+    assert one_line(str(unknown_name("class", name, ["cat"])))
     progress.say(f"note: {name}")
     assert one_line(capsys.readouterr().err)
 
@@ -167,8 +167,8 @@ def grid(path: Path, shape: tuple[int, int, int], classes: tuple[str, ...], each
     pixels, labels = images(shape, len(classes), each)
     flat = np.zeros(shape[-1], np.float32)
     fitted = preprocess.Preprocess("standardise", flat, flat + 1)
-    side = Side("[/x] $5 $10", pixels, labels)
-    image_grid.write_grid(path, side, side, classes, fitted)
+    side = GridSide("[/x] $5 $10", pixels, labels)
+    image_grid.write(path, side, side, classes, fitted)
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"))
 
@@ -206,8 +206,8 @@ def test_a_picture_of_many_classes_shows_the_first(tmp_path):
 def test_rows_of_classes_without_images_stay_empty(tmp_path):
     flat = np.zeros(1, np.float32)
     fitted = preprocess.Preprocess("standardise", flat, flat + 1)
-    none = Side("none", np.zeros((0, 4, 4, 1), np.float32), np.zeros(0, np.int64))
-    image_grid.write_grid(tmp_path / "set.png", none, none, ("cat", "dog"), fitted)
+    none = GridSide("none", np.zeros((0, 4, 4, 1), np.float32), np.zeros(0, np.int64))
+    image_grid.write(tmp_path / "set.png", none, none, ("cat", "dog"), fitted)
     assert (tmp_path / "set.png").exists()
 
 
@@ -256,9 +256,9 @@ def test_plots_show_names_as_text(nasty):
             root = ElementTree.fromstring(plot_style.svg_file(figure))
             assert root.tag.endswith("svg")
             plot_style.png(figure)
-    by_images = growth.by_images(nasty)
+    by_images = growth.plot(nasty)
     plot_style.png(by_images)
-    assert plot_style.label(nasty[0].learners[1], plot_style.TITLE) in texts(by_images)
+    assert plot_style.label(nasty[0].learners[1], plot_style.MAX_TITLE_LENGTH) in texts(by_images)
     legend = [t.get_text() for t in by_images.axes[0].get_legend().get_texts()]
     assert any(line.startswith("distilled, kip 0 [/x] $a $b_\\x1b") for line in legend)
 
@@ -275,7 +275,7 @@ def test_every_file_of_a_report_is_written(nasty, tmp_path):
 
 def test_plots_of_learners_that_look_alike_have_files_of_their_own():
     made = report(learners=("mlp:64", "mlp-64", "MLP:64", "x" * 300))
-    found = gallery.files(made)
+    found = gallery.figures(made)
     assert len({name.lower() for name in found}) == 3 + 2 * 4
     assert max(map(len, found)) < 100
 
@@ -299,7 +299,7 @@ def test_a_page_shows_names_as_text(nasty):
 def test_reports_are_numbered_whatever_their_titles():
     made = report(learners=("ridge",), classes=("a", "b"))
     found = [replace(made, title=title) for title in ("A", "A", "A (2)")]
-    names = page._names(found)
+    names = page._unique_titles(found)
     assert list(names) == ["A", "A (2)", "A (2) (2)"]
     assert list(map(id, names.values())) == list(map(id, found))
 
@@ -339,7 +339,7 @@ def test_a_table_on_a_terminal_shows_names_as_text(monkeypatch):
 def test_progress_shows_names_as_text(terminal, monkeypatch):
     stream = Terminal() if terminal else io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.setattr(progress, "LINE_EVERY", 0)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
     monkeypatch.setenv("COLUMNS", "200")
     for name in CLASSES:
         with progress.bar(2) as show:
@@ -347,16 +347,16 @@ def test_progress_shows_names_as_text(terminal, monkeypatch):
             show(2, note=name)
     shown = visible(stream.getvalue())
     for name in CLASSES:
-        assert text.shortened(f"note {name}", progress.WORDS) in shown
+        assert text.shorten(f"note {name}", progress.MAX_FIGURE_CHARACTERS) in shown
     assert "\x07" not in shown
     assert "\u202e" not in shown
 
 
-def distilled(classes: tuple[str, ...]) -> distilled_set.Distilled:
+def distilled(classes: tuple[str, ...]) -> distilled_set.DistilledSet:
     pixels, _ = images((2, 2, 1), len(classes))
     fitted = preprocess.fit("standardise", lambda size: iter([pixels]), (2, 2, 1))
     k = len(classes)
-    return distilled_set.Distilled(
+    return distilled_set.DistilledSet(
         pixels, np.eye(k, dtype=np.float32), fitted, classes, {"data": {"name": "[/x]\udcff\n"}}
     )
 
@@ -378,7 +378,7 @@ def test_inspect_shows_names_as_text(tmp_path, capsys, monkeypatch):
 def test_inspect_shows_any_provenance(as_json, tmp_path, capsys):
     """A stranger's may have fields of any kind, and under the names of the set's own."""
     deep: object = "end"
-    for _ in range(distilled_set.DEEPEST - 2):
+    for _ in range(distilled_set.MAX_PROVENANCE_DEPTH - 2):
         deep = {"in": deep}
     odd = {"peak_memory": "[/x]", "bytes": "many", "images": None, "seconds": [], "deep": deep}
     path = tmp_path / "set.safetensors"
@@ -394,7 +394,7 @@ def test_provenance_that_is_nested_without_end_is_refused(tmp_path):
     deep: object = 0
     for _ in range(500):
         deep = [deep]
-    with pytest.raises(distilled_set.ArtifactError, match="nested"):
+    with pytest.raises(distilled_set.DistilledSetError, match="nested"):
         distilled_set.save(tmp_path / "set", replace(distilled(("a", "b")), provenance={"a": deep}))
 
 
@@ -416,7 +416,7 @@ def test_figures_of_kd_show_names_as_text(terminal, monkeypatch):
     monkeypatch.setattr(sys, "stdout", Terminal() if terminal else io.StringIO())
     monkeypatch.setenv("COLUMNS", "600")
     for name in CLASSES:
-        cli._print({"folder": name})
+        cli._print_figures({"folder": name})
     shown = visible(sys.stdout.getvalue())
     assert all(name in shown for name in SHOWN)
 

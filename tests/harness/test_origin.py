@@ -5,8 +5,8 @@ import pytest
 
 from dsdistill.commands import evaluation_parts
 from dsdistill.harness.data import datasets, distilled_set, origin, preprocess
-from dsdistill.harness.data.distilled_set import Distilled
-from dsdistill.harness.data.labeled_images import centred_one_hot, per_class
+from dsdistill.harness.data.distilled_set import DistilledSet
+from dsdistill.harness.data.labeled_images import centred_one_hot, draw_per_class
 from dsdistill.harness.errors import UserError
 from dsdistill.options import EvaluateOptions
 from kd.data import data_source
@@ -21,7 +21,7 @@ def digits(tmp_path_factory):
 
 def _saved(path, digits, **changes):
     """A distilled set of twenty digits whose provenance has these entries of its configuration."""
-    rows = per_class(digits.train, 2, np.random.default_rng(0))
+    rows = draw_per_class(digits.train, 2, np.random.default_rng(0))
     fitted = preprocess.fit("standardise", digits.train.chunks, digits.train.shape)
     made = {
         "method": "label solve",
@@ -35,7 +35,7 @@ def _saved(path, digits, **changes):
     made |= changes
     labels = centred_one_hot(digits.train.labels[rows], 10)
     images = fitted.apply(digits.train.images(rows))
-    distilled_set.save(path, Distilled(images, labels, fitted, digits.train.classes, made))
+    distilled_set.save(path, DistilledSet(images, labels, fitted, digits.train.classes, made))
     return path
 
 

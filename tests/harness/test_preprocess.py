@@ -112,7 +112,9 @@ def test_zca_inverts_up_to_brightness_and_contrast():
 def test_chunk_size_does_not_matter(kind, monkeypatch):
     images = _images(50)
     whole = _fit(kind, images)
-    monkeypatch.setattr(preprocess, "CHUNK", 7 * math.prod(SHAPE))  # the last chunk is short
+    monkeypatch.setattr(
+        preprocess, "MAX_CHUNK_VALUES", 7 * math.prod(SHAPE)
+    )  # the last chunk is short
     parts = _fit(kind, images)
     np.testing.assert_allclose(parts.mean, whole.mean, rtol=1e-6)
     np.testing.assert_allclose(parts.std, whole.std, rtol=1e-6)
@@ -128,7 +130,7 @@ def test_chunks_shrink_as_images_grow(monkeypatch):
         asked.append(size)
         yield np.zeros((1, 100, 100, 1), np.uint8)
 
-    monkeypatch.setattr(preprocess, "CHUNK", 5000)  # half an image
+    monkeypatch.setattr(preprocess, "MAX_CHUNK_VALUES", 5000)  # half an image
     preprocess.fit("standardise", chunks, (100, 100, 1))
     assert asked == [1]
 
@@ -189,7 +191,7 @@ def test_memory_is_measured():
     block = np.ones(2**24)  # 128 MiB, touched
     assert block.nbytes < memory.peak() < 2**40
     assert 0 < memory.available() < 2**50
-    assert memory.readable(1536) == "1.5 KiB"
+    assert memory.format_bytes(1536) == "1.5 KiB"
     with pytest.raises(UserError, match="less data"):
         memory.require(2**60, "this", "less data")
 

@@ -100,7 +100,7 @@ def test_a_result_holds_what_was_measured():
     # Whatever it sees it says the same, so its calibrated probabilities are one half each.
     assert first.nll == pytest.approx(np.log(2), abs=1e-3)
     assert first.calibration_error == pytest.approx(0.1, abs=2e-3)
-    (row,) = results.rows(found)
+    (row,) = results.group_by_training(found)
     assert row.accuracy is not None
     assert row.accuracy.mean == pytest.approx(0.5)
     assert row.accuracy.std == pytest.approx(np.sqrt(2) * 0.1)  # n - 1 in the denominator
@@ -186,7 +186,7 @@ def test_one_failed_seed_leaves_no_mean():
             return super().__call__(train, validation, seed)
 
     found = evaluate(Once(), FULL, judging(), [0, 1, 2])
-    (row,) = results.rows(found)
+    (row,) = results.group_by_training(found)
     assert row.accuracy is None
     assert [r.seed for r in row.failures] == [1]
     assert row.failures[0].failure == "loss is nan at step 7"
@@ -239,7 +239,7 @@ def test_figures_beside_a_teacher():
 
 
 def test_test_images_of_several_batches(monkeypatch):
-    monkeypatch.setattr(labeled_images, "BATCH", 2)
+    monkeypatch.setattr(labeled_images, "IMAGES_PER_BATCH", 2)
 
     def constant(images):
         return np.ones((len(images), 2))
@@ -430,14 +430,14 @@ def test_an_accuracy_that_is_the_share_of_a_class_is_said():
     images = np.zeros((10, 1, 1, 1), np.float32)
     test = LabeledImages(images, np.array([0] * 8 + [1] * 2), ("dark", "light"))
     always, mixed = _answers([[8, 0], [2, 0]]), _answers([[7, 1], [0, 2]], "random")
-    share, constant = evaluate_command.majority([always, mixed], test)
+    share, constant = evaluate_command.majority_notes([always, mixed], test)
     assert share.startswith("80.0% of the test images are of class 'dark'")
     assert "mlp on distilled answers 'dark' to every test image" in constant
     assert "80.0%" in constant
     even = LabeledImages(images, np.arange(10) % 2, ("dark", "light"))
-    assert evaluate_command.majority([_answers([[4, 1], [1, 4]])], even) == []
+    assert evaluate_command.majority_notes([_answers([[4, 1], [1, 4]])], even) == []
     # Of several seeds one that answers otherwise is enough.
-    assert len(evaluate_command.majority([always, _answers([[7, 1], [2, 0]])], test)) == 1
+    assert len(evaluate_command.majority_notes([always, _answers([[7, 1], [2, 0]])], test)) == 1
 
 
 def test_controls_that_cannot_be_drawn_are_refused_before_anything_is_trained():

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from dsdistill.commands import evaluate, evaluation_parts, inspect, reproduce
 from dsdistill.harness.data import datasets, distilled_set, preprocess, provenance
-from dsdistill.harness.data.distilled_set import Distilled
+from dsdistill.harness.data.distilled_set import DistilledSet
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation.results import Result
 from dsdistill.harness.reports import markdown, report
@@ -44,14 +44,14 @@ WHOLE: dict[str, Any] = {
 }
 
 
-def _set(**changed: Any) -> Distilled:
+def _set(**changed: Any) -> DistilledSet:
     """An image of each digit, with a provenance."""
     train = DIGITS.train
     fitted = preprocess.fit("standardise", train.chunks, train.shape)
     rows = np.array([np.flatnonzero(train.labels == k)[0] for k in range(10)])
     labels = np.eye(10, dtype=np.float32) - np.float32(0.1)
     stored = json.loads(json.dumps(WHOLE)) | changed
-    return Distilled(fitted.apply(train.images(rows)), labels, fitted, train.classes, stored)
+    return DistilledSet(fitted.apply(train.images(rows)), labels, fitted, train.classes, stored)
 
 
 def _saved(folder: Path, **changed: Any) -> Path:
@@ -181,7 +181,7 @@ def test_a_missing_part_is_not_needed(tmp_path: Path, lacking: str) -> None:
     distilled_set.save(file, replace(distilled, provenance=rest))
     parts = evaluation_parts.assemble(_options(file))
     assert parts.splits.digest == DIGITS.digest
-    evaluate._report(_options(file), parts, _results(), 1.0)
+    evaluate._build_report(_options(file), parts, _results(), 1.0)
 
 
 def test_data_that_a_set_does_not_name_are_asked_for(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_a_folder_that_a_set_names_is_read_and_said(
 
 def test_a_command_to_copy_runs_nothing_else() -> None:
     config = {"data": "a; touch x $(y) `z`", "kernel": "fc' || true '", "seed": 3}
-    line = reproduce.distil("kip", config)
+    line = reproduce.distil_line("kip", config)
     assert line is not None
     assert shlex.split(line) == [
         *("dsdistill", "kip", config["data"], "--kernel", config["kernel"], "--seed", "3"),
@@ -221,7 +221,7 @@ def test_a_command_to_copy_runs_nothing_else() -> None:
 
 
 def test_a_command_to_copy_takes_no_option_from_a_value() -> None:
-    line = reproduce.distil("ls", {"data": "--kernel=evil:net", "init": "x", "kernel": "-h"})
+    line = reproduce.distil_line("ls", {"data": "--kernel=evil:net", "init": "x", "kernel": "-h"})
     assert line is not None
     assert shlex.split(line)[2:] == ["./--kernel=evil:net", "--kernel=-h"]
 
@@ -242,7 +242,7 @@ def test_a_command_to_copy_takes_no_option_from_a_value() -> None:
 def test_a_command_that_a_file_does_not_give_is_left_out(
     method: str, config: dict[str, Any]
 ) -> None:
-    assert reproduce.distil(method, config) is None
+    assert reproduce.distil_line(method, config) is None
 
 
 # --- what is shown
@@ -342,7 +342,7 @@ def test_no_provenance_is_more_than_one_line(
     inspect.print_set(file, as_json=False)
     made = initial_support.load(str(file))
     assert made is not None
-    initial_support.saw(made, DIGITS.digest, 0.1)
+    initial_support.overlaps_validation(made, DIGITS.digest, 0.1)
     for consume in (
         lambda: data_source.resolve(str(file), root=tmp_path),
         lambda: _evaluated(_options(file)),
@@ -356,7 +356,7 @@ def test_no_provenance_is_more_than_one_line(
 def _evaluated(options: EvaluateOptions) -> None:
     """Everything of an evaluation but the trainings and the drawing."""
     parts = evaluation_parts.assemble(options)
-    text = evaluate._report(options, parts, _results(), 1.0)
+    text = evaluate._build_report(options, parts, _results(), 1.0)
     markdown.render(text)
-    report.schema.check("distilled", dict(text.distilled), report.DISTILLED)
+    report.schema.check("distilled", dict(text.distilled), report.DISTILLED_TYPES)
     json.dumps(dict(text.distilled), allow_nan=False)

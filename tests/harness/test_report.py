@@ -68,7 +68,7 @@ def test_what_is_written_is_read_again(tmp_path):
 
 def stored(found, folder: Path) -> dict:
     """As `report.json` has it, without the plots."""
-    text = json.dumps({"format": reports.FORMAT, **asdict(found)})
+    text = json.dumps({"format": reports.FORMAT_VERSION, **asdict(found)})
     (folder / "report.json").write_text(text)
     return json.loads(text)
 
@@ -123,7 +123,7 @@ def test_means_and_intervals_are_those_of_the_seeds():
     values = [100 * r.accuracy for r in found.results if r.accuracy is not None]
     mean, std = np.mean(values), np.std(values, ddof=1)
     half = 2.776 * std / np.sqrt(5)  # of Student's t with 4 degrees of freedom
-    cells = dict(zip(reports.COLUMNS, reports.cells(found), strict=True))
+    cells = dict(zip(reports.COLUMNS, reports.row_cells(found), strict=True))
     assert cells["test accuracy, %"] == f"{mean:.1f} ± {std:.1f}"
     low, high = map(float, cells["95 % interval"].split(" to "))
     assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.06)
@@ -131,11 +131,11 @@ def test_means_and_intervals_are_those_of_the_seeds():
 
 
 def test_negative_ends_of_an_interval_have_a_sign_as_wide_as_a_digit():
-    assert wording.between(statistics.summary([-0.1, 0.1])) == "−127.1 to 127.1"
+    assert wording.confidence_interval(statistics.summary([-0.1, 0.1])) == "−127.1 to 127.1"
 
 
 def test_a_learner_without_randomness_is_called_deterministic():
-    cells = reports.cells(row(small(), "full", "ridge"))
+    cells = reports.row_cells(row(small(), "full", "ridge"))
     assert cells[3].endswith("(deterministic)")
     assert "±" not in cells[3]
     assert cells[8] == "60 s"  # one training served all seeds
@@ -144,18 +144,20 @@ def test_a_learner_without_randomness_is_called_deterministic():
 def test_equal_accuracies_by_chance_are_not_called_deterministic():
     found = row(small(), "random", "ridge")
     same = tuple(replace(r, accuracy=0.5, nll=0.1 * r.seed) for r in found.results)
-    assert reports.cells(results.rows(same)[0])[3] == "50.0 ± 0.0"
+    assert reports.row_cells(results.group_by_training(same)[0])[3] == "50.0 ± 0.0"
 
 
 def test_one_seed_has_no_deviation_and_no_interval():
-    one = results.rows([result(np.random.default_rng(0), "random", "ridge", False, 0)])[0]
-    assert re.fullmatch(r"\d\d\.\d", reports.cells(one)[3])
-    assert reports.cells(one)[4] == wording.NOTHING
+    one = results.group_by_training(
+        [result(np.random.default_rng(0), "random", "ridge", False, 0)]
+    )[0]
+    assert re.fullmatch(r"\d\d\.\d", reports.row_cells(one)[3])
+    assert reports.row_cells(one)[4] == wording.NOTHING
 
 
 def test_a_failure_stands_where_the_mean_would():
     found = failing("random", seeds=(1, 3))
-    cells = reports.cells(row(found, "random"))
+    cells = reports.row_cells(row(found, "random"))
     assert cells[3] == f"failed 2 of 5: {REASON}"
     assert cells[4] == wording.NOTHING
     text = markdown.render(found)
@@ -166,7 +168,7 @@ def test_a_failure_stands_where_the_mean_would():
 def test_nothing_is_said_against_random_images_that_failed():
     found = failing("random")
     score = next(score for score in found.scores if score.learner == "convnet")
-    assert verdict.verdict(score) == verdict.UNKNOWN
+    assert verdict.classify(score) == verdict.UNKNOWN
     assert "nothing can be said for convnet" in verdict.headline(found)
     assert "not compared with random images" in verdict.answer(found, score)
     whole = next(score for score in found.scores if score.learner == "ridge")
@@ -196,13 +198,13 @@ def against(a: list[float], b: list[float]):
 )
 def test_the_answer_is_as_sure_as_the_seeds_allow(a, b, kind, said):
     found = against(a, b)
-    assert verdict.verdict(found.scores[0]) == kind
+    assert verdict.classify(found.scores[0]) == kind
     assert said in verdict.headline(found)
 
 
 def test_an_answer_gives_difference_interval_p_and_distance():
     found = against([0.8, 0.82, 0.81], [0.5, 0.53, 0.53])
-    paired = statistics.paired([0.8, 0.82, 0.81], [0.5, 0.53, 0.53])
+    paired = statistics.paired_difference([0.8, 0.82, 0.81], [0.5, 0.53, 0.53])
     answer = verdict.answer(found, found.scores[0]).replace("\u00a0", " ")
     low, high = paired.difference.low, paired.difference.high
     assert answer.startswith("81.0 %, 29.0 points above random images")
@@ -233,9 +235,9 @@ def test_augmented_rows_are_compared_only_where_there_are_no_others():
 
 def test_every_axis_is_labelled_with_its_unit():
     found = small()
-    made = gallery.files(found)
+    made = gallery.figures(found)
     series = [small(images_per_class=n, seed=n) for n in (1, 10)]
-    made["growth"] = growth.by_images(series)
+    made["growth"] = growth.plot(series)
     units = {
         "accuracy": "%",
         "cost": "seconds",
@@ -268,7 +270,7 @@ def test_a_failed_arm_says_so_in_the_plot():
 
 def test_confusion_is_summed_over_the_seeds_and_shown_by_line():
     found = row(small(), "distilled")
-    counts = plots.confusion_of(found)
+    counts = plots.total_confusion(found)
     assert counts is not None
     assert counts.sum() == 5 * np.sum(np.array(found.results[0].confusion))
     shown = [t.get_text() for t in plots.confusion(found, CLASSES).axes[0].texts]
@@ -279,12 +281,14 @@ def test_of_many_classes_those_least_known_are_shown():
     k = 40
     rng = np.random.default_rng(0)
     names = tuple(f"c{i}" for i in range(k))
-    made = results.rows([result(rng, "distilled", "mlp", False, i, names) for i in range(2)])
+    made = results.group_by_training(
+        [result(rng, "distilled", "mlp", False, i, names) for i in range(2)]
+    )
     axes = plots.per_class(made, names).axes[0]
     values = plots.mean_per_class(made[0])
     assert values is not None
     shown = {label.get_text() for label in axes.get_yticklabels()}
-    least = sorted(range(k), key=lambda c: values[c] or 0)[: plots.MOST_CLASSES]
+    least = sorted(range(k), key=lambda c: values[c] or 0)[: plots.MAX_NAMED_CLASSES]
     assert shown == {names[c] for c in least}
     assert axes.get_ylabel() == "class (the 25 lowest of 40)"
 
@@ -296,7 +300,7 @@ def test_a_curve_is_the_mean_of_the_steps_that_all_seeds_have():
         replace(result(rng, "distilled", "mlp", False, i), facts={"curve": curve})
         for i, curve in enumerate(curves)
     ]
-    line = plots.curves(results.rows(made)).axes[0].lines[0]
+    line = plots.curves(results.group_by_training(made)).axes[0].lines[0]
     assert np.asarray(line.get_xydata()).tolist() == [[0, 3.0], [9, 1.0]]
 
 
@@ -349,10 +353,10 @@ def test_lines_of_growth_join_the_reports_and_name_how_sets_were_made():
 
 def test_published_figures_stand_beside_with_their_source():
     series = [small(images_per_class=n, seed=n) for n in (1, 10)]
-    ridge, network = growth.by_images(series).axes
+    ridge, network = growth.plot(series).axes
     for axes, found in (
-        (ridge, published.of("fashion-mnist", "ridge")),
-        (network, published.of("fashion-mnist", "network")),
+        (ridge, published.lookup("fashion-mnist", "ridge")),
+        (network, published.lookup("fashion-mnist", "network")),
     ):
         legend = axes.get_legend()
         assert legend is not None
@@ -368,17 +372,17 @@ def test_published_figures_are_fractions_of_known_data():
     for entry in published.PUBLISHED:
         assert all(0 < value < 1 for value in entry.accuracies.values())
         assert list(entry.accuracies) == sorted(entry.accuracies)
-    kip = next(p for p in published.of("fashion-mnist", "ridge") if "augmented" in p.method)
+    kip = next(p for p in published.lookup("fashion-mnist", "ridge") if "augmented" in p.method)
     assert kip.accuracies == {1: 0.767, 10: 0.888, 50: 0.91}
     assert kip.tag == "read"
 
 
 def test_columns_without_any_value_are_left_out():
     found = small()
-    head, _ = report_tables.by_arm(found.rows, report_tables.COST, report_tables.cost)
-    assert head == list(report_tables.COST)
+    head, _ = report_tables.by_arm(found.rows, report_tables.COST_COLUMNS, report_tables.cost_cells)
+    assert head == list(report_tables.COST_COLUMNS)
     ridge = [row for row in found.rows if row.learner == "ridge"]
-    head, lines = report_tables.by_arm(ridge, report_tables.COST, report_tables.cost)
+    head, lines = report_tables.by_arm(ridge, report_tables.COST_COLUMNS, report_tables.cost_cells)
     assert "parameters" not in head
     assert all(len(line) == len(head) for _, line in lines)
 

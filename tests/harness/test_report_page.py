@@ -13,7 +13,7 @@ from PIL import Image
 from report_support import report
 
 from dsdistill.harness.reports import html, page
-from dsdistill.harness.reports.html import POLICY
+from dsdistill.harness.reports.html import CONTENT_SECURITY_POLICY
 
 needs_browser = pytest.mark.skipif(browser.CHROMIUM is None, reason="no chromium")
 EVIL = "<script>document.title = 'taken'</script>"
@@ -123,7 +123,7 @@ def test_the_page_is_well_formed_and_needs_nothing_else(which, request):
     assert all(image.get("alt") or image.get("aria-label") for image in outline.images)
     assert "script" not in outline.tags
     assert "@import" not in text
-    assert f'content="{POLICY}"' in text
+    assert f'content="{CONTENT_SECURITY_POLICY}"' in text
 
 
 def test_the_parts_come_in_their_order(single, several):
@@ -186,7 +186,7 @@ def test_the_policy_stops_what_the_browser_would_see(single, tmp_path):
     text = single.read_text().replace("</main>", more)
     guarded, open_page = tmp_path / "guarded.html", tmp_path / "open.html"
     guarded.write_text(text)
-    open_page.write_text(text.replace(POLICY, ""))
+    open_page.write_text(text.replace(CONTENT_SECURITY_POLICY, ""))
     seen = browser.visit(guarded, tmp_path)
     assert "<title>taken</title>" not in seen.dom
     assert any("Content Security Policy" in line for line in seen.console)
@@ -209,7 +209,9 @@ def widths(text: str, width: int, folder: Path) -> list[int]:
         "<script>onmessage = m => document.documentElement.dataset.widths = m.data</script>"
         f'<iframe src="inner.html" style="width:{width}px;height:800px;border:0"></iframe>'
     )
-    (folder / "inner.html").write_text(text.replace(POLICY, "").replace("</main>", measure))
+    (folder / "inner.html").write_text(
+        text.replace(CONTENT_SECURITY_POLICY, "").replace("</main>", measure)
+    )
     (folder / "outer.html").write_text(outer)
     seen = browser.visit(folder / "outer.html", folder, (1400, 900))
     found = re.search(r'data-widths="([\d,]*)"', seen.dom)

@@ -7,8 +7,8 @@ import pytest
 from scipy import stats
 
 from dsdistill.harness.evaluation import statistics
-from dsdistill.harness.evaluation.results import Result, rows
-from dsdistill.harness.evaluation.scores import SetScores, scores
+from dsdistill.harness.evaluation.results import Result, group_by_training
+from dsdistill.harness.evaluation.scores import SetScores, score_learners
 
 FIVE = [0.81, 0.79, 0.84, 0.80, 0.83]
 OTHER = [0.78, 0.80, 0.79, 0.77, 0.81]
@@ -53,13 +53,15 @@ def test_an_interval_ends_where_its_values_do():
     assert (found.low, found.high) == (pytest.approx(0.95 - 12.7062 * 0.05, abs=1e-4), 1.0)
     found = statistics.summary([0.0, 0.1], bounds=(0, 1))
     assert (found.low, found.high) == (0.0, pytest.approx(0.05 + 12.7062 * 0.05, abs=1e-4))
-    assert statistics.paired([1.0, 0.9], [0.1, 0.2], bounds=(-1, 1)).difference.high == 1.0
+    assert (
+        statistics.paired_difference([1.0, 0.9], [0.1, 0.2], bounds=(-1, 1)).difference.high == 1.0
+    )
     with pytest.raises(ValueError, match="between 0 and 1"):
         statistics.summary([0.5, 1.5], bounds=(0, 1))
 
 
 def test_pairs_by_scipy():
-    found = statistics.paired(FIVE, OTHER)
+    found = statistics.paired_difference(FIVE, OTHER)
     expected = stats.ttest_rel(FIVE, OTHER)
     interval = expected.confidence_interval(0.95)
     assert found.p == pytest.approx(expected.pvalue, rel=1e-12)
@@ -69,23 +71,26 @@ def test_pairs_by_scipy():
 
 
 def test_the_other_way_round_only_the_sign_changes():
-    one, other = statistics.paired(FIVE, OTHER), statistics.paired(OTHER, FIVE)
+    one, other = (
+        statistics.paired_difference(FIVE, OTHER),
+        statistics.paired_difference(OTHER, FIVE),
+    )
     assert one.p == pytest.approx(other.p, rel=1e-12)
     assert one.difference.mean == pytest.approx(-other.difference.mean, rel=1e-12)
 
 
 def test_no_test_where_there_is_none():
-    assert statistics.paired([0.9], [0.8]).p is None
-    assert statistics.paired(FIVE, FIVE).p is None
+    assert statistics.paired_difference([0.9], [0.8]).p is None
+    assert statistics.paired_difference(FIVE, FIVE).p is None
     # The differences are 0.1 but for rounding, for which SciPy gives a p of about 1e-31.
-    found = statistics.paired([0.9, 0.8, 0.7], [0.8, 0.7, 0.6])
+    found = statistics.paired_difference([0.9, 0.8, 0.7], [0.8, 0.7, 0.6])
     assert found.p is None
     assert found.difference.mean == pytest.approx(0.1)
 
 
 def test_pairs_of_different_lengths():
     with pytest.raises(ValueError, match="got 2 and 1"):
-        statistics.paired([0.1, 0.2], [0.1])
+        statistics.paired_difference([0.1, 0.2], [0.1])
 
 
 def test_recovery_and_improvement_are_differences():
@@ -168,7 +173,7 @@ def complete(*, learner="net", augmented=False, shift=0.0):
 
 
 def one(found):
-    return scores(rows(found))[0]
+    return score_learners(group_by_training(found))[0]
 
 
 def test_the_scores_of_a_learner():
@@ -223,6 +228,8 @@ def test_pairs_are_of_the_same_seed():
 
 
 def test_one_line_a_learner():
-    found = scores(rows(complete(learner="b") + results("full", [0.9], learner="a")))
+    found = score_learners(
+        group_by_training(complete(learner="b") + results("full", [0.9], learner="a"))
+    )
     assert [s.learner for s in found] == ["b", "a"]
     assert found[1] == SetScores("a", None, None, None, None, None)

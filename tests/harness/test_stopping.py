@@ -81,7 +81,7 @@ def test_a_signal_in_a_callback_outside_a_loop_ends_the_work_as_well(number, whe
 
 
 def test_a_signal_that_was_lost_before_the_loop_stops_it(monkeypatch):
-    monkeypatch.setattr(stopping, "AGAIN", 1000.0)
+    monkeypatch.setattr(stopping, "RETRY_SECONDS", 1000.0)
     with handle_signals():
         Callback(signal.SIGTERM)
         with watch() as stop:
@@ -99,7 +99,7 @@ def test_a_second_signal_ends_the_loop_at_once_and_an_echo_does_not(monkeypatch)
         _send(signal.SIGINT)
         _send(signal.SIGTERM)  # a launcher passes the first one on
         assert stop.requested
-        monkeypatch.setattr(stopping, "ECHO", 0.0)
+        monkeypatch.setattr(stopping, "ECHO_SECONDS", 0.0)
         with pytest.raises(KeyboardInterrupt):
             _send(signal.SIGINT)
 
@@ -149,9 +149,9 @@ def test_long_work_outside_python_ends_at_a_signal():
 
 
 def test_interruptible_work_returns_and_raises_as_without():
-    assert stopping.interruptible(lambda: 3) == 3
+    assert stopping.call_interruptibly(lambda: 3) == 3
     with pytest.raises(ZeroDivisionError):
-        stopping.interruptible(lambda: 1 // 0)
+        stopping.call_interruptibly(lambda: 1 // 0)
 
 
 def test_a_command_says_what_is_kept(monkeypatch, capsys):
@@ -159,7 +159,7 @@ def test_a_command_says_what_is_kept(monkeypatch, capsys):
         pass
 
     def stopped(_: Options) -> None:
-        raise stopping.Stopped("stopped; continue with --resume")
+        raise stopping.StopInterrupt("stopped; continue with --resume")
 
     monkeypatch.setattr(command_line, "_parse", lambda *_: Options())
     with pytest.raises(SystemExit, match=r"^p: stopped; continue with --resume$"):
@@ -173,10 +173,13 @@ def test_a_stop_says_what_is_kept_and_how_to_go_on(tmp_path):
         ((), "stopped before the run began: nothing was written"),
         (kip, "stopped; continue with `dsdistill kip --out 'a run'`"),
     ):
-        with pytest.raises(stopping.Stopped) as caught, stopping.explain_stop(line, result):
+        with pytest.raises(stopping.StopInterrupt) as caught, stopping.explain_stop(line, result):
             raise KeyboardInterrupt
         assert str(caught.value) == words
     result.touch()
-    with pytest.raises(stopping.Stopped) as caught, stopping.explain_stop(("dsdistill",), result):
+    with (
+        pytest.raises(stopping.StopInterrupt) as caught,
+        stopping.explain_stop(("dsdistill",), result),
+    ):
         raise KeyboardInterrupt
     assert str(caught.value) == f"stopped; {result} is complete"

@@ -36,7 +36,7 @@ def part(whole: Batch, rows: np.ndarray) -> Batch:
 def test_shifts_and_flips_move_pixels_and_nothing_else() -> None:
     whole = batch(200)
     changed = augment.crop_flip(whole, 7, padding=2, hflip=0.5)
-    draws = augment.uniform(np.arange(10, 210), 7)
+    draws = augment.row_uniforms(np.arange(10, 210), 7)
     for i in range(200):
         padded = np.pad(whole.images[i].numpy(), [(0, 0), (2, 2), (2, 2)])
         top, left = (int(draws[i, j] * 5) for j in (0, 1))
@@ -48,29 +48,31 @@ def test_shifts_and_flips_move_pixels_and_nothing_else() -> None:
 
 def test_draws_are_uniform_and_belong_to_the_row() -> None:
     rows = np.arange(20_000)
-    draws = augment.uniform(rows, 3)
+    draws = augment.row_uniforms(rows, 3)
     assert draws.min() >= 0
     assert draws.max() < 1
     assert np.allclose(np.histogram(draws[:, 0], 10, (0, 1))[0], 2000, atol=200)  # 4.7 deviations
     assert abs(np.corrcoef(draws.T) - np.eye(3)).max() < 0.03
-    assert np.array_equal(augment.uniform(rows[5:8], 3), draws[5:8])
-    assert not np.array_equal(augment.uniform(rows, 4), draws)
+    assert np.array_equal(augment.row_uniforms(rows[5:8], 3), draws[5:8])
+    assert not np.array_equal(augment.row_uniforms(rows, 4), draws)
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_that_share_a_batch_change_it_as_one_does(world: int) -> None:
     recipe = replace(recipes.CIFAR, mixup=0.4, cutmix=1.0, batch_size=12)
-    mixer = augment._mixer(recipe, 3)
+    mixer = augment._timm_mixup(recipe, 3)
     whole = batch(13)
 
     def changed(some: Batch, seed: int) -> Batch:
-        return augment.mixed(augment.crop_flip(some, seed, padding=1, hflip=0.5), seed, mixer=mixer)
+        return augment.mix_images(
+            augment.crop_flip(some, seed, padding=1, hflip=0.5), seed, mixer=mixer
+        )
 
     for seed in range(6):  # both kinds of mixing come up
         alone = changed(whole, seed)
         assert alone.shares is not None
         for rank in range(world):
-            rows = batching.mine(13, rank, world)
+            rows = batching.share_positions(13, rank, world)
             shared = changed(part(whole, rows), seed)
             assert torch.equal(shared.images, alone.images[rows])
             assert torch.equal(shared.shares, alone.shares[rows])
@@ -78,12 +80,12 @@ def test_processes_that_share_a_batch_change_it_as_one_does(world: int) -> None:
 
 def test_mixup_by_hand_and_numpys_generator_is_left_alone() -> None:
     recipe = replace(recipes.REAL, mixup=0.4, label_smoothing=0.0)
-    mixer = augment._mixer(recipe, 3)
+    mixer = augment._timm_mixup(recipe, 3)
     whole = batch(6)
     before = whole.images.clone()
     np.random.seed(5)  # noqa: NPY002
     expected_state = np.random.get_state()[1]  # noqa: NPY002
-    changed = augment.mixed(whole, 11, mixer=mixer)
+    changed = augment.mix_images(whole, 11, mixer=mixer)
     assert np.array_equal(np.random.get_state()[1], expected_state)  # noqa: NPY002
     assert torch.equal(whole.images, before)
     assert changed.shares is not None
@@ -96,9 +98,9 @@ def test_mixup_by_hand_and_numpys_generator_is_left_alone() -> None:
 
 
 def test_the_middle_of_an_odd_batch_stays() -> None:
-    mixer = augment._mixer(replace(recipes.REAL, mixup=1.0), 3)
+    mixer = augment._timm_mixup(replace(recipes.REAL, mixup=1.0), 3)
     whole = batch(5)
-    changed = augment.mixed(whole, 2, mixer=mixer)
+    changed = augment.mix_images(whole, 2, mixer=mixer)
     assert changed.shares is not None
     assert torch.allclose(changed.images[2], whole.images[2], atol=1e-6)
     assert changed.shares[2].tolist() == pytest.approx([0, 0, 1])
@@ -116,12 +118,12 @@ def test_labels_of_mixed_images_are_smoothed_once_as_timm_smooths_them(options) 
     recipe = Recipe(epochs=1, label_smoothing=smoothing, **options)
     whole = Batch(torch.rand(8, 3, 6, 6), torch.arange(8))
     logits = 3 * torch.randn(8, k, generator=torch.Generator().manual_seed(0))
-    mixed = augment.mixed(whole, 5, mixer=augment._mixer(recipe, k))
-    specs = loss_spec.parse("ce:1", terms.FUNCTIONS)
+    mixed = augment.mix_images(whole, 5, mixer=augment._timm_mixup(recipe, k))
+    specs = loss_spec.parse("ce:1", terms.TERM_FUNCTIONS)
     (ce,) = terms.build(specs, Classifier(torch.nn.Identity()), smoothing=recipe.label_smoothing)
     given = {"mixup_alpha": recipe.mixup, "cutmix_alpha": recipe.cutmix}
     mixer = Mixup(**given, label_smoothing=smoothing, num_classes=k)
-    with augment.numpy_seeded(5):
+    with augment.temporary_numpy_seed(5):
         images, targets = mixer(whole.images.clone(), whole.labels)
     assert torch.equal(images, mixed.images)
     expected = SoftTargetCrossEntropy()(logits, targets)

@@ -260,7 +260,7 @@ def test_position_embeddings_are_resampled_as_timm_does(tmp_path: Path) -> None:
 def test_a_teacher_is_given_images_of_the_size_of_its_position_embeddings(tmp_path: Path) -> None:
     network = _bare("test_vit", img_size=96)
     path = _saved(tmp_path / "w.pth", network)
-    own = networks.wants("test_vit").preprocess()
+    own = networks.pretrained_config("test_vit").preprocess()
     teacher = teachers.load(f"test_vit@{path}", own, (96, 96, 3), NAMES)
     x = torch.randn(2, 3, 96, 96)
     assert torch.equal(teacher(x), network(x))
@@ -282,8 +282,12 @@ def test_arguments_reach_timm_and_outlive_a_run(tmp_path: Path) -> None:
     again = saved_models.load_run(tmp_path)
     x = torch.rand(2, 3, 16, 16)
     assert torch.equal(again.classifier.eval()(x), student(x))
-    assert export_formats._arguments(again) == {"img_size": 32, "depth": 2, "drop_path_rate": 0.1}
-    assert networks.wants(name).size == (32, 32)
+    assert export_formats._timm_arguments(again) == {
+        "img_size": 32,
+        "depth": 2,
+        "drop_path_rate": 0.1,
+    }
+    assert networks.pretrained_config(name).size == (32, 32)
 
 
 @pytest.mark.parametrize(
@@ -321,22 +325,25 @@ def test_paths_may_hold_commas_and_at_signs(tmp_path: Path, monkeypatch) -> None
     both = (
         "resnet18@a,b/w.pth, resnet18(drop_rate=0.1,zero_init_last=False)@x@y/w@1.pth.tar,a,b,run"
     )
-    assert networks.split(both) == [
+    assert networks.split_names(both) == [
         "resnet18@a,b/w.pth",
         "resnet18(drop_rate=0.1,zero_init_last=False)@x@y/w@1.pth.tar",
         "a,b",
         "run",
     ]
-    assert networks.split("resnet18@plain,resnet34@plain") == ["resnet18@plain", "resnet34@plain"]
-    assert networks.split("one,,two(x=(1,2)) ,") == ["one", "two(x=(1,2))"]
+    assert networks.split_names("resnet18@plain,resnet34@plain") == [
+        "resnet18@plain",
+        "resnet34@plain",
+    ]
+    assert networks.split_names("one,,two(x=(1,2)) ,") == ["one", "two(x=(1,2))"]
     found = networks.parse("resnet18@x@y/w@1.pth.tar")
     assert (found.text, found.file) == ("resnet18", Path("x@y/w@1.pth.tar"))
     found = networks.parse("local-dir:x@y@plain")
     assert (found.text, found.file) == ("local-dir:x@y", Path("plain"))
     assert networks.parse("hf-hub:timm/resnet18@main").file is None
-    assert networks.absolute("resnet18@plain") == f"resnet18@{tmp_path}/plain"
-    assert networks.absolute("local-dir:x@y") == f"local-dir:{tmp_path}/x@y"
-    assert networks.absolute("convnet:32") == "convnet:32"
+    assert networks.absolute_name("resnet18@plain") == f"resnet18@{tmp_path}/plain"
+    assert networks.absolute_name("local-dir:x@y") == f"local-dir:{tmp_path}/x@y"
+    assert networks.absolute_name("convnet:32") == "convnet:32"
     with pytest.raises(UserError, match=r"there is no file none\.pth\.tar"):
         networks.check_name("resnet18@none.pth.tar")
     with pytest.raises(UserError, match="plain is a file: name its architecture too"):
@@ -357,7 +364,9 @@ def test_a_student_is_brought_to_the_order_of_the_data(tmp_path: Path, name: str
     before = classifier(x)
     model = saved_models.Model(classifier, name, NAMES, SHAPE, preprocess.identity(3))
     said: list[str] = []
-    found = saved_models.fitted("student s", model, SHAPE, ("Owl", "cat", "dog"), said.append)
+    found = saved_models.match_classes(
+        "student s", model, SHAPE, ("Owl", "cat", "dog"), said.append
+    )
     assert found.classes == ("Owl", "cat", "dog")
     torch.testing.assert_close(found.classifier(x), before[:, [2, 0, 1]])
     assert said == ["student s: classes matched by name, in another order"]
@@ -371,13 +380,13 @@ def test_a_student_of_other_classes_is_refused() -> None:
     model = saved_models.Model(
         networks.build("mlp:8", SHAPE, 3), "mlp:8", NAMES, SHAPE, preprocess.identity(3)
     )
-    assert saved_models.fitted("s", model, SHAPE, NAMES) is model
+    assert saved_models.match_classes("s", model, SHAPE, NAMES) is model
     for classes, message in (
         (("0", "1", "2"), "calls its classes 'cat', 'dog', 'owl', the data '0', '1', '2'"),
         (("cat", "dog", "emu"), "has no class 'emu' of the data"),
         (NAMES[:2], "has 3 classes, the data have 2"),
     ):
         with pytest.raises(UserError, match=message):
-            saved_models.fitted("s", model, SHAPE, classes)
+            saved_models.match_classes("s", model, SHAPE, classes)
     with pytest.raises(UserError, match="takes images of shape"):
-        saved_models.fitted("s", model, (8, 8, 3), NAMES)
+        saved_models.match_classes("s", model, (8, 8, 3), NAMES)

@@ -209,7 +209,7 @@ def test_fewer_negatives_than_asked_for_are_said_first(
     def stop(*_: object) -> None:
         raise UserError("stopped before the folder is made")
 
-    inside.setattr("kd.commands.train._open", stop)
+    inside.setattr("kd.commands.train._open_run", stop)
     with pytest.raises(SystemExit, match="stopped before the folder is made"):
         main(inside, "train", "three.npz", *FAST, *TAUGHT, "--loss", loss, "--out", "capped")
     said = " ".join(capsys.readouterr().err.split())

@@ -37,7 +37,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bare = support.distilled(splits)
     distilled_set.save(
         folder / "bare.safetensors",
-        distilled_set.Distilled(bare.images, bare.labels, bare.preprocess, bare.classes, {}),
+        distilled_set.DistilledSet(bare.images, bare.labels, bare.preprocess, bare.classes, {}),
     )
     (folder / "cut.safetensors").write_bytes((folder / "set.safetensors").read_bytes()[:5000])
     (folder / "run").mkdir()
@@ -304,7 +304,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(inside, work: Path) -> None:
         write(path, content)
 
     inside.setattr(run_folder, "write_bytes", full)
-    inside.setattr("kd.training.saving.AT_MOST", 0.0)  # saved after every step
+    inside.setattr(
+        "kd.training.saving.MAX_SECONDS_BETWEEN_CHECKPOINTS", 0.0
+    )  # saved after every step
     with pytest.raises(SystemExit, match="No space left on device"):
         main(inside, "train", *FAST, "--out", "full")
     inside.setattr(run_folder, "write_bytes", write)

@@ -59,7 +59,7 @@ def read_all(folder: Path) -> None:
     seals.read(folder, "recipe.json")
 
 
-@pytest.mark.parametrize("name", [*seals.FILES, seals.REPORT])
+@pytest.mark.parametrize("name", [*seals.SEALED_FILES, seals.REPORT])
 def test_a_bit_that_flips_in_a_finished_run_is_one_line(
     inside: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -87,7 +87,7 @@ def _same_json(a: bytes, b: bytes) -> bool:
         return False
 
 
-@pytest.mark.parametrize("name", [*seals.FILES, seals.REPORT])
+@pytest.mark.parametrize("name", [*seals.SEALED_FILES, seals.REPORT])
 def test_a_file_of_another_run_is_refused(inside: pytest.MonkeyPatch, name: str) -> None:
     shutil.copytree("whole", "run")
     if (Path("other") / name).read_bytes() == (Path("whole") / name).read_bytes():
@@ -164,7 +164,7 @@ def test_a_run_of_an_earlier_version_is_read(inside: pytest.MonkeyPatch) -> None
     for name in (seals.CARD, seals.REPORT):
         path = Path("run") / name
         content = json.loads(path.read_text())
-        del content[seals.KEY]
+        del content[seals.CHECKSUMS_KEY]
         path.write_text(json.dumps(content))
     read_all(Path("run"))
     # But not a new one that has lost them.

@@ -30,7 +30,7 @@ from dsdistill.harness.evaluation.metrics import softmax
 from dsdistill.harness.runs import run_folder
 from kd import cli
 from kd.commands import export, export_formats
-from kd.commands.export_check import Trials
+from kd.commands.export_check import ReferenceOutputs
 from kd.data import data_source
 from kd.data.files import file_source
 from kd.data.files.image_files import ImageFiles
@@ -86,7 +86,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights.write_bytes(safetensors.torch.save(broken))
     for run in ("cut", "broken"):  # as a version without checksums has left them
         card = json.loads((folder / run / saved_models.CARD).read_text())
-        del card[seals.KEY]
+        del card[seals.CHECKSUMS_KEY]
         run_folder.write_json(folder / run / saved_models.CARD, card)
     (folder / "taken.pt2").write_text("mine")
     (folder / "dangling").symlink_to("gone")
@@ -217,9 +217,9 @@ def test_pt2_holds_preprocessing_resize_and_card(
     inside: pytest.MonkeyPatch, work: Path, run: str
 ) -> None:
     _main(inside, run, "--format", "pt2", "--out", f"{run}.pt2")
-    extra = {export_formats.CARD: ""}
+    extra = {export_formats.CARD_FILE: ""}
     program: Callable = torch.export.load(f"{run}.pt2", extra_files=extra).module()
-    card = json.loads(extra[export_formats.CARD])
+    card = json.loads(extra[export_formats.CARD_FILE])
     assert card["format"] == "pt2"
     assert card["check"]["argmax_agreement"] == 1
     assert card["resize"]["size"] == ([160, 160] if run == "vit" else None)
@@ -261,7 +261,7 @@ def test_safetensors_load_into_the_bare_network_and_make_a_run(
     np.testing.assert_array_equal(got, _outputs(folder, _images()))
     cards = [json.loads((run / saved_models.CARD).read_text()) for run in (folder, work / "resnet")]
     for card in cards:
-        del card[seals.KEY]  # the exported weights have another header
+        del card[seals.CHECKSUMS_KEY]  # the exported weights have another header
     assert cards[0] == cards[1]
     with safetensors.safe_open(folder / saved_models.WEIGHTS, "pt") as file:
         header = file.metadata()
@@ -410,7 +410,7 @@ def test_a_comparison_counts_every_output_of_every_batch() -> None:
     read = dataclasses.replace(
         export_formats.FORMATS["pt2"], read=lambda path: lambda x: torch.from_numpy(next(answers))
     )
-    trials = Trials((images[:1], images), (expected[:1], expected), "some", None)
+    trials = ReferenceOutputs((images[:1], images), (expected[:1], expected), "some", None)
     found = export.compare(Path("unused"), read, trials)
     assert found.largest_difference == 2.5
     assert found.tolerance == pytest.approx(1e-4 * 5)
@@ -426,7 +426,7 @@ def _reads(patch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], torch.Ten
     """What the file answers is changed when it is run."""
     chosen = export_formats.FORMATS["pt2"]
 
-    def read(path: Path) -> export_formats.Run:
+    def read(path: Path) -> export_formats.Runner:
         run = chosen.read(path)
         return lambda images: change(run(images))
 
@@ -540,7 +540,7 @@ def test_a_missing_package_is_named_with_its_remedy(
 def test_a_network_too_large_for_an_onnx_file_is_refused(
     inside: pytest.MonkeyPatch, work: Path
 ) -> None:
-    inside.setattr(export_formats, "ONNX_BYTES", 1000)
+    inside.setattr(export_formats, "MAX_ONNX_BYTES", 1000)
     line = _refused(inside, work, "mlp", "--format", "onnx")
     assert "holds less than 1000 bytes, and mlp:8 has 2728 of weights" in line
 
@@ -588,9 +588,9 @@ def test_class_names_are_text_and_nothing_else(
     if form == "onnx":
         assert tuple(_card_of(onnxruntime.InferenceSession(str(out)))["classes"]) == HOSTILE
     elif form == "pt2":
-        extra = {export_formats.CARD: ""}
+        extra = {export_formats.CARD_FILE: ""}
         torch.export.load(out, extra_files=extra)
-        assert tuple(json.loads(extra[export_formats.CARD])["classes"]) == HOSTILE
+        assert tuple(json.loads(extra[export_formats.CARD_FILE])["classes"]) == HOSTILE
         assert tuple(exported.load(out, (8, 8, 1)).card["classes"]) == HOSTILE
     elif form == "safetensors":
         assert saved_models.load_run(out).classes == HOSTILE
@@ -601,7 +601,7 @@ def test_class_names_are_text_and_nothing_else(
 
 def test_headers_take_what_is_no_text() -> None:
     """A path of bytes that are no UTF-8 is a part of a student's name."""
-    texts = export_formats.strings({"student": "local-dir:/a\udcff", "classes": ["\ud800"]})
+    texts = export_formats.header_strings({"student": "local-dir:/a\udcff", "classes": ["\ud800"]})
     assert texts == {"student": "local-dir:/a\\udcff", "classes": '["\\ud800"]'}
     onnx.helper.set_model_props(onnx.ModelProto(), texts)
 

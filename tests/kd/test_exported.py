@@ -676,7 +676,7 @@ def test_every_operator_that_is_allowed_takes_no_text_but_words_for_ways_to_comp
         packet = getattr(torch.ops.aten, name)
         for overload in packet.overloads():
             schema = getattr(packet, overload)._schema
-            if exported_operators.gives_tensors(schema, name):
+            if exported_operators.returns_tensors(schema, name):
                 text |= {a.name for a in schema.arguments if "str" in str(a.type)}
                 assert not any("Generator" in str(a.type) for a in schema.arguments)
     assert text <= words

@@ -142,7 +142,7 @@ def test_untrained_networks_on_real_images_are_no_order(name: str) -> None:
         network = networks.build(name, digits.train.shape, 10, seed=seed).eval()
         with torch.no_grad():
             predicted = network(images).argmax(1).numpy()
-        assert class_order.better(predicted, labels, 10) is None
+        assert class_order.find_better(predicted, labels, 10) is None
         order = class_order._assignment(predicted, labels, 10)
         fits.append((order[predicted] == labels).mean() - (predicted == labels).mean())
     assert max(fits) > 0.1

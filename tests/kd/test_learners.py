@@ -15,7 +15,7 @@ from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation.protocol import Augmentable, Learner, Tunable
 from kd import recipes
 from kd.evaluation import learners
-from kd.evaluation.learners import NetworkLearner, learner
+from kd.evaluation.learners import NetworkLearner, network_learner
 from kd.models import networks
 from kd.models.networks import Shape
 
@@ -65,7 +65,7 @@ def _vit(shape: Shape, w: int) -> int:
 def test_networks_on_small_images(name, count, width, shape) -> None:
     h, w, c = shape
     classifier = networks.build(f"{name}:{width}", shape, 10)
-    assert networks.parameters(classifier) == count(shape, width)
+    assert networks.parameter_count(classifier) == count(shape, width)
     outputs = classifier(torch.randn(3, c, h, w))
     assert outputs.shape == (3, 10)
     outputs.square().mean().backward()
@@ -74,9 +74,9 @@ def test_networks_on_small_images(name, count, width, shape) -> None:
 
 def test_networks_of_the_usual_width() -> None:
     # The counts that published code of these networks for CIFAR-10 prints.
-    assert networks.parameters(networks.build("small-resnet18", (32, 32, 3), 10)) == 11_173_962
-    assert networks.parameters(networks.build("small-vgg11", (32, 32, 3), 10)) == 9_231_114
-    assert _kip((28, 28, 1), 1024) == networks.parameters(
+    assert networks.parameter_count(networks.build("small-resnet18", (32, 32, 3), 10)) == 11_173_962
+    assert networks.parameter_count(networks.build("small-vgg11", (32, 32, 3), 10)) == 9_231_114
+    assert _kip((28, 28, 1), 1024) == networks.parameter_count(
         networks.build("kip-convnet", (28, 28, 1), 10)
     )
 
@@ -104,9 +104,9 @@ def test_what_the_networks_refuse() -> None:
     with pytest.raises(UserError, match=r"kip-convnet .* at least 8x8 pixels, got 7x8"):
         networks.build("kip-convnet:4", (7, 8, 1), 10)
     with pytest.raises(UserError, match="multiple of 3, got 16"):
-        learner("vit:16")
+        network_learner("vit:16")
     with pytest.raises(UserError, match="positive whole number"):
-        learner("resnet18:0")
+        network_learner("resnet18:0")
 
 
 def _nngp(image: np.ndarray) -> float:
@@ -147,21 +147,21 @@ def test_kip_convnet_starts_as_its_infinite_network() -> None:
 
 
 def test_a_network_meets_the_protocol() -> None:
-    found = learner("mlp:16")
+    found = network_learner("mlp:16")
     assert all(isinstance(found, kind) for kind in (Tunable, Augmentable))
     tuned: Learner = found.at(0.1)
     assert (tuned.name, tuned.limit) == ("mlp:16", None)
 
 
 def test_a_network_on_a_gpu_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = learner("mlp:16")
+    found = network_learner("mlp:16")
     assert found.accelerator is None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"the GPU of {device}")
     assert replace(found, device="cuda:1").accelerator == "the GPU of cuda:1"
 
 
 def test_rates() -> None:
-    found = learner("mlp:16")
+    found = network_learner("mlp:16")
     lr = recipes.SMALL.lr
     assert found.rates == pytest.approx((lr / 3, lr, 3 * lr))
     assert found.at(0.1).recipe == replace(recipes.SMALL, lr=0.1)
@@ -169,7 +169,7 @@ def test_rates() -> None:
 
 
 def test_kip_convnet_has_its_papers_recipe() -> None:
-    wide, narrow = learner("kip-convnet"), learner("kip-convnet:64")
+    wide, narrow = network_learner("kip-convnet"), network_learner("kip-convnet:64")
     recipe = wide.recipe
     assert (recipe.optimizer, recipe.momentum, recipe.batch_size) == ("momentum", 0.9, 100)
     assert (recipe.steps, recipe.schedule, recipe.final, recipe.warmup) == (5000, "cosine", 0, 0)
@@ -195,21 +195,21 @@ def test_kip_convnet_has_its_papers_recipe() -> None:
     ],
 )
 def test_networks_with_layer_norm_have_their_own_recipe(name, base) -> None:
-    assert learner(name).recipe == base
+    assert network_learner(name).recipe == base
 
 
 def test_steps_keep_the_shares_of_a_recipe() -> None:
-    recipe = learner("mlp", steps=60).recipe
+    recipe = network_learner("mlp", steps=60).recipe
     assert (recipe.steps, recipe.warmup) == (60, recipes.SMALL.warmup / 5)
     with pytest.raises(UserError, match="--steps must be at least 1"):
-        learner("mlp", steps=0)
+        network_learner("mlp", steps=0)
 
 
 def test_aliases() -> None:
-    found = learner("resnet18:8", steps=2)
+    found = network_learner("resnet18:8", steps=2)
     assert found.name == "resnet18:8"
     trained = found(EASY, EASY, 0)
-    assert networks.parameters(trained.network) == networks.parameters(
+    assert networks.parameter_count(trained.network) == networks.parameter_count(
         networks.build("small-resnet18:8", (8, 8, 1), 4)
     )
     assert {"convnet", "mlp", "kip-convnet", "resnet18", "vgg11", "vit"} == set(learners.names())
@@ -218,7 +218,7 @@ def test_aliases() -> None:
 def test_the_seed_decides_the_predictions() -> None:
     # Not resnet18:4: in torch, the gradient of its 1x1 convolutions of 4 channels is not the same.
     for name in ("mlp:8", "resnet18:8", "vgg11:4", "vit:12", "kip-convnet:4"):
-        found = learner(name, steps=3).augmented()
+        found = network_learner(name, steps=3).augmented()
         a, b, c = (found(EASY, EASY, seed)(EASY.images()) for seed in (1, 1, 2))
         assert a.shape == (40, 4)
         assert np.array_equal(a, b), name
@@ -234,14 +234,14 @@ def test_augmentation(monkeypatch: pytest.MonkeyPatch) -> None:
         return changed(source, recipe, classes)
 
     monkeypatch.setattr(learners.augment, "changed", spy)
-    plain = learner("mlp:8", steps=3)
+    plain = network_learner("mlp:8", steps=3)
     augmented = plain.augmented()
     assert augmented.name == plain.name
     a, b = (network(EASY, EASY, 0)(EASY.images()) for network in (plain, augmented))
     assert not np.array_equal(a, b)
     large = support.easy(size=28)
     augmented(large, large, 0)
-    learner("mlp:8", steps=3, flip=True).augmented()(EASY, EASY, 0)
+    network_learner("mlp:8", steps=3, flip=True).augmented()(EASY, EASY, 0)
     assert [kind for kind, *_ in seen] == ["none", *["crop-flip"] * 3]
     assert [options for _, *options in seen[1:]] == [[1, 0.0], [3, 0.0], [1, 0.5]]
 
@@ -249,7 +249,7 @@ def test_augmentation(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["kip-convnet:4", "convnet:4"])
 def test_a_loss_that_overflows_is_an_error(name) -> None:
     with pytest.raises(UserError, match=r"loss term 'mse' is (nan|inf)"):
-        learner(name, steps=20).at(1e30)(EASY, EASY, 0)
+        network_learner(name, steps=20).at(1e30)(EASY, EASY, 0)
 
 
 def test_facts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,7 +260,7 @@ def test_facts(monkeypatch: pytest.MonkeyPatch) -> None:
         return {"latency_ms_batch_1": 0.5, "latency_ms_batch_64": 2.0}
 
     monkeypatch.setattr(learners.scoring, "latency", latency)
-    found = learner("mlp:17", steps=150)
+    found = network_learner("mlp:17", steps=150)
     first, second = (found(EASY, EASY, seed) for seed in (0, 1))
     assert not calls  # measured when asked for
     facts = json.loads(json.dumps(first.facts))
@@ -271,7 +271,7 @@ def test_facts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert facts["parameters"] == weights + 17 + 17 + 4
     assert facts["flops"] == 2 * weights
     steps, losses = zip(*facts["curve"], strict=True)
-    assert len(steps) == learners.POINTS
+    assert len(steps) == learners.CURVE_POINTS
     assert list(steps) == sorted(set(steps))
     assert steps[-1] == 150
     assert losses[-1] < losses[0]
@@ -283,17 +283,17 @@ def test_flops_of_attention_are_counted(monkeypatch: pytest.MonkeyPatch) -> None
     w, tokens = 15, 64
     block = tokens * (3 * w * w + w * w + 8 * w * w) + 2 * tokens * tokens * w
     products = tokens * w + 6 * block + w * 4
-    assert learner(f"vit:{w}", steps=1)(EASY, EASY, 0).facts["flops"] == 2 * products
+    assert network_learner(f"vit:{w}", steps=1)(EASY, EASY, 0).facts["flops"] == 2 * products
 
 
 def test_latency_is_measured() -> None:
-    found = learner("mlp:4", steps=1)(EASY, EASY, 0).facts["latency_ms"]
+    found = network_learner("mlp:4", steps=1)(EASY, EASY, 0).facts["latency_ms"]
     assert set(found) == {"1", "64"}
     assert all(0 < value < 1000 for value in found.values())
 
 
 def test_the_curve_begins_with_the_loss_of_the_fresh_network() -> None:
-    first = learner("mlp:8", steps=2)(EASY, EASY, 5).curve[0]
+    first = network_learner("mlp:8", steps=2)(EASY, EASY, 5).curve[0]
     fresh = networks.build("mlp:8", (8, 8, 1), 4, seed=5)
     with torch.no_grad():
         outputs = fresh(torch.from_numpy(EASY.images().transpose(0, 3, 1, 2))).numpy()
@@ -302,11 +302,11 @@ def test_the_curve_begins_with_the_loss_of_the_fresh_network() -> None:
 
 
 def test_identity() -> None:
-    found = learner("mlp:8", steps=5)
+    found = network_learner("mlp:8", steps=5)
     others = [
-        learner("mlp:9", steps=5),
-        learner("mlp:8", steps=6),
-        learner("mlp:8", steps=5, flip=True),
+        network_learner("mlp:9", steps=5),
+        network_learner("mlp:8", steps=6),
+        network_learner("mlp:8", steps=5, flip=True),
         found.at(0.5),
         found.augmented(),
     ]

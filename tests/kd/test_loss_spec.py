@@ -4,7 +4,7 @@ import pytest
 
 from dsdistill.harness.errors import UserError
 from kd.objectives import loss_spec
-from kd.objectives.loss_spec import Spec
+from kd.objectives.loss_spec import TermSpec
 
 
 def kd(s, t, *, temperature: float = 4.0): ...
@@ -22,16 +22,16 @@ NAMES = {"kd": kd, "at": at, "cc": cc}
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("kd", [Spec("kd")]),
-        ("kd:0.5", [Spec("kd", 0.5)]),
+        ("kd", [TermSpec("kd")]),
+        ("kd:0.5", [TermSpec("kd", 0.5)]),
         ("kd:0.5:temperature=2, cc:order=3", [
-            Spec("kd", 0.5, {"temperature": 2.0}), Spec("cc", None, {"order": 3}),
+            TermSpec("kd", 0.5, {"temperature": 2.0}), TermSpec("cc", None, {"order": 3}),
         ]),
         ("kd:0.5,at:1000@layer2,layer3", [
-            Spec("kd", 0.5), Spec("at", 1000.0, {}, (("layer2",) * 2, ("layer3",) * 2)),
+            TermSpec("kd", 0.5), TermSpec("at", 1000.0, {}, (("layer2",) * 2, ("layer3",) * 2)),
         ]),
         ("at@layer1=blocks.0,layer2=blocks.1,kd:1", [
-            Spec("at", None, {}, (("layer1", "blocks.0"), ("layer2", "blocks.1"))), Spec("kd", 1.0),
+            TermSpec("at", None, {}, (("layer1", "blocks.0"), ("layer2", "blocks.1"))), TermSpec("kd", 1.0),
         ]),
     ],
 )  # fmt: skip

@@ -116,7 +116,7 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_published_teacher_sees_what_it_was_made_for(
     name: str, interpolation: str, size: int, shape: networks.Shape
 ) -> None:
-    own, data = networks.wants(name), _fitted("standardise", shape)
+    own, data = networks.pretrained_config(name), _fitted("standardise", shape)
     assert (own.size, own.interpolation, own.count) == ((size, size), interpolation, 1000)
     teacher = teachers.load(name, data, shape, NAMES, class_map=MAP)
     assert teacher.resolved.matched == "by the class map"
@@ -130,7 +130,7 @@ def test_a_published_teacher_sees_what_it_was_made_for(
 @pytest.mark.usefixtures("untrained")
 def test_imagenet_is_known_by_any_of_its_names() -> None:
     data = _fitted("none", COLOUR)
-    synsets = tuple(n.split(",")[0] for n in networks.wants("test_resnet").classes)  # type: ignore
+    synsets = tuple(n.split(",")[0] for n in networks.pretrained_config("test_resnet").classes)  # type: ignore
     categories = torchvision.models.get_model_weights("resnet18").DEFAULT.meta["categories"]  # pyright: ignore
     for name in ("test_resnet", "torchvision:shufflenet_v2_x0_5"):
         for classes in (synsets, tuple(categories)):
@@ -144,11 +144,11 @@ def test_imagenet_is_known_by_any_of_its_names() -> None:
 
 
 def test_torchvisions_crop_and_classes_are_its_own() -> None:
-    own = networks.wants("torchvision:resnet50")
+    own = networks.pretrained_config("torchvision:resnet50")
     assert (own.size, own.crop, own.interpolation) == ((224, 224), 224 / 232, "bilinear")
     assert isinstance(own.classes, tuple)
     assert own.classes[0].split(", ")[:2] == ["n01440764", "tench"]
-    assert networks.wants("torchvision:efficientnet_b0").interpolation == "bicubic"
+    assert networks.pretrained_config("torchvision:efficientnet_b0").interpolation == "bicubic"
 
 
 @pytest.mark.usefixtures("untrained")
@@ -164,7 +164,7 @@ def test_torchvision_students_are_trainable_saved_and_loaded(
     student.train()(images).sum().backward()
     assert all(p.grad is not None for p in student.parameters())
     fitted, count = (
-        networks.published(f"torchvision:{name}", 1)
+        networks.pretrained_preprocess(f"torchvision:{name}", 1)
         if pretrained
         else (_fitted("none", shape), 1000)
     )
@@ -181,10 +181,10 @@ def test_torchvisions_transformers_take_one_size() -> None:
     vit = torchvision.models.VisionTransformer(
         **sizes, num_layers=1, num_heads=2, mlp_dim=32, num_classes=5
     )
-    assert torchvision_zoo.takes(vit, (8, 9, 1)) == (48, 48, 3)
+    assert torchvision_zoo.input_shape(vit, (8, 9, 1)) == (48, 48, 3)
     assert torchvision_zoo.config("vit_b_16", vit) == {"image_size": 48}
     cnn = torchvision.models.squeezenet1_1()
-    assert torchvision_zoo.takes(cnn, (8, 9, 1)) == (8, 9, 3)
+    assert torchvision_zoo.input_shape(cnn, (8, 9, 1)) == (8, 9, 3)
 
 
 def test_a_pretrained_last_layer_stays_where_the_classes_are_as_many(
@@ -248,7 +248,7 @@ def test_hugging_face_teachers_see_what_their_processor_says(
     tmp_path: Path, shape: networks.Shape
 ) -> None:
     name, data = f"hf:{_vit(tmp_path, resample=3, **ODD)}", _fitted("standardise", shape)
-    own = networks.wants(name)
+    own = networks.pretrained_config(name)
     assert (own.size, own.interpolation, own.classes) == ((16, 16), "bicubic", NAMES)
     assert own.mean == pytest.approx(ODD["image_mean"], abs=1e-6)
     assert own.std == pytest.approx(ODD["image_std"], abs=1e-6)
@@ -299,12 +299,12 @@ def test_a_processor_that_swaps_colours_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_crop_of_a_processor_is_found(tmp_path: Path) -> None:
-    own = networks.wants(f"hf:{_resnet(tmp_path)}")
+    own = networks.pretrained_config(f"hf:{_resnet(tmp_path)}")
     assert own.size == (28, 28)
     assert own.crop == pytest.approx(224 / 256)  # ConvNeXt's default below 384 pixels
     given = {"do_center_crop": True, "crop_size": {"height": 16, "width": 16}}
     _processor(tmp_path, "BitImageProcessor", size={"shortest_edge": 20}, **given)
-    assert networks.wants(f"hf:{tmp_path}").crop == pytest.approx(16 / 20)
+    assert networks.pretrained_config(f"hf:{tmp_path}").crop == pytest.approx(16 / 20)
 
 
 @pytest.mark.parametrize("make", [_vit, _resnet])
@@ -430,7 +430,7 @@ def test_timm_folders_bring_their_classes_and_outlive_their_source(tmp_path: Pat
     timm.models.save_for_hf(made, str(source), model_config=names, model_args=args)
     name, data = f"local-dir:{source}", _fitted("standardise", COLOUR)
     teacher = teachers.load(name, data, COLOUR, NAMES)
-    own = networks.wants(name)
+    own = networks.pretrained_config(name)
     assert (own.size, own.classes, own.interpolation) == ((32, 32), NAMES, "bicubic")
     assert teacher.resolved.matched == "by name"
     _check_path(teacher, data, _raw(COLOUR), own)

@@ -14,7 +14,7 @@ from dsdistill.harness.data import preprocess
 from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError
 from kd.models import networks, saved_models, seals, teachers
-from kd.models.adapters import Adapter, adapter
+from kd.models.adapters import Adapter, build_adapter
 
 SHAPE = (8, 8, 1)
 NAMES = ("a", "b", "c")
@@ -44,7 +44,7 @@ def test_convnet_is_the_default_of_the_field() -> None:
     classifier = networks.build("convnet", (28, 28, 1), 10)
     w = 128
     convolutions = (9 * 1 * w + w) + 2 * (9 * w * w + w)
-    assert networks.parameters(classifier) == convolutions + 3 * 2 * w + (w * 9 * 10 + 10)
+    assert networks.parameter_count(classifier) == convolutions + 3 * 2 * w + (w * 9 * 10 + 10)
     assert classifier(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
 
 
@@ -145,7 +145,11 @@ def test_a_run_from_before_interpolations_resizes_as_it_did(tmp_path: Path) -> N
     card = json.loads((tmp_path / "model.json").read_text())
     (tmp_path / "model.json").write_text(
         json.dumps(
-            {k: v for k, v in card.items() if k not in ("interpolation", "config", seals.KEY)}
+            {
+                k: v
+                for k, v in card.items()
+                if k not in ("interpolation", "config", seals.CHECKSUMS_KEY)
+            }
         )
     )
     x = _nchw(_images())
@@ -192,8 +196,8 @@ def test_adapter_of_whitened_data_equals_invert() -> None:
 
 def test_adapter_is_the_identity_where_nothing_differs_and_trains_nothing() -> None:
     a, b = _fitted("standardise"), _fitted("standardise")
-    assert isinstance(adapter(a, b, (8, 8), (8, 8)), torch.nn.Identity)
-    other = adapter(a, _fitted("none"), (8, 8), (16, 16))
+    assert isinstance(build_adapter(a, b, (8, 8), (8, 8)), torch.nn.Identity)
+    other = build_adapter(a, _fitted("none"), (8, 8), (16, 16))
     assert not list(other.parameters())
     assert other(torch.zeros(2, 1, 8, 8)).shape == (2, 1, 16, 16)
 

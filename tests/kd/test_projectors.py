@@ -18,21 +18,27 @@ from dsdistill.harness.errors import UserError
 from kd.losses import contrastive, feature
 from kd.models import networks
 from kd.objectives.projectors import (
-    Embed,
+    Embedder,
     EmbeddingMemory,
     Fusion,
-    Generator,
+    GaussianRegressor,
+    MaskedGenerator,
     Projector,
     Regressor,
-    Variational,
-    resized,
+    match_sizes,
 )
-from kd.objectives.taps import Layout, Taps, as_map, probe
+from kd.objectives.taps import FeatureLayout, Taps, as_map, probe
 
 IMAGE = (32, 32, 3)
-STUDENT = Layout("student", "nchw", 3, (4, 6))
-TEACHER = Layout("teacher", "tokens", 5, (2, 3), 1)
-ALONE = (Regressor, Variational, Generator, Projector, Embed)  # of one pair of layers
+STUDENT = FeatureLayout("student", "nchw", 3, (4, 6))
+TEACHER = FeatureLayout("teacher", "tokens", 5, (2, 3), 1)
+ALONE = (
+    Regressor,
+    GaussianRegressor,
+    MaskedGenerator,
+    Projector,
+    Embedder,
+)  # of one pair of layers
 
 
 def _normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -106,7 +112,7 @@ def test_regressor_closed_form() -> None:
 
 
 def test_of_equal_shapes_the_regressor_is_no_identity() -> None:
-    layout = Layout("both", "vector", 3)
+    layout = FeatureLayout("both", "vector", 3)
     layer = _seeded(Regressor, layout, layout).double()
     x = _normal(4, 3)
     ours, theirs = layer(x, x)
@@ -117,7 +123,7 @@ def test_of_equal_shapes_the_regressor_is_no_identity() -> None:
 
 def test_variational_closed_form_and_its_first_variance() -> None:
     student, teacher = _features()
-    layer = _seeded(Variational, STUDENT, TEACHER).double()
+    layer = _seeded(GaussianRegressor, STUDENT, TEACHER).double()
     mean, raw_variance, theirs = layer(student, teacher)
     expected = _pooled(student.numpy())
     for i, convolution in enumerate(layer.mean[::2]):
@@ -133,7 +139,7 @@ def test_variational_closed_form_and_its_first_variance() -> None:
 
 def test_generator_closed_form_without_dropped_positions() -> None:
     student, teacher = _features()
-    layer = _seeded(Generator, STUDENT, TEACHER, ratio=0).double()
+    layer = _seeded(MaskedGenerator, STUDENT, TEACHER, ratio=0).double()
     hidden = _convolve(_pooled(student.numpy()), layer.align)
     hidden = np.maximum(_convolve(hidden, layer.generate[0]), 0)
     ours, theirs = layer(student, teacher)
@@ -142,8 +148,8 @@ def test_generator_closed_form_without_dropped_positions() -> None:
 
 
 def test_generator_drops_whole_positions_at_its_ratio() -> None:
-    wide = Layout("maps", "nchw", 4, (40, 50))
-    layer = _seeded(Generator, wide, wide)
+    wide = FeatureLayout("maps", "nchw", 4, (40, 50))
+    layer = _seeded(MaskedGenerator, wide, wide)
     for convolution in (layer.align, layer.generate[0], layer.generate[2]):
         nn.init.dirac_(convolution.weight)  # each passes on what it gets
         nn.init.zeros_(convolution.bias)
@@ -158,12 +164,12 @@ def test_generator_drops_whole_positions_at_its_ratio() -> None:
     torch.manual_seed(1)
     torch.testing.assert_close(layer(maps, maps)[0], first, rtol=0, atol=0)
     with pytest.raises(ValueError, match=r"must be in \[0, 1\), got 1"):
-        Generator(wide, wide, ratio=1)
+        MaskedGenerator(wide, wide, ratio=1)
 
 
 def test_fusion_closed_form() -> None:
-    students = [Layout("a", "nchw", 2, (8, 8)), Layout("b", "nchw", 3, (4, 4))]
-    teachers = [Layout("a", "nchw", 5, (4, 4)), Layout("b", "nhwc", 6, (2, 2))]
+    students = [FeatureLayout("a", "nchw", 2, (8, 8)), FeatureLayout("b", "nchw", 3, (4, 4))]
+    teachers = [FeatureLayout("a", "nchw", 5, (4, 4)), FeatureLayout("b", "nhwc", 6, (2, 2))]
     shallow, deep = _normal(4, 2, 8, 8), _normal(4, 3, 4, 4, seed=1)
     targets = [_normal(4, 5, 4, 4, seed=2), _normal(4, 2, 2, 6, seed=3)]
     layer = _seeded(Fusion, students, teachers).double()
@@ -193,7 +199,7 @@ def test_projector_and_embed_closed_forms() -> None:
     found = projector(student, teacher)
     _same(found[0], ours @ _array(projector.linear.weight).T + _array(projector.linear.bias))
     _same(found[1], theirs)
-    embed = _seeded(Embed, STUDENT, TEACHER, dim=8).double()
+    embed = _seeded(Embedder, STUDENT, TEACHER, dim=8).double()
     for rows, layer, unit in zip(
         (ours, theirs), (embed.student, embed.teacher), embed(student, teacher), strict=True
     ):
@@ -204,10 +210,10 @@ def test_projector_and_embed_closed_forms() -> None:
 
 def test_resized_takes_the_smaller_of_each_axis() -> None:
     a, b = _normal(2, 3, 4, 3), _normal(2, 5, 2, 6)
-    left, right = resized(a, b)
+    left, right = match_sizes(a, b)
     _same(left, a.numpy().reshape(2, 3, 2, 2, 3).mean(3))
     _same(right, b.numpy().reshape(2, 5, 2, 3, 2).mean(4))
-    assert resized(left, right) == (left, right)  # nothing to do, nothing copied
+    assert match_sizes(left, right) == (left, right)  # nothing to do, nothing copied
 
 
 @pytest.mark.parametrize("make", ALONE)
@@ -236,7 +242,7 @@ def test_half_precision_features_are_taken(
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.manual_seed(0)
         inside = layer(*halves)[0]
-    assert inside.dtype == (torch.float32 if make is Embed else torch.bfloat16)
+    assert inside.dtype == (torch.float32 if make is Embedder else torch.bfloat16)
     torch.testing.assert_close(inside.float(), runs[1], atol=0.05, rtol=0.05)
 
 
@@ -308,12 +314,13 @@ def test_any_network_learns_from_any_other_through_every_projector(
     s, t = probe(small, taps[0], IMAGE), probe(large, taps[1], IMAGE)
     pairs = [(s[a], t[b]) for a, b in zip(ours, theirs, strict=True)]
     regressor, variational, generator = (
-        nn.ModuleList(make(*pair) for pair in pairs) for make in (Regressor, Variational, Generator)
+        nn.ModuleList(make(*pair) for pair in pairs)
+        for make in (Regressor, GaussianRegressor, MaskedGenerator)
     )
     fusion, projector, embed = (
         Fusion(*zip(*pairs, strict=True)),
         Projector(*pairs[2]),
-        Embed(*pairs[2]),
+        Embedder(*pairs[2]),
     )
     memory = EmbeddingMemory(10, negatives=4)
     images = _normal(4, 3, 32, 32, dtype=torch.float32)
@@ -326,7 +333,7 @@ def test_any_network_learns_from_any_other_through_every_projector(
         terms.append(feature.fitnet(*regressor[i](*f)))
         terms.append(feature.vid(*variational[i](*f)))
         terms.append(feature.mgd(*generator[i](*f)))
-        terms.append(feature.attention_transfer(*resized(as_map(f[0], a), as_map(f[1], b))))
+        terms.append(feature.attention_transfer(*match_sizes(as_map(f[0], a), as_map(f[1], b))))
     columns = [list(column) for column in zip(*features, strict=True)]
     terms += [feature.hierarchical_context(*pair) for pair in fusion(*columns)]
     terms.append(feature.log_sum(*projector(*features[2])))

@@ -63,7 +63,7 @@ def test_supergradients_loss_is_a_weighted_sum_at_temperature_one() -> None:
     kl = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
     loss = recipes.SUPERGRADIENTS.loss
     assert loss is not None
-    made = terms.build(loss_spec.parse(loss, terms.FUNCTIONS), Classifier(nn.Identity()))
+    made = terms.build(loss_spec.parse(loss, terms.TERM_FUNCTIONS), Classifier(nn.Identity()))
     seen = StepOutputs(Batch(torch.zeros(1, 1, 1, 1), labels), student, (teacher,))
     found = {term.name: term(seen).item() for term in made}
     assert found == pytest.approx({"ce": 0.2 * task, "kd": 0.8 * kl}, rel=1e-6)
@@ -89,20 +89,22 @@ def test_warm_up_then_cosine_to_zero() -> None:
 
 
 def test_another_length_keeps_the_shape_of_the_schedule() -> None:
-    short = recipe.overridden(recipes.SUPERGRADIENTS, {"epochs": 31})
+    short = recipe.override(recipes.SUPERGRADIENTS, {"epochs": 31})
     assert (short.warmup, short.cooldown) == pytest.approx((0.5, 1.0))
-    cifar = recipe.overridden(recipes.CIFAR, {"epochs": 24})
+    cifar = recipe.override(recipes.CIFAR, {"epochs": 24})
     assert cifar.milestones == pytest.approx((15, 18, 21))
-    given = recipe.overridden(recipes.SUPERGRADIENTS, {"epochs": 31, "warmup": 2})
+    given = recipe.override(recipes.SUPERGRADIENTS, {"epochs": 31, "warmup": 2})
     assert given.warmup == 2
-    steps = recipe.overridden(recipes.REAL, {"steps": 200})
+    steps = recipe.override(recipes.REAL, {"steps": 200})
     assert (steps.epochs, steps.steps, steps.warmup) == (None, 200, pytest.approx(10))
 
 
 def test_the_average_follows_the_ramp() -> None:
     network = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(network.weight)
-    average = optimization.Average(network, replace(recipes.REAL, ema=0.9, ema_ramp=15), total=100)
+    average = optimization.WeightAverage(
+        network, replace(recipes.REAL, ema=0.9, ema_ramp=15), total=100
+    )
     expected = 0.0
     for step in range(1, 101):
         nn.init.constant_(network.weight, float(step))
@@ -116,7 +118,7 @@ def test_the_average_follows_the_ramp() -> None:
 
 def test_the_average_takes_in_buffers() -> None:
     network = nn.BatchNorm1d(1)
-    average = optimization.Average(network, replace(recipes.REAL, ema=0.5), total=1)
+    average = optimization.WeightAverage(network, replace(recipes.REAL, ema=0.5), total=1)
     network(torch.tensor([[1.0], [3.0]]))
     average.update(network, 1)
     assert average.network.get_buffer("num_batches_tracked").item() == 1
@@ -148,20 +150,20 @@ def test_the_mean_of_weights() -> None:
 )
 def test_values_that_break_a_rule_or_do_nothing(base, given, message) -> None:
     with pytest.raises(UserError) as error:
-        recipe.overridden(recipes.named(base), given)
+        recipe.override(recipes.by_name(base), given)
     assert message in str(error.value)
 
 
 def test_unknown_recipe() -> None:
     with pytest.raises(UserError, match="did you mean 'hinton'"):
-        recipes.named("hintn")
+        recipes.by_name("hintn")
 
 
 def test_every_recipe_has_a_loss_that_can_be_read() -> None:
     for name, chosen in recipes.NAMED.items():
-        recipe.overridden(chosen, {})  # breaks no rule
+        recipe.override(chosen, {})  # breaks no rule
         if chosen.loss is not None:
-            assert loss_spec.parse(chosen.loss, terms.FUNCTIONS), name
+            assert loss_spec.parse(chosen.loss, terms.TERM_FUNCTIONS), name
 
 
 def test_the_deit_recipe_has_the_drop_path_of_its_paper() -> None:

@@ -76,23 +76,23 @@ def folders(tmp_path: Path) -> list[Path]:
 
 
 def test_runs_that_differ_in_their_seed_are_put_together(folders):
-    groups = finished_runs.grouped([finished_runs.read(folder) for folder in folders])
+    groups = finished_runs.group_by_options([finished_runs.read(folder) for folder in folders])
     assert [len(group.runs) for group in groups] == [3, 1]
     assert groups[0].label == "mlp:16"
     assert groups[1].label == "mlp:16 from teacher, lr 0.1, decay all True"
-    cells = dict(zip(report.FIGURES, report.figures(groups[0]), strict=True))
+    cells = dict(zip(report.METRIC_COLUMNS, report.metric_cells(groups[0]), strict=True))
     assert cells["test accuracy, %"] == "82.0 ± 2.0"
     low, high = map(float, cells["95 % interval"].split(" to "))
     half = 4.303 * 2 / np.sqrt(3)  # of Student's t with 2 degrees of freedom
     assert (low, high) == pytest.approx((82 - half, 82 + half), abs=0.06)
     assert cells["agrees with teacher, %"] == "–"
-    assert report.figures(groups[1])[1:3] == ["90.0", "–"]
+    assert report.metric_cells(groups[1])[1:3] == ["90.0", "–"]
 
 
 def test_groups_of_one_name_are_numbered(tmp_path):
     options = [replace(PLAIN, teacher=f"/{place}/teacher") for place in ("here", "there")]
     found = [finished_runs.read(made(tmp_path, option)) for option in options]
-    labels = [group.label for group in finished_runs.grouped(found)]
+    labels = [group.label for group in finished_runs.group_by_options(found)]
     assert labels == ["mlp:16 from teacher", "mlp:16 from teacher #2"]
 
 
@@ -101,7 +101,7 @@ def test_a_seed_without_a_figure_leaves_no_mean(tmp_path):
         finished_runs.read(made(tmp_path, replace(PLAIN, seed=seed), accuracy=value))
         for seed, value in enumerate((0.5, None))
     ]
-    assert report.figures(finished_runs.grouped(found)[0])[1:3] == ["–", "–"]
+    assert report.metric_cells(finished_runs.group_by_options(found)[0])[1:3] == ["–", "–"]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_intervals_that_overlap_are_said_to(tmp_path):
 
 
 def test_axes_of_the_curves_are_labelled(folders):
-    groups = finished_runs.grouped([finished_runs.read(folder) for folder in folders])
+    groups = finished_runs.group_by_options([finished_runs.read(folder) for folder in folders])
     axes = report.curves(groups).axes[0]
     assert axes.get_xlabel() == "step of the optimizer"
     assert axes.get_ylabel() == "validation accuracy, %"

@@ -65,7 +65,7 @@ def test_a_signal_is_followed_after_the_step_and_loses_nothing(
     whole: dict[str, np.ndarray],
     sign: signal.Signals,
 ) -> None:
-    inside.setattr("kd.training.saving.FIRST", 1e9)
+    inside.setattr("kd.training.saving.SECONDS_TO_FIRST_CHECKPOINT", 1e9)
     said = stop_in(inside, 7, "train", "digits", *QUICK, "--out", "stopped", sign=sign)
     assert said == "kd: interrupted; continue with `kd train --resume --out stopped`"
     assert checkpoint_step(tmp_path / "stopped") == 7  # in the first epoch, of 21 steps
@@ -79,9 +79,9 @@ def test_a_training_is_saved_before_its_first_round_and_as_often_as_it_is_cheap(
 ) -> None:
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    decide = saving.Saving(engine.make(), lambda: False)
+    decide = saving.SavePolicy(engine.make(), lambda: False)
     assert not decide.decide(round_over=False).save
-    now = saving.FIRST
+    now = saving.SECONDS_TO_FIRST_CHECKPOINT
     assert decide.decide(round_over=False) == (True, False)
     decide.saved(0.001)
     now += 0.04
@@ -89,10 +89,10 @@ def test_a_training_is_saved_before_its_first_round_and_as_often_as_it_is_cheap(
     now += 0.02
     assert decide.decide(round_over=True).save
     assert not decide.decide(round_over=False).save
-    now += saving.AT_LEAST
+    now += saving.MIN_SECONDS_BETWEEN_CHECKPOINTS
     assert decide.decide(round_over=False).save
     decide.saved(100.0)  # of a network so large that saving takes minutes
-    now += saving.AT_MOST - 1
+    now += saving.MAX_SECONDS_BETWEEN_CHECKPOINTS - 1
     assert not decide.decide(round_over=True).save
     now += 2
     assert decide.decide(round_over=False).save
@@ -159,7 +159,7 @@ def test_a_resume_with_another_distilled_set_or_class_map_is_refused(
     stop_in(inside, 5, "train", "set.safetensors", *options)
     labels = found.labels.copy()
     labels[0] = labels[-1]  # the images are the same
-    changed = distilled_set.Distilled(
+    changed = distilled_set.DistilledSet(
         found.images, labels, found.preprocess, found.classes, found.provenance
     )
     distilled_set.save(Path("set.safetensors"), changed)

@@ -86,7 +86,7 @@ def test_answers_from_the_cache_give_the_same_student_without_the_teacher(
     report = read_report(work / f"{name}-2")
     # The preflight with training images beside the few held out, the test images, a trial of the
     # shape and one step on made-up images.
-    assert asked.images <= teacher_check.FOR_ORDER + 359 + 1 + dry_run.IMAGES
+    assert asked.images <= teacher_check.FOR_ORDER + 359 + 1 + dry_run.MAX_IMAGES
     assert report["teacher_accuracy"] > 0.5
 
 

@@ -25,17 +25,23 @@ from timm.utils.misc import natural_key
 from torch import Tensor
 
 from dsdistill.harness.data import class_names, datasets, distilled_set, preprocess
-from dsdistill.harness.data.distilled_set import Distilled
+from dsdistill.harness.data.distilled_set import DistilledSet
 from dsdistill.harness.data.labeled_images import centred_one_hot
 from dsdistill.harness.data.layout import list_folder
 from dsdistill.harness.errors import UserError
 from kd.data import data_source
-from kd.data.batching import Batch, derive, mine
+from kd.data.batching import Batch, derive_seed, share_positions
 from kd.data.files import archives, file_source, image_files
-from kd.data.files.archives import Archive, Sequential, is_named, open_named, streamed
+from kd.data.files.archives import (
+    ArchiveSplit,
+    SequentialBatches,
+    is_timm_name,
+    open_split,
+    stream_split,
+)
 from kd.data.files.image_files import ImageFiles, open_folder
-from kd.data.files.stream import Stream, order
-from kd.data.files.transforms import Views, seeded
+from kd.data.files.stream import FileBatches, epoch_rows
+from kd.data.files.transforms import Views, temporary_seed
 from kd.recipe import Recipe
 
 CPU = torch.device("cpu")
@@ -87,11 +93,11 @@ def _index(batch: Batch) -> np.ndarray:
 def test_views_do_not_depend_on_the_workers_or_on_the_way_into_the_epoch(
     images: ImageFiles, repeats: int
 ) -> None:
-    alone = Stream(images, VIEWS, 64, CPU, repeats=repeats)
+    alone = FileBatches(images, VIEWS, 64, CPU, repeats=repeats)
     whole = list(alone.epoch(5, 2))
     assert len(whole) == len(alone)
     for workers in (1, 2):
-        stream = Stream(images, VIEWS, 64, CPU, repeats=repeats, workers=workers, prefetch=3)
+        stream = FileBatches(images, VIEWS, 64, CPU, repeats=repeats, workers=workers, prefetch=3)
         assert _all_same(list(stream.epoch(5, 2)), whole)
         assert _all_same(list(stream.epoch(5, 2, first=3)), whole[3:])
     assert _all_same(list(alone.epoch(5, 2, first=1)), whole[1:])
@@ -99,8 +105,8 @@ def test_views_do_not_depend_on_the_workers_or_on_the_way_into_the_epoch(
 
 
 def test_an_epoch_that_was_left_does_not_reach_into_the_next(images: ImageFiles) -> None:
-    expected = list(Stream(images, VIEWS, 64, CPU).epoch(0, 1))
-    stream = Stream(images, VIEWS, 64, CPU, workers=2)
+    expected = list(FileBatches(images, VIEWS, 64, CPU).epoch(0, 1))
+    stream = FileBatches(images, VIEWS, 64, CPU, workers=2)
     for _ in stream.epoch(0, 0):
         break
     assert _all_same(list(stream.epoch(0, 1)), expected)
@@ -111,7 +117,7 @@ def test_an_epoch_that_was_left_does_not_reach_into_the_next(images: ImageFiles)
 
 def test_seed_epoch_and_repeat_change_the_views(images: ImageFiles) -> None:
     views = replace(VIEWS, random_erase=0.0)
-    stream = Stream(images, views, 300, CPU)
+    stream = FileBatches(images, views, 300, CPU)
     seen = {}
     for key in ((0, 0), (0, 1), (1, 0)):
         (batch,) = stream.epoch(*key)
@@ -122,7 +128,7 @@ def test_seed_epoch_and_repeat_change_the_views(images: ImageFiles) -> None:
         for b in keys[:i]:
             same = (seen[a] == seen[b]).flatten(1).all(1)
             assert not same.any()
-    thrice = Stream(images, views, 3, CPU, repeats=3)
+    thrice = FileBatches(images, views, 3, CPU, repeats=3)
     first = next(iter(thrice.epoch(0, 0)))
     assert len(set(_index(first))) == 1
     assert len({image.numpy().tobytes() for image in first.images}) == 3
@@ -130,11 +136,11 @@ def test_seed_epoch_and_repeat_change_the_views(images: ImageFiles) -> None:
 
 @pytest.mark.parametrize("n", [100, 300, 700])
 def test_repeated_augmentation_takes_whole_blocks_of_the_repeated_order(n: int) -> None:
-    generator = torch.Generator().manual_seed(derive(7, 3))
+    generator = torch.Generator().manual_seed(derive_seed(7, 3))
     shuffled = torch.randperm(n, generator=generator).numpy()
     length = n if n < 256 else n - n % 256
-    assert np.array_equal(order(n, 3, 7, 3), np.repeat(shuffled, 3)[:length])
-    assert np.array_equal(order(n, 1, 7, 3), shuffled)
+    assert np.array_equal(epoch_rows(n, 3, 7, 3), np.repeat(shuffled, 3)[:length])
+    assert np.array_equal(epoch_rows(n, 1, 7, 3), shuffled)
 
 
 def test_the_global_generators_are_as_they_were(images: ImageFiles) -> None:
@@ -144,18 +150,18 @@ def test_the_global_generators_are_as_they_were(images: ImageFiles) -> None:
 
     before = state()
     for workers in (0, 2):
-        stream = Stream(images, VIEWS, 150, CPU, workers=workers)
+        stream = FileBatches(images, VIEWS, 150, CPU, workers=workers)
         for _ in stream.epoch(0, 0):
             assert state() == before
     assert state() == before
 
 
 def test_the_three_generators_are_seeded_apart() -> None:
-    with seeded(1, 2, 3):
+    with temporary_seed(1, 2, 3):
         one = random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002
-    with seeded(1, 2, 3):
+    with temporary_seed(1, 2, 3):
         assert (random.random(), np.random.rand(), torch.rand(1).item()) == one  # noqa: NPY002
-    with seeded(1, 2, 4):
+    with temporary_seed(1, 2, 4):
         other = random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002
     assert len({*one, *other}) == 6
 
@@ -223,11 +229,11 @@ def test_a_training_view_is_timms_transform_of_the_plain_image(
     folder: Path, images: ImageFiles, views: Views
 ) -> None:
     transform = _timm(views, folder / "train", True, False).dataset.transform
-    batch = next(iter(Stream(images, views, 8, CPU).epoch(4, 9)))
+    batch = next(iter(FileBatches(images, views, 8, CPU).epoch(4, 9)))
     for row, label, view in zip(_index(batch), batch.labels, batch.images, strict=True):
         path = folder / "train" / "abc"[row // 100] / f"{row % 100:03}.jpg"
         assert label == row // 100
-        with Image.open(path) as image, seeded(4, 9, int(row), 0):
+        with Image.open(path) as image, temporary_seed(4, 9, int(row), 0):
             expected = transform(image.convert("RGB"))
         # Normalised in the same order of operations: bit for bit.
         assert torch.equal(view, expected)
@@ -238,7 +244,7 @@ def test_evaluation_views_are_those_of_timms_loader(
     folder: Path, images: ImageFiles, views: Views
 ) -> None:
     theirs = list(_timm(views, folder / "train", False, True))
-    ours = list(Stream(images, views, 50, CPU, workers=2).in_order())
+    ours = list(FileBatches(images, views, 50, CPU, workers=2).in_order())
     assert sum(len(batch) for batch in ours) == 300
     for batch, (expected, labels) in zip(ours, theirs, strict=True):
         assert batch.images.is_contiguous()
@@ -252,7 +258,7 @@ def test_evaluation_views_are_those_of_timms_loader(
 def test_the_shares_of_the_ranks_make_up_the_batch(
     images: ImageFiles, world: int, repeats: int
 ) -> None:
-    stream = Stream(images, VIEWS, 72, CPU, world=world, repeats=repeats)
+    stream = FileBatches(images, VIEWS, 72, CPU, world=world, repeats=repeats)
     together = list(stream.epoch(1, 1))
     ranks = [list(stream.epoch(1, 1, rank=r, world=world)) for r in range(world)]
     assert stream.sizes == [len(batch) for batch in together]
@@ -261,7 +267,7 @@ def test_the_shares_of_the_ranks_make_up_the_batch(
         for rank in range(world):
             share = ranks[rank][number]
             mine_ = np.array([p for p in range(n) if min(p, n - 1 - p) % world == rank])
-            assert np.array_equal(mine_, mine(n, rank, world))
+            assert np.array_equal(mine_, share_positions(n, rank, world))
             assert share.whole == n
             assert torch.equal(share.images, batch.images[mine_])
             assert np.array_equal(_index(share), _index(batch)[mine_])
@@ -271,21 +277,21 @@ def test_the_shares_of_the_ranks_make_up_the_batch(
 
 
 def test_a_last_part_too_small_to_be_shared_joins_the_one_before(images: ImageFiles) -> None:
-    assert Stream(images, PLAIN, 100, CPU).sizes == [100, 100, 100]
-    assert Stream(images, PLAIN, 99, CPU, world=1).sizes == [99, 99, 99, 3]
-    assert Stream(images, PLAIN, 99, CPU, world=2).sizes == [99, 99, 102]
-    needy = Stream(images, PLAIN, 99, CPU, least=4)
+    assert FileBatches(images, PLAIN, 100, CPU).sizes == [100, 100, 100]
+    assert FileBatches(images, PLAIN, 99, CPU, world=1).sizes == [99, 99, 99, 3]
+    assert FileBatches(images, PLAIN, 99, CPU, world=2).sizes == [99, 99, 102]
+    needy = FileBatches(images, PLAIN, 99, CPU, least=4)
     assert needy.sizes == [99, 99, 102]
     assert [len(batch) for batch in needy.epoch(0, 0)] == needy.sizes
     assert [len(batch) for batch in needy.epoch(0, 0, first=1)] == needy.sizes[1:]
     with pytest.raises(UserError, match="it needs 4 in a batch, got 3"):
-        Stream(images, PLAIN, 3, CPU, least=4)
-    assert Stream(images, PLAIN, 299, CPU).sizes == [300]
-    assert Stream(images, PLAIN, 128, CPU, repeats=3).sizes == [128, 128]
+        FileBatches(images, PLAIN, 3, CPU, least=4)
+    assert FileBatches(images, PLAIN, 299, CPU).sizes == [300]
+    assert FileBatches(images, PLAIN, 128, CPU, repeats=3).sizes == [128, 128]
 
 
 def test_every_image_is_validated_once_by_one_of_the_ranks(images: ImageFiles) -> None:
-    stream = Stream(images, PLAIN, 40, CPU)
+    stream = FileBatches(images, PLAIN, 40, CPU)
     shares = [[_index(b) for b in stream.in_order(rank, 3)] for rank in range(3)]
     assert np.array_equal(
         np.sort(np.concatenate([rows for share in shares for rows in share])), np.arange(300)
@@ -295,7 +301,7 @@ def test_every_image_is_validated_once_by_one_of_the_ranks(images: ImageFiles) -
 class _Counted:
     """A reader that counts the images it has opened."""
 
-    def __init__(self, reader: image_files.Reader) -> None:
+    def __init__(self, reader: image_files.ImageReader) -> None:
         self.reader, self.opened = reader, 0
 
     def __len__(self) -> int:
@@ -311,7 +317,7 @@ class _Counted:
 
 def test_images_are_read_when_their_batch_is_asked_for(images: ImageFiles) -> None:
     reader = _Counted(images.reader)
-    stream = Stream(replace(images, reader=reader), PLAIN, 20, CPU)
+    stream = FileBatches(replace(images, reader=reader), PLAIN, 20, CPU)
     assert len(stream) == 15
     assert stream.labels is not None
     assert reader.opened == 0
@@ -329,19 +335,21 @@ def test_batches_are_the_same_where_there_is_little_shared_memory(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """As in a container with a small `/dev/shm`, which tells its size as `statvfs` does."""
-    expected = list(Stream(images, VIEWS, 64, CPU).epoch(0, 1))
+    expected = list(FileBatches(images, VIEWS, 64, CPU).epoch(0, 1))
     small = SimpleNamespace(f_bavail=free, f_frsize=1)
-    monkeypatch.setattr("kd.data.files.stream.SHARED", ".")
+    monkeypatch.setattr("kd.data.files.stream.SHARED_MEMORY", ".")
     monkeypatch.setattr("kd.data.files.stream.os.statvfs", lambda path: small)
-    monkeypatch.setattr("kd.data.files.stream.SEMAPHORES", 1 << 16)
-    stream = Stream(images, VIEWS, 64, CPU, workers=2)  # five batches of 0.6 MB
+    monkeypatch.setattr("kd.data.files.stream.SEMAPHORE_BYTES_PER_WORKER", 1 << 16)
+    stream = FileBatches(images, VIEWS, 64, CPU, workers=2)  # five batches of 0.6 MB
     assert _all_same(list(stream.epoch(0, 1)), expected)
     assert words in capsys.readouterr().err
 
 
 def test_the_death_of_a_decoding_process_is_one_line(images: ImageFiles) -> None:
     killed = _Killed(images.reader)
-    message = _error(Stream(replace(images, reader=killed), VIEWS, 64, CPU, workers=1).epoch(0, 0))
+    message = _error(
+        FileBatches(replace(images, reader=killed), VIEWS, 64, CPU, workers=1).epoch(0, 0)
+    )
     assert message.startswith("a process that reads images has died (DataLoader worker")
     assert "\n" not in message
 
@@ -349,7 +357,7 @@ def test_the_death_of_a_decoding_process_is_one_line(images: ImageFiles) -> None
 class _Killed:
     """A reader whose process is killed by the system, as where memory runs out."""
 
-    def __init__(self, reader: image_files.Reader) -> None:
+    def __init__(self, reader: image_files.ImageReader) -> None:
         self.reader = reader
 
     def __len__(self) -> int:
@@ -373,8 +381,8 @@ def test_an_unreadable_image_is_one_line_with_its_path(
     bad.write_bytes(bad.read_bytes()[:-200] if content is None else content)
     images = open_folder(tmp_path / "photos", 0.0).train
     for batches in (
-        Stream(images, VIEWS, 50, CPU, workers=workers).epoch(0, 0),
-        Stream(images, VIEWS, 50, CPU, workers=workers).in_order(),
+        FileBatches(images, VIEWS, 50, CPU, workers=workers).epoch(0, 0),
+        FileBatches(images, VIEWS, 50, CPU, workers=workers).in_order(),
     ):
         message = _error(batches)
         assert message.startswith(f"image {bad} cannot be read (")
@@ -396,7 +404,7 @@ def test_an_image_that_is_gone_is_one_line_too(tmp_path: Path, folder: Path) -> 
     images = open_folder(tmp_path / "photos", 0.0).train
     (tmp_path / "photos" / "train" / "a" / "000.jpg").unlink()
     with pytest.raises(UserError, match=r"a/000\.jpg cannot be read \(No such file"):
-        list(Stream(images, PLAIN, 50, CPU).in_order())
+        list(FileBatches(images, PLAIN, 50, CPU).in_order())
 
 
 def _coloured(root: Path, parts: tuple[str, ...]) -> dict[tuple[int, ...], str]:
@@ -508,7 +516,7 @@ def test_a_set_in_another_class_order_is_matched_by_its_names(tmp_path: Path) ->
         "data": {"source": str(tmp_path / "photos"), "sha256": splits.digest},
         "config": {"image_size": None, "validation_fraction": 0.1},
     }
-    made = Distilled(
+    made = DistilledSet(
         fitted.apply(splits.train.images(np.arange(0, len(splits.train), 7))),
         centred_one_hot(splits.train.labels[::7], 12),
         fitted,
@@ -539,7 +547,7 @@ def test_images_of_every_kind_become_upright_colours_on_white(tmp_path: Path) ->
             exif = Image.Exif()
             exif[0x0112] = 6  # turned by a quarter
             image.save(tmp_path / label / name, exif=exif if name == "wide.jpg" else b"")
-    listed = image_files._pictures(list_folder(tmp_path))
+    listed = image_files._list_images(list_folder(tmp_path))
     names = sorted(made)
     found = {name: listed.read(row, 3)[0] for row, name in enumerate(names)}
     assert {image.mode for image in found.values()} == {"RGB"}
@@ -553,20 +561,20 @@ def test_images_of_every_kind_become_upright_colours_on_white(tmp_path: Path) ->
 
 def test_grey_images_are_augmented_too(images: ImageFiles) -> None:
     views = Views((20, 20), (0.5,), (0.25,), auto_augment="rand-m9-n3", random_erase=0.5)
-    for batch in Stream(images, views, 150, CPU).epoch(0, 0):
+    for batch in FileBatches(images, views, 150, CPU).epoch(0, 0):
         assert batch.images.shape == (150, 1, 20, 20)
         assert torch.isfinite(batch.images).all()
 
 
 def test_without_augmentation_an_epoch_has_evaluation_views(images: ImageFiles) -> None:
-    stream = Stream(images, VIEWS, 300, CPU, augment=False)
+    stream = FileBatches(images, VIEWS, 300, CPU, augment=False)
     (still,), (mixed,) = list(stream.in_order()), list(stream.epoch(0, 0))
     assert not np.array_equal(_index(mixed), np.arange(300))
     assert torch.equal(mixed.images, still.images[torch.from_numpy(_index(mixed))])
 
 
 def test_labels_are_known_before_anything_is_read(images: ImageFiles) -> None:
-    stream = Stream(images, PLAIN, 64, CPU)
+    stream = FileBatches(images, PLAIN, 64, CPU)
     assert stream.labels is not None
     for batch in stream.epoch(0, 0):
         assert torch.equal(stream.labels[torch.from_numpy(_index(batch))], batch.labels)
@@ -574,9 +582,9 @@ def test_labels_are_known_before_anything_is_read(images: ImageFiles) -> None:
 
 def test_a_decoding_process_can_be_given_its_images_by_value(images: ImageFiles) -> None:
     # As on systems that start processes afresh and do not copy them.
-    stream = Stream(images, VIEWS, 8, CPU)
+    stream = FileBatches(images, VIEWS, 8, CPU)
     copied = pickle.loads(pickle.dumps(stream._desk))
-    other = Stream(copied.pictures, VIEWS, 8, CPU)
+    other = FileBatches(copied.pictures, VIEWS, 8, CPU)
     assert _same(next(iter(stream.epoch(0, 0))), next(iter(other.epoch(0, 0))))
 
 
@@ -621,14 +629,14 @@ def test_an_augmentation_that_timm_does_not_know_is_one_line(
     images: ImageFiles, change: dict[str, Any], why: str
 ) -> None:
     with pytest.raises(UserError, match=why):
-        Stream(images, replace(PLAIN, **change), 8, CPU)
+        FileBatches(images, replace(PLAIN, **change), 8, CPU)
 
 
 def test_processes_that_would_get_no_image_are_refused(images: ImageFiles) -> None:
     few = images.select(np.array([0, 100, 200]))
     for chosen, size in ((images, 3), (few, 64)):
         with pytest.raises(UserError, match="2 processes need two images each"):
-            Stream(chosen, PLAIN, size, CPU, world=2)
+            FileBatches(chosen, PLAIN, size, CPU, world=2)
 
 
 def test_folders_that_make_no_data_set_are_one_line(tmp_path: Path, folder: Path) -> None:
@@ -682,7 +690,7 @@ class _Shards:
             yield Image.new("RGB", (30, 30), (row, row, row)), row % 3
 
 
-ARCHIVE = Archive("tfds/greys", None, "train", ("a", "b", "c"))
+ARCHIVE = ArchiveSplit("tfds/greys", None, "train", ("a", "b", "c"))
 GREY = Views((16, 16), (0.0,) * 3, (1.0,) * 3, hflip=0.0, random_erase=0.9)
 
 
@@ -710,7 +718,7 @@ def _rows(batch: Batch) -> list[int]:
 
 @pytest.mark.usefixtures("greys")
 def test_an_archive_is_read_alike_every_time_and_from_any_batch() -> None:
-    stream = Sequential(ARCHIVE, GREY, 10, CPU, workers=2)
+    stream = SequentialBatches(ARCHIVE, GREY, 10, CPU, workers=2)
     whole = list(stream.epoch(3, 1))
     assert len(whole) == len(stream) == 10  # two processes read five batches of ten each
     assert stream.sizes == [10] * 10
@@ -726,7 +734,9 @@ def test_an_archive_is_read_alike_every_time_and_from_any_batch() -> None:
 
 @pytest.mark.usefixtures("greys")
 def test_ranks_read_different_parts_of_an_archive() -> None:
-    stream = Sequential(ARCHIVE, replace(GREY, random_erase=0.0), 10, CPU, world=2, workers=1)
+    stream = SequentialBatches(
+        ARCHIVE, replace(GREY, random_erase=0.0), 10, CPU, world=2, workers=1
+    )
     ranks = [list(stream.epoch(0, 0, rank=rank, world=2)) for rank in range(2)]
     assert [len(r) for r in ranks] == [len(stream)] * 2
     assert all(len(batch) == 5 and batch.whole == 10 for r in ranks for batch in r)
@@ -738,7 +748,7 @@ def test_ranks_read_different_parts_of_an_archive() -> None:
 @pytest.mark.usefixtures("greys")
 @pytest.mark.parametrize(("workers", "world"), [(1, 1), (2, 1), (2, 3)])
 def test_every_image_of_an_archive_is_validated_once(workers: int, world: int) -> None:
-    stream = Sequential(ARCHIVE, GREY, 20, CPU, workers=workers)
+    stream = SequentialBatches(ARCHIVE, GREY, 20, CPU, workers=workers)
     rows: list[int] = []
     for rank in range(world):
         for batch in stream.in_order(rank, world):
@@ -749,7 +759,7 @@ def test_every_image_of_an_archive_is_validated_once(workers: int, world: int) -
 
 @pytest.mark.usefixtures("greys")
 def test_views_of_an_archive_differ_between_images_epochs_ranks_and_processes() -> None:
-    stream = Sequential(ARCHIVE, GREY, 90, CPU, workers=2)
+    stream = SequentialBatches(ARCHIVE, GREY, 90, CPU, workers=2)
     noise = set()
     for epoch in range(2):
         for rank in range(2):
@@ -762,7 +772,7 @@ def test_views_of_an_archive_differ_between_images_epochs_ranks_and_processes() 
 
 
 def test_an_archive_that_ends_early_or_breaks_is_one_line(greys: dict[str, int]) -> None:
-    stream = Sequential(ARCHIVE, GREY, 10, CPU, workers=2)
+    stream = SequentialBatches(ARCHIVE, GREY, 10, CPU, workers=2)
     greys["count"] = 1  # the second process finds nothing
     with pytest.raises(UserError, match=r"tfds/greys ended after 5 of 10 batches: .*--workers"):
         list(stream.epoch(0, 0))
@@ -773,13 +783,13 @@ def test_an_archive_that_ends_early_or_breaks_is_one_line(greys: dict[str, int])
 
 def test_what_an_archive_cannot_do_is_refused(images: ImageFiles) -> None:
     with pytest.raises(UserError, match="--repeats 3 needs images that can be read in any order"):
-        streamed(ARCHIVE, GREY, 10, CPU, repeats=3)
+        stream_split(ARCHIVE, GREY, 10, CPU, repeats=3)
     with pytest.raises(UserError, match="must be a multiple of 3, got 10"):
-        streamed(ARCHIVE, GREY, 10, CPU, world=3)
+        stream_split(ARCHIVE, GREY, 10, CPU, world=3)
     with pytest.raises(UserError, match="--auto-augment nothing"):
-        streamed(ARCHIVE, replace(GREY, auto_augment="nothing"), 10, CPU)
-    both = streamed(ARCHIVE, GREY, 10, CPU), streamed(images, VIEWS, 10, CPU, repeats=3)
-    assert [type(s) for s in both] == [Sequential, Stream]
+        stream_split(ARCHIVE, replace(GREY, auto_augment="nothing"), 10, CPU)
+    both = stream_split(ARCHIVE, GREY, 10, CPU), stream_split(images, VIEWS, 10, CPU, repeats=3)
+    assert [type(s) for s in both] == [SequentialBatches, FileBatches]
 
 
 def test_names_that_timm_cannot_open_are_one_line(
@@ -787,21 +797,21 @@ def test_names_that_timm_cannot_open_are_one_line(
 ) -> None:
     monkeypatch.setattr(archives.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs the package tensorflow-datasets: pip install"):
-        open_named("tfds/mnist", "train")
+        open_split("tfds/mnist", "train")
     with pytest.raises(UserError, match="unknown kind of data set 'wdss'; did you mean 'wds'"):
-        open_named("wdss/x", "train")
+        open_split("wdss/x", "train")
     monkeypatch.setattr(archives.importlib.util, "find_spec", lambda name: name)
     with pytest.raises(UserError, match="cannot open the 'train' part of wds/"):
-        open_named(f"wds/{tmp_path}", "train")
+        open_split(f"wds/{tmp_path}", "train")
 
 
 def test_paths_are_not_taken_for_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "wds" / "photos").mkdir(parents=True)
-    assert is_named("hfds/mnist")
-    assert is_named("wds//data/shards")
+    assert is_timm_name("hfds/mnist")
+    assert is_timm_name("wds//data/shards")
     for path in ("wds/photos", "photos", "wds", "digits", "/data/wds/x"):
-        assert not is_named(path)
+        assert not is_timm_name(path)
 
 
 @pytest.fixture
@@ -829,10 +839,10 @@ def tars(tmp_path: Path, folder: Path) -> Path:
 
 
 def test_webdataset_shards_are_streamed(tars: Path, images: ImageFiles) -> None:
-    source = open_named(f"wds/{tars}", "train")
-    assert isinstance(source, Archive)
+    source = open_split(f"wds/{tars}", "train")
+    assert isinstance(source, ArchiveSplit)
     assert source.classes == ("a", "b", "c")
-    stream = streamed(source, VIEWS, 10, CPU, workers=2)
+    stream = stream_split(source, VIEWS, 10, CPU, workers=2)
     whole, late = list(stream.epoch(0, 0)), list(stream.epoch(0, 0, first=2))
     assert [len(batch) for batch in whole] == stream.sizes == [10] * 6
     for one, other in zip(whole[2:], late, strict=True):
@@ -843,28 +853,28 @@ def test_webdataset_shards_are_streamed(tars: Path, images: ImageFiles) -> None:
     # Validated once each, and as the files are.
     found = torch.cat([batch.images for batch in stream.in_order()])
     rows = np.array([100 * (i % 3) + i for i in range(60)])
-    (expected,) = Stream(images.select(rows), VIEWS, 60, CPU).in_order()
+    (expected,) = FileBatches(images.select(rows), VIEWS, 60, CPU).in_order()
     assert sorted(x.numpy().tobytes() for x in found) == sorted(
         x.numpy().tobytes() for x in expected.images
     )
     (tars / "classes.txt").unlink()
     with pytest.raises(UserError, match=r"does not name its classes: put classes\.txt"):
-        open_named(f"wds/{tars}", "train")
+        open_split(f"wds/{tars}", "train")
     with pytest.raises(UserError, match="cannot open the 'dev' part"):
-        open_named(f"wds/{tars}", "dev")
+        open_split(f"wds/{tars}", "dev")
 
 
 def test_hugging_face_data_sets_are_read_in_any_order(
     folder: Path, tmp_path: Path, images: ImageFiles, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.ERROR)
-    source = open_named(f"hfds/{folder}", "train", root=tmp_path)
+    source = open_split(f"hfds/{folder}", "train", root=tmp_path)
     assert isinstance(source, ImageFiles)
     assert source.classes == ("a", "b", "c")
-    again = open_named(f"hfds/{folder}", "train", root=tmp_path)
+    again = open_split(f"hfds/{folder}", "train", root=tmp_path)
     assert isinstance(again, ImageFiles)
     assert source.digest == again.digest
-    (ours,) = Stream(images, VIEWS, 300, CPU).in_order()
-    (theirs,) = streamed(source, VIEWS, 300, CPU, workers=2).in_order()
+    (ours,) = FileBatches(images, VIEWS, 300, CPU).in_order()
+    (theirs,) = stream_split(source, VIEWS, 300, CPU, workers=2).in_order()
     assert _same(ours, theirs)
     assert source.held_out(0.1)[1].labels is not None

@@ -16,7 +16,7 @@ from torch.multiprocessing.spawn import spawn
 
 from dsdistill.harness.errors import UserError
 from kd.models import networks
-from kd.objectives.taps import Layout, Taps, as_map, as_tokens, as_vector, probe
+from kd.objectives.taps import FeatureLayout, Taps, as_map, as_tokens, as_vector, probe
 
 IMAGE = (32, 32, 3)
 
@@ -100,7 +100,7 @@ def test_the_embedding_is_what_the_classifier_is_applied_to(make) -> None:
 def test_the_embedding_of_a_fully_convolutional_network_is_a_map() -> None:
     network = torchvision.models.squeezenet1_1(num_classes=4).eval()
     taps = Taps(network, ["embedding"])
-    assert probe(network, taps, (64, 64, 3))["embedding"] == Layout(
+    assert probe(network, taps, (64, 64, 3))["embedding"] == FeatureLayout(
         "embedding", "nchw", 512, (3, 3)
     )
     with pytest.raises(UserError, match=r"ReLU has no linear layer, so no 'embedding'"):
@@ -352,7 +352,7 @@ def test_layouts_of_real_networks() -> None:
     ]
     for network, expected, shape in cases:
         found = probe(network, Taps(network, list(expected)), shape)
-        assert found == {name: Layout(name, *values) for name, values in expected.items()}
+        assert found == {name: FeatureLayout(name, *values) for name, values in expected.items()}
 
 
 def test_a_map_that_could_be_read_both_ways_is_read_as_timm_says() -> None:
@@ -440,16 +440,16 @@ def test_all_kinds_hold_the_same_numbers() -> None:
     tokens = x.flatten(2).transpose(1, 2)
     prefixed = torch.cat([torch.full((2, 2, 5), 1e6), tokens], 1)
     kinds = [
-        (x, Layout("", "nchw", 5, (3, 4))),
-        (x.permute(0, 2, 3, 1), Layout("", "nhwc", 5, (3, 4))),
-        (tokens, Layout("", "tokens", 5, (3, 4))),
-        (prefixed, Layout("", "tokens", 5, (3, 4), 2)),
+        (x, FeatureLayout("", "nchw", 5, (3, 4))),
+        (x.permute(0, 2, 3, 1), FeatureLayout("", "nhwc", 5, (3, 4))),
+        (tokens, FeatureLayout("", "tokens", 5, (3, 4))),
+        (prefixed, FeatureLayout("", "tokens", 5, (3, 4), 2)),
     ]
     for feature, layout in kinds:
         torch.testing.assert_close(as_map(feature, layout), x, rtol=0, atol=0)
         torch.testing.assert_close(as_tokens(feature, layout), tokens, rtol=0, atol=0)
         torch.testing.assert_close(as_vector(feature, layout), x.mean((2, 3)))
-    vector, layout = x[:, :, 0, 0], Layout("", "vector", 5)
+    vector, layout = x[:, :, 0, 0], FeatureLayout("", "vector", 5)
     assert as_map(vector, layout).shape == (2, 5, 1, 1)
     assert as_tokens(vector, layout).shape == (2, 1, 5)
     torch.testing.assert_close(as_vector(vector, layout), vector, rtol=0, atol=0)
@@ -474,6 +474,6 @@ def test_a_transformer_of_hugging_face() -> None:
     names = [name for name, _ in network.named_modules()]
     layer = next(name for name in names if name.endswith(("layer.1", "layers.1")))
     found = probe(network, Taps(network, [layer, "embedding", "vit"]), IMAGE)
-    assert found[layer] == Layout(layer, "tokens", 16, (4, 4), 1)
-    assert found["vit"] == Layout("vit", "tokens", 16, (4, 4), 1)  # its first output
-    assert found["embedding"] == Layout("embedding", "vector", 16)
+    assert found[layer] == FeatureLayout(layer, "tokens", 16, (4, 4), 1)
+    assert found["vit"] == FeatureLayout("vit", "tokens", 16, (4, 4), 1)  # its first output
+    assert found["embedding"] == FeatureLayout("embedding", "vector", 16)

@@ -436,7 +436,7 @@ def test_what_killed_processes_left_is_swept_away_when_it_is_old(tmp_path: Path)
     chunks = cache.folder / "chunks"
     left = [chunks / f"{'0' * 64}.safetensors", chunks / ".x.abc", cache.folder / ".static.json.x"]
     young = chunks / f"{'1' * 64}.safetensors"
-    old = time.time() - caches.ABANDONED - 60
+    old = time.time() - caches.ABANDONED_SECONDS - 60
     for path in (*left, young):
         path.write_bytes(b"")
     for path in (*left, *chunks.glob("[!1]*.safetensors"), cache.folder / "static.json"):

@@ -39,18 +39,20 @@ class _Brightest(nn.Module):
         return -self.sharpness * (images[:, 0, :K].mean(-1) - 0.9).abs()
 
 
-def _batches(n: int = 60, noise: float = 0.0, kind: str = "standardise") -> batching.Resident:
+def _batches(
+    n: int = 60, noise: float = 0.0, kind: str = "standardise"
+) -> batching.ResidentBatches:
     rng = np.random.default_rng(0)
     classes = np.arange(n) % K
     images = np.full((n, *SHAPE), 0.3, np.float32)
     images[np.arange(n), classes] = 0.9
     shown = np.where(rng.random(n) < noise, rng.integers(0, K, n), classes)
     fitted = preprocess.fit(kind, lambda size: iter([images]), SHAPE)
-    return batching.batches(Examples(LabeledImages(images, shown, NAMES), fitted), 16, CPU)
+    return batching.prepare_resident(Examples(LabeledImages(images, shown, NAMES), fitted), 16, CPU)
 
 
 def _teacher(
-    batches: batching.Resident, classes: tuple[str, ...] = NAMES, *, own: str = "none", **of
+    batches: batching.ResidentBatches, classes: tuple[str, ...] = NAMES, *, own: str = "none", **of
 ):
     made = Classifier(_Brightest(of.pop("sharpness", 30.0)))
     fitted = preprocess.identity(1) if own == "none" else batches.examples.preprocess
@@ -110,9 +112,11 @@ def test_the_chance_of_unbalanced_answers_is_cohens() -> None:
     predicted, true = rng.choice(3, 400, p=[0.9, 0.1, 0]), rng.choice(3, 400, p=[0.8, 0.1, 0.1])
     shuffled = [(rng.permutation(predicted) == true).mean() for _ in range(2000)]
     # The mean of 2000 draws whose deviation is about 0.01.
-    assert teacher_check.chance(predicted, true) == pytest.approx(np.mean(shuffled), abs=1e-3)
+    assert teacher_check.chance_accuracy(predicted, true) == pytest.approx(
+        np.mean(shuffled), abs=1e-3
+    )
     always = np.zeros(400, int)
-    assert teacher_check.chance(always, true) == (true == 0).mean()
+    assert teacher_check.chance_accuracy(always, true) == (true == 0).mean()
 
 
 # --- another order of the classes
@@ -133,22 +137,26 @@ def test_an_order_that_explains_the_answers_is_found(n: int, k: int, accuracy: f
     rng = np.random.default_rng(1)
     predicted, true = _answers(n, k, accuracy, rng)
     shuffle = np.roll(np.arange(k), 1)
-    found = class_order.better(shuffle[predicted], true, k)
+    found = class_order.find_better(shuffle[predicted], true, k)
     assert found is not None
     right = (predicted == true).mean()
     assert found.accuracy >= right  # the order with the most right answers, by its definition
     assert np.mean(np.array(found.classes)[shuffle] == np.arange(k)) > 0.9
-    named = class_order.better(shuffle[predicted], true, k, {"mine": np.argsort(shuffle).tolist()})
+    named = class_order.find_better(
+        shuffle[predicted], true, k, {"mine": np.argsort(shuffle).tolist()}
+    )
     assert named is not None
     assert (named.name, named.accuracy) == ("mine", right)
-    assert class_order.better(predicted, true, k, {"mine": np.argsort(shuffle).tolist()}) is None
+    assert (
+        class_order.find_better(predicted, true, k, {"mine": np.argsort(shuffle).tolist()}) is None
+    )
 
 
 def test_two_exchanged_classes_of_many_are_found() -> None:
     predicted, true = _answers(3000, 100, 0.8, np.random.default_rng(2))
     exchange = np.arange(100)
     exchange[[3, 8]] = 8, 3
-    found = class_order.better(exchange[predicted], true, 100)
+    found = class_order.find_better(exchange[predicted], true, 100)
     assert found is not None
     assert found.classes == tuple(exchange.tolist())
 
@@ -160,7 +168,7 @@ def test_weak_teachers_on_few_images_raise_no_false_alarm(n: int, k: int, accura
     rng = np.random.default_rng(3)
     draws = [_answers(n, k, accuracy, rng) for _ in range(300)]
     likely = {"reversed": range(k)[::-1], "rolled": np.roll(np.arange(k), 1).tolist()}
-    alarms = sum(class_order.better(*draw, k, likely) is not None for draw in draws)
+    alarms = sum(class_order.find_better(*draw, k, likely) is not None for draw in draws)
     # At most 1 %: of 300 draws 3; more than 9 has a probability of 0.1 %.
     assert alarms <= 9
     # The order with the most right answers looks better on the very images it was found on.
@@ -174,7 +182,7 @@ def test_weak_teachers_on_few_images_raise_no_false_alarm(n: int, k: int, accura
 def test_one_answer_for_everything_is_no_order() -> None:
     rng = np.random.default_rng(4)
     true = np.where(rng.random(500) < 0.9, 3, rng.integers(0, 10, 500))
-    assert class_order.better(np.zeros(500, int), true, 10) is None
+    assert class_order.find_better(np.zeros(500, int), true, 10) is None
 
 
 @pytest.mark.parametrize("minimum", [None, 0.9])

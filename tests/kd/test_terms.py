@@ -98,7 +98,7 @@ def test_projectors_are_trained_and_stored_and_not_part_of_the_student() -> None
 
 def test_self_distillation_through_shallow_heads() -> None:
     network = student()
-    specs = loss_spec.parse("ce:1,heads:1@2,6", terms.FUNCTIONS)
+    specs = loss_spec.parse("ce:1,heads:1@2,6", terms.TERM_FUNCTIONS)
     made = terms.build(specs, network, shape=SHAPE, classes=CLASSES)
     ours = Distillation(network, made)
     assert not ours.needs_teacher
@@ -145,7 +145,7 @@ def test_a_layer_before_all_weights_would_teach_nothing(loss: str) -> None:
     flat = networks.build("mlp:8", SHAPE, CLASSES, seed=0)  # its layer 0 flattens the image
     with pytest.raises(UserError, match="no trained weight comes before layer '0'"):
         terms.build(
-            loss_spec.parse(loss, terms.FUNCTIONS), flat, (teacher(),),
+            loss_spec.parse(loss, terms.TERM_FUNCTIONS), flat, (teacher(),),
             shape=SHAPE, classes=CLASSES, images=32,
         )  # fmt: skip
 
@@ -161,7 +161,7 @@ def test_a_term_of_features_is_the_mean_over_teachers() -> None:
     network = student()
     both = teacher(), teacher(seed=2)
     batch = next(batches().in_order())
-    specs = loss_spec.parse("sp:2,rkd-distance", terms.FUNCTIONS)
+    specs = loss_spec.parse("sp:2,rkd-distance", terms.TERM_FUNCTIONS)
     options = {"shape": SHAPE, "classes": CLASSES, "images": 32}
     values = [
         Distillation(network, terms.build(specs, network, several, **options), several)(batch)
@@ -184,7 +184,7 @@ def test_terms_of_logits_take_several_teachers_each_in_its_own_way(by_label: boo
     weights = 1 - torch.stack(plain).softmax(0) if by_label else torch.full((2, 6), 0.5)
 
     def measured(name: str) -> float:
-        (term,) = terms.build(loss_spec.parse(f"{name}:1", terms.FUNCTIONS), student())
+        (term,) = terms.build(loss_spec.parse(f"{name}:1", terms.TERM_FUNCTIONS), student())
         return term(seen).item()
 
     mean = sum(w[:, None] * x for w, x in zip(weights, seen.answers, strict=True))
@@ -210,7 +210,7 @@ def test_the_same_teacher_twice_is_that_teacher(name: str) -> None:
     generator = torch.Generator().manual_seed(1)
     outputs, answers = 3 * torch.randn(2, 6, 4, generator=generator)
     batch = batching.Batch(torch.zeros(6, 1, 1, 1), torch.arange(6) % 4)
-    (term,) = terms.build(loss_spec.parse(name, terms.FUNCTIONS), student())
+    (term,) = terms.build(loss_spec.parse(name, terms.TERM_FUNCTIONS), student())
     once, twice = (term(StepOutputs(batch, outputs, (answers,) * n)).item() for n in (1, 2))
     assert twice == pytest.approx(once, rel=1e-4)
 

@@ -33,8 +33,8 @@ def _student(seed: int = 0) -> networks.Classifier:
     return networks.build("mlp:16", (8, 8, 1), 4, seed=seed)
 
 
-def _batches(size: int = 16) -> batching.Resident:
-    return batching.batches(support.easy(), size, CPU)
+def _batches(size: int = 16) -> batching.ResidentBatches:
+    return batching.prepare_resident(support.easy(), size, CPU)
 
 
 def _objective(
@@ -43,8 +43,8 @@ def _objective(
     return Distillation(student, _terms(loss), teachers)
 
 
-def _terms(loss: str) -> list[terms.Weighted]:
-    return terms.build(loss_spec.parse(loss, terms.FUNCTIONS), _student())
+def _terms(loss: str) -> list[terms.WeightedTerm]:
+    return terms.build(loss_spec.parse(loss, terms.TERM_FUNCTIONS), _student())
 
 
 class _Stop(Exception):
@@ -53,7 +53,7 @@ class _Stop(Exception):
 
 def test_batches_hold_every_image_once_as_nchw() -> None:
     examples = support.easy(n=33)
-    batches = batching.batches(examples, 8, CPU)
+    batches = batching.prepare_resident(examples, 8, CPU)
     seen = list(batches.epoch(seed=1, epoch=0))
     # 33 = 4 * 8 + 1: the last image joins the batch before it.
     assert [len(b) for b in seen] == [8, 8, 8, 9]
@@ -83,9 +83,9 @@ def test_data_too_large_for_the_device_give_the_same_batches(
     splits = support.digits()
     fitted = preprocess.fit("standardise", splits.train.chunks, splits.train.shape)
     examples = labeled_images.Examples(splits.train, fitted)
-    resident = batching.batches(examples, 100, CPU)
-    monkeypatch.setattr(batching, "RESIDENT_BYTES", 0)
-    streamed = batching.batches(examples, 100, CPU)
+    resident = batching.prepare_resident(examples, 100, CPU)
+    monkeypatch.setattr(batching, "MAX_RESIDENT_BYTES", 0)
+    streamed = batching.prepare_resident(examples, 100, CPU)
     assert resident.images is not None
     assert streamed.images is None
     for a, b in zip(resident.epoch(0, 0), streamed.epoch(0, 0), strict=True):
@@ -102,7 +102,7 @@ def test_an_epoch_can_be_entered_anywhere() -> None:
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_share_each_batch(world: int) -> None:
-    batches = batching.batches(support.easy(n=33), 16, CPU, world)
+    batches = batching.prepare_resident(support.easy(n=33), 16, CPU, world)
     assert batches.sizes == [16, 17]  # the last image alone cannot be shared
     shares = [list(batches.epoch(0, 0, rank=rank, world=world)) for rank in range(world)]
     for number, whole in enumerate(batches.epoch(0, 0)):
@@ -138,7 +138,7 @@ def _rounds(recipe: Recipe, size: int, validation_images: int | None = None) -> 
 
 
 def test_long_epochs_are_validated_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kd.training.steps.SHORT_EPOCH", 1)
+    monkeypatch.setattr("kd.training.steps.LONG_EPOCH_STEPS", 1)
     assert _rounds(replace(QUICK, epochs=3), 16, validation_images=10**9) == [3, 6, 9]
 
 
@@ -214,7 +214,7 @@ def test_the_best_epoch_is_chosen_by_validation() -> None:
     student, accuracies, seen = _student(), iter([0.1, 0.7, 0.7, 0.2]), []
 
     def validate(network: nn.Module) -> dict[str, float]:
-        seen.append(checkpoint.copy(network))
+        seen.append(checkpoint.copy_weights(network))
         return {"accuracy": next(accuracies)}
 
     recipe = replace(QUICK, epochs=4)
@@ -252,13 +252,17 @@ STOPPED = [
 def test_a_training_stopped_in_an_epoch_goes_on_bit_for_bit(
     name: str, changes: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kd.training.saving.AT_MOST", 0.0)  # after every step
+    monkeypatch.setattr(
+        "kd.training.saving.MAX_SECONDS_BETWEEN_CHECKPOINTS", 0.0
+    )  # after every step
     recipe = replace(QUICK, batch_size=8, epochs=4, **changes)
 
-    def run(stop: int | None, saved: checkpoint.Saved | None = None) -> checkpoint.Saved:
+    def run(
+        stop: int | None, saved: checkpoint.PackedState | None = None
+    ) -> checkpoint.PackedState:
         student = networks.build(name, (8, 8, 1), 4, seed=0)
-        batches = augment.changed(_batches(8), recipe, 4)
-        kept: list[checkpoint.Saved] = []
+        batches = augment.augment_batches(_batches(8), recipe, 4)
+        kept: list[checkpoint.PackedState] = []
 
         def show(done: int, **_: float) -> None:
             if done == stop:
@@ -268,9 +272,9 @@ def test_a_training_stopped_in_an_epoch_goes_on_bit_for_bit(
             if recipe.patience:
                 return {"accuracy": 0.5}  # so that the first validation is the best one
             judged = student.around(network)
-            return scoring.validation(judged, _batches(), engine.make(), logits=True)
+            return scoring.validate(judged, _batches(), engine.make(), logits=True)
 
-        def save(state: checkpoint.Saved) -> None:
+        def save(state: checkpoint.PackedState) -> None:
             # As a file would hold them: copies, and through JSON.
             arrays = {k: v.copy() for k, v in state[0].items()}
             kept.append((arrays, json.loads(json.dumps(state[1]))))
@@ -306,7 +310,7 @@ def test_accumulated_batches_are_one_large_batch() -> None:
         student = _student()
         recipe = replace(QUICK, batch_size=batch_size, accumulate=accumulate, epochs=3)
         examples = support.easy(n=38)
-        train(_objective(student), batching.batches(examples, batch_size, CPU), recipe, 0)
+        train(_objective(student), batching.prepare_resident(examples, batch_size, CPU), recipe, 0)
         return nn.utils.parameters_to_vector(student.parameters())
 
     # Batches of 19, or of 7, 7 and 5.
@@ -319,7 +323,7 @@ def test_the_average_is_what_is_validated_and_kept() -> None:
     student, seen = _student(), []
 
     def validate(network: nn.Module) -> dict[str, float]:
-        seen.append(checkpoint.copy(network))
+        seen.append(checkpoint.copy_weights(network))
         return {"accuracy": 0.5}
 
     recipe = replace(QUICK, ema=0.9, epochs=2)
@@ -333,7 +337,7 @@ def test_the_best_epochs_are_averaged() -> None:
     student, seen, accuracies = _student(), [], iter([0.1, 0.7, 0.3, 0.6])
 
     def validate(network: nn.Module) -> dict[str, float]:
-        seen.append(checkpoint.copy(network))
+        seen.append(checkpoint.copy_weights(network))
         return {"accuracy": next(accuracies)}
 
     recipe = replace(QUICK, epochs=4, average_best=2)
@@ -378,7 +382,7 @@ def test_mixed_images_have_mixed_labels() -> None:
 
 def test_the_teacher_is_frozen_and_in_evaluation_mode() -> None:
     teacher = networks.build("test_resnet", (8, 8, 1), 4, seed=1)
-    before = checkpoint.copy(teacher)
+    before = checkpoint.copy_weights(teacher)
     objective = _objective(_student(), "ce:0.5,kd:0.5", (teacher,))
     train(objective, _batches(), replace(QUICK, epochs=1), 0)
     assert objective.student.training
@@ -409,7 +413,7 @@ def test_students_that_teach_each_other() -> None:
 def test_a_student_follows_its_own_average() -> None:
     student = _student()
     objective = MeanTeacher(student, _terms("ce:1,kd:1"), decay=0.75)
-    start = checkpoint.copy(student)
+    start = checkpoint.copy_weights(student)
     nn.init.constant_(student.get_parameter("network.1.bias"), 8.0)
     objective.after_step(1, 10)  # keeps a half
     average = objective.inner.teachers[0].state_dict()
@@ -435,7 +439,7 @@ def test_a_student_comes_to_agree_with_its_teacher() -> None:
 def test_stored_labels_are_used_where_there_are_some() -> None:
     examples = support.easy()
     stored = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
-    batch = next(batching.batches(replace(examples, targets=stored), 40, CPU).in_order())
+    batch = next(batching.prepare_resident(replace(examples, targets=stored), 40, CPU).in_order())
     student = _student()
     loss = _objective(student, "mse:1")(batch)["mse"]
     outputs = student(batch.images).detach().numpy()
@@ -453,7 +457,9 @@ def test_fitted_temperature_minimises_the_nll() -> None:
 
 def test_a_network_is_a_learner() -> None:
     examples = support.easy()
-    network: Learner = replace(learners.learner("mlp:16"), recipe=replace(recipes.SMALL, steps=60))
+    network: Learner = replace(
+        learners.network_learner("mlp:16"), recipe=replace(recipes.SMALL, steps=60)
+    )
     scores = network(examples, examples, 0)(examples.images())
     assert scores.shape == (40, 4)
     assert metrics.accuracy(scores, examples.data.labels) > 0.9
@@ -465,4 +471,4 @@ def test_a_network_is_a_learner() -> None:
 
 def test_unknown_learner() -> None:
     with pytest.raises(UserError, match="did you mean 'convnet'"):
-        learners.learner("convnett")
+        learners.network_learner("convnett")

@@ -55,15 +55,15 @@ def stop_in(
     sign: signal.Signals = signal.SIGTERM,
 ) -> str:
     """What the command says when a signal reaches it in the middle of that step."""
-    update = steps.Loop.update
+    update = steps.Trainer.update
 
-    def signalled(loop: steps.Loop, number: int, *rest: object) -> object:
+    def signalled(loop: steps.Trainer, number: int, *rest: object) -> object:
         if number + 1 == step:
             os.kill(os.getpid(), sign)
         return update(loop, number, *rest)  # pyright: ignore[reportArgumentType]
 
     with monkeypatch.context() as patch:
-        patch.setattr(steps.Loop, "update", signalled)
+        patch.setattr(steps.Trainer, "update", signalled)
         return refused(patch, *arguments)
 
 
@@ -88,13 +88,13 @@ def write_npz(path: Path, *, classes: int = 3, size: int = 8, n: int = 90) -> Pa
     return path
 
 
-def distilled(splits: Splits, **provenance: object) -> distilled_set.Distilled:
+def distilled(splits: Splits, **provenance: object) -> distilled_set.DistilledSet:
     """A distilled set of five real images a class, as `dsdistill` would write it."""
     fitted = preprocess.fit("standardise", splits.train.chunks, splits.train.shape)
-    chosen = labeled_images.per_class(splits.train, 5, np.random.default_rng(0))
+    chosen = labeled_images.draw_per_class(splits.train, 5, np.random.default_rng(0))
     data = splits.train.select(chosen)
     came_from = {"source": splits.name, "sha256": splits.digest}
-    return distilled_set.Distilled(
+    return distilled_set.DistilledSet(
         fitted.apply(data.images()),
         labeled_images.centred_one_hot(data.labels, len(data.classes)),
         fitted,

@@ -26,14 +26,14 @@ def teacher(
     return teachers.Teacher(model, preprocess.identity(1), SHAPE[:2]).eval().requires_grad_(False)
 
 
-def batches(n: int = 32) -> batching.Resident:
-    return batching.batches(support.easy(n=n, size=16), 16, torch.device("cpu"))
+def batches(n: int = 32) -> batching.ResidentBatches:
+    return batching.prepare_resident(support.easy(n=n, size=16), 16, torch.device("cpu"))
 
 
 def objective(loss: str, taught_by: teachers.Teacher | None = None) -> Distillation:
     network, taught_by = student(), taught_by or teacher()
     made = terms.build(
-        loss_spec.parse(loss, terms.FUNCTIONS), network, (taught_by,),
+        loss_spec.parse(loss, terms.TERM_FUNCTIONS), network, (taught_by,),
         shape=SHAPE, classes=CLASSES, images=32,
     )  # fmt: skip
     return Distillation(network, made, (taught_by,))

@@ -12,7 +12,10 @@ from collections.abc import Sequence
 
 from dsdistill.harness.text import printable
 
-CONTROL = {"Cc", "Cs"}  # Unicode categories that would break a line, or that no file can hold
+CONTROL_CATEGORIES = {
+    "Cc",
+    "Cs",
+}  # Unicode categories that would break a line, or that no file can hold
 
 
 def from_folder(name: str) -> str:
@@ -21,7 +24,7 @@ def from_folder(name: str) -> str:
     A byte that is no UTF-8 becomes `\\xe9` or the like, a line feed `\\n`. macOS and archives made
     there store `é` as two characters, others as one.
     """
-    escaped = (printable(c) if unicodedata.category(c) in CONTROL else c for c in name)
+    escaped = (printable(c) if unicodedata.category(c) in CONTROL_CATEGORIES else c for c in name)
     return unicodedata.normalize("NFC", "".join(escaped))
 
 
@@ -55,7 +58,7 @@ def match(names: Sequence[str], others: Sequence[str]) -> tuple[int, ...] | None
     Returns:
         For each of `names` a position in `others`, or None if they are other classes.
     """
-    for key in (lambda names: [unicodedata.normalize("NFC", n) for n in names], _values):
+    for key in (lambda names: [unicodedata.normalize("NFC", n) for n in names], _parse_numbers):
         mine, theirs = key(names), key(others)
         if mine is None or theirs is None:
             continue
@@ -72,22 +75,22 @@ def order_note(names: Sequence[str]) -> str | None:
         return None
     if order == as_text:
         return (
-            f"classes stand in the order of their text ({_start(as_text)}), as in torchvision and "
-            f"Hugging Face; timm has {_start(natural)}"
+            f"classes stand in the order of their text ({_preview(as_text)}), as in torchvision and "
+            f"Hugging Face; timm has {_preview(natural)}"
         )
     if are_numbers(names) and order == sorted(names, key=int):
         return (
             "classes stand in the order of their numbers, as in timm; torchvision and Hugging "
-            f"Face order them as text ({_start(as_text)})"
+            f"Face order them as text ({_preview(as_text)})"
         )
-    return f"classes stand in the order of what they are matched with ({_start(order)})"
+    return f"classes stand in the order of what they are matched with ({_preview(order)})"
 
 
-def _start(names: Sequence[str]) -> str:
+def _preview(names: Sequence[str]) -> str:
     """The first few names, up to 60 characters of them."""
     text = ", ".join(names[:5])
     return (text if len(text) <= 60 else text[:60] + "...") + (", ..." if len(names) > 5 else "")
 
 
-def _values(names: Sequence[str]) -> list[int] | None:
+def _parse_numbers(names: Sequence[str]) -> list[int] | None:
     return [int(name) for name in names] if are_numbers(names) else None

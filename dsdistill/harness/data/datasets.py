@@ -19,9 +19,9 @@ from dsdistill.harness.data.labeled_images import (
     TEST_FRACTION,
     DataError,
     LabeledImages,
-    stratified,
+    split_by_class,
 )
-from dsdistill.harness.errors import UserError, one_line, unknown
+from dsdistill.harness.errors import UserError, one_line, unknown_name
 
 # Our name -> (class in torchvision.datasets, argument that chooses the part, its two values).
 TORCHVISION = {
@@ -95,14 +95,18 @@ def load(
         _require_memory(1, 3, 4, image_size)  # before the first image is resized
     path = Path(data).expanduser()
     if data not in NAMES and path.is_dir():
-        return _folder(path, cache, image_size, validation_fraction, channels, classes, announce)
-    parts = _read(data, path, root, image_size)
+        return _load_folder(
+            path, cache, image_size, validation_fraction, channels, classes, announce
+        )
+    parts = _load_train_and_test(data, path, root, image_size)
     order = class_names.match(parts[0].classes, classes) if classes else None
-    train, test = (_with_channels(_in_order(part, order, classes), channels) for part in parts)
+    train, test = (
+        _convert_channels(_reorder_classes(part, order, classes), channels) for part in parts
+    )
     return _split(data, train, None, test, validation_fraction, order)
 
 
-def _folder(
+def _load_folder(
     path: Path,
     cache: Path | None,
     image_size: int | None,
@@ -143,33 +147,33 @@ def _split(
     """
     sha256 = digest(train)
     if validation is None:
-        kept, held = stratified(train.labels, fraction, order)
+        kept, held = split_by_class(train.labels, fraction, order)
         train, validation = train.select(kept), train.select(held)
     _require_every_class(train, data)
     return Splits(_short_name(data), train, validation, test, sha256)
 
 
-def _read(
+def _load_train_and_test(
     data: str, path: Path, root: Path, image_size: int | None
 ) -> tuple[LabeledImages, LabeledImages]:
     """Training and test images of a named source, or of a file."""
     if data == "digits":
-        return _halves(_resized(_digits(), image_size))
+        return _split_off_test(_resize(_load_digits(), image_size))
     if data in TORCHVISION:
-        train, test = _torchvision(data, root)
-        return _resized(train, image_size), _resized(test, image_size)
+        train, test = _load_torchvision(data, root)
+        return _resize(train, image_size), _resize(test, image_size)
     if path.suffix == ".npz" and path.is_file():
         from dsdistill.harness.data import npz
 
-        return _halves(_resized(npz.read(path), image_size))
+        return _split_off_test(_resize(npz.read(path), image_size))
     if path.exists():
         raise DataError(f"{data} is neither a folder of class folders nor an .npz file")
     if path.suffix or data != path.name:
         raise DataError(f"no such file or folder: {data}")
-    raise unknown("data set", data, NAMES)
+    raise unknown_name("data set", data, NAMES)
 
 
-def _digits() -> LabeledImages:
+def _load_digits() -> LabeledImages:
     """scikit-learn's 1797 real 8x8 images, values 0 to 16."""
     from sklearn.datasets import load_digits
 
@@ -178,14 +182,16 @@ def _digits() -> LabeledImages:
     return LabeledImages(images, np.asarray(labels, np.int64), tuple(str(i) for i in range(10)))
 
 
-def _torchvision(name: str, root: Path) -> tuple[LabeledImages, LabeledImages]:
+def _load_torchvision(name: str, root: Path) -> tuple[LabeledImages, LabeledImages]:
     cls, argument, parts = TORCHVISION[name]
     kind = getattr(importlib.import_module("torchvision.datasets"), cls)
-    train, test = (_torchvision_part(kind, name, root, {argument: part}) for part in parts)
+    train, test = (_load_torchvision_part(kind, name, root, {argument: part}) for part in parts)
     return train, test
 
 
-def _torchvision_part(kind: Callable[..., Any], name: str, root: Path, part: dict) -> LabeledImages:
+def _load_torchvision_part(
+    kind: Callable[..., Any], name: str, root: Path, part: dict
+) -> LabeledImages:
     try:
         try:
             source = kind(root, **part, download=False)
@@ -204,13 +210,13 @@ def _torchvision_part(kind: Callable[..., Any], name: str, root: Path, part: dic
     return LabeledImages(images if images.ndim == 4 else images[..., None], labels, tuple(classes))
 
 
-def _halves(data: LabeledImages) -> tuple[LabeledImages, LabeledImages]:
+def _split_off_test(data: LabeledImages) -> tuple[LabeledImages, LabeledImages]:
     """Training and test part of a source that has no parts of its own."""
-    train, test = stratified(data.labels, TEST_FRACTION)
+    train, test = split_by_class(data.labels, TEST_FRACTION)
     return data.select(train), data.select(test)
 
 
-def _resized(data: LabeledImages, size: int | None) -> LabeledImages:
+def _resize(data: LabeledImages, size: int | None) -> LabeledImages:
     if size is None or data.shape[:2] == (size, size):
         return data
     _require_memory(len(data), data.shape[2], data.store.itemsize, size)
@@ -232,7 +238,7 @@ def _require_memory(count: int, channels: int, itemsize: int, size: int) -> None
     memory.require(needed, f"{what} of {size}x{size} pixels", "use a smaller --image-size")
 
 
-def _with_channels(data: LabeledImages, channels: int | None) -> LabeledImages:
+def _convert_channels(data: LabeledImages, channels: int | None) -> LabeledImages:
     """Grayscale images in three equal channels, or colour ones as Pillow makes them gray."""
     if channels in (None, data.shape[-1]):
         return data
@@ -247,7 +253,7 @@ def _with_channels(data: LabeledImages, channels: int | None) -> LabeledImages:
     return replace(data, store=gray[..., None], rows=None)
 
 
-def _in_order(
+def _reorder_classes(
     data: LabeledImages, order: Sequence[int] | None, classes: Sequence[str] | None
 ) -> LabeledImages:
     """The same images with their classes in another order, if they are of just these classes.

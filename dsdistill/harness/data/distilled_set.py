@@ -1,6 +1,6 @@
 """The distilled set and its file: one `.safetensors` that NumPy, JAX and torch can read.
 
-The header holds a SHA-256 over everything else, so a damaged file is an `ArtifactError` and
+The header holds a SHA-256 over everything else, so a damaged file is an `DistilledSetError` and
 never a partial or silently different set. Nothing is ever unpickled.
 """
 
@@ -21,19 +21,21 @@ from dsdistill.harness.data.labeled_images import Examples, LabeledImages
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs.run_folder import write_bytes
 
-FORMAT = 1
-KEY = "dsdistill"  # of the header, in the file's metadata
-FILE = "distilled.safetensors"  # in a run's folder
-DEEPEST = 50  # values within values of provenance: whoever shows it goes through them one by one
+FORMAT_VERSION = 1
+HEADER_KEY = "dsdistill"  # of the header, in the file's metadata
+FILE_NAME = "distilled.safetensors"  # in a run's folder
+MAX_PROVENANCE_DEPTH = (
+    50  # values within values of provenance: whoever shows it goes through them one by one
+)
 ENCODING = "one-hot minus 1/k"  # what `labels` would be, had they not been solved or learned
 
 
-class ArtifactError(UserError):
+class DistilledSetError(UserError):
     """A distilled-set file that cannot be trusted; the message names file, expected and got."""
 
 
 @dataclass(frozen=True, eq=False)
-class Distilled:
+class DistilledSet:
     """A few synthetic images with real-valued labels, and all that is needed to use them.
 
     Attributes:
@@ -71,7 +73,7 @@ class Distilled:
         return Examples(data, self.preprocess, targets=self.labels, ready=True)
 
 
-def save(path: Path, distilled: Distilled) -> None:
+def save(path: Path, distilled: DistilledSet) -> None:
     """Write the file atomically: a reader sees the old file or the new one, never a part.
 
     Raises:
@@ -83,7 +85,7 @@ def save(path: Path, distilled: Distilled) -> None:
 
 
 def pack(
-    path: Path, distilled: Distilled
+    path: Path, distilled: DistilledSet
 ) -> tuple[dict[str, str], dict[str, Float[np.ndarray, "..."]]]:
     """The set as a few strings and arrays, which `unpack` checks and puts together again.
 
@@ -100,7 +102,7 @@ def pack(
     _check(path, distilled)
     tensors = _tensors(distilled)
     header = {
-        "format": FORMAT,
+        "format": FORMAT_VERSION,
         "encoding": distilled.encoding,
         "classes": list(distilled.classes),
         "preprocess": {
@@ -110,31 +112,35 @@ def pack(
         "provenance": dict(distilled.provenance),
     }
     text = json.dumps(header, sort_keys=True, allow_nan=False)
-    return checksums.metadata(KEY, text, tensors), tensors
+    return checksums.metadata(HEADER_KEY, text, tensors), tensors
 
 
-def load(path: Path) -> Distilled:
+def load(path: Path) -> DistilledSet:
     """Read and check a distilled set.
 
     Raises:
         ArtifactError: If the file is missing, truncated, damaged, foreign or inconsistent.
     """
     path = Path(path)
-    header, tensors, _ = checksums.load(path, KEY, kind="a distilled set", error=ArtifactError)
+    header, tensors, _ = checksums.load(
+        path, HEADER_KEY, kind="a distilled set", error=DistilledSetError
+    )
     return _assemble(path, header, tensors)
 
 
-def unpack(path: Path, metadata: Mapping[str, str], tensors: dict[str, np.ndarray]) -> Distilled:
+def unpack(path: Path, metadata: Mapping[str, str], tensors: dict[str, np.ndarray]) -> DistilledSet:
     """The set of what `pack` gave.
 
     Raises:
         ArtifactError: If it is damaged, foreign or inconsistent.
     """
-    header, tensors, _ = checksums.unpack(path, KEY, metadata, tensors, error=ArtifactError)
+    header, tensors, _ = checksums.unpack(
+        path, HEADER_KEY, metadata, tensors, error=DistilledSetError
+    )
     return _assemble(path, header, tensors)
 
 
-def _assemble(path: Path, stored: Any, tensors: Mapping[str, np.ndarray]) -> Distilled:
+def _assemble(path: Path, stored: Any, tensors: Mapping[str, np.ndarray]) -> DistilledSet:
     """The set that a header and named arrays describe, after every check."""
     header = _check_header(path, stored)
     try:
@@ -146,7 +152,7 @@ def _assemble(path: Path, stored: Any, tensors: Mapping[str, np.ndarray]) -> Dis
             tensors.get("preprocess.unwhiten"),
             header["preprocess"]["contrast"],
         )
-        distilled = Distilled(
+        distilled = DistilledSet(
             tensors["images"],
             tensors["labels"],
             fitted,
@@ -155,36 +161,36 @@ def _assemble(path: Path, stored: Any, tensors: Mapping[str, np.ndarray]) -> Dis
             header["encoding"],
         )
     except KeyError as error:
-        raise ArtifactError(f"{path}: incomplete distilled set, lacks {error}") from error
+        raise DistilledSetError(f"{path}: incomplete distilled set, lacks {error}") from error
     _check(path, distilled)
     if unknown := sorted(tensors.keys() - _tensors(distilled).keys()):
-        raise ArtifactError(f"{path}: unknown tensors {unknown}")
+        raise DistilledSetError(f"{path}: unknown tensors {unknown}")
     return distilled
 
 
 def locate(run: Path) -> Path:
     """The distilled-set file of a run's folder, or the path itself if it is a file."""
-    return run / FILE if run.is_dir() else run
+    return run / FILE_NAME if run.is_dir() else run
 
 
 def _check_header(path: Path, header: Any) -> dict[str, Any]:
     """The header, each field of its type: a checksum does not keep a stranger from writing one."""
     found = header.get("format") if isinstance(header, dict) else None
-    if found != FORMAT:
-        raise ArtifactError(f"{path}: expected format {FORMAT}, got {found}")
+    if found != FORMAT_VERSION:
+        raise DistilledSetError(f"{path}: expected format {FORMAT_VERSION}, got {found}")
     fields = {"encoding": str, "classes": list, "preprocess": dict, "provenance": dict}
     for name, kind in fields.items():
         got = type(header.get(name))
         if got is not kind:
-            raise ArtifactError(f"{path}: {name} must be a {kind.__name__}, got {got.__name__}")
+            raise DistilledSetError(f"{path}: {name} must be a {kind.__name__}, got {got.__name__}")
     try:
         json.dumps(header, allow_nan=False)  # as `save` writes it: such a set could not be saved
     except ValueError as error:
-        raise ArtifactError(f"{path}: the header has a number that is not finite") from error
+        raise DistilledSetError(f"{path}: the header has a number that is not finite") from error
     return header
 
 
-def _tensors(distilled: Distilled) -> dict[str, np.ndarray]:
+def _tensors(distilled: DistilledSet) -> dict[str, np.ndarray]:
     fitted = distilled.preprocess
     named = {
         "images": distilled.images,
@@ -198,11 +204,11 @@ def _tensors(distilled: Distilled) -> dict[str, np.ndarray]:
     return {name: np.ascontiguousarray(a) for name, a in named.items() if a is not None}
 
 
-def _check(path: Path, distilled: Distilled) -> None:
+def _check(path: Path, distilled: DistilledSet) -> None:
     """Every rule of the format; `save` and `load` share it."""
     images, fitted, classes = distilled.images, distilled.preprocess, distilled.classes
     if images.ndim != 4 or 0 in images.shape:
-        raise ArtifactError(f"{path}: images must be (n, h, w, c), got {images.shape}")
+        raise DistilledSetError(f"{path}: images must be (n, h, w, c), got {images.shape}")
     d, channels = math.prod(images.shape[1:]), images.shape[-1]
     expected = {
         "images": images.shape,
@@ -211,35 +217,39 @@ def _check(path: Path, distilled: Distilled) -> None:
         "preprocess.std": (channels,),
     }
     if not all(isinstance(name, str) for name in classes) or len(set(classes)) < len(classes):
-        raise ArtifactError(f"{path}: classes must be distinct names, got {classes}")
+        raise DistilledSetError(f"{path}: classes must be distinct names, got {classes}")
     if len(classes) < 2:
-        raise ArtifactError(f"{path}: expected at least two classes, got {len(classes)}")
+        raise DistilledSetError(f"{path}: expected at least two classes, got {len(classes)}")
     if fitted.kind not in pre.KINDS:
-        raise ArtifactError(f"{path}: unknown preprocessing {fitted.kind!r}")
+        raise DistilledSetError(f"{path}: unknown preprocessing {fitted.kind!r}")
     if fitted.kind == "zca":
         expected |= {"preprocess.whiten": (d, d), "preprocess.unwhiten": (d, d)}
     tensors = _tensors(distilled)
     if tensors.keys() != expected.keys():
-        raise ArtifactError(f"{path}: expected tensors {sorted(expected)}, got {sorted(tensors)}")
+        raise DistilledSetError(
+            f"{path}: expected tensors {sorted(expected)}, got {sorted(tensors)}"
+        )
     for name, shape in expected.items():
         array = tensors[name]
         if array.shape != shape or array.dtype != np.float32:
-            raise ArtifactError(
+            raise DistilledSetError(
                 f"{path}: {name} must be float32 {shape}, got {array.dtype} {array.shape}"
             )
         if not np.isfinite(array).all():
-            raise ArtifactError(f"{path}: {name} has NaN or infinite values")
-    if not _shallow(distilled.provenance, DEEPEST):
-        raise ArtifactError(f"{path}: provenance is nested more than {DEEPEST} values deep")
+            raise DistilledSetError(f"{path}: {name} has NaN or infinite values")
+    if not _is_shallow(distilled.provenance, MAX_PROVENANCE_DEPTH):
+        raise DistilledSetError(
+            f"{path}: provenance is nested more than {MAX_PROVENANCE_DEPTH} values deep"
+        )
     if (fitted.std <= 0).any():
-        raise ArtifactError(f"{path}: preprocess.std must be positive")
+        raise DistilledSetError(f"{path}: preprocess.std must be positive")
     if not isinstance(fitted.contrast, float) or not 0 <= fitted.contrast < math.inf:
-        raise ArtifactError(f"{path}: contrast must be a finite float, got {fitted.contrast!r}")
+        raise DistilledSetError(f"{path}: contrast must be a finite float, got {fitted.contrast!r}")
 
 
-def _shallow(value: Any, depth: int) -> bool:
+def _is_shallow(value: Any, depth: int) -> bool:
     """Whether no value lies deeper within a JSON value."""
     if not isinstance(value, Mapping | list | tuple):
         return True
     inner = value.values() if isinstance(value, Mapping) else value
-    return depth > 0 and all(_shallow(one, depth - 1) for one in inner)
+    return depth > 0 and all(_is_shallow(one, depth - 1) for one in inner)

@@ -36,27 +36,31 @@ from dsdistill.harness.data.labeled_images import (
     TEST_FRACTION,
     DataError,
     LabeledImages,
-    stratified,
+    split_by_class,
 )
-from dsdistill.harness.data.layout import Layout, list_folder
-from dsdistill.harness.memory import readable
+from dsdistill.harness.data.layout import FolderLayout, list_folder
+from dsdistill.harness.memory import format_bytes
 from dsdistill.harness.runs import locks, progress
 from dsdistill.harness.runs.run_folder import write_json
-from dsdistill.harness.text import printable, some
+from dsdistill.harness.text import abbreviate_names, printable
 
-MAX_UNREADABLE = 0.01  # share of the images that may be skipped
-FEW = 3  # unreadable images are skipped in a small folder too, up to a tenth of its images
-CHUNK = 256  # images decoded between two writes
-INDEX = "index.json"
-LAYOUT = 2  # part of the key: raise it when the same files would be decoded differently
-ABANDONED = 24 * 3600  # seconds without a write after which a half-made cache is swept away
-CHECKED = 1 << 24  # bytes of one checksum
-PROBED = 64  # files whose headers are read to learn whether there is colour
+MAX_UNREADABLE_FRACTION = 0.01  # share of the images that may be skipped
+MAX_UNREADABLE_IN_SMALL_FOLDER = (
+    3  # unreadable images are skipped in a small folder too, up to a tenth of its images
+)
+IMAGES_PER_CHUNK = 256  # images decoded between two writes
+INDEX_FILE = "index.json"
+DECODER_VERSION = 2  # part of the key: raise it when the same files would be decoded differently
+MAX_SECONDS_WITHOUT_WRITE = (
+    24 * 3600
+)  # seconds without a write after which a half-made cache is swept away
+BYTES_PER_CHECKSUM = 1 << 24  # bytes of one checksum
+MAX_PROBED_FILES = 64  # files whose headers are read to learn whether there is colour
 
 Pixels = UInt8[np.ndarray, "h w c"]
 
 
-class Decoded(NamedTuple):
+class DecodedImage(NamedTuple):
     """An image, and whether its file has one channel only."""
 
     pixels: Pixels
@@ -77,11 +81,11 @@ class FolderSplits:
     train: LabeledImages
     validation: LabeledImages | None
     test: LabeledImages
-    layout: Layout
+    layout: FolderLayout
 
 
 @dataclass(frozen=True, eq=False)
-class Store:
+class DecodedFolder:
     """Decoded images.
 
     Attributes:
@@ -95,7 +99,7 @@ class Store:
     gray: int
 
 
-class _ColourAppears(Exception):
+class _UnexpectedColour(Exception):
     """After grayscale images alone: what was written has too few channels."""
 
 
@@ -125,9 +129,9 @@ def read(
     """
     layout = list_folder(path, classes)
     files = layout.files
-    store = _open_or_fill(path, cache, files, image_size, channels)
+    store = _open_or_decode(path, cache, files, image_size, channels)
     if store.skipped:
-        line = _unreadable(path, files, store.skipped)
+        line = _describe_unreadable(path, files, store.skipped)
         logging.getLogger(__name__).warning("%s; skipped", printable(line))
     if store.gray and channels is None:
         progress.note(
@@ -145,31 +149,33 @@ def read(
         return FolderSplits(
             everything.select(rows[:first]), validation, everything.select(rows[second:]), layout
         )
-    train, test = stratified(everything.labels, TEST_FRACTION, layout.draw_order)
+    train, test = split_by_class(everything.labels, TEST_FRACTION, layout.draw_order)
     return FolderSplits(everything.select(train), None, everything.select(test), layout)
 
 
-def _open_or_fill(
+def _open_or_decode(
     path: Path, cache: Path, files: list[Path], size: int | None, channels: int | None
-) -> Store:
+) -> DecodedFolder:
     """The images from the cache, decoded if they are not there or are damaged there."""
-    stamp = _stamp(path, files)
-    folder = cache / _key(stamp, size, channels)
-    as_they_are = cache / _key(stamp, size, None)
+    stamp = _fingerprint(path, files)
+    folder = cache / _cache_key(stamp, size, channels)
+    as_they_are = cache / _cache_key(stamp, size, None)
     if (read_index(as_they_are) or {"shape": [None]})["shape"][-1] == channels:
         folder = as_they_are  # has the channels that are asked for
     if folder.exists():
-        if store := _open(folder, len(files)):
+        if store := _open_entry(folder, len(files)):
             with suppress(OSError):  # of a cache that others own
-                os.utime(folder / INDEX)  # when it was last used
+                os.utime(folder / INDEX_FILE)  # when it was last used
             return store
         progress.say(f"the decoded images in {folder} are damaged: {path} is decoded again")
-    return _fill(path, folder, files, size, None if folder == as_they_are else channels)
+    return _decode_into_cache(
+        path, folder, files, size, None if folder == as_they_are else channels
+    )
 
 
-def _stamp(path: Path, files: list[Path]) -> bytes:
+def _fingerprint(path: Path, files: list[Path]) -> bytes:
     """Changes with the place of the folder, and with the name, size or time of any file."""
-    sha = hashlib.sha256(repr((LAYOUT, os.fsencode(path.resolve()))).encode())
+    sha = hashlib.sha256(repr((DECODER_VERSION, os.fsencode(path.resolve()))).encode())
     for file in files:
         found = file.stat()
         name = os.fsencode(file.relative_to(path))
@@ -177,11 +183,11 @@ def _stamp(path: Path, files: list[Path]) -> bytes:
     return sha.digest()
 
 
-def _key(stamp: bytes, size: int | None, channels: int | None) -> str:
+def _cache_key(stamp: bytes, size: int | None, channels: int | None) -> str:
     return hashlib.sha256(repr((stamp, size, channels)).encode()).hexdigest()[:32]
 
 
-def _open(folder: Path, count: int) -> Store | None:
+def _open_entry(folder: Path, count: int) -> DecodedFolder | None:
     """The mapped images; None if they are missing, or not byte for byte what was written."""
     try:
         index = read_index(folder)
@@ -194,25 +200,25 @@ def _open(folder: Path, count: int) -> Store | None:
         gray = int(index["gray"])
     except Exception:  # damage shows in many ways, and each is mended by decoding again
         return None
-    return Store(store, skipped, gray) if whole and len(store) == count else None
+    return DecodedFolder(store, skipped, gray) if whole and len(store) == count else None
 
 
 def read_index(folder: Path) -> dict[str, Any] | None:
     """What an entry of the cache says of itself; None if there is none, or it is damaged."""
     try:
-        stored = json.loads((folder / INDEX).read_text())
+        stored = json.loads((folder / INDEX_FILE).read_text())
         index = stored["index"]
-        return index if stored["sha256"] == _digest(index) else None
+        return index if stored["sha256"] == _index_digest(index) else None
     except Exception:  # damage shows in many ways, endless brackets among them
         return None
 
 
-def _digest(index: dict[str, Any]) -> str:
+def _index_digest(index: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
 
 
 def _checksums(file: Path) -> list[int]:
-    """CRC-32 of each `CHECKED` bytes of a file, the `.npy`'s header among them.
+    """CRC-32 of each `BYTES_PER_CHECKSUM` bytes of a file, the `.npy`'s header among them.
 
     It finds what disks and memory do, at several GB/s on a core; it is no seal against people.
     """
@@ -220,15 +226,15 @@ def _checksums(file: Path) -> list[int]:
     def one(start: int) -> int:
         with file.open("rb") as opened:
             opened.seek(start)
-            return zlib.crc32(opened.read(CHECKED))
+            return zlib.crc32(opened.read(BYTES_PER_CHECKSUM))
 
     with ThreadPoolExecutor() as pool:  # both release Python's lock
-        return list(pool.map(one, range(0, file.stat().st_size, CHECKED)))
+        return list(pool.map(one, range(0, file.stat().st_size, BYTES_PER_CHECKSUM)))
 
 
-def _fill(
+def _decode_into_cache(
     path: Path, folder: Path, files: list[Path], size: int | None, channels: int | None
-) -> Store:
+) -> DecodedFolder:
     """Decode into a folder of another name, renamed when it is whole."""
     cache = folder.parent
     try:
@@ -239,7 +245,7 @@ def _fill(
             f"decoded images cannot be kept in {cache} ({error.strerror}): name a folder for them "
             "in the environment variable DSDISTILL_CACHE"
         ) from error
-    _sweep(cache)
+    _remove_abandoned(cache)
     work = half / "entry"
     try:
         work.mkdir()
@@ -253,11 +259,11 @@ def _fill(
             "checksums": _checksums(work / "images.npy"),
         }
         index = json.loads(json.dumps(index))
-        write_json(work / INDEX, {"index": index, "sha256": _digest(index)})
+        write_json(work / INDEX_FILE, {"index": index, "sha256": _index_digest(index)})
         _publish(work, folder, len(files))
-        stored = _open(folder, len(files))
+        stored = _open_entry(folder, len(files))
         assert stored is not None, f"{folder} cannot be read back"
-        size_on_disk = readable((folder / "images.npy").stat().st_size)
+        size_on_disk = format_bytes((folder / "images.npy").stat().st_size)
         progress.note(
             f"{path}: its decoded images are kept in {folder} ({size_on_disk}); "
             "`dsdistill cache` lists and clears them"
@@ -286,12 +292,12 @@ def _write_images(
     makes that rare.
     """
     if channels is None:
-        step = max(len(files) // PROBED, 1)
+        step = max(len(files) // MAX_PROBED_FILES, 1)
         kinds = [image_files.is_gray(name) for name in files[::step]]
         channels = 3 if False in kinds else None
     for attempt in (channels, 3):
-        with suppress(_ColourAppears), file.open("wb") as opened:
-            written = _write(opened, path, files, size, attempt)
+        with suppress(_UnexpectedColour), file.open("wb") as opened:
+            written = _write_slots(opened, path, files, size, attempt)
             opened.flush()
             os.fsync(opened.fileno())
             return written
@@ -302,21 +308,21 @@ def _publish(work: Path, folder: Path, count: int) -> None:
     try:
         work.rename(folder)  # fails where another process was faster, or left a damaged cache
     except OSError:
-        if _open(folder, count) is None:
+        if _open_entry(folder, count) is None:
             shutil.rmtree(folder, ignore_errors=True)
             work.rename(folder)
 
 
-def _sweep(cache: Path) -> None:
+def _remove_abandoned(cache: Path) -> None:
     """Remove what killed processes left; a living one writes all the time."""
     for half in cache.glob(".half-*"):
         with suppress(FileNotFoundError):  # another process finished it meanwhile
             last = max(p.stat().st_mtime for p in (half, *half.rglob("*")))
-            if time.time() - last > ABANDONED:
+            if time.time() - last > MAX_SECONDS_WITHOUT_WRITE:
                 shutil.rmtree(half)
 
 
-def _write(
+def _write_slots(
     file: BinaryIO, path: Path, files: list[Path], size: int | None, channels: int | None
 ) -> tuple[tuple[int, ...], dict[int, str], int]:
     """Write one `.npy` of all images; an unreadable one leaves its slot black.
@@ -326,7 +332,7 @@ def _write(
     skipped: dict[int, str] = {}
     first, expected, start, gray = -1, np.empty(0), 0, 0
     with progress.bar(len(files), unit="images") as show:
-        for slot, decoded in enumerate(_stream(files, size, channels)):
+        for slot, decoded in enumerate(_decode_all(files, size, channels)):
             if isinstance(decoded, str):
                 skipped[slot] = decoded
                 continue
@@ -334,19 +340,24 @@ def _write(
             gray += is_gray
             if first < 0:
                 first, expected = slot, pixels
-                start = _header(file, path, (len(files), *pixels.shape))
+                start = _write_header(file, path, (len(files), *pixels.shape))
             if pixels.shape[-1] < expected.shape[-1]:
                 pixels = np.repeat(pixels, 3, axis=-1)
             elif pixels.shape[-1] > expected.shape[-1]:
-                raise _ColourAppears
-            _require_alike(path, files[first], expected, files[slot], pixels)
+                raise _UnexpectedColour
+            _require_same_size(path, files[first], expected, files[slot], pixels)
             file.seek(start + slot * pixels.nbytes)
             file.write(pixels.data)
             show(slot + 1)
-    allowed = int(max(MAX_UNREADABLE * len(files), min(FEW, len(files) / 10)))
+    allowed = int(
+        max(
+            MAX_UNREADABLE_FRACTION * len(files),
+            min(MAX_UNREADABLE_IN_SMALL_FOLDER, len(files) / 10),
+        )
+    )
     if len(skipped) > allowed:
         raise DataError(
-            f"{_unreadable(path, files, skipped)}; at most {allowed} of {len(files)} may be: "
+            f"{_describe_unreadable(path, files, skipped)}; at most {allowed} of {len(files)} may be: "
             "mend them, or take them away"
         )
     file.truncate(start + len(files) * expected.nbytes)  # the last slot may be a skipped one
@@ -354,22 +365,22 @@ def _write(
     return (len(files), *expected.shape), skipped, gray if coloured else 0
 
 
-def _stream(
+def _decode_all(
     files: list[Path], size: int | None, channels: int | None = None
-) -> Iterator[Decoded | str]:
+) -> Iterator[DecodedImage | str]:
     """Every file's pixels, or why it has none, in order; a chunk at a time is in memory."""
     if size is not None:
-        many = min(CHUNK, len(files))
+        many = min(IMAGES_PER_CHUNK, len(files))
         # Each is decoded, resized and an array.
         needed, name = 3 * 3 * many * size**2, f"{size}x{size}"
         memory.require(needed, f"{many} images of {name} pixels", "use a smaller --image-size")
     decode = partial(_decode, size=size, channels=channels)
     with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes without Python's lock
-        for start in range(0, len(files), CHUNK):
-            yield from pool.map(decode, files[start : start + CHUNK])
+        for start in range(0, len(files), IMAGES_PER_CHUNK):
+            yield from pool.map(decode, files[start : start + IMAGES_PER_CHUNK])
 
 
-def _decode(file: Path, size: int | None, channels: int | None) -> Decoded | str:
+def _decode(file: Path, size: int | None, channels: int | None) -> DecodedImage | str:
     # Decoded whole: the JPEG decoder's own shrinking ("draft") would be 2 to 4 times as fast, once,
     # and change pixels by up to 5 levels in pictures and 49 in noise, so that a teacher would see
     # other images than those it was trained on, and streamed images would differ from kept ones.
@@ -378,20 +389,20 @@ def _decode(file: Path, size: int | None, channels: int | None) -> Decoded | str
         is_gray = plain.mode == "L"
         if size is not None:
             plain = ImageOps.fit(plain, (size, size), Image.Resampling.BILINEAR)
-        plain = plain if channels is None else plain.convert(image_files.MODES[channels])
+        plain = plain if channels is None else plain.convert(image_files.PILLOW_MODES[channels])
         pixels = np.asarray(plain)
     except Exception as error:  # a damaged file has many ways to fail, SyntaxError among them
-        return image_files.reason(error, file)
-    return Decoded(pixels if pixels.ndim == 3 else pixels[..., None], is_gray)
+        return image_files.describe_error(error, file)
+    return DecodedImage(pixels if pixels.ndim == 3 else pixels[..., None], is_gray)
 
 
-def _header(file: BinaryIO, path: Path, shape: tuple[int, ...]) -> int:
+def _write_header(file: BinaryIO, path: Path, shape: tuple[int, ...]) -> int:
     """Begin the `.npy`, now that its size is known; returns where the first slot begins."""
     needed, free = math.prod(shape), shutil.disk_usage(Path(file.name).parent).free
     if needed > free:
         raise DataError(
-            f"the decoded images of {path} need {readable(needed)} on the disk of the "
-            f"cache, {readable(free)} is free: use a smaller --image-size, or name another folder "
+            f"the decoded images of {path} need {format_bytes(needed)} on the disk of the "
+            f"cache, {format_bytes(free)} is free: use a smaller --image-size, or name another folder "
             "in the environment variable DSDISTILL_CACHE"
         )
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -399,7 +410,7 @@ def _header(file: BinaryIO, path: Path, shape: tuple[int, ...]) -> int:
     return file.tell()
 
 
-def _require_alike(path: Path, first: Path, expected: Pixels, file: Path, got: Pixels) -> None:
+def _require_same_size(path: Path, first: Path, expected: Pixels, file: Path, got: Pixels) -> None:
     """Refuse a file whose size differs from that of the first one."""
     if expected.shape == got.shape:
         return
@@ -411,6 +422,6 @@ def _require_alike(path: Path, first: Path, expected: Pixels, file: Path, got: P
     )
 
 
-def _unreadable(path: Path, files: list[Path], skipped: dict[int, str]) -> str:
+def _describe_unreadable(path: Path, files: list[Path], skipped: dict[int, str]) -> str:
     named = [f"{files[slot].relative_to(path)}: {why}" for slot, why in skipped.items()]
-    return f"{len(skipped)} of {len(files)} images of {path} are unreadable ({some(named)})"
+    return f"{len(skipped)} of {len(files)} images of {path} are unreadable ({abbreviate_names(named)})"

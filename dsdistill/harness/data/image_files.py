@@ -20,18 +20,18 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-MODES = {1: "L", 3: "RGB"}  # Pillow's names, by channels
+PILLOW_MODES = {1: "L", 3: "RGB"}  # Pillow's names, by channels
 # Opened by an external program (EPS, WMF), no pictures (MPEG), or mere stubs for plugins.
-NOT_READ = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5", "IPTC"}
+UNSUPPORTED_FORMATS = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5", "IPTC"}
 SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*")
-LFS = b"version https://git-lfs"
+LFS_PREFIX = b"version https://git-lfs"
 
 
 @cache
 def formats() -> tuple[str, ...]:
     """Pillow's names of the formats that are read; no file runs another program."""
     Image.init()  # loads every format Pillow knows
-    return tuple(sorted(set(Image.OPEN) - NOT_READ))
+    return tuple(sorted(set(Image.OPEN) - UNSUPPORTED_FORMATS))
 
 
 @cache
@@ -41,7 +41,7 @@ def extensions() -> frozenset[str]:
     return frozenset(extension for extension, name in known if name in formats())
 
 
-def is_signed(path: Path | str) -> bool:
+def has_image_signature(path: Path | str) -> bool:
     """Whether a file begins as an image does; for names without an extension."""
     try:
         with open(path, "rb") as file:
@@ -62,12 +62,12 @@ def read(file: BinaryIO | Path, channels: int | None = None) -> Image.Image:
         An image of mode `L` or `RGB`.
 
     Raises:
-        Exception: A damaged file has many ways to fail; `reason` makes one line of them.
+        Exception: A damaged file has many ways to fail; `describe_error` makes one line of them.
     """
     with Image.open(file, formats=formats()) as image:
         ImageOps.exif_transpose(image, in_place=True)  # else it would copy every image
-        plain = _plain(image)
-    mode = MODES[channels] if channels else plain.mode
+        plain = _convert_to_8_bits(image)
+    mode = PILLOW_MODES[channels] if channels else plain.mode
     return plain if plain.mode == mode else plain.convert(mode)
 
 
@@ -80,32 +80,32 @@ def is_gray(path: Path) -> bool | None:
         return None
 
 
-def reason(error: Exception, path: Path | None = None) -> str:
+def describe_error(error: Exception, path: Path | None = None) -> str:
     """Why an image could not be read, in one line without its path."""
     if isinstance(error, UnidentifiedImageError):
-        return _foreign(path) if path is not None else "not an image"
+        return _describe_foreign_file(path) if path is not None else "not an image"
     # Of a file's own error the reason alone: its text repeats the path.
     text = getattr(error, "strerror", None) or str(error)
     return " ".join(text.split()) or type(error).__name__
 
 
-def _foreign(path: Path) -> str:
+def _describe_foreign_file(path: Path) -> str:
     try:
         with path.open("rb") as file:
-            start = file.read(len(LFS))
+            start = file.read(len(LFS_PREFIX))
     except OSError:
         return "not an image"
     if not start:
         return "an empty file"
-    return "a Git LFS pointer: run git lfs pull" if start == LFS else "not an image"
+    return "a Git LFS pointer: run git lfs pull" if start == LFS_PREFIX else "not an image"
 
 
-def _plain(image: Image.Image) -> Image.Image:
+def _convert_to_8_bits(image: Image.Image) -> Image.Image:
     """The image as 8-bit grayscale or RGB, whichever its mode is closer to."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         # Pillow's own conversion has clipped at 255 in some releases and shifted in others.
         values = np.asarray(image).astype(np.float64)
-        gray = np.rint(values * (255 / _largest(image))).astype(np.uint8)
+        gray = np.rint(values * (255 / _white_value(image))).astype(np.uint8)
         gray[values == image.info.get("transparency", -1)] = 255
         return Image.fromarray(gray)
     if image.mode in ("I", "F"):
@@ -121,7 +121,7 @@ def _has_one_channel(image: Image.Image) -> bool:
     return image.mode in ("1", "L", "LA", "La", "I", "F") or image.mode.startswith("I;16")
 
 
-def _largest(image: Image.Image) -> int:
+def _white_value(image: Image.Image) -> int:
     """The value of white; of a TIFF by its bits, all else is scaled to 16 by Pillow."""
     bits = getattr(image, "tag_v2", {}).get(258)
     return 2 ** int(bits[0]) - 1 if bits else 65535

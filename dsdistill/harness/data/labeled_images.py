@@ -9,7 +9,7 @@ from jaxtyping import Float, Int, Num
 from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError
 
-BATCH = 2000  # images that are preprocessed and predicted at a time
+IMAGES_PER_BATCH = 2000  # images that are preprocessed and predicted at a time
 SPLIT_SEED = 0  # fixed: a split that followed --seed would leak validation images between runs
 TEST_FRACTION = 0.2  # of a source that has no test part of its own; of digits too
 
@@ -104,11 +104,11 @@ class Examples:
 
     def batches(self) -> list[slice]:
         """Slices over all images, of as many as are preprocessed and predicted at a time."""
-        starts = range(0, len(self), BATCH)
-        return [slice(start, min(start + BATCH, len(self))) for start in starts]
+        starts = range(0, len(self), IMAGES_PER_BATCH)
+        return [slice(start, min(start + IMAGES_PER_BATCH, len(self))) for start in starts]
 
 
-def stratified(
+def split_by_class(
     labels: Int[np.ndarray, " n"], fraction: float, order: Sequence[int] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sorted indices of the images kept and of those held out, the same share of every class.
@@ -129,7 +129,9 @@ def stratified(
     return np.setdiff1d(np.arange(len(labels)), out), out
 
 
-def balanced(labels: Int[np.ndarray, " n"], count: int, rng: np.random.Generator) -> np.ndarray:
+def draw_balanced(
+    labels: Int[np.ndarray, " n"], count: int, rng: np.random.Generator
+) -> np.ndarray:
     """Indices of up to `count` random images, as many of each class as there are, in class order.
 
     Args:
@@ -156,17 +158,19 @@ def spread(labels: Int[np.ndarray, " n"], count: int) -> Int[np.ndarray, " m"]:
     return np.sort(shuffled[np.argsort(turn, kind="stable")[:count]])
 
 
-def per_class(data: LabeledImages, images_per_class: int, rng: np.random.Generator) -> np.ndarray:
+def draw_per_class(
+    data: LabeledImages, images_per_class: int, rng: np.random.Generator
+) -> np.ndarray:
     """Indices of exactly `images_per_class` random images of every class, in class order.
 
     Raises:
         DataError: If a class has fewer.
     """
-    check_per_class(data, images_per_class)
-    return balanced(data.labels, images_per_class * len(data.classes), rng)
+    check_images_per_class(data, images_per_class)
+    return draw_balanced(data.labels, images_per_class * len(data.classes), rng)
 
 
-def check_per_class(data: LabeledImages, images_per_class: int) -> None:
+def check_images_per_class(data: LabeledImages, images_per_class: int) -> None:
     """Refuse a number of images a class that is not there."""
     if images_per_class < 1:
         raise UserError(f"images per class must be at least 1, got {images_per_class}")

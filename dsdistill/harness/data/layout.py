@@ -22,34 +22,36 @@ from pathlib import Path
 from dsdistill.harness.data import class_names, metadata_files
 from dsdistill.harness.data.labeled_images import DataError
 from dsdistill.harness.data.walk import (
-    LeftOut,
+    SkippedFiles,
     count_broken_links,
     count_loose_images,
     find_images,
+    folder_identity,
     has_loose_images,
     holds_images,
-    identify,
     subfolders,
 )
 from dsdistill.harness.runs import progress
-from dsdistill.harness.text import some
+from dsdistill.harness.text import abbreviate_names
 
-KEYWORDS = {  # of a part: Hugging Face's, which include those of timm and torchvision
+PART_KEYWORDS = {  # of a part: Hugging Face's, which include those of timm and torchvision
     "train": ("train", "training"),
     "validation": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-PARTS = {keyword: part for part, keywords in KEYWORDS.items() for keyword in keywords}
-_WORDS = "|".join(sorted(PARTS, key=len, reverse=True))
-_WITHIN = re.compile(rf"(?<![a-z])({_WORDS})(?:set)?(?![a-z])")
-DEPTH = 3  # folders in folders that are followed, as unpacking archives leaves them
+PART_BY_KEYWORD = {
+    keyword: part for part, keywords in PART_KEYWORDS.items() for keyword in keywords
+}
+_ANY_KEYWORD = "|".join(sorted(PART_BY_KEYWORD, key=len, reverse=True))
+_KEYWORD_IN_NAME = re.compile(rf"(?<![a-z])({_ANY_KEYWORD})(?:set)?(?![a-z])")
+MAX_DEPTH = 3  # folders in folders that are followed, as unpacking archives leaves them
 # Folders beside `images` that hold pictures of something else than a class.
 BESIDE_IMAGES = {"annotation", "annotations", "labels", "masks", "segmentations", "trimaps"}
-ANNOTATIONS = "val_annotations.txt"  # of Tiny-ImageNet: name of a file, tab, class, and a box
+ANNOTATIONS_FILE = "val_annotations.txt"  # of Tiny-ImageNet: name of a file, tab, class, and a box
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class FolderPart:
     """The images of one part.
 
     Attributes:
@@ -64,7 +66,7 @@ class Part:
     files: list[Path]
     labels: list[int]
 
-    def in_order(self, classes: Sequence[str]) -> "Part":
+    def in_order(self, classes: Sequence[str]) -> "FolderPart":
         """The part with its classes in another order.
 
         Args:
@@ -77,11 +79,11 @@ class Part:
             members[label].append(file)
         files = [file for label in order for file in members[label]]
         labels = [new for new, old in enumerate(order) for _ in members[old]]
-        return Part(self.folder, tuple(classes), files, labels)
+        return FolderPart(self.folder, tuple(classes), files, labels)
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class FolderLayout:
     """The images of a folder by part.
 
     Attributes:
@@ -94,9 +96,9 @@ class Layout:
     """
 
     root: Path
-    train: Part
-    validation: Part | None
-    test: Part | None
+    train: FolderPart
+    validation: FolderPart | None
+    test: FolderPart | None
     left_out: str
     draw_order: tuple[int, ...]
 
@@ -117,7 +119,7 @@ class Layout:
         return train, train + (len(self.validation.files) if self.validation else 0)
 
     @property
-    def _parts(self) -> list[Part]:
+    def _parts(self) -> list[FolderPart]:
         return [part for part in (self.train, self.validation, self.test) if part]
 
     def say(self, train: int, validation: int, test: int) -> None:
@@ -137,7 +139,7 @@ class Layout:
             every: Whether they are all that the folder has.
         """
         if self.test:
-            which = f"from {_inside(self.root, self.test.folder)}"
+            which = f"from {_relative_name(self.root, self.test.folder)}"
         else:
             which = "all of them" if every else "the share that is held out of them for the test"
         line = f"{self.root}: {count:,} images of {len(self.train.classes)} classes are judged"
@@ -146,14 +148,18 @@ class Layout:
 
     def summary(self, train: int, validation: int, test: int) -> str:
         """One line on what was taken for what; the numbers are those of the images used."""
-        inside = _inside(self.root, self.train.folder)
+        inside = _relative_name(self.root, self.train.folder)
         held = f"held out of {inside or 'them'}"
         words = (
-            f"{train:,} training images of {len(self.train.classes)} classes{_from(inside)}",
+            f"{train:,} training images of {len(self.train.classes)} classes{_from_clause(inside)}",
             f"{validation:,} for validation, "
-            + (f"from {_inside(self.root, self.validation.folder)}" if self.validation else held),
+            + (
+                f"from {_relative_name(self.root, self.validation.folder)}"
+                if self.validation
+                else held
+            ),
             f"{test:,} for the test, "
-            + (f"from {_inside(self.root, self.test.folder)}" if self.test else held),
+            + (f"from {_relative_name(self.root, self.test.folder)}" if self.test else held),
         )
         line = f"{self.root}: {'; '.join(words)}"
         return line + self._without
@@ -163,7 +169,7 @@ class Layout:
         return f"; left out: {self.left_out}" if self.left_out else ""
 
 
-def list_folder(path: Path, classes: Sequence[str] | None = None) -> Layout:
+def list_folder(path: Path, classes: Sequence[str] | None = None) -> FolderLayout:
     """Find the images of a folder.
 
     Args:
@@ -177,10 +183,10 @@ def list_folder(path: Path, classes: Sequence[str] | None = None) -> Layout:
     """
     if not path.is_dir():
         raise DataError(f"no such folder: {path}")
-    left_out = LeftOut()
+    left_out = SkippedFiles()
     root = _descend(path)
     _refuse_images_beside_annotations(root)
-    roles = _parts(root, left_out)
+    roles = _find_parts(root, left_out)
     train = _read_part(roles.get("train", root), (root,), left_out)
     as_text, order = train.classes, class_names.sort(train.classes)
     if classes is not None and class_names.match(classes, train.classes) is not None:
@@ -188,7 +194,7 @@ def list_folder(path: Path, classes: Sequence[str] | None = None) -> Layout:
     train = train.in_order(order)
     draw_order = class_names.match(as_text, order)
     assert draw_order is not None, "they are the same classes"
-    others: dict[str, Part | None] = {
+    others: dict[str, FolderPart | None] = {
         name: _read_beside_train(roles[name], root, train, left_out)
         for name in roles
         if name != "train"
@@ -196,10 +202,10 @@ def list_folder(path: Path, classes: Sequence[str] | None = None) -> Layout:
     validation, test = others.get("validation"), others.get("test")
     if test is None:
         validation, test = None, validation
-    return Layout(root, train, validation, test, str(left_out), draw_order)
+    return FolderLayout(root, train, validation, test, str(left_out), draw_order)
 
 
-def find_part_without_train(path: Path) -> Path | None:
+def find_lone_test_part(path: Path) -> Path | None:
     """The test part of a folder that has no part to train on, or its validation part if alone.
 
     What is only judged needs none to train on, which `list_folder` asks for. None for any other
@@ -221,7 +227,7 @@ def _descend(path: Path, *, part: bool = False) -> Path:
         part: Whether it is one part, in which a folder `train` holds classes and is no part.
     """
     inner = path
-    for _ in range(DEPTH + 1):
+    for _ in range(MAX_DEPTH + 1):
         if metadata_files.find(inner):
             return inner
         inside = [folder for folder in subfolders(inner) if holds_images(folder)]
@@ -233,23 +239,23 @@ def _descend(path: Path, *, part: bool = False) -> Path:
     return path
 
 
-def _parts(root: Path, left_out: LeftOut) -> dict[str, Path]:
+def _find_parts(root: Path, left_out: SkippedFiles) -> dict[str, Path]:
     """The folder of each part; none where `root` holds class folders."""
     folders = [folder for folder in subfolders(root) if holds_images(folder)]
     named: dict[str, list[Path]] = {}
     for folder in folders:
         if part := _part_name(folder.name):
             named.setdefault(part, []).append(folder)
-    for part, candidates in _compounds(folders).items():
+    for part, candidates in _find_compound_names(folders).items():
         named.setdefault(part, candidates)
     taken = {folder for candidates in named.values() for folder in candidates}
     others = [folder for folder in folders if folder not in taken]
     if not named or _are_classes(root, named, others):
         return {}
-    parts = {part: _one(root, candidates) for part, candidates in named.items()}
+    parts = {part: _choose_candidate(root, candidates) for part, candidates in named.items()}
     if "train" not in parts:
         raise DataError(
-            f"{root} has {_names(parts.values())} and no train folder: name the one to "
+            f"{root} has {_list_names(parts.values())} and no train folder: name the one to "
             f"train on {root / 'train'}, or give its path"
         )
     if not _is_labelled(parts["train"]) and not metadata_files.find(root):
@@ -258,27 +264,27 @@ def _parts(root: Path, left_out: LeftOut) -> dict[str, Path]:
             "images a class (if it is a class itself, rename it)"
         )
     for folder in (*others, *sorted(taken - {*parts.values()})):
-        left_out.folders.append(f"{_inside(root, folder)} (no part)")
+        left_out.folders.append(f"{_relative_name(root, folder)} (no part)")
     for folder in subfolders(root):
         if _part_name(folder.name) and folder not in folders:
-            left_out.folders.append(f"{_inside(root, folder)} (no images)")
+            left_out.folders.append(f"{_relative_name(root, folder)} (no images)")
     left_out.loose += count_loose_images(root)
     return parts
 
 
 def _part_name(name: str) -> str | None:
     """Which part a folder's name means by itself."""
-    return PARTS.get(name.casefold())
+    return PART_BY_KEYWORD.get(name.casefold())
 
 
-def _compounds(folders: Sequence[Path]) -> dict[str, list[Path]]:
+def _find_compound_names(folders: Sequence[Path]) -> dict[str, list[Path]]:
     """Folders such as `seg_train` and `seg_test`, whose names differ in the word of the part."""
     stems: dict[str, dict[str, list[Path]]] = {}
     for folder in folders:
         name = folder.name.casefold()
-        if len(words := _WITHIN.findall(name)) == 1:
-            parts = stems.setdefault(_WITHIN.sub("", name), {})
-            parts.setdefault(PARTS[words[0]], []).append(folder)
+        if len(words := _KEYWORD_IN_NAME.findall(name)) == 1:
+            parts = stems.setdefault(_KEYWORD_IN_NAME.sub("", name), {})
+            parts.setdefault(PART_BY_KEYWORD[words[0]], []).append(folder)
     whole = [parts for parts in stems.values() if "train" in parts and len(parts) > 1]
     return whole[0] if len(whole) == 1 else {}
 
@@ -294,17 +300,17 @@ def _are_classes(root: Path, named: dict[str, list[Path]], others: Sequence[Path
     labelled = {part for part, candidates in named.items() if any(map(_is_labelled, candidates))}
     if not others or {"train"} < labelled:
         return False
-    alike = all(_WITHIN.search(folder.name.casefold()) for folder in others)
+    alike = all(_KEYWORD_IN_NAME.search(folder.name.casefold()) for folder in others)
     if not labelled and len(named) == 1 and not alike:
         return True
     parts = [folder for candidates in named.values() for folder in candidates]
     raise DataError(
-        f"{root} has {_names(parts)} beside {_names(others)}: if they are parts, give the "
+        f"{root} has {_list_names(parts)} beside {_list_names(others)}: if they are parts, give the "
         "path of one, or move the others away; if they are classes, rename them"
     )
 
 
-def _one(root: Path, candidates: Sequence[Path]) -> Path:
+def _choose_candidate(root: Path, candidates: Sequence[Path]) -> Path:
     """The one folder of a part, or of several the one that has classes.
 
     Raises:
@@ -313,7 +319,7 @@ def _one(root: Path, candidates: Sequence[Path]) -> Path:
     labelled = [folder for folder in candidates if _is_labelled(folder)]
     if len(labelled) > 1:
         raise DataError(
-            f"{root} has {_names(labelled)}, which mean the same part: leave one of them, "
+            f"{root} has {_list_names(labelled)}, which mean the same part: leave one of them, "
             "or move the other away"
         )
     return (labelled or candidates)[0]
@@ -321,12 +327,14 @@ def _one(root: Path, candidates: Sequence[Path]) -> Path:
 
 def _is_labelled(folder: Path) -> bool:
     """Whether the images of a part have classes; those of a hidden test often have none."""
-    if (folder / ANNOTATIONS).is_file() or metadata_files.find(folder):
+    if (folder / ANNOTATIONS_FILE).is_file() or metadata_files.find(folder):
         return True
     return any(map(holds_images, subfolders(folder)))
 
 
-def _read_beside_train(folder: Path, root: Path, train: Part, left_out: LeftOut) -> Part | None:
+def _read_beside_train(
+    folder: Path, root: Path, train: FolderPart, left_out: SkippedFiles
+) -> FolderPart | None:
     """A part beside that of training, in the order of its classes; None if it has no classes.
 
     Raises:
@@ -337,13 +345,13 @@ def _read_beside_train(folder: Path, root: Path, train: Part, left_out: LeftOut)
     inside = [f for f in subfolders(folder) if holds_images(f)]
     alone = len(inside) == 1 and class_names.from_folder(inside[0].name) not in train.classes
     flat = alone and not any(map(holds_images, subfolders(inside[0])))
-    if not (folder / ANNOTATIONS).is_file() and (not inside or flat):
-        left_out.folders.append(f"{_inside(root, folder)} (images without classes)")
+    if not (folder / ANNOTATIONS_FILE).is_file() and (not inside or flat):
+        left_out.folders.append(f"{_relative_name(root, folder)} (images without classes)")
         return None
     return _same_classes(train, _read_part(folder, (root,), left_out))
 
 
-def _same_classes(train: Part, part: Part) -> Part:
+def _same_classes(train: FolderPart, part: FolderPart) -> FolderPart:
     """A part in the order of the classes of the training part.
 
     Raises:
@@ -353,18 +361,18 @@ def _same_classes(train: Part, part: Part) -> Part:
         different = sorted({*train.classes} ^ {*part.classes})
         raise DataError(
             f"{train.folder} and {part.folder} must have the same classes: "
-            f"only one of them has {some(different)}"
+            f"only one of them has {abbreviate_names(different)}"
         )
     return part.in_order(train.classes)
 
 
-def _read_part(folder: Path, above: tuple[Path, ...], left_out: LeftOut) -> Part:
+def _read_part(folder: Path, above: tuple[Path, ...], left_out: SkippedFiles) -> FolderPart:
     """The classes and files of one part, in the order of their folders.
 
     Raises:
         DataError: If there are fewer than two classes, one has no images, or two have one name.
     """
-    if (folder / ANNOTATIONS).is_file():
+    if (folder / ANNOTATIONS_FILE).is_file():
         return _read_annotations(folder, left_out)
     if (table := _read_metadata(folder, above, left_out)) is not None:
         return table
@@ -392,8 +400,8 @@ def _read_part(folder: Path, above: tuple[Path, ...], left_out: LeftOut) -> Part
     left_out.broken += count_broken_links(folder)
     files, labels = [], []
     for label, path in enumerate(folders.values()):
-        other = LeftOut()
-        images = sorted(find_images(path, {identify(p) for p in (*above, folder)}, other))
+        other = SkippedFiles()
+        images = sorted(find_images(path, {folder_identity(p) for p in (*above, folder)}, other))
         if not images:
             what = f" ({other})" if str(other) else ""
             raise DataError(f"class folder {path} has no images{what}: remove it")
@@ -402,16 +410,16 @@ def _read_part(folder: Path, above: tuple[Path, ...], left_out: LeftOut) -> Part
         left_out.hidden += other.hidden
         files += images
         labels += [label] * len(images)
-    return Part(folder, tuple(folders), files, labels)
+    return FolderPart(folder, tuple(folders), files, labels)
 
 
-def _read_annotations(folder: Path, left_out: LeftOut) -> Part:
+def _read_annotations(folder: Path, left_out: SkippedFiles) -> FolderPart:
     """A part whose classes stand in a text file, as Tiny-ImageNet's validation images.
 
     Raises:
         DataError: If the file cannot be read, or names an image that is not there.
     """
-    path = folder / ANNOTATIONS
+    path = folder / ANNOTATIONS_FILE
     found: dict[Path, str] = {}
     where = folder / "images" if (folder / "images").is_dir() else folder
     try:
@@ -431,7 +439,9 @@ def _read_annotations(folder: Path, left_out: LeftOut) -> Part:
     return _part_by_name(folder, path, found, where, left_out)
 
 
-def _read_metadata(folder: Path, above: tuple[Path, ...], left_out: LeftOut) -> Part | None:
+def _read_metadata(
+    folder: Path, above: tuple[Path, ...], left_out: SkippedFiles
+) -> FolderPart | None:
     """A part whose classes stand in a table in its folder, or in one above it.
 
     Returns:
@@ -458,8 +468,8 @@ def _read_metadata(folder: Path, above: tuple[Path, ...], left_out: LeftOut) -> 
 
 
 def _part_by_name(
-    folder: Path, table: Path, names: Mapping[Path, str], where: Path, left_out: LeftOut
-) -> Part:
+    folder: Path, table: Path, names: Mapping[Path, str], where: Path, left_out: SkippedFiles
+) -> FolderPart:
     """A part whose images have these class names.
 
     Args:
@@ -475,12 +485,12 @@ def _part_by_name(
     classes = tuple(sorted({*names.values()}))
     if len(classes) < 2:
         raise DataError(f"{table} names {len(classes)} classes: expected at least two")
-    unnamed = sum(1 for file in find_images(where, set(), LeftOut()) if file not in names)
+    unnamed = sum(1 for file in find_images(where, set(), SkippedFiles()) if file not in names)
     if unnamed:
         left_out.folders.append(f"{unnamed:,} images that {table.name} does not name")
     index = {name: label for label, name in enumerate(classes)}
     files = sorted(names, key=lambda file: (index[names[file]], file))
-    return Part(folder, classes, files, [index[names[file]] for file in files])
+    return FolderPart(folder, classes, files, [index[names[file]] for file in files])
 
 
 def _refuse_images_beside_annotations(root: Path) -> None:
@@ -508,16 +518,18 @@ def _refuse_images_beside_annotations(root: Path) -> None:
         if any(map(holds_images, subfolders(images)))
         else "put the images into one folder a class"
     )
-    raise DataError(f"{root} has images/ beside {_names(others)}, which are no classes: {remedy}")
+    raise DataError(
+        f"{root} has images/ beside {_list_names(others)}, which are no classes: {remedy}"
+    )
 
 
-def _inside(root: Path, folder: Path) -> str:
+def _relative_name(root: Path, folder: Path) -> str:
     return "" if folder == root else f"{folder.relative_to(root)}/"
 
 
-def _from(inside: str) -> str:
+def _from_clause(inside: str) -> str:
     return f" from {inside}" if inside else ""
 
 
-def _names(folders: Iterable[Path]) -> str:
-    return some([f"{folder.name}/" for folder in folders])
+def _list_names(folders: Iterable[Path]) -> str:
+    return abbreviate_names([f"{folder.name}/" for folder in folders])

@@ -21,7 +21,7 @@ from dsdistill.harness.data import class_names
 from dsdistill.harness.data.labeled_images import DataError
 from dsdistill.harness.errors import one_line
 from dsdistill.harness.runs import progress
-from dsdistill.harness.text import some
+from dsdistill.harness.text import abbreviate_names
 
 NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 FILE = "file_name"
@@ -39,7 +39,7 @@ def find(folder: Path) -> Path | None:
     """
     tables = [table for name in NAMES if (table := folder / name).is_file() and _has_files(table)]
     if len(tables) > 1:
-        names = some([table.name for table in tables])
+        names = abbreviate_names([table.name for table in tables])
         raise DataError(f"{folder} has {names}: leave one of them")
     return tables[0] if tables else None
 
@@ -93,11 +93,13 @@ def _label_column(path: Path, columns: Iterable[str]) -> str | None:
     like = [column for column in columns if column.casefold() in ("label", *LIKE_LABEL)]
     if "label" in like:
         if len(like) > 1:
-            progress.note(f"{path}: of the columns {some(like)} the classes are those of 'label'")
+            progress.note(
+                f"{path}: of the columns {abbreviate_names(like)} the classes are those of 'label'"
+            )
         return "label"
     if len(like) > 1:
         raise DataError(
-            f"{path} has the columns {some(like)}, each of which could be the class: rename one of "
+            f"{path} has the columns {abbreviate_names(like)}, each of which could be the class: rename one of "
             "them to label"
         )
     if like:
@@ -151,7 +153,7 @@ def _read_csv(path: Path) -> list[Mapping[str, Any]]:
         raise DataError(f"{path} is empty")
     columns, *rows = rows
     if len(set(columns)) < len(columns):
-        raise DataError(f"{path} has two columns of one name among {some(columns)}")
+        raise DataError(f"{path} has two columns of one name among {abbreviate_names(columns)}")
     for number, row in enumerate(rows, start=1):
         if row and len(row) != len(columns):
             raise DataError(

@@ -39,7 +39,7 @@ def read(path: Path) -> LabeledImages:
             f"{labels.max()} for {len(images)} images"
         )
     names = _class_names(path, arrays.get("classes"), int(labels.max()) + 1)
-    return LabeledImages(_checked_range(path, images), labels.astype(np.int64), names)
+    return LabeledImages(_check_range(path, images), labels.astype(np.int64), names)
 
 
 def _class_names(path: Path, names: np.ndarray | None, k: int) -> tuple[str, ...]:
@@ -58,7 +58,7 @@ def _class_names(path: Path, names: np.ndarray | None, k: int) -> tuple[str, ...
     return tuple(words)
 
 
-def _checked_range(path: Path, images: np.ndarray) -> np.ndarray:
+def _check_range(path: Path, images: np.ndarray) -> np.ndarray:
     """The images as uint8, or as float32 in [0, 1]; what has no known range is refused.
 
     Integers of 0 and 1 alone are taken for bilevel images, as booleans are.

@@ -10,24 +10,29 @@ from pathlib import Path
 
 from dsdistill.harness.data import class_names, datasets, metadata_files, provenance
 from dsdistill.harness.data.datasets import Splits
-from dsdistill.harness.data.distilled_set import Distilled
+from dsdistill.harness.data.distilled_set import DistilledSet
 from dsdistill.harness.data.provenance import Provenance
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
-from dsdistill.harness.text import some
+from dsdistill.harness.text import abbreviate_names
 
-VALIDATION_FRACTION = 0.1  # of a set that held no validation images out itself
-DEPTH = 4  # class folders of `data/data/train/cat`
-MOST_FOLDERS = 100_000  # that are looked at for class folders
-USED = ("config.image_size", "config.channels", "config.validation_fraction", "data.sha256")
+DEFAULT_VALIDATION_FRACTION = 0.1  # of a set that held no validation images out itself
+MAX_DEPTH = 4  # class folders of `data/data/train/cat`
+MAX_FOLDERS = 100_000  # that are looked at for class folders
+LOADING_FIELDS = (
+    "config.image_size",
+    "config.channels",
+    "config.validation_fraction",
+    "data.sha256",
+)
 
 
-def read_provenance(distilled: Distilled) -> Provenance:
+def read_provenance(distilled: DistilledSet) -> Provenance:
     """What a set says of how it was made, with every type checked."""
     return provenance.parse(distilled.provenance, distilled.images.shape[1:])
 
 
-def source(path: Path, distilled: Distilled) -> str | None:
+def source(path: Path, distilled: DistilledSet) -> str | None:
     """The name or path of the data that a set came from; None where it does not say.
 
     Args:
@@ -38,22 +43,22 @@ def source(path: Path, distilled: Distilled) -> str | None:
         UserError: If it says something that cannot be of the data or of how they were read.
     """
     made = read_provenance(distilled)
-    provenance.require(path, made, ("data.source", *USED))
+    provenance.require_usable(path, made, ("data.source", *LOADING_FIELDS))
     if made.source is not None and made.source not in datasets.NAMES:
         progress.say(f"{path} says that its data are {made.source}, which is read")
     return made.source
 
 
-def validation_fraction(distilled: Distilled) -> float:
+def validation_fraction(distilled: DistilledSet) -> float:
     """Share of the training images that is held out for a set.
 
     That of the set itself; for one that was made of all images, as Label Solve's are, and for one
-    that does not say, `VALIDATION_FRACTION`: learning rates and epochs are chosen on something.
+    that does not say, `DEFAULT_VALIDATION_FRACTION`: learning rates and epochs are chosen on something.
     """
-    return read_provenance(distilled).validation_fraction or VALIDATION_FRACTION
+    return read_provenance(distilled).validation_fraction or DEFAULT_VALIDATION_FRACTION
 
 
-def load(path: Path, distilled: Distilled, data: str, *, root: Path) -> Splits:
+def load(path: Path, distilled: DistilledSet, data: str, *, root: Path) -> Splits:
     """Load the data that a set came from as the set was made, with its images held out.
 
     Args:
@@ -67,7 +72,7 @@ def load(path: Path, distilled: Distilled, data: str, *, root: Path) -> Splits:
             were read.
     """
     made = read_provenance(distilled)
-    provenance.require(path, made, USED)
+    provenance.require_usable(path, made, LOADING_FIELDS)
     if data == made.source:
         _require_class_folders(path, distilled.classes, Path(data).expanduser())
     if made.validation_fraction is None:
@@ -90,7 +95,7 @@ def load(path: Path, distilled: Distilled, data: str, *, root: Path) -> Splits:
     )
 
 
-def check(path: Path, distilled: Distilled, splits: Splits, data: str) -> None:
+def check_same_data(path: Path, distilled: DistilledSet, splits: Splits, data: str) -> None:
     """Refuse data that are not those the set was distilled from.
 
     Args:
@@ -103,8 +108,8 @@ def check(path: Path, distilled: Distilled, splits: Splits, data: str) -> None:
     """
     if distilled.classes != splits.train.classes:
         raise UserError(
-            f"{path} has {len(distilled.classes)} classes ({some(distilled.classes)}), but {data} "
-            f"has {len(splits.train.classes)} ({some(splits.train.classes)})"
+            f"{path} has {len(distilled.classes)} classes ({abbreviate_names(distilled.classes)}), but {data} "
+            f"has {len(splits.train.classes)} ({abbreviate_names(splits.train.classes)})"
         )
     if distilled.images.shape[1:] != splits.train.shape:
         raise UserError(
@@ -125,13 +130,13 @@ def _require_class_folders(path: Path, classes: tuple[str, ...], folder: Path) -
     """Refuse a folder that cannot be the data, before it is read: a file may name any.
 
     Raises:
-        UserError: If some class has no folder, and stands in no table, up to `DEPTH` folders deep.
+        UserError: If some class has no folder, and stands in no table, up to `MAX_DEPTH` folders deep.
     """
     if not folder.is_dir():
         return
     wanted = set(map(_class_key, classes))
     level, looked = [folder], 0
-    for _ in range(DEPTH):
+    for _ in range(MAX_DEPTH):
         for each in level:
             wanted -= set(map(_class_key, _classes_of_table(each)))
         inside: list[os.DirEntry[str]] = []
@@ -140,7 +145,7 @@ def _require_class_folders(path: Path, classes: tuple[str, ...], folder: Path) -
                 inside += [entry for entry in os.scandir(each) if entry.is_dir()]
         wanted -= {_class_key(entry.name) for entry in inside}
         looked += len(inside)
-        if not wanted or looked > MOST_FOLDERS:
+        if not wanted or looked > MAX_FOLDERS:
             break
         level = [Path(entry.path) for entry in inside]
     if wanted:

@@ -25,9 +25,11 @@ KINDS: tuple[Kind, ...] = ("standardise", "zca", "none")  # that sets are made w
 ZCA_RIDGE = 0.1  # relative to the mean eigenvalue of the covariance, as in the paper's notebook
 MTT_RIDGE = 0.1  # absolute, of pixels in [0, 1]
 RFAD_RIDGE = FREPO_RIDGE = 0.1  # relative to the mean eigenvalue, of standardised pixels
-CHUNK = 2**22  # pixel values held at a time of a data set that may not fit into memory
-PROBE = 512  # rows of the matrices whose product is timed
-EIGENVECTORS = 6  # products of two matrices that take as long as the eigenvectors of one
+MAX_CHUNK_VALUES = 2**22  # pixel values held at a time of a data set that may not fit into memory
+PROBE_ROWS = 512  # rows of the matrices whose product is timed
+EIGENVECTORS_IN_PRODUCTS = (
+    6  # products of two matrices that take as long as the eigenvectors of one
+)
 
 Chunks = Callable[[int], Iterator[Num[np.ndarray, "m h w c"]]]
 
@@ -127,7 +129,7 @@ def _channel_moments(
     """Mean and deviation of each channel, and the number of images."""
     channels = shape[-1]
     count, total, squares = 0, np.zeros(channels), np.zeros(channels)
-    for images in chunks(_chunk(shape)):
+    for images in chunks(_images_per_chunk(shape)):
         # float64: a sum over millions of pixels loses digits in float32.
         x = unit_range(images).astype(np.float64).reshape(-1, channels)
         count, total, squares = count + len(x), total + x.sum(0), squares + (x * x).sum(0)
@@ -140,12 +142,14 @@ def _channel_moments(
 def _fit_zca(
     mean: np.ndarray, std: np.ndarray, count: int, chunks: Chunks, shape: tuple[int, int, int]
 ) -> Preprocess:
-    d, size = math.prod(shape), _chunk(shape)
+    d, size = math.prod(shape), _images_per_chunk(shape)
     _announce_zca(shape, count)
     covariance, norms = np.zeros((d, d)), 0.0
     parts = [slice(first, min(first + size, count)) for first in range(0, count, size)]
     # The whole of `chunks` is used up: a memory map behind it is read to its end.
-    for images, _ in zip(chunks(size), progress.slow(parts, "images for ZCA"), strict=True):
+    for images, _ in zip(
+        chunks(size), progress.track_if_slow(parts, "images for ZCA"), strict=True
+    ):
         directions, norm = _directions((unit_range(images) - mean) / std)
         covariance += directions.T.astype(np.float64) @ directions
         norms += float(norm.sum())
@@ -168,7 +172,7 @@ def fit_mtt(chunks: Chunks, shape: tuple[int, int, int]) -> Preprocess:
     `ZCAWhitening(eps=0.1)`.
     """
     one = np.ones(shape[-1], np.float32)
-    total, squares, count = _products(chunks, shape, np.zeros_like(one), one)
+    total, squares, count = _outer_product_sums(chunks, shape, np.zeros_like(one), one)
     mean = total / count
     covariance = (squares - count * np.outer(mean, mean)) / max(count - 1, 1)
     covariance[np.diag_indices(len(mean))] += MTT_RIDGE
@@ -190,7 +194,7 @@ def fit_rfad(chunks: Chunks, shape: tuple[int, int, int]) -> Preprocess:
     Source: Loo et al. (2022), arXiv:2210.12067; `data.py` of the program, `get_zca_matrix`.
     """
     mean, std, _ = _channel_moments(chunks, shape)
-    _, squares, count = _products(chunks, shape, mean, std)
+    _, squares, count = _outer_product_sums(chunks, shape, mean, std)
     second = squares / count
     second[np.diag_indices(len(second))] += RFAD_RIDGE * np.trace(second) / len(second) or 1.0
     return Preprocess("zca-rfad", mean, std, *_roots(second))
@@ -217,7 +221,7 @@ def fit_frepo(
     Source: Zhou et al. (2022), arXiv:2206.00719; `lib/dataset/ops.py` of the program.
     """
     mean, std = constants or _channel_moments(chunks, shape)[:2]
-    total, squares, count = _products(chunks, shape, mean, std)
+    total, squares, count = _outer_product_sums(chunks, shape, mean, std)
     centre = total / count
     covariance = squares / count - np.outer(centre, centre)
     covariance[np.diag_indices(len(centre))] += (
@@ -227,7 +231,7 @@ def fit_frepo(
     return Preprocess("zca-frepo", image, std, *_roots(covariance, rank=count))
 
 
-def _products(
+def _outer_product_sums(
     chunks: Chunks,
     shape: tuple[int, int, int],
     mean: Float[np.ndarray, " c"],
@@ -237,7 +241,7 @@ def _products(
     _require_memory(shape)
     d, count = math.prod(shape), 0
     total, squares = np.zeros(d), np.zeros((d, d))
-    for images in chunks(_chunk(shape)):
+    for images in chunks(_images_per_chunk(shape)):
         # float64: the square of the mean is taken off the mean square.
         x = ((unit_range(images) - mean) / std).reshape(len(images), d).astype(np.float64)
         count, total, squares = count + len(x), total + x.sum(0), squares + x.T @ x
@@ -254,7 +258,7 @@ def _roots(
         rank: How many of the largest eigenvalues are known; the others count as 1.
     """
     # In ascending order.
-    values, vectors = stopping.interruptible(lambda: np.linalg.eigh(covariance))
+    values, vectors = stopping.call_interruptibly(lambda: np.linalg.eigh(covariance))
     roots = np.sqrt(values)
     if rank is not None and rank < len(roots):
         roots[: len(roots) - rank] = 1.0
@@ -264,18 +268,20 @@ def _roots(
 
 def _announce_zca(shape: tuple[int, int, int], count: int) -> None:
     """Say how long ZCA takes, if it takes long: by the time of a product of two matrices."""
-    d, small = math.prod(shape), np.ones((PROBE, PROBE))
-    if d < 2 * PROBE:
+    d, small = math.prod(shape), np.ones((PROBE_ROWS, PROBE_ROWS))
+    if d < 2 * PROBE_ROWS:
         return
     began = time.perf_counter()
     np.matmul(small, small)
-    seconds = (time.perf_counter() - began) * (d / PROBE) ** 2  # of a product of d x d with d x m
-    total = seconds * (count + (EIGENVECTORS + 2) * d) / PROBE
-    if total > progress.LINE_EVERY:
+    seconds = (time.perf_counter() - began) * (
+        d / PROBE_ROWS
+    ) ** 2  # of a product of d x d with d x m
+    total = seconds * (count + (EIGENVECTORS_IN_PRODUCTS + 2) * d) / PROBE_ROWS
+    if total > progress.SECONDS_BETWEEN_LINES:
         name = "x".join(map(str, shape))
         progress.say(
             f"ZCA of {count} images of {name}: a covariance of {d}x{d} values and its "
-            f"eigenvectors, roughly {progress.duration(total)} "
+            f"eigenvectors, roughly {progress.format_duration(total)} "
             "(--preprocess standardise takes none)"
         )
 
@@ -287,9 +293,9 @@ def _require_memory(shape: tuple[int, int, int]) -> None:
     memory.require(needed, f"ZCA whitening of {shape[0]}x{shape[1]} images", remedy)
 
 
-def _chunk(shape: tuple[int, int, int]) -> int:
-    """Images of `CHUNK` values, and at least one."""
-    return max(CHUNK // math.prod(shape), 1)
+def _images_per_chunk(shape: tuple[int, int, int]) -> int:
+    """Images of `MAX_CHUNK_VALUES` values, and at least one."""
+    return max(MAX_CHUNK_VALUES // math.prod(shape), 1)
 
 
 def _directions(x: Float[np.ndarray, "n h w c"]) -> tuple[np.ndarray, np.ndarray]:

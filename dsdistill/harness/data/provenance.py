@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.text import shortened
+from dsdistill.harness.text import shorten
 
-NUMBERS = 100  # largest depth, and largest number in a kernel's name, that are believed
-LENGTH = 300  # of a text that is shown
+MAX_KERNEL_NUMBER = 100  # largest depth, and largest number in a kernel's name, that are believed
+MAX_TEXT_CHARACTERS = 300  # of a text that is shown
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,12 @@ def parse(stored: Mapping[str, Any], shape: Sequence[int]) -> Provenance:
         method=method or "unknown method",
         kernel=kernel,
         judge=read(config, "config.kernel", "kernel", _kernel),
-        depth=read(config, "config.depth", "depth", lambda v: _integer(v, 1, NUMBERS)),
+        depth=read(config, "config.depth", "depth", lambda v: _integer(v, 1, MAX_KERNEL_NUMBER)),
         w_std=read(config, "config.w_std", "w_std", lambda v: _number(v, 1e-6, 1e6)),
         b_std=read(config, "config.b_std", "b_std", lambda v: _number(v, 0, 1e6)),
         ridge=read(stored, "evaluation_ridge", "evaluation_ridge", lambda v: _number(v, 0, 1e6)),
         source=read(data, "data.source", "source", _source),
-        sha256=read(data, "data.sha256", "sha256", _digest),
+        sha256=read(data, "data.sha256", "sha256", _sha256),
         channels=read(config, "config.channels", "channels", lambda v: v if v in (1, 3) else None),
         image_size=read(config, "config.image_size", "image_size", of_shape),
         validation_fraction=read(
@@ -111,7 +111,7 @@ def parse(stored: Mapping[str, Any], shape: Sequence[int]) -> Provenance:
     )
 
 
-def require(who: object, provenance: Provenance, names: Sequence[str]) -> None:
+def require_usable(who: object, provenance: Provenance, names: Sequence[str]) -> None:
     """Refuse a set that says something unusable of what is about to be used.
 
     Args:
@@ -140,15 +140,19 @@ def _mapping(value: object, name: str, odd: list[str]) -> Mapping[str, Any]:
 
 
 def _line(value: object) -> str | None:
-    return shortened(value, LENGTH) if isinstance(value, str) and value else None
+    return shorten(value, MAX_TEXT_CHARACTERS) if isinstance(value, str) and value else None
 
 
 def _kernel(value: object) -> str | None:
     """One or several names, whose numbers are small: a network is built as deep as they say."""
-    if not isinstance(value, str) or not 0 < len(value) <= LENGTH or not value.isprintable():
+    if (
+        not isinstance(value, str)
+        or not 0 < len(value) <= MAX_TEXT_CHARACTERS
+        or not value.isprintable()
+    ):
         return None
     numbers = re.findall(r"[0-9]+", value)
-    return value if all(len(n) < 9 and int(n) <= NUMBERS for n in numbers) else None
+    return value if all(len(n) < 9 and int(n) <= MAX_KERNEL_NUMBER for n in numbers) else None
 
 
 def _source(value: object) -> str | None:
@@ -158,7 +162,7 @@ def _source(value: object) -> str | None:
     return None if "://" in value or value.startswith("-") else value
 
 
-def _digest(value: object) -> str | None:
+def _sha256(value: object) -> str | None:
     return value if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else None
 
 
@@ -178,7 +182,7 @@ def _metrics(value: object) -> dict[str, float | None]:
         return {}
     checked = {name: _number(number, -1e300, 1e300) for name, number in value.items()}
     return {
-        shortened(name, LENGTH): number
+        shorten(name, MAX_TEXT_CHARACTERS): number
         for name, number in checked.items()
         if number is not None or value[name] is None
     }
@@ -187,4 +191,4 @@ def _metrics(value: object) -> dict[str, float | None]:
 def _notes(value: object) -> tuple[str, ...]:
     if not isinstance(value, list):
         return ()
-    return tuple(shortened(note, LENGTH) for note in value if isinstance(note, str))
+    return tuple(shorten(note, MAX_TEXT_CHARACTERS) for note in value if isinstance(note, str))

@@ -12,12 +12,12 @@ from dsdistill.harness.data import image_files
 from dsdistill.harness.text import printable
 
 # Leftovers of other programs, beside names that begin with a dot.
-LEFTOVERS = {"__macosx", "@eadir", "__pycache__", "lost+found", "$recycle.bin", "#recycle"}
-LEFTOVERS |= {"system volume information", "thumbs.db", "desktop.ini"}
+IGNORED_NAMES = {"__macosx", "@eadir", "__pycache__", "lost+found", "$recycle.bin", "#recycle"}
+IGNORED_NAMES |= {"system volume information", "thumbs.db", "desktop.ini"}
 
 
 @dataclass
-class LeftOut:
+class SkippedFiles:
     """What lies among the images and is not read.
 
     Attributes:
@@ -49,18 +49,18 @@ def subfolders(path: Path) -> list[Path]:
     """The folders inside that may hold images, links to folders among them, in order of names."""
     with os.scandir(path) as entries:
         names = [
-            entry.name for entry in entries if _is_folder(entry) and not _is_leftover(entry.name)
+            entry.name for entry in entries if _is_folder(entry) and not _is_ignored(entry.name)
         ]
     return [path / name for name in sorted(names)]
 
 
-def _is_leftover(name: str) -> bool:
-    return name[0] == "." or name.casefold() in LEFTOVERS
+def _is_ignored(name: str) -> bool:
+    return name[0] == "." or name.casefold() in IGNORED_NAMES
 
 
 def holds_images(folder: Path) -> bool:
     """Whether there is an image at any depth."""
-    return next(find_images(folder, set(), LeftOut()), None) is not None
+    return next(find_images(folder, set(), SkippedFiles()), None) is not None
 
 
 def has_loose_images(folder: Path) -> bool:
@@ -80,7 +80,9 @@ def _direct_images(folder: Path) -> Iterator[Path]:
                 yield Path(entry.path)
 
 
-def find_images(folder: Path, above: set[tuple[int, int]], left_out: LeftOut) -> Iterator[Path]:
+def find_images(
+    folder: Path, above: set[tuple[int, int]], left_out: SkippedFiles
+) -> Iterator[Path]:
     """The images at any depth, as some data sets nest them.
 
     Links are followed, each folder once: a link back to one above it would never end.
@@ -93,13 +95,13 @@ def find_images(folder: Path, above: set[tuple[int, int]], left_out: LeftOut) ->
     seen, waiting = set(above), [folder]
     while waiting:
         where = waiting.pop()
-        if (identity := identify(where)) in seen:
+        if (identity := folder_identity(where)) in seen:
             continue
         seen.add(identity)
         with os.scandir(where) as entries:
             for entry in entries:
                 if _is_folder(entry):
-                    if not _is_leftover(entry.name):
+                    if not _is_ignored(entry.name):
                         waiting.append(Path(entry.path))
                 elif not _is_file(entry):  # a pipe would be waited for
                     left_out.broken += entry.is_symlink()
@@ -109,8 +111,8 @@ def find_images(folder: Path, above: set[tuple[int, int]], left_out: LeftOut) ->
                         yield Path(entry.path)
                     else:
                         left_out.hidden += 1
-                elif entry.name[0] != "." and entry.name.casefold() not in LEFTOVERS:
-                    left_out.files[_kind(entry.name)] += 1
+                elif entry.name[0] != "." and entry.name.casefold() not in IGNORED_NAMES:
+                    left_out.files[_extension_label(entry.name)] += 1
 
 
 def count_broken_links(folder: Path) -> int:
@@ -137,16 +139,21 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
     if extension in image_files.extensions():
         return True
     plain = not re.fullmatch(r"\.[a-z][a-z0-9]*", extension)
-    return plain and entry.name[0] != "." and _is_file(entry) and image_files.is_signed(entry.path)
+    return (
+        plain
+        and entry.name[0] != "."
+        and _is_file(entry)
+        and image_files.has_image_signature(entry.path)
+    )
 
 
-def _kind(name: str) -> str:
+def _extension_label(name: str) -> str:
     """What a file that is no image is called where such are counted."""
     extension = os.path.splitext(name)[1].lower()
     return printable(extension) if extension else "without extension"
 
 
-def identify(path: Path) -> tuple[int, int]:
+def folder_identity(path: Path) -> tuple[int, int]:
     """What is one for all paths to a folder: its device and its number there."""
     found = path.stat()
     return found.st_dev, found.st_ino

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float, Int
 
-from dsdistill.harness.data.labeled_images import Examples, check_per_class, per_class
-from dsdistill.harness.errors import unknown
+from dsdistill.harness.data.labeled_images import Examples, check_images_per_class, draw_per_class
+from dsdistill.harness.errors import unknown_name
 from dsdistill.harness.evaluation.protocol import Arm
 
 CONTROLS = ("random", "k-means", "herding", "full")
@@ -34,13 +34,13 @@ def arm(name: str, train: Examples, images_per_class: int) -> Arm:
     if name == "herding":
         chosen = functools.cache(lambda: herding(train, images_per_class))
         return Arm(name, lambda seed: chosen(), fixed=True)
-    raise unknown("control", name, CONTROLS)
+    raise unknown_name("control", name, CONTROLS)
 
 
 def random(train: Examples, images_per_class: int, seed: int) -> Examples:
     """Real images drawn without replacement, the same number of every class."""
     rng = np.random.default_rng([seed, 2])
-    return _selected(train, per_class(train.data, images_per_class, rng))
+    return _select(train, draw_per_class(train.data, images_per_class, rng))
 
 
 def k_means(train: Examples, images_per_class: int, seed: int) -> Examples:
@@ -59,9 +59,9 @@ def k_means(train: Examples, images_per_class: int, seed: int) -> Examples:
     def choose(pixels: Float[np.ndarray, "n d"]) -> Int[np.ndarray, " m"]:
         # scikit-learn annotates n_init as text alone.
         clusters = KMeans(images_per_class, n_init=1, random_state=seed).fit(pixels)  # pyright: ignore[reportArgumentType]
-        return _nearest(clusters.transform(pixels))
+        return _nearest_images(clusters.transform(pixels))
 
-    return _of_each_class(train, images_per_class, choose)
+    return _choose_per_class(train, images_per_class, choose)
 
 
 def herding(train: Examples, images_per_class: int) -> Examples:
@@ -81,7 +81,9 @@ def herding(train: Examples, images_per_class: int) -> Examples:
     Rebuffi et al. (2017), arXiv:1611.07725, algorithm 4, but in pixels, not in the normalised
     features of a network, and without taking an image twice.
     """
-    return _of_each_class(train, images_per_class, lambda pixels: _herd(pixels, images_per_class))
+    return _choose_per_class(
+        train, images_per_class, lambda pixels: _herd(pixels, images_per_class)
+    )
 
 
 def _herd(x: Float[np.ndarray, "n d"], count: int) -> Int[np.ndarray, " m"]:
@@ -101,7 +103,7 @@ def _herd(x: Float[np.ndarray, "n d"], count: int) -> Int[np.ndarray, " m"]:
     return np.array(taken)
 
 
-def _nearest(distance: Float[np.ndarray, "n m"]) -> Int[np.ndarray, " m"]:
+def _nearest_images(distance: Float[np.ndarray, "n m"]) -> Int[np.ndarray, " m"]:
     """For each centre its nearest image, no image twice."""
     taken: list[int] = []
     for column in distance.T:
@@ -111,19 +113,19 @@ def _nearest(distance: Float[np.ndarray, "n m"]) -> Int[np.ndarray, " m"]:
     return np.array(taken)
 
 
-def _of_each_class(
+def _choose_per_class(
     train: Examples, images_per_class: int, choose: Callable[[np.ndarray], np.ndarray]
 ) -> Examples:
     """The images that `choose` picks by position among the flattened images of each class."""
-    check_per_class(train.data, images_per_class)
+    check_images_per_class(train.data, images_per_class)
 
     def rows(label: int) -> Int[np.ndarray, " m"]:
         # A function of its own, so that a class is forgotten before the next one is read.
         members = np.flatnonzero(train.data.labels == label)
         return members[choose(train.images(members).reshape(len(members), -1))]
 
-    return _selected(train, np.concatenate([rows(k) for k in range(len(train.data.classes))]))
+    return _select(train, np.concatenate([rows(k) for k in range(len(train.data.classes))]))
 
 
-def _selected(train: Examples, rows: Int[np.ndarray, " n"]) -> Examples:
+def _select(train: Examples, rows: Int[np.ndarray, " n"]) -> Examples:
     return Examples(train.data.select(rows), train.preprocess, ready=train.ready)

@@ -13,7 +13,7 @@ from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation import metrics
 from dsdistill.harness.runs import progress
 
-Scores = Callable[[Float[np.ndarray, "n h w c"]], Float[np.ndarray, "n k"]]
+ScoreFunction = Callable[[Float[np.ndarray, "n h w c"]], Float[np.ndarray, "n k"]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ class HeldOut:
 
     validation: Examples
     test: Examples
-    teacher: Scores | None = None
+    teacher: ScoreFunction | None = None
     identity: Mapping[str, Any] | None = None
 
     @property
@@ -37,9 +37,9 @@ class HeldOut:
         """Classes of the validation images."""
         return self.validation.data.labels
 
-    def validation_scores(self, predict: Scores) -> Float[np.ndarray, "n k"] | None:
+    def validation_scores(self, predict: ScoreFunction) -> Float[np.ndarray, "n k"] | None:
         """Scores of the validation images; None if one is not finite."""
-        scores = _scored(predict, self.validation)
+        scores = _predict_scores(predict, self.validation)
         return scores if np.isfinite(scores).all() else None
 
     def calibrated(self, scores: Float[np.ndarray, "n k"]) -> tuple[float, float]:
@@ -55,13 +55,13 @@ class HeldOut:
         temperature = metrics.fit_temperature(scores, labels)
         return temperature, metrics.nll(metrics.softmax(scores, temperature), labels)
 
-    def figures(self, predict: Scores) -> dict[str, Any]:
+    def figures(self, predict: ScoreFunction) -> dict[str, Any]:
         """Everything that is measured of a predictor, by the names of `Result`.
 
         Raises:
             UserError: If a score is not finite.
         """
-        held, scores = self.validation_scores(predict), _scored(predict, self.test)
+        held, scores = self.validation_scores(predict), _predict_scores(predict, self.test)
         if held is None or not np.isfinite(scores).all():
             raise UserError("scores that are not finite")
         labels, k = self.test.data.labels, len(self.test.data.classes)
@@ -92,22 +92,22 @@ class HeldOut:
     def _answers(self) -> Float[np.ndarray, "n k"]:
         """The teacher's logits of the test images, asked for once."""
         assert self.teacher is not None
-        return _scored(self.teacher, self.test)
+        return _predict_scores(self.teacher, self.test)
 
 
-def accuracy(predict: Scores, examples: Examples, unit: str) -> float:
+def accuracy(predict: ScoreFunction, examples: Examples, unit: str) -> float:
     """Fraction of the images whose largest score is that of their class.
 
     Args:
         predict, examples: Who is judged, by which images.
         unit: What live progress calls them.
     """
-    batches = progress.slow(examples.batches(), unit)
-    return metrics.accuracy(_scored(predict, examples, batches), examples.data.labels)
+    batches = progress.track_if_slow(examples.batches(), unit)
+    return metrics.accuracy(_predict_scores(predict, examples, batches), examples.data.labels)
 
 
-def _scored(
-    predict: Scores, examples: Examples, batches: Iterable[slice] | None = None
+def _predict_scores(
+    predict: ScoreFunction, examples: Examples, batches: Iterable[slice] | None = None
 ) -> Float[np.ndarray, "n k"]:
     """Scores of all images, in float64.
 

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dsdistill.harness import memory
-from dsdistill.harness.data.labeled_images import Examples, balanced
+from dsdistill.harness.data.labeled_images import Examples, draw_balanced
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation import metrics, results
 from dsdistill.harness.evaluation.held_out import HeldOut
@@ -142,13 +142,13 @@ def evaluate(
         learner = learner.augmented()
     measured: list[Result] = []
     for seed in seeds:
-        key = _key(learner, arm, judges, seeds[0], seed)
+        key = _cache_key(learner, arm, judges, seeds[0], seed)
         found = None
         if kept and key:
-            expected = functools.partial(_impossible, learner, arm, judges, seed, augmented)
+            expected = functools.partial(_mismatch, learner, arm, judges, seed, augmented)
             found = kept.get(key, expected)
         if found is None:
-            found = _next(learner, arm, judges, seed, measured, augmented)
+            found = _run_seed(learner, arm, judges, seed, measured, augmented)
             if kept and key:
                 kept.put(key, found)
         measured.append(found)
@@ -156,7 +156,7 @@ def evaluate(
     return measured
 
 
-def _impossible(
+def _mismatch(
     learner: Learner, arm: Arm, judges: HeldOut, seed: int, augmented: bool, found: Result
 ) -> str | None:
     """What shows that a stored result is not that of this training, or None."""
@@ -175,7 +175,7 @@ def _impossible(
     return None if right else f"it is of {found.images} images"
 
 
-def _next(
+def _run_seed(
     learner: Learner,
     arm: Arm,
     judges: HeldOut,
@@ -186,23 +186,23 @@ def _next(
     """The result of one seed, given those of the seeds before it."""
     if before and arm.fixed and getattr(learner, "deterministic", False):
         return replace(before[0], seed=seed, train_seconds=0.0, tune_seconds=0.0)
-    train = within_limit(arm.draw(seed), learner.limit, seed)
+    train = limit_examples(arm.draw(seed), learner.limit, seed)
     begun = Result(
         arm.name, learner.name, augmented, seed, images=len(train), bytes=stored_bytes(train)
     )
     if not isinstance(learner, Tunable) or len(learner.rates) == 0:
-        return _finished(begun, _trained(learner, train, judges, seed), judges)
+        return _score_on_test(begun, _train(learner, train, judges, seed), judges)
     if not before:
-        return _tuned(learner, begun, train, judges)
+        return _tune(learner, begun, train, judges)
     if before[0].rate is None:
         return replace(begun, failure=before[0].failure)
     rate = before[0].rate
-    trained = _trained(learner.at(rate), train, judges, seed)
-    return _finished(replace(begun, rate=rate), trained, judges)
+    trained = _train(learner.at(rate), train, judges, seed)
+    return _score_on_test(replace(begun, rate=rate), trained, judges)
 
 
 @dataclass(frozen=True)
-class _Trained:
+class _TrainingOutcome:
     """A predictor with what it took, or why there is none."""
 
     predict: Predict | None
@@ -210,24 +210,24 @@ class _Trained:
     failure: str | None = None
 
 
-def _trained(learner: Learner, train: Examples, judges: HeldOut, seed: int) -> _Trained:
+def _train(learner: Learner, train: Examples, judges: HeldOut, seed: int) -> _TrainingOutcome:
     began = time.monotonic()
     try:
         predict, failure = learner(train, judges.validation, seed), None
     # A learner may be anybody's, and one that fails must not take the others' results with it: the
     # report shows its reason in the place of its accuracy.
     except Exception as error:
-        predict, failure = None, _reason(error)
-    return _Trained(predict, time.monotonic() - began, failure)
+        predict, failure = None, _failure_reason(error)
+    return _TrainingOutcome(predict, time.monotonic() - began, failure)
 
 
-def _tuned(learner: Tunable, begun: Result, train: Examples, judges: HeldOut) -> Result:
+def _tune(learner: Tunable, begun: Result, train: Examples, judges: HeldOut) -> Result:
     """The best of one training a rate by validation accuracy, the likeliest of equals."""
     best, failures, spent = None, [], 0.0
     for rate in learner.rates:
-        trained = _trained(learner.at(rate), train, judges, begun.seed)
+        trained = _train(learner.at(rate), train, judges, begun.seed)
         spent += trained.seconds
-        score = None if trained.predict is None else _validated(trained.predict, judges)
+        score = None if trained.predict is None else _validation_score(trained.predict, judges)
         if score is None:
             failures.append(trained.failure or "scores that are not finite")
         elif best is None or score > best[0]:
@@ -237,10 +237,10 @@ def _tuned(learner: Tunable, begun: Result, train: Examples, judges: HeldOut) ->
         return replace(begun, tune_seconds=spent, failure=reason)
     _, rate, trained = best
     begun = replace(begun, rate=rate, tune_seconds=spent - trained.seconds)
-    return _finished(begun, trained, judges)
+    return _score_on_test(begun, trained, judges)
 
 
-def _validated(predict: Predict, judges: HeldOut) -> tuple[float, float] | None:
+def _validation_score(predict: Predict, judges: HeldOut) -> tuple[float, float] | None:
     """Validation accuracy, and the likelihood that decides between equals; larger is better."""
     scores = judges.validation_scores(predict)
     if scores is None:
@@ -249,7 +249,7 @@ def _validated(predict: Predict, judges: HeldOut) -> tuple[float, float] | None:
     return accuracy, -judges.calibrated(scores)[1]
 
 
-def _finished(begun: Result, trained: _Trained, judges: HeldOut) -> Result:
+def _score_on_test(begun: Result, trained: _TrainingOutcome, judges: HeldOut) -> Result:
     """With its figures on the test images."""
     begun = replace(begun, train_seconds=trained.seconds)
     if trained.predict is None:
@@ -257,18 +257,18 @@ def _finished(begun: Result, trained: _Trained, judges: HeldOut) -> Result:
     try:
         figures = judges.figures(trained.predict)
     except Exception as error:  # as above: a predictor may be anybody's
-        return replace(begun, failure=_reason(error), peak_memory=memory.peak())
+        return replace(begun, failure=_failure_reason(error), peak_memory=memory.peak())
     facts = getattr(trained.predict, "facts", None)
     return replace(begun, **figures, facts=facts, peak_memory=memory.peak())
 
 
-def _reason(error: Exception) -> str:
+def _failure_reason(error: Exception) -> str:
     """The first line of an error; the name of its class too, unless it is written for people."""
     first = next(iter(str(error).strip().splitlines()), "")
     return first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"
 
 
-def _key(
+def _cache_key(
     learner: Learner, arm: Arm, judges: HeldOut, first: int, seed: int
 ) -> Mapping[str, Any] | None:
     """All that a result depends on; None if that is not known."""
@@ -284,11 +284,11 @@ def _key(
     }
 
 
-def within_limit(examples: Examples, limit: int | None, seed: int) -> Examples:
+def limit_examples(examples: Examples, limit: int | None, seed: int) -> Examples:
     """The examples, or a class-balanced draw of `limit` of them."""
     if limit is None or len(examples) <= limit:
         return examples
-    rows = balanced(examples.data.labels, limit, np.random.default_rng(seed))
+    rows = draw_balanced(examples.data.labels, limit, np.random.default_rng(seed))
     targets = None if examples.targets is None else examples.targets[rows]
     return Examples(examples.data.select(rows), examples.preprocess, targets, examples.ready)
 

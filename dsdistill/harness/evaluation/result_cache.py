@@ -45,7 +45,7 @@ class ResultCache:
             problem: What is impossible about a result; one that has a problem does not count.
         """
         for folder in self._folders(key):
-            if found := self._read(folder / _name(key), key, problem):
+            if found := self._read(folder / _file_name(key), key, problem):
                 return found
         return None
 
@@ -56,7 +56,7 @@ class ResultCache:
             folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps({"key": key, "result": asdict(result)}, sort_keys=True)
             line = json.dumps({"sha256": _digest(text), "content": text})
-            write_bytes(folder / _name(key), line.encode())
+            write_bytes(folder / _file_name(key), line.encode())
 
     def _folders(self, key: Mapping[str, Any]) -> list[Path]:
         shared = self.shared if key["arm"][0] in self.sharing else None
@@ -84,7 +84,7 @@ class ResultCache:
             return None
 
 
-def _name(key: Mapping[str, Any]) -> str:
+def _file_name(key: Mapping[str, Any]) -> str:
     return _digest(json.dumps({"version": VERSION, **key}, sort_keys=True))[:32] + ".json"
 
 

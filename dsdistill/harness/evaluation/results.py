@@ -91,10 +91,10 @@ class Row:
 
 
 _FRACTIONS = ("accuracy", "validation_accuracy", "calibration_error", "teacher_agreement")
-_MEASURED = ("accuracy", "validation_accuracy", "nll", "calibration_error", "confusion")
+_REQUIRED = ("accuracy", "validation_accuracy", "nll", "calibration_error", "confusion")
 _COUNTS = ("images", "bytes", "peak_memory")
 _AMOUNTS = ("rate", "nll", "teacher_kl", "train_seconds", "tune_seconds")
-_ROUNDING = 1e-9  # by which figures that are computed in two ways may differ
+_TOLERANCE = 1e-9  # by which figures that are computed in two ways may differ
 
 
 def problem(result: Result, test_counts: Sequence[int]) -> str | None:
@@ -107,22 +107,22 @@ def problem(result: Result, test_counts: Sequence[int]) -> str | None:
         test_counts: Test images of each class.
     """
     for name, value in asdict(result).items():
-        if not _finite(value):
+        if not _all_finite(value):
             return f"{name} is not finite"
     texts = (result.arm, result.learner, result.failure or "")
     if not all(isinstance(text, str) for text in texts) or not isinstance(result.augmented, bool):
         return "its names are of another type"
-    if not _whole(result.seed) or any(not _whole(getattr(result, name)) for name in _COUNTS):
+    if not _is_count(result.seed) or any(not _is_count(getattr(result, name)) for name in _COUNTS):
         return "a number is not whole, or is negative"
     for name in (*_FRACTIONS, *_AMOUNTS):
         value, most = getattr(result, name), 1 if name in _FRACTIONS else math.inf
-        if value is not None and not (_number(value) and -_ROUNDING <= value <= most):
+        if value is not None and not (_is_number(value) and -_TOLERANCE <= value <= most):
             return f"{name} is {value!r}"
     if result.facts is not None and not isinstance(result.facts, Mapping):
         return f"facts are {result.facts!r}"
     if result.failure is not None:
         return None if result.accuracy is None else "it failed, and has an accuracy"
-    if any(getattr(result, name) is None for name in _MEASURED):
+    if any(getattr(result, name) is None for name in _REQUIRED):
         return "it has neither figures nor a reason"
     return _contradiction(result, test_counts)
 
@@ -134,42 +134,46 @@ def _contradiction(result: Result, test_counts: Sequence[int]) -> str | None:
     square = isinstance(confusion, Sequence) and len(confusion) == k
     if not square or not all(isinstance(row, Sequence) and len(row) == k for row in confusion):
         return f"its confusion matrix is not {k}x{k}"
-    if not all(_whole(count) for row in confusion for count in row):
+    if not all(_is_count(count) for row in confusion for count in row):
         return "its confusion matrix has other entries than counts"
     if [sum(row) for row in confusion] != list(test_counts):
         return "its confusion matrix is of other test images"
     right = [confusion[label][label] for label in range(k)]
-    if abs(sum(right) / sum(test_counts) - (result.accuracy or 0.0)) > _ROUNDING:
+    if abs(sum(right) / sum(test_counts) - (result.accuracy or 0.0)) > _TOLERANCE:
         return f"accuracy is {result.accuracy}, by the confusion matrix another"
     shares = [r / n if n else None for r, n in zip(right, test_counts, strict=True)]
     given = result.per_class
-    if not isinstance(given, Sequence) or len(given) != k or not all(map(_alike, given, shares)):
+    if (
+        not isinstance(given, Sequence)
+        or len(given) != k
+        or not all(map(_nearly_equal, given, shares))
+    ):
         return "its accuracies of the classes are not those of the confusion matrix"
     return None
 
 
-def _alike(a: Any, b: float | None) -> bool:
-    return a is b if a is None or b is None else _number(a) and abs(a - b) <= _ROUNDING
+def _nearly_equal(a: Any, b: float | None) -> bool:
+    return a is b if a is None or b is None else _is_number(a) and abs(a - b) <= _TOLERANCE
 
 
-def _number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _whole(value: Any) -> bool:
+def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _finite(value: Any) -> bool:
+def _all_finite(value: Any) -> bool:
     """Whether all numbers in nested lists and objects are finite."""
     if isinstance(value, Mapping):
-        return all(map(_finite, value.values()))
+        return all(map(_all_finite, value.values()))
     if isinstance(value, list | tuple):
-        return all(map(_finite, value))
+        return all(map(_all_finite, value))
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def rows(results: Sequence[Result]) -> list[Row]:
+def group_by_training(results: Sequence[Result]) -> list[Row]:
     """The results by learner, augmentation and arm, in the order in which they first appear."""
     groups: dict[tuple[str, str, bool], list[Result]] = {}
     for result in results:

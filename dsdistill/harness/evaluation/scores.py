@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from dsdistill.harness.evaluation import statistics
 from dsdistill.harness.evaluation.results import Row
-from dsdistill.harness.evaluation.statistics import Paired
+from dsdistill.harness.evaluation.statistics import PairedDifference
 
 
 @dataclass(frozen=True)
@@ -26,24 +26,24 @@ class SetScores:
     ior: float | None
     lrs: float | None
     ars: float | None
-    versus_random: Paired | None
+    versus_random: PairedDifference | None
 
 
-def scores(rows: Sequence[Row]) -> list[SetScores]:
-    """One `Scores` a learner, in the order in which the learners first appear.
+def score_learners(rows: Sequence[Row]) -> list[SetScores]:
+    """One `SetScores` a learner, in the order in which the learners first appear.
 
     All but the ARS come from the rows without augmentation, or from the augmented ones of a
     learner that was never trained without: a difference between the two kinds would measure the
     augmentation.
 
     Args:
-        rows: Of `results.rows`; their mean accuracies are compared.
+        rows: Of `results.group_by_training`; their mean accuracies are compared.
     """
     learners = dict.fromkeys(row.learner for row in rows)
-    return [_scores(name, [row for row in rows if row.learner == name]) for name in learners]
+    return [_score_learner(name, [row for row in rows if row.learner == name]) for name in learners]
 
 
-def _scores(learner: str, rows: Sequence[Row]) -> SetScores:
+def _score_learner(learner: str, rows: Sequence[Row]) -> SetScores:
     table = {(row.arm, row.augmented): row for row in rows}
     augmented = all(row.augmented for row in rows)
 
@@ -53,30 +53,30 @@ def _scores(learner: str, rows: Sequence[Row]) -> SetScores:
 
     def gain(augmented: bool) -> float | None:
         accuracies = mean("distilled", augmented), mean("random", augmented)
-        return _known(statistics.improvement_over_random, *accuracies)
+        return _apply_if_known(statistics.improvement_over_random, *accuracies)
 
-    hlr = _known(statistics.hard_label_recovery, mean("full"), mean("distilled-hard"))
+    hlr = _apply_if_known(statistics.hard_label_recovery, mean("full"), mean("distilled-hard"))
     ior = gain(augmented)
     return SetScores(
         learner,
         hlr,
         ior,
-        lrs=_known(statistics.label_robust_score, hlr, ior),
-        ars=_known(statistics.augmentation_robust_score, gain(True), gain(False)),
-        versus_random=_paired(
+        lrs=_apply_if_known(statistics.label_robust_score, hlr, ior),
+        ars=_apply_if_known(statistics.augmentation_robust_score, gain(True), gain(False)),
+        versus_random=_paired_difference(
             table.get(("distilled", augmented)), table.get(("random", augmented))
         ),
     )
 
 
-def _known(
+def _apply_if_known(
     formula: Callable[[float, float], float], a: float | None, b: float | None
 ) -> float | None:
     """The formula of both values, or None if one is unknown."""
     return None if a is None or b is None else formula(a, b)
 
 
-def _paired(a: Row | None, b: Row | None) -> Paired | None:
+def _paired_difference(a: Row | None, b: Row | None) -> PairedDifference | None:
     if a is None or b is None or a.failures or b.failures:
         return None
     first, second = _by_seed(a), _by_seed(b)
@@ -84,7 +84,7 @@ def _paired(a: Row | None, b: Row | None) -> Paired | None:
     if not seeds:
         return None
     pairs = [first[seed] for seed in seeds], [second[seed] for seed in seeds]
-    return statistics.paired(*pairs, bounds=(-1.0, 1.0))
+    return statistics.paired_difference(*pairs, bounds=(-1.0, 1.0))
 
 
 def _by_seed(row: Row) -> dict[int, float]:

@@ -35,7 +35,7 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class Paired:
+class PairedDifference:
     """How two sequences differ, value by value.
 
     Attributes:
@@ -83,12 +83,12 @@ def summary(
     return Summary(mean, std, n, max(mean - half, least), min(mean + half, most))
 
 
-def paired(
+def paired_difference(
     a: Sequence[float],
     b: Sequence[float],
     *,
     bounds: tuple[float, float] = (-math.inf, math.inf),
-) -> Paired:
+) -> PairedDifference:
     """The differences a - b of pairs that share a seed, and whether their mean could be 0.
 
     Args:
@@ -106,8 +106,8 @@ def paired(
     # 0.9 - 0.8 and 0.8 - 0.7 differ in their last digits, which a test would find significant.
     rounding = 4 * float(np.finfo(np.float64).eps) * max(abs(x) for x in (*a, *b))
     if difference.std <= rounding:  # of one pair too
-        return Paired(difference, None)
-    return Paired(difference, float(ttest_rel(a, b)[1]))
+        return PairedDifference(difference, None)
+    return PairedDifference(difference, float(ttest_rel(a, b)[1]))
 
 
 def hard_label_recovery(full_hard: float, distilled_hard: float) -> float:

@@ -6,7 +6,7 @@ from dsdistill.harness.reports import html, tables, verdict
 from dsdistill.harness.reports.report import Report
 
 
-def one(report: Report) -> str:
+def render_single(report: Report) -> str:
     """The answer of one evaluation, what it is of, and a line for each learner."""
     lines = (
         f"<b>{html.text(score.learner)}</b>: {html.text(verdict.answer(report, score))}"
@@ -16,12 +16,12 @@ def one(report: Report) -> str:
         [
             html.paragraph(verdict.headline(report), "answer"),
             html.paragraph(verdict.subject(report)),
-            html.items(lines),
+            html.bullet_list(lines),
         ]
     )
 
 
-def several(names: Mapping[str, Report]) -> str:
+def render_comparison(names: Mapping[str, Report]) -> str:
     """The answer of each evaluation, and one table of all.
 
     Args:
@@ -32,8 +32,8 @@ def several(names: Mapping[str, Report]) -> str:
         for name, report in names.items()
     )
     groups = [
-        (name, [list(map(html.text, tables.contrasts(report, s))) for s in report.scores])
+        (name, [list(map(html.text, tables.contrast_cells(report, s))) for s in report.scores])
         for name, report in names.items()
     ]
     said = "Test accuracy after training on the distilled set, and its distance to other data"
-    return "\n".join([html.items(answers), html.table(said, tables.CONTRASTS, groups)])
+    return "\n".join([html.bullet_list(answers), html.table(said, tables.CONTRAST_COLUMNS, groups)])

@@ -11,11 +11,11 @@ from dsdistill.harness.reports.report import Report
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MOST = 60  # characters of a file name
-SHOWN = ("distilled", "random", "full")  # of each class
+MAX_NAME_LENGTH = 60  # characters of a file name
+PER_CLASS_ARMS = ("distilled", "random", "full")  # of each class
 
 
-def files(report: Report) -> "dict[str, Figure]":
+def figures(report: Report) -> "dict[str, Figure]":
     """The plots of a report by the names of their files; learners together where that is clear."""
     found = {
         "accuracy": plots.accuracies(report.rows),
@@ -34,7 +34,7 @@ def files(report: Report) -> "dict[str, Figure]":
 
 def _file_name(learner: str, taken: set[str]) -> str:
     """A learner's part of a file name: plain, short, and unlike those that are taken."""
-    plain = re.sub(r"[^A-Za-z0-9]", "-", learner)[:MOST]
+    plain = re.sub(r"[^A-Za-z0-9]", "-", learner)[:MAX_NAME_LENGTH]
     numbered = (f"{plain}-{n}" for n in itertools.count(2))
     name = next(name for name in itertools.chain([plain], numbered) if name.lower() not in taken)
     taken.add(name.lower())  # some file systems know no case
@@ -43,12 +43,12 @@ def _file_name(learner: str, taken: set[str]) -> str:
 
 def accuracy(report: Report, learner: str) -> "Figure | None":
     """Its panel, with the axis that all learners share."""
-    return plots.accuracies(_rows(report, learner), among=report.rows)
+    return plots.accuracies(_learner_rows(report, learner), among=report.rows)
 
 
 def classes(report: Report, learner: str) -> "Figure | None":
     """The accuracy of each class; None if there is none."""
-    found = (report.row(learner, arm) for arm in SHOWN)
+    found = (report.row(learner, arm) for arm in PER_CLASS_ARMS)
     rows = [row for row in found if row is not None and plots.mean_per_class(row)]
     return plots.per_class(rows, report.classes) if rows else None
 
@@ -56,21 +56,21 @@ def classes(report: Report, learner: str) -> "Figure | None":
 def confusion(report: Report, learner: str) -> "Figure | None":
     """Of the distilled set; None if a seed has none."""
     row = report.row(learner, "distilled")
-    if row is None or plots.confusion_of(row) is None:
+    if row is None or plots.total_confusion(row) is None:
         return None
     return plots.confusion(row, report.classes)
 
 
 def curves(report: Report, learner: str) -> "Figure | None":
     """The training losses; None if the learner keeps none."""
-    rows = [row for row in _rows(report, learner) if wording.fact(row, "curve")]
+    rows = [row for row in _learner_rows(report, learner) if wording.fact(row, "curve")]
     return plots.curves(rows) if rows else None
 
 
 def cost(report: Report, learner: str) -> "Figure | None":
     """Its panel."""
-    return plots.cost(_rows(report, learner), report.distilled.get("seconds"))
+    return plots.cost(_learner_rows(report, learner), report.distilled.get("seconds"))
 
 
-def _rows(report: Report, learner: str) -> list[Row]:
+def _learner_rows(report: Report, learner: str) -> list[Row]:
     return [row for row in report.rows if row.learner == learner]

@@ -11,10 +11,12 @@ from importlib import resources
 from dsdistill.harness.text import printable
 
 # Nothing is loaded and nothing runs; pictures are in the page itself.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'"
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'"
+)
 
 
-SMALL = 500  # pixels to which smaller pictures are enlarged
+ENLARGED_PIXELS = 500  # pixels to which smaller pictures are enlarged
 DPI, CSS_DPI = 150, 96  # of the pictures of this project, and of a page
 Cell = str | tuple[str, int]  # markup, and how many columns it spans
 
@@ -38,7 +40,7 @@ def document(title: str, body: Iterable[str]) -> str:
             '<html lang="en">',
             "<head>",
             '<meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
+            f'<meta http-equiv="Content-Security-Policy" content="{CONTENT_SECURITY_POLICY}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             '<meta name="color-scheme" content="light dark">',
             # An empty icon of its own keeps a browser from asking for one.
@@ -73,7 +75,7 @@ def paragraph(words: str, kind: str = "") -> str:
     return f"<p{_class(kind)}>{text(words)}</p>"
 
 
-def items(lines: Iterable[str]) -> str:
+def bullet_list(lines: Iterable[str]) -> str:
     """A list; its lines are markup."""
     inner = "".join(f"<li>{line}</li>\n" for line in lines)
     return f"<ul>\n{inner}</ul>" if inner else ""
@@ -108,7 +110,7 @@ def figure(content: str, caption: str) -> str:
     )
 
 
-def figures(found: Sequence[str]) -> str:
+def figure_grid(found: Sequence[str]) -> str:
     """Several beside each other where there is room."""
     inner = "\n".join(filter(None, found))
     return f'<div class="figures">\n{inner}\n</div>' if inner else ""
@@ -121,7 +123,7 @@ def picture(png: bytes, alt: str) -> str:
     would be printed, and on a narrow screen at least two fifths of that.
     """
     width = int.from_bytes(png[16:20], "big")  # of the header, which comes first in every PNG
-    factor = SMALL // max(width, 1)
+    factor = ENLARGED_PIXELS // max(width, 1)
     shown = width * factor if factor > 1 else round(width * CSS_DPI / DPI)
     least = f";min-width:{2 * shown // 5}px"
     sized = f'class="{"pixels" if factor > 1 else "picture"}" style="width:{shown}px{least}"'

@@ -12,12 +12,12 @@ from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.reports import plot_style
 from dsdistill.harness.runs.run_folder import write_bytes
 
-MOST_ROWS, MOST_COLUMNS = 20, 10  # a grid of a thousand classes is no picture
-MOST_PIXELS = 256  # a side of an image; its place in the picture has about 80
+MAX_ROWS, MAX_COLUMNS = 20, 10  # a grid of a thousand classes is no picture
+MAX_SIDE_PIXELS = 256  # a side of an image; its place in the picture has about 80
 
 
 @dataclass(frozen=True, eq=False)
-class Side:
+class GridSide:
     """Half of a picture.
 
     Attributes:
@@ -32,21 +32,21 @@ class Side:
 
     def rows(self, classes: int) -> list[Float[np.ndarray, "m h w c"]]:
         """The first images of each class."""
-        return [self.images[self.labels == c][:MOST_COLUMNS] for c in range(classes)]
+        return [self.images[self.labels == c][:MAX_COLUMNS] for c in range(classes)]
 
 
-def write_grid(
-    path: Path, left: Side, right: Side, classes: tuple[str, ...], preprocess: Preprocess
+def write(
+    path: Path, left: GridSide, right: GridSide, classes: tuple[str, ...], preprocess: Preprocess
 ) -> None:
     """Write a PNG with two sets of images side by side, a row a class.
 
     Args:
         path: Of the PNG.
         left, right: The preprocessing is undone for the picture.
-        classes: Names; the first `MOST_ROWS` are shown.
+        classes: Names; the first `MAX_ROWS` are shown.
         preprocess: As stored with the set.
     """
-    count = min(len(classes), MOST_ROWS)
+    count = min(len(classes), MAX_ROWS)
     sides = (left, right)
     columns = max(1, *(len(row) for side in sides for row in side.rows(count)))
     with plot_style.plain_text():
@@ -58,7 +58,7 @@ def write_grid(
 
 
 def _render(
-    sides: tuple[Side, Side], classes: tuple[str, ...], columns: int, preprocess: Preprocess
+    sides: tuple[GridSide, GridSide], classes: tuple[str, ...], columns: int, preprocess: Preprocess
 ) -> UInt8[np.ndarray, "H W 3"]:
     """The picture's pixels; every class has a row, though it may have no image."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -69,7 +69,7 @@ def _render(
     figure = Figure(figsize=(max(size[0], 5), max(size[1], 2)), dpi=150, layout="constrained")
     both = figure.subplots(1, 2)
     for axes, side in zip(both, sides, strict=True):
-        tiled = tile([_small(preprocess.invert(row)) for row in side.rows(count)], columns)
+        tiled = tile([_downsample(preprocess.invert(row)) for row in side.rows(count)], columns)
         axes.imshow(
             tiled.squeeze(-1) if tiled.shape[-1] == 1 else tiled, cmap="gray", vmin=0, vmax=1
         )
@@ -78,7 +78,7 @@ def _render(
         axes.set_yticks([])
         for spine in axes.spines.values():
             spine.set_visible(False)
-    height = _small(sides[0].images[:1]).shape[1] + 1
+    height = _downsample(sides[0].images[:1]).shape[1] + 1
     middles = [(row + 0.5) * height - 1 for row in range(count)]
     both[0].set_yticks(middles, list(map(plot_style.label, classes)), fontsize=7)
     both[0].tick_params(length=0)
@@ -87,9 +87,9 @@ def _render(
     return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
-def _small(images: Float[np.ndarray, "m h w c"]) -> Float[np.ndarray, "m h2 w2 c2"]:
-    """Images of at most `MOST_PIXELS` a side, in gray or colour: gray for any other channels."""
-    rows, columns = (-(-side // MOST_PIXELS) for side in images.shape[1:3])
+def _downsample(images: Float[np.ndarray, "m h w c"]) -> Float[np.ndarray, "m h2 w2 c2"]:
+    """Images of at most `MAX_SIDE_PIXELS` a side, in gray or colour: gray for any other channels."""
+    rows, columns = (-(-side // MAX_SIDE_PIXELS) for side in images.shape[1:3])
     thin = images[:, ::rows, ::columns]
     return thin if thin.shape[-1] in (1, 3) else thin.mean(-1, keepdims=True)
 

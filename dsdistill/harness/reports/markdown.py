@@ -5,10 +5,12 @@ from collections.abc import Callable, Sequence
 
 from dsdistill.harness.evaluation.results import Row
 from dsdistill.harness.reports import tables, verdict
-from dsdistill.harness.reports.report import COLUMNS, Report, cells
+from dsdistill.harness.reports.report import COLUMNS, Report, row_cells
 from dsdistill.harness.text import printable
 
-_MARKS = re.compile(r"[\\`*_\[\]#~$|]")  # characters that open something in Markdown, or a cell
+_SPECIAL_CHARACTERS = re.compile(
+    r"[\\`*_\[\]#~$|]"
+)  # characters that open something in Markdown, or a cell
 
 
 def render(report: Report) -> str:
@@ -16,24 +18,24 @@ def render(report: Report) -> str:
     answers = [f"- {score.learner}: {verdict.answer(report, score)}" for score in report.scores]
     failures = tables.failures(report)
     parts = [
-        f"# {_plain(report.title)}",
-        _plain(verdict.headline(report)),
-        _plain(verdict.subject(report)),
-        "\n".join(map(_plain, answers)),
-        table(COLUMNS, [cells(row) for row in report.rows]),
+        f"# {_escape(report.title)}",
+        _escape(verdict.headline(report)),
+        _escape(verdict.subject(report)),
+        "\n".join(map(_escape, answers)),
+        table(COLUMNS, [row_cells(row) for row in report.rows]),
         "Accuracy: mean ± sample deviation over n seeds, and the 95 % t interval of the mean, "
         "cut off at 0 and 100 %; training: one seed's; tuning: all trainings that chose the "
         "learning rate.",
         "## Scores",
-        table(tables.SCORES, [tables.scores(score) for score in report.scores]),
-        f"{tables.SCORES_OF}. {tables.SCORES_SAY}",
+        table(tables.SCORE_COLUMNS, [tables.score_cells(score) for score in report.scores]),
+        f"{tables.SCORES_CAPTION}. {tables.SCORES_NOTE}",
         *_quality(report),
         "## Cost",
-        _by_arm(report, tables.COST, tables.cost),
-        f"{tables.COST_OF}. {tables.COST_SAY}",
-        "\n".join(f"- {_plain(f'{name}: {value}')}" for name, value in tables.about(report)),
-        *_list("## Failures", failures),
-        *_list("## Notes", report.notes),
+        _by_arm(report, tables.COST_COLUMNS, tables.cost_cells),
+        f"{tables.COST_CAPTION}. {tables.COST_NOTE}",
+        "\n".join(f"- {_escape(f'{name}: {value}')}" for name, value in tables.run_facts(report)),
+        *_bullet_section("## Failures", failures),
+        *_bullet_section("## Notes", report.notes),
         "## Reproduce with",
         "\n".join(f"    {printable(command)}" for command in report.commands),
     ]
@@ -42,15 +44,15 @@ def render(report: Report) -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; its cells are plain text."""
-    lines = ["| " + " | ".join(map(_plain, cells)) + " |" for cells in (head, *rows)]
+    lines = ["| " + " | ".join(map(_escape, cells)) + " |" for cells in (head, *rows)]
     return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def _quality(report: Report) -> list[str]:
     if not tables.has_quality(report.rows):
         return []
-    said = f"{tables.QUALITY_OF}. {tables.QUALITY_SAY}"
-    return ["## Probabilities", _by_arm(report, tables.QUALITY, tables.quality), said]
+    said = f"{tables.QUALITY_CAPTION}. {tables.QUALITY_NOTE}"
+    return ["## Probabilities", _by_arm(report, tables.QUALITY_COLUMNS, tables.quality_cells), said]
 
 
 def _by_arm(report: Report, head: Sequence[str], cells: Callable[[Row], list[str]]) -> str:
@@ -60,11 +62,11 @@ def _by_arm(report: Report, head: Sequence[str], cells: Callable[[Row], list[str
     return table([first, "learner", *names], rows)
 
 
-def _list(title: str, lines: Sequence[str]) -> list[str]:
-    return [title, "\n".join(f"- {_plain(line)}" for line in lines)] if lines else []
+def _bullet_section(title: str, lines: Sequence[str]) -> list[str]:
+    return [title, "\n".join(f"- {_escape(line)}" for line in lines)] if lines else []
 
 
-def _plain(text: str) -> str:
+def _escape(text: str) -> str:
     """Text from anywhere on one line, so that it is neither a new cell nor any other markup."""
     flat = " ".join(printable(text).split())
-    return _MARKS.sub(r"\\\g<0>", flat).replace("&", "&amp;").replace("<", "&lt;")
+    return _SPECIAL_CHARACTERS.sub(r"\\\g<0>", flat).replace("&", "&amp;").replace("<", "&lt;")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dsdistill.harness.evaluation.results import Row
-from dsdistill.harness.memory import readable
+from dsdistill.harness.memory import format_bytes
 from dsdistill.harness.reports import front, gallery, growth, html, plot_style, tables, wording
 from dsdistill.harness.reports.html import Cell
 from dsdistill.harness.reports.report import Report
@@ -13,7 +13,7 @@ from dsdistill.harness.reports.report import Report
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-HEADLINE = (
+ACCURACY_COLUMNS = (
     "trained on",
     "test accuracy, %",
     "0 to 100 %",
@@ -22,12 +22,12 @@ HEADLINE = (
     "images",
     "size",
 )
-ACCURACY_SAYS = (
+ACCURACY_CAPTION = (
     "Mean ± sample deviation over n seeds, with the 95 % t interval of the mean, cut off at 0 and "
     "100 %"
 )
-HOLLOW = "Hollow marks in plots: trained with augmentation."
-GROWTH_SAYS = (
+HOLLOW_MARKS_NOTE = "Hollow marks in plots: trained with augmentation."
+GROWTH_NOTE = (
     "Filled marks: measured here, with 95 % intervals. Hollow marks: published by others, with "
     "other networks, budgets and preprocessing; those marked were not checked against their "
     "source."
@@ -44,28 +44,28 @@ def render(
         title: Of the page.
         pictures: PNG files by caption.
     """
-    names = _names(reports)
+    names = _unique_titles(reports)
     shown = pictures or {}
     sections = {
-        "Test accuracy": [_each(names, _headline)],
-        "Scores": _explained(_each(names, _scores), tables.SCORES_SAY),
+        "Test accuracy": [_join_reports(names, _accuracy_section)],
+        "Scores": _with_note(_join_reports(names, _scores), tables.SCORES_NOTE),
         "Accuracy against images per class": [_growth(reports)],
         "Images": [_picture(png, name) for name, png in shown.items()],
-        "Classes": [_each(names, _classes)],
-        "Confusion": [_each(names, _confusion)],
-        "Learning curves": [_each(names, _curves)],
-        "Probabilities": _explained(_each(names, _quality), tables.QUALITY_SAY),
-        "Cost": _explained(_each(names, _cost), tables.COST_SAY),
-        "Failures": [_each(names, _failures)],
-        "Notes": [_each(names, _notes)],
-        "Reproduce": [_each(names, _commands)],
+        "Classes": [_join_reports(names, _classes)],
+        "Confusion": [_join_reports(names, _confusion)],
+        "Learning curves": [_join_reports(names, _curves)],
+        "Probabilities": _with_note(_join_reports(names, _quality), tables.QUALITY_NOTE),
+        "Cost": _with_note(_join_reports(names, _cost), tables.COST_NOTE),
+        "Failures": [_join_reports(names, _failures)],
+        "Notes": [_join_reports(names, _notes)],
+        "Reproduce": [_join_reports(names, _commands)],
     }
     filled = {name: html.section(_anchor(name), name, *parts) for name, parts in sections.items()}
     filled = {name: text for name, text in filled.items() if text}
-    return html.document(title, [_head(title, names, list(filled)), *filled.values()])
+    return html.document(title, [_header(title, names, list(filled)), *filled.values()])
 
 
-def _names(reports: Sequence[Report]) -> dict[str, Report]:
+def _unique_titles(reports: Sequence[Report]) -> dict[str, Report]:
     """The reports by title, those with the same one numbered."""
     names: dict[str, Report] = {}
     for report in reports:
@@ -75,9 +75,13 @@ def _names(reports: Sequence[Report]) -> dict[str, Report]:
     return names
 
 
-def _head(title: str, names: Mapping[str, Report], sections: Sequence[str]) -> str:
+def _header(title: str, names: Mapping[str, Report], sections: Sequence[str]) -> str:
     links = (f'<a href="#{_anchor(name)}">{html.text(name)}</a>' for name in sections)
-    answer = front.one(next(iter(names.values()))) if len(names) == 1 else front.several(names)
+    answer = (
+        front.render_single(next(iter(names.values())))
+        if len(names) == 1
+        else front.render_comparison(names)
+    )
     return "\n".join(
         [
             "<header>",
@@ -89,7 +93,7 @@ def _head(title: str, names: Mapping[str, Report], sections: Sequence[str]) -> s
     )
 
 
-def _each(names: Mapping[str, Report], part: Callable[[Report, str], str]) -> str:
+def _join_reports(names: Mapping[str, Report], part: Callable[[Report, str], str]) -> str:
     """A part of every report, under its title where there are several.
 
     Args:
@@ -102,23 +106,25 @@ def _each(names: Mapping[str, Report], part: Callable[[Report, str], str]) -> st
     return "\n".join(f"<h3>{html.text(name)}</h3>\n{text}" for name, text in found if text)
 
 
-def _explained(content: str, words: str) -> list[str]:
+def _with_note(content: str, words: str) -> list[str]:
     return [content, html.paragraph(words, "quiet")] if content else []
 
 
-def _headline(report: Report, n: str) -> str:
-    groups = _grouped(report, [(row, _accuracy(row)) for row in report.rows])
+def _accuracy_section(report: Report, n: str) -> str:
+    groups = _group_by_learner(report, [(row, _accuracy_cells(row)) for row in report.rows])
     said = "Test accuracy with {}: mean, 95 % interval, and below it every seed"
     return "\n".join(
         [
-            html.table(ACCURACY_SAYS, HEADLINE, groups),
-            _plots(report, gallery.accuracy, f"accuracy-{n}", said),
-            html.paragraph(HOLLOW, "quiet") if any(row.augmented for row in report.rows) else "",
+            html.table(ACCURACY_CAPTION, ACCURACY_COLUMNS, groups),
+            _figure_per_learner(report, gallery.accuracy, f"accuracy-{n}", said),
+            html.paragraph(HOLLOW_MARKS_NOTE, "quiet")
+            if any(row.augmented for row in report.rows)
+            else "",
         ]
     )
 
 
-def _accuracy(row: Row) -> list[Cell]:
+def _accuracy_cells(row: Row) -> list[Cell]:
     first = row.results[0]
     said: list[Cell] = [html.text(wording.accuracy(row)), _bar(row), wording.interval(row)]
     if row.failures:
@@ -128,11 +134,11 @@ def _accuracy(row: Row) -> list[Cell]:
         *said,
         str(len(row.results)),
         f"{first.images:,}",
-        readable(first.bytes),
+        format_bytes(first.bytes),
     ]
 
 
-def _plots(
+def _figure_per_learner(
     report: Report, draw: "Callable[[Report, str], Figure | None]", name: str, caption: str
 ) -> str:
     """One figure a learner that there is something to draw of.
@@ -149,7 +155,7 @@ def _plots(
             said = caption.format(learner)
             content = plot_style.svg(figure, name=f"{name}-{i}", alt=said)
             found.append(html.figure(content, f"{said}."))
-    return html.figures(found)
+    return html.figure_grid(found)
 
 
 def _bar(row: Row) -> str:
@@ -165,8 +171,8 @@ def _bar(row: Row) -> str:
 
 
 def _scores(report: Report, _: str) -> str:
-    rows = [[html.text(cell) for cell in tables.scores(score)] for score in report.scores]
-    return html.table(tables.SCORES_OF, tables.SCORES, [("", rows)])
+    rows = [[html.text(cell) for cell in tables.score_cells(score)] for score in report.scores]
+    return html.table(tables.SCORES_CAPTION, tables.SCORE_COLUMNS, [("", rows)])
 
 
 def _growth(reports: Sequence[Report]) -> str:
@@ -176,13 +182,13 @@ def _growth(reports: Sequence[Report]) -> str:
         groups.setdefault(report.data["name"], []).append(report)
     found, hollow = [], False
     for data, group in groups.items():
-        for learner in growth.learners_of(group) if len(group) > 1 else ():
+        for learner in growth.learner_names(group) if len(group) > 1 else ():
             said = f"Test accuracy against images per class: {learner} on {data}"
-            figure = growth.by_images(group, [learner])
-            hollow = hollow or bool(growth.beside(group, learner))
+            figure = growth.plot(group, [learner])
+            hollow = hollow or bool(growth.published_results(group, learner))
             content = plot_style.svg(figure, name=f"growth-{len(found)}", alt=said)
             found.append(html.figure(content, f"{said}."))
-    return html.figures(found) + (html.paragraph(GROWTH_SAYS, "quiet") if hollow else "")
+    return html.figure_grid(found) + (html.paragraph(GROWTH_NOTE, "quiet") if hollow else "")
 
 
 def _picture(png: bytes, caption: str) -> str:
@@ -190,46 +196,48 @@ def _picture(png: bytes, caption: str) -> str:
 
 
 def _classes(report: Report, n: str) -> str:
-    return _plots(report, gallery.classes, f"classes-{n}", "Test accuracy of each class with {}")
+    return _figure_per_learner(
+        report, gallery.classes, f"classes-{n}", "Test accuracy of each class with {}"
+    )
 
 
 def _confusion(report: Report, n: str) -> str:
     said = "Confusion of {} trained on the distilled set: percent of each true class's images"
-    return _plots(report, gallery.confusion, f"confusion-{n}", said)
+    return _figure_per_learner(report, gallery.confusion, f"confusion-{n}", said)
 
 
 def _curves(report: Report, n: str) -> str:
     said = "Training loss of {}, mean of the seeds; other labels have other floors"
-    return _plots(report, gallery.curves, f"curves-{n}", said)
+    return _figure_per_learner(report, gallery.curves, f"curves-{n}", said)
 
 
 def _quality(report: Report, _: str) -> str:
     if not tables.has_quality(report.rows):
         return ""
-    return _by_arm(report, tables.QUALITY_OF, tables.QUALITY, tables.quality)
+    return _by_arm(report, tables.QUALITY_CAPTION, tables.QUALITY_COLUMNS, tables.quality_cells)
 
 
 def _cost(report: Report, n: str) -> str:
     facts = "".join(
         f"<dt>{html.text(name)}</dt><dd>{html.text(value)}</dd>\n"
-        for name, value in tables.about(report)
+        for name, value in tables.run_facts(report)
     )
     said = "Seconds that {} took, on a logarithmic axis"
     return "\n".join(
         [
             f"<dl>\n{facts}</dl>",
-            _by_arm(report, tables.COST_OF, tables.COST, tables.cost),
-            _plots(report, gallery.cost, f"cost-{n}", said),
+            _by_arm(report, tables.COST_CAPTION, tables.COST_COLUMNS, tables.cost_cells),
+            _figure_per_learner(report, gallery.cost, f"cost-{n}", said),
         ]
     )
 
 
 def _failures(report: Report, _: str) -> str:
-    return html.items(map(html.text, tables.failures(report)))
+    return html.bullet_list(map(html.text, tables.failures(report)))
 
 
 def _notes(report: Report, _: str) -> str:
-    return html.items(map(html.text, report.notes))
+    return html.bullet_list(map(html.text, report.notes))
 
 
 def _commands(report: Report, _: str) -> str:
@@ -242,10 +250,10 @@ def _by_arm(
     """A table of words with a line for each row, by learner."""
     names, lines = tables.by_arm(report.rows, head, cells)
     marked = [(row, list(map(html.text, line))) for row, line in lines]
-    return html.table(caption, names, _grouped(report, marked))
+    return html.table(caption, names, _group_by_learner(report, marked))
 
 
-def _grouped(
+def _group_by_learner(
     report: Report, lines: Sequence[tuple[Row, Sequence[Cell]]]
 ) -> list[tuple[str, list[Sequence[Cell]]]]:
     """Lines of markup by learner."""
@@ -256,7 +264,7 @@ def _grouped(
 
 
 def _label(row: Row) -> str:
-    return html.text(wording.label(row.arm, row.augmented))
+    return html.text(wording.arm_label(row.arm, row.augmented))
 
 
 def _anchor(name: str) -> str:

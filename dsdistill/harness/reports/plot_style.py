@@ -16,15 +16,15 @@ from html import escape
 from math import isclose
 from typing import TYPE_CHECKING, Any
 
-from dsdistill.harness.text import MOST, printable, shortened
+from dsdistill.harness.text import MAX_NAME_CHARACTERS, printable, shorten
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK = "#010203"  # in no palette, and black enough for a PNG
 FONT = "'DejaVu Sans',Verdana,sans-serif"  # what the layout was measured with, and a wide one
-TITLE = 50  # characters of the title of a panel, or of a line in a legend
-WIDTH = 4.4  # inches: on a phone its text is still 9 pixels high
+MAX_TITLE_LENGTH = 50  # characters of the title of a panel, or of a line in a legend
+WIDTH_INCHES = 4.4  # inches: on a phone its text is still 9 pixels high
 DPI = 150
 
 # Names come from data: a dollar sign in one is no formula, and none is a command of TeX.
@@ -63,7 +63,7 @@ _STYLE: Any = {
 
 
 @dataclass(frozen=True)
-class Look:
+class ArmStyle:
     """How something is drawn everywhere."""
 
     colour: str
@@ -74,21 +74,21 @@ class Look:
 
 BLUE, SKY, PURPLE = "#0072B2", "#56B4E9", "#CC79A7"
 ORANGE, GREEN, VERMILION = "#E69F00", "#009E73", "#D55E00"
-_LOOKS = {
-    "distilled": Look(BLUE, "o", ""),
-    "distilled-hard": Look(SKY, "s", "//"),
-    "distilled-teacher": Look(PURPLE, "D", "xx"),
-    "random": Look(ORANGE, "^", "\\\\", "--"),
-    "k-means": Look(GREEN, "v", "..", "-."),
-    "herding": Look(VERMILION, "P", "++", (0, (3, 1, 1, 1, 1, 1))),
-    "full": Look(INK, "X", "", (0, (5, 2, 1, 2))),
+_ARM_STYLES = {
+    "distilled": ArmStyle(BLUE, "o", ""),
+    "distilled-hard": ArmStyle(SKY, "s", "//"),
+    "distilled-teacher": ArmStyle(PURPLE, "D", "xx"),
+    "random": ArmStyle(ORANGE, "^", "\\\\", "--"),
+    "k-means": ArmStyle(GREEN, "v", "..", "-."),
+    "herding": ArmStyle(VERMILION, "P", "++", (0, (3, 1, 1, 1, 1, 1))),
+    "full": ArmStyle(INK, "X", "", (0, (5, 2, 1, 2))),
 }
-SERIES = (*list(_LOOKS.values())[:6], Look(INK, "X", "--", "--"))
+SERIES = (*list(_ARM_STYLES.values())[:6], ArmStyle(INK, "X", "--", "--"))
 
 
-def look(arm: str) -> Look:
+def arm_style(arm: str) -> ArmStyle:
     """Of an arm; those that this version does not know look alike."""
-    return _LOOKS.get(arm, SERIES[-1])
+    return _ARM_STYLES.get(arm, SERIES[-1])
 
 
 @contextmanager
@@ -103,7 +103,7 @@ def plain_text() -> Iterator[None]:
 
 
 @contextmanager
-def style() -> Iterator[None]:
+def style_context() -> Iterator[None]:
     """Within it, figures are made and written in the common style."""
     import matplotlib
 
@@ -111,16 +111,16 @@ def style() -> Iterator[None]:
         yield
 
 
-def label(name: str, most: int = MOST) -> str:
+def label(name: str, most: int = MAX_NAME_CHARACTERS) -> str:
     """A name as a plot shows it: on one line and short.
 
     A legend leaves out what begins with an underscore; behind a space it does not.
     """
-    shown = shortened(name, most)
+    shown = shorten(name, most)
     return f" {shown}" if shown.startswith("_") else shown
 
 
-def plain_log(axis: Any) -> None:
+def format_log_axis(axis: Any) -> None:
     """Plain numbers: at all ticks of a short axis, at 1, 2 and 5 or at tens of longer ones."""
     low, high = axis.get_view_interval()
     axis.set_major_formatter(_round_number if high > 5 * low else _any_number)
@@ -129,7 +129,7 @@ def plain_log(axis: Any) -> None:
     )
 
 
-def blank(height: float, width: float = WIDTH) -> "Figure":
+def new_figure(height: float, width: float = WIDTH_INCHES) -> "Figure":
     """An empty figure, in inches."""
     from matplotlib.figure import Figure
 
@@ -144,27 +144,27 @@ def svg(figure: "Figure", *, name: str = "plot", alt: str = "") -> str:
         name: Opens every id in it; each figure of a page needs another.
         alt: What is said in its place.
     """
-    text = _written(figure, format="svg", fonttype="none").decode()
+    text = _save(figure, format="svg", fonttype="none").decode()
     text = text[text.index("<svg") :]
     # matplotlib's style sheet would hold for the whole page, and its metadata are for no reader.
     text = re.sub(r"<(metadata|style)\b.*?</\1>|<!--.*?-->", "", text, flags=re.DOTALL)
-    text = re.sub(r"<[^>]+>", lambda tag: _adapted(tag[0], name), text)
+    text = re.sub(r"<[^>]+>", lambda tag: _adapt_tag(tag[0], name), text)
     text = re.sub(r">\s+<", "><", text)
     used = set(re.findall(r"#([\w.-]+)", text))
-    text = re.sub(r"<[^>]+>", lambda tag: _without_ids(tag[0], used), text)
+    text = re.sub(r"<[^>]+>", lambda tag: _drop_unused_id(tag[0], used), text)
     role = f'role="img" aria-label="{escape(printable(alt))}"' if alt else 'aria-hidden="true"'
-    return re.sub(r"^<svg\b[^>]*>", lambda tag: _opened(tag[0], role), text).strip()
+    return re.sub(r"^<svg\b[^>]*>", lambda tag: _resize_root_tag(tag[0], role), text).strip()
 
 
 def svg_file(figure: "Figure") -> bytes:
     """An SVG file, black on white, that needs no font."""
-    text = _written(figure, format="svg", facecolor="white").decode()
+    text = _save(figure, format="svg", facecolor="white").decode()
     return re.sub(r"<[^>]+>", lambda tag: tag[0].replace(INK, "#000000"), text).encode()
 
 
 def png(figure: "Figure") -> bytes:
     """A PNG file, black on white."""
-    return _written(figure, format="png", facecolor="white", dpi=DPI)
+    return _save(figure, format="png", facecolor="white", dpi=DPI)
 
 
 def _round_number(value: float, _: int) -> str:
@@ -185,18 +185,18 @@ def _no_number(value: float, _: int) -> str:
     return ""
 
 
-def _written(figure: "Figure", *, fonttype: str = "path", **options: Any) -> bytes:
+def _save(figure: "Figure", *, fonttype: str = "path", **options: Any) -> bytes:
     import matplotlib
 
     buffer = io.BytesIO()
     if options["format"] == "svg":
         options["metadata"] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with style(), matplotlib.rc_context({"svg.fonttype": fonttype}):
+    with style_context(), matplotlib.rc_context({"svg.fonttype": fonttype}):
         figure.savefig(buffer, **options)
     return buffer.getvalue()
 
 
-def _adapted(tag: str, name: str) -> str:
+def _adapt_tag(tag: str, name: str) -> str:
     """A tag with its ids made the plot's own, and with half of its length."""
     tag = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", tag)
     tag = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", tag)
@@ -204,12 +204,12 @@ def _adapted(tag: str, name: str) -> str:
     return re.sub(r"\s+", " ", tag).replace(INK, "currentColor")
 
 
-def _without_ids(tag: str, used: set[str]) -> str:
+def _drop_unused_id(tag: str, used: set[str]) -> str:
     """A tag without its id if nothing refers to that; text of names may look like one."""
     return re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", tag)
 
 
-def _opened(tag: str, role: str) -> str:
+def _resize_root_tag(tag: str, role: str) -> str:
     """The opening tag, sized by the page: only the ratio of its sides stays."""
     box = re.search(r'viewBox="[^"]*"', tag)
     assert box is not None

@@ -13,20 +13,20 @@ from dsdistill.harness.reports import wording
 from dsdistill.harness.reports.plot_style import (
     BLUE,
     INK,
+    MAX_TITLE_LENGTH,
     SERIES,
-    TITLE,
-    blank,
+    arm_style,
+    format_log_axis,
     label,
-    look,
-    plain_log,
-    style,
+    new_figure,
+    style_context,
 )
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MOST_CLASSES = 25  # whose names can be read
-ROW = 0.24  # inches of a line of a plot
+MAX_NAMED_CLASSES = 25  # whose names can be read
+ROW_INCHES = 0.24  # inches of a line of a plot
 
 
 def accuracies(rows: Sequence[Row], *, among: Sequence[Row] | None = None) -> "Figure":
@@ -36,15 +36,15 @@ def accuracies(rows: Sequence[Row], *, among: Sequence[Row] | None = None) -> "F
         rows: What is drawn.
         among: Rows whose accuracies the axis holds, so that several figures share it.
     """
-    with style():
+    with style_context():
         figure, panels = _panels(rows)
         for axes, (learner, group) in panels:
-            _arms_axis(axes, group)
+            _label_arms(axes, group)
             for y, row in enumerate(group):
-                _accuracy(axes, y, row)
-            axes.set_title(label(learner, TITLE))
+                _draw_accuracy(axes, y, row)
+            axes.set_title(label(learner, MAX_TITLE_LENGTH))
         panels[-1][0].set_xlabel("test accuracy, %")
-        panels[-1][0].set_xlim(_span(among or rows))
+        panels[-1][0].set_xlim(_accuracy_limits(among or rows))
     return figure
 
 
@@ -55,19 +55,17 @@ def cost(rows: Sequence[Row], distillation: float | None) -> "Figure":
         rows: What was trained.
         distillation: Seconds that the distilled set took; None if unknown.
     """
-    with style():
+    with style_context():
         figure, panels = _panels(rows)
         for axes, (learner, group) in panels:
-            _arms_axis(axes, group)
+            _label_arms(axes, group)
             for kind, series in zip(("training", "tuning", "distillation"), SERIES, strict=False):
-                spent = [_spent(row, kind, distillation) for row in group]
+                spent = [_seconds(row, kind, distillation) for row in group]
                 known = [(s, y) for y, s in enumerate(spent) if s]
-                axes.plot(
-                    *_columns(known), series.marker, color=series.colour, label=kind, alpha=0.9
-                )
+                axes.plot(*_unzip(known), series.marker, color=series.colour, label=kind, alpha=0.9)
             axes.set_xscale("log")
-            plain_log(axes.xaxis)
-            axes.set_title(label(learner, TITLE))
+            format_log_axis(axes.xaxis)
+            axes.set_title(label(learner, MAX_TITLE_LENGTH))
         panels[-1][0].set_xlabel("seconds: of one training, of all tuning, of the distillation")
         figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
     return figure
@@ -83,14 +81,14 @@ def per_class(rows: Sequence[Row], classes: Sequence[str]) -> "Figure":
     table = {row.arm: values for row in rows if (values := mean_per_class(row))}
     first = next(iter(table.values()))
     order = sorted(range(len(classes)), key=lambda c: (first[c] is None, first[c] or 0))
-    chosen = sorted(order[:MOST_CLASSES])
+    chosen = sorted(order[:MAX_NAMED_CLASSES])
     height = 0.8 / len(table)
-    with style():
-        figure = blank(0.9 + len(chosen) * max(0.11 * len(table), 0.2))
+    with style_context():
+        figure = new_figure(0.9 + len(chosen) * max(0.11 * len(table), 0.2))
         axes = figure.subplots()
         for i, (arm, values) in enumerate(table.items()):
             known = [(y, v) for y, c in enumerate(chosen) if (v := values[c]) is not None]
-            of = look(arm)
+            of = arm_style(arm)
             axes.barh(
                 [y - 0.4 + (i + 0.5) * height for y, _ in known],
                 [100 * v for _, v in known],
@@ -104,52 +102,52 @@ def per_class(rows: Sequence[Row], classes: Sequence[str]) -> "Figure":
         axes.set_yticks(range(len(chosen)), [label(classes[c]) for c in chosen])
         axes.set(xlim=(0, 100), ylim=(len(chosen) - 0.5, -0.5))
         axes.set_xlabel("test accuracy of the class, % (mean of the seeds)")
-        axes.set_ylabel(_class_axis(len(chosen), len(classes)))
+        axes.set_ylabel(_class_axis_label(len(chosen), len(classes)))
         axes.grid(visible=False, axis="y")
-        axes.set_title(label(rows[0].learner, TITLE))
+        axes.set_title(label(rows[0].learner, MAX_TITLE_LENGTH))
         figure.legend(loc="outside upper right", ncols=len(table))
     return figure
 
 
 def confusion(row: Row, classes: Sequence[str]) -> "Figure":
     """Share of each true class (a line) by predicted class (a column), in percent, of all seeds."""
-    counts = confusion_of(row)
+    counts = total_confusion(row)
     assert counts is not None
     with np.errstate(invalid="ignore"):
         share = np.nan_to_num(counts / counts.sum(1, keepdims=True))
     k = len(classes)
-    named = k <= MOST_CLASSES
-    with style():
-        figure = blank(min(1.6 + 0.36 * k, 5.2))
+    named = k <= MAX_NAMED_CLASSES
+    with style_context():
+        figure = new_figure(min(1.6 + 0.36 * k, 5.2))
         axes = figure.subplots()
         # The depth of the colour is its opacity: right on any background.
-        axes.imshow(_shaded(share), interpolation="none")
+        axes.imshow(_shade(share), interpolation="none")
         if named:
             names = list(map(label, classes))
             axes.set_xticks(range(k), names, rotation=45, ha="right", rotation_mode="anchor")
             axes.set_yticks(range(k), names)
         if k <= 12:
-            _numbers(axes, 100 * share)
+            _write_numbers(axes, 100 * share)
         axes.set(xlabel="predicted class", ylabel="true class")
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
-        axes.set_title(f"{label(row.learner)} trained on {_arm(row)}, %")
+        axes.set_title(f"{label(row.learner)} trained on {_arm_label(row)}, %")
     return figure
 
 
 def curves(rows: Sequence[Row]) -> "Figure":
     """Training loss against steps, mean of the seeds, one panel a learner."""
-    with style():
+    with style_context():
         groups = _by_learner([row for row in rows if wording.fact(row, "curve")])
         lines = sum(len(group) for group in groups.values())
-        figure = blank(2.8 * len(groups) + 0.09 * lines)
+        figure = new_figure(2.8 * len(groups) + 0.09 * lines)
         panels = figure.subplots(len(groups), squeeze=False)[:, 0]
         for axes, (learner, group) in zip(panels, groups.items(), strict=True):
             for row in group:
-                _curve(axes, row)
-            axes.set(ylabel="training loss", yscale="log", title=label(learner, TITLE))
-            plain_log(axes.yaxis)
+                _draw_curve(axes, row)
+            axes.set(ylabel="training loss", yscale="log", title=label(learner, MAX_TITLE_LENGTH))
+            format_log_axis(axes.yaxis)
             axes.set_xlabel("step of the optimizer")
             axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.2), ncols=2)
     return figure
@@ -164,7 +162,7 @@ def mean_per_class(row: Row) -> list[float | None] | None:
     return [None if None in c else float(np.mean(np.array(c, float))) for c in columns]
 
 
-def confusion_of(row: Row) -> np.ndarray | None:
+def total_confusion(row: Row) -> np.ndarray | None:
     """Test images by true and predicted class, of all seeds together; None if a seed has none."""
     found = [result.confusion for result in row.results]
     return None if not found or None in found else np.sum(np.array(found, np.int64), 0)
@@ -181,25 +179,25 @@ def _panels(rows: Sequence[Row]) -> tuple[Any, list[tuple[Any, tuple[str, list[R
     """A figure with one panel a learner, as high as it has rows, and a common axis."""
     groups = _by_learner(rows)
     heights = [len(group) + 1.6 for group in groups.values()]
-    figure = blank(0.7 + ROW * sum(heights))
+    figure = new_figure(0.7 + ROW_INCHES * sum(heights))
     panels = figure.subplots(
         len(groups), sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}
     )[:, 0]
     return figure, list(zip(panels, groups.items(), strict=True))
 
 
-def _arms_axis(axes: Any, group: Sequence[Row]) -> None:
-    axes.set_yticks(range(len(group)), [_arm(row) for row in group])
+def _label_arms(axes: Any, group: Sequence[Row]) -> None:
+    axes.set_yticks(range(len(group)), [_arm_label(row) for row in group])
     axes.set_ylim(len(group) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
 
 
-def _arm(row: Row) -> str:
-    return label(wording.label(row.arm, row.augmented))
+def _arm_label(row: Row) -> str:
+    return label(wording.arm_label(row.arm, row.augmented))
 
 
-def _accuracy(axes: Any, y: int, row: Row) -> None:
-    of = look(row.arm)
+def _draw_accuracy(axes: Any, y: int, row: Row) -> None:
+    of = arm_style(row.arm)
     if row.accuracy is None:
         text = f"failed {len(row.failures)} of {len(row.results)}"
         axes.annotate(text, (0.01, y), xycoords=("axes fraction", "data"), va="center", size=8)
@@ -217,17 +215,17 @@ def _accuracy(axes: Any, y: int, row: Row) -> None:
     axes.plot(seeds, np.full(len(seeds), y + 0.3), "|", color=INK, alpha=0.5, markersize=4)
 
 
-def _spent(row: Row, kind: str, distillation: float | None) -> float | None:
+def _seconds(row: Row, kind: str, distillation: float | None) -> float | None:
     if kind == "distillation":
         return distillation if row.arm.startswith("distilled") else None
-    return wording.training(row) if kind == "training" else wording.tuning(row)
+    return wording.training_seconds(row) if kind == "training" else wording.tuning_seconds(row)
 
 
-def _curve(axes: Any, row: Row) -> None:
-    of, points = look(row.arm), _mean_curve(row)
+def _draw_curve(axes: Any, row: Row) -> None:
+    of, points = arm_style(row.arm), _mean_curve(row)
     line = ":" if row.augmented else of.line
-    name = _arm(row)
-    axes.plot(*_columns(points), ls=line, color=of.colour, label=name)
+    name = _arm_label(row)
+    axes.plot(*_unzip(points), ls=line, color=of.colour, label=name)
 
 
 def _mean_curve(row: Row) -> list[tuple[float, float]]:
@@ -238,7 +236,7 @@ def _mean_curve(row: Row) -> list[tuple[float, float]]:
     return [(step, sum(losses[step] for losses in seeds) / len(seeds)) for step in steps]
 
 
-def _span(rows: Sequence[Row]) -> tuple[float, float]:
+def _accuracy_limits(rows: Sequence[Row]) -> tuple[float, float]:
     """From the lowest to the highest accuracy or end of an interval, in percent, with a margin."""
     ends = [100 * x for row in rows if (a := row.accuracy) for x in (a.low, a.high)]
     ends += [100 * r.accuracy for row in rows for r in row.results if r.accuracy is not None]
@@ -246,20 +244,20 @@ def _span(rows: Sequence[Row]) -> tuple[float, float]:
     return low - 0.04 * (high - low) - 0.5, high + 0.04 * (high - low) + 0.5
 
 
-def _columns(pairs: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+def _unzip(pairs: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
     return [x for x, _ in pairs], [y for _, y in pairs]
 
 
-def _class_axis(shown: int, k: int) -> str:
+def _class_axis_label(shown: int, k: int) -> str:
     return "class" if shown == k else f"class (the {shown} lowest of {k})"
 
 
-def _shaded(share: np.ndarray) -> np.ndarray:
+def _shade(share: np.ndarray) -> np.ndarray:
     rgb = [int(BLUE[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     return np.dstack([np.broadcast_to(rgb, (*share.shape, 3)), 0.85 * share**0.7])
 
 
-def _numbers(axes: Any, percents: np.ndarray) -> None:
+def _write_numbers(axes: Any, percents: np.ndarray) -> None:
     for (i, j), value in np.ndenumerate(percents):
         if round(value):
             axes.text(j, i, f"{value:.0f}", ha="center", va="center", size=8)

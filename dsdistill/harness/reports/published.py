@@ -15,12 +15,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Tag = Literal["read", "memory", "unstated"]
-Judge = Literal["ridge", "network"]
+SourceStatus = Literal["read", "memory", "unstated"]
+LearnerKind = Literal["ridge", "network"]
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedResult:
     """One method on one data set.
 
     Attributes:
@@ -34,9 +34,9 @@ class Published:
 
     data: str
     method: str
-    judge: Judge
+    judge: LearnerKind
     source: str
-    tag: Tag
+    tag: SourceStatus
     accuracies: Mapping[int, float]
 
     @property
@@ -60,7 +60,7 @@ EDC = "Shao 2024"
 
 # Percent at 1, 10 and 50 images per class.
 _PER_CLASS = (1, 10, 50)
-_ROWS: tuple[tuple[str, str, Judge, str, Tag, tuple[float, ...]], ...] = (
+_ROWS: tuple[tuple[str, str, LearnerKind, str, SourceStatus, tuple[float, ...]], ...] = (
     ("mnist", "Label Solve convnet", "ridge", LS, "read", (73.4, 96.4, 98.3)),
     ("fashion-mnist", "Label Solve convnet", "ridge", LS, "read", (65.3, 80.8, 86.9)),
     ("svhn", "Label Solve convnet", "ridge", LS, "read", (23.9, 52.8, 76.8)),
@@ -104,20 +104,29 @@ _ROWS: tuple[tuple[str, str, Judge, str, Tag, tuple[float, ...]], ...] = (
 )
 
 
-def _published(
-    data: str, method: str, judge: Judge, source: str, tag: Tag, percents: tuple[float, ...]
-) -> Published:
+def _from_percent(
+    data: str,
+    method: str,
+    judge: LearnerKind,
+    source: str,
+    tag: SourceStatus,
+    percents: tuple[float, ...],
+) -> PublishedResult:
     found = {n: value / 100 for n, value in zip(_PER_CLASS, percents, strict=False)}
-    return Published(data, method, judge, source, tag, found)
+    return PublishedResult(data, method, judge, source, tag, found)
 
 
-PUBLISHED: tuple[Published, ...] = (
-    *(_published(*row) for row in _ROWS),
-    Published("imagenet-1k", "SRe2L ResNet-18", "network", SRE2L, "read", {10: 0.213, 50: 0.468}),
-    Published("imagenet-1k at 64x64", "FRePo", "network", FREPO, "memory", {1: 0.075, 2: 0.097}),
+PUBLISHED: tuple[PublishedResult, ...] = (
+    *(_from_percent(*row) for row in _ROWS),
+    PublishedResult(
+        "imagenet-1k", "SRe2L ResNet-18", "network", SRE2L, "read", {10: 0.213, 50: 0.468}
+    ),
+    PublishedResult(
+        "imagenet-1k at 64x64", "FRePo", "network", FREPO, "memory", {1: 0.075, 2: 0.097}
+    ),
 )
 
 
-def of(data: str, judge: Judge) -> list[Published]:
+def lookup(data: str, judge: LearnerKind) -> list[PublishedResult]:
     """The published figures of a data set, by one kind of learner."""
     return [found for found in PUBLISHED if (found.data, found.judge) == (data, judge)]

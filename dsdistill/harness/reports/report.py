@@ -17,13 +17,13 @@ from dsdistill.harness.evaluation import results
 from dsdistill.harness.evaluation import scores as scoring
 from dsdistill.harness.evaluation.results import Result, Row
 from dsdistill.harness.evaluation.scores import SetScores
-from dsdistill.harness.memory import readable
+from dsdistill.harness.memory import format_bytes
 from dsdistill.harness.reports import schema, wording
 from dsdistill.harness.runs import run_folder
 
-FORMAT = 2
-NAME = "report.json"
-PICTURE = "images.png"  # shown in the page of a folder that holds it
+FORMAT_VERSION = 2
+FILE_NAME = "report.json"
+IMAGES_FILE = "images.png"  # shown in the page of a folder that holds it
 COLUMNS = (
     "trained on",
     "learner",
@@ -74,12 +74,12 @@ class Report:
     @cached_property
     def rows(self) -> tuple[Row, ...]:
         """The results by learner, augmentation and arm."""
-        return tuple(results.rows(self.results))
+        return tuple(results.group_by_training(self.results))
 
     @cached_property
     def scores(self) -> tuple[SetScores, ...]:
         """One a learner."""
-        return tuple(scoring.scores(self.rows))
+        return tuple(scoring.score_learners(self.rows))
 
     @cached_property
     def compared(self) -> tuple[Row, ...]:
@@ -98,7 +98,7 @@ class Report:
         return next(found, None)
 
 
-def cells(row: Row) -> list[str]:
+def row_cells(row: Row) -> list[str]:
     """One row under `COLUMNS`, in words."""
     return [
         row.arm,
@@ -108,9 +108,9 @@ def cells(row: Row) -> list[str]:
         wording.interval(row),
         str(len(row.results)),
         str(row.results[0].images),
-        readable(row.results[0].bytes),
-        wording.time(wording.training(row)),
-        wording.time(wording.tuning(row)),
+        format_bytes(row.results[0].bytes),
+        wording.duration_text(wording.training_seconds(row)),
+        wording.duration_text(wording.tuning_seconds(row)),
     ]
 
 
@@ -125,15 +125,15 @@ def write(folder: Path, report: Report) -> None:
     from dsdistill.harness.reports import gallery, markdown, page, plot_style
 
     (folder / "plots").mkdir(exist_ok=True)
-    for name, figure in gallery.files(report).items():
+    for name, figure in gallery.figures(report).items():
         run_folder.write_bytes(folder / "plots" / f"{name}.png", plot_style.png(figure))
         run_folder.write_bytes(folder / "plots" / f"{name}.svg", plot_style.svg_file(figure))
-    picture = folder / PICTURE
+    picture = folder / IMAGES_FILE
     shown = {"Distilled images beside real ones": picture.read_bytes()} if picture.exists() else {}
     text = page.render([report], title=report.title, pictures=shown)
     run_folder.write_bytes(folder / "report.html", text.encode())
     run_folder.write_bytes(folder / "report.md", markdown.render(report).encode())
-    run_folder.write_json(folder / NAME, {"format": FORMAT, **asdict(report)})
+    run_folder.write_json(folder / FILE_NAME, {"format": FORMAT_VERSION, **asdict(report)})
 
 
 def load(path: Path) -> Report:
@@ -145,22 +145,22 @@ def load(path: Path) -> Report:
     Raises:
         UserError: If there is none, it is damaged, or it is not of an evaluation.
     """
-    file = path / NAME if path.is_dir() else path
+    file = path / FILE_NAME if path.is_dir() else path
     stored = run_folder.read_json(file)
-    if not isinstance(stored, dict) or stored.get("format") != FORMAT:
+    if not isinstance(stored, dict) or stored.get("format") != FORMAT_VERSION:
         found = stored.get("format") if isinstance(stored, dict) else type(stored).__name__
         raise UserError(
-            f"{file} is no report of an evaluation of format {FORMAT} (its format: {found}): make "
+            f"{file} is no report of an evaluation of format {FORMAT_VERSION} (its format: {found}): make "
             "it with this version's `dsdistill evaluate`"
         )
     try:
-        return _checked({k: v for k, v in stored.items() if k != "format"})
+        return _parse({k: v for k, v in stored.items() if k != "format"})
     except ValueError as error:
         raise UserError(f"{file} is damaged ({error}): evaluate once more") from error
 
 
-DATA = {"name": str, "sha256": str | None, "train": int, "validation": int, "test": int}
-DISTILLED = {
+DATA_TYPES = {"name": str, "sha256": str | None, "train": int, "validation": int, "test": int}
+DISTILLED_TYPES = {
     "method": str | None,
     "kernel": str | None,
     "seconds": float | None,
@@ -169,7 +169,7 @@ DISTILLED = {
     "bytes": int | None,
     "compression": float | None,
 }
-FACTS = {
+FACT_TYPES = {
     "parameters": float | None,
     "flops": float | None,
     "latency_ms": Mapping[str, float] | None,
@@ -177,19 +177,19 @@ FACTS = {
 }
 
 
-def _checked(stored: Mapping[str, Any]) -> Report:
+def _parse(stored: Mapping[str, Any]) -> Report:
     """The report, with every type as it must be.
 
     Raises:
         ValueError: With what is wrong.
     """
     report = schema.build(Report, stored)
-    if missing := DATA.keys() - report.data.keys():
+    if missing := DATA_TYPES.keys() - report.data.keys():
         raise ValueError(f"data lacks {', '.join(sorted(missing))}")
-    schema.check("data", report.data, DATA)
-    schema.check("distilled", report.distilled, DISTILLED)
+    schema.check("data", report.data, DATA_TYPES)
+    schema.check("distilled", report.distilled, DISTILLED_TYPES)
     for result in report.results:
-        schema.check("facts", result.facts or {}, FACTS)
+        schema.check("facts", result.facts or {}, FACT_TYPES)
         _check_figures(result, len(report.classes))
     if not report.results:
         raise ValueError("results is empty")

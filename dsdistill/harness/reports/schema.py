@@ -6,7 +6,7 @@ from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
-LARGEST = 2**62  # integer that is believed: twice as many no array can hold
+MAX_INTEGER = 2**62  # integer that is believed: twice as many no array can hold
 
 
 def build(cls: type[T], stored: Any) -> T:
@@ -28,7 +28,7 @@ def build(cls: type[T], stored: Any) -> T:
     if missing := needed - stored.keys():
         raise ValueError(f"{', '.join(sorted(missing))} missing")
     hints = get_type_hints(cls)
-    return cls(**{name: _value(name, value, hints[name]) for name, value in stored.items()})
+    return cls(**{name: _build_value(name, value, hints[name]) for name, value in stored.items()})
 
 
 def check(what: str, stored: Any, types: Mapping[str, Any]) -> None:
@@ -58,11 +58,11 @@ def fits(value: Any, hint: Any) -> bool:
     if origin is Mapping:
         return isinstance(value, dict) and all(fits(item, args[1]) for item in value.values())
     if hint in (int, float) and isinstance(value, int):
-        return not isinstance(value, bool) and abs(value) <= LARGEST
+        return not isinstance(value, bool) and abs(value) <= MAX_INTEGER
     return isinstance(value, NoneType if hint is None else hint)
 
 
-def _value(name: str, value: Any, hint: Any) -> Any:
+def _build_value(name: str, value: Any, hint: Any) -> Any:
     if get_origin(hint) is tuple:
         if not isinstance(value, list):
             raise ValueError(f"{name} is {_short(value)}")

@@ -4,14 +4,14 @@ from collections.abc import Callable, Sequence
 
 from dsdistill.harness.evaluation.results import Result, Row
 from dsdistill.harness.evaluation.scores import SetScores
-from dsdistill.harness.evaluation.statistics import Paired
-from dsdistill.harness.memory import readable
+from dsdistill.harness.evaluation.statistics import PairedDifference
+from dsdistill.harness.memory import format_bytes
 from dsdistill.harness.reports import wording
 from dsdistill.harness.reports.report import Report
 from dsdistill.harness.reports.wording import NOTHING
-from dsdistill.harness.runs.progress import amount
+from dsdistill.harness.runs.progress import format_amount
 
-CONTRASTS = (
+CONTRAST_COLUMNS = (
     "learner",
     "distilled, %",
     "minus random, points",
@@ -20,15 +20,15 @@ CONTRASTS = (
     "minus herding",
     "minus full data",
 )
-SCORES = ("learner", "HLR", "IOR", "LRS", "ARS", "distilled − random, points", "p")
-SCORES_OF = "Without augmentation where the learner was trained without it; ARS of both"
-SCORES_SAY = (
+SCORE_COLUMNS = ("learner", "HLR", "IOR", "LRS", "ARS", "distilled − random, points", "p")
+SCORES_CAPTION = "Without augmentation where the learner was trained without it; ARS of both"
+SCORES_NOTE = (
     "HLR: full data minus distilled images, both with hard labels; 0 is best. IOR: distilled minus "
     "random images. LRS and ARS: DD-Ranking's label-robust and augmentation-robust score, 0 to 1; "
     "0.269 is no better than random images. All are fractions. p: paired t test over the seeds, "
     "beside the difference with its 95 % interval."
 )
-QUALITY = (
+QUALITY_COLUMNS = (
     "trained on",
     "learning rate",
     "validation accuracy, %",
@@ -37,12 +37,12 @@ QUALITY = (
     "agrees with teacher, %",
     "KL from teacher, nats",
 )
-QUALITY_OF = "Means over the seeds; of the test images but for the validation accuracy"
-QUALITY_SAY = (
+QUALITY_CAPTION = "Means over the seeds; of the test images but for the validation accuracy"
+QUALITY_NOTE = (
     "Probabilities are calibrated with one temperature, fitted on the validation images. The "
     "calibration error has 15 bins of equal width."
 )
-COST = (
+COST_COLUMNS = (
     "trained on",
     "one training",
     "all tuning",
@@ -54,8 +54,8 @@ COST = (
     "latency of 1, ms",
     "latency of 64, ms",
 )
-COST_OF = "Of one training, but for tuning: of all trainings that chose the learning rate"
-COST_SAY = (
+COST_CAPTION = "Of one training, but for tuning: of all trainings that chose the learning rate"
+COST_NOTE = (
     "Memory is the largest size of the whole process until the end of the training, so it never "
     "falls. Trainings that are known from an earlier evaluation keep the time they took then."
 )
@@ -79,68 +79,68 @@ def by_arm(
     return [head[i] for i in kept], [(row, [line[i] for i in kept]) for row, line in lines]
 
 
-def contrasts(report: Report, score: SetScores) -> list[str]:
-    """One line under `CONTRASTS`: the mean on the distilled set, and how far others are from it."""
+def contrast_cells(report: Report, score: SetScores) -> list[str]:
+    """One line under `CONTRAST_COLUMNS`: the mean on the distilled set, and how far others are from it."""
     own = report.row(score.learner, "distilled")
     others = (report.row(score.learner, arm) for arm in ("k-means", "herding", "full"))
     return [
         score.learner,
         NOTHING if own is None else wording.accuracy(own),
         _difference(score.versus_random),
-        wording.chance(score.versus_random),
+        wording.p_value(score.versus_random),
         *(_gap(own, other) for other in others),
     ]
 
 
-def scores(score: SetScores) -> list[str]:
-    """One line under `SCORES`."""
+def score_cells(score: SetScores) -> list[str]:
+    """One line under `SCORE_COLUMNS`."""
     against = score.versus_random
     fractions = (score.hlr, score.ior, score.lrs, score.ars)
     return [
         score.learner,
         *(NOTHING if value is None else f"{value:.3f}" for value in fractions),
         _difference(against),
-        wording.chance(against),
+        wording.p_value(against),
     ]
 
 
 def has_quality(rows: Sequence[Row]) -> bool:
-    """Whether there is anything to show under `QUALITY`."""
+    """Whether there is anything to show under `QUALITY_COLUMNS`."""
     return any(result.nll is not None for row in rows for result in row.results)
 
 
-def quality(row: Row) -> list[str]:
-    """One line under `QUALITY`; nothing of what any seed lacks."""
+def quality_cells(row: Row) -> list[str]:
+    """One line under `QUALITY_COLUMNS`; nothing of what any seed lacks."""
     rate = row.results[0].rate
     return [
-        wording.label(row.arm, row.augmented),
+        wording.arm_label(row.arm, row.augmented),
         NOTHING if rate is None else f"{rate:g}",
         wording.percent(row.mean("validation_accuracy")),
-        _number(row.mean("nll")),
+        _format_number(row.mean("nll")),
         wording.percent(row.mean("calibration_error")),
         wording.percent(row.mean("teacher_agreement")),
-        _number(row.mean("teacher_kl")),
+        _format_number(row.mean("teacher_kl")),
     ]
 
 
-def cost(row: Row) -> list[str]:
-    """One line under `COST`."""
+def cost_cells(row: Row) -> list[str]:
+    """One line under `COST_COLUMNS`."""
     first, latency = row.results[0], wording.fact(row, "latency_ms") or {}
     return [
-        wording.label(row.arm, row.augmented),
-        wording.time(wording.training(row)),
-        wording.time(wording.tuning(row)),
-        _known(max(result.peak_memory for result in row.results) or None, readable),
+        wording.arm_label(row.arm, row.augmented),
+        wording.duration_text(wording.training_seconds(row)),
+        wording.duration_text(wording.tuning_seconds(row)),
+        _format_or_dash(max(result.peak_memory for result in row.results) or None, format_bytes),
         f"{first.images:,}",
-        readable(first.bytes),
-        _known(wording.fact(row, "parameters"), amount),
-        _known(wording.fact(row, "flops"), amount),
-        _known(latency.get("1"), "{:.2f}".format),
-        _known(latency.get("64"), "{:.2f}".format),
+        format_bytes(first.bytes),
+        _format_or_dash(wording.fact(row, "parameters"), format_amount),
+        _format_or_dash(wording.fact(row, "flops"), format_amount),
+        _format_or_dash(latency.get("1"), "{:.2f}".format),
+        _format_or_dash(latency.get("64"), "{:.2f}".format),
     ]
 
 
-def about(report: Report) -> list[tuple[str, str]]:
+def run_facts(report: Report) -> list[tuple[str, str]]:
     """What the set and the evaluation took, and on what: names and values."""
     made, share = report.distilled, report.distilled.get("compression")
     data = report.data
@@ -148,13 +148,13 @@ def about(report: Report) -> list[tuple[str, str]]:
     found = [
         ("Method", made.get("method")),
         ("Kernel", made.get("kernel")),
-        ("Distillation took", _known(made.get("seconds"), wording.time)),
-        ("Peak memory of the distillation", _known(made.get("peak_memory"), readable)),
-        ("Distilled images", _known(made.get("images"), "{:,}".format)),
-        ("Size with labels", _known(made.get("bytes"), readable)),
-        ("Training set is larger by", _known(share, "{:,.0f} times".format)),
-        ("Evaluation took", wording.time(report.seconds)),
-        ("Peak memory of the evaluation", readable(report.peak_memory)),
+        ("Distillation took", _format_or_dash(made.get("seconds"), wording.duration_text)),
+        ("Peak memory of the distillation", _format_or_dash(made.get("peak_memory"), format_bytes)),
+        ("Distilled images", _format_or_dash(made.get("images"), "{:,}".format)),
+        ("Size with labels", _format_or_dash(made.get("bytes"), format_bytes)),
+        ("Training set is larger by", _format_or_dash(share, "{:,.0f} times".format)),
+        ("Evaluation took", wording.duration_text(report.seconds)),
+        ("Peak memory of the evaluation", format_bytes(report.peak_memory)),
         ("Data", f"{data['name']}: {splits} images"),
         ("SHA-256 of the training images", data["sha256"] or NOTHING),
         ("Machine", report.machine),
@@ -165,39 +165,43 @@ def about(report: Report) -> list[tuple[str, str]]:
 
 def failures(report: Report) -> list[str]:
     """Every training without an accuracy, with its reason."""
-    return [f"{_training(r)}: {wording.reason(r)}" for r in report.results if _failed(r)]
+    return [f"{_training_label(r)}: {wording.reason(r)}" for r in report.results if _has_failed(r)]
 
 
-def _failed(result: Result) -> bool:
+def _has_failed(result: Result) -> bool:
     return result.accuracy is None
 
 
-def _training(result: Result) -> str:
-    return f"{result.learner} on {wording.label(result.arm, result.augmented)}, seed {result.seed}"
+def _training_label(result: Result) -> str:
+    return (
+        f"{result.learner} on {wording.arm_label(result.arm, result.augmented)}, seed {result.seed}"
+    )
 
 
-def _difference(against: Paired | None) -> str:
+def _difference(against: PairedDifference | None) -> str:
     """In points, with its interval where there is a test."""
     if against is None:
         return NOTHING
-    mean = _signed(against.difference.mean)
-    return mean if against.p is None else f"{mean} ({wording.between(against.difference)})"
+    mean = _signed_points(against.difference.mean)
+    return (
+        mean if against.p is None else f"{mean} ({wording.confidence_interval(against.difference)})"
+    )
 
 
 def _gap(own: Row | None, other: Row | None) -> str:
     if not (own and own.accuracy and other and other.accuracy):
         return NOTHING
-    return _signed(own.accuracy.mean - other.accuracy.mean)
+    return _signed_points(own.accuracy.mean - other.accuracy.mean)
 
 
-def _signed(fraction: float) -> str:
+def _signed_points(fraction: float) -> str:
     """In points, with a sign that is as wide as a digit."""
     return f"{100 * fraction:+.1f}".replace("-", wording.MINUS)
 
 
-def _number(value: float | None) -> str:
+def _format_number(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.3f}"
 
 
-def _known(value: float | None, said: Callable[..., str]) -> str:
+def _format_or_dash(value: float | None, said: Callable[..., str]) -> str:
     return NOTHING if value is None else said(value)

@@ -2,12 +2,12 @@
 
 from dsdistill.harness.evaluation.results import Row
 from dsdistill.harness.evaluation.scores import SetScores
-from dsdistill.harness.evaluation.statistics import Paired
+from dsdistill.harness.evaluation.statistics import PairedDifference
 from dsdistill.harness.reports import wording
 from dsdistill.harness.reports.report import Report
 
 BETTER, WORSE, ALIKE, UNKNOWN = "better", "worse", "alike", "unknown"
-_SIZED = ("k-means", "herding")  # other controls of as many images as the set
+_OTHER_CONTROLS = ("k-means", "herding")  # other controls of as many images as the set
 
 
 def subject(report: Report) -> str:
@@ -17,13 +17,13 @@ def subject(report: Report) -> str:
     by = f" by {method}" if method else ""
     by += f" with the kernel {kernel}" if kernel else ""
     arms = {row.arm for row in report.rows}
-    sized = [arm for arm in ("random", *_SIZED) if arm in arms]
-    beside = f" and, the same way, on as many {wording.listed(sized)} images" if sized else ""
+    sized = [arm for arm in ("random", *_OTHER_CONTROLS) if arm in arms]
+    beside = f" and, the same way, on as many {wording.join_names(sized)} images" if sized else ""
     beside += " and on the full data" if "full" in arms else ""
     count = f"{seeds} seed{'s' if seeds > 1 else ''} each"
     return (
-        f"{_size(report)} distilled from {report.data['name']}{by}, judged by the accuracy of "
-        f"{wording.listed(report.learners)} on {report.data['test']:,} test images after "
+        f"{_describe_set(report)} distilled from {report.data['name']}{by}, judged by the accuracy of "
+        f"{wording.join_names(report.learners)} on {report.data['test']:,} test images after "
         f"training on it{beside}; {count}."
     )
 
@@ -32,7 +32,7 @@ def headline(report: Report) -> str:
     """The answer of all learners together."""
     found: dict[str, list[str]] = {}
     for score in report.scores:
-        found.setdefault(verdict(score), []).append(score.learner)
+        found.setdefault(classify(score), []).append(score.learner)
     parts = {
         BETTER: "the distilled set is better than as many random images for {}",
         WORSE: "it is worse for {}",
@@ -44,18 +44,20 @@ def headline(report: Report) -> str:
         parts[ALIKE] = "the distilled set is not clearly other than as many random images for {}"
         parts[UNKNOWN] = "nothing can be said of the distilled set against random images for {}"
     said = [
-        text.format(wording.listed(found[kind])) for kind, text in parts.items() if kind in found
+        text.format(wording.join_names(found[kind]))
+        for kind, text in parts.items()
+        if kind in found
     ]
     sentence = "; ".join(said)
     return sentence[:1].upper() + sentence[1:] + "."
 
 
-def verdict(score: SetScores) -> str:
+def classify(score: SetScores) -> str:
     """Whether the distilled set or random images are better, as far as the seeds can tell."""
     against = score.versus_random
     if against is None or (against.p is None and against.difference.n == 1):
         return UNKNOWN
-    if against.p is not None and against.p >= wording.SIGNIFICANT:
+    if against.p is not None and against.p >= wording.SIGNIFICANCE_LEVEL:
         return ALIKE
     mean = against.difference.mean
     return ALIKE if mean == 0 else BETTER if mean > 0 else WORSE
@@ -69,41 +71,43 @@ def answer(report: Report, score: SetScores) -> str:
         return f"{why}."
     against = score.versus_random
     said = [_against_random(against) if against else "not compared with random images"]
-    for arm in _SIZED:
+    for arm in _OTHER_CONTROLS:
         if row := report.row(score.learner, arm):
-            said.append(_distance(distilled, row, arm))
+            said.append(_describe_distance(distilled, row, arm))
     full = report.row(score.learner, "full")
-    said.append(_distance(distilled, full, "full data") if full else "full data not trained on")
+    said.append(
+        _describe_distance(distilled, full, "full data") if full else "full data not trained on"
+    )
     return f"{wording.percent(distilled.accuracy.mean)} %, {', '.join(said)}."
 
 
-def _against_random(against: Paired) -> str:
+def _against_random(against: PairedDifference) -> str:
     difference, n = against.difference, against.difference.n
-    text = _points(difference.mean, "random images", " points")
+    text = _describe_gap(difference.mean, "random images", " points")
     if n == 1:
         return f"{text} (one seed: no test)"
     if against.p is None:
         return f"{text} (the same for every seed)"
-    p = wording.chance(against)
-    equals = (p if p.startswith("<") else f"= {p}").replace(" ", wording.HARD)
-    interval = wording.between(difference)
-    return f"{text} (95{wording.HARD}% interval {interval}, p{wording.HARD}{equals})"
+    p = wording.p_value(against)
+    equals = (p if p.startswith("<") else f"= {p}").replace(" ", wording.NO_BREAK_SPACE)
+    interval = wording.confidence_interval(difference)
+    return f"{text} (95{wording.NO_BREAK_SPACE}% interval {interval}, p{wording.NO_BREAK_SPACE}{equals})"
 
 
-def _distance(distilled: Row, other: Row, name: str) -> str:
+def _describe_distance(distilled: Row, other: Row, name: str) -> str:
     if other.accuracy is None or distilled.accuracy is None:
         return f"{name} {wording.failure(other)}"
-    return _points(distilled.accuracy.mean - other.accuracy.mean, name)
+    return _describe_gap(distilled.accuracy.mean - other.accuracy.mean, name)
 
 
-def _points(difference: float, than: str, unit: str = "") -> str:
+def _describe_gap(difference: float, than: str, unit: str = "") -> str:
     size = wording.percent(abs(difference))
     if size == "0.0":
         return f"level with {than}"
     return f"{size}{unit} {'above' if difference > 0 else 'below'} {than}"
 
 
-def _size(report: Report) -> str:
+def _describe_set(report: Report) -> str:
     images, share = report.distilled.get("images"), report.distilled.get("compression")
     count = images or report.images_per_class * len(report.classes)
     one = "image" if report.images_per_class == 1 else "images"

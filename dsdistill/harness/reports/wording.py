@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from dsdistill.harness.evaluation.results import Result, Row
-from dsdistill.harness.evaluation.statistics import Paired, Summary
-from dsdistill.harness.runs.progress import duration
+from dsdistill.harness.evaluation.statistics import PairedDifference, Summary
+from dsdistill.harness.runs.progress import format_duration
 
 NOTHING = "–"  # in a cell without a value
 MINUS = "−"  # as wide as a digit
-HARD = "\u00a0"  # a space that no line breaks at
+NO_BREAK_SPACE = "\u00a0"  # a space that no line breaks at
 DETERMINISTIC = "deterministic"
-SIGNIFICANT = 0.05  # smallest p that says nothing
-_SAME = ("accuracy", "nll", "confusion")  # of every seed, where there is no randomness
+SIGNIFICANCE_LEVEL = 0.05  # smallest p that says nothing
+_SEED_INVARIANT = ("accuracy", "nll", "confusion")  # of every seed, where there is no randomness
 
 
 def percent(fraction: float | None) -> str:
@@ -28,18 +28,20 @@ def spread(summary: Summary | None, scale: float = 100, digits: int = 1) -> str:
     return mean if summary.n == 1 else f"{mean} ± {scale * summary.std:.{digits}f}"
 
 
-def between(summary: Summary | None) -> str:
+def confidence_interval(summary: Summary | None) -> str:
     """The 95 % interval of a mean, in percent; of one value there is none."""
     if summary is None or summary.n == 1:
         return NOTHING
     return f"{percent(summary.low)} to {percent(summary.high)}".replace("-", MINUS)
 
 
-def deterministic(row: Row) -> bool:
+def is_deterministic(row: Row) -> bool:
     """Whether all seeds gave one and the same predictor."""
     first = row.results[0]
     return len(row.results) > 1 and all(
-        getattr(result, name) == getattr(first, name) for result in row.results for name in _SAME
+        getattr(result, name) == getattr(first, name)
+        for result in row.results
+        for name in _SEED_INVARIANT
     )
 
 
@@ -47,14 +49,14 @@ def accuracy(row: Row) -> str:
     """Mean ± deviation of the test accuracy in percent, or why there is no mean."""
     if row.failures:
         return failure(row)
-    if deterministic(row) and row.accuracy:
+    if is_deterministic(row) and row.accuracy:
         return f"{percent(row.accuracy.mean)} ({DETERMINISTIC})"
     return spread(row.accuracy)
 
 
 def interval(row: Row) -> str:
     """The 95 % interval of the mean accuracy in percent."""
-    return NOTHING if deterministic(row) else between(row.accuracy)
+    return NOTHING if is_deterministic(row) else confidence_interval(row.accuracy)
 
 
 def failure(row: Row) -> str:
@@ -68,25 +70,25 @@ def reason(result: Result) -> str:
     return " ".join((result.failure or "no accuracy").split())
 
 
-def chance(paired: Paired | None) -> str:
+def p_value(paired: PairedDifference | None) -> str:
     """The p value of a comparison."""
     if paired is None or paired.p is None:
         return NOTHING
     return "< 0.001" if paired.p < 0.001 else f"{paired.p:.3f}"
 
 
-def time(seconds: float | None) -> str:
+def duration_text(seconds: float | None) -> str:
     """A duration; nothing for none."""
-    return duration(seconds) if seconds else NOTHING
+    return format_duration(seconds) if seconds else NOTHING
 
 
-def training(row: Row) -> float | None:
+def training_seconds(row: Row) -> float | None:
     """Seconds of one training, the mean of those that took place."""
     spent = [result.train_seconds for result in row.results if result.train_seconds]
     return sum(spent) / len(spent) if spent else None
 
 
-def tuning(row: Row) -> float:
+def tuning_seconds(row: Row) -> float:
     """Seconds of all trainings that chose the learning rate."""
     return sum(result.tune_seconds for result in row.results)
 
@@ -97,11 +99,11 @@ def fact(row: Row, name: str) -> Any:
     return next((facts[name] for facts in said if facts.get(name) is not None), None)
 
 
-def label(arm: str, augmented: bool) -> str:
+def arm_label(arm: str, augmented: bool) -> str:
     """Name of an arm, with how it was trained."""
     return f"{arm}, augmented" if augmented else arm
 
 
-def listed(names: Sequence[str]) -> str:
+def join_names(names: Sequence[str]) -> str:
     """Names in a sentence: a, b and c."""
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))

@@ -21,8 +21,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-NAME = ".lock"
-ATTEMPTS = 100  # at a lock file that its holder removes at the same moment
+LOCK_FILE = ".lock"
+MAX_ATTEMPTS = 100  # at a lock file that its holder removes at the same moment
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of such file systems
 
 
@@ -70,10 +70,10 @@ def acquire(folder: Path, *, needed: bool = True) -> Lock:
         Held: If another process, or another run of this one, holds it.
         OSError: If the lock file cannot be created.
     """
-    path = folder / NAME
+    path = folder / LOCK_FILE
     if fcntl is None:
         return Lock(path, None)
-    for _ in range(ATTEMPTS):
+    for _ in range(MAX_ATTEMPTS):
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

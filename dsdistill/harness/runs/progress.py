@@ -12,14 +12,14 @@ from contextlib import contextmanager
 
 from dsdistill.harness import text
 
-WORDS = 60  # characters of a figure and its name: a bar has one line
-LINE_EVERY = 10.0  # seconds between lines where there is no terminal
+MAX_FIGURE_CHARACTERS = 60  # characters of a figure and its name: a bar has one line
+SECONDS_BETWEEN_LINES = 10.0  # seconds between lines where there is no terminal
 
-Show = Callable[..., None]
+ShowProgress = Callable[..., None]
 
 
 @contextmanager
-def bar(total: int, unit: str = "steps", start: int = 0) -> Iterator[Show]:
+def bar(total: int, unit: str = "steps", start: int = 0) -> Iterator[ShowProgress]:
     """Show progress, and the time left.
 
     Args:
@@ -32,14 +32,14 @@ def bar(total: int, unit: str = "steps", start: int = 0) -> Iterator[Show]:
             words that stand as they are.
     """
     if sys.stderr.isatty():
-        with _live(total, unit, start) as show:
+        with _live_bar(total, unit, start) as show:
             yield show
     else:
-        yield _lines(total, unit)
+        yield _plain_lines(total, unit)
 
 
 @contextmanager
-def _live(total: int, unit: str, start: int) -> Iterator[Show]:
+def _live_bar(total: int, unit: str, start: int) -> Iterator[ShowProgress]:
     from rich import progress
 
     columns = (
@@ -52,12 +52,12 @@ def _live(total: int, unit: str, start: int) -> Iterator[Show]:
         task = display.add_task("", total=total, completed=start, figures="")
 
         def show(done: int, **figures: float | str) -> None:
-            display.update(task, completed=done, figures=_words(figures))
+            display.update(task, completed=done, figures=_format_figures(figures))
 
         yield show
 
 
-def _lines(total: int, unit: str) -> Show:
+def _plain_lines(total: int, unit: str) -> ShowProgress:
     last = time.monotonic()
     first: tuple[float, int] | None = None  # the first unit compiles: speed counts from its end
 
@@ -65,18 +65,18 @@ def _lines(total: int, unit: str) -> Show:
         nonlocal first, last
         now = time.monotonic()
         began, before = first = first or (now, done)
-        if now - last < LINE_EVERY and done < total:
+        if now - last < SECONDS_BETWEEN_LINES and done < total:
             return
         last = now
-        words = [f"{done}/{total} {unit}", _words(figures)]
+        words = [f"{done}/{total} {unit}", _format_figures(figures)]
         if done > before:
-            words.append(f"{clock((now - began) / (done - before) * (total - done))} left")
+            words.append(f"{format_clock((now - began) / (done - before) * (total - done))} left")
         say("  ".join(words))
 
     return show
 
 
-def slow(parts: Sequence[slice], unit: str) -> Iterator[slice]:
+def track_if_slow(parts: Sequence[slice], unit: str) -> Iterator[slice]:
     """Go through parts of a long whole, with a bar where they take long, as the first one says.
 
     Args:
@@ -85,7 +85,7 @@ def slow(parts: Sequence[slice], unit: str) -> Iterator[slice]:
     """
     began = time.monotonic()
     yield from parts[:1]
-    if (time.monotonic() - began) * len(parts[1:]) < LINE_EVERY:
+    if (time.monotonic() - began) * len(parts[1:]) < SECONDS_BETWEEN_LINES:
         yield from parts[1:]
         return
     with bar(parts[-1].stop, unit, start=parts[0].stop) as show:
@@ -111,7 +111,7 @@ def _say_once(line: str) -> None:
     say(line)
 
 
-def expected(total: float, unit: str, seconds: float, pairs: int) -> None:
+def announce_duration(total: float, unit: str, seconds: float, pairs: int) -> None:
     """Say how long a run will take, from a measured part of it, before it begins in earnest.
 
     Args:
@@ -120,14 +120,14 @@ def expected(total: float, unit: str, seconds: float, pairs: int) -> None:
         seconds: Its own.
         pairs: Pairs of images whose kernel it evaluated.
     """
-    rate = amount(pairs / seconds)
+    rate = format_amount(pairs / seconds)
     say(
-        f"expected: {duration(total)} to the end of the run "
-        f"({duration(seconds)} a {unit}, {rate} pairs of images a second)"
+        f"expected: {format_duration(total)} to the end of the run "
+        f"({format_duration(seconds)} a {unit}, {rate} pairs of images a second)"
     )
 
 
-def amount(number: float) -> str:
+def format_amount(number: float) -> str:
     """A large number for people, such as 1.2 million."""
     for unit, word in ((1e9, " billion"), (1e6, " million")):
         if number >= unit:
@@ -135,7 +135,7 @@ def amount(number: float) -> str:
     return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A rough duration for people, such as 12 min or 0.7 s."""
     if seconds < 0.1:
         return f"{1e3 * seconds:.2g} ms"
@@ -146,13 +146,13 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
 
 
-def _words(figures: Mapping[str, float | str]) -> str:
+def _format_figures(figures: Mapping[str, float | str]) -> str:
     shown = {name: v if isinstance(v, str) else f"{v:.4g}" for name, v in figures.items()}
     pairs = ((name.replace("_", " "), word) for name, word in shown.items())
-    return "  ".join(text.shortened(f"{name} {word}", WORDS) for name, word in pairs)
+    return "  ".join(text.shorten(f"{name} {word}", MAX_FIGURE_CHARACTERS) for name, word in pairs)
 
 
-def clock(seconds: float) -> str:
+def format_clock(seconds: float) -> str:
     """A duration for people, such as 1:02:03 or 0:05."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -29,10 +29,10 @@ from dsdistill.harness.runs import tensorboard, locks, progress
 from dsdistill.harness.errors import UserError, one_line
 
 CHECKPOINT = "checkpoint.safetensors"
-CHOSEN = "chosen"  # in a configuration: what the run itself has chosen
-INPUTS = "inputs"  # in a configuration: SHA-256 of what the run depends on
+CHOSEN_KEY = "chosen"  # in a configuration: what the run itself has chosen
+INPUTS_KEY = "inputs"  # in a configuration: SHA-256 of what the run depends on
 REMEDY = ": start anew in another --out"
-_STATE = "meta"  # in a checkpoint's metadata
+_STATE_KEY = "meta"  # in a checkpoint's metadata
 # The form of `write_bytes`'s temporary files: hidden, the name of the file, eight random letters.
 _TEMPORARY = re.compile(r"\.[^.].*\.[A-Za-z]+\.[a-z0-9_]{8}")
 
@@ -58,7 +58,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file atomically. NaN becomes null, since JSON has none."""
-    write_bytes(path, (json.dumps(_finite(value), indent=2) + "\n").encode())
+    write_bytes(path, (json.dumps(_replace_not_finite(value), indent=2) + "\n").encode())
 
 
 def read_json(path: Path) -> Any:
@@ -116,7 +116,7 @@ class Run:
             name: Of the value.
             choose: Called at the first start alone; JSON-compatible.
         """
-        chosen = self.config.setdefault(CHOSEN, {})
+        chosen = self.config.setdefault(CHOSEN_KEY, {})
         if name not in chosen:
             chosen[name] = choose()
             if self.writes:
@@ -136,7 +136,7 @@ class Run:
         Raises:
             RunError: If an input is not the one of the first start.
         """
-        stored = self.config.setdefault(INPUTS, {})
+        stored = self.config.setdefault(INPUTS_KEY, {})
         for name, value in inputs.items():
             if stored.get(name, value) != value:
                 raise RunError(
@@ -160,7 +160,7 @@ class Run:
         begun = figures.exists() and figures.stat().st_size > 0
         if begun or self.resumed or not self.writes or (self.folder / CHECKPOINT).exists():
             return
-        for pattern in ("config.json", figures.name, f"{tensorboard.NAME}*"):
+        for pattern in ("config.json", figures.name, f"{tensorboard.FILE_PREFIX}*"):
             for path in self.folder.glob(pattern):
                 path.unlink()
         self.close()
@@ -171,7 +171,7 @@ class Run:
         """Replace the checkpoint: named arrays and a JSON-compatible remainder."""
         if not self.writes:
             return
-        content = checksums.pack(_STATE, json.dumps(meta), arrays)
+        content = checksums.pack(_STATE_KEY, json.dumps(meta), arrays)
         write_bytes(self.folder / CHECKPOINT, content)
 
     def load_state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
@@ -186,7 +186,7 @@ class Run:
         if not path.exists():
             return None
         meta, arrays, checked = checksums.load(
-            path, _STATE, kind="a checkpoint", remedy=REMEDY, error=RunError, required=False
+            path, _STATE_KEY, kind="a checkpoint", remedy=REMEDY, error=RunError, required=False
         )
         if not isinstance(meta, dict):
             raise RunError(f"{path} is damaged: expected an object of figures{REMEDY}")
@@ -245,14 +245,14 @@ def start(
     """
     config, defaults = _as_json(config), _as_json(defaults or {})
     if resume:
-        _check_begun(folder, result)
+        _check_resumable(folder, result)
     else:
         check_free(folder, result)
     lock = _acquire_lock(folder, create=not resume)
     try:
         # Again, now that no other process can change it.
         if resume:
-            _check_begun(folder, result)
+            _check_resumable(folder, result)
             stored = _reconcile(folder, _stored_config(folder), config, defaults, free)
             _remove_temporaries(folder)
             return Run(folder, stored, True, lock=lock)
@@ -281,12 +281,12 @@ def stored_options(
     Raises:
         RunError: If there is nothing to resume, or the options contradict the stored ones.
     """
-    _check_begun(folder, result)
+    _check_resumable(folder, result)
     new, defaults = _as_json(config), _as_json(defaults)
     return _reconcile(folder, _stored_config(folder), new, defaults, free)
 
 
-def _check_begun(folder: Path, result: str) -> None:
+def _check_resumable(folder: Path, result: str) -> None:
     if (folder / result).exists():
         raise RunError(f"{folder} holds a finished run: there is nothing to resume")
     if not (folder / "config.json").exists():
@@ -310,7 +310,7 @@ def _acquire_lock(folder: Path, *, create: bool) -> locks.Lock:
                 "another --out"
             ) from holder
         except FileNotFoundError:  # a run beside this one was refused, and removed the folder
-            if not create or attempt == locks.ATTEMPTS:
+            if not create or attempt == locks.MAX_ATTEMPTS:
                 raise
     raise AssertionError
 
@@ -327,7 +327,7 @@ def _remove_temporaries(folder: Path) -> None:
 
 def _as_json(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options as `config.json` gives them back, where a tuple has become a list."""
-    return json.loads(json.dumps(_finite(options)))
+    return json.loads(json.dumps(_replace_not_finite(options)))
 
 
 def _stored_config(folder: Path) -> dict[str, Any]:
@@ -335,7 +335,7 @@ def _stored_config(folder: Path) -> dict[str, Any]:
     stored = read_json(path)
     if not isinstance(stored, dict):
         raise RunError(f"{path} is damaged: expected an object of options{REMEDY}")
-    for name in (CHOSEN, INPUTS):
+    for name in (CHOSEN_KEY, INPUTS_KEY):
         if not isinstance(stored.get(name, {}), dict):
             raise RunError(f"{path} is damaged: {name} must be an object{REMEDY}")
     return stored
@@ -373,12 +373,12 @@ class Metrics:
         if resume_from is not None:
             self._drop_after(resume_from)
         self._file = self._path.open("a")
-        self._events = tensorboard.Events(folder, resume_from)
+        self._events = tensorboard.EventFile(folder, resume_from)
 
     def write(self, step: int, **figures: float) -> None:
         """Record figures of one step; seen at once by whoever follows the files."""
         figures = {name: float(value) for name, value in figures.items()}  # NumPy's too
-        self._file.write(json.dumps(_finite({"step": step, **figures})) + "\n")
+        self._file.write(json.dumps(_replace_not_finite({"step": step, **figures})) + "\n")
         self._file.flush()
         self._events.write(step, figures)
 
@@ -396,14 +396,14 @@ class Metrics:
         if not self._path.exists():
             return
         lines = self._path.read_bytes().split(b"\n")[:-1]  # the end was being written at a kill
-        known = [(line, _step(line)) for line in lines]
+        known = [(line, _parse_step(line)) for line in lines]
         if damaged := sum(found is None for _, found in known):
             progress.say(f"note: {self._path}: {damaged} of {len(lines)} lines damaged, dropped")
         kept = [line for line, found in known if found is not None and found <= step]
         write_bytes(self._path, b"".join(line + b"\n" for line in kept))
 
 
-def _step(line: bytes) -> int | None:
+def _parse_step(line: bytes) -> int | None:
     """The step of a line of figures; None for one that is damaged."""
     try:
         step = json.loads(line)["step"]
@@ -412,12 +412,12 @@ def _step(line: bytes) -> int | None:
     return step if type(step) is int else None
 
 
-def _finite(value: Any) -> Any:
+def _replace_not_finite(value: Any) -> Any:
     """A copy in which NaN and infinities are None, at any depth."""
     if isinstance(value, float) and not np.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {key: _finite(v) for key, v in value.items()}
+        return {key: _replace_not_finite(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return [_replace_not_finite(v) for v in value]
     return value

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-NAME = "events.out.tfevents"  # of every event file, before its time and process
+FILE_PREFIX = "events.out.tfevents"  # of every event file, before its time and process
 
 
-class Events:
+class EventFile:
     """An event file of a run.
 
     Args:
@@ -27,7 +27,7 @@ class Events:
         # Generated when imported: a type checker cannot see what these modules hold.
         self._proto: Any = event_pb2
         self._summary: Any = summary_pb2
-        name = f"{NAME}.{time.time():.6f}.{os.getpid()}"
+        name = f"{FILE_PREFIX}.{time.time():.6f}.{os.getpid()}"
         self._file = (folder / name).open("wb")
         self._records = RecordWriter(self._file)
         self._add(file_version="brain.Event:2")

@@ -1,7 +1,7 @@
 """The exact neural tangent kernel of a convolutional ReLU network, without what is never used.
 
 neural-tangents keeps the covariance of every pair of pixels, (h w)² numbers for a pair of images.
-Most of them never reach the readout. Only the planes that do are computed (`geometry`), level by
+Most of them never reach the readout. Only the planes that do are computed (`offsets`), level by
 level (`planes`), for one image against a block of others at a time. The result is exact.
 
 A ReLU needs the variances of its inputs, n images instead of n m pairs; what the pairs say about
@@ -20,8 +20,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from dsdistill.kernels.conv import planes, stages, variances
-from dsdistill.kernels.conv.lanes import blocks, lanes_of, levels_of, unblocked
-from dsdistill.kernels.conv.stages import Level, Sides
+from dsdistill.kernels.conv.lanes import build_levels, choose_lanes, merge_lanes, split_into_lanes
+from dsdistill.kernels.conv.stages import Level, ReluDeviations
 from dsdistill.kernels.conv.variances import Deviations, deviations
 from dsdistill.kernels.notation import Architecture
 
@@ -52,33 +52,37 @@ def slopes(
     A little more work than the gradient of a weighted sum of all pairs: what is summed up there,
     the variances' part, is taken back to the pixels for every pair. Not differentiable.
     """
-    one, two = _Side.of(x1, network), _Side.blocks(x2, network)
+    one, two = _PreparedImages.of(x1, network), _PreparedImages.blocks(x2, network)
     ones = jnp.ones(two.images.shape[-1], x1.dtype)
 
-    def row(item: tuple[Array, _Side]) -> tuple[Array, Array]:
+    def row(item: tuple[Array, _PreparedImages]) -> tuple[Array, Array]:
         x, image = item
-        value, direct, logs = lax.map(lambda b: _pairs_with_adjoint(network, image, b, ones), two)
+        value, direct, logs = lax.map(
+            lambda b: _kernel_row_and_adjoint(network, image, b, ones), two
+        )
         again = jnp.broadcast_to(x, x2.shape)
-        through = variances.adjoint(again, [unblocked(g, len(x2)) for g in logs], network)
-        direct = jnp.moveaxis(unblocked(direct, len(x2)), 1, -1)
+        through = variances.adjoint(again, [merge_lanes(g, len(x2)) for g in logs], network)
+        direct = jnp.moveaxis(merge_lanes(direct, len(x2)), 1, -1)
         return value.reshape(-1)[: len(x2)], direct + through
 
     return lax.map(row, (x1, one))
 
 
 def _value(x1: Array, x2: Array, network: Architecture) -> Array:
-    one, two = _Side.of(x1, network), _Side.blocks(x2, network)
-    rows = lax.map(lambda a: lax.map(lambda b: _pairs(network, a, b), two), one)  # (n, blocks, l)
+    one, two = _PreparedImages.of(x1, network), _PreparedImages.blocks(x2, network)
+    rows = lax.map(
+        lambda a: lax.map(lambda b: _kernel_row(network, a, b), two), one
+    )  # (n, blocks, l)
     return rows.reshape(len(x1), -1)[:, : len(x2)]
 
 
 def _symmetric_value(x: Array, network: Architecture) -> Array:
-    one, two = _Side.of(x, network), _Side.blocks(x, network)
+    one, two = _PreparedImages.of(x, network), _PreparedImages.blocks(x, network)
     lanes = two.images.shape[-1]
     pairs = [(i, j) for j in range(len(two.images)) for i in range(min((j + 1) * lanes, len(x)))]
 
     def of(item: Array) -> Array:
-        return _pairs(network, _item(one, item[0]), _item(two, item[1]))
+        return _kernel_row(network, _index(one, item[0]), _index(two, item[1]))
 
     index = jnp.asarray(pairs)
     found = lax.map(of, index)  # (pairs, lanes)
@@ -89,20 +93,20 @@ def _symmetric_value(x: Array, network: Architecture) -> Array:
 
 def _gradient(x1: Array, x2: Array, cotangent: Array, network: Architecture) -> Array:
     """Of the sum of cotangent (n, m) times kernel, with respect to x1 at fixed x2."""
-    one, two = _Side.of(x1, network), _Side.blocks(x2, network)
+    one, two = _PreparedImages.of(x1, network), _PreparedImages.blocks(x2, network)
     lanes = two.images.shape[-1]
     missing = -len(x2) % lanes
     filled = jnp.pad(cotangent, ((0, 0), (0, missing))).reshape(len(x1), -1, lanes)
 
-    def row(item: tuple[_Side, Array]) -> tuple[Array, list[Array]]:
+    def row(item: tuple[_PreparedImages, Array]) -> tuple[Array, list[Array]]:
         image, weights = item
 
-        def block(total: tuple, item: tuple[_Side, Array]) -> tuple[tuple, None]:
-            more = _pairs_with_adjoint(network, image, *item)[1:]
+        def block(total: tuple, item: tuple[_PreparedImages, Array]) -> tuple[tuple, None]:
+            more = _kernel_row_and_adjoint(network, image, *item)[1:]
             return jax.tree.map(jnp.add, total, more), None
 
         _, *shapes = jax.eval_shape(
-            lambda: _pairs_with_adjoint(network, image, _item(two, 0), weights[0])
+            lambda: _kernel_row_and_adjoint(network, image, _index(two, 0), weights[0])
         )
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), tuple(shapes))
         sums, _ = lax.scan(block, zeros, (two, weights))
@@ -128,73 +132,77 @@ _symmetric.defvjp(
 )
 
 
-class _Side(NamedTuple):
+class _PreparedImages(NamedTuple):
     """Images, (..., c, h, w, lanes), and their deviations before each ReLU, (..., h, w, lanes)."""
 
     images: Array
     deviations: Deviations
 
     @staticmethod
-    def of(x: Array, network: Architecture) -> "_Side":
+    def of(x: Array, network: Architecture) -> "_PreparedImages":
         """One image at a time: (n, c, h, w, 1)."""
         each = [d[..., None] for d in deviations(x, network)]
-        return _Side(jnp.moveaxis(x, -1, 1)[..., None], each)
+        return _PreparedImages(jnp.moveaxis(x, -1, 1)[..., None], each)
 
     @staticmethod
-    def blocks(x: Array, network: Architecture) -> "_Side":
+    def blocks(x: Array, network: Architecture) -> "_PreparedImages":
         """As many side by side as are vectorised."""
-        lanes = lanes_of(x, levels_of(network, x.shape))
-        each = [blocks(d, lanes) for d in deviations(x, network)]
-        return _Side(blocks(jnp.moveaxis(x, -1, 1), lanes), each)
+        lanes = choose_lanes(x, build_levels(network, x.shape))
+        each = [split_into_lanes(d, lanes) for d in deviations(x, network)]
+        return _PreparedImages(split_into_lanes(jnp.moveaxis(x, -1, 1), lanes), each)
 
 
-def _item(side: _Side, i: Array | int) -> _Side:
+def _index(side: _PreparedImages, i: Array | int) -> _PreparedImages:
     return jax.tree.map(lambda a: a[i], side)
 
 
-def _sides(levels: list[Level], one: Deviations, two: Deviations) -> list[tuple[Sides, ...]]:
+def _relu_deviations(
+    levels: list[Level], one: Deviations, two: Deviations
+) -> list[tuple[ReluDeviations, ...]]:
     """For each level, both sides' deviations at each of its ReLUs."""
     pairs = iter(zip(one, two, strict=True))
     return [
-        tuple(stages.sides(level.grid, *next(pairs)) for stage in level.stages if stage.relu)
+        tuple(
+            stages.pair_deviations(level.grid, *next(pairs)) for stage in level.stages if stage.relu
+        )
         for level in levels
     ]
 
 
-def _sources(
-    levels: list[Level], one: Array, two: Array, sigmas: list[tuple[Sides, ...]]
-) -> tuple[list[stages.Source], Array]:
+def _level_inputs(
+    levels: list[Level], one: Array, two: Array, sigmas: list[tuple[ReluDeviations, ...]]
+) -> tuple[list[stages.LevelInput], Array]:
     """What enters each level, and what the readout sums up."""
-    source: stages.Source = stages.images(levels[0].grid, one, two)
+    source: stages.LevelInput = stages.pad_images(levels[0].grid, one, two)
     sources = []
     for level, sigma in zip(levels, sigmas, strict=True):
         sources.append(source)
         source = planes.forward(level, source, sigma)
-    assert not isinstance(source, stages.Images)  # there is always a level
+    assert not isinstance(source, stages.PaddedImages)  # there is always a level
     return sources, source
 
 
-def _readout(network: Architecture, levels: list[Level]) -> float:
+def _readout_scale(network: Architecture, levels: list[Level]) -> float:
     """W² over the number of entries that the readout averages."""
     h, w = levels[-1].grid.shape
     return network.w_std**2 / (h * w) ** (2 if network.head == "gap" else 1)
 
 
-def _pairs(network: Architecture, one: _Side, two: _Side) -> Array:
+def _kernel_row(network: Architecture, one: _PreparedImages, two: _PreparedImages) -> Array:
     """The kernel of one image with each lane."""
-    levels = levels_of(network, two.images.shape)
-    sigmas = _sides(levels, one.deviations, two.deviations)
-    return _read(network, levels, _sources(levels, one.images, two.images, sigmas)[1])
+    levels = build_levels(network, two.images.shape)
+    sigmas = _relu_deviations(levels, one.deviations, two.deviations)
+    return _apply_readout(network, levels, _level_inputs(levels, one.images, two.images, sigmas)[1])
 
 
-def _read(network: Architecture, levels: list[Level], end: Array) -> Array:
+def _apply_readout(network: Architecture, levels: list[Level], end: Array) -> Array:
     """The dense readout: K' = W² K + b², T' = W² T + K'."""
     total = end.sum((0, 1))
-    return _readout(network, levels) * (total.real + total.imag) + network.b_std**2
+    return _readout_scale(network, levels) * (total.real + total.imag) + network.b_std**2
 
 
-def _pairs_with_adjoint(
-    network: Architecture, one: _Side, two: _Side, cotangent: Array
+def _kernel_row_and_adjoint(
+    network: Architecture, one: _PreparedImages, two: _PreparedImages, cotangent: Array
 ) -> tuple[Array, Array, list[Array]]:
     """The kernel of one image with each lane, and what a cotangent of it becomes.
 
@@ -202,13 +210,13 @@ def _pairs_with_adjoint(
         The kernel, (lanes,); the cotangents of the image, (c, h, w, lanes), and of log σ at each
         ReLU, (h, w, lanes).
     """
-    levels = levels_of(network, two.images.shape)
-    sigmas = _sides(levels, one.deviations, two.deviations)
-    sources, end = _sources(levels, one.images, two.images, sigmas)
-    g = jnp.broadcast_to(_readout(network, levels) * cotangent, end.shape)
+    levels = build_levels(network, two.images.shape)
+    sigmas = _relu_deviations(levels, one.deviations, two.deviations)
+    sources, end = _level_inputs(levels, one.images, two.images, sigmas)
+    g = jnp.broadcast_to(_readout_scale(network, levels) * cotangent, end.shape)
     g = lax.complex(g, g) if jnp.iscomplexobj(end) else g
     every: list[list[Array]] = []
     for level, source, sigma in reversed(list(zip(levels, sources, sigmas, strict=True))):
         g, logs = planes.backward(level, source, sigma, g)
         every.insert(0, logs)
-    return _read(network, levels, end), g, [log for logs in every for log in logs]
+    return _apply_readout(network, levels, end), g, [log for logs in every for log in logs]

@@ -22,19 +22,29 @@ from jax import lax
 from jaxtyping import Array
 
 from dsdistill.kernels import relu
-from dsdistill.kernels.conv.stages import UNROLLED, Images, Level, Sides, Source, read, written
+from dsdistill.kernels.conv.stages import (
+    MAX_UNROLLED_CHANNELS,
+    Level,
+    LevelInput,
+    PaddedImages,
+    ReluDeviations,
+    read_plane,
+    write_plane,
+)
 from dsdistill.kernels.notation import Stage
 
 PixelPair = tuple[int, int, int, int]  # row and column in the image's block, then in the lanes'
 
-BLOCK = [(j, k) for j in range(2) for k in range(2)]
-PATCH = [(j, k) for j in range(4) for k in range(4)]
+BLOCK_PIXELS = [(j, k) for j in range(2) for k in range(2)]
+PATCH_PIXELS = [(j, k) for j in range(4) for k in range(4)]
 
 
-def covers(source: Source, level: Level, channels: int = UNROLLED) -> TypeGuard[Images]:
+def covers(
+    source: LevelInput, level: Level, channels: int = MAX_UNROLLED_CHANNELS
+) -> TypeGuard[PaddedImages]:
     """Whether this is such a level: blocks fill the images, and there are few channels."""
     return (
-        isinstance(source, Images)
+        isinstance(source, PaddedImages)
         and level.stages == (Stage(conv=True, relu=True),)
         and level.coarse is not None
         and level.tangent
@@ -43,10 +53,10 @@ def covers(source: Source, level: Level, channels: int = UNROLLED) -> TypeGuard[
     )
 
 
-def forward(level: Level, source: Images, sigma: Sides) -> Array:
+def forward(level: Level, source: PaddedImages, sigma: ReluDeviations) -> Array:
     """The pooled planes, and one more that is of no use; sums, not yet means."""
     assert level.coarse is not None  # see `covers`
-    tiles = _Tiles.of(level, source, sigma)
+    tiles = _Patches.of(level, source, sigma)
     starts = jnp.asarray(level.coarse.starts)
     one = jax.eval_shape(tiles.pooled, starts[0])
     empty = jnp.zeros((len(starts) + 1, *one.shape), one.dtype)
@@ -60,35 +70,36 @@ def forward(level: Level, source: Images, sigma: Sides) -> Array:
 
 
 def backward(
-    level: Level, source: Images, sigma: Sides, cotangent: Array
+    level: Level, source: PaddedImages, sigma: ReluDeviations, cotangent: Array
 ) -> tuple[Array, list[Array]]:
     """The adjoint of `forward` for images of one channel, returned as `planes.backward` does."""
     assert level.coarse is not None  # see `covers`
-    tiles = _Tiles.of(level, source, sigma)
+    tiles = _Patches.of(level, source, sigma)
     starts = jnp.asarray(level.coarse.starts)
 
     def step(carry: tuple, item: tuple[Array, Array, Array]) -> tuple[tuple, None]:
         before, left, patches, logs = carry
         i, start, g = item
-        before = written(before, tiles.before(start), i)
-        left = written(left, tiles.left(before[..., 1:-1, 1:-1, :], start, g), i)
-        logs = logs + tiles.log(read(before, i), start, g)
+        before = write_plane(before, tiles.before(start), i)
+        left = write_plane(left, tiles.left(before[..., 1:-1, 1:-1, :], start, g), i)
+        logs = logs + tiles.log(read_plane(before, i), start, g)
         pairs = left[..., 1:-1, 1:-1, :]
         patches = [
-            total + tiles.onto(p, pairs, start) for p, total in zip(PATCH, patches, strict=True)
+            total + tiles.onto(p, pairs, start)
+            for p, total in zip(PATCH_PIXELS, patches, strict=True)
         ]
         return (before, left, patches, logs), None
 
     h, w, lanes = cotangent.shape[1:]
     pairs = jnp.zeros((2, 2, 2, 2, h + 2, w + 2, lanes), cotangent.real.dtype)
     blank = jnp.zeros((h, w, lanes), pairs.dtype)
-    empty = pairs, pairs, [blank] * len(PATCH), pairs[..., 1:-1, 1:-1, :]
+    empty = pairs, pairs, [blank] * len(PATCH_PIXELS), pairs[..., 1:-1, 1:-1, :]
     items = jnp.arange(len(starts)), starts, cotangent[:-1]
     (_, _, patches, logs), _ = lax.scan(step, empty, items)
-    return _folded(patches)[None], [_interleaved(logs.sum((2, 3)))]
+    return _fold_patches(patches)[None], [_interleave(logs.sum((2, 3)))]
 
 
-class _Tiles(NamedTuple):
+class _Patches(NamedTuple):
     """The patches of an image and of the lanes, and the deviations in their blocks.
 
     Attributes:
@@ -101,10 +112,10 @@ class _Tiles(NamedTuple):
     level: Level
     one: list[Array]
     two: list[Array]
-    sigma: Sides
+    sigma: ReluDeviations
 
     @staticmethod
-    def of(level: Level, source: Images, sigma: Sides) -> "_Tiles":
+    def of(level: Level, source: PaddedImages, sigma: ReluDeviations) -> "_Patches":
         grid, coarse = level.grid, level.coarse
         assert coarse is not None
         h, w = coarse.shape
@@ -112,11 +123,11 @@ class _Tiles(NamedTuple):
         # Where the first coarse offset has the corner of the first patch.
         y = int(2 * coarse.y.offsets[0]) + (grid.y.radius or 0)
         x = int(2 * coarse.x.offsets[0]) + (grid.x.radius or 0)
-        one = [_patches(channel, 4, 0, 0, (h, w)) for channel in source.one]
-        two = [_patches(channel, 4, y, x, size) for channel in source.two]
-        blocks = [_patches(d, 2, 0, 0, (h, w)) for d in sigma[:2]]
-        blocks += [_patches(d, 2, y + 1, x + 1, size) for d in sigma[2:]]
-        return _Tiles(level, one, two, Sides(*blocks))
+        one = [_extract_patches(channel, 4, 0, 0, (h, w)) for channel in source.one]
+        two = [_extract_patches(channel, 4, y, x, size) for channel in source.two]
+        blocks = [_extract_patches(d, 2, 0, 0, (h, w)) for d in sigma[:2]]
+        blocks += [_extract_patches(d, 2, y + 1, x + 1, size) for d in sigma[2:]]
+        return _Patches(level, one, two, ReluDeviations(*blocks))
 
     def cut(self, patches: Array, start: Array, j: int, k: int, count: int = 1) -> Array:
         """Entries j, k of the lanes' patches or blocks, or `count` entries from there on each way.
@@ -138,7 +149,7 @@ class _Tiles(NamedTuple):
             cos, sine, gain, _ = relu.angle((self.weight * total + self.level.bias) * n_inverse)
             every.append((n * (sine + cos * gain), n * cos * gain))
         nngp, ntk = zip(*every, strict=True)
-        return lax.complex(_total(nngp), _total(ntk))
+        return lax.complex(_sum(nngp), _sum(ntk))
 
     @property
     def weight(self) -> float:
@@ -146,31 +157,30 @@ class _Tiles(NamedTuple):
 
     def windows(self, start: Array) -> dict[PixelPair, Array]:
         """The sums over the 3x3 windows of all pairs, each product of two pixels taken once."""
-        two = [{p: self.cut(channel, start, *p) for p in PATCH} for channel in self.two]
+        two = [{p: self.cut(channel, start, *p) for p in PATCH_PIXELS} for channel in self.two]
         found = {}
         for y, x in itertools.product((-1, 0, 1), repeat=2):
             products = {
-                (j, k): _total(
-                    a[j, k] * b[j + y, k + x] for a, b in zip(self.one, two, strict=True)
-                )
-                for j, k in PATCH
-                if (j + y, k + x) in PATCH
+                (j, k): _sum(a[j, k] * b[j + y, k + x] for a, b in zip(self.one, two, strict=True))
+                for j, k in PATCH_PIXELS
+                if (j + y, k + x) in PATCH_PIXELS
             }
             columns = {
-                (a, k): _total(products[a + i, k] for i in range(3))
+                (a, k): _sum(products[a + i, k] for i in range(3))
                 for a in (0, 1)
                 for k in range(4)
                 if (a, k) in products and (a + 2, k) in products
             }
-            for a, b in BLOCK:
-                if (a + y, b + x) in BLOCK:
-                    found[a, b, a + y, b + x] = _total(columns[a, b + i] for i in range(3))
+            for a, b in BLOCK_PIXELS:
+                if (a + y, b + x) in BLOCK_PIXELS:
+                    found[a, b, a + y, b + x] = _sum(columns[a, b + i] for i in range(3))
         return found
 
     def before(self, start: Array) -> Array:
         """K = T before the ReLU, (2, 2, 2, 2, h/2, w/2, lanes), for images of one channel."""
-        total = _total(
-            _paired(self.one[0][j : j + 2, k : k + 2]) * self.cut(self.two[0], start, j, k, 2)
+        total = _sum(
+            _broadcast_to_pairs(self.one[0][j : j + 2, k : k + 2])
+            * self.cut(self.two[0], start, j, k, 2)
             for j, k in itertools.product(range(3), repeat=2)
         )
         return self.weight * total + self.level.bias
@@ -178,8 +188,8 @@ class _Tiles(NamedTuple):
     def scales(self, start: Array) -> tuple[Array, Array]:
         """n = σ1 σ2 and 1 / n, for all pairs."""
         one, one_inverse, two, two_inverse = self.sigma
-        n = _paired(one) * self.cut(two, start, 0, 0, 2)
-        return n, _paired(one_inverse) * self.cut(two_inverse, start, 0, 0, 2)
+        n = _broadcast_to_pairs(one) * self.cut(two, start, 0, 0, 2)
+        return n, _broadcast_to_pairs(one_inverse) * self.cut(two_inverse, start, 0, 0, 2)
 
     def left(self, before: Array, start: Array, g: Array) -> Array:
         """The cotangents of the sums over the windows of all pairs."""
@@ -196,24 +206,24 @@ class _Tiles(NamedTuple):
     def onto(self, pixel: tuple[int, int], pairs: Array, start: Array) -> Array:
         """What the pairs of one coarse plane say about one pixel of all patches of the image."""
         terms: dict[tuple[int, int], Array] = {}
-        for (a, b), (c, d) in itertools.product(BLOCK, BLOCK):
+        for (a, b), (c, d) in itertools.product(BLOCK_PIXELS, BLOCK_PIXELS):
             y, x = pixel[0] - a, pixel[1] - b  # within the window
             if 0 <= y < 3 and 0 <= x < 3:
                 other, g = (c + y, d + x), pairs[a, b, c, d]
                 terms[other] = terms[other] + g if other in terms else g
-        return _total(g * self.cut(self.two[0], start, *other) for other, g in terms.items())
+        return _sum(g * self.cut(self.two[0], start, *other) for other, g in terms.items())
 
 
-def _total(parts: Iterable[Array]) -> Array:
+def _sum(parts: Iterable[Array]) -> Array:
     return functools.reduce(jnp.add, parts)
 
 
-def _paired(blocks: Array) -> Array:
+def _broadcast_to_pairs(blocks: Array) -> Array:
     """An array (2, 2, ...) of the image, to be combined with one of the lanes."""
     return blocks[:, :, None, None]
 
 
-def _patches(x: Array, size: int, top: int, left: int, count: tuple[int, int]) -> Array:
+def _extract_patches(x: Array, size: int, top: int, left: int, count: tuple[int, int]) -> Array:
     """(H, W, lanes) to (size, size, *count, lanes), every second pixel being a corner."""
 
     def part(j: int, k: int) -> Array:
@@ -223,24 +233,28 @@ def _patches(x: Array, size: int, top: int, left: int, count: tuple[int, int]) -
     return jnp.stack([jnp.stack([part(j, k) for k in range(size)]) for j in range(size)])
 
 
-def _folded(patches: list[Array]) -> Array:
+def _fold_patches(patches: list[Array]) -> Array:
     """From the pixels of all patches, each (h, w, lanes), to the image, (2 h, 2 w, lanes)."""
-    p = dict(zip(PATCH, patches, strict=True))
+    p = dict(zip(PATCH_PIXELS, patches, strict=True))
     rows = {
-        (j, k): p[j + 1, k] + _shifted(p[(j + 3) % 4, k], j, 0) for j in (0, 1) for k in range(4)
+        (j, k): p[j + 1, k] + _shift_to_neighbour(p[(j + 3) % 4, k], j, 0)
+        for j in (0, 1)
+        for k in range(4)
     }
-    parts = [rows[j, k + 1] + _shifted(rows[j, (k + 3) % 4], k, 1) for j, k in BLOCK]
-    return _interleaved(jnp.stack(parts).reshape(2, 2, *parts[0].shape))
+    parts = [
+        rows[j, k + 1] + _shift_to_neighbour(rows[j, (k + 3) % 4], k, 1) for j, k in BLOCK_PIXELS
+    ]
+    return _interleave(jnp.stack(parts).reshape(2, 2, *parts[0].shape))
 
 
-def _shifted(x: Array, parity: int, axis: int) -> Array:
+def _shift_to_neighbour(x: Array, parity: int, axis: int) -> Array:
     """For even pixels what belongs to the next block, for odd ones to the block before."""
     kept = lax.slice_in_dim(x, parity, x.shape[axis] - 1 + parity, axis=axis)
     blank = jnp.zeros_like(lax.slice_in_dim(x, 0, 1, axis=axis))
     return jnp.concatenate([kept, blank] if parity else [blank, kept], axis)
 
 
-def _interleaved(blocks: Array) -> Array:
+def _interleave(blocks: Array) -> Array:
     """The four pixels of all blocks, (2, 2, h, w, lanes), to (2 h, 2 w, lanes)."""
     _, _, h, w, lanes = blocks.shape
     return blocks.transpose(2, 0, 3, 1, 4).reshape(2 * h, 2 * w, lanes)

@@ -20,19 +20,19 @@ from jaxtyping import Array
 
 from dsdistill.kernels.conv import stages
 from dsdistill.kernels.conv.gpu_programs import (
-    LANES,
-    SIDE,
-    WARPS,
+    LANES_PER_PROGRAM,
+    SQUARE_PIXELS,
+    WARPS_PER_PROGRAM,
     Covariances,
-    Spot,
+    ProgramPixels,
     StageProgram,
     pl,
     triton,
 )
-from dsdistill.kernels.conv.stages import Images, Level, Sides, Source
+from dsdistill.kernels.conv.stages import Level, LevelInput, PaddedImages, ReluDeviations
 from dsdistill.kernels.notation import Stage
 
-CHUNK = 32  # planes of a program that sums over planes
+PLANES_PER_PROGRAM = 32  # planes of a program that sums over planes
 INTERPRET = False  # run the programs in plain JAX: for tests without a GPU
 
 
@@ -49,89 +49,91 @@ class Cotangent(NamedTuple):
     pair: Covariances
 
 
-def used() -> bool:
+def is_enabled() -> bool:
     """Whether kernels are computed in this way here."""
     return INTERPRET or (triton is not None and jax.default_backend() == "gpu")
 
 
-def covers(level: Level, source: Source) -> bool:
+def covers(level: Level, source: LevelInput) -> bool:
     """Whether this level is computed in this way: programs count entries in 32 bits."""
-    lanes = (source.two if isinstance(source, Images) else source).shape[-1]
-    return used() and len(level.grid) * math.prod(level.grid.shape) * lanes < 2**31
+    lanes = (source.two if isinstance(source, PaddedImages) else source).shape[-1]
+    return is_enabled() and len(level.grid) * math.prod(level.grid.shape) * lanes < 2**31
 
 
-def forward(level: Level, source: Source, sigmas: tuple[Sides, ...]) -> Array:
+def forward(level: Level, source: LevelInput, sigmas: tuple[ReluDeviations, ...]) -> Array:
     """What `planes.forward` returns, sums in place of means."""
-    run = _Level(level, source, sigmas)
+    run = _LevelPrograms(level, source, sigmas)
     *_, last = run.entering(source)
     i = len(run.stages) - 1
     if level.coarse is None:
-        return stages.joined(*run.applied(i, last).map(lambda x: x.sum(0)))
-    return _one_more(stages.joined(*run.pooled(i, last)))
+        return stages.pack_complex(*run.applied(i, last).map(lambda x: x.sum(0)))
+    return _append_zero_plane(stages.pack_complex(*run.pooled(i, last)))
 
 
 def backward(
-    level: Level, source: Source, sigmas: tuple[Sides, ...], cotangent: Array
+    level: Level, source: LevelInput, sigmas: tuple[ReluDeviations, ...], cotangent: Array
 ) -> tuple[Array, list[Array]]:
     """What `planes.backward` returns."""
-    run = _Level(level, source, sigmas)
+    run = _LevelPrograms(level, source, sigmas)
     after = Cotangent("pooled" if level.coarse else "all", Covariances.of(cotangent))
     logs = []
     for i, entering in reversed(list(enumerate(run.entering(source)))):
         left, log = run.left(i, entering, after)
         after = Cotangent("window" if run.stages[i].conv else "plane", left)
         logs += [] if log is None else [log]
-    if isinstance(source, Images):
+    if isinstance(source, PaddedImages):
         return run.onto(source, after), logs[::-1]
-    box = jax.vmap(stages.window) if after.kind == "window" else lambda x: x
-    return _one_more(stages.joined(*after.pair.map(box))), logs[::-1]
+    box = jax.vmap(stages.window_sum) if after.kind == "window" else lambda x: x
+    return _append_zero_plane(stages.pack_complex(*after.pair.map(box))), logs[::-1]
 
 
-def _one_more(planes: Array) -> Array:
+def _append_zero_plane(planes: Array) -> Array:
     """A plane of zeros after all others."""
     return jnp.concatenate([planes, jnp.zeros_like(planes[:1])])
 
 
-class _Level:
+class _LevelPrograms:
     """The stages of one level, each as a function of what enters it: images, or all planes."""
 
-    def __init__(self, level: Level, source: Source, sigmas: tuple[Sides, ...]) -> None:
+    def __init__(
+        self, level: Level, source: LevelInput, sigmas: tuple[ReluDeviations, ...]
+    ) -> None:
         self.level, self.grid = level, level.grid
         self.stages = level.stages or (Stage(False, False),)
         rest = iter(sigmas)
         self.sigmas = [next(rest) if stage.relu else None for stage in self.stages]
-        first = source.two if isinstance(source, Images) else source
+        first = source.two if isinstance(source, PaddedImages) else source
         self.lanes, self.dtype = first.shape[-1], first.real.dtype
 
-    def entering(self, source: Source) -> list[Images | Covariances]:
+    def entering(self, source: LevelInput) -> list[PaddedImages | Covariances]:
         """What enters each stage."""
-        found: list[Images | Covariances] = [
-            source if isinstance(source, Images) else Covariances.of(source[:-1])
+        found: list[PaddedImages | Covariances] = [
+            source if isinstance(source, PaddedImages) else Covariances.of(source[:-1])
         ]
         for i in range(len(self.stages) - 1):
             found.append(self.applied(i, found[i]))
         return found
 
-    def applied(self, i: int, source: Images | Covariances) -> Covariances:
+    def applied(self, i: int, source: PaddedImages | Covariances) -> Covariances:
         """All planes after stage i, (n, h, w, lanes)."""
         if isinstance(source, Covariances) and self.stages[i] == Stage(False, False):
             return source
         made = self.made(i, source, len(self.grid), *self.grid.shape)
 
-        def program(spot: Spot, refs: Any, out: Covariances) -> None:
+        def program(spot: ProgramPixels, refs: Any, out: Covariances) -> None:
             spot = spot.square().at(pl.program_id(2))
             value = self.stage(i, spot, *refs).after()
             out.map(lambda ref, x: spot.write(ref, x), value)
 
-        return self.run(program, (source, self.sigmas[i]), made, len(self.grid), SIDE)
+        return self.run(program, (source, self.sigmas[i]), made, len(self.grid), SQUARE_PIXELS)
 
-    def pooled(self, i: int, source: Images | Covariances) -> Covariances:
+    def pooled(self, i: int, source: PaddedImages | Covariances) -> Covariances:
         """All planes after stage i and the pooling, sums of 16."""
         coarse = self.level.coarse
         assert coarse is not None  # a pooling follows
         made = self.made(i, source, len(coarse), *coarse.shape)
 
-        def program(spot: Spot, refs: Any, out: Covariances) -> None:
+        def program(spot: ProgramPixels, refs: Any, out: Covariances) -> None:
             plane = pl.program_id(2)
             value = self.stage(i, spot.pairs(coarse, plane), *refs).after()
             at = plane, spot.y, spot.x, spot.lanes[0]
@@ -140,7 +142,7 @@ class _Level:
         return self.run(program, (source, self.sigmas[i]), made, len(coarse), 2)
 
     def left(
-        self, i: int, source: Images | Covariances, after: Cotangent
+        self, i: int, source: PaddedImages | Covariances, after: Cotangent
     ) -> tuple[Covariances, Array | None]:
         """Cotangents of what enters stage i, up to the adjoint of its convolution, and of log σ1.
 
@@ -151,7 +153,7 @@ class _Level:
         both = isinstance(source, Covariances) and source.ntk is not None
         made = Covariances(like, like if both else None), log if self.stages[i].relu else None
 
-        def program(spot: Spot, refs: Any, out: Any) -> None:
+        def program(spot: ProgramPixels, refs: Any, out: Any) -> None:
             spot, chunk = spot.square(), pl.program_id(2)
 
             def step(plane: Array, total: Array) -> Array:
@@ -166,15 +168,15 @@ class _Level:
                 spot.at(chunk).write(out[1], total)
 
         refs = source, self.sigmas[i], after.pair
-        pair, log = self.run(program, refs, made, self.chunks, SIDE)
+        pair, log = self.run(program, refs, made, self.chunks, SQUARE_PIXELS)
         return pair, None if log is None else log.sum(0)
 
-    def onto(self, source: Images, after: Cotangent) -> Array:
+    def onto(self, source: PaddedImages, after: Cotangent) -> Array:
         """The cotangent of the image, (c, h, w, lanes)."""
         channels = len(source.two)
         made = self.like(channels, self.chunks, *self.grid.shape)
 
-        def program(spot: Spot, refs: Any, out: Any) -> None:
+        def program(spot: ProgramPixels, refs: Any, out: Any) -> None:
             two, g = refs
             spot, chunk = spot.square(), pl.program_id(2)
 
@@ -187,25 +189,27 @@ class _Level:
             for c, total in enumerate(totals):
                 spot.at(chunk).write(out, total / channels, c)
 
-        return self.run(program, (source.two, after.pair), made, self.chunks, SIDE).sum(1)
+        return self.run(program, (source.two, after.pair), made, self.chunks, SQUARE_PIXELS).sum(1)
 
-    def stage(self, i: int, spot: Spot, source: Any, sigma: Any) -> StageProgram:
+    def stage(self, i: int, spot: ProgramPixels, source: Any, sigma: Any) -> StageProgram:
         """Stage i in a program."""
         return StageProgram(self.level, self.stages[i], spot, source, sigma)
 
     @property
     def chunks(self) -> int:
-        return -(-len(self.grid) // CHUNK)
+        return -(-len(self.grid) // PLANES_PER_PROGRAM)
 
     def over(self, chunk: Array, step: Callable[..., Any], start: Any) -> Any:
         """A loop over the planes of one chunk."""
-        first = chunk * CHUNK
-        return lax.fori_loop(first, jnp.minimum(first + CHUNK, len(self.grid)), step, start)
+        first = chunk * PLANES_PER_PROGRAM
+        return lax.fori_loop(
+            first, jnp.minimum(first + PLANES_PER_PROGRAM, len(self.grid)), step, start
+        )
 
     def like(self, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((*shape, self.lanes), self.dtype)
 
-    def made(self, i: int, source: Images | Covariances, *shape: int) -> Covariances:
+    def made(self, i: int, source: PaddedImages | Covariances, *shape: int) -> Covariances:
         """The shape of what leaves stage i."""
         given = isinstance(source, Covariances) and source.ntk is not None
         both = given or (self.level.tangent and self.stages[i].conv)
@@ -217,18 +221,18 @@ class _Level:
         """A program for some lanes, each square of pixels, and each plane, or chunk of planes."""
         h, w = self.grid.shape
         rows, columns = (h // 2, w // 2) if side == 2 else (-(-h // side), -(-w // side))
-        width = min(LANES, self.lanes & -self.lanes)
+        width = min(LANES_PER_PROGRAM, self.lanes & -self.lanes)
 
         def kernel(given: Any, made: Any) -> None:
             lanes = pl.program_id(0) * width + lax.broadcasted_iota(jnp.int32, (1, width), 1)
             block = pl.program_id(1)
             y, x = lax.div(block, jnp.int32(columns)), lax.rem(block, jnp.int32(columns))
-            program(Spot(self.grid, y, x, lanes), given, made)
+            program(ProgramPixels(self.grid, y, x, lanes), given, made)
 
         return pl.pallas_call(
             kernel,
             out_shape=(made,),
             grid=(self.lanes // width, rows * columns, planes),
             interpret=INTERPRET,
-            compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=1),
+            compiler_params=triton.CompilerParams(num_warps=WARPS_PER_PROGRAM, num_stages=1),
         )(given)[0]

@@ -16,8 +16,8 @@ from jaxtyping import Array
 
 from dsdistill.kernels import relu
 from dsdistill.kernels.conv import stages
-from dsdistill.kernels.conv.offsets import Axis, Grid
-from dsdistill.kernels.conv.stages import Images, Level
+from dsdistill.kernels.conv.offsets import AxisOffsets, Grid
+from dsdistill.kernels.conv.stages import Level, PaddedImages
 from dsdistill.kernels.notation import Stage
 
 pl: Any
@@ -28,11 +28,11 @@ try:
 except ImportError:  # deprecated since JAX 0.11
     pl = triton = None
 
-SIDE = 4  # pixels: a program takes a square, whose windows share most of what they read
-LANES = 32  # of a program: 128 bytes that lie side by side
-WARPS = 4  # of 32 threads, for one program
+SQUARE_PIXELS = 4  # pixels: a program takes a square, whose windows share most of what they read
+LANES_PER_PROGRAM = 32  # of a program: 128 bytes that lie side by side
+WARPS_PER_PROGRAM = 4  # of 32 threads, for one program
 
-WINDOW = list(itertools.product((-1, 0, 1), repeat=2))
+WINDOW_SHIFTS = list(itertools.product((-1, 0, 1), repeat=2))
 
 
 class Covariances(NamedTuple):
@@ -51,7 +51,7 @@ class Covariances(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Spot:
+class ProgramPixels:
     """Where a program reads and writes: pixels (p, 1) of some plane and lanes (1, l).
 
     Attributes:
@@ -78,24 +78,28 @@ class Spot:
     def plane(self) -> Any:
         return self.row * len(self.grid.x) + self.column
 
-    def square(self) -> "Spot":
+    def square(self) -> "ProgramPixels":
         """All pixels of the square."""
-        i = lax.broadcasted_iota(jnp.int32, (SIDE * SIDE, 1), 0)
-        return replace(self, y=self.y * SIDE + i // SIDE, x=self.x * SIDE + i % SIDE)
+        i = lax.broadcasted_iota(jnp.int32, (SQUARE_PIXELS * SQUARE_PIXELS, 1), 0)
+        return replace(
+            self,
+            y=self.y * SQUARE_PIXELS + i // SQUARE_PIXELS,
+            x=self.x * SQUARE_PIXELS + i % SQUARE_PIXELS,
+        )
 
-    def at(self, plane: Array) -> "Spot":
+    def at(self, plane: Array) -> "ProgramPixels":
         """In a plane."""
         columns = jnp.int32(len(self.grid.x))
         plane = plane.astype(jnp.int32)
         return replace(self, row=lax.div(plane, columns), column=lax.rem(plane, columns))
 
-    def pairs(self, coarse: Grid, plane: Array) -> "Spot":
+    def pairs(self, coarse: Grid, plane: Array) -> "ProgramPixels":
         """The 16 pairs of pixels, each in its plane, that are pooled into a pixel of a plane."""
         i = lax.broadcasted_iota(jnp.int32, (16, 1), 0)
         a, b, c, d = ((i >> shift) & 1 for shift in (3, 2, 1, 0))
         columns = jnp.int32(len(coarse.x))
-        row, one = _refined(self.grid.y, coarse.y, lax.div(plane, columns), c - a)
-        column, two = _refined(self.grid.x, coarse.x, lax.rem(plane, columns), d - b)
+        row, one = _fine_index(self.grid.y, coarse.y, lax.div(plane, columns), c - a)
+        column, two = _fine_index(self.grid.x, coarse.x, lax.rem(plane, columns), d - b)
         y, x = 2 * self.y + a, 2 * self.x + b
         return replace(self, y=y, x=x, row=row, column=column, valid=one & two)
 
@@ -106,8 +110,8 @@ class Spot:
 
     def mask(self) -> Array:
         """Whether both pixels of each pair lie inside their images."""
-        y = _inside(self.grid.y, self.y + self.row)
-        return self.inside() & y & _inside(self.grid.x, self.x + self.column)
+        y = _q_is_inside(self.grid.y, self.y + self.row)
+        return self.inside() & y & _q_is_inside(self.grid.x, self.x + self.column)
 
     def entries(self, ref: Any, *index: Any) -> Any:
         """The part (p, l) of an array that has these indices for each pixel."""
@@ -126,7 +130,7 @@ class Spot:
 
     def box(self, planes: Any) -> Array:
         """The same, summed up over the windows."""
-        return functools.reduce(jnp.add, (self.here(planes, dy, dx) for dy, dx in WINDOW))
+        return functools.reduce(jnp.add, (self.here(planes, dy, dx) for dy, dx in WINDOW_SHIFTS))
 
     def one(self, ref: Any, *index: int, dy: int = 0, dx: int = 0, margin: int = 0) -> Array:
         """Of the image, which may have a margin."""
@@ -152,22 +156,22 @@ class Spot:
         if kind == "all":
             return given.map(self.one)
         assert coarse is not None  # the planes are pooled
-        row, one = _pooled(self.grid.y, coarse.y, self.row, self.y)
-        column, two = _pooled(self.grid.x, coarse.x, self.column, self.x)
+        row, one = _coarse_index(self.grid.y, coarse.y, self.row, self.y)
+        column, two = _coarse_index(self.grid.x, coarse.x, self.column, self.x)
         y, x = self.y >> 1, self.x >> 1
         inside = one & two & (y < coarse.shape[0]) & (x < coarse.shape[1])
         plane = row * len(coarse.x) + column
         return given.map(lambda ref: self.read(ref, plane, y, x, inside=inside))
 
 
-def _inside(axis: Axis, i: Array) -> Array:
+def _q_is_inside(axis: AxisOffsets, i: Array) -> Array:
     """Whether the q of pixel and plane lies inside the image, by the sum of their indices."""
     if axis.radius is None:
         return (lax.rem(i, jnp.full_like(i, axis.period)) < axis.size) & (i >= 0)
     return (i >= axis.radius) & (i < axis.radius + axis.size)
 
 
-def _refined(fine: Axis, coarse: Axis, i: Array, d: Array) -> tuple[Array, Array]:
+def _fine_index(fine: AxisOffsets, coarse: AxisOffsets, i: Array, d: Array) -> tuple[Array, Array]:
     """The index of the offset that is d more than twice the i-th one, and whether there is one."""
     if fine.radius is None or coarse.radius is None:
         j = 2 * i + d
@@ -177,7 +181,9 @@ def _refined(fine: Axis, coarse: Axis, i: Array, d: Array) -> tuple[Array, Array
     return jnp.where(valid, j, 0), valid
 
 
-def _pooled(fine: Axis, coarse: Axis, i: Array, pixel: Array) -> tuple[Array, Array]:
+def _coarse_index(
+    fine: AxisOffsets, coarse: AxisOffsets, i: Array, pixel: Array
+) -> tuple[Array, Array]:
     """The index of the coarse offset to which the i-th one is pooled, and whether there is one."""
     if fine.radius is None or coarse.radius is None:
         j = (i + (pixel & 1)) >> 1
@@ -196,15 +202,17 @@ class StageProgram:
         sigma: To the deviations at its ReLU.
     """
 
-    def __init__(self, level: Level, stage: Stage, spot: Spot, source: Any, sigma: Any) -> None:
+    def __init__(
+        self, level: Level, stage: Stage, spot: ProgramPixels, source: Any, sigma: Any
+    ) -> None:
         self.level, self.stage = level, stage
         self.spot, self.source, self.sigma = spot, source, sigma
 
     def before(self) -> Covariances:
         """K and T before the ReLU."""
         spot, source, conv = self.spot, self.source, self.stage.conv
-        if isinstance(source, Images):
-            parts = (self.product(dy, dx) for dy, dx in (WINDOW if conv else [(0, 0)]))
+        if isinstance(source, PaddedImages):
+            parts = (self.product(dy, dx) for dy, dx in (WINDOW_SHIFTS if conv else [(0, 0)]))
             total = Covariances(functools.reduce(jnp.add, parts) / source.two.shape[0])
         else:
             total = source.map(spot.box if conv else spot.here)

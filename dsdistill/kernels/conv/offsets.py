@@ -22,7 +22,7 @@ from dsdistill.harness.errors import UserError
 
 
 @dataclass(frozen=True)
-class Axis:
+class AxisOffsets:
     """The offsets along one image axis, at one resolution.
 
     Attributes:
@@ -66,7 +66,7 @@ class Axis:
         q = q % self.period if self.radius is None else q
         return (q >= 0) & (q < self.size)
 
-    def pooled(self, coarse: "Axis") -> Int[np.ndarray, "2 d"]:
+    def pooled(self, coarse: "AxisOffsets") -> Int[np.ndarray, "2 d"]:
         """For even and odd p, the coarse offset index that each offset goes to, or -1."""
         to = (self.offsets + np.arange(2)[:, None]) // 2
         if coarse.radius is None:
@@ -78,8 +78,8 @@ class Axis:
 class Grid:
     """The planes of one resolution: every combination of the offsets of two axes."""
 
-    y: Axis
-    x: Axis
+    y: AxisOffsets
+    x: AxisOffsets
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -95,14 +95,14 @@ class Grid:
     @property
     def starts(self) -> Int[np.ndarray, "n 2"]:
         """Where a plane with a margin of one pixel begins in an extended array."""
-        return _pairs(self.y.starts, self.x.starts)
+        return _combine(self.y.starts, self.x.starts)
 
     def pooled(self, coarse: "Grid") -> Int[np.ndarray, "n 4"]:
         """Where the pixels of each parity (y then x) go: a coarse plane, or len(coarse)."""
         parts = []
         for y in self.y.pooled(coarse.y):
             for x in self.x.pooled(coarse.x):
-                both = _pairs(y, x)
+                both = _combine(y, x)
                 inside = (both >= 0).all(1)
                 parts.append(np.where(inside, both @ [len(coarse.x), 1], len(coarse)))
         return np.stack(parts, 1)
@@ -136,16 +136,16 @@ def grids(height: int, width: int, poolings: int, everywhere: bool) -> tuple[Gri
     return tuple(Grid(y, x) for y, x in zip(*axes, strict=True))
 
 
-def _axes(size: int, poolings: int, everywhere: bool) -> list[Axis]:
+def _axes(size: int, poolings: int, everywhere: bool) -> list[AxisOffsets]:
     sizes = [size >> level for level in range(poolings + 1)]
     if everywhere:
         last = sizes[-1] + 1
-        return [Axis(s, None, last << (poolings - level)) for level, s in enumerate(sizes)]
+        return [AxisOffsets(s, None, last << (poolings - level)) for level, s in enumerate(sizes)]
     radii = [min((1 << (poolings - level)) - 1, s - 1) for level, s in enumerate(sizes)]
-    return [Axis(s, r) for s, r in zip(sizes, radii, strict=True)]
+    return [AxisOffsets(s, r) for s, r in zip(sizes, radii, strict=True)]
 
 
-def _pairs(y: np.ndarray, x: np.ndarray) -> Int[np.ndarray, "n 2"]:
+def _combine(y: np.ndarray, x: np.ndarray) -> Int[np.ndarray, "n 2"]:
     """Every combination, the second running fastest."""
     return np.stack(np.meshgrid(y, x, indexing="ij"), -1).reshape(-1, 2)
 

@@ -3,7 +3,7 @@
 Why it looks as it does: XLA fuses a loop body into as few kernels as it can, and evaluates a value
 again wherever it is used: nine times in a convolution's window, twice for two results. What it
 writes into an array that the loop carries it computes once, and in place. So every plane that is
-used more than once is written into such an array (`stages.written`), which stays in the
+used more than once is written into such an array (`stages.write_plane`), which stays in the
 processor's cache, and K and T travel as one complex number, so that one result is all that a
 kernel has. Lanes come last because they are vectorised.
 """
@@ -15,11 +15,11 @@ from jaxtyping import Array
 
 from dsdistill.kernels.conv import first_level, gpu
 from dsdistill.kernels.conv.offsets import Grid
-from dsdistill.kernels.conv.stages import Level, PlaneIndex, Sides, Source, Stages
-from dsdistill.kernels.conv.stages_adjoint import Reversal
+from dsdistill.kernels.conv.stages import Level, LevelInput, PlaneIndex, ReluDeviations, Stages
+from dsdistill.kernels.conv.stages_adjoint import StagesAdjoint
 
 
-def forward(level: Level, source: Source, sigmas: tuple[Sides, ...]) -> Array:
+def forward(level: Level, source: LevelInput, sigmas: tuple[ReluDeviations, ...]) -> Array:
     """All planes of a level, pooled or summed up.
 
     Args:
@@ -36,11 +36,11 @@ def forward(level: Level, source: Source, sigmas: tuple[Sides, ...]) -> Array:
     elif first_level.covers(source, level):
         total = first_level.forward(level, source, sigmas[0])
     else:
-        total = _summed(Stages(level, source, sigmas))
-    return total if level.coarse is None else total * _mean_of_16(level.coarse, total)
+        total = _sum_planes(Stages(level, source, sigmas))
+    return total if level.coarse is None else total * _pooling_weights(level.coarse, total)
 
 
-def _summed(run: Stages) -> Array:
+def _sum_planes(run: Stages) -> Array:
     """What `forward` gives, but sums in place of means."""
 
     def step(carry: tuple[Array, list[Array]], entry: PlaneIndex) -> tuple[tuple, None]:
@@ -48,12 +48,12 @@ def _summed(run: Stages) -> Array:
         buffers = run.entering(buffers, entry)
         return (run.added(total, entry, buffers[-1]), buffers), None
 
-    (total, _), _ = lax.scan(step, (run.empty(), run.buffers()), _entries(run.level))
+    (total, _), _ = lax.scan(step, (run.empty(), run.buffers()), _plane_indices(run.level))
     return total
 
 
 def backward(
-    level: Level, source: Source, sigmas: tuple[Sides, ...], cotangent: Array
+    level: Level, source: LevelInput, sigmas: tuple[ReluDeviations, ...], cotangent: Array
 ) -> tuple[Array, list[Array]]:
     """The adjoint of `forward` in the first side only; the planes are computed anew.
 
@@ -67,13 +67,13 @@ def backward(
         (h, w, lanes).
     """
     if level.coarse is not None:
-        cotangent = cotangent * _mean_of_16(level.coarse, cotangent)
+        cotangent = cotangent * _pooling_weights(level.coarse, cotangent)
     if gpu.covers(level, source):
         return gpu.backward(level, source, sigmas, cotangent)
     if first_level.covers(source, level, channels=1):
         return first_level.backward(level, source, sigmas[0], cotangent)
     run = Stages(level, source, sigmas)
-    reversal = Reversal(run, cotangent)
+    reversal = StagesAdjoint(run, cotangent)
 
     def step(carry: tuple, entry: PlaneIndex) -> tuple[tuple, None]:
         total, logs, buffers, blocks, places = carry
@@ -83,11 +83,11 @@ def backward(
         return (reversal.added(total, entry, places[0].left), logs, buffers, blocks, places), None
 
     start = reversal.empty(), reversal.logs(), run.buffers(), reversal.blocks(), reversal.places()
-    (total, logs, *_), _ = lax.scan(step, start, _entries(level))
+    (total, logs, *_), _ = lax.scan(step, start, _plane_indices(level))
     return total, logs
 
 
-def _entries(level: Level) -> PlaneIndex:
+def _plane_indices(level: Level) -> PlaneIndex:
     """For every plane."""
     grid = level.grid
     n = len(grid)
@@ -95,7 +95,7 @@ def _entries(level: Level) -> PlaneIndex:
     return PlaneIndex(jnp.arange(n), jnp.asarray(grid.starts), jnp.asarray(to))
 
 
-def _mean_of_16(grid: Grid, like: Array) -> Array:
+def _pooling_weights(grid: Grid, like: Array) -> Array:
     """1/16 where both pixels lie inside their images; one plane more of zeros."""
     y, x = (jnp.asarray(axis.valid / 4, like.real.dtype) for axis in (grid.y, grid.x))
     every = (y[:, None, :, None] * x[None, :, None]).reshape(-1, *grid.shape, 1)

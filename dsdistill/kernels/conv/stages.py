@@ -1,6 +1,6 @@
 """What the layers of one resolution do to one plane.
 
-A plane holds the kernels of one offset (see `geometry`) for one image against some others, the
+A plane holds the kernels of one offset (see `offsets`) for one image against some others, the
 lanes, as (h, w, lanes): the covariance K alone, or K + i T with the tangent kernel T. With s the
 sum over a 3x3 window, zero outside the images,
 
@@ -21,7 +21,7 @@ from dsdistill.kernels import relu
 from dsdistill.kernels.conv.offsets import Grid
 from dsdistill.kernels.notation import Stage
 
-UNROLLED = 4  # channels
+MAX_UNROLLED_CHANNELS = 4  # channels
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Level:
     tangent: bool = True
 
 
-class Sides(NamedTuple):
+class ReluDeviations(NamedTuple):
     """Deviations of the pre-activations of one ReLU, and their inverses.
 
     Attributes:
@@ -58,7 +58,7 @@ class Sides(NamedTuple):
     two_inverse: Array
 
 
-class Images(NamedTuple):
+class PaddedImages(NamedTuple):
     """The pixels a network begins with: their covariance is the mean of products over channels.
 
     Attributes:
@@ -78,7 +78,7 @@ class PlaneIndex(NamedTuple):
     to: Array
 
 
-class Part(NamedTuple):
+class PixelSlice(NamedTuple):
     """Every `step`-th pixel of a plane from (y, x) on: h rows and w columns."""
 
     y: int
@@ -88,21 +88,21 @@ class Part(NamedTuple):
     step: int
 
 
-Source = Images | Array  # an array: the planes of the level before, (n + 1, h, w, lanes)
+LevelInput = PaddedImages | Array  # an array: the planes of the level before, (n + 1, h, w, lanes)
 
 
-def sides(grid: Grid, one: Array, two: Array) -> Sides:
+def pair_deviations(grid: Grid, one: Array, two: Array) -> ReluDeviations:
     """From the deviations (h, w, 1 or lanes) of an image and (h, w, lanes) of the lanes."""
     extended = grid.extended(two)
-    return Sides(one, inverse(one), extended, inverse(extended))
+    return ReluDeviations(one, reciprocal_or_zero(one), extended, reciprocal_or_zero(extended))
 
 
-def images(grid: Grid, one: Array, two: Array) -> Images:
+def pad_images(grid: Grid, one: Array, two: Array) -> PaddedImages:
     """From an image (c, h, w, 1 or lanes) and the lanes (c, h, w, lanes)."""
-    return Images(margin(one), grid.extended(two))
+    return PaddedImages(pad_margin(one), grid.extended(two))
 
 
-def inverse(x: Array) -> Array:
+def reciprocal_or_zero(x: Array) -> Array:
     """1 / x, and 0 for 0."""
     return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0)
 
@@ -110,20 +110,22 @@ def inverse(x: Array) -> Array:
 class Stages:
     """The stages of one level; every method is a pure function of its arguments."""
 
-    def __init__(self, level: Level, source: Source, sigmas: tuple[Sides, ...]) -> None:
+    def __init__(
+        self, level: Level, source: LevelInput, sigmas: tuple[ReluDeviations, ...]
+    ) -> None:
         self.level, self.source = level, source
         self.stages = level.stages or (Stage(False, False),)
         rest = iter(sigmas)
         self.sigmas = [next(rest) if stage.relu else None for stage in self.stages]
-        first = source.two if isinstance(source, Images) else source
+        first = source.two if isinstance(source, PaddedImages) else source
         self.lanes, self.dtype = first.shape[-1], first.real.dtype
         h, w = level.grid.shape
-        self.whole = Part(0, 0, h, w, 1)
+        self.whole = PixelSlice(0, 0, h, w, 1)
         self.mask = level.grid.extended(jnp.ones((h, w, 1), self.dtype))
 
     def has_tangent(self, i: int) -> bool:
         """Whether the planes that enter stage i hold T beside K."""
-        if not isinstance(self.source, Images) and is_complex(self.source):
+        if not isinstance(self.source, PaddedImages) and is_complex(self.source):
             return True
         return self.level.tangent and any(stage.conv for stage in self.stages[:i])
 
@@ -131,7 +133,7 @@ class Stages:
         """A plane of zeros, with a margin of `edge` pixels."""
         h, w = self.level.grid.shape
         shape = (h + 2 * edge, w + 2 * edge, self.lanes)
-        return jnp.zeros(shape, _complex(self.dtype) if complex_ else self.dtype)
+        return jnp.zeros(shape, _complex_dtype(self.dtype) if complex_ else self.dtype)
 
     def buffers(self) -> list[Array]:
         """For each stage a place for the plane that enters it, with a margin of zeros."""
@@ -139,18 +141,18 @@ class Stages:
 
     def entering(self, buffers: list[Array], entry: PlaneIndex) -> list[Array]:
         """The same places, now with what one plane becomes on its way."""
-        planes = [written(buffers[0], self.first(entry), entry.plane)]
+        planes = [write_plane(buffers[0], self.first(entry), entry.plane)]
         for i, buffer in enumerate(buffers[1:]):
-            after = joined(*self.applied(i, entry, planes[i], self.whole))
-            planes.append(written(buffer, after, entry.plane))
+            after = pack_complex(*self.applied(i, entry, planes[i], self.whole))
+            planes.append(write_plane(buffer, after, entry.plane))
         return planes
 
     def first(self, entry: PlaneIndex) -> Array:
         """The plane that enters the first stage."""
-        if not isinstance(self.source, Images):
+        if not isinstance(self.source, PaddedImages):
             return self.source[entry.plane]
         one, two = self.source.one[:, 1:-1, 1:-1], self.source.two
-        if len(two) > UNROLLED:
+        if len(two) > MAX_UNROLLED_CHANNELS:
             return jnp.sum(one * self.cut(two, entry), 0) / len(two)
         # XLA's own sum over a leading axis is not vectorised.
         products = [a * self.cut(b, entry) for a, b in zip(one, two, strict=True)]
@@ -163,16 +165,18 @@ class Stages:
         size = (*lead, h, w, extended.shape[-1])
         return lax.dynamic_slice(extended, (*[0] * len(lead), y, x, 0), size)
 
-    def inside(self, entry: PlaneIndex, part: Part) -> Array:
+    def inside(self, entry: PlaneIndex, part: PixelSlice) -> Array:
         """1 where q lies inside the image, 0 elsewhere."""
-        return taken(self.cut(self.mask, entry), part)
+        return slice_pixels(self.cut(self.mask, entry), part)
 
-    def before(self, i: int, entry: PlaneIndex, z: Array, part: Part) -> tuple[Array, Array | None]:
+    def before(
+        self, i: int, entry: PlaneIndex, z: Array, part: PixelSlice
+    ) -> tuple[Array, Array | None]:
         """K and T before the ReLU of stage i; T is None as long as it is 0 or not wanted."""
         if not self.stages[i].conv:
-            centre = taken(z, part, 1, 1)
+            centre = slice_pixels(z, part, 1, 1)
             return (centre.real, centre.imag) if is_complex(z) else (centre, None)
-        total, mask = window_in(z, part), self.inside(entry, part)
+        total, mask = window_sum_padded(z, part), self.inside(entry, part)
         nngp = (self.level.weight * total.real + self.level.bias) * mask
         if not self.level.tangent:
             return nngp, None
@@ -180,16 +184,16 @@ class Stages:
             return nngp, nngp
         return nngp, self.level.weight * total.imag * mask + nngp
 
-    def scales(self, i: int, entry: PlaneIndex, part: Part) -> tuple[Array, Array]:
+    def scales(self, i: int, entry: PlaneIndex, part: PixelSlice) -> tuple[Array, Array]:
         """n = σ1 σ2 and 1 / n at the ReLU of stage i."""
         sides = self.sigmas[i]
         assert sides is not None  # the stage has a ReLU
         one, one_inverse, two, two_inverse = sides
-        n = taken(one, part) * taken(self.cut(two, entry), part)
-        return n, taken(one_inverse, part) * taken(self.cut(two_inverse, entry), part)
+        n = slice_pixels(one, part) * slice_pixels(self.cut(two, entry), part)
+        return n, slice_pixels(one_inverse, part) * slice_pixels(self.cut(two_inverse, entry), part)
 
     def applied(
-        self, i: int, entry: PlaneIndex, z: Array, part: Part
+        self, i: int, entry: PlaneIndex, z: Array, part: PixelSlice
     ) -> tuple[Array, Array | None]:
         """K and T after stage i."""
         nngp, ntk = self.before(i, entry, z, part)
@@ -205,39 +209,39 @@ class Stages:
         if self.level.coarse is None:
             return self.blank(both)
         shape = (len(self.level.coarse) + 1, *self.level.coarse.shape, self.lanes)
-        return jnp.zeros(shape, _complex(self.dtype) if both else self.dtype)
+        return jnp.zeros(shape, _complex_dtype(self.dtype) if both else self.dtype)
 
     def added(self, total: Array, entry: PlaneIndex, z: Array) -> Array:
         """The last stage of a plane, added to the planes that it is pooled into."""
         i = len(self.stages) - 1
         if self.level.coarse is None:
-            return total + joined(*self.applied(i, entry, z, self.whole))
+            return total + pack_complex(*self.applied(i, entry, z, self.whole))
         for parity, part in enumerate(self.parities()):
-            more = joined(*self.applied(i, entry, z, part))[None]
+            more = pack_complex(*self.applied(i, entry, z, part))[None]
             at = (entry.to[parity], 0, 0, 0)
             old = lax.dynamic_slice(total, at, more.shape)
             total = lax.dynamic_update_slice(total, old + more, at)
         return total
 
-    def parities(self) -> list[Part]:
+    def parities(self) -> list[PixelSlice]:
         """The pixels that a pooling treats alike: even and odd rows, even and odd columns."""
         h, w = self.level.grid.shape
-        return [Part(y, x, h // 2, w // 2, 2) for y in (0, 1) for x in (0, 1)]
+        return [PixelSlice(y, x, h // 2, w // 2, 2) for y in (0, 1) for x in (0, 1)]
 
 
 def is_complex(x: Array) -> bool:
     return jnp.issubdtype(x.dtype, jnp.complexfloating)
 
 
-def _complex(dtype: Any) -> Any:
+def _complex_dtype(dtype: Any) -> Any:
     return jnp.result_type(dtype, jnp.complex64)
 
 
-def joined(nngp: Array, ntk: Array | None) -> Array:
+def pack_complex(nngp: Array, ntk: Array | None) -> Array:
     return nngp if ntk is None else lax.complex(nngp, ntk)
 
 
-def written(buffer: Array, plane: Array, i: Array) -> Array:
+def write_plane(buffer: Array, plane: Array, i: Array) -> Array:
     """A buffer (..., h + 2, w + 2, lanes) with a margin of zeros, holding another plane.
 
     XLA writes in place what a loop carries. It must not know where, or it would take the plane
@@ -248,7 +252,7 @@ def written(buffer: Array, plane: Array, i: Array) -> Array:
     return lax.dynamic_update_slice(buffer, plane, at)
 
 
-def read(buffer: Array, i: Array) -> Array:
+def read_plane(buffer: Array, i: Array) -> Array:
     """The plane in a buffer, for a second use that XLA does not know to be of the same plane.
 
     It would otherwise store what two uses have in common, such as a square root.
@@ -259,12 +263,12 @@ def read(buffer: Array, i: Array) -> Array:
     return lax.dynamic_slice(buffer, at, (*lead, h - 2, w - 2, lanes))
 
 
-def margin(z: Array) -> Array:
+def pad_margin(z: Array) -> Array:
     """One pixel of zeros around (..., h, w, lanes)."""
     return jnp.pad(z, [(0, 0)] * (z.ndim - 3) + [(1, 1), (1, 1), (0, 0)])
 
 
-def taken(z: Array, part: Part, dy: int = 0, dx: int = 0) -> Array:
+def slice_pixels(z: Array, part: PixelSlice, dy: int = 0, dx: int = 0) -> Array:
     """A part of a plane, shifted."""
     y, x, h, w, step = part
     y, x = y + dy, x + dx
@@ -272,14 +276,14 @@ def taken(z: Array, part: Part, dy: int = 0, dx: int = 0) -> Array:
     return lax.slice(z, (y, x, 0), stop, (step, step, 1))
 
 
-def window(z: Array) -> Array:
+def window_sum(z: Array) -> Array:
     """The sum over the 3x3 window of each pixel of (h, w, lanes), zero outside."""
     h, w, _ = z.shape
-    return window_in(margin(z), Part(0, 0, h, w, 1))
+    return window_sum_padded(pad_margin(z), PixelSlice(0, 0, h, w, 1))
 
 
-def window_in(z: Array, part: Part) -> Array:
+def window_sum_padded(z: Array, part: PixelSlice) -> Array:
     """The sum over the 3x3 window of each pixel, of a plane with a margin."""
-    columns = [[taken(z, part, dy, dx) for dy in range(3)] for dx in range(3)]
+    columns = [[slice_pixels(z, part, dy, dx) for dy in range(3)] for dx in range(3)]
     left, middle, right = (top + centre + bottom for top, centre, bottom in columns)
     return left + middle + right

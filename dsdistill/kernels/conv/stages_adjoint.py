@@ -11,19 +11,19 @@ from jaxtyping import Array
 
 from dsdistill.kernels import relu
 from dsdistill.kernels.conv.stages import (
-    Images,
+    PaddedImages,
     PlaneIndex,
     Stages,
     is_complex,
-    joined,
-    read,
-    taken,
-    window_in,
-    written,
+    pack_complex,
+    read_plane,
+    slice_pixels,
+    window_sum_padded,
+    write_plane,
 )
 
 
-class Places(NamedTuple):
+class StageBuffers(NamedTuple):
     """Where one stage writes down what is used more than once, each with a margin of zeros.
 
     Attributes:
@@ -35,18 +35,18 @@ class Places(NamedTuple):
     left: Array
 
 
-class Reversal:
+class StagesAdjoint:
     """The stages of one level, backwards; every method is a pure function of its arguments."""
 
     def __init__(self, run: Stages, cotangent: Array) -> None:
         self.run, self.cotangent = run, cotangent
 
-    def places(self) -> list[Places]:
+    def places(self) -> list[StageBuffers]:
         """Zeros."""
         run, found = self.run, []
         for i, stage in enumerate(run.stages):
             place = run.blank(run.has_tangent(i), 1)
-            found.append(Places(place if stage.relu else None, place))
+            found.append(StageBuffers(place if stage.relu else None, place))
         return found
 
     def logs(self) -> list[Array]:
@@ -56,7 +56,7 @@ class Reversal:
     def empty(self) -> Array:
         """What `added` starts from."""
         run = self.run
-        if isinstance(run.source, Images):
+        if isinstance(run.source, PaddedImages):
             return jnp.stack([run.blank(False)] * len(run.source.two))
         return jnp.zeros_like(run.source)
 
@@ -64,13 +64,13 @@ class Reversal:
         """What one plane says about the image, or the plane itself, added to the others."""
         run = self.run
         g = self.entered(0, left)
-        if not isinstance(run.source, Images):
+        if not isinstance(run.source, PaddedImages):
             return lax.dynamic_update_slice(total, g[None], (entry.plane, 0, 0, 0))
         return total + g * run.cut(run.source.two, entry) / len(run.source.two)
 
     def followed(
-        self, blocks: Array, places: list[Places], planes: list[Array], entry: PlaneIndex
-    ) -> tuple[Array, list[Places], list[Array]]:
+        self, blocks: Array, places: list[StageBuffers], planes: list[Array], entry: PlaneIndex
+    ) -> tuple[Array, list[StageBuffers], list[Array]]:
         """One plane back through all stages.
 
         Args:
@@ -118,21 +118,23 @@ class Reversal:
         """The cotangent of the plane that entered stage i."""
         run = self.run
         conv = run.stages[i].conv
-        return window_in(left, run.whole) if conv else taken(left, run.whole, 1, 1)
+        return window_sum_padded(left, run.whole) if conv else slice_pixels(left, run.whole, 1, 1)
 
     def through(
-        self, i: int, place: Places, z: Array, g: Array, entry: PlaneIndex
-    ) -> tuple[Places, Array | None]:
+        self, i: int, place: StageBuffers, z: Array, g: Array, entry: PlaneIndex
+    ) -> tuple[StageBuffers, Array | None]:
         """One stage: what it writes down, and the cotangent of log σ1 if it has a ReLU."""
         run = self.run
         if place.before is None:
             left = self.onto(i, g, entry)
-            return place._replace(left=written(place.left, left, entry.plane)), None
-        before = joined(*run.before(i, entry, z, run.whole))
-        before = written(place.before, before if run.has_tangent(i) else before.real, entry.plane)
+            return place._replace(left=write_plane(place.left, left, entry.plane)), None
+        before = pack_complex(*run.before(i, entry, z, run.whole))
+        before = write_plane(
+            place.before, before if run.has_tangent(i) else before.real, entry.plane
+        )
         left = self.left(i, before[1:-1, 1:-1], g, entry)
-        log = self.log(i, read(before, entry.plane), g, entry)
-        return Places(before, written(place.left, left, entry.plane)), log
+        log = self.log(i, read_plane(before, entry.plane), g, entry)
+        return StageBuffers(before, write_plane(place.left, left, entry.plane)), log
 
     def left(self, i: int, before: Array, g: Array, entry: PlaneIndex) -> Array:
         """The cotangent of what enters stage i, up to the adjoint of its convolution."""

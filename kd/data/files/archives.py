@@ -29,28 +29,28 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from dsdistill.harness.errors import UserError, one_line, unknown
-from kd.data.batching import LEAST, Batch, check_size, derive
+from dsdistill.harness.errors import UserError, one_line, unknown_name
+from kd.data.batching import MIN_IMAGES_PER_PROCESS, Batch, check_size, derive_seed
 from kd.data.files.image_files import ImageFiles
 from kd.data.files.stream import (
-    SHARED,
+    SHARED_MEMORY,
+    FileBatches,
     ImagesAndLabels,
-    Sent,
-    Stream,
-    collated,
-    delivered,
-    handover,
-    loader,
-    received,
+    WorkerBatch,
+    build_loader,
+    choose_transport,
+    collate,
+    deliver,
+    receive,
 )
-from kd.data.files.transforms import Transform, Views, seeded
+from kd.data.files.transforms import Transform, Views, temporary_seed
 
 PACKAGES = {"hfds": "datasets", "tfds": "tensorflow_datasets", "wds": "webdataset"}
-NAMES = "classes.txt"  # beside the shards of `wds/`, which name no classes: one a line
+CLASSES_FILE = "classes.txt"  # beside the shards of `wds/`, which name no classes: one a line
 
 
 @dataclass(frozen=True)
-class Archive:
+class ArchiveSplit:
     """A part of a data set that is read from front to back.
 
     Attributes:
@@ -80,14 +80,14 @@ class Archive:
         return sha.hexdigest()
 
 
-def is_named(data: str) -> bool:
+def is_timm_name(data: str) -> bool:
     """Whether DATA is one of timm's names, and not a path."""
     return data.partition("/")[0].lower() in PACKAGES and not Path(data).exists()
 
 
-def open_named(
+def open_split(
     name: str, split: str, *, root: Path | None = None, classes: tuple[str, ...] = ()
-) -> ImageFiles | Archive:
+) -> ImageFiles | ArchiveSplit:
     """A part of a data set by timm's name.
 
     Args:
@@ -102,26 +102,28 @@ def open_named(
     prefix, _, rest = name.partition("/")
     kind = prefix.lower()
     if kind not in PACKAGES:
-        raise unknown("kind of data set", prefix, PACKAGES)
+        raise unknown_name("kind of data set", prefix, PACKAGES)
     if importlib.util.find_spec(PACKAGES[kind]) is None:
         package = PACKAGES[kind].replace("_", "-")
         raise UserError(f"{name} needs the package {package}: pip install {package}")
     if kind == "wds":
         root = Path(rest).expanduser()
-        classes = classes or _beside(root)
-    dataset = _opened(name, root, split)
-    classes = classes or _own(dataset.reader)
+        classes = classes or _read_classes_file(root)
+    dataset = _create_dataset(name, root, split)
+    classes = classes or _reader_classes(dataset.reader)
     if len(classes) < 2:
-        raise UserError(f"{name} does not name its classes: put {NAMES}, one a line, beside it")
+        raise UserError(
+            f"{name} does not name its classes: put {CLASSES_FILE}, one a line, beside it"
+        )
     if kind == "hfds":
-        return _pictures(name, split, dataset.reader, classes)
+        return _list_hugging_face(name, split, dataset.reader, classes)
     builder = getattr(dataset.reader, "builder", None)  # of tfds
     folder = root if kind == "wds" else builder and Path(builder.data_dir)
-    return Archive(name, root, split, classes, folder)
+    return ArchiveSplit(name, root, split, classes, folder)
 
 
-def streamed(
-    source: ImageFiles | Archive,
+def stream_split(
+    source: ImageFiles | ArchiveSplit,
     views: Views,
     size: int,
     device: torch.device,
@@ -131,8 +133,8 @@ def streamed(
     repeats: int = 1,
     workers: int = 0,
     prefetch: int = 2,
-    least: int = LEAST,
-) -> "Stream | Sequential":
+    least: int = MIN_IMAGES_PER_PROCESS,
+) -> "FileBatches | SequentialBatches":
     """Batches of either kind of data set; the arguments are those of `Stream`.
 
     Raises:
@@ -140,7 +142,7 @@ def streamed(
     """
     if isinstance(source, ImageFiles):
         options = (world, augment, repeats, workers, prefetch, least)
-        return Stream(source, views, size, device, *options)
+        return FileBatches(source, views, size, device, *options)
     if augment:  # the processes' shares are equal, and all batches of one size
         check_size(size // world, 1, least)
     if repeats > 1:
@@ -148,12 +150,12 @@ def streamed(
             f"--repeats {repeats} needs images that can be read in any order, and {source.name} "
             "is read from front to back: leave it out, or use a folder"
         )
-    return Sequential(source, views, size, device, world, augment, max(1, workers), prefetch)
+    return SequentialBatches(source, views, size, device, world, augment, max(1, workers), prefetch)
 
 
 @dataclass(frozen=True, eq=False)
-class Sequential:
-    """Batches of a data set that is read from front to back; a `kd.data.batching.Batches`.
+class SequentialBatches:
+    """Batches of a data set that is read from front to back; a `kd.data.batching.BatchSource`.
 
     Attributes:
         archive: The data set.
@@ -162,7 +164,7 @@ class Sequential:
         workers: Processes that decode, at least 1: timm's readers share out shards among them.
     """
 
-    archive: Archive
+    archive: ArchiveSplit
     views: Views
     size: int
     device: torch.device
@@ -212,11 +214,11 @@ class Sequential:
         Raises:
             UserError: If not even that can be done: an epoch depends on the number of processes.
         """
-        found = handover(self.views, self.size, self.workers, self.prefetch)
+        found = choose_transport(self.views, self.size, self.workers, self.prefetch)
         if found.workers < self.workers:
             raise UserError(
                 f"{self.archive.name} is read by {self.workers} processes, for which there is not "
-                f"enough shared memory ({SHARED}): give the container more with --shm-size"
+                f"enough shared memory ({SHARED_MEMORY}): give the container more with --shm-size"
             )
         return found.piped
 
@@ -234,7 +236,7 @@ class Sequential:
         dataset = self._dataset(training=True, rank=rank, world=world, seed=seed, epoch=epoch)
         key = (seed, epoch, rank) if self.augment else None
         done = 0
-        answers = self._answers(dataset, self.size // world, key, derive(seed, epoch, rank))
+        answers = self._answers(dataset, self.size // world, key, derive_seed(seed, epoch, rank))
         for batch in itertools.islice(answers, first, None):
             yield Batch(*batch, whole=self.size)
             done += 1
@@ -255,13 +257,13 @@ class Sequential:
         yield from itertools.starmap(Batch, itertools.islice(answers, rank, None, world))
 
     def _dataset(self, *, training: bool, rank: int, world: int, seed: int = 0, epoch: int = 0):
-        dataset = _opened(
+        dataset = _create_dataset(
             self.archive.name,
             self.archive.root,
             self.archive.split,
             is_training=training,
             batch_size=self.size // world,
-            seed=derive(seed, epoch) >> 32,  # readers add to it within 32 bits
+            seed=derive_seed(seed, epoch) >> 32,  # readers add to it within 32 bits
             input_img_mode=self.views.mode,
         )
         # It asked torch.distributed; what the caller says counts.
@@ -274,9 +276,9 @@ class Sequential:
     ) -> Iterator[ImagesAndLabels]:
         transform = self.views.transform(key is not None)
         source = _ShardDataset(self.archive.name, dataset, share, transform, key, self._piped)
-        answers = loader(source, self.device, self.workers, self.prefetch, seed=seed)
-        for answer in received(answers):
-            yield delivered(answer, self.views, self.device)
+        answers = build_loader(source, self.device, self.workers, self.prefetch, seed=seed)
+        for answer in receive(answers):
+            yield deliver(answer, self.views, self.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,31 +296,31 @@ class _ShardDataset(IterableDataset):
     key: tuple[int, ...] | None
     piped: bool
 
-    def __iter__(self) -> Iterator[Sent]:
+    def __iter__(self) -> Iterator[WorkerBatch]:
         images, labels = [], []
         try:
             for image, label in self._views():
                 images.append(image)
                 labels.append(label)
                 if len(labels) == self.share:
-                    yield collated(images, labels, self.piped)
+                    yield collate(images, labels, self.piped)
                     images, labels = [], []
         except Exception as error:  # raised here, it would arrive wrapped in a traceback
             yield f"{self.name} cannot be read ({one_line(error)})"
             return
         if labels:
-            yield collated(images, labels, self.piped)
+            yield collate(images, labels, self.piped)
 
     def _views(self) -> Iterator[tuple[torch.Tensor, int]]:
         worker = get_worker_info()
         number = 0 if worker is None else worker.id
         for place, (image, label) in enumerate(self.dataset):
-            with nullcontext() if self.key is None else seeded(*self.key, number, place):
+            with nullcontext() if self.key is None else temporary_seed(*self.key, number, place):
                 view = self.transform(image)
             yield view, int(label)
 
 
-def _opened(name: str, root: Path | None, split: str, **options: Any) -> Any:
+def _create_dataset(name: str, root: Path | None, split: str, **options: Any) -> Any:
     from timm.data.dataset_factory import create_dataset
 
     try:
@@ -327,19 +329,19 @@ def _opened(name: str, root: Path | None, split: str, **options: Any) -> Any:
         raise UserError(f"cannot open the {split!r} part of {name} ({one_line(error)})") from error
 
 
-def _pictures(name: str, split: str, reader: Any, classes: tuple[str, ...]) -> ImageFiles:
+def _list_hugging_face(name: str, split: str, reader: Any, classes: tuple[str, ...]) -> ImageFiles:
     """Hugging Face data sets know all labels beforehand."""
     labels = np.asarray(reader.dataset[reader.label_key][:], np.int64)
     stamp = f"{name} {split} {reader.dataset._fingerprint}"
     return ImageFiles(reader, classes, lambda: stamp, np.arange(len(labels)), labels)
 
 
-def _own(reader: Any) -> tuple[str, ...]:
+def _reader_classes(reader: Any) -> tuple[str, ...]:
     """The class names that a data set brings, in label order."""
     by_name: dict[str, int] = reader.class_to_idx or {}
     return tuple(sorted(by_name, key=by_name.__getitem__))
 
 
-def _beside(root: Path) -> tuple[str, ...]:
-    path = root / NAMES
+def _read_classes_file(root: Path) -> tuple[str, ...]:
+    path = root / CLASSES_FILE
     return tuple(path.read_text().splitlines()) if path.is_file() else ()

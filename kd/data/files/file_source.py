@@ -10,9 +10,9 @@ import torch
 from dsdistill.harness.data.labeled_images import spread
 from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError
-from kd.data.batching import LEAST, Batches
+from kd.data.batching import MIN_IMAGES_PER_PROCESS, BatchSource
 from kd.data.files import archives, image_files
-from kd.data.files.archives import Archive
+from kd.data.files.archives import ArchiveSplit
 from kd.data.files.image_files import ImageFiles
 from kd.data.files.transforms import Views
 from kd.evaluation.scoring import SCORE_BATCH, EvaluationBatches
@@ -20,13 +20,13 @@ from kd.parallel.engine import Engine
 from kd.recipe import Recipe
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as timm has them
-PARTS = ("train", "validation")  # of a data set by timm's name, which has no test images then
-Part = ImageFiles | Archive
+TIMM_SPLITS = ("train", "validation")  # of a data set by timm's name, which has no test images then
+SourceSplit = ImageFiles | ArchiveSplit
 
 
 @dataclass(frozen=True, eq=False)
 class FileSource:
-    """Images to train on, to validate and to test on, none of them in memory; as `sources.Source`.
+    """Images to train on, to validate and to test on, none of them in memory; as `data_source.DataSource`.
 
     Attributes:
         name: Short, for folder names and reports.
@@ -37,7 +37,7 @@ class FileSource:
     """
 
     name: str
-    parts: tuple[Part, Part | None, Part | None]
+    parts: tuple[SourceSplit, SourceSplit | None, SourceSplit | None]
     size: int
     channels: int = 3
     note: str | None = None
@@ -63,7 +63,7 @@ class FileSource:
     def validation_count(self) -> int | None:
         """Images to validate on; None where nobody knows before they are read."""
         held = self.parts[1]
-        return None if isinstance(held, Archive) else len(held or ())
+        return None if isinstance(held, ArchiveSplit) else len(held or ())
 
     @property
     def digest(self) -> str:
@@ -81,11 +81,16 @@ class FileSource:
         return Preprocess("standardise", mean, std)
 
     def train(
-        self, recipe: Recipe, fitted: Preprocess, on: Engine, workers: int, least: int = LEAST
-    ) -> Batches:
+        self,
+        recipe: Recipe,
+        fitted: Preprocess,
+        on: Engine,
+        workers: int,
+        least: int = MIN_IMAGES_PER_PROCESS,
+    ) -> BatchSource:
         """The training images in batches, cut and changed; `least` images a process and batch."""
         world = on.num_processes
-        return archives.streamed(
+        return archives.stream_split(
             self.parts[0],
             self._views(recipe, fitted),
             recipe.batch_size * world,
@@ -104,10 +109,10 @@ class FileSource:
 
     def shuffled(
         self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0
-    ) -> Batches:
+    ) -> BatchSource:
         """Training images, as they are judged."""
         views = self._views(recipe, fitted)
-        return archives.streamed(
+        return archives.stream_split(
             self.parts[0], views, SCORE_BATCH, device, augment=False, workers=workers
         )
 
@@ -136,7 +141,7 @@ class FileSource:
 
     def _judged(
         self,
-        part: Part | None,
+        part: SourceSplit | None,
         recipe: Recipe,
         fitted: Preprocess,
         device: torch.device,
@@ -145,7 +150,9 @@ class FileSource:
         if part is None or (isinstance(part, ImageFiles) and not len(part)):
             return None
         views = self._views(recipe, fitted)
-        return archives.streamed(part, views, SCORE_BATCH, device, augment=False, workers=workers)
+        return archives.stream_split(
+            part, views, SCORE_BATCH, device, augment=False, workers=workers
+        )
 
     def _views(self, recipe: Recipe, fitted: Preprocess) -> Views:
         mean, std = (tuple(float(v) for v in values) for values in (fitted.mean, fitted.std))
@@ -191,8 +198,8 @@ def resolve(
     if image_size is None:
         raise UserError("--augment imagenet cuts images to one size: give --image-size 224, say")
     path = Path(data).expanduser()
-    if archives.is_named(data):
-        train, held = (archives.open_named(data, part, root=root) for part in PARTS)
+    if archives.is_timm_name(data):
+        train, held = (archives.open_split(data, part, root=root) for part in TIMM_SPLITS)
         note = f"{data} has no test images: its validation images choose the best epoch"
         return FileSource(
             data.replace("/", "-"), (train, held, None), image_size, channels or 3, note

@@ -16,11 +16,11 @@ from jaxtyping import Int
 from PIL import Image
 
 from dsdistill.harness.data import image_files
-from dsdistill.harness.data.labeled_images import TEST_FRACTION, DataError, stratified
-from dsdistill.harness.data.layout import Layout, list_folder
+from dsdistill.harness.data.labeled_images import TEST_FRACTION, DataError, split_by_class
+from dsdistill.harness.data.layout import FolderLayout, list_folder
 
 
-class Reader(Protocol):
+class ImageReader(Protocol):
     """timm's protocol of data that are read in any order."""
 
     def __len__(self) -> int: ...
@@ -47,7 +47,7 @@ class ImageFiles:
         draw_order: As `stratified` takes it.
     """
 
-    reader: Reader
+    reader: ImageReader
     classes: tuple[str, ...]
     stamp: Callable[[], str]
     rows: Int[np.ndarray, " n"]
@@ -77,7 +77,7 @@ class ImageFiles:
         """
         if self.labels is None:
             raise DataError("images whose labels are not known beforehand cannot be held out")
-        kept, held = stratified(self.labels, fraction, self.draw_order)
+        kept, held = split_by_class(self.labels, fraction, self.draw_order)
         left = np.bincount(self.labels[kept], minlength=len(self.classes))
         if (left == 0).any():
             empty = self.classes[int(left.argmin())]
@@ -102,7 +102,7 @@ class ImageFiles:
         except Exception as error:  # a damaged file has many ways to fail
             name = self.reader.filename(at, absolute=True) or f"number {at}"
             raise DataError(
-                f"image {name} cannot be read ({image_files.reason(error)}): mend it, "
+                f"image {name} cannot be read ({image_files.describe_error(error)}): mend it, "
                 "or take it away"
             ) from error
 
@@ -144,7 +144,7 @@ def open_folder(
     if not 0 <= validation_fraction < 1:
         raise DataError(f"validation fraction must be in [0, 1), got {validation_fraction}")
     layout = list_folder(path, classes)
-    images, rows = _pictures(layout), np.arange(len(layout.files))
+    images, rows = _list_images(layout), np.arange(len(layout.files))
     first, second = layout.ends
     if layout.test:
         train, test = images.select(rows[:first]), images.select(rows[second:])
@@ -197,7 +197,7 @@ class FileList:
         return self.root / os.fsdecode(self.names[index])
 
 
-def _pictures(layout: Layout) -> ImageFiles:
+def _list_images(layout: FolderLayout) -> ImageFiles:
     names = np.array([os.fsencode(path.relative_to(layout.root)) for path in layout.files])
     files = FileList(layout.root, names, np.array(layout.labels, np.int64))
     return ImageFiles(

@@ -19,22 +19,31 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from dsdistill.harness.errors import UserError, one_line
-from dsdistill.harness.memory import readable
+from dsdistill.harness.memory import format_bytes
 from dsdistill.harness.runs import progress
-from kd.data.batching import LEAST, Batch, check_size, derive, mine, split
+from kd.data.batching import (
+    MIN_IMAGES_PER_PROCESS,
+    Batch,
+    check_size,
+    derive_seed,
+    share_positions,
+    split_rows,
+)
 from kd.data.files.image_files import ImageFiles
-from kd.data.files.transforms import Transform, Views, kept, seed
+from kd.data.files.transforms import Transform, Views, preserve_generators, seed_generators
 
-SHARED = "/dev/shm"  # where Linux keeps the memory that processes share
-SEMAPHORES = 1 << 17  # bytes of it that the queues of a decoding process take, and some more
+SHARED_MEMORY = "/dev/shm"  # where Linux keeps the memory that processes share
+SEMAPHORE_BYTES_PER_WORKER = (
+    1 << 17
+)  # bytes of it that the queues of a decoding process take, and some more
 
 ImagesAndLabels = tuple[Tensor, Tensor]  # images and labels
-Sent = (
+WorkerBatch = (
     ImagesAndLabels | tuple[np.ndarray, np.ndarray] | str
 )  # a batch between processes, or an error
 
 
-class Handover(NamedTuple):
+class Transport(NamedTuple):
     """How decoding processes hand over what they have made.
 
     Attributes:
@@ -47,8 +56,8 @@ class Handover(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Stream:
-    """Batches of images that are read when they are needed; a `kd.data.batching.Batches`.
+class FileBatches:
+    """Batches of images that are read when they are needed; a `kd.data.batching.BatchSource`.
 
     Attributes:
         pictures: The images.
@@ -74,7 +83,7 @@ class Stream:
     repeats: int = 1
     workers: int = 0
     prefetch: int = 2
-    least: int = LEAST
+    least: int = MIN_IMAGES_PER_PROCESS
     _idle: list["_WorkerPool"] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -109,7 +118,9 @@ class Stream:
     def _sizes(self) -> list[int]:
         n = len(self.pictures)
         views = n if self.repeats == 1 or n < 256 else n // 256 * 256
-        return [len(part) for part in split(np.arange(views), self.size, self.world, self.least)]
+        return [
+            len(part) for part in split_rows(np.arange(views), self.size, self.world, self.least)
+        ]
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -122,11 +133,11 @@ class Stream:
         Raises:
             UserError: If an image cannot be read; the message has its path.
         """
-        rows = order(len(self.pictures), self.repeats, seed, epoch)
+        rows = epoch_rows(len(self.pictures), self.repeats, seed, epoch)
         key = (seed, epoch) if self.augment else None
-        parts = split(np.arange(len(rows)), self.size, self.world, self.least)[first:]
-        places = [part[mine(len(part), rank, world)] for part in parts]
-        shares = [_Share(rows[place], place % self.repeats, key) for place in places]
+        parts = split_rows(np.arange(len(rows)), self.size, self.world, self.least)[first:]
+        places = [part[share_positions(len(part), rank, world)] for part in parts]
+        shares = [_BatchShare(rows[place], place % self.repeats, key) for place in places]
         for part, batch in zip(parts, self._batches(shares), strict=True):
             yield replace(batch, whole=len(part))
 
@@ -136,28 +147,30 @@ class Stream:
         Raises:
             UserError: If an image cannot be read; the message has its path.
         """
-        parts = split(np.arange(len(self.pictures)), self.size)[rank::world]
-        yield from self._batches([_Share(part, np.zeros_like(part), None) for part in parts])
+        parts = split_rows(np.arange(len(self.pictures)), self.size)[rank::world]
+        yield from self._batches([_BatchShare(part, np.zeros_like(part), None) for part in parts])
 
-    def _batches(self, shares: list["_Share"]) -> Iterator[Batch]:
+    def _batches(self, shares: list["_BatchShare"]) -> Iterator[Batch]:
         crew = self._idle.pop() if self._idle else self._crew()
         crew.shares[:] = shares
         try:
-            for share, answer in zip(shares, received(crew.loader), strict=True):
-                images, labels = delivered(answer, self.views, self.device)
+            for share, answer in zip(shares, receive(crew.loader), strict=True):
+                images, labels = deliver(answer, self.views, self.device)
                 index = torch.from_numpy(share.rows).to(self.device)
                 yield Batch(images, labels, index=index)
         finally:
             self._idle.append(crew)
 
     def _crew(self) -> "_WorkerPool":
-        shares: list[_Share] = []
+        shares: list[_BatchShare] = []
         workers = self._handover.workers
-        return _WorkerPool(loader(self._desk, self.device, workers, self.prefetch, shares), shares)
+        return _WorkerPool(
+            build_loader(self._desk, self.device, workers, self.prefetch, shares), shares
+        )
 
     @cached_property
-    def _handover(self) -> Handover:
-        return handover(self.views, self.size // self.world, self.workers, self.prefetch)
+    def _handover(self) -> Transport:
+        return choose_transport(self.views, self.size // self.world, self.workers, self.prefetch)
 
     @cached_property
     def _desk(self) -> "_WorkerDataset":
@@ -167,13 +180,13 @@ class Stream:
         )
 
 
-def order(n: int, repeats: int, seed: int, epoch: int) -> Int[np.ndarray, " views"]:
+def epoch_rows(n: int, repeats: int, seed: int, epoch: int) -> Int[np.ndarray, " views"]:
     """Rows of an epoch, a function of (seed, epoch); repeats of an image stand side by side.
 
     Source: Hoffer et al. (2020), arXiv:1901.09335, as timm's `RepeatAugSampler` has it: of the
     repeated order, as many are taken as there are images, in whole blocks of 256.
     """
-    own = derive(seed, epoch)
+    own = derive_seed(seed, epoch)
     if repeats == 1:
         return torch.randperm(n, generator=torch.Generator().manual_seed(own)).numpy()
     from timm.data.distributed_sampler import RepeatAugSampler
@@ -183,7 +196,7 @@ def order(n: int, repeats: int, seed: int, epoch: int) -> Int[np.ndarray, " view
     return np.fromiter(sampler, np.int64)
 
 
-def loader(
+def build_loader(
     source: Any,
     device: torch.device,
     workers: int,
@@ -195,11 +208,11 @@ def loader(
 
     Args:
         source: Makes a batch of each item of `work`; without `work`, an iterable of batches.
-        device, workers, prefetch: As in `Stream`.
+        device, workers, prefetch: As in `FileBatches`.
         work: Read anew at each iteration; with it the processes live as long as the loader.
         seed: Of what the processes call their own seeds.
     """
-    keep: Any = _as_it_is
+    keep: Any = _identity
     return DataLoader(
         source,
         batch_size=None,
@@ -214,7 +227,7 @@ def loader(
     )
 
 
-def handover(views: Views, size: int, workers: int, prefetch: int) -> Handover:
+def choose_transport(views: Views, size: int, workers: int, prefetch: int) -> Transport:
     """How batches can be handed over with the shared memory that there is; said where it is scarce.
 
     A container has often 64 MB of it, and a process that writes beyond it is killed. Through a pipe
@@ -223,27 +236,27 @@ def handover(views: Views, size: int, workers: int, prefetch: int) -> Handover:
     Args:
         views: Of the images.
         size: Images of a process's batch.
-        workers, prefetch: As in `Stream`.
+        workers, prefetch: As in `FileBatches`.
     """
-    if workers == 0 or not os.path.isdir(SHARED):
-        return Handover(workers, False)
-    found = os.statvfs(SHARED)
+    if workers == 0 or not os.path.isdir(SHARED_MEMORY):
+        return Transport(workers, False)
+    found = os.statvfs(SHARED_MEMORY)
     free = found.f_bavail * found.f_frsize
     image = math.prod(views.size) * len(views.mean) * (4 if views.random_erase else 1)
     # Twice what is ahead: training and validation images may be on their way at once.
     needed = 2 * (workers * prefetch + 1) * size * image
     if needed <= free:
-        return Handover(workers, False)
-    possible = free >= SEMAPHORES * (workers + 1)
+        return Transport(workers, False)
+    possible = free >= SEMAPHORE_BYTES_PER_WORKER * (workers + 1)
     instead = "they go through pipes" if possible else "they are read without further processes"
     progress.say(
-        f"note: {SHARED} has {readable(free)} free of {readable(needed)} that batches of images "
+        f"note: {SHARED_MEMORY} has {format_bytes(free)} free of {format_bytes(needed)} that batches of images "
         f"would take: {instead}, which is slower; a container gets more with --shm-size"
     )
-    return Handover(workers if possible else 0, True)
+    return Transport(workers if possible else 0, True)
 
 
-def received(answers: DataLoader) -> Iterator[Sent]:
+def receive(answers: DataLoader) -> Iterator[WorkerBatch]:
     """What decoding processes send; the loss of one is one line.
 
     Raises:
@@ -261,7 +274,7 @@ def received(answers: DataLoader) -> Iterator[Sent]:
         ) from error
 
 
-def delivered(answer: Sent, views: Views, device: torch.device) -> ImagesAndLabels:
+def deliver(answer: WorkerBatch, views: Views, device: torch.device) -> ImagesAndLabels:
     """A batch on its device, or the error that a decoding process met.
 
     Raises:
@@ -274,14 +287,14 @@ def delivered(answer: Sent, views: Views, device: torch.device) -> ImagesAndLabe
     return views.finish(images), labels
 
 
-def collated(images: Sequence[Tensor], labels: Sequence[int], piped: bool = False) -> Sent:
+def collate(images: Sequence[Tensor], labels: Sequence[int], piped: bool = False) -> WorkerBatch:
     """A batch, laid at once where the training's process finds it; or `piped`, for a pipe."""
     if piped:
         return np.stack([image.numpy() for image in images]), np.array(labels)
     return default_collate(list(images)), torch.tensor(labels)
 
 
-class _Share(NamedTuple):
+class _BatchShare(NamedTuple):
     """One process's images of one batch."""
 
     rows: Int[np.ndarray, " n"]
@@ -293,7 +306,7 @@ class _WorkerPool(NamedTuple):
     """Decoding processes, and the list that gives them their work."""
 
     loader: DataLoader
-    shares: list[_Share]
+    shares: list[_BatchShare]
 
 
 @dataclass(frozen=True, eq=False)
@@ -306,22 +319,22 @@ class _WorkerDataset:
     changed: Transform
     piped: bool
 
-    def __getitem__(self, share: _Share) -> Sent:
+    def __getitem__(self, share: _BatchShare) -> WorkerBatch:
         try:
-            with kept():
+            with preserve_generators():
                 read = [self._read(*place, share.key) for place in zip(*share[:2], strict=True)]
         except UserError as error:
             return str(error)  # raised here, it would arrive wrapped in a traceback
         images, labels = zip(*read, strict=True)
-        return collated(images, labels, self.piped)
+        return collate(images, labels, self.piped)
 
     def _read(self, row: int, repeat: int, key: tuple[int, int] | None) -> tuple[Tensor, int]:
         image, label = self.pictures.read(row, self.channels)
         if key is None:
             return self.still(image), label
-        seed(*key, row, repeat)
+        seed_generators(*key, row, repeat)
         return self.changed(image), label
 
 
-def _as_it_is(answer: Sent) -> Sent:
+def _identity(answer: WorkerBatch) -> WorkerBatch:
     return answer

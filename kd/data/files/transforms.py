@@ -1,6 +1,6 @@
 """How image files become a network's input: timm's transforms, each image with seeds of its own.
 
-timm's transforms draw from three global generators, Python's, NumPy's and torch's. `seeded` sets
+timm's transforms draw from three global generators, Python's, NumPy's and torch's. `temporary_seed` sets
 all three for one image and puts them back, so that a view is a function of its numbers alone.
 """
 
@@ -108,15 +108,15 @@ class Views:
 
 
 @contextmanager
-def seeded(*numbers: int) -> Iterator[None]:
-    """Global generators as `seed` sets them inside, and as they were afterwards."""
-    with kept():
-        seed(*numbers)
+def temporary_seed(*numbers: int) -> Iterator[None]:
+    """Global generators as `seed_generators` sets them inside, and as they were afterwards."""
+    with preserve_generators():
+        seed_generators(*numbers)
         yield
 
 
 @contextmanager
-def kept() -> Iterator[None]:
+def preserve_generators() -> Iterator[None]:
     """Python's, NumPy's and torch's CPU generators are put back at the end; it takes 0.1 ms."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     try:
@@ -127,7 +127,7 @@ def kept() -> Iterator[None]:
         torch.set_rng_state(before[2])
 
 
-def seed(*numbers: int) -> None:
+def seed_generators(*numbers: int) -> None:
     """Start the three generators from these numbers, each apart from the others.
 
     Not `torch.manual_seed`, which would seed a GPU too.

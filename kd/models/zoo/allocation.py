@@ -78,8 +78,8 @@ class _Limit(TorchDispatchMode):
     def _require(self, size: int) -> None:
         if size > self.free:
             raise UserError(
-                f"{self.name} needs {memory.readable(size)} of memory or more, "
-                f"{memory.readable(self.free)} is free: use a smaller network"
+                f"{self.name} needs {memory.format_bytes(size)} of memory or more, "
+                f"{memory.format_bytes(self.free)} is free: use a smaller network"
             )
 
 

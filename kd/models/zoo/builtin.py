@@ -17,7 +17,7 @@ def convnet(shape: Shape, classes: int, width: int) -> nn.Module:
 
     Source: Gidaris and Komodakis (2018), arXiv:1804.09458; Zhao et al. (2021), arXiv:2006.05929.
     """
-    h, w, channels = _halved_thrice("convnet", shape)
+    h, w, channels = _check_size("convnet", shape)
     layers: list[nn.Module] = []
     for fan_in in (channels, width, width):
         # One group a channel: InstanceNorm with a scale and a shift.
@@ -36,7 +36,7 @@ def kip_convnet(shape: Shape, classes: int, width: int) -> nn.Module:
     Source: Nguyen, Novak, Xiao and Lee (2021), arXiv:2107.13034, appendix; the `standard`
     parameterisation of neural-tangents.
     """
-    h, w, channels = _halved_thrice("kip-convnet", shape)
+    h, w, channels = _check_size("kip-convnet", shape)
     layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
     for _ in range(3):
         layers += [nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2)]
@@ -90,7 +90,7 @@ def width(name: str) -> int:
     return int(text)
 
 
-def _halved_thrice(name: str, shape: Shape) -> Shape:
+def _check_size(name: str, shape: Shape) -> Shape:
     """The shape, if there is something left of its images."""
     h, w, _ = shape
     if min(h, w) < 8:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dsdistill.harness.data.class_names import natural_key
-from dsdistill.harness.errors import UserError, unknown
+from dsdistill.harness.errors import UserError, unknown_name
 
 ClassMap = Mapping[str, str | int]  # class of the data -> class of the teacher, by name or number
 
@@ -68,25 +68,25 @@ def match(
             of its own.
     """
     if class_map is not None:
-        return Match("by the class map", _mapped(who, its, classes, class_map))
+        return Match("by the class map", _map_outputs(who, its, classes, class_map))
     count = its if isinstance(its, int) else len(its)
     if count != len(classes):
         raise UserError(
             f"{who} has {count} classes, the data have {len(classes)}: they must match"
             + ("" if option is None else f", or {option} FILE must say which are which")
         )
-    if isinstance(its, int) or _nameless(its):
-        return _by_position(classes, option)
-    outputs = _by_name(its, classes)
+    if isinstance(its, int) or _are_placeholders(its):
+        return _match_by_position(classes, option)
+    outputs = _match_by_name(its, classes)
     if outputs is not None:
         same = outputs == tuple(range(count))
         return Match("by name" if same else "by name, in another order", None if same else outputs)
-    if _counted(its) and not any(map(_is_number, classes)):
-        return _by_position(classes, option)
-    if _counted(classes) and not any(map(_is_number, its)):
-        return _by_position(classes, option)
+    if _are_consecutive_numbers(its) and not any(map(_is_number, classes)):
+        return _match_by_position(classes, option)
+    if _are_consecutive_numbers(classes) and not any(map(_is_number, its)):
+        return _match_by_position(classes, option)
     remedy = "they must match" if option is None else f"{option} FILE must say which are which"
-    raise UserError(f"{who} {_difference(its, classes)}: {remedy}")
+    raise UserError(f"{who} {_describe_difference(its, classes)}: {remedy}")
 
 
 def likely_orders(classes: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -110,10 +110,12 @@ def read_class_map(path: Path) -> dict[str, str | int]:
         UserError: If the file is missing, no such object, or names a class twice.
     """
     try:
-        found = json.loads(path.read_text(), object_pairs_hook=lambda pairs: _once(path, pairs))
+        found = json.loads(
+            path.read_text(), object_pairs_hook=lambda pairs: _require_unique_keys(path, pairs)
+        )
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"cannot read the class map {path}: {error}") from error
-    if not isinstance(found, dict) or not all(_is_class(v) for v in found.values()):
+    if not isinstance(found, dict) or not all(_is_name_or_number(v) for v in found.values()):
         raise UserError(
             f"the class map {path} must be one JSON object whose values are class names or "
             'numbers, as in {"cat": "tabby", "dog": 207}'
@@ -157,10 +159,10 @@ def with_synonyms(names: tuple[str, ...]) -> tuple[str, ...]:
 
     Libraries call the same class `n01440764`, `tench` and `tench, Tinca tinca`, and folders too.
     """
-    known = imagenet(len(names)) if len(names) == 1000 else None
+    known = imagenet_names(len(names)) if len(names) == 1000 else None
     if known is None:
         return names
-    same = sum(_same(a, b) for a, b in zip(names, known, strict=True))
+    same = sum(_share_key(a, b) for a, b in zip(names, known, strict=True))
     # torchvision renames two, to tell crane from crane and maillot from maillot.
     if same < 990:
         return names
@@ -168,7 +170,7 @@ def with_synonyms(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 @lru_cache
-def imagenet(count: int) -> tuple[str, ...] | None:
+def imagenet_names(count: int) -> tuple[str, ...] | None:
     """Synset and synonyms of each class of the ImageNet that has so many, if there is one."""
     from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 
@@ -179,19 +181,21 @@ def imagenet(count: int) -> tuple[str, ...] | None:
     return tuple(f"{name}, {info.label_name_to_description(name)}" for name in info.label_names())
 
 
-def few(names: Sequence[str]) -> str:
+def abbreviate(names: Sequence[str]) -> str:
     """The first of many names, for messages."""
     return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
 
 
-def _mapped(
+def _map_outputs(
     who: str, its: Sequence[str] | int, classes: Sequence[str], class_map: ClassMap
 ) -> tuple[int, ...]:
     if foreign := [name for name in class_map if name not in classes]:
-        raise unknown("class of the data in the class map", foreign[0], classes)
+        raise unknown_name("class of the data in the class map", foreign[0], classes)
     if left := [name for name in classes if name not in class_map]:
-        raise UserError(f"the class map leaves out {len(left)} of the data's classes: {few(left)}")
-    outputs = [_output(who, its, class_map[name]) for name in classes]
+        raise UserError(
+            f"the class map leaves out {len(left)} of the data's classes: {abbreviate(left)}"
+        )
+    outputs = [_find_output(who, its, class_map[name]) for name in classes]
     for i, output in enumerate(outputs):
         if (j := outputs.index(output)) != i:
             raise UserError(
@@ -201,7 +205,7 @@ def _mapped(
     return tuple(outputs)
 
 
-def _output(who: str, its: Sequence[str] | int, wanted: str | int) -> int:
+def _find_output(who: str, its: Sequence[str] | int, wanted: str | int) -> int:
     """The output of the class of that name or number."""
     count = its if isinstance(its, int) else len(its)
     if isinstance(wanted, int):
@@ -226,7 +230,7 @@ def _output(who: str, its: Sequence[str] | int, wanted: str | int) -> int:
     return found[0]
 
 
-def _once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _require_unique_keys(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -235,11 +239,11 @@ def _once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _is_class(value: object) -> bool:
+def _is_name_or_number(value: object) -> bool:
     return isinstance(value, str | int) and not isinstance(value, bool)
 
 
-def _by_position(classes: Sequence[str], option: str | None) -> Match:
+def _match_by_position(classes: Sequence[str], option: str | None) -> Match:
     """The match of a model that has no names; the order of its classes can only be assumed."""
     k = len(classes)
     numbers = all(map(_is_number, classes))
@@ -251,11 +255,11 @@ def _by_position(classes: Sequence[str], option: str | None) -> Match:
         f"by position alone: outputs 0..{k - 1} taken as classes {shown}, {named}",
         None if outputs == tuple(range(k)) else outputs,
         assumed=True,
-        note=_disagreement(classes, option),
+        note=_order_warning(classes, option),
     )
 
 
-def _disagreement(classes: Sequence[str], option: str | None) -> str | None:
+def _order_warning(classes: Sequence[str], option: str | None) -> str | None:
     """A line where the order of a model's classes depends on who sorted the folders."""
     natural, plain = likely_orders(classes).values()
     if natural == plain:
@@ -270,14 +274,14 @@ def _disagreement(classes: Sequence[str], option: str | None) -> str | None:
     )
 
 
-def _by_name(its: Sequence[str], classes: Sequence[str]) -> tuple[int, ...] | None:
+def _match_by_name(its: Sequence[str], classes: Sequence[str]) -> tuple[int, ...] | None:
     """The output of each class, where every class has exactly one of its own."""
-    tables = [_index(its, key) for key in _KEYS]
+    tables = [_positions_by_key(its, key) for key in _KEY_FUNCTIONS]
     outputs = []
     for i, name in enumerate(classes):
         hits = (
             {output for part in key(name) for output in table.get(part, ())}
-            for key, table in zip(_KEYS, tables, strict=True)
+            for key, table in zip(_KEY_FUNCTIONS, tables, strict=True)
         )
         best = next(filter(None, hits), set())
         # ImageNet has two cranes: where both sides have them at the same place, they are the same.
@@ -287,7 +291,7 @@ def _by_name(its: Sequence[str], classes: Sequence[str]) -> tuple[int, ...] | No
     return tuple(outputs) if len(set(outputs)) == len(outputs) else None
 
 
-def _difference(its: Sequence[str], classes: Sequence[str]) -> str:
+def _describe_difference(its: Sequence[str], classes: Sequence[str]) -> str:
     """In words, the first class of the data that the model does not have once."""
     for name in classes:
         hits = _candidates(name, its)
@@ -302,14 +306,14 @@ def _difference(its: Sequence[str], classes: Sequence[str]) -> str:
 
 def _candidates(name: str, its: Sequence[str]) -> list[int]:
     """The outputs that could be of a class: those of that very name, or else of a like one."""
-    for key in _KEYS:
+    for key in _KEY_FUNCTIONS:
         wanted = key(name)
         if found := [i for i, other in enumerate(its) if wanted & key(other)]:
             return found
     return []
 
 
-def _index(names: Sequence[str], key: Callable[[str], set[str]]) -> dict[str, set[int]]:
+def _positions_by_key(names: Sequence[str], key: Callable[[str], set[str]]) -> dict[str, set[int]]:
     found: dict[str, set[int]] = {}
     for i, name in enumerate(names):
         for part in key(name):
@@ -317,12 +321,12 @@ def _index(names: Sequence[str], key: Callable[[str], set[str]]) -> dict[str, se
     return found
 
 
-def _nameless(names: Sequence[str]) -> bool:
+def _are_placeholders(names: Sequence[str]) -> bool:
     """Whether they are Hugging Face's LABEL_0, LABEL_1, ..., which say nothing."""
     return all(name == f"LABEL_{i}" for i, name in enumerate(names))
 
 
-def _counted(names: Sequence[str]) -> bool:
+def _are_consecutive_numbers(names: Sequence[str]) -> bool:
     """Whether they are the numbers 0, 1, 2, ..., as of an array of labels, in any order."""
     return all(map(_is_number, names)) and {*map(int, names)} == {*range(len(names))}
 
@@ -331,49 +335,54 @@ def _is_number(name: str) -> bool:
     return name.isdecimal()
 
 
-def _same(a: str, b: str) -> bool:
-    return any(key(a) & key(b) for key in _KEYS)
+def _share_key(a: str, b: str) -> bool:
+    return any(key(a) & key(b) for key in _KEY_FUNCTIONS)
 
 
-def _itself(name: str) -> set[str]:
+def _exact_key(name: str) -> set[str]:
     return {name}
 
 
-def _spelt(name: str) -> set[str]:
-    return {_plain(name)}
+def _spelling_key(name: str) -> set[str]:
+    return {_normalise_spelling(name)}
 
 
-def _synonyms(name: str) -> set[str]:
+def _synonym_keys(name: str) -> set[str]:
     """Spellings that mean the same: the value of a number, the synonyms of a class of ImageNet.
 
     A comma parts synonyms in ImageNet's own descriptions alone; elsewhere it is part of the name.
     """
     if _is_number(name):
         return {str(int(name))}
-    parts = {_plain(part) for part in name.split(",")} - {""}
+    parts = {_normalise_spelling(part) for part in name.split(",")} - {""}
     synset = name.partition(",")[0].strip()
     if _SYNSET.fullmatch(synset):
         description = name.partition(",")[2]
-        return {_plain(name), *parts} | ({_plain(description)} if description else set())
-    known = _descriptions().get(_plain(name)) if "," in name else None
-    return {_plain(name), *parts, known} if known else {_plain(name)}
+        return {_normalise_spelling(name), *parts} | (
+            {_normalise_spelling(description)} if description else set()
+        )
+    known = _synset_by_description().get(_normalise_spelling(name)) if "," in name else None
+    return {_normalise_spelling(name), *parts, known} if known else {_normalise_spelling(name)}
 
 
 # From the closest to the widest sense in which two names can be the same.
-_KEYS = (_itself, _spelt, _synonyms)
+_KEY_FUNCTIONS = (_exact_key, _spelling_key, _synonym_keys)
 
 
 @lru_cache
-def _descriptions() -> Mapping[str, str]:
+def _synset_by_description() -> Mapping[str, str]:
     """The synset of each of ImageNet's descriptions, such as `tench, Tinca tinca`."""
     from timm.data.imagenet_info import ImageNetInfo
 
     info = ImageNetInfo("imagenet-22k")
-    return {_plain(info.label_name_to_description(name)): name for name in info.label_names()}
+    return {
+        _normalise_spelling(info.label_name_to_description(name)): name
+        for name in info.label_names()
+    }
 
 
 @lru_cache(maxsize=65536)
-def _plain(name: str) -> str:
+def _normalise_spelling(name: str) -> str:
     # Folders of one name come in two forms of Unicode: macOS takes letters and accents apart.
     whole = unicodedata.normalize("NFD", name).casefold()
     whole = unicodedata.normalize("NFC", whole)

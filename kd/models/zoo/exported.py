@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError, first_line
 from kd.models.zoo import exported_archive, exported_graph
-from kd.models.zoo.exported_archive import Archive, NotAllowed
+from kd.models.zoo.exported_archive import NotAllowed, ProgramArchive
 from kd.models.zoo.exported_graph import Graph
 from kd.models.zoo.protocol import Shape
 
@@ -26,12 +26,12 @@ SUFFIX = ".pt2"
 CARD = "model.json"  # the extra file that says what the program wants and what it answers
 
 
-class Exported(nn.Module):
+class ExportedNetwork(nn.Module):
     """A program that maps images to logits, in the mode in which it was exported."""
 
     digest: Tensor
 
-    def __init__(self, archive: Archive, graph: Graph) -> None:
+    def __init__(self, archive: ProgramArchive, graph: Graph) -> None:
         """Hold the program's tensors.
 
         Args:
@@ -52,7 +52,7 @@ class Exported(nn.Module):
         digest = bytearray(hashlib.sha256(archive.text).digest())
         self.register_buffer("digest", torch.frombuffer(digest, dtype=torch.uint8))
 
-    def train(self, mode: bool = True) -> "Exported":
+    def train(self, mode: bool = True) -> "ExportedNetwork":
         # The mode is part of the program.
         self.training = mode
         return self
@@ -73,7 +73,7 @@ class ExportedProgram:
         card: What an exporter wrote beside it in the form of a run's `model.json`; else empty.
     """
 
-    network: Exported
+    network: ExportedNetwork
     shape: Shape
     classes: int
     card: Mapping[str, Any]
@@ -94,20 +94,20 @@ def load(path: Path, like: Shape) -> ExportedProgram:
     try:
         graph = exported_graph.parse(archive.program)
         if lacking := set(graph.inputs.values()) - archive.tensors.keys():
-            raise UserError(f"it lacks the tensor {exported_archive.shown(min(lacking))}")
+            raise UserError(f"it lacks the tensor {exported_archive.printable(min(lacking))}")
     except NotAllowed as error:
         raise NotAllowed(f"{path} holds more than a program and tensors: {error}") from error
     # A foreign file is incomplete in many ways.
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not a program that can be read: {first_line(error)}") from error
-    shape = _shape(path, graph, like)
-    _try_sizes(path, archive, graph, shape)
-    network = Exported(archive, graph)
-    classes = _try(path, network, shape)
-    return ExportedProgram(network, shape, classes, _card(path, archive.extra.get(CARD, b"")))
+    shape = _input_shape(path, graph, like)
+    _run_on_meta_device(path, archive, graph, shape)
+    network = ExportedNetwork(archive, graph)
+    classes = _check_outputs(path, network, shape)
+    return ExportedProgram(network, shape, classes, _parse_card(path, archive.extra.get(CARD, b"")))
 
 
-def _shape(path: Path, graph: Graph, like: Shape) -> Shape:
+def _input_shape(path: Path, graph: Graph, like: Shape) -> Shape:
     """The shape of the images it takes; that of the data where an axis may have any length."""
     if len(graph.axes) != 4:
         raise UserError(f"{path} does not take one batch of images (n, c, h, w)")
@@ -124,7 +124,7 @@ def _shape(path: Path, graph: Graph, like: Shape) -> Shape:
     return h, w, c
 
 
-def _try_sizes(path: Path, archive: Archive, graph: Graph, shape: Shape) -> None:
+def _run_on_meta_device(path: Path, archive: ProgramArchive, graph: Graph, shape: Shape) -> None:
     """Run the program on sizes alone, which takes no memory, before it may ask for any."""
     h, w, c = shape
     tensors = {name: tensor.to("meta") for name, tensor in archive.tensors.items()}
@@ -135,7 +135,7 @@ def _try_sizes(path: Path, archive: Archive, graph: Graph, shape: Shape) -> None
         raise UserError(f"{path} cannot take {h}x{w} images: {first_line(error)}") from error
 
 
-def _try(path: Path, network: Exported, shape: Shape) -> int:
+def _check_outputs(path: Path, network: ExportedNetwork, shape: Shape) -> int:
     """The number of logits; an image's must not depend on the others of its batch."""
     h, w, c = shape
     images = torch.rand(3, c, h, w, generator=torch.Generator().manual_seed(0))
@@ -157,7 +157,7 @@ def _try(path: Path, network: Exported, shape: Shape) -> int:
     return first.shape[1]
 
 
-def _card(path: Path, text: bytes) -> Mapping[str, Any]:
+def _parse_card(path: Path, text: bytes) -> Mapping[str, Any]:
     if not text:
         return {}
     try:

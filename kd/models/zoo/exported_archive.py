@@ -21,8 +21,8 @@ from torch import Tensor
 
 from dsdistill.harness.errors import UserError, first_line
 
-SCHEMA = 8  # major version of the graph's JSON
-EXPANSION = 2**28  # bytes to which a tensor may repeat what the file holds
+SCHEMA_VERSION = 8  # major version of the graph's JSON
+MAX_EXPANDED_BYTES = 2**28  # bytes to which a tensor may repeat what the file holds
 DTYPES = {  # torch's numbers in the file
     1: torch.uint8,
     2: torch.int8,
@@ -35,11 +35,11 @@ DTYPES = {  # torch's numbers in the file
     12: torch.bool,
     13: torch.bfloat16,
 }
-STRIDED = 7  # the only layout of a tensor that is read
+STRIDED_LAYOUT = 7  # the only layout of a tensor that is read
 
 _MODEL = "models/model.json"
 _CONFIGS = ("data/weights/model_weights_config.json", "data/constants/model_constants_config.json")
-_ENTRIES = (
+_ENTRY_PATTERNS = (
     re.escape(_MODEL),
     *map(re.escape, _CONFIGS),
     r"archive_format",
@@ -53,7 +53,7 @@ _ENTRIES = (
     r"data/constants/tensor_[0-9]{1,9}",
     r"extra/[A-Za-z0-9_. -]{1,200}",
 )
-_ENTRY = re.compile("|".join(_ENTRIES))
+_ENTRY_PATTERN = re.compile("|".join(_ENTRY_PATTERNS))
 
 
 class NotAllowed(UserError):
@@ -61,7 +61,7 @@ class NotAllowed(UserError):
 
 
 @dataclass(frozen=True, eq=False)
-class Archive:
+class ProgramArchive:
     """What the file of an exported program holds.
 
     Attributes:
@@ -79,7 +79,7 @@ class Archive:
     extra: Mapping[str, bytes]
 
 
-def read(path: Path) -> Archive:
+def read(path: Path) -> ProgramArchive:
     """Read the archive.
 
     Raises:
@@ -90,7 +90,7 @@ def read(path: Path) -> Archive:
         raise UserError(f"there is no file {path}")
     try:
         with zipfile.ZipFile(path) as archive:
-            return _archive(archive)
+            return _read_archive(archive)
     except NotAllowed as error:
         raise NotAllowed(f"{path} holds more than a program and tensors: {error}") from error
     except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
@@ -101,14 +101,14 @@ def read(path: Path) -> Archive:
         raise UserError(f"{path} is not a program that can be read: {first_line(error)}") from error
 
 
-def shown(value: object) -> str:
+def printable(value: object) -> str:
     """A value from a file for one line of a message: short, without control characters."""
     text = ascii(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-def _archive(archive: zipfile.ZipFile) -> Archive:
-    entries = _entries(archive)
+def _read_archive(archive: zipfile.ZipFile) -> ProgramArchive:
+    entries = _check_entries(archive)
 
     def content(name: str, default: bytes | None = None) -> bytes:
         if name not in entries and default is not None:
@@ -124,9 +124,9 @@ def _archive(archive: zipfile.ZipFile) -> Archive:
     text = content(_MODEL)
     program = json.loads(text)
     major = program["schema_version"]["major"]
-    if major != SCHEMA:
+    if major != SCHEMA_VERSION:
         raise UserError(
-            f"its program is of version {shown(major)}, and {SCHEMA} is read: export it with a "
+            f"its program is of version {printable(major)}, and {SCHEMA_VERSION} is read: export it with a "
             "torch of today"
         )
     storages: dict[str, Tensor] = {}
@@ -135,25 +135,25 @@ def _archive(archive: zipfile.ZipFile) -> Archive:
         folder = config.rpartition("/")[0]
         for name, payload in json.loads(content(config))["config"].items():
             if payload["use_pickle"] is not False:
-                raise NotAllowed(f"{shown(name)} is pickled")
+                raise NotAllowed(f"{printable(name)} is pickled")
             entry = f"{folder}/{payload['path_name']}"
             dtype = payload["tensor_meta"]["dtype"]
             if entry not in storages:
-                storages[entry] = _storage(name, content(entry), dtype)
+                storages[entry] = _read_storage(name, content(entry), dtype)
             if DTYPES.get(dtype) is not storages[entry].dtype:
-                raise NotAllowed(f"{shown(name)} reads the bytes of another dtype")
+                raise NotAllowed(f"{printable(name)} reads the bytes of another dtype")
             if name in tensors:
-                raise UserError(f"{shown(name)} is both a weight and a constant")
-            tensors[name] = _tensor(name, storages[entry], payload["tensor_meta"])
+                raise UserError(f"{printable(name)} is both a weight and a constant")
+            tensors[name] = _view_tensor(name, storages[entry], payload["tensor_meta"])
             if payload["is_param"] is True:
                 parameters.add(name)
     extra = {
         name.removeprefix("extra/"): content(name) for name in entries if name.startswith("extra/")
     }
-    return Archive(program, text, tensors, frozenset(parameters), extra)
+    return ProgramArchive(program, text, tensors, frozenset(parameters), extra)
 
 
-def _entries(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+def _check_entries(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     """The archive's entries without the name of the folder that all of them lie in.
 
     All are stored as they are, and together they are no larger than the file.
@@ -164,12 +164,14 @@ def _entries(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
         # zipfile cuts a name at a NUL; another reader may not.
         root, _, name = info.orig_filename.partition("/")
         roots.add(root)
-        if not re.fullmatch(r"[A-Za-z0-9_.-]+", root) or not _ENTRY.fullmatch(name):
-            raise NotAllowed(f"the entry {shown(info.orig_filename)} is not allowed")
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", root) or not _ENTRY_PATTERN.fullmatch(name):
+            raise NotAllowed(f"the entry {printable(info.orig_filename)} is not allowed")
         if name in entries:
-            raise NotAllowed(f"the entry {shown(info.orig_filename)} is there twice")
+            raise NotAllowed(f"the entry {printable(info.orig_filename)} is there twice")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-            raise NotAllowed(f"the entry {shown(info.orig_filename)} is compressed or encrypted")
+            raise NotAllowed(
+                f"the entry {printable(info.orig_filename)} is compressed or encrypted"
+            )
         entries[name] = info
     # Entries may lie on top of each other, and then be more than the file.
     size = sum(info.file_size for info in entries.values())
@@ -180,32 +182,32 @@ def _entries(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     return entries
 
 
-def _storage(name: str, content: bytes, dtype: object) -> Tensor:
+def _read_storage(name: str, content: bytes, dtype: object) -> Tensor:
     if not isinstance(dtype, int) or dtype not in DTYPES:
-        raise NotAllowed(f"{shown(name)} is of the dtype {shown(dtype)}")
+        raise NotAllowed(f"{printable(name)} is of the dtype {printable(dtype)}")
     kind = DTYPES[dtype]
     if not content:
         return torch.empty(0, dtype=kind)
     if len(content) % kind.itemsize:
-        raise UserError(f"the bytes of {shown(name)} are no whole numbers")
+        raise UserError(f"the bytes of {printable(name)} are no whole numbers")
     if kind == torch.bool:  # kernels trust that it is 0 or 1
         return torch.frombuffer(bytearray(content), dtype=torch.uint8).bool()
     return torch.frombuffer(bytearray(content), dtype=kind)
 
 
-def _tensor(name: str, storage: Tensor, meta: Mapping[str, Any]) -> Tensor:
+def _view_tensor(name: str, storage: Tensor, meta: Mapping[str, Any]) -> Tensor:
     """A view of the bytes; torch refuses one that leaves them."""
-    if meta["layout"] != STRIDED:
-        raise NotAllowed(f"{shown(name)} has the layout {shown(meta['layout'])}")
-    sizes, strides = ([integer(v) for v in meta[key]] for key in ("sizes", "strides"))
-    offset = integer(meta["storage_offset"])
+    if meta["layout"] != STRIDED_LAYOUT:
+        raise NotAllowed(f"{printable(name)} has the layout {printable(meta['layout'])}")
+    sizes, strides = ([parse_integer(v) for v in meta[key]] for key in ("sizes", "strides"))
+    offset = parse_integer(meta["storage_offset"])
     size = math.prod(sizes)
-    if size > len(storage) and size * storage.itemsize > EXPANSION:
-        raise UserError(f"{shown(name)} is {size} numbers where the file has {len(storage)}")
+    if size > len(storage) and size * storage.itemsize > MAX_EXPANDED_BYTES:
+        raise UserError(f"{printable(name)} is {size} numbers where the file has {len(storage)}")
     return storage.as_strided(sizes, strides, offset)
 
 
-def integer(value: Mapping[str, Any]) -> int:
+def parse_integer(value: Mapping[str, Any]) -> int:
     """A size as the file writes it, `{"as_int": 3}`.
 
     Raises:
@@ -213,16 +215,16 @@ def integer(value: Mapping[str, Any]) -> int:
     """
     number = value.get("as_int")
     if len(value) != 1 or type(number) is not int or not 0 <= number < 2**63:
-        raise NotAllowed(f"a tensor has the size {shown(value)}")
+        raise NotAllowed(f"a tensor has the size {printable(value)}")
     return number
 
 
-def string(value: object) -> str:
+def parse_string(value: object) -> str:
     """A name as the file writes it.
 
     Raises:
         NotAllowed: If it is none.
     """
     if not isinstance(value, str):
-        raise NotAllowed(f"the name {shown(value)} is not allowed")
+        raise NotAllowed(f"the name {printable(value)} is not allowed")
     return value

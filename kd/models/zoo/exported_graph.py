@@ -17,21 +17,29 @@ from torch import Tensor
 from dsdistill.harness.errors import UserError
 from kd.models.zoo import exported_operators as operators
 from kd.models.zoo import exported_sizes as sizes
-from kd.models.zoo.exported_archive import DTYPES, STRIDED, NotAllowed, shown, string
-from kd.models.zoo.exported_sizes import Axis, limited
+from kd.models.zoo.exported_archive import (
+    DTYPES,
+    STRIDED_LAYOUT,
+    NotAllowed,
+    parse_string,
+    printable,
+)
+from kd.models.zoo.exported_sizes import ImageAxis, require_below_limit
 
-BYTES = 2**33  # that the results which are needed at once may take, of the images it is tried on
+MAX_LIVE_BYTES = (
+    2**33
+)  # that the results which are needed at once may take, of the images it is tried on
 
 
 @dataclass(frozen=True)
-class Name:
+class ResultReference:
     """A reference to an earlier result."""
 
     text: str
 
 
 @dataclass(frozen=True)
-class Device:
+class ImageDevice:
     """The device of the images, wherever the file says that its own were."""
 
 
@@ -42,7 +50,7 @@ class Node:
     Attributes:
         run: The operator.
         text: Its name, for messages.
-        args, kwargs: Numbers, strings, `Name`s, `Device`s, and lists of them.
+        args, kwargs: Numbers, strings, `ResultReference`s, `ImageDevice`s, and lists of them.
         outputs: Names of its results, nested as they are returned; None for one that is not used.
         done: Names that no later node refers to.
         writes: Whether it changes its first argument.
@@ -72,7 +80,7 @@ class Graph:
 
     inputs: Mapping[str, str]
     images: str
-    axes: tuple[Axis, ...]
+    axes: tuple[ImageAxis, ...]
     conditions: tuple[ast.expr, ...]
     nodes: tuple[Node, ...]
     output: str
@@ -87,22 +95,22 @@ def parse(program: Mapping[str, Any]) -> Graph:
     """
     module = program["graph_module"]
     graph, signature = module["graph"], module["signature"]
-    inputs, images = _inputs(signature["input_specs"])
+    inputs, images = _parse_inputs(signature["input_specs"])
     outputs = signature["output_specs"]
     if len(outputs) != 1 or len(graph["outputs"]) != 1:
         raise UserError(f"it answers with {len(outputs)} results, not with logits alone")
     if set(outputs[0]) != {"user_output"}:
-        raise NotAllowed(f"the result {shown(next(iter(outputs[0]), None))} is not allowed")
-    output = string(graph["outputs"][0]["as_tensor"]["name"])
+        raise NotAllowed(f"the result {printable(next(iter(outputs[0]), None))} is not allowed")
+    output = parse_string(graph["outputs"][0]["as_tensor"]["name"])
     meta = graph["tensor_values"][images]
     if meta["dtype"] != 7:
         raise UserError("it does not take float32 images")
-    axes = tuple(sizes.axis(size, program["range_constraints"]) for size in meta["sizes"])
-    conditions = tuple(map(sizes.condition, program.get("guards_code") or ()))
+    axes = tuple(sizes.parse_axis(size, program["range_constraints"]) for size in meta["sizes"])
+    conditions = tuple(map(sizes.parse_condition, program.get("guards_code") or ()))
     known = {*inputs, images}
-    nodes = [node for raw in graph["nodes"] if (node := _node(raw, known)) is not None]
+    nodes = [node for raw in graph["nodes"] if (node := _parse_node(raw, known)) is not None]
     if output not in known:
-        raise UserError(f"no node gives its result {shown(output)}")
+        raise UserError(f"no node gives its result {printable(output)}")
     return Graph(inputs, images, axes, conditions, _with_last_uses(nodes, output), output)
 
 
@@ -121,14 +129,16 @@ def run(graph: Graph, tensors: Mapping[str, Tensor], images: Tensor) -> Tensor:
     values: dict[str, Any] = {name: tensors[key] for name, key in graph.inputs.items()}
     values[graph.images] = images
     writes = any(node.writes for node in graph.nodes)
-    given = {_memory(value) for value in values.values()} - {0} if writes else set()
+    given = {_storage_address(value) for value in values.values()} - {0} if writes else set()
     for node in graph.nodes:
-        args = [_value(arg, values, images.device) for arg in node.args]
-        kwargs = {key: _value(arg, values, images.device) for key, arg in node.kwargs.items()}
+        args = [_resolve_argument(arg, values, images.device) for arg in node.args]
+        kwargs = {
+            key: _resolve_argument(arg, values, images.device) for key, arg in node.kwargs.items()
+        }
         # torch.export lists such a change among the results; a file may lack that line.
-        if node.writes and _memory(args[0]) in given:
+        if node.writes and _storage_address(args[0]) in given:
             raise ValueError(f"{node.text} would change the images or the weights")
-        _store(node, node.outputs, node.run(*args, **kwargs), values)
+        _store_results(node, node.outputs, node.run(*args, **kwargs), values)
         if images.is_meta:
             _check_memory(node, [values[name] for name in values.keys() - graph.inputs.keys()])
         for name in node.done:
@@ -136,7 +146,7 @@ def run(graph: Graph, tensors: Mapping[str, Tensor], images: Tensor) -> Tensor:
     return values[graph.output]
 
 
-def _inputs(specs: Sequence[Mapping[str, Any]]) -> tuple[dict[str, str], str]:
+def _parse_inputs(specs: Sequence[Mapping[str, Any]]) -> tuple[dict[str, str], str]:
     """Tensors of the archive by their names in the graph, and the name of the images."""
     inputs: dict[str, str] = {}
     users: list[str] = []
@@ -148,42 +158,47 @@ def _inputs(specs: Sequence[Mapping[str, Any]]) -> tuple[dict[str, str], str]:
     for spec in specs:
         ((kind, content),) = spec.items()
         if kind == "user_input" and "as_tensor" in content["arg"]:
-            users.append(string(content["arg"]["as_tensor"]["name"]))
+            users.append(parse_string(content["arg"]["as_tensor"]["name"]))
         elif kind in keys:
-            inputs[string(content["arg"]["name"])] = string(content[keys[kind]])
+            inputs[parse_string(content["arg"]["name"])] = parse_string(content[keys[kind]])
         else:
-            raise NotAllowed(f"the input {shown(kind)} is not allowed")
+            raise NotAllowed(f"the input {printable(kind)} is not allowed")
     if len(users) != 1:
         raise UserError(f"it takes {len(users)} inputs, not one batch of images (n, c, h, w)")
     return inputs, users[0]
 
 
-def _node(raw: Mapping[str, Any], known: set[str]) -> Node | None:
+def _parse_node(raw: Mapping[str, Any], known: set[str]) -> Node | None:
     """One call, whose results become known; None for one that checks what needs no check."""
-    target = string(raw["target"])
-    if target in operators.SYMBOLIC:
-        args = [_argument(item["arg"], known) for item in raw["inputs"]]
-        return _named(
-            operators.number(operators.SYMBOLIC[target]), target, tuple(args), {}, raw, known
+    target = parse_string(raw["target"])
+    if target in operators.SYMBOLIC_OPERATORS:
+        args = [_parse_argument(item["arg"], known) for item in raw["inputs"]]
+        return _build_node(
+            operators.restrict_to_numbers(operators.SYMBOLIC_OPERATORS[target]),
+            target,
+            tuple(args),
+            {},
+            raw,
+            known,
         )
-    name, _ = operators.parts(target)
-    if name == operators.SKIPPED:
+    name, _ = operators.split_target(target)
+    if name == operators.SKIPPED_OPERATOR:
         return None
     if name in operators.ASSERTIONS:
-        args = tuple(_argument(item["arg"], known) for item in raw["inputs"])
-        check = _true if name == "_assert_scalar" else _nothing
+        args = tuple(_parse_argument(item["arg"], known) for item in raw["inputs"])
+        check = _require_true if name == "_assert_scalar" else _accept_any
         return Node(check, target, args, {}, None, ())
     function = operators.resolve(target)
-    args, kwargs = _bound(function._schema, raw["inputs"], known, target)
-    node = _named(operators.checked(function), target, args, kwargs, raw, known)
+    args, kwargs = _bind_arguments(function._schema, raw["inputs"], known, target)
+    node = _build_node(operators.with_checks(function), target, args, kwargs, raw, known)
     return replace(node, writes=function._schema.is_mutable)
 
 
-def _bound(
+def _bind_arguments(
     schema: Any, inputs: Sequence[Mapping[str, Any]], known: set[str], target: str
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments in the operator's order: by position up to the first that is left out."""
-    given = {string(item["name"]): _argument(item["arg"], known) for item in inputs}
+    given = {parse_string(item["name"]): _parse_argument(item["arg"], known) for item in inputs}
     args, kwargs, gap = [], {}, False
     for argument in schema.arguments:
         if argument.name not in given:
@@ -195,13 +210,13 @@ def _bound(
     # What is made from no tensor lies with the images too.
     makes = not any("Tensor" in str(argument.type) for argument in schema.arguments)
     if makes and any(argument.name == "device" for argument in schema.arguments):
-        kwargs["device"] = Device()
+        kwargs["device"] = ImageDevice()
     if given:
-        raise UserError(f"{target} has no argument {shown(next(iter(given)))}")
+        raise UserError(f"{target} has no argument {printable(next(iter(given)))}")
     return tuple(args), kwargs
 
 
-def _named(
+def _build_node(
     function: Callable[..., Any],
     target: str,
     args: tuple[Any, ...],
@@ -209,28 +224,28 @@ def _named(
     raw: Mapping[str, Any],
     known: set[str],
 ) -> Node:
-    outputs = [_output(item) for item in raw["outputs"]]
-    for name in _names(outputs):
+    outputs = [_parse_output(item) for item in raw["outputs"]]
+    for name in _output_names(outputs):
         if name in known:
-            raise UserError(f"two results are called {shown(name)}")
+            raise UserError(f"two results are called {printable(name)}")
         known.add(name)
     return Node(function, target, args, kwargs, outputs[0] if len(outputs) == 1 else outputs, ())
 
 
-def _output(item: Mapping[str, Any]) -> Any:
+def _parse_output(item: Mapping[str, Any]) -> Any:
     ((kind, value),) = item.items()
     if kind == "as_tensor":
-        return string(value["name"])
+        return parse_string(value["name"])
     if kind == "as_tensors":
-        return [string(one["name"]) for one in value]
+        return [parse_string(one["name"]) for one in value]
     if kind in ("as_sym_int", "as_sym_float", "as_sym_bool"):
-        return string(value["as_name"])
+        return parse_string(value["as_name"])
     if kind == "as_none":
         return None
-    raise NotAllowed(f"the result {shown(kind)} is not allowed")
+    raise NotAllowed(f"the result {printable(kind)} is not allowed")
 
 
-def _argument(item: Mapping[str, Any], known: set[str]) -> Any:
+def _parse_argument(item: Mapping[str, Any], known: set[str]) -> Any:
     """A checked argument.
 
     Raises:
@@ -241,34 +256,34 @@ def _argument(item: Mapping[str, Any], known: set[str]) -> Any:
     if kind == "as_none":
         return None
     if kind in scalars:
-        return _scalar(value, scalars[kind])
+        return _parse_scalar(value, scalars[kind])
     if kind in ("as_ints", "as_bools"):
-        return [_scalar(one, scalars[kind[:-1]]) for one in value]
+        return [_parse_scalar(one, scalars[kind[:-1]]) for one in value]
     if kind == "as_float":
-        return _float(value)
+        return _parse_float(value)
     if kind == "as_floats":
-        return [_float(one) for one in value]
+        return [_parse_float(one) for one in value]
     if kind == "as_tensor":
-        return _reference(value["name"], known)
+        return _parse_reference(value["name"], known)
     if kind == "as_tensors":
-        return [_reference(one["name"], known) for one in value]
+        return [_parse_reference(one["name"], known) for one in value]
     if kind in ("as_sym_int", "as_sym_float", "as_sym_bool"):
-        return _symbolic(value, known)
+        return _parse_symbolic(value, known)
     if kind in ("as_sym_ints", "as_sym_floats", "as_sym_bools"):
-        return [_symbolic(one, known) for one in value]
+        return [_parse_symbolic(one, known) for one in value]
     if kind == "as_optional_tensor":
-        return _argument(value, known)
+        return _parse_argument(value, known)
     if kind == "as_optional_tensors":
-        return [_argument(one, known) for one in value]
+        return [_parse_argument(one, known) for one in value]
     if kind == "as_device":
-        return Device()
+        return ImageDevice()
     if kind == "as_scalar_type" and value in DTYPES:
         return DTYPES[value]
     if kind == "as_memory_format" and value in _MEMORY_FORMATS:
         return _MEMORY_FORMATS[value]
-    if kind == "as_layout" and value == STRIDED:
+    if kind == "as_layout" and value == STRIDED_LAYOUT:
         return torch.strided
-    raise NotAllowed(f"the argument {shown(item)} is not allowed")
+    raise NotAllowed(f"the argument {printable(item)} is not allowed")
 
 
 _MEMORY_FORMATS = {
@@ -277,44 +292,44 @@ _MEMORY_FORMATS = {
     3: torch.channels_last_3d,
     4: torch.preserve_format,
 }
-_WORD = re.compile(r"[A-Za-z_,.>\- ]{0,64}")  # a mode of padding, an equation of einsum
+_WORD_PATTERN = re.compile(r"[A-Za-z_,.>\- ]{0,64}")  # a mode of padding, an equation of einsum
 
 
-def _scalar(value: object, kind: type) -> Any:
+def _parse_scalar(value: object, kind: type) -> Any:
     if type(value) is not kind:
-        raise NotAllowed(f"the argument {shown(value)} is not allowed")
-    if isinstance(value, str) and not _WORD.fullmatch(value):
-        raise NotAllowed(f"the argument {shown(value)} is not allowed")
-    return limited(value) if isinstance(value, int) else value
+        raise NotAllowed(f"the argument {printable(value)} is not allowed")
+    if isinstance(value, str) and not _WORD_PATTERN.fullmatch(value):
+        raise NotAllowed(f"the argument {printable(value)} is not allowed")
+    return require_below_limit(value) if isinstance(value, int) else value
 
 
-def _float(value: object) -> float:
+def _parse_float(value: object) -> float:
     if value in ("Infinity", "-Infinity", "NaN"):  # as JSON cannot write them
         return float(str(value).replace("Infinity", "inf"))
     if type(value) not in (int, float):
-        raise NotAllowed(f"the argument {shown(value)} is not allowed")
+        raise NotAllowed(f"the argument {printable(value)} is not allowed")
     return float(value)  # pyright: ignore[reportArgumentType]
 
 
-def _symbolic(value: Mapping[str, Any], known: set[str]) -> Any:
+def _parse_symbolic(value: Mapping[str, Any], known: set[str]) -> Any:
     ((kind, content),) = value.items()
     if kind == "as_name":
-        return _reference(content, known)
-    return _float(content) if kind == "as_float" else _scalar(content, type(content))
+        return _parse_reference(content, known)
+    return _parse_float(content) if kind == "as_float" else _parse_scalar(content, type(content))
 
 
-def _reference(name: object, known: set[str]) -> Name:
+def _parse_reference(name: object, known: set[str]) -> ResultReference:
     if not isinstance(name, str) or name not in known:
-        raise UserError(f"a node refers to {shown(name)} before there is such a result")
-    return Name(name)
+        raise UserError(f"a node refers to {printable(name)} before there is such a result")
+    return ResultReference(name)
 
 
-def _true(value: object, *_: object) -> None:
+def _require_true(value: object, *_: object) -> None:
     if not value:
         raise ValueError("a condition of the program does not hold for these images")
 
 
-def _nothing(*_: object, **__: object) -> None:
+def _accept_any(*_: object, **__: object) -> None:
     """Ranges of sizes that are known when the program runs are no news."""
 
 
@@ -322,56 +337,59 @@ def _with_last_uses(nodes: Sequence[Node], output: str) -> tuple[Node, ...]:
     """The nodes, each with the names that it is the last to use, so that memory is given back."""
     seen, kept = {output}, []
     for node in reversed(nodes):
-        names = [*_references((*node.args, *node.kwargs.values())), *_names(node.outputs)]
+        names = [
+            *_referenced_names((*node.args, *node.kwargs.values())),
+            *_output_names(node.outputs),
+        ]
         done = tuple(name for name in dict.fromkeys(names) if name not in seen)
         seen.update(names)
         kept.append(replace(node, done=done))
     return tuple(reversed(kept))
 
 
-def _references(values: Sequence[Any]) -> Iterator[str]:
+def _referenced_names(values: Sequence[Any]) -> Iterator[str]:
     for value in values:
-        if isinstance(value, Name):
+        if isinstance(value, ResultReference):
             yield value.text
         elif isinstance(value, list):
-            yield from _references(value)
+            yield from _referenced_names(value)
 
 
-def _names(outputs: Any) -> Iterator[str]:
+def _output_names(outputs: Any) -> Iterator[str]:
     if isinstance(outputs, str):
         yield outputs
     elif isinstance(outputs, list):
         for item in outputs:
-            yield from _names(item)
+            yield from _output_names(item)
 
 
-def _value(arg: Any, values: Mapping[str, Any], device: torch.device) -> Any:
-    if isinstance(arg, Name):
+def _resolve_argument(arg: Any, values: Mapping[str, Any], device: torch.device) -> Any:
+    if isinstance(arg, ResultReference):
         return values[arg.text]
-    if isinstance(arg, Device):
+    if isinstance(arg, ImageDevice):
         return device
     if isinstance(arg, list):
-        return [_value(one, values, device) for one in arg]
+        return [_resolve_argument(one, values, device) for one in arg]
     return arg
 
 
-def _memory(tensor: Tensor) -> int:
+def _storage_address(tensor: Tensor) -> int:
     """The address of what the tensor is a view of; 0 without any."""
     return tensor.untyped_storage().data_ptr()
 
 
 def _check_memory(node: Node, values: Sequence[Any]) -> None:
     size = sum(value.nbytes for value in values if isinstance(value, Tensor))
-    if size > BYTES:
+    if size > MAX_LIVE_BYTES:
         raise ValueError(f"with the result of {node.text} it needs {size} bytes at once")
 
 
-def _store(node: Node, names: Any, result: Any, values: dict[str, Any]) -> None:
+def _store_results(node: Node, names: Any, result: Any, values: dict[str, Any]) -> None:
     """Give the results their names."""
-    if isinstance(result, Tensor) and result.nbytes > BYTES:
+    if isinstance(result, Tensor) and result.nbytes > MAX_LIVE_BYTES:
         raise ValueError(f"{node.text} needs {result.nbytes} bytes for one result")
     if isinstance(names, str):
         values[names] = result
     elif isinstance(names, list):
         for name, one in zip(names, result, strict=True):
-            _store(node, name, one, values)
+            _store_results(node, name, one, values)

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from dsdistill.harness.errors import UserError
-from kd.models.zoo.exported_archive import NotAllowed, shown
-from kd.models.zoo.exported_sizes import limited
+from kd.models.zoo.exported_archive import NotAllowed, printable
+from kd.models.zoo.exported_sizes import require_below_limit
 
 # What networks for images are exported to: those of kd, timm, torchvision and transformers, and
 # their close relatives. Names that end in _ change their first argument, an intermediate result.
 # Left out are operators that read or write files, print, draw random numbers, give uninitialised
 # memory or trust indices without a check.
-_NAMES = """
+_OPERATOR_NAMES = """
 _adaptive_avg_pool2d _log_softmax _native_batch_norm_legit_no_training _softmax _to_copy
 _unsafe_view _upsample_bicubic2d_aa _upsample_bilinear2d_aa _upsample_nearest_exact2d abs abs_
 adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d add add_ addcdiv addcmul addcmul_
@@ -49,14 +49,14 @@ threshold_ tile to topk transpose tril triu true_divide type_as unbind unflatten
 unsqueeze upsample_bicubic2d upsample_bilinear2d upsample_nearest2d var var_mean view view_as
 vsplit where zero_ zeros zeros_like
 """
-OPERATORS = frozenset(_NAMES.split())
+OPERATORS = frozenset(_OPERATOR_NAMES.split())
 ASSERTIONS = frozenset({"_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size"})
 # The same bytes as another dtype: a bool would be other than 0 and 1, and kernels trust it.
-REFUSED = frozenset({("view", "dtype")})
-SKIPPED = "_assert_tensor_metadata"  # of dtype and device, which an operator checks itself
+REFUSED_OVERLOADS = frozenset({("view", "dtype")})
+SKIPPED_OPERATOR = "_assert_tensor_metadata"  # of dtype and device, which an operator checks itself
 
-Number = int | float | bool
-SYMBOLIC: Mapping[str, Callable[..., Any]] = {
+Scalar = int | float | bool
+SYMBOLIC_OPERATORS: Mapping[str, Callable[..., Any]] = {
     "_operator.add": operator.add,
     "_operator.sub": operator.sub,
     "_operator.mul": operator.mul,
@@ -92,21 +92,21 @@ def resolve(target: str) -> Any:
         NotAllowed: If it is not on the list, or writes into other arguments than its first.
         UserError: If this version of torch has none.
     """
-    name, overload = parts(target)
+    name, overload = split_target(target)
     if name not in OPERATORS:
-        raise NotAllowed(f"the operator {shown(target)} is not allowed")
+        raise NotAllowed(f"the operator {printable(target)} is not allowed")
     packet = getattr(torch.ops.aten, name)
     if overload not in packet.overloads():
         raise UserError(f"this torch has no operator {target}")
     function = getattr(packet, overload)
-    if not gives_tensors(function._schema, name) or (name, overload) in REFUSED:
-        raise NotAllowed(f"the operator {shown(target)} is not allowed")
+    if not returns_tensors(function._schema, name) or (name, overload) in REFUSED_OVERLOADS:
+        raise NotAllowed(f"the operator {printable(target)} is not allowed")
     if function._schema.is_mutable and not name.endswith("_"):
-        raise NotAllowed(f"the operator {shown(target)} writes into its arguments")
+        raise NotAllowed(f"the operator {printable(target)} writes into its arguments")
     return function
 
 
-def parts(target: str) -> tuple[str, str]:
+def split_target(target: str) -> tuple[str, str]:
     """Name and overload of an operator of `aten`.
 
     Raises:
@@ -114,11 +114,11 @@ def parts(target: str) -> tuple[str, str]:
     """
     match = re.fullmatch(r"torch\.ops\.aten\.([A-Za-z0-9_]+)\.([A-Za-z0-9_]+)", target)
     if match is None:
-        raise NotAllowed(f"the operator {shown(target)} is not allowed")
+        raise NotAllowed(f"the operator {printable(target)} is not allowed")
     return match[1], match[2]
 
 
-def checked(function: Any) -> Callable[..., Any]:
+def with_checks(function: Any) -> Callable[..., Any]:
     """An operator that looks at arguments which torch's own trusts.
 
     Args:
@@ -139,25 +139,25 @@ def checked(function: Any) -> Callable[..., Any]:
     return call
 
 
-def gives_tensors(schema: Any, name: str) -> bool:
+def returns_tensors(schema: Any, name: str) -> bool:
     """Whether its results are tensors, or sizes of one; of the same name, some join strings."""
     kinds = {str(result.type) for result in schema.returns}
     sizes = {"int", "SymInt"} if name.startswith("sym_") else set()
     return bool(kinds) and kinds <= {"Tensor", "List[Tensor]", *sizes}
 
 
-def number(function: Callable[..., Any]) -> Callable[..., Number]:
+def restrict_to_numbers(function: Callable[..., Any]) -> Callable[..., Scalar]:
     """The function for numbers alone, and of numbers that stay small."""
 
-    def checked(*args: object) -> Number:
+    def checked(*args: object) -> Scalar:
         if not all(isinstance(arg, int | float) for arg in args):
             raise TypeError("a size is computed from what is no number")
-        return limited(function(*args))
+        return require_below_limit(function(*args))
 
     return checked
 
 
-def _check_lengths(given: Mapping[str, Any]) -> None:
+def _check_channel_lengths(given: Mapping[str, Any]) -> None:
     """One number for each channel: the kernel reads as many as there are channels."""
     channels = given["input"].shape[1]
     for name in ("weight", "bias", "running_mean", "running_var"):
@@ -188,7 +188,7 @@ def _check_statistics(given: Mapping[str, Any]) -> None:
 _CHECKS: Mapping[str, Callable[[Mapping[str, Any]], None]] = {
     "batch_norm": _check_statistics,
     "instance_norm": _check_statistics,
-    "_native_batch_norm_legit_no_training": _check_lengths,
+    "_native_batch_norm_legit_no_training": _check_channel_lengths,
     "upsample_bicubic2d": _check_scales,
     "upsample_bilinear2d": _check_scales,
     "upsample_nearest2d": _check_scales,

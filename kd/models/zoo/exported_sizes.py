@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kd.models.zoo.exported_archive import NotAllowed, shown, string
+from kd.models.zoo.exported_archive import NotAllowed, parse_string, printable
 
-INTEGERS = 2**63  # below which a size lies
+SIZE_LIMIT = 2**63  # below which a size lies
 
 
 @dataclass(frozen=True)
-class Axis:
+class ImageAxis:
     """What the images' size along one axis may be: `factor` times a number in a range.
 
     Attributes:
@@ -29,10 +29,10 @@ class Axis:
     factor: int
     symbol: str | None = None
     low: int = 0
-    high: int = INTEGERS
+    high: int = SIZE_LIMIT
 
 
-def axis(size: Mapping[str, Any], ranges: Mapping[str, Any]) -> Axis:
+def parse_axis(size: Mapping[str, Any], ranges: Mapping[str, Any]) -> ImageAxis:
     """A size of the images: a number, a symbol, or a multiple of a symbol.
 
     Args:
@@ -45,38 +45,38 @@ def axis(size: Mapping[str, Any], ranges: Mapping[str, Any]) -> Axis:
     if "as_int" in size:
         number = size["as_int"]
         if type(number) is not int or number < 0:
-            raise NotAllowed(f"the size {shown(number)} is not allowed")
-        return Axis(number)
-    text = string(size["as_expr"]["expr_str"])
+            raise NotAllowed(f"the size {printable(number)} is not allowed")
+        return ImageAxis(number)
+    text = parse_string(size["as_expr"]["expr_str"])
     symbol = r"Symbol\('([A-Za-z_][A-Za-z_0-9]*)', positive=True, integer=True\)"
     match = re.fullmatch(rf"(?:Mul\(Integer\(([1-9][0-9]{{0,8}})\), {symbol}\)|{symbol})", text)
     if match is None:
-        raise NotAllowed(f"the size {shown(text)} is not allowed")
+        raise NotAllowed(f"the size {printable(text)} is not allowed")
     name = match[2] or match[3]
     limits = ranges.get(name) or {}
     low, high = limits.get("min_val"), limits.get("max_val")
     # torch writes 2 for every free size, and runs such a program on one image too.
     low = low if type(low) is int and low > 2 else 0
-    return Axis(int(match[1] or 1), name, low, high if type(high) is int else INTEGERS)
+    return ImageAxis(int(match[1] or 1), name, low, high if type(high) is int else SIZE_LIMIT)
 
 
-def condition(text: object) -> ast.expr:
+def parse_condition(text: object) -> ast.expr:
     """A condition, parsed and never compiled: integers, sizes, + - * // %, min, max, comparisons.
 
     Raises:
         NotAllowed: For anything else.
     """
     if not isinstance(text, str) or len(text) > 10_000:
-        raise NotAllowed(f"the condition {shown(text)} is not allowed")
+        raise NotAllowed(f"the condition {printable(text)} is not allowed")
     try:
         condition = ast.parse(text, mode="eval").body
         _evaluate(condition, None)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise NotAllowed(f"the condition {shown(text)} is not allowed") from error
+        raise NotAllowed(f"the condition {printable(text)} is not allowed") from error
     return condition
 
 
-def check(axes: Sequence[Axis], conditions: Sequence[ast.expr], shape: Sequence[int]) -> None:
+def check(axes: Sequence[ImageAxis], conditions: Sequence[ast.expr], shape: Sequence[int]) -> None:
     """Refuse images that the program was not exported for.
 
     Raises:
@@ -100,13 +100,13 @@ def check(axes: Sequence[Axis], conditions: Sequence[ast.expr], shape: Sequence[
             raise ValueError(f"{ast.unparse(each)[:200]} is false for {text}")
 
 
-def limited(value: Any) -> Any:
+def require_below_limit(value: Any) -> Any:
     """The value, which is no integer beyond those of a size.
 
     Raises:
         ValueError: If it is one.
     """
-    if isinstance(value, int) and abs(value) >= INTEGERS:
+    if isinstance(value, int) and abs(value) >= SIZE_LIMIT:
         raise ValueError("a number in it is too large")
     return value
 
@@ -126,7 +126,7 @@ _COMPARE: Mapping[type, Callable[[int, int], bool]] = {
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
 }
-_SIZE = re.compile(r"L\['[A-Za-z_][A-Za-z_0-9]*'\](?:\[0\])?\.size\(\)\[([0-3])\]")
+_SIZE_PATTERN = re.compile(r"L\['[A-Za-z_][A-Za-z_0-9]*'\](?:\[0\])?\.size\(\)\[([0-3])\]")
 
 
 def _evaluate(node: ast.expr, shape: Sequence[int] | None) -> Any:
@@ -142,7 +142,7 @@ def _evaluate(node: ast.expr, shape: Sequence[int] | None) -> Any:
             return -_evaluate(operand, shape)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
             one, two = _evaluate(left, shape), _evaluate(right, shape)
-            return 1 if shape is None else limited(_BINARY[type(op)](one, two))
+            return 1 if shape is None else require_below_limit(_BINARY[type(op)](one, two))
         case ast.BoolOp(op=op, values=parts):
             values = [_evaluate(part, shape) for part in parts]
             return all(values) if isinstance(op, ast.And) else any(values)
@@ -159,7 +159,7 @@ def _evaluate(node: ast.expr, shape: Sequence[int] | None) -> Any:
         ):
             return (max if name == "sym_max" else min)(_evaluate(arg, shape) for arg in args)
         case ast.Subscript():
-            match_ = _SIZE.fullmatch(ast.unparse(node))
+            match_ = _SIZE_PATTERN.fullmatch(ast.unparse(node))
             if match_:
                 return 1 if shape is None else shape[int(match_[1])]
     raise ValueError("no condition on sizes")

@@ -16,17 +16,17 @@ from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError, first_line
 from kd.models.zoo import class_names
-from kd.models.zoo.protocol import PretrainedConfig, Shape, interpolation
+from kd.models.zoo.protocol import PretrainedConfig, Shape, nearest_interpolation
 
 # PIL's numbers of resampling filters.
 _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 LABELS = 1_000_000  # that a configuration may have; the library makes a name for each
-_PROBE = 64  # pixels of the sides of the images of one colour that a processor is shown
+_PROBE_PIXELS = 64  # pixels of the sides of the images of one colour that a processor is shown
 
 
 def check(name: str) -> None:
     """Refuse a folder that is not there or holds no model, and a missing library."""
-    library()
+    import_transformers()
     if not name:
         raise UserError("hf: needs a name, as in hf:microsoft/resnet-50, or a folder")
     folder = Path(name)
@@ -36,19 +36,22 @@ def check(name: str) -> None:
         raise UserError(f"there is no folder {name}")
 
 
-def wants(name: str) -> PretrainedConfig:
+def pretrained_config(name: str) -> PretrainedConfig:
     """What the model's image processor does, found by showing it images."""
     check(name)
-    config, processor = _get("AutoConfig", name), _get("AutoImageProcessor", name)
+    config, processor = (
+        _from_pretrained("AutoConfig", name),
+        _from_pretrained("AutoImageProcessor", name),
+    )
     names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
     mean, std, size = _normalisation(name, processor)
     filter = getattr(processor, "resample", None)
     return PretrainedConfig(
         mean,
         std,
-        size if _sizes(processor) else _own_size(config) or size,
-        interpolation(_FILTERS.get(int(filter), "") if filter is not None else ""),
-        _crop(processor, size),
+        size if _sets_size(processor) else _configured_size(config) or size,
+        nearest_interpolation(_FILTERS.get(int(filter), "") if filter is not None else ""),
+        _crop_share(processor, size),
         class_names.with_synonyms(names),
     )
 
@@ -75,15 +78,15 @@ def network(
         UserError: If there are no weights for some of its layers, other than for the last one of
             another number of classes.
     """
-    auto = library().AutoModelForImageClassification
+    auto = import_transformers().AutoModelForImageClassification
     if config is not None:
         # From a number of labels the library would make as many names.
         own = {k: v for k, v in config.items() if k not in ("auto_map", "num_labels")}
-        found = library().AutoConfig.for_model(**own)
+        found = import_transformers().AutoConfig.for_model(**own)
         _check_code(name, found)
         return auto.from_config(found, trust_remote_code=False)
     check(name)
-    found = _get("AutoConfig", name)
+    found = _from_pretrained("AutoConfig", name)
     _check_code(name, found)
     own = found.num_labels
     if classes != own:
@@ -107,15 +110,15 @@ def network(
     return made.float()  # some are stored in half precision
 
 
-def takes(network: nn.Module, shape: Shape) -> Shape:
+def input_shape(network: nn.Module, shape: Shape) -> Shape:
     """The shape to which images of `shape` must be brought.
 
     A configuration names a size, but not whether it is the only one: that is tried.
     """
     config: Any = network.config
     (h, w, _), channels = shape, getattr(config, "num_channels", None) or 3
-    size = _own_size(config)
-    if size and size != (h, w) and not _runs(network, (h, w, channels)):
+    size = _configured_size(config)
+    if size and size != (h, w) and not _accepts_shape(network, (h, w, channels)):
         h, w = size
     return h, w, channels
 
@@ -126,7 +129,7 @@ def config(name: str, network: nn.Module) -> dict[str, Any] | None:
     return json.loads(found.to_json_string(use_diff=False))
 
 
-def library() -> Any:
+def import_transformers() -> Any:
     """transformers, without its reports and bars.
 
     Raises:
@@ -141,11 +144,11 @@ def library() -> Any:
     return transformers
 
 
-def _get(kind: str, name: str) -> Any:
+def _from_pretrained(kind: str, name: str) -> Any:
     _check_labels(Path(name) / "config.json")
     try:
         # Otherwise the library asks at the terminal whether to run the code that lies beside it.
-        return getattr(library(), kind).from_pretrained(name, trust_remote_code=False)
+        return getattr(import_transformers(), kind).from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # hub, network, file and format errors share no base class
         what = "configuration" if kind == "AutoConfig" else "image processor"
         raise UserError(
@@ -197,7 +200,7 @@ def _normalisation(name: str, processor: Any) -> tuple[Any, Any, tuple[int, int]
         [[0, 0, 0], [255, 255, 255], [255, 0, 0], [0, 255, 0], [0, 0, 255], [51, 102, 153]],
         np.uint8,
     )
-    images = [np.broadcast_to(c, (_PROBE, _PROBE, 3)).copy() for c in colours]
+    images = [np.broadcast_to(c, (_PROBE_PIXELS, _PROBE_PIXELS, 3)).copy() for c in colours]
     seen: Tensor = processor(images, return_tensors="pt")["pixel_values"].double()
     values = seen.mean((2, 3))  # (colours, channels)
     black, white = values[0], values[1]
@@ -211,12 +214,12 @@ def _normalisation(name: str, processor: Any) -> tuple[Any, Any, tuple[int, int]
     return tuple((-black * std).tolist()), tuple(std.tolist()), (seen.shape[2], seen.shape[3])
 
 
-def _sizes(processor: Any) -> bool:
+def _sets_size(processor: Any) -> bool:
     """Whether it decides on the size of what comes out."""
     return any(getattr(processor, name, None) for name in ("do_resize", "do_center_crop"))
 
 
-def _crop(processor: Any, size: tuple[int, int]) -> float:
+def _crop_share(processor: Any, size: tuple[int, int]) -> float:
     """Share of the resized image's shorter side that is cropped."""
     edge = getattr(getattr(processor, "size", None), "shortest_edge", None)
     if edge and getattr(processor, "do_center_crop", None):
@@ -226,14 +229,14 @@ def _crop(processor: Any, size: tuple[int, int]) -> float:
     return 1.0
 
 
-def _own_size(config: Any) -> tuple[int, int] | None:
+def _configured_size(config: Any) -> tuple[int, int] | None:
     size = getattr(config, "image_size", None)
     if size is None:
         return None
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def _runs(network: nn.Module, shape: Shape) -> bool:
+def _accepts_shape(network: nn.Module, shape: Shape) -> bool:
     h, w, c = shape
     was = network.training
     try:

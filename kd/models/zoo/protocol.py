@@ -57,7 +57,7 @@ class Zoo(Protocol):
         """Refuse an unknown name, with the nearest known ones."""
         ...
 
-    def wants(self, name: str, /) -> PretrainedConfig:
+    def pretrained_config(self, name: str, /) -> PretrainedConfig:
         """What the published weights want."""
         ...
 
@@ -77,7 +77,7 @@ class Zoo(Protocol):
         """A network for images of so many channels, if it can be made for them."""
         ...
 
-    def takes(self, network: nn.Module, shape: Shape, /) -> Shape:
+    def input_shape(self, network: nn.Module, shape: Shape, /) -> Shape:
         """The shape to which images of `shape` must be brought."""
         ...
 
@@ -86,7 +86,7 @@ class Zoo(Protocol):
         ...
 
 
-def interpolation(name: str) -> Interpolation:
+def nearest_interpolation(name: str) -> Interpolation:
     """The nearest that a tensor can be resized with: smooth kernels are bicubic, others bilinear.
 
     Args:

@@ -13,8 +13,8 @@ from torch import nn
 from dsdistill.harness.errors import UserError
 from kd.models.zoo.protocol import Shape
 
-HEADS = 3  # of the small ViT, whose width they divide
-PATCHES = 8  # along each side of an image, at most
+VIT_HEADS = 3  # of the small ViT, whose width they divide
+VIT_PATCHES_PER_SIDE = 8  # along each side of an image, at most
 
 
 def resnet18(shape: Shape, classes: int, width: int) -> nn.Module:
@@ -89,12 +89,12 @@ def vit(shape: Shape, classes: int, width: int) -> nn.Module:
     al. 2021, arXiv:2012.12877), which has twice the depth. The mean: Beyer, Zhai and Kolesnikov
     (2022), arXiv:2205.01580.
     """
-    if width % HEADS:
-        raise UserError(f"the width of small-vit is a multiple of {HEADS}, got {width}")
+    if width % VIT_HEADS:
+        raise UserError(f"the width of small-vit is a multiple of {VIT_HEADS}, got {width}")
     from timm.layers.patch_embed import PatchEmbed
     from timm.models.vision_transformer import VisionTransformer
 
-    patch: Any = ceil(shape[0] / PATCHES), ceil(shape[1] / PATCHES)
+    patch: Any = ceil(shape[0] / VIT_PATCHES_PER_SIDE), ceil(shape[1] / VIT_PATCHES_PER_SIDE)
     whole = ceil(shape[0] / patch[0]) * patch[0], ceil(shape[1] / patch[1]) * patch[1]
     return VisionTransformer(
         whole,
@@ -103,7 +103,7 @@ def vit(shape: Shape, classes: int, width: int) -> nn.Module:
         classes,
         embed_dim=width,
         depth=6,
-        num_heads=HEADS,
+        num_heads=VIT_HEADS,
         class_token=False,
         global_pool="avg",
         dynamic_img_pad=True,

@@ -16,17 +16,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dsdistill.harness.errors import UserError, first_line, unknown
+from dsdistill.harness.errors import UserError, first_line, unknown_name
 from kd.models.zoo import builtin, class_names
-from kd.models.zoo.protocol import PretrainedConfig, Shape, interpolation
+from kd.models.zoo.protocol import PretrainedConfig, Shape, nearest_interpolation
 
 # Arguments by which timm reads files; the description of a run must not name any.
-_READING = frozenset(
+_FILE_ARGUMENTS = frozenset(
     {"checkpoint_path", "cache_dir", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
 )
-SOURCES = ("hf-hub", "local-dir")  # prefixes that timm understands itself
+SOURCE_PREFIXES = ("hf-hub", "local-dir")  # prefixes that timm understands itself
 # Arguments of timm's that are said otherwise here, or make something else than a classifier.
-_RESERVED = (
+_RESERVED_ARGUMENTS = (
     *("num_classes", "in_chans", "checkpoint_path", "cache_dir", "features_only", "out_indices"),
     *("scriptable", "exportable", "no_jit", "device", "dtype", "model_name"),
 )
@@ -34,41 +34,43 @@ _RESERVED = (
 
 def check(name: str) -> None:
     """Refuse a name that timm does not know, with the nearest known ones."""
-    name, arguments = split(name)
+    name, arguments = split_arguments(name)
     if arguments and name in builtin.NETWORKS:
         raise UserError(f"{name} is built in and takes a width alone, as in {name}:32")
-    if _source(name):
+    if _source_prefix(name):
         return
     if Path(name).is_file():
         raise UserError(f"{name} is a file: name its architecture too, as in resnet18@{name}")
     if ":" in name:
-        known = ("timm", *SOURCES, "torchvision", "hf")
-        raise unknown("source of networks", name.partition(":")[0], known)
+        known = ("timm", *SOURCE_PREFIXES, "torchvision", "hf")
+        raise unknown_name("source of networks", name.partition(":")[0], known)
     if "/" in name:
         raise UserError(f"there is no folder {name}")
     import timm  # slow to import, so only for a name that is not built in
 
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.6)
-        raise UserError(f"{unknown('network', name, [*builtin.NETWORKS, *near])}, or any timm name")
+        raise UserError(
+            f"{unknown_name('network', name, [*builtin.NETWORKS, *near])}, or any timm name"
+        )
 
 
-def wants(name: str) -> PretrainedConfig:
+def pretrained_config(name: str) -> PretrainedConfig:
     """What the published weights want; of an architecture without any, what timm assumes."""
     check(name)
     from timm.data.config import resolve_data_config
 
-    name, arguments = split(name)
-    config = _config(name)
+    name, arguments = split_arguments(name)
+    config = _pretrained_cfg(name)
     found = resolve_data_config(pretrained_cfg=config)
-    h, w = _size(arguments) or found["input_size"][1:]
+    h, w = _requested_size(arguments) or found["input_size"][1:]
     return PretrainedConfig(
         tuple(found["mean"]),
         tuple(found["std"]),
         (h, w),
-        interpolation(found["interpolation"]),
+        nearest_interpolation(found["interpolation"]),
         float(found["crop_pct"]),
-        _classes(config),
+        _class_names(config),
     )
 
 
@@ -79,8 +81,8 @@ def origin(name: str) -> str:
         UserError: If none were published.
     """
     check(name)
-    name, _ = split(name)
-    if _source(name):
+    name, _ = split_arguments(name)
+    if _source_prefix(name):
         return name
     import timm
 
@@ -109,20 +111,22 @@ def network(
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     import timm
 
-    name, arguments = split(name)
+    name, arguments = split_arguments(name)
     extra: dict[str, Any] = {}
     if config:
         name, extra = config["architecture"], dict(config["arguments"])
-        if not isinstance(name, str) or not timm.is_model(name) or extra.keys() & _READING:
+        if not isinstance(name, str) or not timm.is_model(name) or extra.keys() & _FILE_ARGUMENTS:
             raise UserError(f"the description of the network {name!r} is not one that kd writes")
         extra["pretrained_cfg_overlay"] = dict(config["overlay"])
-    elif size := _size(arguments):
-        extra["pretrained_cfg_overlay"] = {"input_size": (_config(name)["input_size"][0], *size)}
+    elif size := _requested_size(arguments):
+        extra["pretrained_cfg_overlay"] = {
+            "input_size": (_pretrained_cfg(name)["input_size"][0], *size)
+        }
     extra |= arguments | {"in_chans": channels, "num_classes": classes}
     return timm.create_model(name, pretrained=pretrained, **extra)
 
 
-def takes(network: nn.Module, shape: Shape) -> Shape:
+def input_shape(network: nn.Module, shape: Shape) -> Shape:
     """The shape to which images of `shape` must be brought: many take one size only."""
     config: Any = network.pretrained_cfg
     if not config.get("fixed_input_size"):
@@ -135,10 +139,10 @@ def takes(network: nn.Module, shape: Shape) -> Shape:
 
 def config(name: str, network: nn.Module) -> dict[str, Any] | None:
     """What is needed beside the name to make the network again, where its source is away."""
-    name, arguments = split(name)
-    if not _source(name):
+    name, arguments = split_arguments(name)
+    if not _source_prefix(name):
         return None
-    found = _hub_config(name)
+    found = _read_hub_config(name)
     found["arguments"] |= arguments
     kept = {k: v for k, v in found["arguments"].items() if k not in ("in_chans", "num_classes")}
     made: Any = network.pretrained_cfg
@@ -146,18 +150,18 @@ def config(name: str, network: nn.Module) -> dict[str, Any] | None:
     return {"architecture": found["architecture"], "arguments": kept, "overlay": overlay}
 
 
-def split(name: str) -> tuple[str, dict[str, Any]]:
+def split_arguments(name: str) -> tuple[str, dict[str, Any]]:
     """A name without the arguments behind it, and the arguments: Python's literals, by keyword.
 
     Raises:
         UserError: If they are something else, or of those that are decided elsewhere.
     """
-    source = _source(name)
+    source = _source_prefix(name)
     if not name.endswith(")") or (source and Path(name.partition(":")[2]).is_dir()):
         return name, {}
     starts = [i for i, character in enumerate(name) if character == "("]
     for start in starts[:1] if source is None else starts:
-        arguments = _literals(name[start:])
+        arguments = _parse_arguments(name[start:])
         if arguments is not None:
             break
     else:
@@ -168,14 +172,14 @@ def split(name: str) -> tuple[str, dict[str, Any]]:
             f"resnet18(drop_path_rate=0.1), got {name}"
         )
     for argument in arguments:
-        if argument in _RESERVED or argument.startswith("pretrained"):
+        if argument in _RESERVED_ARGUMENTS or argument.startswith("pretrained"):
             raise UserError(f"{argument} cannot be given in {name}: leave it out")
     return name[:start], arguments
 
 
-def sized(name: str, size: int) -> str:
+def with_image_size(name: str, size: int) -> str:
     """The name of the network for images of another size."""
-    plain, arguments = split(name)
+    plain, arguments = split_arguments(name)
     arguments |= {"img_size": size}
     return f"{plain}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})"
 
@@ -209,7 +213,7 @@ def stored_size(network: nn.Module, tensors: Mapping[str, Tensor]) -> int | None
         tensors: By its names.
     """
     own, theirs = (
-        getattr(x, "shape", None) for x in (_positions(network), tensors.get("pos_embed"))
+        getattr(x, "shape", None) for x in (_position_embedding(network), tensors.get("pos_embed"))
     )
     patches: Any = getattr(network, "patch_embed", None)
     weight = tensors.get("patch_embed.proj.weight")
@@ -224,11 +228,11 @@ def stored_size(network: nn.Module, tensors: Mapping[str, Tensor]) -> int | None
     return grid * side if grid and grid * grid == whole else None
 
 
-def _positions(network: nn.Module) -> Any:
+def _position_embedding(network: nn.Module) -> Any:
     return getattr(network, "pos_embed", None)
 
 
-def _literals(text: str) -> dict[str, Any] | None:
+def _parse_arguments(text: str) -> dict[str, Any] | None:
     """The arguments in brackets; None if they are not all literals by keyword."""
     try:
         call: Any = ast.parse(f"f{text}", mode="eval").body
@@ -241,7 +245,7 @@ def _literals(text: str) -> dict[str, Any] | None:
     return found if len(found) == len(call.keywords) else None
 
 
-def _size(arguments: Mapping[str, Any]) -> tuple[int, int] | None:
+def _requested_size(arguments: Mapping[str, Any]) -> tuple[int, int] | None:
     """Height and width of the images that the arguments ask for."""
     size = arguments.get("img_size")
     if size is None:
@@ -254,22 +258,22 @@ def _size(arguments: Mapping[str, Any]) -> tuple[int, int] | None:
     return sides[0], sides[1]
 
 
-def _source(name: str) -> str | None:
+def _source_prefix(name: str) -> str | None:
     source = name.partition(":")[0]
-    return source if source in SOURCES and ":" in name else None
+    return source if source in SOURCE_PREFIXES and ":" in name else None
 
 
-def _config(name: str) -> dict[str, Any]:
+def _pretrained_cfg(name: str) -> dict[str, Any]:
     """timm's description of the published weights."""
     import timm
 
-    if _source(name):
-        return _hub_config(name)["pretrained"]
+    if _source_prefix(name):
+        return _read_hub_config(name)["pretrained"]
     found = timm.get_pretrained_cfg(name)
     return {} if found is None else found.to_dict()
 
 
-def _hub_config(name: str) -> dict[str, Any]:
+def _read_hub_config(name: str) -> dict[str, Any]:
     """Architecture, arguments and description of weights with a `config.json` beside them."""
     import timm.models
 
@@ -293,9 +297,9 @@ def _hub_config(name: str) -> dict[str, Any]:
     return {"architecture": architecture, "arguments": arguments, "pretrained": found}
 
 
-def _classes(config: Mapping[str, Any]) -> tuple[str, ...] | int:
+def _class_names(config: Mapping[str, Any]) -> tuple[str, ...] | int:
     names = config.get("label_names")
     count = int(config.get("num_classes") or 0)
     if names and len(names) == count:
         return class_names.with_synonyms(tuple(map(str, names)))
-    return class_names.imagenet(count) or count
+    return class_names.imagenet_names(count) or count

@@ -8,15 +8,15 @@ from typing import Any
 
 from torch import nn
 
-from dsdistill.harness.errors import unknown
+from dsdistill.harness.errors import unknown_name
 from kd.models.zoo import class_names, weights
-from kd.models.zoo.protocol import PretrainedConfig, Shape, interpolation
+from kd.models.zoo.protocol import PretrainedConfig, Shape, nearest_interpolation
 
 CHANNELS = 3
 # Their heads for training alone would add outputs that no loss here knows.
-_AUXILIARY = ("googlenet", "inception_v3")
+_WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 # What published weights may set, and a network made again must be told.
-_SET = ("image_size", "transform_input")
+_CONFIG_KEYS = ("image_size", "transform_input")
 
 
 def check(name: str) -> None:
@@ -25,19 +25,19 @@ def check(name: str) -> None:
 
     known = models.list_models(module=models)
     if name not in known:
-        raise unknown("torchvision classifier", name, known)
+        raise unknown_name("torchvision classifier", name, known)
 
 
-def wants(name: str) -> PretrainedConfig:
+def pretrained_config(name: str) -> PretrainedConfig:
     """What the published weights want."""
-    published = _weights(name)
+    published = _default_weights(name)
     prepare = published.transforms()
     (side,), (whole,) = prepare.crop_size, prepare.resize_size
     return PretrainedConfig(
         tuple(prepare.mean),
         tuple(prepare.std),
         (side, side),
-        interpolation(prepare.interpolation.value),
+        nearest_interpolation(prepare.interpolation.value),
         side / whole,
         class_names.with_synonyms(tuple(published.meta["categories"])),
     )
@@ -45,7 +45,7 @@ def wants(name: str) -> PretrainedConfig:
 
 def origin(name: str) -> str:
     """Where the published weights lie."""
-    return _weights(name).url
+    return _default_weights(name).url
 
 
 def network(
@@ -65,16 +65,16 @@ def network(
 
     check(name)
     if pretrained:
-        published = _weights(name)
+        published = _default_weights(name)
         made = models.get_model(name, weights=published, progress=False)
-        return _with_outputs(made, len(published.meta["categories"]), classes)
+        return _replace_head(made, len(published.meta["categories"]), classes)
     extra: dict[str, Any] = dict(config or {})
-    if name in _AUXILIARY:
+    if name in _WITH_AUXILIARY_HEADS:
         extra |= {"aux_logits": False, "init_weights": True}
     return models.get_model(name, weights=None, num_classes=classes, **extra)
 
 
-def takes(network: nn.Module, shape: Shape) -> Shape:
+def input_shape(network: nn.Module, shape: Shape) -> Shape:
     """The shape to which images of `shape` must be brought: all take three channels."""
     from torchvision.models import MaxVit, VisionTransformer
 
@@ -88,21 +88,21 @@ def takes(network: nn.Module, shape: Shape) -> Shape:
 
 def config(name: str, network: nn.Module) -> dict[str, Any] | None:
     """What is needed beside the name to make the network again."""
-    return {key: getattr(network, key) for key in _SET if hasattr(network, key)} or None
+    return {key: getattr(network, key) for key in _CONFIG_KEYS if hasattr(network, key)} or None
 
 
-def _weights(name: str) -> Any:
+def _default_weights(name: str) -> Any:
     from torchvision import models
 
     check(name)
     return models.get_model_weights(name).DEFAULT  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _with_outputs(network: nn.Module, old: int, new: int) -> nn.Module:
+def _replace_head(network: nn.Module, old: int, new: int) -> nn.Module:
     """With a new last layer, where another number of classes is wanted."""
     if new == old:
         return network
-    name, layer = weights.layers_of(network, old)[-1]
+    name, layer = weights.layers_with_outputs(network, old)[-1]
     parent, _, attribute = name.rpartition(".")
     if isinstance(layer, nn.Conv2d):  # of SqueezeNet
         fresh: nn.Module = nn.Conv2d(layer.in_channels, new, layer.kernel_size)  # pyright: ignore[reportArgumentType]

@@ -27,26 +27,26 @@ from kd.models import seals
 
 Tensors = Mapping[str, Tensor]
 # A library's own changes to tensors of another release, size or project, for a network of its own.
-Convert = Callable[[nn.Module, Tensors], Tensors]
+Converter = Callable[[nn.Module, Tensors], Tensors]
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt", ".pkl")
-DEPTH = 4  # of the wrapping that is looked into
+MAX_WRAPPER_DEPTH = 4  # of the wrapping that is looked into
 # Where trainers keep a network's weights; averaged ones first, since those are what is used.
-_AVERAGED = ("state_dict_ema", "model_ema", "ema_net", "ema_state_dict", "ema")
-_PLAIN = (
+_AVERAGED_KEYS = ("state_dict_ema", "model_ema", "ema_net", "ema_state_dict", "ema")
+_PLAIN_KEYS = (
     *("state_dict", "model_state_dict", "model", "net", "network", "module", "student"),
     "model_state",
 )
 # Tables and counters that some releases of a library store and others compute, or that tools
 # which count operations leave behind.
-_COMPUTED = (
+_COMPUTED_SUFFIXES = (
     *("num_batches_tracked", "relative_position_index", "attn_mask"),
     *("total_ops", "total_params", "n_averaged"),
 )
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredWeights:
     """What a file holds.
 
     Attributes:
@@ -60,7 +60,7 @@ class Stored:
     averaged: str | None = None
 
 
-def read(path: Path) -> Stored:
+def read(path: Path) -> StoredWeights:
     """Read the tensors of a file, out of whatever a trainer has wrapped them in.
 
     Raises:
@@ -68,22 +68,22 @@ def read(path: Path) -> Stored:
     """
     if not path.is_file():
         raise UserError(f"there is no file {path}")
-    found = _safetensors(path) if _is_safetensors(path) else _torch(path)
+    found = _load_safetensors(path) if _is_safetensors(path) else _load_torch(path)
     averaged = None
-    for depth in range(DEPTH, 0, -1):
-        if (key := _inner(found, depth)) is None:
+    for depth in range(MAX_WRAPPER_DEPTH, 0, -1):
+        if (key := _weights_key(found, depth)) is None:
             break
-        if key in _AVERAGED and averaged is None:
+        if key in _AVERAGED_KEYS and averaged is None:
             averaged = key
         found = found[key]
-    tensors = {_uncompiled(str(k)): v for k, v in found.items() if isinstance(v, Tensor)}
+    tensors = {_strip_compile_mark(str(k)): v for k, v in found.items() if isinstance(v, Tensor)}
     if not tensors:
         raise UserError(f"{path} holds no weights by name: save the network's state_dict()")
-    return Stored(path, tensors, averaged)
+    return StoredWeights(path, tensors, averaged)
 
 
-def prepared(
-    stored: Stored, network: nn.Module, convert: Convert | None = None
+def prepare(
+    stored: StoredWeights, network: nn.Module, convert: Converter | None = None
 ) -> tuple[Tensors, list[str]]:
     """Give tensors the names of a network, out of any wrapper, and bring them to its size.
 
@@ -99,26 +99,26 @@ def prepared(
         UserError: If the file holds several such networks.
     """
     own, notes = network.state_dict(), []
-    wrapper = _wrapper(stored, own)
-    tensors = _within(stored.tensors, wrapper)
-    if stored.averaged or _is_averaged(wrapper):
+    wrapper = _wrapper_prefix(stored, own)
+    tensors = _strip_wrapper(stored.tensors, wrapper)
+    if stored.averaged or _names_average(wrapper):
         notes.append(
             f"averaged weights ({stored.averaged or wrapper.rstrip('.')}) of {stored.path}"
         )
-    if convert is not None and _differing(tensors, own):
+    if convert is not None and _names_or_shapes_differ(tensors, own):
         converted = convert(network, tensors)
-        notes += _resized(tensors, converted)
+        notes += _resampling_notes(tensors, converted)
         tensors = converted
     return tensors, notes
 
 
 def load_into(
     network: nn.Module,
-    stored: Stored,
+    stored: StoredWeights,
     name: str,
     classes: int,
     *,
-    convert: Convert | None = None,
+    convert: Converter | None = None,
     adapt: bool = True,
 ) -> list[str]:
     """Give a network the weights of a file.
@@ -128,7 +128,7 @@ def load_into(
         stored: The file.
         name: Of the architecture, for messages.
         classes: Number of outputs of the network.
-        convert: As of `prepared`.
+        convert: As of `prepare`.
         adapt: Whether the last layer may stay new, where the file's is missing or of another number
             of classes, and the first be adapted to another number of channels.
 
@@ -140,17 +140,17 @@ def load_into(
             or channels where nothing may be adapted.
     """
     own = network.state_dict()
-    tensors, notes = prepared(stored, network, convert)
+    tensors, notes = prepare(stored, network, convert)
     given = dict(tensors)
     if adapt:
-        notes += _with_new_head(given, own, head(network, classes), stored.path)
-        notes += _with_channels(given, own, stored.path)
+        notes += _replace_head(given, own, head_keys(network, classes), stored.path)
+        notes += _adapt_channels(given, own, stored.path)
     path = stored.path
-    ours = {k for k in own if k in given or not k.endswith(_COMPUTED)}
-    theirs = {k for k in given if k in own or not k.endswith(_COMPUTED)}
+    ours = {k for k in own if k in given or not k.endswith(_COMPUTED_SUFFIXES)}
+    theirs = {k for k in given if k in own or not k.endswith(_COMPUTED_SUFFIXES)}
     missing, foreign = sorted(ours - theirs), sorted(theirs - ours)
     if missing or foreign:
-        found = [_some("without", missing), _some("with unknown", foreign)]
+        found = [_summarise("without", missing), _summarise("with unknown", foreign)]
         raise UserError(
             f"{path} does not hold the weights of {name}: it is {', '.join(filter(None, found))}"
         )
@@ -164,20 +164,20 @@ def load_into(
     return notes
 
 
-def made_for(
+def infer_classes_and_channels(
     tensors: Tensors, network: nn.Module, classes: int, channels: int
 ) -> tuple[int | None, int]:
     """Classes and channels that weights are for, by where their shapes differ from a network's.
 
     Args:
-        tensors: As `prepared` for the network.
+        tensors: As `prepare` for the network.
         network: Of the same architecture, for `classes` and `channels`.
 
     Returns:
         None in place of the classes for weights without a last layer.
     """
     own, heads, stems = network.state_dict(), set(), set()
-    last = head(network, classes)
+    last = head_keys(network, classes)
     if last and not any(k in tensors for k in last) and any(k in tensors for k in own):
         return None, channels
     shapes = [(tuple(tensors[k].shape), tuple(own[k].shape)) for k in own if k in tensors]
@@ -187,10 +187,10 @@ def made_for(
         if (theirs[:1], theirs[2:]) == (ours[:1], ours[2:]) and ours[1:2] == (channels,):
             stems.add(theirs[1])
     # Where not one number alone differs it is another architecture, which `load_into` will say.
-    return _only(heads - {classes}, classes), _only(stems - {channels}, channels)
+    return _single_or(heads - {classes}, classes), _single_or(stems - {channels}, channels)
 
 
-def layers_of(network: nn.Module, outputs: int) -> list[tuple[str, nn.Module]]:
+def layers_with_outputs(network: nn.Module, outputs: int) -> list[tuple[str, nn.Module]]:
     """The linear and convolutional layers with so many outputs, in the order of the network."""
     return [
         (name, layer)
@@ -199,7 +199,7 @@ def layers_of(network: nn.Module, outputs: int) -> list[tuple[str, nn.Module]]:
     ]
 
 
-def head(network: nn.Module, classes: int) -> list[str]:
+def head_keys(network: nn.Module, classes: int) -> list[str]:
     """The names of the tensors of the last layer, or layers, of a network.
 
     Args:
@@ -210,14 +210,12 @@ def head(network: nn.Module, classes: int) -> list[str]:
     known = dict(network.named_modules())
     names = (names,) if isinstance(names, str) else names or ()
     if not any(name in known for name in names):
-        names = [name for name, _ in layers_of(network, classes)[-1:]]
+        names = [name for name, _ in layers_with_outputs(network, classes)[-1:]]
     starts = tuple(f"{name}." for name in names)
     return [k for k in network.state_dict() if k.startswith(starts)] if starts else []
 
 
-def _with_new_head(
-    given: dict[str, Tensor], own: Tensors, last: list[str], path: Path
-) -> list[str]:
+def _replace_head(given: dict[str, Tensor], own: Tensors, last: list[str], path: Path) -> list[str]:
     """Take a last layer of another number of classes out of `given`; the network's stays."""
     theirs = [k for k in last if k in given]
     if not last or (theirs and all(given[k].shape == own[k].shape for k in theirs)):
@@ -232,7 +230,7 @@ def _with_new_head(
     return [f"a new last layer for {len(own[last[-1]])} classes, since {since}"]
 
 
-def _with_channels(given: dict[str, Tensor], own: Tensors, path: Path) -> list[str]:
+def _adapt_channels(given: dict[str, Tensor], own: Tensors, path: Path) -> list[str]:
     """Adapt first layers to other images, as timm does: channels are summed or repeated."""
     from timm.models import adapt_input_conv
 
@@ -252,7 +250,7 @@ def _with_channels(given: dict[str, Tensor], own: Tensors, path: Path) -> list[s
     return notes
 
 
-def _only(found: set[int], otherwise: int) -> int:
+def _single_or(found: set[int], otherwise: int) -> int:
     return found.pop() if len(found) == 1 else otherwise
 
 
@@ -265,7 +263,7 @@ def _is_safetensors(path: Path) -> bool:
     return len(first) == 9 and first[8:] == b"{" and int.from_bytes(first[:8], "little") < 2**27
 
 
-def _safetensors(path: Path) -> Mapping[str, Any]:
+def _load_safetensors(path: Path) -> Mapping[str, Any]:
     if path.name == seals.WEIGHTS:  # of a run, which may have its checksum
         seals.verify(path.parent, path.name)
     try:
@@ -274,14 +272,14 @@ def _safetensors(path: Path) -> Mapping[str, Any]:
         raise UserError(f"{path} is not a whole .safetensors file: {error}") from error
 
 
-def _torch(path: Path) -> Mapping[str, Any]:
+def _load_torch(path: Path) -> Mapping[str, Any]:
     try:
-        with torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
+        with torch.serialization.safe_globals(_safe_globals()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong with a file is said once, below
             found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} holds more than tensors{_foreign(path)}, or is no file of torch; nothing in "
+            f"{path} holds more than tensors{_describe_unsafe_globals(path)}, or is no file of torch; nothing in "
             "it was run: save the network's state_dict() alone"
         ) from error
     except Exception as error:  # a damaged file has many ways to fail
@@ -296,7 +294,7 @@ def _torch(path: Path) -> Mapping[str, Any]:
     return found
 
 
-def _harmless() -> list[Any]:
+def _safe_globals() -> list[Any]:
     """Values that trainers keep beside the weights and that do nothing when they are made."""
     scalar: Any = np.float64(0).__reduce__()[0]  # makes a number of a dtype and bytes
     dtypes = {type(np.dtype(kind)) for kind in (*"?bBhHiIlLqQefdgFD", "S", "U")}
@@ -307,34 +305,36 @@ def _harmless() -> list[Any]:
     ]
 
 
-def _foreign(path: Path) -> str:
+def _describe_unsafe_globals(path: Path) -> str:
     """What else a checkpoint would make, in brackets."""
     try:
-        with torch.serialization.safe_globals(_harmless()):
+        with torch.serialization.safe_globals(_safe_globals()):
             found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # no zip file, or a damaged one
         return ""
     return f" ({', '.join(sorted(found)[:3])})" if found else ""
 
 
-def _inner(found: Mapping[str, Any], depth: int = DEPTH) -> str | None:
+def _weights_key(found: Mapping[str, Any], depth: int = MAX_WRAPPER_DEPTH) -> str | None:
     """The key of the weights in what a trainer saves beside its own state; None if it has none."""
-    return next((k for k in (*_AVERAGED, *_PLAIN) if _has_tensors(found.get(k), depth)), None)
+    return next(
+        (k for k in (*_AVERAGED_KEYS, *_PLAIN_KEYS) if _has_tensors(found.get(k), depth)), None
+    )
 
 
 def _has_tensors(value: Any, depth: int) -> bool:
     if not isinstance(value, Mapping) or depth == 0:  # a pickle may contain itself
         return False
     held = any(isinstance(v, Tensor) for v in value.values())
-    return held or _inner(value, depth - 1) is not None
+    return held or _weights_key(value, depth - 1) is not None
 
 
-def _uncompiled(name: str) -> str:
+def _strip_compile_mark(name: str) -> str:
     """Without the mark that torch.compile leaves at any depth."""
     return name.replace("_orig_mod.", "")
 
 
-def _wrapper(stored: Stored, own: Tensors) -> str:
+def _wrapper_prefix(stored: StoredWeights, own: Tensors) -> str:
     """What stands before the network's names in a file: nothing, `module.`, `model.`, ...
 
     The one under which most of the network is. Other networks under other names, such as a loss or
@@ -353,7 +353,7 @@ def _wrapper(stored: Stored, own: Tensors) -> str:
     best = sorted(k for k, n in under.items() if n == most)
     if not best or under.get("", 0) == most:
         return ""
-    averaged = [k for k in best if _is_averaged(k)]
+    averaged = [k for k in best if _names_average(k)]
     if len(averaged) == 1 and len(best) == 2:
         best = averaged
     # Small parts of a network occur often, the whole one does not.
@@ -365,23 +365,23 @@ def _wrapper(stored: Stored, own: Tensors) -> str:
     return f"{best[0]}."
 
 
-def _is_averaged(wrapper: str) -> bool:
+def _names_average(wrapper: str) -> bool:
     return bool(re.search(r"(^|[._])(ema|averaged?)([._]|$)", wrapper))
 
 
-def _within(tensors: Tensors, wrapper: str) -> dict[str, Tensor]:
+def _strip_wrapper(tensors: Tensors, wrapper: str) -> dict[str, Tensor]:
     n = len(wrapper)
     return {k[n:]: v for k, v in tensors.items() if k.startswith(wrapper)}
 
 
-def _differing(tensors: Tensors, own: Tensors) -> bool:
-    names = {k for k in tensors if not k.endswith(_COMPUTED)}
-    if names != {k for k in own if not k.endswith(_COMPUTED)}:
+def _names_or_shapes_differ(tensors: Tensors, own: Tensors) -> bool:
+    names = {k for k in tensors if not k.endswith(_COMPUTED_SUFFIXES)}
+    if names != {k for k in own if not k.endswith(_COMPUTED_SUFFIXES)}:
         return True
     return any(tensors[k].shape != own[k].shape for k in names)
 
 
-def _resized(before: Tensors, after: Tensors) -> list[str]:
+def _resampling_notes(before: Tensors, after: Tensors) -> list[str]:
     """A line for what was resampled to another size."""
     names = [k for k in after if k in before and before[k].shape != after[k].shape]
     notes = []
@@ -392,6 +392,6 @@ def _resized(before: Tensors, after: Tensors) -> list[str]:
     return notes
 
 
-def _some(word: str, names: list[str]) -> str:
+def _summarise(word: str, names: list[str]) -> str:
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return f"{word} {names[0]}{more}" if names else ""
