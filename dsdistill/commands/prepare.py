@@ -19,7 +19,10 @@ from dsdistill.kernels import gram, networks
 from dsdistill.kernels.networks import InfiniteNetwork
 from dsdistill.loops import timing
 from dsdistill.loops.phases import Phase
-from dsdistill.methods import augment, gauss_newton, initial_support, kip
+from dsdistill.methods import augment, initial_support, kip
+from dsdistill.methods.adam import Adam
+from dsdistill.methods.gauss_newton import GaussNewton
+from dsdistill.methods.optimizer import Optimizer
 from dsdistill.options import KipOptions, LabelSolveOptions, RunOptions
 
 DEFAULT_IMAGES_PER_CLASS = 10
@@ -85,8 +88,8 @@ def prepare(options: RunOptions) -> Prepared:
     for network in every:
         networks.check(network, splits.train.shape)
         gram.plan_tile(network, 1, 1, splits.train.shape, gradient=bool(phases))  # may refuse
-        if isinstance(options, KipOptions) and options.optimizer == "gauss-newton":
-            gauss_newton.require_slopes(network)  # may refuse
+        for phase in phases:
+            phase.objective.optimizer.check_network(network)
     fitted = preprocess.fit(options.preprocess, splits.train.chunks, splits.train.shape)
     train, validation = Examples(splits.train, fitted), Examples(splits.validation, fitted)
     return Prepared(splits, train, validation, kernels[0], images_per_class, init, phases, every)
@@ -119,19 +122,35 @@ def _phases(options: KipOptions, kernels: tuple[InfiniteNetwork, ...]) -> tuple[
 
 
 def _phase(options: KipOptions, kernels: tuple[InfiniteNetwork, ...], steps: int) -> Phase:
-    assert options.learning_rate is not None
     objective = kip.KipObjective(
         kernels,
         options.ridge,
-        options.optimizer,
-        options.learning_rate,
-        options.label_learning_rate,
-        options.damping,
+        _optimizer(options),
         steps if options.schedule == "cosine" else None,
         options.learn_labels,
         augment.parse(options.augment),
     )
     return Phase(objective, steps)
+
+
+def _optimizer(options: KipOptions) -> Optimizer:
+    """The optimizer that is asked for, with its rates.
+
+    Raises:
+        UserError: If a rate is of another optimizer, or out of its range.
+    """
+    rate = options.learning_rate
+    assert rate is not None  # the options are complete
+    if options.optimizer == "adam":
+        return Adam(rate, options.label_learning_rate)
+    if options.label_learning_rate is not None:
+        raise UserError("--label-learning-rate is of --optimizer adam")
+    if rate > 1:
+        raise UserError(
+            "--learning-rate is a part of the step with --optimizer gauss-newton, at most 1, got "
+            f"{rate:g}"
+        )
+    return GaussNewton(rate, options.damping)
 
 
 def _images_per_class(options: RunOptions, splits: Splits, init: DistilledSet | None) -> int:
@@ -178,22 +197,10 @@ def _check_kip(options: KipOptions) -> None:
             raise UserError(f"--{name} must be positive, got {rate}")
     if options.label_learning_rate is not None and not options.learn_labels:
         raise UserError("--label-learning-rate needs --learn-labels")
-    if options.optimizer == "gauss-newton":
-        _check_gauss_newton(options)
     if not 0 <= options.corruption <= 1:
         raise UserError(f"--corruption must be a fraction in [0, 1], got {options.corruption}")
     assert options.target_batch is not None
     timing.parse_target_batch(options.target_batch)
-
-
-def _check_gauss_newton(options: KipOptions) -> None:
-    if options.label_learning_rate is not None:
-        raise UserError("--label-learning-rate is of --optimizer adam")
-    if options.learning_rate is not None and options.learning_rate > 1:
-        raise UserError(
-            "--learning-rate is a part of the step with --optimizer gauss-newton, at most 1, got "
-            f"{options.learning_rate:g}"
-        )
 
 
 def _check_splits(options: RunOptions, splits: Splits) -> None:

@@ -163,7 +163,7 @@ def _announce_sums(
     """Say how long Label Solve will take before it begins, if its first two chunks take long."""
     left = len(train) - done
     soon = min(2 * label_solve.chunk_size(network, n, train), left)
-    tile = timing.time_tile(network, train, n * soon, "forward")
+    tile = timing.time_tile(network, train, n * soon)
     if tile is not None:
         seconds = n * (left + closing_images) * tile.seconds / tile.pairs
         progress.announce_duration(seconds, "tile", *tile)

@@ -15,8 +15,9 @@ from dsdistill.harness.data.labeled_images import Examples
 from dsdistill.harness.errors import UserError
 from dsdistill.kernels import gram
 from dsdistill.kernels.networks import InfiniteNetwork
-from dsdistill.methods import gauss_newton, kip
+from dsdistill.methods import kip
 from dsdistill.methods.initial_support import Support
+from dsdistill.methods.optimizer import Optimizer
 from dsdistill.parallel import devices, hosts
 
 SMALLEST_BATCH_PER_CLASS = 4  # images a class of the smallest batch that is timed
@@ -134,14 +135,16 @@ class Timing(NamedTuple):
     pairs: int
 
 
-def time_tile(network: InfiniteNetwork, train: Examples, pairs: float, work: str) -> Timing | None:
+def time_tile(
+    network: InfiniteNetwork, train: Examples, pairs: float, optimizer: Optimizer | None = None
+) -> Timing | None:
     """What a tile takes once it is compiled, to announce long work before it begins.
 
     Args:
         network: Whose kernel.
         train: The tile's images are the first ones of these.
         pairs: Of images, that are evaluated until the work says by itself what it takes.
-        work: `forward`, or a step of an optimizer of `kip.KipObjective`.
+        optimizer: What evaluates them in its steps; None: they are predicted, without a gradient.
 
     Returns:
         None if so many pairs do not take long.
@@ -151,21 +154,14 @@ def time_tile(network: InfiniteNetwork, train: Examples, pairs: float, work: str
         return None
     images = train.images(np.arange(side))
     # Small as it is, a tile of any network of neural-tangents may have to be divided.
-    plan = gram.plan_tile(network, side, side, images.shape[1:], gradient=work == "adam")
+    gradient = optimizer is not None and optimizer.differentiates_kernel
+    plan = gram.plan_tile(network, side, side, images.shape[1:], gradient=gradient)
 
-    def forward(x1: Array, x2: Array) -> Array:
+    def matrix(x1: Array, x2: Array) -> Array:
         return gram.gram(network.kernel, x1, x2, plan)
 
-    def adam(x1: Array, x2: Array) -> Any:
-        value, pullback = jax.vjp(lambda x: forward(x, x2), x1)
-        return value, pullback(value)
-
-    def newton(x1: Array, x2: Array) -> Any:
-        return gauss_newton.require_slopes(network)(x1, x2), forward(x1, x2)
-
-    run = jax.jit(
-        devices.everywhere({"forward": forward, "adam": adam, "gauss-newton": newton}[work])
-    )
+    work = matrix if optimizer is None else optimizer.evaluate_tile(network, matrix)
+    run = jax.jit(devices.everywhere(work))
     _, *times = (_time_call(run, images) for _ in range(3))  # the first one compiles
     return Timing(min(times), side**2 * jax.device_count())
 

@@ -19,6 +19,7 @@ this way is this project's.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ from dsdistill.harness.errors import UserError
 from dsdistill.kernels import gram
 from dsdistill.kernels.networks import InfiniteNetwork, Slopes
 from dsdistill.methods import ridge
+from dsdistill.methods.optimizer import LearnedArrays, StepProblem
 from dsdistill.parallel import devices
 
 ITERATIONS = 30  # of conjugate gradients: more follow the noise of the batch
@@ -42,8 +44,6 @@ MIN_DIAGONAL = 1e-30  # of a diagonal: no predictions move
 RISE, FALL = 4.0, 0.5  # of the damping after a poor and a good step
 
 _product = functools.partial(jnp.einsum, precision="highest")  # a GPU's default is TF32
-
-LearnedArrays = dict[str, Array]
 
 
 @jax.tree_util.register_dataclass
@@ -60,6 +60,68 @@ class GaussNewtonState:
     count: Int[Array, ""]
     direction: LearnedArrays
     boost: Float[Array, ""]
+
+
+@dataclass(frozen=True)
+class GaussNewton:
+    """Part of the solved step, damped; an `Optimizer`.
+
+    Attributes:
+        learning_rate: The part of the solution that is taken, at most 1.
+        damping: What holds a step near its start, relative to the mean of the diagonal of J^T J.
+    """
+
+    learning_rate: float = 0.3
+    damping: float = 0.01
+
+    @property
+    def differentiates_kernel(self) -> bool:
+        return False  # the slopes of every entry come with the entry
+
+    def check_network(self, network: InfiniteNetwork) -> None:
+        require_slopes(network)
+
+    def check_memory(self, support: Float[Any, "n h w c"], targets: int) -> None:
+        check_memory(support, targets)
+
+    def initial_state(self, learned: LearnedArrays) -> GaussNewtonState:
+        return initial_state(learned)
+
+    def step(
+        self,
+        problem: StepProblem,
+        state: GaussNewtonState,
+        factor: Float[Array, ""],
+        key: PRNGKeyArray,
+    ) -> tuple[Array, LearnedArrays, GaussNewtonState]:
+        linear = Problem(
+            require_slopes(problem.network),
+            problem.ridge,
+            ~problem.frozen,
+            problem.x_t,
+            problem.y_t,
+            problem.weights,
+            problem.targets,
+        )
+        return step(
+            linear,
+            problem.support,
+            problem.learned,
+            state,
+            problem.loss,
+            rate=self.learning_rate * factor,
+            damping=self.damping,
+            key=jax.random.fold_in(key, 1),
+        )
+
+    def evaluate_tile(
+        self, network: InfiniteNetwork, gram: Callable[[Array, Array], Array]
+    ) -> Callable[[Array, Array], Any]:
+        slopes = require_slopes(network)
+        return lambda x1, x2: (slopes(x1, x2), gram(x1, x2))
+
+    def remedy(self, *, learn_labels: bool) -> str:
+        return f"--damping (now {self.damping:g})"
 
 
 def require_slopes(network: InfiniteNetwork) -> Slopes:

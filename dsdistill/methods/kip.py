@@ -15,7 +15,7 @@ compares both.
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -28,13 +28,13 @@ from dsdistill.harness.data.labeled_images import Examples
 from dsdistill.harness.errors import UserError
 from dsdistill.kernels import diagnosis, gram
 from dsdistill.kernels.networks import InfiniteNetwork
-from dsdistill.methods import gauss_newton, ridge
+from dsdistill.methods import ridge
+from dsdistill.methods.adam import Adam
 from dsdistill.methods.augment import augment_images
 from dsdistill.methods.initial_support import Support
+from dsdistill.methods.optimizer import Optimizer, StepProblem
 from dsdistill.methods.targets import TargetBatches, load_into_memory
 from dsdistill.parallel import devices
-
-ADAM = optax.scale_by_adam()  # the learning rates are applied afterwards, see `_adam_step`
 
 
 class State(NamedTuple):
@@ -72,21 +72,16 @@ class KipObjective:
     Attributes:
         networks: Whose neural tangent kernels; of several, each step draws one.
         ridge: Relative to the mean of diag(k_ss).
-        optimizer: `adam`, or `gauss-newton` of the module of that name.
-        learning_rate: Adam's; of Gauss and Newton's step the part that is taken.
-        label_learning_rate: Adam's for the labels, whose scale differs; None: as the images.
-        damping: Of Gauss and Newton's step.
-        cosine_steps: Both rates fall to 0 over so many steps, along a cosine; None: constant.
+        optimizer: How a step moves the support.
+        cosine_steps: The learning rates fall to 0 over this number of steps, along a cosine; None:
+            they are constant.
         learn_labels: Whether the gradient also moves the labels.
         augment: How targets are changed at random: names of `dsdistill.methods.augment`.
     """
 
     networks: tuple[InfiniteNetwork, ...]
     ridge: float = 1e-6
-    optimizer: str = "adam"
-    learning_rate: float = 0.04
-    label_learning_rate: float | None = None
-    damping: float = 0.01
+    optimizer: Optimizer = field(default_factory=Adam)
     cosine_steps: int | None = None
     learn_labels: bool = False
     augment: tuple[str, ...] = ()
@@ -102,8 +97,7 @@ def restart(
 ) -> State:
     """These images and labels, the optimiser and its schedule at the start."""
     learned = _learned_arrays(objective, images, labels)
-    first = ADAM.init if objective.optimizer == "adam" else gauss_newton.initial_state
-    return State(images, labels, first(learned))
+    return State(images, labels, objective.optimizer.initial_state(learned))
 
 
 def distill(
@@ -169,21 +163,13 @@ def check_memory(objective: KipObjective, support: Support, train: Examples, tar
     Raises:
         UserError: With what they need.
     """
-    if objective.optimizer == "gauss-newton":
-        gauss_newton.check_memory(support.images, TargetBatches(train, targets, 0).size)
+    objective.optimizer.check_memory(support.images, TargetBatches(train, targets, 0).size)
 
 
 def divergence_error(objective: KipObjective, what: str) -> UserError:
     """An error that ends a run whose loss is lost, with the options to change."""
-    if objective.optimizer == "gauss-newton":
-        return UserError(
-            f"{what}: raise --ridge (now {objective.ridge:g}) or --damping "
-            f"(now {objective.damping:g})"
-        )
-    rates = f"--learning-rate (now {objective.learning_rate:g})"
-    if objective.learn_labels and objective.label_learning_rate is not None:
-        rates += f" or --label-learning-rate (now {objective.label_learning_rate:g})"
-    return UserError(f"{what}: raise --ridge (now {objective.ridge:g}) or lower {rates}")
+    remedy = objective.optimizer.remedy(learn_labels=objective.learn_labels)
+    return UserError(f"{what}: raise --ridge (now {objective.ridge:g}) or {remedy}")
 
 
 def _draw_network(networks: int, seed: int, step: int) -> int:
@@ -194,10 +180,10 @@ def _draw_network(networks: int, seed: int, step: int) -> int:
 def _compile_update(
     objective: KipObjective, network: InfiniteNetwork, support: Support, targets: int
 ) -> Callable[..., Any]:
-    newton = objective.optimizer == "gauss-newton"
+    gradient = objective.optimizer.differentiates_kernel
     n, shape = len(support.images), support.images.shape[1:]
-    tile_ss = ridge.support_tile(network, n, shape, gradient=not newton)
-    tile_st = gram.plan_tile(network, n, devices.share(targets), shape, gradient=not newton)
+    tile_ss = ridge.support_tile(network, n, shape, gradient=gradient)
+    tile_st = gram.plan_tile(network, n, devices.share(targets), shape, gradient=gradient)
 
     def share(
         at: tuple[State, PRNGKeyArray], real: Array, x_t: Array, y_t: Array
@@ -215,24 +201,19 @@ def _compile_update(
             k_st = gram.gram(network.kernel, x_s, x_t, tile_st)
             return ridge.loss(k_ss, k_st, y_s, y_t, objective.ridge, real / targets)
 
-        if newton:
-            problem = gauss_newton.Problem(
-                gauss_newton.require_slopes(network),
-                objective.ridge,
-                jnp.asarray(~support.frozen),
-                x_t,
-                y_t,
-                real / targets,
-                targets,
-            )
-            rate = objective.learning_rate * factor
-            options = {"damping": objective.damping, "key": jax.random.fold_in(key, 1)}
-            return gauss_newton.step(
-                problem, whole, learned, state.moments, loss, rate=rate, **options
-            )
-        value, gradient = devices.total(jax.value_and_grad(loss)(learned))
-        gradient["images"] = gradient["images"] * ~support.frozen
-        return value, *_adam_step(objective, learned, gradient, state.moments, factor)
+        problem = StepProblem(
+            network,
+            objective.ridge,
+            whole,
+            learned,
+            jnp.asarray(support.frozen),
+            x_t,
+            y_t,
+            real / targets,
+            targets,
+            loss,
+        )
+        return objective.optimizer.step(problem, state.moments, factor, key)
 
     def update(state: State, x_t: Array, y_t: Array, key: PRNGKeyArray) -> tuple[State, Array]:
         x_t = augment_images(x_t, key, objective.augment)
@@ -247,20 +228,6 @@ def _compile_update(
 
 def _learned_arrays(objective: KipObjective, images: Array, labels: Array) -> dict[str, Array]:
     return {"images": images} | ({"labels": labels} if objective.learn_labels else {})
-
-
-def _adam_step(
-    objective: KipObjective, learned: dict[str, Array], gradient: Any, moments: Any, factor: Array
-) -> tuple[Any, Any]:
-    """One step of Adam, with a learning rate of its own for images and for labels."""
-    change: Any
-    change, moments = ADAM.update(gradient, moments)
-    rate = label_rate = objective.learning_rate
-    if objective.label_learning_rate is not None:
-        label_rate = objective.label_learning_rate
-    rates = {"images": rate, "labels": label_rate}
-    steps: Any = {name: -rates[name] * factor * change[name] for name in learned}
-    return optax.apply_updates(learned, steps), moments
 
 
 def _factor(objective: KipObjective, step: Array) -> Array:
