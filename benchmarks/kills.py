@@ -107,13 +107,14 @@ class Trial:
 def preload() -> None:
     """Import all that the commands import, and make checkpoints frequent."""
     import kd.cli  # noqa: F401
-    from dsdistill.loops import search
+    from dsdistill.loops import checkpoints
     from dsdistill.methods import label_solve
     from dsdistill.parallel import devices  # noqa: F401
     from kd.commands import train  # noqa: F401
     from kd.training import saving
 
-    search.SECONDS_BETWEEN_CHECKPOINTS = saving.MAX_SECONDS_BETWEEN_CHECKPOINTS = CHECKPOINT_EVERY
+    checkpoints.SECONDS_BETWEEN_CHECKPOINTS = CHECKPOINT_EVERY
+    saving.MAX_SECONDS_BETWEEN_CHECKPOINTS = CHECKPOINT_EVERY
     label_solve.CHUNK = label_solve.MAX_CHUNK_PAIRS = CHUNK
 
 

@@ -27,9 +27,9 @@ from dsdistill.harness.evaluation.protocol import Predict
 from dsdistill.harness.reports import image_grid
 from dsdistill.harness.reports.image_grid import GridSide
 from dsdistill.harness.runs import progress, run_folder
-from dsdistill.loops import timing
-from dsdistill.loops.phases import Plan
-from dsdistill.loops.search import accumulate_sums, search_support
+from dsdistill.loops import kip_loop, timing
+from dsdistill.loops.label_solve_loop import accumulate_sums
+from dsdistill.loops.plan import Plan
 from dsdistill.methods import initial_support, label_solve, ridge
 from dsdistill.methods.initial_support import Support
 from dsdistill.methods.targets import load_into_memory
@@ -152,7 +152,7 @@ def _kip(options: KipOptions, run: run_folder.Run, setting: Prepared) -> Outcome
         min(options.validation_images, len(setting.validation)),
         closing_images=_closing_images(options, setting),
     )
-    best, last = search_support(run, plan, support, train, setting.validation)
+    best, last = kip_loop.run_to_end(run, plan, support, train, setting.validation)
     figures = {
         "best_step": best.step,
         "last_step": last.done,

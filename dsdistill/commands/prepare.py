@@ -18,7 +18,7 @@ from dsdistill.harness.runs import progress
 from dsdistill.kernels import gram, networks
 from dsdistill.kernels.networks import InfiniteNetwork
 from dsdistill.loops import timing
-from dsdistill.loops.phases import Phase
+from dsdistill.loops.plan import Phase
 from dsdistill.methods import augment, initial_support, kip
 from dsdistill.methods.adam import Adam
 from dsdistill.methods.gauss_newton import GaussNewton

@@ -14,7 +14,7 @@ compares both.
 
 import time
 from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -35,6 +35,8 @@ from dsdistill.methods.initial_support import Support
 from dsdistill.methods.optimizer import Optimizer, StepProblem
 from dsdistill.methods.targets import TargetBatches, load_into_memory
 from dsdistill.parallel import devices
+
+Targets = tuple[np.ndarray, np.ndarray]  # images and labels of a batch
 
 
 class State(NamedTuple):
@@ -100,6 +102,83 @@ def restart(
     return State(images, labels, objective.optimizer.initial_state(learned))
 
 
+class Stepper:
+    """Compiled steps of one objective on target batches of one size; a context manager.
+
+    The same seed gives the same support, bit for bit on one machine, however often the run is
+    stopped and continued: targets and network of a step depend on the seed and the step alone,
+    the learning rates on the steps that the optimizer's state has seen.
+
+    Args:
+        objective: What is minimised.
+        support: Which pixels stay, and how many images there are.
+        train: Targets are drawn from these.
+        target_batch: Targets per step, the same number of every class as far as a class has them.
+        seed: Seed of the target batches, their augmentation and the choice among networks.
+    """
+
+    def __init__(
+        self,
+        objective: KipObjective,
+        support: Support,
+        train: Examples,
+        target_batch: int,
+        seed: int,
+    ) -> None:
+        check_memory(objective, support, train, target_batch)
+        self._objective, self._seed = objective, seed
+        self._batches = TargetBatches(load_into_memory(train), target_batch, seed)
+        size = self._batches.size
+        self._updates = [
+            _compile_update(objective, network, support, size) for network in objective.networks
+        ]
+        self._pairs = len(support.images) * (len(support.images) + size)
+        self._worker = ThreadPoolExecutor(1)
+        self._upcoming: tuple[int, Future[Targets]] | None = None
+        self._began = 0.0  # a step takes from its draw to its loss
+
+    def __enter__(self) -> "Stepper":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._worker.shutdown()
+
+    def draw(self, step: int) -> Targets:
+        """Targets and their labels of a step, counted from 0.
+
+        Those of the next step are gathered meanwhile.
+        """
+        self._began = time.monotonic()
+        if self._upcoming is None or self._upcoming[0] != step:
+            self._upcoming = step, self._worker.submit(self._batches.draw, step)
+        targets = self._upcoming[1].result()
+        self._upcoming = step + 1, self._worker.submit(self._batches.draw, step + 1)
+        return targets
+
+    def step(self, state: State, targets: Targets, step: int) -> Step:
+        """One step from a state.
+
+        Args:
+            state: After the step before.
+            targets: Those that `draw` gives for the step.
+            step: Its number, counted from 0.
+
+        Raises:
+            UserError: If the loss or the support is not finite.
+        """
+        network = _draw_network(len(self._updates), self._seed, step)
+        with jax.enable_x64(True):
+            key = jax.random.fold_in(jax.random.key(self._seed), step)
+            after, loss = self._updates[network](state, *targets, key)
+            loss = float(loss)
+        if not np.isfinite(loss):
+            images = np.asarray(state.images)
+            culprit = self._objective.networks[network]
+            why = diagnosis.explain_not_finite(culprit, images, targets[0])
+            raise divergence_error(self._objective, f"the loss is not finite at step {step}, {why}")
+        return Step(step + 1, after, loss, network, self._pairs, time.monotonic() - self._began)
+
+
 def distill(
     objective: KipObjective,
     support: Support,
@@ -111,50 +190,24 @@ def distill(
     state: State | None = None,
     done: int = 0,
 ) -> Generator[Step, None, None]:
-    """Run KIP, one step for each item taken.
-
-    The same seed gives the same support, bit for bit on one machine, however often the run is
-    stopped and continued: targets and network of a step depend on the seed and the step alone,
-    the learning rates on the steps that the moments have seen.
+    """Bare steps of KIP, one for each item taken, without validation.
 
     Args:
-        objective: What is minimised.
-        support: Where it starts, and which pixels stay.
-        train: Targets are drawn from these.
-        steps: In all.
-        target_batch: Targets a step, the same number of every class as far as a class has them.
-        seed: Of the target batches, their augmentation and the choice among networks.
+        objective, support, train, target_batch, seed: As for `Stepper`.
+        steps: Number of steps in all.
         state, done: Continue after `done` steps from this state.
 
     Raises:
         UserError: If the loss or the support is not finite; the state of the step before is the
             last good one.
     """
-    check_memory(objective, support, train, target_batch)
-    batches = TargetBatches(load_into_memory(train), target_batch, seed)
-    # Where every later state will be: otherwise the second step compiles anew.
-    current = devices.replicate(state or initial_state(objective, support))
-    updates = [
-        _compile_update(objective, network, support, batches.size) for network in objective.networks
-    ]
-    pairs = len(support.images) * (len(support.images) + batches.size)
-    with ThreadPoolExecutor(1) as worker:  # the next batch is gathered while a step runs
-        upcoming = worker.submit(batches.draw, done)
-        for step in range(done, steps):
-            began = time.monotonic()
-            targets = upcoming.result()
-            upcoming = worker.submit(batches.draw, step + 1)
-            network = _draw_network(len(updates), seed, step)
-            with jax.enable_x64(True):
-                key = jax.random.fold_in(jax.random.key(seed), step)
-                before = current
-                current, loss = updates[network](current, *targets, key)
-                loss = float(loss)
-            if not np.isfinite(loss):
-                images = np.asarray(before.images)
-                why = diagnosis.explain_not_finite(objective.networks[network], images, targets[0])
-                raise divergence_error(objective, f"the loss is not finite at step {step}, {why}")
-            yield Step(step + 1, current, loss, network, pairs, time.monotonic() - began)
+    with Stepper(objective, support, train, target_batch, seed) as stepper:
+        # Where every later state will be: otherwise the second step compiles anew.
+        current = devices.replicate(state or initial_state(objective, support))
+        for number in range(done, steps):
+            step = stepper.step(current, stepper.draw(number), number)
+            current = step.state
+            yield step
 
 
 def check_memory(objective: KipObjective, support: Support, train: Examples, targets: int) -> None:

@@ -11,6 +11,7 @@ import sys
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
 from dsdistill.methods import kip
+from dsdistill.methods.gauss_newton import GaussNewton
 from dsdistill.methods.initial_support import Support
 from dsdistill.harness.data.labeled_images import Examples, LabeledImages
 from dsdistill.harness.data.preprocess import identity
@@ -36,8 +37,8 @@ labels = np.arange(37) % 3
 data = LabeledImages(np.array(x2), labels, ("a", "b", "c"))
 support = Support(np.array(x2[:6]), np.eye(3, dtype=np.float32)[labels[:6]],
                   np.zeros(x2[:6].shape, bool))
-objective = kip.KipObjective((network,), 1e-3, "gauss-newton", 0.3, learn_labels=True,
-                          damping=10)  # a well-conditioned solve: rounding stays rounding
+# A well-conditioned solve: rounding stays rounding.
+objective = kip.KipObjective((network,), 1e-3, GaussNewton(0.3, damping=10), learn_labels=True)
 *_, last = kip.distill(objective, support, Examples(data, identity(1), ready=True),
                        steps=1, target_batch=33, seed=0)
 np.savez(sys.argv[2], value, *pull(g), k_ss, slope, last.state.images, last.state.labels)

@@ -13,7 +13,8 @@ from dsdistill.harness.data.preprocess import identity
 from dsdistill.harness.errors import UserError
 from dsdistill.kernels import gram, networks
 from dsdistill.methods import gauss_newton, kip, ridge
-from dsdistill.methods.gauss_newton import GaussNewtonState, Problem
+from dsdistill.methods.adam import Adam
+from dsdistill.methods.gauss_newton import GaussNewton, GaussNewtonState, Problem
 from dsdistill.methods.initial_support import draw_support
 from dsdistill.methods.targets import TargetBatches
 from dsdistill.parallel import devices
@@ -174,7 +175,7 @@ def test_a_step_too_far_is_taken_back_and_the_damping_grows_until_one_is_kept():
 
 
 def test_images_alone_when_labels_are_not_learned():
-    objective = kip.KipObjective((NETWORKS["fc"],), optimizer="gauss-newton", learning_rate=0.3)
+    objective = kip.KipObjective((NETWORKS["fc"],), optimizer=GaussNewton(0.3))
     *_, last = kip.distill(objective, SUPPORT, TRAIN, steps=3, target_batch=30, seed=0)
     np.testing.assert_array_equal(last.state.labels, SUPPORT.labels)
     assert (np.asarray(last.state.images) != SUPPORT.images).all()
@@ -182,13 +183,11 @@ def test_images_alone_when_labels_are_not_learned():
 
 def test_ten_steps_do_what_a_hundred_of_adam_do():
     losses = {}
-    for optimizer, rate, steps in (("adam", 0.04, 101), ("gauss-newton", 0.5, 11)):
-        objective = kip.KipObjective(
-            (NETWORKS["fc"],), optimizer=optimizer, learning_rate=rate, learn_labels=True
-        )
+    for optimizer, steps in ((Adam(0.04), 101), (GaussNewton(0.5), 11)):
+        objective = kip.KipObjective((NETWORKS["fc"],), optimizer=optimizer, learn_labels=True)
         *_, last = kip.distill(objective, SUPPORT, TRAIN, steps=steps, target_batch=60, seed=0)
-        losses[optimizer] = last.loss
-    assert losses["gauss-newton"] < losses["adam"]
+        losses[type(optimizer)] = last.loss
+    assert losses[GaussNewton] < losses[Adam]
 
 
 def test_a_kernel_without_slopes_is_refused():
@@ -205,7 +204,7 @@ def test_slopes_that_do_not_fit_are_refused():
 def test_slopes_that_do_not_fit_are_refused_before_anything_is_computed(monkeypatch):
     monkeypatch.setattr(gram, "free_bytes", lambda: 1e3)
     network = replace(NETWORKS["fc"], kernel=None, slopes=None)  # can compute nothing
-    objective = kip.KipObjective((network,), optimizer="gauss-newton")
+    objective = kip.KipObjective((network,), optimizer=GaussNewton())
     with pytest.raises(UserError, match=r"need .* lower --target-batch"):
         next(kip.distill(objective, SUPPORT, TRAIN, steps=1, target_batch=60, seed=0))
 

@@ -25,6 +25,8 @@ from dsdistill.harness.data.labeled_images import Examples
 from dsdistill.kernels import networks, notation
 from dsdistill.kernels.conv import conv_kernel, gpu, lanes, planes, stages, variances
 from dsdistill.methods import kip
+from dsdistill.methods.adam import Adam
+from dsdistill.methods.gauss_newton import GaussNewton
 from dsdistill.methods.initial_support import draw_support
 
 on_jax = pytest.mark.skipif(jax.default_backend() == "cpu", reason="JAX has no GPU here")
@@ -125,13 +127,18 @@ def test_the_closed_form_does_not_use_tf32() -> None:
     assert relative(jax.jit(kernel)(x, x[:7]), exact) < VALUE
 
 
+OPTIMIZERS = {"adam": Adam(), "gauss-newton": GaussNewton(0.04)}
+
+
 def first_step(optimizer: str) -> tuple[np.ndarray, float]:
     """How KIP's first step moves the images of digits, and the loss before it."""
     train = support.digits().train
     examples = Examples(train, preprocess.fit("standardise", train.chunks, train.shape))
     start = draw_support(examples, 1, noise=False, corruption=0, seed=0)
     network = networks.parse("CRP-flatten")
-    objective = kip.KipObjective((network,), optimizer=optimizer, learn_labels=True, ridge=1e-3)
+    objective = kip.KipObjective(
+        (network,), optimizer=OPTIMIZERS[optimizer], learn_labels=True, ridge=1e-3
+    )
     stream = kip.distill(objective, start, examples, steps=1, target_batch=50, seed=0)
     step = next(stream)
     return np.asarray(step.state.images) - start.images, step.loss

@@ -17,11 +17,14 @@ from dsdistill.harness.data.preprocess import identity
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress, run_folder
 from dsdistill.kernels import gram, networks
-from dsdistill.loops import phases, selection, timing
-from dsdistill.loops.phases import Phase, Plan
-from dsdistill.loops.search import accumulate_sums, search_support
+from dsdistill.loops import kip_loop, selection, timing
+from dsdistill.loops.kip_loop import run_to_end
+from dsdistill.loops.label_solve_loop import accumulate_sums
+from dsdistill.loops.plan import Phase, Plan
 from dsdistill.loops.selection import Candidate
 from dsdistill.methods import kip
+from dsdistill.methods.adam import Adam
+from dsdistill.methods.gauss_newton import GaussNewton
 from dsdistill.methods.initial_support import Support, draw_support
 from dsdistill.options import KipOptions, LabelSolveOptions
 
@@ -75,10 +78,14 @@ def interrupted_at(monkeypatch, stop: int) -> None:
 
 OPTIONS = {
     "plain": {},
-    "cosine": {"cosine_steps": 6, "learn_labels": True, "label_learning_rate": 0.3},
+    "cosine": {
+        "cosine_steps": 6,
+        "learn_labels": True,
+        "optimizer": Adam(label_learning_rate=0.3),
+    },
     "sampling": {"networks": (FC1, FC2)},
     "augment": {"augment": ("flip", "shift", "rotate")},
-    "newton": {"optimizer": "gauss-newton", "learning_rate": 0.3, "learn_labels": True},
+    "newton": {"optimizer": GaussNewton(0.3), "learn_labels": True},
 }
 
 
@@ -89,12 +96,12 @@ STOPS = [("plain", 2), ("plain", 4), *((name, 7) for name in OPTIONS)]
 def test_resume_is_exact_in_every_phase(name, stop, support, tmp_path, monkeypatch):
     """Three steps of warm-up and six more: stopped in the first phase, at the border, later."""
     walk = plan(3, 6, **OPTIONS[name])
-    best, last = search_support(opened(tmp_path / "whole"), walk, support, TRAIN, VALIDATION)
+    best, last = run_to_end(opened(tmp_path / "whole"), walk, support, TRAIN, VALIDATION)
     with monkeypatch.context() as context:
         interrupted_at(context, stop)
         with pytest.raises(KeyboardInterrupt):
-            search_support(opened(tmp_path / "cut"), walk, support, TRAIN, VALIDATION)
-    found, end = search_support(opened(tmp_path / "cut"), walk, support, TRAIN, VALIDATION)
+            run_to_end(opened(tmp_path / "cut"), walk, support, TRAIN, VALIDATION)
+    found, end = run_to_end(opened(tmp_path / "cut"), walk, support, TRAIN, VALIDATION)
     np.testing.assert_array_equal(end.state.images, last.state.images)
     np.testing.assert_array_equal(end.state.labels, last.state.labels)
     np.testing.assert_array_equal(found.images, best.images)
@@ -121,9 +128,9 @@ def test_long_work_is_announced_before_it_begins(
         with monkeypatch.context() as context:
             interrupted_at(context, stop)
             with pytest.raises(KeyboardInterrupt):
-                search_support(opened(tmp_path), walk, support, TRAIN, VALIDATION)
+                run_to_end(opened(tmp_path), walk, support, TRAIN, VALIDATION)
         capsys.readouterr()
-    search_support(opened(tmp_path), walk, support, TRAIN, VALIDATION)
+    run_to_end(opened(tmp_path), walk, support, TRAIN, VALIDATION)
     announced, *_ = capsys.readouterr().err.splitlines()
     assert announced == (
         f"expected: {progress.format_duration(seconds)} to the end of the run "
@@ -136,7 +143,7 @@ def test_long_work_of_the_second_kernel_is_announced(support, tmp_path, monkeypa
     monkeypatch.setattr(
         timing, "time_tile", lambda network, *_: timing.Timing(10, 10) if network is FC2 else None
     )
-    search_support(opened(tmp_path), plan(6, networks=(FC1, FC2)), support, TRAIN, VALIDATION)
+    run_to_end(opened(tmp_path), plan(6, networks=(FC1, FC2)), support, TRAIN, VALIDATION)
     announced, *_ = capsys.readouterr().err.splitlines()
     assert announced.startswith(f"expected: {progress.format_duration(3 * 270)} to the end")
 
@@ -149,7 +156,7 @@ def test_label_solve_is_announced_before_it_begins(tmp_path, monkeypatch, capsys
 
 
 def test_a_warm_up_is_numbered_shown_and_judged_at_its_end(support, tmp_path, capsys):
-    search_support(opened(tmp_path), plan(3, 6), support, TRAIN, VALIDATION)
+    run_to_end(opened(tmp_path), plan(3, 6), support, TRAIN, VALIDATION)
     figures = lines(tmp_path)
     assert [f["step"] for f in figures] == list(range(1, 10))
     assert [f["phase"] for f in figures] == [1] * 3 + [2] * 6
@@ -168,7 +175,7 @@ def test_the_expected_duration_counts_both_phases_and_all_predictions(
     monkeypatch.setattr(timing, "step_seconds", lambda *_, **__: 100.0)
     monkeypatch.setattr(timing.StepTimer, "seconds", lambda self, step: 100.0)
     walk = replace(plan(3, 6), validation_images=60, closing_images=600)
-    search_support(opened(tmp_path), walk, support, TRAIN, VALIDATION)
+    run_to_end(opened(tmp_path), walk, support, TRAIN, VALIDATION)
     n = len(support.images)
     pairs = n * (n + 30)
     steps = 100 * (2 + 6)
@@ -180,7 +187,7 @@ def test_the_expected_duration_counts_both_phases_and_all_predictions(
 def test_each_phase_starts_adam_afresh_and_keeps_the_images(support, tmp_path):
     """The second phase alone, from what the first one made, with the same targets."""
     walk = plan(3, 2)
-    _, last = search_support(opened(tmp_path), walk, support, TRAIN, VALIDATION)
+    _, last = run_to_end(opened(tmp_path), walk, support, TRAIN, VALIDATION)
     first, second = (phase.objective for phase in walk.phases)
     *_, warm = kip.distill(first, support, TRAIN, steps=3, target_batch=30, seed=0)
     state = kip.restart(second, warm.state.images, warm.state.labels)
@@ -194,7 +201,7 @@ def test_several_networks_are_recorded_and_the_first_one_judges(support, tmp_pat
     judges = []
     real = selection.scorer
     monkeypatch.setattr(selection, "scorer", lambda *a, **k: judges.append(a[0]) or real(*a, **k))
-    search_support(opened(tmp_path), plan(20, networks=(FC2, FC1)), support, TRAIN, VALIDATION)
+    run_to_end(opened(tmp_path), plan(20, networks=(FC2, FC1)), support, TRAIN, VALIDATION)
     assert {f["network"] for f in lines(tmp_path)} == {0, 1}
     assert judges == [FC2]
 
@@ -218,10 +225,10 @@ def scripted(monkeypatch, loss: Callable[[int, int], float]) -> list[tuple[int, 
 def test_patience_stops_a_run_and_a_resumed_one_stays_stopped(support, tmp_path, monkeypatch):
     asked = scripted(monkeypatch, lambda step, _: abs(step - 10) + 1)
     walk = plan(120, patience=4)  # a validation every three steps
-    best, last = search_support(opened(tmp_path), walk, support, TRAIN, VALIDATION)
+    best, last = run_to_end(opened(tmp_path), walk, support, TRAIN, VALIDATION)
     assert (best.step, last.done) == (9, 21)
     assert [step for step, _ in asked] == [*range(0, 22, 3)]
-    again, end = search_support(opened(tmp_path), walk, support, TRAIN, VALIDATION)
+    again, end = run_to_end(opened(tmp_path), walk, support, TRAIN, VALIDATION)
     assert (again.step, end.done) == (9, 21)
     assert len(lines(tmp_path)) == 21
 
@@ -229,13 +236,13 @@ def test_patience_stops_a_run_and_a_resumed_one_stays_stopped(support, tmp_path,
 def test_patience_counts_from_the_steps_not_from_the_start(support, tmp_path, monkeypatch):
     """A start better than all that follows must not end a run that improves."""
     scripted(monkeypatch, lambda step, _: 1 / step if step else 0.0)
-    best, last = search_support(opened(tmp_path), plan(40, patience=2), support, TRAIN, VALIDATION)
+    best, last = run_to_end(opened(tmp_path), plan(40, patience=2), support, TRAIN, VALIDATION)
     assert (best.step, last.done) == (0, 40)
 
 
 def test_no_patience_in_a_warm_up(support, tmp_path, monkeypatch):
     scripted(monkeypatch, lambda step, _: float(step))
-    _, last = search_support(opened(tmp_path), plan(3, 40, patience=1), support, TRAIN, VALIDATION)
+    _, last = run_to_end(opened(tmp_path), plan(3, 40, patience=1), support, TRAIN, VALIDATION)
     assert last.done == 3 + 2
 
 
@@ -248,7 +255,7 @@ def test_the_choice_is_made_on_all_validation_images(support, tmp_path, monkeypa
 
     asked = scripted(monkeypatch, loss)
     walk = replace(plan(10), validation_images=12)
-    best, _ = search_support(opened(tmp_path), walk, support, TRAIN, VALIDATION)
+    best, _ = run_to_end(opened(tmp_path), walk, support, TRAIN, VALIDATION)
     assert best.step == chosen
     assert best.loss == min(full, 0.05)
     assert [a for a in asked if a[1] == 30] == [(4, 30), (10, 30)]
@@ -257,7 +264,7 @@ def test_the_choice_is_made_on_all_validation_images(support, tmp_path, monkeypa
 
 def test_with_few_validation_images_all_judge_and_none_twice(support, tmp_path, monkeypatch):
     asked = scripted(monkeypatch, lambda step, _: 1.0)
-    search_support(opened(tmp_path), plan(5), support, TRAIN, VALIDATION)
+    run_to_end(opened(tmp_path), plan(5), support, TRAIN, VALIDATION)
     assert asked == [(step, 30) for step in range(6)]
 
 
@@ -272,44 +279,43 @@ def test_the_subset_is_balanced_and_fixed():
 def with_losses(monkeypatch, *losses: float) -> None:
     """Steps that leave the support as it is, with these losses."""
 
-    def distill(objective, support, train, *, steps, state, done, **_):
-        for step in range(done, steps):
-            yield kip.Step(step + 1, state, losses[min(step, len(losses) - 1)], 0, 1, 1.0)
+    def step(self, state, targets, step):
+        return kip.Step(step + 1, state, losses[min(step, len(losses) - 1)], 0, 1, 1.0)
 
-    monkeypatch.setattr(kip, "distill", distill)
+    monkeypatch.setattr(kip.Stepper, "step", step)
 
 
 def test_a_diverging_loss_stops_with_the_last_good_checkpoint(support, tmp_path, monkeypatch):
     with_losses(monkeypatch, 0.2, 0.1, 0.15, 2.5)
     run = opened(tmp_path)
-    walk = plan(200, learn_labels=True, label_learning_rate=0.5)
+    walk = plan(200, learn_labels=True, optimizer=Adam(label_learning_rate=0.5))
     message = (
         r"diverges: for 10 steps in a row above 2, 2.5 at step 13: raise --ridge \(now 1e-06\) or "
         r"lower --learning-rate \(now 0.04\) or --label-learning-rate \(now 0.5\)"
     )
     with pytest.raises(UserError, match=message):
-        search_support(run, walk, support, TRAIN, VALIDATION)
+        run_to_end(run, walk, support, TRAIN, VALIDATION)
     kept = run.load_state()
     assert kept is not None
     assert kept[1]["done"] == 3
     assert kept[0]["best.images"].shape == support.images.shape
     run.close()
     with pytest.raises(UserError, match="at step 13"):
-        search_support(opened(tmp_path), walk, support, TRAIN, VALIDATION)
+        run_to_end(opened(tmp_path), walk, support, TRAIN, VALIDATION)
 
 
 def test_a_loss_that_is_high_for_a_while_stops_nothing(support, tmp_path, monkeypatch):
     with_losses(monkeypatch, 0.2, *[2.5] * 9, 0.1, *[2.5] * 9, 0.1)
-    _, last = search_support(opened(tmp_path), plan(40), support, TRAIN, VALIDATION)
+    _, last = run_to_end(opened(tmp_path), plan(40), support, TRAIN, VALIDATION)
     assert last.done == 40
 
 
 def test_a_small_first_loss_is_no_measure(support, tmp_path, monkeypatch):
     """A distilled start has nearly no loss; what counts is the loss of predicting nothing."""
-    nothing = phases._zero_prediction_loss(3)
+    nothing = kip_loop._zero_prediction_loss(3)
     assert nothing == pytest.approx(0.5 * (4 / 9 + 1 / 9 + 1 / 9) / 3)
     with_losses(monkeypatch, 1e-6, 9 * nothing)
-    _, last = search_support(opened(tmp_path), plan(40), support, TRAIN, VALIDATION)
+    _, last = run_to_end(opened(tmp_path), plan(40), support, TRAIN, VALIDATION)
     assert last.done == 40
     assert math.isclose(last.limit, 10 * nothing)
 
@@ -317,7 +323,7 @@ def test_a_small_first_loss_is_no_measure(support, tmp_path, monkeypatch):
 def test_a_support_that_is_not_finite_ends_before_it_is_kept(support, tmp_path):
     run = opened(tmp_path)
     with pytest.raises(UserError, match=r"not finite at step .*--ridge .*--learning-rate"):
-        search_support(run, plan(50, learning_rate=1e38), support, TRAIN, VALIDATION)
+        run_to_end(run, plan(50, optimizer=Adam(1e38)), support, TRAIN, VALIDATION)
     kept = run.load_state()
     assert kept is not None
     assert all(np.isfinite(array).all() for array in kept[0].values())

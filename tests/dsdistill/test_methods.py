@@ -14,6 +14,7 @@ from dsdistill.harness.errors import UserError
 from dsdistill.kernels import gram, networks
 from dsdistill.kernels.dense import fc_ntk
 from dsdistill.methods import kip, label_solve, ridge
+from dsdistill.methods.adam import Adam
 from dsdistill.methods.initial_support import Support, draw_support
 from dsdistill.methods.targets import TargetBatches
 
@@ -100,7 +101,7 @@ def test_labels_move_only_if_asked(train):
 def test_labels_have_a_rate_of_their_own(train):
     """Adam's first step moves every value by its learning rate."""
     support = start(train)
-    first = run(train, 1, learn_labels=True, label_learning_rate=0.2)[0].state
+    first = run(train, 1, learn_labels=True, optimizer=Adam(label_learning_rate=0.2))[0].state
     assert np.abs(first.images - support.images).max() == pytest.approx(0.04, rel=1e-3)
     assert np.abs(first.labels - support.labels).max() == pytest.approx(0.2, rel=1e-3)
     assert first.images.dtype == first.labels.dtype == jnp.float32
@@ -117,12 +118,9 @@ def test_without_a_schedule_the_steps_are_those_of_optax(train):
     for gradient in gradients:
         change, moments = adam.update(gradient, moments)
         expected = expected + change
-        moved, after = kip._adam_step(
-            objective(),
-            {"images": state.images},
-            {"images": gradient},
-            state.moments,
-            kip._factor(objective(), state.moments.count),
+        factor = kip._factor(objective(), state.moments.count)
+        moved, after = Adam().move(
+            {"images": state.images}, {"images": gradient}, state.moments, factor
         )
         state = kip.State(moved["images"], state.labels, after)
     np.testing.assert_array_equal(state.images, expected)
@@ -209,7 +207,7 @@ def test_target_batches_are_balanced_capped_and_without_repeats(train):
 
 def test_a_diverging_run_stops_with_the_remedy(train):
     with pytest.raises(UserError, match=r"not finite at step .*--ridge .*--learning-rate"):
-        run(train, steps=50, learning_rate=1e30)
+        run(train, steps=50, optimizer=Adam(1e30))
 
 
 def test_a_kernel_that_is_not_finite_is_traced_to_its_image(train):

@@ -11,6 +11,8 @@ from dsdistill.harness.runs import progress
 from dsdistill.kernels import networks
 from dsdistill.loops import timing
 from dsdistill.methods import kip
+from dsdistill.methods.adam import Adam
+from dsdistill.methods.gauss_newton import GaussNewton
 from dsdistill.methods.initial_support import draw_support
 
 
@@ -98,7 +100,7 @@ def test_a_real_measurement():
     assert 10 <= chosen(0.001, n=500) <= 500
 
 
-@pytest.mark.parametrize("work", ["forward", "adam", "gauss-newton"])
+@pytest.mark.parametrize("work", [None, Adam(), GaussNewton()])
 def test_a_tile_announces_long_work_alone(work, monkeypatch):
     monkeypatch.setitem(timing.TILE_SIDES, "exact planes", 4)
     conv, long = networks.parse("conv(1)"), timing.MIN_ANNOUNCED_TILES * 4 * 4
@@ -113,7 +115,7 @@ def test_a_tile_announces_long_work_alone(work, monkeypatch):
 def test_the_time_of_a_tile_is_without_compiling(monkeypatch):
     times = iter([30.0, 3.0, 2.0])
     monkeypatch.setattr(timing, "_time_call", lambda run, images: next(times))
-    assert timing.time_tile(networks.parse("conv(1)"), train(3), 1e9, "adam") == (
+    assert timing.time_tile(networks.parse("conv(1)"), train(3), 1e9, Adam()) == (
         2.0,
         3 * 3 * jax.device_count(),
     )

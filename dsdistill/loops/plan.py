@@ -1,0 +1,102 @@
+"""What a KIP run does: phases of steps, and when it validates.
+
+A run is one phase, or two: with `--warm-up`, steps with a cheap kernel come first. Steps are
+numbered through all phases, and each phase starts the optimizer and its schedule afresh. Supports
+are scored with the kernel of the last phase; those of a warm-up only at its two ends.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from dsdistill.methods.kip import KipObjective
+
+VALIDATIONS_PER_PHASE = 40
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps that minimise one objective.
+
+    Attributes:
+        objective: What they minimise.
+        steps: Number of steps.
+    """
+
+    objective: KipObjective
+    steps: int
+
+
+@dataclass(frozen=True)
+class Span:
+    """A phase with its place in the run.
+
+    Attributes:
+        phase: The phase.
+        number: Its number, from 1.
+        first: Number of steps before it.
+        is_warm_up: Whether another phase follows.
+    """
+
+    phase: Phase
+    number: int
+    first: int
+    is_warm_up: bool
+
+    @property
+    def end(self) -> int:
+        """Number of steps of the run when the phase is over."""
+        return self.first + self.phase.steps
+
+    @property
+    def validation_interval(self) -> int:
+        """Steps from one validation to the next."""
+        steps = self.phase.steps
+        return steps if self.is_warm_up else max(steps // VALIDATIONS_PER_PHASE, 1)
+
+    def is_validated(self, done: int) -> bool:
+        """Whether the support is validated after `done` steps of the run."""
+        return (done - self.first) % self.validation_interval == 0 or done == self.end
+
+    def validations_left(self, done: int) -> int:
+        """Validations of this phase after `done` steps of the run."""
+        here = min(max(done - self.first, 0), self.phase.steps)
+        interval = self.validation_interval
+        return -(-self.phase.steps // interval) - here // interval
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a KIP run does.
+
+    Attributes:
+        phases: In turn; the last is what the run is for, one before it is a warm-up. The first
+            network of the last one scores the supports.
+        target_batch: Targets per step.
+        seed: Seed of all draws.
+        patience: Stop after this number of validations in a row, of the last phase, without an
+            improvement; None: never.
+        validation_images: Validation images that score supports during the run.
+        closing_images: Images that are predicted after the last step, for the expected duration.
+    """
+
+    phases: tuple[Phase, ...]
+    target_batch: int
+    seed: int
+    patience: int | None = None
+    validation_images: int = 1000
+    closing_images: int = 0
+
+    @cached_property
+    def spans(self) -> tuple[Span, ...]:
+        """The phases with their places."""
+        ends = [sum(phase.steps for phase in self.phases[:i]) for i in range(len(self.phases))]
+        last = len(self.phases)
+        return tuple(
+            Span(phase, number, first, number < last)
+            for number, (phase, first) in enumerate(zip(self.phases, ends, strict=True), 1)
+        )
+
+    @property
+    def steps(self) -> int:
+        """Number of steps of all phases."""
+        return sum(phase.steps for phase in self.phases)
