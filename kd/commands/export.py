@@ -198,7 +198,8 @@ def _free_path(options: ExportOptions, model: Model, chosen: ExportFormat) -> Pa
     """Where to write; nothing is there yet."""
     name = re.sub(r"\W+", "-", model.name)[-60:] + chosen.suffix
     out = Path(os.path.abspath(options.out or options.run / "export" / name))
-    for path in (out, *([out.with_name(out.name + chosen.beside)] if chosen.beside else [])):
+    suffixes = ("", chosen.sidecar_suffix) if chosen.sidecar_suffix else ("",)
+    for path in (out.with_name(out.name + suffix) for suffix in suffixes):
         if os.path.lexists(path):
             raise UserError(f"{path} exists already: choose another --out")
     return out

@@ -54,7 +54,7 @@ class ExportFormat:
     prepare: Callable[[Model], Writer]
     read: Callable[[Path], Runner]
     suffix: str
-    beside: str | None
+    sidecar_suffix: str | None
     graph: bool
     use: str
 
@@ -182,7 +182,7 @@ FORMATS: Mapping[str, ExportFormat] = {
         prepare_onnx,
         read_onnx,
         suffix=".onnx",
-        beside=".json",
+        sidecar_suffix=".json",
         graph=True,
         use="onnxruntime.InferenceSession(FILE).run(None, {'images': images})[0]",
     ),
@@ -190,7 +190,7 @@ FORMATS: Mapping[str, ExportFormat] = {
         prepare_pt2,
         read_pt2,
         suffix=".pt2",
-        beside=None,
+        sidecar_suffix=None,
         graph=True,
         use="torch.export.load(FILE).module()(images)",
     ),
@@ -198,7 +198,7 @@ FORMATS: Mapping[str, ExportFormat] = {
         prepare_safetensors,
         read_safetensors,
         suffix="-safetensors",
-        beside=None,
+        sidecar_suffix=None,
         graph=False,
         use="network.load_state_dict("
         f"safetensors.torch.load_file('FOLDER/{saved_models.WEIGHTS}')), "
@@ -208,7 +208,7 @@ FORMATS: Mapping[str, ExportFormat] = {
         prepare_timm,
         read_timm,
         suffix="-timm",
-        beside=None,
+        sidecar_suffix=None,
         graph=False,
         use="timm.create_model('local-dir:FOLDER', pretrained=True).eval()(images)",
     ),

@@ -72,11 +72,11 @@ class NetworkLearner:
         """The learning rates to choose from, the same for all data."""
         return tuple(self.recipe.lr * factor for factor in self.factors)
 
-    def at(self, rate: float) -> "NetworkLearner":
+    def with_rate(self, rate: float) -> "NetworkLearner":
         """The learner with that learning rate alone."""
         return replace(self, recipe=replace(self.recipe, lr=rate), factors=(1.0,))
 
-    def augmented(self) -> "NetworkLearner":
+    def with_augmentation(self) -> "NetworkLearner":
         """The learner with random shifts, and with flips where it has them."""
         hflip = 0.5 if self.flip else 0.0
         return replace(self, recipe=replace(self.recipe, augment="crop-flip", hflip=hflip))

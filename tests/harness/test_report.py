@@ -227,10 +227,10 @@ def test_markdown_has_every_part():
 
 def test_augmented_rows_are_compared_only_where_there_are_no_others():
     both = small()
-    assert not any(row.augmented for row in both.compared)
+    assert not any(row.augmented for row in both.compared_rows)
     augmented = replace(both, results=tuple(r for r in both.results if r.augmented))
-    assert {row.learner for row in augmented.compared} == {"convnet"}
-    assert len(augmented.compared) == len(augmented.rows)
+    assert {row.learner for row in augmented.compared_rows} == {"convnet"}
+    assert len(augmented.compared_rows) == len(augmented.rows)
 
 
 def test_every_axis_is_labelled_with_its_unit():

@@ -1,4 +1,4 @@
-"""The images that judge a predictor: validation images choose, test images are read once."""
+"""Held-out images: validation images choose between predictors, test images are read once."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -21,10 +21,12 @@ class HeldOut:
     """Validation and test images, in the preprocessing of the training sets.
 
     Attributes:
-        validation: Held out of the training set.
-        test: Read once for each trained predictor.
-        teacher: Logits of preprocessed images; None where there is none to compare with.
-        identity: JSON-compatible: what all of these are. None: results cannot be kept.
+        validation: Images held out of the training set.
+        test: Test images, read once for each trained predictor.
+        teacher: Function from preprocessed images to a teacher's logits; None to compare with no
+            teacher.
+        identity: JSON-compatible description of all of these; None if there is none, in which
+            case results cannot be cached.
     """
 
     validation: Examples
@@ -42,11 +44,11 @@ class HeldOut:
         scores = _predict_scores(predict, self.validation)
         return scores if np.isfinite(scores).all() else None
 
-    def calibrated(self, scores: Float[np.ndarray, "n k"]) -> tuple[float, float]:
-        """The temperature that suits scores of the validation images best, and their NLL with it.
+    def calibrate(self, scores: Float[np.ndarray, "n k"]) -> tuple[float, float]:
+        """Fit a temperature to scores of the validation images; return it with their NLL.
 
-        Scores of a regression are no logits: with one fitted temperature they become probabilities
-        worth judging, those of every learner in the same way.
+        Scores of a regression are not logits: one fitted temperature turns the scores of every
+        learner into probabilities in the same way.
 
         Returns:
             Temperature, and NLL in nats.
@@ -55,42 +57,42 @@ class HeldOut:
         temperature = metrics.fit_temperature(scores, labels)
         return temperature, metrics.nll(metrics.softmax(scores, temperature), labels)
 
-    def figures(self, predict: ScoreFunction) -> dict[str, Any]:
-        """Everything that is measured of a predictor, by the names of `Result`.
+    def measure(self, predict: ScoreFunction) -> dict[str, Any]:
+        """Measure a predictor on the test images; the keys are fields of `Result`.
 
         Raises:
             UserError: If a score is not finite.
         """
-        held, scores = self.validation_scores(predict), _predict_scores(predict, self.test)
-        if held is None or not np.isfinite(scores).all():
+        validation, scores = self.validation_scores(predict), _predict_scores(predict, self.test)
+        if validation is None or not np.isfinite(scores).all():
             raise UserError("scores that are not finite")
         labels, k = self.test.data.labels, len(self.test.data.classes)
-        probabilities = metrics.softmax(scores, self.calibrated(held)[0])
+        probabilities = metrics.softmax(scores, self.calibrate(validation)[0])
         confusion = metrics.confusion(scores.argmax(1), labels, k)
         return {
             "accuracy": metrics.accuracy(scores, labels),
-            "validation_accuracy": metrics.accuracy(held, self.validation_labels),
+            "validation_accuracy": metrics.accuracy(validation, self.validation_labels),
             "nll": metrics.nll(probabilities, labels),
             "calibration_error": metrics.expected_calibration_error(probabilities, labels),
             "per_class": metrics.per_class_accuracy(confusion),
             "confusion": confusion.tolist(),
-            **self._beside_teacher(scores, probabilities),
+            **self._compare_with_teacher(scores, probabilities),
         }
 
-    def _beside_teacher(
+    def _compare_with_teacher(
         self, scores: Float[np.ndarray, "n k"], probabilities: Float[np.ndarray, "n k"]
     ) -> dict[str, float]:
         if self.teacher is None:
             return {}
-        answers = self._answers
+        logits = self._teacher_logits
         return {
-            "teacher_agreement": metrics.agreement(scores, answers),
-            "teacher_kl": metrics.kl(metrics.softmax(answers), probabilities),
+            "teacher_agreement": metrics.agreement(scores, logits),
+            "teacher_kl": metrics.kl(metrics.softmax(logits), probabilities),
         }
 
     @cached_property
-    def _answers(self) -> Float[np.ndarray, "n k"]:
-        """The teacher's logits of the test images, asked for once."""
+    def _teacher_logits(self) -> Float[np.ndarray, "n k"]:
+        """The teacher's logits of the test images, computed once."""
         assert self.teacher is not None
         return _predict_scores(self.teacher, self.test)
 
@@ -99,8 +101,9 @@ def accuracy(predict: ScoreFunction, examples: Examples, unit: str) -> float:
     """Fraction of the images whose largest score is that of their class.
 
     Args:
-        predict, examples: Who is judged, by which images.
-        unit: What live progress calls them.
+        predict: Function from preprocessed images to scores.
+        examples: Images and labels to score it on.
+        unit: Name of one batch in the progress display.
     """
     batches = progress.track_if_slow(examples.batches(), unit)
     return metrics.accuracy(_predict_scores(predict, examples, batches), examples.data.labels)
@@ -112,7 +115,7 @@ def _predict_scores(
     """Scores of all images, in float64.
 
     Raises:
-        UserError: If they are not one row an image and one column a class.
+        UserError: If they are not one row per image and one column per class.
     """
     k, parts = len(examples.data.classes), []
     for rows in batches or examples.batches():

@@ -82,7 +82,7 @@ class Report:
         return tuple(scoring.score_learners(self.rows))
 
     @cached_property
-    def compared(self) -> tuple[Row, ...]:
+    def compared_rows(self) -> tuple[Row, ...]:
         """The rows that are compared: a learner's augmented ones only if it has no others."""
         plain = {row.learner for row in self.rows if not row.augmented}
         return tuple(row for row in self.rows if row.augmented != (row.learner in plain))
@@ -94,7 +94,7 @@ class Report:
 
     def row(self, learner: str, arm: str) -> Row | None:
         """One of the rows that are compared."""
-        found = (row for row in self.compared if (row.learner, row.arm) == (learner, arm))
+        found = (row for row in self.compared_rows if (row.learner, row.arm) == (learner, arm))
         return next(found, None)
 
 
