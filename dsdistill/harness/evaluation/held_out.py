@@ -1,9 +1,9 @@
 """Held-out images: validation images choose between predictors, test images are read once."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -13,7 +13,14 @@ from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation import metrics
 from dsdistill.harness.runs import progress
 
-ScoreFunction = Callable[[Float[np.ndarray, "n h w c"]], Float[np.ndarray, "n k"]]
+
+class Predict(Protocol):
+    """Scores (n, k) of preprocessed images (n, h, w, c); the largest score is the prediction.
+
+    It may have an attribute `facts`, its own measurements, as in `Result.facts`.
+    """
+
+    def __call__(self, images: Float[np.ndarray, "n h w c"], /) -> Float[np.ndarray, "n k"]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +38,7 @@ class HeldOut:
 
     validation: Examples
     test: Examples
-    teacher: ScoreFunction | None = None
+    teacher: Predict | None = None
     identity: Mapping[str, Any] | None = None
 
     @property
@@ -39,7 +46,7 @@ class HeldOut:
         """Classes of the validation images."""
         return self.validation.data.labels
 
-    def validation_scores(self, predict: ScoreFunction) -> Float[np.ndarray, "n k"] | None:
+    def validation_scores(self, predict: Predict) -> Float[np.ndarray, "n k"] | None:
         """Scores of the validation images; None if one is not finite."""
         scores = _predict_scores(predict, self.validation)
         return scores if np.isfinite(scores).all() else None
@@ -57,7 +64,7 @@ class HeldOut:
         temperature = metrics.fit_temperature(scores, labels)
         return temperature, metrics.nll(metrics.softmax(scores, temperature), labels)
 
-    def measure(self, predict: ScoreFunction) -> dict[str, Any]:
+    def measure(self, predict: Predict) -> dict[str, Any]:
         """Measure a predictor on the test images; the keys are fields of `Result`.
 
         Raises:
@@ -97,7 +104,7 @@ class HeldOut:
         return _predict_scores(self.teacher, self.test)
 
 
-def accuracy(predict: ScoreFunction, examples: Examples, unit: str) -> float:
+def accuracy(predict: Predict, examples: Examples, unit: str) -> float:
     """Fraction of the images whose largest score is that of their class.
 
     Args:
@@ -110,7 +117,7 @@ def accuracy(predict: ScoreFunction, examples: Examples, unit: str) -> float:
 
 
 def _predict_scores(
-    predict: ScoreFunction, examples: Examples, batches: Iterable[slice] | None = None
+    predict: Predict, examples: Examples, batches: Iterable[slice] | None = None
 ) -> Float[np.ndarray, "n k"]:
     """Scores of all images, in float64.
 

@@ -14,24 +14,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float
 
 from dsdistill.harness import memory
 from dsdistill.harness.data.labeled_images import Examples, draw_balanced
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation import metrics, results
-from dsdistill.harness.evaluation.held_out import HeldOut
+from dsdistill.harness.evaluation.held_out import HeldOut, Predict
 from dsdistill.harness.evaluation.result_cache import ResultCache
 from dsdistill.harness.evaluation.results import Result
-
-
-class Predict(Protocol):
-    """Scores (n, k) of preprocessed images (n, h, w, c); the largest score is the prediction.
-
-    It may have an attribute `facts`, its own measurements, as in `Result.facts`.
-    """
-
-    def __call__(self, images: Float[np.ndarray, "n h w c"], /) -> Float[np.ndarray, "n k"]: ...
 
 
 class Learner(Protocol):

@@ -5,13 +5,13 @@ distilled set, above all the full data, are shared by all evaluations. A file th
 of another version, does not count: its result is measured again.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dsdistill.harness import checksums
 from dsdistill.harness.evaluation.results import Result
 from dsdistill.harness.runs import progress
 from dsdistill.harness.runs.run_folder import write_bytes
@@ -56,7 +56,7 @@ class ResultCache:
         for folder in folders[:1] if result.failure else folders:
             folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps({"key": key, "result": asdict(result)}, sort_keys=True)
-            line = json.dumps({"sha256": _digest(text), "content": text})
+            line = json.dumps({"sha256": checksums.digest(text, {}), "content": text})
             write_bytes(folder / _file_name(key), line.encode())
 
     def _folders(self, key: Mapping[str, Any]) -> list[Path]:
@@ -71,7 +71,7 @@ class ResultCache:
         try:
             stored = json.loads(path.read_text())
             text = stored["content"]
-            if _digest(text) != stored["sha256"]:
+            if checksums.digest(text, {}) != stored["sha256"]:
                 raise ValueError("its content does not match its checksum")
             content = json.loads(text)
             if content["key"] != json.loads(json.dumps(key)):
@@ -86,8 +86,4 @@ class ResultCache:
 
 
 def _file_name(key: Mapping[str, Any]) -> str:
-    return _digest(json.dumps({"version": VERSION, **key}, sort_keys=True))[:32] + ".json"
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return checksums.json_digest({"version": VERSION, **key})[:32] + ".json"
