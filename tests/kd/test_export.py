@@ -419,7 +419,7 @@ def test_a_comparison_counts_every_output_of_every_batch() -> None:
 
 
 def _forgets_preprocessing(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(export_formats, "Apply", lambda fitted: nn.Identity())
+    patch.setattr(export_formats, "PreprocessLayer", lambda fitted: nn.Identity())
 
 
 def _reads(patch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -474,7 +474,7 @@ def test_a_network_that_cannot_be_traced_is_refused(inside: pytest.MonkeyPatch, 
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return images if float(images.sum()) > 0 else -images
 
-    inside.setattr(export_formats, "Apply", lambda fitted: Branches())
+    inside.setattr(export_formats, "PreprocessLayer", lambda fitted: Branches())
     line = _refused(inside, work, "convnet", "--format", "pt2")
     assert "convnet:8 cannot be traced as a graph" in line
     assert "use --format safetensors" in line
