@@ -232,7 +232,7 @@ def test_the_teacher_of_a_distilled_sets_evaluation_has_a_map(
     distilled_set.save(tmp_path / "set.safetensors", support.distilled(support.digits()))
     mapping = tmp_path / "map.json"
     mapping.write_text(json.dumps({str(i): other[i] for i in range(10)}))
-    options = dsdistill.options.Evaluate(
+    options = dsdistill.options.EvaluateOptions(
         tmp_path / "set.safetensors", learners="mlp:8", controls="", teacher=str(renamed)
     )
     with pytest.raises(UserError) as caught:

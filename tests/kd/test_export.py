@@ -519,7 +519,7 @@ def test_an_unreadable_command_line_is_one_line(
 
 
 def test_an_unknown_format_lists_the_known_ones(work: Path) -> None:
-    options: Any = export.Export(work / "mlp", "tflite")  # pyright: ignore[reportArgumentType]
+    options: Any = export.ExportOptions(work / "mlp", "tflite")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"unknown format 'tflite'.*known: onnx, pt2, safe"):
         export.export(options)
 
