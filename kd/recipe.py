@@ -1,7 +1,8 @@
-"""What a training depends on beside its data and its networks: a frozen value, and its rules.
+"""The recipe: all that a training depends on besides data and networks, and the rules for it.
 
-A recipe's lengths (`warmup`, `cooldown`, `milestones`) are in the unit of its own length: epochs
-where `epochs` is given, steps where `steps` is. A training of another length keeps their shares.
+The lengths `warmup`, `cooldown` and `milestones` are in the unit of the recipe's whole length:
+epochs where `epochs` is given, steps where `steps` is. A training of another length keeps their
+shares.
 """
 
 from collections.abc import Mapping
@@ -82,42 +83,46 @@ class Recipe:
 
     @property
     def length(self) -> float:
-        """In its own unit."""
+        """Length of the training, in epochs or steps."""
         return self.steps if self.steps is not None else self.epochs or 0
 
     def total_steps(self, steps_per_epoch: int) -> int:
-        """Steps of the whole training."""
+        """Number of steps of the whole training."""
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None
         return self.epochs * steps_per_epoch
 
     def in_steps(self, length: float, steps_per_epoch: int) -> int:
-        """A length of this recipe's in steps."""
+        """Convert a length from the recipe's unit to steps."""
         return round(length if self.steps is not None else length * steps_per_epoch)
 
 
-NOT_OPTIONS = ("student", "teacher", "gpu")  # not options of their own
+NOT_OPTIONS = ("student", "teacher", "gpu")  # fields without an option of the same meaning
 OPTIONS = tuple(f for f in fields(Recipe) if f.name not in NOT_OPTIONS)
 
 
 def override(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
-    """The recipe with the fields that the user gave.
+    """Replace the fields of a recipe that the user gave.
 
     A training of another length keeps the shares of its warm-up, cool-down and milestones, unless
     they are given too.
 
+    Args:
+        recipe: The recipe.
+        given: Values by the name of the field.
+
     Raises:
-        UserError: For a value that breaks a rule, or an option that nothing would use.
+        UserError: For a value that breaks a rule, or an option without effect.
     """
     if "epochs" in given and "steps" in given:
-        raise UserError("--epochs and --steps are two lengths of one training: give one of them")
+        raise UserError("--epochs and --steps both set the length of a training: give one of them")
     lengths: dict[str, Any] = {}
     for unit, other in (("epochs", "steps"), ("steps", "epochs")):
         if unit in given:
-            by = given[unit] / recipe.length
-            lengths = {name: getattr(recipe, name) * by for name in ("warmup", "cooldown")}
-            lengths |= {"milestones": tuple(m * by for m in recipe.milestones), other: None}
+            factor = given[unit] / recipe.length
+            lengths = {name: getattr(recipe, name) * factor for name in ("warmup", "cooldown")}
+            lengths |= {"milestones": tuple(m * factor for m in recipe.milestones), other: None}
     changed = replace(recipe, **lengths | dict(given))
     _check(changed)
     _check_used(changed, given)
@@ -144,14 +149,15 @@ def _check(recipe: Recipe) -> None:
     if recipe.warmup + recipe.cooldown >= recipe.length:
         raise UserError(
             f"--warmup {recipe.warmup:g} and --cooldown {recipe.cooldown:g} leave nothing of a "
-            f"training of {recipe.length:g}"
+            f"training of {recipe.length:g} {'steps' if recipe.steps is not None else 'epochs'}: "
+            "shorten them"
         )
     if recipe.schedule == "milestones" and not recipe.milestones:
-        raise UserError("--schedule milestones needs --milestones")
+        raise UserError("--schedule milestones needs --milestones: give them")
 
 
 def _check_used(recipe: Recipe, given: Mapping[str, Any]) -> None:
-    """Refuse options that the recipe as it stands would not look at."""
+    """Refuse options that have no effect in this recipe."""
     files, sgd = recipe.augment == "imagenet", recipe.optimizer in ("sgd", "momentum")
     mixed = recipe.mixup > 0 or recipe.cutmix > 0
     needs = {
@@ -173,9 +179,9 @@ def _check_used(recipe: Recipe, given: Mapping[str, Any]) -> None:
     if "color_jitter" in given and recipe.auto_augment is not None:
         raise UserError("--color-jitter has no effect with --auto-augment: leave one of them out")
     for name in given:
-        used, what = needs.get(name, (True, ""))
+        used, needed = needs.get(name, (True, ""))
         if not used:
-            raise UserError(f"--{name.replace('_', '-')} has no effect without {what}")
+            raise UserError(f"--{name.replace('_', '-')} has no effect without {needed}")
 
 
 def _require(holds: bool, name: str, rule: str, got: object) -> None:

@@ -22,8 +22,7 @@ from dsdistill.harness import machine, memory, stopping
 from dsdistill.harness.data import datasets, distilled_set
 from dsdistill.harness.data.labeled_images import Examples
 from dsdistill.harness.errors import UserError, one_line
-from dsdistill.harness.evaluation.held_out import accuracy
-from dsdistill.harness.evaluation.protocol import Predict
+from dsdistill.harness.evaluation.held_out import Predict, accuracy
 from dsdistill.harness.reports import image_grid
 from dsdistill.harness.reports.image_grid import GridSide
 from dsdistill.harness.runs import progress, run_folder

@@ -62,7 +62,7 @@ def run(options: EvaluateOptions) -> Path:
     command = ("dsdistill", "evaluate", str(options.run), "--resume", "--out", str(out))
     with begun, stopping.explain_stop(command, out / report.FILE_NAME):
         began = time.monotonic()
-        kept = ResultCache(out / "results", options.cache, sharing=controls.CONTROLS)
+        kept = ResultCache(out / "results", options.cache, shared_arms=controls.CONTROLS)
         results = _run_trainings(parts, list(range(options.seeds)), kept)
         _draw_images(out, parts)
         write_report(out, _build_report(options, parts, results, time.monotonic() - began))
@@ -119,17 +119,17 @@ def _run_trainings(parts: EvaluationParts, seeds: list[int], kept: ResultCache) 
             show(len(results), **{f"{found.learner} on {found.arm}": figure})
 
         for learner, augmented, arm in trainings:
-            if arm.like is not None:
+            if arm.duplicate_of is not None:
                 for found in _copy_results(results, learner, augmented, arm):
                     on_result(found)
                 continue
             evaluate(
                 learner,
                 arm,
-                parts.judges,
+                parts.held_out,
                 seeds,
                 augmented=augmented,
-                kept=kept,
+                cache=kept,
                 on_result=on_result,
             )
     return results
@@ -139,7 +139,7 @@ def _copy_results(
     results: Sequence[Result], learner: Learner, augmented: bool, arm: Arm
 ) -> list[Result]:
     """The results of the arm that has the same images and labels, which cost nothing more."""
-    key, size = (learner.name, augmented, arm.like), stored_bytes(arm.draw(0))
+    key, size = (learner.name, augmented, arm.duplicate_of), stored_bytes(arm.draw(0))
     return [
         replace(found, arm=arm.name, bytes=size, train_seconds=0.0, tune_seconds=0.0)
         for found in results
@@ -211,7 +211,7 @@ def _describe_set(parts: EvaluationParts) -> dict[str, Any]:
 
 def _notes(parts: EvaluationParts, results: Sequence[Result]) -> list[str]:
     whole, found = len(parts.splits.train), []
-    if any(arm.like for arm in parts.arms):
+    if any(arm.duplicate_of for arm in parts.arms):
         found.append("The stored labels are hard labels: one training serves both.")
     limited = {r.learner: r.images for r in results if r.arm == "full" and r.images < whole}
     for learner, images in limited.items():

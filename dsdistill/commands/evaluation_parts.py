@@ -48,7 +48,7 @@ class EvaluationParts:
         distilled: The set.
         splits: What it was distilled from.
         train: All training images, in the set's preprocessing.
-        judges: Validation and test images in the same.
+        held_out: Validation and test images in the same preprocessing.
         arms: Kinds of training data.
         learners: Who is trained on each.
         augment: Whether those that can are trained with augmentation too.
@@ -57,7 +57,7 @@ class EvaluationParts:
     distilled: DistilledSet
     splits: Splits
     train: Examples
-    judges: HeldOut
+    held_out: HeldOut
     arms: list[Arm]
     learners: list[Learner]
     augment: bool

@@ -44,7 +44,7 @@ def arms(
         _fixed_arm("distilled", stored, {"set": digest(distilled)}),
         replace(
             _fixed_arm("distilled-hard", hard, {"set": digest(distilled)}),
-            like="distilled" if same else None,
+            duplicate_of="distilled" if same else None,
         ),
     ]
     if teacher is not None:

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from dsdistill.harness import memory
 from dsdistill.harness.data.labeled_images import Examples
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.evaluation.protocol import Predict
+from dsdistill.harness.evaluation.held_out import Predict
 from dsdistill.harness.runs import progress
 from dsdistill.kernels.gram import Tile, gram, plan_tile
 from dsdistill.kernels.networks import InfiniteNetwork
