@@ -139,15 +139,16 @@ def _train(options: TrainOptions, earlier: Sequence[Path]) -> dict[str, Any]:
     hashes |= {run_options.HASH_KEY: run_options.digest(options)}
     with engine.decide_on_main(parts.on, lambda: _open_run(folder, options, hashes)) as run:
         run = replace(run, writes=parts.on.is_main_process)
-        if run.writes:
-            run_folder.write_json(folder / "recipe.json", asdict(parts.recipe))
-        with heartbeat.watch(parts.on, folder):
+        # A lost process is no error of the input: the run stays as it is, to be resumed.
+        with heartbeat.watch(parts.on, folder), run.clean_up_on_error():
+            if run.writes:
+                run_folder.write_json(folder / "recipe.json", asdict(parts.recipe))
             student, state, spent = _fit(options, parts, objective, batches, run)
-        if not run.writes:
-            return {}
-        saved_models.save_run(folder, student)
-        report = _report(options, parts, student, state) | spent
-        seals.write(folder, REPORT, report, seals.SEALED_FILES)
+            if not run.writes:
+                return {}
+            saved_models.save_run(folder, student)
+            report = _report(options, parts, student, state) | spent
+            seals.write(folder, REPORT, report, seals.SEALED_FILES)
         curves.draw(folder)  # last: a picture must not cost a training
         return report
 
