@@ -137,8 +137,8 @@ def build(
 def check_name(name: str) -> None:
     """Refuse a name that `build` does not know, with the nearest known ones."""
     found = parse(name)
-    if found.file and not found.file.is_file():
-        raise UserError(f"there is no file {found.file}")
+    if found.file:
+        weights.require_file(found.file)
     if found.zoo is None:
         builtin.width(found.base)
     else:
