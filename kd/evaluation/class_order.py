@@ -26,6 +26,8 @@ import numpy as np
 from jaxtyping import Int
 from scipy.optimize import linear_sum_assignment
 
+from dsdistill.harness.text import quote
+
 FALSE_ALARM_RATE = 0.01  # of teachers whose own order is the best
 STAKES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the fortune that are staked; which is best is not known
 REFITS = 10  # times that an order is found anew, on the images so far
@@ -135,7 +137,7 @@ def describe(
         outputs: The model's output that was taken for each class; None where they are the same.
     """
     moved = [(i, to) for i, to in enumerate(order.classes) if i != to]
-    some = ", ".join(f"{classes[i]!r} is {classes[to]!r}" for i, to in moved[:3])
+    some = ", ".join(f"{quote(classes[i])} is {quote(classes[to])}" for i, to in moved[:3])
     more = f" and {len(moved) - 3} more" if len(moved) > 3 else ""
     mapping = {
         classes[to]: outputs[i] if outputs is not None else i for i, to in enumerate(order.classes)

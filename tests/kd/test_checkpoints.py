@@ -190,6 +190,12 @@ def test_harmless_values_beside_the_weights_open_no_door(tmp_path: Path) -> None
     assert not mark.exists()
 
 
+@pytest.mark.parametrize(("size", "fitting"), [(50, "64x64"), (8, "16x16"), (150, "160x160")])
+def test_a_size_of_no_whole_patches_names_one_that_is(size: int, fitting: str) -> None:
+    with pytest.raises(UserError, match=f"patches are 16x16, so use a size .* such as {fitting}"):
+        networks.build(f"test_vit(img_size={size})", (size, size, 3), 3)
+
+
 # --- students of other classes and channels
 
 

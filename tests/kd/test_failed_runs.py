@@ -1,5 +1,6 @@
 """A training that an error ends: its folder is gone, or goes on as the message says."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -43,6 +44,18 @@ def test_a_damaged_image_leaves_nothing_and_the_command_can_be_given_again(
     image.unlink()
     support.main(monkeypatch, "train", "photos", *STREAMED)
     assert support.read_report(Path("run"))["train_images"] > 0
+
+
+def test_the_recipe_records_the_student_that_was_trained(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    support.main(monkeypatch, "train", "photos", *STREAMED[:-1], "teacher")
+    options = ("--recipe", "deit", "--warmup", 0, "--cooldown", 0, "--repeats", 1)
+    options = (*options, "--batch-size", 8, "--teacher", "teacher", *STREAMED)
+    support.main(monkeypatch, "train", "photos", *options)
+    recipe = json.loads(Path("run/recipe.json").read_text())
+    assert (recipe["student"], recipe["teacher"]) == ("test_resnet", "teacher")
+    assert support.read_report(Path("run"))["recipe"]["student"] == "test_resnet"
 
 
 def test_after_a_checkpoint_the_message_says_what_works(

@@ -6,7 +6,6 @@ no code in it can run; from these the network's own are picked by their names.
 """
 
 import argparse
-import os
 import pathlib
 import pickle
 import re
@@ -14,6 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -291,8 +291,8 @@ def _take_outer_head(
         )
         flat = tensor.ndim >= 2 and tensor.shape[1] == inputs and tensor[0].numel() == inputs
         if flat and beside == endings:
-            shared = os.path.commonprefix([name.split("."), wrapper.split(".")])
-            near[name] = len(shared)
+            pairs = zip(name.split("."), wrapper.split("."), strict=False)
+            near[name] = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     nearest = [name for name in near if near[name] == max(near.values())]
     if len(nearest) != 1:
         return []
