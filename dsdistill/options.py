@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from dsdistill.harness import paths
+from dsdistill.harness import command_line, paths
 
 Data = Annotated[str, tyro.conf.Positional]
 Options = TypeVar("Options")
@@ -180,8 +180,8 @@ class EvaluateOptions:
     for a module:attribute, which is never imported because a file names it), convnet,
     kip-convnet, mlp, resnet18, vgg11, vit, with a width as convnet:32; any student of `kd train`"""
 
-    controls: str = "random,k-means,herding,full"
-    """comma-separated: what to compare with"""
+    controls: Annotated[str, command_line.MAY_BE_EMPTY] = "random,k-means,herding,full"
+    """comma-separated: what to compare with; "" compares with nothing"""
 
     teacher: str | None = None
     """a teacher of `kd train`: relabels the distilled images in one more arm, and is compared with

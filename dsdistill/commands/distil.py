@@ -124,16 +124,11 @@ def _distil_and_finish(
     setting: Prepared,
     distil: Callable[[RunOptionsT, run_folder.Run, Prepared], Outcome],
 ) -> Path:
-    with hosts.explain_lost_host(run.folder):
-        try:
-            inputs = setting.digests()
-            hosts.check_same(inputs)
-            run.require_same(inputs)
-            result = distil(options, run, setting)
-        except UserError:
-            run.withdraw()
-            raise
-        return _finish(options, run, setting, result)
+    with hosts.explain_lost_host(run.folder), run.clean_up_on_error():
+        inputs = setting.digests()
+        hosts.check_same(inputs)
+        run.require_same(inputs)
+        return _finish(options, run, setting, distil(options, run, setting))
 
 
 def _explain_stop(method: str, folder: Path) -> contextlib.AbstractContextManager[None]:

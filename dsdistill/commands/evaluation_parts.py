@@ -22,6 +22,7 @@ from dsdistill.harness.evaluation import controls
 from dsdistill.harness.evaluation.held_out import HeldOut
 from dsdistill.harness.evaluation.protocol import Arm, Augmentable, Learner
 from dsdistill.harness.runs import progress
+from dsdistill.harness.text import quote
 from dsdistill.options import EvaluateOptions
 from dsdistill.published_sets import reader
 from dsdistill.published_sets.reader import StatedFormat
@@ -155,8 +156,8 @@ def check_controls(names: Sequence[str], train: LabeledImages, per_class: int) -
     if sized and counts[scarce] < per_class:
         raise UserError(
             f"the set has {per_class} images per class, the data only {counts[scarce]} training "
-            f"images of class {train.classes[scarce]!r}, so {', '.join(sized)} cannot be drawn: "
-            "say --controls full"
+            f"images of class {quote(train.classes[scarce])}, so {', '.join(sized)} cannot be "
+            "drawn: say --controls full"
         )
 
 

@@ -6,8 +6,6 @@ Every rule that input can break is broken here: a wrong line leaves no folder be
 import re
 from dataclasses import dataclass
 
-import numpy as np
-
 from dsdistill.harness import lists
 from dsdistill.harness.data import datasets, labeled_images, preprocess
 from dsdistill.harness.data.datasets import Splits
@@ -209,10 +207,16 @@ def _check_splits(options: RunOptions, splits: Splits) -> None:
             "--patience needs validation images, and there are none: raise --validation-fraction "
             f"(now {wanted:g})"
         )
-    k, there = len(held.classes), len(np.unique(held.labels))
-    if wanted > 0 and there < k:
-        missing = "no class has" if not there else f"{k - there} of {k} classes do not have"
+    if wanted > 0 and not len(held):
         progress.say(
-            f"note: {missing} any validation images, since --validation-fraction {wanted:g} of so "
-            "few images is none" + ("; the last step's images are kept" if not there else "")
+            f"note: no class has any validation images, since --validation-fraction {wanted:g} of "
+            "so few images is none; the last step's images are kept"
         )
+    if splits.brings_validation and wanted != type(options)().validation_fraction:
+        progress.say(
+            f"note: --validation-fraction {wanted:g} has no effect on {options.data}, which has a "
+            "validation part of its own"
+        )
+    for part, images in (("validation", held), ("test", splits.test)):
+        if line := labeled_images.describe_missing_classes(part, images.labels, images.classes):
+            progress.say(f"note: {line}")

@@ -7,8 +7,8 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, get_type_hints
 
 import tyro
 
@@ -16,6 +16,8 @@ from dsdistill.harness import stopping
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.text import printable
 
+# Marks an option whose empty value says something, in its `Annotated`.
+MAY_BE_EMPTY = "may be empty"
 Commands = Mapping[str, tuple[type, Callable[[Any], None]]]
 
 
@@ -34,7 +36,11 @@ def main(prog: str, description: str, commands: Commands, stopped: str) -> None:
         SystemExit: With code 0 after a help page; with code 2 and one line if the command line
             cannot be read; with code 1 and one line if the command fails.
     """
-    options = _parse(prog, description, {name: cls for name, (cls, _) in commands.items()})
+    classes = {name: cls for name, (cls, _) in commands.items()}
+    if (refusal := _refuse_empty_values(sys.argv[1:], classes)) is not None:
+        print(printable(f"{prog}: {refusal}"), file=sys.stderr)
+        raise SystemExit(2)
+    options = _parse(prog, description, classes)
     execute = next(execute for cls, execute in commands.values() if type(options) is cls)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does: Latin-1 alone
@@ -49,6 +55,36 @@ def main(prog: str, description: str, commands: Commands, stopped: str) -> None:
         raise SystemExit(printable(f"{prog}: {error}")) from error
     except KeyboardInterrupt as error:
         raise SystemExit(printable(f"{prog}: {str(error) or stopped}")) from error
+
+
+def _refuse_empty_values(words: Sequence[str], commands: Mapping[str, type]) -> str | None:
+    """Why a line with an empty value is refused; None for one without.
+
+    An unset variable of the shell gives one. As a path it would be the current folder, and as a
+    name an option that is not given.
+    """
+    command = commands.get(words[0]) if words else None
+    hints = get_type_hints(command, include_extras=True) if command else {}
+    allowed = {
+        f"--{name.replace('_', '-')}"
+        for name, hint in hints.items()
+        if MAY_BE_EMPTY in getattr(hint, "__metadata__", ())
+    }
+    before = "the command"
+    for word in words:
+        option, equals, value = word.partition("=")
+        option = option.replace("_", "-")
+        if option.startswith("--") and equals and not value.strip():
+            before, empty = option, True
+        else:
+            empty = not word.strip()
+        if empty and before not in allowed:
+            return (
+                f"an empty value after {before} (an unset variable of the shell?): give one, or "
+                "leave it out" + (" with its option" if before.startswith("--") else "")
+            )
+        before = option if word.startswith("--") else repr(word)
+    return None
 
 
 def _parse(prog: str, description: str, commands: Mapping[str, type]) -> Any:

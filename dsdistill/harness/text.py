@@ -36,6 +36,17 @@ def printable(text: str) -> str:
     return "".join(_escape_character(a, character, b) for a, character, b in around)
 
 
+def quote(name: str) -> str:
+    r"""The printable name between quotation marks, for a message.
+
+    Not `repr`, which doubles every backslash: a class of the folder `caf\xe9` would be shown as
+    `'caf\\xe9'`, a name that is nowhere.
+    """
+    shown = printable(name)
+    mark = '"' if "'" in shown and '"' not in shown else "'"
+    return f"{mark}{shown}{mark}"
+
+
 def shorten(text: str, most: int = MAX_NAME_CHARACTERS) -> str:
     """The printable text, without its middle where it is longer than `most` characters.
 

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from dsdistill.harness import memory
 from dsdistill.harness.data import class_names, folder_names
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.text import abbreviate_names
+from dsdistill.harness.text import abbreviate_names, quote
 from dsdistill.published_sets.files import RawSet, error_line
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -92,7 +92,7 @@ def _order(path: Path, names: list[str], classes: Sequence[str]) -> tuple[list[i
 
 
 def _number_note(names: Sequence[str], order: Sequence[int], classes: Sequence[str]) -> str:
-    return f"class folders were matched by number: {names[0]} is {classes[order[0]]!r}"
+    return f"class folders were matched by number: {names[0]} is {quote(classes[order[0]])}"
 
 
 def _picture(file: Path, shape: tuple[int, int, int]) -> tuple[UInt8[np.ndarray, "h w c"], bool]:

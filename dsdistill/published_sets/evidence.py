@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 from dsdistill.harness.data.labeled_images import LabeledImages, draw_balanced
 from dsdistill.harness.data.preprocess import Preprocess, unit_range
-from dsdistill.harness.text import abbreviate_names
+from dsdistill.harness.text import abbreviate_names, quote
 
 MeanAndStd = tuple[Float[np.ndarray, " c"], Float[np.ndarray, " c"]]
 
@@ -131,7 +131,10 @@ def find_other_order(
     if permuted < MOST or as_is > permuted - GAP:
         return None
     moved = [label for label in range(k) if order[label] != label]
-    pairs = [f"{train.classes[label]!r} like {train.classes[order[label]]!r}" for label in moved]
+    pairs = [
+        f"{quote(train.classes[label])} like {quote(train.classes[order[label]])}"
+        for label in moved
+    ]
     return (
         f"the classes seem to be in another order than the data's: images labelled {abbreviate_names(pairs)} "
         f"({permuted:.0%} fit so, {as_is:.0%} as they are)"

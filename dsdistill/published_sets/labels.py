@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from dsdistill.harness.data.labeled_images import centred_one_hot
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation import metrics
-from dsdistill.harness.text import abbreviate_names
+from dsdistill.harness.text import abbreviate_names, quote
 from dsdistill.published_sets.files import RawSet
 
 # By which the sum of a row may be off: labels are often stored in half precision.
@@ -76,7 +76,7 @@ def encode(
         return (
             kind,
             rows,
-            f"not named, so in the data's order: 0 is {classes[0]!r}, 1 {classes[1]!r}",
+            f"not named, so in the data's order: 0 is {quote(classes[0])}, 1 {quote(classes[1])}",
         )
     order = [raw.classes.index(name) for name in classes]
     return kind, rows[:, order], "matched by name"

@@ -84,6 +84,8 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     figures = scoring.evaluate(network, test, known, temperature=temperature, classes=classes)
     for note in figures["notes"]:
         progress.say(note)
+    for line in source.missing_classes(judged=True):
+        progress.say(f"note: {line}")
     return {
         "run": str(options.run),
         "student": student.name,

@@ -136,17 +136,24 @@ def _train(options: TrainOptions, earlier: Sequence[Path]) -> dict[str, Any]:
     hashes |= {run_options.HASH_KEY: run_options.digest(options)}
     with engine.decide_on_main(parts.on, lambda: _open_run(folder, options, hashes)) as run:
         run = replace(run, writes=parts.on.is_main_process)
-        if run.writes:
-            run_folder.write_json(folder / "recipe.json", asdict(parts.recipe))
-        with heartbeat.watch(parts.on, folder):
+        # A lost process is no error of the input: the run stays as it is, to be resumed.
+        with heartbeat.watch(parts.on, folder), run.clean_up_on_error():
+            if run.writes:
+                run_folder.write_json(folder / "recipe.json", _recipe_record(parts))
             student, state, spent = _fit(options, parts, objective, batches, run)
-        if not run.writes:
-            return {}
-        saved_models.save_run(folder, student)
-        report = _report(options, parts, student, state) | spent
-        seals.write(folder, REPORT, report, seals.SEALED_FILES)
+            if not run.writes:
+                return {}
+            saved_models.save_run(folder, student)
+            report = _report(options, parts, student, state) | spent
+            seals.write(folder, REPORT, report, seals.SEALED_FILES)
         curves.draw(folder)  # last: a picture must not cost a training
         return report
+
+
+def _recipe_record(parts: TrainingParts) -> dict[str, Any]:
+    """The recipe as it was followed: with the networks trained, not the defaults of its name."""
+    trained = {"student": parts.student.name, "teacher": ",".join(parts.teacher_names) or None}
+    return asdict(parts.recipe) | trained
 
 
 def _open_run(folder: Path, options: TrainOptions, hashes: Mapping[str, str]) -> run_folder.Run:
@@ -177,16 +184,21 @@ def _check_used(options: TrainOptions, parts: TrainingParts) -> None:
     streamed = isinstance(parts.source, FileSource)
     if options.workers is not None and not streamed:
         raise UserError("--workers has no effect without --augment imagenet: leave it out")
-    if options.validation_fraction is not None and archives.is_timm_name(options.data):
-        raise UserError(
+    if options.validation_fraction is not None and parts.source.brings_validation:
+        line = (
             f"--validation-fraction has no effect on {options.data}, which has a validation part "
-            "of its own: leave it out"
+            "of its own"
         )
+        if not options.resume:
+            raise UserError(f"{line}: leave it out")
+        progress.say(f"note: {line}")  # of a run that an earlier version has started
 
 
 def _check_teachers(options: TrainOptions, parts: TrainingParts) -> None:
     """Report the accuracy of each teacher on validation images, or else on training images."""
     say = progress.say if parts.on.is_main_process else lambda line: None
+    for line in parts.source.missing_classes():
+        say(f"note: {line}")
     batches: EvaluationBatches | None = _validation_batches(options, parts)
     part = "validation"
     if batches is None:
@@ -266,7 +278,7 @@ def _report(
         "train_images": parts.source.count,
         "student": student.name,
         "teacher": ",".join(parts.teacher_names) or None,
-        "recipe": asdict(parts.recipe),
+        "recipe": _recipe_record(parts),
         "output_temperature": student.output_temperature,
         "note": parts.source.note,
         "device": str(parts.on.device),

@@ -11,7 +11,12 @@ import torch
 from dsdistill.harness.data import datasets, distilled_set, origin, preprocess
 from dsdistill.harness.data.datasets import Splits
 from dsdistill.harness.data.distilled_set import DistilledSet
-from dsdistill.harness.data.labeled_images import Examples, LabeledImages, spread
+from dsdistill.harness.data.labeled_images import (
+    Examples,
+    LabeledImages,
+    describe_missing_classes,
+    spread,
+)
 from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError
 from kd.data import batching
@@ -63,6 +68,28 @@ class DataSource:
     def validation_count(self) -> int:
         """Images held out of the training set."""
         return len(self.splits.validation) if self.splits else 0
+
+    @property
+    def brings_validation(self) -> bool:
+        """Whether the validation images are a part of the data's own."""
+        return self.splits is not None and self.splits.brings_validation
+
+    def missing_classes(self, *, judged: bool = False) -> list[str]:
+        """Lines that name the classes of which an accuracy says nothing.
+
+        Args:
+            judged: Whether only the test images are looked at.
+        """
+        if self.splits is None:
+            return []
+        parts = {"test": self.splits.test}
+        if not judged:
+            parts = {"validation": self.splits.validation} | parts
+        lines = (
+            describe_missing_classes(name, part.labels, part.classes)
+            for name, part in parts.items()
+        )
+        return [line for line in lines if line]
 
     @property
     def digest(self) -> str:

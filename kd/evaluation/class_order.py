@@ -26,6 +26,8 @@ import numpy as np
 from jaxtyping import Int
 from scipy.optimize import linear_sum_assignment
 
+from dsdistill.harness.text import quote
+
 FALSE_ALARM_RATE = 0.01  # largest, among teachers whose present order is the best
 STAKES = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of the fortune; which one is best is unknown
 REFITS = 10  # times that an order is fitted again, to the images so far
@@ -134,7 +136,7 @@ def describe(
         outputs: Index of the model's output for each class; None where they are the same.
     """
     moved = [(i, to) for i, to in enumerate(order.classes) if i != to]
-    examples = ", ".join(f"{classes[i]!r} is {classes[to]!r}" for i, to in moved[:3])
+    examples = ", ".join(f"{quote(classes[i])} is {quote(classes[to])}" for i, to in moved[:3])
     more = f" and {len(moved) - 3} more" if len(moved) > 3 else ""
     mapping = {
         classes[to]: outputs[i] if outputs is not None else i for i, to in enumerate(order.classes)

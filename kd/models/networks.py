@@ -8,6 +8,7 @@ hf:microsoft/resnet-50, hf:DIR  Hugging Face's image classifiers
 NAME@FILE                       any of these, with the weights in a file
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,8 +138,8 @@ def build(
 def check_name(name: str) -> None:
     """Refuse a name that `build` does not know, with the nearest known ones."""
     found = parse(name)
-    if found.file and not found.file.is_file():
-        raise UserError(f"there is no file {found.file}")
+    if found.file:
+        weights.require_file(found.file)
     if found.zoo is None:
         builtin.width(found.base)
     else:
@@ -403,6 +404,19 @@ def _check_image_size(classifier: Classifier, name: str, shape: Shape) -> None:
         raise
     except Exception as error:  # they raise whatever they like
         raise UserError(
-            f"{name} cannot take {h}x{w} images ({first_line(error)}): use larger images"
+            f"{name} cannot take {h}x{w} images ({first_line(error)}): "
+            f"{_image_size_remedy(classifier.network, h, w)}"
         ) from error
     classifier.train(was)
+
+
+def _image_size_remedy(network: nn.Module, h: int, w: int) -> str:
+    """Which images a network could take: whole patches of a ViT, or larger ones."""
+    patch = getattr(getattr(network, "patch_embed", None), "patch_size", None)
+    if not isinstance(patch, tuple) or len(patch) != 2 or not (h % patch[0] or w % patch[1]):
+        return "use larger images"
+    up, across = (math.ceil(size / step) * step for size, step in zip((h, w), patch, strict=True))
+    return (
+        f"its patches are {patch[0]}x{patch[1]}, so use a size that is a multiple of that, such as "
+        f"{up}x{across}"
+    )

@@ -240,12 +240,13 @@ def _classes_and_channels(
     Raises:
         UserError: If they have no classes.
     """
-    tensors, _ = weights.prepare(stored, plain.network, found.convert)
+    tensors, _ = weights.prepare(stored, plain.network, found.convert, classes)
     count, channels = weights.infer_classes_and_channels(tensors, plain.network, classes, channels)
     if count is None:
         raise UserError(
-            f"{who} has no last layer: {stored.path} holds a network without classes, which can be "
-            "a student but not a teacher"
+            f"{who} has no last layer: "
+            f"{weights.describe_missing_head(stored, plain.network.state_dict())}; a network "
+            "without classes can be a student but not a teacher"
         )
     return count, channels
 

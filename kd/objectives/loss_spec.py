@@ -79,21 +79,24 @@ def _parse_term(head: str, function: Callable[..., Any]) -> TermSpec:
         if not equals:
             if weight is not None:
                 raise UserError(f"--loss {head}: two weights, {weight:g} and {part}")
-            weight = _parse_number(part, f"--loss {head}: a weight")
+            what = f"--loss {head}: a weight"
+            weight = _parse_number(part, what)
             if weight == 0:
                 raise UserError(f"--loss {head}: a term of weight 0 has no effect: leave it out")
-            _require_within(WEIGHT_RANGE, weight, f"--loss {head}: a weight")
+            _require_within(WEIGHT_RANGE, weight, what)
             continue
         if key not in known:
             raise unknown_name(f"parameter of loss {name}", key, known)
         if key in given:
             raise UserError(f"--loss {head}: {key} stands there twice: give it once")
-        number = _parse_number(value, f"--loss {head}: {key}")
-        if isinstance(known[key], int) and number != int(number):
-            raise UserError(f"--loss {head}: {key} must be a whole number, got {value}")
-        allowed = parameter_range(function, key)
+        what, allowed = f"--loss {head}: {key}", parameter_range(function, key)
+        number = _parse_number(value, what)
         if allowed is not None:
-            _require_within(allowed, number, f"--loss {head}: {key}")
+            _require_within(allowed, number, what)
+        elif not 0 <= number < float("inf"):
+            raise UserError(f"{what} must be 0 or more and finite, got {value}")
+        if isinstance(known[key], int) and number != int(number):
+            raise UserError(f"{what} must be a whole number, got {value}")
         given[key] = int(number) if isinstance(known[key], int) else number
     return TermSpec(name, weight, given)
 
@@ -118,12 +121,9 @@ def _require_within(allowed: Range, value: float, what: str) -> None:
 
 def _parse_number(text: str, what: str) -> float:
     try:
-        value = float(text)
+        return float(text)
     except ValueError as error:
         raise UserError(f"{what} must be a number, got {text!r}") from error
-    if not 0 <= value < float("inf"):
-        raise UserError(f"{what} must be 0 or more and finite, got {text}")
-    return value
 
 
 def _parse_layer_pair(text: str, piece: str) -> LayerPair:

@@ -129,5 +129,5 @@ def _not_finite_error(
     )
     return UserError(
         f"loss term {name!r} is {terms.get(name, values.sum()).item()} at step {step}, training "
-        f"images {images} (learning rate {rate:.3g}): lower --lr; the last checkpoint is as it was"
+        f"images {images} (learning rate {rate:.3g}): lower --lr"
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from dsdistill.commands import distil, prepare
 from dsdistill.harness import checksums, memory
@@ -215,6 +216,32 @@ def test_missing_validation_images_are_said(tmp_path, capsys, per_class, missing
     prepare.prepare(replace(options, target_batch=3, learning_rate=0.1, schedule="constant"))
     error = capsys.readouterr().err
     assert f"note: {missing} any validation images" in error if missing else not error
+
+
+def test_classes_without_validation_or_test_images_are_named(tmp_path, capsys):
+    labels = np.repeat(np.arange(4), [20, 20, 2, 2])
+    images = np.random.default_rng(0).integers(0, 256, (44, 8, 8, 1), dtype=np.uint8)
+    np.savez(tmp_path / "data.npz", images=images, labels=labels)
+    options = replace(KipOptions(data=str(tmp_path / "data.npz")), images_per_class=1, steps=1)
+    prepare.prepare(replace(options, target_batch=3, learning_rate=0.1, schedule="constant"))
+    said = capsys.readouterr().err
+    for part in ("validation", "test"):
+        assert f"note: 2 of 4 classes have no {part} images (2, 3): the {part} accuracy" in said
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.3])
+def test_a_share_for_validation_beside_a_validation_part_is_said(tmp_path, capsys, fraction):
+    for part in ("train", "val", "test"):
+        for label in range(2):
+            folder = tmp_path / "data" / part / f"class {label}"
+            folder.mkdir(parents=True)
+            for i in range(3):
+                Image.new("L", (8, 8), 100 * label + i).save(folder / f"{i}.png")
+    options = replace(KipOptions(data=str(tmp_path / "data")), images_per_class=1, steps=1)
+    options = replace(options, target_batch=3, learning_rate=0.1, schedule="constant")
+    prepare.prepare(replace(options, validation_fraction=fraction))
+    said = capsys.readouterr().err
+    assert said.count("--validation-fraction 0.3 has no effect on") == (fraction == 0.3)
 
 
 def test_a_stop_before_the_run_began_promises_no_resume(tmp_path, monkeypatch):

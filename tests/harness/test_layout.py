@@ -251,7 +251,7 @@ def test_a_class_without_images_says_what_it_has(tmp_path):
     (data / "elk").mkdir()
     _refused(data, "class folder .*elk has no images: remove it")
     (data / "elk" / "0.heic").write_bytes(b"x")
-    _refused(data, r"class folder .*elk has no images \(1 \.heic\)")
+    _refused(data, r"class folder .*elk has no images \(1 \.heic\): convert them to JPEG")
 
 
 # Names and their order

@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 
 from dsdistill.harness import checksums
+from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import run_folder
 from dsdistill.harness.runs.run_folder import Metrics, RunError
 
@@ -38,9 +39,11 @@ def test_start_creates_the_folder_and_stores_the_options(tmp_path):
     assert run.load_state() is None
 
 
-def test_a_run_withdrawn_before_it_began_frees_its_folder(tmp_path):
+def test_a_run_withdrawn_before_its_first_checkpoint_frees_its_folder(tmp_path):
     run = _start(tmp_path / "a")
-    Metrics(run.folder).close()
+    with Metrics(run.folder) as metrics:
+        metrics.write(1, loss=0.5)
+    run_folder.write_json(run.folder / "recipe.json", {})
     run.withdraw()
     assert not run.folder.exists()
 
@@ -51,12 +54,9 @@ def test_withdrawing_takes_nothing_else(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [".mine"]
 
 
-@pytest.mark.parametrize("begun", ["figures", "state", "resumed", "another host"])
+@pytest.mark.parametrize("begun", ["state", "resumed", "another host"])
 def test_a_run_that_began_is_not_withdrawn(tmp_path, begun):
     run = _start(tmp_path)
-    if begun == "figures":
-        with Metrics(tmp_path) as metrics:
-            metrics.write(1, loss=0.5)
     if begun == "state":
         run.save_state({"a": np.zeros(1)}, {})
     if begun == "resumed":
@@ -67,6 +67,31 @@ def test_a_run_that_began_is_not_withdrawn(tmp_path, begun):
     before = sorted(tmp_path.iterdir())
     run.withdraw()
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("error", [UserError("image 1.jpg is damaged"), OSError("no disk left")])
+def test_an_error_before_the_first_checkpoint_leaves_nothing(tmp_path, error):
+    with pytest.raises(type(error)) as caught:
+        with _start(tmp_path / "a") as run, run.clean_up_on_error():
+            raise error
+    assert caught.value is error
+    assert not (tmp_path / "a").exists()
+
+
+def test_an_error_after_a_checkpoint_says_what_works(tmp_path):
+    with pytest.raises(RunError, match="1.jpg is damaged; .*keeps the last checkpoint: --resume"):
+        with _start(tmp_path) as run, run.clean_up_on_error():
+            run.save_state({"a": np.zeros(1)}, {})
+            raise UserError("image 1.jpg is damaged")
+    with _start(tmp_path, resume=True) as run:
+        assert run.load_state() is not None
+
+
+def test_an_error_about_the_folder_itself_stands_as_it_is(tmp_path):
+    with pytest.raises(RunError, match="^changed since$"):
+        with _start(tmp_path) as run, run.clean_up_on_error():
+            run.save_state({"a": np.zeros(1)}, {})
+            raise RunError("changed since")
 
 
 def test_start_accepts_an_empty_folder_and_what_a_killed_start_left(tmp_path):

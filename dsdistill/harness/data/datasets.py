@@ -22,6 +22,7 @@ from dsdistill.harness.data.labeled_images import (
     split_by_class,
 )
 from dsdistill.harness.errors import UserError, one_line, unknown_name
+from dsdistill.harness.text import quote
 
 # Our name -> (class in torchvision.datasets, argument that chooses the part, its two values).
 TORCHVISION = {
@@ -36,13 +37,22 @@ NAMES = ("digits", *TORCHVISION)
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """One data set in three parts; `digest` is the SHA-256 of its training images and labels."""
+    """One data set in three parts.
+
+    Attributes:
+        name: Short, for folder names and reports.
+        train, validation, test: The images of each part.
+        digest: SHA-256 of the training images and labels.
+        brings_validation: Whether the validation images are a part of the data set's own, and none
+            are held out of the training images.
+    """
 
     name: str
     train: LabeledImages
     validation: LabeledImages
     test: LabeledImages
     digest: str
+    brings_validation: bool = False
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of the images, labels and class names of each part, for `Run.require_same`."""
@@ -145,12 +155,12 @@ def _split(
 
     The images are drawn in the data's own order of the classes, not in that of whoever reads them.
     """
-    sha256 = digest(train)
+    sha256, brings_validation = digest(train), validation is not None
     if validation is None:
         kept, held = split_by_class(train.labels, fraction, order)
         train, validation = train.select(kept), train.select(held)
     _require_every_class(train, data)
-    return Splits(_short_name(data), train, validation, test, sha256)
+    return Splits(_short_name(data), train, validation, test, sha256, brings_validation)
 
 
 def _load_train_and_test(
@@ -283,7 +293,7 @@ def _require_every_class(train: LabeledImages, data: str) -> None:
         raise DataError(f"{data} must have at least two classes, has {len(train.classes)}")
     if (counts == 0).any():
         empty = train.classes[int(counts.argmin())]
-        raise DataError(f"{data}: class {empty!r} has no training image left")
+        raise DataError(f"{data}: class {quote(empty)} has no training image left")
 
 
 def _short_name(data: str) -> str:

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int, Num
 
 from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError
+from dsdistill.harness.text import abbreviate_names, quote
 
 IMAGES_PER_BATCH = 2000  # images that are preprocessed and predicted at a time
 SPLIT_SEED = 0  # fixed: a split that followed --seed would leak validation images between runs
@@ -178,9 +179,29 @@ def check_images_per_class(data: LabeledImages, images_per_class: int) -> None:
     scarce = int(counts.argmin())
     if counts[scarce] < images_per_class:
         raise DataError(
-            f"class {data.classes[scarce]!r} has {counts[scarce]} training images, fewer than "
+            f"class {quote(data.classes[scarce])} has {counts[scarce]} training images, fewer than "
             f"the {images_per_class} asked for: lower --images-per-class"
         )
+
+
+def describe_missing_classes(
+    part: str, labels: Int[np.ndarray, " n"], classes: Sequence[str]
+) -> str | None:
+    """A line that names classes without images in a part; None where there are none, or no images.
+
+    Args:
+        part: `test` or `validation`.
+        labels: One class index an image of the part.
+        classes: Names, in the order of the indices.
+    """
+    missing = sorted(set(range(len(classes))) - set(labels.tolist()))
+    if not len(labels) or not missing:
+        return None
+    names = abbreviate_names([classes[label] for label in missing])
+    return (
+        f"{len(missing)} of {len(classes)} classes have no {part} images ({names}): "
+        f"the {part} accuracy says nothing of them"
+    )
 
 
 def centred_one_hot(labels: Int[np.ndarray, " n"], k: int) -> Float[np.ndarray, "n k"]:

@@ -32,7 +32,7 @@ from dsdistill.harness.data.walk import (
     subfolders,
 )
 from dsdistill.harness.runs import progress
-from dsdistill.harness.text import abbreviate_names
+from dsdistill.harness.text import abbreviate_names, quote
 
 PART_KEYWORDS = {  # of a part: Hugging Face's, which include those of timm and torchvision
     "train": ("train", "training"),
@@ -47,6 +47,9 @@ _KEYWORD_IN_NAME = re.compile(rf"(?<![a-z])({_ANY_KEYWORD})(?:set)?(?![a-z])")
 MAX_DEPTH = 3  # folders in folders that are followed, as unpacking archives leaves them
 # Folders beside `images` that hold pictures of something else than a class.
 BESIDE_IMAGES = {"annotation", "annotations", "labels", "masks", "segmentations", "trimaps"}
+# Pictures as cameras and editors write them, which are not read here and can be converted.
+UNREAD_PICTURES = {".heic", ".heif", ".hif", ".avif", ".jxl", ".svg", ".psd", ".xcf", ".exr"}
+UNREAD_PICTURES |= {".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".eps", ".pdf"}
 ANNOTATIONS_FILE = "val_annotations.txt"  # of Tiny-ImageNet: name of a file, tab, class, and a box
 
 
@@ -383,7 +386,7 @@ def _read_part(folder: Path, above: tuple[Path, ...], left_out: SkippedFiles) ->
         name = class_names.from_folder(path.name)
         if name in folders:
             raise DataError(
-                f"{folder} has two folders of one name, {name!r}, which differ in how "
+                f"{folder} has two folders of one name, {quote(name)}, which differ in how "
                 "they write it: merge them, or rename one"
             )
         folders[name] = path
@@ -394,7 +397,7 @@ def _read_part(folder: Path, above: tuple[Path, ...], left_out: SkippedFiles) ->
         )
     if len(folders) == 1:
         raise DataError(
-            f"{folder} has one class folder, {next(iter(folders))!r}: expected at least two"
+            f"{folder} has one class folder, {quote(next(iter(folders)))}: expected at least two"
         )
     left_out.loose += count_loose_images(folder)
     left_out.broken += count_broken_links(folder)
@@ -404,7 +407,9 @@ def _read_part(folder: Path, above: tuple[Path, ...], left_out: SkippedFiles) ->
         images = sorted(find_images(path, {folder_identity(p) for p in (*above, folder)}, other))
         if not images:
             what = f" ({other})" if str(other) else ""
-            raise DataError(f"class folder {path} has no images{what}: remove it")
+            foreign = [kind for kind in (+other.files) if kind in UNREAD_PICTURES]
+            remedy = "convert them to JPEG or PNG" if foreign else "remove it"
+            raise DataError(f"class folder {path} has no images{what}: {remedy}")
         left_out.files.update(other.files)
         left_out.broken += other.broken
         left_out.hidden += other.hidden

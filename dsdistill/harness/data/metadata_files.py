@@ -21,7 +21,7 @@ from dsdistill.harness.data import class_names
 from dsdistill.harness.data.labeled_images import DataError
 from dsdistill.harness.errors import one_line
 from dsdistill.harness.runs import progress
-from dsdistill.harness.text import abbreviate_names
+from dsdistill.harness.text import abbreviate_names, quote
 
 NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 FILE = "file_name"
@@ -69,8 +69,8 @@ def read(path: Path) -> dict[Path, str] | None:
         file, name = _file(path, number, row.get(FILE)), _name(path, number, row.get(label))
         if classes.setdefault(file, name) != name:
             raise DataError(
-                f"{path}: row {number} gives {row[FILE]!r} the class {name!r}, an earlier one "
-                f"{classes[file]!r}"
+                f"{path}: row {number} gives {row[FILE]!r} the class {quote(name)}, an earlier one "
+                f"{quote(classes[file])}"
             )
     return classes
 

@@ -5,6 +5,8 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from jaxtyping import Int
 
+from dsdistill.harness.text import quote
+
 UNEVEN = 1.5  # from this multiple of its even share on, the commonest class is worth a note
 
 
@@ -20,7 +22,7 @@ def common_class(labels: Int[np.ndarray, " n"], classes: Sequence[str]) -> str |
     if shares[common] <= UNEVEN / len(classes):
         return None
     return (
-        f"{shares[common]:.1%} of the test images are of class {classes[common]!r}: "
+        f"{shares[common]:.1%} of the test images are of class {quote(classes[common])}: "
         "always answering it has that accuracy, whatever the training."
     )
 
@@ -40,6 +42,6 @@ def constant_answer(
         return None
     (label,) = predicted
     return (
-        f"{who} answers {classes[label]!r} to every test image: its accuracy of "
+        f"{who} answers {quote(classes[label])} to every test image: its accuracy of "
         f"{(labels == label).mean():.1%} is the share of that class."
     )

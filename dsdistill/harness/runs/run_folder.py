@@ -17,7 +17,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -155,17 +155,44 @@ class Run:
             write_json(self.folder / "config.json", self.config)
 
     def withdraw(self) -> None:
-        """Free and close the folder again if the run was refused before it computed anything."""
-        figures = self.folder / "metrics.jsonl"
-        begun = figures.exists() and figures.stat().st_size > 0
-        if begun or self.resumed or not self.writes or (self.folder / CHECKPOINT).exists():
+        """Free and close the folder again if the run has no checkpoint: no work is lost by it."""
+        if self.resumed or not self.writes or self._has_checkpoint:
             return
-        for pattern in ("config.json", figures.name, f"{tensorboard.FILE_PREFIX}*"):
+        names = ("config.json", "recipe.json", "metrics.jsonl", f"{tensorboard.FILE_PREFIX}*")
+        for pattern in names:
             for path in self.folder.glob(pattern):
                 path.unlink()
         self.close()
         with contextlib.suppress(OSError):  # something else is in it, which stays
             self.folder.rmdir()
+
+    @contextlib.contextmanager
+    def clean_up_on_error(self) -> Iterator[None]:
+        """Leave no folder that cannot be used where an error of the user's input ends the run.
+
+        Without a checkpoint the folder is removed, so that the same command can be given again.
+        With one, the error says what the checkpoint is good for.
+
+        Raises:
+            UserError, OSError: As raised inside.
+        """
+        try:
+            yield
+        except (UserError, OSError) as error:
+            self.withdraw()
+            explains_itself = isinstance(error, RunError)  # it is about the folder
+            if explains_itself or not self.writes or not (self.folder / "config.json").exists():
+                raise
+            kept = "the last checkpoint" if self._has_checkpoint else "the start of the run"
+            message = (
+                f"{error}; {self.folder} keeps {kept}: --resume goes on from it with the data and "
+                "the options as they were, and with others start anew in another --out"
+            )
+            raise RunError(message) from error
+
+    @property
+    def _has_checkpoint(self) -> bool:
+        return (self.folder / CHECKPOINT).exists()
 
     def save_state(self, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
         """Replace the checkpoint: named arrays and a JSON-compatible remainder."""

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dsdistill.harness.data.labeled_images import spread
+from dsdistill.harness.data.labeled_images import describe_missing_classes, spread
 from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError
+from dsdistill.harness.runs import progress
 from kd.data.batching import MIN_IMAGES_PER_PROCESS, SCORE_BATCH, BatchSource, EvaluationBatches
 from kd.data.files import archives, image_files
 from kd.data.files.archives import ArchiveSplit
@@ -20,6 +21,7 @@ from kd.recipe import Recipe
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as timm has them
 TIMM_SPLITS = ("train", "validation")  # of a data set by timm's name, which has no test images then
+JUDGED = ("validation", "test")  # parts whose accuracy is told
 SourceSplit = ImageFiles | ArchiveSplit
 
 
@@ -33,6 +35,7 @@ class FileSource:
         size: Height and width of an image as a network sees it.
         channels: 3 for colour, 1 for grayscale.
         note: What the user should know about it.
+        brings_validation: Whether the validation images are a part of the data's own.
     """
 
     name: str
@@ -40,6 +43,7 @@ class FileSource:
     size: int
     channels: int = 3
     note: str | None = None
+    brings_validation: bool = False
     distilled: None = None
 
     @property
@@ -63,6 +67,17 @@ class FileSource:
         """Images to validate on; None where nobody knows before they are read."""
         held = self.parts[1]
         return None if isinstance(held, ArchiveSplit) else len(held or ())
+
+    def missing_classes(self, *, judged: bool = False) -> list[str]:
+        """As `data_source.DataSource.missing_classes`."""
+        lines = (
+            describe_missing_classes(name, part.labels, self.classes)
+            for name, part in zip(JUDGED, self.parts[1:], strict=True)
+            if (name == "test" or not judged)
+            and isinstance(part, ImageFiles)
+            and part.labels is not None
+        )
+        return [line for line in lines if line]
 
     @property
     def digest(self) -> str:
@@ -201,7 +216,7 @@ def resolve(
         train, held = (archives.open_split(data, part, root=root) for part in TIMM_SPLITS)
         note = f"{data} has no test images: its validation images choose the best epoch"
         return FileSource(
-            data.replace("/", "-"), (train, held, None), image_size, channels or 3, note
+            data.replace("/", "-"), (train, held, None), image_size, channels or 3, note, True
         )
     if not path.is_dir():
         raise UserError(
@@ -210,4 +225,12 @@ def resolve(
         )
     found = image_files.open_folder(path, validation_fraction, classes, announce=announce)
     parts = (found.train, found.validation, found.test)
-    return FileSource(path.resolve().stem, parts, image_size, channels or 3)
+    if channels is None and (gray := image_files.describe_gray(path, found.train)):
+        progress.note(gray)
+    return FileSource(
+        path.resolve().stem,
+        parts,
+        image_size,
+        channels or 3,
+        brings_validation=found.brings_validation,
+    )

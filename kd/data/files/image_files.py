@@ -18,6 +18,9 @@ from PIL import Image
 from dsdistill.harness.data import image_files
 from dsdistill.harness.data.labeled_images import TEST_FRACTION, DataError, split_by_class
 from dsdistill.harness.data.layout import FolderLayout, list_folder
+from dsdistill.harness.text import quote
+
+MAX_PROBED_HEADERS = 2000  # files of a folder whose headers are read to learn of grayscale ones
 
 
 class ImageReader(Protocol):
@@ -81,7 +84,7 @@ class ImageFiles:
         left = np.bincount(self.labels[kept], minlength=len(self.classes))
         if (left == 0).any():
             empty = self.classes[int(left.argmin())]
-            raise DataError(f"class {empty!r} has no training image left")
+            raise DataError(f"class {quote(empty)} has no training image left")
         return self.select(kept), self.select(held)
 
     def read(self, row: int, channels: int) -> tuple[Image.Image, int]:
@@ -115,11 +118,13 @@ class FileSplits:
         train: To train on.
         validation: The folder's own, or held out of the training images; may be none.
         test: To be looked at once.
+        brings_validation: Whether `validation` is the folder's own.
     """
 
     train: ImageFiles
     validation: ImageFiles
     test: ImageFiles
+    brings_validation: bool = False
 
 
 def open_folder(
@@ -156,7 +161,29 @@ def open_folder(
         train, validation = train.held_out(validation_fraction)
     if announce:
         layout.say(len(train), len(validation), len(test))
-    return FileSplits(train, validation, test)
+    return FileSplits(train, validation, test, layout.validation is not None)
+
+
+def describe_gray(path: Path, images: ImageFiles) -> str | None:
+    """A line on the files of one channel, which are read as colour; None where none is seen.
+
+    Headers alone are read, and of a large folder those of `MAX_PROBED_HEADERS` files.
+
+    Args:
+        path: The folder, as the user wrote it.
+        images: Some of its images; all that their reader has are looked at.
+    """
+    count = len(images.reader)
+    rows = range(0, count, -(-count // MAX_PROBED_HEADERS) or 1)
+    files = (Path(images.reader.filename(row, absolute=True)) for row in rows)
+    gray = sum(image_files.is_gray(file) is True for file in files)
+    if not gray:
+        return None
+    which = f"{gray:,} of {len(rows):,} images"
+    return (
+        f"{path}: {which}{' looked at' if len(rows) < count else ''} are grayscale and are read as "
+        "colour; --channels 1 makes all grayscale"
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,7 @@ from typing import Any
 
 from dsdistill.harness.data.class_names import natural_key
 from dsdistill.harness.errors import UserError, unknown_name
+from dsdistill.harness.text import quote
 
 ClassMap = Mapping[str, str | int]  # class of the data -> class of the teacher, by name or number
 
@@ -199,8 +200,8 @@ def _map_outputs(
     for i, output in enumerate(outputs):
         if (j := outputs.index(output)) != i:
             raise UserError(
-                f"the class map gives {classes[j]!r} and {classes[i]!r} the same class of {who}, "
-                f"{class_map[classes[i]]!r}: each needs its own"
+                f"the class map gives {quote(classes[j])} and {quote(classes[i])} the same class of "
+                f"{who}, {quote(str(class_map[classes[i]]))}: each needs its own"
             )
     return tuple(outputs)
 
@@ -235,7 +236,7 @@ def _require_unique_keys(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, 
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"the class map {path} has class {twice!r} twice")
+        raise UserError(f"the class map {path} has class {quote(twice)} twice")
     return found
 
 
@@ -269,8 +270,8 @@ def _order_warning(classes: Sequence[str], option: str | None) -> str | None:
     remedy = "" if option is None else f"{remedy}{option} FILE says which are which"
     return (
         "the libraries sort these class folders differently: output "
-        f"{i} is {classes[natural[i]]!r} for timm (natural order, without case) and "
-        f"{classes[plain[i]]!r} for torchvision (code points){remedy}"
+        f"{i} is {quote(classes[natural[i]])} for timm (natural order, without case) and "
+        f"{quote(classes[plain[i]])} for torchvision (code points){remedy}"
     )
 
 
@@ -297,10 +298,12 @@ def _describe_difference(its: Sequence[str], classes: Sequence[str]) -> str:
         hits = _candidates(name, its)
         if not hits:
             own = next((a for a in its if not _candidates(a, classes)), its[0])
-            return f"has no class {name!r} of the data, which have none such as its {own!r}"
+            return (
+                f"has no class {quote(name)} of the data, which have none such as its {quote(own)}"
+            )
         if len(hits) > 1:
             number = len(hits)
-            return f"has {number} classes that could be {name!r} of the data"
+            return f"has {number} classes that could be {quote(name)} of the data"
     return "has one class that could be several of the data's"
 
 

@@ -13,6 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from dsdistill.harness.data import image_files
 from dsdistill.harness.errors import UserError, first_line
+from dsdistill.harness.text import abbreviate_names, shorten
 from kd.models import seals
 
 Tensors = Mapping[str, Tensor]
@@ -36,6 +39,13 @@ _AVERAGED_KEYS = ("state_dict_ema", "model_ema", "ema_net", "ema_state_dict", "e
 _PLAIN_KEYS = (
     *("state_dict", "model_state_dict", "model", "net", "network", "module", "student"),
     "model_state",
+)
+# What trainers call the classifier that they put behind a network, which may lie outside of it:
+# mmpretrain, mmaction, timm, torchvision, Hugging Face, DINO, Cadene's, open_clip and others.
+_HEAD_NAMES = (
+    *("head", "head.fc", "head.layers.head", "cls_head", "cls_head.fc", "classification_head"),
+    *("fc", "classifier", "classifier.fc", "linear", "last_layer", "last_linear", "logits", "cls"),
+    *("output", "output_layer", "head.classifier", "head.last_layer", "linear_head", "heads.head"),
 )
 # Tables and counters that some releases of a library store and others compute, or that tools
 # which count operations leave behind.
@@ -66,8 +76,7 @@ def read(path: Path) -> StoredWeights:
     Raises:
         UserError: If it is missing or damaged, or holds no tensors, or more than tensors.
     """
-    if not path.is_file():
-        raise UserError(f"there is no file {path}")
+    require_file(path)
     found = _load_safetensors(path) if _is_safetensors(path) else _load_torch(path)
     averaged = None
     for depth in range(MAX_WRAPPER_DEPTH, 0, -1):
@@ -82,8 +91,25 @@ def read(path: Path) -> StoredWeights:
     return StoredWeights(path, tensors, averaged)
 
 
+def require_file(path: Path) -> None:
+    """Refuse a path of weights that is no file.
+
+    Raises:
+        UserError: If it is a folder, or is not there.
+    """
+    if path.is_dir():
+        inside = sorted(file.name for file in path.iterdir() if file.suffix in SUFFIXES)
+        held = f", which holds {abbreviate_names(inside)}" if inside else ""
+        raise UserError(f"{path} is a folder{held}: give a file of weights after @")
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+
+
 def prepare(
-    stored: StoredWeights, network: nn.Module, convert: Converter | None = None
+    stored: StoredWeights,
+    network: nn.Module,
+    convert: Converter | None = None,
+    classes: int | None = None,
 ) -> tuple[Tensors, list[str]]:
     """Give tensors the names of a network, out of any wrapper, and bring them to its size.
 
@@ -91,6 +117,8 @@ def prepare(
         stored: Of a file.
         network: Whose they may be, whatever the number of classes and channels.
         convert: What the network's library does to tensors of another form.
+        classes: Number of outputs of the network; given, a last layer that lies beside the network
+            in the file is taken for the network's.
 
     Returns:
         The tensors, and a line for each thing that is not plain.
@@ -105,6 +133,9 @@ def prepare(
         notes.append(
             f"averaged weights ({stored.averaged or wrapper.rstrip('.')}) of {stored.path}"
         )
+    last = [] if classes is None else head_keys(network, classes)
+    if last and not any(k in tensors for k in last):
+        notes += _take_outer_head(tensors, stored, wrapper, own, last)
     if convert is not None and _names_or_shapes_differ(tensors, own):
         converted = convert(network, tensors)
         notes += _resampling_notes(tensors, converted)
@@ -140,10 +171,10 @@ def load_into(
             or channels where nothing may be adapted.
     """
     own = network.state_dict()
-    tensors, notes = prepare(stored, network, convert)
+    tensors, notes = prepare(stored, network, convert, classes)
     given = dict(tensors)
     if adapt:
-        notes += _replace_head(given, own, head_keys(network, classes), stored.path)
+        notes += _replace_head(given, own, head_keys(network, classes), stored)
         notes += _adapt_channels(given, own, stored.path)
     path = stored.path
     ours = {k for k in own if k in given or not k.endswith(_COMPUTED_SUFFIXES)}
@@ -215,7 +246,68 @@ def head_keys(network: nn.Module, classes: int) -> list[str]:
     return [k for k in network.state_dict() if k.startswith(starts)] if starts else []
 
 
-def _replace_head(given: dict[str, Tensor], own: Tensors, last: list[str], path: Path) -> list[str]:
+def describe_missing_head(stored: StoredWeights, own: Tensors) -> str:
+    """Why a file has no last layer for a network, naming what else in it looks like one."""
+    wrapper = _wrapper_prefix(stored, own)
+    others = [
+        f"{k} {tuple(tensor.shape)}"
+        for k, tensor in stored.tensors.items()
+        if k.endswith(".weight") and tensor.ndim == 2 and not _belongs_to(k, wrapper, own)
+    ]
+    if not others:
+        return f"{stored.path} has none"
+    return f"{stored.path} has none that fits, but {abbreviate_names(others)}"
+
+
+def _belongs_to(key: str, wrapper: str, own: Tensors) -> bool:
+    return key.startswith(wrapper) and key[len(wrapper) :] in own
+
+
+def _take_outer_head(
+    tensors: dict[str, Tensor], stored: StoredWeights, wrapper: str, own: Tensors, last: list[str]
+) -> list[str]:
+    """Give the one last layer that a file has beside the network the network's names.
+
+    Where several fit, the nearest to the network is taken, and none if they are as near.
+
+    Args:
+        tensors: The network's in the file; changed.
+        wrapper: Before their names in the file.
+        own: The network's.
+        last: Names of its last layer there.
+    """
+    endings = sorted(k.rpartition(".")[2] for k in last)
+    if len({k.rpartition(".")[0] for k in last}) != 1 or "weight" not in endings:
+        return []  # two last layers, or one of another kind
+    inputs = own[next(k for k in last if k.endswith(".weight"))].shape[1]
+    near: dict[str, int] = {}
+    for key, tensor in stored.tensors.items():
+        name, _, ending = key.rpartition(".")
+        known = any(name == each or name.endswith(f".{each}") for each in _HEAD_NAMES)
+        if not known or ending != "weight" or _belongs_to(key, wrapper, own):
+            continue
+        beside = sorted(
+            k.rpartition(".")[2] for k in stored.tensors if k.rpartition(".")[0] == name
+        )
+        flat = tensor.ndim >= 2 and tensor.shape[1] == inputs and tensor[0].numel() == inputs
+        if flat and beside == endings:
+            pairs = zip(name.split("."), wrapper.split("."), strict=False)
+            near[name] = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    nearest = [name for name in near if near[name] == max(near.values())]
+    if len(nearest) != 1:
+        return []
+    for k in last:
+        ending = k.rpartition(".")[2]
+        tensor = stored.tensors[f"{nearest[0]}.{ending}"]
+        tensors.pop(f"{nearest[0]}.{ending}"[len(wrapper) :], None)
+        shape = own[k].shape
+        tensors[k] = tensor.reshape(len(tensor), *shape[1:])
+    return [f"last layer from {nearest[0]} of {stored.path}"]
+
+
+def _replace_head(
+    given: dict[str, Tensor], own: Tensors, last: list[str], stored: StoredWeights
+) -> list[str]:
     """Take a last layer of another number of classes out of `given`; the network's stays."""
     theirs = [k for k in last if k in given]
     if not last or (theirs and all(given[k].shape == own[k].shape for k in theirs)):
@@ -226,7 +318,10 @@ def _replace_head(given: dict[str, Tensor], own: Tensors, last: list[str], path:
         return []
     were = [len(given[k]) for k in theirs]
     given |= {k: own[k] for k in last}
-    since = f"that of {path} is for {were[-1]}" if were else f"{path} has none"
+    if were:
+        since = f"that of {stored.path} is for {were[-1]}"
+    else:
+        since = describe_missing_head(stored, own)
     return [f"a new last layer for {len(own[last[-1]])} classes, since {since}"]
 
 
@@ -269,6 +364,7 @@ def _load_safetensors(path: Path) -> Mapping[str, Any]:
     try:
         return safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
+        _refuse_foreign_file(path)
         raise UserError(f"{path} is not a whole .safetensors file: {error}") from error
 
 
@@ -278,11 +374,13 @@ def _load_torch(path: Path) -> Mapping[str, Any]:
             warnings.simplefilter("ignore")  # what is wrong with a file is said once, below
             found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        _refuse_foreign_file(path)
         raise UserError(
             f"{path} holds more than tensors{_describe_unsafe_globals(path)}, or is no file of torch; nothing in "
             "it was run: save the network's state_dict() alone"
         ) from error
     except Exception as error:  # a damaged file has many ways to fail
+        _refuse_foreign_file(path)
         if "TorchScript" in str(error):
             raise UserError(
                 f"{path} is a TorchScript program, of which nothing was run: save the network's "
@@ -292,6 +390,27 @@ def _load_torch(path: Path) -> Mapping[str, Any]:
     if not isinstance(found, Mapping):
         raise UserError(f"{path} holds no weights by name: save the network's state_dict()")
     return found
+
+
+def _refuse_foreign_file(path: Path) -> None:
+    """Say what a file is that could not be read, where its first bytes tell.
+
+    Raises:
+        UserError: For an empty file, a pointer of Git LFS, and text such as a web page.
+    """
+    with path.open("rb") as file:
+        start = file.read(200)
+    if not start:
+        raise UserError(f"{path} is an empty file: fetch it again")
+    if start.startswith(image_files.LFS_PREFIX):
+        raise UserError(f"{path} is a Git LFS pointer and not the weights: run git lfs pull")
+    first = start.decode("utf-8", "ignore").strip()
+    words = " ".join(first.split())
+    if words.isprintable() and len(first.encode()) >= len(start.strip()) - 3:
+        raise UserError(
+            f"{path} is a text file and no weights (it begins with {shorten(words)!r}): fetch the "
+            "file of weights itself"
+        )
 
 
 def _safe_globals() -> list[Any]:
