@@ -17,9 +17,8 @@ from kd.parallel.engine import Engine
 
 MAX_SAVING_FRACTION = 0.02  # of the time of a training that saving it may take
 SECONDS_TO_FIRST_CHECKPOINT = 1.0  # seconds until the first checkpoint inside a round
-MIN_SECONDS_BETWEEN_CHECKPOINTS = (
-    10.0  # seconds between two of them inside a round, however cheap they are
-)
+# Seconds between two of them inside a round, however cheap they are.
+MIN_SECONDS_BETWEEN_CHECKPOINTS = 10.0
 MAX_SECONDS_BETWEEN_CHECKPOINTS = 300.0  # seconds between two checkpoints, however dear they are
 SECONDS_BETWEEN_AGREEMENTS = 1.0  # seconds between two agreements of several processes
 
