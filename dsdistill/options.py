@@ -348,7 +348,7 @@ class EvaluateOptions:
     """Continue the unfinished evaluation in --out"""
 
     cache: Annotated[Path | None, Shown("PATH|none")] = field(default_factory=paths.evaluations)
-    """Folder of results that later evaluations can use; none keeps nothing"""
+    """Folder of results that later evaluations can use; with none, nothing is kept"""
 
     data_root: Path = field(default_factory=paths.data_root)
     """Folder of the named data sets, downloaded when missing; the environment variable

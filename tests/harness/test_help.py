@@ -284,3 +284,14 @@ echo "${COMPREPLY[@]}"
     assert complete("ki") == ["kip"]
     assert complete("kip", "--learning") == ["--learning-rate"]
     assert complete("kip", "--optimizer", "g") == ["gauss-newton"]
+
+
+@pytest.mark.parametrize("word", ["none", "None"])
+def test_an_evaluation_can_do_without_a_cache(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dsdistill.commands import evaluate
+
+    chosen: list[Any] = []
+    monkeypatch.setattr(evaluate, "run", chosen.append)
+    options = parse(monkeypatch, "dsdistill", ["evaluate", "RUN", "--cache", word])
+    dsdistill.cli.evaluate(options)
+    assert chosen[0].cache is None
