@@ -43,7 +43,6 @@ from kd.commands import (
 from kd.commands.training_parts import TrainingParts
 from kd.data import data_source
 from kd.data.batching import BatchSource, EvaluationBatches
-from kd.data.files import archives
 from kd.data.files.file_source import FileSource
 from kd.evaluation import scoring, teacher_check
 from kd.models import networks, saved_models, seals

@@ -372,7 +372,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(dsdistill, tmp_path, argumen
         ("kip --schedule cosin", ["cosin", "did you mean cosine?"]),
         ("kip --preprocess standardize", ["standardize", "did you mean standardise?"]),
         ("kipp", ["kipp", "did you mean kip?"]),
-        ("evaluate", ["a run's folder"]),
+        ("evaluate", ["Folder of a run"]),
         ("", ["Expected one of", "kip"]),
     ],
 )
