@@ -46,8 +46,8 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.requested = False
-        self.waits = False
-        self.over = False
+        self.is_polled = False
+        self.is_finished = False
         self._since = 0.0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
@@ -55,7 +55,7 @@ class StopFlag:
         if self.requested and now - self._since < ECHO_SECONDS:
             return
         first, self.requested, self._since = not self.requested, True, now
-        if self.waits and first:
+        if self.is_polled and first:
             # Not print: the signal may have come in the middle of one.
             with contextlib.suppress(OSError):
                 os.write(2, b"\nstopping after this step; once more ends at once\n")
@@ -75,7 +75,7 @@ class StopFlag:
             raise KeyboardInterrupt
 
         def again(number: int, frame: FrameType | None) -> None:
-            if not self.waits and not self.over:
+            if not self.is_polled and not self.is_finished:
                 self._interrupt(frame)
 
         signal.signal(signal.SIGVTALRM, again)
@@ -121,7 +121,7 @@ def handle_signals() -> Iterator[StopFlag]:
     try:
         yield flag
     finally:
-        flag.over = True
+        flag.is_finished = True
         for number, handler in before.items():
             if signal.getsignal(number) is flag:
                 signal.signal(number, handler)
@@ -137,11 +137,11 @@ def watch() -> Iterator[StopFlag]:
     current = [signal.getsignal(number) for number in SIGNALS]
     flags = [handler for handler in current if isinstance(handler, StopFlag)]
     with contextlib.nullcontext(flags[0]) if flags else handle_signals() as flag:
-        waited, flag.waits = flag.waits, True
+        waited, flag.is_polled = flag.is_polled, True
         try:
             yield flag
         finally:
-            flag.waits = waited
+            flag.is_polled = waited
 
 
 @contextlib.contextmanager

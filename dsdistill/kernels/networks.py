@@ -63,7 +63,7 @@ class InfiniteNetwork:
     symmetric: SymmetricKernel | None = None
     slopes: Slopes | None = None
     deviations: Callable[[Float[Array, "n h w c"]], list[Array]] | None = None
-    smallest: int = 1
+    min_size: int = 1
     module_sha256: str | None = None
 
 
@@ -115,11 +115,11 @@ def check(network: InfiniteNetwork, shape: tuple[int, int, int]) -> None:
         UserError: If the images are too small for its poolings; if a user's kernel fails, or does
             not give one number for each pair of images, as a network without a readout does not.
     """
-    if min(shape[:2]) < network.smallest:
+    if min(shape[:2]) < network.min_size:
         raise UserError(
-            f"the kernel {network.name} needs images of at least {network.smallest}x"
-            f"{network.smallest} pixels for its poolings, got {shape[0]}x{shape[1]}: choose "
-            f"--image-size {network.smallest} or more, or another --kernel"
+            f"the kernel {network.name} needs images of at least {network.min_size}x"
+            f"{network.min_size} pixels for its poolings, got {shape[0]}x{shape[1]}: choose "
+            f"--image-size {network.min_size} or more, or another --kernel"
         )
     if network.diagonal is None or network.engine != "neural-tangents":
         return
@@ -204,7 +204,7 @@ def _convolutional(name: str, layers: Architecture) -> InfiniteNetwork:
         symmetric=symmetric,
         slopes=functools.partial(conv_kernel.slopes, network=layers),
         deviations=deviations,
-        smallest=layers.smallest,
+        smallest=layers.min_size,
     )
 
 

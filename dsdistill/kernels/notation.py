@@ -47,7 +47,7 @@ class Architecture:
         return tuple(_split_stages(part) for part in self.layers.split("P"))
 
     @property
-    def smallest(self) -> int:
+    def min_size(self) -> int:
         """The smallest height and width that the poolings allow, in pixels."""
         return 2 ** self.layers.count("P")
 

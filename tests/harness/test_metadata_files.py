@@ -144,7 +144,7 @@ def test_a_table_with_classes_counts_beside_folders(tmp_path, capsys):
     _write(tmp_path / "metadata.csv", rows[1:])
     assert _classes(tmp_path) == {row["file_name"]: row["label"] for row in rows[1:]}
     assert "the classes stand in it" in capsys.readouterr().err
-    assert "1 images that metadata.csv does not name" in list_folder(tmp_path).left_out
+    assert "1 images that metadata.csv does not name" in list_folder(tmp_path).skipped
 
 
 def test_a_test_part_without_classes_is_left_out(tmp_path):
@@ -153,7 +153,7 @@ def test_a_test_part_without_classes_is_left_out(tmp_path):
     _write(tmp_path / "test" / "metadata.csv", rows)
     layout = list_folder(tmp_path)
     assert layout.test is None
-    assert "test/ (images without classes)" in layout.left_out
+    assert "test/ (images without classes)" in layout.skipped
 
 
 @pytest.mark.parametrize(

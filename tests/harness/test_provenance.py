@@ -280,7 +280,7 @@ def test_a_whole_provenance_is_read_whole() -> None:
     assert (made.w_std, made.b_std, made.validation_fraction) == (2**0.5, 0.1, 0.1)
     assert made.metrics == {"test_accuracy": 0.9}
     assert made.config == WHOLE["config"]
-    assert made.odd == ()
+    assert made.unusable == ()
     assert provenance.parse(_config(image_size=8), (8, 8, 1)).image_size == 8
 
 

@@ -129,7 +129,7 @@ def _load_folder(
     )
     counts = (len(part) for part in (splits.train, splits.validation, splits.test))
     if announce:
-        parts.layout.say(*counts)
+        parts.layout.announce(*counts)
     return splits
 
 

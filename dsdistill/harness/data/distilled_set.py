@@ -70,7 +70,7 @@ class DistilledSet:
     def examples(self) -> Examples:
         """The set as a learner's training set, with the stored labels."""
         data = LabeledImages(self.images, self.hard_labels, self.classes)
-        return Examples(data, self.preprocess, targets=self.labels, ready=True)
+        return Examples(data, self.preprocess, targets=self.labels, is_preprocessed=True)
 
 
 def save(path: Path, distilled: DistilledSet) -> None:

@@ -86,7 +86,7 @@ class Examples:
     data: LabeledImages
     preprocess: Preprocess
     targets: Float[np.ndarray, "n k"] | None = None
-    ready: bool = False
+    is_preprocessed: bool = False
 
     def __len__(self) -> int:
         return len(self.data)
@@ -94,7 +94,7 @@ class Examples:
     def images(self, indices: Int[np.ndarray, " m"] | slice = slice(None)) -> np.ndarray:
         """Preprocessed float32 images at `indices`."""
         raw = self.data.images(indices)
-        return raw if self.ready else self.preprocess.apply(raw)
+        return raw if self.is_preprocessed else self.preprocess.apply(raw)
 
     def labels(self, indices: Int[np.ndarray, " m"] | slice = slice(None)) -> np.ndarray:
         """(m, k) float32 labels at `indices`: the stored ones, or one-hot minus 1/k."""

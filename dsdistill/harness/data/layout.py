@@ -66,7 +66,7 @@ class FolderPart:
     files: list[Path]
     labels: list[int]
 
-    def in_order(self, classes: Sequence[str]) -> "FolderPart":
+    def reorder(self, classes: Sequence[str]) -> "FolderPart":
         """The part with its classes in another order.
 
         Args:
@@ -99,7 +99,7 @@ class FolderLayout:
     train: FolderPart
     validation: FolderPart | None
     test: FolderPart | None
-    left_out: str
+    skipped: str
     draw_order: tuple[int, ...]
 
     @property
@@ -122,16 +122,16 @@ class FolderLayout:
     def _parts(self) -> list[FolderPart]:
         return [part for part in (self.train, self.validation, self.test) if part]
 
-    def say(self, train: int, validation: int, test: int) -> None:
+    def announce(self, train: int, validation: int, test: int) -> None:
         """Tell the user what was taken for what, and the order of the classes if it matters."""
         progress.note(self.summary(train, validation, test))
-        self._say_order()
+        self._announce_order()
 
-    def _say_order(self) -> None:
+    def _announce_order(self) -> None:
         if order := class_names.order_note(self.train.classes):
             progress.note(f"{self.root}: {order}")
 
-    def say_judged(self, count: int, *, every: bool) -> None:
+    def announce_evaluation(self, count: int, *, every: bool) -> None:
         """Tell the user which images a finished model is judged on; nothing is trained on here.
 
         Args:
@@ -144,7 +144,7 @@ class FolderLayout:
             which = "all of them" if every else "the share that is held out of them for the test"
         line = f"{self.root}: {count:,} images of {len(self.train.classes)} classes are judged"
         progress.note(f"{line}, {which}{self._without}")
-        self._say_order()
+        self._announce_order()
 
     def summary(self, train: int, validation: int, test: int) -> str:
         """One line on what was taken for what; the numbers are those of the images used."""
@@ -166,7 +166,7 @@ class FolderLayout:
 
     @property
     def _without(self) -> str:
-        return f"; left out: {self.left_out}" if self.left_out else ""
+        return f"; left out: {self.skipped}" if self.skipped else ""
 
 
 def list_folder(path: Path, classes: Sequence[str] | None = None) -> FolderLayout:
@@ -183,26 +183,26 @@ def list_folder(path: Path, classes: Sequence[str] | None = None) -> FolderLayou
     """
     if not path.is_dir():
         raise DataError(f"no such folder: {path}")
-    left_out = SkippedFiles()
+    skipped = SkippedFiles()
     root = _descend(path)
     _refuse_images_beside_annotations(root)
-    roles = _find_parts(root, left_out)
-    train = _read_part(roles.get("train", root), (root,), left_out)
+    roles = _find_parts(root, skipped)
+    train = _read_part(roles.get("train", root), (root,), skipped)
     as_text, order = train.classes, class_names.sort(train.classes)
     if classes is not None and class_names.match(classes, train.classes) is not None:
         order = tuple(classes)
-    train = train.in_order(order)
+    train = train.reorder(order)
     draw_order = class_names.match(as_text, order)
     assert draw_order is not None, "they are the same classes"
     others: dict[str, FolderPart | None] = {
-        name: _read_beside_train(roles[name], root, train, left_out)
+        name: _read_beside_train(roles[name], root, train, skipped)
         for name in roles
         if name != "train"
     }
     validation, test = others.get("validation"), others.get("test")
     if test is None:
         validation, test = None, validation
-    return FolderLayout(root, train, validation, test, str(left_out), draw_order)
+    return FolderLayout(root, train, validation, test, str(skipped), draw_order)
 
 
 def find_lone_test_part(path: Path) -> Path | None:
@@ -239,7 +239,7 @@ def _descend(path: Path, *, part: bool = False) -> Path:
     return path
 
 
-def _find_parts(root: Path, left_out: SkippedFiles) -> dict[str, Path]:
+def _find_parts(root: Path, skipped: SkippedFiles) -> dict[str, Path]:
     """The folder of each part; none where `root` holds class folders."""
     folders = [folder for folder in subfolders(root) if holds_images(folder)]
     named: dict[str, list[Path]] = {}
@@ -264,11 +264,11 @@ def _find_parts(root: Path, left_out: SkippedFiles) -> dict[str, Path]:
             "images a class (if it is a class itself, rename it)"
         )
     for folder in (*others, *sorted(taken - {*parts.values()})):
-        left_out.folders.append(f"{_relative_name(root, folder)} (no part)")
+        skipped.folders.append(f"{_relative_name(root, folder)} (no part)")
     for folder in subfolders(root):
         if _part_name(folder.name) and folder not in folders:
-            left_out.folders.append(f"{_relative_name(root, folder)} (no images)")
-    left_out.loose += count_loose_images(root)
+            skipped.folders.append(f"{_relative_name(root, folder)} (no images)")
+    skipped.loose += count_loose_images(root)
     return parts
 
 
@@ -333,22 +333,22 @@ def _is_labelled(folder: Path) -> bool:
 
 
 def _read_beside_train(
-    folder: Path, root: Path, train: FolderPart, left_out: SkippedFiles
+    folder: Path, root: Path, train: FolderPart, skipped: SkippedFiles
 ) -> FolderPart | None:
     """A part beside that of training, in the order of its classes; None if it has no classes.
 
     Raises:
         DataError: If its classes are others.
     """
-    if (table := _read_metadata(folder, (root,), left_out)) is not None:
+    if (table := _read_metadata(folder, (root,), skipped)) is not None:
         return _same_classes(train, table)
     inside = [f for f in subfolders(folder) if holds_images(f)]
     alone = len(inside) == 1 and class_names.from_folder(inside[0].name) not in train.classes
     flat = alone and not any(map(holds_images, subfolders(inside[0])))
     if not (folder / ANNOTATIONS_FILE).is_file() and (not inside or flat):
-        left_out.folders.append(f"{_relative_name(root, folder)} (images without classes)")
+        skipped.folders.append(f"{_relative_name(root, folder)} (images without classes)")
         return None
-    return _same_classes(train, _read_part(folder, (root,), left_out))
+    return _same_classes(train, _read_part(folder, (root,), skipped))
 
 
 def _same_classes(train: FolderPart, part: FolderPart) -> FolderPart:
@@ -363,18 +363,18 @@ def _same_classes(train: FolderPart, part: FolderPart) -> FolderPart:
             f"{train.folder} and {part.folder} must have the same classes: "
             f"only one of them has {abbreviate_names(different)}"
         )
-    return part.in_order(train.classes)
+    return part.reorder(train.classes)
 
 
-def _read_part(folder: Path, above: tuple[Path, ...], left_out: SkippedFiles) -> FolderPart:
+def _read_part(folder: Path, above: tuple[Path, ...], skipped: SkippedFiles) -> FolderPart:
     """The classes and files of one part, in the order of their folders.
 
     Raises:
         DataError: If there are fewer than two classes, one has no images, or two have one name.
     """
     if (folder / ANNOTATIONS_FILE).is_file():
-        return _read_annotations(folder, left_out)
-    if (table := _read_metadata(folder, above, left_out)) is not None:
+        return _read_annotations(folder, skipped)
+    if (table := _read_metadata(folder, above, skipped)) is not None:
         return table
     inside = _descend(folder, part=True)
     above, folder = (*above, folder), inside
@@ -396,8 +396,8 @@ def _read_part(folder: Path, above: tuple[Path, ...], left_out: SkippedFiles) ->
         raise DataError(
             f"{folder} has one class folder, {next(iter(folders))!r}: expected at least two"
         )
-    left_out.loose += count_loose_images(folder)
-    left_out.broken += count_broken_links(folder)
+    skipped.loose += count_loose_images(folder)
+    skipped.broken += count_broken_links(folder)
     files, labels = [], []
     for label, path in enumerate(folders.values()):
         other = SkippedFiles()
@@ -405,15 +405,15 @@ def _read_part(folder: Path, above: tuple[Path, ...], left_out: SkippedFiles) ->
         if not images:
             what = f" ({other})" if str(other) else ""
             raise DataError(f"class folder {path} has no images{what}: remove it")
-        left_out.files.update(other.files)
-        left_out.broken += other.broken
-        left_out.hidden += other.hidden
+        skipped.files.update(other.files)
+        skipped.broken += other.broken
+        skipped.hidden += other.hidden
         files += images
         labels += [label] * len(images)
     return FolderPart(folder, tuple(folders), files, labels)
 
 
-def _read_annotations(folder: Path, left_out: SkippedFiles) -> FolderPart:
+def _read_annotations(folder: Path, skipped: SkippedFiles) -> FolderPart:
     """A part whose classes stand in a text file, as Tiny-ImageNet's validation images.
 
     Raises:
@@ -436,11 +436,11 @@ def _read_annotations(folder: Path, left_out: SkippedFiles) -> FolderPart:
                 f"tab and a class, got {line[:60]!r}"
             )
         found[file] = label
-    return _part_by_name(folder, path, found, where, left_out)
+    return _part_by_name(folder, path, found, where, skipped)
 
 
 def _read_metadata(
-    folder: Path, above: tuple[Path, ...], left_out: SkippedFiles
+    folder: Path, above: tuple[Path, ...], skipped: SkippedFiles
 ) -> FolderPart | None:
     """A part whose classes stand in a table in its folder, or in one above it.
 
@@ -463,12 +463,12 @@ def _read_metadata(
         if not here:
             continue
         progress.note(f"{path}: the classes stand in it, and its images are those that it names")
-        return _part_by_name(inside, path, here, inside, left_out)
+        return _part_by_name(inside, path, here, inside, skipped)
     return None
 
 
 def _part_by_name(
-    folder: Path, table: Path, names: Mapping[Path, str], where: Path, left_out: SkippedFiles
+    folder: Path, table: Path, names: Mapping[Path, str], where: Path, skipped: SkippedFiles
 ) -> FolderPart:
     """A part whose images have these class names.
 
@@ -487,7 +487,7 @@ def _part_by_name(
         raise DataError(f"{table} names {len(classes)} classes: expected at least two")
     unnamed = sum(1 for file in find_images(where, set(), SkippedFiles()) if file not in names)
     if unnamed:
-        left_out.folders.append(f"{unnamed:,} images that {table.name} does not name")
+        skipped.folders.append(f"{unnamed:,} images that {table.name} does not name")
     index = {name: label for label, name in enumerate(classes)}
     files = sorted(names, key=lambda file: (index[names[file]], file))
     return FolderPart(folder, classes, files, [index[names[file]] for file in files])

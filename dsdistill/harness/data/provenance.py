@@ -56,7 +56,7 @@ class Provenance:
     metrics: Mapping[str, float | None]
     notes: tuple[str, ...]
     config: Mapping[str, Any] | None
-    odd: tuple[str, ...]
+    unusable: tuple[str, ...]
 
 
 def parse(stored: Mapping[str, Any], shape: Sequence[int]) -> Provenance:
@@ -66,16 +66,16 @@ def parse(stored: Mapping[str, Any], shape: Sequence[int]) -> Provenance:
         stored: The file's `provenance`.
         shape: Height, width and channels of the set's images.
     """
-    odd: list[str] = []
-    data = _mapping(stored.get("data"), "data", odd)
-    config = _mapping(stored.get("config"), "config", odd)
+    unusable: list[str] = []
+    data = _mapping(stored.get("data"), "data", unusable)
+    config = _mapping(stored.get("config"), "config", unusable)
 
     def read(where: Mapping[str, Any], name: str, key: str, check: Any) -> Any:
         value = where.get(key)
         if value is None:
             return None
         if (checked := check(value)) is None:
-            odd.append(name)
+            unusable.append(name)
         return checked
 
     def of_shape(value: object) -> int | None:
@@ -107,7 +107,7 @@ def parse(stored: Mapping[str, Any], shape: Sequence[int]) -> Provenance:
         metrics=_metrics(stored.get("metrics")),
         notes=_notes(stored.get("notes")),
         config=config if isinstance(stored.get("config"), Mapping) else None,
-        odd=tuple(odd),
+        unusable=tuple(unusable),
     )
 
 
@@ -124,18 +124,18 @@ def require_usable(who: object, provenance: Provenance, names: Sequence[str]) ->
     """
     wholes = [name.partition(".")[0] for name in names]
     for name in (*wholes, *names):
-        if name in provenance.odd:
+        if name in provenance.unusable:
             raise UserError(
                 f"{who} says of itself a {name} that cannot be: its file was made or changed by "
                 "something else"
             )
 
 
-def _mapping(value: object, name: str, odd: list[str]) -> Mapping[str, Any]:
+def _mapping(value: object, name: str, unusable: list[str]) -> Mapping[str, Any]:
     if isinstance(value, Mapping):
         return value
     if value is not None:
-        odd.append(name)
+        unusable.append(name)
     return {}
 
 

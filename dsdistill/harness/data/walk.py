@@ -81,7 +81,7 @@ def _direct_images(folder: Path) -> Iterator[Path]:
 
 
 def find_images(
-    folder: Path, above: set[tuple[int, int]], left_out: SkippedFiles
+    folder: Path, above: set[tuple[int, int]], skipped: SkippedFiles
 ) -> Iterator[Path]:
     """The images at any depth, as some data sets nest them.
 
@@ -104,15 +104,15 @@ def find_images(
                     if not _is_ignored(entry.name):
                         waiting.append(Path(entry.path))
                 elif not _is_file(entry):  # a pipe would be waited for
-                    left_out.broken += entry.is_symlink()
-                    left_out.files["special"] += not entry.is_symlink()
+                    skipped.broken += entry.is_symlink()
+                    skipped.files["special"] += not entry.is_symlink()
                 elif _is_image(entry):
                     if entry.name[0] != ".":
                         yield Path(entry.path)
                     else:
-                        left_out.hidden += 1
+                        skipped.hidden += 1
                 elif entry.name[0] != "." and entry.name.casefold() not in IGNORED_NAMES:
-                    left_out.files[_extension_label(entry.name)] += 1
+                    skipped.files[_extension_label(entry.name)] += 1
 
 
 def count_broken_links(folder: Path) -> int:

@@ -107,7 +107,7 @@ class Run:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def recorded(self, name: str, choose: Callable[[], Any]) -> Any:
+    def choose_once(self, name: str, choose: Callable[[], Any]) -> Any:
         """A value that the first start chooses, and that every later start finds.
 
         It stands in `config.json` under `chosen`, apart from the options.

@@ -52,7 +52,7 @@ def slopes(
     A little more work than the gradient of a weighted sum of all pairs: what is summed up there,
     the variances' part, is taken back to the pixels for every pair. Not differentiable.
     """
-    one, two = _PreparedImages.of(x1, network), _PreparedImages.blocks(x2, network)
+    one, two = _PreparedImages.one_by_one(x1, network), _PreparedImages.in_lanes(x2, network)
     ones = jnp.ones(two.images.shape[-1], x1.dtype)
 
     def row(item: tuple[Array, _PreparedImages]) -> tuple[Array, Array]:
@@ -69,7 +69,7 @@ def slopes(
 
 
 def _value(x1: Array, x2: Array, network: Architecture) -> Array:
-    one, two = _PreparedImages.of(x1, network), _PreparedImages.blocks(x2, network)
+    one, two = _PreparedImages.one_by_one(x1, network), _PreparedImages.in_lanes(x2, network)
     rows = lax.map(
         lambda a: lax.map(lambda b: _kernel_row(network, a, b), two), one
     )  # (n, blocks, l)
@@ -77,11 +77,11 @@ def _value(x1: Array, x2: Array, network: Architecture) -> Array:
 
 
 def _symmetric_value(x: Array, network: Architecture) -> Array:
-    one, two = _PreparedImages.of(x, network), _PreparedImages.blocks(x, network)
+    one, two = _PreparedImages.one_by_one(x, network), _PreparedImages.in_lanes(x, network)
     lanes = two.images.shape[-1]
     pairs = [(i, j) for j in range(len(two.images)) for i in range(min((j + 1) * lanes, len(x)))]
 
-    def of(item: Array) -> Array:
+    def one_by_one(item: Array) -> Array:
         return _kernel_row(network, _index(one, item[0]), _index(two, item[1]))
 
     index = jnp.asarray(pairs)
@@ -93,7 +93,7 @@ def _symmetric_value(x: Array, network: Architecture) -> Array:
 
 def _gradient(x1: Array, x2: Array, cotangent: Array, network: Architecture) -> Array:
     """Of the sum of cotangent (n, m) times kernel, with respect to x1 at fixed x2."""
-    one, two = _PreparedImages.of(x1, network), _PreparedImages.blocks(x2, network)
+    one, two = _PreparedImages.one_by_one(x1, network), _PreparedImages.in_lanes(x2, network)
     lanes = two.images.shape[-1]
     missing = -len(x2) % lanes
     filled = jnp.pad(cotangent, ((0, 0), (0, missing))).reshape(len(x1), -1, lanes)
@@ -139,13 +139,13 @@ class _PreparedImages(NamedTuple):
     deviations: Deviations
 
     @staticmethod
-    def of(x: Array, network: Architecture) -> "_PreparedImages":
+    def one_by_one(x: Array, network: Architecture) -> "_PreparedImages":
         """One image at a time: (n, c, h, w, 1)."""
         each = [d[..., None] for d in deviations(x, network)]
         return _PreparedImages(jnp.moveaxis(x, -1, 1)[..., None], each)
 
     @staticmethod
-    def blocks(x: Array, network: Architecture) -> "_PreparedImages":
+    def in_lanes(x: Array, network: Architecture) -> "_PreparedImages":
         """As many side by side as are vectorised."""
         lanes = choose_lanes(x, build_levels(network, x.shape))
         each = [split_into_lanes(d, lanes) for d in deviations(x, network)]

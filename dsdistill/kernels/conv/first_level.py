@@ -56,14 +56,14 @@ def covers(
 def forward(level: Level, source: PaddedImages, sigma: ReluDeviations) -> Array:
     """The pooled planes, and one more that is of no use; sums, not yet means."""
     assert level.coarse is not None  # see `covers`
-    tiles = _Patches.of(level, source, sigma)
+    tiles = _Patches.extract(level, source, sigma)
     starts = jnp.asarray(level.coarse.starts)
-    one = jax.eval_shape(tiles.pooled, starts[0])
+    one = jax.eval_shape(tiles.coarse_plane, starts[0])
     empty = jnp.zeros((len(starts) + 1, *one.shape), one.dtype)
 
     def step(planes: Array, item: tuple[Array, Array]) -> tuple[Array, None]:
         i, start = item
-        plane = tiles.pooled(start)[None]
+        plane = tiles.coarse_plane(start)[None]
         return lax.dynamic_update_slice(planes, plane, (i, 0, 0, 0)), None
 
     return lax.scan(step, empty, (jnp.arange(len(starts)), starts))[0]
@@ -74,18 +74,18 @@ def backward(
 ) -> tuple[Array, list[Array]]:
     """The adjoint of `forward` for images of one channel, returned as `planes.backward` does."""
     assert level.coarse is not None  # see `covers`
-    tiles = _Patches.of(level, source, sigma)
+    tiles = _Patches.extract(level, source, sigma)
     starts = jnp.asarray(level.coarse.starts)
 
     def step(carry: tuple, item: tuple[Array, Array, Array]) -> tuple[tuple, None]:
         before, left, patches, logs = carry
         i, start, g = item
-        before = write_plane(before, tiles.before(start), i)
-        left = write_plane(left, tiles.left(before[..., 1:-1, 1:-1, :], start, g), i)
+        before = write_plane(before, tiles.preactivations(start), i)
+        left = write_plane(left, tiles.window_cotangent(before[..., 1:-1, 1:-1, :], start, g), i)
         logs = logs + tiles.log(read_plane(before, i), start, g)
         pairs = left[..., 1:-1, 1:-1, :]
         patches = [
-            total + tiles.onto(p, pairs, start)
+            total + tiles.pixel_cotangent(p, pairs, start)
             for p, total in zip(PATCH_PIXELS, patches, strict=True)
         ]
         return (before, left, patches, logs), None
@@ -115,7 +115,7 @@ class _Patches(NamedTuple):
     sigma: ReluDeviations
 
     @staticmethod
-    def of(level: Level, source: PaddedImages, sigma: ReluDeviations) -> "_Patches":
+    def extract(level: Level, source: PaddedImages, sigma: ReluDeviations) -> "_Patches":
         grid, coarse = level.grid, level.coarse
         assert coarse is not None
         h, w = coarse.shape
@@ -129,7 +129,7 @@ class _Patches(NamedTuple):
         blocks += [_extract_patches(d, 2, y + 1, x + 1, size) for d in sigma[2:]]
         return _Patches(level, one, two, ReluDeviations(*blocks))
 
-    def cut(self, patches: Array, start: Array, j: int, k: int, count: int = 1) -> Array:
+    def slice_second(self, patches: Array, start: Array, j: int, k: int, count: int = 1) -> Array:
         """Entries j, k of the lanes' patches or blocks, or `count` entries from there on each way.
 
         One of many slices, not a slice of one: XLA vectorises a loop that uses each slice once.
@@ -139,13 +139,13 @@ class _Patches(NamedTuple):
         found = lax.dynamic_slice(patches, (j, k, start[0], start[1], 0), sizes)
         return found[0, 0] if count == 1 else found
 
-    def pooled(self, start: Array) -> Array:
+    def coarse_plane(self, start: Array) -> Array:
         """One coarse plane."""
         one, one_inverse, two, two_inverse = self.sigma
         every = []
         for (a, b, c, d), total in self.windows(start).items():
-            n = one[a, b] * self.cut(two, start, c, d)
-            n_inverse = one_inverse[a, b] * self.cut(two_inverse, start, c, d)
+            n = one[a, b] * self.slice_second(two, start, c, d)
+            n_inverse = one_inverse[a, b] * self.slice_second(two_inverse, start, c, d)
             cos, sine, gain, _ = relu.angle((self.weight * total + self.level.bias) * n_inverse)
             every.append((n * (sine + cos * gain), n * cos * gain))
         nngp, ntk = zip(*every, strict=True)
@@ -157,7 +157,7 @@ class _Patches(NamedTuple):
 
     def windows(self, start: Array) -> dict[PixelPair, Array]:
         """The sums over the 3x3 windows of all pairs, each product of two pixels taken once."""
-        two = [{p: self.cut(channel, start, *p) for p in PATCH_PIXELS} for channel in self.two]
+        two = [{p: self.slice_second(channel, start, *p) for p in PATCH_PIXELS} for channel in self.two]
         found = {}
         for y, x in itertools.product((-1, 0, 1), repeat=2):
             products = {
@@ -176,11 +176,11 @@ class _Patches(NamedTuple):
                     found[a, b, a + y, b + x] = _sum(columns[a, b + i] for i in range(3))
         return found
 
-    def before(self, start: Array) -> Array:
+    def preactivations(self, start: Array) -> Array:
         """K = T before the ReLU, (2, 2, 2, 2, h/2, w/2, lanes), for images of one channel."""
         total = _sum(
             _broadcast_to_pairs(self.one[0][j : j + 2, k : k + 2])
-            * self.cut(self.two[0], start, j, k, 2)
+            * self.slice_second(self.two[0], start, j, k, 2)
             for j, k in itertools.product(range(3), repeat=2)
         )
         return self.weight * total + self.level.bias
@@ -188,10 +188,10 @@ class _Patches(NamedTuple):
     def scales(self, start: Array) -> tuple[Array, Array]:
         """n = σ1 σ2 and 1 / n, for all pairs."""
         one, one_inverse, two, two_inverse = self.sigma
-        n = _broadcast_to_pairs(one) * self.cut(two, start, 0, 0, 2)
-        return n, _broadcast_to_pairs(one_inverse) * self.cut(two_inverse, start, 0, 0, 2)
+        n = _broadcast_to_pairs(one) * self.slice_second(two, start, 0, 0, 2)
+        return n, _broadcast_to_pairs(one_inverse) * self.slice_second(two_inverse, start, 0, 0, 2)
 
-    def left(self, before: Array, start: Array, g: Array) -> Array:
+    def window_cotangent(self, before: Array, start: Array, g: Array) -> Array:
         """The cotangents of the sums over the windows of all pairs."""
         _, n_inverse = self.scales(start)
         _, _, gain, slope = relu.angle(before * n_inverse)
@@ -203,7 +203,7 @@ class _Patches(NamedTuple):
         cos, sine, _, slope = relu.angle(before * n_inverse)
         return g.real * n * sine - g.imag * before * slope * cos
 
-    def onto(self, pixel: tuple[int, int], pairs: Array, start: Array) -> Array:
+    def pixel_cotangent(self, pixel: tuple[int, int], pairs: Array, start: Array) -> Array:
         """What the pairs of one coarse plane say about one pixel of all patches of the image."""
         terms: dict[tuple[int, int], Array] = {}
         for (a, b), (c, d) in itertools.product(BLOCK_PIXELS, BLOCK_PIXELS):
@@ -211,7 +211,7 @@ class _Patches(NamedTuple):
             if 0 <= y < 3 and 0 <= x < 3:
                 other, g = (c + y, d + x), pairs[a, b, c, d]
                 terms[other] = terms[other] + g if other in terms else g
-        return _sum(g * self.cut(self.two[0], start, *other) for other, g in terms.items())
+        return _sum(g * self.slice_second(self.two[0], start, *other) for other, g in terms.items())
 
 
 def _sum(parts: Iterable[Array]) -> Array:

@@ -63,11 +63,11 @@ def covers(level: Level, source: LevelInput) -> bool:
 def forward(level: Level, source: LevelInput, sigmas: tuple[ReluDeviations, ...]) -> Array:
     """What `planes.forward` returns, sums in place of means."""
     run = _LevelPrograms(level, source, sigmas)
-    *_, last = run.entering(source)
+    *_, last = run.stage_inputs(source)
     i = len(run.stages) - 1
     if level.coarse is None:
-        return stages.pack_complex(*run.applied(i, last).map(lambda x: x.sum(0)))
-    return _append_zero_plane(stages.pack_complex(*run.pooled(i, last)))
+        return stages.pack_complex(*run.apply(i, last).map(lambda x: x.sum(0)))
+    return _append_zero_plane(stages.pack_complex(*run.apply_and_pool(i, last)))
 
 
 def backward(
@@ -75,14 +75,14 @@ def backward(
 ) -> tuple[Array, list[Array]]:
     """What `planes.backward` returns."""
     run = _LevelPrograms(level, source, sigmas)
-    after = Cotangent("pooled" if level.coarse else "all", Covariances.of(cotangent))
+    after = Cotangent("pooled" if level.coarse else "all", Covariances.from_complex(cotangent))
     logs = []
-    for i, entering in reversed(list(enumerate(run.entering(source)))):
-        left, log = run.left(i, entering, after)
+    for i, entering in reversed(list(enumerate(run.stage_inputs(source)))):
+        left, log = run.window_cotangent(i, entering, after)
         after = Cotangent("window" if run.stages[i].conv else "plane", left)
         logs += [] if log is None else [log]
     if isinstance(source, PaddedImages):
-        return run.onto(source, after), logs[::-1]
+        return run.image_cotangent(source, after), logs[::-1]
     box = jax.vmap(stages.window_sum) if after.kind == "window" else lambda x: x
     return _append_zero_plane(stages.pack_complex(*after.pair.map(box))), logs[::-1]
 
@@ -105,20 +105,20 @@ class _LevelPrograms:
         first = source.two if isinstance(source, PaddedImages) else source
         self.lanes, self.dtype = first.shape[-1], first.real.dtype
 
-    def entering(self, source: LevelInput) -> list[PaddedImages | Covariances]:
+    def stage_inputs(self, source: LevelInput) -> list[PaddedImages | Covariances]:
         """What enters each stage."""
         found: list[PaddedImages | Covariances] = [
-            source if isinstance(source, PaddedImages) else Covariances.of(source[:-1])
+            source if isinstance(source, PaddedImages) else Covariances.from_complex(source[:-1])
         ]
         for i in range(len(self.stages) - 1):
-            found.append(self.applied(i, found[i]))
+            found.append(self.apply(i, found[i]))
         return found
 
-    def applied(self, i: int, source: PaddedImages | Covariances) -> Covariances:
+    def apply(self, i: int, source: PaddedImages | Covariances) -> Covariances:
         """All planes after stage i, (n, h, w, lanes)."""
         if isinstance(source, Covariances) and self.stages[i] == Stage(False, False):
             return source
-        made = self.made(i, source, len(self.grid), *self.grid.shape)
+        made = self.output_shape(i, source, len(self.grid), *self.grid.shape)
 
         def program(spot: ProgramPixels, refs: Any, out: Covariances) -> None:
             spot = spot.square().at(pl.program_id(2))
@@ -127,11 +127,11 @@ class _LevelPrograms:
 
         return self.run(program, (source, self.sigmas[i]), made, len(self.grid), SQUARE_PIXELS)
 
-    def pooled(self, i: int, source: PaddedImages | Covariances) -> Covariances:
+    def apply_and_pool(self, i: int, source: PaddedImages | Covariances) -> Covariances:
         """All planes after stage i and the pooling, sums of 16."""
         coarse = self.level.coarse
         assert coarse is not None  # a pooling follows
-        made = self.made(i, source, len(coarse), *coarse.shape)
+        made = self.output_shape(i, source, len(coarse), *coarse.shape)
 
         def program(spot: ProgramPixels, refs: Any, out: Covariances) -> None:
             plane = pl.program_id(2)
@@ -141,7 +141,7 @@ class _LevelPrograms:
 
         return self.run(program, (source, self.sigmas[i]), made, len(coarse), 2)
 
-    def left(
+    def window_cotangent(
         self, i: int, source: PaddedImages | Covariances, after: Cotangent
     ) -> tuple[Covariances, Array | None]:
         """Cotangents of what enters stage i, up to the adjoint of its convolution, and of log σ1.
@@ -149,7 +149,7 @@ class _LevelPrograms:
         Returns:
             (n, h, w, lanes); and (h, w, lanes), or None without a ReLU.
         """
-        like, log = (self.like(n, *self.grid.shape) for n in (len(self.grid), self.chunks))
+        like, log = (self.array_shape(n, *self.grid.shape) for n in (len(self.grid), self.chunks))
         both = isinstance(source, Covariances) and source.ntk is not None
         made = Covariances(like, like if both else None), log if self.stages[i].relu else None
 
@@ -159,11 +159,11 @@ class _LevelPrograms:
             def step(plane: Array, total: Array) -> Array:
                 here = spot.at(plane)
                 g = here.cotangent(after.kind, refs[2], self.level.coarse)
-                value, log = self.stage(i, here, *refs[:2]).left(g)
+                value, log = self.stage(i, here, *refs[:2]).window_cotangent(g)
                 out[0].map(lambda ref, x: here.write(ref, x), value)
                 return total if log is None else total + log
 
-            total = self.over(chunk, step, jnp.zeros(spot.shape, self.dtype))
+            total = self.loop_over_planes(chunk, step, jnp.zeros(spot.shape, self.dtype))
             if out[1] is not None:
                 spot.at(chunk).write(out[1], total)
 
@@ -171,10 +171,10 @@ class _LevelPrograms:
         pair, log = self.run(program, refs, made, self.chunks, SQUARE_PIXELS)
         return pair, None if log is None else log.sum(0)
 
-    def onto(self, source: PaddedImages, after: Cotangent) -> Array:
+    def image_cotangent(self, source: PaddedImages, after: Cotangent) -> Array:
         """The cotangent of the image, (c, h, w, lanes)."""
         channels = len(source.two)
-        made = self.like(channels, self.chunks, *self.grid.shape)
+        made = self.array_shape(channels, self.chunks, *self.grid.shape)
 
         def program(spot: ProgramPixels, refs: Any, out: Any) -> None:
             two, g = refs
@@ -185,7 +185,7 @@ class _LevelPrograms:
                 whole = here.cotangent(after.kind, g, None).nngp
                 return [t + whole * here.other(two, c) for c, t in enumerate(totals)]
 
-            totals = self.over(chunk, step, [jnp.zeros(spot.shape, self.dtype)] * channels)
+            totals = self.loop_over_planes(chunk, step, [jnp.zeros(spot.shape, self.dtype)] * channels)
             for c, total in enumerate(totals):
                 spot.at(chunk).write(out, total / channels, c)
 
@@ -199,21 +199,21 @@ class _LevelPrograms:
     def chunks(self) -> int:
         return -(-len(self.grid) // PLANES_PER_PROGRAM)
 
-    def over(self, chunk: Array, step: Callable[..., Any], start: Any) -> Any:
+    def loop_over_planes(self, chunk: Array, step: Callable[..., Any], start: Any) -> Any:
         """A loop over the planes of one chunk."""
         first = chunk * PLANES_PER_PROGRAM
         return lax.fori_loop(
             first, jnp.minimum(first + PLANES_PER_PROGRAM, len(self.grid)), step, start
         )
 
-    def like(self, *shape: int) -> jax.ShapeDtypeStruct:
+    def array_shape(self, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((*shape, self.lanes), self.dtype)
 
-    def made(self, i: int, source: PaddedImages | Covariances, *shape: int) -> Covariances:
+    def output_shape(self, i: int, source: PaddedImages | Covariances, *shape: int) -> Covariances:
         """The shape of what leaves stage i."""
         given = isinstance(source, Covariances) and source.ntk is not None
         both = given or (self.level.tangent and self.stages[i].conv)
-        return Covariances(self.like(*shape), self.like(*shape) if both else None)
+        return Covariances(self.array_shape(*shape), self.array_shape(*shape) if both else None)
 
     def run(
         self, program: Callable[..., None], given: Any, made: Any, planes: int, side: int

@@ -42,7 +42,7 @@ class Covariances(NamedTuple):
     ntk: Any = None
 
     @staticmethod
-    def of(x: Array) -> "Covariances":
+    def from_complex(x: Array) -> "Covariances":
         return Covariances(x.real, x.imag) if stages.is_complex(x) else Covariances(x)
 
     def map(self, function: Callable[..., Any], *others: "Covariances") -> "Covariances":
@@ -208,7 +208,7 @@ class StageProgram:
         self.level, self.stage = level, stage
         self.spot, self.source, self.sigma = spot, source, sigma
 
-    def before(self) -> Covariances:
+    def preactivations(self) -> Covariances:
         """K and T before the ReLU."""
         spot, source, conv = self.spot, self.source, self.stage.conv
         if isinstance(source, PaddedImages):
@@ -242,18 +242,18 @@ class StageProgram:
 
     def after(self) -> Covariances:
         """K and T after the stage."""
-        nngp, ntk = self.before()
+        nngp, ntk = self.preactivations()
         if not self.stage.relu:
             return Covariances(nngp, ntk)
         n, n_inverse = self.scales()
         cos, sine, gain, _ = relu.angle(nngp * n_inverse)
         return Covariances(n * (sine + cos * gain), None if ntk is None else ntk * gain)
 
-    def left(self, g: Covariances) -> tuple[Covariances, Array | None]:
+    def window_cotangent(self, g: Covariances) -> tuple[Covariances, Array | None]:
         """Cotangents of what enters, up to the adjoint of the convolution, and of log σ1."""
         log = None
         if self.stage.relu:
-            nngp, ntk = self.before()
+            nngp, ntk = self.preactivations()
             n, n_inverse = self.scales()
             cos, sine, gain, slope = relu.angle(nngp * n_inverse)
             direct, log = g.nngp * gain, g.nngp * n * sine

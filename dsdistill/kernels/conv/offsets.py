@@ -43,7 +43,7 @@ class AxisOffsets:
         """q - p of every plane."""
         return np.arange(len(self)) - (self.radius or 0)
 
-    def extended(self, x: Array, axis: int) -> Array:
+    def extend(self, x: Array, axis: int) -> Array:
         """Along `axis`, x with zeros where q lies outside the image.
 
         Position `starts[i] + 1 + p` holds the q of pixel p at offset i, for p from -1 to size.
@@ -66,7 +66,7 @@ class AxisOffsets:
         q = q % self.period if self.radius is None else q
         return (q >= 0) & (q < self.size)
 
-    def pooled(self, coarse: "AxisOffsets") -> Int[np.ndarray, "2 d"]:
+    def coarse_offsets(self, coarse: "AxisOffsets") -> Int[np.ndarray, "2 d"]:
         """For even and odd p, the coarse offset index that each offset goes to, or -1."""
         to = (self.offsets + np.arange(2)[:, None]) // 2
         if coarse.radius is None:
@@ -88,20 +88,20 @@ class Grid:
     def __len__(self) -> int:
         return len(self.y) * len(self.x)
 
-    def extended(self, images: Array) -> Array:
+    def extend(self, images: Array) -> Array:
         """Images (..., h, w, lanes) with zeros around, from which `starts` cuts."""
-        return self.x.extended(self.y.extended(images, -3), -2)
+        return self.x.extend(self.y.extend(images, -3), -2)
 
     @property
     def starts(self) -> Int[np.ndarray, "n 2"]:
         """Where a plane with a margin of one pixel begins in an extended array."""
         return _combine(self.y.starts, self.x.starts)
 
-    def pooled(self, coarse: "Grid") -> Int[np.ndarray, "n 4"]:
+    def coarse_planes(self, coarse: "Grid") -> Int[np.ndarray, "n 4"]:
         """Where the pixels of each parity (y then x) go: a coarse plane, or len(coarse)."""
         parts = []
-        for y in self.y.pooled(coarse.y):
-            for x in self.x.pooled(coarse.x):
+        for y in self.y.coarse_offsets(coarse.y):
+            for x in self.x.coarse_offsets(coarse.x):
                 both = _combine(y, x)
                 inside = (both >= 0).all(1)
                 parts.append(np.where(inside, both @ [len(coarse.x), 1], len(coarse)))

@@ -45,10 +45,10 @@ def _sum_planes(run: Stages) -> Array:
 
     def step(carry: tuple[Array, list[Array]], entry: PlaneIndex) -> tuple[tuple, None]:
         total, buffers = carry
-        buffers = run.entering(buffers, entry)
-        return (run.added(total, entry, buffers[-1]), buffers), None
+        buffers = run.stage_inputs(buffers, entry)
+        return (run.add_plane(total, entry, buffers[-1]), buffers), None
 
-    (total, _), _ = lax.scan(step, (run.empty(), run.buffers()), _plane_indices(run.level))
+    (total, _), _ = lax.scan(step, (run.zero_total(), run.buffers()), _plane_indices(run.level))
     return total
 
 
@@ -77,12 +77,12 @@ def backward(
 
     def step(carry: tuple, entry: PlaneIndex) -> tuple[tuple, None]:
         total, logs, buffers, blocks, places = carry
-        buffers = run.entering(buffers, entry)
-        blocks, places, more = reversal.followed(blocks, places, buffers, entry)
+        buffers = run.stage_inputs(buffers, entry)
+        blocks, places, more = reversal.backpropagate(blocks, places, buffers, entry)
         logs = [log + new for log, new in zip(logs, more, strict=True)]
-        return (reversal.added(total, entry, places[0].left), logs, buffers, blocks, places), None
+        return (reversal.add_plane(total, entry, places[0].window_cotangent), logs, buffers, blocks, places), None
 
-    start = reversal.empty(), reversal.logs(), run.buffers(), reversal.blocks(), reversal.places()
+    start = reversal.zero_total(), reversal.logs(), run.buffers(), reversal.blocks(), reversal.zero_buffers()
     (total, logs, *_), _ = lax.scan(step, start, _plane_indices(level))
     return total, logs
 
@@ -91,7 +91,7 @@ def _plane_indices(level: Level) -> PlaneIndex:
     """For every plane."""
     grid = level.grid
     n = len(grid)
-    to = grid.pooled(level.coarse) if level.coarse else np.zeros((n, 4), int)
+    to = grid.coarse_planes(level.coarse) if level.coarse else np.zeros((n, 4), int)
     return PlaneIndex(jnp.arange(n), jnp.asarray(grid.starts), jnp.asarray(to))
 
 

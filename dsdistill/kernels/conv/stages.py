@@ -49,7 +49,7 @@ class ReluDeviations(NamedTuple):
 
     Attributes:
         one, one_inverse: Of the image, (h, w, 1 or lanes).
-        two, two_inverse: Of the lanes, (h, w, lanes), extended by `Grid.extended`.
+        two, two_inverse: Of the lanes, (h, w, lanes), extended by `Grid.extend`.
     """
 
     one: Array
@@ -63,7 +63,7 @@ class PaddedImages(NamedTuple):
 
     Attributes:
         one: The image with a margin of zeros, (c, h + 2, w + 2, 1 or lanes).
-        two: The lanes, (c, h, w, lanes), extended by `Grid.extended`.
+        two: The lanes, (c, h, w, lanes), extended by `Grid.extend`.
     """
 
     one: Array
@@ -93,13 +93,13 @@ LevelInput = PaddedImages | Array  # an array: the planes of the level before, (
 
 def pair_deviations(grid: Grid, one: Array, two: Array) -> ReluDeviations:
     """From the deviations (h, w, 1 or lanes) of an image and (h, w, lanes) of the lanes."""
-    extended = grid.extended(two)
+    extended = grid.extend(two)
     return ReluDeviations(one, reciprocal_or_zero(one), extended, reciprocal_or_zero(extended))
 
 
 def pad_images(grid: Grid, one: Array, two: Array) -> PaddedImages:
     """From an image (c, h, w, 1 or lanes) and the lanes (c, h, w, lanes)."""
-    return PaddedImages(pad_margin(one), grid.extended(two))
+    return PaddedImages(pad_margin(one), grid.extend(two))
 
 
 def reciprocal_or_zero(x: Array) -> Array:
@@ -121,7 +121,7 @@ class Stages:
         self.lanes, self.dtype = first.shape[-1], first.real.dtype
         h, w = level.grid.shape
         self.whole = PixelSlice(0, 0, h, w, 1)
-        self.mask = level.grid.extended(jnp.ones((h, w, 1), self.dtype))
+        self.mask = level.grid.extend(jnp.ones((h, w, 1), self.dtype))
 
     def has_tangent(self, i: int) -> bool:
         """Whether the planes that enter stage i hold T beside K."""
@@ -129,7 +129,7 @@ class Stages:
             return True
         return self.level.tangent and any(stage.conv for stage in self.stages[:i])
 
-    def blank(self, complex_: bool, edge: int = 0) -> Array:
+    def zero_plane(self, complex_: bool, edge: int = 0) -> Array:
         """A plane of zeros, with a margin of `edge` pixels."""
         h, w = self.level.grid.shape
         shape = (h + 2 * edge, w + 2 * edge, self.lanes)
@@ -137,28 +137,28 @@ class Stages:
 
     def buffers(self) -> list[Array]:
         """For each stage a place for the plane that enters it, with a margin of zeros."""
-        return [self.blank(self.has_tangent(i), 1) for i in range(len(self.stages))]
+        return [self.zero_plane(self.has_tangent(i), 1) for i in range(len(self.stages))]
 
-    def entering(self, buffers: list[Array], entry: PlaneIndex) -> list[Array]:
+    def stage_inputs(self, buffers: list[Array], entry: PlaneIndex) -> list[Array]:
         """The same places, now with what one plane becomes on its way."""
-        planes = [write_plane(buffers[0], self.first(entry), entry.plane)]
+        planes = [write_plane(buffers[0], self.first_input(entry), entry.plane)]
         for i, buffer in enumerate(buffers[1:]):
-            after = pack_complex(*self.applied(i, entry, planes[i], self.whole))
+            after = pack_complex(*self.apply(i, entry, planes[i], self.whole))
             planes.append(write_plane(buffer, after, entry.plane))
         return planes
 
-    def first(self, entry: PlaneIndex) -> Array:
+    def first_input(self, entry: PlaneIndex) -> Array:
         """The plane that enters the first stage."""
         if not isinstance(self.source, PaddedImages):
             return self.source[entry.plane]
         one, two = self.source.one[:, 1:-1, 1:-1], self.source.two
         if len(two) > MAX_UNROLLED_CHANNELS:
-            return jnp.sum(one * self.cut(two, entry), 0) / len(two)
+            return jnp.sum(one * self.slice_second(two, entry), 0) / len(two)
         # XLA's own sum over a leading axis is not vectorised.
-        products = [a * self.cut(b, entry) for a, b in zip(one, two, strict=True)]
+        products = [a * self.slice_second(b, entry) for a, b in zip(one, two, strict=True)]
         return functools.reduce(jnp.add, products) / len(two)
 
-    def cut(self, extended: Array, entry: PlaneIndex) -> Array:
+    def slice_second(self, extended: Array, entry: PlaneIndex) -> Array:
         """The q of a plane."""
         h, w = self.level.grid.shape
         lead, (y, x) = extended.shape[:-3], entry.start + 1
@@ -167,9 +167,9 @@ class Stages:
 
     def inside(self, entry: PlaneIndex, part: PixelSlice) -> Array:
         """1 where q lies inside the image, 0 elsewhere."""
-        return slice_pixels(self.cut(self.mask, entry), part)
+        return slice_pixels(self.slice_second(self.mask, entry), part)
 
-    def before(
+    def preactivations(
         self, i: int, entry: PlaneIndex, z: Array, part: PixelSlice
     ) -> tuple[Array, Array | None]:
         """K and T before the ReLU of stage i; T is None as long as it is 0 or not wanted."""
@@ -189,35 +189,35 @@ class Stages:
         sides = self.sigmas[i]
         assert sides is not None  # the stage has a ReLU
         one, one_inverse, two, two_inverse = sides
-        n = slice_pixels(one, part) * slice_pixels(self.cut(two, entry), part)
-        return n, slice_pixels(one_inverse, part) * slice_pixels(self.cut(two_inverse, entry), part)
+        n = slice_pixels(one, part) * slice_pixels(self.slice_second(two, entry), part)
+        return n, slice_pixels(one_inverse, part) * slice_pixels(self.slice_second(two_inverse, entry), part)
 
-    def applied(
+    def apply(
         self, i: int, entry: PlaneIndex, z: Array, part: PixelSlice
     ) -> tuple[Array, Array | None]:
         """K and T after stage i."""
-        nngp, ntk = self.before(i, entry, z, part)
+        nngp, ntk = self.preactivations(i, entry, z, part)
         if not self.stages[i].relu:
             return nngp, ntk
         n, n_inverse = self.scales(i, entry, part)
         cos, sine, gain, _ = relu.angle(nngp * n_inverse)
         return n * (sine + cos * gain), None if ntk is None else ntk * gain
 
-    def empty(self) -> Array:
+    def zero_total(self) -> Array:
         """What `added` starts from."""
         both = self.has_tangent(len(self.stages))
         if self.level.coarse is None:
-            return self.blank(both)
+            return self.zero_plane(both)
         shape = (len(self.level.coarse) + 1, *self.level.coarse.shape, self.lanes)
         return jnp.zeros(shape, _complex_dtype(self.dtype) if both else self.dtype)
 
-    def added(self, total: Array, entry: PlaneIndex, z: Array) -> Array:
+    def add_plane(self, total: Array, entry: PlaneIndex, z: Array) -> Array:
         """The last stage of a plane, added to the planes that it is pooled into."""
         i = len(self.stages) - 1
         if self.level.coarse is None:
-            return total + pack_complex(*self.applied(i, entry, z, self.whole))
+            return total + pack_complex(*self.apply(i, entry, z, self.whole))
         for parity, part in enumerate(self.parities()):
-            more = pack_complex(*self.applied(i, entry, z, part))[None]
+            more = pack_complex(*self.apply(i, entry, z, part))[None]
             at = (entry.to[parity], 0, 0, 0)
             old = lax.dynamic_slice(total, at, more.shape)
             total = lax.dynamic_update_slice(total, old + more, at)

@@ -31,8 +31,8 @@ class StageBuffers(NamedTuple):
         left: The cotangent of what enters it, before the adjoint of its convolution.
     """
 
-    before: Array | None
-    left: Array
+    preactivations: Array | None
+    window_cotangent: Array
 
 
 class StagesAdjoint:
@@ -41,34 +41,34 @@ class StagesAdjoint:
     def __init__(self, run: Stages, cotangent: Array) -> None:
         self.run, self.cotangent = run, cotangent
 
-    def places(self) -> list[StageBuffers]:
+    def zero_buffers(self) -> list[StageBuffers]:
         """Zeros."""
         run, found = self.run, []
         for i, stage in enumerate(run.stages):
-            place = run.blank(run.has_tangent(i), 1)
+            place = run.zero_plane(run.has_tangent(i), 1)
             found.append(StageBuffers(place if stage.relu else None, place))
         return found
 
     def logs(self) -> list[Array]:
         """Zeros, for the cotangent of log σ1 at each ReLU."""
-        return [self.run.blank(False) for stage in self.run.stages if stage.relu]
+        return [self.run.zero_plane(False) for stage in self.run.stages if stage.relu]
 
-    def empty(self) -> Array:
+    def zero_total(self) -> Array:
         """What `added` starts from."""
         run = self.run
         if isinstance(run.source, PaddedImages):
-            return jnp.stack([run.blank(False)] * len(run.source.two))
+            return jnp.stack([run.zero_plane(False)] * len(run.source.two))
         return jnp.zeros_like(run.source)
 
-    def added(self, total: Array, entry: PlaneIndex, left: Array) -> Array:
+    def add_plane(self, total: Array, entry: PlaneIndex, left: Array) -> Array:
         """What one plane says about the image, or the plane itself, added to the others."""
         run = self.run
-        g = self.entered(0, left)
+        g = self.input_cotangent(0, left)
         if not isinstance(run.source, PaddedImages):
             return lax.dynamic_update_slice(total, g[None], (entry.plane, 0, 0, 0))
-        return total + g * run.cut(run.source.two, entry) / len(run.source.two)
+        return total + g * run.slice_second(run.source.two, entry) / len(run.source.two)
 
-    def followed(
+    def backpropagate(
         self, blocks: Array, places: list[StageBuffers], planes: list[Array], entry: PlaneIndex
     ) -> tuple[Array, list[StageBuffers], list[Array]]:
         """One plane back through all stages.
@@ -83,12 +83,12 @@ class StagesAdjoint:
             The same places, and the cotangents of log σ1 at each ReLU.
         """
         places, logs = list(places), []
-        blocks = self.unpooled(blocks, entry)
+        blocks = self.unpool(blocks, entry)
         g = self.fine(blocks)
         for i in reversed(range(len(places))):
-            places[i], log = self.through(i, places[i], planes[i], g, entry)
+            places[i], log = self.backpropagate_stage(i, places[i], planes[i], g, entry)
             logs += [] if log is None else [log]
-            g = self.entered(i, places[i].left)
+            g = self.input_cotangent(i, places[i].window_cotangent)
         return blocks, places, logs[::-1]
 
     def blocks(self) -> Array:
@@ -96,7 +96,7 @@ class StagesAdjoint:
         h, w = self.run.level.coarse.shape if self.run.level.coarse else (0, 0)
         return jnp.zeros((h, 2, w, 2, self.run.lanes), self.cotangent.dtype)
 
-    def unpooled(self, blocks: Array, entry: PlaneIndex) -> Array:
+    def unpool(self, blocks: Array, entry: PlaneIndex) -> Array:
         """The cotangent of the pixels of one plane that are pooled, after the last stage."""
         if self.run.level.coarse is None:
             return blocks
@@ -114,36 +114,36 @@ class StagesAdjoint:
         even = blocks.reshape(2 * h, 2 * w, lanes)
         return jnp.pad(even, ((0, rows - 2 * h), (0, columns - 2 * w), (0, 0)))
 
-    def entered(self, i: int, left: Array) -> Array:
+    def input_cotangent(self, i: int, left: Array) -> Array:
         """The cotangent of the plane that entered stage i."""
         run = self.run
         conv = run.stages[i].conv
         return window_sum_padded(left, run.whole) if conv else slice_pixels(left, run.whole, 1, 1)
 
-    def through(
+    def backpropagate_stage(
         self, i: int, place: StageBuffers, z: Array, g: Array, entry: PlaneIndex
     ) -> tuple[StageBuffers, Array | None]:
         """One stage: what it writes down, and the cotangent of log σ1 if it has a ReLU."""
         run = self.run
-        if place.before is None:
-            left = self.onto(i, g, entry)
-            return place._replace(left=write_plane(place.left, left, entry.plane)), None
-        before = pack_complex(*run.before(i, entry, z, run.whole))
+        if place.preactivations is None:
+            left = self.convolution_adjoint(i, g, entry)
+            return place._replace(window_cotangent=write_plane(place.window_cotangent, left, entry.plane)), None
+        before = pack_complex(*run.preactivations(i, entry, z, run.whole))
         before = write_plane(
-            place.before, before if run.has_tangent(i) else before.real, entry.plane
+            place.preactivations, before if run.has_tangent(i) else before.real, entry.plane
         )
-        left = self.left(i, before[1:-1, 1:-1], g, entry)
+        left = self.window_cotangent(i, before[1:-1, 1:-1], g, entry)
         log = self.log(i, read_plane(before, entry.plane), g, entry)
-        return StageBuffers(before, write_plane(place.left, left, entry.plane)), log
+        return StageBuffers(before, write_plane(place.window_cotangent, left, entry.plane)), log
 
-    def left(self, i: int, before: Array, g: Array, entry: PlaneIndex) -> Array:
+    def window_cotangent(self, i: int, before: Array, g: Array, entry: PlaneIndex) -> Array:
         """The cotangent of what enters stage i, up to the adjoint of its convolution."""
         _, n_inverse = self.run.scales(i, entry, self.run.whole)
         _, _, gain, slope = relu.angle(before.real * n_inverse)
         if not is_complex(g):
-            return self.onto(i, g * gain, entry)
+            return self.convolution_adjoint(i, g * gain, entry)
         turned = g.imag * self.tangent(before) * slope * n_inverse
-        return self.onto(i, lax.complex(g.real * gain + turned, g.imag * gain), entry)
+        return self.convolution_adjoint(i, lax.complex(g.real * gain + turned, g.imag * gain), entry)
 
     def log(self, i: int, before: Array, g: Array, entry: PlaneIndex) -> Array:
         """The cotangent of log σ1 at stage i."""
@@ -157,7 +157,7 @@ class StagesAdjoint:
         """T, which begins as K."""
         return before.imag if is_complex(before) else before
 
-    def onto(self, i: int, g: Array, entry: PlaneIndex) -> Array:
+    def convolution_adjoint(self, i: int, g: Array, entry: PlaneIndex) -> Array:
         """From the cotangents of K and T after a convolution to those of the windows' sums."""
         run = self.run
         if run.stages[i].conv:
