@@ -1,4 +1,4 @@
-"""What the two command lines share: a wrong input is one line, and a stop is a clean end."""
+"""Shared by both command lines: an input error prints one line, an interrupt exits cleanly."""
 
 import contextlib
 import difflib
@@ -20,15 +20,15 @@ Commands = Mapping[str, tuple[type, Callable[[Any], None]]]
 
 
 def main(prog: str, description: str, commands: Commands, stopped: str) -> None:
-    """Read the command line and run the command it names.
+    """Parse the command line and run the command it names.
 
     Args:
-        prog: Opens every message.
-        description: For the help page.
-        commands: Name -> class of its options, and what runs them. That may raise `UserError` or
-            `OSError` for what the user can mend.
-        stopped: What to say after Ctrl-C or SIGTERM, which end a command the same way, unless it
-            says itself what is kept (`stopping.StopInterrupt`).
+        prog: Program name; starts every message.
+        description: Text for the help page.
+        commands: For each command name, its options class and the function that runs it. The
+            function raises `UserError` or `OSError` for what the user can correct.
+        stopped: Message after Ctrl-C or SIGTERM, unless the command says itself what is kept
+            (`stopping.StopInterrupt`).
 
     Raises:
         SystemExit: With code 0 after a help page; with code 2 and one line if the command line
@@ -37,12 +37,13 @@ def main(prog: str, description: str, commands: Commands, stopped: str) -> None:
     options = _parse(prog, description, {name: cls for name, (cls, _) in commands.items()})
     execute = next(execute for cls, execute in commands.values() if type(options) is cls)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does: Latin-1 alone
+        # As standard error does: the terminal may know Latin-1 only.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with stopping.handle_signals():
             execute(options)
             sys.stdout.flush()
-    except BrokenPipeError as error:  # whoever reads has seen enough, as `head` does
+    except BrokenPipeError as error:  # the reader has closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from error
     except (UserError, OSError) as error:
@@ -71,7 +72,7 @@ def _parse(prog: str, description: str, commands: Mapping[str, type]) -> Any:
 
 
 def _shorten_tyro_message(box: str, commands: Iterable[str]) -> str:
-    """tyro's framed message as one line, with the nearest known name."""
+    """Turn tyro's framed message into one line that suggests the nearest known name."""
     lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
     message = " ".join(itertools.takewhile(lambda line: not line.startswith("─"), lines))
     near = _suggested_option(lines) or _nearest_choice(message) or _nearest_name(message, commands)
@@ -84,10 +85,10 @@ def _suggested_option(lines: list[str]) -> str | None:
 
 
 def _nearest_choice(message: str) -> str | None:
-    found = re.search(r"invalid choice '(.*?)'.*Expected one of \((.*)\)", message)
-    return _nearest_name(found[1], re.findall(r"'(.*?)'", found[2])) if found else None
+    match = re.search(r"invalid choice '(.*?)'.*Expected one of \((.*)\)", message)
+    return _nearest_name(match[1], re.findall(r"'(.*?)'", match[2])) if match else None
 
 
 def _nearest_name(text: str, known: Iterable[str]) -> str | None:
-    """The known name that is nearest to the last word."""
+    """The known name closest to the last word of a text; None if none is close."""
     return next(iter(difflib.get_close_matches(text.split()[-1], known, n=1)), None)
