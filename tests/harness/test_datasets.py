@@ -331,7 +331,7 @@ def test_damaged_torchvision_data_is_one_line(tmp_path, monkeypatch):
     for part in ("train", "t10k"):
         for kind in ("images-idx3", "labels-idx1"):
             (raw / f"{part}-{kind}-ubyte").write_bytes(b"not what it should be")
-    _refused("fashion-mnist", tmp_path, "not whole under")
+    _refused("fashion-mnist", tmp_path, "missing or incomplete under")
 
 
 @pytest.mark.fashion

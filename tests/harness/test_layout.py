@@ -265,7 +265,7 @@ def test_one_name_in_two_normal_forms_is_one_class(tmp_path):
     assert found.test is not None
     assert all(file.is_file() for file in found.files)
     _fill(tmp_path / "train", 2, (unicodedata.normalize("NFD", "café"),))
-    _refused(tmp_path, "train has two folders of one name, 'café'")
+    _refused(tmp_path, "train has two folders of the same name, 'café'")
 
 
 def test_names_that_are_no_utf8_become_printable(tmp_path):
@@ -311,7 +311,7 @@ def test_the_order_is_said_where_programs_differ():
     assert "order of their text (0, 1, 10, 11, 2, ...)" in earlier
     assert "timm has 0, 1, 2, 3, 4, ..." in earlier
     given = class_names.order_note(("dog", "cat"))
-    assert given == "classes stand in the order of what they are matched with (dog, cat)"
+    assert given == "classes are in the order of the classes they are matched with (dog, cat)"
     text = class_names.order_note(("b10", "b2"))
     assert text is not None
     assert "order of their text (b10, b2)" in text

@@ -74,7 +74,7 @@ def test_a_table_in_each_part(tmp_path, kind, capsys):
     assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [30, 6, 9]
     for part in (splits.train, splits.validation, splits.test):
         assert np.array_equal(part.images()[:, 0, 0, 0], 50 * part.labels)
-    assert f"metadata.{kind}: the classes stand in it" in capsys.readouterr().err
+    assert f"metadata.{kind}: classes are read from this table" in capsys.readouterr().err
     parts = open_folder(root, 0.1)
     for streamed, decoded in ((parts.train, splits.train), (parts.test, splits.test)):
         assert streamed.labels is not None
@@ -143,7 +143,7 @@ def test_a_table_with_classes_counts_beside_folders(tmp_path, capsys):
     rows = [row for name in ("batch1", "batch2") for row in _rows(tmp_path, 6, f"{name}/")]
     _write(tmp_path / "metadata.csv", rows[1:])
     assert _classes(tmp_path) == {row["file_name"]: row["label"] for row in rows[1:]}
-    assert "the classes stand in it" in capsys.readouterr().err
+    assert "classes are read from this table" in capsys.readouterr().err
     assert "1 images that metadata.csv does not name" in list_folder(tmp_path).skipped
 
 
@@ -209,9 +209,9 @@ CONTENTS = {
     "two classes of one": (f"{HEAD}000.png,cat\n./000.png,dog\n", "row 2 .* an earlier one 'cat'"),
     "one class": (f"{HEAD}000.png,cat\n", "names 1 classes"),
     "a value too many": (f"{HEAD}000.png,cat,x\n", "row 1 has 3 values"),
-    "an open quote": (f'{HEAD}"000.png,cat\n', "is no CSV in UTF-8"),
-    "other letters": (f"{HEAD}000.png,caf\udce9\n", "is no CSV in UTF-8"),
-    "a column twice": ("file_name,label,label\n000.png,a,b\n", "two columns of one name"),
+    "an open quote": (f'{HEAD}"000.png,cat\n', "is not CSV in UTF-8"),
+    "other letters": (f"{HEAD}000.png,caf\udce9\n", "is not CSV in UTF-8"),
+    "a column twice": ("file_name,label,label\n000.png,a,b\n", "two columns of the same name"),
     "several candidates": ("file_name,class,target\n000.png,a,b\n", "rename one of them to label"),
     "no class at all": ("file_name,text\n000.png,a\n", "no class folders"),
     "no image": ("id,label\n0,a\n", "no class folders.* metadata.csv with the columns file_name"),
@@ -247,7 +247,7 @@ def test_json_lines_refusals(tmp_path, case):
 def test_parquet_refusals(tmp_path, monkeypatch):
     rows = _rows(tmp_path, 3)
     (tmp_path / "metadata.parquet").write_bytes(b"PAR1 and no more")
-    _refused(tmp_path, "no whole Parquet file")
+    _refused(tmp_path, "not a complete Parquet file")
     _write(tmp_path / "metadata.parquet", [{"image": row["file_name"]} for row in rows])
     _refused(tmp_path, "must have a column file_name")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
