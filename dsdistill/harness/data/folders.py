@@ -380,8 +380,8 @@ def _decode_all(
 
 def _decode(file: Path, size: int | None, channels: int | None) -> DecodedImage | str:
     # Decoded at full size: the JPEG decoder's own shrinking ("draft") would be 2 to 4 times as
-    # fast, once, and change pixels by up to 5 levels in photos and 49 in noise, so that a teacher would
-    # see other images than those it was trained on, and streamed images would differ from cached.
+    # fast, once, and change pixels by up to 5 levels in photos and 49 in noise, so that a teacher
+    # would see other images than it was trained on, and streamed images would differ from cached.
     try:
         plain = image_files.read(file)
         is_gray = plain.mode == "L"

@@ -38,8 +38,8 @@ class Preprocess:
 
     `standardise` subtracts the channel mean and divides by the channel deviation. `zca` then
     centres each flattened image, divides it by its L2 norm, and multiplies it by `whiten`.
-    `zca-mtt` and `zca-frepo` subtract the mean image, divide by `std` and multiply by `whiten`; `zca-rfad`
-    does the same with the channel means in place of the mean image.
+    `zca-mtt` and `zca-frepo` subtract the mean image, divide by `std` and multiply by `whiten`;
+    `zca-rfad` does the same with the channel means in place of the mean image.
 
     Attributes:
         kind: One of the maps above; `none` only converts to float32 in [0, 1].

@@ -157,7 +157,9 @@ class _Patches(NamedTuple):
 
     def windows(self, start: Array) -> dict[PixelPair, Array]:
         """The sums over the 3x3 windows of all pairs, each product of two pixels taken once."""
-        two = [{p: self.slice_second(channel, start, *p) for p in PATCH_PIXELS} for channel in self.two]
+        two = [
+            {p: self.slice_second(channel, start, *p) for p in PATCH_PIXELS} for channel in self.two
+        ]
         found = {}
         for y, x in itertools.product((-1, 0, 1), repeat=2):
             products = {

@@ -185,7 +185,9 @@ class _LevelPrograms:
                 whole = here.cotangent(after.kind, g, None).nngp
                 return [t + whole * here.other(two, c) for c, t in enumerate(totals)]
 
-            totals = self.loop_over_planes(chunk, step, [jnp.zeros(spot.shape, self.dtype)] * channels)
+            totals = self.loop_over_planes(
+                chunk, step, [jnp.zeros(spot.shape, self.dtype)] * channels
+            )
             for c, total in enumerate(totals):
                 spot.at(chunk).write(out, total / channels, c)
 

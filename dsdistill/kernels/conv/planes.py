@@ -80,9 +80,21 @@ def backward(
         buffers = run.stage_inputs(buffers, entry)
         blocks, places, more = reversal.backpropagate(blocks, places, buffers, entry)
         logs = [log + new for log, new in zip(logs, more, strict=True)]
-        return (reversal.add_plane(total, entry, places[0].window_cotangent), logs, buffers, blocks, places), None
+        return (
+            reversal.add_plane(total, entry, places[0].window_cotangent),
+            logs,
+            buffers,
+            blocks,
+            places,
+        ), None
 
-    start = reversal.zero_total(), reversal.logs(), run.buffers(), reversal.blocks(), reversal.zero_buffers()
+    start = (
+        reversal.zero_total(),
+        reversal.logs(),
+        run.buffers(),
+        reversal.blocks(),
+        reversal.zero_buffers(),
+    )
     (total, logs, *_), _ = lax.scan(step, start, _plane_indices(level))
     return total, logs
 

@@ -190,7 +190,9 @@ class Stages:
         assert sides is not None  # the stage has a ReLU
         one, one_inverse, two, two_inverse = sides
         n = slice_pixels(one, part) * slice_pixels(self.slice_second(two, entry), part)
-        return n, slice_pixels(one_inverse, part) * slice_pixels(self.slice_second(two_inverse, entry), part)
+        return n, slice_pixels(one_inverse, part) * slice_pixels(
+            self.slice_second(two_inverse, entry), part
+        )
 
     def apply(
         self, i: int, entry: PlaneIndex, z: Array, part: PixelSlice

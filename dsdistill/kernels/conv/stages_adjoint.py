@@ -127,7 +127,9 @@ class StagesAdjoint:
         run = self.run
         if place.preactivations is None:
             left = self.convolution_adjoint(i, g, entry)
-            return place._replace(window_cotangent=write_plane(place.window_cotangent, left, entry.plane)), None
+            return place._replace(
+                window_cotangent=write_plane(place.window_cotangent, left, entry.plane)
+            ), None
         before = pack_complex(*run.preactivations(i, entry, z, run.whole))
         before = write_plane(
             place.preactivations, before if run.has_tangent(i) else before.real, entry.plane
@@ -143,7 +145,9 @@ class StagesAdjoint:
         if not is_complex(g):
             return self.convolution_adjoint(i, g * gain, entry)
         turned = g.imag * self.tangent(before) * slope * n_inverse
-        return self.convolution_adjoint(i, lax.complex(g.real * gain + turned, g.imag * gain), entry)
+        return self.convolution_adjoint(
+            i, lax.complex(g.real * gain + turned, g.imag * gain), entry
+        )
 
     def log(self, i: int, before: Array, g: Array, entry: PlaneIndex) -> Array:
         """The cotangent of log σ1 at stage i."""
