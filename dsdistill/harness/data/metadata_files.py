@@ -180,7 +180,7 @@ def _read_json_lines(path: Path) -> list[Mapping[str, Any]]:
     except DataError:
         raise
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not one JSON object a line: {one_line(error)}") from error
+        raise DataError(f"{path} is not one JSON object per line: {one_line(error)}") from error
     return rows
 
 
