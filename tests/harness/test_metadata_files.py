@@ -178,7 +178,7 @@ def test_the_column_that_is_taken_is_said(tmp_path, capsys, columns, taken, word
 def test_a_column_of_parts_is_said_not_to_be_read(tmp_path, capsys):
     _write(tmp_path / "metadata.csv", [{**row, "split": "test"} for row in _rows(tmp_path, 6)])
     list_folder(tmp_path)
-    assert "its column 'split' is not read" in capsys.readouterr().err
+    assert "the column 'split' is ignored" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ CONTENTS = {
     "no such file": (f"{HEAD}000.png,cat\nnone.png,dog\n", "row 2 names 'none.png', which is no"),
     "no file": (f"{HEAD}000.png,cat\n,dog\n", "row 2 must have a file_name"),
     "no class": (f"{HEAD}000.png,cat\n001.png,\n", "row 2 must have one class"),
-    "two classes of one": (f"{HEAD}000.png,cat\n./000.png,dog\n", "row 2 .* an earlier one 'cat'"),
+    "two classes of one": (f"{HEAD}000.png,cat\n./000.png,dog\n", "row 2 .* an earlier row 'cat'"),
     "one class": (f"{HEAD}000.png,cat\n", "names 1 classes"),
     "a value too many": (f"{HEAD}000.png,cat,x\n", "row 1 has 3 values"),
     "an open quote": (f'{HEAD}"000.png,cat\n', "is not CSV in UTF-8"),
@@ -231,8 +231,8 @@ LINES = {
     "a list for a class": ('{"file_name": "000.png", "label": [1]}', "row 1 must have one class"),
     "half a number": ('{"file_name": "000.png", "label": 0.5}', "row 1 must have one class"),
     "a number for a file": ('{"file_name": 7, "label": 1}', "row 1 must have a file_name, got 7"),
-    "cut off": ('{"file_name": "000.png", "lab', "not one JSON object a line"),
-    "brackets": ("[" * 100_000, "not one JSON object a line"),
+    "cut off": ('{"file_name": "000.png", "lab', "not one JSON object per line"),
+    "brackets": ("[" * 100_000, "not one JSON object per line"),
 }
 
 
@@ -258,7 +258,7 @@ def test_two_tables_are_refused(tmp_path):
     rows = _rows(tmp_path, 3)
     _write(tmp_path / "metadata.csv", rows)
     _write(tmp_path / "metadata.jsonl", rows)
-    _refused(tmp_path, "metadata.csv, metadata.jsonl: leave one")
+    _refused(tmp_path, "metadata.csv, metadata.jsonl: keep one")
 
 
 def test_a_set_finds_its_data_again(tmp_path):
@@ -297,4 +297,4 @@ def test_masks_beside_images_are_no_class(tmp_path, classes, remedy):
     for number in range(6):
         _picture(tmp_path / "images" / ("ab"[number % 2] if classes else "") / f"{number}.png")
         _picture(tmp_path / "masks" / f"{number}.png")
-    _refused(tmp_path, f"images/ beside masks/, which are no classes: {remedy}")
+    _refused(tmp_path, f"images/ beside masks/, which are not classes: {remedy}")

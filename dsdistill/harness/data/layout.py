@@ -304,8 +304,8 @@ def _are_classes(root: Path, named: dict[str, list[Path]], others: Sequence[Path
         return True
     parts = [folder for candidates in named.values() for folder in candidates]
     raise DataError(
-        f"{root} has {_list_names(parts)} beside {_list_names(others)}: if the former are parts, "
-        "give the path of one, or move the others away; if they are classes, rename them"
+        f"{root} has {_list_names(parts)} beside {_list_names(others)}: if they are parts, give "
+        "the path of one, or move the others away; if they are classes, rename them"
     )
 
 
