@@ -20,6 +20,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from dsdistill.harness.errors import one_line
+
 PILLOW_MODES = {1: "L", 3: "RGB"}  # by number of channels
 # Opened by an external program (EPS, WMF), not images (MPEG), or mere stubs for plugins.
 UNSUPPORTED_FORMATS = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5", "IPTC"}
@@ -85,8 +87,8 @@ def describe_error(error: Exception, path: Path | None = None) -> str:
     if isinstance(error, UnidentifiedImageError):
         return _describe_foreign_file(path) if path is not None else "not an image"
     # Of an OSError the reason only: its full text repeats the path.
-    text = getattr(error, "strerror", None) or str(error)
-    return " ".join(text.split()) or type(error).__name__
+    reason = getattr(error, "strerror", None)
+    return " ".join(reason.split()) if reason else one_line(error)
 
 
 def _describe_foreign_file(path: Path) -> str:
