@@ -206,7 +206,7 @@ def _target_batch(
         )
         return size
 
-    return run.recorded("target_batch", measured)
+    return run.choose_once("target_batch", measured)
 
 
 def _closing_images(options: KipOptions, setting: Prepared) -> int:

@@ -46,7 +46,8 @@ def main(prog: str, description: str, commands: Commands, stopped: str) -> None:
         raise SystemExit(2)
     options = None if page else _parse(prog, description, classes)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does: Latin-1 alone
+        # As standard error does: the terminal may know Latin-1 only.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with stopping.handle_signals():
             if page:
@@ -55,7 +56,7 @@ def main(prog: str, description: str, commands: Commands, stopped: str) -> None:
                 execute = next(run for cls, run in commands.values() if type(options) is cls)
                 execute(options)
             sys.stdout.flush()
-    except BrokenPipeError as error:  # whoever reads has seen enough, as `head` does
+    except BrokenPipeError as error:  # the reader has closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from error
     except (UserError, OSError) as error:
@@ -164,10 +165,10 @@ def _suggested_option(lines: list[str]) -> str | None:
 
 
 def _nearest_choice(message: str) -> str | None:
-    found = re.search(r"invalid choice '(.*?)'.*Expected one of \((.*)\)", message)
-    return _nearest_name(found[1], re.findall(r"'(.*?)'", found[2])) if found else None
+    match = re.search(r"invalid choice '(.*?)'.*Expected one of \((.*)\)", message)
+    return _nearest_name(match[1], re.findall(r"'(.*?)'", match[2])) if match else None
 
 
 def _nearest_name(text: str, known: Iterable[str]) -> str | None:
-    """The known name that is nearest to the last word."""
+    """The known name closest to the last word of a text; None if none is close."""
     return next(iter(difflib.get_close_matches(text.split()[-1], known, n=1)), None)

@@ -11,14 +11,17 @@ MAX_MEMORY_SHARE = 0.25  # share of the free memory that the preprocessed images
 def load_into_memory(examples: Examples) -> Examples:
     """The examples preprocessed once and kept, if they fit into a share of the free memory."""
     h, w, c = examples.data.shape
-    if examples.ready or 4 * len(examples) * h * w * c > MAX_MEMORY_SHARE * memory.available():
+    if (
+        examples.is_preprocessed
+        or 4 * len(examples) * h * w * c > MAX_MEMORY_SHARE * memory.available()
+    ):
         return examples
     images = np.empty((len(examples), h, w, c), np.float32)
     for start in range(0, len(images), 4096):
         rows = slice(start, start + 4096)
         images[rows] = examples.images(rows)
     data = LabeledImages(images, examples.data.labels, examples.data.classes)
-    return Examples(data, examples.preprocess, examples.targets, ready=True)
+    return Examples(data, examples.preprocess, examples.targets, is_preprocessed=True)
 
 
 class TargetBatches:

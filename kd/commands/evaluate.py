@@ -167,7 +167,7 @@ def _test_images(
     every = not is_of_run and (folder is None or folder.test is None)
     chosen = _test_on_all_images(source) if every else source
     if folder is not None:
-        folder.say_judged(_test_count(chosen), every=every)
+        folder.announce_evaluation(_test_count(chosen), every=every)
     if folder is not None and folder.test:
         return TestImages(chosen, f"test images, {folder.test.folder}")
     if is_of_run:

@@ -190,7 +190,7 @@ def test_a_run_with_every_way_to_save_time(dsdistill, tmp_path):
     note, *said = done.stderr.splitlines()
     assert note.startswith("note: the set of --init was made with images that this run validates")
     assert said[0] == f"target batch: {chosen['target_batch']} images, for steps of 5 ms"
-    assert re.match(r"expected: .* \(.* a warm-up step, .* pairs of images a second\)", said[1])
+    assert re.match(r"expected: .* \(.* per warm-up step, .* pairs of images per second\)", said[1])
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["phase"] for line in lines] == [1] * 6 + [2] * (last - 6)
 

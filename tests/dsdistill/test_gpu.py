@@ -50,8 +50,8 @@ def planes_of(text: str, *shape: int) -> list[tuple]:
     network = notation.parse(text)
     x1, x2 = (jnp.asarray(images(n, *shape, seed=n), jnp.float64) for n in (1, 4))
     one, two = (
-        conv_kernel._PreparedImages.of(x1, network),
-        conv_kernel._PreparedImages.blocks(x2, network),
+        conv_kernel._PreparedImages.one_by_one(x1, network),
+        conv_kernel._PreparedImages.in_lanes(x2, network),
     )
     image, block = (jax.tree.map(lambda a: a[0], side) for side in (one, two))
     levels = lanes.build_levels(network, block.images.shape)

@@ -127,7 +127,7 @@ def test_long_work_is_announced_before_it_begins(
     announced, *_ = capsys.readouterr().err.splitlines()
     assert announced == (
         f"expected: {progress.format_duration(seconds)} to the end of the run "
-        "(10 s a tile, 1 pairs of images a second)"
+        "(10 s per tile, 1 pairs of images per second)"
     )
 
 
@@ -155,8 +155,8 @@ def test_a_warm_up_is_numbered_shown_and_judged_at_its_end(support, tmp_path, ca
     assert [f["phase"] for f in figures] == [1] * 3 + [2] * 6
     assert ["validation_loss" in f for f in figures] == [False] * 2 + [True] * 7
     shown = capsys.readouterr().err.splitlines()
-    assert re.match(r"expected: .* to the end of the run \(.* a warm-up step, ", shown[0])
-    assert re.match(r"expected: .* to the end of the run \(.* a step, ", shown[2])
+    assert re.match(r"expected: .* to the end of the run \(.* per warm-up step, ", shown[0])
+    assert re.match(r"expected: .* to the end of the run \(.* per step, ", shown[2])
     assert shown[1].startswith("3/3 warm-up steps")
     assert shown[-1].startswith("6/6 steps")
 

@@ -353,5 +353,5 @@ def test_a_users_kernel_that_changed_is_refused(tmp_path, monkeypatch, capsys, c
         del config["inputs"][name]
         (out / "config.json").write_text(json.dumps(config))
     distil.run_kip(KipOptions(out=out, resume=True))
-    assert (f"holds no hash of: {name}" in capsys.readouterr().err) == (change == "no hash")
+    assert (f"has no hash of: {name}" in capsys.readouterr().err) == (change == "no hash")
     assert distilled_set.load(out / distilled_set.FILE_NAME).provenance["inputs"][name]

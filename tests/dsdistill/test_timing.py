@@ -149,11 +149,11 @@ def test_expected_is_one_line(capsys):
     progress.announce_duration(720, "step", 0.72, 864_000)
     assert capsys.readouterr().err == (
         "expected: 12 min to the end of the run "
-        "(0.7 s a step, 1.2 million pairs of images a second)\n"
+        "(0.7 s per step, 1.2 million pairs of images per second)\n"
     )
     progress.announce_duration(0.0123, "chunk", 0.0123, 10)
     assert capsys.readouterr().err == (
-        "expected: 12 ms to the end of the run (12 ms a chunk, 813 pairs of images a second)\n"
+        "expected: 12 ms to the end of the run (12 ms per chunk, 813 pairs of images per second)\n"
     )
 
 

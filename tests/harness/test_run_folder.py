@@ -167,11 +167,11 @@ def test_a_damaged_config_is_one_line(tmp_path, text):
 
 def test_a_choice_is_made_once_and_stands_in_the_config(tmp_path):
     with _start(tmp_path, steps=5) as run:
-        assert run.recorded("batch", lambda: 480) == 480
-        assert run.recorded("batch", lambda: pytest.fail("chosen twice")) == 480
+        assert run.choose_once("batch", lambda: 480) == 480
+        assert run.choose_once("batch", lambda: pytest.fail("chosen twice")) == 480
     again = _start(tmp_path, resume=True)
-    assert again.recorded("batch", lambda: pytest.fail("chosen twice")) == 480
-    assert again.recorded("other", lambda: [1]) == [1]
+    assert again.choose_once("batch", lambda: pytest.fail("chosen twice")) == 480
+    assert again.choose_once("other", lambda: [1]) == [1]
     stored = run_folder.read_json(tmp_path / "config.json")
     assert stored["chosen"] == {"batch": 480, "other": [1]}
     assert stored["steps"] == 5

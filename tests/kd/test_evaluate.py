@@ -282,10 +282,10 @@ def test_the_line_of_a_folder_speaks_of_what_is_judged(
 ) -> None:
     draw(Path("line"), CLASSES, 7, 6)
     for run, folder, expected in (
-        ("of-parts", ("line",), "line: 28 images of 4 classes are judged, all of them"),
-        ("of-parts", (), "parts: 52 images of 4 classes are judged, from val/"),
-        ("of-plain", (), "plain: 16 images of 4 classes are judged, the share that is held out"),
-        ("of-plain", ("parts",), "parts: 52 images of 4 classes are judged, from val/"),
+        ("of-parts", ("line",), "line: 28 images of 4 classes are evaluated, all of them"),
+        ("of-parts", (), "parts: 52 images of 4 classes are evaluated, from val/"),
+        ("of-plain", (), "plain: 16 images of 4 classes are evaluated, the share that is held out"),
+        ("of-plain", ("parts",), "parts: 52 images of 4 classes are evaluated, from val/"),
     ):
         progress._say_once.cache_clear()
         main(inside, "evaluate", run, *folder)

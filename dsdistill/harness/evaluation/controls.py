@@ -129,4 +129,6 @@ def _choose_per_class(
 
 
 def _select(train: Examples, rows: Int[np.ndarray, " n"]) -> Examples:
-    return Examples(train.data.select(rows), train.preprocess, ready=train.ready)
+    return Examples(
+        train.data.select(rows), train.preprocess, is_preprocessed=train.is_preprocessed
+    )

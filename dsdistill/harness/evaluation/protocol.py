@@ -281,7 +281,9 @@ def limit_examples(examples: Examples, limit: int | None, seed: int) -> Examples
         return examples
     rows = draw_balanced(examples.data.labels, limit, np.random.default_rng(seed))
     targets = None if examples.targets is None else examples.targets[rows]
-    return Examples(examples.data.select(rows), examples.preprocess, targets, examples.ready)
+    return Examples(
+        examples.data.select(rows), examples.preprocess, targets, examples.is_preprocessed
+    )
 
 
 def stored_bytes(examples: Examples) -> int:

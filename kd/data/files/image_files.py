@@ -160,7 +160,7 @@ def open_folder(
     else:
         train, validation = train.held_out(validation_fraction)
     if announce:
-        layout.say(len(train), len(validation), len(test))
+        layout.announce(len(train), len(validation), len(test))
     return FileSplits(train, validation, test, layout.validation is not None)
 
 
