@@ -337,7 +337,10 @@ def test_stopped_by_hand_leaves_a_checkpoint(dsdistill, tmp_path, number):
         (["kip", "--warm-up", "fc:0"], ["--warm-up", "at least 1 step"]),
         (["kip", "--kernel", "fc,fc"], ["--kernel names one twice"]),
         (["kip", "--kernel", "fc,convnett"], ["did you mean 'convnet'"]),
-        (["kip", "--kernel", "fc,conv", "--depth", "2"], ["--depth is for one kernel", "fc(3)"]),
+        (
+            ["kip", "--kernel", "fc,conv", "--depth", "2"],
+            ["--depth applies to one kernel", "fc(3)"],
+        ),
         (["ls", "--kernel", "fc,conv"], ["Label Solve takes one --kernel"]),
         (["kip", "--validation-fraction", "1"], ["validation fraction"]),
         (["kip", "--seed", "-1"], ["--seed"]),

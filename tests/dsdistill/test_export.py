@@ -132,7 +132,7 @@ def test_evaluate_scores_an_export_as_the_set(tmp_path: Path) -> None:
         options = EvaluateOptions(run, learners="ridge", controls="", cache=None, seeds=1)
         parts = evaluation_parts.assemble(options)
         (learner,) = parts.learners
-        examples, judged = parts.distilled.examples(), parts.judges.validation
+        examples, judged = parts.distilled.examples(), parts.held_out.validation
         predict = learner(examples, judged, 0)
         test = parts.distilled.preprocess.apply(DIGITS.test.images(slice(100)))
         scores.append(np.asarray(predict(test)))

@@ -219,8 +219,8 @@ def test_the_command(dsdistill, tmp_path):
     assert '"schedule": "cosine"' in config
     assert '"learning_rate": 0.3' in config
     for wrong, words in (
-        (["--learning-rate", 2], "is a part of the step"),
-        (["--label-learning-rate", 0.1], "--label-learning-rate is of --optimizer adam"),
+        (["--learning-rate", 2], "is a fraction of the step"),
+        (["--label-learning-rate", 0.1], "--label-learning-rate needs --optimizer adam"),
         (["--damping", 0], "--damping must be positive"),
     ):
         done = dsdistill("kip", "digits", *options[:3], *wrong, "--out", tmp_path / "no")
