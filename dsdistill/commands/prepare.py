@@ -199,7 +199,7 @@ def _check_gauss_newton(options: KipOptions) -> None:
         )
     if options.learning_rate is not None and options.learning_rate > 1:
         raise UserError(
-            "--learning-rate is a fraction of the step with --optimizer gauss-newton and at most 1, "
+            "--learning-rate is a fraction of the step with --optimizer gauss-newton, at most 1, "
             f"got {options.learning_rate:g}"
         )
 

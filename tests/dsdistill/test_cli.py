@@ -221,7 +221,7 @@ def test_a_resumed_run_measures_no_batch_again_and_starts_from_the_same_set(dsdi
 def test_an_init_that_does_not_fit_leaves_nothing(dsdistill, kip_run, tmp_path):
     """Twenty images of ten classes, 8x8."""
     asked = ("kip", "digits", "--init", kip_run, "--images-per-class", 3)
-    one_line(dsdistill(*asked), "2 images a class, --images-per-class asks for 3")
+    one_line(dsdistill(*asked), "2 images per class, --images-per-class asks for 3")
     one_line(dsdistill("kip", "--init", kip_run, "--image-size", 9), "8x8x1, the data's 9x9x1")
     np.savez(tmp_path / "two.npz", images=np.zeros((60, 8, 8)), labels=np.arange(60) % 2)
     one_line(dsdistill("kip", "two.npz", "--init", kip_run), "10 classes, the data 2")

@@ -168,7 +168,7 @@ def test_a_step_too_far_is_taken_back_and_the_damping_grows_until_one_is_kept():
         kept = any((np.asarray(at[n]) != np.asarray(before[n])).any() for n in at)
         if kept:
             break
-        assert boosts[-1] == gauss_newton.RISE ** len(boosts)
+        assert boosts[-1] == gauss_newton.DAMPING_RISE ** len(boosts)
     assert kept
     assert len(boosts) > 1
 

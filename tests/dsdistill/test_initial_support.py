@@ -26,7 +26,7 @@ def fitted(kind: str, data: LabeledImages) -> Preprocess:
 
 @pytest.fixture
 def made(data: LabeledImages) -> DistilledSet:
-    """Two images a class with labels that were learned."""
+    """Two images per class with labels that were learned."""
     images = fitted("standardise", data).apply(data.images(slice(0, 6)))
     labels = centred_one_hot(np.repeat([0, 1, 2], 2), 3) * np.float32(1.3)
     return DistilledSet(images, labels, fitted("standardise", data), data.classes, {})
@@ -53,19 +53,19 @@ def test_load_refuses_what_is_not_there(tmp_path):
 
 def test_the_set_decides_how_many_images(made, data):
     assert initial_support.check(made, data, None) == initial_support.check(made, data, 2) == 2
-    with pytest.raises(UserError, match="2 images a class, --images-per-class asks for 5"):
+    with pytest.raises(UserError, match="2 images per class, --images-per-class asks for 5"):
         initial_support.check(made, data, 5)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"classes": ("a", "c", "b")}, "they differ in name or order"),
-        ({"classes": ("a", "b")}, "the set has 2 classes, the data 3"),
+        ({"classes": ("a", "c", "b")}, "same classes in the same order"),
+        ({"classes": ("a", "b")}, "got 2 classes and 3: choose"),
         ({"images": np.zeros((6, 6, 6, 1), np.float32)}, "images are 6x6x1, the data's 6x6x3"),
         ({"images": np.zeros((6, 8, 6, 3), np.float32)}, "images are 8x6x3, the data's 6x6x3"),
         ({"encoding": "one-hot"}, "labels are 'one-hot', expected 'one-hot minus 1/k'"),
-        ({"images": np.zeros((7, 6, 6, 3), np.float32)}, "7 images are not the same number"),
+        ({"images": np.zeros((7, 6, 6, 3), np.float32)}, "got 7 images of 3 classes"),
     ],
 )
 def test_a_set_that_does_not_fit_is_refused(made, data, changes, message):
