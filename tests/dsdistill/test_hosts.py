@@ -189,7 +189,8 @@ def test_a_port_that_is_taken_is_one_line(dsdistill, tmp_path):
         done = dsdistill("kip", "--hosts", f"127.0.0.1:{port},0/2")
     assert done.returncode == 1
     assert done.stderr == (
-        f"dsdistill: --hosts: cannot listen on port {port}: Address already in use\n"
+        f"dsdistill: --hosts: cannot listen on port {port} (Address already in use): choose "
+        "another port on all hosts\n"
     )
     assert list(tmp_path.iterdir()) == []
 

@@ -175,11 +175,11 @@ def test_whitened_pairs_are_not_guessed(tmp_path, splits, few, refused):
     folder.mkdir(parents=True)
     torch.save(_nchw(own.apply(images)), folder / "images_best.pt")
     torch.save(torch.from_numpy(labels), folder / "labels_best.pt")
-    refused(folder, "state --pixels zca-mtt or --pixels standardised", train=colour)
+    refused(folder, "use --pixels zca-mtt or --pixels standardised", train=colour)
     got = reader.load(folder, colour, StatedFormat(pixels="standardised"), preprocess=own)
     assert "those of MTT for CIFAR100" in _notes(got)
     torch.save(_nchw(images * np.float32(1.2) - np.float32(0.1)), folder / "images_zca_best.pt")
-    whitened = "is whitened by ZCA.* say --pixels zca-mtt"
+    whitened = "is whitened by ZCA.* use --pixels zca-mtt"
     refused(folder, whitened, train=colour, pixels="standardised")
     got = reader.load(folder / "images_zca_best.pt", colour, StatedFormat(), preprocess=own)
     np.testing.assert_allclose(got.images, own.apply(images * 1.2 - 0.1), atol=1e-4)
@@ -270,7 +270,7 @@ def test_own_export_that_cannot_be_used(tmp_path, few, read, refused):
     other = distilled_set.FILE_NAME.replace("distilled", "other")
     distilled_set.save(tmp_path / other, replace(made, classes=("ten", *classes[1:])))
     named = export.write(tmp_path / other, "npz", tmp_path / "named.npz")
-    refused(named, "of the classes ten, 1, .* of 0, 1, .* must have the same ones")
+    refused(named, "has the classes ten, 1, .* the data 0, 1, .* must have the same ones")
     with np.load(reversed_) as file:
         arrays = {name: file[name] for name in file.files if name != "classes"}
     np.savez(tmp_path / "wide.npz", **(arrays | {"std": np.ones(7, np.float32)}))
@@ -371,7 +371,7 @@ def test_labels_come_in_one_encoding(tmp_path, few, fitted, read, refused, kind,
     given, expected = _encodings(few[1])[kind]
     path = _plain(tmp_path / "set.pt", _nchw(fitted.apply(few[0])), given)
     if kind == "logits" and not stated:
-        refused(path, "could be logits or learned: say --labels logits")
+        refused(path, "could be logits or learned: use --labels logits")
         return
     got = read(path, labels=kind) if stated else read(path)
     assert got.labels.dtype == np.float32
@@ -382,14 +382,14 @@ def test_labels_come_in_one_encoding(tmp_path, few, fitted, read, refused, kind,
 @pytest.mark.parametrize(
     ("given", "stated", "match"),
     [
-        ("index", "one-hot", "say --labels index"),
-        ("one-hot", "index", "say --labels one-hot"),
-        ("one-hot", "centred", "say --labels one-hot"),
-        ("probabilities", "one-hot", "say --labels probabilities"),
-        ("probabilities", "logits", "say --labels probabilities"),
-        ("centred", "probabilities", "say --labels centred"),
-        ("logits", "probabilities", "say --labels logits or --labels centred"),
-        ("logits", "centred", "rows of labels sum to -?[0-9.]+, centred ones to about 0"),
+        ("index", "one-hot", "use --labels index"),
+        ("one-hot", "index", "use --labels one-hot"),
+        ("one-hot", "centred", "use --labels one-hot"),
+        ("probabilities", "one-hot", "use --labels probabilities"),
+        ("probabilities", "logits", "use --labels probabilities"),
+        ("centred", "probabilities", "use --labels centred"),
+        ("logits", "probabilities", "use --labels logits or --labels centred"),
+        ("logits", "centred", "sum to about 0, got a mean sum of -?[0-9.]+: use --labels logits"),
     ],
 )
 def test_labels_that_are_not_as_stated(tmp_path, few, fitted, refused, given, stated, match):
@@ -405,14 +405,14 @@ def test_large_rows_that_sum_to_zero_may_be_logits(tmp_path, few, fitted, refuse
 @pytest.mark.parametrize(
     ("labels", "match"),
     [
-        (lambda y: y + 1, "numbers 0 to 9.* 10 from 1 to 10"),
+        (lambda y: y + 1, "numbers 0 to 9.* 10 numbers from 1 to 10"),
         (lambda y: y % 5, "10 classes; got 5 from 0 to 4"),
         (lambda y: y + 0.5, "numbers 0 to 9"),
         (lambda y: np.eye(100, dtype=np.float32)[y], "labels of 100 classes, the data has 10"),
         (lambda y: np.where(y == 3, np.nan, y), "finite"),
-        (lambda y: np.zeros((len(y), 2, 10)), "one number or one row an image"),
+        (lambda y: np.zeros((len(y), 2, 10)), "one number or one row per image"),
         (lambda y: y[:-1], "200 images but 199 labels"),
-        (lambda y: y[:0], "there are no labels"),
+        (lambda y: y[:0], "got labels of shape"),
     ],
 )
 def test_implausible_labels(tmp_path, few, fitted, refused, labels, match):
@@ -456,11 +456,11 @@ def test_pixels_in_every_range_and_layout(
             "unit",
             "from -2.1 to 1.9, .* unit ones .*--pixels standardised",
         ),
-        (lambda x: 4 * x - 2.1, "bytes", "say --pixels standardised"),
-        (lambda x: x, "standardised", "say --pixels unit"),
-        (lambda x: x, "bytes", "say --pixels unit"),
-        (lambda x: np.rint(255 * x), "standardised", "say --pixels bytes"),
-        (lambda x: np.rint(255 * x), "unit", "say --pixels bytes"),
+        (lambda x: 4 * x - 2.1, "bytes", "use --pixels standardised"),
+        (lambda x: x, "standardised", "use --pixels unit"),
+        (lambda x: x, "bytes", "use --pixels unit"),
+        (lambda x: np.rint(255 * x), "standardised", "use --pixels bytes"),
+        (lambda x: np.rint(255 * x), "unit", "use --pixels bytes"),
         (lambda x: 900 * x, "auto", "no --pixels fits"),
         (lambda x: 900 * x - 300, "auto", "no --pixels fits"),
     ],
@@ -502,7 +502,7 @@ def test_classes_in_another_order_are_not_learned(tmp_path, splits, few, fitted,
     [
         ({"mean": (0.3,)}, "--mean and --std go together"),
         ({"mean": (0.3,), "std": (0.3,), "pixels": "unit"}, "for --pixels standardised, not unit"),
-        ({"mean": (0.3, 0.3), "std": (0.3, 0.3)}, "must be 1 values, one a channel"),
+        ({"mean": (0.3, 0.3), "std": (0.3, 0.3)}, "one value per channel, 1 each"),
         (
             {"mean": (77.0,), "std": (96.0,)},
             "mean 77, deviation 96 .* of bytes by 255",
@@ -526,7 +526,7 @@ def test_constants_for_other_pixels_are_refused(tmp_path, few, refused):
     [
         (lambda x: x[:, :, :7], "shape .200, 8, 7.* check --data"),
         (lambda x: np.repeat(x, 3, -1), "shape .200, 8, 8, 3."),
-        (lambda x: x[:0], "there are no images"),
+        (lambda x: x[:0], "got images of shape"),
         (lambda x: _with(x, 3, np.nan), "image 3 has NaN"),
         (lambda x: _with(x, 5, 0.5), "image 5 is constant"),
         (lambda x: x * 1e300, "image 0 has NaN or infinite"),
@@ -549,7 +549,7 @@ def test_a_shape_that_fits_both_layouts_must_be_stated(tmp_path, refused):
     train = LabeledImages(images, np.arange(20) % 10, tuple("0123456789"))
     own = preprocess.fit("standardise", train.chunks, train.shape)
     path = _plain(tmp_path / "set.pt", images, np.arange(20) % 10)
-    refused(path, "fit both layouts: give --layout", train=train)
+    refused(path, "fit both layouts: add --layout", train=train)
     nhwc, nchw = (
         reader.load(path, train, StatedFormat(layout=layout), preprocess=own).images
         for layout in ("nhwc", "nchw")
@@ -620,7 +620,7 @@ def test_hostile_pickles_are_not_run(tmp_path, few, refused):
     array = np.array([_Hostile(target)], dtype=object)
     np.savez(tmp_path / "set.npz", images=array, labels=few[1])
     for name in ("zip.pt", "pickle.pt", "old.pt"):
-        refused(tmp_path / name, "nothing in it was run|not a whole file of torch")
+        refused(tmp_path / name, "nothing in it was run|not a complete torch file")
     refused(tmp_path / "set.npz", "not a readable .npz: ValueError: Object arrays")
     assert not target.exists()
 
@@ -650,15 +650,15 @@ def test_numpy_scalars_are_allowed_and_other_numpy_objects_are_not(tmp_path, few
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        ({"weights": torch.zeros(3)}, "no images with labels that are known"),
+        ({"weights": torch.zeros(3)}, "no images with labels under a known name"),
         ({"data": []}, "list of .images, labels."),
         ({"data": [[torch.zeros(3)]]}, "list of .images, labels."),
-        ({"images": torch.zeros(3), "labels": [1, 2, 3]}, "has a list"),
+        ({"images": torch.zeros(3), "labels": [1, 2, 3]}, "got list"),
         ({"images": torch.zeros(3) * 1j, "labels": torch.zeros(3)}, "real numbers"),
         ({"images": torch.zeros(3, device="meta"), "labels": torch.zeros(3)}, "plain tensors"),
         ({"images": torch.zeros(1).expand(10**12), "labels": torch.zeros(3)}, "needs 8.2 TiB"),
-        ({"images": torch.tensor(1.0), "labels": torch.zeros(3)}, "there are no images"),
-        (torch.zeros(3), "labels are nowhere"),
+        ({"images": torch.tensor(1.0), "labels": torch.zeros(3)}, "got images of shape"),
+        (torch.zeros(3), "a single tensor, but no labels"),
         (7, "no images with labels"),
     ],
 )
@@ -771,7 +771,7 @@ def test_rfad_file_of_colour_images(tmp_path, splits, few, refused):
     assert got.provenance["evaluation_ridge"] == 5e-3
     # Where neither data nor folders are named, three readings are left.
     unnamed = _rfad(tmp_path / "set.npz", whiten(images), learned)
-    refused(unnamed, "state --pixels zca-rfad, --pixels zca or --pixels standard", train=train)
+    refused(unnamed, "use --pixels zca-rfad, --pixels zca or --pixels standard", train=train)
     svhn = reader.load(unnamed, train, StatedFormat(), preprocess=own, data="svhn")
     assert svhn.preprocess.kind == "zca"
 
@@ -862,10 +862,10 @@ def test_pictures_of_8_bits_are_proven_inside_the_range(tmp_path, few, fitted, r
     [
         (lambda x: np.rint(16 * x), {}, "as bytes ones they have 0.063 times the contrast"),
         (lambda x: x / 255, {}, "as unit ones they have 0.0039 times the contrast"),
-        (lambda x: 1.2 * x + 0.01, {}, "state --pixels unit or bytes"),
-        (lambda x: x - 0.5, {"pixels": "imagenet"}, "imagenet is for colour: give --mean"),
+        (lambda x: 1.2 * x + 0.01, {}, "use --pixels unit or bytes"),
+        (lambda x: x - 0.5, {"pixels": "imagenet"}, "imagenet is for colour images: use --mean"),
         (lambda x: x, {"tiles": 0}, "--tiles must be from 1 to 8, got 0"),
-        (lambda x: x, {"tiles": 3}, "8x8 pixels do not part into 3x3 tiles"),
+        (lambda x: x, {"tiles": 3}, "8x8 pixels cannot be split into 3x3 tiles"),
     ],
 )
 def test_pixels_that_are_asked_for(tmp_path, few, refused, images, stated, match):
@@ -900,7 +900,7 @@ def test_idc_file_is_taken_out_of_its_tiles(tmp_path, splits, few, fitted, read,
     assert "tiles: 2x2 images in one, now 200 images (IDC's; " in _notes(got)
     assert len(read(path, tiles=1)) == 50
     plain = _plain(tmp_path / "set.pt", _nchw(tiles), few[1][::4])
-    refused(plain, "images look like 2x2 tiles: .*state --tiles 2 to part them, or --tiles 1")
+    refused(plain, "images look like 2x2 tiles: .*use --tiles 2 to split them, or --tiles 1")
     assert len(read(plain, tiles=2)) == 200
     torch.save([_nchw(few[0]), torch.from_numpy(few[1])], path)  # of a run with factor 1
     refused(path, "IDC may keep 2x2 tiles")
@@ -944,7 +944,7 @@ def test_two_npy_files(tmp_path, few, fitted, read, refused):
     folder = tmp_path / "set"
     folder.mkdir()
     np.save(folder / "images.npy", fitted.apply(few[0]))
-    refused(folder, "one array, and its labels are nowhere: wanted labels.npy")
+    refused(folder, "a single array, but no labels: add labels.npy")
     np.save(folder / "labels.npy", few[1])
     assert reader.is_published_set(folder)
     for path in (folder, folder / "images.npy"):
@@ -952,7 +952,7 @@ def test_two_npy_files(tmp_path, few, fitted, read, refused):
     os.replace(folder / "images.npy", tmp_path / "x_train.npy")
     os.replace(folder / "labels.npy", tmp_path / "y_train.npy")
     assert len(read(tmp_path / "x_train.npy")) == len(few[1])
-    refused(tmp_path / "y_train.npy", "its labels are nowhere")
+    refused(tmp_path / "y_train.npy", "a single array, but no labels")
     (tmp_path / "x_train.npy").write_bytes(b"\x93NUMPY\x01\x00")
     refused(tmp_path / "x_train.npy", "is not a readable .npy")
 
