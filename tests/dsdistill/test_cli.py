@@ -1,4 +1,4 @@
-"""The command `dsdistill` as a user meets it: real processes, files, wrong inputs, kills."""
+"""The command `dsdistill` in real processes: files, wrong input, stops and kills."""
 
 import json
 import os
@@ -20,7 +20,7 @@ SHORT = ("--images-per-class", 2, "--steps", 12)
 
 
 def one_line(done: subprocess.CompletedProcess[str], *words: str, code: int = 1) -> None:
-    """A failure that a user can read: one line, no traceback, exit code 1 or 2."""
+    """Require a failure of one readable line, without traceback, with exit code 1 or 2."""
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     lines = done.stderr.strip().splitlines()
@@ -66,7 +66,7 @@ def test_kip_reaches_the_published_accuracy_on_digits(dsdistill, tmp_path):
 
 @pytest.mark.fashion
 def test_label_solve_on_fashion_mnist(dsdistill, tmp_path):
-    """84.5 % at fifty a class in the reference figures, with a deviation of 0.2 between draws."""
+    """The reference has 84.5 % at fifty images per class, with a deviation of 0.2 between draws."""
     done = dsdistill("ls", "fashion-mnist", "--images-per-class", 50, "--out", "run")
     assert done.returncode == 0, done.stderr
     distilled = distilled_set.load(tmp_path / "run" / "distilled.safetensors")
@@ -85,7 +85,7 @@ def test_kip_learns_fashion_mnist(dsdistill, tmp_path):
 
 
 def test_folder_of_jpegs_in_colour(dsdistill, tmp_path):
-    """Class folders, ZCA by default, a convolutional kernel."""
+    """Class folders with ZCA, the default, and a convolutional kernel."""
     rng = np.random.default_rng(0)
     for label, colour in {"warm": (200, 90, 40), "cold": (40, 90, 200)}.items():
         (tmp_path / "photos" / label).mkdir(parents=True)
@@ -122,7 +122,7 @@ net = stax.serial(
     ],
 )
 def test_pooled_kernels(dsdistill, tmp_path, monkeypatch, kernel, engine):
-    """neural-tangents' pooling in float64 crashes XLA's CPU compiler: stay clear of it."""
+    """Pooling of neural-tangents in float64, which crashes XLA's CPU compiler, is avoided."""
     (tmp_path / "my_pooled_network.py").write_text(POOLED_NETWORK)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     labels = np.arange(60) % 2
@@ -159,13 +159,13 @@ def test_npz_with_every_option(dsdistill, tmp_path):
     assert distilled.provenance["kernel"] == "fc(2)"
     metrics = distilled.provenance["metrics"]
     assert metrics["validation_accuracy"] is metrics["validation_loss"] is None
-    assert metrics["best_step"] == 12  # nothing to choose by: the last
+    assert metrics["best_step"] == 12  # no validation images: the last step
     again = dsdistill("kip", "mine.npz", *SHORT)
     assert "kip-mine-2" in again.stdout
 
 
 def test_a_run_with_every_way_to_save_time(dsdistill, tmp_path):
-    """From Label Solve's images and labels, warmed up, with a schedule, a timed batch, patience."""
+    """A run from a Label Solve set, with warm-up, schedule, timed target batch and patience."""
     assert dsdistill("ls", "digits", "--images-per-class", 2, "--out", "ls").returncode == 0
     options = ["--init", "ls", "--warm-up", "fc:6", "--schedule", "cosine", "--learn-labels"]
     options += ["--label-learning-rate", "0.001", "--target-batch", "5ms", "--augment", "shift"]
@@ -258,7 +258,7 @@ def test_a_diverging_run_says_what_to_change(dsdistill, tmp_path):
 
 
 def test_killed_run_resumes_to_the_same_bits(dsdistill, tmp_path):
-    """SIGKILL in the middle; then the support of a run that was never stopped."""
+    """A run that SIGKILL stops and that is resumed gives the support of an uninterrupted run."""
     options = ["kip", "digits", "--images-per-class", "2", "--steps", "400", "--learn-labels"]
     assert dsdistill(*options, "--out", "whole").returncode == 0
     command = [Path(sys.executable).with_name("dsdistill"), *options, "--out", "killed"]
@@ -419,7 +419,7 @@ def test_damaged_sets_are_refused(dsdistill, kip_run, tmp_path):
 
 
 def test_full_disk_keeps_the_last_checkpoint(dsdistill, tmp_path):
-    """A limit on the size of files stands in for a full disk: the checkpoint outgrows it."""
+    """A limit on file sizes, which the checkpoint exceeds, stands in for a full disk."""
     command = Path(sys.executable).with_name("dsdistill")
     limited = f"ulimit -f 40; exec {command} kip digits --steps 20 --out run"
     done = subprocess.run(["bash", "-c", limited], cwd=tmp_path, capture_output=True, text=True)
@@ -443,7 +443,7 @@ def test_a_folder_that_cannot_be_made(dsdistill, tmp_path):
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(kip_run):
-    """As `head`, which closes the pipe."""
+    """A reader such as `head` closes the pipe early."""
     command = [Path(sys.executable).with_name("dsdistill"), "inspect", str(kip_run), "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None

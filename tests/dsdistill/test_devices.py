@@ -1,4 +1,4 @@
-"""Targets shared out over devices: the same kernel and gradient as on one."""
+"""Targets divided among devices: the same kernel and gradient as on one device."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ import sys
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
 from dsdistill.methods import kip, initial_support as start
-from dsdistill.harness.data.labeled_images import Examples, Labeled
+from dsdistill.harness.data.labeled_images import Examples, LabeledImages
 from dsdistill.harness.data.preprocess import identity
 from dsdistill.parallel import devices; from dsdistill.kernels import networks
 network = networks.parse("CRP-flatten")
@@ -28,13 +28,13 @@ def shared(x, real, targets):
     return k_ss, devices.total(slope) / jax.device_count()
 
 
-k_ss, slope = jax.jit(devices.divided(shared))(x2[:5], 37, x2)
+k_ss, slope = jax.jit(devices.shard_targets(shared))(x2[:5], 37, x2)
 
 labels = np.arange(37) % 3
-data = Labeled(np.array(x2), labels, ("a", "b", "c"))
+data = LabeledImages(np.array(x2), labels, ("a", "b", "c"))
 support = start.Support(np.array(x2[:6]), np.eye(3, dtype=np.float32)[labels[:6]],
                         np.zeros(x2[:6].shape, bool))
-objective = kip.Objective((network,), 1e-3, "gauss-newton", 0.3, learn_labels=True,
+objective = kip.KipObjective((network,), 1e-3, "gauss-newton", 0.3, learn_labels=True,
                           damping=10)  # a well-conditioned solve: rounding stays rounding
 *_, last = kip.distill(objective, support, Examples(data, identity(1), ready=True),
                        steps=1, target_batch=33, seed=0)
@@ -44,17 +44,17 @@ np.savez(sys.argv[2], value, *pull(g), k_ss, slope, last.state.images, last.stat
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    found = {}
+    results = {}
     for count in (1, 2):
         path = tmp_path_factory.mktemp("devices") / f"{count}.npz"
         subprocess.run([sys.executable, "-c", PROGRAM, str(count), str(path)], check=True)
         with np.load(path) as arrays:
-            found[count] = [arrays[name] for name in arrays.files]
-    return found
+            results[count] = [arrays[name] for name in arrays.files]
+    return results
 
 
 def test_two_devices_give_the_same_as_one(results):
-    """37 targets and 5 support images, which two devices do not divide evenly."""
+    """Results on one and two devices for 37 targets and 5 support images, both odd numbers."""
     for one, many in zip(results[1], results[2], strict=True):
         np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-6 * abs(one).max())
 

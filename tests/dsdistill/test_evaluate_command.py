@@ -1,4 +1,4 @@
-"""`dsdistill evaluate` and `dsdistill report` on digits: whole, stopped, shared and wrong."""
+"""`dsdistill evaluate` and `dsdistill report` on digits: full, stopped and cached; wrong input."""
 
 import json
 import shlex
@@ -46,7 +46,7 @@ def cache(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def evaluated(made: Path, cache: Path, tmp_path_factory) -> Path:
-    """Ridge regression and a network, two seeds."""
+    """An evaluation by ridge regression and a network with two seeds."""
     out = tmp_path_factory.mktemp("evaluation") / "first"
     options = EvaluateOptions(
         made, learners="ridge,mlp:16", seeds=2, steps=20, cache=cache, out=out
@@ -92,7 +92,7 @@ def test_the_files_of_an_evaluation(evaluated: Path, made: Path):
 
 
 class _Trainings:
-    """Counts the trainings of networks."""
+    """Count the trainings of networks."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.count = 0
@@ -113,7 +113,7 @@ def test_another_evaluation_takes_the_controls_from_the_cache(
         made, learners="mlp:16", seeds=2, steps=20, cache=cache, out=tmp_path / "b"
     )
     again = reports.load(evaluate_command.run(options))
-    # Its labels are hard labels, so that one arm serves two: each seed, and the grid twice more.
+    # The labels are hard, so one training serves two arms: each seed, and the grid twice more.
     assert trainings.count == 2 + 2
     first = reports.load(evaluated)
     for arm in ARMS:
@@ -127,7 +127,7 @@ def test_another_evaluation_takes_the_controls_from_the_cache(
 
 
 def test_a_stopped_evaluation_goes_on_where_it_was(made: Path, tmp_path: Path):
-    """Killed in the middle, it measures what is missing and ends with the same figures."""
+    """A stopped evaluation runs the missing trainings and ends with the same figures."""
     line = [
         *("evaluate", str(made), "--learners", "mlp:16", "--controls", "random", "--seeds", "3"),
         *("--steps", "150", "--cache", "None"),

@@ -1,4 +1,4 @@
-"""`dsdistill export`: whole, nothing outside `--out`, and nothing left of what failed."""
+"""`dsdistill export`: complete, nothing outside `--out`, and no remains of a failed export."""
 
 import json
 import re
@@ -101,7 +101,7 @@ def test_an_export_is_the_whole_set(tmp_path: Path, form: str, kind: str) -> Non
 
 @pytest.mark.parametrize("form", ["npz", "torch"])
 def test_others_can_use_a_whitened_export(tmp_path: Path, form: str) -> None:
-    """With NumPy alone: test images are whitened by what is in the file."""
+    """NumPy alone can whiten test images with the arrays of the file."""
     distilled = _set(DIGITS.train.classes, "zca")
     path = export.write(_saved(tmp_path, distilled), form, None)
     if form == "npz":

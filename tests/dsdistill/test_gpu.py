@@ -1,6 +1,6 @@
-"""On a GPU, where there is one: kernels against the host, KIP, half precision, resumption.
+"""GPU: kernels against the host, KIP, half precision, resuming.
 
-Without one, the GPU's kernels are interpreted, and lowered as far as that goes.
+Without a GPU, its kernels are interpreted, and lowered as far as possible.
 """
 
 import json
@@ -126,7 +126,7 @@ def test_the_closed_form_does_not_use_tf32() -> None:
 
 
 def first_step(optimizer: str) -> tuple[np.ndarray, float]:
-    """How KIP's first step moves the images of digits, and the loss before it."""
+    """The change of the images by KIP's first step on digits, and the loss before it."""
     train = support.digits().train
     examples = Examples(train, preprocess.fit("standardise", train.chunks, train.shape))
     start = draw_support(examples, 1, noise=False, corruption=0, seed=0)

@@ -1,4 +1,4 @@
-"""Several hosts, as processes on loopback: the result of one, and an end to every accident."""
+"""Several hosts as processes on loopback: the result of one host, and an end after failures."""
 
 import json
 import signal
@@ -16,7 +16,7 @@ from dsdistill.harness.data import distilled_set
 DSDISTILL = Path(sys.executable).with_name("dsdistill")
 TIMEOUT = 240  # of two processes that may share one core
 KIP = "kip digits --images-per-class 2 --steps 6 --learn-labels --augment all --target-batch 130"
-# Its solve amplifies rounding, and the less the larger the damping.
+# The solution amplifies rounding, less so with a larger damping.
 NEWTON = (
     "kip digits --images-per-class 2 --steps 4 --learn-labels --target-batch 130 "
     "--optimizer gauss-newton --damping 30"
@@ -26,7 +26,7 @@ ENDLESS = "kip digits --images-per-class 2 --steps 100000 --out run --target-bat
 
 
 def start(folder: Path, line: str, hosts: str) -> subprocess.Popen[str]:
-    """One host, in a working folder of its own."""
+    """Start one host in its own working folder."""
     folder.mkdir(parents=True, exist_ok=True)
     return subprocess.Popen(
         [DSDISTILL, *line.split(), "--hosts", hosts],
@@ -38,7 +38,7 @@ def start(folder: Path, line: str, hosts: str) -> subprocess.Popen[str]:
 
 
 def pair(folder: Path, line: str, other: str | None = None) -> list[subprocess.Popen[str]]:
-    """Two hosts, which share no folder; the second one's command can differ."""
+    """Start two hosts without a shared folder; the command of the second may differ."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -47,7 +47,7 @@ def pair(folder: Path, line: str, other: str | None = None) -> list[subprocess.P
 
 
 def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
-    """Code, output and errors of each."""
+    """Exit code, output and errors of each process."""
     try:
         texts = [process.communicate(timeout=TIMEOUT) for process in processes]
     finally:
@@ -62,7 +62,7 @@ def steps(run: Path) -> list[int]:
 
 
 def at_work(processes: list[subprocess.Popen[str]], run: Path, beyond: int) -> None:
-    """Wait until the run has made so many steps."""
+    """Wait until the run has made a number of steps."""
     began = time.monotonic()
     while max(steps(run), default=0) <= beyond:
         assert all(process.poll() is None for process in processes), ended(processes)
@@ -100,14 +100,14 @@ def test_two_hosts_give_the_support_of_one(dsdistill, tmp_path, line):
         for name in ("alone", "host0/run")
     )
     assert two.provenance["machine"]["hosts"] == 2
-    # Adam divides by the size of the gradient: where that is rounding, so is the step.
+    # Adam divides by the size of the gradient: where the gradient is rounding, so is the step.
     np.testing.assert_allclose(two.images, one.images, atol=1e-4)
     np.testing.assert_allclose(two.labels, one.labels, atol=1e-4)
     assert two.provenance["metrics"] == pytest.approx(one.provenance["metrics"], rel=1e-3)
 
 
 def test_a_stop_is_agreed_on_and_a_death_ends_the_run(dsdistill, tmp_path):
-    """SIGTERM on the second host; on again; SIGKILL on it; on again with one host."""
+    """SIGTERM to the second host, resume, SIGKILL to it, resume on one host."""
     run = tmp_path / "host0" / "run"
     processes = pair(tmp_path, f"{ENDLESS} 10ms")
     at_work(processes, run, beyond=10)
@@ -137,7 +137,7 @@ def test_a_stop_is_agreed_on_and_a_death_ends_the_run(dsdistill, tmp_path):
 
 
 def test_a_silent_host_counts_as_lost(tmp_path):
-    """It hangs, and no connection breaks."""
+    """A host hangs without breaking a connection."""
     processes = pair(tmp_path, f"{ENDLESS} 50")
     at_work(processes, tmp_path / "host0" / "run", beyond=10)
     assert bereft(processes, signal.SIGSTOP) == (
@@ -202,14 +202,14 @@ jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
 from dsdistill.methods import kip, label_solve
 from dsdistill.parallel import devices; from dsdistill.kernels import gram, networks
 from dsdistill.methods.initial_support import Support
-gram.plan = lambda *_, **__: gram.Tile(2, 3)
+gram.plan_tile = lambda *_, **__: gram.Tile(2, 3)
 network = networks.parse("CRP-flatten")
 rng = np.random.default_rng(0)
 x_s, x_t = (rng.standard_normal((n, 6, 6, 1)).astype(np.float32) for n in (4, 13))
 y_s, y_t = np.eye(4, 3, dtype=np.float32), np.eye(13, 3, dtype=np.float32)
 support = Support(x_s, y_s, np.zeros((4, 6, 6, 1), bool))
-objective = kip.Objective((network,), learn_labels=True, augment=("flip", "shift", "rotate"))
-state = devices.replicated(kip.initial_state(objective, support))
+objective = kip.KipObjective((network,), learn_labels=True, augment=("flip", "shift", "rotate"))
+state = devices.replicate(kip.initial_state(objective, support))
 
 def computed(program, *arguments):
     compiled = program.lower(*arguments).compile()
@@ -218,8 +218,8 @@ def computed(program, *arguments):
     return jax.tree.leaves(program(*arguments))
 
 with jax.enable_x64(True):
-    step = kip._compiled_update(objective, network, support, 13)
-    add = label_solve._compiled_sum(network, x_s, 13)
+    step = kip._compile_update(objective, network, support, 13)
+    add = label_solve._compile_sum(network, x_s, 13)
     arrays = computed(step, state, x_t, y_t, jax.random.key(0))
     arrays += computed(add, np.zeros((4, 4)), np.zeros((4, 3)), 11, x_t, y_t)
 np.savez(sys.argv[2], *arrays)
@@ -227,10 +227,10 @@ np.savez(sys.argv[2], *arrays)
 
 
 def test_one_sum_over_the_devices_whatever_the_tiles(tmp_path):
-    """13 targets on three devices and on one: the same numbers.
+    """13 targets give the same numbers on three devices and on one.
 
-    One all-reduce each, of KIP's gradient and of Label Solve's sums. KIP shares out the support's
-    kernel as well: its rows are gathered, and their cotangents summed up, before that.
+    KIP's gradient and Label Solve's sums need one all-reduce each. KIP also divides the kernel of
+    the support: before that, its rows are gathered and their cotangents summed.
     """
     found, words = [], []
     for count in (1, 3):

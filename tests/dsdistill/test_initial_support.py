@@ -1,4 +1,4 @@
-"""Where KIP starts: draws, noise, and sets that were distilled before."""
+"""Initial supports of KIP: draws, noise, and earlier distilled sets."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -105,7 +105,7 @@ def test_another_preprocessing_is_undone_and_this_one_applied(made, data, kind):
 
 
 def test_a_whitened_set_comes_back_up_to_brightness_and_contrast(data):
-    """Where the new preprocessing ignores both, as ZCA does, nothing is lost."""
+    """A preprocessing that ignores brightness and contrast, such as ZCA, loses nothing."""
     raw = data.images(slice(0, 6))
     old = preprocess.fit("zca", data.select(np.arange(40)).chunks, data.shape)
     made = DistilledSet(old.apply(raw), centred_one_hot(np.arange(6) % 3, 3), old, data.classes, {})

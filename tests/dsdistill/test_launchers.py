@@ -1,4 +1,4 @@
-"""Which hosts work together: the notation, and what a launcher leaves in the environment."""
+"""`--hosts` and the environment variables of launchers."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Published sets: read as they were meant, refused where they are not what they are said to be."""
+"""Published sets: read as intended, and refused if they are not what the user states."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from dsdistill.options import EvaluateOptions
 from dsdistill.published_sets import evidence, pixels, reader
 from dsdistill.published_sets.reader import StatedFormat
 
-SHARE = 20  # real images a class that play the distilled set
+SHARE = 20  # real images per class that stand in for a distilled set
 GOOD = 0.9  # accuracy of ridge regression on them: 0.96; chance is 0.1
 
 
@@ -45,27 +45,27 @@ def few(splits):
 
 @pytest.fixture
 def read(splits, fitted):
-    def one(path, *, train=splits.train, **stated):
-        given = {name: stated.pop(name) for name in ("data",) if name in stated}
+    def read_set(path, *, train=splits.train, **stated):
+        data = {name: stated.pop(name) for name in ("data",) if name in stated}
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            return reader.load(path, train, StatedFormat(**stated), preprocess=fitted, **given)
+            return reader.load(path, train, StatedFormat(**stated), preprocess=fitted, **data)
 
-    return one
+    return read_set
 
 
 @pytest.fixture
 def refused(read):
-    def one(path, match, **stated):
+    def require_refusal(path, match, **stated):
         with pytest.raises(UserError, match=match) as caught:
             read(path, **stated)
         assert "\n" not in str(caught.value)
 
-    return one
+    return require_refusal
 
 
 def _accuracy(distilled, test):
-    """Of kernel ridge regression with a Gaussian kernel, which shift and scale matter to."""
+    """Accuracy of kernel ridge regression with a Gaussian kernel, sensitive to shift and scale."""
     x, t = (a.reshape(len(a), -1) for a in (distilled.images, _seen(distilled, test)))
     k_ss, k_ts = (np.exp(-((a[:, None] - x) ** 2).mean(-1)) for a in (x, t))
     scores = k_ts @ np.linalg.solve(k_ss + 0.01 * np.eye(len(x)), distilled.labels)
@@ -118,7 +118,7 @@ def test_condensation_file_gives_its_last_set_by_its_own_constants(
 
 
 def test_constants_are_the_projects():
-    """Written out again, from the published program."""
+    """The project's constants, copied from the published program once more."""
     assert pixels.CONSTANTS["DC"]["FashionMNIST"] == ((0.2861,), (0.353,))
     assert pixels.CONSTANTS["DC"]["CIFAR100"][0] == (0.5071, 0.4866, 0.4409)
     assert pixels.CONSTANTS["MTT"]["CIFAR100"][1] == (0.2023, 0.1994, 0.201)
@@ -144,7 +144,7 @@ def test_the_name_of_the_data_chooses_the_constants(tmp_path, few, read, name, d
 def test_a_file_named_after_other_data_is_refused(tmp_path, few, refused):
     sets = [[_nchw(few[0] * 3 - 1), torch.from_numpy(few[1])]]
     path = _condensed(tmp_path / "res_DC_FashionMNIST_ConvNet_1ipc.pt", sets)
-    refused(path, "named after FashionMNIST: give --data fashion-mnist", data="mnist")
+    refused(path, "named after FashionMNIST: use --data fashion-mnist", data="mnist")
 
 
 def test_pair_of_files_as_folder_and_as_file(tmp_path, splits, few, fitted, read, refused):
@@ -166,7 +166,7 @@ def test_pair_of_files_as_folder_and_as_file(tmp_path, splits, few, fitted, read
 
 
 def test_whitened_pairs_are_not_guessed(tmp_path, splits, few, refused):
-    """Colour: MTT's files do not say whether ZCA was used, unless the images without lie there."""
+    """MTT's colour files tell whether ZCA was used only if unwhitened images lie beside them."""
     pictures = np.repeat(splits.train.images(), 3, -1)
     colour = LabeledImages(pictures, splits.train.labels, splits.train.classes)
     own = preprocess.fit("standardise", colour.chunks, colour.shape)
@@ -187,7 +187,7 @@ def test_whitened_pairs_are_not_guessed(tmp_path, splits, few, refused):
 
 
 def test_kip_file(tmp_path, splits, few, fitted, read, refused):
-    """Labels learned by Adam: their rows need not sum to 0, which a nameless file must state."""
+    """Rows of labels learned by Adam need not sum to 0; only a file's name tells what they are."""
     images, labels = few
     rng = np.random.default_rng(0)
     learned = centred_one_hot(labels, 10) + rng.normal(0, 0.05, (len(labels), 10))
@@ -216,7 +216,7 @@ def test_kip_file_that_is_whitened(tmp_path, splits, few, read, refused):
 
 
 def test_mtt_pair_that_is_whitened(tmp_path, splits, few, read, refused):
-    """By the formula of Kornia's `ZCAWhitening(eps=0.1)`, in whose order MTT flattens images."""
+    """Whitening by the formula of Kornia's `ZCAWhitening(eps=0.1)`, with MTT's order of pixels."""
     images, labels = few
     every = _nchw(splits.train.images()).flatten(1).double()
     centred = every - every.mean(0)
@@ -311,7 +311,7 @@ def test_class_folders(tmp_path, splits, few, fitted, read, name, how):
 
 @pytest.mark.parametrize("names", ["zero/nil one two.", "cafe\u0301 one: one_", "a/b a-b .hidden"])
 def test_class_folders_by_name_need_no_order(names, tmp_path, splits, few, read):
-    """Names that sort unlike the classes, or that a folder cannot have: as `export` writes them."""
+    """Class names that sort unlike the classes, or that `export` must change for a folder."""
     names = (*names.split(" "), "three", "four", "five", "six", "seven", "eight", "nine")
     train = LabeledImages(splits.train.images(), splits.train.labels, names)
     folders = export.folder_names(names)
@@ -473,7 +473,7 @@ def test_pixels_that_are_not_as_stated(tmp_path, few, refused, images, stated, m
 def test_pixels_that_leave_the_range_a_little_must_be_stated(
     tmp_path, splits, few, fitted, read, refused
 ):
-    """Unclipped images: they may as well be standardised."""
+    """Unclipped images may as well be standardised."""
     path = _plain(tmp_path / "set.pt", _nchw(few[0] * np.float32(1.4) - np.float32(0.2)), few[1])
     got = read(path, pixels="unit")
     np.testing.assert_allclose(got.images, fitted.apply(few[0] * 1.4 - 0.2), atol=1e-5)
@@ -482,7 +482,7 @@ def test_pixels_that_leave_the_range_a_little_must_be_stated(
 
 
 def test_constants_that_are_stated_decide(tmp_path, splits, few, read):
-    """A set standardised by strange constants: only the right ones give its accuracy."""
+    """Of a set that was standardised by unusual constants only these give its accuracy."""
     path = _plain(tmp_path / "set.pt", _nchw((few[0] - np.float32(0.9)) / np.float32(0.1)), few[1])
     right = read(path, mean=(0.9,), std=(0.1,))
     wrong = read(path, pixels="standardised")
@@ -626,7 +626,7 @@ def test_hostile_pickles_are_not_run(tmp_path, few, refused):
 
 
 def test_scalars_of_older_numpy_are_allowed(tmp_path, few, read):
-    """Published files were written when the function that they name lay in `numpy.core`."""
+    """Published files name a function of `numpy.core`, where it was when they were written."""
     path = _condensed(tmp_path / "set.pt", [[_nchw(few[0]), torch.from_numpy(few[1])]])
     with zipfile.ZipFile(path) as archive:
         parts = {name: archive.read(name) for name in archive.namelist()}
@@ -668,7 +668,7 @@ def test_contents_that_are_refused(tmp_path, refused, content, match):
 
 
 def test_archives_that_unpack_to_more_than_memory(tmp_path, refused):
-    """A directory of an archive that claims 64 TiB, without the bytes."""
+    """An archive whose directory claims 64 TiB that it does not hold."""
     for name in ("set.npz", "set.pt"):
         with zipfile.ZipFile(tmp_path / name, "w") as archive:
             archive.writestr("images.npy", b"0")
@@ -693,7 +693,7 @@ def test_npz_without_the_arrays(tmp_path, refused):
 
 @pytest.mark.parametrize("suffix", [".pt", ".npz"])
 def test_damaged_files(tmp_path, few, read, suffix):
-    """Cut anywhere, or with a byte changed: one line, or the same set."""
+    """A file that is cut, or has a byte changed, gives one line or the same set."""
     images, labels = few[0][::SHARE], few[1][::SHARE]
     path = tmp_path / f"set{suffix}"
     if suffix == ".pt":
@@ -717,7 +717,7 @@ def test_damaged_files(tmp_path, few, read, suffix):
 
 
 def _colour(splits, few):
-    """Real and few images of three channels that differ, so that constants can be told apart."""
+    """Real and few images whose three channels differ, so that constants can be told apart."""
     gains = np.array([1.0, 0.7, 0.4], np.float32)
     every = splits.train.images() * gains
     every[..., 0] = 1 - every[..., 0]
@@ -727,7 +727,7 @@ def _colour(splits, few):
 
 
 def _whitened_by_hand(train, kind):
-    """RFAD's or FRePo's map, written out with a singular value decomposition in float64."""
+    """The whitening of RFAD or FRePo by a singular value decomposition in float64."""
     x = train.images().astype(np.float64)
     mean, std = x.mean((0, 1, 2)), x.std((0, 1, 2))
     flat = ((x - mean) / std).reshape(len(x), -1)
@@ -769,7 +769,7 @@ def test_rfad_file_of_colour_images(tmp_path, splits, few, refused):
     assert "pixels: zca-rfad" in _notes(got)
     assert "ridge: 0.005, as in the file" in _notes(got)
     assert got.provenance["evaluation_ridge"] == 5e-3
-    # Where neither data nor folders are named, three readings are left.
+    # If neither the data nor the folders have a name, three readings remain.
     unnamed = _rfad(tmp_path / "set.npz", whiten(images), learned)
     refused(unnamed, "use --pixels zca-rfad, --pixels zca or --pixels standard", train=train)
     svhn = reader.load(unnamed, train, StatedFormat(), preprocess=own, data="svhn")
@@ -811,7 +811,7 @@ def test_frepo_divides_labels_by_a_root_of_the_number_of_classes(tmp_path, fitte
 
 
 def test_directions_beyond_the_number_of_images_keep_their_scale():
-    """FRePo's rank control: of 20 images in 192 dimensions, at least 172 directions."""
+    """20 images in 192 dimensions: FRePo's rank control keeps at least 172 directions."""
     images = np.random.default_rng(0).random((20, 8, 8, 3)).astype(np.float32)
     fitted = preprocess.fit_frepo(lambda size: iter([images]), (8, 8, 3))
     values = np.linalg.eigvalsh(fitted.whiten.astype(np.float64))
@@ -840,7 +840,7 @@ def test_other_constants_are_proven_by_the_numbers(
     np.testing.assert_array_equal(got.preprocess.mean, mean)
     assert f"pixels: {kind} (" in _notes(got)
     refused(path, f"are {kind} ones to the last digit", train=train, pixels="standardised")
-    # Noise as of an optimiser leaves the range: then nothing is proven.
+    # Noise like an optimiser's leaves the range, and then nothing is proven.
     rng = np.random.default_rng(0)
     noisy = (images + rng.normal(0, 0.1, images.shape).astype(np.float32) - mean) / std
     refused(
@@ -851,7 +851,7 @@ def test_other_constants_are_proven_by_the_numbers(
 
 
 def test_pictures_of_8_bits_are_proven_inside_the_range(tmp_path, few, fitted, read):
-    """They touch neither end, but lie on multiples of 1/255."""
+    """Pixels that reach neither end of the range but lie on multiples of 1/255."""
     levels = np.rint(few[0] * 100 + 60) / np.float32(255)
     got = read(_plain(tmp_path / "set.pt", _nchw(levels * 2 - 1), few[1]))
     assert "pixels: signed (from -0.529 to 0.255)" in _notes(got)
@@ -879,7 +879,7 @@ def test_bytes_that_are_no_whole_numbers(tmp_path, splits, few, fitted, read):
 
 
 def _tiled(images):
-    """Every four images in one of the same size, as IDC stores them."""
+    """Images that hold four smaller ones each, as IDC stores them."""
     small = images.reshape(len(images), 4, 2, 4, 2, 1).mean((2, 4))
     rows = small.reshape(-1, 2, 2, 4, 4, 1).transpose(0, 1, 3, 2, 4, 5)
     return rows.reshape(-1, 8, 8, 1), small
@@ -907,7 +907,7 @@ def test_idc_file_is_taken_out_of_its_tiles(tmp_path, splits, few, fitted, read,
 
 
 def test_steps_across_the_middle_show_tiles():
-    """Smooth images of unequal brightness, whose mean says nothing."""
+    """Smooth images of unequal brightness, whose mean image shows no tiles."""
     rng = np.random.default_rng(0)
     ramp = np.linspace(0, 1, 16, dtype=np.float32)[:, None, None] * np.ones((16, 16, 1), np.float32)
     smooth = ramp + ramp.transpose(1, 0, 2)
@@ -958,7 +958,7 @@ def test_two_npy_files(tmp_path, few, fitted, read, refused):
 
 
 def test_arrays_that_claim_more_than_they_hold(tmp_path, few, refused):
-    """Nothing of the claimed size is allocated: it would be 4 TiB."""
+    """The claimed size of 4 TiB is never allocated."""
     np.save(tmp_path / "images.npy", few[0])
     content = (tmp_path / "images.npy").read_bytes()
     claim = content.replace(b"(200, 8, 8, 1), }   ", b"(999999999999, 1), }")
@@ -982,7 +982,7 @@ def test_pickles_are_refused_unread(tmp_path, refused, name):
 
 
 def test_numbered_folders_of_numbered_classes_go_by_number(tmp_path, splits, few, fitted, read):
-    """Classes sorted as text: the third is '10', and folder 00002 is class '2' all the same."""
+    """Classes are sorted as text, so the third is '10'; folder 00002 is still class '2'."""
     names = ("0", "1", "10", *"2345678")  # digit 2 stands in for '10', digit 9 for '8'
     train = LabeledImages(splits.train.images(), splits.train.labels, names)
     images, labels = few
@@ -997,7 +997,7 @@ def test_numbered_folders_of_numbered_classes_go_by_number(tmp_path, splits, few
 
 
 def test_another_order_of_classes_is_told(tmp_path, splits, few, fitted, read):
-    """Labels 0 and 2 exchange their places, and a set of few images says nothing."""
+    """Images under permuted labels are reported, those of a set with few images are not."""
     order = np.array([2, 1, 0, *range(3, 10)])
     path = _plain(tmp_path / "set.pt", _nchw(few[0]), order[few[1]])
     assert "another order" not in _notes(read(path)), "most images fit as they are"
@@ -1014,7 +1014,7 @@ def test_another_order_of_classes_is_told(tmp_path, splits, few, fitted, read):
 
 
 def test_the_data_of_a_set_are_read_with_its_channels(tmp_path):
-    """As the other commands do, `--channels 1` makes colour images of a folder gray."""
+    """`--channels 1` makes colour images of a folder gray, as in the other commands."""
     rng = np.random.default_rng(0)
     for label, name in enumerate(("cat", "dog")):
         (tmp_path / "photos" / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What a run of `dsdistill` depends on; what it leaves when it is refused, stopped or damaged."""
+"""Resuming a run of `dsdistill`: changed inputs, damaged files, refused and stopped runs."""
 
 import hashlib
 import importlib
@@ -167,7 +167,7 @@ def test_an_option_of_a_wrong_type_is_one_line(copy, name):
 
 @pytest.mark.parametrize("lost", ["done", "best", "seconds", "state.0", "gram_tt", "shape", "type"])
 def test_a_checkpoint_of_another_run_is_one_line(copy, lost):
-    """Whole, with a checksum that fits: of another version, say."""
+    """An intact checkpoint with a valid checksum, such as one of another version, is refused."""
     method, folder = copy
     path = folder / "run" / run_folder.CHECKPOINT
     meta, arrays, _ = checksums.load(path, "meta", kind="a checkpoint")

@@ -1,4 +1,4 @@
-"""The batch of a stated time, what a run is expected to take, and how it is said."""
+"""The target batch for a stated time, the expected duration of a run, and its wording."""
 
 import jax
 import numpy as np
@@ -45,7 +45,7 @@ def chosen(seconds: float, n: int = 10_000, count: int = 1) -> int:
 
 
 def timed(monkeypatch, seconds) -> list[int]:
-    """Steps that take what the function of targets and network says."""
+    """Replace measured step times by a function of targets and network."""
     sizes = []
 
     def measured(objective, support, train, targets, seed):
