@@ -175,18 +175,20 @@ def test_a_run_with_every_way_to_save_time(dsdistill, tmp_path):
     solved, learned = (
         distilled_set.load(tmp_path / n / distilled_set.FILE_NAME) for n in ("ls", "run")
     )
-    made = learned.provenance
+    provenance = learned.provenance
     assert len(learned) == len(solved) == 20
-    assert made["metrics"]["initial_test_accuracy"] == pytest.approx(
+    assert provenance["metrics"]["initial_test_accuracy"] == pytest.approx(
         solved.provenance["metrics"]["test_accuracy"], abs=0.05
     )  # not the same training images: Label Solve held none out
-    last = made["metrics"]["last_step"]
+    last = provenance["metrics"]["last_step"]
     assert last < 406
-    assert made["stopped"] == f"at step {last} of 406: no lower validation loss in 1 validation"
-    assert f"stopped early, {made['stopped']}" in done.stdout
-    chosen = made["config"]["chosen"]
+    assert (
+        provenance["stopped"] == f"at step {last} of 406: no lower validation loss in 1 validation"
+    )
+    assert f"stopped early, {provenance['stopped']}" in done.stdout
+    chosen = provenance["config"]["chosen"]
     assert chosen["target_batch"] % 10 == 0
-    assert len(made["inputs"]["set of --init"]) == 64
+    assert len(provenance["inputs"]["set of --init"]) == 64
     note, *said = done.stderr.splitlines()
     assert note.startswith("note: the set of --init was made with images that this run validates")
     assert said[0] == f"target batch: {chosen['target_batch']} images, for steps of 5 ms"
@@ -209,8 +211,8 @@ def test_a_resumed_run_measures_no_batch_again_and_starts_from_the_same_set(dsdi
     done = dsdistill("kip", "--out", "run", "--resume")
     assert done.returncode == 0, done.stderr
     assert "target batch" not in done.stderr
-    made = distilled_set.load(tmp_path / "run" / distilled_set.FILE_NAME).provenance
-    assert made["config"]["chosen"]["target_batch"] == 70
+    provenance = distilled_set.load(tmp_path / "run" / distilled_set.FILE_NAME).provenance
+    assert provenance["config"]["chosen"]["target_batch"] == 70
     (tmp_path / "run" / distilled_set.FILE_NAME).unlink()
     shutil.rmtree(tmp_path / "ls")
     again = dsdistill("ls", "digits", "--images-per-class", 1, "--seed", 1, "--out", "ls")
@@ -233,8 +235,8 @@ def test_of_several_kernels_the_first_one_is_stored_and_evaluates(dsdistill, tmp
     short = ("--images-per-class", 1, "--steps", 6)
     done = dsdistill("kip", "digits", *options, *short, "--out", "run")
     assert done.returncode == 0, done.stderr
-    made = distilled_set.load(tmp_path / "run" / distilled_set.FILE_NAME).provenance
-    assert (made["kernel"], made["config"]["kernel"]) == ("fc(1)", "fc,conv")
+    provenance = distilled_set.load(tmp_path / "run" / distilled_set.FILE_NAME).provenance
+    assert (provenance["kernel"], provenance["config"]["kernel"]) == ("fc(1)", "fc,conv")
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert {line["network"] for line in lines} == {0, 1}
     evaluated = ("--learners", "ridge", "--controls", "", "--seeds", 1, "--out", "report")
@@ -243,7 +245,7 @@ def test_of_several_kernels_the_first_one_is_stored_and_evaluates(dsdistill, tmp
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     first = report["results"][0]
-    assert first["accuracy"] == pytest.approx(made["metrics"]["test_accuracy"])
+    assert first["accuracy"] == pytest.approx(provenance["metrics"]["test_accuracy"])
     assert "--kernel fc,conv" in report["commands"][0]
 
 

@@ -77,11 +77,11 @@ def weights(n: int, m: int) -> np.ndarray:
 
 
 def errors(
-    found: Any, x1: Any, x2: Any, g: Any, text: str, b_std: float = 0.1
+    results: Any, x1: Any, x2: Any, g: Any, text: str, b_std: float = 0.1
 ) -> tuple[float, float]:
     """Relative errors of value and gradient, the latter along random directions."""
     network = notation.parse(text, b_std=b_std)
-    value, gradient = (np.asarray(a, np.float64) for a in found)
+    value, gradient = (np.asarray(a, np.float64) for a in results)
     directions = np.random.default_rng(4).standard_normal((4, *gradient.shape))
     along = [(gradient * d).sum((1, 2, 3)) for d in directions]
     expected = [(oracle.slopes(x1, x2, network, d) * g).sum(1) for d in directions]
@@ -128,11 +128,11 @@ def test_real_images_equal_neural_tangents():
     """Digits have large areas of zeros; the first image is in both sets."""
     text = "3xCRP-flatten"
     x, two, g = digits(4), [0, 2, 3], weights(2, 3)
-    found = double(engine(text), x[:2], x[two], g)
-    assert max(errors(found, x[:2], x[two], g, text)) < VALUE
+    results = double(engine(text), x[:2], x[two], g)
+    assert max(errors(results, x[:2], x[two], g, text)) < VALUE
     kernel = oracle.stax_kernel(notation.parse(text))
     theirs = double(jax.jit(lambda x: kernel(x, None, "ntk")), x)
-    assert relative(found[0], theirs[:2, np.array(two)]) < VALUE
+    assert relative(results[0], theirs[:2, np.array(two)]) < VALUE
 
 
 @pytest.mark.fashion
@@ -157,14 +157,14 @@ def test_float32_is_closer_than_neural_tangents(text, data):
     x = digits(4) if data == "digits" else images(4, 0, 6, 6, 1)
     x, g, network = np.float32(x), weights(4, 4), notation.parse(text)
     expected = oracle.ntk(np.float64(x), np.float64(x), network)
-    found = single(engine(text), x, x, g)
+    results = single(engine(text), x, x, g)
     kernel = oracle.stax_kernel(network)
     theirs = single(jax.jit(lambda a: kernel(a, None, "ntk")), x)
-    assert found[0].dtype == SINGLE
-    assert relative(found[0], expected) < min(VALUE, relative(theirs, expected))
-    diagonal = relative(np.diag(found[0]), np.diag(expected))
+    assert results[0].dtype == SINGLE
+    assert relative(results[0], expected) < min(VALUE, relative(theirs, expected))
+    diagonal = relative(np.diag(results[0]), np.diag(expected))
     assert diagonal < 0.1 * relative(np.diag(theirs), np.diag(expected))
-    assert errors(found, np.float64(x), np.float64(x), g, text)[1] < GRADIENT
+    assert errors(results, np.float64(x), np.float64(x), g, text)[1] < GRADIENT
 
 
 def test_float32_stays_float32_in_x64_mode():
@@ -179,10 +179,10 @@ def test_float32_stays_float32_in_x64_mode():
 def check_trap(x1: Any, x2: Any, *, b_std: float = 0.1, text: str = "2xCRP-flatten") -> None:
     """Require finite values in float32 and float64, and full precision in float64."""
     g = weights(len(x1), len(x2))
-    found = double(engine(text, b_std), x1, x2, g)
-    for array in (*found, *single(engine(text, b_std), x1, x2, g)):
+    results = double(engine(text, b_std), x1, x2, g)
+    for array in (*results, *single(engine(text, b_std), x1, x2, g)):
         assert np.isfinite(array).all()
-    value, gradient = errors(found, x1, x2, g, text, b_std)
+    value, gradient = errors(results, x1, x2, g, text, b_std)
     assert value < VALUE
     assert gradient < GRADIENT
 

@@ -140,8 +140,8 @@ def test_the_step_solves_the_damped_problem(monkeypatch):
     n = at["images"].size
     means = np.concatenate([np.full(n, diagonal[:n].mean()), np.full(9, diagonal[n:].mean())])
     expected = np.linalg.solve(j.T @ j + 0.5 * means * unit, j.T @ r)
-    found = np.concatenate([np.ravel(after.direction[name]) for name in at])
-    np.testing.assert_allclose(found, expected, atol=0.03 * np.abs(expected).max())
+    direction = np.concatenate([np.ravel(after.direction[name]) for name in at])
+    np.testing.assert_allclose(direction, expected, atol=0.03 * np.abs(expected).max())
 
 
 def test_a_step_lowers_the_loss_of_its_batch_and_remembers_its_direction():

@@ -47,9 +47,9 @@ def support() -> Support:
 
 def plan(*steps: int, networks: tuple = (FC1,), patience: int | None = None, **changes) -> Plan:
     """A plan of phases with these numbers of steps, with `fc(2)` in all but the last."""
-    made = [Phase(kip.KipObjective((FC2,), **changes), n) for n in steps[:-1]]
-    made.append(Phase(kip.KipObjective(networks, **changes), steps[-1]))
-    return Plan(tuple(made), target_batch=30, seed=0, patience=patience)
+    phase_list = [Phase(kip.KipObjective((FC2,), **changes), n) for n in steps[:-1]]
+    phase_list.append(Phase(kip.KipObjective(networks, **changes), steps[-1]))
+    return Plan(tuple(phase_list), target_batch=30, seed=0, patience=patience)
 
 
 def opened(folder: Path) -> run_folder.Run:

@@ -9,10 +9,10 @@ from dsdistill.parallel import launchers
 def test_notation():
     assert launchers.parse("none") is None
     assert launchers.parse("10.0.0.1:9876,0/1") is None
-    found = launchers.parse("[fd00::1]:9876,1/3")
-    assert found is not None
-    assert found["coordinator_address"] == "[fd00::1]:9876"
-    assert (found["process_id"], found["num_processes"]) == (1, 3)
+    arguments = launchers.parse("[fd00::1]:9876,1/3")
+    assert arguments is not None
+    assert arguments["coordinator_address"] == "[fd00::1]:9876"
+    assert (arguments["process_id"], arguments["num_processes"]) == (1, 3)
 
 
 @pytest.mark.parametrize(

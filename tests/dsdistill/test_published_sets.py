@@ -169,20 +169,24 @@ def test_whitened_pairs_are_not_guessed(tmp_path, splits, few, refused):
     """MTT's colour files tell whether ZCA was used only if unwhitened images lie beside them."""
     pictures = np.repeat(splits.train.images(), 3, -1)
     colour = LabeledImages(pictures, splits.train.labels, splits.train.classes)
-    own = preprocess.fit("standardise", colour.chunks, colour.shape)
+    data_preprocess = preprocess.fit("standardise", colour.chunks, colour.shape)
     images, labels = np.repeat(few[0], 3, -1), few[1]
     folder = tmp_path / "CIFAR100" / "run"
     folder.mkdir(parents=True)
-    torch.save(_nchw(own.apply(images)), folder / "images_best.pt")
+    torch.save(_nchw(data_preprocess.apply(images)), folder / "images_best.pt")
     torch.save(torch.from_numpy(labels), folder / "labels_best.pt")
     refused(folder, "use --pixels zca-mtt or --pixels standardised", train=colour)
-    got = reader.load(folder, colour, StatedFormat(pixels="standardised"), preprocess=own)
+    got = reader.load(
+        folder, colour, StatedFormat(pixels="standardised"), preprocess=data_preprocess
+    )
     assert "those of MTT for CIFAR100" in _notes(got)
     torch.save(_nchw(images * np.float32(1.2) - np.float32(0.1)), folder / "images_zca_best.pt")
     whitened = "is whitened by ZCA.* use --pixels zca-mtt"
     refused(folder, whitened, train=colour, pixels="standardised")
-    got = reader.load(folder / "images_zca_best.pt", colour, StatedFormat(), preprocess=own)
-    np.testing.assert_allclose(got.images, own.apply(images * 1.2 - 0.1), atol=1e-4)
+    got = reader.load(
+        folder / "images_zca_best.pt", colour, StatedFormat(), preprocess=data_preprocess
+    )
+    np.testing.assert_allclose(got.images, data_preprocess.apply(images * 1.2 - 0.1), atol=1e-4)
     assert "pixels: unit (the kind of file)" in _notes(got)
 
 
@@ -205,11 +209,11 @@ def test_kip_file(tmp_path, splits, few, fitted, read, refused):
 
 def test_kip_file_that_is_whitened(tmp_path, splits, few, read, refused):
     images, labels = few
-    own = preprocess.fit("zca", splits.train.chunks, splits.train.shape)
+    data_preprocess = preprocess.fit("zca", splits.train.chunks, splits.train.shape)
     path = tmp_path / "ConvNet_ssize200_zca_l_noaug_ckpt1000.npz"
-    np.savez(path, images=own.apply(images), labels=centred_one_hot(labels, 10))
+    np.savez(path, images=data_preprocess.apply(images), labels=centred_one_hot(labels, 10))
     got = read(path)
-    assert got.preprocess.same_as(own)
+    assert got.preprocess.same_as(data_preprocess)
     assert _accuracy(got, splits.test) > GOOD
     assert "pixels: zca (the kind of file); ZCA as the KIP paper does" in _notes(got)
     refused(path, "is whitened by ZCA", pixels="standardised")
@@ -241,34 +245,38 @@ def test_mtt_pair_that_is_whitened(tmp_path, splits, few, read, refused):
 @pytest.mark.parametrize("prepared", ["standardise", "none"])
 def test_own_export_comes_back_to_the_bit(tmp_path, splits, few, read, kind, prepared):
     images, labels = few
-    own = preprocess.fit(prepared, lambda size: iter([images]), images.shape[1:])
+    data_preprocess = preprocess.fit(prepared, lambda size: iter([images]), images.shape[1:])
     solved = np.random.default_rng(1).normal(0, 9, (len(labels), 10)).astype(np.float32)
-    made = DistilledSet(own.apply(images), solved, own, splits.train.classes, {})
-    distilled_set.save(tmp_path / distilled_set.FILE_NAME, made)
+    exported = DistilledSet(
+        data_preprocess.apply(images), solved, data_preprocess, splits.train.classes, {}
+    )
+    distilled_set.save(tmp_path / distilled_set.FILE_NAME, exported)
     path = export.write(tmp_path / distilled_set.FILE_NAME, kind, None)
     got = read(path)
-    np.testing.assert_array_equal(got.images, made.images)
-    np.testing.assert_array_equal(got.labels, made.labels)
-    np.testing.assert_array_equal(_seen(got, splits.test), _seen(made, splits.test))
+    np.testing.assert_array_equal(got.images, exported.images)
+    np.testing.assert_array_equal(got.labels, exported.labels)
+    np.testing.assert_array_equal(_seen(got, splits.test), _seen(exported, splits.test))
 
 
 def test_own_export_that_cannot_be_used(tmp_path, few, read, refused):
     images, labels = few
-    own = preprocess.fit("zca", lambda size: iter([images]), images.shape[1:])
+    data_preprocess = preprocess.fit("zca", lambda size: iter([images]), images.shape[1:])
     classes = tuple(str(i) for i in range(10))
-    made = DistilledSet(own.apply(images), centred_one_hot(labels, 10), own, classes, {})
-    distilled_set.save(tmp_path / distilled_set.FILE_NAME, made)
+    exported = DistilledSet(
+        data_preprocess.apply(images), centred_one_hot(labels, 10), data_preprocess, classes, {}
+    )
+    distilled_set.save(tmp_path / distilled_set.FILE_NAME, exported)
     whitened = export.write(tmp_path / distilled_set.FILE_NAME, "npz", None)
     refused(whitened, "whitened set: evaluate its .safetensors")
     plain = preprocess.identity(1)
-    made = DistilledSet(images, centred_one_hot(labels, 10), plain, classes[::-1], {})
-    distilled_set.save(tmp_path / distilled_set.FILE_NAME, made)
+    exported = DistilledSet(images, centred_one_hot(labels, 10), plain, classes[::-1], {})
+    distilled_set.save(tmp_path / distilled_set.FILE_NAME, exported)
     reversed_ = export.write(tmp_path / distilled_set.FILE_NAME, "npz", tmp_path / "reversed.npz")
     got = read(reversed_)
     np.testing.assert_array_equal(got.hard_labels, 9 - labels)  # label 9 is the class named '0'
     assert "classes: matched by name" in _notes(got)
     other = distilled_set.FILE_NAME.replace("distilled", "other")
-    distilled_set.save(tmp_path / other, replace(made, classes=("ten", *classes[1:])))
+    distilled_set.save(tmp_path / other, replace(exported, classes=("ten", *classes[1:])))
     named = export.write(tmp_path / other, "npz", tmp_path / "named.npz")
     refused(named, "has the classes ten, 1, .* the data 0, 1, .* must have the same ones")
     with np.load(reversed_) as file:
@@ -406,7 +414,7 @@ def test_large_rows_that_sum_to_zero_may_be_logits(tmp_path, few, fitted, refuse
     ("labels", "match"),
     [
         (lambda y: y + 1, "numbers 0 to 9.* 10 numbers from 1 to 10"),
-        (lambda y: y % 5, "10 classes; got 5 from 0 to 4"),
+        (lambda y: y % 5, "10 classes; got 5 numbers from 0 to 4"),
         (lambda y: y + 0.5, "numbers 0 to 9"),
         (lambda y: np.eye(100, dtype=np.float32)[y], "labels of 100 classes, the data has 10"),
         (lambda y: np.where(y == 3, np.nan, y), "finite"),
@@ -547,27 +555,27 @@ def test_a_shape_that_fits_both_layouts_must_be_stated(tmp_path, refused):
     rng = np.random.default_rng(0)
     images = rng.random((20, 3, 3, 3), np.float32)
     train = LabeledImages(images, np.arange(20) % 10, tuple("0123456789"))
-    own = preprocess.fit("standardise", train.chunks, train.shape)
+    data_preprocess = preprocess.fit("standardise", train.chunks, train.shape)
     path = _plain(tmp_path / "set.pt", images, np.arange(20) % 10)
     refused(path, "fit both layouts: add --layout", train=train)
     nhwc, nchw = (
-        reader.load(path, train, StatedFormat(layout=layout), preprocess=own).images
+        reader.load(path, train, StatedFormat(layout=layout), preprocess=data_preprocess).images
         for layout in ("nhwc", "nchw")
     )
-    np.testing.assert_allclose(nhwc, own.apply(images), atol=1e-6)
-    np.testing.assert_allclose(nchw, own.apply(images.transpose(0, 2, 3, 1)), atol=1e-6)
+    np.testing.assert_allclose(nhwc, data_preprocess.apply(images), atol=1e-6)
+    np.testing.assert_allclose(nchw, data_preprocess.apply(images.transpose(0, 2, 3, 1)), atol=1e-6)
 
 
 def test_the_set_can_be_saved_and_says_how_it_was_read(tmp_path, few, fitted, read):
     path = _plain(tmp_path / "set.pt", _nchw(fitted.apply(few[0])), few[1])
     got = read(path, mean=(0.3,), std=(0.4,))
     distilled_set.save(tmp_path / "again.safetensors", got)
-    made = distilled_set.load(tmp_path / "again.safetensors").provenance
-    assert made == json.loads(json.dumps(got.provenance)) == got.provenance
-    assert made["method"] == "published"
-    assert made["file"] == str(path)
-    assert re.fullmatch("[0-9a-f]{64}", made["sha256"])
-    assert (made["seconds"], made["kernel"], made["metrics"]) == (None, None, {})
+    provenance = distilled_set.load(tmp_path / "again.safetensors").provenance
+    assert provenance == json.loads(json.dumps(got.provenance)) == got.provenance
+    assert provenance["method"] == "published"
+    assert provenance["file"] == str(path)
+    assert re.fullmatch("[0-9a-f]{64}", provenance["sha256"])
+    assert (provenance["seconds"], provenance["kernel"], provenance["metrics"]) == (None, None, {})
 
 
 def test_digest_follows_every_file(tmp_path, few, read):
@@ -754,13 +762,13 @@ def _rfad(path, images, labels):
 
 def test_rfad_file_of_colour_images(tmp_path, splits, few, refused):
     train, images = _colour(splits, few)
-    own = preprocess.fit("standardise", train.chunks, train.shape)
+    data_preprocess = preprocess.fit("standardise", train.chunks, train.shape)
     whiten = _whitened_by_hand(train, "zca-rfad")
     learned = centred_one_hot(few[1], 10) + np.float32(0.01)
     path = _rfad(
         tmp_path / "distilled_images_final" / "cifar10" / "10" / "best.npz", whiten(images), learned
     )
-    got = reader.load(path, train, StatedFormat(), preprocess=own)
+    got = reader.load(path, train, StatedFormat(), preprocess=data_preprocess)
     np.testing.assert_array_equal(got.images, whiten(images))
     test = splits.test.images(np.arange(50)) * np.array([1.0, 0.7, 0.4], np.float32)
     np.testing.assert_allclose(got.preprocess.apply(test), whiten(test), atol=1e-3)
@@ -772,7 +780,7 @@ def test_rfad_file_of_colour_images(tmp_path, splits, few, refused):
     # If neither the data nor the folders have a name, three readings remain.
     unnamed = _rfad(tmp_path / "set.npz", whiten(images), learned)
     refused(unnamed, "use --pixels zca-rfad, --pixels zca or --pixels standard", train=train)
-    svhn = reader.load(unnamed, train, StatedFormat(), preprocess=own, data="svhn")
+    svhn = reader.load(unnamed, train, StatedFormat(), preprocess=data_preprocess, data="svhn")
     assert svhn.preprocess.kind == "zca"
 
 
@@ -786,12 +794,12 @@ def test_rfad_file_of_grey_images_is_standardised(tmp_path, few, fitted, read, r
 
 def test_frepo_file(tmp_path, splits, few, read):
     train, images = _colour(splits, few)
-    own = preprocess.fit("standardise", train.chunks, train.shape)
+    data_preprocess = preprocess.fit("standardise", train.chunks, train.shape)
     whiten = _whitened_by_hand(train, "zca-frepo")
     path = tmp_path / "step500000.npz"
     drifted = centred_one_hot(few[1], 10) + np.float32(0.02)  # learned, so no longer summing to 0
     np.savez(path, image=whiten(images), label=drifted)
-    got = reader.load(path, train, StatedFormat(), preprocess=own)
+    got = reader.load(path, train, StatedFormat(), preprocess=data_preprocess)
     assert got.preprocess.kind == "zca-frepo"
     np.testing.assert_allclose(got.preprocess.apply(images), whiten(images), atol=1e-3)
     np.testing.assert_allclose(got.preprocess.invert(got.images), images, atol=1e-3)
@@ -832,10 +840,12 @@ def test_other_constants_are_proven_by_the_numbers(
 ):
     train, images = _colour(splits, few)
     train.store[0, 0, 0], images[0, 0, 0] = 1.0, 1.0  # every channel has its full range somewhere
-    own = preprocess.fit("standardise", train.chunks, train.shape)
+    data_preprocess = preprocess.fit("standardise", train.chunks, train.shape)
     mean, std = np.float32(mean), np.float32(std)
     path = _plain(tmp_path / "set.pt", _nchw((images - mean) / std), few[1])
-    got = reader.load(path, train, StatedFormat(kind if stated else "auto"), preprocess=own)
+    got = reader.load(
+        path, train, StatedFormat(kind if stated else "auto"), preprocess=data_preprocess
+    )
     np.testing.assert_allclose(got.preprocess.apply(images), got.images, atol=1e-5)
     np.testing.assert_array_equal(got.preprocess.mean, mean)
     assert f"pixels: {kind} (" in _notes(got)

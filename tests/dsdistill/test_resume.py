@@ -38,11 +38,13 @@ def write_data(path: Path, per_class: int = 15, **changes: np.ndarray) -> None:
 
 def start(folder: Path, method: str, *, resume: bool = False) -> Path:
     data, out = str(folder / "data.npz"), folder / "run"
-    given = {} if resume else {"images_per_class": 1}
+    changes = {} if resume else {"images_per_class": 1}
     if method == "ls":
-        return distil.run_label_solve(LabelSolveOptions(data=data, out=out, resume=resume, **given))
-    given = {} if resume else {**given, "steps": 6, "target_batch": 12}
-    return distil.run_kip(KipOptions(data=data, out=out, resume=resume, **given))
+        return distil.run_label_solve(
+            LabelSolveOptions(data=data, out=out, resume=resume, **changes)
+        )
+    changes = {} if resume else {**changes, "steps": 6, "target_batch": 12}
+    return distil.run_kip(KipOptions(data=data, out=out, resume=resume, **changes))
 
 
 @pytest.fixture(scope="module", params=["kip", "ls"])
