@@ -9,7 +9,7 @@ the loss with the predictions linearised and a diagonal damping S:
 
 by conjugate gradients, which start from the previous step. A fraction of s is taken. A step that
 does not lower the loss of its own batch is undone. One that lowers it by much less than the
-linearised predictions promise raises the damping of the next steps, until steps do so again.
+linearised predictions promise raises the damping, until steps keep the promise again.
 
 Source: Levenberg (1944) and Marquardt (1963) for the step and its damping; Martens (2010), "Deep
 learning via Hessian-free optimization", for conjugate gradients on batches. Applying it to KIP is
