@@ -1,15 +1,15 @@
-"""The targets of KIP: class-balanced batches of training images, the same for the same step."""
+"""Targets of KIP: class-balanced batches of training images, a function of seed and step."""
 
 import numpy as np
 
 from dsdistill.harness import memory
 from dsdistill.harness.data.labeled_images import Examples, LabeledImages
 
-MAX_MEMORY_SHARE = 0.25  # share of the free memory that the preprocessed images may take
+MAX_MEMORY_SHARE = 0.25  # of the free memory, for preprocessed images
 
 
 def load_into_memory(examples: Examples) -> Examples:
-    """The examples preprocessed once and kept, if they fit into a share of the free memory."""
+    """Preprocess all examples at once if they fit into `MAX_MEMORY_SHARE`; else return them."""
     h, w, c = examples.data.shape
     if (
         examples.is_preprocessed
@@ -25,10 +25,17 @@ def load_into_memory(examples: Examples) -> Examples:
 
 
 class TargetBatches:
-    """Class-balanced target batches; the batch of a step is a function of seed and step.
+    """Class-balanced batches of targets.
+
+    Args:
+        train: Images to draw from.
+        size: Number of targets per step, rounded down to a multiple of the number of classes; at
+            least one per class.
+        seed: Seed of all draws.
 
     Attributes:
-        size: Targets a step. A class that has fewer images than its share gives all it has.
+        size: Number of targets per step. A class with fewer images than its share gives all of
+            them.
     """
 
     def __init__(self, train: Examples, size: int, seed: int) -> None:
@@ -40,7 +47,7 @@ class TargetBatches:
         self.size = sum(self._share)
 
     def draw(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Images and labels of one step, without replacement within it."""
+        """Draw images and labels of one step, without replacement within the step."""
         rng = np.random.default_rng([self._seed, 1, step])
         drawn = (
             rng.choice(m, s, replace=False) for m, s in zip(self._members, self._share, strict=True)

@@ -1,4 +1,4 @@
-"""Which planes are kept, against the pairs of pixels found by walking back from the readout."""
+"""The planes that are kept, against the pairs of pixels that the readout depends on."""
 
 import itertools
 
@@ -17,7 +17,7 @@ CASES = [
 
 
 def needed(shape: tuple[int, int], everywhere: bool, above: set | None) -> set:
-    """Pairs (p, q) of pixels that the readout or the pairs of the coarser level are made of."""
+    """Pairs (p, q) of pixels on which the readout or the pairs of the coarser level depend."""
     if above is None:
         pixels = list(np.ndindex(shape))
         return set(itertools.product(pixels, pixels)) if everywhere else {(p, p) for p in pixels}
@@ -31,7 +31,7 @@ def needed(shape: tuple[int, int], everywhere: bool, above: set | None) -> set:
 
 
 def places(grid: Grid) -> dict:
-    """For every pair of pixels the planes that hold it."""
+    """The planes that hold each pair of pixels."""
     found: dict = {}
     offsets = itertools.product(
         zip(grid.y.offsets, grid.y.valid, strict=True),
@@ -72,7 +72,7 @@ def test_every_needed_pair_is_held_once_and_pooled_to_its_place(
 
 @pytest.mark.parametrize(("height", "width", "poolings", "everywhere"), CASES)
 def test_no_other_pair_is_pooled_into_a_coarse_pair(height, width, poolings, everywhere):
-    """Exactly the 16 pairs of 2x2 by 2x2 pixels: what else is sent along has its q outside."""
+    """Exactly the 16 pairs of 2x2 by 2x2 pixels are pooled; any other has its q outside."""
     for fine, coarse in itertools.pairwise(grids(height, width, poolings, everywhere)):
         to, above = fine.coarse_planes(coarse), places(coarse)
         counts: dict = {}

@@ -1,4 +1,4 @@
-"""What a run of `dsdistill` depends on; what it leaves when it is refused, stopped or damaged."""
+"""Resuming a run of `dsdistill`: changed inputs, damaged files, refused and stopped runs."""
 
 import hashlib
 import importlib
@@ -39,11 +39,13 @@ def write_data(path: Path, per_class: int = 15, **changes: np.ndarray) -> None:
 
 def start(folder: Path, method: str, *, resume: bool = False) -> Path:
     data, out = str(folder / "data.npz"), folder / "run"
-    given = {} if resume else {"images_per_class": 1}
+    changes = {} if resume else {"images_per_class": 1}
     if method == "ls":
-        return distil.run_label_solve(LabelSolveOptions(data=data, out=out, resume=resume, **given))
-    given = {} if resume else {**given, "steps": 6, "target_batch": 12}
-    return distil.run_kip(KipOptions(data=data, out=out, resume=resume, **given))
+        return distil.run_label_solve(
+            LabelSolveOptions(data=data, out=out, resume=resume, **changes)
+        )
+    changes = {} if resume else {**changes, "steps": 6, "target_batch": 12}
+    return distil.run_kip(KipOptions(data=data, out=out, resume=resume, **changes))
 
 
 @pytest.fixture(scope="module", params=["kip", "ls"])
@@ -168,7 +170,7 @@ def test_an_option_of_a_wrong_type_is_one_line(copy, name):
 
 @pytest.mark.parametrize("lost", ["done", "best", "seconds", "state.0", "gram_tt", "shape", "type"])
 def test_a_checkpoint_of_another_run_is_one_line(copy, lost):
-    """Whole, with a checksum that fits: of another version, say."""
+    """An intact checkpoint with a valid checksum, such as one of another version, is refused."""
     method, folder = copy
     path = folder / "run" / run_folder.CHECKPOINT
     meta, arrays, _ = checksums.load(path, "meta", kind="a checkpoint")

@@ -1,4 +1,4 @@
-"""The batch of a stated time, what a run is expected to take, and how it is said."""
+"""The target batch for a stated time, the expected duration of a run, and its wording."""
 
 import jax
 import numpy as np
@@ -45,7 +45,7 @@ def chosen(seconds: float, n: int = 10_000, count: int = 1) -> int:
 
 
 def timed(monkeypatch, seconds) -> list[int]:
-    """Steps that take what the function of targets and network says."""
+    """Replace measured step times by a function of targets and network."""
     sizes = []
 
     def measured(objective, support, train, targets, seed):
@@ -104,10 +104,10 @@ def test_a_tile_announces_long_work_alone(work, monkeypatch):
     conv, long = networks.parse("conv(1)"), timing.MIN_ANNOUNCED_TILES * 4 * 4
     assert timing.time_tile(conv, train(20), long, work) is None
     assert timing.time_tile(FC[0], train(20), 1e9, work) is None  # its steps say so soon enough
-    found = timing.time_tile(conv, train(20), long + 1, work)
-    assert found is not None
-    assert found.pairs == 4 * 4 * jax.device_count()
-    assert 0 < found.seconds < 10
+    tile = timing.time_tile(conv, train(20), long + 1, work)
+    assert tile is not None
+    assert tile.pairs == 4 * 4 * jax.device_count()
+    assert 0 < tile.seconds < 10
 
 
 def test_the_time_of_a_tile_is_without_compiling(monkeypatch):
