@@ -290,7 +290,7 @@ def _fit(
 
     def validate(network: nn.Module) -> Mapping[str, float]:
         assert held is not None
-        judged = student.classifier.around(network)
+        judged = student.classifier.with_network(network)
         return scoring.validate(judged, held, parts.on, logits=student.outputs == "logits")
 
     saved = run.load_state()

@@ -142,7 +142,7 @@ class CachedBatches:
         known = [kept.open(name, int(ends[-1]), self.classes) for kept in self.caches]
         with ExitStack() as stack:  # closed with an error where the epoch is left before its end
             writers = [
-                stack.enter_context(kept.writing(name)) if entry is None and first == 0 else None
+                stack.enter_context(kept.write(name)) if entry is None and first == 0 else None
                 for kept, entry in zip(self.caches, known, strict=True)
             ]
             for number, batch in enumerate(stream, first):

@@ -227,13 +227,13 @@ def test_the_seed_decides_the_predictions() -> None:
 
 def test_augmentation(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    changed = learners.augment.changed
+    changed = learners.augment.augment_batches
 
     def spy(source, recipe, classes):
         seen.append((recipe.augment, recipe.crop_padding, recipe.hflip))
         return changed(source, recipe, classes)
 
-    monkeypatch.setattr(learners.augment, "changed", spy)
+    monkeypatch.setattr(learners.augment, "augment_batches", spy)
     plain = network_learner("mlp:8", steps=3)
     augmented = plain.augmented()
     assert augmented.name == plain.name

@@ -79,7 +79,7 @@ def test_an_epoch_written_step_by_step_equals_one_written_at_once(
 ) -> None:
     cache, logits = open_cache(tmp_path, KEY, top=top), _logits()
     cache.save("epoch-00000", logits)
-    with cache.writing("epoch-00001") as write:
+    with cache.write("epoch-00001") as write:
         for step in logits.split(8):
             write(step)
     one, other = (cache.load(f"epoch-0000{i}", N, K) for i in (0, 1))
@@ -91,7 +91,7 @@ def test_an_epoch_written_step_by_step_equals_one_written_at_once(
 @pytest.mark.usefixtures("small_chunks")
 def test_a_long_epoch_goes_to_disk_while_it_is_written(tmp_path: Path) -> None:
     cache = open_cache(tmp_path, KEY, top=None)
-    with cache.writing("epoch-00000") as write:
+    with cache.write("epoch-00000") as write:
         for done in range(1, 45):
             write(_logits(1, seed=done))
             assert len(list((cache.folder / "chunks").iterdir())) == done // 11
@@ -350,7 +350,7 @@ def test_an_error_in_the_middle_of_an_epoch_leaves_no_entry(tmp_path: Path) -> N
     cache = open_cache(tmp_path, KEY, top=None)
 
     def epoch() -> None:
-        with cache.writing("epoch-00000") as write:
+        with cache.write("epoch-00000") as write:
             write(_logits())
             raise KeyboardInterrupt
 
@@ -369,7 +369,7 @@ logits = torch.arange(50 * 7.).view(50, 7)
 print("ready", flush=True)
 sys.stdin.readline()
 for _ in range(int(sys.argv[2])):
-    with cache.writing("epoch-00000") as write:
+    with cache.write("epoch-00000") as write:
         for step in logits.split(5):
             write(step)
             if sys.argv[2] == "1":
@@ -462,7 +462,7 @@ def test_rows_of_another_length_are_refused(tmp_path: Path) -> None:
     cache = open_cache(tmp_path, KEY, top=None)
 
     def epoch() -> None:
-        with cache.writing("static") as write:
+        with cache.write("static") as write:
             write(_logits(2, 7))
             write(_logits(2, 8))
 
@@ -541,7 +541,7 @@ def test_a_teachers_answers_are_not_cleared_while_they_are_used(
     beside = open_cache(tmp_path / "answers", {"a": 1}, top=None)  # shares it
     stored.run(clear=True, older_than=None)
     assert "is left" in capsys.readouterr().err
-    with used.writing("static") as write:
+    with used.write("static") as write:
         write(torch.zeros(2, 3))
     loaded = beside.load("static", 2, 3)
     assert loaded is not None
