@@ -16,25 +16,25 @@ from kd.losses import ensemble, feature, relation, response
 from kd.models.networks import Classifier, Shape
 from kd.models.teachers import Teacher
 from kd.objectives import feature_terms, loss_spec
+from kd.objectives.feature_terms import LossFunction
 from kd.objectives.loss_spec import TermSpec
 from kd.objectives.step_outputs import StepOutputs
 
-LogitLoss = Callable[..., Tensor]
 # Applies a loss at a temperature to the student's logits and those of all teachers.
-TeacherCombiner = Callable[[StepOutputs, LogitLoss, float], Tensor]
+TeacherCombiner = Callable[[StepOutputs, LossFunction, float], Tensor]
 
 
-def mean_probability_loss(step: StepOutputs, function: LogitLoss, temperature: float) -> Tensor:
+def mean_probability_loss(step: StepOutputs, function: LossFunction, temperature: float) -> Tensor:
     """Apply a loss to the mean of the teachers' probabilities at the loss's temperature."""
     return function(step.student_logits, step.combined_logits(temperature))
 
 
-def mean_logit_loss(step: StepOutputs, function: LogitLoss, temperature: float) -> Tensor:
+def mean_logit_loss(step: StepOutputs, function: LossFunction, temperature: float) -> Tensor:
     """Apply a loss of logits that are not softened to the mean of the teachers' logits."""
     return function(step.student_logits, step.mean_logits())
 
 
-def mean_standardised_loss(step: StepOutputs, function: LogitLoss, temperature: float) -> Tensor:
+def mean_standardised_loss(step: StepOutputs, function: LossFunction, temperature: float) -> Tensor:
     """KL divergence from the mean probabilities of standardised teachers, for `standardised_kl`."""
     if len(step.teacher_logits) == 1:
         return function(step.student_logits, step.teacher_logits[0])
@@ -163,7 +163,7 @@ class LogitTerm(nn.Module):
     """A loss of the student's logits and the teachers'."""
 
     def __init__(
-        self, function: LogitLoss, temperature: float, labels: bool, combine: TeacherCombiner
+        self, function: LossFunction, temperature: float, labels: bool, combine: TeacherCombiner
     ) -> None:
         super().__init__()
         self.function, self.temperature, self.labels = function, temperature, labels
