@@ -250,6 +250,7 @@ def _kd_evaluate_reader() -> Read:
 def _make_evaluation(folder: Path) -> None:
     from dsdistill.harness.evaluation.results import Result
     from dsdistill.harness.reports import report
+    from dsdistill.harness.reports.write import write_report
 
     rng = np.random.default_rng(0)
     found = []
@@ -276,7 +277,7 @@ def _make_evaluation(folder: Path) -> None:
         machine="here",
         versions={"numpy": "2"},
     )
-    report.write(folder, made)
+    write_report(folder, made)
     shutil.rmtree(folder / "plots")
 
 

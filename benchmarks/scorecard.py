@@ -8,7 +8,7 @@ at any moment, the same line goes on where it was. A set whose run lies in ROOT 
 it is: those of the kernel `convnet` may be copied from `benchmarks/kip.py`, whose runs are the
 same (its kip-10-0 is kip-convnet-10 here), and ls-convnet-50 from a machine with a GPU, which makes
 it in two minutes where two cores take as many hours. ROOT/report.html shows all evaluations on one
-page; the last lines are a table for the README.
+page; the last lines are a table for docs/results.md.
 """
 
 import argparse

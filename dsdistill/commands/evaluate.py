@@ -31,6 +31,7 @@ from dsdistill.harness.evaluation.results import Result
 from dsdistill.harness.reports import image_grid, page, report, verdict, wording
 from dsdistill.harness.reports.image_grid import GridSide
 from dsdistill.harness.reports.report import Report
+from dsdistill.harness.reports.write import write_report
 from dsdistill.harness.runs import progress, run_folder
 from dsdistill.harness.text import console, printable
 from dsdistill.options import EvaluateOptions
@@ -64,7 +65,7 @@ def run(options: EvaluateOptions) -> Path:
         kept = ResultCache(out / "results", options.cache, sharing=controls.CONTROLS)
         results = _run_trainings(parts, list(range(options.seeds)), kept)
         _draw_images(out, parts)
-        report.write(out, _build_report(options, parts, results, time.monotonic() - began))
+        write_report(out, _build_report(options, parts, results, time.monotonic() - began))
     _print(report.load(out), out)
     return out
 

@@ -3,31 +3,23 @@
 import io
 import json
 import os
-import re
 import tempfile
-import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dsdistill.harness import checksums, memory
-from dsdistill.harness.data import distilled_set
+from dsdistill.harness.data import distilled_set, folder_names
 from dsdistill.harness.data.distilled_set import DistilledSet, DistilledSetError
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress, run_folder
 
 SUFFIX = {"folder": "", "npz": ".npz", "torch": ".pt"}
-CLASSES_FILE = "classes.json"  # in a folder of pictures: class folder -> class
-HEADER_KEYS = (
-    distilled_set.HEADER_KEY,
-    checksums.CHECKSUM_KEY,
-)  # strings by which `read` knows an export
-MAX_FOLDER_NAME_BYTES = 100  # that a folder's name may take; file systems allow 255
+# Strings by which `read` knows an export.
+HEADER_KEYS = (distilled_set.HEADER_KEY, checksums.CHECKSUM_KEY)
 MIN_REPORTED_CLIPPING = 0.01  # share of clipped values from which it is said
-# What Windows keeps for itself, with any suffix.
-WINDOWS_RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 
 
 def write(path: Path, kind: str, out: Path | None) -> Path:
@@ -101,37 +93,6 @@ def read(path: Path) -> DistilledSet | None:
     return distilled_set.unpack(path, metadata, tensors)
 
 
-def folder_names(classes: Sequence[str]) -> tuple[str, ...]:
-    """A name of a folder for each class: safe on every file system, and none twice.
-
-    A name that is safe by itself is kept; of two that differ in case alone, the first.
-    """
-    safe = [_safe_name(name) for name in classes]
-    # Names that need no change have the first choice, whatever the order of the classes.
-    order = sorted(range(len(classes)), key=lambda k: safe[k] != classes[k])
-    taken, names = {CLASSES_FILE}, list(safe)
-    for k in order:
-        count = 1
-        while unicodedata.normalize("NFC", names[k]).casefold() in taken:
-            count += 1
-            names[k] = f"{safe[k]}-{count}"
-        taken.add(unicodedata.normalize("NFC", names[k]).casefold())
-    return tuple(names)
-
-
-def _safe_name(name: str) -> str:
-    """The name in letters that are safe in a path, and not hidden."""
-    text = unicodedata.normalize("NFC", name)
-    text = re.sub(r"[/\\]", "-", text)
-    text = "".join(c if c.isprintable() and c not in '<>:"|?*' else "_" for c in text)
-    while len(text.encode()) > MAX_FOLDER_NAME_BYTES:
-        text = text[:-1]
-    text = text.strip(" ").rstrip(". ")
-    if not text or text.startswith((".", "-")) or WINDOWS_RESERVED.fullmatch(text):
-        text = f"_{text}"
-    return text
-
-
 def _arrays(distilled: DistilledSet) -> dict[str, np.ndarray]:
     fitted = distilled.preprocess
     named = {
@@ -195,7 +156,7 @@ def _write_folder(path: Path, distilled: DistilledSet) -> None:
     pixels = distilled.preprocess.invert(distilled.images)
     clipped = float(((pixels < 0) | (pixels > 1)).mean())
     bytes_ = np.round(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
-    names = folder_names(distilled.classes)
+    names = folder_names.from_classes(distilled.classes)
     for index, (image, label) in enumerate(zip(bytes_, distilled.hard_labels, strict=True)):
         folder = path / names[label]
         # A name is one folder inside, whatever the class is called.
@@ -207,7 +168,7 @@ def _write_folder(path: Path, distilled: DistilledSet) -> None:
     used = {names[label]: distilled.classes[label] for label in distilled.hard_labels}
     # Escaped, so that a name with half a surrogate pair can be written too.
     text = json.dumps(dict(sorted(used.items())), indent=2)
-    run_folder.write_bytes(path / CLASSES_FILE, f"{text}\n".encode())
+    run_folder.write_bytes(path / folder_names.CLASSES_FILE, f"{text}\n".encode())
     if clipped >= MIN_REPORTED_CLIPPING:
         progress.say(
             f"{clipped:.1%} of the pixel values lie beyond black and white and are clipped in the "

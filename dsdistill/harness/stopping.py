@@ -26,9 +26,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Seconds in which a second signal counts as the first: a launcher passes on a Ctrl-C that the
 # terminal has sent to its processes as well.
 ECHO_SECONDS = 1.0
-RETRY_SECONDS = (
-    0.02  # seconds of computing after which a signal that came in a callback is looked at again
-)
+# Seconds of computing after which a signal that came in a callback is looked at again.
+RETRY_SECONDS = 0.02
 
 
 class StopInterrupt(KeyboardInterrupt):

@@ -20,9 +20,8 @@ from dsdistill.harness.errors import UserError
 from dsdistill.kernels.networks import InfiniteNetwork, Kernel
 from dsdistill.parallel import devices
 
-MAX_MEMORY_FRACTION = (
-    0.5  # of the free memory that one tile may take by its traced figure, see `peak_bytes`
-)
+# Of the free memory that one tile may take by its traced figure, see `peak_bytes`.
+MAX_MEMORY_FRACTION = 0.5
 MAX_TILE_BYTES = 2**31  # bytes: a larger tile is not faster, and leaves less to others
 
 

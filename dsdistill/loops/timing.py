@@ -25,9 +25,8 @@ FLOAT64_COST = 2.5  # of the time of a pair with a target: a pair within the sup
 FORWARD_COST = 0.35  # of a step's time for a pair of images, where no gradient is needed
 MAX_QUICK_SECONDS = 0.3  # seconds: a step that takes less is timed three times
 TILE_SIDES = {"exact planes": 16, "neural-tangents": 4}  # images a side of the tile that is timed
-MIN_ANNOUNCED_TILES = (
-    30  # such tiles of work need not be announced: the first steps say soon what they take
-)
+# Such tiles of work need not be announced: the first steps say soon what they take.
+MIN_ANNOUNCED_TILES = 30
 SECONDS = {"ms": 1e-3, "s": 1.0, "min": 60.0}
 
 

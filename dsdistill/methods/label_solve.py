@@ -31,9 +31,8 @@ from dsdistill.methods import ridge as krr
 from dsdistill.parallel import devices
 
 CHUNK = 2000  # targets that are read at a time; a tile of the kernel may be smaller
-MAX_CHUNK_PAIRS = (
-    50_000  # at a time for a convolutional kernel: some ten seconds between two checkpoints
-)
+# At a time for a convolutional kernel: some ten seconds between two checkpoints.
+MAX_CHUNK_PAIRS = 50_000
 
 
 class Sums(NamedTuple):

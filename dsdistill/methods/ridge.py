@@ -29,9 +29,8 @@ from dsdistill.kernels.networks import InfiniteNetwork
 from dsdistill.parallel import devices
 
 CHUNK = 2000  # images that are predicted at a time
-MAX_TRAINING_IMAGES = (
-    10_000  # training images of an exact solve: 0.8 GB of kernel, ten seconds on two cores
-)
+# Training images of an exact solve: 0.8 GB of kernel, ten seconds on two cores.
+MAX_TRAINING_IMAGES = 10_000
 
 
 def solve(k_ss: Float[Array, "n n"], y_s: Float[Array, "n k"], ridge: float) -> Float[Array, "n k"]:

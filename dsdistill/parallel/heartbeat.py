@@ -17,9 +17,8 @@ from typing import Any, NoReturn
 run_path: Path | None = None  # the folder of this process's run, once it is known
 
 SECONDS_BETWEEN_SIGNS = 2.0  # seconds between signs
-MAX_SILENT_SECONDS = (
-    30.0  # seconds without one that make a host count as lost; it gives them while it compiles
-)
+# Seconds without one that make a host count as lost; it gives them while it compiles.
+MAX_SILENT_SECONDS = 30.0
 _KEY_PREFIX = "dsdistill/alive/"
 
 

@@ -29,9 +29,8 @@ from dsdistill.harness.errors import UserError, first_line
 from dsdistill.harness.runs import progress, run_folder
 from dsdistill.parallel import devices, heartbeat, launchers
 
-JAX_HEARTBEAT_SECONDS = (
-    60  # seconds of silence after which JAX aborts; `heartbeat` ends the process before that
-)
+# Seconds of silence after which JAX aborts; `heartbeat` ends the process before that.
+JAX_HEARTBEAT_SECONDS = 60
 END_BARRIER_SECONDS = 5.0  # seconds after an error in which the others may end as well
 HOST_0_LINGER_SECONDS = 2.0  # and more that host 0 stays, over which all are connected
 LOST_HOST_ERRORS = (
@@ -39,9 +38,8 @@ LOST_HOST_ERRORS = (
     ValueError,
 )  # JAX's error when a host is lost; of some programs it is NumPy's
 Checkpoint = tuple[dict[str, np.ndarray], dict[str, Any]]  # arrays, and the rest
-_JAX_ERROR_PATTERN = (
-    "(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): "  # how it opens
-)
+# How it opens.
+_JAX_ERROR_PATTERN = "(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): "
 
 
 @contextlib.contextmanager

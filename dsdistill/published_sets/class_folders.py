@@ -16,9 +16,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-from dsdistill.commands import export
 from dsdistill.harness import memory
-from dsdistill.harness.data import class_names
+from dsdistill.harness.data import class_names, folder_names
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.text import abbreviate_names
 from dsdistill.published_sets.files import RawSet, error_line
@@ -75,7 +74,7 @@ def _is_picture(file: Path) -> bool:
 
 def _order(path: Path, names: list[str], classes: Sequence[str]) -> tuple[list[int], str]:
     """The label of each class folder, and what it was matched by."""
-    for known in (classes, export.folder_names(classes)):  # as `dsdistill export` writes them
+    for known in (classes, folder_names.from_classes(classes)):  # as `dsdistill export` writes them
         if (place := class_names.match(names, known)) is None:
             continue
         if class_names.are_numbers(names) and set(names) != set(known):

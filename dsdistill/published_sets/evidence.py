@@ -17,16 +17,13 @@ from dsdistill.harness.text import abbreviate_names
 
 MeanAndStd = tuple[Float[np.ndarray, " c"], Float[np.ndarray, " c"]]
 
-RANGE_TOLERANCE = (
-    2e-3  # by which an end of [0, 1] may be missed: half precision, and rounded constants
-)
+# By which an end of [0, 1] may be missed: half precision, and rounded constants.
+RANGE_TOLERANCE = 2e-3
 LEVEL_TOLERANCE = 0.05  # of a level of 8 bits, by which multiples of 1/255 may be missed
-MAX_CONTRAST_RATIO = (
-    5.0  # factor between the contrasts of two sets of the same data, which no set reaches
-)
-MIN_SEAM_RATIO = (
-    2.0  # steps across the middle of an image, relative to those beside it, that prove tiles
-)
+# Factor between the contrasts of two sets of the same data, which no set reaches.
+MAX_CONTRAST_RATIO = 5.0
+# Steps across the middle of an image, relative to those beside it, that prove tiles.
+MIN_SEAM_RATIO = 2.0
 LIKE, UNLIKE = 0.6, 0.5  # correlations with the mean real image of what it is, and of what not
 MIN_IMAGES_PER_CLASS = 5  # images a class, from which the order of classes is told
 MOST, GAP = 0.5, 0.3  # share that fits in another order, and by how much more than as labelled

@@ -13,12 +13,10 @@ from dsdistill.harness.evaluation import metrics
 from dsdistill.harness.text import abbreviate_names
 from dsdistill.published_sets.files import RawSet
 
-ROW_SUM_TOLERANCE = (
-    5e-3  # by which the sum of a row may be off: labels are often stored in half precision
-)
-MAX_MEAN_ROW_SUM = (
-    0.5  # by which the mean sum of learned rows may be off: Adam does not keep it at 0
-)
+# By which the sum of a row may be off: labels are often stored in half precision.
+ROW_SUM_TOLERANCE = 5e-3
+# By which the mean sum of learned rows may be off: Adam does not keep it at 0.
+MAX_MEAN_ROW_SUM = 0.5
 MAX_LEARNED_LABEL = 5.0  # rows that sum to 0 and reach farther may as well be logits
 
 # What each kind of label may look like. Logits and learned labels may have any sum.

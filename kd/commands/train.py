@@ -42,11 +42,10 @@ from kd.commands import (
 )
 from kd.commands.training_parts import TrainingParts
 from kd.data import data_source
-from kd.data.batching import BatchSource
+from kd.data.batching import BatchSource, EvaluationBatches
 from kd.data.files import archives
 from kd.data.files.file_source import FileSource
 from kd.evaluation import scoring, teacher_check
-from kd.evaluation.scoring import EvaluationBatches
 from kd.models import networks, saved_models, seals
 from kd.models.saved_models import Model
 from kd.models.seals import REPORT

@@ -21,6 +21,9 @@ from dsdistill.harness.errors import UserError
 
 MIN_IMAGES_PER_PROCESS = 2  # in its share of a batch: batch norm of 1x1 maps needs 2
 MAX_RESIDENT_BYTES = 1 << 30  # CIFAR-10 in float32 is 0.6 GiB; ImageNet at 64 pixels is 63 GiB
+# Number of images in a batch without training. Larger batches leave a CPU's cache: on two cores
+# `convnet` takes 9.8 s for 10,000 images of 28x28 in batches of 32 or 64, 13.6 s in 128 or 256.
+SCORE_BATCH = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +55,14 @@ class Batch:
     def labels_or_shares(self) -> Int[Tensor, " n"] | Float[Tensor, "n k"]:
         """Class indices; the shares of the classes where images are mixed."""
         return self.labels if self.class_shares is None else self.class_shares
+
+
+class EvaluationBatches(Protocol):
+    """Batches of images to evaluate on: resident or streamed."""
+
+    def in_order(self, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+        """Yield every `world`-th batch from batch `rank` on, in the order of the data."""
+        ...
 
 
 class BatchSource(Protocol):

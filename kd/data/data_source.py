@@ -15,8 +15,7 @@ from dsdistill.harness.data.labeled_images import Examples, LabeledImages, sprea
 from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError
 from kd.data import batching
-from kd.data.batching import ResidentBatches
-from kd.evaluation.scoring import SCORE_BATCH
+from kd.data.batching import SCORE_BATCH, ResidentBatches
 from kd.parallel.engine import Engine
 from kd.recipe import Recipe
 

@@ -30,9 +30,8 @@ FALSE_ALARM_RATE = 0.01  # of teachers whose own order is the best
 STAKES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the fortune that are staked; which is best is not known
 REFITS = 10  # times that an order is found anew, on the images so far
 FEW = 4_000  # images times classes up to which it is after each image: there each one counts
-MIN_ACCURACY_RATIO = (
-    2.0  # that the moved classes must be better by: less may be two classes that are alike
-)
+# That the moved classes must be better by: less may be two classes that are alike.
+MIN_ACCURACY_RATIO = 2.0
 # An untrained network answers alike to images that are alike, so some order fits it better than its
 # own, and not by chance. But it knows few classes, and badly: of 180 (three kinds, on digits and on
 # Fashion-MNIST) no order had either of these.

@@ -144,8 +144,8 @@ class TrainedNetwork:
     def __call__(self, images: Float[np.ndarray, "n h w c"], /) -> Float[np.ndarray, "n k"]:
         with torch.inference_mode():
             parts = [
-                self.network(batching.to_nchw(images[i : i + scoring.SCORE_BATCH]).to(self.device))
-                for i in range(0, len(images), scoring.SCORE_BATCH)
+                self.network(batching.to_nchw(images[i : i + batching.SCORE_BATCH]).to(self.device))
+                for i in range(0, len(images), batching.SCORE_BATCH)
             ]
             return torch.cat(parts).float().cpu().numpy()
 

@@ -2,8 +2,8 @@
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,24 +11,13 @@ from jaxtyping import Float, Int
 from torch import nn
 
 from dsdistill.harness.evaluation import majority, metrics
-from kd.data.batching import Batch
+from kd.data.batching import EvaluationBatches
 from kd.losses import response
 from kd.losses.ensemble import combined_logits
 from kd.models.networks import Shape
 from kd.parallel.engine import Engine
 
-# Images at once where nothing is trained. More leave the cache of a CPU: `convnet` at 28x28 takes
-# 9.8 s for 10,000 images by 32 or 64 on two cores, 13.6 s by 128 or 256.
-SCORE_BATCH = 64
 LATENCY_BATCH = 64
-
-
-class EvaluationBatches(Protocol):
-    """Images to score: resident or streamed."""
-
-    def in_order(self, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        """Every image once, in the order of the data; every `world`-th batch."""
-        ...
 
 
 def outputs(

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation import metrics
 from dsdistill.harness.runs import progress
-from kd.data.batching import Batch, BatchSource
+from kd.data.batching import Batch, BatchSource, EvaluationBatches
 from kd.evaluation import class_order, scoring
 from kd.models.teachers import ResolvedTeacher, Teacher
 from kd.models.zoo import class_names
@@ -80,11 +80,11 @@ class TeacherQuality:
 def check(
     name: str,
     teacher: Teacher,
-    batches: scoring.EvaluationBatches,
+    batches: EvaluationBatches,
     *,
     minimum: float | None = None,
     part: str = "validation",
-    more: Callable[[int], scoring.EvaluationBatches | None] = lambda count: None,
+    more: Callable[[int], EvaluationBatches | None] = lambda count: None,
     say: Callable[[str], None] = progress.say,
 ) -> TeacherQuality:
     """Judge a teacher on images with labels, and say what was found.

@@ -16,7 +16,7 @@ import torch
 from kd.parallel.engine import Engine
 
 MAX_SAVING_FRACTION = 0.02  # of the time of a training
-SECONDS_TO_FIRST_CHECKPOINT = 1.0  # inside the first round
+SECONDS_TO_FIRST_CHECKPOINT = 1.0  # before the first one inside a round
 MIN_SECONDS_BETWEEN_CHECKPOINTS = 10.0  # inside a round, however cheap they are
 MAX_SECONDS_BETWEEN_CHECKPOINTS = 300.0  # however expensive they are
 SECONDS_BETWEEN_AGREEMENTS = 1.0  # of several processes

@@ -10,10 +10,12 @@ PROGRAM = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
-from dsdistill.methods import kip, initial_support as start
-from dsdistill.harness.data.labeled_images import Examples, Labeled
+from dsdistill.methods import kip
+from dsdistill.methods.initial_support import Support
+from dsdistill.harness.data.labeled_images import Examples, LabeledImages
 from dsdistill.harness.data.preprocess import identity
-from dsdistill.parallel import devices; from dsdistill.kernels import networks
+from dsdistill.parallel import devices
+from dsdistill.kernels import networks
 network = networks.parse("CRP-flatten")
 rng = np.random.default_rng(0)
 x1, x2, g = (jnp.asarray(rng.standard_normal(s), jnp.float32)
@@ -28,13 +30,13 @@ def shared(x, real, targets):
     return k_ss, devices.total(slope) / jax.device_count()
 
 
-k_ss, slope = jax.jit(devices.divided(shared))(x2[:5], 37, x2)
+k_ss, slope = jax.jit(devices.shard_targets(shared))(x2[:5], 37, x2)
 
 labels = np.arange(37) % 3
-data = Labeled(np.array(x2), labels, ("a", "b", "c"))
-support = start.Support(np.array(x2[:6]), np.eye(3, dtype=np.float32)[labels[:6]],
-                        np.zeros(x2[:6].shape, bool))
-objective = kip.Objective((network,), 1e-3, "gauss-newton", 0.3, learn_labels=True,
+data = LabeledImages(np.array(x2), labels, ("a", "b", "c"))
+support = Support(np.array(x2[:6]), np.eye(3, dtype=np.float32)[labels[:6]],
+                  np.zeros(x2[:6].shape, bool))
+objective = kip.KipObjective((network,), 1e-3, "gauss-newton", 0.3, learn_labels=True,
                           damping=10)  # a well-conditioned solve: rounding stays rounding
 *_, last = kip.distill(objective, support, Examples(data, identity(1), ready=True),
                        steps=1, target_batch=33, seed=0)

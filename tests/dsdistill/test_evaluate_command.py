@@ -340,7 +340,7 @@ def test_a_stop_by_hand_says_how_the_evaluation_goes_on(made: Path, tmp_path: Pa
         ):
             evaluate_command.run(options)
     monkeypatch.setattr(
-        evaluate_command.report, "write", _write_and_stop(evaluate_command.report.write)
+        evaluate_command, "write_report", _write_and_stop(evaluate_command.write_report)
     )
     with pytest.raises(StopInterrupt, match=r"an out/report\.json is complete"):
         evaluate_command.run(replace(options, resume=True))

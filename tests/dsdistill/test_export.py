@@ -63,16 +63,16 @@ def test_hostile_class_names_stay_inside_and_apart(tmp_path: Path) -> None:
 
 def test_names_that_are_safe_are_kept() -> None:
     names = ("a/b", "a-b", "T-shirt/top", "Cat", "cat", "one two", "名前")
-    assert export.folder_names(names) == (
+    assert folder_names.from_classes(names) == (
         *("a-b-2", "a-b", "T-shirt-top", "Cat", "cat-2", "one two", "名前"),
     )
-    assert export.folder_names(("a-2", "a", "A")) == ("a-2", "a", "A-3")
+    assert folder_names.from_classes(("a-2", "a", "A")) == ("a-2", "a", "A-3")
 
 
 @settings(deadline=None, derandomize=True)
 @given(st.lists(st.text(st.characters(), max_size=12) | st.sampled_from(HOSTILE), unique=True))
 def test_any_names_become_folders(names: list[str]) -> None:
-    folders = export.folder_names(names)
+    folders = folder_names.from_classes(names)
     assert len({folder.casefold() for folder in folders}) == len(names)
     for folder in folders:
         assert 0 < len(folder.encode()) < 120

@@ -144,7 +144,7 @@ def test_a_step_of_kip_is_that_of_the_host(tmp_path: Path, optimizer: str) -> No
         "import sys, numpy, test_gpu; "
         f"numpy.savez(sys.argv[1], *test_gpu.first_step({optimizer!r}))"
     )
-    path = os.pathsep.join(sys.path)
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
     file = tmp_path / "host.npz"
     subprocess.run([sys.executable, "-c", code, file], env=env, check=True)

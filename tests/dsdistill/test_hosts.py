@@ -199,16 +199,17 @@ import re, sys
 import jax, numpy as np
 jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
 from dsdistill.methods import kip, label_solve
-from dsdistill.parallel import devices; from dsdistill.kernels import gram, networks
+from dsdistill.kernels import gram, networks
 from dsdistill.methods.initial_support import Support
-gram.plan = lambda *_, **__: gram.Tile(2, 3)
+from dsdistill.parallel import devices
+gram.plan_tile = lambda *_, **__: gram.Tile(2, 3)
 network = networks.parse("CRP-flatten")
 rng = np.random.default_rng(0)
 x_s, x_t = (rng.standard_normal((n, 6, 6, 1)).astype(np.float32) for n in (4, 13))
 y_s, y_t = np.eye(4, 3, dtype=np.float32), np.eye(13, 3, dtype=np.float32)
 support = Support(x_s, y_s, np.zeros((4, 6, 6, 1), bool))
-objective = kip.Objective((network,), learn_labels=True, augment=("flip", "shift", "rotate"))
-state = devices.replicated(kip.initial_state(objective, support))
+objective = kip.KipObjective((network,), learn_labels=True, augment=("flip", "shift", "rotate"))
+state = devices.replicate(kip.initial_state(objective, support))
 
 def computed(program, *arguments):
     compiled = program.lower(*arguments).compile()
@@ -217,8 +218,8 @@ def computed(program, *arguments):
     return jax.tree.leaves(program(*arguments))
 
 with jax.enable_x64(True):
-    step = kip._compiled_update(objective, network, support, 13)
-    add = label_solve._compiled_sum(network, x_s, 13)
+    step = kip._compile_update(objective, network, support, 13)
+    add = label_solve._compile_sum(network, x_s, 13)
     arrays = computed(step, state, x_t, y_t, jax.random.key(0))
     arrays += computed(add, np.zeros((4, 4)), np.zeros((4, 3)), 11, x_t, y_t)
 np.savez(sys.argv[2], *arrays)

@@ -165,14 +165,14 @@ def test_the_expected_duration_counts_both_phases_and_all_predictions(
     support, tmp_path, capsys, monkeypatch
 ):
     """After the first of three warm-up steps; a step takes 100 s by either measurement."""
-    monkeypatch.setattr(phases.pace, "step_seconds", lambda *_, **__: 100.0)
-    monkeypatch.setattr(phases.pace.Pace, "seconds", lambda self, step: 100.0)
+    monkeypatch.setattr(timing, "step_seconds", lambda *_, **__: 100.0)
+    monkeypatch.setattr(timing.StepTimer, "seconds", lambda self, step: 100.0)
     walk = replace(plan(3, 6), validation_images=60, closing_images=600)
     search_support(opened(tmp_path), walk, support, TRAIN, VALIDATION)
     n = len(support.images)
     pairs = n * (n + 30)
     steps = 100 * (2 + 6)
-    predictions = phases.pace.FORWARD * 100 / pairs * n * (60 * 7 + 600)
+    predictions = timing.FORWARD_COST * 100 / pairs * n * (60 * 7 + 600)
     said = capsys.readouterr().err.splitlines()[0]
     assert said.startswith(f"expected: {progress.format_duration(steps + predictions)} to the end")
 

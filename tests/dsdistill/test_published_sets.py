@@ -314,7 +314,7 @@ def test_class_folders_by_name_need_no_order(names, tmp_path, splits, few, read)
     """Names that sort unlike the classes, or that a folder cannot have: as `export` writes them."""
     names = (*names.split(" "), "three", "four", "five", "six", "seven", "eight", "nine")
     train = LabeledImages(splits.train.images(), splits.train.labels, names)
-    folders = export.folder_names(names)
+    folders = folder_names.from_classes(names)
     got = read(_write_folder(tmp_path / "syn", *few, lambda k: folders[k]), train=train)
     assert _accuracy(got, splits.test) > GOOD
     assert "matched by name" in _notes(got)

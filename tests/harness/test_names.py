@@ -32,6 +32,7 @@ from dsdistill.harness.errors import UserError, unknown_name
 from dsdistill.harness.reports import gallery, growth, image_grid, markdown, page, plot_style
 from dsdistill.harness.reports import report as reports
 from dsdistill.harness.reports.image_grid import GridSide
+from dsdistill.harness.reports.write import write_report
 from dsdistill.harness.runs import progress, run_folder
 from kd import cli
 from kd.commands import curves, finished_runs, train
@@ -265,7 +266,7 @@ def test_plots_show_names_as_text(nasty):
 
 def test_every_file_of_a_report_is_written(nasty, tmp_path):
     found = nasty[1]
-    reports.write(tmp_path, found)
+    write_report(tmp_path, found)
     assert reports.load(tmp_path) == found
     raw = json.loads((tmp_path / "report.json").read_text())
     assert raw["classes"] == list(found.classes)  # JSON keeps the names as they are

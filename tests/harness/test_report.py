@@ -25,6 +25,7 @@ from dsdistill.harness.reports import (
 )
 from dsdistill.harness.reports import report as reports
 from dsdistill.harness.reports import tables as report_tables
+from dsdistill.harness.reports.write import write_report
 
 REASON = "FloatingPointError: loss is nan | at <step> 3"
 
@@ -56,7 +57,7 @@ def row(found, arm: str, learner: str = "convnet"):
 
 def test_what_is_written_is_read_again(tmp_path):
     made = small(classes=("<b>", "$x$", "日本", "d"), notes=["a | b"], distilled={"method": None})
-    reports.write(tmp_path, made)
+    write_report(tmp_path, made)
     assert reports.load(tmp_path) == made
     assert reports.load(tmp_path / "report.json") == made
     names = {path.name for path in (tmp_path / "plots").iterdir()}
@@ -396,6 +397,6 @@ def test_a_report_in_which_everything_failed_is_a_report_too(tmp_path):
         if r.seed == 0 and r.learner == "ridge"
     ]
     found = replace(found, results=tuple(failed), distilled={}, notes=[], commands=[])
-    reports.write(tmp_path, found)
+    write_report(tmp_path, found)
     assert reports.load(tmp_path) == found
     assert "Nothing can be said" in (tmp_path / "report.md").read_text()

@@ -135,7 +135,7 @@ def test_long_work_outside_python_ends_at_a_signal():
         "libc = ctypes.CDLL(None)\n"
         "with stopping.handle_signals():\n"
         "    print('begun', flush=True)\n"
-        "    stopping.interruptible(lambda: [libc.usleep(900_000) for _ in range(60)])\n"
+        "    stopping.call_interruptibly(lambda: [libc.usleep(900_000) for _ in range(60)])\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

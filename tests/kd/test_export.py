@@ -36,6 +36,7 @@ from kd.data.files import file_source
 from kd.data.files.image_files import ImageFiles
 from kd.models import networks, saved_models, seals, teachers
 from kd.models.zoo import exported
+from kd.options import ExportOptions
 from kd.recipe import Recipe
 
 # Rounding of float32 sums of up to a few thousand terms, of outputs of about 1.
@@ -419,7 +420,7 @@ def test_a_comparison_counts_every_output_of_every_batch() -> None:
 
 
 def _forgets_preprocessing(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(export_formats, "Apply", lambda fitted: nn.Identity())
+    patch.setattr(export_formats, "PreprocessLayer", lambda fitted: nn.Identity())
 
 
 def _reads(patch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -474,7 +475,7 @@ def test_a_network_that_cannot_be_traced_is_refused(inside: pytest.MonkeyPatch, 
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return images if float(images.sum()) > 0 else -images
 
-    inside.setattr(export_formats, "Apply", lambda fitted: Branches())
+    inside.setattr(export_formats, "PreprocessLayer", lambda fitted: Branches())
     line = _refused(inside, work, "convnet", "--format", "pt2")
     assert "convnet:8 cannot be made into a graph" in line
     assert "use --format safetensors" in line
@@ -519,7 +520,7 @@ def test_an_unreadable_command_line_is_one_line(
 
 
 def test_an_unknown_format_lists_the_known_ones(work: Path) -> None:
-    options: Any = export.Export(work / "mlp", "tflite")  # pyright: ignore[reportArgumentType]
+    options: Any = ExportOptions(work / "mlp", "tflite")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"unknown format 'tflite'.*known: onnx, pt2, safe"):
         export.export(options)
 

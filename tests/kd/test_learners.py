@@ -227,11 +227,11 @@ def test_the_seed_decides_the_predictions() -> None:
 
 def test_augmentation(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    changed = learners.augment.augment_batches
+    augment_batches = learners.augment.augment_batches
 
     def spy(source, recipe, classes):
         seen.append((recipe.augment, recipe.crop_padding, recipe.hflip))
-        return changed(source, recipe, classes)
+        return augment_batches(source, recipe, classes)
 
     monkeypatch.setattr(learners.augment, "augment_batches", spy)
     plain = network_learner("mlp:8", steps=3)

@@ -365,7 +365,7 @@ def test_an_error_in_the_middle_of_an_epoch_leaves_no_entry(tmp_path: Path) -> N
 _WRITE = """
 import sys, torch
 from pathlib import Path
-from kd.data import teacher_cache as cache as caches
+from kd.data import teacher_cache as caches
 caches.CHUNK_BYTES = 4 * 7 * 11
 cache = caches.open_cache(Path(sys.argv[1]), {"data": "abc"}, top=None)
 logits = torch.arange(50 * 7.).view(50, 7)

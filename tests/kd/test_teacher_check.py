@@ -199,7 +199,7 @@ def test_a_teacher_in_another_order_is_warned_of_with_its_class_map(
     )
     teacher = Teacher(model, batches.examples.preprocess, SHAPE[:2], matched, TWELVE)
     logits = np.eye(12)[np.array(trained)[true]]
-    monkeypatch.setattr(teacher_check.scoring, "scored", lambda *_: (logits, true))
+    monkeypatch.setattr(teacher_check.scoring, "outputs_and_labels", lambda *_: (logits, true))
     said: list[str] = []
     if minimum is None:
         teacher_check.check("t", teacher, batches, say=said.append)

@@ -15,8 +15,16 @@ import dsdistill
 import kd
 
 FRAMEWORKS = ("jax", "torch", "tensorflow")
-HARNESS = ("artifact", "datasets", "evaluate", "folders", "metrics", "preprocess", "runs")
-REPORTS = ("page", "report")
+HARNESS = (
+    "data.datasets",
+    "data.distilled_set",
+    "data.folders",
+    "data.preprocess",
+    "evaluation.metrics",
+    "evaluation.protocol",
+    "runs.run_folder",
+)
+REPORTS = ("page", "report", "write")
 RULES = [
     *((f"import dsdistill.harness.{name}", ()) for name in HARNESS),
     *((f"import dsdistill.harness.reports.{name}", ()) for name in REPORTS),

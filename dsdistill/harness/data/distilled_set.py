@@ -24,9 +24,8 @@ from dsdistill.harness.runs.run_folder import write_bytes
 FORMAT_VERSION = 1
 HEADER_KEY = "dsdistill"  # of the header, in the file's metadata
 FILE_NAME = "distilled.safetensors"  # in a run's folder
-MAX_PROVENANCE_DEPTH = (
-    50  # values within values of provenance: whoever shows it goes through them one by one
-)
+# Values within values of provenance: whoever shows it goes through them one by one.
+MAX_PROVENANCE_DEPTH = 50
 ENCODING = "one-hot minus 1/k"  # what `labels` would be, had they not been solved or learned
 
 

@@ -45,9 +45,8 @@ from dsdistill.harness.runs.run_folder import write_json
 from dsdistill.harness.text import abbreviate_names, printable
 
 MAX_UNREADABLE_FRACTION = 0.01  # share of the images that may be skipped
-MAX_UNREADABLE_IN_SMALL_FOLDER = (
-    3  # unreadable images are skipped in a small folder too, up to a tenth of its images
-)
+# Unreadable images are skipped in a small folder too, up to a tenth of its images.
+MAX_UNREADABLE_IN_SMALL_FOLDER = 3
 IMAGES_PER_CHUNK = 256  # images decoded between two writes
 INDEX_FILE = "index.json"
 DECODER_VERSION = 2  # part of the key: raise it when the same files would be decoded differently

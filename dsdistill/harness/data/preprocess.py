@@ -27,9 +27,8 @@ MTT_RIDGE = 0.1  # absolute, of pixels in [0, 1]
 RFAD_RIDGE = FREPO_RIDGE = 0.1  # relative to the mean eigenvalue, of standardised pixels
 MAX_CHUNK_VALUES = 2**22  # pixel values held at a time of a data set that may not fit into memory
 PROBE_ROWS = 512  # rows of the matrices whose product is timed
-EIGENVECTORS_IN_PRODUCTS = (
-    6  # products of two matrices that take as long as the eigenvectors of one
-)
+# Products of two matrices that take as long as the eigenvectors of one.
+EIGENVECTORS_IN_PRODUCTS = 6
 
 Chunks = Callable[[int], Iterator[Num[np.ndarray, "m h w c"]]]
 

@@ -1,13 +1,7 @@
-"""The report of an evaluation: `report.json` for programs, the other files for people.
-
-plots/        every plot as PNG and SVG
-report.md     the tables
-report.html   one page with everything, which needs nothing else
-report.json   all results; written last
-"""
+"""The report of an evaluation as a value, and its form in `report.json`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -112,28 +106,6 @@ def row_cells(row: Row) -> list[str]:
         wording.duration_text(wording.training_seconds(row)),
         wording.duration_text(wording.tuning_seconds(row)),
     ]
-
-
-def write(folder: Path, report: Report) -> None:
-    """Write the plots, the two readable reports and, last, `report.json`.
-
-    Args:
-        folder: Exists; its `images.png` is shown in the page.
-        report: Of one evaluation.
-    """
-    # These show a Report, so they import this module.
-    from dsdistill.harness.reports import gallery, markdown, page, plot_style
-
-    (folder / "plots").mkdir(exist_ok=True)
-    for name, figure in gallery.figures(report).items():
-        run_folder.write_bytes(folder / "plots" / f"{name}.png", plot_style.png(figure))
-        run_folder.write_bytes(folder / "plots" / f"{name}.svg", plot_style.svg_file(figure))
-    picture = folder / IMAGES_FILE
-    shown = {"Distilled images beside real ones": picture.read_bytes()} if picture.exists() else {}
-    text = page.render([report], title=report.title, pictures=shown)
-    run_folder.write_bytes(folder / "report.html", text.encode())
-    run_folder.write_bytes(folder / "report.md", markdown.render(report).encode())
-    run_folder.write_json(folder / FILE_NAME, {"format": FORMAT_VERSION, **asdict(report)})
 
 
 def load(path: Path) -> Report:

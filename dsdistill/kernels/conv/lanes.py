@@ -11,9 +11,8 @@ from dsdistill.kernels.conv.stages import Level
 from dsdistill.kernels.notation import Architecture, Stage
 
 REGISTER_BYTES = 64  # bytes: an AVX-512 register is filled with images side by side
-MAX_PLANE_BYTES = (
-    50_000  # bytes that a plane of so many images should have: the loops cost less than it
-)
+# Bytes that a plane of so many images should have: the loops cost less than it.
+MAX_PLANE_BYTES = 50_000
 MAX_GPU_PLANES_BYTES = (
     2**28
 )  # bytes that all planes of so many images have on a GPU, which computes them at once

@@ -10,12 +10,11 @@ import torch
 from dsdistill.harness.data.labeled_images import spread
 from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError
-from kd.data.batching import MIN_IMAGES_PER_PROCESS, BatchSource
+from kd.data.batching import MIN_IMAGES_PER_PROCESS, SCORE_BATCH, BatchSource, EvaluationBatches
 from kd.data.files import archives, image_files
 from kd.data.files.archives import ArchiveSplit
 from kd.data.files.image_files import ImageFiles
 from kd.data.files.transforms import Views
-from kd.evaluation.scoring import SCORE_BATCH, EvaluationBatches
 from kd.parallel.engine import Engine
 from kd.recipe import Recipe
 

@@ -1,4 +1,4 @@
-"""The results table of the README, as far as it can be had in minutes: `pytest -n 0 -m slow`."""
+"""Rows of docs/results.md, as far as they can be had in minutes: `pytest -n 0 -m slow`."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ def test_kip_on_fashion_mnist(dsdistill, tmp_path):
 
 @pytest.mark.parametrize(("images_per_class", "published"), [(10, 0.797), (50, 0.845)])
 def test_label_solve_on_fashion_mnist(dsdistill, tmp_path, images_per_class, published):
-    """Means of three draws. At one a class a draw deviates by two points: see the README."""
+    """Means of three draws. At one a class a draw deviates by two points: see docs/results.md."""
     for seed in range(3):
         options = ("--images-per-class", images_per_class, "--seed", seed, "--out", str(seed))
         assert dsdistill("ls", "fashion-mnist", *options).returncode == 0
