@@ -300,7 +300,7 @@ def _fit(
 
     def validate(network: nn.Module) -> Mapping[str, float]:
         assert validation is not None
-        classifier = student.classifier.around(network)
+        classifier = student.classifier.with_network(network)
         is_logits = student.outputs == "logits"
         return scoring.validate(classifier, validation, parts.on, logits=is_logits)
 

@@ -142,7 +142,7 @@ class CachedBatches:
         entries = [cache.open(name, int(ends[-1]), self.classes) for cache in self.caches]
         with ExitStack() as stack:  # an epoch that is left early closes it with an error
             writers = [
-                stack.enter_context(cache.writing(name)) if entry is None and first == 0 else None
+                stack.enter_context(cache.write(name)) if entry is None and first == 0 else None
                 for cache, entry in zip(self.caches, entries, strict=True)
             ]
             for number, batch in enumerate(stream, first):

@@ -272,7 +272,7 @@ def _student(
         say(f"student {name}: {note}")
     _apply_memory_options(options, classifier.network)
     if options.pretrained and options.preprocess is None and source.distilled is None:
-        fitted, _ = networks.pretrained_preprocess(name, shape[-1])
+        fitted = networks.pretrained_preprocess(name, shape[-1])
     else:
         fitted = source.fit(options.preprocess)
     return Model(classifier, name, classes, shape, fitted)

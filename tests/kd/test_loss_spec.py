@@ -31,7 +31,8 @@ NAMES = {"kd": kd, "at": at, "cc": cc}
             TermSpec("kd", 0.5), TermSpec("at", 1000.0, {}, (("layer2",) * 2, ("layer3",) * 2)),
         ]),
         ("at@layer1=blocks.0,layer2=blocks.1,kd:1", [
-            TermSpec("at", None, {}, (("layer1", "blocks.0"), ("layer2", "blocks.1"))), TermSpec("kd", 1.0),
+            TermSpec("at", None, {}, (("layer1", "blocks.0"), ("layer2", "blocks.1"))),
+            TermSpec("kd", 1.0),
         ]),
     ],
 )  # fmt: skip

@@ -1,8 +1,8 @@
-"""Weights in a file for a named architecture: `resnet18@FILE`.
+"""Load the weights of a named architecture from a file: `resnet18@FILE`.
 
-A `.safetensors` file, or a checkpoint as torch saves it, under any name: of timm, torchvision's
-references, Lightning, SuperGradients and others. Only tensors, numbers and texts are read, so that
-no code in it can run; from these the network's own are picked by their names.
+A `.safetensors` file, or a checkpoint as torch saves it, under any name: from timm, torchvision's
+reference scripts, Lightning, SuperGradients and others. Only tensors, numbers and texts are read,
+so that no code in it can run; the network's tensors are selected by their names.
 """
 
 import argparse
@@ -29,12 +29,12 @@ from dsdistill.harness.text import abbreviate_names, shorten
 from kd.models import seals
 
 Tensors = Mapping[str, Tensor]
-# A library's own changes to tensors of another release, size or project, for a network of its own.
+# A library's conversion of tensors of another release, size or project to one of its networks.
 Converter = Callable[[nn.Module, Tensors], Tensors]
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt", ".pkl")
-MAX_WRAPPER_DEPTH = 4  # of the wrapping that is looked into
-# Where trainers keep a network's weights; averaged ones first, since those are what is used.
+MAX_WRAPPER_DEPTH = 4  # levels of nested dictionaries that are searched
+# Keys under which trainers keep a network's weights; averages first, since those are for use.
 _AVERAGED_KEYS = ("state_dict_ema", "model_ema", "ema_net", "ema_state_dict", "ema")
 _PLAIN_KEYS = (
     *("state_dict", "model_state_dict", "model", "net", "network", "module", "student"),
@@ -57,12 +57,12 @@ _COMPUTED_SUFFIXES = (
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """What a file holds.
+    """The tensors of a file.
 
     Attributes:
         path: The file.
-        tensors: By their names there.
-        averaged: Where in it they lay, if they are a moving average beside the plain weights.
+        tensors: Tensors by their names in the file.
+        averaged: Key under which they were, if they are a moving average; else None.
     """
 
     path: Path
@@ -71,10 +71,10 @@ class StoredWeights:
 
 
 def read(path: Path) -> StoredWeights:
-    """Read the tensors of a file, out of whatever a trainer has wrapped them in.
+    """Read the tensors of a file, out of the dictionaries in which trainers nest them.
 
     Raises:
-        UserError: If it is missing or damaged, or holds no tensors, or more than tensors.
+        UserError: If the file is missing or damaged, or holds no tensors, or more than tensors.
     """
     require_file(path)
     found = _load_safetensors(path) if _is_safetensors(path) else _load_torch(path)
@@ -111,17 +111,17 @@ def prepare(
     convert: Converter | None = None,
     classes: int | None = None,
 ) -> tuple[Tensors, list[str]]:
-    """Give tensors the names of a network, out of any wrapper, and bring them to its size.
+    """Rename tensors as a network names them, and convert them to its size.
 
     Args:
-        stored: Of a file.
-        network: Whose they may be, whatever the number of classes and channels.
-        convert: What the network's library does to tensors of another form.
+        stored: Tensors of a file.
+        network: Network of the same architecture, for any number of classes and channels.
+        convert: The library's conversion of tensors in another form.
         classes: Number of outputs of the network; given, a last layer that lies beside the network
             in the file is taken for the network's.
 
     Returns:
-        The tensors, and a line for each thing that is not plain.
+        The tensors, and notes: one line for each conversion or choice.
 
     Raises:
         UserError: If the file holds several such networks.
@@ -152,23 +152,23 @@ def load_into(
     convert: Converter | None = None,
     adapt: bool = True,
 ) -> list[str]:
-    """Give a network the weights of a file.
+    """Load the weights of a file into a network.
 
     Args:
-        network: Of the number of classes and channels that are wanted.
-        stored: The file.
-        name: Of the architecture, for messages.
+        network: Network for the data's number of classes and channels.
+        stored: Tensors of the file.
+        name: Name of the architecture, for messages.
         classes: Number of outputs of the network.
-        convert: As of `prepare`.
-        adapt: Whether the last layer may stay new, where the file's is missing or of another number
-            of classes, and the first be adapted to another number of channels.
+        convert: As in `prepare`.
+        adapt: Whether the last layer may stay new, where the file's is missing or for another
+            number of classes, and the first be adapted to another number of channels.
 
     Returns:
-        A line for each thing that is not plain.
+        Notes: one line for each conversion, choice or adaptation.
 
     Raises:
-        UserError: If the file holds those of another architecture, or of another number of classes
-            or channels where nothing may be adapted.
+        UserError: If the file holds the weights of another architecture, or, without `adapt`, for
+            another number of classes or channels.
     """
     own = network.state_dict()
     tensors, notes = prepare(stored, network, convert, classes)
@@ -198,14 +198,14 @@ def load_into(
 def infer_classes_and_channels(
     tensors: Tensors, network: nn.Module, classes: int, channels: int
 ) -> tuple[int | None, int]:
-    """Classes and channels that weights are for, by where their shapes differ from a network's.
+    """Infer the numbers of classes and channels from where shapes differ from a network's.
 
     Args:
-        tensors: As `prepare` for the network.
-        network: Of the same architecture, for `classes` and `channels`.
+        tensors: Tensors that `prepare` returned for the network.
+        network: Network of the same architecture, for `classes` and `channels`.
 
     Returns:
-        None in place of the classes for weights without a last layer.
+        Classes, None for weights without a last layer; and channels.
     """
     own, heads, stems = network.state_dict(), set(), set()
     last = head_keys(network, classes)
@@ -217,12 +217,12 @@ def infer_classes_and_channels(
             heads.add(theirs[0])
         if (theirs[:1], theirs[2:]) == (ours[:1], ours[2:]) and ours[1:2] == (channels,):
             stems.add(theirs[1])
-    # Where not one number alone differs it is another architecture, which `load_into` will say.
+    # Where more than one number differs it is another architecture, which `load_into` reports.
     return _single_or(heads - {classes}, classes), _single_or(stems - {channels}, channels)
 
 
 def layers_with_outputs(network: nn.Module, outputs: int) -> list[tuple[str, nn.Module]]:
-    """The linear and convolutional layers with so many outputs, in the order of the network."""
+    """The linear and convolutional layers with `outputs` outputs, in the network's order."""
     return [
         (name, layer)
         for name, layer in network.named_modules()
@@ -231,10 +231,11 @@ def layers_with_outputs(network: nn.Module, outputs: int) -> list[tuple[str, nn.
 
 
 def head_keys(network: nn.Module, classes: int) -> list[str]:
-    """The names of the tensors of the last layer, or layers, of a network.
+    """Names of the tensors of a network's last layer, or layers.
 
     Args:
-        classes: Its number of outputs.
+        network: The network.
+        classes: Number of its outputs.
     """
     config = getattr(network, "pretrained_cfg", None)
     names = config.get("classifier") if isinstance(config, Mapping) else None
@@ -308,12 +309,12 @@ def _take_outer_head(
 def _replace_head(
     given: dict[str, Tensor], own: Tensors, last: list[str], stored: StoredWeights
 ) -> list[str]:
-    """Take a last layer of another number of classes out of `given`; the network's stays."""
+    """Replace a last layer for another number of classes in `given` by the network's own."""
     theirs = [k for k in last if k in given]
     if not last or (theirs and all(given[k].shape == own[k].shape for k in theirs)):
         return []
     if any(given[k].shape[1:] != own[k].shape[1:] for k in theirs):
-        return []  # another architecture, which will be said
+        return []  # another architecture, which `load_into` reports
     if not any(k in given for k in own if k not in last):
         return []
     were = [len(given[k]) for k in theirs]
@@ -326,7 +327,7 @@ def _replace_head(
 
 
 def _adapt_channels(given: dict[str, Tensor], own: Tensors, path: Path) -> list[str]:
-    """Adapt first layers to other images, as timm does: channels are summed or repeated."""
+    """Adapt first layers to other channels as timm does: they are summed or repeated."""
     from timm.models import adapt_input_conv
 
     notes = []
@@ -350,7 +351,7 @@ def _single_or(found: set[int], otherwise: int) -> int:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Whether it is one by its name, or by its first bytes: a length and `{`."""
+    """Whether a file is safetensors by its suffix, or by its first bytes: a length and `{`."""
     if path.suffix == ".safetensors":
         return True
     with path.open("rb") as file:
@@ -371,13 +372,13 @@ def _load_safetensors(path: Path) -> Mapping[str, Any]:
 def _load_torch(path: Path) -> Mapping[str, Any]:
     try:
         with torch.serialization.safe_globals(_safe_globals()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is wrong with a file is said once, below
+            warnings.simplefilter("ignore")  # errors are reported once, below
             found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         _refuse_foreign_file(path)
         raise UserError(
-            f"{path} holds more than tensors{_describe_unsafe_globals(path)}, or is no file of torch; nothing in "
-            "it was run: save the network's state_dict() alone"
+            f"{path} holds more than tensors{_describe_unsafe_globals(path)}, or is no file of "
+            "torch; nothing in it was run: save the network's state_dict() alone"
         ) from error
     except Exception as error:  # a damaged file has many ways to fail
         _refuse_foreign_file(path)
@@ -414,18 +415,18 @@ def _refuse_foreign_file(path: Path) -> None:
 
 
 def _safe_globals() -> list[Any]:
-    """Values that trainers keep beside the weights and that do nothing when they are made."""
-    scalar: Any = np.float64(0).__reduce__()[0]  # makes a number of a dtype and bytes
+    """Types that trainers save beside the weights and that run no code when they are created."""
+    scalar: Any = np.float64(0).__reduce__()[0]  # creates a number from a dtype and bytes
     dtypes = {type(np.dtype(kind)) for kind in (*"?bBhHiIlLqQefdgFD", "S", "U")}
     return [
         *(argparse.Namespace, np.dtype, *dtypes, pathlib.PosixPath, pathlib.PurePosixPath),
-        # NumPy 1 and 2 call it by different names.
+        # NumPy 1 and 2 have different names for it.
         *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     ]
 
 
 def _describe_unsafe_globals(path: Path) -> str:
-    """What else a checkpoint would make, in brackets."""
+    """Name, in brackets, other objects that loading the checkpoint would create."""
     try:
         with torch.serialization.safe_globals(_safe_globals()):
             found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -435,7 +436,7 @@ def _describe_unsafe_globals(path: Path) -> str:
 
 
 def _weights_key(found: Mapping[str, Any], depth: int = MAX_WRAPPER_DEPTH) -> str | None:
-    """The key of the weights in what a trainer saves beside its own state; None if it has none."""
+    """The key of the weights in a trainer's checkpoint; None if it has none."""
     return next(
         (k for k in (*_AVERAGED_KEYS, *_PLAIN_KEYS) if _has_tensors(found.get(k), depth)), None
     )
@@ -449,18 +450,18 @@ def _has_tensors(value: Any, depth: int) -> bool:
 
 
 def _strip_compile_mark(name: str) -> str:
-    """Without the mark that torch.compile leaves at any depth."""
+    """Remove the prefix that torch.compile adds at any depth."""
     return name.replace("_orig_mod.", "")
 
 
 def _wrapper_prefix(stored: StoredWeights, own: Tensors) -> str:
-    """What stands before the network's names in a file: nothing, `module.`, `model.`, ...
+    """The prefix of the network's names in a file: empty, `module.`, `model.`, ...
 
-    The one under which most of the network is. Other networks under other names, such as a loss or
-    a metric, do not matter.
+    It is the prefix with most of the network's tensors. Other modules under other prefixes, such as
+    a loss or a metric, are ignored.
 
     Raises:
-        UserError: If several hold as much of it.
+        UserError: If several prefixes have equally many.
     """
     under: Counter[str] = Counter()
     for k in stored.tensors:
@@ -501,7 +502,7 @@ def _names_or_shapes_differ(tensors: Tensors, own: Tensors) -> bool:
 
 
 def _resampling_notes(before: Tensors, after: Tensors) -> list[str]:
-    """A line for what was resampled to another size."""
+    """Notes on tensors that were resampled to another size."""
     names = [k for k in after if k in before and before[k].shape != after[k].shape]
     notes = []
     if any("pos" in k for k in names):
