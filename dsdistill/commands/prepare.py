@@ -217,13 +217,14 @@ def _check_splits(options: RunOptions, splits: Splits) -> None:
         )
     if fraction > 0 and not len(validation):
         progress.say(
-            f"note: no class has any validation images, since --validation-fraction {fraction:g} of "
-            "so few images is none; the last step's images are kept"
+            "note: no class has any validation images, since "
+            f"--validation-fraction {fraction:g} of so few images is none; "
+            "the last step's images are kept"
         )
     if splits.brings_validation and fraction != type(options)().validation_fraction:
         progress.say(
-            f"note: --validation-fraction {fraction:g} has no effect on {options.data}, which has a "
-            "validation part of its own"
+            f"note: --validation-fraction {fraction:g} has no effect on {options.data}, which has "
+            "a validation part of its own"
         )
     for part, images in (("validation", validation), ("test", splits.test)):
         if line := labeled_images.describe_missing_classes(part, images.labels, images.classes):

@@ -44,7 +44,8 @@ def search_support(
         UserError: If a step does not fit into memory, before anything is computed; if the loss is
             not finite, or stays far above what it was at first, after a checkpoint of the last good
             step.
-        RuntimeError, ValueError: If another host is lost, see `hosts.LOST_HOST_ERRORS`; after the same.
+        RuntimeError, ValueError: If another host is lost, see `hosts.LOST_HOST_ERRORS`; after
+            the same.
         KeyboardInterrupt: After a checkpoint of the last whole step.
     """
     sample = selection.subset(validation, plan.validation_images, plan.seed)
@@ -101,8 +102,8 @@ def accumulate_sums(
         The sums, and the seconds spent in this and all earlier starts.
 
     Raises:
-        KeyboardInterrupt, RuntimeError, ValueError: As `search_support`; after a checkpoint of the last
-            whole chunk.
+        KeyboardInterrupt, RuntimeError, ValueError: As `search_support`; after a checkpoint of
+            the last whole chunk.
     """
     last, spent = _restore_sums(run, len(support), train)
     _announce_sums(network, len(support), train, last.done, closing_images)

@@ -71,27 +71,31 @@ def test_a_run_that_began_is_not_withdrawn(tmp_path, begun):
 
 @pytest.mark.parametrize("error", [UserError("image 1.jpg is damaged"), OSError("no disk left")])
 def test_an_error_before_the_first_checkpoint_leaves_nothing(tmp_path, error):
-    with pytest.raises(type(error)) as caught:
-        with _start(tmp_path / "a") as run, run.clean_up_on_error():
-            raise error
+    with (
+        pytest.raises(type(error)) as caught,
+        _start(tmp_path / "a") as run,
+        run.clean_up_on_error(),
+    ):
+        raise error
     assert caught.value is error
     assert not (tmp_path / "a").exists()
 
 
 def test_an_error_after_a_checkpoint_says_what_works(tmp_path):
-    with pytest.raises(RunError, match="1.jpg is damaged; .*keeps the last checkpoint: --resume"):
-        with _start(tmp_path) as run, run.clean_up_on_error():
-            run.save_state({"a": np.zeros(1)}, {})
-            raise UserError("image 1.jpg is damaged")
+    message = r"1\.jpg is damaged; .*keeps the last checkpoint: --resume"
+    run = _start(tmp_path)
+    run.save_state({"a": np.zeros(1)}, {})
+    with pytest.raises(RunError, match=message), run, run.clean_up_on_error():
+        raise UserError("image 1.jpg is damaged")
     with _start(tmp_path, resume=True) as run:
         assert run.load_state() is not None
 
 
 def test_an_error_about_the_folder_itself_stands_as_it_is(tmp_path):
-    with pytest.raises(RunError, match="^changed since$"):
-        with _start(tmp_path) as run, run.clean_up_on_error():
-            run.save_state({"a": np.zeros(1)}, {})
-            raise RunError("changed since")
+    run = _start(tmp_path)
+    run.save_state({"a": np.zeros(1)}, {})
+    with pytest.raises(RunError, match=r"^changed since$"), run, run.clean_up_on_error():
+        raise RunError("changed since")
 
 
 def test_start_accepts_an_empty_folder_and_what_a_killed_start_left(tmp_path):

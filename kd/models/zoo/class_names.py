@@ -202,8 +202,8 @@ def _map_outputs(
     for i, output in enumerate(outputs):
         if (j := outputs.index(output)) != i:
             raise UserError(
-                f"the class map gives {quote(classes[j])} and {quote(classes[i])} the same class of "
-                f"{who}, {quote(str(class_map[classes[i]]))}: each needs its own"
+                f"the class map gives {quote(classes[j])} and {quote(classes[i])} the same class "
+                f"of {who}, {quote(str(class_map[classes[i]]))}: each needs its own"
             )
     return tuple(outputs)
 
@@ -301,7 +301,10 @@ def _describe_difference(model_classes: Sequence[str], classes: Sequence[str]) -
         if not hits:
             unmatched = (a for a in model_classes if not _candidates(a, classes))
             example = next(unmatched, model_classes[0])
-            return f"has no class {quote(name)} of the data, which have none such as its {quote(example)}"
+            return (
+                f"has no class {quote(name)} of the data, "
+                f"which have none such as its {quote(example)}"
+            )
         if len(hits) > 1:
             number = len(hits)
             return f"has {number} classes that could be {quote(name)} of the data"
