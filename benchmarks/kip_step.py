@@ -47,7 +47,9 @@ def random_examples(n: int) -> Examples:
     rng = np.random.default_rng(0)
     images = rng.standard_normal((n, 28, 28, 1), np.float32)
     classes = tuple(map(str, range(10)))
-    return Examples(LabeledImages(images, rng.integers(0, 10, n), classes), identity(1), ready=True)
+    return Examples(
+        LabeledImages(images, rng.integers(0, 10, n), classes), identity(1), is_preprocessed=True
+    )
 
 
 def our_steps(train: Examples, support: Support, steps: int):

@@ -1,10 +1,11 @@
 """The command `dsdistill`: kip, ls, evaluate, report, inspect, export, cache.
 
 Only options are imported here; the frameworks are imported inside the commands, so that
-`dsdistill --help` answers at once. What is wrong with the input is said in one line.
+`dsdistill --help` answers at once. An error in the input is one line.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ def evaluate(chosen: options.EvaluateOptions) -> None:
     from dsdistill.commands import evaluate as evaluate_command
     from dsdistill.parallel import devices
 
+    if chosen.cache == Path("none"):
+        chosen = replace(chosen, cache=None)
     devices.use_all()
     evaluate_command.run(chosen)
 

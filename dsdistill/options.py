@@ -1,19 +1,20 @@
-"""The options of the commands, as frozen values; their comments are the help texts.
+"""The options of the commands, as frozen values; the strings below the fields are the help texts.
 
 This module imports nothing heavy, so that `dsdistill --help` answers at once.
 """
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import tyro
 
-from dsdistill.harness import paths
+from dsdistill.harness import command_line, help_page, paths
+from dsdistill.harness.help_page import Layout, Shown
 
-Data = Annotated[str, tyro.conf.Positional]
+Data = Annotated[str, tyro.conf.Positional, Shown("DATA")]
 Options = TypeVar("Options")
-OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {  # of an optimizer
+OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {  # optimizer -> option -> default
     "adam": {
         "steps": 1000,
         "target_batch": 5000,
@@ -29,122 +30,171 @@ OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {  # of an optimizer
 }
 
 
+def _by_optimizer(metavar: str, option: str) -> Shown:
+    """The default of an option that depends on the optimizer."""
+    shown = (
+        f"{help_page.format_default(defaults[option])} with {optimizer}"
+        for optimizer, defaults in OPTIMIZER_DEFAULTS.items()
+    )
+    return Shown(metavar, ", ".join(shown))
+
+
+# Headings of the help pages that several commands share, with their options.
+_DATA = "image_size channels preprocess validation_fraction data_root"
+_OUTPUT = "out resume seed"
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """Which images, and how a kernel sees them."""
 
     data: Data = "digits"
-    """digits, mnist, fashion-mnist, cifar10, cifar100, svhn, a folder of class folders, or an .npz
-    file with images and labels"""
+    """digits, mnist, fashion-mnist, cifar10, cifar100, svhn, a folder with one folder of images per
+    class, or an .npz file with images and labels"""
 
     data_root: Path = field(default_factory=paths.data_root)
-    """where named data sets lie or are downloaded to (environment: DSDISTILL_DATA)"""
+    """Folder of the named data sets, downloaded when missing; the environment variable
+    DSDISTILL_DATA sets it too"""
 
-    image_size: int | None = None
-    """resize images to this height and width in pixels"""
+    image_size: Annotated[int | None, Shown(default="as they are")] = None
+    """Resize all images to this height and width in pixels"""
 
-    channels: Literal[1, 3] | None = None
-    """1 makes all images grayscale, 3 colour; default: as they are, and colour where a folder has
-    both"""
+    channels: Annotated[
+        Literal[1, 3] | None, Shown(default="as they are; colour where a folder has both")
+    ] = None
+    """1 makes all images grayscale, 3 makes them colour"""
 
-    preprocess: Literal["standardise", "zca", "none"] | None = None
-    """default: zca for colour, standardise for grayscale"""
+    preprocess: Annotated[
+        Literal["standardise", "zca", "none"] | None,
+        Shown(default="zca for colour, standardise for grayscale"),
+    ] = None
+    """Normalisation of the pixels: mean 0 and deviation 1, ZCA whitening, or none"""
 
-    out: Path | None = None
-    """the run's folder; default: the next free runs/<method>-<data>-<n>"""
+    out: Annotated[Path | None, Shown(default="the next free runs/<method>-<data>-<n>")] = None
+    """Folder of the run"""
 
-    images_per_class: int | None = None
-    """size of the distilled set; default: 10"""
+    images_per_class: Annotated[int | None, Shown(default="10")] = None
+    """Size of the distilled set"""
 
-    kernel: str = "fc"
-    """fc, conv, convnet, convnet3, myrtle; a sequence such as CR-3xCRP-flatten (C: 3x3 convolution,
-    R: ReLU, P: 2x2 pooling; flatten or gap ends it); or module:attribute for a neural-tangents
-    network, whose module is imported and run, from the current folder first. kip takes several,
-    comma-separated: each step draws one, the first judges and is stored"""
+    kernel: Annotated[str, Shown("KERNEL")] = "fc"
+    """fc, conv, convnet, convnet3, myrtle; or a sequence such as CR-3xCRP-flatten (C: 3x3
+    convolution, R: ReLU, P: 2x2 pooling; flatten or gap ends it); or module:attribute for a network
+    of neural-tangents, whose module is imported and run, from the current folder first"""
 
-    depth: int | None = None
-    """hidden layers of fc and conv (1), blocks of convnet (3), variant of myrtle (5, 7, 10)"""
+    depth: Annotated[int | None, Shown(default="fc and conv 1, convnet 3, myrtle 5")] = None
+    """Hidden layers of fc and conv, blocks of convnet, or the variant of myrtle: 5, 7 or 10"""
 
     w_std: float = 2**0.5
-    """deviation of the network's weights, before the division by the root of the fan-in"""
+    """Standard deviation of the network's weights, before division by the root of the fan-in"""
 
     b_std: float = 0.1
-    """deviation of its biases"""
+    """Standard deviation of the network's biases"""
 
     validation_fraction: float = 0.1
-    """share of the training images held out to choose by"""
+    """Share of the training images held out to choose the best step"""
 
     seed: int = 0
-    """of the drawn images, the noise and the target batches"""
+    """Seed of all random choices: starting images, noise and target batches"""
 
     resume: bool = False
-    """continue the unfinished run in --out, with the options and the data it was started with"""
+    """Continue the unfinished run in --out, with the options and the data it was started with"""
 
-    hosts: str | None = None
-    """ADDRESS:PORT,INDEX/COUNT to share the work with other hosts, such as 10.0.0.1:9876,0/2: the
-    same command runs on each, with its own index from 0, and host 0 listens at the address.
-    default: as SLURM, Open MPI, Kubernetes or Cloud TPU launched it; none: alone whatever they did
-    """
+    hosts: Annotated[
+        str | None,
+        Shown("HOSTS", "as launched by SLURM, Open MPI, Kubernetes or Cloud TPU, else alone"),
+    ] = None
+    """ADDRESS:PORT,INDEX/COUNT shares the work among hosts, such as 10.0.0.1:9876,0/2: run the same
+    command on each host with its own INDEX from 0; host 0 listens at the address. none: this host
+    works alone, however it was launched"""
 
 
 @dataclass(frozen=True)
 class KipOptions(RunOptions):
-    """Kernel Inducing Points: learn a few images by gradient descent through ridge regression."""
+    """Learn a few images with Kernel Inducing Points.
 
-    images_per_class: int | None = None
-    """size of the distilled set; default: 10, or as many as the set given to --init has"""
-
-    optimizer: Literal["adam", "gauss-newton"] = "adam"
-    """adam, as in the papers; gauss-newton: solves for the step that fits each target batch best,
-    and needs far fewer of them (kernels in closed form or of exact planes)"""
-
-    steps: int | None = None
-    """of the optimizer; default: 1000 of adam, 100 of gauss-newton"""
-
-    warm_up: str | None = None
-    """KERNEL or KERNEL:STEPS: first minimise with this cheaper kernel, for a quarter of --steps or
-    for STEPS, which come on top of --steps"""
-
-    target_batch: int | str | None = None
-    """training images a step, class-balanced; or the time of a step, such as 2s or 500ms: the
-    batch that takes about so long is measured first. default: 5000 for adam, 1000 for gauss-newton
+    Gradient descent changes the images until kernel ridge regression on them predicts the labels
+    of the training images.
     """
 
-    learning_rate: float | None = None
-    """of adam (default: 0.04); of gauss-newton the part of the solved step that is taken (0.3)"""
+    LAYOUT: ClassVar = Layout(
+        groups={
+            "Distilled set": "images_per_class init learn_labels corruption",
+            "Output and resuming": _OUTPUT,
+            "Kernel": "kernel depth w_std b_std ridge",
+            "Optimisation": "optimizer steps learning_rate label_learning_rate schedule "
+            "target_batch augment warm_up damping",
+            "Validation": "validation_images patience",
+            "Data": _DATA,
+            "Several hosts": "hosts",
+        },
+        examples=(
+            "dsdistill kip digits --images-per-class 5 --out runs/kip",
+            "dsdistill kip digits --optimizer gauss-newton --images-per-class 1",
+        ),
+    )
 
-    label_learning_rate: float | None = None
-    """of adam for the labels; default: that of the images"""
+    images_per_class: Annotated[
+        int | None, Shown(default="10, or the size of the set given to --init")
+    ] = None
+    """Size of the distilled set"""
+
+    kernel: Annotated[str, Shown("KERNEL")] = "fc"
+    """fc, conv, convnet, convnet3, myrtle; or a sequence such as CR-3xCRP-flatten (C: 3x3
+    convolution, R: ReLU, P: 2x2 pooling; flatten or gap ends it); or module:attribute for a network
+    of neural-tangents, whose module is imported and run, from the current folder first. Of several,
+    separated by commas, each step draws one; the first validates and is stored"""
+
+    optimizer: Literal["adam", "gauss-newton"] = "adam"
+    """adam, as in the papers; or gauss-newton, which solves for the step that fits each target
+    batch best and needs far fewer steps (closed-form and exact convolutional kernels only)"""
+
+    steps: Annotated[int | None, _by_optimizer("N", "steps")] = None
+    """Steps of the optimizer"""
+
+    warm_up: Annotated[str | None, Shown("KERNEL[:STEPS]")] = None
+    """First minimise with this cheaper kernel, for STEPS or a quarter of --steps; these steps come
+    on top of --steps"""
+
+    target_batch: Annotated[int | str | None, _by_optimizer("N|TIME", "target_batch")] = None
+    """Training images per step, class-balanced; or the time of a step, such as 2s or 500ms: the
+    number of images that takes about that long is measured first"""
+
+    learning_rate: Annotated[float | None, _by_optimizer("X", "learning_rate")] = None
+    """Learning rate of adam; with gauss-newton, the part of the solved step that is taken"""
+
+    label_learning_rate: Annotated[float | None, Shown(default="that of the images")] = None
+    """Learning rate of adam for the labels, with --learn-labels"""
 
     damping: float = 0.01
-    """of gauss-newton: what holds a step near its start, relative to the mean curvature; it grows
-    by itself where steps are too long"""
+    """Damping of gauss-newton, relative to the mean curvature; raised automatically after a poor
+    step"""
 
-    schedule: Literal["constant", "cosine"] | None = None
-    """of the learning rates; cosine: down to 0 over --steps, and over the warm-up before it.
-    default: constant for adam, cosine for gauss-newton"""
+    schedule: Annotated[
+        Literal["constant", "cosine"] | None, _by_optimizer("constant|cosine", "schedule")
+    ] = None
+    """Course of the learning rates; cosine falls to 0 over --steps, and over the warm-up before"""
 
     ridge: float = 1e-6
-    """relative to the mean of the kernel's diagonal"""
+    """Ridge of the regression, relative to the mean of the kernel's diagonal"""
 
     learn_labels: bool = False
-    """learn the labels as well as the images"""
+    """Learn the labels as well as the images"""
 
-    augment: str | None = None
-    """change the target images at random: flip, shift, rotate, comma-separated, or all"""
+    augment: Annotated[str | None, Shown("CHANGES")] = None
+    """Change the target images at random: flip, shift, rotate, separated by commas, or all"""
 
-    init: str = "real"
-    """what the images start from: real, noise, or a distilled set (its .safetensors file or its
-    run's folder), whose labels are kept too"""
+    init: Annotated[str, Shown("real|noise|PATH")] = "real"
+    """Start from real images, from noise, or from a distilled set (its .safetensors file or the
+    folder of its run), whose labels are kept too"""
 
     corruption: float = 0.0
-    """fraction of each image's pixels kept as noise and never learned"""
+    """Share of each image's pixels that stay noise and are never learned"""
 
-    patience: int | None = None
-    """stop when so many validations in a row, of forty in a run, have found nothing better"""
+    patience: Annotated[int | None, Shown(default="never")] = None
+    """Stop after N validations in a row without a better one; a run has forty"""
 
     validation_images: int = 1000
-    """validation images, class-balanced, that judge during the run; all of them at its end"""
+    """Validation images, class-balanced, that judge during the run; at its end all of them do"""
 
 
 def with_defaults(options: Options) -> Options:
@@ -158,148 +208,218 @@ def with_defaults(options: Options) -> Options:
 
 @dataclass(frozen=True)
 class LabelSolveOptions(RunOptions):
-    """Label Solve: keep real images and solve for the labels that fit all training images best."""
+    """Keep real images and solve for their labels with Label Solve.
+
+    The labels are those with which kernel ridge regression fits all training images best.
+    """
+
+    LAYOUT: ClassVar = Layout(
+        groups={
+            "Distilled set": "images_per_class",
+            "Output and resuming": _OUTPUT,
+            "Kernel": "kernel depth w_std b_std ridge",
+            "Data": _DATA,
+            "Several hosts": "hosts",
+        },
+        examples=("dsdistill ls digits --images-per-class 10 --out runs/ls",),
+    )
 
     validation_fraction: float = 0.0
-    """share of the training images held out; nothing is chosen, so none by default"""
+    """Share of the training images held out; nothing is chosen, so none by default"""
+
+    seed: int = 0
+    """Seed of the choice of images"""
 
     ridge: float = 1e-6
-    """of the solve: absolute, divided by the number of images"""
+    """Ridge of the solve: absolute, divided by the number of images"""
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Train learners on a distilled set and, the same way, on random, coreset and full data."""
+    """Measure what learners reach on a distilled set.
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """a run's folder, a distilled .safetensors file; with --data also what other projects publish:
-    a .pt or .npz file, a folder of class folders"""
+    The same learners are trained the same way on random images, coresets and all training images,
+    for comparison. The result is a page, report.html, with its figures as JSON beside it.
+    """
 
-    learners: str = "ridge,convnet"
-    """comma-separated: ridge (with the set's own kernel), ridge:KERNEL (with another, and needed
-    for a module:attribute, which is never imported because a file names it), convnet,
-    kip-convnet, mlp, resnet18, vgg11, vit, with a width as convnet:32; any student of `kd train`"""
+    LAYOUT: ClassVar = Layout(
+        groups={
+            "Comparison": "learners controls seeds steps augment",
+            "Teacher": "teacher teacher_class_map",
+            "Output and resuming": "out resume cache",
+            "Hardware": "device",
+            "Data": "data data_root image_size channels",
+            "Format of a set from another project": "pixels mean std tiles labels layout",
+        },
+        examples=(
+            "dsdistill evaluate runs/kip --learners ridge,mlp --controls random,full",
+            "dsdistill evaluate runs/kip --learners convnet:32 --seeds 1",
+        ),
+        notes={
+            "Data": "Only for a set from another project, apart from --data-root: a set made by "
+            "dsdistill names its own data.",
+        },
+    )
 
-    controls: str = "random,k-means,herding,full"
-    """comma-separated: what to compare with"""
+    run: Annotated[Path, tyro.conf.Positional, Shown("RUN")]
+    """Folder of a run, or a distilled .safetensors file; with --data also a set that another
+    project has published: a .pt or .npz file, or a folder with one folder of images per class"""
 
-    teacher: str | None = None
-    """a teacher of `kd train`: relabels the distilled images in one more arm, and is compared with
-    every learner"""
+    learners: Annotated[str, Shown("NAME,...")] = "ridge,convnet"
+    """ridge (with the set's own kernel), ridge:KERNEL (with another one; a module:attribute must be
+    written so, for it is never imported because a file names it), convnet, kip-convnet, mlp,
+    resnet18, vgg11, vit, with a width as in convnet:32, and any student of kd train"""
 
-    teacher_class_map: Path | None = None
+    controls: Annotated[str, Shown("NAME,..."), command_line.MAY_BE_EMPTY] = (
+        "random,k-means,herding,full"
+    )
+    """What to compare with: random images, the coresets k-means and herding, all images (full); ""
+    compares with nothing"""
+
+    teacher: Annotated[str | None, Shown("NAME|RUN")] = None
+    """A teacher as for kd train: labels the distilled images anew in a further comparison, and its
+    answers are compared with those of every learner"""
+
+    teacher_class_map: Annotated[Path | None, Shown("FILE")] = None
     """JSON file, class of the data -> class of the teacher (name or number), where they differ"""
 
     augment: Literal["none", "crop", "crop-flip"] = "none"
-    """networks are trained with these changes too, beside the training without"""
+    """Train networks also with these random changes of the images, beside the training without"""
 
     seeds: int = 5
-    """trainings of each learner on each data: the seeds 0, 1, ..."""
+    """Trainings of each learner on each set of images, with the seeds 0, 1, ..."""
 
-    steps: int | None = None
-    """of every network's training on every data; default: the learner's (300; kip-convnet 5000)"""
+    steps: Annotated[int | None, Shown(default="the learner's: 300, for kip-convnet 5000")] = None
+    """Steps of every training of a network"""
 
-    data: str | None = None
-    """what a set from elsewhere was distilled from; of our own sets it is known"""
+    data: Annotated[str | None, Shown("DATA")] = None
+    """Data set that a published set was distilled from"""
 
-    image_size: int | None = None
-    """of a set from elsewhere: resize the images of --data to this height and width in pixels"""
+    image_size: Annotated[int | None, Shown(default="as they are")] = None
+    """Resize the images of --data to this height and width in pixels"""
 
-    channels: Literal[1, 3] | None = None
-    """of a set from elsewhere: 1 makes all images of --data grayscale, 3 colour; default: as they
-    are, and colour where a folder has both"""
+    channels: Annotated[
+        Literal[1, 3] | None, Shown(default="as they are; colour where a folder has both")
+    ] = None
+    """1 makes all images of --data grayscale, 3 makes them colour"""
 
-    pixels: Literal[
-        "auto",
-        "standardised",
-        "imagenet",
-        "signed",
-        "unit",
-        "bytes",
-        "zca",
-        "zca-mtt",
-        "zca-rfad",
-        "zca-frepo",
+    pixels: Annotated[
+        Literal[
+            "auto",
+            "standardised",
+            "imagenet",
+            "signed",
+            "unit",
+            "bytes",
+            "zca",
+            "zca-mtt",
+            "zca-rfad",
+            "zca-frepo",
+        ],
+        Shown("KIND"),
     ] = "auto"
-    """of a set from elsewhere: mean 0 and deviation 1 by --mean and --std (default: the project's
-    constants, or the data's own) or by ImageNet's constants, in [-1, 1], in [0, 1], 0 to 255, or
-    whitened as by KIP's paper, MTT, RFAD or FRePo"""
+    """What the pixels are: standardised by --mean and --std, imagenet (standardised by the
+    constants of ImageNet), signed (-1 to 1), unit (0 to 1), bytes (0 to 255), or whitened as in
+    KIP's paper (zca), zca-mtt, zca-rfad or zca-frepo; auto: what the file says or proves"""
 
-    tiles: int | None = None
-    """of a set from elsewhere: smaller images in a row and a column of each (IDC's factor);
-    default: IDC's 2 where the numbers show it"""
+    tiles: Annotated[int | None, Shown(default="2 where the pixels show it, as in IDC")] = None
+    """Each image holds N by N smaller ones: the factor of IDC"""
 
     labels: Literal["auto", "index", "one-hot", "centred", "probabilities", "logits"] = "auto"
-    """of a set from elsewhere"""
+    """What the labels are"""
 
-    mean: tuple[float, ...] | None = None
-    """of a set from elsewhere with standardised pixels: one value a channel, of images in [0, 1]"""
+    mean: Annotated[
+        tuple[float, ...] | None, Shown(default="of the project's constants, or of the data")
+    ] = None
+    """Mean of standardised pixels, one value per channel, of images in [0, 1]"""
 
-    std: tuple[float, ...] | None = None
-    """the same"""
+    std: Annotated[
+        tuple[float, ...] | None, Shown(default="of the project's constants, or of the data")
+    ] = None
+    """Standard deviation of standardised pixels, one value per channel, of images in [0, 1]"""
 
     layout: Literal["auto", "nchw", "nhwc"] = "auto"
-    """of the images of a set from elsewhere"""
+    """Order of the axes of the images"""
 
-    device: str = "cpu"
-    """of the networks: cpu, auto (a GPU where there is one), cuda or cuda:N"""
+    device: Annotated[str, Shown("DEVICE")] = "cpu"
+    """Where networks are trained: cpu, auto (a GPU where there is one), cuda or cuda:N"""
 
-    out: Path | None = None
-    """folder of the report; default: evaluation-<n> in the run's folder"""
+    out: Annotated[Path | None, Shown(default="evaluation-<n> in the folder of the run")] = None
+    """Folder of the report"""
 
     resume: bool = False
-    """go on with an evaluation that was stopped"""
+    """Continue the unfinished evaluation in --out"""
 
-    cache: Path | None = field(default_factory=paths.evaluations)
-    """where results that other evaluations can use are kept; None: nowhere"""
+    cache: Annotated[Path | None, Shown("PATH|none")] = field(default_factory=paths.evaluations)
+    """Folder of results that later evaluations can use; with none, nothing is kept"""
 
     data_root: Path = field(default_factory=paths.data_root)
-    """where named data sets lie (environment: DSDISTILL_DATA)"""
+    """Folder of the named data sets, downloaded when missing; the environment variable
+    DSDISTILL_DATA sets it too"""
 
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Compare evaluations, or distilled sets, on one page."""
+    """Compare evaluations, or distilled sets, on one HTML page."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """folders of evaluations, or of runs, of which the newest evaluation counts"""
+    LAYOUT: ClassVar = Layout(
+        groups={"Output": "out"},
+        examples=("dsdistill report runs/kip runs/ls --out page.html",),
+    )
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, Shown("RUN ...")]
+    """Folders of evaluations, or of runs, whose newest evaluation counts"""
 
     out: Path = Path("report.html")
-    """the page to write"""
+    """Page to write"""
 
 
 @dataclass(frozen=True)
 class InspectOptions:
-    """Print what a distilled set holds and how it was made."""
+    """Show what a distilled set holds and how it was made."""
 
-    file: Annotated[Path, tyro.conf.Positional]
-    """a distilled .safetensors file, or a run's folder"""
+    LAYOUT: ClassVar = Layout(
+        groups={"Output": "json"}, examples=("dsdistill inspect runs/kip --json",)
+    )
+
+    file: Annotated[Path, tyro.conf.Positional, Shown("RUN")]
+    """Folder of a run, or a distilled .safetensors file"""
 
     json: bool = False
-    """as one JSON object"""
+    """Print one JSON object instead of a table"""
 
 
 @dataclass(frozen=True)
 class ExportOptions:
     """Write the images of a distilled set for other programs."""
 
-    file: Annotated[Path, tyro.conf.Positional]
-    """a distilled .safetensors file, or a run's folder"""
+    LAYOUT: ClassVar = Layout(
+        groups={"Output": "format out"},
+        examples=("dsdistill export runs/kip --format npz --out set.npz",),
+    )
+
+    file: Annotated[Path, tyro.conf.Positional, Shown("RUN")]
+    """Folder of a run, or a distilled .safetensors file"""
 
     format: Literal["folder", "npz", "torch"]
-    """folder: PNGs in class folders, for the eye; npz: arrays; torch: tensors,
-    torch.load(weights_only=True). The last two keep everything: evaluate reads them as the set"""
+    """folder: PNG files in one folder per class, to look at; npz: arrays; torch: tensors for
+    torch.load(weights_only=True). npz and torch keep everything: evaluate reads them as the set"""
 
-    out: Path | None = None
-    """default: <file>-<format> beside the file"""
+    out: Annotated[Path | None, Shown(default="<file>-<format> beside the file")] = None
+    """File or folder to write"""
 
 
 @dataclass(frozen=True)
 class CacheOptions:
     """List or clear decoded images and results that are kept for later runs."""
 
-    clear: bool = False
-    """remove them; they are made again when they are needed"""
+    LAYOUT: ClassVar = Layout(
+        groups={"Clearing": "clear older_than"},
+        examples=("dsdistill cache", "dsdistill cache --clear --older-than 30"),
+    )
 
-    older_than: float | None = None
-    """only those that were not used for this number of days"""
+    clear: bool = False
+    """Remove them; later runs make them again when they need them"""
+
+    older_than: Annotated[float | None, Shown("DAYS")] = None
+    """Only what was not used for this number of days"""

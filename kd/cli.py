@@ -10,18 +10,6 @@ from dsdistill.harness.text import console, printable
 from kd.options import EvaluateOptions, ExportOptions, ReportOptions, TrainOptions
 
 
-def main() -> None:
-    """Run one command of the line that the user typed."""
-    description = "Train a small student from labels or from a large teacher, and judge it."
-    commands = {
-        "train": (TrainOptions, _train),
-        "evaluate": (EvaluateOptions, _evaluate),
-        "export": (ExportOptions, _export),
-        "report": (ReportOptions, _report),
-    }
-    command_line.main("kd", description, commands, "interrupted")
-
-
 def _train(options: TrainOptions) -> None:
     options.check()  # before the seconds that importing torch takes
     from kd.commands import train
@@ -138,3 +126,17 @@ def _label(name: str) -> str:
 
 def _format_value(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else printable(str(value))
+
+
+COMMANDS: command_line.Commands = {
+    "train": (TrainOptions, _train),
+    "evaluate": (EvaluateOptions, _evaluate),
+    "export": (ExportOptions, _export),
+    "report": (ReportOptions, _report),
+}
+
+
+def main() -> None:
+    """Run the command that the user typed."""
+    description = "Train a small student from labels or from a large teacher, and judge it."
+    command_line.main("kd", description, COMMANDS, "interrupted")

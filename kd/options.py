@@ -1,43 +1,79 @@
-"""What the commands take. Frozen values; the texts below are the help pages."""
+"""The options of the commands, as frozen values; the strings below the fields are help texts."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
 import tyro
 
 from dsdistill.harness import paths
 from dsdistill.harness.errors import UserError
+from dsdistill.harness.help_page import Layout, Shown, format_default
 from kd import per_teacher, recipe, recipes
 
-# The names that the help pages show for values.
-NameArg = Annotated[str | None, tyro.conf.arg(metavar="NAME|RUN")]
-NamesArg = Annotated[str | None, tyro.conf.arg(metavar="NAME,NAME,...")]
-FolderArg = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
-CountArg = Annotated[int | None, tyro.conf.arg(metavar="N")]
-# A text has commas in it, between teachers.
-ValuesArg = Annotated[tuple[float | str, ...] | None, tyro.conf.arg(metavar="X X X")]
-Sizes = Annotated[int | str | None, tyro.conf.arg(metavar="N")]
-ChannelsArg = Annotated[Literal[1, 3] | None, tyro.conf.arg(metavar="1|3")]
-NumberArg = Annotated[float | None, tyro.conf.arg(metavar="X")]
+NamesArg = Annotated[str | None, Shown("NAME,...")]
+FolderArg = Annotated[Path | None, Shown("DIR")]
+# Texts stand among the numbers where commas part the teachers.
+ValuesArg = Annotated[
+    tuple[float | str, ...] | None, Shown("X ...", "what is known of its weights")
+]
+Sizes = Annotated[int | str | None, Shown("N", "what is known of its weights")]
+Channels = Annotated[
+    Literal[1, 3] | None, Shown(default="as they are; colour where a folder has both")
+]
+
+DEFAULT_WORKERS = 2  # processes that read image files, where nothing else is asked for
+# Defaults that follow from more than the kind of data and of network.
+DEFAULTS_BY_DATA = {
+    "loss": "ce:1, mse:1 on a distilled set; ce:0.1,kd:0.9:temperature=4 with a teacher; "
+    "ce:1,kd:1:temperature=1 with --peers",
+    "validate_every": "1, or more so that short epochs make at most 40 validations",
+    "image_size": "as they are",
+    "patience": "never",
+}
+
+
+def _by_recipe(name: str) -> Shown:
+    """The default of a field of the recipe, for each kind of data and of network."""
+    kinds = (recipes.REAL, recipes.REAL_ADAMW, recipes.SMALL, recipes.SMALL_LAYER_NORM)
+    real, layer_norm, small, _ = (format_default(getattr(kind, name)) for kind in kinds)
+    if name == "epochs":
+        return Shown(default=f"{real}; on a distilled set --steps {recipes.SMALL.steps}")
+    if name == "steps":
+        return Shown(default=f"--epochs {recipes.REAL.epochs}; {small} on a distilled set")
+    if name == "warmup":
+        return Shown(default=f"{real}; {small} steps on a distilled set")
+    if name in DEFAULTS_BY_DATA:
+        return Shown(default=DEFAULTS_BY_DATA[name])
+    if real == layer_norm == small:
+        return Shown(default=real)
+    if real == small:
+        return Shown(default=f"{real}; {layer_norm} with layer norm")
+    if layer_norm == small:
+        return Shown(default=f"{real}; {small} with layer norm or on a distilled set")
+    return Shown(default=f"{layer_norm} with layer norm; else {real}, on a distilled set {small}")
+
 
 _HINTS = get_type_hints(recipe.Recipe)
-# A field of the recipe each, None where it is not given.
+# One field for each field of the recipe; None where it is not given.
 Overrides: Any = make_dataclass(
     "Overrides",
     [
         (
             f.name,
-            Annotated[_HINTS[f.name] | None, tyro.conf.arg(help=f.metadata["help"])],
-            field(default=None),
+            Annotated[
+                _HINTS[f.name] | None,
+                tyro.conf.arg(help=f.metadata["help"]),
+                _by_recipe(f.name),
+            ],
+            field(default=None, metadata=f.metadata),
         )
         for f in recipe.OPTIONS
     ],
     frozen=True,
 )
 
-DEFAULT_WORKERS = 2  # processes that read image files, where nothing else is asked for
 TEACHER_INPUT_OPTIONS = (
     "teacher_image_size",
     "teacher_mean",
@@ -47,75 +83,140 @@ TEACHER_INPUT_OPTIONS = (
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Train a student on labels alone, or from teachers."""
+    """Train a student on labels alone or from teachers."""
 
-    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[DATA]")] = "digits"
-    """Data set name or path; folder of a dsdistill run; distilled .safetensors file; with
-    --augment imagenet also timm's wds/, hfds/ and tfds/ names."""
-    student: NameArg = None
-    """convnet (the default), mlp, with a width as convnet:32; any timm name; torchvision:NAME;
-    hf:NAME; NAME@FILE for weights in a file; or an earlier run's folder."""
+    LAYOUT: ClassVar = Layout(
+        groups={
+            "Student": "student pretrained recipe",
+            "Output and resuming": "out resume seed",
+            "Teacher": "teacher teacher_weights class_map teacher_image_size teacher_mean "
+            "teacher_std min_teacher_accuracy cache cache_top",
+            "Loss": "loss label_smoothing",
+            "Training": "epochs steps batch_size accumulate optimizer lr momentum weight_decay "
+            "decay_all clip",
+            "Schedule of the learning rate": "schedule warmup warmup_from cooldown final "
+            "milestones decay",
+            "Validation and averaging": "metric validate_every patience average_best ema ema_ramp",
+            "Data": "image_size channels preprocess validation_fraction data_root",
+            "Augmentation": "augment hflip crop_padding mixup cutmix mix_probability mix_switch",
+            "Image files": "workers min_scale interpolation auto_augment color_jitter "
+            "random_erase repeats crop_share",
+            "Schemes beside plain distillation": "peers mean_teacher generations assistants",
+            "Hardware": "device precision compile channels_last checkpoint_gradients",
+        },
+        notes={
+            "Teacher": "With several teachers, separated by commas, --class-map and the options of "
+            "their images are given once for all, or once for each with commas between, such as "
+            "--teacher-mean 0.5 0.5 0.5 , 0.3 0.3 0.3, and nothing for a teacher that needs none.",
+            "Training": "Some defaults depend on the data and on the student: transformers and "
+            "ConvNeXt have layer norm. --recipe sets others.",
+            "Image files": "These need --augment imagenet.",
+        },
+        examples=(
+            "kd train digits --student convnet --epochs 5 --out runs/teacher",
+            "kd train digits --student mlp:64 --teacher runs/teacher --out runs/student",
+        ),
+    )
+
+    data: Annotated[tyro.conf.Positional[str], Shown("DATA")] = "digits"
+    """Data set name, folder or .npz file; folder of a dsdistill run or its .safetensors file; with
+    --augment imagenet also timm's names wds/DIR, hfds/NAME and tfds/NAME"""
+
+    student: Annotated[str | None, Shown("NAME|RUN", "convnet, or the student of --recipe")] = None
+    """convnet or mlp, with a width as in convnet:32; any name of timm; torchvision:NAME; hf:NAME;
+    NAME@FILE with the weights in a file; or the folder of an earlier run"""
+
     teacher: NamesArg = None
-    """Folder of an earlier run, any of the names above with published weights, or FILE.pt2; of
-    several, comma-separated, the tempered probabilities are averaged, and terms of layers are."""
-    recipe: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """supergradients, hinton, function_matching, cifar, distilled_set, deit; by default one for
-    this kind of data and network. The options below change its fields."""
-    teacher_weights: Literal["alike", "by-label"] | None = None
-    """Of several teachers' logits; by-label: for each image by how well they know its label."""
-    class_map: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """JSON file, class of the data -> class of the teacher (name or number); of several teachers
-    one for all, or one for each with commas between, and nothing for one that needs none."""
+    """Folder of an earlier run, any of the names of --student with published weights, or FILE.pt2.
+    Of several, the tempered probabilities and the losses on layers are averaged"""
+
+    recipe: Annotated[str | None, Shown("NAME", "one for this kind of data and student")] = None
+    """supergradients, hinton, function_matching, cifar, distilled_set or deit: sets the options of
+    loss, training and augmentation that are not given here"""
+
+    teacher_weights: Annotated[
+        Literal["alike", "by-label"] | None, Shown("alike|by-label", "alike")
+    ] = None
+    """Weights of several teachers' logits; by-label: for each image by how well each teacher knows
+    its label"""
+
+    class_map: Annotated[str | None, Shown("FILE")] = None
+    """JSON file, class of the data -> class of the teacher (name or number)"""
+
     teacher_image_size: Sizes = None
-    """Height and width of the images given to a teacher from a file that does not say it; of
-    several teachers one for all, or one for each with commas between, as of --class-map."""
+    """Height and width of a teacher's images, where its file does not say it"""
+
     teacher_mean: ValuesArg = None
-    """Its normalisation, one value a channel of images in [0, 1]; of several teachers as above, as
-    in 0.5 0.5 0.5 , 0.3 0.3 0.3"""
+    """Mean by which its images are normalised, one value per channel, of images in [0, 1]"""
+
     teacher_std: ValuesArg = None
-    """The same."""
-    min_teacher_accuracy: NumberArg = None
-    """Refuse a teacher below this accuracy on the validation images, or without any on 2000 of
-    the training images."""
+    """Standard deviation by which its images are normalised, one value per channel"""
+
+    min_teacher_accuracy: float | None = None
+    """Refuse a teacher below this accuracy on the validation images, or on 2000 training images
+    where none are held out"""
+
     cache: FolderArg = None
-    """Keep the teachers' answers here, view by view, for this and for later trainings."""
-    cache_top: CountArg = None
-    """Keep the largest so many probabilities in half precision; by default all logits, exactly."""
+    """Keep the teachers' answers in this folder, view by view, for this and for later trainings"""
+
+    cache_top: Annotated[int | None, Shown(default="all logits, exactly")] = None
+    """Keep only the N largest probabilities, in half precision"""
+
     peers: NamesArg = None
-    """Deep mutual learning with these further students."""
-    mean_teacher: NumberArg = None
-    """Self-distillation from the moving average of the student, with this decay."""
-    generations: CountArg = None
-    """Born-again networks: so many trainings, each from the student of the one before."""
+    """Deep mutual learning with these further students"""
+
+    mean_teacher: float | None = None
+    """Self-distillation from the moving average of the student, with decay X"""
+
+    generations: int | None = None
+    """Born-again networks: N trainings, each from the student of the one before"""
+
     assistants: NamesArg = None
-    """Networks between teacher and student, trained one from another in this order."""
+    """Networks between teacher and student, each trained from the one before, in this order"""
+
     pretrained: bool = False
-    """Start the student from its published weights."""
-    out: FolderArg = None
-    """Folder of the run; by default the next free runs/kd-STUDENT-DATA-N."""
+    """Start the student from its published weights"""
+
+    out: Annotated[Path | None, Shown("DIR", "the next free runs/kd-<student>-<data>-<n>")] = None
+    """Folder of the run"""
+
     resume: bool = False
-    """Continue the unfinished run in --out."""
+    """Continue the unfinished run in --out"""
+
     seed: int = 0
-    """Of the initial weights, the order of the images and their augmentation."""
-    preprocess: Literal["standardise", "zca", "none"] | None = None
-    """By default standardise, or what the pretrained or the earlier student was made for."""
-    validation_fraction: NumberArg = None
-    """Share of the training images held out for validation; by default 0.1."""
-    channels: ChannelsArg = None
-    """1 makes all images grayscale, 3 colour; by default as they are, and colour where a folder
-    has both."""
+    """Seed of the initial weights, the order of the images and their augmentation"""
+
+    preprocess: Annotated[
+        Literal["standardise", "zca", "none"] | None,
+        Shown(default="standardise, or as a pretrained or earlier student needs"),
+    ] = None
+    """Normalisation of the pixels: mean 0 and deviation 1, ZCA whitening, or none"""
+
+    validation_fraction: Annotated[float | None, Shown(default="0.1")] = None
+    """Share of the training images held out for validation"""
+
+    channels: Channels = None
+    """1 makes all images grayscale, 3 makes them colour"""
+
     data_root: Path = field(default_factory=paths.data_root)
-    """Where data sets lie or are downloaded to."""
-    device: str = "auto"
-    """auto (a GPU where there is one), cpu, cuda or cuda:N."""
-    workers: CountArg = None
-    """Processes that read image files, for --augment imagenet; by default 2."""
+    """Folder of the named data sets, downloaded when missing; the environment variable
+    DSDISTILL_DATA sets it too"""
+
+    device: Annotated[str, Shown("DEVICE")] = "auto"
+    """auto (a GPU where there is one), cpu, cuda or cuda:N"""
+
+    workers: Annotated[int | None, Shown(default=str(DEFAULT_WORKERS))] = None
+    """Processes that read image files"""
+
     compile: bool = False
-    """Compile the student with torch.compile."""
+    """Compile the student with torch.compile"""
+
     channels_last: bool = False
-    """Keep the student's weights in that memory format: faster convolutions on GPUs."""
+    """Keep the student's weights in the channels-last memory format: faster convolutions on GPUs"""
+
     checkpoint_gradients: bool = False
-    """Compute activations twice instead of keeping them: less memory, slower."""
+    """Compute activations twice instead of keeping them: less memory, slower"""
+
     overrides: Annotated[Overrides, tyro.conf.OmitArgPrefixes] = Overrides()
 
     @property
@@ -174,51 +275,87 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Judge a trained student on test images."""
+    """Measure a trained student on test images."""
 
-    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """Folder of a finished run."""
-    data: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[DATA]")] = None
-    """Data set to test on; by default the one it was trained for. Of other data than those, all
-    images are judged, unless there is a test part (a folder with train/ and test/, say)."""
-    teacher: NameArg = None
-    """To measure the agreement with; by default the one it was trained with."""
-    class_map: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """JSON file, class of the data -> class of the student (name or number)."""
-    teacher_class_map: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """The same of the teacher; of several teachers as for kd train. By default, of the run's own
-    teachers, the one that it was trained with."""
+    LAYOUT: ClassVar = Layout(
+        groups={
+            "Comparison": "teacher class_map teacher_class_map data_root device",
+            "Output": "json",
+        },
+        examples=("kd evaluate runs/student --json",),
+    )
+
+    run: Annotated[tyro.conf.Positional[Path], Shown("RUN")]
+    """Folder of a finished run"""
+
+    data: Annotated[
+        tyro.conf.Positional[str | None], Shown("DATA", "what the student was trained for")
+    ] = None
+    """Data set to test on. Of other data than the student's own, all images are judged, unless they
+    have a test part, such as a folder with train/ and test/"""
+
+    teacher: Annotated[str | None, Shown("NAME|RUN", "the one of the training")] = None
+    """Measure the agreement with this teacher"""
+
+    class_map: Annotated[Path | None, Shown("FILE")] = None
+    """JSON file, class of the data -> class of the student (name or number)"""
+
+    teacher_class_map: Annotated[
+        str | None, Shown("FILE", "for the run's own teachers, the one of the training")
+    ] = None
+    """JSON file, class of the data -> class of the teacher; of several teachers as for kd train"""
+
     data_root: Path = field(default_factory=paths.data_root)
-    """Where data sets lie or are downloaded to."""
-    device: str = "auto"
-    """Where accuracy is measured; latency is always the CPU's."""
+    """Folder of the named data sets, downloaded when missing; the environment variable
+    DSDISTILL_DATA sets it too"""
+
+    device: Annotated[str, Shown("DEVICE")] = "auto"
+    """Where accuracy is measured: auto (a GPU where there is one), cpu, cuda or cuda:N; latency is
+    always measured on the CPU"""
+
     json: bool = False
-    """Print one JSON object instead of a table."""
+    """Print one JSON object instead of a table"""
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Write a finished student for other programs, and check that it answers the same."""
+    """Write a trained student for other programs, and check that its answers agree."""
 
-    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """Folder of a finished run."""
+    LAYOUT: ClassVar = Layout(
+        groups={"Output": "format out", "Data": "data_root"},
+        examples=("kd export runs/student --format pt2",),
+    )
+
+    run: Annotated[tyro.conf.Positional[Path], Shown("RUN")]
+    """Folder of a finished run"""
+
     format: Literal["onnx", "pt2", "safetensors", "timm"]
-    """onnx: with preprocessing, for onnxruntime and others; pt2: the same for torch; safetensors:
-    weights alone; timm: a folder for timm.create_model."""
-    out: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
-    """File or folder to write; by default RUN/export/STUDENT with a suffix."""
-    data_root: FolderArg = None
-    """Where the run's data lie, of which some images are compared; by default where they lay."""
+    """onnx: a program with its preprocessing, for onnxruntime and others; pt2: such a program for
+    torch; safetensors: the weights alone; timm: a folder for timm.create_model"""
+
+    out: Annotated[
+        Path | None, Shown("PATH", "<run>/export/<student> with the suffix of the format")
+    ] = None
+    """File or folder to write"""
+
+    data_root: Annotated[Path | None, Shown("DIR", "where they were in training")] = None
+    """Folder of the run's data, some images of which the check uses"""
 
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Compare finished runs on one page."""
+    """Compare finished runs on one HTML page."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """Folders of finished runs; those that differ in their seed alone are put together."""
+    LAYOUT: ClassVar = Layout(
+        groups={"Output": "out"},
+        examples=("kd report runs/teacher runs/student --out students.html",),
+    )
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, Shown("RUN ...")]
+    """Folders of finished runs; runs that differ only in their seed are put together"""
+
     out: Path = Path("report.html")
-    """The page to write."""
+    """Page to write"""
 
 
 def told(values: Mapping[str, Any], count: int) -> list[dict[str, Any]]:

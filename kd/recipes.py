@@ -22,8 +22,8 @@ REAL_ADAMW = Recipe(epochs=30, warmup=1.5, optimizer="adamw", lr=5e-4, weight_de
 
 # Ten to a few hundred images, and the evaluation protocol: one budget of steps whatever the number
 # of images. The KIP paper's networks take 5000 steps of SGD at a rate tuned for each set; SGD at
-# one rate for all diverged or stood still here (ten random Fashion-MNIST images a class, MSE,
-# convnet: 70.2 % at 0.01, 56.6 % at 0.03), and AdamW did not (73.9 %). Ten random digits a class:
+# one rate for all diverged or stood still here (ten random Fashion-MNIST images per class, MSE,
+# convnet: 70.2 % at 0.01, 56.6 % at 0.03), and AdamW did not (73.9 %). Ten random digits per class:
 # convnet 93.7 %, mlp 89.5 %. On two cores convnet takes 5 s on digits, 50 s on Fashion-MNIST.
 SMALL = Recipe(steps=300, warmup=15, optimizer="adamw", lr=3e-3)
 SMALL_LAYER_NORM = replace(SMALL, lr=5e-4, weight_decay=0.05)
@@ -183,7 +183,7 @@ NAMED: Mapping[str, Recipe] = {
 
 
 def by_name(name: str) -> Recipe:
-    """The recipe of that name.
+    """Return the recipe of a name.
 
     Raises:
         UserError: If there is none.
@@ -197,7 +197,7 @@ def default(*, distilled: bool, layer_norm: bool) -> Recipe:
     """The recipe for a kind of data and of network, where none is named.
 
     Args:
-        distilled: A distilled set, as opposed to real images.
+        distilled: Whether the data are a distilled set, as opposed to real images.
         layer_norm: Whether the network has layer norm, as transformers and ConvNeXt do.
     """
     if distilled:

@@ -1,7 +1,7 @@
-"""What is kept in the cache folder, for `dsdistill cache`: list it, clear it.
+"""List and clear the cache folder, for `dsdistill cache`.
 
-Nothing is touched that does not look as if it was written here: the folder may be that of the data
-sets too, which torchvision downloads.
+Only entries that look like this package's own are listed or removed: the same folder may hold the
+data sets that torchvision downloads.
 """
 
 import re
@@ -26,58 +26,60 @@ _ENTRY_FILES = {"images.npy", folders.INDEX_FILE, locks.LOCK_FILE}
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """Something in the cache.
+    """One file or folder in the cache.
 
     Attributes:
         path: File or folder.
-        what: For people: the folder whose images these are, or the kind of result.
+        description: For people: the folder that the images come from, or the kind of result.
         size: Bytes.
-        used: When it was last read or written, in seconds since 1970.
+        last_used: When it was last read or written, in seconds since 1970.
     """
 
     path: Path
-    what: str
+    description: str
     size: int
-    used: float
+    last_used: float
 
 
 def entries() -> list[CacheEntry]:
-    """All that is kept, the largest first."""
-    everything = [
+    """Every entry of the cache, the largest first."""
+    all_entries = [
         *_decoded_images(paths.decoded_images()),
-        # Where earlier versions kept them.
+        # The place that earlier versions wrote to.
         *_decoded_images(paths.data_root() / "folders", " (of an earlier version, no longer read)"),
         *_evaluations(paths.evaluations()),
         *_teacher_answers(paths.cache()),
     ]
-    return sorted(everything, key=lambda entry: -entry.size)
+    return sorted(all_entries, key=lambda entry: -entry.size)
 
 
 def run(*, clear: bool, older_than: float | None) -> None:
-    """List or remove what is kept.
+    """List or remove the entries of the cache.
 
     Args:
-        clear: Remove it.
-        older_than: Only what was not used for this number of days.
+        clear: Remove the entries, and list those that were removed.
+        older_than: Restrict to entries that were not used for this number of days.
 
     Raises:
-        UserError: If the number of days is below 0.
+        UserError: If `older_than` is negative.
     """
     if older_than is not None and older_than < 0:
         raise UserError(f"--older-than must be 0 days or more, got {older_than:g}")
     limit = time.time() - (older_than or 0) * SECONDS_PER_DAY
-    chosen = [entry for entry in entries() if older_than is None or entry.used < limit]
+    chosen = [entry for entry in entries() if older_than is None or entry.last_used < limit]
     if clear:
         chosen = [entry for entry in chosen if _remove(entry.path)]
     for entry in _rows(chosen):
-        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
-        print(printable(f"{format_bytes(entry.size):>10}  {used}  {entry.what}  {entry.path}"))
+        date = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used))
+        print(
+            printable(f"{format_bytes(entry.size):>10}  {date}  {entry.description}  {entry.path}")
+        )
     total = format_bytes(sum(entry.size for entry in chosen))
     print(f"{total:>10}  {'removed' if clear else 'kept'} in {paths.cache()} (DSDISTILL_CACHE)")
 
 
 def _rows(chosen: Sequence[CacheEntry]) -> list[CacheEntry]:
-    """One row a folder, and one for all small files of a folder."""
+    """One row per entry; the small files of one folder share a row."""
     rows, small = [], {}
     for entry in chosen:
         if entry.path.suffix == ".json":
@@ -85,13 +87,13 @@ def _rows(chosen: Sequence[CacheEntry]) -> list[CacheEntry]:
         else:
             rows.append(entry)
     for folder, files in small.items():
-        size, used = sum(f.size for f in files), max(f.used for f in files)
-        rows.append(CacheEntry(folder, f"{len(files)} results of evaluations", size, used))
+        size, last_used = sum(f.size for f in files), max(f.last_used for f in files)
+        rows.append(CacheEntry(folder, f"{len(files)} results of evaluations", size, last_used))
     return rows
 
 
 def _decoded_images(folder: Path, note: str = "") -> Iterator[CacheEntry]:
-    """Decoded images of folders, the halves that killed processes left among them."""
+    """Decoded image folders, unfinished ones of killed processes included."""
     for path in folder.glob("*"):
         if not path.is_dir() or path.is_symlink():
             continue
@@ -110,33 +112,33 @@ def _evaluations(folder: Path) -> Iterator[CacheEntry]:
 
 
 def _teacher_answers(cache: Path) -> Iterator[CacheEntry]:
-    """The answers that `kd train --cache` keeps in a folder here."""
+    """Teacher outputs that `kd train --cache` keeps inside this folder."""
     for key in (*cache.glob("*/key.json"), *cache.glob("*/*/key.json")):
         if re.fullmatch(r"[0-9a-f]{64}", key.parent.name):
             yield _entry(key.parent, "answers of a teacher")
 
 
-def _entry(path: Path, what: str) -> CacheEntry:
+def _entry(path: Path, description: str) -> CacheEntry:
     files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-    found = [file.stat() for file in files] or [path.stat()]
-    size = sum(s.st_size for s in found) if files else 0
-    return CacheEntry(path, what, size, max(s.st_mtime for s in found))
+    stats = [file.stat() for file in files] or [path.stat()]
+    size = sum(s.st_size for s in stats) if files else 0
+    return CacheEntry(path, description, size, max(s.st_mtime for s in stats))
 
 
 def _remove(path: Path) -> bool:
-    """Remove a file, or a folder unless a living process writes it; whether it was removed."""
+    """Remove a file, or a folder that no living process is writing; return whether it is gone."""
     if not path.is_dir():
         path.unlink(missing_ok=True)
         return True
     try:
         lock = locks.acquire(path, needed=False)
     except locks.LockHeld as holder:
-        progress.say(f"{path} is left: {holder} is writing it")
+        progress.say(f"{path} is kept, since {holder} is writing it")
         return False
-    except FileNotFoundError:  # its process has finished it, or given up
+    except FileNotFoundError:  # the process that wrote it has renamed or removed it
         return False
     try:
-        # Renamed at once: a process that opens it now finds a whole entry or none.
+        # Rename first, so that a process that opens the entry now sees all of it or nothing.
         doomed = path.with_name(f".half-{path.name.removeprefix('.half-')}")
         with suppress(OSError):
             path = path.rename(doomed)

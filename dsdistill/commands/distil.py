@@ -1,4 +1,4 @@
-"""One distillation run: a data set in, a run's folder out.
+"""Run one distillation: a data set in, a run's folder out.
 
 load -> fit preprocessing -> distil -> read the test set once -> save the set, draw its picture
 """
@@ -22,8 +22,7 @@ from dsdistill.harness import machine, memory, stopping
 from dsdistill.harness.data import datasets, distilled_set
 from dsdistill.harness.data.labeled_images import Examples
 from dsdistill.harness.errors import UserError, one_line
-from dsdistill.harness.evaluation.held_out import accuracy
-from dsdistill.harness.evaluation.protocol import Predict
+from dsdistill.harness.evaluation.held_out import Predict, accuracy
 from dsdistill.harness.reports import image_grid
 from dsdistill.harness.reports.image_grid import GridSide
 from dsdistill.harness.runs import progress, run_folder
@@ -36,30 +35,28 @@ from dsdistill.methods.targets import load_into_memory
 from dsdistill.options import KipOptions, LabelSolveOptions, RunOptions, with_defaults
 from dsdistill.parallel import hosts
 
-EVALUATION_RIDGE = 1e-6  # relative, for Label Solve, whose own ridge is absolute
+EVALUATION_RIDGE = 1e-6  # relative; for Label Solve, whose `--ridge` is absolute
 UNSTORED_OPTIONS = ("out", "resume", "hosts")  # options that say where the run is, not what it is
 VERSIONS = ("dsdistill", "jax", "jaxlib", "numpy", "optax")
 CHANGEABLE_OPTIONS = ("data_root",)  # the data may have moved between start and resume
-PATH_OPTIONS = ("data", "data_root", "init")  # which may differ from host to host
-NON_PATH_VALUES = (
-    *datasets.NAMES,
-    *initial_support.INIT_NAMES,
-)  # options of these values are no paths
+PATH_OPTIONS = ("data", "data_root", "init")  # may differ from host to host
+# Values of path options that are names, not paths.
+NON_PATH_VALUES = (*datasets.NAMES, *initial_support.INIT_NAMES)
 
 RunOptionsT = TypeVar("RunOptionsT", bound=RunOptions)
 
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What every method ends with.
+    """Result of a method.
 
     Attributes:
-        before: What it started from.
+        before: The support that it started from.
         images, labels: The distilled set.
-        ridge: For prediction from it, relative.
-        figures: Of the search, such as the step that was chosen.
-        seconds: Of the search, over all starts.
-        stopped: When and why it ended early, if it did.
+        ridge: Ridge for prediction from the set, relative.
+        figures: Figures of the search by name, such as the chosen step.
+        seconds: Duration of the search, summed over resumes.
+        stopped: When and why the search ended early; None if it did not.
     """
 
     before: Support
@@ -75,8 +72,8 @@ def run_kip(options: KipOptions) -> Path:
     """Run `dsdistill kip` and return the run's folder.
 
     Raises:
-        UserError: For input that breaks a rule, or a loss that diverges.
-        KeyboardInterrupt: After a checkpoint, if stopped by hand.
+        UserError: If an option or the data break a rule, or the loss diverges.
+        KeyboardInterrupt: If stopped by hand, after a checkpoint.
     """
     return _run(options, "kip", _kip)
 
@@ -85,8 +82,8 @@ def run_label_solve(options: LabelSolveOptions) -> Path:
     """Run `dsdistill ls` and return the run's folder.
 
     Raises:
-        UserError: For input that breaks a rule.
-        KeyboardInterrupt: After a checkpoint, if stopped by hand.
+        UserError: If an option or the data break a rule.
+        KeyboardInterrupt: If stopped by hand, after a checkpoint.
     """
     return _run(options, "ls", _label_solve)
 
@@ -99,42 +96,37 @@ def _run(
     if options.resume and options.out is None:
         raise UserError("--resume needs --out, the folder of the run to continue")
     options = options if options.resume else with_defaults(options)
-    asked = _config(options, method)
-    hosts.check_same({name: value for name, value in asked.items() if name not in PATH_OPTIONS})
+    config = _config(options, method)
+    hosts.check_same({name: value for name, value in config.items() if name not in PATH_OPTIONS})
     if options.resume:
         run, options = _reopen(options, method)
         with run, _explain_stop(method, run.folder):
             return _distil_and_finish(options, run, prepare(options), distil)
     folder = Path(hosts.decide(lambda: str(_free_folder(options, method))))
     with stopping.explain_stop():
-        setting = prepare(options)  # wrong input leaves no folder behind
-    options = replace(options, images_per_class=setting.images_per_class)
-    stored = _config(options, method)
+        prepared = prepare(options)  # before the folder exists: a wrong option leaves none behind
+    options = replace(options, images_per_class=prepared.images_per_class)
+    config = _config(options, method)
     with (
         hosts.open_run(
-            lambda: run_folder.start(folder, stored, result=distilled_set.FILE_NAME)
+            lambda: run_folder.start(folder, config, result=distilled_set.FILE_NAME)
         ) as run,
         _explain_stop(method, folder),
     ):
-        return _distil_and_finish(options, run, setting, distil)
+        return _distil_and_finish(options, run, prepared, distil)
 
 
 def _distil_and_finish(
     options: RunOptionsT,
     run: run_folder.Run,
-    setting: Prepared,
+    prepared: Prepared,
     distil: Callable[[RunOptionsT, run_folder.Run, Prepared], Outcome],
 ) -> Path:
-    with hosts.explain_lost_host(run.folder):
-        try:
-            inputs = setting.digests()
-            hosts.check_same(inputs)
-            run.require_same(inputs)
-            result = distil(options, run, setting)
-        except UserError:
-            run.withdraw()
-            raise
-        return _finish(options, run, setting, result)
+    with hosts.explain_lost_host(run.folder), run.clean_up_on_error():
+        inputs = prepared.digests()
+        hosts.check_same(inputs)
+        run.require_same(inputs)
+        return _finish(options, run, prepared, distil(options, run, prepared))
 
 
 def _explain_stop(method: str, folder: Path) -> contextlib.AbstractContextManager[None]:
@@ -142,17 +134,17 @@ def _explain_stop(method: str, folder: Path) -> contextlib.AbstractContextManage
     return stopping.explain_stop(command, folder / distilled_set.FILE_NAME)
 
 
-def _kip(options: KipOptions, run: run_folder.Run, setting: Prepared) -> Outcome:
-    support, train = _support(options, run, setting), load_into_memory(setting.train)
+def _kip(options: KipOptions, run: run_folder.Run, prepared: Prepared) -> Outcome:
+    support, train = _support(options, run, prepared), load_into_memory(prepared.train)
     plan = Plan(
-        setting.phases,
-        _target_batch(options, run, setting, support, train),
+        prepared.phases,
+        _target_batch(options, run, prepared, support, train),
         options.seed,
         options.patience,
-        min(options.validation_images, len(setting.validation)),
-        closing_images=_closing_images(options, setting),
+        min(options.validation_images, len(prepared.validation)),
+        closing_images=_closing_images(options, prepared),
     )
-    best, last = kip_loop.run_to_end(run, plan, support, train, setting.validation)
+    best, last = kip_loop.run_to_end(run, plan, support, train, prepared.validation)
     figures = {
         "best_step": best.step,
         "last_step": last.done,
@@ -166,12 +158,12 @@ def _kip(options: KipOptions, run: run_folder.Run, setting: Prepared) -> Outcome
     return Outcome(support, best.images, best.labels, options.ridge, figures, last.seconds, stopped)
 
 
-def _support(options: KipOptions, run: run_folder.Run, setting: Prepared) -> Support:
-    """Where the run starts: drawn, or from a distilled set that must not change meanwhile."""
-    if setting.init is None:
+def _support(options: KipOptions, run: run_folder.Run, prepared: Prepared) -> Support:
+    """Draw the initial support, or load it from `--init`, whose file must stay as it is."""
+    if prepared.init is None:
         return initial_support.draw_support(
-            setting.train,
-            setting.images_per_class,
+            prepared.train,
+            prepared.images_per_class,
             noise=options.init == "noise",
             corruption=options.corruption,
             seed=options.seed,
@@ -181,73 +173,74 @@ def _support(options: KipOptions, run: run_folder.Run, setting: Prepared) -> Sup
     hosts.check_same(inputs)
     run.require_same(inputs)
     if initial_support.overlaps_validation(
-        setting.init, setting.splits.digest, options.validation_fraction
+        prepared.init, prepared.splits.digest, options.validation_fraction
     ):
         progress.say(
-            "note: the set of --init was made with images that this run validates on, which "
-            f"flatters it: make it with --validation-fraction {options.validation_fraction:g}"
+            "note: the set of --init was made with images that this run validates on, so its "
+            "validation accuracy is too high: make the set with --validation-fraction "
+            f"{options.validation_fraction:g}"
         )
     return initial_support.from_set(
-        setting.init,
-        setting.train.preprocess,
+        prepared.init,
+        prepared.train.preprocess,
         corruption=options.corruption,
         seed=options.seed,
     )
 
 
 def _target_batch(
-    options: KipOptions, run: run_folder.Run, setting: Prepared, support: Support, train: Examples
+    options: KipOptions, run: run_folder.Run, prepared: Prepared, support: Support, train: Examples
 ) -> int:
-    """The number asked for, or the one that fits the time asked for: measured once a run."""
-    assert options.target_batch is not None  # it is settled
-    wanted = timing.parse_target_batch(options.target_batch)
-    if isinstance(wanted, int):
-        return wanted
+    """Targets per step: as requested, or measured once per run to fit the requested duration."""
+    assert options.target_batch is not None  # `with_defaults` has set it
+    request = timing.parse_target_batch(options.target_batch)
+    if isinstance(request, int):
+        return request
 
-    def measured() -> int:
-        objective = setting.phases[-1].objective
-        size = timing.choose_target_batch(objective, support, train, wanted, seed=options.seed)
+    def measure() -> int:
+        objective = prepared.phases[-1].objective
+        size = timing.choose_target_batch(objective, support, train, request, seed=options.seed)
         progress.say(
-            f"target batch: {size} images, for steps of {progress.format_duration(wanted)}"
+            f"target batch: {size} images, for steps of {progress.format_duration(request)}"
         )
         return size
 
-    return run.recorded("target_batch", measured)
+    return run.choose_once("target_batch", measure)
 
 
-def _closing_images(options: KipOptions, setting: Prepared) -> int:
-    """The images that two supports predict at the end of a run."""
-    fresh = len(setting.validation) if len(setting.validation) > options.validation_images else 0
-    return 2 * (fresh + len(setting.splits.test))
+def _closing_images(options: KipOptions, prepared: Prepared) -> int:
+    """Number of predictions at the end of a run, of the initial and the final support."""
+    fresh = len(prepared.validation) if len(prepared.validation) > options.validation_images else 0
+    return 2 * (fresh + len(prepared.splits.test))
 
 
-def _label_solve(options: LabelSolveOptions, run: run_folder.Run, setting: Prepared) -> Outcome:
+def _label_solve(options: LabelSolveOptions, run: run_folder.Run, prepared: Prepared) -> Outcome:
     support = initial_support.draw_support(
-        setting.train, setting.images_per_class, noise=False, corruption=0, seed=options.seed
+        prepared.train, prepared.images_per_class, noise=False, corruption=0, seed=options.seed
     )
-    closing = len(setting.splits.test)
-    sums, seconds = accumulate_sums(run, setting.network, support.images, setting.train, closing)
-    labels = label_solve.solve(setting.network, support.images, sums, options.ridge)
-    # The pixels stay; the natural labels are what the solved ones are compared with.
+    closing = len(prepared.splits.test)
+    sums, seconds = accumulate_sums(run, prepared.network, support.images, prepared.train, closing)
+    labels = label_solve.solve(prepared.network, support.images, sums, options.ridge)
+    # The pixels stay; the solved labels are compared with the one-hot ones.
     return Outcome(support, support.images, labels, EVALUATION_RIDGE, {}, seconds)
 
 
-def _finish(options: RunOptions, run: run_folder.Run, setting: Prepared, result: Outcome) -> Path:
-    """Read the test set, for the first time, and write what the run has found."""
-    splits, fitted = setting.splits, setting.train.preprocess
+def _finish(options: RunOptions, run: run_folder.Run, prepared: Prepared, result: Outcome) -> Path:
+    """Evaluate on the test set, which is read here for the first time, and save the set."""
+    splits, fitted = prepared.splits, prepared.train.preprocess
     classes = splits.train.classes
-    hard = np.repeat(np.arange(len(classes)), setting.images_per_class)
+    hard = np.repeat(np.arange(len(classes)), prepared.images_per_class)
     before = result.before
     test = Examples(splits.test, fitted)
-    after, initial = _accuracies(setting, result, test)
+    after, initial = _accuracies(prepared, result, test)
     figures = {"test_accuracy": after, "initial_test_accuracy": initial, **result.figures}
     provenance = {
         "method": run.config["command"],
         "config": {
             k: v for k, v in run.config.items() if k not in ("data_root", run_folder.INPUTS_KEY)
         },
-        "kernel": setting.network.name,
-        "engine": setting.network.engine,
+        "kernel": prepared.network.name,
+        "engine": prepared.network.engine,
         "evaluation_ridge": result.ridge,
         "data": {
             "name": splits.name,
@@ -276,7 +269,7 @@ def _finish(options: RunOptions, run: run_folder.Run, setting: Prepared, result:
     distilled = distilled_set.DistilledSet(
         result.images, result.labels, fitted, classes, provenance
     )
-    # The set is what hours have gone into: it is saved before anything else can go wrong.
+    # The set may be the work of hours: it is saved before anything else can go wrong.
     distilled_set.save(run.folder / distilled_set.FILE_NAME, distilled)
     sides = GridSide("before", before.images, hard), GridSide("after", result.images, hard)
     _draw(run.folder / "distilled.png", sides, classes, fitted)
@@ -286,7 +279,7 @@ def _finish(options: RunOptions, run: run_folder.Run, setting: Prepared, result:
 def _draw(
     picture: Path, sides: tuple[GridSide, GridSide], classes: tuple[str, ...], fitted: Any
 ) -> None:
-    """Draw the picture of a set that is saved; a failure is said, and the run is finished."""
+    """Draw the picture of a set that is saved; a failure is reported and does not end the run."""
     try:
         image_grid.write(picture, *sides, classes, fitted)
     except Exception as error:  # a font, a name, a full disk
@@ -294,18 +287,20 @@ def _draw(
         progress.say(f"note: the set is saved, but {picture} could not be drawn ({reason})")
 
 
-def _accuracies(setting: Prepared, result: Outcome, test: Examples) -> tuple[float, float]:
-    """On the test images, of the result and of where it started."""
+def _accuracies(prepared: Prepared, result: Outcome, test: Examples) -> tuple[float, float]:
+    """Test accuracies of the distilled set and of the initial support."""
 
-    def fitted(images: np.ndarray, labels: np.ndarray) -> Predict:
-        return ridge.fit(setting.network, images, labels, result.ridge)
+    def predictor(images: np.ndarray, labels: np.ndarray) -> Predict:
+        return ridge.fit(prepared.network, images, labels, result.ridge)
 
     before, k = result.before, result.labels.shape[1]
     if result.images is not before.images:
-        after, initial = fitted(result.images, result.labels), fitted(before.images, before.labels)
+        after = predictor(result.images, result.labels)
+        initial = predictor(before.images, before.labels)
         return accuracy(after, test, "test images"), accuracy(initial, test, "test images, before")
-    # The same images with other labels: the kernel, the long part, is evaluated once.
-    both = fitted(result.images, np.concatenate([result.labels, before.labels], 1))
+    # The same images with other labels: the kernel, which takes most of the time, is evaluated
+    # once for both.
+    both = predictor(result.images, np.concatenate([result.labels, before.labels], 1))
     batches = progress.track_if_slow(test.batches(), "test images")
     scores = np.concatenate([both(test.images(rows)) for rows in batches])
     right = [s.argmax(1) == test.data.labels for s in (scores[:, :k], scores[:, k:])]
@@ -313,7 +308,7 @@ def _accuracies(setting: Prepared, result: Outcome, test: Examples) -> tuple[flo
 
 
 def _config(options: RunOptions, method: str) -> dict[str, Any]:
-    """The options as they stand in `config.json`: paths hold from every folder."""
+    """Options as `config.json` stores them, with absolute paths."""
     named = {name: v for name, v in asdict(options).items() if name not in UNSTORED_OPTIONS}
     for name in {"data", "init"} & named.keys():
         if named[name] not in NON_PATH_VALUES and Path(named[name]).expanduser().exists():
@@ -329,7 +324,7 @@ def _free_folder(options: RunOptions, method: str) -> Path:
 
 
 def _reopen(options: RunOptionsT, method: str) -> tuple[run_folder.Run, RunOptionsT]:
-    """The run to resume, and the options that it was started with."""
+    """Open the run to resume, with the options that it was started with."""
     assert options.out is not None
     run = hosts.open_run(
         functools.partial(
@@ -350,7 +345,7 @@ def _reopen(options: RunOptionsT, method: str) -> tuple[run_folder.Run, RunOptio
 
 
 def _restore_options(options: RunOptionsT, run: run_folder.Run) -> RunOptionsT:
-    """The options of a run as its `config.json` holds them.
+    """Restore the options of a run from its `config.json`.
 
     Raises:
         RunError: If one is unknown, or its value is not of its type.
@@ -366,18 +361,18 @@ def _restore_options(options: RunOptionsT, run: run_folder.Run) -> RunOptionsT:
             )
     if not isinstance(run.config.get(run_folder.CHOSEN_KEY, {}).get("target_batch", 1), int):
         raise run_folder.RunError(
-            f"{run.folder / 'config.json'} is damaged: {run_folder.CHOSEN_KEY}.target_batch must be a "
-            f"whole number{run_folder.REMEDY}"
+            f"{run.folder / 'config.json'} is damaged: {run_folder.CHOSEN_KEY}.target_batch must "
+            f"be a whole number{run_folder.REMEDY}"
         )
     return replace(options, **named)
 
 
 def _has_type(value: Any, kind: Any) -> bool:
-    """Whether a value from JSON is one of an option's type."""
+    """Whether a value from JSON has the type of an option."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     if get_origin(kind) in (Union, UnionType):
-        return any(_has_type(value, each) for each in get_args(kind))
+        return any(_has_type(value, member) for member in get_args(kind))
     if kind is float:
         return type(value) in (int, float)
     return type(value) is kind

@@ -1,10 +1,12 @@
 """`dsdistill evaluate` and `dsdistill report`: learners of both frameworks on every kind of data.
 
-config.json   the options
-results/      one small file a training: what a stopped evaluation goes on with
-images.png    the distilled images beside real ones
-plots/        every plot as PNG and SVG
-report.json   all figures; report.md and report.html show them. Written last
+Layout of the folder of an evaluation:
+
+    config.json   the options
+    results/      one small file per training, from which a stopped evaluation continues
+    images.png    the distilled images beside real ones
+    plots/        every plot as PNG and SVG
+    report.json   all figures; report.md and report.html show them. Written last
 """
 
 import platform
@@ -34,11 +36,10 @@ from dsdistill.harness.reports.report import Report
 from dsdistill.harness.reports.write import write_report
 from dsdistill.harness.runs import progress, run_folder
 from dsdistill.harness.text import console, printable
-from dsdistill.options import EvaluateOptions
-from dsdistill.options import ReportOptions as Compare
+from dsdistill.options import EvaluateOptions, ReportOptions
 
 CHANGEABLE_OPTIONS = ("data_root", "cache", "device")  # options that may differ on resume
-UNSTORED_OPTIONS = ("out", "resume")  # options that are none of the evaluation's
+UNSTORED_OPTIONS = ("out", "resume")  # options that say where the evaluation is, not what it is
 VERSIONS = ("dsdistill", "jax", "numpy", "scikit-learn", "scipy", "timm", "torch")
 
 
@@ -46,12 +47,12 @@ def run(options: EvaluateOptions) -> Path:
     """Evaluate a distilled set, print the comparison, and return the folder of the report.
 
     Raises:
-        UserError: For input that breaks a rule, before anything is trained.
+        UserError: If an option or the data break a rule, before anything is trained.
     """
     parts = assemble(options)
-    beside = options.run if options.run.is_dir() else options.run.parent
-    out = options.out or run_folder.next_free("evaluation", beside)
-    begun = run_folder.start(
+    parent = options.run if options.run.is_dir() else options.run.parent
+    out = options.out or run_folder.next_free("evaluation", parent)
+    folder = run_folder.start(
         out,
         _config(options),
         result=report.FILE_NAME,
@@ -60,42 +61,42 @@ def run(options: EvaluateOptions) -> Path:
         free=CHANGEABLE_OPTIONS,
     )
     command = ("dsdistill", "evaluate", str(options.run), "--resume", "--out", str(out))
-    with begun, stopping.explain_stop(command, out / report.FILE_NAME):
+    with folder, stopping.explain_stop(command, out / report.FILE_NAME):
         began = time.monotonic()
-        kept = ResultCache(out / "results", options.cache, sharing=controls.CONTROLS)
-        results = _run_trainings(parts, list(range(options.seeds)), kept)
+        cache = ResultCache(out / "results", options.cache, shared_arms=controls.CONTROLS)
+        results = _run_trainings(parts, list(range(options.seeds)), cache)
         _draw_images(out, parts)
         write_report(out, _build_report(options, parts, results, time.monotonic() - began))
     _print(report.load(out), out)
     return out
 
 
-def compare(options: Compare) -> Path:
-    """One page about any number of evaluations.
+def compare(options: ReportOptions) -> Path:
+    """Write one page that compares any number of evaluations; return its path.
 
     Raises:
-        UserError: If a folder holds none.
+        UserError: If no folder is given, or one holds no evaluation.
     """
     if not options.runs:
         raise UserError("give at least one folder of an evaluation, or of a run that has one")
     folders = [_newest(run) for run in options.runs]
     reports = [report.load(folder) for folder in folders]
-    shown = {
-        f"{found.title}: distilled images beside real ones": (
+    pictures = {
+        f"{evaluation.title}: distilled images beside real ones": (
             folder / report.IMAGES_FILE
         ).read_bytes()
-        for folder, found in zip(folders, reports, strict=True)
+        for folder, evaluation in zip(folders, reports, strict=True)
         if (folder / report.IMAGES_FILE).exists()
     }
     title = reports[0].title if len(reports) == 1 else f"{len(reports)} evaluations"
-    text = page.render(reports, title=title, pictures=shown)
+    text = page.render(reports, title=title, pictures=pictures)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     run_folder.write_bytes(options.out, text.encode())
     return options.out
 
 
 def _newest(run: Path) -> Path:
-    """The folder itself if it is an evaluation's, else the newest of those inside it."""
+    """The folder itself if it is an evaluation's, else the newest evaluation inside it."""
     if (run / report.FILE_NAME).exists():
         return run
     inside = sorted(run.glob(f"*/{report.FILE_NAME}"), key=lambda path: path.stat().st_mtime)
@@ -105,31 +106,32 @@ def _newest(run: Path) -> Path:
 
 
 def _config(options: EvaluateOptions) -> dict[str, Any]:
-    found = {k: v for k, v in asdict(options).items() if k not in UNSTORED_OPTIONS}
-    return {k: str(v.absolute()) if isinstance(v, Path) else v for k, v in found.items()}
+    """Options as `config.json` stores them, with absolute paths."""
+    stored = {k: v for k, v in asdict(options).items() if k not in UNSTORED_OPTIONS}
+    return {k: str(v.absolute()) if isinstance(v, Path) else v for k, v in stored.items()}
 
 
-def _run_trainings(parts: EvaluationParts, seeds: list[int], kept: ResultCache) -> list[Result]:
+def _run_trainings(parts: EvaluationParts, seeds: list[int], cache: ResultCache) -> list[Result]:
     trainings, results = parts.trainings, []
     with progress.bar(len(trainings) * len(seeds), unit="trainings") as show:
 
-        def on_result(found: Result) -> None:
-            results.append(found)
-            figure = "failed" if found.accuracy is None else f"{found.accuracy:.1%}"
-            show(len(results), **{f"{found.learner} on {found.arm}": figure})
+        def on_result(result: Result) -> None:
+            results.append(result)
+            figure = "failed" if result.accuracy is None else f"{result.accuracy:.1%}"
+            show(len(results), **{f"{result.learner} on {result.arm}": figure})
 
         for learner, augmented, arm in trainings:
-            if arm.like is not None:
-                for found in _copy_results(results, learner, augmented, arm):
-                    on_result(found)
+            if arm.duplicate_of is not None:
+                for result in _copy_results(results, learner, augmented, arm):
+                    on_result(result)
                 continue
             evaluate(
                 learner,
                 arm,
-                parts.judges,
+                parts.held_out,
                 seeds,
                 augmented=augmented,
-                kept=kept,
+                cache=cache,
                 on_result=on_result,
             )
     return results
@@ -138,17 +140,17 @@ def _run_trainings(parts: EvaluationParts, seeds: list[int], kept: ResultCache) 
 def _copy_results(
     results: Sequence[Result], learner: Learner, augmented: bool, arm: Arm
 ) -> list[Result]:
-    """The results of the arm that has the same images and labels, which cost nothing more."""
-    key, size = (learner.name, augmented, arm.like), stored_bytes(arm.draw(0))
+    """Copy the results of the arm that has the same images and labels, at no cost of time."""
+    key, size = (learner.name, augmented, arm.duplicate_of), stored_bytes(arm.draw(0))
     return [
-        replace(found, arm=arm.name, bytes=size, train_seconds=0.0, tune_seconds=0.0)
-        for found in results
-        if (found.learner, found.augmented, found.arm) == key
+        replace(result, arm=arm.name, bytes=size, train_seconds=0.0, tune_seconds=0.0)
+        for result in results
+        if (result.learner, result.augmented, result.arm) == key
     ]
 
 
 def _draw_images(out: Path, parts: EvaluationParts) -> None:
-    """The set beside real images of the same classes."""
+    """Draw the set beside real images of the same classes."""
     distilled, train = parts.distilled, parts.train
     rng = np.random.default_rng(0)
     rows = draw_per_class(train.data, training_data.images_per_class(distilled), rng)
@@ -161,13 +163,13 @@ def _draw_images(out: Path, parts: EvaluationParts) -> None:
 def _build_report(
     options: EvaluateOptions, parts: EvaluationParts, results: Sequence[Result], seconds: float
 ) -> Report:
-    made, splits = origin.read_provenance(parts.distilled), parts.splits
-    kernel = f" with {made.kernel}" if made.kernel else ""
-    own = None if made.config is None else reproduce.distil_line(made.method, made.config)
+    source, splits = origin.read_provenance(parts.distilled), parts.splits
+    kernel = f" with {source.kernel}" if source.kernel else ""
+    distil = None if source.config is None else reproduce.distil_line(source.method, source.config)
     return Report(
-        title=f"{made.method}{kernel} on {splits.name}, {len(parts.distilled)} images",
-        notes=[*made.notes, *_notes(parts, results)],
-        commands=[*([own] if own else []), reproduce.evaluate_line(options)],
+        title=f"{source.method}{kernel} on {splits.name}, {len(parts.distilled)} images",
+        notes=[*source.notes, *_notes(parts, results)],
+        commands=[*([distil] if distil else []), reproduce.evaluate_line(options)],
         classes=list(parts.distilled.classes),
         data={
             "name": splits.name,
@@ -188,57 +190,57 @@ def _build_report(
 
 
 def _accelerators(learners: Sequence[Learner]) -> list[str]:
-    """Each that a learner computes on, once."""
+    """Accelerators that the learners compute on, each once."""
     names = (getattr(learner, "accelerator", None) for learner in learners)
     return list(dict.fromkeys(filter(None, names)))
 
 
 def _describe_set(parts: EvaluationParts) -> dict[str, Any]:
-    made = origin.read_provenance(parts.distilled)
+    source = origin.read_provenance(parts.distilled)
     full, size = parts.splits.train, parts.distilled.nbytes
-    whole = len(full) * (int(np.prod(full.shape)) * full.store.itemsize + 1)
+    full_size = len(full) * (int(np.prod(full.shape)) * full.store.itemsize + 1)  # 1 for the label
     return {
-        "method": made.method,
-        "kernel": made.kernel,
-        "seconds": made.seconds,
-        "peak_memory": made.peak_memory,
-        "metrics": dict(made.metrics),
+        "method": source.method,
+        "kernel": source.kernel,
+        "seconds": source.seconds,
+        "peak_memory": source.peak_memory,
+        "metrics": dict(source.metrics),
         "images": len(parts.distilled),
         "bytes": size,
-        "compression": whole / size,
+        "compression": full_size / size,
     }
 
 
 def _notes(parts: EvaluationParts, results: Sequence[Result]) -> list[str]:
-    whole, found = len(parts.splits.train), []
-    if any(arm.like for arm in parts.arms):
-        found.append("The stored labels are hard labels: one training serves both.")
+    whole, notes = len(parts.splits.train), []
+    if any(arm.duplicate_of for arm in parts.arms):
+        notes.append("The stored labels are hard labels: one training serves both.")
     limited = {r.learner: r.images for r in results if r.arm == "full" and r.images < whole}
     for learner, images in limited.items():
-        found.append(
+        notes.append(
             f"{learner} on full data: a class-balanced draw of {images} of {whole} images, since "
             "its exact solution of all needs too much memory."
         )
-    share = _same_draw_notes(parts)
-    return [*found, *share, *majority_notes(results, parts.splits.test), *_hints(parts, results)]
+    draw = _same_draw_notes(parts)
+    return [*notes, *draw, *majority_notes(results, parts.splits.test), *_hints(parts, results)]
 
 
 def majority_notes(results: Sequence[Result], test: LabeledImages) -> list[str]:
-    """Notes of accuracies that only repeat how common one class is among the test images."""
-    given: dict[tuple[str, str], set[int]] = {}
+    """Notes on accuracies that only reflect how common one class is among the test images."""
+    answered: dict[tuple[str, str], set[int]] = {}
     for result in results:
         if result.confusion is not None:
             answers = np.flatnonzero(np.asarray(result.confusion).sum(0))
-            given.setdefault((result.learner, result.arm), set()).update(map(int, answers))
+            answered.setdefault((result.learner, result.arm), set()).update(map(int, answers))
     constant = (
         constant_answer(f"{learner} on {arm}", answers, test.labels, test.classes)
-        for (learner, arm), answers in given.items()
+        for (learner, arm), answers in answered.items()
     )
     return [note for note in (common_class(test.labels, test.classes), *constant) if note]
 
 
 def _same_draw_notes(parts: EvaluationParts) -> list[str]:
-    """A note where random images are all that there are, and so the same for every seed."""
+    """A note if the random images are all training images, and so the same for every seed."""
     count, classes = training_data.images_per_class(parts.distilled), parts.distilled.classes
     drawn = any(arm.name == "random" for arm in parts.arms)
     if not drawn or len(parts.train) > count * len(classes):
@@ -247,28 +249,28 @@ def _same_draw_notes(parts: EvaluationParts) -> list[str]:
 
 
 def _hints(parts: EvaluationParts, results: Sequence[Result]) -> list[str]:
-    """What to check of a set from elsewhere on which no learner learns anything."""
-    found = [r.accuracy for r in results if r.arm == "distilled" and r.accuracy is not None]
-    if origin.read_provenance(parts.distilled).config is not None or not found:
+    """What to check if no learner beats chance on a set from elsewhere."""
+    accuracies = [r.accuracy for r in results if r.arm == "distilled" and r.accuracy is not None]
+    if origin.read_provenance(parts.distilled).config is not None or not accuracies:
         return []
     from dsdistill.published_sets import reader
 
     chance = float(np.bincount(parts.splits.test.labels).max() / len(parts.splits.test))
-    hint = reader.chance_hint(max(found), chance, len(parts.splits.test))
+    hint = reader.chance_hint(max(accuracies), chance, len(parts.splits.test))
     return [hint] if hint else []
 
 
-def _print(found: Report, out: Path) -> None:
-    """What fits a terminal; the report has the rest."""
+def _print(evaluation: Report, out: Path) -> None:
+    """Print the part of the report that fits a terminal."""
     from rich.table import Table
 
     table = Table("trained on", "learner", "test accuracy, %", "95 % interval", "n")
-    for row in found.rows:
+    for row in evaluation.rows:
         arm, count = wording.arm_label(row.arm, row.augmented), str(len(row.results))
         learner, accuracy = printable(row.learner), printable(wording.accuracy(row))
         table.add_row(arm, learner, accuracy, wording.interval(row), count)
-    shown = console(soft_wrap=True)
-    shown.print(table)
-    for line in (verdict.headline(found), *found.notes):
-        shown.print(printable(line))
-    shown.print(printable(f"report: {out / 'report.html'}"))
+    terminal = console(soft_wrap=True)
+    terminal.print(table)
+    for line in (verdict.headline(evaluation), *evaluation.notes):
+        terminal.print(printable(line))
+    terminal.print(printable(f"report: {out / 'report.html'}"))

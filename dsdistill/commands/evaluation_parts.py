@@ -1,4 +1,4 @@
-"""From the options of `dsdistill evaluate` to all its parts, checked before anything is trained."""
+"""Assemble an evaluation from its options, all checked before anything is trained."""
 
 import functools
 from collections.abc import Sequence
@@ -22,42 +22,37 @@ from dsdistill.harness.evaluation import controls
 from dsdistill.harness.evaluation.held_out import HeldOut
 from dsdistill.harness.evaluation.protocol import Arm, Augmentable, Learner
 from dsdistill.harness.runs import progress
+from dsdistill.harness.text import quote
 from dsdistill.options import EvaluateOptions
 from dsdistill.published_sets import reader
 from dsdistill.published_sets.reader import StatedFormat
 
-MAX_VALIDATION_IMAGES = 2000  # validation images, class-balanced, that choose rates and calibrate
-DEFAULT_RIDGE = 1e-6  # relative, of kernel ridge regression on a set that does not say its own
-DEFAULT_KERNEL = "fc"  # of `ridge` on a set that was made without a kernel
-FORMAT_OPTIONS = (
-    "pixels",
-    "labels",
-    "mean",
-    "std",
-    "layout",
-    "tiles",
-)  # options of a set from elsewhere
-OF_ITS_DATA = ("image_size", "channels")  # how the data of one are read
+MAX_VALIDATION_IMAGES = 2000  # class-balanced; they choose learning rates and calibrate
+DEFAULT_RIDGE = 1e-6  # relative; for kernel ridge regression on a set that states no ridge
+DEFAULT_KERNEL = "fc"  # for `ridge` on a set that was made without a kernel
+# Options for a published set, and for reading the data that it was distilled from.
+FORMAT_OPTIONS = ("pixels", "labels", "mean", "std", "layout", "tiles")
+DATA_OPTIONS = ("image_size", "channels")
 
 
 @dataclass(frozen=True, eq=False)
 class EvaluationParts:
-    """What an evaluation is made of.
+    """Everything that an evaluation needs.
 
     Attributes:
-        distilled: The set.
-        splits: What it was distilled from.
+        distilled: The distilled set.
+        splits: The data that it was distilled from.
         train: All training images, in the set's preprocessing.
-        judges: Validation and test images in the same.
+        held_out: Validation and test images, in the set's preprocessing.
         arms: Kinds of training data.
-        learners: Who is trained on each.
-        augment: Whether those that can are trained with augmentation too.
+        learners: Learners, each of which is trained on every arm.
+        augment: Whether learners that support augmentation are trained with it too.
     """
 
     distilled: DistilledSet
     splits: Splits
     train: Examples
-    judges: HeldOut
+    held_out: HeldOut
     arms: list[Arm]
     learners: list[Learner]
     augment: bool
@@ -76,7 +71,7 @@ class EvaluationParts:
 
 
 def assemble(options: EvaluateOptions) -> EvaluationParts:
-    """Load the set, its data and the teacher, and resolve all names.
+    """Load the set, its data and the teacher, and look up all names.
 
     Raises:
         UserError: If anything is unknown, missing or does not fit together.
@@ -89,8 +84,8 @@ def assemble(options: EvaluateOptions) -> EvaluationParts:
     distilled, splits = _load_set(options)
     if not len(splits.validation):
         raise UserError(
-            f"{splits.name} has too few images to hold any out for validation, by which learning "
-            "rates are chosen: evaluate with more images of each class"
+            f"{splits.name} has too few images to hold any out for validation, on which learning "
+            "rates are chosen: evaluate with more images per class"
         )
     learners = [
         _learner(name, distilled, options)
@@ -111,7 +106,7 @@ def assemble(options: EvaluateOptions) -> EvaluationParts:
         prepared, device = distilled.preprocess, options.device
         class_map = options.teacher_class_map
         teacher = answers.load(options.teacher, prepared, shape, classes, device, class_map)
-    taught_by = None if teacher is None else teacher.digest
+    teacher_identity = None if teacher is None else teacher.digest
     return EvaluationParts(
         distilled,
         splits,
@@ -123,13 +118,13 @@ def assemble(options: EvaluateOptions) -> EvaluationParts:
             {
                 "data": data,
                 "validation": len(splits.validation),
-                # These may change while the training images stay.
+                # The held-out images may change while the training images stay the same.
                 "judging": [datasets.digest(splits.validation), datasets.digest(splits.test)],
-                "teacher": taught_by,
+                "teacher": teacher_identity,
             },
         ),
         training_data.arms(
-            distilled, train, names, data=data, teacher=teacher, taught_by=taught_by
+            distilled, train, names, data=data, teacher=teacher, teacher_identity=teacher_identity
         ),
         learners,
         options.augment != "none",
@@ -148,39 +143,37 @@ def _check(options: EvaluateOptions) -> None:
 
 
 def check_controls(names: Sequence[str], train: LabeledImages, per_class: int) -> None:
-    """Refuse controls that need more images of a class than there are."""
+    """Refuse controls that need more images of a class than the data have."""
     counts = np.bincount(train.labels, minlength=len(train.classes))
     scarce = int(counts.argmin())
     sized = [name for name in names if name != "full"]
     if sized and counts[scarce] < per_class:
         raise UserError(
             f"the set has {per_class} images per class, the data only {counts[scarce]} training "
-            f"images of class {train.classes[scarce]!r}, so {', '.join(sized)} cannot be drawn: "
-            "say --controls full"
+            f"images of class {quote(train.classes[scarce])}, so {', '.join(sized)} cannot be "
+            "drawn: use --controls full"
         )
 
 
 def _load_set(options: EvaluateOptions) -> tuple[DistilledSet, Splits]:
-    """The set and the data it was made from."""
+    """Load the set and the data that it was distilled from."""
     distilled, default = export.read(options.run), EvaluateOptions(options.run)
     if distilled is None and reader.is_published_set(options.run):
         return _load_published(options)
     distilled = distilled or distilled_set.load(distilled_set.locate(options.run))
-    for name in (*FORMAT_OPTIONS, *OF_ITS_DATA):
+    for name in (*FORMAT_OPTIONS, *DATA_OPTIONS):
         if getattr(options, name) != getattr(default, name):
             option = name.replace("_", "-")
-            raise UserError(f"--{option} is for sets from elsewhere: {options.run} says it itself")
+            raise UserError(
+                f"--{option} is for sets from elsewhere; {options.run} states it itself: leave the "
+                "option out"
+            )
     return distilled, _splits(distilled, options)
 
 
 def _load_published(options: EvaluateOptions) -> tuple[DistilledSet, Splits]:
-    if options.data is None:
-        raise UserError(
-            f"{options.run} does not say what it was distilled from: add --data, such as "
-            "--data cifar10"
-        )
     splits = datasets.load(
-        options.data,
+        _require_data(options, options.data),
         root=options.data_root,
         image_size=options.image_size,
         validation_fraction=origin.DEFAULT_VALIDATION_FRACTION,
@@ -198,20 +191,24 @@ def _load_published(options: EvaluateOptions) -> tuple[DistilledSet, Splits]:
 
 
 def _splits(distilled: DistilledSet, options: EvaluateOptions) -> Splits:
-    """The data set that the set was made from, split as it was then."""
-    data = options.data or origin.source(options.run, distilled)
-    if data is None:
-        raise UserError(
-            f"{options.run} does not say what it was distilled from: add --data, such as "
-            "--data cifar10"
-        )
+    """Load the data that the set was distilled from, split as they were then."""
+    data = _require_data(options, options.data or origin.source(options.run, distilled))
     splits = origin.load(options.run, distilled, data, root=options.data_root)
     origin.check_same_data(options.run, distilled, splits, data)
     return splits
 
 
+def _require_data(options: EvaluateOptions, data: str | None) -> str:
+    if data is None:
+        raise UserError(
+            f"{options.run} does not say what it was distilled from: add --data, such as "
+            "--data cifar10"
+        )
+    return data
+
+
 def _limit_validation(validation: LabeledImages) -> LabeledImages:
-    """Enough of the validation images, the same for everything that they judge."""
+    """At most `MAX_VALIDATION_IMAGES` validation images, the same for every learner."""
     rows = draw_balanced(validation.labels, MAX_VALIDATION_IMAGES, np.random.default_rng(0))
     return validation.select(np.sort(rows)) if len(rows) < len(validation) else validation
 
@@ -230,25 +227,27 @@ def _ridge(name: str, kernel: str, distilled: DistilledSet) -> Learner:
     from dsdistill.kernels import networks
     from dsdistill.methods import ridge
 
-    made = origin.read_provenance(distilled)
+    source = origin.read_provenance(distilled)
     depth, std = None, {}
     if not kernel:
         needed = ("kernel", "depth", "w_std", "b_std")
-        provenance.require_usable("the distilled set", made, [f"config.{part}" for part in needed])
-        # Of several kernels, the one that judged.
-        kernel = lists.parse_names("--kernel", made.judge or DEFAULT_KERNEL)[0]
+        provenance.require_usable(
+            "the distilled set", source, [f"config.{part}" for part in needed]
+        )
+        # Of several kernels, the one that validated.
+        kernel = lists.parse_names("--kernel", source.judge or DEFAULT_KERNEL)[0]
         if ":" in kernel:
             raise UserError(
                 f"the distilled set was made with the kernel {kernel}, which is code, and a file "
-                "may not choose the code that runs here: if you know that module, name it "
-                f"yourself, --learners ridge:{kernel}; else leave ridge out of --learners"
+                "may not choose the code that runs here: if you trust that module, name it "
+                f"yourself with --learners ridge:{kernel}; otherwise leave ridge out of --learners"
             )
-        depth = made.depth
-        known = {"w_std": made.w_std, "b_std": made.b_std}
+        depth = source.depth
+        known = {"w_std": source.w_std, "b_std": source.b_std}
         std = {part: value for part, value in known.items() if value is not None}
-    found = networks.parse(kernel, depth, **std)
-    provenance.require_usable("the distilled set", made, ["evaluation_ridge"])
-    value = DEFAULT_RIDGE if made.ridge is None else made.ridge
-    # What a module of the user holds may change under its name.
-    identity = None if ":" in kernel else {"kernel": found.name, "ridge": value, **std}
-    return ridge.RidgeLearner(found, value, name, identity=identity)
+    network = networks.parse(kernel, depth, **std)
+    provenance.require_usable("the distilled set", source, ["evaluation_ridge"])
+    value = DEFAULT_RIDGE if source.ridge is None else source.ridge
+    # The code of a user's module may change while its name stays: such results are not cached.
+    identity = None if ":" in kernel else {"kernel": network.name, "ridge": value, **std}
+    return ridge.RidgeLearner(network, value, name, identity=identity)

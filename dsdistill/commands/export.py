@@ -1,4 +1,4 @@
-"""A distilled set for programs that do not read `.safetensors`."""
+"""Export a distilled set for programs that do not read `.safetensors`, and read exports back."""
 
 import io
 import json
@@ -17,19 +17,19 @@ from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress, run_folder
 
 SUFFIX = {"folder": "", "npz": ".npz", "torch": ".pt"}
-# Strings by which `read` knows an export.
+# Text entries by which `read` recognises an export.
 HEADER_KEYS = (distilled_set.HEADER_KEY, checksums.CHECKSUM_KEY)
-MIN_REPORTED_CLIPPING = 0.01  # share of clipped values from which it is said
+MIN_REPORTED_CLIPPING = 0.01  # share of clipped values from which a message reports it
 
 
 def write(path: Path, kind: str, out: Path | None) -> Path:
-    """Export a set.
+    """Export a set; return the path of the export.
 
     `folder` writes 8-bit PNGs for the eye: the preprocessing is undone, values beyond black and
-    white are clipped, and real-valued labels are reduced to their largest class. Of a whitened set
-    each image is shown with the mean contrast of the training images, since whitening has lost
-    its own. A class folder has the name of its class as far as every file system takes it;
-    `classes.json` says which class each is.
+    white are clipped, and real-valued labels are reduced to their largest class. Each image of a
+    whitened set is shown with the mean contrast of the training images, since whitening has lost
+    the image's own. A class folder has the name of its class, changed where a file system might
+    refuse it; `classes.json` maps the folders to the classes.
 
     `npz` and `torch` keep everything: `images` as the kernel saw them, `labels`, `pixels` (the
     images with the preprocessing undone), the preprocessing (`mean`, `std`, and of a whitened set
@@ -39,10 +39,7 @@ def write(path: Path, kind: str, out: Path | None) -> Path:
     Args:
         path: The set's file, or its run's folder.
         kind: `folder`, `npz` or `torch`.
-        out: Where; by default beside the file. Written beside, and renamed when it is whole.
-
-    Returns:
-        What was written.
+        out: Path of the export; by default beside the set's file. It appears only when complete.
 
     Raises:
         UserError: If the set cannot be read, or `out` exists or has another suffix.
@@ -70,26 +67,28 @@ def write(path: Path, kind: str, out: Path | None) -> Path:
 
 
 def read(path: Path) -> DistilledSet | None:
-    """The set that `write` has written as `npz` or `torch`; None for any other file.
+    """Read a set that `write` exported as `npz` or `torch`; None for any other file.
 
     Raises:
-        ArtifactError: If it is an export that is damaged or inconsistent.
+        DistilledSetError: If the file is an export that is damaged or inconsistent.
     """
     if not path.is_file() or path.suffix not in (".npz", ".pt"):
         return None
     try:
-        found = _read_npz(path) if path.suffix == ".npz" else _read_torch(path)
-    except Exception:  # the reader of published sets says what it is
+        content = _read_npz(path) if path.suffix == ".npz" else _read_torch(path)
+    except Exception:  # the reader of published sets explains what is wrong with the file
         return None
-    if not isinstance(found, dict) or not set(HEADER_KEYS) <= found.keys():
+    if not isinstance(content, dict) or not set(HEADER_KEYS) <= content.keys():
         return None
-    metadata = {name: found[name] for name in HEADER_KEYS}
+    metadata = {name: content[name] for name in HEADER_KEYS}
     names = {"images": "images", "labels": "labels"}
     names |= {part: f"preprocess.{part}" for part in ("mean", "std", "whiten", "unwhiten")}
-    tensors = {names[key]: value for key, value in found.items() if key in names}
+    tensors = {names[key]: value for key, value in content.items() if key in names}
     texts = all(isinstance(text, str) for text in metadata.values())
     if not texts or not all(isinstance(array, np.ndarray) for array in tensors.values()):
-        raise DistilledSetError(f"{path} is an export that holds something other than arrays")
+        raise DistilledSetError(
+            f"{path} is damaged: an export holds nothing but arrays; export the set again"
+        )
     return distilled_set.unpack(path, metadata, tensors)
 
 
@@ -110,7 +109,7 @@ def _arrays(distilled: DistilledSet) -> dict[str, np.ndarray]:
 def _write_npz(path: Path, distilled: DistilledSet) -> None:
     metadata, _ = distilled_set.pack(path, distilled)
     texts = {name: np.array(text) for name, text in metadata.items()}
-    # As bytes that NumPy takes for text: it knows no lone halves of surrogate pairs.
+    # NumPy cannot store lone surrogates: they are replaced.
     classes = np.array([name.encode("utf-8", "replace").decode() for name in distilled.classes])
     with path.open("wb") as opened:
         named: dict[str, Any] = {"classes": classes, **texts, **_arrays(distilled)}
@@ -133,17 +132,17 @@ def _read_npz(path: Path) -> Any:
             return None
         size = sum(info.file_size for info in file.zip.infolist())
         memory.require(2 * size, str(path), "take a smaller set")
-        found = {name: file[name] for name in file.files if name != "classes"}
-    return {name: str(a) if name in HEADER_KEYS else a for name, a in found.items()}
+        arrays = {name: file[name] for name in file.files if name != "classes"}
+    return {name: str(a) if name in HEADER_KEYS else a for name, a in arrays.items()}
 
 
 def _read_torch(path: Path) -> Any:
     import torch
 
-    found = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(found, dict):
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict):
         return None
-    return {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in found.items()}
+    return {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in content.items()}
 
 
 def _write_folder(path: Path, distilled: DistilledSet) -> None:
@@ -151,7 +150,8 @@ def _write_folder(path: Path, distilled: DistilledSet) -> None:
 
     if distilled.images.shape[-1] not in (1, 3):
         raise UserError(
-            f"{distilled.images.shape[-1]} channels make no picture: use --format npz or torch"
+            f"--format folder needs 1 or 3 channels, got {distilled.images.shape[-1]}: use "
+            "--format npz or torch"
         )
     pixels = distilled.preprocess.invert(distilled.images)
     clipped = float(((pixels < 0) | (pixels > 1)).mean())
@@ -159,14 +159,14 @@ def _write_folder(path: Path, distilled: DistilledSet) -> None:
     names = folder_names.from_classes(distilled.classes)
     for index, (image, label) in enumerate(zip(bytes_, distilled.hard_labels, strict=True)):
         folder = path / names[label]
-        # A name is one folder inside, whatever the class is called.
+        # Whatever the class is called, its folder lies directly in `path`.
         assert folder.resolve().parent == path.resolve()
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(
             folder / f"{index:05}.png"
         )
     used = {names[label]: distilled.classes[label] for label in distilled.hard_labels}
-    # Escaped, so that a name with half a surrogate pair can be written too.
+    # JSON escapes, so that a name with a lone surrogate can be written too.
     text = json.dumps(dict(sorted(used.items())), indent=2)
     run_folder.write_bytes(path / folder_names.CLASSES_FILE, f"{text}\n".encode())
     if clipped >= MIN_REPORTED_CLIPPING:

@@ -1,4 +1,4 @@
-"""What a distilled set holds and how it was made, in words or as JSON."""
+"""Print what a distilled set holds and how it was made, as text or as JSON."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from dsdistill.harness.memory import format_bytes
 from dsdistill.harness.runs.progress import format_clock
 from dsdistill.harness.text import console, printable
 
-MAX_ROW_DEPTH = 6  # levels of a provenance that are shown as rows of their own
+MAX_ROW_DEPTH = 6  # levels of the provenance that get rows of their own
 
 
 def print_run(folder: Path) -> None:
@@ -31,28 +31,28 @@ def print_set(path: Path, *, as_json: bool) -> None:
     """Print one distilled set.
 
     Args:
-        path: Its file, or the run's folder.
-        as_json: One JSON object, `metrics.test_accuracy` among its fields.
+        path: The set's file, or its run's folder.
+        as_json: Print one JSON object, with `metrics.test_accuracy` among its fields.
 
     Raises:
-        ArtifactError: If the file cannot be trusted.
+        DistilledSetError: If the file cannot be trusted.
     """
     file = distilled_set.locate(path)
-    described = {"file": str(file), **describe(distilled_set.load(file))}
+    description = {"file": str(file), **describe(distilled_set.load(file))}
     if as_json:
-        print(json.dumps(described, indent=2))
+        print(json.dumps(description, indent=2))
         return
     from rich.table import Table
 
     table = Table(show_header=False, box=None)
-    for name, value in _flatten(described):
+    for name, value in _flatten(description):
         table.add_row(printable(name), printable(_format_value(name, value)))
     console(soft_wrap=True).print(table)
 
 
 def describe(distilled: distilled_set.DistilledSet) -> dict[str, Any]:
     """Shape, encoding and provenance of a set, JSON-compatible."""
-    own = {
+    measured = {
         "images": list(distilled.images.shape),
         "labels": list(distilled.labels.shape),
         "classes": list(distilled.classes),
@@ -60,8 +60,8 @@ def describe(distilled: distilled_set.DistilledSet) -> dict[str, Any]:
         "preprocess": distilled.preprocess.kind,
         "bytes": distilled.nbytes,
     }
-    # A stranger's provenance may use these names for anything.
-    return own | {k: v for k, v in distilled.provenance.items() if k not in own}
+    # The provenance of another program may use these names for anything.
+    return measured | {k: v for k, v in distilled.provenance.items() if k not in measured}
 
 
 def _flatten(value: dict[str, Any], prefix: str = "", depth: int = 0) -> list[tuple[str, Any]]:

@@ -1,12 +1,10 @@
-"""The options of a run, checked and turned into values, before anything is written.
+"""Check the options of a run and turn them into values, before anything is written.
 
-Every rule that input can break is broken here: a wrong line leaves no folder behind.
+All rules on the input are checked here, so that a wrong command line leaves no folder behind.
 """
 
 import re
 from dataclasses import dataclass
-
-import numpy as np
 
 from dsdistill.harness import lists
 from dsdistill.harness.data import datasets, labeled_images, preprocess
@@ -26,21 +24,21 @@ from dsdistill.methods.optimizer import Optimizer
 from dsdistill.options import KipOptions, LabelSolveOptions, RunOptions
 
 DEFAULT_IMAGES_PER_CLASS = 10
-WARM_UP_DIVISOR = 4  # a warm-up has a quarter of the steps unless it is said
+WARM_UP_DIVISOR = 4  # a warm-up has a quarter of the steps by default
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """What every method starts from.
+    """Checked input of a method.
 
     Attributes:
         splits: The data.
-        train, validation: As the kernel sees them.
-        network: Whose kernel validates, predicts and is stored; of several, the first.
-        images_per_class: Of the distilled set.
-        init: The distilled set that a KIP run starts from, if it does.
-        phases: Of a KIP run.
-        networks: All kernels of the run.
+        train, validation: The images with their preprocessing.
+        network: The network whose kernel validates, predicts and is stored: the first of several.
+        images_per_class: Images per class of the distilled set.
+        init: The distilled set that a KIP run starts from; None if it starts from images or noise.
+        phases: Phases of a KIP run; empty for other methods.
+        networks: All networks of the run.
     """
 
     splits: Splits
@@ -53,7 +51,7 @@ class Prepared:
     networks: tuple[InfiniteNetwork, ...]
 
     def digests(self) -> dict[str, str]:
-        """SHA-256 of data and users' kernels by a name for people, for `Run.require_same`."""
+        """SHA-256 of the data and of users' kernels by readable names, for `Run.require_same`."""
         modules = {
             f"module of the kernel {network.name}": network.module_sha256
             for network in self.networks
@@ -63,10 +61,13 @@ class Prepared:
 
 
 def prepare(options: RunOptions) -> Prepared:
-    """Check all of the input, which is `settled`, load the data and fit the preprocessing.
+    """Check the options, load the data and fit the preprocessing.
+
+    Args:
+        options: Options without open defaults, as `options.with_defaults` returns them.
 
     Raises:
-        UserError: For the first rule that is broken.
+        UserError: If a rule is broken; the message is about the first.
     """
     _check(options)
     kernels = _networks("--kernel", options.kernel, options, options.depth)
@@ -83,16 +84,20 @@ def prepare(options: RunOptions) -> Prepared:
     )
     _check_splits(options, splits)
     images_per_class = _images_per_class(options, splits, init)
-    # Each once, in the order in which they are named.
-    every = tuple(dict.fromkeys([*kernels, *(n for p in phases for n in p.objective.networks)]))
-    for network in every:
+    # Each network once, in the order in which they are named.
+    all_networks = tuple(
+        dict.fromkeys([*kernels, *(n for p in phases for n in p.objective.networks)])
+    )
+    for network in all_networks:
         networks.check(network, splits.train.shape)
-        gram.plan_tile(network, 1, 1, splits.train.shape, gradient=bool(phases))  # may refuse
+        gram.plan_tile(network, 1, 1, splits.train.shape, gradient=bool(phases))  # may raise
         for phase in phases:
             phase.objective.optimizer.check_network(network)
     fitted = preprocess.fit(options.preprocess, splits.train.chunks, splits.train.shape)
     train, validation = Examples(splits.train, fitted), Examples(splits.validation, fitted)
-    return Prepared(splits, train, validation, kernels[0], images_per_class, init, phases, every)
+    return Prepared(
+        splits, train, validation, kernels[0], images_per_class, init, phases, all_networks
+    )
 
 
 def _networks(
@@ -101,20 +106,21 @@ def _networks(
     names = lists.parse_names(option, text)
     if depth is not None and len(names) > 1:
         raise UserError(
-            f"--depth is for one kernel, got {text}: write it into the names, such as fc(3),conv(2)"
+            f"--depth applies to one kernel, got {text}: write the depths into the names, such as "
+            "fc(3),conv(2)"
         )
     std = {"w_std": options.w_std, "b_std": options.b_std}
     return tuple(networks.parse(name, depth, **std) for name in names)
 
 
 def _phases(options: KipOptions, kernels: tuple[InfiniteNetwork, ...]) -> tuple[Phase, ...]:
-    assert options.steps is not None  # it is settled
+    assert options.steps is not None  # `with_defaults` has set it
     main = _phase(options, kernels, options.steps)
     if options.warm_up is None:
         return (main,)
-    found = re.fullmatch(r"(.+):(-?[0-9]+)", options.warm_up)
+    match = re.fullmatch(r"(.+):(-?[0-9]+)", options.warm_up)
     name, steps = (
-        found.groups() if found else (options.warm_up, max(options.steps // WARM_UP_DIVISOR, 1))
+        match.groups() if match else (options.warm_up, max(options.steps // WARM_UP_DIVISOR, 1))
     )
     if int(steps) < 1:
         raise UserError(f"--warm-up must have at least 1 step, got {options.warm_up}")
@@ -144,11 +150,13 @@ def _optimizer(options: KipOptions) -> Optimizer:
     if options.optimizer == "adam":
         return Adam(rate, options.label_learning_rate)
     if options.label_learning_rate is not None:
-        raise UserError("--label-learning-rate is of --optimizer adam")
+        raise UserError(
+            "--label-learning-rate needs --optimizer adam: leave it out with gauss-newton"
+        )
     if rate > 1:
         raise UserError(
-            "--learning-rate is a part of the step with --optimizer gauss-newton, at most 1, got "
-            f"{rate:g}"
+            "--learning-rate is a fraction of the step with --optimizer gauss-newton, at most 1, "
+            f"got {rate:g}"
         )
     return GaussNewton(rate, options.damping)
 
@@ -156,25 +164,23 @@ def _optimizer(options: KipOptions) -> Optimizer:
 def _images_per_class(options: RunOptions, splits: Splits, init: DistilledSet | None) -> int:
     if init is not None:
         return initial_support.check(init, splits.train, options.images_per_class)
-    wanted = options.images_per_class
-    wanted = DEFAULT_IMAGES_PER_CLASS if wanted is None else wanted
-    labeled_images.check_images_per_class(splits.train, wanted)
-    return wanted
+    count = options.images_per_class
+    count = DEFAULT_IMAGES_PER_CLASS if count is None else count
+    labeled_images.check_images_per_class(splits.train, count)
+    return count
 
 
 def _check(options: RunOptions) -> None:
-    if options.resume and options.out is None:
-        raise UserError("--resume needs --out, the folder of the run to continue")
     if not options.w_std > 0 or not options.b_std >= 0:
         raise UserError(
-            f"--w-std must be positive and --b-std not negative, got {options.w_std} and "
+            f"--w-std must be positive and --b-std at least 0, got {options.w_std} and "
             f"{options.b_std}"
         )
     if options.seed < 0:
-        raise UserError(f"--seed must not be negative, got {options.seed}")
-    wanted = options.images_per_class
-    if wanted is not None and wanted < 1:
-        raise UserError(f"--images-per-class must be at least 1, got {wanted}")
+        raise UserError(f"--seed must be at least 0, got {options.seed}")
+    count = options.images_per_class
+    if count is not None and count < 1:
+        raise UserError(f"--images-per-class must be at least 1, got {count}")
     if isinstance(options, KipOptions | LabelSolveOptions) and not options.ridge > 0:
         raise UserError(f"--ridge must be positive, got {options.ridge}")
     if (
@@ -204,22 +210,29 @@ def _check_kip(options: KipOptions) -> None:
 
 
 def _check_splits(options: RunOptions, splits: Splits) -> None:
-    """Refuse data without test images, and say where there are none to choose by."""
+    """Refuse data without test images, and report classes without validation images."""
     if not len(splits.test):
         raise UserError(
-            f"{options.data} leaves no test images, since a fifth of so few images of each class "
-            "is none: give at least 3 images of each class, or a test part of its own"
+            f"{options.data} leaves no test images, since a fifth of so few images per class is "
+            "none: give at least 3 images of each class, or a separate test part"
         )
-    wanted, held = options.validation_fraction, splits.validation
-    if isinstance(options, KipOptions) and options.patience is not None and not len(held):
+    fraction, validation = options.validation_fraction, splits.validation
+    if isinstance(options, KipOptions) and options.patience is not None and not len(validation):
         raise UserError(
             "--patience needs validation images, and there are none: raise --validation-fraction "
-            f"(now {wanted:g})"
+            f"(now {fraction:g})"
         )
-    k, there = len(held.classes), len(np.unique(held.labels))
-    if wanted > 0 and there < k:
-        missing = "no class has" if not there else f"{k - there} of {k} classes do not have"
+    if fraction > 0 and not len(validation):
         progress.say(
-            f"note: {missing} any validation images, since --validation-fraction {wanted:g} of so "
-            "few images is none" + ("; the last step's images are kept" if not there else "")
+            "note: no class has any validation images, since "
+            f"--validation-fraction {fraction:g} of so few images is none; "
+            "the last step's images are kept"
         )
+    if splits.brings_validation and fraction != type(options)().validation_fraction:
+        progress.say(
+            f"note: --validation-fraction {fraction:g} has no effect on {options.data}, which has "
+            "a validation part of its own"
+        )
+    for part, images in (("validation", validation), ("test", splits.test)):
+        if line := labeled_images.describe_missing_classes(part, images.labels, images.classes):
+            progress.say(f"note: {line}")

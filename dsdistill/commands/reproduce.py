@@ -1,4 +1,4 @@
-"""Command lines that make a result again; options that have their default are left out."""
+"""Write the command lines that reproduce a result, without options at their defaults."""
 
 import shlex
 from collections.abc import Mapping
@@ -17,11 +17,11 @@ METHODS = ("kip", "ls")
 
 
 def distil_line(method: str, config: Mapping[str, Any]) -> str | None:
-    """The command that made a set of `dsdistill kip` or `ls`; None if its file does not say it.
+    """The command that made a set of `dsdistill kip` or `ls`; None if its file does not tell.
 
     Args:
-        method: As the set's file says.
-        config: The options, as the set's file says: values of any kind, which are quoted.
+        method: The method that the set's file names.
+        config: The options that the set's file states; values of any type, which are quoted.
     """
     defaults = vars(LabelSolveOptions())
     if method == "kip":
@@ -35,26 +35,26 @@ def distil_line(method: str, config: Mapping[str, Any]) -> str | None:
     if method not in METHODS or not isinstance(data, str) or not isinstance(more, Mapping):
         return None
     chosen = {**config, **more}
-    given = {k: v for k, v in chosen.items() if k in defaults and k != "data"}
-    # What starts with a hyphen would be an option, and not the data.
+    options = {k: v for k, v in chosen.items() if k in defaults and k != "data"}
+    # A name that starts with a hyphen would be read as an option.
     start = ["dsdistill", method, f"./{data}" if data.startswith("-") else data]
-    line = _line(start, given, defaults)
+    line = _line(start, options, defaults)
     return line if line.isprintable() else None
 
 
 def evaluate_line(options: EvaluateOptions) -> str:
-    """Of an evaluation."""
-    given = {k: v for k, v in vars(options).items() if k not in _LOCATION_OPTIONS}
+    """The command that repeats an evaluation."""
+    stated = {k: v for k, v in vars(options).items() if k not in _LOCATION_OPTIONS}
     return _line(
-        ["dsdistill", "evaluate", str(options.run)], given, vars(EvaluateOptions(options.run))
+        ["dsdistill", "evaluate", str(options.run)], stated, vars(EvaluateOptions(options.run))
     )
 
 
 _LOCATION_OPTIONS = ("run", "out", "resume", "cache", "data_root")
 
 
-def _line(words: list[str], given: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
-    for name, value in given.items():
+def _line(words: list[str], options: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    for name, value in options.items():
         if value == defaults.get(name):
             continue
         option = "--" + name.replace("_", "-")
@@ -62,7 +62,7 @@ def _line(words: list[str], given: Mapping[str, Any], defaults: Mapping[str, Any
         if value is True:
             words.append(option)
         elif isinstance(value, str) and value.startswith("-"):
-            words.append(f"{option}={value}")  # by itself it would be another option
+            words.append(f"{option}={value}")  # as a separate word it would be read as an option
         else:
             words += [option, *map(str, values)]
     return shlex.join(words)

@@ -1,4 +1,4 @@
-"""The kinds of data of an evaluation: the distilled set with each of its labels, and controls."""
+"""Training data of an evaluation: the distilled set with each kind of labels, and controls."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -24,34 +24,35 @@ def arms(
     *,
     data: Any,
     teacher: LogitFunction | None = None,
-    taught_by: Any = None,
+    teacher_identity: Any = None,
 ) -> list[Arm]:
-    """All arms, the distilled set's first.
+    """All arms of an evaluation, those of the distilled set first.
 
     Args:
-        distilled: Stored labels, their arg-max, and the teacher's make an arm each.
+        distilled: The set; its stored labels, their arg-max and the teacher's labels give one arm
+            each.
         train: All training images, in the set's preprocessing.
-        names: Of `controls.CONTROLS`.
-        data: JSON-compatible: what the training images are.
-        teacher: Logits of preprocessed images.
-        taught_by: JSON-compatible: what the teacher is.
+        names: Controls, keys of `controls.CONTROLS`.
+        data: Identity of the training images, JSON-compatible.
+        teacher: Logits of preprocessed images; None: no arm with a teacher's labels.
+        teacher_identity: Identity of the teacher, JSON-compatible.
     """
     stored = distilled.examples()
     hard = replace(stored, targets=None)
     same = np.array_equal(hard.labels(), stored.labels())
     per_class = images_per_class(distilled)
-    found = [
+    distilled_arms = [
         _fixed_arm("distilled", stored, {"set": digest(distilled)}),
         replace(
             _fixed_arm("distilled-hard", hard, {"set": digest(distilled)}),
-            like="distilled" if same else None,
+            duplicate_of="distilled" if same else None,
         ),
     ]
     if teacher is not None:
         relabelled = replace(stored, targets=_answers(teacher, stored))
-        key = {"set": digest(distilled), "teacher": taught_by}
-        found.append(_fixed_arm("distilled-teacher", relabelled, key))
-    return found + [
+        key = {"set": digest(distilled), "teacher": teacher_identity}
+        distilled_arms.append(_fixed_arm("distilled-teacher", relabelled, key))
+    return distilled_arms + [
         replace(
             controls.arm(name, train, per_class),
             identity={"data": data} | ({} if name == "full" else {"images_per_class": per_class}),
@@ -62,12 +63,12 @@ def arms(
 
 
 def images_per_class(distilled: DistilledSet) -> int:
-    """Of the controls: as many as the set has in all, shared out evenly."""
+    """Images per class of the controls: the size of the set, divided evenly; at least 1."""
     return max(len(distilled) // len(distilled.classes), 1)
 
 
 def digest(distilled: DistilledSet) -> str:
-    """SHA-256 of images, labels and preprocessing."""
+    """SHA-256 of a set's images, labels and preprocessing."""
     sha = hashlib.sha256(preprocess_digest(distilled.preprocess).encode())
     for array in (distilled.images, distilled.labels):
         sha.update(repr(array.shape).encode() + np.ascontiguousarray(array).tobytes())
@@ -87,6 +88,6 @@ def _fixed_arm(name: str, examples: Examples, identity: dict[str, Any]) -> Arm:
 
 
 def _answers(teacher: LogitFunction, examples: Examples) -> Float[np.ndarray, "n k"]:
-    """The teacher's probabilities, in the encoding of the stored labels: minus 1/k."""
+    """The teacher's probabilities minus 1/k, the encoding of the stored labels."""
     logits = np.concatenate([teacher(examples.images(rows)) for rows in examples.batches()])
     return (metrics.softmax(logits) - 1 / logits.shape[1]).astype(np.float32)

@@ -1,1 +1,1 @@
-"""What both frameworks share: data, the distilled-set file, the evaluation. NumPy only."""
+"""Shared by both packages: data, the distilled-set file, the evaluation. NumPy only."""

@@ -1,8 +1,8 @@
 """Named arrays with a description in one `.safetensors` file, under one checksum.
 
-The SHA-256 covers the description and every array's name, dtype, shape and values: a bit that
-flips anywhere is an error with one line, and never other data. Distilled sets, checkpoints and
-students share it.
+The SHA-256 covers the description and every array's name, dtype, shape and values: a flipped bit
+anywhere is a one-line error, never different data. Distilled sets, checkpoints and students use
+this format.
 """
 
 import hashlib
@@ -21,12 +21,12 @@ CHECKSUM_KEY = "sha256"  # key of the checksum in a file's metadata
 
 
 class Content(NamedTuple):
-    """What a file holds.
+    """Content of a file.
 
     Attributes:
         description: JSON value.
-        arrays: By name.
-        checked: Whether the file had a checksum; if it had, it matched.
+        arrays: Arrays by name.
+        checked: Whether the file had a checksum; if it had one, it matched.
     """
 
     description: Any
@@ -39,7 +39,8 @@ def digest(text: str, arrays: Mapping[str, np.ndarray]) -> str:
 
     Args:
         text: Usually the description as JSON.
-        arrays: C-contiguous. A dtype that NumPy lacks (bfloat16) goes in as integers of its size.
+        arrays: C-contiguous arrays. A dtype that NumPy lacks (bfloat16) is passed as integers of
+            the same size.
     """
     sha = hashlib.sha256(text.encode())
     for name in sorted(arrays):
@@ -56,27 +57,30 @@ def file_digest(path: Path) -> str:
 
 
 def json_digest(value: Any) -> str:
-    """SHA-256 of a JSON value, whatever the order of its names."""
+    """SHA-256 of a JSON value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def metadata(key: str, text: str, arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """What the header of a `.safetensors` file holds beside the arrays.
+    """Metadata in the header of a `.safetensors` file.
 
     Args:
-        key: Under which the description stands: the kind of the file.
+        key: Key of the description; names the kind of file.
         text: The description as JSON.
         arrays: As for `digest`.
+
+    Returns:
+        The description under `key`, and the checksum of both under `CHECKSUM_KEY`.
     """
     return {key: text, CHECKSUM_KEY: digest(text, arrays)}
 
 
 def pack(key: str, text: str, arrays: Mapping[str, np.ndarray]) -> bytes:
-    """The bytes of a file, to be written with `runs.write_bytes`.
+    """Bytes of a file, to be written with `run_folder.write_bytes`.
 
     Args:
         key, text: As for `metadata`.
-        arrays: In any memory order.
+        arrays: Arrays in any memory order.
     """
     # Not ascontiguousarray, which gives a scalar (a step count) an axis.
     whole = {name: np.asarray(array, order="C") for name, array in arrays.items()}
@@ -95,16 +99,16 @@ def load(
     """Read a file and verify its checksum.
 
     Args:
-        path: Of the file.
-        key: As it was given to `pack`.
+        path: Path of the file.
+        key: The key that was passed to `pack`.
         kind: What the file should be, for messages, such as "a checkpoint".
-        remedy: Ends every message, such as ": start anew in another folder".
+        remedy: End of every message, such as ": start anew in another folder".
         error: Class of the error that is raised.
         required: Refuse a file without a checksum.
 
     Raises:
-        UserError: Of class `error`, with one line: if the file is missing, truncated, damaged or of
-            another kind.
+        UserError: An `error` with a one-line message, if the file is missing, truncated, damaged
+            or of another kind.
     """
     if not path.is_file():
         raise error(f"no {kind.partition(' ')[2]} at {path}{remedy}")
@@ -117,7 +121,7 @@ def load(
         raise error(message + remedy) from reason
     if key not in header:
         raise error(f"{path} is a .safetensors file, but not {kind}{remedy}")
-    # A bit that flips in the word "sha256" must not make a file one of those without a checksum.
+    # A flipped bit in the key "sha256" must not turn the file into one without a checksum.
     required = required or header.keys() != {key}
     return unpack(path, key, header, arrays, remedy=remedy, error=error, required=required)
 
@@ -135,13 +139,13 @@ def unpack(
     """Verify the checksum of a file's content, and read its description.
 
     Args:
-        path: For messages.
+        path: Path of the file, for messages.
         key, remedy, error, required: As for `load`.
-        header: What `metadata` gave.
+        header: Metadata from `metadata`.
         arrays: As for `digest`.
 
     Raises:
-        UserError: Of class `error`, if the checksum differs or is missing and required, or if the
+        UserError: An `error`, if the checksum differs or is missing and required, or if the
             description is not JSON.
     """
     expected = header.get(CHECKSUM_KEY)

@@ -1,4 +1,4 @@
-"""The one exception that a command shows as a single line: the user's input was wrong."""
+"""The exception for wrong user input, which a command prints as a single line."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from dsdistill.harness.text import printable
 class UserError(ValueError):
     """Input that breaks a rule. The message states the rule, the value got and the remedy.
 
-    It is one line whatever the names in it hold.
+    It is one line, whatever characters the names in it contain.
     """
 
     def __str__(self) -> str:
@@ -17,28 +17,28 @@ class UserError(ValueError):
 
 
 def one_line(error: BaseException, *, kind: bool = False) -> str:
-    """The message of another library's error on one line; its class where it has no message.
+    """Another library's error message on one line, or its class name if there is no message.
 
     Args:
-        error: Its message may have any number of lines.
-        kind: Begin with the class, where the message alone says too little.
+        error: Error whose message may have any number of lines.
+        kind: Whether to prefix the class name, where the message alone says too little.
     """
     text, name = " ".join(str(error).split()), type(error).__name__
     return f"{name}: {text}" if kind and text else text or name
 
 
 def first_line(error: BaseException) -> str:
-    """The first line alone, where a library explains itself over many, as PyTorch does."""
+    """The first line of an error message, for libraries that write many, as PyTorch does."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def unknown_name(what: str, got: str, known: Iterable[str]) -> UserError:
-    """An error for a name that is not in a table: lists the known names, the nearest first in mind.
+    """Error for an unknown name: lists the known names and suggests the closest.
 
     Args:
-        what: What the name should have been, such as "data set".
+        what: Kind of name expected, such as "data set".
         got: The name as the user wrote it.
-        known: Every name that would have been accepted.
+        known: All accepted names.
     """
     names = sorted(known)
     near = difflib.get_close_matches(got, names, n=1, cutoff=0.5)

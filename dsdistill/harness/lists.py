@@ -4,22 +4,22 @@ from dsdistill.harness.errors import UserError
 
 
 def parse_names(option: str, text: str, *, empty: bool = False) -> list[str]:
-    """The names of a list such as `conv,fc(3)`. A comma within brackets does not split.
+    """Split a list such as `conv,fc(3)` into names; a comma inside brackets does not split.
 
     Args:
-        option: As the user wrote it, for the message.
-        text: What stands after it.
-        empty: Whether no name at all will do.
+        option: The option as the user wrote it, for messages.
+        text: Value of the option.
+        empty: Whether an empty list is allowed.
 
     Raises:
-        UserError: If there is none, or one comes twice.
+        UserError: If the list is empty and must not be, or a name occurs twice.
     """
-    found = [name.strip() for name in _split_outside_brackets(text) if name.strip()]
-    if not found and not empty:
+    names = [name.strip() for name in _split_outside_brackets(text) if name.strip()]
+    if not names and not empty:
         raise UserError(f"{option} must name at least one")
-    if len(set(found)) < len(found):
+    if len(set(names)) < len(names):
         raise UserError(f"{option} names one twice: {text}")
-    return found
+    return names
 
 
 def _split_outside_brackets(text: str) -> list[str]:

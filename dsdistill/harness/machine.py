@@ -1,4 +1,4 @@
-"""Which machine this is, for those who compare times."""
+"""Description of the machine, for comparing times."""
 
 import platform
 from collections.abc import Iterable
@@ -12,10 +12,10 @@ _CPUS = Path("/proc/cpuinfo")
 
 
 def describe(accelerators: Iterable[str] = ()) -> str:
-    """Processor, cores, memory and system, as in `AMD EPYC, 2 cores, 23.5 GiB, Linux x86_64`.
+    """Processor, cores, memory and system, such as `AMD EPYC, 2 cores, 23.5 GiB, Linux x86_64`.
 
     Args:
-        accelerators: Names of those that were used; they come last.
+        accelerators: Names of the accelerators used; they come last.
     """
     cores = psutil.cpu_count() or 1
     size = memory.format_bytes(psutil.virtual_memory().total)
@@ -25,10 +25,10 @@ def describe(accelerators: Iterable[str] = ()) -> str:
 
 
 def _processor() -> str:
-    """Its name; Python itself knows it on no Linux."""
+    """Name of the processor; on Linux Python itself does not know it."""
     try:
         lines = _CPUS.read_text().splitlines()
     except OSError:
         lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, "") or platform.processor() or "unknown processor"
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or "unknown processor"

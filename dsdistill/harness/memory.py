@@ -1,4 +1,4 @@
-"""How much memory there is, asked before it is needed."""
+"""Free memory, and the check that planned work fits into it."""
 
 import sys
 from pathlib import Path
@@ -11,13 +11,13 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def available() -> int:
-    """Bytes that this process can still take: free memory, or what a container's limit leaves."""
+    """Bytes that this process can still allocate: free memory, or what a container leaves."""
     free = psutil.virtual_memory().available
     try:
         limit = (_CGROUP / "memory.max").read_text().strip()
         used = int((_CGROUP / "memory.current").read_text())
         stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-        # The file cache counts as used, but is given up as soon as memory is asked for.
+        # The file cache counts as used, but the system frees it on demand.
         used -= int(stat["active_file"]) + int(stat["inactive_file"])
     except (OSError, ValueError, KeyError):
         return free
@@ -25,20 +25,25 @@ def available() -> int:
 
 
 def peak() -> int:
-    """Largest resident size of this process so far, in bytes."""
+    """Peak resident size of this process so far, in bytes."""
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset
     import resource  # Unix only
 
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return largest if sys.platform == "darwin" else largest * 1024  # KiB but on macOS
+    return largest if sys.platform == "darwin" else largest * 1024  # KiB except on macOS
 
 
 def require(needed: int, purpose: str, remedy: str) -> None:
-    """Refuse, with the figures, work that would not fit into memory.
+    """Refuse work that would not fit into memory, with both figures in the message.
+
+    Args:
+        needed: Bytes that the work takes.
+        purpose: Subject of the message, such as "ZCA whitening".
+        remedy: End of the message, such as "use a smaller --image-size".
 
     Raises:
-        UserError: If `needed` bytes are more than is available.
+        UserError: If more bytes are needed than available.
     """
     free = available()
     if needed > free:
@@ -48,7 +53,7 @@ def require(needed: int, purpose: str, remedy: str) -> None:
 
 
 def format_bytes(size: float) -> str:
-    """A byte count for people, such as 1.5 GiB."""
+    """Format a byte count, such as 1.5 GiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

@@ -1,26 +1,26 @@
-"""Where data sets lie, and what is kept, unless the user says otherwise."""
+"""Default locations of data sets and caches."""
 
 import os
 from pathlib import Path
 
 
 def data_root() -> Path:
-    """The environment variable DSDISTILL_DATA, else ~/.cache/dsdistill."""
+    """Folder of data sets: $DSDISTILL_DATA, else ~/.cache/dsdistill."""
     return Path(os.environ.get("DSDISTILL_DATA") or "~/.cache/dsdistill").expanduser()
 
 
 def cache() -> Path:
-    """The environment variable DSDISTILL_CACHE, else dsdistill in $XDG_CACHE_HOME or ~/.cache."""
-    if own := os.environ.get("DSDISTILL_CACHE"):
-        return Path(own).expanduser()
+    """Cache folder: $DSDISTILL_CACHE, else dsdistill in $XDG_CACHE_HOME or ~/.cache."""
+    if folder := os.environ.get("DSDISTILL_CACHE"):
+        return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dsdistill"
 
 
 def decoded_images() -> Path:
-    """Where the decoded images of folders are kept."""
+    """Cache of the decoded images of folders."""
     return cache() / "decoded"
 
 
 def evaluations() -> Path:
-    """Where the results of evaluations are kept that others can use."""
+    """Cache of evaluation results that later evaluations can reuse."""
     return cache() / "evaluations"

@@ -1,10 +1,10 @@
-"""A stop by hand or by a scheduler: Ctrl-C and SIGTERM as a flag that a loop asks.
+"""Ctrl-C and SIGTERM as a flag that a loop polls.
 
-Python runs a signal's handler between any two instructions, in a callback of JAX or of the garbage
-collector too, and an exception raised there is printed and lost. So inside `watch` the first signal
-sets a flag alone, which the loop asks after each step; a later one raises KeyboardInterrupt at
-once, and one more ends the process. Outside it the first one raises, in a callback as soon as that
-is over, and the flag stays up for a loop that comes later.
+Python runs a signal's handler between any two instructions, also inside a callback of JAX or of the
+garbage collector, where an exception is printed and lost. So inside `watch` the first signal only
+sets a flag, which the loop checks after each step; a later one raises KeyboardInterrupt at once,
+and one more ends the process. Outside `watch` the first signal raises, or if it arrives in a
+callback, raises when that returns; the flag stays set for a later loop.
 """
 
 import _weakrefset
@@ -23,30 +23,30 @@ from typing import Any, TypeVar
 
 Value = TypeVar("Value")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Seconds in which a second signal counts as the first: a launcher passes on a Ctrl-C that the
+# Seconds within which a second signal counts as the first: a launcher passes on a Ctrl-C that the
 # terminal has sent to its processes as well.
 ECHO_SECONDS = 1.0
-# Seconds of computing after which a signal that came in a callback is looked at again.
+# CPU seconds after which a signal that arrived in a callback is raised again.
 RETRY_SECONDS = 0.02
 
 
 class StopInterrupt(KeyboardInterrupt):
-    """A command that was told to stop; the message says what is kept and how it goes on."""
+    """Stop of a command by a signal; the message says what is kept and how to continue."""
 
 
 class StopFlag:
     """The handler of both signals.
 
     Attributes:
-        requested: Whether a stop was asked for.
-        waits: Whether a loop is at work that asks for the flag.
-        over: Whether the work is over that the signals would end.
+        requested: Whether a stop was requested.
+        is_polled: Whether a running loop polls the flag.
+        is_finished: Whether the work that the signals would end is done.
     """
 
     def __init__(self) -> None:
         self.requested = False
-        self.waits = False
-        self.over = False
+        self.is_polled = False
+        self.is_finished = False
         self._since = 0.0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
@@ -54,37 +54,37 @@ class StopFlag:
         if self.requested and now - self._since < ECHO_SECONDS:
             return
         first, self.requested, self._since = not self.requested, True, now
-        if self.waits and first:
-            # Not print: the signal may have come in the middle of one.
+        if self.is_polled and first:
+            # Not print: the signal may have arrived in the middle of one.
             with contextlib.suppress(OSError):
-                os.write(2, b"\nstopping after this step; once more ends at once\n")
+                os.write(2, b"\nstopping after this step; a second signal stops at once\n")
             return
         if not first:
-            for each in SIGNALS:
-                signal.signal(each, signal.SIG_DFL)
+            for handled in SIGNALS:
+                signal.signal(handled, signal.SIG_DFL)
         self._interrupt(frame)
 
     def _interrupt(self, frame: FrameType | None) -> None:
-        """Raise, if an exception comes through here; else when the callback is over.
+        """Raise now, or in a callback, which would lose the exception, as soon as it has returned.
 
-        Not a thread: to start one may wait for a lock that the interrupted code holds. Not SIGALRM,
-        which other libraries use.
+        No thread does this: starting one may wait for a lock that the interrupted code holds. Nor
+        SIGALRM, which other libraries use.
         """
         if not _in_callback(frame) or not hasattr(signal, "setitimer"):
             raise KeyboardInterrupt
 
-        def again(number: int, frame: FrameType | None) -> None:
-            if not self.waits and not self.over:
+        def retry(number: int, frame: FrameType | None) -> None:
+            if not self.is_polled and not self.is_finished:
                 self._interrupt(frame)
 
-        signal.signal(signal.SIGVTALRM, again)
+        signal.signal(signal.SIGVTALRM, retry)
         signal.setitimer(signal.ITIMER_VIRTUAL, RETRY_SECONDS)
 
     def check(self) -> None:
-        """End what is at work if a stop was asked for.
+        """End the current work if a stop was requested.
 
         Raises:
-            KeyboardInterrupt: If one was.
+            KeyboardInterrupt: If a stop was requested.
         """
         if self.requested:
             raise KeyboardInterrupt
@@ -104,13 +104,13 @@ def _in_callback(frame: FrameType | None) -> bool:
 
 @contextlib.contextmanager
 def handle_signals() -> Iterator[StopFlag]:
-    """Let both signals raise KeyboardInterrupt, and be noticed by every `watch` inside.
+    """Handle both signals for a command: raise KeyboardInterrupt, or set the flag inside `watch`.
 
-    For a command. A signal that is ignored stays so, as SIGINT is in a shell's background.
+    An ignored signal stays ignored, as SIGINT is in a shell's background job.
 
     Yields:
         The flag. In a thread other than the main one, and where another library handles the
-        signals, it follows nothing.
+        signals, it is never set.
     """
     flag, before = StopFlag(), {}
     if threading.current_thread() is threading.main_thread():
@@ -120,7 +120,7 @@ def handle_signals() -> Iterator[StopFlag]:
     try:
         yield flag
     finally:
-        flag.over = True
+        flag.is_finished = True
         for number, handler in before.items():
             if signal.getsignal(number) is flag:
                 signal.signal(number, handler)
@@ -128,31 +128,31 @@ def handle_signals() -> Iterator[StopFlag]:
 
 @contextlib.contextmanager
 def watch() -> Iterator[StopFlag]:
-    """Let the first signal set a flag instead of raising; for a loop that asks after each step.
+    """Let the first signal set a flag instead of raising; for a loop that checks after each step.
 
     Yields:
-        The flag; up already if an earlier exception of a signal was lost.
+        The flag; already set if the exception of an earlier signal was lost.
     """
     current = [signal.getsignal(number) for number in SIGNALS]
     flags = [handler for handler in current if isinstance(handler, StopFlag)]
     with contextlib.nullcontext(flags[0]) if flags else handle_signals() as flag:
-        waited, flag.waits = flag.waits, True
+        was_polled, flag.is_polled = flag.is_polled, True
         try:
             yield flag
         finally:
-            flag.waits = waited
+            flag.is_polled = was_polled
 
 
 @contextlib.contextmanager
 def explain_stop(command: Sequence[str] = (), result: Path | None = None) -> Iterator[None]:
-    """Say after a stop by hand what is kept, and how the command goes on.
+    """Turn an interrupt into a message that says what is kept and how to continue.
 
     Args:
-        command: The words of the line that goes on; none before anything is written.
-        result: The file whose presence means that nothing is left to do.
+        command: Words of the command line that continues; empty if nothing has been written.
+        result: File whose presence means that the run is complete.
 
     Raises:
-        Stopped: If there was a stop.
+        StopInterrupt: If the block was interrupted.
     """
     try:
         yield
@@ -166,9 +166,9 @@ def explain_stop(command: Sequence[str] = (), result: Path | None = None) -> Ite
 
 
 def call_interruptibly(work: Callable[[], Value]) -> Value:
-    """Call a function that spends minutes outside Python, where no handler runs before its end.
+    """Call a function that spends minutes outside Python, where no signal handler can run.
 
-    A signal ends the wait for it. The work goes on in its thread, and ends with the process.
+    A signal ends the wait for it. The work continues in its thread, and ends with the process.
     """
     outcome: dict[str, Any] = {}
 

@@ -1,8 +1,8 @@
-r"""Names that users and files bring, shown as the text they are.
+r"""Safe display of names that come from users and files.
 
 A class, a file or a data set may have any name: with an escape sequence that recolours a terminal,
-a line feed, marks that turn the reading direction, bytes that are no UTF-8. Files keep a name as it
-is; whoever shows one passes it through here.
+a line feed, marks that reverse the reading direction, bytes that are not UTF-8. Files keep a name
+unchanged; whatever displays one passes it through here.
 """
 
 import unicodedata
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 MAX_NAME_CHARACTERS = 32  # characters of a name in a plot
-# Controls, marks without a width, halves of a surrogate pair, separators of lines and paragraphs.
+# Control characters, marks without width, surrogates, line and paragraph separators.
 _INVISIBLE_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")
 _ESCAPED_BYTES = "".join(map(chr, range(0xDC80, 0xDD00)))  # as `os.fsdecode` keeps them
 _JOINERS = "\u200c\u200d"  # within words of Persian and of Indic scripts, and within emoji
 
 
 def printable(text: str) -> str:
-    r"""The text on one line, with whatever a screen would obey or hide written as `\n`, `\x1b`, ...
+    r"""Escape characters that a screen would obey or hide, as `\n`, `\x1b`, ...; one line results.
 
     Args:
-        text: Any string. A byte of a file's name that is no UTF-8, which Python keeps as half a
-            surrogate pair, is written as `\xe9`.
+        text: Any string. A byte of a file name that is not UTF-8, which Python keeps as a lone
+            surrogate, is written as `\xe9`.
 
     Returns:
         A string that can be encoded as UTF-8. A second call changes nothing.
@@ -36,10 +36,21 @@ def printable(text: str) -> str:
     return "".join(_escape_character(a, character, b) for a, character, b in around)
 
 
-def shorten(text: str, most: int = MAX_NAME_CHARACTERS) -> str:
-    """The printable text, without its middle where it is longer than `most` characters.
+def quote(name: str) -> str:
+    r"""The printable name between quotation marks, for a message.
 
-    Names of one data set often begin alike, so the end is kept too.
+    Not `repr`, which doubles every backslash: a class of the folder `caf\xe9` would be shown as
+    `'caf\\xe9'`, a name that is nowhere.
+    """
+    shown = printable(name)
+    mark = '"' if "'" in shown and '"' not in shown else "'"
+    return f"{mark}{shown}{mark}"
+
+
+def shorten(text: str, most: int = MAX_NAME_CHARACTERS) -> str:
+    """The printable text, with its middle cut out if it is longer than `most` characters.
+
+    Names in a data set often begin alike, so the end is kept too.
     """
     shown = printable(text)
     if len(shown) <= most:
@@ -54,11 +65,11 @@ def abbreviate_names(names: Sequence[str]) -> str:
 
 
 def console(*, stderr: bool = False, soft_wrap: bool = False) -> "Console":
-    """A console that takes no text for markup: `[/x]` and `:smile:` stand as they are.
+    """A console without markup: `[/x]` and `:smile:` are printed as they are.
 
     Args:
-        stderr: Write to standard error.
-        soft_wrap: Leave long lines to the terminal, and whole where there is none.
+        stderr: Whether to write to standard error.
+        soft_wrap: Whether to leave the wrapping of long lines to the terminal.
     """
     from rich.console import Console
 

@@ -29,10 +29,10 @@ def fc_ntk(
     """NTK of Flatten, `depth` x (Dense, ReLU), Dense, in the dtype of the images.
 
     Args:
-        x1, x2: Images as the network sees them, any scale; no image is special, a zero or a
-            repeated one included.
+        x1, x2: Images as the network sees them, at any scale; zero and repeated images are
+            allowed.
         depth: Number of hidden layers; 0 gives a linear model.
-        w_std, b_std: W and b; the defaults are those of the KIP paper.
+        w_std, b_std: Deviations W and b; the defaults are those of the KIP paper.
     """
     flat1, flat2 = x1.reshape(len(x1), -1), x2.reshape(len(x2), -1)
     weight, bias = w_std**2, b_std**2
@@ -52,5 +52,5 @@ def fc_ntk(
 
 
 def _deviation(variance: Float[Array, " n"]) -> Float[Array, " n"]:
-    """Square root with a finite slope at 0, which a zero image without bias has."""
+    """Square root with a finite slope at 0, the variance of a zero image without bias."""
     return jnp.sqrt(jnp.maximum(variance, jnp.finfo(variance.dtype).tiny))

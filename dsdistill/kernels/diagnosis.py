@@ -1,4 +1,4 @@
-"""Why a kernel is not finite: which image, and before which layer."""
+"""Explanation of a kernel that is not finite: which image, and before which layer."""
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +13,16 @@ ImageSet = Float[np.ndarray, "n h w c"]
 
 
 def explain_not_finite(network: InfiniteNetwork, support: ImageSet, targets: ImageSet) -> str:
-    """The first place where the kernel between two sets of images is not finite, in words.
+    """Describe the first place where the kernel between two sets of images is not finite.
 
     Args:
-        network: Whose kernel.
-        support, targets: As the kernel took them; they are counted from 0.
+        network: Network of the kernel.
+        support, targets: Images that the kernel was evaluated on; numbered from 0.
     """
     for name, images in (("support image", support), ("target", targets)):
-        found = _explain_image(network, images)
-        if found is not None:
-            return f"{name} {found}"
+        explanation = _explain_image(network, images)
+        if explanation is not None:
+            return f"{name} {explanation}"
     kernel = jax.jit(network.kernel)
     for name, images in (("support image", support), ("target", targets)):
         for first in range(0, len(images), IMAGES_PER_CHUNK):
@@ -34,7 +34,7 @@ def explain_not_finite(network: InfiniteNetwork, support: ImageSet, targets: Ima
 
 
 def _explain_image(network: InfiniteNetwork, images: ImageSet) -> str | None:
-    """The first image that is not finite by itself, and before which layer."""
+    """Describe the first image that is not finite by itself; None if there is none."""
     largest = np.abs(images).max((1, 2, 3))
     if not np.isfinite(largest).all():
         return f"{np.argmin(np.isfinite(largest))} has a pixel that is not finite"
@@ -42,9 +42,9 @@ def _explain_image(network: InfiniteNetwork, images: ImageSet) -> str | None:
         return None
     layers = network.deviations(jnp.asarray(images))
     for layer, deviations in enumerate(layers):
-        sound = np.isfinite(deviations).all((1, 2))
-        if not sound.all():
-            i = int(np.argmin(sound))
+        is_finite = np.isfinite(deviations).all((1, 2))
+        if not is_finite.all():
+            i = int(np.argmin(is_finite))
             return (
                 f"{i}, whose largest pixel is {largest[i]:.3g}, is not finite before ReLU "
                 f"{layer + 1} of {len(layers)}"

@@ -1,4 +1,4 @@
-"""Which infinitely wide network: a name from the command line becomes a kernel function.
+"""Infinitely wide networks: the kernel function of a name on the command line.
 
 NTK parameterisation, ReLU, weight deviation sqrt(2), bias deviation 0.1, 3x3 SAME convolutions,
 2x2 average pooling of stride 2, as in the KIP papers (arXiv:2011.00050, arXiv:2107.13034).
@@ -43,17 +43,18 @@ class InfiniteNetwork:
     """An infinitely wide network, as its neural tangent kernel.
 
     Attributes:
-        name: As a user would write it, with the depth.
-        engine: What computes it: `closed form`, `exact planes` or `neural-tangents`.
-        kernel: Of two sets of images, in their dtype, differentiable in both.
-        diagonal: Of each image with itself, for float64 images; None if `kernel` is as exact there
-            in float64 as elsewhere.
-        symmetric: Of a set of images with itself, where that takes less than `kernel`.
-        slopes: The kernel of two sets of images, and the gradient of every entry with respect to
+        name: Name as a user writes it, with the depth.
+        engine: How it is computed: `closed form`, `exact planes` or `neural-tangents`.
+        kernel: Kernel between two sets of images, in their dtype, differentiable in both.
+        diagonal: Kernel of each image with itself, for float64 images; None if `kernel` is as exact
+            there in float64 as elsewhere.
+        symmetric: Kernel of a set of images with itself, where that costs less than `kernel`.
+        slopes: Kernel between two sets of images, and the gradient of every entry with respect to
             the first of its two images.
-        deviations: Of each image before each ReLU, (n, h, w) each; to say where one is not finite.
-        smallest: The smallest height and width it takes, in pixels.
-        module_sha256: Of the file of the user's module, if one gave it; not of what that imports.
+        deviations: Deviations of each image before each ReLU, (n, h, w) each; to explain a value
+            that is not finite.
+        min_size: Smallest height and width of images, in pixels.
+        module_sha256: SHA-256 of the file of the user's module, if any; not of what that imports.
     """
 
     name: str
@@ -63,20 +64,20 @@ class InfiniteNetwork:
     symmetric: SymmetricKernel | None = None
     slopes: Slopes | None = None
     deviations: Callable[[Float[Array, "n h w c"]], list[Array]] | None = None
-    smallest: int = 1
+    min_size: int = 1
     module_sha256: str | None = None
 
 
 def parse(
     name: str, depth: int | None = None, *, w_std: float = W_STD, b_std: float = B_STD
 ) -> InfiniteNetwork:
-    """The network of a name.
+    """Build the network that a name means.
 
     Args:
-        name: `fc`, `conv`, `convnet`, `convnet3` or `myrtle`, also with its depth, as in
+        name: `fc`, `conv`, `convnet`, `convnet3` or `myrtle`, optionally with a depth, as in
             `convnet(2)`; a sequence such as `CR-3xCRP-flatten` (see `notation`); or
             `module:attribute` for a neural-tangents network: a `stax` triple or a kernel function.
-            The module is imported, from the current folder too: never pass a name from a file.
+            The module is imported, also from the current folder: never pass a name from a file.
         depth: Hidden layers of `fc` and `conv` (default 1), pooled blocks of `convnet` (3),
             or the variant of `myrtle` (5, 7 or 10; default 5).
         w_std, b_std: Deviations of weights and biases; a module sets its own.
@@ -88,13 +89,13 @@ def parse(
         return _from_module(name, depth)
     if notation.is_notation(name):
         if depth is not None:
-            raise UserError(f"the kernel {name} has no --depth: the sequence says it")
+            raise UserError(f"the kernel {name} takes no --depth: its sequence sets the depth")
         return _convolutional(name, notation.parse(name, w_std=w_std, b_std=b_std))
-    found = re.fullmatch(r"([a-z0-9]+)\(([0-9]+)\)", name)
-    if found:
+    match = re.fullmatch(r"([a-z0-9]+)\(([0-9]+)\)", name)
+    if match:
         if depth is not None:
             raise UserError(f"the kernel {name} has its depth in its name; leave out --depth")
-        name, depth = found[1], int(found[2])
+        name, depth = match[1], int(match[2])
     if name not in _BUILDERS:
         raise unknown_name("kernel", name, [*_BUILDERS, "CR-3xCRP-flatten", "module:attribute"])
     build, default = _BUILDERS[name]
@@ -105,28 +106,28 @@ def parse(
 
 
 def check(network: InfiniteNetwork, shape: tuple[int, int, int]) -> None:
-    """Refuse images that a network cannot take, and a user's kernel that is none; nothing is run.
+    """Refuse images that a network cannot take, and an invalid user's kernel; nothing is computed.
 
     Args:
-        network: As `parse` returned it.
+        network: Network from `parse`.
         shape: Height, width and channels of an image.
 
     Raises:
         UserError: If the images are too small for its poolings; if a user's kernel fails, or does
-            not give one number for each pair of images, as a network without a readout does not.
+            not return one number per pair of images, as for a network without a readout.
     """
-    if min(shape[:2]) < network.smallest:
+    if min(shape[:2]) < network.min_size:
         raise UserError(
-            f"the kernel {network.name} needs images of at least {network.smallest}x"
-            f"{network.smallest} pixels for its poolings, got {shape[0]}x{shape[1]}: choose "
-            f"--image-size {network.smallest} or more, or another --kernel"
+            f"the kernel {network.name} needs images of at least {network.min_size}x"
+            f"{network.min_size} pixels for its poolings, got {shape[0]}x{shape[1]}: choose "
+            f"--image-size {network.min_size} or more, or another --kernel"
         )
     if network.diagonal is None or network.engine != "neural-tangents":
         return
     two, three = (jax.ShapeDtypeStruct((n, *shape), jnp.float32) for n in (2, 3))
     try:
         pairs = jax.eval_shape(network.kernel, two, three)
-        same = jax.eval_shape(network.diagonal, two)
+        diagonal = jax.eval_shape(network.diagonal, two)
     except Exception as error:  # whatever the user's code and neural-tangents raise
         raise UserError(
             f"the kernel {network.name} cannot be evaluated for images of "
@@ -134,7 +135,7 @@ def check(network: InfiniteNetwork, shape: tuple[int, int, int]) -> None:
             "neural-tangents network that ends in a readout, such as stax.Flatten() and "
             "stax.Dense(1)"
         ) from error
-    if getattr(pairs, "shape", None) != (2, 3) or getattr(same, "shape", None) != (2,):
+    if getattr(pairs, "shape", None) != (2, 3) or getattr(diagonal, "shape", None) != (2,):
         raise UserError(
             f"the kernel {network.name} must give one number for each pair of images, 2x3 for 2 "
             f"and 3 of them, got {getattr(pairs, 'shape', type(pairs).__name__)}: end the network "
@@ -148,10 +149,10 @@ def _fc(depth: int, w_std: float, b_std: float) -> InfiniteNetwork:
 
 
 def _slopes(kernel: Kernel) -> Slopes:
-    """Those of a kernel that is cheap for one pair."""
+    """Slopes of a kernel that is cheap for a single pair."""
 
-    def entry(one: Array, two: Array) -> Array:
-        return kernel(one[None], two[None])[0, 0]
+    def entry(image: Array, other: Array) -> Array:
+        return kernel(image[None], other[None])[0, 0]
 
     rows = jax.vmap(jax.value_and_grad(entry), in_axes=(None, 0))
     return jax.vmap(rows, in_axes=(0, None))
@@ -190,11 +191,11 @@ _BUILDERS: dict[str, tuple[Callable[..., InfiniteNetwork], int | None]] = {
 
 
 def _convolutional(name: str, layers: Architecture) -> InfiniteNetwork:
-    """A network of convolutions, ReLUs and poolings; targets are shared out over the devices."""
+    """Build a network of convolutions, ReLUs and poolings; targets are sharded over devices."""
     kernel = devices.shard_kernel(functools.partial(conv_kernel.ntk, network=layers))
-    one_half = functools.partial(conv_kernel.ntk_symmetric, network=layers)
+    half = functools.partial(conv_kernel.ntk_symmetric, network=layers)
     symmetric = devices.shard_symmetric_kernel(
-        functools.partial(conv_kernel.ntk, network=layers), one_half
+        functools.partial(conv_kernel.ntk, network=layers), half
     )
     deviations = functools.partial(variances.deviations, network=layers)
     return InfiniteNetwork(
@@ -204,7 +205,7 @@ def _convolutional(name: str, layers: Architecture) -> InfiniteNetwork:
         symmetric=symmetric,
         slopes=functools.partial(conv_kernel.slopes, network=layers),
         deviations=deviations,
-        smallest=layers.smallest,
+        min_size=layers.min_size,
     )
 
 
@@ -212,14 +213,14 @@ def _from_module(name: str, depth: int | None) -> InfiniteNetwork:
     module, _, attribute = name.partition(":")
     neural_tangents.load()  # a user's module imports neural_tangents itself
     if depth is not None:
-        raise UserError(f"the kernel {name} has no --depth: its module fixes the network")
+        raise UserError(f"the kernel {name} takes no --depth: its module fixes the network")
     try:
         imported = importlib.import_module(module)
-        found = getattr(imported, attribute)
-    except Exception as error:  # of the user's code, or of neural-tangents for its network
+        value = getattr(imported, attribute)
+    except Exception as error:  # from the user's code, or from neural-tangents for its network
         line = one_line(error, kind=True)
         raise UserError(f"kernel {name!r} cannot be imported: {line}") from error
-    kernel = found[2] if isinstance(found, tuple) and len(found) == 3 else found
+    kernel = value[2] if isinstance(value, tuple) and len(value) == 3 else value
     if not callable(kernel):
         raise UserError(f"kernel {name!r} is neither a stax network nor a kernel function")
     return _from_kernel(name, kernel, _digest(imported))
@@ -238,7 +239,7 @@ def _from_kernel(
 
 
 def _digest(module: types.ModuleType) -> str | None:
-    """SHA-256 of a module's file; None for one that has none, as in a notebook."""
+    """SHA-256 of a module's file; None for a module without one, as in a notebook."""
     file = getattr(module, "__file__", None)
     if file is None or not Path(file).is_file():
         return None
@@ -246,7 +247,7 @@ def _digest(module: types.ModuleType) -> str | None:
 
 
 def _in_image_dtype(kernel: Callable[..., Any]) -> Kernel:
-    """neural-tangents' kernel of float32 images in float32, whatever mode JAX is in.
+    """Evaluate a neural-tangents kernel in the dtype of the images, whatever mode JAX is in.
 
     In x64 mode its float64 constants would promote everything, and XLA's CPU compiler (jaxlib
     0.10.2) crashes on its float64 average pooling. A GPU's default for products and convolutions
@@ -269,5 +270,5 @@ def _in_image_dtype(kernel: Callable[..., Any]) -> Kernel:
 
 
 def _diagonal(kernel: Callable[..., Any]) -> KernelDiagonal:
-    """Each image with itself, in float64, where neural-tangents is exact on identical images."""
+    """Kernel of each image with itself in float64, where neural-tangents is exact."""
     return lambda x: jax.lax.map(lambda image: kernel(image[None], None, "ntk")[0, 0], x)

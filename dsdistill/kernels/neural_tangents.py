@@ -1,8 +1,8 @@
 """neural-tangents, importable on current JAX.
 
-neural-tangents 0.6.5, its last release (December 2023), looks for names that JAX has since moved,
-and imports TensorFlow through one experimental module. `load` adds the names where they are
-missing, puts an empty module in that one's place, and replaces nothing.
+neural-tangents 0.6.5, its last release (December 2023), uses names that JAX has since moved, and
+imports TensorFlow in one experimental module. `load` adds the names where they are missing, puts an
+empty module in place of the experimental one, and replaces nothing else.
 
 Source: Novak et al. (2020), arXiv:1912.02803.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 TESTED_JAX = "0.10.2"  # the JAX release on which every name below was found
 
-# Where neural-tangents looks -> where current JAX keeps the names.
+# Module in which neural-tangents looks -> module in which current JAX has the names.
 _MOVED_NAMES = {
     "jax.core": {
         "jax.extend.core": ("ClosedJaxpr", "Jaxpr", "JaxprEqn", "Literal", "Primitive", "Var"),
@@ -36,7 +36,7 @@ _MOVED_NAMES = {
 
 @dataclass(frozen=True)
 class NeuralTangents:
-    """The two parts of neural-tangents that are used here."""
+    """The two modules of neural-tangents that are used here."""
 
     stax: Any
     nt: Any
@@ -47,7 +47,7 @@ def load() -> NeuralTangents:
     """Import neural-tangents; the first call takes about a second.
 
     Raises:
-        ImportError: Naming the JAX release this was tried on, if a name is nowhere to be found.
+        ImportError: If a name cannot be found; the message states the JAX release that works.
     """
     import jax
 
@@ -86,7 +86,7 @@ def _restore_moved_names() -> None:
 
 
 def _import_or_create(name: str) -> types.ModuleType:
-    """The module, or an empty one of that name where JAX no longer has it."""
+    """Import a module, or create an empty one of that name where JAX no longer has it."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError:

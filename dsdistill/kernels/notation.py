@@ -1,6 +1,6 @@
-"""A convolutional network as a sequence of layers, and how to write one on a command line.
+"""Convolutional networks as sequences of layers, and their notation on a command line.
 
-`CR-3xCRP-flatten` reads: a 3x3 convolution and a ReLU, three times convolution, ReLU and 2x2
+`CR-3xCRP-flatten` means a 3x3 convolution and a ReLU, then three times convolution, ReLU and 2x2
 average pooling, then a Flatten; a dense readout always follows.
 """
 
@@ -20,7 +20,7 @@ SYNTAX = (
 
 @dataclass(frozen=True)
 class Stage:
-    """What happens to a plane between two places where neighbouring pixels are read."""
+    """Operations on a plane between two reads of neighbouring pixels."""
 
     conv: bool
     relu: bool
@@ -43,36 +43,41 @@ class Architecture:
 
     @property
     def levels(self) -> tuple[tuple[Stage, ...], ...]:
-        """The stages at each resolution, finest first."""
+        """Stages at each resolution, finest first."""
         return tuple(_split_stages(part) for part in self.layers.split("P"))
 
     @property
-    def smallest(self) -> int:
-        """The smallest height and width that the poolings allow, in pixels."""
+    def min_size(self) -> int:
+        """Smallest height and width that the poolings allow, in pixels."""
         return 2 ** self.layers.count("P")
 
 
 def is_notation(text: str) -> bool:
-    """Whether a kernel's name is meant as a sequence."""
+    """Whether a kernel's name is meant as a sequence of layers."""
     return any(text == head or text.endswith(f"-{head}") for head in HEADS) or bool(
         re.fullmatch(r"[0-9xCRP-]+", text)
     )
 
 
 def parse(text: str, *, w_std: float = math.sqrt(2), b_std: float = 0.1) -> Architecture:
-    """The network of a notation.
+    """Parse the notation of a network.
+
+    Args:
+        text: Notation such as `CR-3xCRP-flatten`.
+        w_std, b_std: Deviations of weights and biases.
 
     Raises:
-        UserError: Saying how a sequence is written.
+        UserError: If the text is not a sequence, or has no closed form; the message says how a
+            sequence is written.
     """
     *blocks, head = text.split("-")
-    found = [_BLOCK.fullmatch(block) for block in blocks]
-    if head not in HEADS or not all(found):
+    matches = [_BLOCK.fullmatch(block) for block in blocks]
+    if head not in HEADS or not all(matches):
         raise UserError(
             f"the kernel {text!r} is not {SYNTAX}; any other network can be given as "
             "module:attribute, where the attribute is a neural-tangents stax network"
         )
-    layers = "".join(match[2] * int(match[1] or 1) for match in found if match)
+    layers = "".join(match[2] * int(match[1] or 1) for match in matches if match)
     if re.match("P*R", layers) or re.search("RP*R", layers):
         raise UserError(
             f"the kernel {text!r} has a ReLU without a convolution before it: its input is not "
@@ -82,5 +87,5 @@ def parse(text: str, *, w_std: float = math.sqrt(2), b_std: float = 0.1) -> Arch
 
 
 def _split_stages(letters: str) -> tuple[Stage, ...]:
-    """Every convolution with the ReLU right after it, and every other ReLU by itself."""
+    """Split into stages: a convolution with a ReLU right after it, and any other ReLU by itself."""
     return tuple(Stage("C" in part, "R" in part) for part in re.findall("CR?|R", letters))

@@ -1,4 +1,4 @@
-"""What a ReLU does to the two kernels of an infinitely wide network, with a finite gradient.
+"""Effect of a ReLU on the two kernels of an infinitely wide network, with finite gradients.
 
 For two Gaussian pre-activations with covariance K and deviations σ1, σ2, write n = σ1 σ2,
 c = K / n, θ = arccos c. Then
@@ -24,15 +24,15 @@ import numpy as np
 from jaxtyping import Array, Float
 from numpy.polynomial import Chebyshev, Polynomial
 
-# 1 - |c| of two equal vectors is a few units of rounding, not 0, and its square root is 1e-3 in
-# float32: a relative error of 2e-4 in the kernel. Up to SNAP units it is taken for 0.
+# 1 - |c| of two equal vectors is a few rounding units, not 0, and its square root is 1e-3 in
+# float32: a relative error of 2e-4 in the kernel. Up to this many units it is set to 0.
 MAX_GAP_IN_EPS = 10
 
 
 def relu(
     nngp: Float[Array, "*s"], ntk: Float[Array, "*s"], scale: Float[Array, "*s"]
 ) -> tuple[Float[Array, "*s"], Float[Array, "*s"]]:
-    """NNGP and NTK after a ReLU.
+    """Compute NNGP and NTK after a ReLU.
 
     Args:
         nngp: Covariance K of the pre-activations.
@@ -40,7 +40,8 @@ def relu(
         scale: n = σ1 σ2, at least |K| up to rounding; where it is 0 the results are 0.
 
     Returns:
-        K' and T'. Where c = 1 within `MAX_GAP_IN_EPS` rounding units, K' is n / 2 and T' is T / 2 exactly.
+        K' and T'. Where c = 1 within `MAX_GAP_IN_EPS` rounding units, K' is n / 2 and T' is T / 2
+        exactly.
     """
     return _relu(nngp, ntk, scale)
 
@@ -66,9 +67,9 @@ def _angle(nngp: Array, scale: Array) -> tuple[Array, Array, Array, Array]:
 
 
 def angle(cos: Float[Array, "*s"]) -> tuple[Array, Array, Array, Array]:
-    """c, s, g and g' of the equations above, for c up to rounding in [-1, 1].
+    """Compute c, s, g and g' of the equations above, for c in [-1, 1] up to rounding.
 
-    The c returned is 1 or -1 exactly where the angle vanishes, and s and g' are 0 there.
+    Where the angle vanishes, the c returned is exactly 1 or -1, and s and g' are 0.
     """
     gap = 1 - jnp.abs(cos)
     gap = jnp.where(gap < MAX_GAP_IN_EPS * jnp.finfo(cos.dtype).eps, 0, gap)

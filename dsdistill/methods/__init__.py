@@ -1,1 +1,1 @@
-"""Kernel Inducing Points, Label Solve and what they consist of: one step, its loss, its start."""
+"""Kernel Inducing Points and Label Solve: their steps, losses, targets and initial supports."""

@@ -1,10 +1,10 @@
-"""Random changes of the target images that keep their class: flips, shifts and small rotations.
+"""Random transforms of the target images that keep their class: flips, shifts, small rotations.
 
-Each transform is a pure function of the images and of one number an image; `augment_images` draws the
-numbers. They act on preprocessed images, and pixels that come in from outside repeat the edge.
+Each transform is a pure function of the images and of its random numbers; `augment_images` draws
+them. Images are preprocessed, and pixels from beyond the edge repeat it.
 
-Source: Nguyen, Novak, Xiao and Lee (2021), arXiv:2107.13034, who augment targets; the reach of
-each transform is ours.
+Source: Nguyen, Novak, Xiao and Lee (2021), arXiv:2107.13034, who augment targets; the range of
+each transform is this project's choice.
 """
 
 import jax
@@ -14,15 +14,15 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from dsdistill.harness import lists
 from dsdistill.harness.errors import unknown_name
 
-SHIFT_DIVISOR = 8  # a shift moves by up to an eighth of the height and of the width
-MAX_ROTATION_DEGREES = 15  # a rotation turns by up to so many, both ways
+SHIFT_DIVISOR = 8  # a shift is at most an eighth of the height and of the width
+MAX_ROTATION_DEGREES = 15  # in either direction
 
 
 def parse(text: str | None) -> tuple[str, ...]:
-    """The transforms of an `--augment` such as `flip,shift` or `all`, in the order of the table.
+    """The transforms that `--augment` names, such as `flip,shift` or `all`, in a fixed order.
 
     Raises:
-        UserError: For an unknown name, or one that comes twice.
+        UserError: If a name is unknown or comes twice.
     """
     names = lists.parse_names("--augment", text or "", empty=True)
     known = [*_TRANSFORMS, "all"]
@@ -35,12 +35,12 @@ def parse(text: str | None) -> tuple[str, ...]:
 def augment_images(
     images: Float[Array, "m h w c"], key: PRNGKeyArray, names: tuple[str, ...]
 ) -> Float[Array, "m h w c"]:
-    """Each image changed on its own, by every transform named.
+    """Apply every named transform to each image, with random numbers of its own.
 
     Args:
-        images: Preprocessed.
-        key: Of all draws. Those of one transform do not depend on which others are named.
-        names: As `parse` returns them.
+        images: Preprocessed images.
+        key: JAX key of all draws; those of a transform do not depend on which others are named.
+        names: Transforms, as `parse` returns them.
     """
     for i, (name, draw) in enumerate(_TRANSFORMS.items()):
         if name in names:
@@ -49,26 +49,27 @@ def augment_images(
 
 
 def flip(images: Float[Array, "m h w c"], mirrored: Bool[Array, " m"]) -> Float[Array, "m h w c"]:
-    """The images marked are flipped left to right."""
+    """Flip the images marked in `mirrored` left to right."""
     return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
 
 
 def shift(
     images: Float[Array, "m h w c"], down: Int[Array, " m"], right: Int[Array, " m"]
 ) -> Float[Array, "m h w c"]:
-    """Every image moved by so many pixels down and to the right; negative: up, to the left."""
+    """Shift each image by whole pixels down and to the right; negative values: up, to the left."""
     m, h, w, _ = images.shape
     rows = jnp.clip(jnp.arange(h) - down[:, None], 0, h - 1)  # (m, h)
     columns = jnp.clip(jnp.arange(w) - right[:, None], 0, w - 1)  # (m, w)
-    each = jnp.arange(m)[:, None, None]
-    return images[each, rows[:, :, None], columns[:, None, :]]
+    image = jnp.arange(m)[:, None, None]
+    return images[image, rows[:, :, None], columns[:, None, :]]
 
 
 def rotate(images: Float[Array, "m h w c"], angles: Float[Array, " m"]) -> Float[Array, "m h w c"]:
-    """Every image turned about its centre, bilinear.
+    """Rotate each image about its centre, with bilinear interpolation.
 
     Args:
-        angles: In radians; positive is counter-clockwise as the image is seen.
+        images: Images of any range.
+        angles: Radians; positive is counter-clockwise as the image is seen.
     """
     h, w = images.shape[1:3]
     y = jnp.arange(h, dtype=images.dtype)[:, None] - (h - 1) / 2
@@ -76,7 +77,8 @@ def rotate(images: Float[Array, "m h w c"], angles: Float[Array, " m"]) -> Float
 
     def turn(image: Float[Array, "h w c"], angle: Float[Array, ""]) -> Float[Array, "h w c"]:
         cos, sin = jnp.cos(angle), jnp.sin(angle)
-        source = [cos * y + sin * x + (h - 1) / 2, cos * x - sin * y + (w - 1) / 2]  # of each pixel
+        # Where each pixel comes from.
+        source = [cos * y + sin * x + (h - 1) / 2, cos * x - sin * y + (w - 1) / 2]
 
         def sample(plane: Float[Array, "h w"]) -> Float[Array, "h w"]:
             return jax.scipy.ndimage.map_coordinates(plane, source, order=1, mode="nearest")
@@ -101,8 +103,8 @@ def _random_shift(images: Array, key: PRNGKeyArray) -> Array:
 
 
 def _random_rotation(images: Array, key: PRNGKeyArray) -> Array:
-    most = jnp.deg2rad(MAX_ROTATION_DEGREES)
-    return rotate(images, jax.random.uniform(key, (len(images),), jnp.float32, -most, most))
+    limit = jnp.deg2rad(MAX_ROTATION_DEGREES)
+    return rotate(images, jax.random.uniform(key, (len(images),), jnp.float32, -limit, limit))
 
 
 _TRANSFORMS = {"flip": _random_flip, "shift": _random_shift, "rotate": _random_rotation}

@@ -1,19 +1,19 @@
-"""The Gauss-Newton step of KIP, which uses that the loss is a sum of squares.
+"""The Gauss-Newton step of KIP, which exploits that the loss is a sum of squares.
 
-Adam knows the gradient of a batch. The derivative of every single entry of the kernel costs no
-more than that gradient (`kernels.banded.slopes`), and it says how all predictions p of the batch
-move with all pixels and labels: the Jacobian J, which is never formed. A step s minimises the loss
-of the predictions as they move to first order, damped by S, which is diagonal:
+Adam uses the gradient of a batch. The derivatives of all single entries of the kernel cost no
+more than that gradient (`conv_kernel.slopes`), and they give the Jacobian J, which is never
+formed: how all predictions p of the batch change with all pixels and labels. A step s minimises
+the loss with the predictions linearised and a diagonal damping S:
 
     1/2 mean (p + J s - y_t)²  +  1/2 s^T S s
 
-by conjugate gradients, which start from the step before. Part of s is taken. A step that does not
-lower the loss of its own batch is taken back, and one that lowers it by much less than p + J s
-promised makes the damping of the next ones larger, until they keep their promises again.
+by conjugate gradients, which start from the previous step. A fraction of s is taken. A step that
+does not lower the loss of its own batch is undone. One that lowers it by much less than the
+linearised predictions promise raises the damping, until steps keep the promise again.
 
 Source: Levenberg (1944) and Marquardt (1963) for the step and its damping; Martens (2010), "Deep
-learning via Hessian-free optimization", for conjugate gradients on batches. That KIP is solved in
-this way is this project's.
+learning via Hessian-free optimization", for conjugate gradients on batches. Applying it to KIP is
+this project's idea.
 """
 
 import functools
@@ -35,13 +35,13 @@ from dsdistill.methods import ridge
 from dsdistill.methods.optimizer import LearnedArrays, StepProblem
 from dsdistill.parallel import devices
 
-ITERATIONS = 30  # of conjugate gradients: more follow the noise of the batch
-WARM_START = 0.9  # of the last direction, where they start
-SLOPES_MEMORY_FACTOR = 2.2  # times their size, while they are computed
+ITERATIONS = 30  # of conjugate gradients: more would fit the noise of the batch
+WARM_START = 0.9  # fraction of the previous direction that conjugate gradients start from
+SLOPES_MEMORY_FACTOR = 2.2  # peak memory while slopes are computed, relative to their size
 PROBES = 4  # random vectors that estimate the mean of a diagonal
-POOR, GOOD = 0.25, 0.75  # shares of the promised decrease
-MIN_DIAGONAL = 1e-30  # of a diagonal: no predictions move
-RISE, FALL = 4.0, 0.5  # of the damping after a poor and a good step
+POOR, GOOD = 0.25, 0.75  # shares of the promised decrease below and above which damping changes
+MIN_DIAGONAL = 1e-30  # floor of a mean diagonal: at 0 no prediction changes
+DAMPING_RISE, DAMPING_FALL = 4.0, 0.5  # factors after a poor and after a good step
 
 _product = functools.partial(jnp.einsum, precision="highest")  # a GPU's default is TF32
 
@@ -49,12 +49,12 @@ _product = functools.partial(jnp.einsum, precision="highest")  # a GPU's default
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class GaussNewtonState:
-    """What one step leaves to the next.
+    """What a step passes on to the next one.
 
     Attributes:
-        count: Steps so far.
-        direction: The last solution, of which a part was taken.
-        boost: What the damping is multiplied by, at least 1.
+        count: Number of steps so far.
+        direction: Solution of the last step, of which a fraction was taken.
+        boost: Factor of the damping, at least 1.
     """
 
     count: Int[Array, ""]
@@ -125,37 +125,42 @@ class GaussNewton:
 
 
 def require_slopes(network: InfiniteNetwork) -> Slopes:
-    """The slopes of a network.
+    """The slopes of a network's kernel: the derivatives of its single entries.
 
     Raises:
-        UserError: If its kernel has none, with what computes it.
+        UserError: If the engine of its kernel has none.
     """
     if network.slopes is None:
         raise UserError(
-            f"--optimizer gauss-newton needs a kernel in closed form or of exact planes, and "
+            f"--optimizer gauss-newton needs a kernel in closed form or of exact planes, but "
             f"{network.name} is computed by {network.engine}: use --optimizer adam"
         )
     return network.slopes
 
 
 def check_memory(support: Float[np.ndarray, "n h w c"], targets: int) -> None:
-    """Refuse slopes that do not fit.
+    """Refuse slopes that do not fit into memory.
+
+    Args:
+        support: Images of the support.
+        targets: Number of targets per step.
 
     Raises:
-        UserError: With what they need.
+        UserError: If they do not fit; the message states what they need.
     """
     n, pixels = len(support), support[0].size
-    each = 4 * n * pixels * (SLOPES_MEMORY_FACTOR * devices.share(targets) + 3 * n)
+    # Bytes of one device, in float32.
+    needed = 4 * n * pixels * (SLOPES_MEMORY_FACTOR * devices.share(targets) + 3 * n)
     free, count = gram.free_bytes(), jax.local_device_count()
-    if each > free:
+    if needed > free:
         raise UserError(
-            f"the slopes of {n} x {targets} pairs need {memory.format_bytes(each * count)}, "
+            f"the slopes of {n} x {targets} pairs need {memory.format_bytes(needed * count)}, "
             f"{memory.format_bytes(free * count)} is free: lower --target-batch"
         )
 
 
 def initial_state(learned: LearnedArrays) -> GaussNewtonState:
-    """Before the first step."""
+    """The state before the first step."""
     return GaussNewtonState(jnp.int32(0), jax.tree.map(jnp.zeros_like, learned), jnp.float32(1))
 
 
@@ -164,16 +169,16 @@ class Problem:
     """One device's part of a batch.
 
     Attributes:
-        slopes: The kernel's, see `Network`.
-        strength: The ridge, relative.
+        slopes: Slopes of the kernel, see `InfiniteNetwork`.
+        ridge: Ridge, relative to the mean of diag(k_ss).
         free: 1 for pixels that are learned, 0 for others.
-        x_t, y_t: Targets.
-        weights: Of each target in the mean; 0 for those that fill up a share.
-        targets: How many there are on all devices.
+        x_t, y_t: Images and labels of this device's targets.
+        weights: Weight of each target in the mean; 0 for padding.
+        targets: Number of targets on all devices.
     """
 
     slopes: Slopes
-    strength: float
+    ridge: float
     free: Float[Array, "n h w c"]
     x_t: Float[Array, "m h w c"]
     y_t: Float[Array, "m k"]
@@ -192,62 +197,64 @@ def step(
     damping: float,
     key: PRNGKeyArray,
 ) -> tuple[Array, LearnedArrays, GaussNewtonState]:
-    """One step; inside `devices.shard_targets`.
+    """Take one step; to be called inside `devices.shard_targets`.
 
     Args:
-        problem: This device's.
+        problem: This device's part of the batch.
         whole: Images and labels of the support.
-        learned: Those of them that move.
-        last: What the step before left.
-        loss: This device's part of the loss of other values of `learned`.
-        rate: The part of the solution that is taken.
+        learned: The arrays among `whole` that are learned.
+        last: State after the previous step.
+        loss: This device's part of the loss as a function of `learned`.
+        rate: Fraction of the solution that is taken.
         damping: Relative to the mean of the diagonal of J^T J, for images and labels separately.
-        key: For the estimate of that mean.
+        key: JAX key for the estimate of that mean.
 
     Returns:
-        The loss before the step, the values after it, and what the next step starts from.
+        The loss before the step, the learned arrays after it, and the state for the next step.
     """
     predictions, forward, backward = linearise(problem, whole, learned)
     errors = predictions - problem.y_t
     weights = jnp.broadcast_to(problem.weights[:, None], errors.shape) / errors.shape[1]
 
-    def mean_square(of: Array) -> Array:
-        return devices.total(0.5 * jnp.sum(weights * of**2))
+    def half_mean_square(residuals: Array) -> Array:
+        return devices.total(0.5 * jnp.sum(weights * residuals**2))
 
     scale = _scales(backward, weights, (problem.targets, weights.shape[1]), key)
     gradient = _times(scale, devices.total(backward(weights * errors)))
 
-    def curvature(
-        v: LearnedArrays,
-    ) -> LearnedArrays:  # scaled, so that the mean of its diagonal is 1
-        change = devices.total(backward(weights * forward(_times(scale, v))))
-        more = damping * last.boost
-        return jax.tree.map(lambda c, v: c + more * v, _times(scale, change), v)
+    # Scaled so that the mean of its diagonal is 1, plus the damping.
+    def curvature(v: LearnedArrays) -> LearnedArrays:
+        product = devices.total(backward(weights * forward(_times(scale, v))))
+        boosted = damping * last.boost
+        return jax.tree.map(lambda p, v: p + boosted * v, _times(scale, product), v)
 
     first = {name: WARM_START * v / scale[name] for name, v in last.direction.items()}
     direction = _times(scale, cg(curvature, gradient, x0=first, tol=0, maxiter=ITERATIONS)[0])
     change = jax.tree.map(lambda v: (-rate * v).astype(v.dtype), direction)
     moved = jax.tree.map(jnp.add, learned, change)
 
-    value = mean_square(errors)
-    promised = value - mean_square(errors + forward(change))
-    found = value - devices.total(loss(moved))
-    kept = found > 0  # not if it is NaN
-    share = jnp.where(kept, found / promised, 0)
-    factor = jnp.where(share < POOR, RISE, jnp.where(share > GOOD, FALL, 1.0))
+    value = half_mean_square(errors)
+    promised = value - half_mean_square(errors + forward(change))
+    decrease = value - devices.total(loss(moved))
+    accepted = decrease > 0  # False for NaN
+    share = jnp.where(accepted, decrease / promised, 0)
+    factor = jnp.where(share < POOR, DAMPING_RISE, jnp.where(share > GOOD, DAMPING_FALL, 1.0))
     boost = jnp.maximum(last.boost * factor, 1)
-    moved = jax.tree.map(lambda new, old: jnp.where(kept, new, old), moved, learned)
+    moved = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), moved, learned)
     return value, moved, GaussNewtonState(last.count + 1, direction, jnp.float32(boost))
 
 
 def linearise(
     problem: Problem, whole: LearnedArrays, learned: LearnedArrays
 ) -> tuple[Array, Callable[[LearnedArrays], Array], Callable[[Array], LearnedArrays]]:
-    """The predictions of the targets, and their derivative, applied to a change of what is learned.
+    """Predictions of the targets, and their Jacobian J as two linear functions.
+
+    Args:
+        problem, whole, learned: As for `step`.
 
     Returns:
-        p, (m, k) in float64; J as a function of a change; J^T as a function of (m, k), of which
-        `devices.total` is that of all targets.
+        The predictions p, (m, k) in float64; J, applied to a change of `learned`; J^T, applied to
+        an (m, k) array, whose `devices.total` is that of all targets.
     """
     images = whole["images"]
     double = images.astype(jnp.float64)
@@ -256,17 +263,17 @@ def linearise(
     each_ss = devices.gather_rows(each_ss.astype(jnp.float32))[: len(images)]
     k_st, each_st = problem.slopes(images, problem.x_t)
 
-    def predicted(k_ss: Array, k_st: Array, y_s: Array) -> Array:
-        return ridge.predict(k_st, ridge.solve(k_ss, y_s, problem.strength))
+    def predict(k_ss: Array, k_st: Array, y_s: Array) -> Array:
+        return ridge.predict(k_st, ridge.solve(k_ss, y_s, problem.ridge))
 
     y_s = whole["labels"].astype(jnp.float64)
     at = k_ss, k_st.astype(jnp.float64), y_s
-    predictions, push = jax.linearize(predicted, *at)
+    predictions, push = jax.linearize(predict, *at)
     pull = jax.linear_transpose(push, *at)
 
     def forward(change: LearnedArrays) -> Array:
         moves = change["images"] * problem.free
-        # An image moves its row of k_ss as the first of two images, its column as the second.
+        # An image changes its row of k_ss as the first argument and its column as the second.
         rows = _product("nahwc,nhwc->na", each_ss, moves)
         k_ts = _product("nmhwc,nhwc->nm", each_st, moves)
         labels = change["labels"] if "labels" in learned else jnp.zeros_like(y_s)
@@ -276,8 +283,8 @@ def linearise(
         d_ss, d_st, d_y = (g.astype(jnp.float32) for g in pull(cotangent.astype(jnp.float64)))
         moves = _product("na,nahwc->nhwc", d_ss + d_ss.T, each_ss)
         moves += _product("nm,nmhwc->nhwc", d_st, each_st)
-        every = {"images": moves * problem.free, "labels": d_y}
-        return {name: every[name] for name in learned}
+        cotangents = {"images": moves * problem.free, "labels": d_y}
+        return {name: cotangents[name] for name in learned}
 
     return predictions, forward, backward
 
@@ -288,10 +295,10 @@ def _scales(
     shape: tuple[int, int],
     key: PRNGKeyArray,
 ) -> LearnedArrays:
-    """One over the root of the mean of the diagonal of J^T J, for images and for labels.
+    """1 / sqrt(mean of the diagonal of J^T J), for images and for labels.
 
-    The square of J^T times random signs is that diagonal, in the mean over the signs. `shape` is
-    that of all targets' predictions, so that signs do not depend on the number of devices.
+    The expected square of J^T times random signs is that diagonal. `shape` is that of the
+    predictions of all targets, so that the signs do not depend on the number of devices.
     """
 
     def probe(key: PRNGKeyArray) -> LearnedArrays:
@@ -299,9 +306,10 @@ def _scales(
         moves = devices.total(backward(jnp.sqrt(weights) * signs))
         return {name: jnp.mean(v**2) for name, v in moves.items()}
 
-    found = jax.lax.map(probe, jax.random.split(key, PROBES))
+    squares = jax.lax.map(probe, jax.random.split(key, PROBES))
     return {
-        name: 1 / jnp.sqrt(jnp.maximum(means.mean(), MIN_DIAGONAL)) for name, means in found.items()
+        name: 1 / jnp.sqrt(jnp.maximum(means.mean(), MIN_DIAGONAL))
+        for name, means in squares.items()
     }
 
 

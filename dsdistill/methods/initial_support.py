@@ -1,4 +1,4 @@
-"""Where KIP starts: real images, noise, or a set that was distilled before.
+"""Initial supports of KIP: real images, noise, or an earlier distilled set.
 
 Source: Nguyen, Chen and Lee (2021), arXiv:2011.00050, for noise and for corruption.
 """
@@ -19,16 +19,16 @@ from dsdistill.harness.data.labeled_images import (
 from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError, unknown_name
 
-INIT_NAMES = ("real", "noise")  # what `--init` can name beside a file
+INIT_NAMES = ("real", "noise")  # values of `--init` that are no file
 
 
 @dataclass(frozen=True, eq=False)
 class Support:
-    """Where the optimisation starts.
+    """Initial images and labels of an optimisation.
 
     Attributes:
-        images, labels: Preprocessed images and centred one-hot labels, class by class.
-        frozen: Pixels that are never learned (`--corruption`).
+        images, labels: Preprocessed images and centred one-hot labels, in class order.
+        frozen: Whether a pixel is never learned (`--corruption`).
     """
 
     images: Float[np.ndarray, "n h w c"]
@@ -39,14 +39,14 @@ class Support:
 def draw_support(
     train: Examples, images_per_class: int, *, noise: bool, corruption: float, seed: int
 ) -> Support:
-    """Class-balanced real images, or unit Gaussian noise, partly replaced by frozen noise.
+    """Draw class-balanced real images or Gaussian noise, partly replaced by frozen noise.
 
     Args:
-        train: Drawn from without replacement.
-        images_per_class: Exactly so many of every class, in class order.
-        noise: Start from noise instead of real images.
-        corruption: Fraction of the pixels of each image kept as noise for good, in [0, 1].
-        seed: Of the draw and of the noise.
+        train: Images to draw from, without replacement.
+        images_per_class: Exact number of images of every class; classes come in order.
+        noise: Start from noise of mean 0 and variance 1 instead of real images.
+        corruption: Fraction of the pixels that are noise and stay so, in [0, 1].
+        seed: Seed of the draw and of the noise.
     """
     rng = np.random.default_rng([seed, 0])
     rows = draw_per_class(train.data, images_per_class, rng)
@@ -63,12 +63,12 @@ def corrupt(
     *,
     noise: bool = False,
 ) -> Support:
-    """A support of these images, so large a fraction of their pixels replaced by frozen noise.
+    """Make a support of images, a fraction of whose pixels is replaced by frozen noise.
 
     Args:
-        images, labels: Class by class.
-        fraction: In [0, 1].
-        rng: Draws the noise and where it goes.
+        images, labels: Images and labels in class order.
+        fraction: Fraction of the pixels to replace, in [0, 1].
+        rng: Draws the noise and its pixels.
         noise: Replace the other pixels too, by noise that is learned.
     """
     noisy = rng.standard_normal(images.shape, np.float32)
@@ -77,10 +77,10 @@ def corrupt(
 
 
 def load(init: str) -> distilled_set.DistilledSet | None:
-    """The distilled set that `--init` names; None for `real` and `noise`.
+    """Load the distilled set that `--init` names; None for `real` and `noise`.
 
     Raises:
-        UserError: If it is neither, or a file that cannot be trusted.
+        UserError: If `init` is no known name and no path, or the file is damaged.
     """
     if init in INIT_NAMES:
         return None
@@ -93,12 +93,12 @@ def load(init: str) -> distilled_set.DistilledSet | None:
 def check(
     distilled: distilled_set.DistilledSet, train: LabeledImages, images_per_class: int | None
 ) -> int:
-    """Refuse a set that a run on these images cannot start from, and count its images a class.
+    """Refuse a set that a run on these images cannot start from; return its images per class.
 
     Args:
-        distilled: What `load` returned.
+        distilled: The set that `load` returned.
         train: The images that will be the targets.
-        images_per_class: As the user asked for, or None: as the set has it.
+        images_per_class: The number that the user asked for; None: any.
 
     Raises:
         UserError: If classes, shape, label encoding or number of images do not fit.
@@ -106,23 +106,29 @@ def check(
     k, n = len(train.classes), len(distilled)
     if distilled.classes != train.classes:
         raise UserError(
-            f"--init: the set has {len(distilled.classes)} classes, the data {k}, or they differ "
-            "in name or order"
+            f"--init: the set and the data must have the same classes in the same order, got "
+            f"{len(distilled.classes)} classes and {k}: choose the data that the set was made from"
         )
     if distilled.images.shape[1:] != train.shape:
         shapes = ("x".join(map(str, s)) for s in (distilled.images.shape[1:], train.shape))
-        raise UserError("--init: the set's images are {}, the data's {}".format(*shapes))
+        raise UserError(
+            "--init: the set's images are {}, the data's {}: set --image-size and --channels to "
+            "match".format(*shapes)
+        )
     if distilled.encoding != distilled_set.ENCODING:
         raise UserError(
             f"--init: the set's labels are {distilled.encoding!r}, "
             f"expected {distilled_set.ENCODING!r}"
         )
     if n % k:
-        raise UserError(f"--init: the set's {n} images are not the same number of all {k} classes")
+        raise UserError(
+            f"--init: a set must have the same number of images of each class, got {n} images of "
+            f"{k} classes: choose another set"
+        )
     if images_per_class not in (None, n // k):
         raise UserError(
-            f"--init: the set has {n // k} images a class, --images-per-class asks for "
-            f"{images_per_class}: leave it out"
+            f"--init: the set has {n // k} images per class, --images-per-class asks for "
+            f"{images_per_class}: leave that option out"
         )
     return n // k
 
@@ -135,8 +141,8 @@ def overlaps_validation(
     Splits are nested: a larger fraction holds out all that a smaller one does.
 
     Args:
-        distilled: A set; one that does not say how it was made has seen nothing.
-        digest, validation_fraction: Of the run's data.
+        distilled: A set; one that does not say how it was made counts as independent.
+        digest, validation_fraction: SHA-256 and validation fraction of the run's data.
     """
     data, config = (distilled.provenance.get(name) for name in ("data", "config"))
     if not isinstance(data, dict) or not isinstance(config, dict):
@@ -152,15 +158,15 @@ def overlaps_validation(
 def from_set(
     distilled: distilled_set.DistilledSet, preprocess: Preprocess, *, corruption: float, seed: int
 ) -> Support:
-    """A checked set's images and labels, in this run's preprocessing.
+    """Turn a checked set into a support, in this run's preprocessing.
 
-    A set preprocessed in another way goes back to plain images and through this run's; where the
-    set was whitened, that loses each image's brightness and contrast.
+    Images with another preprocessing are inverted to plain images and preprocessed again; a
+    whitened set loses each image's brightness and contrast in that way.
 
     Args:
-        distilled: Class by class.
-        preprocess: As this run's kernel sees images.
-        corruption, seed: As in `draw_support`.
+        distilled: A set that `check` accepts, in class order.
+        preprocess: Preprocessing of this run.
+        corruption, seed: As for `draw_support`.
     """
     images = distilled.images
     if not distilled.preprocess.same_as(preprocess):

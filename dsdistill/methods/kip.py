@@ -1,15 +1,15 @@
 """Kernel Inducing Points: a support set learned by gradient descent through ridge regression.
 
 Each step draws a class-balanced batch of targets (x_t, y_t) from the training images, predicts it
-by kernel ridge regression from the support (x_s, y_s), and moves x_s, and y_s if asked, down the
-gradient of half the mean squared error with Adam:
+by kernel ridge regression from the support (x_s, y_s), and lowers half the mean squared error with
+Adam, over x_s and with `learn_labels` over y_s too:
 
     loss = 1/2 mean (k_ts (k_ss + ridge * mean(diag k_ss) I)^-1 y_s - y_t)²
 
 Source: Nguyen, Chen and Lee (2021), arXiv:2011.00050, algorithm 1; Nguyen, Novak, Xiao and Lee
 (2021), arXiv:2107.13034, for label learning and augmentation. Deviation: kernels of the targets
-are float32 and the solve float64, where the authors' code is float64 throughout; the test suite
-compares both.
+are float32 and the solution is float64, while the authors' code is float64 throughout; the tests
+compare both.
 """
 
 import time
@@ -40,7 +40,7 @@ Targets = tuple[np.ndarray, np.ndarray]  # images and labels of a batch
 
 
 class State(NamedTuple):
-    """What a step changes: the support, its labels, and what the optimiser remembers."""
+    """State of an optimisation: images and labels of the support, and the optimiser's state."""
 
     images: Float[Array, "n h w c"]
     labels: Float[Array, "n k"]
@@ -51,12 +51,12 @@ class Step(NamedTuple):
     """One item of `distill`.
 
     Attributes:
-        done: Steps so far, this one included.
-        state: After this step.
-        loss: Before this step.
-        network: Which of the objective's networks it used, by position.
-        pairs: Of images, whose kernel it evaluated.
-        seconds: What it took; the first one of each network compiles.
+        done: Number of steps so far, this one included.
+        state: State after the step.
+        loss: Loss before the step.
+        network: Position of the step's network among those of the objective.
+        pairs: Number of pairs of images whose kernel was evaluated.
+        seconds: Duration; that of each network's first step includes the compilation.
     """
 
     done: int
@@ -69,16 +69,16 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class KipObjective:
-    """What KIP minimises, and how it steps.
+    """The loss of KIP and how it is minimised.
 
     Attributes:
-        networks: Whose neural tangent kernels; of several, each step draws one.
-        ridge: Relative to the mean of diag(k_ss).
+        networks: Networks whose neural tangent kernels are used; each step draws one of them.
+        ridge: Ridge, relative to the mean of diag(k_ss).
         optimizer: How a step moves the support.
-        cosine_steps: The learning rates fall to 0 over this number of steps, along a cosine; None:
-            they are constant.
-        learn_labels: Whether the gradient also moves the labels.
-        augment: How targets are changed at random: names of `dsdistill.methods.augment`.
+        cosine_steps: Number of steps over which the learning rates fall to 0 along a cosine; None:
+            constant rates.
+        learn_labels: Whether labels are learned too.
+        augment: Random transforms of the targets, names of `dsdistill.methods.augment`.
     """
 
     networks: tuple[InfiniteNetwork, ...]
@@ -97,7 +97,7 @@ def initial_state(objective: KipObjective, support: Support) -> State:
 def restart(
     objective: KipObjective, images: Float[Array, "n h w c"], labels: Float[Array, "n k"]
 ) -> State:
-    """These images and labels, the optimiser and its schedule at the start."""
+    """The state with these images and labels, and with the optimiser and its schedule reset."""
     learned = _learned_arrays(objective, images, labels)
     return State(images, labels, objective.optimizer.initial_state(learned))
 
@@ -198,11 +198,11 @@ def distill(
         state, done: Continue after `done` steps from this state.
 
     Raises:
-        UserError: If the loss or the support is not finite; the state of the step before is the
+        UserError: If the loss or the support is not finite; the state of the previous step is the
             last good one.
     """
     with Stepper(objective, support, train, target_batch, seed) as stepper:
-        # Where every later state will be: otherwise the second step compiles anew.
+        # Placed as every later state will be: otherwise the second step would compile again.
         current = devices.replicate(state or initial_state(objective, support))
         for number in range(done, steps):
             step = stepper.step(current, stepper.draw(number), number)
@@ -211,22 +211,22 @@ def distill(
 
 
 def check_memory(objective: KipObjective, support: Support, train: Examples, targets: int) -> None:
-    """Refuse steps of so many targets that cannot fit, before anything is computed.
+    """Refuse a number of targets per step that cannot fit into memory, before any computation.
 
     Raises:
-        UserError: With what they need.
+        UserError: If it cannot fit; the message states what it needs.
     """
     objective.optimizer.check_memory(support.images, TargetBatches(train, targets, 0).size)
 
 
 def divergence_error(objective: KipObjective, what: str) -> UserError:
-    """An error that ends a run whose loss is lost, with the options to change."""
+    """The error that ends a diverged run, with the options to change."""
     remedy = objective.optimizer.remedy(learn_labels=objective.learn_labels)
     return UserError(f"{what}: raise --ridge (now {objective.ridge:g}) or {remedy}")
 
 
 def _draw_network(networks: int, seed: int, step: int) -> int:
-    """The position of a step's network."""
+    """Draw the position of a step's network."""
     return int(np.random.default_rng([seed, 3, step]).integers(networks))
 
 
@@ -241,7 +241,7 @@ def _compile_update(
     def share(
         at: tuple[State, PRNGKeyArray], real: Array, x_t: Array, y_t: Array
     ) -> tuple[Array, Any, Any]:
-        """The step of one device with its targets: in sums over all devices the same on each."""
+        """The step as one device computes it from its targets; results agree on all devices."""
         state, key = at
         whole = {"images": state.images, "labels": state.labels}
         learned = _learned_arrays(objective, **whole)
@@ -271,9 +271,10 @@ def _compile_update(
     def update(state: State, x_t: Array, y_t: Array, key: PRNGKeyArray) -> tuple[State, Array]:
         x_t = augment_images(x_t, key, objective.augment)
         value, moved, moments = devices.shard_targets(share)((state, key), targets, x_t, y_t)
-        # A finite loss can have a gradient that is not: seen now, the last good state is kept.
-        sound = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((moved, moments))]
-        value = jnp.where(jnp.stack(sound).all(), value, jnp.nan)
+        # A finite loss can have a gradient that is not finite: detected here, the previous state
+        # is still good.
+        finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((moved, moments))]
+        value = jnp.where(jnp.stack(finite).all(), value, jnp.nan)
         return State(moved["images"], moved.get("labels", state.labels), moments), value
 
     return jax.jit(update)
@@ -284,7 +285,7 @@ def _learned_arrays(objective: KipObjective, images: Array, labels: Array) -> di
 
 
 def _factor(objective: KipObjective, step: Array) -> Array:
-    """What the schedule leaves of the learning rates; float32 whatever mode JAX is in."""
+    """Factor of the schedule on the learning rates, float32 even where JAX is in float64 mode."""
     if objective.cosine_steps is None:
         return jnp.float32(1)
     schedule = optax.cosine_decay_schedule(1.0, objective.cosine_steps)

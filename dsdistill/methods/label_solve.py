@@ -1,15 +1,15 @@
 """Label Solve: real images keep their pixels, and their labels are solved for in closed form.
 
-The labels that make ridge regression on the support fit the whole training set best are, with n
-support images,
+With n support images, the labels for which ridge regression on the support fits the whole training
+set best are
 
     y* = (k_ss + ridge/n I) (k_st k_st^T + ridge/n I)^-1 k_st y_t
 
-k_st k_st^T (n x n) and k_st y_t (n x k) are sums over targets, so the training set streams
-through once, tile by tile, in O(n² + tile) memory.
+k_st k_st^T (n x n) and k_st y_t (n x k) are sums over targets, so one pass over the training set
+is enough, tile by tile, in O(n² + tile) memory.
 
-This ridge is absolute, as in the paper, while the ridge of `dsdistill.methods.ridge`, with which
-the result is used, is relative to the mean of the diagonal.
+This ridge is absolute, as in the paper, while that of `dsdistill.methods.ridge`, which predicts
+from the result, is relative to the mean of the diagonal.
 
 Source: Nguyen, Chen and Lee (2021), arXiv:2011.00050, section 3.
 """
@@ -30,8 +30,8 @@ from dsdistill.kernels.networks import InfiniteNetwork
 from dsdistill.methods import ridge as krr
 from dsdistill.parallel import devices
 
-CHUNK = 2000  # targets that are read at a time; a tile of the kernel may be smaller
-# At a time for a convolutional kernel: some ten seconds between two checkpoints.
+CHUNK = 2000  # targets per chunk; a tile of the kernel may be smaller
+# Pairs per chunk for a convolutional kernel: some ten seconds between two checkpoints.
 MAX_CHUNK_PAIRS = 50_000
 
 
@@ -53,13 +53,13 @@ def solve_labels(
     """Labels of the support images that fit all training images best.
 
     Args:
-        network: Whose neural tangent kernel.
-        support: Preprocessed images.
+        network: Network whose neural tangent kernel is used.
+        support: Preprocessed images of the support.
         train: All targets; read once, in chunks.
-        ridge: Absolute, divided by n.
+        ridge: Absolute ridge; divided by n.
 
     Raises:
-        UserError: As `accumulate` and `solve` do.
+        UserError: If `accumulate` or `solve` raises it.
     """
     *_, total = accumulate(network, support, train)
     return solve(network, support, total, ridge)
@@ -71,15 +71,15 @@ def accumulate(
     train: Examples,
     start: Sums | None = None,
 ) -> Iterator[Sums]:
-    """k_st k_st^T and k_st y_t, one chunk of targets for each item taken.
+    """Sum k_st k_st^T and k_st y_t, one chunk of targets for each item that is taken.
 
     Args:
-        network, support, train: As in `solve_labels`.
-        start: The sums to go on from.
+        network, support, train: As for `solve_labels`.
+        start: Sums to continue from.
 
     Raises:
         UserError: If the support is larger than the training set, or too large for memory; or if
-            the kernel is not finite, with the first image where.
+            the kernel is not finite, with the first image for which it is not.
     """
     n, k = len(support), len(train.data.classes)
     if n > len(train):
@@ -92,7 +92,7 @@ def accumulate(
     size = chunk_size(network, n, train)
     add = _compile_sum(network, support, size)
     sums = start or Sums(0, *(np.zeros(shape) for shape in ((n, n), (n, k))))
-    with jax.enable_x64(True):  # where every later sum will be: no second compilation
+    with jax.enable_x64(True):  # placed as every later sum will be: no second compilation
         sums = Sums(sums.done, *map(devices.replicate, sums[1:]))
     for first in range(sums.done, len(train), size):
         done = min(first + size, len(train))
@@ -108,7 +108,7 @@ def accumulate(
 
 
 def chunk_size(network: InfiniteNetwork, n: int, train: Examples) -> int:
-    """Targets that `accumulate` reads at a time, for `n` support images."""
+    """Number of targets per chunk of `accumulate`, for `n` support images."""
     size = min(CHUNK, len(train))
     return size if network.engine == "closed form" else min(max(MAX_CHUNK_PAIRS // n, 1), size)
 
@@ -116,7 +116,7 @@ def chunk_size(network: InfiniteNetwork, n: int, train: Examples) -> int:
 def _compile_sum(
     network: InfiniteNetwork, support: Float[np.ndarray, "n h w c"], targets: int
 ) -> Callable[..., tuple[Array, Array]]:
-    """Adds so many targets, of which the first `count` count, to the two sums."""
+    """A compiled function that adds the first `count` of `targets` targets to the two sums."""
     n, *shape = support.shape
     tile = gram.plan_tile(network, n, devices.share(targets), tuple(shape), gradient=False)
 
@@ -138,7 +138,11 @@ def _compile_sum(
 def solve(
     network: InfiniteNetwork, support: Float[np.ndarray, "n h w c"], sums: Sums, ridge: float
 ) -> Float[np.ndarray, "n k"]:
-    """The labels, from the sums over all targets.
+    """Solve for the labels, from the sums over all targets.
+
+    Args:
+        network, support, ridge: As for `solve_labels`.
+        sums: The sums over all targets.
 
     Raises:
         UserError: If the system is singular at this ridge.

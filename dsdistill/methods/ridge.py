@@ -3,8 +3,8 @@
     alpha = (k_ss + ridge * mean(diag k_ss) * I)^-1 y_s,    pred = k_st^T alpha
 
 The ridge is relative to the mean of the diagonal, as in the KIP papers, so the same value serves
-kernels of any scale. Everything here is float64: the smallest eigenvalues of k_ss are a millionth
-of the largest, and float32 would return noise. Call it under `jax.enable_x64(True)`.
+kernels of any scale. Everything is float64: the smallest eigenvalues of k_ss are a millionth of
+the largest, and float32 would return noise. Call these functions under `jax.enable_x64(True)`.
 
 Source: Nguyen, Chen and Lee (2021), arXiv:2011.00050, equation 2.
 """
@@ -22,15 +22,14 @@ from jaxtyping import Array, Float
 from dsdistill.harness import memory
 from dsdistill.harness.data.labeled_images import Examples
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.evaluation.protocol import Predict
+from dsdistill.harness.evaluation.held_out import Predict
 from dsdistill.harness.runs import progress
 from dsdistill.kernels.gram import Tile, gram, plan_tile
 from dsdistill.kernels.networks import InfiniteNetwork
 from dsdistill.parallel import devices
 
-CHUNK = 2000  # images that are predicted at a time
-# Training images of an exact solve: 0.8 GB of kernel, ten seconds on two cores.
-MAX_TRAINING_IMAGES = 10_000
+CHUNK = 2000  # images per chunk of a prediction
+MAX_TRAINING_IMAGES = 10_000  # for an exact solution: 0.8 GB of kernel, ten seconds on two cores
 
 
 def solve(k_ss: Float[Array, "n n"], y_s: Float[Array, "n k"], ridge: float) -> Float[Array, "n k"]:
@@ -39,7 +38,7 @@ def solve(k_ss: Float[Array, "n n"], y_s: Float[Array, "n k"], ridge: float) -> 
     Args:
         k_ss: Kernel of the support with itself, float64.
         y_s: Support labels.
-        ridge: Relative: `ridge * mean(diag(k_ss))` is added to the diagonal.
+        ridge: Relative ridge: `ridge * mean(diag(k_ss))` is added to the diagonal.
     """
     n = len(k_ss)
     regular = k_ss + ridge * jnp.trace(k_ss) / n * jnp.eye(n)
@@ -64,8 +63,8 @@ def loss(
     Args:
         k_ss, k_st: Kernel of the support with itself and with the targets.
         y_s, y_t: Labels of support and targets.
-        ridge: Relative, see `solve`.
-        weights: Of each target in the mean; None: 1/m for all.
+        ridge: Relative ridge, see `solve`.
+        weights: Weight of each target in the mean; None: 1/m for all.
     """
     errors = jnp.mean((predict(k_st, solve(k_ss, y_s, ridge)) - y_t) ** 2, axis=1)
     return 0.5 * (jnp.mean(errors) if weights is None else weights @ errors)
@@ -73,12 +72,14 @@ def loss(
 
 @dataclass(frozen=True)
 class RidgeLearner:
-    """Kernel ridge regression as a `Learner`. Nothing in it is random or tuned.
+    """Kernel ridge regression as a `Learner`, with nothing random or tuned.
 
     Attributes:
-        network: Whose kernel.
-        ridge: Relative, see `solve`.
-        name, limit, identity: As any learner's; without an identity its results are not kept.
+        network: Network whose neural tangent kernel is used.
+        ridge: Relative ridge, see `solve`.
+        name: Name in reports.
+        limit: Largest number of training images; None: any.
+        identity: JSON-compatible identity in the cache of results; None: results are not cached.
     """
 
     network: InfiniteNetwork
@@ -90,12 +91,12 @@ class RidgeLearner:
 
     @property
     def accelerator(self) -> str | None:
-        """Its name, if JAX computes on one."""
+        """Name of the accelerator that JAX computes on; None on a CPU."""
         device = jax.devices()[0]
         return None if device.platform == "cpu" else device.device_kind
 
     def __call__(self, train: Examples, validation: Examples, seed: int, /) -> Predict:
-        """Fit on all training images; validation images and seed play no part."""
+        """Fit on all training images; validation images and seed have no influence."""
         return fit(self.network, train.images(), train.labels(), self.ridge)
 
 
@@ -107,13 +108,13 @@ def fit(
     *,
     unit: str | None = None,
 ) -> Predict:
-    """Solve for one support and return its predictor.
+    """Fit kernel ridge regression to one support and return its predictor.
 
     Args:
-        network: Whose kernel.
+        network: Network whose neural tangent kernel is used.
         images, labels: The support.
-        ridge: Relative, see `solve`.
-        unit: What live progress of a long prediction calls the images; None shows none.
+        ridge: Relative ridge, see `solve`.
+        unit: Name of the images in the progress bar of a long prediction; None shows no bar.
 
     Raises:
         UserError: If the kernel is singular at this ridge, or does not fit into memory.
@@ -129,16 +130,16 @@ def fit(
             )
 
     def predictor(targets: Float[np.ndarray, "m h w c"], /) -> Float[np.ndarray, "m k"]:
-        size, out = min(CHUNK, len(targets)), []
+        size, scores = min(CHUNK, len(targets)), []
         starts = range(0, len(targets), size)
         parts = [slice(start, min(start + size, len(targets))) for start in starts]
         with jax.enable_x64(True):
             for part in progress.track_if_slow(parts, unit) if unit else parts:
                 chunk = targets[part]
-                filled = np.zeros((size, *chunk.shape[1:]), np.float32)
-                filled[: len(chunk)] = chunk  # one shape for all: one compilation
-                out.append(np.asarray(programs.scores(images, alpha, filled))[: len(chunk)])
-        return np.concatenate(out)
+                padded = np.zeros((size, *chunk.shape[1:]), np.float32)
+                padded[: len(chunk)] = chunk  # one shape for all chunks: one compilation
+                scores.append(np.asarray(programs.scores(images, alpha, padded))[: len(chunk)])
+        return np.concatenate(scores)
 
     return predictor
 
@@ -146,14 +147,14 @@ def fit(
 def support_gram(
     network: InfiniteNetwork, support: Float[Array, "n h w c"], tile: Tile
 ) -> Float[Array, "n n"]:
-    """k_ss in float64 with an exact diagonal: in float32 kernels lose digits on identical images.
+    """k_ss in float64 with an exact diagonal: float32 kernels lose digits on identical images.
 
-    neural-tangents' kernels are float64 on the diagonal alone, the others throughout.
+    Kernels of neural-tangents are float64 only on the diagonal, all others everywhere.
 
     Args:
-        network: Whose kernel.
+        network: Network whose neural tangent kernel is used.
         support: float32 images.
-        tile: Of `support_tile`.
+        tile: Tile size, from `support_tile`.
     """
     double = support.astype(jnp.float64)
     if network.symmetric is not None:
@@ -167,7 +168,7 @@ def support_gram(
 def support_tile(
     network: InfiniteNetwork, n: int, shape: tuple[int, int, int], *, gradient: bool
 ) -> Tile:
-    """The tile for `support_gram`."""
+    """The tile size for `support_gram` with `n` images."""
     dtype = jnp.float64 if network.diagonal is None else jnp.float32
     with jax.enable_x64(True):
         return plan_tile(network, n, n, shape, gradient=gradient, dtype=dtype)
@@ -175,7 +176,7 @@ def support_tile(
 
 @dataclass(frozen=True)
 class _Programs:
-    """The two compiled computations of one support size."""
+    """The two compiled functions for one support size."""
 
     coefficients: Callable[..., Array]
     scores: Callable[..., Array]

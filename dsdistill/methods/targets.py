@@ -1,31 +1,41 @@
-"""The targets of KIP: class-balanced batches of training images, the same for the same step."""
+"""Targets of KIP: class-balanced batches of training images, a function of seed and step."""
 
 import numpy as np
 
 from dsdistill.harness import memory
 from dsdistill.harness.data.labeled_images import Examples, LabeledImages
 
-MAX_MEMORY_SHARE = 0.25  # share of the free memory that the preprocessed images may take
+MAX_MEMORY_SHARE = 0.25  # of the free memory, for preprocessed images
 
 
 def load_into_memory(examples: Examples) -> Examples:
-    """The examples preprocessed once and kept, if they fit into a share of the free memory."""
+    """Preprocess all examples at once if they fit into `MAX_MEMORY_SHARE`; else return them."""
     h, w, c = examples.data.shape
-    if examples.ready or 4 * len(examples) * h * w * c > MAX_MEMORY_SHARE * memory.available():
+    if (
+        examples.is_preprocessed
+        or 4 * len(examples) * h * w * c > MAX_MEMORY_SHARE * memory.available()
+    ):
         return examples
     images = np.empty((len(examples), h, w, c), np.float32)
     for start in range(0, len(images), 4096):
         rows = slice(start, start + 4096)
         images[rows] = examples.images(rows)
     data = LabeledImages(images, examples.data.labels, examples.data.classes)
-    return Examples(data, examples.preprocess, examples.targets, ready=True)
+    return Examples(data, examples.preprocess, examples.targets, is_preprocessed=True)
 
 
 class TargetBatches:
-    """Class-balanced target batches; the batch of a step is a function of seed and step.
+    """Class-balanced batches of targets.
+
+    Args:
+        train: Images to draw from.
+        size: Number of targets per step, rounded down to a multiple of the number of classes; at
+            least one per class.
+        seed: Seed of all draws.
 
     Attributes:
-        size: Targets a step. A class that has fewer images than its share gives all it has.
+        size: Number of targets per step. A class with fewer images than its share gives all of
+            them.
     """
 
     def __init__(self, train: Examples, size: int, seed: int) -> None:
@@ -37,7 +47,7 @@ class TargetBatches:
         self.size = sum(self._share)
 
     def draw(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Images and labels of one step, without replacement within it."""
+        """Draw images and labels of one step, without replacement within the step."""
         rng = np.random.default_rng([self._seed, 1, step])
         drawn = (
             rng.choice(m, s, replace=False) for m, s in zip(self._members, self._share, strict=True)

@@ -1,9 +1,10 @@
-"""Signs of life: a host that goes silent ends the others with a line, before JAX aborts them.
+"""Detect hosts that went silent, and end the other hosts with one line before JAX aborts them.
 
-Mostly a lost host breaks a connection, and JAX raises an error. One that hangs, or whose machine
-loses its power, breaks none; and of two devices of a host, one may see the error and the other wait
-for it. Then the only sign is that there is none. JAX watches that too, but ends the process from
-within, with the stack of its own code: its limit (`hosts.JAX_HEARTBEAT_SECONDS`) must be longer than this one.
+Usually a lost host breaks a connection, and JAX raises an error. A host that hangs, or whose
+machine loses power, breaks none; and of two devices of a host, one may see the error while the
+other waits for it. Such a loss shows only by silence. JAX watches for that too, but then aborts
+with a stack trace of its own code, so its limit (`hosts.JAX_HEARTBEAT_SECONDS`) must be longer than
+the one here.
 """
 
 import itertools
@@ -16,26 +17,25 @@ from typing import Any, NoReturn
 
 run_path: Path | None = None  # the folder of this process's run, once it is known
 
-SECONDS_BETWEEN_SIGNS = 2.0  # seconds between signs
-# Seconds without one that make a host count as lost; it gives them while it compiles.
-MAX_SILENT_SECONDS = 30.0
+SECONDS_BETWEEN_SIGNS = 2.0
+MAX_SILENT_SECONDS = 30.0  # then a host counts as lost; a host that compiles still sends signs
 _KEY_PREFIX = "dsdistill/alive/"
 
 
 def start(client: Any, host: int) -> None:
-    """From now on give signs of life, and end this process when another host stops giving them.
+    """Start to send signs of life, and end this process when another host stops sending them.
 
     Args:
-        client: JAX's, of the key-value store on host 0.
-        host: This one.
+        client: JAX's client of the key-value store on host 0.
+        host: Index of this host.
     """
     threading.Thread(target=_send_and_watch, args=(client, host), daemon=True).start()
 
 
 def resume_advice() -> str:
-    """How a run goes on that has lost a host."""
-    where = f"--resume --out {run_path}" if run_path else "--resume"
-    return f"the run continues from its last checkpoint with {where}, on any number of hosts"
+    """How to continue a run that has lost a host, for messages."""
+    options = f"--resume --out {run_path}" if run_path else "--resume"
+    return f"the run continues from its last checkpoint with {options}, on any number of hosts"
 
 
 def _send_and_watch(client: Any, host: int) -> None:
@@ -57,7 +57,8 @@ def _send_and_watch(client: Any, host: int) -> None:
 
 def _abort(host: str) -> NoReturn:
     print(
-        f"\ndsdistill: host {host} has given no sign of life for {MAX_SILENT_SECONDS:.0f} s: {resume_advice()}",
+        f"\ndsdistill: host {host} has given no sign of life for {MAX_SILENT_SECONDS:.0f} s: "
+        f"{resume_advice()}",
         file=sys.__stderr__,
         flush=True,
     )

@@ -1,1 +1,1 @@
-"""Distilled sets of other projects: their files, and what the numbers in them mean."""
+"""Read distilled sets of other projects: their files, and the meaning of their numbers."""

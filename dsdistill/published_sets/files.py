@@ -1,15 +1,15 @@
-"""The files in which other projects publish distilled sets: read, never unpickled.
+"""Read the files in which other projects publish distilled sets, without unpickling objects.
 
     res_DM_CIFAR10_ConvNet_10ipc.pt        DC, DSA and DM: {"data": [[images, labels], ...]}
-    images_best.pt, labels_best.pt         MTT and its successors: a tensor each
+    images_best.pt, labels_best.pt         MTT and its successors: one tensor per file
     ConvNet_ssize100_nozca_l_aug_ckpt1.npz KIP: `images` and `labels`
     cifar10/10/best.npz                    RFAD: `images`, `labels`, `k` and `jit`
     np/step500000.npz                      FRePo: `image` and `label`
     data.pt, data_best.pt                  IDC: [images, labels]
-    images.npy, labels.npy                 an array each
+    images.npy, labels.npy                 one array per file
     {"images": ..., "labels": ...}         plain tensors or arrays; `dsdistill export`
 
-This module finds the arrays, and what the kind of file says of them.
+This module finds the arrays, and what the kind of file tells about them.
 
 Source of the formats: the programs of VICO-UoE/DatasetCondensation (`main.py`, `main_DM.py`),
 GeorgeCazenavette/mtt-distillation (`distill.py`), google-research/kip (`dataset.ipynb`),
@@ -37,10 +37,10 @@ from dsdistill.harness.text import abbreviate_names
 SUFFIXES = (".pt", ".pth", ".npz", ".npy")
 REMEDY = "save its images and labels with torch.save({'images': images, 'labels': labels}, FILE)"
 CONVERSION = "numpy.savez('set.npz', images=images, labels=labels)"
-# A DC file's list of accuracies consists of these; they are read as `_IgnoredScalar`.
+# The list of accuracies in a DC file holds these; they are read as `_IgnoredScalar`.
 _NUMPY_SCALARS = ("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
-_EXPORT_KEYS = ("pixels", "mean", "std", "classes")  # of `dsdistill export`
-# Names under which projects and their users keep images and labels, in small letters.
+_EXPORT_KEYS = ("pixels", "mean", "std", "classes")  # keys of `dsdistill export`
+# Names under which projects and their users keep images and labels, in lower case.
 _IMAGES = (
     *("images", "image", "imgs", "img", "x", "data", "x_train", "x_proto", "x_syn"),
     *("image_syn", "images_syn", "syn_images", "syn_data"),
@@ -63,19 +63,19 @@ _KIP = re.compile(r"_ssize\d+_(?P<no>no)?zca(_|$)")
 
 @dataclass(frozen=True, eq=False)
 class RawSet:
-    """Arrays as published, and what the kind of file says of them.
+    """Arrays as published, and what the kind of file tells about them.
 
     Attributes:
         kind: `DC`, `MTT`, `KIP`, `RFAD`, `FRePo`, `IDC`, `dsdistill`, `plain` or `folder`.
-        images: In any layout and range.
-        labels: One number or one row an image.
-        files: All that was read.
-        notes: For the report.
-        pixels, labels_as: What the kind of file says of them; `auto` where it does not.
-        mean, std: One value a channel, where the file holds them.
-        classes: Names in label order, where the file holds them.
-        unclear: Why `auto` must not decide about the pixels; empty where it may.
-        ridge: Relative, with which the project solves kernel ridge regression on it.
+        images: Images in any layout and range.
+        labels: One number or one row per image.
+        files: All files that were read.
+        notes: Notes for the report.
+        pixels, labels_as: Kinds of pixels and labels that the file implies; `auto` if none.
+        mean, std: Constants that the file holds, one value per channel; None if it has none.
+        classes: Class names in label order that the file holds; None if it has none.
+        ambiguity: Why `auto` must not decide about the pixels; empty if it may.
+        ridge: Relative ridge of the project's kernel ridge regression on the set; None if unknown.
     """
 
     kind: str
@@ -88,15 +88,16 @@ class RawSet:
     mean: Num[np.ndarray, " c"] | None = None
     std: Num[np.ndarray, " c"] | None = None
     classes: tuple[str, ...] | None = None
-    unclear: str = ""
+    ambiguity: str = ""
     ridge: float | None = None
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the file; of several, that of the lines `<digest>  <name>`."""
-        each = [hashlib.sha256(file.read_bytes()).hexdigest() for file in self.files]
-        lines = (f"{sha}  {file.name}\n" for sha, file in zip(each, self.files, strict=True))
-        return each[0] if len(each) == 1 else hashlib.sha256("".join(lines).encode()).hexdigest()
+        """SHA-256 of the file; for several files, of the lines `<digest>  <name>`."""
+        hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in self.files]
+        lines = (f"{sha}  {file.name}\n" for sha, file in zip(hashes, self.files, strict=True))
+        joined = hashlib.sha256("".join(lines).encode()).hexdigest()
+        return hashes[0] if len(hashes) == 1 else joined
 
 
 def holds_pair(folder: Path) -> bool:
@@ -109,8 +110,8 @@ def read(path: Path) -> RawSet:
     """Read a published set from one of `SUFFIXES`, or a folder with the two files of a set.
 
     Raises:
-        UserError: If it is missing, damaged, hostile or none of these, or if it was exported from
-            a whitened set, whose own file has the whitening.
+        UserError: If it is missing, damaged, unsafe or of another kind, or if it was exported from
+            a whitened set, since only the set's own file holds the whitening.
     """
     if path.is_dir() and (path / "images.npy").is_file():
         return _read_npy(path / "images.npy")
@@ -119,8 +120,8 @@ def read(path: Path) -> RawSet:
     suffix = path.suffix.lower()
     if suffix in (".pkl", ".pickle", ".p"):
         raise UserError(
-            f"{path} is a pickle, which can run any program as it is read, so it is not read: in "
-            f"the program that wrote it, use {CONVERSION}"
+            f"{path} is a pickle, which can run any program when it is loaded, so it is not read: "
+            f"in the program that wrote it, use {CONVERSION}"
         )
     if suffix not in SUFFIXES:
         raise UserError(f"{path} must be a folder or one of {', '.join(SUFFIXES)}")
@@ -128,62 +129,62 @@ def read(path: Path) -> RawSet:
 
 
 def error_line(error: Exception) -> str:
-    """An error of another library in one line."""
+    """The class and the first line of another library's error."""
     return " ".join(f"{type(error).__name__}: {error}".split("\n")[0].split())
 
 
 def _best_mtt_file(folder: Path) -> Path:
     if (best := folder / "images_best.pt").is_file():
         return best
-    found = sorted(p.name for p in folder.glob("images_*.pt"))
+    names = sorted(p.name for p in folder.glob("images_*.pt"))
     raise UserError(
-        f"{folder} has no images_best.pt: give one of its files ({abbreviate_names(found)})"
+        f"{folder} has no images_best.pt: give one of its files ({abbreviate_names(names)})"
     )
 
 
 def _read_torch(path: Path) -> RawSet:
     import torch
 
-    found = _load_torch(path)
-    if isinstance(found, dict) and isinstance(found.get("data"), list):
-        return _read_dc(path, found["data"])
-    if isinstance(found, dict) and (names := _pair(path, found)):
+    content = _load_torch(path)
+    if isinstance(content, dict) and isinstance(content.get("data"), list):
+        return _read_dc(path, content["data"])
+    if isinstance(content, dict) and (names := _pair(path, content)):
         keep = {*names, *_EXPORT_KEYS}
         return _build_set(
-            path, {k: _to_numpy(path, v) for k, v in found.items() if k in keep}, names
+            path, {k: _to_numpy(path, v) for k, v in content.items() if k in keep}, names
         )
-    if isinstance(found, (list, tuple)) and len(found) == 2:
-        images, labels = (_to_numpy(path, part) for part in found)
+    if isinstance(content, (list, tuple)) and len(content) == 2:
+        images, labels = (_to_numpy(path, part) for part in content)
         return RawSet("IDC" if _IDC.fullmatch(path.name) else "plain", images, labels, (path,))
-    if isinstance(found, torch.Tensor):
-        return _read_mtt(path, _to_numpy(path, found))
-    raise UserError(f"{path} holds no images with labels that are known here: {REMEDY}")
+    if isinstance(content, torch.Tensor):
+        return _read_mtt(path, _to_numpy(path, content))
+    raise UserError(f"{path} holds no images with labels under a known name: {REMEDY}")
 
 
 def _read_dc(path: Path, experiments: list[Any]) -> RawSet:
-    """Dataset Condensation saves the sets of all its repetitions in one file."""
+    """Read a file of Dataset Condensation, which holds the sets of all its repetitions."""
     last = experiments[-1] if experiments else None
     if not isinstance(last, (list, tuple)) or len(last) != 2:
         raise UserError(f"{path}: 'data' must be a list of [images, labels]: {REMEDY}")
     images, labels = (_to_numpy(path, part) for part in last)
-    several = f"the last of {len(experiments)} sets in the file was taken"
-    return RawSet("DC", images, labels, (path,), (several,) if len(experiments) > 1 else ())
+    note = f"the last of {len(experiments)} sets in the file was taken"
+    return RawSet("DC", images, labels, (path,), (note,) if len(experiments) > 1 else ())
 
 
 def _read_mtt(path: Path, images: np.ndarray) -> RawSet:
-    """MTT saves images and labels in two files; of a whitened run also images made plain again."""
-    named = _MTT.fullmatch(path.name)
-    if named is None:
-        raise UserError(f"{path} holds one tensor, and its labels are nowhere: {REMEDY}")
-    beside = path.with_name(f"labels_{named['step']}.pt")
-    labels = _to_numpy(beside, _load_torch(beside))
-    raw = RawSet("MTT", images, labels, (path, beside))
-    if named["unwhitened"]:
+    """Read two files of MTT, images and labels; a whitened run also saves unwhitened images."""
+    match = _MTT.fullmatch(path.name)
+    if match is None:
+        raise UserError(f"{path} holds a single tensor, but no labels: {REMEDY}")
+    labels_file = path.with_name(f"labels_{match['step']}.pt")
+    labels = _to_numpy(labels_file, _load_torch(labels_file))
+    raw = RawSet("MTT", images, labels, (path, labels_file))
+    if match["unwhitened"]:
         return replace(raw, pixels="unit", notes=("the images are those with ZCA undone",))
     if any(path.parent.glob("images_zca_*.pt")):
         return replace(raw, pixels="zca-mtt")
     if images.ndim == 4 and 3 in (images.shape[1], images.shape[3]):
-        raw = replace(raw, unclear="most colour sets of MTT are whitened by ZCA, others are not")
+        raw = replace(raw, ambiguity="most colour sets of MTT are whitened by ZCA, others are not")
     return raw
 
 
@@ -197,44 +198,47 @@ def _read_npz(path: Path) -> RawSet:
             keep = [name for name in names if name in (*pair, *_EXPORT_KEYS, "jit")]
             for name in keep:
                 _require_header(path, file.zip, name)
-            found = {name: file[name] for name in keep}
+            arrays = {name: file[name] for name in keep}
     except UserError:
         raise
     except Exception as error:  # numpy raises OSError, ValueError, BadZipFile, zlib.error, EOFError
         raise UserError(f"{path} is not a readable .npz: {_explain_error(error)}") from error
-    raw = _build_set(path, found, pair)
+    raw = _build_set(path, arrays, pair)
     if raw.kind != "plain":
         return raw
     if pair == ("images", "labels") and {"k", "jit"} <= set(names):
-        return replace(raw, kind="RFAD", labels_as="centred", ridge=_ridge(path, found["jit"]))
+        return replace(raw, kind="RFAD", labels_as="centred", ridge=_ridge(path, arrays["jit"]))
     if pair == ("image", "label") and len(names) == 2:
         return replace(raw, kind="FRePo", labels_as="centred")
-    if named := _KIP.search(path.stem):
-        pixels = "standardised" if named["no"] else "zca"
+    if match := _KIP.search(path.stem):
+        pixels = "standardised" if match["no"] else "zca"
         return replace(raw, kind="KIP", labels_as="centred", pixels=pixels)
     return raw
 
 
 def _ridge(path: Path, jitter: np.ndarray) -> float:
     if jitter.size != 1 or jitter.dtype.kind != "f" or not 0 < jitter.item() < 1:
-        raise UserError(f"{path}: RFAD's 'jit' must be one number between 0 and 1")
+        raise UserError(
+            f"{path}: RFAD's 'jit' must be one number between 0 and 1, got {jitter.dtype} of shape "
+            f"{jitter.shape}: {REMEDY}"
+        )
     return float(jitter.item())
 
 
 def _read_npy(path: Path) -> RawSet:
-    """Images in one file, labels in another one beside it."""
+    """Read images from one file, and labels from another one beside it."""
     names = [
         path.name.replace(image, label)
         for image, label in _NPY_NAME_PAIRS
         if image in path.name.split(".")[0]
     ]
-    beside = next((b for name in names if (b := path.with_name(name)).is_file()), None)
+    labels = next((file for name in names if (file := path.with_name(name)).is_file()), None)
     if not path.is_file():
         raise UserError(f"there is no file {path}")
-    if beside is None:
-        wanted = abbreviate_names(names) if names else "labels.npy beside images.npy"
-        raise UserError(f"{path} holds one array, and its labels are nowhere: wanted {wanted}")
-    return RawSet("plain", _array(path), _array(beside), (path, beside))
+    if labels is None:
+        expected = abbreviate_names(names) if names else "labels.npy beside images.npy"
+        raise UserError(f"{path} holds a single array, but no labels: add {expected}")
+    return RawSet("plain", _array(path), _array(labels), (path, labels))
 
 
 def _array(path: Path) -> np.ndarray:
@@ -255,7 +259,7 @@ def _explain_error(error: Exception) -> str:
 
 
 def _require_header(path: Path, archive: zipfile.ZipFile, name: str) -> None:
-    """Refuse an array of an archive that claims more than its bytes, before it is allocated."""
+    """Refuse an array of an archive whose shape needs more bytes than it has, before allocation."""
     entry = name if name in archive.namelist() else f"{name}.npy"
     with archive.open(entry) as file:
         _require_array(path, file, archive.getinfo(entry).file_size)
@@ -268,9 +272,9 @@ def _require_array(path: Path, file: IO[bytes], size: int) -> None:
         (2, 0): np.lib.format.read_array_header_2_0,
     }.get(version)
     if read_header is None:
-        raise UserError(f"{path}: an array is of the format {version}, wanted (1, 0) or (2, 0)")
+        raise UserError(f"{path}: arrays must have format (1, 0) or (2, 0), got {version}")
     shape, _, dtype = read_header(file)
-    if dtype.hasobject:  # numpy refuses it with a message of its own
+    if dtype.hasobject:  # NumPy itself refuses to load it
         return
     needed = math.prod(shape) * dtype.itemsize
     if needed > size:
@@ -279,10 +283,10 @@ def _require_array(path: Path, file: IO[bytes], size: int) -> None:
 
 
 def _pair(path: Path, names: Mapping[Any, Any] | Sequence[str]) -> tuple[str, str] | None:
-    """The names of images and labels among others; None where there are none.
+    """Find the names of images and labels among others; None if there are none.
 
     Raises:
-        UserError: If several names could be either.
+        UserError: If several names could be those of images or labels.
     """
     if {"images", "labels"} <= set(names):
         return "images", "labels"
@@ -293,26 +297,28 @@ def _pair(path: Path, names: Mapping[Any, Any] | Sequence[str]) -> tuple[str, st
         return None
     if len(images) > 1 or len(labels) > 1:
         raise UserError(
-            f"{path} has several arrays that could be its images or labels ({abbreviate_names(images + labels)}"
-            f"): keep one of each, as 'images' and 'labels'"
+            f"{path} has several arrays that could be its images or labels "
+            f"({abbreviate_names(images + labels)}): keep one of each, as 'images' and 'labels'"
         )
     return images[0], labels[0]
 
 
-def _build_set(path: Path, found: dict[str, np.ndarray], pair: tuple[str, str]) -> RawSet:
-    """Arrays by name; those of `dsdistill export` carry their preprocessing."""
-    raw = RawSet("plain", found[pair[0]], found[pair[1]], (path,))
+def _build_set(path: Path, arrays: dict[str, np.ndarray], pair: tuple[str, str]) -> RawSet:
+    """Make a set of arrays by name; those of `dsdistill export` include their preprocessing."""
+    raw = RawSet("plain", arrays[pair[0]], arrays[pair[1]], (path,))
     if pair != ("images", "labels"):
         raw = replace(raw, notes=(f"images are its {pair[0]!r}, labels its {pair[1]!r}",))
-    if "classes" in found:
-        raw = replace(raw, classes=tuple(map(str, found["classes"].ravel().tolist())))
-    if not {"images", "pixels", "mean", "std"} <= found.keys():
+    if "classes" in arrays:
+        raw = replace(raw, classes=tuple(map(str, arrays["classes"].ravel().tolist())))
+    if not {"images", "pixels", "mean", "std"} <= arrays.keys():
         return raw
-    parts = images, pixels, mean, std = [found[k] for k in ("images", "pixels", "mean", "std")]
-    alike = images.shape == pixels.shape and mean.shape == std.shape == images.shape[-1:]
-    if not alike or any(part.dtype.kind != "f" for part in parts):
-        raise UserError(f"{path}: images, pixels, mean and std do not go together")
-    with np.errstate(all="ignore"):  # what is not finite is refused later
+    parts = images, pixels, mean, std = [arrays[k] for k in ("images", "pixels", "mean", "std")]
+    consistent = images.shape == pixels.shape and mean.shape == std.shape == images.shape[-1:]
+    if not consistent or any(part.dtype.kind != "f" for part in parts):
+        raise UserError(
+            f"{path}: images, pixels, mean and std do not go together: export the set again"
+        )
+    with np.errstate(all="ignore"):  # values that are not finite are refused later
         plain = images * std + mean
     if not np.allclose(pixels, plain, atol=1e-3, equal_nan=True):
         raise UserError(f"{path} is exported from a whitened set: evaluate its .safetensors file")
@@ -321,7 +327,7 @@ def _build_set(path: Path, found: dict[str, np.ndarray], pair: tuple[str, str]) 
 
 
 class _IgnoredScalar:
-    """Stands for a NumPy scalar in a file of torch: nothing is computed from what it is given."""
+    """Stand-in for a NumPy scalar in a torch file; ignores its arguments."""
 
     def __init__(self, *_: object) -> None: ...
 
@@ -338,34 +344,34 @@ def _load_torch(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} holds more than tensors and numbers, or is no file of torch; nothing in it "
-            f"was run: {REMEDY}"
+            f"{path} holds more than tensors and numbers, or is no torch file; nothing in it was "
+            f"run: {REMEDY}"
         ) from error
     except Exception as error:  # a damaged file has many ways to fail
-        raise UserError(f"{path} is not a whole file of torch: {error_line(error)}") from error
+        raise UserError(f"{path} is not a complete torch file: {error_line(error)}") from error
 
 
 def _to_numpy(path: Path, tensor: Any) -> np.ndarray:
     import torch
 
     if not isinstance(tensor, torch.Tensor):
-        raise UserError(f"{path} must hold tensors, has a {type(tensor).__name__}: {REMEDY}")
-    odd = tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized
-    if odd or tensor.is_meta or tensor.is_complex():
+        raise UserError(f"{path} must hold tensors, got {type(tensor).__name__}: {REMEDY}")
+    unusual = tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized
+    if unusual or tensor.is_meta or tensor.is_complex():
         raise UserError(f"{path} must hold plain tensors of real numbers: {REMEDY}")
-    # A tensor of one stored number can claim any shape.
+    # A tensor that stores one number can state any shape.
     memory.require(9 * tensor.numel(), f"a tensor of {path}", "its shape is not to be trusted")
     tensor = tensor.detach()
     return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
 
 def _require_memory(path: Path) -> None:
-    """Refuse a missing file, and an archive that unpacks to more than there is memory."""
+    """Refuse a missing file, and an archive that unpacks to more than the free memory."""
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     try:
         with zipfile.ZipFile(path) as archive:
             needed = sum(part.file_size for part in archive.infolist())
-    except Exception:  # not an archive, or a damaged one: what reads it will say so
+    except Exception:  # not an archive, or a damaged one: its reader reports that
         return
     memory.require(needed, str(path), "take a smaller set")

@@ -1,4 +1,4 @@
-"""Pixels of a published set: layout, range, and the constants that they were standardised by."""
+"""Pixels of a published set: detect layout, range and preprocessing, and undo tiles."""
 
 from pathlib import Path
 
@@ -15,8 +15,8 @@ from dsdistill.published_sets import evidence
 from dsdistill.published_sets.evidence import MeanAndStd
 from dsdistill.published_sets.files import RawSet
 
-# Mean and deviation by which DC, DSA and DM standardise, under the names that their files bear.
-# Those of CIFAR-100 changed in 2022; before, they were CIFAR-10's.
+# Mean and deviation by which DC, DSA and DM standardise, under the names in their files' names.
+# Those of CIFAR-100 changed in 2022; earlier versions used CIFAR-10's.
 # Source: VICO-UoE/DatasetCondensation, `utils.py`, `get_dataset`, as of its last version.
 CONDENSATION = {
     "MNIST": ((0.1307,), (0.3081,)),
@@ -25,7 +25,7 @@ CONDENSATION = {
     "CIFAR10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "CIFAR100": ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
-# MTT took them over before that change.
+# MTT copied them before that change.
 # Source: GeorgeCazenavette/mtt-distillation, `utils.py`, `get_dataset`.
 _MTT = CONDENSATION | {"CIFAR100": CONDENSATION["CIFAR10"]}
 # Source: yongchaoz/FRePo, `lib/dataset/dataloader.py`, `data_stats`.
@@ -33,28 +33,28 @@ _FREPO = CONDENSATION | {"CIFAR10": (CONDENSATION["CIFAR10"][0], (0.2470, 0.2435
 CONSTANTS = {"DC": CONDENSATION, "MTT": _MTT, "FRePo": _FREPO}
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
-WHITENED_KINDS = {  # kind of pixels: whose ZCA it is
+WHITENED_KINDS = {  # kind of pixels: which ZCA it is, for notes
     "zca": "as the KIP paper does",
     "zca-mtt": "as MTT does",
     "zca-rfad": "as RFAD does for CIFAR",
     "zca-frepo": "as FRePo does",
 }
-STANDARDISED_KINDS = ("standardised", "imagenet", "signed")  # by a mean and a deviation a channel
-MAX_FREPO_SIDE = 64  # FRePo whitens larger images in interleaved blocks
-MAX_OVERSHOOT = 0.5  # by which [0, 1] may be left by pixels that were never clipped
-MAX_DEVIATIONS = 100.0  # no distilled image reaches this many deviations
+STANDARDISED_KINDS = ("standardised", "imagenet", "signed")  # by one mean and deviation per channel
+MAX_FREPO_SIDE = 64  # pixels; FRePo whitens larger images in interleaved blocks
+MAX_OVERSHOOT = 0.5  # beyond [0, 1], of pixels that were never clipped
+MAX_DEVIATIONS = 100.0  # of a standardised pixel from the mean; no distilled image reaches it
 
 
 def to_nhwc(
     path: Path, images: Num[np.ndarray, "n ..."], shape: tuple[int, int, int], layout: str
 ) -> tuple[Float[np.ndarray, "n h w c"], str]:
-    """float32 images in our layout, and the layout that they were in.
+    """Convert images to float32 in NHWC; return them with the layout that they had.
 
     Args:
-        path: Of the set, for messages.
-        images: As published; grayscale ones may lack the axis of channels.
+        path: Path of the set, for messages.
+        images: Images as published; grayscale ones may lack the channel axis.
         shape: Height, width and channels of the data.
-        layout: `nchw`, `nhwc`, or `auto`, which takes the one that fits.
+        layout: `nchw`, `nhwc`, or `auto` for the one that fits.
 
     Raises:
         UserError: If the shape does not fit, or fits both layouts, or an image is constant or
@@ -67,14 +67,16 @@ def to_nhwc(
     fits = [name for name in shapes if shapes[name] == images.shape[1:]]
     fits = [name for name in fits if layout in ("auto", name)]
     if not fits:
-        wanted = " or ".join(f"(n, {', '.join(map(str, axes))})" for axes in shapes.values())
+        expected = " or ".join(f"(n, {', '.join(map(str, axes))})" for axes in shapes.values())
         raise UserError(
-            f"{path}: images have shape {images.shape}, those of the data {wanted}: check --data, "
-            "its --image-size and --channels, and --layout"
+            f"{path}: images have shape {images.shape}, those of the data {expected}: check "
+            "--data, its --image-size and --channels, and --layout"
         )
     if len(fits) > 1 and c > 1:
-        raise UserError(f"{path}: images of shape {images.shape} fit both layouts: give --layout")
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused
+        raise UserError(f"{path}: images of shape {images.shape} fit both layouts: add --layout")
+    with np.errstate(
+        over="ignore"
+    ):  # values too large for float32 become infinite, which is refused
         x = np.asarray(images, np.float32)
     _require_sound(path, x.reshape(len(x), -1))
     return x.transpose(0, 2, 3, 1) if fits[0] == "nchw" else x, fits[0]
@@ -87,76 +89,82 @@ def decide_kind(
     stated: str,
     train: LabeledImages,
     *,
-    own: Preprocess,
+    data_preprocess: Preprocess,
     data: str = "",
     constants: bool = False,
 ) -> tuple[str, str]:
-    """What the pixels are, of `STANDARDISED_KINDS`, `unit`, `bytes` or a kind of `WHITENED_KINDS`, and why.
+    """Decide the kind of the pixels.
 
     Args:
-        path: Of the set, for messages.
-        images: Of the set, as numbers in whatever range.
-        raw: What the kind of file says.
-        stated: One of these, or `auto`.
-        train: Real images, beside which pixels in [0, 1] and bytes must not look empty.
-        own: The data's own standardisation.
-        data: The data's name, or empty.
-        constants: Whether mean and deviation are stated, as only standardised pixels have them.
+        path: Path of the set, for messages.
+        images: Images of the set, in any range.
+        raw: The set with what its kind of file tells.
+        stated: The kind that the user states, or `auto`.
+        train: Real images, whose contrast pixels in [0, 1] and bytes must be comparable to.
+        data_preprocess: The data's own standardisation.
+        data: Name of the data; empty if unknown.
+        constants: Whether the user states mean and deviation, which only standardised pixels have.
+
+    Returns:
+        The kind: one of `STANDARDISED_KINDS` or `WHITENED_KINDS`, `unit` or `bytes`; and the reason
+        for it.
 
     Raises:
-        UserError: If nothing tells, or the numbers contradict what is stated.
+        UserError: If nothing decides, or the numbers contradict what is stated.
     """
     low, high = float(images.min()), float(images.max())
     ranged = f"from {low:.3g} to {high:.3g}"
-    project, unclear = _project(raw, _data_name(path, raw, data), images.shape[1:])
+    project, ambiguity = _project(raw, _data_name(path, raw, data), images.shape[1:])
     if raw.pixels in WHITENED_KINDS and stated not in ("auto", raw.pixels):
         raise UserError(
-            f"{path} is whitened by ZCA, by its name or its neighbours: say --pixels {raw.pixels}"
+            f"{path} is whitened by ZCA, as its name or the files beside it tell: use --pixels "
+            f"{raw.pixels}"
         )
-    seen = _detect_kind(path, images, low, high, raw, own, data)
-    if constants and seen in ("unit", "bytes"):
+    detected = _detect_kind(path, images, low, high, raw, data_preprocess, data)
+    if constants and detected in ("unit", "bytes"):
         raise UserError(
-            f"{path}: pixels are {seen} ({ranged}), --mean and --std standardised ones'"
+            f"{path}: pixels are {detected} ({ranged}), but --mean and --std are for standardised "
+            "ones: leave both out"
         )
     if constants and _plausible("standardised", low, high):
         return "standardised", ranged
-    if raw.pixels == "auto" and seen in ("unit", "bytes") and project == "standardised":
+    if raw.pixels == "auto" and detected in ("unit", "bytes") and project == "standardised":
         project = "auto"  # the file has the project's form, but not its pixels
     if stated == "auto" and project != "auto":
         if project in WHITENED_KINDS and not _plausible(project, low, high):
             raise UserError(
-                f"{path}: pixels run {ranged}, but {raw.kind} has {project} ones: say --pixels "
-                f"{seen}"
+                f"{path}: pixels run {ranged}, but {raw.kind} has {project} ones: use --pixels "
+                f"{detected}"
             )
         return project, "the kind of file" if raw.pixels != "auto" else f"{ranged}, as {raw.kind}'s"
-    if stated == "auto" and seen not in ("unit", "bytes") and unclear:
+    if stated == "auto" and detected not in ("unit", "bytes") and ambiguity:
         raise UserError(
-            f"{path} does not say what its pixels, {ranged}, are, and {unclear[0]}: state "
-            f"--pixels {unclear[1]}"
+            f"{path} does not tell what its pixels, {ranged}, are, and {ambiguity[0]}: use "
+            f"--pixels {ambiguity[1]}"
         )
-    if stated == "auto" and seen == "unclear":
+    if stated == "auto" and detected == "unclear":
         raise UserError(
-            f"{path} does not say what its pixels, {ranged}, are, and they fit no range exactly: "
-            f"state --pixels {_choices(low, images.shape[-1])}"
+            f"{path} does not tell what its pixels, {ranged}, are, and they fit no range exactly: "
+            f"use --pixels {_choices(low, images.shape[-1])}"
         )
-    kind = seen if stated == "auto" else stated
+    kind = detected if stated == "auto" else stated
     if not _plausible(kind, low, high):
         raise UserError(
             f"{path}: pixels run {ranged}, which {kind} ones do not: "
-            f"{_remedy(seen, kind, low, images.shape[-1])}"
+            f"{_remedy(detected, kind, low, images.shape[-1])}"
         )
     if stated == "auto" and kind in ("unit", "bytes"):
         scale = 255 if kind == "bytes" else 1
-        times = evidence.contrast(images / np.float32(scale), train)
-        if not 1 / evidence.MAX_CONTRAST_RATIO < times < evidence.MAX_CONTRAST_RATIO:
+        ratio = evidence.contrast(images / np.float32(scale), train)
+        if not 1 / evidence.MAX_CONTRAST_RATIO < ratio < evidence.MAX_CONTRAST_RATIO:
             raise UserError(
-                f"{path}: pixels run {ranged}; as {kind} ones they have {times:.2g} times the "
-                f"contrast of the data: state --pixels {kind} if they are, or scale them"
+                f"{path}: pixels run {ranged}; as {kind} ones they have {ratio:.2g} times the "
+                f"contrast of the data: use --pixels {kind} if they are such, or scale them"
             )
-    if stated in STANDARDISED_KINDS and seen in STANDARDISED_KINDS and seen != stated:
+    if stated in STANDARDISED_KINDS and detected in STANDARDISED_KINDS and detected != stated:
         raise UserError(
-            f"{path}: pixels, {ranged}, are {seen} ones to the last digit, not {stated} ones: say "
-            f"--pixels {seen}"
+            f"{path}: pixels, {ranged}, are {detected} ones to the last digit, not {stated} ones: "
+            f"use --pixels {detected}"
         )
     return kind, f"{'stated; ' if stated == kind else ''}{ranged}"
 
@@ -169,15 +177,18 @@ def standardisation(
     data: str,
     kind: str = "standardised",
 ) -> tuple[Preprocess, str]:
-    """The map by which standardised pixels were made, and whose constants it has.
+    """Find the standardisation of the pixels.
 
     Args:
-        path: Of the set, whose name may tell the data.
-        raw: May hold the constants.
-        stated: Mean and deviation, one value a channel.
-        fitted: On the data; its constants are the last resort.
-        data: The data's name, or empty.
-        kind: Of `STANDARDISED_KINDS`.
+        path: Path of the set, whose name may tell the data.
+        raw: The set, which may hold the constants.
+        stated: Mean and deviation that the user states, one value per channel.
+        fitted: Standardisation fitted on the data; its constants are the last resort.
+        data: Name of the data; empty if unknown.
+        kind: One of `STANDARDISED_KINDS`.
+
+    Returns:
+        The standardisation, and a note on its constants and where they come from.
 
     Raises:
         UserError: If the constants are not those of images in [0, 1] with as many channels, or
@@ -189,7 +200,9 @@ def standardisation(
         (mean, std), whose = ((0.5,) * channels, (0.5,) * channels), "[-1, 1] is [0, 1]"
     elif kind == "imagenet":
         if channels != len(IMAGENET[0]):
-            raise UserError(f"{path}: --pixels imagenet is for colour: give --mean and --std")
+            raise UserError(
+                f"{path}: --pixels imagenet is for colour images: use --mean and --std instead"
+            )
         (mean, std), whose = IMAGENET, "those of ImageNet"
     elif stated is not None:
         (mean, std), whose = stated, "as stated"
@@ -201,25 +214,32 @@ def standardisation(
         mean, std, whose = fitted.mean, fitted.std, "this data's own, since none are known"
     mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
     if mean.shape != (channels,) or std.shape != (channels,):
-        raise UserError(f"{path}: --mean and --std must be {channels} values, one a channel")
-    said = f"mean {_format_values(mean)}, deviation {_format_values(std)}"
+        raise UserError(
+            f"{path}: --mean and --std must have one value per channel, {channels} each"
+        )
+    summary = f"mean {_format_values(mean)}, deviation {_format_values(std)}"
     if not ((mean >= 0) & (mean <= 1) & (std > 0) & (std <= 1)).all():
-        raise UserError(f"{path}: {said} are not of images in [0, 1]: divide those of bytes by 255")
-    return Preprocess("standardise", mean, std), f"{said}: {whose}"
+        raise UserError(
+            f"{path}: {summary} are not of images in [0, 1]: divide those of bytes by 255"
+        )
+    return Preprocess("standardise", mean, std), f"{summary}: {whose}"
 
 
 def whitening(
     kind: str, chunks: Chunks, shape: tuple[int, int, int], *, path: Path, raw: RawSet, data: str
 ) -> tuple[Preprocess, str]:
-    """The ZCA of `WHITENED_KINDS` by which images were whitened, and what to note of it.
+    """Fit the whitening of the pixels again.
 
     Args:
-        kind: Of `WHITENED_KINDS`.
-        chunks, shape: Of all training images; the whitening is fitted on them again.
+        kind: One of `WHITENED_KINDS`.
+        chunks, shape: All training images and their shape, to fit the whitening on.
         path, raw, data: As for `standardisation`.
 
+    Returns:
+        The whitening, and a note on it.
+
     Raises:
-        UserError: If the whitening of such large images is not known.
+        UserError: If the images are too large for FRePo's whitening as it is implemented here.
     """
     note = f"ZCA {WHITENED_KINDS[kind]}, fitted again on the training images"
     if kind == "zca":
@@ -230,7 +250,8 @@ def whitening(
         return preprocess.fit_rfad(chunks, shape), note
     if max(shape[:2]) > MAX_FREPO_SIDE:
         raise UserError(
-            f"{path}: FRePo whitens images above {MAX_FREPO_SIDE} pixels in blocks, unread here"
+            f"{path}: FRePo's whitening is supported up to {MAX_FREPO_SIDE} pixels, got {shape[0]}x"
+            f"{shape[1]}: larger images are whitened in blocks, which cannot be read"
         )
     known = _FREPO.get(_published_name(path, raw.kind, data))
     if known is None or len(known[0]) != shape[-1]:
@@ -242,45 +263,48 @@ def whitening(
 def decode_tiles(
     path: Path, images: Float[np.ndarray, "n h w c"], tiles: int
 ) -> Float[np.ndarray, "m h w c"]:
-    """Every tile of each image as an image of full size, the first tiles of all images first.
+    """Enlarge every tile to an image of full size, the first tiles of all images first.
 
     Args:
-        path: Of the set, for messages.
-        images: As published, of `tiles` x `tiles` smaller ones each.
-        tiles: IDC's factor.
+        path: Path of the set, for messages.
+        images: Images as published, each of `tiles` x `tiles` smaller ones.
+        tiles: Tiles in a row and in a column, IDC's factor.
 
     Source: Kim et al. (2022), arXiv:2205.14959; `test.py` of the program, `decode_zoom`.
     """
     _, h, w, channels = images.shape
     if h % tiles or w % tiles:
-        raise UserError(f"{path}: images of {h}x{w} pixels do not part into {tiles}x{tiles} tiles")
+        raise UserError(
+            f"{path}: images of {h}x{w} pixels cannot be split into {tiles}x{tiles} tiles: choose "
+            "--tiles that divides both"
+        )
 
-    def enlarged(tile: np.ndarray) -> np.ndarray:
-        # PIL resizes float images one channel at a time; enlarging, it interpolates as torch does.
+    def enlarge(tile: np.ndarray) -> np.ndarray:
+        # PIL resizes float images one channel at a time, and enlarges them as torch interpolates.
         planes = [Image.fromarray(tile[..., c]) for c in range(channels)]
         large = [plane.resize((w, h), Image.Resampling.BILINEAR) for plane in planes]
         return np.stack([np.asarray(plane) for plane in large], -1)
 
     small = images.reshape(len(images), tiles, h // tiles, tiles, w // tiles, channels)
     parts = small.transpose(1, 3, 0, 2, 4, 5).reshape(-1, h // tiles, w // tiles, channels)
-    return np.stack([enlarged(np.ascontiguousarray(part, np.float32)) for part in parts])
+    return np.stack([enlarge(np.ascontiguousarray(part, np.float32)) for part in parts])
 
 
 def _require_sound(path: Path, flat: Float[np.ndarray, "n d"]) -> None:
     if len(bad := np.flatnonzero(~np.isfinite(flat).all(1))):
         raise UserError(f"{path}: image {bad[0]} has NaN or infinite values: take another file")
     if len(bad := np.flatnonzero(flat.min(1) == flat.max(1))):
-        raise UserError(f"{path}: image {bad[0]} is constant: the file seems not to be whole")
+        raise UserError(f"{path}: image {bad[0]} is constant: the file seems damaged")
 
 
 def _project(raw: RawSet, name: str, shape: tuple[int, ...]) -> tuple[str, tuple[str, str] | None]:
-    """What the project of a file does to pixels, or what is unclear about it and the choices."""
+    """The kind of pixels that a file's project makes; or why it is ambiguous, and the choices."""
     colour = shape[-1] == 3
     if raw.pixels != "auto":
         return raw.pixels, None
     if raw.kind == "IDC":
         return "unit", None
-    if raw.kind == "DC" or (raw.kind == "MTT" and not raw.unclear):
+    if raw.kind == "DC" or (raw.kind == "MTT" and not raw.ambiguity):
         return "standardised", None
     if raw.kind in ("RFAD", "FRePo") and not colour:
         return "standardised", None
@@ -295,8 +319,8 @@ def _project(raw: RawSet, name: str, shape: tuple[int, ...]) -> tuple[str, tuple
             "RFAD whitens CIFAR in one way and SVHN, as KIP does, in another",
             "zca-rfad, --pixels zca or --pixels standardised",
         )
-    if raw.unclear:
-        return "auto", (raw.unclear, "zca-mtt or --pixels standardised")
+    if raw.ambiguity:
+        return "auto", (raw.ambiguity, "zca-mtt or --pixels standardised")
     return "auto", None
 
 
@@ -306,14 +330,14 @@ def _detect_kind(
     low: float,
     high: float,
     raw: RawSet,
-    own: Preprocess,
+    data_preprocess: Preprocess,
     data: str,
 ) -> str:
-    """What the numbers alone prove: a kind of pixels, or `unclear`."""
+    """The kind of pixels that the numbers alone prove, or `unclear`."""
     if low < 0:
         if max(-low, high) > MAX_DEVIATIONS:
-            return "standardised"  # which is then refused
-        proven, _ = evidence.match_constants(images, _candidates(path, raw, own, data))
+            return "standardised"  # refused later as implausible
+        proven, _ = evidence.match_constants(images, _candidates(path, raw, data_preprocess, data))
         return "unclear" if proven is None else proven.split()[0]
     if high <= 1:
         return "unit"
@@ -323,37 +347,40 @@ def _detect_kind(
     return "standardised" if high > 255 else "unclear"
 
 
-def _candidates(path: Path, raw: RawSet, own: Preprocess, data: str) -> dict[str, MeanAndStd]:
-    """Constants that a set of this data may have been standardised by."""
-    channels, name = len(own.mean), _published_name(path, raw.kind, data)
+def _candidates(
+    path: Path, raw: RawSet, data_preprocess: Preprocess, data: str
+) -> dict[str, MeanAndStd]:
+    """Constants by which a set of this data may have been standardised, by kind."""
+    channels, name = len(data_preprocess.mean), _published_name(path, raw.kind, data)
     pairs = {"signed": ((0.5,) * channels, (0.5,) * channels)}
     if channels == len(IMAGENET[0]):
         pairs["imagenet"] = IMAGENET
     for project, constants in CONSTANTS.items():
         if name in constants and len(constants[name][0]) == channels:
             pairs[f"standardised {project}"] = constants[name]
-    found = {
+    arrays = {
         kind: (np.asarray(mean, np.float32), np.asarray(std, np.float32))
         for kind, (mean, std) in pairs.items()
     }
-    return {"standardised": (own.mean, own.std)} | found
+    return {"standardised": (data_preprocess.mean, data_preprocess.std)} | arrays
 
 
 def _choices(low: float, channels: int) -> str:
-    """What `--pixels` may be, for a message."""
+    """The possible values of `--pixels`, for a message."""
     if low >= 0:
         return "unit or bytes"
     mapped = "standardised (by the data's own constants, or with --mean and --std), signed"
     imagenet = ", imagenet" if channels == len(IMAGENET[0]) else ""
     unit = ", unit" if low >= -MAX_OVERSHOOT else ""
-    return f"{mapped}{imagenet}{unit}, {', '.join(list(WHITENED_KINDS)[:-1])} or {list(WHITENED_KINDS)[-1]}"
+    *others, last = WHITENED_KINDS
+    return f"{mapped}{imagenet}{unit}, {', '.join(others)} or {last}"
 
 
-def _remedy(seen: str, kind: str, low: float, channels: int) -> str:
-    """What to do where pixels are not of the kind that they should be."""
-    if seen == "unclear":
-        return f"say --pixels {_choices(low, channels)}"
-    return f"say --pixels {seen}" if seen != kind else "no --pixels fits, take another file"
+def _remedy(detected: str, kind: str, low: float, channels: int) -> str:
+    """The remedy if pixels are not of the expected kind."""
+    if detected == "unclear":
+        return f"use --pixels {_choices(low, channels)}"
+    return f"use --pixels {detected}" if detected != kind else "no --pixels fits, take another file"
 
 
 def _plausible(kind: str, low: float, high: float) -> bool:
@@ -368,23 +395,25 @@ def _plausible(kind: str, low: float, high: float) -> bool:
 
 
 def _data_name(path: Path, raw: RawSet, data: str) -> str:
-    """`cifar` or `svhn`, by the name of the data or else by the folders of an RFAD file."""
+    """`cifar` or `svhn`, from the name of the data or the folders of an RFAD file; else empty."""
     folders = [part.name for part in path.resolve().parents[:3]]
     texts = [text.lower() for text in (data, *folders)] if raw.kind == "RFAD" else []
     return next((name for text in texts for name in ("cifar", "svhn") if name in text), "")
 
 
 def _published_name(path: Path, kind: str, data: str) -> str:
-    """The data's name as DC and MTT spell it; empty where it is not known."""
+    """The data's name as DC and MTT spell it; empty if unknown."""
     ours = {TORCHVISION[name][0]: name for name in TORCHVISION}
-    given = next((theirs for theirs in ours if ours[theirs] == data), "")
+    expected = next((theirs for theirs in ours if ours[theirs] == data), "")
     # MTT writes logged_files/CIFAR10/<name of the run>/images_best.pt.
     folders = [folder.name for folder in (path.resolve() / "file").parents[:3]]
-    named = path.stem.split("_") if kind == "DC" else folders
-    found = next((part for part in named if part in ours), "")
-    if kind == "DC" and given and found and found != given:
-        raise UserError(f"{path} is named after {found}: give --data {ours[found]}, or rename it")
-    return given or found
+    parts = path.stem.split("_") if kind == "DC" else folders
+    in_path = next((part for part in parts if part in ours), "")
+    if kind == "DC" and expected and in_path and in_path != expected:
+        raise UserError(
+            f"{path} is named after {in_path}: use --data {ours[in_path]}, or rename the file"
+        )
+    return expected or in_path
 
 
 def _format_values(values: Float[np.ndarray, " c"]) -> str:

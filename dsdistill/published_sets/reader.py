@@ -1,9 +1,9 @@
-"""Distilled sets that other projects published, read as sets of our own.
+"""Read distilled sets that other projects published as sets of our data_preprocess.
 
-A published file holds images and labels, and seldom says in which range, layout or encoding.
-The user may state it; otherwise it is decided from evidence, and every decision is noted in the
-set's provenance. What contradicts the evidence is refused before anything is trained, since a
-set that is misread brings every learner to chance and looks like a bad set.
+A published file holds images and labels, but seldom states their range, layout or encoding. The
+user may state them; otherwise evidence decides, and every decision is noted in the provenance of
+the set. Whatever contradicts the evidence is refused before anything is trained, since on a misread
+set every learner stays at chance, as on a bad set.
 """
 
 import math
@@ -23,21 +23,23 @@ from dsdistill.harness.errors import UserError
 from dsdistill.published_sets import class_folders, evidence, files, labels, pixels
 from dsdistill.published_sets.files import RawSet
 
-MAX_TILES_PER_SIDE = 8  # in a row, that an image may be made of
-CHANCE_STANDARD_ERRORS = 3.0  # standard errors within which an accuracy is that of chance
+MAX_TILES_PER_SIDE = 8
+CHANCE_STANDARD_ERRORS = 3.0  # an accuracy within this distance of chance counts as chance
 
 
 @dataclass(frozen=True)
 class StatedFormat:
-    """What the user says of a published set; `auto` is decided from evidence.
+    """Format of a published set as the user states it; evidence decides where it is `auto`.
 
     Attributes:
-        pixels: Mean 0 and deviation 1 by `mean` and `std`, the same by ImageNet's, in [-1, 1], in
-            [0, 1], 0 to 255, or whitened.
-        labels: Class numbers, one-hot rows, rows that sum to 0, rows that sum to 1, or any rows.
-        mean, std: Of the training images in [0, 1], one a channel, for standardised pixels.
+        pixels: Standardised by `mean` and `std`, standardised by ImageNet's constants, in [-1, 1],
+            in [0, 1], 0 to 255, or whitened in one of four ways.
+        labels: Class indices, one-hot rows, rows that sum to 0, rows that sum to 1, or any rows.
+        mean, std: Mean and deviation of the training images in [0, 1], one value per channel, for
+            standardised pixels; None: constants of the project or the data.
         layout: Order of the images' axes.
-        tiles: Smaller images that a published one is made of, in a row and in a column.
+        tiles: Number of smaller images in each row and column of a published one; None: evidence
+            decides.
     """
 
     pixels: Literal[
@@ -60,7 +62,7 @@ class StatedFormat:
 
 
 def is_published_set(path: Path) -> bool:
-    """Whether a path is for `load` to read, or to refuse, and is no set of our own."""
+    """Whether a path holds a published set, which `load` reads or refuses, and not one of ours."""
     if not path.is_dir():
         known = path.suffix.lower() in files.SUFFIXES
         return known or (path.is_file() and path.suffix != ".safetensors")
@@ -80,31 +82,35 @@ def load(
     """Read a published set.
 
     Standardised pixels stay as published, and test images will be standardised by the same
-    constants; so do whitened ones, with a whitening that is fitted again. Pixels in [0, 1] or bytes
-    are mapped by `preprocess`. Tiles become images of their own.
+    constants. Whitened pixels stay as published too, and their whitening is fitted again. Pixels in
+    [0, 1] and bytes are preprocessed by `preprocess`. Tiles become separate images.
 
     Args:
         path: A `.pt`, `.pth`, `.npz` or `.npy` file; a folder with MTT's two files, or with
-            `images.npy` and `labels.npy`; a folder of class folders with pictures.
+            `images.npy` and `labels.npy`; a folder of class folders with image files.
         train: Training images of the data that the set was distilled from.
-        stated: What the user says of the set.
+        stated: Format of the set as the user states it.
         preprocess: The standardisation fitted on `train`.
-        data: The data's name, one of `datasets.NAMES`. Where it is empty, the set's own path may
-            name it; the name chooses the constants by which its project standardised.
-        chunks: All training images, those held out for validation too, to fit a whitening on;
-            those of `train`.
+        data: Name of the data, one of `datasets.NAMES`; it selects the constants of the set's
+            project. If it is empty, the path of the set may name the data.
+        chunks: All training images, those held out for validation included, to fit a whitening on;
+            None: those of `train`.
 
     Returns:
-        The set; `provenance["notes"]` tells every decision.
+        The set; `provenance["notes"]` lists every decision.
 
     Raises:
-        UserError: If the set cannot be read, or is not plausible as what it is stated to be.
+        UserError: If the set cannot be read, or the evidence contradicts the stated format.
     """
     _check_statement(stated)
     raw = _read(path, train)
     images, layout = pixels.to_nhwc(path, raw.images, train.shape, stated.layout)
-    every = chunks or train.chunks
-    own = _fit_standardisation(preprocess, every, train.shape) if images.min() < 0 else preprocess
+    all_chunks = chunks or train.chunks
+    data_preprocess = (
+        _fit_standardisation(preprocess, all_chunks, train.shape)
+        if images.min() < 0
+        else preprocess
+    )
     constants = None if stated.mean is None or stated.std is None else (stated.mean, stated.std)
     kind, why = pixels.decide_kind(
         path,
@@ -112,16 +118,18 @@ def load(
         raw,
         stated.pixels,
         train,
-        own=own,
+        data_preprocess=data_preprocess,
         data=data,
         constants=constants is not None,
     )
     fitted, whose = preprocess, "the preprocessing is this data's own"
     if kind in pixels.STANDARDISED_KINDS:
-        fitted, whose = pixels.standardisation(path, raw, constants, own, data, kind)
+        fitted, whose = pixels.standardisation(path, raw, constants, data_preprocess, data, kind)
     elif kind in pixels.WHITENED_KINDS:
-        fitted, whose = pixels.whitening(kind, every, train.shape, path=path, raw=raw, data=data)
-    images, tiled = _split_tiles(path, raw, images, kind, stated.tiles, train)
+        fitted, whose = pixels.whitening(
+            kind, all_chunks, train.shape, path=path, raw=raw, data=data
+        )
+    images, tile_notes = _split_tiles(path, raw, images, kind, stated.tiles, train)
     if kind in ("unit", "bytes"):
         images = preprocess.apply(images / np.float32(255) if kind == "bytes" else images)
     encoding, targets, order = labels.encode(path, raw, stated.labels, train.classes)
@@ -130,7 +138,7 @@ def load(
         *raw.notes,
         f"layout: {layout}",
         f"pixels: {kind} ({why}); {whose}",
-        *tiled,
+        *tile_notes,
         f"labels: {encoding}{' (stated)' if stated.labels == encoding else ''}",
         f"classes: {order}",
         *labels.imbalance_notes(targets.argmax(1), len(train.classes)),
@@ -139,17 +147,17 @@ def load(
         notes.append(other)
     if raw.ridge is not None:
         notes.append(f"ridge: {raw.ridge:g}, as in the file")
-    made = _provenance(path, raw, stated, notes)
-    return DistilledSet(np.ascontiguousarray(images), targets, fitted, train.classes, made)
+    provenance = _provenance(path, raw, stated, notes)
+    return DistilledSet(np.ascontiguousarray(images), targets, fitted, train.classes, provenance)
 
 
 def chance_hint(accuracy: float, chance: float, test_images: int) -> str | None:
-    """What to check where the best learner on a published set is no better than chance.
+    """What to check if the best learner on a published set is no better than chance; else None.
 
     Args:
-        accuracy: The best, as a fraction.
-        chance: Accuracy of always answering the commonest class.
-        test_images: On which the accuracy was measured; they set its standard error.
+        accuracy: The best accuracy, as a fraction.
+        chance: Accuracy of always answering the commonest class, as a fraction.
+        test_images: Number of test images, which determines the standard error.
     """
     if accuracy > chance + CHANCE_STANDARD_ERRORS * math.sqrt(chance * (1 - chance) / test_images):
         return None
@@ -172,7 +180,7 @@ def _check_statement(stated: StatedFormat) -> None:
 def _fit_standardisation(
     fitted: Preprocess, chunks: Chunks, shape: tuple[int, int, int]
 ) -> Preprocess:
-    """The standardisation by all training images, as projects fit it."""
+    """Fit a standardisation on all training images, as the projects do."""
     if fitted.kind != "standardise":
         return fitted
     return preprocess_module.fit("standardise", chunks, shape)
@@ -186,10 +194,10 @@ def _split_tiles(
     stated: int | None,
     train: LabeledImages,
 ) -> tuple[Float[np.ndarray, "m h w c"], list[str]]:
-    """The images, taken out of their tiles where they have some, and what to note of it.
+    """Split images that consist of tiles; return all images and notes.
 
-    IDC's files hold four small images each, and do not say so; RDED's pictures are mosaics that
-    its program trains on as they are.
+    Each image of an IDC file consists of four small ones, which the file does not state; RDED's
+    images are mosaics that its program trains on as they are.
     """
     why = None if kind in pixels.WHITENED_KINDS else evidence.find_tiles(images, train)
     tiles = stated or 1
@@ -199,13 +207,13 @@ def _split_tiles(
     if stated is None and raw.kind == "IDC" and why:
         tiles = 2
     elif stated is None and (why or raw.kind == "IDC"):
-        doubt = f"images look like 2x2 tiles: {why}" if why else "IDC may keep 2x2 tiles an image"
-        raise UserError(f"{path}: {doubt}: state --tiles 2 to part them, or --tiles 1")
+        doubt = f"images look like 2x2 tiles: {why}" if why else "IDC may keep 2x2 tiles per image"
+        raise UserError(f"{path}: {doubt}: use --tiles 2 to split them, or --tiles 1")
     if tiles == 1:
         return images, []
-    parted = pixels.decode_tiles(path, images, tiles)
-    said = "stated" if stated else f"IDC's; {why}"
-    return parted, [f"tiles: {tiles}x{tiles} images in one, now {len(parted)} images ({said})"]
+    split = pixels.decode_tiles(path, images, tiles)
+    reason = "stated" if stated else f"IDC's; {why}"
+    return split, [f"tiles: {tiles}x{tiles} images in one, now {len(split)} images ({reason})"]
 
 
 def _read(path: Path, train: LabeledImages) -> RawSet:
@@ -217,14 +225,16 @@ def _read(path: Path, train: LabeledImages) -> RawSet:
         if array.dtype.kind not in "fiub":
             raise UserError(f"{path}: {name} must be numbers, got {array.dtype}")
         if 0 in array.shape or array.ndim == 0:
-            raise UserError(f"{path}: there are no {name}, their shape is {array.shape}")
+            raise UserError(
+                f"{path} must hold at least one image, got {name} of shape {array.shape}"
+            )
     if len(raw.images) != len(raw.labels):
         raise UserError(f"{path} has {len(raw.images)} images but {len(raw.labels)} labels")
     return raw
 
 
 def _provenance(path: Path, raw: RawSet, stated: StatedFormat, notes: list[str]) -> dict[str, Any]:
-    said = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(stated).items()}
+    format_ = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(stated).items()}
     return {
         "method": "published",
         "file": str(path),
@@ -233,5 +243,5 @@ def _provenance(path: Path, raw: RawSet, stated: StatedFormat, notes: list[str])
         "kernel": None,
         "metrics": {},
         "notes": notes,
-        "stated": said,
+        "stated": format_,
     } | ({} if raw.ridge is None else {"evaluation_ridge": raw.ridge})

@@ -1,4 +1,4 @@
-"""The figures of a training as a picture: loss terms, and what was validated, against steps."""
+"""A picture of a training: loss terms and validation accuracy against steps."""
 
 import json
 from pathlib import Path
@@ -7,13 +7,16 @@ from typing import Any
 from dsdistill.harness.reports import plot_style
 from dsdistill.harness.runs import run_folder
 
-NOT_PLOTTED = ("step", "epoch", "images_per_second", "lr")
+NOT_PLOTTED = ("step", "epoch", "images_per_second", "lr")  # figures of metrics.jsonl
 
 
 def draw(folder: Path) -> None:
-    """Write `curves.png` from `metrics.jsonl`, as far as that can be read; nothing without figures.
+    """Write `curves.png` from the readable lines of `metrics.jsonl`; nothing if there are none.
 
-    The results of the run are elsewhere, and lose nothing by a line that is damaged.
+    Damaged lines are skipped, since the picture is not the record of the run.
+
+    Args:
+        folder: Folder of the run.
     """
     rows = _read_rows(folder / "metrics.jsonl")
     if not rows:
@@ -33,7 +36,7 @@ def draw(folder: Path) -> None:
 
 def _read_rows(path: Path) -> list[dict[str, float]]:
     """The numbers of each line that has a step."""
-    found = []
+    rows = []
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     for line in lines:
         try:
@@ -47,12 +50,12 @@ def _read_rows(path: Path) -> list[dict[str, float]]:
             if (number := _plottable_number(value)) is not None
         }
         if "step" in known:
-            found.append(known)
-    return found
+            rows.append(known)
+    return rows
 
 
 def _plottable_number(value: Any) -> float | None:
-    """A finite number that a plot can show."""
+    """The value as a number that a plot can show; None if it is not one."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if abs(value) < 1e30 else None

@@ -1,4 +1,4 @@
-"""Figures of a finished student on test images: `kd evaluate`."""
+"""`kd evaluate`: figures of a finished student on test images."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -29,11 +29,11 @@ from kd.recipe import Recipe
 
 @dataclass(frozen=True, eq=False)
 class TestImages:
-    """The images that a student is judged on.
+    """The images that a student is scored on.
 
     Attributes:
-        source: The data they are from; its test images are those to judge.
-        which: What they are, in words.
+        source: Data whose test images are these.
+        which: Description of the images.
     """
 
     source: DataSource | FileSource
@@ -41,10 +41,13 @@ class TestImages:
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
-    """Accuracy, NLL, calibration, agreement with the teacher, size and latency.
+    """Measure accuracy, NLL, calibration, agreement with the teacher, size and latency.
+
+    Args:
+        options: Options of the command.
 
     Raises:
-        UserError: If run, data or teacher cannot be had or do not fit together.
+        UserError: If run, data or teacher are missing or do not fit together.
     """
     device = engine.make(options.device).device
     student = saved_models.load_run(options.run)
@@ -72,15 +75,17 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         raise UserError("--teacher-class-map needs --teacher: the run was trained without one")
     if name is not None:
         known = {
-            each: teacher.to(device)
-            for each, teacher in _load_teachers(options, config, name, student.preprocess, source)
+            label: teacher.to(device)
+            for label, teacher in _load_teachers(options, config, name, student.preprocess, source)
         }
     student.classifier.to(device)
-    judged = _OutputSelector(student.classifier, outputs)
-    temperature = student.output_temperature
-    figures = scoring.evaluate(judged, test, known, temperature=temperature, classes=source.classes)
+    network = _OutputSelector(student.classifier, outputs)
+    temperature, classes = student.output_temperature, source.classes
+    figures = scoring.evaluate(network, test, known, temperature=temperature, classes=classes)
     for note in figures["notes"]:
         progress.say(note)
+    for line in source.missing_classes(judged=True):
+        progress.say(f"note: {line}")
     return {
         "run": str(options.run),
         "student": student.name,
@@ -114,30 +119,32 @@ def _load_teachers(
     fitted: Preprocess,
     source: DataSource | FileSource,
 ) -> Iterator[tuple[str, nn.Module]]:
-    """The teachers of that name, with what was said of the run's own ones."""
+    """Load the named teachers; those of the run itself with the options that they had there."""
     names = networks.parse_names("--teacher", name)
-    is_own = options.teacher is None or (
+    is_of_run = options.teacher is None or (
         ",".join(map(networks.absolute_name, names)) == config.get("teacher")
     )
-    own = config if is_own else {}
+    stored = config if is_of_run else {}
     option = "--teacher-class-map"
-    text = options.teacher_class_map or own.get("class_map")
+    text = options.teacher_class_map or stored.get("class_map")
     maps = class_names.read_class_maps(text, names, option)
-    for each, mapping, known in zip(names, maps, told(own, len(names)), strict=True):
-        where = fitted, source.shape, source.classes
-        teacher = teachers.load(each, *where, class_map=mapping, class_map_option=option, **known)
+    for label, mapping, inputs in zip(names, maps, told(stored, len(names)), strict=True):
+        images = fitted, source.shape, source.classes
+        teacher = teachers.load(
+            label, *images, class_map=mapping, class_map_option=option, **inputs
+        )
         for remark in teachers.matching_notes(teacher):
-            progress.say(f"teacher {each}: {remark}")
-        yield each, teacher
+            progress.say(f"teacher {label}: {remark}")
+        yield label, teacher
 
 
 def _test_images(
     options: EvaluateOptions, config: Mapping[str, Any], student: Model, recipe: Recipe
 ) -> TestImages:
-    """The images to judge on, as the student takes them.
+    """Choose the images to score on, in the size and with the channels of the student.
 
-    Of the data that the run was trained on, the test part. Of other data, their own test part
-    where they have one, and otherwise all of them.
+    For the data that the run was trained on, these are its test images. For other data, they are
+    its test images where it has a test part, and otherwise all of its images.
     """
     name = options.data or config.get("data")
     if not isinstance(name, str):
@@ -156,21 +163,21 @@ def _test_images(
     if source.distilled is not None or not (path.is_dir() or is_array):
         return TestImages(source, f"test images of {source.name}")
     folder = None if is_array else layout.list_folder(path, student.classes)
-    is_own = options.data is None or _is_training_data(config, name, source)
-    every = not is_own and (folder is None or folder.test is None)
+    is_of_run = options.data is None or _is_training_data(config, name, source)
+    every = not is_of_run and (folder is None or folder.test is None)
     chosen = _test_on_all_images(source) if every else source
     if folder is not None:
-        folder.say_judged(_test_count(chosen), every=every)
+        folder.announce_evaluation(_test_count(chosen), every=every)
     if folder is not None and folder.test:
         return TestImages(chosen, f"test images, {folder.test.folder}")
-    if is_own:
-        held = "the share of the images that the training has held out for testing"
-        return TestImages(chosen, held)
+    if is_of_run:
+        part = "the share of the images that the training has held out for testing"
+        return TestImages(chosen, part)
     return TestImages(chosen, f"all images of {name}")
 
 
 def _test_count(source: DataSource | FileSource) -> int:
-    """Test images of a folder."""
+    """Number of test images of a folder."""
     if isinstance(source, FileSource):
         test = source.parts[2]
         return len(test) if isinstance(test, ImageFiles) else 0
@@ -181,26 +188,26 @@ def _test_count(source: DataSource | FileSource) -> int:
 def _is_training_data(
     config: Mapping[str, Any], name: str, source: DataSource | FileSource
 ) -> bool:
-    """Whether data are those that the run was trained on, by their path or by their hash."""
+    """Whether these are the data that the run was trained on, by path or by hash."""
     stored = config.get(INPUTS_KEY, {}).get("training images")
     if isinstance(source, FileSource):
         train = source.parts[0]
         digest = train.digest if isinstance(train, ImageFiles) else None
     else:
         digest = source.splits.digest if source.splits else None
-    own = config.get("data")
-    same_path = isinstance(own, str) and Path(own).resolve() == Path(name).expanduser().resolve()
+    data = config.get("data")
+    same_path = isinstance(data, str) and Path(data).resolve() == Path(name).expanduser().resolve()
     return same_path or (stored is not None and stored == digest)
 
 
 def _test_on_all_images(source: DataSource | FileSource) -> DataSource | FileSource:
-    """The data with all their images as test images."""
+    """Make all images of the data test images."""
     if isinstance(source, FileSource):
-        wholes = [part for part in source.parts if isinstance(part, ImageFiles)]
-        rows = np.concatenate([part.rows for part in wholes])
+        parts = [part for part in source.parts if isinstance(part, ImageFiles)]
+        rows = np.concatenate([part.rows for part in parts])
         order = np.argsort(rows)
-        known = [part.labels for part in wholes if part.labels is not None]
-        every = replace(wholes[0], rows=rows[order], labels=np.concatenate(known)[order])
+        labels = [part.labels for part in parts if part.labels is not None]
+        every = replace(parts[0], rows=rows[order], labels=np.concatenate(labels)[order])
         return replace(source, parts=(source.parts[0], None, every))
     splits = source.splits
     assert splits is not None
@@ -211,9 +218,10 @@ def _test_on_all_images(source: DataSource | FileSource) -> DataSource | FileSou
 
 
 def _merge_views(*parts: LabeledImages) -> LabeledImages:
-    """Views of one store as one view, in the order of the store."""
-    first = parts[0]
-    rows = [np.arange(len(part)) if part.rows is None else part.rows for part in parts]
-    together, labels_ = np.concatenate(rows), np.concatenate([part.labels for part in parts])
-    order = np.argsort(together)
-    return replace(first, rows=together[order], labels=labels_[order])
+    """Merge views of one store into one view, in the order of the store."""
+    rows = np.concatenate(
+        [np.arange(len(part)) if part.rows is None else part.rows for part in parts]
+    )
+    labels = np.concatenate([part.labels for part in parts])
+    order = np.argsort(rows)
+    return replace(parts[0], rows=rows[order], labels=labels[order])

@@ -1,7 +1,7 @@
-"""A finished student for other programs: `kd export`. Nothing is written that does not agree.
+"""`kd export`: a finished student for other programs, written only if it agrees with the student.
 
-The files are made in a hidden folder, read again as their user would, and compared with the student
-on random and on real images, before they get their names.
+The files are written to a hidden folder, read again the way their user would, and compared with the
+student on random and on real images, before they are moved to their place.
 """
 
 import os
@@ -27,24 +27,24 @@ from kd.models.saved_models import Model
 from kd.options import ExportOptions
 from kd.recipe import Recipe
 
-# Of the spread of the outputs. Another order of float32 sums changes them by 1e-7 to 1e-5 of it, a
-# forgotten normalisation or another way to resize by 1e-2 and more.
+# Largest difference, as a share of the range of the outputs. Another order of float32 sums causes
+# 1e-7 to 1e-5 of it, a forgotten normalisation or another way to resize 1e-2 and more.
 RELATIVE_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How well an exported file agrees with the student.
+    """Agreement of an exported file with the student.
 
     Attributes:
-        largest_difference: Of any output, on any image.
-        tolerance: What it may be.
-        argmax_agreement: Share of the images with the same largest output.
-        batch_sizes: That were run.
-        random_images: How many, of uniform pixels.
-        real_images: How many.
-        data: Where those are from.
-        note: Why there are none.
+        largest_difference: Largest absolute difference of any output, on any image.
+        tolerance: Largest difference that counts as agreement.
+        argmax_agreement: Fraction of the images with the same largest output.
+        batch_sizes: Sizes of the batches that were run.
+        random_images: Number of images of uniformly random pixels.
+        real_images: Number of real images.
+        data: Name of the data that the real images are from; None if there are none.
+        note: Reason why there are no real images; None if there are some.
     """
 
     largest_difference: float
@@ -58,80 +58,83 @@ class Comparison:
 
 
 def export(options: ExportOptions) -> dict[str, Any]:
-    """Write a student in one format.
+    """Write a student in one format, after comparing the files with the student.
+
+    Args:
+        options: Options of the command.
 
     Returns:
         The path written, and the fields of the `Comparison`.
 
     Raises:
-        UserError: If the run holds no whole student, the format does not fit it, a package is
-            missing, the output exists, or what was written disagrees with the student.
+        UserError: If the run holds no complete student, the format does not fit it, a package is
+            missing, the output exists, or the files disagree with the student.
     """
     if options.format not in FORMATS:
         raise unknown_name("format", options.format, FORMATS)
-    chosen = FORMATS[options.format]
+    export_format = FORMATS[options.format]
     model = saved_models.load_run(options.run)
     model.classifier.eval()
-    out = _free_path(options, model, chosen)
-    write = chosen.prepare(model)
-    trialled = export_check.gather(options.run, model, options.data_root)
-    card = _card(options, model, chosen)
+    out = _free_path(options, model, export_format)
+    write = export_format.prepare(model)
+    reference = export_check.gather(options.run, model, options.data_root)
+    card = _card(options, model, export_format)
     with _staging_path(out) as path:
         write(path, card)
-        found = _require_agreement(path, trialled, options)
-        write(path, card | {"check": asdict(found)})
-        _require_agreement(path, trialled, options)  # the very file that is kept
+        comparison = _require_agreement(path, reference, options)
+        write(path, card | {"check": asdict(comparison)})
+        _require_agreement(path, reference, options)  # the file that is kept, with the final card
         _place(path, out)
-    return {"written": str(out), **asdict(found)}
+    return {"written": str(out), **asdict(comparison)}
 
 
-def compare(path: Path, chosen: ExportFormat, trialled: ReferenceOutputs) -> Comparison:
-    """Run what was written on all trials.
+def compare(path: Path, export_format: ExportFormat, reference: ReferenceOutputs) -> Comparison:
+    """Run an exported file on the reference images and compare the outputs.
 
     Args:
         path: The file or folder.
-        chosen: What it was written as.
-        trialled: Images and the student's outputs.
+        export_format: Its format.
+        reference: Images and the student's outputs.
     """
-    run = chosen.read(path)
+    run = export_format.read(path)
     with torch.inference_mode():
-        answers = [run(batching.to_nchw(images)).numpy() for images in trialled.batches]
-    got, expected = np.concatenate(answers), np.concatenate(trialled.expected)
-    sizes = [len(images) for images in trialled.batches]
+        outputs = [run(batching.to_nchw(images)).numpy() for images in reference.batches]
+    actual, expected = np.concatenate(outputs), np.concatenate(reference.expected)
+    sizes = [len(images) for images in reference.batches]
     return Comparison(
-        largest_difference=float(np.abs(got - expected).max()),
+        largest_difference=float(np.abs(actual - expected).max()),
         tolerance=RELATIVE_TOLERANCE * float(np.ptp(expected)),
-        argmax_agreement=float((got.argmax(1) == expected.argmax(1)).mean()),
+        argmax_agreement=float((actual.argmax(1) == expected.argmax(1)).mean()),
         batch_sizes=tuple(sorted(set(sizes))),
         random_images=export_check.RANDOM_IMAGES,
-        real_images=0 if trialled.data is None else sizes[-1],
-        data=trialled.data,
-        note=trialled.note,
+        real_images=0 if reference.data is None else sizes[-1],
+        data=reference.data,
+        note=reference.note,
     )
 
 
 def _require_agreement(
-    path: Path, trialled: ReferenceOutputs, options: ExportOptions
+    path: Path, reference: ReferenceOutputs, options: ExportOptions
 ) -> Comparison:
     try:
-        found = compare(path, FORMATS[options.format], trialled)
-    except Exception as error:  # of another program's reader, which raises whatever it likes
+        comparison = compare(path, FORMATS[options.format], reference)
+    except Exception as error:  # another program's reader may raise anything
         raise UserError(
             f"as {options.format} the student of {options.run} cannot be run "
             f"({first_line(error)}): nothing was written; use another --format"
         ) from error
     # Not `>`, which is false for NaN.
-    if not found.largest_difference <= found.tolerance:
+    if not comparison.largest_difference <= comparison.tolerance:
         raise UserError(
             f"as {options.format} the student of {options.run} would answer differently, by up to "
-            f"{found.largest_difference:.2g} where {found.tolerance:.2g} is rounding: nothing was "
-            "written; use another --format"
+            f"{comparison.largest_difference:.2g} where rounding explains at most "
+            f"{comparison.tolerance:.2g}: nothing was written; use another --format"
         )
-    return found
+    return comparison
 
 
-def _card(options: ExportOptions, model: Model, chosen: ExportFormat) -> dict[str, Any]:
-    """What a person or a program needs to use the files."""
+def _card(options: ExportOptions, model: Model, export_format: ExportFormat) -> dict[str, Any]:
+    """Description of the files, for the people and programs that use them."""
     h, w, c = model.shape
     fitted = model.preprocess
     return {
@@ -143,21 +146,21 @@ def _card(options: ExportOptions, model: Model, chosen: ExportFormat) -> dict[st
             "dtype": "float32",
             "layout": "NCHW",
             "shape": ["batch", c, h, w],
-            "values": "pixels in [0, 1]" if chosen.graph else "pixels in [0, 1], preprocessed",
+            "values": "pixels in [0, 1]" + ("" if export_format.graph else ", preprocessed"),
             "files": _file_resize(run_data.read_recipe(options.run)),
         },
         "preprocess": {
             "kind": fitted.kind,
             "mean": fitted.mean.tolist(),
             "std": fitted.std.tolist(),
-            "included": chosen.graph,
+            "included": export_format.graph,
         },
         "resize": {
             "size": model.classifier.size,
             "mode": model.interpolation,
             "antialias": True,
             "repeat_channels_to": model.classifier.channels,
-            "included": chosen.graph,
+            "included": export_format.graph,
         },
         "outputs": {
             "name": export_formats.OUTPUT_NAME,
@@ -166,27 +169,28 @@ def _card(options: ExportOptions, model: Model, chosen: ExportFormat) -> dict[st
             "kind": model.outputs,
         },
         "output_temperature": model.output_temperature,
-        "use": _usage(model, chosen),
+        "use": _usage(model, export_format),
         "parameters": networks.parameter_count(model.classifier),
         "versions": {name: version(name) for name in ("torch", "timm", "numpy")},
     }
 
 
-def _usage(model: Model, chosen: ExportFormat) -> str:
-    first = "" if chosen.graph else "preprocess and resize the images as described; "
+def _usage(model: Model, export_format: ExportFormat) -> str:
+    prepare = "preprocess and resize the images as described; "
+    first = "" if export_format.graph else prepare
     meaning = (
         "unnormalised log-probabilities"
         if model.outputs == "logits"
         else "estimates of one-hot labels minus 1/k, which only the temperature makes probabilities"
     )
     return (
-        f"{first}outputs = {chosen.use}; softmax(outputs / {model.output_temperature:g}) are the "
-        f"probabilities of the classes, in their order; the outputs are {meaning}"
+        f"{first}outputs = {export_format.use}; softmax(outputs / {model.output_temperature:g}) "
+        f"are the probabilities of the classes, in their order; the outputs are {meaning}"
     )
 
 
 def _file_resize(recipe: Recipe) -> dict[str, Any]:
-    """How image files were brought to the shape of the input, in evaluation."""
+    """How evaluation brought image files to the shape of the input."""
     if recipe.augment != "imagenet":
         return {"crop": 1.0, "interpolation": "bilinear"}
     # As `kd.data.files.file_source` cuts them.
@@ -194,11 +198,13 @@ def _file_resize(recipe: Recipe) -> dict[str, Any]:
     return {"crop": recipe.crop_share, "interpolation": interpolation}
 
 
-def _free_path(options: ExportOptions, model: Model, chosen: ExportFormat) -> Path:
-    """Where to write; nothing is there yet."""
-    name = re.sub(r"\W+", "-", model.name)[-60:] + chosen.suffix
+def _free_path(options: ExportOptions, model: Model, export_format: ExportFormat) -> Path:
+    """Path to write to, at which nothing exists yet."""
+    name = re.sub(r"\W+", "-", model.name)[-60:] + export_format.suffix
     out = Path(os.path.abspath(options.out or options.run / "export" / name))
-    for path in (out, *([out.with_name(out.name + chosen.beside)] if chosen.beside else [])):
+    sidecar = export_format.sidecar_suffix
+    suffixes = ("", sidecar) if sidecar else ("",)
+    for path in (out.with_name(out.name + suffix) for suffix in suffixes):
         if os.path.lexists(path):
             raise UserError(f"{path} exists already: choose another --out")
     return out
@@ -206,14 +212,14 @@ def _free_path(options: ExportOptions, model: Model, chosen: ExportFormat) -> Pa
 
 @contextmanager
 def _staging_path(out: Path) -> Iterator[Path]:
-    """A path of the same name in a hidden folder of the same disk, which is gone afterwards."""
+    """Yield a path of the same name in a hidden folder on the same disk; delete it afterwards."""
     parent = next(folder for folder in out.parents if folder.is_dir())
     with tempfile.TemporaryDirectory(dir=parent, prefix=".export-") as folder:
         yield Path(folder) / out.name
 
 
 def _place(path: Path, out: Path) -> None:
-    """Give what was written its name, and last the file that the others describe."""
+    """Move the files from the hidden folder to their place, the one that others describe last."""
     missing = [folder for folder in out.parents if not folder.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
     placed: list[Path] = []
@@ -222,7 +228,7 @@ def _place(path: Path, out: Path) -> None:
             placed.append(out.with_name(file.name))
             os.rename(file, placed[-1])
     except OSError:
-        for other in placed[:-1]:  # the card of what is not there
+        for other in placed[:-1]:  # a card without the file that it describes
             other.unlink()
         for folder in missing:  # the deepest first
             folder.rmdir()

@@ -1,4 +1,4 @@
-"""Images on which an exported student is compared with the student: random ones, and real ones."""
+"""Reference outputs for an export: random and real images, and the student's outputs for them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from kd.models.saved_models import Model
 from kd.models.zoo import class_names
 from kd.recipe import Recipe
 
-RANDOM_IMAGES, REAL_IMAGES = 16, 48  # images of either kind
+RANDOM_IMAGES, REAL_IMAGES = 16, 48  # number of images
 SEED = 0
 
 ImageBatch = Float[np.ndarray, "n h w c"]
@@ -29,13 +29,13 @@ ImageBatch = Float[np.ndarray, "n h w c"]
 
 @dataclass(frozen=True, eq=False)
 class ReferenceOutputs:
-    """Images in [0, 1] with what the student says to them.
+    """Images in [0, 1] with the student's outputs.
 
     Attributes:
-        batches: The random images, and last the real ones if there are any.
+        batches: The random images, followed by the real ones if there are any.
         expected: The student's outputs for each batch.
         data: Name of the data set that the real images are from; None if there are none.
-        note: Why there are none.
+        note: Reason why there are no real images; None if there are some.
     """
 
     batches: tuple[ImageBatch, ...]
@@ -45,32 +45,32 @@ class ReferenceOutputs:
 
 
 def gather(run: Path, model: Model, root: Path | None) -> ReferenceOutputs:
-    """Random and real images, each kind as a batch and its first image alone.
+    """Collect random and real images, each kind as a single image and as a batch.
 
     Args:
-        run: The student's folder, which says what it was trained on.
+        run: Folder of the student's run, which names its data.
         model: The student, in evaluation mode.
-        root: Where data sets lie; None for where they lay in training.
+        root: Folder of the data sets; None for the one used in training.
 
     Raises:
         UserError: If the student's outputs are not finite.
     """
     rng = np.random.default_rng(SEED)
-    wholes, name, note = [rng.random((RANDOM_IMAGES, *model.shape), dtype=np.float32)], None, None
+    kinds, name, note = [rng.random((RANDOM_IMAGES, *model.shape), dtype=np.float32)], None, None
     try:
         name, images = _real_images(run, model, root, rng)
-        wholes.append(images)
+        kinds.append(images)
     except (UserError, OSError) as error:
         note = str(error)
-    batches = tuple(part for images in wholes for part in (images[:1], images))
+    batches = tuple(part for images in kinds for part in (images[:1], images))
     expected = tuple(_student_outputs(model, images) for images in batches)
-    if not all(np.isfinite(answers).all() for answers in expected):
-        raise UserError(f"the student of {run} gives outputs that are not finite")
+    if not all(np.isfinite(outputs).all() for outputs in expected):
+        raise UserError(f"the student of {run} has outputs that are not finite: train it again")
     return ReferenceOutputs(batches, expected, name, note)
 
 
 def _student_outputs(model: Model, images: ImageBatch) -> Float[np.ndarray, "n k"]:
-    """The student as `kd evaluate` runs it: NumPy's preprocessing, then the network."""
+    """Outputs as in `kd evaluate`: preprocessing in NumPy, then the network."""
     with torch.inference_mode():
         return model.classifier(batching.to_nchw(model.preprocess.apply(images))).numpy()
 
@@ -78,10 +78,10 @@ def _student_outputs(model: Model, images: ImageBatch) -> Float[np.ndarray, "n k
 def _real_images(
     run: Path, model: Model, root: Path | None, rng: np.random.Generator
 ) -> tuple[str, ImageBatch]:
-    """The data's name and some of its images, of the test set where it has one.
+    """Name of the run's data and some of its images, from the test set where it has one.
 
     Raises:
-        UserError: If they cannot be had, or are not such as the student takes.
+        UserError: If they are missing or do not fit the student.
     """
     config, recipe = _read_if_present(run / "config.json"), run_data.read_recipe(run)
     name = config.get("data")
@@ -90,9 +90,8 @@ def _real_images(
     root = root or Path(config.get("data_root") or paths.data_root())
     source = run_data.load(name, model, recipe, config, root=root)
     saved_models.check_shape("the student", model, source.shape)
-    class_names.match(
-        "the student", model.classes, source.classes, option=None
-    )  # of whatever order
+    # Raises for other classes; their order is irrelevant here.
+    class_names.match("the student", model.classes, source.classes, option=None)
     if isinstance(source, FileSource):
         return source.name, _stream_images(source, recipe, rng)
     if source.splits is None:
@@ -102,9 +101,9 @@ def _real_images(
 
 
 def _stream_images(source: FileSource, recipe: Recipe, rng: np.random.Generator) -> ImageBatch:
-    """Evaluation views of some images; of an archive, of the first ones."""
-    train, held, test = source.parts
-    part = test or held or train
+    """Evaluation views of a sample of images, or of the first images of an archive."""
+    train, validation, test = source.parts
+    part = test or validation or train
     if isinstance(part, ImageFiles):
         part = part.select(_sample_rows(len(part), rng))
     plain, cpu = preprocess.identity(source.shape[2]), torch.device("cpu")

@@ -1,8 +1,8 @@
-"""A student in the forms that other programs read: ONNX, a torch program, safetensors, timm.
+"""Export formats: ONNX, a torch program, safetensors and timm.
 
-Each form is made once, which may take seconds, then written with a card that says how to use it,
-and read again the way its user would. The first two are graphs that take images in [0, 1]; the
-others are weights, and leave the preprocessing to their user.
+Each is prepared once, which may take seconds, then written with a card that says how to use it, and
+read again the way its user would. The first two are graphs that take images in [0, 1]; the others
+are weights, and leave the preprocessing to their user.
 """
 
 import importlib.util
@@ -29,38 +29,38 @@ from kd.models.saved_models import Model
 from kd.models.zoo import exported, timm_zoo
 
 Card = Mapping[str, Any]
-Writer = Callable[[Path, Card], None]  # may be called again, with another card
+Writer = Callable[[Path, Card], None]  # may be called again with another card
 Runner = Callable[[Float[Tensor, "n c h w"]], Float[Tensor, "n k"]]  # from images in [0, 1]
 
 INPUT_NAME, OUTPUT_NAME, CARD_FILE = "images", "outputs", "card.json"
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-MAX_ONNX_BYTES = 2**31  # a protobuf message has no more
+MAX_ONNX_BYTES = 2**31  # limit of a protobuf message
 
 
 @dataclass(frozen=True)
 class ExportFormat:
-    """One of the forms.
+    """One export format.
 
     Attributes:
-        prepare: Gives what writes the student, to a file or a folder. Refuses one that the form
-            is not for with a `UserError`.
-        read: What answers for it, from the file or folder that was written.
-        suffix: Of the default name.
-        beside: What the name of a second file appends to that of the first.
-        graph: Whether preprocessing and resize are inside.
-        use: For a person who has the files alone.
+        prepare: Function from the student to a writer of a file or folder. It raises `UserError`
+            for a student that does not fit the format.
+        read: Function from the written file or folder to a runner.
+        suffix: Suffix of the default name.
+        sidecar_suffix: Suffix that a second file adds to the name of the first; None without one.
+        graph: Whether the file contains preprocessing and resizing.
+        use: Python expression for a person who has nothing but the files.
     """
 
     prepare: Callable[[Model], Writer]
     read: Callable[[Path], Runner]
     suffix: str
-    beside: str | None
+    sidecar_suffix: str | None
     graph: bool
     use: str
 
 
 def prepare_onnx(model: Model) -> Writer:
-    """An ONNX graph, with the card in its metadata and in a JSON file beside it."""
+    """Prepare an ONNX graph, with the card in its metadata and in a JSON file beside it."""
     _check_onnx(model)
     import onnx
 
@@ -87,7 +87,7 @@ def prepare_onnx(model: Model) -> Writer:
 
 
 def read_onnx(path: Path) -> Runner:
-    """The graph in onnxruntime, on the CPU."""
+    """Load the graph in onnxruntime, on the CPU."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -97,38 +97,38 @@ def read_onnx(path: Path) -> Runner:
 
 
 def prepare_pt2(model: Model) -> Writer:
-    """A program of `torch.export`, with the card as an extra file inside.
+    """Prepare a program of `torch.export`, with the card as an extra file inside.
 
-    A second one, in the form of a run's `model.json`, makes it a teacher for `kd train`.
+    A second extra file, in the form of a run's `model.json`, makes it a teacher for `kd train`.
     """
     program = _trace_graph(
         model,
         lambda graph, example, sizes: torch.export.export(graph, example, dynamic_shapes=sizes),
     )
 
-    # Where the code lies on this machine is nobody else's business.
+    # Stack traces reveal paths on this machine.
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
-    # As a teacher it takes plain images: its own preprocessing is a part of it.
-    plain = replace(model, preprocess=preprocess.identity(model.shape[2]))
-    described = json.dumps(saved_models.card(plain))
+    # As a teacher the program takes unprocessed images: it contains its own preprocessing.
+    without_preprocess = replace(model, preprocess=preprocess.identity(model.shape[2]))
+    model_card = json.dumps(saved_models.card(without_preprocess))
 
     def write(path: Path, card: Card) -> None:
         content = io.BytesIO()
-        inside = {CARD_FILE: json.dumps(card), exported.CARD: described}
-        torch.export.save(program, content, extra_files=inside)
+        extra_files = {CARD_FILE: json.dumps(card), exported.CARD: model_card}
+        torch.export.save(program, content, extra_files=extra_files)
         run_folder.write_bytes(path, content.getvalue())
 
     return write
 
 
 def read_pt2(path: Path) -> Runner:
-    """The program as another process gets it."""
+    """Load the program as another process would."""
     return torch.export.load(path).module()
 
 
 def prepare_safetensors(model: Model) -> Writer:
-    """A folder like a run's, with the card in the header of the weights."""
+    """Prepare a folder like that of a run, with the card in the header of the weights."""
 
     def write(path: Path, card: Card) -> None:
         path.mkdir(exist_ok=True)
@@ -138,13 +138,13 @@ def prepare_safetensors(model: Model) -> Writer:
 
 
 def read_safetensors(path: Path) -> Runner:
-    """A student made anew from the folder."""
-    found = saved_models.load_run(path)
-    return nn.Sequential(PreprocessLayer(found.preprocess), found.classifier).eval()
+    """Rebuild the student from the folder."""
+    model = saved_models.load_run(path)
+    return nn.Sequential(PreprocessLayer(model.preprocess), model.classifier).eval()
 
 
 def prepare_timm(model: Model) -> Writer:
-    """A folder for `timm.create_model("local-dir:...", pretrained=True)`."""
+    """Prepare a folder for `timm.create_model("local-dir:...", pretrained=True)`."""
     _check_timm(model)
 
     def write(path: Path, card: Card) -> None:
@@ -160,20 +160,20 @@ def prepare_timm(model: Model) -> Writer:
 
 
 def read_timm(path: Path) -> Runner:
-    """What timm makes of the folder, its input prepared as the folder's config says."""
+    """Load the folder in timm, with inputs prepared according to its config."""
     import timm
 
     network = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
     config: Any = network.pretrained_cfg
     mean, std = (torch.tensor(config[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
-    size, how = tuple(config["input_size"][1:]), config["interpolation"]
-    return lambda images: network(networks.resize((images - mean) / std, size, how))
+    size, mode = tuple(config["input_size"][1:]), config["interpolation"]
+    return lambda images: network(networks.resize((images - mean) / std, size, mode))
 
 
 def header_strings(card: Card) -> dict[str, str]:
-    """The card for headers that hold strings alone: what is no string becomes JSON."""
+    """Convert the card for headers of strings: values of other types become JSON."""
     texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in card.items()}
-    # A path may hold bytes that are no text; no header takes them.
+    # A path may contain bytes that are not UTF-8, which headers refuse.
     return {k: v.encode("utf-8", "backslashreplace").decode() for k, v in texts.items()}
 
 
@@ -182,7 +182,7 @@ FORMATS: Mapping[str, ExportFormat] = {
         prepare_onnx,
         read_onnx,
         suffix=".onnx",
-        beside=".json",
+        sidecar_suffix=".json",
         graph=True,
         use="onnxruntime.InferenceSession(FILE).run(None, {'images': images})[0]",
     ),
@@ -190,7 +190,7 @@ FORMATS: Mapping[str, ExportFormat] = {
         prepare_pt2,
         read_pt2,
         suffix=".pt2",
-        beside=None,
+        sidecar_suffix=None,
         graph=True,
         use="torch.export.load(FILE).module()(images)",
     ),
@@ -198,7 +198,7 @@ FORMATS: Mapping[str, ExportFormat] = {
         prepare_safetensors,
         read_safetensors,
         suffix="-safetensors",
-        beside=None,
+        sidecar_suffix=None,
         graph=False,
         use="network.load_state_dict("
         f"safetensors.torch.load_file('FOLDER/{saved_models.WEIGHTS}')), "
@@ -208,19 +208,19 @@ FORMATS: Mapping[str, ExportFormat] = {
         prepare_timm,
         read_timm,
         suffix="-timm",
-        beside=None,
+        sidecar_suffix=None,
         graph=False,
         use="timm.create_model('local-dir:FOLDER', pretrained=True).eval()(images)",
     ),
 }
 
-_TIMM_HEADER = {"format": "pt"}  # what programs of the same family expect there
+_TIMM_HEADER = {"format": "pt"}  # expected by timm and Hugging Face
 
 _Tracer = Callable[[nn.Module, tuple[Tensor], tuple[dict[int, Any]]], Any]
 
 
 def _trace_graph(model: Model, trace: _Tracer) -> Any:
-    """Preprocessing, resize and network as one graph for any number of images."""
+    """Trace preprocessing, resizing and network as one graph for any number of images."""
     h, w, c = model.shape
     graph = nn.Sequential(PreprocessLayer(model.preprocess), model.classifier).eval()
     # Two images: a size of 1 would be taken for a constant.
@@ -229,11 +229,11 @@ def _trace_graph(model: Model, trace: _Tracer) -> Any:
     try:
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # of the exporter, about its own code
+            warnings.simplefilter("ignore")  # the exporter warns about its own code
             return trace(graph, example, sizes)
     except Exception as error:  # tracing fails in as many ways as there are networks
         raise UserError(
-            f"{model.name} cannot be made into a graph ({first_line(error)}): "
+            f"{model.name} cannot be traced as a graph ({first_line(error)}): "
             "use --format safetensors"
         ) from error
     finally:
@@ -241,21 +241,21 @@ def _trace_graph(model: Model, trace: _Tracer) -> Any:
 
 
 def _check_onnx(model: Model) -> None:
-    """Refuse where a package is missing, and a network that is too large."""
+    """Refuse a missing package and a network that is too large."""
     if any(importlib.util.find_spec(name) is None for name in ONNX_PACKAGES):
         raise UserError(
             f"--format onnx needs {', '.join(ONNX_PACKAGES)}: pip install 'dsdistill[onnx]'"
         )
-    needed = 4 * networks.parameter_count(model.classifier)
-    if needed >= MAX_ONNX_BYTES:
+    size = 4 * networks.parameter_count(model.classifier)
+    if size >= MAX_ONNX_BYTES:
         raise UserError(
-            f"an ONNX file holds less than {MAX_ONNX_BYTES} bytes, and {model.name} has {needed} of "
-            "weights: use --format pt2 or safetensors"
+            f"an ONNX file must be smaller than {MAX_ONNX_BYTES} bytes, and the weights of "
+            f"{model.name} have {size}: use --format pt2 or safetensors"
         )
 
 
 def _check_timm(model: Model) -> None:
-    """Refuse what timm cannot make or prepare images for."""
+    """Refuse a network that timm cannot build or prepare images for."""
     if model.preprocess.whiten is not None:
         raise UserError(
             "timm cannot whiten images, and this student needs it: "
@@ -269,22 +269,22 @@ def _check_timm(model: Model) -> None:
 
 
 def _timm_architecture(model: Model) -> str | None:
-    """timm's name for the network; None for one that is not timm's."""
+    """timm's name of the network; None for a network of another library."""
     config = getattr(model.classifier.network, "pretrained_cfg", None)
     return config.get("architecture") if isinstance(config, Mapping) else None
 
 
 def _timm_arguments(model: Model) -> dict[str, Any]:
-    """What timm's function for the network is given."""
-    found = networks.parse(model.name)
-    own = timm_zoo.split_arguments(found.base)[1] if found.zoo is timm_zoo else {}
-    return (model.classifier.config or {}).get("arguments", {}) | own
+    """Keyword arguments of timm's function for the network."""
+    parsed = networks.parse(model.name)
+    named = timm_zoo.split_arguments(parsed.base)[1] if parsed.zoo is timm_zoo else {}
+    return (model.classifier.config or {}).get("arguments", {}) | named
 
 
 def _timm_config(model: Model, card: Card) -> dict[str, Any]:
     classifier, (h, w, c) = model.classifier, model.shape
     network: Any = classifier.network
-    made, files = network.pretrained_cfg, card["input"]["files"]
+    pretrained, files = network.pretrained_cfg, card["input"]["files"]
     return {
         "architecture": _timm_architecture(model),
         "num_classes": len(model.classes),
@@ -294,7 +294,7 @@ def _timm_config(model: Model, card: Card) -> dict[str, Any]:
         "pretrained_cfg": {
             "custom_load": False,
             "input_size": (c, *(classifier.size or (h, w))),
-            "fixed_input_size": bool(made.get("fixed_input_size")),
+            "fixed_input_size": bool(pretrained.get("fixed_input_size")),
             "interpolation": model.interpolation if classifier.size else files["interpolation"],
             "crop_pct": files["crop"],
             "crop_mode": "center",
@@ -302,9 +302,9 @@ def _timm_config(model: Model, card: Card) -> dict[str, Any]:
             "std": model.preprocess.std.tolist(),
             "num_classes": len(model.classes),
             "pool_size": None,
-            # The layers that timm may adapt to other channels and classes. The first is adapted
-            # from three channels alone.
-            "first_conv": made.get("first_conv") if c == 3 else None,
-            "classifier": made.get("classifier"),
+            # Layers that timm adapts to other channels and classes; the first one only if it has
+            # three input channels.
+            "first_conv": pretrained.get("first_conv") if c == 3 else None,
+            "classifier": pretrained.get("classifier"),
         },
     }

@@ -1,4 +1,4 @@
-"""Finished runs as their folders tell of them, and which of them differ in their seed alone."""
+"""Finished runs: reading them from their folders, and grouping those that differ only by seed."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from kd.models import seals
 from kd.models.seals import REPORT
 from kd.options import DEFAULT_WORKERS, Overrides, TrainOptions
 
-CURVE_METRIC = "validation_accuracy"  # of metrics.jsonl
+CURVE_METRIC = "validation_accuracy"  # key of metrics.jsonl
 REQUIRED_TYPES = {
     "student": str,
     "data": str,
@@ -44,13 +44,13 @@ OPTIONAL_TYPES = {
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """One run.
+    """One finished run.
 
     Attributes:
-        folder: As it was given.
-        config: Its options, as in `config.json`.
-        report: Its figures, as in `report.json`.
-        curve: Steps, and the validation accuracy after them, a fraction.
+        folder: Folder of the run.
+        config: Options of the run, as in `config.json`.
+        report: Figures of the run, as in `report.json`.
+        curve: Pairs of a step and the validation accuracy after it, a fraction.
     """
 
     folder: Path
@@ -60,17 +60,17 @@ class FinishedRun:
 
     @property
     def command(self) -> str:
-        """The line that makes the run again."""
+        """Command line that reproduces the run."""
         return train_command(self.config)
 
 
 @dataclass(frozen=True)
 class RunGroup:
-    """Runs that differ in nothing but their seed.
+    """Runs that differ only in their seed.
 
     Attributes:
-        label: Unlike that of any other group.
-        runs: In the order in which they were given.
+        label: Name of the group, unique on a page.
+        runs: The runs, in the order in which they were given.
     """
 
     label: str
@@ -78,11 +78,11 @@ class RunGroup:
 
     @property
     def data(self) -> str:
-        """The data set."""
+        """Name of the data set."""
         return self.runs[0].report["data"]
 
     def summary(self, name: str) -> Summary | None:
-        """Of a figure of all runs; None if one lacks it."""
+        """Summary of a figure over all runs; None if one of them lacks it."""
         values = [run.report.get(name) for run in self.runs]
         known = [value for value in values if value is not None]
         if len(known) < len(values):
@@ -92,15 +92,16 @@ class RunGroup:
 
 
 def read(folder: Path) -> FinishedRun:
-    """A finished run.
+    """Read a finished run.
 
     Raises:
         UserError: If the folder holds none, or a file in it is damaged.
     """
     if not (folder / REPORT).exists():
-        begun = (folder / "config.json").exists()
-        remedy = f"continue it with `kd train --resume --out {folder}`" if begun else "leave it out"
-        kind = "an unfinished run" if begun else "no run of `kd train`"
+        started = (folder / "config.json").exists()
+        resume = f"continue it with `kd train --resume --out {folder}`"
+        remedy = resume if started else "leave it out"
+        kind = "an unfinished run" if started else "no run of `kd train`"
         raise UserError(f"{folder} holds {kind}: {remedy}")
     config, report = (seals.read(folder, name) for name in ("config.json", REPORT))
     seals.verify(folder, "metrics.jsonl")
@@ -111,10 +112,10 @@ def read(folder: Path) -> FinishedRun:
         raise UserError(f"{folder} holds a damaged run ({error}): leave it out") from error
 
 
-def group_by_options(found: Sequence[FinishedRun]) -> list[RunGroup]:
-    """The runs, those together whose options are the same but for the seed."""
+def group_by_options(runs: Sequence[FinishedRun]) -> list[RunGroup]:
+    """Group runs whose options are the same except for the seed."""
     groups: dict[str, list[FinishedRun]] = {}
-    for run in found:
+    for run in runs:
         options = {
             name: v for name, v in run.config.items() if name not in ("seed", run_folder.INPUTS_KEY)
         }
@@ -124,12 +125,12 @@ def group_by_options(found: Sequence[FinishedRun]) -> list[RunGroup]:
 
 
 def train_command(config: Mapping[str, Any]) -> str:
-    """The `kd train` line of stored options; those that have their default are left out."""
+    """The `kd train` line of stored options, without those that have their default."""
     words = ["kd", "train", str(config["data"])]
     for name, value in _non_default(config).items():
         option = "--" + name.replace("_", "-")
         values = value if isinstance(value, list | tuple) else [value]
-        flag = value is True and name in _DEFAULTS  # fields of the recipe take a value
+        flag = value is True and name in _DEFAULTS  # options of the recipe take a value
         words += [option] if flag else [option, *map(str, values)]
     return shlex.join(words)
 
@@ -144,13 +145,13 @@ _DEFAULTS = {
 
 def _non_default(config: Mapping[str, Any]) -> dict[str, Any]:
     """The stored options that differ from the defaults."""
-    former = {"workers": DEFAULT_WORKERS}  # stored by earlier versions where it was not given
-    given = {
+    former = {"workers": DEFAULT_WORKERS}  # defaults that earlier versions stored
+    options = {
         k: v
         for k, v in config.items()
         if k in _DEFAULTS and v not in (_DEFAULTS[k], former.get(k, _DEFAULTS[k]))
     }
-    return given | {k: v for k, v in config.items() if k in _RECIPE_FIELDS and v is not None}
+    return options | {k: v for k, v in config.items() if k in _RECIPE_FIELDS and v is not None}
 
 
 def _check(config: Any, report: Any) -> None:
@@ -171,21 +172,21 @@ def _read_curve(path: Path) -> list[tuple[int, float]]:
 
 
 def _labels(firsts: Sequence[FinishedRun]) -> list[str]:
-    """A short name for each: student and teacher, then the options in which they differ."""
+    """A short label for each: student and teacher, then the options in which they differ."""
     options = [_non_default(run.config) for run in firsts]
-    named = {"student", "teacher", "seed", "data_root"}
+    excluded = {"student", "teacher", "seed", "data_root"}
     varied = {
         name
-        for given in options
-        for name in given
-        if name not in named and any(other.get(name) != given[name] for other in options)
+        for config in options
+        for name in config
+        if name not in excluded and any(other.get(name) != config[name] for other in options)
     }
     labels: list[str] = []
-    for run, given in zip(firsts, options, strict=True):
+    for run, config in zip(firsts, options, strict=True):
         teacher = run.report.get("teacher")
         parts = [run.report["student"] + (f" from {_base_names(teacher)}" if teacher else "")]
         parts += [
-            f"{n.replace('_', ' ')} {_format_value(v)}" for n, v in given.items() if n in varied
+            f"{n.replace('_', ' ')} {_format_value(v)}" for n, v in config.items() if n in varied
         ]
         label = ", ".join(parts)
         same = sum(other.split(" #")[0] == label for other in labels)

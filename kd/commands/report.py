@@ -1,4 +1,4 @@
-"""Any number of finished runs on one page, seeds of one training together."""
+"""`kd report`: finished runs on one page, the seeds of one training together."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,13 +35,13 @@ METRICS_NOTE = (
 
 
 def render(folders: Sequence[Path]) -> str:
-    """One HTML page that compares runs.
+    """Render one HTML page that compares runs.
 
     Args:
-        folders: Of finished runs; one that is given twice counts once.
+        folders: Folders of finished runs; one that is given twice counts once.
 
     Raises:
-        UserError: If there is none, or one is unfinished or damaged.
+        UserError: If no folder is given, or a run is unfinished or damaged.
     """
     if not folders:
         raise UserError("give at least one folder of a finished run")
@@ -99,49 +99,49 @@ def cost_cells(group: RunGroup) -> list[str]:
 
 
 def curves(groups: Sequence[RunGroup]) -> "Figure":
-    """Validation accuracy against steps: a colour for each group, a line for each of its runs."""
+    """Draw validation accuracy against steps: a colour for each group, a line for each run."""
     with plot_style.style_context():
         figure = plot_style.new_figure(2.9 + 0.15 * len(groups))
         axes = figure.subplots()
         for i, group in enumerate(groups):
-            of = plot_style.SERIES[i % len(plot_style.SERIES)]
-            named = group.label
+            style = plot_style.SERIES[i % len(plot_style.SERIES)]
+            label = plot_style.label(group.label, plot_style.MAX_TITLE_LENGTH)
             for run in filter(lambda run: run.curve, group.runs):
                 steps, values = zip(*run.curve, strict=True)
                 axes.plot(
                     steps,
                     [100 * value for value in values],
-                    of.marker,
-                    ls=of.line,
-                    color=of.colour,
+                    style.marker,
+                    ls=style.line,
+                    color=style.colour,
                     markersize=3.5,
                     alpha=0.8,
-                    label=named and plot_style.label(named, plot_style.MAX_TITLE_LENGTH),
+                    label=label,
                 )
-                named = None  # the legend names a group once
+                label = None  # the legend names a group once
         axes.set(xlabel="step of the optimizer", ylabel="validation accuracy, %")
         axes.legend(loc="upper left", bbox_to_anchor=(0, -0.2))
     return figure
 
 
 def _answer(groups: Sequence[RunGroup]) -> str:
-    """Which training is ahead on each data set, and whether by more than its intervals."""
+    """Say which training is ahead on each data set, and whether the intervals are apart."""
     lines = []
     for data in _data_names(groups):
         known = [(group, a) for group, a in _accuracies(groups, data) if a is not None]
         if not known:
             lines.append(f"On {data}: no test accuracy.")
             continue
-        ahead = sorted(known, key=lambda pair: -pair[1].mean)
-        first, accuracy = ahead[0]
-        line = f"On {data}, {first.label}: {wording.spread(accuracy)} %."
-        lines.append(f"{line} {_margin(accuracy, *ahead[1])}" if len(ahead) > 1 else line)
+        ranking = sorted(known, key=lambda pair: -pair[1].mean)
+        best, accuracy = ranking[0]
+        line = f"On {data}, {best.label}: {wording.spread(accuracy)} %."
+        lines.append(f"{line} {_margin(accuracy, *ranking[1])}" if len(ranking) > 1 else line)
     return "\n".join(html.paragraph(line, "answer") for line in lines)
 
 
 def _margin(accuracy: Summary, second: RunGroup, other: Summary) -> str:
-    more = wording.percent(accuracy.mean - other.mean)
-    text = f"That is {more} points more than {second.label}"
+    lead = wording.percent(accuracy.mean - other.mean)
+    text = f"That is {lead} points more than {second.label}"
     if accuracy.n == 1 or other.n == 1:
         return f"{text}; one seed cannot tell whether by chance."
     apart = accuracy.low > other.high
@@ -153,26 +153,26 @@ def _accuracies(groups: Sequence[RunGroup], data: str) -> list[tuple[RunGroup, S
 
 
 def _curves(groups: Sequence[RunGroup]) -> str:
-    found = []
+    figures = []
     for i, data in enumerate(_data_names(groups)):
-        drawn = [g for g in groups if g.data == data and any(run.curve for run in g.runs)]
-        if drawn:
-            said = f"Validation accuracy on {data}, one line a run"
-            content = plot_style.svg(curves(drawn), name=f"curves-{i}", alt=said)
-            found.append(html.figure(content, f"{said}."))
-    return html.figure_grid(found)
+        validated = [g for g in groups if g.data == data and any(run.curve for run in g.runs)]
+        if validated:
+            alt = f"Validation accuracy on {data}, one line per run"
+            content = plot_style.svg(curves(validated), name=f"curves-{i}", alt=alt)
+            figures.append(html.figure(content, f"{alt}."))
+    return html.figure_grid(figures)
 
 
 def _table(
     head: Sequence[str], groups: Sequence[RunGroup], cells: Callable[[RunGroup], list[str]]
 ) -> str:
     lines = [(group.data, [html.text(cell) for cell in cells(group)]) for group in groups]
-    kept = [i for i in range(len(head)) if any(line[i] != NOTHING for _, line in lines)]
+    columns = [i for i in range(len(head)) if any(line[i] != NOTHING for _, line in lines)]
     bodies = [
-        (data, [[line[i] for i in kept] for of, line in lines if of == data])
+        (data, [[line[i] for i in columns] for group_data, line in lines if group_data == data])
         for data in _data_names(groups)
     ]
-    return html.table("By data set", [head[i] for i in kept], bodies)
+    return html.table("By data set", [head[i] for i in columns], bodies)
 
 
 def _run_table(groups: Sequence[RunGroup]) -> str:
@@ -192,7 +192,7 @@ def _run_cells(run: FinishedRun) -> list[str]:
 
 
 def _data_names(groups: Sequence[RunGroup]) -> list[str]:
-    """Names of the data sets."""
+    """Names of the data sets, without duplicates."""
     return list(dict.fromkeys(group.data for group in groups))
 
 
@@ -200,5 +200,5 @@ def _note(text: str) -> str:
     return html.paragraph(text, "quiet")
 
 
-def _plural(n: int, what: str) -> str:
-    return f"{n} {what}{'' if n == 1 else 's'}"
+def _plural(n: int, noun: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else 's'}"

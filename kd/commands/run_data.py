@@ -1,4 +1,4 @@
-"""The data of a finished run, or others like them, as its student takes them."""
+"""Data of a finished run, or other data, in the form that its student takes."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -15,7 +15,7 @@ from kd.recipe import Recipe
 
 
 def read_recipe(run: Path) -> Recipe:
-    """What the run was trained with, as far as it says how images are cut."""
+    """Read the recipe of a run; fields that it does not store keep their defaults."""
     stored = seals.read(run, "recipe.json") if (run / "recipe.json").is_file() else {}
     return Recipe(**{f.name: stored[f.name] for f in fields(Recipe) if f.name in stored})
 
@@ -29,18 +29,18 @@ def load(
     root: Path,
     announce: bool = True,
 ) -> DataSource | FileSource:
-    """Data at the size and with the channels and class order of a student.
+    """Load data in the size and with the channels and class order of a student.
 
     Args:
-        name: As in `sources.resolve`.
-        student: Of the run.
-        recipe: Of the run: images that it cut from files are read in that way.
+        name: Name or path, as in `kd.data.data_source.resolve`.
+        student: Student of the run.
+        recipe: Recipe of the run, which says whether images are cropped from files, and how.
         config: Options of the run.
-        root: Where data sets lie.
-        announce: As in `datasets.load`.
+        root: Folder of the data sets.
+        announce: As in `dsdistill.harness.data.datasets.load`.
 
     Raises:
-        UserError: If they cannot be had.
+        UserError: If the data are missing or damaged.
     """
     h, w, channels = student.shape
     if recipe.augment == "imagenet":
@@ -59,7 +59,7 @@ def load(
         name,
         root=root,
         image_size=h if h == w else None,
-        validation_fraction=0.0,  # of what is only judged nothing is held out
+        validation_fraction=0.0,  # nothing is held out of data that are not trained on
         channels=channels,
         classes=student.classes,
         announce=announce,

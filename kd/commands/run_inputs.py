@@ -1,8 +1,8 @@
-"""What a training depends on beside its options, as hashes: data, teachers, the student's start.
+"""Hashes of all that a training depends on besides its options: data, teachers, first weights.
 
-A training that is resumed onto other images, another teacher or another start would end as a
-student that no single command can make, so the hashes are stored at the start and compared later
-(`runs.Run.require_same`).
+A training that is resumed with other images, another teacher or other first weights would end as a
+student that no single command can reproduce. So the hashes are stored at the start and compared
+later (`run_folder.Run.require_same`).
 """
 
 import hashlib
@@ -28,58 +28,59 @@ from kd.options import TrainOptions
 from kd.parallel.engine import Engine
 
 DATA_PARTS = ("training images", "validation images", "test images", "distilled set")
-ABSENT = "absent"  # a hash of what is not there: that it comes or goes is a change too
+ABSENT = "absent"  # in place of a hash, so that appearing or vanishing is a change too
 
 
 def hashes(parts: TrainingParts, options: TrainOptions) -> dict[str, str]:
-    """SHA-256 of everything that a training depends on, by a name for people.
+    """SHA-256 of everything that a training depends on, by a name for messages.
 
     Args:
-        parts: Before the first step.
-        options: That they were made from.
+        parts: Parts of the training, before its first step.
+        options: Options that the parts were assembled from.
     """
-    found = data_hashes(parts, options)
-    # By number: a name may be another way to write the same path.
-    for number, (name, teacher) in enumerate(zip(parts.taught_by, parts.teachers, strict=True), 1):
-        which = f"teacher {number}" if len(parts.teachers) > 1 else "the teacher"
-        found[which] = teacher_hash(name, teacher)
+    digests = data_hashes(parts, options)
+    # By number, since one path can be written in several ways.
+    pairs = zip(parts.teacher_names, parts.teachers, strict=True)
+    for number, (name, teacher) in enumerate(pairs, 1):
+        key = f"teacher {number}" if len(parts.teachers) > 1 else "the teacher"
+        digests[key] = teacher_hash(name, teacher)
     if options.class_map is not None and not teacher_chain.is_taught_by_chain(options):
-        maps = class_names.read_class_maps(options.class_map, parts.taught_by)
-        found["class map"] = hashlib.sha256(json.dumps(maps).encode()).hexdigest()
-    # A start from a seed is a function of the options.
+        maps = class_names.read_class_maps(options.class_map, parts.teacher_names)
+        digests["class map"] = hashlib.sha256(json.dumps(maps).encode()).hexdigest()
+    # First weights that are drawn from the seed are a function of the options.
     if _has_stored_weights(options.student) or options.pretrained:
-        found["the student's first weights"] = teacher_cache.fingerprint(
+        digests["the student's first weights"] = teacher_cache.fingerprint(
             parts.student.classifier.network
         )
     peers = networks.split_names(options.peers or "")
     for number, (name, peer) in enumerate(zip(peers, parts.peers, strict=True), 1):
         if _has_stored_weights(name):
-            found[f"the first weights of peer {number}"] = teacher_cache.fingerprint(peer.network)
-    return found
+            digests[f"the first weights of peer {number}"] = teacher_cache.fingerprint(peer.network)
+    return digests
 
 
 def data_hashes(parts: TrainingParts, options: TrainOptions) -> dict[str, str]:
-    """SHA-256 of the data's parts and, of streamed archives, what their order depends on."""
+    """SHA-256 of the data's parts and, for streamed archives, what the order depends on."""
     source = parts.source
     if isinstance(source, FileSource):
-        found = {
+        digests = {
             name: ABSENT if part is None else part.digest
             for name, part in zip(DATA_PARTS, source.parts, strict=False)
         }
         if source.count == 0:
-            # Shards are shared out among the processes that read.
-            found["number of reading processes (--workers)"] = str(options.readers)
-        return found
-    found = {}
+            # Shards are distributed among the processes that read them.
+            digests["number of reading processes (--workers)"] = str(options.readers)
+        return digests
+    digests = {}
     if source.distilled is not None:
         path = distilled_set.locate(Path(options.data).expanduser())
-        found["distilled set"] = file_digest(path)
+        digests["distilled set"] = file_digest(path)
     splits = source.splits
-    # Of the training images with those that are held out of them.
-    found["training images"] = ABSENT if splits is None else splits.digest
-    found["validation images"] = ABSENT if splits is None else images_hash(splits.validation)
-    found["test images"] = ABSENT if splits is None else images_hash(splits.test)
-    return found
+    # The digest includes the validation images that are held out of the training images.
+    digests["training images"] = ABSENT if splits is None else splits.digest
+    digests["validation images"] = ABSENT if splits is None else images_hash(splits.validation)
+    digests["test images"] = ABSENT if splits is None else images_hash(splits.test)
+    return digests
 
 
 def images_hash(images: LabeledImages) -> str:
@@ -92,9 +93,9 @@ def images_hash(images: LabeledImages) -> str:
 
 
 def teacher_hash(name: str, teacher: Teacher) -> str:
-    """SHA-256 of what a teacher answers with: weights, order of classes, its own preprocessing.
+    """SHA-256 of what a teacher's logits depend on: weights, class order, preprocessing.
 
-    Not of its adapter, which follows from the data and is computed anew on each machine.
+    Its adapter is left out, since it follows from the data and is computed again on each machine.
     """
     resolved, outputs = teacher.resolved, teacher.outputs
     numbers = [f"{value:.5g}" for value in (*resolved.mean, *resolved.std, teacher.temperature)]
@@ -107,42 +108,43 @@ def teacher_hash(name: str, teacher: Teacher) -> str:
 
 
 def require_same_inputs(on: Engine, inputs: Mapping[str, str]) -> None:
-    """Refuse processes of one training that have different inputs; in all of them alike.
+    """Refuse processes of one training that have different inputs.
 
     Raises:
-        UserError: If they have.
+        UserError: In every process, if the inputs of any two differ.
     """
     if on.num_processes == 1:
         return
-    each = gather_object([dict(inputs)])
-    for rank, other in enumerate(each):
-        different = sorted(name for name in each[0] if other.get(name) != each[0][name])
+    gathered = gather_object([dict(inputs)])
+    first = gathered[0]
+    for rank, other in enumerate(gathered):
+        different = sorted(name for name in first if other.get(name) != first[name])
         if different:
             raise UserError(
-                f"process {rank} has other {different[0]} than process 0: give all of them the "
+                f"process {rank} has other {different[0]} than process 0: give all processes the "
                 "same files"
             )
 
 
 def require_same_data(folder: Path, stored: Mapping[str, str], inputs: Mapping[str, str]) -> None:
-    """Refuse a finished training of a chain that was trained on other data than the next one.
+    """Refuse a finished training of a chain that used other data than the next one does.
 
     Args:
-        folder: Of the finished training.
-        stored: Its hashes; none of a run of an earlier version.
-        inputs: Hashes of the training that goes on from it.
+        folder: Folder of the finished training.
+        stored: Hashes of the finished training; empty for a run of an earlier version.
+        inputs: Hashes of the training that continues from it.
 
     Raises:
-        UserError: If it was.
+        UserError: If the data differ.
     """
     for name in DATA_PARTS:
         if stored.get(name, inputs.get(name)) != inputs.get(name):
             raise UserError(
-                f"{folder} was trained on other {name} than there are now: put back what they "
-                "were, or choose another --out"
+                f"{folder} was trained on other {name} than there are now: restore the former "
+                "data, or choose another --out"
             )
 
 
 def _has_stored_weights(name: str | None) -> bool:
-    """Whether a network's first weights are those of a run or a file."""
+    """Whether a network's first weights come from a run or a file."""
     return name is not None and (Path(name).is_dir() or networks.parse(name).file is not None)

@@ -1,4 +1,4 @@
-"""The options of a training as `config.json` holds them, and back."""
+"""Conversion of the options of a training to `config.json` and back."""
 
 import json
 from dataclasses import asdict, fields, replace
@@ -13,20 +13,14 @@ from kd.models.seals import REPORT
 from kd.models.zoo import class_names
 from kd.options import Overrides, TrainOptions
 
-HASH_KEY = "options"  # key, among the hashes of a run, of that of the options
-MAY_DIFFER_ON_RESUME = (
-    "data_root",
-    "device",
-    "workers",
-    "cache",
-    "min_teacher_accuracy",
-)  # may differ on resume
-_PER_CALL = ("out", "resume", "overrides")  # not options of the training
+HASH_KEY = "options"  # key of the options' hash among the hashes of a run
+MAY_DIFFER_ON_RESUME = ("data_root", "device", "workers", "cache", "min_teacher_accuracy")
+_PER_CALL = ("out", "resume", "overrides")  # fields that are not stored
 _PATHS = ("data", "student", "teacher", "data_root", "class_map", "cache")
 
 
 def to_json(options: TrainOptions) -> dict[str, Any]:
-    """The options of a training, with paths that stay right in another working directory."""
+    """Convert options to JSON, with absolute paths, which hold in any working directory."""
     config = {k: v for k, v in asdict(options).items() if k not in _PER_CALL}
     for name in _PATHS:
         value = config[name]
@@ -41,11 +35,12 @@ def to_json(options: TrainOptions) -> dict[str, Any]:
 
 
 def restore(folder: Path, options: TrainOptions) -> TrainOptions:
-    """The options that a run was started with.
+    """Restore the options that a run was started with.
 
     Args:
-        folder: Of the run.
-        options: Of this call: those that differ from the defaults must be the stored ones.
+        folder: Folder of the run.
+        options: Options of this call; those that differ from the defaults must equal the stored
+            ones.
 
     Raises:
         UserError: If there is no run to resume, its options are damaged, or those of this call
@@ -64,23 +59,23 @@ def restore(folder: Path, options: TrainOptions) -> TrainOptions:
         for name in ("data_root", "cache"):
             known[name] = None if known.get(name) is None else Path(known[name])
         known = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
-        # An earlier version lacks the options that are newer.
+        # A run of an earlier version lacks newer options.
         overrides = {f.name: known.pop(f.name, None) for f in fields(options.overrides)}
         stored = replace(options, **known, overrides=Overrides(**overrides))
         if hashes.get(HASH_KEY, "") in ("", digest(stored)):
             return stored
-    except TypeError:  # a path that is a number, say
+    except TypeError:  # a value of the wrong type, such as a number for a path
         pass
     raise UserError(
-        f"{folder / 'config.json'} is damaged: its options do not match their checksum; put back "
-        "what they were, or start anew in another --out"
+        f"{folder / 'config.json'} is damaged: its options do not match their checksum; "
+        "restore the file, or start anew in another --out"
     )
 
 
 def digest(options: TrainOptions) -> str:
-    """SHA-256 of the options that a run must keep, as far as they are not the defaults.
+    """SHA-256 of the options that a run must keep and that differ from the defaults.
 
-    So that a later version with more options finds the same.
+    Defaults are left out so that a later version with more options computes the same hash.
     """
     config, defaults = to_json(options), to_json(TrainOptions())
     kept = {k: v for k, v in config.items() if k not in MAY_DIFFER_ON_RESUME and v != defaults[k]}
@@ -88,14 +83,14 @@ def digest(options: TrainOptions) -> str:
 
 
 def require_same(link: TrainOptions, stored: dict[str, Any]) -> None:
-    """Refuse a finished training that is not the link of this chain.
+    """Refuse a finished training that does not belong to this chain.
 
     Args:
-        link: The options that it should have.
-        stored: Those that it was trained with, as `to_json` gave them.
+        link: Options that the training should have.
+        stored: Options that it was trained with, as from `to_json`.
 
     Raises:
-        UserError: If one differs.
+        UserError: If an option differs.
     """
     for name, value in to_json(link).items():
         if name not in MAY_DIFFER_ON_RESUME and stored.get(name) != json.loads(json.dumps(value)):

@@ -1,8 +1,8 @@
-"""Trainings in a row, each with the student of the one before as its teacher.
+"""Chains of trainings, in which the student of each is the teacher of the next.
 
 Born-again networks repeat one network; teacher assistants step down from a large teacher to a small
-student. Every training but the last is a run of its own, in folders beside the last one's: OUT-1,
-OUT-2, ..., OUT. What is finished of a chain is not done again.
+student. Every training is a run with a folder: OUT-1, OUT-2, ..., and OUT for the last. Finished
+trainings of a chain are not repeated.
 
 Source: Furlanello et al. (2018), arXiv:1805.04770; Mirzadeh et al. (2020), arXiv:1902.03393.
 """
@@ -13,32 +13,30 @@ from pathlib import Path
 from dsdistill.harness import lists
 from kd.options import TEACHER_INPUT_OPTIONS, TrainOptions
 
-FIRST_TEACHER_OPTIONS = (
-    "class_map",
-    *TEACHER_INPUT_OPTIONS,
-)  # of the first teacher: an earlier run has the data's classes
+# Options of the first teacher only: the others are runs on the data's classes and images.
+FIRST_TEACHER_OPTIONS = ("class_map", *TEACHER_INPUT_OPTIONS)
 
 
 def earlier_trainings(options: TrainOptions, out: Path) -> tuple[TrainOptions, ...]:
-    """The trainings before the last, in turn; none without a chain."""
+    """Options of the trainings before the last, in order; empty without a chain."""
     students = _students(options)
     plain = replace(options, generations=None, assistants=None)
-    found, teacher = [], options.teacher
+    links, teacher = [], options.teacher
     for number, student in enumerate(students, start=1):
         folder = _link_folder(out, number)
-        # Another seed each: a generation is another draw of the same network.
+        # Each generation has another seed, and so other first weights of the same network.
         seed = options.seed + len(students) - number + 1 if options.generations else options.seed
         link = replace(plain, student=student, teacher=teacher, out=folder, seed=seed)
-        if teacher is None:  # the loss is for those that have one
+        if teacher is None:  # the loss applies to the trainings that have a teacher
             link = replace(link, overrides=replace(options.overrides, loss=None))
-        found.append(link)
+        links.append(link)
         teacher = str(folder)
         plain = replace(plain, **dict.fromkeys(FIRST_TEACHER_OPTIONS))
-    return tuple(found)
+    return tuple(links)
 
 
 def last_teacher(options: TrainOptions) -> str | None:
-    """Who teaches the last training of a chain; without one, `--teacher`."""
+    """Name of the teacher of a chain's last training; without a chain, `--teacher`."""
     count = len(_students(options))
     if count == 0 or options.out is None:
         return options.teacher
@@ -46,7 +44,7 @@ def last_teacher(options: TrainOptions) -> str | None:
 
 
 def is_taught_by_chain(options: TrainOptions) -> bool:
-    """Whether the teacher of the last training is one of the chain's."""
+    """Whether the teacher of the last training is a student of the chain."""
     return last_teacher(options) != options.teacher
 
 

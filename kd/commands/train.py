@@ -1,14 +1,14 @@
-"""A training from the command's options to the finished folder.
+"""`kd train`: a training from the command's options to the finished folder.
 
 config.json              the options
 recipe.json              the resolved recipe: no field is left to a default
 metrics.jsonl, events.*  loss terms and validation figures of every round
 checkpoint.safetensors   the last good state, for --resume
 student.safetensors      the network's weights of the best round
-model.json               what is needed to use them (and preprocess.safetensors for ZCA)
-report.json              test figures, and the checksums of all other files; a folder that holds it
-                         is finished
-curves.png               the figures of every round as a picture
+model.json               description of the network (with preprocess.safetensors for ZCA)
+report.json              test figures and the checksums of all other files; its presence marks a
+                         finished run
+curves.png               plots of the figures of every round
 """
 
 import math
@@ -43,7 +43,6 @@ from kd.commands import (
 from kd.commands.training_parts import TrainingParts
 from kd.data import data_source
 from kd.data.batching import BatchSource, EvaluationBatches
-from kd.data.files import archives
 from kd.data.files.file_source import FileSource
 from kd.evaluation import scoring, teacher_check
 from kd.models import networks, saved_models, seals
@@ -59,20 +58,19 @@ from kd.training.loop import train
 
 
 def resolve(options: TrainOptions) -> TrainOptions:
-    """The options with a folder; of a run that is resumed, those that it was started with.
+    """Add a folder to the options; for a resumed run, restore those that it was started with.
 
     Args:
-        options: That passed `Train.check`.
+        options: Options that passed `TrainOptions.check`.
 
     Raises:
         UserError: If there is nothing to resume, or the options contradict the stored ones.
     """
     if options.resume:
         assert options.out is not None
-        begun = [
-            link.out for link in teacher_chain.earlier_trainings(options, options.out) if link.out
-        ]
-        if not (options.out / "config.json").exists() and any(map(Path.exists, begun)):
+        links = teacher_chain.earlier_trainings(options, options.out)
+        folders = [link.out for link in links if link.out]
+        if not (options.out / "config.json").exists() and any(map(Path.exists, folders)):
             return replace(options, resume=False)  # a chain that was stopped before its last link
         return run_options.restore(options.out, options)
     if options.out is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -81,44 +79,43 @@ def resolve(options: TrainOptions) -> TrainOptions:
 
 
 def run(options: TrainOptions) -> dict[str, Any]:
-    """The whole of `kd train`: the trainings of a chain that come first, then the one asked for.
+    """Run the earlier trainings of a chain that are not finished, then the requested training.
 
     Args:
-        options: As `resolve` gives them.
+        options: Options from `resolve`.
 
     Returns:
-        What its `report.json` holds; nothing in a process that does not write.
+        The content of the last training's `report.json`; empty in a process that does not write.
 
     Raises:
-        UserError: If anything is unknown, missing or does not fit together, a folder cannot be
-            used, or the loss is not finite.
+        UserError: If a name is unknown, a file is missing, parts do not fit together, a folder
+            cannot be used, or the loss is not finite.
     """
     assert options.out is not None
     if not options.resume:
         run_folder.check_free(options.out, REPORT)
     if options.given.get("loss"):
-        loss_spec.parse(
-            options.given["loss"], terms.TERM_FUNCTIONS
-        )  # its last link may be far away
+        # Earlier trainings of a chain may take days: check the last one's loss before them.
+        loss_spec.parse(options.given["loss"], terms.TERM_FUNCTIONS)
     earlier: list[Path] = []
     for link in teacher_chain.earlier_trainings(options, options.out):
         assert link.out is not None
-        begun = (link.out / "config.json").exists()
-        if begun and (link.out / REPORT).exists():
+        started = (link.out / "config.json").exists()
+        if started and (link.out / REPORT).exists():
             run_options.require_same(link, seals.read(link.out, "config.json"))
         else:
             progress.say(f"first {link.out}: {link.student or training_parts.DEFAULT_STUDENT}")
-            _train(replace(link, resume=begun), earlier)
+            _train(replace(link, resume=started), earlier)
         earlier.append(link.out)
     return _train(options, earlier)
 
 
 def _train(options: TrainOptions, earlier: Sequence[Path]) -> dict[str, Any]:
-    """One training: find all its parts, train, read the test set once, write the folder.
+    """Run one training: assemble its parts, train, read the test set once, write the folder.
 
     Args:
-        options: Of it.
-        earlier: Folders of the trainings of its chain that are finished.
+        options: Options of this training.
+        earlier: Folders of the finished trainings of its chain.
     """
     folder, parts = options.out, training_parts.assemble(options)
     assert folder is not None
@@ -138,21 +135,28 @@ def _train(options: TrainOptions, earlier: Sequence[Path]) -> dict[str, Any]:
     hashes |= {run_options.HASH_KEY: run_options.digest(options)}
     with engine.decide_on_main(parts.on, lambda: _open_run(folder, options, hashes)) as run:
         run = replace(run, writes=parts.on.is_main_process)
-        if run.writes:
-            run_folder.write_json(folder / "recipe.json", asdict(parts.recipe))
-        with heartbeat.watch(parts.on, folder):
+        # A lost process is no error of the input: the run stays as it is, to be resumed.
+        with heartbeat.watch(parts.on, folder), run.clean_up_on_error():
+            if run.writes:
+                run_folder.write_json(folder / "recipe.json", _recipe_record(parts))
             student, state, spent = _fit(options, parts, objective, batches, run)
-        if not run.writes:
-            return {}
-        saved_models.save_run(folder, student)
-        report = _report(options, parts, student, state) | spent
-        seals.write(folder, REPORT, report, seals.SEALED_FILES)
+            if not run.writes:
+                return {}
+            saved_models.save_run(folder, student)
+            report = _report(options, parts, student, state) | spent
+            seals.write(folder, REPORT, report, seals.SEALED_FILES)
         curves.draw(folder)  # last: a picture must not cost a training
         return report
 
 
+def _recipe_record(parts: TrainingParts) -> dict[str, Any]:
+    """The recipe as it was followed: with the networks trained, not the defaults of its name."""
+    trained = {"student": parts.student.name, "teacher": ",".join(parts.teacher_names) or None}
+    return asdict(parts.recipe) | trained
+
+
 def _open_run(folder: Path, options: TrainOptions, hashes: Mapping[str, str]) -> run_folder.Run:
-    """The run's folder, locked, of a run that was started with the same inputs or starts now."""
+    """Open and lock the folder of a new run, or of one that was started with the same inputs."""
     values, defaults = run_options.to_json(options), run_options.to_json(TrainOptions())
     run = run_folder.start(
         folder,
@@ -179,52 +183,59 @@ def _check_used(options: TrainOptions, parts: TrainingParts) -> None:
     streamed = isinstance(parts.source, FileSource)
     if options.workers is not None and not streamed:
         raise UserError("--workers has no effect without --augment imagenet: leave it out")
-    if options.validation_fraction is not None and archives.is_timm_name(options.data):
-        raise UserError(
+    if options.validation_fraction is not None and parts.source.brings_validation:
+        line = (
             f"--validation-fraction has no effect on {options.data}, which has a validation part "
-            "of its own: leave it out"
+            "of its own"
         )
+        if not options.resume:
+            raise UserError(f"{line}: leave it out")
+        progress.say(f"note: {line}")  # of a run that an earlier version has started
 
 
 def _check_teachers(options: TrainOptions, parts: TrainingParts) -> None:
-    """Say how good each teacher is, on validation images or else on training images."""
+    """Report the accuracy of each teacher on validation images, or else on training images."""
     say = progress.say if parts.on.is_main_process else lambda line: None
-    held: EvaluationBatches | None = _validation_batches(options, parts)
+    for line in parts.source.missing_classes():
+        say(f"note: {line}")
+    batches: EvaluationBatches | None = _validation_batches(options, parts)
     part = "validation"
-    if held is None:
+    if batches is None:
         say(_describe_no_validation(options, parts))
-    if held is None and parts.teachers:
+    if batches is None and parts.teachers:
         fitted, device = parts.student.preprocess, parts.on.device
         shuffled = parts.source.shuffled(parts.recipe, fitted, device, options.readers)
-        held, part = None if shuffled is None else teacher_check.FirstImages(shuffled), "training"
+        batches = None if shuffled is None else teacher_check.FirstImages(shuffled)
+        part = "training"
     minimum = options.min_teacher_accuracy
-    if parts.teachers and held is None:
-        say("the teachers are not judged: there are no real images to judge them on")
+    if parts.teachers and batches is None:
+        say("the teachers are not checked: there are no real images to check them on")
         if minimum is not None:
             raise UserError(
-                f"--min-teacher-accuracy {minimum:g} needs real images to judge the teacher on, "
+                f"--min-teacher-accuracy {minimum:g} needs real images to check the teacher on, "
                 f"and there are none ({parts.source.note}): leave it out"
             )
-    elif held is not None:
+    elif batches is not None:
         more = partial(_training_images, options, parts) if part == "validation" else _none
-        for name, teacher in zip(parts.taught_by, parts.teachers, strict=True):
-            teacher_check.check(name, teacher, held, minimum=minimum, part=part, more=more, say=say)
+        check = partial(teacher_check.check, minimum=minimum, part=part, more=more, say=say)
+        for name, teacher in zip(parts.teacher_names, parts.teachers, strict=True):
+            check(name, teacher, batches)
 
 
 def _training_images(
     options: TrainOptions, parts: TrainingParts, count: int
 ) -> EvaluationBatches | None:
-    """Up to so many training images, spread over the classes, as they are judged."""
+    """At most `count` training images, spread over the classes, in evaluation views."""
     fitted, device = parts.student.preprocess, parts.on.device
     return parts.source.sample(count, parts.recipe, fitted, device, options.readers)
 
 
 def _none(count: int) -> None:
-    """No further images: those that are judged are training images already."""
+    """Add no images: the teacher is checked on training images already."""
 
 
 def _describe_no_validation(options: TrainOptions, parts: TrainingParts) -> str:
-    """What falls away where no image is held out, in one line.
+    """Say in one line what a training without validation images lacks.
 
     Raises:
         UserError: If an option is given that needs validation images.
@@ -242,12 +253,12 @@ def _describe_no_validation(options: TrainOptions, parts: TrainingParts) -> str:
     if parts.student.outputs == "centred labels":
         lost.append("and its outputs are not calibrated")
     if parts.source.distilled is not None and parts.source.note:
-        why = "there are no real images"
+        reason = "there are no real images"
     elif parts.source.distilled is not None or fraction == 0:
-        why = "none are held out"
+        reason = "none are held out"
     else:
-        why = f"a share of {fraction:g} of so few images of each class is none"
-    return f"no validation images ({why}): {', '.join(lost)}"
+        reason = f"a share of {fraction:g} of so few images of each class is none"
+    return f"no validation images ({reason}): {', '.join(lost)}"
 
 
 def _report(
@@ -265,8 +276,8 @@ def _report(
         "data": parts.source.name,
         "train_images": parts.source.count,
         "student": student.name,
-        "teacher": ",".join(parts.taught_by) or None,
-        "recipe": asdict(parts.recipe),
+        "teacher": ",".join(parts.teacher_names) or None,
+        "recipe": _recipe_record(parts),
         "output_temperature": student.output_temperature,
         "note": parts.source.note,
         "device": str(parts.on.device),
@@ -283,25 +294,26 @@ def _fit(
     batches: BatchSource,
     run: run_folder.Run,
 ) -> tuple[Model, TrainingState, dict[str, float]]:
-    """The student with its best weights, the last state of its training, and what it took."""
+    """Train; return the student with its best weights, the last state, and the seconds taken."""
     student = parts.student
-    held = _validation_batches(options, parts)
+    validation = _validation_batches(options, parts)
 
     def validate(network: nn.Module) -> Mapping[str, float]:
-        assert held is not None
-        judged = student.classifier.around(network)
-        return scoring.validate(judged, held, parts.on, logits=student.outputs == "logits")
+        assert validation is not None
+        classifier = student.classifier.with_network(network)
+        is_logits = student.outputs == "logits"
+        return scoring.validate(classifier, validation, parts.on, logits=is_logits)
 
     saved = run.load_state()
     if saved:
         checkpoint.check(saved, parts.recipe)
     earlier = saved[1].get("seconds", 0.0) if saved else 0.0
-    began = time.perf_counter()
+    start = time.perf_counter()
     startup = time.time() - psutil.Process().create_time()
 
     def save(state: PackedState) -> None:
         arrays, meta = state
-        seconds = earlier + time.perf_counter() - began
+        seconds = earlier + time.perf_counter() - start
         run.save_state(arrays, {**meta, "recipe": asdict(parts.recipe), "seconds": seconds})
 
     validation_images = parts.source.validation_count
@@ -315,7 +327,7 @@ def _fit(
             parts.recipe,
             options.seed,
             on=parts.on,
-            validate=validate if held else None,
+            validate=validate if validation else None,
             validation_images=validation_images,
             saved=saved,
             save=save,
@@ -325,15 +337,16 @@ def _fit(
         )
     _report_early_stop(parts, state, len(batches))
     student.classifier.network.load_state_dict(state.best)
-    if held and student.outputs == "centred labels":
-        temperature = metrics.fit_temperature(*scoring.outputs_and_labels(student.classifier, held))
+    if validation and student.outputs == "centred labels":
+        outputs, labels = scoring.outputs_and_labels(student.classifier, validation)
+        temperature = metrics.fit_temperature(outputs, labels)
         student = replace(student, output_temperature=temperature)
-    seconds = earlier + time.perf_counter() - began
+    seconds = earlier + time.perf_counter() - start
     return student, state, {"seconds": seconds, "startup_seconds": startup}
 
 
 def _report_early_stop(parts: TrainingParts, state: TrainingState, per_epoch: int) -> None:
-    """One line where patience has ended a training before its last step."""
+    """Say in one line if patience has ended a training before its last step."""
     recipe = parts.recipe
     total = recipe.total_steps(math.ceil(per_epoch / recipe.accumulate))
     if state.step < total and parts.on.is_main_process:
@@ -348,7 +361,7 @@ def _report_early_stop(parts: TrainingParts, state: TrainingState, per_epoch: in
 def _log_and_progress(
     parts: TrainingParts, run: run_folder.Run, saved: PackedState | None, per_epoch: int
 ) -> Iterator[tuple[run_folder.Metrics | None, progress.ShowProgress | None]]:
-    """Where figures go and how progress is shown, in the process that writes."""
+    """Open the log of figures and the progress bar, in the process that writes."""
     if not run.writes:
         yield None, None
         return
@@ -362,31 +375,32 @@ def _log_and_progress(
 
 
 def _test_metrics(options: TrainOptions, parts: TrainingParts, student: Model) -> dict[str, Any]:
-    """Figures on the test set; its only use."""
+    """Measure the student on the test set, which is used only here."""
     fitted, on = student.preprocess, parts.on
     batches = parts.source.test(parts.recipe, fitted, on.device, options.readers)
     if batches is None:
         return {"test_accuracy": None, "test_images": 0}
-    found = scoring.evaluate(
+    figures = scoring.evaluate(
         student.classifier,
         batches,
-        dict(zip(parts.taught_by, parts.teachers, strict=True)),
+        dict(zip(parts.teacher_names, parts.teachers, strict=True)),
         temperature=student.output_temperature,
         classes=parts.source.classes,
     )
-    for note in found.pop("notes"):
+    for note in figures.pop("notes"):
         progress.say(note)
-    return {"test_accuracy": found.pop("accuracy"), "test_images": found.pop("images"), **found}
+    accuracy, images = figures.pop("accuracy"), figures.pop("images")
+    return {"test_accuracy": accuracy, "test_images": images, **figures}
 
 
 def _validation_accuracy(
     options: TrainOptions, parts: TrainingParts, student: Model, state: TrainingState
 ) -> float | None:
-    """Of the weights that are saved: a mean of several epochs' is judged once more."""
-    held = _validation_batches(options, parts)
-    if len(state.kept) == 1 or held is None:
+    """Validation accuracy of the saved weights; a mean of several epochs is measured again."""
+    batches = _validation_batches(options, parts)
+    if len(state.kept) == 1 or batches is None:
         return state.best_accuracy
-    return scoring.evaluate(student.classifier, held)["accuracy"]
+    return scoring.evaluate(student.classifier, batches)["accuracy"]
 
 
 def _validation_batches(options: TrainOptions, parts: TrainingParts) -> EvaluationBatches | None:

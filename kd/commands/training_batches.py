@@ -1,7 +1,7 @@
-"""Batches as a training sees them: changed, mixed, and with the teachers' answers that are known.
+"""Training batches: augmented, mixed, and with the teachers' logits where these are stored.
 
-A teacher answers to the very view that the student sees. Where no image ever changes, its answers
-are a table, computed once; where they do change, `--cache` keeps them epoch by epoch.
+A teacher is given the same view of an image as the student. Without augmentation its logits are
+computed once, as a table; with augmentation `--cache` stores them epoch by epoch.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ from kd.objectives import terms
 from kd.objectives.schemes import Distillation, Objective
 from kd.options import TrainOptions
 
-VIEW_OPTIONS = (  # what a view of an image depends on, beside the image
+VIEW_OPTIONS = (  # what a view of an image depends on besides the image
     "batch_size",
     "augment",
     "crop_padding",
@@ -44,76 +44,76 @@ VIEW_OPTIONS = (  # what a view of an image depends on, beside the image
 
 
 def load(parts: TrainingParts, options: TrainOptions) -> BatchSource:
-    """The training images in batches, as they are; a last batch that is too small is no batch.
+    """Load the training images in batches, not augmented and without too small a last batch.
 
     Raises:
-        UserError: If there are too few images for the loss, or for so many processes.
+        UserError: If there are too few images for the loss or the number of processes.
     """
     on, least = parts.on, min_images_per_process(parts)
     images = parts.source.train(parts.recipe, parts.student.preprocess, on, options.readers, least)
     if not images.sizes:
         raise UserError(
             f"{parts.source.name} has fewer training images than one batch of "
-            f"{parts.recipe.batch_size} images a process: lower --batch-size"
+            f"{parts.recipe.batch_size} images per process: lower --batch-size"
         )
     last = images.sizes[-1]
     whole = parts.recipe.batch_size * on.num_processes
     if last > whole and on.is_main_process:
         progress.say(
-            f"the last batch of an epoch holds {last} images, not {whole}: {last - whole} left "
-            f"over would be fewer than the {batching.min_shared_size(on.num_processes, least)} "
-            "that it takes"
+            f"the last batch of an epoch holds {last} images, not {whole}: the remaining "
+            f"{last - whole} are fewer than the "
+            f"{batching.min_shared_size(on.num_processes, least)} that a batch needs"
         )
     return images
 
 
 def min_images_per_process(parts: TrainingParts) -> int:
-    """Images that each process needs of a batch, for the loss and for batch norm."""
+    """Fewest images of a batch that each process needs, for the loss and for batch norm."""
     return max(batching.MIN_IMAGES_PER_PROCESS, *map(terms.min_images, parts.specs))
 
 
 def prepare(
     parts: TrainingParts, options: TrainOptions, objective: Objective, source: BatchSource
 ) -> BatchSource:
-    """The training images in batches, changed, with what the teachers are known to answer.
+    """Augment the training batches and add the teachers' logits where these can be stored.
 
     Args:
-        parts, options: Of the training.
-        objective: Its loss.
-        source: From `load`.
+        parts: Parts of the training.
+        options: Options of the training.
+        objective: Objective of the training.
+        source: Batches from `load`.
 
     Raises:
-        UserError: If answers are to be kept that the loss does not ask for.
+        UserError: If `--cache` is given for a loss that needs more than logits.
     """
     classes = parts.source.classes
-    changed = augment.augment_batches(source, parts.recipe, len(classes))
+    augmented = augment.augment_batches(source, parts.recipe, len(classes))
     if not isinstance(objective, Distillation) or not objective.needs_teacher:
-        return changed
+        return augmented
     if objective.needs_features:
         if options.cache is not None:
             raise UserError(
                 "--cache keeps the teachers' logits, and this loss needs their features too: "
                 "leave --cache out, or the terms with layers"
             )
-        return changed
-    caches = _open_caches(parts, options, still=changed is source)
-    if changed is source and isinstance(source, ResidentBatches):
+        return augmented
+    caches = _open_caches(parts, options, still=augmented is source)
+    if augmented is source and isinstance(source, ResidentBatches):
         return _precompute_logits(source, parts, caches)
-    return CachedBatches(changed, parts.teachers, caches, len(classes)) if caches else changed
+    return CachedBatches(augmented, parts.teachers, caches, len(classes)) if caches else augmented
 
 
 @dataclass(frozen=True, eq=False)
 class CachedBatches:
-    """Batches with the teachers' answers, from the cache or on their way into it.
+    """Batches with the teachers' logits, read from the cache or computed and written to it.
 
-    An epoch that is entered in the middle, after a kill, is not written: the next training writes
-    it.
+    An epoch that is entered in the middle, after a kill, is not written; a later training does so.
 
     Attributes:
-        source: Of the batches.
-        teachers: One for each cache.
-        caches: Of this process's share of every batch.
-        classes: Their number.
+        source: Batches without logits.
+        teachers: One teacher for each cache.
+        caches: Caches of the logits for this process's share of every batch.
+        classes: Number of classes.
     """
 
     source: BatchSource
@@ -135,29 +135,29 @@ class CachedBatches:
     def epoch(
         self, seed: int, epoch: int, *, first: int = 0, rank: int = 0, world: int = 1
     ) -> Iterator[Batch]:
-        """The source's epoch, with logits."""
+        """Yield the batches of the source's epoch, with logits."""
         stream = self.source.epoch(seed, epoch, first=first, rank=rank, world=world)
         shares = [len(batching.share_positions(size, rank, world)) for size in self.sizes]
         name, ends = f"epoch-{epoch:05}-{rank}-of-{world}", np.cumsum([0, *shares])
-        known = [kept.open(name, int(ends[-1]), self.classes) for kept in self.caches]
-        with ExitStack() as stack:  # closed with an error where the epoch is left before its end
+        entries = [cache.open(name, int(ends[-1]), self.classes) for cache in self.caches]
+        with ExitStack() as stack:  # an epoch that is left early closes it with an error
             writers = [
-                stack.enter_context(kept.writing(name)) if entry is None and first == 0 else None
-                for kept, entry in zip(self.caches, known, strict=True)
+                stack.enter_context(cache.write(name)) if entry is None and first == 0 else None
+                for cache, entry in zip(self.caches, entries, strict=True)
             ]
             for number, batch in enumerate(stream, first):
                 rows = slice(int(ends[number]), int(ends[number + 1]))
-                answers = []
-                for teacher, entry, write in zip(self.teachers, known, writers, strict=True):
+                teacher_logits = []
+                for teacher, entry, write in zip(self.teachers, entries, writers, strict=True):
                     logits = predict_logits(teacher, batch) if entry is None else entry[rows]
-                    answers.append(logits.to(self.device))
+                    teacher_logits.append(logits.to(self.device))
                     if write is not None:
                         write(logits)
-                yield replace(batch, teacher_logits=tuple(answers))
+                yield replace(batch, teacher_logits=tuple(teacher_logits))
 
 
 def predict_logits(teacher: nn.Module, batch: Batch) -> Tensor:
-    """A teacher's logits of a batch, without a graph."""
+    """A teacher's logits of a batch, in float32 and without gradients."""
     with torch.no_grad():
         return teacher(batch.images).float()
 
@@ -165,7 +165,7 @@ def predict_logits(teacher: nn.Module, batch: Batch) -> Tensor:
 def _precompute_logits(
     source: ResidentBatches, parts: TrainingParts, caches: tuple[TeacherCache, ...]
 ) -> BatchSource:
-    """With every teacher's logits of every image: no augmentation changes them."""
+    """Add every teacher's logits of every image, unless they would take too much memory."""
     n, k = len(source.examples), len(parts.source.classes)
     if 4 * n * k * len(parts.teachers) > batching.MAX_RESIDENT_BYTES:
         return source
@@ -184,7 +184,7 @@ def _precompute_logits(
 def _open_caches(
     parts: TrainingParts, options: TrainOptions, *, still: bool
 ) -> tuple[TeacherCache, ...]:
-    """One for each teacher; none without `--cache`."""
+    """Open one cache for each teacher; none without `--cache`."""
     if options.cache is None:
         return ()
     if parts.source.count == 0:
@@ -198,14 +198,13 @@ def _open_caches(
             f"--cache-top keeps probabilities, and --loss {exact[0]} compares the logits "
             "themselves: leave it out"
         )
-    # The preprocessing of the images is part of each teacher's own adapter, and so of its hash.
+    # The preprocessing of the images is part of each teacher's adapter, and so of its fingerprint.
     common: dict[str, Any] = {"data": parts.source.digest, "shape": parts.source.shape}
     if not still:
         recipe = asdict(parts.recipe)
         common |= {name: recipe[name] for name in VIEW_OPTIONS} | {"seed": options.seed}
-        if (
-            least := min_images_per_process(parts)
-        ) > batching.MIN_IMAGES_PER_PROCESS:  # where an epoch's last batch begins
+        least = min_images_per_process(parts)
+        if least > batching.MIN_IMAGES_PER_PROCESS:  # it decides where the last batch begins
             common["least"] = least
     return tuple(
         teacher_cache.open_cache(

@@ -1,4 +1,4 @@
-"""From the command's options to all the parts of a training, checked before anything is written."""
+"""Assembly of the parts of a training from its options, with all checks before any writing."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -30,28 +30,28 @@ from kd.recipe import Recipe
 from kd.training import dry_run, optimization
 
 DEFAULT_STUDENT = "convnet"
-TEACHER_LOSS = "ce:0.1,kd:0.9:temperature=4"  # the loss where none is given: Hinton's, as customary
-MUTUAL_LOSS = "ce:1,kd:1:temperature=1"  # of deep mutual learning
+TEACHER_LOSS = "ce:0.1,kd:0.9:temperature=4"  # default with teachers: Hinton's loss
+MUTUAL_LOSS = "ce:1,kd:1:temperature=1"  # default of deep mutual learning
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingParts:
-    """What a training is made of.
+    """Parts of a training.
 
     Attributes:
-        source: The data.
-        student: With its initial weights.
-        taught_by: Names of the teachers; none to train on labels alone.
-        teachers: Frozen, on the device.
+        source: Training, validation and test data.
+        student: The student with its initial weights.
+        teacher_names: Names of the teachers; empty to train on labels alone.
+        teachers: The teachers, frozen and on the device.
         peers: The other students of deep mutual learning.
-        recipe: Resolved: no field is left to a default.
-        specs: Of the loss.
-        on: Where it computes.
+        recipe: The resolved recipe, in which no field is left to a default.
+        specs: Terms of the loss.
+        on: Device, precision and processes.
     """
 
     source: DataSource | FileSource
     student: Model
-    taught_by: tuple[str, ...]
+    teacher_names: tuple[str, ...]
     teachers: tuple[Teacher, ...]
     peers: tuple[Classifier, ...]
     recipe: Recipe
@@ -60,10 +60,10 @@ class TrainingParts:
 
 
 def assemble(options: TrainOptions) -> TrainingParts:
-    """Resolve names, load data, student and teachers.
+    """Resolve names, load data, student and teachers, and check that they fit together.
 
     Raises:
-        UserError: If anything is unknown, missing or does not fit together.
+        UserError: If a name is unknown, a file is missing, or parts do not fit together.
     """
     named = recipes.by_name(options.recipe) if options.recipe else None
     name = options.student or (named and named.student) or DEFAULT_STUDENT
@@ -76,7 +76,7 @@ def assemble(options: TrainOptions) -> TrainingParts:
     alone = not (names or options.peers or options.mean_teacher is not None)
     say = progress.say if on.is_main_process else _say_nothing
     student = _student(options, name, source, say)
-    found = _teachers(options, names, source, student)
+    loaded_teachers = _teachers(options, names, source, student)
     peers = _peers(options, source)
     chosen = _recipe(options, named, source.distilled is not None, student)
     default = "mse:1" if source.distilled is not None else "ce:1"
@@ -86,9 +86,9 @@ def assemble(options: TrainOptions) -> TrainingParts:
     specs = loss_spec.parse(chosen.loss, terms.TERM_FUNCTIONS)
     chosen = _apply_loss_smoothing(chosen, specs, options)
     student = replace(student, outputs=_outputs(specs, alone))
-    for network in (student.classifier, *found, *peers):
+    for network in (student.classifier, *loaded_teachers, *peers):
         network.to(on.device)
-    parts = TrainingParts(source, student, names, found, peers, chosen, specs, on)
+    parts = TrainingParts(source, student, names, loaded_teachers, peers, chosen, specs, on)
     _check(parts, options, alone)
     for remark in terms.remarks(specs, images=source.count):
         say(remark)
@@ -96,9 +96,9 @@ def assemble(options: TrainOptions) -> TrainingParts:
 
 
 def build_objective(parts: TrainingParts, options: TrainOptions) -> Objective:
-    """The objective of a training, with its taps and projectors."""
+    """Build the objective of a training, with its taps and projectors."""
     student = parts.student.classifier
-    made = terms.build(
+    loss_terms = terms.build(
         parts.specs,
         student,
         parts.teachers,
@@ -109,25 +109,23 @@ def build_objective(parts: TrainingParts, options: TrainOptions) -> Objective:
         seed=options.seed,
     )
     if parts.peers:
-        found: Objective = Mutual(student, parts.peers, made)
-    elif options.mean_teacher is not None:
-        found = MeanTeacher(student, made, decay=options.mean_teacher)
-    else:
-        by_label = options.teacher_weights == "by-label"
-        found = Distillation(student, made, parts.teachers, by_label=by_label)
-    return found
+        return Mutual(student, parts.peers, loss_terms)
+    if options.mean_teacher is not None:
+        return MeanTeacher(student, loss_terms, decay=options.mean_teacher)
+    by_label = options.teacher_weights == "by-label"
+    return Distillation(student, loss_terms, parts.teachers, by_label=by_label)
 
 
 def check_step(parts: TrainingParts, objective: Objective, sizes: Sequence[int]) -> None:
     """Refuse a loss that does not work with these data and networks, see `kd.training.dry_run`.
 
     Args:
-        parts: Of the training.
-        objective: Its loss, not compiled yet.
-        sizes: Images of each batch of an epoch, over all processes.
+        parts: Parts of the training.
+        objective: Its objective, not yet compiled.
+        sizes: Number of images of each batch of an epoch, over all processes.
 
     Raises:
-        UserError: With what does not work.
+        UserError: If the loss raises, is not finite, or trains no weights.
     """
     assert parts.recipe.loss is not None
     dry_run.check(
@@ -150,14 +148,14 @@ def _mixes_images(recipe: Recipe) -> bool:
 def _apply_loss_smoothing(
     recipe: Recipe, specs: Sequence[TermSpec], options: TrainOptions
 ) -> Recipe:
-    """The recipe with the label smoothing of its `ce`, which the term itself may say."""
+    """Set the recipe's label smoothing to that of its `ce` term, where the term has a value."""
     smoothing = next((s.parameters.get("smoothing") for s in specs if s.name == "ce"), None)
     if smoothing is None:
         return recipe
     if "label_smoothing" in options.given:
         raise UserError(
             f"--label-smoothing {recipe.label_smoothing:g} and smoothing={smoothing:g} in --loss "
-            "are two values of one thing: give one of them"
+            "set the same value: give one of them"
         )
     return replace(recipe, label_smoothing=smoothing)
 
@@ -167,21 +165,23 @@ def _check(parts: TrainingParts, options: TrainOptions, alone: bool) -> None:
     recipe, names = parts.recipe, [spec.name for spec in parts.specs]
     taught = [spec.name for spec in parts.specs if terms.needs_teacher(spec)]
     if taught and alone:
-        raise UserError(f"--loss {taught[0]} needs a teacher: add --teacher, --peers or others")
+        raise UserError(
+            f"--loss {taught[0]} needs a teacher: add --teacher, --peers or --mean-teacher"
+        )
     if not taught and not alone:
-        raise UserError(f"--loss {recipe.loss} has no term that looks at a teacher: add kd:0.9")
+        raise UserError(f"--loss {recipe.loss} has no term that uses the teacher: add kd:0.9")
     featured = [name for name in taught if terms.TERMS[name].make is not None]
     if featured and not parts.teachers:
-        raise UserError(f"--loss {featured[0]} looks at layers of a teacher: it needs --teacher")
+        raise UserError(f"--loss {featured[0]} uses layers of a teacher: add --teacher")
     if not parts.teachers and not any(map(terms.teaches_labels, parts.specs)):
         raise UserError(
-            f"--loss {recipe.loss} has no term that looks at labels, and without --teacher nobody "
-            "else knows them: add ce:1"
+            f"--loss {recipe.loss} has no term that uses labels, and without --teacher nothing "
+            "else teaches them: add ce:1"
         )
-    own = [name for name in names if terms.TERMS[name].make is not None]
-    if own and parts.peers:
+    layered = [name for name in names if terms.TERMS[name].make is not None]
+    if layered and parts.peers:
         raise UserError(
-            f"--loss {own[0]} looks at layers of one student: leave it out, or leave --peers out"
+            f"--loss {layered[0]} uses layers of one student: leave it out, or leave --peers out"
         )
     mixed = _mixes_images(recipe)
     if mixed and recipe.batch_size % 2:
@@ -194,17 +194,24 @@ def _check(parts: TrainingParts, options: TrainOptions, alone: bool) -> None:
     logits = [name for name in taught if terms.TERMS[name].make is None]
     if options.teacher_weights is not None and not logits:
         raise UserError(
-            f"--teacher-weights has no effect on --loss {recipe.loss}: it is for terms of logits"
+            f"--teacher-weights has no effect on --loss {recipe.loss}, which has no term of "
+            "teachers' logits: leave it out"
         )
     if "label_smoothing" in options.given and "ce" not in names:
-        raise UserError(f"--label-smoothing has no effect on --loss {recipe.loss}: it is for ce")
+        raise UserError(
+            f"--label-smoothing has no effect on --loss {recipe.loss}, which has no term ce: "
+            "leave it out"
+        )
     if "heads" in names and parts.student.outputs != "logits":
         raise UserError(
-            "--loss heads teaches its classifiers from the student's logits, and mse gives it "
-            "none: use ce"
+            "--loss heads trains its classifiers on the student's logits, and with mse the student "
+            "has none: use ce"
         )
     if recipe.metric == "nll" and parts.student.outputs != "logits":
-        raise UserError("--metric nll needs logits, which a network of centred labels has not")
+        raise UserError(
+            "--metric nll needs logits, which a student trained by mse alone does not have: "
+            "use --metric accuracy"
+        )
     optimization.check_optimizer(recipe)
 
 
@@ -213,7 +220,7 @@ def _engine(options: TrainOptions, named: Recipe | None) -> Engine:
     if named and named.gpu and options.device == "auto" and not torch.cuda.is_available():
         raise UserError(
             f"recipe {options.recipe} is made for a GPU and there is none: "
-            "add --device cpu to run it on the CPU all the same"
+            "add --device cpu to run it on the CPU nevertheless"
         )
     return engine.make(options.device, precision)
 
@@ -221,10 +228,10 @@ def _engine(options: TrainOptions, named: Recipe | None) -> Engine:
 def _source(
     options: TrainOptions, named: Recipe | None, classes: tuple[str, ...] | None
 ) -> DataSource | FileSource:
-    """The data: read from files as it goes where the recipe cuts them, and as a whole elsewhere."""
+    """Resolve the data: streamed from files for random crops, and otherwise loaded as a whole."""
     size = options.given.get("image_size") or (named and named.image_size)
-    changes = options.given.get("augment") or (named and named.augment)
-    if changes == "imagenet":
+    augment = options.given.get("augment") or (named and named.augment)
+    if augment == "imagenet":
         return file_source.resolve(
             options.data,
             root=options.data_root,
@@ -244,7 +251,7 @@ def _source(
 
 
 def _outputs(specs: Sequence[TermSpec], alone: bool) -> OutputKind:
-    """What a student's outputs are: those of MSE alone are no logits, and need a temperature."""
+    """Kind of the student's outputs: those of MSE alone are not logits, and need a temperature."""
     names = {spec.name for spec in specs}
     return "centred labels" if alone and "mse" in names and "ce" not in names else "logits"
 
@@ -252,7 +259,7 @@ def _outputs(specs: Sequence[TermSpec], alone: bool) -> OutputKind:
 def _student(
     options: TrainOptions, name: str, source: DataSource | FileSource, say: Callable[[str], None]
 ) -> Model:
-    """The student before training, with the preprocessing of the images it will see."""
+    """Build the student before training, with the preprocessing of its images."""
     if source.distilled is not None and options.preprocess is not None:
         raise UserError("a distilled set brings its preprocessing: leave --preprocess out")
     if Path(name).is_dir():
@@ -265,7 +272,7 @@ def _student(
         say(f"student {name}: {note}")
     _apply_memory_options(options, classifier.network)
     if options.pretrained and options.preprocess is None and source.distilled is None:
-        fitted, _ = networks.pretrained_preprocess(name, shape[-1])
+        fitted = networks.pretrained_preprocess(name, shape[-1])
     else:
         fitted = source.fit(options.preprocess)
     return Model(classifier, name, classes, shape, fitted)
@@ -274,7 +281,7 @@ def _student(
 def _load_earlier_student(
     options: TrainOptions, name: str, source: DataSource | FileSource, say: Callable[[str], None]
 ) -> Model:
-    """The student of an earlier run, to be trained further."""
+    """Load the student of an earlier run, to train it further."""
     if options.pretrained or options.preprocess is not None:
         raise UserError(
             f"{name} brings its weights and its preprocessing: "
@@ -292,11 +299,11 @@ def _load_earlier_student(
 
 
 def _say_nothing(line: str) -> None:
-    """Say nothing: another process does."""
+    """Do nothing with a line that another process prints."""
 
 
 def _apply_memory_options(options: TrainOptions, network: nn.Module) -> None:
-    """Memory format and gradient checkpointing, before any tap or wrapper."""
+    """Set memory format and gradient checkpointing, before any tap or wrapper."""
     if options.channels_last:
         network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if not options.checkpoint_gradients:
@@ -307,8 +314,8 @@ def _apply_memory_options(options: TrainOptions, network: nn.Module) -> None:
             enable()
             return
     raise UserError(
-        f"--checkpoint-gradients is for timm's and Hugging Face's networks, and "
-        f"{type(network).__name__} has no such switch"
+        f"--checkpoint-gradients works for networks of timm and Hugging Face, and "
+        f"{type(network).__name__} has no such switch: leave it out"
     )
 
 
@@ -324,14 +331,15 @@ def _peers(options: TrainOptions, source: DataSource | FileSource) -> tuple[Clas
 def _teachers(
     options: TrainOptions, names: Sequence[str], source: DataSource | FileSource, student: Model
 ) -> tuple[Teacher, ...]:
-    """Loaded, adapted to the student's images, and frozen."""
+    """Load the teachers, adapted to the student's images and frozen."""
     if teacher_chain.is_taught_by_chain(options):
         options = replace(options, **dict.fromkeys(teacher_chain.FIRST_TEACHER_OPTIONS))
     maps = class_names.read_class_maps(options.class_map, names)
-    where = student.preprocess, source.shape, source.classes
+    images = student.preprocess, source.shape, source.classes
+    inputs = told(vars(options), len(names))
     return tuple(
-        teachers.load(name, *where, class_map=mapping, **known)
-        for name, mapping, known in zip(names, maps, told(vars(options), len(names)), strict=True)
+        teachers.load(name, *images, class_map=mapping, **given)
+        for name, mapping, given in zip(names, maps, inputs, strict=True)
     )
 
 

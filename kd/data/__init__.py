@@ -1,1 +1,1 @@
-"""Batches: from arrays and from files, augmented, with the teachers' outputs that are known."""
+"""Batches from arrays and from files: augmented, with teachers' logits where these are known."""

@@ -1,7 +1,7 @@
-"""Changes of training images on the device: shifts and flips, mixup and CutMix.
+"""Augment batches on the device: shifts and flips, mixup and CutMix.
 
-Each takes a batch and a seed of its own, so that the same batch of the same epoch is always changed
-in the same way: a killed training goes on bit for bit, and a teacher's answers can be kept.
+Each function takes a batch and the batch's seed, so that the same batch of the same epoch is always
+changed in the same way: a killed training resumes bit for bit, and a teacher's logits can be kept.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,12 +22,12 @@ Mixer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def augment_batches(source: BatchSource, recipe: Recipe, classes: int) -> BatchSource:
-    """The source with what the recipe does to batches.
+    """Add the recipe's augmentations to a source of batches.
 
     Args:
-        source: Of whole images; those that are streamed have been cropped already.
-        recipe: Its `augment` of `crop-flip`, its mixup and CutMix.
-        classes: Their number.
+        source: Source of batches; streamed images have been cropped already.
+        recipe: Recipe; `augment` of `crop-flip`, mixup and CutMix are applied.
+        classes: Number of classes.
     """
     if recipe.augment == "crop-flip":
         options = {"padding": recipe.crop_padding, "hflip": recipe.hflip}
@@ -38,10 +38,16 @@ def augment_batches(source: BatchSource, recipe: Recipe, classes: int) -> BatchS
 
 
 def crop_flip(batch: Batch, seed: int, *, padding: int, hflip: float) -> Batch:
-    """Each image shifted by up to `padding` pixels, zeros moving in, and flipped at random.
+    """Shift each image by up to `padding` pixels, filled with zeros, and flip it at random.
 
-    What is drawn for an image depends on the seed and on its row alone: processes that share a
-    batch draw what one process would.
+    The draws for an image depend only on the seed and on its row: processes that share a batch
+    draw what one process would.
+
+    Args:
+        batch: Batch with known rows.
+        seed: Seed of the batch.
+        padding: Largest shift in pixels.
+        hflip: Probability of a flip.
     """
     assert batch.index is not None
     h, w = batch.images.shape[-2:]
@@ -51,21 +57,27 @@ def crop_flip(batch: Batch, seed: int, *, padding: int, hflip: float) -> Batch:
     x = np.where(draws[:, 2:] < hflip, x[:, ::-1], x)
     y = top[:, None] + np.arange(h)
     padded = F.pad(batch.images, [padding] * 4)
-    each = np.arange(len(batch))[:, None, None]
-    where = [torch.from_numpy(np.ascontiguousarray(a)) for a in (each, y[:, :, None], x[:, None])]
-    n, rows, columns = (a.to(padded.device) for a in where)
-    moved = padded[n, :, rows, columns]  # (n, h, w, c)
-    return replace(batch, images=moved.permute(0, 3, 1, 2).contiguous())
+    number = np.arange(len(batch))[:, None, None]
+    indices = (number, y[:, :, None], x[:, None])
+    arrays = [torch.from_numpy(np.ascontiguousarray(a)) for a in indices]
+    n, rows, columns = (a.to(padded.device) for a in arrays)
+    shifted = padded[n, :, rows, columns]  # (n, h, w, c)
+    return replace(batch, images=shifted.permute(0, 3, 1, 2).contiguous())
 
 
 def mix_images(batch: Batch, seed: int, *, mixer: Mixer) -> Batch:
-    """Mixup or CutMix of each image with the one at the same place from the other end.
+    """Apply mixup or CutMix to image i and image n - 1 - i of a batch.
 
-    Of an odd number, such as an epoch's last batch may have, the image in the middle stays.
+    In a batch of odd size, such as an epoch's last may have, the middle image stays.
 
-    Source: Zhang et al. (2018), arXiv:1710.09412; Yun et al. (2019), arXiv:1905.04899. It is
-    timm's implementation, which takes even numbers, changes its input and draws from NumPy's
-    global generator: it gets a copy, the middle image twice, and a generator of the batch's own.
+    Args:
+        batch: Batch of n images.
+        seed: Seed of the batch.
+        mixer: timm's mixup: images and labels to mixed images and class shares.
+
+    Source: Zhang et al. (2018), arXiv:1710.09412; Yun et al. (2019), arXiv:1905.04899. timm's
+    implementation takes even numbers, changes its input and draws from NumPy's global generator:
+    it gets a copy, the middle image twice, and a generator seeded for the batch.
     """
     n = len(batch)
     twice = torch.arange(n + n % 2, device=batch.images.device)
@@ -77,12 +89,12 @@ def mix_images(batch: Batch, seed: int, *, mixer: Mixer) -> Batch:
         once = torch.arange(n, device=twice.device)
         once[n // 2 + 1 :] += 1
         images, shares = images[once], shares[once]
-    return replace(batch, images=images, shares=shares)
+    return replace(batch, images=images, class_shares=shares)
 
 
 @contextmanager
 def temporary_numpy_seed(seed: int) -> Iterator[None]:
-    """NumPy's global generator from a seed inside, and as it was afterwards."""
+    """Seed NumPy's global generator inside the block, and restore it afterwards."""
     before = np.random.get_state()  # noqa: NPY002
     np.random.seed(seed % (1 << 32))  # noqa: NPY002
     try:
@@ -92,7 +104,7 @@ def temporary_numpy_seed(seed: int) -> Iterator[None]:
 
 
 def row_uniforms(rows: np.ndarray, seed: int, draws: int = 3) -> Float[np.ndarray, "n draws"]:
-    """Numbers in [0, 1) that are a function of (seed, row) alone.
+    """Numbers in [0, 1) that are a function of (seed, row) only.
 
     Source: SplitMix64, Steele, Lea and Flood (2014), "Fast splittable pseudorandom number
     generators".
@@ -118,6 +130,6 @@ def _timm_mixup(recipe: Recipe, classes: int) -> Mixer:
         recipe.cutmix,
         prob=recipe.mix_probability,
         switch_prob=recipe.mix_switch,
-        label_smoothing=0.0,  # the term `ce` smooths whole and mixed labels alike
+        label_smoothing=0.0,  # the term `ce` smooths both whole and mixed labels
         num_classes=classes,
     )

@@ -1,8 +1,8 @@
-"""Batches on the device. The only place where NHWC becomes NCHW.
+"""Batches on the device; the only module where NHWC becomes NCHW.
 
 Small data are preprocessed once and stay on the device; larger data are converted batch by batch.
-Everything random is a function of (seed, epoch, batch): an epoch can be entered at any batch, and
-several processes share a batch without a word between them.
+Everything random is a function of (seed, epoch, batch): an epoch can start at any batch, and
+several processes share a batch without communication.
 """
 
 import math
@@ -19,84 +19,86 @@ from dsdistill.harness import memory
 from dsdistill.harness.data.labeled_images import Examples
 from dsdistill.harness.errors import UserError
 
-# Images of a process's share of a batch: batch norm of 1x1 maps needs as many.
-MIN_IMAGES_PER_PROCESS = 2
+MIN_IMAGES_PER_PROCESS = 2  # in its share of a batch: batch norm of 1x1 maps needs 2
 MAX_RESIDENT_BYTES = 1 << 30  # CIFAR-10 in float32 is 0.6 GiB; ImageNet at 64 pixels is 63 GiB
-
-
-# Images at once where nothing is trained. More leave the cache of a CPU: `convnet` at 28x28 takes
-# 9.8 s for 10,000 images by 32 or 64 on two cores, 13.6 s by 128 or 256.
+# Number of images in a batch without training. Larger batches leave a CPU's cache: on two cores
+# `convnet` takes 9.8 s for 10,000 images of 28x28 in batches of 32 or 64, 13.6 s in 128 or 256.
 SCORE_BATCH = 64
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Some images with what is known about them.
+    """Images with their labels, rows and teachers' logits.
 
     Attributes:
-        images: In the space of the data's `Preprocess`.
-        labels: Class indices; of mixed images, of the first of two.
+        images: Images in the space of the data's `Preprocess`.
+        labels: Class indices; for mixed images, that of the first of the two.
         targets: Real-valued labels, where the data have them (a distilled set).
-        shares: Of mixed images, the share of each class; rows sum to 1.
-        teacher_logits: The teachers' answers to these very images, where they are known already.
-        index: Rows of the images in their data set.
-        whole: Images of the batch over all processes, where this is one's share of it.
+        class_shares: For mixed images, the share of each class; rows sum to 1.
+        teacher_logits: The teachers' logits for these images, where they are known already.
+        index: Rows of the images in their data set, where they are known.
+        total_images: Number of images of the batch over all processes, if this is the share of one.
     """
 
     images: Float[Tensor, "n c h w"]
     labels: Int[Tensor, " n"]
     targets: Float[Tensor, "n k"] | None = None
-    shares: Float[Tensor, "n k"] | None = None
+    class_shares: Float[Tensor, "n k"] | None = None
     teacher_logits: tuple[Float[Tensor, "n k"], ...] | None = None
     index: Int[Tensor, " n"] | None = None
-    whole: int | None = None
+    total_images: int | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def labels_or_shares(self) -> Int[Tensor, " n"] | Float[Tensor, "n k"]:
+        """Class indices; the shares of the classes where images are mixed."""
+        return self.labels if self.class_shares is None else self.class_shares
+
 
 class EvaluationBatches(Protocol):
-    """Images to score: resident or streamed."""
+    """Batches of images to evaluate on: resident or streamed."""
 
     def in_order(self, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        """Every image once, in the order of the data; every `world`-th batch."""
+        """Yield every `world`-th batch from batch `rank` on, in the order of the data."""
         ...
 
 
 class BatchSource(Protocol):
-    """A source of batches: resident or streamed, and what changes them on the way."""
+    """A source of batches: resident or streamed, or another source with changes."""
 
     @property
     def device(self) -> torch.device: ...
 
     @property
     def sizes(self) -> list[int]:
-        """Images of each batch of an epoch, over all processes."""
+        """Number of images of each batch of an epoch, over all processes."""
         ...
 
     def __len__(self) -> int:
-        """Batches an epoch."""
+        """Number of batches in an epoch."""
         ...
 
     def epoch(
         self, seed: int, epoch: int, *, first: int = 0, rank: int = 0, world: int = 1
     ) -> Iterator[Batch]:
-        """An epoch from its batch `first` on; of each batch the share of process `rank`."""
+        """Yield an epoch from its batch `first` on; of each batch, the share of process `rank`."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class ResidentBatches:
-    """A data set that stays as it is; made by `prepare_resident`.
+    """Batches of a data set in memory; created by `prepare_resident`.
 
     Attributes:
-        examples: The data.
-        size: Images in a batch over all processes; the last of an epoch may be smaller.
-        device: Where the batches appear.
-        world: Processes that share a batch, at most.
-        least: Images that each of them gets of a batch, at least.
-        images: All of them, if they are kept on the device.
-        labels, targets, teacher_logits: As in `Batch`, of all images.
+        examples: The data set of N images.
+        size: Number of images in a batch over all processes; the last of an epoch may be smaller.
+        device: Device of the batches.
+        labels, targets, teacher_logits: As in `Batch`, for all images.
+        images: All images, if they are kept on the device.
+        world: Largest number of processes that share a batch.
+        least: Smallest number of images in a process's share of a batch.
     """
 
     examples: Examples
@@ -120,22 +122,22 @@ class ResidentBatches:
     def epoch(
         self, seed: int, epoch: int, *, first: int = 0, rank: int = 0, world: int = 1
     ) -> Iterator[Batch]:
-        """Every image once, in an order that depends on `seed` and `epoch` alone."""
+        """Yield every image once, in an order that depends only on `seed` and `epoch`."""
         generator = torch.Generator().manual_seed(derive_seed(seed, epoch))
         order = torch.randperm(len(self.examples), generator=generator).numpy()
         for rows in split_rows(order, self.size, self.world, self.least)[first:]:
             yield replace(
-                self.batch(rows[share_positions(len(rows), rank, world)]), whole=len(rows)
+                self.batch(rows[share_positions(len(rows), rank, world)]), total_images=len(rows)
             )
 
     def in_order(self, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        """Every image once, in the order of the data; every `world`-th batch."""
+        """Yield every `world`-th batch from batch `rank` on, in the order of the data."""
         yield from map(
             self.batch, split_rows(np.arange(len(self.examples)), self.size)[rank::world]
         )
 
     def batch(self, rows: Int[np.ndarray, " n"]) -> Batch:
-        """The images of these rows."""
+        """Build the batch of these rows."""
         index = _move_tensor(torch.from_numpy(rows), self.device)
         if self.images is None:
             images = _move_tensor(to_nchw(self.examples.images(rows)), self.device)
@@ -152,11 +154,11 @@ class ResidentBatches:
 
 @dataclass(frozen=True, eq=False)
 class ChangedBatches:
-    """Batches that a function changes on their way: augmentation, mixing, a teacher's answers.
+    """The batches of a source, changed by a function: augmentation, mixing, teachers' logits.
 
     Attributes:
-        source: Of the batches.
-        change: Called with a batch and a seed that is its own, the same in every process.
+        source: Source of the batches.
+        change: Function of a batch and the batch's seed, which is the same in every process.
     """
 
     source: BatchSource
@@ -176,14 +178,14 @@ class ChangedBatches:
     def epoch(
         self, seed: int, epoch: int, *, first: int = 0, rank: int = 0, world: int = 1
     ) -> Iterator[Batch]:
-        """The source's epoch, changed."""
+        """Yield the source's epoch, each batch changed."""
         stream = self.source.epoch(seed, epoch, first=first, rank=rank, world=world)
         for number, batch in enumerate(stream, first):
             yield self.change(batch, derive_seed(seed, epoch, number))
 
 
 def move(batch: Batch, device: torch.device) -> Batch:
-    """A batch on a device."""
+    """Move a batch to a device."""
     moved = {
         name: value.to(device) for name, value in vars(batch).items() if isinstance(value, Tensor)
     }
@@ -191,7 +193,7 @@ def move(batch: Batch, device: torch.device) -> Batch:
 
 
 def _move_tensor(x: Tensor, device: torch.device) -> Tensor:
-    """On the device; a GPU is not waited for."""
+    """Move a tensor to the device, without waiting for a GPU."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
@@ -205,14 +207,14 @@ def prepare_resident(
     """Prepare a data set for a device.
 
     Args:
-        examples: The data.
-        size: Images in a batch over all processes.
-        device: Where the batches appear.
-        world: Processes that share a batch.
-        least: Images that each of them needs.
+        examples: The data set.
+        size: Number of images in a batch over all processes.
+        device: Device of the batches.
+        world: Number of processes that share a batch.
+        least: Smallest number of images in a process's share.
 
     Raises:
-        UserError: If there are too few images for so many processes.
+        UserError: If there are too few images for the processes.
     """
     n, (h, w, c) = len(examples), examples.data.shape
     check_size(min(size, n), world, least)
@@ -234,8 +236,13 @@ def prepare_resident(
 def check_size(size: int, world: int, least: int = MIN_IMAGES_PER_PROCESS) -> None:
     """Refuse batches that are too small for the processes that share them.
 
+    Args:
+        size: Number of images in a batch over all processes.
+        world: Number of processes that share it.
+        least: Smallest number of images in a process's share.
+
     Raises:
-        UserError: With the number that it takes.
+        UserError: If a batch is too small; the message has the number that is needed.
     """
     needed = min_shared_size(world, least)
     if size >= needed or (world == 1 and least <= MIN_IMAGES_PER_PROCESS):
@@ -245,15 +252,15 @@ def check_size(size: int, world: int, least: int = MIN_IMAGES_PER_PROCESS) -> No
             f"this loss compares images: it needs {needed} in a batch, got {size}: raise "
             "--batch-size, or train on more images"
         )
-    each = "two" if least == MIN_IMAGES_PER_PROCESS else str(least)
+    share = "two" if least == MIN_IMAGES_PER_PROCESS else str(least)
     raise UserError(
-        f"{world} processes need {each} images each of every batch, so {needed} in all, got {size} "
-        "images"
+        f"{world} processes need {share} images each of every batch, so {needed} in all, got "
+        f"{size} images: use fewer processes, or more images"
     )
 
 
 def to_nchw(images: Float[np.ndarray, "n h w c"]) -> Float[Tensor, "n c h w"]:
-    """A contiguous float32 tensor with the channels first."""
+    """Convert images to a contiguous float32 tensor with the channels first."""
     nchw = np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32)
     return torch.from_numpy(nchw if nchw.flags.writeable else nchw.copy())
 
@@ -261,15 +268,15 @@ def to_nchw(images: Float[np.ndarray, "n h w c"]) -> Float[Tensor, "n c h w"]:
 def split_rows(
     order: Int[np.ndarray, " n"], size: int, world: int = 1, least: int = MIN_IMAGES_PER_PROCESS
 ) -> list[np.ndarray]:
-    """Consecutive parts of `size`; a last part that is too small joins the part before it.
+    """Split rows into parts of `size`; a last part that is too small joins the part before it.
 
-    So every image is seen in every epoch, and no batch is larger than `size` by more than a few.
+    So every image is in every epoch, and the last batch exceeds `size` by a few at most.
 
     Args:
-        order: Rows.
-        size: Of a part.
-        world: Processes that share it.
-        least: Images that each of them needs.
+        order: Rows of an epoch.
+        size: Number of rows in a part.
+        world: Number of processes that share a part.
+        least: Smallest number of rows in a process's share.
     """
     starts = list(range(size, len(order), size))
     if starts and size > 1 and len(order) - starts[-1] < min_shared_size(world, least):
@@ -278,19 +285,19 @@ def split_rows(
 
 
 def min_shared_size(world: int, least: int = MIN_IMAGES_PER_PROCESS) -> int:
-    """The number of images from which on every process's share, see `share_positions`, is at least `least`."""
+    """Size of a batch from which every share, see `share_positions`, has `least` images or more."""
     return least if world == 1 else 2 * world * math.ceil(least / 2)
 
 
 def share_positions(n: int, rank: int, world: int) -> Int[np.ndarray, " m"]:
-    """Positions of a batch of n that are this process's.
+    """Positions in a batch of n images that process `rank` of `world` gets.
 
-    The i-th from the front and the i-th from the back stay together: mixing pairs them.
+    The i-th from the front and the i-th from the back stay together, since mixing pairs them.
     """
     positions = np.arange(n)
     return positions[np.minimum(positions, n - 1 - positions) % world == rank]
 
 
 def derive_seed(*numbers: int) -> int:
-    """One 63-bit seed from several numbers, without the collisions of a sum."""
+    """Derive one 63-bit seed from several numbers, without the collisions of a sum."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

@@ -1,4 +1,4 @@
-"""What `kd` trains on and tests on: a data set, or a distilled set with the data it came from."""
+"""The data that `kd` trains and tests on: a data set, or a distilled set with its source data."""
 
 import hashlib
 from collections.abc import Sequence
@@ -11,7 +11,12 @@ import torch
 from dsdistill.harness.data import datasets, distilled_set, origin, preprocess
 from dsdistill.harness.data.datasets import Splits
 from dsdistill.harness.data.distilled_set import DistilledSet
-from dsdistill.harness.data.labeled_images import Examples, LabeledImages, spread
+from dsdistill.harness.data.labeled_images import (
+    Examples,
+    LabeledImages,
+    describe_missing_classes,
+    spread,
+)
 from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError
 from kd.data import batching
@@ -22,13 +27,13 @@ from kd.recipe import Recipe
 
 @dataclass(frozen=True, eq=False)
 class DataSource:
-    """Images to train on, and where there are any, images to validate and test on.
+    """Images to train on and, where there are any, images to validate and test on.
 
     Attributes:
-        name: Short, for folder names and reports.
-        splits: The real images; None if those of a distilled set cannot be had.
-        distilled: The distilled set, if that is what is trained on.
-        note: What the user should know about it, such as why there is no evaluation.
+        name: Short name, for folder names and reports.
+        splits: The real images; None if those of a distilled set are not available.
+        distilled: The distilled set, if it is trained on; else None.
+        note: Note for the user, such as why there is no evaluation; None without any.
     """
 
     name: str
@@ -43,12 +48,12 @@ class DataSource:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names, in label order."""
+        """Class names, in label order."""
         return self.train_images.classes
 
     @property
     def train_images(self) -> LabeledImages:
-        """The images trained on; of a distilled set, already preprocessed."""
+        """The images trained on; those of a distilled set are already preprocessed."""
         if self.distilled is not None:
             return self.distilled.examples().data
         assert self.splits is not None
@@ -56,13 +61,35 @@ class DataSource:
 
     @property
     def count(self) -> int:
-        """Images to train on."""
+        """Number of images to train on."""
         return len(self.train_images)
 
     @property
     def validation_count(self) -> int:
-        """Images held out of the training set."""
+        """Number of images held out of the training set."""
         return len(self.splits.validation) if self.splits else 0
+
+    @property
+    def brings_validation(self) -> bool:
+        """Whether the validation images are a part of the data's own."""
+        return self.splits is not None and self.splits.brings_validation
+
+    def missing_classes(self, *, judged: bool = False) -> list[str]:
+        """Lines that name the classes of which an accuracy says nothing.
+
+        Args:
+            judged: Whether only the test images are looked at.
+        """
+        if self.splits is None:
+            return []
+        parts = {"test": self.splits.test}
+        if not judged:
+            parts = {"validation": self.splits.validation} | parts
+        lines = (
+            describe_missing_classes(name, part.labels, part.classes)
+            for name, part in parts.items()
+        )
+        return [line for line in lines if line]
 
     @property
     def digest(self) -> str:
@@ -73,9 +100,11 @@ class DataSource:
         return f"{self.splits.digest}-{len(self.splits.train)}"
 
     def fit(self, kind: str | None) -> Preprocess:
-        """The distilled set's stored preprocessing, or one fitted on the training images.
+        """Return the distilled set's stored preprocessing, or fit one on the training images.
 
-        None is standardisation, for colour too: unlike a kernel, a network loses nothing by it.
+        Args:
+            kind: Kind of preprocessing; None is standardisation, for colour too: unlike a kernel, a
+                network loses nothing by it.
         """
         if self.distilled is not None:
             return self.distilled.preprocess
@@ -90,11 +119,14 @@ class DataSource:
         workers: int = 0,
         least: int = batching.MIN_IMAGES_PER_PROCESS,
     ) -> ResidentBatches:
-        """The training images in batches of the recipe's size a process, as a network sees them.
+        """The preprocessed training images in batches of `recipe.batch_size` per process.
 
         Args:
-            recipe, fitted, on, workers: As in `file_source.FileSource.train`.
-            least: Images that each process needs of a batch.
+            recipe: Recipe with the batch size.
+            fitted: Preprocessing of real images.
+            on: Engine of the training.
+            workers: Ignored; `file_source.FileSource.train` needs it.
+            least: Smallest number of images in a process's share of a batch.
         """
         world = on.num_processes
         size = recipe.batch_size * world
@@ -107,13 +139,13 @@ class DataSource:
     def validation(
         self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0
     ) -> ResidentBatches | None:
-        """Real images held out of the training set; None if there are none."""
+        """Batches of real images held out of the training set; None if there are none."""
         return _evaluation_batches(self.splits and self.splits.validation, fitted, device)
 
     def shuffled(
         self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0
     ) -> ResidentBatches | None:
-        """Real training images, unchanged and read when needed; None if there are none."""
+        """Batches of real training images, not augmented; None if there are none."""
         if self.splits is None:
             return None
         return _unchanged(self.splits.train, fitted, device)
@@ -126,7 +158,7 @@ class DataSource:
         device: torch.device,
         workers: int = 0,
     ) -> ResidentBatches | None:
-        """Up to `count` real training images, spread over the classes; None if there are none."""
+        """Batches of up to `count` real training images, spread over classes; None without any."""
         if self.splits is None:
             return None
         rows = spread(self.splits.train.labels, count)
@@ -135,7 +167,7 @@ class DataSource:
     def test(
         self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0
     ) -> ResidentBatches | None:
-        """Real images to be read once, at the end; None if there are none."""
+        """Batches of the real test images, read once at the end; None if there are none."""
         return _evaluation_batches(self.splits and self.splits.test, fitted, device)
 
 
@@ -149,17 +181,17 @@ def resolve(
     classes: Sequence[str] | None = None,
     announce: bool = True,
 ) -> DataSource:
-    """Find out what DATA is, and load it.
+    """Resolve DATA and load it.
 
     Args:
         name: A data set as in `datasets.load`, the folder of a `dsdistill` run, or a distilled
             `.safetensors` file.
-        root: Where data sets lie.
+        root: Folder of the data sets.
         image_size, validation_fraction, channels, classes, announce: As in `datasets.load`; a
-            distilled set brings its own.
+            distilled set has its own.
 
     Raises:
-        UserError: If it cannot be had, or a distilled set contradicts the data it came from.
+        UserError: If the data are not available, or a distilled set contradicts its source data.
     """
     path = Path(name).expanduser()
     if is_distilled(name):
@@ -171,12 +203,12 @@ def resolve(
         return _load_distilled(distilled_set.locate(path), root)
     if path.is_dir() and (path / "config.json").is_file():
         raise UserError(f"{path} is a run's folder without a finished distilled set")
-    held = fraction_or_default(validation_fraction)
+    fraction = fraction_or_default(validation_fraction)
     splits = datasets.load(
         name,
         root=root,
         image_size=image_size,
-        validation_fraction=held,
+        validation_fraction=fraction,
         channels=channels,
         classes=classes,
         announce=announce,
@@ -184,13 +216,13 @@ def resolve(
     return DataSource(splits.name, splits)
 
 
-def fraction_or_default(given: float | None) -> float:
-    """Of the training images that are held out for validation."""
-    return origin.DEFAULT_VALIDATION_FRACTION if given is None else given
+def fraction_or_default(fraction: float | None) -> float:
+    """Share of the training images that is held out for validation; the default for None."""
+    return origin.DEFAULT_VALIDATION_FRACTION if fraction is None else fraction
 
 
 def is_distilled(data: str) -> bool:
-    """Whether DATA is a distilled set's file or the folder of a run that made one."""
+    """Whether DATA is a distilled set's file or the folder of a run with one."""
     path = Path(data).expanduser()
     return path.suffix == ".safetensors" or (path / "distilled.safetensors").is_file()
 

@@ -1,14 +1,14 @@
-"""Teachers' answers on disk, so that a view of an image is shown to a teacher once.
+"""Teachers' logits on disk, so that a teacher evaluates each view of an image once.
 
-    DIR/<SHA-256 of the key>/key.json              what the answers depend on, in clear
-                             static.json           index of a table: one row an image
+    DIR/<SHA-256 of the key>/key.json              the key, which the logits depend on, as text
+                             static.json           index of a table: one row per image
                              epoch-00012.json      index of an epoch's views, in order of its steps
                              chunks/<SHA-256>.safetensors
 
-Every view of a training is a function of the key, so an entry is named by its epoch alone. An
+Every view of a training is a function of the key, so an entry is named only by its epoch. An
 index is written last and atomically, and names its chunks by their contents: a killed epoch leaves
-chunks that nothing names, and processes that write one entry at once cannot mix their rows.
-Whatever does not match its checksum, its key or its form is said in one line and not used.
+chunks that no index names, and processes that write one entry at once cannot mix their rows. An
+entry that does not match its checksum, its key or its form is reported in one line and not used.
 
 Source of the idea that teacher and student must see one view: Beyer et al. (2022),
 arXiv:2106.05237.
@@ -39,10 +39,10 @@ from dsdistill.harness.runs.run_folder import write_bytes
 from kd.data import top_k
 from kd.data.top_k import StoredLogits
 
-FORMAT_VERSION = 1  # part of the key: raise it when the same answers would be stored differently
+FORMAT_VERSION = 1  # part of the key: raise it when the same logits would be stored differently
 CHUNK_BYTES = 1 << 24  # of one file, and so of the memory that writing takes
-MAX_INDEX_BYTES = 1 << 24  # no whole index is larger
-ABANDONED_SECONDS = 7 * 24 * 3600  # seconds after which a chunk that no index names is swept away
+MAX_INDEX_BYTES = 1 << 24  # a larger index is damaged
+ABANDONED_SECONDS = 7 * 24 * 3600  # age at which a chunk that no index names is removed
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -57,13 +57,13 @@ def fingerprint(module: nn.Module) -> str:
 
 @dataclass(frozen=True, eq=False)
 class CachedLogits:
-    """A checked entry, read where it is asked for: its chunks are mapped, not loaded.
+    """A checked entry whose rows are read on access: its chunks are mapped, not loaded.
 
     Attributes:
         chunks: Mapped tensors of each chunk.
         starts: First row of each chunk.
-        classes: k.
-        rows: n.
+        classes: Number of classes k.
+        rows: Number of rows n.
     """
 
     chunks: list[StoredLogits]
@@ -75,29 +75,29 @@ class CachedLogits:
         return self.rows
 
     def __getitem__(self, rows: slice | Int[np.ndarray, " m"]) -> Float[Tensor, "m k"]:
-        """Logits, or log-probabilities of an entry that keeps the largest alone, of these rows."""
-        wanted = np.arange(*rows.indices(self.rows)) if isinstance(rows, slice) else rows
-        if len(wanted) and not 0 <= wanted.min() <= wanted.max() < self.rows:
-            raise IndexError(f"rows must be in 0 to {self.rows - 1}, got {wanted}")
-        answers = torch.empty(len(wanted), self.classes)
-        chunk = np.searchsorted(self.starts, wanted, "right") - 1
+        """Read the logits of rows; log-probabilities if the entry keeps only the largest."""
+        index = np.arange(*rows.indices(self.rows)) if isinstance(rows, slice) else rows
+        if len(index) and not 0 <= index.min() <= index.max() < self.rows:
+            raise IndexError(f"rows must be in 0 to {self.rows - 1}, got {index}")
+        logits = torch.empty(len(index), self.classes)
+        chunk = np.searchsorted(self.starts, index, "right") - 1
         for number in np.unique(chunk):
-            here = np.flatnonzero(chunk == number)
-            local = torch.from_numpy(wanted[here] - self.starts[number])
-            found = top_k.select_rows(self.chunks[number], local)
-            answers[torch.from_numpy(here)] = top_k.decode(found, self.classes)
-        return answers
+            positions = np.flatnonzero(chunk == number)
+            local = torch.from_numpy(index[positions] - self.starts[number])
+            stored = top_k.select_rows(self.chunks[number], local)
+            logits[torch.from_numpy(positions)] = top_k.decode(stored, self.classes)
+        return logits
 
 
 @dataclass(frozen=True)
 class TeacherCache:
-    """The answers that one key leads to; made by `open_cache`.
+    """The logits of one key; created by `open_cache`.
 
     Attributes:
-        folder: Named by the key's SHA-256.
-        top: Log-probabilities kept of each row; None for all logits in float32.
-        lock: Held while this is used, so that nobody clears the folder; None where another process
-            that uses the same answers holds it.
+        folder: Folder named by the key's SHA-256.
+        top: Number of log-probabilities kept of each row; None for all logits in float32.
+        lock: Lock held while the cache is in use, so that nobody clears the folder; None where
+            another process that uses the same logits holds it.
     """
 
     folder: Path
@@ -105,11 +105,11 @@ class TeacherCache:
     lock: locks.Lock | None = field(default=None, repr=False, compare=False)
 
     def open(self, name: str, rows: int, classes: int) -> CachedLogits | None:
-        """An entry, checked as a whole now and mapped into memory; None if it cannot be used.
+        """Open an entry, checked as a whole and mapped into memory; None if it cannot be used.
 
         Args:
-            name: Such as `static` or `epoch-00012`.
-            rows, classes: What it must have.
+            name: Name of the entry, such as `static` or `epoch-00012`.
+            rows, classes: Numbers that the entry must have.
         """
         path = self._index(name)
         try:
@@ -118,30 +118,30 @@ class TeacherCache:
                 if path.exists()
                 else None
             )
-        except Exception as error:  # damage shows in many ways, and each is mended by new answers
+        except Exception as error:  # any damage is mended by computing the logits again
             why = one_line(error)
             progress.say(f"teacher cache: {path} is not used ({why}): computed anew")
             return None
 
     def load(self, name: str, rows: int, classes: int) -> Float[Tensor, "n k"] | None:
-        """All rows of an entry at once, as `open` finds them."""
+        """Load all rows of an entry at once; None if it cannot be used."""
         entry = self.open(name, rows, classes)
         return None if entry is None else entry[:]
 
     def save(self, name: str, logits: Float[Tensor, "n k"]) -> None:
-        """Write an entry that is in memory."""
-        with self.writing(name) as write:
-            write(logits)
+        """Write an entry from memory."""
+        with self.write(name) as add:
+            add(logits)
 
     @contextmanager
-    def writing(self, name: str) -> Iterator[Callable[[Float[Tensor, "m k"]], None]]:
-        """Write an entry row by row; it exists once the block has ended without an error.
+    def write(self, name: str) -> Iterator[Callable[[Float[Tensor, "m k"]], None]]:
+        """Write an entry part by part; it exists once the block has ended without an error.
 
         Args:
-            name: Such as `static` or `epoch-00012`; an older entry of that name is replaced.
+            name: Name of the entry, such as `static` or `epoch-00012`; an older one is replaced.
 
         Yields:
-            `write(logits)`: adds rows; at most one chunk is held in memory.
+            `add(logits)`: adds rows; at most one chunk is held in memory.
 
         Raises:
             ValueError: If logits are not finite, or rows differ in length.
@@ -155,32 +155,32 @@ class TeacherCache:
 
     def _index(self, name: str) -> Path:
         if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name) or name == "key":
-            raise ValueError(f"an entry's name is of small letters, digits and -, got {name!r}")
+            raise ValueError(f"an entry's name has only small letters, digits and -, got {name!r}")
         return self.folder / f"{name}.json"
 
 
 def open_cache(folder: Path, key: Mapping[str, Any], *, top: int | None) -> TeacherCache:
-    """The answers under `folder` that belong to a key.
+    """Open the cache of a key under `folder`, or create it.
 
     Args:
-        folder: Created with its parents; any number of keys share it.
-        key: JSON-compatible; everything that the answers depend on: data, teacher, the recipe's
-            changes of images, seed, batch size, share of a process.
-        top: Keep so many of the largest log-probabilities in half precision; None keeps all
-            logits, exactly.
+        folder: Folder of the caches of any number of keys; created with its parents.
+        key: JSON-compatible values of everything that the logits depend on: data, teacher,
+            augmentation, seed, batch size, share of a process.
+        top: Number of largest log-probabilities to keep in half precision; None keeps all logits
+            exactly.
 
     Raises:
-        UserError: If `top` is not positive, or the folder cannot be made.
+        UserError: If `top` is not positive, or the folder cannot be created.
         ValueError: If the key is not JSON-compatible.
     """
     if top is not None and top < 1:
         raise UserError(f"--cache-top must be at least 1, got {top}")
-    whole = {"format": FORMAT_VERSION, "top": top, "key": dict(key)}
-    inner = folder / _strict_json_digest(whole)
+    versioned_key = {"format": FORMAT_VERSION, "top": top, "key": dict(key)}
+    inner = folder / _strict_json_digest(versioned_key)
     try:
         (inner / "chunks").mkdir(parents=True, exist_ok=True)
         lock = _lock(inner)
-        write_bytes(inner / "key.json", _json_bytes(whole))
+        write_bytes(inner / "key.json", _json_bytes(versioned_key))
         _remove_abandoned(inner)
     except OSError as error:
         raise UserError(f"--cache {folder} cannot be used ({error}): choose another") from error
@@ -195,7 +195,7 @@ def _lock(folder: Path) -> locks.Lock | None:
 
 
 class _Writer:
-    """Rows on their way into chunks of equal length."""
+    """Collects rows and writes them as chunks of equal length."""
 
     def __init__(self, folder: Path, top: int | None) -> None:
         self.folder, self.top = folder, top
@@ -222,7 +222,7 @@ class _Writer:
             self._write(self.held)
 
     def _write(self, count: int) -> None:
-        """The first `count` rows that are held, as a file named by its contents."""
+        """Write the first `count` of the collected rows, as a file named by its contents."""
         joined, rows = top_k.join_rows(self.parts), torch.arange(self.held)
         content = safetensors.torch.save(top_k.select_rows(joined, rows[:count]))
         sha256 = hashlib.sha256(content).hexdigest()
@@ -232,7 +232,7 @@ class _Writer:
 
 
 def _open_entry(path: Path, key: str, rows: int, classes: int, top: int | None) -> CachedLogits:
-    """Raises, with what is wrong, unless every byte is as it was written."""
+    """Open an entry; raise an error with the reason unless every byte is as it was written."""
     index = _read_index(path)
     _require(index["key"] == key, "it belongs to another key")
     lengths = [chunk["rows"] for chunk in index["chunks"]]
@@ -246,7 +246,10 @@ def _open_entry(path: Path, key: str, rows: int, classes: int, top: int | None) 
 
 
 def _read_index(path: Path) -> dict[str, Any]:
-    _require(path.is_file() and path.stat().st_size <= MAX_INDEX_BYTES, "the index is no such file")
+    _require(
+        path.is_file() and path.stat().st_size <= MAX_INDEX_BYTES,
+        "the index is missing or too large",
+    )
     stored = json.loads(path.read_text())
     _require(
         _strict_json_digest(stored["index"]) == stored["sha256"],
@@ -258,8 +261,8 @@ def _read_index(path: Path) -> dict[str, Any]:
 def _open_chunk(
     folder: Path, sha256: str, rows: int, classes: int, top: int | None
 ) -> StoredLogits:
-    """A chunk's tensors, mapped; a checksum keeps damage out, the rest keeps strangers out."""
-    _require(bool(re.fullmatch("[0-9a-f]{64}", sha256)), "a chunk's name is no checksum")
+    """Map a chunk's tensors; the checksum detects damage, the other checks foreign files."""
+    _require(bool(re.fullmatch("[0-9a-f]{64}", sha256)), "a chunk's name is not a checksum")
     path = folder / f"{sha256}.safetensors"
     _require(path.is_file(), f"chunk {sha256[:12]} is missing")
     _require(file_digest(path) == sha256, f"chunk {sha256[:12]} does not match its checksum")
@@ -270,19 +273,19 @@ def _open_chunk(
         form == top_k.expected_forms(rows, classes, top), f"chunk {sha256[:12]} has another form"
     )
     _require(
-        top_k.are_valid(tensors, classes), f"chunk {sha256[:12]} holds what no teacher answers"
+        top_k.are_valid(tensors, classes), f"chunk {sha256[:12]} holds values that are not logits"
     )
     return tensors
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove what killed processes left; a living one writes each chunk anew."""
+    """Remove old files of killed processes; a running process writes its chunks again."""
     named: set[str] = set()
     for path in folder.glob("[!.]*.json"):
-        with suppress(Exception):  # a damaged index names nothing
+        with suppress(Exception):  # a damaged index names no chunk
             named |= {chunk["sha256"] for chunk in _read_index(path)["chunks"]}
     for path in (*folder.glob(".*"), *(folder / "chunks").iterdir()):
-        with suppress(FileNotFoundError):  # another process was faster
+        with suppress(FileNotFoundError):  # another process has removed it
             if path.stem not in named and time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
                 path.unlink()
 
@@ -297,10 +300,10 @@ def _json_bytes(value: Any) -> bytes:
 
 
 def _strict_json_digest(value: Any) -> str:
-    """SHA-256 of a JSON value, whatever the order of its names and its white space.
+    """SHA-256 of a JSON value, independent of the order of its names and its white space.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If it is not JSON-compatible.
     """
     try:
         text = json.dumps(value, sort_keys=True, allow_nan=False)

@@ -17,17 +17,17 @@ from kd.models.zoo import class_names
 from kd.models.zoo.protocol import Shape
 from kd.parallel import engine
 
-BATCH_SIZE = 500  # images at once
+BATCH_SIZE = 500  # images per forward pass
 
 
 @dataclass(frozen=True, eq=False)
 class NumpyTeacher:
-    """Logits of a frozen teacher.
+    """A frozen teacher as a function from preprocessed images to logits.
 
     Attributes:
-        teacher: On its device, in evaluation mode.
-        device: Of it.
-        digest: SHA-256 of its state.
+        teacher: The teacher, on its device and in evaluation mode.
+        device: Device of the teacher.
+        digest: SHA-256 of the teacher's state.
     """
 
     teacher: Teacher
@@ -53,22 +53,22 @@ def load(
     device: str = "cpu",
     class_map: Path | None = None,
 ) -> NumpyTeacher:
-    """The answers of a teacher to images in a preprocessing.
+    """Load a teacher for images in a given preprocessing.
 
     Args:
-        name: As for `kd.models.teachers.load`.
-        preprocess: What was applied to the images.
-        shape: Of the images.
-        classes: Of the data, in order.
+        name: Name or path, as in `kd.models.teachers.load`.
+        preprocess: Preprocessing that was applied to the images.
+        shape: Height, width and channels of the images.
+        classes: Classes of the data, in order.
         device: `cpu`, `auto`, `cuda` or `cuda:N`.
-        class_map: File of `--teacher-class-map`, where its classes are others than the data's.
+        class_map: File of `--teacher-class-map`, for a teacher with other classes than the data.
 
     Raises:
         UserError: If there is no such teacher, or it does not fit the data.
     """
     if len(networks.split_names(name)) > 1:
-        raise UserError(f"an evaluation compares with one teacher, got {name}")
-    on = engine.make(device).device
+        raise UserError(f"an evaluation compares with one teacher, got {name}: name one of them")
+    target = engine.make(device).device
     mapping = None if class_map is None else class_names.read_class_map(class_map)
     option = "--teacher-class-map"
     teacher = teachers.load(
@@ -76,4 +76,4 @@ def load(
     )
     for remark in teachers.matching_notes(teacher):
         progress.say(f"teacher {name}: {remark}")
-    return NumpyTeacher(teacher.to(on), on, teacher_cache.fingerprint(teacher))
+    return NumpyTeacher(teacher.to(target), target, teacher_cache.fingerprint(teacher))

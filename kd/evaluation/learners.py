@@ -1,8 +1,8 @@
 """Networks as learners of the evaluation protocol: the same number of steps on every data set.
 
-They are trained by MSE on centred labels, be they stored, hard or a teacher's, and keep their last
+They are trained by MSE on centred labels, whether stored, hard or a teacher's, and keep their last
 weights. There is no model selection: the learning rate ends at 0, and every data set gets the same
-number of optimizer steps, so that arms differ in their images alone.
+number of optimizer steps, so that arms differ only in their images and labels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,30 +32,30 @@ from kd.parallel import engine
 from kd.recipe import Recipe, override
 from kd.training.loop import train
 
-CURVE_POINTS = 60  # of a loss curve
+CURVE_POINTS = 60  # points of a loss curve
 VERSIONED_PACKAGES = ("dsdistill", "torch", "timm", "torchvision")
 
-# What the field calls these networks, which it takes in their form for small images.
+# The literature's names of these networks, which it uses in their form for small images.
 ALIASES: Mapping[str, str] = {
     "resnet18": "small-resnet18",
     "vgg11": "small-vgg11",
     "vit": "small-vit",
 }
 
-# Of the rate of `recipes.KIP`: two decades, as its header says.
+# Factors of the rate of `recipes.KIP`: two decades, as explained there.
 KIP_RATE_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 @dataclass(frozen=True)
 class NetworkLearner:
-    """Trains a network, always for as many steps.
+    """A learner that trains a network for a fixed number of steps.
 
     Attributes:
-        name: As for `network_learner`.
-        recipe: Its steps are the budget. The shifts of its `crop-flip` are an eighth of an image,
-            whatever its `crop_padding`.
-        limit: None: it trains on any number of images.
-        factors: Of the recipe's learning rate: the grid from which one is chosen.
+        name: Name, as in `network_learner`.
+        recipe: Recipe, whose steps are the budget. The shifts of its `crop-flip` are an eighth of
+            an image, whatever its `crop_padding`.
+        limit: None: a network trains on any number of images.
+        factors: Factors of the recipe's learning rate, the grid from which one is chosen.
         flip: Whether augmentation flips images too; a flipped digit is another digit, or none.
         device: `cpu`, `cuda` or `cuda:N`.
     """
@@ -72,20 +72,20 @@ class NetworkLearner:
         """The learning rates to choose from, the same for all data."""
         return tuple(self.recipe.lr * factor for factor in self.factors)
 
-    def at(self, rate: float) -> "NetworkLearner":
-        """The learner with that learning rate alone."""
+    def with_rate(self, rate: float) -> "NetworkLearner":
+        """The same learner with one learning rate."""
         return replace(self, recipe=replace(self.recipe, lr=rate), factors=(1.0,))
 
-    def augmented(self) -> "NetworkLearner":
-        """The learner with random shifts, and with flips where it has them."""
+    def with_augmentation(self) -> "NetworkLearner":
+        """The same learner with random shifts, and with flips if `flip` is set."""
         hflip = 0.5 if self.flip else 0.0
         return replace(self, recipe=replace(self.recipe, augment="crop-flip", hflip=hflip))
 
     @property
     def identity(self) -> dict[str, Any] | None:
-        """All that its results depend on beside data and seed, JSON-compatible.
+        """All that its results depend on besides data and seed, JSON-compatible.
 
-        None for weights from a file, which may change under its name.
+        None for weights from a file, whose content may change.
         """
         if networks.parse(_full_name(self.name)).file is not None:
             return None
@@ -101,36 +101,37 @@ class NetworkLearner:
 
     @property
     def accelerator(self) -> str | None:
-        """Its name, if the device is a GPU."""
+        """Name of the GPU; None on the CPU."""
         device = torch.device(self.device)
         return None if device.type == "cpu" else torch.cuda.get_device_name(device)
 
     def __call__(self, train_set: Examples, validation: Examples, seed: int, /) -> "TrainedNetwork":
         shape, classes = train_set.data.shape, len(train_set.data.classes)
         recipe = replace(self.recipe, crop_padding=max(1, min(shape[:2]) // 8))
-        on = engine.make(self.device, recipe.precision)
+        accelerator = engine.make(self.device, recipe.precision)
+        device = accelerator.device
         network = networks.build(_full_name(self.name), shape, classes, seed=seed)
-        resident = batching.prepare_resident(train_set, recipe.batch_size, on.device)
+        resident = batching.prepare_resident(train_set, recipe.batch_size, device)
         objective = Distillation(network, terms.build([TermSpec("mse")], network))
         losses: list[Tensor] = []
         objective.register_forward_hook(lambda *passed: losses.append(_total_loss(passed[-1])))
-        train(objective, augment.augment_batches(resident, recipe, classes), recipe, seed, on=on)
+        batches = augment.augment_batches(resident, recipe, classes)
+        train(objective, batches, recipe, seed, on=accelerator)
         curve = _curve(torch.stack(losses).tolist(), recipe.total_steps(len(resident)))
-        return TrainedNetwork(
-            network.eval(), _full_name(self.name), shape, classes, on.device, curve
-        )
+        name = _full_name(self.name)
+        return TrainedNetwork(network.eval(), name, shape, classes, device, curve)
 
 
 @dataclass(frozen=True, eq=False)
 class TrainedNetwork:
-    """Scores of a trained network: estimates of centred labels.
+    """A trained network as a function from images to scores, estimates of centred labels.
 
     Attributes:
-        network: In evaluation mode, on its device.
-        name: As for `kd.models.networks.build`.
-        shape: Of the images.
-        classes: Their number.
-        device: Where the network is.
+        network: The network, on its device and in evaluation mode.
+        name: Name, as in `kd.models.networks.build`.
+        shape: Height, width and channels of the images.
+        classes: Number of classes.
+        device: Device of the network.
         curve: Pairs of a step and the mean training loss of the steps since the pair before it.
     """
 
@@ -153,13 +154,13 @@ class TrainedNetwork:
     def facts(self) -> dict[str, Any]:
         """Parameters, FLOPs of an image, latency on the CPU and loss curve, JSON-compatible.
 
-        FLOPs and latency depend on the network alone: they are measured when first asked for.
+        FLOPs and latency depend on the network alone: they are measured once, on first use.
         """
-        flops, one, many = _network_costs(self.name, self.shape, self.classes)
+        flops, single, batch = _network_costs(self.name, self.shape, self.classes)
         return {
             "parameters": networks.parameter_count(self.network),
             "flops": flops,
-            "latency_ms": {"1": one, str(scoring.LATENCY_BATCH): many},
+            "latency_ms": {"1": single, str(scoring.LATENCY_BATCH): batch},
             "curve": [list(point) for point in self.curve],
         }
 
@@ -167,17 +168,17 @@ class TrainedNetwork:
 def network_learner(
     name: str, *, steps: int | None = None, device: str = "cpu", flip: bool = False
 ) -> NetworkLearner:
-    """The learner of that name.
+    """Make the learner of a name.
 
     Args:
-        name: As for `kd.models.networks.build`, but `resnet18`, `vgg11` and `vit`, with or without
-            a width, are those for small images; `timm:resnet18` is timm's own.
-        steps: The budget, in place of the recipe's; its warm-up keeps its share.
+        name: Name, as in `kd.models.networks.build`, except that `resnet18`, `vgg11` and `vit`,
+            with or without a width, are those for small images; `timm:resnet18` is timm's.
+        steps: Number of steps instead of the recipe's; the warm-up keeps its share.
         device: `cpu`, `auto` (a GPU where there is one), `cuda` or `cuda:N`.
-        flip: Whether its augmentation flips images.
+        flip: Whether augmentation flips images too.
 
     Raises:
-        UserError: If there is no such network or device, or for a budget that is none.
+        UserError: If there is no such network or device, or the number of steps is not positive.
     """
     full = _full_name(name)
     networks.check_name(full)
@@ -187,28 +188,29 @@ def network_learner(
         network = replace(network, recipe=recipe, factors=KIP_RATE_FACTORS)
     elif _has_layer_norm(full):
         network = replace(network, recipe=recipes.SMALL_LAYER_NORM)
-    given = {} if steps is None else {"steps": steps}
-    return replace(network, recipe=override(network.recipe, given))
+    changes = {} if steps is None else {"steps": steps}
+    return replace(network, recipe=override(network.recipe, changes))
 
 
 def names() -> tuple[str, ...]:
-    """What can be asked for, beside the networks of timm, torchvision and Hugging Face."""
+    """Names of learners besides the networks of timm, torchvision and Hugging Face."""
     hidden = ALIASES.values()
     return (*(name for name in builtin.NETWORKS if name not in hidden), *ALIASES)
 
 
 def _full_name(name: str) -> str:
-    """The name as `kd.models.networks` knows it."""
+    """Name of the network in `kd.models.networks`."""
     base, colon, width = name.partition(":")
     return ALIASES.get(base, base) + colon + width
 
 
 def _has_layer_norm(name: str) -> bool:
-    """Whether SGD and large rates would train it badly."""
-    found = networks.parse(name)
+    """Whether a network has layer norm, with which SGD and large rates train badly."""
+    parsed = networks.parse(name)
     # The size and channels that most published networks are made for.
-    shape = (32, 32, 3) if found.zoo is None else (224, 224, 3)
-    return any(isinstance(m, nn.LayerNorm) for m in networks.build(found.text, shape, 2).modules())
+    shape = (32, 32, 3) if parsed.zoo is None else (224, 224, 3)
+    network = networks.build(parsed.text, shape, 2)
+    return any(isinstance(module, nn.LayerNorm) for module in network.modules())
 
 
 def _total_loss(loss_terms: Mapping[str, Tensor]) -> Tensor:
@@ -216,11 +218,11 @@ def _total_loss(loss_terms: Mapping[str, Tensor]) -> Tensor:
 
 
 def _curve(losses: Sequence[float], steps: int) -> list[tuple[int, float]]:
-    """Mean losses of up to `CURVE_POINTS` stretches of a training, each with its last step.
+    """Mean losses of up to `CURVE_POINTS` equal parts of a training, each with its last step.
 
     Args:
-        losses: Of each batch, of which a step may take several.
-        steps: Their number.
+        losses: Loss of each batch; a step may take several batches.
+        steps: Number of steps.
     """
     parts = np.array_split(np.asarray(losses, np.float64), min(CURVE_POINTS, len(losses)))
     ends = np.cumsum([len(part) for part in parts]) * steps / len(losses)
@@ -233,9 +235,9 @@ def _network_costs(name: str, shape: Shape, classes: int) -> tuple[int, float, f
     network = networks.build(name, shape, classes).eval()
     latency = scoring.latency(network, shape)
     h, w, c = shape
-    # The counter knows no fused attention of a CPU, but the products that attention is made of.
-    plain = sdpa_kernel(SDPBackend.MATH)
-    with FlopCounterMode(display=False) as counter, plain, torch.no_grad():
+    # The counter does not know the CPU's fused attention, only the products it consists of.
+    unfused = sdpa_kernel(SDPBackend.MATH)
+    with FlopCounterMode(display=False) as counter, unfused, torch.no_grad():
         network(torch.zeros(1, c, h, w))
-    one, many = (latency[f"latency_ms_batch_{n}"] for n in (1, scoring.LATENCY_BATCH))
-    return counter.get_total_flops(), one, many
+    single, batch = (latency[f"latency_ms_batch_{n}"] for n in (1, scoring.LATENCY_BATCH))
+    return counter.get_total_flops(), single, batch

@@ -1,4 +1,4 @@
-"""How good a student is: outputs, figures, latency. Reads, never trains."""
+"""Scoring of networks: outputs, accuracy and calibration, agreement with teachers, latency."""
 
 import copy
 import time
@@ -17,27 +17,27 @@ from kd.losses.ensemble import combined_logits
 from kd.models.networks import Shape
 from kd.parallel.engine import Engine
 
-LATENCY_BATCH = 64
+LATENCY_BATCH = 64  # images of the larger batch whose latency is measured
 
 
 def outputs(
     network: nn.Module, batches: EvaluationBatches, tick: Callable[[int], None] | None = None
 ) -> Float[np.ndarray, "n k"]:
-    """Outputs in evaluation mode, in the order of the data; the mode is left as it was."""
+    """Outputs in evaluation mode, in the order of the data; the network's mode is restored."""
     return outputs_and_labels(network, batches, tick)[0]
 
 
 def outputs_and_labels(
     network: nn.Module, batches: EvaluationBatches, tick: Callable[[int], None] | None = None
 ) -> tuple[Float[np.ndarray, "n k"], Int[np.ndarray, " n"]]:
-    """Outputs, as `outputs`, with the labels of the images.
+    """Outputs, as in `outputs`, and the labels of the images.
 
     Args:
-        network: Takes images (n, c, h, w).
-        batches: The images.
-        tick: Called with the number of batches done.
+        network: Network of images (n, c, h, w).
+        batches: Images with labels.
+        tick: Called after each batch with the number of batches done.
     """
-    was, parts, labels = network.training, [], []
+    was_training, parts, labels = network.training, [], []
     network.eval()
     with torch.inference_mode():
         for done, batch in enumerate(batches.in_order(), start=1):
@@ -45,7 +45,7 @@ def outputs_and_labels(
             labels.append(batch.labels.cpu().numpy())
             if tick:
                 tick(done)
-    network.train(was)
+    network.train(was_training)
     return np.concatenate(parts), np.concatenate(labels)
 
 
@@ -57,62 +57,63 @@ def evaluate(
     temperature: float = 1.0,
     classes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Accuracy, NLL in nats and calibration error (15 bins); with teachers, agreement with them.
+    """Measure accuracy, NLL in nats and calibration error (15 bins), and agreement with teachers.
 
     Args:
-        network: Takes images (n, c, h, w).
-        batches: The images.
-        teachers: By name; they take the same images. Of several, `teacher_agreement` and
+        network: Network of images (n, c, h, w).
+        batches: Images with labels.
+        teachers: Teachers of the same images, by name. With several, `teacher_agreement` and
             `teacher_accuracy` are those of the mean of their probabilities, and `teachers` holds
-            each one's `agreement` and `accuracy`.
-        temperature: softmax(outputs / this) are the network's probabilities.
-        classes: Names, in label order.
+            the `agreement` and `accuracy` of each.
+        temperature: T > 0; softmax(outputs / T) are the network's probabilities.
+        classes: Class names, in label order; without them there are no `notes`.
 
     Returns:
-        The figures, and the number of `images` that they are of; with `classes` also `notes`,
-        sentences on an accuracy that only repeats how common a class is.
+        The figures and the number of `images`; with `classes` also `notes`, sentences on an
+        accuracy that only repeats how common a class is.
     """
     scores, labels = outputs_and_labels(network, batches)
     probabilities = metrics.softmax(scores, temperature)
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "images": len(labels),
         "accuracy": metrics.accuracy(scores, labels),
         "nll": metrics.nll(probabilities, labels),
         "calibration_error": metrics.expected_calibration_error(probabilities, labels),
     }
     if classes:
-        given = np.unique(scores.argmax(1)).tolist()
-        constant = majority.constant_answer("the student", given, labels, classes)
-        found["notes"] = [n for n in (majority.common_class(labels, classes), constant) if n]
+        predicted = np.unique(scores.argmax(1)).tolist()
+        constant = majority.constant_answer("the student", predicted, labels, classes)
+        figures["notes"] = [n for n in (majority.common_class(labels, classes), constant) if n]
     if teachers:
-        answers = {name: outputs(teacher, batches) for name, teacher in teachers.items()}
-        logits = [torch.from_numpy(each) for each in answers.values()]
-        together = logits[0] if len(logits) == 1 else combined_logits(logits, temperature=1.0)
-        found["teacher_agreement"] = metrics.agreement(scores, together.numpy())
-        found["teacher_accuracy"] = metrics.accuracy(together.numpy(), labels)
-        if len(answers) > 1:
-            found["teachers"] = {
+        logits = {name: outputs(teacher, batches) for name, teacher in teachers.items()}
+        tensors = [torch.from_numpy(array) for array in logits.values()]
+        mean = tensors[0] if len(tensors) == 1 else combined_logits(tensors, temperature=1.0)
+        figures["teacher_agreement"] = metrics.agreement(scores, mean.numpy())
+        figures["teacher_accuracy"] = metrics.accuracy(mean.numpy(), labels)
+        if len(logits) > 1:
+            figures["teachers"] = {
                 name: {
-                    "agreement": metrics.agreement(scores, each),
-                    "accuracy": metrics.accuracy(each, labels),
+                    "agreement": metrics.agreement(scores, array),
+                    "accuracy": metrics.accuracy(array, labels),
                 }
-                for name, each in answers.items()
+                for name, array in logits.items()
             }
-    return found
+    return figures
 
 
 def validate(
     network: nn.Module, batches: EvaluationBatches, on: Engine, *, logits: bool
 ) -> dict[str, float]:
-    """Accuracy, and NLL in nats of a network that gives logits; each process counts a share.
+    """Measure accuracy, and for logits NLL in nats; each process scores its share of the batches.
 
     Args:
-        network: In any mode, which is left as it was.
-        batches: All images; every process has them.
+        network: Network of images (n, c, h, w), whose mode is restored.
+        batches: All images, the same in every process.
         on: The processes.
-        logits: Whether the outputs are logits, or estimates of centred labels.
+        logits: Whether the outputs are logits, or estimates of centred labels, which have no NLL.
     """
-    was, sums = network.training, torch.zeros(3, dtype=torch.float64, device=on.device)
+    was_training = network.training
+    sums = torch.zeros(3, dtype=torch.float64, device=on.device)
     network.eval()
     with torch.inference_mode():
         for batch in batches.in_order(on.process_index, on.num_processes):
@@ -120,7 +121,7 @@ def validate(
             right = (scores.argmax(1) == batch.labels).sum()
             nll = response.cross_entropy(scores, batch.labels) * len(batch)
             sums += torch.stack([right, nll, torch.ones_like(nll) * len(batch)]).double()
-    network.train(was)
+    network.train(was_training)
     totals: Any = on.reduce(sums)
     accuracy, nll, _ = (totals / totals[2]).tolist()
     return {"accuracy": accuracy, **({"nll": nll} if logits else {})}
@@ -137,13 +138,13 @@ def latency(classifier: nn.Module, shape: Shape) -> dict[str, float]:
 
 
 def _median_ms(network: nn.Module, images: torch.Tensor, budget: float = 1.0) -> float:
-    """Of at least 5 and at most 100 calls, fewer if they take longer than `budget` seconds."""
+    """Median milliseconds of 5 to 100 calls, as many as `budget` seconds allow."""
     times: list[float] = []
     with torch.inference_mode():
         for _ in range(3):
             network(images)
         while len(times) < 5 or (len(times) < 100 and sum(times) < budget):
-            began = time.perf_counter()
+            start = time.perf_counter()
             network(images)
-            times.append(time.perf_counter() - began)
+            times.append(time.perf_counter() - start)
     return 1e3 * float(np.median(times))

@@ -1,12 +1,12 @@
-"""A look at a teacher before it teaches: what was resolved for it, and how good it is.
+"""Check of a teacher before training: how its images are prepared, and how accurate it is.
 
-It is judged on validation images, or where there are none on some of those that the student will
-be trained on, through the very path used in training, adapter and network: a
-wrong normalisation or order of classes shows here, and not as a student that learns little.
+It is scored on validation images, or where there are none on some of the training images, through
+the same adapter and network as in training: a wrong normalisation or order of classes shows here,
+and not as a student that learns little.
 
-Where the validation images are few, training images are added for the question whether the order of
-its classes is right. That the teacher may have learned them does no harm there: then it is the more
-certain of the order that it learned them in.
+Where there are few validation images, training images are added to test the order of its classes.
+The teacher may have been trained on them, which does no harm: it is then the more certain of the
+order in which it learned them.
 """
 
 import itertools
@@ -25,45 +25,45 @@ from kd.evaluation import class_order, scoring
 from kd.models.teachers import ResolvedTeacher, Teacher
 from kd.models.zoo import class_names
 
-MAX_TEMPERATURE_IMAGES = 10_000  # images enough for a temperature
-ACCURACY_IMAGES = 2_000  # images enough for an accuracy: its standard error is at most 1.1 %
-FOR_ORDER = 400  # images at least that judge the order of the classes, where there are so many
-PER_CLASS = 20  # and of each class, but no more than `ACCURACY_IMAGES` in all
+MAX_TEMPERATURE_IMAGES = 10_000  # enough to fit a temperature
+ACCURACY_IMAGES = 2_000  # enough for an accuracy: its standard error is at most 1.1 %
+FOR_ORDER = 400  # fewest images that test the order of the classes, where there are that many
+PER_CLASS = 20  # fewest of them per class, but no more than `ACCURACY_IMAGES` in all
 
 
 @dataclass(frozen=True, eq=False)
 class FirstImages:
-    """The first images of a shuffled epoch: enough to judge a teacher by.
+    """The first images of a shuffled epoch, enough to score a teacher.
 
     Attributes:
-        batches: In evaluation views, unchanged.
-        images: Their number, up to a batch.
+        batches: Training images in evaluation views, without augmentation.
+        images: Number of images, rounded up to whole batches.
     """
 
     batches: BatchSource
     images: int = ACCURACY_IMAGES
 
     def in_order(self, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        """The images, always the same; every `world`-th batch."""
+        """Yield the images, the same in every call; see `EvaluationBatches.in_order`."""
         count = int(np.searchsorted(np.cumsum(self.batches.sizes), self.images)) + 1
         yield from itertools.islice(self.batches.epoch(0, 0), rank, count, world)
 
 
 @dataclass(frozen=True)
 class TeacherQuality:
-    """What is known of a teacher before the training.
+    """Measurements of a teacher before the training.
 
     Attributes:
-        name: As given.
+        name: Name of the teacher in messages.
         resolved: How its images are prepared and its classes matched.
-        accuracy: On the images that it was judged on, a fraction.
-        chance: The accuracy of such answers if they had nothing to do with the labels; with the
-            training images that were added, where some were.
-        at_chance: Whether the accuracy, with them, is not significantly above that.
-        temperature: softmax(logits / this) are its calibrated probabilities.
-        images: Their number.
-        order: In which its classes make far more sense, in words; None where there is none.
-        undecided: Why that cannot be told, in words; None where it can.
+        accuracy: Accuracy on the images that it was scored on, a fraction.
+        chance: Accuracy that its predictions would have if they were unrelated to the labels; over
+            the added training images too, if there are any.
+        at_chance: Whether the accuracy on the same images is not significantly above `chance`.
+        temperature: T > 0; softmax(logits / T) are its calibrated probabilities.
+        images: Number of images that it was scored on.
+        order: Description of an order in which its classes are far more accurate; None if none is.
+        undecided: Reason why this cannot be decided; None where it can.
     """
 
     name: str
@@ -87,20 +87,21 @@ def check(
     more: Callable[[int], EvaluationBatches | None] = lambda count: None,
     say: Callable[[str], None] = progress.say,
 ) -> TeacherQuality:
-    """Judge a teacher on images with labels, and say what was found.
+    """Score a teacher on images with labels, and report the results.
 
     Args:
-        name: How messages call it.
-        teacher: On the device of the batches.
-        batches: Of validation images, or `FirstImages` where there are none, in the space that the
-            teacher will be given.
-        minimum: Least accuracy, a fraction; None for a warning alone, where it is no better than
-            chance.
-        part: What the images are, for messages.
-        more: Called with a number of images; gives up to that many training images, spread over the
-            classes and in the same space, or None. They judge the order of the classes, and whether
-            the teacher guesses, where the others are few; never its accuracy.
-        say: Called with each line; processes that show nothing give their own.
+        name: Name of the teacher in messages.
+        teacher: The teacher, on the device of the batches.
+        batches: Validation images, or `FirstImages` where there are none, in the preprocessing that
+            the teacher will be given.
+        minimum: Smallest accuracy, a fraction; None for a mere warning, and only where the
+            teacher is no better than chance.
+        part: Kind of the images, for messages.
+        more: Function from a number of images to at most that many training images, spread over
+            the classes and in the same preprocessing, or None. Where the other images are few,
+            these help to decide whether the order of the classes is right and whether the teacher
+            guesses; they never count in its accuracy.
+        say: Called with each line of the report.
 
     Raises:
         UserError: If the accuracy is below `minimum`.
@@ -109,56 +110,53 @@ def check(
     for note in teacher.resolved.notes:
         say(f"teacher {name}: {note}")
     logits, labels = scoring.outputs_and_labels(teacher, batches)
-    facts = _measure(name, teacher.resolved, logits, labels)
+    quality = _measure(name, teacher.resolved, logits, labels)
     predicted, count = logits.argmax(1), logits.shape[1]
-    lacking = min(max(FOR_ORDER, PER_CLASS * count), ACCURACY_IMAGES) - len(labels)
-    further = more(lacking) if lacking > 0 else None
+    missing = min(max(FOR_ORDER, PER_CLASS * count), ACCURACY_IMAGES) - len(labels)
+    added = more(missing) if missing > 0 else None
     kind = part
-    if further is not None:
-        others, theirs = scoring.outputs_and_labels(teacher, further)
-        predicted = np.concatenate([predicted, others.argmax(1)])
-        labels, kind = np.concatenate([labels, theirs]), f"{part} and training"
+    if added is not None:
+        added_logits, added_labels = scoring.outputs_and_labels(teacher, added)
+        predicted = np.concatenate([predicted, added_logits.argmax(1)])
+        labels, kind = np.concatenate([labels, added_labels]), f"{part} and training"
         expected, at_chance = _chance(predicted, labels)
-        facts = replace(facts, chance=expected, at_chance=at_chance)
+        quality = replace(quality, chance=expected, at_chance=at_chance)
     order, undecided = _better_order(
         teacher, predicted, labels, count, f"{len(labels)} {kind} images"
     )
-    facts = replace(facts, order=order, undecided=undecided)
+    quality = replace(quality, order=order, undecided=undecided)
     say(
-        f"teacher {name}: accuracy {facts.accuracy:.1%} on {facts.images} {part} images, "
-        f"calibration temperature {facts.temperature:.3g}"
+        f"teacher {name}: accuracy {quality.accuracy:.1%} on {quality.images} {part} images, "
+        f"calibration temperature {quality.temperature:.3g}"
     )
-    if minimum is not None and facts.accuracy < minimum:
+    if minimum is not None and quality.accuracy < minimum:
         raise UserError(
-            f"teacher {name} has {part} accuracy {facts.accuracy:.1%}, below "
-            f"--min-teacher-accuracy {minimum:g}: check {_suspects(facts)}"
+            f"teacher {name} has {part} accuracy {quality.accuracy:.1%}, below "
+            f"--min-teacher-accuracy {minimum:g}: check {_suspects(quality)}"
         )
-    if facts.order:
-        say(f"warning: teacher {name} seems to have its classes in another order: {facts.order}")
-    elif facts.at_chance:
+    if quality.order:
+        say(f"warning: teacher {name} seems to have its classes in another order: {quality.order}")
+    elif quality.at_chance:
         say(
-            f"warning: teacher {name} cannot be told from chance ({facts.chance:.1%}): check "
-            f"{_suspects(facts)}"
+            f"warning: teacher {name} cannot be told from chance ({quality.chance:.1%}): check "
+            f"{_suspects(quality)}"
         )
-    if facts.undecided:
-        say(f"warning: teacher {name}: {facts.undecided}")
-    return facts
+    if quality.undecided:
+        say(f"warning: teacher {name}: {quality.undecided}")
+    return quality
 
 
 def describe(resolved: ResolvedTeacher) -> str:
-    """One line of how a model's images are prepared and its classes matched."""
-    (h, w), numbers = (
-        resolved.size,
-        "mean {} std {}".format(
-            *(",".join(f"{x:.3f}" for x in values) for values in (resolved.mean, resolved.std))
-        ),
-    )
+    """Describe in one line how a model's images are prepared and its classes matched."""
+    h, w = resolved.size
+    mean, std = (",".join(f"{x:.3f}" for x in values) for values in (resolved.mean, resolved.std))
     kind = f"{resolved.kind}, " if resolved.kind != "standardise" else ""
-    return f"{h}x{w} {resolved.interpolation}, {kind}{numbers}, classes matched {resolved.matched}"
+    prepared = f"{h}x{w} {resolved.interpolation}, {kind}mean {mean} std {std}"
+    return f"{prepared}, classes matched {resolved.matched}"
 
 
 def chance_accuracy(predicted: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"]) -> float:
-    """The accuracy to expect of predictions with these frequencies but unrelated to the labels.
+    """Expected accuracy of predictions of the same frequencies that are unrelated to the labels.
 
     Source: the agreement by chance in Cohen (1960), "A coefficient of agreement for nominal
     scales".
@@ -176,15 +174,14 @@ def _measure(
 ) -> TeacherQuality:
     n, accuracy = len(labels), metrics.accuracy(logits, labels)
     expected, at_chance = _chance(logits.argmax(1), labels)
-    some = slice(
-        None, None, math.ceil(n / MAX_TEMPERATURE_IMAGES)
-    )  # every so many: data may be sorted by class
-    temperature = metrics.fit_temperature(logits[some], labels[some])
+    # At regular intervals, since data may be sorted by class.
+    rows = slice(None, None, math.ceil(n / MAX_TEMPERATURE_IMAGES))
+    temperature = metrics.fit_temperature(logits[rows], labels[rows])
     return TeacherQuality(name, resolved, accuracy, expected, at_chance, temperature, n)
 
 
 def _chance(predicted: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"]) -> tuple[float, bool]:
-    """The accuracy by chance, and whether that of the predictions may be no better."""
+    """Accuracy by chance, and whether the predictions are not significantly better."""
     expected = chance_accuracy(predicted, labels)
     # Three standard deviations of the mean of n coin tosses.
     limit = expected + 3 * math.sqrt(expected * (1 - expected) / len(labels))
@@ -198,16 +195,16 @@ def _better_order(
     count: int,
     images: str,
 ) -> tuple[str | None, str | None]:
-    """Another order of the classes in which the teacher is far better, in words.
+    """Describe an order of the classes in which the teacher is far more accurate.
 
     Args:
-        teacher: Whose largest outputs were `predicted`, of `count` ones.
+        teacher: The teacher, with `count` outputs.
         predicted, labels, count: As in `class_order.find_better`.
-        images: What they are, for messages.
+        images: Number and kind of the images, for messages.
 
     Returns:
-        The order, and why it cannot be told whether there is one; None where there is nothing to
-        say.
+        Description of the order or None, and the reason why it cannot be decided whether there is
+        one or None.
     """
     classes = teacher.resolved.classes or tuple(map(str, range(count)))
     outputs = None if teacher.outputs is None else teacher.outputs.tolist()
@@ -215,28 +212,27 @@ def _better_order(
     if sorted(positions) == list(range(count)):
         orders = class_names.likely_orders(classes)
         likely = {name: [order[p] for p in positions] for name, order in orders.items()}
-    order, own = (
-        class_order.find_better(predicted, labels, count, likely),
-        (predicted == labels).mean(),
-    )
+    order = class_order.find_better(predicted, labels, count, likely)
+    accuracy = (predicted == labels).mean()
     if order is not None:
-        text = class_order.describe(order, float(own), classes, outputs)
+        text = class_order.describe(order, float(accuracy), classes, outputs)
         return f"on {images} {text}", None
     fit = class_order.best_fit(predicted, labels, count)
     if fit is None or class_order.is_decidable(labels, count, likely):
         return None, None
     return None, (
-        f"{images} are too few to tell whether its classes are in another order ({own:.1%} are "
-        f"right in its own, {fit:.1%} in the order that fits them best, which says nothing of so "
-        "few): make sure of the order, or bring more images"
+        f"{images} are too few to tell whether its classes are in another order ({accuracy:.1%} "
+        f"are right in the present one, {fit:.1%} in the order that fits them best, which means "
+        "nothing for so few): check the order, or add images"
     )
 
 
-def _suspects(facts: TeacherQuality) -> str:
-    plain = (
-        f"its classes and their order (matched {facts.resolved.matched}; --class-map), and its "
+def _suspects(quality: TeacherQuality) -> str:
+    """Name the likely causes of a low accuracy."""
+    suspects = (
+        f"its classes and their order (matched {quality.resolved.matched}; --class-map), and its "
         "normalisation and image size"
     )
-    return (
-        f"{plain}; its classes seem to be in another order: {facts.order}" if facts.order else plain
-    )
+    if not quality.order:
+        return suspects
+    return f"{suspects}; its classes seem to be in another order: {quality.order}"

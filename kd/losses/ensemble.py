@@ -17,15 +17,15 @@ def combined_logits(
     """T · log Σ_i w_i softmax(l_i / T): logits whose softmax at T is the teachers' weighted mean.
 
     Any loss at this temperature that takes one teacher's logits thereby takes several. At another
-    temperature they are no mean of anything.
+    temperature the result is not a mean.
 
     Args:
-        logits: One tensor a teacher, of one shape; no gradient flows into them.
+        logits: One tensor per teacher, all of one shape; no gradient flows into them.
         temperature: T > 0.
-        weights: w_i of each image, such as `label_weights`; None: 1/m for m teachers.
+        weights: w_i for each image, such as `label_weights`; None: 1/m for m teachers.
 
     Returns:
-        float32. Of a single teacher, its own logits up to a shift of each row.
+        Logits in float32; for a single teacher its logits, up to a shift of each row.
 
     Raises:
         ValueError: If there are no logits, their shapes differ, or `temperature` is not positive.
@@ -54,7 +54,7 @@ def mean_logits(
         logits, weights: As in `combined_logits`.
 
     Returns:
-        float32. Of a single teacher, its own logits.
+        Logits in float32; for a single teacher its logits.
 
     Raises:
         ValueError: If there are no logits, or their shapes differ.
@@ -66,13 +66,13 @@ def mean_logits(
 def label_weights(
     logits: Sequence[Float[Tensor, "n k"]], labels: Int[Tensor, " n"] | Float[Tensor, "n k"]
 ) -> Float[Tensor, "m n"]:
-    """w_i = (1 - softmax_i(CE_i)) / (m - 1): the better a teacher knows the label, the more.
+    """w_i = (1 - softmax_i(CE_i)) / (m - 1): a teacher that knows the label better weighs more.
 
     The cross-entropies CE_i are at temperature 1; for each image the weights of the m teachers sum
     to 1, and none exceeds 1/(m - 1). A single teacher has weight 1.
 
     Args:
-        logits: One tensor a teacher, of one shape; no gradient flows into them.
+        logits: One tensor per teacher, all of one shape; no gradient flows into them.
         labels: Class indices, or rows of probabilities.
 
     Raises:

@@ -1,7 +1,7 @@
 """Ranges of the parameters of losses: annotations that a command line is checked against.
 
-The losses themselves refuse what has no meaning, such as a temperature of 0. These ranges are
-narrower: outside them a value overflows float32, or leaves no gradient to speak of.
+The losses themselves refuse values without meaning, such as a temperature of 0. These ranges are
+narrower: values outside them overflow float32, or leave hardly any gradient.
 """
 
 from dataclasses import dataclass
@@ -13,23 +13,25 @@ class Range:
     """Numbers from `low` to `high`.
 
     Attributes:
-        low, high: The ends.
-        below: Whether `high` itself is outside.
+        low, high: Smallest and largest number.
+        excludes_high: Whether `high` itself is outside.
     """
 
     low: float
     high: float
-    below: bool = False
+    excludes_high: bool = False
 
     def __contains__(self, value: float) -> bool:
-        return self.low <= value and (value < self.high if self.below else value <= self.high)
+        return self.low <= value and (
+            value < self.high if self.excludes_high else value <= self.high
+        )
 
     def __str__(self) -> str:
-        return f"in [{self.low:g}, {self.high:g}{')' if self.below else ']'}"
+        return f"in [{self.low:g}, {self.high:g}{')' if self.excludes_high else ']'}"
 
 
 Temperature = Annotated[float, Range(0.01, 1000)]
-Factor = Annotated[float, Range(0, 1e6)]  # of a part of a loss
+Factor = Annotated[float, Range(0, 1e6)]  # weight of a part of a loss
 Share = Annotated[float, Range(0, 1)]
-ShareBelowOne = Annotated[float, Range(0, 1, below=True)]
-Floor = Annotated[float, Range(1e-12, 1)]  # against a division by 0, or its logarithm
+ShareBelowOne = Annotated[float, Range(0, 1, excludes_high=True)]
+Floor = Annotated[float, Range(1e-12, 1)]  # avoids a division by 0, or the logarithm of 0

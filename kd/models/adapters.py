@@ -1,9 +1,9 @@
-"""Images as one model sees them, turned into images as another model sees them.
+"""Convert images from one model's preprocessing to another's.
 
 A teacher evaluated with the student's normalisation is quietly wrong; here the data's `Preprocess`
 is undone and the teacher's applied. In between, in the space of plain images, the resolution is
-changed, and grayscale is repeated to the channels of a model of colour images. Everything is a
-buffer: nothing here is ever trained.
+changed, and grayscale is repeated to the channels of a model of colour images. All tensors are
+buffers: nothing here is ever trained.
 """
 
 import numpy as np
@@ -20,8 +20,8 @@ from kd.models.zoo.protocol import Interpolation
 class InversePreprocessLayer(nn.Module):
     """`Preprocess.invert` for NCHW tensors.
 
-    Exact but for `zca`, which forgets each image's mean and norm: an image comes back with mean 0
-    before the channels are restored, and with the mean norm of the training images
+    Exact for every kind except `zca`, which discards each image's mean and norm: the restored image
+    has mean 0 before the channels are rescaled, and the mean norm of the training images
     (`Preprocess.contrast`).
     """
 
@@ -59,7 +59,8 @@ class PreprocessLayer(nn.Module):
         flat = _flatten(x)
         if not self.normalised:
             return _unflatten(flat @ self.matrix, images)
-        # First to the first value: the mean of equal ones is rounded, and a blank image must be 0.
+        # Subtract the first value before the mean: the mean of equal values is rounded, and a blank
+        # image must become exactly 0.
         flat = flat - flat[:, :1]
         flat = flat - flat.mean(1, keepdim=True)
         flat = flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-12)
@@ -67,17 +68,18 @@ class PreprocessLayer(nn.Module):
 
 
 class Adapter(nn.Module):
-    """From the data's preprocessed space to a model's.
+    """Map images from the data's preprocessed space to a model's.
 
-    A resize to other proportions distorts; what a bicubic one overshoots is not clipped, as it
-    would be in files.
+    A resize to other proportions distorts. Values that a bicubic resize overshoots are not clipped,
+    as they would be in image files.
 
     Args:
-        data: What was applied to the images.
-        model: What the model wants applied; its number of channels is the data's, or the data's is
-            1 and the channel is repeated.
-        size: Height and width the model was trained with; resized to between the two maps.
-        interpolation: Of the resize, which is antialiased.
+        data: Preprocessing that was applied to the images.
+        model: Preprocessing that the model expects, for as many channels as the data have, or for
+            more if the data have 1, which is then repeated.
+        size: Height and width that the model was trained with; images are resized to it between
+            the two preprocessings.
+        interpolation: Interpolation of the resize, which is antialiased.
     """
 
     def __init__(
@@ -103,40 +105,43 @@ def build_adapter(
     data: Preprocess,
     model: Preprocess,
     size: tuple[int, int],
-    wanted: tuple[int, int],
+    model_size: tuple[int, int],
     interpolation: Interpolation = "bilinear",
 ) -> nn.Module:
-    """The identity where nothing differs, so that no rounding is added; an `Adapter` elsewhere.
+    """Build an `Adapter`, or the identity where nothing differs, so that no rounding is added.
 
     Args:
-        data, model, interpolation: As of `Adapter`.
+        data, model, interpolation: As in `Adapter`.
         size: Height and width of the data's images.
-        wanted: Of the model's.
+        model_size: Height and width of the model's images.
     """
-    if data.same_as(model) and size == wanted:
+    if data.same_as(model) and size == model_size:
         return nn.Identity()
-    return Adapter(data, model, wanted, interpolation)
+    return Adapter(data, model, model_size, interpolation)
 
 
-def check_channels(who: str, its: int, channels: int) -> None:
+def check_channels(who: str, model_channels: int, channels: int) -> None:
     """Refuse a model for other channels than the data's, unless grayscale can be repeated.
 
     Args:
-        who: How the message calls the model.
-        its: Channels of the model's images.
-        channels: Of the data's.
+        who: Name of the model in messages.
+        model_channels: Channels of the model's images.
+        channels: Channels of the data's images.
+
+    Raises:
+        UserError: If the channels differ and the data are not grayscale.
     """
-    if channels not in (1, its):
+    if channels not in (1, model_channels):
         raise UserError(
-            f"{who} takes images of {its} channels, the data have {channels}: there is no way "
-            "from one to the other"
+            f"{who} takes images of {model_channels} channels, the data have {channels}, and only "
+            "grayscale can be converted: choose another model"
         )
 
 
 def _register_buffers(
     module: nn.Module, fitted: Preprocess, matrix: Float[np.ndarray, "d d"] | None
 ) -> None:
-    mean = torch.tensor(fitted.mean)  # one value a channel, or an image
+    mean = torch.tensor(fitted.mean)  # one value per channel, or one image
     mean = mean.permute(2, 0, 1)[None] if mean.ndim == 3 else mean.view(1, -1, 1, 1)
     module.register_buffer("mean", mean)
     module.register_buffer("std", torch.tensor(fitted.std).view(1, -1, 1, 1))

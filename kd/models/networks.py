@@ -1,4 +1,4 @@
-"""Networks by name: built in, or from a zoo; freshly initialised, pretrained, or from a file.
+"""Build networks by name: built in or from a zoo; freshly initialised, pretrained, or from a file.
 
 convnet, convnet:32, mlp        built in
 resnet18, timm:resnet18         timm's; also hf-hub:ID and local-dir:DIR, as timm knows them
@@ -8,6 +8,7 @@ hf:microsoft/resnet-50, hf:DIR  Hugging Face's image classifiers
 NAME@FILE                       any of these, with the weights in a file
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,19 +34,19 @@ from kd.models.zoo.protocol import Interpolation, PretrainedConfig, Shape, Zoo
 
 
 class Classifier(nn.Module):
-    """A network that takes images of the data's shape, whatever shape it was made for.
+    """A network that takes images of the data's shape, whatever shape it was built for.
 
-    What is done to the images first has neither weights nor buffers.
+    The resize and the repeated channel in front of the network have neither weights nor buffers.
 
     Attributes:
-        network: What is trained and saved; answers with logits, or with an object that has them.
+        network: The module that is trained and saved; returns logits, or an object with `logits`.
         size: Height and width to which images are resized (antialiased); None for a network that
-            takes them as they are.
-        channels: Number to which grayscale images are repeated; None for a network that takes
-            those that it is given.
-        interpolation: Of the resize.
-        config: What is needed beside its name to make the network again.
-        notes: Lines about what was decided when it was made.
+            takes images as they are.
+        channels: Number of channels to which grayscale images are repeated; None for a network
+            that takes the data's channels.
+        interpolation: Interpolation of the resize.
+        config: Values needed beside the name to build the network again.
+        notes: Lines about decisions made when the network was built.
     """
 
     def __init__(
@@ -70,8 +71,8 @@ class Classifier(nn.Module):
         answer = self.network(repeat_channels(resized, self.channels))
         return answer if isinstance(answer, Tensor) else answer.logits
 
-    def around(self, network: nn.Module) -> "Classifier":
-        """The same about another network of this architecture, such as averaged weights."""
+    def with_network(self, network: nn.Module) -> "Classifier":
+        """Return a copy around another network of this architecture, such as averaged weights."""
         return Classifier(
             network,
             self.size,
@@ -91,84 +92,84 @@ def build(
     config: Mapping[str, Any] | None = None,
     adapt: bool = True,
 ) -> Classifier:
-    """A classifier for images of a shape: fresh, pretrained, or with the weights of a file.
+    """Build a classifier for images of a shape: fresh, pretrained, or with the weights of a file.
 
-    timm's networks are made for the channels of the images. Those of torchvision and Hugging Face
-    take three, to which grayscale images are repeated. A network that takes one size alone has
-    images resized to it.
+    timm's networks are built for the channels of the images. Those of torchvision and Hugging Face
+    take three, to which grayscale images are repeated. For a network that takes only one size,
+    images are resized to it.
 
     Args:
-        name: As above.
-        shape: Of the images it will be given.
+        name: Name as in the module's docstring.
+        shape: Height, width and channels of the images.
         classes: Number of outputs.
-        seed: Of the initial weights.
-        pretrained: Load the published weights; the last layer is new if `classes` differs.
-        config: A `Classifier.config`: then nothing is looked up elsewhere.
-        adapt: Whether weights in a file may be of another number of classes, or of none, and of
-            other channels: the last layer is then new, and the first one adapted.
+        seed: Seed of the initial weights.
+        pretrained: Whether to load the published weights; the last layer is new if `classes`
+            differs.
+        config: A `Classifier.config`; nothing is then looked up elsewhere.
+        adapt: Whether weights in a file may be for another number of classes, without a last layer,
+            or for other channels: the last layer is then new, and the first one adapted.
 
     Raises:
         UserError: For an unknown name, a bad width, a network that would not fit into memory,
-            images of a shape it cannot take, or weights that cannot be had or are another
-            network's.
+            images of a shape that it cannot take, or weights that cannot be obtained or belong to
+            another network.
     """
-    found = parse(name)
-    if pretrained and found.file:
-        raise UserError(f"{found.file} has the weights of {found.text}: leave --pretrained out")
-    with torch.random.fork_rng(), allocation.limited(found.text):
+    parts = parse(name)
+    if pretrained and parts.file:
+        raise UserError(f"{parts.file} has the weights of {parts.text}: leave --pretrained out")
+    with torch.random.fork_rng(), allocation.limited(parts.text):
         torch.manual_seed(seed)
-        if found.zoo is not None:
-            classifier = _build_from_zoo(found, shape, classes, pretrained, config)
+        if parts.zoo is not None:
+            classifier = _build_from_zoo(parts, shape, classes, pretrained, config)
         elif pretrained:
-            raise UserError(f"{found.base} has no published weights: leave --pretrained out")
+            raise UserError(f"{parts.base} has no published weights: leave --pretrained out")
         else:
-            classifier = Classifier(builtin.network(found.base, shape, classes))
-    if found.file:
-        stored, convert = weights.read(found.file), found.convert
+            classifier = Classifier(builtin.network(parts.base, shape, classes))
+    if parts.file:
+        stored, convert = weights.read(parts.file), parts.convert
         notes = weights.load_into(
-            classifier.network, stored, found.text, classes, convert=convert, adapt=adapt
+            classifier.network, stored, parts.text, classes, convert=convert, adapt=adapt
         )
         classifier.notes = tuple(notes)
     elif pretrained:
-        classifier.notes = _adaptation_notes(found, classes, shape[-1], classifier)
+        classifier.notes = _adaptation_notes(parts, classes, shape[-1], classifier)
     return classifier
 
 
 def check_name(name: str) -> None:
-    """Refuse a name that `build` does not know, with the nearest known ones."""
-    found = parse(name)
-    if found.file and not found.file.is_file():
-        raise UserError(f"there is no file {found.file}")
-    if found.zoo is None:
-        builtin.width(found.base)
+    """Refuse a name that `build` does not know, and suggest the closest known ones."""
+    parts = parse(name)
+    if parts.file:
+        weights.require_file(parts.file)
+    if parts.zoo is None:
+        builtin.width(parts.base)
     else:
-        found.zoo.check(found.base)
+        parts.zoo.check(parts.base)
 
 
-def pretrained_preprocess(name: str, channels: int) -> tuple[Preprocess, int]:
-    """The normalisation of a network's published weights, and their number of classes.
+def pretrained_preprocess(name: str, channels: int) -> Preprocess:
+    """The normalisation that a network's published weights expect.
 
-    For another number of channels than theirs every channel gets the mean of theirs, since the
+    For another number of channels every channel gets the mean of the published values, since the
     first layer's weights are then summed or repeated, or the channel is.
 
     Raises:
         UserError: If the name is unknown, or no weights were published.
     """
-    own = pretrained_config(name)
-    return own.preprocess(channels), own.count
+    return pretrained_config(name).preprocess(channels)
 
 
 def pretrained_config(name: str) -> PretrainedConfig:
-    """What a network's published weights want: normalisation, size, interpolation, classes.
+    """The images that published weights expect, and their classes.
 
     Raises:
         UserError: If the name is unknown, or no weights were published.
     """
-    found = parse(name)
-    if found.zoo is None:
+    parts = parse(name)
+    if parts.zoo is None:
         raise UserError(f"{name} has no published weights: train it with `kd train` first")
-    found.zoo.origin(found.base)
-    return found.zoo.pretrained_config(found.base)
+    parts.zoo.origin(parts.base)
+    return parts.zoo.pretrained_config(parts.base)
 
 
 def parameter_count(network: nn.Module) -> int:
@@ -181,7 +182,7 @@ def resize(
     size: tuple[int, int] | None,
     interpolation: Interpolation = "bilinear",
 ) -> Float[Tensor, "n c H W"]:
-    """Antialiased; the images themselves if `size` is None or theirs."""
+    """Resize images with antialiasing; return them as they are if `size` is None or theirs."""
     if size is None or images.shape[-2:] == size:
         return images
     return F.interpolate(images, size=size, mode=interpolation, antialias=True, align_corners=False)
@@ -190,12 +191,12 @@ def resize(
 def repeat_channels(
     images: Float[Tensor, "n c h w"], channels: int | None
 ) -> Float[Tensor, "n C h w"]:
-    """Grayscale images with their channel repeated; the images themselves if `channels` is None."""
+    """Repeat the channel of grayscale images; return them as they are if `channels` is None."""
     return images if channels is None else images.expand(-1, channels, -1, -1)
 
 
 FOLDER_PREFIXES = ("hf", "local-dir")  # prefixes of a folder's path
-# A prefix of names -> who knows what follows it. Names without one are timm's.
+# Prefix of a name -> the zoo that knows the rest. Names without a prefix are timm's.
 ZOOS: Mapping[str, Zoo] = {
     "timm": timm_zoo,
     "torchvision": torchvision_zoo,
@@ -205,12 +206,12 @@ ZOOS: Mapping[str, Zoo] = {
 
 @dataclass(frozen=True)
 class NetworkName:
-    """The parts of a name.
+    """The parts of a network's name.
 
     Attributes:
-        zoo: Who knows it; None for a built-in network.
-        base: Its name there.
-        file: Of its weights, where one is given.
+        zoo: The zoo that has the network; None for a built-in one.
+        base: Name of the network in the zoo.
+        file: File of its weights, where the name has one.
         text: The whole name without the file.
     """
 
@@ -221,15 +222,15 @@ class NetworkName:
 
     @property
     def convert(self) -> weights.Converter | None:
-        """What its library does to weights of another form."""
+        """The library's own conversion of weights in another form; None where it has none."""
         return timm_zoo.convert if self.zoo is timm_zoo else None
 
 
 def parse(name: str) -> NetworkName:
-    """Take a name apart. Whether there is such a network is not looked at.
+    """Split a name into its parts, without checking that such a network exists.
 
     Raises:
-        UserError: For the file of an exported program, which is no network to build.
+        UserError: For the file of an exported program, from which no network can be built.
     """
     if name.endswith(exported.SUFFIX):
         raise UserError(
@@ -248,43 +249,43 @@ def parse(name: str) -> NetworkName:
 
 
 def split_names(text: str) -> list[str]:
-    """The names of a comma-separated list.
+    """The names in a comma-separated list.
 
-    A comma in brackets is part of the arguments of a network, and one in the path of something that
-    exists is part of the path.
+    A comma in brackets belongs to the arguments of a network, and a comma in a path that exists
+    belongs to the path.
     """
-    parts, found = text.split(","), []
+    parts, names = text.split(","), []
     while parts:
         joined = [",".join(parts[: n + 1]) for n in range(len(parts))]
         there = [n for n, name in enumerate(joined) if n and _has_existing_path(name.strip())]
         whole = [n for n, name in enumerate(joined) if _brackets_are_closed(name)]
         n = max(there) if there else whole[0] if whole else 0
-        found.append(joined[n].strip())
+        names.append(joined[n].strip())
         parts = parts[n + 1 :]
-    return [name for name in found if name]
+    return [name for name in names if name]
 
 
 def parse_names(option: str, text: str) -> list[str]:
-    """The names of a list, each once.
+    """The names in a list, which must be distinct.
 
     Args:
-        option: As the user wrote it, for the message.
-        text: What stands after it.
+        option: The option, for the message.
+        text: Value of the option.
 
     Raises:
-        UserError: If there is none, or one comes twice.
+        UserError: If the list is empty, or has a name twice.
     """
-    found = split_names(text)
-    if not found:
+    names = split_names(text)
+    if not names:
         raise UserError(f"{option} must name at least one")
-    if len(set(found)) < len(found):
+    if len(set(names)) < len(names):
         raise UserError(f"{option} names one twice: {text}")
-    return found
+    return names
 
 
 def absolute_name(name: str) -> str:
-    """The name with the path in it, if it has one that exists, as it is from every folder."""
-    if not name:  # not the working directory, which is what a path of nothing is
+    """Make a path in the name absolute, if it exists, so that the name holds in every folder."""
+    if not name:  # Path("") would be the working directory
         return name
     if (path := Path(name).expanduser()).exists():
         return str(path.resolve())
@@ -297,11 +298,11 @@ def absolute_name(name: str) -> str:
 
 
 def _has_existing_path(name: str) -> bool:
-    """Whether it is, or has in it, the path of something that is there."""
+    """Whether the name is, or contains, a path that exists."""
     if any(_path_exists(Path(path).expanduser()) for path in (name, _strip_folder_prefix(name))):
         return True
     before, file = _split_file(name)
-    # The file of the last of several names does not make them one.
+    # A file behind the last of several names does not make them one name.
     return file is not None and _path_exists(file) and len(split_names(before)) == 1
 
 
@@ -310,14 +311,14 @@ def _brackets_are_closed(name: str) -> bool:
 
 
 def _split_file(name: str) -> tuple[str, Path | None]:
-    """What stands before `@FILE`, and the file; what exists decides where an `@` parts them."""
+    """Split `NAME@FILE`; of several `@`, the one before an existing file counts."""
     at = [i for i, character in enumerate(name[:-1]) if character == "@" and i]
     if not at or _path_exists(Path(name)) or _path_exists(Path(_strip_folder_prefix(name))):
         return name, None
     for i in at:
         if _path_exists(file := Path(name[i + 1 :]).expanduser()) and file.is_file():
             return name[:i], file
-    # hf-hub:timm/resnet18@main is a revision; elsewhere, a file that is not there.
+    # hf-hub:timm/resnet18@main names a revision; any other name, a file that does not exist.
     if "/" in name[: at[0]] and Path(name).suffix not in weights.SUFFIXES:
         return name, None
     return name[: at[0]], Path(name[at[0] + 1 :]).expanduser()
@@ -337,13 +338,13 @@ def _path_exists(path: Path) -> bool:
 
 
 def _build_from_zoo(
-    found: NetworkName,
+    parts: NetworkName,
     shape: Shape,
     classes: int,
     pretrained: bool,
     config: Mapping[str, Any] | None,
 ) -> Classifier:
-    zoo, name = found.zoo, found.base
+    zoo, name = parts.zoo, parts.base
     assert zoo is not None
     if config is None:
         zoo.check(name)
@@ -353,39 +354,42 @@ def _build_from_zoo(
     except UserError:
         raise
     except Exception as error:  # hub, network, file and the zoos' own errors share no base class
-        what = f"get the weights of {found.text} (looked for {where})" if pretrained else ""
-        raise UserError(f"cannot {what or f'make {found.text}'}: {first_line(error)}") from error
+        download = f"get the weights of {parts.text} (looked for {where})" if pretrained else ""
+        raise UserError(
+            f"cannot {download or f'make {parts.text}'}: {first_line(error)}"
+        ) from error
     h, w, c = zoo.input_shape(network, shape)
     size = None if (h, w) == shape[:2] else (h, w)
     classifier = Classifier(
         network,
         size,
         channels=None if c == shape[2] else c,
-        # Only where it is needed: to know it, a configuration may have to be downloaded.
+        # Only where images are resized: finding it may need a download.
         interpolation=zoo.pretrained_config(name).interpolation
         if size and config is None
         else "bilinear",
         config=config or zoo.config(name, network),
     )
     if shape[2] not in (1, c):
-        raise UserError(f"{found.text} takes images of {c} channels, the data have {shape[2]}")
-    _check_image_size(classifier, found.text, shape)
+        raise UserError(f"{parts.text} takes images of {c} channels, the data have {shape[2]}")
+    _check_image_size(classifier, parts.text, shape)
     return classifier
 
 
 def _adaptation_notes(
-    found: NetworkName, classes: int, channels: int, classifier: Classifier
+    parts: NetworkName, classes: int, channels: int, classifier: Classifier
 ) -> tuple[str, ...]:
     """Lines about where a network differs from the published one."""
-    assert found.zoo is not None
+    assert parts.zoo is not None
     try:
-        own = found.zoo.pretrained_config(found.base)
-    except UserError:  # Hugging Face's folders may lack what only a teacher needs
+        published = parts.zoo.pretrained_config(parts.base)
+    except UserError:  # a Hugging Face folder may lack the files that only a teacher needs
         return ()
-    notes, theirs = [], len(own.mean)
-    if own.count != classes:
+    notes, theirs = [], len(published.mean)
+    if published.count != classes:
         notes.append(
-            f"a new last layer for {classes} classes, since the published one is for {own.count}"
+            f"a new last layer for {classes} classes, "
+            f"since the published one is for {published.count}"
         )
     if classifier.channels is None and channels != theirs:
         notes.append(f"first layer adapted from {theirs} to {channels} channels, as timm does")
@@ -393,16 +397,29 @@ def _adaptation_notes(
 
 
 def _check_image_size(classifier: Classifier, name: str, shape: Shape) -> None:
-    """Refuse a network that cannot take images of this size, now and not after an hour."""
+    """Refuse a network that cannot take images of this size, before any training."""
     h, w, c = shape
     was = classifier.training
     try:
         with torch.no_grad():
             classifier.eval()(torch.zeros(1, c, h, w))
-    except UserError:  # of the memory
+    except UserError:  # the allocation limit
         raise
-    except Exception as error:  # they raise whatever they like
+    except Exception as error:  # a network may raise anything
         raise UserError(
-            f"{name} cannot take {h}x{w} images ({first_line(error)}): use larger images"
+            f"{name} cannot take {h}x{w} images ({first_line(error)}): "
+            f"{_image_size_remedy(classifier.network, h, w)}"
         ) from error
     classifier.train(was)
+
+
+def _image_size_remedy(network: nn.Module, h: int, w: int) -> str:
+    """Which images a network could take: whole patches of a ViT, or larger ones."""
+    patch = getattr(getattr(network, "patch_embed", None), "patch_size", None)
+    if not isinstance(patch, tuple) or len(patch) != 2 or not (h % patch[0] or w % patch[1]):
+        return "use larger images"
+    up, across = (math.ceil(size / step) * step for size, step in zip((h, w), patch, strict=True))
+    return (
+        f"its patches are {patch[0]}x{patch[1]}, so use a size that is a multiple of that, such as "
+        f"{up}x{across}"
+    )

@@ -1,4 +1,4 @@
-"""A classifier with all that is needed to use it, and its form on disk.
+"""A classifier with everything needed to use it, and its form on disk.
 
 A run's folder holds the network's weights alone (`student.safetensors`, loadable into the bare
 network), `model.json`, and for ZCA the whitening matrices (`preprocess.safetensors`).
@@ -28,7 +28,7 @@ from kd.models.zoo.protocol import Interpolation, Shape
 
 OutputKind = Literal["logits", "centred labels"]
 
-CARD_KEYS = (  # entries of `model.json`: with another one, a name in it is damaged
+CARD_KEYS = (  # all entries of `model.json`; any other one means that the file is damaged
     *("name", "classes", "input", "preprocess", "interpolation", "config", "outputs"),
     *("output_temperature", "parameters", seals.CHECKSUMS_KEY),
 )
@@ -36,16 +36,17 @@ CARD_KEYS = (  # entries of `model.json`: with another one, a name in it is dama
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A classifier with all that is needed to use it on images.
+    """A classifier with everything needed to use it on images.
 
     Attributes:
-        classifier: Takes images after `preprocess`.
-        name: `convnet:32`, `resnet18`, ...; what `build` made it from.
-        classes: Names in the order of the outputs.
-        shape: Of the images before any resize of the classifier's own.
-        preprocess: From images in [0, 1] to the classifier's input.
-        outputs: `logits`; or estimates of centred labels, for a network trained by MSE.
-        output_temperature: softmax(outputs / this) are calibrated probabilities; 1 for logits.
+        classifier: Network that takes images after `preprocess`.
+        name: Name that `networks.build` built it from: `convnet:32`, `resnet18`, ...
+        classes: Class names in the order of the outputs.
+        shape: Height, width and channels of the images, before the classifier's own resize.
+        preprocess: Preprocessing from images in [0, 1] to the classifier's input.
+        outputs: `logits`; or `centred labels`, the estimates of a network trained by MSE.
+        output_temperature: softmax(outputs / output_temperature) are calibrated probabilities; 1
+            for logits.
     """
 
     classifier: Classifier
@@ -58,7 +59,7 @@ class Model:
 
     @property
     def interpolation(self) -> Interpolation:
-        """How images of another size are brought to the size of the model's."""
+        """Interpolation by which images are resized to the model's size."""
         return self.classifier.interpolation
 
 
@@ -66,9 +67,9 @@ def save_run(folder: Path, model: Model, metadata: Mapping[str, str] | None = No
     """Write weights and `model.json` of a trained student, each atomically.
 
     Args:
-        folder: Of the run.
-        model: The student.
-        metadata: For the header of the file of weights.
+        folder: The run's folder.
+        model: The trained student.
+        metadata: Entries for the header of the weights file.
     """
     # contiguous: safetensors refuses strided views
     tensors = {k: v.detach().cpu().contiguous() for k, v in _network_state(model).items()}
@@ -82,10 +83,10 @@ def save_run(folder: Path, model: Model, metadata: Mapping[str, str] | None = No
 
 
 def card(model: Model) -> dict[str, Any]:
-    """All about a model but its arrays: what `model.json` holds."""
+    """The description of a model without its arrays, as `model.json` holds it."""
     fitted = model.preprocess
     return {
-        # The weights are here now, wherever they came from at first.
+        # Without the file that the weights came from at first: they are in this folder now.
         "name": networks.parse(model.name).text,
         "classes": model.classes,
         "input": {"shape": model.shape, "layout": "height, width, channels"},
@@ -104,57 +105,64 @@ def card(model: Model) -> dict[str, Any]:
 
 
 def load_run(folder: Path) -> Model:
-    """Load what `save_run` wrote.
+    """Load a student that `save_run` wrote.
 
     Raises:
         UserError: If the folder holds no finished student, a damaged one, or files of two runs.
     """
     if not (folder / CARD).is_file():
         raise UserError(f"{folder} holds no finished student: it has no {CARD}{_zoo_hint(folder)}")
-    found = seals.read(folder, CARD)
-    if unknown := sorted(found.keys() - set(CARD_KEYS)):
+    description = seals.read(folder, CARD)
+    if unknown := sorted(description.keys() - set(CARD_KEYS)):
         raise UserError(f"{folder / CARD} is damaged, or of a later version: unknown {unknown[0]}")
     seals.verify(folder, WEIGHTS, WHITENING)
     try:
-        return _build_model(folder, found)
+        return _build_model(folder, description)
     except UserError:
-        raise  # it is one line already
-    except Exception as error:  # of a file without a checksum: it may hold anything
+        raise  # already one line
+    except Exception as error:  # a file without a checksum may hold anything
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{folder / CARD} is not a whole model description ({why})") from error
 
 
-def _build_model(folder: Path, found: Mapping[str, Any]) -> Model:
-    schema.check(CARD, found, {"name": str, "classes": Sequence[str], "output_temperature": float})
-    name, classes = found["name"], tuple(found["classes"])
-    h, w, c = shape = tuple(found["input"]["shape"])
+def _build_model(folder: Path, description: Mapping[str, Any]) -> Model:
+    types = {"name": str, "classes": Sequence[str], "output_temperature": float}
+    schema.check(CARD, description, types)
+    name, classes = description["name"], tuple(description["classes"])
+    h, w, c = shape = tuple(description["input"]["shape"])
     if not all(type(size) is int and size > 0 for size in (h, w, c)):
         raise ValueError(f"images of shape {shape}")
-    if found["outputs"] not in get_args(OutputKind):
-        raise ValueError(f"outputs {found['outputs']!r}")
+    if description["outputs"] not in get_args(OutputKind):
+        raise ValueError(f"outputs {description['outputs']!r}")
     try:
-        classifier = networks.build(name, shape, len(classes), config=found.get("config"))
+        classifier = networks.build(name, shape, len(classes), config=description.get("config"))
     except UserError as error:
-        raise UserError(f"{folder / CARD} describes no network to be made here: {error}") from error
-    classifier.interpolation = found.get("interpolation", "bilinear")
+        raise UserError(
+            f"{folder / CARD} describes a network that cannot be built here: {error}"
+        ) from error
+    classifier.interpolation = description.get("interpolation", "bilinear")
     _load_weights(classifier.network, folder / WEIGHTS)
-    preprocess = load_preprocess(found["preprocess"], folder)
-    temperature = float(found["output_temperature"])
-    return Model(classifier, name, classes, shape, preprocess, found["outputs"], temperature)
+    preprocess = load_preprocess(description["preprocess"], folder)
+    outputs, temperature = description["outputs"], float(description["output_temperature"])
+    return Model(classifier, name, classes, shape, preprocess, outputs, temperature)
 
 
 def class_order(student: str) -> tuple[str, ...] | None:
-    """The class names of an earlier run's student, in label order; None where it is no run."""
+    """The class names of an earlier run's student, in label order; None if it is not a run."""
     path = Path(student) / CARD
     names = run_folder.read_json(path).get("classes") if path.is_file() else None
     return tuple(map(str, names)) if isinstance(names, list) else None
 
 
 def load_preprocess(card: Mapping[str, Any], folder: Path) -> Preprocess:
-    """What a card's `preprocess` describes; the matrices of ZCA lie in the folder.
+    """Load the preprocessing that a card describes; the matrices of ZCA lie in the folder.
+
+    Args:
+        card: The `preprocess` entry of the card.
+        folder: The run's folder.
 
     Raises:
-        UserError: If it is of an unknown kind, or the matrices are not readable.
+        UserError: If the kind is unknown, or the matrices are not readable.
     """
     if card["kind"] not in KINDS:
         raise UserError(f"{folder / CARD}: unknown preprocessing {card['kind']!r}")
@@ -182,26 +190,28 @@ def match_classes(
     say: Callable[[str], None] = progress.say,
     option: str | None = None,
 ) -> Model:
-    """The model with its outputs in the order of the data's classes.
+    """Put a model's outputs in the order of the data's classes.
 
     Args:
-        who: How messages call the model.
-        shape, classes: Of the data.
+        who: Name of the model in messages.
+        model: The model; its last layer is changed in place where the order differs.
+        shape: Height, width and channels of the data's images.
+        classes: Class names of the data, in label order.
         say: Called with a line where the order was another one.
-        option: By which the user gives a class map, for messages; None where there is none.
+        option: Option of the class map, for messages; None where there is no such option.
 
     Raises:
-        UserError: If its images or the names of its classes are not those of the data.
+        UserError: If the model's images or class names are not those of the data.
     """
     check_shape(who, model, shape)
     if model.classes == classes:
         return model
     matched = class_names.match(who, model.classes, classes, option=option)
-    if matched.assumed:  # names that say nothing are no reason to believe
+    if matched.assumed:  # placeholder names are no evidence of an order
         raise UserError(
             f"{who} calls its classes {class_names.abbreviate(model.classes)}, "
             f"the data {class_names.abbreviate(classes)}: they must match"
-            + ("" if option is None else f", or {option} FILE say which are which")
+            + ("" if option is None else f", or {option} FILE must say which are which")
         )
     if matched.outputs is None:
         return replace(model, classes=classes)
@@ -219,16 +229,16 @@ def check_shape(who: str, model: Model, shape: Shape) -> None:
 def reorder_outputs(
     who: str, classifier: Classifier, outputs: tuple[int, ...], shape: Shape
 ) -> None:
-    """Put the outputs of a network in another order, in the weights of its last layer.
+    """Permute the outputs of a network, in the weights of its last layer.
 
     Args:
-        who: How the message calls it.
-        classifier: Changed in place.
-        outputs: The output that is to become the first, the second, ...
-        shape: Of its images.
+        who: Name of the network in messages.
+        classifier: The network, changed in place.
+        outputs: The present output that becomes the first, the second, ...
+        shape: Height, width and channels of its images.
 
     Raises:
-        UserError: If that cannot be done in the weights of one layer.
+        UserError: If no single layer's weights can be permuted to this effect.
     """
     h, w, c = shape
     images = torch.rand(2, c, h, w, generator=torch.Generator().manual_seed(0))
@@ -236,7 +246,7 @@ def reorder_outputs(
     classifier.eval()
     with torch.no_grad():
         expected = classifier(images)[:, order]
-        # The last layer comes last in most networks, but not in those with further heads.
+        # The last layer is the classifier in most networks, but not in those with further heads.
         for _, layer in reversed(weights.layers_with_outputs(classifier, len(outputs))):
             _permute(layer, order)
             if torch.allclose(classifier(images), expected, rtol=1e-4, atol=1e-5):
@@ -244,8 +254,8 @@ def reorder_outputs(
                 return
             _permute(layer, order.argsort())
     raise UserError(
-        f"{who} has the data's classes in another order, and its last layer is not one whose "
-        "outputs can be put in order: name the classes of the data as it does"
+        f"{who} has the data's classes in another order, and the outputs of its last "
+        "layer cannot be reordered: name the classes of the data as it does"
     )
 
 
@@ -267,13 +277,13 @@ def _load_weights(network: nn.Module, path: Path) -> None:
 
 
 def _zoo_hint(folder: Path) -> str:
-    """How the folder of a zoo's model is named."""
+    """A hint, for a folder that holds a zoo's model, how to name it; else nothing."""
     try:
-        found = run_folder.read_json(folder / "config.json")
+        config = run_folder.read_json(folder / "config.json")
     except UserError:
         return ""
     known = {"model_type": ("Hugging Face", "hf"), "architecture": ("timm", "local-dir")}
-    for key, (whose, prefix) in known.items():
-        if isinstance(found, dict) and key in found:
-            return f"; a model of {whose} is named {prefix}:{folder}"
+    for key, (library, prefix) in known.items():
+        if isinstance(config, dict) and key in config:
+            return f"; a model of {library} is named {prefix}:{folder}"
     return ""

@@ -1,9 +1,10 @@
-"""The files of a finished run under one checksum, verified whenever one of them is read.
+"""Checksums of a finished run's files, verified whenever one of them is read.
 
 `report.json` is written last, and holds the SHA-256 of every other file of the run and one of its
 own content; `model.json` holds those of the weights, which may be copied elsewhere without the
-rest. So a file that was damaged, edited, or taken from another run is one line, and no other
-result. Runs that were finished by an earlier version have no checksums and are read as they are.
+rest. So a file that was damaged, edited, or taken from another run gives an error of one line, and
+never another result. Runs finished by an earlier version have no checksums and are read as they
+are.
 """
 
 import json
@@ -25,10 +26,10 @@ def write(folder: Path, name: str, content: Mapping[str, Any], files: Iterable[s
     """Write a JSON file with the checksums of itself and of other files.
 
     Args:
-        folder: Of the run.
-        name: Of the file.
-        content: JSON-compatible; NaN becomes null.
-        files: Names of the others; those that are not there are left out.
+        folder: The run's folder.
+        name: Name of the file.
+        content: JSON-compatible values; NaN becomes null.
+        files: Names of the other files; missing ones are left out.
     """
     present = [other for other in files if (folder / other).is_file()]
     body = {**content, CHECKSUMS_KEY: {other: file_digest(folder / other) for other in present}}
@@ -38,24 +39,24 @@ def write(folder: Path, name: str, content: Mapping[str, Any], files: Iterable[s
 
 
 def read(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON file of a run, verified where the run has checksums.
+    """Read a JSON file of a run, verified where the run has checksums.
 
     Args:
-        folder: Of the run.
+        folder: The run's folder.
         name: `config.json`, `recipe.json`, `model.json` or `report.json`.
 
     Raises:
-        UserError: If it is missing, no JSON object, or does not match its checksum.
+        UserError: If the file is missing, is not a JSON object, or does not match its checksum.
     """
     verify(folder, name)
     return _read_unverified(folder / name)
 
 
 def verify(folder: Path, *names: str) -> None:
-    """Compare files of a run with the checksums that the run has of them.
+    """Compare files of a run with the checksums in its `report.json` and `model.json`.
 
     Raises:
-        UserError: If one is missing or differs.
+        UserError: If a file is missing or differs.
     """
     for holder in (REPORT, CARD):
         if not (folder / holder).is_file():
@@ -70,7 +71,7 @@ def verify(folder: Path, *names: str) -> None:
 
 
 def _read_checksums(folder: Path, holder: str) -> Mapping[str, str]:
-    """The checksums in one of the two files; none in one of an earlier version."""
+    """The checksums in `report.json` or `model.json`; empty for a run of an earlier version."""
     path = folder / holder
     content = _read_unverified(path)
     if CHECKSUMS_KEY not in content:
@@ -84,8 +85,8 @@ def _read_checksums(folder: Path, holder: str) -> Mapping[str, str]:
     sums = content[CHECKSUMS_KEY]
     if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
         raise UserError(f"{path} is damaged: its checksums are not readable")
-    own = sums.pop(holder, None)
-    if own != json_digest(content):
+    checksum_of_holder = sums.pop(holder, None)
+    if checksum_of_holder != json_digest(content):
         raise UserError(
             f"{path} is damaged: its content does not match its checksum; put back the file of "
             "this run, or train anew"

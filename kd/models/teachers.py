@@ -1,4 +1,4 @@
-"""A teacher from wherever it comes, checked against the data and adapted to them."""
+"""Load a teacher from any source, check it against the data, and adapt it to them."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -24,16 +24,16 @@ from kd.models.zoo.protocol import Interpolation, PretrainedConfig, Shape
 
 @dataclass(frozen=True)
 class ResolvedTeacher:
-    """What was found out about a model: how its images are prepared and its classes matched.
+    """The decisions about a teacher: how its images are prepared and its classes matched.
 
     Attributes:
-        kind: Of the preprocessing.
-        mean, std: One value a channel, of images in [0, 1].
-        size: Height and width of the images it is given.
-        interpolation: How they are resized to that.
-        matched: How its outputs belong to the data's classes.
-        classes: Names of the data's classes, in order; none where they are not known.
-        notes: Lines about what was decided when it was made.
+        kind: Kind of its preprocessing.
+        mean, std: One value per channel, for images in [0, 1].
+        size: Height and width of the images that the model takes.
+        interpolation: Interpolation by which images are resized to `size`.
+        matched: How its outputs were matched to the data's classes, in words.
+        classes: Names of the data's classes, in order; empty where they are not known.
+        notes: Lines about decisions made when the model was built.
     """
 
     kind: str
@@ -49,13 +49,13 @@ class ResolvedTeacher:
 class Teacher(nn.Module):
     """Maps images in the data's preprocessed space to logits of the data's classes.
 
-    A network trained by MSE on centred labels answers with its outputs divided by their fitted
-    temperature, so that a softmax of them are calibrated probabilities.
+    The outputs of a network trained by MSE on centred labels are divided by their fitted
+    temperature, so that their softmax gives calibrated probabilities.
 
     Attributes:
-        adapter: From the data's preprocessed space to the model's.
-        classifier: The model's; its `network` is what has layers.
-        resolved: What was found out about it.
+        adapter: Map from the data's preprocessed space to the model's.
+        classifier: The model's classifier; taps go on the layers of its `network`.
+        resolved: The decisions about preprocessing and classes.
     """
 
     settings: Tensor
@@ -72,11 +72,11 @@ class Teacher(nn.Module):
         """Adapt a model.
 
         Args:
-            model: Its channels are the data's, or the data are grayscale.
-            data: What was applied to the images that the teacher will be given.
-            size: Height and width of those.
-            matched: Which output is which class; None where they are the same by name.
-            classes: Of the data, in order.
+            model: The model, for as many channels as the data have, or for grayscale data.
+            data: Preprocessing that was applied to the images that the teacher will be given.
+            size: Height and width of those images.
+            matched: The output of each class; None where the outputs are the data's classes.
+            classes: Names of the data's classes, in order.
         """
         super().__init__()
         matched = matched or Match("by name")
@@ -85,15 +85,16 @@ class Teacher(nn.Module):
         self.classifier = model.classifier
         self.temperature = model.output_temperature
         self.register_buffer("outputs", _output_index(matched))
-        # What is no tensor by itself but changes the answers: a hash of the state tells all.
+        # Settings that change the logits are a buffer, so that a hash of the state covers them.
         bicubic = float(model.interpolation == "bicubic")
         self.register_buffer("settings", torch.tensor([h, w, bicubic, self.temperature]))
         fitted = model.preprocess
         mean = tuple(fitted.mean.reshape(-1, len(fitted.std)).mean(0).tolist())
         std = tuple(fitted.std.tolist())
         notes = (*model.classifier.notes, *([matched.note] if matched.note else []))
-        how = model.interpolation, matched.how
-        self.resolved = ResolvedTeacher(fitted.kind, mean, std, (h, w), *how, classes, notes)
+        self.resolved = ResolvedTeacher(
+            fitted.kind, mean, std, (h, w), model.interpolation, matched.how, classes, notes
+        )
 
     def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
         logits = self.classifier(self.adapter(images)) / self.temperature
@@ -112,50 +113,52 @@ def load(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Teacher:
-    """A frozen teacher in evaluation mode.
+    """Load a frozen teacher in evaluation mode.
 
-    Published weights bring what they want. A file of weights does not: the normalisation that the
-    architecture's published weights want is assumed, and, unless it takes one size alone, the
-    data's image size; of a built-in network, and of a program without a card, all that is the
-    data's. The last three arguments say otherwise, but for an earlier run, which knows.
+    Published weights come with their preprocessing. A file of weights does not: the normalisation
+    of the architecture's published weights is assumed, and the data's image size unless the network
+    takes only one size. For a built-in network, and for a program without a card, the data's
+    preprocessing and size are assumed. The last three arguments override these assumptions; an
+    earlier run brings its preprocessing and accepts none of them.
 
     Args:
         name: Folder of an earlier run of `kd train`; a name as in `kd.models.networks`, whose
             published weights are loaded; NAME@FILE; or FILE.pt2. A built-in network has no
             published weights and is refused.
-        preprocess: What was applied to the images that it will be given.
-        shape: Of those images.
-        classes: Of the data, in order.
+        preprocess: Preprocessing that was applied to the images that the teacher will be given.
+        shape: Height, width and channels of those images.
+        classes: Names of the data's classes, in order.
         class_map: Class of the data -> class of the teacher, where they differ.
-        class_map_option: By which the user gives one, for messages.
-        image_size: Height and width of the images that it is given.
-        mean, std: One value a channel, of images in [0, 1].
+        class_map_option: Option of the class map, for messages.
+        image_size: Height and width of the images that the model takes.
+        mean, std: One value per channel, for images in [0, 1].
 
     Raises:
         UserError: If there is no such teacher, or it does not fit the data.
     """
     who = f"teacher {name}"
-    told = image_size, mean, std
+    overrides = image_size, mean, std
 
-    def match(its: Sequence[str] | int) -> Match:
-        return class_names.match(who, its, classes, class_map, class_map_option)
+    def match(model_classes: Sequence[str] | int) -> Match:
+        return class_names.match(who, model_classes, classes, class_map, class_map_option)
 
     if Path(name).is_dir():
-        if told != (None, None, None):
+        if overrides != (None, None, None):
             raise UserError(
                 f"{who} is an earlier run and brings its preprocessing: leave "
                 "--teacher-image-size, --teacher-mean and --teacher-std out"
             )
         model = saved_models.load_run(Path(name))
-        found: tuple[Model, Match] = model, match(model.classes)
+        matched = match(model.classes)
     elif name.endswith(exported.SUFFIX):
-        found = _load_program(name, preprocess, shape, match)
+        model, matched = _load_program(name, preprocess, shape, match)
     elif networks.parse(name).file is not None:
-        found = _load_weights_file(name, preprocess, shape, len(classes), match, image_size)
+        model, matched = _load_weights_file(
+            name, preprocess, shape, len(classes), match, image_size
+        )
     else:
-        found = _load_published(name, shape, match, image_size)
-    model, matched = found
-    model = _apply_overrides(model, *told)
+        model, matched = _load_published(name, shape, match, image_size)
+    model = _apply_overrides(model, *overrides)
     check_channels(who, model.shape[2], shape[2])
     teacher = Teacher(model, preprocess, shape[:2], matched, classes).eval().requires_grad_(False)
     _check_image_size(who, teacher, shape)
@@ -163,7 +166,7 @@ def load(
 
 
 def matching_notes(teacher: Teacher) -> tuple[str, ...]:
-    """Lines about what was decided about a teacher, where its accuracy is not looked at."""
+    """Lines about the decisions on a teacher, for use where its accuracy is not measured."""
     matched = teacher.resolved.matched
     return (
         *([] if matched == "by name" else [f"classes matched {matched}"]),
@@ -177,13 +180,13 @@ def _load_published(
     match: Callable[[Sequence[str] | int], Match],
     image_size: int | None,
 ) -> tuple[Model, Match]:
-    """From a zoo, with all the classes it has, on images of its own size."""
-    own, who = networks.pretrained_config(name), f"teacher {name}"
-    matched = match(own.classes)  # before a long download
-    check_channels(who, len(own.mean), shape[2])
+    """Load published weights, with all their classes, for images of their size."""
+    published, who = networks.pretrained_config(name), f"teacher {name}"
+    matched = match(published.classes)  # before a long download
+    check_channels(who, len(published.mean), shape[2])
     if image_size is not None:
-        name, own = _with_image_size(name, own, image_size)
-    return _build_model(name, own, own.classes, pretrained=True), matched
+        name, published = _with_image_size(name, published, image_size)
+    return _build_model(name, published, published.classes, pretrained=True), matched
 
 
 def _load_weights_file(
@@ -194,76 +197,79 @@ def _load_weights_file(
     match: Callable[[Sequence[str] | int], Match],
     image_size: int | None,
 ) -> tuple[Model, Match]:
-    """From a file of weights, with as many classes and channels as it has."""
-    found, who = networks.parse(name), f"teacher {name}"
-    assert found.file is not None
-    stored = weights.read(found.file)
-    if found.zoo is None:
-        plain = networks.build(found.text, shape, classes)
-        count, _ = _classes_and_channels(who, stored, plain, found, classes, shape[2])
+    """Load a file of weights, with as many classes and channels as it has."""
+    parts, who = networks.parse(name), f"teacher {name}"
+    assert parts.file is not None
+    stored = weights.read(parts.file)
+    if parts.zoo is None:
+        plain = networks.build(parts.text, shape, classes)
+        count, _ = _classes_and_channels(who, stored, plain, parts, classes, shape[2])
         matched = match(count)
         classifier = networks.build(name, shape, count, adapt=False)
         return Model(classifier, name, _output_names(count), shape, preprocess), matched
-    own = found.zoo.pretrained_config(found.base)
-    channels = len(own.mean)
-    plain = networks.build(found.text, (*own.size, channels), classes)
-    h, w, _ = found.zoo.input_shape(plain.network, shape)
-    count, channels = _classes_and_channels(who, stored, plain, found, classes, channels)
-    # The file does not say in which order its classes stand.
+    published = parts.zoo.pretrained_config(parts.base)
+    channels = len(published.mean)
+    plain = networks.build(parts.text, (*published.size, channels), classes)
+    h, w, _ = parts.zoo.input_shape(plain.network, shape)
+    count, channels = _classes_and_channels(who, stored, plain, parts, classes, channels)
+    # The file does not give the order of its classes.
     matched = match(count)
-    fitted = own.preprocess(channels)
+    fitted = published.preprocess(channels)
     mean, std = tuple(fitted.mean.tolist()), tuple(fitted.std.tolist())
-    own = replace(own, size=(h, w), mean=mean, std=std)
+    assumed = replace(published, size=(h, w), mean=mean, std=std)
     size = image_size
     if (
         size is None
-        and found.zoo is timm_zoo
-        and not timm_zoo.split_arguments(found.base)[1].get("img_size")
+        and parts.zoo is timm_zoo
+        and not timm_zoo.split_arguments(parts.base)[1].get("img_size")
     ):
         names, _ = weights.prepare(stored, plain.network)
         size = timm_zoo.stored_size(plain.network, names)
     if size is not None:
-        name, own = _with_image_size(name, own, size)
-    return _build_model(name, own, count, pretrained=False), matched
+        name, assumed = _with_image_size(name, assumed, size)
+    return _build_model(name, assumed, count, pretrained=False), matched
 
 
 def _classes_and_channels(
     who: str,
     stored: weights.StoredWeights,
     plain: Classifier,
-    found: networks.NetworkName,
+    parts: networks.NetworkName,
     classes: int,
     channels: int,
 ) -> tuple[int, int]:
-    """Classes and channels of the weights in a file.
+    """Count the classes and channels of the weights in a file.
 
     Raises:
-        UserError: If they have no classes.
+        UserError: If the weights have no last layer.
     """
-    tensors, _ = weights.prepare(stored, plain.network, found.convert)
+    tensors, _ = weights.prepare(stored, plain.network, parts.convert, classes)
     count, channels = weights.infer_classes_and_channels(tensors, plain.network, classes, channels)
     if count is None:
         raise UserError(
-            f"{who} has no last layer: {stored.path} holds a network without classes, which can be "
-            "a student but not a teacher"
+            f"{who} has no last layer: "
+            f"{weights.describe_missing_head(stored, plain.network.state_dict())}; a network "
+            "without classes can be a student but not a teacher"
         )
     return count, channels
 
 
-def _with_image_size(name: str, own: PretrainedConfig, size: int) -> tuple[str, PretrainedConfig]:
-    """A name and what it wants, for images of another size than the network is made for.
+def _with_image_size(
+    name: str, config: PretrainedConfig, size: int
+) -> tuple[str, PretrainedConfig]:
+    """Change the name and configuration of a network to images of another size.
 
-    Others than timm's, and those that take any size, keep their names.
+    Networks of other zoos than timm, and networks that take any size, keep both.
     """
-    found = networks.parse(name)
-    if found.zoo is not timm_zoo or own.size == (size, size):
-        return name, own
-    plain = networks.build(found.text, (*own.size, len(own.mean)), 2)
+    parts = networks.parse(name)
+    if parts.zoo is not timm_zoo or config.size == (size, size):
+        return name, config
+    plain = networks.build(parts.text, (*config.size, len(config.mean)), 2)
     if timm_zoo.input_shape(plain.network, (size, size, 3))[:2] == (size, size):
-        return name, own
-    text = timm_zoo.with_image_size(found.text, size)
-    name = f"{text}@{found.file}" if found.file else text
-    return name, replace(own, size=(size, size))
+        return name, config
+    text = timm_zoo.with_image_size(parts.text, size)
+    name = f"{text}@{parts.file}" if parts.file else text
+    return name, replace(config, size=(size, size))
 
 
 def _load_program(
@@ -272,7 +278,7 @@ def _load_program(
     shape: Shape,
     match: Callable[[Sequence[str] | int], Match],
 ) -> tuple[Model, Match]:
-    """From the file of an exported program, as its card says if it has one."""
+    """Load an exported program, with the preprocessing and classes of its card if it has one."""
     path = Path(name).expanduser()
     program = exported.load(path, shape)
     card = program.card
@@ -294,7 +300,7 @@ def _load_program(
         if outputs not in get_args(saved_models.OutputKind) or interpolation not in get_args(
             Interpolation
         ):
-            raise ValueError("outputs or interpolation is none that kd writes")
+            raise ValueError("kd writes no such outputs or interpolation")
         if not 0 < temperature < math.inf:
             raise ValueError("output_temperature is not positive")
     except UserError:
@@ -303,7 +309,7 @@ def _load_program(
         raise UserError(f"the {exported.CARD} inside {path} is not whole: {error!r}") from error
     if len(names) != program.classes:
         raise UserError(f"{path} names {len(names)} classes and has {program.classes} outputs")
-    # Without a card there are no names.
+    # Without a card the classes have no names.
     matched = match(names if card else program.classes)
     classifier = Classifier(program.network, interpolation=interpolation)
     return Model(classifier, name, names, program.shape, fitted, outputs, temperature), matched
@@ -311,18 +317,18 @@ def _load_program(
 
 def _require_names(value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise TypeError("classes is no list of names")
+        raise TypeError("classes is not a list of names")
     return tuple(value)
 
 
 def _build_model(
-    name: str, own: PretrainedConfig, classes: tuple[str, ...] | int, *, pretrained: bool
+    name: str, config: PretrainedConfig, classes: tuple[str, ...] | int, *, pretrained: bool
 ) -> Model:
-    """A zoo's network, prepared for as it wants."""
-    shape, names = (*own.size, len(own.mean)), _output_names(classes)
+    """Build a zoo's network with the preprocessing that it expects."""
+    shape, names = (*config.size, len(config.mean)), _output_names(classes)
     classifier = networks.build(name, shape, len(names), pretrained=pretrained, adapt=False)
-    classifier.interpolation = own.interpolation
-    return Model(classifier, name, names, shape, own.preprocess())
+    classifier.interpolation = config.interpolation
+    return Model(classifier, name, names, shape, config.preprocess())
 
 
 def _apply_overrides(
@@ -331,15 +337,15 @@ def _apply_overrides(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
 ) -> Model:
-    """The model with what the user knows better."""
+    """Replace the model's image size, mean and std by the user's, where given."""
     if image_size is not None:
         model = replace(model, shape=(image_size, image_size, model.shape[2]))
     if mean is None and std is None:
         return model
     fitted = model.preprocess
     m, s = (
-        np.asarray(own if value is None else value, np.float32)
-        for own, value in ((fitted.mean, mean), (fitted.std, std))
+        np.asarray(default if value is None else value, np.float32)
+        for default, value in ((fitted.mean, mean), (fitted.std, std))
     )
     if len(m) != model.shape[2] or len(s) != model.shape[2] or (s <= 0).any():
         raise UserError(
@@ -349,15 +355,15 @@ def _apply_overrides(
 
 
 def _check_image_size(who: str, teacher: Teacher, shape: Shape) -> None:
-    """Refuse a teacher that cannot take the data's images, now and not in the first step."""
+    """Refuse a teacher that cannot take the data's images, before the first step."""
     h, w, c = shape
     try:
         with torch.no_grad():
             teacher(torch.zeros(1, c, h, w))
-    except Exception as error:  # networks raise whatever they like
-        (own_h, own_w), size = teacher.resolved.size, f"{h}x{w}"
+    except Exception as error:  # a network may raise anything
+        model_h, model_w = teacher.resolved.size
         raise UserError(
-            f"{who} cannot take {size} images brought to {own_h}x{own_w}: {first_line(error)}"
+            f"{who} cannot take {h}x{w} images resized to {model_h}x{model_w}: {first_line(error)}"
         ) from error
 
 

@@ -1,1 +1,1 @@
-"""What a training minimises: schemes, terms of a loss, projectors, and taps on layers."""
+"""Training objectives: schemes, terms of a loss, projectors, and taps on layers."""

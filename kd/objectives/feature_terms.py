@@ -1,8 +1,8 @@
 """Terms of features: taps on both networks, a projector between them, and a loss of `kd.losses`.
 
-Each function below makes a module that is called with what a step has seen and returns the loss,
-the sum over all pairs of layers. Where no layers are named, losses of vectors compare the
-embeddings, the inputs of the two classifiers; those of maps need names.
+Each function below builds a module that maps the outputs of a step to the loss, the sum over all
+pairs of layers. Where no layers are named, losses of vectors compare the embeddings, the inputs of
+the two classifiers; losses of maps need names.
 """
 
 import itertools
@@ -39,15 +39,16 @@ LossFunction = Callable[..., Tensor]
 
 @dataclass(frozen=True, eq=False)
 class TermContext:
-    """Where features are compared.
+    """The networks, layers and data that a term of features is built for.
 
     Attributes:
-        student, teacher: The networks; no teacher for what looks at the student alone.
-        shape: Height, width and channels of an image of the data.
-        classes: Of the data.
-        images: In the training set.
-        seed: Of projectors.
-        pairs: Of layers of the student and of the teacher.
+        student: The student.
+        teacher: The teacher; None for a term of the student only.
+        shape: Height, width and channels of the data's images.
+        classes: Number of classes of the data.
+        images: Number of images in the training set; 0 if unknown.
+        seed: Seed of the projectors' weights.
+        pairs: Pairs of a student's layer and a teacher's layer.
     """
 
     student: Classifier
@@ -59,7 +60,11 @@ class TermContext:
     pairs: tuple[LayerPair, ...]
 
     def layers(self, *, default: bool) -> tuple[LayerPair, ...]:
-        """The pairs, or the embeddings if none were named and that will do."""
+        """The pairs of layers; without any, the embeddings if `default`.
+
+        Raises:
+            UserError: If there are no pairs, and not `default`.
+        """
         if self.pairs:
             return self.pairs
         if not default:
@@ -71,34 +76,36 @@ class TermContext:
 
 
 class ProjectedFeatures(nn.Module):
-    """Features of pairs of layers, through one projector a pair, to one loss.
+    """The features of pairs of layers, projected to the arguments of a loss.
+
+    Each pair has its own projector.
 
     Attributes:
-        projectors: Of each pair; called with both features, they return the loss's arguments.
+        projectors: One per pair; called with both features, it returns the loss's arguments.
     """
 
     def __init__(
-        self, place: TermContext, make: Callable[..., nn.Module], *, default: bool
+        self, context: TermContext, make: Callable[..., nn.Module], *, default: bool
     ) -> None:
         super().__init__()
-        pairs = place.layers(default=default)
-        assert place.teacher is not None
+        pairs = context.layers(default=default)
+        assert context.teacher is not None
         self.pairs = pairs
-        self.student = Taps(place.student.network, [s for s, _ in pairs])
-        self.teacher = Taps(place.teacher.classifier.network, [t for _, t in pairs])
-        ours = probe(place.student, self.student, place.shape, trained=True)
-        theirs = probe(place.teacher, self.teacher, place.shape)
+        self.student = Taps(context.student.network, [s for s, _ in pairs])
+        self.teacher = Taps(context.teacher.classifier.network, [t for _, t in pairs])
+        ours = probe(context.student, self.student, context.shape, trained=True)
+        theirs = probe(context.teacher, self.teacher, context.shape)
         with torch.random.fork_rng():
-            torch.manual_seed(place.seed)
+            torch.manual_seed(context.seed)
             self.projectors = nn.ModuleList(make(ours[s], theirs[t]) for s, t in pairs)
 
     def read(self) -> list[tuple[Tensor, Tensor]]:
-        """The features of the last step, pair by pair."""
+        """Read the features of the last step, pair by pair."""
         ours, theirs = self.student.read(), self.teacher.read()
         return [(ours[s], theirs[t]) for s, t in self.pairs]
 
     def forward(self) -> list[tuple[Tensor, ...]]:
-        """The projected features, pair by pair."""
+        """Read and project the features, pair by pair."""
         pairs = zip(self.projectors, self.read(), strict=True)
         return [projector(*features) for projector, features in pairs]
 
@@ -110,19 +117,19 @@ class LayerPairLoss(nn.Module):
         super().__init__()
         self.tapped, self.function = tapped, function
 
-    def forward(self, seen: StepOutputs) -> Tensor:
+    def forward(self, step: StepOutputs) -> Tensor:
         return torch.stack([self.function(*features) for features in self.tapped()]).sum()
 
 
 class MeanOverTeachers(nn.Module):
-    """The mean of what a term is with each of several teachers."""
+    """The mean of a term over several teachers."""
 
     def __init__(self, each: Sequence[nn.Module]) -> None:
         super().__init__()
         self.each = nn.ModuleList(each)
 
-    def forward(self, seen: StepOutputs) -> Tensor:
-        return torch.stack([measure(seen) for measure in self.each]).mean()
+    def forward(self, step: StepOutputs) -> Tensor:
+        return torch.stack([measure(step) for measure in self.each]).mean()
 
 
 def function_matching(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -133,34 +140,34 @@ def function_matching(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return response.logit_kl(student_logits, teacher_logits, temperature=1)
 
 
-def regressor_term(place: TermContext, function: LossFunction) -> nn.Module:
-    """Maps of the student through a 1x1 convolution."""
-    return LayerPairLoss(ProjectedFeatures(place, Regressor, default=False), function)
+def regressor_term(context: TermContext, function: LossFunction) -> nn.Module:
+    """A loss of maps, the student's through a 1x1 convolution."""
+    return LayerPairLoss(ProjectedFeatures(context, Regressor, default=False), function)
 
 
-def variational_term(place: TermContext, function: LossFunction) -> nn.Module:
-    """Maps of the student as the mean of a Gaussian."""
-    return LayerPairLoss(ProjectedFeatures(place, GaussianRegressor, default=False), function)
+def variational_term(context: TermContext, function: LossFunction) -> nn.Module:
+    """A loss of maps, the student's through the mean of a Gaussian."""
+    return LayerPairLoss(ProjectedFeatures(context, GaussianRegressor, default=False), function)
 
 
-def generator_term(place: TermContext, function: LossFunction) -> nn.Module:
-    """Maps generated from masked ones."""
-    return LayerPairLoss(ProjectedFeatures(place, MaskedGenerator, default=False), function)
+def generator_term(context: TermContext, function: LossFunction) -> nn.Module:
+    """A loss of maps, the student's masked and regenerated."""
+    return LayerPairLoss(ProjectedFeatures(context, MaskedGenerator, default=False), function)
 
 
-def projector_term(place: TermContext, function: LossFunction) -> nn.Module:
-    """Vectors of the student through a linear map."""
-    return LayerPairLoss(ProjectedFeatures(place, Projector, default=True), function)
+def projector_term(context: TermContext, function: LossFunction) -> nn.Module:
+    """A loss of vectors, the student's through a linear map."""
+    return LayerPairLoss(ProjectedFeatures(context, Projector, default=True), function)
 
 
-def map_term(place: TermContext, function: LossFunction) -> nn.Module:
-    """Maps as they are, at the smaller of the two sizes."""
-    return LayerPairLoss(ProjectedFeatures(place, _PooledMaps, default=False), function)
+def map_term(context: TermContext, function: LossFunction) -> nn.Module:
+    """A loss of unprojected maps, at the smaller of the two sizes."""
+    return LayerPairLoss(ProjectedFeatures(context, _PooledMaps, default=False), function)
 
 
-def vector_term(place: TermContext, function: LossFunction) -> nn.Module:
-    """Vectors as they are: the mean over positions."""
-    return LayerPairLoss(ProjectedFeatures(place, _PooledVectors, default=True), function)
+def vector_term(context: TermContext, function: LossFunction) -> nn.Module:
+    """A loss of unprojected vectors, the means over positions."""
+    return LayerPairLoss(ProjectedFeatures(context, _PooledVectors, default=True), function)
 
 
 class _PooledMaps(nn.Module):
@@ -170,8 +177,8 @@ class _PooledMaps(nn.Module):
         for layout in self.layouts:
             if layout.size == (1, 1):
                 raise UserError(
-                    f"layer {layout.layer!r} has a single position, and a map of one position says "
-                    "nothing of where: tap an earlier layer"
+                    f"layer {layout.layer!r} has a single position, and a loss of maps compares "
+                    "several: tap an earlier layer"
                 )
 
     def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,17 +195,17 @@ class _PooledVectors(nn.Module):
 
 
 class FusionTerm(nn.Module):
-    """Maps of all stages, from shallow to deep, each together with the deeper ones."""
+    """A loss of the maps of all stages, each fused with the deeper ones: ReviewKD."""
 
-    def __init__(self, place: TermContext, function: LossFunction) -> None:
+    def __init__(self, context: TermContext, function: LossFunction) -> None:
         super().__init__()
         layouts: list[tuple[FeatureLayout, FeatureLayout]] = []
 
-        def noted(*pair: FeatureLayout) -> nn.Module:  # the projector is one of all pairs together
+        def record(*pair: FeatureLayout) -> nn.Module:  # one fusion projects all pairs together
             layouts.append((pair[0], pair[1]))
             return nn.Identity()
 
-        self.tapped, self.function = ProjectedFeatures(place, noted, default=False), function
+        self.tapped, self.function = ProjectedFeatures(context, record, default=False), function
         for (before, _), (layer, _) in itertools.pairwise(layouts):
             if math.prod(layer.size or ()) > math.prod(before.size or ()):
                 raise UserError(
@@ -206,40 +213,40 @@ class FusionTerm(nn.Module):
                     f"larger map than {before.layer!r} before it: give them in the other order"
                 )
         with torch.random.fork_rng():
-            torch.manual_seed(place.seed)
+            torch.manual_seed(context.seed)
             self.fusion = Fusion([s for s, _ in layouts], [t for _, t in layouts])
 
-    def forward(self, seen: StepOutputs) -> Tensor:
+    def forward(self, step: StepOutputs) -> Tensor:
         students, teachers = zip(*self.tapped.read(), strict=True)
         fused = self.fusion(students, teachers)
         return torch.stack([self.function(*pair) for pair in fused]).sum()
 
 
 class CrdTerm(nn.Module):
-    """Embeddings against a memory of all training images: CRD.
+    """A contrastive loss of embeddings and a memory of all training images: CRD.
 
-    The parameters of `crd_parameters` are what the memory and its loss are made with.
+    The parameters of `crd_parameters` configure the memory and its loss.
     """
 
-    def __init__(self, place: TermContext, function: partial) -> None:
+    def __init__(self, context: TermContext, function: partial) -> None:
         super().__init__()
-        if place.images == 0:
+        if context.images == 0:
             raise UserError(
-                "--loss crd remembers each training image, and these are read from front to back "
-                "without a number: leave it out, or use a folder"
+                "--loss crd remembers each training image by its number, and images of an archive "
+                "have none: leave it out, or use a folder"
             )
         options = dict(function.keywords)
         self.temperature = options.pop("temperature")
         make = partial(Embedder, dim=options["dim"])
-        self.tapped = ProjectedFeatures(place, make, default=True)
+        self.tapped = ProjectedFeatures(context, make, default=True)
         if len(self.tapped.pairs) > 1:
             raise UserError("--loss crd compares one pair of layers")
-        self.memory = EmbeddingMemory(place.images, seed=place.seed, **options)
+        self.memory = EmbeddingMemory(context.images, seed=context.seed, **options)
 
-    def forward(self, seen: StepOutputs) -> Tensor:
+    def forward(self, step: StepOutputs) -> Tensor:
         (embeddings,) = self.tapped()
-        assert seen.batch.index is not None
-        scores = self.memory(*embeddings, seen.batch.index, temperature=self.temperature)
+        assert step.batch.index is not None
+        scores = self.memory(*embeddings, step.batch.index, temperature=self.temperature)
         ours, theirs = self.memory.log_z
         return contrastive.crd(
             *scores, student_log_z=ours, teacher_log_z=theirs, n_data=self.memory.n_data
@@ -253,39 +260,40 @@ def crd_parameters(
     momentum: ShareBelowOne = 0.5,
     negatives: Annotated[int, Range(1, 1_000_000)] = 16384,
 ) -> None:
-    """The parameters of contrastive representation distillation, see `CrdTerm`."""
+    """State the parameters of contrastive representation distillation, see `CrdTerm`."""
 
 
 class DeepSupervisionTerm(nn.Module):
-    """Deep supervision: shallow layers get classifiers, which learn from labels and from the last.
+    """Deep supervision: classifiers on shallow layers, taught by the labels and the last layer.
 
-    Of each head (1 - alpha) CE + alpha KL(student ‖ head) at T, the student's logits fixed; the
-    heads are left out of what is saved. Deviation: no pull of shallow features towards deep ones.
+    The loss of each head is (1 - alpha) CE + alpha KL(student ‖ head) at T, with the student's
+    logits fixed; the heads are not saved with the student. Deviation: no loss between shallow and
+    deep features.
 
     Source: Zhang et al. (2019), "Be your own teacher", arXiv:1905.08094, equations 1 to 3.
     """
 
-    def __init__(self, place: TermContext, function: LossFunction) -> None:
+    def __init__(self, context: TermContext, function: LossFunction) -> None:
         super().__init__()
-        layers = [student for student, _ in place.layers(default=False)]
-        self.taps = Taps(place.student.network, layers)
-        self.layouts = probe(place.student, self.taps, place.shape, trained=True)
+        layers = [student for student, _ in context.layers(default=False)]
+        self.taps = Taps(context.student.network, layers)
+        self.layouts = probe(context.student, self.taps, context.shape, trained=True)
         self.function = function
         with torch.random.fork_rng():
-            torch.manual_seed(place.seed)
+            torch.manual_seed(context.seed)
             self.heads = nn.ModuleList(
-                nn.Linear(self.layouts[layer].channels, place.classes) for layer in layers
+                nn.Linear(self.layouts[layer].channels, context.classes) for layer in layers
             )
         self.layers = layers
 
-    def forward(self, seen: StepOutputs) -> Tensor:
+    def forward(self, step: StepOutputs) -> Tensor:
         features = self.taps.read()
-        labels = seen.batch.labels if seen.batch.shares is None else seen.batch.shares
+        labels = step.batch.labels_or_shares
         outputs = [
             head(as_vector(features[layer], self.layouts[layer]))
             for head, layer in zip(self.heads, self.layers, strict=True)
         ]
-        return torch.stack([self.function(o, seen.outputs, labels) for o in outputs]).sum()
+        return torch.stack([self.function(o, step.student_logits, labels) for o in outputs]).sum()
 
 
 def self_distillation(

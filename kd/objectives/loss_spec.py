@@ -1,12 +1,12 @@
-"""A loss written on a command line: `ce:0.1,kd:0.9:temperature=4,at:1000@layer2,layer3`.
+"""Parse a loss from the command line: `ce:0.1,kd:0.9:temperature=4,at:1000@layer2,layer3`.
 
     loss   = term, term, ...
     term   = NAME [:WEIGHT] [:PARAMETER=VALUE ...] [@LAYER, LAYER, ...]
     LAYER  = NAME of a layer in student and teacher, or STUDENT_LAYER=TEACHER_LAYER
 
-What follows a comma is another term if it begins with the name of one, and otherwise another layer
-of the term before. The range of a parameter is an annotation of the term's function, see
-`kd.losses.ranges`; without one any number that is 0 or more will do.
+The text after a comma is another term if it begins with the name of one, and otherwise another
+layer of the term before. The range of a parameter is an annotation of the term's function, see
+`kd.losses.ranges`; without one, any number of 0 or more is allowed.
 """
 
 import inspect
@@ -24,12 +24,12 @@ WEIGHT_RANGE = Range(1e-9, 1e9)
 
 @dataclass(frozen=True)
 class TermSpec:
-    """One term as it was written.
+    """A parsed term.
 
     Attributes:
-        name: In the table of `kd.objectives.terms`.
-        weight: What its value is multiplied by; None: the term's own.
-        parameters: Of its function.
+        name: Name in the table of `kd.objectives.terms`.
+        weight: Factor of the term; None for the default weight.
+        parameters: Keyword arguments of the term's function.
         layers: Pairs of layers, for terms of features.
     """
 
@@ -40,15 +40,16 @@ class TermSpec:
 
 
 def parse(text: str, names: Mapping[str, Callable[..., Any]]) -> tuple[TermSpec, ...]:
-    """The terms of a loss.
+    """Parse the terms of a loss.
 
     Args:
-        text: As on the command line.
-        names: The known terms, and the function whose keyword-only arguments are its parameters.
+        text: The loss as on the command line.
+        names: The known terms, and for each the function whose keyword-only arguments are its
+            parameters.
 
     Raises:
-        UserError: For a name, number or parameter that is none, a number out of its range, or the
-            same term or parameter twice.
+        UserError: For an unknown term or parameter, a text that is not a number, a number out of
+            its range, or the same term or parameter twice.
     """
     specs: list[TermSpec] = []
     for piece in map(str.strip, text.split(",")):
@@ -72,40 +73,43 @@ def parse(text: str, names: Mapping[str, Callable[..., Any]]) -> tuple[TermSpec,
 
 def _parse_term(head: str, function: Callable[..., Any]) -> TermSpec:
     name, *rest = head.split(":")
-    weight, given = None, {}
+    weight, values = None, {}
     known = parameters(function)
     for part in rest:
         key, equals, value = part.partition("=")
         if not equals:
             if weight is not None:
                 raise UserError(f"--loss {head}: two weights, {weight:g} and {part}")
-            weight = _parse_number(part, f"--loss {head}: a weight")
+            what = f"--loss {head}: a weight"
+            weight = _parse_number(part, what)
             if weight == 0:
                 raise UserError(f"--loss {head}: a term of weight 0 has no effect: leave it out")
-            _require_within(WEIGHT_RANGE, weight, f"--loss {head}: a weight")
+            _require_within(WEIGHT_RANGE, weight, what)
             continue
         if key not in known:
             raise unknown_name(f"parameter of loss {name}", key, known)
-        if key in given:
-            raise UserError(f"--loss {head}: {key} stands there twice: give it once")
-        number = _parse_number(value, f"--loss {head}: {key}")
-        if isinstance(known[key], int) and number != int(number):
-            raise UserError(f"--loss {head}: {key} must be a whole number, got {value}")
-        allowed = parameter_range(function, key)
+        if key in values:
+            raise UserError(f"--loss {head}: {key} occurs twice: give it once")
+        what, allowed = f"--loss {head}: {key}", parameter_range(function, key)
+        number = _parse_number(value, what)
         if allowed is not None:
-            _require_within(allowed, number, f"--loss {head}: {key}")
-        given[key] = int(number) if isinstance(known[key], int) else number
-    return TermSpec(name, weight, given)
+            _require_within(allowed, number, what)
+        elif not 0 <= number < float("inf"):
+            raise UserError(f"{what} must be 0 or more and finite, got {value}")
+        if isinstance(known[key], int) and number != int(number):
+            raise UserError(f"{what} must be a whole number, got {value}")
+        values[key] = int(number) if isinstance(known[key], int) else number
+    return TermSpec(name, weight, values)
 
 
 def parameters(function: Callable[..., Any]) -> dict[str, Any]:
     """The keyword-only arguments of a loss and their defaults, which are numbers."""
-    found = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in found if p.kind is p.KEYWORD_ONLY}
+    arguments = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in arguments if p.kind is p.KEYWORD_ONLY}
 
 
 def parameter_range(function: Callable[..., Any], name: str) -> Range | None:
-    """The range that the annotation of a keyword-only argument states, if it states one."""
+    """The range in the annotation of a keyword-only argument; None without one."""
     annotation = inspect.signature(function).parameters[name].annotation
     notes = getattr(annotation, "__metadata__", ())
     return next((note for note in notes if isinstance(note, Range)), None)
@@ -118,12 +122,9 @@ def _require_within(allowed: Range, value: float, what: str) -> None:
 
 def _parse_number(text: str, what: str) -> float:
     try:
-        value = float(text)
+        return float(text)
     except ValueError as error:
         raise UserError(f"{what} must be a number, got {text!r}") from error
-    if not 0 <= value < float("inf"):
-        raise UserError(f"{what} must be 0 or more and finite, got {text}")
-    return value
 
 
 def _parse_layer_pair(text: str, piece: str) -> LayerPair:

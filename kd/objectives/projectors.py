@@ -1,12 +1,13 @@
-"""Trained layers between a student's features and a loss; no part of the student that is saved.
+"""Trained layers between a student's features and a loss; they are not saved with the student.
 
-Each is built from the layouts of a pair of layers and called with their features as the taps give
-them. What it returns are the arguments of its loss, of one shape and with the teacher's features
-cut off from their graph: `fitnet(*regressor(student, teacher))`. A vector is a map of one position,
-and of two maps the larger is averaged down to the smaller, so any layer can be compared with any.
+Each is built from the layouts of a pair of layers and called with their features as the taps
+return them. It returns the arguments of its loss, of one shape and with the teacher's features
+detached: `fitnet(*regressor(student, teacher))`. A vector is a map of one position, and the larger
+of two maps is averaged down to the smaller, so any layer can be compared with any other.
 
-Layers compute in autocast's precision, or else in that of their weights, whatever the features'.
-Batch norm sees the images of one process. Initial weights come from torch's global generator.
+Layers compute in autocast's precision, or else in that of their weights, whatever the precision of
+the features. Batch norm uses the images of one process. Initial weights are drawn from torch's
+global generator.
 """
 
 import math
@@ -32,7 +33,7 @@ MemoryScores = Float[Tensor, "n 1+k"]
 class Regressor(nn.Module):
     """A linear map of channels at each position: a 1x1 convolution. For `fitnet`.
 
-    Also where the shapes agree already: the student need not find the teacher's very basis.
+    It is used even where the shapes agree, so that the student need not match the teacher's basis.
 
     Source: Romero et al. (2015), arXiv:1412.6550, section 2.2, whose regressor is larger; 1x1 as
     in Tian et al. (2020), arXiv:1910.10699.
@@ -41,14 +42,14 @@ class Regressor(nn.Module):
     def __init__(
         self, student: FeatureLayout, teacher: FeatureLayout, *, norm: bool = False
     ) -> None:
-        """`norm` puts batch norm behind the convolution, which has no bias then."""
+        """Build for a pair of layers; `norm` puts batch norm in place of the bias."""
         super().__init__()
         self.layouts = student, teacher
         self.convolution = nn.Conv2d(student.channels, teacher.channels, 1, bias=not norm)
         self.norm = nn.BatchNorm2d(teacher.channels) if norm else nn.Identity()
 
     def forward(self, student: Feature, teacher: Feature) -> MapPair:
-        """The student's maps regressed, and the teacher's."""
+        """Return the student's maps after the regressor, and the teacher's maps."""
         ours, theirs = _map_pair(student, teacher, self.layouts)
         return self.norm(self.convolution(_cast(ours, self.convolution))), theirs
 
@@ -57,7 +58,7 @@ class GaussianRegressor(nn.Module):
     """A Gaussian of the teacher's features, given the student's. For `vid`.
 
     Attributes:
-        raw_variance: For each channel; softplus of it plus the loss's 1e-5 is 5 at the start.
+        raw_variance: One per channel; softplus(raw_variance) plus the loss's 1e-5 is 5 at first.
 
     Source: Ahn et al. (2019), arXiv:1904.05835, section 2.2; the three convolutions of the
     teacher's width are those of Tian et al. (2020), arXiv:1910.10699.
@@ -72,7 +73,7 @@ class GaussianRegressor(nn.Module):
         self.raw_variance = nn.Parameter(torch.full((c,), math.log(math.expm1(5 - 1e-5))))
 
     def forward(self, student: Feature, teacher: Feature) -> tuple[Maps, Float[Tensor, " c"], Maps]:
-        """Mean and raw variance of the teacher's maps, and these maps."""
+        """Return mean and raw variance of the teacher's maps, and these maps."""
         ours, theirs = _map_pair(student, teacher, self.layouts)
         return self.mean(_cast(ours, self.mean)), self.raw_variance, theirs
 
@@ -80,9 +81,9 @@ class GaussianRegressor(nn.Module):
 class MaskedGenerator(nn.Module):
     """The teacher's features from the student's at a few positions. For `mgd`.
 
-    A position is dropped with probability `ratio`, anew in each call, by torch's global generator.
+    Each call drops a position with probability `ratio`, drawn from torch's global generator.
 
-    Source: Yang et al. (2022), arXiv:2205.01529, section 3; their code aligns unequal widths only.
+    Source: Yang et al. (2022), arXiv:2205.01529, section 3; their code aligns only unequal widths.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class MaskedGenerator(nn.Module):
         self.generate = nn.Sequential(first, nn.ReLU(), second)
 
     def forward(self, student: Feature, teacher: Feature) -> MapPair:
-        """What was generated, and the teacher's maps."""
+        """Return the generated maps, and the teacher's maps."""
         ours, theirs = _map_pair(student, teacher, self.layouts)
         aligned = self.align(_cast(ours, self.align))
         kept = torch.rand_like(aligned[:, :1], dtype=torch.float32) >= self.ratio
@@ -107,10 +108,10 @@ class MaskedGenerator(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Each stage of a student together with its deeper ones. For `hierarchical_context`.
+    """Fusion of each stage of a student with its deeper stages. For `hierarchical_context`.
 
-    From the deepest stage to the shallowest, two attention maps weigh a stage's own features and
-    the residual of the stage behind it.
+    From the deepest stage to the shallowest, two attention maps weight a stage's features and the
+    residual of the next deeper stage.
 
     Source: Chen et al. (2021), arXiv:2104.09044, section 3.2; width and initial weights of the
     residual's convolutions as in the authors' code.
@@ -119,7 +120,7 @@ class Fusion(nn.Module):
     def __init__(
         self, students: Sequence[FeatureLayout], teachers: Sequence[FeatureLayout]
     ) -> None:
-        """The layouts of pairs of layers, from shallow to deep."""
+        """Build for the layouts of pairs of layers, from shallow to deep."""
         super().__init__()
         self.layouts = list(zip(students, teachers, strict=True))
         width = min(512, students[-1].channels)
@@ -128,7 +129,7 @@ class Fusion(nn.Module):
         self.outer = nn.ModuleList(_conv_batch_norm(width, t.channels, 3) for t in teachers)
 
     def forward(self, students: Sequence[Feature], teachers: Sequence[Feature]) -> list[MapPair]:
-        """For each stage, in the same order, the fused maps and the teacher's, at its size."""
+        """Return for each stage, in order, the fused maps and the teacher's, of one size."""
         pairs: list[MapPair] = []
         residual: Tensor | None = None
         for i in reversed(range(len(self.layouts))):
@@ -143,8 +144,8 @@ class Fusion(nn.Module):
     def _fuse(self, stage: int, maps: Maps, residual: Maps) -> Maps:
         residual = F.interpolate(residual, maps.shape[-2:])
         scores = self.attention[stage](torch.cat([maps, residual], 1))
-        own, deeper = scores.sigmoid().split(1, 1)
-        return own * maps + deeper * residual
+        shallow, deep = scores.sigmoid().split(1, 1)
+        return shallow * maps + deep * residual
 
 
 class Projector(nn.Module):
@@ -159,15 +160,15 @@ class Projector(nn.Module):
         self.linear = nn.Linear(student.channels, teacher.channels)
 
     def forward(self, student: Feature, teacher: Feature) -> tuple[Rows, Rows]:
-        """The student's vectors projected, and the teacher's."""
+        """Return the student's vectors after the projection, and the teacher's vectors."""
         ours = as_vector(student, self.layouts[0])
         return self.linear(_cast(ours, self.linear)), as_vector(teacher.detach(), self.layouts[1])
 
 
 class Embedder(nn.Module):
-    """Unit vectors of one space from both networks' means over positions. For `EmbeddingMemory`.
+    """Linear maps of both networks' means over positions to one unit sphere. For `EmbeddingMemory`.
 
-    The teacher's side is trained too: a gradient flows into its layer here, not into the teacher.
+    The teacher's map is trained too: a gradient flows into it, but not into the teacher.
 
     Source: Tian et al. (2020), arXiv:1910.10699, section 3.1.
     """
@@ -179,7 +180,7 @@ class Embedder(nn.Module):
         self.teacher = nn.Linear(teacher.channels, dim)
 
     def forward(self, student: Feature, teacher: Feature) -> tuple[Rows, Rows]:
-        """Rows of norm 1 in float32."""
+        """Return the student's and the teacher's embeddings: rows of norm 1 in float32."""
         ours = _cast(as_vector(student, self.layouts[0]), self.student)
         theirs = _cast(as_vector(teacher.detach(), self.layouts[1]), self.teacher)
         rows = self.student(ours), self.teacher(theirs)
@@ -187,16 +188,16 @@ class Embedder(nn.Module):
 
 
 class EmbeddingMemory(nn.Module):
-    """The embeddings of all N training images by both networks, as `crd` compares with them.
+    """The embeddings of all N training images by both networks. For `crd`.
 
-    It is all in buffers, so in checkpoints. Each process writes the embeddings of all processes,
-    so all hold the same memory, and it need not be broadcast.
+    All tensors are buffers, and so in checkpoints. Each process writes the embeddings of all
+    processes, so all hold the same memory, and it need not be broadcast.
 
     Attributes:
-        student, teacher: Unit rows (N d); random ones until an image is first seen.
-        log_z: Normalisers of the student's and the teacher's scores, estimated from the first
-            batch; NaN before it.
-        negatives: Rows that an image is compared with: those asked for, or N - 1 if less.
+        student, teacher: Unit rows (N, d); random until the image's first step.
+        log_z: Logarithms (2,) of the normalisers of the student's and the teacher's scores,
+            estimated from the first batch; NaN before it.
+        negatives: Number of rows that an image is compared with, at most N - 1.
 
     Source: Tian et al. (2020), arXiv:1910.10699, section 3.1 and the authors' code.
     """
@@ -223,34 +224,37 @@ class EmbeddingMemory(nn.Module):
     def forward(
         self, student: Rows, teacher: Rows, index: Int[Tensor, " n"], *, temperature: float = 0.07
     ) -> tuple[MemoryScores, MemoryScores]:
-        """Scores against the memory as it was, into which the batch is then taken.
+        """Compute scores against the memory, then write the batch into it.
 
         Args:
-            student, teacher: From `Embedder`.
+            student, teacher: Embeddings from `Embedder`.
             index: Rows of the images in the training set.
             temperature: > 0.
 
         Returns:
-            Scores of the student against the teacher's rows, and the other way round: with `log_z`
-            and `n_data`, what `crd` takes.
+            Scores of the student against the teacher's rows, and of the teacher against the
+            student's; `crd` takes them with `log_z` and `n_data`.
         """
         rows = self.draw(index)
-        # Copies: the backward pass needs the rows as they are now.
+        # Copies: the backward pass needs the rows before the update.
         ours = contrastive.scores(student, self.teacher.clone(), rows, temperature=temperature)
         theirs = contrastive.scores(teacher, self.student.clone(), rows, temperature=temperature)
-        self._estimate(ours, theirs)
+        self._estimate_log_z(ours, theirs)
         self._update(index, student, teacher)
         return ours, theirs
 
     def draw(self, index: Int[Tensor, " n"]) -> Int[Tensor, "n 1+k"]:
-        """Each image's own row, and k random ones of torch's global generator, with replacement."""
+        """Return each image's row and k random rows, drawn with replacement.
+
+        torch's global generator draws them.
+        """
         others = torch.randint(self.n_data, (len(index), self.negatives), device=index.device)
         return torch.cat([index[:, None], others], 1)
 
     @torch.no_grad()
     def _update(self, index: Int[Tensor, " n"], student: Rows, teacher: Rows) -> None:
         index = _gather_rows(index)
-        # Several views of an image count by their mean: the order of writing must not matter.
+        # Several views of an image are averaged: the order of writing must not matter.
         same = (index[:, None] == index).float()
         for memory, rows in ((self.student, student), (self.teacher, teacher)):
             with torch.autocast(rows.device.type, enabled=False):
@@ -259,16 +263,16 @@ class EmbeddingMemory(nn.Module):
             memory[index] = F.normalize(moved, dim=-1)
 
     @torch.no_grad()
-    def _estimate(self, *scores: MemoryScores) -> None:
-        found = [contrastive.log_normaliser(each, n_data=self.n_data) for each in scores]
-        each = _gather_rows(torch.stack(found)[None])
-        mean = each.logsumexp(0) - math.log(len(each))
-        # Asking the device whether this is the first batch would be waiting for it.
+    def _estimate_log_z(self, *scores: MemoryScores) -> None:
+        log_z = [contrastive.log_normaliser(s, n_data=self.n_data) for s in scores]
+        by_process = _gather_rows(torch.stack(log_z)[None])  # (processes, 2)
+        mean = by_process.logsumexp(0) - math.log(len(by_process))
+        # To ask whether this is the first batch would wait for the device.
         self.log_z.copy_(torch.where(self.log_z.isnan(), mean, self.log_z))
 
 
 def match_sizes(a: Float[Tensor, "n _ _ _"], b: Float[Tensor, "n _ _ _"]) -> MapPair:
-    """Both at the smaller of the two heights and of the two widths, by averages over positions."""
+    """Average two maps down to the smaller of the two heights and of the two widths."""
     size = min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3])
     a, b = (x if x.shape[-2:] == size else F.adaptive_avg_pool2d(x, size) for x in (a, b))
     return a, b
@@ -287,20 +291,20 @@ def _conv_batch_norm(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
 
 
 def _cast(features: Tensor, layer: nn.Module) -> Tensor:
-    """In the type of the layer's weights, unless autocast sees to the types."""
+    """Convert features to the dtype of the layer's weights, unless autocast does."""
     if torch.is_autocast_enabled(features.device.type):
         return features
     return features.to(next(layer.parameters()).dtype)
 
 
 def _gather_rows(rows: Tensor) -> Tensor:
-    """The rows of all processes, which may have different numbers of them."""
+    """Gather the rows of all processes, whose numbers may differ."""
     if not (dist.is_available() and dist.is_initialized()):
         return rows
     count = torch.tensor([len(rows)], device=rows.device)
     counts = [torch.empty_like(count) for _ in range(dist.get_world_size())]
     dist.all_gather(counts, count)
-    sizes = [int(each) for each in counts]
+    sizes = [int(n) for n in counts]
     padded = F.pad(rows, [0, 0] * (rows.ndim - 1) + [0, max(sizes) - len(rows)])
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)

@@ -1,7 +1,7 @@
-"""What a training step minimises: modules that return named, weighted loss terms for a batch.
+"""Training objectives: modules that return named, weighted loss terms for a batch.
 
 The objective as a whole is the unit to wrap for several devices, so that taps and projectors work
-there; its `student` alone is saved.
+there; only its `student` is saved as the result.
 """
 
 import copy
@@ -16,19 +16,19 @@ from kd.objectives.step_outputs import StepOutputs
 from kd.objectives.terms import WeightedTerm
 from kd.parallel import sharding
 
-FROZEN_PREFIX = "teachers."  # the prefix of what is neither trained nor stored
+FROZEN_PREFIX = "teachers."  # of the tensors that are neither trained nor stored
 
 
 class Distillation(nn.Module):
-    """Labels alone, or labels and frozen teachers: a weighted sum of terms.
+    """A weighted sum of terms of labels, or of labels and frozen teachers.
 
     Attributes:
-        student: Trained.
-        terms: Of the loss; their projectors are trained too.
-        teachers: In evaluation mode and without gradients, whatever `train` is called with. Each
-            maps the student's images to logits.
+        student: The network that is trained.
+        terms: Terms of the loss; their projectors are trained too.
+        teachers: Networks that map the student's images to logits; always in evaluation mode,
+            without gradients.
         by_label: Whether several teachers are weighted, for each image, by how well they know its
-            label, or alike.
+            label; else they have equal weights.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class Distillation(nn.Module):
         return self
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        outputs = self.student(batch.images)
-        seen = StepOutputs(batch, outputs, self._answers(batch), self.by_label)
-        return {term.name: term(seen) for term in _weighted_terms(self.terms)}
+        student_logits = self.student(batch.images)
+        step = StepOutputs(batch, student_logits, self._teacher_logits(batch), self.by_label)
+        return {term.name: term(step) for term in _weighted_terms(self.terms)}
 
-    def stored(self) -> dict[str, Tensor]:
+    def checkpoint_state(self) -> dict[str, Tensor]:
         return {k: v for k, v in self.state_dict().items() if not k.startswith(FROZEN_PREFIX)}
 
     def after_step(self, step: int, total: int) -> None:
@@ -67,7 +67,7 @@ class Distillation(nn.Module):
     def no_weight_decay(self) -> set[str]:
         return no_weight_decay_names(self.student, "student.network.")
 
-    def _answers(self, batch: Batch) -> tuple[Tensor, ...]:
+    def _teacher_logits(self, batch: Batch) -> tuple[Tensor, ...]:
         if not self.needs_teacher:
             return ()
         if batch.teacher_logits is not None and not self.needs_features:
@@ -79,12 +79,13 @@ class Distillation(nn.Module):
 class Mutual(nn.Module):
     """Deep mutual learning: students that teach each other while they learn.
 
-    Each minimises its own labelled terms, and the mean over the others of the terms that have a
-    teacher. All take their steps at once, where the paper takes them in turn.
+    Each student minimises its terms of labels, and the mean over the other students of its terms
+    with a teacher. Deviation: all take their steps at once, where the paper takes them in turn.
 
     Attributes:
-        student: The first, which is saved.
-        peers: The others.
+        student: The first student, which is saved.
+        peers: The other students.
+        terms: Terms of the loss of each student.
 
     Source: Zhang, Xiang, Hospedales and Lu (2018), arXiv:1706.00384, equations 5 to 9.
     """
@@ -100,16 +101,16 @@ class Mutual(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         outputs = [network(batch.images) for network in (self.student, *self.peers)]
         losses: dict[str, Tensor] = {}
-        for i, own in enumerate(outputs):
+        for i, logits in enumerate(outputs):
             others = [other.detach() for j, other in enumerate(outputs) if j != i]
             for term in _weighted_terms(self.terms):
-                teachers = others if term.needs_teacher else [own.detach()]
-                values = [term(StepOutputs(batch, own, (other,))) for other in teachers]
+                teachers = others if term.needs_teacher else [logits.detach()]
+                values = [term(StepOutputs(batch, logits, (other,))) for other in teachers]
                 name = term.name if i == 0 else f"{term.name}_{i + 1}"
                 losses[name] = torch.stack(values).mean()
         return losses
 
-    def stored(self) -> dict[str, Tensor]:
+    def checkpoint_state(self) -> dict[str, Tensor]:
         return self.state_dict()
 
     def after_step(self, step: int, total: int) -> None:
@@ -127,10 +128,10 @@ class MeanTeacher(nn.Module):
     """Self-distillation from the moving average of the student's own weights.
 
     Attributes:
-        inner: The distillation from that average.
-        decay: Of the average, which starts as a copy and follows faster at the start.
+        inner: The distillation from this average.
+        decay: Decay of the average, which starts as a copy and follows faster at first.
 
-    Source: Tarvainen and Valpola (2017), arXiv:1703.01780; the ramp of the decay is theirs too,
+    Source: Tarvainen and Valpola (2017), arXiv:1703.01780, also for the ramp of the decay,
     min(1 - 1/(step + 1), decay).
     """
 
@@ -146,7 +147,7 @@ class MeanTeacher(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         return self.inner(batch)
 
-    def stored(self) -> dict[str, Tensor]:
+    def checkpoint_state(self) -> dict[str, Tensor]:
         return self.state_dict()
 
     @torch.no_grad()
@@ -170,14 +171,14 @@ def _weighted_terms(terms: nn.ModuleList) -> Iterator[WeightedTerm]:
 
 
 def no_weight_decay_names(student: Classifier, prefix: str) -> set[str]:
-    """Parameters, such as position embeddings, that timm's networks ask not to decay."""
+    """Names of parameters, such as position embeddings, that timm excludes from weight decay."""
     names = getattr(student.network, "no_weight_decay", lambda: ())
     return {prefix + name for name in names()}
 
 
-# All return weighted terms by name, and have besides:
-#   student             what is saved
-#   stored()            what a checkpoint needs: weights, projectors, memories; no frozen teacher
-#   after_step(step, total)   called when step 1, 2, ... has changed the weights
-#   no_weight_decay()   names of parameters that the student's architecture asks not to decay
+# Called with a batch, an objective returns its weighted terms by name. It also has:
+#   student                   the network that is saved
+#   checkpoint_state()        tensors for a checkpoint: weights, projectors, memories; no teachers
+#   after_step(step, total)   called after step 1, 2, ... has changed the weights
+#   no_weight_decay()         names of parameters that the student's architecture does not decay
 Objective = Distillation | Mutual | MeanTeacher

@@ -1,4 +1,4 @@
-"""What the terms of a loss look at."""
+"""The inputs of a loss term: a batch, the student's logits and the teachers'."""
 
 from dataclasses import dataclass
 
@@ -10,34 +10,33 @@ from kd.losses.ensemble import combined_logits, label_weights, mean_logits
 
 @dataclass(frozen=True, eq=False)
 class StepOutputs:
-    """A step's batch, and what the networks answered to it.
+    """A training step's batch, and the outputs of the networks for it.
 
     Attributes:
-        batch: Images, labels, rows.
-        outputs: The student's.
-        answers: The teachers' logits.
+        batch: Images, labels and rows.
+        student_logits: The student's outputs (n, k); with `mse`, estimates of centred labels.
+        teacher_logits: The outputs (n, k) of each teacher.
         by_label: Whether teachers are weighted by how well they know each label.
     """
 
     batch: Batch
-    outputs: Tensor
-    answers: tuple[Tensor, ...] = ()
+    student_logits: Tensor
+    teacher_logits: tuple[Tensor, ...] = ()
     by_label: bool = False
 
-    def teacher(self, temperature: float) -> Tensor:
-        """Logits whose softmax at this temperature is that of all teachers together."""
-        if len(self.answers) == 1:
-            return self.answers[0]
-        return combined_logits(self.answers, temperature=temperature, weights=self.weights)
+    def combined_logits(self, temperature: float) -> Tensor:
+        """Logits whose softmax at this temperature is the mean of all teachers' probabilities."""
+        if len(self.teacher_logits) == 1:
+            return self.teacher_logits[0]
+        return combined_logits(self.teacher_logits, temperature=temperature, weights=self.weights)
 
     def mean_logits(self) -> Tensor:
         """The mean of the teachers' logits."""
-        return mean_logits(self.answers, weights=self.weights)
+        return mean_logits(self.teacher_logits, weights=self.weights)
 
     @property
     def weights(self) -> Tensor | None:
-        """Weights (m, n) of the teachers for each image; None where all count alike."""
+        """Weights (m, n) of m teachers for each of n images; None for equal weights."""
         if not self.by_label:
             return None
-        labels = self.batch.labels if self.batch.shares is None else self.batch.shares
-        return label_weights(self.answers, labels)
+        return label_weights(self.teacher_logits, self.batch.labels_or_shares)

@@ -1,10 +1,10 @@
-"""Features of named layers, and what brings them to a common shape.
+"""Read the features of named layers, and bring them to a common shape.
 
-Convolutional networks answer with maps, transformers with tokens, heads with vectors. `Taps` reads
-the features of a forward pass; `probe` finds out once how those of each layer lie in memory;
-`as_map`, `as_tokens` and `as_vector` bring them to the shape that a loss needs.
+Convolutional layers return maps, transformers tokens, heads vectors. `Taps` reads the features of a
+forward pass; `probe` finds out once how the features of each layer lie in memory; `as_map`,
+`as_tokens` and `as_vector` bring them to the shape that a loss needs.
 
-The hooks sit on the layers: whatever wraps the network later, DDP or a compiler, calls them too.
+The hooks sit on the layers: a later wrapper of the network, DDP or a compiler, calls them too.
 """
 
 import copy
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from dsdistill.harness.errors import UserError
 from kd.models.networks import Shape
 
-EMBEDDING = "embedding"  # the input of the classifier, whatever else a network calls so
-SQUARE_SHAPE = (1, 1, 1)  # proportions that a network may give an image first
+EMBEDDING = "embedding"  # the input of the classifier, even if a layer has this name
+SQUARE_SHAPE = (1, 1, 1)  # proportions after the resize in front of some networks
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class FeatureLayout:
     """How the features of a layer lie in memory.
 
     Attributes:
-        layer: Its name, for messages.
+        layer: Name of the layer, for messages.
         kind: `nchw` and `nhwc` are maps, `tokens` are (n t c), a `vector` is (n c).
-        channels: c.
+        channels: Number of channels c.
         size: Height and width of the grid of positions, 1x1 for a vector; None for tokens on no
             known grid, which cannot be made a map.
-        prefix: Tokens before those of the grid: class, distillation, registers.
+        prefix: Number of tokens before those of the grid: class, distillation, registers.
     """
 
     layer: str
@@ -50,21 +50,22 @@ class FeatureLayout:
 class Taps:
     """Reads the features of some layers of a network after it has run.
 
-    Of a layer that runs several times in a forward pass the last output counts, of several outputs
-    the first tensor. Where the taps are gone, and in a deep copy of the network alone, the hooks
-    do nothing; a deep copy of an object that holds both network and taps has its own.
+    For a layer that runs several times in a forward pass, the last output counts; of several
+    outputs, the first tensor. Once the taps are deleted, and in a deep copy of the network without
+    them, the hooks do nothing; a deep copy of an object with both network and taps has hooks and
+    taps of its own.
 
     Attributes:
-        layers: Their names, each once.
+        layers: Names of the layers, each once.
     """
 
     def __init__(self, network: nn.Module, layers: Sequence[str]) -> None:
         """Put hooks on the layers.
 
         Args:
-            network: Must be called itself: a call of its parts is not seen.
+            network: Network that is called as a whole: calls of its parts are not recorded.
             layers: Names as in `network.named_modules()`; or `embedding`, the input of the
-                classifier, which is the last linear layer where a network does not say.
+                classifier, which is the last linear layer unless the network names another.
 
         Raises:
             UserError: If there is no such layer.
@@ -80,12 +81,12 @@ class Taps:
                 _find_layer(network, name).register_forward_hook(keep)
 
     def read(self) -> dict[str, Tensor]:
-        """The features of the last forward pass by layer, once: they are then forgotten.
+        """Read the features of the last forward pass by layer, and forget them.
 
-        They belong to the graph, and have the dtype that autocast gave them.
+        They are part of the autograd graph, in autocast's dtype.
 
         Raises:
-            UserError: If a layer did not run, whose loss would be silently zero.
+            UserError: If a layer did not run: its loss would be silently zero.
         """
         features, self._pass.features = self._pass.features, None
         assert features is not None, "the network has not run since the taps were last read"
@@ -98,20 +99,22 @@ class Taps:
 def probe(
     network: nn.Module, taps: Taps, shape: Shape, *, trained: bool = False
 ) -> dict[str, FeatureLayout]:
-    """The layouts of the tapped layers, from one image of zeros in evaluation mode.
+    """Find the layouts of the tapped layers, with one image of zeros in evaluation mode.
 
-    The two axes of a map that have the proportions of the image, or of a square, are its height and
-    width; where both readings fit, the channels come last if timm says so of the network. Tokens
-    lie on the grid of its patch embedding, or else one so proportioned; the rest are the prefix.
+    The two axes of a map with the proportions of the image, or of a square, are its height and
+    width; where both orders fit, the channels come last if the network has timm's attribute
+    `output_fmt` of NHWC. Tokens lie on the grid of the patch embedding, or else on a grid with the
+    proportions of the image or a square; the remaining tokens are the prefix.
 
     Args:
-        network: The tapped one, or one that calls it; not compiled yet.
-        taps: Of it.
+        network: The tapped network, or one that calls it; not compiled yet.
+        taps: Taps on the network.
         shape: Height, width and channels of an image.
         trained: Whether the layers must depend on a weight that is trained.
 
     Raises:
-        UserError: If a layer did not run, has features of no known kind, or nothing to train.
+        UserError: If a layer did not run, has features of no known kind, or, with `trained`,
+            depends on no trained weight.
     """
     like = next(network.parameters(), torch.zeros(()))
     modes = [(module, module.training) for module in network.modules()]
@@ -121,17 +124,17 @@ def probe(
     finally:
         for module, training in modes:
             module.training = training
-    found = taps.read()
-    fixed = [layer for layer, feature in found.items() if not feature.requires_grad]
+    features = taps.read()
+    fixed = [layer for layer, feature in features.items() if not feature.requires_grad]
     if trained and fixed:
         raise UserError(f"no trained weight comes before layer {fixed[0]!r}: tap a later one")
     return {
-        layer: _infer_layout(layer, feature, network, shape) for layer, feature in found.items()
+        layer: _infer_layout(layer, feature, network, shape) for layer, feature in features.items()
     }
 
 
 def as_map(feature: Float[Tensor, "n ..."], layout: FeatureLayout) -> Float[Tensor, "n c h w"]:
-    """Without prefix tokens; a vector is a map of one position.
+    """Bring a feature to a map, without prefix tokens; a vector is a map of one position.
 
     Raises:
         UserError: For tokens on no known grid.
@@ -152,33 +155,32 @@ def as_map(feature: Float[Tensor, "n ..."], layout: FeatureLayout) -> Float[Tens
 
 
 def as_tokens(feature: Float[Tensor, "n ..."], layout: FeatureLayout) -> Float[Tensor, "n t c"]:
-    """Row after row of a map; without prefix tokens; a vector is one token."""
+    """Bring a feature to tokens: a map row by row, a vector as one token; without prefix tokens."""
     if layout.kind == "tokens":
         return feature[:, layout.prefix :]
     return as_map(feature, layout).flatten(2).transpose(1, 2)
 
 
 def as_vector(feature: Float[Tensor, "n ..."], layout: FeatureLayout) -> Float[Tensor, "n c"]:
-    """The mean over all positions, without prefix tokens."""
+    """Average a feature over all positions, without prefix tokens."""
     return as_tokens(feature, layout).mean(1)
 
 
 class _ForwardPass:
-    """Features of a forward pass: None after they were read, until the next one begins."""
+    """The features of a forward pass; None after they are read, until the next pass begins."""
 
     features: dict[str, Tensor] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_ForwardPass":
-        return (
-            _ForwardPass()
-        )  # features in a graph cannot be copied, and those of another pass need not
+        # Features in a graph cannot be copied, and the copy's next pass has its own.
+        return _ForwardPass()
 
 
 class _Hook:
-    """Knows a pass without keeping it: only its `Taps` do.
+    """A hook that holds only a weak reference to the pass: its `Taps` own it.
 
-    So the hooks of a deep copy are dead unless its taps were copied with it: deepcopy's memo makes
-    one new pass of one old one, and drops it at the end where nothing else holds it.
+    So the hooks of a deep copy do nothing unless the taps were copied with it: deepcopy's memo
+    creates one new pass, and drops it at the end if nothing else holds it.
     """
 
     def __init__(self, owner: _ForwardPass, name: str = "") -> None:
@@ -193,7 +195,7 @@ class _Hook:
 
 
 class _StartPass(_Hook):
-    """Before the network: forget another pass, of which nothing may be taken for this one's."""
+    """Runs before the network: starts a new pass, so that no feature of an earlier one remains."""
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         owner = self.owner()
@@ -202,11 +204,11 @@ class _StartPass(_Hook):
 
 
 class _KeepFeature(_Hook):
-    """After a layer: keep its output. Before it, where there is no output yet: its input."""
+    """Keeps a layer's output if it runs after the layer, and its input if it runs before."""
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], *output: Any) -> None:
         owner = self.owner()
-        # Between two passes a layer runs when a checkpointed block is computed again.
+        # With activation checkpointing a layer also runs between two passes.
         if owner is None or owner.features is None:
             return
         value = _first_tensor(output or inputs)
@@ -222,7 +224,8 @@ def _first_tensor(value: Any) -> Tensor | None:
     parts = value.values() if isinstance(value, Mapping) else value
     if not isinstance(parts, tuple | list | ValuesView):
         return None
-    return next((found for part in parts if (found := _first_tensor(part)) is not None), None)
+    tensors = map(_first_tensor, parts)
+    return next((tensor for tensor in tensors if tensor is not None), None)
 
 
 def _find_layer(network: nn.Module, name: str) -> nn.Module:
@@ -238,12 +241,12 @@ def _find_layer(network: nn.Module, name: str) -> nn.Module:
 
 
 def _find_classifier(network: nn.Module) -> nn.Module:
-    said = _module_attribute(network, "get_classifier", Callable)
-    found = said() if said else None
-    if isinstance(found, tuple):  # DeiT: the heads of the class and of the distillation token
-        found = found[0]
-    if isinstance(found, nn.Module):
-        return found
+    get_classifier = _module_attribute(network, "get_classifier", Callable)
+    classifier = get_classifier() if get_classifier else None
+    if isinstance(classifier, tuple):  # DeiT: the heads of the class and of the distillation token
+        classifier = classifier[0]
+    if isinstance(classifier, nn.Module):
+        return classifier
     for kind in (nn.Linear, nn.Conv2d):
         last = [module for module in network.modules() if isinstance(module, kind)]
         if last:
@@ -256,8 +259,8 @@ def _find_classifier(network: nn.Module) -> nn.Module:
 def _infer_layout(layer: str, feature: Tensor, network: nn.Module, shape: Shape) -> FeatureLayout:
     if feature.ndim not in (2, 3, 4) or len(feature) != 1 or not feature.is_floating_point():
         raise UserError(
-            f"layer {layer!r} gives {tuple(feature.shape)} for one image, which is no map "
-            "(1, c, h, w), tokens (1, t, c) or vector (1, c): tap another layer"
+            f"layer {layer!r} gives {tuple(feature.shape)} for one image, which is neither a map "
+            "(1, c, h, w), nor tokens (1, t, c), nor a vector (1, c): tap another layer"
         )
     if feature.ndim == 2:
         return FeatureLayout(layer, "vector", feature.shape[1])
@@ -272,7 +275,7 @@ def _infer_layout(layer: str, feature: Tensor, network: nn.Module, shape: Shape)
 
 def _has_channels_last(a: int, b: int, c: int, network: nn.Module, shape: Shape) -> bool:
     for height, width, _ in (shape, SQUARE_SHAPE):
-        # Each axis of a map is rounded to whole positions on its own.
+        # Each axis of a map is rounded to whole positions separately.
         slack = 0 if height == width else max(height, width)
         first, last = (abs(h * width - w * height) <= slack for h, w in ((a, b), (b, c)))
         if first or last:
@@ -281,13 +284,13 @@ def _has_channels_last(a: int, b: int, c: int, network: nn.Module, shape: Shape)
 
 
 def _token_grid(count: int, network: nn.Module, shape: Shape) -> tuple[tuple[int, int] | None, int]:
-    """Size of the grid of some tokens, and how many are left in front of it."""
-    own = _module_attribute(network, "grid_size", tuple)
-    said = _module_attribute(network, "num_prefix_tokens", int)
+    """Size of the grid of `count` tokens, None if unknown; and the number of prefix tokens."""
+    grid = _module_attribute(network, "grid_size", tuple)
+    prefix_tokens = _module_attribute(network, "num_prefix_tokens", int)
     # Class; class and distillation; class and four registers.
-    prefixes = (0, 1, 2, 5) if said is None else (said, 0, 1, 2, 5)
-    for like, prefix in itertools.product((shape, SQUARE_SHAPE), prefixes):
-        for size in (own, _proportional_grid(count - prefix, like)):
+    prefixes = (0, 1, 2, 5) if prefix_tokens is None else (prefix_tokens, 0, 1, 2, 5)
+    for proportions, prefix in itertools.product((shape, SQUARE_SHAPE), prefixes):
+        for size in (grid, _proportional_grid(count - prefix, proportions)):
             if size is not None and count - prefix == size[0] * size[1]:
                 return size, prefix
     return None, prefixes[0]
@@ -301,6 +304,6 @@ def _proportional_grid(count: int, shape: Shape) -> tuple[int, int] | None:
 
 
 def _module_attribute(network: nn.Module, name: str, kind: Any) -> Any:
-    """What a network, or the first of its parts that does, says of itself, as timm's do."""
-    found = (getattr(module, name, None) for module in network.modules())
-    return next((value for value in found if isinstance(value, kind)), None)
+    """The attribute, as timm's networks have it, of the network or its first part with one."""
+    values = (getattr(module, name, None) for module in network.modules())
+    return next((value for value in values if isinstance(value, kind)), None)

@@ -1,8 +1,7 @@
-"""The terms that a loss is composed of: pure functions, and what they are applied to.
+"""The terms of a loss: pure functions, and modules that apply them to a training step.
 
-The table `TERMS` says for each name which function it is, the weight that its paper gives it, and
-what it looks at: labels, logits, or features of layers. A new loss is a function in `kd.losses`
-and a row here.
+The table `TERMS` has for each name its function, the weight in its paper, and its inputs: labels,
+logits, or features of layers. A new loss is a function in `kd.losses` and a row in this table.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,33 +16,33 @@ from kd.losses import ensemble, feature, relation, response
 from kd.models.networks import Classifier, Shape
 from kd.models.teachers import Teacher
 from kd.objectives import feature_terms, loss_spec
+from kd.objectives.feature_terms import LossFunction
 from kd.objectives.loss_spec import TermSpec
 from kd.objectives.step_outputs import StepOutputs
 
-LogitLoss = Callable[..., Tensor]
-TeacherCombiner = Callable[
-    [StepOutputs, LogitLoss, float], Tensor
-]  # of a loss of logits at a temperature
+# Applies a loss at a temperature to the student's logits and those of all teachers.
+TeacherCombiner = Callable[[StepOutputs, LossFunction, float], Tensor]
 
 
-def mean_probability_loss(seen: StepOutputs, function: LogitLoss, temperature: float) -> Tensor:
-    """Several teachers are the mean of their probabilities at the loss's own temperature."""
-    return function(seen.outputs, seen.teacher(temperature))
+def mean_probability_loss(step: StepOutputs, function: LossFunction, temperature: float) -> Tensor:
+    """Apply a loss to the mean of the teachers' probabilities at the loss's temperature."""
+    return function(step.student_logits, step.combined_logits(temperature))
 
 
-def mean_logit_loss(seen: StepOutputs, function: LogitLoss, temperature: float) -> Tensor:
-    """Several teachers are the mean of their logits, which are not softened."""
-    return function(seen.outputs, seen.mean_logits())
+def mean_logit_loss(step: StepOutputs, function: LossFunction, temperature: float) -> Tensor:
+    """Apply a loss of logits that are not softened to the mean of the teachers' logits."""
+    return function(step.student_logits, step.mean_logits())
 
 
-def mean_standardised_loss(seen: StepOutputs, function: LogitLoss, temperature: float) -> Tensor:
-    """Several teachers are each standardised before their probabilities are averaged."""
-    if len(seen.answers) == 1:
-        return function(seen.outputs, seen.answers[0])
-    outputs, *answers = (response.standardise(x) for x in (seen.outputs, *seen.answers))
-    options = {"temperature": temperature, "weights": seen.weights}
-    teacher = ensemble.combined_logits(answers, **options)
-    return response.logit_kl(outputs, teacher, temperature=temperature)
+def mean_standardised_loss(step: StepOutputs, function: LossFunction, temperature: float) -> Tensor:
+    """KL divergence from the mean probabilities of standardised teachers, for `standardised_kl`."""
+    if len(step.teacher_logits) == 1:
+        return function(step.student_logits, step.teacher_logits[0])
+    logits = step.student_logits, *step.teacher_logits
+    student, *teachers = (response.standardise(x) for x in logits)
+    options = {"temperature": temperature, "weights": step.weights}
+    teacher = ensemble.combined_logits(teachers, **options)
+    return response.logit_kl(student, teacher, temperature=temperature)
 
 
 @dataclass(frozen=True)
@@ -51,24 +50,25 @@ class TermDefinition:
     """A row of the table.
 
     Attributes:
-        function: Its keyword-only arguments are the parameters of the term.
-        weight: The published one; of `cc`, whose paper gives none, that of a public reproduction.
-        looks_at: `labels`, `logits`, `logits and labels`, or `features`.
-        make: Of a term of features: what brings them to a common shape, see `feature_terms`.
-        images: Least number of images in a batch.
-        classes: Least number of classes.
-        whole: Whether an image must be of one class: mixed ones will not do.
-        together: Of a term of logits: how it takes several teachers' answers.
+        function: The loss; its keyword-only arguments are the parameters of the term.
+        weight: Published weight; for `cc`, whose paper has none, that of a public reproduction.
+        inputs: `labels`, `logits`, `logits and labels`, or `features`.
+        make: For features: builds the module of the term from a `feature_terms.TermContext` and
+            the function.
+        images: Smallest number of images in a batch.
+        classes: Smallest number of classes.
+        whole: Whether each image must be of one class, not mixed.
+        combine: For logits: applies the function to the logits of several teachers.
     """
 
     function: Callable[..., Any]
     weight: float
-    looks_at: str
+    inputs: str
     make: Callable[..., nn.Module] | None = None
     images: int = 1
     classes: int = 2
     whole: bool = False
-    together: TeacherCombiner = mean_probability_loss
+    combine: TeacherCombiner = mean_probability_loss
 
 
 TERMS: Mapping[str, TermDefinition] = {
@@ -79,9 +79,9 @@ TERMS: Mapping[str, TermDefinition] = {
     "dkd": TermDefinition(response.dkd, 1, "logits and labels", classes=3, whole=True),
     "dist": TermDefinition(response.dist, 2, "logits", images=2),
     "ls": TermDefinition(
-        response.standardised_kl, 9, "logits", classes=3, together=mean_standardised_loss
+        response.standardised_kl, 9, "logits", classes=3, combine=mean_standardised_loss
     ),
-    "logits": TermDefinition(response.logit_mse, 1, "logits", together=mean_logit_loss),
+    "logits": TermDefinition(response.logit_mse, 1, "logits", combine=mean_logit_loss),
     "hard": TermDefinition(response.hard_distillation, 0.5, "logits"),
     "fitnet": TermDefinition(feature.fitnet, 100, "features", feature_terms.regressor_term),
     "at": TermDefinition(feature.attention_transfer, 1000, "features", feature_terms.map_term),
@@ -115,12 +115,14 @@ TERM_FUNCTIONS = {name: row.function for name, row in TERMS.items()}
 
 
 class WeightedTerm(nn.Module):
-    """A term of a loss: its weight times what it measures.
+    """A term of a loss, times its weight.
 
     Attributes:
-        name: In the table.
-        needs_teacher: Whether it looks at a teacher's answers.
-        needs_teacher_features: And at more than its logits.
+        name: Name in the table.
+        weight: Factor of the term.
+        measure: Module that maps `StepOutputs` to the unweighted term.
+        needs_teacher: Whether the term takes a teacher's outputs.
+        needs_teacher_features: Whether the term takes features of a teacher's layers.
     """
 
     def __init__(
@@ -137,37 +139,41 @@ class WeightedTerm(nn.Module):
         self.needs_teacher = needs_teacher
         self.needs_teacher_features = needs_teacher_features
 
-    def forward(self, seen: StepOutputs) -> Tensor:
-        return self.weight * self.measure(seen)
+    def forward(self, step: StepOutputs) -> Tensor:
+        return self.weight * self.measure(step)
 
 
 class LabelTerm(nn.Module):
-    """A loss of outputs and labels."""
+    """A loss of the student's outputs and the labels."""
 
     def __init__(self, function: Callable[..., Tensor], *, centred: bool) -> None:
         super().__init__()
         self.function, self.centred = function, centred
 
-    def forward(self, seen: StepOutputs) -> Tensor:
-        labels = seen.batch.targets if self.centred else seen.batch.shares
-        return self.function(seen.outputs, seen.batch.labels if labels is None else labels)
+    def forward(self, step: StepOutputs) -> Tensor:
+        batch = step.batch
+        if self.centred:
+            labels = batch.labels if batch.targets is None else batch.targets
+        else:
+            labels = batch.labels_or_shares
+        return self.function(step.student_logits, labels)
 
 
 class LogitTerm(nn.Module):
     """A loss of the student's logits and the teachers'."""
 
     def __init__(
-        self, function: LogitLoss, temperature: float, labels: bool, together: TeacherCombiner
+        self, function: LossFunction, temperature: float, labels: bool, combine: TeacherCombiner
     ) -> None:
         super().__init__()
         self.function, self.temperature, self.labels = function, temperature, labels
-        self.together = together
+        self.combine = combine
 
-    def forward(self, seen: StepOutputs) -> Tensor:
+    def forward(self, step: StepOutputs) -> Tensor:
         if self.labels:
-            teacher = seen.teacher(self.temperature)
-            return self.function(seen.outputs, teacher, seen.batch.labels)
-        return self.together(seen, self.function, self.temperature)
+            teacher = step.combined_logits(self.temperature)
+            return self.function(step.student_logits, teacher, step.batch.labels)
+        return self.combine(step, self.function, self.temperature)
 
 
 def build(
@@ -181,40 +187,40 @@ def build(
     smoothing: float = 0.0,
     seed: int = 0,
 ) -> list[WeightedTerm]:
-    """The terms as modules; those of features have their taps on the networks.
+    """Build the modules of terms; terms of features put taps on the networks.
 
     Args:
-        specs: What was written.
-        student, teachers: Not wrapped and not compiled yet. A term of features is the mean of what
-            it is with each teacher, with a projector for each.
+        specs: The parsed terms.
+        student, teachers: Networks before they are wrapped or compiled. With several teachers, a
+            term of features is the mean over the teachers, with a projector for each.
         shape: Height, width and channels of an image.
-        classes: Their number, for `heads`.
+        classes: Number of classes, for `heads`.
         images: Number of training images, for the memory of `crd`.
-        smoothing: Of labels in `ce`.
-        seed: Of the projectors' weights.
+        smoothing: Label smoothing of `ce`, unless the term has a parameter of its own.
+        seed: Seed of the projectors' weights.
 
     Raises:
-        UserError: For a layer that is not there, or layers where none are looked at.
+        UserError: For an unknown layer, or layers in a term without features.
     """
-    places = [
+    contexts = [
         partial(feature_terms.TermContext, student, teacher, shape, classes, images, seed + i)
         for i, teacher in enumerate(teachers or (None,))
     ]
-    return [_build_term(spec, places, smoothing) for spec in specs]
+    return [_build_term(spec, contexts, smoothing) for spec in specs]
 
 
 def needs_teacher(spec: TermSpec) -> bool:
-    """Whether a term looks at a teacher."""
-    return TERMS[spec.name].looks_at != "labels" and spec.name != "heads"
+    """Whether a term takes a teacher's outputs."""
+    return TERMS[spec.name].inputs != "labels" and spec.name != "heads"
 
 
 def check(specs: Sequence[TermSpec], *, classes: int, batch_size: int, mixed: bool) -> None:
     """Refuse terms that cannot work with the data.
 
     Args:
-        specs: What was written.
-        classes: Their number.
-        batch_size: Images of a batch.
+        specs: The parsed terms.
+        classes: Number of classes.
+        batch_size: Number of images in a batch.
         mixed: Whether images are mixed.
 
     Raises:
@@ -224,7 +230,7 @@ def check(specs: Sequence[TermSpec], *, classes: int, batch_size: int, mixed: bo
         row = TERMS[spec.name]
         if mixed and row.whole:
             raise UserError(
-                f"--loss {spec.name} needs whole labels, an image of one class each: leave --mixup "
+                f"--loss {spec.name} needs whole labels, one class for each image: leave --mixup "
                 "and --cutmix out"
             )
         if classes < row.classes:
@@ -240,64 +246,67 @@ def check(specs: Sequence[TermSpec], *, classes: int, batch_size: int, mixed: bo
 
 
 def remarks(specs: Sequence[TermSpec], *, images: int) -> list[str]:
-    """Lines about what a term does otherwise than it says, for want of images.
+    """Lines about terms whose parameters are lowered for lack of images.
 
     Args:
-        specs: What was written.
-        images: Number of training images; 0 where nobody knows.
+        specs: The parsed terms.
+        images: Number of training images; 0 if unknown.
     """
     lines = []
     for spec in specs:
-        asked = spec.parameters.get("negatives")
-        if asked is None and spec.name == "crd":
-            asked = loss_spec.parameters(TERMS[spec.name].function)["negatives"]
-        if asked is not None and asked > images - 1 > 0:
+        negatives = spec.parameters.get("negatives")
+        if negatives is None and spec.name == "crd":
+            negatives = loss_spec.parameters(TERMS[spec.name].function)["negatives"]
+        if negatives is not None and negatives > images - 1 > 0:
             lines.append(
                 f"--loss {spec.name} compares each image with {images - 1} others, as many as "
-                f"there are, and not with negatives={asked}"
+                f"there are, and not with negatives={negatives}"
             )
     return lines
 
 
 def teaches_labels(spec: TermSpec) -> bool:
-    """Whether a term tells the student which classes the images are of."""
+    """Whether a term teaches the student the labels."""
     return not needs_teacher(spec)
 
 
 def needs_raw_logits(spec: TermSpec) -> bool:
-    """Whether a term looks at more than the probabilities that a teacher's logits stand for."""
+    """Whether a term needs a teacher's logits and not only their probabilities."""
     row = TERMS[spec.name]
-    return needs_teacher(spec) and row.make is None and row.together is not mean_probability_loss
+    return needs_teacher(spec) and row.make is None and row.combine is not mean_probability_loss
 
 
 def min_images(spec: TermSpec) -> int:
-    """The least number of images that a term can compare."""
+    """The smallest number of images that a term can compare."""
     if spec.name == "dist" and spec.parameters.get("intra") == 0:
-        return 1  # the rows alone
+        return 1  # only rows are compared
     return TERMS[spec.name].images
 
 
 def _build_term(
-    spec: TermSpec, places: Sequence[Callable[..., feature_terms.TermContext]], smoothing: float
+    spec: TermSpec, contexts: Sequence[Callable[..., feature_terms.TermContext]], smoothing: float
 ) -> WeightedTerm:
     row = TERMS[spec.name]
     weight = row.weight if spec.weight is None else spec.weight
-    given = loss_spec.parameters(row.function) | dict(spec.parameters)
-    if row.looks_at != "features" and spec.layers:
-        raise UserError(f"--loss {spec.name} looks at {row.looks_at}: leave its layers out")
+    parameters = loss_spec.parameters(row.function) | dict(spec.parameters)
+    if row.inputs != "features" and spec.layers:
+        raise UserError(
+            f"--loss {spec.name} takes {row.inputs}, not features: leave its layers out"
+        )
     taught = needs_teacher(spec)
-    if row.looks_at == "labels":
+    if row.inputs == "labels":
         if spec.name == "ce" and "smoothing" not in spec.parameters:
-            given["smoothing"] = smoothing
-        measure = LabelTerm(partial(row.function, **given), centred=spec.name == "mse")
+            parameters["smoothing"] = smoothing
+        measure = LabelTerm(partial(row.function, **parameters), centred=spec.name == "mse")
     elif row.make is None:
-        with_labels = row.looks_at == "logits and labels"
-        temperature = given.get("temperature", 1.0)
-        function = partial(row.function, **given)
-        measure = LogitTerm(function, temperature, with_labels, row.together)
+        with_labels = row.inputs == "logits and labels"
+        temperature = parameters.get("temperature", 1.0)
+        function = partial(row.function, **parameters)
+        measure = LogitTerm(function, temperature, with_labels, row.combine)
     else:
-        make, function = row.make, partial(row.function, **given)
-        each = [make(place(spec.layers), function) for place in places[: None if taught else 1]]
+        make, function = row.make, partial(row.function, **parameters)
+        used = contexts if taught else contexts[:1]
+        each = [make(context(spec.layers), function) for context in used]
         measure = each[0] if len(each) == 1 else feature_terms.MeanOverTeachers(each)
     features = taught and row.make is not None
     return WeightedTerm(

@@ -1,1 +1,1 @@
-"""Several processes: precision, sharded weights, and the notice that one has died."""
+"""Several processes: devices and precision, sharded weights, and detection of dead processes."""

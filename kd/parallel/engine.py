@@ -1,4 +1,4 @@
-"""Devices, processes and precision: an Accelerator, and what it is asked for.
+"""Create the Accelerator for a device, a precision and any number of processes.
 
 `kd train` runs on one device; `accelerate launch -m kd train` and `torchrun -m kd train` on many.
 """
@@ -19,57 +19,67 @@ Shared = TypeVar("Shared")
 
 
 def make(device: str = "cpu", precision: str = "no") -> Engine:
-    """An engine for a device that is there.
+    """Create an engine for an available device.
 
     Args:
-        device: `auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`; of several processes
-            each takes its own GPU.
-        precision: `no`, `bf16`, `fp16`; `mixed` is bf16 where the GPU computes with it, else fp16,
-            and `no` on a CPU.
+        device: `auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`; each of several
+            processes takes its own GPU.
+        precision: `no`, `bf16`, `fp16`; `mixed` is bf16 where the GPU supports it, else fp16, and
+            `no` on a CPU.
 
     Raises:
-        UserError: If the device is not there, or cannot compute so; for FSDP on one device.
+        UserError: If the device is not available, or does not support the precision; for FSDP on
+            one device.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = _require_device(device).type
     if ":" in device:
         os.environ["ACCELERATE_TORCH_DEVICE"] = device
-    spread = sharding.requested_plugin()
+    fsdp_plugin = sharding.requested_plugin()
     engine = Accelerator(
-        cpu=kind == "cpu", mixed_precision=resolve_precision(precision, kind), fsdp_plugin=spread
+        cpu=kind == "cpu",
+        mixed_precision=resolve_precision(precision, kind),
+        fsdp_plugin=fsdp_plugin,
     )
-    # cuDNN's default algorithms add up in no fixed order: a resumed run would be another one.
+    # cuDNN's default algorithms sum in no fixed order, so a resumed run would differ.
     torch.backends.cudnn.deterministic = True
     if kind != engine.device.type:
         raise UserError(
             f"asked for --device {device}, but this process computes on {engine.device}"
         )
-    if spread:
+    if fsdp_plugin:
         sharding.check(engine)
     return engine
 
 
 def decide_on_main(on: Engine, decide: Callable[[], Shared]) -> Shared:
-    """What the first process decides, in all of them; its error too, so that none waits in vain.
+    """Decide in the first process, and broadcast its decision or its error to all processes.
+
+    A decision that depends on files or clocks could differ between processes, and processes that
+    diverge would deadlock.
+
+    Args:
+        on: Engine of the training.
+        decide: Function that returns the decision; called in the first process only.
 
     Raises:
-        UserError: In every process, if the first one does.
+        UserError: In every process, if `decide` raises it in the first one.
     """
-    found: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]  # the decision, the error
     if on.is_main_process:
         try:
-            found[0] = decide()
+            outcome[0] = decide()
         except UserError as error:
-            found[1] = error
-    found = broadcast_object_list(found)
-    if found[1] is not None:
-        raise found[1]
-    return found[0]
+            outcome[1] = error
+    decision, error = broadcast_object_list(outcome)
+    if error is not None:
+        raise error
+    return decision
 
 
 def resolve_precision(precision: str, kind: str) -> str:
-    """The precision that `mixed` stands for on a kind of device.
+    """Resolve `mixed` to the precision for a kind of device; return others as they are.
 
     Raises:
         UserError: For fp16 on a CPU.
@@ -89,5 +99,5 @@ def _require_device(name: str) -> torch.device:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         first = first_line(error)
-        raise UserError(f"device {name!r} is not there ({first}): use --device cpu") from error
+        raise UserError(f"device {name!r} is not available ({first}): use --device cpu") from error
     return device

@@ -1,7 +1,7 @@
-"""The processes of one training: which one has died, when the others find it gone.
+"""Name the process of a training that has died.
 
-Each process keeps a heartbeat in the store through which all of them met. A process whose partner
-has gone sees only a broken connection; the heartbeat that stopped says whose it was.
+Each process writes a heartbeat to the store of the process group. A process whose partner has died
+sees only a broken connection; the heartbeat that stopped shows whose it was.
 """
 
 import threading
@@ -16,13 +16,17 @@ import torch.distributed as dist
 from dsdistill.harness.errors import UserError
 from kd.parallel.engine import Engine
 
-SECONDS_BETWEEN_BEATS = 1.0  # seconds
-SECONDS_UNTIL_DEAD = 3.5  # after which a process is taken for dead
+SECONDS_BETWEEN_BEATS = 1.0
+SECONDS_UNTIL_DEAD = 3.5  # without a heartbeat
 
 
 @contextmanager
 def watch(on: Engine, out: Path) -> Iterator[None]:
-    """Turn the loss of a process into one line that names it.
+    """Turn the error after the death of another process into one line that names it.
+
+    Args:
+        on: Engine of the training.
+        out: Folder of the run, for the message.
 
     Raises:
         UserError: If another process has died.
@@ -39,7 +43,7 @@ def watch(on: Engine, out: Path) -> Iterator[None]:
             count += 1
             try:
                 store.set(f"beat-{on.process_index}", str(count))
-            except RuntimeError:  # the process that holds the store has gone
+            except RuntimeError:  # the process that holds the store has died
                 return
 
     thread = threading.Thread(target=beat, daemon=True)
@@ -72,7 +76,7 @@ def _dead_process_message(on: Engine, store: Any, out: Path) -> str:
         after = beats()
         dead = [rank for rank in others if after.get(rank) == before.get(rank)]
     except RuntimeError:
-        dead = [0]  # its store went with it
+        dead = [0]  # the store was in this process
     names = ", ".join(map(str, dead)) or "another"
     return (
         f"process {names} of {on.num_processes} has died: go on with as many processes and "

@@ -1,7 +1,8 @@
-"""Weights that FSDP spreads over processes: gathered to be judged, averaged and saved.
+"""Shard weights over processes with FSDP, and gather them for validation, averages and checkpoints.
 
-What is trained is spread, with its gradients and the optimizer's state. Frozen teachers stay whole
-in every process: they have neither, and gathering them at each step would cost more than it saves.
+Trained weights are sharded, with their gradients and the optimizer's state. Frozen teachers stay
+whole in every process: they have neither, and gathering them at each step would cost more than it
+saves.
 """
 
 import os
@@ -17,7 +18,7 @@ from dsdistill.harness.errors import UserError, first_line
 
 
 def requested_plugin() -> FullyShardedDataParallelPlugin | None:
-    """FSDP in its second version, where `accelerate launch --use_fsdp` asks for it.
+    """The plugin of FSDP2, if `accelerate launch --use_fsdp` requests it; else None.
 
     Raises:
         UserError: If its options do not go together.
@@ -31,7 +32,11 @@ def requested_plugin() -> FullyShardedDataParallelPlugin | None:
 
 
 def check(on: Accelerator) -> None:
-    """Refuse FSDP where Accelerate would leave it out without a word."""
+    """Refuse FSDP where Accelerate would silently ignore it.
+
+    Raises:
+        UserError: If the engine does not use FSDP2.
+    """
     if not on.is_fsdp2:
         where = f"{on.num_processes} x {on.device.type}"
         raise UserError(f"FSDP needs several GPUs, and this is {where}: leave --use_fsdp out")
@@ -40,10 +45,10 @@ def check(on: Accelerator) -> None:
 def shard(
     on: Accelerator, objective: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, Any]:
-    """Objective and optimizer as `Accelerator.prepare` spreads them, what is frozen left whole.
+    """Shard objective and optimizer with `Accelerator.prepare`; frozen modules stay whole.
 
     Raises:
-        UserError: If modules are to be wrapped that cannot be.
+        UserError: If FSDP cannot wrap a module.
     """
     assert on.state.fsdp_plugin is not None
     frozen = [module for module in objective.modules() if _is_frozen(module)]
@@ -55,32 +60,32 @@ def shard(
 
 
 def unshard(value: Tensor) -> Tensor:
-    """A tensor with the shares of all processes, each of which must call this."""
+    """Gather a tensor from all processes, each of which must call this."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def distribute_like(value: Tensor, own: Tensor) -> Tensor:
-    """A whole tensor in the shape, on the device and as spread as another one.
+def distribute_like(value: Tensor, like: Tensor) -> Tensor:
+    """Give a whole tensor the shape, the device and the sharding of another one.
 
     Raises:
-        RuntimeError: If it has not as many elements.
+        RuntimeError: If the numbers of elements differ.
     """
-    value = value.view(own.shape).to(own.device)
-    if not isinstance(own, DTensor):
+    value = value.view(like.shape).to(like.device)
+    if not isinstance(like, DTensor):
         return value
-    return distribute_tensor(value, own.device_mesh, own.placements)
+    return distribute_tensor(value, like.device_mesh, like.placements)
 
 
 def gather(network: nn.Module, into: nn.Module) -> nn.Module:
-    """A spread network's weights, and the first process's buffers, in a whole copy of it."""
-    found = {name: unshard(value) for name, value in network.state_dict().items()}
+    """Gather a sharded network's weights, and the first process's buffers, into a whole copy."""
+    state = {name: unshard(value) for name, value in network.state_dict().items()}
     for name, _ in network.named_buffers():
-        if name in found:
-            distributed.broadcast(found[name], src=0)
-    into.load_state_dict(found)
+        if name in state:
+            distributed.broadcast(state[name], src=0)
+    into.load_state_dict(state)
     return into
 
 
 def _is_frozen(module: nn.Module) -> bool:
-    own = list(module.parameters(recurse=False))
-    return bool(own) and not any(parameter.requires_grad for parameter in own)
+    parameters = list(module.parameters(recurse=False))
+    return bool(parameters) and not any(p.requires_grad for p in parameters)

@@ -1,7 +1,7 @@
-"""Where a training stands, as arrays and JSON: enough to go on bit for bit on the same machine.
+"""Pack the state of a training as arrays and JSON, and restore it.
 
-Random numbers, learning rates and the order of the images need no state: they are functions of the
-seed and the step.
+A training resumes bit for bit on the same machine. Random numbers, learning rates and the order of
+the images need no state: they are functions of the seed and the step.
 """
 
 import json
@@ -20,7 +20,7 @@ from kd.recipe import Recipe
 from kd.training.optimization import mean_weights
 
 Weights = Mapping[str, Tensor]
-META_TYPES = {  # of a checkpoint's figures
+META_TYPES = {  # types in a checkpoint's JSON part
     "step": int,
     "epoch": int,
     "stale": int,
@@ -28,7 +28,7 @@ META_TYPES = {  # of a checkpoint's figures
     "meter": Mapping[str, float] | None,
     "recipe": Mapping[str, Any],
 }
-PackedState = tuple[Mapping[str, np.ndarray], Mapping[str, Any]]
+PackedState = tuple[Mapping[str, np.ndarray], Mapping[str, Any]]  # arrays, and JSON
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,9 +36,9 @@ class BestEpoch:
     """The weights after an epoch that is among the best.
 
     Attributes:
-        epoch: Counted from 1.
-        figures: Of the validation images then; empty without any.
-        weights: Of the network that was validated: the average, where there is one.
+        epoch: Number of the epoch, counted from 1.
+        figures: Validation metrics after it; empty without validation images.
+        weights: Weights of the network that was validated: the average, where there is one.
     """
 
     epoch: int
@@ -48,13 +48,14 @@ class BestEpoch:
 
 @dataclass(frozen=True, eq=False)
 class TrainingState:
-    """A training after some step.
+    """The progress of a training after some step.
 
     Attributes:
-        step, epoch: How many are done; the epoch of the step may be unfinished.
+        step: Number of finished steps.
+        epoch: Number of finished epochs.
         kept: The best epochs so far, the best first.
-        stale: Validations in a row that found nothing better.
-        meter: Sums of the figures of a round that is not over.
+        stale: Number of consecutive validations without improvement.
+        meter: Sums of the `Meter` of an unfinished round; None at the end of a round.
     """
 
     step: int = 0
@@ -73,35 +74,35 @@ class TrainingState:
 
     @property
     def best(self) -> dict[str, Tensor]:
-        """The mean of the weights that were kept; usually they are one epoch's."""
+        """The mean of the kept weights; usually those of one epoch."""
         return mean_weights([dict(kept.weights) for kept in self.kept])
 
 
 def copy_weights(network: nn.Module) -> dict[str, Tensor]:
-    """The network's weights and buffers as they are now."""
+    """Copy the network's weights and buffers."""
     return {name: value.detach().clone() for name, value in network.state_dict().items()}
 
 
 def check(saved: PackedState, recipe: Recipe) -> None:
-    """Refuse what is no checkpoint of `kd train`, or one of another recipe.
+    """Refuse a checkpoint that is not of `kd train`, or of another recipe.
 
     Args:
-        saved: What `pack` gave; with the `recipe` as JSON, but for earlier versions.
-        recipe: Of the training that is to go on.
+        saved: Result of `pack`, with the `recipe` as JSON except in earlier versions.
+        recipe: Recipe of the training that resumes.
 
     Raises:
-        UserError: If it is.
+        UserError: If the checkpoint does not fit.
     """
     meta = saved[1]
     try:
         schema.check("the checkpoint", meta, META_TYPES)
     except ValueError as error:
         raise UserError(
-            f"{error}, and so none of `kd train`: start anew in another --out"
+            f"{error}, so it is not of `kd train`: start anew in another --out"
         ) from error
     if missing := {"step", "epoch", "kept", "optimizer", "groups"} - meta.keys():
         raise UserError(
-            f"the checkpoint is none of `kd train` (it lacks {min(missing)}): start anew in "
+            f"the checkpoint is not of `kd train` (it lacks {min(missing)}): start anew in "
             "another folder"
         )
     stored, now = meta.get("recipe") or {}, json.loads(json.dumps(asdict(recipe)))
@@ -120,12 +121,13 @@ def pack(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None = None,
 ) -> PackedState:
-    """Named arrays and a JSON-compatible remainder, for `runs.Run.save_state`.
+    """Pack a training as named arrays and JSON-compatible values, for `run_folder.Run.save_state`.
 
     Args:
-        state: What to say of it all.
-        modules: What else has a state: `objective`, and `average` where there is one.
-        optimizer, scaler: Their states.
+        state: Progress of the training.
+        modules: Tensors of `objective`, and of `average` where there is one.
+        optimizer: Optimizer of the training.
+        scaler: Gradient scaler of fp16; None without one.
     """
     tensors = {f"{m}.{k}": v for m, weights in modules.items() for k, v in weights.items()}
     tensors |= {f"kept.{i}.{k}": v for i, x in enumerate(state.kept) for k, v in x.weights.items()}
@@ -161,13 +163,16 @@ def unpack(
     *,
     network: nn.Module,
 ) -> TrainingState:
-    """Put modules, optimizer and scaler where `pack` found them.
+    """Restore modules, optimizer and scaler from a checkpoint.
 
     Args:
-        saved: What `pack` gave.
-        modules: Under the names that they were packed with.
-        optimizer, scaler: Freshly made.
-        network: Whose weights were kept; for their devices.
+        saved: Result of `pack`.
+        modules: Modules under the names that they were packed with; changed in place.
+        optimizer, scaler: New optimizer and scaler; changed in place.
+        network: Network whose weights were kept; gives their devices and layout.
+
+    Returns:
+        The progress of the training.
 
     Raises:
         UserError: If it was packed with other networks or another recipe.
@@ -209,7 +214,7 @@ def _restore(
         BestEpoch(x["epoch"], x["figures"], _select_prefix(arrays, f"kept.{i}.", network))
         for i, x in enumerate(meta["kept"])
     )
-    # An older checkpoint says nothing of `stale`, and its training had no patience to lose.
+    # Older checkpoints have no `stale`: their trainings had no patience.
     return TrainingState(meta["step"], meta["epoch"], kept, meta.get("stale", 0), meta["meter"])
 
 
@@ -221,34 +226,41 @@ def after_validation(
     metric: str,
     keep: int,
 ) -> TrainingState:
-    """The state after a validation: the best epochs are kept, of equal ones the later.
+    """Update the kept epochs after a validation; of equal epochs the later is better.
 
-    The later of two equals had the lower learning rate, but is no better for `stale`. Without
+    The later of two equal epochs had the lower learning rate, but does not reset `stale`. Without
     figures the last epoch is the best.
+
+    Args:
+        state: Progress of the training.
+        network: Network that was validated.
+        figures: Its validation metrics; None without validation images.
+        metric: Metric that orders the epochs; smaller is better only for `nll`.
+        keep: Number of epochs to keep.
     """
-    found = BestEpoch(state.epoch, figures or {}, copy_weights(network))
+    latest = BestEpoch(state.epoch, figures or {}, copy_weights(network))
     if figures is None:
-        return TrainingState(state.step, state.epoch, (found,))
+        return TrainingState(state.step, state.epoch, (latest,))
     sign = -1 if metric == "nll" else 1
     better = not state.kept or sign * figures[metric] > sign * state.kept[0].figures[metric]
 
     def order(kept: BestEpoch) -> tuple[float, int]:
         return sign * kept.figures[metric], kept.epoch
 
-    best = sorted([*state.kept, found], key=order, reverse=True)[:keep]
+    best = sorted([*state.kept, latest], key=order, reverse=True)[:keep]
     return TrainingState(state.step, state.epoch, tuple(best), 0 if better else state.stale + 1)
 
 
 def _to_number(value: Any) -> Any:
-    """A number where an optimizer keeps an option as a tensor, as timm's LAMB does."""
+    """Convert an option that an optimizer keeps as a tensor, as timm's LAMB does, to a number."""
     return value.item() if isinstance(value, Tensor) else value
 
 
 def _select_prefix(
     arrays: Mapping[str, np.ndarray], prefix: str, like: nn.Module
 ) -> dict[str, Tensor]:
-    """The tensors under a prefix, on the devices of the module's own."""
-    own = like.state_dict()
+    """Select the tensors under a prefix, with the devices and layout of the module's tensors."""
+    present = like.state_dict()
     names: Iterable[str] = (name for name in arrays if name.startswith(prefix))
-    found = {name.removeprefix(prefix): torch.from_numpy(arrays[name].copy()) for name in names}
-    return {name: sharding.distribute_like(value, own[name]) for name, value in found.items()}
+    stored = {name.removeprefix(prefix): torch.from_numpy(arrays[name].copy()) for name in names}
+    return {name: sharding.distribute_like(value, present[name]) for name, value in stored.items()}

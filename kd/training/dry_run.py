@@ -1,8 +1,8 @@
-"""One step of a training on made-up images, before anything is written.
+"""Try one step of a training on images of noise, before anything is written.
 
-What a loss does to a student is known for certain only when it is computed: a term may raise for
-so few images or classes, give no number, or leave a part of the student as it was initialised.
-Each is said here in one line, and not by a traceback in the middle of a training, or never.
+The effect of a loss on a student is certain only when it is computed: a term may raise for a small
+number of images or classes, give NaN, or leave a part of the student untrained. Each of these is an
+error of one line here, instead of a traceback in the middle of a training, or no error at all.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from kd.models.networks import Classifier, Shape
 from kd.objectives.schemes import Distillation, MeanTeacher, Mutual, Objective
 from kd.parallel.engine import Engine
 
-MAX_IMAGES = 4  # more only cost time
+MAX_IMAGES = 4  # of the batch; more only cost time
 SEED = 0
 
 
@@ -34,20 +34,20 @@ def check(
     mixed: bool = False,
     centred: bool = False,
 ) -> None:
-    """Compute a loss and its gradient as the smallest batch of an epoch will.
+    """Compute a loss and its gradient for a batch like the smallest of an epoch.
 
-    Weights, buffers and random numbers are left as they were. Weights that the student's outputs
-    do not depend on, such as a mask token, are frozen: several processes would wait for their
-    gradients.
+    Weights, buffers and random numbers are left unchanged. With several processes, weights that the
+    student's outputs do not depend on, such as a mask token, are frozen: the processes would wait
+    for their gradients.
 
     Args:
-        objective: Not wrapped and not compiled yet.
-        loss: As it was written, for messages.
-        sizes: Images of each batch of an epoch, over all processes.
+        objective: The objective, before it is wrapped or compiled.
+        loss: Text of the loss, for messages.
+        sizes: Number of images of each batch of an epoch, over all processes.
         shape: Height, width and channels of an image.
-        classes: Their number.
-        images: In the training set; 0 where nobody knows.
-        on: Where it computes.
+        classes: Number of classes.
+        images: Number of images in the training set; 0 if unknown.
+        on: Engine of the training.
         mixed: Whether the images are mixed, so that their labels are shares of several classes.
         centred: Whether the data have real-valued labels.
 
@@ -57,8 +57,8 @@ def check(
     """
     objective.to(on.device)
     n = min(smallest_share(sizes, on.num_processes), MAX_IMAGES)
-    made_up = noise_batch(n, shape, classes, images=images, mixed=mixed, centred=centred)
-    made_up = batching.move(made_up, on.device)
+    batch = noise_batch(n, shape, classes, images=images, mixed=mixed, centred=centred)
+    batch = batching.move(batch, on.device)
     networks = _trained_networks(objective)
     with (
         _preserve_state(objective),
@@ -66,9 +66,9 @@ def check(
         on.autocast(),
         _report_errors(loss, n),
     ):
-        used = _weights_with_gradient(objective, _sum_outputs(networks, made_up))
+        used = _weights_with_gradient(objective, _sum_outputs(networks, batch))
         torch.manual_seed(SEED)
-        terms = objective(made_up)
+        terms = objective(batch)
         taught = _weights_with_gradient(objective, torch.stack(list(terms.values())).sum())
     _check_finite(loss, terms)
     if left := [name for name in used if name not in taught]:
@@ -77,12 +77,12 @@ def check(
         with _preserve_state(objective), torch.random.fork_rng():
             # In training a network may leave out layers at random, here it has them all.
             objective.eval()
-            used += _weights_with_gradient(objective, _sum_outputs(networks, made_up))
+            used += _weights_with_gradient(objective, _sum_outputs(networks, batch))
         _freeze_unused(networks, {*used, *taught}, objective)
 
 
 def smallest_share(sizes: Sequence[int], world: int) -> int:
-    """Images of the smallest part of a batch that a process gets."""
+    """Number of images in the smallest share of a batch that a process gets."""
     return min(
         len(batching.share_positions(n, rank, world)) for n in set(sizes) for rank in range(world)
     )
@@ -97,25 +97,25 @@ def noise_batch(
     mixed: bool = False,
     centred: bool = False,
 ) -> Batch:
-    """Noise with labels in turn: a batch that depends on its form alone.
+    """Build a batch of noise, with the classes in turn as labels; the same for the same arguments.
 
     Args:
-        n: Images.
-        shape: Height, width and channels.
-        classes: Their number.
-        images: In the training set, of which these are the first; 0: their rows are not known.
-        mixed: Whether each is a mix of two classes.
-        centred: Whether it has real-valued labels too.
+        n: Number of images.
+        shape: Height, width and channels of an image.
+        classes: Number of classes.
+        images: Number of images in the training set, whose first rows the batch gets; 0: no rows.
+        mixed: Whether each image is a mix of two classes.
+        centred: Whether the batch also has real-valued labels.
     """
     h, w, c = shape
     noise = torch.randn(n, c, h, w, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(n) % classes
-    whole = nn.functional.one_hot(labels, classes).float()
+    one_hot = nn.functional.one_hot(labels, classes).float()
     return Batch(
         noise,
         labels,
-        targets=whole - 1 / classes if centred else None,
-        shares=0.7 * whole + 0.3 * whole.flip(0) if mixed else None,
+        targets=one_hot - 1 / classes if centred else None,
+        class_shares=0.7 * one_hot + 0.3 * one_hot.flip(0) if mixed else None,
         index=torch.arange(n) % images if images else None,
     )
 
@@ -130,25 +130,26 @@ def _trained_networks(objective: Objective) -> list[Classifier]:
 
 @contextmanager
 def _preserve_state(objective: Objective) -> Iterator[None]:
-    """Training mode inside; buffers, such as running averages, and the mode as they were after."""
+    """Set training mode inside the block; restore the mode and all buffers afterwards."""
     plain = objective.inner if isinstance(objective, MeanTeacher) else objective
     frozen = plain.teachers.buffers() if isinstance(plain, Distillation) else ()
-    known, was = set(map(id, frozen)), objective.training
-    kept = [(buffer, buffer.clone()) for buffer in objective.buffers() if id(buffer) not in known]
+    frozen_ids, was_training = set(map(id, frozen)), objective.training
+    buffers = (buffer for buffer in objective.buffers() if id(buffer) not in frozen_ids)
+    copies = [(buffer, buffer.clone()) for buffer in buffers]
     objective.train()
     try:
         yield
     finally:
-        objective.train(was)
+        objective.train(was_training)
         objective.zero_grad(set_to_none=True)
         with torch.no_grad():
-            for buffer, before in kept:
+            for buffer, before in copies:
                 buffer.copy_(before)
 
 
 @contextmanager
 def _report_errors(loss: str, n: int) -> Iterator[None]:
-    """An error inside as one line: networks and losses raise whatever they like."""
+    """Turn any error inside the block into one line: networks and losses may raise anything."""
     try:
         yield
     except UserError:
@@ -163,14 +164,14 @@ def _report_errors(loss: str, n: int) -> Iterator[None]:
 
 
 def _sum_outputs(networks: Sequence[Classifier], batch: Batch) -> Tensor:
-    """A number that every weight behind the outputs of the networks has a gradient of."""
-    # As in the objective, which calls them in this order: what they draw at random is the same.
+    """Sum the outputs of the networks: every weight that they depend on gets a gradient."""
+    # The objective calls the networks in this order too, so their random draws are the same.
     torch.manual_seed(SEED)
     return torch.stack([network(batch.images).float().sum() for network in networks]).sum()
 
 
 def _weights_with_gradient(objective: Objective, value: Tensor) -> list[str]:
-    """The trained weights that a value depends on, by name."""
+    """Names of the trained weights that a value depends on."""
     objective.zero_grad(set_to_none=True)
     if value.requires_grad:
         value.backward()
@@ -191,14 +192,15 @@ def _no_gradient_message(loss: str, left: Sequence[str], count: int) -> str:
     modules = list(dict.fromkeys(name.rpartition(".")[0] or name for name in short))
     shown = ", ".join(modules[:3]) + (", ..." if len(modules) > 3 else "")
     return (
-        f"--loss {loss} sends no gradient to {len(left)} of the {count} weights that make the "
-        f"student's outputs, those of {shown}, which would keep their first values: add a term on "
-        "the outputs, such as ce:1 or kd:1"
+        f"--loss {loss} sends no gradient to {len(left)} of the {count} weights that the student's "
+        f"outputs depend on, those of {shown}, which would keep their initial values: add a term "
+        "on the outputs, such as ce:1 or kd:1"
     )
 
 
 def _freeze_unused(networks: Sequence[Classifier], reached: set[str], objective: Objective) -> None:
-    own = {id(weight) for network in networks for weight in network.parameters()}
+    """Freeze the weights of the networks whose names are not in `reached`."""
+    of_networks = {id(weight) for network in networks for weight in network.parameters()}
     for name, weight in objective.named_parameters():
-        if id(weight) in own and name not in reached:
+        if id(weight) in of_networks and name not in reached:
             weight.requires_grad_(False)

@@ -1,9 +1,9 @@
-"""One plain loop over an objective: steps, rounds, validation, checkpoints.
+"""The training loop: steps, rounds, validation, checkpoints.
 
-A round is an epoch, or several: as many as `--validate-every` says, and by default, where epochs
-are shorter than a hundred steps, as many as make at most forty rounds of the training (see
-`kd.training.steps`). After a round the student is validated. The training is saved after rounds
-and inside them, as often as it is cheap (see `kd.training.saving`).
+A round is one epoch or several: `--validate-every` epochs, and by default, where epochs are shorter
+than a hundred steps, so many that the training has at most forty rounds (see `kd.training.steps`).
+After a round the student is validated. The training is saved after rounds and inside them, as often
+as this is cheap (see `kd.training.saving`).
 """
 
 import math
@@ -49,78 +49,81 @@ def train(
     """Minimise the sum of the objective's terms; the same seed gives the same student.
 
     Args:
-        objective: Called with a batch, returns named loss terms; has a `student` with a `network`.
-        batches: The training images; a batch is `recipe.batch_size` images a process.
+        objective: Module that maps a batch to named loss terms, with a `student` that has a
+            `network`.
+        batches: Training images in batches of `recipe.batch_size` per process.
         recipe: Length, optimizer and learning rate.
-        seed: Of the order of the images and of any randomness inside the networks.
-        on: Where it computes; the CPU.
-        validate: Figures of a network as it is now, `accuracy` and `nll`. Without it the last
-            weights count as the best.
-        validation_images: Number of images that `validate` looks at; None where nobody knows. Many
-            of them make validations rarer where epochs are short.
-        saved: What an earlier call last gave to `save`, to go on from.
-        save: Called now and then, and after the last step, with arrays and a JSON-compatible rest.
-        stopping: Asked after each step whether to stop there. The training is saved first.
-        log: Where the mean terms and the figures of each round go.
-        show: Called after each step.
+        seed: Seed of the order of the images and of all randomness inside the networks.
+        on: Engine of the training; None is the CPU.
+        validate: Function that returns the metrics `accuracy` and `nll` of a network. Without it
+            the last weights count as the best.
+        validation_images: Number of images that `validate` uses; None if unknown. Many of them make
+            validations rarer where epochs are short.
+        saved: Last value that an earlier call passed to `save`, to resume from.
+        save: Function that is called from time to time, and after the last step, with arrays and
+            JSON-compatible values.
+        stopping: Function that is called after each step, and returns whether to stop. The training
+            is saved first.
+        log: Receives the mean terms and the metrics of each round.
+        show: Called after each step with its number and current values.
 
     Returns:
-        The last state; `best` are the weights with the best validation figure, of equal ones the
-        latest. The student itself is left with its last weights.
+        The last state; its `best` are the weights with the best validation metric, of equal ones
+        the latest. The student keeps its last weights.
 
     Raises:
         UserError: If a loss term is not finite.
-        KeyboardInterrupt: If it was stopped before its end; it was saved.
+        KeyboardInterrupt: If the training was stopped before its end; it was saved.
     """
-    loop = steps.prepare(objective, batches, recipe, on or engine.make(), validation_images)
-    state = loop.restored(saved) if saved else TrainingState()
-    meter, watch, saving = Meter(state.meter), FiniteGuard(), SavePolicy(loop.on, stopping)
+    trainer = steps.prepare(objective, batches, recipe, on or engine.make(), validation_images)
+    state = trainer.restore(saved) if saved else TrainingState()
+    meter, guard, saving = Meter(state.meter), FiniteGuard(), SavePolicy(trainer.on, stopping)
     objective.train()
-    with torch.random.fork_rng(), closing(loop.stream(batches, seed, state)) as stream:
+    with torch.random.fork_rng(), closing(trainer.stream(batches, seed, state)) as stream:
         for step, parts in stream:
-            terms = loop.update(step, parts, seed)
-            watch.check(step, terms, parts, loop.rate)
+            terms = trainer.update(step, parts, seed)
+            guard.check(step, terms, parts, trainer.rate)
             meter.add(terms, sum(len(part) for part in parts))
-            state = replace(state, step=step + 1, epoch=(step + 1) // loop.per_epoch)
+            state = replace(state, step=step + 1, epoch=(step + 1) // trainer.per_epoch)
             if show:
                 show(step + 1, **meter.now(), **_best_figure(state, recipe))
-            round_over = loop.ends_round(step + 1)
+            round_over = trainer.ends_round(step + 1)
             if round_over:
-                watch.flush()
-                state = _end_round(loop, state, meter, validate, log)
+                guard.flush()
+                state = _end_round(trainer, state, meter, validate, log)
                 meter = Meter()
-                objective.train()  # whatever the validation left it in
-            over, decision = loop.is_over(state), saving.decide(round_over=round_over)
+                objective.train()  # validation may have changed the mode
+            over, decision = trainer.is_over(state), saving.decide(round_over=round_over)
             if save and (over or decision.save):
-                watch.flush()
+                guard.flush()
                 began = time.monotonic()
-                save(loop.packed(replace(state, meter=meter.sums())))
-                saving.saved(time.monotonic() - began)
+                save(trainer.pack(replace(state, meter=meter.sums())))
+                saving.record_save(time.monotonic() - began)
             if over:
                 break
             if decision.stop:
                 raise KeyboardInterrupt
-    loop.finish()
+    trainer.finish()
     return state
 
 
 def _end_round(
-    loop: Trainer,
+    trainer: Trainer,
     state: TrainingState,
     meter: Meter,
     validate: Callable[[nn.Module], Figures] | None,
     log: Metrics | None,
 ) -> TrainingState:
-    state = replace(state, epoch=math.ceil(state.step / loop.per_epoch))
-    network = loop.judged
+    state = replace(state, epoch=math.ceil(state.step / trainer.per_epoch))
+    network = trainer.evaluated_network
     figures = validate(network) if validate else None
-    recipe = loop.recipe
+    recipe = trainer.recipe
     options = {"metric": recipe.metric, "keep": recipe.average_best}
     state = checkpoint.after_validation(state, network, figures, **options)
-    means = meter.means(loop.on)
+    means = meter.means(trainer.on)
     if log:
-        known = {f"validation_{name}": value for name, value in (figures or {}).items()}
-        log.write(state.step, epoch=state.epoch, lr=loop.rate, **means, **known)
+        validation = {f"validation_{name}": value for name, value in (figures or {}).items()}
+        log.write(state.step, epoch=state.epoch, lr=trainer.rate, **means, **validation)
     return state
 
 

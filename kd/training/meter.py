@@ -1,4 +1,4 @@
-"""What is watched during a training: mean loss terms, speed, and terms that are not finite."""
+"""Measurements during a training: mean loss terms, speed, and terms that are not finite."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ from dsdistill.harness.errors import UserError
 from kd.data.batching import Batch
 from kd.parallel.engine import Engine
 
-SECONDS_BETWEEN_READINGS = 0.5  # seconds: reading a value waits for the device
+SECONDS_BETWEEN_READINGS = 0.5  # to read a value is to wait for the device
 MAX_ROWS_SHOWN = 5  # rows of a batch in an error
 
 
@@ -19,7 +19,7 @@ class Meter:
     """Mean loss terms and the speed of one round.
 
     Args:
-        sums: What an earlier part of the round left, see `sums`.
+        sums: Result of `sums` from an earlier part of the round.
     """
 
     def __init__(self, sums: Mapping[str, float] | None = None) -> None:
@@ -32,27 +32,27 @@ class Meter:
         self._began = time.perf_counter()
 
     def add(self, terms: Mapping[str, Tensor], images: int) -> None:
-        """The terms of a step of so many images."""
+        """Add the terms of a step of `images` images."""
         self._last = dict(terms)
         for name, value in terms.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.double()
         self._steps, self._images = self._steps + 1, self._images + images
 
     def now(self) -> dict[str, float]:
-        """A recent step's terms, and images a second since the round began."""
+        """A recent step's terms, and images per second since the round began."""
         if time.monotonic() - self._shown[0] > SECONDS_BETWEEN_READINGS:
             terms = {name: value.item() for name, value in self._last.items()}
             self._shown = time.monotonic(), terms | self._speed()
         return self._shown[1]
 
     def sums(self) -> dict[str, float]:
-        """What a checkpoint in the middle of a round keeps."""
+        """Sums for a checkpoint in the middle of a round."""
         terms = {name: float(value) for name, value in self._sums.items()}
         passed = self._seconds + time.perf_counter() - self._began
         return terms | {"steps": self._steps, "images": self._images, "seconds": passed}
 
     def means(self, on: Engine) -> dict[str, float]:
-        """The round's mean terms, and its images a second, over all processes."""
+        """The round's mean terms, and its images per second, over all processes."""
         values = [float(value) for value in self._sums.values()]
         parts = torch.tensor([*values, self._images], dtype=torch.float64, device=on.device)
         summed: Any = on.reduce(parts)
@@ -71,43 +71,47 @@ class Meter:
 class FiniteGuard:
     """Stops a training whose loss is not finite.
 
-    A step's terms are judged on the device, and the answer is read after the next step has been
-    sent there: waiting for each step would leave a GPU idle. The checkpoint is saved only when all
-    have been seen.
+    A step's terms are checked on the device, and the result is read after the next step has been
+    sent there: waiting for each step would leave a GPU idle. A checkpoint is saved only after
+    `flush`.
     """
 
     def __init__(self) -> None:
-        self._unseen: tuple[Callable[[], bool], tuple[Any, ...]] | None = None
+        self._pending: tuple[Callable[[], bool], tuple[Any, ...]] | None = None
 
     def check(
         self, step: int, terms: Mapping[str, Tensor], batches: Sequence[Batch], rate: float
     ) -> None:
-        """Look at the step before this one.
+        """Start the check of a step, and read the result for the step before.
+
+        Raises:
+            UserError: If a term of the step before was not finite.
+        """
+        started = _start_finite_check(terms), (step, terms, batches, rate)
+        self.flush()
+        self._pending = started
+
+    def flush(self) -> None:
+        """Read the result for the last step.
 
         Raises:
             UserError: If a term of it was not finite.
         """
-        asked = _start_finite_check(terms), (step, terms, batches, rate)
-        self.flush()
-        self._unseen = asked
-
-    def flush(self) -> None:
-        """Look at the last step too."""
-        unseen, self._unseen = self._unseen, None
-        if unseen is not None and not unseen[0]():
-            raise _not_finite_error(*unseen[1])
+        pending, self._pending = self._pending, None
+        if pending is not None and not pending[0]():
+            raise _not_finite_error(*pending[1])
 
 
 def _start_finite_check(terms: Mapping[str, Tensor]) -> Callable[[], bool]:
-    """Ask the device whether the terms are finite, and how to read the answer.
+    """Start a check on the device whether the terms are finite; return how to read the result.
 
-    Asked later, the question would wait behind whatever had been sent to the device by then.
+    A check started later would wait for everything sent to the device in between.
     """
-    answer = torch.isfinite(torch.stack(list(terms.values())).sum())
-    if answer.device.type != "cuda":
-        return lambda: bool(answer)
+    is_finite = torch.isfinite(torch.stack(list(terms.values())).sum())
+    if is_finite.device.type != "cuda":
+        return lambda: bool(is_finite)
     on_host = torch.empty((), dtype=torch.bool, pin_memory=True)
-    on_host.copy_(answer, non_blocking=True)
+    on_host.copy_(is_finite, non_blocking=True)
     copied = torch.cuda.Event()
     copied.record()
 
@@ -129,5 +133,5 @@ def _not_finite_error(
     )
     return UserError(
         f"loss term {name!r} is {terms.get(name, values.sum()).item()} at step {step}, training "
-        f"images {images} (learning rate {rate:.3g}): lower --lr; the last checkpoint is as it was"
+        f"images {images} (learning rate {rate:.3g}): lower --lr"
     )

@@ -1,4 +1,4 @@
-"""What a step changes: timm's optimizers and schedules, and the average of the weights."""
+"""timm's optimizers and learning-rate schedules, and averages of weights."""
 
 import copy
 import math
@@ -17,10 +17,10 @@ from kd.recipe import Recipe
 
 
 def make_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """timm's optimizer over what is trainable in an objective.
+    """Create timm's optimizer of the trainable weights of an objective.
 
-    Norms and biases (vectors and scalars) are not decayed unless the recipe says so. timm's LAMB
-    clips the gradient's norm at 1 by itself.
+    Norms and biases (vectors and scalars) are not decayed unless `recipe.decay_all` is set. timm's
+    LAMB itself clips the gradient's norm at 1.
     """
     options: dict[str, Any] = {"filter_bias_and_bn": not recipe.decay_all}
     if recipe.optimizer in ("sgd", "momentum"):
@@ -37,10 +37,10 @@ def make_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 def make_schedule(
     optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int
 ) -> Scheduler:
-    """The learning rate as a function of the step alone: call `step_update(step)` before a step.
+    """Create the schedule, a function of the step only: call `step_update(step)` before a step.
 
-    A linear warm-up; then a cosine to `final` and a stretch of constant rate, or a fall by `decay`
-    at each milestone, or nothing.
+    A linear warm-up; then a cosine to `final` and a cool-down at constant rate, or a drop by
+    `decay` at each milestone, or a constant rate.
     """
     total = recipe.total_steps(steps_per_epoch)
     warmup = recipe.in_steps(recipe.warmup, steps_per_epoch)
@@ -64,10 +64,10 @@ def make_schedule(
 class WeightAverage:
     """Exponential moving average of a network's weights and buffers.
 
-    Its decay rises, ema (1 - exp(-ramp · step / total)), so that the random first weights are soon
-    forgotten.
+    The decay rises as ema (1 - exp(-ramp · step / total)), so that the random initial weights are
+    soon forgotten.
 
-    Source: the ramp is SuperGradients'; Polyak and Juditsky (1992) for the average.
+    Source: Polyak and Juditsky (1992); the ramp is that of SuperGradients.
     """
 
     def __init__(self, network: nn.Module, recipe: Recipe, total: int) -> None:
@@ -81,26 +81,30 @@ class WeightAverage:
         return self._model.module
 
     def update(self, network: nn.Module, step: int) -> None:
-        """Take in the weights after step 1, 2, ..."""
+        """Update the average with the weights after step 1, 2, ..."""
         self._model.decay = self.decay(step)
         self._model.update(network)
 
     def decay(self, step: int) -> float:
-        """What is kept of the average at step 1, 2, ..."""
+        """Decay of the average at step 1, 2, ..."""
         return self.largest * (1 - math.exp(-self.ramp * step / self.total))
 
 
 def check_optimizer(recipe: Recipe) -> None:
-    """Refuse an optimizer that is not there, before data are loaded."""
+    """Refuse an optimizer that cannot be created, before data are loaded.
+
+    Raises:
+        UserError: If timm does not know it, or it needs other arguments.
+    """
     try:
         make_optimizer(nn.Linear(1, 1), recipe)
-    except Exception as error:  # timm's optimizers need what they need
+    except Exception as error:  # timm's optimizers raise many kinds of errors
         first = first_line(error)
         raise UserError(f"cannot make optimizer {recipe.optimizer!r}: {first}") from error
 
 
 def mean_weights(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The mean of several networks' weights; what is not a floating number, from the first."""
+    """Average several networks' weights; integer tensors are those of the first."""
     if len(parts) == 1:
         return copy.copy(parts[0])
 

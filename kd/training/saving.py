@@ -1,9 +1,9 @@
-"""When a training is saved and stopped, decided alike in all its processes.
+"""Decide when a training is saved and stopped, in the same way in all its processes.
 
-A checkpoint is written as often as it is cheap: a small network's every few seconds, a large one's
-so seldom that saving takes a fiftieth of the time, and never less than every five minutes.
+Checkpoints are written as often as this is cheap: for a small network every ten seconds, for a
+large one so seldom that saving takes a fiftieth of the time, and at least every five minutes.
 
-Several processes must save and stop after the same step, and have clocks and signals of their own.
+Several processes must save and stop after the same step, but each has its own clock and signals.
 They agree about once a second, by one small sum: an agreement at every step would make a GPU wait.
 """
 
@@ -15,27 +15,26 @@ import torch
 
 from kd.parallel.engine import Engine
 
-MAX_SAVING_FRACTION = 0.02  # of the time of a training that saving it may take
-SECONDS_TO_FIRST_CHECKPOINT = 1.0  # seconds until the first checkpoint inside a round
-# Seconds between two of them inside a round, however cheap they are.
-MIN_SECONDS_BETWEEN_CHECKPOINTS = 10.0
-MAX_SECONDS_BETWEEN_CHECKPOINTS = 300.0  # seconds between two checkpoints, however dear they are
-SECONDS_BETWEEN_AGREEMENTS = 1.0  # seconds between two agreements of several processes
+MAX_SAVING_FRACTION = 0.02  # of the time of a training
+SECONDS_TO_FIRST_CHECKPOINT = 1.0  # before the first one inside a round
+MIN_SECONDS_BETWEEN_CHECKPOINTS = 10.0  # inside a round, however cheap they are
+MAX_SECONDS_BETWEEN_CHECKPOINTS = 300.0  # however expensive they are
+SECONDS_BETWEEN_AGREEMENTS = 1.0  # of several processes
 
 
 class Decision(NamedTuple):
-    """What is to be done after a step."""
+    """Whether to save and whether to stop after a step."""
 
     save: bool
     stop: bool
 
 
 class SavePolicy:
-    """Decides after each step whether the training is saved, and whether it stops there.
+    """Decides after each step whether the training is saved, and whether it stops.
 
     Args:
-        on: The processes; the clock of the first one counts.
-        stopping: Whether the user or the system has asked this process to stop.
+        on: Engine of the training; the clock of its first process decides when to save.
+        stopping: Function that returns whether this process has been asked to stop.
     """
 
     def __init__(self, on: Engine, stopping: Callable[[], bool]) -> None:
@@ -45,23 +44,20 @@ class SavePolicy:
         self._since, self._gap = 0, 1  # steps since the last agreement, and until the next
 
     def decide(self, *, round_over: bool) -> Decision:
-        """Decide after a step; every process asks after each."""
+        """Decide after a step; every process must call this after every step."""
         if self._on.num_processes == 1:
-            return self._mine(round_over)
+            return self._decide_locally(round_over)
         self._since += 1
         if self._since < self._gap and not round_over:
             return Decision(False, False)
-        return self._agree(self._mine(round_over))
+        return self._agree(self._decide_locally(round_over))
 
-    def saved(self, seconds: float) -> None:
-        """Note that the training was saved, and how long that took."""
-        self._cost, self._pause, self._saved_at = (
-            seconds,
-            MIN_SECONDS_BETWEEN_CHECKPOINTS,
-            time.monotonic(),
-        )
+    def record_save(self, seconds: float) -> None:
+        """Record that the training was saved, and how long saving took."""
+        self._cost, self._pause = seconds, MIN_SECONDS_BETWEEN_CHECKPOINTS
+        self._saved_at = time.monotonic()
 
-    def _mine(self, round_over: bool) -> Decision:
+    def _decide_locally(self, round_over: bool) -> Decision:
         wait = max(self._cost / MAX_SAVING_FRACTION, 0.0 if round_over else self._pause)
         stop = self._stopping()
         return Decision(
@@ -69,15 +65,13 @@ class SavePolicy:
             stop,
         )
 
-    def _agree(self, mine: Decision) -> Decision:
-        """Stop where any process is to; save, and agree again, as the first one's clock says."""
+    def _agree(self, local: Decision) -> Decision:
+        """Stop if any process stops; save, and agree again, by the first process's clock."""
         now = time.monotonic()
         steps = round(self._since * SECONDS_BETWEEN_AGREEMENTS / max(now - self._agreed_at, 1e-9))
         first = self._on.is_main_process
-        answers = [mine.stop, mine.save and first, max(steps, 1) if first else 0]
-        summed: Any = self._on.reduce(
-            torch.tensor(answers, dtype=torch.float64).to(self._on.device)
-        )
+        values = [local.stop, local.save and first, max(steps, 1) if first else 0]
+        summed: Any = self._on.reduce(torch.tensor(values, dtype=torch.float64).to(self._on.device))
         stop, save, gap = summed.tolist()
         self._since, self._gap, self._agreed_at = 0, int(gap), now
         return Decision(bool(stop or save), bool(stop))

@@ -1,4 +1,4 @@
-"""What a training is made of, and one step of it."""
+"""The parts of a training, and its step."""
 
 import contextlib
 import copy
@@ -22,15 +22,29 @@ from kd.training import checkpoint
 from kd.training.checkpoint import PackedState, TrainingState
 from kd.training.optimization import WeightAverage, make_optimizer, make_schedule
 
-LONG_EPOCH_STEPS = 100  # steps; a longer epoch is validated each
-# Of a training with short epochs: validations at most, the share of its work that they may take,
-# and validations at least, whatever they take: fewer could not choose an epoch.
+LONG_EPOCH_STEPS = 100  # with this many steps or more, every epoch is validated
+# In a training with short epochs: the largest number of validations, the share of the work that
+# they may take, and the smallest number, whatever they take: fewer could not select an epoch.
 VALIDATIONS, VALIDATION_SHARE, FEWEST_VALIDATIONS = 40, 0.1, 5
 
 
 @dataclass(frozen=True, eq=False)
 class Trainer:
-    """What a training is made of, and its step."""
+    """The parts of a training, and its step.
+
+    Attributes:
+        objective: The objective, not wrapped.
+        wrapped: The objective, wrapped for all processes.
+        optimizer: Optimizer of the trainable weights, wrapped by Accelerate where it must be.
+        schedule: timm's schedule of the learning rate.
+        average: Moving average of the student's weights; None without one.
+        recipe: Length, optimizer and learning rate.
+        on: Engine of the training.
+        per_epoch: Number of steps in an epoch.
+        total: Number of steps in the training.
+        validations: Number of validations in the training, unless the recipe sets an interval.
+        replica: Whole copy of the student's network, where FSDP shards it; else None.
+    """
 
     objective: Objective
     wrapped: nn.Module
@@ -41,8 +55,8 @@ class Trainer:
     on: Engine
     per_epoch: int
     total: int
-    validations: int  # in all, where the recipe does not say how often
-    replica: nn.Module | None  # of the student's network, where FSDP spreads it
+    validations: int
+    replica: nn.Module | None
 
     @property
     def rate(self) -> float:
@@ -50,20 +64,20 @@ class Trainer:
         return self.optimizer.param_groups[0]["lr"]
 
     @property
-    def judged(self) -> nn.Module:
-        """What is validated and saved: the average, where there is one."""
+    def evaluated_network(self) -> nn.Module:
+        """The network that is validated and saved: the average, where there is one."""
         return self.average.network if self.average else self.student
 
     @property
     def student(self) -> nn.Module:
-        """The student's network, whole; all processes must ask for it."""
-        own = self.objective.student.network
-        return sharding.gather(own, self.replica) if self.replica else own
+        """The student's network, gathered if sharded; all processes must read this together."""
+        network = self.objective.student.network
+        return sharding.gather(network, self.replica) if self.replica else network
 
     def stream(
         self, batches: BatchSource, seed: int, state: TrainingState
     ) -> Generator[tuple[int, list[Batch]], None, None]:
-        """The steps after a state's, each with its batches; none after a training that is over."""
+        """Yield the steps after a state, each with its batches; none if the training is over."""
         rank, world, step = self.on.process_index, self.on.num_processes, state.step
         while step < self.total and not self.is_over(state):
             epoch, within = divmod(step, self.per_epoch)
@@ -74,26 +88,26 @@ class Trainer:
                 try:
                     yield step - 1, parts
                 finally:
-                    # Lets what is written epoch by epoch know that the epoch is over, also where
-                    # the training ends with it.
+                    # Exhausts the source at the end of an epoch, also of the last one: the teacher
+                    # cache writes its entry then.
                     if step % self.per_epoch == 0:
                         next(source, None)
 
     def update(self, step: int, parts: list[Batch], seed: int) -> dict[str, Tensor]:
-        """One step down the gradient; the mean terms before it, of this process's images."""
+        """Take one step; return the mean terms before it, over this process's images."""
         self.schedule.step_update(step)
         self.optimizer.zero_grad()
-        whole = sum(part.whole or len(part) for part in parts)
+        total_images = sum(part.total_images or len(part) for part in parts)
         terms: dict[str, Tensor] = {}
         for i, part in enumerate(parts):
             _seed_generators(derive_seed(seed, step, i, self.on.process_index), self.on.device)
             last = i + 1 == len(parts)
             with contextlib.nullcontext() if last else self.on.no_sync(self.wrapped):
-                found = self.wrapped(part)
-                # Processes' gradients are averaged, whatever their shares: hence their number.
-                weight = len(part) * self.on.num_processes / whole
-                self.on.backward(torch.stack(list(found.values())).sum() * weight)
-            for name, value in found.items():
+                part_terms = self.wrapped(part)
+                # Gradients are averaged over processes, whatever their shares: hence the number.
+                weight = len(part) * self.on.num_processes / total_images
+                self.on.backward(torch.stack(list(part_terms.values())).sum() * weight)
+            for name, value in part_terms.items():
                 terms[name] = terms.get(name, 0) + value.detach() * weight
         if self.recipe.clip is not None:
             self.on.clip_grad_norm_(self.wrapped.parameters(), self.recipe.clip)
@@ -104,37 +118,41 @@ class Trainer:
         return terms
 
     def ends_round(self, done: int) -> bool:
-        """Whether a round is over after so many steps."""
+        """Whether a round is over after `done` steps."""
         epoch, rest = divmod(done, self.per_epoch)
         if done == self.total or rest:
             return done == self.total
         if self.recipe.validate_every is not None:
             return epoch % self.recipe.validate_every == 0
         epochs = math.ceil(self.total / self.per_epoch)
-        # Spread evenly: where the whole number of rounds that should be over rises.
+        # Evenly spaced: a round ends where the number of rounds that should be over rises.
         return self.validations * epoch // epochs > self.validations * (epoch - 1) // epochs
 
     def is_over(self, state: TrainingState) -> bool:
-        """Whether a training has taken all its steps, or has lost its patience."""
+        """Whether a training has taken all its steps, or its patience is exhausted."""
         patience = self.recipe.patience
         return state.step == self.total or (patience is not None and state.stale >= patience)
 
     def finish(self) -> None:
-        """Leave the student whole."""
+        """Replace the student's sharded network by the gathered one."""
         self.objective.student.network = self.student
 
-    def packed(self, state: TrainingState) -> PackedState:
-        modules = {"objective": self.objective.stored()}
+    def pack(self, state: TrainingState) -> PackedState:
+        """Pack the training for a checkpoint."""
+        modules = {"objective": self.objective.checkpoint_state()}
         if self.average:
             modules["average"] = self.average.network.state_dict()
         return checkpoint.pack(state, modules, self.optimizer, self.on.scaler)
 
-    def restored(self, saved: PackedState) -> TrainingState:
+    def restore(self, saved: PackedState) -> TrainingState:
+        """Restore the training from a checkpoint."""
         modules: dict[str, nn.Module] = {"objective": self.objective}
         if self.average:
             modules["average"] = self.average.network
         scaler = self.on.scaler
-        return checkpoint.unpack(saved, modules, self.optimizer, scaler, network=self.judged)
+        return checkpoint.unpack(
+            saved, modules, self.optimizer, scaler, network=self.evaluated_network
+        )
 
 
 def prepare(
@@ -144,7 +162,15 @@ def prepare(
     on: Engine,
     validation_images: int | None = None,
 ) -> Trainer:
-    """Everything on its device and wrapped for all processes, before the first step."""
+    """Move everything to its device and wrap it for all processes, before the first step.
+
+    Args:
+        objective: The objective; its networks are moved in place.
+        batches: Training images.
+        recipe: Length, optimizer and learning rate.
+        on: Engine of the training.
+        validation_images: Number of validation images; None if unknown.
+    """
     per_epoch = math.ceil(len(batches) / recipe.accumulate)
     total = recipe.total_steps(per_epoch)
     objective.to(on.device)
@@ -158,8 +184,8 @@ def prepare(
         _exclude_frozen_from_ddp(objective)
         wrapped, prepared = on.prepare(objective, optimizer)
     if on.num_processes == 1 and on.scaler is None:
-        prepared = optimizer  # the wrapper does nothing then, in a quarter of a millisecond
-    often = choose_validations(sum(batches.sizes), per_epoch, total, validation_images)
+        prepared = optimizer  # the wrapper would only cost a quarter of a millisecond per step
+    validations = choose_validations(sum(batches.sizes), per_epoch, total, validation_images)
     return Trainer(
         objective,
         wrapped,
@@ -170,7 +196,7 @@ def prepare(
         on,
         per_epoch,
         total,
-        often,
+        validations,
         replica,
     )
 
@@ -178,43 +204,43 @@ def prepare(
 def choose_validations(
     images: int, per_epoch: int, total: int, validation_images: int | None
 ) -> int:
-    """How often a training is validated where nothing else is asked for.
+    """Choose the number of validations in a training, where the recipe does not.
 
-    A long epoch is validated each. Of short ones, as many as are `VALIDATIONS`, but no more than
-    take `VALIDATION_SHARE` of the work of the training, and no fewer than `FEWEST_VALIDATIONS`.
-    Work is counted in passes of an image through the student: one to validate it, three to train
-    on it (forward, and backward for activations and for weights). A count, and no clock, so that a
-    training that is resumed is validated after the same epochs.
+    Long epochs are all validated. With short ones there are `VALIDATIONS`, but no more than take
+    `VALIDATION_SHARE` of the work of the training, and no fewer than `FEWEST_VALIDATIONS`. Work is
+    counted in passes of an image through the student: one to validate on it, three to train on it
+    (forward, and backward for activations and for weights). It is counted, not timed, so that a
+    resumed training is validated after the same epochs.
 
     Args:
-        images: Of one epoch.
-        per_epoch: Steps of one epoch.
-        total: Steps of the training.
-        validation_images: Number of those; None where nobody knows.
+        images: Number of images in an epoch.
+        per_epoch: Number of steps in an epoch.
+        total: Number of steps in the training.
+        validation_images: Number of validation images; None if unknown.
     """
     epochs = math.ceil(total / per_epoch)
     if per_epoch >= LONG_EPOCH_STEPS:
         return epochs
-    often = VALIDATIONS
+    count = VALIDATIONS
     if validation_images:
         work = 3 * images * total / per_epoch
-        often = min(often, int(VALIDATION_SHARE * work / validation_images))
-    return min(epochs, max(often, FEWEST_VALIDATIONS))
+        count = min(count, int(VALIDATION_SHARE * work / validation_images))
+    return min(epochs, max(count, FEWEST_VALIDATIONS))
 
 
 def _exclude_frozen_from_ddp(objective: Objective) -> None:
-    """Frozen teachers and memories are alike in all processes: DDP would send them at each step."""
-    own, kinds = objective.stored(), dict(objective.named_modules())
-    unshared = [
+    """Keep DDP from sending frozen teachers and memories, equal in all processes, at each step."""
+    trained, modules = objective.checkpoint_state(), dict(objective.named_modules())
+    ignored = [
         name
         for name in objective.state_dict()
-        if name not in own or isinstance(kinds[name.rpartition(".")[0]], EmbeddingMemory)
+        if name not in trained or isinstance(modules[name.rpartition(".")[0]], EmbeddingMemory)
     ]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, unshared)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, ignored)
 
 
 def _seed_generators(seed: int, device: torch.device) -> None:
-    """torch's global generators; `torch.manual_seed` takes long where CUDA is not in use."""
+    """Seed torch's global generators; `torch.manual_seed` is slow where CUDA is not in use."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Changes of the targets: exact where they can be, seeded, and of one shape and dtype."""
+"""Transforms of the targets: exact where possible, seeded, and of unchanged shape and dtype."""
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ def test_a_quarter_turn_is_counter_clockwise(images):
 
 
 def test_a_rotation_agrees_with_scipy(images):
-    """Bilinear, nearest pixel outside; scipy counts angles of (row, column) the other way."""
+    """Both are bilinear with the nearest pixel outside; scipy counts angles the other way."""
     from scipy import ndimage
 
     angles = np.deg2rad([15, -15, 5, 0, 1, -7])

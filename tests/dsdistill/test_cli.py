@@ -1,4 +1,4 @@
-"""The command `dsdistill` as a user meets it: real processes, files, wrong inputs, kills."""
+"""The command `dsdistill` in real processes: files, wrong input, stops and kills."""
 
 import json
 import os
@@ -20,7 +20,7 @@ SHORT = ("--images-per-class", 2, "--steps", 12)
 
 
 def one_line(done: subprocess.CompletedProcess[str], *words: str, code: int = 1) -> None:
-    """A failure that a user can read: one line, no traceback, exit code 1 or 2."""
+    """Require a failure of one readable line, without traceback, with exit code 1 or 2."""
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     lines = done.stderr.strip().splitlines()
@@ -66,7 +66,7 @@ def test_kip_reaches_the_published_accuracy_on_digits(dsdistill, tmp_path):
 
 @pytest.mark.fashion
 def test_label_solve_on_fashion_mnist(dsdistill, tmp_path):
-    """84.5 % at fifty a class in the reference figures, with a deviation of 0.2 between draws."""
+    """The reference has 84.5 % at fifty images per class, with a deviation of 0.2 between draws."""
     done = dsdistill("ls", "fashion-mnist", "--images-per-class", 50, "--out", "run")
     assert done.returncode == 0, done.stderr
     distilled = distilled_set.load(tmp_path / "run" / "distilled.safetensors")
@@ -85,7 +85,7 @@ def test_kip_learns_fashion_mnist(dsdistill, tmp_path):
 
 
 def test_folder_of_jpegs_in_colour(dsdistill, tmp_path):
-    """Class folders, ZCA by default, a convolutional kernel."""
+    """Class folders with ZCA, the default, and a convolutional kernel."""
     rng = np.random.default_rng(0)
     for label, colour in {"warm": (200, 90, 40), "cold": (40, 90, 200)}.items():
         (tmp_path / "photos" / label).mkdir(parents=True)
@@ -122,7 +122,7 @@ net = stax.serial(
     ],
 )
 def test_pooled_kernels(dsdistill, tmp_path, monkeypatch, kernel, engine):
-    """neural-tangents' pooling in float64 crashes XLA's CPU compiler: stay clear of it."""
+    """Pooling of neural-tangents in float64, which crashes XLA's CPU compiler, is avoided."""
     (tmp_path / "my_pooled_network.py").write_text(POOLED_NETWORK)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     labels = np.arange(60) % 2
@@ -159,13 +159,13 @@ def test_npz_with_every_option(dsdistill, tmp_path):
     assert distilled.provenance["kernel"] == "fc(2)"
     metrics = distilled.provenance["metrics"]
     assert metrics["validation_accuracy"] is metrics["validation_loss"] is None
-    assert metrics["best_step"] == 12  # nothing to choose by: the last
+    assert metrics["best_step"] == 12  # no validation images: the last step
     again = dsdistill("kip", "mine.npz", *SHORT)
     assert "kip-mine-2" in again.stdout
 
 
 def test_a_run_with_every_way_to_save_time(dsdistill, tmp_path):
-    """From Label Solve's images and labels, warmed up, with a schedule, a timed batch, patience."""
+    """A run from a Label Solve set, with warm-up, schedule, timed target batch and patience."""
     assert dsdistill("ls", "digits", "--images-per-class", 2, "--out", "ls").returncode == 0
     options = ["--init", "ls", "--warm-up", "fc:6", "--schedule", "cosine", "--learn-labels"]
     options += ["--label-learning-rate", "0.001", "--target-batch", "5ms", "--augment", "shift"]
@@ -175,22 +175,24 @@ def test_a_run_with_every_way_to_save_time(dsdistill, tmp_path):
     solved, learned = (
         distilled_set.load(tmp_path / n / distilled_set.FILE_NAME) for n in ("ls", "run")
     )
-    made = learned.provenance
+    provenance = learned.provenance
     assert len(learned) == len(solved) == 20
-    assert made["metrics"]["initial_test_accuracy"] == pytest.approx(
+    assert provenance["metrics"]["initial_test_accuracy"] == pytest.approx(
         solved.provenance["metrics"]["test_accuracy"], abs=0.05
     )  # not the same training images: Label Solve held none out
-    last = made["metrics"]["last_step"]
+    last = provenance["metrics"]["last_step"]
     assert last < 406
-    assert made["stopped"] == f"at step {last} of 406: no lower validation loss in 1 validation"
-    assert f"stopped early, {made['stopped']}" in done.stdout
-    chosen = made["config"]["chosen"]
+    assert (
+        provenance["stopped"] == f"at step {last} of 406: no lower validation loss in 1 validation"
+    )
+    assert f"stopped early, {provenance['stopped']}" in done.stdout
+    chosen = provenance["config"]["chosen"]
     assert chosen["target_batch"] % 10 == 0
-    assert len(made["inputs"]["set of --init"]) == 64
+    assert len(provenance["inputs"]["set of --init"]) == 64
     note, *said = done.stderr.splitlines()
     assert note.startswith("note: the set of --init was made with images that this run validates")
     assert said[0] == f"target batch: {chosen['target_batch']} images, for steps of 5 ms"
-    assert re.match(r"expected: .* \(.* a warm-up step, .* pairs of images a second\)", said[1])
+    assert re.match(r"expected: .* \(.* per warm-up step, .* pairs of images per second\)", said[1])
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["phase"] for line in lines] == [1] * 6 + [2] * (last - 6)
 
@@ -209,8 +211,8 @@ def test_a_resumed_run_measures_no_batch_again_and_starts_from_the_same_set(dsdi
     done = dsdistill("kip", "--out", "run", "--resume")
     assert done.returncode == 0, done.stderr
     assert "target batch" not in done.stderr
-    made = distilled_set.load(tmp_path / "run" / distilled_set.FILE_NAME).provenance
-    assert made["config"]["chosen"]["target_batch"] == 70
+    provenance = distilled_set.load(tmp_path / "run" / distilled_set.FILE_NAME).provenance
+    assert provenance["config"]["chosen"]["target_batch"] == 70
     (tmp_path / "run" / distilled_set.FILE_NAME).unlink()
     shutil.rmtree(tmp_path / "ls")
     again = dsdistill("ls", "digits", "--images-per-class", 1, "--seed", 1, "--out", "ls")
@@ -221,7 +223,7 @@ def test_a_resumed_run_measures_no_batch_again_and_starts_from_the_same_set(dsdi
 def test_an_init_that_does_not_fit_leaves_nothing(dsdistill, kip_run, tmp_path):
     """Twenty images of ten classes, 8x8."""
     asked = ("kip", "digits", "--init", kip_run, "--images-per-class", 3)
-    one_line(dsdistill(*asked), "2 images a class, --images-per-class asks for 3")
+    one_line(dsdistill(*asked), "2 images per class, --images-per-class asks for 3")
     one_line(dsdistill("kip", "--init", kip_run, "--image-size", 9), "8x8x1, the data's 9x9x1")
     np.savez(tmp_path / "two.npz", images=np.zeros((60, 8, 8)), labels=np.arange(60) % 2)
     one_line(dsdistill("kip", "two.npz", "--init", kip_run), "10 classes, the data 2")
@@ -233,8 +235,8 @@ def test_of_several_kernels_the_first_one_is_stored_and_evaluates(dsdistill, tmp
     short = ("--images-per-class", 1, "--steps", 6)
     done = dsdistill("kip", "digits", *options, *short, "--out", "run")
     assert done.returncode == 0, done.stderr
-    made = distilled_set.load(tmp_path / "run" / distilled_set.FILE_NAME).provenance
-    assert (made["kernel"], made["config"]["kernel"]) == ("fc(1)", "fc,conv")
+    provenance = distilled_set.load(tmp_path / "run" / distilled_set.FILE_NAME).provenance
+    assert (provenance["kernel"], provenance["config"]["kernel"]) == ("fc(1)", "fc,conv")
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert {line["network"] for line in lines} == {0, 1}
     evaluated = ("--learners", "ridge", "--controls", "", "--seeds", 1, "--out", "report")
@@ -243,7 +245,7 @@ def test_of_several_kernels_the_first_one_is_stored_and_evaluates(dsdistill, tmp
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     first = report["results"][0]
-    assert first["accuracy"] == pytest.approx(made["metrics"]["test_accuracy"])
+    assert first["accuracy"] == pytest.approx(provenance["metrics"]["test_accuracy"])
     assert "--kernel fc,conv" in report["commands"][0]
 
 
@@ -258,7 +260,7 @@ def test_a_diverging_run_says_what_to_change(dsdistill, tmp_path):
 
 
 def test_killed_run_resumes_to_the_same_bits(dsdistill, tmp_path):
-    """SIGKILL in the middle; then the support of a run that was never stopped."""
+    """A run that SIGKILL stops and that is resumed gives the support of an uninterrupted run."""
     options = ["kip", "digits", "--images-per-class", "2", "--steps", "400", "--learn-labels"]
     assert dsdistill(*options, "--out", "whole").returncode == 0
     command = [Path(sys.executable).with_name("dsdistill"), *options, "--out", "killed"]
@@ -337,7 +339,10 @@ def test_stopped_by_hand_leaves_a_checkpoint(dsdistill, tmp_path, number):
         (["kip", "--warm-up", "fc:0"], ["--warm-up", "at least 1 step"]),
         (["kip", "--kernel", "fc,fc"], ["--kernel names one twice"]),
         (["kip", "--kernel", "fc,convnett"], ["did you mean 'convnet'"]),
-        (["kip", "--kernel", "fc,conv", "--depth", "2"], ["--depth is for one kernel", "fc(3)"]),
+        (
+            ["kip", "--kernel", "fc,conv", "--depth", "2"],
+            ["--depth applies to one kernel", "fc(3)"],
+        ),
         (["ls", "--kernel", "fc,conv"], ["Label Solve takes one --kernel"]),
         (["kip", "--validation-fraction", "1"], ["validation fraction"]),
         (["kip", "--seed", "-1"], ["--seed"]),
@@ -372,7 +377,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(dsdistill, tmp_path, argumen
         ("kip --schedule cosin", ["cosin", "did you mean cosine?"]),
         ("kip --preprocess standardize", ["standardize", "did you mean standardise?"]),
         ("kipp", ["kipp", "did you mean kip?"]),
-        ("evaluate", ["a run's folder"]),
+        ("evaluate", ["Folder of a run"]),
         ("", ["Expected one of", "kip"]),
     ],
 )
@@ -416,7 +421,7 @@ def test_damaged_sets_are_refused(dsdistill, kip_run, tmp_path):
 
 
 def test_full_disk_keeps_the_last_checkpoint(dsdistill, tmp_path):
-    """A limit on the size of files stands in for a full disk: the checkpoint outgrows it."""
+    """A limit on file sizes, which the checkpoint exceeds, stands in for a full disk."""
     command = Path(sys.executable).with_name("dsdistill")
     limited = f"ulimit -f 40; exec {command} kip digits --steps 20 --out run"
     done = subprocess.run(["bash", "-c", limited], cwd=tmp_path, capture_output=True, text=True)
@@ -440,7 +445,7 @@ def test_a_folder_that_cannot_be_made(dsdistill, tmp_path):
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(kip_run):
-    """As `head`, which closes the pipe."""
+    """A reader such as `head` closes the pipe early."""
     command = [Path(sys.executable).with_name("dsdistill"), "inspect", str(kip_run), "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None

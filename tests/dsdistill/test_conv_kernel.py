@@ -1,4 +1,4 @@
-"""The convolutional kernel against neural-tangents and a plain oracle, and its numerical traps."""
+"""The convolutional kernel against neural-tangents and a plain oracle; its numerical traps."""
 
 import functools
 from typing import Any
@@ -67,7 +67,7 @@ def double(run: Any, *arrays: Any) -> Any:
 
 
 def single(run: Any, *arrays: Any) -> Any:
-    """A run as in production: float32, outside of x64 mode."""
+    """Run as in production: float32, outside of x64 mode."""
     with jax.enable_x64(False):
         return run(*(jnp.asarray(np.asarray(a, np.float32)) for a in arrays))
 
@@ -77,11 +77,11 @@ def weights(n: int, m: int) -> np.ndarray:
 
 
 def errors(
-    found: Any, x1: Any, x2: Any, g: Any, text: str, b_std: float = 0.1
+    results: Any, x1: Any, x2: Any, g: Any, text: str, b_std: float = 0.1
 ) -> tuple[float, float]:
     """Relative errors of value and gradient, the latter along random directions."""
     network = notation.parse(text, b_std=b_std)
-    value, gradient = (np.asarray(a, np.float64) for a in found)
+    value, gradient = (np.asarray(a, np.float64) for a in results)
     directions = np.random.default_rng(4).standard_normal((4, *gradient.shape))
     along = [(gradient * d).sum((1, 2, 3)) for d in directions]
     expected = [(oracle.slopes(x1, x2, network, d) * g).sum(1) for d in directions]
@@ -125,14 +125,14 @@ def test_equals_the_oracle(text, shape):
 
 
 def test_real_images_equal_neural_tangents():
-    """Digits have large areas of zeros; the first one is on both sides."""
+    """Digits have large areas of zeros; the first image is in both sets."""
     text = "3xCRP-flatten"
     x, two, g = digits(4), [0, 2, 3], weights(2, 3)
-    found = double(engine(text), x[:2], x[two], g)
-    assert max(errors(found, x[:2], x[two], g, text)) < VALUE
+    results = double(engine(text), x[:2], x[two], g)
+    assert max(errors(results, x[:2], x[two], g, text)) < VALUE
     kernel = oracle.stax_kernel(notation.parse(text))
     theirs = double(jax.jit(lambda x: kernel(x, None, "ntk")), x)
-    assert relative(found[0], theirs[:2, np.array(two)]) < VALUE
+    assert relative(results[0], theirs[:2, np.array(two)]) < VALUE
 
 
 @pytest.mark.fashion
@@ -157,14 +157,14 @@ def test_float32_is_closer_than_neural_tangents(text, data):
     x = digits(4) if data == "digits" else images(4, 0, 6, 6, 1)
     x, g, network = np.float32(x), weights(4, 4), notation.parse(text)
     expected = oracle.ntk(np.float64(x), np.float64(x), network)
-    found = single(engine(text), x, x, g)
+    results = single(engine(text), x, x, g)
     kernel = oracle.stax_kernel(network)
     theirs = single(jax.jit(lambda a: kernel(a, None, "ntk")), x)
-    assert found[0].dtype == SINGLE
-    assert relative(found[0], expected) < min(VALUE, relative(theirs, expected))
-    diagonal = relative(np.diag(found[0]), np.diag(expected))
+    assert results[0].dtype == SINGLE
+    assert relative(results[0], expected) < min(VALUE, relative(theirs, expected))
+    diagonal = relative(np.diag(results[0]), np.diag(expected))
     assert diagonal < 0.1 * relative(np.diag(theirs), np.diag(expected))
-    assert errors(found, np.float64(x), np.float64(x), g, text)[1] < GRADIENT
+    assert errors(results, np.float64(x), np.float64(x), g, text)[1] < GRADIENT
 
 
 def test_float32_stays_float32_in_x64_mode():
@@ -177,12 +177,12 @@ def test_float32_stays_float32_in_x64_mode():
 
 
 def check_trap(x1: Any, x2: Any, *, b_std: float = 0.1, text: str = "2xCRP-flatten") -> None:
-    """Finite in float32 and float64, and in float64 as exact as elsewhere."""
+    """Require finite values in float32 and float64, and full precision in float64."""
     g = weights(len(x1), len(x2))
-    found = double(engine(text, b_std), x1, x2, g)
-    for array in (*found, *single(engine(text, b_std), x1, x2, g)):
+    results = double(engine(text, b_std), x1, x2, g)
+    for array in (*results, *single(engine(text, b_std), x1, x2, g)):
         assert np.isfinite(array).all()
-    value, gradient = errors(found, x1, x2, g, text, b_std)
+    value, gradient = errors(results, x1, x2, g, text, b_std)
     assert value < VALUE
     assert gradient < GRADIENT
 
@@ -255,12 +255,12 @@ def test_trap_multiples():
 
 
 def test_trap_nearly_coincident_images():
-    """Ill-conditioned in float32 everywhere, exact in float64."""
+    """Nearly equal images are ill-conditioned in float32 and exact in float64."""
     check_trap(X, X + 1e-4 * Y)
 
 
 def test_trap_equal_pixels_are_exact_in_float32():
-    """Trap 2: the angle near c = 1 is not left to rounding."""
+    """Trap 2: near c = 1 rounding does not decide about the angle."""
     x, network = np.float32(X), notation.parse("2xCRP-flatten")
     value, _ = single(engine("2xCRP-flatten"), x, x, weights(2, 2))
     expected = oracle.ntk(np.float64(x), np.float64(x), network)
@@ -268,7 +268,7 @@ def test_trap_equal_pixels_are_exact_in_float32():
 
 
 def test_trap_dropped_rows_get_a_gradient():
-    """Trap 4: 7 rows pool to 3, but a convolution before still reads the last one."""
+    """Trap 4: 7 rows pool to 3, but a convolution before the pooling still reads the last row."""
     _, gradient = double(engine("2xCRP-flatten"), X, Y, weights(2, 2))
     assert (abs(gradient[:, -1]) > 1e-4 * abs(gradient).max()).all()
 
@@ -277,7 +277,7 @@ def test_trap_dropped_rows_get_a_gradient():
 
 
 def test_gradients_of_both_sides():
-    """Through x2 as through x1 with the roles changed."""
+    """The gradient in x2 equals that in x1 with the arguments exchanged."""
     text = "CRP-flatten"
     x, y, g = images(2, 0, 6, 5, 2), images(3, 1, 6, 5, 2), weights(2, 3)
     network = notation.parse(text)
@@ -305,7 +305,7 @@ def test_symmetric_equals_both_arguments(text):
     ("text", "shape"), [("CR-2xCRP-flatten", (6, 5, 1)), ("CRP-CR-gap", (4, 5, 3))]
 )
 def test_slopes_are_the_gradient_of_every_entry(text, shape):
-    """With an image that both sets share, and one of zeros."""
+    """Slopes equal gradients, also for an image in both sets and for one of zeros."""
     x, y = images(2, 0, *shape), images(9, 1, *shape)
     y[3], y[4] = x[1], 0
     run = jax.jit(lambda x, y: conv_kernel.slopes(x, y, notation.parse(text)))
@@ -321,7 +321,7 @@ def test_slopes_are_the_gradient_of_every_entry(text, shape):
 
 @pytest.mark.parametrize(("n", "m"), [(3, 17), (17, 3)])
 def test_lanes_are_independent(n, m):
-    """Lanes that only fill up the last block add nothing."""
+    """Padding lanes of the last block do not change the result."""
     x, y, g = images(n, 0, 5, 4, 1), images(m, 1, 5, 4, 1), weights(n, m)
     value, gradient = single(engine("CRP-flatten"), x, y, g)
     values, gradients = np.zeros((n, m)), np.zeros(x.shape)

@@ -1,4 +1,4 @@
-"""Targets shared out over devices: the same kernel and gradient as on one."""
+"""Targets divided among devices: the same kernel and gradient as on one device."""
 
 import subprocess
 import sys
@@ -47,17 +47,17 @@ np.savez(sys.argv[2], value, *pull(g), k_ss, slope, last.state.images, last.stat
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    found = {}
+    results = {}
     for count in (1, 2):
         path = tmp_path_factory.mktemp("devices") / f"{count}.npz"
         subprocess.run([sys.executable, "-c", PROGRAM, str(count), str(path)], check=True)
         with np.load(path) as arrays:
-            found[count] = [arrays[name] for name in arrays.files]
-    return found
+            results[count] = [arrays[name] for name in arrays.files]
+    return results
 
 
 def test_two_devices_give_the_same_as_one(results):
-    """37 targets and 5 support images, which two devices do not divide evenly."""
+    """Results on one and two devices for 37 targets and 5 support images, both odd numbers."""
     for one, many in zip(results[1], results[2], strict=True):
         np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-6 * abs(one).max())
 

@@ -1,4 +1,4 @@
-"""What is said of a kernel that is not finite."""
+"""Explanations of a kernel that is not finite."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def test_a_layer():
 
 def test_a_pair():
     support, targets = images(3, 0), images(4, 1)
-    support[2] = 3e19  # fc says nothing of its layers
+    support[2] = 3e19  # `fc` does not tell its layers
     said = diagnosis.explain_not_finite(networks.parse("fc"), support, targets)
     assert said == "the kernel of support image 0 with support image 2 is not finite"
 

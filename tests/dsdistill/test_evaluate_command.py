@@ -1,4 +1,4 @@
-"""`dsdistill evaluate` and `dsdistill report` on digits: whole, stopped, shared and wrong."""
+"""`dsdistill evaluate` and `dsdistill report` on digits: full, stopped and cached; wrong input."""
 
 import json
 import shlex
@@ -33,7 +33,7 @@ ARMS = ["distilled", "distilled-hard", "random", "k-means", "herding", "full"]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
+def kip_run(tmp_path_factory) -> Path:
     """A distilled set of twenty digits."""
     out = tmp_path_factory.mktemp("set") / "kip"
     return run_kip(KipOptions("digits", images_per_class=2, steps=60, out=out))
@@ -45,43 +45,43 @@ def cache(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def evaluated(made: Path, cache: Path, tmp_path_factory) -> Path:
-    """Ridge regression and a network, two seeds."""
+def evaluated(kip_run: Path, cache: Path, tmp_path_factory) -> Path:
+    """An evaluation by ridge regression and a network with two seeds."""
     out = tmp_path_factory.mktemp("evaluation") / "first"
     options = EvaluateOptions(
-        made, learners="ridge,mlp:16", seeds=2, steps=20, cache=cache, out=out
+        kip_run, learners="ridge,mlp:16", seeds=2, steps=20, cache=cache, out=out
     )
     return evaluate_command.run(options)
 
 
-def test_every_arm_of_every_learner_is_there(evaluated: Path, made: Path):
-    found = reports.load(evaluated)
-    assert [(row.learner, row.arm) for row in found.rows] == [
+def test_every_arm_of_every_learner_is_there(evaluated: Path, kip_run: Path):
+    report = reports.load(evaluated)
+    assert [(row.learner, row.arm) for row in report.rows] == [
         (learner, arm) for learner in ("ridge", "mlp:16") for arm in ARMS
     ]
-    distilled, random, full = (found.row("ridge", arm) for arm in ("distilled", "random", "full"))
-    known = distilled_set.load(made / distilled_set.FILE_NAME).provenance["metrics"][
+    distilled, random, full = (report.row("ridge", arm) for arm in ("distilled", "random", "full"))
+    known = distilled_set.load(kip_run / distilled_set.FILE_NAME).provenance["metrics"][
         "test_accuracy"
     ]
     assert [r.accuracy for r in distilled.results] == [pytest.approx(known)] * 2
     assert random.accuracy.mean < distilled.accuracy.mean < full.accuracy.mean
     assert (random.results[0].images, full.results[0].images) == (20, 1295)
     assert random.results[0].bytes == 20 * (64 * 4 + 1)
-    mlp = found.row("mlp:16", "distilled").results
+    mlp = report.row("mlp:16", "distilled").results
     grid = learners.network_learner("mlp:16", steps=20).rates
     assert mlp[0].rate in grid
     assert mlp[0].rate == mlp[1].rate
     assert mlp[0].facts["parameters"] == 64 * 16 + 16 + 16 * 16 + 16 + 16 * 10 + 10
-    assert found.scores[0].ior == pytest.approx(distilled.accuracy.mean - random.accuracy.mean)
-    assert found.distilled["compression"] == pytest.approx(1295 * 257 / (20 * (64 + 10) * 4))
+    assert report.scores[0].ior == pytest.approx(distilled.accuracy.mean - random.accuracy.mean)
+    assert report.distilled["compression"] == pytest.approx(1295 * 257 / (20 * (64 + 10) * 4))
 
 
-def test_the_files_of_an_evaluation(evaluated: Path, made: Path):
-    found = reports.load(evaluated)
-    distil, evaluate = found.commands
+def test_the_files_of_an_evaluation(evaluated: Path, kip_run: Path):
+    report = reports.load(evaluated)
+    distil, evaluate = report.commands
     assert distil == "dsdistill kip digits --images-per-class 2 --steps 60"
     assert shlex.split(evaluate) == [
-        *("dsdistill", "evaluate", str(made), "--learners", "ridge,mlp:16"),
+        *("dsdistill", "evaluate", str(kip_run), "--learners", "ridge,mlp:16"),
         *("--seeds", "2", "--steps", "20"),
     ]
     for name in ("report.md", "report.html"):
@@ -92,7 +92,7 @@ def test_the_files_of_an_evaluation(evaluated: Path, made: Path):
 
 
 class _Trainings:
-    """Counts the trainings of networks."""
+    """Count the trainings of networks."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.count = 0
@@ -106,18 +106,18 @@ class _Trainings:
 
 
 def test_another_evaluation_takes_the_controls_from_the_cache(
-    evaluated: Path, made: Path, cache: Path, tmp_path: Path, monkeypatch
+    evaluated: Path, kip_run: Path, cache: Path, tmp_path: Path, monkeypatch
 ):
     trainings = _Trainings(monkeypatch)
     options = EvaluateOptions(
-        made, learners="mlp:16", seeds=2, steps=20, cache=cache, out=tmp_path / "b"
+        kip_run, learners="mlp:16", seeds=2, steps=20, cache=cache, out=tmp_path / "b"
     )
     again = reports.load(evaluate_command.run(options))
-    # Its labels are hard labels, so that one arm serves two: each seed, and the grid twice more.
+    # The labels are hard, so one training serves two arms: each seed, and the grid twice more.
     assert trainings.count == 2 + 2
     first = reports.load(evaluated)
     for arm in ARMS:
-        a, b = (found.row("mlp:16", arm) for found in (first, again))
+        a, b = (report.row("mlp:16", arm) for report in (first, again))
         assert [r.accuracy for r in a.results] == [r.accuracy for r in b.results]
     trainings.count = 0
     evaluate_command.run(
@@ -126,10 +126,10 @@ def test_another_evaluation_takes_the_controls_from_the_cache(
     assert trainings.count == 2 * (2 + 2)
 
 
-def test_a_stopped_evaluation_goes_on_where_it_was(made: Path, tmp_path: Path):
-    """Killed in the middle, it measures what is missing and ends with the same figures."""
+def test_a_stopped_evaluation_goes_on_where_it_was(kip_run: Path, tmp_path: Path):
+    """A stopped evaluation runs the missing trainings and ends with the same figures."""
     line = [
-        *("evaluate", str(made), "--learners", "mlp:16", "--controls", "random", "--seeds", "3"),
+        *("evaluate", str(kip_run), "--learners", "mlp:16", "--controls", "random", "--seeds", "3"),
         *("--steps", "150", "--cache", "None"),
     ]
     command = [str(Path(sys.executable).with_name("dsdistill")), *line]
@@ -146,7 +146,7 @@ def test_a_stopped_evaluation_goes_on_where_it_was(made: Path, tmp_path: Path):
     assert not (out / "report.json").exists()
     kept = {path: path.stat().st_mtime_ns for path in results.glob("*.json")}
     options = EvaluateOptions(
-        made, learners="mlp:16", controls="random", seeds=3, steps=150, cache=None
+        kip_run, learners="mlp:16", controls="random", seeds=3, steps=150, cache=None
     )
     with pytest.raises(UserError, match="add --resume, or choose another --out"):
         evaluate_command.run(replace(options, out=out))
@@ -172,9 +172,9 @@ def teacher(tmp_path_factory) -> Path:
     return out
 
 
-def test_a_teacher_relabels_and_is_compared_with(made: Path, teacher: Path, tmp_path: Path):
+def test_a_teacher_relabels_and_is_compared_with(kip_run: Path, teacher: Path, tmp_path: Path):
     options = EvaluateOptions(
-        made,
+        kip_run,
         learners="ridge",
         controls="random",
         teacher=str(teacher),
@@ -182,9 +182,9 @@ def test_a_teacher_relabels_and_is_compared_with(made: Path, teacher: Path, tmp_
         cache=None,
         out=tmp_path / "a",
     )
-    found = reports.load(evaluate_command.run(options))
-    assert [row.arm for row in found.rows] == [*ARMS[:2], "distilled-teacher", "random"]
-    for row in found.rows:
+    report = reports.load(evaluate_command.run(options))
+    assert [row.arm for row in report.rows] == [*ARMS[:2], "distilled-teacher", "random"]
+    for row in report.rows:
         (result,) = row.results
         assert 0.3 < result.teacher_agreement <= 1
         assert result.teacher_kl > 0
@@ -194,20 +194,20 @@ def test_a_teacher_relabels_and_is_compared_with(made: Path, teacher: Path, tmp_
     assert relabelled.labels().min() >= -0.1 - 1e-6
 
 
-def test_augmentation_is_trained_beside_the_plain(made: Path, tmp_path: Path):
+def test_augmentation_is_trained_beside_the_plain(kip_run: Path, tmp_path: Path):
     options = EvaluateOptions(
-        made, learners="ridge,mlp:16", controls="random", augment="crop", seeds=1
+        kip_run, learners="ridge,mlp:16", controls="random", augment="crop", seeds=1
     )
-    found = reports.load(
+    report = reports.load(
         evaluate_command.run(replace(options, steps=20, cache=None, out=tmp_path / "a"))
     )
-    kinds = [(row.learner, row.augmented) for row in found.rows]
+    kinds = [(row.learner, row.augmented) for row in report.rows]
     assert kinds == [("ridge", False)] * 3 + [("mlp:16", False)] * 3 + [("mlp:16", True)] * 3
-    assert found.scores[0].ars is None
-    assert found.scores[1].ars is not None
+    assert report.scores[0].ars is None
+    assert report.scores[1].ars is not None
 
 
-def test_a_learner_that_fails_is_in_the_report(made: Path, tmp_path: Path, monkeypatch):
+def test_a_learner_that_fails_is_in_the_report(kip_run: Path, tmp_path: Path, monkeypatch):
     call = learners.NetworkLearner.__call__
 
     def failing(learner, train, validation, seed, /):
@@ -217,27 +217,27 @@ def test_a_learner_that_fails_is_in_the_report(made: Path, tmp_path: Path, monke
 
     monkeypatch.setattr(learners.NetworkLearner, "__call__", failing)
     options = EvaluateOptions(
-        made, learners="mlp:16", controls="random", seeds=2, steps=20, cache=None
+        kip_run, learners="mlp:16", controls="random", seeds=2, steps=20, cache=None
     )
     folder = evaluate_command.run(replace(options, out=tmp_path / "a"))
-    found = reports.load(folder)
-    assert [row.accuracy for row in found.rows] == [None] * 3
+    report = reports.load(folder)
+    assert [row.accuracy for row in report.rows] == [None] * 3
     for name in ("report.md", "report.html"):
         assert "failed 1 of 2: loss is nan at step 3" in (folder / name).read_text()
 
 
-def test_accelerators_are_named_once(made: Path, tmp_path: Path, monkeypatch):
+def test_accelerators_are_named_once(kip_run: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(learners.NetworkLearner, "accelerator", "Some GPU")
     options = EvaluateOptions(
-        made, learners="mlp:4,mlp:5", controls="", seeds=1, steps=1, cache=None
+        kip_run, learners="mlp:4,mlp:5", controls="", seeds=1, steps=1, cache=None
     )
-    found = reports.load(evaluate_command.run(replace(options, out=tmp_path / "a")))
-    assert found.machine == f"{machine.describe()}, Some GPU"
+    report = reports.load(evaluate_command.run(replace(options, out=tmp_path / "a")))
+    assert report.machine == f"{machine.describe()}, Some GPU"
 
 
-def test_a_set_from_elsewhere(made: Path, tmp_path: Path):
+def test_a_set_from_elsewhere(kip_run: Path, tmp_path: Path):
     """The layout, pixels and labels of a condensed set of the DC project."""
-    ours = distilled_set.load(made / distilled_set.FILE_NAME)
+    ours = distilled_set.load(kip_run / distilled_set.FILE_NAME)
     images = torch.from_numpy(ours.images.transpose(0, 3, 1, 2).copy())
     data = [[images, torch.from_numpy(ours.hard_labels)]]
     torch.save({"data": data, "accs_all_exps": {"ConvNet": [0.5]}}, tmp_path / "res.pt")
@@ -250,10 +250,10 @@ def test_a_set_from_elsewhere(made: Path, tmp_path: Path):
         cache=None,
         out=tmp_path / "a",
     )
-    found = reports.load(evaluate_command.run(options))
-    assert found.row("ridge", "distilled").accuracy.mean > 0.85
-    assert any("--pixels" in note or "standardised" in note for note in found.notes)
-    assert found.commands == [
+    report = reports.load(evaluate_command.run(options))
+    assert report.row("ridge", "distilled").accuracy.mean > 0.85
+    assert any("--pixels" in note or "standardised" in note for note in report.notes)
+    assert report.commands == [
         f"dsdistill evaluate {tmp_path / 'res.pt'} --learners ridge "
         "--controls random --seeds 1 --data digits"
     ]
@@ -261,8 +261,8 @@ def test_a_set_from_elsewhere(made: Path, tmp_path: Path):
         evaluate_command.run(replace(options, data=None, out=tmp_path / "b"))
 
 
-def test_a_set_at_chance_gets_a_hint(made: Path, tmp_path: Path):
-    ours = distilled_set.load(made / distilled_set.FILE_NAME)
+def test_a_set_at_chance_gets_a_hint(kip_run: Path, tmp_path: Path):
+    ours = distilled_set.load(kip_run / distilled_set.FILE_NAME)
     noise = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     torch.save({"images": noise, "labels": torch.from_numpy(ours.hard_labels)}, tmp_path / "x.pt")
     options = EvaluateOptions(
@@ -273,12 +273,14 @@ def test_a_set_at_chance_gets_a_hint(made: Path, tmp_path: Path):
     assert any("chance" in note and "--labels" in note for note in notes)
 
 
-def test_several_evaluations_on_one_page(evaluated: Path, made: Path, cache: Path, tmp_path: Path):
-    inside = made / "evaluation-1"
-    options = EvaluateOptions(made, learners="ridge", controls="random", seeds=1, cache=cache)
+def test_several_evaluations_on_one_page(
+    evaluated: Path, kip_run: Path, cache: Path, tmp_path: Path
+):
+    inside = kip_run / "evaluation-1"
+    options = EvaluateOptions(kip_run, learners="ridge", controls="random", seeds=1, cache=cache)
     assert evaluate_command.run(options) == inside
     page = evaluate_command.compare(
-        ReportOptions((evaluated, made), tmp_path / "pages" / "both.html")
+        ReportOptions((evaluated, kip_run), tmp_path / "pages" / "both.html")
     )
     text = page.read_text()
     assert text.count("dsdistill kip digits --images-per-class 2 --steps 60") >= 2
@@ -306,8 +308,8 @@ def test_several_evaluations_on_one_page(evaluated: Path, made: Path, cache: Pat
         ({"data": "mnist0"}, "mnist0"),
     ],
 )
-def test_wrong_input_is_one_line_and_leaves_no_folder(made: Path, tmp_path, changes, message):
-    options = EvaluateOptions(made, learners="ridge", out=tmp_path / "a", cache=None)
+def test_wrong_input_is_one_line_and_leaves_no_folder(kip_run: Path, tmp_path, changes, message):
+    options = EvaluateOptions(kip_run, learners="ridge", out=tmp_path / "a", cache=None)
     with pytest.raises(UserError, match=message) as caught:
         evaluate_command.run(
             replace(options, **({"out": None} if changes.get("resume") else {}), **changes)
@@ -316,9 +318,9 @@ def test_wrong_input_is_one_line_and_leaves_no_folder(made: Path, tmp_path, chan
     assert not (tmp_path / "a").exists()
 
 
-def test_data_that_changed_is_refused(made: Path, tmp_path: Path):
+def test_data_that_changed_is_refused(kip_run: Path, tmp_path: Path):
     other = tmp_path / "other"
-    shutil.copytree(made, other)
+    shutil.copytree(kip_run, other)
     distilled = distilled_set.load(other / distilled_set.FILE_NAME)
     provenance = json.loads(json.dumps(dict(distilled.provenance)))
     provenance["data"]["sha256"] = "0" * 64
@@ -327,16 +329,16 @@ def test_data_that_changed_is_refused(made: Path, tmp_path: Path):
         evaluate_command.run(EvaluateOptions(other))
 
 
-def test_a_stop_by_hand_says_how_the_evaluation_goes_on(made: Path, tmp_path: Path, monkeypatch):
+def test_a_stop_by_hand_says_how_the_evaluation_goes_on(kip_run: Path, tmp_path: Path, monkeypatch):
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
-    options = EvaluateOptions(made, learners="ridge", controls="", seeds=1, cache=None)
+    options = EvaluateOptions(kip_run, learners="ridge", controls="", seeds=1, cache=None)
     options = replace(options, out=tmp_path / "an out")
     with monkeypatch.context() as patch:
         patch.setattr(evaluate_command, "_run_trainings", stopped)
         with pytest.raises(
-            StopInterrupt, match=f"`dsdistill evaluate {made} --resume --out '.*an out'`$"
+            StopInterrupt, match=f"`dsdistill evaluate {kip_run} --resume --out '.*an out'`$"
         ):
             evaluate_command.run(options)
     monkeypatch.setattr(

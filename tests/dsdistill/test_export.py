@@ -1,4 +1,4 @@
-"""`dsdistill export`: whole, nothing outside `--out`, and nothing left of what failed."""
+"""`dsdistill export`: complete, nothing outside `--out`, and no remains of a failed export."""
 
 import json
 import re
@@ -35,8 +35,8 @@ def _set(classes: tuple[str, ...], kind: str = "standardise") -> DistilledSet:
     fitted = preprocess.fit(kind, train.chunks, train.shape)
     images = fitted.apply(train.images(np.arange(len(classes))))
     labels = np.eye(len(classes), dtype=np.float32) * 3 - np.float32(0.1)
-    made = {"method": "kip", "note": "half \ud800 and $x$"}
-    return DistilledSet(images, labels, fitted, classes, made)
+    provenance = {"method": "kip", "note": "half \ud800 and $x$"}
+    return DistilledSet(images, labels, fitted, classes, provenance)
 
 
 def _saved(folder: Path, distilled: DistilledSet) -> Path:
@@ -87,21 +87,21 @@ def test_any_names_become_folders(names: list[str]) -> None:
 def test_an_export_is_the_whole_set(tmp_path: Path, form: str, kind: str) -> None:
     distilled = _set(HOSTILE, kind)
     path = export.write(_saved(tmp_path, distilled), form, None)
-    found = export.read(path)
-    assert found is not None
-    np.testing.assert_array_equal(found.images, distilled.images)
-    np.testing.assert_array_equal(found.labels, distilled.labels)
-    assert found.preprocess.same_as(distilled.preprocess)
+    loaded = export.read(path)
+    assert loaded is not None
+    np.testing.assert_array_equal(loaded.images, distilled.images)
+    np.testing.assert_array_equal(loaded.labels, distilled.labels)
+    assert loaded.preprocess.same_as(distilled.preprocess)
     if kind == "zca":
-        assert found.preprocess.unwhiten is not None
-        np.testing.assert_array_equal(found.preprocess.unwhiten, distilled.preprocess.unwhiten)
-    assert (found.classes, found.encoding) == (HOSTILE, distilled.encoding)
-    assert found.provenance == distilled.provenance
+        assert loaded.preprocess.unwhiten is not None
+        np.testing.assert_array_equal(loaded.preprocess.unwhiten, distilled.preprocess.unwhiten)
+    assert (loaded.classes, loaded.encoding) == (HOSTILE, distilled.encoding)
+    assert loaded.provenance == distilled.provenance
 
 
 @pytest.mark.parametrize("form", ["npz", "torch"])
 def test_others_can_use_a_whitened_export(tmp_path: Path, form: str) -> None:
-    """With NumPy alone: test images are whitened by what is in the file."""
+    """NumPy alone can whiten test images with the arrays of the file."""
     distilled = _set(DIGITS.train.classes, "zca")
     path = export.write(_saved(tmp_path, distilled), form, None)
     if form == "npz":
@@ -120,19 +120,19 @@ def test_others_can_use_a_whitened_export(tmp_path: Path, form: str) -> None:
 
 def test_evaluate_scores_an_export_as_the_set(tmp_path: Path) -> None:
     distilled = _set(DIGITS.train.classes, "zca")
-    made = {
+    provenance = {
         "data": {"source": "digits", "sha256": DIGITS.digest},
         "config": {"kernel": "fc", "depth": 2, "image_size": None, "validation_fraction": 0.1},
         "evaluation_ridge": 1e-4,
     }
-    file = _saved(tmp_path, replace(distilled, provenance=made))
+    file = _saved(tmp_path, replace(distilled, provenance=provenance))
     path = export.write(file, "npz", None)
     scores = []
     for run in (file, path):
         options = EvaluateOptions(run, learners="ridge", controls="", cache=None, seeds=1)
         parts = evaluation_parts.assemble(options)
         (learner,) = parts.learners
-        examples, judged = parts.distilled.examples(), parts.judges.validation
+        examples, judged = parts.distilled.examples(), parts.held_out.validation
         predict = learner(examples, judged, 0)
         test = parts.distilled.preprocess.apply(DIGITS.test.images(slice(100)))
         scores.append(np.asarray(predict(test)))

@@ -1,4 +1,4 @@
-"""The Gauss-Newton step: its derivative, its solution, and what it does when it goes too far."""
+"""The Gauss-Newton step: its derivative, its solution, and steps that are too long."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +38,7 @@ X_T, Y_T = TargetBatches(TRAIN, 9, 0).draw(0)
 
 
 def alone(work, *arguments):
-    """Inside `devices.shard_targets`, with all of the targets on one device."""
+    """Run `work` inside `devices.shard_targets` with all targets on one device."""
     assert jax.device_count() == 1
     share = devices.shard_targets(lambda whole, real, x_t: work(*whole))
     with jax.enable_x64(True):
@@ -63,7 +63,7 @@ def change(seed: int) -> dict[str, np.ndarray]:
 
 
 def predicted(name: str, at: dict[str, np.ndarray]) -> np.ndarray:
-    """From the definition, in float64."""
+    """Predictions by the definition, in float64."""
     with jax.enable_x64(True):
         x_s, x_t = (jnp.asarray(x, jnp.float64) for x in (at["images"], X_T))
         kernel = NETWORKS[name].kernel
@@ -74,7 +74,7 @@ def predicted(name: str, at: dict[str, np.ndarray]) -> np.ndarray:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_derivative_is_that_of_the_predictions(name):
-    """A central difference, and <J v, u> = <v, J^T u>."""
+    """J agrees with a central difference, and <J v, u> = <v, J^T u>."""
     at, v = support(), change(2)
     u = np.random.default_rng(3).standard_normal(Y_T.shape)
 
@@ -123,7 +123,7 @@ def stepped(at: dict, last: GaussNewtonState, *, rate: float, damping: float, ne
 
 
 def test_the_step_solves_the_damped_problem(monkeypatch):
-    """Against the dense solution, after as many iterations as there are unknowns."""
+    """The step equals the dense solution after as many iterations as there are unknowns."""
     monkeypatch.setattr(gauss_newton, "ITERATIONS", 400)
     monkeypatch.setattr(gauss_newton, "PROBES", 2000)  # the mean of the diagonal, nearly exactly
     at = support()
@@ -141,8 +141,8 @@ def test_the_step_solves_the_damped_problem(monkeypatch):
     n = at["images"].size
     means = np.concatenate([np.full(n, diagonal[:n].mean()), np.full(9, diagonal[n:].mean())])
     expected = np.linalg.solve(j.T @ j + 0.5 * means * unit, j.T @ r)
-    found = np.concatenate([np.ravel(after.direction[name]) for name in at])
-    np.testing.assert_allclose(found, expected, atol=0.03 * np.abs(expected).max())
+    direction = np.concatenate([np.ravel(after.direction[name]) for name in at])
+    np.testing.assert_allclose(direction, expected, atol=0.03 * np.abs(expected).max())
 
 
 def test_a_step_lowers_the_loss_of_its_batch_and_remembers_its_direction():
@@ -169,7 +169,7 @@ def test_a_step_too_far_is_taken_back_and_the_damping_grows_until_one_is_kept():
         kept = any((np.asarray(at[n]) != np.asarray(before[n])).any() for n in at)
         if kept:
             break
-        assert boosts[-1] == gauss_newton.RISE ** len(boosts)
+        assert boosts[-1] == gauss_newton.DAMPING_RISE ** len(boosts)
     assert kept
     assert len(boosts) > 1
 
@@ -218,8 +218,8 @@ def test_the_command(dsdistill, tmp_path):
     assert '"schedule": "cosine"' in config
     assert '"learning_rate": 0.3' in config
     for wrong, words in (
-        (["--learning-rate", 2], "is a part of the step"),
-        (["--label-learning-rate", 0.1], "--label-learning-rate is of --optimizer adam"),
+        (["--learning-rate", 2], "is a fraction of the step"),
+        (["--label-learning-rate", 0.1], "--label-learning-rate needs --optimizer adam"),
         (["--damping", 0], "--damping must be positive"),
     ):
         done = dsdistill("kip", "digits", *options[:3], *wrong, "--out", tmp_path / "no")

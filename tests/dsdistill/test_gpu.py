@@ -1,6 +1,6 @@
-"""On a GPU, where there is one: kernels against the host, KIP, half precision, resumption.
+"""GPU: kernels against the host, KIP, half precision, resuming.
 
-Without one, the GPU's kernels are interpreted, and lowered as far as that goes.
+Without a GPU, its kernels are interpreted, and lowered as far as possible.
 """
 
 import json
@@ -35,9 +35,9 @@ VALUE, GRADIENT = 1e-6, 1e-5  # relative to the largest entry
 STUDENT = ("train", "digits", "--student", "convnet:8", "--device", "cuda", "--seed", "5")
 
 
-def relative(found, expected) -> float:
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
+def relative(actual, expected) -> float:
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
 def images(n: int, *shape: int, seed: int = 0) -> np.ndarray:
@@ -52,20 +52,22 @@ def planes_of(text: str, *shape: int) -> list[tuple]:
     network = notation.parse(text)
     x1, x2 = (jnp.asarray(images(n, *shape, seed=n), jnp.float64) for n in (1, 4))
     one, two = (
-        conv_kernel._PreparedImages.of(x1, network),
-        conv_kernel._PreparedImages.blocks(x2, network),
+        conv_kernel._PreparedImages.one_by_one(x1, network),
+        conv_kernel._PreparedImages.in_lanes(x2, network),
     )
     image, block = (jax.tree.map(lambda a: a[0], side) for side in (one, two))
     levels = lanes.build_levels(network, block.images.shape)
     sigmas = conv_kernel._relu_deviations(levels, image.deviations, block.deviations)
     entering, _ = conv_kernel._level_inputs(levels, image.images, block.images, sigmas)
-    found = list(zip(levels, entering, sigmas, strict=True))
+    levels_and_inputs = list(zip(levels, entering, sigmas, strict=True))
     deviations, levels, entering, _ = variances._propagate(block.images, network)
     rest = iter(deviations)
     for level, source in zip(levels, entering, strict=True):
         own = [next(rest) for stage in level.stages if stage.relu]
-        found.append((level, source, tuple(stages.pair_deviations(level.grid, d, d) for d in own)))
-    return found
+        levels_and_inputs.append(
+            (level, source, tuple(stages.pair_deviations(level.grid, d, d) for d in own))
+        )
+    return levels_and_inputs
 
 
 @pytest.mark.parametrize(
@@ -83,10 +85,10 @@ def test_programs_of_a_level_are_what_planes_computes(
             expected_back = planes.backward(level, source, sigmas, g)
             with monkeypatch.context() as patch:
                 patch.setattr(gpu, "INTERPRET", True)
-                found = planes.forward(level, source, sigmas)
+                forward = planes.forward(level, source, sigmas)
                 found_back = planes.backward(level, source, sigmas, g)
             pairs = zip(*map(jax.tree.leaves, (found_back, expected_back)), strict=True)
-            for mine, theirs in [(found, expected), *pairs]:
+            for mine, theirs in [(forward, expected), *pairs]:
                 np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-13)
 
 
@@ -131,7 +133,7 @@ OPTIMIZERS = {"adam": Adam(), "gauss-newton": GaussNewton(0.04)}
 
 
 def first_step(optimizer: str) -> tuple[np.ndarray, float]:
-    """How KIP's first step moves the images of digits, and the loss before it."""
+    """The change of the images by KIP's first step on digits, and the loss before it."""
     train = support.digits().train
     examples = Examples(train, preprocess.fit("standardise", train.chunks, train.shape))
     start = draw_support(examples, 1, noise=False, corruption=0, seed=0)

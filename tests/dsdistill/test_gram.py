@@ -1,4 +1,4 @@
-"""Tiles: the same numbers as without them, and a plan that keeps to the memory there is."""
+"""Tiles: results that do not depend on them, and sizes that fit the free memory."""
 
 import sys
 import types
@@ -61,7 +61,7 @@ def test_plan_keeps_to_the_budget_and_uses_it(monkeypatch, gradient):
 
 @pytest.mark.parametrize(("stored", "share"), [(True, 1), (False, gram.MAX_MEMORY_FRACTION)])
 def test_traced_bytes_bound_what_the_compiler_takes(monkeypatch, stored, share):
-    """Of stored covariances it is a bound; of planes, what is taken stays within the memory."""
+    """Traced bytes bound the memory of stored covariances; planes stay within the budget."""
     network = stored_covariances(monkeypatch) if stored else networks.parse("convnet3")
     shape, tile = (16, 16, 1), Tile(4, 6)
     x, y = images(4, 0, 16), images(6, 1, 16)
@@ -85,5 +85,5 @@ def test_peak_of_a_chain_is_two_arrays():
         return jnp.tanh(jnp.sin(jnp.cos(x)))
 
     jaxpr = jax.make_jaxpr(chain)(jnp.zeros(1000, jnp.float32)).jaxpr
-    # The input is the caller's and stays; each step needs its argument and its result.
+    # The caller keeps the input; each step needs its argument and its result.
     assert gram.peak_bytes(jaxpr) == 3 * 4000

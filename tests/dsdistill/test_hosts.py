@@ -1,4 +1,4 @@
-"""Several hosts, as processes on loopback: the result of one, and an end to every accident."""
+"""Several hosts as processes on loopback: the result of one host, and an end after failures."""
 
 import json
 import signal
@@ -16,7 +16,7 @@ from dsdistill.harness.data import distilled_set
 DSDISTILL = Path(sys.executable).with_name("dsdistill")
 TIMEOUT = 240  # of two processes that may share one core
 KIP = "kip digits --images-per-class 2 --steps 6 --learn-labels --augment all --target-batch 130"
-# Its solve amplifies rounding, and the less the larger the damping.
+# The solution amplifies rounding, less so with a larger damping.
 NEWTON = (
     "kip digits --images-per-class 2 --steps 4 --learn-labels --target-batch 130 "
     "--optimizer gauss-newton --damping 30"
@@ -26,7 +26,7 @@ ENDLESS = "kip digits --images-per-class 2 --steps 100000 --out run --target-bat
 
 
 def start(folder: Path, line: str, hosts: str) -> subprocess.Popen[str]:
-    """One host, in a working folder of its own."""
+    """Start one host in its own working folder."""
     folder.mkdir(parents=True, exist_ok=True)
     return subprocess.Popen(
         [DSDISTILL, *line.split(), "--hosts", hosts],
@@ -38,7 +38,7 @@ def start(folder: Path, line: str, hosts: str) -> subprocess.Popen[str]:
 
 
 def pair(folder: Path, line: str, other: str | None = None) -> list[subprocess.Popen[str]]:
-    """Two hosts, which share no folder; the second one's command can differ."""
+    """Start two hosts without a shared folder; the command of the second may differ."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -47,7 +47,7 @@ def pair(folder: Path, line: str, other: str | None = None) -> list[subprocess.P
 
 
 def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
-    """Code, output and errors of each."""
+    """Exit code, output and errors of each process."""
     try:
         texts = [process.communicate(timeout=TIMEOUT) for process in processes]
     finally:
@@ -62,7 +62,7 @@ def steps(run: Path) -> list[int]:
 
 
 def at_work(processes: list[subprocess.Popen[str]], run: Path, beyond: int) -> None:
-    """Wait until the run has made so many steps."""
+    """Wait until the run has made a number of steps."""
     began = time.monotonic()
     while max(steps(run), default=0) <= beyond:
         assert all(process.poll() is None for process in processes), ended(processes)
@@ -100,14 +100,14 @@ def test_two_hosts_give_the_support_of_one(dsdistill, tmp_path, line):
         for name in ("alone", "host0/run")
     )
     assert two.provenance["machine"]["hosts"] == 2
-    # Adam divides by the size of the gradient: where that is rounding, so is the step.
+    # Adam divides by the size of the gradient: where the gradient is rounding, so is the step.
     np.testing.assert_allclose(two.images, one.images, atol=1e-4)
     np.testing.assert_allclose(two.labels, one.labels, atol=1e-4)
     assert two.provenance["metrics"] == pytest.approx(one.provenance["metrics"], rel=1e-3)
 
 
 def test_a_stop_is_agreed_on_and_a_death_ends_the_run(dsdistill, tmp_path):
-    """SIGTERM on the second host; on again; SIGKILL on it; on again with one host."""
+    """SIGTERM to the second host, resume, SIGKILL to it, resume on one host."""
     run = tmp_path / "host0" / "run"
     processes = pair(tmp_path, f"{ENDLESS} 10ms")
     at_work(processes, run, beyond=10)
@@ -137,7 +137,7 @@ def test_a_stop_is_agreed_on_and_a_death_ends_the_run(dsdistill, tmp_path):
 
 
 def test_a_silent_host_counts_as_lost(tmp_path):
-    """It hangs, and no connection breaks."""
+    """A host hangs without breaking a connection."""
     processes = pair(tmp_path, f"{ENDLESS} 50")
     at_work(processes, tmp_path / "host0" / "run", beyond=10)
     assert bereft(processes, signal.SIGSTOP) == (
@@ -189,7 +189,8 @@ def test_a_port_that_is_taken_is_one_line(dsdistill, tmp_path):
         done = dsdistill("kip", "--hosts", f"127.0.0.1:{port},0/2")
     assert done.returncode == 1
     assert done.stderr == (
-        f"dsdistill: --hosts: cannot listen on port {port}: Address already in use\n"
+        f"dsdistill: --hosts: cannot listen on port {port} (Address already in use): choose "
+        "another port on all hosts\n"
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -227,10 +228,10 @@ np.savez(sys.argv[2], *arrays)
 
 
 def test_one_sum_over_the_devices_whatever_the_tiles(tmp_path):
-    """13 targets on three devices and on one: the same numbers.
+    """13 targets give the same numbers on three devices and on one.
 
-    One all-reduce each, of KIP's gradient and of Label Solve's sums. KIP shares out the support's
-    kernel as well: its rows are gathered, and their cotangents summed up, before that.
+    KIP's gradient and Label Solve's sums need one all-reduce each. KIP also divides the kernel of
+    the support: before that, its rows are gathered and their cotangents summed.
     """
     found, words = [], []
     for count in (1, 3):

@@ -1,4 +1,4 @@
-"""Where KIP starts: draws, noise, and sets that were distilled before."""
+"""Initial supports of KIP: draws, noise, and earlier distilled sets."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,19 +25,19 @@ def fitted(kind: str, data: LabeledImages) -> Preprocess:
 
 
 @pytest.fixture
-def made(data: LabeledImages) -> DistilledSet:
-    """Two images a class with labels that were learned."""
+def distilled(data: LabeledImages) -> DistilledSet:
+    """Two images per class with labels that were learned."""
     images = fitted("standardise", data).apply(data.images(slice(0, 6)))
     labels = centred_one_hot(np.repeat([0, 1, 2], 2), 3) * np.float32(1.3)
     return DistilledSet(images, labels, fitted("standardise", data), data.classes, {})
 
 
-def test_load_takes_a_file_or_a_folder_and_leaves_the_names(made, tmp_path):
-    distilled_set.save(tmp_path / distilled_set.FILE_NAME, made)
+def test_load_takes_a_file_or_a_folder_and_leaves_the_names(distilled, tmp_path):
+    distilled_set.save(tmp_path / distilled_set.FILE_NAME, distilled)
     for path in (tmp_path, tmp_path / distilled_set.FILE_NAME):
-        found = initial_support.load(str(path))
-        assert found is not None
-        np.testing.assert_array_equal(found.images, made.images)
+        loaded = initial_support.load(str(path))
+        assert loaded is not None
+        np.testing.assert_array_equal(loaded.images, distilled.images)
     assert initial_support.load("real") is initial_support.load("noise") is None
 
 
@@ -51,26 +51,30 @@ def test_load_refuses_what_is_not_there(tmp_path):
         initial_support.load(str(tmp_path / "foreign.safetensors"))
 
 
-def test_the_set_decides_how_many_images(made, data):
-    assert initial_support.check(made, data, None) == initial_support.check(made, data, 2) == 2
-    with pytest.raises(UserError, match="2 images a class, --images-per-class asks for 5"):
-        initial_support.check(made, data, 5)
+def test_the_set_decides_how_many_images(distilled, data):
+    assert (
+        initial_support.check(distilled, data, None)
+        == initial_support.check(distilled, data, 2)
+        == 2
+    )
+    with pytest.raises(UserError, match="2 images per class, --images-per-class asks for 5"):
+        initial_support.check(distilled, data, 5)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"classes": ("a", "c", "b")}, "they differ in name or order"),
-        ({"classes": ("a", "b")}, "the set has 2 classes, the data 3"),
+        ({"classes": ("a", "c", "b")}, "same classes in the same order"),
+        ({"classes": ("a", "b")}, "got 2 classes and 3: choose"),
         ({"images": np.zeros((6, 6, 6, 1), np.float32)}, "images are 6x6x1, the data's 6x6x3"),
         ({"images": np.zeros((6, 8, 6, 3), np.float32)}, "images are 8x6x3, the data's 6x6x3"),
         ({"encoding": "one-hot"}, "labels are 'one-hot', expected 'one-hot minus 1/k'"),
-        ({"images": np.zeros((7, 6, 6, 3), np.float32)}, "7 images are not the same number"),
+        ({"images": np.zeros((7, 6, 6, 3), np.float32)}, "got 7 images of 3 classes"),
     ],
 )
-def test_a_set_that_does_not_fit_is_refused(made, data, changes, message):
+def test_a_set_that_does_not_fit_is_refused(distilled, data, changes, message):
     with pytest.raises(UserError, match=message):
-        initial_support.check(replace(made, **changes), data, None)
+        initial_support.check(replace(distilled, **changes), data, None)
 
 
 @pytest.mark.parametrize(
@@ -84,34 +88,37 @@ def test_a_set_that_does_not_fit_is_refused(made, data, changes, message):
         ({"data": {"sha256": "y"}, "config": {"validation_fraction": 0.0}}, False),
     ],
 )
-def test_a_set_that_has_seen_the_validation_images(made, provenance, saw):
+def test_a_set_that_has_seen_the_validation_images(distilled, provenance, saw):
     assert (
-        initial_support.overlaps_validation(replace(made, provenance=provenance), "x", 0.1) is saw
+        initial_support.overlaps_validation(replace(distilled, provenance=provenance), "x", 0.1)
+        is saw
     )
 
 
-def test_the_same_preprocessing_keeps_every_bit(made, data):
-    support = initial_support.from_set(made, fitted("standardise", data), corruption=0, seed=0)
-    np.testing.assert_array_equal(support.images, made.images)
-    np.testing.assert_array_equal(support.labels, made.labels)
+def test_the_same_preprocessing_keeps_every_bit(distilled, data):
+    support = initial_support.from_set(distilled, fitted("standardise", data), corruption=0, seed=0)
+    np.testing.assert_array_equal(support.images, distilled.images)
+    np.testing.assert_array_equal(support.labels, distilled.labels)
     assert not support.frozen.any()
 
 
 @pytest.mark.parametrize("kind", ["none", "zca"])
-def test_another_preprocessing_is_undone_and_this_one_applied(made, data, kind):
+def test_another_preprocessing_is_undone_and_this_one_applied(distilled, data, kind):
     target = fitted(kind, data)
-    support = initial_support.from_set(made, target, corruption=0, seed=0)
+    support = initial_support.from_set(distilled, target, corruption=0, seed=0)
     np.testing.assert_allclose(support.images, target.apply(data.images(slice(0, 6))), atol=1e-5)
 
 
 def test_a_whitened_set_comes_back_up_to_brightness_and_contrast(data):
-    """Where the new preprocessing ignores both, as ZCA does, nothing is lost."""
+    """A preprocessing that ignores brightness and contrast, such as ZCA, loses nothing."""
     raw = data.images(slice(0, 6))
     old = preprocess.fit("zca", data.select(np.arange(40)).chunks, data.shape)
-    made = DistilledSet(old.apply(raw), centred_one_hot(np.arange(6) % 3, 3), old, data.classes, {})
+    distilled = DistilledSet(
+        old.apply(raw), centred_one_hot(np.arange(6) % 3, 3), old, data.classes, {}
+    )
     new = fitted("zca", data)
     assert not old.same_as(new)
-    got = initial_support.from_set(made, new, corruption=0, seed=0).images
+    got = initial_support.from_set(distilled, new, corruption=0, seed=0).images
     expected = new.apply(raw)
     cosine = (got * expected).sum((1, 2, 3)) / np.sqrt(
         (got**2).sum((1, 2, 3)) * (expected**2).sum((1, 2, 3))
@@ -119,15 +126,15 @@ def test_a_whitened_set_comes_back_up_to_brightness_and_contrast(data):
     assert (cosine > 0.98).all()  # the two are standardised by different means and deviations
 
 
-def test_corruption_reaches_a_set_too(made, data):
-    support = initial_support.from_set(made, made.preprocess, corruption=0.5, seed=0)
-    frozen = np.broadcast_to(support.frozen, made.images.shape)
-    np.testing.assert_array_equal(support.images[~frozen], made.images[~frozen])
-    assert (support.images[frozen] != made.images[frozen]).all()
+def test_corruption_reaches_a_set_too(distilled, data):
+    support = initial_support.from_set(distilled, distilled.preprocess, corruption=0.5, seed=0)
+    frozen = np.broadcast_to(support.frozen, distilled.images.shape)
+    np.testing.assert_array_equal(support.images[~frozen], distilled.images[~frozen])
+    assert (support.images[frozen] != distilled.images[frozen]).all()
     assert 0.3 < support.frozen.mean() < 0.7
 
 
-def test_a_home_folder_is_expanded(made, tmp_path, monkeypatch):
+def test_a_home_folder_is_expanded(distilled, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    distilled_set.save(Path(tmp_path) / "mine.safetensors", made)
+    distilled_set.save(Path(tmp_path) / "mine.safetensors", distilled)
     assert initial_support.load("~/mine.safetensors") is not None

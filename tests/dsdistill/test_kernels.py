@@ -24,7 +24,7 @@ def images(n: int, seed: int, dtype=jnp.float64) -> jax.Array:
 
 
 def oracle(depth: int):
-    """The same network through neural-tangents."""
+    """The same network in neural-tangents."""
     stax = neural_tangents.load().stax
     std = {"W_std": networks.W_STD, "b_std": networks.B_STD}
     hidden = [layer for _ in range(depth) for layer in (stax.Dense(1, **std), stax.Relu())]

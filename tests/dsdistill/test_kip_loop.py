@@ -1,4 +1,4 @@
-"""A KIP run as a whole: phases, resume to the bit, early stop, the choice, divergence."""
+"""Whole KIP runs: phases, exact resume, early stop, choice of the support, divergence."""
 
 import json
 import math
@@ -49,10 +49,10 @@ def support() -> Support:
 
 
 def plan(*steps: int, networks: tuple = (FC1,), patience: int | None = None, **changes) -> Plan:
-    """Phases of so many steps, an `fc(2)` in all but the last."""
-    made = [Phase(kip.KipObjective((FC2,), **changes), n) for n in steps[:-1]]
-    made.append(Phase(kip.KipObjective(networks, **changes), steps[-1]))
-    return Plan(tuple(made), target_batch=30, seed=0, patience=patience)
+    """A plan of phases with these numbers of steps, with `fc(2)` in all but the last."""
+    phase_list = [Phase(kip.KipObjective((FC2,), **changes), n) for n in steps[:-1]]
+    phase_list.append(Phase(kip.KipObjective(networks, **changes), steps[-1]))
+    return Plan(tuple(phase_list), target_batch=30, seed=0, patience=patience)
 
 
 def opened(folder: Path) -> run_folder.Run:
@@ -65,7 +65,7 @@ def lines(folder: Path) -> list[dict]:
 
 
 def interrupted_at(monkeypatch, stop: int) -> None:
-    """Ctrl-C while the line of this step is written."""
+    """Raise Ctrl-C while the line of this step is written."""
     write = run_folder.Metrics.write
 
     def stopping(self, step: int, **figures: float) -> None:
@@ -94,7 +94,7 @@ STOPS = [("plain", 2), ("plain", 4), *((name, 7) for name in OPTIONS)]
 
 @pytest.mark.parametrize(("name", "stop"), STOPS)
 def test_resume_is_exact_in_every_phase(name, stop, support, tmp_path, monkeypatch):
-    """Three steps of warm-up and six more: stopped in the first phase, at the border, later."""
+    """Three steps of warm-up and six more, stopped in the first phase, at its end, and later."""
     walk = plan(3, 6, **OPTIONS[name])
     best, last = run_to_end(opened(tmp_path / "whole"), walk, support, TRAIN, VALIDATION)
     with monkeypatch.context() as context:
@@ -134,12 +134,12 @@ def test_long_work_is_announced_before_it_begins(
     announced, *_ = capsys.readouterr().err.splitlines()
     assert announced == (
         f"expected: {progress.format_duration(seconds)} to the end of the run "
-        "(10 s a tile, 1 pairs of images a second)"
+        "(10 s per tile, 1 pairs of images per second)"
     )
 
 
 def test_long_work_of_the_second_kernel_is_announced(support, tmp_path, monkeypatch, capsys):
-    """Half of six steps of 270 pairs' worth, 1 s each; the other kernel's are quick."""
+    """Half of six steps that cost 270 pairs, at 1 s per pair; the other kernel is quick."""
     monkeypatch.setattr(
         timing, "time_tile", lambda network, *_: timing.Timing(10, 10) if network is FC2 else None
     )
@@ -162,8 +162,8 @@ def test_a_warm_up_is_numbered_shown_and_judged_at_its_end(support, tmp_path, ca
     assert [f["phase"] for f in figures] == [1] * 3 + [2] * 6
     assert ["validation_loss" in f for f in figures] == [False] * 2 + [True] * 7
     shown = capsys.readouterr().err.splitlines()
-    assert re.match(r"expected: .* to the end of the run \(.* a warm-up step, ", shown[0])
-    assert re.match(r"expected: .* to the end of the run \(.* a step, ", shown[2])
+    assert re.match(r"expected: .* to the end of the run \(.* per warm-up step, ", shown[0])
+    assert re.match(r"expected: .* to the end of the run \(.* per step, ", shown[2])
     assert shown[1].startswith("3/3 warm-up steps")
     assert shown[-1].startswith("6/6 steps")
 
@@ -185,7 +185,7 @@ def test_the_expected_duration_counts_both_phases_and_all_predictions(
 
 
 def test_each_phase_starts_adam_afresh_and_keeps_the_images(support, tmp_path):
-    """The second phase alone, from what the first one made, with the same targets."""
+    """The second phase equals a run from the first phase's support with the same targets."""
     walk = plan(3, 2)
     _, last = run_to_end(opened(tmp_path), walk, support, TRAIN, VALIDATION)
     first, second = (phase.objective for phase in walk.phases)
@@ -207,7 +207,7 @@ def test_several_networks_are_recorded_and_the_first_one_judges(support, tmp_pat
 
 
 def scripted(monkeypatch, loss: Callable[[int, int], float]) -> list[tuple[int, int]]:
-    """A judge that says what it is told, of the step and of the number of images it sees."""
+    """Script the scorer: loss and accuracy as functions of the step and of the number of images."""
     asked = []
 
     def judge(network, strength, validation, unit=None):
@@ -234,7 +234,7 @@ def test_patience_stops_a_run_and_a_resumed_one_stays_stopped(support, tmp_path,
 
 
 def test_patience_counts_from_the_steps_not_from_the_start(support, tmp_path, monkeypatch):
-    """A start better than all that follows must not end a run that improves."""
+    """An initial support better than all later ones must not end a run that improves."""
     scripted(monkeypatch, lambda step, _: 1 / step if step else 0.0)
     best, last = run_to_end(opened(tmp_path), plan(40, patience=2), support, TRAIN, VALIDATION)
     assert (best.step, last.done) == (0, 40)
@@ -248,7 +248,7 @@ def test_no_patience_in_a_warm_up(support, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("full", "chosen"), [(0.1, 4), (0.01, 10)])
 def test_the_choice_is_made_on_all_validation_images(support, tmp_path, monkeypatch, full, chosen):
-    """The best of the subset against the last one, which all the images may prefer."""
+    """The best on the subset competes with the last one, which may be better on all images."""
 
     def loss(step: int, images: int) -> float:
         return abs(step - 4) + 1 if images < 30 else {4: 0.05}.get(step, full)
@@ -273,11 +273,11 @@ def test_the_subset_is_balanced_and_fixed():
     assert np.bincount(sample.data.labels).tolist() == [4, 4, 4]
     np.testing.assert_array_equal(sample.images(), selection.subset(VALIDATION, 12, 0).images())
     assert selection.subset(VALIDATION, 30, seed=0) is VALIDATION
-    assert len(selection.subset(VALIDATION, 1, seed=0)) == 3  # one a class at least
+    assert len(selection.subset(VALIDATION, 1, seed=0)) == 3  # at least one per class
 
 
 def with_losses(monkeypatch, *losses: float) -> None:
-    """Steps that leave the support as it is, with these losses."""
+    """Replace KIP's steps by ones that keep the support and have these losses."""
 
     def step(self, state, targets, step):
         return kip.Step(step + 1, state, losses[min(step, len(losses) - 1)], 0, 1, 1.0)
@@ -311,7 +311,7 @@ def test_a_loss_that_is_high_for_a_while_stops_nothing(support, tmp_path, monkey
 
 
 def test_a_small_first_loss_is_no_measure(support, tmp_path, monkeypatch):
-    """A distilled start has nearly no loss; what counts is the loss of predicting nothing."""
+    """A distilled support has nearly no loss at first; the zero prediction is the measure."""
     nothing = kip_loop._zero_prediction_loss(3)
     assert nothing == pytest.approx(0.5 * (4 / 9 + 1 / 9 + 1 / 9) / 3)
     with_losses(monkeypatch, 1e-6, 9 * nothing)

@@ -1,4 +1,4 @@
-"""Which hosts work together: the notation, and what a launcher leaves in the environment."""
+"""`--hosts` and the environment variables of launchers."""
 
 import pytest
 
@@ -9,10 +9,10 @@ from dsdistill.parallel import launchers
 def test_notation():
     assert launchers.parse("none") is None
     assert launchers.parse("10.0.0.1:9876,0/1") is None
-    found = launchers.parse("[fd00::1]:9876,1/3")
-    assert found is not None
-    assert found["coordinator_address"] == "[fd00::1]:9876"
-    assert (found["process_id"], found["num_processes"]) == (1, 3)
+    arguments = launchers.parse("[fd00::1]:9876,1/3")
+    assert arguments is not None
+    assert arguments["coordinator_address"] == "[fd00::1]:9876"
+    assert (arguments["process_id"], arguments["num_processes"]) == (1, 3)
 
 
 @pytest.mark.parametrize(
@@ -39,8 +39,8 @@ def test_a_cluster_is_one_that_launched_several_tasks(environment, launched):
         ("10.0.0.1:9876", "ADDRESS:PORT,INDEX/COUNT"),
         ("10.0.0.1,0/2", "ADDRESS:PORT,INDEX/COUNT"),
         ("10.0.0.1:9876,-1/2", "ADDRESS:PORT,INDEX/COUNT"),
-        ("10.0.0.1:9876,2/2", "below COUNT, got 2/2"),
-        ("10.0.0.1:9876,0/0", "below COUNT, got 0/0"),
+        ("10.0.0.1:9876,2/2", "COUNT - 1, got 2/2"),
+        ("10.0.0.1:9876,0/0", "COUNT - 1, got 0/0"),
         ("10.0.0.1:70000,0/2", "port from 1 to 65535, got 70000"),
         ("", "got ''"),
     ],

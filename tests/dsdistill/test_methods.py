@@ -1,4 +1,4 @@
-"""KIP and Label Solve as algorithms: gradients, draws, what is learned and what is not."""
+"""KIP and Label Solve: gradients, draws, and what is learned."""
 
 import itertools
 from dataclasses import replace
@@ -45,7 +45,7 @@ def run(train: Examples, steps: int = 5, support: Support | None = None, **chang
 
 
 def test_gradient_equals_finite_differences(train):
-    """Of the whole loss, through kernel, tiles and solve, in float64."""
+    """The gradient of the whole loss, through kernel, tiles and solution, in float64."""
     support = start(train)
     y_s, y_t = jnp.asarray(support.labels, float), jnp.asarray(train.labels())
     with jax.enable_x64(True):
@@ -64,7 +64,7 @@ def test_gradient_equals_finite_differences(train):
 
 
 def test_first_step_is_adam_on_the_reference_loss(train):
-    """Loss and step against the authors' formulas, in float64 throughout."""
+    """Loss and step agree with the authors' formulas, all in float64."""
     support = start(train)
     with jax.enable_x64(True):
         drawn = TargetBatches(train, 60, 0).draw(0)
@@ -138,7 +138,7 @@ def test_the_cosine_falls_from_the_full_rate_to_nothing(train):
 
 
 def test_each_step_draws_one_of_several_networks(train):
-    """A function of seed and step; each network's loss is that of a run with it alone."""
+    """The draw depends on seed and step; a network's loss is that of a run with it alone."""
     both = networks.parse("fc"), networks.parse("fc", 2)
     options = {"steps": 12, "target_batch": 60, "seed": 0}
     steps = list(kip.distill(kip.KipObjective(both), start(train), train, **options))

@@ -114,4 +114,4 @@ def test_levels_split_at_poolings_and_stages_at_convolutions():
     ("text", "pixels"), [("flatten", 1), ("2xCR-gap", 1), ("CP-gap", 2), ("CR-3xCRP-flatten", 8)]
 )
 def test_smallest_image(text, pixels):
-    assert parse(text).smallest == pixels
+    assert parse(text).min_size == pixels

@@ -1,4 +1,4 @@
-"""Which planes are kept, against the pairs of pixels found by walking back from the readout."""
+"""The planes that are kept, against the pairs of pixels that the readout depends on."""
 
 import itertools
 
@@ -17,7 +17,7 @@ CASES = [
 
 
 def needed(shape: tuple[int, int], everywhere: bool, above: set | None) -> set:
-    """Pairs (p, q) of pixels that the readout or the pairs of the coarser level are made of."""
+    """Pairs (p, q) of pixels on which the readout or the pairs of the coarser level depend."""
     if above is None:
         pixels = list(np.ndindex(shape))
         return set(itertools.product(pixels, pixels)) if everywhere else {(p, p) for p in pixels}
@@ -31,7 +31,7 @@ def needed(shape: tuple[int, int], everywhere: bool, above: set | None) -> set:
 
 
 def places(grid: Grid) -> dict:
-    """For every pair of pixels the planes that hold it."""
+    """The planes that hold each pair of pixels."""
     found: dict = {}
     offsets = itertools.product(
         zip(grid.y.offsets, grid.y.valid, strict=True),
@@ -62,7 +62,7 @@ def test_every_needed_pair_is_held_once_and_pooled_to_its_place(
         pairs = needed(every[level].shape, everywhere, above)
         assert pairs <= held[level].keys()
         if above is not None:
-            to = every[level].pooled(every[level + 1])
+            to = every[level].coarse_planes(every[level + 1])
             for p, q in pairs:
                 parity = 2 * (p[0] % 2) + p[1] % 2
                 coarse = tuple((a // 2, b // 2) for a, b in (p, q))
@@ -72,9 +72,9 @@ def test_every_needed_pair_is_held_once_and_pooled_to_its_place(
 
 @pytest.mark.parametrize(("height", "width", "poolings", "everywhere"), CASES)
 def test_no_other_pair_is_pooled_into_a_coarse_pair(height, width, poolings, everywhere):
-    """Exactly the 16 pairs of 2x2 by 2x2 pixels: what else is sent along has its q outside."""
+    """Exactly the 16 pairs of 2x2 by 2x2 pixels are pooled; any other has its q outside."""
     for fine, coarse in itertools.pairwise(grids(height, width, poolings, everywhere)):
-        to, above = fine.pooled(coarse), places(coarse)
+        to, above = fine.coarse_planes(coarse), places(coarse)
         counts: dict = {}
         for (p, q), (plane,) in places(fine).items():
             target = to[plane, 2 * (p[0] % 2) + p[1] % 2]
@@ -107,7 +107,7 @@ def test_flatten_keeps_a_band_and_global_pooling_every_pair_once():
     "axis", [AxisOffsets(5, 0), AxisOffsets(5, 2), AxisOffsets(4, 3), AxisOffsets(5, None, 8)]
 )
 def test_extended_images_hold_q_where_starts_says(axis):
-    extended = np.asarray(axis.extended(jnp.arange(1, axis.size + 1), 0))
+    extended = np.asarray(axis.extend(jnp.arange(1, axis.size + 1), 0))
     for start, offset, valid in zip(axis.starts, axis.offsets, axis.valid, strict=True):
         cut = extended[start : start + axis.size + 2]
         assert len(cut) == axis.size + 2
@@ -122,7 +122,7 @@ def test_extended_images_hold_q_where_starts_says(axis):
 def test_grid_cuts_both_axes():
     (grid,) = grids(3, 4, 0, True)
     pixels = jnp.arange(1, 13).reshape(3, 4, 1)
-    extended = np.asarray(grid.extended(pixels))[..., 0]
+    extended = np.asarray(grid.extend(pixels))[..., 0]
     for plane, (y, x) in enumerate(grid.starts):
         dy, dx = divmod(plane, len(grid.x))
         cut = extended[y + 1 : y + 4, x + 1 : x + 5]

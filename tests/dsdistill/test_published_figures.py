@@ -17,7 +17,7 @@ def accuracy(run: Path) -> float:
 
 
 def test_kip_on_fashion_mnist(dsdistill, tmp_path):
-    """84.6 % in the reference run; its accuracy moves by half a point between steps."""
+    """The reference run has 84.6 %; its accuracy varies by half a point between steps."""
     done = dsdistill("kip", "fashion-mnist", "--steps", 300, "--out", "run")
     assert done.returncode == 0, done.stderr
     assert accuracy(tmp_path / "run") >= 0.84
@@ -34,7 +34,7 @@ def test_label_solve_on_fashion_mnist(dsdistill, tmp_path, images_per_class, pub
 
 
 def test_kip_by_gauss_newton_on_fashion_mnist(dsdistill, tmp_path):
-    """One image a class, the kernel of `convnet`: 76.7 % published with augmentation."""
+    """One image per class with the kernel of `convnet`: 76.7 % published with augmentation."""
     options = ("--kernel", "convnet", "--images-per-class", 1, "--learn-labels")
     options = (*options, "--optimizer", "gauss-newton", "--out", "run")
     done = dsdistill("kip", "fashion-mnist", *options, timeout=3600)

@@ -1,4 +1,4 @@
-"""Published sets: read as they were meant, refused where they are not what they are said to be."""
+"""Published sets: read as intended, and refused if they are not what the user states."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from dsdistill.options import EvaluateOptions
 from dsdistill.published_sets import evidence, pixels, reader
 from dsdistill.published_sets.reader import StatedFormat
 
-SHARE = 20  # real images a class that play the distilled set
+SHARE = 20  # real images per class that stand in for a distilled set
 GOOD = 0.9  # accuracy of ridge regression on them: 0.96; chance is 0.1
 
 
@@ -45,27 +45,27 @@ def few(splits):
 
 @pytest.fixture
 def read(splits, fitted):
-    def one(path, *, train=splits.train, **stated):
-        given = {name: stated.pop(name) for name in ("data",) if name in stated}
+    def read_set(path, *, train=splits.train, **stated):
+        data = {name: stated.pop(name) for name in ("data",) if name in stated}
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            return reader.load(path, train, StatedFormat(**stated), preprocess=fitted, **given)
+            return reader.load(path, train, StatedFormat(**stated), preprocess=fitted, **data)
 
-    return one
+    return read_set
 
 
 @pytest.fixture
 def refused(read):
-    def one(path, match, **stated):
+    def require_refusal(path, match, **stated):
         with pytest.raises(UserError, match=match) as caught:
             read(path, **stated)
         assert "\n" not in str(caught.value)
 
-    return one
+    return require_refusal
 
 
 def _accuracy(distilled, test):
-    """Of kernel ridge regression with a Gaussian kernel, which shift and scale matter to."""
+    """Accuracy of kernel ridge regression with a Gaussian kernel, sensitive to shift and scale."""
     x, t = (a.reshape(len(a), -1) for a in (distilled.images, _seen(distilled, test)))
     k_ss, k_ts = (np.exp(-((a[:, None] - x) ** 2).mean(-1)) for a in (x, t))
     scores = k_ts @ np.linalg.solve(k_ss + 0.01 * np.eye(len(x)), distilled.labels)
@@ -118,7 +118,7 @@ def test_condensation_file_gives_its_last_set_by_its_own_constants(
 
 
 def test_constants_are_the_projects():
-    """Written out again, from the published program."""
+    """The project's constants, copied from the published program once more."""
     assert pixels.CONSTANTS["DC"]["FashionMNIST"] == ((0.2861,), (0.353,))
     assert pixels.CONSTANTS["DC"]["CIFAR100"][0] == (0.5071, 0.4866, 0.4409)
     assert pixels.CONSTANTS["MTT"]["CIFAR100"][1] == (0.2023, 0.1994, 0.201)
@@ -144,7 +144,7 @@ def test_the_name_of_the_data_chooses_the_constants(tmp_path, few, read, name, d
 def test_a_file_named_after_other_data_is_refused(tmp_path, few, refused):
     sets = [[_nchw(few[0] * 3 - 1), torch.from_numpy(few[1])]]
     path = _condensed(tmp_path / "res_DC_FashionMNIST_ConvNet_1ipc.pt", sets)
-    refused(path, "named after FashionMNIST: give --data fashion-mnist", data="mnist")
+    refused(path, "named after FashionMNIST: use --data fashion-mnist", data="mnist")
 
 
 def test_pair_of_files_as_folder_and_as_file(tmp_path, splits, few, fitted, read, refused):
@@ -166,28 +166,32 @@ def test_pair_of_files_as_folder_and_as_file(tmp_path, splits, few, fitted, read
 
 
 def test_whitened_pairs_are_not_guessed(tmp_path, splits, few, refused):
-    """Colour: MTT's files do not say whether ZCA was used, unless the images without lie there."""
+    """MTT's colour files tell whether ZCA was used only if unwhitened images lie beside them."""
     pictures = np.repeat(splits.train.images(), 3, -1)
     colour = LabeledImages(pictures, splits.train.labels, splits.train.classes)
-    own = preprocess.fit("standardise", colour.chunks, colour.shape)
+    data_preprocess = preprocess.fit("standardise", colour.chunks, colour.shape)
     images, labels = np.repeat(few[0], 3, -1), few[1]
     folder = tmp_path / "CIFAR100" / "run"
     folder.mkdir(parents=True)
-    torch.save(_nchw(own.apply(images)), folder / "images_best.pt")
+    torch.save(_nchw(data_preprocess.apply(images)), folder / "images_best.pt")
     torch.save(torch.from_numpy(labels), folder / "labels_best.pt")
-    refused(folder, "state --pixels zca-mtt or --pixels standardised", train=colour)
-    got = reader.load(folder, colour, StatedFormat(pixels="standardised"), preprocess=own)
+    refused(folder, "use --pixels zca-mtt or --pixels standardised", train=colour)
+    got = reader.load(
+        folder, colour, StatedFormat(pixels="standardised"), preprocess=data_preprocess
+    )
     assert "those of MTT for CIFAR100" in _notes(got)
     torch.save(_nchw(images * np.float32(1.2) - np.float32(0.1)), folder / "images_zca_best.pt")
-    whitened = "is whitened by ZCA.* say --pixels zca-mtt"
+    whitened = "is whitened by ZCA.* use --pixels zca-mtt"
     refused(folder, whitened, train=colour, pixels="standardised")
-    got = reader.load(folder / "images_zca_best.pt", colour, StatedFormat(), preprocess=own)
-    np.testing.assert_allclose(got.images, own.apply(images * 1.2 - 0.1), atol=1e-4)
+    got = reader.load(
+        folder / "images_zca_best.pt", colour, StatedFormat(), preprocess=data_preprocess
+    )
+    np.testing.assert_allclose(got.images, data_preprocess.apply(images * 1.2 - 0.1), atol=1e-4)
     assert "pixels: unit (the kind of file)" in _notes(got)
 
 
 def test_kip_file(tmp_path, splits, few, fitted, read, refused):
-    """Labels learned by Adam: their rows need not sum to 0, which a nameless file must state."""
+    """Rows of labels learned by Adam need not sum to 0; only a file's name tells what they are."""
     images, labels = few
     rng = np.random.default_rng(0)
     learned = centred_one_hot(labels, 10) + rng.normal(0, 0.05, (len(labels), 10))
@@ -205,18 +209,18 @@ def test_kip_file(tmp_path, splits, few, fitted, read, refused):
 
 def test_kip_file_that_is_whitened(tmp_path, splits, few, read, refused):
     images, labels = few
-    own = preprocess.fit("zca", splits.train.chunks, splits.train.shape)
+    data_preprocess = preprocess.fit("zca", splits.train.chunks, splits.train.shape)
     path = tmp_path / "ConvNet_ssize200_zca_l_noaug_ckpt1000.npz"
-    np.savez(path, images=own.apply(images), labels=centred_one_hot(labels, 10))
+    np.savez(path, images=data_preprocess.apply(images), labels=centred_one_hot(labels, 10))
     got = read(path)
-    assert got.preprocess.same_as(own)
+    assert got.preprocess.same_as(data_preprocess)
     assert _accuracy(got, splits.test) > GOOD
     assert "pixels: zca (the kind of file); ZCA as the KIP paper does" in _notes(got)
     refused(path, "is whitened by ZCA", pixels="standardised")
 
 
 def test_mtt_pair_that_is_whitened(tmp_path, splits, few, read, refused):
-    """By the formula of Kornia's `ZCAWhitening(eps=0.1)`, in whose order MTT flattens images."""
+    """Whitening by the formula of Kornia's `ZCAWhitening(eps=0.1)`, with MTT's order of pixels."""
     images, labels = few
     every = _nchw(splits.train.images()).flatten(1).double()
     centred = every - every.mean(0)
@@ -241,36 +245,40 @@ def test_mtt_pair_that_is_whitened(tmp_path, splits, few, read, refused):
 @pytest.mark.parametrize("prepared", ["standardise", "none"])
 def test_own_export_comes_back_to_the_bit(tmp_path, splits, few, read, kind, prepared):
     images, labels = few
-    own = preprocess.fit(prepared, lambda size: iter([images]), images.shape[1:])
+    data_preprocess = preprocess.fit(prepared, lambda size: iter([images]), images.shape[1:])
     solved = np.random.default_rng(1).normal(0, 9, (len(labels), 10)).astype(np.float32)
-    made = DistilledSet(own.apply(images), solved, own, splits.train.classes, {})
-    distilled_set.save(tmp_path / distilled_set.FILE_NAME, made)
+    exported = DistilledSet(
+        data_preprocess.apply(images), solved, data_preprocess, splits.train.classes, {}
+    )
+    distilled_set.save(tmp_path / distilled_set.FILE_NAME, exported)
     path = export.write(tmp_path / distilled_set.FILE_NAME, kind, None)
     got = read(path)
-    np.testing.assert_array_equal(got.images, made.images)
-    np.testing.assert_array_equal(got.labels, made.labels)
-    np.testing.assert_array_equal(_seen(got, splits.test), _seen(made, splits.test))
+    np.testing.assert_array_equal(got.images, exported.images)
+    np.testing.assert_array_equal(got.labels, exported.labels)
+    np.testing.assert_array_equal(_seen(got, splits.test), _seen(exported, splits.test))
 
 
 def test_own_export_that_cannot_be_used(tmp_path, few, read, refused):
     images, labels = few
-    own = preprocess.fit("zca", lambda size: iter([images]), images.shape[1:])
+    data_preprocess = preprocess.fit("zca", lambda size: iter([images]), images.shape[1:])
     classes = tuple(str(i) for i in range(10))
-    made = DistilledSet(own.apply(images), centred_one_hot(labels, 10), own, classes, {})
-    distilled_set.save(tmp_path / distilled_set.FILE_NAME, made)
+    exported = DistilledSet(
+        data_preprocess.apply(images), centred_one_hot(labels, 10), data_preprocess, classes, {}
+    )
+    distilled_set.save(tmp_path / distilled_set.FILE_NAME, exported)
     whitened = export.write(tmp_path / distilled_set.FILE_NAME, "npz", None)
     refused(whitened, "whitened set: evaluate its .safetensors")
     plain = preprocess.identity(1)
-    made = DistilledSet(images, centred_one_hot(labels, 10), plain, classes[::-1], {})
-    distilled_set.save(tmp_path / distilled_set.FILE_NAME, made)
+    exported = DistilledSet(images, centred_one_hot(labels, 10), plain, classes[::-1], {})
+    distilled_set.save(tmp_path / distilled_set.FILE_NAME, exported)
     reversed_ = export.write(tmp_path / distilled_set.FILE_NAME, "npz", tmp_path / "reversed.npz")
     got = read(reversed_)
     np.testing.assert_array_equal(got.hard_labels, 9 - labels)  # label 9 is the class named '0'
     assert "classes: matched by name" in _notes(got)
     other = distilled_set.FILE_NAME.replace("distilled", "other")
-    distilled_set.save(tmp_path / other, replace(made, classes=("ten", *classes[1:])))
+    distilled_set.save(tmp_path / other, replace(exported, classes=("ten", *classes[1:])))
     named = export.write(tmp_path / other, "npz", tmp_path / "named.npz")
-    refused(named, "of the classes ten, 1, .* of 0, 1, .* must have the same ones")
+    refused(named, "has the classes ten, 1, .* the data 0, 1, .* must have the same ones")
     with np.load(reversed_) as file:
         arrays = {name: file[name] for name in file.files if name != "classes"}
     np.savez(tmp_path / "wide.npz", **(arrays | {"std": np.ones(7, np.float32)}))
@@ -311,7 +319,7 @@ def test_class_folders(tmp_path, splits, few, fitted, read, name, how):
 
 @pytest.mark.parametrize("names", ["zero/nil one two.", "cafe\u0301 one: one_", "a/b a-b .hidden"])
 def test_class_folders_by_name_need_no_order(names, tmp_path, splits, few, read):
-    """Names that sort unlike the classes, or that a folder cannot have: as `export` writes them."""
+    """Class names that sort unlike the classes, or that `export` must change for a folder."""
     names = (*names.split(" "), "three", "four", "five", "six", "seven", "eight", "nine")
     train = LabeledImages(splits.train.images(), splits.train.labels, names)
     folders = folder_names.from_classes(names)
@@ -371,7 +379,7 @@ def test_labels_come_in_one_encoding(tmp_path, few, fitted, read, refused, kind,
     given, expected = _encodings(few[1])[kind]
     path = _plain(tmp_path / "set.pt", _nchw(fitted.apply(few[0])), given)
     if kind == "logits" and not stated:
-        refused(path, "could be logits or learned: say --labels logits")
+        refused(path, "could be logits or learned: use --labels logits")
         return
     got = read(path, labels=kind) if stated else read(path)
     assert got.labels.dtype == np.float32
@@ -382,14 +390,14 @@ def test_labels_come_in_one_encoding(tmp_path, few, fitted, read, refused, kind,
 @pytest.mark.parametrize(
     ("given", "stated", "match"),
     [
-        ("index", "one-hot", "say --labels index"),
-        ("one-hot", "index", "say --labels one-hot"),
-        ("one-hot", "centred", "say --labels one-hot"),
-        ("probabilities", "one-hot", "say --labels probabilities"),
-        ("probabilities", "logits", "say --labels probabilities"),
-        ("centred", "probabilities", "say --labels centred"),
-        ("logits", "probabilities", "say --labels logits or --labels centred"),
-        ("logits", "centred", "rows of labels sum to -?[0-9.]+, centred ones to about 0"),
+        ("index", "one-hot", "use --labels index"),
+        ("one-hot", "index", "use --labels one-hot"),
+        ("one-hot", "centred", "use --labels one-hot"),
+        ("probabilities", "one-hot", "use --labels probabilities"),
+        ("probabilities", "logits", "use --labels probabilities"),
+        ("centred", "probabilities", "use --labels centred"),
+        ("logits", "probabilities", "use --labels logits or --labels centred"),
+        ("logits", "centred", "sum to about 0, got a mean sum of -?[0-9.]+: use --labels logits"),
     ],
 )
 def test_labels_that_are_not_as_stated(tmp_path, few, fitted, refused, given, stated, match):
@@ -405,14 +413,14 @@ def test_large_rows_that_sum_to_zero_may_be_logits(tmp_path, few, fitted, refuse
 @pytest.mark.parametrize(
     ("labels", "match"),
     [
-        (lambda y: y + 1, "numbers 0 to 9.* 10 from 1 to 10"),
-        (lambda y: y % 5, "10 classes; got 5 from 0 to 4"),
+        (lambda y: y + 1, "numbers 0 to 9.* 10 numbers from 1 to 10"),
+        (lambda y: y % 5, "10 classes; got 5 numbers from 0 to 4"),
         (lambda y: y + 0.5, "numbers 0 to 9"),
         (lambda y: np.eye(100, dtype=np.float32)[y], "labels of 100 classes, the data has 10"),
         (lambda y: np.where(y == 3, np.nan, y), "finite"),
-        (lambda y: np.zeros((len(y), 2, 10)), "one number or one row an image"),
+        (lambda y: np.zeros((len(y), 2, 10)), "one number or one row per image"),
         (lambda y: y[:-1], "200 images but 199 labels"),
-        (lambda y: y[:0], "there are no labels"),
+        (lambda y: y[:0], "got labels of shape"),
     ],
 )
 def test_implausible_labels(tmp_path, few, fitted, refused, labels, match):
@@ -456,11 +464,11 @@ def test_pixels_in_every_range_and_layout(
             "unit",
             "from -2.1 to 1.9, .* unit ones .*--pixels standardised",
         ),
-        (lambda x: 4 * x - 2.1, "bytes", "say --pixels standardised"),
-        (lambda x: x, "standardised", "say --pixels unit"),
-        (lambda x: x, "bytes", "say --pixels unit"),
-        (lambda x: np.rint(255 * x), "standardised", "say --pixels bytes"),
-        (lambda x: np.rint(255 * x), "unit", "say --pixels bytes"),
+        (lambda x: 4 * x - 2.1, "bytes", "use --pixels standardised"),
+        (lambda x: x, "standardised", "use --pixels unit"),
+        (lambda x: x, "bytes", "use --pixels unit"),
+        (lambda x: np.rint(255 * x), "standardised", "use --pixels bytes"),
+        (lambda x: np.rint(255 * x), "unit", "use --pixels bytes"),
         (lambda x: 900 * x, "auto", "no --pixels fits"),
         (lambda x: 900 * x - 300, "auto", "no --pixels fits"),
     ],
@@ -473,7 +481,7 @@ def test_pixels_that_are_not_as_stated(tmp_path, few, refused, images, stated, m
 def test_pixels_that_leave_the_range_a_little_must_be_stated(
     tmp_path, splits, few, fitted, read, refused
 ):
-    """Unclipped images: they may as well be standardised."""
+    """Unclipped images may as well be standardised."""
     path = _plain(tmp_path / "set.pt", _nchw(few[0] * np.float32(1.4) - np.float32(0.2)), few[1])
     got = read(path, pixels="unit")
     np.testing.assert_allclose(got.images, fitted.apply(few[0] * 1.4 - 0.2), atol=1e-5)
@@ -482,7 +490,7 @@ def test_pixels_that_leave_the_range_a_little_must_be_stated(
 
 
 def test_constants_that_are_stated_decide(tmp_path, splits, few, read):
-    """A set standardised by strange constants: only the right ones give its accuracy."""
+    """Of a set that was standardised by unusual constants only these give its accuracy."""
     path = _plain(tmp_path / "set.pt", _nchw((few[0] - np.float32(0.9)) / np.float32(0.1)), few[1])
     right = read(path, mean=(0.9,), std=(0.1,))
     wrong = read(path, pixels="standardised")
@@ -502,7 +510,7 @@ def test_classes_in_another_order_are_not_learned(tmp_path, splits, few, fitted,
     [
         ({"mean": (0.3,)}, "--mean and --std go together"),
         ({"mean": (0.3,), "std": (0.3,), "pixels": "unit"}, "for --pixels standardised, not unit"),
-        ({"mean": (0.3, 0.3), "std": (0.3, 0.3)}, "must be 1 values, one a channel"),
+        ({"mean": (0.3, 0.3), "std": (0.3, 0.3)}, "one value per channel, 1 each"),
         (
             {"mean": (77.0,), "std": (96.0,)},
             "mean 77, deviation 96 .* of bytes by 255",
@@ -526,7 +534,7 @@ def test_constants_for_other_pixels_are_refused(tmp_path, few, refused):
     [
         (lambda x: x[:, :, :7], "shape .200, 8, 7.* check --data"),
         (lambda x: np.repeat(x, 3, -1), "shape .200, 8, 8, 3."),
-        (lambda x: x[:0], "there are no images"),
+        (lambda x: x[:0], "got images of shape"),
         (lambda x: _with(x, 3, np.nan), "image 3 has NaN"),
         (lambda x: _with(x, 5, 0.5), "image 5 is constant"),
         (lambda x: x * 1e300, "image 0 has NaN or infinite"),
@@ -547,27 +555,27 @@ def test_a_shape_that_fits_both_layouts_must_be_stated(tmp_path, refused):
     rng = np.random.default_rng(0)
     images = rng.random((20, 3, 3, 3), np.float32)
     train = LabeledImages(images, np.arange(20) % 10, tuple("0123456789"))
-    own = preprocess.fit("standardise", train.chunks, train.shape)
+    data_preprocess = preprocess.fit("standardise", train.chunks, train.shape)
     path = _plain(tmp_path / "set.pt", images, np.arange(20) % 10)
-    refused(path, "fit both layouts: give --layout", train=train)
+    refused(path, "fit both layouts: add --layout", train=train)
     nhwc, nchw = (
-        reader.load(path, train, StatedFormat(layout=layout), preprocess=own).images
+        reader.load(path, train, StatedFormat(layout=layout), preprocess=data_preprocess).images
         for layout in ("nhwc", "nchw")
     )
-    np.testing.assert_allclose(nhwc, own.apply(images), atol=1e-6)
-    np.testing.assert_allclose(nchw, own.apply(images.transpose(0, 2, 3, 1)), atol=1e-6)
+    np.testing.assert_allclose(nhwc, data_preprocess.apply(images), atol=1e-6)
+    np.testing.assert_allclose(nchw, data_preprocess.apply(images.transpose(0, 2, 3, 1)), atol=1e-6)
 
 
 def test_the_set_can_be_saved_and_says_how_it_was_read(tmp_path, few, fitted, read):
     path = _plain(tmp_path / "set.pt", _nchw(fitted.apply(few[0])), few[1])
     got = read(path, mean=(0.3,), std=(0.4,))
     distilled_set.save(tmp_path / "again.safetensors", got)
-    made = distilled_set.load(tmp_path / "again.safetensors").provenance
-    assert made == json.loads(json.dumps(got.provenance)) == got.provenance
-    assert made["method"] == "published"
-    assert made["file"] == str(path)
-    assert re.fullmatch("[0-9a-f]{64}", made["sha256"])
-    assert (made["seconds"], made["kernel"], made["metrics"]) == (None, None, {})
+    provenance = distilled_set.load(tmp_path / "again.safetensors").provenance
+    assert provenance == json.loads(json.dumps(got.provenance)) == got.provenance
+    assert provenance["method"] == "published"
+    assert provenance["file"] == str(path)
+    assert re.fullmatch("[0-9a-f]{64}", provenance["sha256"])
+    assert (provenance["seconds"], provenance["kernel"], provenance["metrics"]) == (None, None, {})
 
 
 def test_digest_follows_every_file(tmp_path, few, read):
@@ -620,13 +628,13 @@ def test_hostile_pickles_are_not_run(tmp_path, few, refused):
     array = np.array([_Hostile(target)], dtype=object)
     np.savez(tmp_path / "set.npz", images=array, labels=few[1])
     for name in ("zip.pt", "pickle.pt", "old.pt"):
-        refused(tmp_path / name, "nothing in it was run|not a whole file of torch")
+        refused(tmp_path / name, "nothing in it was run|not a complete torch file")
     refused(tmp_path / "set.npz", "not a readable .npz: ValueError: Object arrays")
     assert not target.exists()
 
 
 def test_scalars_of_older_numpy_are_allowed(tmp_path, few, read):
-    """Published files were written when the function that they name lay in `numpy.core`."""
+    """Published files name a function of `numpy.core`, where it was when they were written."""
     path = _condensed(tmp_path / "set.pt", [[_nchw(few[0]), torch.from_numpy(few[1])]])
     with zipfile.ZipFile(path) as archive:
         parts = {name: archive.read(name) for name in archive.namelist()}
@@ -650,15 +658,15 @@ def test_numpy_scalars_are_allowed_and_other_numpy_objects_are_not(tmp_path, few
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        ({"weights": torch.zeros(3)}, "no images with labels that are known"),
+        ({"weights": torch.zeros(3)}, "no images with labels under a known name"),
         ({"data": []}, "list of .images, labels."),
         ({"data": [[torch.zeros(3)]]}, "list of .images, labels."),
-        ({"images": torch.zeros(3), "labels": [1, 2, 3]}, "has a list"),
+        ({"images": torch.zeros(3), "labels": [1, 2, 3]}, "got list"),
         ({"images": torch.zeros(3) * 1j, "labels": torch.zeros(3)}, "real numbers"),
         ({"images": torch.zeros(3, device="meta"), "labels": torch.zeros(3)}, "plain tensors"),
         ({"images": torch.zeros(1).expand(10**12), "labels": torch.zeros(3)}, "needs 8.2 TiB"),
-        ({"images": torch.tensor(1.0), "labels": torch.zeros(3)}, "there are no images"),
-        (torch.zeros(3), "labels are nowhere"),
+        ({"images": torch.tensor(1.0), "labels": torch.zeros(3)}, "got images of shape"),
+        (torch.zeros(3), "a single tensor, but no labels"),
         (7, "no images with labels"),
     ],
 )
@@ -668,7 +676,7 @@ def test_contents_that_are_refused(tmp_path, refused, content, match):
 
 
 def test_archives_that_unpack_to_more_than_memory(tmp_path, refused):
-    """A directory of an archive that claims 64 TiB, without the bytes."""
+    """An archive whose directory claims 64 TiB that it does not hold."""
     for name in ("set.npz", "set.pt"):
         with zipfile.ZipFile(tmp_path / name, "w") as archive:
             archive.writestr("images.npy", b"0")
@@ -693,7 +701,7 @@ def test_npz_without_the_arrays(tmp_path, refused):
 
 @pytest.mark.parametrize("suffix", [".pt", ".npz"])
 def test_damaged_files(tmp_path, few, read, suffix):
-    """Cut anywhere, or with a byte changed: one line, or the same set."""
+    """A file that is cut, or has a byte changed, gives one line or the same set."""
     images, labels = few[0][::SHARE], few[1][::SHARE]
     path = tmp_path / f"set{suffix}"
     if suffix == ".pt":
@@ -717,7 +725,7 @@ def test_damaged_files(tmp_path, few, read, suffix):
 
 
 def _colour(splits, few):
-    """Real and few images of three channels that differ, so that constants can be told apart."""
+    """Real and few images whose three channels differ, so that constants can be told apart."""
     gains = np.array([1.0, 0.7, 0.4], np.float32)
     every = splits.train.images() * gains
     every[..., 0] = 1 - every[..., 0]
@@ -727,7 +735,7 @@ def _colour(splits, few):
 
 
 def _whitened_by_hand(train, kind):
-    """RFAD's or FRePo's map, written out with a singular value decomposition in float64."""
+    """The whitening of RFAD or FRePo by a singular value decomposition in float64."""
     x = train.images().astype(np.float64)
     mean, std = x.mean((0, 1, 2)), x.std((0, 1, 2))
     flat = ((x - mean) / std).reshape(len(x), -1)
@@ -754,13 +762,13 @@ def _rfad(path, images, labels):
 
 def test_rfad_file_of_colour_images(tmp_path, splits, few, refused):
     train, images = _colour(splits, few)
-    own = preprocess.fit("standardise", train.chunks, train.shape)
+    data_preprocess = preprocess.fit("standardise", train.chunks, train.shape)
     whiten = _whitened_by_hand(train, "zca-rfad")
     learned = centred_one_hot(few[1], 10) + np.float32(0.01)
     path = _rfad(
         tmp_path / "distilled_images_final" / "cifar10" / "10" / "best.npz", whiten(images), learned
     )
-    got = reader.load(path, train, StatedFormat(), preprocess=own)
+    got = reader.load(path, train, StatedFormat(), preprocess=data_preprocess)
     np.testing.assert_array_equal(got.images, whiten(images))
     test = splits.test.images(np.arange(50)) * np.array([1.0, 0.7, 0.4], np.float32)
     np.testing.assert_allclose(got.preprocess.apply(test), whiten(test), atol=1e-3)
@@ -769,10 +777,10 @@ def test_rfad_file_of_colour_images(tmp_path, splits, few, refused):
     assert "pixels: zca-rfad" in _notes(got)
     assert "ridge: 0.005, as in the file" in _notes(got)
     assert got.provenance["evaluation_ridge"] == 5e-3
-    # Where neither data nor folders are named, three readings are left.
+    # If neither the data nor the folders have a name, three readings remain.
     unnamed = _rfad(tmp_path / "set.npz", whiten(images), learned)
-    refused(unnamed, "state --pixels zca-rfad, --pixels zca or --pixels standard", train=train)
-    svhn = reader.load(unnamed, train, StatedFormat(), preprocess=own, data="svhn")
+    refused(unnamed, "use --pixels zca-rfad, --pixels zca or --pixels standard", train=train)
+    svhn = reader.load(unnamed, train, StatedFormat(), preprocess=data_preprocess, data="svhn")
     assert svhn.preprocess.kind == "zca"
 
 
@@ -786,12 +794,12 @@ def test_rfad_file_of_grey_images_is_standardised(tmp_path, few, fitted, read, r
 
 def test_frepo_file(tmp_path, splits, few, read):
     train, images = _colour(splits, few)
-    own = preprocess.fit("standardise", train.chunks, train.shape)
+    data_preprocess = preprocess.fit("standardise", train.chunks, train.shape)
     whiten = _whitened_by_hand(train, "zca-frepo")
     path = tmp_path / "step500000.npz"
     drifted = centred_one_hot(few[1], 10) + np.float32(0.02)  # learned, so no longer summing to 0
     np.savez(path, image=whiten(images), label=drifted)
-    got = reader.load(path, train, StatedFormat(), preprocess=own)
+    got = reader.load(path, train, StatedFormat(), preprocess=data_preprocess)
     assert got.preprocess.kind == "zca-frepo"
     np.testing.assert_allclose(got.preprocess.apply(images), whiten(images), atol=1e-3)
     np.testing.assert_allclose(got.preprocess.invert(got.images), images, atol=1e-3)
@@ -811,7 +819,7 @@ def test_frepo_divides_labels_by_a_root_of_the_number_of_classes(tmp_path, fitte
 
 
 def test_directions_beyond_the_number_of_images_keep_their_scale():
-    """FRePo's rank control: of 20 images in 192 dimensions, at least 172 directions."""
+    """20 images in 192 dimensions: FRePo's rank control keeps at least 172 directions."""
     images = np.random.default_rng(0).random((20, 8, 8, 3)).astype(np.float32)
     fitted = preprocess.fit_frepo(lambda size: iter([images]), (8, 8, 3))
     values = np.linalg.eigvalsh(fitted.whiten.astype(np.float64))
@@ -832,15 +840,17 @@ def test_other_constants_are_proven_by_the_numbers(
 ):
     train, images = _colour(splits, few)
     train.store[0, 0, 0], images[0, 0, 0] = 1.0, 1.0  # every channel has its full range somewhere
-    own = preprocess.fit("standardise", train.chunks, train.shape)
+    data_preprocess = preprocess.fit("standardise", train.chunks, train.shape)
     mean, std = np.float32(mean), np.float32(std)
     path = _plain(tmp_path / "set.pt", _nchw((images - mean) / std), few[1])
-    got = reader.load(path, train, StatedFormat(kind if stated else "auto"), preprocess=own)
+    got = reader.load(
+        path, train, StatedFormat(kind if stated else "auto"), preprocess=data_preprocess
+    )
     np.testing.assert_allclose(got.preprocess.apply(images), got.images, atol=1e-5)
     np.testing.assert_array_equal(got.preprocess.mean, mean)
     assert f"pixels: {kind} (" in _notes(got)
     refused(path, f"are {kind} ones to the last digit", train=train, pixels="standardised")
-    # Noise as of an optimiser leaves the range: then nothing is proven.
+    # Noise like an optimiser's leaves the range, and then nothing is proven.
     rng = np.random.default_rng(0)
     noisy = (images + rng.normal(0, 0.1, images.shape).astype(np.float32) - mean) / std
     refused(
@@ -851,7 +861,7 @@ def test_other_constants_are_proven_by_the_numbers(
 
 
 def test_pictures_of_8_bits_are_proven_inside_the_range(tmp_path, few, fitted, read):
-    """They touch neither end, but lie on multiples of 1/255."""
+    """Pixels that reach neither end of the range but lie on multiples of 1/255."""
     levels = np.rint(few[0] * 100 + 60) / np.float32(255)
     got = read(_plain(tmp_path / "set.pt", _nchw(levels * 2 - 1), few[1]))
     assert "pixels: signed (from -0.529 to 0.255)" in _notes(got)
@@ -862,10 +872,10 @@ def test_pictures_of_8_bits_are_proven_inside_the_range(tmp_path, few, fitted, r
     [
         (lambda x: np.rint(16 * x), {}, "as bytes ones they have 0.063 times the contrast"),
         (lambda x: x / 255, {}, "as unit ones they have 0.0039 times the contrast"),
-        (lambda x: 1.2 * x + 0.01, {}, "state --pixels unit or bytes"),
-        (lambda x: x - 0.5, {"pixels": "imagenet"}, "imagenet is for colour: give --mean"),
+        (lambda x: 1.2 * x + 0.01, {}, "use --pixels unit or bytes"),
+        (lambda x: x - 0.5, {"pixels": "imagenet"}, "imagenet is for colour images: use --mean"),
         (lambda x: x, {"tiles": 0}, "--tiles must be from 1 to 8, got 0"),
-        (lambda x: x, {"tiles": 3}, "8x8 pixels do not part into 3x3 tiles"),
+        (lambda x: x, {"tiles": 3}, "8x8 pixels cannot be split into 3x3 tiles"),
     ],
 )
 def test_pixels_that_are_asked_for(tmp_path, few, refused, images, stated, match):
@@ -879,7 +889,7 @@ def test_bytes_that_are_no_whole_numbers(tmp_path, splits, few, fitted, read):
 
 
 def _tiled(images):
-    """Every four images in one of the same size, as IDC stores them."""
+    """Images that hold four smaller ones each, as IDC stores them."""
     small = images.reshape(len(images), 4, 2, 4, 2, 1).mean((2, 4))
     rows = small.reshape(-1, 2, 2, 4, 4, 1).transpose(0, 1, 3, 2, 4, 5)
     return rows.reshape(-1, 8, 8, 1), small
@@ -900,14 +910,14 @@ def test_idc_file_is_taken_out_of_its_tiles(tmp_path, splits, few, fitted, read,
     assert "tiles: 2x2 images in one, now 200 images (IDC's; " in _notes(got)
     assert len(read(path, tiles=1)) == 50
     plain = _plain(tmp_path / "set.pt", _nchw(tiles), few[1][::4])
-    refused(plain, "images look like 2x2 tiles: .*state --tiles 2 to part them, or --tiles 1")
+    refused(plain, "images look like 2x2 tiles: .*use --tiles 2 to split them, or --tiles 1")
     assert len(read(plain, tiles=2)) == 200
     torch.save([_nchw(few[0]), torch.from_numpy(few[1])], path)  # of a run with factor 1
     refused(path, "IDC may keep 2x2 tiles")
 
 
 def test_steps_across_the_middle_show_tiles():
-    """Smooth images of unequal brightness, whose mean says nothing."""
+    """Smooth images of unequal brightness, whose mean image shows no tiles."""
     rng = np.random.default_rng(0)
     ramp = np.linspace(0, 1, 16, dtype=np.float32)[:, None, None] * np.ones((16, 16, 1), np.float32)
     smooth = ramp + ramp.transpose(1, 0, 2)
@@ -944,7 +954,7 @@ def test_two_npy_files(tmp_path, few, fitted, read, refused):
     folder = tmp_path / "set"
     folder.mkdir()
     np.save(folder / "images.npy", fitted.apply(few[0]))
-    refused(folder, "one array, and its labels are nowhere: wanted labels.npy")
+    refused(folder, "a single array, but no labels: add labels.npy")
     np.save(folder / "labels.npy", few[1])
     assert reader.is_published_set(folder)
     for path in (folder, folder / "images.npy"):
@@ -952,13 +962,13 @@ def test_two_npy_files(tmp_path, few, fitted, read, refused):
     os.replace(folder / "images.npy", tmp_path / "x_train.npy")
     os.replace(folder / "labels.npy", tmp_path / "y_train.npy")
     assert len(read(tmp_path / "x_train.npy")) == len(few[1])
-    refused(tmp_path / "y_train.npy", "its labels are nowhere")
+    refused(tmp_path / "y_train.npy", "a single array, but no labels")
     (tmp_path / "x_train.npy").write_bytes(b"\x93NUMPY\x01\x00")
     refused(tmp_path / "x_train.npy", "is not a readable .npy")
 
 
 def test_arrays_that_claim_more_than_they_hold(tmp_path, few, refused):
-    """Nothing of the claimed size is allocated: it would be 4 TiB."""
+    """The claimed size of 4 TiB is never allocated."""
     np.save(tmp_path / "images.npy", few[0])
     content = (tmp_path / "images.npy").read_bytes()
     claim = content.replace(b"(200, 8, 8, 1), }   ", b"(999999999999, 1), }")
@@ -982,7 +992,7 @@ def test_pickles_are_refused_unread(tmp_path, refused, name):
 
 
 def test_numbered_folders_of_numbered_classes_go_by_number(tmp_path, splits, few, fitted, read):
-    """Classes sorted as text: the third is '10', and folder 00002 is class '2' all the same."""
+    """Classes are sorted as text, so the third is '10'; folder 00002 is still class '2'."""
     names = ("0", "1", "10", *"2345678")  # digit 2 stands in for '10', digit 9 for '8'
     train = LabeledImages(splits.train.images(), splits.train.labels, names)
     images, labels = few
@@ -997,7 +1007,7 @@ def test_numbered_folders_of_numbered_classes_go_by_number(tmp_path, splits, few
 
 
 def test_another_order_of_classes_is_told(tmp_path, splits, few, fitted, read):
-    """Labels 0 and 2 exchange their places, and a set of few images says nothing."""
+    """Images under permuted labels are reported, those of a set with few images are not."""
     order = np.array([2, 1, 0, *range(3, 10)])
     path = _plain(tmp_path / "set.pt", _nchw(few[0]), order[few[1]])
     assert "another order" not in _notes(read(path)), "most images fit as they are"
@@ -1014,7 +1024,7 @@ def test_another_order_of_classes_is_told(tmp_path, splits, few, fitted, read):
 
 
 def test_the_data_of_a_set_are_read_with_its_channels(tmp_path):
-    """As the other commands do, `--channels 1` makes colour images of a folder gray."""
+    """`--channels 1` makes colour images of a folder gray, as in the other commands."""
     rng = np.random.default_rng(0)
     for label, name in enumerate(("cat", "dog")):
         (tmp_path / "photos" / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What a run of `dsdistill` depends on; what it leaves when it is refused, stopped or damaged."""
+"""Resuming a run of `dsdistill`: changed inputs, damaged files, refused and stopped runs."""
 
 import hashlib
 import importlib
@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from dsdistill.commands import distil, prepare
 from dsdistill.harness import checksums, memory
@@ -38,11 +39,13 @@ def write_data(path: Path, per_class: int = 15, **changes: np.ndarray) -> None:
 
 def start(folder: Path, method: str, *, resume: bool = False) -> Path:
     data, out = str(folder / "data.npz"), folder / "run"
-    given = {} if resume else {"images_per_class": 1}
+    changes = {} if resume else {"images_per_class": 1}
     if method == "ls":
-        return distil.run_label_solve(LabelSolveOptions(data=data, out=out, resume=resume, **given))
-    given = {} if resume else {**given, "steps": 6, "target_batch": 12}
-    return distil.run_kip(KipOptions(data=data, out=out, resume=resume, **given))
+        return distil.run_label_solve(
+            LabelSolveOptions(data=data, out=out, resume=resume, **changes)
+        )
+    changes = {} if resume else {**changes, "steps": 6, "target_batch": 12}
+    return distil.run_kip(KipOptions(data=data, out=out, resume=resume, **changes))
 
 
 @pytest.fixture(scope="module", params=["kip", "ls"])
@@ -167,7 +170,7 @@ def test_an_option_of_a_wrong_type_is_one_line(copy, name):
 
 @pytest.mark.parametrize("lost", ["done", "best", "seconds", "state.0", "gram_tt", "shape", "type"])
 def test_a_checkpoint_of_another_run_is_one_line(copy, lost):
-    """Whole, with a checksum that fits: of another version, say."""
+    """An intact checkpoint with a valid checksum, such as one of another version, is refused."""
     method, folder = copy
     path = folder / "run" / run_folder.CHECKPOINT
     meta, arrays, _ = checksums.load(path, "meta", kind="a checkpoint")
@@ -215,6 +218,32 @@ def test_missing_validation_images_are_said(tmp_path, capsys, per_class, missing
     prepare.prepare(replace(options, target_batch=3, learning_rate=0.1, schedule="constant"))
     error = capsys.readouterr().err
     assert f"note: {missing} any validation images" in error if missing else not error
+
+
+def test_classes_without_validation_or_test_images_are_named(tmp_path, capsys):
+    labels = np.repeat(np.arange(4), [20, 20, 2, 2])
+    images = np.random.default_rng(0).integers(0, 256, (44, 8, 8, 1), dtype=np.uint8)
+    np.savez(tmp_path / "data.npz", images=images, labels=labels)
+    options = replace(KipOptions(data=str(tmp_path / "data.npz")), images_per_class=1, steps=1)
+    prepare.prepare(replace(options, target_batch=3, learning_rate=0.1, schedule="constant"))
+    said = capsys.readouterr().err
+    for part in ("validation", "test"):
+        assert f"note: 2 of 4 classes have no {part} images (2, 3): the {part} accuracy" in said
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.3])
+def test_a_share_for_validation_beside_a_validation_part_is_said(tmp_path, capsys, fraction):
+    for part in ("train", "val", "test"):
+        for label in range(2):
+            folder = tmp_path / "data" / part / f"class {label}"
+            folder.mkdir(parents=True)
+            for i in range(3):
+                Image.new("L", (8, 8), 100 * label + i).save(folder / f"{i}.png")
+    options = replace(KipOptions(data=str(tmp_path / "data")), images_per_class=1, steps=1)
+    options = replace(options, target_batch=3, learning_rate=0.1, schedule="constant")
+    prepare.prepare(replace(options, validation_fraction=fraction))
+    said = capsys.readouterr().err
+    assert said.count("--validation-fraction 0.3 has no effect on") == (fraction == 0.3)
 
 
 def test_a_stop_before_the_run_began_promises_no_resume(tmp_path, monkeypatch):
@@ -326,5 +355,5 @@ def test_a_users_kernel_that_changed_is_refused(tmp_path, monkeypatch, capsys, c
         del config["inputs"][name]
         (out / "config.json").write_text(json.dumps(config))
     distil.run_kip(KipOptions(out=out, resume=True))
-    assert (f"holds no hash of: {name}" in capsys.readouterr().err) == (change == "no hash")
+    assert (f"has no hash of: {name}" in capsys.readouterr().err) == (change == "no hash")
     assert distilled_set.load(out / distilled_set.FILE_NAME).provenance["inputs"][name]

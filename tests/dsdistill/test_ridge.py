@@ -65,7 +65,7 @@ def test_learner_fits_its_training_images_and_predicts_any_number():
 
 @pytest.mark.parametrize("name", ["conv", "convnet3"])
 def test_support_gram_has_an_exact_diagonal(name):
-    """neural-tangents in float32 is off by 2e-4 there; against its float64."""
+    """neural-tangents in float32 is off by 2e-4 on the diagonal; the reference is its float64."""
     network = networks.parse(name)
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.standard_normal((6, 8, 8, 1)), jnp.float32)

@@ -1,4 +1,4 @@
-"""The batch of a stated time, what a run is expected to take, and how it is said."""
+"""The target batch for a stated time, the expected duration of a run, and its wording."""
 
 import jax
 import numpy as np
@@ -47,7 +47,7 @@ def chosen(seconds: float, n: int = 10_000, count: int = 1) -> int:
 
 
 def timed(monkeypatch, seconds) -> list[int]:
-    """Steps that take what the function of targets and network says."""
+    """Replace measured step times by a function of targets and network."""
     sizes = []
 
     def measured(objective, support, train, targets, seed):
@@ -106,10 +106,10 @@ def test_a_tile_announces_long_work_alone(work, monkeypatch):
     conv, long = networks.parse("conv(1)"), timing.MIN_ANNOUNCED_TILES * 4 * 4
     assert timing.time_tile(conv, train(20), long, work) is None
     assert timing.time_tile(FC[0], train(20), 1e9, work) is None  # its steps say so soon enough
-    found = timing.time_tile(conv, train(20), long + 1, work)
-    assert found is not None
-    assert found.pairs == 4 * 4 * jax.device_count()
-    assert 0 < found.seconds < 10
+    tile = timing.time_tile(conv, train(20), long + 1, work)
+    assert tile is not None
+    assert tile.pairs == 4 * 4 * jax.device_count()
+    assert 0 < tile.seconds < 10
 
 
 def test_the_time_of_a_tile_is_without_compiling(monkeypatch):
@@ -151,11 +151,11 @@ def test_expected_is_one_line(capsys):
     progress.announce_duration(720, "step", 0.72, 864_000)
     assert capsys.readouterr().err == (
         "expected: 12 min to the end of the run "
-        "(0.7 s a step, 1.2 million pairs of images a second)\n"
+        "(0.7 s per step, 1.2 million pairs of images per second)\n"
     )
     progress.announce_duration(0.0123, "chunk", 0.0123, 10)
     assert capsys.readouterr().err == (
-        "expected: 12 ms to the end of the run (12 ms a chunk, 813 pairs of images a second)\n"
+        "expected: 12 ms to the end of the run (12 ms per chunk, 813 pairs of images per second)\n"
     )
 
 

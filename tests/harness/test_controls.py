@@ -101,7 +101,9 @@ def test_herding_of_all_images_is_the_whole_class():
 
 def test_herding_takes_no_image_twice_even_of_equal_ones():
     images = np.ones((5, 2, 2, 1), np.float32)
-    train = Examples(LabeledImages(images, np.zeros(5, int), ("a",)), identity(1), ready=True)
+    train = Examples(
+        LabeledImages(images, np.zeros(5, int), ("a",)), identity(1), is_preprocessed=True
+    )
     rows = controls.herding(train, 4).data.rows
     assert rows is not None
     assert len(set(rows.tolist())) == 4

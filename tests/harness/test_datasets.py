@@ -118,7 +118,7 @@ def test_examples_give_centred_or_stored_labels():
         plain.labels(some), labeled_images.centred_one_hot(data.labels[some], 2)
     )
     stored = np.arange(10, dtype=np.float32).reshape(5, 2)
-    ready = Examples(data, identity(1), targets=stored, ready=True)
+    ready = Examples(data, identity(1), targets=stored, is_preprocessed=True)
     np.testing.assert_array_equal(ready.images(some), data.store[some])
     np.testing.assert_array_equal(ready.labels(some), stored[some])
 
@@ -331,7 +331,7 @@ def test_damaged_torchvision_data_is_one_line(tmp_path, monkeypatch):
     for part in ("train", "t10k"):
         for kind in ("images-idx3", "labels-idx1"):
             (raw / f"{part}-{kind}-ubyte").write_bytes(b"not what it should be")
-    _refused("fashion-mnist", tmp_path, "not whole under")
+    _refused("fashion-mnist", tmp_path, "missing or incomplete under")
 
 
 @pytest.mark.fashion

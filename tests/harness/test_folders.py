@@ -597,7 +597,7 @@ def test_what_a_living_process_decodes_is_not_cleared(tmp_path, monkeypatch, cap
     splits = datasets.load(str(data), root=tmp_path)
     assert cleared
     said = capsys.readouterr()
-    assert "is left: another run of this process is writing it" in said.err
+    assert "is kept, since another run of this process is writing it" in said.err
     assert "unfinished decoding" in said.out  # the dead one
     assert len(splits.train) + len(splits.validation) + len(splits.test) == 8
     (entry,) = kept.iterdir()

@@ -112,7 +112,7 @@ def test_a_test_part_without_classes_is_left_out(tmp_path):
         _picture(tmp_path / "test" / f"{number}.png")
     found = list_folder(tmp_path)
     assert _counts(found) == (12, 0, 0)
-    assert found.left_out == "test/ (images without classes)"
+    assert found.skipped == "test/ (images without classes)"
     _fill(tmp_path / "val", 2)
     assert _counts(list_folder(tmp_path)) == (12, 0, 6)
 
@@ -137,7 +137,7 @@ def test_tiny_imagenet_is_read_as_it_ships(tmp_path):
     assert found.test is not None
     by_file = {f.name: names[k] for f, k in zip(found.test.files, found.test.labels, strict=True)}
     assert by_file == {f"val_{i}.JPEG": names[(5 - i) % 3] for i in range(6)}
-    assert "test/ (images without classes)" in found.left_out
+    assert "test/ (images without classes)" in found.skipped
     (tmp_path / "val" / "val_annotations.txt").write_text("../../x.JPEG\tn01443537\n")
     _refused(tmp_path, r"line 1 must be the name of a file in .*, a tab and a class, got '\.\.")
 
@@ -217,7 +217,7 @@ def test_links_are_followed_once_and_never_in_circles(tmp_path):
     found = list_folder(data)
     assert found.train.classes == ("cat", "dog", "owl")
     assert np.bincount(found.train.labels).tolist() == [5, 2, 3]
-    assert found.left_out == "2 special, 3 broken links"
+    assert found.skipped == "2 special, 3 broken links"
 
 
 def test_leftovers_of_other_programs_are_no_classes_and_no_images(tmp_path):
@@ -230,7 +230,7 @@ def test_leftovers_of_other_programs_are_no_classes_and_no_images(tmp_path):
     found = list_folder(data)
     assert found.train.classes == tuple(COLOURS)
     assert _counts(found) == (6, 0, 0)
-    assert found.left_out == "1 hidden"
+    assert found.skipped == "1 hidden"
 
 
 def test_images_are_known_by_content_where_they_have_no_extension(tmp_path):
@@ -243,7 +243,7 @@ def test_images_are_known_by_content_where_they_have_no_extension(tmp_path):
     _picture(data / "dog" / "really_a_png.jpg")
     found = list_folder(data)
     assert np.bincount(found.train.labels).tolist() == [9, 3]
-    assert found.left_out == "1 .mpg, 1 without extension"
+    assert found.skipped == "1 .mpg, 1 without extension"
 
 
 def test_a_class_without_images_says_what_it_has(tmp_path):
@@ -251,7 +251,7 @@ def test_a_class_without_images_says_what_it_has(tmp_path):
     (data / "elk").mkdir()
     _refused(data, "class folder .*elk has no images: remove it")
     (data / "elk" / "0.heic").write_bytes(b"x")
-    _refused(data, r"class folder .*elk has no images \(1 \.heic\)")
+    _refused(data, r"class folder .*elk has no images \(1 \.heic\): convert them to JPEG")
 
 
 # Names and their order
@@ -265,7 +265,7 @@ def test_one_name_in_two_normal_forms_is_one_class(tmp_path):
     assert found.test is not None
     assert all(file.is_file() for file in found.files)
     _fill(tmp_path / "train", 2, (unicodedata.normalize("NFD", "café"),))
-    _refused(tmp_path, "train has two folders of one name, 'café'")
+    _refused(tmp_path, "train has two folders of the same name, 'café'")
 
 
 def test_names_that_are_no_utf8_become_printable(tmp_path):
@@ -311,7 +311,7 @@ def test_the_order_is_said_where_programs_differ():
     assert "order of their text (0, 1, 10, 11, 2, ...)" in earlier
     assert "timm has 0, 1, 2, 3, 4, ..." in earlier
     given = class_names.order_note(("dog", "cat"))
-    assert given == "classes stand in the order of what they are matched with (dog, cat)"
+    assert given == "classes are in the order of the classes they are matched with (dog, cat)"
     text = class_names.order_note(("b10", "b2"))
     assert text is not None
     assert "order of their text (b10, b2)" in text

@@ -74,7 +74,7 @@ def test_a_table_in_each_part(tmp_path, kind, capsys):
     assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [30, 6, 9]
     for part in (splits.train, splits.validation, splits.test):
         assert np.array_equal(part.images()[:, 0, 0, 0], 50 * part.labels)
-    assert f"metadata.{kind}: the classes stand in it" in capsys.readouterr().err
+    assert f"metadata.{kind}: classes are read from this table" in capsys.readouterr().err
     parts = open_folder(root, 0.1)
     for streamed, decoded in ((parts.train, splits.train), (parts.test, splits.test)):
         assert streamed.labels is not None
@@ -143,8 +143,8 @@ def test_a_table_with_classes_counts_beside_folders(tmp_path, capsys):
     rows = [row for name in ("batch1", "batch2") for row in _rows(tmp_path, 6, f"{name}/")]
     _write(tmp_path / "metadata.csv", rows[1:])
     assert _classes(tmp_path) == {row["file_name"]: row["label"] for row in rows[1:]}
-    assert "the classes stand in it" in capsys.readouterr().err
-    assert "1 images that metadata.csv does not name" in list_folder(tmp_path).left_out
+    assert "classes are read from this table" in capsys.readouterr().err
+    assert "1 images that metadata.csv does not name" in list_folder(tmp_path).skipped
 
 
 def test_a_test_part_without_classes_is_left_out(tmp_path):
@@ -153,7 +153,7 @@ def test_a_test_part_without_classes_is_left_out(tmp_path):
     _write(tmp_path / "test" / "metadata.csv", rows)
     layout = list_folder(tmp_path)
     assert layout.test is None
-    assert "test/ (images without classes)" in layout.left_out
+    assert "test/ (images without classes)" in layout.skipped
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_the_column_that_is_taken_is_said(tmp_path, capsys, columns, taken, word
 def test_a_column_of_parts_is_said_not_to_be_read(tmp_path, capsys):
     _write(tmp_path / "metadata.csv", [{**row, "split": "test"} for row in _rows(tmp_path, 6)])
     list_folder(tmp_path)
-    assert "its column 'split' is not read" in capsys.readouterr().err
+    assert "the column 'split' is ignored" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -206,12 +206,12 @@ CONTENTS = {
     "no such file": (f"{HEAD}000.png,cat\nnone.png,dog\n", "row 2 names 'none.png', which is no"),
     "no file": (f"{HEAD}000.png,cat\n,dog\n", "row 2 must have a file_name"),
     "no class": (f"{HEAD}000.png,cat\n001.png,\n", "row 2 must have one class"),
-    "two classes of one": (f"{HEAD}000.png,cat\n./000.png,dog\n", "row 2 .* an earlier one 'cat'"),
+    "two classes of one": (f"{HEAD}000.png,cat\n./000.png,dog\n", "row 2 .* an earlier row 'cat'"),
     "one class": (f"{HEAD}000.png,cat\n", "names 1 classes"),
     "a value too many": (f"{HEAD}000.png,cat,x\n", "row 1 has 3 values"),
-    "an open quote": (f'{HEAD}"000.png,cat\n', "is no CSV in UTF-8"),
-    "other letters": (f"{HEAD}000.png,caf\udce9\n", "is no CSV in UTF-8"),
-    "a column twice": ("file_name,label,label\n000.png,a,b\n", "two columns of one name"),
+    "an open quote": (f'{HEAD}"000.png,cat\n', "is not CSV in UTF-8"),
+    "other letters": (f"{HEAD}000.png,caf\udce9\n", "is not CSV in UTF-8"),
+    "a column twice": ("file_name,label,label\n000.png,a,b\n", "two columns of the same name"),
     "several candidates": ("file_name,class,target\n000.png,a,b\n", "rename one of them to label"),
     "no class at all": ("file_name,text\n000.png,a\n", "no class folders"),
     "no image": ("id,label\n0,a\n", "no class folders.* metadata.csv with the columns file_name"),
@@ -231,8 +231,8 @@ LINES = {
     "a list for a class": ('{"file_name": "000.png", "label": [1]}', "row 1 must have one class"),
     "half a number": ('{"file_name": "000.png", "label": 0.5}', "row 1 must have one class"),
     "a number for a file": ('{"file_name": 7, "label": 1}', "row 1 must have a file_name, got 7"),
-    "cut off": ('{"file_name": "000.png", "lab', "not one JSON object a line"),
-    "brackets": ("[" * 100_000, "not one JSON object a line"),
+    "cut off": ('{"file_name": "000.png", "lab', "not one JSON object per line"),
+    "brackets": ("[" * 100_000, "not one JSON object per line"),
 }
 
 
@@ -247,7 +247,7 @@ def test_json_lines_refusals(tmp_path, case):
 def test_parquet_refusals(tmp_path, monkeypatch):
     rows = _rows(tmp_path, 3)
     (tmp_path / "metadata.parquet").write_bytes(b"PAR1 and no more")
-    _refused(tmp_path, "no whole Parquet file")
+    _refused(tmp_path, "not a complete Parquet file")
     _write(tmp_path / "metadata.parquet", [{"image": row["file_name"]} for row in rows])
     _refused(tmp_path, "must have a column file_name")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
@@ -258,7 +258,7 @@ def test_two_tables_are_refused(tmp_path):
     rows = _rows(tmp_path, 3)
     _write(tmp_path / "metadata.csv", rows)
     _write(tmp_path / "metadata.jsonl", rows)
-    _refused(tmp_path, "metadata.csv, metadata.jsonl: leave one")
+    _refused(tmp_path, "metadata.csv, metadata.jsonl: keep one")
 
 
 def test_a_set_finds_its_data_again(tmp_path):
@@ -297,4 +297,4 @@ def test_masks_beside_images_are_no_class(tmp_path, classes, remedy):
     for number in range(6):
         _picture(tmp_path / "images" / ("ab"[number % 2] if classes else "") / f"{number}.png")
         _picture(tmp_path / "masks" / f"{number}.png")
-    _refused(tmp_path, f"images/ beside masks/, which are no classes: {remedy}")
+    _refused(tmp_path, f"images/ beside masks/, which are not classes: {remedy}")

@@ -27,7 +27,8 @@ from rich.table import Table
 
 from dsdistill.commands import inspect
 from dsdistill.harness import command_line, text
-from dsdistill.harness.data import distilled_set, preprocess
+from dsdistill.harness.data import class_names, distilled_set, labeled_images, preprocess
+from dsdistill.harness.data.labeled_images import LabeledImages
 from dsdistill.harness.errors import UserError, unknown_name
 from dsdistill.harness.reports import gallery, growth, image_grid, markdown, page, plot_style
 from dsdistill.harness.reports import report as reports
@@ -124,6 +125,18 @@ def test_a_name_is_printable_on_one_line(name, shown):
     assert text.printable(shown) == shown
     assert one_line(shown)
     shown.encode()
+
+
+def test_a_message_shows_a_name_as_it_is():
+    r"""A class of the folder `caf\\xe9` in Latin-1 is shown with the backslash that it has."""
+    name = class_names.from_folder(os.fsdecode(b"caf\xe9"))
+    assert text.quote(name) == r"'caf\xe9'"
+    data = LabeledImages(np.zeros((1, 1, 1, 1)), np.zeros(1, int), (name, "tea"))
+    with pytest.raises(UserError, match="class 'tea' has 0 training images"):
+        labeled_images.check_images_per_class(data, 1)
+    with pytest.raises(UserError) as caught:
+        labeled_images.check_images_per_class(replace(data, labels=np.ones(1, int)), 1)
+    assert str(caught.value).startswith(r"class 'caf\xe9' has 0 training images")
 
 
 def test_long_names_keep_both_ends():

@@ -69,7 +69,7 @@ class Graded:
     def rates(self) -> tuple[float, ...]:
         return tuple(self.share)
 
-    def at(self, rate: float) -> "Graded":
+    def with_rate(self, rate: float) -> "Graded":
         chosen = replace(self, rate=rate)
         chosen.trained = self.trained
         return chosen
@@ -218,7 +218,7 @@ def test_a_learner_without_randomness_is_trained_once_on_the_same_data():
 
 def test_augmentation_is_asked_of_the_learner():
     class Bold(Constant):
-        def augmented(self):
+        def with_augmentation(self):
             return replace(self, name="constant", identity="bold")
 
     (found,) = evaluate(Bold(), FULL, judging(), [0], augmented=True)
@@ -267,16 +267,16 @@ def kept(tmp_path):
 
 def test_what_was_measured_is_not_measured_again(kept):
     store, _ = kept
-    first = evaluate(Constant(), FULL, judging(), [0, 1], kept=store)
+    first = evaluate(Constant(), FULL, judging(), [0, 1], cache=store)
     again = Constant()
-    assert evaluate(again, FULL, judging(), [0, 1], kept=store) == first
+    assert evaluate(again, FULL, judging(), [0, 1], cache=store) == first
     assert again.seen == []
     # Stopped after the first seed: only the second is trained.
     for path in store.folder.iterdir():
         if json.loads(json.loads(path.read_text())["content"])["key"]["seed"] == 1:
             path.unlink()
     alone, half = replace(store, shared=None), Constant()
-    assert [r.accuracy for r in evaluate(half, FULL, judging(), [0, 1], kept=alone)] == [0.6, 0.4]
+    assert [r.accuracy for r in evaluate(half, FULL, judging(), [0, 1], cache=alone)] == [0.6, 0.4]
     assert [seed for *_, seed in half.seen] == [1]
 
 
@@ -284,10 +284,10 @@ def test_another_evaluation_shares_only_what_does_not_depend_on_its_set(kept, tm
     store, _ = kept
     distilled = replace(FULL, name="distilled")
     for arm in (FULL, distilled):
-        evaluate(Constant(), arm, judging(), [0], kept=store)
+        evaluate(Constant(), arm, judging(), [0], cache=store)
     other, learner = replace(store, folder=tmp_path / "other"), Constant()
     for arm in (FULL, distilled):
-        evaluate(learner, arm, judging(), [0], kept=other)
+        evaluate(learner, arm, judging(), [0], cache=other)
     assert len(learner.seen) == 1
 
 
@@ -302,9 +302,9 @@ def test_another_evaluation_shares_only_what_does_not_depend_on_its_set(kept, tm
 )
 def test_anything_else_is_measured(kept, change):
     store, _ = kept
-    evaluate(Constant(), FULL, judging(), [0], kept=store)
+    evaluate(Constant(), FULL, judging(), [0], cache=store)
     learner, arm, judge = change(Constant(), FULL, judging())
-    evaluate(learner, arm, judge, [0], kept=store)
+    evaluate(learner, arm, judge, [0], cache=store)
     assert len(learner.seen) == 1
 
 
@@ -320,15 +320,15 @@ def test_anything_else_is_measured(kept, change):
 def test_a_damaged_result_is_measured_anew(kept, damage):
     store, said = kept
     alone = replace(store, shared=None)
-    evaluate(Constant(), FULL, judging(), [0], kept=alone)
+    evaluate(Constant(), FULL, judging(), [0], cache=alone)
     (path,) = alone.folder.iterdir()
     path.write_text(damage(path.read_text()))
     learner = Constant()
-    assert evaluate(learner, FULL, judging(), [0], kept=alone)[0].accuracy == 0.6
+    assert evaluate(learner, FULL, judging(), [0], cache=alone)[0].accuracy == 0.6
     assert len(learner.seen) == 1
     assert len(said) == 1
     assert "is damaged" in said[0]
-    evaluate(learner, FULL, judging(), [0], kept=alone)
+    evaluate(learner, FULL, judging(), [0], cache=alone)
     assert len(learner.seen) == 1
 
 
@@ -349,7 +349,7 @@ def _resigned(path, **changes):
         ({"accuracy": float("nan")}, "accuracy is not finite"),
         ({"accuracy": "0.6"}, "accuracy is '0.6'"),
         ({"accuracy": True}, "accuracy is True"),
-        ({"accuracy": 0.9}, "by the confusion matrix another"),
+        ({"accuracy": 0.9}, "its confusion matrix gives another"),
         ({"accuracy": None}, "neither figures nor a reason"),
         ({"confusion": [[2, 1], [1, 2]]}, "of other test images"),
         ({"confusion": [[3, 0], [3, -1]]}, "other entries than counts"),
@@ -365,7 +365,7 @@ def _resigned(path, **changes):
         ({"augmented": True}, "of another training"),
         ({"images": 9}, "of 9 images"),
         ({"images": -10}, "not whole, or is negative"),
-        ({"failure": "none"}, "it failed, and has an accuracy"),
+        ({"failure": "none"}, "it failed and yet has an accuracy"),
         ({"train_seconds": float("-inf")}, "train_seconds is not finite"),
         ({"facts": [1]}, "facts are"),
         ({"facts": {"curve": [[1, float("nan")]]}}, "facts is not finite"),
@@ -376,12 +376,12 @@ def test_a_result_that_cannot_be_is_measured_anew(kept, changes, why):
     """Signed again, so that its checksum is right."""
     store, said = kept
     arm = replace(FULL, images=10)
-    first = evaluate(Constant(), arm, judging(), [0], kept=store)
+    first = evaluate(Constant(), arm, judging(), [0], cache=store)
     for folder in (store.folder, store.shared):
         (path,) = folder.iterdir()
         _resigned(path, **changes)
     learner = Constant()
-    (again,) = evaluate(learner, arm, judging(), [0], kept=store)
+    (again,) = evaluate(learner, arm, judging(), [0], cache=store)
     assert replace(again, train_seconds=0, peak_memory=0) == replace(
         first[0], train_seconds=0, peak_memory=0
     )
@@ -393,10 +393,10 @@ def test_a_result_that_cannot_be_is_measured_anew(kept, changes, why):
 def test_a_result_of_a_limited_draw_has_at_most_so_many_images(kept):
     store, said = kept
     arm, limited = replace(FULL, images=10), Constant(limit=6)
-    evaluate(limited, arm, judging(), [0], kept=store)
+    evaluate(limited, arm, judging(), [0], cache=store)
     assert limited.seen
     again = Constant(limit=6)
-    evaluate(again, arm, judging(), [0], kept=store)
+    evaluate(again, arm, judging(), [0], cache=store)
     assert (again.seen, said) == ([], [])
 
 
@@ -407,10 +407,10 @@ def test_a_failure_is_not_shared(kept, tmp_path):
             raise MemoryError("too large")
 
     store, _ = kept
-    (found,) = evaluate(Failing(), FULL, judging(), [0], kept=store)
+    (found,) = evaluate(Failing(), FULL, judging(), [0], cache=store)
     assert found.failure == "MemoryError: too large"
     later = Failing()
-    evaluate(later, FULL, judging(), [0], kept=replace(store, folder=tmp_path / "other"))
+    evaluate(later, FULL, judging(), [0], cache=replace(store, folder=tmp_path / "other"))
     assert len(later.seen) == 1
 
 

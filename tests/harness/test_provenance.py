@@ -166,10 +166,10 @@ ODD_FOR_RIDGE: dict[str, tuple[dict[str, Any], str]] = {
 def test_an_odd_value_is_one_line_before_anything_is_trained(tmp_path: Path, kind: str) -> None:
     changed, name = (ODD | ODD_FOR_RIDGE)[kind]
     file = _saved(tmp_path, **changed)
-    with pytest.raises(UserError, match=rf"says of itself a {name} that cannot be"):
+    with pytest.raises(UserError, match=rf"states a {name} that cannot be used"):
         evaluation_parts.assemble(_options(file))
     if kind in ODD:
-        with pytest.raises(UserError, match=rf"says of itself a {name} that cannot be"):
+        with pytest.raises(UserError, match=rf"states a {name} that cannot be used"):
             data_source.resolve(str(file), root=tmp_path)
 
 
@@ -205,7 +205,7 @@ def test_a_folder_that_a_set_names_is_read_and_said(
     distilled = replace(_set(**changed), classes=splits.train.classes)
     distilled_set.save(tmp_path / "set.safetensors", distilled)
     evaluation_parts.assemble(_options(tmp_path / "set.safetensors"))
-    assert f"says that its data are {source}, which is read" in capsys.readouterr().err
+    assert f"names {source} as its data, which is read" in capsys.readouterr().err
 
 
 # --- commands to copy
@@ -280,7 +280,7 @@ def test_a_whole_provenance_is_read_whole() -> None:
     assert (made.w_std, made.b_std, made.validation_fraction) == (2**0.5, 0.1, 0.1)
     assert made.metrics == {"test_accuracy": 0.9}
     assert made.config == WHOLE["config"]
-    assert made.odd == ()
+    assert made.unusable == ()
     assert provenance.parse(_config(image_size=8), (8, 8, 1)).image_size == 8
 
 

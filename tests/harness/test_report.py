@@ -78,7 +78,7 @@ def stored(found, folder: Path) -> dict:
     ("damage", "message"),
     [
         (lambda s: s.pop("format"), "format: None"),
-        (lambda s: s.update(format=1), "no report of an evaluation of format 2"),
+        (lambda s: s.update(format=1), "not a report of an evaluation in format 2"),
         (lambda s: s.pop("classes"), "classes missing"),
         (lambda s: s.update(more=1), "unknown more"),
         (lambda s: s.update(title=3), "title is 3"),
@@ -90,9 +90,9 @@ def stored(found, folder: Path) -> dict:
         (lambda s: s["results"][3].update(accuracy="high"), "accuracy is 'high'"),
         (lambda s: s["results"][3].update(augmented=1), "augmented is 1"),
         (lambda s: s["results"][3].update(seed=True), "seed is True"),
-        (lambda s: s["results"][3]["confusion"].pop(), "not of 8 classes"),
+        (lambda s: s["results"][3]["confusion"].pop(), "not for 8 classes"),
         (lambda s: s["results"][3]["confusion"][0].__setitem__(0, 10**40), "confusion is "),
-        (lambda s: s["results"][3]["per_class"].pop(), "not of 8 classes"),
+        (lambda s: s["results"][3]["per_class"].pop(), "not for 8 classes"),
         (lambda s: s["results"][-1]["facts"].update(curve=[[1]]), "a step and a loss"),
         (lambda s: s["results"][-1]["facts"].update(flops="many"), "facts.flops is 'many'"),
     ],
@@ -191,9 +191,9 @@ def against(a: list[float], b: list[float]):
     [
         ([0.8, 0.81, 0.82], [0.5, 0.52, 0.51], verdict.BETTER, "is better than as many random"),
         ([0.5, 0.52, 0.51], [0.8, 0.81, 0.82], verdict.WORSE, "set is worse than as many random"),
-        ([0.5, 0.6, 0.55], [0.55, 0.52, 0.57], verdict.ALIKE, "is not clearly other"),
+        ([0.5, 0.6, 0.55], [0.55, 0.52, 0.57], verdict.ALIKE, "is not clearly different"),
         ([0.5, 0.5], [0.4, 0.4], verdict.BETTER, "is better than"),  # no randomness in either
-        ([0.5, 0.5], [0.5, 0.5], verdict.ALIKE, "is not clearly other"),
+        ([0.5, 0.5], [0.5, 0.5], verdict.ALIKE, "is not clearly different"),
         ([0.9], [0.1], verdict.UNKNOWN, "Nothing can be said of the distilled set"),
     ],
 )
@@ -210,7 +210,7 @@ def test_an_answer_gives_difference_interval_p_and_distance():
     low, high = paired.difference.low, paired.difference.high
     assert answer.startswith("81.0 %, 29.0 points above random images")
     assert f"95 % interval {100 * low:.1f} to {100 * high:.1f}, p < 0.001" in answer
-    assert "full data not trained on" in answer
+    assert "not trained on the full data" in answer
 
 
 def test_markdown_has_every_part():
@@ -228,10 +228,10 @@ def test_markdown_has_every_part():
 
 def test_augmented_rows_are_compared_only_where_there_are_no_others():
     both = small()
-    assert not any(row.augmented for row in both.compared)
+    assert not any(row.augmented for row in both.compared_rows)
     augmented = replace(both, results=tuple(r for r in both.results if r.augmented))
-    assert {row.learner for row in augmented.compared} == {"convnet"}
-    assert len(augmented.compared) == len(augmented.rows)
+    assert {row.learner for row in augmented.compared_rows} == {"convnet"}
+    assert len(augmented.compared_rows) == len(augmented.rows)
 
 
 def test_every_axis_is_labelled_with_its_unit():

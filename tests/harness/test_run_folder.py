@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 
 from dsdistill.harness import checksums
+from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import run_folder
 from dsdistill.harness.runs.run_folder import Metrics, RunError
 
@@ -38,9 +39,11 @@ def test_start_creates_the_folder_and_stores_the_options(tmp_path):
     assert run.load_state() is None
 
 
-def test_a_run_withdrawn_before_it_began_frees_its_folder(tmp_path):
+def test_a_run_withdrawn_before_its_first_checkpoint_frees_its_folder(tmp_path):
     run = _start(tmp_path / "a")
-    Metrics(run.folder).close()
+    with Metrics(run.folder) as metrics:
+        metrics.write(1, loss=0.5)
+    run_folder.write_json(run.folder / "recipe.json", {})
     run.withdraw()
     assert not run.folder.exists()
 
@@ -51,12 +54,9 @@ def test_withdrawing_takes_nothing_else(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [".mine"]
 
 
-@pytest.mark.parametrize("begun", ["figures", "state", "resumed", "another host"])
+@pytest.mark.parametrize("begun", ["state", "resumed", "another host"])
 def test_a_run_that_began_is_not_withdrawn(tmp_path, begun):
     run = _start(tmp_path)
-    if begun == "figures":
-        with Metrics(tmp_path) as metrics:
-            metrics.write(1, loss=0.5)
     if begun == "state":
         run.save_state({"a": np.zeros(1)}, {})
     if begun == "resumed":
@@ -67,6 +67,35 @@ def test_a_run_that_began_is_not_withdrawn(tmp_path, begun):
     before = sorted(tmp_path.iterdir())
     run.withdraw()
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("error", [UserError("image 1.jpg is damaged"), OSError("no disk left")])
+def test_an_error_before_the_first_checkpoint_leaves_nothing(tmp_path, error):
+    with (
+        pytest.raises(type(error)) as caught,
+        _start(tmp_path / "a") as run,
+        run.clean_up_on_error(),
+    ):
+        raise error
+    assert caught.value is error
+    assert not (tmp_path / "a").exists()
+
+
+def test_an_error_after_a_checkpoint_says_what_works(tmp_path):
+    message = r"1\.jpg is damaged; .*keeps the last checkpoint: --resume"
+    run = _start(tmp_path)
+    run.save_state({"a": np.zeros(1)}, {})
+    with pytest.raises(RunError, match=message), run, run.clean_up_on_error():
+        raise UserError("image 1.jpg is damaged")
+    with _start(tmp_path, resume=True) as run:
+        assert run.load_state() is not None
+
+
+def test_an_error_about_the_folder_itself_stands_as_it_is(tmp_path):
+    run = _start(tmp_path)
+    run.save_state({"a": np.zeros(1)}, {})
+    with pytest.raises(RunError, match=r"^changed since$"), run, run.clean_up_on_error():
+        raise RunError("changed since")
 
 
 def test_start_accepts_an_empty_folder_and_what_a_killed_start_left(tmp_path):
@@ -142,11 +171,11 @@ def test_a_damaged_config_is_one_line(tmp_path, text):
 
 def test_a_choice_is_made_once_and_stands_in_the_config(tmp_path):
     with _start(tmp_path, steps=5) as run:
-        assert run.recorded("batch", lambda: 480) == 480
-        assert run.recorded("batch", lambda: pytest.fail("chosen twice")) == 480
+        assert run.choose_once("batch", lambda: 480) == 480
+        assert run.choose_once("batch", lambda: pytest.fail("chosen twice")) == 480
     again = _start(tmp_path, resume=True)
-    assert again.recorded("batch", lambda: pytest.fail("chosen twice")) == 480
-    assert again.recorded("other", lambda: [1]) == [1]
+    assert again.choose_once("batch", lambda: pytest.fail("chosen twice")) == 480
+    assert again.choose_once("other", lambda: [1]) == [1]
     stored = run_folder.read_json(tmp_path / "config.json")
     assert stored["chosen"] == {"batch": 480, "other": [1]}
     assert stored["steps"] == 5

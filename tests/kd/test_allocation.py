@@ -56,7 +56,9 @@ def test_a_huge_network_is_refused_before_its_memory_is_taken(
     assert psutil.Process().memory_info().rss - before < 4 * FREE
     assert "of memory or more, 64.0 MiB is free: use a smaller network" in line
     if "huge" in arguments:
-        assert "huge/model.json describes no network to be made here: convnet:1000000" in line
+        assert (
+            "huge/model.json describes a network that cannot be built here: convnet:1000000" in line
+        )
     assert not list(work.glob("new*"))
 
 

@@ -29,7 +29,7 @@ def part(whole: Batch, rows: np.ndarray) -> Batch:
         images=whole.images[keep],
         labels=whole.labels[keep],
         index=whole.index[keep],
-        whole=len(whole),
+        total_images=len(whole),
     )
 
 
@@ -70,12 +70,12 @@ def test_processes_that_share_a_batch_change_it_as_one_does(world: int) -> None:
 
     for seed in range(6):  # both kinds of mixing come up
         alone = changed(whole, seed)
-        assert alone.shares is not None
+        assert alone.class_shares is not None
         for rank in range(world):
             rows = batching.share_positions(13, rank, world)
             shared = changed(part(whole, rows), seed)
             assert torch.equal(shared.images, alone.images[rows])
-            assert torch.equal(shared.shares, alone.shares[rows])
+            assert torch.equal(shared.class_shares, alone.class_shares[rows])
 
 
 def test_mixup_by_hand_and_numpys_generator_is_left_alone() -> None:
@@ -88,22 +88,22 @@ def test_mixup_by_hand_and_numpys_generator_is_left_alone() -> None:
     changed = augment.mix_images(whole, 11, mixer=mixer)
     assert np.array_equal(np.random.get_state()[1], expected_state)  # noqa: NPY002
     assert torch.equal(whole.images, before)
-    assert changed.shares is not None
+    assert changed.class_shares is not None
     # Labels 0 1 2 0 1 2 against 2 1 0 2 1 0: the first image's share of class 0 is lambda.
-    share = changed.shares[0, 0].item()
+    share = changed.class_shares[0, 0].item()
     assert 0 < share < 1
     mixed = share * before + (1 - share) * before.flip(0)
     assert torch.allclose(changed.images, mixed, atol=1e-6)
-    assert torch.allclose(changed.shares.sum(1), torch.ones(6))
+    assert torch.allclose(changed.class_shares.sum(1), torch.ones(6))
 
 
 def test_the_middle_of_an_odd_batch_stays() -> None:
     mixer = augment._timm_mixup(replace(recipes.REAL, mixup=1.0), 3)
     whole = batch(5)
     changed = augment.mix_images(whole, 2, mixer=mixer)
-    assert changed.shares is not None
+    assert changed.class_shares is not None
     assert torch.allclose(changed.images[2], whole.images[2], atol=1e-6)
-    assert changed.shares[2].tolist() == pytest.approx([0, 0, 1])
+    assert changed.class_shares[2].tolist() == pytest.approx([0, 0, 1])
     assert not torch.allclose(changed.images[0], whole.images[0], atol=1e-3)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -138,15 +139,23 @@ def _scripted(path: Path) -> None:
         torch.jit.script(_bare()).save(path)
 
 
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 97781\n"
+
+
 @pytest.mark.parametrize(
     ("write", "message"),
     [
         (lambda path: torch.save(_bare(), path), r"holds more than tensors \(timm\.\S+, .*not|run"),
         (_scripted, "is a TorchScript program, of which"),
         (_cyclic, "holds no weights by name"),
-        (lambda path: path.write_bytes(b""), "is not readable|more than tensors"),
+        (lambda path: path.write_bytes(b""), "is an empty file"),
         (lambda path: path.write_bytes(b"\x05" + bytes(7) + b"{}}}}"), "not a whole .safetensors"),
-        (lambda path: path.mkdir(), "there is no file"),
+        (lambda path: path.mkdir(), "file.ckpt is a folder: give a file of weights after @"),
+        (lambda path: path.write_text(LFS_POINTER), "Git LFS pointer .* run git lfs pull"),
+        (
+            lambda path: path.write_text("<!DOCTYPE html>\n<p>é"),
+            "a text file and no weights .it be",
+        ),
     ],
 )
 def test_files_that_are_no_weights_are_one_line(
@@ -159,6 +168,17 @@ def test_files_that_are_no_weights_are_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_a_folder_of_weights_names_what_is_in_it(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    _saved(folder / "a.pth", _bare())
+    message = "model is a folder, which holds a.pth: give a file of weights after @"
+    with pytest.raises(UserError, match=message):
+        networks.build(f"test_resnet@{folder}", SHAPE, 3)
+    with pytest.raises(UserError, match=message):
+        networks.check_name(f"test_resnet@{folder}")
+
+
 def test_harmless_values_beside_the_weights_open_no_door(tmp_path: Path) -> None:
     path, mark = tmp_path / "a.ckpt", tmp_path / "ran"
     args = argparse.Namespace(bomb=_Bomb(mark))
@@ -168,6 +188,12 @@ def test_harmless_values_beside_the_weights_open_no_door(tmp_path: Path) -> None
     ):
         weights.read(path)
     assert not mark.exists()
+
+
+@pytest.mark.parametrize(("size", "fitting"), [(50, "64x64"), (8, "16x16"), (150, "160x160")])
+def test_a_size_of_no_whole_patches_names_one_that_is(size: int, fitting: str) -> None:
+    with pytest.raises(UserError, match=f"patches are 16x16, so use a size .* such as {fitting}"):
+        networks.build(f"test_vit(img_size={size})", (size, size, 3), 3)
 
 
 # --- students of other classes and channels
@@ -187,6 +213,74 @@ def test_a_student_gets_a_new_last_layer(tmp_path: Path, name: str, classes: int
         assert torch.equal(value, expected), k
     since = f"{path} has none" if classes == 0 else f"that of {path} is for 7"
     assert student.notes == (f"a new last layer for 3 classes, since {since}",)
+
+
+def _split(network: nn.Module, body: str, head: str) -> dict[str, Tensor]:
+    """A network's weights with its last layer under another name, beside the body."""
+    state = network.state_dict()
+    return {
+        **{f"{body}{k}": v for k, v in state.items() if not k.startswith(("fc.", "head."))},
+        **{
+            f"{head}.{k.rpartition('.')[2]}": v
+            for k, v in state.items()
+            if k in ("fc.weight", "fc.bias", "head.weight", "head.bias")
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "head"),
+    [
+        ("test_resnet", "backbone.", "head.fc"),  # mmpretrain
+        ("test_vit", "backbone.", "head.layers.head"),
+        ("test_resnet", "backbone.", "cls_head.fc"),
+        ("test_resnet", "model.backbone.", "model.classifier"),
+        ("test_resnet", "encoder.", "last_layer"),
+        ("test_resnet", "", "last_linear"),
+    ],
+)
+def test_a_last_layer_beside_the_network_is_used(
+    tmp_path: Path, name: str, body: str, head: str
+) -> None:
+    network, path = _bare(name), tmp_path / "w.pth"
+    torch.save({"state_dict": _split(network, body, head)}, path)
+    x, plain = torch.rand(2, 3, 32, 32), _saved(tmp_path / "plain.pth", network)
+    expected = networks.build(f"{name}@{plain}", SHAPE, 3).eval()(x)
+    student = networks.build(f"{name}@{path}", SHAPE, 3).eval()
+    assert torch.equal(student(x), expected)
+    assert student.notes == (f"last layer from {head} of {path}",)
+    teacher = _load(f"{name}@{path}")
+    assert torch.equal(teacher(x), _load(f"{name}@{plain}")(x))
+    other = networks.build(f"{name}@{path}", SHAPE, 5)
+    assert other.notes[-1] == f"a new last layer for 5 classes, since that of {path} is for 3"
+
+
+def test_the_last_layer_is_that_of_the_network_that_is_taken(tmp_path: Path) -> None:
+    network, path = _bare(), tmp_path / "w.pth"
+    plain = _split(network, "net.backbone.", "net.head.fc")
+    averaged = _split(network, "net_ema.backbone.", "net_ema.head.fc")
+    torch.save({"state_dict": {**_junk(plain), **averaged}}, path)
+    student = networks.build(f"test_resnet@{path}", SHAPE, 3).eval()
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(student(x), network(x))
+
+
+def test_last_layers_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    state, path = _split(_bare(), "backbone.", "head.fc"), tmp_path / "w.pth"
+    state["head.fc.weight"] = state["head.fc.weight"][:, 1:]
+    width = state["head.fc.weight"].shape[1]
+    torch.save(state, path)
+    found = rf"{path} has none that fits, but head\.fc\.weight \(3, {width}\)"
+    (note,) = networks.build(f"test_resnet@{path}", SHAPE, 3).notes
+    assert re.fullmatch(f"a new last layer for 3 classes, since {found}", note)
+    with pytest.raises(UserError, match=f"has no last layer: {found}; a network without"):
+        _load(f"test_resnet@{path}")
+    # Which of two is the classifier is not guessed.
+    two = _split(_bare(), "backbone.", "head.fc") | _split(_bare(), "backbone.", "fc")
+    torch.save(two, path)
+    (note,) = networks.build(f"test_resnet@{path}", SHAPE, 3).notes
+    assert "head.fc.weight" in note
+    assert ", fc.weight" in note
 
 
 @pytest.mark.parametrize(("stored", "channels"), [(3, 1), (3, 4), (3, 13), (1, 3), (4, 3)])

@@ -71,12 +71,13 @@ BOTH = ("--teacher", "one,other")
         ("three.npz", (*TAUGHT, "--generations", 2, "--loss", "ce,kd:1:temperature=0"),
          "temperature must be in"),
         ("three.npz", ("--peers", "mlp:8", "--loss", "ce,kd,heads@3"), "leave --peers out"),
-        ("three.npz", ("--loss", "mse,heads@3"), "mse gives it none: use ce"),
-        ("three.npz", ("--peers", "mlp:8", "--loss", "kd"), "nobody else knows them: add ce:1"),
-        ("three.npz", ("--mean-teacher", 0.9, "--loss", "dkd"), "nobody else knows them: add ce:1"),
+        ("three.npz", ("--loss", "mse,heads@3"), "with mse the student has none: use ce"),
+        ("three.npz", ("--peers", "mlp:8", "--loss", "kd"), "nothing else teaches them: add ce:1"),
+        ("three.npz", ("--mean-teacher", 0.9, "--loss", "dkd"),
+         "nothing else teaches them: add ce:1"),
         ("three.npz", (*TAUGHT, "--loss", "ce,crd", "--mixup", 0.2), "crd needs whole labels"),
         ("three.npz", ("--label-smoothing", 0.1, "--loss", "ce:1:smoothing=0.1"),
-         "are two values of one thing: give one of them"),
+         "set the same value: give one of them"),
         ("three.npz", (*BOTH, "--loss", "ce,srd:1", "--teacher-weights", "by-label"),
          "--teacher-weights has no effect on --loss ce,srd:1"),
         ("three.npz", (*BOTH, "--class-map", "right.json,right.json,right.json"),
@@ -87,7 +88,7 @@ BOTH = ("--teacher", "one,other")
          "--metric has no effect without validation images"),
         ("few.npz", ("--average-best", 2), "--average-best has no effect without validation"),
         ("orphan.safetensors", ("--teacher", "digits", "--min-teacher-accuracy", 0.5),
-         "needs real images to judge the teacher on, and there are none"),
+         "needs real images to check the teacher on, and there are none"),
         ("three.npz", ("--student", "test_resnet", "--batch-size", 1, "--image-size", 32),
          "batch of 1 image (Expected more than 1 value per channel"),
     ],
@@ -115,11 +116,14 @@ def test_a_last_batch_too_small_for_the_loss_joins_the_one_before(
     options = (*TAUGHT, "--loss", "ce,rkd-angle", "--batch-size", size)
     main(inside, "train", "three.npz", *FAST, *options, "--out", "angles")
     said = capsys.readouterr().err
-    assert f"the last batch of an epoch holds {size + 2} images, not {size}: 2 left over" in said
+    assert (
+        f"the last batch of an epoch holds {size + 2} images, not {size}: the remaining 2 are"
+        in said
+    )
     assert read_report(work / "angles")["steps"] == 4
     main(inside, "train", "three.npz", *FAST, "--batch-size", size, "--out", "plain")
     assert read_report(work / "plain")["steps"] == 5
-    assert "left over" not in capsys.readouterr().err
+    assert "the remaining" not in capsys.readouterr().err
 
 
 def test_smoothing_in_the_loss_is_the_recipes(inside, work: Path) -> None:
@@ -153,7 +157,7 @@ def test_without_validation_images_it_is_said_and_the_teacher_is_judged_all_the_
     main(inside, "train", "orphan.safetensors", "--student", "mlp:8", "--steps", 2,
           "--teacher", "digits", "--device", "cpu", "--out", "orphan")  # fmt: skip
     said = " ".join(capsys.readouterr().err.split())
-    assert "the teachers are not judged: there are no real images" in said
+    assert "the teachers are not checked: there are no real images" in said
 
 
 def test_each_teacher_has_its_own_class_map_and_figures(inside, work: Path, capsys) -> None:

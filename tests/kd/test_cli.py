@@ -162,7 +162,7 @@ UNVALIDATED = ("--validation-fraction", "0")
 WRONG = [
     (("train", "--loss", "kdd:1"), "unknown loss 'kdd'; did you mean 'kd'"),
     (("train", "--loss", "kd:1"), "--loss kd needs a teacher"),
-    (("train", "--teacher", "teacher", "--loss", "ce:1"), "no term that looks at a teacher"),
+    (("train", "--teacher", "teacher", "--loss", "ce:1"), "no term that uses the teacher"),
     (
         ("train", "--teacher", "teacher", "--loss", "kd:1:temperature=0"),
         "temperature must be in [0.01, 1000], got 0",
@@ -171,7 +171,7 @@ WRONG = [
     (("train", "--teacher", "teacher", "--loss", "at@nine"), "unknown layer 'nine'"),
     (("train", "--teacher", "teacher", "--mixup", "0.2", "--loss", "dkd"), "needs whole labels"),
     (("train", "--peers", "mlp:8", "--teacher", "teacher"), "leave --teacher out"),
-    (("train", "--peers", "mlp:8", "--loss", "ce:1,sp"), "looks at layers of a teacher"),
+    (("train", "--peers", "mlp:8", "--loss", "ce:1,sp"), "uses layers of a teacher"),
     (("train", "--peers", "mlp:8", "--generations", "2"), "only one scheme at a time"),
     (("train", "--mean-teacher", "1"), "--mean-teacher must be in [0, 1), got 1"),
     (("train", "--assistants", "mlp:8"), "--assistants needs --teacher"),
@@ -204,8 +204,8 @@ WRONG = [
     (("train", "--batch-size", "0"), "--batch-size must be at least 1"),
     (("train", "--lr", "-1"), "--lr must be positive"),
     (("train", "--resume"), "--resume needs --out"),
-    (("train", "--device", "cuda:99"), "device 'cuda:99' is not there"),
-    (("train", "--device", "toaster"), "device 'toaster' is not there"),
+    (("train", "--device", "cuda:99"), "device 'cuda:99' is not available"),
+    (("train", "--device", "toaster"), "device 'toaster' is not available"),
     (("train", "digitz"), "did you mean 'digits'"),
     (("train", "no/such/folder"), "no such file or folder: no/such/folder"),
     (("train", "--student", "convnett"), "did you mean 'convnet'"),

@@ -147,8 +147,8 @@ def test_a_checkpoint_of_something_else_is_one_line(inside: pytest.MonkeyPatch) 
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     run = run_folder.Run(Path("run"), {}, True)
     for change, message in (
-        ({"step": None}, "none of `kd train`"),
-        ({"meter": {"ce": "x"}}, "none of `kd train`"),
+        ({"step": None}, "not of `kd train`"),
+        ({"meter": {"ce": "x"}}, "not of `kd train`"),
         ({"recipe": {**meta["recipe"], "lr": 9.0}}, "made with lr 9.0"),
         ({"optimizer": 3}, "of another network, loss or recipe"),
         ({"kept": [3]}, "of another network, loss or recipe"),
@@ -156,7 +156,7 @@ def test_a_checkpoint_of_something_else_is_one_line(inside: pytest.MonkeyPatch) 
         run.save_state(arrays, {**meta, **change})
         assert message in refused(inside, "train", "--out", "run", "--resume")
     run.save_state(arrays, {"done": 3})  # of KIP
-    assert "none of `kd train`" in refused(inside, "train", "--out", "run", "--resume")
+    assert "not of `kd train`" in refused(inside, "train", "--out", "run", "--resume")
 
 
 def test_a_run_of_an_earlier_version_is_read(inside: pytest.MonkeyPatch) -> None:

@@ -232,7 +232,7 @@ def test_the_teacher_of_a_distilled_sets_evaluation_has_a_map(
     distilled_set.save(tmp_path / "set.safetensors", support.distilled(support.digits()))
     mapping = tmp_path / "map.json"
     mapping.write_text(json.dumps({str(i): other[i] for i in range(10)}))
-    options = dsdistill.options.Evaluate(
+    options = dsdistill.options.EvaluateOptions(
         tmp_path / "set.safetensors", learners="mlp:8", controls="", teacher=str(renamed)
     )
     with pytest.raises(UserError) as caught:
@@ -241,10 +241,10 @@ def test_the_teacher_of_a_distilled_sets_evaluation_has_a_map(
     assert advised(str(caught.value)) <= options_of(type(options))
     teacher = evaluation_parts.assemble(dataclasses.replace(options, teacher_class_map=mapping))
     plain = evaluation_parts.assemble(dataclasses.replace(options, teacher="of-digits"))
-    images = plain.judges.test.images(slice(50))
-    assert teacher.judges.teacher is not None
-    assert plain.judges.teacher is not None
-    np.testing.assert_array_equal(teacher.judges.teacher(images), plain.judges.teacher(images))
+    images = plain.held_out.test.images(slice(50))
+    assert teacher.held_out.teacher is not None
+    assert plain.held_out.teacher is not None
+    np.testing.assert_array_equal(teacher.held_out.teacher(images), plain.held_out.teacher(images))
     with pytest.raises(UserError, match="--teacher-class-map needs --teacher"):
         evaluation_parts.assemble(
             dataclasses.replace(options, teacher=None, teacher_class_map=mapping)
@@ -282,10 +282,10 @@ def test_the_line_of_a_folder_speaks_of_what_is_judged(
 ) -> None:
     draw(Path("line"), CLASSES, 7, 6)
     for run, folder, expected in (
-        ("of-parts", ("line",), "line: 28 images of 4 classes are judged, all of them"),
-        ("of-parts", (), "parts: 52 images of 4 classes are judged, from val/"),
-        ("of-plain", (), "plain: 16 images of 4 classes are judged, the share that is held out"),
-        ("of-plain", ("parts",), "parts: 52 images of 4 classes are judged, from val/"),
+        ("of-parts", ("line",), "line: 28 images of 4 classes are evaluated, all of them"),
+        ("of-parts", (), "parts: 52 images of 4 classes are evaluated, from val/"),
+        ("of-plain", (), "plain: 16 images of 4 classes are evaluated, the share that is held out"),
+        ("of-plain", ("parts",), "parts: 52 images of 4 classes are evaluated, from val/"),
     ):
         progress._say_once.cache_clear()
         main(inside, "evaluate", run, *folder)

@@ -477,7 +477,7 @@ def test_a_network_that_cannot_be_traced_is_refused(inside: pytest.MonkeyPatch, 
 
     inside.setattr(export_formats, "PreprocessLayer", lambda fitted: Branches())
     line = _refused(inside, work, "convnet", "--format", "pt2")
-    assert "convnet:8 cannot be made into a graph" in line
+    assert "convnet:8 cannot be traced as a graph" in line
     assert "use --format safetensors" in line
 
 
@@ -487,7 +487,7 @@ def test_a_network_that_cannot_be_traced_is_refused(inside: pytest.MonkeyPatch, 
         (("nowhere", "--format", "pt2"), "nowhere holds no finished student"),
         (("unfinished", "--format", "pt2"), "unfinished holds no finished student"),
         (("cut", "--format", "pt2"), "does not hold the weights of this network"),
-        (("broken", "--format", "pt2"), "gives outputs that are not finite"),
+        (("broken", "--format", "pt2"), "has outputs that are not finite"),
         (("mlp", "--format", "timm"), "mlp:8 is not one of timm's architectures: use --format"),
         (("zca", "--format", "timm"), "timm cannot whiten images"),
         (("mlp", "--format", "pt2", "--out", "taken.pt2"), "taken.pt2 exists already"),
@@ -543,7 +543,7 @@ def test_a_network_too_large_for_an_onnx_file_is_refused(
 ) -> None:
     inside.setattr(export_formats, "MAX_ONNX_BYTES", 1000)
     line = _refused(inside, work, "mlp", "--format", "onnx")
-    assert "holds less than 1000 bytes, and mlp:8 has 2728 of weights" in line
+    assert "must be smaller than 1000 bytes, and the weights of mlp:8 have 2728" in line
 
 
 @pytest.mark.parametrize("at", [1, 2])

@@ -153,7 +153,7 @@ def test_a_handful_of_images_is_said_to_be_too_few(
 ) -> None:
     said = _said(inside, capsys, "two", "permuted-of-two", "handful")
     assert "8 training images are too few to tell whether its classes are in another order" in said
-    assert "(0.0% are right in its own, 100.0% in the order that fits them best" in said
+    assert "(0.0% are right in the present one, 100.0% in the order that fits them best" in said
     assert "too few to tell" not in _said(inside, capsys, "two", "good-of-two", "handful-good")
 
 

@@ -149,7 +149,7 @@ def test_kip_convnet_starts_as_its_infinite_network() -> None:
 def test_a_network_meets_the_protocol() -> None:
     found = network_learner("mlp:16")
     assert all(isinstance(found, kind) for kind in (Tunable, Augmentable))
-    tuned: Learner = found.at(0.1)
+    tuned: Learner = found.with_rate(0.1)
     assert (tuned.name, tuned.limit) == ("mlp:16", None)
 
 
@@ -164,8 +164,8 @@ def test_rates() -> None:
     found = network_learner("mlp:16")
     lr = recipes.SMALL.lr
     assert found.rates == pytest.approx((lr / 3, lr, 3 * lr))
-    assert found.at(0.1).recipe == replace(recipes.SMALL, lr=0.1)
-    assert found.at(0.1).rates == (0.1,)
+    assert found.with_rate(0.1).recipe == replace(recipes.SMALL, lr=0.1)
+    assert found.with_rate(0.1).rates == (0.1,)
 
 
 def test_kip_convnet_has_its_papers_recipe() -> None:
@@ -218,7 +218,7 @@ def test_aliases() -> None:
 def test_the_seed_decides_the_predictions() -> None:
     # Not resnet18:4: in torch, the gradient of its 1x1 convolutions of 4 channels is not the same.
     for name in ("mlp:8", "resnet18:8", "vgg11:4", "vit:12", "kip-convnet:4"):
-        found = network_learner(name, steps=3).augmented()
+        found = network_learner(name, steps=3).with_augmentation()
         a, b, c = (found(EASY, EASY, seed)(EASY.images()) for seed in (1, 1, 2))
         assert a.shape == (40, 4)
         assert np.array_equal(a, b), name
@@ -235,13 +235,13 @@ def test_augmentation(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(learners.augment, "augment_batches", spy)
     plain = network_learner("mlp:8", steps=3)
-    augmented = plain.augmented()
+    augmented = plain.with_augmentation()
     assert augmented.name == plain.name
     a, b = (network(EASY, EASY, 0)(EASY.images()) for network in (plain, augmented))
     assert not np.array_equal(a, b)
     large = support.easy(size=28)
     augmented(large, large, 0)
-    network_learner("mlp:8", steps=3, flip=True).augmented()(EASY, EASY, 0)
+    network_learner("mlp:8", steps=3, flip=True).with_augmentation()(EASY, EASY, 0)
     assert [kind for kind, *_ in seen] == ["none", *["crop-flip"] * 3]
     assert [options for _, *options in seen[1:]] == [[1, 0.0], [3, 0.0], [1, 0.5]]
 
@@ -249,7 +249,7 @@ def test_augmentation(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["kip-convnet:4", "convnet:4"])
 def test_a_loss_that_overflows_is_an_error(name) -> None:
     with pytest.raises(UserError, match=r"loss term 'mse' is (nan|inf)"):
-        network_learner(name, steps=20).at(1e30)(EASY, EASY, 0)
+        network_learner(name, steps=20).with_rate(1e30)(EASY, EASY, 0)
 
 
 def test_facts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,8 +307,8 @@ def test_identity() -> None:
         network_learner("mlp:9", steps=5),
         network_learner("mlp:8", steps=6),
         network_learner("mlp:8", steps=5, flip=True),
-        found.at(0.5),
-        found.augmented(),
+        found.with_rate(0.5),
+        found.with_augmentation(),
     ]
     texts = [json.dumps(each.identity, sort_keys=True) for each in (found, *others)]
     assert len(set(texts)) == len(texts)

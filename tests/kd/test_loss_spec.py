@@ -31,7 +31,8 @@ NAMES = {"kd": kd, "at": at, "cc": cc}
             TermSpec("kd", 0.5), TermSpec("at", 1000.0, {}, (("layer2",) * 2, ("layer3",) * 2)),
         ]),
         ("at@layer1=blocks.0,layer2=blocks.1,kd:1", [
-            TermSpec("at", None, {}, (("layer1", "blocks.0"), ("layer2", "blocks.1"))), TermSpec("kd", 1.0),
+            TermSpec("at", None, {}, (("layer1", "blocks.0"), ("layer2", "blocks.1"))),
+            TermSpec("kd", 1.0),
         ]),
     ],
 )  # fmt: skip
@@ -45,7 +46,7 @@ def test_what_was_written(text, expected) -> None:
         ("kdd:1", "unknown loss 'kdd'; did you mean 'kd'"),
         ("", "unknown loss ''"),
         ("kd:much", "a weight must be a number, got 'much'"),
-        ("kd:-1", "must be 0 or more and finite, got -1"),
+        ("kd:-1", "must be in [1e-09, 1e+09], got -1"),
         ("kd:1:2", "two weights, 1 and 2"),
         ("kd:temprature=2", "unknown parameter of loss kd 'temprature'; did you mean"),
         ("kd:temperature=hot", "temperature must be a number, got 'hot'"),

@@ -163,12 +163,11 @@ def test_torchvision_students_are_trainable_saved_and_loaded(
     images = torch.rand(2, 1, 64, 64)
     student.train()(images).sum().backward()
     assert all(p.grad is not None for p in student.parameters())
-    fitted, count = (
-        networks.pretrained_preprocess(f"torchvision:{name}", 1)
-        if pretrained
-        else (_fitted("none", shape), 1000)
-    )
-    assert (len(fitted.mean), count) == (1, 1000)
+    fitted = _fitted("none", shape)
+    if pretrained:
+        fitted = networks.pretrained_preprocess(f"torchvision:{name}", 1)
+        assert networks.pretrained_config(f"torchvision:{name}").count == 1000
+    assert len(fitted.mean) == 1
     model = saved_models.Model(student.eval(), f"torchvision:{name}", NAMES, shape, fitted)
     saved_models.save_run(tmp_path, model)
     again = saved_models.load_run(tmp_path)
@@ -677,9 +676,9 @@ def _card(mean: Any = (0.5,) * 3, std: Any = (0.5,) * 3, **changed: Any) -> str:
         (lambda path: _export(path, batch="fixed"), "takes exactly 2 images at once"),
         (lambda path: path.write_bytes(b"nothing"), "is not a whole .pt2 file"),
         (lambda path: zipfile.ZipFile(path, "w").close(), "is not a program that can be read"),
-        (lambda path: _export(path, card="{}}"), "is no JSON"),
+        (lambda path: _export(path, card="{}}"), "is not JSON"),
         (lambda path: _export(path, card='{"classes": []}'), "is not whole"),
-        (lambda path: _export(path, card="[1]"), "is not an object of JSON"),
+        (lambda path: _export(path, card="[1]"), "is not a JSON object"),
         (lambda path: _export(path, card=_card(classes=[1, 2, 3])), "is not whole"),
         (lambda path: _export(path, card=_card(classes="abc")), "is not whole"),
         (lambda path: _export(path, card=_card(output_temperature="hot")), "is not whole"),
@@ -797,7 +796,7 @@ def test_images_of_other_channels_are_one_line(tmp_path: Path) -> None:
 
 def test_a_size_that_a_network_cannot_take_is_one_line(tmp_path: Path) -> None:
     name = f"hf:{_vit(tmp_path)}"
-    with pytest.raises(UserError, match="cannot take 20x20 images brought to 40x40"):
+    with pytest.raises(UserError, match="cannot take 20x20 images resized to 40x40"):
         teachers.load(name, _fitted("none", COLOUR), COLOUR, NAMES, image_size=40)
 
 
@@ -812,7 +811,9 @@ def test_answers_that_differ_have_different_states(tmp_path: Path) -> None:
 
 def test_the_same_images_around_another_network() -> None:
     student = networks.build("torchvision:squeezenet1_1", (64, 64, 1), 3).eval()
-    again = student.around(networks.build("torchvision:squeezenet1_1", (64, 64, 3), 3).network)
+    again = student.with_network(
+        networks.build("torchvision:squeezenet1_1", (64, 64, 3), 3).network
+    )
     again.network.load_state_dict(student.network.state_dict())
     x = torch.rand(1, 1, 64, 64)
     assert torch.equal(again.eval()(x), student(x))

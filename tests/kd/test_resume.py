@@ -83,7 +83,7 @@ def test_a_training_is_saved_before_its_first_round_and_as_often_as_it_is_cheap(
     assert not decide.decide(round_over=False).save
     now = saving.SECONDS_TO_FIRST_CHECKPOINT
     assert decide.decide(round_over=False) == (True, False)
-    decide.saved(0.001)
+    decide.record_save(0.001)
     now += 0.04
     assert not decide.decide(round_over=True).save  # it would take more than a fiftieth
     now += 0.02
@@ -91,7 +91,7 @@ def test_a_training_is_saved_before_its_first_round_and_as_often_as_it_is_cheap(
     assert not decide.decide(round_over=False).save
     now += saving.MIN_SECONDS_BETWEEN_CHECKPOINTS
     assert decide.decide(round_over=False).save
-    decide.saved(100.0)  # of a network so large that saving takes minutes
+    decide.record_save(100.0)  # of a network so large that saving takes minutes
     now += saving.MAX_SECONDS_BETWEEN_CHECKPOINTS - 1
     assert not decide.decide(round_over=True).save
     now += 2

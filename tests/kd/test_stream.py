@@ -77,7 +77,7 @@ def _same(one: Batch, other: Batch) -> bool:
     assert one.index is not None
     assert other.index is not None
     pairs = ((one.images, other.images), (one.labels, other.labels), (one.index, other.index))
-    return one.whole == other.whole and all(torch.equal(a, b) for a, b in pairs)
+    return one.total_images == other.total_images and all(torch.equal(a, b) for a, b in pairs)
 
 
 def _all_same(one: list[Batch], other: list[Batch]) -> bool:
@@ -268,7 +268,7 @@ def test_the_shares_of_the_ranks_make_up_the_batch(
             share = ranks[rank][number]
             mine_ = np.array([p for p in range(n) if min(p, n - 1 - p) % world == rank])
             assert np.array_equal(mine_, share_positions(n, rank, world))
-            assert share.whole == n
+            assert share.total_images == n
             assert torch.equal(share.images, batch.images[mine_])
             assert np.array_equal(_index(share), _index(batch)[mine_])
             assert set(n - 1 - mine_) == set(mine_)
@@ -583,8 +583,8 @@ def test_labels_are_known_before_anything_is_read(images: ImageFiles) -> None:
 def test_a_decoding_process_can_be_given_its_images_by_value(images: ImageFiles) -> None:
     # As on systems that start processes afresh and do not copy them.
     stream = FileBatches(images, VIEWS, 8, CPU)
-    copied = pickle.loads(pickle.dumps(stream._desk))
-    other = FileBatches(copied.pictures, VIEWS, 8, CPU)
+    copied = pickle.loads(pickle.dumps(stream._dataset))
+    other = FileBatches(copied.images, VIEWS, 8, CPU)
     assert _same(next(iter(stream.epoch(0, 0))), next(iter(other.epoch(0, 0))))
 
 
@@ -727,7 +727,7 @@ def test_an_archive_is_read_alike_every_time_and_from_any_batch() -> None:
         assert torch.equal(one.images, other.images)
         assert torch.equal(one.labels, other.labels)
         assert one.index is None
-        assert one.whole == 10
+        assert one.total_images == 10
     for key in ((3, 2), (4, 1)):
         assert [_rows(b) for b in stream.epoch(*key)] != [_rows(b) for b in whole]
 
@@ -739,7 +739,7 @@ def test_ranks_read_different_parts_of_an_archive() -> None:
     )
     ranks = [list(stream.epoch(0, 0, rank=rank, world=2)) for rank in range(2)]
     assert [len(r) for r in ranks] == [len(stream)] * 2
-    assert all(len(batch) == 5 and batch.whole == 10 for r in ranks for batch in r)
+    assert all(len(batch) == 5 and batch.total_images == 10 for r in ranks for batch in r)
     seen = [{row for batch in r for row in _rows(batch)} for r in ranks]
     assert not seen[0] & seen[1]
     assert seen[0] | seen[1] == set(range(90))
@@ -877,4 +877,4 @@ def test_hugging_face_data_sets_are_read_in_any_order(
     (ours,) = FileBatches(images, VIEWS, 300, CPU).in_order()
     (theirs,) = stream_split(source, VIEWS, 300, CPU, workers=2).in_order()
     assert _same(ours, theirs)
-    assert source.held_out(0.1)[1].labels is not None
+    assert source.hold_out(0.1)[1].labels is not None

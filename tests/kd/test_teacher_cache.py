@@ -79,7 +79,7 @@ def test_an_epoch_written_step_by_step_equals_one_written_at_once(
 ) -> None:
     cache, logits = open_cache(tmp_path, KEY, top=top), _logits()
     cache.save("epoch-00000", logits)
-    with cache.writing("epoch-00001") as write:
+    with cache.write("epoch-00001") as write:
         for step in logits.split(8):
             write(step)
     one, other = (cache.load(f"epoch-0000{i}", N, K) for i in (0, 1))
@@ -91,7 +91,7 @@ def test_an_epoch_written_step_by_step_equals_one_written_at_once(
 @pytest.mark.usefixtures("small_chunks")
 def test_a_long_epoch_goes_to_disk_while_it_is_written(tmp_path: Path) -> None:
     cache = open_cache(tmp_path, KEY, top=None)
-    with cache.writing("epoch-00000") as write:
+    with cache.write("epoch-00000") as write:
         for done in range(1, 45):
             write(_logits(1, seed=done))
             assert len(list((cache.folder / "chunks").iterdir())) == done // 11
@@ -253,7 +253,7 @@ def _plain_edit(path: Path) -> None:
         (lambda p: p.write_text("[" * 100_000), "index", ""),
         (lambda p: p.write_text("[]"), "index", ""),
         (lambda p: p.write_bytes(pickle.dumps({"a": 1})), "index", ""),
-        (lambda p: (p.unlink(), os.mkfifo(p)), "index", "no such file"),
+        (lambda p: (p.unlink(), os.mkfifo(p)), "index", "missing or too large"),
         (_edit(lambda i: i.update(key="0" * 64)), "index", "another key"),
         (_edit(lambda i: i.pop("key")), "index", "key"),
         (_edit(lambda i: i["chunks"].pop()), "index", "rows, not 50"),
@@ -261,7 +261,7 @@ def _plain_edit(path: Path) -> None:
         (_edit(lambda i: i["chunks"][0].update(rows=10**30)), "index", "rows, not 50"),
         (_edit(lambda i: i["chunks"][0].update(rows=-1)), "index", "no rows"),
         (_edit(lambda i: i["chunks"][0].update(rows=11.0)), "index", "no rows"),
-        (_edit(lambda i: i["chunks"][0].update(sha256="../../key")), "index", "no checksum"),
+        (_edit(lambda i: i["chunks"][0].update(sha256="../../key")), "index", "not a checksum"),
         (_edit(lambda i: i["chunks"][0].update(sha256=7)), "index", ""),
     ],
 )
@@ -317,12 +317,15 @@ def _changed(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> dict[
         (_changed("indices", lambda x: x.to(torch.int32)), "another form"),
         ({"logits": _logits()}, "another form"),
         ({**top_k.encode(_logits(), 2), "more": torch.zeros(2)}, "another form"),
-        (_changed("indices", lambda x: x.view(torch.int16).fill_(-1).view(x.dtype)), "no teacher"),
-        (_changed("indices", lambda x: torch.full((N, 2), K).to(x.dtype)), "no teacher"),
-        (_changed("log_probs", lambda x: x.fill_(float("nan"))), "no teacher"),
-        (_changed("log_probs", lambda x: x.fill_(1)), "no teacher"),
-        (_changed("tail", lambda x: x.fill_(float("inf"))), "no teacher"),
-        (_changed("tail", lambda x: x.fill_(-1)), "no teacher"),
+        (
+            _changed("indices", lambda x: x.view(torch.int16).fill_(-1).view(x.dtype)),
+            "are not logits",
+        ),
+        (_changed("indices", lambda x: torch.full((N, 2), K).to(x.dtype)), "are not logits"),
+        (_changed("log_probs", lambda x: x.fill_(float("nan"))), "are not logits"),
+        (_changed("log_probs", lambda x: x.fill_(1)), "are not logits"),
+        (_changed("tail", lambda x: x.fill_(float("inf"))), "are not logits"),
+        (_changed("tail", lambda x: x.fill_(-1)), "are not logits"),
     ],
 )
 def test_a_strangers_entry_with_right_checksums_is_not_used(
@@ -350,7 +353,7 @@ def test_an_error_in_the_middle_of_an_epoch_leaves_no_entry(tmp_path: Path) -> N
     cache = open_cache(tmp_path, KEY, top=None)
 
     def epoch() -> None:
-        with cache.writing("epoch-00000") as write:
+        with cache.write("epoch-00000") as write:
             write(_logits())
             raise KeyboardInterrupt
 
@@ -369,7 +372,7 @@ logits = torch.arange(50 * 7.).view(50, 7)
 print("ready", flush=True)
 sys.stdin.readline()
 for _ in range(int(sys.argv[2])):
-    with cache.writing("epoch-00000") as write:
+    with cache.write("epoch-00000") as write:
         for step in logits.split(5):
             write(step)
             if sys.argv[2] == "1":
@@ -462,7 +465,7 @@ def test_rows_of_another_length_are_refused(tmp_path: Path) -> None:
     cache = open_cache(tmp_path, KEY, top=None)
 
     def epoch() -> None:
-        with cache.writing("static") as write:
+        with cache.write("static") as write:
             write(_logits(2, 7))
             write(_logits(2, 8))
 
@@ -541,7 +544,7 @@ def test_a_teachers_answers_are_not_cleared_while_they_are_used(
     beside = open_cache(tmp_path / "answers", {"a": 1}, top=None)  # shares it
     stored.run(clear=True, older_than=None)
     assert "is left" in capsys.readouterr().err
-    with used.writing("static") as write:
+    with used.write("static") as write:
         write(torch.zeros(2, 3))
     loaded = beside.load("static", 2, 3)
     assert loaded is not None

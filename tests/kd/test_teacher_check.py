@@ -323,7 +323,7 @@ def test_other_classes_are_refused(its, classes, message: str) -> None:
     [
         ({"cat": 0, "dog": 1}, "leaves out 1 of the data's classes: 'owl'"),
         ({"cat": 0, "dog": 1, "owl": 2, "elk": 3}, "unknown class .* 'elk'"),
-        ({"cat": 0, "dog": "wolf", "owl": 2}, "class 'wolf', which teacher t has not"),
+        ({"cat": 0, "dog": "wolf", "owl": 2}, "class 'wolf', which teacher t does not have"),
         ({"cat": 0, "dog": "dogs", "owl": 2}, "did you mean 'dog'"),
         ({"cat": 0, "dog": 0, "owl": 2}, "gives 'cat' and 'dog' the same class of teacher t"),
         ({"cat": "cat", "dog": 0, "owl": 2}, "gives 'cat' and 'dog' the same class of teacher t"),

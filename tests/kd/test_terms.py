@@ -88,11 +88,11 @@ def test_relations_compare_the_inputs_of_the_classifiers() -> None:
 def test_projectors_are_trained_and_stored_and_not_part_of_the_student() -> None:
     theirs = teacher()
     ours = objective(f"fitnet:0.1@{layers(theirs)}", theirs)
-    before = {name: value.clone() for name, value in ours.stored().items()}
+    before = {name: value.clone() for name, value in ours.checkpoint_state().items()}
     train(ours, batches(), Recipe(steps=3, lr=0.01, batch_size=16), 0)
     projected = [name for name in before if "projectors" in name]
     assert projected
-    assert not any(torch.equal(before[name], ours.stored()[name]) for name in projected)
+    assert not any(torch.equal(before[name], ours.checkpoint_state()[name]) for name in projected)
     assert not any("projectors" in name for name in ours.student.network.state_dict())
 
 
@@ -113,10 +113,10 @@ def test_self_distillation_through_shallow_heads() -> None:
 def test_a_contrastive_memory_follows_the_images_and_is_stored() -> None:
     ours = objective("crd:0.8:negatives=8")
     batch = next(batches().in_order())
-    memory = {k: v.clone() for k, v in ours.stored().items() if "memory" in k}
+    memory = {k: v.clone() for k, v in ours.checkpoint_state().items() if "memory" in k}
     assert memory
     assert torch.isfinite(ours(batch)["crd"])
-    after = ours.stored()
+    after = ours.checkpoint_state()
     name = next(k for k in memory if k.endswith("memory.student"))
     changed = (after[name] != memory[name]).any(1)
     assert batch.index is not None
@@ -129,7 +129,7 @@ def test_a_contrastive_memory_follows_the_images_and_is_stored() -> None:
     [
         ("at", "a loss of maps needs layers"),
         ("fitnet@layer9=layer1", "unknown layer 'layer9'"),
-        ("kd@2=layer1", "--loss kd looks at logits: leave its layers out"),
+        ("kd@2=layer1", "--loss kd takes logits, not features: leave its layers out"),
         ("crd@2=layer1,6=layer2", "crd compares one pair of layers"),
         ("at@2=embedding", "layer 'embedding' has a single position"),
     ],
@@ -179,7 +179,7 @@ def test_terms_of_logits_take_several_teachers_each_in_its_own_way(by_label: boo
     outputs, first, second = 3 * torch.randn(3, 6, 4, generator=generator)
     batch = batching.Batch(torch.zeros(6, 1, 1, 1), torch.arange(6) % 4)
     seen = StepOutputs(batch, outputs, (first, 20 * second), by_label)
-    plain = [-x.log_softmax(1)[torch.arange(6), batch.labels] for x in seen.answers]
+    plain = [-x.log_softmax(1)[torch.arange(6), batch.labels] for x in seen.teacher_logits]
     # Two teachers' weights are 1 - softmax of their cross-entropies; alike, a half each.
     weights = 1 - torch.stack(plain).softmax(0) if by_label else torch.full((2, 6), 0.5)
 
@@ -187,7 +187,7 @@ def test_terms_of_logits_take_several_teachers_each_in_its_own_way(by_label: boo
         (term,) = terms.build(loss_spec.parse(f"{name}:1", terms.TERM_FUNCTIONS), student())
         return term(seen).item()
 
-    mean = sum(w[:, None] * x for w, x in zip(weights, seen.answers, strict=True))
+    mean = sum(w[:, None] * x for w, x in zip(weights, seen.teacher_logits, strict=True))
     assert measured("logits") == pytest.approx((outputs - mean).square().mean().item(), rel=1e-5)
 
     def standard(x: torch.Tensor) -> torch.Tensor:
@@ -195,12 +195,14 @@ def test_terms_of_logits_take_several_teachers_each_in_its_own_way(by_label: boo
 
     p = sum(
         w[:, None] * (standard(x) / 2).softmax(1)
-        for w, x in zip(weights, seen.answers, strict=True)
+        for w, x in zip(weights, seen.teacher_logits, strict=True)
     )
     log_q = (standard(outputs) / 2).log_softmax(1)
     expected = 4 * (p * (p.log() - log_q)).sum(1).mean()
     assert measured("ls") == pytest.approx(expected.item(), rel=1e-4)
-    p = sum(w[:, None] * (x / 4).softmax(1) for w, x in zip(weights, seen.answers, strict=True))
+    p = sum(
+        w[:, None] * (x / 4).softmax(1) for w, x in zip(weights, seen.teacher_logits, strict=True)
+    )
     expected = 16 * (p * (p.log() - (outputs / 4).log_softmax(1))).sum(1).mean()
     assert measured("kd") == pytest.approx(expected.item(), rel=1e-4)
 

@@ -108,7 +108,7 @@ def test_processes_share_each_batch(world: int) -> None:
     for number, whole in enumerate(batches.epoch(0, 0)):
         rows = [part[number].index for part in shares]
         assert all(len(row) >= 2 for row in rows)
-        assert {part[number].whole for part in shares} == {len(whole)}
+        assert {part[number].total_images for part in shares} == {len(whole)}
         assert sorted(torch.cat(rows).tolist()) == sorted(whole.index.tolist())
 
 
@@ -271,7 +271,7 @@ def test_a_training_stopped_in_an_epoch_goes_on_bit_for_bit(
         def validate(network: nn.Module) -> dict[str, float]:
             if recipe.patience:
                 return {"accuracy": 0.5}  # so that the first validation is the best one
-            judged = student.around(network)
+            judged = student.with_network(network)
             return scoring.validate(judged, _batches(), engine.make(), logits=True)
 
         def save(state: checkpoint.PackedState) -> None:
@@ -375,7 +375,7 @@ def test_mixed_images_have_mixed_labels() -> None:
     batch = next(_batches().in_order())
     shares = torch.rand(len(batch), 4).softmax(1)
     student = _student()
-    found = _objective(student)(replace(batch, shares=shares))["ce"]
+    found = _objective(student)(replace(batch, class_shares=shares))["ce"]
     expected = -(shares * student(batch.images).log_softmax(1)).sum(1).mean()
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -389,7 +389,7 @@ def test_the_teacher_is_frozen_and_in_evaluation_mode() -> None:
     assert not teacher.training
     after = teacher.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)  # batch norm's averages too
-    assert not any(name.startswith("teachers") for name in objective.stored())
+    assert not any(name.startswith("teachers") for name in objective.checkpoint_state())
 
 
 def test_students_that_teach_each_other() -> None:
@@ -423,7 +423,7 @@ def test_a_student_follows_its_own_average() -> None:
     assert torch.allclose(
         objective.inner.teachers[0].state_dict()["network.1.bias"], (3 * half + 8) / 4
     )
-    assert any(name.startswith("inner.teachers") for name in objective.stored())
+    assert any(name.startswith("inner.teachers") for name in objective.checkpoint_state())
     train(objective, _batches(), replace(QUICK, epochs=1), 0)
 
 

@@ -1,4 +1,4 @@
-"""The kernels of `conv_kernel` in the plainest way, in float64 NumPy: every pair of pixels is stored.
+"""The kernels of `conv_kernel` in float64 NumPy, with every pair of pixels stored.
 
 It shares neither formulas nor code with the engine, and is itself checked against neural-tangents.
 All of it is analytic in the pixels, so a derivative is the imaginary part for an image with a tiny

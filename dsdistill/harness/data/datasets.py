@@ -1,7 +1,7 @@
 """Image data sets by name or path, split once into training, validation and test images.
 
-The validation images are held out of the training set by a fixed seed, so every method,
-learner and seed sees the same split and nothing is ever chosen on the test images.
+Validation images are held out of the training set with a fixed seed, so every method, learner and
+seed sees the same split and nothing is ever chosen on the test images.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ from dsdistill.harness.data.labeled_images import (
     split_by_class,
 )
 from dsdistill.harness.errors import UserError, one_line, unknown_name
+from dsdistill.harness.text import quote
 
 # Our name -> (class in torchvision.datasets, argument that chooses the part, its two values).
 TORCHVISION = {
@@ -36,13 +37,22 @@ NAMES = ("digits", *TORCHVISION)
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """One data set in three parts; `digest` is the SHA-256 of its training images and labels."""
+    """One data set in three parts.
+
+    Attributes:
+        name: Short name of the data set.
+        train, validation, test: Images and labels of each part.
+        digest: SHA-256 of the training images and labels before any are held out.
+        brings_validation: Whether the validation images are a part of the data set's own, and none
+            are held out of the training images.
+    """
 
     name: str
     train: LabeledImages
     validation: LabeledImages
     test: LabeledImages
     digest: str
+    brings_validation: bool = False
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of the images, labels and class names of each part, for `Run.require_same`."""
@@ -70,20 +80,21 @@ def load(
         data: `digits`; a torchvision name of `TORCHVISION`; a folder of class folders, with or
             without `train/`, `val/` and `test/` inside; or an `.npz` file with `images` and
             `labels`.
-        root: Where torchvision's data sets lie or are downloaded to.
-        image_size: Images are resized to this height and width. None keeps an array's size and
-            is refused for folders whose images differ in size.
-        validation_fraction: Share of the training images held out for validation, in [0, 1); of
-            no account for a folder that has `train/`, `val/` and `test/`.
-        channels: 1 makes all images grayscale, 3 colour; None keeps what they are, and gives a
-            folder with both colour.
-        classes: The order of the class names, as a distilled set or a network has them. The data's
-            own is kept where it has other classes.
-        cache: Where the decoded images of folders are kept; by default `places.decoded_images`.
-        announce: Whether to say which part of a folder was taken for what.
+        root: Folder of torchvision's data sets, which are downloaded there if missing.
+        image_size: Height and width that images are resized to, in pixels. None keeps the size of
+            arrays, and is refused for folders whose images differ in size.
+        validation_fraction: Share of the training images held out for validation, in [0, 1);
+            ignored for a folder that has `train/`, `val/` and `test/`.
+        channels: 1 converts all images to grayscale, 3 to colour; None keeps them, but gives a
+            folder that has both three channels.
+        classes: Order of the class names, as in a distilled set or a network; ignored if the data
+            have other classes.
+        cache: Folder for the decoded images of folders; by default `paths.decoded_images`.
+        announce: Whether to print which folder serves as which part.
 
     Raises:
-        DataError: With one line that says what was looked for and what was found.
+        DataError: If the data are missing, unreadable or unfit; one line with expected and got.
+        UserError: If an option is out of range.
     """
     if not 0 <= validation_fraction < 1:
         raise UserError(f"validation fraction must be in [0, 1), got {validation_fraction}")
@@ -129,7 +140,7 @@ def _load_folder(
     )
     counts = (len(part) for part in (splits.train, splits.validation, splits.test))
     if announce:
-        parts.layout.say(*counts)
+        parts.layout.announce(*counts)
     return splits
 
 
@@ -141,22 +152,22 @@ def _split(
     fraction: float,
     order: Sequence[int] | None,
 ) -> Splits:
-    """The parts, with validation images held out where there are none of their own.
+    """Assemble the parts, holding validation images out of the training part if there are none.
 
-    The images are drawn in the data's own order of the classes, not in that of whoever reads them.
+    Images are drawn in the data's own order of the classes, whatever order the caller asked for.
     """
-    sha256 = digest(train)
+    sha256, brings_validation = digest(train), validation is not None
     if validation is None:
-        kept, held = split_by_class(train.labels, fraction, order)
-        train, validation = train.select(kept), train.select(held)
+        rest, held_out = split_by_class(train.labels, fraction, order)
+        train, validation = train.select(rest), train.select(held_out)
     _require_every_class(train, data)
-    return Splits(_short_name(data), train, validation, test, sha256)
+    return Splits(_short_name(data), train, validation, test, sha256, brings_validation)
 
 
 def _load_train_and_test(
     data: str, path: Path, root: Path, image_size: int | None
 ) -> tuple[LabeledImages, LabeledImages]:
-    """Training and test images of a named source, or of a file."""
+    """Load the training and test images of a named data set or a file."""
     if data == "digits":
         return _split_off_test(_resize(_load_digits(), image_size))
     if data in TORCHVISION:
@@ -174,7 +185,7 @@ def _load_train_and_test(
 
 
 def _load_digits() -> LabeledImages:
-    """scikit-learn's 1797 real 8x8 images, values 0 to 16."""
+    """Load scikit-learn's 1797 real 8x8 images, with values 0 to 16 scaled to [0, 1]."""
     from sklearn.datasets import load_digits
 
     flat, labels = load_digits(return_X_y=True)
@@ -199,19 +210,19 @@ def _load_torchvision_part(
             source = kind(root, **part, download=True)
     except Exception as error:  # a damaged file fails in many ways, as does a download
         raise DataError(
-            f"{name} is not whole under {root} and could not be downloaded "
+            f"{name} is missing or incomplete under {root} and could not be downloaded "
             f"({one_line(error)}): give its folder with --data-root or DSDISTILL_DATA"
         ) from error
     images = np.asarray(source.data)
     if name == "svhn":
-        images = images.transpose(0, 2, 3, 1)  # torchvision keeps this one as NCHW
+        images = images.transpose(0, 2, 3, 1)  # torchvision stores SVHN as NCHW
     labels = np.asarray(getattr(source, "targets", getattr(source, "labels", None)), np.int64)
     classes = getattr(source, "classes", [str(i) for i in range(10)])
     return LabeledImages(images if images.ndim == 4 else images[..., None], labels, tuple(classes))
 
 
 def _split_off_test(data: LabeledImages) -> tuple[LabeledImages, LabeledImages]:
-    """Training and test part of a source that has no parts of its own."""
+    """Split a data set without parts of its own into training and test images."""
     train, test = split_by_class(data.labels, TEST_FRACTION)
     return data.select(train), data.select(test)
 
@@ -222,30 +233,30 @@ def _resize(data: LabeledImages, size: int | None) -> LabeledImages:
     _require_memory(len(data), data.shape[2], data.store.itemsize, size)
     from PIL import Image
 
-    def one(image: np.ndarray) -> np.ndarray:
+    def resize(image: np.ndarray) -> np.ndarray:
         # PIL resizes float images one channel at a time.
         planes = [Image.fromarray(image[..., c]) for c in range(image.shape[-1])]
-        small = [plane.resize((size, size), Image.Resampling.BILINEAR) for plane in planes]
-        return np.stack([np.asarray(plane) for plane in small], -1)
+        resized = [plane.resize((size, size), Image.Resampling.BILINEAR) for plane in planes]
+        return np.stack([np.asarray(plane) for plane in resized], -1)
 
-    return replace(data, store=np.stack([one(image) for image in data.images()]), rows=None)
+    return replace(data, store=np.stack([resize(image) for image in data.images()]), rows=None)
 
 
 def _require_memory(count: int, channels: int, itemsize: int, size: int) -> None:
-    # While the images are stacked they are there twice.
+    # During stacking each image is in memory twice.
     needed = 2 * count * channels * itemsize * size**2
-    what = f"{count} images" if count > 1 else "an image"
-    memory.require(needed, f"{what} of {size}x{size} pixels", "use a smaller --image-size")
+    images = f"{count} images" if count > 1 else "an image"
+    memory.require(needed, f"{images} of {size}x{size} pixels", "use a smaller --image-size")
 
 
 def _convert_channels(data: LabeledImages, channels: int | None) -> LabeledImages:
-    """Grayscale images in three equal channels, or colour ones as Pillow makes them gray."""
+    """Repeat grayscale images in three channels, or convert colour to gray as Pillow does."""
     if channels in (None, data.shape[-1]):
         return data
     images = data.images()
     if channels == 3:
         return replace(data, store=np.repeat(images, 3, axis=-1), rows=None)
-    luma = np.array([19595, 38470, 7471])  # of ITU-R 601-2, in parts of 65536
+    luma = np.array([19595, 38470, 7471])  # ITU-R 601-2, in units of 1 / 65536
     if images.dtype == np.uint8:
         gray = ((images @ luma + 32768) >> 16).astype(np.uint8)
     else:
@@ -256,12 +267,12 @@ def _convert_channels(data: LabeledImages, channels: int | None) -> LabeledImage
 def _reorder_classes(
     data: LabeledImages, order: Sequence[int] | None, classes: Sequence[str] | None
 ) -> LabeledImages:
-    """The same images with their classes in another order, if they are of just these classes.
+    """Renumber the classes of labelled images, if they have exactly these classes.
 
     Args:
         data: The images.
-        order: The place of each of its classes among `classes`; None if these are others.
-        classes: All class names.
+        order: Position of each of their classes in `classes`; None if the classes differ.
+        classes: All class names, in the new order.
     """
     if order is None or classes is None:
         return data
@@ -283,7 +294,7 @@ def _require_every_class(train: LabeledImages, data: str) -> None:
         raise DataError(f"{data} must have at least two classes, has {len(train.classes)}")
     if (counts == 0).any():
         empty = train.classes[int(counts.argmin())]
-        raise DataError(f"{data}: class {empty!r} has no training image left")
+        raise DataError(f"{data}: class {quote(empty)} has no training image left")
 
 
 def _short_name(data: str) -> str:

@@ -1,7 +1,7 @@
 """The distilled set and its file: one `.safetensors` that NumPy, JAX and torch can read.
 
-The header holds a SHA-256 over everything else, so a damaged file is an `DistilledSetError` and
-never a partial or silently different set. Nothing is ever unpickled.
+The header contains a SHA-256 of everything else, so a damaged file is a `DistilledSetError`, never
+a partial or silently different set. Nothing is ever unpickled.
 """
 
 import json
@@ -22,11 +22,10 @@ from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs.run_folder import write_bytes
 
 FORMAT_VERSION = 1
-HEADER_KEY = "dsdistill"  # of the header, in the file's metadata
+HEADER_KEY = "dsdistill"  # key of the header in the file's metadata
 FILE_NAME = "distilled.safetensors"  # in a run's folder
-# Values within values of provenance: whoever shows it goes through them one by one.
-MAX_PROVENANCE_DEPTH = 50
-ENCODING = "one-hot minus 1/k"  # what `labels` would be, had they not been solved or learned
+MAX_PROVENANCE_DEPTH = 50  # levels of nesting: code that displays provenance recurses into it
+ENCODING = "one-hot minus 1/k"  # form of `labels` before they are solved for or learned
 
 
 class DistilledSetError(UserError):
@@ -35,15 +34,16 @@ class DistilledSetError(UserError):
 
 @dataclass(frozen=True, eq=False)
 class DistilledSet:
-    """A few synthetic images with real-valued labels, and all that is needed to use them.
+    """A few synthetic images with real-valued labels, and everything needed to use them.
 
     Attributes:
-        images: As the kernel saw them, that is after `preprocess`.
-        labels: Real-valued, in `encoding`.
-        preprocess: The fitted map from images in [0, 1]; apply it to any image to be classified.
-        classes: Names, in label order.
-        provenance: JSON-compatible: method, configuration, kernel, data, seed, versions, metrics.
-        encoding: How an integer label would be written as a row of `labels`.
+        images: Images as the kernel sees them, that is, after `preprocess`.
+        labels: Real-valued labels, in `encoding`.
+        preprocess: Fitted map from images in [0, 1]; apply it to any image to be classified.
+        classes: Class names, in label order.
+        provenance: JSON-compatible record: method, configuration, kernel, data, seed, versions,
+            metrics.
+        encoding: How an integer label is written as a row of `labels`.
     """
 
     images: Float[np.ndarray, "n h w c"]
@@ -63,21 +63,21 @@ class DistilledSet:
 
     @property
     def nbytes(self) -> int:
-        """Size of images and labels together."""
+        """Size of images and labels together, in bytes."""
         return self.images.nbytes + self.labels.nbytes
 
     def examples(self) -> Examples:
         """The set as a learner's training set, with the stored labels."""
         data = LabeledImages(self.images, self.hard_labels, self.classes)
-        return Examples(data, self.preprocess, targets=self.labels, ready=True)
+        return Examples(data, self.preprocess, targets=self.labels, is_preprocessed=True)
 
 
 def save(path: Path, distilled: DistilledSet) -> None:
     """Write the file atomically: a reader sees the old file or the new one, never a part.
 
     Raises:
-        ArtifactError: If the set itself breaks a rule that `load` would check.
-        OSError: If the folder cannot be written or the disk is full; an old file stays.
+        DistilledSetError: If the set breaks a rule that `load` checks.
+        OSError: If the folder cannot be written or the disk is full; an old file is kept.
     """
     metadata, tensors = pack(path, distilled)
     write_bytes(path, safetensors.numpy.save(tensors, metadata))
@@ -86,17 +86,17 @@ def save(path: Path, distilled: DistilledSet) -> None:
 def pack(
     path: Path, distilled: DistilledSet
 ) -> tuple[dict[str, str], dict[str, Float[np.ndarray, "..."]]]:
-    """The set as a few strings and arrays, which `unpack` checks and puts together again.
+    """Pack the set into a few strings and arrays, the inverse of `unpack`.
 
     Args:
-        path: Where they will be written, for messages.
+        path: Path they will be written to, for messages.
         distilled: The set.
 
     Returns:
         The header and its checksum by name, and the arrays by name.
 
     Raises:
-        ArtifactError: If the set itself breaks a rule that `unpack` would check.
+        DistilledSetError: If the set breaks a rule that `unpack` checks.
     """
     _check(path, distilled)
     tensors = _tensors(distilled)
@@ -118,7 +118,7 @@ def load(path: Path) -> DistilledSet:
     """Read and check a distilled set.
 
     Raises:
-        ArtifactError: If the file is missing, truncated, damaged, foreign or inconsistent.
+        DistilledSetError: If the file is missing, truncated, damaged, foreign or inconsistent.
     """
     path = Path(path)
     header, tensors, _ = checksums.load(
@@ -128,10 +128,10 @@ def load(path: Path) -> DistilledSet:
 
 
 def unpack(path: Path, metadata: Mapping[str, str], tensors: dict[str, np.ndarray]) -> DistilledSet:
-    """The set of what `pack` gave.
+    """Rebuild the set from the result of `pack`.
 
     Raises:
-        ArtifactError: If it is damaged, foreign or inconsistent.
+        DistilledSetError: If the content is damaged, foreign or inconsistent.
     """
     header, tensors, _ = checksums.unpack(
         path, HEADER_KEY, metadata, tensors, error=DistilledSetError
@@ -140,7 +140,7 @@ def unpack(path: Path, metadata: Mapping[str, str], tensors: dict[str, np.ndarra
 
 
 def _assemble(path: Path, stored: Any, tensors: Mapping[str, np.ndarray]) -> DistilledSet:
-    """The set that a header and named arrays describe, after every check."""
+    """Build the set that a header and named arrays describe, with every check."""
     header = _check_header(path, stored)
     try:
         fitted = pre.Preprocess(
@@ -168,22 +168,22 @@ def _assemble(path: Path, stored: Any, tensors: Mapping[str, np.ndarray]) -> Dis
 
 
 def locate(run: Path) -> Path:
-    """The distilled-set file of a run's folder, or the path itself if it is a file."""
+    """Path of the distilled-set file in a run's folder, or the path itself if it is a file."""
     return run / FILE_NAME if run.is_dir() else run
 
 
 def _check_header(path: Path, header: Any) -> dict[str, Any]:
-    """The header, each field of its type: a checksum does not keep a stranger from writing one."""
-    found = header.get("format") if isinstance(header, dict) else None
-    if found != FORMAT_VERSION:
-        raise DistilledSetError(f"{path}: expected format {FORMAT_VERSION}, got {found}")
+    """Check the type of each field of a header; a valid checksum does not vouch for its author."""
+    version = header.get("format") if isinstance(header, dict) else None
+    if version != FORMAT_VERSION:
+        raise DistilledSetError(f"{path}: expected format {FORMAT_VERSION}, got {version}")
     fields = {"encoding": str, "classes": list, "preprocess": dict, "provenance": dict}
     for name, kind in fields.items():
         got = type(header.get(name))
         if got is not kind:
             raise DistilledSetError(f"{path}: {name} must be a {kind.__name__}, got {got.__name__}")
     try:
-        json.dumps(header, allow_nan=False)  # as `save` writes it: such a set could not be saved
+        json.dumps(header, allow_nan=False)  # as `save` does: such a set could not be saved
     except ValueError as error:
         raise DistilledSetError(f"{path}: the header has a number that is not finite") from error
     return header
@@ -199,12 +199,12 @@ def _tensors(distilled: DistilledSet) -> dict[str, np.ndarray]:
         "preprocess.whiten": fitted.whiten,
         "preprocess.unwhiten": fitted.unwhiten,
     }
-    # A transposed view would be written in memory order, so everything is made contiguous.
+    # A transposed view would be written in memory order, so all arrays are made contiguous.
     return {name: np.ascontiguousarray(a) for name, a in named.items() if a is not None}
 
 
 def _check(path: Path, distilled: DistilledSet) -> None:
-    """Every rule of the format; `save` and `load` share it."""
+    """Check every rule of the format, for both `save` and `load`."""
     images, fitted, classes = distilled.images, distilled.preprocess, distilled.classes
     if images.ndim != 4 or 0 in images.shape:
         raise DistilledSetError(f"{path}: images must be (n, h, w, c), got {images.shape}")
@@ -247,8 +247,8 @@ def _check(path: Path, distilled: DistilledSet) -> None:
 
 
 def _is_shallow(value: Any, depth: int) -> bool:
-    """Whether no value lies deeper within a JSON value."""
+    """Whether a JSON value is nested at most `depth` levels deep."""
     if not isinstance(value, Mapping | list | tuple):
         return True
     inner = value.values() if isinstance(value, Mapping) else value
-    return depth > 0 and all(_is_shallow(one, depth - 1) for one in inner)
+    return depth > 0 and all(_is_shallow(item, depth - 1) for item in inner)

@@ -3,10 +3,10 @@
     photos/train/cat/1.jpg        or, split here,    photos/cat/1.jpg
     photos/val/cat/7.jpg                             photos/dog/2.png
 
-Which files are read, and for what, is said by `layout`, and how each is decoded by `image_files`.
-Decoding costs far more than anything done with the pixels
-afterwards, so it happens once: the images lie as uint8 under a key made of every file's name, size
-and time, and a second load only maps them into memory, after their checksums have been compared.
+`layout` decides which files are read and for which part; `image_files` decodes them. Decoding costs
+far more than anything done with the pixels afterwards, so it happens once: the images are stored as
+uint8 under a key derived from every file's name, size and time, and a second load only maps them
+into memory, after comparing checksums.
 """
 
 import hashlib
@@ -31,6 +31,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from dsdistill.harness import memory
+from dsdistill.harness.checksums import json_digest
 from dsdistill.harness.data import image_files
 from dsdistill.harness.data.labeled_images import (
     TEST_FRACTION,
@@ -45,22 +46,19 @@ from dsdistill.harness.runs.run_folder import write_json
 from dsdistill.harness.text import abbreviate_names, printable
 
 MAX_UNREADABLE_FRACTION = 0.01  # share of the images that may be skipped
-# Unreadable images are skipped in a small folder too, up to a tenth of its images.
-MAX_UNREADABLE_IN_SMALL_FOLDER = 3
+MAX_UNREADABLE_IN_SMALL_FOLDER = 3  # may be skipped in a small folder, up to a tenth of its images
 IMAGES_PER_CHUNK = 256  # images decoded between two writes
 INDEX_FILE = "index.json"
 DECODER_VERSION = 2  # part of the key: raise it when the same files would be decoded differently
-MAX_SECONDS_WITHOUT_WRITE = (
-    24 * 3600
-)  # seconds without a write after which a half-made cache is swept away
-BYTES_PER_CHECKSUM = 1 << 24  # bytes of one checksum
-MAX_PROBED_FILES = 64  # files whose headers are read to learn whether there is colour
+MAX_SECONDS_WITHOUT_WRITE = 24 * 3600  # after which an incomplete cache entry counts as abandoned
+BYTES_PER_CHECKSUM = 1 << 24  # bytes that one checksum covers
+MAX_PROBED_FILES = 64  # files whose headers are read to detect colour
 
 Pixels = UInt8[np.ndarray, "h w c"]
 
 
 class DecodedImage(NamedTuple):
-    """An image, and whether its file has one channel only."""
+    """An image, and whether its file has only one channel."""
 
     pixels: Pixels
     is_gray: bool
@@ -71,10 +69,10 @@ class FolderSplits:
     """The images of a folder by part.
 
     Attributes:
-        train: All that are no test images, where the folder has no validation part.
-        validation: The folder's own; None if some of `train` are to be held out.
-        test: The folder's own, or a fixed share of every class.
-        layout: What was taken for what.
+        train: Training images; if the folder has no validation part, all that are not for testing.
+        validation: The folder's validation images; None if some of `train` are to be held out.
+        test: The folder's test images, or a fixed share of every class.
+        layout: Which folder serves as which part.
     """
 
     train: LabeledImages
@@ -85,12 +83,12 @@ class FolderSplits:
 
 @dataclass(frozen=True, eq=False)
 class DecodedFolder:
-    """Decoded images.
+    """Decoded images of a folder.
 
     Attributes:
-        images: One slot a file.
-        skipped: Why some slots are empty.
-        gray: How many files have one channel, where the images have three.
+        images: Pixels, one slot per file: (files, h, w, c), uint8.
+        skipped: For each empty slot, why its file could not be read.
+        gray: Number of files with one channel, where the images have three.
     """
 
     images: np.ndarray
@@ -99,7 +97,7 @@ class DecodedFolder:
 
 
 class _UnexpectedColour(Exception):
-    """After grayscale images alone: what was written has too few channels."""
+    """Colour after grayscale images only: the array being written has too few channels."""
 
 
 def read(
@@ -110,20 +108,20 @@ def read(
     channels: int | None = None,
     classes: Sequence[str] | None = None,
 ) -> FolderSplits:
-    """The images of a folder, decoded now if they are not in the cache.
+    """Load the images of a folder, decoding them if they are not in the cache.
 
     Args:
-        path: As in `layout.list_folder`, which finds its parts; where it has none, a fixed share
+        path: Folder for `layout.list_folder`, which finds its parts; if it has none, a fixed share
             of every class becomes the test part.
-        cache: Where decoded images are kept; created with its parents.
-        image_size: The shorter side becomes this long, the longer one is cropped at its centre.
-            None asks for images that are all of one size.
-        channels: 1 or 3; None is 3 where any image has colour.
-        classes: Their order, as in `layout.list_folder`.
+        cache: Folder for decoded images; created with its parents.
+        image_size: Length that the shorter side is resized to, in pixels; the longer side is
+            cropped around its centre. None requires that all images have the same size.
+        channels: 1 or 3; None means 3 if any image has colour.
+        classes: Order of the classes, as in `layout.list_folder`.
 
     Raises:
-        DataError: If the folders do not make a data set, if the images differ in size, if too many
-            are unreadable, or if the cache cannot be made or would not fit on its disk.
+        DataError: If the folders are not a data set, if the images differ in size, if too many are
+            unreadable, or if the cache cannot be created or would not fit on its disk.
         OSError: If the cache cannot be written.
     """
     layout = list_folder(path, classes)
@@ -135,14 +133,14 @@ def read(
     if store.gray and channels is None:
         progress.note(
             f"{path}: {store.gray:,} of {len(files):,} images are grayscale and are read as "
-            "colour, since others have it; --channels 1 makes all grayscale"
+            "colour, since others have colour; --channels 1 converts all to grayscale"
         )
-    good = np.setdiff1d(np.arange(len(files)), list(store.skipped))
+    readable = np.setdiff1d(np.arange(len(files)), list(store.skipped))
     everything = LabeledImages(
-        store.images, np.array(layout.labels)[good], layout.train.classes, rows=good
+        store.images, np.array(layout.labels)[readable], layout.train.classes, rows=readable
     )
-    first, second = np.searchsorted(good, layout.ends)
-    rows = np.arange(len(good))
+    first, second = np.searchsorted(readable, layout.ends)
+    rows = np.arange(len(readable))
     validation = everything.select(rows[first:second]) if layout.validation else None
     if layout.test:
         return FolderSplits(
@@ -155,39 +153,39 @@ def read(
 def _open_or_decode(
     path: Path, cache: Path, files: list[Path], size: int | None, channels: int | None
 ) -> DecodedFolder:
-    """The images from the cache, decoded if they are not there or are damaged there."""
-    stamp = _fingerprint(path, files)
-    folder = cache / _cache_key(stamp, size, channels)
-    as_they_are = cache / _cache_key(stamp, size, None)
-    if (read_index(as_they_are) or {"shape": [None]})["shape"][-1] == channels:
-        folder = as_they_are  # has the channels that are asked for
+    """Open the images in the cache, decoding them if the entry is missing or damaged."""
+    fingerprint = _fingerprint(path, files)
+    folder = cache / _cache_key(fingerprint, size, channels)
+    unconverted = cache / _cache_key(fingerprint, size, None)
+    if (read_index(unconverted) or {"shape": [None]})["shape"][-1] == channels:
+        folder = unconverted  # already has the requested channels
     if folder.exists():
         if store := _open_entry(folder, len(files)):
-            with suppress(OSError):  # of a cache that others own
-                os.utime(folder / INDEX_FILE)  # when it was last used
+            with suppress(OSError):  # a cache that another user owns
+                os.utime(folder / INDEX_FILE)  # records the last use
             return store
-        progress.say(f"the decoded images in {folder} are damaged: {path} is decoded again")
+        progress.say(f"the decoded images in {folder} are damaged: decoding {path} again")
     return _decode_into_cache(
-        path, folder, files, size, None if folder == as_they_are else channels
+        path, folder, files, size, None if folder == unconverted else channels
     )
 
 
 def _fingerprint(path: Path, files: list[Path]) -> bytes:
-    """Changes with the place of the folder, and with the name, size or time of any file."""
+    """Hash of the folder's path and of every file's name, size and time."""
     sha = hashlib.sha256(repr((DECODER_VERSION, os.fsencode(path.resolve()))).encode())
     for file in files:
-        found = file.stat()
+        stat = file.stat()
         name = os.fsencode(file.relative_to(path))
-        sha.update(repr((name, found.st_size, found.st_mtime_ns)).encode())
+        sha.update(repr((name, stat.st_size, stat.st_mtime_ns)).encode())
     return sha.digest()
 
 
-def _cache_key(stamp: bytes, size: int | None, channels: int | None) -> str:
-    return hashlib.sha256(repr((stamp, size, channels)).encode()).hexdigest()[:32]
+def _cache_key(fingerprint: bytes, size: int | None, channels: int | None) -> str:
+    return hashlib.sha256(repr((fingerprint, size, channels)).encode()).hexdigest()[:32]
 
 
 def _open_entry(folder: Path, count: int) -> DecodedFolder | None:
-    """The mapped images; None if they are missing, or not byte for byte what was written."""
+    """Map the images of a cache entry; None if missing, or not byte for byte as written."""
     try:
         index = read_index(folder)
         assert index is not None
@@ -195,57 +193,54 @@ def _open_entry(folder: Path, count: int) -> DecodedFolder | None:
         if _checksums(folder / "images.npy") != index["checksums"]:
             return None
         store = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
-        whole = list(store.shape) == index["shape"] and store.dtype == np.uint8
+        is_complete = list(store.shape) == index["shape"] and store.dtype == np.uint8
         gray = int(index["gray"])
-    except Exception:  # damage shows in many ways, and each is mended by decoding again
+    except Exception:  # damage shows in many ways; decoding again repairs all of them
         return None
-    return DecodedFolder(store, skipped, gray) if whole and len(store) == count else None
+    return DecodedFolder(store, skipped, gray) if is_complete and len(store) == count else None
 
 
 def read_index(folder: Path) -> dict[str, Any] | None:
-    """What an entry of the cache says of itself; None if there is none, or it is damaged."""
+    """Read the index of a cache entry; None if it is missing or damaged."""
     try:
         stored = json.loads((folder / INDEX_FILE).read_text())
         index = stored["index"]
-        return index if stored["sha256"] == _index_digest(index) else None
-    except Exception:  # damage shows in many ways, endless brackets among them
+        return index if stored["sha256"] == json_digest(index) else None
+    except Exception:  # damage shows in many ways, such as endless nested brackets
         return None
 
 
-def _index_digest(index: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
-
-
 def _checksums(file: Path) -> list[int]:
-    """CRC-32 of each `BYTES_PER_CHECKSUM` bytes of a file, the `.npy`'s header among them.
+    """CRC-32 of each `BYTES_PER_CHECKSUM` bytes of a file, including the `.npy` header.
 
-    It finds what disks and memory do, at several GB/s on a core; it is no seal against people.
+    It detects errors of disks and memory, at several GB/s per core; it does not protect against
+    deliberate changes.
     """
 
-    def one(start: int) -> int:
+    def checksum(start: int) -> int:
         with file.open("rb") as opened:
             opened.seek(start)
             return zlib.crc32(opened.read(BYTES_PER_CHECKSUM))
 
-    with ThreadPoolExecutor() as pool:  # both release Python's lock
-        return list(pool.map(one, range(0, file.stat().st_size, BYTES_PER_CHECKSUM)))
+    with ThreadPoolExecutor() as pool:  # reading and zlib release the GIL
+        return list(pool.map(checksum, range(0, file.stat().st_size, BYTES_PER_CHECKSUM)))
 
 
 def _decode_into_cache(
     path: Path, folder: Path, files: list[Path], size: int | None, channels: int | None
 ) -> DecodedFolder:
-    """Decode into a folder of another name, renamed when it is whole."""
+    """Decode into a folder of another name, and rename it when it is complete."""
     cache = folder.parent
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        half, lock = _begin(cache)
+        unfinished, lock = _begin(cache)
     except OSError as error:
         raise DataError(
             f"decoded images cannot be kept in {cache} ({error.strerror}): name a folder for them "
             "in the environment variable DSDISTILL_CACHE"
         ) from error
     _remove_abandoned(cache)
-    work = half / "entry"
+    work = unfinished / "entry"
     try:
         work.mkdir()
         shape, skipped, gray = _write_images(work / "images.npy", path, files, size, channels)
@@ -253,12 +248,12 @@ def _decode_into_cache(
             "source": printable(str(path.resolve())),
             "image_size": size,
             "shape": shape,
-            "skipped": {str(slot): why for slot, why in skipped.items()},
+            "skipped": {str(slot): reason for slot, reason in skipped.items()},
             "gray": gray,
             "checksums": _checksums(work / "images.npy"),
         }
         index = json.loads(json.dumps(index))
-        write_json(work / INDEX_FILE, {"index": index, "sha256": _index_digest(index)})
+        write_json(work / INDEX_FILE, {"index": index, "sha256": json_digest(index)})
         _publish(work, folder, len(files))
         stored = _open_entry(folder, len(files))
         assert stored is not None, f"{folder} cannot be read back"
@@ -269,17 +264,17 @@ def _decode_into_cache(
         )
         return stored
     finally:
-        shutil.rmtree(half, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         lock.release()
 
 
 def _begin(cache: Path) -> tuple[Path, locks.Lock]:
-    """A folder for a half-made entry, locked so that whoever clears the cache leaves it."""
+    """Create a folder for an unfinished entry, locked so that clearing the cache spares it."""
     while True:
-        half = Path(tempfile.mkdtemp(dir=cache, prefix=".half-"))
-        # Else it was cleared before the lock.
+        unfinished = Path(tempfile.mkdtemp(dir=cache, prefix=".half-"))
+        # Otherwise it was cleared before we locked it: try again.
         with suppress(locks.LockHeld, FileNotFoundError):
-            return half, locks.acquire(half, needed=False)
+            return unfinished, locks.acquire(unfinished, needed=False)
 
 
 def _write_images(
@@ -287,13 +282,16 @@ def _write_images(
 ) -> tuple[tuple[int, ...], dict[int, str], int]:
     """Write the images with as many channels as they need.
 
-    Where colour appears after grayscale images alone, all is begun again; a look at some headers
+    If colour appears after grayscale images only, writing starts over; probing some headers first
     makes that rare.
+
+    Returns:
+        Shape of the array, reasons for skipped slots, and the number of grayscale files.
     """
     if channels is None:
         step = max(len(files) // MAX_PROBED_FILES, 1)
-        kinds = [image_files.is_gray(name) for name in files[::step]]
-        channels = 3 if False in kinds else None
+        is_gray = [image_files.is_gray(name) for name in files[::step]]
+        channels = 3 if False in is_gray else None
     for attempt in (channels, 3):
         with suppress(_UnexpectedColour), file.open("wb") as opened:
             written = _write_slots(opened, path, files, size, attempt)
@@ -305,7 +303,7 @@ def _write_images(
 
 def _publish(work: Path, folder: Path, count: int) -> None:
     try:
-        work.rename(folder)  # fails where another process was faster, or left a damaged cache
+        work.rename(folder)  # fails if another process was faster, or left a damaged entry
     except OSError:
         if _open_entry(folder, count) is None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -313,12 +311,12 @@ def _publish(work: Path, folder: Path, count: int) -> None:
 
 
 def _remove_abandoned(cache: Path) -> None:
-    """Remove what killed processes left; a living one writes all the time."""
-    for half in cache.glob(".half-*"):
-        with suppress(FileNotFoundError):  # another process finished it meanwhile
-            last = max(p.stat().st_mtime for p in (half, *half.rglob("*")))
+    """Remove unfinished entries of killed processes; a running one writes all the time."""
+    for unfinished in cache.glob(".half-*"):
+        with suppress(FileNotFoundError):  # another process has finished it meanwhile
+            last = max(p.stat().st_mtime for p in (unfinished, *unfinished.rglob("*")))
             if time.time() - last > MAX_SECONDS_WITHOUT_WRITE:
-                shutil.rmtree(half)
+                shutil.rmtree(unfinished)
 
 
 def _write_slots(
@@ -326,7 +324,8 @@ def _write_slots(
 ) -> tuple[tuple[int, ...], dict[int, str], int]:
     """Write one `.npy` of all images; an unreadable one leaves its slot black.
 
-    Written, not mapped: on a full disk a write raises an error, a mapped page kills the process.
+    The file is written, not mapped: on a full disk a write raises an error, while a mapped page
+    kills the process.
     """
     skipped: dict[int, str] = {}
     first, expected, start, gray = -1, np.empty(0), 0, 0
@@ -356,10 +355,10 @@ def _write_slots(
     )
     if len(skipped) > allowed:
         raise DataError(
-            f"{_describe_unreadable(path, files, skipped)}; at most {allowed} of {len(files)} may be: "
-            "mend them, or take them away"
+            f"{_describe_unreadable(path, files, skipped)}; at most {allowed} of "
+            f"{len(files)} may be: repair or remove them"
         )
-    file.truncate(start + len(files) * expected.nbytes)  # the last slot may be a skipped one
+    file.truncate(start + len(files) * expected.nbytes)  # the last slot may have been skipped
     coloured = expected.shape[-1] == 3 and gray < len(files) - len(skipped)
     return (len(files), *expected.shape), skipped, gray if coloured else 0
 
@@ -367,22 +366,22 @@ def _write_slots(
 def _decode_all(
     files: list[Path], size: int | None, channels: int | None = None
 ) -> Iterator[DecodedImage | str]:
-    """Every file's pixels, or why it has none, in order; a chunk at a time is in memory."""
+    """Yield each file's pixels, or why it has none, in order; memory holds one chunk at a time."""
     if size is not None:
-        many = min(IMAGES_PER_CHUNK, len(files))
-        # Each is decoded, resized and an array.
-        needed, name = 3 * 3 * many * size**2, f"{size}x{size}"
-        memory.require(needed, f"{many} images of {name} pixels", "use a smaller --image-size")
+        count = min(IMAGES_PER_CHUNK, len(files))
+        # Three channels, and three copies: decoded, resized and as an array.
+        needed, name = 3 * 3 * count * size**2, f"{size}x{size}"
+        memory.require(needed, f"{count} images of {name} pixels", "use a smaller --image-size")
     decode = partial(_decode, size=size, channels=channels)
-    with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes without Python's lock
+    with ThreadPoolExecutor() as pool:  # Pillow releases the GIL to decode and resize
         for start in range(0, len(files), IMAGES_PER_CHUNK):
             yield from pool.map(decode, files[start : start + IMAGES_PER_CHUNK])
 
 
 def _decode(file: Path, size: int | None, channels: int | None) -> DecodedImage | str:
-    # Decoded whole: the JPEG decoder's own shrinking ("draft") would be 2 to 4 times as fast, once,
-    # and change pixels by up to 5 levels in pictures and 49 in noise, so that a teacher would see
-    # other images than those it was trained on, and streamed images would differ from kept ones.
+    # Decoded at full size: the JPEG decoder's own shrinking ("draft") would be 2 to 4 times as
+    # fast, once, and change pixels by up to 5 levels in photos and 49 in noise, so that a teacher
+    # would see other images than it was trained on, and streamed images would differ from cached.
     try:
         plain = image_files.read(file)
         is_gray = plain.mode == "L"
@@ -396,13 +395,13 @@ def _decode(file: Path, size: int | None, channels: int | None) -> DecodedImage 
 
 
 def _write_header(file: BinaryIO, path: Path, shape: tuple[int, ...]) -> int:
-    """Begin the `.npy`, now that its size is known; returns where the first slot begins."""
+    """Write the `.npy` header, now that the shape is known; return the offset of the first slot."""
     needed, free = math.prod(shape), shutil.disk_usage(Path(file.name).parent).free
     if needed > free:
         raise DataError(
-            f"the decoded images of {path} need {format_bytes(needed)} on the disk of the "
-            f"cache, {format_bytes(free)} is free: use a smaller --image-size, or name another folder "
-            "in the environment variable DSDISTILL_CACHE"
+            f"the decoded images of {path} need {format_bytes(needed)} on the disk of the cache, "
+            f"{format_bytes(free)} is free: use a smaller --image-size, or name another folder in "
+            "the environment variable DSDISTILL_CACHE"
         )
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
@@ -410,17 +409,18 @@ def _write_header(file: BinaryIO, path: Path, shape: tuple[int, ...]) -> int:
 
 
 def _require_same_size(path: Path, first: Path, expected: Pixels, file: Path, got: Pixels) -> None:
-    """Refuse a file whose size differs from that of the first one."""
+    """Refuse an image whose shape differs from that of the first one."""
     if expected.shape == got.shape:
         return
-    one, other = (f.relative_to(path) for f in (first, file))
+    name, other = (f.relative_to(path) for f in (first, file))
     (h, w, _), (h2, w2, _) = expected.shape, got.shape
     raise DataError(
-        f"{path} has images of different size: {one} is {w}x{h}, {other} is {w2}x{h2} "
+        f"{path} has images of different size: {name} is {w}x{h}, {other} is {w2}x{h2} "
         "(width x height): give --image-size"
     )
 
 
 def _describe_unreadable(path: Path, files: list[Path], skipped: dict[int, str]) -> str:
-    named = [f"{files[slot].relative_to(path)}: {why}" for slot, why in skipped.items()]
-    return f"{len(skipped)} of {len(files)} images of {path} are unreadable ({abbreviate_names(named)})"
+    reasons = [f"{files[slot].relative_to(path)}: {why}" for slot, why in skipped.items()]
+    count = f"{len(skipped)} of {len(files)} images of {path}"
+    return f"{count} are unreadable ({abbreviate_names(reasons)})"

@@ -1,16 +1,16 @@
-"""One image file as people see it: upright, its first frame, 8 bits, grayscale or colour.
+"""One image file, decoded as people see it: upright, first frame, 8 bits, grayscale or colour.
 
-Both packages decode with `read`, so that an image has the same pixels whether it is kept in a cache
-or streamed. The pixels are those of Pillow's `convert`, as in torchvision and timm, except where
-that loses the image:
+Both packages decode with `read`, so that an image has the same pixels whether it is cached or
+streamed. The pixels are those of Pillow's `convert`, as in torchvision and timm, except where that
+would lose the image:
 
 - EXIF orientation is applied.
-- Transparent pixels are laid on white. `convert` shows the colour that lies hidden under them.
-- 16-bit grayscale is divided by 257, and 12-bit grayscale by 4095/255, so that the depth that the
-  file declares becomes 0 to 255. `convert` clips it at 255.
-- Grayscale with more bits or of real numbers has no known range and counts as unreadable.
+- Transparent pixels are composited on white. `convert` shows the colour hidden under them.
+- 16-bit grayscale is divided by 257, and 12-bit grayscale by 4095/255, so that the declared depth
+  of the file maps to 0 to 255. `convert` clips it at 255.
+- Grayscale with more bits or with floating-point values has no known range and is unreadable.
 
-Colour profiles (ICC) are not applied, as nowhere else.
+Colour profiles (ICC) are not applied, as in torchvision and timm.
 """
 
 from functools import cache
@@ -20,8 +20,10 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-PILLOW_MODES = {1: "L", 3: "RGB"}  # Pillow's names, by channels
-# Opened by an external program (EPS, WMF), no pictures (MPEG), or mere stubs for plugins.
+from dsdistill.harness.errors import one_line
+
+PILLOW_MODES = {1: "L", 3: "RGB"}  # by number of channels
+# Opened by an external program (EPS, WMF), not images (MPEG), or mere stubs for plugins.
 UNSUPPORTED_FORMATS = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5", "IPTC"}
 SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 LFS_PREFIX = b"version https://git-lfs"
@@ -29,20 +31,20 @@ LFS_PREFIX = b"version https://git-lfs"
 
 @cache
 def formats() -> tuple[str, ...]:
-    """Pillow's names of the formats that are read; no file runs another program."""
-    Image.init()  # loads every format Pillow knows
+    """Pillow's names of the supported formats; none of them starts an external program."""
+    Image.init()  # loads every format that Pillow knows
     return tuple(sorted(set(Image.OPEN) - UNSUPPORTED_FORMATS))
 
 
 @cache
 def extensions() -> frozenset[str]:
-    """Extensions of those formats, in lower case and with the dot."""
+    """File extensions of the supported formats, in lower case and with the dot."""
     known = Image.registered_extensions().items()
     return frozenset(extension for extension, name in known if name in formats())
 
 
 def has_image_signature(path: Path | str) -> bool:
-    """Whether a file begins as an image does; for names without an extension."""
+    """Whether a file starts with the signature of an image; for names without an extension."""
     try:
         with open(path, "rb") as file:
             start = file.read(12)
@@ -52,27 +54,27 @@ def has_image_signature(path: Path | str) -> bool:
 
 
 def read(file: BinaryIO | Path, channels: int | None = None) -> Image.Image:
-    """The image, decoded.
+    """Decode an image.
 
     Args:
-        file: Open for reading, or a path.
-        channels: 1 or 3; None keeps what the file has.
+        file: A file open for reading, or a path.
+        channels: 1 or 3; None keeps the channels of the file.
 
     Returns:
         An image of mode `L` or `RGB`.
 
     Raises:
-        Exception: A damaged file has many ways to fail; `describe_error` makes one line of them.
+        Exception: Damaged files fail in many ways; `describe_error` turns each into one line.
     """
     with Image.open(file, formats=formats()) as image:
-        ImageOps.exif_transpose(image, in_place=True)  # else it would copy every image
+        ImageOps.exif_transpose(image, in_place=True)  # otherwise it copies every image
         plain = _convert_to_8_bits(image)
     mode = PILLOW_MODES[channels] if channels else plain.mode
     return plain if plain.mode == mode else plain.convert(mode)
 
 
 def is_gray(path: Path) -> bool | None:
-    """Whether a file has one channel, by its header alone; None if it cannot be read."""
+    """Whether a file has one channel, according to its header; None if it cannot be read."""
     try:
         with Image.open(path, formats=formats()) as image:
             return _has_one_channel(image)
@@ -81,12 +83,12 @@ def is_gray(path: Path) -> bool | None:
 
 
 def describe_error(error: Exception, path: Path | None = None) -> str:
-    """Why an image could not be read, in one line without its path."""
+    """One line, without the path, on why an image could not be read."""
     if isinstance(error, UnidentifiedImageError):
         return _describe_foreign_file(path) if path is not None else "not an image"
-    # Of a file's own error the reason alone: its text repeats the path.
-    text = getattr(error, "strerror", None) or str(error)
-    return " ".join(text.split()) or type(error).__name__
+    # Of an OSError the reason only: its full text repeats the path.
+    reason = getattr(error, "strerror", None)
+    return " ".join(reason.split()) if reason else one_line(error)
 
 
 def _describe_foreign_file(path: Path) -> str:
@@ -101,7 +103,7 @@ def _describe_foreign_file(path: Path) -> str:
 
 
 def _convert_to_8_bits(image: Image.Image) -> Image.Image:
-    """The image as 8-bit grayscale or RGB, whichever its mode is closer to."""
+    """Convert an image to 8-bit grayscale or RGB, whichever is closer to its mode."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         # Pillow's own conversion has clipped at 255 in some releases and shifted in others.
         values = np.asarray(image).astype(np.float64)
@@ -122,6 +124,6 @@ def _has_one_channel(image: Image.Image) -> bool:
 
 
 def _white_value(image: Image.Image) -> int:
-    """The value of white; of a TIFF by its bits, all else is scaled to 16 by Pillow."""
+    """Value of white: by the bit depth of a TIFF; Pillow scales other formats to 16 bits."""
     bits = getattr(image, "tag_v2", {}).get(258)
     return 2 ** int(bits[0]) - 1 if bits else 65535

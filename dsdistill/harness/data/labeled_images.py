@@ -1,4 +1,4 @@
-"""Labelled images, possibly on disk; draws from them; and what a learner trains on."""
+"""Labelled images, possibly on disk; random draws from them; and training examples."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -8,10 +8,11 @@ from jaxtyping import Float, Int, Num
 
 from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError
+from dsdistill.harness.text import abbreviate_names, quote
 
 IMAGES_PER_BATCH = 2000  # images that are preprocessed and predicted at a time
-SPLIT_SEED = 0  # fixed: a split that followed --seed would leak validation images between runs
-TEST_FRACTION = 0.2  # of a source that has no test part of its own; of digits too
+SPLIT_SEED = 0  # fixed: a split that depended on --seed would leak validation images between runs
+TEST_FRACTION = 0.2  # of a data set without a test part, including digits
 
 
 class DataError(UserError):
@@ -23,10 +24,10 @@ class LabeledImages:
     """Images with integer labels, possibly a view of rows of a larger array or memory map.
 
     Attributes:
-        store: (N, h, w, c) uint8, or float32 in [0, 1]; N >= n.
-        labels: One class index an image.
-        classes: Names, in the order of the indices.
-        rows: Position of each image in `store`; None when the two are aligned.
+        store: Pixels, uint8, or float32 in [0, 1]; N >= n.
+        labels: Class index of each image.
+        classes: Class names, in the order of the indices.
+        rows: Position of each image in `store`; None if the two are aligned.
     """
 
     store: Num[np.ndarray, "N h w c"]
@@ -44,12 +45,12 @@ class LabeledImages:
         return h, w, c
 
     def images(self, indices: Int[np.ndarray, " m"] | slice = slice(None)) -> np.ndarray:
-        """The images at `indices`, read from disk now if the store is a memory map."""
+        """The images at `indices`, read from disk if the store is a memory map."""
         rows = indices if self.rows is None else self.rows[indices]
         return np.asarray(self.store[rows])
 
     def select(self, indices: Int[np.ndarray, " m"]) -> "LabeledImages":
-        """A view of some of the images, in the order given; no pixel is copied."""
+        """View of some of the images, in the given order; no pixel is copied."""
         rows = indices if self.rows is None else self.rows[indices]
         return replace(self, labels=self.labels[indices], rows=rows)
 
@@ -60,7 +61,7 @@ class LabeledImages:
 
 
 def iterate_chunks(parts: Sequence[LabeledImages], size: int) -> Iterator[np.ndarray]:
-    """All images of several parts in order, `size` at a time across their borders."""
+    """All images of several parts in order, in chunks of `size` that may span two parts."""
     rest = parts[0].images(slice(0, 0))
     for part in parts:
         for images in part.chunks(size):
@@ -74,19 +75,19 @@ def iterate_chunks(parts: Sequence[LabeledImages], size: int) -> Iterator[np.nda
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """What a learner trains on: images as its model sees them, with real-valued labels.
+    """Training examples of a learner: images as its model sees them, with real-valued labels.
 
     Attributes:
         data: The images; for a distilled set, already preprocessed, with arg-max labels.
-        targets: (n, k) float32, or None for one-hot labels minus 1/k.
-        preprocess: The space in which a model sees the images.
-        ready: True if `data` is already in that space (a distilled set).
+        preprocess: Map from images in [0, 1] to the space in which a model sees them.
+        targets: float32 labels, or None for one-hot labels minus 1/k.
+        is_preprocessed: Whether `data` is already in that space (a distilled set).
     """
 
     data: LabeledImages
     preprocess: Preprocess
     targets: Float[np.ndarray, "n k"] | None = None
-    ready: bool = False
+    is_preprocessed: bool = False
 
     def __len__(self) -> int:
         return len(self.data)
@@ -94,7 +95,7 @@ class Examples:
     def images(self, indices: Int[np.ndarray, " m"] | slice = slice(None)) -> np.ndarray:
         """Preprocessed float32 images at `indices`."""
         raw = self.data.images(indices)
-        return raw if self.ready else self.preprocess.apply(raw)
+        return raw if self.is_preprocessed else self.preprocess.apply(raw)
 
     def labels(self, indices: Int[np.ndarray, " m"] | slice = slice(None)) -> np.ndarray:
         """(m, k) float32 labels at `indices`: the stored ones, or one-hot minus 1/k."""
@@ -103,7 +104,7 @@ class Examples:
         return centred_one_hot(self.data.labels[indices], len(self.data.classes))
 
     def batches(self) -> list[slice]:
-        """Slices over all images, of as many as are preprocessed and predicted at a time."""
+        """Slices that cover all images, `IMAGES_PER_BATCH` each, to preprocess and predict."""
         starts = range(0, len(self), IMAGES_PER_BATCH)
         return [slice(start, min(start + IMAGES_PER_BATCH, len(self))) for start in starts]
 
@@ -111,78 +112,107 @@ class Examples:
 def split_by_class(
     labels: Int[np.ndarray, " n"], fraction: float, order: Sequence[int] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted indices of the images kept and of those held out, the same share of every class.
+    """Hold out the same share of every class.
 
     Args:
-        labels: One class index an image.
+        labels: Class index of each image.
         fraction: Share of every class that is held out.
-        order: Class indices in the order in which their images are drawn, which decides which
-            images are held out; default: from 0 on.
+        order: Class indices in the order in which images are drawn, which decides which images
+            are held out; by default ascending.
+
+    Returns:
+        Sorted indices of the remaining images, and of those held out.
     """
     rng = np.random.default_rng(SPLIT_SEED)
-    held = [np.empty(0, np.int64)]
+    parts = [np.empty(0, np.int64)]
     present = np.unique(labels).tolist()
     for label in present if order is None else [label for label in order if label in present]:
         members = rng.permutation(np.flatnonzero(labels == label))
-        held.append(members[: round(fraction * len(members))])
-    out = np.sort(np.concatenate(held))
-    return np.setdiff1d(np.arange(len(labels)), out), out
+        parts.append(members[: round(fraction * len(members))])
+    held_out = np.sort(np.concatenate(parts))
+    return np.setdiff1d(np.arange(len(labels)), held_out), held_out
 
 
 def draw_balanced(
     labels: Int[np.ndarray, " n"], count: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Indices of up to `count` random images, as many of each class as there are, in class order.
+    """Draw up to `count` random images, equally many per class; their indices in class order.
 
     Args:
-        count: Images wanted in all; divided evenly, the remainder dropped. A class that has
-            fewer gives all it has.
-        rng: Draws without replacement.
+        labels: Class index of each image.
+        count: Total number of images; divided evenly among the classes, the remainder dropped. A
+            class with fewer images contributes all of them.
+        rng: Generator of the draws, which are without replacement.
     """
     classes = np.unique(labels)
-    share = max(count // len(classes), 1)
+    per_class = max(count // len(classes), 1)
     members = (np.flatnonzero(labels == label) for label in classes)
-    return np.concatenate([rng.permutation(m)[:share] for m in members])
+    return np.concatenate([rng.permutation(m)[:per_class] for m in members])
 
 
 def spread(labels: Int[np.ndarray, " n"], count: int) -> Int[np.ndarray, " m"]:
-    """Sorted indices of up to `count` images, always the same, of as many classes as possible."""
+    """Sorted indices of up to `count` images of as many classes as possible, always the same."""
     rng = np.random.default_rng(0)
     shuffled = rng.permutation(len(labels))
-    # Each image by how many of its class come before it: first one of each class, then a second.
+    # Rank each image within its class: first one image of every class, then a second.
     ordered = labels[shuffled]
     by_class = np.argsort(ordered, kind="stable")
     starts = np.searchsorted(ordered[by_class], ordered[by_class])
-    turn = np.empty(len(labels), np.int64)
-    turn[by_class] = np.arange(len(labels)) - starts
-    return np.sort(shuffled[np.argsort(turn, kind="stable")[:count]])
+    rank = np.empty(len(labels), np.int64)
+    rank[by_class] = np.arange(len(labels)) - starts
+    return np.sort(shuffled[np.argsort(rank, kind="stable")[:count]])
 
 
 def draw_per_class(
     data: LabeledImages, images_per_class: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Indices of exactly `images_per_class` random images of every class, in class order.
+    """Draw exactly `images_per_class` random images of every class; their indices in class order.
 
     Raises:
-        DataError: If a class has fewer.
+        DataError: If a class has fewer images.
     """
     check_images_per_class(data, images_per_class)
     return draw_balanced(data.labels, images_per_class * len(data.classes), rng)
 
 
 def check_images_per_class(data: LabeledImages, images_per_class: int) -> None:
-    """Refuse a number of images a class that is not there."""
+    """Refuse more images per class than the data have.
+
+    Raises:
+        UserError: If fewer than one image per class is asked for.
+        DataError: If a class has fewer images than asked for.
+    """
     if images_per_class < 1:
         raise UserError(f"images per class must be at least 1, got {images_per_class}")
     counts = np.bincount(data.labels, minlength=len(data.classes))
     scarce = int(counts.argmin())
     if counts[scarce] < images_per_class:
         raise DataError(
-            f"class {data.classes[scarce]!r} has {counts[scarce]} training images, fewer than "
+            f"class {quote(data.classes[scarce])} has {counts[scarce]} training images, fewer than "
             f"the {images_per_class} asked for: lower --images-per-class"
         )
 
 
+def describe_missing_classes(
+    part: str, labels: Int[np.ndarray, " n"], classes: Sequence[str]
+) -> str | None:
+    """A line that names classes without images in a part; None where there are none, or no images.
+
+    Args:
+        part: `test` or `validation`.
+        labels: One class index an image of the part.
+        classes: Names, in the order of the indices.
+    """
+    missing = sorted(set(range(len(classes))) - set(labels.tolist()))
+    if not len(labels) or not missing:
+        return None
+    names = abbreviate_names([classes[label] for label in missing])
+    return (
+        f"{len(missing)} of {len(classes)} classes have no {part} images ({names}): "
+        f"the {part} accuracy says nothing of them"
+    )
+
+
 def centred_one_hot(labels: Int[np.ndarray, " n"], k: int) -> Float[np.ndarray, "n k"]:
-    """One-hot labels minus 1/k: every row sums to 0. The encoding of KIP and Label Solve."""
+    """One-hot labels minus 1/k, the encoding of KIP and Label Solve; every row sums to 0."""
     return (np.eye(k, dtype=np.float32) - np.float32(1 / k))[labels]

@@ -1,17 +1,17 @@
-"""Which files of a folder are images of which class, and for training, validation or test.
+"""Layout of an image folder: the class of each file, and whether it is for training or testing.
 
     photos/train/cat/1.jpg    photos/val/cat/7.jpg    photos/test/cat/9.jpg     three parts
-    photos/Training/cat/1.jpg photos/Testing/cat/7.jpg                          two
-    photos/cat/1.jpg          photos/dog/2.jpg                                  none
+    photos/Training/cat/1.jpg photos/Testing/cat/7.jpg                          two parts
+    photos/cat/1.jpg          photos/dog/2.jpg                                  no parts
 
-The names of the parts are those that torchvision, timm and Hugging Face know, in any case, alone or
-with something else that all parts share (`seg_train` and `seg_test`, `train2017` and `val2017`).
-`test` is tested on and `val` chosen by. Where there is no `test` with classes, `val` is tested on
-and the images to choose by are held out of `train`, as with a folder that has no parts at all.
+Parts have the names that torchvision, timm and Hugging Face know, in any case, alone or with
+something else that all parts share (`seg_train` and `seg_test`, `train2017` and `val2017`). `test`
+is for the test, `val` for validation. Without a `test` that has classes, `val` serves as the test,
+and validation images are held out of `train`, as in a folder without parts.
 
-A class is a folder, or stands in a table beside the images (`metadata_files`).
+A class is a folder, or a value in a table beside the images (`metadata_files`).
 
-Nothing is read here but folders, tables, and files without an extension.
+This module reads only folders, tables, and the first bytes of files without an extension.
 """
 
 import re
@@ -32,9 +32,9 @@ from dsdistill.harness.data.walk import (
     subfolders,
 )
 from dsdistill.harness.runs import progress
-from dsdistill.harness.text import abbreviate_names
+from dsdistill.harness.text import abbreviate_names, quote
 
-PART_KEYWORDS = {  # of a part: Hugging Face's, which include those of timm and torchvision
+PART_KEYWORDS = {  # Hugging Face's, which include those of timm and torchvision
     "train": ("train", "training"),
     "validation": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
@@ -44,21 +44,36 @@ PART_BY_KEYWORD = {
 }
 _ANY_KEYWORD = "|".join(sorted(PART_BY_KEYWORD, key=len, reverse=True))
 _KEYWORD_IN_NAME = re.compile(rf"(?<![a-z])({_ANY_KEYWORD})(?:set)?(?![a-z])")
-MAX_DEPTH = 3  # folders in folders that are followed, as unpacking archives leaves them
-# Folders beside `images` that hold pictures of something else than a class.
+MAX_DEPTH = 3  # nested single folders that are followed, as unpacked archives have them
+# Folders beside `images` whose pictures are not of a class.
 BESIDE_IMAGES = {"annotation", "annotations", "labels", "masks", "segmentations", "trimaps"}
-ANNOTATIONS_FILE = "val_annotations.txt"  # of Tiny-ImageNet: name of a file, tab, class, and a box
+# Pictures as cameras and editors write them, which are not read here and can be converted.
+UNREAD_PICTURES = {".heic", ".heif", ".hif", ".avif", ".jxl", ".svg", ".psd", ".xcf", ".exr"}
+UNREAD_PICTURES |= {
+    ".raw",
+    ".dng",
+    ".cr2",
+    ".cr3",
+    ".nef",
+    ".arw",
+    ".orf",
+    ".rw2",
+    ".raf",
+    ".eps",
+    ".pdf",
+}
+ANNOTATIONS_FILE = "val_annotations.txt"  # Tiny-ImageNet: file name, tab, class, tab, a box
 
 
 @dataclass(frozen=True, eq=False)
 class FolderPart:
-    """The images of one part.
+    """Images of one part.
 
     Attributes:
-        folder: Where they lie.
-        classes: Names, in label order.
-        files: Paths, class by class.
-        labels: A class index each.
+        folder: Folder of the part.
+        classes: Class names, in label order.
+        files: Paths of the images, class by class.
+        labels: Class index of each file.
     """
 
     folder: Path
@@ -66,14 +81,14 @@ class FolderPart:
     files: list[Path]
     labels: list[int]
 
-    def in_order(self, classes: Sequence[str]) -> "FolderPart":
-        """The part with its classes in another order.
+    def reorder(self, classes: Sequence[str]) -> "FolderPart":
+        """The same part with its classes in another order.
 
         Args:
-            classes: The same classes, as `class_names.match` has it.
+            classes: The same classes according to `class_names.match`, in the new order.
         """
         order = class_names.match(classes, self.classes)
-        assert order is not None, f"{classes} and {self.classes} are other classes"
+        assert order is not None, f"{classes} and {self.classes} are different classes"
         members: list[list[Path]] = [[] for _ in self.classes]
         for file, label in zip(self.files, self.labels, strict=True):
             members[label].append(file)
@@ -84,37 +99,37 @@ class FolderPart:
 
 @dataclass(frozen=True, eq=False)
 class FolderLayout:
-    """The images of a folder by part.
+    """Images of a folder by part.
 
     Attributes:
-        root: The folder, or the one inside it that holds the data.
-        train: All of them where the folder has no parts.
-        validation, test: None where the folder has none.
-        left_out: In words; empty where nothing is.
-        draw_order: Class indices in the order of the folders' names as text, by which images are
-            held out: the same ones whatever the order of the classes.
+        root: The folder, or the one inside it that contains the data.
+        train: Training part; all images if the folder has no parts.
+        validation, test: Validation and test part; None if the folder has none.
+        skipped: Description of what is not used; empty if everything is.
+        draw_order: Class indices in the text order of the folder names. Images are held out in
+            this order, so that they are the same whatever the order of the classes.
     """
 
     root: Path
     train: FolderPart
     validation: FolderPart | None
     test: FolderPart | None
-    left_out: str
+    skipped: str
     draw_order: tuple[int, ...]
 
     @property
     def files(self) -> list[Path]:
-        """All images: of training, validation and test."""
+        """All images: training, validation and test."""
         return [file for part in self._parts for file in part.files]
 
     @property
     def labels(self) -> list[int]:
-        """One class index a file."""
+        """Class index of each file."""
         return [label for part in self._parts for label in part.labels]
 
     @property
     def ends(self) -> tuple[int, int]:
-        """Where among `files` the training and the validation images end."""
+        """Positions in `files` where the training and the validation images end."""
         train = len(self.train.files)
         return train, train + (len(self.validation.files) if self.validation else 0)
 
@@ -122,94 +137,93 @@ class FolderLayout:
     def _parts(self) -> list[FolderPart]:
         return [part for part in (self.train, self.validation, self.test) if part]
 
-    def say(self, train: int, validation: int, test: int) -> None:
-        """Tell the user what was taken for what, and the order of the classes if it matters."""
+    def announce(self, train: int, validation: int, test: int) -> None:
+        """Print which folder serves as which part, and the order of the classes if it matters."""
         progress.note(self.summary(train, validation, test))
-        self._say_order()
+        self._announce_order()
 
-    def _say_order(self) -> None:
+    def _announce_order(self) -> None:
         if order := class_names.order_note(self.train.classes):
             progress.note(f"{self.root}: {order}")
 
-    def say_judged(self, count: int, *, every: bool) -> None:
-        """Tell the user which images a finished model is judged on; nothing is trained on here.
+    def announce_evaluation(self, count: int, *, every: bool) -> None:
+        """Print which images a finished model is evaluated on, where nothing is trained.
 
         Args:
-            count: Their number.
-            every: Whether they are all that the folder has.
+            count: Number of images.
+            every: Whether they are all images of the folder.
         """
         if self.test:
-            which = f"from {_relative_name(self.root, self.test.folder)}"
+            source = f"from {_relative_name(self.root, self.test.folder)}"
         else:
-            which = "all of them" if every else "the share that is held out of them for the test"
-        line = f"{self.root}: {count:,} images of {len(self.train.classes)} classes are judged"
-        progress.note(f"{line}, {which}{self._without}")
-        self._say_order()
+            source = "all of them" if every else "the share that is held out of them for the test"
+        line = f"{self.root}: {count:,} images of {len(self.train.classes)} classes are evaluated"
+        progress.note(f"{line}, {source}{self._skipped_clause}")
+        self._announce_order()
 
     def summary(self, train: int, validation: int, test: int) -> str:
-        """One line on what was taken for what; the numbers are those of the images used."""
-        inside = _relative_name(self.root, self.train.folder)
-        held = f"held out of {inside or 'them'}"
-        words = (
-            f"{train:,} training images of {len(self.train.classes)} classes{_from_clause(inside)}",
+        """One line on which folder serves as which part, with the numbers of images used."""
+        folder = _relative_name(self.root, self.train.folder)
+        held_out = f"held out of {folder or 'them'}"
+        clauses = (
+            f"{train:,} training images of {len(self.train.classes)} classes{_from_clause(folder)}",
             f"{validation:,} for validation, "
             + (
                 f"from {_relative_name(self.root, self.validation.folder)}"
                 if self.validation
-                else held
+                else held_out
             ),
             f"{test:,} for the test, "
-            + (f"from {_relative_name(self.root, self.test.folder)}" if self.test else held),
+            + (f"from {_relative_name(self.root, self.test.folder)}" if self.test else held_out),
         )
-        line = f"{self.root}: {'; '.join(words)}"
-        return line + self._without
+        line = f"{self.root}: {'; '.join(clauses)}"
+        return line + self._skipped_clause
 
     @property
-    def _without(self) -> str:
-        return f"; left out: {self.left_out}" if self.left_out else ""
+    def _skipped_clause(self) -> str:
+        return f"; left out: {self.skipped}" if self.skipped else ""
 
 
 def list_folder(path: Path, classes: Sequence[str] | None = None) -> FolderLayout:
-    """Find the images of a folder.
+    """Find the images of a folder, their classes and parts.
 
     Args:
         path: The folder.
-        classes: The order of the classes, where it is known; it is kept if the folder has just
-            these classes, by name or, where all are numbers, by value.
+        classes: Order of the classes, if known; it is used if the folder has exactly these
+            classes, by name or, where all are numbers, by value.
 
     Raises:
-        DataError: If the folders do not make a data set, or could make several.
-        OSError: If one of them cannot be read.
+        DataError: If the folders are not a data set, or are ambiguous.
+        OSError: If a folder cannot be read.
     """
     if not path.is_dir():
         raise DataError(f"no such folder: {path}")
-    left_out = SkippedFiles()
+    skipped = SkippedFiles()
     root = _descend(path)
     _refuse_images_beside_annotations(root)
-    roles = _find_parts(root, left_out)
-    train = _read_part(roles.get("train", root), (root,), left_out)
-    as_text, order = train.classes, class_names.sort(train.classes)
+    roles = _find_parts(root, skipped)
+    train = _read_part(roles.get("train", root), (root,), skipped)
+    text_order, order = train.classes, class_names.sort(train.classes)
     if classes is not None and class_names.match(classes, train.classes) is not None:
         order = tuple(classes)
-    train = train.in_order(order)
-    draw_order = class_names.match(as_text, order)
-    assert draw_order is not None, "they are the same classes"
+    train = train.reorder(order)
+    draw_order = class_names.match(text_order, order)
+    assert draw_order is not None, "the classes are the same"
     others: dict[str, FolderPart | None] = {
-        name: _read_beside_train(roles[name], root, train, left_out)
+        name: _read_beside_train(roles[name], root, train, skipped)
         for name in roles
         if name != "train"
     }
     validation, test = others.get("validation"), others.get("test")
     if test is None:
         validation, test = None, validation
-    return FolderLayout(root, train, validation, test, str(left_out), draw_order)
+    return FolderLayout(root, train, validation, test, str(skipped), draw_order)
 
 
 def find_lone_test_part(path: Path) -> Path | None:
-    """The test part of a folder that has no part to train on, or its validation part if alone.
+    """Find the test part of a folder without a training part, or else its only validation part.
 
-    What is only judged needs none to train on, which `list_folder` asks for. None for any other
-    folder.
+    An evaluation needs no training part, which `list_folder` requires. None for any other folder.
     """
     named: dict[str, list[Path]] = {}
     for folder in subfolders(_descend(path)):
@@ -220,11 +234,11 @@ def find_lone_test_part(path: Path) -> Path | None:
 
 
 def _descend(path: Path, *, part: bool = False) -> Path:
-    """The folder that holds the data: `zipped/zipped` where `zipped` holds nothing else.
+    """Descend to the folder with the data: `archive/archive` if `archive` holds nothing else.
 
     Args:
-        path: Where to begin.
-        part: Whether it is one part, in which a folder `train` holds classes and is no part.
+        path: Folder to start at.
+        part: Whether it is one part, in which a folder named `train` is a class, not a part.
     """
     inner = path
     for _ in range(MAX_DEPTH + 1):
@@ -239,8 +253,8 @@ def _descend(path: Path, *, part: bool = False) -> Path:
     return path
 
 
-def _find_parts(root: Path, left_out: SkippedFiles) -> dict[str, Path]:
-    """The folder of each part; none where `root` holds class folders."""
+def _find_parts(root: Path, skipped: SkippedFiles) -> dict[str, Path]:
+    """Find the folder of each part; none if `root` holds class folders."""
     folders = [folder for folder in subfolders(root) if holds_images(folder)]
     named: dict[str, list[Path]] = {}
     for folder in folders:
@@ -248,8 +262,8 @@ def _find_parts(root: Path, left_out: SkippedFiles) -> dict[str, Path]:
             named.setdefault(part, []).append(folder)
     for part, candidates in _find_compound_names(folders).items():
         named.setdefault(part, candidates)
-    taken = {folder for candidates in named.values() for folder in candidates}
-    others = [folder for folder in folders if folder not in taken]
+    part_folders = {folder for candidates in named.values() for folder in candidates}
+    others = [folder for folder in folders if folder not in part_folders]
     if not named or _are_classes(root, named, others):
         return {}
     parts = {part: _choose_candidate(root, candidates) for part, candidates in named.items()}
@@ -260,43 +274,43 @@ def _find_parts(root: Path, left_out: SkippedFiles) -> dict[str, Path]:
         )
     if not _is_labelled(parts["train"]) and not metadata_files.find(root):
         raise DataError(
-            f"{parts['train']} has images and no class folders: expected one folder of "
-            "images a class (if it is a class itself, rename it)"
+            f"{parts['train']} has images and no class folders: expected one folder of images per "
+            "class (if it is a class itself, rename it)"
         )
-    for folder in (*others, *sorted(taken - {*parts.values()})):
-        left_out.folders.append(f"{_relative_name(root, folder)} (no part)")
+    for folder in (*others, *sorted(part_folders - {*parts.values()})):
+        skipped.folders.append(f"{_relative_name(root, folder)} (no part)")
     for folder in subfolders(root):
         if _part_name(folder.name) and folder not in folders:
-            left_out.folders.append(f"{_relative_name(root, folder)} (no images)")
-    left_out.loose += count_loose_images(root)
+            skipped.folders.append(f"{_relative_name(root, folder)} (no images)")
+    skipped.loose += count_loose_images(root)
     return parts
 
 
 def _part_name(name: str) -> str | None:
-    """Which part a folder's name means by itself."""
+    """The part that a folder's name means by itself; None for any other name."""
     return PART_BY_KEYWORD.get(name.casefold())
 
 
 def _find_compound_names(folders: Sequence[Path]) -> dict[str, list[Path]]:
-    """Folders such as `seg_train` and `seg_test`, whose names differ in the word of the part."""
+    """Find folders such as `seg_train` and `seg_test`, which differ in the part keyword only."""
     stems: dict[str, dict[str, list[Path]]] = {}
     for folder in folders:
         name = folder.name.casefold()
         if len(words := _KEYWORD_IN_NAME.findall(name)) == 1:
             parts = stems.setdefault(_KEYWORD_IN_NAME.sub("", name), {})
             parts.setdefault(PART_BY_KEYWORD[words[0]], []).append(folder)
-    whole = [parts for parts in stems.values() if "train" in parts and len(parts) > 1]
-    return whole[0] if len(whole) == 1 else {}
+    splits = [parts for parts in stems.values() if "train" in parts and len(parts) > 1]
+    return splits[0] if len(splits) == 1 else {}
 
 
 def _are_classes(root: Path, named: dict[str, list[Path]], others: Sequence[Path]) -> bool:
-    """Whether folders that are named as parts are classes, as a train among vehicles is.
+    """Whether folders that are named like parts are classes, as `train` is among vehicles.
 
     Raises:
-        DataError: If nobody can know.
+        DataError: If it is ambiguous.
     """
     if metadata_files.find(root):
-        return False  # no folder is a class there, and the table says which images count
+        return False  # the table names the classes, no folder does
     labelled = {part for part, candidates in named.items() if any(map(_is_labelled, candidates))}
     if not others or {"train"} < labelled:
         return False
@@ -305,57 +319,57 @@ def _are_classes(root: Path, named: dict[str, list[Path]], others: Sequence[Path
         return True
     parts = [folder for candidates in named.values() for folder in candidates]
     raise DataError(
-        f"{root} has {_list_names(parts)} beside {_list_names(others)}: if they are parts, give the "
-        "path of one, or move the others away; if they are classes, rename them"
+        f"{root} has {_list_names(parts)} beside {_list_names(others)}: if they are parts, give "
+        "the path of one, or move the others away; if they are classes, rename them"
     )
 
 
 def _choose_candidate(root: Path, candidates: Sequence[Path]) -> Path:
-    """The one folder of a part, or of several the one that has classes.
+    """Choose the folder of a part: of several candidates, the one that has classes.
 
     Raises:
-        DataError: If several have.
+        DataError: If several candidates have classes.
     """
     labelled = [folder for folder in candidates if _is_labelled(folder)]
     if len(labelled) > 1:
         raise DataError(
-            f"{root} has {_list_names(labelled)}, which mean the same part: leave one of them, "
-            "or move the other away"
+            f"{root} has {_list_names(labelled)}, which mean the same part: keep one of them, "
+            "and move the others away"
         )
     return (labelled or candidates)[0]
 
 
 def _is_labelled(folder: Path) -> bool:
-    """Whether the images of a part have classes; those of a hidden test often have none."""
+    """Whether the images of a part have classes; an unlabelled test set has none."""
     if (folder / ANNOTATIONS_FILE).is_file() or metadata_files.find(folder):
         return True
     return any(map(holds_images, subfolders(folder)))
 
 
 def _read_beside_train(
-    folder: Path, root: Path, train: FolderPart, left_out: SkippedFiles
+    folder: Path, root: Path, train: FolderPart, skipped: SkippedFiles
 ) -> FolderPart | None:
-    """A part beside that of training, in the order of its classes; None if it has no classes.
+    """Read a part beside the training part, in its class order; None for a part without classes.
 
     Raises:
-        DataError: If its classes are others.
+        DataError: If its classes differ from those of the training part.
     """
-    if (table := _read_metadata(folder, (root,), left_out)) is not None:
+    if (table := _read_metadata(folder, (root,), skipped)) is not None:
         return _same_classes(train, table)
     inside = [f for f in subfolders(folder) if holds_images(f)]
-    alone = len(inside) == 1 and class_names.from_folder(inside[0].name) not in train.classes
-    flat = alone and not any(map(holds_images, subfolders(inside[0])))
-    if not (folder / ANNOTATIONS_FILE).is_file() and (not inside or flat):
-        left_out.folders.append(f"{_relative_name(root, folder)} (images without classes)")
+    unknown_name = len(inside) == 1 and class_names.from_folder(inside[0].name) not in train.classes
+    is_flat = unknown_name and not any(map(holds_images, subfolders(inside[0])))
+    if not (folder / ANNOTATIONS_FILE).is_file() and (not inside or is_flat):
+        skipped.folders.append(f"{_relative_name(root, folder)} (images without classes)")
         return None
-    return _same_classes(train, _read_part(folder, (root,), left_out))
+    return _same_classes(train, _read_part(folder, (root,), skipped))
 
 
 def _same_classes(train: FolderPart, part: FolderPart) -> FolderPart:
-    """A part in the order of the classes of the training part.
+    """Bring a part into the class order of the training part.
 
     Raises:
-        DataError: If its classes are others.
+        DataError: If its classes differ from those of the training part.
     """
     if class_names.match(train.classes, part.classes) is None:
         different = sorted({*train.classes} ^ {*part.classes})
@@ -363,18 +377,19 @@ def _same_classes(train: FolderPart, part: FolderPart) -> FolderPart:
             f"{train.folder} and {part.folder} must have the same classes: "
             f"only one of them has {abbreviate_names(different)}"
         )
-    return part.in_order(train.classes)
+    return part.reorder(train.classes)
 
 
-def _read_part(folder: Path, above: tuple[Path, ...], left_out: SkippedFiles) -> FolderPart:
-    """The classes and files of one part, in the order of their folders.
+def _read_part(folder: Path, above: tuple[Path, ...], skipped: SkippedFiles) -> FolderPart:
+    """Read the classes and files of one part, in the order of their folders.
 
     Raises:
-        DataError: If there are fewer than two classes, one has no images, or two have one name.
+        DataError: If there are fewer than two classes, a class has no images, or two classes have
+            the same name.
     """
     if (folder / ANNOTATIONS_FILE).is_file():
-        return _read_annotations(folder, left_out)
-    if (table := _read_metadata(folder, above, left_out)) is not None:
+        return _read_annotations(folder, skipped)
+    if (table := _read_metadata(folder, above, skipped)) is not None:
         return table
     inside = _descend(folder, part=True)
     above, folder = (*above, folder), inside
@@ -383,101 +398,103 @@ def _read_part(folder: Path, above: tuple[Path, ...], left_out: SkippedFiles) ->
         name = class_names.from_folder(path.name)
         if name in folders:
             raise DataError(
-                f"{folder} has two folders of one name, {name!r}, which differ in how "
-                "they write it: merge them, or rename one"
+                f"{folder} has two folders of the same name, {quote(name)}, encoded differently: "
+                "merge them, or rename one"
             )
         folders[name] = path
     if not folders:
         raise DataError(
-            f"{folder} has no class folders: expected one folder of images a class, or a "
+            f"{folder} has no class folders: expected one folder of images per class, or a "
             "metadata.csv with the columns file_name and label"
         )
     if len(folders) == 1:
         raise DataError(
-            f"{folder} has one class folder, {next(iter(folders))!r}: expected at least two"
+            f"{folder} has one class folder, {quote(next(iter(folders)))}: expected at least two"
         )
-    left_out.loose += count_loose_images(folder)
-    left_out.broken += count_broken_links(folder)
+    skipped.loose += count_loose_images(folder)
+    skipped.broken += count_broken_links(folder)
     files, labels = [], []
     for label, path in enumerate(folders.values()):
         other = SkippedFiles()
         images = sorted(find_images(path, {folder_identity(p) for p in (*above, folder)}, other))
         if not images:
-            what = f" ({other})" if str(other) else ""
-            raise DataError(f"class folder {path} has no images{what}: remove it")
-        left_out.files.update(other.files)
-        left_out.broken += other.broken
-        left_out.hidden += other.hidden
+            contents = f" ({other})" if str(other) else ""
+            foreign = [kind for kind in (+other.files) if kind in UNREAD_PICTURES]
+            remedy = "convert them to JPEG or PNG" if foreign else "remove it"
+            raise DataError(f"class folder {path} has no images{contents}: {remedy}")
+        skipped.files.update(other.files)
+        skipped.broken += other.broken
+        skipped.hidden += other.hidden
         files += images
         labels += [label] * len(images)
     return FolderPart(folder, tuple(folders), files, labels)
 
 
-def _read_annotations(folder: Path, left_out: SkippedFiles) -> FolderPart:
-    """A part whose classes stand in a text file, as Tiny-ImageNet's validation images.
+def _read_annotations(folder: Path, skipped: SkippedFiles) -> FolderPart:
+    """Read a part whose classes are listed in a text file, as for Tiny-ImageNet's validation set.
 
     Raises:
-        DataError: If the file cannot be read, or names an image that is not there.
+        DataError: If the file cannot be read, or names an image that does not exist.
     """
     path = folder / ANNOTATIONS_FILE
-    found: dict[Path, str] = {}
-    where = folder / "images" if (folder / "images").is_dir() else folder
+    names: dict[Path, str] = {}
+    images = folder / "images" if (folder / "images").is_dir() else folder
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except ValueError as error:
-        raise DataError(f"{path} is no text: {error}") from error
+        raise DataError(f"{path} is not text: {error}") from error
     for number, line in enumerate(filter(str.strip, lines), start=1):
         name, _, rest = line.partition("\t")
         label = class_names.from_folder(rest.partition("\t")[0].strip())
-        file = where / name
+        file = images / name
         if not label or Path(name).name != name or not file.is_file():
             raise DataError(
-                f"{path}: line {number} must be the name of a file in {where}, a "
+                f"{path}: line {number} must be the name of a file in {images}, a "
                 f"tab and a class, got {line[:60]!r}"
             )
-        found[file] = label
-    return _part_by_name(folder, path, found, where, left_out)
+        names[file] = label
+    return _part_by_name(folder, path, names, images, skipped)
 
 
 def _read_metadata(
-    folder: Path, above: tuple[Path, ...], left_out: SkippedFiles
+    folder: Path, above: tuple[Path, ...], skipped: SkippedFiles
 ) -> FolderPart | None:
-    """A part whose classes stand in a table in its folder, or in one above it.
+    """Read a part whose classes are listed in a table in its folder, or in a folder above.
 
     Returns:
-        None where there is no table, or one without classes or about other folders alone: then
-        folders are classes.
+        The part; None if there is no table, or it has no classes or covers other folders only:
+        then folders are classes.
 
     Raises:
-        DataError: If the table cannot be read, or its rows are not of images in its folder.
+        DataError: If the table cannot be read, or its rows are not images in its folder.
     """
     inside = _descend(folder, part=True)
-    for place in dict.fromkeys((inside, folder, *above)):
-        if (path := metadata_files.find(place)) is None:
+    for directory in dict.fromkeys((inside, folder, *above)):
+        if (path := metadata_files.find(directory)) is None:
             continue
         classes = metadata_files.read(path)
         if classes is None:
-            progress.note(f"{path} has no column of classes: it is not read, folders are classes")
+            progress.note(f"{path} has no column of classes: it is ignored, folders are classes")
             continue
-        here = {file: name for file, name in classes.items() if file.is_relative_to(inside)}
-        if not here:
+        names = {file: name for file, name in classes.items() if file.is_relative_to(inside)}
+        if not names:
             continue
-        progress.note(f"{path}: the classes stand in it, and its images are those that it names")
-        return _part_by_name(inside, path, here, inside, left_out)
+        progress.note(f"{path}: classes are read from this table; only the images in it are used")
+        return _part_by_name(inside, path, names, inside, skipped)
     return None
 
 
 def _part_by_name(
-    folder: Path, table: Path, names: Mapping[Path, str], where: Path, left_out: SkippedFiles
+    folder: Path, table: Path, names: Mapping[Path, str], images: Path, skipped: SkippedFiles
 ) -> FolderPart:
-    """A part whose images have these class names.
+    """Build a part from the class name of each image.
 
     Args:
-        folder: Of the part.
-        table: The file that gives the names.
-        names: A class name by image.
-        where: Which folder all images of the part lie in.
-        left_out: Counts the images without a name.
+        folder: Folder of the part.
+        table: File that the names come from, for messages.
+        names: Class name by image.
+        images: Folder that contains all images of the part.
+        skipped: Counter of the images without a name.
 
     Raises:
         DataError: If there are fewer than two classes.
@@ -485,19 +502,19 @@ def _part_by_name(
     classes = tuple(sorted({*names.values()}))
     if len(classes) < 2:
         raise DataError(f"{table} names {len(classes)} classes: expected at least two")
-    unnamed = sum(1 for file in find_images(where, set(), SkippedFiles()) if file not in names)
+    unnamed = sum(1 for file in find_images(images, set(), SkippedFiles()) if file not in names)
     if unnamed:
-        left_out.folders.append(f"{unnamed:,} images that {table.name} does not name")
+        skipped.folders.append(f"{unnamed:,} images that {table.name} does not name")
     index = {name: label for label, name in enumerate(classes)}
     files = sorted(names, key=lambda file: (index[names[file]], file))
     return FolderPart(folder, classes, files, [index[names[file]] for file in files])
 
 
 def _refuse_images_beside_annotations(root: Path) -> None:
-    """Refuse `images/` and `annotations/` as two classes, as Oxford-IIIT Pet ships with masks.
+    """Refuse `images/` and `annotations/` as two classes; Oxford-IIIT Pet ships with both.
 
     Raises:
-        DataError: With the way to arrange them.
+        DataError: If they are the only folders; the message says how to arrange the images.
     """
     folders = {folder.name.casefold(): folder for folder in subfolders(root)}
     others = [folders[name] for name in sorted(BESIDE_IMAGES & folders.keys())]
@@ -506,7 +523,7 @@ def _refuse_images_beside_annotations(root: Path) -> None:
     images = folders["images"]
     if (others[0] / "trainval.txt").is_file() and has_loose_images(images):
         raise DataError(
-            f"{root} is as the Oxford-IIIT Pet data set ships, with its classes in the names of "
+            f"{root} is the Oxford-IIIT Pet data set as it ships, with its classes in the names of "
             f"the files: put each image that {others[0] / 'trainval.txt'} names into "
             f"{root / 'train'}/CLASS and each of test.txt into {root / 'test'}/CLASS, where CLASS "
             "is the name without its number; docs/folders.md has the lines"
@@ -516,10 +533,10 @@ def _refuse_images_beside_annotations(root: Path) -> None:
     remedy = (
         f"give the path {images}"
         if any(map(holds_images, subfolders(images)))
-        else "put the images into one folder a class"
+        else "put the images into one folder per class"
     )
     raise DataError(
-        f"{root} has images/ beside {_list_names(others)}, which are no classes: {remedy}"
+        f"{root} has images/ beside {_list_names(others)}, which are not classes: {remedy}"
     )
 
 

@@ -1,4 +1,4 @@
-"""An `.npz` file with images and labels as a data set."""
+"""Data set in an `.npz` file of images and labels."""
 
 from pathlib import Path
 
@@ -9,17 +9,17 @@ from dsdistill.harness.runs import progress
 
 
 def read(path: Path) -> LabeledImages:
-    """Images (n, h, w) or (n, h, w, c), labels (n,), and class names under `classes` if given.
+    """Read `images` (n, h, w) or (n, h, w, c), `labels` (n,), and class names in `classes`, if any.
 
     Raises:
-        DataError: If the file cannot be read, or its arrays are not what they should be.
+        DataError: If the file cannot be read, or an array has the wrong shape, type or range.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
             members = {name: file[name] for name in file.files}
     except Exception as error:  # numpy raises OSError, ValueError, BadZipFile, zlib.error, EOFError
         raise DataError(f"{path} is not a readable .npz: {error}") from error
-    # What is no array is given as its bytes.
+    # NumPy returns the bytes of a member that is not an array.
     arrays = {name: a for name, a in members.items() if isinstance(a, np.ndarray)}
     if not {"images", "labels"} <= arrays.keys():
         raise DataError(f"{path} must hold arrays 'images' and 'labels', has {sorted(arrays)}")
@@ -49,7 +49,7 @@ def _class_names(path: Path, names: np.ndarray | None, k: int) -> tuple[str, ...
         words = names.tolist() if names.ndim == 1 and names.dtype.kind in "US" else []
     except (ValueError, SystemError):  # NumPy keeps numbers that are no characters
         words = []
-    # As file names are: bytes that are no UTF-8 stay apart.
+    # As for file names: bytes that are not UTF-8 stay distinct.
     words = [w.decode(errors="surrogateescape") if isinstance(w, bytes) else w for w in words]
     if not words or len(set(words)) < len(words):
         raise DataError(f"{path}: classes must be a list of distinct names")
@@ -59,9 +59,9 @@ def _class_names(path: Path, names: np.ndarray | None, k: int) -> tuple[str, ...
 
 
 def _check_range(path: Path, images: np.ndarray) -> np.ndarray:
-    """The images as uint8, or as float32 in [0, 1]; what has no known range is refused.
+    """Convert images to uint8, or to float32 in [0, 1]; refuse images of unknown range.
 
-    Integers of 0 and 1 alone are taken for bilevel images, as booleans are.
+    Integers that are all 0 or 1 count as bilevel images, as booleans do.
     """
     if images.dtype == np.uint8:
         return images
@@ -76,11 +76,11 @@ def _check_range(path: Path, images: np.ndarray) -> np.ndarray:
         return images.astype(np.float32)
     got = f"got {images.dtype} from {low:.9g} to {high:.9g}"
     if images.dtype.kind == "f":
-        raise DataError(f"{rule}, {got}: bring them to [0, 1] by what 0 and 1 mean in them")
-    # Bytes are often kept in wider integers.
+        raise DataError(f"{rule}, {got}: rescale them so that 0 is black and 1 is white")
+    # Bytes are often stored in wider integers.
     if low >= 0 and high <= 255:
         raise DataError(f"{rule}, {got}: if they are bytes, save images.astype(numpy.uint8)")
     if images.dtype != np.uint16:
         raise DataError(f"{rule}, {got}: save bytes as uint8, or 16 bits of 0 to 65535 as uint16")
-    progress.note(f"{path}: images of 16 bits, {low} to {high}, are divided by 65535")
+    progress.note(f"{path}: 16-bit images, {low} to {high}, are divided by 65535")
     return images.astype(np.float32) / np.float32(65535)

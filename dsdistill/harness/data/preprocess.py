@@ -1,7 +1,7 @@
 """Preprocessing that is fitted once, stored with the distilled set, and never refitted.
 
-Most failures to reproduce a published distilled set come from a preprocessing that was
-fitted again on other images, so `Preprocess` is a value that travels with the set.
+Most failures to reproduce a published distilled set come from preprocessing that was refitted on
+other images, so `Preprocess` is a value that is stored with the set.
 
 Source of the ZCA variant: Nguyen, Novak, Xiao and Lee (2021), arXiv:2107.13034, and the
 training notebook published with it.
@@ -21,35 +21,35 @@ from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
 
 Kind = Literal["standardise", "zca", "none", "zca-mtt", "zca-rfad", "zca-frepo"]
-KINDS: tuple[Kind, ...] = ("standardise", "zca", "none")  # that sets are made with here
+KINDS: tuple[Kind, ...] = ("standardise", "zca", "none")  # available for new sets
 ZCA_RIDGE = 0.1  # relative to the mean eigenvalue of the covariance, as in the paper's notebook
-MTT_RIDGE = 0.1  # absolute, of pixels in [0, 1]
-RFAD_RIDGE = FREPO_RIDGE = 0.1  # relative to the mean eigenvalue, of standardised pixels
-MAX_CHUNK_VALUES = 2**22  # pixel values held at a time of a data set that may not fit into memory
+MTT_RIDGE = 0.1  # absolute, for pixels in [0, 1]
+RFAD_RIDGE = FREPO_RIDGE = 0.1  # relative to the mean eigenvalue, for standardised pixels
+MAX_CHUNK_VALUES = 2**22  # pixel values in memory at a time: a data set may not fit
 PROBE_ROWS = 512  # rows of the matrices whose product is timed
-# Products of two matrices that take as long as the eigenvectors of one.
-EIGENVECTORS_IN_PRODUCTS = 6
+EIGENVECTORS_IN_PRODUCTS = 6  # cost of the eigenvectors of a matrix, in products of two
 
 Chunks = Callable[[int], Iterator[Num[np.ndarray, "m h w c"]]]
 
 
 @dataclass(frozen=True, eq=False)
 class Preprocess:
-    """Maps images with values in [0, 1] (or uint8) to what a kernel or network sees, and back.
+    """Map from images in [0, 1] (or uint8) to the input of a kernel or network, and back.
 
-    `standardise` subtracts the channel mean and divides by the channel deviation. `zca` goes on:
-    each flattened image is centred, divided by its L2 norm, and multiplied by `whiten`. `zca-mtt`
-    and `zca-frepo` subtract the mean image, divide by `std` and multiply by `whiten`; `zca-rfad`
-    does the same with the channel means in place of the mean image.
+    `standardise` subtracts the channel mean and divides by the channel deviation. `zca` then
+    centres each flattened image, divides it by its L2 norm, and multiplies it by `whiten`.
+    `zca-mtt` and `zca-frepo` subtract the mean image, divide by `std` and multiply by `whiten`;
+    `zca-rfad` does the same with the channel means in place of the mean image.
 
     Attributes:
-        kind: Which of the maps above; `none` only converts to float32 in [0, 1].
-        mean: Of the training images, one value a channel; for `zca-mtt` and `zca-frepo` the mean
+        kind: One of the maps above; `none` only converts to float32 in [0, 1].
+        mean: Mean of each channel of the training images; for `zca-mtt` and `zca-frepo` the mean
             image.
-        std: Of the training images, one value a channel; 1 for `zca-mtt`.
-        whiten, unwhiten: Symmetric and inverse to each other; for all kinds of ZCA. d = h w c.
-        contrast: Mean L2 norm of the centred training images. The per-image norm is lost by
-            ZCA, so `invert` gives every image this one.
+        std: Standard deviation of each channel of the training images; 1 for `zca-mtt`.
+        whiten, unwhiten: Whitening matrix and its inverse, both symmetric, for all kinds of ZCA.
+            d = h w c.
+        contrast: Mean L2 norm of the centred training images. ZCA loses the norm of an image, so
+            `invert` gives every image this one.
     """
 
     kind: Kind
@@ -60,7 +60,7 @@ class Preprocess:
     contrast: float = 1.0
 
     def apply(self, images: Num[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n h w c"]:
-        """Preprocessed float32 images; uint8 is divided by 255 first, floats are taken as is."""
+        """Preprocess images to float32; uint8 is divided by 255 first, floats keep their values."""
         x = (unit_range(images) - self.mean) / self.std
         if self.whiten is None:
             return x
@@ -68,9 +68,9 @@ class Preprocess:
         return (flat @ self.whiten).reshape(x.shape)
 
     def invert(self, images: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n h w c"]:
-        """Images as the eye knows them, about [0, 1] but not clipped.
+        """Map preprocessed images back to pixels, roughly in [0, 1] but not clipped.
 
-        Exact but for `zca`, where it is up to each image's brightness and contrast.
+        Exact except for `zca`, which loses each image's brightness and contrast.
         """
         x = images
         if self.unwhiten is not None:
@@ -79,7 +79,7 @@ class Preprocess:
         return (x * self.std + self.mean).astype(np.float32)
 
     def same_as(self, other: "Preprocess") -> bool:
-        """Whether both maps are identical, value for value."""
+        """Whether both maps are equal, value for value."""
         return self.kind == other.kind and all(
             _equal(getattr(self, name), getattr(other, name))
             for name in ("mean", "std", "whiten", "contrast")
@@ -87,13 +87,13 @@ class Preprocess:
 
 
 def unit_range(images: Num[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n h w c"]:
-    """float32 images: uint8 divided by 255, floats as they are."""
+    """Convert images to float32; uint8 is divided by 255, floats keep their values."""
     x = np.asarray(images, dtype=np.float32)
     return x / np.float32(255) if images.dtype == np.uint8 else x
 
 
 def identity(channels: int) -> Preprocess:
-    """The preprocessing that changes nothing, for images that are already as a model sees them."""
+    """Preprocessing that changes nothing, for images that are already preprocessed."""
     return Preprocess("none", np.zeros(channels, np.float32), np.ones(channels, np.float32))
 
 
@@ -103,11 +103,11 @@ def fit(kind: str | None, chunks: Chunks, shape: tuple[int, int, int]) -> Prepro
     Args:
         kind: One of `KINDS`; None chooses ZCA for colour and standardisation for grayscale, as
             the KIP paper does.
-        chunks: Called with a chunk size, yields all training images in chunks of that size.
+        chunks: Function of a chunk size that yields all training images in chunks of that size.
         shape: Height, width and channels of an image.
 
     Raises:
-        UserError: If the covariance that ZCA needs does not fit into memory.
+        UserError: If the kind is unknown, or the covariance for ZCA does not fit into memory.
     """
     check_kind(kind)
     channels = shape[-1]
@@ -125,7 +125,7 @@ def fit(kind: str | None, chunks: Chunks, shape: tuple[int, int, int]) -> Prepro
 def _channel_moments(
     chunks: Chunks, shape: tuple[int, int, int]
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Mean and deviation of each channel, and the number of images."""
+    """Mean and standard deviation of each channel, and the number of images."""
     channels = shape[-1]
     count, total, squares = 0, np.zeros(channels), np.zeros(channels)
     for images in chunks(_images_per_chunk(shape)):
@@ -134,7 +134,7 @@ def _channel_moments(
         count, total, squares = count + len(x), total + x.sum(0), squares + (x * x).sum(0)
     mean = total / count
     std = np.sqrt(np.maximum(squares / count - mean**2, 0))
-    std[std < 1e-6] = 1.0  # a constant channel carries nothing; dividing by 0 would give NaN
+    std[std < 1e-6] = 1.0  # a constant channel: dividing by 0 would give NaN
     return mean.astype(np.float32), std.astype(np.float32), count // (shape[0] * shape[1])
 
 
@@ -145,7 +145,7 @@ def _fit_zca(
     _announce_zca(shape, count)
     covariance, norms = np.zeros((d, d)), 0.0
     parts = [slice(first, min(first + size, count)) for first in range(0, count, size)]
-    # The whole of `chunks` is used up: a memory map behind it is read to its end.
+    # `chunks` is exhausted, so that a memory map behind it is read to its end.
     for images, _ in zip(
         chunks(size), progress.track_if_slow(parts, "images for ZCA"), strict=True
     ):
@@ -153,13 +153,13 @@ def _fit_zca(
         covariance += directions.T.astype(np.float64) @ directions
         norms += float(norm.sum())
     covariance /= count
-    # Images that are all constant have no covariance at all: they get the identity.
+    # If all images are constant the covariance is zero: whitening is then the identity.
     covariance[np.diag_indices(d)] += ZCA_RIDGE * np.trace(covariance) / d or 1.0
     return Preprocess("zca", mean, std, *_roots(covariance), contrast=norms / count)
 
 
 def fit_mtt(chunks: Chunks, shape: tuple[int, int, int]) -> Preprocess:
-    """ZCA of pixels in [0, 1] as they are, for sets that MTT has whitened.
+    """Fit the ZCA of MTT, for its whitened sets: on pixels in [0, 1], not standardised.
 
     Args:
         chunks, shape: As for `fit`.
@@ -167,7 +167,7 @@ def fit_mtt(chunks: Chunks, shape: tuple[int, int, int]) -> Preprocess:
     Raises:
         UserError: If the covariance does not fit into memory.
 
-    Source: Cazenavette et al. (2022), arXiv:2203.11932, whose program calls Kornia's
+    Source: Cazenavette et al. (2022), arXiv:2203.11932, whose code calls Kornia's
     `ZCAWhitening(eps=0.1)`.
     """
     one = np.ones(shape[-1], np.float32)
@@ -179,10 +179,11 @@ def fit_mtt(chunks: Chunks, shape: tuple[int, int, int]) -> Preprocess:
 
 
 def fit_rfad(chunks: Chunks, shape: tuple[int, int, int]) -> Preprocess:
-    """ZCA of standardised pixels, for CIFAR sets that RFAD has whitened.
+    """Fit the ZCA of RFAD, for its whitened CIFAR sets: on standardised pixels, not centred.
 
-    Neither the mean image nor the brightness of an image is taken off: the matrix is the inverse
-    root of the mean outer product of standardised images, plus `RFAD_RIDGE` of its mean eigenvalue.
+    Neither the mean image nor the brightness of an image is subtracted: the matrix is the inverse
+    square root of the mean outer product of standardised images, plus `RFAD_RIDGE` times its mean
+    eigenvalue.
 
     Args:
         chunks, shape: As for `fit`.
@@ -190,7 +191,7 @@ def fit_rfad(chunks: Chunks, shape: tuple[int, int, int]) -> Preprocess:
     Raises:
         UserError: If the matrix does not fit into memory.
 
-    Source: Loo et al. (2022), arXiv:2210.12067; `data.py` of the program, `get_zca_matrix`.
+    Source: Loo et al. (2022), arXiv:2210.12067; `get_zca_matrix` in `data.py` of its code.
     """
     mean, std, _ = _channel_moments(chunks, shape)
     _, squares, count = _outer_product_sums(chunks, shape, mean, std)
@@ -204,20 +205,20 @@ def fit_frepo(
     shape: tuple[int, int, int],
     constants: tuple[Float[np.ndarray, " c"], Float[np.ndarray, " c"]] | None = None,
 ) -> Preprocess:
-    """ZCA of standardised pixels around the mean image, for colour sets that FRePo has whitened.
+    """Fit the ZCA of FRePo, for its whitened colour sets: on standardised pixels, centred.
 
-    Where there are fewer images than pixel values, the directions beyond the number of images
-    keep their scale.
+    The mean image is subtracted. With fewer images than pixel values, directions beyond the number
+    of images keep their scale.
 
     Args:
         chunks, shape: As for `fit`.
-        constants: Channel mean and deviation by which the pixels were standardised before; those
-            of the images where they are not known.
+        constants: Channel mean and deviation with which the pixels were standardised; by default
+            those of the images.
 
     Raises:
         UserError: If the covariance does not fit into memory.
 
-    Source: Zhou et al. (2022), arXiv:2206.00719; `lib/dataset/ops.py` of the program.
+    Source: Zhou et al. (2022), arXiv:2206.00719; `lib/dataset/ops.py` of its code.
     """
     mean, std = constants or _channel_moments(chunks, shape)[:2]
     total, squares, count = _outer_product_sums(chunks, shape, mean, std)
@@ -236,12 +237,12 @@ def _outer_product_sums(
     mean: Float[np.ndarray, " c"],
     std: Float[np.ndarray, " c"],
 ) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "d d"], int]:
-    """Sum and sum of outer products of flattened images standardised by constants; their number."""
+    """Sum of flattened standardised images, sum of their outer products, and their number."""
     _require_memory(shape)
     d, count = math.prod(shape), 0
     total, squares = np.zeros(d), np.zeros((d, d))
     for images in chunks(_images_per_chunk(shape)):
-        # float64: the square of the mean is taken off the mean square.
+        # float64: the square of the mean will be subtracted from the mean square.
         x = ((unit_range(images) - mean) / std).reshape(len(images), d).astype(np.float64)
         count, total, squares = count + len(x), total + x.sum(0), squares + x.T @ x
     return total, squares, count
@@ -250,13 +251,13 @@ def _outer_product_sums(
 def _roots(
     covariance: Float[np.ndarray, "d d"], rank: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Its symmetric inverse square root and square root, in float32.
+    """Symmetric inverse square root and square root of a covariance, in float32.
 
     Args:
-        covariance: Symmetric and positive.
-        rank: How many of the largest eigenvalues are known; the others count as 1.
+        covariance: Symmetric positive definite matrix.
+        rank: Number of largest eigenvalues that are known; the others count as 1.
     """
-    # In ascending order.
+    # Eigenvalues are in ascending order.
     values, vectors = stopping.call_interruptibly(lambda: np.linalg.eigh(covariance))
     roots = np.sqrt(values)
     if rank is not None and rank < len(roots):
@@ -266,22 +267,21 @@ def _roots(
 
 
 def _announce_zca(shape: tuple[int, int, int], count: int) -> None:
-    """Say how long ZCA takes, if it takes long: by the time of a product of two matrices."""
+    """Print how long ZCA will take if that is long, from the time of one matrix product."""
     d, small = math.prod(shape), np.ones((PROBE_ROWS, PROBE_ROWS))
     if d < 2 * PROBE_ROWS:
         return
     began = time.perf_counter()
     np.matmul(small, small)
-    seconds = (time.perf_counter() - began) * (
-        d / PROBE_ROWS
-    ) ** 2  # of a product of d x d with d x m
+    # For a product of a d x d with a d x PROBE_ROWS matrix.
+    seconds = (time.perf_counter() - began) * (d / PROBE_ROWS) ** 2
     total = seconds * (count + (EIGENVECTORS_IN_PRODUCTS + 2) * d) / PROBE_ROWS
     if total > progress.SECONDS_BETWEEN_LINES:
         name = "x".join(map(str, shape))
         progress.say(
             f"ZCA of {count} images of {name}: a covariance of {d}x{d} values and its "
             f"eigenvectors, roughly {progress.format_duration(total)} "
-            "(--preprocess standardise takes none)"
+            "(--preprocess standardise avoids it)"
         )
 
 
@@ -293,15 +293,15 @@ def _require_memory(shape: tuple[int, int, int]) -> None:
 
 
 def _images_per_chunk(shape: tuple[int, int, int]) -> int:
-    """Images of `MAX_CHUNK_VALUES` values, and at least one."""
+    """Number of images with `MAX_CHUNK_VALUES` values together, at least one."""
     return max(MAX_CHUNK_VALUES // math.prod(shape), 1)
 
 
 def _directions(x: Float[np.ndarray, "n h w c"]) -> tuple[np.ndarray, np.ndarray]:
-    """Flattened images, centred and divided by their L2 norm, and the norms."""
+    """Flattened images, centred and divided by their L2 norm; and the norms, (n, 1)."""
     flat = x.reshape(len(x), -1)
-    # float64: a float32 mean of equal pixels is not quite that pixel, and the division by the
-    # norm would blow the difference up to a direction of pure rounding error.
+    # float64: a float32 mean of equal pixels is not exactly their value, and the division by the
+    # norm would amplify the difference to a direction of pure rounding error.
     flat = flat - flat.mean(1, keepdims=True, dtype=np.float64).astype(np.float32)
     norm = np.linalg.norm(flat, axis=1, keepdims=True)
     return flat / np.maximum(norm, 1e-12), norm  # a constant image has norm 0 and stays 0

@@ -1,8 +1,8 @@
-"""What a distilled set says of how it was made, with every type checked.
+"""Provenance of a distilled set, with every type checked.
 
-A file may come from anybody and say anything: each value has the type and the range that it is
-used with here, or counts as absent. Nothing that a file says is imported, and what it says of
-sizes must agree with its own images.
+A file may come from anyone and say anything: each value has the type and range that its use
+requires, or counts as absent. No name in a file is imported, and sizes must agree with the images
+in the file.
 """
 
 import re
@@ -13,30 +13,31 @@ from typing import Any
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.text import shorten
 
-MAX_KERNEL_NUMBER = 100  # largest depth, and largest number in a kernel's name, that are believed
-MAX_TEXT_CHARACTERS = 300  # of a text that is shown
+MAX_KERNEL_NUMBER = 100  # largest depth, and largest number in a kernel's name, that is accepted
+MAX_TEXT_CHARACTERS = 300  # of a displayed text
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What is known of a set; None where the file says nothing, or nothing usable.
+    """Checked provenance of a set; None where the file says nothing, or nothing usable.
 
     Attributes:
         method: `kip`, `ls`, or another name in one printable line.
-        kernel: That judged the set, for people to read.
-        judge: The kernel as a command line names it, with its depth in `depth`.
-        depth, w_std, b_std: Of that kernel.
-        ridge: Relative, with which kernel ridge regression on the set was judged.
+        kernel: Readable name of the kernel that evaluated the set.
+        judge: The kernel as written on a command line, with its depth in `depth`.
+        depth, w_std, b_std: Depth, weight and bias deviation of that kernel.
+        ridge: Relative ridge of the kernel ridge regression that evaluated the set.
         source: Data set, folder or file that the set was distilled from.
-        sha256: Of its images.
-        image_size: To which they were resized.
-        channels: To which they were converted; None where they were kept.
-        validation_fraction: Share of the training images that were held out.
-        seconds, peak_memory: That the distillation took.
+        sha256: SHA-256 of the training images and labels of that data.
+        image_size: Height and width that images were resized to, in pixels.
+        channels: Channels that images were converted to; None if they were kept.
+        validation_fraction: Share of the training images that was held out.
+        seconds: Duration of the distillation.
+        peak_memory: Peak memory of the distillation, in bytes.
         metrics: Figures by name.
         notes: Sentences for a report.
-        config: The options of the run; None for a set that `dsdistill` did not make.
-        odd: Names of values that are there and cannot be used, as in `data.source`.
+        config: Options of the run; None for a set that `dsdistill` did not make.
+        unusable: Names of values that are present but cannot be used, such as `data.source`.
     """
 
     method: str
@@ -56,29 +57,29 @@ class Provenance:
     metrics: Mapping[str, float | None]
     notes: tuple[str, ...]
     config: Mapping[str, Any] | None
-    odd: tuple[str, ...]
+    unusable: tuple[str, ...]
 
 
 def parse(stored: Mapping[str, Any], shape: Sequence[int]) -> Provenance:
-    """Read what a file says; never raises.
+    """Parse and check stored provenance; never raises.
 
     Args:
-        stored: The file's `provenance`.
+        stored: `provenance` of the file.
         shape: Height, width and channels of the set's images.
     """
-    odd: list[str] = []
-    data = _mapping(stored.get("data"), "data", odd)
-    config = _mapping(stored.get("config"), "config", odd)
+    unusable: list[str] = []
+    data = _mapping(stored.get("data"), "data", unusable)
+    config = _mapping(stored.get("config"), "config", unusable)
 
-    def read(where: Mapping[str, Any], name: str, key: str, check: Any) -> Any:
-        value = where.get(key)
+    def read(mapping: Mapping[str, Any], name: str, key: str, check: Any) -> Any:
+        value = mapping.get(key)
         if value is None:
             return None
         if (checked := check(value)) is None:
-            odd.append(name)
+            unusable.append(name)
         return checked
 
-    def of_shape(value: object) -> int | None:
+    def image_size(value: object) -> int | None:
         size = _integer(value, 1, 2**31)
         return size if size == shape[0] == shape[1] else None
 
@@ -95,7 +96,7 @@ def parse(stored: Mapping[str, Any], shape: Sequence[int]) -> Provenance:
         source=read(data, "data.source", "source", _source),
         sha256=read(data, "data.sha256", "sha256", _sha256),
         channels=read(config, "config.channels", "channels", lambda v: v if v in (1, 3) else None),
-        image_size=read(config, "config.image_size", "image_size", of_shape),
+        image_size=read(config, "config.image_size", "image_size", image_size),
         validation_fraction=read(
             config,
             "config.validation_fraction",
@@ -107,35 +108,35 @@ def parse(stored: Mapping[str, Any], shape: Sequence[int]) -> Provenance:
         metrics=_metrics(stored.get("metrics")),
         notes=_notes(stored.get("notes")),
         config=config if isinstance(stored.get("config"), Mapping) else None,
-        odd=tuple(odd),
+        unusable=tuple(unusable),
     )
 
 
 def require_usable(who: object, provenance: Provenance, names: Sequence[str]) -> None:
-    """Refuse a set that says something unusable of what is about to be used.
+    """Refuse a set whose provenance has unusable values that are about to be used.
 
     Args:
-        who: How the message calls the set.
-        provenance: What it says.
-        names: Of the values that are used.
+        who: Name of the set in the message.
+        provenance: Provenance of the set.
+        names: Names of the values to be used.
 
     Raises:
-        UserError: With the first of them that is odd.
+        UserError: If one of them is unusable; the message names the first.
     """
-    wholes = [name.partition(".")[0] for name in names]
-    for name in (*wholes, *names):
-        if name in provenance.odd:
+    sections = [name.partition(".")[0] for name in names]
+    for name in (*sections, *names):
+        if name in provenance.unusable:
             raise UserError(
-                f"{who} says of itself a {name} that cannot be: its file was made or changed by "
-                "something else"
+                f"{who} states a {name} that cannot be used: its file was written or changed by "
+                "another program"
             )
 
 
-def _mapping(value: object, name: str, odd: list[str]) -> Mapping[str, Any]:
+def _mapping(value: object, name: str, unusable: list[str]) -> Mapping[str, Any]:
     if isinstance(value, Mapping):
         return value
     if value is not None:
-        odd.append(name)
+        unusable.append(name)
     return {}
 
 
@@ -144,7 +145,7 @@ def _line(value: object) -> str | None:
 
 
 def _kernel(value: object) -> str | None:
-    """One or several names, whose numbers are small: a network is built as deep as they say."""
+    """One or several kernel names with small numbers: a network is built as deep as they say."""
     if (
         not isinstance(value, str)
         or not 0 < len(value) <= MAX_TEXT_CHARACTERS
@@ -156,7 +157,7 @@ def _kernel(value: object) -> str | None:
 
 
 def _source(value: object) -> str | None:
-    """A name or a path; nothing is fetched from an address that a file gives."""
+    """A data set name or path, but no URL: nothing is downloaded from an address in a file."""
     if not isinstance(value, str) or not value or not value.isprintable():
         return None
     return None if "://" in value or value.startswith("-") else value
@@ -177,7 +178,7 @@ def _number(value: object, low: float, high: float) -> float | None:
 
 
 def _metrics(value: object) -> dict[str, float | None]:
-    """Those that are numbers; None stands for one that was not finite."""
+    """Metrics that are numbers; None stands for a value that was not finite."""
     if not isinstance(value, Mapping):
         return {}
     checked = {name: _number(number, -1e300, 1e300) for name, number in value.items()}

@@ -1,4 +1,4 @@
-"""The walk over a folder of images: which files count as images, and what is passed over."""
+"""Walk over a folder of images: which files count as images, and what is skipped."""
 
 import os
 import re
@@ -11,21 +11,21 @@ from pathlib import Path
 from dsdistill.harness.data import image_files
 from dsdistill.harness.text import printable
 
-# Leftovers of other programs, beside names that begin with a dot.
+# Leftovers of other programs, besides names that start with a dot.
 IGNORED_NAMES = {"__macosx", "@eadir", "__pycache__", "lost+found", "$recycle.bin", "#recycle"}
 IGNORED_NAMES |= {"system volume information", "thumbs.db", "desktop.ini"}
 
 
 @dataclass
 class SkippedFiles:
-    """What lies among the images and is not read.
+    """Counts of what lies among the images and is not read.
 
     Attributes:
-        files: How many, by extension.
-        broken: Links to nothing.
-        hidden: Images whose name begins with a dot.
-        folders: With images, and no part of the data set.
-        loose: Images beside the class folders.
+        files: Number of files by extension.
+        broken: Number of broken links.
+        hidden: Number of images whose name starts with a dot.
+        folders: Descriptions of folders with images that are not part of the data set.
+        loose: Number of images beside the class folders.
     """
 
     files: Counter[str] = field(default_factory=Counter)
@@ -46,7 +46,7 @@ class SkippedFiles:
 
 
 def subfolders(path: Path) -> list[Path]:
-    """The folders inside that may hold images, links to folders among them, in order of names."""
+    """Subfolders that may contain images, including links to folders, sorted by name."""
     with os.scandir(path) as entries:
         names = [
             entry.name for entry in entries if _is_folder(entry) and not _is_ignored(entry.name)
@@ -59,17 +59,17 @@ def _is_ignored(name: str) -> bool:
 
 
 def holds_images(folder: Path) -> bool:
-    """Whether there is an image at any depth."""
+    """Whether a folder contains an image at any depth."""
     return next(find_images(folder, set(), SkippedFiles()), None) is not None
 
 
 def has_loose_images(folder: Path) -> bool:
-    """Whether there is an image in the folder itself."""
+    """Whether a folder contains an image directly."""
     return next(_direct_images(folder), None) is not None
 
 
 def count_loose_images(folder: Path) -> int:
-    """How many images lie in the folder itself."""
+    """Number of images directly in a folder."""
     return sum(1 for _ in _direct_images(folder))
 
 
@@ -80,49 +80,47 @@ def _direct_images(folder: Path) -> Iterator[Path]:
                 yield Path(entry.path)
 
 
-def find_images(
-    folder: Path, above: set[tuple[int, int]], left_out: SkippedFiles
-) -> Iterator[Path]:
-    """The images at any depth, as some data sets nest them.
+def find_images(folder: Path, above: set[tuple[int, int]], skipped: SkippedFiles) -> Iterator[Path]:
+    """Yield the images of a folder at any depth, as some data sets nest them.
 
-    Links are followed, each folder once: a link back to one above it would never end.
+    Links are followed, but each folder is visited once: a link to a parent would never end.
 
     Args:
-        folder: Of a class.
-        above: Identities of the folders that hold it.
-        left_out: Counts what is passed over.
+        folder: Folder of a class.
+        above: Identities of the folders that contain it.
+        skipped: Counter of what is not an image.
     """
-    seen, waiting = set(above), [folder]
-    while waiting:
-        where = waiting.pop()
-        if (identity := folder_identity(where)) in seen:
+    visited, pending = set(above), [folder]
+    while pending:
+        current = pending.pop()
+        if (identity := folder_identity(current)) in visited:
             continue
-        seen.add(identity)
-        with os.scandir(where) as entries:
+        visited.add(identity)
+        with os.scandir(current) as entries:
             for entry in entries:
                 if _is_folder(entry):
                     if not _is_ignored(entry.name):
-                        waiting.append(Path(entry.path))
-                elif not _is_file(entry):  # a pipe would be waited for
-                    left_out.broken += entry.is_symlink()
-                    left_out.files["special"] += not entry.is_symlink()
+                        pending.append(Path(entry.path))
+                elif not _is_file(entry):  # opening a pipe would block
+                    skipped.broken += entry.is_symlink()
+                    skipped.files["special"] += not entry.is_symlink()
                 elif _is_image(entry):
                     if entry.name[0] != ".":
                         yield Path(entry.path)
                     else:
-                        left_out.hidden += 1
+                        skipped.hidden += 1
                 elif entry.name[0] != "." and entry.name.casefold() not in IGNORED_NAMES:
-                    left_out.files[_extension_label(entry.name)] += 1
+                    skipped.files[_extension_label(entry.name)] += 1
 
 
 def count_broken_links(folder: Path) -> int:
-    """How many links in the folder itself lead to nothing."""
+    """Number of broken links directly in a folder."""
     with os.scandir(folder) as entries:
         return sum(e.is_symlink() and not (_is_folder(e) or _is_file(e)) for e in entries)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    with suppress(OSError):  # of links that go round in a circle
+    with suppress(OSError):  # circular links
         return entry.is_dir()
     return False
 
@@ -134,13 +132,13 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
-    """By the extension; a file that has none is looked into."""
+    """Whether a file is an image, by its extension; without one, by its signature."""
     extension = os.path.splitext(entry.name)[1].lower()
     if extension in image_files.extensions():
         return True
-    plain = not re.fullmatch(r"\.[a-z][a-z0-9]*", extension)
+    without_extension = not re.fullmatch(r"\.[a-z][a-z0-9]*", extension)
     return (
-        plain
+        without_extension
         and entry.name[0] != "."
         and _is_file(entry)
         and image_files.has_image_signature(entry.path)
@@ -148,12 +146,12 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
 
 
 def _extension_label(name: str) -> str:
-    """What a file that is no image is called where such are counted."""
+    """Label under which a file that is not an image is counted."""
     extension = os.path.splitext(name)[1].lower()
     return printable(extension) if extension else "without extension"
 
 
 def folder_identity(path: Path) -> tuple[int, int]:
-    """What is one for all paths to a folder: its device and its number there."""
-    found = path.stat()
-    return found.st_dev, found.st_ino
+    """Device and inode of a folder, the same for all paths to it."""
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino

@@ -1,7 +1,7 @@
-"""What a distilled set is compared with: as many real images, chosen three ways, and all of them.
+"""Controls: as many real images as the distilled set has, chosen in three ways, and all of them.
 
 Random images are what a distilled set must beat to be worth anything; k-means and herding choose
-images that stand for their class, which is often hard to beat at few images a class.
+images that represent their class, which is often hard to beat at few images per class.
 """
 
 import functools
@@ -23,7 +23,7 @@ def arm(name: str, train: Examples, images_per_class: int) -> Arm:
     Args:
         name: One of `CONTROLS`.
         train: All training images; their labels become one-hot minus 1/k.
-        images_per_class: As many as the distilled set has.
+        images_per_class: Number of images that the distilled set has of each class.
     """
     if name == "full":
         return Arm(name, lambda seed: train, fixed=True)
@@ -32,8 +32,8 @@ def arm(name: str, train: Examples, images_per_class: int) -> Arm:
     if name == "k-means":
         return Arm(name, lambda seed: k_means(train, images_per_class, seed))
     if name == "herding":
-        chosen = functools.cache(lambda: herding(train, images_per_class))
-        return Arm(name, lambda seed: chosen(), fixed=True)
+        herded = functools.cache(lambda: herding(train, images_per_class))
+        return Arm(name, lambda seed: herded(), fixed=True)
     raise unknown_name("control", name, CONTROLS)
 
 
@@ -48,8 +48,8 @@ def k_means(train: Examples, images_per_class: int, seed: int) -> Examples:
 
     Args:
         train: Clustered one class at a time.
-        images_per_class: Clusters, and images taken, of each class.
-        seed: Of the centres' starting points.
+        images_per_class: Number of clusters, and of images taken, per class.
+        seed: Seed of the centres' starting points.
 
     Raises:
         UserError: If a class has fewer images.
@@ -87,9 +87,10 @@ def herding(train: Examples, images_per_class: int) -> Examples:
 
 
 def _herd(x: Float[np.ndarray, "n d"], count: int) -> Int[np.ndarray, " m"]:
-    """Greedy argmin_x ‖(s + x) / t‖ over images x, centred in place, s the sum of those chosen.
+    """Greedy argmin_x ‖(s + x) / t‖ over centred images x, where s is the sum of those chosen.
 
     ‖s + x‖² = ‖s‖² + 2 x·s + ‖x‖²: one product of the images with a vector for each image chosen.
+    The images are centred in place.
     """
     # Centred, the three terms are small: uncentred, float32 would lose their difference.
     x -= x.mean(0, dtype=np.float64).astype(np.float32)
@@ -104,7 +105,7 @@ def _herd(x: Float[np.ndarray, "n d"], count: int) -> Int[np.ndarray, " m"]:
 
 
 def _nearest_images(distance: Float[np.ndarray, "n m"]) -> Int[np.ndarray, " m"]:
-    """For each centre its nearest image, no image twice."""
+    """The nearest image of each centre, no image twice."""
     taken: list[int] = []
     for column in distance.T:
         column = column.copy()
@@ -116,11 +117,11 @@ def _nearest_images(distance: Float[np.ndarray, "n m"]) -> Int[np.ndarray, " m"]
 def _choose_per_class(
     train: Examples, images_per_class: int, choose: Callable[[np.ndarray], np.ndarray]
 ) -> Examples:
-    """The images that `choose` picks by position among the flattened images of each class."""
+    """Select the images whose positions `choose` returns for the flattened images of each class."""
     check_images_per_class(train.data, images_per_class)
 
     def rows(label: int) -> Int[np.ndarray, " m"]:
-        # A function of its own, so that a class is forgotten before the next one is read.
+        # A separate function, so that the memory of a class is freed before the next one is read.
         members = np.flatnonzero(train.data.labels == label)
         return members[choose(train.images(members).reshape(len(members), -1))]
 
@@ -128,4 +129,6 @@ def _choose_per_class(
 
 
 def _select(train: Examples, rows: Int[np.ndarray, " n"]) -> Examples:
-    return Examples(train.data.select(rows), train.preprocess, ready=train.ready)
+    return Examples(
+        train.data.select(rows), train.preprocess, is_preprocessed=train.is_preprocessed
+    )

@@ -1,9 +1,9 @@
-"""The images that judge a predictor: validation images choose, test images are read once."""
+"""Held-out images: validation images choose between predictors, test images are read once."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -13,7 +13,14 @@ from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation import metrics
 from dsdistill.harness.runs import progress
 
-ScoreFunction = Callable[[Float[np.ndarray, "n h w c"]], Float[np.ndarray, "n k"]]
+
+class Predict(Protocol):
+    """Scores (n, k) of preprocessed images (n, h, w, c); the largest score is the prediction.
+
+    It may have an attribute `facts`, its own measurements, as in `Result.facts`.
+    """
+
+    def __call__(self, images: Float[np.ndarray, "n h w c"], /) -> Float[np.ndarray, "n k"]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,15 +28,17 @@ class HeldOut:
     """Validation and test images, in the preprocessing of the training sets.
 
     Attributes:
-        validation: Held out of the training set.
-        test: Read once for each trained predictor.
-        teacher: Logits of preprocessed images; None where there is none to compare with.
-        identity: JSON-compatible: what all of these are. None: results cannot be kept.
+        validation: Images held out of the training set.
+        test: Test images, read once for each trained predictor.
+        teacher: Function from preprocessed images to a teacher's logits; None to compare with no
+            teacher.
+        identity: JSON-compatible description of all of these; None if there is none, in which
+            case results cannot be cached.
     """
 
     validation: Examples
     test: Examples
-    teacher: ScoreFunction | None = None
+    teacher: Predict | None = None
     identity: Mapping[str, Any] | None = None
 
     @property
@@ -37,16 +46,16 @@ class HeldOut:
         """Classes of the validation images."""
         return self.validation.data.labels
 
-    def validation_scores(self, predict: ScoreFunction) -> Float[np.ndarray, "n k"] | None:
+    def validation_scores(self, predict: Predict) -> Float[np.ndarray, "n k"] | None:
         """Scores of the validation images; None if one is not finite."""
         scores = _predict_scores(predict, self.validation)
         return scores if np.isfinite(scores).all() else None
 
-    def calibrated(self, scores: Float[np.ndarray, "n k"]) -> tuple[float, float]:
-        """The temperature that suits scores of the validation images best, and their NLL with it.
+    def calibrate(self, scores: Float[np.ndarray, "n k"]) -> tuple[float, float]:
+        """Fit a temperature to scores of the validation images; return it with their NLL.
 
-        Scores of a regression are no logits: with one fitted temperature they become probabilities
-        worth judging, those of every learner in the same way.
+        Scores of a regression are not logits: one fitted temperature turns the scores of every
+        learner into probabilities in the same way.
 
         Returns:
             Temperature, and NLL in nats.
@@ -55,64 +64,65 @@ class HeldOut:
         temperature = metrics.fit_temperature(scores, labels)
         return temperature, metrics.nll(metrics.softmax(scores, temperature), labels)
 
-    def figures(self, predict: ScoreFunction) -> dict[str, Any]:
-        """Everything that is measured of a predictor, by the names of `Result`.
+    def measure(self, predict: Predict) -> dict[str, Any]:
+        """Measure a predictor on the test images; the keys are fields of `Result`.
 
         Raises:
             UserError: If a score is not finite.
         """
-        held, scores = self.validation_scores(predict), _predict_scores(predict, self.test)
-        if held is None or not np.isfinite(scores).all():
+        validation, scores = self.validation_scores(predict), _predict_scores(predict, self.test)
+        if validation is None or not np.isfinite(scores).all():
             raise UserError("scores that are not finite")
         labels, k = self.test.data.labels, len(self.test.data.classes)
-        probabilities = metrics.softmax(scores, self.calibrated(held)[0])
+        probabilities = metrics.softmax(scores, self.calibrate(validation)[0])
         confusion = metrics.confusion(scores.argmax(1), labels, k)
         return {
             "accuracy": metrics.accuracy(scores, labels),
-            "validation_accuracy": metrics.accuracy(held, self.validation_labels),
+            "validation_accuracy": metrics.accuracy(validation, self.validation_labels),
             "nll": metrics.nll(probabilities, labels),
             "calibration_error": metrics.expected_calibration_error(probabilities, labels),
             "per_class": metrics.per_class_accuracy(confusion),
             "confusion": confusion.tolist(),
-            **self._beside_teacher(scores, probabilities),
+            **self._compare_with_teacher(scores, probabilities),
         }
 
-    def _beside_teacher(
+    def _compare_with_teacher(
         self, scores: Float[np.ndarray, "n k"], probabilities: Float[np.ndarray, "n k"]
     ) -> dict[str, float]:
         if self.teacher is None:
             return {}
-        answers = self._answers
+        logits = self._teacher_logits
         return {
-            "teacher_agreement": metrics.agreement(scores, answers),
-            "teacher_kl": metrics.kl(metrics.softmax(answers), probabilities),
+            "teacher_agreement": metrics.agreement(scores, logits),
+            "teacher_kl": metrics.kl(metrics.softmax(logits), probabilities),
         }
 
     @cached_property
-    def _answers(self) -> Float[np.ndarray, "n k"]:
-        """The teacher's logits of the test images, asked for once."""
+    def _teacher_logits(self) -> Float[np.ndarray, "n k"]:
+        """The teacher's logits of the test images, computed once."""
         assert self.teacher is not None
         return _predict_scores(self.teacher, self.test)
 
 
-def accuracy(predict: ScoreFunction, examples: Examples, unit: str) -> float:
+def accuracy(predict: Predict, examples: Examples, unit: str) -> float:
     """Fraction of the images whose largest score is that of their class.
 
     Args:
-        predict, examples: Who is judged, by which images.
-        unit: What live progress calls them.
+        predict: Function from preprocessed images to scores.
+        examples: Images and labels to score it on.
+        unit: Name of one batch in the progress display.
     """
     batches = progress.track_if_slow(examples.batches(), unit)
     return metrics.accuracy(_predict_scores(predict, examples, batches), examples.data.labels)
 
 
 def _predict_scores(
-    predict: ScoreFunction, examples: Examples, batches: Iterable[slice] | None = None
+    predict: Predict, examples: Examples, batches: Iterable[slice] | None = None
 ) -> Float[np.ndarray, "n k"]:
     """Scores of all images, in float64.
 
     Raises:
-        UserError: If they are not one row an image and one column a class.
+        UserError: If they are not one row per image and one column per class.
     """
     k, parts = len(examples.data.classes), []
     for rows in batches or examples.batches():

@@ -10,7 +10,7 @@ BINS = 15  # of the calibration error, as in Guo et al. (2017)
 
 
 def softmax(logits: Float[np.ndarray, "n k"], temperature: float = 1.0) -> Float[np.ndarray, "n k"]:
-    """Probabilities exp(z_k / T) / Σ_j exp(z_j / T), one row a sample.
+    """Probabilities exp(z_k / T) / Σ_j exp(z_j / T), one row per sample.
 
     Args:
         logits: Unnormalised log-probabilities.
@@ -78,7 +78,7 @@ def confusion(
 
 
 def per_class_accuracy(confusion: Int[np.ndarray, "k k"]) -> list[float | None]:
-    """Fraction of the samples of each true class that are predicted right; None if it has none."""
+    """Fraction of each true class that is predicted right; None for a class without samples."""
     counts = confusion.sum(1)
     return [
         float(right / n) if n else None
@@ -92,7 +92,7 @@ def kl(p: Float[np.ndarray, "n k"], q: Float[np.ndarray, "n k"]) -> float:
     0 log 0 is 0. A q that underflowed to 0 counts as the smallest positive float64, as in `nll`.
 
     Args:
-        p, q: Probabilities, one row a sample; p is the reference, such as a teacher.
+        p, q: Probabilities, one row per sample; p is the reference, such as a teacher.
     """
     # Of p the floor only keeps 0 log 0 from being NaN.
     log_p, log_q = (np.log(np.maximum(x, np.finfo(np.float64).tiny)) for x in (p, q))
@@ -102,8 +102,8 @@ def kl(p: Float[np.ndarray, "n k"], q: Float[np.ndarray, "n k"]) -> float:
 def fit_temperature(scores: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]) -> float:
     """The T for which softmax(scores / T) has the smallest NLL, in [e^-7, e^7].
 
-    Estimates of centred labels lie within about ±1, so their plain softmax is nearly uniform; with
-    one temperature, fitted on validation images, they become probabilities worth judging.
+    Estimates of centred labels lie within about ±1, so their plain softmax is nearly uniform; one
+    temperature, fitted on validation images, turns them into useful probabilities.
 
     Source: temperature scaling, Guo et al. (2017), arXiv:1706.04599, section 4.2.
     """
@@ -112,5 +112,5 @@ def fit_temperature(scores: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " 
     def loss(log_t: float) -> float:
         return nll(softmax(scores, float(np.exp(log_t))), labels)
 
-    found = minimize_scalar(loss, bounds=(-7, 7), method="bounded")
-    return float(np.exp(found["x"]))
+    optimum = minimize_scalar(loss, bounds=(-7, 7), method="bounded")
+    return float(np.exp(optimum["x"]))

@@ -1,10 +1,10 @@
-"""The protocol: one learner, one budget, one tuning, on distilled, random, coreset and full data.
+"""The protocol: one learner, budget and tuning for distilled, random, coreset and full data.
 
 Accuracy on a distilled set alone says little: random images under the same recipe often come
 close. So every learner is trained the same way on each kind of data, over several seeds. The
 validation images are held out of the training set: they choose the learning rate, from one grid for
 all kinds of data, and calibrate probabilities. The test images are read once for each trained
-predictor, and never reach a learner.
+predictor; a learner never sees them.
 """
 
 import functools
@@ -14,38 +14,28 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float
 
 from dsdistill.harness import memory
 from dsdistill.harness.data.labeled_images import Examples, draw_balanced
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation import metrics, results
-from dsdistill.harness.evaluation.held_out import HeldOut
+from dsdistill.harness.evaluation.held_out import HeldOut, Predict
 from dsdistill.harness.evaluation.result_cache import ResultCache
 from dsdistill.harness.evaluation.results import Result
-
-
-class Predict(Protocol):
-    """Scores (n, k) of preprocessed images (n, h, w, c); the largest score is the prediction.
-
-    It may have an attribute `facts`: what it says of itself, as in `Result.facts`.
-    """
-
-    def __call__(self, images: Float[np.ndarray, "n h w c"], /) -> Float[np.ndarray, "n k"]: ...
 
 
 class Learner(Protocol):
     """Anything that turns a training set into predictions: ridge regression, a network, a student.
 
     Attributes:
-        name: As it stands in a report.
-        limit: Most images it can train on, or None. Of a larger set the evaluation draws so
-            many, class-balanced, and the report says so.
+        name: Name in a report.
+        limit: Largest number of images it can train on, or None. From a larger set the evaluation
+            draws that many, class-balanced, and the report says so.
 
-    It may have three more: `deterministic`, True where the seed changes nothing, so that one
-    training serves all seeds of the same data; `identity`, JSON-compatible, all that its results
-    depend on beside data and seed, so that they can be kept for later evaluations; and
-    `accelerator`, the name of what it computes on, None for the CPU.
+    It may have three more: `deterministic`, True if the seed changes nothing, so that one
+    training serves all seeds of the same data; `identity`, a JSON-compatible value of all that
+    its results depend on besides data and seed, so that they can be cached for later evaluations;
+    and `accelerator`, the name of the device it computes on, None for the CPU.
     """
 
     @property
@@ -64,14 +54,14 @@ class Tunable(Protocol):
     """A learner whose learning rate is chosen from a grid.
 
     Attributes:
-        rates: The same for every kind of data.
+        rates: The grid, the same for every kind of data.
     """
 
     @property
     def rates(self) -> tuple[float, ...]: ...
 
-    def at(self, rate: float) -> Learner:
-        """The learner with that rate."""
+    def with_rate(self, rate: float) -> Learner:
+        """The same learner with one learning rate."""
         ...
 
 
@@ -79,8 +69,8 @@ class Tunable(Protocol):
 class Augmentable(Protocol):
     """A learner that can be trained with augmentation."""
 
-    def augmented(self) -> Learner:
-        """The same learner, with it."""
+    def with_augmentation(self) -> Learner:
+        """The same learner with augmentation."""
         ...
 
 
@@ -90,45 +80,46 @@ class Arm:
 
     Attributes:
         name: `distilled`, `random`, ... as in `Result`.
-        draw: The training set for a seed.
-        fixed: Whether it is the same for every seed.
-        identity: JSON-compatible: what the draw depends on beside the seed. None: its results
-            cannot be kept.
-        like: Name of an arm with the very same images and labels, whose results are its own.
-        images: Number in a draw; None where it is not known before.
+        draw: Function from a seed to the training set.
+        fixed: Whether the training set is the same for every seed.
+        identity: JSON-compatible value of all that the draw depends on besides the seed; None if
+            that is unknown, in which case results cannot be cached.
+        duplicate_of: Name of an arm with identical images and labels, whose results this one
+            shares.
+        images: Number of images in a draw; None where it is not known beforehand.
     """
 
     name: str
     draw: Callable[[int], Examples]
     fixed: bool = False
     identity: Mapping[str, Any] | None = None
-    like: str | None = None
+    duplicate_of: str | None = None
     images: int | None = None
 
 
 def evaluate(
     learner: Learner,
     arm: Arm,
-    judges: HeldOut,
+    held_out: HeldOut,
     seeds: Sequence[int],
     *,
     augmented: bool = False,
-    kept: ResultCache | None = None,
+    cache: ResultCache | None = None,
     on_result: Callable[[Result], None] = lambda result: None,
 ) -> list[Result]:
-    """Train a learner on one kind of data, once a seed, and score it on the test images.
+    """Train a learner on one kind of data, once per seed, and score it on the test images.
 
     The learning rate is chosen once, with the first seed, by the accuracy on the validation
     images; that training counts as the first seed's. A training that fails is a result too, with
     its reason.
 
     Args:
-        learner: Gets the drawn training set, the validation images and the seed.
-        arm: Draws the training set.
-        judges: Validation and test images in the preprocessing of the training set.
-        seeds: Of the draw and of the training.
-        augmented: Train an `Augmentable` learner with augmentation.
-        kept: Where results of earlier evaluations lie, and these are put.
+        learner: Called with the drawn training set, the validation images and the seed.
+        arm: The kind of data, which draws the training set.
+        held_out: Validation and test images in the preprocessing of the training set.
+        seeds: Seeds of the draw and of the training.
+        augmented: Whether to train an `Augmentable` learner with augmentation.
+        cache: Results of earlier evaluations, to which these are added; None for no cache.
         on_result: Called with each result as it comes.
 
     Raises:
@@ -139,147 +130,147 @@ def evaluate(
     if augmented:
         if not isinstance(learner, Augmentable):
             raise UserError(f"{learner.name} cannot be trained with augmentation")
-        learner = learner.augmented()
+        learner = learner.with_augmentation()
     measured: list[Result] = []
     for seed in seeds:
-        key = _cache_key(learner, arm, judges, seeds[0], seed)
-        found = None
-        if kept and key:
-            expected = functools.partial(_mismatch, learner, arm, judges, seed, augmented)
-            found = kept.get(key, expected)
-        if found is None:
-            found = _run_seed(learner, arm, judges, seed, measured, augmented)
-            if kept and key:
-                kept.put(key, found)
-        measured.append(found)
-        on_result(found)
+        key = _cache_key(learner, arm, held_out, seeds[0], seed)
+        result = None
+        if cache and key:
+            problem = functools.partial(_mismatch, learner, arm, held_out, seed, augmented)
+            result = cache.get(key, problem)
+        if result is None:
+            result = _run_seed(learner, arm, held_out, seed, measured, augmented)
+            if cache and key:
+                cache.put(key, result)
+        measured.append(result)
+        on_result(result)
     return measured
 
 
 def _mismatch(
-    learner: Learner, arm: Arm, judges: HeldOut, seed: int, augmented: bool, found: Result
+    learner: Learner, arm: Arm, held_out: HeldOut, seed: int, augmented: bool, stored: Result
 ) -> str | None:
-    """What shows that a stored result is not that of this training, or None."""
-    named = (found.arm, found.learner, found.augmented, found.seed)
-    if named != (arm.name, learner.name, augmented, seed):
+    """Why a stored result cannot be that of this training; None if it can."""
+    training = (stored.arm, stored.learner, stored.augmented, stored.seed)
+    if training != (arm.name, learner.name, augmented, seed):
         return "it is of another training"
-    labels, k = judges.test.data.labels, len(judges.test.data.classes)
-    if why := results.problem(found, np.bincount(labels, minlength=k).tolist()):
+    labels, k = held_out.test.data.labels, len(held_out.test.data.classes)
+    if why := results.problem(stored, np.bincount(labels, minlength=k).tolist()):
         return why
     if arm.images is None:
         return None
     if learner.limit is None or arm.images <= learner.limit:
-        right = found.images == arm.images
+        plausible = stored.images == arm.images
     else:
-        right = 0 < found.images <= learner.limit
-    return None if right else f"it is of {found.images} images"
+        plausible = 0 < stored.images <= learner.limit
+    return None if plausible else f"it is of {stored.images} images"
 
 
 def _run_seed(
     learner: Learner,
     arm: Arm,
-    judges: HeldOut,
+    held_out: HeldOut,
     seed: int,
-    before: Sequence[Result],
+    earlier: Sequence[Result],
     augmented: bool,
 ) -> Result:
-    """The result of one seed, given those of the seeds before it."""
-    if before and arm.fixed and getattr(learner, "deterministic", False):
-        return replace(before[0], seed=seed, train_seconds=0.0, tune_seconds=0.0)
+    """Train and score one seed, given the results of the seeds before it."""
+    if earlier and arm.fixed and getattr(learner, "deterministic", False):
+        return replace(earlier[0], seed=seed, train_seconds=0.0, tune_seconds=0.0)
     train = limit_examples(arm.draw(seed), learner.limit, seed)
     begun = Result(
         arm.name, learner.name, augmented, seed, images=len(train), bytes=stored_bytes(train)
     )
     if not isinstance(learner, Tunable) or len(learner.rates) == 0:
-        return _score_on_test(begun, _train(learner, train, judges, seed), judges)
-    if not before:
-        return _tune(learner, begun, train, judges)
-    if before[0].rate is None:
-        return replace(begun, failure=before[0].failure)
-    rate = before[0].rate
-    trained = _train(learner.at(rate), train, judges, seed)
-    return _score_on_test(replace(begun, rate=rate), trained, judges)
+        return _score_on_test(begun, _train(learner, train, held_out, seed), held_out)
+    if not earlier:
+        return _tune(learner, begun, train, held_out)
+    if earlier[0].rate is None:
+        return replace(begun, failure=earlier[0].failure)
+    rate = earlier[0].rate
+    trained = _train(learner.with_rate(rate), train, held_out, seed)
+    return _score_on_test(replace(begun, rate=rate), trained, held_out)
 
 
 @dataclass(frozen=True)
 class _TrainingOutcome:
-    """A predictor with what it took, or why there is none."""
+    """A predictor with the seconds of its training, or the reason why there is none."""
 
     predict: Predict | None
     seconds: float
     failure: str | None = None
 
 
-def _train(learner: Learner, train: Examples, judges: HeldOut, seed: int) -> _TrainingOutcome:
+def _train(learner: Learner, train: Examples, held_out: HeldOut, seed: int) -> _TrainingOutcome:
     began = time.monotonic()
     try:
-        predict, failure = learner(train, judges.validation, seed), None
-    # A learner may be anybody's, and one that fails must not take the others' results with it: the
-    # report shows its reason in the place of its accuracy.
+        predict, failure = learner(train, held_out.validation, seed), None
+    # A learner may be third-party code, and one that fails must not cost the others' results: the
+    # report shows the reason in place of its accuracy.
     except Exception as error:
         predict, failure = None, _failure_reason(error)
     return _TrainingOutcome(predict, time.monotonic() - began, failure)
 
 
-def _tune(learner: Tunable, begun: Result, train: Examples, judges: HeldOut) -> Result:
-    """The best of one training a rate by validation accuracy, the likeliest of equals."""
-    best, failures, spent = None, [], 0.0
+def _tune(learner: Tunable, begun: Result, train: Examples, held_out: HeldOut) -> Result:
+    """Train once per rate; keep the best validation accuracy, among equals the best likelihood."""
+    best, failures, seconds = None, [], 0.0
     for rate in learner.rates:
-        trained = _train(learner.at(rate), train, judges, begun.seed)
-        spent += trained.seconds
-        score = None if trained.predict is None else _validation_score(trained.predict, judges)
+        trained = _train(learner.with_rate(rate), train, held_out, begun.seed)
+        seconds += trained.seconds
+        score = None if trained.predict is None else _validation_score(trained.predict, held_out)
         if score is None:
             failures.append(trained.failure or "scores that are not finite")
         elif best is None or score > best[0]:
             best = score, rate, trained
     if best is None:
         reason = f"no rate of {len(learner.rates)} trained: {failures[0]}"
-        return replace(begun, tune_seconds=spent, failure=reason)
+        return replace(begun, tune_seconds=seconds, failure=reason)
     _, rate, trained = best
-    begun = replace(begun, rate=rate, tune_seconds=spent - trained.seconds)
-    return _score_on_test(begun, trained, judges)
+    begun = replace(begun, rate=rate, tune_seconds=seconds - trained.seconds)
+    return _score_on_test(begun, trained, held_out)
 
 
-def _validation_score(predict: Predict, judges: HeldOut) -> tuple[float, float] | None:
+def _validation_score(predict: Predict, held_out: HeldOut) -> tuple[float, float] | None:
     """Validation accuracy, and the likelihood that decides between equals; larger is better."""
-    scores = judges.validation_scores(predict)
+    scores = held_out.validation_scores(predict)
     if scores is None:
         return None
-    accuracy = metrics.accuracy(scores, judges.validation_labels)
-    return accuracy, -judges.calibrated(scores)[1]
+    accuracy = metrics.accuracy(scores, held_out.validation_labels)
+    return accuracy, -held_out.calibrate(scores)[1]
 
 
-def _score_on_test(begun: Result, trained: _TrainingOutcome, judges: HeldOut) -> Result:
-    """With its figures on the test images."""
+def _score_on_test(begun: Result, trained: _TrainingOutcome, held_out: HeldOut) -> Result:
+    """Complete a result with its figures on the test images."""
     begun = replace(begun, train_seconds=trained.seconds)
     if trained.predict is None:
         return replace(begun, failure=trained.failure, peak_memory=memory.peak())
     try:
-        figures = judges.figures(trained.predict)
-    except Exception as error:  # as above: a predictor may be anybody's
+        figures = held_out.measure(trained.predict)
+    except Exception as error:  # as above: a predictor may be third-party code
         return replace(begun, failure=_failure_reason(error), peak_memory=memory.peak())
     facts = getattr(trained.predict, "facts", None)
     return replace(begun, **figures, facts=facts, peak_memory=memory.peak())
 
 
 def _failure_reason(error: Exception) -> str:
-    """The first line of an error; the name of its class too, unless it is written for people."""
+    """First line of an error, after the name of its class unless it is a `UserError`."""
     first = next(iter(str(error).strip().splitlines()), "")
     return first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"
 
 
 def _cache_key(
-    learner: Learner, arm: Arm, judges: HeldOut, first: int, seed: int
+    learner: Learner, arm: Arm, held_out: HeldOut, first_seed: int, seed: int
 ) -> Mapping[str, Any] | None:
     """All that a result depends on; None if that is not known."""
     identity = getattr(learner, "identity", None)
-    if arm.identity is None or identity is None or judges.identity is None:
+    if arm.identity is None or identity is None or held_out.identity is None:
         return None
     return {
         "arm": [arm.name, arm.identity],
         "learner": [learner.name, learner.limit, identity],
-        "judges": judges.identity,
-        "tuned with seed": first,
+        "judges": held_out.identity,
+        "tuned with seed": first_seed,
         "seed": seed,
     }
 
@@ -290,11 +281,13 @@ def limit_examples(examples: Examples, limit: int | None, seed: int) -> Examples
         return examples
     rows = draw_balanced(examples.data.labels, limit, np.random.default_rng(seed))
     targets = None if examples.targets is None else examples.targets[rows]
-    return Examples(examples.data.select(rows), examples.preprocess, targets, examples.ready)
+    return Examples(
+        examples.data.select(rows), examples.preprocess, targets, examples.is_preprocessed
+    )
 
 
 def stored_bytes(examples: Examples) -> int:
-    """Bytes of the images as they are stored, and of their labels: one index, or k floats."""
+    """Bytes of the stored images and of their labels: one index per image, or k floats."""
     pixels = len(examples) * int(np.prod(examples.data.shape)) * examples.data.store.itemsize
     k = len(examples.data.classes)
     index = 1 if k <= 256 else 2

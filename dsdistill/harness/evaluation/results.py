@@ -1,4 +1,4 @@
-"""What an evaluation finds: one result a training, and rows of all seeds together."""
+"""Results of an evaluation: one per training, and rows over all seeds."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,33 +11,35 @@ from dsdistill.harness.evaluation.statistics import Summary
 
 @dataclass(frozen=True)
 class Result:
-    """One learner trained once on one kind of data, and judged once on the test images.
+    """One learner trained once on one kind of data, and scored once on the test images.
 
     A training that failed has its reason in `failure` and None for what could not be measured.
 
     Attributes:
         arm: Kind of data: `distilled`, `distilled-hard`, `distilled-teacher`, `random`, `k-means`,
             `herding` or `full`.
-        learner: Name.
+        learner: Name of the learner.
         augmented: Whether it was trained with augmentation.
-        seed: Of the draw of the data and of the training.
-        images: Number it was trained on.
-        bytes: Of those images and their labels, as stored.
-        rate: The learning rate that was chosen on the validation images; None where there is none.
-        accuracy: On the test images, a fraction.
-        validation_accuracy: A fraction.
-        nll: Of the test images, mean in nats, of probabilities calibrated on the validation images.
-        calibration_error: Of the same probabilities, 15 bins, a fraction.
-        per_class: Accuracy on the test images of each class; None for a class that has none.
-        confusion: Test images by true class (row) and predicted class (column).
+        seed: Seed of the draw of the data and of the training.
+        images: Number of images it was trained on.
+        bytes: Stored size of those images and their labels.
+        rate: Learning rate chosen on the validation images; None where there is none to choose.
+        accuracy: Fraction of the test images predicted right.
+        validation_accuracy: Fraction of the validation images predicted right.
+        nll: Mean negative log-likelihood of the test images, in nats, under probabilities
+            calibrated on the validation images.
+        calibration_error: Expected calibration error of these probabilities, 15 bins, a fraction.
+        per_class: Test accuracy of each class; None for a class without test images.
+        confusion: Number of test images by true class (row) and predicted class (column).
         teacher_agreement: Fraction of the test images on which learner and teacher agree.
         teacher_kl: KL(teacher || learner), mean over the test images, in nats.
-        train_seconds: Of this training.
-        tune_seconds: Of all trainings that chose the rate; counted in the first seed alone.
+        train_seconds: Seconds of this training.
+        tune_seconds: Seconds of the other trainings that chose the rate, in the first seed's
+            result only.
         peak_memory: Largest size of the process until the end of this training, in bytes.
-        facts: What the learner says of itself: `parameters`, `flops` (multiply-adds of one image,
+        facts: The learner's own measurements: `parameters`, `flops` (multiply-adds of one image,
             doubled), `latency_ms` ({"1": ..., "64": ...}), `curve` ([[step, training loss], ...]).
-        failure: Why there is no accuracy.
+        failure: Reason why there is no accuracy; None where there is one.
     """
 
     arm: str
@@ -68,8 +70,8 @@ class Row:
 
     Attributes:
         arm, learner, augmented: As in the results.
-        results: One a seed, in the order of the seeds.
-        accuracy: Of all seeds together; None if any of them failed, since a mean of the others
+        results: One result per seed, in the order of the seeds.
+        accuracy: Summary over all seeds; None if any of them failed, since a mean of the others
             would flatter.
     """
 
@@ -94,41 +96,41 @@ _FRACTIONS = ("accuracy", "validation_accuracy", "calibration_error", "teacher_a
 _REQUIRED = ("accuracy", "validation_accuracy", "nll", "calibration_error", "confusion")
 _COUNTS = ("images", "bytes", "peak_memory")
 _AMOUNTS = ("rate", "nll", "teacher_kl", "train_seconds", "tune_seconds")
-_TOLERANCE = 1e-9  # by which figures that are computed in two ways may differ
+_TOLERANCE = 1e-9  # largest difference between two ways to compute the same figure
 
 
 def problem(result: Result, test_counts: Sequence[int]) -> str | None:
-    """What is impossible about a stored result, or None.
+    """Why a stored result is impossible; None if it is plausible.
 
-    A checksum keeps damage out, and not a result that something else has written.
+    A checksum detects damage, but not a result that another program has written.
 
     Args:
-        result: Its fields may be of any type.
-        test_counts: Test images of each class.
+        result: The stored result, whose fields may be of any type.
+        test_counts: Number of test images of each class.
     """
     for name, value in asdict(result).items():
         if not _all_finite(value):
             return f"{name} is not finite"
     texts = (result.arm, result.learner, result.failure or "")
     if not all(isinstance(text, str) for text in texts) or not isinstance(result.augmented, bool):
-        return "its names are of another type"
+        return "its names are not text, or `augmented` is not a truth value"
     if not _is_count(result.seed) or any(not _is_count(getattr(result, name)) for name in _COUNTS):
         return "a number is not whole, or is negative"
     for name in (*_FRACTIONS, *_AMOUNTS):
-        value, most = getattr(result, name), 1 if name in _FRACTIONS else math.inf
-        if value is not None and not (_is_number(value) and -_TOLERANCE <= value <= most):
+        value, largest = getattr(result, name), 1 if name in _FRACTIONS else math.inf
+        if value is not None and not (_is_number(value) and -_TOLERANCE <= value <= largest):
             return f"{name} is {value!r}"
     if result.facts is not None and not isinstance(result.facts, Mapping):
         return f"facts are {result.facts!r}"
     if result.failure is not None:
-        return None if result.accuracy is None else "it failed, and has an accuracy"
+        return None if result.accuracy is None else "it failed and yet has an accuracy"
     if any(getattr(result, name) is None for name in _REQUIRED):
-        return "it has neither figures nor a reason"
+        return "it has neither figures nor a reason for having none"
     return _contradiction(result, test_counts)
 
 
 def _contradiction(result: Result, test_counts: Sequence[int]) -> str | None:
-    """Where accuracy, accuracy of each class and confusion matrix do not fit together."""
+    """How accuracy, accuracies per class and confusion matrix contradict each other, or None."""
     confusion: Any = result.confusion
     k = len(test_counts)
     square = isinstance(confusion, Sequence) and len(confusion) == k
@@ -140,15 +142,15 @@ def _contradiction(result: Result, test_counts: Sequence[int]) -> str | None:
         return "its confusion matrix is of other test images"
     right = [confusion[label][label] for label in range(k)]
     if abs(sum(right) / sum(test_counts) - (result.accuracy or 0.0)) > _TOLERANCE:
-        return f"accuracy is {result.accuracy}, by the confusion matrix another"
+        return f"accuracy is {result.accuracy}, but its confusion matrix gives another"
     shares = [r / n if n else None for r, n in zip(right, test_counts, strict=True)]
-    given = result.per_class
+    accuracies = result.per_class
     if (
-        not isinstance(given, Sequence)
-        or len(given) != k
-        or not all(map(_nearly_equal, given, shares))
+        not isinstance(accuracies, Sequence)
+        or len(accuracies) != k
+        or not all(map(_nearly_equal, accuracies, shares))
     ):
-        return "its accuracies of the classes are not those of the confusion matrix"
+        return "its accuracies per class are not those of the confusion matrix"
     return None
 
 
@@ -174,7 +176,7 @@ def _all_finite(value: Any) -> bool:
 
 
 def group_by_training(results: Sequence[Result]) -> list[Row]:
-    """The results by learner, augmentation and arm, in the order in which they first appear."""
+    """Group results by learner, augmentation and arm, in the order in which these first appear."""
     groups: dict[tuple[str, str, bool], list[Result]] = {}
     for result in results:
         groups.setdefault((result.learner, result.arm, result.augmented), []).append(result)

@@ -1,4 +1,4 @@
-"""DD-Ranking's scores of each learner, from the rows of an evaluation."""
+"""DD-Ranking's scores of a distilled set, one set of scores per learner."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,14 +10,15 @@ from dsdistill.harness.evaluation.statistics import PairedDifference
 
 @dataclass(frozen=True)
 class SetScores:
-    """What one learner says of a distilled set; None where an arm it needs is missing or failed.
+    """Scores of a distilled set by one learner; None where an arm is missing or failed.
 
     Attributes:
-        learner: Name.
-        hlr: Hard-label recovery, of the arms `full` and `distilled-hard`.
-        ior: Improvement over random, of the arms `distilled` and `random`.
-        lrs: Label-robust score of the two.
-        ars: Augmentation-robust score, of `distilled` and `random` with and without augmentation.
+        learner: Name of the learner.
+        hlr: Hard-label recovery, from the arms `full` and `distilled-hard`.
+        ior: Improvement over random, from the arms `distilled` and `random`.
+        lrs: Label-robust score, from these two.
+        ars: Augmentation-robust score, from `distilled` and `random` with and without
+            augmentation.
         versus_random: `distilled` minus `random`, paired by the seeds that both have.
     """
 
@@ -30,14 +31,14 @@ class SetScores:
 
 
 def score_learners(rows: Sequence[Row]) -> list[SetScores]:
-    """One `SetScores` a learner, in the order in which the learners first appear.
+    """Score the distilled set by each learner, in the order in which the learners first appear.
 
-    All but the ARS come from the rows without augmentation, or from the augmented ones of a
-    learner that was never trained without: a difference between the two kinds would measure the
-    augmentation.
+    All scores but the ARS come from the rows without augmentation, or, for a learner that was
+    only trained with it, from the augmented ones: a difference between the two kinds would
+    measure the augmentation.
 
     Args:
-        rows: Of `results.group_by_training`; their mean accuracies are compared.
+        rows: Rows from `results.group_by_training`, whose mean accuracies are compared.
     """
     learners = dict.fromkeys(row.learner for row in rows)
     return [_score_learner(name, [row for row in rows if row.learner == name]) for name in learners]
@@ -72,7 +73,7 @@ def _score_learner(learner: str, rows: Sequence[Row]) -> SetScores:
 def _apply_if_known(
     formula: Callable[[float, float], float], a: float | None, b: float | None
 ) -> float | None:
-    """The formula of both values, or None if one is unknown."""
+    """Apply a formula to two values; None if one is unknown."""
     return None if a is None or b is None else formula(a, b)
 
 

@@ -1,4 +1,4 @@
-"""What several seeds say together: means with intervals, paired differences, DD-Ranking's scores.
+"""Statistics over seeds: means with intervals, paired differences, DD-Ranking's scores.
 
 Accuracies are fractions in [0, 1] throughout. The scores pass differences of accuracies through
 an exponential, which percentages would make meaningless, so anything else is refused.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-CONFIDENCE = 0.95  # of every interval
+CONFIDENCE = 0.95  # level of every interval
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,11 @@ class Summary:
     """The mean of a few values and how well it is known.
 
     Attributes:
-        mean: Arithmetic.
-        std: Of the sample (n - 1 in the denominator); 0 for one value.
+        mean: Arithmetic mean.
+        std: Sample standard deviation (n - 1 in the denominator); 0 for one value.
         n: Number of values.
         low, high: 95 % t interval of the mean, cut off at the bounds of the values where they are
-            given; both equal the mean for one value, which says nothing of the others.
+            given; both equal the mean for one value, which tells nothing about the spread.
     """
 
     mean: float
@@ -39,9 +39,9 @@ class PairedDifference:
     """How two sequences differ, value by value.
 
     Attributes:
-        difference: Of the differences first - second.
-        p: Two-sided, of the paired t test that their mean is 0; None where there is no test: for
-            one pair, and where all differences are the same.
+        difference: Summary of the differences first - second.
+        p: Two-sided p value of the paired t test that their mean is 0; None where there is no
+            test: for one pair, and where all differences are equal.
     """
 
     difference: Summary
@@ -53,14 +53,14 @@ def summary(
 ) -> Summary:
     """Mean, sample deviation and 95 % interval mean ± t(n - 1) std / √n.
 
-    The interval takes the values for independent draws of a normal distribution. That of two
-    values is 12.7 standard errors wide on either side, and easily leaves what they can be: the
-    mean cannot, so what lies outside `bounds` is cut off, and the interval covers the mean as
-    often as before.
+    The interval assumes independent draws from a normal distribution. For two values it extends
+    12.7 standard errors to either side and easily leaves the range of the values. The mean cannot
+    leave it, so what lies outside `bounds` is cut off, and the interval covers the mean as often
+    as before.
 
     Args:
-        values: At least one.
-        bounds: Between which the values lie, (0, 1) for accuracies.
+        values: At least one value.
+        bounds: Smallest and largest possible value, (0, 1) for accuracies.
 
     Raises:
         ValueError: If there are no values, or one is not finite or outside the bounds.
@@ -70,9 +70,9 @@ def summary(
         raise ValueError("a summary needs at least one value, got none")
     if not np.isfinite(x).all():
         raise ValueError(f"a summary needs finite values, got {x.tolist()}")
-    least, most = bounds
-    if not ((x >= least) & (x <= most)).all():
-        raise ValueError(f"values must lie between {least:g} and {most:g}, got {x.tolist()}")
+    low, high = bounds
+    if not ((x >= low) & (x <= high)).all():
+        raise ValueError(f"values must lie between {low:g} and {high:g}, got {x.tolist()}")
     # Measured from the first value: equal values then have a deviation of exactly 0.
     offsets, n = x - x[0], len(x)
     mean = float(x[0] + offsets.mean())
@@ -80,7 +80,7 @@ def summary(
         return Summary(mean, 0.0, n, mean, mean)
     std = float(offsets.std(ddof=1))
     half = _t_quantile(n - 1) * std / math.sqrt(n)
-    return Summary(mean, std, n, max(mean - half, least), min(mean + half, most))
+    return Summary(mean, std, n, max(mean - half, low), min(mean + half, high))
 
 
 def paired_difference(
@@ -89,11 +89,11 @@ def paired_difference(
     *,
     bounds: tuple[float, float] = (-math.inf, math.inf),
 ) -> PairedDifference:
-    """The differences a - b of pairs that share a seed, and whether their mean could be 0.
+    """Summarise the differences a - b of pairs that share a seed, and test whether their mean is 0.
 
     Args:
-        a, b: In the same order; values at one position belong together.
-        bounds: Between which the differences lie, (-1, 1) for those of accuracies.
+        a, b: Values in the same order; those at one position belong together.
+        bounds: Smallest and largest possible difference, (-1, 1) for accuracies.
 
     Raises:
         ValueError: If the lengths differ, there are no values, or one is not finite.
@@ -105,7 +105,7 @@ def paired_difference(
     difference = summary([x - y for x, y in zip(a, b, strict=True)], bounds=bounds)
     # 0.9 - 0.8 and 0.8 - 0.7 differ in their last digits, which a test would find significant.
     rounding = 4 * float(np.finfo(np.float64).eps) * max(abs(x) for x in (*a, *b))
-    if difference.std <= rounding:  # of one pair too
+    if difference.std <= rounding:  # true for one pair too
         return PairedDifference(difference, None)
     return PairedDifference(difference, float(ttest_rel(a, b)[1]))
 
@@ -113,11 +113,12 @@ def paired_difference(
 def hard_label_recovery(full_hard: float, distilled_hard: float) -> float:
     """HLR = acc(full, hard) - acc(distilled, hard): what the distilled images lose; 0 is best.
 
-    Hard labels on both sides leave out what a teacher's or learned labels add.
+    Hard labels on both sides exclude what a teacher's or learned labels add.
 
     Args:
         full_hard: Accuracy after training on all real images, a fraction.
-        distilled_hard: After training on the distilled images with hard labels, a fraction.
+        distilled_hard: Accuracy after training on the distilled images with hard labels, a
+            fraction.
 
     Raises:
         ValueError: If an accuracy is not a fraction.
@@ -133,7 +134,7 @@ def improvement_over_random(distilled: float, random: float) -> float:
 
     Args:
         distilled: Accuracy after training on the distilled set, a fraction.
-        random: After training the same way on as many random real images, a fraction.
+        random: Accuracy after the same training on as many random real images, a fraction.
 
     Raises:
         ValueError: If an accuracy is not a fraction.
@@ -151,8 +152,8 @@ def label_robust_score(hlr: float, ior: float, *, weight: float = 0.5) -> float:
     all of them, a = 0, score about 0.269.
 
     Args:
-        hlr, ior: Of `hard_label_recovery` and `improvement_over_random`, in [-1, 1].
-        weight: w in [0, 1], of IOR.
+        hlr, ior: Values from `hard_label_recovery` and `improvement_over_random`, in [-1, 1].
+        weight: w in [0, 1], the weight of IOR.
 
     Raises:
         ValueError: If an argument lies outside its range.
@@ -172,7 +173,7 @@ def augmentation_robust_score(with_: float, without: float, *, weight: float = 0
     Args:
         with_: acc(distilled) - acc(random), both trained with augmentation, in [-1, 1].
         without: The same difference, both trained without.
-        weight: w in [0, 1], of `with_`.
+        weight: w in [0, 1], the weight of `with_`.
 
     Raises:
         ValueError: If an argument lies outside its range.

@@ -1,4 +1,4 @@
-"""The top of a page: whether the distilled set is worth it, before any table."""
+"""Top of a page: whether the distilled set beats random images, before any table."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,7 @@ from dsdistill.harness.reports.report import Report
 
 
 def render_single(report: Report) -> str:
-    """The answer of one evaluation, what it is of, and a line for each learner."""
+    """Render the answer of one evaluation, its subject, and a line for each learner."""
     lines = (
         f"<b>{html.text(score.learner)}</b>: {html.text(verdict.answer(report, score))}"
         for score in report.scores
@@ -22,7 +22,7 @@ def render_single(report: Report) -> str:
 
 
 def render_comparison(names: Mapping[str, Report]) -> str:
-    """The answer of each evaluation, and one table of all.
+    """Render the answer of each evaluation, and one table of all.
 
     Args:
         names: The evaluations by name.
@@ -35,5 +35,6 @@ def render_comparison(names: Mapping[str, Report]) -> str:
         (name, [list(map(html.text, tables.contrast_cells(report, s))) for s in report.scores])
         for name, report in names.items()
     ]
-    said = "Test accuracy after training on the distilled set, and its distance to other data"
-    return "\n".join([html.bullet_list(answers), html.table(said, tables.CONTRAST_COLUMNS, groups)])
+    caption = "Test accuracy after training on the distilled set, and its distance to other data"
+    table = html.table(caption, tables.CONTRAST_COLUMNS, groups)
+    return "\n".join([html.bullet_list(answers), table])

@@ -1,4 +1,4 @@
-"""Accuracy against images per class: several evaluations of one data set, and published ones."""
+"""Plots of accuracy against images per class: evaluations of one data set, published results."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,31 +24,31 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CONTROLS = ("random", "k-means", "herding")
-_PUBLISHED_MARKERS = "soDv^<>Ph*"  # markers of published figures
-_OFFSET_FACTOR = 1.05  # factor between marks that would lie on each other
+_PUBLISHED_MARKERS = "soDv^<>Ph*"
+_OFFSET_FACTOR = 1.05  # factor in x between marks that would cover each other
 
 
 @dataclass(frozen=True)
 class Line:
-    """One kind of data with every number of images that it was measured with."""
+    """Accuracies of one kind of data at every number of images per class that was measured."""
 
     label: str
-    look: ArmStyle
+    style: ArmStyle
     points: Sequence[tuple[int, Summary]]
 
 
 def plot(reports: Sequence[Report], learners: Sequence[str] = ()) -> "Figure":
-    """One panel a learner: distilled sets and controls, full data as a level, published figures.
+    """Draw one panel per learner: distilled sets, controls, full data and published results.
 
     Args:
-        reports: Of one data set.
-        learners: Whose panels are drawn; all without any.
+        reports: Reports on one data set.
+        learners: Names of the learners to draw; all if empty.
     """
     learners = learners or learner_names(reports)
-    legends = [
+    entries = [
         len(lines(reports, name)) + len(published_results(reports, name)) + 1 for name in learners
     ]
-    heights = [2.4 + 0.09 * count for count in legends]
+    heights = [2.4 + 0.09 * count for count in entries]
     with style_context():
         figure = new_figure(0.3 + sum(heights))
         panels = figure.subplots(
@@ -60,42 +60,42 @@ def plot(reports: Sequence[Report], learners: Sequence[str] = ()) -> "Figure":
 
 
 def learner_names(reports: Sequence[Report]) -> list[str]:
-    """The names of all learners of several reports."""
+    """Names of all learners of several reports."""
     return list(dict.fromkeys(name for report in reports for name in report.learners))
 
 
 def lines(reports: Sequence[Report], learner: str) -> list[Line]:
-    """What is drawn as lines: each way of distilling, then the controls."""
-    ways = list(dict.fromkeys(map(method_and_kernel, reports)))
-    found = []
-    for i, name in enumerate(ways):
+    """Lines of a learner's panel: one for each method and kernel, then the controls."""
+    methods = list(dict.fromkeys(map(method_and_kernel, reports)))
+    lines_ = []
+    for i, name in enumerate(methods):
         same = [report for report in reports if method_and_kernel(report) == name]
-        label = "distilled" if len(ways) == 1 else f"distilled, {name}"
-        found.append(Line(label, _method_style(i), _points(same, learner, "distilled")))
-    found += [Line(arm, arm_style(arm), _points(reports, learner, arm)) for arm in CONTROLS]
-    return [line for line in found if line.points]
+        label = "distilled" if len(methods) == 1 else f"distilled, {name}"
+        lines_.append(Line(label, _method_style(i), _points(same, learner, "distilled")))
+    lines_ += [Line(arm, arm_style(arm), _points(reports, learner, arm)) for arm in CONTROLS]
+    return [line for line in lines_ if line.points]
 
 
 def method_and_kernel(report: Report) -> str:
-    """How a set was made: method and kernel."""
+    """Method and kernel of a distilled set; the report's title if neither is known."""
     known = (report.distilled.get("method"), report.distilled.get("kernel"))
     return " ".join(filter(None, known)) or report.title
 
 
 def published_results(reports: Sequence[Report], learner: str) -> list[published.PublishedResult]:
-    """What others have published of the data set with such a learner."""
-    judge = "ridge" if learner.startswith("ridge") else "network"
-    return published.lookup(reports[0].data["name"], judge)
+    """Published results on the data set with a learner of the same kind."""
+    kind = "ridge" if learner.startswith("ridge") else "network"
+    return published.lookup(reports[0].data["name"], kind)
 
 
 def _method_style(i: int) -> ArmStyle:
-    """The first in the colour of distilled sets, others in those that no control has."""
-    ways = [arm_style(arm) for arm in ("distilled", "distilled-hard", "distilled-teacher")]
-    return ways[i] if i < len(ways) else SERIES[-1]
+    """Style of the i-th method: that of distilled sets first, then others that no control has."""
+    styles = [arm_style(arm) for arm in ("distilled", "distilled-hard", "distilled-teacher")]
+    return styles[i] if i < len(styles) else SERIES[-1]
 
 
 def _points(reports: Sequence[Report], learner: str, arm: str) -> list[tuple[int, Summary]]:
-    """Images per class and accuracy, in order; figures that several reports share stand once."""
+    """Pairs of images per class and accuracy, in order, without duplicates between reports."""
     rows = [(report.images_per_class, report.row(learner, arm)) for report in reports]
     known = {(n, row.accuracy) for n, row in rows if row and row.accuracy}
     return sorted(known, key=lambda point: (point[0], point[1].mean))
@@ -106,14 +106,18 @@ def _draw_panel(axes: Any, reports: Sequence[Report], learner: str) -> None:
     for line in lines(reports, learner):
         _draw_line(axes, line)
     _draw_full_data_level(axes, reports, learner)
-    for i, of in enumerate(published_results(reports, learner)):
-        x, y = np.array(list(of.accuracies)), 100 * np.array(list(of.accuracies.values()))
+    for i, result in enumerate(published_results(reports, learner)):
+        x, y = np.array(list(result.accuracies)), 100 * np.array(list(result.accuracies.values()))
         style = {"color": INK, "markerfacecolor": "none", "alpha": 0.6, "lw": 0}
-        # To the right of the measured marks, each by a little.
+        # Slightly to the right of the measured marks.
         axes.plot(
-            x * _OFFSET_FACTOR ** (i + 1), y, _PUBLISHED_MARKERS[i % 10], label=of.label, **style
+            x * _OFFSET_FACTOR ** (i + 1),
+            y,
+            _PUBLISHED_MARKERS[i % 10],
+            label=result.label,
+            **style,
         )
-        counts |= set(of.accuracies)
+        counts |= set(result.accuracies)
     axes.set_xscale("log")
     axes.set_xticks(sorted(counts), [f"{count:,}" for count in sorted(counts)])
     axes.set_xticks([], minor=True)
@@ -126,18 +130,19 @@ def _draw_panel(axes: Any, reports: Sequence[Report], learner: str) -> None:
 def _draw_line(axes: Any, line: Line) -> None:
     counts = sorted({n for n, _ in line.points})
     means = [np.mean([100 * a.mean for m, a in line.points if m == n]) for n in counts]
-    look = {"color": line.look.colour, "marker": line.look.marker}
-    axes.plot(counts, means, ls=line.look.line, label=label(line.label, MAX_TITLE_LENGTH), **look)
+    style = {"color": line.style.colour, "marker": line.style.marker}
+    name = label(line.label, MAX_TITLE_LENGTH)
+    axes.plot(counts, means, ls=line.style.line, label=name, **style)
     x = [n for n, _ in line.points]
     y = np.array([100 * a.mean for _, a in line.points])
-    around = 100 * np.array([[a.mean - a.low, a.high - a.mean] for _, a in line.points]).T
-    axes.errorbar(x, y, around, ls="", **look)
+    intervals = 100 * np.array([[a.mean - a.low, a.high - a.mean] for _, a in line.points]).T
+    axes.errorbar(x, y, intervals, ls="", **style)
 
 
 def _draw_full_data_level(axes: Any, reports: Sequence[Report], learner: str) -> None:
     rows = [report.row(learner, "full") for report in reports]
     known = [row.accuracy for row in rows if row and row.accuracy]
     if known:
-        of = arm_style("full")
+        style = arm_style("full")
         level = 100 * float(np.mean([a.mean for a in known]))
-        axes.axhline(level, color=of.colour, linestyle=of.line, lw=1, label="full data")
+        axes.axhline(level, color=style.colour, linestyle=style.line, lw=1, label="full data")

@@ -1,6 +1,6 @@
-"""HTML of a page that needs nothing but itself: no network, no script, no font.
+"""HTML of self-contained pages: no network, no script, no font.
 
-Text goes through `text`, which escapes it; every other function takes what is markup already.
+Text goes through `text`, which escapes it; where a docstring says markup, it is inserted as it is.
 """
 
 import base64
@@ -8,30 +8,29 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from importlib import resources
 
+from dsdistill.harness.reports import plot_style
 from dsdistill.harness.text import printable
 
 # Nothing is loaded and nothing runs; pictures are in the page itself.
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'"
 )
-
-
-ENLARGED_PIXELS = 500  # pixels to which smaller pictures are enlarged
-DPI, CSS_DPI = 150, 96  # of the pictures of this project, and of a page
-Cell = str | tuple[str, int]  # markup, and how many columns it spans
+ENLARGED_PIXELS = 500  # width up to which small pictures are enlarged
+CSS_DPI = 96  # pixels per inch of a page, by the standard of CSS
+Cell = str | tuple[str, int]  # markup, and the number of columns it spans
 
 
 def text(value: object) -> str:
-    """Any text on one line, escaped."""
+    """Escape a value's text and bring it onto one line."""
     return escape(printable(str(value)))
 
 
 def document(title: str, body: Iterable[str]) -> str:
-    """A whole page.
+    """Build a whole page.
 
     Args:
-        title: Not yet escaped.
-        body: Sections.
+        title: Title of the page; text.
+        body: Sections; markup.
     """
     sheet = (resources.files("dsdistill.harness.reports") / "page.css").read_text("utf-8")
     return "\n".join(
@@ -43,7 +42,7 @@ def document(title: str, body: Iterable[str]) -> str:
             f'<meta http-equiv="Content-Security-Policy" content="{CONTENT_SECURITY_POLICY}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             '<meta name="color-scheme" content="light dark">',
-            # An empty icon of its own keeps a browser from asking for one.
+            # An empty icon keeps a browser from requesting one.
             '<link rel="icon" href="data:,">',
             f"<title>{text(title)}</title>",
             f"<style>\n{sheet}</style>",
@@ -60,7 +59,7 @@ def document(title: str, body: Iterable[str]) -> str:
 
 
 def section(identity: str, title: str, *parts: str) -> str:
-    """A section with a heading; nothing without a part."""
+    """Build a section with a heading from markup; empty if all its parts are."""
     inner = "\n".join(filter(None, parts))
     if not inner:
         return ""
@@ -71,12 +70,12 @@ def section(identity: str, title: str, *parts: str) -> str:
 
 
 def paragraph(words: str, kind: str = "") -> str:
-    """One paragraph of text, escaped here."""
+    """Build a paragraph from text, of the CSS class `kind`."""
     return f"<p{_class(kind)}>{text(words)}</p>"
 
 
 def bullet_list(lines: Iterable[str]) -> str:
-    """A list; its lines are markup."""
+    """Build a bullet list from lines of markup; empty without lines."""
     inner = "".join(f"<li>{line}</li>\n" for line in lines)
     return f"<ul>\n{inner}</ul>" if inner else ""
 
@@ -84,17 +83,17 @@ def bullet_list(lines: Iterable[str]) -> str:
 def table(
     caption: str, head: Sequence[str], groups: Sequence[tuple[str, Sequence[Sequence[Cell]]]]
 ) -> str:
-    """A table that scrolls in itself where the page is narrow.
+    """Build a table that scrolls by itself where the page is narrow.
 
     Args:
-        caption: Said above it; text.
+        caption: Caption above the table; text.
         head: Names of the columns; text.
-        groups: A heading of its own (text, or empty) and rows of markup; the first cell of a row
+        groups: Pairs of a heading (text, may be empty) and rows of markup; the first cell of a row
             is its name.
     """
     columns = "".join(f'<th scope="col">{text(name)}</th>' for name in head)
     bodies = "\n".join(_group(name, rows, len(head)) for name, rows in groups)
-    # A scrolling region is reached and named without a mouse too.
+    # Role, label and tab index let a keyboard or a screen reader scroll the region.
     return (
         f'<div class="scroll" role="region" aria-label="{text(caption)}" tabindex="0">\n<table>\n'
         f"<caption><span>{text(caption)}</span></caption>\n<thead><tr>{columns}</tr></thead>\n{bodies}\n"
@@ -103,28 +102,28 @@ def table(
 
 
 def figure(content: str, caption: str) -> str:
-    """A drawing or picture, with words below it; it scrolls in itself too."""
+    """Build a figure from markup, with a caption (text) below it; it scrolls by itself too."""
     return (
         f'<figure>\n<div class="scroll" role="region" aria-label="{text(caption)}" tabindex="0">\n'
         f"{content}\n</div>\n<figcaption>{text(caption)}</figcaption>\n</figure>"
     )
 
 
-def figure_grid(found: Sequence[str]) -> str:
-    """Several beside each other where there is room."""
-    inner = "\n".join(filter(None, found))
+def figure_grid(figures: Sequence[str]) -> str:
+    """Place figures beside each other where there is room; empty without figures."""
+    inner = "\n".join(filter(None, figures))
     return f'<div class="figures">\n{inner}\n</div>' if inner else ""
 
 
 def picture(png: bytes, alt: str) -> str:
-    """A PNG within the page.
+    """Embed a PNG in the page.
 
-    A small one is enlarged by a whole factor, its pixels kept apart; others are as large as they
-    would be printed, and on a narrow screen at least two fifths of that.
+    A small one is enlarged by an integer factor with sharp pixels. Others have their printed size,
+    and on a narrow screen at least two fifths of that.
     """
-    width = int.from_bytes(png[16:20], "big")  # of the header, which comes first in every PNG
+    width = int.from_bytes(png[16:20], "big")  # a field of the header, which every PNG begins with
     factor = ENLARGED_PIXELS // max(width, 1)
-    shown = width * factor if factor > 1 else round(width * CSS_DPI / DPI)
+    shown = width * factor if factor > 1 else round(width * CSS_DPI / plot_style.DPI)
     least = f";min-width:{2 * shown // 5}px"
     sized = f'class="{"pixels" if factor > 1 else "picture"}" style="width:{shown}px{least}"'
     encoded = base64.b64encode(png).decode()
@@ -132,7 +131,7 @@ def picture(png: bytes, alt: str) -> str:
 
 
 def code(lines: Iterable[str]) -> str:
-    """Command lines, to be copied."""
+    """Build a block of command lines from text; empty without lines."""
     inner = "\n".join(map(text, lines))
     return f'<pre tabindex="0"><code>{inner}</code></pre>' if inner else ""
 

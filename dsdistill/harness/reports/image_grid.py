@@ -1,4 +1,4 @@
-"""Two sets of images side by side, as the eye knows them: one row a class."""
+"""A picture of two sets of images side by side, without their preprocessing: one row per class."""
 
 import io
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.reports import plot_style
 from dsdistill.harness.runs.run_folder import write_bytes
 
-MAX_ROWS, MAX_COLUMNS = 20, 10  # a grid of a thousand classes is no picture
-MAX_SIDE_PIXELS = 256  # a side of an image; its place in the picture has about 80
+MAX_ROWS, MAX_COLUMNS = 20, 10  # a grid of a thousand classes is unreadable
+MAX_SIDE_PIXELS = 256  # side of an image before it is drawn, at about 80 pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,8 +21,8 @@ class GridSide:
     """Half of a picture.
 
     Attributes:
-        title: Above it.
-        images: Preprocessed.
+        title: Title above this half.
+        images: Preprocessed images.
         labels: Class of each image.
     """
 
@@ -31,27 +31,27 @@ class GridSide:
     labels: Int[np.ndarray, " n"]
 
     def rows(self, classes: int) -> list[Float[np.ndarray, "m h w c"]]:
-        """The first images of each class."""
+        """The first `MAX_COLUMNS` images of each class."""
         return [self.images[self.labels == c][:MAX_COLUMNS] for c in range(classes)]
 
 
 def write(
     path: Path, left: GridSide, right: GridSide, classes: tuple[str, ...], preprocess: Preprocess
 ) -> None:
-    """Write a PNG with two sets of images side by side, a row a class.
+    """Write a PNG with two sets of images side by side, one row per class.
 
     Args:
-        path: Of the PNG.
-        left, right: The preprocessing is undone for the picture.
+        path: Path of the PNG.
+        left, right: The two sets, whose preprocessing is undone for the picture.
         classes: Names; the first `MAX_ROWS` are shown.
-        preprocess: As stored with the set.
+        preprocess: The preprocessing of both sets.
     """
     count = min(len(classes), MAX_ROWS)
     sides = (left, right)
     columns = max(1, *(len(row) for side in sides for row in side.rows(count)))
     with plot_style.plain_text():
         pixels = _render(sides, classes[:count], columns, preprocess)
-    gray = (pixels == pixels[..., :1]).all()  # a third less to store, and to put into a page
+    gray = (pixels == pixels[..., :1]).all()  # a third smaller, in the file and in a page
     buffer = io.BytesIO()
     Image.fromarray(pixels[..., 0] if gray else pixels).save(buffer, "png", optimize=True)
     write_bytes(path, buffer.getvalue())
@@ -60,7 +60,7 @@ def write(
 def _render(
     sides: tuple[GridSide, GridSide], classes: tuple[str, ...], columns: int, preprocess: Preprocess
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """The picture's pixels; every class has a row, though it may have no image."""
+    """Draw the picture; every class has a row, even without images."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -88,18 +88,18 @@ def _render(
 
 
 def _downsample(images: Float[np.ndarray, "m h w c"]) -> Float[np.ndarray, "m h2 w2 c2"]:
-    """Images of at most `MAX_SIDE_PIXELS` a side, in gray or colour: gray for any other channels."""
+    """Reduce images to at most `MAX_SIDE_PIXELS` per side, and other channels than 3 to gray."""
     rows, columns = (-(-side // MAX_SIDE_PIXELS) for side in images.shape[1:3])
     thin = images[:, ::rows, ::columns]
     return thin if thin.shape[-1] in (1, 3) else thin.mean(-1, keepdims=True)
 
 
 def tile(rows: list[Float[np.ndarray, "m h w c"]], columns: int) -> Float[np.ndarray, "H W c"]:
-    """Images in a grid with one white pixel between them, clipped to [0, 1].
+    """Arrange images in a grid with one white pixel between them, clipped to [0, 1].
 
     Args:
-        rows: The images of each row; a row may be shorter than `columns`.
-        columns: Images a row.
+        rows: Images of each row; a row may be shorter than `columns`.
+        columns: Number of images per row.
     """
     _, h, w, c = rows[0].shape
     grid = np.ones((len(rows) * (h + 1) - 1, columns * (w + 1) - 1, c), np.float32)

@@ -8,13 +8,12 @@ from dsdistill.harness.reports import tables, verdict
 from dsdistill.harness.reports.report import COLUMNS, Report, row_cells
 from dsdistill.harness.text import printable
 
-_SPECIAL_CHARACTERS = re.compile(
-    r"[\\`*_\[\]#~$|]"
-)  # characters that open something in Markdown, or a cell
+# Characters that begin markup or a cell in Markdown.
+_SPECIAL_CHARACTERS = re.compile(r"[\\`*_\[\]#~$|]")
 
 
 def render(report: Report) -> str:
-    """The answer, the tables, how it was made, and how to make it again."""
+    """Render the answer, the tables, how the set was made, and the commands to reproduce it."""
     answers = [f"- {score.learner}: {verdict.answer(report, score)}" for score in report.scores]
     failures = tables.failures(report)
     parts = [
@@ -43,7 +42,7 @@ def render(report: Report) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; its cells are plain text."""
+    """Build a Markdown table from cells of plain text."""
     lines = ["| " + " | ".join(map(_escape, cells)) + " |" for cells in (head, *rows)]
     return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
@@ -51,12 +50,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _quality(report: Report) -> list[str]:
     if not tables.has_quality(report.rows):
         return []
-    said = f"{tables.QUALITY_CAPTION}. {tables.QUALITY_NOTE}"
-    return ["## Probabilities", _by_arm(report, tables.QUALITY_COLUMNS, tables.quality_cells), said]
+    table_ = _by_arm(report, tables.QUALITY_COLUMNS, tables.quality_cells)
+    return ["## Probabilities", table_, f"{tables.QUALITY_CAPTION}. {tables.QUALITY_NOTE}"]
 
 
 def _by_arm(report: Report, head: Sequence[str], cells: Callable[[Row], list[str]]) -> str:
-    """A table of all rows, with the learner as second column."""
+    """Build a table of all rows, with the learner as second column."""
     (first, *names), lines = tables.by_arm(report.rows, head, cells)
     rows = [[arm, row.learner, *rest] for row, (arm, *rest) in lines]
     return table([first, "learner", *names], rows)
@@ -67,6 +66,6 @@ def _bullet_section(title: str, lines: Sequence[str]) -> list[str]:
 
 
 def _escape(text: str) -> str:
-    """Text from anywhere on one line, so that it is neither a new cell nor any other markup."""
+    """Escape text and bring it onto one line, so that it is neither a new cell nor other markup."""
     flat = " ".join(printable(text).split())
     return _SPECIAL_CHARACTERS.sub(r"\\\g<0>", flat).replace("&", "&amp;").replace("<", "&lt;")

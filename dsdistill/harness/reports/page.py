@@ -1,4 +1,4 @@
-"""Evaluations as one HTML page to show each other: everything is in the file itself."""
+"""One self-contained HTML page about one or several evaluations."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -37,20 +37,20 @@ GROWTH_NOTE = (
 def render(
     reports: Sequence[Report], *, title: str, pictures: Mapping[str, bytes] | None = None
 ) -> str:
-    """One page about one or several evaluations.
+    """Render one page about one or several evaluations.
 
     Args:
-        reports: In the order in which they are shown.
-        title: Of the page.
-        pictures: PNG files by caption.
+        reports: Reports, in the order in which they are shown.
+        title: Title of the page.
+        pictures: Contents of PNG files, by caption.
     """
     names = _unique_titles(reports)
-    shown = pictures or {}
+    pictures = pictures or {}
     sections = {
         "Test accuracy": [_join_reports(names, _accuracy_section)],
         "Scores": _with_note(_join_reports(names, _scores), tables.SCORES_NOTE),
         "Accuracy against images per class": [_growth(reports)],
-        "Images": [_picture(png, name) for name, png in shown.items()],
+        "Images": [_picture(png, name) for name, png in pictures.items()],
         "Classes": [_join_reports(names, _classes)],
         "Confusion": [_join_reports(names, _confusion)],
         "Learning curves": [_join_reports(names, _curves)],
@@ -66,7 +66,7 @@ def render(
 
 
 def _unique_titles(reports: Sequence[Report]) -> dict[str, Report]:
-    """The reports by title, those with the same one numbered."""
+    """Reports by title; equal titles are numbered."""
     names: dict[str, Report] = {}
     for report in reports:
         numbered = (f"{report.title} ({n})" for n in itertools.count(2))
@@ -94,29 +94,29 @@ def _header(title: str, names: Mapping[str, Report], sections: Sequence[str]) ->
 
 
 def _join_reports(names: Mapping[str, Report], part: Callable[[Report, str], str]) -> str:
-    """A part of every report, under its title where there are several.
+    """Join one part of every report, each under its title where there are several.
 
     Args:
-        names: The reports.
-        part: Given the report and a word that no other report has, for identifiers.
+        names: The reports, by title.
+        part: Function from a report and a text that is unique to it, for identifiers, to markup.
     """
-    found = [(name, part(report, str(i))) for i, (name, report) in enumerate(names.items())]
+    parts = [(name, part(report, str(i))) for i, (name, report) in enumerate(names.items())]
     if len(names) == 1:
-        return found[0][1]
-    return "\n".join(f"<h3>{html.text(name)}</h3>\n{text}" for name, text in found if text)
+        return parts[0][1]
+    return "\n".join(f"<h3>{html.text(name)}</h3>\n{text}" for name, text in parts if text)
 
 
-def _with_note(content: str, words: str) -> list[str]:
-    return [content, html.paragraph(words, "quiet")] if content else []
+def _with_note(content: str, note: str) -> list[str]:
+    return [content, html.paragraph(note, "quiet")] if content else []
 
 
 def _accuracy_section(report: Report, n: str) -> str:
     groups = _group_by_learner(report, [(row, _accuracy_cells(row)) for row in report.rows])
-    said = "Test accuracy with {}: mean, 95 % interval, and below it every seed"
+    caption = "Test accuracy with {}: mean, 95 % interval, and below it every seed"
     return "\n".join(
         [
             html.table(ACCURACY_CAPTION, ACCURACY_COLUMNS, groups),
-            _figure_per_learner(report, gallery.accuracy, f"accuracy-{n}", said),
+            _figure_per_learner(report, gallery.accuracy, f"accuracy-{n}", caption),
             html.paragraph(HOLLOW_MARKS_NOTE, "quiet")
             if any(row.augmented for row in report.rows)
             else "",
@@ -126,12 +126,12 @@ def _accuracy_section(report: Report, n: str) -> str:
 
 def _accuracy_cells(row: Row) -> list[Cell]:
     first = row.results[0]
-    said: list[Cell] = [html.text(wording.accuracy(row)), _bar(row), wording.interval(row)]
+    accuracy: list[Cell] = [html.text(wording.accuracy(row)), _bar(row), wording.interval(row)]
     if row.failures:
-        said = [(html.text(wording.failure(row)), len(said))]
+        accuracy = [(html.text(wording.failure(row)), len(accuracy))]
     return [
         _label(row),
-        *said,
+        *accuracy,
         str(len(row.results)),
         f"{first.images:,}",
         format_bytes(first.bytes),
@@ -141,25 +141,25 @@ def _accuracy_cells(row: Row) -> list[Cell]:
 def _figure_per_learner(
     report: Report, draw: "Callable[[Report, str], Figure | None]", name: str, caption: str
 ) -> str:
-    """One figure a learner that there is something to draw of.
+    """Build one figure for each learner that has something to draw.
 
     Args:
-        report: What is drawn.
-        draw: Of `gallery`.
-        name: That no other plots of the page have.
-        caption: With a place for the learner.
+        report: The report to draw.
+        draw: A function of `gallery`, which returns None if there is nothing to draw.
+        name: Prefix of identifiers, unique within the page.
+        caption: Caption with a placeholder for the learner.
     """
-    found = []
+    figures = []
     for i, learner in enumerate(report.learners):
         if figure := draw(report, learner):
-            said = caption.format(learner)
-            content = plot_style.svg(figure, name=f"{name}-{i}", alt=said)
-            found.append(html.figure(content, f"{said}."))
-    return html.figure_grid(found)
+            alt = caption.format(learner)
+            content = plot_style.svg(figure, name=f"{name}-{i}", alt=alt)
+            figures.append(html.figure(content, f"{alt}."))
+    return html.figure_grid(figures)
 
 
 def _bar(row: Row) -> str:
-    """Mean and interval between 0 and 100 %; the figures beside it say the same."""
+    """Bar of mean and interval between 0 and 100 %, hidden from screen readers."""
     if row.accuracy is None:
         return ""
     low, high = (100 * min(max(x, 0), 1) for x in (row.accuracy.low, row.accuracy.high))
@@ -176,19 +176,19 @@ def _scores(report: Report, _: str) -> str:
 
 
 def _growth(reports: Sequence[Report]) -> str:
-    """The plots of each data set that several reports share."""
+    """Plot each data set that several reports share."""
     groups: dict[str, list[Report]] = {}
     for report in reports:
         groups.setdefault(report.data["name"], []).append(report)
-    found, hollow = [], False
+    figures, hollow = [], False
     for data, group in groups.items():
         for learner in growth.learner_names(group) if len(group) > 1 else ():
-            said = f"Test accuracy against images per class: {learner} on {data}"
+            alt = f"Test accuracy against images per class: {learner} on {data}"
             figure = growth.plot(group, [learner])
             hollow = hollow or bool(growth.published_results(group, learner))
-            content = plot_style.svg(figure, name=f"growth-{len(found)}", alt=said)
-            found.append(html.figure(content, f"{said}."))
-    return html.figure_grid(found) + (html.paragraph(GROWTH_NOTE, "quiet") if hollow else "")
+            content = plot_style.svg(figure, name=f"growth-{len(figures)}", alt=alt)
+            figures.append(html.figure(content, f"{alt}."))
+    return html.figure_grid(figures) + (html.paragraph(GROWTH_NOTE, "quiet") if hollow else "")
 
 
 def _picture(png: bytes, caption: str) -> str:
@@ -202,13 +202,13 @@ def _classes(report: Report, n: str) -> str:
 
 
 def _confusion(report: Report, n: str) -> str:
-    said = "Confusion of {} trained on the distilled set: percent of each true class's images"
-    return _figure_per_learner(report, gallery.confusion, f"confusion-{n}", said)
+    caption = "Confusion of {} trained on the distilled set: percent of each true class's images"
+    return _figure_per_learner(report, gallery.confusion, f"confusion-{n}", caption)
 
 
 def _curves(report: Report, n: str) -> str:
-    said = "Training loss of {}, mean of the seeds; other labels have other floors"
-    return _figure_per_learner(report, gallery.curves, f"curves-{n}", said)
+    caption = "Training loss of {}, mean of the seeds; other labels have other floors"
+    return _figure_per_learner(report, gallery.curves, f"curves-{n}", caption)
 
 
 def _quality(report: Report, _: str) -> str:
@@ -222,12 +222,12 @@ def _cost(report: Report, n: str) -> str:
         f"<dt>{html.text(name)}</dt><dd>{html.text(value)}</dd>\n"
         for name, value in tables.run_facts(report)
     )
-    said = "Seconds that {} took, on a logarithmic axis"
+    caption = "Seconds that {} took, on a logarithmic axis"
     return "\n".join(
         [
             f"<dl>\n{facts}</dl>",
             _by_arm(report, tables.COST_CAPTION, tables.COST_COLUMNS, tables.cost_cells),
-            _figure_per_learner(report, gallery.cost, f"cost-{n}", said),
+            _figure_per_learner(report, gallery.cost, f"cost-{n}", caption),
         ]
     )
 
@@ -247,16 +247,16 @@ def _commands(report: Report, _: str) -> str:
 def _by_arm(
     report: Report, caption: str, head: Sequence[str], cells: Callable[[Row], list[str]]
 ) -> str:
-    """A table of words with a line for each row, by learner."""
+    """Build a table with a line for each row, by learner."""
     names, lines = tables.by_arm(report.rows, head, cells)
-    marked = [(row, list(map(html.text, line))) for row, line in lines]
-    return html.table(caption, names, _group_by_learner(report, marked))
+    escaped = [(row, list(map(html.text, line))) for row, line in lines]
+    return html.table(caption, names, _group_by_learner(report, escaped))
 
 
 def _group_by_learner(
     report: Report, lines: Sequence[tuple[Row, Sequence[Cell]]]
 ) -> list[tuple[str, list[Sequence[Cell]]]]:
-    """Lines of markup by learner."""
+    """Group lines of markup by learner."""
     return [
         (learner, [line for row, line in lines if row.learner == learner])
         for learner in report.learners

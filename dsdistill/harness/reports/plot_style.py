@@ -1,6 +1,6 @@
-"""How plots look, and how they are written: for a page of either brightness, and as files.
+"""Style of the plots, and their rendering: for light and dark pages, and as files.
 
-Everything is drawn in one placeholder ink on no background. In a page the ink becomes
+Everything is drawn in one placeholder ink on a transparent background. In a page the ink becomes
 `currentColor`, so that one drawing serves light and dark; in a file it is black on white.
 Colours are those of Okabe and Ito (2008), which colour-blind readers can tell apart; markers and
 hatches differ as well.
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK = "#010203"  # in no palette, and black enough for a PNG
-FONT = "'DejaVu Sans',Verdana,sans-serif"  # what the layout was measured with, and a wide one
+FONT = "'DejaVu Sans',Verdana,sans-serif"  # the font of the layout, and one as wide
 MAX_TITLE_LENGTH = 50  # characters of the title of a panel, or of a line in a legend
-WIDTH_INCHES = 4.4  # inches: on a phone its text is still 9 pixels high
-DPI = 150
+WIDTH_INCHES = 4.4  # on a phone the text is still 9 pixels high
+DPI = 150  # of PNG files
 
-# Names come from data: a dollar sign in one is no formula, and none is a command of TeX.
+# Names come from data: a dollar sign in one does not begin a formula, nor a backslash a command.
 _AS_TEXT: Any = {"text.parse_math": False, "text.usetex": False}
 _STYLE: Any = {
     "font.size": 9,
@@ -64,7 +64,7 @@ _STYLE: Any = {
 
 @dataclass(frozen=True)
 class ArmStyle:
-    """How something is drawn everywhere."""
+    """Colour, marker, hatch and line style of one kind of data, the same in all plots."""
 
     colour: str
     marker: str
@@ -87,41 +87,44 @@ SERIES = (*list(_ARM_STYLES.values())[:6], ArmStyle(INK, "X", "--", "--"))
 
 
 def arm_style(arm: str) -> ArmStyle:
-    """Of an arm; those that this version does not know look alike."""
+    """Style of an arm; arms that this version does not know share one."""
     return _ARM_STYLES.get(arm, SERIES[-1])
 
 
 @contextmanager
 def plain_text() -> Iterator[None]:
-    """Within it, names are drawn as the text they are, whatever the user's own settings."""
+    """Draw names as plain text within this context, whatever the user's own settings."""
     import matplotlib
 
     with matplotlib.rc_context(_AS_TEXT), warnings.catch_warnings():
-        # A class name in a script that the font of the files lacks: the page's font has it.
+        # The font of the files lacks some scripts of class names; the font of a page has them.
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         yield
 
 
 @contextmanager
 def style_context() -> Iterator[None]:
-    """Within it, figures are made and written in the common style."""
+    """Draw and save figures in the common style within this context."""
     import matplotlib
 
     with plain_text(), matplotlib.rc_context(_STYLE):
         yield
 
 
-def label(name: str, most: int = MAX_NAME_CHARACTERS) -> str:
-    """A name as a plot shows it: on one line and short.
+def label(name: str, limit: int = MAX_NAME_CHARACTERS) -> str:
+    """Shorten a name to one line of at most `limit` characters, for a plot.
 
-    A legend leaves out what begins with an underscore; behind a space it does not.
+    A legend omits names that begin with an underscore, so those get a space before it.
     """
-    shown = shorten(name, most)
-    return f" {shown}" if shown.startswith("_") else shown
+    short = shorten(name, limit)
+    return f" {short}" if short.startswith("_") else short
 
 
 def format_log_axis(axis: Any) -> None:
-    """Plain numbers: at all ticks of a short axis, at 1, 2 and 5 or at tens of longer ones."""
+    """Label a logarithmic axis with plain numbers: every tick, or 1, 2 and 5, or powers of ten.
+
+    The longer the axis, the fewer ticks get a number.
+    """
     low, high = axis.get_view_interval()
     axis.set_major_formatter(_round_number if high > 5 * low else _any_number)
     axis.set_minor_formatter(
@@ -130,23 +133,23 @@ def format_log_axis(axis: Any) -> None:
 
 
 def new_figure(height: float, width: float = WIDTH_INCHES) -> "Figure":
-    """An empty figure, in inches."""
+    """Create an empty figure; sizes are in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def svg(figure: "Figure", *, name: str = "plot", alt: str = "") -> str:
-    """A figure for a page: an SVG element whose ink is `currentColor`, without a background.
+    """Render a figure for a page: a transparent SVG element whose ink is `currentColor`.
 
     Args:
-        figure: Of `plots`.
-        name: Opens every id in it; each figure of a page needs another.
-        alt: What is said in its place.
+        figure: A figure of `plots`.
+        name: Prefix of every id in the element, unique within the page.
+        alt: Text alternative; without one the figure is hidden from screen readers.
     """
     text = _save(figure, format="svg", fonttype="none").decode()
     text = text[text.index("<svg") :]
-    # matplotlib's style sheet would hold for the whole page, and its metadata are for no reader.
+    # matplotlib's style sheet would apply to the whole page; its metadata is of no use there.
     text = re.sub(r"<(metadata|style)\b.*?</\1>|<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r"<[^>]+>", lambda tag: _adapt_tag(tag[0], name), text)
     text = re.sub(r">\s+<", "><", text)
@@ -157,18 +160,18 @@ def svg(figure: "Figure", *, name: str = "plot", alt: str = "") -> str:
 
 
 def svg_file(figure: "Figure") -> bytes:
-    """An SVG file, black on white, that needs no font."""
+    """Render a figure as an SVG file, black on white, with text as paths."""
     text = _save(figure, format="svg", facecolor="white").decode()
     return re.sub(r"<[^>]+>", lambda tag: tag[0].replace(INK, "#000000"), text).encode()
 
 
 def png(figure: "Figure") -> bytes:
-    """A PNG file, black on white."""
+    """Render a figure as a PNG file, black on white."""
     return _save(figure, format="png", facecolor="white", dpi=DPI)
 
 
 def _round_number(value: float, _: int) -> str:
-    """A number of a logarithmic axis as people write it; only 1, 2 and 5 of each power of ten."""
+    """Format a tick that is 1, 2 or 5 times a power of ten; empty for any other."""
     digit = f"{value:e}"[0]
     return (
         f"{value:g}"
@@ -197,7 +200,7 @@ def _save(figure: "Figure", *, fonttype: str = "path", **options: Any) -> bytes:
 
 
 def _adapt_tag(tag: str, name: str) -> str:
-    """A tag with its ids made the plot's own, and with half of its length."""
+    """Prefix the ids of a tag with the plot's name, and shorten it by about half."""
     tag = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", tag)
     tag = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", tag)
     tag = re.sub(r"font-family:[^;\"]*; ?| transform=\"rotate\(-0 [^)]*\)\"", "", tag)
@@ -205,12 +208,12 @@ def _adapt_tag(tag: str, name: str) -> str:
 
 
 def _drop_unused_id(tag: str, used: set[str]) -> str:
-    """A tag without its id if nothing refers to that; text of names may look like one."""
-    return re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", tag)
+    """Drop the id of a tag if nothing refers to it."""
+    return re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "", tag)
 
 
 def _resize_root_tag(tag: str, role: str) -> str:
-    """The opening tag, sized by the page: only the ratio of its sides stays."""
+    """Replace the opening tag: the page sets the size, the view box keeps the ratio of sides."""
     box = re.search(r'viewBox="[^"]*"', tag)
     assert box is not None
     width = float(box[0].split()[2])

@@ -1,4 +1,4 @@
-"""The plots of an evaluation, each of which is a function to a matplotlib figure.
+"""Plots of an evaluation; each function returns a matplotlib figure.
 
 Axes are in percent, steps or seconds and say so; intervals are 95 % t intervals of the mean.
 """
@@ -25,16 +25,17 @@ from dsdistill.harness.reports.plot_style import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MAX_NAMED_CLASSES = 25  # whose names can be read
-ROW_INCHES = 0.24  # inches of a line of a plot
+MAX_NAMED_CLASSES = 25  # with more, the names of the classes are unreadable
+ROW_INCHES = 0.24  # height of one row of a plot
 
 
 def accuracies(rows: Sequence[Row], *, among: Sequence[Row] | None = None) -> "Figure":
-    """Test accuracy of every arm, one panel a learner: mean, interval, and each seed.
+    """Draw the test accuracy of every arm, one panel per learner: mean, interval, and each seed.
 
     Args:
-        rows: What is drawn.
-        among: Rows whose accuracies the axis holds, so that several figures share it.
+        rows: Rows to draw.
+        among: Rows whose accuracies the axis spans, so that several figures share it; by default
+            `rows`.
     """
     with style_context():
         figure, panels = _panels(rows)
@@ -49,10 +50,10 @@ def accuracies(rows: Sequence[Row], *, among: Sequence[Row] | None = None) -> "F
 
 
 def cost(rows: Sequence[Row], distillation: float | None) -> "Figure":
-    """Seconds of distillation, tuning and training by arm, one panel a learner.
+    """Draw the seconds of distillation, tuning and training by arm, one panel per learner.
 
     Args:
-        rows: What was trained.
+        rows: Rows to draw.
         distillation: Seconds that the distilled set took; None if unknown.
     """
     with style_context():
@@ -60,8 +61,8 @@ def cost(rows: Sequence[Row], distillation: float | None) -> "Figure":
         for axes, (learner, group) in panels:
             _label_arms(axes, group)
             for kind, series in zip(("training", "tuning", "distillation"), SERIES, strict=False):
-                spent = [_seconds(row, kind, distillation) for row in group]
-                known = [(s, y) for y, s in enumerate(spent) if s]
+                seconds = [_seconds(row, kind, distillation) for row in group]
+                known = [(s, y) for y, s in enumerate(seconds) if s]
                 axes.plot(*_unzip(known), series.marker, color=series.colour, label=kind, alpha=0.9)
             axes.set_xscale("log")
             format_log_axis(axes.xaxis)
@@ -72,11 +73,11 @@ def cost(rows: Sequence[Row], distillation: float | None) -> "Figure":
 
 
 def per_class(rows: Sequence[Row], classes: Sequence[str]) -> "Figure":
-    """Test accuracy of each class, as bars; of many classes those that the first row knows least.
+    """Draw the test accuracy of each class as bars; of many classes the lowest of the first row.
 
     Args:
-        rows: Of one learner; at least one without failures.
-        classes: Names.
+        rows: Rows of one learner, at least one without failures.
+        classes: Class names, in label order.
     """
     table = {row.arm: values for row in rows if (values := mean_per_class(row))}
     first = next(iter(table.values()))
@@ -88,14 +89,14 @@ def per_class(rows: Sequence[Row], classes: Sequence[str]) -> "Figure":
         axes = figure.subplots()
         for i, (arm, values) in enumerate(table.items()):
             known = [(y, v) for y, c in enumerate(chosen) if (v := values[c]) is not None]
-            of = arm_style(arm)
+            style = arm_style(arm)
             axes.barh(
                 [y - 0.4 + (i + 0.5) * height for y, _ in known],
                 [100 * v for _, v in known],
                 height,
                 label=label(arm),
-                hatch=of.hatch,
-                facecolor="none" if of.colour == INK else of.colour,
+                hatch=style.hatch,
+                facecolor="none" if style.colour == INK else style.colour,
                 edgecolor=INK,
                 linewidth=0.5,
             )
@@ -110,7 +111,7 @@ def per_class(rows: Sequence[Row], classes: Sequence[str]) -> "Figure":
 
 
 def confusion(row: Row, classes: Sequence[str]) -> "Figure":
-    """Share of each true class (a line) by predicted class (a column), in percent, of all seeds."""
+    """Draw the confusion matrix of all seeds, in percent of each true class (row)."""
     counts = total_confusion(row)
     assert counts is not None
     with np.errstate(invalid="ignore"):
@@ -120,7 +121,7 @@ def confusion(row: Row, classes: Sequence[str]) -> "Figure":
     with style_context():
         figure = new_figure(min(1.6 + 0.36 * k, 5.2))
         axes = figure.subplots()
-        # The depth of the colour is its opacity: right on any background.
+        # Shares are shown by opacity, which works on any background.
         axes.imshow(_shade(share), interpolation="none")
         if named:
             names = list(map(label, classes))
@@ -137,11 +138,11 @@ def confusion(row: Row, classes: Sequence[str]) -> "Figure":
 
 
 def curves(rows: Sequence[Row]) -> "Figure":
-    """Training loss against steps, mean of the seeds, one panel a learner."""
+    """Draw the training loss against steps, mean of the seeds, one panel per learner."""
     with style_context():
         groups = _by_learner([row for row in rows if wording.fact(row, "curve")])
-        lines = sum(len(group) for group in groups.values())
-        figure = new_figure(2.8 * len(groups) + 0.09 * lines)
+        count = sum(len(group) for group in groups.values())
+        figure = new_figure(2.8 * len(groups) + 0.09 * count)
         panels = figure.subplots(len(groups), squeeze=False)[:, 0]
         for axes, (learner, group) in zip(panels, groups.items(), strict=True):
             for row in group:
@@ -155,17 +156,17 @@ def curves(rows: Sequence[Row]) -> "Figure":
 
 def mean_per_class(row: Row) -> list[float | None] | None:
     """Accuracy of each class, mean over the seeds; None if a seed has none."""
-    found = [result.per_class for result in row.results]
-    if not found or any(values is None for values in found):
+    accuracies = [result.per_class for result in row.results]
+    if not accuracies or any(values is None for values in accuracies):
         return None
-    columns = zip(*(values for values in found if values is not None), strict=True)
+    columns = zip(*(values for values in accuracies if values is not None), strict=True)
     return [None if None in c else float(np.mean(np.array(c, float))) for c in columns]
 
 
 def total_confusion(row: Row) -> np.ndarray | None:
-    """Test images by true and predicted class, of all seeds together; None if a seed has none."""
-    found = [result.confusion for result in row.results]
-    return None if not found or None in found else np.sum(np.array(found, np.int64), 0)
+    """Sum of the confusion matrices of all seeds; None if a seed has none."""
+    matrices = [result.confusion for result in row.results]
+    return None if not matrices or None in matrices else np.sum(np.array(matrices, np.int64), 0)
 
 
 def _by_learner(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -176,7 +177,7 @@ def _by_learner(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _panels(rows: Sequence[Row]) -> tuple[Any, list[tuple[Any, tuple[str, list[Row]]]]]:
-    """A figure with one panel a learner, as high as it has rows, and a common axis."""
+    """Create a figure with one panel per learner, as high as its rows, and a common x axis."""
     groups = _by_learner(rows)
     heights = [len(group) + 1.6 for group in groups.values()]
     figure = new_figure(0.7 + ROW_INCHES * sum(heights))
@@ -197,7 +198,7 @@ def _arm_label(row: Row) -> str:
 
 
 def _draw_accuracy(axes: Any, y: int, row: Row) -> None:
-    of = arm_style(row.arm)
+    style = arm_style(row.arm)
     if row.accuracy is None:
         text = f"failed {len(row.failures)} of {len(row.results)}"
         axes.annotate(text, (0.01, y), xycoords=("axes fraction", "data"), va="center", size=8)
@@ -207,9 +208,9 @@ def _draw_accuracy(axes: Any, y: int, row: Row) -> None:
         100 * a.mean,
         y,
         xerr=100 * np.array([[a.mean - a.low], [a.high - a.mean]]),
-        fmt=of.marker,
-        color=of.colour,
-        markerfacecolor="none" if row.augmented else of.colour,
+        fmt=style.marker,
+        color=style.colour,
+        markerfacecolor="none" if row.augmented else style.colour,
     )
     seeds = [100 * r.accuracy for r in row.results if r.accuracy is not None]
     axes.plot(seeds, np.full(len(seeds), y + 0.3), "|", color=INK, alpha=0.5, markersize=4)
@@ -222,10 +223,10 @@ def _seconds(row: Row, kind: str, distillation: float | None) -> float | None:
 
 
 def _draw_curve(axes: Any, row: Row) -> None:
-    of, points = arm_style(row.arm), _mean_curve(row)
-    line = ":" if row.augmented else of.line
+    style, points = arm_style(row.arm), _mean_curve(row)
+    line = ":" if row.augmented else style.line
     name = _arm_label(row)
-    axes.plot(*_unzip(points), ls=line, color=of.colour, label=name)
+    axes.plot(*_unzip(points), ls=line, color=style.colour, label=name)
 
 
 def _mean_curve(row: Row) -> list[tuple[float, float]]:
@@ -237,7 +238,7 @@ def _mean_curve(row: Row) -> list[tuple[float, float]]:
 
 
 def _accuracy_limits(rows: Sequence[Row]) -> tuple[float, float]:
-    """From the lowest to the highest accuracy or end of an interval, in percent, with a margin."""
+    """Range of the accuracies and ends of intervals, in percent, with a margin."""
     ends = [100 * x for row in rows if (a := row.accuracy) for x in (a.low, a.high)]
     ends += [100 * r.accuracy for row in rows for r in row.results if r.accuracy is not None]
     low, high = max(min(ends, default=0), 0), min(max(ends, default=100), 100)

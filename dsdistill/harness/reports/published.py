@@ -1,7 +1,7 @@
-"""Published test accuracies of distilled sets, to set one's own beside.
+"""Published test accuracies of distilled sets, for comparison.
 
-`read` was taken from the paper, repository or notebook named; `memory` was recalled and not
-checked against it; `unstated` came without a word on which of the two it is.
+Results marked `read` were taken from the paper, repository or notebook named; those marked `memory`
+were recalled and not checked against it; for those marked `unstated` it is not known which.
 
 Sources: KIP with fc kernels, Nguyen, Chen and Lee (2020), arXiv:2011.00050; KIP and Label Solve
 with convolutional kernels, Nguyen, Novak, Xiao and Lee (2021), arXiv:2107.13034, tables 1 and 2,
@@ -24,12 +24,12 @@ class PublishedResult:
     """One method on one data set.
 
     Attributes:
-        data: Name, as in `datasets.NAMES` where it is one of those.
-        method: And what it was made with.
+        data: Name of the data set, as in `datasets.NAMES` where it is one of those.
+        method: Method and, where it matters, its network or kernel.
         judge: What was trained on the set: kernel ridge regression, or a network.
-        source: First author and year; the module names the paper.
-        tag: How the figures came here.
-        accuracies: Fractions of the test images, by images per class.
+        source: First author and year; the module's docstring names the paper.
+        tag: How the figures were obtained.
+        accuracies: Test accuracies, as fractions, by images per class.
     """
 
     data: str
@@ -41,14 +41,13 @@ class PublishedResult:
 
     @property
     def label(self) -> str:
-        """For a legend."""
+        """Method, source and status in a legend."""
         marks = {"read": "", "memory": " (memory)", "unstated": " (unverified)"}
         return f"{self.method}, {self.source}{marks[self.tag]}"
 
 
 KIP_FC = "Nguyen 2020"
-KIP = "Nguyen 2021"
-LS = "Nguyen 2021"
+KIP = "Nguyen 2021"  # Label Solve too
 RFAD = "Loo 2022"
 FREPO = "Zhou 2022"
 RCIG = "Loo 2023"
@@ -61,11 +60,11 @@ EDC = "Shao 2024"
 # Percent at 1, 10 and 50 images per class.
 _PER_CLASS = (1, 10, 50)
 _ROWS: tuple[tuple[str, str, LearnerKind, str, SourceStatus, tuple[float, ...]], ...] = (
-    ("mnist", "Label Solve convnet", "ridge", LS, "read", (73.4, 96.4, 98.3)),
-    ("fashion-mnist", "Label Solve convnet", "ridge", LS, "read", (65.3, 80.8, 86.9)),
-    ("svhn", "Label Solve convnet", "ridge", LS, "read", (23.9, 52.8, 76.8)),
-    ("cifar10", "Label Solve convnet", "ridge", LS, "read", (26.1, 53.6, 65.9)),
-    ("cifar100", "Label Solve convnet", "ridge", LS, "read", (23.8, 39.2)),
+    ("mnist", "Label Solve convnet", "ridge", KIP, "read", (73.4, 96.4, 98.3)),
+    ("fashion-mnist", "Label Solve convnet", "ridge", KIP, "read", (65.3, 80.8, 86.9)),
+    ("svhn", "Label Solve convnet", "ridge", KIP, "read", (23.9, 52.8, 76.8)),
+    ("cifar10", "Label Solve convnet", "ridge", KIP, "read", (26.1, 53.6, 65.9)),
+    ("cifar100", "Label Solve convnet", "ridge", KIP, "read", (23.8, 39.2)),
     ("mnist", "KIP convnet augmented", "ridge", KIP, "read", (96.5, 99.1, 99.5)),
     ("fashion-mnist", "KIP convnet augmented", "ridge", KIP, "read", (76.7, 88.8, 91.0)),
     ("svhn", "KIP convnet augmented", "ridge", KIP, "read", (64.3, 80.9, 84.0)),
@@ -112,8 +111,8 @@ def _from_percent(
     tag: SourceStatus,
     percents: tuple[float, ...],
 ) -> PublishedResult:
-    found = {n: value / 100 for n, value in zip(_PER_CLASS, percents, strict=False)}
-    return PublishedResult(data, method, judge, source, tag, found)
+    accuracies = {n: value / 100 for n, value in zip(_PER_CLASS, percents, strict=False)}
+    return PublishedResult(data, method, judge, source, tag, accuracies)
 
 
 PUBLISHED: tuple[PublishedResult, ...] = (
@@ -128,5 +127,5 @@ PUBLISHED: tuple[PublishedResult, ...] = (
 
 
 def lookup(data: str, judge: LearnerKind) -> list[PublishedResult]:
-    """The published figures of a data set, by one kind of learner."""
-    return [found for found in PUBLISHED if (found.data, found.judge) == (data, judge)]
+    """Published results on a data set by one kind of learner."""
+    return [result for result in PUBLISHED if (result.data, result.judge) == (data, judge)]

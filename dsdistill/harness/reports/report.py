@@ -34,22 +34,22 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Report:
-    """What `report.json` holds.
+    """The content of `report.json`.
 
     Attributes:
-        title: Of the report.
+        title: Title of the report.
         notes: Sentences on what limits the figures.
-        commands: Lines that make everything again.
-        classes: Names, in the order of `Result.per_class` and `Result.confusion`.
+        commands: Command lines that reproduce everything.
+        classes: Class names, in the order of `Result.per_class` and `Result.confusion`.
         data: `name`, `sha256`, and the number of images of `train`, `validation` and `test`.
-        images_per_class: Of the distilled set.
-        results: One a training.
+        images_per_class: Number of images that the distilled set has of each class.
+        results: One result per training.
         distilled: `method`, `kernel`, `seconds`, `peak_memory`, `metrics`, `images`, `bytes` and
             `compression` of the set, each of which may be None or missing.
-        seconds: Of the call that wrote it, in which kept results were not measured again.
-        peak_memory: Of its process, in bytes.
-        machine: Where.
-        versions: Of packages, by name.
+        seconds: Seconds of the call that wrote the report; cached results are not measured again.
+        peak_memory: Largest size of its process, in bytes.
+        machine: Description of the machine.
+        versions: Versions of packages, by name.
     """
 
     title: str
@@ -72,28 +72,28 @@ class Report:
 
     @cached_property
     def scores(self) -> tuple[SetScores, ...]:
-        """One a learner."""
+        """One set of scores per learner."""
         return tuple(scoring.score_learners(self.rows))
 
     @cached_property
-    def compared(self) -> tuple[Row, ...]:
-        """The rows that are compared: a learner's augmented ones only if it has no others."""
+    def compared_rows(self) -> tuple[Row, ...]:
+        """Rows to compare: a learner's augmented ones only if it has no others."""
         plain = {row.learner for row in self.rows if not row.augmented}
         return tuple(row for row in self.rows if row.augmented != (row.learner in plain))
 
     @property
     def learners(self) -> list[str]:
-        """Names, in the order in which they first appear."""
+        """Names of the learners, in the order in which they first appear."""
         return list(dict.fromkeys(row.learner for row in self.rows))
 
     def row(self, learner: str, arm: str) -> Row | None:
-        """One of the rows that are compared."""
-        found = (row for row in self.compared if (row.learner, row.arm) == (learner, arm))
-        return next(found, None)
+        """The compared row of a learner and an arm; None if there is none."""
+        rows = (row for row in self.compared_rows if (row.learner, row.arm) == (learner, arm))
+        return next(rows, None)
 
 
 def row_cells(row: Row) -> list[str]:
-    """One row under `COLUMNS`, in words."""
+    """Cells of one row under `COLUMNS`, as plain text."""
     return [
         row.arm,
         row.learner,
@@ -115,20 +115,20 @@ def load(path: Path) -> Report:
         path: `report.json`, or the folder that holds it.
 
     Raises:
-        UserError: If there is none, it is damaged, or it is not of an evaluation.
+        UserError: If the file is missing, damaged or no report of an evaluation.
     """
     file = path / FILE_NAME if path.is_dir() else path
     stored = run_folder.read_json(file)
     if not isinstance(stored, dict) or stored.get("format") != FORMAT_VERSION:
-        found = stored.get("format") if isinstance(stored, dict) else type(stored).__name__
+        version = stored.get("format") if isinstance(stored, dict) else type(stored).__name__
         raise UserError(
-            f"{file} is no report of an evaluation of format {FORMAT_VERSION} (its format: {found}): make "
-            "it with this version's `dsdistill evaluate`"
+            f"{file} is not a report of an evaluation in format {FORMAT_VERSION} (its format: "
+            f"{version}): write it again with this version's `dsdistill evaluate`"
         )
     try:
         return _parse({k: v for k, v in stored.items() if k != "format"})
     except ValueError as error:
-        raise UserError(f"{file} is damaged ({error}): evaluate once more") from error
+        raise UserError(f"{file} is damaged ({error}): run `dsdistill evaluate` again") from error
 
 
 DATA_TYPES = {"name": str, "sha256": str | None, "train": int, "validation": int, "test": int}
@@ -150,7 +150,7 @@ FACT_TYPES = {
 
 
 def _parse(stored: Mapping[str, Any]) -> Report:
-    """The report, with every type as it must be.
+    """Build a report from JSON, with every type checked.
 
     Raises:
         ValueError: With what is wrong.
@@ -165,7 +165,7 @@ def _parse(stored: Mapping[str, Any]) -> Report:
         _check_figures(result, len(report.classes))
     if not report.results:
         raise ValueError("results is empty")
-    _ = report.rows, report.scores  # refuse accuracies that are no fractions
+    _ = report.rows, report.scores  # raises for accuracies that are not fractions
     return report
 
 
@@ -174,7 +174,7 @@ def _check_figures(result: Result, k: int) -> None:
         len(result.confusion) == k and all(len(line) == k for line in result.confusion)
     )
     if not square or (result.per_class is not None and len(result.per_class) != k):
-        raise ValueError(f"figures of {result.learner} on {result.arm} are not of {k} classes")
+        raise ValueError(f"figures of {result.learner} on {result.arm} are not for {k} classes")
     if result.accuracy is not None and not 0 <= result.accuracy <= 1:
         raise ValueError(f"accuracy must be a fraction in [0, 1], got {result.accuracy}")
     for point in (result.facts or {}).get("curve") or ():

@@ -1,4 +1,4 @@
-"""Dataclasses from JSON, with every type checked: files may have been edited by others."""
+"""Dataclasses from JSON, with every type checked: a file may have been edited."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
@@ -6,15 +6,15 @@ from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
-MAX_INTEGER = 2**62  # integer that is believed: twice as many no array can hold
+MAX_INTEGER = 2**62  # largest plausible integer: no array holds 2**63 values
 
 
 def build(cls: type[T], stored: Any) -> T:
-    """An instance of a dataclass from its JSON, dataclasses within tuples included.
+    """Build an instance of a dataclass from JSON, including dataclasses within tuples.
 
     Args:
-        cls: With fields of plain types, sequences, mappings and tuples of dataclasses.
-        stored: As `json.loads` gives it.
+        cls: A dataclass with fields of plain types, sequences, mappings and tuples of dataclasses.
+        stored: A value as `json.loads` returns it.
 
     Raises:
         ValueError: If a field is missing, unknown, or of another type.
@@ -32,22 +32,27 @@ def build(cls: type[T], stored: Any) -> T:
 
 
 def check(what: str, stored: Any, types: Mapping[str, Any]) -> None:
-    """Refuse what is no object, or has an entry of another type.
+    """Refuse a value that is not an object, or that has an entry of another type.
 
     Entries may be missing, and there may be others.
+
+    Args:
+        what: Name of the value in messages.
+        stored: A value as `json.loads` returns it.
+        types: Type hints by the name of the entry.
 
     Raises:
         ValueError: With the entry and its value.
     """
     if not isinstance(stored, dict):
-        raise ValueError(f"{what} is {_short(stored)}, no object")
+        raise ValueError(f"{what} must be an object, got {_short(stored)}")
     for name, hint in types.items():
         if name in stored and not fits(stored[name], hint):
             raise ValueError(f"{what}.{name} is {_short(stored[name])}")
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value of JSON has a type; integers are floats too, truth values are no integers."""
+    """Whether a JSON value has a type; integers count as floats, truth values not as integers."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
@@ -66,7 +71,7 @@ def _build_value(name: str, value: Any, hint: Any) -> Any:
     if get_origin(hint) is tuple:
         if not isinstance(value, list):
             raise ValueError(f"{name} is {_short(value)}")
-        return tuple(build(get_args(hint)[0], one) for one in value)
+        return tuple(build(get_args(hint)[0], item) for item in value)
     if not fits(value, hint):
         raise ValueError(f"{name} is {_short(value)}")
     return value

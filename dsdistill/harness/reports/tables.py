@@ -1,4 +1,4 @@
-"""The tables of a report beside its headline: scores, probabilities, costs. Words, not markup."""
+"""Tables of a report: contrasts, scores, probabilities, costs, as plain text without markup."""
 
 from collections.abc import Callable, Sequence
 
@@ -64,43 +64,43 @@ COST_NOTE = (
 def by_arm(
     rows: Sequence[Row], head: Sequence[str], cells: Callable[[Row], list[str]]
 ) -> tuple[list[str], list[tuple[Row, list[str]]]]:
-    """A table with a line for each row, without the columns that are empty in all of them.
+    """Build a table with a line for each row, without the columns that are empty in all lines.
 
     Args:
-        rows: Of a report.
+        rows: Rows of a report.
         head: Names of the columns.
-        cells: A line under them.
+        cells: Function from a row to its line.
 
     Returns:
-        The names that are left, and the lines with their rows.
+        Names of the remaining columns, and pairs of a row and its line.
     """
     lines = [(row, cells(row)) for row in rows]
-    kept = [i for i in range(len(head)) if any(line[i] != NOTHING for _, line in lines)]
-    return [head[i] for i in kept], [(row, [line[i] for i in kept]) for row, line in lines]
+    columns = [i for i in range(len(head)) if any(line[i] != NOTHING for _, line in lines)]
+    return [head[i] for i in columns], [(row, [line[i] for i in columns]) for row, line in lines]
 
 
 def contrast_cells(report: Report, score: SetScores) -> list[str]:
-    """One line under `CONTRAST_COLUMNS`: the mean on the distilled set, and how far others are from it."""
-    own = report.row(score.learner, "distilled")
+    """One line under `CONTRAST_COLUMNS`: the distilled set's mean, and its lead over other data."""
+    distilled = report.row(score.learner, "distilled")
     others = (report.row(score.learner, arm) for arm in ("k-means", "herding", "full"))
     return [
         score.learner,
-        NOTHING if own is None else wording.accuracy(own),
+        NOTHING if distilled is None else wording.accuracy(distilled),
         _difference(score.versus_random),
         wording.p_value(score.versus_random),
-        *(_gap(own, other) for other in others),
+        *(_gap(distilled, other) for other in others),
     ]
 
 
 def score_cells(score: SetScores) -> list[str]:
     """One line under `SCORE_COLUMNS`."""
-    against = score.versus_random
+    difference = score.versus_random
     fractions = (score.hlr, score.ior, score.lrs, score.ars)
     return [
         score.learner,
         *(NOTHING if value is None else f"{value:.3f}" for value in fractions),
-        _difference(against),
-        wording.p_value(against),
+        _difference(difference),
+        wording.p_value(difference),
     ]
 
 
@@ -110,7 +110,7 @@ def has_quality(rows: Sequence[Row]) -> bool:
 
 
 def quality_cells(row: Row) -> list[str]:
-    """One line under `QUALITY_COLUMNS`; nothing of what any seed lacks."""
+    """One line under `QUALITY_COLUMNS`; a dash for what any seed lacks."""
     rate = row.results[0].rate
     return [
         wording.arm_label(row.arm, row.augmented),
@@ -141,17 +141,18 @@ def cost_cells(row: Row) -> list[str]:
 
 
 def run_facts(report: Report) -> list[tuple[str, str]]:
-    """What the set and the evaluation took, and on what: names and values."""
-    made, share = report.distilled, report.distilled.get("compression")
-    data = report.data
+    """Names and values of what the set and the evaluation took, and of data and machine."""
+    distilled, data = report.distilled, report.data
+    seconds, memory = distilled.get("seconds"), distilled.get("peak_memory")
+    share = distilled.get("compression")
     splits = ", ".join(f"{data[part]:,} {part}" for part in ("train", "validation", "test"))
-    found = [
-        ("Method", made.get("method")),
-        ("Kernel", made.get("kernel")),
-        ("Distillation took", _format_or_dash(made.get("seconds"), wording.duration_text)),
-        ("Peak memory of the distillation", _format_or_dash(made.get("peak_memory"), format_bytes)),
-        ("Distilled images", _format_or_dash(made.get("images"), "{:,}".format)),
-        ("Size with labels", _format_or_dash(made.get("bytes"), format_bytes)),
+    facts = [
+        ("Method", distilled.get("method")),
+        ("Kernel", distilled.get("kernel")),
+        ("Distillation took", _format_or_dash(seconds, wording.duration_text)),
+        ("Peak memory of the distillation", _format_or_dash(memory, format_bytes)),
+        ("Distilled images", _format_or_dash(distilled.get("images"), "{:,}".format)),
+        ("Size with labels", _format_or_dash(distilled.get("bytes"), format_bytes)),
         ("Training set is larger by", _format_or_dash(share, "{:,.0f} times".format)),
         ("Evaluation took", wording.duration_text(report.seconds)),
         ("Peak memory of the evaluation", format_bytes(report.peak_memory)),
@@ -160,11 +161,11 @@ def run_facts(report: Report) -> list[tuple[str, str]]:
         ("Machine", report.machine),
         ("Versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
     ]
-    return [(name, value) for name, value in found if value and value != NOTHING]
+    return [(name, value) for name, value in facts if value and value != NOTHING]
 
 
 def failures(report: Report) -> list[str]:
-    """Every training without an accuracy, with its reason."""
+    """One line for every training without an accuracy, with its reason."""
     return [f"{_training_label(r)}: {wording.reason(r)}" for r in report.results if _has_failed(r)]
 
 
@@ -178,24 +179,24 @@ def _training_label(result: Result) -> str:
     )
 
 
-def _difference(against: PairedDifference | None) -> str:
-    """In points, with its interval where there is a test."""
-    if against is None:
+def _difference(paired: PairedDifference | None) -> str:
+    """Format a difference in points, with its interval where there is a test."""
+    if paired is None:
         return NOTHING
-    mean = _signed_points(against.difference.mean)
-    return (
-        mean if against.p is None else f"{mean} ({wording.confidence_interval(against.difference)})"
-    )
+    mean = _signed_points(paired.difference.mean)
+    if paired.p is None:
+        return mean
+    return f"{mean} ({wording.confidence_interval(paired.difference)})"
 
 
-def _gap(own: Row | None, other: Row | None) -> str:
-    if not (own and own.accuracy and other and other.accuracy):
+def _gap(distilled: Row | None, other: Row | None) -> str:
+    if not (distilled and distilled.accuracy and other and other.accuracy):
         return NOTHING
-    return _signed_points(own.accuracy.mean - other.accuracy.mean)
+    return _signed_points(distilled.accuracy.mean - other.accuracy.mean)
 
 
 def _signed_points(fraction: float) -> str:
-    """In points, with a sign that is as wide as a digit."""
+    """Format a difference in points, with a sign as wide as a digit."""
     return f"{100 * fraction:+.1f}".replace("-", wording.MINUS)
 
 
@@ -203,5 +204,5 @@ def _format_number(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.3f}"
 
 
-def _format_or_dash(value: float | None, said: Callable[..., str]) -> str:
-    return NOTHING if value is None else said(value)
+def _format_or_dash(value: float | None, format_: Callable[..., str]) -> str:
+    return NOTHING if value is None else format_(value)

@@ -1,4 +1,4 @@
-"""Figures as people read them: percentages with their spread, failures, p values, costs."""
+"""Figures as text: percentages with their spread, failures, p values, durations."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,21 +7,21 @@ from dsdistill.harness.evaluation.results import Result, Row
 from dsdistill.harness.evaluation.statistics import PairedDifference, Summary
 from dsdistill.harness.runs.progress import format_duration
 
-NOTHING = "–"  # in a cell without a value
+NOTHING = "–"  # content of a cell without a value
 MINUS = "−"  # as wide as a digit
-NO_BREAK_SPACE = "\u00a0"  # a space that no line breaks at
+NO_BREAK_SPACE = "\u00a0"
 DETERMINISTIC = "deterministic"
-SIGNIFICANCE_LEVEL = 0.05  # smallest p that says nothing
-_SEED_INVARIANT = ("accuracy", "nll", "confusion")  # of every seed, where there is no randomness
+SIGNIFICANCE_LEVEL = 0.05  # a smaller p counts as a difference
+_SEED_INVARIANT = ("accuracy", "nll", "confusion")  # equal for all seeds without randomness
 
 
 def percent(fraction: float | None) -> str:
-    """A fraction in percent, without the sign."""
+    """Format a fraction in percent, without the percent sign."""
     return NOTHING if fraction is None else f"{100 * fraction:.1f}"
 
 
 def spread(summary: Summary | None, scale: float = 100, digits: int = 1) -> str:
-    """Mean ± sample deviation, in percent unless said otherwise; of one value no deviation."""
+    """Format mean ± sample deviation, by default in percent; one value has no deviation."""
     if summary is None:
         return NOTHING
     mean = f"{scale * summary.mean:.{digits}f}"
@@ -29,14 +29,14 @@ def spread(summary: Summary | None, scale: float = 100, digits: int = 1) -> str:
 
 
 def confidence_interval(summary: Summary | None) -> str:
-    """The 95 % interval of a mean, in percent; of one value there is none."""
+    """Format the 95 % interval of a mean, in percent; one value has none."""
     if summary is None or summary.n == 1:
         return NOTHING
     return f"{percent(summary.low)} to {percent(summary.high)}".replace("-", MINUS)
 
 
 def is_deterministic(row: Row) -> bool:
-    """Whether all seeds gave one and the same predictor."""
+    """Whether several seeds all gave the same predictor."""
     first = row.results[0]
     return len(row.results) > 1 and all(
         getattr(result, name) == getattr(first, name)
@@ -46,7 +46,7 @@ def is_deterministic(row: Row) -> bool:
 
 
 def accuracy(row: Row) -> str:
-    """Mean ± deviation of the test accuracy in percent, or why there is no mean."""
+    """Format mean ± deviation of the test accuracy in percent, or why there is no mean."""
     if row.failures:
         return failure(row)
     if is_deterministic(row) and row.accuracy:
@@ -55,37 +55,37 @@ def accuracy(row: Row) -> str:
 
 
 def interval(row: Row) -> str:
-    """The 95 % interval of the mean accuracy in percent."""
+    """Format the 95 % interval of the mean accuracy, in percent."""
     return NOTHING if is_deterministic(row) else confidence_interval(row.accuracy)
 
 
 def failure(row: Row) -> str:
-    """How many seeds failed, and why."""
+    """Say how many seeds failed, and why."""
     reasons = dict.fromkeys(reason(r) for r in row.failures)
     return f"failed {len(row.failures)} of {len(row.results)}: {'; '.join(reasons)}"
 
 
 def reason(result: Result) -> str:
-    """Why a training has no accuracy, on one line."""
+    """Say on one line why a training has no accuracy."""
     return " ".join((result.failure or "no accuracy").split())
 
 
 def p_value(paired: PairedDifference | None) -> str:
-    """The p value of a comparison."""
+    """Format the p value of a comparison."""
     if paired is None or paired.p is None:
         return NOTHING
     return "< 0.001" if paired.p < 0.001 else f"{paired.p:.3f}"
 
 
 def duration_text(seconds: float | None) -> str:
-    """A duration; nothing for none."""
+    """Format a duration; a dash for none."""
     return format_duration(seconds) if seconds else NOTHING
 
 
 def training_seconds(row: Row) -> float | None:
     """Seconds of one training, the mean of those that took place."""
-    spent = [result.train_seconds for result in row.results if result.train_seconds]
-    return sum(spent) / len(spent) if spent else None
+    seconds = [result.train_seconds for result in row.results if result.train_seconds]
+    return sum(seconds) / len(seconds) if seconds else None
 
 
 def tuning_seconds(row: Row) -> float:
@@ -94,9 +94,9 @@ def tuning_seconds(row: Row) -> float:
 
 
 def fact(row: Row, name: str) -> Any:
-    """What the learner says of itself, in the first seed that has it."""
-    said = (result.facts or {} for result in row.results)
-    return next((facts[name] for facts in said if facts.get(name) is not None), None)
+    """One of `Result.facts`, from the first seed that has it; None if none has."""
+    facts = (result.facts or {} for result in row.results)
+    return next((known[name] for known in facts if known.get(name) is not None), None)
 
 
 def arm_label(arm: str, augmented: bool) -> str:
@@ -105,5 +105,5 @@ def arm_label(arm: str, augmented: bool) -> str:
 
 
 def join_names(names: Sequence[str]) -> str:
-    """Names in a sentence: a, b and c."""
+    """Join names for a sentence: a, b and c."""
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))

@@ -1,10 +1,10 @@
-"""A lock on a folder: one process works in it, and a process that has died holds nothing.
+"""A lock on a folder: only one process works in it, and a dead process holds no lock.
 
-The lock is that of the operating system on the open file `.lock` (`flock`), which ends with the
-process however it ends; the file itself means nothing, and is removed with the lock. On a network
-file system it holds between machines where the server keeps `flock` locks: NFS with Linux clients,
-Lustre mounted with `flock` and GPFS do; where it does not, or on a system without `flock`
-(Windows), a folder is used without a lock.
+It is the operating system's lock on the open file `.lock` (`flock`), which ends with the process,
+however that ends; the file itself means nothing, and is removed with the lock. On a network file
+system it works between machines if the server supports `flock`: NFS with Linux clients, Lustre
+mounted with `flock` and GPFS do. On any other, or on a system without `flock` (Windows), a folder
+is used without a lock.
 """
 
 import contextlib
@@ -22,8 +22,9 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCK_FILE = ".lock"
-MAX_ATTEMPTS = 100  # at a lock file that its holder removes at the same moment
-_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of such file systems
+MAX_ATTEMPTS = 100  # to open a lock file that its holder removes at the same moment
+# Error codes of a file system without locks.
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class LockHeld(Exception):
@@ -34,40 +35,40 @@ class Lock:
     """A lock that is held until `release`, or until the process ends.
 
     Args:
-        path: The lock file.
-        handle: Its descriptor; None for a lock that holds nothing.
+        path: Path of the lock file.
+        handle: Open file descriptor of it; None for a lock that holds nothing.
     """
 
     def __init__(self, path: Path, handle: int | None) -> None:
         self._handle = handle
         self._release = weakref.finalize(self, _release, path, handle, os.getpid())
-        # A process that ends without a release must not remove a file in its last moments.
+        # A process that exits without a release must not remove a file during shutdown.
         self._release.atexit = False
         _LOCKS.add(self)
 
     def release(self) -> None:
-        """Give the folder free and remove the file; a second call does nothing."""
+        """Release the folder and remove the lock file; a second call does nothing."""
         self._release()
 
     def forget(self) -> None:
-        """Close a copy that a forked process has inherited: the lock stays its parent's."""
+        """Close the copy that a forked process has inherited; the parent keeps the lock."""
         if self._release.detach() and self._handle is not None:
             os.close(self._handle)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return Lock, (Path(), None)  # what is sent to another process holds nothing
+        return Lock, (Path(), None)  # a pickled lock holds nothing
 
 
 def acquire(folder: Path, *, needed: bool = True) -> Lock:
-    """Lock a folder that exists.
+    """Lock an existing folder.
 
     Args:
         folder: The folder.
-        needed: Say where the file system has no locks. Not for what only `dsdistill cache --clear`
-            asks for.
+        needed: Whether to print a note if the file system has no locks. False for a lock that
+            only `dsdistill cache --clear` looks for.
 
     Raises:
-        Held: If another process, or another run of this one, holds it.
+        LockHeld: If another process, or another run of this one, holds it.
         OSError: If the lock file cannot be created.
     """
     path = folder / LOCK_FILE
@@ -83,15 +84,15 @@ def acquire(folder: Path, *, needed: bool = True) -> Lock:
             if error.errno in _UNSUPPORTED:
                 if needed:
                     progress.say(
-                        f"note: no lock on {folder}: its file system has none; start no second run "
-                        "in it while this one goes on"
+                        f"note: no lock on {folder}: its file system has no locks; do not start a "
+                        "second run in it while this one is running"
                     )
                 path.unlink(missing_ok=True)
                 return Lock(path, None)
             if isinstance(error, BlockingIOError):
                 raise LockHeld(holder) from error
             raise
-        # Whoever released it may have removed the file that we opened: then it locks nothing.
+        # The previous holder may have removed the file that we opened: then it locks nothing.
         if _is_at(handle, path):
             os.truncate(handle, 0)
             os.write(handle, f"{os.getpid()} {socket.gethostname()}\n".encode())
@@ -106,8 +107,8 @@ def _holder(handle: int) -> str:
         return "another process"
     if words[0] == str(os.getpid()):
         return "another run of this process"
-    elsewhere = words[1:] and words[1] != socket.gethostname()
-    return f"process {words[0]}" + (f" on {words[1]}" if elsewhere else "")
+    is_remote = words[1:] and words[1] != socket.gethostname()
+    return f"process {words[0]}" + (f" on {words[1]}" if is_remote else "")
 
 
 def _is_at(handle: int, path: Path) -> bool:
@@ -122,14 +123,14 @@ def _release(path: Path, handle: int | None, owner: int) -> None:
     if handle is None:
         return
     if os.getpid() == owner:
-        with contextlib.suppress(OSError):  # the folder has gone, or can no longer be written
+        with contextlib.suppress(OSError):  # the folder is gone, or no longer writable
             if _is_at(handle, path):
                 path.unlink()
     os.close(handle)
 
 
-# `flock` belongs to the open file, which a forked child (a worker that loads images) shares: it
-# would go on holding the folder after its parent was killed.
+# A `flock` belongs to the open file, which a forked child (a worker that loads images) shares: the
+# child would hold the folder after its parent was killed.
 _LOCKS: "weakref.WeakSet[Lock]" = weakref.WeakSet()
 
 

@@ -1,6 +1,6 @@
-"""Progress of long work: a live bar on a terminal, a plain line now and then elsewhere.
+"""Progress of long work: a live bar on a terminal, an occasional plain line elsewhere.
 
-Everything goes to standard error; lines that are said during a live bar appear above it.
+Everything goes to standard error; lines printed during a live bar appear above it.
 """
 
 import functools
@@ -12,24 +12,24 @@ from contextlib import contextmanager
 
 from dsdistill.harness import text
 
-MAX_FIGURE_CHARACTERS = 60  # characters of a figure and its name: a bar has one line
-SECONDS_BETWEEN_LINES = 10.0  # seconds between lines where there is no terminal
+MAX_FIGURE_CHARACTERS = 60  # of a figure with its name: a bar has one line
+SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal
 
 ShowProgress = Callable[..., None]
 
 
 @contextmanager
 def bar(total: int, unit: str = "steps", start: int = 0) -> Iterator[ShowProgress]:
-    """Show progress, and the time left.
+    """Show progress and the remaining time.
 
     Args:
-        total: Units of work in all.
+        total: Total units of work.
         unit: What is counted.
-        start: Units already done before now (a resumed run); they do not count as speed.
+        start: Units done before this process (a resumed run); they do not count towards the speed.
 
     Yields:
-        `show(done, **figures)`: call it as often as you like; figures are named numbers, or
-            words that stand as they are.
+        `show(done, **figures)`, which may be called at any rate; figures are named numbers, or
+            strings that are shown as they are.
     """
     if sys.stderr.isatty():
         with _live_bar(total, unit, start) as show:
@@ -45,7 +45,7 @@ def _live_bar(total: int, unit: str, start: int) -> Iterator[ShowProgress]:
     columns = (
         progress.BarColumn(),
         progress.TextColumn(f"{{task.completed:.0f}}/{{task.total:.0f}} {unit}"),
-        progress.TextColumn("{task.fields[figures]}", markup=False),  # names of learners and data
+        progress.TextColumn("{task.fields[figures]}", markup=False),  # learner and data names
         progress.TimeRemainingColumn(),
     )
     with progress.Progress(*columns, console=text.console(stderr=True)) as display:
@@ -59,28 +59,29 @@ def _live_bar(total: int, unit: str, start: int) -> Iterator[ShowProgress]:
 
 def _plain_lines(total: int, unit: str) -> ShowProgress:
     last = time.monotonic()
-    first: tuple[float, int] | None = None  # the first unit compiles: speed counts from its end
+    first: tuple[float, int] | None = None  # the first unit compiles: the speed counts after it
 
     def show(done: int, **figures: float | str) -> None:
         nonlocal first, last
         now = time.monotonic()
-        began, before = first = first or (now, done)
+        began, done_then = first = first or (now, done)
         if now - last < SECONDS_BETWEEN_LINES and done < total:
             return
         last = now
         words = [f"{done}/{total} {unit}", _format_figures(figures)]
-        if done > before:
-            words.append(f"{format_clock((now - began) / (done - before) * (total - done))} left")
+        if done > done_then:
+            seconds = (now - began) / (done - done_then) * (total - done)
+            words.append(f"{format_clock(seconds)} left")
         say("  ".join(words))
 
     return show
 
 
 def track_if_slow(parts: Sequence[slice], unit: str) -> Iterator[slice]:
-    """Go through parts of a long whole, with a bar where they take long, as the first one says.
+    """Iterate over slices, with a bar if the time of the first one predicts a long wait.
 
     Args:
-        parts: One after the other, of equal size but for the last.
+        parts: Consecutive slices of equal size; the last may be smaller.
         unit: What is counted, such as `test images`.
     """
     began = time.monotonic()
@@ -96,12 +97,12 @@ def track_if_slow(parts: Sequence[slice], unit: str) -> Iterator[slice]:
 
 
 def say(line: str) -> None:
-    """One line for whoever follows the run."""
+    """Print one line for the user, on standard error."""
     print(text.printable(line), file=sys.stderr, flush=True)
 
 
 def note(line: str) -> None:
-    """One line on what was decided for the user; once in a process, and by the first of several."""
+    """Print one line on a choice made for the user; once, and only in the first process."""
     if os.environ.get("RANK", "0") == "0":  # as torchrun numbers its processes
         _say_once(line)
 
@@ -112,23 +113,23 @@ def _say_once(line: str) -> None:
 
 
 def announce_duration(total: float, unit: str, seconds: float, pairs: int) -> None:
-    """Say how long a run will take, from a measured part of it, before it begins in earnest.
+    """Print how long a run will take, extrapolated from a measured part of it.
 
     Args:
-        total: Seconds left, to the end of the run.
-        unit: What the measured part is called, such as `step`.
-        seconds: Its own.
+        total: Seconds to the end of the run.
+        unit: Name of the measured part, such as `step`.
+        seconds: Duration of the measured part.
         pairs: Pairs of images whose kernel it evaluated.
     """
     rate = format_amount(pairs / seconds)
     say(
         f"expected: {format_duration(total)} to the end of the run "
-        f"({format_duration(seconds)} a {unit}, {rate} pairs of images a second)"
+        f"({format_duration(seconds)} per {unit}, {rate} pairs of images per second)"
     )
 
 
 def format_amount(number: float) -> str:
-    """A large number for people, such as 1.2 million."""
+    """Format a large number, such as 1.2 million."""
     for unit, word in ((1e9, " billion"), (1e6, " million")):
         if number >= unit:
             return f"{number / unit:.3g}{word}"
@@ -136,7 +137,7 @@ def format_amount(number: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """A rough duration for people, such as 12 min or 0.7 s."""
+    """Format a rough duration, such as 12 min or 0.7 s."""
     if seconds < 0.1:
         return f"{1e3 * seconds:.2g} ms"
     for unit, word in ((3600, "h"), (60, "min")):
@@ -153,7 +154,7 @@ def _format_figures(figures: Mapping[str, float | str]) -> str:
 
 
 def format_clock(seconds: float) -> str:
-    """A duration for people, such as 1:02:03 or 0:05."""
+    """Format a duration as on a clock, such as 1:02:03 or 0:05."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,13 +1,13 @@
-"""A run's folder: never overwritten, resumable, and readable while the run goes on.
+"""A run's folder: never overwritten, resumable, and readable while the run is in progress.
 
-    config.json         how it was asked for, written first
-    metrics.jsonl       one JSON object a line, flushed at once
-    events.out.*        the same for TensorBoard
-    checkpoint.*        the last good state, replaced atomically
-    <result>            written last: a folder that holds it is finished
-    .lock               while a process works in it, see `locks`
+    config.json         options of the run, written first
+    metrics.jsonl       one JSON object per line, flushed at once
+    events.out.*        the same metrics for TensorBoard
+    checkpoint.*        last good state, replaced atomically
+    <result>            written last: a folder that contains it is finished
+    .lock               present while a process works in the folder, see `locks`
 
-A process that is killed while it writes leaves a hidden file, and the old content in place; the
+A process that is killed during a write leaves a hidden file, and the old content in place; the
 next start removes such files.
 """
 
@@ -17,7 +17,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,20 +25,20 @@ from typing import Any
 import numpy as np
 
 from dsdistill.harness import checksums
-from dsdistill.harness.runs import tensorboard, locks, progress
 from dsdistill.harness.errors import UserError, one_line
+from dsdistill.harness.runs import locks, progress, tensorboard
 
 CHECKPOINT = "checkpoint.safetensors"
-CHOSEN_KEY = "chosen"  # in a configuration: what the run itself has chosen
-INPUTS_KEY = "inputs"  # in a configuration: SHA-256 of what the run depends on
+CHOSEN_KEY = "chosen"  # in config.json: values that the run itself has chosen
+INPUTS_KEY = "inputs"  # in config.json: SHA-256 of what the run depends on
 REMEDY = ": start anew in another --out"
 _STATE_KEY = "meta"  # in a checkpoint's metadata
-# The form of `write_bytes`'s temporary files: hidden, the name of the file, eight random letters.
+# Temporary files of `write_bytes`: hidden, the name of the file, eight random letters.
 _TEMPORARY = re.compile(r"\.[^.].*\.[A-Za-z]+\.[a-z0-9_]{8}")
 
 
 class RunError(UserError):
-    """A folder that cannot be started, resumed or read as asked."""
+    """A run folder that cannot be started, resumed or read as requested."""
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -49,7 +49,7 @@ def write_bytes(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
+        os.chmod(temporary, 0o644)  # mkstemp creates it private
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -65,7 +65,7 @@ def read_json(path: Path) -> Any:
     """Read a JSON file of a run.
 
     Raises:
-        RunError: If it is missing or is not JSON.
+        RunError: If the file is missing or is not JSON.
     """
     try:
         return json.loads(path.read_bytes())
@@ -83,11 +83,11 @@ class Run:
     """An open run folder, which no other process can start or resume until it is closed.
 
     Attributes:
-        folder: Exists and can be written to.
-        config: As stored in `config.json`; on `--resume`, as stored by the first start.
-        resumed: Whether there was an earlier start.
-        writes: Whether this process writes into the folder; of several hosts' one does.
-        lock: Held by the process that writes; released by `close`.
+        folder: Existing, writable folder.
+        config: Content of `config.json`; on `--resume`, as the first start stored it.
+        resumed: Whether the run was started before.
+        writes: Whether this process writes into the folder; with several hosts, one does.
+        lock: Lock held by the process that writes; released by `close`.
     """
 
     folder: Path
@@ -97,7 +97,7 @@ class Run:
     lock: locks.Lock | None = field(default=None, repr=False, compare=False)
 
     def close(self) -> None:
-        """Give the folder free for other processes; a second call does nothing."""
+        """Release the folder for other processes; a second call does nothing."""
         if self.lock:
             self.lock.release()
 
@@ -107,14 +107,14 @@ class Run:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def recorded(self, name: str, choose: Callable[[], Any]) -> Any:
-        """A value that the first start chooses, and that every later start finds.
+    def choose_once(self, name: str, choose: Callable[[], Any]) -> Any:
+        """Choose a value at the first start and reuse it at every later one.
 
-        It stands in `config.json` under `chosen`, apart from the options.
+        It is stored in `config.json` under `chosen`, apart from the options.
 
         Args:
-            name: Of the value.
-            choose: Called at the first start alone; JSON-compatible.
+            name: Name of the value.
+            choose: Called at the first start only; returns a JSON-compatible value.
         """
         chosen = self.config.setdefault(CHOSEN_KEY, {})
         if name not in chosen:
@@ -124,17 +124,17 @@ class Run:
         return chosen[name]
 
     def require_same(self, inputs: Mapping[str, str]) -> None:
-        """Refuse to go on with other data, models or sets than the run was started with.
+        """Refuse to continue with other data, models or sets than the run was started with.
 
-        The first start stores the hashes in `config.json`; each later one compares. It may be
-        called for one input after the other.
+        The first start stores the hashes in `config.json`; each later one compares. Inputs may be
+        passed in several calls.
 
         Args:
-            inputs: SHA-256 of everything that the run depends on, by a name for people, such as
-                "training images and labels".
+            inputs: SHA-256 of each input of the run, by a readable name such as "training images
+                and labels".
 
         Raises:
-            RunError: If an input is not the one of the first start.
+            RunError: If an input differs from that of the first start.
         """
         stored = self.config.setdefault(INPUTS_KEY, {})
         for name, value in inputs.items():
@@ -147,40 +147,67 @@ class Run:
         unknown = [name for name in inputs if name not in stored]
         if unknown and self.resumed and (self.folder / CHECKPOINT).exists():
             progress.say(
-                f"note: {self.folder} holds no hash of: {', '.join(unknown)}; whether that changed "
-                "since the run was started cannot be checked"
+                f"note: {self.folder} has no hash of: {', '.join(unknown)}; whether that has "
+                "changed since the run was started cannot be checked"
             )
         stored.update({name: inputs[name] for name in unknown})
         if unknown and self.writes:
             write_json(self.folder / "config.json", self.config)
 
     def withdraw(self) -> None:
-        """Free and close the folder again if the run was refused before it computed anything."""
-        figures = self.folder / "metrics.jsonl"
-        begun = figures.exists() and figures.stat().st_size > 0
-        if begun or self.resumed or not self.writes or (self.folder / CHECKPOINT).exists():
+        """Free and close the folder again if the run has no checkpoint: no work is lost by it."""
+        if self.resumed or not self.writes or self._has_checkpoint:
             return
-        for pattern in ("config.json", figures.name, f"{tensorboard.FILE_PREFIX}*"):
+        names = ("config.json", "recipe.json", "metrics.jsonl", f"{tensorboard.FILE_PREFIX}*")
+        for pattern in names:
             for path in self.folder.glob(pattern):
                 path.unlink()
         self.close()
-        with contextlib.suppress(OSError):  # something else is in it, which stays
+        with contextlib.suppress(OSError):  # it contains other files, which stay
             self.folder.rmdir()
 
+    @contextlib.contextmanager
+    def clean_up_on_error(self) -> Iterator[None]:
+        """Leave no folder that cannot be used where an error of the user's input ends the run.
+
+        Without a checkpoint the folder is removed, so that the same command can be given again.
+        With one, the error says what the checkpoint is good for.
+
+        Raises:
+            UserError, OSError: As raised inside.
+        """
+        try:
+            yield
+        except (UserError, OSError) as error:
+            self.withdraw()
+            explains_itself = isinstance(error, RunError)  # it is about the folder
+            if explains_itself or not self.writes or not (self.folder / "config.json").exists():
+                raise
+            kept = "the last checkpoint" if self._has_checkpoint else "the start of the run"
+            message = (
+                f"{error}; {self.folder} keeps {kept}: --resume goes on from it with the data and "
+                "the options as they were, and with others start anew in another --out"
+            )
+            raise RunError(message) from error
+
+    @property
+    def _has_checkpoint(self) -> bool:
+        return (self.folder / CHECKPOINT).exists()
+
     def save_state(self, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
-        """Replace the checkpoint: named arrays and a JSON-compatible remainder."""
+        """Replace the checkpoint by named arrays and JSON-compatible metadata."""
         if not self.writes:
             return
         content = checksums.pack(_STATE_KEY, json.dumps(meta), arrays)
         write_bytes(self.folder / CHECKPOINT, content)
 
     def load_state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
-        """The last checkpoint, or None if the run was stopped before its first.
+        """Arrays and metadata of the last checkpoint; None if the run stopped before its first.
 
-        One that an earlier version wrote has no checksum; it is accepted, and that is said.
+        A checkpoint of an earlier version has no checksum; it is accepted with a note.
 
         Raises:
-            RunError: If it is damaged: not whole, or its contents do not match its checksum.
+            RunError: If it is incomplete, or its contents do not match its checksum.
         """
         path = self.folder / CHECKPOINT
         if not path.exists():
@@ -191,30 +218,32 @@ class Run:
         if not isinstance(meta, dict):
             raise RunError(f"{path} is damaged: expected an object of figures{REMEDY}")
         if not checked:
-            progress.say(f"note: {path} is of an earlier version and has no checksum to verify")
+            progress.say(
+                f"note: {path} was written by an earlier version and has no checksum to verify"
+            )
         return arrays, meta
 
 
 def check_free(folder: Path, result: str) -> None:
-    """Refuse a folder in which a new run could not start; nothing is created.
+    """Refuse a folder in which a new run cannot start; nothing is created.
 
     Raises:
-        RunError: If it is a file, or holds a run or anything else.
+        RunError: If the path is a file, or the folder contains a run or anything else.
     """
     try:
-        # Read once: another process may be writing the first file of a run at this moment.
+        # Listed once: another process may be writing the first file of a run at this moment.
         names = os.listdir(folder)
     except FileNotFoundError:
         return
     except NotADirectoryError as error:
         if not folder.exists():
-            raise  # a folder above it is a file
+            raise  # a parent is a file
         raise RunError(f"{folder} is a file: choose another --out") from error
     if result in names:
         raise RunError(f"{folder} already holds a finished run: choose another --out")
     if "config.json" in names:
         raise RunError(f"{folder} already holds a run: add --resume, or choose another --out")
-    # A hidden file may be left by a start that was killed.
+    # A start that was killed may have left a hidden file.
     if any(name[0] != "." for name in names):
         raise RunError(f"{folder} is not empty and holds no run: choose another --out")
 
@@ -231,17 +260,17 @@ def start(
     """Open a run folder.
 
     Args:
-        folder: Where; created with its parents.
+        folder: Folder of the run; created with its parents.
         config: JSON-compatible options of this call.
         result: Name of the file whose presence means that the run is finished.
-        resume: Continue an unfinished run. Its stored options hold; an option of this call that
-            is neither the default nor the stored value is refused.
-        defaults: Default options, to tell which of this call's were given.
-        free: Options that may differ on resume (where the data lie, say).
+        resume: Whether to continue an unfinished run. Its stored options hold; an option of this
+            call that is neither the default nor the stored value is refused.
+        defaults: Default options, to tell which options this call sets.
+        free: Options that may differ on resume (the location of the data, say).
 
     Raises:
-        RunError: If the folder holds a run and `resume` is off, if it is finished, or if the
-            options contradict the stored ones.
+        RunError: If the folder contains a run and `resume` is off, if the run is finished, or if
+            the options contradict the stored ones.
     """
     config, defaults = _as_json(config), _as_json(defaults or {})
     if resume:
@@ -250,7 +279,7 @@ def start(
         check_free(folder, result)
     lock = _acquire_lock(folder, create=not resume)
     try:
-        # Again, now that no other process can change it.
+        # Checked again, now that no other process can change the folder.
         if resume:
             _check_resumable(folder, result)
             stored = _reconcile(folder, _stored_config(folder), config, defaults, free)
@@ -273,7 +302,7 @@ def stored_options(
     defaults: Mapping[str, Any],
     free: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """The configuration of an unfinished run, without opening it: nothing is locked or changed.
+    """Read the configuration of an unfinished run; nothing is locked or changed.
 
     Args:
         folder, config, result, defaults, free: As for `start`.
@@ -294,7 +323,7 @@ def _check_resumable(folder: Path, result: str) -> None:
 
 
 def _acquire_lock(folder: Path, *, create: bool) -> locks.Lock:
-    """The lock on a folder, which is made if it is not there.
+    """Lock a folder, creating it first if requested.
 
     Raises:
         RunError: If another process works in it.
@@ -309,24 +338,24 @@ def _acquire_lock(folder: Path, *, create: bool) -> locks.Lock:
                 f"{folder} is in use by {holder}: wait until it ends or stop it, or choose "
                 "another --out"
             ) from holder
-        except FileNotFoundError:  # a run beside this one was refused, and removed the folder
+        except FileNotFoundError:  # a concurrent run was refused, and removed the folder
             if not create or attempt == locks.MAX_ATTEMPTS:
                 raise
     raise AssertionError
 
 
 def _remove_temporaries(folder: Path) -> None:
-    """Remove what a kill in the middle of a write has left, in its own subfolders too."""
-    inside = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
-    own = [path for path in inside if not (path / "config.json").exists()]
-    for place in (folder, *own):
-        for path in place.iterdir():
+    """Remove temporary files of an interrupted write, also in subfolders that are no other run."""
+    subfolders = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
+    parts = [path for path in subfolders if not (path / "config.json").exists()]
+    for directory in (folder, *parts):
+        for path in directory.iterdir():
             if _TEMPORARY.fullmatch(path.name) and path.is_file():
                 path.unlink(missing_ok=True)
 
 
 def _as_json(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options as `config.json` gives them back, where a tuple has become a list."""
+    """The options as they are read back from `config.json`: tuples become lists."""
     return json.loads(json.dumps(_replace_not_finite(options)))
 
 
@@ -348,7 +377,7 @@ def _reconcile(
     defaults: Mapping[str, Any],
     free: tuple[str, ...],
 ) -> dict[str, Any]:
-    """The stored options, after refusing a given one that contradicts them."""
+    """The stored options, updated by the free ones; refuses an option that contradicts them."""
     if old.get("command") != new.get("command") or (new and not new.keys() & old.keys()):
         commands = f" ({old.get('command') or 'kd train'}, got {new.get('command') or 'kd train'})"
         raise RunError(f"{folder} holds a run of another command{commands}: choose another --out")
@@ -362,10 +391,12 @@ def _reconcile(
 
 
 class Metrics:
-    """Appends named figures to `metrics.jsonl` and to a TensorBoard event file.
+    """Writer of named figures to `metrics.jsonl` and to a TensorBoard event file.
 
-    On resume, lines of steps after the checkpoint are dropped, so that a resumed run's file
-    equals that of an uninterrupted one.
+    Args:
+        folder: The run's folder.
+        resume_from: Step of the checkpoint of a resumed run. Lines of later steps are dropped, so
+            that the file equals that of an uninterrupted run.
     """
 
     def __init__(self, folder: Path, *, resume_from: int | None = None) -> None:
@@ -376,7 +407,7 @@ class Metrics:
         self._events = tensorboard.EventFile(folder, resume_from)
 
     def write(self, step: int, **figures: float) -> None:
-        """Record figures of one step; seen at once by whoever follows the files."""
+        """Append the figures of one step, and flush them for readers of the files."""
         figures = {name: float(value) for name, value in figures.items()}  # NumPy's too
         self._file.write(json.dumps(_replace_not_finite({"step": step, **figures})) + "\n")
         self._file.flush()
@@ -395,16 +426,16 @@ class Metrics:
     def _drop_after(self, step: int) -> None:
         if not self._path.exists():
             return
-        lines = self._path.read_bytes().split(b"\n")[:-1]  # the end was being written at a kill
-        known = [(line, _parse_step(line)) for line in lines]
-        if damaged := sum(found is None for _, found in known):
+        lines = self._path.read_bytes().split(b"\n")[:-1]  # the last line may be incomplete
+        steps = [(line, _parse_step(line)) for line in lines]
+        if damaged := sum(parsed is None for _, parsed in steps):
             progress.say(f"note: {self._path}: {damaged} of {len(lines)} lines damaged, dropped")
-        kept = [line for line, found in known if found is not None and found <= step]
-        write_bytes(self._path, b"".join(line + b"\n" for line in kept))
+        earlier = [line for line, parsed in steps if parsed is not None and parsed <= step]
+        write_bytes(self._path, b"".join(line + b"\n" for line in earlier))
 
 
 def _parse_step(line: bytes) -> int | None:
-    """The step of a line of figures; None for one that is damaged."""
+    """Step of a line of `metrics.jsonl`; None if the line is damaged."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, TypeError, KeyError, RecursionError):
@@ -413,7 +444,7 @@ def _parse_step(line: bytes) -> int | None:
 
 
 def _replace_not_finite(value: Any) -> Any:
-    """A copy in which NaN and infinities are None, at any depth."""
+    """Copy a value with NaN and infinities replaced by None, at any depth."""
     if isinstance(value, float) and not np.isfinite(value):
         return None
     if isinstance(value, Mapping):

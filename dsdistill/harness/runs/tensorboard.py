@@ -1,6 +1,6 @@
-"""Figures for TensorBoard, written with its record format alone.
+"""Metrics for TensorBoard, written with its record format only.
 
-TensorBoard's own writer and torch's both import TensorFlow where it is installed.
+TensorBoard's own writer and torch's both import TensorFlow if it is installed.
 """
 
 import os
@@ -9,22 +9,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-FILE_PREFIX = "events.out.tfevents"  # of every event file, before its time and process
+FILE_PREFIX = "events.out.tfevents"  # of every event file's name, before its time and process
 
 
 class EventFile:
     """An event file of a run.
 
     Args:
-        folder: The run's.
-        resume_from: The step after which a resumed run goes on; events of later ones are outdated.
+        folder: The run's folder.
+        resume_from: Step after which a resumed run continues; events of later steps are outdated.
     """
 
     def __init__(self, folder: Path, resume_from: int | None) -> None:
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        # Generated when imported: a type checker cannot see what these modules hold.
+        # Generated at import: a type checker cannot see what these modules contain.
         self._proto: Any = event_pb2
         self._summary: Any = summary_pb2
         name = f"{FILE_PREFIX}.{time.time():.6f}.{os.getpid()}"

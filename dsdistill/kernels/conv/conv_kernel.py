@@ -1,11 +1,11 @@
-"""The exact neural tangent kernel of a convolutional ReLU network, without what is never used.
+"""Exact neural tangent kernel of a convolutional ReLU network, without what is never used.
 
-neural-tangents keeps the covariance of every pair of pixels, (h w)² numbers for a pair of images.
+neural-tangents stores the covariance of every pair of pixels, (h w)² numbers for a pair of images.
 Most of them never reach the readout. Only the planes that do are computed (`offsets`), level by
 level (`planes`), for one image against a block of others at a time. The result is exact.
 
-A ReLU needs the variances of its inputs, n images instead of n m pairs; what the pairs say about
-the gradient with respect to them is summed up first, and taken back to the pixels in one pass for
+A ReLU needs the variances of its inputs, of n images instead of n m pairs; the gradient with
+respect to them is first summed over the pairs, and then propagated to the pixels in one pass for
 each image (`variances`).
 
 Source: Novak et al. (2019), arXiv:1810.05148, and Arora et al. (2019), arXiv:1904.11955, for the
@@ -29,7 +29,7 @@ from dsdistill.kernels.notation import Architecture
 def ntk(
     x1: Float[Array, "n h w c"], x2: Float[Array, "m h w c"], network: Architecture
 ) -> Float[Array, "n m"]:
-    """The kernel between two sets of images, in their dtype.
+    """Compute the kernel between two sets of images, in their dtype.
 
     Differentiable once in both arguments; finite for repeated, constant and zero images.
     """
@@ -37,7 +37,7 @@ def ntk(
 
 
 def ntk_symmetric(x: Float[Array, "n h w c"], network: Architecture) -> Float[Array, "n n"]:
-    """The kernel of a set of images with itself, from half of the pairs.
+    """Compute the kernel of a set of images with itself, from half of the pairs.
 
     The gradient takes one pass over all pairs, with the symmetrised cotangent.
     """
@@ -47,12 +47,13 @@ def ntk_symmetric(x: Float[Array, "n h w c"], network: Architecture) -> Float[Ar
 def slopes(
     x1: Float[Array, "n h w c"], x2: Float[Array, "m h w c"], network: Architecture
 ) -> tuple[Float[Array, "n m"], Float[Array, "n m h w c"]]:
-    """The kernel, and of every pair its gradient with respect to the first image at fixed second.
+    """Compute the kernel and, for every pair, its gradient with respect to the first image.
 
-    A little more work than the gradient of a weighted sum of all pairs: what is summed up there,
-    the variances' part, is taken back to the pixels for every pair. Not differentiable.
+    Slightly more work than the gradient of a weighted sum of all pairs: the gradient with respect
+    to the variances, which is summed there, is propagated to the pixels for every pair. Not
+    differentiable.
     """
-    one, two = _PreparedImages.of(x1, network), _PreparedImages.blocks(x2, network)
+    one, two = _PreparedImages.one_by_one(x1, network), _PreparedImages.in_lanes(x2, network)
     ones = jnp.ones(two.images.shape[-1], x1.dtype)
 
     def row(item: tuple[Array, _PreparedImages]) -> tuple[Array, Array]:
@@ -60,16 +61,18 @@ def slopes(
         value, direct, logs = lax.map(
             lambda b: _kernel_row_and_adjoint(network, image, b, ones), two
         )
-        again = jnp.broadcast_to(x, x2.shape)
-        through = variances.adjoint(again, [merge_lanes(g, len(x2)) for g in logs], network)
+        repeated = jnp.broadcast_to(x, x2.shape)
+        through_variances = variances.adjoint(
+            repeated, [merge_lanes(g, len(x2)) for g in logs], network
+        )
         direct = jnp.moveaxis(merge_lanes(direct, len(x2)), 1, -1)
-        return value.reshape(-1)[: len(x2)], direct + through
+        return value.reshape(-1)[: len(x2)], direct + through_variances
 
     return lax.map(row, (x1, one))
 
 
 def _value(x1: Array, x2: Array, network: Architecture) -> Array:
-    one, two = _PreparedImages.of(x1, network), _PreparedImages.blocks(x2, network)
+    one, two = _PreparedImages.one_by_one(x1, network), _PreparedImages.in_lanes(x2, network)
     rows = lax.map(
         lambda a: lax.map(lambda b: _kernel_row(network, a, b), two), one
     )  # (n, blocks, l)
@@ -77,23 +80,23 @@ def _value(x1: Array, x2: Array, network: Architecture) -> Array:
 
 
 def _symmetric_value(x: Array, network: Architecture) -> Array:
-    one, two = _PreparedImages.of(x, network), _PreparedImages.blocks(x, network)
+    one, two = _PreparedImages.one_by_one(x, network), _PreparedImages.in_lanes(x, network)
     lanes = two.images.shape[-1]
     pairs = [(i, j) for j in range(len(two.images)) for i in range(min((j + 1) * lanes, len(x)))]
 
-    def of(item: Array) -> Array:
+    def pair_row(item: Array) -> Array:
         return _kernel_row(network, _index(one, item[0]), _index(two, item[1]))
 
     index = jnp.asarray(pairs)
-    found = lax.map(of, index)  # (pairs, lanes)
-    whole = jnp.zeros((len(x), len(two.images), lanes), found.dtype)
-    upper = whole.at[index[:, 0], index[:, 1]].set(found).reshape(len(x), -1)[:, : len(x)]
+    values = lax.map(pair_row, index)  # (pairs, lanes)
+    whole = jnp.zeros((len(x), len(two.images), lanes), values.dtype)
+    upper = whole.at[index[:, 0], index[:, 1]].set(values).reshape(len(x), -1)[:, : len(x)]
     return jnp.triu(upper) + jnp.triu(upper, 1).T
 
 
 def _gradient(x1: Array, x2: Array, cotangent: Array, network: Architecture) -> Array:
-    """Of the sum of cotangent (n, m) times kernel, with respect to x1 at fixed x2."""
-    one, two = _PreparedImages.of(x1, network), _PreparedImages.blocks(x2, network)
+    """Gradient of the sum of cotangent (n, m) times kernel, with respect to x1 at fixed x2."""
+    one, two = _PreparedImages.one_by_one(x1, network), _PreparedImages.in_lanes(x2, network)
     lanes = two.images.shape[-1]
     missing = -len(x2) % lanes
     filled = jnp.pad(cotangent, ((0, 0), (0, missing))).reshape(len(x1), -1, lanes)
@@ -133,23 +136,23 @@ _symmetric.defvjp(
 
 
 class _PreparedImages(NamedTuple):
-    """Images, (..., c, h, w, lanes), and their deviations before each ReLU, (..., h, w, lanes)."""
+    """Images, (..., c, h, w, lanes), and their deviations at each ReLU, (..., h, w, lanes)."""
 
     images: Array
     deviations: Deviations
 
     @staticmethod
-    def of(x: Array, network: Architecture) -> "_PreparedImages":
-        """One image at a time: (n, c, h, w, 1)."""
-        each = [d[..., None] for d in deviations(x, network)]
-        return _PreparedImages(jnp.moveaxis(x, -1, 1)[..., None], each)
+    def one_by_one(x: Array, network: Architecture) -> "_PreparedImages":
+        """Prepare single images: (n, c, h, w, 1)."""
+        sigmas = [d[..., None] for d in deviations(x, network)]
+        return _PreparedImages(jnp.moveaxis(x, -1, 1)[..., None], sigmas)
 
     @staticmethod
-    def blocks(x: Array, network: Architecture) -> "_PreparedImages":
-        """As many side by side as are vectorised."""
+    def in_lanes(x: Array, network: Architecture) -> "_PreparedImages":
+        """Prepare blocks of images side by side: (blocks, c, h, w, lanes)."""
         lanes = choose_lanes(x, build_levels(network, x.shape))
-        each = [split_into_lanes(d, lanes) for d in deviations(x, network)]
-        return _PreparedImages(split_into_lanes(jnp.moveaxis(x, -1, 1), lanes), each)
+        sigmas = [split_into_lanes(d, lanes) for d in deviations(x, network)]
+        return _PreparedImages(split_into_lanes(jnp.moveaxis(x, -1, 1), lanes), sigmas)
 
 
 def _index(side: _PreparedImages, i: Array | int) -> _PreparedImages:
@@ -159,7 +162,7 @@ def _index(side: _PreparedImages, i: Array | int) -> _PreparedImages:
 def _relu_deviations(
     levels: list[Level], one: Deviations, two: Deviations
 ) -> list[tuple[ReluDeviations, ...]]:
-    """For each level, both sides' deviations at each of its ReLUs."""
+    """Deviations of both sides at each ReLU of each level."""
     pairs = iter(zip(one, two, strict=True))
     return [
         tuple(
@@ -172,7 +175,7 @@ def _relu_deviations(
 def _level_inputs(
     levels: list[Level], one: Array, two: Array, sigmas: list[tuple[ReluDeviations, ...]]
 ) -> tuple[list[stages.LevelInput], Array]:
-    """What enters each level, and what the readout sums up."""
+    """Input of each level, and the planes that the readout sums."""
     source: stages.LevelInput = stages.pad_images(levels[0].grid, one, two)
     sources = []
     for level, sigma in zip(levels, sigmas, strict=True):
@@ -183,20 +186,20 @@ def _level_inputs(
 
 
 def _readout_scale(network: Architecture, levels: list[Level]) -> float:
-    """W² over the number of entries that the readout averages."""
+    """W² divided by the number of entries that the readout averages."""
     h, w = levels[-1].grid.shape
     return network.w_std**2 / (h * w) ** (2 if network.head == "gap" else 1)
 
 
 def _kernel_row(network: Architecture, one: _PreparedImages, two: _PreparedImages) -> Array:
-    """The kernel of one image with each lane."""
+    """Compute the kernel of one image with each lane."""
     levels = build_levels(network, two.images.shape)
     sigmas = _relu_deviations(levels, one.deviations, two.deviations)
     return _apply_readout(network, levels, _level_inputs(levels, one.images, two.images, sigmas)[1])
 
 
 def _apply_readout(network: Architecture, levels: list[Level], end: Array) -> Array:
-    """The dense readout: K' = W² K + b², T' = W² T + K'."""
+    """Apply the dense readout: K' = W² K + b², T' = W² T + K'."""
     total = end.sum((0, 1))
     return _readout_scale(network, levels) * (total.real + total.imag) + network.b_std**2
 
@@ -204,7 +207,7 @@ def _apply_readout(network: Architecture, levels: list[Level], end: Array) -> Ar
 def _kernel_row_and_adjoint(
     network: Architecture, one: _PreparedImages, two: _PreparedImages, cotangent: Array
 ) -> tuple[Array, Array, list[Array]]:
-    """The kernel of one image with each lane, and what a cotangent of it becomes.
+    """Compute the kernel of one image with each lane, and pull back a cotangent of it.
 
     Returns:
         The kernel, (lanes,); the cotangents of the image, (c, h, w, lanes), and of log σ at each
@@ -215,8 +218,8 @@ def _kernel_row_and_adjoint(
     sources, end = _level_inputs(levels, one.images, two.images, sigmas)
     g = jnp.broadcast_to(_readout_scale(network, levels) * cotangent, end.shape)
     g = lax.complex(g, g) if jnp.iscomplexobj(end) else g
-    every: list[list[Array]] = []
+    level_logs: list[list[Array]] = []
     for level, source, sigma in reversed(list(zip(levels, sources, sigmas, strict=True))):
         g, logs = planes.backward(level, source, sigma, g)
-        every.insert(0, logs)
-    return _apply_readout(network, levels, end), g, [log for logs in every for log in logs]
+        level_logs.insert(0, logs)
+    return _apply_readout(network, levels, end), g, [log for logs in level_logs for log in logs]

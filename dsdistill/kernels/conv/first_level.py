@@ -1,14 +1,14 @@
 """A first level of one convolution, one ReLU and a pooling, whole blocks of pixels at a time.
 
-Pooling adds up, for a pixel P of the image and Q = P + O of the lanes at the coarse resolution,
-the 16 pairs of a pixel of the block 2 P + {0, 1}² and one of 2 Q + {0, 1}². All that these pairs
-need of the images lies in two patches of 4x4 pixels, from 2 P - 1 and from 2 Q - 1 on. So a coarse
-plane comes from the images in one fused loop, and the finer planes, which `planes` sends along its
-belt, are never stored.
+For a pixel P of the image and Q = P + O of the lanes at the coarse resolution, pooling sums the 16
+pairs of a pixel in the block 2 P + {0, 1}² and one in 2 Q + {0, 1}². These pairs depend only on two
+patches of 4x4 pixels, which start at 2 P - 1 and at 2 Q - 1. So a coarse plane is computed from the
+images in one fused loop, and the finer planes, which `planes` would compute one by one, are never
+stored.
 
-The images are kept as their patches: entry (j, k) of an array holds the pixels j rows below and k
-columns right of the corners of all patches. Every pixel is there four times, but what is read
-together lies side by side.
+The images are stored as patches: entry (j, k) of an array holds the pixels j rows below and k
+columns to the right of the corners of all patches. Every pixel is stored four times, but pixels
+that are read together are adjacent.
 """
 
 import functools
@@ -42,7 +42,7 @@ PATCH_PIXELS = [(j, k) for j in range(4) for k in range(4)]
 def covers(
     source: LevelInput, level: Level, channels: int = MAX_UNROLLED_CHANNELS
 ) -> TypeGuard[PaddedImages]:
-    """Whether this is such a level: blocks fill the images, and there are few channels."""
+    """Whether a level has this form: blocks tile the images, and there are few channels."""
     return (
         isinstance(source, PaddedImages)
         and level.stages == (Stage(conv=True, relu=True),)
@@ -54,16 +54,16 @@ def covers(
 
 
 def forward(level: Level, source: PaddedImages, sigma: ReluDeviations) -> Array:
-    """The pooled planes, and one more that is of no use; sums, not yet means."""
+    """Compute the pooled planes and one unused one; sums, not yet means."""
     assert level.coarse is not None  # see `covers`
-    tiles = _Patches.of(level, source, sigma)
+    tiles = _Patches.extract(level, source, sigma)
     starts = jnp.asarray(level.coarse.starts)
-    one = jax.eval_shape(tiles.pooled, starts[0])
-    empty = jnp.zeros((len(starts) + 1, *one.shape), one.dtype)
+    shape = jax.eval_shape(tiles.coarse_plane, starts[0])
+    empty = jnp.zeros((len(starts) + 1, *shape.shape), shape.dtype)
 
     def step(planes: Array, item: tuple[Array, Array]) -> tuple[Array, None]:
         i, start = item
-        plane = tiles.pooled(start)[None]
+        plane = tiles.coarse_plane(start)[None]
         return lax.dynamic_update_slice(planes, plane, (i, 0, 0, 0)), None
 
     return lax.scan(step, empty, (jnp.arange(len(starts)), starts))[0]
@@ -72,20 +72,20 @@ def forward(level: Level, source: PaddedImages, sigma: ReluDeviations) -> Array:
 def backward(
     level: Level, source: PaddedImages, sigma: ReluDeviations, cotangent: Array
 ) -> tuple[Array, list[Array]]:
-    """The adjoint of `forward` for images of one channel, returned as `planes.backward` does."""
+    """Adjoint of `forward` for images of one channel, with the results of `planes.backward`."""
     assert level.coarse is not None  # see `covers`
-    tiles = _Patches.of(level, source, sigma)
+    tiles = _Patches.extract(level, source, sigma)
     starts = jnp.asarray(level.coarse.starts)
 
     def step(carry: tuple, item: tuple[Array, Array, Array]) -> tuple[tuple, None]:
         before, left, patches, logs = carry
         i, start, g = item
-        before = write_plane(before, tiles.before(start), i)
-        left = write_plane(left, tiles.left(before[..., 1:-1, 1:-1, :], start, g), i)
+        before = write_plane(before, tiles.preactivations(start), i)
+        left = write_plane(left, tiles.window_cotangent(before[..., 1:-1, 1:-1, :], start, g), i)
         logs = logs + tiles.log(read_plane(before, i), start, g)
         pairs = left[..., 1:-1, 1:-1, :]
         patches = [
-            total + tiles.onto(p, pairs, start)
+            total + tiles.pixel_cotangent(p, pairs, start)
             for p, total in zip(PATCH_PIXELS, patches, strict=True)
         ]
         return (before, left, patches, logs), None
@@ -100,13 +100,13 @@ def backward(
 
 
 class _Patches(NamedTuple):
-    """The patches of an image and of the lanes, and the deviations in their blocks.
+    """Patches of an image and of the lanes, and the deviations in their blocks.
 
     Attributes:
-        level: Of which this is the computation.
-        one: For each channel the image's patches, (4, 4, h/2, w/2, 1 or lanes).
-        two: For each channel the lanes' patches, (4, 4, ...), for all offsets.
-        sigma: As in `Sides`, but (2, 2, ...).
+        level: Level to compute.
+        one: Patches of the image for each channel, (4, 4, h/2, w/2, 1 or lanes).
+        two: Patches of the lanes for each channel, (4, 4, ...), for all offsets.
+        sigma: Deviations as (2, 2, ...) blocks.
     """
 
     level: Level
@@ -115,12 +115,13 @@ class _Patches(NamedTuple):
     sigma: ReluDeviations
 
     @staticmethod
-    def of(level: Level, source: PaddedImages, sigma: ReluDeviations) -> "_Patches":
+    def extract(level: Level, source: PaddedImages, sigma: ReluDeviations) -> "_Patches":
+        """Extract the patches of all images and the blocks of their deviations."""
         grid, coarse = level.grid, level.coarse
         assert coarse is not None
         h, w = coarse.shape
         size = len(coarse.y) + h - 1, len(coarse.x) + w - 1
-        # Where the first coarse offset has the corner of the first patch.
+        # Corner of the first patch for the first coarse offset.
         y = int(2 * coarse.y.offsets[0]) + (grid.y.radius or 0)
         x = int(2 * coarse.x.offsets[0]) + (grid.x.radius or 0)
         one = [_extract_patches(channel, 4, 0, 0, (h, w)) for channel in source.one]
@@ -129,36 +130,40 @@ class _Patches(NamedTuple):
         blocks += [_extract_patches(d, 2, y + 1, x + 1, size) for d in sigma[2:]]
         return _Patches(level, one, two, ReluDeviations(*blocks))
 
-    def cut(self, patches: Array, start: Array, j: int, k: int, count: int = 1) -> Array:
-        """Entries j, k of the lanes' patches or blocks, or `count` entries from there on each way.
+    def slice_second(self, patches: Array, start: Array, j: int, k: int, count: int = 1) -> Array:
+        """Slice entry (j, k) of the lanes' patches or blocks, or `count` x `count` entries from it.
 
-        One of many slices, not a slice of one: XLA vectorises a loop that uses each slice once.
+        The caller takes many such slices rather than slicing one of them again: XLA vectorises a
+        loop that uses each slice once.
         """
         assert self.level.coarse is not None
         sizes = (count, count, *self.level.coarse.shape, patches.shape[-1])
-        found = lax.dynamic_slice(patches, (j, k, start[0], start[1], 0), sizes)
-        return found[0, 0] if count == 1 else found
+        entries = lax.dynamic_slice(patches, (j, k, start[0], start[1], 0), sizes)
+        return entries[0, 0] if count == 1 else entries
 
-    def pooled(self, start: Array) -> Array:
-        """One coarse plane."""
+    def coarse_plane(self, start: Array) -> Array:
+        """Compute one coarse plane, as sums of 16 pairs."""
         one, one_inverse, two, two_inverse = self.sigma
-        every = []
+        terms = []
         for (a, b, c, d), total in self.windows(start).items():
-            n = one[a, b] * self.cut(two, start, c, d)
-            n_inverse = one_inverse[a, b] * self.cut(two_inverse, start, c, d)
+            n = one[a, b] * self.slice_second(two, start, c, d)
+            n_inverse = one_inverse[a, b] * self.slice_second(two_inverse, start, c, d)
             cos, sine, gain, _ = relu.angle((self.weight * total + self.level.bias) * n_inverse)
-            every.append((n * (sine + cos * gain), n * cos * gain))
-        nngp, ntk = zip(*every, strict=True)
+            terms.append((n * (sine + cos * gain), n * cos * gain))
+        nngp, ntk = zip(*terms, strict=True)
         return lax.complex(_sum(nngp), _sum(ntk))
 
     @property
     def weight(self) -> float:
+        """Weight of the window sums: W²/9, over the number of channels."""
         return self.level.weight / len(self.one)
 
     def windows(self, start: Array) -> dict[PixelPair, Array]:
-        """The sums over the 3x3 windows of all pairs, each product of two pixels taken once."""
-        two = [{p: self.cut(channel, start, *p) for p in PATCH_PIXELS} for channel in self.two]
-        found = {}
+        """Sums over the 3x3 windows of all pairs, with each product of two pixels taken once."""
+        two = [
+            {p: self.slice_second(channel, start, *p) for p in PATCH_PIXELS} for channel in self.two
+        ]
+        sums = {}
         for y, x in itertools.product((-1, 0, 1), repeat=2):
             products = {
                 (j, k): _sum(a[j, k] * b[j + y, k + x] for a, b in zip(self.one, two, strict=True))
@@ -173,14 +178,14 @@ class _Patches(NamedTuple):
             }
             for a, b in BLOCK_PIXELS:
                 if (a + y, b + x) in BLOCK_PIXELS:
-                    found[a, b, a + y, b + x] = _sum(columns[a, b + i] for i in range(3))
-        return found
+                    sums[a, b, a + y, b + x] = _sum(columns[a, b + i] for i in range(3))
+        return sums
 
-    def before(self, start: Array) -> Array:
+    def preactivations(self, start: Array) -> Array:
         """K = T before the ReLU, (2, 2, 2, 2, h/2, w/2, lanes), for images of one channel."""
         total = _sum(
             _broadcast_to_pairs(self.one[0][j : j + 2, k : k + 2])
-            * self.cut(self.two[0], start, j, k, 2)
+            * self.slice_second(self.two[0], start, j, k, 2)
             for j, k in itertools.product(range(3), repeat=2)
         )
         return self.weight * total + self.level.bias
@@ -188,30 +193,30 @@ class _Patches(NamedTuple):
     def scales(self, start: Array) -> tuple[Array, Array]:
         """n = σ1 σ2 and 1 / n, for all pairs."""
         one, one_inverse, two, two_inverse = self.sigma
-        n = _broadcast_to_pairs(one) * self.cut(two, start, 0, 0, 2)
-        return n, _broadcast_to_pairs(one_inverse) * self.cut(two_inverse, start, 0, 0, 2)
+        n = _broadcast_to_pairs(one) * self.slice_second(two, start, 0, 0, 2)
+        return n, _broadcast_to_pairs(one_inverse) * self.slice_second(two_inverse, start, 0, 0, 2)
 
-    def left(self, before: Array, start: Array, g: Array) -> Array:
-        """The cotangents of the sums over the windows of all pairs."""
+    def window_cotangent(self, before: Array, start: Array, g: Array) -> Array:
+        """Cotangents of the window sums of all pairs."""
         _, n_inverse = self.scales(start)
         _, _, gain, slope = relu.angle(before * n_inverse)
         return self.weight * ((g.real + g.imag) * gain + g.imag * before * slope * n_inverse)
 
     def log(self, before: Array, start: Array, g: Array) -> Array:
-        """The cotangents of log σ1, for all pairs."""
+        """Cotangents of log σ1, for all pairs."""
         n, n_inverse = self.scales(start)
         cos, sine, _, slope = relu.angle(before * n_inverse)
         return g.real * n * sine - g.imag * before * slope * cos
 
-    def onto(self, pixel: tuple[int, int], pairs: Array, start: Array) -> Array:
-        """What the pairs of one coarse plane say about one pixel of all patches of the image."""
+    def pixel_cotangent(self, pixel: tuple[int, int], pairs: Array, start: Array) -> Array:
+        """Contribution of one coarse plane to the cotangent of one pixel of all image patches."""
         terms: dict[tuple[int, int], Array] = {}
         for (a, b), (c, d) in itertools.product(BLOCK_PIXELS, BLOCK_PIXELS):
             y, x = pixel[0] - a, pixel[1] - b  # within the window
             if 0 <= y < 3 and 0 <= x < 3:
                 other, g = (c + y, d + x), pairs[a, b, c, d]
                 terms[other] = terms[other] + g if other in terms else g
-        return _sum(g * self.cut(self.two[0], start, *other) for other, g in terms.items())
+        return _sum(g * self.slice_second(self.two[0], start, *other) for other, g in terms.items())
 
 
 def _sum(parts: Iterable[Array]) -> Array:
@@ -219,12 +224,12 @@ def _sum(parts: Iterable[Array]) -> Array:
 
 
 def _broadcast_to_pairs(blocks: Array) -> Array:
-    """An array (2, 2, ...) of the image, to be combined with one of the lanes."""
+    """Expand an array (2, 2, ...) of the image for broadcasting against one of the lanes."""
     return blocks[:, :, None, None]
 
 
 def _extract_patches(x: Array, size: int, top: int, left: int, count: tuple[int, int]) -> Array:
-    """(H, W, lanes) to (size, size, *count, lanes), every second pixel being a corner."""
+    """Patches of (H, W, lanes), one at every second pixel, as (size, size, *count, lanes)."""
 
     def part(j: int, k: int) -> Array:
         row, column = top + j, left + k
@@ -234,7 +239,7 @@ def _extract_patches(x: Array, size: int, top: int, left: int, count: tuple[int,
 
 
 def _fold_patches(patches: list[Array]) -> Array:
-    """From the pixels of all patches, each (h, w, lanes), to the image, (2 h, 2 w, lanes)."""
+    """Sum the pixels of all patches, each (h, w, lanes), into the image, (2 h, 2 w, lanes)."""
     p = dict(zip(PATCH_PIXELS, patches, strict=True))
     rows = {
         (j, k): p[j + 1, k] + _shift_to_neighbour(p[(j + 3) % 4, k], j, 0)
@@ -248,13 +253,13 @@ def _fold_patches(patches: list[Array]) -> Array:
 
 
 def _shift_to_neighbour(x: Array, parity: int, axis: int) -> Array:
-    """For even pixels what belongs to the next block, for odd ones to the block before."""
-    kept = lax.slice_in_dim(x, parity, x.shape[axis] - 1 + parity, axis=axis)
+    """Move pixels to the next block if their parity is even, to the previous if odd."""
+    inner = lax.slice_in_dim(x, parity, x.shape[axis] - 1 + parity, axis=axis)
     blank = jnp.zeros_like(lax.slice_in_dim(x, 0, 1, axis=axis))
-    return jnp.concatenate([kept, blank] if parity else [blank, kept], axis)
+    return jnp.concatenate([inner, blank] if parity else [blank, inner], axis)
 
 
 def _interleave(blocks: Array) -> Array:
-    """The four pixels of all blocks, (2, 2, h, w, lanes), to (2 h, 2 w, lanes)."""
+    """Interleave the four pixels of all blocks, (2, 2, h, w, lanes), to (2 h, 2 w, lanes)."""
     _, _, h, w, lanes = blocks.shape
     return blocks.transpose(2, 0, 3, 1, 4).reshape(2 * h, 2 * w, lanes)

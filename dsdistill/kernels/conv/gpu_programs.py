@@ -1,7 +1,7 @@
-"""What one program of `gpu` does: where it reads and writes, and one stage for its pixels.
+"""One program of `gpu`: where it reads and writes, and one stage for its pixels.
 
-All pixels of a program are one array, since Triton compiles long programs slowly: with an array
-for each pixel it took 47 s for the longest, and now takes one.
+All pixels of a program form one array, since Triton compiles long programs slowly: with an array
+per pixel the longest took 47 s to compile, now it takes 1 s.
 """
 
 import functools
@@ -28,38 +28,40 @@ try:
 except ImportError:  # deprecated since JAX 0.11
     pl = triton = None
 
-SQUARE_PIXELS = 4  # pixels: a program takes a square, whose windows share most of what they read
-LANES_PER_PROGRAM = 32  # of a program: 128 bytes that lie side by side
-WARPS_PER_PROGRAM = 4  # of 32 threads, for one program
+SQUARE_PIXELS = 4  # side of a program's square of pixels: its windows share most of their reads
+LANES_PER_PROGRAM = 32  # 128 contiguous bytes
+WARPS_PER_PROGRAM = 4  # of 32 threads each
 
 WINDOW_SHIFTS = list(itertools.product((-1, 0, 1), repeat=2))
 
 
 class Covariances(NamedTuple):
-    """K and T, or cotangents of them; T is None where it is not wanted, or is still K."""
+    """K and T, or their cotangents; T is None where it is not needed, or still equals K."""
 
     nngp: Any
     ntk: Any = None
 
     @staticmethod
-    def of(x: Array) -> "Covariances":
+    def from_complex(x: Array) -> "Covariances":
+        """Unpack K + i T, or K alone."""
         return Covariances(x.real, x.imag) if stages.is_complex(x) else Covariances(x)
 
     def map(self, function: Callable[..., Any], *others: "Covariances") -> "Covariances":
-        every = zip(self, *others, strict=True)
-        return Covariances(*(None if parts[0] is None else function(*parts) for parts in every))
+        """Apply a function to K and to T, where there is one."""
+        pairs = zip(self, *others, strict=True)
+        return Covariances(*(None if parts[0] is None else function(*parts) for parts in pairs))
 
 
 @dataclass(frozen=True)
 class ProgramPixels:
-    """Where a program reads and writes: pixels (p, 1) of some plane and lanes (1, l).
+    """Location that a program reads and writes: pixels (p, 1) of a plane, and lanes (1, l).
 
     Attributes:
         grid: The planes.
-        y, x: Row and column of each pixel; at first of the program's square.
-        lanes: Which.
-        row, column: Of the plane, by its two offsets.
-        valid: Whether there is such a plane.
+        y, x: Row and column of each pixel; initially of the program's square.
+        lanes: Indices of the lanes.
+        row, column: Indices of the plane along the two offset axes.
+        valid: Whether such a plane exists.
     """
 
     grid: Grid
@@ -72,14 +74,16 @@ class ProgramPixels:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Number of pixels and of lanes."""
         return self.y.shape[0], self.lanes.shape[1]
 
     @property
     def plane(self) -> Any:
+        """Index of the plane."""
         return self.row * len(self.grid.x) + self.column
 
     def square(self) -> "ProgramPixels":
-        """All pixels of the square."""
+        """Expand to all pixels of the square."""
         i = lax.broadcasted_iota(jnp.int32, (SQUARE_PIXELS * SQUARE_PIXELS, 1), 0)
         return replace(
             self,
@@ -88,20 +92,20 @@ class ProgramPixels:
         )
 
     def at(self, plane: Array) -> "ProgramPixels":
-        """In a plane."""
+        """Move to a plane."""
         columns = jnp.int32(len(self.grid.x))
         plane = plane.astype(jnp.int32)
         return replace(self, row=lax.div(plane, columns), column=lax.rem(plane, columns))
 
     def pairs(self, coarse: Grid, plane: Array) -> "ProgramPixels":
-        """The 16 pairs of pixels, each in its plane, that are pooled into a pixel of a plane."""
+        """Expand to the 16 pairs of pixels, each in its plane, that pool into a coarse pixel."""
         i = lax.broadcasted_iota(jnp.int32, (16, 1), 0)
         a, b, c, d = ((i >> shift) & 1 for shift in (3, 2, 1, 0))
         columns = jnp.int32(len(coarse.x))
-        row, one = _fine_index(self.grid.y, coarse.y, lax.div(plane, columns), c - a)
-        column, two = _fine_index(self.grid.x, coarse.x, lax.rem(plane, columns), d - b)
+        row, y_valid = _fine_index(self.grid.y, coarse.y, lax.div(plane, columns), c - a)
+        column, x_valid = _fine_index(self.grid.x, coarse.x, lax.rem(plane, columns), d - b)
         y, x = 2 * self.y + a, 2 * self.x + b
-        return replace(self, y=y, x=x, row=row, column=column, valid=one & two)
+        return replace(self, y=y, x=x, row=row, column=column, valid=y_valid & x_valid)
 
     def inside(self, dy: int = 0, dx: int = 0) -> Array:
         """Whether the pixels, shifted, lie inside the image."""
@@ -110,69 +114,71 @@ class ProgramPixels:
 
     def mask(self) -> Array:
         """Whether both pixels of each pair lie inside their images."""
-        y = _q_is_inside(self.grid.y, self.y + self.row)
-        return self.inside() & y & _q_is_inside(self.grid.x, self.x + self.column)
+        y_inside = _q_is_inside(self.grid.y, self.y + self.row)
+        return self.inside() & y_inside & _q_is_inside(self.grid.x, self.x + self.column)
 
     def entries(self, ref: Any, *index: Any) -> Any:
-        """The part (p, l) of an array that has these indices for each pixel."""
+        """Reference to the entries (p, l) of an array at these indices of each pixel."""
         lanes = self.lanes if ref.shape[-1] > 1 else 0
-        every = (jnp.asarray(i, jnp.int32) for i in (*index, lanes))
-        return ref.at[*(jnp.broadcast_to(i, self.shape) for i in every)]
+        indices = (jnp.asarray(i, jnp.int32) for i in (*index, lanes))
+        return ref.at[*(jnp.broadcast_to(i, self.shape) for i in indices)]
 
     def read(self, ref: Any, *index: Any, inside: Array) -> Array:
-        """Such a part, 0 where the pixels do not lie inside."""
+        """Read entries at these indices of each pixel, 0 for pixels outside."""
         mask = jnp.broadcast_to(inside, self.shape)
         return triton.load(self.entries(ref, *index), mask=mask, other=0.0)
 
-    def here(self, planes: Any, dy: int = 0, dx: int = 0) -> Array:
-        """Of all planes, the entries of this one, shifted."""
+    def read_plane(self, planes: Any, dy: int = 0, dx: int = 0) -> Array:
+        """Read the pixels of this plane, shifted, from all planes."""
         return self.read(planes, self.plane, self.y + dy, self.x + dx, inside=self.inside(dy, dx))
 
-    def box(self, planes: Any) -> Array:
-        """The same, summed up over the windows."""
-        return functools.reduce(jnp.add, (self.here(planes, dy, dx) for dy, dx in WINDOW_SHIFTS))
+    def read_window_sum(self, planes: Any) -> Array:
+        """Read the pixels of this plane, summed over their 3x3 windows."""
+        return functools.reduce(
+            jnp.add, (self.read_plane(planes, dy, dx) for dy, dx in WINDOW_SHIFTS)
+        )
 
-    def one(self, ref: Any, *index: int, dy: int = 0, dx: int = 0, margin: int = 0) -> Array:
-        """Of the image, which may have a margin."""
+    def read_image(self, ref: Any, *index: int, dy: int = 0, dx: int = 0, margin: int = 0) -> Array:
+        """Read the pixels, shifted, from an array of the image, which may have a margin."""
         y, x = self.y + dy + margin, self.x + dx + margin
         return self.read(ref, *index, y, x, inside=self.inside(dy, dx))
 
-    def other(self, ref: Any, *index: int, dy: int = 0, dx: int = 0) -> Array:
-        """Of the lanes, at the q of each pixel, from an extended array."""
+    def read_lanes(self, ref: Any, *index: int, dy: int = 0, dx: int = 0) -> Array:
+        """Read the q of each pixel, shifted, from an extended array of the lanes."""
         y, x = self.row + 1 + self.y + dy, self.column + 1 + self.x + dx
         return self.read(ref, *index, y, x, inside=self.inside(dy, dx))
 
     def write(self, ref: Any, value: Array, *index: int) -> None:
-        """Into this plane of all planes."""
-        place = self.entries(ref, *index, self.plane, self.y, self.x)
-        triton.store(place, value, mask=jnp.broadcast_to(self.inside(), self.shape))
+        """Write the pixels of this plane into all planes."""
+        entries = self.entries(ref, *index, self.plane, self.y, self.x)
+        triton.store(entries, value, mask=jnp.broadcast_to(self.inside(), self.shape))
 
-    def cotangent(self, kind: str, given: Covariances, coarse: Grid | None) -> Covariances:
-        """Of what leaves a stage, see `Cotangent`."""
+    def cotangent(self, kind: str, refs: Covariances, coarse: Grid | None) -> Covariances:
+        """Read the cotangent of the output of a stage, of a `kind` of `gpu.Cotangent`."""
         if kind == "window":
-            return given.map(self.box)
+            return refs.map(self.read_window_sum)
         if kind == "plane":
-            return given.map(self.here)
+            return refs.map(self.read_plane)
         if kind == "all":
-            return given.map(self.one)
+            return refs.map(self.read_image)
         assert coarse is not None  # the planes are pooled
-        row, one = _coarse_index(self.grid.y, coarse.y, self.row, self.y)
-        column, two = _coarse_index(self.grid.x, coarse.x, self.column, self.x)
+        row, y_valid = _coarse_index(self.grid.y, coarse.y, self.row, self.y)
+        column, x_valid = _coarse_index(self.grid.x, coarse.x, self.column, self.x)
         y, x = self.y >> 1, self.x >> 1
-        inside = one & two & (y < coarse.shape[0]) & (x < coarse.shape[1])
+        inside = y_valid & x_valid & (y < coarse.shape[0]) & (x < coarse.shape[1])
         plane = row * len(coarse.x) + column
-        return given.map(lambda ref: self.read(ref, plane, y, x, inside=inside))
+        return refs.map(lambda ref: self.read(ref, plane, y, x, inside=inside))
 
 
 def _q_is_inside(axis: AxisOffsets, i: Array) -> Array:
-    """Whether the q of pixel and plane lies inside the image, by the sum of their indices."""
+    """Whether the q of a pixel in a plane lies inside the image, by the sum of their indices."""
     if axis.radius is None:
         return (lax.rem(i, jnp.full_like(i, axis.period)) < axis.size) & (i >= 0)
     return (i >= axis.radius) & (i < axis.radius + axis.size)
 
 
 def _fine_index(fine: AxisOffsets, coarse: AxisOffsets, i: Array, d: Array) -> tuple[Array, Array]:
-    """The index of the offset that is d more than twice the i-th one, and whether there is one."""
+    """Index of the offset that is d plus twice the i-th one, and whether it exists."""
     if fine.radius is None or coarse.radius is None:
         j = 2 * i + d
         return jnp.where(j < 0, j + fine.period, j), j >= -1
@@ -184,7 +190,7 @@ def _fine_index(fine: AxisOffsets, coarse: AxisOffsets, i: Array, d: Array) -> t
 def _coarse_index(
     fine: AxisOffsets, coarse: AxisOffsets, i: Array, pixel: Array
 ) -> tuple[Array, Array]:
-    """The index of the coarse offset to which the i-th one is pooled, and whether there is one."""
+    """Index of the coarse offset that the i-th one is pooled into, and whether it exists."""
     if fine.radius is None or coarse.radius is None:
         j = (i + (pixel & 1)) >> 1
         return jnp.where(j < coarse.period, j, j - coarse.period), j >= 0
@@ -196,10 +202,11 @@ class StageProgram:
     """One stage for the pixels of a program.
 
     Args:
-        level, stage: Which stage of what.
-        spot: The pixels.
-        source: References to what enters it.
-        sigma: To the deviations at its ReLU.
+        level: Level of the stage.
+        stage: The stage.
+        spot: Pixels of the program.
+        source: References to the input of the stage.
+        sigma: References to the deviations at its ReLU.
     """
 
     def __init__(
@@ -208,14 +215,14 @@ class StageProgram:
         self.level, self.stage = level, stage
         self.spot, self.source, self.sigma = spot, source, sigma
 
-    def before(self) -> Covariances:
+    def preactivations(self) -> Covariances:
         """K and T before the ReLU."""
         spot, source, conv = self.spot, self.source, self.stage.conv
         if isinstance(source, PaddedImages):
             parts = (self.product(dy, dx) for dy, dx in (WINDOW_SHIFTS if conv else [(0, 0)]))
             total = Covariances(functools.reduce(jnp.add, parts) / source.two.shape[0])
         else:
-            total = source.map(spot.box if conv else spot.here)
+            total = source.map(spot.read_window_sum if conv else spot.read_plane)
         if not conv:
             return total
         nngp = jnp.where(spot.mask(), self.level.weight * total.nngp + self.level.bias, 0)
@@ -225,11 +232,11 @@ class StageProgram:
         return Covariances(nngp, ntk + nngp)
 
     def product(self, dy: int, dx: int) -> Array:
-        """The product of two pixels of the images, shifted, summed up over channels."""
+        """Product of the pixels of image and lanes, shifted, summed over channels."""
         one, two = self.source
-        at = {"dy": dy, "dx": dx}
+        shift = {"dy": dy, "dx": dx}
         parts = (
-            self.spot.one(one, c, margin=1, **at) * self.spot.other(two, c, **at)
+            self.spot.read_image(one, c, margin=1, **shift) * self.spot.read_lanes(two, c, **shift)
             for c in range(two.shape[0])
         )
         return functools.reduce(jnp.add, parts)
@@ -237,29 +244,29 @@ class StageProgram:
     def scales(self) -> tuple[Array, Array]:
         """n = σ1 σ2 and 1 / n."""
         spot, sigma = self.spot, self.sigma
-        n = spot.one(sigma.one) * spot.other(sigma.two)
-        return n, spot.one(sigma.one_inverse) * spot.other(sigma.two_inverse)
+        n = spot.read_image(sigma.one) * spot.read_lanes(sigma.two)
+        return n, spot.read_image(sigma.one_inverse) * spot.read_lanes(sigma.two_inverse)
 
     def after(self) -> Covariances:
         """K and T after the stage."""
-        nngp, ntk = self.before()
+        nngp, ntk = self.preactivations()
         if not self.stage.relu:
             return Covariances(nngp, ntk)
         n, n_inverse = self.scales()
         cos, sine, gain, _ = relu.angle(nngp * n_inverse)
         return Covariances(n * (sine + cos * gain), None if ntk is None else ntk * gain)
 
-    def left(self, g: Covariances) -> tuple[Covariances, Array | None]:
-        """Cotangents of what enters, up to the adjoint of the convolution, and of log σ1."""
+    def window_cotangent(self, g: Covariances) -> tuple[Covariances, Array | None]:
+        """Cotangents of the window sums (of the input without a convolution), and of log σ1."""
         log = None
         if self.stage.relu:
-            nngp, ntk = self.before()
+            nngp, ntk = self.preactivations()
             n, n_inverse = self.scales()
             cos, sine, gain, slope = relu.angle(nngp * n_inverse)
             direct, log = g.nngp * gain, g.nngp * n * sine
             if g.ntk is not None:
-                turned = g.ntk * (nngp if ntk is None else ntk) * slope
-                direct, log = direct + turned * n_inverse, log - turned * cos
+                angular = g.ntk * (nngp if ntk is None else ntk) * slope
+                direct, log = direct + angular * n_inverse, log - angular * cos
             g = Covariances(direct, None if g.ntk is None else g.ntk * gain)
         if self.stage.conv:
             weight = jnp.where(self.spot.mask(), self.level.weight, 0).astype(g.nngp.dtype)

@@ -1,9 +1,9 @@
-"""Which pairs of pixels a convolutional kernel needs, level by level.
+"""Pairs of pixels that a convolutional kernel needs, level by level.
 
 The covariance between pixel p of one image and pixel q of another is kept as a *plane* for each
 offset o: K[p, o] with q = p + o. Convolutions and ReLUs stay within a plane; 2x2 pooling of
 stride 2 maps the fine offsets 2 O + {-1, 0, 1} to the coarse offset O. Followed backwards from
-the readout this says which offsets matter at all:
+the readout this determines which offsets matter at all:
 
 - Flatten reads the offset 0, so before it |o| <= r, with r = 0, and 2 r + 1 before a pooling;
 - GlobalAvgPool reads every offset. There o is cyclic, q = p + o modulo a period longer than the
@@ -23,12 +23,12 @@ from dsdistill.harness.errors import UserError
 
 @dataclass(frozen=True)
 class AxisOffsets:
-    """The offsets along one image axis, at one resolution.
+    """Offsets along one image axis, at one resolution.
 
     Attributes:
-        size: Pixels.
-        radius: Offsets -radius ... radius, or None for the cyclic offsets 0 ... period - 1.
-        period: Of cyclic offsets, at least size + 1.
+        size: Number of pixels.
+        radius: r of the offsets -r ... r, or None for the cyclic offsets 0 ... period - 1.
+        period: Period of cyclic offsets, at least size + 1.
     """
 
     size: int
@@ -40,11 +40,11 @@ class AxisOffsets:
 
     @property
     def offsets(self) -> Int[np.ndarray, " d"]:
-        """q - p of every plane."""
+        """Offset q - p of every plane."""
         return np.arange(len(self)) - (self.radius or 0)
 
-    def extended(self, x: Array, axis: int) -> Array:
-        """Along `axis`, x with zeros where q lies outside the image.
+    def extend(self, x: Array, axis: int) -> Array:
+        """Extend x along `axis` with zeros where q lies outside the image.
 
         Position `starts[i] + 1 + p` holds the q of pixel p at offset i, for p from -1 to size.
         """
@@ -56,18 +56,18 @@ class AxisOffsets:
 
     @property
     def starts(self) -> Int[np.ndarray, " d"]:
-        """Where the pixel p = -1 finds its q in an extended array."""
+        """Position of the q of pixel p = -1 in an extended array, for every offset."""
         return np.arange(len(self))
 
     @property
     def valid(self) -> Bool[np.ndarray, "d size"]:
-        """Whether q lies inside the image."""
+        """Whether q lies inside the image, for every offset and p."""
         q = np.arange(self.size) + self.offsets[:, None]
         q = q % self.period if self.radius is None else q
         return (q >= 0) & (q < self.size)
 
-    def pooled(self, coarse: "AxisOffsets") -> Int[np.ndarray, "2 d"]:
-        """For even and odd p, the coarse offset index that each offset goes to, or -1."""
+    def coarse_offsets(self, coarse: "AxisOffsets") -> Int[np.ndarray, "2 d"]:
+        """Index of the coarse offset that each offset is pooled into, for even and odd p; or -1."""
         to = (self.offsets + np.arange(2)[:, None]) // 2
         if coarse.radius is None:
             return to % coarse.period
@@ -76,7 +76,7 @@ class AxisOffsets:
 
 @dataclass(frozen=True)
 class Grid:
-    """The planes of one resolution: every combination of the offsets of two axes."""
+    """Planes of one resolution: every combination of the offsets along two axes."""
 
     y: AxisOffsets
     x: AxisOffsets
@@ -88,20 +88,20 @@ class Grid:
     def __len__(self) -> int:
         return len(self.y) * len(self.x)
 
-    def extended(self, images: Array) -> Array:
-        """Images (..., h, w, lanes) with zeros around, from which `starts` cuts."""
-        return self.x.extended(self.y.extended(images, -3), -2)
+    def extend(self, images: Array) -> Array:
+        """Extend images (..., h, w, lanes) with zeros, so that planes can be sliced at `starts`."""
+        return self.x.extend(self.y.extend(images, -3), -2)
 
     @property
     def starts(self) -> Int[np.ndarray, "n 2"]:
-        """Where a plane with a margin of one pixel begins in an extended array."""
+        """Position of each plane, with a margin of one pixel, in an extended array."""
         return _combine(self.y.starts, self.x.starts)
 
-    def pooled(self, coarse: "Grid") -> Int[np.ndarray, "n 4"]:
-        """Where the pixels of each parity (y then x) go: a coarse plane, or len(coarse)."""
+    def coarse_planes(self, coarse: "Grid") -> Int[np.ndarray, "n 4"]:
+        """Coarse plane that the pixels of each parity (y, x) are pooled into, or len(coarse)."""
         parts = []
-        for y in self.y.pooled(coarse.y):
-            for x in self.x.pooled(coarse.x):
+        for y in self.y.coarse_offsets(coarse.y):
+            for x in self.x.coarse_offsets(coarse.x):
                 both = _combine(y, x)
                 inside = (both >= 0).all(1)
                 parts.append(np.where(inside, both @ [len(coarse.x), 1], len(coarse)))
@@ -109,27 +109,27 @@ class Grid:
 
     @property
     def centre(self) -> int:
-        """The plane of offset 0."""
+        """Index of the plane of offset 0."""
         return (self.y.radius or 0) * len(self.x) + (self.x.radius or 0)
 
 
 @functools.cache
 def grids(height: int, width: int, poolings: int, everywhere: bool) -> tuple[Grid, ...]:
-    """The planes needed at each resolution, finest first.
+    """Planes needed at each resolution, finest first.
 
     Args:
-        height, width: Of the images.
-        poolings: How many.
+        height, width: Size of the images, in pixels.
+        poolings: Number of poolings.
         everywhere: Whether the readout averages over all pixels (GlobalAvgPool) or pairs each
             pixel with itself (Flatten).
 
     Raises:
         UserError: If the images are too small for the poolings.
     """
-    smallest = 1 << poolings
-    if min(height, width) < smallest:
+    min_size = 1 << poolings
+    if min(height, width) < min_size:
         raise UserError(
-            f"images must have at least {smallest}x{smallest} pixels for the kernel's poolings, "
+            f"images must have at least {min_size}x{min_size} pixels for the kernel's poolings, "
             f"got {height}x{width}: take larger images or fewer poolings"
         )
     axes = [_axes(size, poolings, everywhere) for size in (height, width)]
@@ -146,7 +146,7 @@ def _axes(size: int, poolings: int, everywhere: bool) -> list[AxisOffsets]:
 
 
 def _combine(y: np.ndarray, x: np.ndarray) -> Int[np.ndarray, "n 2"]:
-    """Every combination, the second running fastest."""
+    """All combinations, with the second index running fastest."""
     return np.stack(np.meshgrid(y, x, indexing="ij"), -1).reshape(-1, 2)
 
 

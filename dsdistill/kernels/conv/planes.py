@@ -1,11 +1,11 @@
 """All planes of one resolution, one after the other through its stages.
 
-Why it looks as it does: XLA fuses a loop body into as few kernels as it can, and evaluates a value
-again wherever it is used: nine times in a convolution's window, twice for two results. What it
-writes into an array that the loop carries it computes once, and in place. So every plane that is
+The form follows from XLA: it fuses a loop body into as few kernels as it can, and evaluates a value
+again wherever it is used: nine times in a convolution's window, twice for two results. A value
+written into an array that the loop carries is computed once, and in place. So every plane that is
 used more than once is written into such an array (`stages.write_plane`), which stays in the
-processor's cache, and K and T travel as one complex number, so that one result is all that a
-kernel has. Lanes come last because they are vectorised.
+processor's cache, and K and T are one complex number, so that each kernel has a single result.
+Lanes come last because they are vectorised.
 """
 
 import jax.numpy as jnp
@@ -20,16 +20,16 @@ from dsdistill.kernels.conv.stages_adjoint import StagesAdjoint
 
 
 def forward(level: Level, source: LevelInput, sigmas: tuple[ReluDeviations, ...]) -> Array:
-    """All planes of a level, pooled or summed up.
+    """Compute all planes of a level, pooled or summed.
 
     Args:
-        level: What to do.
-        source: The images, or what `forward` of the level before returned.
-        sigmas: Of each ReLU.
+        level: The level.
+        source: The images, or the result of `forward` for the previous level.
+        sigmas: Deviations at each ReLU.
 
     Returns:
-        Before another level its planes, and one more that is of no use: (len(coarse) + 1, h/2,
-        w/2, lanes). Before the readout the sum over all planes, (h, w, lanes).
+        If another level follows, its planes and one unused one: (len(coarse) + 1, h/2, w/2,
+        lanes). If the readout follows, the sum over all planes, (h, w, lanes).
     """
     if gpu.covers(level, source):
         total = gpu.forward(level, source, sigmas)
@@ -41,30 +41,30 @@ def forward(level: Level, source: LevelInput, sigmas: tuple[ReluDeviations, ...]
 
 
 def _sum_planes(run: Stages) -> Array:
-    """What `forward` gives, but sums in place of means."""
+    """Compute `forward`, with sums in place of means."""
 
     def step(carry: tuple[Array, list[Array]], entry: PlaneIndex) -> tuple[tuple, None]:
         total, buffers = carry
-        buffers = run.entering(buffers, entry)
-        return (run.added(total, entry, buffers[-1]), buffers), None
+        buffers = run.stage_inputs(buffers, entry)
+        return (run.add_plane(total, entry, buffers[-1]), buffers), None
 
-    (total, _), _ = lax.scan(step, (run.empty(), run.buffers()), _plane_indices(run.level))
+    (total, _), _ = lax.scan(step, (run.zero_total(), run.buffers()), _plane_indices(run.level))
     return total
 
 
 def backward(
     level: Level, source: LevelInput, sigmas: tuple[ReluDeviations, ...], cotangent: Array
 ) -> tuple[Array, list[Array]]:
-    """The adjoint of `forward` in the first side only; the planes are computed anew.
+    """Adjoint of `forward` in the first side only; the planes are computed again.
 
     Args:
-        level, source, sigmas: As there.
-        cotangent: Of its result. Its real part is the cotangent of K, its imaginary part of T.
+        level, source, sigmas: Arguments of `forward`.
+        cotangent: Cotangent of its result: of K in the real part, of T in the imaginary part.
 
     Returns:
-        The cotangent of the image, (c, h, w, lanes), or of the planes, (n + 1, h, w, lanes), not
-        yet summed over lanes; and of the logarithm of the image's deviations at each ReLU,
-        (h, w, lanes).
+        Cotangent of the image, (c, h, w, lanes), or of the planes, (n + 1, h, w, lanes), not yet
+        summed over lanes; and of the logarithm of the image's deviations at each ReLU, (h, w,
+        lanes).
     """
     if level.coarse is not None:
         cotangent = cotangent * _pooling_weights(level.coarse, cotangent)
@@ -76,27 +76,39 @@ def backward(
     reversal = StagesAdjoint(run, cotangent)
 
     def step(carry: tuple, entry: PlaneIndex) -> tuple[tuple, None]:
-        total, logs, buffers, blocks, places = carry
-        buffers = run.entering(buffers, entry)
-        blocks, places, more = reversal.followed(blocks, places, buffers, entry)
+        total, logs, buffers, blocks, stage_buffers = carry
+        buffers = run.stage_inputs(buffers, entry)
+        blocks, stage_buffers, more = reversal.backpropagate(blocks, stage_buffers, buffers, entry)
         logs = [log + new for log, new in zip(logs, more, strict=True)]
-        return (reversal.added(total, entry, places[0].left), logs, buffers, blocks, places), None
+        return (
+            reversal.add_plane(total, entry, stage_buffers[0].window_cotangent),
+            logs,
+            buffers,
+            blocks,
+            stage_buffers,
+        ), None
 
-    start = reversal.empty(), reversal.logs(), run.buffers(), reversal.blocks(), reversal.places()
+    start = (
+        reversal.zero_total(),
+        reversal.logs(),
+        run.buffers(),
+        reversal.blocks(),
+        reversal.zero_buffers(),
+    )
     (total, logs, *_), _ = lax.scan(step, start, _plane_indices(level))
     return total, logs
 
 
 def _plane_indices(level: Level) -> PlaneIndex:
-    """For every plane."""
+    """Indices of every plane, stacked."""
     grid = level.grid
     n = len(grid)
-    to = grid.pooled(level.coarse) if level.coarse else np.zeros((n, 4), int)
+    to = grid.coarse_planes(level.coarse) if level.coarse else np.zeros((n, 4), int)
     return PlaneIndex(jnp.arange(n), jnp.asarray(grid.starts), jnp.asarray(to))
 
 
 def _pooling_weights(grid: Grid, like: Array) -> Array:
-    """1/16 where both pixels lie inside their images; one plane more of zeros."""
+    """1/16 where both pixels lie inside their images; with a further plane of zeros."""
     y, x = (jnp.asarray(axis.valid / 4, like.real.dtype) for axis in (grid.y, grid.x))
-    every = (y[:, None, :, None] * x[None, :, None]).reshape(-1, *grid.shape, 1)
-    return jnp.concatenate([every, jnp.zeros_like(every[:1])])
+    weights = (y[:, None, :, None] * x[None, :, None]).reshape(-1, *grid.shape, 1)
+    return jnp.concatenate([weights, jnp.zeros_like(weights[:1])])

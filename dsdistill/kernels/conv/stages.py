@@ -1,6 +1,6 @@
-"""What the layers of one resolution do to one plane.
+"""Effect of the layers of one resolution on one plane.
 
-A plane holds the kernels of one offset (see `offsets`) for one image against some others, the
+A plane holds the kernels at one offset (see `offsets`) between one image and several others, the
 lanes, as (h, w, lanes): the covariance K alone, or K + i T with the tangent kernel T. With s the
 sum over a 3x3 window, zero outside the images,
 
@@ -21,19 +21,19 @@ from dsdistill.kernels import relu
 from dsdistill.kernels.conv.offsets import Grid
 from dsdistill.kernels.notation import Stage
 
-MAX_UNROLLED_CHANNELS = 4  # channels
+MAX_UNROLLED_CHANNELS = 4  # a sum over more channels is left to XLA
 
 
 @dataclass(frozen=True)
 class Level:
-    """What happens at one resolution.
+    """Layers and planes of one resolution.
 
     Attributes:
-        stages: In order.
-        grid: The planes.
-        coarse: The planes after the pooling; None if the readout follows.
+        stages: Stages in order.
+        grid: Planes of this resolution.
+        coarse: Planes after the pooling; None if the readout follows.
         weight, bias: W²/9 and b² of the convolutions.
-        tangent: Whether T is wanted beside K.
+        tangent: Whether T is computed beside K.
     """
 
     stages: tuple[Stage, ...]
@@ -45,11 +45,11 @@ class Level:
 
 
 class ReluDeviations(NamedTuple):
-    """Deviations of the pre-activations of one ReLU, and their inverses.
+    """Deviations σ of the pre-activations of one ReLU, and their inverses.
 
     Attributes:
-        one, one_inverse: Of the image, (h, w, 1 or lanes).
-        two, two_inverse: Of the lanes, (h, w, lanes), extended by `Grid.extended`.
+        one, one_inverse: σ and 1 / σ of the image, (h, w, 1 or lanes).
+        two, two_inverse: σ and 1 / σ of the lanes, (h, w, lanes), extended by `Grid.extend`.
     """
 
     one: Array
@@ -59,11 +59,11 @@ class ReluDeviations(NamedTuple):
 
 
 class PaddedImages(NamedTuple):
-    """The pixels a network begins with: their covariance is the mean of products over channels.
+    """Pixels that enter a network: their covariance is the mean of products over channels.
 
     Attributes:
         one: The image with a margin of zeros, (c, h + 2, w + 2, 1 or lanes).
-        two: The lanes, (c, h, w, lanes), extended by `Grid.extended`.
+        two: The lanes, (c, h, w, lanes), extended by `Grid.extend`.
     """
 
     one: Array
@@ -71,7 +71,7 @@ class PaddedImages(NamedTuple):
 
 
 class PlaneIndex(NamedTuple):
-    """Of one plane: its index, where its q begin, and where its pixels of each parity go."""
+    """One plane: its index, the start of its q, and the coarse plane of its pixels by parity."""
 
     plane: Array
     start: Array
@@ -88,27 +88,27 @@ class PixelSlice(NamedTuple):
     step: int
 
 
-LevelInput = PaddedImages | Array  # an array: the planes of the level before, (n + 1, h, w, lanes)
+LevelInput = PaddedImages | Array  # an array: planes of the previous level, (n + 1, h, w, lanes)
 
 
 def pair_deviations(grid: Grid, one: Array, two: Array) -> ReluDeviations:
-    """From the deviations (h, w, 1 or lanes) of an image and (h, w, lanes) of the lanes."""
-    extended = grid.extended(two)
+    """Combine the deviations of an image, (h, w, 1 or lanes), and of the lanes, (h, w, lanes)."""
+    extended = grid.extend(two)
     return ReluDeviations(one, reciprocal_or_zero(one), extended, reciprocal_or_zero(extended))
 
 
 def pad_images(grid: Grid, one: Array, two: Array) -> PaddedImages:
-    """From an image (c, h, w, 1 or lanes) and the lanes (c, h, w, lanes)."""
-    return PaddedImages(pad_margin(one), grid.extended(two))
+    """Combine an image, (c, h, w, 1 or lanes), and the lanes, (c, h, w, lanes)."""
+    return PaddedImages(pad_margin(one), grid.extend(two))
 
 
 def reciprocal_or_zero(x: Array) -> Array:
-    """1 / x, and 0 for 0."""
+    """1 / x, or 0 where x is 0."""
     return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0)
 
 
 class Stages:
-    """The stages of one level; every method is a pure function of its arguments."""
+    """Stages of one level; every method is a pure function of its arguments."""
 
     def __init__(
         self, level: Level, source: LevelInput, sigmas: tuple[ReluDeviations, ...]
@@ -121,7 +121,7 @@ class Stages:
         self.lanes, self.dtype = first.shape[-1], first.real.dtype
         h, w = level.grid.shape
         self.whole = PixelSlice(0, 0, h, w, 1)
-        self.mask = level.grid.extended(jnp.ones((h, w, 1), self.dtype))
+        self.mask = level.grid.extend(jnp.ones((h, w, 1), self.dtype))
 
     def has_tangent(self, i: int) -> bool:
         """Whether the planes that enter stage i hold T beside K."""
@@ -129,37 +129,37 @@ class Stages:
             return True
         return self.level.tangent and any(stage.conv for stage in self.stages[:i])
 
-    def blank(self, complex_: bool, edge: int = 0) -> Array:
-        """A plane of zeros, with a margin of `edge` pixels."""
+    def zero_plane(self, complex_: bool, edge: int = 0) -> Array:
+        """Plane of zeros, with a margin of `edge` pixels."""
         h, w = self.level.grid.shape
         shape = (h + 2 * edge, w + 2 * edge, self.lanes)
         return jnp.zeros(shape, _complex_dtype(self.dtype) if complex_ else self.dtype)
 
     def buffers(self) -> list[Array]:
-        """For each stage a place for the plane that enters it, with a margin of zeros."""
-        return [self.blank(self.has_tangent(i), 1) for i in range(len(self.stages))]
+        """Buffer of each stage for its input plane, with a margin of zeros."""
+        return [self.zero_plane(self.has_tangent(i), 1) for i in range(len(self.stages))]
 
-    def entering(self, buffers: list[Array], entry: PlaneIndex) -> list[Array]:
-        """The same places, now with what one plane becomes on its way."""
-        planes = [write_plane(buffers[0], self.first(entry), entry.plane)]
+    def stage_inputs(self, buffers: list[Array], entry: PlaneIndex) -> list[Array]:
+        """Write the input of each stage into its buffer, for one plane."""
+        planes = [write_plane(buffers[0], self.first_input(entry), entry.plane)]
         for i, buffer in enumerate(buffers[1:]):
-            after = pack_complex(*self.applied(i, entry, planes[i], self.whole))
+            after = pack_complex(*self.apply(i, entry, planes[i], self.whole))
             planes.append(write_plane(buffer, after, entry.plane))
         return planes
 
-    def first(self, entry: PlaneIndex) -> Array:
-        """The plane that enters the first stage."""
+    def first_input(self, entry: PlaneIndex) -> Array:
+        """Input plane of the first stage."""
         if not isinstance(self.source, PaddedImages):
             return self.source[entry.plane]
         one, two = self.source.one[:, 1:-1, 1:-1], self.source.two
         if len(two) > MAX_UNROLLED_CHANNELS:
-            return jnp.sum(one * self.cut(two, entry), 0) / len(two)
-        # XLA's own sum over a leading axis is not vectorised.
-        products = [a * self.cut(b, entry) for a, b in zip(one, two, strict=True)]
+            return jnp.sum(one * self.slice_second(two, entry), 0) / len(two)
+        # XLA does not vectorise its own sum over a leading axis.
+        products = [a * self.slice_second(b, entry) for a, b in zip(one, two, strict=True)]
         return functools.reduce(jnp.add, products) / len(two)
 
-    def cut(self, extended: Array, entry: PlaneIndex) -> Array:
-        """The q of a plane."""
+    def slice_second(self, extended: Array, entry: PlaneIndex) -> Array:
+        """Slice the q of a plane from an extended array of the second side, the lanes."""
         h, w = self.level.grid.shape
         lead, (y, x) = extended.shape[:-3], entry.start + 1
         size = (*lead, h, w, extended.shape[-1])
@@ -167,12 +167,12 @@ class Stages:
 
     def inside(self, entry: PlaneIndex, part: PixelSlice) -> Array:
         """1 where q lies inside the image, 0 elsewhere."""
-        return slice_pixels(self.cut(self.mask, entry), part)
+        return slice_pixels(self.slice_second(self.mask, entry), part)
 
-    def before(
+    def preactivations(
         self, i: int, entry: PlaneIndex, z: Array, part: PixelSlice
     ) -> tuple[Array, Array | None]:
-        """K and T before the ReLU of stage i; T is None as long as it is 0 or not wanted."""
+        """K and T before the ReLU of stage i; T is None while it is 0 or not needed."""
         if not self.stages[i].conv:
             centre = slice_pixels(z, part, 1, 1)
             return (centre.real, centre.imag) if is_complex(z) else (centre, None)
@@ -186,50 +186,53 @@ class Stages:
 
     def scales(self, i: int, entry: PlaneIndex, part: PixelSlice) -> tuple[Array, Array]:
         """n = σ1 σ2 and 1 / n at the ReLU of stage i."""
-        sides = self.sigmas[i]
-        assert sides is not None  # the stage has a ReLU
-        one, one_inverse, two, two_inverse = sides
-        n = slice_pixels(one, part) * slice_pixels(self.cut(two, entry), part)
-        return n, slice_pixels(one_inverse, part) * slice_pixels(self.cut(two_inverse, entry), part)
+        deviations = self.sigmas[i]
+        assert deviations is not None  # the stage has a ReLU
+        one, one_inverse, two, two_inverse = deviations
+        n = slice_pixels(one, part) * slice_pixels(self.slice_second(two, entry), part)
+        return n, slice_pixels(one_inverse, part) * slice_pixels(
+            self.slice_second(two_inverse, entry), part
+        )
 
-    def applied(
+    def apply(
         self, i: int, entry: PlaneIndex, z: Array, part: PixelSlice
     ) -> tuple[Array, Array | None]:
         """K and T after stage i."""
-        nngp, ntk = self.before(i, entry, z, part)
+        nngp, ntk = self.preactivations(i, entry, z, part)
         if not self.stages[i].relu:
             return nngp, ntk
         n, n_inverse = self.scales(i, entry, part)
         cos, sine, gain, _ = relu.angle(nngp * n_inverse)
         return n * (sine + cos * gain), None if ntk is None else ntk * gain
 
-    def empty(self) -> Array:
-        """What `added` starts from."""
+    def zero_total(self) -> Array:
+        """Initial total of `add_plane`."""
         both = self.has_tangent(len(self.stages))
         if self.level.coarse is None:
-            return self.blank(both)
+            return self.zero_plane(both)
         shape = (len(self.level.coarse) + 1, *self.level.coarse.shape, self.lanes)
         return jnp.zeros(shape, _complex_dtype(self.dtype) if both else self.dtype)
 
-    def added(self, total: Array, entry: PlaneIndex, z: Array) -> Array:
-        """The last stage of a plane, added to the planes that it is pooled into."""
+    def add_plane(self, total: Array, entry: PlaneIndex, z: Array) -> Array:
+        """Apply the last stage to a plane and add the result to the planes it is pooled into."""
         i = len(self.stages) - 1
         if self.level.coarse is None:
-            return total + pack_complex(*self.applied(i, entry, z, self.whole))
+            return total + pack_complex(*self.apply(i, entry, z, self.whole))
         for parity, part in enumerate(self.parities()):
-            more = pack_complex(*self.applied(i, entry, z, part))[None]
+            more = pack_complex(*self.apply(i, entry, z, part))[None]
             at = (entry.to[parity], 0, 0, 0)
             old = lax.dynamic_slice(total, at, more.shape)
             total = lax.dynamic_update_slice(total, old + more, at)
         return total
 
     def parities(self) -> list[PixelSlice]:
-        """The pixels that a pooling treats alike: even and odd rows, even and odd columns."""
+        """Pixels that a pooling treats alike: even and odd rows, even and odd columns."""
         h, w = self.level.grid.shape
         return [PixelSlice(y, x, h // 2, w // 2, 2) for y in (0, 1) for x in (0, 1)]
 
 
 def is_complex(x: Array) -> bool:
+    """Whether an array holds K + i T."""
     return jnp.issubdtype(x.dtype, jnp.complexfloating)
 
 
@@ -238,14 +241,16 @@ def _complex_dtype(dtype: Any) -> Any:
 
 
 def pack_complex(nngp: Array, ntk: Array | None) -> Array:
+    """Pack K and T into K + i T, or K alone."""
     return nngp if ntk is None else lax.complex(nngp, ntk)
 
 
 def write_plane(buffer: Array, plane: Array, i: Array) -> Array:
-    """A buffer (..., h + 2, w + 2, lanes) with a margin of zeros, holding another plane.
+    """Write a plane into a buffer (..., h + 2, w + 2, lanes) with a margin of zeros.
 
-    XLA writes in place what a loop carries. It must not know where, or it would take the plane
-    read back for the plane, and compute it anew for every use; so the place depends on i >= 0.
+    XLA writes what a loop carries in place. It must not know the position, or it would replace the
+    plane read back by the plane itself and compute it again for every use; so the position depends
+    on i >= 0.
     """
     one = jnp.sign(i + 1)
     at = [jnp.zeros_like(one)] * (plane.ndim - 3) + [one, one, jnp.zeros_like(one)]
@@ -253,9 +258,9 @@ def write_plane(buffer: Array, plane: Array, i: Array) -> Array:
 
 
 def read_plane(buffer: Array, i: Array) -> Array:
-    """The plane in a buffer, for a second use that XLA does not know to be of the same plane.
+    """Read the plane in a buffer, for a second use that XLA cannot identify with the first.
 
-    It would otherwise store what two uses have in common, such as a square root.
+    Otherwise it would store common subexpressions of both uses, such as a square root.
     """
     one = jnp.sign(i + 2)
     at = [jnp.zeros_like(one)] * (buffer.ndim - 3) + [one, one, jnp.zeros_like(one)]
@@ -264,12 +269,12 @@ def read_plane(buffer: Array, i: Array) -> Array:
 
 
 def pad_margin(z: Array) -> Array:
-    """One pixel of zeros around (..., h, w, lanes)."""
+    """Pad (..., h, w, lanes) with one pixel of zeros on each side."""
     return jnp.pad(z, [(0, 0)] * (z.ndim - 3) + [(1, 1), (1, 1), (0, 0)])
 
 
 def slice_pixels(z: Array, part: PixelSlice, dy: int = 0, dx: int = 0) -> Array:
-    """A part of a plane, shifted."""
+    """Slice part of a plane, shifted by (dy, dx)."""
     y, x, h, w, step = part
     y, x = y + dy, x + dx
     stop = (y + step * (h - 1) + 1, x + step * (w - 1) + 1, z.shape[-1])
@@ -277,13 +282,13 @@ def slice_pixels(z: Array, part: PixelSlice, dy: int = 0, dx: int = 0) -> Array:
 
 
 def window_sum(z: Array) -> Array:
-    """The sum over the 3x3 window of each pixel of (h, w, lanes), zero outside."""
+    """Sum over the 3x3 window of each pixel of (h, w, lanes), zero outside."""
     h, w, _ = z.shape
     return window_sum_padded(pad_margin(z), PixelSlice(0, 0, h, w, 1))
 
 
 def window_sum_padded(z: Array, part: PixelSlice) -> Array:
-    """The sum over the 3x3 window of each pixel, of a plane with a margin."""
+    """Sum over the 3x3 window of each pixel, for a plane with a margin."""
     columns = [[slice_pixels(z, part, dy, dx) for dy in range(3)] for dx in range(3)]
     left, middle, right = (top + centre + bottom for top, centre, bottom in columns)
     return left + middle + right

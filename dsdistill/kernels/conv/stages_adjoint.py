@@ -1,4 +1,4 @@
-"""The adjoint of what the layers of one resolution do to one plane, see `stages`.
+"""Adjoint of the layers of one resolution on one plane, see `stages`.
 
 The adjoint of the sum over a window is the sum over the window.
 """
@@ -24,80 +24,87 @@ from dsdistill.kernels.conv.stages import (
 
 
 class StageBuffers(NamedTuple):
-    """Where one stage writes down what is used more than once, each with a margin of zeros.
+    """Buffers of one stage for what is used more than once, each with a margin of zeros.
 
     Attributes:
-        before: K, or K + i T, before its ReLU; None if it has none.
-        left: The cotangent of what enters it, before the adjoint of its convolution.
+        preactivations: K, or K + i T, before its ReLU; None if it has none.
+        window_cotangent: Cotangent of the window sums of its convolution; of its input if it has
+            no convolution.
     """
 
-    before: Array | None
-    left: Array
+    preactivations: Array | None
+    window_cotangent: Array
 
 
 class StagesAdjoint:
-    """The stages of one level, backwards; every method is a pure function of its arguments."""
+    """Stages of one level, backwards; every method is a pure function of its arguments."""
 
     def __init__(self, run: Stages, cotangent: Array) -> None:
         self.run, self.cotangent = run, cotangent
 
-    def places(self) -> list[StageBuffers]:
-        """Zeros."""
-        run, found = self.run, []
+    def zero_buffers(self) -> list[StageBuffers]:
+        """Buffers of zeros for each stage."""
+        run, buffers = self.run, []
         for i, stage in enumerate(run.stages):
-            place = run.blank(run.has_tangent(i), 1)
-            found.append(StageBuffers(place if stage.relu else None, place))
-        return found
+            zeros = run.zero_plane(run.has_tangent(i), 1)
+            buffers.append(StageBuffers(zeros if stage.relu else None, zeros))
+        return buffers
 
     def logs(self) -> list[Array]:
-        """Zeros, for the cotangent of log σ1 at each ReLU."""
-        return [self.run.blank(False) for stage in self.run.stages if stage.relu]
+        """Zeros for the cotangent of log σ1 at each ReLU."""
+        return [self.run.zero_plane(False) for stage in self.run.stages if stage.relu]
 
-    def empty(self) -> Array:
-        """What `added` starts from."""
+    def zero_total(self) -> Array:
+        """Initial total of `add_plane`."""
         run = self.run
         if isinstance(run.source, PaddedImages):
-            return jnp.stack([run.blank(False)] * len(run.source.two))
+            return jnp.stack([run.zero_plane(False)] * len(run.source.two))
         return jnp.zeros_like(run.source)
 
-    def added(self, total: Array, entry: PlaneIndex, left: Array) -> Array:
-        """What one plane says about the image, or the plane itself, added to the others."""
+    def add_plane(self, total: Array, entry: PlaneIndex, left: Array) -> Array:
+        """Add the contribution of one plane to the cotangent of the image, or of all planes."""
         run = self.run
-        g = self.entered(0, left)
+        g = self.input_cotangent(0, left)
         if not isinstance(run.source, PaddedImages):
             return lax.dynamic_update_slice(total, g[None], (entry.plane, 0, 0, 0))
-        return total + g * run.cut(run.source.two, entry) / len(run.source.two)
+        return total + g * run.slice_second(run.source.two, entry) / len(run.source.two)
 
-    def followed(
-        self, blocks: Array, places: list[StageBuffers], planes: list[Array], entry: PlaneIndex
+    def backpropagate(
+        self,
+        blocks: Array,
+        stage_buffers: list[StageBuffers],
+        planes: list[Array],
+        entry: PlaneIndex,
     ) -> tuple[Array, list[StageBuffers], list[Array]]:
-        """One plane back through all stages.
+        """Backpropagate one plane through all stages.
 
         Args:
-            blocks: A place for the cotangent of the plane that leaves the last stage.
-            places: Of each stage.
-            planes: That have entered each stage.
-            entry: Of the plane.
+            blocks: Buffer for the cotangent of the output plane of the last stage.
+            stage_buffers: Buffers of each stage.
+            planes: Input plane of each stage.
+            entry: Index of the plane.
 
         Returns:
-            The same places, and the cotangents of log σ1 at each ReLU.
+            The updated buffers, and the cotangents of log σ1 at each ReLU.
         """
-        places, logs = list(places), []
-        blocks = self.unpooled(blocks, entry)
+        stage_buffers, logs = list(stage_buffers), []
+        blocks = self.unpool(blocks, entry)
         g = self.fine(blocks)
-        for i in reversed(range(len(places))):
-            places[i], log = self.through(i, places[i], planes[i], g, entry)
+        for i in reversed(range(len(stage_buffers))):
+            stage_buffers[i], log = self.backpropagate_stage(
+                i, stage_buffers[i], planes[i], g, entry
+            )
             logs += [] if log is None else [log]
-            g = self.entered(i, places[i].left)
-        return blocks, places, logs[::-1]
+            g = self.input_cotangent(i, stage_buffers[i].window_cotangent)
+        return blocks, stage_buffers, logs[::-1]
 
     def blocks(self) -> Array:
-        """Zeros, one for each pixel of a plane that is pooled: row, 0 or 1, column, 0 or 1."""
+        """Zeros for each pooled pixel of a plane: (row, 0 or 1, column, 0 or 1, lanes)."""
         h, w = self.run.level.coarse.shape if self.run.level.coarse else (0, 0)
         return jnp.zeros((h, 2, w, 2, self.run.lanes), self.cotangent.dtype)
 
-    def unpooled(self, blocks: Array, entry: PlaneIndex) -> Array:
-        """The cotangent of the pixels of one plane that are pooled, after the last stage."""
+    def unpool(self, blocks: Array, entry: PlaneIndex) -> Array:
+        """Distribute the cotangent of pooled planes to the pixels of one plane."""
         if self.run.level.coarse is None:
             return blocks
         for parity, part in enumerate(self.run.parities()):
@@ -106,7 +113,7 @@ class StagesAdjoint:
         return blocks
 
     def fine(self, blocks: Array) -> Array:
-        """The cotangent of one plane after the last stage."""
+        """Cotangent of one plane after the last stage."""
         if self.run.level.coarse is None:
             return self.cotangent
         h, _, w, _, lanes = blocks.shape
@@ -114,39 +121,43 @@ class StagesAdjoint:
         even = blocks.reshape(2 * h, 2 * w, lanes)
         return jnp.pad(even, ((0, rows - 2 * h), (0, columns - 2 * w), (0, 0)))
 
-    def entered(self, i: int, left: Array) -> Array:
-        """The cotangent of the plane that entered stage i."""
+    def input_cotangent(self, i: int, left: Array) -> Array:
+        """Cotangent of the input plane of stage i."""
         run = self.run
         conv = run.stages[i].conv
         return window_sum_padded(left, run.whole) if conv else slice_pixels(left, run.whole, 1, 1)
 
-    def through(
-        self, i: int, place: StageBuffers, z: Array, g: Array, entry: PlaneIndex
+    def backpropagate_stage(
+        self, i: int, buffers: StageBuffers, z: Array, g: Array, entry: PlaneIndex
     ) -> tuple[StageBuffers, Array | None]:
-        """One stage: what it writes down, and the cotangent of log σ1 if it has a ReLU."""
+        """Backpropagate one stage: its buffers, and the cotangent of log σ1 if it has a ReLU."""
         run = self.run
-        if place.before is None:
-            left = self.onto(i, g, entry)
-            return place._replace(left=write_plane(place.left, left, entry.plane)), None
-        before = pack_complex(*run.before(i, entry, z, run.whole))
+        if buffers.preactivations is None:
+            left = self.convolution_adjoint(i, g, entry)
+            return buffers._replace(
+                window_cotangent=write_plane(buffers.window_cotangent, left, entry.plane)
+            ), None
+        before = pack_complex(*run.preactivations(i, entry, z, run.whole))
         before = write_plane(
-            place.before, before if run.has_tangent(i) else before.real, entry.plane
+            buffers.preactivations, before if run.has_tangent(i) else before.real, entry.plane
         )
-        left = self.left(i, before[1:-1, 1:-1], g, entry)
+        left = self.window_cotangent(i, before[1:-1, 1:-1], g, entry)
         log = self.log(i, read_plane(before, entry.plane), g, entry)
-        return StageBuffers(before, write_plane(place.left, left, entry.plane)), log
+        return StageBuffers(before, write_plane(buffers.window_cotangent, left, entry.plane)), log
 
-    def left(self, i: int, before: Array, g: Array, entry: PlaneIndex) -> Array:
-        """The cotangent of what enters stage i, up to the adjoint of its convolution."""
+    def window_cotangent(self, i: int, before: Array, g: Array, entry: PlaneIndex) -> Array:
+        """Cotangent of the window sums of stage i, or of its input without a convolution."""
         _, n_inverse = self.run.scales(i, entry, self.run.whole)
         _, _, gain, slope = relu.angle(before.real * n_inverse)
         if not is_complex(g):
-            return self.onto(i, g * gain, entry)
-        turned = g.imag * self.tangent(before) * slope * n_inverse
-        return self.onto(i, lax.complex(g.real * gain + turned, g.imag * gain), entry)
+            return self.convolution_adjoint(i, g * gain, entry)
+        angular = g.imag * self.tangent(before) * slope * n_inverse
+        return self.convolution_adjoint(
+            i, lax.complex(g.real * gain + angular, g.imag * gain), entry
+        )
 
     def log(self, i: int, before: Array, g: Array, entry: PlaneIndex) -> Array:
-        """The cotangent of log σ1 at stage i."""
+        """Cotangent of log σ1 at stage i."""
         n, n_inverse = self.run.scales(i, entry, self.run.whole)
         cos, sine, _, slope = relu.angle(before.real * n_inverse)
         if not is_complex(g):
@@ -154,11 +165,11 @@ class StagesAdjoint:
         return g.real * n * sine - g.imag * self.tangent(before) * slope * cos
 
     def tangent(self, before: Array) -> Array:
-        """T, which begins as K."""
+        """T, which equals K while it is not stored."""
         return before.imag if is_complex(before) else before
 
-    def onto(self, i: int, g: Array, entry: PlaneIndex) -> Array:
-        """From the cotangents of K and T after a convolution to those of the windows' sums."""
+    def convolution_adjoint(self, i: int, g: Array, entry: PlaneIndex) -> Array:
+        """Map the cotangents of K and T after a convolution to those of its window sums."""
         run = self.run
         if run.stages[i].conv:
             g = lax.complex(g.real + g.imag, g.imag) if is_complex(g) else g

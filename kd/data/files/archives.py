@@ -1,17 +1,17 @@
-"""Data sets by timm's names, `hfds/NAME`, `tfds/NAME` and `wds/DIR`.
+"""Read data sets by timm's names, `hfds/NAME`, `tfds/NAME` and `wds/DIR`.
 
-The first are read in any order, as folders are. The others are read from front to back, and give
-up some of what `kd.data.files.stream` promises:
+`hfds/` data sets are read in any order, as folders are. The others are read from front to back, and
+lack some properties of `kd.data.files.stream`:
 
-- An epoch is what timm's reader makes of it: each decoding process of each rank reads its own
-  shards, over again where they are too few, until its even share of full batches is there. So some
-  images may come twice and others not, and what cannot be decoded is left out with a warning.
+- timm's reader defines an epoch: each decoding process of each rank reads its own shards, again
+  where they are too few, until it has its even share of full batches. So some images may occur
+  twice and others not at all, and files that cannot be decoded are left out with a warning.
 - An epoch is a function of (seed, epoch), but also of the number of ranks and of decoding
-  processes. To enter it in the middle, all that comes before is read and thrown away.
+  processes. To start in its middle, everything before is read and discarded.
 - Rows have no numbers: a batch has no `index`, repeated augmentation is refused, nothing can be
-  held out for validation, and labels are known only as they come.
+  held out for validation, and labels are known only when they are read.
 
-Evaluation is exact: there every rank reads everything, and keeps its own batches.
+Evaluation is exact: every rank reads everything, and keeps its own batches.
 """
 
 import hashlib
@@ -46,19 +46,19 @@ from kd.data.files.stream import (
 from kd.data.files.transforms import Transform, Views, temporary_seed
 
 PACKAGES = {"hfds": "datasets", "tfds": "tensorflow_datasets", "wds": "webdataset"}
-CLASSES_FILE = "classes.txt"  # beside the shards of `wds/`, which name no classes: one a line
+CLASSES_FILE = "classes.txt"  # class names, one per line, beside shards of `wds/`, which have none
 
 
 @dataclass(frozen=True)
 class ArchiveSplit:
-    """A part of a data set that is read from front to back.
+    """A split of a data set that is read from front to back.
 
     Attributes:
-        name: timm's, such as `wds/DIR`.
-        root: Where it lies, if the name does not say so.
-        split: Such as `train`, or the shards themselves: `train-{0000..0009}.tar|9000`.
-        classes: Names, in label order.
-        folder: Of its files; None where they are not known.
+        name: timm's name, such as `wds/DIR`.
+        root: Folder of the data set, if the name does not have it.
+        split: Name of the split, such as `train`, or its shards: `train-{0000..0009}.tar|9000`.
+        classes: Class names, in label order.
+        folder: Folder of its files; None if unknown.
     """
 
     name: str
@@ -69,32 +69,32 @@ class ArchiveSplit:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the classes and which files there are, with their sizes and times."""
+        """SHA-256 of the classes and of the names, sizes and times of the files."""
         sha = hashlib.sha256(repr((self.name, self.split, self.classes)).encode())
         files = [] if self.folder is None else sorted(self.folder.rglob("*"))
         for path in files:
             if path.is_file():
-                found = path.stat()
+                status = path.stat()
                 name = os.fsencode(path.relative_to(self.folder or path))
-                sha.update(repr((name, found.st_size, found.st_mtime_ns)).encode())
+                sha.update(repr((name, status.st_size, status.st_mtime_ns)).encode())
         return sha.hexdigest()
 
 
 def is_timm_name(data: str) -> bool:
-    """Whether DATA is one of timm's names, and not a path."""
+    """Whether DATA is a name of timm and not a path."""
     return data.partition("/")[0].lower() in PACKAGES and not Path(data).exists()
 
 
 def open_split(
     name: str, split: str, *, root: Path | None = None, classes: tuple[str, ...] = ()
 ) -> ImageFiles | ArchiveSplit:
-    """A part of a data set by timm's name.
+    """Open a split of a data set by timm's name.
 
     Args:
         name: `hfds/NAME`, `tfds/NAME` or `wds/DIR`.
-        split: As the data set calls it.
-        root: Where data sets lie; not for `wds/`, whose name is its folder.
-        classes: Names, where the data set has none of its own.
+        split: The data set's name of the split.
+        root: Folder of the data sets; ignored for `wds/`, whose name has its folder.
+        classes: Class names, where the data set has none.
 
     Raises:
         UserError: If the name is unknown, a package is missing, or timm cannot open it.
@@ -113,7 +113,7 @@ def open_split(
     classes = classes or _reader_classes(dataset.reader)
     if len(classes) < 2:
         raise UserError(
-            f"{name} does not name its classes: put {CLASSES_FILE}, one a line, beside it"
+            f"{name} does not name its classes: put {CLASSES_FILE}, one per line, beside it"
         )
     if kind == "hfds":
         return _list_hugging_face(name, split, dataset.reader, classes)
@@ -135,7 +135,7 @@ def stream_split(
     prefetch: int = 2,
     least: int = MIN_IMAGES_PER_PROCESS,
 ) -> "FileBatches | SequentialBatches":
-    """Batches of either kind of data set; the arguments are those of `Stream`.
+    """Build the batches of either kind of split; arguments as in `FileBatches`.
 
     Raises:
         UserError: If the data set cannot be read as asked.
@@ -143,7 +143,7 @@ def stream_split(
     if isinstance(source, ImageFiles):
         options = (world, augment, repeats, workers, prefetch, least)
         return FileBatches(source, views, size, device, *options)
-    if augment:  # the processes' shares are equal, and all batches of one size
+    if augment:  # all shares and all batches have one size
         check_size(size // world, 1, least)
     if repeats > 1:
         raise UserError(
@@ -155,13 +155,14 @@ def stream_split(
 
 @dataclass(frozen=True, eq=False)
 class SequentialBatches:
-    """Batches of a data set that is read from front to back; a `kd.data.batching.BatchSource`.
+    """Batches of a split that is read from front to back; a `kd.data.batching.BatchSource`.
 
     Attributes:
-        archive: The data set.
-        views, size, device, augment, prefetch: As in `Stream`.
-        world: Processes that share a batch, each an equal part; an epoch is read by as many.
-        workers: Processes that decode, at least 1: timm's readers share out shards among them.
+        archive: The split.
+        views, size, device, augment, prefetch: As in `FileBatches`.
+        world: Number of processes that read an epoch and get equal shares of each batch.
+        workers: Number of decoding processes, at least 1: timm's readers divide the shards among
+            them.
     """
 
     archive: ArchiveSplit
@@ -176,10 +177,10 @@ class SequentialBatches:
     def __post_init__(self) -> None:
         if self.size % self.world:
             raise UserError(
-                f"{self.archive.name} gives each of {self.world} processes as many images of a "
-                f"batch: its size must be a multiple of {self.world}, got {self.size}"
+                f"{self.archive.name} gives each of {self.world} processes an equal share of "
+                f"a batch: its size must be a multiple of {self.world}, got {self.size}"
             )
-        self.views.transform(True)  # a wrong augmentation is said now
+        self.views.transform(True)  # raises for a wrong augmentation
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -188,17 +189,17 @@ class SequentialBatches:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what the order of an epoch depends on; not of the images."""
+        """SHA-256 of everything that the order of an epoch depends on, without the images."""
         order = (self.archive.digest, self.workers, self.world)
         return hashlib.sha256(repr(order).encode()).hexdigest()
 
     @property
     def labels(self) -> None:
-        """Not known."""
+        """None: labels are not known before the images are read."""
 
     @property
     def sizes(self) -> list[int]:
-        """Images of each batch of an epoch, over all processes; all are whole."""
+        """Number of images of each batch of an epoch, over all processes; always `size`."""
         return self._sizes
 
     @cached_property
@@ -212,15 +213,16 @@ class SequentialBatches:
         """Whether batches go through pipes.
 
         Raises:
-            UserError: If not even that can be done: an epoch depends on the number of processes.
+            UserError: If shared memory is too small for all workers, on whose number an epoch
+                depends.
         """
-        found = choose_transport(self.views, self.size, self.workers, self.prefetch)
-        if found.workers < self.workers:
+        transport = choose_transport(self.views, self.size, self.workers, self.prefetch)
+        if transport.workers < self.workers:
             raise UserError(
                 f"{self.archive.name} is read by {self.workers} processes, for which there is not "
                 f"enough shared memory ({SHARED_MEMORY}): give the container more with --shm-size"
             )
-        return found.piped
+        return transport.piped
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -228,7 +230,7 @@ class SequentialBatches:
     def epoch(
         self, seed: int, epoch: int, *, first: int = 0, rank: int = 0, world: int = 1
     ) -> Iterator[Batch]:
-        """An epoch from its batch `first` on; of each batch the share of process `rank`.
+        """Yield an epoch from its batch `first` on; of each batch, the share of process `rank`.
 
         Raises:
             UserError: If it cannot be read, or ends early.
@@ -238,7 +240,7 @@ class SequentialBatches:
         done = 0
         answers = self._answers(dataset, self.size // world, key, derive_seed(seed, epoch, rank))
         for batch in itertools.islice(answers, first, None):
-            yield Batch(*batch, whole=self.size)
+            yield Batch(*batch, total_images=self.size)
             done += 1
         if done + first < len(self):
             raise UserError(
@@ -247,7 +249,7 @@ class SequentialBatches:
             )
 
     def in_order(self, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        """Evaluation views, every image once; every `world`-th batch.
+        """Yield every `world`-th batch of evaluation views from batch `rank` on.
 
         Raises:
             UserError: If it cannot be read.
@@ -266,7 +268,7 @@ class SequentialBatches:
             seed=derive_seed(seed, epoch) >> 32,  # readers add to it within 32 bits
             input_img_mode=self.views.mode,
         )
-        # It asked torch.distributed; what the caller says counts.
+        # The reader has asked torch.distributed for these; the arguments override them.
         dataset.reader.dist_rank, dataset.reader.dist_num_replicas = rank, world
         dataset.set_loader_cfg(num_workers=self.workers)
         return dataset
@@ -283,10 +285,10 @@ class SequentialBatches:
 
 @dataclass(frozen=True, eq=False)
 class _ShardDataset(IterableDataset):
-    """What a decoding process has: its part of the images in, batches out.
+    """The data set of a decoding process: reads its share of the images, yields batches.
 
-    A view is a function of the key, of the process's number and of the image's place in what that
-    process reads.
+    A view is a function of the key, of the number of the process, and of the image's position among
+    those that the process reads.
     """
 
     name: str
@@ -325,19 +327,19 @@ def _create_dataset(name: str, root: Path | None, split: str, **options: Any) ->
 
     try:
         return create_dataset(name, root and str(root), split, **options)
-    except Exception as error:  # each kind of data set has errors of its own
+    except Exception as error:  # each kind of data set raises its own errors
         raise UserError(f"cannot open the {split!r} part of {name} ({one_line(error)})") from error
 
 
 def _list_hugging_face(name: str, split: str, reader: Any, classes: tuple[str, ...]) -> ImageFiles:
-    """Hugging Face data sets know all labels beforehand."""
+    """List the images of a Hugging Face data set, whose labels are all known beforehand."""
     labels = np.asarray(reader.dataset[reader.label_key][:], np.int64)
     stamp = f"{name} {split} {reader.dataset._fingerprint}"
     return ImageFiles(reader, classes, lambda: stamp, np.arange(len(labels)), labels)
 
 
 def _reader_classes(reader: Any) -> tuple[str, ...]:
-    """The class names that a data set brings, in label order."""
+    """The class names of timm's reader, in label order."""
     by_name: dict[str, int] = reader.class_to_idx or {}
     return tuple(sorted(by_name, key=by_name.__getitem__))
 

@@ -1,4 +1,4 @@
-"""Images read from files while a training goes on: folders, and timm's wds/, hfds/, tfds/."""
+"""Data read from files during a training: folders, and timm's `wds/`, `hfds/` and `tfds/`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dsdistill.harness.data.labeled_images import spread
+from dsdistill.harness.data.labeled_images import describe_missing_classes, spread
 from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError
+from dsdistill.harness.runs import progress
 from kd.data.batching import MIN_IMAGES_PER_PROCESS, SCORE_BATCH, BatchSource, EvaluationBatches
 from kd.data.files import archives, image_files
 from kd.data.files.archives import ArchiveSplit
@@ -20,19 +21,22 @@ from kd.recipe import Recipe
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as timm has them
 TIMM_SPLITS = ("train", "validation")  # of a data set by timm's name, which has no test images then
+JUDGED = ("validation", "test")  # parts whose accuracy is told
 SourceSplit = ImageFiles | ArchiveSplit
 
 
 @dataclass(frozen=True, eq=False)
 class FileSource:
-    """Images to train on, to validate and to test on, none of them in memory; as `data_source.DataSource`.
+    """Images to train, validate and test on, not kept in memory; like `data_source.DataSource`.
 
     Attributes:
-        name: Short, for folder names and reports.
+        name: Short name, for folder names and reports.
         parts: Training, validation and test images; the last two may be missing.
-        size: Height and width of an image as a network sees it.
+        size: Height and width of a network's images.
         channels: 3 for colour, 1 for grayscale.
-        note: What the user should know about it.
+        note: Note for the user; None without any.
+        brings_validation: Whether the validation images are a part of the data's own.
+        distilled: None: files are never a distilled set.
     """
 
     name: str
@@ -40,6 +44,7 @@ class FileSource:
     size: int
     channels: int = 3
     note: str | None = None
+    brings_validation: bool = False
     distilled: None = None
 
     @property
@@ -49,20 +54,31 @@ class FileSource:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names, in label order."""
+        """Class names, in label order."""
         return self.parts[0].classes
 
     @property
     def count(self) -> int:
-        """Images to train on; 0 where nobody knows before they are read."""
+        """Number of images to train on; 0 if it is not known before they are read."""
         train = self.parts[0]
         return len(train) if isinstance(train, ImageFiles) else 0
 
     @property
     def validation_count(self) -> int | None:
-        """Images to validate on; None where nobody knows before they are read."""
+        """Number of images to validate on; None if it is not known before they are read."""
         held = self.parts[1]
         return None if isinstance(held, ArchiveSplit) else len(held or ())
+
+    def missing_classes(self, *, judged: bool = False) -> list[str]:
+        """As `data_source.DataSource.missing_classes`."""
+        lines = (
+            describe_missing_classes(name, part.labels, self.classes)
+            for name, part in zip(JUDGED, self.parts[1:], strict=True)
+            if (name == "test" or not judged)
+            and isinstance(part, ImageFiles)
+            and part.labels is not None
+        )
+        return [line for line in lines if line]
 
     @property
     def digest(self) -> str:
@@ -71,7 +87,7 @@ class FileSource:
         return train.digest if isinstance(train, ImageFiles) else f"{train.name} {train.split}"
 
     def fit(self, kind: str | None) -> Preprocess:
-        """ImageNet's normalisation: nothing is fitted on images that are not read yet."""
+        """Return ImageNet's normalisation: nothing can be fitted on images not yet read."""
         if kind not in (None, "standardise"):
             raise UserError(f"--preprocess {kind} needs all images at once: leave it out")
         mean, std = (np.asarray(values, np.float32) for values in (MEAN, STD))
@@ -87,7 +103,15 @@ class FileSource:
         workers: int,
         least: int = MIN_IMAGES_PER_PROCESS,
     ) -> BatchSource:
-        """The training images in batches, cut and changed; `least` images a process and batch."""
+        """The training images in batches of `recipe.batch_size` per process, cropped and augmented.
+
+        Args:
+            recipe: Recipe with the batch size and the augmentation.
+            fitted: Normalisation of the images.
+            on: Engine of the training.
+            workers: Number of decoding processes.
+            least: Smallest number of images in a process's share of a batch.
+        """
         world = on.num_processes
         return archives.stream_split(
             self.parts[0],
@@ -103,13 +127,13 @@ class FileSource:
     def validation(
         self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0
     ) -> EvaluationBatches | None:
-        """Images held out of the training set, or the data set's own; None if there are none."""
-        return self._judged(self.parts[1], recipe, fitted, device, workers)
+        """Batches of the validation images; None if there are none."""
+        return self._evaluation_batches(self.parts[1], recipe, fitted, device, workers)
 
     def shuffled(
         self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0
     ) -> BatchSource:
-        """Training images, as they are judged."""
+        """Batches of training images with evaluation views."""
         views = self._views(recipe, fitted)
         return archives.stream_split(
             self.parts[0], views, SCORE_BATCH, device, augment=False, workers=workers
@@ -123,22 +147,22 @@ class FileSource:
         device: torch.device,
         workers: int = 0,
     ) -> EvaluationBatches | None:
-        """Up to `count` training images, spread over the classes; None of an archive of shards."""
+        """Batches of up to `count` training images, spread over classes; None for an archive."""
         train = self.parts[0]
         if not isinstance(train, ImageFiles):
             return None
-        # Images whose labels are not known before they are read are spread by chance.
+        # Labels that are not known yet count as one class.
         labels = np.zeros(len(train), np.int64) if train.labels is None else train.labels
         chosen = train.select(spread(labels, count))
-        return self._judged(chosen, recipe, fitted, device, workers)
+        return self._evaluation_batches(chosen, recipe, fitted, device, workers)
 
     def test(
         self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0
     ) -> EvaluationBatches | None:
-        """Images to be read once, at the end; None if there are none."""
-        return self._judged(self.parts[2], recipe, fitted, device, workers)
+        """Batches of the test images, read once at the end; None if there are none."""
+        return self._evaluation_batches(self.parts[2], recipe, fitted, device, workers)
 
-    def _judged(
+    def _evaluation_batches(
         self,
         part: SourceSplit | None,
         recipe: Recipe,
@@ -181,18 +205,18 @@ def resolve(
     classes: Sequence[str] | None = None,
     announce: bool = True,
 ) -> FileSource:
-    """List the images of a data set that is to be read as it goes.
+    """List the images of a data set that is read during the training.
 
     Args:
         data: A folder of class folders, or one of timm's names.
-        root: Where timm's named data sets lie.
+        root: Folder of timm's named data sets.
         image_size: Height and width of the crops.
-        validation_fraction: Of a folder's training images.
+        validation_fraction: Share of a folder's training images that is held out.
         channels: 1 or 3; None is 3.
-        classes, announce: Of a folder, as in `datasets.load`.
+        classes, announce: For a folder, as in `datasets.load`.
 
     Raises:
-        UserError: If it cannot be had, or is no data set of files.
+        UserError: If the data are not available, or are not a data set of files.
     """
     if image_size is None:
         raise UserError("--augment imagenet cuts images to one size: give --image-size 224, say")
@@ -201,13 +225,21 @@ def resolve(
         train, held = (archives.open_split(data, part, root=root) for part in TIMM_SPLITS)
         note = f"{data} has no test images: its validation images choose the best epoch"
         return FileSource(
-            data.replace("/", "-"), (train, held, None), image_size, channels or 3, note
+            data.replace("/", "-"), (train, held, None), image_size, channels or 3, note, True
         )
     if not path.is_dir():
         raise UserError(
             f"--augment imagenet reads image files as it goes, and {data} is no folder of class "
             "folders: use --augment crop-flip, or none"
         )
-    found = image_files.open_folder(path, validation_fraction, classes, announce=announce)
-    parts = (found.train, found.validation, found.test)
-    return FileSource(path.resolve().stem, parts, image_size, channels or 3)
+    splits = image_files.open_folder(path, validation_fraction, classes, announce=announce)
+    parts = (splits.train, splits.validation, splits.test)
+    if channels is None and (gray := image_files.describe_gray(path, splits.train)):
+        progress.note(gray)
+    return FileSource(
+        path.resolve().stem,
+        parts,
+        image_size,
+        channels or 3,
+        brings_validation=splits.brings_validation,
+    )

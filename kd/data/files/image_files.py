@@ -1,4 +1,4 @@
-"""Image files by row: which there are, of which class, and their pixels when they are asked for.
+"""List image files and their classes, and read their pixels by row on demand.
 
 A folder has the classes, the order, the split and the pixels of `dsdistill.harness.data.datasets`:
 the same images validate a training whether its data are streamed or decoded once into a cache.
@@ -18,10 +18,13 @@ from PIL import Image
 from dsdistill.harness.data import image_files
 from dsdistill.harness.data.labeled_images import TEST_FRACTION, DataError, split_by_class
 from dsdistill.harness.data.layout import FolderLayout, list_folder
+from dsdistill.harness.text import quote
+
+MAX_PROBED_HEADERS = 2000  # files of a folder whose headers are read to learn of grayscale ones
 
 
 class ImageReader(Protocol):
-    """timm's protocol of data that are read in any order."""
+    """timm's protocol of a reader of images in any order."""
 
     def __len__(self) -> int: ...
 
@@ -30,7 +33,7 @@ class ImageReader(Protocol):
         ...
 
     def filename(self, index: int, /, *, absolute: bool) -> str:
-        """For people."""
+        """Path of the file, for messages."""
         ...
 
 
@@ -39,12 +42,12 @@ class ImageFiles:
     """Some of the images of a reader.
 
     Attributes:
-        reader: Of all of them.
-        classes: Names, in label order.
-        stamp: Called for a text that changes with the images of the reader.
+        reader: Reader of all images.
+        classes: Class names, in label order.
+        stamp: Function that returns a text which changes with the images of the reader.
         rows: Positions in the reader.
-        labels: One class index a row, if they are known without reading the images.
-        draw_order: As `stratified` takes it.
+        labels: One class index per row, if they are known without reading the images.
+        draw_order: As in `labeled_images.split_by_class`.
     """
 
     reader: ImageReader
@@ -59,18 +62,18 @@ class ImageFiles:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over which images these are, with their sizes and times, not their contents."""
+        """SHA-256 of the names, sizes and times of the image files, not of their contents."""
         sha = hashlib.sha256(repr((self.stamp(), self.classes)).encode())
         sha.update(np.ascontiguousarray(self.rows, "<i8").data)
         return sha.hexdigest()
 
     def select(self, indices: Int[np.ndarray, " m"]) -> "ImageFiles":
-        """Some of these, in the order given."""
+        """Select images, in the order of the indices."""
         labels = None if self.labels is None else self.labels[indices]
         return replace(self, rows=self.rows[indices], labels=labels)
 
-    def held_out(self, fraction: float) -> tuple["ImageFiles", "ImageFiles"]:
-        """The images kept and those held out, the same share of every class.
+    def hold_out(self, fraction: float) -> tuple["ImageFiles", "ImageFiles"]:
+        """Split into images kept and images held out, with the same share of every class.
 
         Raises:
             DataError: If the labels are not known, or a class would have no image left.
@@ -81,29 +84,29 @@ class ImageFiles:
         left = np.bincount(self.labels[kept], minlength=len(self.classes))
         if (left == 0).any():
             empty = self.classes[int(left.argmin())]
-            raise DataError(f"class {empty!r} has no training image left")
+            raise DataError(f"class {quote(empty)} has no training image left")
         return self.select(kept), self.select(held)
 
     def read(self, row: int, channels: int) -> tuple[Image.Image, int]:
-        """One image, upright and with its transparent pixels on white, and its label.
+        """Read one image, upright and with transparent pixels on white, and its label.
 
         Args:
-            row: Of these.
+            row: Row of the image, in `rows`.
             channels: 3 for colour, 1 for grayscale.
 
         Raises:
             DataError: If it cannot be read.
         """
-        at = int(self.rows[row])
+        position = int(self.rows[row])
         try:
-            file, label = self.reader[at]
+            file, label = self.reader[position]
             with file:
                 return image_files.read(file, channels), int(label)
         except Exception as error:  # a damaged file has many ways to fail
-            name = self.reader.filename(at, absolute=True) or f"number {at}"
+            name = self.reader.filename(position, absolute=True) or f"number {position}"
             raise DataError(
-                f"image {name} cannot be read ({image_files.describe_error(error)}): mend it, "
-                "or take it away"
+                f"image {name} cannot be read ({image_files.describe_error(error)}): repair it, "
+                "or remove it"
             ) from error
 
 
@@ -112,14 +115,17 @@ class FileSplits:
     """The images of a folder.
 
     Attributes:
-        train: To train on.
-        validation: The folder's own, or held out of the training images; may be none.
-        test: To be looked at once.
+        train: Images to train on.
+        validation: The folder's own validation images, or images held out of the training images;
+            may be empty.
+        test: Images to be evaluated once, at the end.
+        brings_validation: Whether `validation` is the folder's own.
     """
 
     train: ImageFiles
     validation: ImageFiles
     test: ImageFiles
+    brings_validation: bool = False
 
 
 def open_folder(
@@ -129,14 +135,14 @@ def open_folder(
     *,
     announce: bool = True,
 ) -> FileSplits:
-    """List a folder; nothing is read.
+    """List the images of a folder, without reading them.
 
     Args:
-        path: As in `dsdistill.harness.data.folders.read`, which splits it in the same way.
-        validation_fraction: Share of every class of the training images, in [0, 1); of no account
-            where the folder has validation images beside test images.
-        classes: Their order, as in `dsdistill.harness.data.layout.list_folder`.
-        announce: Whether to say what was taken for what.
+        path: Folder as in `dsdistill.harness.data.folders.read`, which splits it in the same way.
+        validation_fraction: Share of every class of the training images, in [0, 1); ignored where
+            the folder has validation images beside test images.
+        classes: Order of the classes, as in `dsdistill.harness.data.layout.list_folder`.
+        announce: Whether to say which folders were taken for which part.
 
     Raises:
         DataError: If the folders do not make a data set.
@@ -149,21 +155,44 @@ def open_folder(
     if layout.test:
         train, test = images.select(rows[:first]), images.select(rows[second:])
     else:
-        train, test = images.held_out(TEST_FRACTION)
+        train, test = images.hold_out(TEST_FRACTION)
     if layout.validation:
         validation = images.select(rows[first:second])
     else:
-        train, validation = train.held_out(validation_fraction)
+        train, validation = train.hold_out(validation_fraction)
     if announce:
-        layout.say(len(train), len(validation), len(test))
-    return FileSplits(train, validation, test)
+        layout.announce(len(train), len(validation), len(test))
+    return FileSplits(train, validation, test, layout.validation is not None)
+
+
+def describe_gray(path: Path, images: ImageFiles) -> str | None:
+    """A line on the files of one channel, which are read as colour; None where none is seen.
+
+    Headers alone are read, and of a large folder those of `MAX_PROBED_HEADERS` files.
+
+    Args:
+        path: The folder, as the user wrote it.
+        images: Some of its images; all that their reader has are looked at.
+    """
+    count = len(images.reader)
+    rows = range(0, count, -(-count // MAX_PROBED_HEADERS) or 1)
+    files = (Path(images.reader.filename(row, absolute=True)) for row in rows)
+    gray = sum(image_files.is_gray(file) is True for file in files)
+    if not gray:
+        return None
+    which = f"{gray:,} of {len(rows):,} images"
+    return (
+        f"{path}: {which}{' looked at' if len(rows) < count else ''} are grayscale and are read as "
+        "colour; --channels 1 makes all grayscale"
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class FileList:
     """Image files below a folder, in a form that processes share: a million paths in one array.
 
-    A list of as many strings would be copied into every process, as each counts who uses it.
+    A list of strings would be copied into every process, since reading them changes their reference
+    counts.
 
     Attributes:
         root: The folder.
@@ -186,11 +215,11 @@ class FileList:
         return str(path if absolute else path.relative_to(self.root))
 
     def stamp(self) -> str:
-        """Changes with the name, size or time of any file, and with any label."""
+        """SHA-256 of the labels and of the names, sizes and times of all files."""
         sha = hashlib.sha256(np.ascontiguousarray(self.labels, "<i8").data)
         for index, name in enumerate(self.names):
-            found = self._path(index).stat()
-            sha.update(repr((name, found.st_size, found.st_mtime_ns)).encode())
+            status = self._path(index).stat()
+            sha.update(repr((name, status.st_size, status.st_mtime_ns)).encode())
         return sha.hexdigest()
 
     def _path(self, index: int) -> Path:

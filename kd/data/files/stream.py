@@ -1,8 +1,8 @@
-"""Large data from disk: decoded, cut and changed by other processes, never whole in memory.
+"""Stream large data from disk: decoded, cropped and augmented by other processes.
 
-How an image is changed depends on (seed, epoch, row, repeat) alone: not on the number of processes
-that decode, nor on the batch where an epoch is entered. So a killed training goes on bit for bit,
-and a teacher's answers can be kept.
+The augmentation of an image depends only on (seed, epoch, row, repeat): not on the number of
+decoding processes, nor on the batch where an epoch starts. So a killed training resumes bit for
+bit, and a teacher's logits can be kept.
 """
 
 import math
@@ -32,23 +32,20 @@ from kd.data.batching import (
 from kd.data.files.image_files import ImageFiles
 from kd.data.files.transforms import Transform, Views, preserve_generators, seed_generators
 
-SHARED_MEMORY = "/dev/shm"  # where Linux keeps the memory that processes share
-SEMAPHORE_BYTES_PER_WORKER = (
-    1 << 17
-)  # bytes of it that the queues of a decoding process take, and some more
+SHARED_MEMORY = "/dev/shm"  # Linux's file system of shared memory
+SEMAPHORE_BYTES_PER_WORKER = 1 << 17  # shared memory for a decoding process's queues, rounded up
 
-ImagesAndLabels = tuple[Tensor, Tensor]  # images and labels
-WorkerBatch = (
-    ImagesAndLabels | tuple[np.ndarray, np.ndarray] | str
-)  # a batch between processes, or an error
+ImagesAndLabels = tuple[Tensor, Tensor]
+# A batch on its way between processes, or the text of an error.
+WorkerBatch = ImagesAndLabels | tuple[np.ndarray, np.ndarray] | str
 
 
 class Transport(NamedTuple):
-    """How decoding processes hand over what they have made.
+    """The way of batches from decoding processes to the training's process.
 
     Attributes:
-        workers: Processes; 0 where none can be started, and this one decodes.
-        piped: Whether batches go through pipes, and not through shared memory.
+        workers: Number of decoding processes; 0 where the training's process decodes.
+        piped: Whether batches go through pipes instead of shared memory.
     """
 
     workers: int
@@ -60,21 +57,21 @@ class FileBatches:
     """Batches of images that are read when they are needed; a `kd.data.batching.BatchSource`.
 
     Attributes:
-        pictures: The images.
-        views: How they are changed.
-        size: Images in a batch over all processes of the training; an epoch's last may be smaller.
-        device: Where the batches appear.
-        world: Processes that share a batch, at most.
-        least: Images that each of them gets of a batch, at least.
-        augment: Whether an epoch has training views; without, those of evaluation.
-        repeats: Views of one image in an epoch. More than 1 is timm's repeated augmentation: an
-            epoch stays as long, rounded down to a multiple of 256, and so holds a part of the
-            images only.
-        workers: Processes that decode; with 0 this one does.
-        prefetch: Batches that each of them is ahead.
+        images: The image files.
+        views: Views of an image, for training and for evaluation.
+        size: Number of images in a batch over all processes; an epoch's last may be smaller.
+        device: Device of the batches.
+        world: Largest number of processes that share a batch.
+        augment: Whether an epoch has training views; else it has evaluation views.
+        repeats: Number of views of one image in an epoch. More than 1 is timm's repeated
+            augmentation: an epoch has as many views, rounded down to a multiple of 256, and so only
+            a part of the images.
+        workers: Number of decoding processes; with 0 the training's process decodes.
+        prefetch: Number of batches that each worker prepares in advance.
+        least: Smallest number of images in a process's share of a batch.
     """
 
-    pictures: ImageFiles
+    images: ImageFiles
     views: Views
     size: int
     device: torch.device
@@ -90,33 +87,33 @@ class FileBatches:
         for name in ("size", "world", "repeats", "prefetch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        check_size(min(self.size, len(self.pictures)), self.world, self.least)
-        _ = self._desk  # a wrong augmentation is said now, not by a decoding process later
+        check_size(min(self.size, len(self.images)), self.world, self.least)
+        _ = self._dataset  # raises for a wrong augmentation here, not later in a worker
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names, in label order."""
-        return self.pictures.classes
+        """Class names, in label order."""
+        return self.images.classes
 
     @property
     def digest(self) -> str:
         """SHA-256 that changes with the images."""
-        return self.pictures.digest
+        return self.images.digest
 
     @cached_property
     def labels(self) -> Int[Tensor, " N"] | None:
         """Class indices of all images, where they are known without reading them."""
-        known = self.pictures.labels
+        known = self.images.labels
         return None if known is None else torch.from_numpy(known).to(self.device)
 
     @property
     def sizes(self) -> list[int]:
-        """Images of each batch of an epoch, over all processes."""
+        """Number of images of each batch of an epoch, over all processes."""
         return self._sizes
 
     @cached_property
     def _sizes(self) -> list[int]:
-        n = len(self.pictures)
+        n = len(self.images)
         views = n if self.repeats == 1 or n < 256 else n // 256 * 256
         return [
             len(part) for part in split_rows(np.arange(views), self.size, self.world, self.least)
@@ -128,71 +125,69 @@ class FileBatches:
     def epoch(
         self, seed: int, epoch: int, *, first: int = 0, rank: int = 0, world: int = 1
     ) -> Iterator[Batch]:
-        """An epoch from its batch `first` on; of each batch the share of process `rank`.
+        """Yield an epoch from its batch `first` on; of each batch, the share of process `rank`.
 
         Raises:
             UserError: If an image cannot be read; the message has its path.
         """
-        rows = epoch_rows(len(self.pictures), self.repeats, seed, epoch)
+        rows = epoch_rows(len(self.images), self.repeats, seed, epoch)
         key = (seed, epoch) if self.augment else None
         parts = split_rows(np.arange(len(rows)), self.size, self.world, self.least)[first:]
         places = [part[share_positions(len(part), rank, world)] for part in parts]
         shares = [_BatchShare(rows[place], place % self.repeats, key) for place in places]
         for part, batch in zip(parts, self._batches(shares), strict=True):
-            yield replace(batch, whole=len(part))
+            yield replace(batch, total_images=len(part))
 
     def in_order(self, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        """Evaluation views, every image once, in the order of the data; every `world`-th batch.
+        """Yield every `world`-th batch of evaluation views from batch `rank` on, in data order.
 
         Raises:
             UserError: If an image cannot be read; the message has its path.
         """
-        parts = split_rows(np.arange(len(self.pictures)), self.size)[rank::world]
+        parts = split_rows(np.arange(len(self.images)), self.size)[rank::world]
         yield from self._batches([_BatchShare(part, np.zeros_like(part), None) for part in parts])
 
     def _batches(self, shares: list["_BatchShare"]) -> Iterator[Batch]:
-        crew = self._idle.pop() if self._idle else self._crew()
-        crew.shares[:] = shares
+        pool = self._idle.pop() if self._idle else self._start_pool()
+        pool.shares[:] = shares
         try:
-            for share, answer in zip(shares, receive(crew.loader), strict=True):
+            for share, answer in zip(shares, receive(pool.loader), strict=True):
                 images, labels = deliver(answer, self.views, self.device)
                 index = torch.from_numpy(share.rows).to(self.device)
                 yield Batch(images, labels, index=index)
         finally:
-            self._idle.append(crew)
+            self._idle.append(pool)
 
-    def _crew(self) -> "_WorkerPool":
+    def _start_pool(self) -> "_WorkerPool":
         shares: list[_BatchShare] = []
-        workers = self._handover.workers
+        workers = self._transport.workers
         return _WorkerPool(
-            build_loader(self._desk, self.device, workers, self.prefetch, shares), shares
+            build_loader(self._dataset, self.device, workers, self.prefetch, shares), shares
         )
 
     @cached_property
-    def _handover(self) -> Transport:
+    def _transport(self) -> Transport:
         return choose_transport(self.views, self.size // self.world, self.workers, self.prefetch)
 
     @cached_property
-    def _desk(self) -> "_WorkerDataset":
+    def _dataset(self) -> "_WorkerDataset":
         transforms = self.views.transform(False), self.views.transform(True)
-        return _WorkerDataset(
-            self.pictures, len(self.views.mean), *transforms, self._handover.piped
-        )
+        return _WorkerDataset(self.images, len(self.views.mean), *transforms, self._transport.piped)
 
 
 def epoch_rows(n: int, repeats: int, seed: int, epoch: int) -> Int[np.ndarray, " views"]:
-    """Rows of an epoch, a function of (seed, epoch); repeats of an image stand side by side.
+    """Rows of an epoch, a function of (seed, epoch); repeats of an image are adjacent.
 
-    Source: Hoffer et al. (2020), arXiv:1901.09335, as timm's `RepeatAugSampler` has it: of the
-    repeated order, as many are taken as there are images, in whole blocks of 256.
+    Source: Hoffer et al. (2020), arXiv:1901.09335, as in timm's `RepeatAugSampler`: the first n
+    rows of the repeated order, rounded down to whole blocks of 256.
     """
-    own = derive_seed(seed, epoch)
+    epoch_seed = derive_seed(seed, epoch)
     if repeats == 1:
-        return torch.randperm(n, generator=torch.Generator().manual_seed(own)).numpy()
+        return torch.randperm(n, generator=torch.Generator().manual_seed(epoch_seed)).numpy()
     from timm.data.distributed_sampler import RepeatAugSampler
 
     sampler = RepeatAugSampler(range(n), num_replicas=1, rank=0, num_repeats=repeats)
-    sampler.set_epoch(own)
+    sampler.set_epoch(epoch_seed)
     return np.fromiter(sampler, np.int64)
 
 
@@ -204,15 +199,16 @@ def build_loader(
     work: list[Any] | None = None,
     seed: int = 0,
 ) -> DataLoader:
-    """A loader whose items are whole batches.
+    """Build a loader whose items are whole batches.
 
     Args:
-        source: Makes a batch of each item of `work`; without `work`, an iterable of batches.
+        source: Data set that maps each item of `work` to a batch; without `work`, an iterable of
+            batches.
         device, workers, prefetch: As in `FileBatches`.
-        work: Read anew at each iteration; with it the processes live as long as the loader.
-        seed: Of what the processes call their own seeds.
+        work: Items of an iteration, read at its start; the workers then live as long as the loader.
+        seed: Seed of the base seed that torch gives to the workers.
     """
-    keep: Any = _identity
+    collate_fn: Any = _identity
     return DataLoader(
         source,
         batch_size=None,
@@ -221,46 +217,47 @@ def build_loader(
         prefetch_factor=prefetch if workers else None,
         persistent_workers=workers > 0 and work is not None,
         pin_memory=device.type == "cuda",
-        collate_fn=keep,
-        # Its own: the loader would draw a number from torch's global generator.
+        collate_fn=collate_fn,
+        # Without a generator, the loader would draw from torch's global one.
         generator=torch.Generator().manual_seed(seed),
     )
 
 
 def choose_transport(views: Views, size: int, workers: int, prefetch: int) -> Transport:
-    """How batches can be handed over with the shared memory that there is; said where it is scarce.
+    """Choose how batches reach the training with the free shared memory; say so if it is scarce.
 
-    A container has often 64 MB of it, and a process that writes beyond it is killed. Through a pipe
-    a batch takes one copy more. The semaphores of the pipes lie in shared memory too.
+    A container often has 64 MB of it, and a process that writes beyond it is killed. Through a pipe
+    a batch is copied once more. The semaphores of the pipes are in shared memory too.
 
     Args:
-        views: Of the images.
-        size: Images of a process's batch.
+        views: Views of the images.
+        size: Number of images in a process's batch.
         workers, prefetch: As in `FileBatches`.
     """
     if workers == 0 or not os.path.isdir(SHARED_MEMORY):
         return Transport(workers, False)
-    found = os.statvfs(SHARED_MEMORY)
-    free = found.f_bavail * found.f_frsize
+    status = os.statvfs(SHARED_MEMORY)
+    free = status.f_bavail * status.f_frsize
     image = math.prod(views.size) * len(views.mean) * (4 if views.random_erase else 1)
-    # Twice what is ahead: training and validation images may be on their way at once.
+    # Twice the prefetched batches: those of training and of validation may be in flight at once.
     needed = 2 * (workers * prefetch + 1) * size * image
     if needed <= free:
         return Transport(workers, False)
     possible = free >= SEMAPHORE_BYTES_PER_WORKER * (workers + 1)
     instead = "they go through pipes" if possible else "they are read without further processes"
     progress.say(
-        f"note: {SHARED_MEMORY} has {format_bytes(free)} free of {format_bytes(needed)} that batches of images "
-        f"would take: {instead}, which is slower; a container gets more with --shm-size"
+        f"note: {SHARED_MEMORY} has {format_bytes(free)} free of {format_bytes(needed)} that "
+        f"batches of images would take: {instead}, which is slower; a container gets more with "
+        "--shm-size"
     )
     return Transport(workers if possible else 0, True)
 
 
 def receive(answers: DataLoader) -> Iterator[WorkerBatch]:
-    """What decoding processes send; the loss of one is one line.
+    """Yield the batches of decoding processes.
 
     Raises:
-        UserError: If a process has died.
+        UserError: If a decoding process has died.
     """
     try:
         yield from answers
@@ -275,10 +272,10 @@ def receive(answers: DataLoader) -> Iterator[WorkerBatch]:
 
 
 def deliver(answer: WorkerBatch, views: Views, device: torch.device) -> ImagesAndLabels:
-    """A batch on its device, or the error that a decoding process met.
+    """Move a received batch to its device.
 
     Raises:
-        UserError: If that is what came.
+        UserError: If the decoding process has sent an error instead.
     """
     if isinstance(answer, str):
         raise UserError(answer)
@@ -288,22 +285,22 @@ def deliver(answer: WorkerBatch, views: Views, device: torch.device) -> ImagesAn
 
 
 def collate(images: Sequence[Tensor], labels: Sequence[int], piped: bool = False) -> WorkerBatch:
-    """A batch, laid at once where the training's process finds it; or `piped`, for a pipe."""
+    """Collate a batch in shared memory; if `piped`, as arrays for a pipe."""
     if piped:
         return np.stack([image.numpy() for image in images]), np.array(labels)
     return default_collate(list(images)), torch.tensor(labels)
 
 
 class _BatchShare(NamedTuple):
-    """One process's images of one batch."""
+    """A process's share of one batch: rows and repeats of its images."""
 
     rows: Int[np.ndarray, " n"]
     repeats: Int[np.ndarray, " n"]
-    key: tuple[int, int] | None  # seed and epoch; None: evaluation views
+    key: tuple[int, int] | None  # seed and epoch; None for evaluation views
 
 
 class _WorkerPool(NamedTuple):
-    """Decoding processes, and the list that gives them their work."""
+    """Decoding processes, and the list of shares that they work through."""
 
     loader: DataLoader
     shares: list[_BatchShare]
@@ -311,29 +308,30 @@ class _WorkerPool(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _WorkerDataset:
-    """What a decoding process has: shares in, batches out."""
+    """The data set of a decoding process: maps shares to batches."""
 
-    pictures: ImageFiles
+    images: ImageFiles
     channels: int
-    still: Transform
-    changed: Transform
+    evaluation: Transform
+    training: Transform
     piped: bool
 
     def __getitem__(self, share: _BatchShare) -> WorkerBatch:
         try:
             with preserve_generators():
-                read = [self._read(*place, share.key) for place in zip(*share[:2], strict=True)]
+                places = zip(*share[:2], strict=True)
+                examples = [self._read(*place, share.key) for place in places]
         except UserError as error:
             return str(error)  # raised here, it would arrive wrapped in a traceback
-        images, labels = zip(*read, strict=True)
+        images, labels = zip(*examples, strict=True)
         return collate(images, labels, self.piped)
 
     def _read(self, row: int, repeat: int, key: tuple[int, int] | None) -> tuple[Tensor, int]:
-        image, label = self.pictures.read(row, self.channels)
+        image, label = self.images.read(row, self.channels)
         if key is None:
-            return self.still(image), label
+            return self.evaluation(image), label
         seed_generators(*key, row, repeat)
-        return self.changed(image), label
+        return self.training(image), label
 
 
 def _identity(answer: WorkerBatch) -> WorkerBatch:

@@ -1,7 +1,7 @@
-"""How image files become a network's input: timm's transforms, each image with seeds of its own.
+"""Turn images into a network's input with timm's transforms, seeded for each image.
 
-timm's transforms draw from three global generators, Python's, NumPy's and torch's. `temporary_seed` sets
-all three for one image and puts them back, so that a view is a function of its numbers alone.
+timm's transforms draw from three global generators, Python's, NumPy's and torch's. `temporary_seed`
+sets all three for one image and restores them, so that a view is a function of its seeds only.
 """
 
 import random
@@ -23,21 +23,22 @@ Transform = Callable[[Image.Image], Tensor]
 
 @dataclass(frozen=True)
 class Views:
-    """How images become a network's input, in timm's names and with its meaning.
+    """The views of an image for training and evaluation, with timm's names and meanings.
 
     Attributes:
         size: Height and width.
-        mean, std: One value a channel, of images in [0, 1]; one channel alone makes them grey.
-        interpolation: In evaluation: bilinear, bicubic and so on.
-        train_interpolation: The same in training; `random` draws bilinear or bicubic.
+        mean, std: One value per channel, for images in [0, 1]; with one channel, images are
+            grayscale.
+        interpolation: Interpolation in evaluation: bilinear, bicubic and so on.
+        train_interpolation: Interpolation in training; `random` draws bilinear or bicubic.
         scale: Smallest and largest share of the image's area in a random crop.
         ratio: Smallest and largest width over height of a random crop.
         hflip: Probability of a horizontal flip.
-        color_jitter: Strength, of brightness, contrast and saturation; timm turns it off where
-            `auto_augment` is given.
-        auto_augment: Such as `rand-m7-mstd0.5`.
+        color_jitter: Strength of changes of brightness, contrast and saturation; timm turns it off
+            where `auto_augment` is set.
+        auto_augment: Policy, such as `rand-m7-mstd0.5`.
         random_erase: Probability that a rectangle is erased.
-        erase_mode: What takes its place: `pixel` (noise), `rand` (one colour) or `const` (mean).
+        erase_mode: Content of the rectangle: `pixel` (noise), `rand` (colour) or `const` (mean).
         crop_pct: Side of the central crop as a share of the resized image, in evaluation: 224
             pixels are cut from a shorter side of 256.
     """
@@ -58,14 +59,14 @@ class Views:
 
     @property
     def mode(self) -> str:
-        """Pillow's name for the kind of images."""
+        """Pillow's mode of the images."""
         return "L" if len(self.mean) == 1 else "RGB"
 
     def transform(self, training: bool) -> Transform:
-        """timm's transform of one image, for training or for evaluation.
+        """Build timm's transform of one image, for training or for evaluation.
 
-        It gives uint8, a quarter of the bytes between processes, which `finish` normalises; except
-        where parts are erased, which is done after normalisation.
+        It returns uint8, a quarter of the bytes between processes, which `finish` normalises; with
+        random erasing, which follows normalisation, it returns normalised float32.
 
         Raises:
             UserError: If timm knows no such augmentation or interpolation.
@@ -74,7 +75,7 @@ class Views:
 
         erase = self.random_erase if training else 0.0
         try:
-            made: Any = create_transform(
+            transform: Any = create_transform(
                 self.size,
                 is_training=training,
                 use_prefetcher=erase == 0,
@@ -90,7 +91,7 @@ class Views:
                 re_mode=self.erase_mode,
                 crop_pct=self.crop_pct,
             )
-            return made
+            return transform
         except (AssertionError, KeyError, ValueError) as error:
             raise UserError(
                 f"timm cannot make this augmentation ({error or 'unknown name'}): "
@@ -99,7 +100,7 @@ class Views:
             ) from error
 
     def finish(self, images: Tensor) -> Float[Tensor, "n c h w"]:
-        """Normalised images, of what `transform` gave; on their device."""
+        """Normalise a batch of images from `transform`, on its device."""
         if images.dtype != torch.uint8:
             return images
         moments = torch.tensor([self.mean, self.std], device=images.device)
@@ -109,7 +110,7 @@ class Views:
 
 @contextmanager
 def temporary_seed(*numbers: int) -> Iterator[None]:
-    """Global generators as `seed_generators` sets them inside, and as they were afterwards."""
+    """Seed the global generators inside the block, and restore them afterwards."""
     with preserve_generators():
         seed_generators(*numbers)
         yield
@@ -117,7 +118,7 @@ def temporary_seed(*numbers: int) -> Iterator[None]:
 
 @contextmanager
 def preserve_generators() -> Iterator[None]:
-    """Python's, NumPy's and torch's CPU generators are put back at the end; it takes 0.1 ms."""
+    """Restore Python's, NumPy's and torch's CPU generators after the block; takes 0.1 ms."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     try:
         yield
@@ -128,9 +129,9 @@ def preserve_generators() -> Iterator[None]:
 
 
 def seed_generators(*numbers: int) -> None:
-    """Start the three generators from these numbers, each apart from the others.
+    """Seed the three generators independently from these numbers.
 
-    Not `torch.manual_seed`, which would seed a GPU too.
+    `torch.manual_seed` would seed a GPU too, so it is not used.
     """
     words = np.random.SeedSequence(numbers).generate_state(3, np.uint64)
     random.seed(int(words[0]))

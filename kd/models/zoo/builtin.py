@@ -1,4 +1,4 @@
-"""The networks that ship with the package: what distillation papers use on small images."""
+"""The networks that ship with the package: those of distillation papers on small images."""
 
 from collections.abc import Callable, Mapping
 
@@ -20,7 +20,7 @@ def convnet(shape: Shape, classes: int, width: int) -> nn.Module:
     h, w, channels = _check_size("convnet", shape)
     layers: list[nn.Module] = []
     for fan_in in (channels, width, width):
-        # One group a channel: InstanceNorm with a scale and a shift.
+        # One group per channel: InstanceNorm with a scale and a shift.
         norm = nn.GroupNorm(width, width)
         layers += [nn.Conv2d(fan_in, width, 3, padding=1), norm, nn.ReLU(), nn.AvgPool2d(2)]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * (h // 8) * (w // 8), classes))
@@ -67,7 +67,7 @@ NETWORKS: Mapping[str, tuple[Callable[[Shape, int, int], nn.Module], int]] = {
 
 
 def network(name: str, shape: Shape, classes: int) -> nn.Module:
-    """Freshly initialised, with the width of its name.
+    """Build a freshly initialised network, with the width in its name.
 
     Raises:
         UserError: For a bad width, or images that are too small.
@@ -80,7 +80,7 @@ def width(name: str) -> int:
     """The number after the colon, or the default.
 
     Raises:
-        UserError: If it is no positive whole number.
+        UserError: If it is not a positive whole number.
     """
     base, colon, text = name.partition(":")
     if not colon:
@@ -91,7 +91,7 @@ def width(name: str) -> int:
 
 
 def _check_size(name: str, shape: Shape) -> Shape:
-    """The shape, if there is something left of its images."""
+    """Return the shape; refuse images too small to be halved three times."""
     h, w, _ = shape
     if min(h, w) < 8:
         raise UserError(

@@ -1,7 +1,7 @@
-"""Whether a model's classes are the data's: by name, by position, or through a class map.
+"""Match a model's classes with the data's: by name, by position, or through a class map.
 
-A teacher whose outputs stand in another order than the data's classes teaches nonsense without any
-error, so everything that can be compared is compared, and what must be assumed is said.
+A teacher whose outputs are in another order than the data's classes teaches nonsense without any
+error, so everything that can be compared is compared, and every assumption is reported.
 """
 
 import difflib
@@ -16,6 +16,7 @@ from typing import Any
 
 from dsdistill.harness.data.class_names import natural_key
 from dsdistill.harness.errors import UserError, unknown_name
+from dsdistill.harness.text import quote
 
 ClassMap = Mapping[str, str | int]  # class of the data -> class of the teacher, by name or number
 
@@ -24,13 +25,13 @@ _SYNSET = re.compile(r"n\d{8}")
 
 @dataclass(frozen=True)
 class Match:
-    """How a model's outputs belong to the data's classes.
+    """The match of a model's outputs with the data's classes.
 
     Attributes:
-        how: In words, for reports.
-        outputs: The model's output of each class of the data; None where they are the same.
-        assumed: Whether the order of the model's classes is a guess, for want of names.
-        note: What the user should know about the guess.
+        how: Description of the match, for reports.
+        outputs: The model's output for each class of the data; None where the order is the same.
+        assumed: Whether the order of the model's classes is assumed, for lack of names.
+        note: Warning about the assumption; None where there is nothing to warn of.
     """
 
     how: str
@@ -41,59 +42,60 @@ class Match:
 
 def match(
     who: str,
-    its: Sequence[str] | int,
+    model_classes: Sequence[str] | int,
     classes: Sequence[str],
     class_map: ClassMap | None = None,
     option: str | None = "--class-map",
 ) -> Match:
-    """Find a model's output of each class of the data.
+    """Find a model's output for each class of the data.
 
     Names are compared without regard to case, spaces, hyphens, underscores and the form of
-    Unicode; whole numbers by their value, so that `007` is `7`. ImageNet's classes are known by
-    synset and by each of their synonyms. The order does not matter where names are known: outputs
-    are taken in the order of the data's classes.
+    Unicode; whole numbers by their value, so that `007` is `7`. ImageNet's classes are recognised
+    by synset and by each of their synonyms. The order does not matter where names are known:
+    outputs are taken in the order of the data's classes.
 
     Where the model has no names, or one side has only the numbers 0, 1, 2, ..., positions decide:
-    in the natural order of classes that are numbers, and in the data's order of others.
+    the natural order for classes that are numbers, the data's order for others.
 
     Args:
-        who: How messages call the model.
-        its: Its class names in the order of its outputs, or only their number.
-        classes: Of the data, in order.
-        class_map: Needed where names differ or the assumed order is wrong.
-        option: By which the user gives one, for messages; None where there is no such option.
+        who: Name of the model in messages.
+        model_classes: Class names in the order of the model's outputs, or only their number.
+        classes: Names of the data's classes, in order.
+        class_map: Class of the data -> class of the model, where names differ or the assumed order
+            is wrong.
+        option: Option of the class map, for messages; None where there is no such option.
 
     Raises:
         UserError: If the classes are not the same, or the map does not give each class one output
             of its own.
     """
     if class_map is not None:
-        return Match("by the class map", _map_outputs(who, its, classes, class_map))
-    count = its if isinstance(its, int) else len(its)
+        return Match("by the class map", _map_outputs(who, model_classes, classes, class_map))
+    count = model_classes if isinstance(model_classes, int) else len(model_classes)
     if count != len(classes):
         raise UserError(
             f"{who} has {count} classes, the data have {len(classes)}: they must match"
             + ("" if option is None else f", or {option} FILE must say which are which")
         )
-    if isinstance(its, int) or _are_placeholders(its):
+    if isinstance(model_classes, int) or _are_placeholders(model_classes):
         return _match_by_position(classes, option)
-    outputs = _match_by_name(its, classes)
+    outputs = _match_by_name(model_classes, classes)
     if outputs is not None:
         same = outputs == tuple(range(count))
         return Match("by name" if same else "by name, in another order", None if same else outputs)
-    if _are_consecutive_numbers(its) and not any(map(_is_number, classes)):
+    if _are_consecutive_numbers(model_classes) and not any(map(_is_number, classes)):
         return _match_by_position(classes, option)
-    if _are_consecutive_numbers(classes) and not any(map(_is_number, its)):
+    if _are_consecutive_numbers(classes) and not any(map(_is_number, model_classes)):
         return _match_by_position(classes, option)
     remedy = "they must match" if option is None else f"{option} FILE must say which are which"
-    raise UserError(f"{who} {_describe_difference(its, classes)}: {remedy}")
+    raise UserError(f"{who} {_describe_difference(model_classes, classes)}: {remedy}")
 
 
 def likely_orders(classes: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Orders in which the libraries that read class folders number classes of these names.
+    """The orders in which libraries number class folders of these names.
 
     Returns:
-        The name of each order, and the classes in it, as positions in `classes`.
+        Name of each order -> the classes in this order, as positions in `classes`.
     """
     natural = sorted(range(len(classes)), key=lambda i: natural_key(classes[i]))
     plain = sorted(range(len(classes)), key=lambda i: classes[i])
@@ -104,38 +106,39 @@ def likely_orders(classes: Sequence[str]) -> dict[str, tuple[int, ...]]:
 
 
 def read_class_map(path: Path) -> dict[str, str | int]:
-    """A class map: a JSON object of the data's class names and the teacher's names or numbers.
+    """Read a class map: a JSON object of the data's class names and the teacher's names or numbers.
 
     Raises:
-        UserError: If the file is missing, no such object, or names a class twice.
+        UserError: If the file is missing, is not such an object, or has a class twice.
     """
     try:
-        found = json.loads(
+        class_map = json.loads(
             path.read_text(), object_pairs_hook=lambda pairs: _require_unique_keys(path, pairs)
         )
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"cannot read the class map {path}: {error}") from error
-    if not isinstance(found, dict) or not all(_is_name_or_number(v) for v in found.values()):
+    if not isinstance(class_map, dict) or not all(map(_is_name_or_number, class_map.values())):
         raise UserError(
             f"the class map {path} must be one JSON object whose values are class names or "
             'numbers, as in {"cat": "tabby", "dog": 207}'
         )
-    return found
+    return class_map
 
 
 def read_class_maps(
     text: str | None, names: Sequence[str], option: str = "--class-map"
 ) -> tuple[dict[str, str | int] | None, ...]:
-    """The class map of each teacher; None where its classes are the data's.
+    """Read the class map of each teacher; None where its classes are the data's.
 
     Args:
-        text: One file for all teachers, or a comma-separated file for each in their order, where
-            nothing stands for none.
-        names: The teachers.
-        option: As the user wrote it, for messages.
+        text: One file for all teachers, or a comma-separated list with one file per teacher, empty
+            for a teacher that needs none; None: no teacher needs one.
+        names: Names of the teachers.
+        option: The option, for messages.
 
     Raises:
-        UserError: If there are as many files as neither one nor teachers, or one cannot be read.
+        UserError: If the number of files is neither 1 nor the number of teachers, or a file cannot
+            be read.
     """
     if text is None:
         return (None,) * len(names)
@@ -155,15 +158,15 @@ def class_map_files(text: str) -> list[str]:
 
 
 def with_synonyms(names: tuple[str, ...]) -> tuple[str, ...]:
-    """The names; those of ImageNet's 1000 classes with their synsets and synonyms.
+    """Add synset and synonyms to each of ImageNet's 1000 classes; return other names as they are.
 
-    Libraries call the same class `n01440764`, `tench` and `tench, Tinca tinca`, and folders too.
+    Libraries and folders call the same class `n01440764`, `tench` and `tench, Tinca tinca`.
     """
     known = imagenet_names(len(names)) if len(names) == 1000 else None
     if known is None:
         return names
     same = sum(_share_key(a, b) for a, b in zip(names, known, strict=True))
-    # torchvision renames two, to tell crane from crane and maillot from maillot.
+    # torchvision renames two, to distinguish the two cranes and the two maillots.
     if same < 990:
         return names
     return tuple(f"{b}, {a}" for a, b in zip(names, known, strict=True))
@@ -171,7 +174,7 @@ def with_synonyms(names: tuple[str, ...]) -> tuple[str, ...]:
 
 @lru_cache
 def imagenet_names(count: int) -> tuple[str, ...] | None:
-    """Synset and synonyms of each class of the ImageNet that has so many, if there is one."""
+    """Synset and synonyms of each class of the ImageNet with `count` classes; None without one."""
     from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 
     subset = infer_imagenet_subset({"num_classes": count})
@@ -182,12 +185,12 @@ def imagenet_names(count: int) -> tuple[str, ...] | None:
 
 
 def abbreviate(names: Sequence[str]) -> str:
-    """The first of many names, for messages."""
+    """The first three names, quoted, for messages."""
     return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
 
 
 def _map_outputs(
-    who: str, its: Sequence[str] | int, classes: Sequence[str], class_map: ClassMap
+    who: str, model_classes: Sequence[str] | int, classes: Sequence[str], class_map: ClassMap
 ) -> tuple[int, ...]:
     if foreign := [name for name in class_map if name not in classes]:
         raise unknown_name("class of the data in the class map", foreign[0], classes)
@@ -195,48 +198,48 @@ def _map_outputs(
         raise UserError(
             f"the class map leaves out {len(left)} of the data's classes: {abbreviate(left)}"
         )
-    outputs = [_find_output(who, its, class_map[name]) for name in classes]
+    outputs = [_find_output(who, model_classes, class_map[name]) for name in classes]
     for i, output in enumerate(outputs):
         if (j := outputs.index(output)) != i:
             raise UserError(
-                f"the class map gives {classes[j]!r} and {classes[i]!r} the same class of {who}, "
-                f"{class_map[classes[i]]!r}: each needs its own"
+                f"the class map gives {quote(classes[j])} and {quote(classes[i])} the same class "
+                f"of {who}, {quote(str(class_map[classes[i]]))}: each needs its own"
             )
     return tuple(outputs)
 
 
-def _find_output(who: str, its: Sequence[str] | int, wanted: str | int) -> int:
-    """The output of the class of that name or number."""
-    count = its if isinstance(its, int) else len(its)
-    if isinstance(wanted, int):
-        if not 0 <= wanted < count:
-            raise UserError(f"the class map asks for class {wanted} of {who}, which has {count}")
-        return wanted
-    if isinstance(its, int):
+def _find_output(who: str, model_classes: Sequence[str] | int, target: str | int) -> int:
+    """The model's output for one entry of a class map, a class name or number."""
+    count = model_classes if isinstance(model_classes, int) else len(model_classes)
+    if isinstance(target, int):
+        if not 0 <= target < count:
+            raise UserError(f"the class map asks for class {target} of {who}, which has {count}")
+        return target
+    if isinstance(model_classes, int):
         raise UserError(
-            f"the class map asks for class {wanted!r} of {who}, whose class names are not known: "
+            f"the class map asks for class {target!r} of {who}, whose class names are not known: "
             f"give numbers from 0 to {count - 1}"
         )
-    found = _candidates(wanted, its)
-    if not found:
-        near = difflib.get_close_matches(wanted, its, n=3, cutoff=0.5)
+    outputs = _candidates(target, model_classes)
+    if not outputs:
+        near = difflib.get_close_matches(target, model_classes, n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise UserError(f"the class map asks for class {wanted!r}, which {who} has not{hint}")
-    if len(found) > 1:
+        raise UserError(f"the class map asks for class {target!r}, which {who} does not have{hint}")
+    if len(outputs) > 1:
         raise UserError(
-            f"the class map asks for class {wanted!r}, of which {who} has {len(found)}, numbers "
-            f"{', '.join(map(str, found))}: give the number"
+            f"the class map asks for class {target!r}, of which {who} has {len(outputs)}, numbers "
+            f"{', '.join(map(str, outputs))}: give the number"
         )
-    return found[0]
+    return outputs[0]
 
 
 def _require_unique_keys(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"the class map {path} has class {twice!r} twice")
-    return found
+        raise UserError(f"the class map {path} has class {quote(twice)} twice")
+    return unique
 
 
 def _is_name_or_number(value: object) -> bool:
@@ -244,7 +247,7 @@ def _is_name_or_number(value: object) -> bool:
 
 
 def _match_by_position(classes: Sequence[str], option: str | None) -> Match:
-    """The match of a model that has no names; the order of its classes can only be assumed."""
+    """Match a model without class names; the order of its classes can only be assumed."""
     k = len(classes)
     numbers = all(map(_is_number, classes))
     order = sorted(range(k), key=lambda i: int(classes[i])) if numbers else list(range(k))
@@ -260,7 +263,7 @@ def _match_by_position(classes: Sequence[str], option: str | None) -> Match:
 
 
 def _order_warning(classes: Sequence[str], option: str | None) -> str | None:
-    """A line where the order of a model's classes depends on who sorted the folders."""
+    """A warning if the libraries sort these class folders differently; None if they agree."""
     natural, plain = likely_orders(classes).values()
     if natural == plain:
         return None
@@ -269,14 +272,14 @@ def _order_warning(classes: Sequence[str], option: str | None) -> str | None:
     remedy = "" if option is None else f"{remedy}{option} FILE says which are which"
     return (
         "the libraries sort these class folders differently: output "
-        f"{i} is {classes[natural[i]]!r} for timm (natural order, without case) and "
-        f"{classes[plain[i]]!r} for torchvision (code points){remedy}"
+        f"{i} is {quote(classes[natural[i]])} for timm (natural order, without case) and "
+        f"{quote(classes[plain[i]])} for torchvision (code points){remedy}"
     )
 
 
-def _match_by_name(its: Sequence[str], classes: Sequence[str]) -> tuple[int, ...] | None:
-    """The output of each class, where every class has exactly one of its own."""
-    tables = [_positions_by_key(its, key) for key in _KEY_FUNCTIONS]
+def _match_by_name(model_classes: Sequence[str], classes: Sequence[str]) -> tuple[int, ...] | None:
+    """The output of each class, if every class has exactly one of its own; else None."""
+    tables = [_positions_by_key(model_classes, key) for key in _KEY_FUNCTIONS]
     outputs = []
     for i, name in enumerate(classes):
         hits = (
@@ -284,50 +287,54 @@ def _match_by_name(its: Sequence[str], classes: Sequence[str]) -> tuple[int, ...
             for key, table in zip(_KEY_FUNCTIONS, tables, strict=True)
         )
         best = next(filter(None, hits), set())
-        # ImageNet has two cranes: where both sides have them at the same place, they are the same.
+        # ImageNet has two cranes: if both sides have one at the same position, they are the same.
         if len(best) != 1 and i not in best:
             return None
         outputs.append(i if len(best) > 1 else best.pop())
     return tuple(outputs) if len(set(outputs)) == len(outputs) else None
 
 
-def _describe_difference(its: Sequence[str], classes: Sequence[str]) -> str:
-    """In words, the first class of the data that the model does not have once."""
+def _describe_difference(model_classes: Sequence[str], classes: Sequence[str]) -> str:
+    """Describe the first class of the data that the model does not have exactly once."""
     for name in classes:
-        hits = _candidates(name, its)
+        hits = _candidates(name, model_classes)
         if not hits:
-            own = next((a for a in its if not _candidates(a, classes)), its[0])
-            return f"has no class {name!r} of the data, which have none such as its {own!r}"
+            unmatched = (a for a in model_classes if not _candidates(a, classes))
+            example = next(unmatched, model_classes[0])
+            return (
+                f"has no class {quote(name)} of the data, "
+                f"which have none such as its {quote(example)}"
+            )
         if len(hits) > 1:
             number = len(hits)
-            return f"has {number} classes that could be {name!r} of the data"
+            return f"has {number} classes that could be {quote(name)} of the data"
     return "has one class that could be several of the data's"
 
 
-def _candidates(name: str, its: Sequence[str]) -> list[int]:
-    """The outputs that could be of a class: those of that very name, or else of a like one."""
+def _candidates(name: str, model_classes: Sequence[str]) -> list[int]:
+    """The outputs that could be a class: those of the exact name, or else of a similar one."""
     for key in _KEY_FUNCTIONS:
-        wanted = key(name)
-        if found := [i for i, other in enumerate(its) if wanted & key(other)]:
-            return found
+        keys = key(name)
+        if outputs := [i for i, other in enumerate(model_classes) if keys & key(other)]:
+            return outputs
     return []
 
 
 def _positions_by_key(names: Sequence[str], key: Callable[[str], set[str]]) -> dict[str, set[int]]:
-    found: dict[str, set[int]] = {}
+    positions: dict[str, set[int]] = {}
     for i, name in enumerate(names):
         for part in key(name):
-            found.setdefault(part, set()).add(i)
-    return found
+            positions.setdefault(part, set()).add(i)
+    return positions
 
 
 def _are_placeholders(names: Sequence[str]) -> bool:
-    """Whether they are Hugging Face's LABEL_0, LABEL_1, ..., which say nothing."""
+    """Whether the names are Hugging Face's placeholders LABEL_0, LABEL_1, ..."""
     return all(name == f"LABEL_{i}" for i, name in enumerate(names))
 
 
 def _are_consecutive_numbers(names: Sequence[str]) -> bool:
-    """Whether they are the numbers 0, 1, 2, ..., as of an array of labels, in any order."""
+    """Whether the names are the numbers 0, 1, 2, ..., as in an array of labels, in any order."""
     return all(map(_is_number, names)) and {*map(int, names)} == {*range(len(names))}
 
 
@@ -350,7 +357,7 @@ def _spelling_key(name: str) -> set[str]:
 def _synonym_keys(name: str) -> set[str]:
     """Spellings that mean the same: the value of a number, the synonyms of a class of ImageNet.
 
-    A comma parts synonyms in ImageNet's own descriptions alone; elsewhere it is part of the name.
+    A comma separates synonyms only in ImageNet's descriptions; elsewhere it is part of the name.
     """
     if _is_number(name):
         return {str(int(name))}
@@ -365,7 +372,7 @@ def _synonym_keys(name: str) -> set[str]:
     return {_normalise_spelling(name), *parts, known} if known else {_normalise_spelling(name)}
 
 
-# From the closest to the widest sense in which two names can be the same.
+# From the strictest to the loosest sense in which two names can be the same.
 _KEY_FUNCTIONS = (_exact_key, _spelling_key, _synonym_keys)
 
 
@@ -383,7 +390,7 @@ def _synset_by_description() -> Mapping[str, str]:
 
 @lru_cache(maxsize=65536)
 def _normalise_spelling(name: str) -> str:
-    # Folders of one name come in two forms of Unicode: macOS takes letters and accents apart.
+    # Folder names come in two forms of Unicode: macOS separates letters and accents.
     whole = unicodedata.normalize("NFD", name).casefold()
     whole = unicodedata.normalize("NFC", whole)
     return " ".join(whole.replace("_", " ").replace("-", " ").split())

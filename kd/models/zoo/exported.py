@@ -1,6 +1,6 @@
-"""A program that `torch.export` has saved, as a teacher: `FILE.pt2`.
+"""Load a program saved by `torch.export` as a teacher: `FILE.pt2`.
 
-It gives logits and nothing else: it cannot be trained, and none of its layers can be tapped. The
+It returns logits and nothing else: it cannot be trained, and none of its layers can be tapped. The
 file may come from anybody: `exported_archive` reads it and `exported_graph` runs it, neither of
 which can do more than compute with tensors.
 """
@@ -23,24 +23,24 @@ from kd.models.zoo.exported_graph import Graph
 from kd.models.zoo.protocol import Shape
 
 SUFFIX = ".pt2"
-CARD = "model.json"  # the extra file that says what the program wants and what it answers
+CARD = "model.json"  # extra file with the program's preprocessing, classes and outputs
 
 
 class ExportedNetwork(nn.Module):
-    """A program that maps images to logits, in the mode in which it was exported."""
+    """A program that maps images to logits; its mode is the one it was exported in."""
 
     digest: Tensor
 
     def __init__(self, archive: ProgramArchive, graph: Graph) -> None:
-        """Hold the program's tensors.
+        """Register the program's tensors as parameters and buffers.
 
         Args:
-            archive: Has all tensors that the graph names.
-            graph: What is run.
+            archive: Archive with all tensors that the graph names.
+            graph: The program.
         """
         super().__init__()
         self.graph = graph
-        # A dot in the name of a parameter is not allowed: each is called by its place.
+        # torch allows no dot in the name of a parameter: each is named by its position.
         self._keys = {name: f"tensor_{i}" for i, name in enumerate(sorted(archive.tensors))}
         for name, key in self._keys.items():
             tensor = archive.tensors[name]
@@ -48,7 +48,7 @@ class ExportedNetwork(nn.Module):
                 self.register_parameter(key, nn.Parameter(tensor))
             else:
                 self.register_buffer(key, tensor)
-        # Two programs with the same weights answer differently: a hash of the state tells.
+        # Programs with the same weights can differ: with the digest, their states differ too.
         digest = bytearray(hashlib.sha256(archive.text).digest())
         self.register_buffer("digest", torch.frombuffer(digest, dtype=torch.uint8))
 
@@ -64,13 +64,14 @@ class ExportedNetwork(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class ExportedProgram:
-    """What a file holds.
+    """The content of an exported file.
 
     Attributes:
         network: The program.
-        shape: Of the images it takes; height and width are those of `like` where it takes any.
-        classes: Number of its outputs.
-        card: What an exporter wrote beside it in the form of a run's `model.json`; else empty.
+        shape: Height, width and channels of the images it takes; those of `like` in `load` where it
+            takes any size.
+        classes: Number of outputs.
+        card: Description in the form of a run's `model.json`; empty if the exporter wrote none.
     """
 
     network: ExportedNetwork
@@ -80,7 +81,7 @@ class ExportedProgram:
 
 
 def load(path: Path, like: Shape) -> ExportedProgram:
-    """Read a program and try it.
+    """Read a program and run it once.
 
     Args:
         path: A file that `torch.export.save` wrote.
@@ -88,7 +89,7 @@ def load(path: Path, like: Shape) -> ExportedProgram:
 
     Raises:
         UserError: If the file is missing or damaged, or holds more than a program, or a program
-            that does not map any number of images, each for itself, to logits.
+            that does not map any number of images, each independently, to logits.
     """
     archive = exported_archive.read(path)
     try:
@@ -97,7 +98,7 @@ def load(path: Path, like: Shape) -> ExportedProgram:
             raise UserError(f"it lacks the tensor {exported_archive.printable(min(lacking))}")
     except NotAllowed as error:
         raise NotAllowed(f"{path} holds more than a program and tensors: {error}") from error
-    # A foreign file is incomplete in many ways.
+    # A file from elsewhere can be incomplete in many ways.
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not a program that can be read: {first_line(error)}") from error
     shape = _input_shape(path, graph, like)
@@ -108,7 +109,7 @@ def load(path: Path, like: Shape) -> ExportedProgram:
 
 
 def _input_shape(path: Path, graph: Graph, like: Shape) -> Shape:
-    """The shape of the images it takes; that of the data where an axis may have any length."""
+    """The shape of the images the program takes; the data's where an axis may have any length."""
     if len(graph.axes) != 4:
         raise UserError(f"{path} does not take one batch of images (n, c, h, w)")
     n, *axes = graph.axes
@@ -118,40 +119,40 @@ def _input_shape(path: Path, graph: Graph, like: Shape) -> Shape:
         )
     h, w, c = like
     c, h, w = (
-        axis.factor if axis.symbol is None else ours
-        for axis, ours in zip(axes, (c, h, w), strict=True)
+        axis.factor if axis.symbol is None else size
+        for axis, size in zip(axes, (c, h, w), strict=True)
     )
     return h, w, c
 
 
 def _run_on_meta_device(path: Path, archive: ProgramArchive, graph: Graph, shape: Shape) -> None:
-    """Run the program on sizes alone, which takes no memory, before it may ask for any."""
+    """Run the program on the meta device, which takes no memory, before it may allocate any."""
     h, w, c = shape
     tensors = {name: tensor.to("meta") for name, tensor in archive.tensors.items()}
     try:
         with torch.no_grad():
             exported_graph.run(graph, tensors, torch.empty(3, c, h, w, device="meta"))
-    except Exception as error:  # an operator raises whatever it likes
+    except Exception as error:  # an operator may raise anything
         raise UserError(f"{path} cannot take {h}x{w} images: {first_line(error)}") from error
 
 
 def _check_outputs(path: Path, network: ExportedNetwork, shape: Shape) -> int:
-    """The number of logits; an image's must not depend on the others of its batch."""
+    """Return the number of logits; refuse logits that depend on the other images of a batch."""
     h, w, c = shape
     images = torch.rand(3, c, h, w, generator=torch.Generator().manual_seed(0))
     try:
         with torch.no_grad():
             first, second = network(images[:2]), network(images[[0, 2]])
-    except Exception as error:  # a program raises whatever it likes
+    except Exception as error:  # a program may raise anything
         raise UserError(f"{path} cannot take {h}x{w} images: {first_line(error)}") from error
     if not isinstance(first, Tensor) or first.ndim != 2 or len(first) != 2:
-        raise UserError(f"{path} does not answer with logits (n, k)")
+        raise UserError(f"{path} does not return logits (n, k)")
     if not torch.isfinite(first).all():
-        raise UserError(f"{path} answers with numbers that are not finite: its weights are damaged")
+        raise UserError(f"{path} returns numbers that are not finite: its weights are damaged")
     # Rounding may differ between batches by some ulp; batch norm in training mode, by far more.
     if not torch.allclose(first[0], second[0], rtol=1e-3, atol=1e-3 * float(first.abs().max())):
         raise UserError(
-            f"{path} was exported in training mode: its answer to an image depends on the other "
+            f"{path} was exported in training mode: its output for an image depends on the other "
             "images; call eval() on the network before the export"
         )
     return first.shape[1]
@@ -163,7 +164,7 @@ def _parse_card(path: Path, text: bytes) -> Mapping[str, Any]:
     try:
         card = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"the {CARD} inside {path} is no JSON: {error}") from error
+        raise UserError(f"the {CARD} inside {path} is not JSON: {error}") from error
     if not isinstance(card, dict):
-        raise UserError(f"the {CARD} inside {path} is not an object of JSON")
+        raise UserError(f"the {CARD} inside {path} is not a JSON object")
     return card

@@ -1,9 +1,9 @@
-"""The archive of `torch.export.save`, read without torch's loader: tensors, a graph, a card.
+"""Read the archive of `torch.export.save` without torch's loader: tensors, a graph, a card.
 
 `torch.export.load` unpickles, evaluates expressions and writes Python code from the names in a
 file. Nothing of the kind happens here: the entries of the archive are read by one reader, each is
-known by its exact name, JSON is parsed and raw bytes become tensors. Whatever else an archive can
-hold is refused by name.
+recognised by its exact name, JSON is parsed and raw bytes become tensors. Anything else in an
+archive is refused by name.
 """
 
 import json
@@ -22,8 +22,8 @@ from torch import Tensor
 from dsdistill.harness.errors import UserError, first_line
 
 SCHEMA_VERSION = 8  # major version of the graph's JSON
-MAX_EXPANDED_BYTES = 2**28  # bytes to which a tensor may repeat what the file holds
-DTYPES = {  # torch's numbers in the file
+MAX_EXPANDED_BYTES = 2**28  # bytes of a tensor that repeats its stored bytes
+DTYPES = {  # dtype by its number in the file
     1: torch.uint8,
     2: torch.int8,
     3: torch.int16,
@@ -57,18 +57,18 @@ _ENTRY_PATTERN = re.compile("|".join(_ENTRY_PATTERNS))
 
 
 class NotAllowed(UserError):
-    """Something that no program of a network needs, named."""
+    """Content that no network's program needs; the message names it."""
 
 
 @dataclass(frozen=True, eq=False)
 class ProgramArchive:
-    """What the file of an exported program holds.
+    """The content of an exported program's file.
 
     Attributes:
         program: The JSON of graph and signature, not yet checked.
-        text: The same as it stands in the file.
+        text: The bytes of this JSON.
         tensors: Parameters, buffers and constants by their names.
-        parameters: Names of those that are parameters.
+        parameters: Names of the tensors that are parameters.
         extra: Text beside the program, by the name of its entry.
     """
 
@@ -80,10 +80,10 @@ class ProgramArchive:
 
 
 def read(path: Path) -> ProgramArchive:
-    """Read the archive.
+    """Read an archive.
 
     Raises:
-        UserError: If the file is missing, damaged, of another layout or version.
+        UserError: If the file is missing, damaged, or of another layout or version.
         NotAllowed: If it holds anything but a program, tensors and text.
     """
     if not path.is_file():
@@ -102,7 +102,7 @@ def read(path: Path) -> ProgramArchive:
 
 
 def printable(value: object) -> str:
-    """A value from a file for one line of a message: short, without control characters."""
+    """Format a value from a file for one line of a message: short, without control characters."""
     text = ascii(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
 
@@ -126,8 +126,8 @@ def _read_archive(archive: zipfile.ZipFile) -> ProgramArchive:
     major = program["schema_version"]["major"]
     if major != SCHEMA_VERSION:
         raise UserError(
-            f"its program is of version {printable(major)}, and {SCHEMA_VERSION} is read: export it with a "
-            "torch of today"
+            f"its program is of version {printable(major)}, and {SCHEMA_VERSION} is read: "
+            "export it with a torch of today"
         )
     storages: dict[str, Tensor] = {}
     tensors, parameters = {}, set()
@@ -154,9 +154,9 @@ def _read_archive(archive: zipfile.ZipFile) -> ProgramArchive:
 
 
 def _check_entries(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """The archive's entries without the name of the folder that all of them lie in.
+    """The archive's entries by name, without their common folder.
 
-    All are stored as they are, and together they are no larger than the file.
+    All are stored uncompressed, and together they are no larger than the file.
     """
     entries: dict[str, zipfile.ZipInfo] = {}
     roots = set()
@@ -173,7 +173,7 @@ def _check_entries(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
                 f"the entry {printable(info.orig_filename)} is compressed or encrypted"
             )
         entries[name] = info
-    # Entries may lie on top of each other, and then be more than the file.
+    # Overlapping entries can add up to more than the file.
     size = sum(info.file_size for info in entries.values())
     if size > Path(archive.filename or "").stat().st_size:
         raise NotAllowed(f"its entries are {size} bytes, more than the file")
@@ -190,13 +190,13 @@ def _read_storage(name: str, content: bytes, dtype: object) -> Tensor:
         return torch.empty(0, dtype=kind)
     if len(content) % kind.itemsize:
         raise UserError(f"the bytes of {printable(name)} are no whole numbers")
-    if kind == torch.bool:  # kernels trust that it is 0 or 1
+    if kind == torch.bool:  # kernels rely on 0 or 1
         return torch.frombuffer(bytearray(content), dtype=torch.uint8).bool()
     return torch.frombuffer(bytearray(content), dtype=kind)
 
 
 def _view_tensor(name: str, storage: Tensor, meta: Mapping[str, Any]) -> Tensor:
-    """A view of the bytes; torch refuses one that leaves them."""
+    """View the bytes as a tensor; torch refuses a view beyond them."""
     if meta["layout"] != STRIDED_LAYOUT:
         raise NotAllowed(f"{printable(name)} has the layout {printable(meta['layout'])}")
     sizes, strides = ([parse_integer(v) for v in meta[key]] for key in ("sizes", "strides"))
@@ -208,10 +208,10 @@ def _view_tensor(name: str, storage: Tensor, meta: Mapping[str, Any]) -> Tensor:
 
 
 def parse_integer(value: Mapping[str, Any]) -> int:
-    """A size as the file writes it, `{"as_int": 3}`.
+    """Parse a size, which the file writes as `{"as_int": 3}`.
 
     Raises:
-        NotAllowed: If it is no plain integer.
+        NotAllowed: If it is not a plain integer.
     """
     number = value.get("as_int")
     if len(value) != 1 or type(number) is not int or not 0 <= number < 2**63:
@@ -220,10 +220,10 @@ def parse_integer(value: Mapping[str, Any]) -> int:
 
 
 def parse_string(value: object) -> str:
-    """A name as the file writes it.
+    """Return a name from the file.
 
     Raises:
-        NotAllowed: If it is none.
+        NotAllowed: If it is not a string.
     """
     if not isinstance(value, str):
         raise NotAllowed(f"the name {printable(value)} is not allowed")

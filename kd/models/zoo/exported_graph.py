@@ -1,8 +1,8 @@
-"""A graph of `torch.export`, run node by node: its nodes, their arguments, and their results.
+"""Parse a graph of `torch.export` and run it node by node.
 
 A node names an operator and its arguments. Nothing is evaluated, looked up by a path, or compiled:
 operators are those of `exported_operators`, arguments are numbers, words, and earlier results, and
-`exported_sizes` says which images the program takes.
+`exported_sizes` checks the images that the program takes.
 """
 
 import ast
@@ -26,9 +26,7 @@ from kd.models.zoo.exported_archive import (
 )
 from kd.models.zoo.exported_sizes import ImageAxis, require_below_limit
 
-MAX_LIVE_BYTES = (
-    2**33
-)  # that the results which are needed at once may take, of the images it is tried on
+MAX_LIVE_BYTES = 2**33  # of the results that are alive at once, for the images of the first run
 
 
 @dataclass(frozen=True)
@@ -40,20 +38,20 @@ class ResultReference:
 
 @dataclass(frozen=True)
 class ImageDevice:
-    """The device of the images, wherever the file says that its own were."""
+    """The device of the images, in place of the device named in the file."""
 
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """One call.
+    """One call of an operator.
 
     Attributes:
         run: The operator.
-        text: Its name, for messages.
+        text: Name of the operator, for messages.
         args, kwargs: Numbers, strings, `ResultReference`s, `ImageDevice`s, and lists of them.
-        outputs: Names of its results, nested as they are returned; None for one that is not used.
+        outputs: Names of the results, nested as they are returned; None for an unused result.
         done: Names that no later node refers to.
-        writes: Whether it changes its first argument.
+        writes: Whether the operator changes its first argument.
     """
 
     run: Callable[..., Any]
@@ -72,9 +70,9 @@ class Graph:
     Attributes:
         inputs: Name in the graph -> name of the tensor in the archive.
         images: Name of the images in the graph.
-        axes: Of the images.
-        conditions: On the images' sizes, each a checked expression.
-        nodes: In the order in which they run.
+        axes: Axes of the images.
+        conditions: Checked expressions on the images' sizes.
+        nodes: Calls in the order in which they run.
         output: Name of the result.
     """
 
@@ -98,7 +96,7 @@ def parse(program: Mapping[str, Any]) -> Graph:
     inputs, images = _parse_inputs(signature["input_specs"])
     outputs = signature["output_specs"]
     if len(outputs) != 1 or len(graph["outputs"]) != 1:
-        raise UserError(f"it answers with {len(outputs)} results, not with logits alone")
+        raise UserError(f"it returns {len(outputs)} results, not logits alone")
     if set(outputs[0]) != {"user_output"}:
         raise NotAllowed(f"the result {printable(next(iter(outputs[0]), None))} is not allowed")
     output = parse_string(graph["outputs"][0]["as_tensor"]["name"])
@@ -115,12 +113,15 @@ def parse(program: Mapping[str, Any]) -> Graph:
 
 
 def run(graph: Graph, tensors: Mapping[str, Tensor], images: Tensor) -> Tensor:
-    """The program's answer.
+    """Run a program.
 
     Args:
         graph: The program.
-        tensors: By their names in the archive.
-        images: Of a size that the program takes.
+        tensors: Tensors by their names in the archive.
+        images: Images (n, c, h, w) of a size that the program takes.
+
+    Returns:
+        The program's result.
 
     Raises:
         ValueError: If it does not take their size, or a node fails or needs too much memory.
@@ -129,14 +130,14 @@ def run(graph: Graph, tensors: Mapping[str, Tensor], images: Tensor) -> Tensor:
     values: dict[str, Any] = {name: tensors[key] for name, key in graph.inputs.items()}
     values[graph.images] = images
     writes = any(node.writes for node in graph.nodes)
-    given = {_storage_address(value) for value in values.values()} - {0} if writes else set()
+    protected = {_storage_address(value) for value in values.values()} - {0} if writes else set()
     for node in graph.nodes:
         args = [_resolve_argument(arg, values, images.device) for arg in node.args]
         kwargs = {
             key: _resolve_argument(arg, values, images.device) for key, arg in node.kwargs.items()
         }
-        # torch.export lists such a change among the results; a file may lack that line.
-        if node.writes and _storage_address(args[0]) in given:
+        # torch.export lists a changed input among the results, but a file may omit it.
+        if node.writes and _storage_address(args[0]) in protected:
             raise ValueError(f"{node.text} would change the images or the weights")
         _store_results(node, node.outputs, node.run(*args, **kwargs), values)
         if images.is_meta:
@@ -147,7 +148,7 @@ def run(graph: Graph, tensors: Mapping[str, Tensor], images: Tensor) -> Tensor:
 
 
 def _parse_inputs(specs: Sequence[Mapping[str, Any]]) -> tuple[dict[str, str], str]:
-    """Tensors of the archive by their names in the graph, and the name of the images."""
+    """Map names in the graph to tensors of the archive; return the map and the images' name."""
     inputs: dict[str, str] = {}
     users: list[str] = []
     keys = {
@@ -169,7 +170,7 @@ def _parse_inputs(specs: Sequence[Mapping[str, Any]]) -> tuple[dict[str, str], s
 
 
 def _parse_node(raw: Mapping[str, Any], known: set[str]) -> Node | None:
-    """One call, whose results become known; None for one that checks what needs no check."""
+    """Parse one call and add its results to `known`; None for a check that is not needed."""
     target = parse_string(raw["target"])
     if target in operators.SYMBOLIC_OPERATORS:
         args = [_parse_argument(item["arg"], known) for item in raw["inputs"]]
@@ -197,22 +198,22 @@ def _parse_node(raw: Mapping[str, Any], known: set[str]) -> Node | None:
 def _bind_arguments(
     schema: Any, inputs: Sequence[Mapping[str, Any]], known: set[str], target: str
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments in the operator's order: by position up to the first that is left out."""
-    given = {parse_string(item["name"]): _parse_argument(item["arg"], known) for item in inputs}
+    """Put arguments in the operator's order: by position up to the first that is left out."""
+    by_name = {parse_string(item["name"]): _parse_argument(item["arg"], known) for item in inputs}
     args, kwargs, gap = [], {}, False
     for argument in schema.arguments:
-        if argument.name not in given:
+        if argument.name not in by_name:
             gap = True
         elif gap or argument.kwarg_only:
-            kwargs[argument.name] = given.pop(argument.name)
+            kwargs[argument.name] = by_name.pop(argument.name)
         else:
-            args.append(given.pop(argument.name))
-    # What is made from no tensor lies with the images too.
-    makes = not any("Tensor" in str(argument.type) for argument in schema.arguments)
-    if makes and any(argument.name == "device" for argument in schema.arguments):
+            args.append(by_name.pop(argument.name))
+    # A tensor created from no other goes to the images' device too.
+    creates = not any("Tensor" in str(argument.type) for argument in schema.arguments)
+    if creates and any(argument.name == "device" for argument in schema.arguments):
         kwargs["device"] = ImageDevice()
-    if given:
-        raise UserError(f"{target} has no argument {printable(next(iter(given)))}")
+    if by_name:
+        raise UserError(f"{target} has no argument {printable(next(iter(by_name)))}")
     return tuple(args), kwargs
 
 
@@ -237,7 +238,7 @@ def _parse_output(item: Mapping[str, Any]) -> Any:
     if kind == "as_tensor":
         return parse_string(value["name"])
     if kind == "as_tensors":
-        return [parse_string(one["name"]) for one in value]
+        return [parse_string(item["name"]) for item in value]
     if kind in ("as_sym_int", "as_sym_float", "as_sym_bool"):
         return parse_string(value["as_name"])
     if kind == "as_none":
@@ -246,10 +247,11 @@ def _parse_output(item: Mapping[str, Any]) -> Any:
 
 
 def _parse_argument(item: Mapping[str, Any], known: set[str]) -> Any:
-    """A checked argument.
+    """Parse and check an argument.
 
     Raises:
-        NotAllowed: For a graph, an operator, an object, or whatever else no tensor operator needs.
+        NotAllowed: For a graph, an operator, an object, or anything else that no tensor operator
+            takes.
     """
     ((kind, value),) = item.items()
     scalars = {"as_int": int, "as_bool": bool, "as_string": str}
@@ -258,23 +260,23 @@ def _parse_argument(item: Mapping[str, Any], known: set[str]) -> Any:
     if kind in scalars:
         return _parse_scalar(value, scalars[kind])
     if kind in ("as_ints", "as_bools"):
-        return [_parse_scalar(one, scalars[kind[:-1]]) for one in value]
+        return [_parse_scalar(element, scalars[kind[:-1]]) for element in value]
     if kind == "as_float":
         return _parse_float(value)
     if kind == "as_floats":
-        return [_parse_float(one) for one in value]
+        return [_parse_float(element) for element in value]
     if kind == "as_tensor":
         return _parse_reference(value["name"], known)
     if kind == "as_tensors":
-        return [_parse_reference(one["name"], known) for one in value]
+        return [_parse_reference(element["name"], known) for element in value]
     if kind in ("as_sym_int", "as_sym_float", "as_sym_bool"):
         return _parse_symbolic(value, known)
     if kind in ("as_sym_ints", "as_sym_floats", "as_sym_bools"):
-        return [_parse_symbolic(one, known) for one in value]
+        return [_parse_symbolic(element, known) for element in value]
     if kind == "as_optional_tensor":
         return _parse_argument(value, known)
     if kind == "as_optional_tensors":
-        return [_parse_argument(one, known) for one in value]
+        return [_parse_argument(element, known) for element in value]
     if kind == "as_device":
         return ImageDevice()
     if kind == "as_scalar_type" and value in DTYPES:
@@ -304,7 +306,7 @@ def _parse_scalar(value: object, kind: type) -> Any:
 
 
 def _parse_float(value: object) -> float:
-    if value in ("Infinity", "-Infinity", "NaN"):  # as JSON cannot write them
+    if value in ("Infinity", "-Infinity", "NaN"):  # strings, since JSON has no such numbers
         return float(str(value).replace("Infinity", "inf"))
     if type(value) not in (int, float):
         raise NotAllowed(f"the argument {printable(value)} is not allowed")
@@ -330,21 +332,21 @@ def _require_true(value: object, *_: object) -> None:
 
 
 def _accept_any(*_: object, **__: object) -> None:
-    """Ranges of sizes that are known when the program runs are no news."""
+    """Accept a range of sizes: the sizes are known when the program runs."""
 
 
 def _with_last_uses(nodes: Sequence[Node], output: str) -> tuple[Node, ...]:
-    """The nodes, each with the names that it is the last to use, so that memory is given back."""
-    seen, kept = {output}, []
+    """Give each node the names that it is the last to use, so that their memory is freed."""
+    used_later, reversed_nodes = {output}, []
     for node in reversed(nodes):
         names = [
             *_referenced_names((*node.args, *node.kwargs.values())),
             *_output_names(node.outputs),
         ]
-        done = tuple(name for name in dict.fromkeys(names) if name not in seen)
-        seen.update(names)
-        kept.append(replace(node, done=done))
-    return tuple(reversed(kept))
+        done = tuple(name for name in dict.fromkeys(names) if name not in used_later)
+        used_later.update(names)
+        reversed_nodes.append(replace(node, done=done))
+    return tuple(reversed(reversed_nodes))
 
 
 def _referenced_names(values: Sequence[Any]) -> Iterator[str]:
@@ -369,12 +371,12 @@ def _resolve_argument(arg: Any, values: Mapping[str, Any], device: torch.device)
     if isinstance(arg, ImageDevice):
         return device
     if isinstance(arg, list):
-        return [_resolve_argument(one, values, device) for one in arg]
+        return [_resolve_argument(element, values, device) for element in arg]
     return arg
 
 
 def _storage_address(tensor: Tensor) -> int:
-    """The address of what the tensor is a view of; 0 without any."""
+    """Address of the tensor's storage; 0 without one."""
     return tensor.untyped_storage().data_ptr()
 
 
@@ -385,11 +387,11 @@ def _check_memory(node: Node, values: Sequence[Any]) -> None:
 
 
 def _store_results(node: Node, names: Any, result: Any, values: dict[str, Any]) -> None:
-    """Give the results their names."""
+    """Store the results under their names."""
     if isinstance(result, Tensor) and result.nbytes > MAX_LIVE_BYTES:
         raise ValueError(f"{node.text} needs {result.nbytes} bytes for one result")
     if isinstance(names, str):
         values[names] = result
     elif isinstance(names, list):
-        for name, one in zip(names, result, strict=True):
-            _store_results(node, name, one, values)
+        for name, element in zip(names, result, strict=True):
+            _store_results(node, name, element, values)

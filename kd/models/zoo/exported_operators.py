@@ -1,8 +1,8 @@
-"""The operators that an exported program may call, and what each of them is checked for.
+"""The operators that an exported program may call, and the checks of their arguments.
 
-They compute tensors from tensors and touch nothing else: no file, no process, no library. Some of
-torch's own trust their arguments, and read or write beyond a tensor where these are wrong: what
-torch's Python checks before it calls them is checked here.
+They compute tensors from tensors and touch nothing else: no file, no process, no library. Some
+operators of torch trust their arguments, and read or write beyond a tensor where these are wrong:
+the checks that torch's Python layer makes before it calls them are made here.
 """
 
 import math
@@ -17,10 +17,10 @@ from dsdistill.harness.errors import UserError
 from kd.models.zoo.exported_archive import NotAllowed, printable
 from kd.models.zoo.exported_sizes import require_below_limit
 
-# What networks for images are exported to: those of kd, timm, torchvision and transformers, and
-# their close relatives. Names that end in _ change their first argument, an intermediate result.
-# Left out are operators that read or write files, print, draw random numbers, give uninitialised
-# memory or trust indices without a check.
+# The operators of exported image networks of kd, timm, torchvision and transformers, and close
+# relatives of these operators. Names that end in _ change their first argument, an intermediate
+# result. Left out are operators that read or write files, print, draw random numbers, return
+# uninitialised memory or trust indices without a check.
 _OPERATOR_NAMES = """
 _adaptive_avg_pool2d _log_softmax _native_batch_norm_legit_no_training _softmax _to_copy
 _unsafe_view _upsample_bicubic2d_aa _upsample_bilinear2d_aa _upsample_nearest_exact2d abs abs_
@@ -51,9 +51,9 @@ vsplit where zero_ zeros zeros_like
 """
 OPERATORS = frozenset(_OPERATOR_NAMES.split())
 ASSERTIONS = frozenset({"_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size"})
-# The same bytes as another dtype: a bool would be other than 0 and 1, and kernels trust it.
+# A view as another dtype: a bool could be other than 0 and 1, which kernels rely on.
 REFUSED_OVERLOADS = frozenset({("view", "dtype")})
-SKIPPED_OPERATOR = "_assert_tensor_metadata"  # of dtype and device, which an operator checks itself
+SKIPPED_OPERATOR = "_assert_tensor_metadata"  # operators check dtype and device themselves
 
 Scalar = int | float | bool
 SYMBOLIC_OPERATORS: Mapping[str, Callable[..., Any]] = {
@@ -90,7 +90,7 @@ def resolve(target: str) -> Any:
 
     Raises:
         NotAllowed: If it is not on the list, or writes into other arguments than its first.
-        UserError: If this version of torch has none.
+        UserError: If this version of torch does not have it.
     """
     name, overload = split_target(target)
     if name not in OPERATORS:
@@ -107,10 +107,10 @@ def resolve(target: str) -> Any:
 
 
 def split_target(target: str) -> tuple[str, str]:
-    """Name and overload of an operator of `aten`.
+    """Split a target into name and overload of an operator of `aten`.
 
     Raises:
-        NotAllowed: If it is none.
+        NotAllowed: If it is not such an operator.
     """
     match = re.fullmatch(r"torch\.ops\.aten\.([A-Za-z0-9_]+)\.([A-Za-z0-9_]+)", target)
     if match is None:
@@ -119,10 +119,10 @@ def split_target(target: str) -> tuple[str, str]:
 
 
 def with_checks(function: Any) -> Callable[..., Any]:
-    """An operator that looks at arguments which torch's own trusts.
+    """Add checks of the arguments that an operator of torch trusts.
 
     Args:
-        function: From `resolve`.
+        function: An operator from `resolve`.
 
     Returns:
         A function of the same arguments that raises a ValueError where they are wrong.
@@ -140,48 +140,48 @@ def with_checks(function: Any) -> Callable[..., Any]:
 
 
 def returns_tensors(schema: Any, name: str) -> bool:
-    """Whether its results are tensors, or sizes of one; of the same name, some join strings."""
+    """Whether an overload returns tensors, or sizes of one; other overloads may join strings."""
     kinds = {str(result.type) for result in schema.returns}
     sizes = {"int", "SymInt"} if name.startswith("sym_") else set()
     return bool(kinds) and kinds <= {"Tensor", "List[Tensor]", *sizes}
 
 
 def restrict_to_numbers(function: Callable[..., Any]) -> Callable[..., Scalar]:
-    """The function for numbers alone, and of numbers that stay small."""
+    """Wrap a function so that it accepts only numbers, and returns only numbers below the limit."""
 
     def checked(*args: object) -> Scalar:
         if not all(isinstance(arg, int | float) for arg in args):
-            raise TypeError("a size is computed from what is no number")
+            raise TypeError("a size is computed from values that are not numbers")
         return require_below_limit(function(*args))
 
     return checked
 
 
-def _check_channel_lengths(given: Mapping[str, Any]) -> None:
-    """One number for each channel: the kernel reads as many as there are channels."""
-    channels = given["input"].shape[1]
+def _check_channel_lengths(arguments: Mapping[str, Any]) -> None:
+    """Require one number per channel: the kernel reads as many as there are channels."""
+    channels = arguments["input"].shape[1]
     for name in ("weight", "bias", "running_mean", "running_var"):
-        value = given.get(name)
+        value = arguments.get(name)
         if value is not None and value.shape != (channels,):
             raise ValueError(f"{name} of batch norm is not {channels} numbers")
 
 
-def _check_scales(given: Mapping[str, Any]) -> None:
-    """The scale by which an image is resized, where it is given, is that of its sizes."""
+def _check_scales(arguments: Mapping[str, Any]) -> None:
+    """Require that a scale of a resize, where present, agrees with the sizes."""
     for axis, name in ((-2, "scales_h"), (-1, "scales_w")):
-        scale = given.get(name)
+        scale = arguments.get(name)
         if scale is None:
             continue
-        size, wanted = given["self"].shape[axis], given["output_size"][axis]
-        # As `interpolate` computes the size; the rest is rounding.
-        if not wanted <= size * scale * (1 + 1e-6) < (wanted + 1) * (1 + 2e-6):
-            raise ValueError(f"a resize from {size} to {wanted} has the scale {scale:g}")
+        size, new = arguments["self"].shape[axis], arguments["output_size"][axis]
+        # As `interpolate` computes the size, up to rounding.
+        if not new <= size * scale * (1 + 1e-6) < (new + 1) * (1 + 2e-6):
+            raise ValueError(f"a resize from {size} to {new} has the scale {scale:g}")
 
 
-def _check_statistics(given: Mapping[str, Any]) -> None:
-    """Running averages stay as they are: an answer must not depend on earlier batches."""
-    learns = given.get("training", given.get("use_input_stats"))
-    if learns and given.get("running_mean") is not None:
+def _check_statistics(arguments: Mapping[str, Any]) -> None:
+    """Refuse to update running averages: outputs must not depend on earlier batches."""
+    training = arguments.get("training", arguments.get("use_input_stats"))
+    if training and arguments.get("running_mean") is not None:
         raise ValueError("it was exported in training mode: call eval() before the export")
 
 

@@ -1,7 +1,7 @@
-"""The sizes of images that an exported program takes: axes with ranges, and conditions on them.
+"""Check the sizes of images that an exported program takes: axes with ranges, and conditions.
 
-A condition is the text of an expression. It is parsed and never compiled: what its tree may hold is
-written down here, and computed here.
+A condition is the text of an expression. It is parsed and never compiled: this module lists the
+nodes that its tree may hold, and evaluates them.
 """
 
 import ast
@@ -13,17 +13,17 @@ from typing import Any
 
 from kd.models.zoo.exported_archive import NotAllowed, parse_string, printable
 
-SIZE_LIMIT = 2**63  # below which a size lies
+SIZE_LIMIT = 2**63  # every size is below it
 
 
 @dataclass(frozen=True)
 class ImageAxis:
-    """What the images' size along one axis may be: `factor` times a number in a range.
+    """The allowed sizes of the images along one axis: `factor` times a number in a range.
 
     Attributes:
-        factor: Of the number; the size itself if there is no symbol.
-        symbol: The number's name; axes with the same name have the same number.
-        low, high: Of the number.
+        factor: Factor of the number; the size itself if there is no symbol.
+        symbol: Name of the number; axes with the same name have the same number.
+        low, high: Smallest and largest value of the number.
     """
 
     factor: int
@@ -33,11 +33,11 @@ class ImageAxis:
 
 
 def parse_axis(size: Mapping[str, Any], ranges: Mapping[str, Any]) -> ImageAxis:
-    """A size of the images: a number, a symbol, or a multiple of a symbol.
+    """Parse a size of the images: a number, a symbol, or a multiple of a symbol.
 
     Args:
-        size: As the program has it.
-        ranges: Its `range_constraints`.
+        size: The size in the program's JSON.
+        ranges: The program's `range_constraints`.
 
     Raises:
         NotAllowed: For anything else.
@@ -61,7 +61,7 @@ def parse_axis(size: Mapping[str, Any], ranges: Mapping[str, Any]) -> ImageAxis:
 
 
 def parse_condition(text: object) -> ast.expr:
-    """A condition, parsed and never compiled: integers, sizes, + - * // %, min, max, comparisons.
+    """Parse a condition: integers, sizes, + - * // %, min, max, comparisons, and, or.
 
     Raises:
         NotAllowed: For anything else.
@@ -95,16 +95,16 @@ def check(axes: Sequence[ImageAxis], conditions: Sequence[ast.expr], shape: Sequ
             fits = fits and numbers.setdefault(axis.symbol, number) == number
         if not fits:
             raise ValueError(f"it was exported for other sizes than {text}")
-    for each in conditions:
-        if not _evaluate(each, shape):
-            raise ValueError(f"{ast.unparse(each)[:200]} is false for {text}")
+    for condition in conditions:
+        if not _evaluate(condition, shape):
+            raise ValueError(f"{ast.unparse(condition)[:200]} is false for {text}")
 
 
 def require_below_limit(value: Any) -> Any:
-    """The value, which is no integer beyond those of a size.
+    """Return the value; refuse an integer as large as `SIZE_LIMIT`.
 
     Raises:
-        ValueError: If it is one.
+        ValueError: If it is too large.
     """
     if isinstance(value, int) and abs(value) >= SIZE_LIMIT:
         raise ValueError("a number in it is too large")
@@ -130,7 +130,7 @@ _SIZE_PATTERN = re.compile(r"L\['[A-Za-z_][A-Za-z_0-9]*'\](?:\[0\])?\.size\(\)\[
 
 
 def _evaluate(node: ast.expr, shape: Sequence[int] | None) -> Any:
-    """The value of a condition for images of a shape; without one, only the grammar is checked.
+    """Evaluate a condition for images of a shape; without a shape, only check the grammar.
 
     Raises:
         ValueError: If the grammar does not hold.
@@ -141,8 +141,8 @@ def _evaluate(node: ast.expr, shape: Sequence[int] | None) -> Any:
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return -_evaluate(operand, shape)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
-            one, two = _evaluate(left, shape), _evaluate(right, shape)
-            return 1 if shape is None else require_below_limit(_BINARY[type(op)](one, two))
+            a, b = _evaluate(left, shape), _evaluate(right, shape)
+            return 1 if shape is None else require_below_limit(_BINARY[type(op)](a, b))
         case ast.BoolOp(op=op, values=parts):
             values = [_evaluate(part, shape) for part in parts]
             return all(values) if isinstance(op, ast.And) else any(values)
@@ -151,7 +151,7 @@ def _evaluate(node: ast.expr, shape: Sequence[int] | None) -> Any:
         ):
             values = [_evaluate(value, shape) for value in (left, *rest)]
             pairs = zip(ops, values, values[1:], strict=False)
-            return all(_COMPARE[type(op)](one, two) for op, one, two in pairs)
+            return all(_COMPARE[type(op)](a, b) for op, a, b in pairs)
         case ast.Call(
             func=ast.Attribute(value=ast.Name(id="torch"), attr="sym_max" | "sym_min" as name),
             args=[_, *_] as args,
@@ -162,4 +162,4 @@ def _evaluate(node: ast.expr, shape: Sequence[int] | None) -> Any:
             match_ = _SIZE_PATTERN.fullmatch(ast.unparse(node))
             if match_:
                 return 1 if shape is None else shape[int(match_[1])]
-    raise ValueError("no condition on sizes")
+    raise ValueError("it is not a condition on sizes")

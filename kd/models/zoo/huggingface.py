@@ -1,7 +1,7 @@
 """Hugging Face's image classifiers by name: `hf:microsoft/resnet-50`, or `hf:` and a folder.
 
-One of the zoos behind `kd.models.networks`, which all have the functions below. Needs
-`transformers`, an optional extra. No code of a model's repository is ever run.
+A zoo of `kd.models.networks`: it has the functions of `kd.models.zoo.protocol.Zoo`. Needs
+`transformers`, an optional extra. Code in a model's repository is never run.
 """
 
 import json
@@ -20,12 +20,12 @@ from kd.models.zoo.protocol import PretrainedConfig, Shape, nearest_interpolatio
 
 # PIL's numbers of resampling filters.
 _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
-LABELS = 1_000_000  # that a configuration may have; the library makes a name for each
-_PROBE_PIXELS = 64  # pixels of the sides of the images of one colour that a processor is shown
+MAX_LABELS = 1_000_000  # of a configuration; the library makes a name for each
+_PROBE_PIXELS = 64  # pixels per side of the one-colour images that probe a processor
 
 
 def check(name: str) -> None:
-    """Refuse a folder that is not there or holds no model, and a missing library."""
+    """Refuse a folder that is missing or holds no model, and a missing library."""
     import_transformers()
     if not name:
         raise UserError("hf: needs a name, as in hf:microsoft/resnet-50, or a folder")
@@ -37,7 +37,7 @@ def check(name: str) -> None:
 
 
 def pretrained_config(name: str) -> PretrainedConfig:
-    """What the model's image processor does, found by showing it images."""
+    """The images that the model expects, found by probing its image processor with images."""
     check(name)
     config, processor = (
         _from_pretrained("AutoConfig", name),
@@ -57,7 +57,7 @@ def pretrained_config(name: str) -> PretrainedConfig:
 
 
 def origin(name: str) -> str:
-    """Where the published weights lie."""
+    """Address or folder of the published weights."""
     return name if Path(name).is_dir() else f"https://huggingface.co/{name}"
 
 
@@ -69,51 +69,51 @@ def network(
     pretrained: bool = False,
     config: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """A network for images of as many channels as its configuration says.
+    """Build a network, for images of the channels in its configuration, whatever `channels` is.
 
     Args:
-        config: What `config` gave for such a network; nothing is then looked up.
+        config: Value that `config` returned for such a network; nothing is then looked up.
 
     Raises:
-        UserError: If there are no weights for some of its layers, other than for the last one of
+        UserError: If there are no weights for some of its layers, other than for a last layer for
             another number of classes.
     """
     auto = import_transformers().AutoModelForImageClassification
     if config is not None:
-        # From a number of labels the library would make as many names.
-        own = {k: v for k, v in config.items() if k not in ("auto_map", "num_labels")}
-        found = import_transformers().AutoConfig.for_model(**own)
-        _check_code(name, found)
-        return auto.from_config(found, trust_remote_code=False)
+        # The library would make a name for each of `num_labels`.
+        values = {k: v for k, v in config.items() if k not in ("auto_map", "num_labels")}
+        hub_config = import_transformers().AutoConfig.for_model(**values)
+        _check_code(name, hub_config)
+        return auto.from_config(hub_config, trust_remote_code=False)
     check(name)
-    found = _from_pretrained("AutoConfig", name)
-    _check_code(name, found)
-    own = found.num_labels
-    if classes != own:
-        found.num_labels = classes
+    hub_config = _from_pretrained("AutoConfig", name)
+    _check_code(name, hub_config)
+    published_classes = hub_config.num_labels
+    if classes != published_classes:
+        hub_config.num_labels = classes
     if not pretrained:
-        return auto.from_config(found, trust_remote_code=False)
-    made, info = auto.from_pretrained(
+        return auto.from_config(hub_config, trust_remote_code=False)
+    model, info = auto.from_pretrained(
         name,
-        config=found,
+        config=hub_config,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
         trust_remote_code=False,
     )
     fresh = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
-    head = {key for key, value in made.state_dict().items() if value.shape[:1] == (classes,)}
-    if lacking := sorted(fresh - (head if classes != own else set())):
+    head = {key for key, value in model.state_dict().items() if value.shape[:1] == (classes,)}
+    if lacking := sorted(fresh - (head if classes != published_classes else set())):
         raise UserError(
             f"{origin(name)} has no weights for {len(lacking)} tensors, such as {lacking[0]}: "
-            "it is no trained classifier"
+            "it is not a trained classifier"
         )
-    return made.float()  # some are stored in half precision
+    return model.float()  # some are stored in half precision
 
 
 def input_shape(network: nn.Module, shape: Shape) -> Shape:
-    """The shape to which images of `shape` must be brought.
+    """The shape to which images of `shape` must be resized.
 
-    A configuration names a size, but not whether it is the only one: that is tried.
+    A configuration names a size, but not whether it is the only one: the network is run to see.
     """
     config: Any = network.config
     (h, w, _), channels = shape, getattr(config, "num_channels", None) or 3
@@ -124,13 +124,13 @@ def input_shape(network: nn.Module, shape: Shape) -> Shape:
 
 
 def config(name: str, network: nn.Module) -> dict[str, Any] | None:
-    """What is needed beside the name to make the network again, where its source is away."""
-    found: Any = network.config
-    return json.loads(found.to_json_string(use_diff=False))
+    """Values needed beside the name to build the network again without its source."""
+    hub_config: Any = network.config
+    return json.loads(hub_config.to_json_string(use_diff=False))
 
 
 def import_transformers() -> Any:
-    """transformers, without its reports and bars.
+    """Import transformers, and silence its log lines and progress bars.
 
     Raises:
         UserError: If it is not installed.
@@ -147,37 +147,37 @@ def import_transformers() -> Any:
 def _from_pretrained(kind: str, name: str) -> Any:
     _check_labels(Path(name) / "config.json")
     try:
-        # Otherwise the library asks at the terminal whether to run the code that lies beside it.
+        # Without this the library asks at the terminal whether to run the repository's code.
         return getattr(import_transformers(), kind).from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # hub, network, file and format errors share no base class
-        what = "configuration" if kind == "AutoConfig" else "image processor"
+        part = "configuration" if kind == "AutoConfig" else "image processor"
         raise UserError(
-            f"cannot get the {what} of hf:{name} (looked for {origin(name)}): {first_line(error)}"
+            f"cannot get the {part} of hf:{name} (looked for {origin(name)}): {first_line(error)}"
         ) from error
 
 
 def _check_labels(path: Path) -> None:
-    """Refuse a folder's configuration with a number of labels for which no names have room.
+    """Refuse a folder's configuration with more than `MAX_LABELS` labels.
 
     Raises:
-        UserError: If it has one.
+        UserError: If it has more.
     """
     if not path.is_file():
         return
     try:
-        found = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except ValueError:
-        return  # the library says what is wrong
-    count = found.get("num_labels") if isinstance(found, dict) else None
-    if isinstance(count, int) and count > LABELS:
-        raise UserError(f"{path} has num_labels {count}: at most {LABELS:,} are read")
+        return  # the library reports the error
+    count = content.get("num_labels") if isinstance(content, dict) else None
+    if isinstance(count, int) and count > MAX_LABELS:
+        raise UserError(f"{path} has num_labels {count}: at most {MAX_LABELS:,} are read")
 
 
 def _check_code(name: str, config: Any) -> None:
-    """Refuse a configuration that names code on the hub to compute attention with.
+    """Refuse a configuration whose attention is computed by code from the hub.
 
     Raises:
-        UserError: If it does.
+        UserError: If it names such code.
     """
     attention = getattr(config, "_attn_implementation", None)
     if attention is not None and not re.fullmatch(r"[a-z0-9_]+", str(attention)):
@@ -188,21 +188,21 @@ def _check_code(name: str, config: Any) -> None:
 
 
 def _normalisation(name: str, processor: Any) -> tuple[Any, Any, tuple[int, int]]:
-    """Mean and deviation for images in [0, 1], and the size of what comes out.
+    """Mean and deviation for images in [0, 1], and height and width of the processor's output.
 
-    Processors rescale, shift and normalise in ways of their own, with attributes of their own. What
-    they do to images of one colour says it all, whatever is resized and cropped.
+    Processors rescale, shift and normalise in different ways, with different attributes. Their
+    output for images of one colour shows the normalisation, whatever is resized and cropped.
 
     Raises:
-        UserError: If they do something else, such as swap red and blue.
+        UserError: If the processor does anything else, such as swap red and blue.
     """
     colours = np.array(
         [[0, 0, 0], [255, 255, 255], [255, 0, 0], [0, 255, 0], [0, 0, 255], [51, 102, 153]],
         np.uint8,
     )
     images = [np.broadcast_to(c, (_PROBE_PIXELS, _PROBE_PIXELS, 3)).copy() for c in colours]
-    seen: Tensor = processor(images, return_tensors="pt")["pixel_values"].double()
-    values = seen.mean((2, 3))  # (colours, channels)
+    pixels: Tensor = processor(images, return_tensors="pt")["pixel_values"].double()
+    values = pixels.mean((2, 3))  # (colours, channels)
     black, white = values[0], values[1]
     expected = black + (white - black) * torch.from_numpy(colours / 255)
     if values.shape[1] != 3 or not torch.allclose(values, expected, rtol=1e-3, atol=1e-3):
@@ -211,20 +211,20 @@ def _normalisation(name: str, processor: Any) -> tuple[Any, Any, tuple[int, int]
             "channels, such as swapping red and blue: its model cannot be used here"
         )
     std = 1 / (white - black)
-    return tuple((-black * std).tolist()), tuple(std.tolist()), (seen.shape[2], seen.shape[3])
+    return tuple((-black * std).tolist()), tuple(std.tolist()), (pixels.shape[2], pixels.shape[3])
 
 
 def _sets_size(processor: Any) -> bool:
-    """Whether it decides on the size of what comes out."""
+    """Whether the processor resizes or crops to a size of its own."""
     return any(getattr(processor, name, None) for name in ("do_resize", "do_center_crop"))
 
 
 def _crop_share(processor: Any, size: tuple[int, int]) -> float:
-    """Share of the resized image's shorter side that is cropped."""
+    """Side of the crop as a share of the resized image's shorter side."""
     edge = getattr(getattr(processor, "size", None), "shortest_edge", None)
     if edge and getattr(processor, "do_center_crop", None):
         return min(1.0, size[0] / edge)
-    if edge and edge < 384:  # ConvNeXt's processors crop below that size alone
+    if edge and edge < 384:  # ConvNeXt's processors crop only below this size
         return float(getattr(processor, "crop_pct", None) or 1.0)
     return 1.0
 
@@ -242,7 +242,7 @@ def _accepts_shape(network: nn.Module, shape: Shape) -> bool:
     try:
         with torch.no_grad():
             network.eval()(torch.zeros(1, c, h, w))
-    except Exception:  # they raise whatever they like
+    except Exception:  # a network may raise anything
         return False
     finally:
         network.train(was)

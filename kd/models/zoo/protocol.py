@@ -1,6 +1,6 @@
-"""What a network was made for: how an image must be prepared for it, and what its outputs mean.
+"""The images that a network was trained on and the classes of its outputs; the interface of a zoo.
 
-Published weights come with this knowledge, each library in its own form; here it is one value.
+Each library publishes this with its weights in a form of its own; here it is one value.
 """
 
 from collections.abc import Mapping
@@ -18,16 +18,16 @@ Interpolation = Literal["bilinear", "bicubic"]
 
 @dataclass(frozen=True)
 class PretrainedConfig:
-    """How images must look for a network, and what its outputs mean.
+    """The images that a network was trained on, and the classes of its outputs.
 
     Attributes:
-        mean, std: One value a channel, subtracted and divided by, of images in [0, 1].
-        size: Height and width.
-        interpolation: How images are resized to that size.
+        mean, std: One value per channel, for images in [0, 1]: (image - mean) / std.
+        size: Height and width of the images.
+        interpolation: Interpolation by which images are resized to that size.
         crop: Side of the centre crop as a share of the side of the resized image: 224 of 256 is
-            0.875. Where images are cropped already, as a teacher's are, nothing uses it.
-        classes: Names in the order of the outputs, in which commas part synonyms; or only their
-            number, where no names are known.
+            0.875. Not used for teachers, whose images are cropped already.
+        classes: Class names in the order of the outputs, with synonyms separated by commas; or
+            only their number, where no names are known.
     """
 
     mean: tuple[float, ...]
@@ -43,7 +43,7 @@ class PretrainedConfig:
         return self.classes if isinstance(self.classes, int) else len(self.classes)
 
     def preprocess(self, channels: int | None = None) -> Preprocess:
-        """The normalisation; for another number of channels each gets the mean over its own."""
+        """The normalisation; for another number of channels, each gets the mean of the values."""
         mean, std = (np.asarray(values, np.float32) for values in (self.mean, self.std))
         if channels is not None and channels != len(mean):
             mean, std = (np.full(channels, v.mean(), np.float32) for v in (mean, std))
@@ -51,18 +51,18 @@ class PretrainedConfig:
 
 
 class Zoo(Protocol):
-    """What a module that knows published networks has; all raise `UserError`."""
+    """The functions of a module that knows published networks; all raise `UserError`."""
 
     def check(self, name: str, /) -> None:
-        """Refuse an unknown name, with the nearest known ones."""
+        """Refuse an unknown name, and suggest the closest known ones."""
         ...
 
     def pretrained_config(self, name: str, /) -> PretrainedConfig:
-        """What the published weights want."""
+        """The images that the published weights expect, and their classes."""
         ...
 
     def origin(self, name: str, /) -> str:
-        """Where the published weights lie."""
+        """Address or folder of the published weights."""
         ...
 
     def network(
@@ -74,22 +74,22 @@ class Zoo(Protocol):
         pretrained: bool = False,
         config: Mapping[str, Any] | None = None,
     ) -> nn.Module:
-        """A network for images of so many channels, if it can be made for them."""
+        """Build a network, for images of `channels` channels where the library can."""
         ...
 
     def input_shape(self, network: nn.Module, shape: Shape, /) -> Shape:
-        """The shape to which images of `shape` must be brought."""
+        """The shape to which images of `shape` must be resized."""
         ...
 
     def config(self, name: str, network: nn.Module, /) -> dict[str, Any] | None:
-        """What is needed beside the name to make the network again."""
+        """Values needed beside the name to build the network again."""
         ...
 
 
 def nearest_interpolation(name: str) -> Interpolation:
-    """The nearest that a tensor can be resized with: smooth kernels are bicubic, others bilinear.
+    """The closest interpolation for tensors: bicubic for smooth kernels, bilinear for others.
 
     Args:
-        name: As a library calls it: `bicubic`, `lanczos`, `bilinear`, `nearest`, `random`, ...
+        name: A library's name: `bicubic`, `lanczos`, `bilinear`, `nearest`, `random`, ...
     """
     return "bicubic" if name.lower() in ("bicubic", "lanczos") else "bilinear"

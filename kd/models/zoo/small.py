@@ -13,15 +13,15 @@ from torch import nn
 from dsdistill.harness.errors import UserError
 from kd.models.zoo.protocol import Shape
 
-VIT_HEADS = 3  # of the small ViT, whose width they divide
-VIT_PATCHES_PER_SIDE = 8  # along each side of an image, at most
+VIT_HEADS = 3  # they divide the width
+VIT_PATCHES_PER_SIDE = 8  # at most
 
 
 def resnet18(shape: Shape, classes: int, width: int) -> nn.Module:
     """timm's ResNet-18 with a stem of one 3x3 convolution of stride 1, and no max pooling.
 
-    Stages of w, 2w, 4w and 8w channels, at strides 1, 2, 4 and 8; of 32x32 images the last map is
-    4x4. Initial weights as timm's: He-normal by fan-out, and every residual branch starts at 0.
+    Stages of w, 2w, 4w and 8w channels, at strides 1, 2, 4 and 8; the last map of 32x32 images is
+    4x4. Initial weights are timm's: He-normal by fan-out, and every residual branch starts at 0.
 
     Args:
         width: w, channels of the stem and of the first stage; 64 is ResNet-18.
@@ -30,12 +30,12 @@ def resnet18(shape: Shape, classes: int, width: int) -> nn.Module:
     """
     from timm.models.resnet import BasicBlock, ResNet
 
-    block: Any = BasicBlock  # timm asks for an object of it, and means the class
+    block: Any = BasicBlock  # timm annotates an instance where it takes the class
     channels = (width, 2 * width, 4 * width, 8 * width)
     network: Any = ResNet(block, (2, 2, 2, 2), classes, in_chans=shape[2], channels=channels)
     network.conv1 = nn.Conv2d(shape[2], width, 3, padding=1, bias=False)
     network.maxpool = nn.Identity()
-    if width != 64:  # timm's stem has 64 channels, whatever those of the stages
+    if width != 64:  # timm's stem has 64 channels for every width of the stages
         network.bn1 = nn.BatchNorm2d(width)
         network.layer1[0] = block(width, width)
     network.init_weights()
@@ -45,9 +45,10 @@ def resnet18(shape: Shape, classes: int, width: int) -> nn.Module:
 def vgg11(shape: Shape, classes: int, width: int) -> nn.Module:
     """torchvision's VGG-11 layers with batch norm, the mean over the map, and one linear layer.
 
-    Of images below 32 pixels the last poolings are left out, those that would halve a side of one
+    For images below 32 pixels the last poolings are left out, those that would halve a side of one
     pixel, so that small images are neither enlarged nor padded: 8x8 keeps the first three of five,
-    28x28 four. The weights are the same at every size. They start as PyTorch's layers do.
+    28x28 four. The weights have the same shapes at every size, and PyTorch's default
+    initialisation.
 
     Args:
         width: Channels of the first layer; the others have up to 8 times as many. 64 is VGG-11.
@@ -65,7 +66,7 @@ def vgg11(shape: Shape, classes: int, width: int) -> nn.Module:
             plan.append(layer)
             side //= 2
     features = make_layers(plan, batch_norm=True)
-    features[0] = nn.Conv2d(shape[2], width, 3, padding=1)  # theirs takes three channels
+    features[0] = nn.Conv2d(shape[2], width, 3, padding=1)  # torchvision's takes three channels
     return nn.Sequential(
         features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * width, classes)
     )
@@ -74,16 +75,16 @@ def vgg11(shape: Shape, classes: int, width: int) -> nn.Module:
 def vit(shape: Shape, classes: int, width: int) -> nn.Module:
     """timm's VisionTransformer of depth 6 with 3 heads and up to 8x8 patches.
 
-    The linear layer sees the mean of the patches; there is no class token.
+    The linear layer takes the mean of the patches; there is no class token.
 
-    Of an image of side s a patch has ceil(s / 8) pixels: 1 at 8x8, 4 at 28x28 and 32x32, 8 at
-    64x64. Where the last patches of a row or column are not whole, zeros fill them.
+    In an image of side s a patch has ceil(s / 8) pixels per side: 1 at 8x8, 4 at 28x28 and 32x32, 8
+    at 64x64. Incomplete last patches of a row or column are padded with zeros.
 
     Args:
-        width: Of the embedding, a multiple of 3.
+        width: Width of the embedding, a multiple of 3.
 
     Raises:
-        UserError: For a width that the heads cannot share.
+        UserError: If the width is not a multiple of the number of heads.
 
     Source: Dosovitskiy et al. (2021), arXiv:2010.11929; 192 is the width of DeiT-tiny (Touvron et
     al. 2021, arXiv:2012.12877), which has twice the depth. The mean: Beyer, Zhai and Kolesnikov
@@ -95,9 +96,9 @@ def vit(shape: Shape, classes: int, width: int) -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
     patch: Any = ceil(shape[0] / VIT_PATCHES_PER_SIDE), ceil(shape[1] / VIT_PATCHES_PER_SIDE)
-    whole = ceil(shape[0] / patch[0]) * patch[0], ceil(shape[1] / patch[1]) * patch[1]
+    padded = ceil(shape[0] / patch[0]) * patch[0], ceil(shape[1] / patch[1]) * patch[1]
     return VisionTransformer(
-        whole,
+        padded,
         patch,
         shape[2],
         classes,
@@ -107,6 +108,6 @@ def vit(shape: Shape, classes: int, width: int) -> nn.Module:
         class_token=False,
         global_pool="avg",
         dynamic_img_pad=True,
-        # The images are smaller than the size it is told wherever they are padded.
+        # Padded images are smaller than the size that the network is built for.
         embed_layer=partial(PatchEmbed, strict_img_size=False),
     )

@@ -1,7 +1,7 @@
 """timm's networks by name: `resnet18`, `resnet18.a1_in1k`, `hf-hub:ID`, `local-dir:DIR`.
 
 A name may have arguments behind it, as `resnet18(drop_path_rate=0.1)` or `test_vit(img_size=96)`.
-One of the zoos behind `kd.models.networks`, which all have the functions below.
+A zoo of `kd.models.networks`: it has the functions of `kd.models.zoo.protocol.Zoo`.
 """
 
 import ast
@@ -20,12 +20,12 @@ from dsdistill.harness.errors import UserError, first_line, unknown_name
 from kd.models.zoo import builtin, class_names
 from kd.models.zoo.protocol import PretrainedConfig, Shape, nearest_interpolation
 
-# Arguments by which timm reads files; the description of a run must not name any.
+# Arguments by which timm reads files; a run's stored description must not have any.
 _FILE_ARGUMENTS = frozenset(
     {"checkpoint_path", "cache_dir", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
 )
 SOURCE_PREFIXES = ("hf-hub", "local-dir")  # prefixes that timm understands itself
-# Arguments of timm's that are said otherwise here, or make something else than a classifier.
+# Arguments of timm that are set elsewhere, or build something other than a classifier.
 _RESERVED_ARGUMENTS = (
     *("num_classes", "in_chans", "checkpoint_path", "cache_dir", "features_only", "out_indices"),
     *("scriptable", "exportable", "no_jit", "device", "dtype", "model_name"),
@@ -33,7 +33,7 @@ _RESERVED_ARGUMENTS = (
 
 
 def check(name: str) -> None:
-    """Refuse a name that timm does not know, with the nearest known ones."""
+    """Refuse a name that timm does not know, and suggest the closest known ones."""
     name, arguments = split_arguments(name)
     if arguments and name in builtin.NETWORKS:
         raise UserError(f"{name} is built in and takes a width alone, as in {name}:32")
@@ -56,26 +56,26 @@ def check(name: str) -> None:
 
 
 def pretrained_config(name: str) -> PretrainedConfig:
-    """What the published weights want; of an architecture without any, what timm assumes."""
+    """The images that the published weights expect; without such weights, timm's assumptions."""
     check(name)
     from timm.data.config import resolve_data_config
 
     name, arguments = split_arguments(name)
     config = _pretrained_cfg(name)
-    found = resolve_data_config(pretrained_cfg=config)
-    h, w = _requested_size(arguments) or found["input_size"][1:]
+    data_config = resolve_data_config(pretrained_cfg=config)
+    h, w = _requested_size(arguments) or data_config["input_size"][1:]
     return PretrainedConfig(
-        tuple(found["mean"]),
-        tuple(found["std"]),
+        tuple(data_config["mean"]),
+        tuple(data_config["std"]),
         (h, w),
-        nearest_interpolation(found["interpolation"]),
-        float(found["crop_pct"]),
+        nearest_interpolation(data_config["interpolation"]),
+        float(data_config["crop_pct"]),
         _class_names(config),
     )
 
 
 def origin(name: str) -> str:
-    """Where the published weights lie.
+    """Address or folder of the published weights.
 
     Raises:
         UserError: If none were published.
@@ -102,12 +102,12 @@ def network(
     pretrained: bool = False,
     config: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """A network for images of so many channels, whose first layer timm adapts.
+    """Build a network for images of `channels` channels, to which timm adapts the first layer.
 
     Args:
-        config: What `config` gave for such a network; nothing is then looked up.
+        config: Value that `config` returned for such a network; nothing is then looked up.
     """
-    # The hub logs every retry of a download; what matters is in the error that is raised.
+    # The hub logs every retry of a download; the error that it raises is enough.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     import timm
 
@@ -127,34 +127,35 @@ def network(
 
 
 def input_shape(network: nn.Module, shape: Shape) -> Shape:
-    """The shape to which images of `shape` must be brought: many take one size only."""
+    """The shape to which images of `shape` must be resized: many networks take only one size."""
     config: Any = network.pretrained_cfg
     if not config.get("fixed_input_size"):
         return shape
-    # A folder's configuration may have given it another size than its architecture's.
+    # A folder's configuration may have set another size than the architecture's.
     patches: Any = getattr(network, "patch_embed", None)
     h, w = getattr(patches, "img_size", None) or config["input_size"][1:]
     return h, w, shape[2]
 
 
 def config(name: str, network: nn.Module) -> dict[str, Any] | None:
-    """What is needed beside the name to make the network again, where its source is away."""
+    """Values needed beside the name to build the network again without its source."""
     name, arguments = split_arguments(name)
     if not _source_prefix(name):
         return None
-    found = _read_hub_config(name)
-    found["arguments"] |= arguments
-    kept = {k: v for k, v in found["arguments"].items() if k not in ("in_chans", "num_classes")}
-    made: Any = network.pretrained_cfg
-    overlay = {k: made[k] for k in ("input_size", "fixed_input_size") if k in made}
-    return {"architecture": found["architecture"], "arguments": kept, "overlay": overlay}
+    hub_config = _read_hub_config(name)
+    hub_config["arguments"] |= arguments
+    items = hub_config["arguments"].items()
+    kept = {k: v for k, v in items if k not in ("in_chans", "num_classes")}
+    built: Any = network.pretrained_cfg
+    overlay = {k: built[k] for k in ("input_size", "fixed_input_size") if k in built}
+    return {"architecture": hub_config["architecture"], "arguments": kept, "overlay": overlay}
 
 
 def split_arguments(name: str) -> tuple[str, dict[str, Any]]:
-    """A name without the arguments behind it, and the arguments: Python's literals, by keyword.
+    """Split a name from the arguments behind it: Python's literals, by keyword.
 
     Raises:
-        UserError: If they are something else, or of those that are decided elsewhere.
+        UserError: If the arguments are anything else, or one of them is set elsewhere.
     """
     source = _source_prefix(name)
     if not name.endswith(")") or (source and Path(name.partition(":")[2]).is_dir()):
@@ -185,11 +186,11 @@ def with_image_size(name: str, size: int) -> str:
 
 
 def convert(network: nn.Module, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """What timm does to published weights of another release, project or image size.
+    """Apply timm's conversion of weights of another release, project or image size.
 
     Args:
-        network: Of timm's.
-        tensors: Without the names of wrappers.
+        network: A network of timm.
+        tensors: Weights by name, without the prefixes of wrappers.
     """
     import timm
 
@@ -200,32 +201,32 @@ def convert(network: nn.Module, tensors: Mapping[str, Tensor]) -> Mapping[str, T
         return tensors
     try:
         changed = change(dict(tensors), network)
-    except Exception:  # of a foreign network's tensors, which the comparison of names will say
+    except Exception:  # another network's tensors, which the comparison of names will report
         return tensors
     return {k: v for k, v in changed.items() if isinstance(v, Tensor)}
 
 
 def stored_size(network: nn.Module, tensors: Mapping[str, Tensor]) -> int | None:
-    """The side of the images that position embeddings are for; None if that cannot be told.
+    """Side, in pixels, of the images that stored position embeddings are for; None if unknown.
 
     Args:
-        network: Of the same architecture, for any size.
-        tensors: By its names.
+        network: A network of the same architecture, for any size.
+        tensors: Stored weights by the network's names.
     """
-    own, theirs = (
+    ours, theirs = (
         getattr(x, "shape", None) for x in (_position_embedding(network), tensors.get("pos_embed"))
     )
     patches: Any = getattr(network, "patch_embed", None)
     weight = tensors.get("patch_embed.proj.weight")
-    if own is None or theirs is None or weight is None or len(own) != 3 or len(theirs) != 3:
+    if ours is None or theirs is None or weight is None or len(ours) != 3 or len(theirs) != 3:
         return None
     side = weight.shape[-1]
-    if own == theirs or tuple(patches.patch_size) != (side, side) or weight.ndim != 4:
+    if ours == theirs or tuple(patches.patch_size) != (side, side) or weight.ndim != 4:
         return None
     extra: int = getattr(network, "num_prefix_tokens", 0)  # pyright: ignore[reportAssignmentType]
-    whole = theirs[1] - (0 if getattr(network, "no_embed_class", False) else extra)
-    grid = math.isqrt(max(whole, 0))
-    return grid * side if grid and grid * grid == whole else None
+    positions = theirs[1] - (0 if getattr(network, "no_embed_class", False) else extra)
+    grid = math.isqrt(max(positions, 0))
+    return grid * side if grid and grid * grid == positions else None
 
 
 def _position_embedding(network: nn.Module) -> Any:
@@ -238,15 +239,15 @@ def _parse_arguments(text: str) -> dict[str, Any] | None:
         call: Any = ast.parse(f"f{text}", mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
             return None
-        found = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg}
+        arguments = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg}
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None
-    # One without a name is `**mapping`, and Python takes none twice.
-    return found if len(found) == len(call.keywords) else None
+    # Fewer names than keywords: a `**mapping` has none, and a name may occur twice.
+    return arguments if len(arguments) == len(call.keywords) else None
 
 
 def _requested_size(arguments: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Height and width of the images that the arguments ask for."""
+    """Height and width in the argument `img_size`; None without it."""
     size = arguments.get("img_size")
     if size is None:
         return None
@@ -269,32 +270,32 @@ def _pretrained_cfg(name: str) -> dict[str, Any]:
 
     if _source_prefix(name):
         return _read_hub_config(name)["pretrained"]
-    found = timm.get_pretrained_cfg(name)
-    return {} if found is None else found.to_dict()
+    config = timm.get_pretrained_cfg(name)
+    return {} if config is None else config.to_dict()
 
 
 def _read_hub_config(name: str) -> dict[str, Any]:
-    """Architecture, arguments and description of weights with a `config.json` beside them."""
+    """Read architecture, arguments and description of weights from their `config.json`."""
     import timm.models
 
     source, _, where = name.partition(":")
     try:
         if source == "hf-hub":
-            found, architecture, arguments = timm.models.load_model_config_from_hf(where)
+            pretrained, architecture, arguments = timm.models.load_model_config_from_hf(where)
         else:
-            read = json.loads((Path(where) / "config.json").read_text())
-            architecture, arguments = read["architecture"], read.get("model_args", {})
-            found = read.get("pretrained_cfg", {}) | {
-                k: read[k] for k in ("num_classes", "label_names") if k in read
+            content = json.loads((Path(where) / "config.json").read_text())
+            architecture, arguments = content["architecture"], content.get("model_args", {})
+            pretrained = content.get("pretrained_cfg", {}) | {
+                k: content[k] for k in ("num_classes", "label_names") if k in content
             }
     except Exception as error:  # hub, network and file errors share no base class
         first = first_line(error)
         raise UserError(f"cannot read {name} (looked for its config.json): {first}") from error
-    arguments, found = dict(arguments or {}), dict(found)
+    arguments, pretrained = dict(arguments or {}), dict(pretrained)
     if size := arguments.get("img_size"):  # timm leaves the architecture's in the description
-        channels = found.get("input_size", (3,))[0]
-        found["input_size"] = (channels, *((size, size) if isinstance(size, int) else size))
-    return {"architecture": architecture, "arguments": arguments, "pretrained": found}
+        channels = pretrained.get("input_size", (3,))[0]
+        pretrained["input_size"] = (channels, *((size, size) if isinstance(size, int) else size))
+    return {"architecture": architecture, "arguments": arguments, "pretrained": pretrained}
 
 
 def _class_names(config: Mapping[str, Any]) -> tuple[str, ...] | int:

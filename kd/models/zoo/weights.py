@@ -1,8 +1,8 @@
-"""Weights in a file for a named architecture: `resnet18@FILE`.
+"""Load the weights of a named architecture from a file: `resnet18@FILE`.
 
-A `.safetensors` file, or a checkpoint as torch saves it, under any name: of timm, torchvision's
-references, Lightning, SuperGradients and others. Only tensors, numbers and texts are read, so that
-no code in it can run; from these the network's own are picked by their names.
+A `.safetensors` file, or a checkpoint as torch saves it, under any name: from timm, torchvision's
+reference scripts, Lightning, SuperGradients and others. Only tensors, numbers and texts are read,
+so that no code in it can run; the network's tensors are selected by their names.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,29 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from dsdistill.harness.data import image_files
 from dsdistill.harness.errors import UserError, first_line
+from dsdistill.harness.text import abbreviate_names, shorten
 from kd.models import seals
 
 Tensors = Mapping[str, Tensor]
-# A library's own changes to tensors of another release, size or project, for a network of its own.
+# A library's conversion of tensors of another release, size or project to one of its networks.
 Converter = Callable[[nn.Module, Tensors], Tensors]
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt", ".pkl")
-MAX_WRAPPER_DEPTH = 4  # of the wrapping that is looked into
-# Where trainers keep a network's weights; averaged ones first, since those are what is used.
+MAX_WRAPPER_DEPTH = 4  # levels of nested dictionaries that are searched
+# Keys under which trainers keep a network's weights; averages first, since those are for use.
 _AVERAGED_KEYS = ("state_dict_ema", "model_ema", "ema_net", "ema_state_dict", "ema")
 _PLAIN_KEYS = (
     *("state_dict", "model_state_dict", "model", "net", "network", "module", "student"),
     "model_state",
+)
+# What trainers call the classifier that they put behind a network, which may lie outside of it:
+# mmpretrain, mmaction, timm, torchvision, Hugging Face, DINO, Cadene's, open_clip and others.
+_HEAD_NAMES = (
+    *("head", "head.fc", "head.layers.head", "cls_head", "cls_head.fc", "classification_head"),
+    *("fc", "classifier", "classifier.fc", "linear", "last_layer", "last_linear", "logits", "cls"),
+    *("output", "output_layer", "head.classifier", "head.last_layer", "linear_head", "heads.head"),
 )
 # Tables and counters that some releases of a library store and others compute, or that tools
 # which count operations leave behind.
@@ -47,12 +57,12 @@ _COMPUTED_SUFFIXES = (
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """What a file holds.
+    """The tensors of a file.
 
     Attributes:
         path: The file.
-        tensors: By their names there.
-        averaged: Where in it they lay, if they are a moving average beside the plain weights.
+        tensors: Tensors by their names in the file.
+        averaged: Key under which they were, if they are a moving average; else None.
     """
 
     path: Path
@@ -61,13 +71,12 @@ class StoredWeights:
 
 
 def read(path: Path) -> StoredWeights:
-    """Read the tensors of a file, out of whatever a trainer has wrapped them in.
+    """Read the tensors of a file, out of the dictionaries in which trainers nest them.
 
     Raises:
-        UserError: If it is missing or damaged, or holds no tensors, or more than tensors.
+        UserError: If the file is missing or damaged, or holds no tensors, or more than tensors.
     """
-    if not path.is_file():
-        raise UserError(f"there is no file {path}")
+    require_file(path)
     found = _load_safetensors(path) if _is_safetensors(path) else _load_torch(path)
     averaged = None
     for depth in range(MAX_WRAPPER_DEPTH, 0, -1):
@@ -82,18 +91,37 @@ def read(path: Path) -> StoredWeights:
     return StoredWeights(path, tensors, averaged)
 
 
+def require_file(path: Path) -> None:
+    """Refuse a path of weights that is no file.
+
+    Raises:
+        UserError: If it is a folder, or is not there.
+    """
+    if path.is_dir():
+        inside = sorted(file.name for file in path.iterdir() if file.suffix in SUFFIXES)
+        held = f", which holds {abbreviate_names(inside)}" if inside else ""
+        raise UserError(f"{path} is a folder{held}: give a file of weights after @")
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+
+
 def prepare(
-    stored: StoredWeights, network: nn.Module, convert: Converter | None = None
+    stored: StoredWeights,
+    network: nn.Module,
+    convert: Converter | None = None,
+    classes: int | None = None,
 ) -> tuple[Tensors, list[str]]:
-    """Give tensors the names of a network, out of any wrapper, and bring them to its size.
+    """Rename tensors as a network names them, and convert them to its size.
 
     Args:
-        stored: Of a file.
-        network: Whose they may be, whatever the number of classes and channels.
-        convert: What the network's library does to tensors of another form.
+        stored: Tensors of a file.
+        network: Network of the same architecture, for any number of classes and channels.
+        convert: The library's conversion of tensors in another form.
+        classes: Number of outputs of the network; given, a last layer that lies beside the network
+            in the file is taken for the network's.
 
     Returns:
-        The tensors, and a line for each thing that is not plain.
+        The tensors, and notes: one line for each conversion or choice.
 
     Raises:
         UserError: If the file holds several such networks.
@@ -105,6 +133,9 @@ def prepare(
         notes.append(
             f"averaged weights ({stored.averaged or wrapper.rstrip('.')}) of {stored.path}"
         )
+    last = [] if classes is None else head_keys(network, classes)
+    if last and not any(k in tensors for k in last):
+        notes += _take_outer_head(tensors, stored, wrapper, own, last)
     if convert is not None and _names_or_shapes_differ(tensors, own):
         converted = convert(network, tensors)
         notes += _resampling_notes(tensors, converted)
@@ -121,29 +152,29 @@ def load_into(
     convert: Converter | None = None,
     adapt: bool = True,
 ) -> list[str]:
-    """Give a network the weights of a file.
+    """Load the weights of a file into a network.
 
     Args:
-        network: Of the number of classes and channels that are wanted.
-        stored: The file.
-        name: Of the architecture, for messages.
+        network: Network for the data's number of classes and channels.
+        stored: Tensors of the file.
+        name: Name of the architecture, for messages.
         classes: Number of outputs of the network.
-        convert: As of `prepare`.
-        adapt: Whether the last layer may stay new, where the file's is missing or of another number
-            of classes, and the first be adapted to another number of channels.
+        convert: As in `prepare`.
+        adapt: Whether the last layer may stay new, where the file's is missing or for another
+            number of classes, and the first be adapted to another number of channels.
 
     Returns:
-        A line for each thing that is not plain.
+        Notes: one line for each conversion, choice or adaptation.
 
     Raises:
-        UserError: If the file holds those of another architecture, or of another number of classes
-            or channels where nothing may be adapted.
+        UserError: If the file holds the weights of another architecture, or, without `adapt`, for
+            another number of classes or channels.
     """
     own = network.state_dict()
-    tensors, notes = prepare(stored, network, convert)
+    tensors, notes = prepare(stored, network, convert, classes)
     given = dict(tensors)
     if adapt:
-        notes += _replace_head(given, own, head_keys(network, classes), stored.path)
+        notes += _replace_head(given, own, head_keys(network, classes), stored)
         notes += _adapt_channels(given, own, stored.path)
     path = stored.path
     ours = {k for k in own if k in given or not k.endswith(_COMPUTED_SUFFIXES)}
@@ -167,14 +198,14 @@ def load_into(
 def infer_classes_and_channels(
     tensors: Tensors, network: nn.Module, classes: int, channels: int
 ) -> tuple[int | None, int]:
-    """Classes and channels that weights are for, by where their shapes differ from a network's.
+    """Infer the numbers of classes and channels from where shapes differ from a network's.
 
     Args:
-        tensors: As `prepare` for the network.
-        network: Of the same architecture, for `classes` and `channels`.
+        tensors: Tensors that `prepare` returned for the network.
+        network: Network of the same architecture, for `classes` and `channels`.
 
     Returns:
-        None in place of the classes for weights without a last layer.
+        Classes, None for weights without a last layer; and channels.
     """
     own, heads, stems = network.state_dict(), set(), set()
     last = head_keys(network, classes)
@@ -186,12 +217,12 @@ def infer_classes_and_channels(
             heads.add(theirs[0])
         if (theirs[:1], theirs[2:]) == (ours[:1], ours[2:]) and ours[1:2] == (channels,):
             stems.add(theirs[1])
-    # Where not one number alone differs it is another architecture, which `load_into` will say.
+    # Where more than one number differs it is another architecture, which `load_into` reports.
     return _single_or(heads - {classes}, classes), _single_or(stems - {channels}, channels)
 
 
 def layers_with_outputs(network: nn.Module, outputs: int) -> list[tuple[str, nn.Module]]:
-    """The linear and convolutional layers with so many outputs, in the order of the network."""
+    """The linear and convolutional layers with `outputs` outputs, in the network's order."""
     return [
         (name, layer)
         for name, layer in network.named_modules()
@@ -200,10 +231,11 @@ def layers_with_outputs(network: nn.Module, outputs: int) -> list[tuple[str, nn.
 
 
 def head_keys(network: nn.Module, classes: int) -> list[str]:
-    """The names of the tensors of the last layer, or layers, of a network.
+    """Names of the tensors of a network's last layer, or layers.
 
     Args:
-        classes: Its number of outputs.
+        network: The network.
+        classes: Number of its outputs.
     """
     config = getattr(network, "pretrained_cfg", None)
     names = config.get("classifier") if isinstance(config, Mapping) else None
@@ -215,23 +247,87 @@ def head_keys(network: nn.Module, classes: int) -> list[str]:
     return [k for k in network.state_dict() if k.startswith(starts)] if starts else []
 
 
-def _replace_head(given: dict[str, Tensor], own: Tensors, last: list[str], path: Path) -> list[str]:
-    """Take a last layer of another number of classes out of `given`; the network's stays."""
+def describe_missing_head(stored: StoredWeights, own: Tensors) -> str:
+    """Why a file has no last layer for a network, naming what else in it looks like one."""
+    wrapper = _wrapper_prefix(stored, own)
+    others = [
+        f"{k} {tuple(tensor.shape)}"
+        for k, tensor in stored.tensors.items()
+        if k.endswith(".weight") and tensor.ndim == 2 and not _belongs_to(k, wrapper, own)
+    ]
+    if not others:
+        return f"{stored.path} has none"
+    return f"{stored.path} has none that fits, but {abbreviate_names(others)}"
+
+
+def _belongs_to(key: str, wrapper: str, own: Tensors) -> bool:
+    return key.startswith(wrapper) and key[len(wrapper) :] in own
+
+
+def _take_outer_head(
+    tensors: dict[str, Tensor], stored: StoredWeights, wrapper: str, own: Tensors, last: list[str]
+) -> list[str]:
+    """Give the one last layer that a file has beside the network the network's names.
+
+    Where several fit, the nearest to the network is taken, and none if they are as near.
+
+    Args:
+        tensors: The network's in the file; changed.
+        wrapper: Before their names in the file.
+        own: The network's.
+        last: Names of its last layer there.
+    """
+    endings = sorted(k.rpartition(".")[2] for k in last)
+    if len({k.rpartition(".")[0] for k in last}) != 1 or "weight" not in endings:
+        return []  # two last layers, or one of another kind
+    inputs = own[next(k for k in last if k.endswith(".weight"))].shape[1]
+    near: dict[str, int] = {}
+    for key, tensor in stored.tensors.items():
+        name, _, ending = key.rpartition(".")
+        known = any(name == each or name.endswith(f".{each}") for each in _HEAD_NAMES)
+        if not known or ending != "weight" or _belongs_to(key, wrapper, own):
+            continue
+        beside = sorted(
+            k.rpartition(".")[2] for k in stored.tensors if k.rpartition(".")[0] == name
+        )
+        flat = tensor.ndim >= 2 and tensor.shape[1] == inputs and tensor[0].numel() == inputs
+        if flat and beside == endings:
+            pairs = zip(name.split("."), wrapper.split("."), strict=False)
+            near[name] = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    nearest = [name for name in near if near[name] == max(near.values())]
+    if len(nearest) != 1:
+        return []
+    for k in last:
+        ending = k.rpartition(".")[2]
+        tensor = stored.tensors[f"{nearest[0]}.{ending}"]
+        tensors.pop(f"{nearest[0]}.{ending}"[len(wrapper) :], None)
+        shape = own[k].shape
+        tensors[k] = tensor.reshape(len(tensor), *shape[1:])
+    return [f"last layer from {nearest[0]} of {stored.path}"]
+
+
+def _replace_head(
+    given: dict[str, Tensor], own: Tensors, last: list[str], stored: StoredWeights
+) -> list[str]:
+    """Replace a last layer for another number of classes in `given` by the network's own."""
     theirs = [k for k in last if k in given]
     if not last or (theirs and all(given[k].shape == own[k].shape for k in theirs)):
         return []
     if any(given[k].shape[1:] != own[k].shape[1:] for k in theirs):
-        return []  # another architecture, which will be said
+        return []  # another architecture, which `load_into` reports
     if not any(k in given for k in own if k not in last):
         return []
     were = [len(given[k]) for k in theirs]
     given |= {k: own[k] for k in last}
-    since = f"that of {path} is for {were[-1]}" if were else f"{path} has none"
+    if were:
+        since = f"that of {stored.path} is for {were[-1]}"
+    else:
+        since = describe_missing_head(stored, own)
     return [f"a new last layer for {len(own[last[-1]])} classes, since {since}"]
 
 
 def _adapt_channels(given: dict[str, Tensor], own: Tensors, path: Path) -> list[str]:
-    """Adapt first layers to other images, as timm does: channels are summed or repeated."""
+    """Adapt first layers to other channels as timm does: they are summed or repeated."""
     from timm.models import adapt_input_conv
 
     notes = []
@@ -255,7 +351,7 @@ def _single_or(found: set[int], otherwise: int) -> int:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Whether it is one by its name, or by its first bytes: a length and `{`."""
+    """Whether a file is safetensors by its suffix, or by its first bytes: a length and `{`."""
     if path.suffix == ".safetensors":
         return True
     with path.open("rb") as file:
@@ -269,20 +365,23 @@ def _load_safetensors(path: Path) -> Mapping[str, Any]:
     try:
         return safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
+        _refuse_foreign_file(path)
         raise UserError(f"{path} is not a whole .safetensors file: {error}") from error
 
 
 def _load_torch(path: Path) -> Mapping[str, Any]:
     try:
         with torch.serialization.safe_globals(_safe_globals()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is wrong with a file is said once, below
+            warnings.simplefilter("ignore")  # errors are reported once, below
             found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        _refuse_foreign_file(path)
         raise UserError(
-            f"{path} holds more than tensors{_describe_unsafe_globals(path)}, or is no file of torch; nothing in "
-            "it was run: save the network's state_dict() alone"
+            f"{path} holds more than tensors{_describe_unsafe_globals(path)}, or is no file of "
+            "torch; nothing in it was run: save the network's state_dict() alone"
         ) from error
     except Exception as error:  # a damaged file has many ways to fail
+        _refuse_foreign_file(path)
         if "TorchScript" in str(error):
             raise UserError(
                 f"{path} is a TorchScript program, of which nothing was run: save the network's "
@@ -294,19 +393,40 @@ def _load_torch(path: Path) -> Mapping[str, Any]:
     return found
 
 
+def _refuse_foreign_file(path: Path) -> None:
+    """Say what a file is that could not be read, where its first bytes tell.
+
+    Raises:
+        UserError: For an empty file, a pointer of Git LFS, and text such as a web page.
+    """
+    with path.open("rb") as file:
+        start = file.read(200)
+    if not start:
+        raise UserError(f"{path} is an empty file: fetch it again")
+    if start.startswith(image_files.LFS_PREFIX):
+        raise UserError(f"{path} is a Git LFS pointer and not the weights: run git lfs pull")
+    first = start.decode("utf-8", "ignore").strip()
+    words = " ".join(first.split())
+    if words.isprintable() and len(first.encode()) >= len(start.strip()) - 3:
+        raise UserError(
+            f"{path} is a text file and no weights (it begins with {shorten(words)!r}): fetch the "
+            "file of weights itself"
+        )
+
+
 def _safe_globals() -> list[Any]:
-    """Values that trainers keep beside the weights and that do nothing when they are made."""
-    scalar: Any = np.float64(0).__reduce__()[0]  # makes a number of a dtype and bytes
+    """Types that trainers save beside the weights and that run no code when they are created."""
+    scalar: Any = np.float64(0).__reduce__()[0]  # creates a number from a dtype and bytes
     dtypes = {type(np.dtype(kind)) for kind in (*"?bBhHiIlLqQefdgFD", "S", "U")}
     return [
         *(argparse.Namespace, np.dtype, *dtypes, pathlib.PosixPath, pathlib.PurePosixPath),
-        # NumPy 1 and 2 call it by different names.
+        # NumPy 1 and 2 have different names for it.
         *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     ]
 
 
 def _describe_unsafe_globals(path: Path) -> str:
-    """What else a checkpoint would make, in brackets."""
+    """Name, in brackets, other objects that loading the checkpoint would create."""
     try:
         with torch.serialization.safe_globals(_safe_globals()):
             found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -316,7 +436,7 @@ def _describe_unsafe_globals(path: Path) -> str:
 
 
 def _weights_key(found: Mapping[str, Any], depth: int = MAX_WRAPPER_DEPTH) -> str | None:
-    """The key of the weights in what a trainer saves beside its own state; None if it has none."""
+    """The key of the weights in a trainer's checkpoint; None if it has none."""
     return next(
         (k for k in (*_AVERAGED_KEYS, *_PLAIN_KEYS) if _has_tensors(found.get(k), depth)), None
     )
@@ -330,18 +450,18 @@ def _has_tensors(value: Any, depth: int) -> bool:
 
 
 def _strip_compile_mark(name: str) -> str:
-    """Without the mark that torch.compile leaves at any depth."""
+    """Remove the prefix that torch.compile adds at any depth."""
     return name.replace("_orig_mod.", "")
 
 
 def _wrapper_prefix(stored: StoredWeights, own: Tensors) -> str:
-    """What stands before the network's names in a file: nothing, `module.`, `model.`, ...
+    """The prefix of the network's names in a file: empty, `module.`, `model.`, ...
 
-    The one under which most of the network is. Other networks under other names, such as a loss or
-    a metric, do not matter.
+    It is the prefix with most of the network's tensors. Other modules under other prefixes, such as
+    a loss or a metric, are ignored.
 
     Raises:
-        UserError: If several hold as much of it.
+        UserError: If several prefixes have equally many.
     """
     under: Counter[str] = Counter()
     for k in stored.tensors:
@@ -382,7 +502,7 @@ def _names_or_shapes_differ(tensors: Tensors, own: Tensors) -> bool:
 
 
 def _resampling_notes(before: Tensors, after: Tensors) -> list[str]:
-    """A line for what was resampled to another size."""
+    """Notes on tensors that were resampled to another size."""
     names = [k for k in after if k in before and before[k].shape != after[k].shape]
     notes = []
     if any("pos" in k for k in names):
