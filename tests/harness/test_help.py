@@ -183,7 +183,7 @@ def test_defaults_that_are_set_elsewhere_are_those_used() -> None:
     from dsdistill.commands import prepare
     from dsdistill.harness.data import origin
     from dsdistill.kernels import networks
-    from dsdistill.loops import phases
+    from dsdistill.loops import plan
     from dsdistill.options import EvaluateOptions, LabelSolveOptions
     from kd.commands import training_parts
     from kd.training import steps
@@ -197,7 +197,7 @@ def test_defaults_that_are_set_elsewhere_are_those_used() -> None:
     assert read(LabelSolveOptions)["images_per_class"].default == count
     assert prepare.WARM_UP_DIVISOR == 4
     assert "a quarter of --steps" in kip["warm_up"].text
-    assert phases.VALIDATIONS_PER_PHASE == 40
+    assert plan.VALIDATIONS_PER_PHASE == 40
     assert "forty" in kip["patience"].text
     depths = {name: depth for name, (_, depth) in networks._BUILDERS.items() if depth}
     assert depths == {"fc": 1, "conv": 1, "convnet": 3, "myrtle": 5}
