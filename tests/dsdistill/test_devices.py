@@ -38,7 +38,7 @@ support = Support(np.array(x2[:6]), np.eye(3, dtype=np.float32)[labels[:6]],
                   np.zeros(x2[:6].shape, bool))
 objective = kip.KipObjective((network,), 1e-3, "gauss-newton", 0.3, learn_labels=True,
                           damping=10)  # a well-conditioned solve: rounding stays rounding
-*_, last = kip.distill(objective, support, Examples(data, identity(1), ready=True),
+*_, last = kip.distill(objective, support, Examples(data, identity(1), is_preprocessed=True),
                        steps=1, target_batch=33, seed=0)
 np.savez(sys.argv[2], value, *pull(g), k_ss, slope, last.state.images, last.state.labels)
 """

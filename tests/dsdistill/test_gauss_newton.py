@@ -28,7 +28,7 @@ def examples(n: int = 60) -> Examples:
     labels = np.arange(n) % 3
     images = rng.standard_normal((3, 6, 6, 1))[labels] + rng.standard_normal((n, 6, 6, 1))
     data = LabeledImages(images.astype(np.float32), labels, ("a", "b", "c"))
-    return Examples(data, identity(1), ready=True)
+    return Examples(data, identity(1), is_preprocessed=True)
 
 
 TRAIN = examples()

@@ -34,7 +34,7 @@ def examples(seed: int, n: int) -> Examples:
     labels = np.arange(n) % 3
     noise = np.random.default_rng(seed).standard_normal((n, 6, 6, 1))
     data = LabeledImages((means[labels] + noise).astype(np.float32), labels, ("a", "b", "c"))
-    return Examples(data, identity(1), ready=True)
+    return Examples(data, identity(1), is_preprocessed=True)
 
 
 TRAIN, VALIDATION = examples(1, 90), examples(2, 30)

@@ -50,7 +50,7 @@ def examples(n: int) -> Examples:
     rng = np.random.default_rng(1)
     images = rng.standard_normal((n, 5, 5, 1), np.float32)
     return Examples(
-        LabeledImages(images, np.arange(n) % 3, ("a", "b", "c")), identity(1), ready=True
+        LabeledImages(images, np.arange(n) % 3, ("a", "b", "c")), identity(1), is_preprocessed=True
     )
 
 
