@@ -25,7 +25,9 @@ def train() -> Examples:
     labels = np.repeat([0, 1, 2], [40, 35, 15])
     means = rng.standard_normal((3, 6, 6, 1))
     images = (means[labels] + rng.standard_normal((90, 6, 6, 1))).astype(np.float32)
-    return Examples(LabeledImages(images, labels, ("a", "b", "c")), identity(1), is_preprocessed=True)
+    return Examples(
+        LabeledImages(images, labels, ("a", "b", "c")), identity(1), is_preprocessed=True
+    )
 
 
 def objective(**changes) -> kip.KipObjective:

@@ -32,7 +32,9 @@ def test_parse_refuses(text):
 def train(n: int) -> Examples:
     labels = np.arange(n) % 10
     images = np.random.default_rng(0).random((n, 4, 4, 1), np.float32)
-    return Examples(LabeledImages(images, labels, tuple("abcdefghij")), identity(1), is_preprocessed=True)
+    return Examples(
+        LabeledImages(images, labels, tuple("abcdefghij")), identity(1), is_preprocessed=True
+    )
 
 
 FC = networks.parse("fc"), networks.parse("fc", 2)
