@@ -543,7 +543,7 @@ def test_a_teachers_answers_are_not_cleared_while_they_are_used(
     used = open_cache(tmp_path / "answers", {"a": 1}, top=None)
     beside = open_cache(tmp_path / "answers", {"a": 1}, top=None)  # shares it
     stored.run(clear=True, older_than=None)
-    assert "is left" in capsys.readouterr().err
+    assert "is kept" in capsys.readouterr().err
     with used.write("static") as write:
         write(torch.zeros(2, 3))
     loaded = beside.load("static", 2, 3)
