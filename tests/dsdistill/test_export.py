@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dsdistill.commands import evaluation_parts, export
-from dsdistill.harness.data import datasets, distilled_set, preprocess
+from dsdistill.harness.data import datasets, distilled_set, folder_names, preprocess
 from dsdistill.harness.data.distilled_set import DistilledSet, DistilledSetError
 from dsdistill.harness.errors import UserError
 from dsdistill.options import EvaluateOptions

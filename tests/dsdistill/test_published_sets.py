@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from dsdistill.commands import evaluation_parts, export
-from dsdistill.harness.data import datasets, distilled_set, preprocess
+from dsdistill.harness.data import datasets, distilled_set, folder_names, preprocess
 from dsdistill.harness.data.distilled_set import DistilledSet
 from dsdistill.harness.data.labeled_images import LabeledImages, centred_one_hot, draw_per_class
 from dsdistill.harness.errors import UserError

@@ -69,8 +69,19 @@ def test_a_run_that_began_is_not_withdrawn(tmp_path, begun):
     assert sorted(tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("error", [UserError("image 1.jpg is damaged"), OSError("no disk left")])
-def test_an_error_before_the_first_checkpoint_leaves_nothing(tmp_path, error):
+def test_a_full_disk_before_the_first_checkpoint_leaves_the_start(tmp_path):
+    with (
+        pytest.raises(OSError, match="no space left"),
+        _start(tmp_path / "a") as run,
+        run.clean_up_on_error(),
+    ):
+        raise OSError("no space left")
+    with _start(tmp_path / "a", resume=True) as run:
+        assert run.load_state() is None
+
+
+def test_an_error_before_the_first_checkpoint_leaves_nothing(tmp_path):
+    error = UserError("image 1.jpg is damaged")
     with (
         pytest.raises(type(error)) as caught,
         _start(tmp_path / "a") as run,

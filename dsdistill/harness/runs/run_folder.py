@@ -171,14 +171,15 @@ class Run:
         """Leave no folder that cannot be used where an error of the user's input ends the run.
 
         Without a checkpoint the folder is removed, so that the same command can be given again.
-        With one, the error says what the checkpoint is good for.
+        With one, the error says what the checkpoint is good for. A full disk and the like are no
+        fault of the input: the folder stays, and --resume goes on from what it has.
 
         Raises:
-            UserError, OSError: As raised inside.
+            UserError: As raised inside.
         """
         try:
             yield
-        except (UserError, OSError) as error:
+        except UserError as error:
             self.withdraw()
             explains_itself = isinstance(error, RunError)  # it is about the folder
             if explains_itself or not self.writes or not (self.folder / "config.json").exists():
