@@ -289,9 +289,11 @@ echo "${COMPREPLY[@]}"
 @pytest.mark.parametrize("word", ["none", "None"])
 def test_an_evaluation_can_do_without_a_cache(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from dsdistill.commands import evaluate
+    from dsdistill.parallel import devices
 
     chosen: list[Any] = []
     monkeypatch.setattr(evaluate, "run", chosen.append)
+    monkeypatch.setattr(devices, "use_all", lambda: None)  # for a process without JAX's devices yet
     options = parse(monkeypatch, "dsdistill", ["evaluate", "RUN", "--cache", word])
     dsdistill.cli.evaluate(options)
     assert chosen[0].cache is None
