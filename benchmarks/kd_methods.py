@@ -6,8 +6,8 @@
 Fashion-MNIST, the built-in convnet: the teachers have 128 channels and five epochs, the student 8
 channels and three, five seeds a method. Loss weights are the published ones; nothing was tuned
 for this table. Every training is a `kd train` line, printed as it starts; what is finished is only
-read, and a line of figures a method goes to ROOT/results.jsonl. The last lines are a table for the
-README.
+read, and a line of figures a method goes to ROOT/results.jsonl. The last lines are a table for
+docs/results.md.
 """
 
 import argparse
