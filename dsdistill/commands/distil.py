@@ -5,20 +5,18 @@ load -> fit preprocessing -> distil -> read the test set once -> save the set, d
 
 import contextlib
 import functools
-import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from importlib import metadata
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import jax
 import numpy as np
-from jaxtyping import Float
 
+from dsdistill.commands import outcomes
+from dsdistill.commands.outcomes import Outcome
 from dsdistill.commands.prepare import Prepared, prepare
-from dsdistill.harness import machine, memory, stopping
+from dsdistill.harness import stopping
 from dsdistill.harness.data import datasets, distilled_set
 from dsdistill.harness.data.labeled_images import Examples
 from dsdistill.harness.errors import UserError, one_line
@@ -26,46 +24,17 @@ from dsdistill.harness.evaluation.held_out import Predict, accuracy
 from dsdistill.harness.reports import image_grid
 from dsdistill.harness.reports.image_grid import GridSide
 from dsdistill.harness.runs import progress, run_folder
-from dsdistill.loops import kip_loop, timing
-from dsdistill.loops.label_solve_loop import accumulate_sums
-from dsdistill.loops.plan import Plan
-from dsdistill.methods import initial_support, label_solve, ridge
-from dsdistill.methods.initial_support import Support
-from dsdistill.methods.targets import load_into_memory
+from dsdistill.methods import initial_support, ridge
 from dsdistill.options import KipOptions, LabelSolveOptions, RunOptions, with_defaults
 from dsdistill.parallel import hosts
 
-EVALUATION_RIDGE = 1e-6  # relative; for Label Solve, whose `--ridge` is absolute
 UNSTORED_OPTIONS = ("out", "resume", "hosts")  # options that say where the run is, not what it is
-VERSIONS = ("dsdistill", "jax", "jaxlib", "numpy", "optax")
 CHANGEABLE_OPTIONS = ("data_root",)  # the data may have moved between start and resume
 PATH_OPTIONS = ("data", "data_root", "init")  # may differ from host to host
 # Values of path options that are names, not paths.
 NON_PATH_VALUES = (*datasets.NAMES, *initial_support.INIT_NAMES)
 
 RunOptionsT = TypeVar("RunOptionsT", bound=RunOptions)
-
-
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """Result of a method.
-
-    Attributes:
-        before: The support that it started from.
-        images, labels: The distilled set.
-        ridge: Ridge for prediction from the set, relative.
-        figures: Figures of the search by name, such as the chosen step.
-        seconds: Duration of the search, summed over resumes.
-        stopped: When and why the search ended early; None if it did not.
-    """
-
-    before: Support
-    images: Float[np.ndarray, "n h w c"]
-    labels: Float[np.ndarray, "n k"]
-    ridge: float
-    figures: Mapping[str, float]
-    seconds: float
-    stopped: str | None = None
 
 
 def run_kip(options: KipOptions) -> Path:
@@ -75,7 +44,7 @@ def run_kip(options: KipOptions) -> Path:
         UserError: If an option or the data break a rule, or the loss diverges.
         KeyboardInterrupt: If stopped by hand, after a checkpoint.
     """
-    return _run(options, "kip", _kip)
+    return _run(options, "kip", outcomes.kip_outcome)
 
 
 def run_label_solve(options: LabelSolveOptions) -> Path:
@@ -85,7 +54,7 @@ def run_label_solve(options: LabelSolveOptions) -> Path:
         UserError: If an option or the data break a rule.
         KeyboardInterrupt: If stopped by hand, after a checkpoint.
     """
-    return _run(options, "ls", _label_solve)
+    return _run(options, "ls", outcomes.label_solve_outcome)
 
 
 def _run(
@@ -134,97 +103,6 @@ def _explain_stop(method: str, folder: Path) -> contextlib.AbstractContextManage
     return stopping.explain_stop(command, folder / distilled_set.FILE_NAME)
 
 
-def _kip(options: KipOptions, run: run_folder.Run, prepared: Prepared) -> Outcome:
-    support, train = _support(options, run, prepared), load_into_memory(prepared.train)
-    plan = Plan(
-        prepared.phases,
-        _target_batch(options, run, prepared, support, train),
-        options.seed,
-        options.patience,
-        min(options.validation_images, len(prepared.validation)),
-        closing_images=_closing_images(options, prepared),
-    )
-    best, last = kip_loop.run_to_end(run, plan, support, train, prepared.validation)
-    figures = {
-        "best_step": best.step,
-        "last_step": last.done,
-        "validation_accuracy": best.accuracy,
-        "validation_loss": best.loss,
-    }
-    stopped = None
-    if last.done < plan.steps:
-        waited = f"{options.patience} validation{'' if options.patience == 1 else 's'}"
-        stopped = f"at step {last.done} of {plan.steps}: no lower validation loss in {waited}"
-    return Outcome(support, best.images, best.labels, options.ridge, figures, last.seconds, stopped)
-
-
-def _support(options: KipOptions, run: run_folder.Run, prepared: Prepared) -> Support:
-    """Draw the initial support, or load it from `--init`, whose file must stay as it is."""
-    if prepared.init is None:
-        return initial_support.draw_support(
-            prepared.train,
-            prepared.images_per_class,
-            noise=options.init == "noise",
-            corruption=options.corruption,
-            seed=options.seed,
-        )
-    content = distilled_set.locate(Path(options.init).expanduser()).read_bytes()
-    inputs = {"set of --init": hashlib.sha256(content).hexdigest()}
-    hosts.check_same(inputs)
-    run.require_same(inputs)
-    if initial_support.overlaps_validation(
-        prepared.init, prepared.splits.digest, options.validation_fraction
-    ):
-        progress.say(
-            "note: the set of --init was made with images that this run validates on, so its "
-            "validation accuracy is too high: make the set with --validation-fraction "
-            f"{options.validation_fraction:g}"
-        )
-    return initial_support.from_set(
-        prepared.init,
-        prepared.train.preprocess,
-        corruption=options.corruption,
-        seed=options.seed,
-    )
-
-
-def _target_batch(
-    options: KipOptions, run: run_folder.Run, prepared: Prepared, support: Support, train: Examples
-) -> int:
-    """Targets per step: as requested, or measured once per run to fit the requested duration."""
-    assert options.target_batch is not None  # `with_defaults` has set it
-    request = timing.parse_target_batch(options.target_batch)
-    if isinstance(request, int):
-        return request
-
-    def measure() -> int:
-        objective = prepared.phases[-1].objective
-        size = timing.choose_target_batch(objective, support, train, request, seed=options.seed)
-        progress.say(
-            f"target batch: {size} images, for steps of {progress.format_duration(request)}"
-        )
-        return size
-
-    return run.choose_once("target_batch", measure)
-
-
-def _closing_images(options: KipOptions, prepared: Prepared) -> int:
-    """Number of predictions at the end of a run, of the initial and the final support."""
-    fresh = len(prepared.validation) if len(prepared.validation) > options.validation_images else 0
-    return 2 * (fresh + len(prepared.splits.test))
-
-
-def _label_solve(options: LabelSolveOptions, run: run_folder.Run, prepared: Prepared) -> Outcome:
-    support = initial_support.draw_support(
-        prepared.train, prepared.images_per_class, noise=False, corruption=0, seed=options.seed
-    )
-    closing = len(prepared.splits.test)
-    sums, seconds = accumulate_sums(run, prepared.network, support.images, prepared.train, closing)
-    labels = label_solve.solve(prepared.network, support.images, sums, options.ridge)
-    # The pixels stay; the solved labels are compared with the one-hot ones.
-    return Outcome(support, support.images, labels, EVALUATION_RIDGE, {}, seconds)
-
-
 def _finish(options: RunOptions, run: run_folder.Run, prepared: Prepared, result: Outcome) -> Path:
     """Evaluate on the test set, which is read here for the first time, and save the set."""
     splits, fitted = prepared.splits, prepared.train.preprocess
@@ -233,37 +111,8 @@ def _finish(options: RunOptions, run: run_folder.Run, prepared: Prepared, result
     before = result.before
     test = Examples(splits.test, fitted)
     after, initial = _accuracies(prepared, result, test)
-    figures = {"test_accuracy": after, "initial_test_accuracy": initial, **result.figures}
-    provenance = {
-        "method": run.config["command"],
-        "config": {
-            k: v for k, v in run.config.items() if k not in ("data_root", run_folder.INPUTS_KEY)
-        },
-        "kernel": prepared.network.name,
-        "engine": prepared.network.engine,
-        "evaluation_ridge": result.ridge,
-        "data": {
-            "name": splits.name,
-            "source": run.config["data"],
-            "sha256": splits.digest,
-            "train": len(splits.train),
-            "validation": len(splits.validation),
-            "test": len(splits.test),
-        },
-        "inputs": run.config[run_folder.INPUTS_KEY],
-        "seed": options.seed,
-        "metrics": {k: None if v != v else v for k, v in figures.items()},
-        "seconds": result.seconds,
-        "stopped": result.stopped,
-        "peak_memory": memory.peak(),
-        "machine": {
-            "device": jax.devices()[0].device_kind,
-            "devices": jax.device_count(),
-            "hosts": jax.process_count(),
-            "platform": machine.describe(),
-        },
-        "versions": {name: metadata.version(name) for name in VERSIONS},
-    }
+    figures = {"test_accuracy": after, "initial_test_accuracy": initial}
+    provenance = outcomes.provenance(options, run, prepared, result, figures)
     if not run.writes:
         return run.folder
     distilled = distilled_set.DistilledSet(

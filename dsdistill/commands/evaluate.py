@@ -64,9 +64,10 @@ def run(options: EvaluateOptions) -> Path:
     with folder, stopping.explain_stop(command, out / report.FILE_NAME):
         began = time.monotonic()
         cache = ResultCache(out / "results", options.cache, shared_arms=controls.CONTROLS)
-        results = _run_trainings(parts, list(range(options.seeds)), cache)
-        _draw_images(out, parts)
-        write_report(out, _build_report(options, parts, results, time.monotonic() - began))
+        results = run_trainings(parts, list(range(options.seeds)), cache)
+        draw_images(out, parts)
+        line = reproduce.evaluate_line(options)
+        write_report(out, build_report(parts, results, time.monotonic() - began, line))
     _print(report.load(out), out)
     return out
 
@@ -111,7 +112,16 @@ def _config(options: EvaluateOptions) -> dict[str, Any]:
     return {k: str(v.absolute()) if isinstance(v, Path) else v for k, v in stored.items()}
 
 
-def _run_trainings(parts: EvaluationParts, seeds: list[int], cache: ResultCache) -> list[Result]:
+def run_trainings(
+    parts: EvaluationParts, seeds: list[int], cache: ResultCache | None
+) -> list[Result]:
+    """Train every learner on every arm, with progress.
+
+    Args:
+        parts: The assembled evaluation.
+        seeds: Seeds of the trainings.
+        cache: Results of earlier evaluations, to which these are added; None for no cache.
+    """
     trainings, results = parts.trainings, []
     with progress.bar(len(trainings) * len(seeds), unit="trainings") as show:
 
@@ -149,7 +159,7 @@ def _copy_results(
     ]
 
 
-def _draw_images(out: Path, parts: EvaluationParts) -> None:
+def draw_images(out: Path, parts: EvaluationParts) -> None:
     """Draw the set beside real images of the same classes."""
     distilled, train = parts.distilled, parts.train
     rng = np.random.default_rng(0)
@@ -160,16 +170,27 @@ def _draw_images(out: Path, parts: EvaluationParts) -> None:
     image_grid.write(out / report.IMAGES_FILE, left, right, classes, fitted)
 
 
-def _build_report(
-    options: EvaluateOptions, parts: EvaluationParts, results: Sequence[Result], seconds: float
+def build_report(
+    parts: EvaluationParts,
+    results: Sequence[Result],
+    seconds: float,
+    command: str | None = None,
 ) -> Report:
+    """Build the report of an evaluation.
+
+    Args:
+        parts: The assembled evaluation.
+        results: One result per training.
+        seconds: Duration of the evaluation.
+        command: Command line that repeats it; None for a call from Python.
+    """
     source, splits = origin.read_provenance(parts.distilled), parts.splits
     kernel = f" with {source.kernel}" if source.kernel else ""
     distil = None if source.config is None else reproduce.distil_line(source.method, source.config)
     return Report(
         title=f"{source.method}{kernel} on {splits.name}, {len(parts.distilled)} images",
         notes=[*source.notes, *_notes(parts, results)],
-        commands=[*([distil] if distil else []), reproduce.evaluate_line(options)],
+        commands=[line for line in (distil, command) if line],
         classes=list(parts.distilled.classes),
         data={
             "name": splits.name,

@@ -3,12 +3,13 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from dsdistill.commands import export, training_data
 from dsdistill.harness import lists
-from dsdistill.harness.data import datasets, distilled_set, origin, preprocess, provenance
+from dsdistill.harness.data import datasets, distilled_set, origin, preprocess
 from dsdistill.harness.data.datasets import Splits
 from dsdistill.harness.data.distilled_set import DistilledSet
 from dsdistill.harness.data.labeled_images import (
@@ -28,8 +29,6 @@ from dsdistill.published_sets import reader
 from dsdistill.published_sets.reader import StatedFormat
 
 MAX_VALIDATION_IMAGES = 2000  # class-balanced; they choose learning rates and calibrate
-DEFAULT_RIDGE = 1e-6  # relative; for kernel ridge regression on a set that states no ridge
-DEFAULT_KERNEL = "fc"  # for `ridge` on a set that was made without a kernel
 # Options for a published set, and for reading the data that it was distilled from.
 FORMAT_OPTIONS = ("pixels", "labels", "mean", "std", "layout", "tiles")
 DATA_OPTIONS = ("image_size", "channels")
@@ -76,28 +75,12 @@ def assemble(options: EvaluateOptions) -> EvaluationParts:
     Raises:
         UserError: If anything is unknown, missing or does not fit together.
     """
-    _check(options)
-    names = lists.parse_names("--controls", options.controls, empty=True)
-    for name in names:
-        if name not in controls.CONTROLS:
-            raise unknown_name("control", name, controls.CONTROLS)
+    names = parse_controls(options)
     distilled, splits = _load_set(options)
-    if not len(splits.validation):
-        raise UserError(
-            f"{splits.name} has too few images to hold any out for validation, on which learning "
-            "rates are chosen: evaluate with more images per class"
-        )
     learners = [
-        _learner(name, distilled, options)
+        learner(name, distilled, options)
         for name in lists.parse_names("--learners", options.learners)
     ]
-    train = Examples(splits.train, distilled.preprocess)
-    check_controls(names, splits.train, training_data.images_per_class(distilled))
-    data = {
-        "sha256": splits.digest,
-        "train": len(splits.train),
-        "preprocess": training_data.preprocess_digest(distilled.preprocess),
-    }
     teacher = None
     if options.teacher is not None:
         from kd.evaluation import answers
@@ -106,7 +89,54 @@ def assemble(options: EvaluateOptions) -> EvaluationParts:
         prepared, device = distilled.preprocess, options.device
         class_map = options.teacher_class_map
         teacher = answers.load(options.teacher, prepared, shape, classes, device, class_map)
-    teacher_identity = None if teacher is None else teacher.digest
+    identity = None if teacher is None else teacher.digest
+    return combine(
+        distilled,
+        splits,
+        learners,
+        names,
+        teacher=teacher,
+        teacher_identity=identity,
+        augment=options.augment != "none",
+    )
+
+
+def combine(
+    distilled: DistilledSet,
+    splits: Splits,
+    learners: list[Learner],
+    control_names: Sequence[str],
+    *,
+    teacher: training_data.LogitFunction | None = None,
+    teacher_identity: Any = None,
+    augment: bool = False,
+) -> EvaluationParts:
+    """Combine a set, its data and learners to an evaluation.
+
+    Args:
+        distilled: The set.
+        splits: The data that it was distilled from.
+        learners: Learners, each of which is trained on every arm.
+        control_names: Keys of `controls.CONTROLS`.
+        teacher: Logits of preprocessed images; None for no teacher.
+        teacher_identity: Identity of the teacher, JSON-compatible.
+        augment: Whether learners that support augmentation are trained with it too.
+
+    Raises:
+        UserError: If the data have too few images.
+    """
+    if not len(splits.validation):
+        raise UserError(
+            f"{splits.name} has too few images to hold any out for validation, on which learning "
+            "rates are chosen: evaluate with more images per class"
+        )
+    train = Examples(splits.train, distilled.preprocess)
+    check_controls(control_names, splits.train, training_data.images_per_class(distilled))
+    data = {
+        "sha256": splits.digest,
+        "train": len(splits.train),
+        "preprocess": training_data.preprocess_digest(distilled.preprocess),
+    }
     return EvaluationParts(
         distilled,
         splits,
@@ -124,14 +154,28 @@ def assemble(options: EvaluateOptions) -> EvaluationParts:
             },
         ),
         training_data.arms(
-            distilled, train, names, data=data, teacher=teacher, teacher_identity=teacher_identity
+            distilled,
+            train,
+            control_names,
+            data=data,
+            teacher=teacher,
+            teacher_identity=teacher_identity,
         ),
         learners,
-        options.augment != "none",
+        augment,
     )
 
 
-def _check(options: EvaluateOptions) -> None:
+def parse_controls(options: EvaluateOptions) -> list[str]:
+    """The controls that the options name; refuses options that cannot be right.
+
+    Raises:
+        UserError: If a control is unknown, or an option breaks a rule.
+    """
+    names = lists.parse_names("--controls", options.controls, empty=True)
+    for name in names:
+        if name not in controls.CONTROLS:
+            raise unknown_name("control", name, controls.CONTROLS)
     if options.seeds < 1:
         raise UserError(f"--seeds must be at least 1, got {options.seeds}")
     if options.steps is not None and options.steps < 1:
@@ -140,6 +184,7 @@ def _check(options: EvaluateOptions) -> None:
         raise UserError("--teacher-class-map needs --teacher")
     if options.resume and options.out is None:
         raise UserError("--resume needs --out, the folder of the evaluation to continue")
+    return names
 
 
 def check_controls(names: Sequence[str], train: LabeledImages, per_class: int) -> None:
@@ -213,41 +258,27 @@ def _limit_validation(validation: LabeledImages) -> LabeledImages:
     return validation.select(np.sort(rows)) if len(rows) < len(validation) else validation
 
 
-def _learner(name: str, distilled: DistilledSet, options: EvaluateOptions) -> Learner:
+def learner(name: str, distilled: DistilledSet, options: EvaluateOptions) -> Learner:
+    """The learner that a name means.
+
+    Args:
+        name: An element of `--learners`.
+        distilled: The set, whose kernel `ridge` uses.
+        options: Steps, device and augmentation of networks.
+
+    Raises:
+        UserError: If the name is unknown.
+    """
     base, _, kernel = name.partition(":")
     if base == "ridge":
-        return _ridge(name, kernel, distilled)
+        from dsdistill.methods import stored_kernel
+
+        remedy = (
+            "if you trust that module, name it yourself with --learners ridge:{}; otherwise leave "
+            "ridge out of --learners"
+        )
+        return stored_kernel.learner(distilled, kernel, name=name, remedy=remedy)
     from kd.evaluation.learners import network_learner
 
     flip = options.augment == "crop-flip"
     return network_learner(name, steps=options.steps, device=options.device, flip=flip)
-
-
-def _ridge(name: str, kernel: str, distilled: DistilledSet) -> Learner:
-    from dsdistill.kernels import networks
-    from dsdistill.methods import ridge
-
-    source = origin.read_provenance(distilled)
-    depth, std = None, {}
-    if not kernel:
-        needed = ("kernel", "depth", "w_std", "b_std")
-        provenance.require_usable(
-            "the distilled set", source, [f"config.{part}" for part in needed]
-        )
-        # Of several kernels, the one that validated.
-        kernel = lists.parse_names("--kernel", source.judge or DEFAULT_KERNEL)[0]
-        if ":" in kernel:
-            raise UserError(
-                f"the distilled set was made with the kernel {kernel}, which is code, and a file "
-                "may not choose the code that runs here: if you trust that module, name it "
-                f"yourself with --learners ridge:{kernel}; otherwise leave ridge out of --learners"
-            )
-        depth = source.depth
-        known = {"w_std": source.w_std, "b_std": source.b_std}
-        std = {part: value for part, value in known.items() if value is not None}
-    network = networks.parse(kernel, depth, **std)
-    provenance.require_usable("the distilled set", source, ["evaluation_ridge"])
-    value = DEFAULT_RIDGE if source.ridge is None else source.ridge
-    # The code of a user's module may change while its name stays: such results are not cached.
-    identity = None if ":" in kernel else {"kernel": network.name, "ridge": value, **std}
-    return ridge.RidgeLearner(network, value, name, identity=identity)

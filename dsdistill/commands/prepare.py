@@ -37,6 +37,7 @@ class Prepared:
         network: The network whose kernel validates, predicts and is stored: the first of several.
         images_per_class: Images per class of the distilled set.
         init: The distilled set that a KIP run starts from; None if it starts from images or noise.
+        init_sha256: SHA-256 of that set.
         phases: Phases of a KIP run; empty for other methods.
         networks: All networks of the run.
     """
@@ -47,17 +48,19 @@ class Prepared:
     network: InfiniteNetwork
     images_per_class: int
     init: DistilledSet | None
+    init_sha256: str | None
     phases: tuple[Phase, ...]
     networks: tuple[InfiniteNetwork, ...]
 
     def digests(self) -> dict[str, str]:
-        """SHA-256 of the data and of users' kernels by readable names, for `Run.require_same`."""
+        """SHA-256 of all that the run depends on by readable names, for `Run.require_same`."""
         modules = {
             f"module of the kernel {network.name}": network.module_sha256
             for network in self.networks
             if network.module_sha256 is not None
         }
-        return self.splits.digests() | modules
+        init = {} if self.init_sha256 is None else {"set of --init": self.init_sha256}
+        return self.splits.digests() | modules | init
 
 
 def prepare(options: RunOptions) -> Prepared:
@@ -69,11 +72,10 @@ def prepare(options: RunOptions) -> Prepared:
     Raises:
         UserError: If a rule is broken; the message is about the first.
     """
-    _check(options)
-    kernels = _networks("--kernel", options.kernel, options, options.depth)
-    phases, init = (), None
-    if isinstance(options, KipOptions):
-        phases, init = _phases(options, kernels), initial_support.load(options.init)
+    kernels, phases = _parse(options)
+    init = init_sha256 = None
+    if isinstance(options, KipOptions) and options.init not in initial_support.INIT_NAMES:
+        init, init_sha256 = initial_support.load(options.init)
     splits = datasets.load(
         options.data,
         root=options.data_root,
@@ -82,7 +84,57 @@ def prepare(options: RunOptions) -> Prepared:
         channels=options.channels,
         classes=init.classes if init else None,
     )
-    _check_splits(options, splits)
+    _require_test_images(options, splits)
+    return _assemble(options, kernels, phases, splits, init, init_sha256)
+
+
+def prepare_arrays(
+    options: RunOptions,
+    splits: Splits,
+    init: DistilledSet | None = None,
+    init_sha256: str | None = None,
+    *,
+    network: InfiniteNetwork | None = None,
+) -> Prepared:
+    """Check the options against data that are at hand, and fit the preprocessing.
+
+    Args:
+        options: Options without open defaults; those that say where the data are have no effect.
+        splits: The data; the test part may be empty.
+        init: The distilled set that a KIP run starts from, in place of the option.
+        init_sha256: SHA-256 of that set.
+        network: The network, in place of the option.
+
+    Raises:
+        UserError: If a rule is broken; the message is about the first.
+    """
+    kernels, phases = _parse(options, network)
+    return _assemble(options, kernels, phases, splits, init, init_sha256)
+
+
+def _parse(
+    options: RunOptions, network: InfiniteNetwork | None = None
+) -> tuple[tuple[InfiniteNetwork, ...], tuple[Phase, ...]]:
+    """The kernels and the phases that the options name, checked without any data."""
+    _check(options)
+    kernels = (
+        _networks("--kernel", options.kernel, options, options.depth)
+        if network is None
+        else (network,)
+    )
+    return kernels, _phases(options, kernels) if isinstance(options, KipOptions) else ()
+
+
+def _assemble(
+    options: RunOptions,
+    kernels: tuple[InfiniteNetwork, ...],
+    phases: tuple[Phase, ...],
+    splits: Splits,
+    init: DistilledSet | None,
+    init_sha256: str | None,
+) -> Prepared:
+    """Check that data, kernels and initial set fit together, and fit the preprocessing."""
+    _check_validation(options, splits)
     images_per_class = _images_per_class(options, splits, init)
     # Each network once, in the order in which they are named.
     all_networks = tuple(
@@ -96,7 +148,15 @@ def prepare(options: RunOptions) -> Prepared:
     fitted = preprocess.fit(options.preprocess, splits.train.chunks, splits.train.shape)
     train, validation = Examples(splits.train, fitted), Examples(splits.validation, fitted)
     return Prepared(
-        splits, train, validation, kernels[0], images_per_class, init, phases, all_networks
+        splits,
+        train,
+        validation,
+        kernels[0],
+        images_per_class,
+        init,
+        init_sha256,
+        phases,
+        all_networks,
     )
 
 
@@ -209,13 +269,16 @@ def _check_kip(options: KipOptions) -> None:
     timing.parse_target_batch(options.target_batch)
 
 
-def _check_splits(options: RunOptions, splits: Splits) -> None:
-    """Refuse data without test images, and report classes without validation images."""
+def _require_test_images(options: RunOptions, splits: Splits) -> None:
     if not len(splits.test):
         raise UserError(
             f"{options.data} leaves no test images, since a fifth of so few images per class is "
             "none: give at least 3 images of each class, or a separate test part"
         )
+
+
+def _check_validation(options: RunOptions, splits: Splits) -> None:
+    """Refuse options that need validation images, and report classes without held-out images."""
     fraction, validation = options.validation_fraction, splits.validation
     if isinstance(options, KipOptions) and options.patience is not None and not len(validation):
         raise UserError(

@@ -1,7 +1,9 @@
 """The exception for wrong user input, which a command prints as a single line."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 
 from dsdistill.harness.text import printable
 
@@ -14,6 +16,20 @@ class UserError(ValueError):
 
     def __str__(self) -> str:
         return printable(super().__str__())
+
+
+@contextlib.contextmanager
+def name_arguments() -> Iterator[None]:
+    """Name arguments instead of options in the messages of user errors, for calls from Python.
+
+    Raises:
+        UserError: With `images_per_class` where the message has `--images-per-class`.
+    """
+    try:
+        yield
+    except UserError as error:
+        text = re.sub(r"--([a-z][a-z-]*[a-z])", lambda m: m[1].replace("-", "_"), str(error))
+        raise type(error)(text) from error
 
 
 def one_line(error: BaseException, *, kind: bool = False) -> str:

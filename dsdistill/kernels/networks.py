@@ -220,15 +220,25 @@ def _from_module(name: str, depth: int | None) -> InfiniteNetwork:
     except Exception as error:  # from the user's code, or from neural-tangents for its network
         line = one_line(error, kind=True)
         raise UserError(f"kernel {name!r} cannot be imported: {line}") from error
+    return from_neural_tangents(value, name, _digest(imported))
+
+
+def from_neural_tangents(
+    value: object, name: str, module_sha256: str | None = None
+) -> InfiniteNetwork:
+    """Wrap a network of neural-tangents.
+
+    Args:
+        value: A `stax` triple (init_fn, apply_fn, kernel_fn), or a kernel function alone.
+        name: Its name, for records and messages.
+        module_sha256: SHA-256 of the file that it comes from, if any.
+
+    Raises:
+        UserError: If the value is neither.
+    """
     kernel = value[2] if isinstance(value, tuple) and len(value) == 3 else value
     if not callable(kernel):
         raise UserError(f"kernel {name!r} is neither a stax network nor a kernel function")
-    return _from_kernel(name, kernel, _digest(imported))
-
-
-def _from_kernel(
-    name: str, kernel: Callable[..., Any], module_sha256: str | None = None
-) -> InfiniteNetwork:
     return InfiniteNetwork(
         name,
         "neural-tangents",

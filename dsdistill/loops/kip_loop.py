@@ -6,7 +6,7 @@ take is observed from outside, by `duration.KipDuration`.
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import jax
@@ -27,6 +27,7 @@ from dsdistill.parallel import devices, hosts
 
 DIVERGENCE_FACTOR = 10  # a loss this many times too large is a sign of divergence
 DIVERGENCE_STEPS = 10  # and this number of them in a row is the proof
+OnStep = Callable[[int, Mapping[str, float]], None]
 SNAPSHOT_FIELDS = ("done", "seconds", "lowest", "stale", "limit", "high")  # in a checkpoint
 
 
@@ -57,7 +58,12 @@ class Snapshot:
 
 
 def run_to_end(
-    run: run_folder.Run, plan: Plan, support: Support, train: Examples, validation: Examples
+    run: run_folder.Run,
+    plan: Plan,
+    support: Support,
+    train: Examples,
+    validation: Examples,
+    on_step: OnStep = lambda step, figures: None,
 ) -> tuple[Candidate, Snapshot]:
     """Run KIP to the end, from the run's last checkpoint if there is one.
 
@@ -67,6 +73,7 @@ def run_to_end(
         support: Where it starts, and which pixels stay.
         train: Targets are drawn from these.
         validation: A fixed part of these scores the supports of the run, all of them its end.
+        on_step: Called after each step with its number and its figures.
 
     Returns:
         The best support, with its figures on all validation images, and the state at the end.
@@ -111,7 +118,9 @@ def run_to_end(
                         seconds = time.monotonic() - began
                         reached = _next_snapshot(step, last, candidate, train, seconds)
                         observe(step, reached.best)
-                        write(reached.done, **_figures(plan, span, step, candidate))
+                        figures = _figures(plan, span, step, candidate)
+                        write(reached.done, **figures)
+                        on_step(reached.done, figures)
                         last = reached  # a stop before this repeats the step, and writes its line
                         if stopping(last.done):
                             raise KeyboardInterrupt

@@ -3,6 +3,7 @@
 Source: Nguyen, Chen and Lee (2021), arXiv:2011.00050, for noise and for corruption.
 """
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from dsdistill.harness.data.labeled_images import (
 from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError, unknown_name
 
-INIT_NAMES = ("real", "noise")  # values of `--init` that are no file
+INIT_NAMES = ("real", "noise")  # values of `--init` that name no set
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,18 +77,17 @@ def corrupt(
     return Support(noisy if noise else np.where(frozen, noisy, images), labels, frozen)
 
 
-def load(init: str) -> distilled_set.DistilledSet | None:
-    """Load the distilled set that `--init` names; None for `real` and `noise`.
+def load(init: str) -> tuple[distilled_set.DistilledSet, str]:
+    """Load the distilled set that `--init` names, and the SHA-256 of its file.
 
     Raises:
-        UserError: If `init` is no known name and no path, or the file is damaged.
+        UserError: If `init` is no path, or the file is damaged.
     """
-    if init in INIT_NAMES:
-        return None
     path = Path(init).expanduser()
     if not path.exists():
         raise unknown_name("--init", init, [*INIT_NAMES, "a .safetensors file", "a run's folder"])
-    return distilled_set.load(distilled_set.locate(path))
+    file = distilled_set.locate(path)
+    return distilled_set.load(file), hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def check(

@@ -181,7 +181,7 @@ def test_a_missing_part_is_not_needed(tmp_path: Path, lacking: str) -> None:
     distilled_set.save(file, replace(distilled, provenance=rest))
     parts = evaluation_parts.assemble(_options(file))
     assert parts.splits.digest == DIGITS.digest
-    evaluate._build_report(_options(file), parts, _results(), 1.0)
+    evaluate.build_report(parts, _results(), 1.0)
 
 
 def test_data_that_a_set_does_not_name_are_asked_for(tmp_path: Path) -> None:
@@ -340,8 +340,7 @@ def test_no_provenance_is_more_than_one_line(
     distilled_set.save(file, replace(_set(), provenance=stored))
     inspect.print_set(file, as_json=True)
     inspect.print_set(file, as_json=False)
-    made = initial_support.load(str(file))
-    assert made is not None
+    made, _ = initial_support.load(str(file))
     initial_support.overlaps_validation(made, DIGITS.digest, 0.1)
     for consume in (
         lambda: data_source.resolve(str(file), root=tmp_path),
@@ -356,7 +355,7 @@ def test_no_provenance_is_more_than_one_line(
 def _evaluated(options: EvaluateOptions) -> None:
     """Everything of an evaluation but the trainings and the drawing."""
     parts = evaluation_parts.assemble(options)
-    text = evaluate._build_report(options, parts, _results(), 1.0)
+    text = evaluate.build_report(parts, _results(), 1.0, reproduce.evaluate_line(options))
     markdown.render(text)
     report.schema.check("distilled", dict(text.distilled), report.DISTILLED_TYPES)
     json.dumps(dict(text.distilled), allow_nan=False)

@@ -26,6 +26,7 @@ ROOMS = (
     "dsdistill.loops",
     "dsdistill.options",
     "dsdistill.commands",
+    "dsdistill.api",
     "dsdistill.cli",
     "dsdistill",
     "kd.recipe",

@@ -114,7 +114,7 @@ def load(
     train, test = (
         _convert_channels(_reorder_classes(part, order, classes), channels) for part in parts
     )
-    return _split(data, train, None, test, validation_fraction, order)
+    return split(data, train, None, test, validation_fraction, order)
 
 
 def _load_folder(
@@ -130,7 +130,7 @@ def _load_folder(
 
     cache = cache or paths.decoded_images()
     parts = folders.read(path, cache, image_size, channels=channels, classes=classes)
-    splits = _split(
+    splits = split(
         str(path),
         parts.train,
         parts.validation,
@@ -144,17 +144,26 @@ def _load_folder(
     return splits
 
 
-def _split(
+def split(
     data: str,
     train: LabeledImages,
     validation: LabeledImages | None,
     test: LabeledImages,
     fraction: float,
-    order: Sequence[int] | None,
+    order: Sequence[int] | None = None,
 ) -> Splits:
     """Assemble the parts, holding validation images out of the training part if there are none.
 
-    Images are drawn in the data's own order of the classes, whatever order the caller asked for.
+    Args:
+        data: Name or path of the data.
+        train, test: Images of these parts; those of the test may be none.
+        validation: The data's own validation images, if any.
+        fraction: Share of the training images to hold out otherwise.
+        order: Class indices in the data's own order, in which images are drawn, whatever order of
+            classes the caller asked for.
+
+    Raises:
+        DataError: If fewer than two classes have training images, or one has none left.
     """
     sha256, brings_validation = digest(train), validation is not None
     if validation is None:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from dsdistill.harness import text
 
@@ -16,6 +17,17 @@ MAX_FIGURE_CHARACTERS = 60  # of a figure with its name: a bar has one line
 SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal
 
 ShowProgress = Callable[..., None]
+_shown: ContextVar[bool] = ContextVar("progress is shown", default=True)
+
+
+@contextmanager
+def silenced(silent: bool = True) -> Iterator[None]:
+    """Print neither progress nor lines inside the block, in this thread; for calls from Python."""
+    token = _shown.set(not silent)
+    try:
+        yield
+    finally:
+        _shown.reset(token)
 
 
 @contextmanager
@@ -31,7 +43,7 @@ def bar(total: int, unit: str = "steps", start: int = 0) -> Iterator[ShowProgres
         `show(done, **figures)`, which may be called at any rate; figures are named numbers, or
             strings that are shown as they are.
     """
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and _shown.get():
         with _live_bar(total, unit, start) as show:
             yield show
     else:
@@ -98,12 +110,14 @@ def track_if_slow(parts: Sequence[slice], unit: str) -> Iterator[slice]:
 
 def say(line: str) -> None:
     """Print one line for the user, on standard error."""
+    if not _shown.get():
+        return
     print(text.printable(line), file=sys.stderr, flush=True)
 
 
 def note(line: str) -> None:
     """Print one line on a choice made for the user; once, and only in the first process."""
-    if os.environ.get("RANK", "0") == "0":  # as torchrun numbers its processes
+    if _shown.get() and os.environ.get("RANK", "0") == "0":  # as torchrun numbers its processes
         _say_once(line)
 
 

@@ -225,6 +225,11 @@ class Run:
         return arrays, meta
 
 
+def in_memory(config: Mapping[str, Any]) -> Run:
+    """A run that writes nothing and cannot be resumed, for a library's caller."""
+    return Run(Path(), _as_json(config), resumed=False, writes=False)
+
+
 def check_free(folder: Path, result: str) -> None:
     """Refuse a folder in which a new run cannot start; nothing is created.
 

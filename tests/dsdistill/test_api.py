@@ -1,0 +1,296 @@
+"""The library: arrays in, a distilled set out, and nothing else."""
+
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import dsdistill
+from dsdistill.commands import distil
+from dsdistill.harness.data import datasets
+from dsdistill.harness.errors import UserError
+from dsdistill.kernels import neural_tangents
+from dsdistill.options import KipOptions, LabelSolveOptions
+
+SMALL: dict[str, Any] = {"images_per_class": 1, "steps": 4, "target_batch": 200, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def digits() -> dsdistill.ImageData:
+    return dsdistill.load_data("digits", progress=False)
+
+
+@pytest.fixture(scope="module")
+def distilled(digits: dsdistill.ImageData) -> dsdistill.Distilled:
+    return dsdistill.kip(*digits.train, **SMALL)
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = (
+        "import dsdistill, sys; dir(dsdistill)\n"
+        "print([m for m in ('jax', 'numpy', 'torch', 'tyro', 'scipy') if m in sys.modules])"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert answer.stdout == "[]\n", answer.stderr
+
+
+def test_an_unknown_attribute_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="kipp"):
+        dsdistill.kipp  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
+    assert set(dsdistill.__all__) <= set(dir(dsdistill))
+
+
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [(dsdistill.kip, KipOptions()), (dsdistill.label_solve, LabelSolveOptions())],
+)
+def test_arguments_have_the_defaults_of_the_command(function: Any, options: Any) -> None:
+    parameters = inspect.signature(function).parameters
+    shared = parameters.keys() & vars(options).keys()
+    assert {name: parameters[name].default for name in shared} == {
+        name: getattr(options, name) for name in shared
+    }
+    # Every option of the method is an argument; files and hosts are the command's.
+    assert vars(options).keys() - shared == {
+        "data",
+        "data_root",
+        "image_size",
+        "channels",
+        "out",
+        "resume",
+        "hosts",
+    }
+
+
+def test_kip_returns_the_set_of_the_command(
+    digits: dsdistill.ImageData, distilled: dsdistill.Distilled, tmp_path: Path
+) -> None:
+    options = KipOptions("digits", images_per_class=1, steps=4, target_batch=200, out=tmp_path)
+    by_command = dsdistill.load(distil.run_kip(options))
+    np.testing.assert_array_equal(distilled.images, by_command.images)
+    assert distilled.classes == by_command.classes == digits.classes
+    assert distilled.figures["validation_loss"] == by_command.figures["validation_loss"]
+
+
+def test_label_solve_returns_the_set_of_the_command(
+    digits: dsdistill.ImageData, tmp_path: Path
+) -> None:
+    solved = dsdistill.label_solve(*digits.train, images_per_class=1, progress=False)
+    options = LabelSolveOptions("digits", images_per_class=1, out=tmp_path / "ls")
+    by_command = dsdistill.load(distil.run_label_solve(options))
+    np.testing.assert_array_equal(solved.images, by_command.images)
+    np.testing.assert_array_equal(solved.labels, by_command.labels)
+
+
+def test_nothing_is_printed_or_written(
+    digits: dsdistill.ImageData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    dsdistill.kip(*digits.train, **SMALL | {"validation_fraction": 0})
+    assert capfd.readouterr() == ("", "")
+    assert not os.listdir(tmp_path)
+
+
+def test_progress_is_printed_if_asked(
+    digits: dsdistill.ImageData, capfd: pytest.CaptureFixture
+) -> None:
+    dsdistill.label_solve(*digits.train, images_per_class=1)
+    assert "targets" in capfd.readouterr().err
+
+
+def test_steps_are_reported(digits: dsdistill.ImageData) -> None:
+    steps: list[tuple[int, set[str]]] = []
+    dsdistill.kip(*digits.train, **SMALL, on_step=lambda step, f: steps.append((step, set(f))))
+    assert [step for step, _ in steps] == [1, 2, 3, 4]
+    assert all("loss" in names for _, names in steps)
+
+
+def test_a_predictor_takes_what_kip_takes(
+    digits: dsdistill.ImageData, distilled: dsdistill.Distilled
+) -> None:
+    x, y = digits.test
+    scores = distilled.predictor()(x)
+    assert scores.shape == (len(x), 10)
+    assert (scores.argmax(1) == y).mean() > 0.6
+    np.testing.assert_array_equal(distilled.predictor()(x[..., 0]), scores)
+    with pytest.raises(UserError, match=r"images must be \(8, 8, 1\), as in the set"):
+        distilled.predictor()(x[:, :4])
+
+
+def test_pixels_are_what_a_picture_shows(distilled: dsdistill.Distilled) -> None:
+    pixels = distilled.as_pixels()
+    assert pixels.min() >= 0
+    assert pixels.max() <= 1
+    inside = (pixels > 0) & (pixels < 1)
+    again = distilled.preprocess.apply(pixels)
+    np.testing.assert_allclose(again[inside], distilled.images[inside], atol=1e-5)
+
+
+def test_a_saved_set_is_the_same_when_loaded(
+    digits: dsdistill.ImageData, distilled: dsdistill.Distilled, tmp_path: Path
+) -> None:
+    distilled.save(tmp_path / "set.safetensors")
+    loaded = dsdistill.load(str(tmp_path / "set.safetensors"))
+    x = digits.test[0][:20]
+    np.testing.assert_array_equal(loaded.predictor()(x), distilled.predictor()(x))
+    assert repr(loaded) == "<Distilled: 10 images of 8x8x1, 10 classes, by kip with fc(1)>"
+
+
+def test_labels_are_names_or_any_integers(digits: dsdistill.ImageData) -> None:
+    images, labels = digits.train
+    by_index = dsdistill.label_solve(images, labels, images_per_class=1, progress=False)
+    for given in ([f"class {label}" for label in labels], labels * 7 - 3):
+        other = dsdistill.label_solve(images, given, images_per_class=1, progress=False)
+        np.testing.assert_array_equal(other.labels, by_index.labels)
+    assert other.classes[:3] == ("-3", "4", "11")
+
+
+def test_given_validation_images_choose(digits: dsdistill.ImageData) -> None:
+    small = dsdistill.kip(*digits.train, **SMALL, validation=digits.test)
+    assert small.provenance["data"]["train"] == len(digits.train[0])
+    assert small.provenance["data"]["validation"] == len(digits.test[0])
+
+
+def test_a_search_starts_from_another_set(
+    digits: dsdistill.ImageData, distilled: dsdistill.Distilled
+) -> None:
+    further = dsdistill.kip(*digits.train, **SMALL | {"images_per_class": None}, init=distilled)
+    assert further.figures["validation_loss"] < distilled.figures["validation_loss"]  # type: ignore[operator]
+
+
+def test_a_stopped_search_goes_on_to_the_same_bits(
+    digits: dsdistill.ImageData, distilled: dsdistill.Distilled, tmp_path: Path
+) -> None:
+    def stop(step: int, figures: object) -> None:
+        if step == 2:
+            raise KeyboardInterrupt
+
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        dsdistill.kip(*digits.train, **SMALL, checkpoint=folder, on_step=stop)
+    steps: list[int] = []
+    same = {**SMALL, "checkpoint": folder, "on_step": lambda step, figures: steps.append(step)}
+    np.testing.assert_array_equal(dsdistill.kip(*digits.train, **same).images, distilled.images)
+    assert steps[-1] == 4
+    assert 1 not in steps
+    # Finished: the same call reads it, another one is refused.
+    steps.clear()
+    np.testing.assert_array_equal(dsdistill.kip(*digits.train, **same).images, distilled.images)
+    assert not steps
+    with pytest.raises(UserError, match="other data or arguments: choose another checkpoint"):
+        dsdistill.kip(*digits.train, **same | {"seed": 1})
+    images, labels = digits.train
+    with pytest.raises(UserError, match="other data or arguments: choose another checkpoint"):
+        dsdistill.kip(images[::-1], labels[::-1], **same)
+
+
+def test_evaluate_measures_a_set_and_its_controls(
+    digits: dsdistill.ImageData, distilled: dsdistill.Distilled, tmp_path: Path
+) -> None:
+    x, y = digits.test
+    report = dsdistill.evaluate(
+        distilled,
+        train=digits.train,
+        test=(x, y),
+        learners=["ridge"],
+        controls=["random"],
+        seeds=2,
+        out=tmp_path / "report",
+        progress=False,
+    )
+    row = report.row("ridge", "distilled")
+    assert row is not None
+    assert row.accuracy is not None
+    assert row.accuracy.mean == pytest.approx((distilled.predictor()(x).argmax(1) == y).mean())
+    assert {row.arm for row in report.rows} == {"distilled", "distilled-hard", "random"}
+    # The images that chose the step of the set choose here too.
+    assert report.data["validation"] == distilled.provenance["data"]["validation"]
+    assert (tmp_path / "report" / "report.html").exists()
+    with pytest.raises(UserError, match="already holds a report: choose another out"):
+        dsdistill.evaluate(distilled, train=digits.train, test=(x, y), out=tmp_path / "report")
+
+
+def test_a_network_of_neural_tangents_is_a_kernel(
+    digits: dsdistill.ImageData, tmp_path: Path
+) -> None:
+    stax = neural_tangents.load().stax
+    std = {"W_std": 2**0.5, "b_std": 0.1}
+    layers = stax.Flatten(), stax.Dense(9, **std), stax.Relu(), stax.Dense(1, **std)
+    network = stax.serial(*layers)
+    small: dict[str, Any] = {"images_per_class": 1, "progress": False}
+    own = dsdistill.label_solve(*digits.train, kernel=network, **small)
+    fc = dsdistill.label_solve(*digits.train, **small)
+    np.testing.assert_allclose(
+        own.labels, fc.labels, atol=2e-4
+    )  # float32 kernels beside exact ones
+    x = digits.test[0][:9]
+    np.testing.assert_allclose(own.predictor()(x), fc.predictor()(x), atol=2e-3)
+    own.save(tmp_path / "set.safetensors")
+    loaded = dsdistill.load(tmp_path / "set.safetensors")
+    with pytest.raises(UserError, match=r"is code, .* give predictor\(kernel=...\)"):
+        loaded.predictor()
+    np.testing.assert_array_equal(loaded.predictor(network)(x), own.predictor()(x))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"images_per_class": 1000}, "lower images_per_class"),
+        ({"kernel": "fd"}, "unknown kernel 'fd'; did you mean 'fc'"),
+        ({"validation_fraction": 1.0}, r"validation_fraction must be in \[0, 1\), got 1.0"),
+        ({"label_learning_rate": 0.1}, "label_learning_rate needs learn_labels"),
+        ({"init": "nowhere"}, "unknown init 'nowhere'"),
+        ({"classes": ["a", "a"]}, "classes must be distinct names"),
+        ({"classes": ["a", "b"]}, "labels must be from 0 to 1 for 2 classes, got 0 to 9"),
+        ({"images": "bytes"}, "rescale them so that 0 is black and 1 is white"),
+        ({"images": "channels"}, r"put the channels last with images.transpose\(0, 2, 3, 1\)"),
+        ({"labels": "short"}, "one per image"),
+        ({"labels": "one-hot"}, "one per image"),
+        ({"validation": "other"}, r"validation images must be \(8, 8, 1\), as in train"),
+    ],
+)
+def test_wrong_arguments_are_one_line_of_their_names(
+    digits: dsdistill.ImageData, arguments: dict[str, Any], message: str
+) -> None:
+    images, labels = digits.train
+    variants = {
+        "bytes": images * 16,
+        "channels": images.transpose(0, 3, 1, 2),
+        "short": labels[:-1],
+        "one-hot": np.eye(10)[labels],
+        "other": (images[:, :4], labels),
+    }
+    given = {"images": images, "labels": labels} | {
+        name: variants.get(value, value) if isinstance(value, str) else value
+        for name, value in arguments.items()
+    }
+    with pytest.raises(UserError, match=message) as caught:
+        dsdistill.kip(**SMALL | given)
+    assert "\n" not in str(caught.value)
+    assert "--" not in str(caught.value)
+
+
+def test_load_data_reads_what_the_commands_read(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    np.savez(
+        tmp_path / "own.npz",
+        images=rng.integers(0, 256, (20, 6, 6, 3), np.uint8),
+        labels=np.arange(20) % 2,
+        classes=["cat", "dog"],
+    )
+    data = dsdistill.load_data(tmp_path / "own.npz", image_size=4, channels=1, progress=False)
+    assert data.train[0].shape == (16, 4, 4, 1)
+    assert data.test[0].shape == (4, 4, 4, 1)
+    assert data.validation is None
+    assert data.classes == ("cat", "dog")
+    splits = datasets.load(str(tmp_path / "own.npz"), root=tmp_path, image_size=4, channels=1)
+    np.testing.assert_array_equal(data.test[0], splits.test.images())
