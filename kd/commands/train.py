@@ -27,7 +27,7 @@ from typing import Any
 import psutil
 from torch import nn
 
-from dsdistill.harness import memory, stopping
+from dsdistill.harness import memory, shell, stopping
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation import metrics
 from dsdistill.harness.runs import progress, run_folder
@@ -157,14 +157,14 @@ def _recipe_record(parts: TrainingParts) -> dict[str, Any]:
 
 def _open_run(folder: Path, options: TrainOptions, hashes: Mapping[str, str]) -> run_folder.Run:
     """Open and lock the folder of a new run, or of one that was started with the same inputs."""
-    values, defaults = run_options.to_json(options), run_options.to_json(TrainOptions())
+    storage = run_options.STORAGE
     run = run_folder.start(
         folder,
-        values,
+        storage.to_json(options),
         result=REPORT,
         resume=options.resume,
-        defaults=defaults,
-        free=run_options.MAY_DIFFER_ON_RESUME,
+        defaults=storage.to_json(TrainOptions()),
+        free=storage.free,
     )
     try:
         run.require_same(hashes)
@@ -243,7 +243,7 @@ def _describe_no_validation(options: TrainOptions, parts: TrainingParts) -> str:
     for name in ("metric", "average_best", "patience", "validate_every"):
         if name in options.given:
             raise UserError(
-                f"--{name.replace('_', '-')} has no effect without validation images: "
+                f"{shell.flag(name)} has no effect without validation images: "
                 "leave it out, or hold some out with --validation-fraction"
             )
     fraction = data_source.fraction_or_default(options.validation_fraction)

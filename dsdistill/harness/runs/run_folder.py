@@ -24,11 +24,12 @@ from typing import Any
 
 import numpy as np
 
-from dsdistill.harness import checksums
+from dsdistill.harness import checksums, shell
 from dsdistill.harness.errors import UserError, one_line
 from dsdistill.harness.runs import locks, progress, tensorboard
 
 CHECKPOINT = "checkpoint.safetensors"
+COMMAND_KEY = "command"  # in config.json: the command of `dsdistill` that the run is of
 CHOSEN_KEY = "chosen"  # in config.json: values that the run itself has chosen
 INPUTS_KEY = "inputs"  # in config.json: SHA-256 of what the run depends on
 REMEDY = ": start anew in another --out"
@@ -379,15 +380,15 @@ def _reconcile(
     free: tuple[str, ...],
 ) -> dict[str, Any]:
     """The stored options, updated by the free ones; refuses an option that contradicts them."""
-    if old.get("command") != new.get("command") or (new and not new.keys() & old.keys()):
-        commands = f" ({old.get('command') or 'kd train'}, got {new.get('command') or 'kd train'})"
+    before, now = old.get(COMMAND_KEY), new.get(COMMAND_KEY)
+    if before != now or (new and not new.keys() & old.keys()):
+        commands = f" ({before or 'kd train'}, got {now or 'kd train'})"
         raise RunError(f"{folder} holds a run of another command{commands}: choose another --out")
     for name, value in new.items():
         if name in free:
             old[name] = value
         elif value != defaults.get(name) and value != old.get(name):
-            option = "--" + name.replace("_", "-")
-            raise RunError(f"the run was started with {option} {old.get(name)}, got {value}")
+            raise RunError(f"the run was started with {shell.flag(name)} {old.get(name)}, got {value}")
     return old
 
 
