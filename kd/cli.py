@@ -57,7 +57,7 @@ def _export(options: ExportOptions) -> None:
 
 
 def _report(options: ReportOptions) -> None:
-    from dsdistill.harness.runs.run_folder import write_bytes
+    from dsdistill.harness.files import write_bytes
     from kd.commands import report
 
     text = report.render(options.runs)

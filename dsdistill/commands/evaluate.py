@@ -21,7 +21,7 @@ import numpy as np
 
 from dsdistill.commands import reproduce, training_data
 from dsdistill.commands.evaluation_parts import EvaluationParts, assemble
-from dsdistill.harness import machine, memory, shell, stopping
+from dsdistill.harness import files, machine, memory, shell, stopping
 from dsdistill.harness.data import origin
 from dsdistill.harness.data.labeled_images import LabeledImages, draw_per_class
 from dsdistill.harness.errors import UserError
@@ -91,7 +91,7 @@ def compare(options: ReportOptions) -> Path:
     title = reports[0].title if len(reports) == 1 else f"{len(reports)} evaluations"
     text = page.render(reports, title=title, pictures=pictures)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    run_folder.write_bytes(options.out, text.encode())
+    files.write_bytes(options.out, text.encode())
     return options.out
 
 
