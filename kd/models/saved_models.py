@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dsdistill.harness import files
 from dsdistill.harness.data.preprocess import KINDS, Preprocess
-from dsdistill.harness.errors import UserError, first_line
+from dsdistill.harness.errors import UserError, first_line, one_line
 from dsdistill.harness.reports import schema
 from dsdistill.harness.runs import progress
 from kd.models import networks, seals
@@ -122,7 +122,7 @@ def load_run(folder: Path) -> Model:
     except UserError:
         raise  # already one line
     except Exception as error:  # a file without a checksum may hold anything
-        why = " ".join(f"{type(error).__name__}: {error}".split())
+        why = one_line(error, kind=True)
         raise UserError(f"{folder / CARD} is not a whole model description ({why})") from error
 
 
