@@ -173,9 +173,7 @@ def _state_reader() -> Read:
     from dsdistill.harness.runs import run_folder
 
     def read(folder: Path) -> Any:
-        return run_folder.Run(
-            folder, run_folder.read_json(folder / "config.json"), True
-        ).load_state()
+        return run_folder.Run(folder, files.read_json(folder / "config.json"), True).load_state()
 
     return read
 

@@ -14,7 +14,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -40,6 +40,7 @@ from dsdistill.harness.reports.report import Report
 from dsdistill.harness.reports.write import write_report
 from dsdistill.harness.runs import progress as progress_display
 from dsdistill.harness.runs import run_folder
+from dsdistill.harness.runs.options import Storage
 from dsdistill.harness.runs.run_folder import Run
 from dsdistill.kernels import networks
 from dsdistill.kernels.networks import InfiniteNetwork
@@ -61,15 +62,9 @@ Pair = tuple[ArrayLike, ArrayLike]  # images and labels
 # A name, or a network of neural-tangents: a `stax` triple or its kernel function.
 Kernel = str | tuple[Any, Any, Callable[..., Any]] | Callable[..., Any]
 DATA_NAME = "arrays"  # name of a caller's data in provenance and reports
-# Options of the commands about files and hosts, which a call from Python does not have.
-_COMMAND_OPTIONS = (
-    "data",
-    "data_root",
-    "image_size",
-    "channels",
-    "out",
-    "resume",
-    "hosts",
+# Options about files and hosts are the commands' alone.
+STORAGE = Storage(
+    unstored=("data", "data_root", "image_size", "channels", "out", "resume", "hosts"), free=()
 )
 
 
@@ -455,7 +450,7 @@ def _call(progress: bool) -> Iterator[None]:
 
 def _options(kind: type[Any], given: Mapping[str, Any]) -> Any:
     """The options of a command from the arguments of the same names."""
-    names = {field.name for field in fields(kind)} - set(_COMMAND_OPTIONS)
+    names = {field.name for field in fields(kind)} - set(STORAGE.unstored)
     network = _network(given["kernel"])
     kernel = given["kernel"] if network is None else network.name
     return with_defaults(kind(**{name: given[name] for name in names} | {"kernel": kernel}))
@@ -520,9 +515,7 @@ def _distil(
 ) -> Distilled:
     """Run a method, in the folder of a checkpoint if there is one, and assemble its set."""
     options = replace(options, images_per_class=prepared.images_per_class)
-    config = {"command": method} | {
-        name: value for name, value in asdict(options).items() if name not in _COMMAND_OPTIONS
-    }
+    config = {run_folder.COMMAND_KEY: method} | STORAGE.to_json(options)
     folder = None if checkpoint is None else Path(checkpoint)
     result = None if folder is None else folder / distilled_set.FILE_NAME
     if result is not None and result.exists():

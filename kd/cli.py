@@ -5,7 +5,7 @@ import os
 import sys
 from typing import Any
 
-from dsdistill.harness import command_line
+from dsdistill.harness import command_line, shell
 from dsdistill.harness.text import console, printable
 from kd.options import EvaluateOptions, ExportOptions, ReportOptions, TrainOptions
 
@@ -19,7 +19,7 @@ def _train(options: TrainOptions) -> None:
         report = train.run(options)
     except KeyboardInterrupt as error:
         assert options.out is not None
-        message = f"kd: interrupted; continue with `kd train --resume --out {options.out}`"
+        message = f"kd: interrupted; continue with `{shell.resume_line('kd train', options.out)}`"
         if not (options.out / "config.json").exists():
             message = "kd: interrupted; the same line goes on with what is finished"
         if int(os.environ.get("RANK", "0")) > 0:
@@ -57,7 +57,7 @@ def _export(options: ExportOptions) -> None:
 
 
 def _report(options: ReportOptions) -> None:
-    from dsdistill.harness.runs.run_folder import write_bytes
+    from dsdistill.harness.files import write_bytes
     from kd.commands import report
 
     text = report.render(options.runs)

@@ -6,17 +6,16 @@ load -> fit preprocessing -> distil -> read the test set once -> save the set, d
 import contextlib
 import functools
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
 import numpy as np
 
 from dsdistill.commands import outcomes
 from dsdistill.commands.outcomes import Outcome
 from dsdistill.commands.prepare import Prepared, prepare
-from dsdistill.harness import stopping
+from dsdistill.harness import paths, shell, stopping
 from dsdistill.harness.data import datasets, distilled_set
 from dsdistill.harness.data.labeled_images import Examples
 from dsdistill.harness.errors import UserError, one_line
@@ -24,15 +23,23 @@ from dsdistill.harness.evaluation.held_out import Predict, accuracy
 from dsdistill.harness.reports import image_grid
 from dsdistill.harness.reports.image_grid import GridSide
 from dsdistill.harness.runs import progress, run_folder
+from dsdistill.harness.runs.options import Storage
 from dsdistill.methods import initial_support, ridge
 from dsdistill.options import KipOptions, LabelSolveOptions, RunOptions, with_defaults
 from dsdistill.parallel import hosts
 
-UNSTORED_OPTIONS = ("out", "resume", "hosts")  # options that say where the run is, not what it is
-CHANGEABLE_OPTIONS = ("data_root",)  # the data may have moved between start and resume
 PATH_OPTIONS = ("data", "data_root", "init")  # may differ from host to host
-# Values of path options that are names, not paths.
-NON_PATH_VALUES = (*datasets.NAMES, *initial_support.INIT_NAMES)
+
+
+def _absolute_init(init: str) -> str:
+    return init if init in initial_support.INIT_NAMES else paths.absolute(init)
+
+
+STORAGE = Storage(
+    unstored=("out", "resume", "hosts"),
+    free=("data_root",),  # the data may have moved between start and resume
+    absolute={"data": datasets.absolute_name, "init": _absolute_init},
+)
 
 RunOptionsT = TypeVar("RunOptionsT", bound=RunOptions)
 
@@ -99,7 +106,7 @@ def _distil_and_finish(
 
 
 def _explain_stop(method: str, folder: Path) -> contextlib.AbstractContextManager[None]:
-    command = ("dsdistill", method, "--resume", "--out", str(folder))
+    command = shell.resume_line(f"dsdistill {method}", folder)
     return stopping.explain_stop(command, folder / distilled_set.FILE_NAME)
 
 
@@ -158,12 +165,7 @@ def _accuracies(prepared: Prepared, result: Outcome, test: Examples) -> tuple[fl
 
 def _config(options: RunOptions, method: str) -> dict[str, Any]:
     """Options as `config.json` stores them, with absolute paths."""
-    named = {name: v for name, v in asdict(options).items() if name not in UNSTORED_OPTIONS}
-    for name in {"data", "init"} & named.keys():
-        if named[name] not in NON_PATH_VALUES and Path(named[name]).expanduser().exists():
-            named[name] = str(Path(named[name]).expanduser().resolve())
-    paths = {name: str(v) for name, v in named.items() if isinstance(v, Path)}
-    return {"command": method} | named | paths
+    return {run_folder.COMMAND_KEY: method} | STORAGE.to_json(options)
 
 
 def _free_folder(options: RunOptions, method: str) -> Path:
@@ -182,8 +184,8 @@ def _reopen(options: RunOptionsT, method: str) -> tuple[run_folder.Run, RunOptio
             _config(options, method),
             result=distilled_set.FILE_NAME,
             resume=True,
-            defaults=_config(type(options)(), method) | {"command": None},
-            free=CHANGEABLE_OPTIONS,
+            defaults=_config(type(options)(), method) | {run_folder.COMMAND_KEY: None},
+            free=STORAGE.free,
         )
     )
     try:
@@ -199,29 +201,9 @@ def _restore_options(options: RunOptionsT, run: run_folder.Run) -> RunOptionsT:
     Raises:
         RunError: If one is unknown, or its value is not of its type.
     """
-    apart = ("command", run_folder.CHOSEN_KEY, run_folder.INPUTS_KEY, *CHANGEABLE_OPTIONS)
-    named = {name: value for name, value in run.config.items() if name not in apart}
-    types = get_type_hints(type(options))
-    for name, value in named.items():
-        if name not in types or not _has_type(value, types[name]):
-            raise run_folder.RunError(
-                f"{run.folder / 'config.json'} is damaged or of another version: "
-                f"{name} cannot be {value!r}{run_folder.REMEDY}"
-            )
     if not isinstance(run.config.get(run_folder.CHOSEN_KEY, {}).get("target_batch", 1), int):
         raise run_folder.RunError(
             f"{run.folder / 'config.json'} is damaged: {run_folder.CHOSEN_KEY}.target_batch must "
             f"be a whole number{run_folder.REMEDY}"
         )
-    return replace(options, **named)
-
-
-def _has_type(value: Any, kind: Any) -> bool:
-    """Whether a value from JSON has the type of an option."""
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if get_origin(kind) in (Union, UnionType):
-        return any(_has_type(value, member) for member in get_args(kind))
-    if kind is float:
-        return type(value) in (int, float)
-    return type(value) is kind
+    return STORAGE.from_json(options, run.folder, run.config)

@@ -12,7 +12,7 @@ Layout of the folder of an evaluation:
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import numpy as np
 
 from dsdistill.commands import reproduce, training_data
 from dsdistill.commands.evaluation_parts import EvaluationParts, assemble
-from dsdistill.harness import machine, memory, stopping
+from dsdistill.harness import files, machine, memory, shell, stopping
 from dsdistill.harness.data import origin
 from dsdistill.harness.data.labeled_images import LabeledImages, draw_per_class
 from dsdistill.harness.errors import UserError
@@ -35,11 +35,11 @@ from dsdistill.harness.reports.image_grid import GridSide
 from dsdistill.harness.reports.report import Report
 from dsdistill.harness.reports.write import write_report
 from dsdistill.harness.runs import progress, run_folder
+from dsdistill.harness.runs.options import Storage
 from dsdistill.harness.text import console, printable
 from dsdistill.options import EvaluateOptions, ReportOptions
 
-CHANGEABLE_OPTIONS = ("data_root", "cache", "device")  # options that may differ on resume
-UNSTORED_OPTIONS = ("out", "resume")  # options that say where the evaluation is, not what it is
+STORAGE = Storage(unstored=("out", "resume"), free=("data_root", "cache", "device"))
 VERSIONS = ("dsdistill", "jax", "numpy", "scikit-learn", "scipy", "timm", "torch")
 
 
@@ -54,13 +54,13 @@ def run(options: EvaluateOptions) -> Path:
     out = options.out or run_folder.next_free("evaluation", parent)
     folder = run_folder.start(
         out,
-        _config(options),
+        STORAGE.to_json(options),
         result=report.FILE_NAME,
         resume=options.resume,
-        defaults=_config(EvaluateOptions(options.run)),
-        free=CHANGEABLE_OPTIONS,
+        defaults=STORAGE.to_json(EvaluateOptions(options.run)),
+        free=STORAGE.free,
     )
-    command = ("dsdistill", "evaluate", str(options.run), "--resume", "--out", str(out))
+    command = shell.resume_line("dsdistill evaluate", out, str(options.run))
     with folder, stopping.explain_stop(command, out / report.FILE_NAME):
         began = time.monotonic()
         cache = ResultCache(out / "results", options.cache, shared_arms=controls.CONTROLS)
@@ -92,7 +92,7 @@ def compare(options: ReportOptions) -> Path:
     title = reports[0].title if len(reports) == 1 else f"{len(reports)} evaluations"
     text = page.render(reports, title=title, pictures=pictures)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    run_folder.write_bytes(options.out, text.encode())
+    files.write_bytes(options.out, text.encode())
     return options.out
 
 
@@ -104,12 +104,6 @@ def _newest(run: Path) -> Path:
     if not inside:
         raise UserError(f"{run} holds no evaluation: make one with `dsdistill evaluate {run}`")
     return inside[-1].parent
-
-
-def _config(options: EvaluateOptions) -> dict[str, Any]:
-    """Options as `config.json` stores them, with absolute paths."""
-    stored = {k: v for k, v in asdict(options).items() if k not in UNSTORED_OPTIONS}
-    return {k: str(v.absolute()) if isinstance(v, Path) else v for k, v in stored.items()}
 
 
 def run_trainings(

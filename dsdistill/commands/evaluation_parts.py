@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dsdistill.commands import export, training_data
-from dsdistill.harness import lists
+from dsdistill.harness import lists, shell
 from dsdistill.harness.data import datasets, distilled_set, origin, preprocess
 from dsdistill.harness.data.datasets import Splits
 from dsdistill.harness.data.distilled_set import DistilledSet
@@ -208,10 +208,9 @@ def _load_set(options: EvaluateOptions) -> tuple[DistilledSet, Splits]:
     distilled = distilled or distilled_set.load(distilled_set.locate(options.run))
     for name in (*FORMAT_OPTIONS, *DATA_OPTIONS):
         if getattr(options, name) != getattr(default, name):
-            option = name.replace("_", "-")
             raise UserError(
-                f"--{option} is for sets from elsewhere; {options.run} states it itself: leave the "
-                "option out"
+                f"{shell.flag(name)} is for sets from elsewhere; {options.run} states it itself: "
+                "leave the option out"
             )
     return distilled, _splits(distilled, options)
 

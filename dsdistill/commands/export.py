@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from dsdistill.harness import checksums, memory
+from dsdistill.harness import checksums, files, memory
 from dsdistill.harness.data import distilled_set, folder_names
 from dsdistill.harness.data.distilled_set import DistilledSet, DistilledSetError
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.runs import progress, run_folder
+from dsdistill.harness.runs import progress
 
 SUFFIX = {"folder": "", "npz": ".npz", "torch": ".pt"}
 # Text entries by which `read` recognises an export.
@@ -123,7 +123,7 @@ def _write_torch(path: Path, distilled: DistilledSet) -> None:
     tensors = {name: torch.from_numpy(array) for name, array in _arrays(distilled).items()}
     content = io.BytesIO()
     torch.save({**metadata, **tensors}, content)
-    run_folder.write_bytes(path, content.getvalue())
+    files.write_bytes(path, content.getvalue())
 
 
 def _read_npz(path: Path) -> Any:
@@ -168,7 +168,7 @@ def _write_folder(path: Path, distilled: DistilledSet) -> None:
     used = {names[label]: distilled.classes[label] for label in distilled.hard_labels}
     # JSON escapes, so that a name with a lone surrogate can be written too.
     text = json.dumps(dict(sorted(used.items())), indent=2)
-    run_folder.write_bytes(path / folder_names.CLASSES_FILE, f"{text}\n".encode())
+    files.write_bytes(path / folder_names.CLASSES_FILE, f"{text}\n".encode())
     if clipped >= MIN_REPORTED_CLIPPING:
         progress.say(
             f"{clipped:.1%} of the pixel values lie beyond black and white and are clipped in the "

@@ -180,7 +180,7 @@ def provenance(
     splits, figures = prepared.splits, {**test_figures, **outcome.figures}
     config = {k: v for k, v in run.config.items() if k not in ("data_root", run_folder.INPUTS_KEY)}
     return {
-        "method": run.config["command"],
+        "method": run.config[run_folder.COMMAND_KEY],
         "config": config,
         "kernel": prepared.network.name,
         "engine": prepared.network.engine,

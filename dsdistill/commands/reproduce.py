@@ -1,9 +1,9 @@
 """Write the command lines that reproduce a result, without options at their defaults."""
 
-import shlex
 from collections.abc import Mapping
 from typing import Any, cast
 
+from dsdistill.harness import shell
 from dsdistill.harness.runs import run_folder
 from dsdistill.options import (
     OPTIMIZER_DEFAULTS,
@@ -36,33 +36,15 @@ def distil_line(method: str, config: Mapping[str, Any]) -> str | None:
         return None
     chosen = {**config, **more}
     options = {k: v for k, v in chosen.items() if k in defaults and k != "data"}
-    # A name that starts with a hyphen would be read as an option.
-    start = ["dsdistill", method, f"./{data}" if data.startswith("-") else data]
-    line = _line(start, options, defaults)
+    line = shell.line(f"dsdistill {method}", options, defaults, data)
     return line if line.isprintable() else None
 
 
 def evaluate_line(options: EvaluateOptions) -> str:
     """The command that repeats an evaluation."""
     stated = {k: v for k, v in vars(options).items() if k not in _LOCATION_OPTIONS}
-    return _line(
-        ["dsdistill", "evaluate", str(options.run)], stated, vars(EvaluateOptions(options.run))
-    )
+    defaults = vars(EvaluateOptions(options.run))
+    return shell.line("dsdistill evaluate", stated, defaults, str(options.run))
 
 
 _LOCATION_OPTIONS = ("run", "out", "resume", "cache", "data_root")
-
-
-def _line(words: list[str], options: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
-    for name, value in options.items():
-        if value == defaults.get(name):
-            continue
-        option = "--" + name.replace("_", "-")
-        values = value if isinstance(value, tuple | list) else (value,)
-        if value is True:
-            words.append(option)
-        elif isinstance(value, str) and value.startswith("-"):
-            words.append(f"{option}={value}")  # as a separate word it would be read as an option
-        else:
-            words += [option, *map(str, values)]
-    return shlex.join(words)

@@ -76,7 +76,7 @@ def metadata(key: str, text: str, arrays: Mapping[str, np.ndarray]) -> dict[str,
 
 
 def pack(key: str, text: str, arrays: Mapping[str, np.ndarray]) -> bytes:
-    """Bytes of a file, to be written with `run_folder.write_bytes`.
+    """Bytes of a file, to be written with `files.write_bytes`.
 
     Args:
         key, text: As for `metadata`.

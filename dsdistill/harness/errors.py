@@ -39,13 +39,21 @@ def one_line(error: BaseException, *, kind: bool = False) -> str:
         error: Error whose message may have any number of lines.
         kind: Whether to prefix the class name, where the message alone says too little.
     """
-    text, name = " ".join(str(error).split()), type(error).__name__
+    return _describe(error, str(error), kind)
+
+
+def first_line(error: BaseException, *, kind: bool = False) -> str:
+    """The first line of an error message, for libraries that write many, as PyTorch does.
+
+    Args:
+        error, kind: As for `one_line`.
+    """
+    return _describe(error, next(iter(str(error).strip().splitlines()), ""), kind)
+
+
+def _describe(error: BaseException, message: str, kind: bool) -> str:
+    text, name = " ".join(message.split()), type(error).__name__
     return f"{name}: {text}" if kind and text else text or name
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error message, for libraries that write many, as PyTorch does."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def unknown_name(what: str, got: str, known: Iterable[str]) -> UserError:

@@ -22,6 +22,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import tyro
 
+from dsdistill.harness import shell
+
 MAX_WIDTH = 100  # characters; longer lines are hard to read
 METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH", bool: "True|False"}
 
@@ -149,7 +151,7 @@ def read_options(options: type) -> Iterator[Option]:
         metavar = None if is_flag else shown.metavar or _metavar(hint)
         yield Option(
             known.name,
-            "" if positional else "--" + known.name.replace("_", "-"),
+            "" if positional else shell.flag(known.name),
             f"[{metavar}]" if positional and not required else metavar,
             text,
             format_default(None if required or is_flag else value)

@@ -1,4 +1,4 @@
-"""Default locations of data sets and caches."""
+"""Default locations of data sets and caches, and absolute paths."""
 
 import os
 from pathlib import Path
@@ -24,3 +24,9 @@ def decoded_images() -> Path:
 def evaluations() -> Path:
     """Cache of evaluation results that later evaluations can reuse."""
     return cache() / "evaluations"
+
+
+def absolute(text: str) -> str:
+    """The absolute path of a file or folder that exists; any other text as it is."""
+    path = Path(text).expanduser()
+    return str(path.resolve()) if text and path.exists() else text

@@ -11,12 +11,11 @@ import _weakrefset
 import contextlib
 import gc
 import os
-import shlex
 import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -144,11 +143,12 @@ def watch() -> Iterator[StopFlag]:
 
 
 @contextlib.contextmanager
-def explain_stop(command: Sequence[str] = (), result: Path | None = None) -> Iterator[None]:
+def explain_stop(command: str = "", result: Path | None = None) -> Iterator[None]:
     """Turn an interrupt into a message that says what is kept and how to continue.
 
     Args:
-        command: Words of the command line that continues; empty if nothing has been written.
+        command: Command line that continues, as from `shell.resume_line`; empty if nothing has
+            been written.
         result: File whose presence means that the run is complete.
 
     Raises:
@@ -157,7 +157,7 @@ def explain_stop(command: Sequence[str] = (), result: Path | None = None) -> Ite
     try:
         yield
     except KeyboardInterrupt as error:
-        message = f"stopped; continue with `{shlex.join(command)}`"
+        message = f"stopped; continue with `{command}`"
         if not command:
             message = "stopped before the run began: nothing was written"
         elif result is not None and result.exists():

@@ -110,9 +110,7 @@ def gram(
 
 def _blocks(x: Array, size: int) -> Array:
     """Images in blocks of `size`, the last block padded with copies of the last image."""
-    missing = -len(x) % size
-    filled = jnp.concatenate([x, jnp.broadcast_to(x[-1:], (missing, *x.shape[1:]))])
-    return filled.reshape(-1, size, *x.shape[1:])
+    return devices.pad_rows(x, size).reshape(-1, size, *x.shape[1:])
 
 
 def _traced_bytes(

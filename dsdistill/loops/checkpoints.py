@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 
-from dsdistill.harness.runs import run_folder
+from dsdistill.harness.runs import metrics_file, run_folder
 
 SECONDS_BETWEEN_CHECKPOINTS = 10.0
 
@@ -14,7 +14,7 @@ def metrics_writer(run: run_folder.Run, done: int) -> Iterator[Callable[..., Non
     if not run.writes:
         yield lambda step, **figures: None
         return
-    with run_folder.Metrics(run.folder, resume_from=done if run.resumed else None) as metrics:
+    with metrics_file.Metrics(run.folder, resume_from=done if run.resumed else None) as metrics:
         yield metrics.write
 
 

@@ -90,7 +90,7 @@ def shard_targets(work: Callable[..., T]) -> Callable[..., T]:
             start = jax.lax.axis_index(_AXIS) * size
             # Slices, since XLA gathers rows by index as slowly as it evaluates a kernel.
             shares = [
-                jax.lax.dynamic_slice_in_dim(_pad_rows(r, jax.device_count()), start, size)
+                jax.lax.dynamic_slice_in_dim(pad_rows(r, jax.device_count()), start, size)
                 for r in rows
             ]
             return work(whole, start + jnp.arange(size) < count, *shares)
@@ -123,7 +123,13 @@ def local_rows(rows: Shaped[Array, "n ..."]) -> Shaped[Array, "s ..."]:
     """This device's padded share of rows that all devices hold, inside `shard_targets`."""
     size = share(len(rows))
     start = jax.lax.axis_index(_AXIS) * size
-    return jax.lax.dynamic_slice_in_dim(_pad_rows(rows, jax.device_count()), start, size)
+    return jax.lax.dynamic_slice_in_dim(pad_rows(rows, jax.device_count()), start, size)
+
+
+def pad_rows(rows: Shaped[Array, "n ..."], multiple: int) -> Shaped[Array, "m ..."]:
+    """Append copies of the last row up to a multiple of a number of rows."""
+    missing = -len(rows) % multiple
+    return jnp.concatenate([rows, jnp.broadcast_to(rows[-1:], (missing, *rows.shape[1:]))])
 
 
 def on_one_device(work: Callable[..., T]) -> Callable[..., T]:
@@ -153,7 +159,7 @@ def shard_kernel(kernel: Callable[[Array, Array], Array]) -> Callable[[Array, Ar
         run = jax.shard_map(
             kernel, mesh=mesh, in_specs=(_REPLICATED, _SHARDED), out_specs=columns, check_vma=False
         )
-        return run(x1, _pad_rows(x2, count))[:, : len(x2)]
+        return run(x1, pad_rows(x2, count))[:, : len(x2)]
 
     return across
 
@@ -191,12 +197,6 @@ def shard_symmetric_kernel(
         return shared(x) if inside and jax.device_count() > 1 else undivided(x)
 
     return across
-
-
-def _pad_rows(rows: Array, count: int) -> Array:
-    """Append copies of the last row up to a multiple of `count`."""
-    missing = -len(rows) % count
-    return jnp.concatenate([rows, jnp.broadcast_to(rows[-1:], (missing, *rows.shape[1:]))])
 
 
 def _mesh() -> Mesh:

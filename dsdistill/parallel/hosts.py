@@ -25,7 +25,7 @@ import numpy as np
 from jax._src import distributed  # the key-value store, which has no public name
 from jax.experimental import multihost_utils
 
-from dsdistill.harness import stopping
+from dsdistill.harness import agreement, stopping
 from dsdistill.harness.errors import UserError, first_line
 from dsdistill.harness.runs import progress, run_folder
 from dsdistill.parallel import devices, heartbeat, launchers
@@ -79,15 +79,7 @@ def decide(choose: Callable[[], Any]) -> Any:
     """
     if jax.process_count() == 1:
         return choose()
-    answer: dict[str, Any] = {}
-    try:
-        answer = {"value": choose()} if is_first() else {}
-    except (UserError, OSError) as error:
-        answer = {"error": str(error)}
-    answer = _broadcast(answer)
-    if "error" in answer:
-        raise UserError(answer["error"])
-    return answer["value"]
+    return agreement.decide(choose, decides=is_first(), broadcast=_broadcast)
 
 
 def check_same(values: Mapping[str, Any]) -> None:

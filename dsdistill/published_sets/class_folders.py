@@ -18,9 +18,9 @@ from PIL import Image, ImageOps
 
 from dsdistill.harness import memory
 from dsdistill.harness.data import class_names, folder_names
-from dsdistill.harness.errors import UserError
+from dsdistill.harness.errors import UserError, first_line
 from dsdistill.harness.text import abbreviate_names, quote
-from dsdistill.published_sets.files import RawSet, error_line
+from dsdistill.published_sets.files import RawSet
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -108,5 +108,7 @@ def _picture(file: Path, shape: tuple[int, int, int]) -> tuple[UInt8[np.ndarray,
         if resized:  # Pillow averages over all pixels that a smaller image's pixel covers
             plain = ImageOps.fit(plain, (w, h), Image.Resampling.BILINEAR)
     except Exception as error:  # a damaged file has many ways to fail, SyntaxError among them
-        raise UserError(f"{file} is not a readable image: {error_line(error)}") from error
+        raise UserError(
+            f"{file} is not a readable image: {first_line(error, kind=True)}"
+        ) from error
     return np.asarray(plain).reshape(shape), resized

@@ -31,7 +31,7 @@ import numpy as np
 from jaxtyping import Num
 
 from dsdistill.harness import memory
-from dsdistill.harness.errors import UserError
+from dsdistill.harness.errors import UserError, first_line
 from dsdistill.harness.text import abbreviate_names
 
 SUFFIXES = (".pt", ".pth", ".npz", ".npy")
@@ -126,11 +126,6 @@ def read(path: Path) -> RawSet:
     if suffix not in SUFFIXES:
         raise UserError(f"{path} must be a folder or one of {', '.join(SUFFIXES)}")
     return {".npz": _read_npz, ".npy": _read_npy}.get(suffix, _read_torch)(path)
-
-
-def error_line(error: Exception) -> str:
-    """The class and the first line of another library's error."""
-    return " ".join(f"{type(error).__name__}: {error}".split("\n")[0].split())
 
 
 def _best_mtt_file(folder: Path) -> Path:
@@ -253,7 +248,7 @@ def _array(path: Path) -> np.ndarray:
 
 
 def _explain_error(error: Exception) -> str:
-    text = error_line(error)
+    text = first_line(error, kind=True)
     pickled = "Object arrays" in text
     return f"{text}; in the program that wrote it, use {CONVERSION}" if pickled else text
 
@@ -348,7 +343,9 @@ def _load_torch(path: Path) -> Any:
             f"run: {REMEDY}"
         ) from error
     except Exception as error:  # a damaged file has many ways to fail
-        raise UserError(f"{path} is not a complete torch file: {error_line(error)}") from error
+        raise UserError(
+            f"{path} is not a complete torch file: {first_line(error, kind=True)}"
+        ) from error
 
 
 def _to_numpy(path: Path, tensor: Any) -> np.ndarray:

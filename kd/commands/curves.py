@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dsdistill.harness import files
 from dsdistill.harness.reports import plot_style
-from dsdistill.harness.runs import run_folder
 
 NOT_PLOTTED = ("step", "epoch", "images_per_second", "lr")  # figures of metrics.jsonl
 
@@ -31,7 +31,7 @@ def draw(folder: Path) -> None:
         plot_style.format_log_axis(left.yaxis)
         _plot_lines(right, rows, ["validation_accuracy"])
         right.set(ylabel="validation accuracy (fraction)", xlabel="step")
-    run_folder.write_bytes(folder / "curves.png", plot_style.png(figure))
+    files.write_bytes(folder / "curves.png", plot_style.png(figure))
 
 
 def _read_rows(path: Path) -> list[dict[str, float]]:

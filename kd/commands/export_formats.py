@@ -20,9 +20,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dsdistill.harness import files
 from dsdistill.harness.data import preprocess
 from dsdistill.harness.errors import UserError, first_line
-from dsdistill.harness.runs import run_folder
 from kd.models import networks, saved_models
 from kd.models.adapters import PreprocessLayer
 from kd.models.saved_models import Model
@@ -80,8 +80,8 @@ def prepare_onnx(model: Model) -> Writer:
 
     def write(path: Path, card: Card) -> None:
         onnx.helper.set_model_props(proto, header_strings(card))
-        run_folder.write_bytes(path, proto.SerializeToString())
-        run_folder.write_json(path.with_name(path.name + ".json"), card)
+        files.write_bytes(path, proto.SerializeToString())
+        files.write_json(path.with_name(path.name + ".json"), card)
 
     return write
 
@@ -117,7 +117,7 @@ def prepare_pt2(model: Model) -> Writer:
         content = io.BytesIO()
         extra_files = {CARD_FILE: json.dumps(card), exported.CARD: model_card}
         torch.export.save(program, content, extra_files=extra_files)
-        run_folder.write_bytes(path, content.getvalue())
+        files.write_bytes(path, content.getvalue())
 
     return write
 
@@ -150,11 +150,9 @@ def prepare_timm(model: Model) -> Writer:
     def write(path: Path, card: Card) -> None:
         path.mkdir(exist_ok=True)
         weights = {k: v.contiguous() for k, v in model.classifier.network.state_dict().items()}
-        run_folder.write_bytes(
-            path / "model.safetensors", safetensors.torch.save(weights, _TIMM_HEADER)
-        )
-        run_folder.write_json(path / "config.json", _timm_config(model, card))
-        run_folder.write_json(path / CARD_FILE, card)
+        files.write_bytes(path / "model.safetensors", safetensors.torch.save(weights, _TIMM_HEADER))
+        files.write_json(path / "config.json", _timm_config(model, card))
+        files.write_json(path / CARD_FILE, card)
 
     return write
 

@@ -2,20 +2,21 @@
 
 import json
 import math
-import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsdistill.harness import shell
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation import statistics
 from dsdistill.harness.evaluation.statistics import Summary
 from dsdistill.harness.reports import schema
 from dsdistill.harness.runs import run_folder
+from dsdistill.harness.runs.options import Storage
 from kd.models import seals
 from kd.models.seals import REPORT
-from kd.options import DEFAULT_WORKERS, Overrides, TrainOptions
+from kd.options import DEFAULT_WORKERS, TrainOptions
 
 CURVE_METRIC = "validation_accuracy"  # key of metrics.jsonl
 REQUIRED_TYPES = {
@@ -99,7 +100,7 @@ def read(folder: Path) -> FinishedRun:
     """
     if not (folder / REPORT).exists():
         started = (folder / "config.json").exists()
-        resume = f"continue it with `kd train --resume --out {folder}`"
+        resume = f"continue it with `{shell.resume_line('kd train', folder)}`"
         remedy = resume if started else "leave it out"
         kind = "an unfinished run" if started else "no run of `kd train`"
         raise UserError(f"{folder} holds {kind}: {remedy}")
@@ -126,32 +127,20 @@ def group_by_options(runs: Sequence[FinishedRun]) -> list[RunGroup]:
 
 def train_command(config: Mapping[str, Any]) -> str:
     """The `kd train` line of stored options, without those that have their default."""
-    words = ["kd", "train", str(config["data"])]
-    for name, value in _non_default(config).items():
-        option = "--" + name.replace("_", "-")
-        values = value if isinstance(value, list | tuple) else [value]
-        flag = value is True and name in _DEFAULTS  # options of the recipe take a value
-        words += [option] if flag else [option, *map(str, values)]
-    return shlex.join(words)
+    return shell.line("kd train", _non_default(config), _DEFAULTS, str(config["data"]))
 
 
-_RECIPE_FIELDS = {f.name for f in fields(Overrides)}
-_DEFAULTS = {
-    name: str(value) if isinstance(value, Path) else value
-    for name, value in asdict(TrainOptions()).items()
-    if name not in ("data", "out", "resume", "overrides")
-}
+_DEFAULTS = Storage(unstored=("data", "out", "resume"), free=()).to_json(TrainOptions())
 
 
 def _non_default(config: Mapping[str, Any]) -> dict[str, Any]:
     """The stored options that differ from the defaults."""
     former = {"workers": DEFAULT_WORKERS}  # defaults that earlier versions stored
-    options = {
-        k: v
-        for k, v in config.items()
-        if k in _DEFAULTS and v not in (_DEFAULTS[k], former.get(k, _DEFAULTS[k]))
+    return {
+        name: value
+        for name, value in config.items()
+        if name in _DEFAULTS and value not in (_DEFAULTS[name], former.get(name, _DEFAULTS[name]))
     }
-    return options | {k: v for k, v in config.items() if k in _RECIPE_FIELDS and v is not None}
 
 
 def _check(config: Any, report: Any) -> None:

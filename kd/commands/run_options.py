@@ -1,37 +1,45 @@
-"""Conversion of the options of a training to `config.json` and back."""
+"""The options of a training in `config.json`: restored for `--resume`, compared along a chain."""
 
-import json
-from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from dsdistill.harness import checksums
+from dsdistill.harness import checksums, shell
+from dsdistill.harness.data import datasets
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import run_folder
+from dsdistill.harness.runs.options import Storage
 from kd.models import networks
 from kd.models.seals import REPORT
 from kd.models.zoo import class_names
-from kd.options import Overrides, TrainOptions
+from kd.options import TrainOptions
 
 HASH_KEY = "options"  # key of the options' hash among the hashes of a run
-MAY_DIFFER_ON_RESUME = ("data_root", "device", "workers", "cache", "min_teacher_accuracy")
-_PER_CALL = ("out", "resume", "overrides")  # fields that are not stored
-_PATHS = ("data", "student", "teacher", "data_root", "class_map", "cache")
 
 
-def to_json(options: TrainOptions) -> dict[str, Any]:
-    """Convert options to JSON, with absolute paths, which hold in any working directory."""
-    config = {k: v for k, v in asdict(options).items() if k not in _PER_CALL}
-    for name in _PATHS:
-        value = config[name]
-        if value is not None and value != "digits":
-            parts = [str(value)]
-            if name == "teacher":
-                parts = networks.split_names(str(value))
-            elif name == "class_map":
-                parts = class_names.class_map_files(str(value))
-            config[name] = ",".join(map(networks.absolute_name, parts))
-    return config | asdict(options.overrides)
+def _absolute_data(data: str) -> str:
+    return data if data in datasets.NAMES else networks.absolute_name(data)
+
+
+def _absolute_teachers(teachers: str) -> str:
+    return ",".join(map(networks.absolute_name, networks.split_names(teachers)))
+
+
+def _absolute_class_maps(files: str) -> str:
+    return ",".join(map(networks.absolute_name, class_names.class_map_files(files)))
+
+
+STORAGE = Storage(
+    unstored=("out", "resume"),
+    free=("data_root", "device", "workers", "cache", "min_teacher_accuracy"),
+    absolute={
+        "data": _absolute_data,
+        "student": networks.absolute_name,
+        "teacher": _absolute_teachers,
+        "data_root": networks.absolute_name,
+        "class_map": _absolute_class_maps,
+        "cache": networks.absolute_name,
+    },
+)
 
 
 def restore(folder: Path, options: TrainOptions) -> TrainOptions:
@@ -48,24 +56,15 @@ def restore(folder: Path, options: TrainOptions) -> TrainOptions:
     """
     config = run_folder.stored_options(
         folder,
-        to_json(options),
+        STORAGE.to_json(options),
         result=REPORT,
-        defaults=to_json(TrainOptions()),
-        free=MAY_DIFFER_ON_RESUME,
+        defaults=STORAGE.to_json(TrainOptions()),
+        free=STORAGE.free,
     )
-    hashes = config.get(run_folder.INPUTS_KEY, {})
-    known = {k: v for k, v in config.items() if k in to_json(options)}
-    try:
-        for name in ("data_root", "cache"):
-            known[name] = None if known.get(name) is None else Path(known[name])
-        known = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
-        # A run of an earlier version lacks newer options.
-        overrides = {f.name: known.pop(f.name, None) for f in fields(options.overrides)}
-        stored = replace(options, **known, overrides=Overrides(**overrides))
-        if hashes.get(HASH_KEY, "") in ("", digest(stored)):
-            return stored
-    except TypeError:  # a value of the wrong type, such as a number for a path
-        pass
+    known = STORAGE.to_json(options).keys()  # an earlier version had others
+    stored = STORAGE.from_json(options, folder, {k: v for k, v in config.items() if k in known})
+    if config.get(run_folder.INPUTS_KEY, {}).get(HASH_KEY, "") in ("", digest(stored)):
+        return stored
     raise UserError(
         f"{folder / 'config.json'} is damaged: its options do not match their checksum; "
         "restore the file, or start anew in another --out"
@@ -77,8 +76,8 @@ def digest(options: TrainOptions) -> str:
 
     Defaults are left out so that a later version with more options computes the same hash.
     """
-    config, defaults = to_json(options), to_json(TrainOptions())
-    kept = {k: v for k, v in config.items() if k not in MAY_DIFFER_ON_RESUME and v != defaults[k]}
+    config, defaults = STORAGE.to_json(options), STORAGE.to_json(TrainOptions())
+    kept = {k: v for k, v in config.items() if k not in STORAGE.free and v != defaults[k]}
     return checksums.json_digest(kept)
 
 
@@ -87,15 +86,14 @@ def require_same(link: TrainOptions, stored: dict[str, Any]) -> None:
 
     Args:
         link: Options that the training should have.
-        stored: Options that it was trained with, as from `to_json`.
+        stored: Options that it was trained with, as in `config.json`.
 
     Raises:
         UserError: If an option differs.
     """
-    for name, value in to_json(link).items():
-        if name not in MAY_DIFFER_ON_RESUME and stored.get(name) != json.loads(json.dumps(value)):
-            option = "--" + name.replace("_", "-")
+    for name, value in STORAGE.to_json(link).items():
+        if name not in STORAGE.free and stored.get(name) != value:
             raise UserError(
-                f"{link.out} holds a training with {option} {stored.get(name)}, and this one has "
-                f"{value}: choose another --out"
+                f"{link.out} holds a training with {shell.flag(name)} {stored.get(name)}, and this "
+                f"one has {value}: choose another --out"
             )

@@ -27,10 +27,10 @@ from typing import Any
 import psutil
 from torch import nn
 
-from dsdistill.harness import memory, stopping
+from dsdistill.harness import files, memory, shell, stopping
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation import metrics
-from dsdistill.harness.runs import progress, run_folder
+from dsdistill.harness.runs import metrics_file, progress, run_folder
 from kd import recipes
 from kd.commands import (
     curves,
@@ -138,7 +138,7 @@ def _train(options: TrainOptions, earlier: Sequence[Path]) -> dict[str, Any]:
         # A lost process is no error of the input: the run stays as it is, to be resumed.
         with heartbeat.watch(parts.on, folder), run.clean_up_on_error():
             if run.writes:
-                run_folder.write_json(folder / "recipe.json", _recipe_record(parts))
+                files.write_json(folder / "recipe.json", _recipe_record(parts))
             student, state, spent = _fit(options, parts, objective, batches, run)
             if not run.writes:
                 return {}
@@ -157,14 +157,14 @@ def _recipe_record(parts: TrainingParts) -> dict[str, Any]:
 
 def _open_run(folder: Path, options: TrainOptions, hashes: Mapping[str, str]) -> run_folder.Run:
     """Open and lock the folder of a new run, or of one that was started with the same inputs."""
-    values, defaults = run_options.to_json(options), run_options.to_json(TrainOptions())
+    storage = run_options.STORAGE
     run = run_folder.start(
         folder,
-        values,
+        storage.to_json(options),
         result=REPORT,
         resume=options.resume,
-        defaults=defaults,
-        free=run_options.MAY_DIFFER_ON_RESUME,
+        defaults=storage.to_json(TrainOptions()),
+        free=storage.free,
     )
     try:
         run.require_same(hashes)
@@ -243,7 +243,7 @@ def _describe_no_validation(options: TrainOptions, parts: TrainingParts) -> str:
     for name in ("metric", "average_best", "patience", "validate_every"):
         if name in options.given:
             raise UserError(
-                f"--{name.replace('_', '-')} has no effect without validation images: "
+                f"{shell.flag(name)} has no effect without validation images: "
                 "leave it out, or hold some out with --validation-fraction"
             )
     fraction = data_source.fraction_or_default(options.validation_fraction)
@@ -360,7 +360,7 @@ def _report_early_stop(parts: TrainingParts, state: TrainingState, per_epoch: in
 @contextmanager
 def _log_and_progress(
     parts: TrainingParts, run: run_folder.Run, saved: PackedState | None, per_epoch: int
-) -> Iterator[tuple[run_folder.Metrics | None, progress.ShowProgress | None]]:
+) -> Iterator[tuple[metrics_file.Metrics | None, progress.ShowProgress | None]]:
     """Open the log of figures and the progress bar, in the process that writes."""
     if not run.writes:
         yield None, None
@@ -368,7 +368,7 @@ def _log_and_progress(
     steps = parts.recipe.total_steps(math.ceil(per_epoch / parts.recipe.accumulate))
     done = saved[1]["step"] if saved else 0
     with (
-        run_folder.Metrics(run.folder, resume_from=done if run.resumed else None) as log,
+        metrics_file.Metrics(run.folder, resume_from=done if run.resumed else None) as log,
         progress.bar(steps, start=done) as show,
     ):
         yield log, show

@@ -34,8 +34,8 @@ from torch import Tensor, nn
 
 from dsdistill.harness.checksums import file_digest
 from dsdistill.harness.errors import UserError, one_line
+from dsdistill.harness.files import write_bytes
 from dsdistill.harness.runs import locks, progress
-from dsdistill.harness.runs.run_folder import write_bytes
 from kd.data import top_k
 from kd.data.top_k import StoredLogits
 

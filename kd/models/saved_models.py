@@ -16,10 +16,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from dsdistill.harness import files
 from dsdistill.harness.data.preprocess import KINDS, Preprocess
-from dsdistill.harness.errors import UserError, first_line
+from dsdistill.harness.errors import UserError, first_line, one_line
 from dsdistill.harness.reports import schema
-from dsdistill.harness.runs import progress, run_folder
+from dsdistill.harness.runs import progress
 from kd.models import networks, seals
 from kd.models.networks import Classifier
 from kd.models.seals import CARD, WEIGHTS, WHITENING
@@ -74,11 +75,11 @@ def save_run(folder: Path, model: Model, metadata: Mapping[str, str] | None = No
     # contiguous: safetensors refuses strided views
     tensors = {k: v.detach().cpu().contiguous() for k, v in _network_state(model).items()}
     content = safetensors.torch.save(tensors, None if metadata is None else dict(metadata))
-    run_folder.write_bytes(folder / WEIGHTS, content)
+    files.write_bytes(folder / WEIGHTS, content)
     fitted = model.preprocess
     if fitted.whiten is not None and fitted.unwhiten is not None:
         matrices = {"whiten": fitted.whiten, "unwhiten": fitted.unwhiten}
-        run_folder.write_bytes(folder / WHITENING, safetensors.numpy.save(matrices))
+        files.write_bytes(folder / WHITENING, safetensors.numpy.save(matrices))
     seals.write(folder, CARD, card(model), (WEIGHTS, WHITENING))
 
 
@@ -121,7 +122,7 @@ def load_run(folder: Path) -> Model:
     except UserError:
         raise  # already one line
     except Exception as error:  # a file without a checksum may hold anything
-        why = " ".join(f"{type(error).__name__}: {error}".split())
+        why = one_line(error, kind=True)
         raise UserError(f"{folder / CARD} is not a whole model description ({why})") from error
 
 
@@ -150,7 +151,7 @@ def _build_model(folder: Path, description: Mapping[str, Any]) -> Model:
 def class_order(student: str) -> tuple[str, ...] | None:
     """The class names of an earlier run's student, in label order; None if it is not a run."""
     path = Path(student) / CARD
-    names = run_folder.read_json(path).get("classes") if path.is_file() else None
+    names = files.read_json(path).get("classes") if path.is_file() else None
     return tuple(map(str, names)) if isinstance(names, list) else None
 
 
@@ -279,7 +280,7 @@ def _load_weights(network: nn.Module, path: Path) -> None:
 def _zoo_hint(folder: Path) -> str:
     """A hint, for a folder that holds a zoo's model, how to name it; else nothing."""
     try:
-        config = run_folder.read_json(folder / "config.json")
+        config = files.read_json(folder / "config.json")
     except UserError:
         return ""
     known = {"model_type": ("Hugging Face", "hf"), "architecture": ("timm", "local-dir")}

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dsdistill.harness import files
 from dsdistill.harness.checksums import file_digest, json_digest
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.runs import run_folder
 
 REPORT, CARD = "report.json", "model.json"
 WEIGHTS, WHITENING = "student.safetensors", "preprocess.safetensors"
@@ -22,20 +22,20 @@ SEALED_FILES = ("config.json", "recipe.json", "metrics.jsonl", CARD, WEIGHTS, WH
 CHECKSUMS_KEY = "sha256"  # in both files: file -> SHA-256
 
 
-def write(folder: Path, name: str, content: Mapping[str, Any], files: Iterable[str]) -> None:
+def write(folder: Path, name: str, content: Mapping[str, Any], sealed: Iterable[str]) -> None:
     """Write a JSON file with the checksums of itself and of other files.
 
     Args:
         folder: The run's folder.
         name: Name of the file.
         content: JSON-compatible values; NaN becomes null.
-        files: Names of the other files; missing ones are left out.
+        sealed: Names of the other files; missing ones are left out.
     """
-    present = [other for other in files if (folder / other).is_file()]
+    present = [other for other in sealed if (folder / other).is_file()]
     body = {**content, CHECKSUMS_KEY: {other: file_digest(folder / other) for other in present}}
     plain = json.loads(json.dumps(body), parse_constant=lambda _: None)  # as it will be read
     plain[CHECKSUMS_KEY][name] = json_digest(plain)
-    run_folder.write_json(folder / name, plain)
+    files.write_json(folder / name, plain)
 
 
 def read(folder: Path, name: str) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def _differs(path: Path, sha256: str) -> bool:
 
 
 def _read_unverified(path: Path) -> dict[str, Any]:
-    content = run_folder.read_json(path)
+    content = files.read_json(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: expected a JSON object")
     return content

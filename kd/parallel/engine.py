@@ -5,12 +5,13 @@
 
 import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from dsdistill.harness import agreement
 from dsdistill.harness.errors import UserError, first_line
 from kd.parallel import sharding
 
@@ -64,18 +65,15 @@ def decide_on_main(on: Engine, decide: Callable[[], Shared]) -> Shared:
         decide: Function that returns the decision; called in the first process only.
 
     Raises:
-        UserError: In every process, if `decide` raises it in the first one.
+        UserError: In every process, if `decide` raises it or an OSError in the first one.
     """
-    outcome: list[Any] = [None, None]  # the decision, the error
-    if on.is_main_process:
-        try:
-            outcome[0] = decide()
-        except UserError as error:
-            outcome[1] = error
-    decision, error = broadcast_object_list(outcome)
-    if error is not None:
-        raise error
-    return decision
+    if on.num_processes == 1:
+        return decide()
+    return agreement.decide(
+        decide,
+        decides=on.is_main_process,
+        broadcast=lambda answer: broadcast_object_list([answer])[0],
+    )
 
 
 def resolve_precision(precision: str, kind: str) -> str:

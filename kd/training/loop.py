@@ -15,8 +15,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from dsdistill.harness.runs.metrics_file import Metrics
 from dsdistill.harness.runs.progress import ShowProgress
-from dsdistill.harness.runs.run_folder import Metrics
 from kd.data.batching import BatchSource
 from kd.objectives.schemes import Objective
 from kd.parallel import engine

@@ -15,7 +15,7 @@ from dsdistill.harness import memory
 from dsdistill.harness.data.labeled_images import Examples, LabeledImages
 from dsdistill.harness.data.preprocess import identity
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.runs import progress, run_folder
+from dsdistill.harness.runs import metrics_file, progress, run_folder
 from dsdistill.kernels import gram, networks
 from dsdistill.loops import kip_loop, selection, timing
 from dsdistill.loops.kip_loop import run_to_end
@@ -66,14 +66,14 @@ def lines(folder: Path) -> list[dict]:
 
 def interrupted_at(monkeypatch, stop: int) -> None:
     """Raise Ctrl-C while the line of this step is written."""
-    write = run_folder.Metrics.write
+    write = metrics_file.Metrics.write
 
     def stopping(self, step: int, **figures: float) -> None:
         if step == stop:
             raise KeyboardInterrupt
         write(self, step, **figures)
 
-    monkeypatch.setattr(run_folder.Metrics, "write", stopping)
+    monkeypatch.setattr(metrics_file.Metrics, "write", stopping)
 
 
 OPTIONS = {

@@ -18,7 +18,7 @@ from dsdistill.harness import checksums, memory
 from dsdistill.harness.data import datasets, distilled_set, preprocess
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.reports import image_grid
-from dsdistill.harness.runs import progress, run_folder
+from dsdistill.harness.runs import metrics_file, progress, run_folder
 from dsdistill.harness.runs.run_folder import RunError
 from dsdistill.harness.stopping import StopInterrupt
 from dsdistill.kernels import networks
@@ -54,14 +54,14 @@ def stopped(request, tmp_path_factory) -> tuple[str, Path]:
     folder = tmp_path_factory.mktemp("stopped")
     write_data(folder / "data.npz")
     with pytest.MonkeyPatch.context() as patch:
-        write = run_folder.Metrics.write
+        write = metrics_file.Metrics.write
 
         def stopping(self, step: int, **figures: float) -> None:
             write(self, step, **figures)
             if request.param == "ls" or step == 2:
                 raise KeyboardInterrupt
 
-        patch.setattr(run_folder.Metrics, "write", stopping)
+        patch.setattr(metrics_file.Metrics, "write", stopping)
         with pytest.raises(
             StopInterrupt, match=f"continue with `dsdistill {request.param} --resume"
         ):
@@ -330,14 +330,14 @@ def test_a_users_kernel_that_changed_is_refused(tmp_path, monkeypatch, capsys, c
         kernel="fc",
         warm_up="users_kernels:good:2",
     )
-    write = run_folder.Metrics.write
+    write = metrics_file.Metrics.write
 
     def stopping(self, step: int, **figures: float) -> None:
         write(self, step, **figures)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder.Metrics, "write", stopping)
+        patch.setattr(metrics_file.Metrics, "write", stopping)
         with pytest.raises(StopInterrupt):
             distil.run_kip(options)
     config = json.loads((out / "config.json").read_text())

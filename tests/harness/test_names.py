@@ -26,7 +26,7 @@ from report_support import report
 from rich.table import Table
 
 from dsdistill.commands import inspect
-from dsdistill.harness import command_line, text
+from dsdistill.harness import command_line, files, text
 from dsdistill.harness.data import class_names, distilled_set, labeled_images, preprocess
 from dsdistill.harness.data.labeled_images import LabeledImages
 from dsdistill.harness.errors import UserError, unknown_name
@@ -34,7 +34,7 @@ from dsdistill.harness.reports import gallery, growth, image_grid, markdown, pag
 from dsdistill.harness.reports import report as reports
 from dsdistill.harness.reports.image_grid import GridSide
 from dsdistill.harness.reports.write import write_report
-from dsdistill.harness.runs import progress, run_folder
+from dsdistill.harness.runs import progress
 from kd import cli
 from kd.commands import curves, finished_runs, train
 from kd.commands import report as kd_report
@@ -440,10 +440,10 @@ def kd_run(folder: Path, name: str) -> Path:
     folder.mkdir()
     options = asdict(TrainOptions(name, student=name))
     config = {k: v for k, v in options.items() if k not in ("out", "resume", "overrides")}
-    run_folder.write_json(folder / "config.json", config | {"data_root": "data"})
+    files.write_json(folder / "config.json", config | {"data_root": "data"})
     figures = {"student": name, "data": name, "seed": 0, "test_accuracy": 0.5}
     rest = {"seconds": 1.0, "parameters": 3, "teacher": name, "note": name, "device": name}
-    run_folder.write_json(folder / "report.json", figures | rest)
+    files.write_json(folder / "report.json", figures | rest)
     lines = [{"step": s, name: 10.0 / s, "validation_accuracy": 0.5} for s in (1, 20, 300)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dsdistill.harness import checksums
+from dsdistill.harness import checksums, files
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import run_folder
-from dsdistill.harness.runs.run_folder import Metrics, RunError
+from dsdistill.harness.runs.metrics_file import Metrics
+from dsdistill.harness.runs.run_folder import RunError
 
 DEFAULTS = {"steps": 1000, "ridge": 1e-6, "data_root": None, "sizes": (1, 2)}
 
@@ -35,7 +36,7 @@ def test_start_creates_the_folder_and_stores_the_options(tmp_path):
     run = _start(tmp_path / "a" / "b", steps=5)
     assert not run.resumed
     assert run.config["steps"] == 5
-    assert run_folder.read_json(tmp_path / "a" / "b" / "config.json") == run.config
+    assert files.read_json(tmp_path / "a" / "b" / "config.json") == run.config
     assert run.load_state() is None
 
 
@@ -43,7 +44,7 @@ def test_a_run_withdrawn_before_its_first_checkpoint_frees_its_folder(tmp_path):
     run = _start(tmp_path / "a")
     with Metrics(run.folder) as metrics:
         metrics.write(1, loss=0.5)
-    run_folder.write_json(run.folder / "recipe.json", {})
+    files.write_json(run.folder / "recipe.json", {})
     run.withdraw()
     assert not run.folder.exists()
 
@@ -187,7 +188,7 @@ def test_a_choice_is_made_once_and_stands_in_the_config(tmp_path):
     again = _start(tmp_path, resume=True)
     assert again.choose_once("batch", lambda: pytest.fail("chosen twice")) == 480
     assert again.choose_once("other", lambda: [1]) == [1]
-    stored = run_folder.read_json(tmp_path / "config.json")
+    stored = files.read_json(tmp_path / "config.json")
     assert stored["chosen"] == {"batch": 480, "other": [1]}
     assert stored["steps"] == 5
 
@@ -227,7 +228,7 @@ def test_a_run_goes_on_with_the_same_inputs_alone(tmp_path):
         run.require_same({"training images": DATA})
         run.require_same({"set of --init": OTHER})
         run.save_state({"a": np.zeros(1)}, {})
-    assert run_folder.read_json(tmp_path / "config.json")["inputs"] == {
+    assert files.read_json(tmp_path / "config.json")["inputs"] == {
         "training images": DATA,
         "set of --init": OTHER,
     }
@@ -239,7 +240,7 @@ def test_a_run_goes_on_with_the_same_inputs_alone(tmp_path):
         )
         with pytest.raises(RunError, match=f"^{re.escape(message)}$"):
             run.require_same({"training images": DATA, "set of --init": DATA})
-    assert run_folder.read_json(tmp_path / "config.json")["inputs"]["set of --init"] == OTHER
+    assert files.read_json(tmp_path / "config.json")["inputs"]["set of --init"] == OTHER
 
 
 @pytest.mark.parametrize("begun", [True, False])
@@ -358,8 +359,8 @@ def test_a_failed_checkpoint_leaves_the_last_one(tmp_path, monkeypatch):
 
 
 def test_json_has_null_for_nan(tmp_path):
-    run_folder.write_json(tmp_path / "a", {"x": [float("nan"), (1.5, float("inf"))], "y": "é"})
-    assert run_folder.read_json(tmp_path / "a") == {"x": [None, [1.5, None]], "y": "é"}
+    files.write_json(tmp_path / "a", {"x": [float("nan"), (1.5, float("inf"))], "y": "é"})
+    assert files.read_json(tmp_path / "a") == {"x": [None, [1.5, None]], "y": "é"}
 
 
 def _lines(folder):

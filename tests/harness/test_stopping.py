@@ -8,10 +8,11 @@ import sys
 import threading
 import time
 import weakref
+from pathlib import Path
 
 import pytest
 
-from dsdistill.harness import command_line, stopping
+from dsdistill.harness import command_line, shell, stopping
 from dsdistill.harness.stopping import handle_signals, watch
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
@@ -168,10 +169,10 @@ def test_a_command_says_what_is_kept(monkeypatch, capsys):
 
 def test_a_stop_says_what_is_kept_and_how_to_go_on(tmp_path):
     result = tmp_path / "result"
-    kip = ("dsdistill", "kip", "--out", "a run")
+    kip = shell.resume_line("dsdistill kip", Path("a run"))
     for line, words in (
-        ((), "stopped before the run began: nothing was written"),
-        (kip, "stopped; continue with `dsdistill kip --out 'a run'`"),
+        ("", "stopped before the run began: nothing was written"),
+        (kip, "stopped; continue with `dsdistill kip --resume --out 'a run'`"),
     ):
         with pytest.raises(stopping.StopInterrupt) as caught, stopping.explain_stop(line, result):
             raise KeyboardInterrupt
@@ -179,7 +180,7 @@ def test_a_stop_says_what_is_kept_and_how_to_go_on(tmp_path):
     result.touch()
     with (
         pytest.raises(stopping.StopInterrupt) as caught,
-        stopping.explain_stop(("dsdistill",), result),
+        stopping.explain_stop("dsdistill", result),
     ):
         raise KeyboardInterrupt
     assert str(caught.value) == f"stopped; {result} is complete"

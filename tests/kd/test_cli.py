@@ -16,6 +16,7 @@ import pytest
 import safetensors.numpy
 from kd_support import main, read_report
 
+from dsdistill.harness import files
 from dsdistill.harness.data import distilled_set
 
 FAST = ("--student", "mlp:16", "--epochs", "4", "--batch-size", "64")
@@ -293,9 +294,8 @@ def test_an_unwritable_folder_is_one_line(inside, work: Path) -> None:
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(inside, work: Path) -> None:
-    from dsdistill.harness.runs import run_folder
 
-    write, calls = run_folder.write_bytes, []
+    write, calls = files.write_bytes, []
 
     def full(path: Path, content: bytes) -> None:
         calls.append(path.name)
@@ -303,13 +303,13 @@ def test_a_full_disk_leaves_the_last_checkpoint(inside, work: Path) -> None:
             raise OSError(28, "No space left on device")
         write(path, content)
 
-    inside.setattr(run_folder, "write_bytes", full)
+    inside.setattr(files, "write_bytes", full)
     inside.setattr(
         "kd.training.saving.MAX_SECONDS_BETWEEN_CHECKPOINTS", 0.0
     )  # saved after every step
     with pytest.raises(SystemExit, match="No space left on device"):
         main(inside, "train", *FAST, "--out", "full")
-    inside.setattr(run_folder, "write_bytes", write)
+    inside.setattr(files, "write_bytes", write)
     assert not list((work / "full").glob(".checkpoint*"))
     main(inside, "train", "--out", "full", "--resume")
     assert read_report(work / "full")["epochs"] == 4

@@ -24,10 +24,10 @@ from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 from torch import nn
 
+from dsdistill.harness import files
 from dsdistill.harness.data import preprocess
 from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.evaluation.metrics import softmax
-from dsdistill.harness.runs import run_folder
 from kd import cli
 from kd.commands import export, export_formats
 from kd.commands.export_check import ReferenceOutputs
@@ -64,7 +64,7 @@ def _save(folder: Path, name: str, kind: str, **changed: Any) -> saved_models.Mo
     model = dataclasses.replace(model, **changed)
     folder.mkdir()
     saved_models.save_run(folder, model)
-    run_folder.write_json(folder / "config.json", {"data": "digits"})
+    files.write_json(folder / "config.json", {"data": "digits"})
     return model
 
 
@@ -76,7 +76,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         centred = {"outputs": "centred labels", "output_temperature": 0.25}
         _save(folder / run, name, kind, **(centred if run == "zca" else {}))
     (folder / "unfinished").mkdir()
-    run_folder.write_json(folder / "unfinished" / "config.json", {"data": "digits"})
+    files.write_json(folder / "unfinished" / "config.json", {"data": "digits"})
     for run in ("cut", "broken"):
         shutil.copytree(folder / "mlp", folder / run)
     weights = folder / "cut" / saved_models.WEIGHTS
@@ -88,7 +88,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for run in ("cut", "broken"):  # as a version without checksums has left them
         card = json.loads((folder / run / saved_models.CARD).read_text())
         del card[seals.CHECKSUMS_KEY]
-        run_folder.write_json(folder / run / saved_models.CARD, card)
+        files.write_json(folder / run / saved_models.CARD, card)
     (folder / "taken.pt2").write_text("mine")
     (folder / "dangling").symlink_to("gone")
     (folder / "half.onnx.json").write_text("{}")
@@ -329,9 +329,9 @@ def test_a_streamed_runs_files_are_compared_on_and_cut_by_timm_as_in_evaluation(
     model = saved_models.Model(classifier, "test_resnet", ("cat", "dog"), (16, 16, 3), fitted)
     (tmp_path / "run").mkdir()
     saved_models.save_run(tmp_path / "run", model)
-    run_folder.write_json(tmp_path / "run" / "config.json", {"data": str(tmp_path / "pictures")})
+    files.write_json(tmp_path / "run" / "config.json", {"data": str(tmp_path / "pictures")})
     recipe = {"augment": "imagenet", "crop_share": 0.8, "interpolation": "random"}
-    run_folder.write_json(tmp_path / "run" / "recipe.json", recipe)
+    files.write_json(tmp_path / "run" / "recipe.json", recipe)
     _main(inside, tmp_path / "run", "--format", "timm", "--out", tmp_path / "net")
     (line,) = capsys.readouterr().err.splitlines()
     assert "pictures: 14 training images of 2 classes" in line
@@ -348,9 +348,9 @@ def test_a_streamed_runs_files_are_compared_on_and_cut_by_timm_as_in_evaluation(
     _, _, tested = source.parts
     assert isinstance(tested, ImageFiles)
     assert stream is not None
-    files = [tested.read(row, 3)[0] for row in range(len(tested))]
+    pictures = [tested.read(row, 3)[0] for row in range(len(tested))]
     with torch.no_grad():
-        got = network(torch.stack([transform(file) for file in files])).numpy()
+        got = network(torch.stack([transform(picture) for picture in pictures])).numpy()
         expected = classifier(next(iter(stream.in_order())).images).numpy()
     np.testing.assert_allclose(got, expected, atol=ROUNDING)
 
@@ -372,7 +372,7 @@ def test_without_its_data_a_student_is_compared_on_random_images_and_says_so(
 ) -> None:
     _save(tmp_path / "run", "mlp:8", "standardise")
     support.write_npz(tmp_path / "three.npz", classes=3)
-    run_folder.write_json(tmp_path / "run" / "config.json", config)
+    files.write_json(tmp_path / "run" / "config.json", config)
     inside.chdir(tmp_path)
     _main(inside, "run", "--format", "safetensors")
     captured = capsys.readouterr()
@@ -387,9 +387,7 @@ def test_without_its_data_a_student_is_compared_on_random_images_and_says_so(
 
 def test_the_data_are_looked_for_where_they_lay(inside: pytest.MonkeyPatch, tmp_path: Path) -> None:
     _save(tmp_path / "run", "mlp:8", "none")
-    run_folder.write_json(
-        tmp_path / "run" / "config.json", {"data": "cifar10", "data_root": "there"}
-    )
+    files.write_json(tmp_path / "run" / "config.json", {"data": "cifar10", "data_root": "there"})
     asked: list[Path] = []
 
     def resolve(name: str, *, root: Path, **_: object) -> None:
@@ -548,7 +546,7 @@ def test_a_network_too_large_for_an_onnx_file_is_refused(
 
 @pytest.mark.parametrize("at", [1, 2])
 def test_a_full_disk_leaves_nothing(inside: pytest.MonkeyPatch, work: Path, at: int) -> None:
-    write, calls = run_folder.write_bytes, []
+    write, calls = files.write_bytes, []
 
     def full(path: Path, content: bytes) -> None:
         calls.append(path)
@@ -556,7 +554,7 @@ def test_a_full_disk_leaves_nothing(inside: pytest.MonkeyPatch, work: Path, at: 
             raise OSError(28, "No space left on device")
         write(path, content)
 
-    inside.setattr(run_folder, "write_bytes", full)
+    inside.setattr(files, "write_bytes", full)
     assert "No space left on device" in _refused(inside, work, "mlp", "--format", "safetensors")
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import tyro
 
+from dsdistill.harness import files
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.runs import run_folder
 from kd.commands import finished_runs, report
 from kd.options import Overrides, TrainOptions
 
@@ -27,9 +27,9 @@ def made(
     folder.mkdir()
     config = {k: v for k, v in asdict(options).items() if k not in ("out", "resume", "overrides")}
     config |= {"data_root": str(config["data_root"]), **asdict(options.overrides), "chosen": {}}
-    run_folder.write_json(folder / "config.json", config)
+    files.write_json(folder / "config.json", config)
     rng = np.random.default_rng(options.seed)
-    run_folder.write_json(
+    files.write_json(
         folder / "report.json",
         {
             "student": options.student or "convnet",

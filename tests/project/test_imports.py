@@ -38,7 +38,7 @@ RULES = [
 ]
 WRITE_EVENTS = """
 import pathlib, tempfile
-from dsdistill.harness.runs.run_folder import Metrics
+from dsdistill.harness.runs.metrics_file import Metrics
 with tempfile.TemporaryDirectory() as folder:
     with Metrics(pathlib.Path(folder)) as metrics:
         metrics.write(1, loss=0.5)

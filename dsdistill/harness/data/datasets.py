@@ -63,6 +63,15 @@ class Splits:
         }
 
 
+def absolute_name(data: str) -> str:
+    """The name of a data set as it is, and the path of a folder or file as an absolute one.
+
+    Args:
+        data: As in `load`.
+    """
+    return data if data in NAMES else paths.absolute(data)
+
+
 def load(
     data: str,
     *,

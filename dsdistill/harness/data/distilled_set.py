@@ -19,7 +19,7 @@ from dsdistill.harness import checksums
 from dsdistill.harness.data import preprocess as pre
 from dsdistill.harness.data.labeled_images import Examples, LabeledImages
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.runs.run_folder import write_bytes
+from dsdistill.harness.files import write_bytes
 
 FORMAT_VERSION = 1
 HEADER_KEY = "dsdistill"  # key of the header in the file's metadata

@@ -40,9 +40,9 @@ from dsdistill.harness.data.labeled_images import (
     split_by_class,
 )
 from dsdistill.harness.data.layout import FolderLayout, list_folder
+from dsdistill.harness.files import write_json
 from dsdistill.harness.memory import format_bytes
 from dsdistill.harness.runs import locks, progress
-from dsdistill.harness.runs.run_folder import write_json
 from dsdistill.harness.text import abbreviate_names, printable
 
 MAX_UNREADABLE_FRACTION = 0.01  # share of the images that may be skipped

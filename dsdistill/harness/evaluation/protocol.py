@@ -17,7 +17,7 @@ import numpy as np
 
 from dsdistill.harness import memory
 from dsdistill.harness.data.labeled_images import Examples, draw_balanced
-from dsdistill.harness.errors import UserError
+from dsdistill.harness.errors import UserError, first_line
 from dsdistill.harness.evaluation import metrics, results
 from dsdistill.harness.evaluation.held_out import HeldOut, Predict
 from dsdistill.harness.evaluation.result_cache import ResultCache
@@ -255,8 +255,7 @@ def _score_on_test(begun: Result, trained: _TrainingOutcome, held_out: HeldOut) 
 
 def _failure_reason(error: Exception) -> str:
     """First line of an error, after the name of its class unless it is a `UserError`."""
-    first = next(iter(str(error).strip().splitlines()), "")
-    return first if isinstance(error, UserError) else f"{type(error).__name__}: {first}"
+    return first_line(error, kind=not isinstance(error, UserError))
 
 
 def _cache_key(

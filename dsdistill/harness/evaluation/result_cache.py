@@ -13,8 +13,8 @@ from typing import Any
 
 from dsdistill.harness import checksums
 from dsdistill.harness.evaluation.results import Result
+from dsdistill.harness.files import write_bytes
 from dsdistill.harness.runs import progress
-from dsdistill.harness.runs.run_folder import write_bytes
 
 VERSION = 1  # raise it when the same key would give another result
 

@@ -9,8 +9,8 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from dsdistill.harness.data.preprocess import Preprocess
+from dsdistill.harness.files import write_bytes
 from dsdistill.harness.reports import plot_style
-from dsdistill.harness.runs.run_folder import write_bytes
 
 MAX_ROWS, MAX_COLUMNS = 20, 10  # a grid of a thousand classes is unreadable
 MAX_SIDE_PIXELS = 256  # side of an image before it is drawn, at about 80 pixels

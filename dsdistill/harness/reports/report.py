@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dsdistill.harness import files
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation import results
 from dsdistill.harness.evaluation import scores as scoring
@@ -13,7 +14,6 @@ from dsdistill.harness.evaluation.results import Result, Row
 from dsdistill.harness.evaluation.scores import SetScores
 from dsdistill.harness.memory import format_bytes
 from dsdistill.harness.reports import schema, wording
-from dsdistill.harness.runs import run_folder
 
 FORMAT_VERSION = 2
 FILE_NAME = "report.json"
@@ -118,7 +118,7 @@ def load(path: Path) -> Report:
         UserError: If the file is missing, damaged or no report of an evaluation.
     """
     file = path / FILE_NAME if path.is_dir() else path
-    stored = run_folder.read_json(file)
+    stored = files.read_json(file)
     if not isinstance(stored, dict) or stored.get("format") != FORMAT_VERSION:
         version = stored.get("format") if isinstance(stored, dict) else type(stored).__name__
         raise UserError(

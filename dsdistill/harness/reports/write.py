@@ -9,9 +9,9 @@ report.json   all results; written last, so that a folder with it is complete
 from dataclasses import asdict
 from pathlib import Path
 
+from dsdistill.harness import files
 from dsdistill.harness.reports import gallery, markdown, page, plot_style
 from dsdistill.harness.reports.report import FILE_NAME, FORMAT_VERSION, IMAGES_FILE, Report
-from dsdistill.harness.runs import run_folder
 
 
 def write_report(folder: Path, report: Report) -> None:
@@ -23,11 +23,11 @@ def write_report(folder: Path, report: Report) -> None:
     """
     (folder / "plots").mkdir(exist_ok=True)
     for name, figure in gallery.figures(report).items():
-        run_folder.write_bytes(folder / "plots" / f"{name}.png", plot_style.png(figure))
-        run_folder.write_bytes(folder / "plots" / f"{name}.svg", plot_style.svg_file(figure))
+        files.write_bytes(folder / "plots" / f"{name}.png", plot_style.png(figure))
+        files.write_bytes(folder / "plots" / f"{name}.svg", plot_style.svg_file(figure))
     picture = folder / IMAGES_FILE
     shown = {"Distilled images beside real ones": picture.read_bytes()} if picture.exists() else {}
     text = page.render([report], title=report.title, pictures=shown)
-    run_folder.write_bytes(folder / "report.html", text.encode())
-    run_folder.write_bytes(folder / "report.md", markdown.render(report).encode())
-    run_folder.write_json(folder / FILE_NAME, {"format": FORMAT_VERSION, **asdict(report)})
+    files.write_bytes(folder / "report.html", text.encode())
+    files.write_bytes(folder / "report.md", markdown.render(report).encode())
+    files.write_json(folder / FILE_NAME, {"format": FORMAT_VERSION, **asdict(report)})

@@ -15,8 +15,6 @@ import contextlib
 import itertools
 import json
 import os
-import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,53 +22,20 @@ from typing import Any
 
 import numpy as np
 
-from dsdistill.harness import checksums
-from dsdistill.harness.errors import UserError, one_line
+from dsdistill.harness import checksums, files, shell
+from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import locks, progress, tensorboard
 
 CHECKPOINT = "checkpoint.safetensors"
+COMMAND_KEY = "command"  # in config.json: the command of `dsdistill` that the run is of
 CHOSEN_KEY = "chosen"  # in config.json: values that the run itself has chosen
 INPUTS_KEY = "inputs"  # in config.json: SHA-256 of what the run depends on
 REMEDY = ": start anew in another --out"
 _STATE_KEY = "meta"  # in a checkpoint's metadata
-# Temporary files of `write_bytes`: hidden, the name of the file, eight random letters.
-_TEMPORARY = re.compile(r"\.[^.].*\.[A-Za-z]+\.[a-z0-9_]{8}")
 
 
 class RunError(UserError):
     """A run folder that cannot be started, resumed or read as requested."""
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file atomically: written beside it, flushed to disk, then renamed."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp creates it private
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file atomically. NaN becomes null, since JSON has none."""
-    write_bytes(path, (json.dumps(_replace_not_finite(value), indent=2) + "\n").encode())
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file of a run.
-
-    Raises:
-        RunError: If the file is missing or is not JSON.
-    """
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"cannot read {path}: {one_line(error)}") from error
 
 
 def next_free(stem: str, parent: Path = Path("runs")) -> Path:
@@ -120,7 +85,7 @@ class Run:
         if name not in chosen:
             chosen[name] = choose()
             if self.writes:
-                write_json(self.folder / "config.json", self.config)
+                files.write_json(self.folder / "config.json", self.config)
         return chosen[name]
 
     def require_same(self, inputs: Mapping[str, str]) -> None:
@@ -152,7 +117,7 @@ class Run:
             )
         stored.update({name: inputs[name] for name in unknown})
         if unknown and self.writes:
-            write_json(self.folder / "config.json", self.config)
+            files.write_json(self.folder / "config.json", self.config)
 
     def withdraw(self) -> None:
         """Free and close the folder again if the run has no checkpoint: no work is lost by it."""
@@ -200,7 +165,7 @@ class Run:
         if not self.writes:
             return
         content = checksums.pack(_STATE_KEY, json.dumps(meta), arrays)
-        write_bytes(self.folder / CHECKPOINT, content)
+        files.write_bytes(self.folder / CHECKPOINT, content)
 
     def load_state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
         """Arrays and metadata of the last checkpoint; None if the run stopped before its first.
@@ -293,7 +258,7 @@ def start(
             return Run(folder, stored, True, lock=lock)
         check_free(folder, result)
         _remove_temporaries(folder)
-        write_json(folder / "config.json", config)
+        files.write_json(folder / "config.json", config)
         return Run(folder, config, False, lock=lock)
     except BaseException:
         lock.release()
@@ -355,19 +320,17 @@ def _remove_temporaries(folder: Path) -> None:
     subfolders = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
     parts = [path for path in subfolders if not (path / "config.json").exists()]
     for directory in (folder, *parts):
-        for path in directory.iterdir():
-            if _TEMPORARY.fullmatch(path.name) and path.is_file():
-                path.unlink(missing_ok=True)
+        files.remove_temporaries(directory)
 
 
 def _as_json(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options as they are read back from `config.json`: tuples become lists."""
-    return json.loads(json.dumps(_replace_not_finite(options)))
+    return json.loads(json.dumps(files.replace_not_finite(options)))
 
 
 def _stored_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    stored = read_json(path)
+    stored = files.read_json(path, RunError)
     if not isinstance(stored, dict):
         raise RunError(f"{path} is damaged: expected an object of options{REMEDY}")
     for name in (CHOSEN_KEY, INPUTS_KEY):
@@ -384,77 +347,14 @@ def _reconcile(
     free: tuple[str, ...],
 ) -> dict[str, Any]:
     """The stored options, updated by the free ones; refuses an option that contradicts them."""
-    if old.get("command") != new.get("command") or (new and not new.keys() & old.keys()):
-        commands = f" ({old.get('command') or 'kd train'}, got {new.get('command') or 'kd train'})"
+    before, now = old.get(COMMAND_KEY), new.get(COMMAND_KEY)
+    if before != now or (new and not new.keys() & old.keys()):
+        commands = f" ({before or 'kd train'}, got {now or 'kd train'})"
         raise RunError(f"{folder} holds a run of another command{commands}: choose another --out")
     for name, value in new.items():
         if name in free:
             old[name] = value
         elif value != defaults.get(name) and value != old.get(name):
-            option = "--" + name.replace("_", "-")
-            raise RunError(f"the run was started with {option} {old.get(name)}, got {value}")
+            was = f"{shell.flag(name)} {old.get(name)}"
+            raise RunError(f"the run was started with {was}, got {value}")
     return old
-
-
-class Metrics:
-    """Writer of named figures to `metrics.jsonl` and to a TensorBoard event file.
-
-    Args:
-        folder: The run's folder.
-        resume_from: Step of the checkpoint of a resumed run. Lines of later steps are dropped, so
-            that the file equals that of an uninterrupted run.
-    """
-
-    def __init__(self, folder: Path, *, resume_from: int | None = None) -> None:
-        self._path = folder / "metrics.jsonl"
-        if resume_from is not None:
-            self._drop_after(resume_from)
-        self._file = self._path.open("a")
-        self._events = tensorboard.EventFile(folder, resume_from)
-
-    def write(self, step: int, **figures: float) -> None:
-        """Append the figures of one step, and flush them for readers of the files."""
-        figures = {name: float(value) for name, value in figures.items()}  # NumPy's too
-        self._file.write(json.dumps(_replace_not_finite({"step": step, **figures})) + "\n")
-        self._file.flush()
-        self._events.write(step, figures)
-
-    def close(self) -> None:
-        self._file.close()
-        self._events.close()
-
-    def __enter__(self) -> "Metrics":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _drop_after(self, step: int) -> None:
-        if not self._path.exists():
-            return
-        lines = self._path.read_bytes().split(b"\n")[:-1]  # the last line may be incomplete
-        steps = [(line, _parse_step(line)) for line in lines]
-        if damaged := sum(parsed is None for _, parsed in steps):
-            progress.say(f"note: {self._path}: {damaged} of {len(lines)} lines damaged, dropped")
-        earlier = [line for line, parsed in steps if parsed is not None and parsed <= step]
-        write_bytes(self._path, b"".join(line + b"\n" for line in earlier))
-
-
-def _parse_step(line: bytes) -> int | None:
-    """Step of a line of `metrics.jsonl`; None if the line is damaged."""
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None
-    return step if type(step) is int else None
-
-
-def _replace_not_finite(value: Any) -> Any:
-    """Copy a value with NaN and infinities replaced by None, at any depth."""
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _replace_not_finite(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_replace_not_finite(v) for v in value]
-    return value

@@ -9,6 +9,7 @@ from dsdistill.kernels.conv import gpu, gpu_programs
 from dsdistill.kernels.conv.offsets import Grid, grids
 from dsdistill.kernels.conv.stages import Level
 from dsdistill.kernels.notation import Architecture, Stage
+from dsdistill.parallel import devices
 
 REGISTER_BYTES = 64  # an AVX-512 register, filled with images side by side
 MAX_PLANE_BYTES = 50_000  # of a plane with all lanes; large enough to hide the cost of loops
@@ -49,9 +50,8 @@ def choose_lanes(x: Float[Array, "n h w c"], levels: list[Level]) -> int:
 
 def split_into_lanes(x: Array, lanes: int) -> Array:
     """Reshape (n, ...) to (blocks, ..., lanes), the last block padded with the last image."""
-    missing = -len(x) % lanes
-    filled = jnp.concatenate([x, jnp.broadcast_to(x[-1:], (missing, *x.shape[1:]))])
-    return jnp.moveaxis(filled.reshape(-1, lanes, *x.shape[1:]), 1, -1)
+    blocks = devices.pad_rows(x, lanes).reshape(-1, lanes, *x.shape[1:])
+    return jnp.moveaxis(blocks, 1, -1)
 
 
 def merge_lanes(x: Array, n: int) -> Array:
