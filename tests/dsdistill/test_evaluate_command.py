@@ -336,7 +336,7 @@ def test_a_stop_by_hand_says_how_the_evaluation_goes_on(kip_run: Path, tmp_path:
     options = EvaluateOptions(kip_run, learners="ridge", controls="", seeds=1, cache=None)
     options = replace(options, out=tmp_path / "an out")
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate_command, "_run_trainings", stopped)
+        patch.setattr(evaluate_command, "run_trainings", stopped)
         with pytest.raises(
             StopInterrupt, match=f"`dsdistill evaluate {kip_run} --resume --out '.*an out'`$"
         ):
