@@ -424,8 +424,9 @@ def _make_foreign(folder: Path) -> None:
 def _foreign_reader() -> Read:
     from dsdistill.harness.data import npz, preprocess
     from dsdistill.published_sets import reader as foreign
+    from dsdistill.published_sets.stated_format import StatedFormat
 
-    stated = foreign.StatedFormat(pixels="standardised", mean=(0.5,), std=(0.25,))
+    stated = StatedFormat(pixels="standardised", mean=(0.5,), std=(0.25,))
 
     def read(folder: Path) -> Any:
         data = npz.read(folder / "real" / "data.npz")

@@ -11,6 +11,7 @@ import tyro
 
 from dsdistill.harness import command_line, help_page, paths
 from dsdistill.harness.help_page import Layout, Shown
+from dsdistill.published_sets.stated_format import AxisOrder, LabelKind, PixelKind
 
 Data = Annotated[str, tyro.conf.Positional, Shown("DATA")]
 Options = TypeVar("Options")
@@ -303,21 +304,7 @@ class EvaluateOptions:
     ] = None
     """1 makes all images of --data grayscale, 3 makes them colour"""
 
-    pixels: Annotated[
-        Literal[
-            "auto",
-            "standardised",
-            "imagenet",
-            "signed",
-            "unit",
-            "bytes",
-            "zca",
-            "zca-mtt",
-            "zca-rfad",
-            "zca-frepo",
-        ],
-        Shown("KIND"),
-    ] = "auto"
+    pixels: Annotated[PixelKind, Shown("KIND")] = "auto"
     """What the pixels are: standardised by --mean and --std, imagenet (standardised by the
     constants of ImageNet), signed (-1 to 1), unit (0 to 1), bytes (0 to 255), or whitened as in
     KIP's paper (zca), zca-mtt, zca-rfad or zca-frepo; auto: what the file says or proves"""
@@ -325,7 +312,7 @@ class EvaluateOptions:
     tiles: Annotated[int | None, Shown(default="2 where the pixels show it, as in IDC")] = None
     """Each image holds N by N smaller ones: the factor of IDC"""
 
-    labels: Literal["auto", "index", "one-hot", "centred", "probabilities", "logits"] = "auto"
+    labels: LabelKind = "auto"
     """What the labels are"""
 
     mean: Annotated[
@@ -338,7 +325,7 @@ class EvaluateOptions:
     ] = None
     """Standard deviation of standardised pixels, one value per channel, of images in [0, 1]"""
 
-    layout: Literal["auto", "nchw", "nhwc"] = "auto"
+    layout: AxisOrder = "auto"
     """Order of the axes of the images"""
 
     device: Annotated[str, Shown("DEVICE")] = "cpu"

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -26,11 +26,11 @@ from dsdistill.harness.runs import progress
 from dsdistill.harness.text import quote
 from dsdistill.options import EvaluateOptions
 from dsdistill.published_sets import reader
-from dsdistill.published_sets.reader import StatedFormat
+from dsdistill.published_sets.stated_format import StatedFormat
 
 MAX_VALIDATION_IMAGES = 2000  # class-balanced; they choose learning rates and calibrate
 # Options for a published set, and for reading the data that it was distilled from.
-FORMAT_OPTIONS = ("pixels", "labels", "mean", "std", "layout", "tiles")
+FORMAT_OPTIONS = tuple(known.name for known in fields(StatedFormat))
 DATA_OPTIONS = ("image_size", "channels")
 
 

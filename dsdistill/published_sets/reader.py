@@ -7,9 +7,9 @@ set every learner stays at chance, as on a bad set.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -22,43 +22,10 @@ from dsdistill.harness.data.preprocess import Chunks, Preprocess
 from dsdistill.harness.errors import UserError
 from dsdistill.published_sets import class_folders, evidence, files, labels, pixels
 from dsdistill.published_sets.files import RawSet
+from dsdistill.published_sets.stated_format import StatedFormat
 
 MAX_TILES_PER_SIDE = 8
 CHANCE_STANDARD_ERRORS = 3.0  # an accuracy within this distance of chance counts as chance
-
-
-@dataclass(frozen=True)
-class StatedFormat:
-    """Format of a published set as the user states it; evidence decides where it is `auto`.
-
-    Attributes:
-        pixels: Standardised by `mean` and `std`, standardised by ImageNet's constants, in [-1, 1],
-            in [0, 1], 0 to 255, or whitened in one of four ways.
-        labels: Class indices, one-hot rows, rows that sum to 0, rows that sum to 1, or any rows.
-        mean, std: Mean and deviation of the training images in [0, 1], one value per channel, for
-            standardised pixels; None: constants of the project or the data.
-        layout: Order of the images' axes.
-        tiles: Number of smaller images in each row and column of a published one; None: evidence
-            decides.
-    """
-
-    pixels: Literal[
-        "auto",
-        "standardised",
-        "imagenet",
-        "signed",
-        "unit",
-        "bytes",
-        "zca",
-        "zca-mtt",
-        "zca-rfad",
-        "zca-frepo",
-    ] = "auto"
-    labels: Literal["auto", "index", "one-hot", "centred", "probabilities", "logits"] = "auto"
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    layout: Literal["auto", "nchw", "nhwc"] = "auto"
-    tiles: int | None = None
 
 
 def is_published_set(path: Path) -> bool:

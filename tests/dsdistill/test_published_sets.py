@@ -20,7 +20,7 @@ from dsdistill.harness.data.labeled_images import LabeledImages, centred_one_hot
 from dsdistill.harness.errors import UserError
 from dsdistill.options import EvaluateOptions
 from dsdistill.published_sets import evidence, pixels, reader
-from dsdistill.published_sets.reader import StatedFormat
+from dsdistill.published_sets.stated_format import StatedFormat
 
 SHARE = 20  # real images per class that stand in for a distilled set
 GOOD = 0.9  # accuracy of ridge regression on them: 0.96; chance is 0.1

@@ -17,7 +17,7 @@ from PIL import Image
 
 from dsdistill.commands import cache
 from dsdistill.harness import paths
-from dsdistill.harness.data import datasets, folders, labeled_images, layout
+from dsdistill.harness.data import datasets, folder_part, folders, labeled_images
 from dsdistill.harness.data.labeled_images import DataError
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import locks
@@ -83,7 +83,7 @@ def test_train_and_val_are_read_in_class_order(tmp_path):
     assert isinstance(train.store, np.memmap)
 
 
-@pytest.mark.parametrize("name", sorted({*layout.PART_BY_KEYWORD} - {"train", "training"}))
+@pytest.mark.parametrize("name", sorted({*folder_part.PART_BY_KEYWORD} - {"train", "training"}))
 def test_names_of_the_test_part(name, tmp_path):
     _classes(tmp_path / "data" / "train", {"a": 2, "b": 2})
     _classes(tmp_path / "data" / name, {"a": 1, "b": 3})

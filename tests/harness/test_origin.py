@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from dsdistill.commands import evaluation_parts
+from dsdistill.commands import distil, evaluation_parts
 from dsdistill.harness.data import datasets, distilled_set, origin, preprocess
 from dsdistill.harness.data.distilled_set import DistilledSet
 from dsdistill.harness.data.labeled_images import centred_one_hot, draw_per_class
 from dsdistill.harness.errors import UserError
-from dsdistill.options import EvaluateOptions
+from dsdistill.options import EvaluateOptions, KipOptions, LabelSolveOptions
 from kd.data import data_source
 
 
@@ -49,13 +49,28 @@ def _saved(path, digits, **changes):
 )
 def test_both_packages_hold_out_the_same_images(tmp_path, digits, stored, held):
     path = _saved(tmp_path / "set.safetensors", digits, config={"validation_fraction": stored})
-    root = tmp_path / "root"
+    _require_same_split(path, tmp_path / "root", (1438 - held, held, 359))
+
+
+@pytest.mark.parametrize("method", ["ls", "kip"])
+def test_both_hold_out_the_same_images_for_a_run_of_a_command(tmp_path, method):
+    """Label Solve takes all training images, KIP holds a tenth out: both are evaluated alike."""
+    options = {"images_per_class": 1, "out": tmp_path / "run", "data_root": tmp_path / "root"}
+    if method == "ls":
+        distil.run_label_solve(LabelSolveOptions(**options))
+    else:
+        distil.run_kip(KipOptions(**options, steps=1, target_batch=20, validation_images=10))
+    _require_same_split(tmp_path / "run", tmp_path / "root", (1295, 143, 359))
+
+
+def _require_same_split(path, root, counts):
+    """Require the same training, validation and test images in both packages."""
     ours = evaluation_parts.assemble(
         EvaluateOptions(path, learners="ridge", controls="full", data_root=root)
     )
     theirs = data_source.resolve(str(path), root=root).splits
     assert theirs is not None
-    for part, count in (("train", 1438 - held), ("validation", held), ("test", 359)):
+    for part, count in zip(("train", "validation", "test"), counts, strict=True):
         a, b = getattr(ours.splits, part), getattr(theirs, part)
         assert (len(a), len(b)) == (count, count)
         assert datasets.digest(a) == datasets.digest(b)

@@ -1,4 +1,7 @@
-"""One self-contained HTML page about one or several evaluations."""
+"""One self-contained HTML page about one or several evaluations.
+
+On top stands the answer: whether the distilled set beats random images.
+"""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -6,7 +9,15 @@ from typing import TYPE_CHECKING
 
 from dsdistill.harness.evaluation.results import Row
 from dsdistill.harness.memory import format_bytes
-from dsdistill.harness.reports import front, gallery, growth, html, plot_style, tables, wording
+from dsdistill.harness.reports import (
+    gallery,
+    growth,
+    html,
+    plot_style,
+    tables,
+    verdict,
+    wording,
+)
 from dsdistill.harness.reports.html import Cell
 from dsdistill.harness.reports.report import Report
 
@@ -77,11 +88,7 @@ def _unique_titles(reports: Sequence[Report]) -> dict[str, Report]:
 
 def _header(title: str, names: Mapping[str, Report], sections: Sequence[str]) -> str:
     links = (f'<a href="#{_anchor(name)}">{html.text(name)}</a>' for name in sections)
-    answer = (
-        front.render_single(next(iter(names.values())))
-        if len(names) == 1
-        else front.render_comparison(names)
-    )
+    answer = _answer(next(iter(names.values()))) if len(names) == 1 else _compare_answers(names)
     return "\n".join(
         [
             "<header>",
@@ -91,6 +98,40 @@ def _header(title: str, names: Mapping[str, Report], sections: Sequence[str]) ->
             "</header>",
         ]
     )
+
+
+def _answer(report: Report) -> str:
+    """Render the answer of one evaluation, its subject, and a line for each learner."""
+    lines = (
+        f"<b>{html.text(score.learner)}</b>: {html.text(verdict.answer(report, score))}"
+        for score in report.scores
+    )
+    return "\n".join(
+        [
+            html.paragraph(verdict.headline(report), "answer"),
+            html.paragraph(verdict.subject(report)),
+            html.bullet_list(lines),
+        ]
+    )
+
+
+def _compare_answers(names: Mapping[str, Report]) -> str:
+    """Render the answer of each evaluation, and one table of all.
+
+    Args:
+        names: The evaluations by name.
+    """
+    answers = (
+        f"<b>{html.text(name)}</b>: {html.text(verdict.headline(report))}"
+        for name, report in names.items()
+    )
+    groups = [
+        (name, [list(map(html.text, tables.contrast_cells(report, s))) for s in report.scores])
+        for name, report in names.items()
+    ]
+    caption = "Test accuracy after training on the distilled set, and its distance to other data"
+    table = html.table(caption, tables.CONTRAST_COLUMNS, groups)
+    return "\n".join([html.bullet_list(answers), table])
 
 
 def _join_reports(names: Mapping[str, Report], part: Callable[[Report, str], str]) -> str:
