@@ -1,5 +1,6 @@
 """Finished runs: reading them from their folders, and grouping those that differ only by seed."""
 
+import itertools
 import json
 import math
 import shlex
@@ -13,6 +14,7 @@ from dsdistill.harness.evaluation import statistics
 from dsdistill.harness.evaluation.statistics import Summary
 from dsdistill.harness.reports import schema
 from dsdistill.harness.runs import run_folder
+from kd.commands import continuation
 from kd.models import seals
 from kd.models.seals import REPORT
 from kd.options import DEFAULT_WORKERS, Overrides, TrainOptions
@@ -61,7 +63,7 @@ class FinishedRun:
     @property
     def command(self) -> str:
         """Command line that reproduces the run."""
-        return train_command(self.config)
+        return train_command(self.config, self.folder)
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,27 @@ def group_by_options(runs: Sequence[FinishedRun]) -> list[RunGroup]:
     return [RunGroup(*pair) for pair in zip(labels, groups.values(), strict=True)]
 
 
-def train_command(config: Mapping[str, Any]) -> str:
-    """The `kd train` line of stored options, without those that have their default."""
+def train_command(config: Mapping[str, Any], folder: Path) -> str:
+    """The line that repeats a run, with one `kd train` more for each change of its length.
+
+    Args:
+        config: The stored options; those that have their default are left out.
+        folder: Folder of the run.
+    """
+    earlier = config.get(continuation.EARLIER_KEY, [])
+    if not earlier:
+        return _first_command(config)
+    lengths = [{name: row[name] for name in continuation.LENGTHS} for row in earlier]
+    out, commands = shlex.quote(str(folder)), [_first_command({**config, **lengths[0]})]
+    for before, after in itertools.pairwise([*lengths, config]):
+        changed = {k: after[k] for k in continuation.LENGTHS if after[k] not in (None, before[k])}
+        options = "".join(f" --{name} {value}" for name, value in changed.items())
+        commands.append(f"kd train --resume{options}")
+    steps = ", ".join(str(row["until_step"]) for row in earlier)
+    return " && ".join(f"{command} --out {out}" for command in commands) + f"  # at step {steps}"
+
+
+def _first_command(config: Mapping[str, Any]) -> str:
     words = ["kd", "train", str(config["data"])]
     for name, value in _non_default(config).items():
         option = "--" + name.replace("_", "-")
@@ -159,6 +180,9 @@ def _check(config: Any, report: Any) -> None:
     schema.check(REPORT, report, REQUIRED_TYPES | OPTIONAL_TYPES)
     if missing := REQUIRED_TYPES.keys() - report.keys():
         raise ValueError(f"{REPORT} lacks {', '.join(sorted(missing))}")
+    for row in config.get(continuation.EARLIER_KEY, []):
+        if not isinstance(row, dict) or {"until_step", *continuation.LENGTHS} - row.keys():
+            raise ValueError("config.json has an earlier length that is not whole")
     if missing := {"data", "seed"} - config.keys():
         raise ValueError(f"config.json lacks {', '.join(sorted(missing))}")
 
