@@ -246,7 +246,7 @@ class EvaluateOptions:
     LAYOUT: ClassVar = Layout(
         groups={
             "Comparison": "learners controls seeds steps augment",
-            "Teacher": "teacher teacher_class_map",
+            "Teacher": "teacher teacher_class_map trust_module",
             "Output and resuming": "out resume cache",
             "Hardware": "device",
             "Data": "data data_root image_size channels",
@@ -269,7 +269,8 @@ class EvaluateOptions:
     learners: Annotated[str, Shown("NAME,...")] = "ridge,convnet"
     """ridge (with the set's own kernel), ridge:KERNEL (with another one; a module:attribute must be
     written so, for it is never imported because a file names it), convnet, kip-convnet, mlp,
-    resnet18, vgg11, vit, with a width as in convnet:32, and any student of kd train"""
+    resnet18, vgg11, vit, with a width as in convnet:32, and any student of kd train, such as
+    module:attribute for a network of your own code"""
 
     controls: Annotated[str, Shown("NAME,..."), command_line.MAY_BE_EMPTY] = (
         "random,k-means,herding,full"
@@ -283,6 +284,10 @@ class EvaluateOptions:
 
     teacher_class_map: Annotated[Path | None, Shown("FILE")] = None
     """JSON file, class of the data -> class of the teacher (name or number), where they differ"""
+
+    trust_module: Annotated[str | None, Shown("NAME")] = None
+    """Code that the run of the teacher may name as its network, as module:attribute with its
+    arguments; what only a file names is never imported"""
 
     augment: Literal["none", "crop", "crop-flip"] = "none"
     """Train networks also with these random changes of the images, beside the training without"""

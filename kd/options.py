@@ -87,7 +87,7 @@ class TrainOptions:
 
     LAYOUT: ClassVar = Layout(
         groups={
-            "Student": "student pretrained recipe",
+            "Student": "student pretrained recipe trust_module",
             "Output and resuming": "out resume seed",
             "Teacher": "teacher teacher_weights class_map teacher_image_size teacher_mean "
             "teacher_std min_teacher_accuracy cache cache_top",
@@ -124,11 +124,14 @@ class TrainOptions:
 
     student: Annotated[str | None, Shown("NAME|RUN", "convnet, or the student of --recipe")] = None
     """convnet or mlp, with a width as in convnet:32; any name of timm; torchvision:NAME; hf:NAME;
-    NAME@FILE with the weights in a file; or the folder of an earlier run"""
+    module:attribute for a network of your own code, which is imported, from the current folder
+    too, with arguments as in "module:attribute(width=32)"; NAME@FILE with the weights in a file; or
+    the folder of an earlier run"""
 
     teacher: NamesArg = None
-    """Folder of an earlier run, any of the names of --student with published weights, or FILE.pt2.
-    Of several, the tempered probabilities and the losses on layers are averaged"""
+    """Folder of an earlier run, any of the names of --student with published weights, FILE.pt2, or
+    module:attribute for code that returns a trained network. Of several, the tempered probabilities
+    and the losses on layers are averaged"""
 
     recipe: Annotated[str | None, Shown("NAME", "one for this kind of data and student")] = None
     """supergradients, hinton, function_matching, cifar, distilled_set or deit: sets the options of
@@ -177,11 +180,16 @@ class TrainOptions:
     pretrained: bool = False
     """Start the student from its published weights"""
 
+    trust_module: NamesArg = None
+    """Code that the folder of an earlier run may name as its network, as module:attribute with its
+    arguments; what only a file names is never imported"""
+
     out: Annotated[Path | None, Shown("DIR", "the next free runs/kd-<student>-<data>-<n>")] = None
     """Folder of the run"""
 
     resume: bool = False
-    """Continue the unfinished run in --out"""
+    """Continue the run in --out. A larger --epochs, --steps or --patience trains an unfinished or a
+    finished run further; from there on the learning rate is that of a run of the new length"""
 
     seed: int = 0
     """Seed of the initial weights, the order of the images and their augmentation"""
@@ -280,6 +288,7 @@ class EvaluateOptions:
     LAYOUT: ClassVar = Layout(
         groups={
             "Comparison": "teacher class_map teacher_class_map data_root device",
+            "Code of your own": "trust_module",
             "Output": "json",
         },
         examples=("kd evaluate runs/student --json",),
@@ -305,6 +314,10 @@ class EvaluateOptions:
     ] = None
     """JSON file, class of the data -> class of the teacher; of several teachers as for kd train"""
 
+    trust_module: NamesArg = None
+    """Code that the run, or the run of a teacher, may name as its network, as module:attribute with
+    its arguments; what only a file names is never imported"""
+
     data_root: Path = field(default_factory=paths.data_root)
     """Folder of the named data sets, downloaded when missing; the environment variable
     DSDISTILL_DATA sets it too"""
@@ -322,7 +335,11 @@ class ExportOptions:
     """Write a trained student for other programs, and check that its answers agree."""
 
     LAYOUT: ClassVar = Layout(
-        groups={"Output": "format out", "Data": "data_root"},
+        groups={
+            "Output": "format out",
+            "Data": "data_root",
+            "Code of your own": "trust_module",
+        },
         examples=("kd export runs/student --format pt2",),
     )
 
@@ -337,6 +354,10 @@ class ExportOptions:
         Path | None, Shown("PATH", "<run>/export/<student> with the suffix of the format")
     ] = None
     """File or folder to write"""
+
+    trust_module: Annotated[str | None, Shown("NAME")] = None
+    """Code that the run may name as its network, as module:attribute with its arguments; what only
+    a file names is never imported"""
 
     data_root: Annotated[Path | None, Shown("DIR", "where they were in training")] = None
     """Folder of the run's data, some images of which the check uses"""

@@ -88,7 +88,9 @@ def assemble(options: EvaluateOptions) -> EvaluationParts:
         classes, shape = splits.train.classes, splits.train.shape
         prepared, device = distilled.preprocess, options.device
         class_map = options.teacher_class_map
-        teacher = answers.load(options.teacher, prepared, shape, classes, device, class_map)
+        typed = lists.parse_names("--trust-module", options.trust_module or "", empty=True)
+        typed += lists.parse_names("--learners", options.learners)
+        teacher = answers.load(options.teacher, prepared, shape, classes, device, class_map, typed)
     identity = None if teacher is None else teacher.digest
     return combine(
         distilled,
@@ -280,4 +282,11 @@ def learner(name: str, distilled: DistilledSet, options: EvaluateOptions) -> Lea
     from kd.evaluation.learners import network_learner
 
     flip = options.augment == "crop-flip"
-    return network_learner(name, steps=options.steps, device=options.device, flip=flip)
+    return network_learner(
+        name,
+        steps=options.steps,
+        device=options.device,
+        flip=flip,
+        shape=distilled.images.shape[1:],
+        classes=len(distilled.classes),
+    )

@@ -5,20 +5,17 @@ NTK parameterisation, ReLU, weight deviation sqrt(2), bias deviation 0.1, 3x3 SA
 """
 
 import functools
-import hashlib
-import importlib
 import math
 import re
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dsdistill.harness import imports
 from dsdistill.harness.errors import UserError, one_line, unknown_name
 from dsdistill.kernels import neural_tangents, notation
 from dsdistill.kernels.conv import conv_kernel, variances
@@ -210,17 +207,11 @@ def _convolutional(name: str, layers: Architecture) -> InfiniteNetwork:
 
 
 def _from_module(name: str, depth: int | None) -> InfiniteNetwork:
-    module, _, attribute = name.partition(":")
     neural_tangents.load()  # a user's module imports neural_tangents itself
     if depth is not None:
         raise UserError(f"the kernel {name} takes no --depth: its module fixes the network")
-    try:
-        imported = importlib.import_module(module)
-        value = getattr(imported, attribute)
-    except Exception as error:  # from the user's code, or from neural-tangents for its network
-        line = one_line(error, kind=True)
-        raise UserError(f"kernel {name!r} cannot be imported: {line}") from error
-    return from_neural_tangents(value, name, _digest(imported))
+    imported = imports.load("kernel", name)
+    return from_neural_tangents(imported.value, name, imported.sha256)
 
 
 def from_neural_tangents(
@@ -246,14 +237,6 @@ def from_neural_tangents(
         _diagonal(kernel),
         module_sha256=module_sha256,
     )
-
-
-def _digest(module: types.ModuleType) -> str | None:
-    """SHA-256 of a module's file; None for a module without one, as in a notebook."""
-    file = getattr(module, "__file__", None)
-    if file is None or not Path(file).is_file():
-        return None
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def _in_image_dtype(kernel: Callable[..., Any]) -> Kernel:

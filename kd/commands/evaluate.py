@@ -50,7 +50,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         UserError: If run, data or teacher are missing or do not fit together.
     """
     device = engine.make(options.device).device
-    student = saved_models.load_run(options.run)
+    student = saved_models.load_run(options.run, typed=networks.names_in(options.trust_module))
     config = seals.read(options.run, "config.json")
     recipe = run_data.read_recipe(options.run)
     chosen = _test_images(options, config, student, recipe)
@@ -128,10 +128,12 @@ def _load_teachers(
     option = "--teacher-class-map"
     text = options.teacher_class_map or stored.get("class_map")
     maps = class_names.read_class_maps(text, names, option)
+    typed = networks.names_in(options.teacher, options.trust_module)
     for label, mapping, inputs in zip(names, maps, told(stored, len(names)), strict=True):
+        networks.require_typed(str(options.run / "config.json"), label, typed)
         images = fitted, source.shape, source.classes
         teacher = teachers.load(
-            label, *images, class_map=mapping, class_map_option=option, **inputs
+            label, *images, class_map=mapping, class_map_option=option, typed=typed, **inputs
         )
         for remark in teachers.matching_notes(teacher):
             progress.say(f"teacher {label}: {remark}")

@@ -73,7 +73,7 @@ def export(options: ExportOptions) -> dict[str, Any]:
     if options.format not in FORMATS:
         raise unknown_name("format", options.format, FORMATS)
     export_format = FORMATS[options.format]
-    model = saved_models.load_run(options.run)
+    model = saved_models.load_run(options.run, typed=networks.names_in(options.trust_module))
     model.classifier.eval()
     out = _free_path(options, model, export_format)
     write = export_format.prepare(model)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dsdistill.harness import files
 from dsdistill.harness.data import preprocess
 from dsdistill.harness.errors import UserError, first_line
-from kd.models import networks, saved_models
+from kd.models import networks, saved_models, seals
 from kd.models.adapters import PreprocessLayer
 from kd.models.saved_models import Model
 from kd.models.zoo import exported, timm_zoo
@@ -138,8 +138,9 @@ def prepare_safetensors(model: Model) -> Writer:
 
 
 def read_safetensors(path: Path) -> Runner:
-    """Rebuild the student from the folder."""
-    model = saved_models.load_run(path)
+    """Rebuild the student from the folder, which this process has written."""
+    name = seals.read(path, seals.CARD)["name"]
+    model = saved_models.load_run(path, typed=[name])
     return nn.Sequential(PreprocessLayer(model.preprocess), model.classifier).eval()
 
 

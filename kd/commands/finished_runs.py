@@ -1,5 +1,6 @@
 """Finished runs: reading them from their folders, and grouping those that differ only by seed."""
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from dsdistill.harness.evaluation.statistics import Summary
 from dsdistill.harness.reports import schema
 from dsdistill.harness.runs import run_folder
 from dsdistill.harness.runs.options import Storage
+from kd.commands import continuation
 from kd.models import seals
 from kd.models.seals import REPORT
 from kd.options import DEFAULT_WORKERS, TrainOptions
@@ -62,7 +64,7 @@ class FinishedRun:
     @property
     def command(self) -> str:
         """Command line that reproduces the run."""
-        return train_command(self.config)
+        return train_command(self.config, self.folder)
 
 
 @dataclass(frozen=True)
@@ -125,9 +127,29 @@ def group_by_options(runs: Sequence[FinishedRun]) -> list[RunGroup]:
     return [RunGroup(*pair) for pair in zip(labels, groups.values(), strict=True)]
 
 
-def train_command(config: Mapping[str, Any]) -> str:
-    """The `kd train` line of stored options, without those that have their default."""
-    return shell.line("kd train", _non_default(config), _DEFAULTS, str(config["data"]))
+def train_command(config: Mapping[str, Any], folder: Path) -> str:
+    """The line that repeats a run, with one `kd train` more for each change of its length.
+
+    Args:
+        config: The stored options; those that have their default are left out.
+        folder: Folder of the run.
+    """
+    earlier = config.get(continuation.EARLIER_KEY, [])
+    if not earlier:
+        return _first_command(config)
+    lengths = [{name: row[name] for name in continuation.LENGTHS} for row in earlier]
+    commands = [_first_command({**config, **lengths[0]}, out=folder)]
+    for before, after in itertools.pairwise([*lengths, config]):
+        changed = {k: after[k] for k in continuation.LENGTHS if after[k] not in (None, before[k])}
+        options = {"resume": True, **changed, "out": folder}
+        commands.append(shell.line("kd train", options, {"resume": False}))
+    steps = ", ".join(str(row["until_step"]) for row in earlier)
+    return f"{' && '.join(commands)}  # at step {steps}"
+
+
+def _first_command(config: Mapping[str, Any], **more: Any) -> str:
+    options = _non_default(config) | more
+    return shell.line("kd train", options, _DEFAULTS, str(config["data"]))
 
 
 _DEFAULTS = Storage(unstored=("data", "out", "resume"), free=()).to_json(TrainOptions())
@@ -148,6 +170,9 @@ def _check(config: Any, report: Any) -> None:
     schema.check(REPORT, report, REQUIRED_TYPES | OPTIONAL_TYPES)
     if missing := REQUIRED_TYPES.keys() - report.keys():
         raise ValueError(f"{REPORT} lacks {', '.join(sorted(missing))}")
+    for row in config.get(continuation.EARLIER_KEY, []):
+        if not isinstance(row, dict) or {"until_step", *continuation.LENGTHS} - row.keys():
+            raise ValueError("config.json has an earlier length that is not whole")
     if missing := {"data", "seed"} - config.keys():
         raise ValueError(f"config.json lacks {', '.join(sorted(missing))}")
 

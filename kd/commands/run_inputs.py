@@ -38,7 +38,7 @@ def hashes(parts: TrainingParts, options: TrainOptions) -> dict[str, str]:
         parts: Parts of the training, before its first step.
         options: Options that the parts were assembled from.
     """
-    digests = data_hashes(parts, options)
+    digests = _code_hashes(parts) | data_hashes(parts, options)
     # By number, since one path can be written in several ways.
     pairs = zip(parts.teacher_names, parts.teachers, strict=True)
     for number, (name, teacher) in enumerate(pairs, 1):
@@ -57,6 +57,18 @@ def hashes(parts: TrainingParts, options: TrainOptions) -> dict[str, str]:
         if _has_stored_weights(name):
             digests[f"the first weights of peer {number}"] = teacher_cache.fingerprint(peer.network)
     return digests
+
+
+def _code_hashes(parts: TrainingParts) -> dict[str, str]:
+    """SHA-256 of the modules of networks of the user's own code; not of what they import."""
+    known = [("the student", parts.student.classifier)]
+    known += [(f"teacher {n}", teacher.classifier) for n, teacher in enumerate(parts.teachers, 1)]
+    known += [(f"peer {n}", peer) for n, peer in enumerate(parts.peers, 1)]
+    return {
+        f"module of {name}": bytes(classifier.code.tolist()).hex()
+        for name, classifier in known
+        if classifier.code is not None
+    }
 
 
 def data_hashes(parts: TrainingParts, options: TrainOptions) -> dict[str, str]:
@@ -146,5 +158,7 @@ def require_same_data(folder: Path, stored: Mapping[str, str], inputs: Mapping[s
 
 
 def _has_stored_weights(name: str | None) -> bool:
-    """Whether a network's first weights come from a run or a file."""
-    return name is not None and (Path(name).is_dir() or networks.parse(name).file is not None)
+    """Whether a network's first weights may come from elsewhere than the seed."""
+    if name is None or Path(name).is_dir():
+        return name is not None
+    return networks.parse(name).file is not None or networks.is_user_module(name)

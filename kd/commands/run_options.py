@@ -1,5 +1,6 @@
 """The options of a training in `config.json`: restored for `--resume`, compared along a chain."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from dsdistill.harness.data import datasets
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import run_folder
 from dsdistill.harness.runs.options import Storage
+from kd.commands import continuation
 from kd.models import networks
 from kd.models.seals import REPORT
 from kd.models.zoo import class_names
@@ -48,16 +50,40 @@ def restore(folder: Path, options: TrainOptions) -> TrainOptions:
     Args:
         folder: Folder of the run.
         options: Options of this call; those that differ from the defaults must equal the stored
-            ones.
+            ones, except for `continuation.LENGTHS`, which replace them.
 
     Raises:
         UserError: If there is no run to resume, its options are damaged, or those of this call
             contradict them.
     """
+    lengths = {k: v for k, v in options.given.items() if k in continuation.LENGTHS}
+    plain = replace(
+        options, overrides=replace(options.overrides, **dict.fromkeys(continuation.LENGTHS))
+    )
+    begun = continuation.is_begun(folder)
+    stored = _restore(continuation.work_folder(folder) if begun else folder, plain, begun)
+    changed = {k: v for k, v in lengths.items() if getattr(stored.overrides, k) != v}
+    if not begun and not changed:
+        raise UserError(
+            f"{folder} holds a finished run: there is nothing to resume; a larger --epochs or "
+            "--steps trains it further"
+        )
+    if changed and (stored.generations or stored.assistants):
+        raise UserError(
+            f"{folder} is the last of a chain of trainings, whose length cannot be changed: leave "
+            f"--{min(changed)} out"
+        )
+    for name, other in (("epochs", "steps"), ("steps", "epochs")):
+        if name in changed:
+            changed.setdefault(other, None)
+    return replace(stored, overrides=replace(stored.overrides, **changed))
+
+
+def _restore(folder: Path, options: TrainOptions, unfinished: bool) -> TrainOptions:
     config = run_folder.stored_options(
         folder,
         STORAGE.to_json(options),
-        result=REPORT,
+        result=REPORT if unfinished else None,
         defaults=STORAGE.to_json(TrainOptions()),
         free=STORAGE.free,
     )

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dsdistill.harness import lists
+from kd.models import networks
 from kd.options import TEACHER_INPUT_OPTIONS, TrainOptions
 
 # Options of the first teacher only: the others are runs on the data's classes and images.
@@ -20,7 +21,7 @@ FIRST_TEACHER_OPTIONS = ("class_map", *TEACHER_INPUT_OPTIONS)
 def earlier_trainings(options: TrainOptions, out: Path) -> tuple[TrainOptions, ...]:
     """Options of the trainings before the last, in order; empty without a chain."""
     students = _students(options)
-    plain = replace(options, generations=None, assistants=None)
+    plain = replace(options, generations=None, assistants=None, trust_module=_trusted(options))
     links, teacher = [], options.teacher
     for number, student in enumerate(students, start=1):
         folder = _link_folder(out, number)
@@ -52,6 +53,12 @@ def _students(options: TrainOptions) -> list[str | None]:
     if options.assistants is not None:
         return list(lists.parse_names("--assistants", options.assistants))
     return [options.student] * ((options.generations or 1) - 1)
+
+
+def _trusted(options: TrainOptions) -> str | None:
+    """The code that a link's teacher, a run of this chain, may name: the assistants' too."""
+    code = filter(networks.is_user_module, networks.names_in(options.assistants))
+    return ",".join([*networks.names_in(options.trust_module), *code]) or None
 
 
 def _link_folder(out: Path, number: int) -> Path:

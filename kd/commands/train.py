@@ -6,6 +6,7 @@ metrics.jsonl, events.*  loss terms and validation figures of every round
 checkpoint.safetensors   the last good state, for --resume
 student.safetensors      the network's weights of the best round
 model.json               description of the network (with preprocess.safetensors for ZCA)
+continued/               more epochs of a finished run, until they replace its files
 report.json              test figures and the checksums of all other files; its presence marks a
                          finished run
 curves.png               plots of the figures of every round
@@ -33,6 +34,7 @@ from dsdistill.harness.evaluation import metrics
 from dsdistill.harness.runs import metrics_file, progress, run_folder
 from kd import recipes
 from kd.commands import (
+    continuation,
     curves,
     run_inputs,
     run_options,
@@ -52,6 +54,7 @@ from kd.objectives import loss_spec, terms
 from kd.objectives.schemes import Objective
 from kd.options import TrainOptions
 from kd.parallel import engine, heartbeat
+from kd.recipe import Recipe
 from kd.training import checkpoint
 from kd.training.checkpoint import PackedState, TrainingState
 from kd.training.loop import train
@@ -72,6 +75,13 @@ def resolve(options: TrainOptions) -> TrainOptions:
         folders = [link.out for link in links if link.out]
         if not (options.out / "config.json").exists() and any(map(Path.exists, folders)):
             return replace(options, resume=False)  # a chain that was stopped before its last link
+        if continuation.is_complete(options.out):
+            if options.given.keys() & set(continuation.LENGTHS):
+                raise UserError(
+                    f"{options.out} was stopped while it replaced its files: finish that first, "
+                    f"with `kd train --resume --out {options.out}` alone"
+                )
+            return options
         return run_options.restore(options.out, options)
     if options.out is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("several processes of one training need --out, the folder they share")
@@ -92,6 +102,8 @@ def run(options: TrainOptions) -> dict[str, Any]:
             cannot be used, or the loss is not finite.
     """
     assert options.out is not None
+    if options.resume and continuation.is_complete(options.out):
+        return {} if int(os.environ.get("RANK", "0")) > 0 else continuation.finish(options.out)
     if not options.resume:
         run_folder.check_free(options.out, REPORT)
     if options.given.get("loss"):
@@ -133,18 +145,24 @@ def _train(options: TrainOptions, earlier: Sequence[Path]) -> dict[str, Any]:
         run_inputs.require_same_data(link, stored, hashes)
     batches = training_batches.prepare(parts, options, objective, source)
     hashes |= {run_options.HASH_KEY: run_options.digest(options)}
-    with engine.decide_on_main(parts.on, lambda: _open_run(folder, options, hashes)) as run:
+    per_epoch = math.ceil(len(batches) / parts.recipe.accumulate)
+    open_run = partial(_open_run, folder, options, hashes, parts.recipe, per_epoch)
+    with engine.decide_on_main(parts.on, open_run) as run:
         run = replace(run, writes=parts.on.is_main_process)
         # A lost process is no error of the input: the run stays as it is, to be resumed.
         with heartbeat.watch(parts.on, folder), run.clean_up_on_error():
             if run.writes:
-                files.write_json(folder / "recipe.json", _recipe_record(parts))
+                files.write_json(run.folder / "recipe.json", _recipe_record(parts))
             student, state, spent = _fit(options, parts, objective, batches, run)
             if not run.writes:
                 return {}
-            saved_models.save_run(folder, student)
+            saved_models.save_run(run.folder, student)
             report = _report(options, parts, student, state) | spent
-            seals.write(folder, REPORT, report, seals.SEALED_FILES)
+            seals.write(run.folder, REPORT, report, seals.SEALED_FILES)
+        if run.folder != folder:
+            continuation.adopt(folder)
+            run.close()
+            continuation.remove_empty(folder)
         curves.draw(folder)  # last: a picture must not cost a training
         return report
 
@@ -155,18 +173,39 @@ def _recipe_record(parts: TrainingParts) -> dict[str, Any]:
     return asdict(parts.recipe) | trained
 
 
-def _open_run(folder: Path, options: TrainOptions, hashes: Mapping[str, str]) -> run_folder.Run:
-    """Open and lock the folder of a new run, or of one that was started with the same inputs."""
+def _open_run(
+    folder: Path,
+    options: TrainOptions,
+    hashes: Mapping[str, str],
+    recipe: Recipe,
+    per_epoch: int,
+) -> run_folder.Run:
+    """Open and lock the folder of a new run, or of one that was started with the same inputs.
+
+    A finished run that is continued is opened in a folder inside it.
+    """
     storage = run_options.STORAGE
+    where, earlier, done = folder, {}, 0
+    if options.resume:
+        where = continuation.work_folder(folder)
+        now = where if continuation.is_begun(folder) else folder
+        earlier = continuation.changed_lengths(now, options)
+        if earlier:
+            done = continuation.check(now, folder, recipe, per_epoch)
+        if where != folder:
+            continuation.begin(folder)
     run = run_folder.start(
-        folder,
+        where,
         storage.to_json(options),
         result=REPORT,
         resume=options.resume,
         defaults=storage.to_json(TrainOptions()),
-        free=storage.free,
+        free=(*storage.free, *continuation.LENGTHS),
     )
     try:
+        if earlier:
+            key = run_options.HASH_KEY
+            continuation.store_lengths(run, earlier, done, hashes[key], key)
         run.require_same(hashes)
     except BaseException:
         run.close()

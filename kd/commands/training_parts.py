@@ -287,7 +287,7 @@ def _load_earlier_student(
             f"{name} brings its weights and its preprocessing: "
             "leave --pretrained and --preprocess out"
         )
-    model = saved_models.load_run(Path(name))
+    model = saved_models.load_run(Path(name), typed=_typed_names(options))
     model = saved_models.match_classes(f"student {name}", model, source.shape, source.classes, say)
     if source.distilled is not None and not source.distilled.preprocess.same_as(model.preprocess):
         raise UserError(
@@ -337,10 +337,17 @@ def _teachers(
     maps = class_names.read_class_maps(options.class_map, names)
     images = student.preprocess, source.shape, source.classes
     inputs = told(vars(options), len(names))
+    typed = _typed_names(options)
     return tuple(
-        teachers.load(name, *images, class_map=mapping, **given)
+        teachers.load(name, *images, class_map=mapping, typed=typed, **given)
         for name, mapping, given in zip(names, maps, inputs, strict=True)
     )
+
+
+def _typed_names(options: TrainOptions) -> list[str]:
+    """Names of networks that the user has typed, now or at the start of a run that is resumed."""
+    lists = options.student, options.teacher, options.peers, options.assistants
+    return networks.names_in(*lists, options.trust_module)
 
 
 def _recipe(options: TrainOptions, named: Recipe | None, distilled: bool, student: Model) -> Recipe:

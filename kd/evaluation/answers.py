@@ -1,5 +1,6 @@
 """A teacher of `kd` for the harness: NumPy images in, NumPy logits out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +53,7 @@ def load(
     classes: tuple[str, ...],
     device: str = "cpu",
     class_map: Path | None = None,
+    typed: Sequence[str] = (),
 ) -> NumpyTeacher:
     """Load a teacher for images in a given preprocessing.
 
@@ -62,6 +64,7 @@ def load(
         classes: Classes of the data, in order.
         device: `cpu`, `auto`, `cuda` or `cuda:N`.
         class_map: File of `--teacher-class-map`, for a teacher with other classes than the data.
+        typed: Names that the user has typed, as for `saved_models.load_run`.
 
     Raises:
         UserError: If there is no such teacher, or it does not fit the data.
@@ -72,7 +75,13 @@ def load(
     mapping = None if class_map is None else class_names.read_class_map(class_map)
     option = "--teacher-class-map"
     teacher = teachers.load(
-        name, preprocess, shape, classes, class_map=mapping, class_map_option=option
+        name,
+        preprocess,
+        shape,
+        classes,
+        class_map=mapping,
+        class_map_option=option,
+        typed=typed,
     )
     for remark in teachers.matching_notes(teacher):
         progress.say(f"teacher {name}: {remark}")

@@ -85,13 +85,14 @@ class NetworkLearner:
     def identity(self) -> dict[str, Any] | None:
         """All that its results depend on besides data and seed, JSON-compatible.
 
-        None for weights from a file, whose content may change.
+        None for weights from a file and for the user's own code, whose content may change.
         """
-        if networks.parse(_full_name(self.name)).file is not None:
+        name = _full_name(self.name)
+        if networks.parse(name).file is not None or networks.is_user_module(name):
             return None
         return {
             "name": self.name,
-            "network": _full_name(self.name),
+            "network": name,
             "recipe": asdict(self.recipe),
             "rates": list(self.rates),
             "flip": self.flip,
@@ -166,7 +167,13 @@ class TrainedNetwork:
 
 
 def network_learner(
-    name: str, *, steps: int | None = None, device: str = "cpu", flip: bool = False
+    name: str,
+    *,
+    steps: int | None = None,
+    device: str = "cpu",
+    flip: bool = False,
+    shape: Shape = (32, 32, 3),
+    classes: int = 10,
 ) -> NetworkLearner:
     """Make the learner of a name.
 
@@ -176,6 +183,9 @@ def network_learner(
         steps: Number of steps instead of the recipe's; the warm-up keeps its share.
         device: `cpu`, `auto` (a GPU where there is one), `cuda` or `cuda:N`.
         flip: Whether augmentation flips images too.
+        shape: Height, width and channels of the images, which a network of the user's own code is
+            tried on.
+        classes: Number of classes, for such a network.
 
     Raises:
         UserError: If there is no such network or device, or the number of steps is not positive.
@@ -186,7 +196,7 @@ def network_learner(
     if full.partition(":")[0] == "kip-convnet":
         recipe = replace(recipes.KIP, lr=recipes.KIP.lr / builtin.width(full))
         network = replace(network, recipe=recipe, factors=KIP_RATE_FACTORS)
-    elif _has_layer_norm(full):
+    elif _has_layer_norm(full, shape, classes):
         network = replace(network, recipe=recipes.SMALL_LAYER_NORM)
     changes = {} if steps is None else {"steps": steps}
     return replace(network, recipe=override(network.recipe, changes))
@@ -204,12 +214,13 @@ def _full_name(name: str) -> str:
     return ALIASES.get(base, base) + colon + width
 
 
-def _has_layer_norm(name: str) -> bool:
+def _has_layer_norm(name: str, shape: Shape, classes: int) -> bool:
     """Whether a network has layer norm, with which SGD and large rates train badly."""
     parsed = networks.parse(name)
-    # The size and channels that most published networks are made for.
-    shape = (32, 32, 3) if parsed.zoo is None else (224, 224, 3)
-    network = networks.build(parsed.text, shape, 2)
+    if not networks.is_user_module(name):
+        # The size and channels that most published networks are made for.
+        shape, classes = (32, 32, 3) if parsed.zoo is None else (224, 224, 3), 2
+    network = networks.build(parsed.text, shape, classes)
     return any(isinstance(module, nn.LayerNorm) for module in network.modules())
 
 

@@ -5,11 +5,12 @@ resnet18, timm:resnet18         timm's; also hf-hub:ID and local-dir:DIR, as tim
 resnet18(drop_path_rate=0.1)    timm's with arguments
 torchvision:resnet18            torchvision's classifiers
 hf:microsoft/resnet-50, hf:DIR  Hugging Face's image classifiers
+module:attribute(width=32)      a network of the user's own code
 NAME@FILE                       any of these, with the weights in a file
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from kd.models.zoo import (
     huggingface,
     timm_zoo,
     torchvision_zoo,
+    user_modules,
     weights,
 )
 from kd.models.zoo.protocol import Interpolation, PretrainedConfig, Shape, Zoo
@@ -47,7 +49,11 @@ class Classifier(nn.Module):
         interpolation: Interpolation of the resize.
         config: Values needed beside the name to build the network again.
         notes: Lines about decisions made when the network was built.
+        code: Of a network of the user's own code, the SHA-256 of the module's file; a buffer, so
+            that a hash of the state covers it. Else None.
     """
+
+    code: Tensor | None
 
     def __init__(
         self,
@@ -65,6 +71,7 @@ class Classifier(nn.Module):
         self.interpolation: Interpolation = interpolation
         self.config = config
         self.notes: tuple[str, ...] = ()
+        self.register_buffer("code", None)
 
     def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
         resized = resize(images, self.size, self.interpolation)
@@ -134,6 +141,48 @@ def build(
     elif pretrained:
         classifier.notes = _adaptation_notes(parts, classes, shape[-1], classifier)
     return classifier
+
+
+def build_as_it_is(name: str, shape: Shape, classes: int) -> tuple[Classifier, int]:
+    """Build a network of the user's own code with its own number of classes.
+
+    Args:
+        name: A `module:attribute`, without a file of weights.
+        shape: Height, width and channels of the images.
+        classes: Number of classes, where the code takes one and has no default.
+
+    Returns:
+        The classifier, and its number of outputs.
+
+    Raises:
+        UserError: If it cannot be built, or cannot take images of the shape.
+    """
+    parts = parse(name)
+    with torch.random.fork_rng(), allocation.limited(parts.text):
+        torch.manual_seed(0)
+        network = user_modules.network_as_it_is(parts.base, shape[-1], classes)
+        return _user_classifier(parts, network, shape)
+
+
+def is_user_module(name: str) -> bool:
+    """Whether a name means a network of the user's own code."""
+    return not name.endswith(exported.SUFFIX) and parse(name).zoo is user_modules
+
+
+def require_typed(where: str, name: str, typed: Iterable[str]) -> None:
+    """Refuse a `module:attribute` that a file names and the user has not typed.
+
+    Args:
+        where: The file, for the message.
+        name: A name that was read from the file.
+        typed: Names that the user has typed, of any kind.
+
+    Raises:
+        UserError: If the name would be imported, and is not among those typed.
+    """
+    if is_user_module(name):
+        bases = [parse(other).base for other in typed if is_user_module(other)]
+        user_modules.require_typed(where, parse(name).base, bases)
 
 
 def check_name(name: str) -> None:
@@ -243,6 +292,8 @@ def parse(name: str) -> NetworkName:
         zoo: Zoo | None = None
     elif colon and prefix in ZOOS:
         zoo, base = ZOOS[prefix], rest
+    elif user_modules.matches(text):
+        zoo = user_modules
     else:
         zoo = timm_zoo
     return NetworkName(zoo, base, file, text)
@@ -263,6 +314,11 @@ def split_names(text: str) -> list[str]:
         names.append(joined[n].strip())
         parts = parts[n + 1 :]
     return [name for name in names if name]
+
+
+def names_in(*lists: str | None) -> list[str]:
+    """The names in comma-separated lists, of which None has none."""
+    return [name for text in lists for name in split_names(text or "")]
 
 
 def parse_names(option: str, text: str) -> list[str]:
@@ -313,6 +369,7 @@ def _brackets_are_closed(name: str) -> bool:
 def _split_file(name: str) -> tuple[str, Path | None]:
     """Split `NAME@FILE`; of several `@`, the one before an existing file counts."""
     at = [i for i, character in enumerate(name[:-1]) if character == "@" and i]
+    at = [i for i in at if _brackets_are_closed(name[:i])]  # not one inside an argument
     if not at or _path_exists(Path(name)) or _path_exists(Path(_strip_folder_prefix(name))):
         return name, None
     for i in at:
@@ -358,6 +415,10 @@ def _build_from_zoo(
         raise UserError(
             f"cannot {download or f'make {parts.text}'}: {first_line(error)}"
         ) from error
+    if zoo is user_modules:
+        classifier, outputs = _user_classifier(parts, network, shape)
+        user_modules.require_classes(parts.text, outputs, classes)
+        return classifier
     h, w, c = zoo.input_shape(network, shape)
     size = None if (h, w) == shape[:2] else (h, w)
     classifier = Classifier(
@@ -374,6 +435,19 @@ def _build_from_zoo(
         raise UserError(f"{parts.text} takes images of {c} channels, the data have {shape[2]}")
     _check_image_size(classifier, parts.text, shape)
     return classifier
+
+
+def _user_classifier(
+    parts: NetworkName, network: nn.Module, shape: Shape
+) -> tuple[Classifier, int]:
+    """Wrap a network of the user's own code, and count its outputs."""
+    taken = user_modules.input_shape(network, shape)
+    outputs = user_modules.count_outputs(parts.text, network, taken)
+    classifier = Classifier(network, channels=None if taken == shape else taken[-1])
+    digest = user_modules.code_digest(parts.base)
+    if digest is not None:
+        classifier.code = torch.frombuffer(bytearray.fromhex(digest), dtype=torch.uint8)
+    return classifier, outputs
 
 
 def _adaptation_notes(

@@ -4,7 +4,7 @@ A run's folder holds the network's weights alone (`student.safetensors`, loadabl
 network), `model.json`, and for ZCA the whitening matrices (`preprocess.safetensors`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -105,8 +105,13 @@ def card(model: Model) -> dict[str, Any]:
     }
 
 
-def load_run(folder: Path) -> Model:
+def load_run(folder: Path, *, typed: Iterable[str] = ()) -> Model:
     """Load a student that `save_run` wrote.
+
+    Args:
+        folder: The run's folder.
+        typed: Names that the user has typed: a student of the user's own code is built only if its
+            name is among them, since building it runs that code.
 
     Raises:
         UserError: If the folder holds no finished student, a damaged one, or files of two runs.
@@ -118,7 +123,7 @@ def load_run(folder: Path) -> Model:
         raise UserError(f"{folder / CARD} is damaged, or of a later version: unknown {unknown[0]}")
     seals.verify(folder, WEIGHTS, WHITENING)
     try:
-        return _build_model(folder, description)
+        return _build_model(folder, description, typed)
     except UserError:
         raise  # already one line
     except Exception as error:  # a file without a checksum may hold anything
@@ -126,7 +131,7 @@ def load_run(folder: Path) -> Model:
         raise UserError(f"{folder / CARD} is not a whole model description ({why})") from error
 
 
-def _build_model(folder: Path, description: Mapping[str, Any]) -> Model:
+def _build_model(folder: Path, description: Mapping[str, Any], typed: Iterable[str]) -> Model:
     types = {"name": str, "classes": Sequence[str], "output_temperature": float}
     schema.check(CARD, description, types)
     name, classes = description["name"], tuple(description["classes"])
@@ -135,6 +140,7 @@ def _build_model(folder: Path, description: Mapping[str, Any]) -> Model:
         raise ValueError(f"images of shape {shape}")
     if description["outputs"] not in get_args(OutputKind):
         raise ValueError(f"outputs {description['outputs']!r}")
+    networks.require_typed(str(folder / CARD), name, typed)
     try:
         classifier = networks.build(name, shape, len(classes), config=description.get("config"))
     except UserError as error:

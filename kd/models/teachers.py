@@ -1,7 +1,7 @@
 """Load a teacher from any source, check it against the data, and adapt it to them."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -112,19 +112,21 @@ def load(
     image_size: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    typed: Iterable[str] = (),
 ) -> Teacher:
     """Load a frozen teacher in evaluation mode.
 
     Published weights come with their preprocessing. A file of weights does not: the normalisation
     of the architecture's published weights is assumed, and the data's image size unless the network
-    takes only one size. For a built-in network, and for a program without a card, the data's
-    preprocessing and size are assumed. The last three arguments override these assumptions; an
-    earlier run brings its preprocessing and accepts none of them.
+    takes only one size. For a built-in network, for one of the user's own code, and for a program
+    without a card, the data's preprocessing and size are assumed. `image_size`, `mean` and `std`
+    override these assumptions; an earlier run brings its preprocessing and accepts none of them.
 
     Args:
         name: Folder of an earlier run of `kd train`; a name as in `kd.models.networks`, whose
             published weights are loaded; NAME@FILE; or FILE.pt2. A built-in network has no
-            published weights and is refused.
+            published weights and is refused. A `module:attribute` has the weights that its code
+            gives it, and is imported: pass only what the user has typed.
         preprocess: Preprocessing that was applied to the images that the teacher will be given.
         shape: Height, width and channels of those images.
         classes: Names of the data's classes, in order.
@@ -132,6 +134,7 @@ def load(
         class_map_option: Option of the class map, for messages.
         image_size: Height and width of the images that the model takes.
         mean, std: One value per channel, for images in [0, 1].
+        typed: Names that the user has typed, as for `saved_models.load_run`.
 
     Raises:
         UserError: If there is no such teacher, or it does not fit the data.
@@ -148,10 +151,12 @@ def load(
                 f"{who} is an earlier run and brings its preprocessing: leave "
                 "--teacher-image-size, --teacher-mean and --teacher-std out"
             )
-        model = saved_models.load_run(Path(name))
+        model = saved_models.load_run(Path(name), typed=typed)
         matched = match(model.classes)
     elif name.endswith(exported.SUFFIX):
         model, matched = _load_program(name, preprocess, shape, match)
+    elif networks.is_user_module(name):
+        model, matched = _load_user_module(name, preprocess, shape, len(classes), match, image_size)
     elif networks.parse(name).file is not None:
         model, matched = _load_weights_file(
             name, preprocess, shape, len(classes), match, image_size
@@ -187,6 +192,28 @@ def _load_published(
     if image_size is not None:
         name, published = _with_image_size(name, published, image_size)
     return _build_model(name, published, published.classes, pretrained=True), matched
+
+
+def _load_user_module(
+    name: str,
+    preprocess: Preprocess,
+    shape: Shape,
+    classes: int,
+    match: Callable[[Sequence[str] | int], Match],
+    image_size: int | None,
+) -> tuple[Model, Match]:
+    """Load a network of the user's own code, with its own number of classes."""
+    parts, who = networks.parse(name), f"teacher {name}"
+    h, w, channels = shape
+    taken = (image_size or h, image_size or w, channels)
+    classifier, count = networks.build_as_it_is(parts.text, taken, classes)
+    if parts.file is not None:
+        stored = weights.read(parts.file)
+        count, _ = _classes_and_channels(who, stored, classifier, parts, count, channels)
+    matched = match(count)
+    if parts.file is not None:
+        classifier = networks.build(name, taken, count, adapt=False)
+    return Model(classifier, name, _output_names(count), taken, preprocess), matched
 
 
 def _load_weights_file(

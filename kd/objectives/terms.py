@@ -1,7 +1,8 @@
 """The terms of a loss: pure functions, and modules that apply them to a training step.
 
 The table `TERMS` has for each name its function, the weight in its paper, and its inputs: labels,
-logits, or features of layers. A new loss is a function in `kd.losses` and a row in this table.
+logits, or features of layers. A new loss is a function in `kd.losses`, its short name in
+`kd.losses.short_names` and a row in this table.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError
-from kd.losses import ensemble, feature, relation, response
+from kd.losses import ensemble, response, short_names
 from kd.models.networks import Classifier, Shape
 from kd.models.teachers import Teacher
 from kd.objectives import feature_terms, loss_spec
@@ -72,44 +73,34 @@ class TermDefinition:
 
 
 TERMS: Mapping[str, TermDefinition] = {
-    "ce": TermDefinition(response.cross_entropy, 1, "labels"),
-    "mse": TermDefinition(response.centred_mse, 1, "labels", whole=True),
-    "kd": TermDefinition(response.logit_kl, 0.9, "logits"),
-    "fm": TermDefinition(feature_terms.function_matching, 1, "logits"),
-    "dkd": TermDefinition(response.dkd, 1, "logits and labels", classes=3, whole=True),
-    "dist": TermDefinition(response.dist, 2, "logits", images=2),
-    "ls": TermDefinition(
-        response.standardised_kl, 9, "logits", classes=3, combine=mean_standardised_loss
-    ),
-    "logits": TermDefinition(response.logit_mse, 1, "logits", combine=mean_logit_loss),
-    "hard": TermDefinition(response.hard_distillation, 0.5, "logits"),
-    "fitnet": TermDefinition(feature.fitnet, 100, "features", feature_terms.regressor_term),
-    "at": TermDefinition(feature.attention_transfer, 1000, "features", feature_terms.map_term),
-    "review": TermDefinition(feature.hierarchical_context, 1, "features", feature_terms.FusionTerm),
-    "vid": TermDefinition(feature.vid, 1, "features", feature_terms.variational_term),
-    "mgd": TermDefinition(feature.mgd, 2e-5, "features", feature_terms.generator_term),
-    "srd": TermDefinition(feature.log_sum, 2, "features", feature_terms.projector_term, images=2),
+    "ce": TermDefinition(short_names.ce, 1, "labels"),
+    "mse": TermDefinition(short_names.mse, 1, "labels", whole=True),
+    "kd": TermDefinition(short_names.kd, 0.9, "logits"),
+    "fm": TermDefinition(short_names.fm, 1, "logits"),
+    "dkd": TermDefinition(short_names.dkd, 1, "logits and labels", classes=3, whole=True),
+    "dist": TermDefinition(short_names.dist, 2, "logits", images=2),
+    "ls": TermDefinition(short_names.ls, 9, "logits", classes=3, combine=mean_standardised_loss),
+    "logits": TermDefinition(short_names.logits, 1, "logits", combine=mean_logit_loss),
+    "hard": TermDefinition(short_names.hard, 0.5, "logits"),
+    "fitnet": TermDefinition(short_names.fitnet, 100, "features", feature_terms.regressor_term),
+    "at": TermDefinition(short_names.at, 1000, "features", feature_terms.map_term),
+    "review": TermDefinition(short_names.review, 1, "features", feature_terms.FusionTerm),
+    "vid": TermDefinition(short_names.vid, 1, "features", feature_terms.variational_term),
+    "mgd": TermDefinition(short_names.mgd, 2e-5, "features", feature_terms.generator_term),
+    "srd": TermDefinition(short_names.srd, 2, "features", feature_terms.projector_term, images=2),
     "rkd-distance": TermDefinition(
-        relation.rkd_distance, 25, "features", feature_terms.vector_term, images=2
+        short_names.rkd_distance, 25, "features", feature_terms.vector_term, images=2
     ),
     "rkd-angle": TermDefinition(
-        relation.rkd_angle, 50, "features", feature_terms.vector_term, images=3
+        short_names.rkd_angle, 50, "features", feature_terms.vector_term, images=3
     ),
-    "sp": TermDefinition(
-        relation.similarity_preserving, 3000, "features", feature_terms.vector_term, images=2
-    ),
-    "pkt": TermDefinition(
-        relation.probabilistic_transfer, 3e4, "features", feature_terms.vector_term, images=2
-    ),
-    "cc": TermDefinition(
-        relation.correlation_congruence, 100, "features", feature_terms.vector_term, images=2
-    ),
+    "sp": TermDefinition(short_names.sp, 3000, "features", feature_terms.vector_term, images=2),
+    "pkt": TermDefinition(short_names.pkt, 3e4, "features", feature_terms.vector_term, images=2),
+    "cc": TermDefinition(short_names.cc, 100, "features", feature_terms.vector_term, images=2),
     "crd": TermDefinition(
         feature_terms.crd_parameters, 0.8, "features", feature_terms.CrdTerm, whole=True
     ),
-    "heads": TermDefinition(
-        feature_terms.self_distillation, 1, "features", feature_terms.DeepSupervisionTerm
-    ),
+    "heads": TermDefinition(short_names.heads, 1, "features", feature_terms.DeepSupervisionTerm),
 }
 TERM_FUNCTIONS = {name: row.function for name, row in TERMS.items()}
 

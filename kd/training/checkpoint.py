@@ -28,6 +28,8 @@ META_TYPES = {  # types in a checkpoint's JSON part
     "meter": Mapping[str, float] | None,
     "recipe": Mapping[str, Any],
 }
+# Parts of a recipe that follow from the length of the training, which may change on resume.
+LENGTH_FIELDS = ("epochs", "steps", "warmup", "cooldown", "milestones", "patience")
 PackedState = tuple[Mapping[str, np.ndarray], Mapping[str, Any]]  # arrays, and JSON
 
 
@@ -88,7 +90,7 @@ def check(saved: PackedState, recipe: Recipe) -> None:
 
     Args:
         saved: Result of `pack`, with the `recipe` as JSON except in earlier versions.
-        recipe: Recipe of the training that resumes.
+        recipe: Recipe of the training that resumes; its length may be another one.
 
     Raises:
         UserError: If the checkpoint does not fit.
@@ -106,8 +108,8 @@ def check(saved: PackedState, recipe: Recipe) -> None:
             "another folder"
         )
     stored, now = meta.get("recipe") or {}, json.loads(json.dumps(asdict(recipe)))
-    for name in stored:
-        if name in now and stored[name] != now[name]:
+    for name in now.keys() - set(LENGTH_FIELDS):
+        if name in stored and stored[name] != now[name]:
             raise UserError(
                 f"the checkpoint was made with {name.replace('_', ' ')} {stored[name]}, and the "
                 f"training has {now[name]} now: put back config.json, or start anew in another "

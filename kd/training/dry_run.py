@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from dsdistill.harness import imports
 from dsdistill.harness.errors import UserError, first_line
 from kd.data import batching
 from kd.data.batching import Batch
@@ -155,7 +156,7 @@ def _report_errors(loss: str, n: int) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        first = first_line(error)
+        first = first_line(error) + imports.place(error)
         remedy = "raise --batch-size" if n == 1 else "choose another loss, student or --batch-size"
         images = "1 image" if n == 1 else f"{n} images"
         raise UserError(

@@ -269,14 +269,15 @@ def stored_options(
     folder: Path,
     config: Mapping[str, Any],
     *,
-    result: str,
+    result: str | None,
     defaults: Mapping[str, Any],
     free: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Read the configuration of an unfinished run; nothing is locked or changed.
 
     Args:
-        folder, config, result, defaults, free: As for `start`.
+        folder, config, defaults, free: As for `start`.
+        result: As for `start`; None for a run that may be finished.
 
     Raises:
         RunError: If there is nothing to resume, or the options contradict the stored ones.
@@ -286,8 +287,8 @@ def stored_options(
     return _reconcile(folder, _stored_config(folder), new, defaults, free)
 
 
-def _check_resumable(folder: Path, result: str) -> None:
-    if (folder / result).exists():
+def _check_resumable(folder: Path, result: str | None) -> None:
+    if result is not None and (folder / result).exists():
         raise RunError(f"{folder} holds a finished run: there is nothing to resume")
     if not (folder / "config.json").exists():
         raise RunError(f"{folder} holds no run to resume")

@@ -14,6 +14,7 @@ from dsdistill.harness.data.preprocess import Preprocess
 
 Shape = tuple[int, int, int]  # height, width, channels of an image
 Interpolation = Literal["bilinear", "bicubic"]
+SOURCES = ("timm", "hf-hub", "local-dir", "torchvision", "hf")  # prefixes of published networks
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ A name may have arguments behind it, as `resnet18(drop_path_rate=0.1)` or `test_
 A zoo of `kd.models.networks`: it has the functions of `kd.models.zoo.protocol.Zoo`.
 """
 
-import ast
 import difflib
 import json
 import logging
@@ -17,8 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError, first_line, unknown_name
-from kd.models.zoo import builtin, class_names
-from kd.models.zoo.protocol import PretrainedConfig, Shape, nearest_interpolation
+from kd.models.zoo import builtin, class_names, name_arguments
+from kd.models.zoo.protocol import SOURCES, PretrainedConfig, Shape, nearest_interpolation
 
 # Arguments by which timm reads files; a run's stored description must not have any.
 _FILE_ARGUMENTS = frozenset(
@@ -42,8 +41,7 @@ def check(name: str) -> None:
     if Path(name).is_file():
         raise UserError(f"{name} is a file: name its architecture too, as in resnet18@{name}")
     if ":" in name:
-        known = ("timm", *SOURCE_PREFIXES, "torchvision", "hf")
-        raise unknown_name("source of networks", name.partition(":")[0], known)
+        raise unknown_name("source of networks", name.partition(":")[0], SOURCES)
     if "/" in name:
         raise UserError(f"there is no folder {name}")
     import timm  # slow to import, so only for a name that is not built in
@@ -162,8 +160,8 @@ def split_arguments(name: str) -> tuple[str, dict[str, Any]]:
         return name, {}
     starts = [i for i, character in enumerate(name) if character == "("]
     for start in starts[:1] if source is None else starts:
-        arguments = _parse_arguments(name[start:])
-        if arguments is not None:
+        parsed = name_arguments.parse(name[start:])
+        if parsed is not None:
             break
     else:
         if source:
@@ -172,17 +170,16 @@ def split_arguments(name: str) -> tuple[str, dict[str, Any]]:
             f"the arguments of a network are literals by keyword, as in "
             f"resnet18(drop_path_rate=0.1), got {name}"
         )
-    for argument in arguments:
+    for argument in parsed:
         if argument in _RESERVED_ARGUMENTS or argument.startswith("pretrained"):
             raise UserError(f"{argument} cannot be given in {name}: leave it out")
-    return name[:start], arguments
+    return name[:start], parsed
 
 
 def with_image_size(name: str, size: int) -> str:
     """The name of the network for images of another size."""
-    plain, arguments = split_arguments(name)
-    arguments |= {"img_size": size}
-    return f"{plain}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})"
+    plain, given = split_arguments(name)
+    return plain + name_arguments.join(given | {"img_size": size})
 
 
 def convert(network: nn.Module, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -231,19 +228,6 @@ def stored_size(network: nn.Module, tensors: Mapping[str, Tensor]) -> int | None
 
 def _position_embedding(network: nn.Module) -> Any:
     return getattr(network, "pos_embed", None)
-
-
-def _parse_arguments(text: str) -> dict[str, Any] | None:
-    """The arguments in brackets; None if they are not all literals by keyword."""
-    try:
-        call: Any = ast.parse(f"f{text}", mode="eval").body
-        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
-            return None
-        arguments = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg}
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return None
-    # Fewer names than keywords: a `**mapping` has none, and a name may occur twice.
-    return arguments if len(arguments) == len(call.keywords) else None
 
 
 def _requested_size(arguments: Mapping[str, Any]) -> tuple[int, int] | None:

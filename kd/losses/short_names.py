@@ -1,0 +1,50 @@
+"""The losses by their names in `--loss`, where a hyphen is an underscore here: `rkd_distance`.
+
+What a network has to bring besides, such as a projector that fits the student's features to the
+teacher's, is the caller's part here; `--loss` makes and trains it. `crd` is the loss of two arrays
+of scores, which `kd.losses.contrastive` explains; `heads` is the loss of one shallow classifier.
+"""
+
+from kd.losses.contrastive import crd
+from kd.losses.feature import attention_transfer as at
+from kd.losses.feature import fitnet, mgd, vid
+from kd.losses.feature import hierarchical_context as review
+from kd.losses.feature import log_sum as srd
+from kd.losses.relation import correlation_congruence as cc
+from kd.losses.relation import probabilistic_transfer as pkt
+from kd.losses.relation import rkd_angle, rkd_distance
+from kd.losses.relation import similarity_preserving as sp
+from kd.losses.response import centred_mse as mse
+from kd.losses.response import cross_entropy as ce
+from kd.losses.response import dist, dkd
+from kd.losses.response import function_matching as fm
+from kd.losses.response import hard_distillation as hard
+from kd.losses.response import logit_kl as kd
+from kd.losses.response import logit_mse as logits
+from kd.losses.response import self_distillation as heads
+from kd.losses.response import standardised_kl as ls
+
+__all__ = [
+    "at",
+    "cc",
+    "ce",
+    "crd",
+    "dist",
+    "dkd",
+    "fitnet",
+    "fm",
+    "hard",
+    "heads",
+    "kd",
+    "logits",
+    "ls",
+    "mgd",
+    "mse",
+    "pkt",
+    "review",
+    "rkd_angle",
+    "rkd_distance",
+    "sp",
+    "srd",
+    "vid",
+]
