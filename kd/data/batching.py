@@ -301,3 +301,10 @@ def share_positions(n: int, rank: int, world: int) -> Int[np.ndarray, " m"]:
 def derive_seed(*numbers: int) -> int:
     """Derive one 63-bit seed from several numbers, without the collisions of a sum."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def seed_torch(seed: int, device: torch.device) -> None:
+    """Seed torch's global generators; `torch.manual_seed` is slow where CUDA is not in use."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kd.losses.ranges import Factor, ShareBelowOne, Temperature
+from kd.losses.ranges import Factor, Share, ShareBelowOne, Temperature
 
 
 def logit_kl(
@@ -242,6 +242,33 @@ def hard_distillation(
     """
     student, teacher = _prepare_pair(student_logits, teacher_logits)
     return F.cross_entropy(student, teacher.argmax(dim=-1))
+
+
+def function_matching(
+    student_logits: Float[Tensor, "n k"], teacher_logits: Float[Tensor, "n k"]
+) -> Float[Tensor, ""]:
+    """KL(teacher ‖ student) at temperature 1, batch mean.
+
+    Source: Beyer et al. (2022), arXiv:2106.05237, section 3.
+    """
+    return logit_kl(student_logits, teacher_logits, temperature=1)
+
+
+def self_distillation(
+    head_logits: Float[Tensor, "n k"],
+    student_logits: Float[Tensor, "n k"],
+    labels: Int[Tensor, " n"] | Float[Tensor, "n k"],
+    *,
+    alpha: Share = 0.3,
+    temperature: Temperature = 3.0,
+) -> Float[Tensor, ""]:
+    """(1 - alpha) CE(head, labels) + alpha T² KL(student ‖ head); no gradient into the student.
+
+    Source: Zhang et al. (2019), arXiv:1905.08094, equations 1 and 2.
+    """
+    ce = cross_entropy(head_logits, labels)
+    kl = logit_kl(head_logits, student_logits, temperature=temperature)
+    return (1 - alpha) * ce + alpha * kl
 
 
 def _prepare_pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError
-from kd.losses import contrastive, response
-from kd.losses.ranges import Range, Share, ShareBelowOne, Temperature
+from kd.losses import contrastive
+from kd.losses.ranges import Range, ShareBelowOne, Temperature
 from kd.models.networks import Classifier, Shape
 from kd.models.teachers import Teacher
 from kd.objectives.loss_spec import LayerPair
@@ -130,14 +130,6 @@ class MeanOverTeachers(nn.Module):
 
     def forward(self, step: StepOutputs) -> Tensor:
         return torch.stack([measure(step) for measure in self.each]).mean()
-
-
-def function_matching(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """KL(teacher ‖ student) at temperature 1, batch mean.
-
-    Source: Beyer et al. (2022), arXiv:2106.05237, section 3.
-    """
-    return response.logit_kl(student_logits, teacher_logits, temperature=1)
 
 
 def regressor_term(context: TermContext, function: LossFunction) -> nn.Module:
@@ -294,17 +286,3 @@ class DeepSupervisionTerm(nn.Module):
             for head, layer in zip(self.heads, self.layers, strict=True)
         ]
         return torch.stack([self.function(o, step.student_logits, labels) for o in outputs]).sum()
-
-
-def self_distillation(
-    head_logits: Tensor,
-    student_logits: Tensor,
-    labels: Tensor,
-    *,
-    alpha: Share = 0.3,
-    temperature: Temperature = 3.0,
-) -> Tensor:
-    """(1 - alpha) CE(head, labels) + alpha T² KL(student ‖ head); no gradient into the student."""
-    ce = response.cross_entropy(head_logits, labels)
-    kl = response.logit_kl(head_logits, student_logits, temperature=temperature)
-    return (1 - alpha) * ce + alpha * kl

@@ -75,7 +75,7 @@ TERMS: Mapping[str, TermDefinition] = {
     "ce": TermDefinition(response.cross_entropy, 1, "labels"),
     "mse": TermDefinition(response.centred_mse, 1, "labels", whole=True),
     "kd": TermDefinition(response.logit_kl, 0.9, "logits"),
-    "fm": TermDefinition(feature_terms.function_matching, 1, "logits"),
+    "fm": TermDefinition(response.function_matching, 1, "logits"),
     "dkd": TermDefinition(response.dkd, 1, "logits and labels", classes=3, whole=True),
     "dist": TermDefinition(response.dist, 2, "logits", images=2),
     "ls": TermDefinition(
@@ -108,7 +108,7 @@ TERMS: Mapping[str, TermDefinition] = {
         feature_terms.crd_parameters, 0.8, "features", feature_terms.CrdTerm, whole=True
     ),
     "heads": TermDefinition(
-        feature_terms.self_distillation, 1, "features", feature_terms.DeepSupervisionTerm
+        response.self_distillation, 1, "features", feature_terms.DeepSupervisionTerm
     ),
 }
 TERM_FUNCTIONS = {name: row.function for name, row in TERMS.items()}

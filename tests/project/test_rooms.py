@@ -38,6 +38,8 @@ ROOMS = (
     "kd.objectives",
     "kd.training",
     "kd.evaluation",
+    "kd.api",
+    "kd.estimator",
     "kd.options",
     "kd.commands",
     "kd.cli",
