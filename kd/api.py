@@ -10,14 +10,12 @@ Nothing is written unless `checkpoint` names a file, and no global setting is le
 
 import contextlib
 import math
-import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, TypedDict, Union, Unpack, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import nn
@@ -25,9 +23,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dsdistill.harness import stopping
 from dsdistill.harness.data import preprocess
-from dsdistill.harness.errors import UserError, first_line, unknown_name
+from dsdistill.harness.errors import UserError, first_line
 from dsdistill.harness.runs import progress as progress_display
-from kd import recipes
+from kd import api_arguments, recipes
+from kd.api_arguments import RecipeFields
 from kd.data import batching, loader_batches, teacher_cache
 from kd.data.batching import BatchSource
 from kd.data.loader_batches import EndlessBatches, LoaderBatches, LoaderEvaluation
@@ -41,8 +40,8 @@ from kd.objectives.loss_spec import TermSpec
 from kd.objectives.schemes import Distillation
 from kd.parallel import engine
 from kd.parallel.engine import Engine
-from kd.recipe import Metric, Optimizer, Precision, Recipe, Schedule, override
-from kd.training import borrowing, dry_run, optimization, own_optimizer, training_file
+from kd.recipe import Optimizer, Recipe
+from kd.training import borrowing, dry_run, optimization, training_file
 from kd.training.checkpoint import PackedState, TrainingState
 from kd.training.loop import train as run_training
 from kd.training.own_optimizer import Every, OwnOptimizer
@@ -50,41 +49,6 @@ from kd.training.rounds import Callback, Round, RoundRecorder
 
 Loader = Iterable[Any]  # of batches (images, labels)
 ENDLESS_EPOCHS = 10  # parts of a training whose images have no known number, each with a validation
-# Fields of a recipe that an optimizer of the user's own takes the place of.
-OPTIMIZER_FIELDS = (
-    *("lr", "momentum", "weight_decay", "decay_all", "schedule", "warmup", "warmup_from"),
-    *("cooldown", "final", "milestones", "decay"),
-)
-# Fields that compare validations.
-VALIDATION_FIELDS = ("metric", "average_best", "patience", "validate_every")
-
-
-class RecipeFields(TypedDict, total=False):
-    """Fields of a `Recipe` that `distill` takes as arguments; None is the recipe's value."""
-
-    epochs: int | None
-    steps: int | None
-    accumulate: int | None
-    lr: float | None
-    momentum: float | None
-    weight_decay: float | None
-    decay_all: bool | None
-    clip: float | None
-    schedule: Schedule | None
-    warmup: float | None
-    warmup_from: float | None
-    cooldown: float | None
-    final: float | None
-    milestones: Sequence[float] | None
-    decay: float | None
-    label_smoothing: float | None
-    ema: float | None
-    ema_ramp: float | None
-    average_best: int | None
-    metric: Metric | None
-    validate_every: int | None
-    patience: int | None
-    precision: Precision | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +85,6 @@ class _Task:
     objective: Distillation
     batches: BatchSource
     validation: LoaderEvaluation | None
-    validation_images: int | None
     recipe: Recipe
     optimizer: OwnOptimizer | None
     logits: bool
@@ -205,12 +168,12 @@ def distill(
     """
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_name_arguments())
-        given = _check_fields(recipe_fields)
+        stack.enter_context(api_arguments.rename_options())
+        given = api_arguments.check_fields(recipe_fields)
         teachers = _as_modules(student, teacher)
-        own = _own_optimizer(optimizer, scheduler, scheduler_every, student, given)
+        own = api_arguments.build_optimizer(optimizer, scheduler, scheduler_every, student, given)
         if own is None and optimizer is not None:
-            given |= _check_fields({"optimizer": optimizer}, extra=("optimizer",))
+            given |= api_arguments.check_fields({"optimizer": optimizer}, extra=("optimizer",))
         if loss is not None and not isinstance(loss, str):
             raise UserError(f"loss must be a text such as ce:0.1,kd:0.9, got {loss!r}")
         if not isinstance(seed, int) or seed < 0:
@@ -219,7 +182,7 @@ def distill(
         if own is not None:
             stack.callback(own.detach)
         stack.enter_context(borrowing.borrow(student, teachers))
-        chosen = _recipe(recipe, given, student, own)
+        chosen = api_arguments.resolve_recipe(recipe, given, student, own)
         chosen = replace(chosen, loss=loss or chosen.loss or _default_loss(teachers))
         on = stack.enter_context(engine.temporary(device, chosen.precision))
         task = _prepare(
@@ -293,7 +256,6 @@ def _train(
             task.seed,
             on=on,
             validate=partial(_validate, task) if task.validation is not None else None,
-            validation_images=task.validation_images,
             saved=saved,
             save=None if path is None else save,
             stopping=lambda: flag is not None and flag.requested,
@@ -396,15 +358,14 @@ def _prepare(
     batches = _batches(train, len(labels), classes, least, recipe, on)
     check = partial(dry_run.check, shape=shape, classes=classes, images=0, on=on, mixed=mixed)
     check(objective, text, batches.sizes)
-    evaluation, count = None, None
+    evaluation = None
     if validation is not None:
         first = loader_batches.first_pair(validation, "validation")
         loader_batches.read_pair(first, "validation", classes)
         evaluation = LoaderEvaluation(validation, on.device, classes)
-        count = loader_batches.image_count(validation)
     else:
-        _refuse_validation_fields(given)
-    return _Task(classifier, objective, batches, evaluation, count, recipe, own, logits, seed, on)
+        api_arguments.refuse_validation_fields(given)
+    return _Task(classifier, objective, batches, evaluation, recipe, own, logits, seed, on)
 
 
 def _batches(
@@ -513,134 +474,3 @@ def _check_loss(
             f"{'which sets it too' if 'ce' in names else 'which has no term ce'}: leave it out"
         )
     return recipe
-
-
-def _refuse_validation_fields(given: Mapping[str, Any]) -> None:
-    for name in VALIDATION_FIELDS:
-        if name in given:
-            raise UserError(f"{name} has no effect without validation: give validation=")
-
-
-def _own_optimizer(
-    optimizer: object,
-    scheduler: LRScheduler | None,
-    every: Every,
-    student: nn.Module,
-    given: Mapping[str, Any],
-) -> OwnOptimizer | None:
-    """The user's own optimizer; None for one by name."""
-    if every not in ("epoch", "step"):
-        raise UserError(f"scheduler_every must be 'epoch' or 'step', got {every!r}")
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        if scheduler is not None:
-            raise UserError("scheduler needs optimizer, the torch optimizer that it was made for")
-        return None
-    for name in OPTIMIZER_FIELDS:
-        if name in given:
-            raise UserError(
-                f"{name} has no effect on an optimizer of your own: set it there, or in scheduler"
-            )
-    start = getattr(scheduler, "last_epoch", 0)
-    own = OwnOptimizer(optimizer, scheduler, every, start)
-    own_optimizer.check(own, student)
-    return own
-
-
-_HINTS = get_type_hints(Recipe)
-
-
-def _check_fields(given: Mapping[str, Any], extra: Sequence[str] = ()) -> dict[str, Any]:
-    """The fields of a recipe that were given, none of them None, with their types checked."""
-    known, values = (*RecipeFields.__annotations__, *extra), {}
-    for name, value in given.items():
-        if name not in known:
-            raise unknown_name("argument of kd.distill", name, known)
-        if value is None:
-            continue
-        value = tuple(value) if isinstance(value, list) else value
-        if not _fits(value, _HINTS[name]):
-            kind = _HINTS[name]
-            literal = get_origin(kind) is Literal
-            rule = f"one of {', '.join(get_args(kind))}" if literal else f"of type {_name(kind)}"
-            raise UserError(f"{name} must be {rule}, got {value!r}")
-        values[name] = value
-    return values
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value has the type of a recipe's field."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return any(_fits(value, arg) for arg in args)
-    if origin is Literal:
-        return value in args
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(each, args[0]) for each in value)
-    if hint in (int, float) and isinstance(value, bool):
-        return False
-    return isinstance(value, (int, float) if hint is float else hint)
-
-
-def _name(hint: Any) -> str:
-    return str(hint).replace(" | None", "") if get_args(hint) else hint.__name__
-
-
-def _recipe(
-    recipe: str | Recipe | None,
-    given: Mapping[str, Any],
-    student: nn.Module,
-    own: OwnOptimizer | None,
-) -> Recipe:
-    """Resolve the recipe, without what it says of images, which are those of the loader."""
-    layer_norm = any(isinstance(module, nn.LayerNorm) for module in student.modules())
-    if recipe is None:
-        base = recipes.default(distilled=False, layer_norm=layer_norm)
-    else:
-        base = recipe if isinstance(recipe, Recipe) else recipes.by_name(recipe)
-    if base.epochs is None and base.steps is None:
-        unit = next((name for name in ("epochs", "steps") if name in given), None)
-        if unit is None:
-            raise UserError("recipe has no length: give epochs or steps")
-        base = replace(base, **{unit: given[unit]})
-    kept, plain = {*RecipeFields.__annotations__, "optimizer", "loss"}, Recipe()
-    of_images = [f.name for f in fields(base) if f.name not in kept]
-    base = replace(base, **{name: getattr(plain, name) for name in of_images})
-    if own is not None:
-        neutral = {name: getattr(plain, name) for name in OPTIMIZER_FIELDS}
-        base = replace(base, **neutral, optimizer=plain.optimizer)
-    if base.validate_every is None:
-        base = replace(base, validate_every=1)
-    return override(base, given)
-
-
-_PHRASES = {
-    "raise --batch-size, or train on more images": "use larger batches",
-    "raise --batch-size": "use larger batches",
-    "choose another loss, student or --batch-size": "choose another loss or student, or larger "
-    "batches",
-    "leave --mixup and --cutmix out": "give the labels as class numbers",
-    "start anew in another folder": "give another checkpoint, or delete it to start anew",
-}
-_WITH_NAME = re.compile(r"--(device|precision|metric|optimizer|schedule) ([a-z]\w*)")
-_OPTION = re.compile(r"--(?!use_fsdp)([a-z][a-z-]*)")
-
-
-@contextlib.contextmanager
-def _name_arguments() -> Iterator[None]:
-    """Name arguments, not options of the command, in the messages of errors.
-
-    Raises:
-        UserError: As raised inside, with `lr` in place of `--lr`.
-    """
-    try:
-        yield
-    except UserError as error:
-        raise type(error)(name_arguments(str(error))) from error
-
-
-def name_arguments(message: str) -> str:
-    """Replace the command's options in a message by the arguments of `distill`."""
-    for phrase, other in _PHRASES.items():
-        message = message.replace(phrase, other)
-    message = _WITH_NAME.sub(r'\1="\2"', message)
-    return _OPTION.sub(lambda match: match[1].replace("-", "_"), message)

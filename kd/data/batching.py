@@ -185,9 +185,12 @@ class ChangedBatches:
 
 
 def move(batch: Batch, device: torch.device) -> Batch:
-    """Move a batch to a device."""
+    """Move a batch to a device; from pinned memory without waiting for a GPU."""
+    gpu = device.type == "cuda"
     moved = {
-        name: value.to(device) for name, value in vars(batch).items() if isinstance(value, Tensor)
+        name: value.to(device, non_blocking=gpu and value.is_pinned())
+        for name, value in vars(batch).items()
+        if isinstance(value, Tensor)
     }
     return replace(batch, **moved)
 

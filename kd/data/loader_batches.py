@@ -196,15 +196,24 @@ def read_pair(item: Any, name: str, classes: int | None = None) -> Pair:
     if images.ndim != 4 or not images.is_floating_point():
         raise UserError(
             f"{name} must give images as floating-point tensors (n, c, h, w), got "
-            f"{tuple(images.shape)} of {images.dtype}"
+            f"{tuple(images.shape)} of {images.dtype}{_dataset_remedy(images, labels)}"
         )
     if len(images) != len(labels):
         raise UserError(f"{name} gave {len(images)} images and {len(labels)} labels in one batch")
     return images.float(), _read_labels(labels, name, classes)
 
 
+def _dataset_remedy(images: Tensor, labels: Tensor) -> str:
+    single = images.ndim == 3 and labels.ndim == 0
+    return ": wrap a data set in a DataLoader" if single else ""
+
+
 def _not_a_pair(name: str, got: str) -> UserError:
-    return UserError(f"{name} must give batches of two tensors, (images, labels), got {got}")
+    return UserError(
+        f"{name} must give batches of two tensors, (images, labels), got {got}: wrap a data set in "
+        "a DataLoader, map other batches in its collate_fn, and give a single batch as "
+        "[(images, labels)]"
+    )
 
 
 def _read_labels(labels: Tensor, name: str, classes: int | None) -> Labels:
@@ -295,16 +304,6 @@ def batch_sizes(loader: Iterable[Any], first: int, least: int) -> list[int]:
         missing = _count_missing(sizes[i - 1], sizes[i], least)
         sizes[i - 1], sizes[i] = sizes[i - 1] - missing, sizes[i] + missing
     return sizes
-
-
-def image_count(loader: Iterable[Any]) -> int | None:
-    """Number of images of an iterable, where its length tells; else None."""
-    count = length(loader)
-    if count is None:
-        return None
-    if isinstance(loader, DataLoader) and type(loader.batch_sampler) is BatchSampler:
-        return len(loader.batch_sampler.sampler)  # pyright: ignore[reportArgumentType]
-    return sum(len(item[1]) for item in loader) if isinstance(loader, Sequence) else None
 
 
 def has_own_share(loader: Iterable[Any]) -> bool:

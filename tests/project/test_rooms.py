@@ -38,6 +38,7 @@ ROOMS = (
     "kd.objectives",
     "kd.training",
     "kd.evaluation",
+    "kd.api_arguments",
     "kd.api",
     "kd.estimator",
     "kd.options",
