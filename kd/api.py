@@ -106,7 +106,7 @@ def distill(
     recipe: str | Recipe | None = None,
     device: str = "auto",
     seed: int = 0,
-    callbacks: Callback | Sequence[Callback] = (),
+    callbacks: Callback | Sequence[Callback] | None = None,
     progress: bool = True,
     checkpoint: str | Path | None = None,
     **recipe_fields: Unpack[RecipeFields],
@@ -169,7 +169,10 @@ def distill(
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
         stack.enter_context(api_arguments.rename_options())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
         given = api_arguments.check_fields(recipe_fields)
+        calls = api_arguments.check_callbacks(callbacks)
         teachers = _as_modules(student, teacher)
         own = api_arguments.build_optimizer(optimizer, scheduler, scheduler_every, student, given)
         if own is None and optimizer is not None:
@@ -188,7 +191,6 @@ def distill(
         task = _prepare(
             student, teachers, train, validation, chosen, given, own, teacher_weights, seed, on
         )
-        calls = (callbacks,) if callable(callbacks) else tuple(callbacks)
         path = None if checkpoint is None else Path(checkpoint)
         state, rounds, seconds = _train(task, teachers, calls, progress, path, started)
         network = task.student.network
@@ -389,6 +391,14 @@ def _as_modules(student: nn.Module, teacher: Any) -> list[nn.Module]:
     for name, module in (("student", student), *(("teacher", each) for each in teachers)):
         if not isinstance(module, nn.Module):
             raise UserError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
+        tensors = (*module.parameters(), *module.buffers())
+        kinds = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+        if kinds - {torch.float32}:
+            kind = min(map(str, kinds - {torch.float32}))
+            raise UserError(
+                f"{name} must be in float32, got {kind}: convert it with .float(); "
+                'precision="bf16" computes faster with weights in float32'
+            )
     if several and not teachers:
         raise UserError("teacher is an empty list: give None to train on labels alone")
     own = {id(parameter) for parameter in student.parameters()}

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from types import UnionType
 from typing import Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints
@@ -16,6 +16,7 @@ from kd import recipes
 from kd.recipe import Metric, Precision, Recipe, Schedule, override
 from kd.training import own_optimizer
 from kd.training.own_optimizer import Every, OwnOptimizer
+from kd.training.rounds import Callback
 
 # Fields of a recipe that an optimizer of the user's own takes the place of.
 OPTIMIZER_FIELDS = (
@@ -63,6 +64,21 @@ def refuse_validation_fields(given: Mapping[str, Any]) -> None:
     for name in VALIDATION_FIELDS:
         if name in given:
             raise UserError(f"{name} has no effect without validation: give validation=")
+
+
+def check_callbacks(callbacks: object) -> tuple[Callback, ...]:
+    """The callbacks as a tuple: of one, of several, or of none.
+
+    Raises:
+        UserError: If one cannot be called.
+    """
+    if callbacks is None or callable(callbacks):
+        return () if callbacks is None else (callbacks,)
+    several = tuple(callbacks) if isinstance(callbacks, Iterable) else (callbacks,)
+    for each in several:
+        if not callable(each):
+            raise UserError(f"callbacks must be functions of a kd.Round, got {each!r}")
+    return several
 
 
 def build_optimizer(
@@ -169,8 +185,12 @@ def resolve_recipe(
     layer_norm = any(isinstance(module, nn.LayerNorm) for module in student.modules())
     if recipe is None:
         base = recipes.default(distilled=False, layer_norm=layer_norm)
+    elif isinstance(recipe, str):
+        base = recipes.by_name(recipe)
     else:
-        base = recipe if isinstance(recipe, Recipe) else recipes.by_name(recipe)
+        base = recipe
+    if not isinstance(base, Recipe):
+        raise UserError(f"recipe must be a name or a kd.Recipe, got {recipe!r}")
     if base.epochs is None and base.steps is None:
         unit = next((name for name in ("epochs", "steps") if name in given), None)
         if unit is None:

@@ -1,13 +1,14 @@
 """A training in one file: written as it goes on, and read to go on from it."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dsdistill.harness import checksums
-from dsdistill.harness.errors import UserError
+from dsdistill.harness.errors import UserError, one_line
 from dsdistill.harness.reports import schema
 from dsdistill.harness.runs import run_folder
 from kd.recipe import Recipe
@@ -20,14 +21,13 @@ REMEDY = ": give another checkpoint, or delete it to start anew"
 
 
 def write(path: Path, state: PackedState) -> None:
-    """Replace the file atomically."""
+    """Replace the file atomically, in a folder that `read` has created."""
     arrays, meta = state
-    path.parent.mkdir(parents=True, exist_ok=True)
     run_folder.write_bytes(path, checksums.pack(KEY, json.dumps(meta), arrays))
 
 
 def read(path: Path, recipe: Recipe, inputs: Mapping[str, Any]) -> PackedState | None:
-    """Read the state of a training; None if there is none yet.
+    """Read the state of a training, before its first step; None if there is none yet.
 
     Args:
         path: The file.
@@ -36,10 +36,16 @@ def read(path: Path, recipe: Recipe, inputs: Mapping[str, Any]) -> PackedState |
             JSON-compatible; stored under `inputs`.
 
     Raises:
-        UserError: If the file is damaged, or of another training.
+        UserError: If the file is damaged, of another training, or cannot be written.
     """
     if path.is_dir():
         raise UserError(f"checkpoint must be a file, and {path} is a folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"checkpoint {path} cannot be written: {one_line(error)}") from error
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"checkpoint {path} cannot be written: its folder is not writable")
     if not path.exists():
         return None
     meta, arrays, _ = checksums.load(path, KEY, kind="a checkpoint of kd.distill", remedy=REMEDY)

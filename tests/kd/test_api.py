@@ -251,6 +251,15 @@ def test_one_process_trains_in_several_precisions(train, teacher: Net) -> None:
         assert distill(Net(), teacher, train, epochs=1, precision=precision).steps == 8
 
 
+def test_a_caller_without_gradients_can_train(train, teacher: Net) -> None:
+    student = Net()
+    before = copy.deepcopy(student)
+    with torch.inference_mode():
+        distill(student, teacher, train, epochs=1)
+        assert torch.is_inference_mode_enabled()
+    assert not same(student, before)
+
+
 def test_the_seed_decides_order_and_augmentation(data, teacher: Net) -> None:
     students = [Net(), Net(), Net()]
     for student, seed in zip(students, (0, 0, 1), strict=True):
@@ -604,6 +613,9 @@ def test_the_label_that_a_teacher_cannot_know_is_refused(train) -> None:
         ({"patience": 2}, "patience has no effect without validation"),
         ({"label_smoothing": 0.1, "loss": "kd:1"}, "label_smoothing has no effect on loss kd:1"),
         ({"scheduler_every": "batch"}, "scheduler_every must be"),
+        ({"callbacks": [3]}, "callbacks must be functions of a kd.Round, got 3"),
+        ({"recipe": 3}, "recipe must be a name or a kd.Recipe, got 3"),
+        ({"checkpoint": "/dev/null/x"}, "checkpoint /dev/null/x cannot be written"),
     ],
 )
 def test_wrong_arguments_are_one_line(train, teacher: Net, options: dict, message: str) -> None:
@@ -616,6 +628,7 @@ def test_wrong_modules_are_one_line(train, teacher: Net) -> None:
     refused("teacher must be a torch.nn.Module, got str", student, "resnet50", train)
     refused("teacher is an empty list", student, [], train)
     refused("share parameters", student, student, train)
+    refused("teacher must be in float32, got torch.bfloat16", student, Net().bfloat16(), train)
     refused("no parameters that require gradients", Net().requires_grad_(False), None, train)
     refused("loss kd needs a teacher", student, None, train, loss="kd:1")
     refused("student must give logits", Wrapped(lambda y: y.flatten()), None, train)
