@@ -66,7 +66,7 @@ def refuse_validation_fields(given: Mapping[str, Any]) -> None:
             raise UserError(f"{name} has no effect without validation: give validation=")
 
 
-def check_callbacks(callbacks: object) -> tuple[Callback, ...]:
+def check_callbacks(callbacks: Any) -> tuple[Callback, ...]:
     """The callbacks as a tuple: of one, of several, or of none.
 
     Raises:
