@@ -172,6 +172,11 @@ DEIT = Recipe(
     gpu=True,
 )
 
+# The losses where neither the user nor the recipe names one.
+LABEL_LOSS = "ce:1"
+TEACHER_LOSS = "ce:0.1,kd:0.9:temperature=4"  # Hinton's loss
+MUTUAL_LOSS = "ce:1,kd:1:temperature=1"  # of deep mutual learning
+
 NAMED: Mapping[str, Recipe] = {
     "supergradients": SUPERGRADIENTS,
     "hinton": HINTON,

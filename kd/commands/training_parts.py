@@ -30,8 +30,6 @@ from kd.recipe import Recipe
 from kd.training import dry_run, optimization
 
 DEFAULT_STUDENT = "convnet"
-TEACHER_LOSS = "ce:0.1,kd:0.9:temperature=4"  # default with teachers: Hinton's loss
-MUTUAL_LOSS = "ce:1,kd:1:temperature=1"  # default of deep mutual learning
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,8 +77,9 @@ def assemble(options: TrainOptions) -> TrainingParts:
     loaded_teachers = _teachers(options, names, source, student)
     peers = _peers(options, source)
     chosen = _recipe(options, named, source.distilled is not None, student)
-    default = "mse:1" if source.distilled is not None else "ce:1"
-    default = default if alone else MUTUAL_LOSS if peers else TEACHER_LOSS
+    default = "mse:1" if source.distilled is not None else recipes.LABEL_LOSS
+    taught_loss = recipes.MUTUAL_LOSS if peers else recipes.TEACHER_LOSS
+    default = default if alone else taught_loss
     chosen = replace(chosen, loss=chosen.loss or default)
     assert chosen.loss is not None
     specs = loss_spec.parse(chosen.loss, terms.TERM_FUNCTIONS)

@@ -185,9 +185,12 @@ class ChangedBatches:
 
 
 def move(batch: Batch, device: torch.device) -> Batch:
-    """Move a batch to a device."""
+    """Move a batch to a device; from pinned memory without waiting for a GPU."""
+    gpu = device.type == "cuda"
     moved = {
-        name: value.to(device) for name, value in vars(batch).items() if isinstance(value, Tensor)
+        name: value.to(device, non_blocking=gpu and value.is_pinned())
+        for name, value in vars(batch).items()
+        if isinstance(value, Tensor)
     }
     return replace(batch, **moved)
 
@@ -301,3 +304,10 @@ def share_positions(n: int, rank: int, world: int) -> Int[np.ndarray, " m"]:
 def derive_seed(*numbers: int) -> int:
     """Derive one 63-bit seed from several numbers, without the collisions of a sum."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def seed_torch(seed: int, device: torch.device) -> None:
+    """Seed torch's global generators; `torch.manual_seed` is slow where CUDA is not in use."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)

@@ -41,7 +41,8 @@ class Classifier(nn.Module):
     The resize and the repeated channel in front of the network have neither weights nor buffers.
 
     Attributes:
-        network: The module that is trained and saved; returns logits, or an object with `logits`.
+        network: The module that is trained and saved; returns logits, or an object or a mapping
+            with `logits`.
         size: Height and width to which images are resized (antialiased); None for a network that
             takes images as they are.
         channels: Number of channels to which grayscale images are repeated; None for a network
@@ -76,7 +77,9 @@ class Classifier(nn.Module):
     def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
         resized = resize(images, self.size, self.interpolation)
         answer = self.network(repeat_channels(resized, self.channels))
-        return answer if isinstance(answer, Tensor) else answer.logits
+        if isinstance(answer, Tensor):
+            return answer
+        return answer["logits"] if isinstance(answer, Mapping) else answer.logits
 
     def with_network(self, network: nn.Module) -> "Classifier":
         """Return a copy around another network of this architecture, such as averaged weights."""

@@ -133,6 +133,14 @@ def probe(
     }
 
 
+def remove(network: nn.Module) -> None:
+    """Remove the hooks of all taps from a network; other hooks stay."""
+    for module in network.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
+                del hooks[key]
+
+
 def as_map(feature: Float[Tensor, "n ..."], layout: FeatureLayout) -> Float[Tensor, "n c h w"]:
     """Bring a feature to a map, without prefix tokens; a vector is a map of one position.
 

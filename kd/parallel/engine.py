@@ -4,11 +4,13 @@
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import broadcast_object_list
 
 from dsdistill.harness import agreement
@@ -52,6 +54,38 @@ def make(device: str = "cpu", precision: str = "no") -> Engine:
     if fsdp_plugin:
         sharding.check(engine)
     return engine
+
+
+@contextmanager
+def temporary(device: str = "cpu", precision: str = "no") -> Iterator[Engine]:
+    """Create an engine as `make` does, and restore all global settings at the end.
+
+    Accelerate keeps one precision and one device for a whole process, and refuses others later; a
+    program that uses Accelerate itself finds its own again.
+
+    Raises:
+        UserError: As `make`.
+    """
+    # A process group, once there, stays.
+    one_process = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    shared = [AcceleratorState._shared_state]
+    if one_process and not torch.distributed.is_initialized():
+        shared.append(PartialState._shared_state)
+    states = [dict(values) for values in shared]
+    deterministic = torch.backends.cudnn.deterministic
+    variable = os.environ.get("ACCELERATE_TORCH_DEVICE")
+    for values in shared:
+        values.clear()
+    try:
+        yield make(device, precision)
+    finally:
+        for values, before in zip(shared, states, strict=True):
+            values.clear()
+            values.update(before)
+        torch.backends.cudnn.deterministic = deterministic
+        os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
+        if variable is not None:
+            os.environ["ACCELERATE_TORCH_DEVICE"] = variable
 
 
 def decide_on_main(on: Engine, decide: Callable[[], Shared]) -> Shared:

@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from dsdistill.harness.runs.metrics_file import Metrics
 from dsdistill.harness.runs.progress import ShowProgress
 from kd.data.batching import BatchSource
 from kd.objectives.schemes import Objective
@@ -25,10 +25,17 @@ from kd.recipe import Recipe
 from kd.training import checkpoint, steps
 from kd.training.checkpoint import PackedState, TrainingState
 from kd.training.meter import FiniteGuard, Meter
+from kd.training.own_optimizer import OwnOptimizer
 from kd.training.saving import SavePolicy
 from kd.training.steps import Trainer
 
 Figures = Mapping[str, float]
+
+
+class RoundLog(Protocol):
+    """What receives the figures of each round, such as `metrics_file.Metrics`."""
+
+    def write(self, step: int, **values: Any) -> object: ...
 
 
 def train(
@@ -43,8 +50,10 @@ def train(
     saved: PackedState | None = None,
     save: Callable[[PackedState], None] | None = None,
     stopping: Callable[[], bool] = lambda: False,
-    log: Metrics | None = None,
+    stop_early: Callable[[], bool] = lambda: False,
+    log: RoundLog | None = None,
     show: ShowProgress | None = None,
+    optimizer: OwnOptimizer | None = None,
 ) -> TrainingState:
     """Minimise the sum of the objective's terms; the same seed gives the same student.
 
@@ -64,8 +73,11 @@ def train(
             JSON-compatible values.
         stopping: Function that is called after each step, and returns whether to stop. The training
             is saved first.
+        stop_early: Function that is called after each round, and returns whether the training ends
+            there, as it does when its patience is exhausted; the same in all processes.
         log: Receives the mean terms and the metrics of each round.
         show: Called after each step with its number and current values.
+        optimizer: The user's optimizer, instead of the recipe's.
 
     Returns:
         The last state; its `best` are the weights with the best validation metric, of equal ones
@@ -75,7 +87,9 @@ def train(
         UserError: If a loss term is not finite.
         KeyboardInterrupt: If the training was stopped before its end; it was saved.
     """
-    trainer = steps.prepare(objective, batches, recipe, on or engine.make(), validation_images)
+    trainer = steps.prepare(
+        objective, batches, recipe, on or engine.make(), validation_images, optimizer
+    )
     state = trainer.restore(saved) if saved else TrainingState()
     meter, guard, saving = Meter(state.meter), FiniteGuard(), SavePolicy(trainer.on, stopping)
     objective.train()
@@ -93,7 +107,8 @@ def train(
                 state = _end_round(trainer, state, meter, validate, log)
                 meter = Meter()
                 objective.train()  # validation may have changed the mode
-            over, decision = trainer.is_over(state), saving.decide(round_over=round_over)
+            over = trainer.is_over(state) or (round_over and stop_early())
+            decision = saving.decide(round_over=round_over)
             if save and (over or decision.save):
                 guard.flush()
                 began = time.monotonic()
@@ -112,7 +127,7 @@ def _end_round(
     state: TrainingState,
     meter: Meter,
     validate: Callable[[nn.Module], Figures] | None,
-    log: Metrics | None,
+    log: RoundLog | None,
 ) -> TrainingState:
     state = replace(state, epoch=math.ceil(state.step / trainer.per_epoch))
     network = trainer.evaluated_network

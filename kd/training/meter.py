@@ -131,7 +131,8 @@ def _not_finite_error(
     images = ", ".join(map(str, rows[:MAX_ROWS_SHOWN])) + (
         ", ..." if len(rows) > MAX_ROWS_SHOWN else ""
     )
+    where = f", training images {images}" if rows else ""
     return UserError(
-        f"loss term {name!r} is {terms.get(name, values.sum()).item()} at step {step}, training "
-        f"images {images} (learning rate {rate:.3g}): lower --lr"
+        f"loss term {name!r} is {terms.get(name, values.sum()).item()} at step {step}{where} "
+        f"(learning rate {rate:.3g}): lower --lr"
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kd.data.batching import Batch, BatchSource, derive_seed
+from kd.data.batching import Batch, BatchSource, derive_seed, seed_torch
 from kd.objectives.projectors import EmbeddingMemory
 from kd.objectives.schemes import Objective
 from kd.parallel import sharding
@@ -21,6 +21,7 @@ from kd.recipe import Recipe
 from kd.training import checkpoint
 from kd.training.checkpoint import PackedState, TrainingState
 from kd.training.optimization import WeightAverage, make_optimizer, make_schedule
+from kd.training.own_optimizer import OwnOptimizer
 
 LONG_EPOCH_STEPS = 100  # with this many steps or more, every epoch is validated
 # In a training with short epochs: the largest number of validations, the share of the work that
@@ -36,7 +37,7 @@ class Trainer:
         objective: The objective, not wrapped.
         wrapped: The objective, wrapped for all processes.
         optimizer: Optimizer of the trainable weights, wrapped by Accelerate where it must be.
-        schedule: timm's schedule of the learning rate.
+        schedule: timm's schedule of the learning rate, or the user's.
         average: Moving average of the student's weights; None without one.
         recipe: Length, optimizer and learning rate.
         on: Engine of the training.
@@ -100,7 +101,7 @@ class Trainer:
         total_images = sum(part.total_images or len(part) for part in parts)
         terms: dict[str, Tensor] = {}
         for i, part in enumerate(parts):
-            _seed_generators(derive_seed(seed, step, i, self.on.process_index), self.on.device)
+            seed_torch(derive_seed(seed, step, i, self.on.process_index), self.on.device)
             last = i + 1 == len(parts)
             with contextlib.nullcontext() if last else self.on.no_sync(self.wrapped):
                 part_terms = self.wrapped(part)
@@ -150,6 +151,9 @@ class Trainer:
         if self.average:
             modules["average"] = self.average.network
         scaler = self.on.scaler
+        # A user's schedule may change the rates that it finds: it goes first, and the stored rates
+        # replace what it has made of the first ones.
+        self.schedule.step_update(max(saved[1]["step"] - 1, 0))
         return checkpoint.unpack(
             saved, modules, self.optimizer, scaler, network=self.evaluated_network
         )
@@ -161,6 +165,7 @@ def prepare(
     recipe: Recipe,
     on: Engine,
     validation_images: int | None = None,
+    own: OwnOptimizer | None = None,
 ) -> Trainer:
     """Move everything to its device and wrap it for all processes, before the first step.
 
@@ -170,12 +175,16 @@ def prepare(
         recipe: Length, optimizer and learning rate.
         on: Engine of the training.
         validation_images: Number of validation images; None if unknown.
+        own: The user's optimizer; None for the recipe's.
     """
     per_epoch = math.ceil(len(batches) / recipe.accumulate)
     total = recipe.total_steps(per_epoch)
     objective.to(on.device)
-    optimizer = make_optimizer(objective, recipe)
-    schedule = make_schedule(optimizer, recipe, per_epoch)
+    if own is not None:
+        optimizer, schedule = own.attach(objective, per_epoch)
+    else:
+        optimizer = make_optimizer(objective, recipe)
+        schedule = make_schedule(optimizer, recipe, per_epoch)
     average = WeightAverage(objective.student.network, recipe, total) if recipe.ema else None
     replica = copy.deepcopy(objective.student.network) if on.is_fsdp2 else None
     if on.is_fsdp2:
@@ -237,10 +246,3 @@ def _exclude_frozen_from_ddp(objective: Objective) -> None:
         if name not in trained or isinstance(modules[name.rpartition(".")[0]], EmbeddingMemory)
     ]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, ignored)
-
-
-def _seed_generators(seed: int, device: torch.device) -> None:
-    """Seed torch's global generators; `torch.manual_seed` is slow where CUDA is not in use."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(seed)

@@ -12,21 +12,23 @@ import kd_support as support
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 
-SPREAD = Path(__file__).parents[1] / "support" / "fsdp_on_cpu.py"
+SUPPORT = Path(__file__).parents[1] / "support"
+SPREAD, LIBRARY = SUPPORT / "fsdp_on_cpu.py", SUPPORT / "distill_in_processes.py"
 
 
 def start(
-    cwd: Path, *arguments: object, world: int = 2, spread: bool = False
+    cwd: Path, *arguments: object, world: int = 2, spread: bool = False, script: Path | None = None
 ) -> list[subprocess.Popen]:
-    """The command in several processes, as torchrun would start it; `spread` with FSDP."""
+    """The command, or a script, in several processes, as torchrun would; `spread` with FSDP."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {**support.environment(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     common |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
     common |= {"ACCELERATE_USE_FSDP": str(spread)}
-    program = [str(SPREAD)] if spread else ["-m", "kd"]
+    program = [str(script)] if script else [str(SPREAD)] if spread else ["-m", "kd"]
     command = [sys.executable, *program, *map(str, arguments), "--device", "cpu"]
     return [
         subprocess.Popen(
@@ -157,3 +159,19 @@ def test_torchrun_starts_them(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "report.json").exists()
+
+
+@pytest.mark.parametrize("how", ["shared", "sampled"])
+def test_the_library_in_two_processes_trains_the_student_of_one(tmp_path: Path, how: str) -> None:
+    """They share each batch, or have batches of their own from a DistributedSampler."""
+    folders = tmp_path / "one", tmp_path / "two"
+    for folder, world in zip(folders, (1, 2), strict=True):
+        folder.mkdir()
+        finish(start(tmp_path, folder, how, world=world, script=LIBRARY))
+    (alone, rounds), (first, calls), (second, none) = (
+        torch.load(path) for path in (folders[0] / "0.pt", folders[1] / "0.pt", folders[1] / "1.pt")
+    )
+    assert (rounds, calls, none) == (2, 2, 0)
+    for name, value in alone.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-5)

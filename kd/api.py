@@ -1,0 +1,486 @@
+"""The library: plain modules and any iterable of (images, labels) in, a trained student out.
+
+    import kd
+
+    result = kd.distill(student, teacher, train_loader, validation=val_loader,
+                        loss="ce:0.1,kd:0.9:temperature=4", epochs=5)
+
+Nothing is written unless `checkpoint` names a file, and no global setting is left changed.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Unpack
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from dsdistill.harness import stopping
+from dsdistill.harness.data import preprocess
+from dsdistill.harness.errors import UserError, first_line
+from dsdistill.harness.runs import progress as progress_display
+from kd import api_arguments, recipes
+from kd.api_arguments import RecipeFields
+from kd.data import batching, loader_batches, teacher_cache
+from kd.data.batching import BatchSource
+from kd.data.loader_batches import EndlessBatches, LoaderBatches, LoaderEvaluation
+from kd.evaluation import scoring
+from kd.models import networks
+from kd.models.networks import Classifier
+from kd.models.saved_models import Model
+from kd.models.teachers import Teacher
+from kd.objectives import loss_spec, terms
+from kd.objectives.loss_spec import TermSpec
+from kd.objectives.schemes import Distillation
+from kd.parallel import engine
+from kd.parallel.engine import Engine
+from kd.recipe import Optimizer, Recipe
+from kd.training import borrowing, dry_run, optimization, training_file
+from kd.training.checkpoint import PackedState, TrainingState
+from kd.training.loop import train as run_training
+from kd.training.own_optimizer import Every, OwnOptimizer
+from kd.training.rounds import Callback, Round, RoundRecorder
+
+Loader = Iterable[Any]  # of batches (images, labels)
+ENDLESS_EPOCHS = 10  # parts of a training whose images have no known number, each with a validation
+
+
+@dataclass(frozen=True, eq=False)
+class DistillResult:
+    """A finished training.
+
+    Attributes:
+        student: The module that was given, with the weights that validated best (without
+            validation images the last), in evaluation mode.
+        history: The figures of each round.
+        best_epoch: Number of the epoch, from 1, after which the student had these weights.
+        accuracy: Validation accuracy of these weights in [0, 1]; None without validation images.
+        nll: Their negative log-likelihood in nats; None where the outputs are no logits.
+        epochs: Number of finished epochs.
+        steps: Number of finished steps of the optimizer.
+        seconds: Duration of the training, with its earlier parts if it was resumed.
+    """
+
+    student: nn.Module
+    history: tuple[Round, ...]
+    best_epoch: int
+    accuracy: float | None
+    nll: float | None
+    epochs: int
+    steps: int
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """What is trained on what, once all arguments are checked."""
+
+    student: Classifier
+    objective: Distillation
+    batches: BatchSource
+    validation: LoaderEvaluation | None
+    recipe: Recipe
+    optimizer: OwnOptimizer | None
+    logits: bool
+    seed: int
+    on: Engine
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module | Sequence[nn.Module] | None,
+    train: Loader,
+    *,
+    validation: Loader | None = None,
+    loss: str | None = None,
+    teacher_weights: Literal["alike", "by-label"] = "alike",
+    optimizer: Optimizer | torch.optim.Optimizer | None = None,
+    scheduler: LRScheduler | None = None,
+    scheduler_every: Every = "epoch",
+    recipe: str | Recipe | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    callbacks: Callback | Sequence[Callback] | None = None,
+    progress: bool = True,
+    checkpoint: str | Path | None = None,
+    **recipe_fields: Unpack[RecipeFields],
+) -> DistillResult:
+    """Train a student from teachers, or from labels alone.
+
+    The student is trained in place and comes back on the device where it was, in evaluation mode,
+    with the weights that validated best. Teachers come back as they were. Both keep no hooks, and
+    torch's, NumPy's and Python's random numbers go on as if nothing had been trained, also after an
+    exception; the student then has the weights of its last step.
+
+    Several processes (`torchrun`, `accelerate launch`) share each batch of `train`, or train on
+    their own batches where its sampler is a `DistributedSampler`. Callbacks are called in the
+    first.
+
+    Args:
+        student: Network of images (n, c, h, w); returns logits (n, k), or an object or a mapping
+            with `logits`. Parameters that require no gradient stay as they are.
+        teacher: Network of the same images with as many outputs, or several; None for none.
+        train: Iterable of batches (images, labels) that starts anew each time it is iterated, such
+            as a DataLoader or a list; each pass is an epoch. Images are float tensors (n, c, h, w)
+            as the networks take them; labels are class numbers (n,), or probabilities (n, k) of
+            images that were mixed. What a DataLoader draws at random depends on `seed` and the
+            epoch. One without a length is counted in one pass, or with `steps` repeated until
+            these are taken, and then a tenth of them counts as an epoch.
+        validation: As `train`, to choose the best epoch.
+        loss: Weighted terms as on the command line: `ce:0.1,kd:0.9:temperature=4`, with layers
+            `ce:1,at:1000@layer2=layer3` (student=teacher). The default with a teacher is the first
+            of these, and without one `ce:1`.
+        teacher_weights: How the logits of several teachers are weighted: alike, or for each image
+            by how well each teacher knows its label.
+        optimizer: Optimizer by name; or the user's own over the student's parameters, of which it
+            trains those that it has. Trained layers of the loss itself join it for the time of the
+            training, with the options of its first group.
+        scheduler: Schedule of the user's own optimizer.
+        scheduler_every: Whether `scheduler` takes a step after each epoch or after each step.
+        recipe: Name or value of a recipe in place of the default one: its loss, optimizer,
+            schedule, averages, validation and precision. The images are those of `train`, whatever
+            it says of batches and augmentation.
+        device: `auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`.
+        seed: Seed of all randomness in the training.
+        callbacks: Functions that are called with a `Round` after each round: one epoch, or
+            `validate_every` epochs. One that returns True ends the training there.
+        progress: Whether to show a bar on standard error.
+        checkpoint: File in which the training is saved as it goes on. The same call with the same
+            file goes on from there to the same bits. With more `epochs` or `steps` it trains
+            further, a finished training too: from the step reached, at the learning rate that the
+            longer schedule has there, and with its patience anew.
+        **recipe_fields: Fields of the recipe to change: `epochs`, `lr`, `patience`, ...; those of
+            `kd.Recipe` that do not concern the images.
+
+    Returns:
+        The student and the figures of the training.
+
+    Raises:
+        UserError: A ValueError of one line: an argument breaks a rule, modules, images and loss do
+            not fit together, or the loss is not finite.
+        KeyboardInterrupt: If the training was interrupted; with `checkpoint` it is saved first.
+    """
+    started = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(api_arguments.rename_options())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        given = api_arguments.check_fields(recipe_fields)
+        calls = api_arguments.check_callbacks(callbacks)
+        teachers = _as_modules(student, teacher)
+        own = api_arguments.build_optimizer(optimizer, scheduler, scheduler_every, student, given)
+        if own is None and optimizer is not None:
+            given |= api_arguments.check_fields({"optimizer": optimizer}, extra=("optimizer",))
+        if loss is not None and not isinstance(loss, str):
+            raise UserError(f"loss must be a text such as ce:0.1,kd:0.9, got {loss!r}")
+        if not isinstance(seed, int) or seed < 0:
+            raise UserError(f"seed must be a whole number of 0 or more, got {seed!r}")
+        stack.enter_context(loader_batches.preserve_random_state(train, validation))
+        if own is not None:
+            stack.callback(own.detach)
+        stack.enter_context(borrowing.borrow(student, teachers))
+        chosen = api_arguments.resolve_recipe(recipe, given, student, own)
+        chosen = replace(chosen, loss=loss or chosen.loss or _default_loss(teachers))
+        on = stack.enter_context(engine.temporary(device, chosen.precision))
+        task = _prepare(
+            student, teachers, train, validation, chosen, given, own, teacher_weights, seed, on
+        )
+        path = None if checkpoint is None else Path(checkpoint)
+        state, rounds, seconds = _train(task, teachers, calls, progress, path, started)
+        network = task.student.network
+        network.load_state_dict(state.best)
+        figures = state.kept[0].figures
+        if task.validation is not None and len(state.kept) > 1:  # a mean, which no round measured
+            figures = _validate(task, network)
+        return DistillResult(
+            student,
+            tuple(rounds),
+            state.best_epoch,
+            figures.get("accuracy"),
+            figures.get("nll"),
+            state.epoch,
+            state.step,
+            seconds,
+        )
+
+
+def _train(
+    task: _Task,
+    teachers: Sequence[nn.Module],
+    callbacks: Sequence[Callback],
+    progress: bool,
+    path: Path | None,
+    started: float,
+) -> tuple[TrainingState, list[Round], float]:
+    """Train from the start or from a checkpoint; return the state, the rounds and the seconds."""
+    recipe, on, own = task.recipe, task.on, task.optimizer
+    saved, inputs = None, {}
+    if path is not None:
+        inputs = _inputs(task, teachers)
+        saved = training_file.read(path, recipe, inputs)
+    total = recipe.total_steps(math.ceil(len(task.batches) / recipe.accumulate))
+    earlier = 0.0
+    if saved is not None:
+        saved, earlier = _continue(saved, recipe, total), saved[1]["seconds"]
+        if own is not None:
+            own = replace(own, start=saved[1]["scheduler_start"])
+    recorder = RoundRecorder(callbacks, saved[1]["rounds"] if saved else ())
+
+    def save(state: PackedState) -> None:
+        assert path is not None
+        arrays, meta = state
+        more = {
+            "inputs": inputs,
+            "recipe": asdict(recipe),
+            "rounds": recorder.to_json(),
+            "scheduler_start": own.start if own else 0,
+            "seconds": earlier + time.perf_counter() - started,
+        }
+        if on.is_main_process:
+            training_file.write(path, (arrays, {**meta, **more}))
+
+    with contextlib.ExitStack() as stack:
+        show = None
+        if progress and on.is_main_process:
+            done = saved[1]["step"] if saved else 0
+            show = stack.enter_context(progress_display.bar(total, start=done))
+        flag = stack.enter_context(stopping.watch()) if path is not None else None
+        state = run_training(
+            task.objective,
+            task.batches,
+            recipe,
+            task.seed,
+            on=on,
+            validate=partial(_validate, task) if task.validation is not None else None,
+            saved=saved,
+            save=None if path is None else save,
+            stopping=lambda: flag is not None and flag.requested,
+            stop_early=lambda: engine.decide_on_main(on, lambda: recorder.stop),
+            log=recorder if on.is_main_process else None,
+            show=show,
+            optimizer=own,
+        )
+    return state, recorder.rounds, earlier + time.perf_counter() - started
+
+
+def _validate(task: _Task, network: nn.Module) -> Mapping[str, float]:
+    assert task.validation is not None
+    classifier = task.student.with_network(network)
+    return scoring.validate(classifier, task.validation, task.on, logits=task.logits)
+
+
+def _inputs(task: _Task, teachers: Sequence[nn.Module]) -> dict[str, Any]:
+    """What must be the same when a training goes on, JSON-compatible."""
+    own, network = task.optimizer, task.student.network
+    parameters = networks.parameter_count(network)
+    return {
+        "student": f"{type(network).__name__} of {parameters} parameters",
+        "number of teachers": len(teachers),
+        **{f"teacher {i}": teacher_cache.fingerprint(each) for i, each in enumerate(teachers, 1)},
+        "seed": task.seed,
+        "optimizer": type(own.optimizer).__name__ if own else task.recipe.optimizer,
+        "batches of train": len(task.batches),
+        "teacher_weights": "by-label" if task.objective.by_label else "alike",
+        "validation": task.validation is not None,
+    }
+
+
+def _continue(saved: PackedState, recipe: Recipe, total: int) -> PackedState:
+    """The stored state, with its patience anew where the training has become longer.
+
+    Raises:
+        UserError: If it has gone further than is asked for.
+    """
+    arrays, meta = saved
+    if meta["step"] > total:
+        raise UserError(
+            f"checkpoint is after step {meta['step']}, and this training has {total}: give more "
+            "epochs or steps, or another checkpoint"
+        )
+    stored = meta["recipe"]
+    if (stored["epochs"], stored["steps"]) != (recipe.epochs, recipe.steps):
+        meta = {**meta, "stale": 0}
+    return arrays, meta
+
+
+def _prepare(
+    student: nn.Module,
+    teachers: Sequence[nn.Module],
+    train: Loader,
+    validation: Loader | None,
+    recipe: Recipe,
+    given: Mapping[str, Any],
+    own: OwnOptimizer | None,
+    teacher_weights: str,
+    seed: int,
+    on: Engine,
+) -> _Task:
+    """Check that all parts fit together, and build the objective and the batches."""
+    if on.is_fsdp2:
+        raise UserError(
+            "kd.distill gives back the student that it was given, which FSDP would take apart: "
+            "launch it without --use_fsdp, or use kd train"
+        )
+    if teacher_weights not in ("alike", "by-label"):
+        raise UserError(f"teacher_weights must be 'alike' or 'by-label', got {teacher_weights!r}")
+    images, labels = loader_batches.first_pair(train, "train")
+    _, c, h, w = images.shape
+    shape = h, w, c
+    classifier = Classifier(student)
+    classes = count_classes("student", classifier, images)
+    mixed = labels.is_floating_point()
+    assert recipe.loss is not None
+    specs = loss_spec.parse(recipe.loss, terms.TERM_FUNCTIONS)
+    text, recipe = recipe.loss, _check_loss(specs, recipe, given, teachers)
+    logits = bool(teachers) or {spec.name for spec in specs} & {"mse", "ce"} != {"mse"}
+    if recipe.metric == "nll" and not logits:
+        raise UserError("--metric nll needs logits, which a student trained by mse alone has not")
+    terms.check(specs, classes=classes, batch_size=len(labels), mixed=mixed)
+    if own is None:
+        optimization.check_optimizer(recipe)
+    adapted = [_as_teacher(each, images, classes, i) for i, each in enumerate(teachers, 1)]
+    built = terms.build(
+        specs,
+        classifier,
+        adapted,
+        shape=shape,
+        classes=classes,
+        smoothing=recipe.label_smoothing,
+        seed=seed,
+    )
+    by_label = teacher_weights == "by-label"
+    objective = Distillation(classifier, built, adapted, by_label=by_label)
+    least = max(batching.MIN_IMAGES_PER_PROCESS, *map(terms.min_images, specs))
+    batches = _batches(train, len(labels), classes, least, recipe, on)
+    check = partial(dry_run.check, shape=shape, classes=classes, images=0, on=on, mixed=mixed)
+    check(objective, text, batches.sizes)
+    evaluation = None
+    if validation is not None:
+        first = loader_batches.first_pair(validation, "validation")
+        loader_batches.read_pair(first, "validation", classes)
+        evaluation = LoaderEvaluation(validation, on.device, classes)
+    else:
+        api_arguments.refuse_validation_fields(given)
+    return _Task(classifier, objective, batches, evaluation, recipe, own, logits, seed, on)
+
+
+def _batches(
+    train: Loader, first: int, classes: int, least: int, recipe: Recipe, on: Engine
+) -> BatchSource:
+    """The training batches; of a loader without a length, counted or repeated."""
+    world = 1 if loader_batches.has_own_share(train) else on.num_processes
+    least = batching.min_shared_size(world, least)
+    batching.check_size(first, world, least)
+    if recipe.steps is not None and loader_batches.length(train) is None:
+        count = math.ceil(recipe.steps / ENDLESS_EPOCHS) * recipe.accumulate
+        return EndlessBatches(LoaderBatches(train, [first] * count, on.device, classes, least))
+    sizes = loader_batches.batch_sizes(train, first, least)
+    return LoaderBatches(train, sizes, on.device, classes, least)
+
+
+def _as_modules(student: nn.Module, teacher: Any) -> list[nn.Module]:
+    """The teachers as a list, checked."""
+    several = isinstance(teacher, list | tuple | nn.ModuleList)
+    teachers = [*teacher] if several else [] if teacher is None else [teacher]
+    for name, module in (("student", student), *(("teacher", each) for each in teachers)):
+        if not isinstance(module, nn.Module):
+            raise UserError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
+        tensors = (*module.parameters(), *module.buffers())
+        kinds = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+        if kinds - {torch.float32}:
+            kind = min(map(str, kinds - {torch.float32}))
+            raise UserError(
+                f"{name} must be in float32, got {kind}: convert it with .float(); "
+                'precision="bf16" computes faster with weights in float32'
+            )
+    if several and not teachers:
+        raise UserError("teacher is an empty list: give None to train on labels alone")
+    own = {id(parameter) for parameter in student.parameters()}
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise UserError("student has no parameters that require gradients, so nothing is trained")
+    if any(id(p) in own for each in teachers for p in each.parameters()):
+        raise UserError("student and teacher share parameters: give a copy.deepcopy as the teacher")
+    return teachers
+
+
+def _as_teacher(module: nn.Module, images: torch.Tensor, classes: int, number: int) -> Teacher:
+    """Wrap a teacher that takes the student's very images."""
+    _, c, h, w = images.shape
+    classifier, plain = Classifier(module), preprocess.identity(c)
+    count = count_classes(f"teacher {number}", classifier, images)
+    if count != classes:
+        raise UserError(f"teacher {number} has {count} outputs for an image, the student {classes}")
+    names = tuple(map(str, range(classes)))
+    model = Model(classifier, type(module).__name__, names, (h, w, c), plain)
+    return Teacher(model, plain, (h, w))
+
+
+def count_classes(name: str, classifier: Classifier, images: torch.Tensor) -> int:
+    """Count a network's outputs for an image, tried in evaluation mode on the first two.
+
+    Args:
+        name: Name of the network, for messages.
+        classifier: The network, whose modes are restored.
+        images: Images (n, c, h, w).
+
+    Raises:
+        UserError: If it cannot take the images, or gives no logits.
+    """
+    modes = [(part, part.training) for part in classifier.modules()]
+    device = borrowing.device_of(classifier)
+    try:
+        classifier.eval()
+        with torch.no_grad():
+            outputs = classifier(images[:2].to(device))
+    except Exception as error:  # a network may raise anything
+        raise UserError(
+            f"{name} cannot take images {tuple(images[:2].shape)} of train, or gives no logits: "
+            f"{first_line(error)}"
+        ) from error
+    finally:
+        for part, training in modes:
+            part.training = training
+    n = len(images[:2])
+    if not isinstance(outputs, torch.Tensor) or outputs.ndim != 2 or len(outputs) != n:
+        got = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+        raise UserError(f"{name} must give logits ({n}, k) for {n} images, got {got}")
+    return outputs.shape[1]
+
+
+def _default_loss(teachers: Sequence[nn.Module]) -> str:
+    return recipes.TEACHER_LOSS if teachers else recipes.LABEL_LOSS
+
+
+def _check_loss(
+    specs: Sequence[TermSpec],
+    recipe: Recipe,
+    given: Mapping[str, Any],
+    teachers: Sequence[nn.Module],
+) -> Recipe:
+    """Refuse a loss that does not fit the teachers; return the recipe with the loss's smoothing."""
+    names = [spec.name for spec in specs]
+    taught = [spec.name for spec in specs if terms.needs_teacher(spec)]
+    if taught and not teachers:
+        raise UserError(f"--loss {taught[0]} needs a teacher: give one, or a loss such as ce:1")
+    if teachers and not taught:
+        raise UserError(f"--loss {recipe.loss} has no term that uses the teacher: add kd:0.9")
+    if "crd" in names:
+        raise UserError(
+            "--loss crd remembers each training image by its number, which batches of (images, "
+            "labels) do not have: use another term, such as srd, or kd train"
+        )
+    smoothing = next((s.parameters.get("smoothing") for s in specs if s.name == "ce"), None)
+    if "label_smoothing" not in given:
+        return recipe if smoothing is None else replace(recipe, label_smoothing=smoothing)
+    if smoothing is not None or "ce" not in names:
+        raise UserError(
+            f"--label-smoothing has no effect on --loss {recipe.loss}, "
+            f"{'which sets it too' if 'ce' in names else 'which has no term ce'}: leave it out"
+        )
+    return recipe

@@ -1,0 +1,54 @@
+"""Modules of a user's program, borrowed for a training and given back."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from dsdistill.harness.errors import UserError
+from kd.objectives import taps
+
+
+@contextmanager
+def borrow(student: nn.Module, teachers: Sequence[nn.Module]) -> Iterator[None]:
+    """Give modules back on their devices, without hooks of ours, also after an error.
+
+    All parameters require gradients as they did before. Teachers are in their training or
+    evaluation mode again; the student is in evaluation mode and has no gradients.
+
+    Args:
+        student: The network that is trained inside the block.
+        teachers: The networks that teach it.
+    """
+    modules = [student, *teachers]
+    devices = [device_of(module) for module in modules]
+    trained = [(p, p.requires_grad) for module in modules for p in module.parameters()]
+    modes = [(part, part.training) for teacher in teachers for part in teacher.modules()]
+    try:
+        yield
+    finally:
+        for module, device in zip(modules, devices, strict=True):
+            taps.remove(module)
+            module.to(device)
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+        for part, training in modes:
+            part.training = training
+        student.zero_grad(set_to_none=True)
+        student.eval()
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device of a module; the CPU for one without tensors.
+
+    Raises:
+        UserError: If its tensors are on several devices.
+    """
+    devices = {tensor.device for tensor in (*module.parameters(), *module.buffers())}
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise UserError(
+            f"{type(module).__name__} has tensors on {names}: move it to one device first"
+        )
+    return next(iter(devices), torch.device("cpu"))
