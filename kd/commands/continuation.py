@@ -129,8 +129,8 @@ def check(folder: Path, out: Path, recipe: Recipe, per_epoch: int) -> int:
     if done >= total:
         option = f"--steps {total}" if recipe.steps is not None else f"--epochs {recipe.epochs}"
         raise UserError(
-            f"{out} has taken {done} steps, {done / per_epoch:g} epochs, and {option} ends before "
-            "that or there: give more"
+            f"{out} has taken {done} steps, {done / per_epoch:g} epochs, and {option} is not more: "
+            "give more, or leave it out"
         )
     if recipe.patience is not None and stale >= recipe.patience:
         raise UserError(

@@ -98,8 +98,8 @@ def test_patience_that_has_ended_a_run_can_be_raised(inside: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        (("--epochs", 1), "has taken 10 steps, 2 epochs, and --epochs 1 ends before that"),
-        (("--steps", 7), "and --steps 7 ends before that"),
+        (("--epochs", 1), "has taken 10 steps, 2 epochs, and --epochs 1 is not more"),
+        (("--steps", 7), "and --steps 7 is not more"),
         (("--epochs", 0), "must be at least 1"),
         (("--lr", 1), "the run was started with --lr None, got 1.0"),
         (("--epochs", 3, "--steps", 30), "give one of them"),

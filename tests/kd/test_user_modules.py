@@ -135,6 +135,25 @@ def test_a_run_of_own_code_is_used_only_where_its_code_is_named_again(
     assert "usernet:Net(width=6)" in Path("page.html").read_text()
 
 
+@pytest.mark.parametrize(
+    "name", ["os:system(command='touch run')", "usernet:Net", "usernet:Net(width=6,num_classes=3)"]
+)
+def test_a_description_from_elsewhere_runs_nothing(tmp_path: Path, name: str) -> None:
+    """Of an earlier version, which had no checksums: anybody can write such a file."""
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    classifier = networks.build("mlp:4", SHAPE, 3)
+    model = saved_models.Model(classifier, "mlp:4", NAMES, SHAPE, preprocess.identity(1))
+    saved_models.save_run(folder, model)
+    card = json.loads((folder / "model.json").read_text())
+    del card["sha256"]
+    (folder / "model.json").write_text(json.dumps(card | {"name": name}))
+    with pytest.raises(UserError, match="a file may not choose the code"):
+        saved_models.load_run(folder, typed=[NET, "os:getcwd"])
+    assert not Path("imported").exists()
+    assert not Path("run").exists()
+
+
 def test_a_teacher_that_a_run_names_is_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     train(monkeypatch, "--student", "mlp:4", "--teacher", "usernet:trained", "--out", "run")
     forget()
