@@ -151,8 +151,9 @@ def pack(
         ],
         "scaler": None if scaler is None else scaler.state_dict(),
     }
-    whole = {name: sharding.unshard(value.detach()) for name, value in tensors.items()}
-    return {name: value.cpu().numpy() for name, value in whole.items()}, meta
+    # One by one: all sharded tensors at once, whole, may not fit the device.
+    whole = (sharding.unshard(value.detach()).cpu().numpy() for value in tensors.values())
+    return dict(zip(tensors, whole, strict=True)), meta
 
 
 def unpack(
