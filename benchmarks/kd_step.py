@@ -32,7 +32,7 @@ from dsdistill.harness.data import preprocess
 from dsdistill.harness.data.labeled_images import Examples, LabeledImages
 from kd.data import batching
 from kd.models import networks
-from kd.objectives import loss_spec, terms
+from kd.objectives import terms
 from kd.objectives.schemes import Distillation
 from kd.parallel import engine
 from kd.recipe import Recipe
@@ -116,7 +116,7 @@ def made(
 
 def ours(case: Case, steps: int, batches: batching.ResidentBatches | None = None) -> float:
     """Seconds a step of `kd.training.loop`."""
-    specs = loss_spec.parse(f"ce:{1 - ALPHA},kd:{ALPHA}:temperature={T}", terms.TERM_FUNCTIONS)
+    specs = terms.parse(f"ce:{1 - ALPHA},kd:{ALPHA}:temperature={T}")
     objective = Distillation(case.student, terms.build(specs, case.student), [case.teacher])
     recipe = Recipe(steps=WARM_UP + steps, lr=1e-3, batch_size=case.batches.size)
     marks: list[float] = []

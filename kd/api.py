@@ -35,12 +35,12 @@ from kd.models import networks
 from kd.models.networks import Classifier
 from kd.models.saved_models import Model
 from kd.models.teachers import Teacher
-from kd.objectives import loss_spec, terms
-from kd.objectives.loss_spec import TermSpec
+from kd.objectives import terms
 from kd.objectives.schemes import Distillation
+from kd.objectives.terms import Term
 from kd.parallel import engine
 from kd.parallel.engine import Engine
-from kd.recipe import Optimizer, Recipe
+from kd.recipe import METRICS, Optimizer, Recipe
 from kd.training import borrowing, dry_run, optimization, training_file
 from kd.training.checkpoint import PackedState, TrainingState
 from kd.training.loop import train as run_training
@@ -336,17 +336,18 @@ def _prepare(
     classes = count_classes("student", classifier, images)
     mixed = labels.is_floating_point()
     assert recipe.loss is not None
-    specs = loss_spec.parse(recipe.loss, terms.TERM_FUNCTIONS)
-    text, recipe = recipe.loss, _check_loss(specs, recipe, given, teachers)
-    logits = bool(teachers) or {spec.name for spec in specs} & {"mse", "ce"} != {"mse"}
-    if recipe.metric == "nll" and not logits:
+    chosen = terms.parse(recipe.loss)
+    text, recipe = recipe.loss, _check_loss(chosen, recipe, given, teachers)
+    on_labels = [t.definition for t in chosen if not t.definition.needs_teacher]
+    logits = bool(teachers) or not on_labels or not all(row.centred for row in on_labels)
+    if METRICS[recipe.metric].needs_logits and not logits:
         raise UserError("--metric nll needs logits, which a student trained by mse alone has not")
-    terms.check(specs, classes=classes, batch_size=len(labels), mixed=mixed)
+    terms.check(chosen, classes=classes, batch_size=len(labels), mixed=mixed)
     if own is None:
         optimization.check_optimizer(recipe)
     adapted = [_as_teacher(each, images, classes, i) for i, each in enumerate(teachers, 1)]
     built = terms.build(
-        specs,
+        chosen,
         classifier,
         adapted,
         shape=shape,
@@ -356,7 +357,7 @@ def _prepare(
     )
     by_label = teacher_weights == "by-label"
     objective = Distillation(classifier, built, adapted, by_label=by_label)
-    least = max(batching.MIN_IMAGES_PER_PROCESS, *map(terms.min_images, specs))
+    least = max(batching.MIN_IMAGES_PER_PROCESS, *(term.min_images for term in chosen))
     batches = _batches(train, len(labels), classes, least, recipe, on)
     check = partial(dry_run.check, shape=shape, classes=classes, images=0, on=on, mixed=mixed)
     check(objective, text, batches.sizes)
@@ -458,29 +459,30 @@ def _default_loss(teachers: Sequence[nn.Module]) -> str:
 
 
 def _check_loss(
-    specs: Sequence[TermSpec],
+    chosen: Sequence[Term],
     recipe: Recipe,
     given: Mapping[str, Any],
     teachers: Sequence[nn.Module],
 ) -> Recipe:
     """Refuse a loss that does not fit the teachers; return the recipe with the loss's smoothing."""
-    names = [spec.name for spec in specs]
-    taught = [spec.name for spec in specs if terms.needs_teacher(spec)]
+    taught = [term.name for term in chosen if term.definition.needs_teacher]
     if taught and not teachers:
         raise UserError(f"--loss {taught[0]} needs a teacher: give one, or a loss such as ce:1")
     if teachers and not taught:
         raise UserError(f"--loss {recipe.loss} has no term that uses the teacher: add kd:0.9")
-    if "crd" in names:
-        raise UserError(
-            "--loss crd remembers each training image by its number, which batches of (images, "
-            "labels) do not have: use another term, such as srd, or kd train"
-        )
-    smoothing = next((s.parameters.get("smoothing") for s in specs if s.name == "ce"), None)
+    for term in chosen:
+        if term.definition.needs_rows:
+            raise UserError(
+                f"--loss {term.name} remembers each training image by its number, which batches of "
+                "(images, labels) do not have: use another term, such as srd, or kd train"
+            )
+    smooths = any(term.definition.smooths_labels for term in chosen)
+    smoothing = next((t.smoothing for t in chosen if t.smoothing is not None), None)
     if "label_smoothing" not in given:
         return recipe if smoothing is None else replace(recipe, label_smoothing=smoothing)
-    if smoothing is not None or "ce" not in names:
+    if smoothing is not None or not smooths:
         raise UserError(
             f"--label-smoothing has no effect on --loss {recipe.loss}, "
-            f"{'which sets it too' if 'ce' in names else 'which has no term ce'}: leave it out"
+            f"{'which sets it too' if smooths else 'which has no term ce'}: leave it out"
         )
     return recipe

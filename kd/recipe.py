@@ -17,6 +17,33 @@ Precision = Literal["no", "bf16", "fp16", "mixed"]
 Augment = Literal["none", "crop-flip", "imagenet"]
 Metric = Literal["accuracy", "nll"]
 
+MOMENTUM_OPTIMIZERS: tuple[Optimizer, ...] = ("sgd", "momentum")
+STREAMED_AUGMENTS: tuple[Augment, ...] = ("imagenet",)  # crops are cut from files during training
+SCHEDULE_FIELDS: Mapping[Schedule, tuple[str, ...]] = {  # of the recipe, used by one schedule only
+    "cosine": ("final", "cooldown"),
+    "milestones": ("milestones", "decay"),
+    "constant": (),
+}
+
+
+@dataclass(frozen=True)
+class MetricDefinition:
+    """What selects the best epoch.
+
+    Attributes:
+        sign: 1 if larger values are better, -1 if smaller ones are.
+        needs_logits: Whether it is of probabilities, which only logits give.
+    """
+
+    sign: int
+    needs_logits: bool
+
+
+METRICS: Mapping[Metric, MetricDefinition] = {
+    "accuracy": MetricDefinition(1, needs_logits=False),
+    "nll": MetricDefinition(-1, needs_logits=True),
+}
+
 
 def _field(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
@@ -103,6 +130,16 @@ class Recipe:
         """Length of the training, in epochs or steps."""
         return self.steps if self.steps is not None else self.epochs or 0
 
+    @property
+    def has_momentum(self) -> bool:
+        """Whether the optimizer has the recipe's `momentum`."""
+        return self.optimizer in MOMENTUM_OPTIMIZERS
+
+    @property
+    def streams_files(self) -> bool:
+        """Whether images are read from their files while the training goes on."""
+        return self.augment in STREAMED_AUGMENTS
+
     def total_steps(self, steps_per_epoch: int) -> int:
         """Number of steps of the whole training."""
         if self.steps is not None:
@@ -175,14 +212,9 @@ def _check(recipe: Recipe) -> None:
 
 def _check_used(recipe: Recipe, given: Mapping[str, Any]) -> None:
     """Refuse options that have no effect in this recipe."""
-    files, sgd = recipe.augment == "imagenet", recipe.optimizer in ("sgd", "momentum")
     mixed = recipe.mixup > 0 or recipe.cutmix > 0
     needs = {
-        "momentum": (sgd, "--optimizer sgd or momentum"),
-        "milestones": (recipe.schedule == "milestones", "--schedule milestones"),
-        "decay": (recipe.schedule == "milestones", "--schedule milestones"),
-        "final": (recipe.schedule == "cosine", "--schedule cosine"),
-        "cooldown": (recipe.schedule == "cosine", "--schedule cosine"),
+        "momentum": (recipe.has_momentum, f"--optimizer {' or '.join(MOMENTUM_OPTIMIZERS)}"),
         "warmup_from": (recipe.warmup > 0, "--warmup"),
         "crop_padding": (recipe.augment == "crop-flip", "--augment crop-flip"),
         "hflip": (recipe.augment != "none", "--augment"),
@@ -191,8 +223,12 @@ def _check_used(recipe: Recipe, given: Mapping[str, Any]) -> None:
         "ema_ramp": (recipe.ema is not None, "--ema"),
         "decay_all": (recipe.weight_decay > 0, "--weight-decay"),
     }
+    for schedule, names in SCHEDULE_FIELDS.items():
+        needs |= dict.fromkeys(names, (recipe.schedule == schedule, f"--schedule {schedule}"))
     images = ("interpolation", "min_scale", "auto_augment", "color_jitter", "random_erase")
-    needs |= dict.fromkeys((*images, "repeats", "crop_share"), (files, "--augment imagenet"))
+    needs |= dict.fromkeys(
+        (*images, "repeats", "crop_share"), (recipe.streams_files, "--augment imagenet")
+    )
     if "color_jitter" in given and recipe.auto_augment is not None:
         raise UserError("--color-jitter has no effect with --auto-augment: leave one of them out")
     for name in given:

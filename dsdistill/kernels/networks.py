@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 import jax
@@ -35,13 +36,21 @@ W_STD, B_STD = math.sqrt(2), 0.1
 MYRTLE_BLOCKS = {5: (1, 1, 1), 7: (1, 2, 2), 10: (2, 3, 3)}  # (Conv, ReLU) pairs in each block
 
 
+class Engine(StrEnum):
+    """How a kernel is computed."""
+
+    CLOSED_FORM = "closed form"
+    EXACT_PLANES = "exact planes"
+    NEURAL_TANGENTS = "neural-tangents"
+
+
 @dataclass(frozen=True)
 class InfiniteNetwork:
     """An infinitely wide network, as its neural tangent kernel.
 
     Attributes:
         name: Name as a user writes it, with the depth.
-        engine: How it is computed: `closed form`, `exact planes` or `neural-tangents`.
+        engine: How its kernel is computed.
         kernel: Kernel between two sets of images, in their dtype, differentiable in both.
         diagonal: Kernel of each image with itself, for float64 images; None if `kernel` is as exact
             there in float64 as elsewhere.
@@ -55,7 +64,7 @@ class InfiniteNetwork:
     """
 
     name: str
-    engine: str
+    engine: Engine
     kernel: Kernel
     diagonal: KernelDiagonal | None = None
     symmetric: SymmetricKernel | None = None
@@ -119,7 +128,7 @@ def check(network: InfiniteNetwork, shape: tuple[int, int, int]) -> None:
             f"{network.min_size} pixels for its poolings, got {shape[0]}x{shape[1]}: choose "
             f"--image-size {network.min_size} or more, or another --kernel"
         )
-    if network.diagonal is None or network.engine != "neural-tangents":
+    if network.diagonal is None or network.engine is not Engine.NEURAL_TANGENTS:
         return
     two, three = (jax.ShapeDtypeStruct((n, *shape), jnp.float32) for n in (2, 3))
     try:
@@ -142,7 +151,7 @@ def check(network: InfiniteNetwork, shape: tuple[int, int, int]) -> None:
 
 def _fc(depth: int, w_std: float, b_std: float) -> InfiniteNetwork:
     kernel = functools.partial(fc_ntk, depth=depth, w_std=w_std, b_std=b_std)
-    return InfiniteNetwork(f"fc({depth})", "closed form", kernel, slopes=_slopes(kernel))
+    return InfiniteNetwork(f"fc({depth})", Engine.CLOSED_FORM, kernel, slopes=_slopes(kernel))
 
 
 def _slopes(kernel: Kernel) -> Slopes:
@@ -197,7 +206,7 @@ def _convolutional(name: str, layers: Architecture) -> InfiniteNetwork:
     deviations = functools.partial(variances.deviations, network=layers)
     return InfiniteNetwork(
         name,
-        "exact planes",
+        Engine.EXACT_PLANES,
         kernel,
         symmetric=symmetric,
         slopes=functools.partial(conv_kernel.slopes, network=layers),
@@ -232,7 +241,7 @@ def from_neural_tangents(
         raise UserError(f"kernel {name!r} is neither a stax network nor a kernel function")
     return InfiniteNetwork(
         name,
-        "neural-tangents",
+        Engine.NEURAL_TANGENTS,
         _in_image_dtype(kernel),
         _diagonal(kernel),
         module_sha256=module_sha256,

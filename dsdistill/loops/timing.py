@@ -14,7 +14,7 @@ from jaxtyping import Array
 from dsdistill.harness.data.labeled_images import Examples
 from dsdistill.harness.errors import UserError
 from dsdistill.kernels import gram
-from dsdistill.kernels.networks import InfiniteNetwork
+from dsdistill.kernels.networks import Engine, InfiniteNetwork
 from dsdistill.methods import kip
 from dsdistill.methods.initial_support import Support
 from dsdistill.methods.optimizer import Optimizer
@@ -25,7 +25,7 @@ GROWTH = 4  # from one timed batch to the next
 FLOAT64_COST = 2.5  # of the time of a pair with a target: a pair within the support, in float64
 FORWARD_COST = 0.35  # of a step's time for a pair of images, where no gradient is needed
 MAX_QUICK_SECONDS = 0.3  # seconds: a step that takes less is timed three times
-TILE_SIDES = {"exact planes": 16, "neural-tangents": 4}  # images a side of the tile that is timed
+TILE_SIDES = {Engine.EXACT_PLANES: 16, Engine.NEURAL_TANGENTS: 4}  # images a side of the timed tile
 # Such tiles of work need not be announced: the first steps say soon what they take.
 MIN_ANNOUNCED_TILES = 30
 SECONDS = {"ms": 1e-3, "s": 1.0, "min": 60.0}

@@ -26,7 +26,7 @@ from dsdistill.harness import memory
 from dsdistill.harness.data.labeled_images import Examples
 from dsdistill.harness.errors import UserError
 from dsdistill.kernels import diagnosis, gram
-from dsdistill.kernels.networks import InfiniteNetwork
+from dsdistill.kernels.networks import Engine, InfiniteNetwork
 from dsdistill.methods import ridge as krr
 from dsdistill.parallel import devices
 
@@ -110,7 +110,8 @@ def accumulate(
 def chunk_size(network: InfiniteNetwork, n: int, train: Examples) -> int:
     """Number of targets per chunk of `accumulate`, for `n` support images."""
     size = min(CHUNK, len(train))
-    return size if network.engine == "closed form" else min(max(MAX_CHUNK_PAIRS // n, 1), size)
+    cheap = network.engine is Engine.CLOSED_FORM
+    return size if cheap else min(max(MAX_CHUNK_PAIRS // n, 1), size)
 
 
 def _compile_sum(

@@ -180,7 +180,7 @@ def _usage(model: Model, export_format: ExportFormat) -> str:
     first = "" if export_format.graph else prepare
     meaning = (
         "unnormalised log-probabilities"
-        if model.outputs == "logits"
+        if model.gives_logits
         else "estimates of one-hot labels minus 1/k, which only the temperature makes probabilities"
     )
     return (
@@ -191,7 +191,7 @@ def _usage(model: Model, export_format: ExportFormat) -> str:
 
 def _file_resize(recipe: Recipe) -> dict[str, Any]:
     """How evaluation brought image files to the shape of the input."""
-    if recipe.augment != "imagenet":
+    if not recipe.streams_files:
         return {"crop": 1.0, "interpolation": "bilinear"}
     # As `kd.data.files.file_source` cuts them.
     interpolation = "bicubic" if recipe.interpolation == "random" else recipe.interpolation

@@ -43,7 +43,7 @@ def load(
         UserError: If the data are missing or damaged.
     """
     h, w, channels = student.shape
-    if recipe.augment == "imagenet":
+    if recipe.streams_files:
         return file_source.resolve(
             name,
             root=root,

@@ -50,7 +50,7 @@ from kd.evaluation import scoring, teacher_check
 from kd.models import networks, saved_models, seals
 from kd.models.saved_models import Model
 from kd.models.seals import REPORT
-from kd.objectives import loss_spec, terms
+from kd.objectives import terms
 from kd.objectives.schemes import Objective
 from kd.options import TrainOptions
 from kd.parallel import engine, heartbeat
@@ -108,7 +108,7 @@ def run(options: TrainOptions) -> dict[str, Any]:
         run_folder.check_free(options.out, REPORT)
     if options.given.get("loss"):
         # Earlier trainings of a chain may take days: check the last one's loss before them.
-        loss_spec.parse(options.given["loss"], terms.TERM_FUNCTIONS)
+        terms.parse(options.given["loss"])
     earlier: list[Path] = []
     for link in teacher_chain.earlier_trainings(options, options.out):
         assert link.out is not None
@@ -289,7 +289,7 @@ def _describe_no_validation(options: TrainOptions, parts: TrainingParts) -> str:
     lost = ["the weights of the last epoch are saved, not of the best"]
     if parts.recipe.average_best > 1:
         lost.append(f"and not the mean of {parts.recipe.average_best} epochs")
-    if parts.student.outputs == "centred labels":
+    if not parts.student.gives_logits:
         lost.append("and its outputs are not calibrated")
     if parts.source.distilled is not None and parts.source.note:
         reason = "there are no real images"
@@ -340,8 +340,7 @@ def _fit(
     def validate(network: nn.Module) -> Mapping[str, float]:
         assert validation is not None
         classifier = student.classifier.with_network(network)
-        is_logits = student.outputs == "logits"
-        return scoring.validate(classifier, validation, parts.on, logits=is_logits)
+        return scoring.validate(classifier, validation, parts.on, logits=student.gives_logits)
 
     saved = run.load_state()
     if saved:
@@ -376,7 +375,7 @@ def _fit(
         )
     _report_early_stop(parts, state, len(batches))
     student.classifier.network.load_state_dict(state.best)
-    if validation and student.outputs == "centred labels":
+    if validation and not student.gives_logits:
         outputs, labels = scoring.outputs_and_labels(student.classifier, validation)
         temperature = metrics.fit_temperature(outputs, labels)
         student = replace(student, output_temperature=temperature)

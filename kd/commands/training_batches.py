@@ -20,7 +20,6 @@ from kd.data import augment, batching, teacher_cache
 from kd.data.batching import Batch, BatchSource, ResidentBatches
 from kd.data.teacher_cache import TeacherCache
 from kd.evaluation import scoring
-from kd.objectives import terms
 from kd.objectives.schemes import Distillation, Objective
 from kd.options import TrainOptions
 
@@ -69,7 +68,7 @@ def load(parts: TrainingParts, options: TrainOptions) -> BatchSource:
 
 def min_images_per_process(parts: TrainingParts) -> int:
     """Fewest images of a batch that each process needs, for the loss and for batch norm."""
-    return max(batching.MIN_IMAGES_PER_PROCESS, *map(terms.min_images, parts.specs))
+    return max(batching.MIN_IMAGES_PER_PROCESS, *(term.min_images for term in parts.terms))
 
 
 def prepare(
@@ -192,7 +191,7 @@ def _open_caches(
             f"--cache needs images whose identity is known, and {parts.source.name} is read from "
             "front to back: leave it out, or use a folder"
         )
-    exact = [spec.name for spec in parts.specs if terms.needs_raw_logits(spec)]
+    exact = [term.name for term in parts.terms if term.definition.needs_raw_logits]
     if options.cache_top is not None and exact:
         raise UserError(
             f"--cache-top keeps probabilities, and --loss {exact[0]} compares the logits "

@@ -20,13 +20,13 @@ from kd.models.networks import Classifier
 from kd.models.saved_models import Model, OutputKind
 from kd.models.teachers import Teacher
 from kd.models.zoo import class_names
-from kd.objectives import loss_spec, terms
-from kd.objectives.loss_spec import TermSpec
+from kd.objectives import terms
 from kd.objectives.schemes import Distillation, MeanTeacher, Mutual, Objective
+from kd.objectives.terms import Term
 from kd.options import TrainOptions, told
 from kd.parallel import engine
 from kd.parallel.engine import Engine
-from kd.recipe import Recipe
+from kd.recipe import METRICS, Recipe
 from kd.training import dry_run, optimization
 
 DEFAULT_STUDENT = "convnet"
@@ -43,7 +43,7 @@ class TrainingParts:
         teachers: The teachers, frozen and on the device.
         peers: The other students of deep mutual learning.
         recipe: The resolved recipe, in which no field is left to a default.
-        specs: Terms of the loss.
+        terms: Terms of the loss.
         on: Device, precision and processes.
     """
 
@@ -53,7 +53,7 @@ class TrainingParts:
     teachers: tuple[Teacher, ...]
     peers: tuple[Classifier, ...]
     recipe: Recipe
-    specs: tuple[TermSpec, ...]
+    terms: tuple[Term, ...]
     on: Engine
 
 
@@ -82,14 +82,14 @@ def assemble(options: TrainOptions) -> TrainingParts:
     default = default if alone else taught_loss
     chosen = replace(chosen, loss=chosen.loss or default)
     assert chosen.loss is not None
-    specs = loss_spec.parse(chosen.loss, terms.TERM_FUNCTIONS)
-    chosen = _apply_loss_smoothing(chosen, specs, options)
-    student = replace(student, outputs=_outputs(specs, alone))
+    loss_terms = terms.parse(chosen.loss)
+    chosen = _apply_loss_smoothing(chosen, loss_terms, options)
+    student = replace(student, outputs=_outputs(loss_terms, alone))
     for network in (student.classifier, *loaded_teachers, *peers):
         network.to(on.device)
-    parts = TrainingParts(source, student, names, loaded_teachers, peers, chosen, specs, on)
+    parts = TrainingParts(source, student, names, loaded_teachers, peers, chosen, loss_terms, on)
     _check(parts, options, alone)
-    for remark in terms.remarks(specs, images=source.count):
+    for remark in terms.remarks(loss_terms, images=source.count):
         say(remark)
     return parts
 
@@ -98,7 +98,7 @@ def build_objective(parts: TrainingParts, options: TrainOptions) -> Objective:
     """Build the objective of a training, with its taps and projectors."""
     student = parts.student.classifier
     loss_terms = terms.build(
-        parts.specs,
+        parts.terms,
         student,
         parts.teachers,
         shape=parts.source.shape,
@@ -145,10 +145,10 @@ def _mixes_images(recipe: Recipe) -> bool:
 
 
 def _apply_loss_smoothing(
-    recipe: Recipe, specs: Sequence[TermSpec], options: TrainOptions
+    recipe: Recipe, loss_terms: Sequence[Term], options: TrainOptions
 ) -> Recipe:
-    """Set the recipe's label smoothing to that of its `ce` term, where the term has a value."""
-    smoothing = next((s.parameters.get("smoothing") for s in specs if s.name == "ce"), None)
+    """Set the recipe's label smoothing to that of a term of the loss, where one has a value."""
+    smoothing = next((t.smoothing for t in loss_terms if t.smoothing is not None), None)
     if smoothing is None:
         return recipe
     if "label_smoothing" in options.given:
@@ -161,23 +161,23 @@ def _apply_loss_smoothing(
 
 def _check(parts: TrainingParts, options: TrainOptions, alone: bool) -> None:
     """Refuse a loss, a recipe and a scheme that do not fit each other."""
-    recipe, names = parts.recipe, [spec.name for spec in parts.specs]
-    taught = [spec.name for spec in parts.specs if terms.needs_teacher(spec)]
+    recipe = parts.recipe
+    taught = [term for term in parts.terms if term.definition.needs_teacher]
     if taught and alone:
         raise UserError(
-            f"--loss {taught[0]} needs a teacher: add --teacher, --peers or --mean-teacher"
+            f"--loss {taught[0].name} needs a teacher: add --teacher, --peers or --mean-teacher"
         )
     if not taught and not alone:
         raise UserError(f"--loss {recipe.loss} has no term that uses the teacher: add kd:0.9")
-    featured = [name for name in taught if terms.TERMS[name].make is not None]
+    featured = [term.name for term in taught if term.definition.reads_layers]
     if featured and not parts.teachers:
         raise UserError(f"--loss {featured[0]} uses layers of a teacher: add --teacher")
-    if not parts.teachers and not any(map(terms.teaches_labels, parts.specs)):
+    if not parts.teachers and len(taught) == len(parts.terms):
         raise UserError(
             f"--loss {recipe.loss} has no term that uses labels, and without --teacher nothing "
             "else teaches them: add ce:1"
         )
-    layered = [name for name in names if terms.TERMS[name].make is not None]
+    layered = [term.name for term in parts.terms if term.definition.reads_layers]
     if layered and parts.peers:
         raise UserError(
             f"--loss {layered[0]} uses layers of one student: leave it out, or leave --peers out"
@@ -189,27 +189,28 @@ def _check(parts: TrainingParts, options: TrainOptions, alone: bool) -> None:
             f"{recipe.batch_size}"
         )
     classes = len(parts.source.classes)
-    terms.check(parts.specs, classes=classes, batch_size=recipe.batch_size, mixed=mixed)
-    logits = [name for name in taught if terms.TERMS[name].make is None]
-    if options.teacher_weights is not None and not logits:
+    terms.check(parts.terms, classes=classes, batch_size=recipe.batch_size, mixed=mixed)
+    if options.teacher_weights is not None and len(featured) == len(taught):
         raise UserError(
             f"--teacher-weights has no effect on --loss {recipe.loss}, which has no term of "
             "teachers' logits: leave it out"
         )
-    if "label_smoothing" in options.given and "ce" not in names:
+    smoothed = any(term.definition.smooths_labels for term in parts.terms)
+    if "label_smoothing" in options.given and not smoothed:
         raise UserError(
             f"--label-smoothing has no effect on --loss {recipe.loss}, which has no term ce: "
             "leave it out"
         )
-    if "heads" in names and parts.student.outputs != "logits":
+    on_logits = [term.name for term in parts.terms if term.definition.needs_logits]
+    if on_logits and not parts.student.gives_logits:
         raise UserError(
-            "--loss heads trains its classifiers on the student's logits, and with mse the student "
-            "has none: use ce"
+            f"--loss {on_logits[0]} trains its classifiers on the student's logits, and with mse "
+            "the student has none: use ce"
         )
-    if recipe.metric == "nll" and parts.student.outputs != "logits":
+    if METRICS[recipe.metric].needs_logits and not parts.student.gives_logits:
         raise UserError(
-            "--metric nll needs logits, which a student trained by mse alone does not have: "
-            "use --metric accuracy"
+            f"--metric {recipe.metric} needs logits, which a student trained by mse alone does not "
+            "have: use --metric accuracy"
         )
     optimization.check_optimizer(recipe)
 
@@ -230,7 +231,7 @@ def _source(
     """Resolve the data: streamed from files for random crops, and otherwise loaded as a whole."""
     size = options.given.get("image_size") or (named and named.image_size)
     augment = options.given.get("augment") or (named and named.augment)
-    if augment == "imagenet":
+    if augment in recipe.STREAMED_AUGMENTS:
         return file_source.resolve(
             options.data,
             root=options.data_root,
@@ -249,10 +250,12 @@ def _source(
     )
 
 
-def _outputs(specs: Sequence[TermSpec], alone: bool) -> OutputKind:
+def _outputs(loss_terms: Sequence[Term], alone: bool) -> OutputKind:
     """Kind of the student's outputs: those of MSE alone are not logits, and need a temperature."""
-    names = {spec.name for spec in specs}
-    return "centred labels" if alone and "mse" in names and "ce" not in names else "logits"
+    needs = [term.definition for term in loss_terms]
+    on_labels = [n for n in needs if not (n.needs_teacher or n.reads_layers)]
+    centred = alone and on_labels and all(n.centred for n in on_labels)
+    return "centred labels" if centred else "logits"
 
 
 def _student(

@@ -26,7 +26,6 @@ from kd.models import networks
 from kd.models.networks import Classifier, Shape
 from kd.models.zoo import builtin
 from kd.objectives import terms
-from kd.objectives.loss_spec import TermSpec
 from kd.objectives.schemes import Distillation
 from kd.parallel import engine
 from kd.recipe import Recipe, override
@@ -113,7 +112,7 @@ class NetworkLearner:
         device = accelerator.device
         network = networks.build(_full_name(self.name), shape, classes, seed=seed)
         resident = batching.prepare_resident(train_set, recipe.batch_size, device)
-        objective = Distillation(network, terms.build([TermSpec("mse")], network))
+        objective = Distillation(network, terms.build(terms.parse("mse"), network))
         losses: list[Tensor] = []
         objective.register_forward_hook(lambda *passed: losses.append(_total_loss(passed[-1])))
         batches = augment.augment_batches(resident, recipe, classes)

@@ -30,6 +30,7 @@ from kd.models.zoo import (
     timm_zoo,
     torchvision_zoo,
     user_modules,
+    weight_files,
     weights,
 )
 from kd.models.zoo.protocol import Interpolation, PretrainedConfig, Shape, Zoo
@@ -136,7 +137,7 @@ def build(
         else:
             classifier = Classifier(builtin.network(parts.base, shape, classes))
     if parts.file:
-        stored, convert = weights.read(parts.file), parts.convert
+        stored, convert = weight_files.read(parts.file), parts.convert
         notes = weights.load_into(
             classifier.network, stored, parts.text, classes, convert=convert, adapt=adapt
         )
@@ -192,7 +193,7 @@ def check_name(name: str) -> None:
     """Refuse a name that `build` does not know, and suggest the closest known ones."""
     parts = parse(name)
     if parts.file:
-        weights.require_file(parts.file)
+        weight_files.require_file(parts.file)
     if parts.zoo is None:
         builtin.width(parts.base)
     else:
@@ -379,7 +380,7 @@ def _split_file(name: str) -> tuple[str, Path | None]:
         if _path_exists(file := Path(name[i + 1 :]).expanduser()) and file.is_file():
             return name[:i], file
     # hf-hub:timm/resnet18@main names a revision; any other name, a file that does not exist.
-    if "/" in name[: at[0]] and Path(name).suffix not in weights.SUFFIXES:
+    if "/" in name[: at[0]] and Path(name).suffix not in weight_files.SUFFIXES:
         return name, None
     return name[: at[0]], Path(name[at[0] + 1 :]).expanduser()
 

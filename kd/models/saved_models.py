@@ -59,6 +59,11 @@ class Model:
     output_temperature: float = 1.0
 
     @property
+    def gives_logits(self) -> bool:
+        """Whether the outputs are logits, whose softmax are probabilities."""
+        return self.outputs == "logits"
+
+    @property
     def interpolation(self) -> Interpolation:
         """Interpolation by which images are resized to the model's size."""
         return self.classifier.interpolation

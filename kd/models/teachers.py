@@ -17,7 +17,7 @@ from kd.models import networks, saved_models
 from kd.models.adapters import build_adapter, check_channels
 from kd.models.networks import Classifier
 from kd.models.saved_models import Model
-from kd.models.zoo import class_names, exported, timm_zoo, weights
+from kd.models.zoo import class_names, exported, timm_zoo, weight_files, weights
 from kd.models.zoo.class_names import ClassMap, Match
 from kd.models.zoo.protocol import Interpolation, PretrainedConfig, Shape
 
@@ -208,7 +208,7 @@ def _load_user_module(
     taken = (image_size or h, image_size or w, channels)
     classifier, count = networks.build_as_it_is(parts.text, taken, classes)
     if parts.file is not None:
-        stored = weights.read(parts.file)
+        stored = weight_files.read(parts.file)
         count, _ = _classes_and_channels(who, stored, classifier, parts, count, channels)
     matched = match(count)
     if parts.file is not None:
@@ -227,7 +227,7 @@ def _load_weights_file(
     """Load a file of weights, with as many classes and channels as it has."""
     parts, who = networks.parse(name), f"teacher {name}"
     assert parts.file is not None
-    stored = weights.read(parts.file)
+    stored = weight_files.read(parts.file)
     if parts.zoo is None:
         plain = networks.build(parts.text, shape, classes)
         count, _ = _classes_and_channels(who, stored, plain, parts, classes, shape[2])
@@ -259,7 +259,7 @@ def _load_weights_file(
 
 def _classes_and_channels(
     who: str,
-    stored: weights.StoredWeights,
+    stored: weight_files.StoredWeights,
     plain: Classifier,
     parts: networks.NetworkName,
     classes: int,

@@ -7,10 +7,10 @@ the two classifiers; losses of maps need names.
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -253,6 +253,22 @@ def crd_parameters(
     negatives: Annotated[int, Range(1, 1_000_000)] = 16384,
 ) -> None:
     """State the parameters of contrastive representation distillation, see `CrdTerm`."""
+
+
+def crd_remark(parameters: Mapping[str, Any], images: int) -> str | None:
+    """Say that there are fewer negatives than asked for, where the training has fewer images.
+
+    Args:
+        parameters: Those of `crd_parameters`.
+        images: Number of training images; 0 if unknown.
+    """
+    negatives = parameters["negatives"]
+    if not negatives > images - 1 > 0:
+        return None
+    return (
+        f"--loss crd compares each image with {images - 1} others, as many as there are, and not "
+        f"with negatives={negatives}"
+    )
 
 
 class DeepSupervisionTerm(nn.Module):

@@ -6,6 +6,7 @@ there; only its `student` is saved as the result.
 
 import copy
 from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,63 @@ from kd.objectives.terms import WeightedTerm
 from kd.parallel import sharding
 
 FROZEN_PREFIX = "teachers."  # of the tensors that are neither trained nor stored
+
+
+class Objective(Protocol):
+    """What is minimised: a `torch.nn.Module` that maps a batch to weighted loss terms.
+
+    `Distillation`, `Mutual` and `MeanTeacher` are objectives. Another scheme is a module with these
+    members, too; no training step knows it by name.
+    """
+
+    @property
+    def student(self) -> Classifier:
+        """The network that is saved."""
+        ...
+
+    @property
+    def trained_networks(self) -> Sequence[Classifier]:
+        """The networks that are trained, in the order of their calls: the student first."""
+        ...
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Compute the terms of the loss, scalars by name, each times its weight.
+
+        Args:
+            batch: Images, labels and rows, perhaps with the teachers' logits.
+        """
+        ...
+
+    def train(self, mode: bool = True) -> Any:
+        """Set training mode, of all but frozen teachers."""
+        ...
+
+    def checkpoint_state(self) -> dict[str, Tensor]:
+        """Tensors for a checkpoint, by their names in the module.
+
+        Weights, projectors and memories, but no frozen teachers; what is missing is neither trained
+        nor sent to other processes.
+        """
+        ...
+
+    def after_step(self, step: int, total: int) -> None:
+        """Follow the weights after a step has changed them.
+
+        Args:
+            step: Number of steps that are done: 1, 2, ...
+            total: Number of steps of the training.
+        """
+        ...
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that the architectures of the trained networks do not decay."""
+        ...
+
+
+def as_module(objective: Objective) -> nn.Module:
+    """The objective as the module that it is; types cannot say that it is both."""
+    assert isinstance(objective, nn.Module)
+    return objective
 
 
 class Distillation(nn.Module):
@@ -52,6 +110,10 @@ class Distillation(nn.Module):
         super().train(mode)
         self.teachers.eval()
         return self
+
+    @property
+    def trained_networks(self) -> Sequence[Classifier]:
+        return (self.student,)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         student_logits = self.student(batch.images)
@@ -98,8 +160,13 @@ class Mutual(nn.Module):
         self.peers = nn.ModuleList(peers)
         self.terms = nn.ModuleList(terms)
 
+    @property
+    def trained_networks(self) -> Sequence[Classifier]:
+        peers = (peer for peer in self.peers if isinstance(peer, Classifier))
+        return (self.student, *peers)
+
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        outputs = [network(batch.images) for network in (self.student, *self.peers)]
+        outputs = [network(batch.images) for network in self.trained_networks]
         losses: dict[str, Tensor] = {}
         for i, logits in enumerate(outputs):
             others = [other.detach() for j, other in enumerate(outputs) if j != i]
@@ -118,8 +185,7 @@ class Mutual(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         names = no_weight_decay_names(self.student, "student.network.")
-        for i, peer in enumerate(self.peers):
-            assert isinstance(peer, Classifier)
+        for i, peer in enumerate(self.trained_networks[1:]):
             names |= no_weight_decay_names(peer, f"peers.{i}.network.")
         return names
 
@@ -143,6 +209,10 @@ class MeanTeacher(nn.Module):
     @property
     def student(self) -> Classifier:
         return self.inner.student
+
+    @property
+    def trained_networks(self) -> Sequence[Classifier]:
+        return (self.student,)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         return self.inner(batch)
@@ -174,11 +244,3 @@ def no_weight_decay_names(student: Classifier, prefix: str) -> set[str]:
     """Names of parameters, such as position embeddings, that timm excludes from weight decay."""
     names = getattr(student.network, "no_weight_decay", lambda: ())
     return {prefix + name for name in names()}
-
-
-# Called with a batch, an objective returns its weighted terms by name. It also has:
-#   student                   the network that is saved
-#   checkpoint_state()        tensors for a checkpoint: weights, projectors, memories; no teachers
-#   after_step(step, total)   called after step 1, 2, ... has changed the weights
-#   no_weight_decay()         names of parameters that the student's architecture does not decay
-Objective = Distillation | Mutual | MeanTeacher

@@ -1,8 +1,9 @@
 """The terms of a loss: pure functions, and modules that apply them to a training step.
 
-The table `TERMS` has for each name its function, the weight in its paper, and its inputs: labels,
-logits, or features of layers. A new loss is a function in `kd.losses`, its short name in
-`kd.losses.short_names` and a row in this table.
+The table `TERMS` has for each name its function, the weight in its paper, and all that the term
+needs or changes, so that no other place knows a term by its name. A new loss is a function in
+`kd.losses`, its short name in `kd.losses.short_names`, and a row in this table, by `_label_row`,
+`_logit_row` or `_feature_row`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,17 +18,25 @@ from kd.losses import ensemble, response, short_names
 from kd.models.networks import Classifier, Shape
 from kd.models.teachers import Teacher
 from kd.objectives import feature_terms, loss_spec
-from kd.objectives.feature_terms import LossFunction
-from kd.objectives.loss_spec import TermSpec
+from kd.objectives.feature_terms import LossFunction, TermContext
+from kd.objectives.loss_spec import LayerPair
 from kd.objectives.step_outputs import StepOutputs
 
+Parameters = Mapping[str, Any]
 # Applies a loss at a temperature to the student's logits and those of all teachers.
 TeacherCombiner = Callable[[StepOutputs, LossFunction, float], Tensor]
+# Builds the module of a term from its function and, for each teacher, networks and layers.
+TermMaker = Callable[[partial, Sequence[TermContext]], nn.Module]
 
 
 def mean_probability_loss(step: StepOutputs, function: LossFunction, temperature: float) -> Tensor:
     """Apply a loss to the mean of the teachers' probabilities at the loss's temperature."""
     return function(step.student_logits, step.combined_logits(temperature))
+
+
+def labelled_loss(step: StepOutputs, function: LossFunction, temperature: float) -> Tensor:
+    """Apply a loss to the labels and the mean of the teachers' probabilities."""
+    return function(step.student_logits, step.combined_logits(temperature), step.batch.labels)
 
 
 def mean_logit_loss(step: StepOutputs, function: LossFunction, temperature: float) -> Tensor:
@@ -46,63 +55,202 @@ def mean_standardised_loss(step: StepOutputs, function: LossFunction, temperatur
     return response.logit_kl(student, teacher, temperature=temperature)
 
 
+def _always(parameters: Parameters) -> bool:
+    return True
+
+
+def _no_remark(parameters: Parameters, images: int) -> str | None:
+    """Make no remark, whatever the parameters."""
+
+
 @dataclass(frozen=True)
 class TermDefinition:
-    """A row of the table.
+    """A row of the table: a loss, and what its term needs.
 
     Attributes:
         function: The loss; its keyword-only arguments are the parameters of the term.
         weight: Published weight; for `cc`, whose paper has none, that of a public reproduction.
-        inputs: `labels`, `logits`, `logits and labels`, or `features`.
-        make: For features: builds the module of the term from a `feature_terms.TermContext` and
-            the function.
+        inputs: What the loss takes, for messages: `labels`, `logits`, `features`, ...
+        make: Builds the module that maps `StepOutputs` to the term without its weight.
+        needs_teacher: Whether the term takes a teacher's outputs.
+        reads_layers: Whether it reads layers of the networks.
+        centred: Whether it fits the student's outputs to centred labels: they are no logits then.
+        needs_logits: Whether the student's outputs must be logits.
+        smooths_labels: Whether it has a parameter `smoothing`, by default the recipe's.
+        needs_raw_logits: Whether it needs a teacher's logits and not only their probabilities.
         images: Smallest number of images in a batch.
+        compares_images: Whether it compares images with each other, given its parameters; else one
+            image is enough.
         classes: Smallest number of classes.
         whole: Whether each image must be of one class, not mixed.
-        combine: For logits: applies the function to the logits of several teachers.
+        needs_rows: Whether it knows each training image by its number.
+        remark: A line about its parameters and the number of training images, or None.
     """
 
     function: Callable[..., Any]
     weight: float
     inputs: str
-    make: Callable[..., nn.Module] | None = None
+    make: TermMaker
+    needs_teacher: bool = True
+    reads_layers: bool = False
+    centred: bool = False
+    needs_logits: bool = False
+    smooths_labels: bool = False
+    needs_raw_logits: bool = False
     images: int = 1
+    compares_images: Callable[[Parameters], bool] = _always
     classes: int = 2
     whole: bool = False
-    combine: TeacherCombiner = mean_probability_loss
+    needs_rows: bool = False
+    remark: Callable[[Parameters, int], str | None] = _no_remark
+
+
+def _label_row(
+    function: LossFunction, weight: float, *, centred: bool = False, **needs: Any
+) -> TermDefinition:
+    """Define a term of the student's outputs and the labels."""
+
+    def make(function: partial, contexts: Sequence[TermContext]) -> nn.Module:
+        return LabelTerm(function, centred=centred)
+
+    return TermDefinition(
+        function, weight, "labels", make, needs_teacher=False, centred=centred, **needs
+    )
+
+
+def _logit_row(
+    function: LossFunction,
+    weight: float,
+    combine: TeacherCombiner = mean_probability_loss,
+    *,
+    inputs: str = "logits",
+    **needs: Any,
+) -> TermDefinition:
+    """Define a term of the student's logits and those of all teachers, which `combine` applies."""
+
+    def make(function: partial, contexts: Sequence[TermContext]) -> nn.Module:
+        return LogitTerm(function, combine)
+
+    return TermDefinition(function, weight, inputs, make, **needs)
+
+
+def _feature_row(
+    function: Callable[..., Any],
+    weight: float,
+    make_one: Callable[[TermContext, partial], nn.Module],
+    *,
+    needs_teacher: bool = True,
+    **needs: Any,
+) -> TermDefinition:
+    """Define a term of layers, which is the mean over the teachers if it needs any."""
+
+    def make(function: partial, contexts: Sequence[TermContext]) -> nn.Module:
+        each = [make_one(context, function) for context in contexts[: None if needs_teacher else 1]]
+        return each[0] if len(each) == 1 else feature_terms.MeanOverTeachers(each)
+
+    options = {"needs_teacher": needs_teacher, "reads_layers": True, **needs}
+    return TermDefinition(function, weight, "features", make, **options)
+
+
+def _compares_columns(parameters: Parameters) -> bool:
+    """Whether DIST compares columns, the images of a class, and not rows alone."""
+    return parameters["intra"] != 0
 
 
 TERMS: Mapping[str, TermDefinition] = {
-    "ce": TermDefinition(short_names.ce, 1, "labels"),
-    "mse": TermDefinition(short_names.mse, 1, "labels", whole=True),
-    "kd": TermDefinition(short_names.kd, 0.9, "logits"),
-    "fm": TermDefinition(short_names.fm, 1, "logits"),
-    "dkd": TermDefinition(short_names.dkd, 1, "logits and labels", classes=3, whole=True),
-    "dist": TermDefinition(short_names.dist, 2, "logits", images=2),
-    "ls": TermDefinition(short_names.ls, 9, "logits", classes=3, combine=mean_standardised_loss),
-    "logits": TermDefinition(short_names.logits, 1, "logits", combine=mean_logit_loss),
-    "hard": TermDefinition(short_names.hard, 0.5, "logits"),
-    "fitnet": TermDefinition(short_names.fitnet, 100, "features", feature_terms.regressor_term),
-    "at": TermDefinition(short_names.at, 1000, "features", feature_terms.map_term),
-    "review": TermDefinition(short_names.review, 1, "features", feature_terms.FusionTerm),
-    "vid": TermDefinition(short_names.vid, 1, "features", feature_terms.variational_term),
-    "mgd": TermDefinition(short_names.mgd, 2e-5, "features", feature_terms.generator_term),
-    "srd": TermDefinition(short_names.srd, 2, "features", feature_terms.projector_term, images=2),
-    "rkd-distance": TermDefinition(
-        short_names.rkd_distance, 25, "features", feature_terms.vector_term, images=2
+    "ce": _label_row(short_names.ce, 1, smooths_labels=True),
+    "mse": _label_row(short_names.mse, 1, centred=True, whole=True),
+    "kd": _logit_row(short_names.kd, 0.9),
+    "fm": _logit_row(short_names.fm, 1),
+    "dkd": _logit_row(
+        short_names.dkd, 1, labelled_loss, inputs="logits and labels", classes=3, whole=True
     ),
-    "rkd-angle": TermDefinition(
-        short_names.rkd_angle, 50, "features", feature_terms.vector_term, images=3
+    "dist": _logit_row(short_names.dist, 2, images=2, compares_images=_compares_columns),
+    "ls": _logit_row(short_names.ls, 9, mean_standardised_loss, classes=3, needs_raw_logits=True),
+    "logits": _logit_row(short_names.logits, 1, mean_logit_loss, needs_raw_logits=True),
+    "hard": _logit_row(short_names.hard, 0.5),
+    "fitnet": _feature_row(short_names.fitnet, 100, feature_terms.regressor_term),
+    "at": _feature_row(short_names.at, 1000, feature_terms.map_term),
+    "review": _feature_row(short_names.review, 1, feature_terms.FusionTerm),
+    "vid": _feature_row(short_names.vid, 1, feature_terms.variational_term),
+    "mgd": _feature_row(short_names.mgd, 2e-5, feature_terms.generator_term),
+    "srd": _feature_row(short_names.srd, 2, feature_terms.projector_term, images=2),
+    "rkd-distance": _feature_row(short_names.rkd_distance, 25, feature_terms.vector_term, images=2),
+    "rkd-angle": _feature_row(short_names.rkd_angle, 50, feature_terms.vector_term, images=3),
+    "sp": _feature_row(short_names.sp, 3000, feature_terms.vector_term, images=2),
+    "pkt": _feature_row(short_names.pkt, 3e4, feature_terms.vector_term, images=2),
+    "cc": _feature_row(short_names.cc, 100, feature_terms.vector_term, images=2),
+    "crd": _feature_row(
+        feature_terms.crd_parameters,
+        0.8,
+        feature_terms.CrdTerm,
+        whole=True,
+        needs_rows=True,
+        remark=feature_terms.crd_remark,
     ),
-    "sp": TermDefinition(short_names.sp, 3000, "features", feature_terms.vector_term, images=2),
-    "pkt": TermDefinition(short_names.pkt, 3e4, "features", feature_terms.vector_term, images=2),
-    "cc": TermDefinition(short_names.cc, 100, "features", feature_terms.vector_term, images=2),
-    "crd": TermDefinition(
-        feature_terms.crd_parameters, 0.8, "features", feature_terms.CrdTerm, whole=True
+    "heads": _feature_row(
+        short_names.heads,
+        1,
+        feature_terms.DeepSupervisionTerm,
+        needs_teacher=False,
+        needs_logits=True,
     ),
-    "heads": TermDefinition(short_names.heads, 1, "features", feature_terms.DeepSupervisionTerm),
 }
-TERM_FUNCTIONS = {name: row.function for name, row in TERMS.items()}
+
+
+@dataclass(frozen=True)
+class Term:
+    """A term of a loss, as the user gave it.
+
+    Attributes:
+        name: Name in the table.
+        definition: Row of the table.
+        weight: Factor of the term.
+        given: Parameters that were given.
+        layers: Pairs of layers, for terms of features.
+    """
+
+    name: str
+    definition: TermDefinition
+    weight: float
+    given: Parameters
+    layers: tuple[LayerPair, ...] = ()
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """All parameters of the term, those that were not given at their defaults."""
+        return loss_spec.parameters(self.definition.function) | dict(self.given)
+
+    @property
+    def smoothing(self) -> float | None:
+        """Label smoothing that was given to the term; None without it."""
+        return self.given.get("smoothing") if self.definition.smooths_labels else None
+
+    @property
+    def min_images(self) -> int:
+        """The smallest number of images that the term can compare."""
+        compares = self.definition.compares_images(self.parameters)
+        return self.definition.images if compares else 1
+
+
+def parse(loss: str) -> tuple[Term, ...]:
+    """Parse a loss as on the command line, see `kd.objectives.loss_spec`.
+
+    Raises:
+        UserError: For an unknown term or parameter, or a value out of its range.
+    """
+    specs = loss_spec.parse(loss, {name: row.function for name, row in TERMS.items()})
+    rows = (TERMS[spec.name] for spec in specs)
+    return tuple(
+        Term(
+            spec.name,
+            row,
+            row.weight if spec.weight is None else spec.weight,
+            spec.parameters,
+            spec.layers,
+        )
+        for spec, row in zip(specs, rows, strict=True)
+    )
 
 
 class WeightedTerm(nn.Module):
@@ -153,22 +301,17 @@ class LabelTerm(nn.Module):
 class LogitTerm(nn.Module):
     """A loss of the student's logits and the teachers'."""
 
-    def __init__(
-        self, function: LossFunction, temperature: float, labels: bool, combine: TeacherCombiner
-    ) -> None:
+    def __init__(self, function: partial, combine: TeacherCombiner) -> None:
         super().__init__()
-        self.function, self.temperature, self.labels = function, temperature, labels
-        self.combine = combine
+        self.function, self.combine = function, combine
+        self.temperature = function.keywords.get("temperature", 1.0)
 
     def forward(self, step: StepOutputs) -> Tensor:
-        if self.labels:
-            teacher = step.combined_logits(self.temperature)
-            return self.function(step.student_logits, teacher, step.batch.labels)
         return self.combine(step, self.function, self.temperature)
 
 
 def build(
-    specs: Sequence[TermSpec],
+    terms: Sequence[Term],
     student: Classifier,
     teachers: Sequence[Teacher] = (),
     *,
@@ -181,7 +324,7 @@ def build(
     """Build the modules of terms; terms of features put taps on the networks.
 
     Args:
-        specs: The parsed terms.
+        terms: Terms of the loss, from `parse`.
         student, teachers: Networks before they are wrapped or compiled. With several teachers, a
             term of features is the mean over the teachers, with a projector for each.
         shape: Height, width and channels of an image.
@@ -194,22 +337,19 @@ def build(
         UserError: For an unknown layer, or layers in a term without features.
     """
     contexts = [
-        partial(feature_terms.TermContext, student, teacher, shape, classes, images, seed + i)
+        partial(TermContext, student, teacher, shape, classes, images, seed + i)
         for i, teacher in enumerate(teachers or (None,))
     ]
-    return [_build_term(spec, contexts, smoothing) for spec in specs]
+    return [
+        _build_term(term, [make(term.layers) for make in contexts], smoothing) for term in terms
+    ]
 
 
-def needs_teacher(spec: TermSpec) -> bool:
-    """Whether a term takes a teacher's outputs."""
-    return TERMS[spec.name].inputs != "labels" and spec.name != "heads"
-
-
-def check(specs: Sequence[TermSpec], *, classes: int, batch_size: int, mixed: bool) -> None:
+def check(terms: Sequence[Term], *, classes: int, batch_size: int, mixed: bool) -> None:
     """Refuse terms that cannot work with the data.
 
     Args:
-        specs: The parsed terms.
+        terms: Terms of the loss.
         classes: Number of classes.
         batch_size: Number of images in a batch.
         mixed: Whether images are mixed.
@@ -217,89 +357,48 @@ def check(specs: Sequence[TermSpec], *, classes: int, batch_size: int, mixed: bo
     Raises:
         UserError: With the term and what it needs.
     """
-    for spec in specs:
-        row = TERMS[spec.name]
-        if mixed and row.whole:
+    for term in terms:
+        needs = term.definition
+        if mixed and needs.whole:
             raise UserError(
-                f"--loss {spec.name} needs whole labels, one class for each image: leave --mixup "
+                f"--loss {term.name} needs whole labels, one class for each image: leave --mixup "
                 "and --cutmix out"
             )
-        if classes < row.classes:
+        if classes < needs.classes:
             raise UserError(
-                f"--loss {spec.name} needs {row.classes} classes or more, and the data have "
+                f"--loss {term.name} needs {needs.classes} classes or more, and the data have "
                 f"{classes}: use kd"
             )
-        if batch_size < (least := min_images(spec)):
+        if batch_size < (least := term.min_images):
             raise UserError(
-                f"--loss {spec.name} compares the images of a batch: --batch-size must be at "
+                f"--loss {term.name} compares the images of a batch: --batch-size must be at "
                 f"least {least}, got {batch_size}"
             )
 
 
-def remarks(specs: Sequence[TermSpec], *, images: int) -> list[str]:
+def remarks(terms: Sequence[Term], *, images: int) -> list[str]:
     """Lines about terms whose parameters are lowered for lack of images.
 
     Args:
-        specs: The parsed terms.
+        terms: Terms of the loss.
         images: Number of training images; 0 if unknown.
     """
-    lines = []
-    for spec in specs:
-        negatives = spec.parameters.get("negatives")
-        if negatives is None and spec.name == "crd":
-            negatives = loss_spec.parameters(TERMS[spec.name].function)["negatives"]
-        if negatives is not None and negatives > images - 1 > 0:
-            lines.append(
-                f"--loss {spec.name} compares each image with {images - 1} others, as many as "
-                f"there are, and not with negatives={negatives}"
-            )
-    return lines
+    lines = (term.definition.remark(term.parameters, images) for term in terms)
+    return [line for line in lines if line is not None]
 
 
-def teaches_labels(spec: TermSpec) -> bool:
-    """Whether a term teaches the student the labels."""
-    return not needs_teacher(spec)
-
-
-def needs_raw_logits(spec: TermSpec) -> bool:
-    """Whether a term needs a teacher's logits and not only their probabilities."""
-    row = TERMS[spec.name]
-    return needs_teacher(spec) and row.make is None and row.combine is not mean_probability_loss
-
-
-def min_images(spec: TermSpec) -> int:
-    """The smallest number of images that a term can compare."""
-    if spec.name == "dist" and spec.parameters.get("intra") == 0:
-        return 1  # only rows are compared
-    return TERMS[spec.name].images
-
-
-def _build_term(
-    spec: TermSpec, contexts: Sequence[Callable[..., feature_terms.TermContext]], smoothing: float
-) -> WeightedTerm:
-    row = TERMS[spec.name]
-    weight = row.weight if spec.weight is None else spec.weight
-    parameters = loss_spec.parameters(row.function) | dict(spec.parameters)
-    if row.inputs != "features" and spec.layers:
+def _build_term(term: Term, contexts: Sequence[TermContext], smoothing: float) -> WeightedTerm:
+    needs, parameters = term.definition, term.parameters
+    if term.layers and not needs.reads_layers:
         raise UserError(
-            f"--loss {spec.name} takes {row.inputs}, not features: leave its layers out"
+            f"--loss {term.name} takes {needs.inputs}, not features: leave its layers out"
         )
-    taught = needs_teacher(spec)
-    if row.inputs == "labels":
-        if spec.name == "ce" and "smoothing" not in spec.parameters:
-            parameters["smoothing"] = smoothing
-        measure = LabelTerm(partial(row.function, **parameters), centred=spec.name == "mse")
-    elif row.make is None:
-        with_labels = row.inputs == "logits and labels"
-        temperature = parameters.get("temperature", 1.0)
-        function = partial(row.function, **parameters)
-        measure = LogitTerm(function, temperature, with_labels, row.combine)
-    else:
-        make, function = row.make, partial(row.function, **parameters)
-        used = contexts if taught else contexts[:1]
-        each = [make(context(spec.layers), function) for context in used]
-        measure = each[0] if len(each) == 1 else feature_terms.MeanOverTeachers(each)
-    features = taught and row.make is not None
+    if needs.smooths_labels and term.smoothing is None:
+        parameters["smoothing"] = smoothing
     return WeightedTerm(
-        spec.name, weight, measure, needs_teacher=taught, needs_teacher_features=features
+        term.name,
+        term.weight,
+        needs.make(partial(needs.function, **parameters), contexts),
+        needs_teacher=needs.needs_teacher,
+        needs_teacher_features=needs.needs_teacher and needs.reads_layers,
     )

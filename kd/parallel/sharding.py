@@ -3,6 +3,11 @@
 Trained weights are sharded, with their gradients and the optimizer's state. Frozen teachers stay
 whole in every process: they have neither, and gathering them at each step would cost more than it
 saves.
+
+`torch.distributed.checkpoint.state_dict` gathers the same tensors to the bit and is not used. With
+resnet18, AdamW and a frozen resnet50 on one CPU process, saving took 94 ms instead of 5 and loading
+989 ms instead of 476; with two sharded processes they were alike. It names the optimizer's state by
+parameters, and checkpoints number it: a map both ways would be more code than it replaces.
 """
 
 import os

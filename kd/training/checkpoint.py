@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dsdistill.harness.errors import UserError, first_line
 from dsdistill.harness.reports import schema
 from kd.parallel import sharding
-from kd.recipe import Recipe
+from kd.recipe import METRICS, Metric, Recipe
 from kd.training.optimization import mean_weights
 
 Weights = Mapping[str, Tensor]
@@ -153,8 +153,9 @@ def pack(
         ],
         "scaler": None if scaler is None else scaler.state_dict(),
     }
-    whole = {name: sharding.unshard(value.detach()) for name, value in tensors.items()}
-    return {name: value.cpu().numpy() for name, value in whole.items()}, meta
+    # One by one: all sharded tensors at once, whole, may not fit the device.
+    whole = (sharding.unshard(value.detach()).cpu().numpy() for value in tensors.values())
+    return dict(zip(tensors, whole, strict=True)), meta
 
 
 def unpack(
@@ -225,7 +226,7 @@ def after_validation(
     network: nn.Module,
     figures: Mapping[str, float] | None,
     *,
-    metric: str,
+    metric: Metric,
     keep: int,
 ) -> TrainingState:
     """Update the kept epochs after a validation; of equal epochs the later is better.
@@ -237,13 +238,13 @@ def after_validation(
         state: Progress of the training.
         network: Network that was validated.
         figures: Its validation metrics; None without validation images.
-        metric: Metric that orders the epochs; smaller is better only for `nll`.
+        metric: Metric that orders the epochs.
         keep: Number of epochs to keep.
     """
     latest = BestEpoch(state.epoch, figures or {}, copy_weights(network))
     if figures is None:
         return TrainingState(state.step, state.epoch, (latest,))
-    sign = -1 if metric == "nll" else 1
+    sign = METRICS[metric].sign
     better = not state.kept or sign * figures[metric] > sign * state.kept[0].figures[metric]
 
     def order(kept: BestEpoch) -> tuple[float, int]:

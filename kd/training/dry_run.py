@@ -16,7 +16,7 @@ from dsdistill.harness.errors import UserError, first_line
 from kd.data import batching
 from kd.data.batching import Batch
 from kd.models.networks import Classifier, Shape
-from kd.objectives.schemes import Distillation, MeanTeacher, Mutual, Objective
+from kd.objectives.schemes import Objective, as_module
 from kd.parallel.engine import Engine
 
 MAX_IMAGES = 4  # of the batch; more only cost time
@@ -56,30 +56,30 @@ def check(
         UserError: If the loss cannot be computed, is not finite, or leaves trained weights of a
             network without any gradient.
     """
-    objective.to(on.device)
+    module = as_module(objective).to(on.device)
     n = min(smallest_share(sizes, on.num_processes), MAX_IMAGES)
     batch = noise_batch(n, shape, classes, images=images, mixed=mixed, centred=centred)
     batch = batching.move(batch, on.device)
-    networks = _trained_networks(objective)
+    networks = objective.trained_networks
     with (
         _preserve_state(objective),
         torch.random.fork_rng(),
         on.autocast(),
         _report_errors(loss, n),
     ):
-        used = _weights_with_gradient(objective, _sum_outputs(networks, batch))
+        used = _weights_with_gradient(module, _sum_outputs(networks, batch))
         torch.manual_seed(SEED)
-        terms = objective(batch)
-        taught = _weights_with_gradient(objective, torch.stack(list(terms.values())).sum())
+        terms = module(batch)
+        taught = _weights_with_gradient(module, torch.stack(list(terms.values())).sum())
     _check_finite(loss, terms)
     if left := [name for name in used if name not in taught]:
         raise UserError(_no_gradient_message(loss, left, len(used)))
     if on.num_processes > 1:
         with _preserve_state(objective), torch.random.fork_rng():
             # In training a network may leave out layers at random, here it has them all.
-            objective.eval()
-            used += _weights_with_gradient(objective, _sum_outputs(networks, batch))
-        _freeze_unused(networks, {*used, *taught}, objective)
+            module.eval()
+            used += _weights_with_gradient(module, _sum_outputs(networks, batch))
+        _freeze_unused(networks, {*used, *taught}, module)
 
 
 def smallest_share(sizes: Sequence[int], world: int) -> int:
@@ -121,28 +121,19 @@ def noise_batch(
     )
 
 
-def _trained_networks(objective: Objective) -> list[Classifier]:
-    """The networks that are trained."""
-    if isinstance(objective, Mutual):
-        peers = [peer for peer in objective.peers if isinstance(peer, Classifier)]
-        return [objective.student, *peers]
-    return [objective.student]
-
-
 @contextmanager
 def _preserve_state(objective: Objective) -> Iterator[None]:
     """Set training mode inside the block; restore the mode and all buffers afterwards."""
-    plain = objective.inner if isinstance(objective, MeanTeacher) else objective
-    frozen = plain.teachers.buffers() if isinstance(plain, Distillation) else ()
-    frozen_ids, was_training = set(map(id, frozen)), objective.training
-    buffers = (buffer for buffer in objective.buffers() if id(buffer) not in frozen_ids)
-    copies = [(buffer, buffer.clone()) for buffer in buffers]
-    objective.train()
+    module = as_module(objective)
+    frozen = module.state_dict().keys() - objective.checkpoint_state().keys()
+    buffers = (buffer for name, buffer in module.named_buffers() if name not in frozen)
+    copies, was_training = [(buffer, buffer.clone()) for buffer in buffers], module.training
+    module.train()
     try:
         yield
     finally:
-        objective.train(was_training)
-        objective.zero_grad(set_to_none=True)
+        module.train(was_training)
+        module.zero_grad(set_to_none=True)
         with torch.no_grad():
             for buffer, before in copies:
                 buffer.copy_(before)
@@ -171,12 +162,12 @@ def _sum_outputs(networks: Sequence[Classifier], batch: Batch) -> Tensor:
     return torch.stack([network(batch.images).float().sum() for network in networks]).sum()
 
 
-def _weights_with_gradient(objective: Objective, value: Tensor) -> list[str]:
+def _weights_with_gradient(module: nn.Module, value: Tensor) -> list[str]:
     """Names of the trained weights that a value depends on."""
-    objective.zero_grad(set_to_none=True)
+    module.zero_grad(set_to_none=True)
     if value.requires_grad:
         value.backward()
-    return [name for name, weight in objective.named_parameters() if weight.grad is not None]
+    return [name for name, weight in module.named_parameters() if weight.grad is not None]
 
 
 def _check_finite(loss: str, terms: dict[str, Tensor]) -> None:
@@ -199,9 +190,9 @@ def _no_gradient_message(loss: str, left: Sequence[str], count: int) -> str:
     )
 
 
-def _freeze_unused(networks: Sequence[Classifier], reached: set[str], objective: Objective) -> None:
+def _freeze_unused(networks: Sequence[Classifier], reached: set[str], module: nn.Module) -> None:
     """Freeze the weights of the networks whose names are not in `reached`."""
     of_networks = {id(weight) for network in networks for weight in network.parameters()}
-    for name, weight in objective.named_parameters():
+    for name, weight in module.named_parameters():
         if id(weight) in of_networks and name not in reached:
             weight.requires_grad_(False)

@@ -23,7 +23,7 @@ def make_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     LAMB itself clips the gradient's norm at 1.
     """
     options: dict[str, Any] = {"filter_bias_and_bn": not recipe.decay_all}
-    if recipe.optimizer in ("sgd", "momentum"):
+    if recipe.has_momentum:
         options["momentum"] = recipe.momentum
     return create_optimizer_v2(
         module,

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from dsdistill.harness.errors import UserError
-from kd.objectives.schemes import Objective
+from kd.objectives.schemes import Objective, as_module
 
 Every = Literal["epoch", "step"]
 
@@ -51,7 +51,8 @@ class OwnOptimizer:
         optimizer = self.optimizer
         in_use = {id(p) for group in optimizer.param_groups for p in group["params"]}
         in_use |= {id(p) for p in objective.student.parameters()}
-        projectors = [p for p in objective.parameters() if p.requires_grad and id(p) not in in_use]
+        trained = as_module(objective).parameters()
+        projectors = [p for p in trained if p.requires_grad and id(p) not in in_use]
         if projectors:
             options = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
             optimizer.add_param_group({**options, "params": projectors})

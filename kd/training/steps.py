@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kd.data.batching import Batch, BatchSource, derive_seed, seed_torch
 from kd.objectives.projectors import EmbeddingMemory
-from kd.objectives.schemes import Objective
+from kd.objectives.schemes import Objective, as_module
 from kd.parallel import sharding
 from kd.parallel.engine import Engine
 from kd.recipe import Recipe
@@ -147,7 +147,7 @@ class Trainer:
 
     def restore(self, saved: PackedState) -> TrainingState:
         """Restore the training from a checkpoint."""
-        modules: dict[str, nn.Module] = {"objective": self.objective}
+        modules = {"objective": as_module(self.objective)}
         if self.average:
             modules["average"] = self.average.network
         scaler = self.on.scaler
@@ -179,19 +179,19 @@ def prepare(
     """
     per_epoch = math.ceil(len(batches) / recipe.accumulate)
     total = recipe.total_steps(per_epoch)
-    objective.to(on.device)
+    module = as_module(objective).to(on.device)
     if own is not None:
         optimizer, schedule = own.attach(objective, per_epoch)
     else:
-        optimizer = make_optimizer(objective, recipe)
+        optimizer = make_optimizer(module, recipe)
         schedule = make_schedule(optimizer, recipe, per_epoch)
     average = WeightAverage(objective.student.network, recipe, total) if recipe.ema else None
     replica = copy.deepcopy(objective.student.network) if on.is_fsdp2 else None
     if on.is_fsdp2:
-        wrapped, prepared = sharding.shard(on, objective, optimizer)
+        wrapped, prepared = sharding.shard(on, module, optimizer)
     else:
         _exclude_frozen_from_ddp(objective)
-        wrapped, prepared = on.prepare(objective, optimizer)
+        wrapped, prepared = on.prepare(module, optimizer)
     if on.num_processes == 1 and on.scaler is None:
         prepared = optimizer  # the wrapper would only cost a quarter of a millisecond per step
     validations = choose_validations(sum(batches.sizes), per_epoch, total, validation_images)
@@ -239,10 +239,11 @@ def choose_validations(
 
 def _exclude_frozen_from_ddp(objective: Objective) -> None:
     """Keep DDP from sending frozen teachers and memories, equal in all processes, at each step."""
-    trained, modules = objective.checkpoint_state(), dict(objective.named_modules())
+    module = as_module(objective)
+    trained, modules = objective.checkpoint_state(), dict(module.named_modules())
     ignored = [
         name
-        for name in objective.state_dict()
+        for name in module.state_dict()
         if name not in trained or isinstance(modules[name.rpartition(".")[0]], EmbeddingMemory)
     ]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, ignored)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)

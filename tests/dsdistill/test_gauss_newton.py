@@ -191,7 +191,9 @@ def test_ten_steps_do_what_a_hundred_of_adam_do():
 
 
 def test_a_kernel_without_slopes_is_refused():
-    network = replace(NETWORKS["fc"], slopes=None, engine="neural-tangents", name="mine:net")
+    network = replace(
+        NETWORKS["fc"], slopes=None, engine=networks.Engine.NEURAL_TANGENTS, name="mine:net"
+    )
     with pytest.raises(UserError, match="mine:net is computed by neural-tangents: use --optimizer"):
         gauss_newton.require_slopes(network)
 

@@ -207,8 +207,8 @@ def test_defaults_that_are_set_elsewhere_are_those_used() -> None:
     )
     assert train["validation_fraction"].default == f"{origin.DEFAULT_VALIDATION_FRACTION:g}"
     assert train["student"].default.startswith(f"{training_parts.DEFAULT_STUDENT},")
-    assert f"{training_parts.TEACHER_LOSS} with a teacher" in train["loss"].default
-    assert f"{training_parts.MUTUAL_LOSS} with --peers" in train["loss"].default
+    assert f"{recipes.TEACHER_LOSS} with a teacher" in train["loss"].default
+    assert f"{recipes.MUTUAL_LOSS} with --peers" in train["loss"].default
     assert f"at most {steps.VALIDATIONS} validations" in train["validate_every"].default
     assert train["workers"].default == str(TrainOptions().readers)
     assert all(name in train["recipe"].text for name in recipes.NAMED)

@@ -10,7 +10,7 @@ from kd import recipes
 from kd.data import augment, batching
 from kd.data.batching import Batch
 from kd.models.networks import Classifier
-from kd.objectives import loss_spec, terms
+from kd.objectives import terms
 from kd.objectives.step_outputs import StepOutputs
 from kd.recipe import Recipe
 
@@ -119,7 +119,7 @@ def test_labels_of_mixed_images_are_smoothed_once_as_timm_smooths_them(options) 
     whole = Batch(torch.rand(8, 3, 6, 6), torch.arange(8))
     logits = 3 * torch.randn(8, k, generator=torch.Generator().manual_seed(0))
     mixed = augment.mix_images(whole, 5, mixer=augment._timm_mixup(recipe, k))
-    specs = loss_spec.parse("ce:1", terms.TERM_FUNCTIONS)
+    specs = terms.parse("ce:1")
     (ce,) = terms.build(specs, Classifier(torch.nn.Identity()), smoothing=recipe.label_smoothing)
     given = {"mixup_alpha": recipe.mixup, "cutmix_alpha": recipe.cutmix}
     mixer = Mixup(**given, label_smoothing=smoothing, num_classes=k)

@@ -20,7 +20,7 @@ from dsdistill.harness.data import preprocess
 from dsdistill.harness.errors import UserError
 from kd.commands import export_formats
 from kd.models import networks, saved_models, teachers
-from kd.models.zoo import weights
+from kd.models.zoo import weight_files
 
 NAMES = ("cat", "dog", "owl")
 SHAPE = (32, 32, 3)
@@ -186,7 +186,7 @@ def test_harmless_values_beside_the_weights_open_no_door(tmp_path: Path) -> None
     with pytest.raises(
         UserError, match=r"more than tensors \(posix.mkdir\).*nothing in it was run"
     ):
-        weights.read(path)
+        weight_files.read(path)
     assert not mark.exists()
 
 

@@ -54,7 +54,7 @@ def student(name: str = "convnet:8", classes: int = 4, seed: int = 0) -> network
 
 def objective(loss: str, *, name: str = "convnet:8", classes: int = 4) -> Distillation:
     network, taught_by = student(name, classes), teacher("test_resnet", classes)
-    specs = loss_spec.parse(loss, terms.TERM_FUNCTIONS)
+    specs = terms.parse(loss)
     options = {"shape": SHAPE, "classes": classes, "images": 32}
     return Distillation(network, terms.build(specs, network, (taught_by,), **options), (taught_by,))
 
@@ -67,14 +67,14 @@ def check(loss: str, of: Objective, sizes: Sequence[int] = (16,), classes: int =
 @pytest.mark.parametrize(("loss", "message"), OUT_OF_RANGE)
 def test_a_parameter_out_of_its_range_is_one_line(loss: str, message: str) -> None:
     with pytest.raises(UserError) as error:
-        loss_spec.parse(loss, terms.TERM_FUNCTIONS)
+        terms.parse(loss)
     assert message in str(error.value)
 
 
 def test_every_parameter_of_every_term_has_a_range_that_holds_its_default() -> None:
-    for name, function in terms.TERM_FUNCTIONS.items():
-        for key, default in loss_spec.parameters(function).items():
-            allowed = loss_spec.parameter_range(function, key)
+    for name, row in terms.TERMS.items():
+        for key, default in loss_spec.parameters(row.function).items():
+            allowed = loss_spec.parameter_range(row.function, key)
             assert allowed is not None, (name, key)
             assert default in allowed, (name, key)
 
@@ -94,7 +94,7 @@ def test_every_parameter_of_every_term_has_a_range_that_holds_its_default() -> N
     ],
 )
 def test_a_term_says_what_it_needs_of_the_data(loss: str, options: dict, message: str) -> None:
-    specs = loss_spec.parse(loss, terms.TERM_FUNCTIONS)
+    specs = terms.parse(loss)
     with pytest.raises(UserError) as error:
         terms.check(specs, **{"classes": 4, "batch_size": 16, "mixed": False} | options)
     assert message in str(error.value)
@@ -136,12 +136,12 @@ def test_frozen_weights_and_those_that_no_output_needs_are_no_fault() -> None:
 
 
 def test_peers_and_a_mean_teacher_are_checked_as_students_of_teachers_are() -> None:
-    specs = loss_spec.parse("ce,kd:1:temperature=1", terms.TERM_FUNCTIONS)
+    specs = terms.parse("ce,kd:1:temperature=1")
     network = student()
     made = terms.build(specs, network, shape=SHAPE, classes=4)
     check("ce,kd", MeanTeacher(network, made, decay=0.9))
     check("ce,kd", Mutual(network, [student(seed=1), student("mlp:8", seed=2)], made))
-    only = terms.build(loss_spec.parse("heads@2,6", terms.TERM_FUNCTIONS), network,
+    only = terms.build(terms.parse("heads@2,6"), network,
                        shape=SHAPE, classes=4)  # fmt: skip
     with pytest.raises(UserError, match="sends no gradient"):
         check("heads@2,6", MeanTeacher(network, only, decay=0.9))
@@ -161,7 +161,7 @@ def test_the_check_leaves_weights_averages_memories_and_random_numbers_alone() -
 
 
 def test_batch_norm_of_one_image_is_one_line() -> None:
-    of = Distillation(student("test_resnet"), terms.build([loss_spec.TermSpec("ce")], student()))
+    of = Distillation(student("test_resnet"), terms.build(terms.parse("ce"), student()))
     narrow = networks.Classifier(
         nn.Sequential(nn.Flatten(), nn.Linear(256, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
     )
@@ -200,8 +200,8 @@ ODD = st.sampled_from(["0", "1", "0.5", "-1", "nan", "inf", "1e-30", "1e30", "x"
 
 def _values(name: str, key: str) -> st.SearchStrategy[str]:
     """Mostly values of a parameter that are in its range."""
-    allowed = loss_spec.parameter_range(terms.TERM_FUNCTIONS[name], key)
-    whole = isinstance(loss_spec.parameters(terms.TERM_FUNCTIONS[name])[key], int)
+    allowed = loss_spec.parameter_range(terms.TERMS[name].function, key)
+    whole = isinstance(loss_spec.parameters(terms.TERMS[name].function)[key], int)
     assert allowed is not None
     low, high = allowed.low, min(allowed.high, 100)
     inside = st.integers(int(low), int(high)) if whole else st.floats(low, high)
@@ -213,7 +213,7 @@ def written(draw: st.DrawFn) -> str:
     """One to three terms with any parameters, at layers that are there."""
     pieces, names = [], st.sampled_from(sorted(terms.TERMS))
     for name in draw(st.lists(names, min_size=1, max_size=3, unique=True)):
-        known = sorted(loss_spec.parameters(terms.TERM_FUNCTIONS[name]))
+        known = sorted(loss_spec.parameters(terms.TERMS[name].function))
         chosen = draw(st.lists(st.sampled_from(known), max_size=2, unique=True)) if known else []
         weights = st.one_of(st.just(""), st.just(":0.5"), st.just(":1e9"), ODD.map(":{}".format))
         weight = draw(weights)
@@ -234,7 +234,7 @@ def test_any_loss_either_takes_a_step_or_is_refused(
     loss: str, n: int, classes: int, mixed: bool
 ) -> None:
     try:
-        specs = loss_spec.parse(loss, terms.TERM_FUNCTIONS)
+        specs = terms.parse(loss)
         terms.check(specs, classes=classes, batch_size=n, mixed=mixed)
         of = objective(loss, classes=classes)
         check(loss, of, [n], classes, mixed=mixed)
@@ -271,7 +271,7 @@ class _Skipping(nn.Module):
 @pytest.mark.parametrize("seed", range(4))
 def test_layers_that_are_left_out_at_random_are_no_fault(monkeypatch, seed: int) -> None:
     network = networks.Classifier(_Skipping())
-    of = Distillation(network, terms.build([loss_spec.TermSpec("ce")], network))
+    of = Distillation(network, terms.build(terms.parse("ce"), network))
     monkeypatch.setattr(dry_run, "SEED", seed)
     check("ce", of)
     assert all(weight.requires_grad for weight in of.parameters())
@@ -283,6 +283,6 @@ def test_layers_that_are_left_out_at_random_are_no_fault(monkeypatch, seed: int)
 
 
 def test_a_memory_needs_images_that_have_numbers() -> None:
-    specs = loss_spec.parse("ce,crd", terms.TERM_FUNCTIONS)
+    specs = terms.parse("ce,crd")
     with pytest.raises(UserError, match="remembers each training image by its number, and images"):
         terms.build(specs, student(), (teacher(),), shape=SHAPE, classes=4, images=0)

@@ -23,7 +23,7 @@ from dsdistill.harness.data import preprocess
 from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError
 from kd.models import networks, saved_models, teachers
-from kd.models.zoo import exported, huggingface, torchvision_zoo, weights
+from kd.models.zoo import exported, huggingface, torchvision_zoo, weight_files
 from kd.models.zoo.protocol import PretrainedConfig
 
 NAMES = ("cat", "dog", "owl")
@@ -565,7 +565,7 @@ def test_no_code_in_a_file_is_run(tmp_path: Path) -> None:
     path, mark = tmp_path / "weights.pth", tmp_path / "ran"
     torch.save({"state_dict": {"a": torch.zeros(1)}, "bomb": _Bomb(mark)}, path)
     with pytest.raises(UserError, match=r"holds more than tensors.*nothing in it was run"):
-        weights.read(path)
+        weight_files.read(path)
     assert not mark.exists()
 
 

@@ -12,7 +12,7 @@ from kd import recipe, recipes
 from kd.data.batching import Batch
 from kd.models import networks
 from kd.models.networks import Classifier
-from kd.objectives import loss_spec, terms
+from kd.objectives import terms
 from kd.objectives.step_outputs import StepOutputs
 from kd.recipe import Recipe
 from kd.training import optimization
@@ -63,7 +63,7 @@ def test_supergradients_loss_is_a_weighted_sum_at_temperature_one() -> None:
     kl = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
     loss = recipes.SUPERGRADIENTS.loss
     assert loss is not None
-    made = terms.build(loss_spec.parse(loss, terms.TERM_FUNCTIONS), Classifier(nn.Identity()))
+    made = terms.build(terms.parse(loss), Classifier(nn.Identity()))
     seen = StepOutputs(Batch(torch.zeros(1, 1, 1, 1), labels), student, (teacher,))
     found = {term.name: term(seen).item() for term in made}
     assert found == pytest.approx({"ce": 0.2 * task, "kd": 0.8 * kl}, rel=1e-6)
@@ -163,7 +163,7 @@ def test_every_recipe_has_a_loss_that_can_be_read() -> None:
     for name, chosen in recipes.NAMED.items():
         recipe.override(chosen, {})  # breaks no rule
         if chosen.loss is not None:
-            assert loss_spec.parse(chosen.loss, terms.TERM_FUNCTIONS), name
+            assert terms.parse(chosen.loss), name
 
 
 def test_the_deit_recipe_has_the_drop_path_of_its_paper() -> None:

@@ -22,7 +22,7 @@ from dsdistill.harness.errors import UserError
 from kd.data import batching
 from kd.losses import feature, relation
 from kd.models import networks
-from kd.objectives import loss_spec, terms
+from kd.objectives import terms
 from kd.objectives.schemes import Distillation
 from kd.objectives.step_outputs import StepOutputs
 from kd.recipe import Recipe
@@ -98,7 +98,7 @@ def test_projectors_are_trained_and_stored_and_not_part_of_the_student() -> None
 
 def test_self_distillation_through_shallow_heads() -> None:
     network = student()
-    specs = loss_spec.parse("ce:1,heads:1@2,6", terms.TERM_FUNCTIONS)
+    specs = terms.parse("ce:1,heads:1@2,6")
     made = terms.build(specs, network, shape=SHAPE, classes=CLASSES)
     ours = Distillation(network, made)
     assert not ours.needs_teacher
@@ -145,7 +145,7 @@ def test_a_layer_before_all_weights_would_teach_nothing(loss: str) -> None:
     flat = networks.build("mlp:8", SHAPE, CLASSES, seed=0)  # its layer 0 flattens the image
     with pytest.raises(UserError, match="no trained weight comes before layer '0'"):
         terms.build(
-            loss_spec.parse(loss, terms.TERM_FUNCTIONS), flat, (teacher(),),
+            terms.parse(loss), flat, (teacher(),),
             shape=SHAPE, classes=CLASSES, images=32,
         )  # fmt: skip
 
@@ -161,7 +161,7 @@ def test_a_term_of_features_is_the_mean_over_teachers() -> None:
     network = student()
     both = teacher(), teacher(seed=2)
     batch = next(batches().in_order())
-    specs = loss_spec.parse("sp:2,rkd-distance", terms.TERM_FUNCTIONS)
+    specs = terms.parse("sp:2,rkd-distance")
     options = {"shape": SHAPE, "classes": CLASSES, "images": 32}
     values = [
         Distillation(network, terms.build(specs, network, several, **options), several)(batch)
@@ -184,7 +184,7 @@ def test_terms_of_logits_take_several_teachers_each_in_its_own_way(by_label: boo
     weights = 1 - torch.stack(plain).softmax(0) if by_label else torch.full((2, 6), 0.5)
 
     def measured(name: str) -> float:
-        (term,) = terms.build(loss_spec.parse(f"{name}:1", terms.TERM_FUNCTIONS), student())
+        (term,) = terms.build(terms.parse(f"{name}:1"), student())
         return term(seen).item()
 
     mean = sum(w[:, None] * x for w, x in zip(weights, seen.teacher_logits, strict=True))
@@ -212,9 +212,23 @@ def test_the_same_teacher_twice_is_that_teacher(name: str) -> None:
     generator = torch.Generator().manual_seed(1)
     outputs, answers = 3 * torch.randn(2, 6, 4, generator=generator)
     batch = batching.Batch(torch.zeros(6, 1, 1, 1), torch.arange(6) % 4)
-    (term,) = terms.build(loss_spec.parse(name, terms.TERM_FUNCTIONS), student())
+    (term,) = terms.build(terms.parse(name), student())
     once, twice = (term(StepOutputs(batch, outputs, (answers,) * n)).item() for n in (1, 2))
     assert twice == pytest.approx(once, rel=1e-4)
+
+
+def test_a_new_term_needs_no_more_than_a_row_of_the_table(monkeypatch) -> None:
+    row = replace(terms.TERMS["kd"], weight=3, images=5, whole=True)
+    monkeypatch.setitem(terms.TERMS, "own", row)
+    (term,) = terms.parse("own:temperature=2")
+    assert (term.weight, term.min_images, term.parameters) == (3, 5, {"temperature": 2.0})
+    with pytest.raises(UserError, match="own needs whole labels"):
+        terms.check((term,), classes=4, batch_size=16, mixed=True)
+    with pytest.raises(UserError, match=r"own compares the images .* at least 5, got 4"):
+        terms.check((term,), classes=4, batch_size=4, mixed=False)
+    batch = next(batches().in_order())
+    losses = objective("kd:1:temperature=2,own:2:temperature=2")(batch)
+    assert losses["own"].item() == pytest.approx(2 * losses["kd"].item(), rel=1e-6)
 
 
 def test_stages_from_deep_to_shallow_are_refused() -> None:

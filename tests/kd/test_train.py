@@ -18,7 +18,7 @@ from kd import recipes
 from kd.data import augment, batching
 from kd.evaluation import learners, scoring
 from kd.models import networks
-from kd.objectives import loss_spec, terms
+from kd.objectives import terms
 from kd.objectives.schemes import Distillation, MeanTeacher, Mutual
 from kd.parallel import engine
 from kd.recipe import Recipe
@@ -44,7 +44,7 @@ def _objective(
 
 
 def _terms(loss: str) -> list[terms.WeightedTerm]:
-    return terms.build(loss_spec.parse(loss, terms.TERM_FUNCTIONS), _student())
+    return terms.build(terms.parse(loss), _student())
 
 
 class _Stop(Exception):

@@ -6,7 +6,7 @@ import torch
 from dsdistill.harness.data import preprocess
 from kd.data import batching
 from kd.models import networks, saved_models, teachers
-from kd.objectives import loss_spec, terms
+from kd.objectives import terms
 from kd.objectives.schemes import Distillation
 
 SHAPE, CLASSES = (16, 16, 1), 4
@@ -33,7 +33,7 @@ def batches(n: int = 32) -> batching.ResidentBatches:
 def objective(loss: str, taught_by: teachers.Teacher | None = None) -> Distillation:
     network, taught_by = student(), taught_by or teacher()
     made = terms.build(
-        loss_spec.parse(loss, terms.TERM_FUNCTIONS), network, (taught_by,),
+        terms.parse(loss), network, (taught_by,),
         shape=SHAPE, classes=CLASSES, images=32,
     )  # fmt: skip
     return Distillation(network, made, (taught_by,))
