@@ -43,28 +43,6 @@ class Sums(NamedTuple):
     gram_ty: Float[Array | np.ndarray, "n k"]
 
 
-def solve_labels(
-    network: InfiniteNetwork,
-    support: Float[np.ndarray, "n h w c"],
-    train: Examples,
-    *,
-    ridge: float = 1e-6,
-) -> Float[np.ndarray, "n k"]:
-    """Labels of the support images that fit all training images best.
-
-    Args:
-        network: Network whose neural tangent kernel is used.
-        support: Preprocessed images of the support.
-        train: All targets; read once, in chunks.
-        ridge: Absolute ridge; divided by n.
-
-    Raises:
-        UserError: If `accumulate` or `solve` raises it.
-    """
-    *_, total = accumulate(network, support, train)
-    return solve(network, support, total, ridge)
-
-
 def accumulate(
     network: InfiniteNetwork,
     support: Float[np.ndarray, "n h w c"],
@@ -74,7 +52,9 @@ def accumulate(
     """Sum k_st k_st^T and k_st y_t, one chunk of targets for each item that is taken.
 
     Args:
-        network, support, train: As for `solve_labels`.
+        network: Network whose neural tangent kernel is used.
+        support: Preprocessed images of the support.
+        train: All targets; read once, in chunks.
         start: Sums to continue from.
 
     Raises:
@@ -139,11 +119,12 @@ def _compile_sum(
 def solve(
     network: InfiniteNetwork, support: Float[np.ndarray, "n h w c"], sums: Sums, ridge: float
 ) -> Float[np.ndarray, "n k"]:
-    """Solve for the labels, from the sums over all targets.
+    """Labels of the support images that fit all training images best.
 
     Args:
-        network, support, ridge: As for `solve_labels`.
-        sums: The sums over all targets.
+        network, support: As for `accumulate`.
+        sums: The sums over all targets, the last ones of `accumulate`.
+        ridge: Absolute ridge; divided by n.
 
     Raises:
         UserError: If the system is singular at this ridge.

@@ -217,15 +217,20 @@ def test_a_kernel_that_is_not_finite_is_traced_to_its_image(train):
     images[4, 1, 2] = 3e19  # its square overflows in float32
     network = networks.parse("CRP-flatten")
     with pytest.raises(UserError, match=r"support image 4, .* not finite before ReLU 1 of 1"):
-        label_solve.solve_labels(network, images, train)
+        next(label_solve.accumulate(network, images, train))
     support, one = replace(start(train), images=images), kip.KipObjective((network,))
     with pytest.raises(UserError, match=r"step 0, support image 4, .*: raise --ridge"):
         next(kip.distill(one, support, train, steps=1, target_batch=30, seed=0))
 
 
+def solve_labels(network, support, train, *, ridge=1e-6):
+    *_, total = label_solve.accumulate(network, support, train)
+    return label_solve.solve(network, support, total, ridge)
+
+
 def test_label_solve_equals_the_formula(train):
     support = start(train)
-    labels = label_solve.solve_labels(networks.parse("fc"), support.images, train, ridge=1e-2)
+    labels = solve_labels(networks.parse("fc"), support.images, train, ridge=1e-2)
     with jax.enable_x64(True):
         x_s, x_t = (jnp.asarray(a, jnp.float64) for a in (support.images, train.images()))
         k_ss, k_st = np.asarray(fc_ntk(x_s, x_s)), np.asarray(fc_ntk(x_s, x_t))
@@ -236,7 +241,7 @@ def test_label_solve_equals_the_formula(train):
 
 def test_label_solve_streams(train, monkeypatch):
     support = start(train).images
-    whole = label_solve.solve_labels(networks.parse("fc"), support, train)
+    whole = solve_labels(networks.parse("fc"), support, train)
     monkeypatch.setattr(label_solve, "CHUNK", 32)  # 90 targets: two chunks and a padded one
     parts = list(label_solve.accumulate(networks.parse("fc"), support, train))
     assert [sums.done for sums in parts] == [32, 64, 90]
@@ -249,4 +254,4 @@ def test_label_solve_streams(train, monkeypatch):
 def test_label_solve_refuses_a_support_larger_than_the_data(train):
     many = np.zeros((91, 6, 6, 1), np.float32)
     with pytest.raises(UserError, match="91 support images, 90 training images"):
-        label_solve.solve_labels(networks.parse("fc"), many, train)
+        next(label_solve.accumulate(networks.parse("fc"), many, train))
