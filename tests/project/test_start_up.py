@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# Neither command needs them before its first step; together they took half of the start.
+# Neither command needs them before its first step.
 UNUSED = ("neural_tangents", "tensorflow", "transformers", "datasets", "sklearn", "onnx", "IPython")
 # Runs a command, and lists what is loaded when the first figures are written.
 AT_FIRST_FIGURES = """
@@ -38,7 +38,7 @@ TRAIN = ("kd.cli", ["kd", "train", "digits", "--student", "mlp:8", "--epochs", "
 @pytest.mark.parametrize(
     ("command", "names"),
     [
-        (KIP, ("torch", "timm", "torchvision", "accelerate", "matplotlib", "scipy", *UNUSED)),
+        (KIP, ("torch", "timm", "torchvision", "accelerate", "matplotlib", *UNUSED)),
         (TRAIN, ("jax", "optax", "timm", "torchvision", "matplotlib", "scipy", *UNUSED)),
     ],
     ids=["dsdistill kip", "kd train"],
