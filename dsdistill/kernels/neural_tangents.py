@@ -9,10 +9,13 @@ Source: Novak et al. (2020), arXiv:1912.02803.
 
 import functools
 import importlib
+import importlib.util
 import sys
 import types
 from dataclasses import dataclass
 from typing import Any
+
+from dsdistill.harness.errors import UserError
 
 TESTED_JAX = "0.10.2"  # the JAX release on which every name below was found
 
@@ -47,8 +50,14 @@ def load() -> NeuralTangents:
     """Import neural-tangents; the first call takes about a second.
 
     Raises:
+        UserError: If it is not installed; the message names the extra that brings it.
         ImportError: If a name cannot be found; the message states the JAX release that works.
     """
+    if importlib.util.find_spec("neural_tangents") is None:
+        raise UserError(
+            "--kernel module:attribute needs neural-tangents: pip install 'dsdistill[tangents]' "
+            "(in a clone: pip install -c constraints.txt -e '.[tangents]')"
+        )
     import jax
 
     try:

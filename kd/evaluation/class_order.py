@@ -24,7 +24,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int
-from scipy.optimize import linear_sum_assignment
 
 from dsdistill.harness.text import quote
 
@@ -185,6 +184,9 @@ def _assignment(
     predicted: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"], count: int
 ) -> Int[np.ndarray, " k"]:
     """One class for each output such that most predictions are right."""
+    # SciPy takes half a second, and a teacher in the right order is often known without it.
+    from scipy.optimize import linear_sum_assignment
+
     confusion = np.bincount(labels * count + predicted, minlength=count**2).reshape(count, count)
     # Half an image in favour of the present order breaks ties.
     rows, columns = linear_sum_assignment(confusion + 0.5 * np.eye(count), maximize=True)

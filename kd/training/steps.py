@@ -20,8 +20,8 @@ from kd.parallel.engine import Engine
 from kd.recipe import Recipe
 from kd.training import checkpoint
 from kd.training.checkpoint import PackedState, TrainingState
-from kd.training.optimization import WeightAverage, make_optimizer, make_schedule
-from kd.training.own_optimizer import OwnOptimizer
+from kd.training.optimization import Schedule, WeightAverage, make_optimizer, make_schedule
+from kd.training.own_optimizer import OwnOptimizer, TorchSchedule
 
 LONG_EPOCH_STEPS = 100  # with this many steps or more, every epoch is validated
 # In a training with short epochs: the largest number of validations, the share of the work that
@@ -37,7 +37,7 @@ class Trainer:
         objective: The objective, not wrapped.
         wrapped: The objective, wrapped for all processes.
         optimizer: Optimizer of the trainable weights, wrapped by Accelerate where it must be.
-        schedule: timm's schedule of the learning rate, or the user's.
+        schedule: Schedule of the learning rate, the recipe's or the user's.
         average: Moving average of the student's weights; None without one.
         recipe: Length, optimizer and learning rate.
         on: Engine of the training.
@@ -50,7 +50,7 @@ class Trainer:
     objective: Objective
     wrapped: nn.Module
     optimizer: Any
-    schedule: Any
+    schedule: Schedule | TorchSchedule
     average: WeightAverage | None
     recipe: Recipe
     on: Engine

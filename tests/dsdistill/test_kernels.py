@@ -1,5 +1,7 @@
 """Kernels against neural-tangents in float64, against finite networks, and their traps."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -187,6 +189,14 @@ def test_network_from_a_module(tmp_path, monkeypatch):
     network = networks.parse("my_network:net")
     assert network.engine == "neural-tangents"
     assert network.kernel(images(2, 0), images(3, 1)).shape == (2, 3)
+
+
+def test_without_neural_tangents_one_line_names_the_extra(monkeypatch):
+    monkeypatch.setattr(neural_tangents, "load", neural_tangents.load.__wrapped__)
+    monkeypatch.setitem(sys.modules, "neural_tangents", None)
+    with pytest.raises(UserError, match=r"pip install 'dsdistill\[tangents\]'") as caught:
+        networks.parse("my_network:net")
+    assert "\n" not in str(caught.value)
 
 
 def test_tangents_replaces_no_name_of_jax():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.datasets import load_digits
 
 from dsdistill.harness.data import datasets, labeled_images, npz
 from dsdistill.harness.data.labeled_images import DataError, Examples, LabeledImages
@@ -121,6 +122,14 @@ def test_examples_give_centred_or_stored_labels():
     ready = Examples(data, identity(1), targets=stored, is_preprocessed=True)
     np.testing.assert_array_equal(ready.images(some), data.store[some])
     np.testing.assert_array_equal(ready.labels(some), stored[some])
+
+
+def test_digits_are_those_of_scikit_learn_to_the_bit():
+    flat, labels = load_digits(return_X_y=True)
+    digits = datasets._load_digits()
+    expected = np.asarray(flat, np.float32).reshape(-1, 8, 8, 1) / 16
+    np.testing.assert_array_equal(digits.store, expected, strict=True)
+    np.testing.assert_array_equal(digits.labels, np.asarray(labels, np.int64), strict=True)
 
 
 def test_digits_are_whole_and_split_once(tmp_path):

@@ -5,6 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler.cosine_lr import CosineLRScheduler
+from timm.scheduler.multistep_lr import MultiStepLRScheduler
 from torch import nn
 
 from dsdistill.harness.errors import UserError
@@ -39,6 +42,55 @@ def test_supergradients_learning_rates_step_by_step() -> None:
     down = [low + (top - low) * (1 + math.cos(math.pi * i / fall)) / 2 for i in range(fall)]
     assert len(found) == 310 * n
     assert found == pytest.approx([*up, *down, *[low] * (10 * n)], rel=1e-9)
+
+
+WIDE = Recipe(epochs=4, warmup=1.3, cooldown=0.7, final=0.03, milestones=(2, 3), decay=0.3)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "milestones", "constant"])
+@pytest.mark.parametrize("warmup", [0, 1.3])
+def test_learning_rates_are_those_of_timm_to_the_bit(schedule, warmup) -> None:
+    chosen = replace(WIDE, schedule=schedule, warmup=warmup)
+    optimizer = optimization.make_optimizer(nn.Linear(2, 2), chosen)
+    up, total = (chosen.in_steps(x, 7) for x in (warmup, 4))
+    options = {"warmup_t": up, "warmup_lr_init": chosen.warmup_from * chosen.lr}
+    options |= {"warmup_prefix": True, "t_in_epochs": False}
+    if schedule == "cosine":
+        fall, low = total - up - chosen.in_steps(0.7, 7), 0.03 * chosen.lr
+        theirs = CosineLRScheduler(optimizer, fall, low, **options)
+    else:  # a milestone comes one step early there, and counts from the end of the warm-up
+        drops = [7 * m + 1 - up for m in chosen.milestones if schedule == "milestones"]
+        theirs = MultiStepLRScheduler(optimizer, drops, chosen.decay, **options)
+    expected = []
+    for step in range(total):
+        theirs.step_update(step)
+        expected.append(optimizer.param_groups[0]["lr"])
+    assert rates(chosen, 7) == expected
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adam", "adamw"])
+@pytest.mark.parametrize("changes", [{}, {"decay_all": True}, {"weight_decay": 0.0}])
+def test_optimizers_of_torch_are_those_of_timm(name, changes) -> None:
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    network[0].weight.requires_grad_(False)
+    network.no_weight_decay = lambda: {"3.weight"}
+    chosen = replace(WIDE, optimizer=name, momentum=0.8, weight_decay=0.02)
+    chosen = replace(chosen, **changes)
+    options = {"momentum": 0.8} if name in ("sgd", "momentum") else {}
+    theirs = create_optimizer_v2(
+        network,
+        name,
+        lr=chosen.lr,
+        weight_decay=chosen.weight_decay,
+        filter_bias_and_bn=not chosen.decay_all,
+        **options,
+    )
+    ours = optimization.make_optimizer(network, chosen)
+    assert type(ours) is type(theirs)
+    assert ours.defaults == theirs.defaults
+    assert ours.state_dict() == theirs.state_dict()
+    for mine, other in zip(ours.param_groups, theirs.param_groups, strict=True):
+        assert list(map(id, mine["params"])) == list(map(id, other["params"]))
 
 
 def test_supergradients_parameter_groups_and_lamb() -> None:
