@@ -17,10 +17,10 @@ from dsdistill.harness.data.labeled_images import Examples, LabeledImages
 from dsdistill.harness.data.preprocess import identity
 from dsdistill.parallel import devices
 from dsdistill.kernels import networks
-network = networks.parse("CRP-flatten")
+network = networks.parse("CR-flatten")
 rng = np.random.default_rng(0)
 x1, x2, g = (jnp.asarray(rng.standard_normal(s), jnp.float32)
-             for s in ((3, 6, 6, 1), (37, 6, 6, 1), (3, 37)))
+             for s in ((3, 5, 4, 1), (37, 5, 4, 1), (3, 37)))
 value, pull = jax.jit(lambda a, b: jax.vjp(network.kernel, a, b))(x1, x2)
 half = jnp.asarray(rng.standard_normal((5, 5)), jnp.float32)
 
