@@ -41,6 +41,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
     Whoever starts the workers makes the folder: they, and what they start, inherit its name.
     """
+    gone = [name for name in sorted(FAST_FILES) if not (Path(__file__).parent / name).is_file()]
+    if gone:
+        raise pytest.UsageError(f"tests/conftest.py: FAST names modules that are gone: {gone}")
     if not hasattr(config, "workerinput"):
         config.stash[COMPILED] = tempfile.mkdtemp(prefix="dsdistill-compiled-")
         os.environ["JAX_COMPILATION_CACHE_DIR"] = config.stash[COMPILED]

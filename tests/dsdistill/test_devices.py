@@ -38,7 +38,8 @@ data = LabeledImages(np.array(x2), labels, ("a", "b", "c"))
 support = Support(np.array(x2[:6]), np.eye(3, dtype=np.float32)[labels[:6]],
                   np.zeros(x2[:6].shape, bool))
 # A well-conditioned solve: rounding stays rounding.
-objective = kip.KipObjective((network,), 1e-3, GaussNewton(0.3, damping=10), learn_labels=True)
+objective = kip.KipObjective((networks.parse("fc"),), 1e-3, GaussNewton(0.3, damping=10),
+                             learn_labels=True)
 *_, last = kip.distill(objective, support, Examples(data, identity(1), is_preprocessed=True),
                        steps=1, target_batch=33, seed=0)
 np.savez(sys.argv[2], value, *pull(g), k_ss, slope, last.state.images, last.state.labels)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -70,6 +71,16 @@ def planes_of(text: str, *shape: int) -> list[tuple]:
     return levels_and_inputs
 
 
+@pytest.fixture
+def unoptimized() -> Iterator[None]:
+    """XLA's optimisations would take half of the time, for programs that run once."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize(
     ("text", "shape"), [("CR-CRP-flatten", (5, 4, 2)), ("CR-PCRC-gap", (4, 5, 1))]
 )

@@ -62,7 +62,7 @@ def test_plan_keeps_to_the_budget_and_uses_it(monkeypatch, gradient):
 @pytest.mark.parametrize(("stored", "share"), [(True, 1), (False, gram.MAX_MEMORY_FRACTION)])
 def test_traced_bytes_bound_what_the_compiler_takes(monkeypatch, stored, share):
     """Traced bytes bound the memory of stored covariances; planes stay within the budget."""
-    network = stored_covariances(monkeypatch) if stored else networks.parse("2xCRP-flatten")
+    network = stored_covariances(monkeypatch) if stored else networks.parse("CRP-flatten")
     shape, tile = (16, 16, 1), Tile(4, 6)
     x, y = images(4, 0, 16), images(6, 1, 16)
     compiled = jax.jit(jax.grad(lambda x: network.kernel(x, y).sum())).lower(x).compile()

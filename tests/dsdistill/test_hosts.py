@@ -89,10 +89,9 @@ def bereft(processes: list[subprocess.Popen[str]], how: signal.Signals) -> str:
 
 @pytest.mark.parametrize("line", [KIP, NEWTON, LS], ids=["kip", "newton", "ls"])
 def test_two_hosts_give_the_support_of_one(dsdistill, tmp_path, line):
-    processes = pair(tmp_path, f"{line} --out run")
     alone = dsdistill(*line.split(), "--out", "alone")
     assert alone.returncode == 0, alone.stderr
-    (code, out, error), second = ended(processes)
+    (code, out, error), second = ended(pair(tmp_path, f"{line} --out run"))
     assert code == 0, error
     assert out.startswith("run: ")
     assert out.count("\n") == 1

@@ -282,9 +282,13 @@ def test_wrong_input_through_the_real_command(work: Path) -> None:
     assert done.stderr == "kd: there is no folder nowhere/run\n"
 
 
-def test_half_precision_and_another_memory_format(inside, work: Path) -> None:
+def test_half_precision_and_another_memory_format_through_the_real_command(work: Path) -> None:
+    """In a process of its own: Accelerate keeps the precision of the first training."""
     options = ("--precision", "bf16", "--channels-last", "--device", "cpu", "--out", "half")
-    main(inside, "train", "digits", "--student", "convnet:8", "--epochs", 1, *options)
+    done = support.kd(
+        "train", "digits", "--student", "convnet:8", "--epochs", 1, *options, cwd=work
+    )
+    assert done.returncode == 0, done.stderr
     assert read_report(work / "half")["recipe"]["precision"] == "bf16"
     stored = safetensors.numpy.load_file(work / "half" / "student.safetensors")
     assert {value.dtype for value in stored.values()} == {np.dtype(np.float32)}
