@@ -54,6 +54,7 @@ def test_a_rotation_agrees_with_scipy(images):
         np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+@pytest.mark.heavy
 def test_all_together_keep_shape_and_dtype_and_follow_the_key(images):
     names = augment.parse("all")
     with jax.enable_x64(True):  # as in a step
@@ -71,6 +72,7 @@ def test_none_is_the_identity(images):
     np.testing.assert_array_equal(augment.augment_images(images, jax.random.key(0), ()), images)
 
 
+@pytest.mark.heavy
 def test_flips_and_shifts_are_drawn_evenly():
     rows = jnp.arange(16.0)[:, None] * 16 + jnp.arange(16.0)
     images = jnp.broadcast_to(rows[None, :, :, None], (200, 16, 16, 1))

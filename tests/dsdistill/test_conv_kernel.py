@@ -102,7 +102,6 @@ def test_plain_oracle_equals_neural_tangents(text):
     ("text", "shape"),
     [
         ("3xCRP-flatten", (9, 11, 1)),  # odd at two resolutions
-        ("CR-3xCRP-flatten", (8, 10, 3)),
         ("CRP-flatten", (2, 2, 1)),  # the smallest image
         ("2xCR-flatten", (5, 7, 3)),
         ("CR-2xCRP-CR-gap", (9, 6, 3)),
@@ -136,8 +135,8 @@ def test_real_images_equal_neural_tangents():
 
 
 @pytest.mark.fashion
-@pytest.mark.parametrize("text", ["3xCRP-flatten", "CR-3xCRP-flatten"])
-def test_fashion_equals_neural_tangents(text):
+def test_fashion_equals_neural_tangents():
+    text = "CR-3xCRP-flatten"
     train = datasets.load("fashion-mnist", root=data_root()).train
     x = train.images(np.arange(4)) / 255.0
     value, gradient = double(engine(text), x[:2], x[2:], weights(2, 2))
@@ -150,9 +149,7 @@ def test_fashion_equals_neural_tangents(text):
 # ---- float32
 
 
-@pytest.mark.parametrize(
-    ("text", "data"), [("3xCRP-flatten", "digits"), ("CR-2xCRP-CR-gap", "random")]
-)
+@pytest.mark.parametrize(("text", "data"), [("3xCRP-flatten", "digits"), ("CRP-CR-gap", "random")])
 def test_float32_is_closer_than_neural_tangents(text, data):
     x = digits(4) if data == "digits" else images(4, 0, 6, 6, 1)
     x, g, network = np.float32(x), weights(4, 4), notation.parse(text)

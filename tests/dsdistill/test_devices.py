@@ -17,10 +17,10 @@ from dsdistill.harness.data.labeled_images import Examples, LabeledImages
 from dsdistill.harness.data.preprocess import identity
 from dsdistill.parallel import devices
 from dsdistill.kernels import networks
-network = networks.parse("CRP-flatten")
+network = networks.parse("CR-flatten")
 rng = np.random.default_rng(0)
 x1, x2, g = (jnp.asarray(rng.standard_normal(s), jnp.float32)
-             for s in ((3, 6, 6, 1), (37, 6, 6, 1), (3, 37)))
+             for s in ((3, 5, 4, 1), (37, 5, 4, 1), (3, 37)))
 value, pull = jax.jit(lambda a, b: jax.vjp(network.kernel, a, b))(x1, x2)
 half = jnp.asarray(rng.standard_normal((5, 5)), jnp.float32)
 
@@ -38,7 +38,8 @@ data = LabeledImages(np.array(x2), labels, ("a", "b", "c"))
 support = Support(np.array(x2[:6]), np.eye(3, dtype=np.float32)[labels[:6]],
                   np.zeros(x2[:6].shape, bool))
 # A well-conditioned solve: rounding stays rounding.
-objective = kip.KipObjective((network,), 1e-3, GaussNewton(0.3, damping=10), learn_labels=True)
+objective = kip.KipObjective((networks.parse("fc"),), 1e-3, GaussNewton(0.3, damping=10),
+                             learn_labels=True)
 *_, last = kip.distill(objective, support, Examples(data, identity(1), is_preprocessed=True),
                        steps=1, target_batch=33, seed=0)
 np.savez(sys.argv[2], value, *pull(g), k_ss, slope, last.state.images, last.state.labels)

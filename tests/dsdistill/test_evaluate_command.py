@@ -18,25 +18,17 @@ import torch
 
 from dsdistill.commands import evaluate as evaluate_command
 from dsdistill.commands import evaluation_parts
-from dsdistill.commands.distil import run_kip
 from dsdistill.harness import machine
 from dsdistill.harness.data import distilled_set
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.reports import report as reports
 from dsdistill.harness.stopping import StopInterrupt
-from dsdistill.options import EvaluateOptions, KipOptions, ReportOptions
+from dsdistill.options import EvaluateOptions, ReportOptions
 from kd.commands import train as train_command
 from kd.evaluation import learners
 from kd.options import Overrides, TrainOptions
 
 ARMS = ["distilled", "distilled-hard", "random", "k-means", "herding", "full"]
-
-
-@pytest.fixture(scope="module")
-def kip_run(tmp_path_factory) -> Path:
-    """A distilled set of twenty digits."""
-    out = tmp_path_factory.mktemp("set") / "kip"
-    return run_kip(KipOptions("digits", images_per_class=2, steps=60, out=out))
 
 
 @pytest.fixture(scope="module")
@@ -276,6 +268,7 @@ def test_a_set_at_chance_gets_a_hint(kip_run: Path, tmp_path: Path):
 def test_several_evaluations_on_one_page(
     evaluated: Path, kip_run: Path, cache: Path, tmp_path: Path
 ):
+    kip_run = Path(shutil.copytree(kip_run, tmp_path / "kip"))
     inside = kip_run / "evaluation-1"
     options = EvaluateOptions(kip_run, learners="ridge", controls="random", seeds=1, cache=cache)
     assert evaluate_command.run(options) == inside

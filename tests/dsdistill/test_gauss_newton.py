@@ -1,5 +1,6 @@
 """The Gauss-Newton step: its derivative, its solution, and steps that are too long."""
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from dsdistill.methods.initial_support import draw_support
 from dsdistill.methods.targets import TargetBatches
 from dsdistill.parallel import devices
 
-NETWORKS = {name: networks.parse(name) for name in ("fc", "CRP-flatten")}
+NETWORKS = {name: networks.parse(name) for name in ("fc", "CR-flatten")}
 STRENGTH = 1e-3
 
 
@@ -37,12 +38,22 @@ SUPPORT = draw_support(TRAIN, 1, noise=False, corruption=0, seed=0)
 X_T, Y_T = TargetBatches(TRAIN, 9, 0).draw(0)
 
 
-def alone(work, *arguments):
+def compiled(work):
     """Run `work` inside `devices.shard_targets` with all targets on one device."""
     assert jax.device_count() == 1
     share = devices.shard_targets(lambda whole, real, x_t: work(*whole))
-    with jax.enable_x64(True):
-        return jax.jit(lambda *whole: share(whole, len(X_T), X_T))(*arguments)
+    program = jax.jit(lambda *whole: share(whole, len(X_T), X_T))
+
+    def run(*arguments):
+        with jax.enable_x64(True):
+            return program(*arguments)
+
+    return run
+
+
+def alone(work, *arguments):
+    """Run `work` once."""
+    return compiled(work)(*arguments)
 
 
 def problem(name: str, free: np.ndarray | None = None) -> Problem:
@@ -106,20 +117,27 @@ def test_frozen_pixels_neither_move_nor_count():
     assert (np.asarray(back)[free] != 0).all()
 
 
-def stepped(at: dict, last: GaussNewtonState, *, rate: float, damping: float, network: str = "fc"):
+def stepped(at: dict, last: GaussNewtonState, *, rate: float, damping: float):
     """One step, with the loss from the definition of KIP."""
-    kernel = NETWORKS[network].kernel
+    step = _step(damping, gauss_newton.ITERATIONS, gauss_newton.PROBES)
+    return step(at, last, np.float32(rate))
 
-    def of(at, last):
+
+@functools.cache
+def _step(damping: float, *constants: int):
+    """The program of a step with these constants of `gauss_newton`."""
+    kernel = NETWORKS["fc"].kernel
+
+    def of(at, last, rate):
         def loss(values):
             x_s = values["images"].astype(jnp.float64)
             k_ss, k_st = kernel(x_s, x_s), kernel(x_s, jnp.asarray(X_T, jnp.float64))
             return ridge.loss(k_ss, k_st, values["labels"], Y_T, STRENGTH)
 
-        options = {"rate": jnp.float32(rate), "damping": damping, "key": jax.random.key(0)}
-        return gauss_newton.step(problem(network), at, at, last, loss, **options)
+        options = {"rate": rate, "damping": damping, "key": jax.random.key(0)}
+        return gauss_newton.step(problem("fc"), at, at, last, loss, **options)
 
-    return alone(of, at, last)
+    return compiled(of)
 
 
 def test_the_step_solves_the_damped_problem(monkeypatch):

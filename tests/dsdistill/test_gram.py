@@ -62,7 +62,7 @@ def test_plan_keeps_to_the_budget_and_uses_it(monkeypatch, gradient):
 @pytest.mark.parametrize(("stored", "share"), [(True, 1), (False, gram.MAX_MEMORY_FRACTION)])
 def test_traced_bytes_bound_what_the_compiler_takes(monkeypatch, stored, share):
     """Traced bytes bound the memory of stored covariances; planes stay within the budget."""
-    network = stored_covariances(monkeypatch) if stored else networks.parse("convnet3")
+    network = stored_covariances(monkeypatch) if stored else networks.parse("CRP-flatten")
     shape, tile = (16, 16, 1), Tile(4, 6)
     x, y = images(4, 0, 16), images(6, 1, 16)
     compiled = jax.jit(jax.grad(lambda x: network.kernel(x, y).sum())).lower(x).compile()
@@ -75,9 +75,9 @@ def test_traced_bytes_bound_what_the_compiler_takes(monkeypatch, stored, share):
 def test_a_pair_that_does_not_fit_is_refused_with_the_figures(monkeypatch):
     monkeypatch.setattr(memory, "available", lambda: 2**22)
     with pytest.raises(
-        UserError, match=r"convnet\(3\) needs \S+ MiB for one pair of 112x112 .* can be used"
+        UserError, match=r"convnet\(1\) needs \S+ MiB for one pair of 112x112 .* can be used"
     ):
-        gram.plan_tile(networks.parse("convnet"), 10, 10, (112, 112, 3), gradient=True)
+        gram.plan_tile(networks.parse("convnet", 1), 10, 10, (112, 112, 3), gradient=True)
 
 
 def test_peak_of_a_chain_is_two_arrays():

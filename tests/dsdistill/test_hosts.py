@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +26,13 @@ LS = "ls digits --images-per-class 1 --kernel CR-flatten"
 ENDLESS = "kip digits --images-per-class 2 --steps 100000 --out run --target-batch"
 
 
-def start(folder: Path, line: str, hosts: str) -> subprocess.Popen[str]:
+def start(
+    folder: Path, line: str, hosts: str, program: Sequence[object] = (DSDISTILL,)
+) -> subprocess.Popen[str]:
     """Start one host in its own working folder."""
     folder.mkdir(parents=True, exist_ok=True)
     return subprocess.Popen(
-        [DSDISTILL, *line.split(), "--hosts", hosts],
+        [*program, *line.split(), "--hosts", hosts],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -37,13 +40,15 @@ def start(folder: Path, line: str, hosts: str) -> subprocess.Popen[str]:
     )
 
 
-def pair(folder: Path, line: str, other: str | None = None) -> list[subprocess.Popen[str]]:
+def pair(
+    folder: Path, line: str, other: str | None = None, program: Sequence[object] = (DSDISTILL,)
+) -> list[subprocess.Popen[str]]:
     """Start two hosts without a shared folder; the command of the second may differ."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     lines = (line, other or line)
-    return [start(folder / f"host{i}", lines[i], f"{address},{i}/2") for i in (0, 1)]
+    return [start(folder / f"host{i}", lines[i], f"{address},{i}/2", program) for i in (0, 1)]
 
 
 def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
@@ -84,10 +89,9 @@ def bereft(processes: list[subprocess.Popen[str]], how: signal.Signals) -> str:
 
 @pytest.mark.parametrize("line", [KIP, NEWTON, LS], ids=["kip", "newton", "ls"])
 def test_two_hosts_give_the_support_of_one(dsdistill, tmp_path, line):
-    processes = pair(tmp_path, f"{line} --out run")
     alone = dsdistill(*line.split(), "--out", "alone")
     assert alone.returncode == 0, alone.stderr
-    (code, out, error), second = ended(processes)
+    (code, out, error), second = ended(pair(tmp_path, f"{line} --out run"))
     assert code == 0, error
     assert out.startswith("run: ")
     assert out.count("\n") == 1
@@ -136,12 +140,20 @@ def test_a_stop_is_agreed_on_and_a_death_ends_the_run(dsdistill, tmp_path):
     )
 
 
+IMPATIENT = """
+from dsdistill.cli import main
+from dsdistill.parallel import heartbeat
+heartbeat.MAX_SILENT_SECONDS = 12.0
+main()
+"""
+
+
 def test_a_silent_host_counts_as_lost(tmp_path):
     """A host hangs without breaking a connection."""
-    processes = pair(tmp_path, f"{ENDLESS} 50")
+    processes = pair(tmp_path, f"{ENDLESS} 50", program=(sys.executable, "-c", IMPATIENT))
     at_work(processes, tmp_path / "host0" / "run", beyond=10)
     assert bereft(processes, signal.SIGSTOP) == (
-        "dsdistill: host 1 has given no sign of life for 30 s: the run continues from its last "
+        "dsdistill: host 1 has given no sign of life for 12 s: the run continues from its last "
         "checkpoint with --resume --out run, on any number of hosts"
     )
 
@@ -183,10 +195,10 @@ def test_a_wrong_text_is_one_line(dsdistill, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_port_that_is_taken_is_one_line(dsdistill, tmp_path):
+def test_a_port_that_is_taken_is_one_line(dsdistill_process, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        done = dsdistill("kip", "--hosts", f"127.0.0.1:{port},0/2")
+        done = dsdistill_process("kip", "--hosts", f"127.0.0.1:{port},0/2")
     assert done.returncode == 1
     assert done.stderr == (
         f"dsdistill: --hosts: cannot listen on port {port} (Address already in use): choose "
@@ -204,11 +216,11 @@ from dsdistill.kernels import gram, networks
 from dsdistill.methods.initial_support import Support
 from dsdistill.parallel import devices
 gram.plan_tile = lambda *_, **__: gram.Tile(2, 3)
-network = networks.parse("CRP-flatten")
+network = networks.parse("CR-flatten")
 rng = np.random.default_rng(0)
-x_s, x_t = (rng.standard_normal((n, 6, 6, 1)).astype(np.float32) for n in (4, 13))
+x_s, x_t = (rng.standard_normal((n, 5, 4, 1)).astype(np.float32) for n in (4, 13))
 y_s, y_t = np.eye(4, 3, dtype=np.float32), np.eye(13, 3, dtype=np.float32)
-support = Support(x_s, y_s, np.zeros((4, 6, 6, 1), bool))
+support = Support(x_s, y_s, np.zeros((4, 5, 4, 1), bool))
 objective = kip.KipObjective((network,), learn_labels=True, augment=("flip", "shift", "rotate"))
 state = devices.replicate(kip.initial_state(objective, support))
 

@@ -16,28 +16,28 @@ def accuracy(run: Path) -> float:
     return distilled_set.load(run / distilled_set.FILE_NAME).provenance["metrics"]["test_accuracy"]
 
 
-def test_kip_on_fashion_mnist(dsdistill, tmp_path):
+def test_kip_on_fashion_mnist(dsdistill_process, tmp_path):
     """The reference run has 84.6 %; its accuracy varies by half a point between steps."""
-    done = dsdistill("kip", "fashion-mnist", "--steps", 300, "--out", "run")
+    done = dsdistill_process("kip", "fashion-mnist", "--steps", 300, "--out", "run")
     assert done.returncode == 0, done.stderr
     assert accuracy(tmp_path / "run") >= 0.84
 
 
 @pytest.mark.parametrize(("images_per_class", "published"), [(10, 0.797), (50, 0.845)])
-def test_label_solve_on_fashion_mnist(dsdistill, tmp_path, images_per_class, published):
+def test_label_solve_on_fashion_mnist(dsdistill_process, tmp_path, images_per_class, published):
     """Means of three draws. At one a class a draw deviates by two points: see docs/results.md."""
     for seed in range(3):
         options = ("--images-per-class", images_per_class, "--seed", seed, "--out", str(seed))
-        assert dsdistill("ls", "fashion-mnist", *options).returncode == 0
+        assert dsdistill_process("ls", "fashion-mnist", *options).returncode == 0
     mean = np.mean([accuracy(tmp_path / str(seed)) for seed in range(3)])
     assert mean == pytest.approx(published, abs=0.01)
 
 
-def test_kip_by_gauss_newton_on_fashion_mnist(dsdistill, tmp_path):
+def test_kip_by_gauss_newton_on_fashion_mnist(dsdistill_process, tmp_path):
     """One image per class with the kernel of `convnet`: 76.7 % published with augmentation."""
     options = ("--kernel", "convnet", "--images-per-class", 1, "--learn-labels")
     options = (*options, "--optimizer", "gauss-newton", "--out", "run")
-    done = dsdistill("kip", "fashion-mnist", *options, timeout=3600)
+    done = dsdistill_process("kip", "fashion-mnist", *options, timeout=3600)
     assert done.returncode == 0, done.stderr
     assert accuracy(tmp_path / "run") >= 0.767
 

@@ -63,7 +63,8 @@ def test_learner_fits_its_training_images_and_predicts_any_number():
     np.testing.assert_allclose(predict(many)[-5:], predict(many[-5:]), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["conv", "convnet3"])
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", ["conv", "CRP-flatten"])
 def test_support_gram_has_an_exact_diagonal(name):
     """neural-tangents in float32 is off by 2e-4 on the diagonal; the reference is its float64."""
     network = networks.parse(name)

@@ -98,6 +98,7 @@ def test_of_several_networks_the_mean_counts(monkeypatch):
     assert chosen(2.0, count=2) == 1000
 
 
+@pytest.mark.heavy
 def test_a_real_measurement():
     assert 10 <= chosen(0.001, n=500) <= 500
 

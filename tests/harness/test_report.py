@@ -55,6 +55,7 @@ def row(found, arm: str, learner: str = "convnet"):
     return chosen
 
 
+@pytest.mark.heavy
 def test_what_is_written_is_read_again(tmp_path):
     made = small(classes=("<b>", "$x$", "日本", "d"), notes=["a | b"], distilled={"method": None})
     write_report(tmp_path, made)

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import in_process
 import kd_support as support
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from kd_support import main, read_report
 
 from dsdistill.harness import files
 from dsdistill.harness.data import distilled_set
+from kd import cli
 
 FAST = ("--student", "mlp:16", "--epochs", "4", "--batch-size", "64")
 
@@ -265,17 +267,24 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
         (("evaluate", "nowhere"), "holds no finished student"),
     ],
 )
-def test_wrong_input_through_the_real_command(
+def test_wrong_input_is_told_on_standard_error_with_a_code(
     work: Path, arguments: tuple[str, ...], message: str
 ) -> None:
-    done = support.kd(*arguments, cwd=work)
+    done = in_process.run(cli.main, "kd", arguments, work)
     assert done.returncode in (1, 2)
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
 
 
+def test_wrong_input_through_the_real_command(work: Path) -> None:
+    done = support.kd("train", "--teacher", "nowhere/run", cwd=work)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "kd: there is no folder nowhere/run\n"
+
+
 def test_half_precision_and_another_memory_format_through_the_real_command(work: Path) -> None:
+    """In a process of its own: Accelerate keeps the precision of the first training."""
     options = ("--precision", "bf16", "--channels-last", "--device", "cpu", "--out", "half")
     done = support.kd(
         "train", "digits", "--student", "convnet:8", "--epochs", 1, *options, cwd=work

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import in_process
 import kd_support as support
 import numpy as np
 import onnx
@@ -511,7 +512,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
 def test_an_unreadable_command_line_is_one_line(
     work: Path, arguments: tuple[str, ...], message: str
 ) -> None:
-    done = support.kd("export", *arguments, cwd=work)
+    done = in_process.run(cli.main, "kd", ("export", *arguments), work)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert message in line

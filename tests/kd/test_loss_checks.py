@@ -223,6 +223,7 @@ def written(draw: st.DrawFn) -> str:
     return ",".join(pieces)
 
 
+@pytest.mark.heavy
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     loss=written(),

@@ -10,11 +10,11 @@ import pytest
 FOLDER = Path(__file__).parents[2] / "notebooks"
 SMALL = {  # name: the cell of settings, and how many pictures there are
     "01_distilled_versus_full": (
-        'DATA, IMAGES_PER_CLASS, STEPS = "digits", (1, 2), 40\nSEEDS, LEARNERS = 2, "ridge,mlp:8"',
+        'DATA, IMAGES_PER_CLASS, STEPS = "digits", (1, 2), 10\nSEEDS, LEARNERS = 1, "ridge,mlp:2"',
         3,
     ),
     "02_kip_and_label_solve": (
-        'DATA, IMAGES_PER_CLASS, STEPS, KERNEL = "digits", 2, 40, "fc"',
+        'DATA, IMAGES_PER_CLASS, STEPS, KERNEL = "digits", 2, 10, "fc"',
         4,
     ),
     "03_choosing_a_kd_loss": (
