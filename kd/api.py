@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dsdistill.harness import stopping
 from dsdistill.harness.data import preprocess
-from dsdistill.harness.errors import UserError, first_line
+from dsdistill.harness.errors import UserError, first_line, name_arguments
 from dsdistill.harness.runs import progress as progress_display
 from kd import api_arguments, recipes
 from kd.api_arguments import RecipeFields
@@ -37,7 +37,7 @@ from kd.models.saved_models import Model
 from kd.models.teachers import Teacher
 from kd.objectives import terms
 from kd.objectives.schemes import Distillation
-from kd.objectives.terms import Term
+from kd.objectives.terms import LossOfLogits, Term
 from kd.parallel import engine
 from kd.parallel.engine import Engine
 from kd.recipe import METRICS, Optimizer, Recipe
@@ -87,6 +87,7 @@ class _Task:
     validation: LoaderEvaluation | None
     recipe: Recipe
     optimizer: OwnOptimizer | None
+    extra_losses: tuple[str, ...]
     logits: bool
     seed: int
     on: Engine
@@ -99,6 +100,7 @@ def distill(
     *,
     validation: Loader | None = None,
     loss: str | None = None,
+    extra_losses: Mapping[str, LossOfLogits] | None = None,
     teacher_weights: Literal["alike", "by-label"] = "alike",
     optimizer: Optimizer | torch.optim.Optimizer | None = None,
     scheduler: LRScheduler | None = None,
@@ -136,6 +138,9 @@ def distill(
         loss: Weighted terms as on the command line: `ce:0.1,kd:0.9:temperature=4`, with layers
             `ce:1,at:1000@layer2=layer3` (student=teacher). The default with a teacher is the first
             of these, and without one `ce:1`.
+        extra_losses: Functions of your own by name: (student's logits, teacher's logits or None,
+            labels) -> scalar, added to the loss with weight 1. With several teachers they get the
+            mean logits. `loss=""` leaves these alone.
         teacher_weights: How the logits of several teachers are weighted: alike, or for each image
             by how well each teacher knows its label.
         optimizer: Optimizer by name; or the user's own over the student's parameters, of which it
@@ -168,7 +173,7 @@ def distill(
     """
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(api_arguments.rename_options())
+        stack.enter_context(name_arguments(api_arguments.PHRASES, api_arguments.TEXTS))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         given = api_arguments.check_fields(recipe_fields)
@@ -186,10 +191,23 @@ def distill(
             stack.callback(own.detach)
         stack.enter_context(borrowing.borrow(student, teachers))
         chosen = api_arguments.resolve_recipe(recipe, given, student, own)
-        chosen = replace(chosen, loss=loss or chosen.loss or _default_loss(teachers))
+        extra = api_arguments.check_extra_losses(extra_losses)
+        if loss is None or (not loss and not extra):
+            loss = chosen.loss or _default_loss(teachers)
+        chosen = replace(chosen, loss=loss)
         on = stack.enter_context(engine.temporary(device, chosen.precision))
         task = _prepare(
-            student, teachers, train, validation, chosen, given, own, teacher_weights, seed, on
+            student,
+            teachers,
+            train,
+            validation,
+            chosen,
+            extra,
+            given,
+            own,
+            teacher_weights,
+            seed,
+            on,
         )
         path = None if checkpoint is None else Path(checkpoint)
         state, rounds, seconds = _train(task, teachers, calls, progress, path, started)
@@ -286,6 +304,7 @@ def _inputs(task: _Task, teachers: Sequence[nn.Module]) -> dict[str, Any]:
         "seed": task.seed,
         "optimizer": type(own.optimizer).__name__ if own else task.recipe.optimizer,
         "batches of train": len(task.batches),
+        "extra_losses": sorted(task.extra_losses),
         "teacher_weights": "by-label" if task.objective.by_label else "alike",
         "validation": task.validation is not None,
     }
@@ -315,6 +334,7 @@ def _prepare(
     train: Loader,
     validation: Loader | None,
     recipe: Recipe,
+    extra: Mapping[str, LossOfLogits],
     given: Mapping[str, Any],
     own: OwnOptimizer | None,
     teacher_weights: str,
@@ -336,8 +356,9 @@ def _prepare(
     classes = count_classes("student", classifier, images)
     mixed = labels.is_floating_point()
     assert recipe.loss is not None
-    chosen = terms.parse(recipe.loss)
-    text, recipe = recipe.loss, _check_loss(chosen, recipe, given, teachers)
+    chosen = terms.parse(recipe.loss) if recipe.loss else ()
+    text = ",".join(filter(None, (recipe.loss, *extra)))
+    recipe = _check_loss(chosen, recipe, bool(extra), given, teachers)
     on_labels = [t.definition for t in chosen if not t.definition.needs_teacher]
     logits = bool(teachers) or not on_labels or not all(row.centred for row in on_labels)
     if METRICS[recipe.metric].needs_logits and not logits:
@@ -355,9 +376,10 @@ def _prepare(
         smoothing=recipe.label_smoothing,
         seed=seed,
     )
+    built += [terms.own_term(name, loss, taught=bool(teachers)) for name, loss in extra.items()]
     by_label = teacher_weights == "by-label"
     objective = Distillation(classifier, built, adapted, by_label=by_label)
-    least = max(batching.MIN_IMAGES_PER_PROCESS, *(term.min_images for term in chosen))
+    least = max([batching.MIN_IMAGES_PER_PROCESS, *(term.min_images for term in chosen)])
     batches = _batches(train, len(labels), classes, least, recipe, on)
     check = partial(dry_run.check, shape=shape, classes=classes, images=0, on=on, mixed=mixed)
     check(objective, text, batches.sizes)
@@ -368,7 +390,18 @@ def _prepare(
         evaluation = LoaderEvaluation(validation, on.device, classes)
     else:
         api_arguments.refuse_validation_fields(given)
-    return _Task(classifier, objective, batches, evaluation, recipe, own, logits, seed, on)
+    return _Task(
+        classifier,
+        objective,
+        batches,
+        evaluation,
+        recipe,
+        own,
+        tuple(extra),
+        logits,
+        seed,
+        on,
+    )
 
 
 def _batches(
@@ -461,6 +494,7 @@ def _default_loss(teachers: Sequence[nn.Module]) -> str:
 def _check_loss(
     chosen: Sequence[Term],
     recipe: Recipe,
+    extra: bool,
     given: Mapping[str, Any],
     teachers: Sequence[nn.Module],
 ) -> Recipe:
@@ -468,7 +502,7 @@ def _check_loss(
     taught = [term.name for term in chosen if term.definition.needs_teacher]
     if taught and not teachers:
         raise UserError(f"--loss {taught[0]} needs a teacher: give one, or a loss such as ce:1")
-    if teachers and not taught:
+    if teachers and not taught and not extra:
         raise UserError(f"--loss {recipe.loss} has no term that uses the teacher: add kd:0.9")
     for term in chosen:
         if term.definition.needs_rows:

@@ -1,8 +1,6 @@
-"""The arguments of `kd.distill`: checked, resolved to a recipe, and named in errors."""
+"""The arguments of `kd.distill`, checked and resolved to a recipe."""
 
-import contextlib
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from types import UnionType
 from typing import Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints
@@ -13,6 +11,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dsdistill.harness.errors import UserError, unknown_name
 from kd import recipes
+from kd.objectives import terms
+from kd.objectives.terms import LossOfLogits
 from kd.recipe import Metric, Precision, Recipe, Schedule, override
 from kd.training import own_optimizer
 from kd.training.own_optimizer import Every, OwnOptimizer
@@ -25,6 +25,16 @@ OPTIMIZER_FIELDS = (
 )
 # Fields that compare validations.
 VALIDATION_FIELDS = ("metric", "average_best", "patience", "validate_every")
+# How messages of the command line read to who calls `distill`.
+PHRASES = {
+    "raise --batch-size, or train on more images": "use larger batches",
+    "raise --batch-size": "use larger batches",
+    "choose another loss, student or --batch-size": "choose another loss or student, or larger "
+    "batches",
+    "leave --mixup and --cutmix out": "give the labels as class numbers",
+    "start anew in another folder": "give another checkpoint, or delete it to start anew",
+}
+TEXTS = ("device", "precision", "metric", "optimizer", "schedule")  # arguments that are texts
 
 
 class RecipeFields(TypedDict, total=False):
@@ -79,6 +89,22 @@ def check_callbacks(callbacks: Any) -> tuple[Callback, ...]:
         if not callable(each):
             raise UserError(f"callbacks must be functions of a kd.Round, got {each!r}")
     return several
+
+
+def check_extra_losses(losses: Any) -> dict[str, LossOfLogits]:
+    """The user's own losses by name.
+
+    Raises:
+        UserError: If one is no function, or has the name of a term.
+    """
+    if not isinstance(losses, Mapping | None):
+        raise UserError(f"extra_losses must be functions by name, got {losses!r}")
+    for name, function in (losses or {}).items():
+        if name in terms.TERMS:
+            raise UserError(f"extra_losses: {name} is the name of a term: choose another")
+        if not callable(function):
+            raise UserError(f"extra_losses: {name} must be a function, got {function!r}")
+    return dict(losses or {})
 
 
 def build_optimizer(
@@ -205,36 +231,3 @@ def resolve_recipe(
     if base.validate_every is None:
         base = replace(base, validate_every=1)
     return override(base, given)
-
-
-_PHRASES = {
-    "raise --batch-size, or train on more images": "use larger batches",
-    "raise --batch-size": "use larger batches",
-    "choose another loss, student or --batch-size": "choose another loss or student, or larger "
-    "batches",
-    "leave --mixup and --cutmix out": "give the labels as class numbers",
-    "start anew in another folder": "give another checkpoint, or delete it to start anew",
-}
-_WITH_NAME = re.compile(r"--(device|precision|metric|optimizer|schedule) ([a-z]\w*)")
-_OPTION = re.compile(r"--(?!use_fsdp)([a-z][a-z-]*)")
-
-
-@contextlib.contextmanager
-def rename_options() -> Iterator[None]:
-    """Name arguments, not options of the command, in the messages of errors.
-
-    Raises:
-        UserError: As raised inside, with `lr` in place of `--lr`.
-    """
-    try:
-        yield
-    except UserError as error:
-        raise type(error)(rename(str(error))) from error
-
-
-def rename(message: str) -> str:
-    """Replace the command's options in a message by the arguments of `distill`."""
-    for phrase, other in _PHRASES.items():
-        message = message.replace(phrase, other)
-    message = _WITH_NAME.sub(r'\1="\2"', message)
-    return _OPTION.sub(lambda match: match[1].replace("-", "_"), message)

@@ -3,7 +3,7 @@
 import contextlib
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from dsdistill.harness.text import printable
 
@@ -19,8 +19,14 @@ class UserError(ValueError):
 
 
 @contextlib.contextmanager
-def name_arguments() -> Iterator[None]:
+def name_arguments(
+    phrases: Mapping[str, str] | None = None, texts: Sequence[str] = ()
+) -> Iterator[None]:
     """Name arguments instead of options in the messages of user errors, for calls from Python.
+
+    Args:
+        phrases: Parts of messages that make no sense without a command line -> what stands instead.
+        texts: Options whose value is a name: `--device cpu` becomes `device="cpu"`.
 
     Raises:
         UserError: With `images_per_class` where the message has `--images-per-class`.
@@ -28,8 +34,19 @@ def name_arguments() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        text = re.sub(r"--([a-z][a-z-]*[a-z])", lambda m: m[1].replace("-", "_"), str(error))
-        raise type(error)(text) from error
+        raise type(error)(as_arguments(str(error), phrases, texts)) from error
+
+
+def as_arguments(
+    message: str, phrases: Mapping[str, str] | None = None, texts: Sequence[str] = ()
+) -> str:
+    """Replace the options of a command in a message by arguments, as `name_arguments` does."""
+    for phrase, other in (phrases or {}).items():
+        message = message.replace(phrase, other)
+    for option in texts:
+        message = re.sub(rf"--{option} ([a-z]\w*)", rf'{option}="\1"', message)
+    # Options of other programs have underscores.
+    return re.sub(r"--([a-z][a-z-]*)\b(?!_)", lambda match: match[1].replace("-", "_"), message)
 
 
 def one_line(error: BaseException, *, kind: bool = False) -> str:

@@ -25,6 +25,8 @@ from kd.objectives.step_outputs import StepOutputs
 Parameters = Mapping[str, Any]
 # Applies a loss at a temperature to the student's logits and those of all teachers.
 TeacherCombiner = Callable[[StepOutputs, LossFunction, float], Tensor]
+# A user's loss of the student's logits, the teachers' (None without them), and the labels.
+LossOfLogits = Callable[[Tensor, Tensor | None, Tensor], Tensor]
 # Builds the module of a term from its function and, for each teacher, networks and layers.
 TermMaker = Callable[[partial, Sequence[TermContext]], nn.Module]
 
@@ -308,6 +310,29 @@ class LogitTerm(nn.Module):
 
     def forward(self, step: StepOutputs) -> Tensor:
         return self.combine(step, self.function, self.temperature)
+
+
+class OwnTerm(nn.Module):
+    """A user's function of the student's logits, the teachers' mean logits, and the labels."""
+
+    def __init__(self, function: LossOfLogits) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, step: StepOutputs) -> Tensor:
+        teacher = step.mean_logits() if step.teacher_logits else None
+        return self.function(step.student_logits, teacher, step.batch.labels_or_shares)
+
+
+def own_term(name: str, function: LossOfLogits, *, taught: bool) -> WeightedTerm:
+    """Build the term of a user's function, with weight 1.
+
+    Args:
+        name: Name of the term in the figures of a training.
+        function: The function; a module's parameters are trained too.
+        taught: Whether there are teachers, whose logits it gets.
+    """
+    return WeightedTerm(name, 1.0, OwnTerm(function), needs_teacher=taught)
 
 
 def build(

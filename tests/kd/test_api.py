@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import kd
+from dsdistill.harness import errors
 from kd import api_arguments, recipe
 from kd.objectives import terms
 from kd.training import steps
@@ -660,4 +661,43 @@ def test_wrong_optimizers_are_one_line(train, teacher: Net) -> None:
     ],
 )  # fmt: skip
 def test_messages_name_arguments(message: str, expected: str) -> None:
-    assert api_arguments.rename(message) == expected
+    named = errors.as_arguments(message, api_arguments.PHRASES, api_arguments.TEXTS)
+    assert named == expected
+
+
+def cosine(logits: Tensor, taught: Tensor | None, labels: Tensor) -> Tensor:
+    assert taught is not None
+    return 1 - torch.nn.functional.cosine_similarity(logits, taught).mean()
+
+
+def test_a_loss_of_the_users_own_is_added(train, teacher: Net) -> None:
+    """At weight 1, as the term of the same function is; alone with an empty loss."""
+
+    def squared(logits: Tensor, taught: Tensor | None, labels: Tensor) -> Tensor:
+        assert taught is not None
+        return kd.losses.logits(logits, taught)
+
+    by_name, by_function = Net(), Net()
+    by_function.load_state_dict(by_name.state_dict())
+    one = kd.distill(by_name, teacher, train, loss="ce:1,logits:1", epochs=1, progress=False)
+    own = {"squared": squared}
+    two = kd.distill(
+        by_function, teacher, train, loss="ce:1", extra_losses=own, epochs=1, progress=False
+    )
+    assert one.history[0].losses["logits"] == pytest.approx(two.history[0].losses["squared"])
+    for a, b in zip(by_name.parameters(), by_function.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    alone = kd.distill(
+        Net(), [teacher, Net()], train, loss="", extra_losses={"cosine": cosine}, epochs=1
+    )
+    assert [*alone.history[0].losses] == ["cosine"]
+
+
+def test_wrong_losses_of_ones_own_are_one_line(train, teacher: Net) -> None:
+    refused("kd is the name of a term", Net(), teacher, train, extra_losses={"kd": cosine})
+    refused("cosine must be a function", Net(), teacher, train, extra_losses={"cosine": 1})
+    refused("must be functions by name", Net(), teacher, train, extra_losses=cosine)
+    broken = {"broken": lambda logits, taught, labels: logits @ labels}
+    refused("broken", Net(), teacher, train, extra_losses=broken)
+    refused("sends no gradient", Net(), teacher, train, loss="",
+            extra_losses={"constant": lambda logits, taught, labels: torch.zeros(())})  # fmt: skip

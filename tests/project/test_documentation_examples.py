@@ -4,10 +4,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("docs/kd-python.md",)
+PAGES = ("docs/kd-python.md", "docs/distill-python.md", "docs/kd.md")
 EXAMPLES = Path(__file__).parent / "examples"
 FENCE = "```"
 # In front of a block that is compiled alone, because it needs what a test does not have.
@@ -47,12 +49,23 @@ def test_a_block_is_run_unless_a_comment_says_why_not() -> None:
     assert second.splitlines()[6:] == ["b = 2"]
 
 
+def _write_photos(folder: Path) -> None:
+    """A folder as a stranger has it: JPEGs of other sizes, one folder per class."""
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(("cat", "dog", "horse")):
+        (folder / name).mkdir(parents=True)
+        for number in range(8):
+            pixels = rng.integers(60 * label, 60 * label + 90, (20 + number, 24, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.jpg")
+
+
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_an_example_of_a_stranger_runs_and_is_short(
     script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stranger must get there in at most fifteen lines."""
     monkeypatch.chdir(tmp_path)
+    _write_photos(tmp_path / "photos")
     source = script.read_text(encoding="utf-8")
     lines = [line for line in source.splitlines() if line.strip() and line[0] != "#"]
     assert len(lines) <= 15

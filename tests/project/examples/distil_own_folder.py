@@ -1,13 +1,10 @@
-"""Condense a folder with one folder of images per class to two images per class; look at them."""
-
-import sys
-
+# The folder photos/, with one folder of images per class, becomes two images per class.
 import numpy as np
 from PIL import Image
 
 import dsdistill
 
-data = dsdistill.load_data(sys.argv[1], image_size=16)
+data = dsdistill.load_data("photos", image_size=16)
 small = dsdistill.kip(*data.train, classes=data.classes, images_per_class=2, steps=50)
 scores = small.predictor()(data.test[0])
 print(f"{(scores.argmax(1) == data.test[1]).mean():.0%} of the test images are right")
