@@ -62,6 +62,9 @@ Pair = tuple[ArrayLike, ArrayLike]  # images and labels
 # A name, or a network of neural-tangents: a `stax` triple or its kernel function.
 Kernel = str | tuple[Any, Any, Callable[..., Any]] | Callable[..., Any]
 DATA_NAME = "arrays"  # name of a caller's data in provenance and reports
+# How messages of the commands read to who calls a function.
+_PHRASES = {"--resume goes on": "the same call goes on", "--out": "checkpoint"}
+_TEXTS = ("preprocess", "optimizer", "schedule")
 # Options about files and hosts are the commands' alone.
 STORAGE = Storage(
     unstored=("data", "data_root", "image_size", "channels", "out", "resume", "hosts"), free=()
@@ -444,7 +447,7 @@ def use_all_cores() -> None:
 @contextlib.contextmanager
 def _call(progress: bool) -> Iterator[None]:
     """The surroundings of a call from Python: silent if asked, messages about arguments."""
-    with progress_display.silenced(not progress), name_arguments():
+    with progress_display.silenced(not progress), name_arguments(_PHRASES, _TEXTS):
         yield
 
 
@@ -452,6 +455,10 @@ def _options(kind: type[Any], given: Mapping[str, Any]) -> Any:
     """The options of a command from the arguments of the same names."""
     names = {field.name for field in fields(kind)} - set(STORAGE.unstored)
     network = _network(given["kernel"])
+    if network is not None:
+        for name in ("depth", "w_std", "b_std"):
+            if given[name] != getattr(kind, name):
+                raise UserError(f"{name} has no effect on a network of your own: leave it out")
     kernel = given["kernel"] if network is None else network.name
     return with_defaults(kind(**{name: given[name] for name in names} | {"kernel": kernel}))
 
@@ -460,7 +467,7 @@ def _network(kernel: Kernel) -> InfiniteNetwork | None:
     """The network of a caller's own kernel; None for a name."""
     if isinstance(kernel, str):
         return None
-    return networks.from_neural_tangents(kernel, "python:kernel_fn")
+    return networks.from_neural_tangents(kernel, f"{networks.OBJECT_PREFIX}kernel_fn")
 
 
 def _learner(each: str | Learner, distilled: DistilledSet, options: EvaluateOptions) -> Learner:

@@ -121,7 +121,8 @@ def combine(
         learners: Learners, each of which is trained on every arm.
         control_names: Keys of `controls.CONTROLS`.
         teacher: Logits of preprocessed images; None for no teacher.
-        teacher_identity: Identity of the teacher, JSON-compatible.
+        teacher_identity: Identity of the teacher, JSON-compatible; None if it has none, in which
+            case results cannot be cached.
         augment: Whether learners that support augmentation are trained with it too.
 
     Raises:
@@ -139,6 +140,15 @@ def combine(
         "train": len(splits.train),
         "preprocess": training_data.preprocess_digest(distilled.preprocess),
     }
+    identity = {
+        "data": data,
+        "validation": len(splits.validation),
+        # The held-out images may change while the training images stay the same.
+        "judging": [datasets.digest(splits.validation), datasets.digest(splits.test)],
+        "teacher": teacher_identity,
+    }
+    if teacher is not None and teacher_identity is None:
+        identity = None
     return EvaluationParts(
         distilled,
         splits,
@@ -147,13 +157,7 @@ def combine(
             Examples(_limit_validation(splits.validation), distilled.preprocess),
             Examples(splits.test, distilled.preprocess),
             teacher,
-            {
-                "data": data,
-                "validation": len(splits.validation),
-                # The held-out images may change while the training images stay the same.
-                "judging": [datasets.digest(splits.validation), datasets.digest(splits.test)],
-                "teacher": teacher_identity,
-            },
+            identity,
         ),
         training_data.arms(
             distilled,

@@ -3,8 +3,12 @@
 All rules on the input are checked here, so that a wrong command line leaves no folder behind.
 """
 
+import hashlib
 import re
 from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
 
 from dsdistill.harness import lists
 from dsdistill.harness.data import datasets, labeled_images, preprocess
@@ -59,8 +63,13 @@ class Prepared:
             for network in self.networks
             if network.module_sha256 is not None
         }
+        functions = {
+            f"the kernel {network.name}": _kernel_digest(network, self.splits.train.shape)
+            for network in self.networks
+            if network.name.startswith(networks.OBJECT_PREFIX)
+        }
         init = {} if self.init_sha256 is None else {"set of --init": self.init_sha256}
-        return self.splits.digests() | modules | init
+        return self.splits.digests() | modules | functions | init
 
 
 def prepare(options: RunOptions) -> Prepared:
@@ -110,6 +119,13 @@ def prepare_arrays(
     """
     kernels, phases = _parse(options, network)
     return _assemble(options, kernels, phases, splits, init, init_sha256)
+
+
+def _kernel_digest(network: InfiniteNetwork, shape: tuple[int, int, int]) -> str:
+    """SHA-256 of a kernel's values for three images of noise, to four digits, on any machine."""
+    images = np.random.default_rng(0).random((3, *shape), np.float32)
+    values = np.asarray(network.kernel(jnp.asarray(images[:2]), jnp.asarray(images)))
+    return hashlib.sha256(repr([f"{v:.4g}" for v in values.flat]).encode()).hexdigest()
 
 
 def _parse(

@@ -32,6 +32,7 @@ Slopes = Callable[
     tuple[Float[Array, "n m"], Float[Array, "n m h w c"]],
 ]
 
+OBJECT_PREFIX = "python:"  # of the name of a network that a caller from Python has given
 W_STD, B_STD = math.sqrt(2), 0.1
 MYRTLE_BLOCKS = {5: (1, 1, 1), 7: (1, 2, 2), 10: (2, 3, 3)}  # (Conv, ReLU) pairs in each block
 

@@ -240,6 +240,64 @@ def test_a_network_of_neural_tangents_is_a_kernel(
     np.testing.assert_array_equal(loaded.predictor(network)(x), own.predictor()(x))
 
 
+def test_an_argument_that_is_left_out_is_another_argument(
+    digits: dsdistill.ImageData, tmp_path: Path
+) -> None:
+    """Also one whose default is None, as `augment`: the search would go on without it."""
+
+    def stop(step: int, figures: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        dsdistill.kip(*digits.train, **SMALL, augment="flip", checkpoint=tmp_path, on_step=stop)
+    with pytest.raises(UserError, match="started with augment flip, got None"):
+        dsdistill.kip(*digits.train, **SMALL, checkpoint=tmp_path)
+
+
+def test_a_checkpoint_is_of_one_kernel(digits: dsdistill.ImageData, tmp_path: Path) -> None:
+    def linear(scale: float) -> Any:
+        def kernel(x1: Any, x2: Any, get: str) -> Any:
+            x2 = x1 if x2 is None else x2
+            return scale + x1.reshape(len(x1), -1) @ x2.reshape(len(x2), -1).T
+
+        return kernel
+
+    same: dict[str, Any] = {"images_per_class": 1, "checkpoint": tmp_path, "progress": False}
+    first = dsdistill.label_solve(*digits.train, kernel=linear(1), **same)
+    again = dsdistill.label_solve(*digits.train, kernel=linear(1), **same)
+    np.testing.assert_array_equal(again.labels, first.labels)
+    with pytest.raises(UserError, match="other data or arguments: choose another checkpoint"):
+        dsdistill.label_solve(*digits.train, kernel=linear(2), **same)
+    with pytest.raises(UserError, match="depth has no effect on a network of your own"):
+        dsdistill.label_solve(*digits.train, kernel=linear(1), depth=2)
+
+
+def test_results_with_a_teacher_that_is_a_function_are_not_reused(
+    digits: dsdistill.ImageData, distilled: dsdistill.Distilled, tmp_path: Path
+) -> None:
+    def teacher(shift: int) -> Any:
+        return lambda images: np.eye(10)[np.arange(len(images)) % 10] * 5 + shift * np.arange(10)
+
+    agreements = []
+    for shift in (0, 1):
+        (tmp_path / "report.json").unlink(missing_ok=True)
+        report = dsdistill.evaluate(
+            distilled,
+            train=digits.train,
+            test=digits.test,
+            learners=["ridge"],
+            controls=[],
+            seeds=1,
+            teacher=teacher(shift),
+            out=tmp_path,
+            progress=False,
+        )
+        row = report.row("ridge", "distilled")
+        assert row is not None
+        agreements.append(row.mean("teacher_agreement"))
+    assert agreements[0] != agreements[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

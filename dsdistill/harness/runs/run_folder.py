@@ -236,7 +236,7 @@ def start(
         result: Name of the file whose presence means that the run is finished.
         resume: Whether to continue an unfinished run. Its stored options hold; an option of this
             call that is neither the default nor the stored value is refused.
-        defaults: Default options, to tell which options this call sets.
+        defaults: Default options, to tell which options this call sets; without them it sets all.
         free: Options that may differ on resume (the location of the data, say).
 
     Raises:
@@ -355,7 +355,7 @@ def _reconcile(
     for name, value in new.items():
         if name in free:
             old[name] = value
-        elif value != defaults.get(name) and value != old.get(name):
+        elif value != old.get(name) and (name not in defaults or value != defaults[name]):
             was = f"{shell.flag(name)} {old.get(name)}"
             raise RunError(f"the run was started with {was}, got {value}")
     return old
