@@ -342,10 +342,7 @@ def test_stopped_by_hand_leaves_a_checkpoint(dsdistill, tmp_path, number):
         (["kip", "--image-size", "0"], ["image size"]),
         (["kip", "--resume"], ["--resume needs --out"]),
         (["kip", "--resume", "--out", "nothing"], ["holds no run to resume"]),
-        (
-            ["kip", "--kernel", "convnet(1)", "--image-size", "320"],
-            ["needs", "GiB", "can be used"],
-        ),
+        (["kip", "--kernel", "myrtle", "--image-size", "512"], ["needs", "GiB", "can be used"]),
         (["ls", "bad.npz"], ["NaN"]),
         (["inspect", "nothing.safetensors"], ["no distilled set"]),
         (["inspect", "foreign.safetensors"], ["not a"]),
