@@ -14,7 +14,7 @@ UNUSED = ("neural_tangents", "tensorflow", "transformers", "datasets", "sklearn"
 AT_FIRST_FIGURES = """
 import sys
 from {module} import main
-from dsdistill.harness.runs.run_folder import Metrics
+from dsdistill.harness.runs.metrics_file import Metrics
 
 class FirstFigures(BaseException):
     pass
