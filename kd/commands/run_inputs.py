@@ -81,7 +81,7 @@ def data_hashes(parts: TrainingParts, options: TrainOptions) -> dict[str, str]:
         }
         if source.count == 0:
             # Shards are distributed among the processes that read them.
-            digests["number of reading processes (--workers)"] = str(options.readers)
+            digests["number of reading processes (--workers)"] = str(parts.readers)
         return digests
     digests = {}
     if source.distilled is not None:

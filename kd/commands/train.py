@@ -133,7 +133,7 @@ def _train(options: TrainOptions, earlier: Sequence[Path]) -> dict[str, Any]:
     assert folder is not None
     objective = training_parts.build_objective(parts, options)
     _check_used(options, parts)
-    source = training_batches.load(parts, options)
+    source = training_batches.load(parts)
     training_parts.check_step(parts, objective, source.sizes)
     if options.compile:
         parts.student.classifier.network.compile()
@@ -153,11 +153,11 @@ def _train(options: TrainOptions, earlier: Sequence[Path]) -> dict[str, Any]:
         with heartbeat.watch(parts.on, folder), run.clean_up_on_error():
             if run.writes:
                 files.write_json(run.folder / "recipe.json", _recipe_record(parts))
-            student, state, spent = _fit(options, parts, objective, batches, run)
+            student, state, spent = _fit(parts, objective, batches, run)
             if not run.writes:
                 return {}
             saved_models.save_run(run.folder, student)
-            report = _report(options, parts, student, state) | spent
+            report = _report(parts, student, state) | spent
             seals.write(run.folder, REPORT, report, seals.SEALED_FILES)
         if run.folder != folder:
             continuation.adopt(folder)
@@ -237,13 +237,13 @@ def _check_teachers(options: TrainOptions, parts: TrainingParts) -> None:
     say = progress.say if parts.on.is_main_process else lambda line: None
     for line in parts.source.missing_classes():
         say(f"note: {line}")
-    batches: EvaluationBatches | None = _validation_batches(options, parts)
+    batches: EvaluationBatches | None = _validation_batches(parts)
     part = "validation"
     if batches is None:
         say(_describe_no_validation(options, parts))
     if batches is None and parts.teachers:
         fitted, device = parts.student.preprocess, parts.on.device
-        shuffled = parts.source.shuffled(parts.recipe, fitted, device, options.readers)
+        shuffled = parts.source.shuffled(parts.recipe, fitted, device, parts.readers)
         batches = None if shuffled is None else teacher_check.FirstImages(shuffled)
         part = "training"
     minimum = options.min_teacher_accuracy
@@ -255,18 +255,16 @@ def _check_teachers(options: TrainOptions, parts: TrainingParts) -> None:
                 f"and there are none ({parts.source.note}): leave it out"
             )
     elif batches is not None:
-        more = partial(_training_images, options, parts) if part == "validation" else _none
+        more = partial(_training_images, parts) if part == "validation" else _none
         check = partial(teacher_check.check, minimum=minimum, part=part, more=more, say=say)
         for name, teacher in zip(parts.teacher_names, parts.teachers, strict=True):
             check(name, teacher, batches)
 
 
-def _training_images(
-    options: TrainOptions, parts: TrainingParts, count: int
-) -> EvaluationBatches | None:
+def _training_images(parts: TrainingParts, count: int) -> EvaluationBatches | None:
     """At most `count` training images, spread over the classes, in evaluation views."""
     fitted, device = parts.student.preprocess, parts.on.device
-    return parts.source.sample(count, parts.recipe, fitted, device, options.readers)
+    return parts.source.sample(count, parts.recipe, fitted, device, parts.readers)
 
 
 def _none(count: int) -> None:
@@ -300,18 +298,16 @@ def _describe_no_validation(options: TrainOptions, parts: TrainingParts) -> str:
     return f"no validation images ({reason}): {', '.join(lost)}"
 
 
-def _report(
-    options: TrainOptions, parts: TrainingParts, student: Model, state: TrainingState
-) -> dict[str, Any]:
+def _report(parts: TrainingParts, student: Model, state: TrainingState) -> dict[str, Any]:
     return {
-        **_test_metrics(options, parts, student),
-        "validation_accuracy": _validation_accuracy(options, parts, student, state),
+        **_test_metrics(parts, student),
+        "validation_accuracy": _validation_accuracy(parts, student, state),
         "best_epoch": state.best_epoch,
         "epochs": state.epoch,
         "steps": state.step,
         "parameters": networks.parameter_count(student.classifier),
         "peak_memory": memory.peak(),
-        "seed": options.seed,
+        "seed": parts.seed,
         "data": parts.source.name,
         "train_images": parts.source.count,
         "student": student.name,
@@ -327,7 +323,6 @@ def _report(
 
 
 def _fit(
-    options: TrainOptions,
     parts: TrainingParts,
     objective: Objective,
     batches: BatchSource,
@@ -335,7 +330,7 @@ def _fit(
 ) -> tuple[Model, TrainingState, dict[str, float]]:
     """Train; return the student with its best weights, the last state, and the seconds taken."""
     student = parts.student
-    validation = _validation_batches(options, parts)
+    validation = _validation_batches(parts)
 
     def validate(network: nn.Module) -> Mapping[str, float]:
         assert validation is not None
@@ -363,7 +358,7 @@ def _fit(
             objective,
             batches,
             parts.recipe,
-            options.seed,
+            parts.seed,
             on=parts.on,
             validate=validate if validation else None,
             validation_images=validation_images,
@@ -412,10 +407,10 @@ def _log_and_progress(
         yield log, show
 
 
-def _test_metrics(options: TrainOptions, parts: TrainingParts, student: Model) -> dict[str, Any]:
+def _test_metrics(parts: TrainingParts, student: Model) -> dict[str, Any]:
     """Measure the student on the test set, which is used only here."""
     fitted, on = student.preprocess, parts.on
-    batches = parts.source.test(parts.recipe, fitted, on.device, options.readers)
+    batches = parts.source.test(parts.recipe, fitted, on.device, parts.readers)
     if batches is None:
         return {"test_accuracy": None, "test_images": 0}
     figures = scoring.evaluate(
@@ -432,18 +427,18 @@ def _test_metrics(options: TrainOptions, parts: TrainingParts, student: Model) -
 
 
 def _validation_accuracy(
-    options: TrainOptions, parts: TrainingParts, student: Model, state: TrainingState
+    parts: TrainingParts, student: Model, state: TrainingState
 ) -> float | None:
     """Validation accuracy of the saved weights; a mean of several epochs is measured again."""
-    batches = _validation_batches(options, parts)
+    batches = _validation_batches(parts)
     if len(state.kept) == 1 or batches is None:
         return state.best_accuracy
     return scoring.evaluate(student.classifier, batches)["accuracy"]
 
 
-def _validation_batches(options: TrainOptions, parts: TrainingParts) -> EvaluationBatches | None:
+def _validation_batches(parts: TrainingParts) -> EvaluationBatches | None:
     fitted, on = parts.student.preprocess, parts.on
-    return parts.source.validation(parts.recipe, fitted, on.device, options.readers)
+    return parts.source.validation(parts.recipe, fitted, on.device, parts.readers)
 
 
 def _free_folder(options: TrainOptions) -> Path:

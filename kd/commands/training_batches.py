@@ -42,14 +42,14 @@ VIEW_OPTIONS = (  # what a view of an image depends on besides the image
 )
 
 
-def load(parts: TrainingParts, options: TrainOptions) -> BatchSource:
+def load(parts: TrainingParts) -> BatchSource:
     """Load the training images in batches, not augmented and without too small a last batch.
 
     Raises:
         UserError: If there are too few images for the loss or the number of processes.
     """
     on, least = parts.on, min_images_per_process(parts)
-    images = parts.source.train(parts.recipe, parts.student.preprocess, on, options.readers, least)
+    images = parts.source.train(parts.recipe, parts.student.preprocess, on, parts.readers, least)
     if not images.sizes:
         raise UserError(
             f"{parts.source.name} has fewer training images than one batch of "
@@ -201,7 +201,7 @@ def _open_caches(
     common: dict[str, Any] = {"data": parts.source.digest, "shape": parts.source.shape}
     if not still:
         recipe = asdict(parts.recipe)
-        common |= {name: recipe[name] for name in VIEW_OPTIONS} | {"seed": options.seed}
+        common |= {name: recipe[name] for name in VIEW_OPTIONS} | {"seed": parts.seed}
         least = min_images_per_process(parts)
         if least > batching.MIN_IMAGES_PER_PROCESS:  # it decides where the last batch begins
             common["least"] = least

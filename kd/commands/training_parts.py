@@ -45,6 +45,8 @@ class TrainingParts:
         recipe: The resolved recipe, in which no field is left to a default.
         terms: Terms of the loss.
         on: Device, precision and processes.
+        seed: Seed of all random choices.
+        readers: Number of processes that read image files.
     """
 
     source: DataSource | FileSource
@@ -55,6 +57,8 @@ class TrainingParts:
     recipe: Recipe
     terms: tuple[Term, ...]
     on: Engine
+    seed: int
+    readers: int
 
 
 def assemble(options: TrainOptions) -> TrainingParts:
@@ -87,7 +91,18 @@ def assemble(options: TrainOptions) -> TrainingParts:
     student = replace(student, outputs=_outputs(loss_terms, alone))
     for network in (student.classifier, *loaded_teachers, *peers):
         network.to(on.device)
-    parts = TrainingParts(source, student, names, loaded_teachers, peers, chosen, loss_terms, on)
+    parts = TrainingParts(
+        source,
+        student,
+        names,
+        loaded_teachers,
+        peers,
+        chosen,
+        loss_terms,
+        on,
+        options.seed,
+        options.readers,
+    )
     _check(parts, options, alone)
     for remark in terms.remarks(loss_terms, images=source.count):
         say(remark)
@@ -105,7 +120,7 @@ def build_objective(parts: TrainingParts, options: TrainOptions) -> Objective:
         classes=len(parts.source.classes),
         images=parts.source.count,
         smoothing=parts.recipe.label_smoothing,
-        seed=options.seed,
+        seed=parts.seed,
     )
     if parts.peers:
         return Mutual(student, parts.peers, loss_terms)
