@@ -41,11 +41,11 @@ from kd.objectives.terms import LossOfLogits, Term
 from kd.parallel import engine
 from kd.parallel.engine import Engine
 from kd.recipe import METRICS, Optimizer, Recipe
-from kd.training import borrowing, dry_run, optimization, training_file
+from kd.training import borrowing, dry_run, optimization, training_file, user_optimizer
 from kd.training.checkpoint import PackedState, TrainingState
 from kd.training.loop import train as run_training
-from kd.training.own_optimizer import Every, OwnOptimizer
 from kd.training.rounds import Callback, Round, RoundRecorder
+from kd.training.user_optimizer import Every, UserOptimizer
 
 Loader = Iterable[Any]  # of batches (images, labels)
 ENDLESS_EPOCHS = 10  # parts of a training whose images have no known number, each with a validation
@@ -86,7 +86,7 @@ class _Task:
     batches: BatchSource
     validation: LoaderEvaluation | None
     recipe: Recipe
-    optimizer: OwnOptimizer | None
+    optimizer: UserOptimizer | None
     extra_losses: tuple[str, ...]
     logits: bool
     seed: int
@@ -241,6 +241,8 @@ def _train(
     saved, inputs = None, {}
     if path is not None:
         inputs = _inputs(task, teachers)
+        if own is not None:
+            user_optimizer.check_storable(own)
         saved = training_file.read(path, recipe, inputs)
     total = recipe.total_steps(math.ceil(len(task.batches) / recipe.accumulate))
     earlier = 0.0
@@ -296,14 +298,15 @@ def _validate(task: _Task, network: nn.Module) -> Mapping[str, float]:
 def _inputs(task: _Task, teachers: Sequence[nn.Module]) -> dict[str, Any]:
     """What must be the same when a training goes on, JSON-compatible."""
     own, network = task.optimizer, task.student.network
+    endless = isinstance(task.batches, EndlessBatches)  # an epoch is a part of the length
     parameters = networks.parameter_count(network)
     return {
         "student": f"{type(network).__name__} of {parameters} parameters",
         "number of teachers": len(teachers),
         **{f"teacher {i}": teacher_cache.fingerprint(each) for i, each in enumerate(teachers, 1)},
         "seed": task.seed,
-        "optimizer": type(own.optimizer).__name__ if own else task.recipe.optimizer,
-        "batches of train": len(task.batches),
+        **(own.identity if own else {"optimizer": task.recipe.optimizer}),
+        **({} if endless else {"batches of train": len(task.batches)}),
         "extra_losses": sorted(task.extra_losses),
         "teacher_weights": "by-label" if task.objective.by_label else "alike",
         "validation": task.validation is not None,
@@ -311,7 +314,7 @@ def _inputs(task: _Task, teachers: Sequence[nn.Module]) -> dict[str, Any]:
 
 
 def _continue(saved: PackedState, recipe: Recipe, total: int) -> PackedState:
-    """The stored state, with its patience anew where the training has become longer.
+    """The stored state, with its patience anew and no stop where the training has another length.
 
     Raises:
         UserError: If it has gone further than is asked for.
@@ -324,7 +327,7 @@ def _continue(saved: PackedState, recipe: Recipe, total: int) -> PackedState:
         )
     stored = meta["recipe"]
     if (stored["epochs"], stored["steps"]) != (recipe.epochs, recipe.steps):
-        meta = {**meta, "stale": 0}
+        meta = {**meta, "stale": 0, "stopped": False}
     return arrays, meta
 
 
@@ -336,7 +339,7 @@ def _prepare(
     recipe: Recipe,
     extra: Mapping[str, LossOfLogits],
     given: Mapping[str, Any],
-    own: OwnOptimizer | None,
+    own: UserOptimizer | None,
     teacher_weights: str,
     seed: int,
     on: Engine,
@@ -380,9 +383,12 @@ def _prepare(
     by_label = teacher_weights == "by-label"
     objective = Distillation(classifier, built, adapted, by_label=by_label)
     least = max([batching.MIN_IMAGES_PER_PROCESS, *(term.min_images for term in chosen)])
-    batches = _batches(train, len(labels), classes, least, recipe, on)
+    batches = _batches(train, len(labels), classes, mixed, least, recipe, on)
     check = partial(dry_run.check, shape=shape, classes=classes, images=0, on=on, mixed=mixed)
-    check(objective, text, batches.sizes)
+    if loader_batches.has_own_share(train):
+        check(objective, text, [size // on.num_processes for size in batches.sizes], world=1)
+    else:
+        check(objective, text, batches.sizes)
     evaluation = None
     if validation is not None:
         first = loader_batches.first_pair(validation, "validation")
@@ -405,17 +411,19 @@ def _prepare(
 
 
 def _batches(
-    train: Loader, first: int, classes: int, least: int, recipe: Recipe, on: Engine
+    train: Loader, first: int, classes: int, mixed: bool, least: int, recipe: Recipe, on: Engine
 ) -> BatchSource:
     """The training batches; of a loader without a length, counted or repeated."""
-    world = 1 if loader_batches.has_own_share(train) else on.num_processes
+    own_share = loader_batches.has_own_share(train)
+    world, parts = (1, on.num_processes) if own_share else (on.num_processes, 1)
     least = batching.min_shared_size(world, least)
     batching.check_size(first, world, least)
     if recipe.steps is not None and loader_batches.length(train) is None:
         count = math.ceil(recipe.steps / ENDLESS_EPOCHS) * recipe.accumulate
-        return EndlessBatches(LoaderBatches(train, [first] * count, on.device, classes, least))
-    sizes = loader_batches.batch_sizes(train, first, least)
-    return LoaderBatches(train, sizes, on.device, classes, least)
+        sizes = [first * parts] * count
+        return EndlessBatches(LoaderBatches(train, sizes, on.device, classes, mixed, least))
+    sizes = [parts * size for size in loader_batches.batch_sizes(train, first, least)]
+    return LoaderBatches(train, sizes, on.device, classes, mixed, least)
 
 
 def _as_modules(student: nn.Module, teacher: Any) -> list[nn.Module]:

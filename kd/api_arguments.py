@@ -14,9 +14,9 @@ from kd import recipes
 from kd.objectives import terms
 from kd.objectives.terms import LossOfLogits
 from kd.recipe import Metric, Precision, Recipe, Schedule, override
-from kd.training import own_optimizer
-from kd.training.own_optimizer import Every, OwnOptimizer
+from kd.training import user_optimizer
 from kd.training.rounds import Callback
+from kd.training.user_optimizer import Every, UserOptimizer
 
 # Fields of a recipe that an optimizer of the user's own takes the place of.
 OPTIMIZER_FIELDS = (
@@ -113,7 +113,7 @@ def build_optimizer(
     every: Every,
     student: nn.Module,
     given: Mapping[str, Any],
-) -> OwnOptimizer | None:
+) -> UserOptimizer | None:
     """The user's own optimizer; None for one by name.
 
     Args:
@@ -136,8 +136,8 @@ def build_optimizer(
                 f"{name} has no effect on an optimizer of your own: set it there, or in scheduler"
             )
     start = getattr(scheduler, "last_epoch", 0)
-    own = OwnOptimizer(optimizer, scheduler, every, start)
-    own_optimizer.check(own, student)
+    own = UserOptimizer(optimizer, scheduler, every, start)
+    user_optimizer.check(own, student)
     return own
 
 
@@ -192,7 +192,7 @@ def resolve_recipe(
     recipe: str | Recipe | None,
     given: Mapping[str, Any],
     student: nn.Module,
-    own: OwnOptimizer | None,
+    own: UserOptimizer | None,
 ) -> Recipe:
     """Resolve the recipe of a training.
 

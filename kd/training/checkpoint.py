@@ -58,6 +58,7 @@ class TrainingState:
         kept: The best epochs so far, the best first.
         stale: Number of consecutive validations without improvement.
         meter: Sums of the `Meter` of an unfinished round; None at the end of a round.
+        stopped: Whether it was ended early, other than by its patience.
     """
 
     step: int = 0
@@ -65,6 +66,7 @@ class TrainingState:
     kept: tuple[BestEpoch, ...] = ()
     stale: int = 0
     meter: Mapping[str, float] | None = None
+    stopped: bool = False
 
     @property
     def best_epoch(self) -> int:
@@ -146,11 +148,10 @@ def pack(
         "epoch": state.epoch,
         "kept": [{"epoch": x.epoch, "figures": dict(x.figures)} for x in state.kept],
         "stale": state.stale,
+        "stopped": state.stopped,
         "meter": state.meter,
         "optimizer": rest,
-        "groups": [
-            {k: _to_number(v) for k, v in group.items()} for group in stored["param_groups"]
-        ],
+        "groups": [{k: to_number(v) for k, v in group.items()} for group in stored["param_groups"]],
         "scaler": None if scaler is None else scaler.state_dict(),
     }
     # One by one: all sharded tensors at once, whole, may not fit the device.
@@ -217,8 +218,9 @@ def _restore(
         BestEpoch(x["epoch"], x["figures"], _select_prefix(arrays, f"kept.{i}.", network))
         for i, x in enumerate(meta["kept"])
     )
-    # Older checkpoints have no `stale`: their trainings had no patience.
-    return TrainingState(meta["step"], meta["epoch"], kept, meta.get("stale", 0), meta["meter"])
+    # Older checkpoints have no `stale`: their trainings had no patience. Nor have they `stopped`.
+    stale, stopped = meta.get("stale", 0), meta.get("stopped", False)
+    return TrainingState(meta["step"], meta["epoch"], kept, stale, meta["meter"], stopped)
 
 
 def after_validation(
@@ -254,7 +256,7 @@ def after_validation(
     return TrainingState(state.step, state.epoch, tuple(best), 0 if better else state.stale + 1)
 
 
-def _to_number(value: Any) -> Any:
+def to_number(value: Any) -> Any:
     """Convert an option that an optimizer keeps as a tensor, as timm's LAMB does, to a number."""
     return value.item() if isinstance(value, Tensor) else value
 
