@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, Unpack
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -140,7 +141,8 @@ def distill(
             of these, and without one `ce:1`.
         extra_losses: Functions of your own by name: (student's logits, teacher's logits or None,
             labels) -> scalar, added to the loss with weight 1. With several teachers they get the
-            mean logits. `loss=""` leaves these alone.
+            mean logits. `loss=""` leaves these alone. One that is a module is trained too, and
+            comes back on its device and in its mode.
         teacher_weights: How the logits of several teachers are weighted: alike, or for each image
             by how well each teacher knows its label.
         optimizer: Optimizer by name; or the user's own over the student's parameters, of which it
@@ -189,9 +191,10 @@ def distill(
         stack.enter_context(loader_batches.preserve_random_state(train, validation))
         if own is not None:
             stack.callback(own.detach)
-        stack.enter_context(borrowing.borrow(student, teachers))
-        chosen = api_arguments.resolve_recipe(recipe, given, student, own)
         extra = api_arguments.check_extra_losses(extra_losses)
+        of_losses = [loss for loss in extra.values() if isinstance(loss, nn.Module)]
+        stack.enter_context(borrowing.borrow(student, [*teachers, *of_losses]))
+        chosen = api_arguments.resolve_recipe(recipe, given, student, own)
         if loss is None or (not loss and not extra):
             loss = chosen.loss or _default_loss(teachers)
         chosen = replace(chosen, loss=loss)
@@ -244,13 +247,15 @@ def _train(
         if own is not None:
             user_optimizer.check_storable(own)
         saved = training_file.read(path, recipe, inputs)
+        _require_same_step(path, saved, on)
     total = recipe.total_steps(math.ceil(len(task.batches) / recipe.accumulate))
     earlier = 0.0
     if saved is not None:
         saved, earlier = _continue(saved, recipe, total), saved[1]["seconds"]
         if own is not None:
             own = replace(own, start=saved[1]["scheduler_start"])
-    recorder = RoundRecorder(callbacks, saved[1]["rounds"] if saved else ())
+    called = callbacks if on.is_main_process else ()
+    recorder = RoundRecorder(called, saved[1]["rounds"] if saved else ())
 
     def save(state: PackedState) -> None:
         assert path is not None
@@ -282,7 +287,7 @@ def _train(
             save=None if path is None else save,
             stopping=lambda: flag is not None and flag.requested,
             stop_early=lambda: engine.decide_on_main(on, lambda: recorder.stop),
-            log=recorder if on.is_main_process else None,
+            log=recorder,
             show=show,
             optimizer=own,
         )
@@ -311,6 +316,23 @@ def _inputs(task: _Task, teachers: Sequence[nn.Module]) -> dict[str, Any]:
         "teacher_weights": "by-label" if task.objective.by_label else "alike",
         "validation": task.validation is not None,
     }
+
+
+def _require_same_step(path: Path, saved: PackedState | None, on: Engine) -> None:
+    """Refuse processes that have read different checkpoints.
+
+    Raises:
+        UserError: In every process, if any two differ.
+    """
+    if on.num_processes == 1:
+        return
+    steps = gather_object([saved[1]["step"] if saved else 0])
+    for rank, step in enumerate(steps):
+        if step != steps[0]:
+            raise UserError(
+                f"checkpoint {path} is after step {steps[0]} in process 0 and after step {step} in "
+                f"process {rank}: put it where all processes read the same file"
+            )
 
 
 def _continue(saved: PackedState, recipe: Recipe, total: int) -> PackedState:

@@ -25,10 +25,16 @@ OPTIMIZER_FIELDS = (
 )
 # Fields that compare validations.
 VALIDATION_FIELDS = ("metric", "average_best", "patience", "validate_every")
+# Figures of a round, beside the terms of the loss.
+RESERVED = (
+    *("epoch", "epochs", "step", "steps", "lr", "loss", "images", "seconds"),
+    *("images_per_second", "name", "self"),
+)
 # How messages of the command line read to who calls `distill`.
 PHRASES = {
     "raise --batch-size, or train on more images": "use larger batches",
     "raise --batch-size": "use larger batches",
+    "--batch-size must be at least": "batches must have at least",
     "choose another loss, student or --batch-size": "choose another loss or student, or larger "
     "batches",
     "leave --mixup and --cutmix out": "give the labels as class numbers",
@@ -95,11 +101,15 @@ def check_extra_losses(losses: Any) -> dict[str, LossOfLogits]:
     """The user's own losses by name.
 
     Raises:
-        UserError: If one is no function, or has the name of a term.
+        UserError: If one is no function, or has the name of a term or a figure.
     """
     if not isinstance(losses, Mapping | None):
         raise UserError(f"extra_losses must be functions by name, got {losses!r}")
     for name, function in (losses or {}).items():
+        if not isinstance(name, str) or not name.isidentifier():
+            raise UserError(f"extra_losses: a name must be letters, digits and _, got {name!r}")
+        if name in RESERVED or name.startswith(("validation_", "best_")):
+            raise UserError(f"extra_losses: {name} is the name of another figure: choose another")
         if name in terms.TERMS:
             raise UserError(f"extra_losses: {name} is the name of a term: choose another")
         if not callable(function):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import kd
 from dsdistill.harness import errors
-from kd import api_arguments, recipe
+from kd import api, api_arguments, recipe
 from kd.objectives import terms
 from kd.training import steps
 
@@ -631,6 +632,19 @@ def test_wrong_arguments_are_one_line(train, teacher: Net, options: dict, messag
     refused(message, Net(), teacher, train, **options)
 
 
+def test_batches_too_small_for_a_loss_are_one_line() -> None:
+    small = [(torch.rand(2, 1, 8, 8), torch.arange(2))]
+    message = "compares the images of a batch: batches must have at least 3, got 2"
+    refused(message, Net(), Net(8), small, loss="ce:1,rkd-angle@conv")
+
+
+def test_processes_with_other_checkpoints_are_one_line(monkeypatch) -> None:
+    monkeypatch.setattr(api, "gather_object", lambda steps: [*steps, 40])
+    on = SimpleNamespace(num_processes=2)
+    with pytest.raises(kd.UserError, match="is after step 0 in process 0 and after step 40 in pro"):
+        api._require_same_step(Path("a.ckpt"), None, on)  # pyright: ignore[reportArgumentType]
+
+
 def test_wrong_modules_are_one_line(train, teacher: Net) -> None:
     student = Net()
     refused("student must be a torch.nn.Module, got str", "convnet", None, train)
@@ -701,8 +715,31 @@ def test_a_loss_of_the_users_own_is_added(train, teacher: Net) -> None:
     assert [*alone.history[0].losses] == ["cosine"]
 
 
+def test_a_loss_that_is_a_module_is_trained_and_given_back(train, teacher: Net) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, logits: Tensor, taught: Tensor | None, labels: Tensor) -> Tensor:
+            assert self.training
+            return self.scale**2 * cosine(logits, taught, labels)
+
+    loss = Scaled().eval()
+    distill(Net(), teacher, train, extra_losses={"scaled": loss}, epochs=1)
+    assert not loss.training
+    assert loss.scale != 1
+    assert loss.scale.grad is None
+
+
 def test_wrong_losses_of_ones_own_are_one_line(train, teacher: Net) -> None:
     refused("kd is the name of a term", Net(), teacher, train, extra_losses={"kd": cosine})
+    for name in ("lr", "epoch", "steps", "images", "validation_loss", "best_accuracy"):
+        refused(f"{name} is the name of another figure", Net(), teacher, train,
+                extra_losses={name: cosine})  # fmt: skip
+    for name in (3, "a b", "a.b"):
+        refused("a name must be letters, digits and _", Net(), teacher, train,
+                extra_losses={name: cosine})  # fmt: skip
     refused("cosine must be a function", Net(), teacher, train, extra_losses={"cosine": 1})
     refused("must be functions by name", Net(), teacher, train, extra_losses=cosine)
     broken = {"broken": lambda logits, taught, labels: logits @ labels}
