@@ -41,7 +41,7 @@ from kd.objectives.schemes import Distillation
 from kd.objectives.terms import LossOfLogits, Term
 from kd.parallel import engine
 from kd.parallel.engine import Engine
-from kd.recipe import METRICS, Optimizer, Recipe
+from kd.recipe import Optimizer, Recipe
 from kd.training import borrowing, dry_run, optimization, training_file, user_optimizer
 from kd.training.checkpoint import PackedState, TrainingState
 from kd.training.loop import train as run_training
@@ -383,11 +383,11 @@ def _prepare(
     assert recipe.loss is not None
     chosen = terms.parse(recipe.loss) if recipe.loss else ()
     text = ",".join(filter(None, (recipe.loss, *extra)))
-    recipe = _check_loss(chosen, recipe, bool(extra), given, teachers)
-    on_labels = [t.definition for t in chosen if not t.definition.needs_teacher]
-    logits = bool(teachers) or not on_labels or not all(row.centred for row in on_labels)
-    if METRICS[recipe.metric].needs_logits and not logits:
-        raise UserError("--metric nll needs logits, which a student trained by mse alone has not")
+    _refuse_rows(chosen)
+    recipe = terms.apply_smoothing(chosen, recipe, given)
+    weighted = teacher_weights == "by-label"
+    terms.check_teaching(chosen, recipe, alone=not teachers, weighted=weighted, own=bool(extra))
+    logits = terms.gives_logits(chosen, alone=not teachers)
     terms.check(chosen, classes=classes, batch_size=len(labels), mixed=mixed)
     if own is None:
         optimization.check_optimizer(recipe)
@@ -402,8 +402,7 @@ def _prepare(
         seed=seed,
     )
     built += [terms.own_term(name, loss, taught=bool(teachers)) for name, loss in extra.items()]
-    by_label = teacher_weights == "by-label"
-    objective = Distillation(classifier, built, adapted, by_label=by_label)
+    objective = Distillation(classifier, built, adapted, by_label=weighted)
     least = max([batching.MIN_IMAGES_PER_PROCESS, *(term.min_images for term in chosen)])
     batches = _batches(train, len(labels), classes, mixed, least, recipe, on)
     check = partial(dry_run.check, shape=shape, classes=classes, images=0, on=on, mixed=mixed)
@@ -465,10 +464,10 @@ def _as_modules(student: nn.Module, teacher: Any) -> list[nn.Module]:
             )
     if several and not teachers:
         raise UserError("teacher is an empty list: give None to train on labels alone")
-    own = {id(parameter) for parameter in student.parameters()}
+    student_ids = {id(parameter) for parameter in student.parameters()}
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise UserError("student has no parameters that require gradients, so nothing is trained")
-    if any(id(p) in own for each in teachers for p in each.parameters()):
+    if any(id(p) in student_ids for each in teachers for p in each.parameters()):
         raise UserError("student and teacher share parameters: give a copy.deepcopy as the teacher")
     return teachers
 
@@ -521,32 +520,11 @@ def _default_loss(teachers: Sequence[nn.Module]) -> str:
     return recipes.TEACHER_LOSS if teachers else recipes.LABEL_LOSS
 
 
-def _check_loss(
-    chosen: Sequence[Term],
-    recipe: Recipe,
-    extra: bool,
-    given: Mapping[str, Any],
-    teachers: Sequence[nn.Module],
-) -> Recipe:
-    """Refuse a loss that does not fit the teachers; return the recipe with the loss's smoothing."""
-    taught = [term.name for term in chosen if term.definition.needs_teacher]
-    if taught and not teachers:
-        raise UserError(f"--loss {taught[0]} needs a teacher: give one, or a loss such as ce:1")
-    if teachers and not taught and not extra:
-        raise UserError(f"--loss {recipe.loss} has no term that uses the teacher: add kd:0.9")
+def _refuse_rows(chosen: Sequence[Term]) -> None:
+    """Refuse terms that know each training image by its number."""
     for term in chosen:
         if term.definition.needs_rows:
             raise UserError(
                 f"--loss {term.name} remembers each training image by its number, which batches of "
                 "(images, labels) do not have: use another term, such as srd, or kd train"
             )
-    smooths = any(term.definition.smooths_labels for term in chosen)
-    smoothing = next((t.smoothing for t in chosen if t.smoothing is not None), None)
-    if "label_smoothing" not in given:
-        return recipe if smoothing is None else replace(recipe, label_smoothing=smoothing)
-    if smoothing is not None or not smooths:
-        raise UserError(
-            f"--label-smoothing has no effect on --loss {recipe.loss}, "
-            f"{'which sets it too' if smooths else 'which has no term ce'}: leave it out"
-        )
-    return recipe

@@ -38,6 +38,7 @@ PHRASES = {
     "choose another loss, student or --batch-size": "choose another loss or student, or larger "
     "batches",
     "leave --mixup and --cutmix out": "give the labels as class numbers",
+    "add --teacher, --peers or --mean-teacher": "give one, or a loss such as ce:1",
     "start anew in another folder": "give another checkpoint, or delete it to start anew",
 }
 TEXTS = ("device", "precision", "metric", "optimizer", "schedule")  # arguments that are texts

@@ -108,9 +108,9 @@ class LoaderBatches:
     def share(self, pair: Pair, rank: int, world: int) -> Batch:
         """Build the batch of a process's share of images and labels."""
         images, labels = pair
-        own = has_own_share(self.loader)
-        total = len(labels) * (world if own else 1)
-        if world > 1 and not own:
+        is_sharded = has_own_share(self.loader)
+        total = len(labels) * (world if is_sharded else 1)
+        if world > 1 and not is_sharded:
             if total < world:
                 raise UserError(
                     f"train gave a batch of {total} images to {world} processes: give each one, or "

@@ -601,6 +601,10 @@ def test_the_label_that_a_teacher_cannot_know_is_refused(train) -> None:
         ({"loss": "kd:1,at:10"}, "a loss of maps needs layers"),
         ({"loss": "kd:1,at:10@nowhere"}, "unknown layer 'nowhere' of Net: the nearest"),
         ({"loss": "kd:1:temperature=-1"}, "temperature must be"),
+        (
+            {"loss": "at:1@conv", "teacher_weights": "by-label"},
+            "teacher_weights has no effect on lo",
+        ),
         ({"loss": "crd"}, "crd remembers each training image by its number"),
         ({"loss": "sp:1"}, "loss sp:1 sends no gradient to 2 of the 6 weights"),
         ({"epoch": 3}, "unknown argument of kd.distill 'epoch'; did you mean 'epochs'"),
@@ -653,7 +657,9 @@ def test_wrong_modules_are_one_line(train, teacher: Net) -> None:
     refused("share parameters", student, student, train)
     refused("teacher must be in float32, got torch.bfloat16", student, Net().bfloat16(), train)
     refused("no parameters that require gradients", Net().requires_grad_(False), None, train)
-    refused("loss kd needs a teacher", student, None, train, loss="kd:1")
+    refused("loss kd needs a teacher: give one", student, None, train, loss="kd:1")
+    refused("heads trains its classifiers on the student's logits", student, None, train,
+            loss="mse:1,heads:1@conv")  # fmt: skip
     refused("student must give logits", Wrapped(lambda y: y.flatten()), None, train)
     refused("gives no logits", Wrapped(lambda y: (y, y)), None, train)
 
