@@ -36,6 +36,7 @@ from kd.models import networks
 from kd.models.networks import Classifier
 from kd.models.saved_models import Model
 from kd.models.teachers import Teacher
+from kd.models.zoo.modes import evaluation_mode
 from kd.objectives import terms
 from kd.objectives.schemes import Distillation
 from kd.objectives.terms import LossOfLogits, Term
@@ -43,6 +44,7 @@ from kd.parallel import engine
 from kd.parallel.engine import Engine
 from kd.recipe import Optimizer, Recipe
 from kd.training import borrowing, dry_run, optimization, training_file, user_optimizer
+from kd.training import checkpoint as checkpoint_state
 from kd.training.checkpoint import PackedState, TrainingState
 from kd.training.loop import train as run_training
 from kd.training.rounds import Callback, Round, RoundRecorder
@@ -336,21 +338,18 @@ def _require_same_step(path: Path, saved: PackedState | None, on: Engine) -> Non
 
 
 def _continue(saved: PackedState, recipe: Recipe, total: int) -> PackedState:
-    """The stored state, with its patience anew and no stop where the training has another length.
+    """The stored state, adapted to another length of the training.
 
     Raises:
         UserError: If it has gone further than is asked for.
     """
-    arrays, meta = saved
-    if meta["step"] > total:
+    step = saved[1]["step"]
+    if step > total:
         raise UserError(
-            f"checkpoint is after step {meta['step']}, and this training has {total}: give more "
+            f"checkpoint is after step {step}, and this training has {total}: give more "
             "epochs or steps, or another checkpoint"
         )
-    stored = meta["recipe"]
-    if (stored["epochs"], stored["steps"]) != (recipe.epochs, recipe.steps):
-        meta = {**meta, "stale": 0, "stopped": False}
-    return arrays, meta
+    return checkpoint_state.adapt_to_length(saved, recipe)
 
 
 def _prepare(
@@ -495,20 +494,15 @@ def count_classes(name: str, classifier: Classifier, images: torch.Tensor) -> in
     Raises:
         UserError: If it cannot take the images, or gives no logits.
     """
-    modes = [(part, part.training) for part in classifier.modules()]
     device = borrowing.device_of(classifier)
     try:
-        classifier.eval()
-        with torch.no_grad():
+        with evaluation_mode(classifier), torch.no_grad():
             outputs = classifier(images[:2].to(device))
     except Exception as error:  # a network may raise anything
         raise UserError(
             f"{name} cannot take images {tuple(images[:2].shape)} of train, or gives no logits: "
             f"{first_line(error)}"
         ) from error
-    finally:
-        for part, training in modes:
-            part.training = training
     n = len(images[:2])
     if not isinstance(outputs, torch.Tensor) or outputs.ndim != 2 or len(outputs) != n:
         got = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__

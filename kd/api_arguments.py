@@ -13,7 +13,7 @@ from dsdistill.harness.errors import UserError, unknown_name
 from kd import recipes
 from kd.objectives import terms
 from kd.objectives.terms import LossOfLogits
-from kd.recipe import Metric, Precision, Recipe, Schedule, override
+from kd.recipe import VALIDATION_FIELDS, Metric, Precision, Recipe, Schedule, override
 from kd.training import user_optimizer
 from kd.training.rounds import Callback
 from kd.training.user_optimizer import Every, UserOptimizer
@@ -23,8 +23,6 @@ OPTIMIZER_FIELDS = (
     *("lr", "momentum", "weight_decay", "decay_all", "schedule", "warmup", "warmup_from"),
     *("cooldown", "final", "milestones", "decay"),
 )
-# Fields that compare validations.
-VALIDATION_FIELDS = ("metric", "average_best", "patience", "validate_every")
 # Figures of a round, beside the terms of the loss.
 RESERVED = (
     *("epoch", "epochs", "step", "steps", "lr", "loss", "images", "seconds"),

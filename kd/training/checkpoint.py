@@ -109,14 +109,45 @@ def check(saved: PackedState, recipe: Recipe) -> None:
             f"the checkpoint is not of `kd train` (it lacks {min(missing)}): start anew in "
             "another folder"
         )
-    stored, now = meta.get("recipe") or {}, json.loads(json.dumps(asdict(recipe)))
-    for name in now.keys() - set(LENGTH_FIELDS):
-        if name in stored and stored[name] != now[name]:
-            raise UserError(
-                f"the checkpoint was made with {name.replace('_', ' ')} {stored[name]}, and the "
-                f"training has {now[name]} now: put back config.json, or start anew in another "
-                "folder"
-            )
+    if changed := changed_field(meta.get("recipe") or {}, recipe):
+        name, stored, now = changed
+        raise UserError(
+            f"the checkpoint was made with {name.replace('_', ' ')} {stored}, and the training has "
+            f"{now} now: put back config.json, or start anew in another folder"
+        )
+
+
+def changed_field(stored: Mapping[str, Any], recipe: Recipe) -> tuple[str, Any, Any] | None:
+    """The first field but its lengths in which a recipe differs from a stored one; None if none.
+
+    Returns:
+        Its name, the stored value and that of the recipe, as JSON.
+    """
+    fixed = {name: value for name, value in stored.items() if name not in LENGTH_FIELDS}
+    return first_change(fixed, asdict(recipe))
+
+
+def first_change(
+    stored: Mapping[str, Any], current: Mapping[str, Any]
+) -> tuple[str, Any, Any] | None:
+    """The first name with another value than a stored one, and both as JSON; None if none."""
+    now = json.loads(json.dumps(dict(current)))
+    names = (name for name in stored if name in now and stored[name] != now[name])
+    return next(((name, stored[name], now[name]) for name in names), None)
+
+
+def adapt_to_length(saved: PackedState, recipe: Recipe) -> PackedState:
+    """A stored training, with its patience anew and no early end if its length is another now.
+
+    Args:
+        saved: Result of `pack`, with the `recipe` as JSON except in earlier versions.
+        recipe: Recipe of the training that resumes.
+    """
+    arrays, meta = saved
+    stored = meta.get("recipe")
+    if stored and any(stored.get(name) != getattr(recipe, name) for name in ("epochs", "steps")):
+        meta = {**meta, "stale": 0, "stopped": False}
+    return arrays, meta
 
 
 def pack(

@@ -24,6 +24,7 @@ from dsdistill.harness import imports
 from dsdistill.harness.errors import UserError, unknown_name
 from dsdistill.harness.imports import ImportedObject
 from kd.models.zoo import name_arguments
+from kd.models.zoo.modes import evaluation_mode
 from kd.models.zoo.protocol import SOURCES, PretrainedConfig, Shape
 
 CLASSES_ARGUMENTS = ("num_classes", "n_classes", "classes", "num_labels")
@@ -243,14 +244,8 @@ def _accepts(network: nn.Module, shape: Shape) -> bool:
 def _run(network: nn.Module, shape: Shape) -> Any:
     """Outputs for two black images, in evaluation mode; the mode is kept."""
     h, w, c = shape
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        with torch.no_grad():
-            return network(torch.zeros(2, c, h, w))
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluation_mode(network), torch.no_grad():
+        return network(torch.zeros(2, c, h, w))
 
 
 @contextmanager
