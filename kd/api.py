@@ -124,8 +124,8 @@ def distill(
     exception; the student then has the weights of its last step.
 
     Several processes (`torchrun`, `accelerate launch`) share each batch of `train`, or train on
-    their own batches where its sampler is a `DistributedSampler`. Callbacks are called in the
-    first.
+    their own batches where its sampler is a `DistributedSampler` or it comes from
+    `accelerator.prepare`. Callbacks are called in the first.
 
     Args:
         student: Network of images (n, c, h, w); returns logits (n, k), or an object or a mapping
