@@ -385,7 +385,7 @@ def _prepare(
     _refuse_rows(chosen)
     recipe = terms.apply_smoothing(chosen, recipe, given)
     weighted = teacher_weights == "by-label"
-    terms.check_teaching(chosen, recipe, alone=not teachers, weighted=weighted, own=bool(extra))
+    terms.check_teaching(chosen, recipe, alone=not teachers, weighted=weighted, extra=bool(extra))
     logits = terms.gives_logits(chosen, alone=not teachers)
     terms.check(chosen, classes=classes, batch_size=len(labels), mixed=mixed)
     if own is None:

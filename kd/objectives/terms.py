@@ -442,7 +442,7 @@ def apply_smoothing(terms: Sequence[Term], recipe: Recipe, given: Container[str]
 
 
 def check_teaching(
-    terms: Sequence[Term], recipe: Recipe, *, alone: bool, weighted: bool, own: bool = False
+    terms: Sequence[Term], recipe: Recipe, *, alone: bool, weighted: bool, extra: bool = False
 ) -> None:
     """Refuse a loss that does not fit what teaches the student, or the recipe's metric.
 
@@ -451,7 +451,7 @@ def check_teaching(
         recipe: The recipe with the loss.
         alone: Whether nothing but labels teaches the student.
         weighted: Whether weights of the teachers' logits are given.
-        own: Whether the user's own losses of logits are added.
+        extra: Whether the user's own losses of logits are added.
 
     Raises:
         UserError: If it does not fit.
@@ -461,9 +461,9 @@ def check_teaching(
         raise UserError(
             f"--loss {taught[0].name} needs a teacher: add --teacher, --peers or --mean-teacher"
         )
-    if not (taught or alone or own):
+    if not (taught or alone or extra):
         raise UserError(f"--loss {recipe.loss} has no term that uses the teacher: add kd:0.9")
-    if weighted and not own and all(term.definition.reads_layers for term in taught):
+    if weighted and not extra and all(term.definition.reads_layers for term in taught):
         raise UserError(
             f"--teacher-weights has no effect on --loss {recipe.loss}, which has no term of "
             "teachers' logits: leave it out"

@@ -155,11 +155,11 @@ class Trainer:
         scaler, schedule = self.on.scaler, self.schedule
         # A user's schedule computes rates from those before: it must find its own, not the stored
         # ones, which may be of a shorter schedule.
-        own = schedule.resume(saved[1]["step"]) if isinstance(schedule, TorchSchedule) else []
+        reached = schedule.resume(saved[1]["step"]) if isinstance(schedule, TorchSchedule) else []
         state = checkpoint.unpack(
             saved, modules, self.optimizer, scaler, network=self.evaluated_network
         )
-        for group, options in zip(self.optimizer.param_groups, own, strict=False):
+        for group, options in zip(self.optimizer.param_groups, reached, strict=False):
             group.update(options)
         return state
 
