@@ -24,7 +24,6 @@ from kd.models import seals
 from kd.models.seals import REPORT
 from kd.options import TrainOptions
 from kd.recipe import Recipe
-from kd.training import checkpoint
 
 FOLDER = "continued"
 LENGTHS = ("epochs", "steps", "patience")  # options that may change on resume
@@ -122,6 +121,8 @@ def check(folder: Path, out: Path, recipe: Recipe, per_epoch: int) -> int:
         UserError: If all steps are taken, patience is exhausted, or a finished run has no
             checkpoint.
     """
+    from kd.training import checkpoint  # needs torch, which reports do without
+
     saved = Run(folder, {}, resumed=True, writes=False).load_state()
     if saved is None and (folder / REPORT).exists():
         raise UserError(f"{out} has no {run_folder.CHECKPOINT}, from which it could go on")
