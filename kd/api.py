@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, Unpack
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -35,17 +36,19 @@ from kd.models import networks
 from kd.models.networks import Classifier
 from kd.models.saved_models import Model
 from kd.models.teachers import Teacher
+from kd.models.zoo.modes import evaluation_mode
 from kd.objectives import terms
 from kd.objectives.schemes import Distillation
 from kd.objectives.terms import LossOfLogits, Term
 from kd.parallel import engine
 from kd.parallel.engine import Engine
-from kd.recipe import METRICS, Optimizer, Recipe
-from kd.training import borrowing, dry_run, optimization, training_file
+from kd.recipe import Optimizer, Recipe
+from kd.training import borrowing, dry_run, optimization, training_file, user_optimizer
+from kd.training import checkpoint as checkpoint_state
 from kd.training.checkpoint import PackedState, TrainingState
 from kd.training.loop import train as run_training
-from kd.training.own_optimizer import Every, OwnOptimizer
 from kd.training.rounds import Callback, Round, RoundRecorder
+from kd.training.user_optimizer import Every, UserOptimizer
 
 Loader = Iterable[Any]  # of batches (images, labels)
 ENDLESS_EPOCHS = 10  # parts of a training whose images have no known number, each with a validation
@@ -86,7 +89,7 @@ class _Task:
     batches: BatchSource
     validation: LoaderEvaluation | None
     recipe: Recipe
-    optimizer: OwnOptimizer | None
+    optimizer: UserOptimizer | None
     extra_losses: tuple[str, ...]
     logits: bool
     seed: int
@@ -121,8 +124,8 @@ def distill(
     exception; the student then has the weights of its last step.
 
     Several processes (`torchrun`, `accelerate launch`) share each batch of `train`, or train on
-    their own batches where its sampler is a `DistributedSampler`. Callbacks are called in the
-    first.
+    their own batches where its sampler is a `DistributedSampler` or it comes from
+    `accelerator.prepare`. Callbacks are called in the first.
 
     Args:
         student: Network of images (n, c, h, w); returns logits (n, k), or an object or a mapping
@@ -140,7 +143,8 @@ def distill(
             of these, and without one `ce:1`.
         extra_losses: Functions of your own by name: (student's logits, teacher's logits or None,
             labels) -> scalar, added to the loss with weight 1. With several teachers they get the
-            mean logits. `loss=""` leaves these alone.
+            mean logits. `loss=""` leaves these alone. One that is a module is trained too, and
+            comes back on its device and in its mode.
         teacher_weights: How the logits of several teachers are weighted: alike, or for each image
             by how well each teacher knows its label.
         optimizer: Optimizer by name; or the user's own over the student's parameters, of which it
@@ -189,9 +193,10 @@ def distill(
         stack.enter_context(loader_batches.preserve_random_state(train, validation))
         if own is not None:
             stack.callback(own.detach)
-        stack.enter_context(borrowing.borrow(student, teachers))
-        chosen = api_arguments.resolve_recipe(recipe, given, student, own)
         extra = api_arguments.check_extra_losses(extra_losses)
+        of_losses = [loss for loss in extra.values() if isinstance(loss, nn.Module)]
+        stack.enter_context(borrowing.borrow(student, [*teachers, *of_losses]))
+        chosen = api_arguments.resolve_recipe(recipe, given, student, own)
         if loss is None or (not loss and not extra):
             loss = chosen.loss or _default_loss(teachers)
         chosen = replace(chosen, loss=loss)
@@ -241,14 +246,18 @@ def _train(
     saved, inputs = None, {}
     if path is not None:
         inputs = _inputs(task, teachers)
+        if own is not None:
+            user_optimizer.check_storable(own)
         saved = training_file.read(path, recipe, inputs)
+        _require_same_step(path, saved, on)
     total = recipe.total_steps(math.ceil(len(task.batches) / recipe.accumulate))
     earlier = 0.0
     if saved is not None:
         saved, earlier = _continue(saved, recipe, total), saved[1]["seconds"]
         if own is not None:
             own = replace(own, start=saved[1]["scheduler_start"])
-    recorder = RoundRecorder(callbacks, saved[1]["rounds"] if saved else ())
+    called = callbacks if on.is_main_process else ()
+    recorder = RoundRecorder(called, saved[1]["rounds"] if saved else ())
 
     def save(state: PackedState) -> None:
         assert path is not None
@@ -280,7 +289,7 @@ def _train(
             save=None if path is None else save,
             stopping=lambda: flag is not None and flag.requested,
             stop_early=lambda: engine.decide_on_main(on, lambda: recorder.stop),
-            log=recorder if on.is_main_process else None,
+            log=recorder,
             show=show,
             optimizer=own,
         )
@@ -296,36 +305,51 @@ def _validate(task: _Task, network: nn.Module) -> Mapping[str, float]:
 def _inputs(task: _Task, teachers: Sequence[nn.Module]) -> dict[str, Any]:
     """What must be the same when a training goes on, JSON-compatible."""
     own, network = task.optimizer, task.student.network
+    endless = isinstance(task.batches, EndlessBatches)  # an epoch is a part of the length
     parameters = networks.parameter_count(network)
     return {
         "student": f"{type(network).__name__} of {parameters} parameters",
         "number of teachers": len(teachers),
         **{f"teacher {i}": teacher_cache.fingerprint(each) for i, each in enumerate(teachers, 1)},
         "seed": task.seed,
-        "optimizer": type(own.optimizer).__name__ if own else task.recipe.optimizer,
-        "batches of train": len(task.batches),
+        **(own.identity if own else {"optimizer": task.recipe.optimizer}),
+        **({} if endless else {"batches of train": len(task.batches)}),
         "extra_losses": sorted(task.extra_losses),
         "teacher_weights": "by-label" if task.objective.by_label else "alike",
         "validation": task.validation is not None,
     }
 
 
+def _require_same_step(path: Path, saved: PackedState | None, on: Engine) -> None:
+    """Refuse processes that have read different checkpoints.
+
+    Raises:
+        UserError: In every process, if any two differ.
+    """
+    if on.num_processes == 1:
+        return
+    steps = gather_object([saved[1]["step"] if saved else 0])
+    for rank, step in enumerate(steps):
+        if step != steps[0]:
+            raise UserError(
+                f"checkpoint {path} is after step {steps[0]} in process 0 and after step {step} in "
+                f"process {rank}: put it where all processes read the same file"
+            )
+
+
 def _continue(saved: PackedState, recipe: Recipe, total: int) -> PackedState:
-    """The stored state, with its patience anew where the training has become longer.
+    """The stored state, adapted to another length of the training.
 
     Raises:
         UserError: If it has gone further than is asked for.
     """
-    arrays, meta = saved
-    if meta["step"] > total:
+    step = saved[1]["step"]
+    if step > total:
         raise UserError(
-            f"checkpoint is after step {meta['step']}, and this training has {total}: give more "
+            f"checkpoint is after step {step}, and this training has {total}: give more "
             "epochs or steps, or another checkpoint"
         )
-    stored = meta["recipe"]
-    if (stored["epochs"], stored["steps"]) != (recipe.epochs, recipe.steps):
-        meta = {**meta, "stale": 0}
-    return arrays, meta
+    return checkpoint_state.adapt_to_length(saved, recipe)
 
 
 def _prepare(
@@ -336,7 +360,7 @@ def _prepare(
     recipe: Recipe,
     extra: Mapping[str, LossOfLogits],
     given: Mapping[str, Any],
-    own: OwnOptimizer | None,
+    own: UserOptimizer | None,
     teacher_weights: str,
     seed: int,
     on: Engine,
@@ -358,11 +382,11 @@ def _prepare(
     assert recipe.loss is not None
     chosen = terms.parse(recipe.loss) if recipe.loss else ()
     text = ",".join(filter(None, (recipe.loss, *extra)))
-    recipe = _check_loss(chosen, recipe, bool(extra), given, teachers)
-    on_labels = [t.definition for t in chosen if not t.definition.needs_teacher]
-    logits = bool(teachers) or not on_labels or not all(row.centred for row in on_labels)
-    if METRICS[recipe.metric].needs_logits and not logits:
-        raise UserError("--metric nll needs logits, which a student trained by mse alone has not")
+    _refuse_rows(chosen)
+    recipe = terms.apply_smoothing(chosen, recipe, given)
+    weighted = teacher_weights == "by-label"
+    terms.check_teaching(chosen, recipe, alone=not teachers, weighted=weighted, extra=bool(extra))
+    logits = terms.gives_logits(chosen, alone=not teachers)
     terms.check(chosen, classes=classes, batch_size=len(labels), mixed=mixed)
     if own is None:
         optimization.check_optimizer(recipe)
@@ -377,12 +401,14 @@ def _prepare(
         seed=seed,
     )
     built += [terms.own_term(name, loss, taught=bool(teachers)) for name, loss in extra.items()]
-    by_label = teacher_weights == "by-label"
-    objective = Distillation(classifier, built, adapted, by_label=by_label)
+    objective = Distillation(classifier, built, adapted, by_label=weighted)
     least = max([batching.MIN_IMAGES_PER_PROCESS, *(term.min_images for term in chosen)])
-    batches = _batches(train, len(labels), classes, least, recipe, on)
+    batches = _batches(train, len(labels), classes, mixed, least, recipe, on)
     check = partial(dry_run.check, shape=shape, classes=classes, images=0, on=on, mixed=mixed)
-    check(objective, text, batches.sizes)
+    if loader_batches.has_own_share(train):
+        check(objective, text, [size // on.num_processes for size in batches.sizes], world=1)
+    else:
+        check(objective, text, batches.sizes)
     evaluation = None
     if validation is not None:
         first = loader_batches.first_pair(validation, "validation")
@@ -405,17 +431,19 @@ def _prepare(
 
 
 def _batches(
-    train: Loader, first: int, classes: int, least: int, recipe: Recipe, on: Engine
+    train: Loader, first: int, classes: int, mixed: bool, least: int, recipe: Recipe, on: Engine
 ) -> BatchSource:
     """The training batches; of a loader without a length, counted or repeated."""
-    world = 1 if loader_batches.has_own_share(train) else on.num_processes
+    own_share = loader_batches.has_own_share(train)
+    world, parts = (1, on.num_processes) if own_share else (on.num_processes, 1)
     least = batching.min_shared_size(world, least)
     batching.check_size(first, world, least)
     if recipe.steps is not None and loader_batches.length(train) is None:
         count = math.ceil(recipe.steps / ENDLESS_EPOCHS) * recipe.accumulate
-        return EndlessBatches(LoaderBatches(train, [first] * count, on.device, classes, least))
-    sizes = loader_batches.batch_sizes(train, first, least)
-    return LoaderBatches(train, sizes, on.device, classes, least)
+        sizes = [first * parts] * count
+        return EndlessBatches(LoaderBatches(train, sizes, on.device, classes, mixed, least))
+    sizes = [parts * size for size in loader_batches.batch_sizes(train, first, least)]
+    return LoaderBatches(train, sizes, on.device, classes, mixed, least)
 
 
 def _as_modules(student: nn.Module, teacher: Any) -> list[nn.Module]:
@@ -435,10 +463,10 @@ def _as_modules(student: nn.Module, teacher: Any) -> list[nn.Module]:
             )
     if several and not teachers:
         raise UserError("teacher is an empty list: give None to train on labels alone")
-    own = {id(parameter) for parameter in student.parameters()}
+    student_ids = {id(parameter) for parameter in student.parameters()}
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise UserError("student has no parameters that require gradients, so nothing is trained")
-    if any(id(p) in own for each in teachers for p in each.parameters()):
+    if any(id(p) in student_ids for each in teachers for p in each.parameters()):
         raise UserError("student and teacher share parameters: give a copy.deepcopy as the teacher")
     return teachers
 
@@ -466,20 +494,15 @@ def count_classes(name: str, classifier: Classifier, images: torch.Tensor) -> in
     Raises:
         UserError: If it cannot take the images, or gives no logits.
     """
-    modes = [(part, part.training) for part in classifier.modules()]
     device = borrowing.device_of(classifier)
     try:
-        classifier.eval()
-        with torch.no_grad():
+        with evaluation_mode(classifier), torch.no_grad():
             outputs = classifier(images[:2].to(device))
     except Exception as error:  # a network may raise anything
         raise UserError(
             f"{name} cannot take images {tuple(images[:2].shape)} of train, or gives no logits: "
             f"{first_line(error)}"
         ) from error
-    finally:
-        for part, training in modes:
-            part.training = training
     n = len(images[:2])
     if not isinstance(outputs, torch.Tensor) or outputs.ndim != 2 or len(outputs) != n:
         got = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
@@ -491,32 +514,11 @@ def _default_loss(teachers: Sequence[nn.Module]) -> str:
     return recipes.TEACHER_LOSS if teachers else recipes.LABEL_LOSS
 
 
-def _check_loss(
-    chosen: Sequence[Term],
-    recipe: Recipe,
-    extra: bool,
-    given: Mapping[str, Any],
-    teachers: Sequence[nn.Module],
-) -> Recipe:
-    """Refuse a loss that does not fit the teachers; return the recipe with the loss's smoothing."""
-    taught = [term.name for term in chosen if term.definition.needs_teacher]
-    if taught and not teachers:
-        raise UserError(f"--loss {taught[0]} needs a teacher: give one, or a loss such as ce:1")
-    if teachers and not taught and not extra:
-        raise UserError(f"--loss {recipe.loss} has no term that uses the teacher: add kd:0.9")
+def _refuse_rows(chosen: Sequence[Term]) -> None:
+    """Refuse terms that know each training image by its number."""
     for term in chosen:
         if term.definition.needs_rows:
             raise UserError(
                 f"--loss {term.name} remembers each training image by its number, which batches of "
                 "(images, labels) do not have: use another term, such as srd, or kd train"
             )
-    smooths = any(term.definition.smooths_labels for term in chosen)
-    smoothing = next((t.smoothing for t in chosen if t.smoothing is not None), None)
-    if "label_smoothing" not in given:
-        return recipe if smoothing is None else replace(recipe, label_smoothing=smoothing)
-    if smoothing is not None or not smooths:
-        raise UserError(
-            f"--label-smoothing has no effect on --loss {recipe.loss}, "
-            f"{'which sets it too' if smooths else 'which has no term ce'}: leave it out"
-        )
-    return recipe

@@ -13,25 +13,30 @@ from dsdistill.harness.errors import UserError, unknown_name
 from kd import recipes
 from kd.objectives import terms
 from kd.objectives.terms import LossOfLogits
-from kd.recipe import Metric, Precision, Recipe, Schedule, override
-from kd.training import own_optimizer
-from kd.training.own_optimizer import Every, OwnOptimizer
+from kd.recipe import VALIDATION_FIELDS, Metric, Precision, Recipe, Schedule, override
+from kd.training import user_optimizer
 from kd.training.rounds import Callback
+from kd.training.user_optimizer import Every, UserOptimizer
 
 # Fields of a recipe that an optimizer of the user's own takes the place of.
 OPTIMIZER_FIELDS = (
     *("lr", "momentum", "weight_decay", "decay_all", "schedule", "warmup", "warmup_from"),
     *("cooldown", "final", "milestones", "decay"),
 )
-# Fields that compare validations.
-VALIDATION_FIELDS = ("metric", "average_best", "patience", "validate_every")
+# Figures of a round, beside the terms of the loss.
+RESERVED = (
+    *("epoch", "epochs", "step", "steps", "lr", "loss", "images", "seconds"),
+    *("images_per_second", "name", "self"),
+)
 # How messages of the command line read to who calls `distill`.
 PHRASES = {
     "raise --batch-size, or train on more images": "use larger batches",
     "raise --batch-size": "use larger batches",
+    "--batch-size must be at least": "batches must have at least",
     "choose another loss, student or --batch-size": "choose another loss or student, or larger "
     "batches",
     "leave --mixup and --cutmix out": "give the labels as class numbers",
+    "add --teacher, --peers or --mean-teacher": "give one, or a loss such as ce:1",
     "start anew in another folder": "give another checkpoint, or delete it to start anew",
 }
 TEXTS = ("device", "precision", "metric", "optimizer", "schedule")  # arguments that are texts
@@ -95,11 +100,15 @@ def check_extra_losses(losses: Any) -> dict[str, LossOfLogits]:
     """The user's own losses by name.
 
     Raises:
-        UserError: If one is no function, or has the name of a term.
+        UserError: If one is no function, or has the name of a term or a figure.
     """
     if not isinstance(losses, Mapping | None):
         raise UserError(f"extra_losses must be functions by name, got {losses!r}")
     for name, function in (losses or {}).items():
+        if not isinstance(name, str) or not name.isidentifier():
+            raise UserError(f"extra_losses: a name must be letters, digits and _, got {name!r}")
+        if name in RESERVED or name.startswith(("validation_", "best_")):
+            raise UserError(f"extra_losses: {name} is the name of another figure: choose another")
         if name in terms.TERMS:
             raise UserError(f"extra_losses: {name} is the name of a term: choose another")
         if not callable(function):
@@ -113,7 +122,7 @@ def build_optimizer(
     every: Every,
     student: nn.Module,
     given: Mapping[str, Any],
-) -> OwnOptimizer | None:
+) -> UserOptimizer | None:
     """The user's own optimizer; None for one by name.
 
     Args:
@@ -136,8 +145,8 @@ def build_optimizer(
                 f"{name} has no effect on an optimizer of your own: set it there, or in scheduler"
             )
     start = getattr(scheduler, "last_epoch", 0)
-    own = OwnOptimizer(optimizer, scheduler, every, start)
-    own_optimizer.check(own, student)
+    own = UserOptimizer(optimizer, scheduler, every, start)
+    user_optimizer.check(own, student)
     return own
 
 
@@ -192,7 +201,7 @@ def resolve_recipe(
     recipe: str | Recipe | None,
     given: Mapping[str, Any],
     student: nn.Module,
-    own: OwnOptimizer | None,
+    own: UserOptimizer | None,
 ) -> Recipe:
     """Resolve the recipe of a training.
 

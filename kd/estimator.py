@@ -105,6 +105,12 @@ class StudentClassifier(ClassifierMixin, BaseEstimator):
             raise UserError(
                 f"validation_fraction must be in [0, 1), got {self.validation_fraction}"
             )
+        for name in self.options or {}:
+            if name in {*self.get_params(deep=False), "train", "validation"}:
+                raise UserError(
+                    f"options: {name} is set by the classifier itself: give it as an argument of "
+                    "StudentClassifier, validation images as validation_fraction"
+                )
         images = self._to_tensor(X)
         self.classes_, labels = np.unique(np.asarray(y), return_inverse=True)
         if labels.shape != (len(images),):

@@ -19,6 +19,7 @@ Metric = Literal["accuracy", "nll"]
 
 MOMENTUM_OPTIMIZERS: tuple[Optimizer, ...] = ("sgd", "momentum")
 STREAMED_AUGMENTS: tuple[Augment, ...] = ("imagenet",)  # crops are cut from files during training
+VALIDATION_FIELDS = ("metric", "average_best", "patience", "validate_every")  # compare validations
 SCHEDULE_FIELDS: Mapping[Schedule, tuple[str, ...]] = {  # of the recipe, used by one schedule only
     "cosine": ("final", "cooldown"),
     "milestones": ("milestones", "decay"),

@@ -121,9 +121,13 @@ def check(folder: Path, out: Path, recipe: Recipe, per_epoch: int) -> int:
         UserError: If all steps are taken, patience is exhausted, or a finished run has no
             checkpoint.
     """
+    from kd.training import checkpoint  # needs torch, which reports do without
+
     saved = Run(folder, {}, resumed=True, writes=False).load_state()
     if saved is None and (folder / REPORT).exists():
         raise UserError(f"{out} has no {run_folder.CHECKPOINT}, from which it could go on")
+    if saved is not None:
+        saved = checkpoint.adapt_to_length(saved, recipe)
     done, stale = (saved[1].get(name, 0) for name in ("step", "stale")) if saved else (0, 0)
     total = recipe.total_steps(per_epoch)
     if done >= total:
@@ -135,7 +139,7 @@ def check(folder: Path, out: Path, recipe: Recipe, per_epoch: int) -> int:
     if recipe.patience is not None and stale >= recipe.patience:
         raise UserError(
             f"{out} was stopped by --patience {recipe.patience}, after {stale} validations without "
-            "a better one: give a larger --patience too"
+            "a better one: give a larger --patience, or more --epochs"
         )
     length = f"{total} steps" if recipe.steps is not None else f"{recipe.epochs} epochs"
     progress.say(

@@ -54,7 +54,7 @@ from kd.objectives import terms
 from kd.objectives.schemes import Objective
 from kd.options import TrainOptions
 from kd.parallel import engine, heartbeat
-from kd.recipe import Recipe
+from kd.recipe import VALIDATION_FIELDS, Recipe
 from kd.training import checkpoint
 from kd.training.checkpoint import PackedState, TrainingState
 from kd.training.loop import train
@@ -277,7 +277,7 @@ def _describe_no_validation(options: TrainOptions, parts: TrainingParts) -> str:
     Raises:
         UserError: If an option is given that needs validation images.
     """
-    for name in ("metric", "average_best", "patience", "validate_every"):
+    for name in VALIDATION_FIELDS:
         if name in options.given:
             raise UserError(
                 f"{shell.flag(name)} has no effect without validation images: "
@@ -340,6 +340,7 @@ def _fit(
     saved = run.load_state()
     if saved:
         checkpoint.check(saved, parts.recipe)
+        saved = checkpoint.adapt_to_length(saved, parts.recipe)
     earlier = saved[1].get("seconds", 0.0) if saved else 0.0
     start = time.perf_counter()
     startup = time.time() - psutil.Process().create_time()

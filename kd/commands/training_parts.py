@@ -17,7 +17,7 @@ from kd.data.files import file_source
 from kd.data.files.file_source import FileSource
 from kd.models import networks, saved_models, teachers
 from kd.models.networks import Classifier
-from kd.models.saved_models import Model, OutputKind
+from kd.models.saved_models import Model
 from kd.models.teachers import Teacher
 from kd.models.zoo import class_names
 from kd.objectives import terms
@@ -26,7 +26,7 @@ from kd.objectives.terms import Term
 from kd.options import TrainOptions, told
 from kd.parallel import engine
 from kd.parallel.engine import Engine
-from kd.recipe import METRICS, Recipe
+from kd.recipe import Recipe
 from kd.training import dry_run, optimization
 
 DEFAULT_STUDENT = "convnet"
@@ -87,8 +87,9 @@ def assemble(options: TrainOptions) -> TrainingParts:
     chosen = replace(chosen, loss=chosen.loss or default)
     assert chosen.loss is not None
     loss_terms = terms.parse(chosen.loss)
-    chosen = _apply_loss_smoothing(chosen, loss_terms, options)
-    student = replace(student, outputs=_outputs(loss_terms, alone))
+    chosen = terms.apply_smoothing(loss_terms, chosen, options.given)
+    outputs = "logits" if terms.gives_logits(loss_terms, alone=alone) else "centred labels"
+    student = replace(student, outputs=outputs)
     for network in (student.classifier, *loaded_teachers, *peers):
         network.to(on.device)
     parts = TrainingParts(
@@ -159,31 +160,12 @@ def _mixes_images(recipe: Recipe) -> bool:
     return recipe.mixup > 0 or recipe.cutmix > 0
 
 
-def _apply_loss_smoothing(
-    recipe: Recipe, loss_terms: Sequence[Term], options: TrainOptions
-) -> Recipe:
-    """Set the recipe's label smoothing to that of a term of the loss, where one has a value."""
-    smoothing = next((t.smoothing for t in loss_terms if t.smoothing is not None), None)
-    if smoothing is None:
-        return recipe
-    if "label_smoothing" in options.given:
-        raise UserError(
-            f"--label-smoothing {recipe.label_smoothing:g} and smoothing={smoothing:g} in --loss "
-            "set the same value: give one of them"
-        )
-    return replace(recipe, label_smoothing=smoothing)
-
-
 def _check(parts: TrainingParts, options: TrainOptions, alone: bool) -> None:
     """Refuse a loss, a recipe and a scheme that do not fit each other."""
     recipe = parts.recipe
+    weighted = options.teacher_weights is not None
+    terms.check_teaching(parts.terms, recipe, alone=alone, weighted=weighted)
     taught = [term for term in parts.terms if term.definition.needs_teacher]
-    if taught and alone:
-        raise UserError(
-            f"--loss {taught[0].name} needs a teacher: add --teacher, --peers or --mean-teacher"
-        )
-    if not taught and not alone:
-        raise UserError(f"--loss {recipe.loss} has no term that uses the teacher: add kd:0.9")
     featured = [term.name for term in taught if term.definition.reads_layers]
     if featured and not parts.teachers:
         raise UserError(f"--loss {featured[0]} uses layers of a teacher: add --teacher")
@@ -205,28 +187,6 @@ def _check(parts: TrainingParts, options: TrainOptions, alone: bool) -> None:
         )
     classes = len(parts.source.classes)
     terms.check(parts.terms, classes=classes, batch_size=recipe.batch_size, mixed=mixed)
-    if options.teacher_weights is not None and len(featured) == len(taught):
-        raise UserError(
-            f"--teacher-weights has no effect on --loss {recipe.loss}, which has no term of "
-            "teachers' logits: leave it out"
-        )
-    smoothed = any(term.definition.smooths_labels for term in parts.terms)
-    if "label_smoothing" in options.given and not smoothed:
-        raise UserError(
-            f"--label-smoothing has no effect on --loss {recipe.loss}, which has no term ce: "
-            "leave it out"
-        )
-    on_logits = [term.name for term in parts.terms if term.definition.needs_logits]
-    if on_logits and not parts.student.gives_logits:
-        raise UserError(
-            f"--loss {on_logits[0]} trains its classifiers on the student's logits, and with mse "
-            "the student has none: use ce"
-        )
-    if METRICS[recipe.metric].needs_logits and not parts.student.gives_logits:
-        raise UserError(
-            f"--metric {recipe.metric} needs logits, which a student trained by mse alone does not "
-            "have: use --metric accuracy"
-        )
     optimization.check_optimizer(recipe)
 
 
@@ -263,14 +223,6 @@ def _source(
         channels=options.channels,
         classes=classes,
     )
-
-
-def _outputs(loss_terms: Sequence[Term], alone: bool) -> OutputKind:
-    """Kind of the student's outputs: those of MSE alone are not logits, and need a temperature."""
-    needs = [term.definition for term in loss_terms]
-    on_labels = [n for n in needs if not (n.needs_teacher or n.reads_layers)]
-    centred = alone and on_labels and all(n.centred for n in on_labels)
-    return "centred labels" if centred else "logits"
 
 
 def _student(

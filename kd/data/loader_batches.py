@@ -14,9 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.data_loader import (
+    BatchSamplerShard,
+    DataLoaderDispatcher,
+    DataLoaderShard,
+    IterableDatasetShard,
+)
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
 from dsdistill.harness.errors import UserError
 from kd.data import batching
@@ -26,6 +32,8 @@ Images = Float[Tensor, "n c h w"]
 Labels = Int[Tensor, " n"] | Float[Tensor, "n k"]
 Pair = tuple[Images, Labels]
 
+# What `accelerator.prepare` makes of a loader for several processes.
+_SHARDS = (BatchSamplerShard, DataLoaderDispatcher, DataLoaderShard, IterableDatasetShard)
 _LOADER = 0x10AD  # tells the seeds of a loader from those of a training step
 _MAX_SUM_ERROR = 1e-3  # of the probabilities of an image, which half precision may have rounded
 
@@ -34,15 +42,16 @@ _MAX_SUM_ERROR = 1e-3  # of the probabilities of an image, which half precision 
 class LoaderBatches:
     """The batches of an iterable, as a `BatchSource`.
 
-    A batch of fewer than `least` images takes some from the batch before it. Several processes
-    each train on their share of every batch, unless the loader's sampler gives them images of
-    their own.
+    A batch of fewer than `least` images takes some from the batch before it, or joins it where
+    these are too few for two. Several processes each train on their share of every batch, unless
+    the loader gives them images of their own.
 
     Attributes:
         loader: Iterable of (images, labels); each pass is an epoch.
         sizes: Number of images of each batch of an epoch, over all processes.
         device: Device of the batches.
         classes: Number of classes k.
+        mixed: Whether all labels are probabilities, of images that were mixed.
         least: Smallest number of images in a batch.
     """
 
@@ -50,6 +59,7 @@ class LoaderBatches:
     sizes: list[int]
     device: torch.device
     classes: int
+    mixed: bool = False
     least: int = batching.MIN_IMAGES_PER_PROCESS
 
     def __len__(self) -> int:
@@ -69,6 +79,11 @@ class LoaderBatches:
             if count > first:
                 yield self.share(pair, rank, world)
         if count != len(self):
+            if length(self.loader) is None:
+                raise UserError(
+                    f"train gave {len(self)} batches when it was counted, and {count} in epoch "
+                    f"{epoch + 1}: it must give as many each time"
+                )
             raise UserError(
                 f"train has a length of {len(self)} batches and gave {count}: correct its __len__"
             )
@@ -77,14 +92,30 @@ class LoaderBatches:
         """Read the loader once, in a random order that depends on `seed` and `number`."""
         rank = rank if has_own_share(self.loader) else 0
         items = _fetch(self.loader, (seed, number, rank), self.device)
-        return _fill_small((read_pair(item, "train", self.classes) for item in items), self.least)
+        pairs = map(self._read_pair, items)
+        return _fill_small(pairs, self.least, has_known_sizes(self.loader))
+
+    def _read_pair(self, item: Any) -> Pair:
+        images, labels = read_pair(item, "train", self.classes)
+        if labels.is_floating_point() != self.mixed:
+            kinds = ("class numbers", "probabilities")
+            raise UserError(
+                f"train gave {kinds[not self.mixed]} as labels after {kinds[self.mixed]} in its "
+                "first batch: give one kind"
+            )
+        return images, labels
 
     def share(self, pair: Pair, rank: int, world: int) -> Batch:
         """Build the batch of a process's share of images and labels."""
         images, labels = pair
-        own = has_own_share(self.loader)
-        total = len(labels) * (world if own else 1)
-        if world > 1 and not own:
+        is_sharded = has_own_share(self.loader)
+        total = len(labels) * (world if is_sharded else 1)
+        if world > 1 and not is_sharded:
+            if total < world:
+                raise UserError(
+                    f"train gave a batch of {total} images to {world} processes: give each one, or "
+                    "leave small batches out, as drop_last=True does"
+                )
             rows = torch.from_numpy(batching.share_positions(total, rank, world))
             images, labels = images[rows.to(images.device)], labels[rows.to(labels.device)]
         shares = labels if labels.is_floating_point() else None
@@ -296,19 +327,36 @@ def batch_sizes(loader: Iterable[Any], first: int, least: int) -> list[int]:
         sizes = [len(read_pair(item, "train")[1]) for item in loader]
     else:
         sizes = [first] * count
-        if isinstance(loader, DataLoader) and type(loader.batch_sampler) is BatchSampler:
-            rest = len(loader.batch_sampler.sampler) % first  # pyright: ignore[reportArgumentType]
-            if rest and not loader.drop_last:
-                sizes[-1] = rest
-    for i in range(1, len(sizes)):
-        missing = _count_missing(sizes[i - 1], sizes[i], least)
-        sizes[i - 1], sizes[i] = sizes[i - 1] - missing, sizes[i] + missing
-    return sizes
+        if images := _count_images(loader):
+            sizes[-1] = images - first * (count - 1)
+    filled = sizes[:1]
+    for size in sizes[1:]:
+        moved = _count_moved(filled[-1], size, least, has_known_sizes(loader))
+        filled[-1] -= moved
+        if size + moved:
+            filled.append(size + moved)
+    return filled
+
+
+def has_known_sizes(loader: Iterable[Any]) -> bool:
+    """Whether the size of each batch of a loader is known before a training."""
+    return length(loader) is None or isinstance(loader, Sequence) or bool(_count_images(loader))
+
+
+def _count_images(loader: Iterable[Any]) -> int:
+    """Number of images in an epoch of an ordinary DataLoader; 0 if unknown."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return 0
+    sampler = loader.batch_sampler
+    if type(sampler) is not BatchSampler:
+        return 0
+    count = len(sampler.sampler)  # pyright: ignore[reportArgumentType]
+    return count - count % sampler.batch_size if sampler.drop_last else count
 
 
 def has_own_share(loader: Iterable[Any]) -> bool:
     """Whether a loader gives each of several processes images of its own."""
-    return any(isinstance(part, DistributedSampler) for part in _parts(loader))
+    return any(isinstance(part, (DistributedSampler, *_SHARDS)) for part in _parts(loader))
 
 
 @contextlib.contextmanager
@@ -339,7 +387,9 @@ def _fetch(loader: Iterable[Any], key: tuple[int, int, int], device: torch.devic
     for part in _parts(loader):
         if hasattr(part, "set_epoch"):
             part.set_epoch(number)
-    start = batching.derive_seed(seed, number, rank, _LOADER)
+    # Accelerate's shards are parts of one order.
+    order = 0 if any(isinstance(part, _SHARDS) for part in _parts(loader)) else rank
+    start = batching.derive_seed(seed, number, order, _LOADER)
     for generator in _generators(loader):
         generator.manual_seed(start)
     _seed_all(start, device)
@@ -353,25 +403,38 @@ def _fetch(loader: Iterable[Any], key: tuple[int, int, int], device: torch.devic
         yield item
 
 
-def _fill_small(pairs: Iterable[Pair], least: int) -> Iterator[Pair]:
-    """Move images to a batch of too few from the batch before it, which keeps enough."""
+def _fill_small(pairs: Iterable[Pair], least: int, join: bool) -> Iterator[Pair]:
+    """Move images between a batch of too few and the batch before it, see `_count_moved`."""
     held: Pair | None = None
     for pair in pairs:
         if held is not None:
-            missing = _count_missing(len(held[1]), len(pair[1]), least)
-            if missing:
+            moved = _count_moved(len(held[1]), len(pair[1]), least, join)
+            if moved:
                 both = [torch.cat(parts) for parts in zip(held, pair, strict=True)]
-                at = len(held[1]) - missing
+                at = len(held[1]) - moved
                 held, pair = (both[0][:at], both[1][:at]), (both[0][at:], both[1][at:])
+            if not len(pair[1]):
+                continue
             yield held
         held = pair
     if held is not None:
         yield held
 
 
-def _count_missing(before: int, size: int, least: int) -> int:
-    """Number of images that a batch takes from the one before it."""
-    return least - size if size < least and before + size >= 2 * least else 0
+def _count_moved(before: int, size: int, least: int, join: bool) -> int:
+    """Number of images that a batch takes from the one before it.
+
+    It is negative, `-size`, where they become one batch.
+
+    Args:
+        before: Number of images in the batch before it.
+        size: Number of images in the batch.
+        least: Smallest number of images in a batch.
+        join: Whether two batches with too few images for two may become one.
+    """
+    if size >= least or before < least:
+        return 0
+    return least - size if before + size >= 2 * least else -size if join else 0
 
 
 def _seed_all(seed: int, device: torch.device) -> None:
@@ -383,12 +446,15 @@ def _seed_all(seed: int, device: torch.device) -> None:
 def _parts(loader: Iterable[Any]) -> list[Any]:
     """The loader, its dataset and its samplers."""
     batch_sampler = getattr(loader, "batch_sampler", None)
+    inner = getattr(batch_sampler, "batch_sampler", None)  # of Accelerate's shard
     parts = [
         loader,
         getattr(loader, "dataset", None),
         getattr(loader, "sampler", None),
         batch_sampler,
         getattr(batch_sampler, "sampler", None),
+        inner,
+        getattr(inner, "sampler", None),
     ]
     return list({id(part): part for part in parts if part is not None}.values())
 

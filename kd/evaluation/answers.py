@@ -36,7 +36,7 @@ class NumpyTeacher:
     digest: str
 
     def __call__(self, images: Float[np.ndarray, "n h w c"], /) -> Float[np.ndarray, "n k"]:
-        with torch.inference_mode():
+        with torch.inference_mode(), engine.deterministic():
             parts = [
                 self.teacher(batching.to_nchw(images[i : i + BATCH_SIZE]).to(self.device))
                 .float()
@@ -71,7 +71,8 @@ def load(
     """
     if len(networks.split_names(name)) > 1:
         raise UserError(f"an evaluation compares with one teacher, got {name}: name one of them")
-    target = engine.make(device).device
+    with engine.temporary(device) as on:
+        target = on.device
     mapping = None if class_map is None else class_names.read_class_map(class_map)
     option = "--teacher-class-map"
     teacher = teachers.load(

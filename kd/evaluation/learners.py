@@ -108,15 +108,15 @@ class NetworkLearner:
     def __call__(self, train_set: Examples, validation: Examples, seed: int, /) -> "TrainedNetwork":
         shape, classes = train_set.data.shape, len(train_set.data.classes)
         recipe = replace(self.recipe, crop_padding=max(1, min(shape[:2]) // 8))
-        accelerator = engine.make(self.device, recipe.precision)
-        device = accelerator.device
-        network = networks.build(_full_name(self.name), shape, classes, seed=seed)
-        resident = batching.prepare_resident(train_set, recipe.batch_size, device)
-        objective = Distillation(network, terms.build(terms.parse("mse"), network))
         losses: list[Tensor] = []
-        objective.register_forward_hook(lambda *passed: losses.append(_total_loss(passed[-1])))
-        batches = augment.augment_batches(resident, recipe, classes)
-        train(objective, batches, recipe, seed, on=accelerator)
+        with engine.temporary(self.device, recipe.precision) as on:
+            device = on.device
+            network = networks.build(_full_name(self.name), shape, classes, seed=seed)
+            resident = batching.prepare_resident(train_set, recipe.batch_size, device)
+            objective = Distillation(network, terms.build(terms.parse("mse"), network))
+            objective.register_forward_hook(lambda *passed: losses.append(_total_loss(passed[-1])))
+            batches = augment.augment_batches(resident, recipe, classes)
+            train(objective, batches, recipe, seed, on=on)
         curve = _curve(torch.stack(losses).tolist(), recipe.total_steps(len(resident)))
         name = _full_name(self.name)
         return TrainedNetwork(network.eval(), name, shape, classes, device, curve)
@@ -143,7 +143,7 @@ class TrainedNetwork:
     curve: Sequence[tuple[int, float]]
 
     def __call__(self, images: Float[np.ndarray, "n h w c"], /) -> Float[np.ndarray, "n k"]:
-        with torch.inference_mode():
+        with torch.inference_mode(), engine.deterministic():
             parts = [
                 self.network(batching.to_nchw(images[i : i + batching.SCORE_BATCH]).to(self.device))
                 for i in range(0, len(images), batching.SCORE_BATCH)
@@ -191,7 +191,8 @@ def network_learner(
     """
     full = _full_name(name)
     networks.check_name(full)
-    network = NetworkLearner(name, flip=flip, device=str(engine.make(device).device))
+    with engine.temporary(device) as on:
+        network = NetworkLearner(name, flip=flip, device=str(on.device))
     if full.partition(":")[0] == "kip-convnet":
         recipe = replace(recipes.KIP, lr=recipes.KIP.lr / builtin.width(full))
         network = replace(network, recipe=recipe, factors=KIP_RATE_FACTORS)

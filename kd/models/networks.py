@@ -51,7 +51,7 @@ class Classifier(nn.Module):
         interpolation: Interpolation of the resize.
         config: Values needed beside the name to build the network again.
         notes: Lines about decisions made when the network was built.
-        code: Of a network of the user's own code, the SHA-256 of the module's file; a buffer, so
+        code: SHA-256 of the module's file, for a network of the user's own code; a buffer, so
             that a hash of the state covers it. Else None.
     """
 

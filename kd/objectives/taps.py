@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError
 from kd.models.networks import Shape
+from kd.models.zoo.modes import evaluation_mode
 
 EMBEDDING = "embedding"  # the input of the classifier, even if a layer has this name
 SQUARE_SHAPE = (1, 1, 1)  # proportions after the resize in front of some networks
@@ -117,13 +118,8 @@ def probe(
             depends on no trained weight.
     """
     like = next(network.parameters(), torch.zeros(()))
-    modes = [(module, module.training) for module in network.modules()]
-    try:
-        with torch.set_grad_enabled(trained):
-            network.eval()(like.new_zeros(1, shape[2], *shape[:2]))
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluation_mode(network), torch.set_grad_enabled(trained):
+        network(like.new_zeros(1, shape[2], *shape[:2]))
     features = taps.read()
     fixed = [layer for layer, feature in features.items() if not feature.requires_grad]
     if trained and fixed:

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import broadcast_object_list
 
 from dsdistill.harness import agreement
@@ -57,6 +57,17 @@ def make(device: str = "cpu", precision: str = "no") -> Engine:
 
 
 @contextmanager
+def deterministic() -> Iterator[None]:
+    """Let cuDNN sum in a fixed order inside the block, as in a training."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
+
+
+@contextmanager
 def temporary(device: str = "cpu", precision: str = "no") -> Iterator[Engine]:
     """Create an engine as `make` does, and restore all global settings at the end.
 
@@ -68,21 +79,20 @@ def temporary(device: str = "cpu", precision: str = "no") -> Iterator[Engine]:
     """
     # A process group, once there, stays.
     one_process = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    shared = [AcceleratorState._shared_state]
+    shared = [AcceleratorState._shared_state, GradientState._shared_state]
     if one_process and not torch.distributed.is_initialized():
         shared.append(PartialState._shared_state)
     states = [dict(values) for values in shared]
-    deterministic = torch.backends.cudnn.deterministic
     variable = os.environ.get("ACCELERATE_TORCH_DEVICE")
     for values in shared:
         values.clear()
     try:
-        yield make(device, precision)
+        with deterministic():
+            yield make(device, precision)
     finally:
         for values, before in zip(shared, states, strict=True):
             values.clear()
             values.update(before)
-        torch.backends.cudnn.deterministic = deterministic
         os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
         if variable is not None:
             os.environ["ACCELERATE_TORCH_DEVICE"] = variable

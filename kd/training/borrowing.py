@@ -11,31 +11,31 @@ from kd.objectives import taps
 
 
 @contextmanager
-def borrow(student: nn.Module, teachers: Sequence[nn.Module]) -> Iterator[None]:
+def borrow(student: nn.Module, others: Sequence[nn.Module]) -> Iterator[None]:
     """Give modules back on their devices, without hooks of ours, also after an error.
 
-    All parameters require gradients as they did before. Teachers are in their training or
-    evaluation mode again; the student is in evaluation mode and has no gradients.
+    All parameters require gradients as they did before, and have none. The others are in their
+    training or evaluation mode again; the student is in evaluation mode.
 
     Args:
         student: The network that is trained inside the block.
-        teachers: The networks that teach it.
+        others: Its teachers, and losses that are modules.
     """
-    modules = [student, *teachers]
+    modules = [student, *others]
     devices = [device_of(module) for module in modules]
     trained = [(p, p.requires_grad) for module in modules for p in module.parameters()]
-    modes = [(part, part.training) for teacher in teachers for part in teacher.modules()]
+    modes = [(part, part.training) for other in others for part in other.modules()]
     try:
         yield
     finally:
         for module, device in zip(modules, devices, strict=True):
             taps.remove(module)
             module.to(device)
+            module.zero_grad(set_to_none=True)
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
         for part, training in modes:
             part.training = training
-        student.zero_grad(set_to_none=True)
         student.eval()
 
 

@@ -58,6 +58,7 @@ class TrainingState:
         kept: The best epochs so far, the best first.
         stale: Number of consecutive validations without improvement.
         meter: Sums of the `Meter` of an unfinished round; None at the end of a round.
+        stopped: Whether it was ended early, other than by its patience.
     """
 
     step: int = 0
@@ -65,6 +66,7 @@ class TrainingState:
     kept: tuple[BestEpoch, ...] = ()
     stale: int = 0
     meter: Mapping[str, float] | None = None
+    stopped: bool = False
 
     @property
     def best_epoch(self) -> int:
@@ -107,14 +109,45 @@ def check(saved: PackedState, recipe: Recipe) -> None:
             f"the checkpoint is not of `kd train` (it lacks {min(missing)}): start anew in "
             "another folder"
         )
-    stored, now = meta.get("recipe") or {}, json.loads(json.dumps(asdict(recipe)))
-    for name in now.keys() - set(LENGTH_FIELDS):
-        if name in stored and stored[name] != now[name]:
-            raise UserError(
-                f"the checkpoint was made with {name.replace('_', ' ')} {stored[name]}, and the "
-                f"training has {now[name]} now: put back config.json, or start anew in another "
-                "folder"
-            )
+    if changed := changed_field(meta.get("recipe") or {}, recipe):
+        name, stored, now = changed
+        raise UserError(
+            f"the checkpoint was made with {name.replace('_', ' ')} {stored}, and the training has "
+            f"{now} now: put back config.json, or start anew in another folder"
+        )
+
+
+def changed_field(stored: Mapping[str, Any], recipe: Recipe) -> tuple[str, Any, Any] | None:
+    """The first field but its lengths in which a recipe differs from a stored one; None if none.
+
+    Returns:
+        Its name, the stored value and that of the recipe, as JSON.
+    """
+    fixed = {name: value for name, value in stored.items() if name not in LENGTH_FIELDS}
+    return first_change(fixed, asdict(recipe))
+
+
+def first_change(
+    stored: Mapping[str, Any], current: Mapping[str, Any]
+) -> tuple[str, Any, Any] | None:
+    """The first name with another value than a stored one, and both as JSON; None if none."""
+    now = json.loads(json.dumps(dict(current)))
+    names = (name for name in stored if name in now and stored[name] != now[name])
+    return next(((name, stored[name], now[name]) for name in names), None)
+
+
+def adapt_to_length(saved: PackedState, recipe: Recipe) -> PackedState:
+    """A stored training, with its patience anew and no early end if its length is another now.
+
+    Args:
+        saved: Result of `pack`, with the `recipe` as JSON except in earlier versions.
+        recipe: Recipe of the training that resumes.
+    """
+    arrays, meta = saved
+    stored = meta.get("recipe")
+    if stored and any(stored.get(name) != getattr(recipe, name) for name in ("epochs", "steps")):
+        meta = {**meta, "stale": 0, "stopped": False}
+    return arrays, meta
 
 
 def pack(
@@ -146,11 +179,10 @@ def pack(
         "epoch": state.epoch,
         "kept": [{"epoch": x.epoch, "figures": dict(x.figures)} for x in state.kept],
         "stale": state.stale,
+        "stopped": state.stopped,
         "meter": state.meter,
         "optimizer": rest,
-        "groups": [
-            {k: _to_number(v) for k, v in group.items()} for group in stored["param_groups"]
-        ],
+        "groups": [{k: to_number(v) for k, v in group.items()} for group in stored["param_groups"]],
         "scaler": None if scaler is None else scaler.state_dict(),
     }
     # One by one: all sharded tensors at once, whole, may not fit the device.
@@ -217,8 +249,9 @@ def _restore(
         BestEpoch(x["epoch"], x["figures"], _select_prefix(arrays, f"kept.{i}.", network))
         for i, x in enumerate(meta["kept"])
     )
-    # Older checkpoints have no `stale`: their trainings had no patience.
-    return TrainingState(meta["step"], meta["epoch"], kept, meta.get("stale", 0), meta["meter"])
+    # Older checkpoints have no `stale`: their trainings had no patience. Nor have they `stopped`.
+    stale, stopped = meta.get("stale", 0), meta.get("stopped", False)
+    return TrainingState(meta["step"], meta["epoch"], kept, stale, meta["meter"], stopped)
 
 
 def after_validation(
@@ -254,7 +287,7 @@ def after_validation(
     return TrainingState(state.step, state.epoch, tuple(best), 0 if better else state.stale + 1)
 
 
-def _to_number(value: Any) -> Any:
+def to_number(value: Any) -> Any:
     """Convert an option that an optimizer keeps as a tensor, as timm's LAMB does, to a number."""
     return value.item() if isinstance(value, Tensor) else value
 

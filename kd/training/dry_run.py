@@ -34,6 +34,7 @@ def check(
     on: Engine,
     mixed: bool = False,
     centred: bool = False,
+    world: int | None = None,
 ) -> None:
     """Compute a loss and its gradient for a batch like the smallest of an epoch.
 
@@ -51,13 +52,14 @@ def check(
         on: Engine of the training.
         mixed: Whether the images are mixed, so that their labels are shares of several classes.
         centred: Whether the data have real-valued labels.
+        world: Number of processes that share a batch; None for all.
 
     Raises:
         UserError: If the loss cannot be computed, is not finite, or leaves trained weights of a
             network without any gradient.
     """
     module = as_module(objective).to(on.device)
-    n = min(smallest_share(sizes, on.num_processes), MAX_IMAGES)
+    n = min(smallest_share(sizes, world or on.num_processes), MAX_IMAGES)
     batch = noise_batch(n, shape, classes, images=images, mixed=mixed, centred=centred)
     batch = batching.move(batch, on.device)
     networks = objective.trained_networks

@@ -25,9 +25,9 @@ from kd.recipe import Recipe
 from kd.training import checkpoint, steps
 from kd.training.checkpoint import PackedState, TrainingState
 from kd.training.meter import FiniteGuard, Meter
-from kd.training.own_optimizer import OwnOptimizer
 from kd.training.saving import SavePolicy
 from kd.training.steps import Trainer
+from kd.training.user_optimizer import TorchSchedule, UserOptimizer
 
 Figures = Mapping[str, float]
 
@@ -53,7 +53,7 @@ def train(
     stop_early: Callable[[], bool] = lambda: False,
     log: RoundLog | None = None,
     show: ShowProgress | None = None,
-    optimizer: OwnOptimizer | None = None,
+    optimizer: UserOptimizer | None = None,
 ) -> TrainingState:
     """Minimise the sum of the objective's terms; the same seed gives the same student.
 
@@ -107,7 +107,9 @@ def train(
                 state = _end_round(trainer, state, meter, validate, log)
                 meter = Meter()
                 objective.train()  # validation may have changed the mode
-            over = trainer.is_over(state) or (round_over and stop_early())
+            if round_over and stop_early():
+                state = replace(state, stopped=True)
+            over = trainer.is_over(state)
             decision = saving.decide(round_over=round_over)
             if save and (over or decision.save):
                 guard.flush()
@@ -118,6 +120,8 @@ def train(
                 break
             if decision.stop:
                 raise KeyboardInterrupt
+    if isinstance(trainer.schedule, TorchSchedule):
+        trainer.schedule.step_update(state.step)  # also after the last epoch
     trainer.finish()
     return state
 

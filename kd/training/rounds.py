@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 VALIDATION_PREFIX = "validation_"  # of the figures of a round on validation images
 
 
@@ -74,7 +76,8 @@ class RoundRecorder:
         }
         self.rounds.append(Round(epoch, step, lr, values, validation, speed))
         for callback in self.callbacks:
-            self.stop = callback(self.rounds[-1]) is True or self.stop
+            answer = callback(self.rounds[-1])
+            self.stop = self.stop or (isinstance(answer, bool | np.bool_) and bool(answer))
 
     def to_json(self) -> list[dict[str, Any]]:
         """The rounds as JSON-compatible values."""

@@ -21,7 +21,7 @@ from kd.recipe import Recipe
 from kd.training import checkpoint
 from kd.training.checkpoint import PackedState, TrainingState
 from kd.training.optimization import Schedule, WeightAverage, make_optimizer, make_schedule
-from kd.training.own_optimizer import OwnOptimizer, TorchSchedule
+from kd.training.user_optimizer import TorchSchedule, UserOptimizer
 
 LONG_EPOCH_STEPS = 100  # with this many steps or more, every epoch is validated
 # In a training with short epochs: the largest number of validations, the share of the work that
@@ -98,6 +98,7 @@ class Trainer:
         """Take one step; return the mean terms before it, over this process's images."""
         self.schedule.step_update(step)
         self.optimizer.zero_grad()
+        self.wrapped.zero_grad(set_to_none=True)  # a user's optimizer may have only a part
         total_images = sum(part.total_images or len(part) for part in parts)
         terms: dict[str, Tensor] = {}
         for i, part in enumerate(parts):
@@ -130,9 +131,10 @@ class Trainer:
         return self.validations * epoch // epochs > self.validations * (epoch - 1) // epochs
 
     def is_over(self, state: TrainingState) -> bool:
-        """Whether a training has taken all its steps, or its patience is exhausted."""
+        """Whether a training has taken all its steps, was ended, or its patience is exhausted."""
         patience = self.recipe.patience
-        return state.step == self.total or (patience is not None and state.stale >= patience)
+        ended = state.stopped or state.step == self.total
+        return ended or (patience is not None and state.stale >= patience)
 
     def finish(self) -> None:
         """Replace the student's sharded network by the gathered one."""
@@ -150,13 +152,16 @@ class Trainer:
         modules = {"objective": as_module(self.objective)}
         if self.average:
             modules["average"] = self.average.network
-        scaler = self.on.scaler
-        # A user's schedule may change the rates that it finds: it goes first, and the stored rates
-        # replace what it has made of the first ones.
-        self.schedule.step_update(max(saved[1]["step"] - 1, 0))
-        return checkpoint.unpack(
+        scaler, schedule = self.on.scaler, self.schedule
+        # A user's schedule computes rates from those before: it must find its own, not the stored
+        # ones, which may be of a shorter schedule.
+        reached = schedule.resume(saved[1]["step"]) if isinstance(schedule, TorchSchedule) else []
+        state = checkpoint.unpack(
             saved, modules, self.optimizer, scaler, network=self.evaluated_network
         )
+        for group, options in zip(self.optimizer.param_groups, reached, strict=False):
+            group.update(options)
+        return state
 
 
 def prepare(
@@ -165,7 +170,7 @@ def prepare(
     recipe: Recipe,
     on: Engine,
     validation_images: int | None = None,
-    own: OwnOptimizer | None = None,
+    own: UserOptimizer | None = None,
 ) -> Trainer:
     """Move everything to its device and wrap it for all processes, before the first step.
 

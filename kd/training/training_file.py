@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,10 @@ from dsdistill.harness import checksums, files
 from dsdistill.harness.errors import UserError, one_line
 from dsdistill.harness.reports import schema
 from kd.recipe import Recipe
+from kd.training import checkpoint
 from kd.training.checkpoint import META_TYPES, PackedState
 
 KEY = "training"  # of the JSON part in the file's header
-# May differ, to go on longer.
-LENGTHS = ("epochs", "steps", "warmup", "cooldown", "milestones", "patience")
 REMEDY = ": give another checkpoint, or delete it to start anew"
 
 
@@ -52,19 +50,13 @@ def read(path: Path, recipe: Recipe, inputs: Mapping[str, Any]) -> PackedState |
         schema.check("the checkpoint", meta, META_TYPES)
     except ValueError as error:
         raise UserError(f"{path} is no checkpoint of kd.distill ({error}){REMEDY}") from error
-    now = json.loads(json.dumps({"inputs": dict(inputs), "recipe": asdict(recipe)}))
-    stored_recipe = {k: v for k, v in meta.get("recipe", {}).items() if k not in LENGTHS}
-    pairs = (
-        (meta.get("inputs", {}), now["inputs"]),
-        (stored_recipe, now["recipe"]),
-    )
-    for stored, current in pairs:
-        for name in stored:
-            if name in current and stored[name] != current[name]:
-                raise UserError(
-                    f"{path} was made with {name} {_short(stored[name])}, and this call has "
-                    f"{_short(current[name])}: put that back, or give another checkpoint"
-                )
+    changed = checkpoint.first_change(meta.get("inputs", {}), inputs)
+    if changed := changed or checkpoint.changed_field(meta.get("recipe") or {}, recipe):
+        name, stored, now = changed
+        raise UserError(
+            f"{path} was made with {name} {_short(stored)}, and this call has {_short(now)}: put "
+            "that back, or give another checkpoint"
+        )
     return arrays, meta
 
 

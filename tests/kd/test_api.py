@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import kd
 from dsdistill.harness import errors
-from kd import api_arguments, recipe
+from kd import api, api_arguments, recipe
 from kd.objectives import terms
 from kd.training import steps
 
@@ -370,10 +371,12 @@ def test_an_optimizer_of_ones_own(train, teacher: Net) -> None:
     optimizer.step()
 
 
-@pytest.mark.parametrize("kind", ["OneCycleLR", "LambdaLR", "SequentialLR", "CosineAnnealingLR"])
+@pytest.mark.parametrize(
+    "kind", ["OneCycleLR", "LambdaLR", "SequentialLR", "CosineAnnealingLR", "CyclicLR"]
+)
 def test_schedules_of_ones_own_by_steps(train, teacher: Net, kind: str) -> None:
     student = Net()
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.01)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9)
     schedules = torch.optim.lr_scheduler
     scheduler = {
         "OneCycleLR": lambda: schedules.OneCycleLR(optimizer, 0.1, total_steps=16),
@@ -387,11 +390,12 @@ def test_schedules_of_ones_own_by_steps(train, teacher: Net, kind: str) -> None:
             [4],
         ),
         "CosineAnnealingLR": lambda: schedules.CosineAnnealingLR(optimizer, 16),
+        "CyclicLR": lambda: schedules.CyclicLR(optimizer, 0.01, 0.1, step_size_up=4),
     }[kind]()
     result = distill(student, teacher, train, loss="kd:1,fitnet:1@conv", epochs=2,
                      optimizer=optimizer, scheduler=scheduler, scheduler_every="step")  # fmt: skip
-    assert scheduler.last_epoch == 15
-    assert result.history[-1].lr == optimizer.param_groups[0]["lr"]
+    assert scheduler.last_epoch == result.steps == 16
+    scheduler.step() if kind != "OneCycleLR" else None  # it has its lists of one group again
 
 
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -516,7 +520,9 @@ class Stream(IterableDataset):
             yield self.images[i], self.labels[i]
 
 
-def test_a_stream_of_unknown_length(data, validation, teacher: Net, tmp_path: Path) -> None:
+def test_a_stream_of_unknown_length(
+    data, validation, teacher: Net, tmp_path: Path, monkeypatch
+) -> None:
     loader = DataLoader(Stream(*data), 64)
     assert distill(Net(), teacher, loader, epochs=2).steps == 10
     endless = DataLoader(Stream(*data, endless=True), 64)
@@ -525,7 +531,10 @@ def test_a_stream_of_unknown_length(data, validation, teacher: Net, tmp_path: Pa
     result = distill(whole, teacher, endless, validation=validation, steps=20)
     assert result.steps == 20
     assert len(result.history) == 10
-    distill(parts, teacher, endless, steps=20, callbacks=lambda each: each.step == 8, **options)
+    with monkeypatch.context() as patch:
+        stop_after(8, patch)
+        with pytest.raises(KeyboardInterrupt):
+            distill(parts, teacher, endless, steps=20, **options)
     assert distill(parts, teacher, endless, steps=20, **options).steps == 20
     assert same(whole, parts)
 
@@ -592,6 +601,10 @@ def test_the_label_that_a_teacher_cannot_know_is_refused(train) -> None:
         ({"loss": "kd:1,at:10"}, "a loss of maps needs layers"),
         ({"loss": "kd:1,at:10@nowhere"}, "unknown layer 'nowhere' of Net: the nearest"),
         ({"loss": "kd:1:temperature=-1"}, "temperature must be"),
+        (
+            {"loss": "at:1@conv", "teacher_weights": "by-label"},
+            "teacher_weights has no effect on lo",
+        ),
         ({"loss": "crd"}, "crd remembers each training image by its number"),
         ({"loss": "sp:1"}, "loss sp:1 sends no gradient to 2 of the 6 weights"),
         ({"epoch": 3}, "unknown argument of kd.distill 'epoch'; did you mean 'epochs'"),
@@ -623,6 +636,19 @@ def test_wrong_arguments_are_one_line(train, teacher: Net, options: dict, messag
     refused(message, Net(), teacher, train, **options)
 
 
+def test_batches_too_small_for_a_loss_are_one_line() -> None:
+    small = [(torch.rand(2, 1, 8, 8), torch.arange(2))]
+    message = "compares the images of a batch: batches must have at least 3, got 2"
+    refused(message, Net(), Net(8), small, loss="ce:1,rkd-angle@conv")
+
+
+def test_processes_with_other_checkpoints_are_one_line(monkeypatch) -> None:
+    monkeypatch.setattr(api, "gather_object", lambda steps: [*steps, 40])
+    on = SimpleNamespace(num_processes=2)
+    with pytest.raises(kd.UserError, match="is after step 0 in process 0 and after step 40 in pro"):
+        api._require_same_step(Path("a.ckpt"), None, on)  # pyright: ignore[reportArgumentType]
+
+
 def test_wrong_modules_are_one_line(train, teacher: Net) -> None:
     student = Net()
     refused("student must be a torch.nn.Module, got str", "convnet", None, train)
@@ -631,7 +657,9 @@ def test_wrong_modules_are_one_line(train, teacher: Net) -> None:
     refused("share parameters", student, student, train)
     refused("teacher must be in float32, got torch.bfloat16", student, Net().bfloat16(), train)
     refused("no parameters that require gradients", Net().requires_grad_(False), None, train)
-    refused("loss kd needs a teacher", student, None, train, loss="kd:1")
+    refused("loss kd needs a teacher: give one", student, None, train, loss="kd:1")
+    refused("heads trains its classifiers on the student's logits", student, None, train,
+            loss="mse:1,heads:1@conv")  # fmt: skip
     refused("student must give logits", Wrapped(lambda y: y.flatten()), None, train)
     refused("gives no logits", Wrapped(lambda y: (y, y)), None, train)
 
@@ -693,8 +721,31 @@ def test_a_loss_of_the_users_own_is_added(train, teacher: Net) -> None:
     assert [*alone.history[0].losses] == ["cosine"]
 
 
+def test_a_loss_that_is_a_module_is_trained_and_given_back(train, teacher: Net) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, logits: Tensor, taught: Tensor | None, labels: Tensor) -> Tensor:
+            assert self.training
+            return self.scale**2 * cosine(logits, taught, labels)
+
+    loss = Scaled().eval()
+    distill(Net(), teacher, train, extra_losses={"scaled": loss}, epochs=1)
+    assert not loss.training
+    assert loss.scale != 1
+    assert loss.scale.grad is None
+
+
 def test_wrong_losses_of_ones_own_are_one_line(train, teacher: Net) -> None:
     refused("kd is the name of a term", Net(), teacher, train, extra_losses={"kd": cosine})
+    for name in ("lr", "epoch", "steps", "images", "validation_loss", "best_accuracy"):
+        refused(f"{name} is the name of another figure", Net(), teacher, train,
+                extra_losses={name: cosine})  # fmt: skip
+    for name in (3, "a b", "a.b"):
+        refused("a name must be letters, digits and _", Net(), teacher, train,
+                extra_losses={name: cosine})  # fmt: skip
     refused("cosine must be a function", Net(), teacher, train, extra_losses={"cosine": 1})
     refused("must be functions by name", Net(), teacher, train, extra_losses=cosine)
     broken = {"broken": lambda logits, taught, labels: logits @ labels}

@@ -82,6 +82,7 @@ def test_images_are_held_out_for_the_best_epoch() -> None:
         ({"student": network(classes=3)}, IMAGES, NAMES, "3 outputs, and y has 10 classes"),
         ({"validation_fraction": 1.0}, IMAGES, NAMES, r"validation_fraction must be in \[0, 1\)"),
         ({"validation_fraction": 0.01}, IMAGES, NAMES, "does not fit these images: The test_size"),
+        ({"options": {"epochs": 3}}, IMAGES, NAMES, "options: epochs is set by the classifier"),
         ({"options": {"patiense": 3}}, IMAGES, NAMES, "did you mean 'patience'"),
     ],
 )

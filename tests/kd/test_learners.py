@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState, PartialState
 
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation.protocol import Augmentable, Learner, Tunable
@@ -213,6 +214,21 @@ def test_aliases() -> None:
         networks.build("small-resnet18:8", (8, 8, 1), 4)
     )
     assert {"convnet", "mlp", "kip-convnet", "resnet18", "vgg11", "vit"} == set(learners.names())
+
+
+def test_no_global_setting_is_left_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    states = AcceleratorState._shared_state, PartialState._shared_state
+    before = [dict(state) for state in states]
+    for state in states:
+        state.clear()
+    try:
+        network_learner("mlp:8", steps=1)(EASY, EASY, 0)(EASY.images())
+        assert not any(states)
+    finally:
+        for state, values in zip(states, before, strict=True):
+            state.update(values)
+    assert not torch.backends.cudnn.deterministic
 
 
 def test_the_seed_decides_the_predictions() -> None:

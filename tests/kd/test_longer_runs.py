@@ -90,9 +90,11 @@ def test_an_unfinished_run_takes_another_length(inside: pytest.MonkeyPatch) -> N
 def test_patience_that_has_ended_a_run_can_be_raised(inside: pytest.MonkeyPatch) -> None:
     main(inside, *LINE, "--epochs", 9, "--lr", 1e-9, "--patience", 2, "--out", "run")
     assert read_report(Path("run"))["epochs"] == 3
-    assert "give a larger --patience too" in refused(inside, *MORE, "--epochs", 12)
+    assert "give a larger --patience" in refused(inside, *MORE, "--patience", 1)
     main(inside, *MORE, "--patience", 4)
     assert read_report(Path("run"))["epochs"] == 5
+    main(inside, *MORE, "--epochs", 12)  # patience begins anew
+    assert read_report(Path("run"))["epochs"] == 9
 
 
 @pytest.mark.parametrize(

@@ -168,9 +168,9 @@ def test_several_processes_need_a_folder(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "several processes of one training need --out" in line
 
 
-@pytest.mark.parametrize("how", ["shared", "sampled"])
+@pytest.mark.parametrize("how", ["shared", "sampled", "prepared"])
 def test_the_library_in_two_processes_trains_the_student_of_one(tmp_path: Path, how: str) -> None:
-    """They share each batch, or have batches of their own from a DistributedSampler."""
+    """They share each batch, or have their own from a DistributedSampler or Accelerate's loader."""
     folders = tmp_path / "one", tmp_path / "two"
     for folder, world in zip(folders, (1, 2), strict=True):
         folder.mkdir()

@@ -24,6 +24,7 @@ from dsdistill.harness import imports
 from dsdistill.harness.errors import UserError, unknown_name
 from dsdistill.harness.imports import ImportedObject
 from kd.models.zoo import name_arguments
+from kd.models.zoo.modes import evaluation_mode
 from kd.models.zoo.protocol import SOURCES, PretrainedConfig, Shape
 
 CLASSES_ARGUMENTS = ("num_classes", "n_classes", "classes", "num_labels")
@@ -141,19 +142,19 @@ def require_typed(where: str, name: str, typed: Iterable[str]) -> None:
 
 def _load(name: str) -> ImportedObject:
     reference, arguments = _split(name)
-    found = _import(reference)
-    if isinstance(found.value, nn.Module):
+    imported = _import(reference)
+    if isinstance(imported.value, nn.Module):
         if arguments:
             raise UserError(
                 f"{reference} is a network that is made already, and takes no arguments: leave "
                 f"{name_arguments.join(arguments)} out"
             )
-    elif not callable(found.value):
+    elif not callable(imported.value):
         raise UserError(
-            f"{reference} is of type {type(found.value).__name__}: it must be a class of "
+            f"{reference} is of type {type(imported.value).__name__}: it must be a class of "
             "torch.nn.Module, a function that returns one, or such a module"
         )
-    return found
+    return imported
 
 
 def _import(reference: str) -> ImportedObject:
@@ -200,12 +201,12 @@ def _build(name: str, channels: int, classes: int, *, only_required: bool) -> nn
     reference, arguments = _split(name)
     arguments |= _arguments_of_data(value, arguments, channels, classes, only_required)
     with _report_errors(name, "cannot be made"):
-        made = value(**arguments)
-    if not isinstance(made, nn.Module):
+        network = value(**arguments)
+    if not isinstance(network, nn.Module):
         raise UserError(
-            f"{reference} returns {type(made).__name__}: it must return a torch.nn.Module"
+            f"{reference} returns {type(network).__name__}: it must return a torch.nn.Module"
         )
-    return made
+    return network
 
 
 def _arguments_of_data(
@@ -243,14 +244,8 @@ def _accepts(network: nn.Module, shape: Shape) -> bool:
 def _run(network: nn.Module, shape: Shape) -> Any:
     """Outputs for two black images, in evaluation mode; the mode is kept."""
     h, w, c = shape
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        with torch.no_grad():
-            return network(torch.zeros(2, c, h, w))
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluation_mode(network), torch.no_grad():
+        return network(torch.zeros(2, c, h, w))
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """A torch optimizer and schedule that the user made, in place of the recipe's."""
 
+import copy
 import itertools
+import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,22 +12,25 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from dsdistill.harness.errors import UserError
+from dsdistill.harness.errors import UserError, first_line
 from kd.objectives.schemes import Objective, as_module
+from kd.training import checkpoint
 
 Every = Literal["epoch", "step"]
+_OF_CYCLIC = ("max_lrs", "base_momentums", "max_momentums")  # lists of CyclicLR
+SCHEDULED = ("lr", "momentum", "betas")  # options of a group that schedules change
 
 
 @dataclass(frozen=True, eq=False)
-class OwnOptimizer:
+class UserOptimizer:
     """The user's optimizer over the student's parameters.
 
     Attributes:
         optimizer: The optimizer. Projectors of the loss are added to it as one more group, with the
             options of its first group, until `detach`.
         scheduler: A schedule of its learning rates; None keeps them.
-        every: Whether the schedule takes a step before each epoch but the first, or before each
-            step of the optimizer but the first.
+        every: Whether the schedule takes a step after each epoch, or after each step of the
+            optimizer.
         start: Number of steps that the schedule had taken before the training.
         group_count: Number of the user's own parameter groups.
     """
@@ -38,6 +43,35 @@ class OwnOptimizer:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "group_count", len(self.optimizer.param_groups))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same when a training goes on, by a readable name, JSON-compatible.
+
+        Raises:
+            UserError: If an option of the optimizer cannot be stored.
+        """
+        schedules = [schedule for schedule, _ in self._lists_by_group()]
+        options: dict[str, Any] = {}
+        for number, group in enumerate(self.optimizer.param_groups[: self.group_count], 1):
+            varying = {"params"} | ({"lr"} if schedules else set())
+            varying |= {"momentum", "betas"} if "max_momentum" in group else set()
+            for name in group.keys() - varying:
+                options[f"{name} of group {number}"] = checkpoint.to_number(group[name])
+        for name, value in options.items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError) as error:
+                raise UserError(
+                    f"optimizer has a {type(value).__name__} as {name}, which cannot be stored: "
+                    "leave checkpoint out, or take an optimizer without it"
+                ) from error
+        return {
+            "optimizer": type(self.optimizer).__name__,
+            "scheduler": " of ".join(type(each).__name__ for each in schedules) or None,
+            "scheduler_every": self.every if schedules else None,
+            **dict(sorted(options.items())),
+        }
 
     def attach(
         self, objective: Objective, per_epoch: int
@@ -81,8 +115,30 @@ class OwnOptimizer:
         waiting: list[Any] = [] if self.scheduler is None else [self.scheduler]
         for schedule in waiting:
             waiting.extend(getattr(schedule, "_schedulers", ()))
-            names = ("base_lrs", "lr_lambdas", "_last_lr")
+            names = ("base_lrs", "lr_lambdas", "_last_lr", *_OF_CYCLIC)
             yield schedule, [name for name in names if hasattr(schedule, name)]
+
+
+def check_storable(own: UserOptimizer) -> None:
+    """Refuse an optimizer whose state a checkpoint cannot store, tried on a copy.
+
+    Raises:
+        UserError: If it cannot, or the optimizer cannot take a step.
+    """
+    name, trial = type(own.optimizer).__name__, copy.deepcopy(own.optimizer)
+    weights = [weight for group in trial.param_groups for weight in group["params"]]
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
+    try:
+        trial.step()
+    except Exception as error:  # an optimizer may raise anything
+        raise UserError(f"optimizer {name} cannot take a step: {first_line(error)}") from error
+    for key, value in (pair for state in trial.state.values() for pair in state.items()):
+        if not isinstance(value, torch.Tensor | int | float | str | None):
+            raise UserError(
+                f"optimizer {name} has a {type(value).__name__} as the state {key}, which cannot "
+                "be stored: leave checkpoint out, or take another optimizer"
+            )
 
 
 class TorchSchedule:
@@ -97,6 +153,27 @@ class TorchSchedule:
             every: Number of the optimizer's steps to a step of the schedule.
         """
         self.scheduler, self.start, self.every = scheduler, start, every
+
+    def resume(self, step: int) -> list[dict[str, Any]]:
+        """Bring the schedule to the last of `step` finished steps.
+
+        Returns:
+            The options of each group that it has set; none without a schedule.
+
+        Raises:
+            UserError: If it is further already.
+        """
+        if self.scheduler is None:
+            return []
+        done, reached = self.scheduler.last_epoch, self.start + step // self.every
+        if done > reached:
+            raise UserError(
+                f"scheduler has taken {done} steps, and {reached} at the checkpoint's step {step}: "
+                "make optimizer and scheduler anew"
+            )
+        self.step_update(max(step - 1, 0))
+        groups = self.scheduler.optimizer.param_groups
+        return [{name: group[name] for name in SCHEDULED if name in group} for group in groups]
 
     def step_update(self, step: int) -> None:
         """Bring the schedule to a step of the training; it never goes back."""
@@ -115,7 +192,7 @@ def _move_state(optimizer: torch.optim.Optimizer) -> None:
     optimizer.load_state_dict(optimizer.state_dict())
 
 
-def check(own: OwnOptimizer, student: nn.Module) -> None:
+def check(own: UserOptimizer, student: nn.Module) -> None:
     """Refuse an optimizer or a schedule that cannot train the student.
 
     Raises:
