@@ -37,7 +37,7 @@ from kd.models.networks import Classifier
 from kd.models.saved_models import Model
 from kd.models.teachers import Teacher
 from kd.models.zoo.modes import evaluation_mode
-from kd.objectives import terms
+from kd.objectives import loss_checks, terms
 from kd.objectives.schemes import Distillation
 from kd.objectives.terms import LossOfLogits, Term
 from kd.parallel import engine
@@ -383,11 +383,13 @@ def _prepare(
     chosen = terms.parse(recipe.loss) if recipe.loss else ()
     text = ",".join(filter(None, (recipe.loss, *extra)))
     _refuse_rows(chosen)
-    recipe = terms.apply_smoothing(chosen, recipe, given)
+    recipe = loss_checks.apply_smoothing(chosen, recipe, given)
     weighted = teacher_weights == "by-label"
-    terms.check_teaching(chosen, recipe, alone=not teachers, weighted=weighted, extra=bool(extra))
-    logits = terms.gives_logits(chosen, alone=not teachers)
-    terms.check(chosen, classes=classes, batch_size=len(labels), mixed=mixed)
+    loss_checks.check_teaching(
+        chosen, recipe, alone=not teachers, weighted=weighted, extra=bool(extra)
+    )
+    logits = loss_checks.gives_logits(chosen, alone=not teachers)
+    loss_checks.check(chosen, classes=classes, batch_size=len(labels), mixed=mixed)
     if own is None:
         optimization.check_optimizer(recipe)
     adapted = [_as_teacher(each, images, classes, i) for i, each in enumerate(teachers, 1)]
@@ -400,7 +402,7 @@ def _prepare(
         smoothing=recipe.label_smoothing,
         seed=seed,
     )
-    built += [terms.own_term(name, loss, taught=bool(teachers)) for name, loss in extra.items()]
+    built += [terms.user_term(name, loss, taught=bool(teachers)) for name, loss in extra.items()]
     objective = Distillation(classifier, built, adapted, by_label=weighted)
     least = max([batching.MIN_IMAGES_PER_PROCESS, *(term.min_images for term in chosen)])
     batches = _batches(train, len(labels), classes, mixed, least, recipe, on)

@@ -19,7 +19,7 @@ from kd.data.data_source import DataSource
 from kd.data.files.file_source import FileSource
 from kd.data.files.image_files import ImageFiles
 from kd.evaluation import scoring
-from kd.models import networks, saved_models, seals, teachers
+from kd.models import network_names, networks, saved_models, seals, teachers
 from kd.models.saved_models import Model
 from kd.models.zoo import class_names
 from kd.options import EvaluateOptions, told
@@ -50,7 +50,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         UserError: If run, data or teacher are missing or do not fit together.
     """
     device = engine.make(options.device).device
-    student = saved_models.load_run(options.run, typed=networks.names_in(options.trust_module))
+    student = saved_models.load_run(options.run, typed=network_names.names_in(options.trust_module))
     config = seals.read(options.run, "config.json")
     recipe = run_data.read_recipe(options.run)
     chosen = _test_images(options, config, student, recipe)
@@ -120,15 +120,15 @@ def _load_teachers(
     source: DataSource | FileSource,
 ) -> Iterator[tuple[str, nn.Module]]:
     """Load the named teachers; those of the run itself with the options that they had there."""
-    names = networks.parse_names("--teacher", name)
+    names = network_names.parse_names("--teacher", name)
     is_of_run = options.teacher is None or (
-        ",".join(map(networks.absolute_name, names)) == config.get("teacher")
+        ",".join(map(network_names.absolute_name, names)) == config.get("teacher")
     )
     stored = config if is_of_run else {}
     option = "--teacher-class-map"
     text = options.teacher_class_map or stored.get("class_map")
     maps = class_names.read_class_maps(text, names, option)
-    typed = networks.names_in(options.teacher, options.trust_module)
+    typed = network_names.names_in(options.teacher, options.trust_module)
     for label, mapping, inputs in zip(names, maps, told(stored, len(names)), strict=True):
         networks.require_typed(str(options.run / "config.json"), label, typed)
         images = fitted, source.shape, source.classes

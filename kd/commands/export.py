@@ -22,7 +22,7 @@ from kd.commands import export_check, export_formats, run_data
 from kd.commands.export_check import ReferenceOutputs
 from kd.commands.export_formats import FORMATS, ExportFormat
 from kd.data import batching
-from kd.models import networks, saved_models
+from kd.models import network_names, networks, saved_models
 from kd.models.saved_models import Model
 from kd.options import ExportOptions
 from kd.recipe import Recipe
@@ -73,7 +73,7 @@ def export(options: ExportOptions) -> dict[str, Any]:
     if options.format not in FORMATS:
         raise unknown_name("format", options.format, FORMATS)
     export_format = FORMATS[options.format]
-    model = saved_models.load_run(options.run, typed=networks.names_in(options.trust_module))
+    model = saved_models.load_run(options.run, typed=network_names.names_in(options.trust_module))
     model.classifier.eval()
     out = _free_path(options, model, export_format)
     write = export_format.prepare(model)

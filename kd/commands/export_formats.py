@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dsdistill.harness import files
 from dsdistill.harness.data import preprocess
 from dsdistill.harness.errors import UserError, first_line
-from kd.models import networks, saved_models, seals
+from kd.models import network_names, networks, saved_models, seals
 from kd.models.adapters import PreprocessLayer
 from kd.models.saved_models import Model
 from kd.models.zoo import exported, timm_zoo
@@ -275,7 +275,7 @@ def _timm_architecture(model: Model) -> str | None:
 
 def _timm_arguments(model: Model) -> dict[str, Any]:
     """Keyword arguments of timm's function for the network."""
-    parsed = networks.parse(model.name)
+    parsed = network_names.parse(model.name)
     named = timm_zoo.split_arguments(parsed.base)[1] if parsed.zoo is timm_zoo else {}
     return (model.classifier.config or {}).get("arguments", {}) | named
 

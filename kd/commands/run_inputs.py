@@ -21,7 +21,7 @@ from kd.commands import teacher_chain
 from kd.commands.training_parts import TrainingParts
 from kd.data import teacher_cache
 from kd.data.files.file_source import FileSource
-from kd.models import networks
+from kd.models import network_names, networks
 from kd.models.teachers import Teacher
 from kd.models.zoo import class_names
 from kd.options import TrainOptions
@@ -52,7 +52,7 @@ def hashes(parts: TrainingParts, options: TrainOptions) -> dict[str, str]:
         digests["the student's first weights"] = teacher_cache.fingerprint(
             parts.student.classifier.network
         )
-    peers = networks.split_names(options.peers or "")
+    peers = network_names.split_names(options.peers or "")
     for number, (name, peer) in enumerate(zip(peers, parts.peers, strict=True), 1):
         if _has_stored_weights(name):
             digests[f"the first weights of peer {number}"] = teacher_cache.fingerprint(peer.network)
@@ -161,4 +161,4 @@ def _has_stored_weights(name: str | None) -> bool:
     """Whether a network's first weights may come from elsewhere than the seed."""
     if name is None or Path(name).is_dir():
         return name is not None
-    return networks.parse(name).file is not None or networks.is_user_module(name)
+    return network_names.parse(name).file is not None or networks.is_user_module(name)

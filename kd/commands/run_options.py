@@ -10,7 +10,7 @@ from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import run_folder
 from dsdistill.harness.runs.options import Storage
 from kd.commands import continuation
-from kd.models import networks
+from kd.models import network_names
 from kd.models.seals import REPORT
 from kd.models.zoo import class_names
 from kd.options import TrainOptions
@@ -19,15 +19,15 @@ HASH_KEY = "options"  # key of the options' hash among the hashes of a run
 
 
 def _absolute_data(data: str) -> str:
-    return data if data in datasets.NAMES else networks.absolute_name(data)
+    return data if data in datasets.NAMES else network_names.absolute_name(data)
 
 
 def _absolute_teachers(teachers: str) -> str:
-    return ",".join(map(networks.absolute_name, networks.split_names(teachers)))
+    return ",".join(map(network_names.absolute_name, network_names.split_names(teachers)))
 
 
 def _absolute_class_maps(files: str) -> str:
-    return ",".join(map(networks.absolute_name, class_names.class_map_files(files)))
+    return ",".join(map(network_names.absolute_name, class_names.class_map_files(files)))
 
 
 STORAGE = Storage(
@@ -35,11 +35,11 @@ STORAGE = Storage(
     free=("data_root", "device", "workers", "cache", "min_teacher_accuracy"),
     absolute={
         "data": _absolute_data,
-        "student": networks.absolute_name,
+        "student": network_names.absolute_name,
         "teacher": _absolute_teachers,
-        "data_root": networks.absolute_name,
+        "data_root": network_names.absolute_name,
         "class_map": _absolute_class_maps,
-        "cache": networks.absolute_name,
+        "cache": network_names.absolute_name,
     },
 )
 

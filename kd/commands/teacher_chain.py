@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dsdistill.harness import lists
-from kd.models import networks
+from kd.models import network_names, networks
 from kd.options import TEACHER_INPUT_OPTIONS, TrainOptions
 
 # Options of the first teacher only: the others are runs on the data's classes and images.
@@ -57,8 +57,8 @@ def _students(options: TrainOptions) -> list[str | None]:
 
 def _trusted(options: TrainOptions) -> str | None:
     """The code that a link's teacher, a run of this chain, may name: the assistants' too."""
-    code = filter(networks.is_user_module, networks.names_in(options.assistants))
-    return ",".join([*networks.names_in(options.trust_module), *code]) or None
+    code = filter(networks.is_user_module, network_names.names_in(options.assistants))
+    return ",".join([*network_names.names_in(options.trust_module), *code]) or None
 
 
 def _link_folder(out: Path, number: int) -> Path:

@@ -15,12 +15,12 @@ from kd.data import data_source
 from kd.data.data_source import DataSource
 from kd.data.files import file_source
 from kd.data.files.file_source import FileSource
-from kd.models import networks, saved_models, teachers
+from kd.models import network_names, networks, saved_models, teachers
 from kd.models.networks import Classifier
 from kd.models.saved_models import Model
 from kd.models.teachers import Teacher
 from kd.models.zoo import class_names
-from kd.objectives import terms
+from kd.objectives import loss_checks, terms
 from kd.objectives.schemes import Distillation, MeanTeacher, Mutual, Objective
 from kd.objectives.terms import Term
 from kd.options import TrainOptions, told
@@ -74,7 +74,7 @@ def assemble(options: TrainOptions) -> TrainingParts:
     on = _engine(options, named)
     source = _source(options, named, saved_models.class_order(name))
     taught = teacher_chain.last_teacher(options) or (named and named.teacher)
-    names = tuple(networks.parse_names("--teacher", taught)) if taught else ()
+    names = tuple(network_names.parse_names("--teacher", taught)) if taught else ()
     alone = not (names or options.peers or options.mean_teacher is not None)
     say = progress.say if on.is_main_process else _say_nothing
     student = _student(options, name, source, say)
@@ -87,8 +87,8 @@ def assemble(options: TrainOptions) -> TrainingParts:
     chosen = replace(chosen, loss=chosen.loss or default)
     assert chosen.loss is not None
     loss_terms = terms.parse(chosen.loss)
-    chosen = terms.apply_smoothing(loss_terms, chosen, options.given)
-    outputs = "logits" if terms.gives_logits(loss_terms, alone=alone) else "centred labels"
+    chosen = loss_checks.apply_smoothing(loss_terms, chosen, options.given)
+    outputs = "logits" if loss_checks.gives_logits(loss_terms, alone=alone) else "centred labels"
     student = replace(student, outputs=outputs)
     for network in (student.classifier, *loaded_teachers, *peers):
         network.to(on.device)
@@ -105,7 +105,7 @@ def assemble(options: TrainOptions) -> TrainingParts:
         options.readers,
     )
     _check(parts, options, alone)
-    for remark in terms.remarks(loss_terms, images=source.count):
+    for remark in loss_checks.remarks(loss_terms, images=source.count):
         say(remark)
     return parts
 
@@ -164,7 +164,7 @@ def _check(parts: TrainingParts, options: TrainOptions, alone: bool) -> None:
     """Refuse a loss, a recipe and a scheme that do not fit each other."""
     recipe = parts.recipe
     weighted = options.teacher_weights is not None
-    terms.check_teaching(parts.terms, recipe, alone=alone, weighted=weighted)
+    loss_checks.check_teaching(parts.terms, recipe, alone=alone, weighted=weighted)
     taught = [term for term in parts.terms if term.definition.needs_teacher]
     featured = [term.name for term in taught if term.definition.reads_layers]
     if featured and not parts.teachers:
@@ -186,7 +186,7 @@ def _check(parts: TrainingParts, options: TrainOptions, alone: bool) -> None:
             f"{recipe.batch_size}"
         )
     classes = len(parts.source.classes)
-    terms.check(parts.terms, classes=classes, batch_size=recipe.batch_size, mixed=mixed)
+    loss_checks.check(parts.terms, classes=classes, batch_size=recipe.batch_size, mixed=mixed)
     optimization.check_optimizer(recipe)
 
 
@@ -289,7 +289,7 @@ def _apply_memory_options(options: TrainOptions, network: nn.Module) -> None:
 
 
 def _peers(options: TrainOptions, source: DataSource | FileSource) -> tuple[Classifier, ...]:
-    names = networks.split_names(options.peers or "")  # a network may come twice
+    names = network_names.split_names(options.peers or "")  # a network may come twice
     classes = len(source.classes)
     return tuple(
         networks.build(name, source.shape, classes, seed=options.seed + 1 + i)
@@ -316,7 +316,7 @@ def _teachers(
 def _typed_names(options: TrainOptions) -> list[str]:
     """Names of networks that the user has typed, now or at the start of a run that is resumed."""
     lists = options.student, options.teacher, options.peers, options.assistants
-    return networks.names_in(*lists, options.trust_module)
+    return network_names.names_in(*lists, options.trust_module)
 
 
 def _recipe(options: TrainOptions, named: Recipe | None, distilled: bool, student: Model) -> Recipe:

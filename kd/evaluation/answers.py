@@ -12,7 +12,7 @@ from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
 from kd.data import batching, teacher_cache
-from kd.models import networks, teachers
+from kd.models import network_names, teachers
 from kd.models.teachers import Teacher
 from kd.models.zoo import class_names
 from kd.models.zoo.protocol import Shape
@@ -69,7 +69,7 @@ def load(
     Raises:
         UserError: If there is no such teacher, or it does not fit the data.
     """
-    if len(networks.split_names(name)) > 1:
+    if len(network_names.split_names(name)) > 1:
         raise UserError(f"an evaluation compares with one teacher, got {name}: name one of them")
     with engine.temporary(device) as on:
         target = on.device

@@ -22,7 +22,7 @@ from dsdistill.harness.data.labeled_images import Examples
 from kd import recipes
 from kd.data import augment, batching
 from kd.evaluation import scoring
-from kd.models import networks
+from kd.models import network_names, networks
 from kd.models.networks import Classifier, Shape
 from kd.models.zoo import builtin
 from kd.objectives import terms
@@ -87,7 +87,7 @@ class NetworkLearner:
         None for weights from a file and for the user's own code, whose content may change.
         """
         name = _full_name(self.name)
-        if networks.parse(name).file is not None or networks.is_user_module(name):
+        if network_names.parse(name).file is not None or networks.is_user_module(name):
             return None
         return {
             "name": self.name,
@@ -216,7 +216,7 @@ def _full_name(name: str) -> str:
 
 def _has_layer_norm(name: str, shape: Shape, classes: int) -> bool:
     """Whether a network has layer norm, with which SGD and large rates train badly."""
-    parsed = networks.parse(name)
+    parsed = network_names.parse(name)
     if not networks.is_user_module(name):
         # The size and channels that most published networks are made for.
         shape, classes = (32, 32, 3) if parsed.zoo is None else (224, 224, 3), 2

@@ -11,8 +11,6 @@ NAME@FILE                       any of these, with the weights in a file
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,18 +20,17 @@ from torch import Tensor, nn
 
 from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError, first_line
+from kd.models import network_names
+from kd.models.network_names import NetworkName
 from kd.models.zoo import (
     allocation,
     builtin,
     exported,
-    huggingface,
-    timm_zoo,
-    torchvision_zoo,
     user_modules,
     weight_files,
     weights,
 )
-from kd.models.zoo.protocol import Interpolation, PretrainedConfig, Shape, Zoo
+from kd.models.zoo.protocol import Interpolation, PretrainedConfig, Shape
 
 
 class Classifier(nn.Module):
@@ -125,7 +122,7 @@ def build(
             images of a shape that it cannot take, or weights that cannot be obtained or belong to
             another network.
     """
-    parts = parse(name)
+    parts = network_names.parse(name)
     if pretrained and parts.file:
         raise UserError(f"{parts.file} has the weights of {parts.text}: leave --pretrained out")
     with torch.random.fork_rng(), allocation.limited(parts.text):
@@ -161,7 +158,7 @@ def build_as_it_is(name: str, shape: Shape, classes: int) -> tuple[Classifier, i
     Raises:
         UserError: If it cannot be built, or cannot take images of the shape.
     """
-    parts = parse(name)
+    parts = network_names.parse(name)
     with torch.random.fork_rng(), allocation.limited(parts.text):
         torch.manual_seed(0)
         network = user_modules.network_as_it_is(parts.base, shape[-1], classes)
@@ -170,7 +167,7 @@ def build_as_it_is(name: str, shape: Shape, classes: int) -> tuple[Classifier, i
 
 def is_user_module(name: str) -> bool:
     """Whether a name means a network of the user's own code."""
-    return not name.endswith(exported.SUFFIX) and parse(name).zoo is user_modules
+    return not name.endswith(exported.SUFFIX) and network_names.parse(name).zoo is user_modules
 
 
 def require_typed(where: str, name: str, typed: Iterable[str]) -> None:
@@ -185,13 +182,13 @@ def require_typed(where: str, name: str, typed: Iterable[str]) -> None:
         UserError: If the name would be imported, and is not among those typed.
     """
     if is_user_module(name):
-        bases = [parse(other).base for other in typed if is_user_module(other)]
-        user_modules.require_typed(where, parse(name).base, bases)
+        bases = [network_names.parse(other).base for other in typed if is_user_module(other)]
+        user_modules.require_typed(where, network_names.parse(name).base, bases)
 
 
 def check_name(name: str) -> None:
     """Refuse a name that `build` does not know, and suggest the closest known ones."""
-    parts = parse(name)
+    parts = network_names.parse(name)
     if parts.file:
         weight_files.require_file(parts.file)
     if parts.zoo is None:
@@ -218,7 +215,7 @@ def pretrained_config(name: str) -> PretrainedConfig:
     Raises:
         UserError: If the name is unknown, or no weights were published.
     """
-    parts = parse(name)
+    parts = network_names.parse(name)
     if parts.zoo is None:
         raise UserError(f"{name} has no published weights: train it with `kd train` first")
     parts.zoo.origin(parts.base)
@@ -246,156 +243,6 @@ def repeat_channels(
 ) -> Float[Tensor, "n C h w"]:
     """Repeat the channel of grayscale images; return them as they are if `channels` is None."""
     return images if channels is None else images.expand(-1, channels, -1, -1)
-
-
-FOLDER_PREFIXES = ("hf", "local-dir")  # prefixes of a folder's path
-# Prefix of a name -> the zoo that knows the rest. Names without a prefix are timm's.
-ZOOS: Mapping[str, Zoo] = {
-    "timm": timm_zoo,
-    "torchvision": torchvision_zoo,
-    "hf": huggingface,
-}
-
-
-@dataclass(frozen=True)
-class NetworkName:
-    """The parts of a network's name.
-
-    Attributes:
-        zoo: The zoo that has the network; None for a built-in one.
-        base: Name of the network in the zoo.
-        file: File of its weights, where the name has one.
-        text: The whole name without the file.
-    """
-
-    zoo: Zoo | None
-    base: str
-    file: Path | None
-    text: str
-
-    @property
-    def convert(self) -> weights.Converter | None:
-        """The library's own conversion of weights in another form; None where it has none."""
-        return timm_zoo.convert if self.zoo is timm_zoo else None
-
-
-def parse(name: str) -> NetworkName:
-    """Split a name into its parts, without checking that such a network exists.
-
-    Raises:
-        UserError: For the file of an exported program, from which no network can be built.
-    """
-    if name.endswith(exported.SUFFIX):
-        raise UserError(
-            f"{name} is an exported program, which cannot be trained: use it as teacher"
-        )
-    text, file = _split_file(name)
-    prefix, colon, rest = text.partition(":")
-    base = text
-    if prefix in builtin.NETWORKS:
-        zoo: Zoo | None = None
-    elif colon and prefix in ZOOS:
-        zoo, base = ZOOS[prefix], rest
-    elif user_modules.matches(text):
-        zoo = user_modules
-    else:
-        zoo = timm_zoo
-    return NetworkName(zoo, base, file, text)
-
-
-def split_names(text: str) -> list[str]:
-    """The names in a comma-separated list.
-
-    A comma in brackets belongs to the arguments of a network, and a comma in a path that exists
-    belongs to the path.
-    """
-    parts, names = text.split(","), []
-    while parts:
-        joined = [",".join(parts[: n + 1]) for n in range(len(parts))]
-        there = [n for n, name in enumerate(joined) if n and _has_existing_path(name.strip())]
-        whole = [n for n, name in enumerate(joined) if _brackets_are_closed(name)]
-        n = max(there) if there else whole[0] if whole else 0
-        names.append(joined[n].strip())
-        parts = parts[n + 1 :]
-    return [name for name in names if name]
-
-
-def names_in(*lists: str | None) -> list[str]:
-    """The names in comma-separated lists, of which None has none."""
-    return [name for text in lists for name in split_names(text or "")]
-
-
-def parse_names(option: str, text: str) -> list[str]:
-    """The names in a list, which must be distinct.
-
-    Args:
-        option: The option, for the message.
-        text: Value of the option.
-
-    Raises:
-        UserError: If the list is empty, or has a name twice.
-    """
-    names = split_names(text)
-    if not names:
-        raise UserError(f"{option} must name at least one")
-    if len(set(names)) < len(names):
-        raise UserError(f"{option} names one twice: {text}")
-    return names
-
-
-def absolute_name(name: str) -> str:
-    """Make a path in the name absolute, if it exists, so that the name holds in every folder."""
-    if not name:  # Path("") would be the working directory
-        return name
-    if (path := Path(name).expanduser()).exists():
-        return str(path.resolve())
-    before, file = _split_file(name)
-    after = f"@{file.resolve()}" if file and file.exists() else name[len(before) :]
-    prefix, _, rest = before.partition(":")
-    if prefix in FOLDER_PREFIXES and (path := Path(rest).expanduser()).exists():
-        before = f"{prefix}:{path.resolve()}"
-    return before + after
-
-
-def _has_existing_path(name: str) -> bool:
-    """Whether the name is, or contains, a path that exists."""
-    if any(_path_exists(Path(path).expanduser()) for path in (name, _strip_folder_prefix(name))):
-        return True
-    before, file = _split_file(name)
-    # A file behind the last of several names does not make them one name.
-    return file is not None and _path_exists(file) and len(split_names(before)) == 1
-
-
-def _brackets_are_closed(name: str) -> bool:
-    return all(name.count(a) <= name.count(b) for a, b in ("()", "[]", "{}"))
-
-
-def _split_file(name: str) -> tuple[str, Path | None]:
-    """Split `NAME@FILE`; of several `@`, the one before an existing file counts."""
-    at = [i for i, character in enumerate(name[:-1]) if character == "@" and i]
-    at = [i for i in at if _brackets_are_closed(name[:i])]  # not one inside an argument
-    if not at or _path_exists(Path(name)) or _path_exists(Path(_strip_folder_prefix(name))):
-        return name, None
-    for i in at:
-        if _path_exists(file := Path(name[i + 1 :]).expanduser()) and file.is_file():
-            return name[:i], file
-    # hf-hub:timm/resnet18@main names a revision; any other name, a file that does not exist.
-    if "/" in name[: at[0]] and Path(name).suffix not in weight_files.SUFFIXES:
-        return name, None
-    return name[: at[0]], Path(name[at[0] + 1 :]).expanduser()
-
-
-def _strip_folder_prefix(name: str) -> str:
-    """The path in `hf:DIR` and `local-dir:DIR`; other names as they are."""
-    prefix, _, rest = name.partition(":")
-    return rest if prefix in FOLDER_PREFIXES and rest else name
-
-
-def _path_exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a name that is too long for any file
-        return False
 
 
 def _build_from_zoo(

@@ -21,7 +21,7 @@ from dsdistill.harness.data.preprocess import KINDS, Preprocess
 from dsdistill.harness.errors import UserError, first_line, one_line
 from dsdistill.harness.reports import schema
 from dsdistill.harness.runs import progress
-from kd.models import networks, seals
+from kd.models import network_names, networks, seals
 from kd.models.networks import Classifier
 from kd.models.seals import CARD, WEIGHTS, WHITENING
 from kd.models.zoo import class_names, weights
@@ -93,7 +93,7 @@ def card(model: Model) -> dict[str, Any]:
     fitted = model.preprocess
     return {
         # Without the file that the weights came from at first: they are in this folder now.
-        "name": networks.parse(model.name).text,
+        "name": network_names.parse(model.name).text,
         "classes": model.classes,
         "input": {"shape": model.shape, "layout": "height, width, channels"},
         "preprocess": {

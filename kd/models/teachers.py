@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError, first_line
-from kd.models import networks, saved_models
+from kd.models import network_names, networks, saved_models
 from kd.models.adapters import build_adapter, check_channels
 from kd.models.networks import Classifier
 from kd.models.saved_models import Model
@@ -157,7 +157,7 @@ def load(
         model, matched = _load_program(name, preprocess, shape, match)
     elif networks.is_user_module(name):
         model, matched = _load_user_module(name, preprocess, shape, len(classes), match, image_size)
-    elif networks.parse(name).file is not None:
+    elif network_names.parse(name).file is not None:
         model, matched = _load_weights_file(
             name, preprocess, shape, len(classes), match, image_size
         )
@@ -203,7 +203,7 @@ def _load_user_module(
     image_size: int | None,
 ) -> tuple[Model, Match]:
     """Load a network of the user's own code, with its own number of classes."""
-    parts, who = networks.parse(name), f"teacher {name}"
+    parts, who = network_names.parse(name), f"teacher {name}"
     h, w, channels = shape
     taken = (image_size or h, image_size or w, channels)
     classifier, count = networks.build_as_it_is(parts.text, taken, classes)
@@ -225,7 +225,7 @@ def _load_weights_file(
     image_size: int | None,
 ) -> tuple[Model, Match]:
     """Load a file of weights, with as many classes and channels as it has."""
-    parts, who = networks.parse(name), f"teacher {name}"
+    parts, who = network_names.parse(name), f"teacher {name}"
     assert parts.file is not None
     stored = weight_files.read(parts.file)
     if parts.zoo is None:
@@ -261,7 +261,7 @@ def _classes_and_channels(
     who: str,
     stored: weight_files.StoredWeights,
     plain: Classifier,
-    parts: networks.NetworkName,
+    parts: network_names.NetworkName,
     classes: int,
     channels: int,
 ) -> tuple[int, int]:
@@ -288,7 +288,7 @@ def _with_image_size(
 
     Networks of other zoos than timm, and networks that take any size, keep both.
     """
-    parts = networks.parse(name)
+    parts = network_names.parse(name)
     if parts.zoo is not timm_zoo or config.size == (size, size):
         return name, config
     plain = networks.build(parts.text, (*config.size, len(config.mean)), 2)

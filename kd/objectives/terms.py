@@ -6,8 +6,8 @@ needs or changes, so that no other place knows a term by its name. A new loss is
 `_logit_row` or `_feature_row`.
 """
 
-from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,6 @@ from kd.objectives import feature_terms, loss_spec
 from kd.objectives.feature_terms import LossFunction, TermContext
 from kd.objectives.loss_spec import LayerPair
 from kd.objectives.step_outputs import StepOutputs
-from kd.recipe import METRICS, Recipe
 
 Parameters = Mapping[str, Any]
 # Applies a loss at a temperature to the student's logits and those of all teachers.
@@ -313,7 +312,7 @@ class LogitTerm(nn.Module):
         return self.combine(step, self.function, self.temperature)
 
 
-class OwnTerm(nn.Module):
+class UserTerm(nn.Module):
     """A user's function of the student's logits, the teachers' mean logits, and the labels."""
 
     def __init__(self, function: LossOfLogits) -> None:
@@ -325,7 +324,7 @@ class OwnTerm(nn.Module):
         return self.function(step.student_logits, teacher, step.batch.labels_or_shares)
 
 
-def own_term(name: str, function: LossOfLogits, *, taught: bool) -> WeightedTerm:
+def user_term(name: str, function: LossOfLogits, *, taught: bool) -> WeightedTerm:
     """Build the term of a user's function, with weight 1.
 
     Args:
@@ -333,7 +332,7 @@ def own_term(name: str, function: LossOfLogits, *, taught: bool) -> WeightedTerm
         function: The function; a module's parameters are trained too.
         taught: Whether there are teachers, whose logits it gets.
     """
-    return WeightedTerm(name, 1.0, OwnTerm(function), needs_teacher=taught)
+    return WeightedTerm(name, 1.0, UserTerm(function), needs_teacher=taught)
 
 
 def build(
@@ -369,128 +368,6 @@ def build(
     return [
         _build_term(term, [make(term.layers) for make in contexts], smoothing) for term in terms
     ]
-
-
-def check(terms: Sequence[Term], *, classes: int, batch_size: int, mixed: bool) -> None:
-    """Refuse terms that cannot work with the data.
-
-    Args:
-        terms: Terms of the loss.
-        classes: Number of classes.
-        batch_size: Number of images in a batch.
-        mixed: Whether images are mixed.
-
-    Raises:
-        UserError: With the term and what it needs.
-    """
-    for term in terms:
-        needs = term.definition
-        if mixed and needs.whole:
-            raise UserError(
-                f"--loss {term.name} needs whole labels, one class for each image: leave --mixup "
-                "and --cutmix out"
-            )
-        if classes < needs.classes:
-            raise UserError(
-                f"--loss {term.name} needs {needs.classes} classes or more, and the data have "
-                f"{classes}: use kd"
-            )
-        if batch_size < (least := term.min_images):
-            raise UserError(
-                f"--loss {term.name} compares the images of a batch: --batch-size must be at "
-                f"least {least}, got {batch_size}"
-            )
-
-
-def gives_logits(terms: Sequence[Term], *, alone: bool) -> bool:
-    """Whether a student's outputs are logits: those of MSE on labels alone are not.
-
-    Args:
-        terms: Terms of the loss.
-        alone: Whether nothing but labels teaches the student.
-    """
-    rows = [term.definition for term in terms]
-    on_labels = [row for row in rows if not (row.needs_teacher or row.reads_layers)]
-    return not (alone and on_labels and all(row.centred for row in on_labels))
-
-
-def apply_smoothing(terms: Sequence[Term], recipe: Recipe, given: Container[str]) -> Recipe:
-    """The recipe with the label smoothing of a term of the loss, where one has a value.
-
-    Args:
-        terms: Terms of the loss.
-        recipe: The recipe.
-        given: Names of the fields that the user gave.
-
-    Raises:
-        UserError: If it is given twice, or has no effect.
-    """
-    smoothing = next((term.smoothing for term in terms if term.smoothing is not None), None)
-    if "label_smoothing" not in given:
-        return recipe if smoothing is None else replace(recipe, label_smoothing=smoothing)
-    if smoothing is not None:
-        raise UserError(
-            f"--label-smoothing {recipe.label_smoothing:g} and smoothing={smoothing:g} in --loss "
-            "set the same value: give one of them"
-        )
-    if not any(term.definition.smooths_labels for term in terms):
-        raise UserError(
-            f"--label-smoothing has no effect on --loss {recipe.loss}, which has no term ce: "
-            "leave it out"
-        )
-    return recipe
-
-
-def check_teaching(
-    terms: Sequence[Term], recipe: Recipe, *, alone: bool, weighted: bool, extra: bool = False
-) -> None:
-    """Refuse a loss that does not fit what teaches the student, or the recipe's metric.
-
-    Args:
-        terms: Terms of the loss.
-        recipe: The recipe with the loss.
-        alone: Whether nothing but labels teaches the student.
-        weighted: Whether weights of the teachers' logits are given.
-        extra: Whether the user's own losses of logits are added.
-
-    Raises:
-        UserError: If it does not fit.
-    """
-    taught = [term for term in terms if term.definition.needs_teacher]
-    if taught and alone:
-        raise UserError(
-            f"--loss {taught[0].name} needs a teacher: add --teacher, --peers or --mean-teacher"
-        )
-    if not (taught or alone or extra):
-        raise UserError(f"--loss {recipe.loss} has no term that uses the teacher: add kd:0.9")
-    if weighted and not extra and all(term.definition.reads_layers for term in taught):
-        raise UserError(
-            f"--teacher-weights has no effect on --loss {recipe.loss}, which has no term of "
-            "teachers' logits: leave it out"
-        )
-    if gives_logits(terms, alone=alone):
-        return
-    if on_logits := [term.name for term in terms if term.definition.needs_logits]:
-        raise UserError(
-            f"--loss {on_logits[0]} trains its classifiers on the student's logits, and with mse "
-            "the student has none: use ce"
-        )
-    if METRICS[recipe.metric].needs_logits:
-        raise UserError(
-            f"--metric {recipe.metric} needs logits, which a student trained by mse alone does not "
-            "have: use --metric accuracy"
-        )
-
-
-def remarks(terms: Sequence[Term], *, images: int) -> list[str]:
-    """Lines about terms whose parameters are lowered for lack of images.
-
-    Args:
-        terms: Terms of the loss.
-        images: Number of training images; 0 if unknown.
-    """
-    lines = (term.definition.remark(term.parameters, images) for term in terms)
-    return [line for line in lines if line is not None]
 
 
 def _build_term(term: Term, contexts: Sequence[TermContext], smoothing: float) -> WeightedTerm:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dsdistill.harness.data import preprocess
 from dsdistill.harness.errors import UserError
 from kd.commands import export_formats
-from kd.models import networks, saved_models, teachers
+from kd.models import network_names, networks, saved_models, teachers
 from kd.models.zoo import weight_files
 
 NAMES = ("cat", "dog", "owl")
@@ -419,25 +419,25 @@ def test_paths_may_hold_commas_and_at_signs(tmp_path: Path, monkeypatch) -> None
     both = (
         "resnet18@a,b/w.pth, resnet18(drop_rate=0.1,zero_init_last=False)@x@y/w@1.pth.tar,a,b,run"
     )
-    assert networks.split_names(both) == [
+    assert network_names.split_names(both) == [
         "resnet18@a,b/w.pth",
         "resnet18(drop_rate=0.1,zero_init_last=False)@x@y/w@1.pth.tar",
         "a,b",
         "run",
     ]
-    assert networks.split_names("resnet18@plain,resnet34@plain") == [
+    assert network_names.split_names("resnet18@plain,resnet34@plain") == [
         "resnet18@plain",
         "resnet34@plain",
     ]
-    assert networks.split_names("one,,two(x=(1,2)) ,") == ["one", "two(x=(1,2))"]
-    found = networks.parse("resnet18@x@y/w@1.pth.tar")
+    assert network_names.split_names("one,,two(x=(1,2)) ,") == ["one", "two(x=(1,2))"]
+    found = network_names.parse("resnet18@x@y/w@1.pth.tar")
     assert (found.text, found.file) == ("resnet18", Path("x@y/w@1.pth.tar"))
-    found = networks.parse("local-dir:x@y@plain")
+    found = network_names.parse("local-dir:x@y@plain")
     assert (found.text, found.file) == ("local-dir:x@y", Path("plain"))
-    assert networks.parse("hf-hub:timm/resnet18@main").file is None
-    assert networks.absolute_name("resnet18@plain") == f"resnet18@{tmp_path}/plain"
-    assert networks.absolute_name("local-dir:x@y") == f"local-dir:{tmp_path}/x@y"
-    assert networks.absolute_name("convnet:32") == "convnet:32"
+    assert network_names.parse("hf-hub:timm/resnet18@main").file is None
+    assert network_names.absolute_name("resnet18@plain") == f"resnet18@{tmp_path}/plain"
+    assert network_names.absolute_name("local-dir:x@y") == f"local-dir:{tmp_path}/x@y"
+    assert network_names.absolute_name("convnet:32") == "convnet:32"
     with pytest.raises(UserError, match=r"there is no file none\.pth\.tar"):
         networks.check_name("resnet18@none.pth.tar")
     with pytest.raises(UserError, match="plain is a file: name its architecture too"):

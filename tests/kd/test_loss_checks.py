@@ -17,7 +17,7 @@ from dsdistill.harness.errors import UserError
 from kd.data import batching
 from kd.data.batching import Batch
 from kd.models import networks
-from kd.objectives import loss_spec, terms
+from kd.objectives import loss_checks, loss_spec, terms
 from kd.objectives.schemes import Distillation, MeanTeacher, Mutual, Objective
 from kd.parallel import engine
 from kd.training import dry_run
@@ -96,7 +96,7 @@ def test_every_parameter_of_every_term_has_a_range_that_holds_its_default() -> N
 def test_a_term_says_what_it_needs_of_the_data(loss: str, options: dict, message: str) -> None:
     specs = terms.parse(loss)
     with pytest.raises(UserError) as error:
-        terms.check(specs, **{"classes": 4, "batch_size": 16, "mixed": False} | options)
+        loss_checks.check(specs, **{"classes": 4, "batch_size": 16, "mixed": False} | options)
     assert message in str(error.value)
 
 
@@ -236,7 +236,7 @@ def test_any_loss_either_takes_a_step_or_is_refused(
 ) -> None:
     try:
         specs = terms.parse(loss)
-        terms.check(specs, classes=classes, batch_size=n, mixed=mixed)
+        loss_checks.check(specs, classes=classes, batch_size=n, mixed=mixed)
         of = objective(loss, classes=classes)
         check(loss, of, [n], classes, mixed=mixed)
     except UserError:

@@ -22,7 +22,7 @@ from dsdistill.harness.errors import UserError
 from kd.data import batching
 from kd.losses import feature, relation
 from kd.models import networks
-from kd.objectives import terms
+from kd.objectives import loss_checks, terms
 from kd.objectives.schemes import Distillation
 from kd.objectives.step_outputs import StepOutputs
 from kd.recipe import Recipe
@@ -223,9 +223,9 @@ def test_a_new_term_needs_no_more_than_a_row_of_the_table(monkeypatch) -> None:
     (term,) = terms.parse("own:temperature=2")
     assert (term.weight, term.min_images, term.parameters) == (3, 5, {"temperature": 2.0})
     with pytest.raises(UserError, match="own needs whole labels"):
-        terms.check((term,), classes=4, batch_size=16, mixed=True)
+        loss_checks.check((term,), classes=4, batch_size=16, mixed=True)
     with pytest.raises(UserError, match=r"own compares the images .* at least 5, got 4"):
-        terms.check((term,), classes=4, batch_size=4, mixed=False)
+        loss_checks.check((term,), classes=4, batch_size=4, mixed=False)
     batch = next(batches().in_order())
     losses = objective("kd:1:temperature=2,own:2:temperature=2")(batch)
     assert losses["own"].item() == pytest.approx(2 * losses["kd"].item(), rel=1e-6)
