@@ -11,22 +11,26 @@ if TYPE_CHECKING:
     from dsdistill.api import (
         Distilled,
         ImageData,
+        UserError,
         evaluate,
         kip,
         label_solve,
         load,
         load_data,
+        load_neural_tangents,
         use_all_cores,
     )
 
 __all__ = [
     "Distilled",
     "ImageData",
+    "UserError",
     "evaluate",
     "kip",
     "label_solve",
     "load",
     "load_data",
+    "load_neural_tangents",
     "use_all_cores",
 ]
 

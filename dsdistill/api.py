@@ -14,17 +14,17 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
 
 from dsdistill.commands import evaluate as evaluation
 from dsdistill.commands import evaluation_parts, outcomes, prepare, training_data
 from dsdistill.commands.outcomes import Outcome
 from dsdistill.commands.prepare import Prepared
+from dsdistill.distilled import Distilled, Kernel, as_network, load
 from dsdistill.harness import paths
 from dsdistill.harness.data import arrays, datasets, distilled_set, origin
 from dsdistill.harness.data.arrays import ArrayLike
@@ -42,8 +42,8 @@ from dsdistill.harness.runs import progress as progress_display
 from dsdistill.harness.runs import run_folder
 from dsdistill.harness.runs.options import Storage
 from dsdistill.harness.runs.run_folder import Run
-from dsdistill.kernels import networks
-from dsdistill.kernels.networks import InfiniteNetwork
+from dsdistill.kernels import neural_tangents
+from dsdistill.kernels.neural_tangents import NeuralTangents
 from dsdistill.loops.kip_loop import OnStep
 from dsdistill.methods import initial_support, stored_kernel
 from dsdistill.options import (
@@ -55,12 +55,7 @@ from dsdistill.options import (
 )
 from dsdistill.parallel import devices, hosts
 
-if TYPE_CHECKING:
-    from typing import Self
-
 Pair = tuple[ArrayLike, ArrayLike]  # images and labels
-# A name, or a network of neural-tangents: a `stax` triple or its kernel function.
-Kernel = str | tuple[Any, Any, Callable[..., Any]] | Callable[..., Any]
 DATA_NAME = "arrays"  # name of a caller's data in provenance and reports
 # How messages of the commands read to who calls a function.
 _PHRASES = {"--resume goes on": "the same call goes on", "--out": "checkpoint"}
@@ -69,87 +64,6 @@ _TEXTS = ("preprocess", "optimizer", "schedule")
 STORAGE = Storage(
     unstored=("data", "data_root", "image_size", "channels", "out", "resume", "hosts"), free=()
 )
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Distilled(DistilledSet):
-    """A few synthetic images with real-valued labels: what `kip` and `label_solve` return.
-
-    Attributes:
-        images: (n, h, w, c) float32 images as a kernel or network takes them, after `preprocess`.
-        labels: (n, k) float32 labels: one-hot minus 1/k, or solved for, or learned.
-        preprocess: Map from images in [0, 1] to the space of `images`, and back.
-        classes: k class names, in label order.
-        provenance: JSON-compatible record: method, options, kernel, seed, versions, figures.
-        network: The infinitely wide network that it was made for; None for a set that was loaded.
-    """
-
-    network: InfiniteNetwork | None = None
-
-    @property
-    def figures(self) -> Mapping[str, float | None]:
-        """Figures of the search, such as `validation_accuracy` and `best_step`."""
-        return origin.read_provenance(self).metrics
-
-    def as_pixels(self) -> Float[np.ndarray, "n h w c"]:
-        """The images as pixels in [0, 1], as a picture shows them: preprocessing undone, clipped.
-
-        Train on `images` where you can: clipping and, for ZCA, the lost brightness of each image
-        change what a learner sees.
-        """
-        return self.preprocess.invert(self.images).clip(0, 1)
-
-    def predictor(self, kernel: Kernel | None = None) -> Callable[[ArrayLike], np.ndarray]:
-        """Fit kernel ridge regression to the set, as it was validated.
-
-        Args:
-            kernel: A kernel as for `kip`, in place of the set's own. A loaded set that was made
-                with a network of neural-tangents needs it: a file may not choose the code that runs
-                here.
-
-        Returns:
-            Function from (m, h, w, c) images, as `kip` takes them, to (m, k) scores; the largest
-                is the predicted class.
-
-        Raises:
-            UserError: If the kernel is unknown, or singular on these images.
-        """
-        with name_arguments():
-            chosen = self.network if kernel is None else _network(kernel)
-            name = kernel if isinstance(kernel, str) else ""
-            remedy = "give predictor(kernel=...) if you trust it"
-            learner = stored_kernel.learner(self, chosen or name, remedy=remedy)
-            predict = learner(self.examples(), self.examples(), 0)
-        shape = self.images.shape[1:]
-
-        def scores(images: ArrayLike) -> np.ndarray:
-            pixels = arrays.check_images(np.asarray(images))
-            if pixels.shape[1:] != shape:
-                raise UserError(f"images must be {shape}, as in the set, got {pixels.shape[1:]}")
-            return predict(self.preprocess.apply(pixels))
-
-        return scores
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the set to one checksummed `.safetensors` file, whole or not at all.
-
-        Raises:
-            OSError: If the file cannot be written.
-        """
-        distilled_set.save(Path(path), self)
-
-    def __repr__(self) -> str:
-        record, (n, *shape) = origin.read_provenance(self), self.images.shape
-        kernel = f" with {record.kernel}" if record.kernel else ""
-        size = "x".join(map(str, shape))
-        return (
-            f"<Distilled: {n} images of {size}, {len(self.classes)} classes, by "
-            f"{record.method}{kernel}>"
-        )
-
-    @classmethod
-    def _from(cls, distilled: DistilledSet) -> "Self":
-        return cls(**{f.name: getattr(distilled, f.name) for f in fields(distilled)})
 
 
 def kip(
@@ -189,7 +103,8 @@ def kip(
 
     Gradient descent changes the images until kernel ridge regression on them predicts the labels
     of the training images. The step with the lowest validation error is returned. The same
-    arguments give the same set, and the same as `dsdistill kip`, whose `--help` says more of each.
+    arguments give the same set on the same devices, and with `use_all_cores` that of
+    `dsdistill kip`, whose `--help` says more of each.
 
     Args:
         images: (n, h, w) or (n, h, w, 1 or 3), uint8 or floats in [0, 1].
@@ -200,8 +115,8 @@ def kip(
             function, or `module:attribute`, whose module is imported. Of several names, separated
             by commas, each step draws one.
         steps: Steps of the optimizer; by default 1000 of adam, 100 of gauss-newton.
-        validation: Images and labels that choose the best step. By default a share of the training
-            images, the same for every seed and for `evaluate`.
+        validation: Images and labels that choose the best step; give them to `evaluate` too. By
+            default a share of the training images, the same for every seed and for `evaluate`.
         validation_fraction: That share; 0 keeps the last step.
         classes: Class names in label order; by default the distinct labels, sorted.
         preprocess: Normalisation of the pixels; by default zca for colour, else standardise.
@@ -235,11 +150,15 @@ def kip(
     """
     given = locals()
     with _call(progress):
+        if validation is not None and validation_fraction != KipOptions.validation_fraction:
+            raise UserError("validation_fraction has no effect with validation: leave it out")
         start = _initial_set(init)
         options = _options(KipOptions, given | {"init": "real" if start else init})
         splits = _splits(images, labels, classes, validation, validation_fraction)
         digest = training_data.digest(start) if start else None
-        prepared = prepare.prepare_arrays(options, splits, start, digest, network=_network(kernel))
+        prepared = prepare.prepare_arrays(
+            options, splits, start, digest, network=as_network(kernel)
+        )
 
         def search(run: Run) -> Outcome:
             return outcomes.kip_outcome(options, run, prepared, on_step)
@@ -284,21 +203,12 @@ def label_solve(
     with _call(progress):
         options = _options(LabelSolveOptions, given)
         splits = _splits(images, labels, classes, None, validation_fraction)
-        prepared = prepare.prepare_arrays(options, splits, network=_network(kernel))
+        prepared = prepare.prepare_arrays(options, splits, network=as_network(kernel))
 
         def solve(run: Run) -> Outcome:
             return outcomes.label_solve_outcome(options, run, prepared)
 
         return _distil("ls", options, prepared, solve, checkpoint)
-
-
-def load(path: str | os.PathLike[str]) -> Distilled:
-    """Read a distilled set: a `.safetensors` file, or the folder of a run.
-
-    Raises:
-        UserError: If the file is missing, damaged or no distilled set; a ValueError of one line.
-    """
-    return Distilled._from(distilled_set.load(distilled_set.locate(Path(path))))
 
 
 def evaluate(
@@ -364,6 +274,8 @@ def evaluate(
         fraction = origin.validation_fraction(distilled)
         splits = _splits(*train, distilled.classes, validation, fraction, test)
         origin.check_same_data(Path("the set"), distilled, splits, "train")
+        if validation is None:
+            _note_seen_validation(distilled, len(train[1]))
         parsed = [_learner(each, distilled, options) for each in learners]
         if not parsed:
             raise UserError("learners must name at least one")
@@ -435,6 +347,18 @@ def load_data(
         return ImageData(train, test, own, splits.train.classes)
 
 
+def load_neural_tangents() -> NeuralTangents:
+    """Import neural-tangents, which by itself does not import on current JAX.
+
+    Returns:
+        Its modules: `stax`, whose networks are kernels for `kip`, and `nt`.
+
+    Raises:
+        UserError: If it is not installed; it comes with the extra `tangents`.
+    """
+    return neural_tangents.load()
+
+
 def use_all_cores() -> None:
     """Let JAX compute on every core; to be called once, before JAX computes anything.
 
@@ -454,20 +378,14 @@ def _call(progress: bool) -> Iterator[None]:
 def _options(kind: type[Any], given: Mapping[str, Any]) -> Any:
     """The options of a command from the arguments of the same names."""
     names = {field.name for field in fields(kind)} - set(STORAGE.unstored)
-    network = _network(given["kernel"])
+    network = as_network(given["kernel"])
     if network is not None:
         for name in ("depth", "w_std", "b_std"):
             if given[name] != getattr(kind, name):
                 raise UserError(f"{name} has no effect on a network of your own: leave it out")
     kernel = given["kernel"] if network is None else network.name
-    return with_defaults(kind(**{name: given[name] for name in names} | {"kernel": kernel}))
-
-
-def _network(kernel: Kernel) -> InfiniteNetwork | None:
-    """The network of a caller's own kernel; None for a name."""
-    if isinstance(kernel, str):
-        return None
-    return networks.from_neural_tangents(kernel, f"{networks.OBJECT_PREFIX}kernel_fn")
+    values = {name: given[name] for name in names} | {"kernel": kernel, "data": DATA_NAME}
+    return with_defaults(kind(**values))
 
 
 def _learner(each: str | Learner, distilled: DistilledSet, options: EvaluateOptions) -> Learner:
@@ -478,6 +396,21 @@ def _learner(each: str | Learner, distilled: DistilledSet, options: EvaluateOpti
     if each == "ridge" and network is not None and ":" in network.name:
         return stored_kernel.learner(distilled, network, remedy="")
     return evaluation_parts.learner(each, distilled, options)
+
+
+def _note_seen_validation(distilled: DistilledSet, count: int) -> None:
+    """Say it where the validation images are among those that the set was made of.
+
+    Args:
+        distilled: The set.
+        count: Number of training images, before any are held out.
+    """
+    data = distilled.provenance.get("data")
+    if isinstance(data, Mapping) and data.get("train") == count:
+        progress_display.say(
+            "note: the set was made of all training images, including the validation images held "
+            "out here: give others as validation"
+        )
 
 
 def _initial_set(init: str | os.PathLike[str] | DistilledSet) -> DistilledSet | None:

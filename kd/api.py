@@ -163,7 +163,7 @@ def distill(
         checkpoint: File in which the training is saved as it goes on. The same call with the same
             file goes on from there to the same bits. With more `epochs` or `steps` it trains
             further, a finished training too: from the step reached, at the learning rate that the
-            longer schedule has there, and with its patience anew.
+            longer schedule has there, and with its patience anew. The images are not compared.
         **recipe_fields: Fields of the recipe to change: `epochs`, `lr`, `patience`, ...; those of
             `kd.Recipe` that do not concern the images.
 

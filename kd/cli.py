@@ -5,21 +5,23 @@ import os
 import sys
 from typing import Any
 
-from dsdistill.harness import command_line, shell
+from dsdistill.harness import command_line
 from dsdistill.harness.text import console, printable
 from kd.options import EvaluateOptions, ExportOptions, ReportOptions, TrainOptions
 
 
 def _train(options: TrainOptions) -> None:
     options.check()  # before the seconds that importing torch takes
-    from kd.commands import train
+    from kd.commands import run_options, train
 
     options = train.resolve(options)
     try:
         report = train.run(options)
     except KeyboardInterrupt as error:
         assert options.out is not None
-        message = f"kd: interrupted; continue with `{shell.resume_line('kd train', options.out)}`"
+        message = (
+            f"kd: interrupted; continue with `{run_options.resume_line(options.out, options)}`"
+        )
         if not (options.out / "config.json").exists():
             message = "kd: interrupted; the same line goes on with what is finished"
         if int(os.environ.get("RANK", "0")) > 0:

@@ -5,6 +5,7 @@ load -> fit preprocessing -> distil -> read the test set once -> save the set, d
 
 import contextlib
 import functools
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from dsdistill.commands import outcomes
+from dsdistill.commands import outcomes, prepare
 from dsdistill.commands.outcomes import Outcome
-from dsdistill.commands.prepare import Prepared, prepare
+from dsdistill.commands.prepare import Prepared
 from dsdistill.harness import paths, shell, stopping
 from dsdistill.harness.data import datasets, distilled_set
 from dsdistill.harness.data.labeled_images import Examples
@@ -76,18 +77,20 @@ def _run(
     hosts.check_same({name: value for name, value in config.items() if name not in PATH_OPTIONS})
     if options.resume:
         run, options = _reopen(options, method)
-        with run, _explain_stop(method, run.folder):
-            return _distil_and_finish(options, run, prepare(options), distil)
+        with run, _explain_stop(options, method, run.folder):
+            return _distil_and_finish(options, run, prepare.prepare(options), distil)
     folder = Path(hosts.decide(lambda: str(_free_folder(options, method))))
     with stopping.explain_stop():
-        prepared = prepare(options)  # before the folder exists: a wrong option leaves none behind
+        prepared = prepare.prepare(
+            options
+        )  # before the folder exists: a wrong option leaves none behind
     options = replace(options, images_per_class=prepared.images_per_class)
     config = _config(options, method)
     with (
         hosts.open_run(
             lambda: run_folder.start(folder, config, result=distilled_set.FILE_NAME)
         ) as run,
-        _explain_stop(method, folder),
+        _explain_stop(options, method, folder),
     ):
         return _distil_and_finish(options, run, prepared, distil)
 
@@ -105,8 +108,11 @@ def _distil_and_finish(
         return _finish(options, run, prepared, distil(options, run, prepared))
 
 
-def _explain_stop(method: str, folder: Path) -> contextlib.AbstractContextManager[None]:
-    command = shell.resume_line(f"dsdistill {method}", folder)
+def _explain_stop(
+    options: RunOptions, method: str, folder: Path
+) -> contextlib.AbstractContextManager[None]:
+    code = {name: value for name, value in vars(options).items() if name in _code_options(options)}
+    command = shell.resume_line(f"dsdistill {method}", folder, **code)
     return stopping.explain_stop(command, folder / distilled_set.FILE_NAME)
 
 
@@ -195,15 +201,33 @@ def _reopen(options: RunOptionsT, method: str) -> tuple[run_folder.Run, RunOptio
         raise
 
 
+def _code_options(options: RunOptions) -> list[str]:
+    """Names of the options that name code, as `module:attribute`, which is imported."""
+    texts = {"kernel": options.kernel}
+    if isinstance(options, KipOptions) and options.warm_up is not None:
+        texts["warm_up"] = prepare.split_warm_up(options.warm_up)[0]
+    return [name for name, text in texts.items() if ":" in text]
+
+
 def _restore_options(options: RunOptionsT, run: run_folder.Run) -> RunOptionsT:
     """Restore the options of a run from its `config.json`.
 
     Raises:
-        RunError: If one is unknown, or its value is not of its type.
+        RunError: If one is unknown, or its value is not of its type, or names code that this call
+            does not name: a file may not choose the code that runs here.
     """
     if not isinstance(run.config.get(run_folder.CHOSEN_KEY, {}).get("target_batch", 1), int):
         raise run_folder.RunError(
             f"{run.folder / 'config.json'} is damaged: {run_folder.CHOSEN_KEY}.target_batch must "
             f"be a whole number{run_folder.REMEDY}"
         )
-    return STORAGE.from_json(options, run.folder, run.config)
+    restored = STORAGE.from_json(options, run.folder, run.config)
+    for name in _code_options(restored):
+        code = getattr(restored, name)
+        if getattr(options, name) != code:
+            raise run_folder.RunError(
+                f"{run.folder / 'config.json'} names the code {code}, and a file may not choose "
+                "the code that runs here: if that code is yours or you trust it, add "
+                f"{shlex.join([shell.flag(name), code])}"
+            )
+    return restored

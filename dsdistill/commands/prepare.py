@@ -194,13 +194,17 @@ def _phases(options: KipOptions, kernels: tuple[InfiniteNetwork, ...]) -> tuple[
     main = _phase(options, kernels, options.steps)
     if options.warm_up is None:
         return (main,)
-    match = re.fullmatch(r"(.+):(-?[0-9]+)", options.warm_up)
-    name, steps = (
-        match.groups() if match else (options.warm_up, max(options.steps // WARM_UP_DIVISOR, 1))
-    )
-    if int(steps) < 1:
+    name, steps = split_warm_up(options.warm_up)
+    steps = max(options.steps // WARM_UP_DIVISOR, 1) if steps is None else steps
+    if steps < 1:
         raise UserError(f"--warm-up must have at least 1 step, got {options.warm_up}")
-    return (_phase(options, _networks("--warm-up", name, options), int(steps)), main)
+    return (_phase(options, _networks("--warm-up", name, options), steps), main)
+
+
+def split_warm_up(text: str) -> tuple[str, int | None]:
+    """Split `KERNEL` or `KERNEL:STEPS` into kernel and steps."""
+    match = re.fullmatch(r"(.+):(-?[0-9]+)", text)
+    return (match[1], int(match[2])) if match else (text, None)
 
 
 def _phase(options: KipOptions, kernels: tuple[InfiniteNetwork, ...], steps: int) -> Phase:

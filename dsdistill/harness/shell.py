@@ -43,11 +43,14 @@ def line(
     return shlex.join(words)
 
 
-def resume_line(command: str, out: Path, argument: str | None = None) -> str:
+def resume_line(command: str, out: Path, argument: str | None = None, **typed: str | None) -> str:
     """Write the command that continues an unfinished run.
 
     Args:
         command, argument: As for `line`.
         out: Folder of the run.
+        **typed: Options that the user must type again, which the folder may not decide: the code
+            that is imported; None leaves one out.
     """
-    return line(command, {"resume": True, "out": out}, {"resume": False}, argument)
+    options = {"resume": True, "out": out} | typed
+    return line(command, options, {"resume": False}, argument)

@@ -10,7 +10,7 @@ from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import run_folder
 from dsdistill.harness.runs.options import Storage
 from kd.commands import continuation
-from kd.models import network_names
+from kd.models import network_names, networks
 from kd.models.seals import REPORT
 from kd.models.zoo import class_names
 from kd.options import TrainOptions
@@ -32,7 +32,7 @@ def _absolute_class_maps(files: str) -> str:
 
 STORAGE = Storage(
     unstored=("out", "resume"),
-    free=("data_root", "device", "workers", "cache", "min_teacher_accuracy"),
+    free=("data_root", "device", "workers", "cache", "min_teacher_accuracy", "trust_module"),
     absolute={
         "data": _absolute_data,
         "student": network_names.absolute_name,
@@ -53,8 +53,8 @@ def restore(folder: Path, options: TrainOptions) -> TrainOptions:
             ones, except for `continuation.LENGTHS`, which replace them.
 
     Raises:
-        UserError: If there is no run to resume, its options are damaged, or those of this call
-            contradict them.
+        UserError: If there is no run to resume, its options are damaged, those of this call
+            contradict them, or they name code that this call does not name.
     """
     lengths = {k: v for k, v in options.given.items() if k in continuation.LENGTHS}
     plain = replace(
@@ -62,6 +62,9 @@ def restore(folder: Path, options: TrainOptions) -> TrainOptions:
     )
     begun = continuation.is_begun(folder)
     stored = _restore(continuation.work_folder(folder) if begun else folder, plain, begun)
+    typed = [*_network_names(options), *network_names.names_in(options.trust_module)]
+    for name in _network_names(stored):
+        networks.require_typed(str(folder / "config.json"), name, typed)
     changed = {k: v for k, v in lengths.items() if getattr(stored.overrides, k) != v}
     if not begun and not changed:
         raise UserError(
@@ -95,6 +98,19 @@ def _restore(folder: Path, options: TrainOptions, unfinished: bool) -> TrainOpti
         f"{folder / 'config.json'} is damaged: its options do not match their checksum; "
         "restore the file, or start anew in another --out"
     )
+
+
+def resume_line(folder: Path, options: TrainOptions) -> str:
+    """The command that continues a training, which names the code that it imports once more."""
+    names = [name for name in _network_names(options) if networks.is_user_module(name)]
+    code = [network_names.parse(name).text for name in names]
+    code += network_names.names_in(options.trust_module)
+    return shell.resume_line("kd train", folder, trust_module=",".join(dict.fromkeys(code)) or None)
+
+
+def _network_names(options: TrainOptions) -> list[str]:
+    lists = options.student, options.teacher, options.peers, options.assistants
+    return [name for name in network_names.names_in(*lists) if not Path(name).is_dir()]
 
 
 def digest(options: TrainOptions) -> str:

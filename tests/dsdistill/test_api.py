@@ -14,7 +14,6 @@ import dsdistill
 from dsdistill.commands import distil
 from dsdistill.harness.data import datasets
 from dsdistill.harness.errors import UserError
-from dsdistill.kernels import neural_tangents
 from dsdistill.options import KipOptions, LabelSolveOptions
 
 SMALL: dict[str, Any] = {"images_per_class": 1, "steps": 4, "target_batch": 200, "progress": False}
@@ -157,6 +156,21 @@ def test_given_validation_images_choose(digits: dsdistill.ImageData) -> None:
     small = dsdistill.kip(*digits.train, **SMALL, validation=digits.test)
     assert small.provenance["data"]["train"] == len(digits.train[0])
     assert small.provenance["data"]["validation"] == len(digits.test[0])
+    with pytest.raises(UserError, match="validation_fraction has no effect with validation"):
+        dsdistill.kip(*digits.train, **SMALL, validation=digits.test, validation_fraction=0.2)
+
+
+def test_validation_images_that_the_set_has_seen_are_said(
+    digits: dsdistill.ImageData, capfd: pytest.CaptureFixture
+) -> None:
+    solved = dsdistill.label_solve(*digits.train, images_per_class=1, progress=False)
+    options: dict[str, Any] = {"learners": ["ridge"], "controls": [], "seeds": 1}
+    dsdistill.evaluate(solved, train=digits.train, test=digits.test, **options)
+    assert "made of all training images, including the validation" in capfd.readouterr().err
+    rest = digits.test[0][:180], digits.test[1][:180]
+    held_out = digits.test[0][180:], digits.test[1][180:]
+    dsdistill.evaluate(solved, train=digits.train, test=rest, validation=held_out, **options)
+    assert "made of all training images" not in capfd.readouterr().err
 
 
 def test_a_search_starts_from_another_set(
@@ -221,7 +235,7 @@ def test_evaluate_measures_a_set_and_its_controls(
 def test_a_network_of_neural_tangents_is_a_kernel(
     digits: dsdistill.ImageData, tmp_path: Path
 ) -> None:
-    stax = neural_tangents.load().stax
+    stax = dsdistill.load_neural_tangents().stax
     std = {"W_std": 2**0.5, "b_std": 0.1}
     layers = stax.Flatten(), stax.Dense(9, **std), stax.Relu(), stax.Dense(1, **std)
     network = stax.serial(*layers)

@@ -33,3 +33,9 @@ def test_an_argument_is_no_option() -> None:
 def test_a_resume_is_of_the_command_and_its_folder() -> None:
     line = shell.resume_line("dsdistill evaluate", Path("a run"), "set")
     assert line == "dsdistill evaluate set --resume --out 'a run'"
+
+
+def test_a_line_to_resume_names_the_code_that_is_imported() -> None:
+    code = "net:Net(width=2)"
+    line = shell.resume_line("kd train", Path("run"), trust_module=code, kernel=None)
+    assert line == f"kd train --resume --out run --trust-module '{code}'"

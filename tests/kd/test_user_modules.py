@@ -236,19 +236,27 @@ def test_published_weights_of_own_code_are_refused(monkeypatch: pytest.MonkeyPat
     assert "leave --pretrained out" in line
 
 
-def test_a_resume_restores_the_code_and_refuses_changed_code(
+def test_a_resume_imports_only_what_is_typed_again_and_refuses_changed_code(
     monkeypatch: pytest.MonkeyPatch, code: Path
 ) -> None:
-    options = ("--student", NET, "--peers", "usernet:Net(width=2),mlp:4")
+    """A `config.json` could name any code of the machine, as `subprocess:getoutput(cmd=...)`."""
+    peer = "usernet:Net(width=2)"
+    options = ("--student", NET, "--peers", f"{peer},mlp:4")
     train(monkeypatch, *options, "--out", "whole")
     stop_in(monkeypatch, 2, "train", "data.npz", *QUICK, *options, "--out", "run")
-    code.write_text(CODE.replace("nn.ReLU()", "nn.Tanh()"))
     forget()
     line = refused(monkeypatch, "train", "--resume", "--out", "run")
+    assert f"config.json names the code {NET}, and a file may not choose" in line
+    line = refused(monkeypatch, "train", "--resume", "--out", "run", "--student", NET)
+    assert f"names the code {peer}" in line
+    assert "usernet" not in sys.modules
+    again = ("train", "--resume", "--out", "run", "--trust-module", f"{NET},{peer}")
+    code.write_text(CODE.replace("nn.ReLU()", "nn.Tanh()"))
+    line = refused(monkeypatch, *again)
     assert "was started: module of the student" in line
     code.write_text(CODE)
     forget()
-    main(monkeypatch, "train", "--resume", "--out", "run")
+    main(monkeypatch, *again)
     name = "student.safetensors"
     assert Path("run", name).read_bytes() == Path("whole", name).read_bytes()
 

@@ -26,6 +26,7 @@ ROOMS = (
     "dsdistill.loops",
     "dsdistill.options",
     "dsdistill.commands",
+    "dsdistill.distilled",
     "dsdistill.api",
     "dsdistill.cli",
     "dsdistill",
