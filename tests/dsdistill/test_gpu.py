@@ -103,9 +103,8 @@ def test_programs_of_a_level_are_what_planes_computes(
                 np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize(
-    ("text", "dtype"), [("CR-2xCRP-flatten", "float32"), ("CR-CRP-CR-gap", "float64")]
-)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("text", ["CR-2xCRP-flatten", "CR-CRP-CR-gap"])
 def test_programs_are_lowered_for_a_gpu_that_is_not_here(
     monkeypatch: pytest.MonkeyPatch, text: str, dtype: str
 ) -> None:
