@@ -1,11 +1,12 @@
-"""Fashion-MNIST with the convolutional kernel: Label Solve and KIP.
+"""Fashion-MNIST: Label Solve and KIP with the convolutional kernel, outer losses and ridges of KIP.
 
     python benchmarks/kip.py ls-1 kip-1                    the cases named, in this order
     python benchmarks/kip.py --root runs/benchmark         all of them, four hours on two cores
 
 Every case is a few `dsdistill` commands, printed as they start. Stopped at any moment, the same
 line goes on where it was; what is finished is only read. The figures go to ROOT/results.jsonl:
-test accuracy by ridge regression with the same kernel. `scorecard.py` judges the sets.
+test accuracy by ridge regression with the same kernel, and what is chosen by, validation accuracy.
+`scorecard.py` judges the sets.
 """
 
 import argparse
@@ -39,6 +40,21 @@ CASES = {  # name: the runs, a command line and a folder each
     # rates 0.05, 0.1 and 0.2 by the validation images.
     "small-adam": [(f"{SMALL} {ADAM} --steps 1600 --target-batch 250", "small-adam")],
     "small-newton": [(f"{SMALL} {NEWTON} --target-batch 500", "small-newton")],
+    # Outer losses and ridges, with the fully connected kernel and Adam.
+    **{
+        f"fc-{k}-{outer}-{ridge}{suffix}": [
+            (
+                f"kip fashion-mnist --images-per-class {k} --steps 300 --outer {outer} "
+                f"--ridge {ridge}{learn} --seed {s}",
+                f"fc-{k}-{outer}-{ridge}{suffix}-{s}",
+            )
+            for s in range(3)
+        ]
+        for k in (1, 10)
+        for outer in ("mse", "ce")
+        for ridge in ("1e-6", "1e-2")
+        for suffix, learn in (("", ""), ("-labels", " --learn-labels --label-learning-rate 0.004"))
+    },
 }
 
 
@@ -60,11 +76,12 @@ def main() -> None:
 
 def measured(name: str, root: Path) -> dict[str, Any]:
     """Mean and deviation of the runs of a case, and their seconds."""
-    accuracies, before, seconds = [], [], []
+    accuracies, validation, before, seconds = [], [], [], []
     for line, folder in CASES[name]:
         finish(line, root / folder)
         found = distilled_set.load(root / folder / distilled_set.FILE_NAME).provenance
         accuracies.append(found["metrics"]["test_accuracy"])
+        validation.append(found["metrics"].get("validation_accuracy"))
         before.append(found["metrics"]["initial_test_accuracy"])
         seconds.append(found["seconds"])
     return {
@@ -72,6 +89,7 @@ def measured(name: str, root: Path) -> dict[str, Any]:
         "test_accuracy": accuracies,
         "mean": float(np.mean(accuracies)),
         "deviation": float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else None,
+        "validation_accuracy": validation,
         "before": before,
         "seconds": seconds,
     }

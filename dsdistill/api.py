@@ -59,7 +59,7 @@ Pair = tuple[ArrayLike, ArrayLike]  # images and labels
 DATA_NAME = "arrays"  # name of a caller's data in provenance and reports
 # How messages of the commands read to who calls a function.
 _PHRASES = {"--resume goes on": "the same call goes on", "--out": "checkpoint"}
-_TEXTS = ("preprocess", "optimizer", "schedule")
+_TEXTS = ("preprocess", "outer", "optimizer", "schedule")
 # Options about files and hosts are the commands' alone.
 STORAGE = Storage(
     unstored=("data", "data_root", "image_size", "channels", "out", "resume", "hosts"), free=()
@@ -78,6 +78,7 @@ def kip(
     classes: Sequence[str] | None = None,
     preprocess: Literal["standardise", "zca", "none"] | None = None,
     init: str | os.PathLike[str] | DistilledSet = KipOptions.init,
+    outer: Literal["mse", "ce"] = KipOptions.outer,
     optimizer: Literal["adam", "gauss-newton"] = KipOptions.optimizer,
     learning_rate: float | None = None,
     label_learning_rate: float | None = None,
@@ -121,6 +122,8 @@ def kip(
         classes: Class names in label order; by default the distinct labels, sorted.
         preprocess: Normalisation of the pixels; by default zca for colour, else standardise.
         init: `real` images, `noise`, or a distilled set (or its path), whose labels are kept.
+        outer: Loss of the predicted training images: `mse`, the squared error, or `ce`, the
+            cross-entropy of the predictions times the scale that fits them best.
         optimizer: `adam`, as in the papers, or `gauss-newton`, which needs far fewer steps.
         learning_rate: Rate of adam (0.04), or the part of a step of gauss-newton taken (0.3).
         label_learning_rate: Rate of adam for the labels; by default that of the images.

@@ -122,7 +122,7 @@ class KipOptions(RunOptions):
             "Distilled set": "images_per_class init learn_labels corruption",
             "Output and resuming": _OUTPUT,
             "Kernel": "kernel depth w_std b_std ridge",
-            "Optimisation": "optimizer steps learning_rate label_learning_rate schedule "
+            "Optimisation": "outer optimizer steps learning_rate label_learning_rate schedule "
             "target_batch augment warm_up damping",
             "Validation": "validation_images patience",
             "Data": _DATA,
@@ -144,6 +144,10 @@ class KipOptions(RunOptions):
     convolution, R: ReLU, P: 2x2 pooling; flatten or gap ends it); or module:attribute for a network
     of neural-tangents, whose module is imported and run, from the current folder first. Of several,
     separated by commas, each step draws one; the first validates and is stored"""
+
+    outer: Literal["mse", "ce"] = "mse"
+    """Loss of the predicted training images that the steps lower: the squared error, or the
+    cross-entropy of the predictions times the scale that fits them best"""
 
     optimizer: Literal["adam", "gauss-newton"] = "adam"
     """adam, as in the papers; or gauss-newton, which solves for the step that fits each target

@@ -25,6 +25,7 @@ from dsdistill.methods import augment, initial_support, kip
 from dsdistill.methods.adam import Adam
 from dsdistill.methods.gauss_newton import GaussNewton
 from dsdistill.methods.optimizer import Optimizer
+from dsdistill.methods.outer_loss import OUTER_LOSSES
 from dsdistill.options import KipOptions, LabelSolveOptions, RunOptions
 
 DEFAULT_IMAGES_PER_CLASS = 10
@@ -215,6 +216,7 @@ def _phase(options: KipOptions, kernels: tuple[InfiniteNetwork, ...], steps: int
         steps if options.schedule == "cosine" else None,
         options.learn_labels,
         augment.parse(options.augment),
+        OUTER_LOSSES[options.outer],
     )
     return Phase(objective, steps)
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsdistill.harness.data.labeled_images import Examples, centred_one_hot
+from dsdistill.harness.data.labeled_images import Examples
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import run_folder
 from dsdistill.loops import checkpoints, selection
@@ -21,7 +21,7 @@ from dsdistill.loops.checkpoints import explain_mismatch, metrics_writer, requir
 from dsdistill.loops.duration import KipDuration
 from dsdistill.loops.plan import Plan, Span
 from dsdistill.loops.selection import Candidate, Scorer
-from dsdistill.methods import kip
+from dsdistill.methods import kip, outer_loss
 from dsdistill.methods.initial_support import Support
 from dsdistill.parallel import devices, hosts
 
@@ -116,7 +116,7 @@ def run_to_end(
                         if span.is_validated(step.done):
                             candidate = score(step.done, step.state.images, step.state.labels)
                         seconds = time.monotonic() - began
-                        reached = _next_snapshot(step, last, candidate, train, seconds)
+                        reached = _next_snapshot(span, step, last, candidate, train, seconds)
                         observe(step, reached.best)
                         figures = _figures(plan, span, step, candidate)
                         write(reached.done, **figures)
@@ -166,7 +166,12 @@ def _is_out_of_patience(plan: Plan, span: Span, last: Snapshot) -> bool:
 
 
 def _next_snapshot(
-    step: kip.Step, last: Snapshot, candidate: Candidate | None, train: Examples, seconds: float
+    span: Span,
+    step: kip.Step,
+    last: Snapshot,
+    candidate: Candidate | None,
+    train: Examples,
+    seconds: float,
 ) -> Snapshot:
     """The snapshot after a step, and after the validation if there was one.
 
@@ -178,7 +183,7 @@ def _next_snapshot(
         best = candidate if selection.is_better(candidate, best) else best
         stale = 0 if candidate.loss < lowest else stale + 1
         lowest = min(lowest, candidate.loss)
-    zero_loss = _zero_prediction_loss(len(train.data.classes))
+    zero_loss = outer_loss.zero_value(span.phase.objective.outer, len(train.data.classes))
     limit = last.limit if last.limit < math.inf else DIVERGENCE_FACTOR * max(step.loss, zero_loss)
     high = last.high + 1 if step.loss > limit else 0
     return Snapshot(step.done, step.state, best, seconds, lowest, stale, limit, high)
@@ -203,14 +208,11 @@ def _divergence_error(span: Span, last: Snapshot, step: kip.Step) -> UserError:
     )
 
 
-def _zero_prediction_loss(k: int) -> float:
-    """The loss of a prediction of 0 for every target."""
-    return 0.5 * float(np.mean(centred_one_hot(np.arange(k), k) ** 2))
-
-
 def _make_scorer(plan: Plan, validation: Examples, unit: str | None = None) -> Scorer:
     objective = plan.phases[-1].objective
-    return selection.scorer(objective.networks[0], objective.ridge, validation, unit=unit)
+    return selection.scorer(
+        objective.networks[0], objective.ridge, objective.outer, validation, unit=unit
+    )
 
 
 def _choose_candidate(

@@ -4,7 +4,7 @@ During the run each candidate is judged on one class-balanced subset, drawn once
 candidates compare like with like at a small cost. At the end the best of them and the last one
 are judged on all validation images; the better one is chosen, and its figures are those reported.
 
-The best is that of the lowest squared error, which is what KIP minimises on the training images;
+The best is that of the lowest outer loss, which is what KIP minimises on the training images;
 accuracy on a few hundred images is too coarse to choose by.
 """
 
@@ -16,7 +16,8 @@ from jaxtyping import Array, Float
 
 from dsdistill.harness.data.labeled_images import Examples, LabeledImages, draw_balanced
 from dsdistill.kernels.networks import InfiniteNetwork
-from dsdistill.methods import ridge
+from dsdistill.methods import outer_loss, ridge
+from dsdistill.methods.outer_loss import OuterLoss
 from dsdistill.methods.targets import load_into_memory
 
 UNKNOWN = float("nan")  # the figures where there are no validation images
@@ -39,13 +40,19 @@ Scorer = Callable[[int, SupportImages, SupportLabels], Candidate]
 
 
 def scorer(
-    network: InfiniteNetwork, strength: float, validation: Examples, *, unit: str | None = None
+    network: InfiniteNetwork,
+    strength: float,
+    outer: OuterLoss,
+    validation: Examples,
+    *,
+    unit: str | None = None,
 ) -> Scorer:
     """A function that scores a support on these validation images.
 
     Args:
         network: Whose kernel predicts them.
         strength: The ridge, relative.
+        outer: The loss of the predictions.
         validation: Without any, both figures are NaN.
         unit: What live progress calls them; None shows none.
     """
@@ -60,7 +67,7 @@ def scorer(
         support, y_s = np.asarray(x_s), np.asarray(y_s)
         scores = ridge.fit(network, support, y_s, strength, unit=unit)(images)
         accuracy = float((scores.argmax(1) == labels.argmax(1)).mean())
-        return Candidate(step, support, y_s, accuracy, float(((scores - labels) ** 2).mean() / 2))
+        return Candidate(step, support, y_s, accuracy, outer_loss.mean_value(outer, scores, labels))
 
     return score
 

@@ -1,11 +1,12 @@
-"""The Gauss-Newton step of KIP, which exploits that the loss is a sum of squares.
+"""The Gauss-Newton step of KIP, which exploits how the loss depends on the predictions.
 
 Adam uses the gradient of a batch. The derivatives of all single entries of the kernel cost no
 more than that gradient (`conv_kernel.slopes`), and they give the Jacobian J, which is never
-formed: how all predictions p of the batch change with all pixels and labels. A step s minimises
-the loss with the predictions linearised and a diagonal damping S:
+formed: how all predictions p of the batch change with all pixels and labels. With gradient g and
+curvature H of the outer loss at p, a step s minimises the loss with the predictions linearised, to
+the second order in them, and a diagonal damping S:
 
-    1/2 mean (p + J s - y_t)²  +  1/2 s^T S s
+    g^T J s  +  1/2 s^T J^T H J s  +  1/2 s^T S s
 
 by conjugate gradients, which start from the previous step. A fraction of s is taken. A step that
 does not lower the loss of its own batch is undone. One that lowers it by much less than the
@@ -33,6 +34,7 @@ from dsdistill.kernels import gram
 from dsdistill.kernels.networks import InfiniteNetwork, Slopes
 from dsdistill.methods import ridge
 from dsdistill.methods.optimizer import LearnedArrays, StepProblem
+from dsdistill.methods.outer_loss import OuterLoss
 from dsdistill.parallel import devices
 
 ITERATIONS = 30  # of conjugate gradients: more would fit the noise of the batch
@@ -68,7 +70,7 @@ class GaussNewton:
 
     Attributes:
         learning_rate: The part of the solution that is taken, at most 1.
-        damping: What holds a step near its start, relative to the mean of the diagonal of J^T J.
+        damping: What holds a step near its start, relative to the mean diagonal of J^T H J.
     """
 
     learning_rate: float = 0.3
@@ -102,6 +104,7 @@ class GaussNewton:
             problem.y_t,
             problem.weights,
             problem.targets,
+            problem.outer,
         )
         return step(
             linear,
@@ -175,6 +178,7 @@ class Problem:
         x_t, y_t: Images and labels of this device's targets.
         weights: Weight of each target in the mean; 0 for padding.
         targets: Number of targets on all devices.
+        outer: The loss as a function of the predictions.
     """
 
     slopes: Slopes
@@ -184,6 +188,7 @@ class Problem:
     y_t: Float[Array, "m k"]
     weights: Float[Array, " m"]
     targets: int
+    outer: OuterLoss
 
 
 def step(
@@ -206,25 +211,25 @@ def step(
         last: State after the previous step.
         loss: This device's part of the loss as a function of `learned`.
         rate: Fraction of the solution that is taken.
-        damping: Relative to the mean of the diagonal of J^T J, for images and labels separately.
+        damping: Relative to the mean diagonal of J^T H J, for images and labels separately.
         key: JAX key for the estimate of that mean.
 
     Returns:
         The loss before the step, the learned arrays after it, and the state for the next step.
     """
     predictions, forward, backward = linearise(problem, whole, learned)
-    errors = predictions - problem.y_t
-    weights = jnp.broadcast_to(problem.weights[:, None], errors.shape) / errors.shape[1]
+    model = problem.outer.quadratic(predictions, problem.y_t, problem.weights)
 
-    def half_mean_square(residuals: Array) -> Array:
-        return devices.total(0.5 * jnp.sum(weights * residuals**2))
+    def outer_loss(predictions: Array) -> Array:
+        part = problem.outer.value(predictions, problem.y_t, problem.weights, devices.total)
+        return devices.total(part)
 
-    scale = _scales(backward, weights, (problem.targets, weights.shape[1]), key)
-    gradient = _times(scale, devices.total(backward(weights * errors)))
+    scale = _scales(backward, model.root, (problem.targets, predictions.shape[1]), key)
+    gradient = _times(scale, devices.total(backward(model.gradient)))
 
     # Scaled so that the mean of its diagonal is 1, plus the damping.
     def curvature(v: LearnedArrays) -> LearnedArrays:
-        product = devices.total(backward(weights * forward(_times(scale, v))))
+        product = devices.total(backward(model.product(forward(_times(scale, v)))))
         boosted = damping * last.boost
         return jax.tree.map(lambda p, v: p + boosted * v, _times(scale, product), v)
 
@@ -233,8 +238,8 @@ def step(
     change = jax.tree.map(lambda v: (-rate * v).astype(v.dtype), direction)
     moved = jax.tree.map(jnp.add, learned, change)
 
-    value = half_mean_square(errors)
-    promised = value - half_mean_square(errors + forward(change))
+    value = outer_loss(predictions)
+    promised = value - outer_loss(predictions + forward(change))
     decrease = value - devices.total(loss(moved))
     accepted = decrease > 0  # False for NaN
     share = jnp.where(accepted, decrease / promised, 0)
@@ -291,19 +296,20 @@ def linearise(
 
 def _scales(
     backward: Callable[[Array], LearnedArrays],
-    weights: Float[Array, "m k"],
+    root: Callable[[Array], Array],
     shape: tuple[int, int],
     key: PRNGKeyArray,
 ) -> LearnedArrays:
-    """1 / sqrt(mean of the diagonal of J^T J), for images and for labels.
+    """1 / sqrt(mean of the diagonal of J^T H J), for images and for labels.
 
-    The expected square of J^T times random signs is that diagonal. `shape` is that of the
-    predictions of all targets, so that the signs do not depend on the number of devices.
+    The expected square of J^T R times random signs is that diagonal, where R is a root of H.
+    `shape` is that of the predictions of all targets, so that the signs do not depend on the number
+    of devices.
     """
 
     def probe(key: PRNGKeyArray) -> LearnedArrays:
-        signs = devices.local_rows(jax.random.rademacher(key, shape, weights.dtype))
-        moves = devices.total(backward(jnp.sqrt(weights) * signs))
+        signs = devices.local_rows(jax.random.rademacher(key, shape, jnp.float64))
+        moves = devices.total(backward(root(signs)))
         return {name: jnp.mean(v**2) for name, v in moves.items()}
 
     squares = jax.lax.map(probe, jax.random.split(key, PROBES))

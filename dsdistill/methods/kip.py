@@ -1,10 +1,11 @@
 """Kernel Inducing Points: a support set learned by gradient descent through ridge regression.
 
 Each step draws a class-balanced batch of targets (x_t, y_t) from the training images, predicts it
-by kernel ridge regression from the support (x_s, y_s), and lowers half the mean squared error with
-Adam, over x_s and with `learn_labels` over y_s too:
+by kernel ridge regression from the support (x_s, y_s), and lowers an outer loss of the prediction
+p, over x_s and with `learn_labels` over y_s too:
 
-    loss = 1/2 mean (k_ts (k_ss + ridge * mean(diag k_ss) I)^-1 y_s - y_t)²
+    p = k_ts (k_ss + ridge * mean(diag k_ss) I)^-1 y_s
+    loss = 1/2 mean (p - y_t)²    or    the cross-entropy of softmax(a p), see `outer_loss`
 
 Source: Nguyen, Chen and Lee (2021), arXiv:2011.00050, algorithm 1; Nguyen, Novak, Xiao and Lee
 (2021), arXiv:2107.13034, for label learning and augmentation. Deviation: kernels of the targets
@@ -33,6 +34,7 @@ from dsdistill.methods.adam import Adam
 from dsdistill.methods.augment import augment_images
 from dsdistill.methods.initial_support import Support
 from dsdistill.methods.optimizer import Optimizer, StepProblem
+from dsdistill.methods.outer_loss import OuterLoss, SquaredError
 from dsdistill.methods.targets import TargetBatches, load_into_memory
 from dsdistill.parallel import devices
 
@@ -79,6 +81,7 @@ class KipObjective:
             constant rates.
         learn_labels: Whether labels are learned too.
         augment: Random transforms of the targets, names of `dsdistill.methods.augment`.
+        outer: The loss of the predictions.
     """
 
     networks: tuple[InfiniteNetwork, ...]
@@ -87,6 +90,7 @@ class KipObjective:
     cosine_steps: int | None = None
     learn_labels: bool = False
     augment: tuple[str, ...] = ()
+    outer: OuterLoss = field(default_factory=SquaredError)
 
 
 def initial_state(objective: KipObjective, support: Support) -> State:
@@ -252,7 +256,8 @@ def _compile_update(
             x_s, y_s = now["images"], now["labels"]
             k_ss = ridge.support_gram(network, x_s, tile_ss)
             k_st = gram.gram(network.kernel, x_s, x_t, tile_st)
-            return ridge.loss(k_ss, k_st, y_s, y_t, objective.ridge, real / targets)
+            predictions = ridge.predict(k_st, ridge.solve(k_ss, y_s, objective.ridge))
+            return objective.outer.value(predictions, y_t, real / targets, devices.total)
 
         problem = StepProblem(
             network,
@@ -265,6 +270,7 @@ def _compile_update(
             real / targets,
             targets,
             loss,
+            objective.outer,
         )
         return objective.optimizer.step(problem, state.moments, factor, key)
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from dsdistill.kernels.networks import InfiniteNetwork
+from dsdistill.methods.outer_loss import OuterLoss
 
 LearnedArrays = dict[str, Array]  # `images`, and `labels` where they are learned
 
@@ -29,6 +30,7 @@ class StepProblem:
         weights: Weight of each target in the mean; 0 for those that fill up a device's share.
         targets: Number of targets on all devices.
         loss: This device's part of the loss, as a function of other values of `learned`.
+        outer: The loss as a function of the predictions.
     """
 
     network: InfiniteNetwork
@@ -41,6 +43,7 @@ class StepProblem:
     weights: Float[Array, " m"]
     targets: int
     loss: Callable[[LearnedArrays], Array]
+    outer: OuterLoss
 
 
 class Optimizer(Protocol):

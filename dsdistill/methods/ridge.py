@@ -50,26 +50,6 @@ def predict(k_st: Float[Array, "n m"], alpha: Float[Array, "n k"]) -> Float[Arra
     return k_st.astype(alpha.dtype).T @ alpha
 
 
-def loss(
-    k_ss: Float[Array, "n n"],
-    k_st: Float[Array, "n m"],
-    y_s: Float[Array, "n k"],
-    y_t: Float[Array, "m k"],
-    ridge: float,
-    weights: Float[Array, " m"] | None = None,
-) -> Float[Array, ""]:
-    """Half the mean squared error of the predicted targets, over all m k entries.
-
-    Args:
-        k_ss, k_st: Kernel of the support with itself and with the targets.
-        y_s, y_t: Labels of support and targets.
-        ridge: Relative ridge, see `solve`.
-        weights: Weight of each target in the mean; None: 1/m for all.
-    """
-    errors = jnp.mean((predict(k_st, solve(k_ss, y_s, ridge)) - y_t) ** 2, axis=1)
-    return 0.5 * (jnp.mean(errors) if weights is None else weights @ errors)
-
-
 @dataclass(frozen=True)
 class RidgeLearner:
     """Kernel ridge regression as a `Learner`, with nothing random or tuned.

@@ -17,11 +17,12 @@ from dsdistill.methods import gauss_newton, kip, ridge
 from dsdistill.methods.adam import Adam
 from dsdistill.methods.gauss_newton import GaussNewton, GaussNewtonState, Problem
 from dsdistill.methods.initial_support import draw_support
+from dsdistill.methods.outer_loss import OUTER_LOSSES, OuterLoss, SquaredError
 from dsdistill.methods.targets import TargetBatches
 from dsdistill.parallel import devices
 
 NETWORKS = {name: networks.parse(name) for name in ("fc", "CR-flatten")}
-STRENGTH = 1e-3
+STRENGTH, MSE = 1e-3, SquaredError()
 
 
 def examples(n: int = 60) -> Examples:
@@ -36,6 +37,7 @@ def examples(n: int = 60) -> Examples:
 TRAIN = examples()
 SUPPORT = draw_support(TRAIN, 1, noise=False, corruption=0, seed=0)
 X_T, Y_T = TargetBatches(TRAIN, 9, 0).draw(0)
+WEIGHTS = np.full(len(X_T), 1 / len(X_T))
 
 
 def compiled(work):
@@ -56,11 +58,11 @@ def alone(work, *arguments):
     return compiled(work)(*arguments)
 
 
-def problem(name: str, free: np.ndarray | None = None) -> Problem:
+def problem(name: str, free: np.ndarray | None = None, outer: OuterLoss = MSE) -> Problem:
     slopes = gauss_newton.require_slopes(NETWORKS[name])
     free = np.ones(SUPPORT.images.shape, bool) if free is None else free
-    weights = np.full(len(X_T), 1 / len(X_T))
-    return Problem(slopes, STRENGTH, *map(jnp.asarray, (free, X_T, Y_T, weights)), len(X_T))
+    arrays = map(jnp.asarray, (free, X_T, Y_T, WEIGHTS))
+    return Problem(slopes, STRENGTH, *arrays, len(X_T), outer)
 
 
 def support() -> dict[str, jax.Array]:
@@ -117,14 +119,21 @@ def test_frozen_pixels_neither_move_nor_count():
     assert (np.asarray(back)[free] != 0).all()
 
 
-def stepped(at: dict, last: GaussNewtonState, *, rate: float, damping: float):
+def stepped(
+    at: dict,
+    last: GaussNewtonState,
+    *,
+    rate: float,
+    damping: float,
+    outer: OuterLoss = MSE,
+):
     """One step, with the loss from the definition of KIP."""
-    step = _step(damping, gauss_newton.ITERATIONS, gauss_newton.PROBES)
+    step = _step(outer, damping, gauss_newton.ITERATIONS, gauss_newton.PROBES)
     return step(at, last, np.float32(rate))
 
 
 @functools.cache
-def _step(damping: float, *constants: int):
+def _step(outer: OuterLoss, damping: float, *constants: int):
     """The program of a step with these constants of `gauss_newton`."""
     kernel = NETWORKS["fc"].kernel
 
@@ -132,20 +141,35 @@ def _step(damping: float, *constants: int):
         def loss(values):
             x_s = values["images"].astype(jnp.float64)
             k_ss, k_st = kernel(x_s, x_s), kernel(x_s, jnp.asarray(X_T, jnp.float64))
-            return ridge.loss(k_ss, k_st, values["labels"], Y_T, STRENGTH)
+            predictions = ridge.predict(k_st, ridge.solve(k_ss, values["labels"], STRENGTH))
+            return outer.value(predictions, Y_T, WEIGHTS, devices.total)
 
         options = {"rate": rate, "damping": damping, "key": jax.random.key(0)}
-        return gauss_newton.step(problem("fc"), at, at, last, loss, **options)
+        return gauss_newton.step(problem("fc", outer=outer), at, at, last, loss, **options)
 
     return compiled(of)
 
 
-def test_the_step_solves_the_damped_problem(monkeypatch):
+def model_of(outer: OuterLoss, predictions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Gradient of an outer loss, and rows R with R^T R = H."""
+
+    def work(predictions):
+        model = outer.quadratic(predictions, jnp.asarray(Y_T), jnp.asarray(WEIGHTS))
+        return model.gradient, jax.vmap(model.root)(jnp.eye(Y_T.size).reshape(-1, *Y_T.shape))
+
+    gradient, roots = alone(work, predictions)
+    return np.asarray(gradient), np.asarray(roots).reshape(Y_T.size, Y_T.size)
+
+
+@pytest.mark.parametrize("name", OUTER_LOSSES)
+def test_the_step_solves_the_damped_problem(name, monkeypatch):
     """The step equals the dense solution after as many iterations as there are unknowns."""
     monkeypatch.setattr(gauss_newton, "ITERATIONS", 400)
     monkeypatch.setattr(gauss_newton, "PROBES", 2000)  # the mean of the diagonal, nearly exactly
     at = support()
-    *_, after = stepped(at, gauss_newton.initial_state(at), rate=0.1, damping=0.5)
+    outer = OUTER_LOSSES[name]
+    first = gauss_newton.initial_state(at)
+    *_, after = stepped(at, first, rate=0.1, damping=0.5, outer=outer)
     unit = np.eye(sum(v.size for v in at.values()))
 
     def jacobian(at):
@@ -153,12 +177,13 @@ def test_the_step_solves_the_damped_problem(monkeypatch):
         rows = jax.vmap(backward)(jnp.eye(Y_T.size).reshape(-1, *Y_T.shape))
         return jnp.concatenate([rows[n].reshape(Y_T.size, -1) for n in at], 1)
 
-    j = np.float64(alone(jacobian, at)) / np.sqrt(Y_T.size)
-    r = (predicted("fc", at) - Y_T).ravel() / np.sqrt(Y_T.size)
-    diagonal = (j**2).sum(0)
+    gradient, roots = model_of(outer, predicted("fc", at))
+    j = np.float64(alone(jacobian, at))
+    diagonal = ((roots @ j) ** 2).sum(0)
     n = at["images"].size
     means = np.concatenate([np.full(n, diagonal[:n].mean()), np.full(9, diagonal[n:].mean())])
-    expected = np.linalg.solve(j.T @ j + 0.5 * means * unit, j.T @ r)
+    curvature = (roots @ j).T @ (roots @ j)
+    expected = np.linalg.solve(curvature + 0.5 * means * unit, j.T @ gradient.ravel())
     direction = np.concatenate([np.ravel(after.direction[name]) for name in at])
     np.testing.assert_allclose(direction, expected, atol=0.03 * np.abs(expected).max())
 

@@ -17,15 +17,16 @@ from dsdistill.harness.data.preprocess import identity
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import metrics_file, progress, run_folder
 from dsdistill.kernels import gram, networks
-from dsdistill.loops import kip_loop, selection, timing
+from dsdistill.loops import selection, timing
 from dsdistill.loops.kip_loop import run_to_end
 from dsdistill.loops.label_solve_loop import accumulate_sums
 from dsdistill.loops.plan import Phase, Plan
 from dsdistill.loops.selection import Candidate
-from dsdistill.methods import kip
+from dsdistill.methods import kip, outer_loss
 from dsdistill.methods.adam import Adam
 from dsdistill.methods.gauss_newton import GaussNewton
 from dsdistill.methods.initial_support import Support, draw_support
+from dsdistill.methods.outer_loss import SquaredError
 from dsdistill.options import KipOptions, LabelSolveOptions
 
 FC1, FC2 = networks.parse("fc", 1), networks.parse("fc", 2)
@@ -210,7 +211,7 @@ def scripted(monkeypatch, loss: Callable[[int, int], float]) -> list[tuple[int, 
     """Script the scorer: loss and accuracy as functions of the step and of the number of images."""
     asked = []
 
-    def judge(network, strength, validation, unit=None):
+    def judge(network, strength, outer, validation, unit=None):
         def score(step, images, labels):
             asked.append((step, len(validation)))
             images, labels = np.asarray(images), np.asarray(labels)
@@ -312,8 +313,7 @@ def test_a_loss_that_is_high_for_a_while_stops_nothing(support, tmp_path, monkey
 
 def test_a_small_first_loss_is_no_measure(support, tmp_path, monkeypatch):
     """A distilled support has nearly no loss at first; the zero prediction is the measure."""
-    nothing = kip_loop._zero_prediction_loss(3)
-    assert nothing == pytest.approx(0.5 * (4 / 9 + 1 / 9 + 1 / 9) / 3)
+    nothing = outer_loss.zero_value(SquaredError(), 3)
     with_losses(monkeypatch, 1e-6, 9 * nothing)
     _, last = run_to_end(opened(tmp_path), plan(40), support, TRAIN, VALIDATION)
     assert last.done == 40

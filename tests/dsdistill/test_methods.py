@@ -16,6 +16,7 @@ from dsdistill.kernels.dense import fc_ntk
 from dsdistill.methods import kip, label_solve, ridge
 from dsdistill.methods.adam import Adam
 from dsdistill.methods.initial_support import Support, draw_support
+from dsdistill.methods.outer_loss import OUTER_LOSSES
 from dsdistill.methods.targets import TargetBatches
 
 
@@ -46,7 +47,8 @@ def run(train: Examples, steps: int = 5, support: Support | None = None, **chang
     return list(stream)
 
 
-def test_gradient_equals_finite_differences(train):
+@pytest.mark.parametrize("name", OUTER_LOSSES)
+def test_gradient_equals_finite_differences(train, name):
     """The gradient of the whole loss, through kernel, tiles and solution, in float64."""
     support = start(train)
     y_s, y_t = jnp.asarray(support.labels, float), jnp.asarray(train.labels())
@@ -56,7 +58,9 @@ def test_gradient_equals_finite_differences(train):
         def loss(x):
             k_ss = ridge.support_gram(networks.parse("fc"), x, gram.Tile(4, 4))
             k_st = gram.gram(fc_ntk, x, x_t, gram.Tile(4, 32))
-            return ridge.loss(k_ss, k_st, y_s, y_t, 1e-3)
+            predictions = ridge.predict(k_st, ridge.solve(k_ss, y_s, 1e-3))
+            weights = jnp.full(len(y_t), 1 / len(y_t))
+            return OUTER_LOSSES[name].value(predictions, y_t, weights, lambda part: part)
 
         direction = jnp.asarray(np.random.default_rng(1).standard_normal(x_s.shape))
         slope = (jax.grad(loss)(x_s) * direction).sum()

@@ -19,18 +19,15 @@ def problem():
     return factor @ factor.T, rng.standard_normal((12, 9)), rng.standard_normal((12, 3))
 
 
-def test_solution_predictions_and_loss(problem):
+def test_solution_and_predictions(problem):
     k_ss, k_st, y_s = problem
     regular = k_ss + 0.1 * np.mean(np.diag(k_ss)) * np.eye(12)
     alpha = np.linalg.inv(regular) @ y_s
     predicted = k_st.T @ alpha
-    y_t = np.ones((9, 3))
     with jax.enable_x64(True):
-        arrays = [jnp.asarray(a) for a in (k_ss, k_st, y_s, y_t)]
+        arrays = [jnp.asarray(a) for a in (k_ss, k_st, y_s)]
         np.testing.assert_allclose(ridge.solve(arrays[0], arrays[2], 0.1), alpha, rtol=1e-9)
         np.testing.assert_allclose(ridge.predict(arrays[1], alpha), predicted, rtol=1e-9)
-        got = ridge.loss(*arrays, 0.1)
-    np.testing.assert_allclose(got, 0.5 * np.mean((predicted - y_t) ** 2), rtol=1e-9)
 
 
 def test_the_ridge_is_relative(problem):
