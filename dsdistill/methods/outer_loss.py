@@ -127,8 +127,8 @@ def fit_scale(
     """The scale a at which the cross-entropy of softmax(a * predictions) is least.
 
     No gradient passes through it. The derivative in a rises and is concave where it matters, so
-    that Newton's steps from below do not overshoot. A batch that is predicted without a fault has no
-    best scale: there each step adds about one over the margin, and the scale ends at some
+    that Newton's steps from below do not overshoot. A batch that is predicted without a fault has
+    no best scale: there each step adds about one over the margin, and the scale ends at some
     NEWTON_STEPS times that.
 
     Args:
