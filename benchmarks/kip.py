@@ -35,6 +35,10 @@ CASES = {  # name: the runs, a command line and a folder each
         for k in (1, 10)
     },
     "kip-1": [(f"{KIP} 1 {COMMON} {NEWTON} --seed {s}", f"kip-1-{s}") for s in range(3)],
+    "kip-1-ce": [
+        (f"{KIP} 1 {COMMON} {NEWTON} --outer ce --seed {s}", f"kip-1-ce-{s}") for s in range(3)
+    ],
+    "kip-10-ce": [(f"{KIP} 10 {COMMON} {NEWTON} --outer ce", "kip-10-ce-0")],
     "kip-10": [(f"{KIP} 10 {COMMON} {NEWTON} --steps 30", "kip-10-0")],
     # The two optimisers on a small problem. Adam takes eight times the targets, at the best of the
     # rates 0.05, 0.1 and 0.2 by the validation images.
