@@ -24,6 +24,7 @@ from dsdistill.harness.data import distilled_set
 COMMON = "--kernel convnet"
 KIP = "kip fashion-mnist --learn-labels --images-per-class"
 NEWTON = "--optimizer gauss-newton"
+MSE = "--outer mse"
 ADAM = "--schedule cosine --learning-rate 0.2 --label-learning-rate 0.02"
 SMALL = f"{KIP} 1 --kernel convnet3 --image-size 14 --validation-images 2000"
 CASES = {  # name: the runs, a command line and a folder each
@@ -34,16 +35,23 @@ CASES = {  # name: the runs, a command line and a folder each
         ]
         for k in (1, 10)
     },
-    "kip-1": [(f"{KIP} 1 {COMMON} {NEWTON} --seed {s}", f"kip-1-{s}") for s in range(3)],
+    "kip-1": [(f"{KIP} 1 {COMMON} {NEWTON} {MSE} --seed {s}", f"kip-1-{s}") for s in range(3)],
     "kip-1-ce": [
         (f"{KIP} 1 {COMMON} {NEWTON} --outer ce --seed {s}", f"kip-1-ce-{s}") for s in range(3)
     ],
     "kip-10-ce": [(f"{KIP} 10 {COMMON} {NEWTON} --outer ce", "kip-10-ce-0")],
-    "kip-10": [(f"{KIP} 10 {COMMON} {NEWTON} --steps 30", "kip-10-0")],
+    "kip-10": [(f"{KIP} 10 {COMMON} {NEWTON} {MSE} --steps 30", "kip-10-0")],
     # The two optimisers on a small problem. Adam takes eight times the targets, at the best of the
     # rates 0.05, 0.1 and 0.2 by the validation images.
-    "small-adam": [(f"{SMALL} {ADAM} --steps 1600 --target-batch 250", "small-adam")],
-    "small-newton": [(f"{SMALL} {NEWTON} --target-batch 500", "small-newton")],
+    "small-adam": [(f"{SMALL} {ADAM} {MSE} --steps 1600 --target-batch 250", "small-adam")],
+    "small-newton": [(f"{SMALL} {NEWTON} {MSE} --target-batch 500", "small-newton")],
+    # Outer loss and ridge on the same small problem.
+    **{
+        f"small-ce-{ridge}": [
+            (f"{SMALL} {NEWTON} --target-batch 500 --outer ce --ridge {ridge}", f"small-ce-{ridge}")
+        ]
+        for ridge in ("1e-6", "1e-3", "1e-2")
+    },
     # Outer losses and ridges, with the fully connected kernel and Adam.
     **{
         f"fc-{k}-{outer}-{ridge}{suffix}": [

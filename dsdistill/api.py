@@ -47,6 +47,7 @@ from dsdistill.kernels.neural_tangents import NeuralTangents
 from dsdistill.loops.kip_loop import OnStep
 from dsdistill.methods import initial_support, stored_kernel
 from dsdistill.options import (
+    EARLIER,
     EvaluateOptions,
     KipOptions,
     LabelSolveOptions,
@@ -122,8 +123,8 @@ def kip(
         classes: Class names in label order; by default the distinct labels, sorted.
         preprocess: Normalisation of the pixels; by default zca for colour, else standardise.
         init: `real` images, `noise`, or a distilled set (or its path), whose labels are kept.
-        outer: Loss of the predicted training images: `mse`, the squared error, or `ce`, the
-            cross-entropy of the predictions times the scale that fits them best.
+        outer: Loss of the predicted training images: `ce`, the cross-entropy of the predictions
+            times the scale that fits them best, or `mse`, the squared error, as in the papers.
         optimizer: `adam`, as in the papers, or `gauss-newton`, which needs far fewer steps.
         learning_rate: Rate of adam (0.04), or the part of a step of gauss-newton taken (0.3).
         label_learning_rate: Rate of adam for the labels; by default that of the images.
@@ -482,7 +483,9 @@ def _open_run(folder: Path | None, config: Mapping[str, Any]) -> Run:
         return run_folder.in_memory(config)
     resume = (folder / "config.json").exists()
     return hosts.open_run(
-        lambda: run_folder.start(folder, config, result=distilled_set.FILE_NAME, resume=resume)
+        lambda: run_folder.start(
+            folder, config, result=distilled_set.FILE_NAME, resume=resume, earlier=EARLIER
+        )
     )
 
 
@@ -492,6 +495,7 @@ def _finished(file: Path, config: Mapping[str, Any], prepared: Prepared) -> Dist
     stored = distilled.provenance.get("config")
     stored = stored if isinstance(stored, Mapping) else {}
     stored = {k: v for k, v in stored.items() if k != run_folder.CHOSEN_KEY}
+    stored = run_folder.complete(stored, config, EARLIER)
     if stored != run_folder.in_memory(config).config or (
         distilled.provenance.get("inputs") != prepared.digests()
     ):

@@ -29,6 +29,8 @@ OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {  # optimizer -> option -> defa
         "schedule": "cosine",
     },
 }
+# What runs did before there was such an option; their `config.json` lacks it.
+EARLIER: dict[str, Any] = {"outer": "mse"}
 
 
 def _by_optimizer(metavar: str, option: str) -> Shown:
@@ -145,9 +147,9 @@ class KipOptions(RunOptions):
     of neural-tangents, whose module is imported and run, from the current folder first. Of several,
     separated by commas, each step draws one; the first validates and is stored"""
 
-    outer: Literal["mse", "ce"] = "mse"
-    """Loss of the predicted training images that the steps lower: the squared error, or the
-    cross-entropy of the predictions times the scale that fits them best"""
+    outer: Literal["mse", "ce"] = "ce"
+    """Loss of the predicted training images that the steps lower: the cross-entropy of the
+    predictions times the scale that fits them best, or the squared error, as in the papers"""
 
     optimizer: Literal["adam", "gauss-newton"] = "adam"
     """adam, as in the papers; or gauss-newton, which solves for the step that fits each target

@@ -26,7 +26,7 @@ from dsdistill.harness.reports.image_grid import GridSide
 from dsdistill.harness.runs import progress, run_folder
 from dsdistill.harness.runs.options import Storage
 from dsdistill.methods import initial_support, ridge
-from dsdistill.options import KipOptions, LabelSolveOptions, RunOptions, with_defaults
+from dsdistill.options import EARLIER, KipOptions, LabelSolveOptions, RunOptions, with_defaults
 from dsdistill.parallel import hosts
 
 PATH_OPTIONS = ("data", "data_root", "init")  # may differ from host to host
@@ -192,6 +192,7 @@ def _reopen(options: RunOptionsT, method: str) -> tuple[run_folder.Run, RunOptio
             resume=True,
             defaults=_config(type(options)(), method) | {run_folder.COMMAND_KEY: None},
             free=STORAGE.free,
+            earlier=EARLIER,
         )
     )
     try:

@@ -28,6 +28,7 @@ Total = Callable[[Array], Array]  # sums an array over all devices
 NEWTON_STEPS = 20  # for the scale: from SMALLEST_SCALE at most a factor of MAX_FACTOR each
 MAX_FACTOR = 4.0
 SMALLEST_SCALE = 0.1  # of predictions that are worse than none
+SMOOTHING = 0.01  # share of a label that is spread over all classes
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +94,10 @@ class CrossEntropy:
     by gradient descent beside the images. Here a minimises the loss of each batch: the problem
     is convex in one number, so that nothing has to be tuned or stored, and the loss is a function
     of the predictions alone. Its gradient is that at a fixed a, since a is optimal.
+
+    Labels are smoothed by `SMOOTHING`. Otherwise a batch that is predicted without a fault has no
+    best scale and next to no gradient, and Adam wanders: 95 to 97 % on digits, where the smoothed
+    loss reaches what the squared error does.
     """
 
     def value(
@@ -127,9 +132,7 @@ def fit_scale(
     """The scale a at which the cross-entropy of softmax(a * predictions) is least.
 
     No gradient passes through it. The derivative in a rises and is concave where it matters, so
-    that Newton's steps from below do not overshoot. A batch that is predicted without a fault has
-    no best scale: there each step adds about one over the margin, and the scale ends at some
-    NEWTON_STEPS times that.
+    that Newton's steps from below do not overshoot.
 
     Args:
         predictions, labels, weights, total: As for `OuterLoss.value`.
@@ -172,5 +175,5 @@ def zero_value(outer: OuterLoss, classes: int) -> float:
 
 
 def _probabilities(labels: Predictions) -> Predictions:
-    """Class probabilities of centred labels, in float64 if the labels are."""
-    return labels + 1 / labels.shape[1]
+    """Smoothed class probabilities of centred labels."""
+    return (1 - SMOOTHING) * labels + 1 / labels.shape[1]

@@ -22,10 +22,11 @@ WEIGHTS /= WEIGHTS.sum()
 
 
 def cross_entropy(predictions: np.ndarray, scale: float) -> float:
-    """Weighted mean of the negative log probabilities of the classes, by scipy."""
+    """Weighted mean of the negative log probabilities of the smoothed labels, by scipy."""
     logits = scale * predictions
     log = logits - scipy.special.logsumexp(logits, axis=1, keepdims=True)
-    return float(-WEIGHTS @ log[np.arange(M), CLASSES])
+    share = outer_loss.SMOOTHING
+    return float(-WEIGHTS @ ((1 - share) * log[np.arange(M), CLASSES] + share * log.mean(1)))
 
 
 def best_scale(predictions: np.ndarray) -> float:
@@ -67,13 +68,14 @@ def test_the_scale_is_the_one_of_least_cross_entropy(factor):
 
 
 def test_predictions_without_fault_or_merit_have_a_finite_scale():
-    """Without a fault the best scale would be infinite, without a merit negative."""
+    """The best of labels that are predicted as they are gives the smoothed probabilities."""
     with jax.enable_x64(True):
         scales = [
             float(outer_loss.fit_scale(*map(jnp.asarray, (p, LABELS, WEIGHTS)), lambda part: part))
             for p in (LABELS, -LABELS)
         ]
-    assert 10 < scales[0] < 40
+    share = outer_loss.SMOOTHING
+    assert scales[0] == pytest.approx(np.log((1 - share + share / K) / (share / K)), rel=1e-6)
     assert scales[1] == outer_loss.SMALLEST_SCALE
 
 

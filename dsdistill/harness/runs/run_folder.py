@@ -227,6 +227,7 @@ def start(
     resume: bool = False,
     defaults: Mapping[str, Any] | None = None,
     free: tuple[str, ...] = (),
+    earlier: Mapping[str, Any] | None = None,
 ) -> Run:
     """Open a run folder.
 
@@ -238,6 +239,7 @@ def start(
             call that is neither the default nor the stored value is refused.
         defaults: Default options, to tell which options this call sets; without them it sets all.
         free: Options that may differ on resume (the location of the data, say).
+        earlier: Values of options that runs of earlier versions did not store, see `complete`.
 
     Raises:
         RunError: If the folder contains a run and `resume` is off, if the run is finished, or if
@@ -253,7 +255,8 @@ def start(
         # Checked again, now that no other process can change the folder.
         if resume:
             _check_resumable(folder, result)
-            stored = _reconcile(folder, _stored_config(folder), config, defaults, free)
+            completed = complete(_stored_config(folder), config, earlier or {})
+            stored = _reconcile(folder, completed, config, defaults, free)
             _remove_temporaries(folder)
             return Run(folder, stored, True, lock=lock)
         check_free(folder, result)
@@ -263,6 +266,19 @@ def start(
     except BaseException:
         lock.release()
         raise
+
+
+def complete(
+    stored: Mapping[str, Any], config: Mapping[str, Any], earlier: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Add to stored options what a run of an earlier version did, which had no such option.
+
+    Args:
+        stored: Options as an earlier version may have stored them.
+        config: Options of this version, for the same command.
+        earlier: Option -> what runs did before there was one.
+    """
+    return {k: v for k, v in earlier.items() if k in config} | dict(stored)
 
 
 def stored_options(
