@@ -49,7 +49,7 @@ def test_kip_writes_all_it_promises(kip_run):
 
 def test_kip_reaches_the_published_accuracy_on_digits(dsdistill_process, tmp_path):
     began = time.monotonic()
-    done = dsdistill_process("kip", "digits", "--out", "run")
+    done = dsdistill_process("kip", "digits", "--outer", "mse", "--out", "run")
     seconds = time.monotonic() - began
     assert done.returncode == 0, done.stderr
     distilled = distilled_set.load(tmp_path / "run" / "distilled.safetensors")
