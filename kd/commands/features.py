@@ -92,8 +92,9 @@ def run(options: FeaturesOptions) -> dict[str, Any]:
     total = n + (options.views - 1) * training
     record = _record(options, images, device) | backbone.record()
     partial = PartialFeatures(path, record, (total, backbone.width), resume=options.resume)
+    given = {name: value for name, value in vars(options).items() if name != "data"}
     command = shell.line(
-        "kd features", vars(options) | {"out": path, "resume": True}, _defaults(), options.data
+        "kd features", given | {"out": path, "resume": True}, _defaults(), options.data
     )
     views = backbone.views(scale=(options.min_scale, 1.0), hflip=options.hflip)
     ends = np.cumsum([len(batch.rows) for batch in batches])

@@ -127,8 +127,10 @@ def extract(
         seed: Seed of the random views.
         device: Device of the network.
     """
-    with torch.inference_mode(), engine.deterministic():
-        for view in sorted({batch.view for batch in batches}):
-            parts = [batch.rows for batch in batches if batch.view == view]
-            for batch in images.of_rows(parts, (seed, view) if view else None):
-                yield backbone(batch.images.to(device)).float().cpu().numpy()
+    for view in sorted({batch.view for batch in batches}):
+        parts = [batch.rows for batch in batches if batch.view == view]
+        for batch in images.of_rows(parts, (seed, view) if view else None):
+            # Not around the loop: the caller's code runs between two batches.
+            with torch.inference_mode(), engine.deterministic():
+                rows = backbone(batch.images.to(device)).float().cpu().numpy()
+            yield rows
