@@ -153,6 +153,12 @@ def _assemble(
 ) -> Prepared:
     """Check that data, kernels and initial set fit together, and fit the preprocessing."""
     _check_validation(options, splits)
+    augmented = isinstance(options, KipOptions) and options.augment is not None
+    if augmented and preprocess.is_features(splits.train.shape):
+        raise UserError(
+            f"--augment changes pictures, and {options.data} holds features: extract more views of "
+            "the images with kd features --views"
+        )
     images_per_class = _images_per_class(options, splits, init)
     # Each network once, in the order in which they are named.
     all_networks = tuple(
