@@ -85,8 +85,13 @@ def run(options: FeaturesOptions) -> dict[str, Any]:
         options.layer,
         images.shape,
         image_size=options.image_size,
+        convertible=isinstance(images.store, ImageFiles),
         typed=typed,
     ).to(device)
+    if isinstance(images.store, ImageFiles) and backbone.model.shape[2] == 3:
+        gray = image_files.describe_gray(Path(options.data).expanduser(), images.store)
+        if gray is not None:
+            progress.note(gray.partition(";")[0])  # what follows is an option of `kd train`
     n, training = len(images.labels), images.counts[0]
     batches = features.plan(n, training, options.views, options.batch_size)
     total = n + (options.views - 1) * training
@@ -158,8 +163,6 @@ def _load(options: FeaturesOptions) -> ImageSet:
             np.concatenate([part.labels for part in parts if part.labels is not None]),
             splits.train.draw_order,
         )
-        if gray := image_files.describe_gray(path, store):
-            progress.note(gray.partition(";")[0])
         image, _ = store.read(0, 3)
         counts = len(splits.train), len(splits.validation), len(splits.test)
         shape, order = (image.height, image.width, 3), splits.train.draw_order

@@ -122,6 +122,7 @@ def load(
     shape: Shape,
     *,
     image_size: int | None = None,
+    convertible: bool = False,
     typed: Iterable[str] = (),
 ) -> Backbone:
     """Load a trained network as a backbone.
@@ -133,6 +134,7 @@ def load(
         layer: Name of the layer, or `embedding`.
         shape: Height, width and channels of the images, for a network that does not say its own.
         image_size: Height and width of the images that such a network takes, in place of these.
+        convertible: Whether the images are read with as many channels as the network takes.
         typed: Names that the user has typed, as for `saved_models.load_run`.
 
     Raises:
@@ -154,7 +156,8 @@ def load(
         )
         h, w, _ = model.shape
         inputs = InputRecord((h, w), model.interpolation, _published_crop(name))
-    check_channels(f"backbone {name}", model.shape[2], shape[2])
+    if not convertible:
+        check_channels(f"backbone {name}", model.shape[2], shape[2])
     with evaluation_mode(model.classifier):
         return Backbone(model, layer, inputs)
 

@@ -285,3 +285,22 @@ def test_batches_are_whole_parts_of_one_view() -> None:
         (2, [0, 1, 2, 3]),
         (2, [4, 5, 6]),
     ]
+
+
+def test_files_are_read_in_the_channels_of_the_run(
+    inside: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gray = ("--channels", 1, "--student", "convnet:4", "--epochs", 1, "--out", tmp_path / "run")
+    main(inside, "train", "photos", *gray)
+    found = extract(inside, tmp_path / "f.npz", "--student", tmp_path / "run")
+    splits = datasets.load("photos", root=tmp_path, validation_fraction=0, channels=1)
+    run = saved_models.load_run(tmp_path / "run")
+    network = run.classifier.network
+    assert isinstance(network, torch.nn.Sequential)
+    images = batching.to_nchw(run.preprocess.apply(splits.test.images()))
+    with torch.no_grad():
+        expected = network[:-1](images)
+    mine = found.part("test")
+    assert mine is not None
+    own = mine.images().reshape(len(mine), -1).astype(np.float32)
+    np.testing.assert_allclose(own, expected, rtol=2e-3, atol=2e-3)
