@@ -42,9 +42,7 @@ class Stopwatch:
         return time.perf_counter(), sum(os.times()[:4])
 
 
-def bare(
-    folder: Path, network: torch.nn.Module, size: int, workers: int, batch: int
-) -> tuple[float, float]:
+def bare(folder: Path, network: Any, size: int, workers: int, batch: int) -> tuple[float, float]:
     """Seconds of timm's loader and a plain loop, by the clock and of processors."""
     watch = Stopwatch()
     images = ImageDataset(str(folder))
@@ -95,7 +93,7 @@ def ours(folder: Path, weights: Path, options: argparse.Namespace, out: Path) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--network", default="resnet18")
     parser.add_argument("--image-size", type=int, default=32)

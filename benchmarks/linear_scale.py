@@ -45,7 +45,7 @@ def anonymous_mib() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--images", type=int, default=100_000)
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--values", type=int, default=512)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
@@ -55,8 +56,9 @@ def test_features_are_centred_and_have_a_mean_norm_of_root_d() -> None:
 def test_the_kernel_is_the_inner_product_of_its_map() -> None:
     assert LINEAR.feature_map is not None
     x, z = TRAIN.images()[:5], TEST[:7]
-    np.testing.assert_allclose(LINEAR.kernel(x, z), mapped(x) @ mapped(z).T, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(LINEAR.feature_map(x), mapped(x), rtol=1e-6)
+    products = LINEAR.kernel(jnp.asarray(x), jnp.asarray(z))
+    np.testing.assert_allclose(products, mapped(x) @ mapped(z).T, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(LINEAR.feature_map(jnp.asarray(x)), mapped(x), rtol=1e-6)
 
 
 def test_sums_over_classes_are_sums_over_centred_labels(monkeypatch: pytest.MonkeyPatch) -> None:
