@@ -77,7 +77,7 @@ def kip(
     validation: Pair | None = None,
     validation_fraction: float = KipOptions.validation_fraction,
     classes: Sequence[str] | None = None,
-    preprocess: Literal["standardise", "zca", "none"] | None = None,
+    preprocess: Literal["standardise", "zca", "none", "centre"] | None = None,
     init: str | os.PathLike[str] | DistilledSet = KipOptions.init,
     outer: Literal["mse", "ce"] = KipOptions.outer,
     optimizer: Literal["adam", "gauss-newton"] = KipOptions.optimizer,
@@ -177,7 +177,7 @@ def label_solve(
     images_per_class: int | None = None,
     kernel: Kernel = LabelSolveOptions.kernel,
     classes: Sequence[str] | None = None,
-    preprocess: Literal["standardise", "zca", "none"] | None = None,
+    preprocess: Literal["standardise", "zca", "none", "centre"] | None = None,
     ridge: float = LabelSolveOptions.ridge,
     depth: int | None = None,
     w_std: float = LabelSolveOptions.w_std,
@@ -242,9 +242,10 @@ def evaluate(
         test: Images and labels that neither the set nor any learner has seen.
         validation: Images and labels held out of the training. By default the share of the training
             images that was held out when the set was made, or a tenth.
-        learners: `ridge` (with the set's own kernel), `ridge:KERNEL`, `convnet:32`, `mlp`,
-            `resnet18` and any student of `kd train`; or any `Learner`.
-        controls: Of `random`, `k-means`, `herding` and `full`; empty for none.
+        learners: `ridge` (with the set's own kernel), `ridge:KERNEL`, `linear-probe`, `convnet:32`,
+            `mlp`, `resnet18` and any student of `kd train`; or any `Learner`.
+        controls: Of `random`, `k-means`, `herding`, `full`, `random-soft` (with `teacher`) and
+            `random-solved`; empty for none.
         seeds: Trainings of each learner on each set of images.
         steps: Steps of every training of a network.
         augment: Train networks also with these random changes of the images.

@@ -53,7 +53,7 @@ class RunOptions:
 
     data: Data = "digits"
     """digits, mnist, fashion-mnist, cifar10, cifar100, svhn, a folder with one folder of images per
-    class, or an .npz file with images and labels"""
+    class, or an .npz file with images and labels, or with features that kd features wrote"""
 
     data_root: Path = field(default_factory=paths.data_root)
     """Folder of the named data sets, downloaded when missing; the environment variable
@@ -68,10 +68,11 @@ class RunOptions:
     """1 makes all images grayscale, 3 makes them colour"""
 
     preprocess: Annotated[
-        Literal["standardise", "zca", "none"] | None,
-        Shown(default="zca for colour, standardise for grayscale"),
+        Literal["standardise", "zca", "none", "centre"] | None,
+        Shown(default="zca for colour, standardise for grayscale, centre for features"),
     ] = None
-    """Normalisation of the pixels: mean 0 and deviation 1, ZCA whitening, or none"""
+    """Normalisation: mean 0 and deviation 1 of each channel, ZCA whitening, none, or centre: mean 0
+    and one scale for all channels"""
 
     out: Annotated[Path | None, Shown(default="the next free runs/<method>-<data>-<n>")] = None
     """Folder of the run"""
@@ -80,9 +81,10 @@ class RunOptions:
     """Size of the distilled set"""
 
     kernel: Annotated[str, Shown("KERNEL")] = "fc"
-    """fc, conv, convnet, convnet3, myrtle; or a sequence such as CR-3xCRP-flatten (C: 3x3
-    convolution, R: ReLU, P: 2x2 pooling; flatten or gap ends it); or module:attribute for a network
-    of neural-tangents, whose module is imported and run, from the current folder first"""
+    """fc, linear (for features), conv, convnet, convnet3, myrtle; or a sequence such as
+    CR-3xCRP-flatten (C: 3x3 convolution, R: ReLU, P: 2x2 pooling; flatten or gap ends it); or
+    module:attribute for a network of neural-tangents, whose module is imported and run, from the
+    current folder first"""
 
     depth: Annotated[int | None, Shown(default="fc and conv 1, convnet 3, myrtle 5")] = None
     """Hidden layers of fc and conv, blocks of convnet, or the variant of myrtle: 5, 7 or 10"""
@@ -142,10 +144,11 @@ class KipOptions(RunOptions):
     """Size of the distilled set"""
 
     kernel: Annotated[str, Shown("KERNEL")] = "fc"
-    """fc, conv, convnet, convnet3, myrtle; or a sequence such as CR-3xCRP-flatten (C: 3x3
-    convolution, R: ReLU, P: 2x2 pooling; flatten or gap ends it); or module:attribute for a network
-    of neural-tangents, whose module is imported and run, from the current folder first. Of several,
-    separated by commas, each step draws one; the first validates and is stored"""
+    """fc, linear (for features), conv, convnet, convnet3, myrtle; or a sequence such as
+    CR-3xCRP-flatten (C: 3x3 convolution, R: ReLU, P: 2x2 pooling; flatten or gap ends it); or
+    module:attribute for a network of neural-tangents, whose module is imported and run, from the
+    current folder first. Of several, separated by commas, each step draws one; the first validates
+    and is stored"""
 
     outer: Literal["mse", "ce"] = "ce"
     """Loss of the predicted training images that the steps lower: the cross-entropy of the
@@ -273,16 +276,18 @@ class EvaluateOptions:
     project has published: a .pt or .npz file, or a folder with one folder of images per class"""
 
     learners: Annotated[str, Shown("NAME,...")] = "ridge,convnet"
-    """ridge (with the set's own kernel), ridge:KERNEL (with another one; a module:attribute must be
-    written so, for it is never imported because a file names it), convnet, kip-convnet, mlp,
-    resnet18, vgg11, vit, with a width as in convnet:32, and any student of kd train, such as
+    """ridge (with the set's own kernel), ridge:KERNEL (with another one, such as ridge:linear; a
+    module:attribute must be written so, for it is never imported because a file names it),
+    linear-probe (multinomial logistic regression, for features above all), convnet, kip-convnet,
+    mlp, resnet18, vgg11, vit, with a width as in convnet:32, and any student of kd train, such as
     module:attribute for a network of your own code"""
 
     controls: Annotated[str, Shown("NAME,..."), command_line.MAY_BE_EMPTY] = (
         "random,k-means,herding,full"
     )
-    """What to compare with: random images, the coresets k-means and herding, all images (full); ""
-    compares with nothing"""
+    """What to compare with: random images, the coresets k-means and herding, all images (full);
+    random images with one soft label of --teacher for each (random-soft), or with the labels that
+    Label Solve with the set's kernel gives them (random-solved); "" compares with nothing"""
 
     teacher: Annotated[str | None, Shown("NAME|RUN")] = None
     """A teacher as for kd train: labels the distilled images anew in a further comparison, and its

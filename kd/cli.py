@@ -7,7 +7,13 @@ from typing import Any
 
 from dsdistill.harness import command_line
 from dsdistill.harness.text import console, printable
-from kd.options import EvaluateOptions, ExportOptions, ReportOptions, TrainOptions
+from kd.options import (
+    EvaluateOptions,
+    ExportOptions,
+    FeaturesOptions,
+    ReportOptions,
+    TrainOptions,
+)
 
 
 def _train(options: TrainOptions) -> None:
@@ -56,6 +62,13 @@ def _export(options: ExportOptions) -> None:
         print(printable(f"kd: compared on random images only: {found['note']}"), file=sys.stderr)
     rounded = {name: f"{found[name]:.2g}" for name in ("largest_difference", "tolerance")}
     _print_figures({name: rounded.get(name, found[name]) for name in _EXPORT_FIELDS})
+
+
+def _features(options: FeaturesOptions) -> None:
+    options.check()  # before the seconds that importing torch takes
+    from kd.commands import features
+
+    _print_figures(features.run(options))
 
 
 def _report(options: ReportOptions) -> None:
@@ -134,6 +147,7 @@ COMMANDS: command_line.Commands = {
     "train": (TrainOptions, _train),
     "evaluate": (EvaluateOptions, _evaluate),
     "export": (ExportOptions, _export),
+    "features": (FeaturesOptions, _features),
     "report": (ReportOptions, _report),
 }
 

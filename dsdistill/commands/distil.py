@@ -19,6 +19,7 @@ from dsdistill.commands.prepare import Prepared
 from dsdistill.harness import paths, shell, stopping
 from dsdistill.harness.data import datasets, distilled_set
 from dsdistill.harness.data.labeled_images import Examples
+from dsdistill.harness.data.preprocess import is_features
 from dsdistill.harness.errors import UserError, one_line
 from dsdistill.harness.evaluation.held_out import Predict, accuracy
 from dsdistill.harness.reports import image_grid
@@ -141,7 +142,12 @@ def _finish(options: RunOptions, run: run_folder.Run, prepared: Prepared, result
 def _draw(
     picture: Path, sides: tuple[GridSide, GridSide], classes: tuple[str, ...], fitted: Any
 ) -> None:
-    """Draw the picture of a set that is saved; a failure is reported and does not end the run."""
+    """Draw the picture of a set that is saved; a failure is reported and does not end the run.
+
+    Features have no picture.
+    """
+    if is_features(sides[0].images.shape[1:]):
+        return
     try:
         image_grid.write(picture, *sides, classes, fitted)
     except Exception as error:  # a font, a name, a full disk

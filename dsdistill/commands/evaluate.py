@@ -24,6 +24,7 @@ from dsdistill.commands.evaluation_parts import EvaluationParts, assemble
 from dsdistill.harness import files, machine, memory, shell, stopping
 from dsdistill.harness.data import origin
 from dsdistill.harness.data.labeled_images import LabeledImages, draw_per_class
+from dsdistill.harness.data.preprocess import is_features
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation import controls
 from dsdistill.harness.evaluation.majority import common_class, constant_answer
@@ -154,8 +155,10 @@ def _copy_results(
 
 
 def draw_images(out: Path, parts: EvaluationParts) -> None:
-    """Draw the set beside real images of the same classes."""
+    """Draw the set beside real images of the same classes; features have no picture."""
     distilled, train = parts.distilled, parts.train
+    if is_features(distilled.images.shape[1:]):
+        return
     rng = np.random.default_rng(0)
     rows = draw_per_class(train.data, training_data.images_per_class(distilled), rng)
     left = GridSide("real", train.images(rows), train.data.labels[rows])

@@ -24,7 +24,7 @@ from dsdistill.harness.evaluation.held_out import HeldOut
 from dsdistill.harness.evaluation.protocol import Arm, Augmentable, Learner
 from dsdistill.harness.runs import progress
 from dsdistill.harness.text import quote
-from dsdistill.options import EvaluateOptions
+from dsdistill.options import EvaluateOptions, LabelSolveOptions
 from dsdistill.published_sets import reader
 from dsdistill.published_sets.stated_format import StatedFormat
 
@@ -119,7 +119,7 @@ def combine(
         distilled: The set.
         splits: The data that it was distilled from.
         learners: Learners, each of which is trained on every arm.
-        control_names: Keys of `controls.CONTROLS`.
+        control_names: Of `controls.CONTROLS` and `controls.RELABELLED`.
         teacher: Logits of preprocessed images; None for no teacher.
         teacher_identity: Identity of the teacher, JSON-compatible; None if it has none, in which
             case results cannot be cached.
@@ -133,8 +133,14 @@ def combine(
             f"{splits.name} has too few images to hold any out for validation, on which learning "
             "rates are chosen: evaluate with more images per class"
         )
+    if controls.SOFT in control_names and teacher is None:
+        raise UserError(
+            f"{controls.SOFT} has the labels of a teacher: add one, or leave {controls.SOFT} out "
+            "of the controls"
+        )
     train = Examples(splits.train, distilled.preprocess)
     check_controls(control_names, splits.train, training_data.images_per_class(distilled))
+    solver = _label_solver(distilled, train) if controls.SOLVED in control_names else None
     data = {
         "sha256": splits.digest,
         "train": len(splits.train),
@@ -166,10 +172,22 @@ def combine(
             data=data,
             teacher=teacher,
             teacher_identity=teacher_identity,
+            solver=solver,
         ),
         learners,
         augment,
     )
+
+
+def _label_solver(distilled: DistilledSet, train: Examples) -> training_data.LabelSolver:
+    """Label Solve with the set's own kernel on all training images of the evaluation."""
+    from dsdistill.methods import stored_kernel
+
+    remedy = f"leave {controls.SOLVED} out of --controls"
+    solve, identity = stored_kernel.label_solver(
+        distilled, train, LabelSolveOptions.ridge, remedy=remedy
+    )
+    return training_data.LabelSolver(solve, identity)
 
 
 def parse_controls(options: EvaluateOptions) -> list[str]:
@@ -179,9 +197,10 @@ def parse_controls(options: EvaluateOptions) -> list[str]:
         UserError: If a control is unknown, or an option breaks a rule.
     """
     names = lists.parse_names("--controls", options.controls, empty=True)
+    known = (*controls.CONTROLS, *controls.RELABELLED)
     for name in names:
-        if name not in controls.CONTROLS:
-            raise unknown_name("control", name, controls.CONTROLS)
+        if name not in known:
+            raise unknown_name("control", name, known)
     if options.seeds < 1:
         raise UserError(f"--seeds must be at least 1, got {options.seeds}")
     if options.steps is not None and options.steps < 1:
@@ -274,6 +293,10 @@ def learner(name: str, distilled: DistilledSet, options: EvaluateOptions) -> Lea
     Raises:
         UserError: If the name is unknown.
     """
+    if name == "linear-probe":
+        from dsdistill.methods.linear_probe import LinearProbe
+
+        return LinearProbe()
     base, _, kernel = name.partition(":")
     if base == "ridge":
         from dsdistill.methods import stored_kernel

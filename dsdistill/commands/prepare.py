@@ -4,6 +4,7 @@ All rules on the input are checked here, so that a wrong command line leaves no 
 """
 
 import hashlib
+import math
 import re
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ from dsdistill.methods.outer_loss import OUTER_LOSSES
 from dsdistill.options import KipOptions, LabelSolveOptions, RunOptions
 
 DEFAULT_IMAGES_PER_CLASS = 10
+MIN_SINGULAR_RIDGE = 1e-3  # for a support of more images than a linear kernel has values
 WARM_UP_DIVISOR = 4  # a warm-up has a quarter of the steps by default
 
 
@@ -152,6 +154,12 @@ def _assemble(
 ) -> Prepared:
     """Check that data, kernels and initial set fit together, and fit the preprocessing."""
     _check_validation(options, splits)
+    augmented = isinstance(options, KipOptions) and options.augment is not None
+    if augmented and preprocess.is_features(splits.train.shape):
+        raise UserError(
+            f"--augment changes pictures, and {options.data} holds features: extract more views of "
+            "the images with kd features --views"
+        )
     images_per_class = _images_per_class(options, splits, init)
     # Each network once, in the order in which they are named.
     all_networks = tuple(
@@ -162,6 +170,7 @@ def _assemble(
         gram.plan_tile(network, 1, 1, splits.train.shape, gradient=bool(phases))  # may raise
         for phase in phases:
             phase.objective.optimizer.check_network(network)
+            _check_rank(network, splits, images_per_class, phase.objective.ridge)
     fitted = preprocess.fit(options.preprocess, splits.train.chunks, splits.train.shape)
     train, validation = Examples(splits.train, fitted), Examples(splits.validation, fitted)
     return Prepared(
@@ -175,6 +184,26 @@ def _assemble(
         phases,
         all_networks,
     )
+
+
+def _check_rank(
+    network: InfiniteNetwork, splits: Splits, images_per_class: int, ridge: float
+) -> None:
+    """Refuse more images than a linear kernel has values: its matrix is singular, noise in float32.
+
+    Raises:
+        UserError: If the ridge is too small to make up for it.
+    """
+    if network.feature_map is None or ridge >= MIN_SINGULAR_RIDGE:
+        return
+    values = math.prod(splits.train.shape) + 1
+    count = images_per_class * len(splits.train.classes)
+    if count > values:
+        raise UserError(
+            f"the kernel {network.name} of {values - 1} values is singular for more than {values} "
+            f"images, got {count}: lower --images-per-class, raise --ridge to "
+            f"{MIN_SINGULAR_RIDGE:g}, or use --kernel fc"
+        )
 
 
 def _networks(

@@ -1,8 +1,9 @@
 """Training data of an evaluation: the distilled set with each kind of labels, and controls."""
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,21 @@ from dsdistill.harness.data.labeled_images import Examples
 from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.evaluation import controls, metrics
 from dsdistill.harness.evaluation.protocol import Arm
+
+
+@dataclass(frozen=True)
+class LabelSolver:
+    """Label Solve on the training images of an evaluation.
+
+    Attributes:
+        solve: Function from drawn images to their solved labels.
+        identity: All that the labels depend on besides the images, JSON-compatible; None if that
+            is not known.
+    """
+
+    solve: controls.Relabel
+    identity: Any
+
 
 LogitFunction = Callable[[Float[np.ndarray, "n h w c"]], Float[np.ndarray, "n k"]]
 
@@ -25,6 +41,7 @@ def arms(
     data: Any,
     teacher: LogitFunction | None = None,
     teacher_identity: Any = None,
+    solver: LabelSolver | None = None,
 ) -> list[Arm]:
     """All arms of an evaluation, those of the distilled set first.
 
@@ -32,10 +49,11 @@ def arms(
         distilled: The set; its stored labels, their arg-max and the teacher's labels give one arm
             each.
         train: All training images, in the set's preprocessing.
-        names: Controls, keys of `controls.CONTROLS`.
+        names: Controls, of `controls.CONTROLS` and `controls.RELABELLED`.
         data: Identity of the training images, JSON-compatible.
         teacher: Logits of preprocessed images; None: no arm with a teacher's labels.
         teacher_identity: Identity of the teacher, JSON-compatible.
+        solver: Label Solve on the training images, for the control with solved labels.
     """
     stored = distilled.examples()
     hard = replace(stored, targets=None)
@@ -52,14 +70,24 @@ def arms(
         relabelled = replace(stored, targets=_answers(teacher, stored))
         key = {"set": digest(distilled), "teacher": teacher_identity}
         distilled_arms.append(_fixed_arm("distilled-teacher", relabelled, key))
-    return distilled_arms + [
-        replace(
-            controls.arm(name, train, per_class),
-            identity={"data": data} | ({} if name == "full" else {"images_per_class": per_class}),
-            images=len(train) if name == "full" else per_class * len(distilled.classes),
-        )
-        for name in names
-    ]
+    relabel: dict[str, controls.Relabel] = {}
+    further: dict[str, Any] = {}  # what else the results of a control depend on
+    if teacher is not None:
+        relabel[controls.SOFT] = functools.partial(_answers, teacher)
+        further[controls.SOFT] = {"teacher": teacher_identity}
+    if solver is not None:
+        relabel[controls.SOLVED] = solver.solve
+        further[controls.SOLVED] = {"solver": solver.identity}
+
+    def control(name: str) -> Arm:
+        drawn = controls.arm(name, train, per_class, relabel.get(name))
+        count = len(train) if name == "full" else per_class * len(distilled.classes)
+        identity = {"data": data} | ({} if name == "full" else {"images_per_class": per_class})
+        known = further.get(name, {})
+        whole = None if None in known.values() else identity | known
+        return replace(drawn, identity=whole, images=count)
+
+    return distilled_arms + [control(name) for name in names]
 
 
 def images_per_class(distilled: DistilledSet) -> int:

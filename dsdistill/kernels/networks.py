@@ -21,6 +21,7 @@ from dsdistill.harness.errors import UserError, one_line, unknown_name
 from dsdistill.kernels import neural_tangents, notation
 from dsdistill.kernels.conv import conv_kernel, variances
 from dsdistill.kernels.dense import fc_ntk
+from dsdistill.kernels.linear import linear_map, linear_ntk
 from dsdistill.kernels.notation import Architecture
 from dsdistill.parallel import devices
 
@@ -58,6 +59,8 @@ class InfiniteNetwork:
         symmetric: Kernel of a set of images with itself, where that costs less than `kernel`.
         slopes: Kernel between two sets of images, and the gradient of every entry with respect to
             the first of its two images.
+        feature_map: Map of images to vectors whose inner products are the kernel, where there is an
+            explicit one; sums over any number of images then need no kernel matrix.
         deviations: Deviations of each image before each ReLU, (n, h, w) each; to explain a value
             that is not finite.
         min_size: Smallest height and width of images, in pixels.
@@ -70,6 +73,7 @@ class InfiniteNetwork:
     diagonal: KernelDiagonal | None = None
     symmetric: SymmetricKernel | None = None
     slopes: Slopes | None = None
+    feature_map: Callable[[Float[Array, "n h w c"]], Float[Array, "n p"]] | None = None
     deviations: Callable[[Float[Array, "n h w c"]], list[Array]] | None = None
     min_size: int = 1
     module_sha256: str | None = None
@@ -81,8 +85,8 @@ def parse(
     """Build the network that a name means.
 
     Args:
-        name: `fc`, `conv`, `convnet`, `convnet3` or `myrtle`, optionally with a depth, as in
-            `convnet(2)`; a sequence such as `CR-3xCRP-flatten` (see `notation`); or
+        name: `fc`, `linear`, `conv`, `convnet`, `convnet3` or `myrtle`, optionally with a depth, as
+            in `convnet(2)`; a sequence such as `CR-3xCRP-flatten` (see `notation`); or
             `module:attribute` for a neural-tangents network: a `stax` triple or a kernel function.
             The module is imported, also from the current folder: never pass a name from a file.
         depth: Hidden layers of `fc` and `conv` (default 1), pooled blocks of `convnet` (3),
@@ -155,6 +159,21 @@ def _fc(depth: int, w_std: float, b_std: float) -> InfiniteNetwork:
     return InfiniteNetwork(f"fc({depth})", Engine.CLOSED_FORM, kernel, slopes=_slopes(kernel))
 
 
+def _linear(_: int | None, w_std: float, b_std: float) -> InfiniteNetwork:
+    if (w_std, b_std) != (W_STD, B_STD):
+        raise UserError(
+            "the kernel linear has fixed weights, 1 for the images and 1 for the constant: leave "
+            f"--w-std and --b-std out, got {w_std:g} and {b_std:g}"
+        )
+    return InfiniteNetwork(
+        "linear",
+        Engine.CLOSED_FORM,
+        linear_ntk,
+        slopes=_slopes(linear_ntk),
+        feature_map=linear_map,
+    )
+
+
 def _slopes(kernel: Kernel) -> Slopes:
     """Slopes of a kernel that is cheap for a single pair."""
 
@@ -190,6 +209,7 @@ def _myrtle(variant: int, *std: float) -> InfiniteNetwork:
 
 _BUILDERS: dict[str, tuple[Callable[..., InfiniteNetwork], int | None]] = {
     "fc": (_fc, 1),
+    "linear": (_linear, None),
     "conv": (_conv, 1),
     "convnet": (_convnet, 3),
     "convnet3": (_convnet3, None),

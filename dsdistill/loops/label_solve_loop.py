@@ -34,7 +34,8 @@ def accumulate_sums(
         KeyboardInterrupt, RuntimeError, ValueError: If it is stopped by hand or another host is
             lost; after a checkpoint of the last whole chunk.
     """
-    last, spent = _restore_sums(run, len(support), train)
+    rows = label_solve.sum_size(network, support)
+    last, spent = _restore_sums(run, rows, train)
     _announce_sums(network, len(support), train, last.done, closing_images)
     said = False  # the expected duration by the run itself
     saved, began = time.monotonic(), time.monotonic() - spent
@@ -81,6 +82,8 @@ def _announce_sums(
     network: InfiniteNetwork, n: int, train: Examples, done: int, closing_images: int
 ) -> None:
     """Say how long Label Solve will take before it begins, if its first two chunks take long."""
+    if network.feature_map is not None:  # no pairs of images are evaluated
+        return
     left = len(train) - done
     soon = min(2 * label_solve.chunk_size(network, n, train), left)
     tile = timing.time_tile(network, train, n * soon)
@@ -89,7 +92,9 @@ def _announce_sums(
         progress.announce_duration(seconds, "tile", *tile)
 
 
-def _restore_sums(run: run_folder.Run, n: int, train: Examples) -> tuple[label_solve.Sums, float]:
+def _restore_sums(
+    run: run_folder.Run, rows: int, train: Examples
+) -> tuple[label_solve.Sums, float]:
     """The sums of the last checkpoint and the seconds they took; nothing summed without one."""
     found = hosts.load_checkpoint(run)
     if found is None:
@@ -100,5 +105,6 @@ def _restore_sums(run: run_folder.Run, n: int, train: Examples) -> tuple[label_s
         gram_tt, gram_ty = arrays["gram_tt"], arrays["gram_ty"]
         require(0 <= done <= len(train), f"{done} of {len(train)} targets are done")
         k = len(train.data.classes)
-        require(gram_tt.shape == (n, n) and gram_ty.shape == (n, k), "the sums' shapes are others")
+        shapes = (gram_tt.shape, gram_ty.shape)
+        require(shapes == ((rows, rows), (rows, k)), "the sums' shapes are others")
     return label_solve.Sums(done, gram_tt, gram_ty), seconds

@@ -8,6 +8,16 @@ set best are
 k_st k_st^T (n x n) and k_st y_t (n x k) are sums over targets, so one pass over the training set
 is enough, tile by tile, in O(n² + tile) memory.
 
+A kernel with an explicit map, K = Phi Phi^T with p values each, needs no k_st at all. With the sums
+A = Phi_t^T Phi_t and B = Phi_t^T y_t of `linear_sums`, and Phi_s = U S V^T of rank r <= min(n, p),
+
+    k_st k_st^T = Phi_s A Phi_s^T,    k_st y_t = Phi_s B
+    y* = U (S + ridge/n S^-1) (V^T A V + ridge/n S^-2)^-1 V^T B
+
+which is the formula above in the basis U. Where n >= p images of any kind span all p dimensions, V
+is square and y* = Phi_s A^-1 B but for the ridge: the labels are the predictions of the classifier
+of the whole training set, which regression on them gives back. The images do not matter then.
+
 This ridge is absolute, as in the paper, while that of `dsdistill.methods.ridge`, which predicts
 from the result, is relative to the mean of the diagonal.
 
@@ -27,6 +37,7 @@ from dsdistill.harness.data.labeled_images import Examples
 from dsdistill.harness.errors import UserError
 from dsdistill.kernels import diagnosis, gram
 from dsdistill.kernels.networks import Engine, InfiniteNetwork
+from dsdistill.methods import linear_sums
 from dsdistill.methods import ridge as krr
 from dsdistill.parallel import devices
 
@@ -51,6 +62,8 @@ def accumulate(
 ) -> Iterator[Sums]:
     """Sum k_st k_st^T and k_st y_t, one chunk of targets for each item that is taken.
 
+    For a network with a map, the sums are those of `linear_sums`, which every support shares.
+
     Args:
         network: Network whose neural tangent kernel is used.
         support: Preprocessed images of the support.
@@ -67,6 +80,11 @@ def accumulate(
             f"Label Solve needs a support no larger than the training set: {n} support images, "
             f"{len(train)} training images; lower --images-per-class"
         )
+    if network.feature_map is not None:
+        begun = None if start is None else linear_sums.Sums(*start)
+        stream = linear_sums.accumulate(network.feature_map, train, begun)
+        yield from (Sums(*sums) for sums in stream)
+        return
     purpose = f"Label Solve with {n} support images"
     memory.require(6 * 8 * n * n, purpose, "lower --images-per-class")
     size = chunk_size(network, n, train)
@@ -89,9 +107,18 @@ def accumulate(
 
 def chunk_size(network: InfiniteNetwork, n: int, train: Examples) -> int:
     """Number of targets per chunk of `accumulate`, for `n` support images."""
+    if network.feature_map is not None:
+        return min(linear_sums.CHUNK, len(train))
     size = min(CHUNK, len(train))
     cheap = network.engine is Engine.CLOSED_FORM
     return size if cheap else min(max(MAX_CHUNK_PAIRS // n, 1), size)
+
+
+def sum_size(network: InfiniteNetwork, support: Float[np.ndarray, "n h w c"]) -> int:
+    """Number of rows of the sums: that of the support, or of the values of the network's map."""
+    if network.feature_map is None:
+        return len(support)
+    return linear_sums.width(network.feature_map, support.shape[1:])
 
 
 def _compile_sum(
@@ -131,6 +158,9 @@ def solve(
     """
     n = len(support)
     h, w, c = support.shape[1:]
+    if network.feature_map is not None:
+        labels = _solve_mapped(network.feature_map, support, sums, ridge / n)
+        return _require_finite(labels, ridge)
     with jax.enable_x64(True):
         jitter = ridge / n * jnp.eye(n)
         tile = krr.support_tile(network, n, (h, w, c), gradient=False)
@@ -138,6 +168,36 @@ def solve(
         k_ss, gram_tt, gram_ty = map(np.asarray, (k_ss, *sums[1:]))  # on this host's own device
         fitted = jax.scipy.linalg.solve(gram_tt + jitter, gram_ty, assume_a="pos")
         labels = np.asarray(((k_ss + jitter) @ fitted).astype(jnp.float32))
+    return _require_finite(labels, ridge)
+
+
+def _solve_mapped(
+    feature_map: linear_sums.FeatureMap,
+    support: Float[np.ndarray, "n h w c"],
+    sums: Sums,
+    jitter: float,
+) -> Float[np.ndarray, "n k"]:
+    """Solve with the sums of a kernel's map, as the module's docstring derives.
+
+    Args:
+        feature_map, support, sums: As for `solve`.
+        jitter: The ridge over n.
+    """
+    with jax.enable_x64(True):
+        phi = feature_map(jnp.asarray(support, jnp.float64))
+        gram_tt, gram_ty = (jnp.asarray(np.asarray(array)) for array in sums[1:])
+        left, scale, right = jnp.linalg.svd(phi, full_matrices=False)
+        # Directions that the support does not have, to the precision of float64.
+        rank = int((scale > scale[0] * max(phi.shape) * jnp.finfo(phi.dtype).eps).sum())
+        left, scale, right = left[:, :rank], scale[:rank], right[:rank]
+        regular = right @ gram_tt @ right.T + jnp.diag(jitter / scale**2)
+        fitted = jax.scipy.linalg.solve(regular, right @ gram_ty, assume_a="pos")
+        labels = (left * (scale + jitter / scale)) @ fitted
+        return np.asarray(labels.astype(jnp.float32))
+
+
+def _require_finite(labels: Float[np.ndarray, "n k"], ridge: float) -> Float[np.ndarray, "n k"]:
+    """Refuse labels of a singular system."""
     if not np.isfinite(labels).all():
         raise UserError(f"Label Solve is singular at a ridge of {ridge:g}: raise --ridge")
     return labels

@@ -6,9 +6,13 @@ The ridge is relative to the mean of the diagonal, as in the KIP papers, so the 
 kernels of any scale. Everything is float64: the smallest eigenvalues of k_ss are a millionth of
 the largest, and float32 would return noise. Call these functions under `jax.enable_x64(True)`.
 
+For a kernel with an explicit map Phi of fewer values than there are images, the same predictor is
+Phi(x) (Phi^T Phi + ridge * trace(Phi^T Phi) / n I)^-1 Phi^T y, in memory that does not grow with n.
+
 Source: Nguyen, Chen and Lee (2021), arXiv:2011.00050, equation 2.
 """
 
+import collections
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,12 +24,14 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dsdistill.harness import memory
-from dsdistill.harness.data.labeled_images import Examples
+from dsdistill.harness.data.labeled_images import Examples, LabeledImages
+from dsdistill.harness.data.preprocess import identity
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation.held_out import Predict
 from dsdistill.harness.runs import progress
 from dsdistill.kernels.gram import Tile, gram, plan_tile
 from dsdistill.kernels.networks import InfiniteNetwork
+from dsdistill.methods import linear_sums
 from dsdistill.parallel import devices
 
 CHUNK = 2000  # images per chunk of a prediction
@@ -77,6 +83,8 @@ class RidgeLearner:
 
     def __call__(self, train: Examples, validation: Examples, seed: int, /) -> Predict:
         """Fit on all training images; validation images and seed have no influence."""
+        if (explicit := _fit_map(self.network, train, self.ridge)) is not None:
+            return explicit
         return fit(self.network, train.images(), train.labels(), self.ridge)
 
 
@@ -100,6 +108,10 @@ def fit(
         UserError: If the kernel is singular at this ridge, or does not fit into memory.
     """
     n = len(images)
+    labelled = LabeledImages(images, labels.argmax(1), tuple(map(str, range(labels.shape[1]))))
+    whole = Examples(labelled, identity(images.shape[-1]), labels, is_preprocessed=True)
+    if (explicit := _fit_map(network, whole, ridge)) is not None:
+        return explicit
     memory.require(4 * 8 * n * n, f"ridge regression on {n} images", "use fewer images")
     with jax.enable_x64(True):
         programs = _programs(network, n, images.shape[1:])
@@ -120,6 +132,32 @@ def fit(
                 padded[: len(chunk)] = chunk  # one shape for all chunks: one compilation
                 scores.append(np.asarray(programs.scores(images, alpha, padded))[: len(chunk)])
         return np.concatenate(scores)
+
+    return predictor
+
+
+def _fit_map(network: InfiniteNetwork, train: Examples, ridge: float) -> Predict | None:
+    """Fit by the network's map, in one pass; None if it has none, or more values than images.
+
+    Args:
+        network, ridge: As for `fit`.
+        train: The support.
+    """
+    if network.feature_map is None:
+        return None
+    if len(train) <= linear_sums.width(network.feature_map, train.data.shape):
+        return None
+    [sums] = collections.deque(linear_sums.accumulate(network.feature_map, train), maxlen=1)
+    gram_tt, gram_ty = map(np.asarray, sums[1:])
+    weights = linear_sums.weights(gram_tt, gram_ty, ridge * np.trace(gram_tt) / len(train))
+    feature_map = network.feature_map
+    apply = jax.jit(lambda x: feature_map(x.astype(jnp.float64)) @ weights)
+
+    def predictor(targets: Float[np.ndarray, "m h w c"], /) -> Float[np.ndarray, "m k"]:
+        with jax.enable_x64(True):
+            starts = range(0, len(targets), CHUNK)
+            parts = [np.asarray(apply(targets[i : i + CHUNK])) for i in starts]
+        return np.concatenate(parts)
 
     return predictor
 

@@ -1,14 +1,22 @@
-"""The kernel ridge regression that a distilled set was made for, as its file states it."""
+"""Regression and Label Solve with the kernel that a distilled set was made for."""
 
+import collections
+import functools
+from collections.abc import Callable
 from typing import Any
+
+import numpy as np
+from jaxtyping import Float
 
 from dsdistill.harness import lists
 from dsdistill.harness.data import origin, provenance
 from dsdistill.harness.data.distilled_set import DistilledSet
+from dsdistill.harness.data.labeled_images import Examples
 from dsdistill.harness.errors import UserError
 from dsdistill.kernels import networks
 from dsdistill.kernels.networks import InfiniteNetwork
-from dsdistill.methods.ridge import RidgeLearner
+from dsdistill.methods import label_solve
+from dsdistill.methods.ridge import MAX_TRAINING_IMAGES, RidgeLearner
 
 DEFAULT_RIDGE = 1e-6  # relative; for a set that states no ridge
 DEFAULT_KERNEL = "fc"  # for a set that was made without a kernel
@@ -57,4 +65,38 @@ def learner(
     value = DEFAULT_RIDGE if source.ridge is None else source.ridge
     # The code of a user's network may change while its name stays: such results are not cached.
     identity = None if ":" in network.name else {"kernel": network.name, "ridge": value, **std}
-    return RidgeLearner(network, value, name, identity=identity)
+    limit = MAX_TRAINING_IMAGES if network.feature_map is None else None
+    return RidgeLearner(network, value, name, limit, identity)
+
+
+def label_solver(
+    distilled: DistilledSet, train: Examples, ridge: float, *, remedy: str
+) -> tuple[Callable[[Examples], Float[np.ndarray, "n k"]], Any]:
+    """Label Solve with the set's own kernel, for any images.
+
+    Args:
+        distilled: The set.
+        train: All targets, whose labels are fitted.
+        ridge: Absolute ridge of the solve.
+        remedy: As for `learner`.
+
+    Returns:
+        The function from drawn images to their labels, and what it depends on besides both, JSON-
+            compatible; None if that is not known.
+    """
+    own = learner(distilled, remedy=remedy)
+    network = own.network
+
+    def sums(support: Float[np.ndarray, "n h w c"]) -> label_solve.Sums:
+        return collections.deque(label_solve.accumulate(network, support, train), maxlen=1)[0]
+
+    @functools.cache
+    def shared_sums() -> label_solve.Sums:  # those of a map are the same for every support
+        return sums(train.images(slice(0, 1)))
+
+    def solve(drawn: Examples) -> Float[np.ndarray, "n k"]:
+        support = drawn.images()
+        whole = sums(support) if network.feature_map is None else shared_sums()
+        return label_solve.solve(network, support, whole, ridge)
+
+    return solve, None if own.identity is None else {"kernel": own.identity, "ridge": ridge}

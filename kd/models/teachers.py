@@ -140,11 +140,50 @@ def load(
         UserError: If there is no such teacher, or it does not fit the data.
     """
     who = f"teacher {name}"
-    overrides = image_size, mean, std
 
     def match(model_classes: Sequence[str] | int) -> Match:
         return class_names.match(who, model_classes, classes, class_map, class_map_option)
 
+    model, matched = load_model(
+        name,
+        preprocess,
+        shape,
+        len(classes),
+        match,
+        image_size=image_size,
+        mean=mean,
+        std=std,
+        typed=typed,
+    )
+    check_channels(who, model.shape[2], shape[2])
+    teacher = Teacher(model, preprocess, shape[:2], matched, classes).eval().requires_grad_(False)
+    _check_image_size(who, teacher, shape)
+    return teacher
+
+
+def load_model(
+    name: str,
+    preprocess: Preprocess,
+    shape: Shape,
+    classes: int,
+    match: Callable[[Sequence[str] | int], Match],
+    *,
+    image_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    typed: Iterable[str] = (),
+) -> tuple[Model, Match]:
+    """Load a trained model from any source, with the preprocessing that `load` describes.
+
+    Args:
+        name, preprocess, shape, image_size, mean, std, typed: As for `load`.
+        classes: Number of classes, where the name does not say it.
+        match: Called with the model's class names, or with their number, before a long download.
+
+    Raises:
+        UserError: If there is no such model.
+    """
+    who, overrides = f"teacher {name}", (image_size, mean, std)
     if Path(name).is_dir():
         if overrides != (None, None, None):
             raise UserError(
@@ -156,18 +195,12 @@ def load(
     elif name.endswith(exported.SUFFIX):
         model, matched = _load_program(name, preprocess, shape, match)
     elif networks.is_user_module(name):
-        model, matched = _load_user_module(name, preprocess, shape, len(classes), match, image_size)
+        model, matched = _load_user_module(name, preprocess, shape, classes, match, image_size)
     elif network_names.parse(name).file is not None:
-        model, matched = _load_weights_file(
-            name, preprocess, shape, len(classes), match, image_size
-        )
+        model, matched = _load_weights_file(name, preprocess, shape, classes, match, image_size)
     else:
         model, matched = _load_published(name, shape, match, image_size)
-    model = _apply_overrides(model, *overrides)
-    check_channels(who, model.shape[2], shape[2])
-    teacher = Teacher(model, preprocess, shape[:2], matched, classes).eval().requires_grad_(False)
-    _check_image_size(who, teacher, shape)
-    return teacher
+    return _apply_overrides(model, *overrides), matched
 
 
 def matching_notes(teacher: Teacher) -> tuple[str, ...]:

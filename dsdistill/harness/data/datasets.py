@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dsdistill.harness import memory, paths
-from dsdistill.harness.data import class_names
+from dsdistill.harness.data import class_names, feature_file
 from dsdistill.harness.data.labeled_images import (
     TEST_FRACTION,
     DataError,
@@ -88,13 +88,13 @@ def load(
 
     Args:
         data: `digits`; a torchvision name of `TORCHVISION`; a folder of class folders, with or
-            without `train/`, `val/` and `test/` inside; or an `.npz` file with `images` and
-            `labels`.
+            without `train/`, `val/` and `test/` inside; an `.npz` file with `images` and `labels`;
+            or one of features that `kd features` wrote.
         root: Folder of torchvision's data sets, which are downloaded there if missing.
         image_size: Height and width that images are resized to, in pixels. None keeps the size of
             arrays, and is refused for folders whose images differ in size.
         validation_fraction: Share of the training images held out for validation, in [0, 1);
-            ignored for a folder that has `train/`, `val/` and `test/`.
+            ignored for data that have three parts.
         channels: 1 converts all images to grayscale, 3 to colour; None keeps them, but gives a
             folder that has both three channels.
         classes: Order of the class names, as in a distilled set or a network; ignored if the data
@@ -119,6 +119,8 @@ def load(
         return _load_folder(
             path, cache, image_size, validation_fraction, channels, classes, announce
         )
+    if path.suffix == ".npz" and path.is_file() and feature_file.is_feature_file(path):
+        return _load_features(data, path, image_size, validation_fraction, channels, classes)
     parts = _load_train_and_test(data, path, root, image_size)
     order = class_names.match(parts[0].classes, classes) if classes else None
     train, test = (
@@ -152,6 +154,32 @@ def _load_folder(
     if announce:
         parts.layout.announce(*counts)
     return splits
+
+
+def _load_features(
+    data: str,
+    path: Path,
+    image_size: int | None,
+    validation_fraction: float,
+    channels: int | None,
+    classes: Sequence[str] | None,
+) -> Splits:
+    """Load the parts of a file of features; further views join the images to train on."""
+    if image_size is not None or channels is not None:
+        raise UserError(
+            f"{path} holds features, which have no size and no colour: leave --image-size and "
+            "--channels out"
+        )
+    features = feature_file.read(path)
+    order = class_names.match(features.images.classes, classes) if classes else None
+    features = replace(features, images=_reorder_classes(features.images, order, classes))
+    train, test = features.part("train"), features.part("test")
+    if train is None or test is None:
+        raise DataError(f"{path} must hold features of training and of test images")
+    drawn = [order[label] if order else label for label in features.draw_order]
+    splits = split(data, train, features.part("validation"), test, validation_fraction, drawn)
+    sha256 = digest(features.with_views(train))
+    return replace(splits, train=features.with_views(splits.train), digest=sha256)
 
 
 def split(

@@ -20,8 +20,8 @@ from dsdistill.harness import memory, stopping
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
 
-Kind = Literal["standardise", "zca", "none", "zca-mtt", "zca-rfad", "zca-frepo"]
-KINDS: tuple[Kind, ...] = ("standardise", "zca", "none")  # available for new sets
+Kind = Literal["standardise", "zca", "none", "centre", "zca-mtt", "zca-rfad", "zca-frepo"]
+KINDS: tuple[Kind, ...] = ("standardise", "zca", "none", "centre")  # available for new sets
 ZCA_RIDGE = 0.1  # relative to the mean eigenvalue of the covariance, as in the paper's notebook
 MTT_RIDGE = 0.1  # absolute, for pixels in [0, 1]
 RFAD_RIDGE = FREPO_RIDGE = 0.1  # relative to the mean eigenvalue, for standardised pixels
@@ -36,7 +36,9 @@ Chunks = Callable[[int], Iterator[Num[np.ndarray, "m h w c"]]]
 class Preprocess:
     """Map from images in [0, 1] (or uint8) to the input of a kernel or network, and back.
 
-    `standardise` subtracts the channel mean and divides by the channel deviation. `zca` then
+    `standardise` subtracts the channel mean and divides by the channel deviation. `centre` divides
+    by one number for all channels instead, so that the mean norm becomes the square root of d: the
+    directions in which features vary keep their sizes relative to each other. `zca` then
     centres each flattened image, divides it by its L2 norm, and multiplies it by `whiten`.
     `zca-mtt` and `zca-frepo` subtract the mean image, divide by `std` and multiply by `whiten`;
     `zca-rfad` does the same with the channel means in place of the mean image.
@@ -101,8 +103,7 @@ def fit(kind: str | None, chunks: Chunks, shape: tuple[int, int, int]) -> Prepro
     """Fit a preprocessing on training images.
 
     Args:
-        kind: One of `KINDS`; None chooses ZCA for colour and standardisation for grayscale, as
-            the KIP paper does.
+        kind: One of `KINDS`; None is `default_kind`.
         chunks: Function of a chunk size that yields all training images in chunks of that size.
         shape: Height, width and channels of an image.
 
@@ -111,7 +112,7 @@ def fit(kind: str | None, chunks: Chunks, shape: tuple[int, int, int]) -> Prepro
     """
     check_kind(kind)
     channels = shape[-1]
-    kind = kind or ("zca" if channels == 3 else "standardise")
+    kind = kind or default_kind(shape)
     if kind == "none":
         return identity(channels)
     if kind == "zca":
@@ -119,7 +120,41 @@ def fit(kind: str | None, chunks: Chunks, shape: tuple[int, int, int]) -> Prepro
     mean, std, count = _channel_moments(chunks, shape)
     if kind == "standardise":
         return Preprocess("standardise", mean, std)
+    if kind == "centre":
+        return Preprocess("centre", mean, _common_scale(mean, chunks, shape))
     return _fit_zca(mean, std, count, chunks, shape)
+
+
+def default_kind(shape: tuple[int, int, int]) -> Kind:
+    """`centre` for features, ZCA for colour and standardisation for grayscale.
+
+    The last two are those of the KIP paper. A feature's dimensions are neither whitened nor scaled
+    one by one: those with the smallest variance would become as loud as those that a backbone has
+    learned, and its own similarity of images, Z Z^T, would be lost.
+
+    Args:
+        shape: Height, width and channels of an image.
+    """
+    if is_features(shape):
+        return "centre"
+    return "zca" if shape[-1] == 3 else "standardise"
+
+
+def is_features(shape: tuple[int, ...]) -> bool:
+    """Whether images of a shape (h, w, c) are features: one pixel with neither 1 nor 3 channels."""
+    return tuple(shape[:2]) == (1, 1) and shape[2] not in (1, 3)
+
+
+def _common_scale(
+    mean: np.ndarray, chunks: Chunks, shape: tuple[int, int, int]
+) -> Float[np.ndarray, " c"]:
+    """The mean norm of the centred images over the root of d, for every channel."""
+    total, count = 0.0, 0
+    for images in chunks(_images_per_chunk(shape)):
+        centred = (unit_range(images) - mean).reshape(len(images), -1)
+        total, count = total + float(np.linalg.norm(centred, axis=1).sum()), count + len(images)
+    scale = total / count / math.sqrt(math.prod(shape))
+    return np.full(shape[-1], scale or 1.0, np.float32)
 
 
 def _channel_moments(

@@ -1,11 +1,14 @@
 """Controls: as many real images as the distilled set has, chosen in three ways, and all of them.
 
 Random images are what a distilled set must beat to be worth anything; k-means and herding choose
-images that represent their class, which is often hard to beat at few images per class.
+images that represent their class, which is often hard to beat at few images per class. Random
+images with other labels show what labels alone are worth: one soft label of a teacher for each
+image, or the labels that Label Solve gives them.
 """
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -15,16 +18,23 @@ from dsdistill.harness.errors import unknown_name
 from dsdistill.harness.evaluation.protocol import Arm
 
 CONTROLS = ("random", "k-means", "herding", "full")
+SOFT, SOLVED = "random-soft", "random-solved"
+RELABELLED = (SOFT, SOLVED)  # random images with labels that a function gives them
+Relabel = Callable[[Examples], Float[np.ndarray, "n k"]]
 
 
-def arm(name: str, train: Examples, images_per_class: int) -> Arm:
+def arm(name: str, train: Examples, images_per_class: int, relabel: Relabel | None = None) -> Arm:
     """One control, drawn from the training images.
 
     Args:
-        name: One of `CONTROLS`.
+        name: One of `CONTROLS` or of `RELABELLED`.
         train: All training images; their labels become one-hot minus 1/k.
         images_per_class: Number of images that the distilled set has of each class.
+        relabel: Labels, in the encoding of a set, of drawn images; for those of `RELABELLED`.
     """
+    if name in RELABELLED:
+        assert relabel is not None, "the labels of this control come from a function"
+        return Arm(name, lambda seed: _relabelled(random(train, images_per_class, seed), relabel))
     if name == "full":
         return Arm(name, lambda seed: train, fixed=True)
     if name == "random":
@@ -34,7 +44,7 @@ def arm(name: str, train: Examples, images_per_class: int) -> Arm:
     if name == "herding":
         herded = functools.cache(lambda: herding(train, images_per_class))
         return Arm(name, lambda seed: herded(), fixed=True)
-    raise unknown_name("control", name, CONTROLS)
+    raise unknown_name("control", name, (*CONTROLS, *RELABELLED))
 
 
 def random(train: Examples, images_per_class: int, seed: int) -> Examples:
@@ -126,6 +136,10 @@ def _choose_per_class(
         return members[choose(train.images(members).reshape(len(members), -1))]
 
     return _select(train, np.concatenate([rows(k) for k in range(len(train.data.classes))]))
+
+
+def _relabelled(drawn: Examples, relabel: Relabel) -> Examples:
+    return replace(drawn, targets=relabel(drawn))
 
 
 def _select(train: Examples, rows: Int[np.ndarray, " n"]) -> Examples:

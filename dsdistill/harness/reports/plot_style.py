@@ -82,6 +82,8 @@ _ARM_STYLES = {
     "k-means": ArmStyle(GREEN, "v", "..", "-."),
     "herding": ArmStyle(VERMILION, "P", "++", (0, (3, 1, 1, 1, 1, 1))),
     "full": ArmStyle(INK, "X", "", (0, (5, 2, 1, 2))),
+    "random-soft": ArmStyle(SKY, "<", "\\\\", (0, (1, 1))),
+    "random-solved": ArmStyle(PURPLE, ">", "\\\\", (0, (4, 1))),
 }
 SERIES = (*list(_ARM_STYLES.values())[:6], ArmStyle(INK, "X", "--", "--"))
 

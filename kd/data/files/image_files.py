@@ -217,8 +217,9 @@ class FileList:
     def stamp(self) -> str:
         """SHA-256 of the labels and of the names, sizes and times of all files."""
         sha = hashlib.sha256(np.ascontiguousarray(self.labels, "<i8").data)
-        for index, name in enumerate(self.names):
-            status = self._path(index).stat()
+        root = os.fsencode(self.root)
+        for name in self.names:
+            status = os.stat(os.path.join(root, name))  # a third of the time of a `Path`
             sha.update(repr((name, status.st_size, status.st_mtime_ns)).encode())
         return sha.hexdigest()
 

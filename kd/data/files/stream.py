@@ -144,8 +144,21 @@ class FileBatches:
         Raises:
             UserError: If an image cannot be read; the message has its path.
         """
-        parts = split_rows(np.arange(len(self.images)), self.size)[rank::world]
-        yield from self._batches([_BatchShare(part, np.zeros_like(part), None) for part in parts])
+        yield from self.of_rows(split_rows(np.arange(len(self.images)), self.size)[rank::world])
+
+    def of_rows(
+        self, parts: Sequence[Int[np.ndarray, " n"]], key: tuple[int, int] | None = None
+    ) -> Iterator[Batch]:
+        """Yield a batch for each part of the rows: evaluation views, or random ones.
+
+        Args:
+            parts: Rows of each batch.
+            key: Seed and epoch of training views, which are a function of these and of the row.
+
+        Raises:
+            UserError: If an image cannot be read; the message has its path.
+        """
+        yield from self._batches([_BatchShare(part, np.zeros_like(part), key) for part in parts])
 
     def _batches(self, shares: list["_BatchShare"]) -> Iterator[Batch]:
         pool = self._idle.pop() if self._idle else self._start_pool()

@@ -1,0 +1,306 @@
+"""`kd features`: the features of files and arrays through a run, of any number of views."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import kd_support as support
+import numpy as np
+import pytest
+import torch
+from kd_support import main, refused
+from PIL import Image
+
+from dsdistill.harness.data import datasets, feature_file
+from kd.data import batching
+from kd.evaluation import backbones, features
+from kd.models import saved_models
+
+SIDE = 8
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of PNGs of two classes, a few of them grayscale, and a run trained on it."""
+    folder = tmp_path_factory.mktemp("features")
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 20), ("test", 6)):
+        for label, shade in (("dark", 60), ("light", 190)):
+            (folder / "photos" / part / label).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.clip(rng.normal(shade, 40, (SIDE, SIDE, 3)), 0, 255).astype(np.uint8)
+                image = Image.fromarray(pixels)
+                image = image.convert("L") if i == 0 else image
+                image.save(folder / "photos" / part / label / f"{i}.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        main(patch, "train", "photos", "--student", "convnet:4", "--epochs", 1, "--out", "run")
+    return folder
+
+
+@pytest.fixture
+def inside(work: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(work / "cache"))
+    return monkeypatch
+
+
+def extract(inside: pytest.MonkeyPatch, out: Path, *options: object) -> feature_file.Features:
+    given = ("--student", "run", "--out", out, "--device", "cpu", "--batch-size", 16)
+    main(inside, "features", "photos", *given, "--workers", 0, *options)
+    return feature_file.read(out)
+
+
+def test_features_are_what_the_run_computes(inside: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = extract(inside, tmp_path / "f.npz")
+    splits = datasets.load("photos", root=tmp_path, validation_fraction=0)
+    run = saved_models.load_run(Path("run"))
+    for part, plain in (("train", splits.train), ("test", splits.test)):
+        mine = found.part(part)
+        assert mine is not None
+        assert mine.classes == plain.classes
+        np.testing.assert_array_equal(mine.labels, plain.labels)
+        images = batching.to_nchw(run.preprocess.apply(plain.images()))
+        network = run.classifier.network
+        assert isinstance(network, torch.nn.Sequential)
+        with torch.no_grad():
+            expected = network[:-1](images)  # all but the classifier
+        features_ = mine.images().reshape(len(mine), -1).astype(np.float32)
+        np.testing.assert_allclose(features_, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_the_same_images_are_held_out_as_of_the_pixels(
+    inside: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = extract(inside, tmp_path / "f.npz")
+    pixels = datasets.load("photos", root=tmp_path, validation_fraction=0.2)
+    splits = datasets.load(str(tmp_path / "f.npz"), root=tmp_path, validation_fraction=0.2)
+    assert pixels.validation.rows is not None
+    rows = splits.validation.rows
+    np.testing.assert_array_equal(rows, pixels.validation.rows)
+    assert len(found.images) == 52
+
+
+def test_views_are_of_the_training_images_and_follow_the_seed(
+    inside: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plain = extract(inside, tmp_path / "one.npz")
+    first, again, other = (
+        extract(inside, tmp_path / f"{i}.npz", "--views", 3, "--seed", seed)
+        for i, seed in enumerate((0, 0, 1))
+    )
+    assert len(first.images) == 52 + 2 * 40
+    np.testing.assert_array_equal(first.images.store[:52], plain.images.store)
+    np.testing.assert_array_equal(first.images.store, again.images.store)
+    assert (first.images.store[52:] != other.images.store[52:]).any()
+    one, two = first.images.store[52:92], first.images.store[92:]
+    assert (one != two).any()
+    assert (one != first.images.store[:40]).any()
+    np.testing.assert_array_equal(first.images.labels[52:92], first.images.labels[:40])
+
+
+def test_arrays_give_the_features_of_their_values(
+    inside: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An array in [0, 1] is not rounded to bytes on its way."""
+    support.write_npz(tmp_path / "three.npz")
+    main(
+        inside,
+        "train",
+        tmp_path / "three.npz",
+        "--student",
+        "mlp:8",
+        "--epochs",
+        1,
+        "--out",
+        tmp_path / "run",
+    )
+    out = tmp_path / "f.npz"
+    main(
+        inside,
+        "features",
+        tmp_path / "three.npz",
+        "--student",
+        tmp_path / "run",
+        "--out",
+        out,
+        "--views",
+        2,
+    )
+    splits = datasets.load(str(tmp_path / "three.npz"), root=tmp_path)
+    run = saved_models.load_run(tmp_path / "run")
+    found = datasets.load(str(out), root=tmp_path)
+    images = batching.to_nchw(run.preprocess.apply(splits.test.images()))
+    network = run.classifier.network
+    assert isinstance(network, torch.nn.Sequential)
+    with torch.no_grad():
+        expected = network[:-1](images)
+    own = found.test.images().reshape(len(images), -1).astype(np.float32)
+    np.testing.assert_allclose(own, expected, rtol=2e-3, atol=2e-3)
+    assert len(found.train) == 2 * len(splits.train)
+    np.testing.assert_array_equal(found.validation.labels, splits.validation.labels)
+
+
+def test_a_layer_of_maps_is_averaged(inside: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = extract(inside, tmp_path / "f.npz", "--layer", "3")
+    assert found.images.shape == (1, 1, 4)
+    assert found.record["layer"] == "3"
+
+
+def test_a_kill_costs_nothing_that_was_saved(
+    inside: pytest.MonkeyPatch, tmp_path: Path, work: Path
+) -> None:
+    whole, out = tmp_path / "whole.npz", tmp_path / "f.npz"
+    extract(inside, whole, "--views", 4)
+    code = (
+        "import os, signal, sys, time\n"
+        "from kd.commands import features\n"
+        "from dsdistill.harness.data.feature_file import PartialFeatures\n"
+        "features.SECONDS_BETWEEN_SAVES = 0\n"
+        "append = PartialFeatures.append\n"
+        "def killed(self, rows):\n"
+        "    append(self, rows)\n"
+        "    if self._rows > 90: self._file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "PartialFeatures.append = killed\n"
+        "from kd.cli import main\n"
+        "main()\n"
+    )
+    given = ["features", "photos", "--student", "run", "--out", str(out), "--batch-size", "16"]
+    given += ["--workers", "0", "--views", "4", "--device", "cpu"]
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *given], cwd=work, env=support.environment(), check=False
+    )
+    assert ended.returncode == -signal.SIGKILL
+    assert not out.exists()
+    assert "add --resume" in refused(inside, *given)
+    main(inside, *given, "--resume")
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_a_stop_says_how_to_continue(inside: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    out = tmp_path / "f.npz"
+    original = features.extract
+
+    def stopped(*arguments):
+        for number, rows in enumerate(original(*arguments)):
+            if number == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.01)
+            yield rows
+
+    with inside.context() as patch:
+        patch.setattr(features, "extract", stopped)
+        line = refused(
+            patch,
+            "features",
+            "photos",
+            "--student",
+            "run",
+            "--out",
+            out,
+            "--batch-size",
+            16,
+            "--workers",
+            0,
+        )
+    command = f"kd features photos --student run --out {out} --resume --batch-size 16 --workers 0"
+    assert f"`{command}`" in line
+    extract(inside, out, "--resume")
+
+
+def test_decoding_processes_change_nothing(inside: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    extract(inside, tmp_path / "none.npz", "--views", 2)
+    given = ("--student", "run", "--out", tmp_path / "two.npz", "--batch-size", 16, "--views", 2)
+    main(inside, "features", "photos", *given, "--workers", 2, "--device", "cpu")
+    assert (tmp_path / "none.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--layer", "nowhere"), "unknown layer 'nowhere'"),
+        (("--student", "convnet:4"), "has no published weights"),
+        (("--student", "net.pt2"), "exported program"),
+        (("--out", "f.npy"), "--out must end in .npz"),
+        (("--views", "0"), "--views must be at least 1"),
+        (("--image-size", "9"), "leave --image-size out"),
+        (("--resume",), "nothing to resume"),
+    ],
+)
+def test_refuses_in_one_line(
+    inside: pytest.MonkeyPatch, tmp_path: Path, given: tuple[str, ...], said: str
+) -> None:
+    options = {"--student": "run", "--out": str(tmp_path / "f.npz")}
+    rest = dict(zip(given[::2], given[1::2], strict=False))
+    flat = [word for pair in (options | rest).items() for word in pair]
+    flags = [word for word in given if len(given) == 1]
+    assert said in refused(inside, "features", "photos", *flat, *flags)
+    assert not list(tmp_path.iterdir())
+
+
+def test_features_are_no_images(inside: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    extract(inside, tmp_path / "f.npz")
+    line = refused(inside, "features", tmp_path / "f.npz", "--student", "run")
+    assert "holds features already" in line
+
+
+def test_a_network_trains_on_features(inside: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    extract(inside, tmp_path / "f.npz")
+    main(
+        inside,
+        "train",
+        tmp_path / "f.npz",
+        "--student",
+        "mlp:8",
+        "--epochs",
+        3,
+        "--out",
+        tmp_path / "head",
+    )
+    assert saved_models.load_run(tmp_path / "head").shape == (1, 1, 4)
+
+
+def test_the_weights_and_the_preprocessing_are_on_record(inside: pytest.MonkeyPatch) -> None:
+    backbone = backbones.load("run", backbones.EMBEDDING, (SIDE, SIDE, 3))
+    record = backbone.record()
+    with torch.no_grad():
+        next(backbone.classifier.parameters()).add_(1)
+    assert backbone.record()["weights_sha256"] != record["weights_sha256"]
+    assert record["preprocess"]["size"] == [SIDE, SIDE]
+    assert record["preprocess"]["crop"] == 1.0
+
+
+def test_batches_are_whole_parts_of_one_view() -> None:
+    batches = features.plan(10, 7, 3, 4)
+    assert [(b.view, b.rows.tolist()) for b in batches] == [
+        (0, [0, 1, 2, 3]),
+        (0, [4, 5, 6, 7]),
+        (0, [8, 9]),
+        (1, [0, 1, 2, 3]),
+        (1, [4, 5, 6]),
+        (2, [0, 1, 2, 3]),
+        (2, [4, 5, 6]),
+    ]
+
+
+def test_files_are_read_in_the_channels_of_the_run(
+    inside: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gray = ("--channels", 1, "--student", "convnet:4", "--epochs", 1, "--out", tmp_path / "run")
+    main(inside, "train", "photos", *gray)
+    found = extract(inside, tmp_path / "f.npz", "--student", tmp_path / "run")
+    splits = datasets.load("photos", root=tmp_path, validation_fraction=0, channels=1)
+    run = saved_models.load_run(tmp_path / "run")
+    network = run.classifier.network
+    assert isinstance(network, torch.nn.Sequential)
+    images = batching.to_nchw(run.preprocess.apply(splits.test.images()))
+    with torch.no_grad():
+        expected = network[:-1](images)
+    mine = found.part("test")
+    assert mine is not None
+    own = mine.images().reshape(len(mine), -1).astype(np.float32)
+    np.testing.assert_allclose(own, expected, rtol=2e-3, atol=2e-3)
