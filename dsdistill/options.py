@@ -67,9 +67,10 @@ class RunOptions:
 
     preprocess: Annotated[
         Literal["standardise", "zca", "none"] | None,
-        Shown(default="zca for colour, standardise for grayscale"),
+        Shown(default="zca for colour and a convolutional kernel, else standardise"),
     ] = None
-    """Normalisation of the pixels: mean 0 and deviation 1, ZCA whitening, or none"""
+    """Normalisation of the pixels: mean 0 and deviation 1, ZCA whitening, or none. As a default,
+    zca gives way to standardise, with a note, where it does not fit into memory"""
 
     out: Annotated[Path | None, Shown(default="the next free runs/<method>-<data>-<n>")] = None
     """Folder of the run"""
@@ -182,7 +183,8 @@ class KipOptions(RunOptions):
     """Learn the labels as well as the images"""
 
     augment: Annotated[str | None, Shown("CHANGES")] = None
-    """Change the target images at random: flip, shift, rotate, separated by commas, or all"""
+    """Change the target images at random, before --preprocess: flip, shift, rotate, separated by
+    commas, or all"""
 
     init: Annotated[str, Shown("real|noise|PATH")] = "real"
     """Start from real images, from noise, or from a distilled set (its .safetensors file or the
