@@ -405,9 +405,10 @@ def _stop_at(patch: pytest.MonkeyPatch, stop: int) -> None:
 def test_a_run_of_an_earlier_version_goes_on_as_it_was_made(tmp_path, monkeypatch, old):
     """Whitened for every kernel, every direction amplified, and augmented when preprocessed."""
     _write_colour(tmp_path / "data.npz")
-    with monkeypatch.context() as patch, pytest.raises(StopInterrupt):
+    with monkeypatch.context() as patch:
         _stop_at(patch, 2)
-        distil.run_kip(_colour(tmp_path, "fc", augment="shift"))
+        with pytest.raises(StopInterrupt):
+            distil.run_kip(_colour(tmp_path, "fc", augment="shift"))
     path = tmp_path / "run" / "config.json"
     config = json.loads(path.read_text())
     if old:
@@ -434,9 +435,10 @@ def test_a_run_with_augmentation_goes_on_to_the_same_bits(tmp_path, monkeypatch)
         (tmp_path / name).mkdir()
         _write_colour(tmp_path / name / "data.npz")
     options = {"kernel": "fc", "preprocess": "zca", "augment": "all"}
-    with monkeypatch.context() as patch, pytest.raises(StopInterrupt):
+    with monkeypatch.context() as patch:
         _stop_at(patch, 2)
-        distil.run_kip(_colour(tmp_path / "stopped", **options))
+        with pytest.raises(StopInterrupt):
+            distil.run_kip(_colour(tmp_path / "stopped", **options))
     folder = distil.run_kip(KipOptions(out=tmp_path / "stopped" / "run", resume=True))
     whole = distil.run_kip(_colour(tmp_path / "whole", **options))
     one, two = (distilled_set.load(f / distilled_set.FILE_NAME) for f in (folder, whole))
