@@ -73,7 +73,7 @@ def main() -> None:
         splits = datasets.load(str(path), root=Path(folder), validation_fraction=0.0)
         report("check and map the file", began)
         began = time.perf_counter()
-        fitted = preprocess.fit(None, splits.train.chunks, splits.train.shape)
+        fitted = preprocess.fit("centre", splits.train.chunks, splits.train.shape)
         report("fit the preprocessing", began)
         train = Examples(splits.train, fitted)
         support = initial_support.draw_support(train, 1, noise=False, corruption=0, seed=0)

@@ -121,7 +121,8 @@ def kip(
             default a share of the training images, the same for every seed and for `evaluate`.
         validation_fraction: That share; 0 keeps the last step.
         classes: Class names in label order; by default the distinct labels, sorted.
-        preprocess: Normalisation of the pixels; by default zca for colour, else standardise.
+        preprocess: Normalisation of the pixels; by default zca for colour and a convolutional
+            kernel where it fits into memory, else standardise.
         init: `real` images, `noise`, or a distilled set (or its path), whose labels are kept.
         outer: Loss of the predicted training images: `ce`, the cross-entropy of the predictions
             times the scale that fits them best, or `mse`, the squared error, as in the papers.
@@ -135,7 +136,8 @@ def kip(
         ridge: Ridge of the regression, relative to the mean of the kernel's diagonal.
         depth: Hidden layers or blocks of the kernel.
         w_std, b_std: Standard deviation of the network's weights and biases.
-        augment: Random changes of the target images: `flip`, `shift`, `rotate`, or `all`.
+        augment: Random changes of the target images before their normalisation: `flip`, `shift`,
+            `rotate`, or `all`.
         warm_up: Cheaper kernel to begin with, `KERNEL` or `KERNEL:STEPS`.
         corruption: Share of each image's pixels that stay noise.
         patience: Validations in a row without a better one that end the search; None for no end.
@@ -161,7 +163,12 @@ def kip(
         splits = _splits(images, labels, classes, validation, validation_fraction)
         digest = training_data.digest(start) if start else None
         prepared = prepare.prepare_arrays(
-            options, splits, start, digest, network=as_network(kernel)
+            options,
+            splits,
+            start,
+            digest,
+            network=as_network(kernel),
+            chosen=_stored_choices(checkpoint),
         )
 
         def search(run: Run) -> Outcome:
@@ -207,7 +214,9 @@ def label_solve(
     with _call(progress):
         options = _options(LabelSolveOptions, given)
         splits = _splits(images, labels, classes, None, validation_fraction)
-        prepared = prepare.prepare_arrays(options, splits, network=as_network(kernel))
+        prepared = prepare.prepare_arrays(
+            options, splits, network=as_network(kernel), chosen=_stored_choices(checkpoint)
+        )
 
         def solve(run: Run) -> Outcome:
             return outcomes.label_solve_outcome(options, run, prepared)
@@ -465,7 +474,7 @@ def _distil(
     result = None if folder is None else folder / distilled_set.FILE_NAME
     if result is not None and result.exists():
         return replace(_finished(result, config, prepared), network=prepared.network)
-    with _open_run(folder, config) as run, run.clean_up_on_error():
+    with _open_run(folder, config, prepared.chosen) as run, run.clean_up_on_error():
         run.require_same(prepared.digests())
         outcome = search(run)
         record = outcomes.provenance(options, run, prepared, outcome, {})
@@ -478,11 +487,18 @@ def _distil(
         return distilled
 
 
-def _open_run(folder: Path | None, config: Mapping[str, Any]) -> Run:
+def _stored_choices(checkpoint: str | os.PathLike[str] | None) -> Mapping[str, Any] | None:
+    """What the run of a checkpoint's folder has chosen; None if a call begins a new run."""
+    return None if checkpoint is None else run_folder.stored_choices(Path(checkpoint))
+
+
+def _open_run(folder: Path | None, config: Mapping[str, Any], chosen: Mapping[str, Any]) -> Run:
     """The run of a folder, new or to be continued; one without a folder writes nothing."""
+    new = run_folder.with_choices(config, chosen)
     if folder is None:
-        return run_folder.in_memory(config)
+        return run_folder.in_memory(new)
     resume = (folder / "config.json").exists()
+    config = config if resume else new
     return hosts.open_run(
         lambda: run_folder.start(
             folder, config, result=distilled_set.FILE_NAME, resume=resume, earlier=EARLIER

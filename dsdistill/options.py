@@ -69,10 +69,14 @@ class RunOptions:
 
     preprocess: Annotated[
         Literal["standardise", "zca", "none", "centre"] | None,
-        Shown(default="zca for colour, standardise for grayscale, centre for features"),
+        Shown(
+            default="zca for colour and a convolutional kernel, centre for features, else "
+            "standardise"
+        ),
     ] = None
     """Normalisation: mean 0 and deviation 1 of each channel, ZCA whitening, none, or centre: mean 0
-    and one scale for all channels"""
+    and one scale for all channels. As a default, zca gives way to standardise, with a note, where
+    it does not fit into memory"""
 
     out: Annotated[Path | None, Shown(default="the next free runs/<method>-<data>-<n>")] = None
     """Folder of the run"""
@@ -191,7 +195,8 @@ class KipOptions(RunOptions):
     """Learn the labels as well as the images"""
 
     augment: Annotated[str | None, Shown("CHANGES")] = None
-    """Change the target images at random: flip, shift, rotate, separated by commas, or all"""
+    """Change the target images at random, before --preprocess: flip, shift, rotate, separated by
+    commas, or all"""
 
     init: Annotated[str, Shown("real|noise|PATH")] = "real"
     """Start from real images, from noise, or from a distilled set (its .safetensors file or the

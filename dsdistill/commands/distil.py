@@ -17,7 +17,7 @@ from dsdistill.commands import outcomes, prepare
 from dsdistill.commands.outcomes import Outcome
 from dsdistill.commands.prepare import Prepared
 from dsdistill.harness import paths, shell, stopping
-from dsdistill.harness.data import datasets, distilled_set
+from dsdistill.harness.data import datasets, distilled_set, preprocess
 from dsdistill.harness.data.labeled_images import Examples
 from dsdistill.harness.data.preprocess import is_features
 from dsdistill.harness.errors import UserError, one_line
@@ -79,14 +79,15 @@ def _run(
     if options.resume:
         run, options = _reopen(options, method)
         with run, _explain_stop(options, method, run.folder):
-            return _distil_and_finish(options, run, prepare.prepare(options), distil)
+            prepared = prepare.prepare(options, run.config.get(run_folder.CHOSEN_KEY, {}))
+            return _distil_and_finish(options, run, prepared, distil)
     folder = Path(hosts.decide(lambda: str(_free_folder(options, method))))
     with stopping.explain_stop():
         prepared = prepare.prepare(
             options
         )  # before the folder exists: a wrong option leaves none behind
     options = replace(options, images_per_class=prepared.images_per_class)
-    config = _config(options, method)
+    config = run_folder.with_choices(_config(options, method), prepared.chosen)
     with (
         hosts.open_run(
             lambda: run_folder.start(folder, config, result=distilled_set.FILE_NAME)
@@ -223,11 +224,19 @@ def _restore_options(options: RunOptionsT, run: run_folder.Run) -> RunOptionsT:
         RunError: If one is unknown, or its value is not of its type, or names code that this call
             does not name: a file may not choose the code that runs here.
     """
-    if not isinstance(run.config.get(run_folder.CHOSEN_KEY, {}).get("target_batch", 1), int):
-        raise run_folder.RunError(
-            f"{run.folder / 'config.json'} is damaged: {run_folder.CHOSEN_KEY}.target_batch must "
-            f"be a whole number{run_folder.REMEDY}"
-        )
+    chosen = run.config.get(run_folder.CHOSEN_KEY, {})
+    rules = {
+        "target_batch must be a whole number": isinstance(chosen.get("target_batch", 1), int),
+        f"{prepare.PREPROCESS_KEY} must be one of {', '.join(preprocess.KINDS)}": (
+            chosen.get(prepare.PREPROCESS_KEY, "zca") in preprocess.KINDS
+        ),
+    }
+    for rule, holds in rules.items():
+        if not holds:
+            raise run_folder.RunError(
+                f"{run.folder / 'config.json'} is damaged: {run_folder.CHOSEN_KEY}.{rule}"
+                f"{run_folder.REMEDY}"
+            )
     restored = STORAGE.from_json(options, run.folder, run.config)
     for name in _code_options(restored):
         code = getattr(restored, name)

@@ -183,7 +183,10 @@ def build_report(
     """
     source, splits = origin.read_provenance(parts.distilled), parts.splits
     kernel = f" with {source.kernel}" if source.kernel else ""
-    distil = None if source.config is None else reproduce.distil_line(source.method, source.config)
+    distil = None
+    if source.config is not None:
+        kind = parts.distilled.preprocess.kind
+        distil = reproduce.distil_line(source.method, source.config, whitened=kind == "zca")
     return Report(
         title=f"{source.method}{kernel} on {splits.name}, {len(parts.distilled)} images",
         notes=[*source.notes, *_notes(parts, results)],

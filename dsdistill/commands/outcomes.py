@@ -17,9 +17,8 @@ from dsdistill.loops import kip_loop, timing
 from dsdistill.loops.kip_loop import OnStep
 from dsdistill.loops.label_solve_loop import accumulate_sums
 from dsdistill.loops.plan import Plan
-from dsdistill.methods import initial_support, label_solve
+from dsdistill.methods import initial_support, kip, label_solve
 from dsdistill.methods.initial_support import Support
-from dsdistill.methods.targets import load_into_memory
 from dsdistill.options import KipOptions, LabelSolveOptions, RunOptions
 
 EVALUATION_RIDGE = 1e-6  # relative; for Label Solve, whose `--ridge` is absolute
@@ -66,7 +65,8 @@ def kip_outcome(
         UserError: If a step does not fit into memory, or the loss diverges.
         KeyboardInterrupt: If stopped by hand, after a checkpoint.
     """
-    support, train = _support(options, prepared), load_into_memory(prepared.train)
+    support = _support(options, prepared)
+    train = kip.load_targets(prepared.phases[-1].objective, prepared.train)
     plan = Plan(
         prepared.phases,
         _target_batch(options, run, prepared, support, train),

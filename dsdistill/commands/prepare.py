@@ -6,7 +6,9 @@ All rules on the input are checked here, so that a wrong command line leaves no 
 import hashlib
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,7 @@ from dsdistill.harness.data.labeled_images import Examples
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
 from dsdistill.kernels import gram, networks
-from dsdistill.kernels.networks import InfiniteNetwork
+from dsdistill.kernels.networks import Engine, InfiniteNetwork
 from dsdistill.loops import timing
 from dsdistill.loops.plan import Phase
 from dsdistill.methods import augment, initial_support, kip
@@ -28,10 +30,17 @@ from dsdistill.methods.gauss_newton import GaussNewton
 from dsdistill.methods.optimizer import Optimizer
 from dsdistill.methods.outer_loss import OUTER_LOSSES
 from dsdistill.options import KipOptions, LabelSolveOptions, RunOptions
+from dsdistill.parallel import hosts
 
 DEFAULT_IMAGES_PER_CLASS = 10
 MIN_SINGULAR_RIDGE = 1e-3  # for a support of more images than a linear kernel has values
 WARM_UP_DIVISOR = 4  # a warm-up has a quarter of the steps by default
+# What a run has chosen about its images. Runs of earlier versions lack these entries: colour was
+# whitened for every kernel, directions that no image has anything in were amplified by ZCA, and
+# preprocessed images were augmented. They are continued so.
+PREPROCESS_KEY = "preprocess"  # the kind, for colour and features without --preprocess
+UNSPANNED_KEY, KEPT = "unspanned", "kept"  # of ZCA with fewer images than pixel values
+AUGMENTED_KEY, RAW = "augmented", "raw"
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +56,7 @@ class Prepared:
         init_sha256: SHA-256 of that set.
         phases: Phases of a KIP run; empty for other methods.
         networks: All networks of the run.
+        chosen: What the run has chosen about its images, for its `config.json`.
     """
 
     splits: Splits
@@ -58,6 +68,7 @@ class Prepared:
     init_sha256: str | None
     phases: tuple[Phase, ...]
     networks: tuple[InfiniteNetwork, ...]
+    chosen: Mapping[str, Any]
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of all that the run depends on by readable names, for `Run.require_same`."""
@@ -75,16 +86,17 @@ class Prepared:
         return self.splits.digests() | modules | functions | init
 
 
-def prepare(options: RunOptions) -> Prepared:
+def prepare(options: RunOptions, chosen: Mapping[str, Any] | None = None) -> Prepared:
     """Check the options, load the data and fit the preprocessing.
 
     Args:
         options: Options without open defaults, as `options.with_defaults` returns them.
+        chosen: What the run has chosen when it was started; None for a new run.
 
     Raises:
         UserError: If a rule is broken; the message is about the first.
     """
-    kernels, phases = _parse(options)
+    kernels, phases = _parse(options, chosen)
     init = init_sha256 = None
     if isinstance(options, KipOptions) and options.init not in initial_support.INIT_NAMES:
         init, init_sha256 = initial_support.load(options.init)
@@ -97,7 +109,7 @@ def prepare(options: RunOptions) -> Prepared:
         classes=init.classes if init else None,
     )
     _require_test_images(options, splits)
-    return _assemble(options, kernels, phases, splits, init, init_sha256)
+    return _assemble(options, kernels, phases, splits, init, init_sha256, chosen)
 
 
 def prepare_arrays(
@@ -107,6 +119,7 @@ def prepare_arrays(
     init_sha256: str | None = None,
     *,
     network: InfiniteNetwork | None = None,
+    chosen: Mapping[str, Any] | None = None,
 ) -> Prepared:
     """Check the options against data that are at hand, and fit the preprocessing.
 
@@ -116,12 +129,13 @@ def prepare_arrays(
         init: The distilled set that a KIP run starts from, in place of the option.
         init_sha256: SHA-256 of that set.
         network: The network, in place of the option.
+        chosen: As for `prepare`.
 
     Raises:
         UserError: If a rule is broken; the message is about the first.
     """
-    kernels, phases = _parse(options, network)
-    return _assemble(options, kernels, phases, splits, init, init_sha256)
+    kernels, phases = _parse(options, chosen, network)
+    return _assemble(options, kernels, phases, splits, init, init_sha256, chosen)
 
 
 def _kernel_digest(network: InfiniteNetwork, shape: tuple[int, int, int]) -> str:
@@ -132,7 +146,7 @@ def _kernel_digest(network: InfiniteNetwork, shape: tuple[int, int, int]) -> str
 
 
 def _parse(
-    options: RunOptions, network: InfiniteNetwork | None = None
+    options: RunOptions, chosen: Mapping[str, Any] | None, network: InfiniteNetwork | None = None
 ) -> tuple[tuple[InfiniteNetwork, ...], tuple[Phase, ...]]:
     """The kernels and the phases that the options name, checked without any data."""
     _check(options)
@@ -141,7 +155,10 @@ def _parse(
         if network is None
         else (network,)
     )
-    return kernels, _phases(options, kernels) if isinstance(options, KipOptions) else ()
+    if not isinstance(options, KipOptions):
+        return kernels, ()
+    raw = chosen is None or chosen.get(AUGMENTED_KEY) == RAW
+    return kernels, _phases(options, kernels, augment_raw=raw)
 
 
 def _assemble(
@@ -151,6 +168,7 @@ def _assemble(
     splits: Splits,
     init: DistilledSet | None,
     init_sha256: str | None,
+    chosen: Mapping[str, Any] | None,
 ) -> Prepared:
     """Check that data, kernels and initial set fit together, and fit the preprocessing."""
     _check_validation(options, splits)
@@ -171,7 +189,11 @@ def _assemble(
         for phase in phases:
             phase.objective.optimizer.check_network(network)
             _check_rank(network, splits, images_per_class, phase.objective.ridge)
-    fitted = preprocess.fit(options.preprocess, splits.train.chunks, splits.train.shape)
+    if chosen is None:
+        chosen = _choose(options, kernels[0], splits)
+    kind = options.preprocess or chosen.get(PREPROCESS_KEY) or _former_default(splits)
+    amplify = chosen.get(UNSPANNED_KEY) != KEPT
+    fitted = preprocess.fit(kind, splits.train.chunks, splits.train.shape, amplify)
     train, validation = Examples(splits.train, fitted), Examples(splits.validation, fitted)
     return Prepared(
         splits,
@@ -183,6 +205,7 @@ def _assemble(
         init_sha256,
         phases,
         all_networks,
+        chosen,
     )
 
 
@@ -206,6 +229,28 @@ def _check_rank(
         )
 
 
+def _choose(options: RunOptions, network: InfiniteNetwork, splits: Splits) -> dict[str, Any]:
+    """What a new run does with its images where an earlier version did something else."""
+    chosen: dict[str, Any] = {}
+    kind, (shape, count) = options.preprocess, (splits.train.shape, len(splits.train))
+    if kind is None and (shape[-1] == 3 or preprocess.is_features(shape)):
+        # A network of neural-tangents is taken for a convolutional one: others have a name.
+        convolutional = network.engine is not Engine.CLOSED_FORM
+        kind = chosen[PREPROCESS_KEY] = hosts.decide(
+            lambda: preprocess.default_kind(shape, count, convolutional=convolutional)
+        )
+    if kind == "zca" and count < math.prod(shape):
+        chosen[UNSPANNED_KEY] = KEPT
+    if isinstance(options, KipOptions) and options.augment:
+        chosen[AUGMENTED_KEY] = RAW
+    return chosen
+
+
+def _former_default(splits: Splits) -> preprocess.Kind:
+    """The default of grayscale, and of colour in earlier versions."""
+    return "zca" if splits.train.shape[-1] == 3 else "standardise"
+
+
 def _networks(
     option: str, text: str, options: RunOptions, depth: int | None = None
 ) -> tuple[InfiniteNetwork, ...]:
@@ -219,16 +264,19 @@ def _networks(
     return tuple(networks.parse(name, depth, **std) for name in names)
 
 
-def _phases(options: KipOptions, kernels: tuple[InfiniteNetwork, ...]) -> tuple[Phase, ...]:
+def _phases(
+    options: KipOptions, kernels: tuple[InfiniteNetwork, ...], *, augment_raw: bool
+) -> tuple[Phase, ...]:
     assert options.steps is not None  # `with_defaults` has set it
-    main = _phase(options, kernels, options.steps)
+    main = _phase(options, kernels, options.steps, augment_raw=augment_raw)
     if options.warm_up is None:
         return (main,)
     name, steps = split_warm_up(options.warm_up)
     steps = max(options.steps // WARM_UP_DIVISOR, 1) if steps is None else steps
     if steps < 1:
         raise UserError(f"--warm-up must have at least 1 step, got {options.warm_up}")
-    return (_phase(options, _networks("--warm-up", name, options), steps), main)
+    warm_up = _networks("--warm-up", name, options)
+    return (_phase(options, warm_up, steps, augment_raw=augment_raw), main)
 
 
 def split_warm_up(text: str) -> tuple[str, int | None]:
@@ -237,7 +285,9 @@ def split_warm_up(text: str) -> tuple[str, int | None]:
     return (match[1], int(match[2])) if match else (text, None)
 
 
-def _phase(options: KipOptions, kernels: tuple[InfiniteNetwork, ...], steps: int) -> Phase:
+def _phase(
+    options: KipOptions, kernels: tuple[InfiniteNetwork, ...], steps: int, *, augment_raw: bool
+) -> Phase:
     objective = kip.KipObjective(
         kernels,
         options.ridge,
@@ -246,6 +296,7 @@ def _phase(options: KipOptions, kernels: tuple[InfiniteNetwork, ...], steps: int
         options.learn_labels,
         augment.parse(options.augment),
         OUTER_LOSSES[options.outer],
+        augment_raw=augment_raw,
     )
     return Phase(objective, steps)
 

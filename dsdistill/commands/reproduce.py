@@ -16,12 +16,14 @@ from dsdistill.options import (
 METHODS = ("kip", "ls")
 
 
-def distil_line(method: str, config: Mapping[str, Any]) -> str | None:
+def distil_line(method: str, config: Mapping[str, Any], *, whitened: bool = False) -> str | None:
     """The command that made a set of `dsdistill kip` or `ls`; None if its file does not tell.
 
     Args:
         method: The method that the set's file names.
         config: The options that the set's file states; values of any type, which are quoted.
+        whitened: Whether its images are whitened by ZCA, which the line then says: earlier
+            versions did so by default with other kernels too.
     """
     defaults = vars(LabelSolveOptions())
     if method == "kip":
@@ -34,7 +36,7 @@ def distil_line(method: str, config: Mapping[str, Any]) -> str | None:
     data, more = config.get("data"), config.get(run_folder.CHOSEN_KEY, {})
     if method not in METHODS or not isinstance(data, str) or not isinstance(more, Mapping):
         return None
-    chosen = {**config, **more}
+    chosen = {**config, **more} | ({"preprocess": "zca"} if whitened else {})
     options = {k: v for k, v in chosen.items() if k in defaults and k != "data"}
     line = shell.line(f"dsdistill {method}", options, defaults, data)
     return line if line.isprintable() else None

@@ -1,7 +1,9 @@
 """Random transforms of the target images that keep their class: flips, shifts, small rotations.
 
 Each transform is a pure function of the images and of its random numbers; `augment_images` draws
-them. Images are preprocessed, and pixels from beyond the edge repeat it.
+them. Images are raw, as published, and preprocessed afterwards: for ZCA a shifted image that is
+whitened is another one than a whitened image that is shifted. Pixels from beyond the edge repeat
+it.
 
 Source: Nguyen, Novak, Xiao and Lee (2021), arXiv:2107.13034, who augment targets; the range of
 each transform is this project's choice.
@@ -38,7 +40,7 @@ def augment_images(
     """Apply every named transform to each image, with random numbers of its own.
 
     Args:
-        images: Preprocessed images.
+        images: Images of any range.
         key: JAX key of all draws; those of a transform do not depend on which others are named.
         names: Transforms, as `parse` returns them.
     """

@@ -29,12 +29,13 @@ from dsdistill.harness.data.labeled_images import Examples
 from dsdistill.harness.errors import UserError
 from dsdistill.kernels import diagnosis, gram
 from dsdistill.kernels.networks import InfiniteNetwork
-from dsdistill.methods import ridge
+from dsdistill.methods import preprocessing, ridge
 from dsdistill.methods.adam import Adam
 from dsdistill.methods.augment import augment_images
 from dsdistill.methods.initial_support import Support
 from dsdistill.methods.optimizer import Optimizer, StepProblem
 from dsdistill.methods.outer_loss import OuterLoss, SquaredError
+from dsdistill.methods.preprocessing import ArrayPreprocess
 from dsdistill.methods.targets import TargetBatches, load_into_memory
 from dsdistill.parallel import devices
 
@@ -82,6 +83,8 @@ class KipObjective:
         learn_labels: Whether labels are learned too.
         augment: Random transforms of the targets, names of `dsdistill.methods.augment`.
         outer: The loss of the predictions.
+        augment_raw: Whether they change raw images, which are preprocessed in the step; else
+            preprocessed ones, as in runs of earlier versions.
     """
 
     networks: tuple[InfiniteNetwork, ...]
@@ -91,6 +94,7 @@ class KipObjective:
     learn_labels: bool = False
     augment: tuple[str, ...] = ()
     outer: OuterLoss = field(default_factory=SquaredError)
+    augment_raw: bool = True
 
 
 def initial_state(objective: KipObjective, support: Support) -> State:
@@ -104,6 +108,15 @@ def restart(
     """The state with these images and labels, and with the optimiser and its schedule reset."""
     learned = _learned_arrays(objective, images, labels)
     return State(images, labels, objective.optimizer.initial_state(learned))
+
+
+def load_targets(objective: KipObjective, train: Examples) -> Examples:
+    """Images that targets are drawn from: preprocessed at once if steps do not augment raw ones."""
+    return train if _augments_raw(objective, train) else load_into_memory(train)
+
+
+def _augments_raw(objective: KipObjective, train: Examples) -> bool:
+    return bool(objective.augment) and objective.augment_raw and not train.is_preprocessed
 
 
 class Stepper:
@@ -131,7 +144,11 @@ class Stepper:
     ) -> None:
         check_memory(objective, support, train, target_batch)
         self._objective, self._seed = objective, seed
-        self._batches = TargetBatches(load_into_memory(train), target_batch, seed)
+        raw, self._preprocess = _augments_raw(objective, train), None
+        self._seen = train.preprocess.apply if raw else lambda images: images
+        if raw:
+            self._preprocess = devices.replicate(preprocessing.from_fitted(train.preprocess))
+        self._batches = TargetBatches(load_targets(objective, train), target_batch, seed, raw=raw)
         size = self._batches.size
         self._updates = [
             _compile_update(objective, network, support, size) for network in objective.networks
@@ -148,7 +165,7 @@ class Stepper:
         self._worker.shutdown()
 
     def draw(self, step: int) -> Targets:
-        """Targets and their labels of a step, counted from 0.
+        """Targets, raw if the step will augment raw ones, and their labels, counted from 0.
 
         Those of the next step are gathered meanwhile.
         """
@@ -173,12 +190,12 @@ class Stepper:
         network = _draw_network(len(self._updates), self._seed, step)
         with jax.enable_x64(True):
             key = jax.random.fold_in(jax.random.key(self._seed), step)
-            after, loss = self._updates[network](state, *targets, key)
+            after, loss = self._updates[network](state, *targets, key, self._preprocess)
             loss = float(loss)
         if not np.isfinite(loss):
             images = np.asarray(state.images)
             culprit = self._objective.networks[network]
-            why = diagnosis.explain_not_finite(culprit, images, targets[0])
+            why = diagnosis.explain_not_finite(culprit, images, self._seen(targets[0]))
             raise divergence_error(self._objective, f"the loss is not finite at step {step}, {why}")
         return Step(step + 1, after, loss, network, self._pairs, time.monotonic() - self._began)
 
@@ -243,10 +260,15 @@ def _compile_update(
     tile_st = gram.plan_tile(network, n, devices.share(targets), shape, gradient=gradient)
 
     def share(
-        at: tuple[State, PRNGKeyArray], real: Array, x_t: Array, y_t: Array
+        at: tuple[State, PRNGKeyArray, ArrayPreprocess | None],
+        real: Array,
+        x_t: Array,
+        y_t: Array,
     ) -> tuple[Array, Any, Any]:
         """The step as one device computes it from its targets; results agree on all devices."""
-        state, key = at
+        state, key, preprocess = at
+        if preprocess is not None:  # targets are raw
+            x_t = preprocessing.preprocess(x_t, preprocess)
         whole = {"images": state.images, "labels": state.labels}
         learned = _learned_arrays(objective, **whole)
         factor = _factor(objective, state.moments.count)  # before the update: 1 at the first step
@@ -274,9 +296,17 @@ def _compile_update(
         )
         return objective.optimizer.step(problem, state.moments, factor, key)
 
-    def update(state: State, x_t: Array, y_t: Array, key: PRNGKeyArray) -> tuple[State, Array]:
+    def update(
+        state: State,
+        x_t: Array,
+        y_t: Array,
+        key: PRNGKeyArray,
+        preprocess: ArrayPreprocess | None,
+    ) -> tuple[State, Array]:
+        x_t = x_t if preprocess is None else preprocessing.unit_range(x_t)
         x_t = augment_images(x_t, key, objective.augment)
-        value, moved, moments = devices.shard_targets(share)((state, key), targets, x_t, y_t)
+        at = state, key, preprocess
+        value, moved, moments = devices.shard_targets(share)(at, targets, x_t, y_t)
         # A finite loss can have a gradient that is not finite: detected here, the previous state
         # is still good.
         finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((moved, moments))]

@@ -32,18 +32,19 @@ class TargetBatches:
         size: Number of targets per step, rounded down to a multiple of the number of classes; at
             least one per class.
         seed: Seed of all draws.
+        raw: Whether images are drawn as they are, to be preprocessed later.
 
     Attributes:
         size: Number of targets per step. A class with fewer images than its share gives all of
             them.
     """
 
-    def __init__(self, train: Examples, size: int, seed: int) -> None:
+    def __init__(self, train: Examples, size: int, seed: int, *, raw: bool = False) -> None:
         labels = train.data.labels
         share = max(size // len(train.data.classes), 1)
         self._members = [np.flatnonzero(labels == c) for c in range(len(train.data.classes))]
         self._share = [min(share, len(members)) for members in self._members]
-        self._train, self._seed = train, seed
+        self._train, self._seed, self._raw = train, seed, raw
         self.size = sum(self._share)
 
     def draw(self, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -53,4 +54,5 @@ class TargetBatches:
             rng.choice(m, s, replace=False) for m, s in zip(self._members, self._share, strict=True)
         )
         rows = np.concatenate(list(drawn))
-        return self._train.images(rows), self._train.labels(rows)
+        images = self._train.data.images(rows) if self._raw else self._train.images(rows)
+        return images, self._train.labels(rows)

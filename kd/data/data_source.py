@@ -109,7 +109,8 @@ class DataSource:
         if self.distilled is not None:
             return self.distilled.preprocess
         images = self.train_images
-        return preprocess.fit(kind or "standardise", images.chunks, images.shape)
+        # `--resume` fits anew: ZCA of few images stays what it was in runs of earlier versions.
+        return preprocess.fit(kind or "standardise", images.chunks, images.shape, True)
 
     def train(
         self,

@@ -1,7 +1,9 @@
 """The library: arrays in, a distilled set out, and nothing else."""
 
 import inspect
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 
 import dsdistill
 from dsdistill.commands import distil
-from dsdistill.harness.data import datasets
+from dsdistill.harness.data import datasets, preprocess
 from dsdistill.harness.errors import UserError
 from dsdistill.options import KipOptions, LabelSolveOptions
 
@@ -366,3 +368,28 @@ def test_load_data_reads_what_the_commands_read(tmp_path: Path) -> None:
     assert data.classes == ("cat", "dog")
     splits = datasets.load(str(tmp_path / "own.npz"), root=tmp_path, image_size=4, channels=1)
     np.testing.assert_array_equal(data.test[0], splits.test.images())
+
+
+def test_a_call_goes_on_with_the_preprocessing_that_it_chose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not with what fits today; and a checkpoint of an earlier version with its own."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8), np.arange(40) % 2
+    arguments: dict[str, Any] = {"images_per_class": 1, "target_batch": 8, "progress": False}
+    arguments |= {"steps": 4, "validation_fraction": 0}
+
+    def stop(step: int, figures: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        dsdistill.kip(images, labels, **arguments, checkpoint=tmp_path, on_step=stop)
+    monkeypatch.setattr(preprocess, "default_kind", lambda *_, **__: pytest.fail("chose again"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("chosen") == {"preprocess": "standardise"}
+    shutil.copytree(tmp_path, tmp_path / "old")
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    for folder, kind in ((tmp_path, "standardise"), (tmp_path / "old", "zca")):
+        for _ in range(2):  # the second call finds the finished set
+            distilled = dsdistill.kip(images, labels, **arguments, checkpoint=folder)
+            assert distilled.preprocess.kind == kind

@@ -26,7 +26,7 @@ def features(n: int, seed: int) -> Examples:
     labels = rng.integers(0, K, n)
     values = (means[labels] + 1.5 * rng.normal(size=(n, D))).astype(np.float16)
     data = LabeledImages(values.reshape(n, 1, 1, D), labels, CLASSES)
-    return Examples(data, preprocess.fit(None, data.chunks, data.shape))
+    return Examples(data, preprocess.fit("centre", data.chunks, data.shape))
 
 
 TRAIN = features(600, 0)

@@ -22,7 +22,7 @@ from dsdistill.harness.runs import metrics_file, progress, run_folder
 from dsdistill.harness.runs.run_folder import RunError
 from dsdistill.harness.stopping import StopInterrupt
 from dsdistill.kernels import networks
-from dsdistill.options import KipOptions, LabelSolveOptions
+from dsdistill.options import KipOptions, LabelSolveOptions, with_defaults
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -149,6 +149,7 @@ BAD = {
     "learn_labels": 1,
     "unknown": 1,
     "chosen": {"target_batch": "x"},
+    "preprocess must": ("chosen", {"preprocess": "whiter"}),
 }
 
 
@@ -158,7 +159,8 @@ def test_an_option_of_a_wrong_type_is_one_line(copy, name):
     if method == "ls" and name in ("steps", "learn_labels"):
         name = "unknown"
     config = json.loads((folder / "run" / "config.json").read_text())
-    (folder / "run" / "config.json").write_text(json.dumps(config | {name: BAD[name]}))
+    key, value = BAD[name] if isinstance(BAD[name], tuple) else (name, BAD[name])
+    (folder / "run" / "config.json").write_text(json.dumps(config | {key: value}))
     options = (KipOptions if method == "kip" else LabelSolveOptions)(
         out=folder / "run", resume=True
     )
@@ -286,7 +288,8 @@ def test_long_zca_is_announced_and_its_result_the_same(monkeypatch, capsys):
     long = preprocess.fit("zca", chunks, (4, 4, 3))
     np.testing.assert_allclose(long.whiten, short.whiten, rtol=1e-4, atol=1e-4)
     announced, *lines = capsys.readouterr().err.splitlines()
-    assert "ZCA of 40 images of 4x4x3: a covariance of 48x48 values" in announced
+    assert "ZCA of 40 images of 4x4x3: a matrix of 40x40 values" in announced
+    assert " of memory (--preprocess standardise avoids it)" in announced
     assert lines[-1].startswith("40/40 images for ZCA")
 
 
@@ -363,3 +366,83 @@ def test_a_users_kernel_that_changed_is_refused(tmp_path, monkeypatch, capsys, c
     distil.run_kip(again)
     assert (f"has no hash of: {name}" in capsys.readouterr().err) == (change == "no hash")
     assert distilled_set.load(out / distilled_set.FILE_NAME).provenance["inputs"][name]
+
+
+def _write_colour(path: Path, per_class: int = 15) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (3 * per_class, 8, 8, 3), dtype=np.uint8)
+    write_data(path, per_class, images=images)
+
+
+def _colour(folder: Path, kernel: str, **changes) -> KipOptions:
+    options = {"images_per_class": 1, "steps": 6, "target_batch": 12, "kernel": kernel}
+    return KipOptions(data=str(folder / "data.npz"), out=folder / "run", **(options | changes))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"), [("fc", "standardise"), ("conv", "zca"), ("fc,conv", "standardise")]
+)
+def test_the_preprocessing_follows_the_kernel_and_is_recorded(tmp_path, kernel, kind):
+    _write_colour(tmp_path / "data.npz")
+    prepared = prepare.prepare(with_defaults(_colour(tmp_path, kernel, augment="flip")))
+    assert prepared.train.preprocess.kind == kind
+    unspanned = {"unspanned": "kept"} if kind == "zca" else {}  # 36 images of 192 values
+    assert prepared.chosen == {"preprocess": kind, "augmented": "raw"} | unspanned
+
+
+def _stop_at(patch: pytest.MonkeyPatch, stop: int) -> None:
+    write = metrics_file.Metrics.write
+
+    def stopping(self, step: int, **figures: float) -> None:
+        write(self, step, **figures)
+        if step == stop:
+            raise KeyboardInterrupt
+
+    patch.setattr(metrics_file.Metrics, "write", stopping)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_run_of_an_earlier_version_goes_on_as_it_was_made(tmp_path, monkeypatch, old):
+    """Whitened for every kernel, every direction amplified, and augmented when preprocessed."""
+    _write_colour(tmp_path / "data.npz")
+    with monkeypatch.context() as patch:
+        _stop_at(patch, 2)
+        with pytest.raises(StopInterrupt):
+            distil.run_kip(_colour(tmp_path, "fc", augment="shift"))
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    if old:
+        del config["chosen"]
+        path.write_text(json.dumps(config))
+    with monkeypatch.context() as patch:
+        # What memory allows today does not count.
+        patch.setattr(preprocess, "default_kind", lambda *_, **__: pytest.fail("chose again"))
+        options = with_defaults(_colour(tmp_path, "fc", augment="shift"))
+        parsed = prepare.prepare(options, {} if old else config["chosen"])
+        folder = distil.run_kip(KipOptions(out=tmp_path / "run", resume=True))
+    distilled = distilled_set.load(folder / distilled_set.FILE_NAME)
+    assert distilled.preprocess.same_as(parsed.train.preprocess)
+    assert distilled.preprocess.kind == ("zca" if old else "standardise")
+    assert parsed.phases[0].objective.augment_raw is not old
+    if old:
+        chunks = parsed.splits.train.chunks
+        amplified = preprocess.fit("zca", chunks, parsed.splits.train.shape, True)
+        assert distilled.preprocess.same_as(amplified)
+
+
+def test_a_run_with_augmentation_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    for name in ("stopped", "whole"):
+        (tmp_path / name).mkdir()
+        _write_colour(tmp_path / name / "data.npz")
+    options = {"kernel": "fc", "preprocess": "zca", "augment": "all"}
+    with monkeypatch.context() as patch:
+        _stop_at(patch, 2)
+        with pytest.raises(StopInterrupt):
+            distil.run_kip(_colour(tmp_path / "stopped", **options))
+    folder = distil.run_kip(KipOptions(out=tmp_path / "stopped" / "run", resume=True))
+    whole = distil.run_kip(_colour(tmp_path / "whole", **options))
+    one, two = (distilled_set.load(f / distilled_set.FILE_NAME) for f in (folder, whole))
+    np.testing.assert_array_equal(one.images, two.images)
+    for distilled in (one, two):
+        chosen = distilled.provenance["config"]["chosen"]
+        assert chosen == {"unspanned": "kept", "augmented": "raw"}

@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dsdistill.harness import memory
 from dsdistill.harness.data import preprocess
@@ -93,6 +95,62 @@ def test_zca_whitens():
     np.testing.assert_allclose(got, np.sort(values / (values + ridge)), atol=1e-5)
 
 
+def test_zca_of_few_images_keeps_the_scale_of_what_none_has():
+    """Each direction of the images is scaled by the root of its eigenvalue, all others by 1."""
+    images = _images(23)
+    flat = _flat_directions(images)
+    covariance = flat.T @ flat / len(flat)
+    d = len(covariance)
+    values, vectors = np.linalg.eigh(covariance + 0.1 * np.trace(covariance) / d * np.eye(d))
+    scales = np.where(np.arange(d) < d - 23, 1.0, 1 / np.sqrt(values))  # ascending eigenvalues
+    fitted = _fit("zca", images)
+    np.testing.assert_allclose(fitted.whiten, (vectors * scales) @ vectors.T, atol=1e-5)
+    np.testing.assert_allclose(fitted.unwhiten, (vectors / scales) @ vectors.T, atol=1e-6)
+    white = fitted.apply(images).reshape(23, d)
+    np.testing.assert_allclose(white, flat @ (vectors * scales) @ vectors.T, atol=2e-5)
+
+
+@given(
+    shape=st.tuples(st.integers(2, 5), st.integers(2, 5), st.sampled_from([1, 3])),
+    share=st.floats(0.05, 0.9),
+    repeated=st.integers(0, 3),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=25, deadline=None)
+def test_zca_leaves_what_no_image_has(shape, share, repeated, seed):
+    d = math.prod(shape)
+    images = _images(max(int(share * d), 1), shape, seed)
+    images = np.concatenate([images, images[:repeated]])[: d - 1]  # the same image spans nothing
+    fitted = _fit("zca", images)
+    x = (images.astype(np.float64) / 255 - fitted.mean) / fitted.std
+    flat = x.reshape(len(x), d)
+    flat = flat - flat.mean(1, keepdims=True)
+    _, sizes, spanned = np.linalg.svd(flat)
+    outside = spanned[(sizes > 1e-6).sum() :]
+    np.testing.assert_allclose(outside @ fitted.whiten, outside, atol=1e-5)
+    np.testing.assert_allclose(outside @ fitted.unwhiten, outside, atol=1e-5)
+    np.testing.assert_allclose(fitted.whiten @ fitted.unwhiten, np.eye(d), atol=1e-4)
+
+
+def test_zca_of_an_earlier_version_amplifies_what_no_image_has():
+    images = _images(23)
+    fitted = preprocess.fit("zca", _chunks(images), SHAPE, True)
+    flat = _flat_directions(images)
+    covariance = flat.T @ flat / len(flat)
+    mean_eigenvalue = np.trace(covariance) / len(covariance)
+    covariance += 0.1 * mean_eigenvalue * np.eye(len(covariance))
+    u, s, _ = np.linalg.svd(covariance)
+    np.testing.assert_allclose(fitted.whiten, (u / np.sqrt(s)) @ u.T, atol=1e-4)
+    largest = np.linalg.eigvalsh(fitted.whiten)[-1]
+    np.testing.assert_allclose(largest, (0.1 * mean_eigenvalue) ** -0.5, rtol=1e-4)
+
+
+def test_zca_of_few_large_images_needs_less_memory():
+    shape = (64, 64, 3)
+    assert preprocess.zca_memory(2000, shape) < preprocess.zca_memory(20_000, shape) / 3
+    assert preprocess.zca_memory(20_000, shape) == 6 * 8 * 12_288**2
+
+
 def test_unwhiten_is_the_inverse():
     fitted = _fit("zca", _images())
     assert fitted.whiten is not None
@@ -160,9 +218,25 @@ def test_one_constant_image_is_zero_under_zca(value):
     assert not fitted.apply(np.full((1, 7, 9, 1), value, np.uint8)).any()
 
 
-def test_default_kind_follows_the_channels():
-    assert _fit(None, _images()).kind == "zca"
-    assert _fit(None, _images(shape=(4, 4, 1))).kind == "standardise"
+@pytest.mark.parametrize(
+    ("shape", "convolutional", "free", "kind"),
+    [
+        ((32, 32, 3), True, 2**30, "zca"),
+        ((32, 32, 3), False, 2**30, "standardise"),
+        ((28, 28, 1), True, 2**30, "standardise"),
+        ((32, 32, 3), True, 2**28, "standardise"),  # 432 MiB are needed
+        ((224, 224, 3), True, 2**50, "standardise"),
+    ],
+)
+def test_zca_is_the_default_for_convolutions_in_colour_where_it_fits(
+    monkeypatch, capsys, shape, convolutional, free, kind
+):
+    monkeypatch.setattr(memory, "available", lambda: free)
+    assert preprocess.default_kind(shape, 50_000, convolutional=convolutional) == kind
+    said = capsys.readouterr().err
+    gives_way = shape[-1] == 3 and convolutional and kind == "standardise"
+    assert said.count("note: pixels are standardised, since ZCA whitening") == gives_way
+    assert said.count("\n") == gives_way
 
 
 def test_unknown_kind_is_refused():
@@ -176,8 +250,16 @@ def test_too_large_zca_is_refused_with_figures_before_it_starts(monkeypatch):
     def chunks(size):
         pytest.fail("an image was read")
 
-    with pytest.raises(UserError, match=r"224x224 .* 1012\.9 GiB, 10\.0 GiB is free.*--image-size"):
+    with pytest.raises(UserError, match=r"224x224 .* 168\.8 GiB, 10\.0 GiB is free.*--image-size"):
         preprocess.fit("zca", chunks, (224, 224, 3))
+
+
+def test_zca_that_does_not_fit_is_refused_before_its_matrix(monkeypatch):
+    """Of more images than pixel values; the least that fewer would take fits."""
+    monkeypatch.setattr(memory, "available", lambda: 40 * 60**2)
+    monkeypatch.setattr(preprocess, "_fit_zca", lambda *_: pytest.fail("began"))
+    with pytest.raises(UserError, match=r"4x5 images needs 168\.8 KiB, 140\.6 KiB is free"):
+        _fit("zca", _images(60))
 
 
 def test_same_as():

@@ -25,6 +25,11 @@ KINDS: tuple[Kind, ...] = ("standardise", "zca", "none", "centre")  # available 
 ZCA_RIDGE = 0.1  # relative to the mean eigenvalue of the covariance, as in the paper's notebook
 MTT_RIDGE = 0.1  # absolute, for pixels in [0, 1]
 RFAD_RIDGE = FREPO_RIDGE = 0.1  # relative to the mean eigenvalue, for standardised pixels
+SPANNED = 1e-10  # of the largest eigenvalue: below it, images have nothing in a direction
+# Values of an image up to which ZCA is a default: 64x64 in colour, whose two matrices take 1.2 GB
+# in every distilled set.
+MAX_DEFAULT_ZCA_VALUES = 64 * 64 * 3
+ANNOUNCED_BYTES = 2**30  # memory of ZCA that is worth a line
 MAX_CHUNK_VALUES = 2**22  # pixel values in memory at a time: a data set may not fit
 PROBE_ROWS = 512  # rows of the matrices whose product is timed
 EIGENVECTORS_IN_PRODUCTS = 6  # cost of the eigenvectors of a matrix, in products of two
@@ -42,6 +47,9 @@ class Preprocess:
     centres each flattened image, divides it by its L2 norm, and multiplies it by `whiten`.
     `zca-mtt` and `zca-frepo` subtract the mean image, divide by `std` and multiply by `whiten`;
     `zca-rfad` does the same with the channel means in place of the mean image.
+
+    With fewer images than pixel values, `zca` keeps the scale of directions that no image has
+    anything in, as published.
 
     Attributes:
         kind: One of the maps above; `none` only converts to float32 in [0, 1].
@@ -99,45 +107,85 @@ def identity(channels: int) -> Preprocess:
     return Preprocess("none", np.zeros(channels, np.float32), np.ones(channels, np.float32))
 
 
-def fit(kind: str | None, chunks: Chunks, shape: tuple[int, int, int]) -> Preprocess:
+def default_kind(shape: tuple[int, int, int], count: int, *, convolutional: bool) -> Kind:
+    """Choose the preprocessing for a kernel, and say so where memory decides.
+
+    ZCA for colour images and convolutional kernels, which it gives up to 8 points on CIFAR-10;
+    `standardise` for grayscale and for fully connected kernels, which lose 9 to 13 points by ZCA.
+    Where ZCA does not fit into memory, or images have more than `MAX_DEFAULT_ZCA_VALUES` values,
+    a note says that pixels are standardised instead.
+
+    `centre` for features: their dimensions are neither whitened nor scaled one by one, for those
+    with the smallest variance would become as loud as those that a backbone has learned, and its
+    own similarity of images, Z Z^T, would be lost.
+
+    Args:
+        shape: Height, width and channels of an image.
+        count: Number of training images.
+        convolutional: Whether the kernel is that of a convolutional network.
+    """
+    if is_features(shape):
+        return "centre"
+    if shape[-1] != 3 or not convolutional:
+        return "standardise"
+    needed, free = zca_memory(count, shape), memory.available()
+    if math.prod(shape) <= MAX_DEFAULT_ZCA_VALUES and needed <= free:
+        return "zca"
+    progress.say(
+        f"note: pixels are standardised, since ZCA whitening, the default for this kernel, of "
+        f"{shape[0]}x{shape[1]} images needs {memory.format_bytes(needed)}, "
+        f"{memory.format_bytes(free)} is free (a smaller --image-size makes it possible)"
+    )
+    return "standardise"
+
+
+def zca_memory(count: int, shape: tuple[int, int, int]) -> int:
+    """Bytes of memory that fitting ZCA takes.
+
+    Args:
+        count: Number of training images.
+        shape: Height, width and channels of an image.
+    """
+    d = math.prod(shape)
+    if count >= d:
+        # Covariance, eigenvectors and work space in float64, two float32 matrices at the end.
+        return 6 * 8 * d**2
+    # Images, eigenvectors and their scaled copy in float64; their products with work space; the
+    # two float32 matrices.
+    return 3 * 8 * count * d + 6 * 8 * count**2 + 2 * 4 * d**2
+
+
+def fit(
+    kind: str, chunks: Chunks, shape: tuple[int, int, int], amplify_unspanned: bool = False
+) -> Preprocess:
     """Fit a preprocessing on training images.
 
     Args:
-        kind: One of `KINDS`; None is `default_kind`.
+        kind: One of `KINDS`.
         chunks: Function of a chunk size that yields all training images in chunks of that size.
         shape: Height, width and channels of an image.
+        amplify_unspanned: How ZCA scales directions in which no image has anything, where images
+            are fewer than their pixel values: by the inverse root of the ridge, as earlier
+            versions did, or not at all, as published.
 
     Raises:
-        UserError: If the kind is unknown, or the covariance for ZCA does not fit into memory.
+        UserError: If the kind is unknown, or ZCA does not fit into memory.
     """
     check_kind(kind)
     channels = shape[-1]
-    kind = kind or default_kind(shape)
     if kind == "none":
         return identity(channels)
     if kind == "zca":
-        _require_memory(shape)
+        _require_memory(1, shape)  # the least that it takes, before an image is read
     mean, std, count = _channel_moments(chunks, shape)
     if kind == "standardise":
         return Preprocess("standardise", mean, std)
     if kind == "centre":
         return Preprocess("centre", mean, _common_scale(mean, chunks, shape))
-    return _fit_zca(mean, std, count, chunks, shape)
-
-
-def default_kind(shape: tuple[int, int, int]) -> Kind:
-    """`centre` for features, ZCA for colour and standardisation for grayscale.
-
-    The last two are those of the KIP paper. A feature's dimensions are neither whitened nor scaled
-    one by one: those with the smallest variance would become as loud as those that a backbone has
-    learned, and its own similarity of images, Z Z^T, would be lost.
-
-    Args:
-        shape: Height, width and channels of an image.
-    """
-    if is_features(shape):
-        return "centre"
-    return "zca" if shape[-1] == 3 else "standardise"
+    few = count < math.prod(shape) and not amplify_unspanned
+    _require_memory(count if few else math.prod(shape), shape)
+    _announce_zca(shape, count, few=few)
+    return (_fit_zca_of_few if few else _fit_zca)(mean, std, count, chunks, shape)
 
 
 def is_features(shape: tuple[int, ...]) -> bool:
@@ -176,21 +224,66 @@ def _channel_moments(
 def _fit_zca(
     mean: np.ndarray, std: np.ndarray, count: int, chunks: Chunks, shape: tuple[int, int, int]
 ) -> Preprocess:
-    d, size = math.prod(shape), _images_per_chunk(shape)
-    _announce_zca(shape, count)
+    """ZCA by the covariance of the directions of the images."""
+    d = math.prod(shape)
     covariance, norms = np.zeros((d, d)), 0.0
-    parts = [slice(first, min(first + size, count)) for first in range(0, count, size)]
-    # `chunks` is exhausted, so that a memory map behind it is read to its end.
-    for images, _ in zip(
-        chunks(size), progress.track_if_slow(parts, "images for ZCA"), strict=True
-    ):
-        directions, norm = _directions((unit_range(images) - mean) / std)
+    for directions, norm in _direction_chunks(mean, std, count, chunks, shape):
         covariance += directions.T.astype(np.float64) @ directions
         norms += float(norm.sum())
     covariance /= count
     # If all images are constant the covariance is zero: whitening is then the identity.
     covariance[np.diag_indices(d)] += ZCA_RIDGE * np.trace(covariance) / d or 1.0
     return Preprocess("zca", mean, std, *_roots(covariance), contrast=norms / count)
+
+
+def _fit_zca_of_few(
+    mean: np.ndarray, std: np.ndarray, count: int, chunks: Chunks, shape: tuple[int, int, int]
+) -> Preprocess:
+    """ZCA of fewer images than their pixel values, by the n x n products of the images.
+
+    The covariance X^T X / n has the eigenvalues v of X X^T / n, whose eigenvectors u give its own:
+    X^T u / sqrt(n v). Directions that no image has anything in keep their scale. The published
+    code does so for all but the n largest eigenvalues, which is the same unless images depend
+    linearly on each other.
+    """
+    d = math.prod(shape)
+    rows, norms, filled = np.empty((count, d)), 0.0, 0
+    for directions, norm in _direction_chunks(mean, std, count, chunks, shape):
+        rows[filled : filled + len(directions)] = directions
+        norms, filled = norms + float(norm.sum()), filled + len(directions)
+    products = rows @ rows.T / count
+    values, vectors = stopping.call_interruptibly(lambda: np.linalg.eigh(products))
+    spanned = values > SPANNED * max(values[-1], 0)
+    values, vectors = values[spanned], vectors[:, spanned]
+    basis = rows.T @ (vectors / np.sqrt(count * values))  # (d, rank), orthonormal columns
+    roots = np.sqrt(values + ZCA_RIDGE * np.trace(products) / d)
+    matrices = (_scale_along(basis, scales) for scales in (1 / roots, roots))
+    return Preprocess("zca", mean, std, *matrices, contrast=norms / count)
+
+
+def _scale_along(
+    basis: Float[np.ndarray, "d r"], scales: Float[np.ndarray, " r"]
+) -> Float[np.ndarray, "d d"]:
+    """Symmetric float32 matrix that scales the directions of a basis, and leaves all others."""
+    d, matrix = len(basis), np.empty((len(basis), len(basis)), np.float32)
+    change = basis * (scales - 1)
+    for first in range(0, d, PROBE_ROWS):  # no float64 copy of the whole
+        matrix[first : first + PROBE_ROWS] = change[first : first + PROBE_ROWS] @ basis.T
+    matrix[np.diag_indices(d)] += 1
+    return matrix
+
+
+def _direction_chunks(
+    mean: np.ndarray, std: np.ndarray, count: int, chunks: Chunks, shape: tuple[int, int, int]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Directions and norms of all images, see `_directions`, with progress."""
+    size = _images_per_chunk(shape)
+    parts = [slice(first, min(first + size, count)) for first in range(0, count, size)]
+    # `chunks` is exhausted, so that a memory map behind it is read to its end.
+    for images, _ in zip(
+        chunks(size), progress.track_if_slow(parts, "images for ZCA"), strict=True
+    ):
+        yield _directions((unit_range(images) - mean) / std)
 
 
 def fit_mtt(chunks: Chunks, shape: tuple[int, int, int]) -> Preprocess:
@@ -273,8 +366,8 @@ def _outer_product_sums(
     std: Float[np.ndarray, " c"],
 ) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "d d"], int]:
     """Sum of flattened standardised images, sum of their outer products, and their number."""
-    _require_memory(shape)
     d, count = math.prod(shape), 0
+    _require_memory(d, shape)
     total, squares = np.zeros(d), np.zeros((d, d))
     for images in chunks(_images_per_chunk(shape)):
         # float64: the square of the mean will be subtracted from the mean square.
@@ -301,30 +394,32 @@ def _roots(
     return inverse.astype(np.float32), root.astype(np.float32)
 
 
-def _announce_zca(shape: tuple[int, int, int], count: int) -> None:
-    """Print how long ZCA will take if that is long, from the time of one matrix product."""
+def _announce_zca(shape: tuple[int, int, int], count: int, *, few: bool) -> None:
+    """Print the time, from that of one matrix product, and the memory of ZCA if either is large."""
     d, small = math.prod(shape), np.ones((PROBE_ROWS, PROBE_ROWS))
     if d < 2 * PROBE_ROWS:
         return
     began = time.perf_counter()
     np.matmul(small, small)
-    # For a product of a d x d with a d x PROBE_ROWS matrix.
-    seconds = (time.perf_counter() - began) * (d / PROBE_ROWS) ** 2
-    total = seconds * (count + (EIGENVECTORS_IN_PRODUCTS + 2) * d) / PROBE_ROWS
-    if total > progress.SECONDS_BETWEEN_LINES:
+    seconds = (time.perf_counter() - began) / PROBE_ROWS**3
+    size = count if few else d  # of the matrix whose eigenvectors are found
+    products = 2 * size * size * d + 2 * d * d * size if few else count * d * d + 2 * d**3
+    total = seconds * (products + EIGENVECTORS_IN_PRODUCTS * size**3)
+    needed = zca_memory(size, shape)
+    if total > progress.SECONDS_BETWEEN_LINES or needed > ANNOUNCED_BYTES:
         name = "x".join(map(str, shape))
         progress.say(
-            f"ZCA of {count} images of {name}: a covariance of {d}x{d} values and its "
-            f"eigenvectors, roughly {progress.format_duration(total)} "
-            "(--preprocess standardise avoids it)"
+            f"ZCA of {count} images of {name}: a matrix of {size}x{size} values and its "
+            f"eigenvectors, roughly {progress.format_duration(total)}, "
+            f"{memory.format_bytes(needed)} of memory (--preprocess standardise avoids it)"
         )
 
 
-def _require_memory(shape: tuple[int, int, int]) -> None:
-    # Covariance, eigenvectors and work space in float64, two float32 matrices at the end.
-    needed = 6 * 8 * math.prod(shape) ** 2
+def _require_memory(count: int, shape: tuple[int, int, int]) -> None:
+    """Refuse ZCA of a number of images that does not fit into memory."""
     remedy = "use --preprocess standardise, or a smaller --image-size"
-    memory.require(needed, f"ZCA whitening of {shape[0]}x{shape[1]} images", remedy)
+    purpose = f"ZCA whitening of {shape[0]}x{shape[1]} images"
+    memory.require(zca_memory(count, shape), purpose, remedy)
 
 
 def _images_per_chunk(shape: tuple[int, int, int]) -> int:
@@ -348,7 +443,7 @@ def _equal(a: object, b: object) -> bool:
     return np.array_equal(np.asarray(a), np.asarray(b))
 
 
-def check_kind(kind: str | None) -> None:
+def check_kind(kind: str) -> None:
     """Refuse an unknown `--preprocess`."""
-    if kind is not None and kind not in KINDS:
+    if kind not in KINDS:
         raise UserError(f"preprocess must be one of {', '.join(KINDS)}, got {kind!r}")

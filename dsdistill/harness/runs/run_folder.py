@@ -190,6 +190,22 @@ class Run:
         return arrays, meta
 
 
+def with_choices(config: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a new run's `config.json`: its options, and what it has chosen already."""
+    return dict(config) | ({CHOSEN_KEY: dict(chosen)} if chosen else {})
+
+
+def stored_choices(folder: Path) -> dict[str, Any] | None:
+    """Read what the run of a folder has chosen; None if the folder holds no run.
+
+    Raises:
+        RunError: If its `config.json` is damaged.
+    """
+    if not (folder / "config.json").exists():
+        return None
+    return _stored_config(folder).get(CHOSEN_KEY, {})
+
+
 def in_memory(config: Mapping[str, Any]) -> Run:
     """A run that writes nothing and cannot be resumed, for a library's caller."""
     return Run(Path(), _as_json(config), resumed=False, writes=False)
