@@ -113,6 +113,21 @@ def test_a_run_is_saved_loaded_and_taught_from_as_one(tmp_path, monkeypatch) -> 
     torch.testing.assert_close(teacher(images), expected)
 
 
+@pytest.mark.parametrize(
+    "scheme",
+    [("--peers", "mlp:4"), ("--mean-teacher", 0.9), ("--ema", 0.9), ("--loss", "ce:1,heads@1,3")],
+    ids=lambda scheme: scheme[0],
+)
+def test_every_scheme_trains_a_centred_student(scheme, tmp_path, monkeypatch) -> None:
+    run = _train(monkeypatch, tmp_path, *scheme)
+    classifier = saved_models.load_run(run).classifier
+    assert classifier.initial is not None
+    start = networks.build("mlp:8", (8, 8, 1), 3, seed=0).network.state_dict()
+    for name, value in classifier.initial.network.state_dict().items():
+        assert torch.equal(value, start[name])
+        assert not torch.equal(value, classifier.network.state_dict()[name])
+
+
 def test_a_damaged_start_is_refused(tmp_path, monkeypatch) -> None:
     run = _train(monkeypatch, tmp_path)
     start = run / "initial.safetensors"
