@@ -283,9 +283,11 @@ class EvaluateOptions:
     learners: Annotated[str, Shown("NAME,...")] = "ridge,convnet"
     """ridge (with the set's own kernel), ridge:KERNEL (with another one, such as ridge:linear; a
     module:attribute must be written so, for it is never imported because a file names it),
-    linear-probe (multinomial logistic regression, for features above all), convnet, kip-convnet,
-    mlp, resnet18, vgg11, vit, with a width as in convnet:32, and any student of kd train, such as
-    module:attribute for a network of your own code"""
+    linear-probe (multinomial logistic regression, for features above all), convnet, mlp, resnet18,
+    vgg11, vit, kip-convnet, kip-fc, with a width as in convnet:32, and any student of kd train,
+    such as module:attribute for a network of your own code. kip-convnet and kip-fc are centred: the
+    function that they start as is subtracted. centred:NAME trains any network so, uncentred:NAME
+    leaves that function in"""
 
     controls: Annotated[str, Shown("NAME,..."), command_line.MAY_BE_EMPTY] = (
         "random,k-means,herding,full"
@@ -311,7 +313,9 @@ class EvaluateOptions:
     seeds: int = 5
     """Trainings of each learner on each set of images, with the seeds 0, 1, ..."""
 
-    steps: Annotated[int | None, Shown(default="the learner's: 300, for kip-convnet 5000")] = None
+    steps: Annotated[
+        int | None, Shown(default="the learner's: 300, for kip-convnet and kip-fc 5000")
+    ] = None
     """Steps of every training of a network"""
 
     data: Annotated[str | None, Shown("DATA")] = None

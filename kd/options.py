@@ -87,7 +87,7 @@ class TrainOptions:
 
     LAYOUT: ClassVar = Layout(
         groups={
-            "Student": "student pretrained recipe trust_module",
+            "Student": "student pretrained centred recipe trust_module",
             "Output and resuming": "out resume seed",
             "Teacher": "teacher teacher_weights class_map teacher_image_size teacher_mean "
             "teacher_std min_teacher_accuracy cache cache_top",
@@ -179,6 +179,10 @@ class TrainOptions:
 
     pretrained: bool = False
     """Start the student from its published weights"""
+
+    centred: bool = False
+    """Predict f(x) - f0(x), the student minus the function that it starts as, and save, evaluate
+    and export the two as one network: helps wide networks without batch norm on few images"""
 
     trust_module: NamesArg = None
     """Code that the folder of an earlier run may name as its network, as module:attribute with its

@@ -245,7 +245,7 @@ def _check_onnx(model: Model) -> None:
         raise UserError(
             f"--format onnx needs {', '.join(ONNX_PACKAGES)}: pip install 'dsdistill[onnx]'"
         )
-    size = 4 * networks.parameter_count(model.classifier)
+    size = 4 * sum(p.numel() for p in model.classifier.parameters())  # a centred one has two
     if size >= MAX_ONNX_BYTES:
         raise UserError(
             f"an ONNX file must be smaller than {MAX_ONNX_BYTES} bytes, and the weights of "
@@ -259,6 +259,11 @@ def _check_timm(model: Model) -> None:
         raise UserError(
             "timm cannot whiten images, and this student needs it: "
             "use --format onnx, pt2 or safetensors"
+        )
+    if model.classifier.initial is not None:
+        raise UserError(
+            "timm has no network that subtracts the function it started as, and this student is "
+            "centred: use --format onnx, pt2 or safetensors"
         )
     if not _timm_architecture(model):
         raise UserError(

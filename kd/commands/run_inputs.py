@@ -52,6 +52,8 @@ def hashes(parts: TrainingParts, options: TrainOptions) -> dict[str, str]:
         digests["the student's first weights"] = teacher_cache.fingerprint(
             parts.student.classifier.network
         )
+    if _has_stored_weights(options.student) and parts.student.classifier.initial is not None:
+        digests["the student's start"] = teacher_cache.fingerprint(parts.student.classifier.initial)
     peers = network_names.split_names(options.peers or "")
     for number, (name, peer) in enumerate(zip(peers, parts.peers, strict=True), 1):
         if _has_stored_weights(name):

@@ -240,6 +240,8 @@ def _student(
     for note in classifier.notes:
         say(f"student {name}: {note}")
     _apply_memory_options(options, classifier.network)
+    if options.centred:
+        classifier.centre()
     if options.pretrained and options.preprocess is None and source.distilled is None:
         fitted = networks.pretrained_preprocess(name, shape[-1])
     else:
@@ -255,6 +257,11 @@ def _load_earlier_student(
         raise UserError(
             f"{name} brings its weights and its preprocessing: "
             "leave --pretrained and --preprocess out"
+        )
+    if options.centred:
+        raise UserError(
+            f"{name} is a trained student, of which --centred would subtract what it has learned "
+            "(a centred one stays centred): leave --centred out"
         )
     model = saved_models.load_run(Path(name), typed=_typed_names(options))
     model = saved_models.match_classes(f"student {name}", model, source.shape, source.classes, say)

@@ -3,6 +3,10 @@
 They are trained by MSE on centred labels, whether stored, hard or a teacher's, and keep their last
 weights. There is no model selection: the learning rate ends at 0, and every data set gets the same
 number of optimizer steps, so that arms differ only in their images and labels.
+
+The networks of the KIP papers are trained centred, f(x; theta) - f(x; theta_0), without decay, at
+a rate that each training set's own tangent kernel gives; `uncentred:NAME` trains them as they start
+and `centred:NAME` any other network so.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,6 +33,7 @@ from kd.objectives import terms
 from kd.objectives.schemes import Distillation
 from kd.parallel import engine
 from kd.recipe import Recipe, override
+from kd.training import stable_rate
 from kd.training.loop import train
 
 CURVE_POINTS = 60  # points of a loss curve
@@ -44,6 +49,13 @@ ALIASES: Mapping[str, str] = {
 # Factors of the rate of `recipes.KIP`: two decades, as explained there.
 KIP_RATE_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
 
+# Networks that are centred unless their name says otherwise, and prefixes that say so.
+KIP_NETWORKS = ("kip-convnet", "kip-fc")
+CENTRED, UNCENTRED = "centred", "uncentred"
+# Shares of the largest stable rate, from which validation images choose.
+STABLE_SHARES = (0.5, 1.0)
+RATE_SAMPLE = 200  # images that the stable rate is estimated on, of a larger set
+
 
 @dataclass(frozen=True)
 class NetworkLearner:
@@ -57,6 +69,10 @@ class NetworkLearner:
         factors: Factors of the recipe's learning rate, the grid from which one is chosen.
         flip: Whether augmentation flips images too; a flipped digit is another digit, or none.
         device: `cpu`, `cuda` or `cuda:N`.
+        centred: Whether the function that the network starts as is subtracted.
+        stable: Whether the recipe's rate is a share of the largest stable rate on the training set,
+            see `kd.training.stable_rate`: one grid of shares for all data, and for each set rates
+            of its own. The report then has the share.
     """
 
     name: str
@@ -65,6 +81,8 @@ class NetworkLearner:
     factors: tuple[float, ...] = (1 / 3, 1.0, 3.0)
     flip: bool = False
     device: str = "cpu"
+    centred: bool = False
+    stable: bool = False
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -89,7 +107,9 @@ class NetworkLearner:
         name = _full_name(self.name)
         if network_names.parse(name).file is not None or networks.is_user_module(name):
             return None
-        return {
+        kind = {"centred": True} if self.centred else {}
+        kind |= {"stable": True} if self.stable else {}
+        return kind | {
             "name": self.name,
             "network": name,
             "recipe": asdict(self.recipe),
@@ -112,6 +132,11 @@ class NetworkLearner:
         with engine.temporary(self.device, recipe.precision) as on:
             device = on.device
             network = networks.build(_full_name(self.name), shape, classes, seed=seed)
+            if self.stable:
+                largest = _largest_rate(network.to(device), train_set, recipe.momentum)
+                recipe = replace(recipe, lr=recipe.lr * largest)
+            if self.centred:
+                network.centre()
             resident = batching.prepare_resident(train_set, recipe.batch_size, device)
             objective = Distillation(network, terms.build(terms.parse("mse"), network))
             objective.register_forward_hook(lambda *passed: losses.append(_total_loss(passed[-1])))
@@ -156,7 +181,8 @@ class TrainedNetwork:
 
         FLOPs and latency depend on the network alone: they are measured once, on first use.
         """
-        flops, single, batch = _network_costs(self.name, self.shape, self.classes)
+        centred = self.network.initial is not None
+        flops, single, batch = _network_costs(self.name, self.shape, self.classes, centred)
         return {
             "parameters": networks.parameter_count(self.network),
             "flops": flops,
@@ -178,7 +204,9 @@ def network_learner(
 
     Args:
         name: Name, as in `kd.models.networks.build`, except that `resnet18`, `vgg11` and `vit`,
-            with or without a width, are those for small images; `timm:resnet18` is timm's.
+            with or without a width, are those for small images; `timm:resnet18` is timm's. After
+            `centred:` the network is trained centred, as `kip-convnet` and `kip-fc` always are,
+            except after `uncentred:`.
         steps: Number of steps instead of the recipe's; the warm-up keeps its share.
         device: `cpu`, `auto` (a GPU where there is one), `cuda` or `cuda:N`.
         flip: Whether augmentation flips images too.
@@ -191,11 +219,21 @@ def network_learner(
     """
     full = _full_name(name)
     networks.check_name(full)
+    base, prefix = full.partition(":")[0], name.partition(":")[0]
+    centred = prefix == CENTRED or (base in KIP_NETWORKS and prefix != UNCENTRED)
     with engine.temporary(device) as on:
-        network = NetworkLearner(name, flip=flip, device=str(on.device))
-    if full.partition(":")[0] == "kip-convnet":
+        network = NetworkLearner(name, flip=flip, device=str(on.device), centred=centred)
+    if base in KIP_NETWORKS and centred:
+        recipe = replace(recipes.KIP, lr=1.0, weight_decay=0.0, decay_all=False)
+        network = replace(network, recipe=recipe, factors=STABLE_SHARES, stable=True)
+    elif base == "kip-convnet":
         recipe = replace(recipes.KIP, lr=recipes.KIP.lr / builtin.width(full))
         network = replace(network, recipe=recipe, factors=KIP_RATE_FACTORS)
+    elif base == "kip-fc":
+        # A decay of the layer's weights, which are sqrt(2 / fan-in) times the trained ones.
+        decay = recipes.KIP.weight_decay * 2 / builtin.width(full)
+        recipe = replace(recipes.KIP, lr=1.0, weight_decay=decay)
+        network = replace(network, recipe=recipe, factors=STABLE_SHARES, stable=True)
     elif _has_layer_norm(full, shape, classes):
         network = replace(network, recipe=recipes.SMALL_LAYER_NORM)
     changes = {} if steps is None else {"steps": steps}
@@ -211,6 +249,8 @@ def names() -> tuple[str, ...]:
 def _full_name(name: str) -> str:
     """Name of the network in `kd.models.networks`."""
     base, colon, width = name.partition(":")
+    if base in (CENTRED, UNCENTRED) and width:
+        return _full_name(width)
     return ALIASES.get(base, base) + colon + width
 
 
@@ -222,6 +262,16 @@ def _has_layer_norm(name: str, shape: Shape, classes: int) -> bool:
         shape, classes = (32, 32, 3) if parsed.zoo is None else (224, 224, 3), 2
     network = networks.build(parsed.text, shape, classes)
     return any(isinstance(module, nn.LayerNorm) for module in network.modules())
+
+
+def _largest_rate(network: Classifier, train_set: Examples, momentum: float) -> float:
+    """The largest stable rate of a network, on evenly spaced images of a large set."""
+    data, n = train_set.data, len(train_set)
+    rows = np.unique(np.linspace(0, n - 1, min(n, RATE_SAMPLE)).round().astype(int))
+    sample = Examples(data.select(rows), train_set.preprocess, None, train_set.is_preprocessed)
+    device = next(network.parameters()).device
+    images = batching.to_nchw(sample.images()).to(device)
+    return stable_rate.stable_rate(stable_rate.largest_curvature(network, images), momentum)
 
 
 def _total_loss(loss_terms: Mapping[str, Tensor]) -> Tensor:
@@ -241,9 +291,13 @@ def _curve(losses: Sequence[float], steps: int) -> list[tuple[int, float]]:
 
 
 @lru_cache(maxsize=64)
-def _network_costs(name: str, shape: Shape, classes: int) -> tuple[int, float, float]:
+def _network_costs(
+    name: str, shape: Shape, classes: int, centred: bool
+) -> tuple[int, float, float]:
     """FLOPs of one image, and milliseconds of one image and of a batch on the CPU."""
     network = networks.build(name, shape, classes).eval()
+    if centred:
+        network.centre()
     latency = scoring.latency(network, shape)
     h, w, c = shape
     # The counter does not know the CPU's fused attention, only the products it consists of.

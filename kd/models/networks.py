@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError, first_line
 from kd.models import network_names
+from kd.models.centred import InitialFunction
 from kd.models.network_names import NetworkName
 from kd.models.zoo import (
     allocation,
@@ -50,9 +51,12 @@ class Classifier(nn.Module):
         notes: Lines about decisions made when the network was built.
         code: SHA-256 of the module's file, for a network of the user's own code; a buffer, so
             that a hash of the state covers it. Else None.
+        initial: Function that the network started as, which `forward` subtracts; None unless
+            `centre` was called.
     """
 
     code: Tensor | None
+    initial: InitialFunction | None
 
     def __init__(
         self,
@@ -71,23 +75,45 @@ class Classifier(nn.Module):
         self.config = config
         self.notes: tuple[str, ...] = ()
         self.register_buffer("code", None)
+        self.initial = None
 
     def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
         resized = resize(images, self.size, self.interpolation)
-        answer = self.network(repeat_channels(resized, self.channels))
-        if isinstance(answer, Tensor):
-            return answer
-        return answer["logits"] if isinstance(answer, Mapping) else answer.logits
+        prepared = repeat_channels(resized, self.channels)
+        logits = _logits(self.network(prepared))
+        if self.initial is None:
+            return logits
+        return logits - _logits(self.initial(prepared))
+
+    def centre(self) -> "Classifier":
+        """Subtract from now on what the network is now: f(x; theta) - f(x; theta_0).
+
+        Call it before hooks are put on the network's layers. One more forward pass.
+
+        Returns:
+            This classifier, changed in place.
+        """
+        self.initial = InitialFunction(self.network)
+        return self
 
     def with_network(self, network: nn.Module) -> "Classifier":
         """Return a copy around another network of this architecture, such as averaged weights."""
-        return Classifier(
+        other = Classifier(
             network,
             self.size,
             channels=self.channels,
             interpolation=self.interpolation,
             config=self.config,
         )
+        other.initial = self.initial
+        return other
+
+
+def _logits(answer: Any) -> Tensor:
+    """The tensor of logits in what a network returns."""
+    if isinstance(answer, Tensor):
+        return answer
+    return answer["logits"] if isinstance(answer, Mapping) else answer.logits
 
 
 def build(
@@ -223,8 +249,9 @@ def pretrained_config(name: str) -> PretrainedConfig:
 
 
 def parameter_count(network: nn.Module) -> int:
-    """Number of trainable values."""
-    return sum(p.numel() for p in network.parameters())
+    """Number of trainable values; the frozen start of a centred network counts as none."""
+    counted = network.network if isinstance(network, Classifier) else network
+    return sum(p.numel() for p in counted.parameters())
 
 
 def resize(

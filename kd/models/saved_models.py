@@ -23,7 +23,7 @@ from dsdistill.harness.reports import schema
 from dsdistill.harness.runs import progress
 from kd.models import network_names, networks, seals
 from kd.models.networks import Classifier
-from kd.models.seals import CARD, WEIGHTS, WHITENING
+from kd.models.seals import ARRAY_FILES, CARD, INITIAL_WEIGHTS, WEIGHTS, WHITENING
 from kd.models.zoo import class_names, weights
 from kd.models.zoo.protocol import Interpolation, Shape
 
@@ -31,7 +31,7 @@ OutputKind = Literal["logits", "centred labels"]
 
 CARD_KEYS = (  # all entries of `model.json`; any other one means that the file is damaged
     *("name", "classes", "input", "preprocess", "interpolation", "config", "outputs"),
-    *("output_temperature", "parameters", seals.CHECKSUMS_KEY),
+    *("output_temperature", "parameters", "centred", seals.CHECKSUMS_KEY),
 )
 
 
@@ -77,15 +77,18 @@ def save_run(folder: Path, model: Model, metadata: Mapping[str, str] | None = No
         model: The trained student.
         metadata: Entries for the header of the weights file.
     """
-    # contiguous: safetensors refuses strided views
-    tensors = {k: v.detach().cpu().contiguous() for k, v in _network_state(model).items()}
-    content = safetensors.torch.save(tensors, None if metadata is None else dict(metadata))
-    files.write_bytes(folder / WEIGHTS, content)
+    header = None if metadata is None else dict(metadata)
+    initial = model.classifier.initial
+    files.write_bytes(folder / WEIGHTS, _pack_weights(model.classifier.network, header))
+    if initial is not None:
+        files.write_bytes(folder / INITIAL_WEIGHTS, _pack_weights(initial.network, header))
     fitted = model.preprocess
     if fitted.whiten is not None and fitted.unwhiten is not None:
         matrices = {"whiten": fitted.whiten, "unwhiten": fitted.unwhiten}
         files.write_bytes(folder / WHITENING, safetensors.numpy.save(matrices))
-    seals.write(folder, CARD, card(model), (WEIGHTS, WHITENING))
+    # Only here: an exported program that has a card too contains the subtraction.
+    centred = {} if initial is None else {"centred": True}
+    seals.write(folder, CARD, card(model) | centred, ARRAY_FILES)
 
 
 def card(model: Model) -> dict[str, Any]:
@@ -126,7 +129,7 @@ def load_run(folder: Path, *, typed: Iterable[str] = ()) -> Model:
     description = seals.read(folder, CARD)
     if unknown := sorted(description.keys() - set(CARD_KEYS)):
         raise UserError(f"{folder / CARD} is damaged, or of a later version: unknown {unknown[0]}")
-    seals.verify(folder, WEIGHTS, WHITENING)
+    seals.verify(folder, *ARRAY_FILES)
     try:
         return _build_model(folder, description, typed)
     except UserError:
@@ -153,6 +156,10 @@ def _build_model(folder: Path, description: Mapping[str, Any], typed: Iterable[s
             f"{folder / CARD} describes a network that cannot be built here: {error}"
         ) from error
     classifier.interpolation = description.get("interpolation", "bilinear")
+    if description.get("centred", False):
+        initial = classifier.centre().initial
+        assert initial is not None
+        _load_weights(initial.network, folder / INITIAL_WEIGHTS)
     _load_weights(classifier.network, folder / WEIGHTS)
     preprocess = load_preprocess(description["preprocess"], folder)
     outputs, temperature = description["outputs"], float(description["output_temperature"])
@@ -259,25 +266,31 @@ def reorder_outputs(
     with torch.no_grad():
         expected = classifier(images)[:, order]
         # The last layer is the classifier in most networks, but not in those with further heads.
-        for _, layer in reversed(weights.layers_with_outputs(classifier, len(outputs))):
-            _permute(layer, order)
+        copies = [classifier.network]
+        copies += [] if classifier.initial is None else [classifier.initial.network]
+        for name, _ in reversed(weights.layers_with_outputs(copies[0], len(outputs))):
+            layers = [network.get_submodule(name) for network in copies]
+            _permute(layers, order)
             if torch.allclose(classifier(images), expected, rtol=1e-4, atol=1e-5):
                 classifier.train(was)
                 return
-            _permute(layer, order.argsort())
+            _permute(layers, order.argsort())
     raise UserError(
         f"{who} has the data's classes in another order, and the outputs of its last "
         "layer cannot be reordered: name the classes of the data as it does"
     )
 
 
-def _permute(layer: nn.Module, order: Tensor) -> None:
-    for parameter in layer.parameters(recurse=False):
-        parameter.copy_(parameter[order])
+def _permute(layers: Iterable[nn.Module], order: Tensor) -> None:
+    for layer in layers:
+        for parameter in layer.parameters(recurse=False):
+            parameter.copy_(parameter[order])
 
 
-def _network_state(model: Model) -> dict[str, Tensor]:
-    return model.classifier.network.state_dict()
+def _pack_weights(network: nn.Module, header: dict[str, str] | None) -> bytes:
+    # contiguous: safetensors refuses strided views
+    tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+    return safetensors.torch.save(tensors, header)
 
 
 def _load_weights(network: nn.Module, path: Path) -> None:

@@ -18,7 +18,9 @@ from dsdistill.harness.errors import UserError
 
 REPORT, CARD = "report.json", "model.json"
 WEIGHTS, WHITENING = "student.safetensors", "preprocess.safetensors"
-SEALED_FILES = ("config.json", "recipe.json", "metrics.jsonl", CARD, WEIGHTS, WHITENING)
+INITIAL_WEIGHTS = "initial.safetensors"  # of a centred student
+ARRAY_FILES = (WEIGHTS, WHITENING, INITIAL_WEIGHTS)  # sealed by the card
+SEALED_FILES = ("config.json", "recipe.json", "metrics.jsonl", CARD, *ARRAY_FILES)
 CHECKSUMS_KEY = "sha256"  # in both files: file -> SHA-256
 
 

@@ -203,7 +203,8 @@ def test_defaults_that_are_set_elsewhere_are_those_used() -> None:
     assert depths == {"fc": 1, "conv": 1, "convnet": 3, "myrtle": 5}
     assert kip["depth"].default == "fc and conv 1, convnet 3, myrtle 5"
     assert (
-        f"{recipes.SMALL.steps}, for kip-convnet {recipes.KIP.steps}" in evaluate["steps"].default
+        f"{recipes.SMALL.steps}, for kip-convnet and kip-fc {recipes.KIP.steps}"
+        in evaluate["steps"].default
     )
     assert train["validation_fraction"].default == f"{origin.DEFAULT_VALIDATION_FRACTION:g}"
     assert train["student"].default.startswith(f"{training_parts.DEFAULT_STUDENT},")

@@ -28,7 +28,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "kd.commands.curves.draw", lambda folder: None
         )  # as long as the training itself
         for seed, out in ((0, "whole"), (1, "other")):
-            options = ("--preprocess", "zca", "--seed", seed, "--out", out)
+            options = ("--preprocess", "zca", "--centred", "--seed", seed, "--out", out)
             main(patch, "train", "digits", *QUICK, *options)
         stop_in(patch, 30, "train", "digits", *QUICK, "--preprocess", "zca", "--out", "stopped")
     return folder
@@ -101,7 +101,7 @@ def test_weights_and_their_description_are_checked_without_the_rest(
     inside: pytest.MonkeyPatch,
 ) -> None:
     Path("run").mkdir()
-    for name in (seals.CARD, seals.WEIGHTS, seals.WHITENING):
+    for name in (seals.CARD, *seals.ARRAY_FILES):
         shutil.copy(Path("whole") / name, "run")
     saved_models.load_run(Path("run"))
     shutil.copy(Path("other") / seals.WEIGHTS, "run")

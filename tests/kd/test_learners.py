@@ -169,8 +169,9 @@ def test_rates() -> None:
     assert found.with_rate(0.1).rates == (0.1,)
 
 
-def test_kip_convnet_has_its_papers_recipe() -> None:
-    wide, narrow = network_learner("kip-convnet"), network_learner("kip-convnet:64")
+def test_uncentred_kip_convnet_has_its_papers_recipe() -> None:
+    names = "uncentred:kip-convnet", "uncentred:kip-convnet:64"
+    wide, narrow = map(network_learner, names)
     recipe = wide.recipe
     assert (recipe.optimizer, recipe.momentum, recipe.batch_size) == ("momentum", 0.9, 100)
     assert (recipe.steps, recipe.schedule, recipe.final, recipe.warmup) == (5000, "cosine", 0, 0)
@@ -213,7 +214,8 @@ def test_aliases() -> None:
     assert networks.parameter_count(trained.network) == networks.parameter_count(
         networks.build("small-resnet18:8", (8, 8, 1), 4)
     )
-    assert {"convnet", "mlp", "kip-convnet", "resnet18", "vgg11", "vit"} == set(learners.names())
+    built_in = {"convnet", "mlp", "kip-convnet", "kip-fc"}
+    assert built_in | {"resnet18", "vgg11", "vit"} == set(learners.names())
 
 
 def test_no_global_setting_is_left_changed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +264,7 @@ def test_augmentation(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [options for _, *options in seen[1:]] == [[1, 0.0], [3, 0.0], [1, 0.5]]
 
 
-@pytest.mark.parametrize("name", ["kip-convnet:4", "convnet:4"])
+@pytest.mark.parametrize("name", ["kip-convnet:4", "uncentred:kip-convnet:4", "convnet:4"])
 def test_a_loss_that_overflows_is_an_error(name) -> None:
     with pytest.raises(UserError, match=r"loss term 'mse' is (nan|inf)"):
         network_learner(name, steps=20).with_rate(1e30)(EASY, EASY, 0)

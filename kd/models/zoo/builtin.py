@@ -1,9 +1,12 @@
 """The networks that ship with the package: those of distillation papers on small images."""
 
+import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from torch import nn
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError
 from kd.models.zoo import small
@@ -49,6 +52,36 @@ def kip_convnet(shape: Shape, classes: int, width: int) -> nn.Module:
     return nn.Sequential(*layers)
 
 
+class NtkLinear(nn.Linear):
+    """A linear layer in the NTK parameterisation: sqrt(2 / fan-in) W x + 0.1 b.
+
+    W and b start as N(0, 1), so that the step of a weight, and with it the network's NTK, does not
+    depend on the width.
+
+    Source: Jacot et al. (2018), arXiv:1806.07572; deviations sqrt(2) and 0.1 as in Nguyen et al.
+    (2021), arXiv:2011.00050.
+    """
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight)
+        nn.init.normal_(self.bias)
+
+    def forward(self, input: Float[Tensor, "n d"]) -> Float[Tensor, "n k"]:
+        scale = math.sqrt(2 / self.in_features)
+        return F.linear(input, scale * self.weight, 0.1 * self.bias)
+
+
+def kip_fc(shape: Shape, classes: int, width: int) -> nn.Module:
+    """One hidden ReLU layer on the flattened image, in the NTK parameterisation.
+
+    The finite network whose infinite form is `dsdistill`'s kernel `fc`, last layer included.
+
+    Source: Nguyen, Chen and Lee (2021), arXiv:2011.00050.
+    """
+    hidden = NtkLinear(int(np.prod(shape)), width)
+    return nn.Sequential(nn.Flatten(), hidden, nn.ReLU(), NtkLinear(width, classes))
+
+
 def mlp(shape: Shape, classes: int, width: int) -> nn.Module:
     """Two hidden ReLU layers on the flattened image."""
     hidden = (nn.Linear(int(np.prod(shape)), width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
@@ -60,6 +93,7 @@ NETWORKS: Mapping[str, tuple[Callable[[Shape, int, int], nn.Module], int]] = {
     "convnet": (convnet, 128),
     "mlp": (mlp, 256),
     "kip-convnet": (kip_convnet, 1024),
+    "kip-fc": (kip_fc, 1024),
     "small-resnet18": (small.resnet18, 64),
     "small-vgg11": (small.vgg11, 64),
     "small-vit": (small.vit, 192),
