@@ -11,6 +11,7 @@ import tyro
 
 from dsdistill.harness import command_line, help_page, paths
 from dsdistill.harness.help_page import Layout, Shown
+from dsdistill.kernels import notation
 from dsdistill.published_sets.stated_format import AxisOrder, LabelKind, PixelKind
 
 Data = Annotated[str, tyro.conf.Positional, Shown("DATA")]
@@ -80,7 +81,8 @@ class RunOptions:
     kernel: Annotated[str, Shown("KERNEL")] = "fc"
     """fc, conv, convnet, convnet3, myrtle; or a sequence such as CR-3xCRP-flatten (C: 3x3
     convolution, R: ReLU, P: 2x2 pooling; flatten or gap ends it); or module:attribute for a network
-    of neural-tangents, whose module is imported and run, from the current folder first"""
+    of neural-tangents, whose module is imported and run, from the current folder first; or
+    features:convnet:WIDTH for the features of random finite networks"""
 
     depth: Annotated[int | None, Shown(default="fc and conv 1, convnet 3, myrtle 5")] = None
     """Hidden layers of fc and conv, blocks of convnet, or the variant of myrtle: 5, 7 or 10"""
@@ -121,7 +123,7 @@ class KipOptions(RunOptions):
         groups={
             "Distilled set": "images_per_class init learn_labels corruption",
             "Output and resuming": _OUTPUT,
-            "Kernel": "kernel depth w_std b_std ridge",
+            "Kernel": "kernel networks depth w_std b_std ridge",
             "Optimisation": "outer optimizer steps learning_rate label_learning_rate schedule "
             "target_batch augment warm_up damping",
             "Validation": "validation_images patience",
@@ -143,7 +145,14 @@ class KipOptions(RunOptions):
     """fc, conv, convnet, convnet3, myrtle; or a sequence such as CR-3xCRP-flatten (C: 3x3
     convolution, R: ReLU, P: 2x2 pooling; flatten or gap ends it); or module:attribute for a network
     of neural-tangents, whose module is imported and run, from the current folder first. Of several,
-    separated by commas, each step draws one; the first validates and is stored"""
+    separated by commas, each step draws one; the first validates and is stored. features:convnet,
+    or features:convnet:WIDTH: features of finite networks, see --networks"""
+
+    networks: Annotated[
+        Literal["fresh", "pool"] | None, Shown(default="pool, with --kernel features:convnet")
+    ] = None
+    """Where the steps take the networks of --kernel features:convnet from: random ones, drawn
+    afresh for every step; or a pool of ten that are trained on the distilled set meanwhile"""
 
     outer: Literal["mse", "ce"] = "mse"
     """Loss of the predicted training images that the steps lower: the squared error, or the
@@ -207,6 +216,8 @@ def with_defaults(options: Options) -> Options:
     if not isinstance(options, KipOptions):
         return options
     defaults = OPTIMIZER_DEFAULTS[options.optimizer]
+    if notation.is_finite(options.kernel):
+        defaults = defaults | {"networks": "pool"}
     missing = {name: value for name, value in defaults.items() if getattr(options, name) is None}
     return replace(options, **missing)
 

@@ -24,6 +24,7 @@ from dsdistill.loops.plan import Phase
 from dsdistill.methods import augment, initial_support, kip
 from dsdistill.methods.adam import Adam
 from dsdistill.methods.gauss_newton import GaussNewton
+from dsdistill.methods.network_sources import FreshNetworks, NetworkPool, NetworkSource
 from dsdistill.methods.optimizer import Optimizer
 from dsdistill.methods.outer_loss import OUTER_LOSSES
 from dsdistill.options import KipOptions, LabelSolveOptions, RunOptions
@@ -192,14 +193,19 @@ def _networks(
 
 def _phases(options: KipOptions, kernels: tuple[InfiniteNetwork, ...]) -> tuple[Phase, ...]:
     assert options.steps is not None  # `with_defaults` has set it
-    main = _phase(options, kernels, options.steps)
-    if options.warm_up is None:
-        return (main,)
-    name, steps = split_warm_up(options.warm_up)
-    steps = max(options.steps // WARM_UP_DIVISOR, 1) if steps is None else steps
-    if steps < 1:
-        raise UserError(f"--warm-up must have at least 1 step, got {options.warm_up}")
-    return (_phase(options, _networks("--warm-up", name, options), steps), main)
+    phases = (_phase(options, kernels, options.steps),)
+    if options.warm_up is not None:
+        name, steps = split_warm_up(options.warm_up)
+        steps = max(options.steps // WARM_UP_DIVISOR, 1) if steps is None else steps
+        if steps < 1:
+            raise UserError(f"--warm-up must have at least 1 step, got {options.warm_up}")
+        phases = (_phase(options, _networks("--warm-up", name, options), steps), *phases)
+    if options.networks is not None and all(p.objective.source is None for p in phases):
+        raise UserError(
+            f"--networks {options.networks} is for kernels of features, got --kernel "
+            f"{options.kernel}: leave it out, or choose --kernel features:convnet"
+        )
+    return phases
 
 
 def split_warm_up(text: str) -> tuple[str, int | None]:
@@ -217,8 +223,27 @@ def _phase(options: KipOptions, kernels: tuple[InfiniteNetwork, ...], steps: int
         options.learn_labels,
         augment.parse(options.augment),
         OUTER_LOSSES[options.outer],
+        _network_source(options, kernels),
     )
     return Phase(objective, steps)
+
+
+def _network_source(
+    options: KipOptions, kernels: tuple[InfiniteNetwork, ...]
+) -> NetworkSource | None:
+    """Where the steps of a phase take their networks from; None for infinitely wide ones.
+
+    Raises:
+        UserError: If a finite network is one of several kernels.
+    """
+    network = next((kernel.features for kernel in kernels if kernel.features is not None), None)
+    if network is None:
+        return None
+    if len(kernels) > 1:
+        names = ",".join(kernel.name for kernel in kernels)
+        raise UserError(f"a kernel of features stands alone, got {names}: name one kernel")
+    fresh = options.networks == "fresh"
+    return FreshNetworks(network) if fresh else NetworkPool(network, options.seed)
 
 
 def _optimizer(options: KipOptions) -> Optimizer:

@@ -250,10 +250,12 @@ def _restore_snapshot(
     Raises:
         RunError: If it is not one of this run.
     """
-    state = kip.initial_state(plan.phases[0].objective, support)
     arrays, meta = stored
-    leaves, structure = jax.tree.flatten(state)
     with explain_mismatch(run):
+        done = meta["done"]
+        require(type(done) is int and 0 <= done <= plan.steps, "done is another")
+        state = kip.initial_state(plan.last_phase(done).objective, support)
+        leaves, structure = jax.tree.flatten(state)
         values = [arrays[f"state.{i}"] for i in range(len(leaves))]
         for i, (old, new) in enumerate(zip(values, leaves, strict=True)):
             same = old.shape == np.shape(new) and old.dtype == np.asarray(new).dtype
@@ -263,6 +265,5 @@ def _restore_snapshot(
         require(best.labels.shape == support.labels.shape, "the best labels' shape is another")
         counts = {name: meta[name] for name in SNAPSHOT_FIELDS}
         require(all(type(x) in (int, float) for x in counts.values()), "a figure is no number")
-        require(type(meta["done"]) is int and 0 <= meta["done"] <= plan.steps, "done is another")
     state = jax.tree.unflatten(structure, [jnp.asarray(array) for array in values])
     return Snapshot(state=state, best=best, **counts)

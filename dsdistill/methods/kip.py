@@ -27,26 +27,35 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from dsdistill.harness.data.labeled_images import Examples
 from dsdistill.harness.errors import UserError
-from dsdistill.kernels import diagnosis, gram
+from dsdistill.kernels import diagnosis, features, gram
 from dsdistill.kernels.networks import InfiniteNetwork
 from dsdistill.methods import ridge
 from dsdistill.methods.adam import Adam
 from dsdistill.methods.augment import augment_images
 from dsdistill.methods.initial_support import Support
+from dsdistill.methods.network_sources import NetworkSource
 from dsdistill.methods.optimizer import Optimizer, StepProblem
 from dsdistill.methods.outer_loss import OuterLoss, SquaredError
 from dsdistill.methods.targets import TargetBatches, load_into_memory
 from dsdistill.parallel import devices
 
 Targets = tuple[np.ndarray, np.ndarray]  # images and labels of a batch
+NETWORK_KEY = 16  # of a step's key, for its networks; augmentation has the smaller numbers
 
 
 class State(NamedTuple):
-    """State of an optimisation: images and labels of the support, and the optimiser's state."""
+    """State of an optimisation.
+
+    Attributes:
+        images, labels: The support.
+        moments: The optimiser's state.
+        networks: State of the objective's `source` of networks; () without one.
+    """
 
     images: Float[Array, "n h w c"]
     labels: Float[Array, "n k"]
     moments: Any
+    networks: Any = ()
 
 
 class Step(NamedTuple):
@@ -82,6 +91,7 @@ class KipObjective:
         learn_labels: Whether labels are learned too.
         augment: Random transforms of the targets, names of `dsdistill.methods.augment`.
         outer: The loss of the predictions.
+        source: Where each step takes its networks from, for the features of a finite network.
     """
 
     networks: tuple[InfiniteNetwork, ...]
@@ -91,6 +101,7 @@ class KipObjective:
     learn_labels: bool = False
     augment: tuple[str, ...] = ()
     outer: OuterLoss = field(default_factory=SquaredError)
+    source: NetworkSource | None = None
 
 
 def initial_state(objective: KipObjective, support: Support) -> State:
@@ -101,9 +112,11 @@ def initial_state(objective: KipObjective, support: Support) -> State:
 def restart(
     objective: KipObjective, images: Float[Array, "n h w c"], labels: Float[Array, "n k"]
 ) -> State:
-    """The state with these images and labels, and with the optimiser and its schedule reset."""
-    learned = _learned_arrays(objective, images, labels)
-    return State(images, labels, objective.optimizer.initial_state(learned))
+    """The state with these images and labels; optimiser, schedule and networks start afresh."""
+    learned, source = _learned_arrays(objective, images, labels), objective.source
+    shape, classes = images.shape[1:], labels.shape[1]
+    networks = () if source is None else source.initial_state(shape, classes)
+    return State(images, labels, objective.optimizer.initial_state(learned), networks)
 
 
 class Stepper:
@@ -241,21 +254,31 @@ def _compile_update(
     n, shape = len(support.images), support.images.shape[1:]
     tile_ss = ridge.support_tile(network, n, shape, gradient=gradient)
     tile_st = gram.plan_tile(network, n, devices.share(targets), shape, gradient=gradient)
+    source = objective.source
 
     def share(
         at: tuple[State, PRNGKeyArray], real: Array, x_t: Array, y_t: Array
-    ) -> tuple[Array, Any, Any]:
+    ) -> tuple[Array, Any, Any, Any]:
         """The step as one device computes it from its targets; results agree on all devices."""
         state, key = at
+        network_key = jax.random.fold_in(key, NETWORK_KEY)
         whole = {"images": state.images, "labels": state.labels}
         learned = _learned_arrays(objective, **whole)
         factor = _factor(objective, state.moments.count)  # before the update: 1 at the first step
 
+        def kernels(x_s: Array) -> tuple[Array, Array]:
+            if source is not None:
+                drawn = source.draw(state.networks, network_key, x_s.shape[-1])
+                return features.support_and_target_kernels(source.network, drawn, x_s, x_t)
+            return (
+                ridge.support_gram(network, x_s, tile_ss),
+                gram.gram(network.kernel, x_s, x_t, tile_st),
+            )
+
         def loss(learned: dict[str, Array]) -> Array:
             now = whole | learned
             x_s, y_s = now["images"], now["labels"]
-            k_ss = ridge.support_gram(network, x_s, tile_ss)
-            k_st = gram.gram(network.kernel, x_s, x_t, tile_st)
+            k_ss, k_st = kernels(x_s)
             predictions = ridge.predict(k_st, ridge.solve(k_ss, y_s, objective.ridge))
             return objective.outer.value(predictions, y_t, real / targets, devices.total)
 
@@ -272,16 +295,26 @@ def _compile_update(
             loss,
             objective.outer,
         )
-        return objective.optimizer.step(problem, state.moments, factor, key)
+        value, moved, moments = objective.optimizer.step(problem, state.moments, factor, key)
+        after = whole | moved
+        networks = (
+            state.networks
+            if source is None
+            else source.train(state.networks, network_key, after["images"], after["labels"])
+        )
+        return value, moved, moments, networks
 
     def update(state: State, x_t: Array, y_t: Array, key: PRNGKeyArray) -> tuple[State, Array]:
         x_t = augment_images(x_t, key, objective.augment)
-        value, moved, moments = devices.shard_targets(share)((state, key), targets, x_t, y_t)
+        sharded = devices.shard_targets(share)
+        value, moved, moments, networks = sharded((state, key), targets, x_t, y_t)
         # A finite loss can have a gradient that is not finite: detected here, the previous state
         # is still good.
-        finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((moved, moments))]
+        numbers = jax.tree.leaves((moved, moments, networks))
+        finite = [jnp.isfinite(leaf).all() for leaf in numbers]
         value = jnp.where(jnp.stack(finite).all(), value, jnp.nan)
-        return State(moved["images"], moved.get("labels", state.labels), moments), value
+        labels = moved.get("labels", state.labels)
+        return State(moved["images"], labels, moments, networks), value
 
     return jax.jit(update)
 

@@ -90,7 +90,7 @@ def accumulate(
 def chunk_size(network: InfiniteNetwork, n: int, train: Examples) -> int:
     """Number of targets per chunk of `accumulate`, for `n` support images."""
     size = min(CHUNK, len(train))
-    cheap = network.engine is Engine.CLOSED_FORM
+    cheap = network.engine in (Engine.CLOSED_FORM, Engine.FEATURES)
     return size if cheap else min(max(MAX_CHUNK_PAIRS // n, 1), size)
 
 

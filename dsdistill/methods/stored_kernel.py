@@ -6,7 +6,7 @@ from dsdistill.harness import lists
 from dsdistill.harness.data import origin, provenance
 from dsdistill.harness.data.distilled_set import DistilledSet
 from dsdistill.harness.errors import UserError
-from dsdistill.kernels import networks
+from dsdistill.kernels import networks, notation
 from dsdistill.kernels.networks import InfiniteNetwork
 from dsdistill.methods.ridge import RidgeLearner
 
@@ -44,7 +44,7 @@ def learner(
         )
         # Of several kernels, the one that validated.
         kernel = lists.parse_names("--kernel", source.judge or DEFAULT_KERNEL)[0]
-        if ":" in kernel:
+        if notation.is_code(kernel):
             raise UserError(
                 f"the distilled set was made with the kernel {kernel}, which is code, and a file "
                 f"may not choose the code that runs here: {remedy.format(kernel)}"
@@ -56,5 +56,6 @@ def learner(
     provenance.require_usable("the distilled set", source, ["evaluation_ridge"])
     value = DEFAULT_RIDGE if source.ridge is None else source.ridge
     # The code of a user's network may change while its name stays: such results are not cached.
-    identity = None if ":" in network.name else {"kernel": network.name, "ridge": value, **std}
+    is_cached = not notation.is_code(network.name)
+    identity = {"kernel": network.name, "ridge": value, **std} if is_cached else None
     return RidgeLearner(network, value, name, identity=identity)
