@@ -7,9 +7,9 @@ alone, and its cost grows with the number of images instead of pairs of them.
 
 Images go through in chunks: activations stay in the cache, and memory stays bounded.
 
-Source: Loo, Hasani, Amini and Rus (2022), arXiv:2210.12067 (RFAD), random networks; Zhou, Nezhadarya
-and Ba (2022), arXiv:2206.00719 (FRePo), trained ones. The network is that of Gidaris and Komodakis
-(2018), arXiv:1804.09458: InstanceNorm, with a scale and a shift.
+Source: Loo, Hasani, Amini and Rus (2022), arXiv:2210.12067 (RFAD), for random networks; Zhou,
+Nezhadarya and Ba (2022), arXiv:2206.00719 (FRePo), for trained ones. The network is that of Gidaris
+and Komodakis (2018), arXiv:1804.09458: InstanceNorm, with a scale and a shift.
 """
 
 import math
@@ -57,10 +57,10 @@ class FeatureNetwork:
             channels: Channels of an image.
         """
         blocks = []
-        for i, key in enumerate(jax.random.split(key, BLOCKS)):
+        for i, block_key in enumerate(jax.random.split(key, BLOCKS)):
             fan_in = 9 * (self.width if i else channels)
             shape = (3, 3, fan_in // 9, self.width)
-            weights = jax.random.normal(key, shape, jnp.float32) * math.sqrt(2 / fan_in)
+            weights = jax.random.normal(block_key, shape, jnp.float32) * math.sqrt(2 / fan_in)
             scale, shift = jnp.ones(self.width, jnp.float32), jnp.zeros(self.width, jnp.float32)
             blocks.append({"weights": weights, "scale": scale, "shift": shift})
         return tuple(blocks)
@@ -208,13 +208,8 @@ def _convolve_backward(saved: tuple[Array, Array], slope: Array) -> tuple[Array,
     _, h, w, channels = x.shape
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     flat = slope.reshape(-1, slope.shape[-1])
-    taps = [
-        jnp.matmul(
-            padded[:, i : i + h, j : j + w].reshape(-1, channels).T, flat, precision="highest"
-        )
-        for i in range(3)
-        for j in range(3)
-    ]
+    shifted = [padded[:, i : i + h, j : j + w] for i in range(3) for j in range(3)]
+    taps = [inner_products(pixels.reshape(-1, channels).T, flat.T) for pixels in shifted]
     return images, jnp.stack(taps).reshape(weights.shape)
 
 

@@ -89,8 +89,9 @@ def parse(
     Args:
         name: `fc`, `conv`, `convnet`, `convnet3` or `myrtle`, optionally with a depth, as in
             `convnet(2)`; a sequence such as `CR-3xCRP-flatten` (see `notation`);
-            `features:convnet` or `features:convnet:WIDTH` (see `features`); or `module:attribute` for a neural-tangents network: a `stax` triple or a kernel function.
-            The module is imported, also from the current folder: never pass a name from a file.
+            `features:convnet` or `features:convnet:WIDTH` (see `features`); or `module:attribute`
+            for a neural-tangents network: a `stax` triple or a kernel function. The module is
+            imported, also from the current folder: never pass a name from a file.
         depth: Hidden layers of `fc` and `conv` (default 1), pooled blocks of `convnet` (3),
             or the variant of `myrtle` (5, 7 or 10; default 5).
         w_std, b_std: Deviations of weights and biases; modules and finite networks set their own.
