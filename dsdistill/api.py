@@ -84,6 +84,7 @@ def kip(
     learning_rate: float | None = None,
     label_learning_rate: float | None = None,
     learn_labels: bool = KipOptions.learn_labels,
+    support_flips: bool = KipOptions.support_flips,
     schedule: Literal["constant", "cosine"] | None = None,
     target_batch: int | str | None = None,
     damping: float = KipOptions.damping,
@@ -132,6 +133,7 @@ def kip(
         learning_rate: Rate of adam (0.04), or the part of a step of gauss-newton taken (0.3).
         label_learning_rate: Rate of adam for the labels; by default that of the images.
         learn_labels: Whether to learn the labels too.
+        support_flips: Whether mirror images of the distilled ones count as further images.
         schedule: Course of the rates; by default constant for adam, cosine for gauss-newton.
         target_batch: Training images per step (5000, or 1000), or the time of a step, such as "2s".
         damping: Damping of gauss-newton, relative to the mean curvature.

@@ -121,7 +121,7 @@ class KipOptions(RunOptions):
 
     LAYOUT: ClassVar = Layout(
         groups={
-            "Distilled set": "images_per_class init learn_labels corruption",
+            "Distilled set": "images_per_class init learn_labels support_flips corruption",
             "Output and resuming": _OUTPUT,
             "Kernel": "kernel networks depth w_std b_std ridge",
             "Optimisation": "outer optimizer steps learning_rate label_learning_rate schedule "
@@ -193,6 +193,10 @@ class KipOptions(RunOptions):
 
     learn_labels: bool = False
     """Learn the labels as well as the images"""
+
+    support_flips: bool = False
+    """Count the mirror images of the distilled images as further images, which cost no bytes; for
+    colour photographs, and wherever a mirror image is of the same class"""
 
     augment: Annotated[str | None, Shown("CHANGES")] = None
     """Change the target images at random: flip, shift, rotate, separated by commas, or all"""

@@ -154,7 +154,7 @@ def _accuracies(prepared: Prepared, result: Outcome, test: Examples) -> tuple[fl
     """Test accuracies of the distilled set and of the initial support."""
 
     def predictor(images: np.ndarray, labels: np.ndarray) -> Predict:
-        return ridge.fit(prepared.network, images, labels, result.ridge)
+        return ridge.fit(prepared.network, images, labels, result.ridge, flips=result.flips)
 
     before, k = result.before, result.labels.shape[1]
     if result.images is not before.images:

@@ -224,6 +224,7 @@ def _phase(options: KipOptions, kernels: tuple[InfiniteNetwork, ...], steps: int
         augment.parse(options.augment),
         OUTER_LOSSES[options.outer],
         _network_source(options, kernels),
+        options.support_flips,
     )
     return Phase(objective, steps)
 
@@ -310,6 +311,8 @@ def _check_kip(options: KipOptions) -> None:
             raise UserError(f"--{name} must be positive, got {rate}")
     if options.label_learning_rate is not None and not options.learn_labels:
         raise UserError("--label-learning-rate needs --learn-labels")
+    if options.support_flips and options.optimizer == "gauss-newton":
+        raise UserError("--support-flips needs --optimizer adam: leave it out with gauss-newton")
     if not 0 <= options.corruption <= 1:
         raise UserError(f"--corruption must be a fraction in [0, 1], got {options.corruption}")
     assert options.target_batch is not None

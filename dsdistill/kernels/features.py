@@ -94,13 +94,10 @@ class FeatureNetwork:
             networks: Parameters of any number of networks, stacked along a first axis.
             images: Images of any dtype; the vectors are float32.
         """
-        count = len(jax.tree.leaves(networks)[0])
-        each = [
-            self.features(jax.tree.map(lambda leaf, i=i: leaf[i], networks), images)
-            for i in range(count)
-        ]
-        scaled = [rows / math.sqrt(count * rows.shape[1]) for rows in each]
-        return jnp.concatenate([*scaled, jnp.full((len(images), 1), BIAS, jnp.float32)], axis=1)
+        each = jax.lax.map(lambda parameters: self.features(parameters, images), networks)
+        count, n, d = each.shape
+        scaled = each.swapaxes(0, 1).reshape(n, count * d) / math.sqrt(count * d)
+        return jnp.concatenate([scaled, jnp.full((n, 1), BIAS, jnp.float32)], axis=1)
 
     def draw_networks(self, key: PRNGKeyArray, count: int, channels: int) -> Parameters:
         """Draw the parameters of several networks, stacked along a first axis."""

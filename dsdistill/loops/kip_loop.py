@@ -211,7 +211,12 @@ def _divergence_error(span: Span, last: Snapshot, step: kip.Step) -> UserError:
 def _make_scorer(plan: Plan, validation: Examples, unit: str | None = None) -> Scorer:
     objective = plan.phases[-1].objective
     return selection.scorer(
-        objective.networks[0], objective.ridge, objective.outer, validation, unit=unit
+        objective.networks[0],
+        objective.ridge,
+        objective.outer,
+        validation,
+        flips=objective.flips,
+        unit=unit,
     )
 
 

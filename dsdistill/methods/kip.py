@@ -31,7 +31,7 @@ from dsdistill.kernels import diagnosis, features, gram
 from dsdistill.kernels.networks import InfiniteNetwork
 from dsdistill.methods import ridge
 from dsdistill.methods.adam import Adam
-from dsdistill.methods.augment import augment_images
+from dsdistill.methods.augment import add_flips, augment_images
 from dsdistill.methods.initial_support import Support
 from dsdistill.methods.network_sources import NetworkSource
 from dsdistill.methods.optimizer import Optimizer, StepProblem
@@ -40,6 +40,8 @@ from dsdistill.methods.targets import TargetBatches, load_into_memory
 from dsdistill.parallel import devices
 
 Targets = tuple[np.ndarray, np.ndarray]  # images and labels of a batch
+# From the state of the networks, the step's key for them, x_s and x_t to k_ss and k_st.
+KernelMatrices = Callable[[Any, PRNGKeyArray, Array, Array], tuple[Array, Array]]
 NETWORK_KEY = 16  # of a step's key, for its networks; augmentation has the smaller numbers
 
 
@@ -92,6 +94,7 @@ class KipObjective:
         augment: Random transforms of the targets, names of `dsdistill.methods.augment`.
         outer: The loss of the predictions.
         source: Where each step takes its networks from, for the features of a finite network.
+        flips: Whether the mirror images of the support count as further images.
     """
 
     networks: tuple[InfiniteNetwork, ...]
@@ -102,6 +105,7 @@ class KipObjective:
     augment: tuple[str, ...] = ()
     outer: OuterLoss = field(default_factory=SquaredError)
     source: NetworkSource | None = None
+    flips: bool = False
 
 
 def initial_state(objective: KipObjective, support: Support) -> State:
@@ -149,7 +153,8 @@ class Stepper:
         self._updates = [
             _compile_update(objective, network, support, size) for network in objective.networks
         ]
-        self._pairs = len(support.images) * (len(support.images) + size)
+        n = _support_size(objective, support)
+        self._pairs = n * (n + size)
         self._worker = ThreadPoolExecutor(1)
         self._upcoming: tuple[int, Future[Targets]] | None = None
         self._began = 0.0  # a step takes from its draw to its loss
@@ -250,10 +255,7 @@ def _draw_network(networks: int, seed: int, step: int) -> int:
 def _compile_update(
     objective: KipObjective, network: InfiniteNetwork, support: Support, targets: int
 ) -> Callable[..., Any]:
-    gradient = objective.optimizer.differentiates_kernel
-    n, shape = len(support.images), support.images.shape[1:]
-    tile_ss = ridge.support_tile(network, n, shape, gradient=gradient)
-    tile_st = gram.plan_tile(network, n, devices.share(targets), shape, gradient=gradient)
+    matrices = _kernel_matrices(objective, network, support, targets)
     source = objective.source
 
     def share(
@@ -266,19 +268,9 @@ def _compile_update(
         learned = _learned_arrays(objective, **whole)
         factor = _factor(objective, state.moments.count)  # before the update: 1 at the first step
 
-        def kernels(x_s: Array) -> tuple[Array, Array]:
-            if source is not None:
-                drawn = source.draw(state.networks, network_key, x_s.shape[-1])
-                return features.support_and_target_kernels(source.network, drawn, x_s, x_t)
-            return (
-                ridge.support_gram(network, x_s, tile_ss),
-                gram.gram(network.kernel, x_s, x_t, tile_st),
-            )
-
         def loss(learned: dict[str, Array]) -> Array:
-            now = whole | learned
-            x_s, y_s = now["images"], now["labels"]
-            k_ss, k_st = kernels(x_s)
+            x_s, y_s = _augment_support(objective, whole | learned)
+            k_ss, k_st = matrices(state.networks, network_key, x_s, x_t)
             predictions = ridge.predict(k_st, ridge.solve(k_ss, y_s, objective.ridge))
             return objective.outer.value(predictions, y_t, real / targets, devices.total)
 
@@ -296,12 +288,10 @@ def _compile_update(
             objective.outer,
         )
         value, moved, moments = objective.optimizer.step(problem, state.moments, factor, key)
-        after = whole | moved
-        networks = (
-            state.networks
-            if source is None
-            else source.train(state.networks, network_key, after["images"], after["labels"])
-        )
+        networks = state.networks
+        if source is not None:
+            after = _augment_support(objective, whole | moved)
+            networks = source.train(networks, network_key, *after)
         return value, moved, moments, networks
 
     def update(state: State, x_t: Array, y_t: Array, key: PRNGKeyArray) -> tuple[State, Array]:
@@ -317,6 +307,43 @@ def _compile_update(
         return State(moved["images"], labels, moments, networks), value
 
     return jax.jit(update)
+
+
+def _kernel_matrices(
+    objective: KipObjective, network: InfiniteNetwork, support: Support, targets: int
+) -> KernelMatrices:
+    """How a step evaluates the kernel of the support with itself and with a device's targets."""
+    source = objective.source
+    if source is not None:
+
+        def with_drawn_networks(
+            state: Any, key: PRNGKeyArray, x_s: Array, x_t: Array
+        ) -> tuple[Array, Array]:
+            drawn = source.draw(state, key, x_s.shape[-1])
+            return features.support_and_target_kernels(source.network, drawn, x_s, x_t)
+
+        return with_drawn_networks
+    gradient = objective.optimizer.differentiates_kernel
+    n, shape = _support_size(objective, support), support.images.shape[1:]
+    tile_ss = ridge.support_tile(network, n, shape, gradient=gradient)
+    tile_st = gram.plan_tile(network, n, devices.share(targets), shape, gradient=gradient)
+
+    def in_tiles(_: Any, __: PRNGKeyArray, x_s: Array, x_t: Array) -> tuple[Array, Array]:
+        k_ss = ridge.support_gram(network, x_s, tile_ss)
+        return k_ss, gram.gram(network.kernel, x_s, x_t, tile_st)
+
+    return in_tiles
+
+
+def _support_size(objective: KipObjective, support: Support) -> int:
+    """Number of images that predict the targets."""
+    return len(support.images) * (2 if objective.flips else 1)
+
+
+def _augment_support(objective: KipObjective, arrays: dict[str, Array]) -> tuple[Array, Array]:
+    """Images and labels that predict the targets: the support, perhaps with its mirror images."""
+    images, labels = arrays["images"], arrays["labels"]
+    return add_flips(images, labels) if objective.flips else (images, labels)
 
 
 def _learned_arrays(objective: KipObjective, images: Array, labels: Array) -> dict[str, Array]:

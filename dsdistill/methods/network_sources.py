@@ -28,7 +28,10 @@ FRESH_NETWORKS = 8  # RFAD's
 class NetworkSource(Protocol):
     """Where each step takes its networks from."""
 
-    network: FeatureNetwork
+    @property
+    def network(self) -> FeatureNetwork:
+        """Architecture of the networks."""
+        ...
 
     def initial_state(self, shape: tuple[int, ...], classes: int) -> Any:
         """What is kept from step to step, a pytree; the same at every start of a run.

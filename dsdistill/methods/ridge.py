@@ -26,6 +26,7 @@ from dsdistill.harness.evaluation.held_out import Predict
 from dsdistill.harness.runs import progress
 from dsdistill.kernels.gram import Tile, gram, plan_tile
 from dsdistill.kernels.networks import InfiniteNetwork
+from dsdistill.methods.augment import add_flips
 from dsdistill.parallel import devices
 
 CHUNK = 2000  # images per chunk of a prediction
@@ -59,6 +60,7 @@ class RidgeLearner:
         ridge: Relative ridge, see `solve`.
         name: Name in reports.
         limit: Largest number of training images; None: any.
+        flips: Whether their mirror images count as further training images.
         identity: JSON-compatible identity in the cache of results; None: results are not cached.
     """
 
@@ -66,6 +68,7 @@ class RidgeLearner:
     ridge: float = 1e-6
     name: str = "ridge"
     limit: int | None = MAX_TRAINING_IMAGES
+    flips: bool = False
     identity: Mapping[str, Any] | None = None
     deterministic: ClassVar[bool] = True
 
@@ -77,7 +80,7 @@ class RidgeLearner:
 
     def __call__(self, train: Examples, validation: Examples, seed: int, /) -> Predict:
         """Fit on all training images; validation images and seed have no influence."""
-        return fit(self.network, train.images(), train.labels(), self.ridge)
+        return fit(self.network, train.images(), train.labels(), self.ridge, flips=self.flips)
 
 
 def fit(
@@ -86,6 +89,7 @@ def fit(
     labels: Float[np.ndarray, "n k"],
     ridge: float,
     *,
+    flips: bool = False,
     unit: str | None = None,
 ) -> Predict:
     """Fit kernel ridge regression to one support and return its predictor.
@@ -94,11 +98,14 @@ def fit(
         network: Network whose neural tangent kernel is used.
         images, labels: The support.
         ridge: Relative ridge, see `solve`.
+        flips: Whether the support's mirror images count as further images.
         unit: Name of the images in the progress bar of a long prediction; None shows no bar.
 
     Raises:
         UserError: If the kernel is singular at this ridge, or does not fit into memory.
     """
+    if flips:
+        images, labels = (np.asarray(each) for each in add_flips(images, labels))
     n = len(images)
     memory.require(4 * 8 * n * n, f"ridge regression on {n} images", "use fewer images")
     with jax.enable_x64(True):

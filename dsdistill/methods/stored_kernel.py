@@ -57,5 +57,7 @@ def learner(
     value = DEFAULT_RIDGE if source.ridge is None else source.ridge
     # The code of a user's network may change while its name stays: such results are not cached.
     is_cached = not notation.is_code(network.name)
-    identity = {"kernel": network.name, "ridge": value, **std} if is_cached else None
-    return RidgeLearner(network, value, name, identity=identity)
+    provenance.require_usable("the distilled set", source, ["config.support_flips"])
+    flips = {"flips": True} if source.support_flips else {}
+    identity = {"kernel": network.name, "ridge": value, **std, **flips} if is_cached else None
+    return RidgeLearner(network, value, name, identity=identity, **flips)
