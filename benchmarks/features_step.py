@@ -9,6 +9,7 @@ targets and support shared out over the cores, the same pool of networks, Adam, 
 import argparse
 import resource
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +93,7 @@ def bare_steps(objective: kip.KipObjective, support: Support, batches: TargetBat
 
         value, slope = devices.total(jax.value_and_grad(loss)(images))
         change, moments = outer.update(slope, moments)
-        moved = optax.apply_updates(images, change)
+        moved: Any = optax.apply_updates(images, change)
 
         def training_loss(member):
             parameters, head = member

@@ -155,12 +155,12 @@ class NetworkPool:
         learned = member.networks, member.heads
         gradient = devices.total(jax.grad(loss)(learned))
         change, moments = self._adam().update(gradient, member.moments)
-        networks, heads = optax.apply_updates(learned, change)  # type: ignore[misc]
-        trained = Pool(networks, heads, moments, member.ages + 1)
+        after: Any = optax.apply_updates(learned, change)
+        trained = Pool(after[0], after[1], moments, member.ages + 1)
         renewed = self._member(jax.random.fold_in(key, 1), images.shape[1:], classes)
         is_old = trained.ages >= self.lifetime
-        after = jax.tree.map(functools.partial(jnp.where, is_old), renewed, trained)
-        return jax.tree.map(lambda leaf, new: leaf.at[i].set(new), state, after)
+        member = jax.tree.map(functools.partial(jnp.where, is_old), renewed, trained)
+        return jax.tree.map(lambda leaf, new: leaf.at[i].set(new), state, member)
 
     def _position(self, key: PRNGKeyArray) -> Int[Array, ""]:
         return jax.random.randint(key, (), 0, self.size, jnp.int32)

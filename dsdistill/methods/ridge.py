@@ -105,7 +105,8 @@ def fit(
         UserError: If the kernel is singular at this ridge, or does not fit into memory.
     """
     if flips:
-        images, labels = (np.asarray(each) for each in add_flips(images, labels))
+        both = add_flips(jnp.asarray(images), jnp.asarray(labels))
+        images, labels = np.asarray(both[0]), np.asarray(both[1])
     n = len(images)
     memory.require(4 * 8 * n * n, f"ridge regression on {n} images", "use fewer images")
     with jax.enable_x64(True):

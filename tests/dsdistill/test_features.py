@@ -70,7 +70,7 @@ def random_parameters(network: FeatureNetwork, channels: int):
 
 def test_features_are_those_of_the_convnet_that_kd_trains():
     network, parameters = FeatureNetwork(6), random_parameters(FeatureNetwork(6), 3)
-    x = noise(41, 13, 10, 3)  # two chunks, with padding; odd sides
+    x = noise(73, 13, 10, 3)  # two chunks, with padding; odd sides
     module = builtin.convnet((13, 10, 3), 5, 6)[:-2]  # without Flatten and readout
     for block, i in zip(parameters, (0, 4, 8), strict=True):
         convolution, norm = module[i], module[i + 1]
@@ -82,9 +82,9 @@ def test_features_are_those_of_the_convnet_that_kd_trains():
     with torch.no_grad():
         expected = module(torch.from_numpy(np.array(x)).permute(0, 3, 1, 2))
     found = network.features(parameters, x)
-    assert found.shape == (41, network.dimension((13, 10, 3)))
+    assert found.shape == (73, network.dimension((13, 10, 3)))
     np.testing.assert_allclose(
-        found, expected.permute(0, 2, 3, 1).reshape(41, -1), rtol=1e-4, atol=1e-5
+        found, expected.permute(0, 2, 3, 1).reshape(73, -1), rtol=1e-4, atol=1e-5
     )
 
 
@@ -92,8 +92,8 @@ def test_features_are_those_of_the_convnet_that_kd_trains():
 def test_gradients_are_those_of_plain_convolutions(monkeypatch, stored):
     """In images and in parameters, chunk by chunk, stored or evaluated again."""
     monkeypatch.setattr(features, "MAX_STORED_BYTES", stored)
-    parameters, x = random_parameters(SMALL, 2), noise(37, 9, 8, 2)
-    weights = noise(37, SMALL.dimension((9, 8)), seed=1)
+    parameters, x = random_parameters(SMALL, 2), noise(71, 9, 8, 2)
+    weights = noise(71, SMALL.dimension((9, 8)), seed=1)
 
     def slopes(function):
         def value(parameters, x):
