@@ -79,7 +79,7 @@ class FeatureNetwork:
             return _features(parameters, images)
         stored = STORED_VALUES * n * h * w * self.width * 4
         work = _features if stored <= MAX_STORED_BYTES else jax.checkpoint(_features)
-        # As even as can be: 100 images are four chunks of 25, not one of 32 with padding.
+        # As even as can be: 100 images are two chunks of 50, not two of 64 with padding.
         size = -(-n // -(-n // CHUNK))
         chunks = devices.pad_rows(images, size).reshape(-1, size, *images.shape[1:])
         rows = jax.lax.map(lambda chunk: work(parameters, chunk), chunks)
