@@ -42,7 +42,7 @@ from dsdistill.harness.runs import progress as progress_display
 from dsdistill.harness.runs import run_folder
 from dsdistill.harness.runs.options import Storage
 from dsdistill.harness.runs.run_folder import Run
-from dsdistill.kernels import neural_tangents
+from dsdistill.kernels import neural_tangents, notation
 from dsdistill.kernels.neural_tangents import NeuralTangents
 from dsdistill.loops.kip_loop import OnStep
 from dsdistill.methods import initial_support, stored_kernel
@@ -60,7 +60,7 @@ Pair = tuple[ArrayLike, ArrayLike]  # images and labels
 DATA_NAME = "arrays"  # name of a caller's data in provenance and reports
 # How messages of the commands read to who calls a function.
 _PHRASES = {"--resume goes on": "the same call goes on", "--out": "checkpoint"}
-_TEXTS = ("preprocess", "outer", "optimizer", "schedule")
+_TEXTS = ("preprocess", "networks", "outer", "optimizer", "schedule")
 # Options about files and hosts are the commands' alone.
 STORAGE = Storage(
     unstored=("data", "data_root", "image_size", "channels", "out", "resume", "hosts"), free=()
@@ -73,6 +73,7 @@ def kip(
     *,
     images_per_class: int | None = None,
     kernel: Kernel = KipOptions.kernel,
+    networks: Literal["fresh", "pool"] | None = None,
     steps: int | None = None,
     validation: Pair | None = None,
     validation_fraction: float = KipOptions.validation_fraction,
@@ -84,6 +85,7 @@ def kip(
     learning_rate: float | None = None,
     label_learning_rate: float | None = None,
     learn_labels: bool = KipOptions.learn_labels,
+    support_flips: bool = KipOptions.support_flips,
     schedule: Literal["constant", "cosine"] | None = None,
     target_batch: int | str | None = None,
     damping: float = KipOptions.damping,
@@ -115,7 +117,10 @@ def kip(
         kernel: `fc`, `conv`, `convnet`, `convnet3`, `myrtle`, a sequence such as
             `CR-3xCRP-flatten`; or a network of neural-tangents, as a `stax` triple, a kernel
             function, or `module:attribute`, whose module is imported. Of several names, separated
-            by commas, each step draws one.
+            by commas, each step draws one. `features:convnet` or `features:convnet:WIDTH`: features
+            of finite networks.
+        networks: Where the steps take those from: `fresh` random ones for every step, or a `pool`
+            that is trained on the set meanwhile, the default.
         steps: Steps of the optimizer; by default 1000 of adam, 100 of gauss-newton.
         validation: Images and labels that choose the best step; give them to `evaluate` too. By
             default a share of the training images, the same for every seed and for `evaluate`.
@@ -130,6 +135,7 @@ def kip(
         learning_rate: Rate of adam (0.04), or the part of a step of gauss-newton taken (0.3).
         label_learning_rate: Rate of adam for the labels; by default that of the images.
         learn_labels: Whether to learn the labels too.
+        support_flips: Whether mirror images of the distilled ones count as further images.
         schedule: Course of the rates; by default constant for adam, cosine for gauss-newton.
         target_batch: Training images per step (5000, or 1000), or the time of a step, such as "2s".
         damping: Damping of gauss-newton, relative to the mean curvature.
@@ -407,7 +413,7 @@ def _learner(each: str | Learner, distilled: DistilledSet, options: EvaluateOpti
     if not isinstance(each, str):
         return each
     network = distilled.network if isinstance(distilled, Distilled) else None
-    if each == "ridge" and network is not None and ":" in network.name:
+    if each == "ridge" and network is not None and notation.is_code(network.name):
         return stored_kernel.learner(distilled, network, remedy="")
     return evaluation_parts.learner(each, distilled, options)
 

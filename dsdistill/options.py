@@ -11,6 +11,7 @@ import tyro
 
 from dsdistill.harness import command_line, help_page, paths
 from dsdistill.harness.help_page import Layout, Shown
+from dsdistill.kernels import notation
 from dsdistill.published_sets.stated_format import AxisOrder, LabelKind, PixelKind
 
 Data = Annotated[str, tyro.conf.Positional, Shown("DATA")]
@@ -86,7 +87,8 @@ class RunOptions:
 
     kernel: Annotated[str, Shown("KERNEL")] = "fc"
     """fc, linear (for features), conv, convnet, convnet3, myrtle; or a sequence such as
-    CR-3xCRP-flatten (C: 3x3 convolution, R: ReLU, P: 2x2 pooling; flatten or gap ends it); or
+    CR-3xCRP-flatten (C: 3x3 convolution, R: ReLU, P: 2x2 pooling; flatten or gap ends it);
+    features:convnet or features:convnet:WIDTH for the features of finite networks; or
     module:attribute for a network of neural-tangents, whose module is imported and run, from the
     current folder first"""
 
@@ -127,9 +129,9 @@ class KipOptions(RunOptions):
 
     LAYOUT: ClassVar = Layout(
         groups={
-            "Distilled set": "images_per_class init learn_labels corruption",
+            "Distilled set": "images_per_class init learn_labels support_flips corruption",
             "Output and resuming": _OUTPUT,
-            "Kernel": "kernel depth w_std b_std ridge",
+            "Kernel": "kernel networks depth w_std b_std ridge",
             "Optimisation": "outer optimizer steps learning_rate label_learning_rate schedule "
             "target_batch augment warm_up damping",
             "Validation": "validation_images patience",
@@ -149,10 +151,17 @@ class KipOptions(RunOptions):
 
     kernel: Annotated[str, Shown("KERNEL")] = "fc"
     """fc, linear (for features), conv, convnet, convnet3, myrtle; or a sequence such as
-    CR-3xCRP-flatten (C: 3x3 convolution, R: ReLU, P: 2x2 pooling; flatten or gap ends it); or
-    module:attribute for a network of neural-tangents, whose module is imported and run, from the
+    CR-3xCRP-flatten (C: 3x3 convolution, R: ReLU, P: 2x2 pooling; flatten or gap ends it);
+    features:convnet or features:convnet:WIDTH for the features of finite networks, see --networks;
+    or module:attribute for a network of neural-tangents, whose module is imported and run, from the
     current folder first. Of several, separated by commas, each step draws one; the first validates
     and is stored"""
+
+    networks: Annotated[
+        Literal["fresh", "pool"] | None, Shown(default="pool, with --kernel features:convnet")
+    ] = None
+    """Where the steps take the networks of --kernel features:convnet from: random ones, drawn
+    afresh for every step; or a pool of ten that are trained on the distilled set meanwhile"""
 
     outer: Literal["mse", "ce"] = "ce"
     """Loss of the predicted training images that the steps lower: the cross-entropy of the
@@ -194,6 +203,10 @@ class KipOptions(RunOptions):
     learn_labels: bool = False
     """Learn the labels as well as the images"""
 
+    support_flips: bool = False
+    """Count the mirror images of the distilled images as further images, which cost no bytes; for
+    colour photographs, and wherever a mirror image is of the same class"""
+
     augment: Annotated[str | None, Shown("CHANGES")] = None
     """Change the target images at random, before --preprocess: flip, shift, rotate, separated by
     commas, or all"""
@@ -217,6 +230,8 @@ def with_defaults(options: Options) -> Options:
     if not isinstance(options, KipOptions):
         return options
     defaults = OPTIMIZER_DEFAULTS[options.optimizer]
+    if notation.is_finite(options.kernel):
+        defaults = defaults | {"networks": "pool"}
     missing = {name: value for name, value in defaults.items() if getattr(options, name) is None}
     return replace(options, **missing)
 

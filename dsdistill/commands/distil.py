@@ -26,6 +26,7 @@ from dsdistill.harness.reports import image_grid
 from dsdistill.harness.reports.image_grid import GridSide
 from dsdistill.harness.runs import progress, run_folder
 from dsdistill.harness.runs.options import Storage
+from dsdistill.kernels import notation
 from dsdistill.methods import initial_support, ridge
 from dsdistill.options import EARLIER, KipOptions, LabelSolveOptions, RunOptions, with_defaults
 from dsdistill.parallel import hosts
@@ -160,7 +161,7 @@ def _accuracies(prepared: Prepared, result: Outcome, test: Examples) -> tuple[fl
     """Test accuracies of the distilled set and of the initial support."""
 
     def predictor(images: np.ndarray, labels: np.ndarray) -> Predict:
-        return ridge.fit(prepared.network, images, labels, result.ridge)
+        return ridge.fit(prepared.network, images, labels, result.ridge, flips=result.flips)
 
     before, k = result.before, result.labels.shape[1]
     if result.images is not before.images:
@@ -214,7 +215,7 @@ def _code_options(options: RunOptions) -> list[str]:
     texts = {"kernel": options.kernel}
     if isinstance(options, KipOptions) and options.warm_up is not None:
         texts["warm_up"] = prepare.split_warm_up(options.warm_up)[0]
-    return [name for name, text in texts.items() if ":" in text]
+    return [name for name, text in texts.items() if notation.is_code(text)]
 
 
 def _restore_options(options: RunOptionsT, run: run_folder.Run) -> RunOptionsT:

@@ -36,6 +36,7 @@ class Outcome:
         figures: Figures of the search by name, such as the chosen step.
         seconds: Duration of the search, summed over resumes.
         stopped: When and why the search ended early; None if it did not.
+        flips: Whether mirror images count as further images in predictions.
     """
 
     before: Support
@@ -45,6 +46,7 @@ class Outcome:
     figures: Mapping[str, float]
     seconds: float
     stopped: str | None = None
+    flips: bool = False
 
 
 def kip_outcome(
@@ -86,7 +88,16 @@ def kip_outcome(
     if last.done < plan.steps:
         waited = f"{options.patience} validation{'' if options.patience == 1 else 's'}"
         stopped = f"at step {last.done} of {plan.steps}: no lower validation loss in {waited}"
-    return Outcome(support, best.images, best.labels, options.ridge, figures, last.seconds, stopped)
+    return Outcome(
+        support,
+        best.images,
+        best.labels,
+        options.ridge,
+        figures,
+        last.seconds,
+        stopped,
+        options.support_flips,
+    )
 
 
 def _support(options: KipOptions, prepared: Prepared) -> Support:

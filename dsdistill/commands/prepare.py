@@ -27,6 +27,7 @@ from dsdistill.loops.plan import Phase
 from dsdistill.methods import augment, initial_support, kip
 from dsdistill.methods.adam import Adam
 from dsdistill.methods.gauss_newton import GaussNewton
+from dsdistill.methods.network_sources import FreshNetworks, NetworkPool, NetworkSource
 from dsdistill.methods.optimizer import Optimizer
 from dsdistill.methods.outer_loss import OUTER_LOSSES
 from dsdistill.options import KipOptions, LabelSolveOptions, RunOptions
@@ -268,15 +269,20 @@ def _phases(
     options: KipOptions, kernels: tuple[InfiniteNetwork, ...], *, augment_raw: bool
 ) -> tuple[Phase, ...]:
     assert options.steps is not None  # `with_defaults` has set it
-    main = _phase(options, kernels, options.steps, augment_raw=augment_raw)
-    if options.warm_up is None:
-        return (main,)
-    name, steps = split_warm_up(options.warm_up)
-    steps = max(options.steps // WARM_UP_DIVISOR, 1) if steps is None else steps
-    if steps < 1:
-        raise UserError(f"--warm-up must have at least 1 step, got {options.warm_up}")
-    warm_up = _networks("--warm-up", name, options)
-    return (_phase(options, warm_up, steps, augment_raw=augment_raw), main)
+    phases = (_phase(options, kernels, options.steps, augment_raw=augment_raw),)
+    if options.warm_up is not None:
+        name, steps = split_warm_up(options.warm_up)
+        steps = max(options.steps // WARM_UP_DIVISOR, 1) if steps is None else steps
+        if steps < 1:
+            raise UserError(f"--warm-up must have at least 1 step, got {options.warm_up}")
+        warm_up = _networks("--warm-up", name, options)
+        phases = (_phase(options, warm_up, steps, augment_raw=augment_raw), *phases)
+    if options.networks is not None and all(p.objective.source is None for p in phases):
+        raise UserError(
+            f"--networks {options.networks} is for kernels of features, got --kernel "
+            f"{options.kernel}: leave it out, or choose --kernel features:convnet"
+        )
+    return phases
 
 
 def split_warm_up(text: str) -> tuple[str, int | None]:
@@ -296,9 +302,29 @@ def _phase(
         options.learn_labels,
         augment.parse(options.augment),
         OUTER_LOSSES[options.outer],
+        _network_source(options, kernels),
+        options.support_flips,
         augment_raw=augment_raw,
     )
     return Phase(objective, steps)
+
+
+def _network_source(
+    options: KipOptions, kernels: tuple[InfiniteNetwork, ...]
+) -> NetworkSource | None:
+    """Where the steps of a phase take their networks from; None for infinitely wide ones.
+
+    Raises:
+        UserError: If a finite network is one of several kernels.
+    """
+    network = next((kernel.features for kernel in kernels if kernel.features is not None), None)
+    if network is None:
+        return None
+    if len(kernels) > 1:
+        names = ",".join(kernel.name for kernel in kernels)
+        raise UserError(f"a kernel of features stands alone, got {names}: name one kernel")
+    fresh = options.networks == "fresh"
+    return FreshNetworks(network) if fresh else NetworkPool(network, options.seed)
 
 
 def _optimizer(options: KipOptions) -> Optimizer:
@@ -365,6 +391,8 @@ def _check_kip(options: KipOptions) -> None:
             raise UserError(f"--{name} must be positive, got {rate}")
     if options.label_learning_rate is not None and not options.learn_labels:
         raise UserError("--label-learning-rate needs --learn-labels")
+    if options.support_flips and options.optimizer == "gauss-newton":
+        raise UserError("--support-flips needs --optimizer adam: leave it out with gauss-newton")
     if not 0 <= options.corruption <= 1:
         raise UserError(f"--corruption must be a fraction in [0, 1], got {options.corruption}")
     assert options.target_batch is not None

@@ -1,7 +1,8 @@
-"""Infinitely wide networks: the kernel function of a name on the command line.
+"""Networks as kernels: the kernel function of a name on the command line.
 
 NTK parameterisation, ReLU, weight deviation sqrt(2), bias deviation 0.1, 3x3 SAME convolutions,
-2x2 average pooling of stride 2, as in the KIP papers (arXiv:2011.00050, arXiv:2107.13034).
+2x2 average pooling of stride 2, as in the KIP papers (arXiv:2011.00050, arXiv:2107.13034). Kernels
+of finite networks are in `features`.
 """
 
 import functools
@@ -18,9 +19,10 @@ from jaxtyping import Array, Float
 
 from dsdistill.harness import imports
 from dsdistill.harness.errors import UserError, one_line, unknown_name
-from dsdistill.kernels import neural_tangents, notation
+from dsdistill.kernels import features, neural_tangents, notation
 from dsdistill.kernels.conv import conv_kernel, variances
 from dsdistill.kernels.dense import fc_ntk
+from dsdistill.kernels.features import FeatureNetwork
 from dsdistill.kernels.linear import linear_map, linear_ntk
 from dsdistill.kernels.notation import Architecture
 from dsdistill.parallel import devices
@@ -44,11 +46,12 @@ class Engine(StrEnum):
     CLOSED_FORM = "closed form"
     EXACT_PLANES = "exact planes"
     NEURAL_TANGENTS = "neural-tangents"
+    FEATURES = "features"
 
 
 @dataclass(frozen=True)
 class InfiniteNetwork:
-    """An infinitely wide network, as its neural tangent kernel.
+    """An infinitely wide network, as its neural tangent kernel; or the features of a finite one.
 
     Attributes:
         name: Name as a user writes it, with the depth.
@@ -65,6 +68,8 @@ class InfiniteNetwork:
             that is not finite.
         min_size: Smallest height and width of images, in pixels.
         module_sha256: SHA-256 of the file of the user's module, if any; not of what that imports.
+        features: The finite network whose features make the kernel; None for an infinitely wide
+            one. `kernel` is that of a few random networks, always the same ones.
     """
 
     name: str
@@ -77,6 +82,7 @@ class InfiniteNetwork:
     deviations: Callable[[Float[Array, "n h w c"]], list[Array]] | None = None
     min_size: int = 1
     module_sha256: str | None = None
+    features: FeatureNetwork | None = None
 
 
 def parse(
@@ -86,17 +92,20 @@ def parse(
 
     Args:
         name: `fc`, `linear`, `conv`, `convnet`, `convnet3` or `myrtle`, optionally with a depth, as
-            in `convnet(2)`; a sequence such as `CR-3xCRP-flatten` (see `notation`); or
-            `module:attribute` for a neural-tangents network: a `stax` triple or a kernel function.
-            The module is imported, also from the current folder: never pass a name from a file.
+            in `convnet(2)`; a sequence such as `CR-3xCRP-flatten` (see `notation`);
+            `features:convnet` or `features:convnet:WIDTH` (see `features`); or `module:attribute`
+            for a neural-tangents network: a `stax` triple or a kernel function. The module is
+            imported, also from the current folder: never pass a name from a file.
         depth: Hidden layers of `fc` and `conv` (default 1), pooled blocks of `convnet` (3),
             or the variant of `myrtle` (5, 7 or 10; default 5).
-        w_std, b_std: Deviations of weights and biases; a module sets its own.
+        w_std, b_std: Deviations of weights and biases; modules and finite networks set their own.
 
     Raises:
         UserError: For an unknown name, a module that cannot be imported, or an impossible depth.
     """
-    if ":" in name:
+    if notation.is_finite(name):
+        return _finite(name, depth)
+    if notation.is_code(name):
         return _from_module(name, depth)
     if notation.is_notation(name):
         if depth is not None:
@@ -108,7 +117,8 @@ def parse(
             raise UserError(f"the kernel {name} has its depth in its name; leave out --depth")
         name, depth = match[1], int(match[2])
     if name not in _BUILDERS:
-        raise unknown_name("kernel", name, [*_BUILDERS, "CR-3xCRP-flatten", "module:attribute"])
+        others = ["CR-3xCRP-flatten", f"{notation.FEATURES}convnet", "module:attribute"]
+        raise unknown_name("kernel", name, [*_BUILDERS, *others])
     build, default = _BUILDERS[name]
     if depth is not None and (default is None or depth < 1):
         rule = "has no depth" if default is None else f"needs a depth of at least 1, got {depth}"
@@ -233,6 +243,21 @@ def _convolutional(name: str, layers: Architecture) -> InfiniteNetwork:
         slopes=functools.partial(conv_kernel.slopes, network=layers),
         deviations=deviations,
         min_size=layers.min_size,
+    )
+
+
+def _finite(name: str, depth: int | None) -> InfiniteNetwork:
+    """Build the kernel of a finite network's features."""
+    if depth is not None:
+        raise UserError(f"the kernel {name} takes no --depth: its network has three blocks")
+    network = features.parse(name)
+    return InfiniteNetwork(
+        f"{notation.FEATURES}convnet:{network.width}",
+        Engine.FEATURES,
+        functools.partial(features.kernel, network=network),
+        symmetric=functools.partial(features.symmetric_kernel, network=network),
+        min_size=features.MIN_SIZE,
+        features=network,
     )
 
 

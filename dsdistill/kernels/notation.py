@@ -1,4 +1,4 @@
-"""Convolutional networks as sequences of layers, and their notation on a command line.
+"""Names of kernels on a command line, and convolutional networks as sequences of layers.
 
 `CR-3xCRP-flatten` means a 3x3 convolution and a ReLU, then three times convolution, ReLU and 2x2
 average pooling, then a Flatten; a dense readout always follows.
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from dsdistill.harness.errors import UserError
 
+FEATURES = "features:"  # of the names of kernels of finite networks
 HEADS = ("flatten", "gap")
 _BLOCK = re.compile(r"(?:([1-9][0-9]?)x)?([CRP]+)")
 SYNTAX = (
@@ -50,6 +51,16 @@ class Architecture:
     def min_size(self) -> int:
         """Smallest height and width that the poolings allow, in pixels."""
         return 2 ** self.layers.count("P")
+
+
+def is_finite(name: str) -> bool:
+    """Whether the name of a kernel means the features of a finite network."""
+    return name.startswith(FEATURES)
+
+
+def is_code(name: str) -> bool:
+    """Whether the name of a kernel names code that is imported: `module:attribute`."""
+    return ":" in name and not is_finite(name)
 
 
 def is_notation(text: str) -> bool:

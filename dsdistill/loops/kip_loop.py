@@ -211,7 +211,12 @@ def _divergence_error(span: Span, last: Snapshot, step: kip.Step) -> UserError:
 def _make_scorer(plan: Plan, validation: Examples, unit: str | None = None) -> Scorer:
     objective = plan.phases[-1].objective
     return selection.scorer(
-        objective.networks[0], objective.ridge, objective.outer, validation, unit=unit
+        objective.networks[0],
+        objective.ridge,
+        objective.outer,
+        validation,
+        flips=objective.flips,
+        unit=unit,
     )
 
 
@@ -250,10 +255,12 @@ def _restore_snapshot(
     Raises:
         RunError: If it is not one of this run.
     """
-    state = kip.initial_state(plan.phases[0].objective, support)
     arrays, meta = stored
-    leaves, structure = jax.tree.flatten(state)
     with explain_mismatch(run):
+        done = meta["done"]
+        require(type(done) is int and 0 <= done <= plan.steps, "done is another")
+        state = kip.initial_state(plan.last_phase(done).objective, support)
+        leaves, structure = jax.tree.flatten(state)
         values = [arrays[f"state.{i}"] for i in range(len(leaves))]
         for i, (old, new) in enumerate(zip(values, leaves, strict=True)):
             same = old.shape == np.shape(new) and old.dtype == np.asarray(new).dtype
@@ -263,6 +270,5 @@ def _restore_snapshot(
         require(best.labels.shape == support.labels.shape, "the best labels' shape is another")
         counts = {name: meta[name] for name in SNAPSHOT_FIELDS}
         require(all(type(x) in (int, float) for x in counts.values()), "a figure is no number")
-        require(type(meta["done"]) is int and 0 <= meta["done"] <= plan.steps, "done is another")
     state = jax.tree.unflatten(structure, [jnp.asarray(array) for array in values])
     return Snapshot(state=state, best=best, **counts)

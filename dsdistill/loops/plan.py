@@ -96,6 +96,10 @@ class Plan:
             for number, (phase, first) in enumerate(zip(self.phases, ends, strict=True), 1)
         )
 
+    def last_phase(self, done: int) -> Phase:
+        """The phase of the last of `done` steps; the first phase before any step."""
+        return next(span.phase for span in self.spans if done <= span.end)
+
     @property
     def steps(self) -> int:
         """Number of steps of all phases."""

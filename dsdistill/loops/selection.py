@@ -45,6 +45,7 @@ def scorer(
     outer: OuterLoss,
     validation: Examples,
     *,
+    flips: bool = False,
     unit: str | None = None,
 ) -> Scorer:
     """A function that scores a support on these validation images.
@@ -54,6 +55,7 @@ def scorer(
         strength: The ridge, relative.
         outer: The loss of the predictions.
         validation: Without any, both figures are NaN.
+        flips: Whether the support's mirror images count as further images.
         unit: What live progress calls them; None shows none.
     """
     if not len(validation):
@@ -65,7 +67,7 @@ def scorer(
 
     def score(step: int, x_s: SupportImages, y_s: SupportLabels) -> Candidate:
         support, y_s = np.asarray(x_s), np.asarray(y_s)
-        scores = ridge.fit(network, support, y_s, strength, unit=unit)(images)
+        scores = ridge.fit(network, support, y_s, strength, flips=flips, unit=unit)(images)
         accuracy = float((scores.argmax(1) == labels.argmax(1)).mean())
         return Candidate(step, support, y_s, accuracy, outer_loss.mean_value(outer, scores, labels))
 

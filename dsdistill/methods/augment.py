@@ -1,9 +1,9 @@
-"""Random transforms of the target images that keep their class: flips, shifts, small rotations.
+"""Transforms that keep an image's class: random flips, shifts and small rotations of the targets.
 
 Each transform is a pure function of the images and of its random numbers; `augment_images` draws
 them. Images are raw, as published, and preprocessed afterwards: for ZCA a shifted image that is
 whitened is another one than a whitened image that is shifted. Pixels from beyond the edge repeat
-it.
+it. `add_flips` adds the mirror images of a support.
 
 Source: Nguyen, Novak, Xiao and Lee (2021), arXiv:2107.13034, who augment targets; the range of
 each transform is this project's choice.
@@ -48,6 +48,13 @@ def augment_images(
         if name in names:
             images = draw(images, jax.random.fold_in(key, i))
     return images
+
+
+def add_flips(
+    images: Float[Array, "n h w c"], labels: Float[Array, "n k"]
+) -> tuple[Float[Array, "2n h w c"], Float[Array, "2n k"]]:
+    """Images and their mirror images, with the labels of both."""
+    return jnp.concatenate([images, images[:, :, ::-1]]), jnp.concatenate([labels, labels])
 
 
 def flip(images: Float[Array, "m h w c"], mirrored: Bool[Array, " m"]) -> Float[Array, "m h w c"]:

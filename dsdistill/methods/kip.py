@@ -27,12 +27,13 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from dsdistill.harness.data.labeled_images import Examples
 from dsdistill.harness.errors import UserError
-from dsdistill.kernels import diagnosis, gram
+from dsdistill.kernels import diagnosis, features, gram
 from dsdistill.kernels.networks import InfiniteNetwork
 from dsdistill.methods import preprocessing, ridge
 from dsdistill.methods.adam import Adam
-from dsdistill.methods.augment import augment_images
+from dsdistill.methods.augment import add_flips, augment_images
 from dsdistill.methods.initial_support import Support
+from dsdistill.methods.network_sources import NetworkSource
 from dsdistill.methods.optimizer import Optimizer, StepProblem
 from dsdistill.methods.outer_loss import OuterLoss, SquaredError
 from dsdistill.methods.preprocessing import ArrayPreprocess
@@ -40,14 +41,24 @@ from dsdistill.methods.targets import TargetBatches, load_into_memory
 from dsdistill.parallel import devices
 
 Targets = tuple[np.ndarray, np.ndarray]  # images and labels of a batch
+# From the state of the networks, the step's key for them, x_s and x_t to k_ss and k_st.
+KernelMatrices = Callable[[Any, PRNGKeyArray, Array, Array], tuple[Array, Array]]
+NETWORK_KEY = 16  # of a step's key, for its networks; augmentation has the smaller numbers
 
 
 class State(NamedTuple):
-    """State of an optimisation: images and labels of the support, and the optimiser's state."""
+    """State of an optimisation.
+
+    Attributes:
+        images, labels: The support.
+        moments: The optimiser's state.
+        networks: State of the objective's `source` of networks; () without one.
+    """
 
     images: Float[Array, "n h w c"]
     labels: Float[Array, "n k"]
     moments: Any
+    networks: Any = ()
 
 
 class Step(NamedTuple):
@@ -83,7 +94,9 @@ class KipObjective:
         learn_labels: Whether labels are learned too.
         augment: Random transforms of the targets, names of `dsdistill.methods.augment`.
         outer: The loss of the predictions.
-        augment_raw: Whether they change raw images, which are preprocessed in the step; else
+        source: Where each step takes its networks from, for the features of a finite network.
+        flips: Whether the mirror images of the support count as further images.
+        augment_raw: Whether `augment` changes raw images, which are preprocessed in the step; else
             preprocessed ones, as in runs of earlier versions.
     """
 
@@ -94,6 +107,8 @@ class KipObjective:
     learn_labels: bool = False
     augment: tuple[str, ...] = ()
     outer: OuterLoss = field(default_factory=SquaredError)
+    source: NetworkSource | None = None
+    flips: bool = False
     augment_raw: bool = True
 
 
@@ -105,9 +120,11 @@ def initial_state(objective: KipObjective, support: Support) -> State:
 def restart(
     objective: KipObjective, images: Float[Array, "n h w c"], labels: Float[Array, "n k"]
 ) -> State:
-    """The state with these images and labels, and with the optimiser and its schedule reset."""
-    learned = _learned_arrays(objective, images, labels)
-    return State(images, labels, objective.optimizer.initial_state(learned))
+    """The state with these images and labels; optimiser, schedule and networks start afresh."""
+    learned, source = _learned_arrays(objective, images, labels), objective.source
+    shape, classes = images.shape[1:], labels.shape[1]
+    networks = () if source is None else source.initial_state(shape, classes)
+    return State(images, labels, objective.optimizer.initial_state(learned), networks)
 
 
 def load_targets(objective: KipObjective, train: Examples) -> Examples:
@@ -153,7 +170,8 @@ class Stepper:
         self._updates = [
             _compile_update(objective, network, support, size) for network in objective.networks
         ]
-        self._pairs = len(support.images) * (len(support.images) + size)
+        n = _support_size(objective, support)
+        self._pairs = n * (n + size)
         self._worker = ThreadPoolExecutor(1)
         self._upcoming: tuple[int, Future[Targets]] | None = None
         self._began = 0.0  # a step takes from its draw to its loss
@@ -254,19 +272,18 @@ def _draw_network(networks: int, seed: int, step: int) -> int:
 def _compile_update(
     objective: KipObjective, network: InfiniteNetwork, support: Support, targets: int
 ) -> Callable[..., Any]:
-    gradient = objective.optimizer.differentiates_kernel
-    n, shape = len(support.images), support.images.shape[1:]
-    tile_ss = ridge.support_tile(network, n, shape, gradient=gradient)
-    tile_st = gram.plan_tile(network, n, devices.share(targets), shape, gradient=gradient)
+    matrices = _kernel_matrices(objective, network, support, targets)
+    source = objective.source
 
     def share(
         at: tuple[State, PRNGKeyArray, ArrayPreprocess | None],
         real: Array,
         x_t: Array,
         y_t: Array,
-    ) -> tuple[Array, Any, Any]:
+    ) -> tuple[Array, Any, Any, Any]:
         """The step as one device computes it from its targets; results agree on all devices."""
         state, key, preprocess = at
+        network_key = jax.random.fold_in(key, NETWORK_KEY)
         if preprocess is not None:  # targets are raw
             x_t = preprocessing.preprocess(x_t, preprocess)
         whole = {"images": state.images, "labels": state.labels}
@@ -274,10 +291,8 @@ def _compile_update(
         factor = _factor(objective, state.moments.count)  # before the update: 1 at the first step
 
         def loss(learned: dict[str, Array]) -> Array:
-            now = whole | learned
-            x_s, y_s = now["images"], now["labels"]
-            k_ss = ridge.support_gram(network, x_s, tile_ss)
-            k_st = gram.gram(network.kernel, x_s, x_t, tile_st)
+            x_s, y_s = _augment_support(objective, whole | learned)
+            k_ss, k_st = matrices(state.networks, network_key, x_s, x_t)
             predictions = ridge.predict(k_st, ridge.solve(k_ss, y_s, objective.ridge))
             return objective.outer.value(predictions, y_t, real / targets, devices.total)
 
@@ -294,7 +309,12 @@ def _compile_update(
             loss,
             objective.outer,
         )
-        return objective.optimizer.step(problem, state.moments, factor, key)
+        value, moved, moments = objective.optimizer.step(problem, state.moments, factor, key)
+        networks = state.networks
+        if source is not None:
+            after = _augment_support(objective, whole | moved)
+            networks = source.train(networks, network_key, *after)
+        return value, moved, moments, networks
 
     def update(
         state: State,
@@ -305,15 +325,55 @@ def _compile_update(
     ) -> tuple[State, Array]:
         x_t = x_t if preprocess is None else preprocessing.unit_range(x_t)
         x_t = augment_images(x_t, key, objective.augment)
+        sharded = devices.shard_targets(share)
         at = state, key, preprocess
-        value, moved, moments = devices.shard_targets(share)(at, targets, x_t, y_t)
+        value, moved, moments, networks = sharded(at, targets, x_t, y_t)
         # A finite loss can have a gradient that is not finite: detected here, the previous state
         # is still good.
-        finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((moved, moments))]
+        numbers = jax.tree.leaves((moved, moments, networks))
+        finite = [jnp.isfinite(leaf).all() for leaf in numbers]
         value = jnp.where(jnp.stack(finite).all(), value, jnp.nan)
-        return State(moved["images"], moved.get("labels", state.labels), moments), value
+        labels = moved.get("labels", state.labels)
+        return State(moved["images"], labels, moments, networks), value
 
     return jax.jit(update)
+
+
+def _kernel_matrices(
+    objective: KipObjective, network: InfiniteNetwork, support: Support, targets: int
+) -> KernelMatrices:
+    """How a step evaluates the kernel of the support with itself and with a device's targets."""
+    source = objective.source
+    if source is not None:
+
+        def with_drawn_networks(
+            state: Any, key: PRNGKeyArray, x_s: Array, x_t: Array
+        ) -> tuple[Array, Array]:
+            drawn = source.draw(state, key, x_s.shape[-1])
+            return features.support_and_target_kernels(source.network, drawn, x_s, x_t)
+
+        return with_drawn_networks
+    gradient = objective.optimizer.differentiates_kernel
+    n, shape = _support_size(objective, support), support.images.shape[1:]
+    tile_ss = ridge.support_tile(network, n, shape, gradient=gradient)
+    tile_st = gram.plan_tile(network, n, devices.share(targets), shape, gradient=gradient)
+
+    def in_tiles(_: Any, __: PRNGKeyArray, x_s: Array, x_t: Array) -> tuple[Array, Array]:
+        k_ss = ridge.support_gram(network, x_s, tile_ss)
+        return k_ss, gram.gram(network.kernel, x_s, x_t, tile_st)
+
+    return in_tiles
+
+
+def _support_size(objective: KipObjective, support: Support) -> int:
+    """Number of images that predict the targets."""
+    return len(support.images) * (2 if objective.flips else 1)
+
+
+def _augment_support(objective: KipObjective, arrays: dict[str, Array]) -> tuple[Array, Array]:
+    """Images and labels that predict the targets: the support, perhaps with its mirror images."""
+    images, labels = arrays["images"], arrays["labels"]
+    return add_flips(images, labels) if objective.flips else (images, labels)
 
 
 def _learned_arrays(objective: KipObjective, images: Array, labels: Array) -> dict[str, Array]:

@@ -110,7 +110,7 @@ def chunk_size(network: InfiniteNetwork, n: int, train: Examples) -> int:
     if network.feature_map is not None:
         return min(linear_sums.CHUNK, len(train))
     size = min(CHUNK, len(train))
-    cheap = network.engine is Engine.CLOSED_FORM
+    cheap = network.engine in (Engine.CLOSED_FORM, Engine.FEATURES)
     return size if cheap else min(max(MAX_CHUNK_PAIRS // n, 1), size)
 
 

@@ -32,6 +32,7 @@ from dsdistill.harness.runs import progress
 from dsdistill.kernels.gram import Tile, gram, plan_tile
 from dsdistill.kernels.networks import InfiniteNetwork
 from dsdistill.methods import linear_sums
+from dsdistill.methods.augment import add_flips
 from dsdistill.parallel import devices
 
 CHUNK = 2000  # images per chunk of a prediction
@@ -65,6 +66,7 @@ class RidgeLearner:
         ridge: Relative ridge, see `solve`.
         name: Name in reports.
         limit: Largest number of training images; None: any.
+        flips: Whether their mirror images count as further training images.
         identity: JSON-compatible identity in the cache of results; None: results are not cached.
     """
 
@@ -72,6 +74,7 @@ class RidgeLearner:
     ridge: float = 1e-6
     name: str = "ridge"
     limit: int | None = MAX_TRAINING_IMAGES
+    flips: bool = False
     identity: Mapping[str, Any] | None = None
     deterministic: ClassVar[bool] = True
 
@@ -85,7 +88,7 @@ class RidgeLearner:
         """Fit on all training images; validation images and seed have no influence."""
         if (explicit := _fit_map(self.network, train, self.ridge)) is not None:
             return explicit
-        return fit(self.network, train.images(), train.labels(), self.ridge)
+        return fit(self.network, train.images(), train.labels(), self.ridge, flips=self.flips)
 
 
 def fit(
@@ -94,6 +97,7 @@ def fit(
     labels: Float[np.ndarray, "n k"],
     ridge: float,
     *,
+    flips: bool = False,
     unit: str | None = None,
 ) -> Predict:
     """Fit kernel ridge regression to one support and return its predictor.
@@ -102,11 +106,15 @@ def fit(
         network: Network whose neural tangent kernel is used.
         images, labels: The support.
         ridge: Relative ridge, see `solve`.
+        flips: Whether the support's mirror images count as further images.
         unit: Name of the images in the progress bar of a long prediction; None shows no bar.
 
     Raises:
         UserError: If the kernel is singular at this ridge, or does not fit into memory.
     """
+    if flips:
+        both = add_flips(jnp.asarray(images), jnp.asarray(labels))
+        images, labels = np.asarray(both[0]), np.asarray(both[1])
     n = len(images)
     labelled = LabeledImages(images, labels.argmax(1), tuple(map(str, range(labels.shape[1]))))
     whole = Examples(labelled, identity(images.shape[-1]), labels, is_preprocessed=True)

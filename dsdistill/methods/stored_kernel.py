@@ -13,7 +13,7 @@ from dsdistill.harness.data import origin, provenance
 from dsdistill.harness.data.distilled_set import DistilledSet
 from dsdistill.harness.data.labeled_images import Examples
 from dsdistill.harness.errors import UserError
-from dsdistill.kernels import networks
+from dsdistill.kernels import networks, notation
 from dsdistill.kernels.networks import InfiniteNetwork
 from dsdistill.methods import label_solve
 from dsdistill.methods.ridge import MAX_TRAINING_IMAGES, RidgeLearner
@@ -52,7 +52,7 @@ def learner(
         )
         # Of several kernels, the one that validated.
         kernel = lists.parse_names("--kernel", source.judge or DEFAULT_KERNEL)[0]
-        if ":" in kernel:
+        if notation.is_code(kernel):
             raise UserError(
                 f"the distilled set was made with the kernel {kernel}, which is code, and a file "
                 f"may not choose the code that runs here: {remedy.format(kernel)}"
@@ -64,9 +64,14 @@ def learner(
     provenance.require_usable("the distilled set", source, ["evaluation_ridge"])
     value = DEFAULT_RIDGE if source.ridge is None else source.ridge
     # The code of a user's network may change while its name stays: such results are not cached.
-    identity = None if ":" in network.name else {"kernel": network.name, "ridge": value, **std}
+    is_cached = not notation.is_code(network.name)
+    provenance.require_usable("the distilled set", source, ["config.support_flips"])
+    known = {"kernel": network.name, "ridge": value, **std}
+    if source.support_flips:
+        known["flips"] = True
+    identity = known if is_cached else None
     limit = MAX_TRAINING_IMAGES if network.feature_map is None else None
-    return RidgeLearner(network, value, name, limit, identity)
+    return RidgeLearner(network, value, name, limit, identity, flips=source.support_flips)
 
 
 def label_solver(

@@ -126,6 +126,12 @@ def local_rows(rows: Shaped[Array, "n ..."]) -> Shaped[Array, "s ..."]:
     return jax.lax.dynamic_slice_in_dim(pad_rows(rows, jax.device_count()), start, size)
 
 
+def local_mask(count: int) -> Shaped[Array, " s"]:
+    """Which rows of `local_rows` of `count` rows are real, and not padding."""
+    size = share(count)
+    return jax.lax.axis_index(_AXIS) * size + jnp.arange(size) < count
+
+
 def pad_rows(rows: Shaped[Array, "n ..."], multiple: int) -> Shaped[Array, "m ..."]:
     """Append copies of the last row up to a multiple of a number of rows."""
     missing = -len(rows) % multiple

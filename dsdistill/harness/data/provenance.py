@@ -14,6 +14,7 @@ from dsdistill.harness.errors import UserError
 from dsdistill.harness.text import shorten
 
 MAX_KERNEL_NUMBER = 100  # largest depth, and largest number in a kernel's name, that is accepted
+MAX_WIDTH = 4096  # of a finite network in a kernel's name
 MAX_TEXT_CHARACTERS = 300  # of a displayed text
 
 
@@ -26,6 +27,7 @@ class Provenance:
         kernel: Readable name of the kernel that evaluated the set.
         judge: The kernel as written on a command line, with its depth in `depth`.
         depth, w_std, b_std: Depth, weight and bias deviation of that kernel.
+        support_flips: Whether the mirror images of the set count as further images.
         ridge: Relative ridge of the kernel ridge regression that evaluated the set.
         source: Data set, folder or file that the set was distilled from.
         sha256: SHA-256 of the training images and labels of that data.
@@ -46,6 +48,7 @@ class Provenance:
     depth: int | None
     w_std: float | None
     b_std: float | None
+    support_flips: bool | None
     ridge: float | None
     source: str | None
     sha256: str | None
@@ -92,6 +95,12 @@ def parse(stored: Mapping[str, Any], shape: Sequence[int]) -> Provenance:
         depth=read(config, "config.depth", "depth", lambda v: _integer(v, 1, MAX_KERNEL_NUMBER)),
         w_std=read(config, "config.w_std", "w_std", lambda v: _number(v, 1e-6, 1e6)),
         b_std=read(config, "config.b_std", "b_std", lambda v: _number(v, 0, 1e6)),
+        support_flips=read(
+            config,
+            "config.support_flips",
+            "support_flips",
+            lambda v: v if isinstance(v, bool) else None,
+        ),
         ridge=read(stored, "evaluation_ridge", "evaluation_ridge", lambda v: _number(v, 0, 1e6)),
         source=read(data, "data.source", "source", _source),
         sha256=read(data, "data.sha256", "sha256", _sha256),
@@ -153,7 +162,8 @@ def _kernel(value: object) -> str | None:
     ):
         return None
     numbers = re.findall(r"[0-9]+", value)
-    return value if all(len(n) < 9 and int(n) <= MAX_KERNEL_NUMBER for n in numbers) else None
+    limit = MAX_WIDTH if value.startswith("features:") else MAX_KERNEL_NUMBER
+    return value if all(len(n) < 9 and int(n) <= limit for n in numbers) else None
 
 
 def _source(value: object) -> str | None:
