@@ -71,7 +71,7 @@ def learner(
         known["flips"] = True
     identity = known if is_cached else None
     limit = MAX_TRAINING_IMAGES if network.feature_map is None else None
-    return RidgeLearner(network, value, name, limit, identity, flips=source.support_flips)
+    return RidgeLearner(network, value, name, limit, identity, flips=bool(source.support_flips))
 
 
 def label_solver(
