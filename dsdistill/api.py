@@ -258,7 +258,8 @@ def evaluate(
         validation: Images and labels held out of the training. By default the share of the training
             images that was held out when the set was made, or a tenth.
         learners: `ridge` (with the set's own kernel), `ridge:KERNEL`, `linear-probe`, `convnet:32`,
-            `mlp`, `resnet18` and any student of `kd train`; or any `Learner`.
+            `mlp`, `resnet18`, `kip-fc`, `centred:NAME` and any student of `kd train`; or any
+            `Learner`.
         controls: Of `random`, `k-means`, `herding`, `full`, `random-soft` (with `teacher`) and
             `random-solved`; empty for none.
         seeds: Trainings of each learner on each set of images.

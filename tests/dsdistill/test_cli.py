@@ -244,7 +244,7 @@ def test_of_several_kernels_the_first_one_is_stored_and_evaluates(dsdistill, tmp
 
 def test_a_diverging_run_says_what_to_change(dsdistill, tmp_path):
     rates = ("--learn-labels", "--label-learning-rate", 100)
-    done = dsdistill("kip", "digits", *rates, "--steps", 300, "--out", "run")
+    done = dsdistill("kip", "digits", "--outer", "mse", *rates, "--steps", 300, "--out", "run")
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("dsdistill: the loss ")

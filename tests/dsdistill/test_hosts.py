@@ -23,7 +23,7 @@ NEWTON = (
     "--optimizer gauss-newton --damping 30"
 )
 LS = "ls digits --images-per-class 1 --kernel CR-flatten"
-ENDLESS = "kip digits --images-per-class 2 --steps 100000 --out run --target-batch"
+ENDLESS = "kip digits --outer mse --images-per-class 2 --steps 100000 --out run --target-batch"
 
 
 def start(
@@ -233,7 +233,7 @@ def computed(program, *arguments):
 with jax.enable_x64(True):
     step = kip._compile_update(objective, network, support, 13)
     add = label_solve._compile_sum(network, x_s, 13)
-    arrays = computed(step, state, x_t, y_t, jax.random.key(0))
+    arrays = computed(step, state, x_t, y_t, jax.random.key(0), None)
     arrays += computed(add, np.zeros((4, 4)), np.zeros((4, 3)), 11, x_t, y_t)
 np.savez(sys.argv[2], *arrays)
 """
