@@ -129,8 +129,8 @@ def kip(
         preprocess: Normalisation of the pixels; by default zca for colour and a convolutional
             kernel where it fits into memory, else standardise.
         init: `real` images, `noise`, or a distilled set (or its path), whose labels are kept.
-        outer: Loss of the predicted training images: `ce`, the cross-entropy of the predictions
-            times the scale that fits them best, or `mse`, the squared error, as in the papers.
+        outer: Loss of the predicted training images: `mse`, the squared error, as in the papers, or
+            `ce`, the cross-entropy of the predictions times the scale that fits them best.
         optimizer: `adam`, as in the papers, or `gauss-newton`, which needs far fewer steps.
         learning_rate: Rate of adam (0.04), or the part of a step of gauss-newton taken (0.3).
         label_learning_rate: Rate of adam for the labels; by default that of the images.

@@ -163,9 +163,10 @@ class KipOptions(RunOptions):
     """Where the steps take the networks of --kernel features:convnet from: random ones, drawn
     afresh for every step; or a pool of ten that are trained on the distilled set meanwhile"""
 
-    outer: Literal["mse", "ce"] = "ce"
-    """Loss of the predicted training images that the steps lower: the cross-entropy of the
-    predictions times the scale that fits them best, or the squared error, as in the papers"""
+    outer: Literal["mse", "ce"] = "mse"
+    """Loss of the predicted training images that the steps lower: the squared error, as in the
+    papers; or the cross-entropy of the predictions times the scale that fits them best, better for
+    ridge regression and worse for networks"""
 
     optimizer: Literal["adam", "gauss-newton"] = "adam"
     """adam, as in the papers; or gauss-newton, which solves for the step that fits each target

@@ -183,8 +183,10 @@ def _next_snapshot(
         best = candidate if selection.is_better(candidate, best) else best
         stale = 0 if candidate.loss < lowest else stale + 1
         lowest = min(lowest, candidate.loss)
-    zero_loss = outer_loss.zero_value(span.phase.objective.outer, len(train.data.classes))
-    limit = last.limit if last.limit < math.inf else DIVERGENCE_FACTOR * max(step.loss, zero_loss)
+    limit = last.limit
+    if limit == math.inf:
+        zero_loss = outer_loss.zero_value(span.phase.objective.outer, len(train.data.classes))
+        limit = DIVERGENCE_FACTOR * max(step.loss, zero_loss)
     high = last.high + 1 if step.loss > limit else 0
     return Snapshot(step.done, step.state, best, seconds, lowest, stale, limit, high)
 

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dsdistill.harness import memory
@@ -117,6 +117,7 @@ def test_zca_of_few_images_keeps_the_scale_of_what_none_has():
     seed=st.integers(0, 99),
 )
 @settings(max_examples=25, deadline=None)
+@example(shape=(2, 2, 1), share=0.75, repeated=0, seed=3)  # almost linearly dependent images
 def test_zca_leaves_what_no_image_has(shape, share, repeated, seed):
     d = math.prod(shape)
     images = _images(max(int(share * d), 1), shape, seed)

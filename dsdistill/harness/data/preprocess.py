@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Num
@@ -96,10 +96,12 @@ class Preprocess:
         )
 
 
-def unit_range(images: Num[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n h w c"]:
-    """Convert images to float32; uint8 is divided by 255, floats keep their values."""
-    x = np.asarray(images, dtype=np.float32)
-    return x / np.float32(255) if images.dtype == np.uint8 else x
+def unit_range(
+    images: Num[np.ndarray, "n h w c"], dtype: type[np.floating[Any]] = np.float32
+) -> Float[np.ndarray, "n h w c"]:
+    """Convert images to floats, float32 by default; uint8 is divided by 255."""
+    x = np.asarray(images, dtype=dtype)
+    return x / dtype(255) if images.dtype == np.uint8 else x
 
 
 def identity(channels: int) -> Preprocess:
@@ -248,7 +250,9 @@ def _fit_zca_of_few(
     """
     d = math.prod(shape)
     rows, norms, filled = np.empty((count, d)), 0.0, 0
-    for directions, norm in _direction_chunks(mean, std, count, chunks, shape):
+    # float64: where images depend on each other almost linearly, rounding of float32 would turn
+    # the basis out of their span.
+    for directions, norm in _direction_chunks(mean, std, count, chunks, shape, np.float64):
         rows[filled : filled + len(directions)] = directions
         norms, filled = norms + float(norm.sum()), filled + len(directions)
     products = rows @ rows.T / count
@@ -274,7 +278,12 @@ def _scale_along(
 
 
 def _direction_chunks(
-    mean: np.ndarray, std: np.ndarray, count: int, chunks: Chunks, shape: tuple[int, int, int]
+    mean: np.ndarray,
+    std: np.ndarray,
+    count: int,
+    chunks: Chunks,
+    shape: tuple[int, int, int],
+    dtype: type[np.floating[Any]] = np.float32,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Directions and norms of all images, see `_directions`, with progress."""
     size = _images_per_chunk(shape)
@@ -283,7 +292,7 @@ def _direction_chunks(
     for images, _ in zip(
         chunks(size), progress.track_if_slow(parts, "images for ZCA"), strict=True
     ):
-        yield _directions((unit_range(images) - mean) / std)
+        yield _directions((unit_range(images, dtype) - mean) / std)
 
 
 def fit_mtt(chunks: Chunks, shape: tuple[int, int, int]) -> Preprocess:
@@ -432,7 +441,7 @@ def _directions(x: Float[np.ndarray, "n h w c"]) -> tuple[np.ndarray, np.ndarray
     flat = x.reshape(len(x), -1)
     # float64: a float32 mean of equal pixels is not exactly their value, and the division by the
     # norm would amplify the difference to a direction of pure rounding error.
-    flat = flat - flat.mean(1, keepdims=True, dtype=np.float64).astype(np.float32)
+    flat = flat - flat.mean(1, keepdims=True, dtype=np.float64).astype(flat.dtype)
     norm = np.linalg.norm(flat, axis=1, keepdims=True)
     return flat / np.maximum(norm, 1e-12), norm  # a constant image has norm 0 and stays 0
 
