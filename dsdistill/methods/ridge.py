@@ -86,7 +86,8 @@ class RidgeLearner:
 
     def __call__(self, train: Examples, validation: Examples, seed: int, /) -> Predict:
         """Fit on all training images; validation images and seed have no influence."""
-        if (explicit := _fit_map(self.network, train, self.ridge)) is not None:
+        explicit = None if self.flips else _fit_map(self.network, train, self.ridge)
+        if explicit is not None:
             return explicit
         return fit(self.network, train.images(), train.labels(), self.ridge, flips=self.flips)
 

@@ -63,15 +63,18 @@ def learner(
     network = networks.parse(kernel, depth, **std) if isinstance(kernel, str) else kernel
     provenance.require_usable("the distilled set", source, ["evaluation_ridge"])
     value = DEFAULT_RIDGE if source.ridge is None else source.ridge
-    # The code of a user's network may change while its name stays: such results are not cached.
-    is_cached = not notation.is_code(network.name)
     provenance.require_usable("the distilled set", source, ["config.support_flips"])
-    known = {"kernel": network.name, "ridge": value, **std}
-    if source.support_flips:
-        known["flips"] = True
-    identity = known if is_cached else None
-    limit = MAX_TRAINING_IMAGES if network.feature_map is None else None
-    return RidgeLearner(network, value, name, limit, identity, flips=bool(source.support_flips))
+    flips = bool(source.support_flips)
+    identity = {"kernel": network.name, "ridge": value, **std} | ({"flips": True} if flips else {})
+    return RidgeLearner(
+        network,
+        value,
+        name,
+        limit=MAX_TRAINING_IMAGES if network.feature_map is None else None,
+        flips=flips,
+        # The code of a user's network may change while its name stays: such results are not cached.
+        identity=None if notation.is_code(network.name) else identity,
+    )
 
 
 def label_solver(
