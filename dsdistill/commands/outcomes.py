@@ -17,8 +17,9 @@ from dsdistill.loops import kip_loop, timing
 from dsdistill.loops.kip_loop import OnStep
 from dsdistill.loops.label_solve_loop import accumulate_sums
 from dsdistill.loops.plan import Plan
-from dsdistill.methods import initial_support, kip, label_solve
+from dsdistill.methods import initial_support, label_solve
 from dsdistill.methods.initial_support import Support
+from dsdistill.methods.kip import KipObjective
 from dsdistill.options import KipOptions, LabelSolveOptions, RunOptions
 
 EVALUATION_RIDGE = 1e-6  # relative; for Label Solve, whose `--ridge` is absolute
@@ -68,7 +69,7 @@ def kip_outcome(
         KeyboardInterrupt: If stopped by hand, after a checkpoint.
     """
     support = _support(options, prepared)
-    train = kip.load_targets(prepared.phases[-1].objective, prepared.train)
+    train = prepared.phases[-1].objective.load_targets(prepared.train)
     plan = Plan(
         prepared.phases,
         _target_batch(options, run, prepared, support, train),
@@ -137,6 +138,7 @@ def _target_batch(
 
     def measure() -> int:
         objective = prepared.phases[-1].objective
+        assert isinstance(objective, KipObjective), "a time is refused with --features"
         size = timing.choose_target_batch(objective, support, train, request, seed=options.seed)
         progress.say(
             f"target batch: {size} images, for steps of {progress.format_duration(request)}"

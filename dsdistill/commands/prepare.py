@@ -269,20 +269,20 @@ def _phases(
     options: KipOptions, kernels: tuple[InfiniteNetwork, ...], *, augment_raw: bool
 ) -> tuple[Phase, ...]:
     assert options.steps is not None  # `with_defaults` has set it
-    phases = (_phase(options, kernels, options.steps, augment_raw=augment_raw),)
+    phases = [(_objective(options, kernels, options.steps, augment_raw=augment_raw), options.steps)]
     if options.warm_up is not None:
         name, steps = split_warm_up(options.warm_up)
         steps = max(options.steps // WARM_UP_DIVISOR, 1) if steps is None else steps
         if steps < 1:
             raise UserError(f"--warm-up must have at least 1 step, got {options.warm_up}")
         warm_up = _networks("--warm-up", name, options)
-        phases = (_phase(options, warm_up, steps, augment_raw=augment_raw), *phases)
-    if options.networks is not None and all(p.objective.source is None for p in phases):
+        phases.insert(0, (_objective(options, warm_up, steps, augment_raw=augment_raw), steps))
+    if options.networks is not None and all(objective.source is None for objective, _ in phases):
         raise UserError(
             f"--networks {options.networks} is for kernels of features, got --kernel "
             f"{options.kernel}: leave it out, or choose --kernel features:convnet"
         )
-    return phases
+    return tuple(Phase(objective, steps) for objective, steps in phases)
 
 
 def split_warm_up(text: str) -> tuple[str, int | None]:
@@ -291,10 +291,10 @@ def split_warm_up(text: str) -> tuple[str, int | None]:
     return (match[1], int(match[2])) if match else (text, None)
 
 
-def _phase(
+def _objective(
     options: KipOptions, kernels: tuple[InfiniteNetwork, ...], steps: int, *, augment_raw: bool
-) -> Phase:
-    objective = kip.KipObjective(
+) -> kip.KipObjective:
+    return kip.KipObjective(
         kernels,
         options.ridge,
         _optimizer(options),
@@ -306,7 +306,6 @@ def _phase(
         options.support_flips,
         augment_raw=augment_raw,
     )
-    return Phase(objective, steps)
 
 
 def _network_source(

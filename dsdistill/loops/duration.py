@@ -11,6 +11,7 @@ from dsdistill.loops.plan import Plan, Span
 from dsdistill.loops.selection import Candidate
 from dsdistill.methods import kip
 from dsdistill.methods.initial_support import Support
+from dsdistill.methods.kip import KipObjective
 
 
 class KipDuration:
@@ -83,7 +84,8 @@ class KipDuration:
 
     def _step_seconds(self, span: Span) -> float:
         """Seconds of a step of a later phase, by two steps that are thrown away."""
-        plan = self._plan
+        plan, objective = self._plan, span.phase.objective
+        assert isinstance(objective, KipObjective), "a warm-up is one of kernels of pixels"
         return timing.step_seconds(
-            span.phase.objective, self._support, self._train, plan.target_batch, seed=plan.seed
+            objective, self._support, self._train, plan.target_batch, seed=plan.seed
         )

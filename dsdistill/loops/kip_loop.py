@@ -90,7 +90,7 @@ def run_to_end(
     score = _make_scorer(plan, sample)
     stored = hosts.load_checkpoint(run)
     for phase in plan.phases:
-        kip.check_memory(phase.objective, support, train, plan.target_batch)
+        phase.objective.check_memory(support, train, plan.target_batch)
     restored = _restore_snapshot(run, stored, plan, support) if stored else None
     duration = KipDuration(plan, support, train)
     duration.announce(restored.done if restored else 0)
@@ -104,8 +104,8 @@ def run_to_end(
                     break  # it had stopped before the checkpoint
                 began = time.monotonic() - last.seconds
                 with (
-                    kip.Stepper(
-                        span.phase.objective, support, train, plan.target_batch, plan.seed
+                    span.phase.objective.stepper(
+                        support, train, plan.target_batch, plan.seed
                     ) as stepper,
                     duration.observe(span, last.done) as observe,
                 ):
@@ -156,7 +156,7 @@ def _enter(span: Span, last: Snapshot) -> Snapshot:
     if last.done > span.first:
         return replace(last, state=devices.replicate(last.state))
     images, labels = np.asarray(last.state.images), np.asarray(last.state.labels)
-    state = kip.restart(span.phase.objective, jnp.asarray(images), jnp.asarray(labels))
+    state = span.phase.objective.restart(jnp.asarray(images), jnp.asarray(labels))
     fresh = {"lowest": math.inf, "stale": 0, "limit": math.inf, "high": 0}
     return replace(last, state=devices.replicate(state), **fresh)
 
@@ -205,21 +205,12 @@ def _figures(
 
 def _divergence_error(span: Span, last: Snapshot, step: kip.Step) -> UserError:
     what = f"the loss diverges: for {DIVERGENCE_STEPS} steps in a row above {last.limit:.3g}"
-    return kip.divergence_error(
-        span.phase.objective, f"{what}, {step.loss:.3g} at step {step.done}"
-    )
+    return span.phase.objective.divergence_error(f"{what}, {step.loss:.3g} at step {step.done}")
 
 
 def _make_scorer(plan: Plan, validation: Examples, unit: str | None = None) -> Scorer:
     objective = plan.phases[-1].objective
-    return selection.scorer(
-        objective.networks[0],
-        objective.ridge,
-        objective.outer,
-        validation,
-        flips=objective.flips,
-        unit=unit,
-    )
+    return selection.scorer(objective.fit, objective.outer, validation, unit=unit)
 
 
 def _choose_candidate(
@@ -245,7 +236,7 @@ def _save(run: run_folder.Run, snapshot: Snapshot) -> None:
 
 
 def _first_snapshot(plan: Plan, support: Support, score: Scorer) -> Snapshot:
-    state = kip.initial_state(plan.phases[0].objective, support)
+    state = plan.phases[0].objective.initial_state(support)
     return Snapshot(0, state, score(0, state.images, state.labels), 0.0)
 
 
@@ -261,7 +252,7 @@ def _restore_snapshot(
     with explain_mismatch(run):
         done = meta["done"]
         require(type(done) is int and 0 <= done <= plan.steps, "done is another")
-        state = kip.initial_state(plan.last_phase(done).objective, support)
+        state = plan.last_phase(done).objective.initial_state(support)
         leaves, structure = jax.tree.flatten(state)
         values = [arrays[f"state.{i}"] for i in range(len(leaves))]
         for i, (old, new) in enumerate(zip(values, leaves, strict=True)):

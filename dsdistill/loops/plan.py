@@ -5,12 +5,69 @@ numbered through all phases, and each phase starts the optimizer and its schedul
 are scored with the kernel of the last phase; those of a warm-up only at its two ends.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
-from dsdistill.methods.kip import KipObjective
+import numpy as np
+from jaxtyping import Array, Float
+
+from dsdistill.harness.data.labeled_images import Examples
+from dsdistill.harness.errors import UserError
+from dsdistill.harness.evaluation.held_out import Predict
+from dsdistill.kernels.networks import InfiniteNetwork
+from dsdistill.methods.initial_support import Support
+from dsdistill.methods.kip import State, Step, Targets
+from dsdistill.methods.optimizer import Optimizer
+from dsdistill.methods.outer_loss import OuterLoss
 
 VALIDATIONS_PER_PHASE = 40
+
+
+class Stepper(Protocol):
+    """Compiled steps of one objective, as `methods.kip.Stepper` documents them."""
+
+    def draw(self, step: int) -> Targets: ...
+
+    def step(self, state: State, targets: Targets, step: int) -> Step: ...
+
+
+class Objective(Protocol):
+    """What steps minimise, as `methods.kip.KipObjective` documents it."""
+
+    @property
+    def networks(self) -> tuple[InfiniteNetwork, ...]: ...
+
+    @property
+    def optimizer(self) -> Optimizer: ...
+
+    @property
+    def outer(self) -> OuterLoss: ...
+
+    @property
+    def ridge(self) -> float: ...
+
+    def load_targets(self, train: Examples) -> Examples: ...
+
+    def initial_state(self, support: Support) -> State: ...
+
+    def restart(self, images: Float[Array, "n h w c"], labels: Float[Array, "n k"]) -> State: ...
+
+    def stepper(
+        self, support: Support, train: Examples, target_batch: int, seed: int
+    ) -> AbstractContextManager[Stepper]: ...
+
+    def fit(
+        self,
+        images: Float[np.ndarray, "n h w c"],
+        labels: Float[np.ndarray, "n k"],
+        unit: str | None = None,
+    ) -> Predict: ...
+
+    def check_memory(self, support: Support, train: Examples, targets: int) -> None: ...
+
+    def divergence_error(self, what: str) -> UserError: ...
 
 
 @dataclass(frozen=True)
@@ -22,7 +79,7 @@ class Phase:
         steps: Number of steps.
     """
 
-    objective: KipObjective
+    objective: Objective
     steps: int
 
 

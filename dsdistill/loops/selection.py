@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dsdistill.harness.data.labeled_images import Examples, LabeledImages, draw_balanced
-from dsdistill.kernels.networks import InfiniteNetwork
-from dsdistill.methods import outer_loss, ridge
+from dsdistill.harness.evaluation.held_out import Predict
+from dsdistill.methods import outer_loss
 from dsdistill.methods.outer_loss import OuterLoss
 from dsdistill.methods.targets import load_into_memory
 
@@ -40,22 +40,18 @@ Scorer = Callable[[int, SupportImages, SupportLabels], Candidate]
 
 
 def scorer(
-    network: InfiniteNetwork,
-    strength: float,
+    fit: Callable[[np.ndarray, np.ndarray, str | None], Predict],
     outer: OuterLoss,
     validation: Examples,
     *,
-    flips: bool = False,
     unit: str | None = None,
 ) -> Scorer:
     """A function that scores a support on these validation images.
 
     Args:
-        network: Whose kernel predicts them.
-        strength: The ridge, relative.
+        fit: Function of a support's images and labels, and of `unit`, that returns its predictor.
         outer: The loss of the predictions.
         validation: Without any, both figures are NaN.
-        flips: Whether the support's mirror images count as further images.
         unit: What live progress calls them; None shows none.
     """
     if not len(validation):
@@ -67,7 +63,7 @@ def scorer(
 
     def score(step: int, x_s: SupportImages, y_s: SupportLabels) -> Candidate:
         support, y_s = np.asarray(x_s), np.asarray(y_s)
-        scores = ridge.fit(network, support, y_s, strength, flips=flips, unit=unit)(images)
+        scores = fit(support, y_s, unit)(images)
         accuracy = float((scores.argmax(1) == labels.argmax(1)).mean())
         return Candidate(step, support, y_s, accuracy, outer_loss.mean_value(outer, scores, labels))
 

@@ -61,7 +61,10 @@ class Adam:
             "images": self.learning_rate,
             "labels": self.learning_rate if label_rate is None else label_rate,
         }
-        steps: Any = {name: -rates[name] * factor * change[name] for name in learned}
+        steps: Any = {
+            name: jax.tree.map(lambda x, rate=rates[name]: -rate * factor * x, change[name])
+            for name in learned
+        }
         return optax.apply_updates(learned, steps), state
 
     def evaluate_tile(

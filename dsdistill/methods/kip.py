@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from dsdistill.harness.data.labeled_images import Examples
 from dsdistill.harness.errors import UserError
+from dsdistill.harness.evaluation.held_out import Predict
 from dsdistill.kernels import diagnosis, features, gram
 from dsdistill.kernels.networks import InfiniteNetwork
 from dsdistill.methods import preprocessing, ridge
@@ -111,25 +112,52 @@ class KipObjective:
     flips: bool = False
     augment_raw: bool = True
 
+    def initial_state(self, support: Support) -> State:
+        """The state before the first step."""
+        return self.restart(jnp.asarray(support.images), jnp.asarray(support.labels))
 
-def initial_state(objective: KipObjective, support: Support) -> State:
-    """The state before the first step."""
-    return restart(objective, jnp.asarray(support.images), jnp.asarray(support.labels))
+    def restart(self, images: Float[Array, "n h w c"], labels: Float[Array, "n k"]) -> State:
+        """The state with these images and labels; optimizer, schedule and networks start afresh."""
+        learned, source = _learned_arrays(self, images, labels), self.source
+        shape, classes = images.shape[1:], labels.shape[1]
+        networks = () if source is None else source.initial_state(shape, classes)
+        return State(images, labels, self.optimizer.initial_state(learned), networks)
 
+    def stepper(self, support: Support, train: Examples, target_batch: int, seed: int) -> "Stepper":
+        """Compiled steps, see `Stepper`."""
+        return Stepper(self, support, train, target_batch, seed)
 
-def restart(
-    objective: KipObjective, images: Float[Array, "n h w c"], labels: Float[Array, "n k"]
-) -> State:
-    """The state with these images and labels; optimiser, schedule and networks start afresh."""
-    learned, source = _learned_arrays(objective, images, labels), objective.source
-    shape, classes = images.shape[1:], labels.shape[1]
-    networks = () if source is None else source.initial_state(shape, classes)
-    return State(images, labels, objective.optimizer.initial_state(learned), networks)
+    def fit(
+        self,
+        images: Float[np.ndarray, "n h w c"],
+        labels: Float[np.ndarray, "n k"],
+        unit: str | None = None,
+    ) -> Predict:
+        """Fit ridge regression to a support, with the first of the kernels.
 
+        Args:
+            images, labels: The support.
+            unit: Name of the images in the progress bar of a long prediction; None shows no bar.
 
-def load_targets(objective: KipObjective, train: Examples) -> Examples:
-    """Images that targets are drawn from: preprocessed at once if steps do not augment raw ones."""
-    return train if _augments_raw(objective, train) else load_into_memory(train)
+        Raises:
+            UserError: If the kernel is singular at this ridge, or does not fit into memory.
+        """
+        network, flips = self.networks[0], self.flips
+        return ridge.fit(network, images, labels, self.ridge, flips=flips, unit=unit)
+
+    def check_memory(self, support: Support, train: Examples, targets: int) -> None:
+        """Refuse targets of a step that cannot fit into memory, before any computation.
+
+        Raises:
+            UserError: If they cannot; the message states what they need.
+        """
+        size = TargetBatches(train, targets, 0).size
+        self.optimizer.check_memory(support.images, size)
+
+    def divergence_error(self, what: str) -> UserError:
+        """The error that ends a diverged run, with the options to change."""
+        remedy = self.optimizer.remedy(learn_labels=self.learn_labels)
+        return UserError(f"{what}: raise --ridge (now {self.ridge:g}) or {remedy}")
 
 
 def _augments_raw(objective: KipObjective, train: Examples) -> bool:
@@ -159,13 +187,13 @@ class Stepper:
         target_batch: int,
         seed: int,
     ) -> None:
-        check_memory(objective, support, train, target_batch)
+        objective.check_memory(support, train, target_batch)
         self._objective, self._seed = objective, seed
         raw, self._preprocess = _augments_raw(objective, train), None
         self._seen = train.preprocess.apply if raw else lambda images: images
         if raw:
             self._preprocess = devices.replicate(preprocessing.from_fitted(train.preprocess))
-        self._batches = TargetBatches(load_targets(objective, train), target_batch, seed, raw=raw)
+        self._batches = TargetBatches(objective.load_targets(train), target_batch, seed, raw=raw)
         size = self._batches.size
         self._updates = [
             _compile_update(objective, network, support, size) for network in objective.networks
@@ -214,7 +242,8 @@ class Stepper:
             images = np.asarray(state.images)
             culprit = self._objective.networks[network]
             why = diagnosis.explain_not_finite(culprit, images, self._seen(targets[0]))
-            raise divergence_error(self._objective, f"the loss is not finite at step {step}, {why}")
+            what = f"the loss is not finite at step {step}, {why}"
+            raise self._objective.divergence_error(what)
         return Step(step + 1, after, loss, network, self._pairs, time.monotonic() - self._began)
 
 
@@ -242,26 +271,11 @@ def distill(
     """
     with Stepper(objective, support, train, target_batch, seed) as stepper:
         # Placed as every later state will be: otherwise the second step would compile again.
-        current = devices.replicate(state or initial_state(objective, support))
+        current = devices.replicate(state or objective.initial_state(support))
         for number in range(done, steps):
             step = stepper.step(current, stepper.draw(number), number)
             current = step.state
             yield step
-
-
-def check_memory(objective: KipObjective, support: Support, train: Examples, targets: int) -> None:
-    """Refuse a number of targets per step that cannot fit into memory, before any computation.
-
-    Raises:
-        UserError: If it cannot fit; the message states what it needs.
-    """
-    objective.optimizer.check_memory(support.images, TargetBatches(train, targets, 0).size)
-
-
-def divergence_error(objective: KipObjective, what: str) -> UserError:
-    """The error that ends a diverged run, with the options to change."""
-    remedy = objective.optimizer.remedy(learn_labels=objective.learn_labels)
-    return UserError(f"{what}: raise --ridge (now {objective.ridge:g}) or {remedy}")
 
 
 def _draw_network(networks: int, seed: int, step: int) -> int:
@@ -272,7 +286,8 @@ def _draw_network(networks: int, seed: int, step: int) -> int:
 def _compile_update(
     objective: KipObjective, network: InfiniteNetwork, support: Support, targets: int
 ) -> Callable[..., Any]:
-    matrices = _kernel_matrices(objective, network, support, targets)
+    n, (h, w, c) = _support_size(objective, support), support.images.shape[1:]
+    matrices = kernel_matrices(objective, network, n, (h, w, c), targets)
     source = objective.source
 
     def share(
@@ -288,7 +303,8 @@ def _compile_update(
             x_t = preprocessing.preprocess(x_t, preprocess)
         whole = {"images": state.images, "labels": state.labels}
         learned = _learned_arrays(objective, **whole)
-        factor = _factor(objective, state.moments.count)  # before the update: 1 at the first step
+        # Before the update: 1 at the first step.
+        factor = schedule_factor(objective, state.moments.count)
 
         def loss(learned: dict[str, Array]) -> Array:
             x_s, y_s = _augment_support(objective, whole | learned)
@@ -339,10 +355,22 @@ def _compile_update(
     return jax.jit(update)
 
 
-def _kernel_matrices(
-    objective: KipObjective, network: InfiniteNetwork, support: Support, targets: int
+def kernel_matrices(
+    objective: KipObjective,
+    network: InfiniteNetwork,
+    count: int,
+    shape: tuple[int, int, int],
+    targets: int,
 ) -> KernelMatrices:
-    """How a step evaluates the kernel of the support with itself and with a device's targets."""
+    """How a step evaluates the kernel of the support with itself and with a device's targets.
+
+    Args:
+        objective: The objective, whose source of networks or tiles are used.
+        network: One of its networks.
+        count: Number of images that predict the targets.
+        shape: Height, width and channels of an image.
+        targets: Targets per step, on all devices.
+    """
     source = objective.source
     if source is not None:
 
@@ -354,9 +382,8 @@ def _kernel_matrices(
 
         return with_drawn_networks
     gradient = objective.optimizer.differentiates_kernel
-    n, shape = _support_size(objective, support), support.images.shape[1:]
-    tile_ss = ridge.support_tile(network, n, shape, gradient=gradient)
-    tile_st = gram.plan_tile(network, n, devices.share(targets), shape, gradient=gradient)
+    tile_ss = ridge.support_tile(network, count, shape, gradient=gradient)
+    tile_st = gram.plan_tile(network, count, devices.share(targets), shape, gradient=gradient)
 
     def in_tiles(_: Any, __: PRNGKeyArray, x_s: Array, x_t: Array) -> tuple[Array, Array]:
         k_ss = ridge.support_gram(network, x_s, tile_ss)
@@ -380,7 +407,7 @@ def _learned_arrays(objective: KipObjective, images: Array, labels: Array) -> di
     return {"images": images} | ({"labels": labels} if objective.learn_labels else {})
 
 
-def _factor(objective: KipObjective, step: Array) -> Array:
+def schedule_factor(objective: KipObjective, step: Array) -> Array:
     """Factor of the schedule on the learning rates, float32 even where JAX is in float64 mode."""
     if objective.cosine_steps is None:
         return jnp.float32(1)

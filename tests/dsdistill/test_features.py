@@ -141,7 +141,7 @@ def test_the_loss_of_a_step_is_that_of_its_networks(count, flips):
     objective = kip_objective(source, flips=flips)
     with kip.Stepper(objective, SUPPORT, TRAIN, 30, seed=3) as stepper:
         x_t, y_t = stepper.draw(5)
-        before = kip.initial_state(objective, SUPPORT)
+        before = objective.initial_state(SUPPORT)
         step = stepper.step(before, (x_t, y_t), 5)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(3), 5), kip.NETWORK_KEY)
     with jax.enable_x64(True):

@@ -222,7 +222,7 @@ x_s, x_t = (rng.standard_normal((n, 5, 4, 1)).astype(np.float32) for n in (4, 13
 y_s, y_t = np.eye(4, 3, dtype=np.float32), np.eye(13, 3, dtype=np.float32)
 support = Support(x_s, y_s, np.zeros((4, 5, 4, 1), bool))
 objective = kip.KipObjective((network,), learn_labels=True, augment=("flip", "shift", "rotate"))
-state = devices.replicate(kip.initial_state(objective, support))
+state = devices.replicate(objective.initial_state(support))
 
 def computed(program, *arguments):
     compiled = program.lower(*arguments).compile()

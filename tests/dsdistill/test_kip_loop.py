@@ -191,7 +191,7 @@ def test_each_phase_starts_adam_afresh_and_keeps_the_images(support, tmp_path):
     _, last = run_to_end(opened(tmp_path), walk, support, TRAIN, VALIDATION)
     first, second = (phase.objective for phase in walk.phases)
     *_, warm = kip.distill(first, support, TRAIN, steps=3, target_batch=30, seed=0)
-    state = kip.restart(second, warm.state.images, warm.state.labels)
+    state = second.restart(warm.state.images, warm.state.labels)
     options = {"steps": 5, "target_batch": 30, "seed": 0, "state": state, "done": 3}
     *_, end = kip.distill(second, support, TRAIN, **options)
     np.testing.assert_array_equal(last.state.images, end.state.images)
@@ -201,7 +201,12 @@ def test_each_phase_starts_adam_afresh_and_keeps_the_images(support, tmp_path):
 def test_several_networks_are_recorded_and_the_first_one_judges(support, tmp_path, monkeypatch):
     judges = []
     real = selection.scorer
-    monkeypatch.setattr(selection, "scorer", lambda *a, **k: judges.append(a[0]) or real(*a, **k))
+
+    def scorer(fit, *rest, **options):
+        judges.append(fit.__self__.networks[0])
+        return real(fit, *rest, **options)
+
+    monkeypatch.setattr(selection, "scorer", scorer)
     run_to_end(opened(tmp_path), plan(20, networks=(FC2, FC1)), support, TRAIN, VALIDATION)
     assert {f["network"] for f in lines(tmp_path)} == {0, 1}
     assert judges == [FC2]
@@ -211,7 +216,7 @@ def scripted(monkeypatch, loss: Callable[[int, int], float]) -> list[tuple[int, 
     """Script the scorer: loss and accuracy as functions of the step and of the number of images."""
     asked = []
 
-    def judge(network, strength, outer, validation, unit=None):
+    def judge(fit, outer, validation, unit=None):
         def score(step, images, labels):
             asked.append((step, len(validation)))
             images, labels = np.asarray(images), np.asarray(labels)

@@ -120,7 +120,7 @@ def test_without_a_schedule_the_steps_are_those_of_optax(train):
     support, shape = start(train), start(train).images.shape
     gradients = [jnp.asarray(np.random.default_rng(i).random(shape), jnp.float32) for i in (1, 2)]
     adam, expected = optax.adam(0.04), jnp.asarray(support.images)
-    moments, state = adam.init(expected), kip.initial_state(objective(), support)
+    moments, state = adam.init(expected), objective().initial_state(support)
     for gradient in gradients:
         change, moments = adam.update(gradient, moments)
         expected = expected + change

@@ -77,7 +77,7 @@ def test_a_step_preprocesses_what_it_has_augmented(kind):
         shifted = augment.augment_images(preprocessing.unit_range(jnp.asarray(raw)), key, names)
     seen = train.preprocess.apply(np.asarray(shifted))
     plain = replace(objective, augment=())
-    state = kip.initial_state(plain, support)
+    state = plain.initial_state(support)
     with kip.Stepper(plain, support, train, 60, seed=5) as stepper:
         expected = stepper.step(state, (seen, labels), 0)
     np.testing.assert_allclose(step.loss, expected.loss, rtol=1e-5)
