@@ -123,6 +123,10 @@ class KipObjective:
         networks = () if source is None else source.initial_state(shape, classes)
         return State(images, labels, self.optimizer.initial_state(learned), networks)
 
+    def load_targets(self, train: Examples) -> Examples:
+        """Images that targets are drawn from: preprocessed at once if steps augment no raw ones."""
+        return train if _augments_raw(self, train) else load_into_memory(train)
+
     def stepper(self, support: Support, train: Examples, target_batch: int, seed: int) -> "Stepper":
         """Compiled steps, see `Stepper`."""
         return Stepper(self, support, train, target_batch, seed)
