@@ -124,7 +124,7 @@ def test_without_a_schedule_the_steps_are_those_of_optax(train):
     for gradient in gradients:
         change, moments = adam.update(gradient, moments)
         expected = expected + change
-        factor = kip._factor(objective(), state.moments.count)
+        factor = kip.schedule_factor(objective(), state.moments.count)
         moved, after = Adam().move(
             {"images": state.images}, {"images": gradient}, state.moments, factor
         )
@@ -137,10 +137,12 @@ def test_the_cosine_falls_from_the_full_rate_to_nothing(train):
     moves = [np.abs(b - a).max() for a, b in itertools.pairwise(states)]
     assert moves[0] == pytest.approx(0.04, rel=1e-3)
     assert moves[-1] < 0.04 * 0.06  # (1 + cos(7/8 pi)) / 2 = 0.038, and Adam's step is below 1
-    factors = [float(kip._factor(objective(cosine_steps=8), jnp.int32(i))) for i in (0, 4, 8, 9)]
+    factors = [
+        float(kip.schedule_factor(objective(cosine_steps=8), jnp.int32(i))) for i in (0, 4, 8, 9)
+    ]
     np.testing.assert_allclose(factors, [1, 0.5, 0, 0], atol=1e-7)
     with jax.enable_x64(True):
-        assert kip._factor(objective(cosine_steps=8), jnp.int32(3)).dtype == jnp.float32
+        assert kip.schedule_factor(objective(cosine_steps=8), jnp.int32(3)).dtype == jnp.float32
 
 
 def test_each_step_draws_one_of_several_networks(train):
