@@ -47,6 +47,7 @@ from dsdistill.kernels.neural_tangents import NeuralTangents
 from dsdistill.loops.kip_loop import OnStep
 from dsdistill.methods import initial_support, stored_kernel
 from dsdistill.options import (
+    DEFAULT_RIDGE,
     EARLIER,
     EvaluateOptions,
     KipOptions,
@@ -80,7 +81,7 @@ def kip(
     classes: Sequence[str] | None = None,
     preprocess: Literal["standardise", "zca", "none", "centre"] | None = None,
     init: str | os.PathLike[str] | DistilledSet = KipOptions.init,
-    outer: Literal["mse", "ce"] = KipOptions.outer,
+    outer: Literal["mse", "ce"] = "mse",
     optimizer: Literal["adam", "gauss-newton"] = KipOptions.optimizer,
     learning_rate: float | None = None,
     label_learning_rate: float | None = None,
@@ -89,7 +90,7 @@ def kip(
     schedule: Literal["constant", "cosine"] | None = None,
     target_batch: int | str | None = None,
     damping: float = KipOptions.damping,
-    ridge: float = KipOptions.ridge,
+    ridge: float = DEFAULT_RIDGE,
     depth: int | None = None,
     w_std: float = KipOptions.w_std,
     b_std: float = KipOptions.b_std,

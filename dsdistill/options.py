@@ -30,6 +30,14 @@ OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {  # optimizer -> option -> defa
         "schedule": "cosine",
     },
 }
+DEFAULT_RIDGE = 1e-6
+THROUGH_BACKBONE_DEFAULTS: dict[str, Any] = {
+    "outer": "ce",
+    "ridge": 1e-2,
+    "steps": 300,
+    "learning_rate": 0.02,
+    "schedule": "cosine",
+}
 # What runs did before there was such an option; their `config.json` lacks it.
 EARLIER: dict[str, Any] = {"outer": "mse"}
 
@@ -132,6 +140,7 @@ class KipOptions(RunOptions):
             "Distilled set": "images_per_class init learn_labels support_flips corruption",
             "Output and resuming": _OUTPUT,
             "Kernel": "kernel networks depth w_std b_std ridge",
+            "Through a backbone": "features layer views real_views min_scale device trust_module",
             "Optimisation": "outer optimizer steps learning_rate label_learning_rate schedule "
             "target_batch augment warm_up damping",
             "Validation": "validation_images patience",
@@ -141,6 +150,7 @@ class KipOptions(RunOptions):
         examples=(
             "dsdistill kip digits --images-per-class 5 --out runs/kip",
             "dsdistill kip digits --optimizer gauss-newton --images-per-class 1",
+            "dsdistill kip photos/ --features runs/backbone --images-per-class 1",
         ),
     )
 
@@ -163,7 +173,34 @@ class KipOptions(RunOptions):
     """Where the steps take the networks of --kernel features:convnet from: random ones, drawn
     afresh for every step; or a pool of ten that are trained on the distilled set meanwhile"""
 
-    outer: Literal["mse", "ce"] = "mse"
+    features: Annotated[str | None, Shown("RUN|NAME")] = None
+    """Distil through this trained network, a run of kd train or a name with published weights: the
+    kernel is one of its features, and pixels in [0, 1] are learned through it"""
+
+    layer: Annotated[str, Shown("NAME")] = "embedding"
+    """With --features, the layer whose output is the feature; embedding is the input of the
+    classifier"""
+
+    views: int = 10
+    """With --features, random crops and flips of each distilled image in a step"""
+
+    real_views: int = 5
+    """With --features, views of each training image whose features are targets: the plain image and
+    random crops and flips; they are computed once, into the folder of the run"""
+
+    min_scale: float = 0.5
+    """With --features, smallest share of an image's area in a random crop"""
+
+    device: Annotated[str, Shown("DEVICE")] = "auto"
+    """Device of the backbone: auto (a GPU where there is one), cpu, cuda or cuda:N"""
+
+    trust_module: Annotated[str | None, Shown("NAME,...")] = None
+    """Code that the backbone's run may name as its network, as module:attribute with its arguments;
+    what only a file names is never imported"""
+
+    outer: Annotated[Literal["mse", "ce"] | None, Shown(default="mse, or ce with --features")] = (
+        None
+    )
     """Loss of the predicted training images that the steps lower: the squared error, as in the
     papers; or the cross-entropy of the predictions times the scale that fits them best, better for
     ridge regression and worse for networks"""
@@ -198,7 +235,7 @@ class KipOptions(RunOptions):
     ] = None
     """Course of the learning rates; cosine falls to 0 over --steps, and over the warm-up before"""
 
-    ridge: float = 1e-6
+    ridge: Annotated[float | None, Shown(default="1e-6, or 0.01 with --features")] = None
     """Ridge of the regression, relative to the mean of the kernel's diagonal"""
 
     learn_labels: bool = False
@@ -230,7 +267,9 @@ def with_defaults(options: Options) -> Options:
     """The options with the defaults that depend on others."""
     if not isinstance(options, KipOptions):
         return options
-    defaults = OPTIMIZER_DEFAULTS[options.optimizer]
+    defaults = OPTIMIZER_DEFAULTS[options.optimizer] | {"outer": "mse", "ridge": DEFAULT_RIDGE}
+    if options.features is not None:
+        defaults = defaults | THROUGH_BACKBONE_DEFAULTS
     if notation.is_finite(options.kernel):
         defaults = defaults | {"networks": "pool"}
     missing = {name: value for name, value in defaults.items() if getattr(options, name) is None}

@@ -21,13 +21,13 @@ from dsdistill.harness.data import datasets, distilled_set, preprocess
 from dsdistill.harness.data.labeled_images import Examples
 from dsdistill.harness.data.preprocess import is_features
 from dsdistill.harness.errors import UserError, one_line
-from dsdistill.harness.evaluation.held_out import Predict, accuracy
+from dsdistill.harness.evaluation.held_out import accuracy
 from dsdistill.harness.reports import image_grid
 from dsdistill.harness.reports.image_grid import GridSide
 from dsdistill.harness.runs import progress, run_folder
 from dsdistill.harness.runs.options import Storage
 from dsdistill.kernels import notation
-from dsdistill.methods import initial_support, ridge
+from dsdistill.methods import initial_support
 from dsdistill.options import EARLIER, KipOptions, LabelSolveOptions, RunOptions, with_defaults
 from dsdistill.parallel import hosts
 
@@ -87,7 +87,8 @@ def _run(
         prepared = prepare.prepare(
             options
         )  # before the folder exists: a wrong option leaves none behind
-    options = replace(options, images_per_class=prepared.images_per_class)
+    settled = {"images_per_class": prepared.images_per_class, **prepared.completed}
+    options = replace(options, **settled)
     config = run_folder.with_choices(_config(options, method), prepared.chosen)
     with (
         hosts.open_run(
@@ -126,7 +127,7 @@ def _finish(options: RunOptions, run: run_folder.Run, prepared: Prepared, result
     hard = np.repeat(np.arange(len(classes)), prepared.images_per_class)
     before = result.before
     test = Examples(splits.test, fitted)
-    after, initial = _accuracies(prepared, result, test)
+    after, initial = _accuracies(result, test)
     figures = {"test_accuracy": after, "initial_test_accuracy": initial}
     provenance = outcomes.provenance(options, run, prepared, result, figures)
     if not run.writes:
@@ -157,20 +158,16 @@ def _draw(
         progress.say(f"note: the set is saved, but {picture} could not be drawn ({reason})")
 
 
-def _accuracies(prepared: Prepared, result: Outcome, test: Examples) -> tuple[float, float]:
+def _accuracies(result: Outcome, test: Examples) -> tuple[float, float]:
     """Test accuracies of the distilled set and of the initial support."""
-
-    def predictor(images: np.ndarray, labels: np.ndarray) -> Predict:
-        return ridge.fit(prepared.network, images, labels, result.ridge, flips=result.flips)
-
     before, k = result.before, result.labels.shape[1]
     if result.images is not before.images:
-        after = predictor(result.images, result.labels)
-        initial = predictor(before.images, before.labels)
+        after = result.fit(result.images, result.labels)
+        initial = result.fit(before.images, before.labels)
         return accuracy(after, test, "test images"), accuracy(initial, test, "test images, before")
     # The same images with other labels: the kernel, which takes most of the time, is evaluated
     # once for both.
-    both = predictor(result.images, np.concatenate([result.labels, before.labels], 1))
+    both = result.fit(result.images, np.concatenate([result.labels, before.labels], 1))
     batches = progress.track_if_slow(test.batches(), "test images")
     scores = np.concatenate([both(test.images(rows)) for rows in batches])
     right = [s.argmax(1) == test.data.labels for s in (scores[:, :k], scores[:, k:])]

@@ -1,6 +1,7 @@
 """Run a method on prepared input: what comes out, and the record of how it was made."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -9,17 +10,20 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from dsdistill.commands import through_backbone
 from dsdistill.commands.prepare import Prepared
 from dsdistill.harness import machine, memory
-from dsdistill.harness.data.labeled_images import Examples
+from dsdistill.harness.data.labeled_images import Examples, centred_one_hot
+from dsdistill.harness.evaluation.held_out import Predict
 from dsdistill.harness.runs import progress, run_folder
 from dsdistill.loops import kip_loop, timing
 from dsdistill.loops.kip_loop import OnStep
 from dsdistill.loops.label_solve_loop import accumulate_sums
 from dsdistill.loops.plan import Plan
-from dsdistill.methods import initial_support, label_solve
+from dsdistill.methods import initial_support, label_solve, pyramid, ridge
 from dsdistill.methods.initial_support import Support
 from dsdistill.methods.kip import KipObjective
+from dsdistill.methods.pixel_kip import PixelObjective
 from dsdistill.options import KipOptions, LabelSolveOptions, RunOptions
 
 EVALUATION_RIDGE = 1e-6  # relative; for Label Solve, whose `--ridge` is absolute
@@ -34,20 +38,20 @@ class Outcome:
         before: The support that it started from.
         images, labels: The distilled set.
         ridge: Ridge for prediction from the set, relative.
+        fit: Fits the regression to a support's images and labels; it predicts from images.
         figures: Figures of the search by name, such as the chosen step.
         seconds: Duration of the search, summed over resumes.
         stopped: When and why the search ended early; None if it did not.
-        flips: Whether mirror images count as further images in predictions.
     """
 
     before: Support
     images: Float[np.ndarray, "n h w c"]
     labels: Float[np.ndarray, "n k"]
     ridge: float
+    fit: Callable[[np.ndarray, np.ndarray], Predict]
     figures: Mapping[str, float]
     seconds: float
     stopped: str | None = None
-    flips: bool = False
 
 
 def kip_outcome(
@@ -69,16 +73,23 @@ def kip_outcome(
         KeyboardInterrupt: If stopped by hand, after a checkpoint.
     """
     support = _support(options, prepared)
-    train = prepared.phases[-1].objective.load_targets(prepared.train)
+    phases, train, validation = prepared.phases, prepared.train, prepared.validation
+    if prepared.encoder is not None:
+        on_features = through_backbone.phases_on_features(
+            options, run, prepared.encoder, phases[-1], prepared.splits
+        )
+        phases, train, validation = on_features
+    objective = phases[-1].objective
+    train = objective.load_targets(train)
     plan = Plan(
-        prepared.phases,
+        phases,
         _target_batch(options, run, prepared, support, train),
         options.seed,
         options.patience,
-        min(options.validation_images, len(prepared.validation)),
+        min(options.validation_images, len(validation)),
         closing_images=_closing_images(options, prepared),
     )
-    best, last = kip_loop.run_to_end(run, plan, support, train, prepared.validation, on_step)
+    best, last = kip_loop.run_to_end(run, plan, support, train, validation, on_step)
     figures = {
         "best_step": best.step,
         "last_step": last.done,
@@ -89,20 +100,17 @@ def kip_outcome(
     if last.done < plan.steps:
         waited = f"{options.patience} validation{'' if options.patience == 1 else 's'}"
         stopped = f"at step {last.done} of {plan.steps}: no lower validation loss in {waited}"
+    fit = objective.fit_on_images if isinstance(objective, PixelObjective) else objective.fit
+    assert options.ridge is not None
     return Outcome(
-        support,
-        best.images,
-        best.labels,
-        options.ridge,
-        figures,
-        last.seconds,
-        stopped,
-        options.support_flips,
+        support, best.images, best.labels, options.ridge, fit, figures, last.seconds, stopped
     )
 
 
 def _support(options: KipOptions, prepared: Prepared) -> Support:
     """Draw the initial support, or take the set of `--init`."""
+    if prepared.encoder is not None and options.init == "noise":
+        return _noise_images(options, prepared)
     if prepared.init is None:
         return initial_support.draw_support(
             prepared.train,
@@ -125,6 +133,15 @@ def _support(options: KipOptions, prepared: Prepared) -> Support:
         corruption=options.corruption,
         seed=options.seed,
     )
+
+
+def _noise_images(options: KipOptions, prepared: Prepared) -> Support:
+    """Images of noise in [0, 1], of the colours of photographs."""
+    classes, (h, w, c) = len(prepared.splits.train.classes), prepared.splits.train.shape
+    n = prepared.images_per_class * classes
+    levels = pyramid.noise(jax.random.key(options.seed), (n, h, w, c))
+    labels = centred_one_hot(np.repeat(np.arange(classes), prepared.images_per_class), classes)
+    return Support(np.asarray(pyramid.render(levels)), labels, np.zeros((n, h, w, 1), np.bool))
 
 
 def _target_batch(
@@ -173,7 +190,8 @@ def label_solve_outcome(
     sums, seconds = accumulate_sums(run, prepared.network, support.images, prepared.train, closing)
     labels = label_solve.solve(prepared.network, support.images, sums, options.ridge)
     # The pixels stay; the solved labels are compared with the one-hot ones.
-    return Outcome(support, support.images, labels, EVALUATION_RIDGE, {}, seconds)
+    fit = functools.partial(ridge.fit, prepared.network, ridge=EVALUATION_RIDGE)
+    return Outcome(support, support.images, labels, EVALUATION_RIDGE, fit, {}, seconds)
 
 
 def provenance(
@@ -197,6 +215,7 @@ def provenance(
         "config": config,
         "kernel": prepared.network.name,
         "engine": prepared.network.engine,
+        **({} if prepared.encoder is None else {"backbone": prepared.encoder.record()}),
         "evaluation_ridge": outcome.ridge,
         "data": {
             "name": splits.name,

@@ -7,12 +7,13 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from dsdistill.commands import through_backbone
 from dsdistill.harness import lists
 from dsdistill.harness.data import datasets, labeled_images, preprocess
 from dsdistill.harness.data.datasets import Splits
@@ -32,6 +33,9 @@ from dsdistill.methods.optimizer import Optimizer
 from dsdistill.methods.outer_loss import OUTER_LOSSES
 from dsdistill.options import KipOptions, LabelSolveOptions, RunOptions
 from dsdistill.parallel import hosts
+
+if TYPE_CHECKING:
+    from kd.evaluation.encoder import Encoder
 
 DEFAULT_IMAGES_PER_CLASS = 10
 MIN_SINGULAR_RIDGE = 1e-3  # for a support of more images than a linear kernel has values
@@ -58,6 +62,8 @@ class Prepared:
         phases: Phases of a KIP run; empty for other methods.
         networks: All networks of the run.
         chosen: What the run has chosen about its images, for its `config.json`.
+        encoder: The backbone of `kip --features`, whose images are pixels in [0, 1].
+        completed: Options that were open and follow from the backbone.
     """
 
     splits: Splits
@@ -70,6 +76,8 @@ class Prepared:
     phases: tuple[Phase, ...]
     networks: tuple[InfiniteNetwork, ...]
     chosen: Mapping[str, Any]
+    encoder: "Encoder | None" = None
+    completed: Mapping[str, Any] = field(default_factory=dict)
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of all that the run depends on by readable names, for `Run.require_same`."""
@@ -84,7 +92,10 @@ class Prepared:
             if network.name.startswith(networks.OBJECT_PREFIX)
         }
         init = {} if self.init_sha256 is None else {"set of --init": self.init_sha256}
-        return self.splits.digests() | modules | functions | init
+        backbone = {}
+        if self.encoder is not None:
+            backbone = {"weights of the backbone": self.encoder.record()["weights_sha256"]}
+        return self.splits.digests() | modules | functions | init | backbone
 
 
 def prepare(options: RunOptions, chosen: Mapping[str, Any] | None = None) -> Prepared:
@@ -101,6 +112,9 @@ def prepare(options: RunOptions, chosen: Mapping[str, Any] | None = None) -> Pre
     init = init_sha256 = None
     if isinstance(options, KipOptions) and options.init not in initial_support.INIT_NAMES:
         init, init_sha256 = initial_support.load(options.init)
+    encoder = None
+    if isinstance(options, KipOptions) and options.features is not None:
+        encoder, options = through_backbone.load(options)
     splits = datasets.load(
         options.data,
         root=options.data_root,
@@ -110,7 +124,7 @@ def prepare(options: RunOptions, chosen: Mapping[str, Any] | None = None) -> Pre
         classes=init.classes if init else None,
     )
     _require_test_images(options, splits)
-    return _assemble(options, kernels, phases, splits, init, init_sha256, chosen)
+    return _assemble(options, kernels, phases, splits, init, init_sha256, chosen, encoder)
 
 
 def prepare_arrays(
@@ -170,6 +184,7 @@ def _assemble(
     init: DistilledSet | None,
     init_sha256: str | None,
     chosen: Mapping[str, Any] | None,
+    encoder: "Encoder | None" = None,
 ) -> Prepared:
     """Check that data, kernels and initial set fit together, and fit the preprocessing."""
     _check_validation(options, splits)
@@ -179,20 +194,31 @@ def _assemble(
             f"--augment changes pictures, and {options.data} holds features: extract more views of "
             "the images with kd features --views"
         )
+    shape = splits.train.shape
+    if encoder is not None:
+        if preprocess.is_features(shape):
+            raise UserError(f"{options.data} holds features: give the images that they are of")
+        shape = (1, 1, encoder.width)
     images_per_class = _images_per_class(options, splits, init)
+    count = images_per_class * len(splits.train.classes)
+    if encoder is not None and isinstance(options, KipOptions):
+        count *= options.views
     # Each network once, in the order in which they are named.
     all_networks = tuple(
         dict.fromkeys([*kernels, *(n for p in phases for n in p.objective.networks)])
     )
     for network in all_networks:
-        networks.check(network, splits.train.shape)
-        gram.plan_tile(network, 1, 1, splits.train.shape, gradient=bool(phases))  # may raise
+        networks.check(network, shape)
+        gram.plan_tile(network, 1, 1, shape, gradient=bool(phases))  # may raise
         for phase in phases:
             phase.objective.optimizer.check_network(network)
-            _check_rank(network, splits, images_per_class, phase.objective.ridge)
+            _check_rank(network, shape, count, phase.objective.ridge)
     if chosen is None:
-        chosen = _choose(options, kernels[0], splits)
-    kind = options.preprocess or chosen.get(PREPROCESS_KEY) or _former_default(splits)
+        chosen = {} if encoder is not None else _choose(options, kernels[0], splits)
+    if encoder is not None:
+        kind = "none"
+    else:
+        kind = options.preprocess or chosen.get(PREPROCESS_KEY) or _former_default(splits)
     amplify = chosen.get(UNSPANNED_KEY) != KEPT
     fitted = preprocess.fit(kind, splits.train.chunks, splits.train.shape, amplify)
     train, validation = Examples(splits.train, fitted), Examples(splits.validation, fitted)
@@ -207,21 +233,28 @@ def _assemble(
         phases,
         all_networks,
         chosen,
+        encoder,
+        {"image_size": options.image_size, "channels": options.channels} if encoder else {},
     )
 
 
 def _check_rank(
-    network: InfiniteNetwork, splits: Splits, images_per_class: int, ridge: float
+    network: InfiniteNetwork, shape: tuple[int, int, int], count: int, ridge: float
 ) -> None:
     """Refuse more images than a linear kernel has values: its matrix is singular, noise in float32.
+
+    Args:
+        network: The network of the kernel.
+        shape: Height, width and channels of what the kernel sees.
+        count: Number of images of the support, their views included.
+        ridge: Relative ridge.
 
     Raises:
         UserError: If the ridge is too small to make up for it.
     """
     if network.feature_map is None or ridge >= MIN_SINGULAR_RIDGE:
         return
-    values = math.prod(splits.train.shape) + 1
-    count = images_per_class * len(splits.train.classes)
+    values = math.prod(shape) + 1
     if count > values:
         raise UserError(
             f"the kernel {network.name} of {values - 1} values is singular for more than {values} "
@@ -294,6 +327,8 @@ def split_warm_up(text: str) -> tuple[str, int | None]:
 def _objective(
     options: KipOptions, kernels: tuple[InfiniteNetwork, ...], steps: int, *, augment_raw: bool
 ) -> kip.KipObjective:
+    assert options.ridge is not None  # the options are complete
+    assert options.outer is not None
     return kip.KipObjective(
         kernels,
         options.ridge,
@@ -368,7 +403,7 @@ def _check(options: RunOptions) -> None:
     count = options.images_per_class
     if count is not None and count < 1:
         raise UserError(f"--images-per-class must be at least 1, got {count}")
-    if isinstance(options, KipOptions | LabelSolveOptions) and not options.ridge > 0:
+    if isinstance(options, KipOptions | LabelSolveOptions) and not (options.ridge or 0) > 0:
         raise UserError(f"--ridge must be positive, got {options.ridge}")
     if (
         isinstance(options, LabelSolveOptions)

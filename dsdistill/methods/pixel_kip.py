@@ -46,7 +46,10 @@ Pullback = Callable[[Float[np.ndarray, "n d"]], Float[np.ndarray, "n h w c"]]
 class Encoder(Protocol):
     """A backbone as a function of arrays; images in [0, 1]."""
 
-    size: int  # height and width of the images that the backbone sees
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """Height and width of the images that the backbone sees."""
+        ...
 
     def __call__(self, images: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n d"]:
         """Features of images of any size."""
@@ -113,6 +116,13 @@ class PixelObjective:
     ) -> Predict:
         """Fit ridge regression on the features of a support; it predicts from features."""
         return self.regression.fit(self.features(images), labels, unit)
+
+    def fit_on_images(
+        self, images: Float[np.ndarray, "n h w c"], labels: Float[np.ndarray, "n k"]
+    ) -> Predict:
+        """As `fit`, but it predicts from images in [0, 1]."""
+        predict = self.fit(images, labels)
+        return lambda others: predict(self.features(others))
 
     @property
     def networks(self) -> tuple[InfiniteNetwork, ...]:
@@ -216,7 +226,7 @@ class PixelStepper:
             key,
             pyramid.render(levels),
             objective.views,
-            objective.encoder.size,
+            objective.encoder.input_size,
             min_scale=objective.min_scale,
             hflip=objective.hflip,
         )

@@ -11,11 +11,11 @@ def draw(
     key: PRNGKeyArray,
     images: Float[Array, "n h w c"],
     count: int,
-    size: int,
+    size: tuple[int, int],
     *,
     min_scale: float,
     hflip: float,
-) -> Float[Array, "m s s c"]:
+) -> Float[Array, "m H W c"]:
     """Several views of each image: all first views, then all second ones, and so on.
 
     A view is a crop of a random part of the area, with a random ratio of its sides, resized with
@@ -32,7 +32,7 @@ def draw(
     n, height, width, c = images.shape
     keys = jax.random.split(key, count * n)
 
-    def view(key: PRNGKeyArray, image: Float[Array, "h w c"]) -> Float[Array, "s s c"]:
+    def view(key: PRNGKeyArray, image: Float[Array, "h w c"]) -> Float[Array, "H W c"]:
         area, ratio, top, left, flip = jax.random.split(key, 5)
         share = jax.random.uniform(area, (), jnp.float32, min_scale, 1.0)
         low, high = jnp.log(jnp.array(RATIOS, jnp.float32))
@@ -42,10 +42,10 @@ def draw(
         sides = sides * jnp.array([height, width], jnp.float32)
         spare = jnp.array([height, width]) - sides
         corner = spare * jnp.stack([jax.random.uniform(k, (), jnp.float32) for k in (top, left)])
-        scale = size / sides
+        scale = jnp.array(size, jnp.float32) / sides
         cut = jax.image.scale_and_translate(
             image,
-            (size, size, c),
+            (*size, c),
             (0, 1),
             scale,
             -corner * scale,

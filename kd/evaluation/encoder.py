@@ -1,15 +1,23 @@
 """A backbone as a differentiable function of arrays: images to features, gradients back."""
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dsdistill.harness.data import feature_file
+from dsdistill.harness.data.datasets import Splits
 from kd.data import batching
+from kd.evaluation import backbones, extraction, image_sets
 from kd.evaluation.backbones import Backbone
-from kd.models.networks import resize
+from kd.evaluation.extraction import Extraction
+from kd.models import network_names
+from kd.models.networks import check_name, resize
+from kd.models.zoo.protocol import Shape
 from kd.parallel import engine
 
 Pullback = Callable[[Float[np.ndarray, "n d"]], Float[np.ndarray, "n h w c"]]
@@ -19,15 +27,21 @@ CHUNK = 128  # images at a time
 class Encoder:
     """Images in [0, 1] to the features of a backbone, in chunks of bounded memory.
 
+    Attributes:
+        backbone: The network, on its device.
+        width: Number of values d of a feature.
+        input_size: Height and width of the images that the backbone sees.
+        channels: Channels of these.
+
     Args:
         backbone: The network, on the device.
         device: Its device.
     """
 
     def __init__(self, backbone: Backbone, device: torch.device) -> None:
-        self._backbone, self._device = backbone, device
-        self.size = backbone.inputs.size[0]
-        self.width = backbone.width
+        self.backbone, self._device = backbone, device
+        self.width, self.input_size = backbone.width, backbone.inputs.size
+        self.channels = backbone.model.shape[2]
 
     def __call__(self, images: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n d"]:
         """Features of images of any size, which are resized to that of the backbone."""
@@ -60,20 +74,79 @@ class Encoder:
 
         return self(images), pullback
 
+    def record(self) -> dict[str, Any]:
+        """All that the features depend on besides the images, JSON-compatible."""
+        return self.backbone.record()
+
+    def extract(
+        self, path: Path, splits: Splits, *, views: int, min_scale: float, seed: int
+    ) -> feature_file.Features:
+        """Features of all images, written to a file in the folder of a run, or read there.
+
+        Args:
+            path: The file, in a folder that this process has locked.
+            splits: The images.
+            views: Views of each training image: the plain one, and random ones.
+            min_scale: Smallest share of an image's area in a random view.
+            seed: Seed of the random views.
+
+        Raises:
+            UserError: If the file was made of something else, or does not fit on the disk.
+            KeyboardInterrupt: If stopped, after the features so far are safe.
+        """
+        parts = [splits.train, splits.validation, splits.test]
+        images = image_sets.of_parts(splits.name, parts, splits.digest)
+        what = Extraction(
+            images,
+            self.backbone,
+            self._device,
+            splits.name,
+            views,
+            min_scale,
+            seed=seed,
+        )
+        return extraction.write_in_run(path, what)
+
     def _forward(
         self, images: Float[np.ndarray, "n h w c"], *, differentiable: bool = False
     ) -> tuple[Tensor, Tensor]:
         inputs = batching.to_nchw(images).to(self._device).requires_grad_(differentiable)
-        return inputs, self._backbone(resize(inputs, self._backbone.inputs.size)).float()
+        # As the plain images of an extraction are.
+        cubic = self.backbone.inputs.interpolation == "bicubic"
+        seen = resize(inputs, self.input_size, "bicubic" if cubic else "bilinear")
+        return inputs, self.backbone(seen).float()
 
     def _backward(
         self, inputs: Tensor, rows: Tensor, slope: Float[np.ndarray, "n d"]
     ) -> Float[np.ndarray, "n h w c"]:
         with engine.deterministic():
-            given = torch.from_numpy(np.ascontiguousarray(slope)).to(rows)
+            given = torch.from_numpy(np.array(slope, np.float32)).to(rows)
             [images] = torch.autograd.grad(rows, inputs, given)
         return images.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def _chunks(images: Float[np.ndarray, "n h w c"]) -> list[Float[np.ndarray, "m h w c"]]:
     return [images[start : start + CHUNK] for start in range(0, len(images), CHUNK)]
+
+
+def load(
+    name: str, layer: str, shape: Shape, device: str, trust_module: str | None = None
+) -> Encoder:
+    """Load a trained network as an encoder.
+
+    Args:
+        name, layer: As for `backbones.load`.
+        shape: Height, width and channels of the images of a network that does not say its own.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        trust_module: Code that a run may name as its network, separated by commas.
+
+    Raises:
+        UserError: As `backbones.load`, or if there is no such device.
+    """
+    if not Path(name).is_dir():
+        check_name(name)
+    with engine.temporary(device) as on:
+        chosen = on.device
+    typed = network_names.names_in(name, trust_module)
+    backbone = backbones.load(name, layer, shape, convertible=True, typed=typed)
+    return Encoder(backbone.to(chosen), chosen)

@@ -1,0 +1,144 @@
+"""Prepare `kip --features`: the images as pixels and, in the run's folder, as features.
+
+The backbone is one of `kd`, which is imported only here and only when it is asked for.
+"""
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import numpy as np
+
+from dsdistill.harness.data import preprocess
+from dsdistill.harness.data.datasets import Splits
+from dsdistill.harness.data.labeled_images import Examples
+from dsdistill.harness.errors import UserError
+from dsdistill.harness.runs.run_folder import Run
+from dsdistill.loops.plan import Objective, Phase
+from dsdistill.methods.adam import Adam
+from dsdistill.methods.kip import KipObjective
+from dsdistill.methods.pixel_kip import PixelObjective
+from dsdistill.options import KipOptions
+
+if TYPE_CHECKING:
+    from kd.evaluation.encoder import Encoder
+
+FEATURES_FILE = "features.npz"  # in the folder of the run
+UNKNOWN_SIZE = 224  # pixels, of a backbone that does not say its own
+
+
+class FeaturePhases(NamedTuple):
+    """A run's phases and its data, as features.
+
+    Attributes:
+        phases: The phases, which learn pixels.
+        train, validation: Features of the images, those of further views among the former.
+    """
+
+    phases: tuple[Phase, ...]
+    train: Examples
+    validation: Examples
+
+
+def load(options: KipOptions) -> tuple["Encoder", KipOptions]:
+    """Load the backbone, and complete the size and the channels of the images by its own.
+
+    Raises:
+        UserError: If there is no such backbone, or an option does not go with one.
+    """
+    from kd.evaluation import encoder
+
+    assert options.features is not None
+    _check(options)
+    side = options.image_size or UNKNOWN_SIZE
+    loaded = encoder.load(
+        options.features, options.layer, (side, side, 3), options.device, options.trust_module
+    )
+    height, width = loaded.input_size
+    if options.image_size is None and height != width:
+        raise UserError(
+            f"the backbone {options.features} takes images of {height}x{width}, and distilled "
+            "images are square: set --image-size"
+        )
+    channels = options.channels or loaded.channels
+    if channels > loaded.channels:
+        raise UserError(
+            f"the backbone {options.features} takes grayscale images: leave --channels out"
+        )
+    return loaded, replace(options, image_size=options.image_size or height, channels=channels)
+
+
+def phases_on_features(
+    options: KipOptions,
+    run: Run,
+    encoder: "Encoder",
+    regression: Phase,
+    splits: Splits,
+) -> FeaturePhases:
+    """Extract the features of all images into the run's folder, or read them there.
+
+    Args:
+        options: The options, with the size of the images.
+        run: The run, whose folder is locked.
+        encoder: The backbone.
+        regression: The phase as one on features.
+        splits: The images as pixels.
+
+    Raises:
+        UserError: If the features do not fit on the disk, or the kernel cannot take them.
+        KeyboardInterrupt: If stopped, after the features so far are safe.
+    """
+    stored = encoder.extract(
+        run.folder / FEATURES_FILE,
+        splits,
+        views=options.real_views,
+        min_scale=options.min_scale,
+        seed=options.seed,
+    )
+    plain = stored.part("train")
+    assert plain is not None
+    train, validation = stored.with_views(plain), stored.part("validation")
+    fitted = preprocess.fit("centre", train.chunks, train.shape)
+    objective = regression.objective
+    assert isinstance(objective, KipObjective)
+    assert isinstance(objective.optimizer, Adam)
+    pixels: Objective = PixelObjective(
+        objective,
+        objective.optimizer,
+        encoder,
+        fitted,
+        options.views,
+        options.min_scale,
+    )
+    empty = plain.select(np.zeros(0, np.int64)) if validation is None else validation
+    return FeaturePhases(
+        (Phase(pixels, regression.steps),), Examples(train, fitted), Examples(empty, fitted)
+    )
+
+
+def _check(options: KipOptions) -> None:
+    """Refuse options that are for images seen by a kernel of pixels."""
+    if options.optimizer != "adam":
+        raise UserError("--features needs --optimizer adam: leave gauss-newton out")
+    for name, given, why in (
+        ("--warm-up", options.warm_up, "a warm-up is for kernels of pixels"),
+        ("--augment", options.augment, "--views and --real-views draw crops and flips"),
+        ("--preprocess", options.preprocess, "pixels stay as they are, and features are centred"),
+        ("--support-flips", options.support_flips or None, "views are flipped already"),
+        ("--corruption", options.corruption or None, "all pixels are learned"),
+    ):
+        if given is not None:
+            raise UserError(f"{name} does not go with --features: {why}")
+    if not isinstance(options.target_batch, int):
+        raise UserError(
+            "--target-batch must be a number of images with --features, got "
+            f"{options.target_batch!r}"
+        )
+    for name, count in (("--views", options.views), ("--real-views", options.real_views)):
+        if count < 1:
+            raise UserError(f"{name} must be at least 1, got {count}")
+    if not 0 < options.min_scale <= 1 or math.isnan(options.min_scale):
+        raise UserError(f"--min-scale must be in (0, 1], got {options.min_scale:g}")
+    if jax.process_count() > 1:
+        raise UserError("--features works on one host: leave --hosts out")
