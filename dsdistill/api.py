@@ -21,7 +21,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from dsdistill.commands import evaluate as evaluation
-from dsdistill.commands import evaluation_parts, outcomes, prepare, training_data
+from dsdistill.commands import (
+    evaluation_parts,
+    outcomes,
+    prepare,
+    through_backbone,
+    training_data,
+)
 from dsdistill.commands.outcomes import Outcome
 from dsdistill.commands.prepare import Prepared
 from dsdistill.distilled import Distilled, Kernel, as_network, load
@@ -62,10 +68,9 @@ DATA_NAME = "arrays"  # name of a caller's data in provenance and reports
 # How messages of the commands read to who calls a function.
 _PHRASES = {"--resume goes on": "the same call goes on", "--out": "checkpoint"}
 _TEXTS = ("preprocess", "networks", "outer", "optimizer", "schedule")
-# Options about files and hosts are the commands' alone.
-STORAGE = Storage(
-    unstored=("data", "data_root", "image_size", "channels", "out", "resume", "hosts"), free=()
-)
+# Options about files, hosts and backbones are the commands' alone.
+_FILE_OPTIONS = ("data", "data_root", "image_size", "channels", "out", "resume", "hosts")
+STORAGE = Storage(unstored=(*_FILE_OPTIONS, "features", *through_backbone.OPTIONS), free=())
 
 
 def kip(

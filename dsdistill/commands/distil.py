@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from dsdistill.commands import outcomes, prepare
+from dsdistill.commands import outcomes, prepare, through_backbone
 from dsdistill.commands.outcomes import Outcome
 from dsdistill.commands.prepare import Prepared
 from dsdistill.harness import paths, shell, stopping
@@ -31,17 +31,25 @@ from dsdistill.methods import initial_support
 from dsdistill.options import EARLIER, KipOptions, LabelSolveOptions, RunOptions, with_defaults
 from dsdistill.parallel import hosts
 
-PATH_OPTIONS = ("data", "data_root", "init")  # may differ from host to host
+PATH_OPTIONS = ("data", "data_root", "init", "features")  # may differ from host to host
 
 
 def _absolute_init(init: str) -> str:
     return init if init in initial_support.INIT_NAMES else paths.absolute(init)
 
 
+def _absolute_backbone(name: str) -> str:
+    return paths.absolute(name) if Path(name).expanduser().is_dir() else name
+
+
 STORAGE = Storage(
     unstored=("out", "resume", "hosts"),
     free=("data_root",),  # the data may have moved between start and resume
-    absolute={"data": datasets.absolute_name, "init": _absolute_init},
+    absolute={
+        "data": datasets.absolute_name,
+        "init": _absolute_init,
+        "features": _absolute_backbone,
+    },
 )
 
 RunOptionsT = TypeVar("RunOptionsT", bound=RunOptions)
@@ -212,7 +220,10 @@ def _code_options(options: RunOptions) -> list[str]:
     texts = {"kernel": options.kernel}
     if isinstance(options, KipOptions) and options.warm_up is not None:
         texts["warm_up"] = prepare.split_warm_up(options.warm_up)[0]
-    return [name for name, text in texts.items() if notation.is_code(text)]
+    names = [name for name, text in texts.items() if notation.is_code(text)]
+    if isinstance(options, KipOptions) and through_backbone.is_code(options.features):
+        names.append("features")
+    return names
 
 
 def _restore_options(options: RunOptionsT, run: run_folder.Run) -> RunOptionsT:

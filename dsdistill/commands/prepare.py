@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,11 +31,9 @@ from dsdistill.methods.gauss_newton import GaussNewton
 from dsdistill.methods.network_sources import FreshNetworks, NetworkPool, NetworkSource
 from dsdistill.methods.optimizer import Optimizer
 from dsdistill.methods.outer_loss import OUTER_LOSSES
+from dsdistill.methods.pixel_kip import Encoder
 from dsdistill.options import KipOptions, LabelSolveOptions, RunOptions
 from dsdistill.parallel import hosts
-
-if TYPE_CHECKING:
-    from kd.evaluation.encoder import Encoder
 
 DEFAULT_IMAGES_PER_CLASS = 10
 MIN_SINGULAR_RIDGE = 1e-3  # for a support of more images than a linear kernel has values
@@ -76,7 +74,7 @@ class Prepared:
     phases: tuple[Phase, ...]
     networks: tuple[InfiniteNetwork, ...]
     chosen: Mapping[str, Any]
-    encoder: "Encoder | None" = None
+    encoder: Encoder | None = None
     completed: Mapping[str, Any] = field(default_factory=dict)
 
     def digests(self) -> dict[str, str]:
@@ -184,7 +182,7 @@ def _assemble(
     init: DistilledSet | None,
     init_sha256: str | None,
     chosen: Mapping[str, Any] | None,
-    encoder: "Encoder | None" = None,
+    encoder: Encoder | None = None,
 ) -> Prepared:
     """Check that data, kernels and initial set fit together, and fit the preprocessing."""
     _check_validation(options, splits)
@@ -415,6 +413,8 @@ def _check(options: RunOptions) -> None:
 
 
 def _check_kip(options: KipOptions) -> None:
+    if options.features is None:
+        through_backbone.check_unused(options)
     counts = {"steps": options.steps, "patience": options.patience}
     for name, count in (counts | {"validation-images": options.validation_images}).items():
         if count is not None and count < 1:

@@ -5,11 +5,12 @@ The backbone is one of `kd`, which is imported only here and only when it is ask
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from dsdistill.harness import shell
 from dsdistill.harness.data import preprocess
 from dsdistill.harness.data.datasets import Splits
 from dsdistill.harness.data.labeled_images import Examples
@@ -18,11 +19,8 @@ from dsdistill.harness.runs.run_folder import Run
 from dsdistill.loops.plan import Objective, Phase
 from dsdistill.methods.adam import Adam
 from dsdistill.methods.kip import KipObjective
-from dsdistill.methods.pixel_kip import PixelObjective
+from dsdistill.methods.pixel_kip import Encoder, PixelObjective
 from dsdistill.options import KipOptions
-
-if TYPE_CHECKING:
-    from kd.evaluation.encoder import Encoder
 
 FEATURES_FILE = "features.npz"  # in the folder of the run
 UNKNOWN_SIZE = 224  # pixels, of a backbone that does not say its own
@@ -41,7 +39,33 @@ class FeaturePhases(NamedTuple):
     validation: Examples
 
 
-def load(options: KipOptions) -> tuple["Encoder", KipOptions]:
+# Options that mean something only with a backbone.
+OPTIONS = ("layer", "views", "real_views", "min_scale", "device", "trust_module")
+
+
+def is_code(features: str | None) -> bool:
+    """Whether the name of a backbone is that of code, which is imported."""
+    if features is None or ":" not in features:
+        return False
+    from kd.evaluation import encoder
+
+    return encoder.is_code(features)
+
+
+def check_unused(options: KipOptions) -> None:
+    """Refuse options of a backbone where there is none.
+
+    Raises:
+        UserError: With the first of them.
+    """
+    for name in OPTIONS:
+        if getattr(options, name) != getattr(KipOptions, name):
+            raise UserError(
+                f"{shell.flag(name)} needs --features: leave it out, or name a backbone"
+            )
+
+
+def load(options: KipOptions) -> tuple[Encoder, KipOptions]:
     """Load the backbone, and complete the size and the channels of the images by its own.
 
     Raises:
@@ -72,7 +96,7 @@ def load(options: KipOptions) -> tuple["Encoder", KipOptions]:
 def phases_on_features(
     options: KipOptions,
     run: Run,
-    encoder: "Encoder",
+    encoder: Encoder,
     regression: Phase,
     splits: Splits,
 ) -> FeaturePhases:

@@ -19,6 +19,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -26,6 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from dsdistill.harness.data.datasets import Splits
+from dsdistill.harness.data.feature_file import Features
 from dsdistill.harness.data.labeled_images import Examples
 from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError
@@ -49,6 +52,26 @@ class Encoder(Protocol):
     @property
     def input_size(self) -> tuple[int, int]:
         """Height and width of the images that the backbone sees."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Number of values d of a feature."""
+        ...
+
+    @property
+    def channels(self) -> int:
+        """Channels of its images."""
+        ...
+
+    def record(self) -> dict[str, Any]:
+        """All that the features depend on besides the images, JSON-compatible."""
+        ...
+
+    def extract(
+        self, path: Path, splits: Splits, *, views: int, min_scale: float, seed: int
+    ) -> Features:
+        """Features of all images and of further views of the training images, kept in a file."""
         ...
 
     def __call__(self, images: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n d"]:
