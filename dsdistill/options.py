@@ -286,7 +286,9 @@ class EvaluateOptions:
     module:attribute must be written so, for it is never imported because a file names it),
     linear-probe (multinomial logistic regression, for features above all), convnet, mlp, resnet18,
     vgg11, vit, kip-convnet, kip-fc, with a width as in convnet:32, and any student of kd train,
-    such as module:attribute for a network of your own code. kip-convnet and kip-fc are centred: the
+    such as module:attribute for a network of your own code. linear-probe@BACKBONE and
+    ridge:linear@BACKBONE are trained on the features of a network: the folder of a run of kd train,
+    or a name with published weights. kip-convnet and kip-fc are centred: the
     function that they start as is subtracted. centred:NAME trains any network so, uncentred:NAME
     leaves that function in"""
 
@@ -305,8 +307,8 @@ class EvaluateOptions:
     """JSON file, class of the data -> class of the teacher (name or number), where they differ"""
 
     trust_module: Annotated[str | None, Shown("NAME")] = None
-    """Code that the run of the teacher may name as its network, as module:attribute with its
-    arguments; what only a file names is never imported"""
+    """Code that the run of the teacher or of a backbone may name as its network, as
+    module:attribute with its arguments; what only a file names is never imported"""
 
     augment: Literal["none", "crop", "crop-flip"] = "none"
     """Train networks also with these random changes of the images, beside the training without"""

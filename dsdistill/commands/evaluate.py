@@ -27,6 +27,7 @@ from dsdistill.harness.data.labeled_images import LabeledImages, draw_per_class
 from dsdistill.harness.data.preprocess import is_features
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation import controls
+from dsdistill.harness.evaluation.feature_learner import FeatureLearner
 from dsdistill.harness.evaluation.majority import common_class, constant_answer
 from dsdistill.harness.evaluation.protocol import Arm, Learner, evaluate, stored_bytes
 from dsdistill.harness.evaluation.result_cache import ResultCache
@@ -242,8 +243,19 @@ def _notes(parts: EvaluationParts, results: Sequence[Result]) -> list[str]:
             f"{learner} on full data: a class-balanced draw of {images} of {whole} images, since "
             "its exact solution of all needs too much memory."
         )
-    draw = _same_draw_notes(parts)
-    return [*notes, *draw, *majority_notes(results, parts.splits.test), *_hints(parts, results)]
+    notes += [*_same_draw_notes(parts), *_feature_notes(parts.learners)]
+    return [*notes, *majority_notes(results, parts.splits.test), *_hints(parts, results)]
+
+
+def _feature_notes(learners: Sequence[Learner]) -> list[str]:
+    """A note on each backbone whose features learners are trained on."""
+    spaces = [learner.space for learner in learners if isinstance(learner, FeatureLearner)]
+    return [
+        f"@{space.backbone.name}: {space.backbone.width} features of all images by this network "
+        f"(weights {space.backbone.identity['weights_sha256'][:12]}), centred on the "
+        f"{len(space.train)} training images."
+        for space in dict.fromkeys(spaces)
+    ]
 
 
 def majority_notes(results: Sequence[Result], test: LabeledImages) -> list[str]:

@@ -1,9 +1,11 @@
 """Assemble an evaluation from its options, all checked before anything is trained."""
 
+import collections
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,8 +20,10 @@ from dsdistill.harness.data.labeled_images import (
     draw_balanced,
     iterate_chunks,
 )
+from dsdistill.harness.data.preprocess import is_features
 from dsdistill.harness.errors import UserError, unknown_name
 from dsdistill.harness.evaluation import controls
+from dsdistill.harness.evaluation.feature_learner import FeatureLearner, FeatureSpace
 from dsdistill.harness.evaluation.held_out import HeldOut
 from dsdistill.harness.evaluation.protocol import Arm, Augmentable, Learner
 from dsdistill.harness.runs import progress
@@ -27,6 +31,9 @@ from dsdistill.harness.text import quote
 from dsdistill.options import EvaluateOptions, LabelSolveOptions
 from dsdistill.published_sets import reader
 from dsdistill.published_sets.stated_format import StatedFormat
+
+if TYPE_CHECKING:
+    from dsdistill.methods.ridge import RidgeLearner
 
 MAX_VALIDATION_IMAGES = 2000  # class-balanced; they choose learning rates and calibrate
 # Options for a published set, and for reading the data that it was distilled from.
@@ -77,19 +84,15 @@ def assemble(options: EvaluateOptions) -> EvaluationParts:
     """
     names = parse_controls(options)
     distilled, splits = _load_set(options)
-    learners = [
-        learner(name, distilled, options)
-        for name in lists.parse_names("--learners", options.learners)
-    ]
+    learner_names = lists.parse_names("--learners", options.learners)
+    learners = make_learners(learner_names, distilled, splits, options)
     teacher = None
     if options.teacher is not None:
         from kd.evaluation import answers
 
         classes, shape = splits.train.classes, splits.train.shape
         prepared, device = distilled.preprocess, options.device
-        class_map = options.teacher_class_map
-        typed = lists.parse_names("--trust-module", options.trust_module or "", empty=True)
-        typed += lists.parse_names("--learners", options.learners)
+        class_map, typed = options.teacher_class_map, _typed_names(learner_names, options)
         teacher = answers.load(options.teacher, prepared, shape, classes, device, class_map, typed)
     identity = None if teacher is None else teacher.digest
     return combine(
@@ -282,30 +285,80 @@ def _limit_validation(validation: LabeledImages) -> LabeledImages:
     return validation.select(np.sort(rows)) if len(rows) < len(validation) else validation
 
 
-def learner(name: str, distilled: DistilledSet, options: EvaluateOptions) -> Learner:
+def make_learners(
+    names: Sequence[str], distilled: DistilledSet, splits: Splits, options: EvaluateOptions
+) -> list[Learner]:
+    """The learners that names mean; those on the same backbone share its features.
+
+    Args:
+        names: Elements of `--learners`: LEARNER, or LEARNER@BACKBONE for one on features.
+        distilled: The set, whose kernel `ridge` uses.
+        splits: The data that it was distilled from.
+        options: Steps, device and augmentation of networks, and code that runs may name.
+
+    Raises:
+        UserError: If a name is unknown, or a backbone cannot be loaded.
+    """
+    typed, labels = _typed_names(names, options), _backbone_labels(names)
+
+    @functools.cache
+    def space(backbone: str) -> FeatureSpace:
+        from kd.evaluation import numpy_backbone
+
+        shape, device = splits.train.shape, options.device
+        label = labels[backbone]
+        loaded = numpy_backbone.load(backbone, shape, label=label, device=device, typed=typed)
+        return FeatureSpace(loaded, splits.train)
+
+    return [learner(name, distilled, options, space) for name in names]
+
+
+def _backbone_labels(learner_names: Sequence[str]) -> dict[str, str]:
+    """A name in reports for each backbone: the last part of a folder's path where no two share it.
+
+    Args:
+        learner_names: Elements of `--learners`.
+    """
+    backbones = dict.fromkeys(name.partition("@")[2] for name in learner_names)
+    short = {each: Path(each).resolve().name if Path(each).is_dir() else each for each in backbones}
+    counts = collections.Counter(short.values())
+    return {each: label if counts[label] == 1 else each for each, label in short.items()}
+
+
+def _typed_names(learner_names: Sequence[str], options: EvaluateOptions) -> list[str]:
+    """All names that may be code which the user has typed."""
+    trusted = lists.parse_names("--trust-module", options.trust_module or "", empty=True)
+    backbones = [name.partition("@")[2] for name in learner_names]
+    return [*trusted, *learner_names, *filter(None, backbones)]
+
+
+def learner(
+    name: str,
+    distilled: DistilledSet,
+    options: EvaluateOptions,
+    space: Callable[[str], FeatureSpace],
+) -> Learner:
     """The learner that a name means.
 
     Args:
         name: An element of `--learners`.
         distilled: The set, whose kernel `ridge` uses.
         options: Steps, device and augmentation of networks.
+        space: The features of the evaluation's images by the backbone of a name.
 
     Raises:
         UserError: If the name is unknown.
     """
+    base, at, backbone = name.partition("@")
+    is_regression = base.partition(":")[0] == "ridge"
+    if at and (base == "linear-probe" or is_regression):
+        return _feature_learner(name, base, backbone, distilled, space)
     if name == "linear-probe":
         from dsdistill.methods.linear_probe import LinearProbe
 
         return LinearProbe()
-    base, _, kernel = name.partition(":")
-    if base == "ridge":
-        from dsdistill.methods import stored_kernel
-
-        remedy = (
-            "if you trust that module, name it yourself with --learners ridge:{}; otherwise leave "
-            "ridge out of --learners"
-        )
-        return stored_kernel.learner(distilled, kernel, name=name, remedy=remedy)
+    if is_regression:
+        return _ridge(name, distilled)
     from kd.evaluation.learners import network_learner
 
     flip = options.augment == "crop-flip"
@@ -317,3 +370,50 @@ def learner(name: str, distilled: DistilledSet, options: EvaluateOptions) -> Lea
         shape=distilled.images.shape[1:],
         classes=len(distilled.classes),
     )
+
+
+def _ridge(name: str, distilled: DistilledSet) -> "RidgeLearner":
+    """Ridge regression with the kernel after `ridge:`, or the set's own."""
+    from dsdistill.methods import stored_kernel
+
+    remedy = (
+        "if you trust that module, name it yourself with --learners ridge:{}; otherwise leave "
+        "ridge out of --learners"
+    )
+    kernel = name.partition(":")[2]
+    return stored_kernel.learner(distilled, kernel, name=name, remedy=remedy)
+
+
+def _feature_learner(
+    name: str,
+    base: str,
+    backbone: str,
+    distilled: DistilledSet,
+    space: Callable[[str], FeatureSpace],
+) -> FeatureLearner:
+    """A linear probe or ridge regression on the features of a backbone.
+
+    Raises:
+        UserError: If the set holds features itself, the backbone cannot be loaded, or the kernel
+            takes images of several pixels only.
+    """
+    if not backbone:
+        raise UserError(
+            f"{name} names no backbone: write {name}BACKBONE, the folder of a run of kd train or a "
+            "name with published weights"
+        )
+    if is_features(distilled.images.shape[1:]):
+        raise UserError(f"the set holds features already: write {base} in place of {name}")
+    if base == "linear-probe":
+        from dsdistill.methods.linear_probe import LinearProbe
+
+        return FeatureLearner(LinearProbe(), space(backbone))
+    from dsdistill.kernels.networks import Engine
+
+    regression = _ridge(base, distilled)
+    if regression.network.engine is Engine.EXACT_PLANES:
+        raise UserError(
+            f"{name} has the kernel {regression.network.name}, and features have no pixels to "
+            f"convolve: write ridge:linear@{backbone} or ridge:fc@{backbone}"
+        )
+    return FeatureLearner(regression, space(backbone))
