@@ -121,8 +121,9 @@ def kip(
             default a share of the training images, the same for every seed and for `evaluate`.
         validation_fraction: That share; 0 keeps the last step.
         classes: Class names in label order; by default the distinct labels, sorted.
-        preprocess: Normalisation of the pixels; by default zca for colour and a convolutional
-            kernel where it fits into memory, else standardise.
+        preprocess: Normalisation of the pixels; by default centre for features (images of one pixel
+            and neither 1 nor 3 channels), zca for colour and a convolutional kernel where it fits
+            into memory, else standardise.
         init: `real` images, `noise`, or a distilled set (or its path), whose labels are kept.
         outer: Loss of the predicted training images: `mse`, the squared error, as in the papers, or
             `ce`, the cross-entropy of the predictions times the scale that fits them best.

@@ -295,9 +295,10 @@ def _hints(parts: EvaluationParts, results: Sequence[Result]) -> list[str]:
 
 def _print(evaluation: Report, out: Path) -> None:
     """Print the part of the report that fits a terminal."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("trained on", "learner", "test accuracy, %", "95 % interval", "n")
+    learners = Column("learner", overflow="fold")  # its end may be all that tells two apart
+    table = Table("trained on", learners, "test accuracy, %", "95 % interval", "n")
     for row in evaluation.rows:
         arm, count = wording.arm_label(row.arm, row.augmented), str(len(row.results))
         learner, accuracy = printable(row.learner), printable(wording.accuracy(row))
