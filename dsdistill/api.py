@@ -231,6 +231,7 @@ def evaluate(
     train: Pair,
     test: Pair,
     validation: Pair | None = None,
+    also: Mapping[str, DistilledSet] | None = None,
     learners: Sequence[str | Learner] = ("ridge", "convnet"),
     controls: Sequence[str] = tuple(EvaluateOptions.controls.split(",")),
     seeds: int = EvaluateOptions.seeds,
@@ -253,6 +254,8 @@ def evaluate(
         test: Images and labels that neither the set nor any learner has seen.
         validation: Images and labels held out of the training. By default the share of the training
             images that was held out when the set was made, or a tenth.
+        also: Further sets of the same data by their names in the report, to be compared with the
+            first one; their images are brought to its preprocessing.
         learners: `ridge` (with the set's own kernel), `ridge:KERNEL`, `linear-probe`, `convnet:32`,
             `mlp`, `resnet18`, `kip-fc`, `centred:NAME` and any student of `kd train`;
             `linear-probe@BACKBONE` and `ridge:KERNEL@BACKBONE`, on the features of a run of `kd
@@ -295,13 +298,23 @@ def evaluate(
         fraction = origin.validation_fraction(distilled)
         splits = _splits(*train, distilled.classes, validation, fraction, test)
         origin.check_same_data(Path("the set"), distilled, splits, "train")
+        for name, other in (also or {}).items():
+            if training_data.is_reserved(name):
+                raise UserError(f"also cannot name a set {name!r}, as other data of a report are")
+            origin.check_same_data(Path(name), other, splits, "train")
         if validation is None:
             _note_seen_validation(distilled, len(train[1]))
         parsed = _learners(learners, distilled, splits, options)
         if not parsed:
             raise UserError("learners must name at least one")
         parts = evaluation_parts.combine(
-            distilled, splits, parsed, names, teacher=teacher, augment=augment != "none"
+            distilled,
+            splits,
+            parsed,
+            names,
+            teacher=teacher,
+            augment=augment != "none",
+            further=also or {},
         )
         began = time.monotonic()
         cache = None

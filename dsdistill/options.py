@@ -260,7 +260,7 @@ class EvaluateOptions:
 
     LAYOUT: ClassVar = Layout(
         groups={
-            "Comparison": "learners controls seeds steps augment",
+            "Comparison": "also learners controls seeds steps augment",
             "Teacher": "teacher teacher_class_map trust_module",
             "Output and resuming": "out resume cache",
             "Hardware": "device",
@@ -269,7 +269,7 @@ class EvaluateOptions:
         },
         examples=(
             "dsdistill evaluate runs/kip --learners ridge,mlp --controls random,full",
-            "dsdistill evaluate runs/kip --learners convnet:32 --seeds 1",
+            "dsdistill evaluate runs/kip --also runs/ls --learners convnet:32 --seeds 1",
         ),
         notes={
             "Data": "Only for a set from another project, apart from --data-root: a set made by "
@@ -280,6 +280,10 @@ class EvaluateOptions:
     run: Annotated[Path, tyro.conf.Positional, Shown("RUN")]
     """Folder of a run, or a distilled .safetensors file; with --data also a set that another
     project has published: a .pt or .npz file, or a folder with one folder of images per class"""
+
+    also: Annotated[tuple[Path, ...], Shown("RUN ...")] = ()
+    """Further sets of the same data, to be compared with the first one and named by their folders;
+    their images are brought to its preprocessing"""
 
     learners: Annotated[str, Shown("NAME,...")] = "ridge,convnet"
     """ridge (with the set's own kernel), ridge:KERNEL (with another one, such as ridge:linear; a

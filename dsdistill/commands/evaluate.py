@@ -243,8 +243,23 @@ def _notes(parts: EvaluationParts, results: Sequence[Result]) -> list[str]:
             f"{learner} on full data: a class-balanced draw of {images} of {whole} images, since "
             "its exact solution of all needs too much memory."
         )
-    notes += [*_same_draw_notes(parts), *_feature_notes(parts.learners)]
+    notes += [*_further_notes(parts), *_same_draw_notes(parts), *_feature_notes(parts.learners)]
     return [*notes, *majority_notes(results, parts.splits.test), *_hints(parts, results)]
+
+
+def _further_notes(parts: EvaluationParts) -> list[str]:
+    """What each further set is, and what of it is not as of the first one."""
+    held_out, notes = origin.validation_fraction(parts.distilled), []
+    for name, other in parts.further.items():
+        source, kind = origin.read_provenance(other), other.preprocess.kind
+        kernel = f" with {source.kernel}" if source.kernel else ""
+        words = [f"{name}: {source.method}{kernel}, {len(other)} images of the same data"]
+        if not other.preprocess.same_as(parts.distilled.preprocess):
+            words.append(f"brought from the preprocessing {kind} to that of the first set")
+        if (source.validation_fraction or 0) < held_out:
+            words.append("perhaps made of images that are held out here for validation")
+        notes.append(", ".join(words) + ".")
+    return notes
 
 
 def _feature_notes(learners: Sequence[Learner]) -> list[str]:

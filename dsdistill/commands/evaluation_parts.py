@@ -2,9 +2,10 @@
 
 import collections
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,6 +54,7 @@ class EvaluationParts:
         arms: Kinds of training data.
         learners: Learners, each of which is trained on every arm.
         augment: Whether learners that support augmentation are trained with it too.
+        further: Further sets of the same data, by the name of their arm.
     """
 
     distilled: DistilledSet
@@ -62,6 +64,7 @@ class EvaluationParts:
     arms: list[Arm]
     learners: list[Learner]
     augment: bool
+    further: Mapping[str, DistilledSet]
 
     @property
     def trainings(self) -> list[tuple[Learner, bool, Arm]]:
@@ -84,6 +87,7 @@ def assemble(options: EvaluateOptions) -> EvaluationParts:
     """
     names = parse_controls(options)
     distilled, splits = _load_set(options)
+    further = _load_further(options, splits)
     learner_names = lists.parse_names("--learners", options.learners)
     learners = make_learners(learner_names, distilled, splits, options)
     teacher = None
@@ -103,6 +107,7 @@ def assemble(options: EvaluateOptions) -> EvaluationParts:
         teacher=teacher,
         teacher_identity=identity,
         augment=options.augment != "none",
+        further=further,
     )
 
 
@@ -115,6 +120,7 @@ def combine(
     teacher: training_data.LogitFunction | None = None,
     teacher_identity: Any = None,
     augment: bool = False,
+    further: Mapping[str, DistilledSet] = MappingProxyType({}),
 ) -> EvaluationParts:
     """Combine a set, its data and learners to an evaluation.
 
@@ -127,6 +133,7 @@ def combine(
         teacher_identity: Identity of the teacher, JSON-compatible; None if it has none, in which
             case results cannot be cached.
         augment: Whether learners that support augmentation are trained with it too.
+        further: Further sets of the same data, by the name of their arm.
 
     Raises:
         UserError: If the data have too few images.
@@ -176,9 +183,11 @@ def combine(
             teacher=teacher,
             teacher_identity=teacher_identity,
             solver=solver,
+            further=further,
         ),
         learners,
         augment,
+        further,
     )
 
 
@@ -241,6 +250,25 @@ def _load_set(options: EvaluateOptions) -> tuple[DistilledSet, Splits]:
                 "leave the option out"
             )
     return distilled, _splits(distilled, options)
+
+
+def _load_further(options: EvaluateOptions, splits: Splits) -> dict[str, DistilledSet]:
+    """Load the sets of `--also`, by the names of their folders, or else their paths.
+
+    Raises:
+        UserError: If one cannot be read, is of other data, or is named twice.
+    """
+    sets: dict[str, DistilledSet] = {}
+    paths = [path.resolve() for path in (options.run, *options.also)]
+    for path, whole in zip(options.also, paths[1:], strict=True):
+        if paths.count(whole) > 1:
+            raise UserError(f"{path} is evaluated twice: name it once in RUN and --also")
+        folder = whole.parent if whole.name == distilled_set.FILE_NAME else whole
+        taken = folder.name in sets or training_data.is_reserved(folder.name)
+        name = str(folder) if taken else folder.name
+        sets[name] = export.read(path) or distilled_set.load(distilled_set.locate(path))
+        origin.check_same_data(path, sets[name], splits, str(options.run))
+    return sets
 
 
 def _load_published(options: EvaluateOptions) -> tuple[DistilledSet, Splits]:
