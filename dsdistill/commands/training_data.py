@@ -96,7 +96,7 @@ def arms(
 
 
 def is_reserved(name: str) -> bool:
-    """Whether a name is that of an arm of the first set or of a control, so not of a further set."""
+    """Whether a name means the first set or a control, so that no further set may have it."""
     return name.startswith("distilled") or name in (*controls.CONTROLS, *controls.RELABELLED)
 
 
