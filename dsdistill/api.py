@@ -132,8 +132,9 @@ def kip(
             default a share of the training images, the same for every seed and for `evaluate`.
         validation_fraction: That share; 0 keeps the last step.
         classes: Class names in label order; by default the distinct labels, sorted.
-        preprocess: Normalisation of the pixels; by default zca for colour and a convolutional
-            kernel where it fits into memory, else standardise.
+        preprocess: Normalisation of the pixels; by default centre for features (images of one pixel
+            and neither 1 nor 3 channels), zca for colour and a convolutional kernel where it fits
+            into memory, else standardise.
         init: `real` images, `noise`, or a distilled set (or its path), whose labels are kept.
         outer: Loss of the predicted training images: `mse`, the squared error, as in the papers, or
             `ce`, the cross-entropy of the predictions times the scale that fits them best.
@@ -242,12 +243,14 @@ def evaluate(
     train: Pair,
     test: Pair,
     validation: Pair | None = None,
+    also: Mapping[str, DistilledSet] | None = None,
     learners: Sequence[str | Learner] = ("ridge", "convnet"),
     controls: Sequence[str] = tuple(EvaluateOptions.controls.split(",")),
     seeds: int = EvaluateOptions.seeds,
     steps: int | None = None,
     augment: Literal["none", "crop", "crop-flip"] = "none",
     teacher: Callable[[np.ndarray], np.ndarray] | None = None,
+    trust_module: str | None = None,
     device: str = EvaluateOptions.device,
     out: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -263,9 +266,12 @@ def evaluate(
         test: Images and labels that neither the set nor any learner has seen.
         validation: Images and labels held out of the training. By default the share of the training
             images that was held out when the set was made, or a tenth.
+        also: Further sets of the same data by their names in the report, to be compared with the
+            first one; their images are brought to its preprocessing.
         learners: `ridge` (with the set's own kernel), `ridge:KERNEL`, `linear-probe`, `convnet:32`,
-            `mlp`, `resnet18`, `kip-fc`, `centred:NAME` and any student of `kd train`; or any
-            `Learner`.
+            `mlp`, `resnet18`, `kip-fc`, `centred:NAME` and any student of `kd train`;
+            `linear-probe@BACKBONE` and `ridge:KERNEL@BACKBONE`, on the features of a run of `kd
+            train` or a network with published weights; or any `Learner`.
         controls: Of `random`, `k-means`, `herding`, `full`, `random-soft` (with `teacher`) and
             `random-solved`; empty for none.
         seeds: Trainings of each learner on each set of images.
@@ -273,6 +279,8 @@ def evaluate(
         augment: Train networks also with these random changes of the images.
         teacher: Function from preprocessed (m, h, w, c) images to (m, k) logits, whose labels of
             the distilled images are a further arm.
+        trust_module: Code that the run of a backbone may name as its network, as
+            `module:attribute`.
         device: `cpu`, `cuda` or `cuda:N`, for networks.
         out: Folder of the report page, its plots and figures; a stopped call goes on in it.
         progress: Whether to show progress on standard error.
@@ -293,6 +301,7 @@ def evaluate(
             seeds=seeds,
             steps=steps,
             augment=augment,
+            trust_module=trust_module,
             device=device,
         )
         names = evaluation_parts.parse_controls(options)
@@ -301,13 +310,23 @@ def evaluate(
         fraction = origin.validation_fraction(distilled)
         splits = _splits(*train, distilled.classes, validation, fraction, test)
         origin.check_same_data(Path("the set"), distilled, splits, "train")
+        for name, other in (also or {}).items():
+            if training_data.is_reserved(name):
+                raise UserError(f"also cannot name a set {name!r}, as other data of a report are")
+            origin.check_same_data(Path(name), other, splits, "train")
         if validation is None:
             _note_seen_validation(distilled, len(train[1]))
-        parsed = [_learner(each, distilled, options) for each in learners]
+        parsed = _learners(learners, distilled, splits, options)
         if not parsed:
             raise UserError("learners must name at least one")
         parts = evaluation_parts.combine(
-            distilled, splits, parsed, names, teacher=teacher, augment=augment != "none"
+            distilled,
+            splits,
+            parsed,
+            names,
+            teacher=teacher,
+            augment=augment != "none",
+            further=also or {},
         )
         began = time.monotonic()
         cache = None
@@ -415,14 +434,21 @@ def _options(kind: type[Any], given: Mapping[str, Any]) -> Any:
     return with_defaults(kind(**values))
 
 
-def _learner(each: str | Learner, distilled: DistilledSet, options: EvaluateOptions) -> Learner:
-    """A learner by its name; `ridge` with the kernel that the set was just made with."""
-    if not isinstance(each, str):
-        return each
+def _learners(
+    given: Sequence[str | Learner],
+    distilled: DistilledSet,
+    splits: Splits,
+    options: EvaluateOptions,
+) -> list[Learner]:
+    """Learners by their names; `ridge` with the kernel that the set was just made with."""
     network = distilled.network if isinstance(distilled, Distilled) else None
-    if each == "ridge" and network is not None and notation.is_code(network.name):
-        return stored_kernel.learner(distilled, network, remedy="")
-    return evaluation_parts.learner(each, distilled, options)
+    ready: dict[str, Learner] = {}
+    if network is not None and notation.is_code(network.name):
+        ready["ridge"] = stored_kernel.learner(distilled, network, remedy="")
+    names = [each for each in given if isinstance(each, str) and each not in ready]
+    made = evaluation_parts.make_learners(names, distilled, splits, options)
+    ready |= zip(names, made, strict=True)
+    return [ready[each] if isinstance(each, str) else each for each in given]
 
 
 def _note_seen_validation(distilled: DistilledSet, count: int) -> None:

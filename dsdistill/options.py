@@ -314,7 +314,7 @@ class EvaluateOptions:
 
     LAYOUT: ClassVar = Layout(
         groups={
-            "Comparison": "learners controls seeds steps augment",
+            "Comparison": "also learners controls seeds steps augment",
             "Teacher": "teacher teacher_class_map trust_module",
             "Output and resuming": "out resume cache",
             "Hardware": "device",
@@ -323,7 +323,7 @@ class EvaluateOptions:
         },
         examples=(
             "dsdistill evaluate runs/kip --learners ridge,mlp --controls random,full",
-            "dsdistill evaluate runs/kip --learners convnet:32 --seeds 1",
+            "dsdistill evaluate runs/kip --also runs/ls --learners convnet:32 --seeds 1",
         ),
         notes={
             "Data": "Only for a set from another project, apart from --data-root: a set made by "
@@ -335,12 +335,18 @@ class EvaluateOptions:
     """Folder of a run, or a distilled .safetensors file; with --data also a set that another
     project has published: a .pt or .npz file, or a folder with one folder of images per class"""
 
+    also: Annotated[tuple[Path, ...], Shown("RUN ...")] = ()
+    """Further sets of the same data, to be compared with the first one and named by their folders;
+    their images are brought to its preprocessing"""
+
     learners: Annotated[str, Shown("NAME,...")] = "ridge,convnet"
     """ridge (with the set's own kernel), ridge:KERNEL (with another one, such as ridge:linear; a
     module:attribute must be written so, for it is never imported because a file names it),
     linear-probe (multinomial logistic regression, for features above all), convnet, mlp, resnet18,
     vgg11, vit, kip-convnet, kip-fc, with a width as in convnet:32, and any student of kd train,
-    such as module:attribute for a network of your own code. kip-convnet and kip-fc are centred: the
+    such as module:attribute for a network of your own code. linear-probe@BACKBONE and
+    ridge:linear@BACKBONE are trained on the features of a network: the folder of a run of kd train,
+    or a name with published weights. kip-convnet and kip-fc are centred: the
     function that they start as is subtracted. centred:NAME trains any network so, uncentred:NAME
     leaves that function in"""
 
@@ -359,8 +365,8 @@ class EvaluateOptions:
     """JSON file, class of the data -> class of the teacher (name or number), where they differ"""
 
     trust_module: Annotated[str | None, Shown("NAME")] = None
-    """Code that the run of the teacher may name as its network, as module:attribute with its
-    arguments; what only a file names is never imported"""
+    """Code that the run of the teacher or of a backbone may name as its network, as
+    module:attribute with its arguments; what only a file names is never imported"""
 
     augment: Literal["none", "crop", "crop-flip"] = "none"
     """Train networks also with these random changes of the images, beside the training without"""

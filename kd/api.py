@@ -60,7 +60,8 @@ class DistillResult:
 
     Attributes:
         student: The module that was given, with the weights that validated best (without
-            validation images the last), in evaluation mode.
+            validation images the last), in evaluation mode; of a centred training the module that
+            subtracts from it what it was at the start.
         history: The figures of each round.
         best_epoch: Number of the epoch, from 1, after which the student had these weights.
         accuracy: Validation accuracy of these weights in [0, 1]; None without validation images.
@@ -105,6 +106,7 @@ def distill(
     loss: str | None = None,
     extra_losses: Mapping[str, LossOfLogits] | None = None,
     teacher_weights: Literal["alike", "by-label"] = "alike",
+    centred: bool = False,
     optimizer: Optimizer | torch.optim.Optimizer | None = None,
     scheduler: LRScheduler | None = None,
     scheduler_every: Every = "epoch",
@@ -147,6 +149,10 @@ def distill(
             comes back on its device and in its mode.
         teacher_weights: How the logits of several teachers are weighted: alike, or for each image
             by how well each teacher knows its label.
+        centred: Whether the prediction is f(x) - f0(x), the student minus the function that it is
+            when it is given, as with `kd train --centred`: it helps wide networks without batch
+            norm on few images. `DistillResult.student` is this difference, of one more forward
+            pass.
         optimizer: Optimizer by name; or the user's own over the student's parameters, of which it
             trains those that it has. Trained layers of the loss itself join it for the time of the
             training, with the options of its first group.
@@ -195,6 +201,7 @@ def distill(
             stack.callback(own.detach)
         extra = api_arguments.check_extra_losses(extra_losses)
         of_losses = [loss for loss in extra.values() if isinstance(loss, nn.Module)]
+        home = borrowing.device_of(student)
         stack.enter_context(borrowing.borrow(student, [*teachers, *of_losses]))
         chosen = api_arguments.resolve_recipe(recipe, given, student, own)
         if loss is None or (not loss and not extra):
@@ -211,6 +218,7 @@ def distill(
             given,
             own,
             teacher_weights,
+            centred,
             seed,
             on,
         )
@@ -221,8 +229,10 @@ def distill(
         figures = state.kept[0].figures
         if task.validation is not None and len(state.kept) > 1:  # a mean, which no round measured
             figures = _validate(task, network)
+        if task.student.initial is not None:
+            task.student.initial.to(home)
         return DistillResult(
-            student,
+            task.student.eval() if centred else student,
             tuple(rounds),
             state.best_epoch,
             figures.get("accuracy"),
@@ -307,8 +317,9 @@ def _inputs(task: _Task, teachers: Sequence[nn.Module]) -> dict[str, Any]:
     own, network = task.optimizer, task.student.network
     endless = isinstance(task.batches, EndlessBatches)  # an epoch is a part of the length
     parameters = networks.parameter_count(network)
+    kind = "centred " if task.student.initial is not None else ""
     return {
-        "student": f"{type(network).__name__} of {parameters} parameters",
+        "student": f"{kind}{type(network).__name__} of {parameters} parameters",
         "number of teachers": len(teachers),
         **{f"teacher {i}": teacher_cache.fingerprint(each) for i, each in enumerate(teachers, 1)},
         "seed": task.seed,
@@ -362,6 +373,7 @@ def _prepare(
     given: Mapping[str, Any],
     own: UserOptimizer | None,
     teacher_weights: str,
+    centred: bool,
     seed: int,
     on: Engine,
 ) -> _Task:
@@ -373,11 +385,15 @@ def _prepare(
         )
     if teacher_weights not in ("alike", "by-label"):
         raise UserError(f"teacher_weights must be 'alike' or 'by-label', got {teacher_weights!r}")
+    if not isinstance(centred, bool):
+        raise UserError(f"centred must be True or False, got {centred!r}")
     images, labels = loader_batches.first_pair(train, "train")
     _, c, h, w = images.shape
     shape = h, w, c
     classifier = Classifier(student)
     classes = count_classes("student", classifier, images)
+    if centred:
+        classifier.centre()
     mixed = labels.is_floating_point()
     assert recipe.loss is not None
     chosen = terms.parse(recipe.loss) if recipe.loss else ()

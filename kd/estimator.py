@@ -155,7 +155,7 @@ class StudentClassifier(ClassifierMixin, BaseEstimator):
             progress=self.progress,
             **more,
         )
-        self.student_ = student
+        self.student_ = self.result_.student
         return self
 
     def predict(self, X: Shaped[np.ndarray, "n ..."]) -> Shaped[np.ndarray, " n"]:

@@ -27,6 +27,7 @@ from dsdistill.harness.data.labeled_images import LabeledImages, draw_per_class
 from dsdistill.harness.data.preprocess import is_features
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation import controls
+from dsdistill.harness.evaluation.feature_learner import FeatureLearner
 from dsdistill.harness.evaluation.majority import common_class, constant_answer
 from dsdistill.harness.evaluation.protocol import Arm, Learner, evaluate, stored_bytes
 from dsdistill.harness.evaluation.result_cache import ResultCache
@@ -242,8 +243,34 @@ def _notes(parts: EvaluationParts, results: Sequence[Result]) -> list[str]:
             f"{learner} on full data: a class-balanced draw of {images} of {whole} images, since "
             "its exact solution of all needs too much memory."
         )
-    draw = _same_draw_notes(parts)
-    return [*notes, *draw, *majority_notes(results, parts.splits.test), *_hints(parts, results)]
+    notes += [*_further_notes(parts), *_same_draw_notes(parts), *_feature_notes(parts.learners)]
+    return [*notes, *majority_notes(results, parts.splits.test), *_hints(parts, results)]
+
+
+def _further_notes(parts: EvaluationParts) -> list[str]:
+    """What each further set is, and what of it is not as of the first one."""
+    held_out, notes = origin.validation_fraction(parts.distilled), []
+    for name, other in parts.further.items():
+        source, kind = origin.read_provenance(other), other.preprocess.kind
+        kernel = f" with {source.kernel}" if source.kernel else ""
+        words = [f"{name}: {source.method}{kernel}, {len(other)} images of the same data"]
+        if not other.preprocess.same_as(parts.distilled.preprocess):
+            words.append(f"brought from the preprocessing {kind} to that of the first set")
+        if (source.validation_fraction or 0) < held_out:
+            words.append("perhaps made of images that are held out here for validation")
+        notes.append(", ".join(words) + ".")
+    return notes
+
+
+def _feature_notes(learners: Sequence[Learner]) -> list[str]:
+    """A note on each backbone whose features learners are trained on."""
+    spaces = [learner.space for learner in learners if isinstance(learner, FeatureLearner)]
+    return [
+        f"@{space.backbone.name}: {space.backbone.width} features of all images by this network "
+        f"(weights {space.backbone.identity['weights_sha256'][:12]}), centred on the "
+        f"{len(space.train)} training images."
+        for space in dict.fromkeys(spaces)
+    ]
 
 
 def majority_notes(results: Sequence[Result], test: LabeledImages) -> list[str]:
@@ -283,9 +310,10 @@ def _hints(parts: EvaluationParts, results: Sequence[Result]) -> list[str]:
 
 def _print(evaluation: Report, out: Path) -> None:
     """Print the part of the report that fits a terminal."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("trained on", "learner", "test accuracy, %", "95 % interval", "n")
+    learners = Column("learner", overflow="fold")  # its end may be all that tells two apart
+    table = Table("trained on", learners, "test accuracy, %", "95 % interval", "n")
     for row in evaluation.rows:
         arm, count = wording.arm_label(row.arm, row.augmented), str(len(row.results))
         learner, accuracy = printable(row.learner), printable(wording.accuracy(row))

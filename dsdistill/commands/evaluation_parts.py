@@ -1,9 +1,12 @@
 """Assemble an evaluation from its options, all checked before anything is trained."""
 
+import collections
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,8 +21,10 @@ from dsdistill.harness.data.labeled_images import (
     draw_balanced,
     iterate_chunks,
 )
+from dsdistill.harness.data.preprocess import is_features
 from dsdistill.harness.errors import UserError, unknown_name
 from dsdistill.harness.evaluation import controls
+from dsdistill.harness.evaluation.feature_learner import FeatureLearner, FeatureSpace
 from dsdistill.harness.evaluation.held_out import HeldOut
 from dsdistill.harness.evaluation.protocol import Arm, Augmentable, Learner
 from dsdistill.harness.runs import progress
@@ -27,6 +32,9 @@ from dsdistill.harness.text import quote
 from dsdistill.options import EvaluateOptions, LabelSolveOptions
 from dsdistill.published_sets import reader
 from dsdistill.published_sets.stated_format import StatedFormat
+
+if TYPE_CHECKING:
+    from dsdistill.methods.ridge import RidgeLearner
 
 MAX_VALIDATION_IMAGES = 2000  # class-balanced; they choose learning rates and calibrate
 # Options for a published set, and for reading the data that it was distilled from.
@@ -46,6 +54,7 @@ class EvaluationParts:
         arms: Kinds of training data.
         learners: Learners, each of which is trained on every arm.
         augment: Whether learners that support augmentation are trained with it too.
+        further: Further sets of the same data, by the name of their arm.
     """
 
     distilled: DistilledSet
@@ -55,6 +64,7 @@ class EvaluationParts:
     arms: list[Arm]
     learners: list[Learner]
     augment: bool
+    further: Mapping[str, DistilledSet]
 
     @property
     def trainings(self) -> list[tuple[Learner, bool, Arm]]:
@@ -77,19 +87,16 @@ def assemble(options: EvaluateOptions) -> EvaluationParts:
     """
     names = parse_controls(options)
     distilled, splits = _load_set(options)
-    learners = [
-        learner(name, distilled, options)
-        for name in lists.parse_names("--learners", options.learners)
-    ]
+    further = _load_further(options, splits)
+    learner_names = lists.parse_names("--learners", options.learners)
+    learners = make_learners(learner_names, distilled, splits, options)
     teacher = None
     if options.teacher is not None:
         from kd.evaluation import answers
 
         classes, shape = splits.train.classes, splits.train.shape
         prepared, device = distilled.preprocess, options.device
-        class_map = options.teacher_class_map
-        typed = lists.parse_names("--trust-module", options.trust_module or "", empty=True)
-        typed += lists.parse_names("--learners", options.learners)
+        class_map, typed = options.teacher_class_map, _typed_names(learner_names, options)
         teacher = answers.load(options.teacher, prepared, shape, classes, device, class_map, typed)
     identity = None if teacher is None else teacher.digest
     return combine(
@@ -100,6 +107,7 @@ def assemble(options: EvaluateOptions) -> EvaluationParts:
         teacher=teacher,
         teacher_identity=identity,
         augment=options.augment != "none",
+        further=further,
     )
 
 
@@ -112,6 +120,7 @@ def combine(
     teacher: training_data.LogitFunction | None = None,
     teacher_identity: Any = None,
     augment: bool = False,
+    further: Mapping[str, DistilledSet] = MappingProxyType({}),
 ) -> EvaluationParts:
     """Combine a set, its data and learners to an evaluation.
 
@@ -124,6 +133,7 @@ def combine(
         teacher_identity: Identity of the teacher, JSON-compatible; None if it has none, in which
             case results cannot be cached.
         augment: Whether learners that support augmentation are trained with it too.
+        further: Further sets of the same data, by the name of their arm.
 
     Raises:
         UserError: If the data have too few images.
@@ -173,9 +183,11 @@ def combine(
             teacher=teacher,
             teacher_identity=teacher_identity,
             solver=solver,
+            further=further,
         ),
         learners,
         augment,
+        further,
     )
 
 
@@ -240,6 +252,25 @@ def _load_set(options: EvaluateOptions) -> tuple[DistilledSet, Splits]:
     return distilled, _splits(distilled, options)
 
 
+def _load_further(options: EvaluateOptions, splits: Splits) -> dict[str, DistilledSet]:
+    """Load the sets of `--also`, by the names of their folders, or else their paths.
+
+    Raises:
+        UserError: If one cannot be read, is of other data, or is named twice.
+    """
+    sets: dict[str, DistilledSet] = {}
+    paths = [path.resolve() for path in (options.run, *options.also)]
+    for path, whole in zip(options.also, paths[1:], strict=True):
+        if paths.count(whole) > 1:
+            raise UserError(f"{path} is evaluated twice: name it once in RUN and --also")
+        folder = whole.parent if whole.name == distilled_set.FILE_NAME else whole
+        taken = folder.name in sets or training_data.is_reserved(folder.name)
+        name = str(folder) if taken else folder.name
+        sets[name] = export.read(path) or distilled_set.load(distilled_set.locate(path))
+        origin.check_same_data(path, sets[name], splits, str(options.run))
+    return sets
+
+
 def _load_published(options: EvaluateOptions) -> tuple[DistilledSet, Splits]:
     splits = datasets.load(
         _require_data(options, options.data),
@@ -282,30 +313,98 @@ def _limit_validation(validation: LabeledImages) -> LabeledImages:
     return validation.select(np.sort(rows)) if len(rows) < len(validation) else validation
 
 
-def learner(name: str, distilled: DistilledSet, options: EvaluateOptions) -> Learner:
+def make_learners(
+    names: Sequence[str], distilled: DistilledSet, splits: Splits, options: EvaluateOptions
+) -> list[Learner]:
+    """The learners that names mean; those on the same backbone share its features.
+
+    Args:
+        names: Elements of `--learners`: LEARNER, or LEARNER@BACKBONE for one on features.
+        distilled: The set, whose kernel `ridge` uses.
+        splits: The data that it was distilled from.
+        options: Steps, device and augmentation of networks, and code that runs may name.
+
+    Raises:
+        UserError: If a name is unknown, or a backbone cannot be loaded.
+    """
+    names = [_on_own_backbone(name, distilled) for name in names]
+    typed, labels = _typed_names(names, options), _backbone_labels(names)
+
+    @functools.cache
+    def space(backbone: str) -> FeatureSpace:
+        from kd.evaluation import numpy_backbone
+
+        shape, device = splits.train.shape, options.device
+        label = labels[backbone]
+        loaded = numpy_backbone.load(backbone, shape, label=label, device=device, typed=typed)
+        return FeatureSpace(loaded, splits.train)
+
+    return [learner(name, distilled, options, space) for name in names]
+
+
+def _on_own_backbone(name: str, distilled: DistilledSet) -> str:
+    """`ridge` of a set that was made through a backbone: on the features of that one.
+
+    Raises:
+        UserError: If the backbone is no folder here: a file may not choose what else is loaded.
+    """
+    source = origin.read_provenance(distilled)
+    if name != "ridge" or source.backbone is None:
+        return name
+    if not Path(source.backbone).is_dir():
+        raise UserError(
+            f"the set was made through the backbone {source.backbone}, which is no folder here: "
+            f"write ridge@{source.backbone} in --learners, or leave ridge out"
+        )
+    return f"ridge@{source.backbone}"
+
+
+def _backbone_labels(learner_names: Sequence[str]) -> dict[str, str]:
+    """A name in reports for each backbone: the last part of a folder's path where no two share it.
+
+    Args:
+        learner_names: Elements of `--learners`.
+    """
+    backbones = dict.fromkeys(name.partition("@")[2] for name in learner_names)
+    short = {each: Path(each).resolve().name if Path(each).is_dir() else each for each in backbones}
+    counts = collections.Counter(short.values())
+    return {each: label if counts[label] == 1 else each for each, label in short.items()}
+
+
+def _typed_names(learner_names: Sequence[str], options: EvaluateOptions) -> list[str]:
+    """All names that may be code which the user has typed."""
+    trusted = lists.parse_names("--trust-module", options.trust_module or "", empty=True)
+    backbones = [name.partition("@")[2] for name in learner_names]
+    return [*trusted, *learner_names, *filter(None, backbones)]
+
+
+def learner(
+    name: str,
+    distilled: DistilledSet,
+    options: EvaluateOptions,
+    space: Callable[[str], FeatureSpace],
+) -> Learner:
     """The learner that a name means.
 
     Args:
         name: An element of `--learners`.
         distilled: The set, whose kernel `ridge` uses.
         options: Steps, device and augmentation of networks.
+        space: The features of the evaluation's images by the backbone of a name.
 
     Raises:
         UserError: If the name is unknown.
     """
+    base, at, backbone = name.partition("@")
+    is_regression = base.partition(":")[0] == "ridge"
+    if at and (base == "linear-probe" or is_regression):
+        return _feature_learner(name, base, backbone, distilled, space)
     if name == "linear-probe":
         from dsdistill.methods.linear_probe import LinearProbe
 
         return LinearProbe()
-    base, _, kernel = name.partition(":")
-    if base == "ridge":
-        from dsdistill.methods import stored_kernel
-
-        remedy = (
-            "if you trust that module, name it yourself with --learners ridge:{}; otherwise leave "
-            "ridge out of --learners"
-        )
-        return stored_kernel.learner(distilled, kernel, name=name, remedy=remedy)
+    if is_regression:
+        return _ridge(name, distilled)
     from kd.evaluation.learners import network_learner
 
     flip = options.augment == "crop-flip"
@@ -317,3 +416,52 @@ def learner(name: str, distilled: DistilledSet, options: EvaluateOptions) -> Lea
         shape=distilled.images.shape[1:],
         classes=len(distilled.classes),
     )
+
+
+def _ridge(name: str, distilled: DistilledSet, *, sees_features: bool = False) -> "RidgeLearner":
+    """Ridge regression with the kernel after `ridge:`, or the set's own."""
+    from dsdistill.methods import stored_kernel
+
+    remedy = (
+        "if you trust that module, name it yourself with --learners ridge:{}; otherwise leave "
+        "ridge out of --learners"
+    )
+    kernel = name.partition(":")[2]
+    return stored_kernel.learner(
+        distilled, kernel, name=name, remedy=remedy, sees_features=sees_features
+    )
+
+
+def _feature_learner(
+    name: str,
+    base: str,
+    backbone: str,
+    distilled: DistilledSet,
+    space: Callable[[str], FeatureSpace],
+) -> FeatureLearner:
+    """A linear probe or ridge regression on the features of a backbone.
+
+    Raises:
+        UserError: If the set holds features itself, the backbone cannot be loaded, or the kernel
+            takes images of several pixels only.
+    """
+    if not backbone:
+        raise UserError(
+            f"{name} names no backbone: write {name}BACKBONE, the folder of a run of kd train or a "
+            "name with published weights"
+        )
+    if is_features(distilled.images.shape[1:]):
+        raise UserError(f"the set holds features already: write {base} in place of {name}")
+    if base == "linear-probe":
+        from dsdistill.methods.linear_probe import LinearProbe
+
+        return FeatureLearner(LinearProbe(), space(backbone))
+    from dsdistill.kernels.networks import Engine
+
+    regression = _ridge(base, distilled, sees_features=True)
+    if regression.network.engine is Engine.EXACT_PLANES:
+        raise UserError(
+            f"{name} has the kernel {regression.network.name}, and features have no pixels to "
+            f"convolve: write ridge:linear@{backbone} or ridge:fc@{backbone}"
+        )
+    return FeatureLearner(regression, space(backbone))

@@ -2,8 +2,9 @@
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -42,8 +43,9 @@ def arms(
     teacher: LogitFunction | None = None,
     teacher_identity: Any = None,
     solver: LabelSolver | None = None,
+    further: Mapping[str, DistilledSet] = MappingProxyType({}),
 ) -> list[Arm]:
-    """All arms of an evaluation, those of the distilled set first.
+    """All arms of an evaluation, those of the distilled set first, then those of further sets.
 
     Args:
         distilled: The set; its stored labels, their arg-max and the teacher's labels give one arm
@@ -54,6 +56,7 @@ def arms(
         teacher: Logits of preprocessed images; None: no arm with a teacher's labels.
         teacher_identity: Identity of the teacher, JSON-compatible.
         solver: Label Solve on the training images, for the control with solved labels.
+        further: Further sets of the same data by the name of their arm.
     """
     stored = distilled.examples()
     hard = replace(stored, targets=None)
@@ -70,24 +73,31 @@ def arms(
         relabelled = replace(stored, targets=_answers(teacher, stored))
         key = {"set": digest(distilled), "teacher": teacher_identity}
         distilled_arms.append(_fixed_arm("distilled-teacher", relabelled, key))
+    for name, other in further.items():
+        distilled_arms += _further_arms(name, other, distilled.preprocess)
     relabel: dict[str, controls.Relabel] = {}
-    further: dict[str, Any] = {}  # what else the results of a control depend on
+    dependencies: dict[str, Any] = {}  # what else the results of a control depend on
     if teacher is not None:
         relabel[controls.SOFT] = functools.partial(_answers, teacher)
-        further[controls.SOFT] = {"teacher": teacher_identity}
+        dependencies[controls.SOFT] = {"teacher": teacher_identity}
     if solver is not None:
         relabel[controls.SOLVED] = solver.solve
-        further[controls.SOLVED] = {"solver": solver.identity}
+        dependencies[controls.SOLVED] = {"solver": solver.identity}
 
     def control(name: str) -> Arm:
         drawn = controls.arm(name, train, per_class, relabel.get(name))
         count = len(train) if name == "full" else per_class * len(distilled.classes)
         identity = {"data": data} | ({} if name == "full" else {"images_per_class": per_class})
-        known = further.get(name, {})
+        known = dependencies.get(name, {})
         whole = None if None in known.values() else identity | known
         return replace(drawn, identity=whole, images=count)
 
     return distilled_arms + [control(name) for name in names]
+
+
+def is_reserved(name: str) -> bool:
+    """Whether a name means the first set or a control, so that no further set may have it."""
+    return name.startswith("distilled") or name in (*controls.CONTROLS, *controls.RELABELLED)
 
 
 def images_per_class(distilled: DistilledSet) -> int:
@@ -109,6 +119,25 @@ def preprocess_digest(preprocess: Preprocess) -> str:
     for array in (preprocess.mean, preprocess.std, preprocess.whiten):
         sha.update(b"-" if array is None else np.ascontiguousarray(array).tobytes())
     return sha.hexdigest()
+
+
+def _further_arms(name: str, other: DistilledSet, preprocess: Preprocess) -> list[Arm]:
+    """The arms of a further set: its labels as stored, and hard ones where these differ.
+
+    Args:
+        name: Name of the first arm.
+        other: The set.
+        preprocess: Preprocessing to which its images are brought.
+    """
+    stored = other.examples()
+    if not other.preprocess.same_as(preprocess):
+        images = preprocess.apply(other.preprocess.invert(other.images))
+        stored = replace(stored, data=replace(stored.data, store=images), preprocess=preprocess)
+    hard, identity = replace(stored, targets=None), {"set": digest(other)}
+    further = [_fixed_arm(name, stored, identity)]
+    if not np.array_equal(hard.labels(), stored.labels()):
+        further.append(_fixed_arm(f"{name}-hard", hard, identity))
+    return further
 
 
 def _fixed_arm(name: str, examples: Examples, identity: dict[str, Any]) -> Arm:

@@ -33,6 +33,7 @@ from dsdistill.kernels.gram import Tile, gram, plan_tile
 from dsdistill.kernels.networks import InfiniteNetwork
 from dsdistill.methods import linear_sums
 from dsdistill.methods.augment import add_flips
+from dsdistill.methods.linear_sums import FeatureMap
 from dsdistill.parallel import devices
 
 CHUNK = 2000  # images per chunk of a prediction
@@ -86,10 +87,11 @@ class RidgeLearner:
 
     def __call__(self, train: Examples, validation: Examples, seed: int, /) -> Predict:
         """Fit on all training images; validation images and seed have no influence."""
-        explicit = None if self.flips else _fit_map(self.network, train, self.ridge)
-        if explicit is not None:
-            return explicit
-        return fit(self.network, train.images(), train.labels(), self.ridge, flips=self.flips)
+        feature_map = None if self.flips else self.network.feature_map
+        explicit = None if feature_map is None else _fit_map(feature_map, train, self.ridge)
+        return explicit or fit(
+            self.network, train.images(), train.labels(), self.ridge, flips=self.flips
+        )
 
 
 def fit(
@@ -117,10 +119,11 @@ def fit(
         both = add_flips(jnp.asarray(images), jnp.asarray(labels))
         images, labels = np.asarray(both[0]), np.asarray(both[1])
     n = len(images)
-    labelled = LabeledImages(images, labels.argmax(1), tuple(map(str, range(labels.shape[1]))))
-    whole = Examples(labelled, identity(images.shape[-1]), labels, is_preprocessed=True)
-    if (explicit := _fit_map(network, whole, ridge)) is not None:
-        return explicit
+    if network.feature_map is not None:
+        labelled = LabeledImages(images, labels.argmax(1), tuple(map(str, range(labels.shape[1]))))
+        whole = Examples(labelled, identity(images.shape[-1]), labels, is_preprocessed=True)
+        if (explicit := _fit_map(network.feature_map, whole, ridge)) is not None:
+            return explicit
     memory.require(4 * 8 * n * n, f"ridge regression on {n} images", "use fewer images")
     with jax.enable_x64(True):
         programs = _programs(network, n, images.shape[1:])
@@ -145,21 +148,19 @@ def fit(
     return predictor
 
 
-def _fit_map(network: InfiniteNetwork, train: Examples, ridge: float) -> Predict | None:
-    """Fit by the network's map, in one pass; None if it has none, or more values than images.
+def _fit_map(feature_map: FeatureMap, train: Examples, ridge: float) -> Predict | None:
+    """Fit by a kernel's map, in one pass; None unless it has fewer values than there are images.
 
     Args:
-        network, ridge: As for `fit`.
+        feature_map: The map.
         train: The support.
+        ridge: As for `fit`.
     """
-    if network.feature_map is None:
+    if len(train) <= linear_sums.width(feature_map, train.data.shape):
         return None
-    if len(train) <= linear_sums.width(network.feature_map, train.data.shape):
-        return None
-    [sums] = collections.deque(linear_sums.accumulate(network.feature_map, train), maxlen=1)
+    [sums] = collections.deque(linear_sums.accumulate(feature_map, train), maxlen=1)
     gram_tt, gram_ty = map(np.asarray, sums[1:])
     weights = linear_sums.weights(gram_tt, gram_ty, ridge * np.trace(gram_tt) / len(train))
-    feature_map = network.feature_map
     apply = jax.jit(lambda x: feature_map(x.astype(jnp.float64)) @ weights)
 
     def predictor(targets: Float[np.ndarray, "m h w c"], /) -> Float[np.ndarray, "m k"]:

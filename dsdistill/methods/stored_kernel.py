@@ -28,6 +28,7 @@ def learner(
     *,
     name: str = "ridge",
     remedy: str,
+    sees_features: bool = False,
 ) -> RidgeLearner:
     """Kernel ridge regression with the set's own ridge, and its kernel or another one.
 
@@ -37,15 +38,21 @@ def learner(
         name: Name of the learner in reports.
         remedy: How the user names a kernel that is code, for the message; it has `{}` in the place
             of its name.
+        sees_features: Whether it will see the features of a backbone in place of images.
 
     Raises:
-        UserError: If the set states values that cannot be used, or its kernel is a module: a file
-            may not choose the code that runs here.
+        UserError: If the set states values that cannot be used, its kernel is a module (a file may
+            not choose the code that runs here), or one on the features of a backbone.
     """
     source = origin.read_provenance(distilled)
     depth: int | None = None
     std: dict[str, Any] = {}
     if not kernel:
+        if source.backbone is not None and not sees_features:
+            raise UserError(
+                "the set was made through a backbone, and its kernel sees features and no pixels: "
+                f"use ridge@{source.backbone} as a learner, or name a kernel of pixels"
+            )
         needed = ("kernel", "depth", "w_std", "b_std")
         provenance.require_usable(
             "the distilled set", source, [f"config.{part}" for part in needed]

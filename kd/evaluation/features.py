@@ -74,8 +74,7 @@ class ArrayImages:
         for rows in parts:
             images = batching.to_nchw(preprocess.unit_range(self.data.images(rows)))
             if key is None:
-                interpolation = "bicubic" if self.views.interpolation == "bicubic" else "bilinear"
-                batch = resize(images.to(self.device), self.views.size, interpolation)
+                batch = resize_plain(images.to(self.device), self.views)
             else:
                 views = [
                     self._random_view(image, (*key, int(row)))
@@ -92,6 +91,27 @@ class ArrayImages:
         )
         with temporary_seed(*seed):
             return v2.RandomHorizontalFlip(self.views.hflip)(crop(image))
+
+
+class PlainInput(Protocol):
+    """Size of a backbone's images, and the interpolation of the resize."""
+
+    @property
+    def size(self) -> tuple[int, int]: ...
+
+    @property
+    def interpolation(self) -> str: ...
+
+
+def resize_plain(images: Float[Tensor, "n c h w"], inputs: PlainInput) -> Float[Tensor, "n c H W"]:
+    """Resize whole images of an array, without rounding to bytes or a central crop.
+
+    Args:
+        images: Images in [0, 1].
+        inputs: Size and interpolation; other interpolations than bicubic are bilinear here.
+    """
+    interpolation = "bicubic" if inputs.interpolation == "bicubic" else "bilinear"
+    return resize(images, inputs.size, interpolation)
 
 
 def plan(plain: int, training: int, views: int, size: int) -> list[ViewRows]:

@@ -216,6 +216,7 @@ def test_evaluate_measures_a_set_and_its_controls(
         distilled,
         train=digits.train,
         test=(x, y),
+        also={"other": distilled},
         learners=["ridge"],
         controls=["random"],
         seeds=2,
@@ -226,12 +227,19 @@ def test_evaluate_measures_a_set_and_its_controls(
     assert row is not None
     assert row.accuracy is not None
     assert row.accuracy.mean == pytest.approx((distilled.predictor()(x).argmax(1) == y).mean())
-    assert {row.arm for row in report.rows} == {"distilled", "distilled-hard", "random"}
+    assert {row.arm for row in report.rows} == {"distilled", "distilled-hard", "other", "random"}
+    also = report.row("ridge", "other")
+    assert also is not None
+    assert also.accuracy == row.accuracy
     # The images that chose the step of the set choose here too.
     assert report.data["validation"] == distilled.provenance["data"]["validation"]
     assert (tmp_path / "report" / "report.html").exists()
     with pytest.raises(UserError, match="already holds a report: choose another out"):
         dsdistill.evaluate(distilled, train=digits.train, test=(x, y), out=tmp_path / "report")
+    with pytest.raises(UserError, match="also cannot name a set 'random'"):
+        dsdistill.evaluate(
+            distilled, train=digits.train, test=(x, y), also={"random": distilled}, progress=False
+        )
 
 
 def test_a_network_of_neural_tangents_is_a_kernel(

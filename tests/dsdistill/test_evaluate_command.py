@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 import torch
 
+from dsdistill.commands import distil, evaluation_parts
 from dsdistill.commands import evaluate as evaluate_command
-from dsdistill.commands import evaluation_parts
 from dsdistill.harness import machine
 from dsdistill.harness.data import distilled_set
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.reports import report as reports
 from dsdistill.harness.stopping import StopInterrupt
-from dsdistill.options import EvaluateOptions, ReportOptions
+from dsdistill.options import EvaluateOptions, LabelSolveOptions, ReportOptions
 from kd.commands import train as train_command
 from kd.evaluation import learners
 from kd.options import Overrides, TrainOptions
@@ -347,3 +347,59 @@ def _write_and_stop(write: Callable[..., None]) -> Callable[..., None]:
         raise KeyboardInterrupt
 
     return stopping
+
+
+@pytest.fixture(scope="module")
+def solved_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two images per class of digits with labels solved, in another preprocessing."""
+    out = tmp_path_factory.mktemp("also") / "solved"
+    options = LabelSolveOptions("digits", images_per_class=2, preprocess="none", out=out)
+    return distil.run_label_solve(options)
+
+
+def test_sets_are_compared_side_by_side(kip_run: Path, solved_run: Path, tmp_path: Path) -> None:
+    options = EvaluateOptions(
+        kip_run, also=(solved_run,), learners="ridge", controls="random", seeds=2, cache=None
+    )
+    folder = evaluate_command.run(replace(options, out=tmp_path / "a"))
+    report = reports.load(folder)
+    assert [row.arm for row in report.rows] == [
+        *("distilled", "distilled-hard", "solved", "solved-hard", "random")
+    ]
+    rows = {row.arm: row.accuracy for row in report.rows}
+    assert rows["solved"].mean > rows["solved-hard"].mean
+    [note] = [note for note in report.notes if note.startswith("solved: ls with fc(1)")]
+    assert "brought from the preprocessing none" in note
+    assert "perhaps made of images that are held out here" in note
+    assert f"--also {solved_run}" in report.commands[-1]
+    # The same real images, in the preprocessing of the first set.
+    parts = evaluation_parts.assemble(options)
+    own = distilled_set.load(solved_run / distilled_set.FILE_NAME)
+    solved = next(arm for arm in parts.arms if arm.name == "solved").draw(0)
+    fitted = parts.distilled.preprocess
+    np.testing.assert_allclose(solved.images(), fitted.apply(own.images), atol=1e-5)
+    np.testing.assert_array_equal(solved.labels(), own.labels)
+
+
+def test_a_further_set_that_does_not_fit_is_one_line(
+    kip_run: Path, solved_run: Path, tmp_path: Path
+) -> None:
+    options = EvaluateOptions(kip_run, learners="ridge", cache=None, out=tmp_path / "out")
+    other = distilled_set.load(solved_run / distilled_set.FILE_NAME)
+    provenance = json.loads(json.dumps(dict(other.provenance)))
+    provenance["data"]["sha256"] = "0" * 64
+    changed = tmp_path / "changed.safetensors"
+    distilled_set.save(changed, replace(other, provenance=provenance))
+    for also, message in (
+        ((solved_run, solved_run), "is evaluated twice"),
+        ((kip_run,), "is evaluated twice"),
+        ((changed,), "was distilled from other images"),
+        ((tmp_path / "nowhere",), "nowhere"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate_command.run(replace(options, also=also))
+    # A folder with the name of another kind of data is named by its path.
+    shutil.copytree(solved_run, tmp_path / "random")
+    file = solved_run / distilled_set.FILE_NAME
+    parts = evaluation_parts.assemble(replace(options, also=(tmp_path / "random", file)))
+    assert list(parts.further) == [str(tmp_path / "random"), "solved"]

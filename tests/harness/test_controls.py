@@ -49,6 +49,19 @@ def test_k_means_covers_the_clusters_of_a_class():
         assert {tuple(row) for row in mine.round().astype(int)} == {(0, 0), (0, 1), (1, 0), (1, 1)}
 
 
+def test_at_one_image_per_class_k_means_and_herding_take_the_central_one():
+    """The real image nearest to the mean of its class."""
+    train = coloured(60)
+    images, labels = train.images().reshape(60, -1).astype(np.float64), train.data.labels
+    central = []
+    for label in (0, 1):
+        mine = images[labels == label]
+        central.append(mine[np.linalg.norm(mine - mine.mean(0), axis=1).argmin()])
+    for chosen in (controls.k_means(train, 1, 0), controls.herding(train, 1)):
+        assert chosen.data.labels.tolist() == [0, 1]
+        np.testing.assert_allclose(chosen.images().reshape(2, -1), central)
+
+
 def test_k_means_takes_no_image_twice():
     distance = np.array([[0.0, 0.1], [1.0, 1.0], [2.0, 0.5]])  # both centres nearest to image 0
     assert controls._nearest_images(distance).tolist() == [0, 2]

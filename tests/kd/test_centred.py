@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import kd_support as support
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from torch.func import functional_call, jacrev
 
+import kd
 from dsdistill.harness.errors import UserError
 from kd.evaluation.learners import STABLE_SHARES, network_learner
 from kd.models import networks, saved_models, teachers
@@ -278,3 +280,35 @@ def test_a_wide_centred_network_predicts_as_kernel_ridge_regression() -> None:
     truth = splits.test.labels
     accuracy, limit = (np.mean(each.argmax(1) == truth) for each in (scores, expected))
     assert accuracy == pytest.approx(limit, abs=0.015)
+
+
+def _wide(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))
+
+
+def test_the_library_trains_the_difference_and_goes_on_with_it(tmp_path: Path) -> None:
+    images, labels = torch.tensor(EASY.images()).permute(0, 3, 1, 2), EASY.data.labels
+    train = [(images, torch.tensor(labels))]
+    options: dict[str, Any] = {"device": "cpu", "progress": False, "checkpoint": tmp_path / "c"}
+    options |= {"centred": True, "validation": train}
+    student, start = _wide(0), _wide(0)
+    result = kd.distill(student, None, train, epochs=3, **options)
+    difference = result.student
+    assert not difference.training
+    with torch.no_grad():
+        expected = student(images) - start(images)
+        assert torch.equal(difference(images), expected)
+        assert not torch.equal(student(images), start(images))
+    accuracy = (expected.argmax(1).numpy() == labels).mean()
+    assert result.accuracy == pytest.approx(accuracy)
+    assert all(p.requires_grad for p in student.parameters())
+    # The start is that of the checkpoint, not of the module of a later call.
+    longer = kd.distill(_wide(1), None, train, epochs=4, **options)
+    assert longer.history[:3] == result.history
+    assert isinstance(longer.student, networks.Classifier)
+    assert longer.student.initial is not None
+    assert torch.equal(longer.student.initial.network(images), start(images))
+    options["centred"] = False
+    with pytest.raises(kd.UserError, match="made with student centred Sequential of"):
+        kd.distill(_wide(0), None, train, epochs=4, **options)

@@ -28,6 +28,7 @@ class Provenance:
         judge: The kernel as written on a command line, with its depth in `depth`.
         depth, w_std, b_std: Depth, weight and bias deviation of that kernel.
         support_flips: Whether the mirror images of the set count as further images.
+        backbone: Network through whose features the set was made.
         ridge: Relative ridge of the kernel ridge regression that evaluated the set.
         source: Data set, folder or file that the set was distilled from.
         sha256: SHA-256 of the training images and labels of that data.
@@ -49,6 +50,7 @@ class Provenance:
     w_std: float | None
     b_std: float | None
     support_flips: bool | None
+    backbone: str | None
     ridge: float | None
     source: str | None
     sha256: str | None
@@ -101,6 +103,7 @@ def parse(stored: Mapping[str, Any], shape: Sequence[int]) -> Provenance:
             "support_flips",
             lambda v: v if isinstance(v, bool) else None,
         ),
+        backbone=read(config, "config.features", "features", _line),
         ridge=read(stored, "evaluation_ridge", "evaluation_ridge", lambda v: _number(v, 0, 1e6)),
         source=read(data, "data.source", "source", _source),
         sha256=read(data, "data.sha256", "sha256", _sha256),

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -21,6 +21,15 @@ class Predict(Protocol):
     """
 
     def __call__(self, images: Float[np.ndarray, "n h w c"], /) -> Float[np.ndarray, "n k"]: ...
+
+
+@runtime_checkable
+class ExamplesPredict(Protocol):
+    """A predictor that reads examples itself, since it keeps what it has computed of them."""
+
+    def predict_examples(self, examples: Examples, rows: slice) -> Float[np.ndarray, "n k"]:
+        """Scores of some of the examples, as those of their images."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,12 +135,15 @@ def _predict_scores(
     """
     k, parts = len(examples.data.classes), []
     for rows in batches or examples.batches():
-        images = examples.images(rows)
-        scores = np.asarray(predict(images), np.float64)
-        if scores.shape != (len(images), k):
+        if isinstance(predict, ExamplesPredict):
+            given = predict.predict_examples(examples, rows)
+        else:
+            given = predict(examples.images(rows))
+        scores, n = np.asarray(given, np.float64), len(examples.data.labels[rows])
+        if scores.shape != (n, k):
             raise UserError(
-                f"scores of {len(images)} images of {k} classes must have the shape "
-                f"({len(images)}, {k}), got {scores.shape}"
+                f"scores of {n} images of {k} classes must have the shape ({n}, {k}), got "
+                f"{scores.shape}"
             )
         parts.append(scores)
     return np.concatenate(parts)

@@ -32,10 +32,12 @@ class Learner(Protocol):
         limit: Largest number of images it can train on, or None. From a larger set the evaluation
             draws that many, class-balanced, and the report says so.
 
-    It may have three more: `deterministic`, True if the seed changes nothing, so that one
+    It may have four more: `deterministic`, True if the seed changes nothing, so that one
     training serves all seeds of the same data; `identity`, a JSON-compatible value of all that
     its results depend on besides data and seed, so that they can be cached for later evaluations;
-    and `accelerator`, the name of the device it computes on, None for the CPU.
+    `accelerator`, the name of the device it computes on, None for the CPU; and `prepare`, a
+    function that is given training and validation images before the time of a training counts,
+    for what all trainings share.
     """
 
     @property
@@ -202,8 +204,12 @@ class _TrainingOutcome:
 
 
 def _train(learner: Learner, train: Examples, held_out: HeldOut, seed: int) -> _TrainingOutcome:
+    prepare = getattr(learner, "prepare", None)
     began = time.monotonic()
     try:
+        if prepare is not None:
+            prepare(train, held_out.validation)
+            began = time.monotonic()
         predict, failure = learner(train, held_out.validation, seed), None
     # A learner may be third-party code, and one that fails must not cost the others' results: the
     # report shows the reason in place of its accuracy.

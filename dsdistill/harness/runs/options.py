@@ -44,10 +44,10 @@ class Storage:
                 stored |= self.to_json(value)
             elif value is not None and name in self.absolute:
                 stored[name] = self.absolute[name](str(value))
-            elif isinstance(value, Path):
-                stored[name] = str(value.absolute())
+            elif isinstance(value, tuple):
+                stored[name] = [_store_path(item) for item in value]
             else:
-                stored[name] = list(value) if isinstance(value, tuple) else value
+                stored[name] = _store_path(value)
         return stored
 
     def from_json(self, options: Options, run: Path, config: Mapping[str, Any]) -> Options:
@@ -82,6 +82,11 @@ class Storage:
                     raise _damaged(run, name, stored[name]) from error
                 del stored[name]
         return replace(cast(Any, options), **changed)
+
+
+def _store_path(value: Any) -> Any:
+    """A path as absolute text, and any other value as it is."""
+    return str(value.absolute()) if isinstance(value, Path) else value
 
 
 def _from_json(value: Any, kind: Any) -> Any:
