@@ -307,7 +307,7 @@ def test_evaluate_judges_it_through_its_backbone(inside: Path, finished: Path) -
     own = distilled_set.load(finished / distilled_set.FILE_NAME).provenance["metrics"]
     ours = [r for r in found if r.learner.startswith("ridge") and r.arm == "distilled"]
     assert ours[0].accuracy == pytest.approx(own["test_accuracy"], abs=1e-6)
-    with pytest.raises(UserError, match="through a backbone.*ridge@"):
+    with pytest.raises(UserError, match=r"through a backbone.*ridge@"):
         dsdistill.load(finished).predictor()
 
 
