@@ -67,7 +67,9 @@ def judged(sets: list[Path], also: list[Path], options: argparse.Namespace, out:
     for row in report.load(out).rows:
         arm = "kip" if row.arm == "distilled" or row.arm in names else row.arm
         if not arm.endswith("-hard"):
-            found.setdefault((arm, row.learner), []).extend(r.accuracy for r in row.results)
+            found.setdefault((arm, row.learner), []).extend(
+                r.accuracy for r in row.results if r.accuracy is not None
+            )
     lines = []
     for (arm, learner), values in found.items():
         spread = f" +- {np.std(values, ddof=1):.1%}" if len(values) > 1 else ""
