@@ -158,9 +158,9 @@ def test_a_kill_costs_nothing_that_was_saved(
     extract(inside, whole, "--views", 4)
     code = (
         "import os, signal, sys, time\n"
-        "from kd.commands import features\n"
+        "from kd.evaluation import extraction\n"
         "from dsdistill.harness.data.feature_file import PartialFeatures\n"
-        "features.SECONDS_BETWEEN_SAVES = 0\n"
+        "extraction.SECONDS_BETWEEN_SAVES = 0\n"
         "append = PartialFeatures.append\n"
         "def killed(self, rows):\n"
         "    append(self, rows)\n"

@@ -38,6 +38,7 @@ FORMAT_VERSION = 1
 PARTS = ("train", "validation", "test")  # in the order of their numbers in `parts`
 RECORD = "record"
 FEATURES = "images.npy"  # of the file and, with all rows so far, of the partial folder
+PARTIAL_SUFFIX = ".partial"  # of the folder of a file that is not whole
 STATE = "state.json"  # of the partial folder: the record, and the number of rows that are safe
 CHUNK_BYTES = 1 << 24  # that are copied or checked at a time
 LOCAL_HEADER_BYTES = 30  # of a zip member, before its name and its extra field
@@ -164,7 +165,7 @@ class PartialFeatures:
             UserError: If the file exists, another process is at work on it, there is nothing or
                 something else to continue, or the disk has too little space.
         """
-        self.path, self.folder = path, path.with_name(f"{path.name}.partial")
+        self.path, self.folder = path, path.with_name(f"{path.name}{PARTIAL_SUFFIX}")
         self.record = json.loads(json.dumps({"format": FORMAT_VERSION, **record}))
         self.shape, self.done = shape, 0
         if path.exists():
