@@ -1,6 +1,6 @@
 """Run a method on prepared input: what comes out, and the record of how it was made."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from dsdistill.commands.prepare import Prepared
 from dsdistill.harness import machine, memory
+from dsdistill.harness.data.datasets import Splits
 from dsdistill.harness.data.labeled_images import Examples
 from dsdistill.harness.runs import progress, run_folder
 from dsdistill.loops import kip_loop, timing
@@ -177,14 +178,37 @@ def provenance(
         outcome: What the method returned.
         test_figures: Figures on the test images by name; empty where there are none.
     """
-    splits, figures = prepared.splits, {**test_figures, **outcome.figures}
+    figures = {**test_figures, **outcome.figures}
+    return describe_run(run, prepared.splits, options.seed, figures, outcome.seconds, VERSIONS) | {
+        "kernel": prepared.network.name,
+        "engine": prepared.network.engine,
+        "evaluation_ridge": outcome.ridge,
+        "stopped": outcome.stopped,
+    }
+
+
+def describe_run(
+    run: run_folder.Run,
+    splits: Splits,
+    seed: int,
+    figures: Mapping[str, float],
+    seconds: float,
+    packages: Sequence[str],
+) -> dict[str, Any]:
+    """Record what every method records of a run, JSON-compatible.
+
+    Args:
+        run: The run.
+        splits: Its data.
+        seed: Seed of its random choices.
+        figures: Figures by name; one that is not a number becomes None.
+        seconds: Duration, summed over resumes.
+        packages: Packages whose versions are recorded.
+    """
     config = {k: v for k, v in run.config.items() if k not in ("data_root", run_folder.INPUTS_KEY)}
     return {
         "method": run.config[run_folder.COMMAND_KEY],
         "config": config,
-        "kernel": prepared.network.name,
-        "engine": prepared.network.engine,
-        "evaluation_ridge": outcome.ridge,
         "data": {
             "name": splits.name,
             "source": run.config.get("data"),
@@ -194,10 +218,9 @@ def provenance(
             "test": len(splits.test),
         },
         "inputs": run.config[run_folder.INPUTS_KEY],
-        "seed": options.seed,
+        "seed": seed,
         "metrics": {k: None if v != v else v for k, v in figures.items()},
-        "seconds": outcome.seconds,
-        "stopped": outcome.stopped,
+        "seconds": seconds,
         "peak_memory": memory.peak(),
         "machine": {
             "device": jax.devices()[0].device_kind,
@@ -205,5 +228,5 @@ def provenance(
             "hosts": jax.process_count(),
             "platform": machine.describe(),
         },
-        "versions": {name: metadata.version(name) for name in VERSIONS},
+        "versions": {name: metadata.version(name) for name in packages},
     }
