@@ -8,10 +8,10 @@ The backbone is a torch network of `kd`; only arrays cross.
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -26,6 +26,7 @@ from dsdistill.harness.data import (
     preprocess,
 )
 from dsdistill.harness.data.datasets import Splits
+from dsdistill.harness.data.distilled_set import DistilledSet
 from dsdistill.harness.data.labeled_images import Examples, LabeledImages
 from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError
@@ -67,37 +68,109 @@ STORAGE = Storage(
 )
 
 
+class Network(Protocol):
+    """A map from images to features."""
+
+    def batches(self, images: LabeledImages) -> Iterator[Float[np.ndarray, "m d"]]:
+        """Yield the features of all images, `BATCH` at a time."""
+        ...
+
+    def record(self) -> dict[str, Any]:
+        """All that the features depend on besides the images, JSON-compatible."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
-class FeatureSpace:
-    """The features of a backbone, centred and scaled as those of the training images.
+class TorchNetwork:
+    """A frozen network of `kd`.
 
     Attributes:
         backbone: The network on its device, a `kd.evaluation.backbones.Backbone`.
         device: That device.
-        fitted: Map from its features to those that a linear kernel sees.
     """
 
     backbone: Any
     device: Any
+
+    def batches(self, images: LabeledImages) -> Iterator[Float[np.ndarray, "m d"]]:
+        """As `Network.batches`."""
+        from kd.evaluation import features, image_sets
+
+        ordered = image_sets.of_parts("", [images], "").ordered(
+            self.backbone.views(), self.device, BATCH, 0
+        )
+        plan = features.plan(len(images), 0, 1, BATCH)
+        return features.extract(self.backbone, ordered, plan, 0, self.device)
+
+    def record(self) -> dict[str, Any]:
+        """As `Network.record`."""
+        return self.backbone.record()
+
+
+@dataclass(frozen=True, eq=False)
+class FunctionNetwork:
+    """A caller's own function from (m, h, w, c) float32 images in [0, 1] to (m, d) features."""
+
+    function: Callable[[np.ndarray], Any]
+
+    def batches(self, images: LabeledImages) -> Iterator[Float[np.ndarray, "m d"]]:
+        """As `Network.batches`.
+
+        Raises:
+            UserError: If the function returns no row of numbers for each image.
+        """
+        for chunk in images.chunks(BATCH):
+            rows = np.asarray(self.function(preprocess.unit_range(chunk)))
+            if rows.ndim < 2 or len(rows) != len(chunk) or rows.dtype.kind not in "fiu":
+                raise UserError(
+                    f"features of {len(chunk)} images must be numbers of the shape "
+                    f"({len(chunk)}, d), got {rows.dtype} {rows.shape}"
+                )
+            yield rows.reshape(len(rows), -1)
+
+    def record(self) -> dict[str, Any]:
+        """As `Network.record`."""
+        return {"backbone": "a function"}
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureSpace:
+    """The features of a network, centred and scaled as those of the training images.
+
+    Attributes:
+        network: The network.
+        fitted: Map from its features to those that a linear kernel sees.
+    """
+
+    network: Network
     fitted: Preprocess
 
     def examples(self, images: LabeledImages, unit: str) -> Examples:
-        """Features of images, in memory, rounded as the file of features is.
+        """Features of images, in memory.
 
         Args:
             images: Images in [0, 1], or bytes.
             unit: Name of the images in the progress display.
         """
-        from kd.evaluation import features, image_sets
+        return Examples(extract(self.network, images, unit), self.fitted)
 
-        batches = features.plan(len(images), 0, 1, BATCH)
-        source = image_sets.of_parts(unit, [images], "")
-        ordered = source.ordered(self.backbone.views(), self.device, BATCH, 0)
-        stream = features.extract(self.backbone, ordered, batches, 0, self.device)
-        parts = [slice(int(batch.rows[0]), int(batch.rows[-1]) + 1) for batch in batches]
-        rows = [next(stream) for _ in progress.track_if_slow(parts, unit)]
-        store = np.concatenate(rows).astype(np.float16).reshape(len(images), 1, 1, -1)
-        return Examples(LabeledImages(store, images.labels, images.classes), self.fitted)
+
+def extract(network: Network, images: LabeledImages, unit: str) -> LabeledImages:
+    """Features of images in memory, in float16, as in a file of features.
+
+    Args:
+        network: The network.
+        images: Images in [0, 1], or bytes.
+        unit: Name of the images in the progress display.
+
+    Raises:
+        UserError: If a feature does not fit into float16.
+    """
+    stream = network.batches(images)
+    parts = [slice(i, min(i + BATCH, len(images))) for i in range(0, len(images), BATCH)]
+    rows = [feature_file.as_half(next(stream)) for _ in progress.track_if_slow(parts, unit)]
+    store = np.concatenate(rows).reshape(len(images), 1, 1, -1)
+    return LabeledImages(store, images.labels, images.classes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,19 +179,17 @@ class Prepared:
 
     Attributes:
         splits: The data.
-        backbone: The network on its device, a `kd.evaluation.backbones.Backbone`.
-        device: That device.
+        network: The network that sees the images.
         candidates: Positions of the training images whose crops are scored, for `--by crops`.
     """
 
     splits: Splits
-    backbone: Any
-    device: Any
-    candidates: Int[np.ndarray, " n"] | None
+    network: Network
+    candidates: Int[np.ndarray, " n"] | None = None
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of all that the run depends on, for `Run.require_same`."""
-        record = json.dumps(self.backbone.record(), sort_keys=True)
+        record = json.dumps(self.network.record(), sort_keys=True)
         network = hashlib.sha256(record.encode()).hexdigest()
         return self.splits.digests() | {"network of --features": network}
 
@@ -129,7 +200,7 @@ class Selection:
 
     Attributes:
         images: The images, in [0, 1] and in class order.
-        figures: Figures of the search by name.
+        figures: Figures by name.
         seconds: Duration of the search, summed over resumes.
     """
 
@@ -151,7 +222,7 @@ def run(options: SelectOptions) -> Path:
         opened, options = _reopen(options)
         with opened, _explain_stop(options, opened.folder):
             return _select_and_finish(options, opened, _prepare(options))
-    options = _with_defaults(options)
+    options = with_defaults(options)
     folder = options.out or run_folder.next_free(f"{METHOD}-{Path(options.data).stem}")
     run_folder.check_free(folder, distilled_set.FILE_NAME)
     with stopping.explain_stop():
@@ -163,8 +234,12 @@ def run(options: SelectOptions) -> Path:
         return _select_and_finish(options, opened, prepared)
 
 
-def _with_defaults(options: SelectOptions) -> SelectOptions:
-    """The options with the defaults that depend on others; refuses those of another way."""
+def with_defaults(options: SelectOptions) -> SelectOptions:
+    """The options with the defaults that depend on others.
+
+    Raises:
+        UserError: If an option of another way to choose is set.
+    """
     for way, defaults in OF_WAY.items():
         for name in defaults:
             if getattr(options, name) is not None and way != options.by:
@@ -174,12 +249,12 @@ def _with_defaults(options: SelectOptions) -> SelectOptions:
     return replace(options, **missing)
 
 
-def _check(options: SelectOptions) -> None:
-    if options.features is None:
-        raise UserError(
-            "--features must name the network that sees the images: the folder of a run of kd "
-            "train, or a network with published weights, such as timm:resnet18"
-        )
+def check(options: SelectOptions) -> None:
+    """Refuse values out of range.
+
+    Raises:
+        UserError: With the option, the rule and the value.
+    """
     least = {"images_per_class": 1, "crops": 1, "candidates": 1, "sweeps": 0, "seed": 0}
     for name, smallest in least.items():
         value = getattr(options, name)
@@ -197,10 +272,12 @@ def _prepare(options: SelectOptions) -> Prepared:
     """
     from kd.evaluation import backbones
 
-    _check(options)
-    assert options.features is not None
-    assert options.images_per_class is not None
-    device = backbones.device(options.device)
+    check(options)
+    if options.features is None:
+        raise UserError(
+            "--features must name the network that sees the images: the folder of a run of kd "
+            "train, or a network with published weights, such as timm:resnet18"
+        )
     backbones.check_name(options.features)
     path = Path(options.data).expanduser()
     if path.suffix == ".npz" and feature_file.is_feature_file(path):
@@ -214,17 +291,33 @@ def _prepare(options: SelectOptions) -> Prepared:
     )
     prepare.require_test_images(options.data, splits)
     prepare.note_held_out(options.data, options.validation_fraction, SelectOptions, splits)
+    return prepare_arrays(options, splits)
+
+
+def prepare_arrays(options: SelectOptions, splits: Splits) -> Prepared:
+    """Check the options against data that are at hand, and load the network.
+
+    Args:
+        options: Options without open defaults; those that say where the data are have no effect.
+        splits: The data; the test part may be empty.
+
+    Raises:
+        UserError: If a rule is broken; the message is about the first.
+    """
+    from kd.evaluation import backbones
+
+    assert options.features is not None
+    assert options.images_per_class is not None
+    device = backbones.device(options.device)
     labeled_images.check_images_per_class(splits.train, options.images_per_class)
-    candidates = None
-    if options.by == "crops":
-        candidates = _candidates(options, splits)
+    candidates = _candidates(options, splits) if options.by == "crops" else None
     backbone = backbones.load(
         options.features,
         options.layer,
         splits.train.shape,
         typed=backbones.names_in(options.features, options.trust_module),
     ).to(device)
-    return Prepared(splits, backbone, device, candidates)
+    return Prepared(splits, TorchNetwork(backbone, device), candidates)
 
 
 def _candidates(options: SelectOptions, splits: Splits) -> Int[np.ndarray, " n"]:
@@ -246,8 +339,7 @@ def _select_and_finish(options: SelectOptions, opened: Run, prepared: Prepared) 
         file = opened.folder / FEATURES_FILE
         try:
             train, validation = _features(prepared, opened.config, file)
-            space = FeatureSpace(prepared.backbone, prepared.device, train.preprocess)
-            _finish(options, opened, prepared, space, train, validation)
+            _finish(options, opened, prepared, train, validation)
         except UserError:
             if not (opened.folder / run_folder.CHECKPOINT).exists():
                 file.unlink(missing_ok=True)  # no part of a run is left that cannot be continued
@@ -262,19 +354,30 @@ def _features(
     """Features of the training and of the validation images, mapped from the run's folder."""
     from kd.evaluation import extraction, image_sets
 
-    splits = prepared.splits
+    splits, network = prepared.splits, prepared.network
+    assert isinstance(network, TorchNetwork)
     digest = hashlib.sha256(json.dumps(config[run_folder.INPUTS_KEY]).encode()).hexdigest()
     parts = [splits.train, splits.validation]
     what = extraction.Extraction(
         image_sets.of_parts(splits.name, parts, digest),
-        prepared.backbone,
-        prepared.device,
+        network.backbone,
+        network.device,
         str(config["data"]),
         batch_size=BATCH,
     )
     written = extraction.write_in_run(file, what)
-    train, validation = written.part("train"), written.part("validation")
+    train = written.part("train")
     assert train is not None, "no class is without training images"
+    return normalise(train, written.part("validation"))
+
+
+def normalise(train: LabeledImages, validation: LabeledImages | None) -> tuple[Examples, Examples]:
+    """Centre and scale features by those of the training images.
+
+    Args:
+        train: Features of the training images.
+        validation: Features of the validation images; None where there are none.
+    """
     fitted = preprocess.fit("centre", train.chunks, train.shape)
     none = train.select(np.zeros(0, np.int64))
     return Examples(train, fitted), Examples(validation or none, fitted)
@@ -284,45 +387,92 @@ def _finish(
     options: SelectOptions,
     opened: Run,
     prepared: Prepared,
-    space: FeatureSpace,
     train: Examples,
     validation: Examples,
 ) -> None:
     """Choose, judge the choice on the test images, which are read here, and save the set."""
-    splits, fitted = prepared.splits, preprocess.identity(prepared.splits.train.shape[2])
-    classes, count = splits.train.classes, options.images_per_class
+    selection, random = select(options, opened, prepared, train, validation)
+    distilled = assemble(options, opened, prepared, selection)
+    distilled_set.save(opened.folder / distilled_set.FILE_NAME, distilled)
+    hard = distilled.hard_labels
+    sides = GridSide("random", random, hard), GridSide("selected", selection.images, hard)
+    picture = opened.folder / "distilled.png"
+    distil.draw(picture, sides, distilled.classes, distilled.preprocess)
+
+
+def select(
+    options: SelectOptions,
+    opened: Run,
+    prepared: Prepared,
+    train: Examples,
+    validation: Examples,
+) -> tuple[Selection, Float[np.ndarray, "n h w c"]]:
+    """Choose images and judge them, last on the test images, which are read here.
+
+    Args:
+        options: Options without open defaults.
+        opened: The run.
+        prepared: Its checked input.
+        train, validation: Features of these images.
+
+    Returns:
+        The selection, and as many random images, in [0, 1].
+
+    Raises:
+        UserError: If something does not fit into memory.
+        KeyboardInterrupt: If stopped by hand, after a checkpoint.
+    """
+    splits, count = prepared.splits, options.images_per_class
+    classes = splits.train.classes
     assert count is not None
     probe = ridge.RidgeLearner(networks.parse("linear"), options.ridge)
     full = probe(train, validation, 0)
     selection = _choose(options, opened, prepared, train, validation, full)
-    hard = np.repeat(np.arange(len(classes)), count)
-    pixels = Examples(splits.train, fitted)
+    pixels = Examples(splits.train, preprocess.identity(splits.train.shape[2]))
     random = initial_support.draw_support(
         pixels, count, noise=False, corruption=0, seed=options.seed
-    )
+    ).images
+    space = FeatureSpace(prepared.network, train.preprocess)
+    hard = np.repeat(np.arange(len(classes)), count)
     chosen, drawn = (
         space.examples(LabeledImages(images, hard, classes), "images of the set")
-        for images in (selection.images, random.images)
+        for images in (selection.images, random)
     )
-    predictors = {"": probe(chosen, validation, 0), "initial_": probe(drawn, validation, 0)}
-    predictors |= {"full_": full}
+    predictors = {
+        "": probe(chosen, validation, 0),
+        "initial_": probe(drawn, validation, 0),
+        "full_": full,
+    }
     if len(validation):
         predictors["linear_probe_"] = LinearProbe()(chosen, validation, 0)
     figures = dict(selection.figures) | _accuracies(predictors, "validation", validation)
-    figures |= _accuracies(predictors, "test", space.examples(splits.test, "test images"))
+    if len(splits.test):
+        test = space.examples(splits.test, "test images")
+        figures |= _accuracies(predictors, "test", test)
+    return replace(selection, figures=figures), random
+
+
+def assemble(
+    options: SelectOptions, opened: Run, prepared: Prepared, selection: Selection
+) -> DistilledSet:
+    """The set of a selection, with the record of how it was made.
+
+    Args:
+        options, opened, prepared: As for `select`.
+        selection: What was chosen.
+    """
+    splits, images = prepared.splits, selection.images
+    classes = splits.train.classes
     record = outcomes.describe_run(
-        opened, splits, options.seed, figures, selection.seconds, VERSIONS
-    )
-    record |= {
+        opened, splits, options.seed, selection.figures, selection.seconds, VERSIONS
+    ) | {
         "kernel": f"linear on the features of {_short_name(options.features)}",
-        "features": prepared.backbone.record(),
+        "features": prepared.network.record(),
         "stopped": None,
     }
+    hard = np.repeat(np.arange(len(classes)), len(images) // len(classes))
     labels = labeled_images.centred_one_hot(hard, len(classes))
-    distilled = distilled_set.DistilledSet(selection.images, labels, fitted, classes, record)
-    distilled_set.save(opened.folder / distilled_set.FILE_NAME, distilled)
-    sides = GridSide("random", random.images, hard), GridSide("selected", selection.images, hard)
-    distil.draw(opened.folder / "distilled.png", sides, classes, fitted)
+    return DistilledSet(images, labels, preprocess.identity(images.shape[3]), classes, record)
 
 
 def _short_name(features: str | None) -> str:
@@ -392,7 +542,9 @@ def _choose_crops(
     assert rows is not None
     assert count is not None
     assert options.crops is not None
-    head = crops.own_head(prepared.backbone, splits.train.classes)
+    network = prepared.network
+    assert isinstance(network, TorchNetwork)
+    head = crops.own_head(network.backbone, splits.train.classes)
     judge = "its own classifier" if head else "a probe on the features of the training images"
     progress.say(f"crops are scored by {_short_name(options.features)}, with {judge}")
     calibration = validation if len(validation) else train
@@ -401,7 +553,7 @@ def _choose_crops(
         scores = held_out.predict_scores(full, calibration)
         temperature = metrics.fit_temperature(scores, calibration.data.labels)
     batches = crops.plan(rows, options.crops, BATCH)
-    source = crops.PaddedCrops(splits.train, prepared.backbone, prepared.device)
+    source = crops.PaddedCrops(splits.train, network.backbone, network.device)
 
     def score(first: int) -> Iterator[Float[np.ndarray, " n"]]:
         left = batches[first:]
