@@ -320,6 +320,36 @@ def prepare_arrays(options: SelectOptions, splits: Splits) -> Prepared:
     return Prepared(splits, TorchNetwork(backbone, device), candidates)
 
 
+def select_arrays(
+    options: SelectOptions, splits: Splits, function: Callable[[np.ndarray], Any] | None
+) -> DistilledSet:
+    """Choose among images that are at hand; nothing is written.
+
+    Args:
+        options: Options without open defaults.
+        splits: The data; the test part may be empty.
+        function: A caller's own network, in place of the one that the options name.
+
+    Raises:
+        UserError: If a rule is broken.
+    """
+    if function is None:
+        prepared = prepare_arrays(options, splits)
+    else:
+        assert options.images_per_class is not None
+        labeled_images.check_images_per_class(splits.train, options.images_per_class)
+        prepared = Prepared(splits, FunctionNetwork(function))
+    train = extract(prepared.network, splits.train, "training images")
+    judged = splits.validation
+    validation = extract(prepared.network, judged, "validation images") if len(judged) else None
+    elsewhere = ("data", *STORAGE.free, "image_size", "channels")  # no part of a call from Python
+    config = {name: value for name, value in _config(options).items() if name not in elsewhere}
+    opened = run_folder.in_memory(config)
+    opened.require_same(prepared.digests())
+    selection, _ = select(options, opened, prepared, *normalise(train, validation))
+    return assemble(options, opened, prepared, selection)
+
+
 def _candidates(options: SelectOptions, splits: Splits) -> Int[np.ndarray, " n"]:
     assert options.images_per_class is not None
     height, width, _ = splits.train.shape
@@ -477,7 +507,8 @@ def assemble(
 
 def _short_name(features: str | None) -> str:
     """The name of a network, or of the folder of its run, whose path may differ on resume."""
-    assert features is not None
+    if features is None:
+        return "a function"
     return Path(features).name if Path(features).is_dir() else features
 
 
