@@ -1,8 +1,8 @@
 """Dataset distillation with neural tangent kernels: many images in, a few out.
 
-`kip` and `label_solve` distil arrays, `evaluate` measures what learners reach on the result, `load`
-reads a set that was saved, `load_data` a folder of images. They are imported at their first use,
-with JAX.
+`kip` and `label_solve` distil arrays, `select` chooses among them, `evaluate` measures what
+learners reach on the result, `load` reads a set that was saved, `load_data` a folder of images.
+They are imported at their first use, with JAX.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         load,
         load_data,
         load_neural_tangents,
+        select,
         use_all_cores,
     )
 
@@ -31,6 +32,7 @@ __all__ = [
     "load",
     "load_data",
     "load_neural_tangents",
+    "select",
     "use_all_cores",
 ]
 

@@ -3,6 +3,7 @@
     import dsdistill
 
     small = dsdistill.kip(images, labels, images_per_class=10)
+    chosen = dsdistill.select(images, labels, images_per_class=10, features="runs/backbone")
     predict = small.predictor()
     report = dsdistill.evaluate(small, train=(images, labels), test=(x, y), learners=["ridge"])
 
@@ -28,6 +29,7 @@ from dsdistill.commands import (
     through_backbone,
     training_data,
 )
+from dsdistill.commands import select as selection
 from dsdistill.commands.outcomes import Outcome
 from dsdistill.commands.prepare import Prepared
 from dsdistill.distilled import Distilled, Kernel, as_network, load
@@ -59,6 +61,7 @@ from dsdistill.options import (
     KipOptions,
     LabelSolveOptions,
     RunOptions,
+    SelectOptions,
     with_defaults,
 )
 from dsdistill.parallel import devices, hosts
@@ -67,7 +70,7 @@ Pair = tuple[ArrayLike, ArrayLike]  # images and labels
 DATA_NAME = "arrays"  # name of a caller's data in provenance and reports
 # How messages of the commands read to who calls a function.
 _PHRASES = {"--resume goes on": "the same call goes on", "--out": "checkpoint"}
-_TEXTS = ("preprocess", "networks", "outer", "optimizer", "schedule")
+_TEXTS = ("preprocess", "networks", "outer", "optimizer", "schedule", "by")
 # Options about files, hosts and backbones are the commands' alone.
 _FILE_OPTIONS = ("data", "data_root", "image_size", "channels", "out", "resume", "hosts")
 STORAGE = Storage(unstored=(*_FILE_OPTIONS, "features", *through_backbone.OPTIONS), free=())
@@ -235,6 +238,82 @@ def label_solve(
             return outcomes.label_solve_outcome(options, run, prepared)
 
         return _distil("ls", options, prepared, solve, checkpoint)
+
+
+def select(
+    images: ArrayLike,
+    labels: ArrayLike,
+    *,
+    features: str | Callable[[np.ndarray], np.ndarray],
+    images_per_class: int | None = None,
+    by: Literal["ridge", "centre", "crops"] = SelectOptions.by,
+    validation: Pair | None = None,
+    validation_fraction: float = SelectOptions.validation_fraction,
+    classes: Sequence[str] | None = None,
+    ridge: float = SelectOptions.ridge,
+    sweeps: int | None = None,
+    crops: int | None = None,
+    candidates: int | None = None,
+    layer: str = SelectOptions.layer,
+    device: str = SelectOptions.device,
+    seed: int = SelectOptions.seed,
+    progress: bool = True,
+) -> Distilled:
+    """Choose real images, or crops of them, by the features of a trained network.
+
+    No pixel is optimised and every label is hard: what a distilled set has to beat.
+
+    Args:
+        images, labels, images_per_class, classes, progress: As for `kip`.
+        features: The network that sees the images: the folder of a run of `kd train`, a network
+            with published weights, `module:attribute`, which is imported; or a function from
+            (m, h, w, c) float32 images in [0, 1] to (m, d) features.
+        by: `ridge`: the images from which ridge regression on the features predicts all training
+            images best; `centre`: those whose mean feature follows that of their class; `crops`:
+            as RDED, four crops in each image (not with a function).
+        validation: Images and labels that judge the set. By default a share of the training images,
+            the same for every seed and for `evaluate`.
+        validation_fraction: That share.
+        ridge: Ridge of the regression, relative to the mean of the kernel's diagonal.
+        sweeps: How often `ridge` tries to exchange every image; by default 5.
+        crops: Random crops of each image; by default 5.
+        candidates: Images of each class whose crops are scored; by default 300.
+        layer: Layer whose output is the feature.
+        device: Where the network computes: `auto`, `cpu`, `cuda` or `cuda:N`.
+        seed: Seed of the crops, and of the random images that the set is compared with.
+
+    Returns:
+        The set, with pixels in [0, 1]. Its `figures` are accuracies of ridge regression on the
+            features of the set (`validation_accuracy`), of random images and of all.
+
+    Raises:
+        UserError: If an argument breaks a rule; a ValueError of one line.
+    """
+    with _call(progress):
+        if validation is not None and validation_fraction != SelectOptions.validation_fraction:
+            raise UserError("validation_fraction has no effect with validation: leave it out")
+        name, function = (features, None) if isinstance(features, str) else (None, features)
+        if function and by == "crops":
+            raise UserError('by="crops" needs the name of a network, got a function')
+        options = selection.with_defaults(
+            SelectOptions(
+                DATA_NAME,
+                features=name,
+                images_per_class=images_per_class,
+                by=by,
+                ridge=ridge,
+                sweeps=sweeps,
+                crops=crops,
+                candidates=candidates,
+                layer=layer,
+                device=device,
+                validation_fraction=validation_fraction,
+                seed=seed,
+            )
+        )
+        selection.check(options)
+        splits = _splits(images, labels, classes, validation, validation_fraction)
+        return Distilled.wrap(selection.select_arrays(options, splits, function))
 
 
 def evaluate(

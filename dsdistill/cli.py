@@ -1,4 +1,4 @@
-"""The command `dsdistill`: kip, ls, evaluate, report, inspect, export, cache.
+"""The command `dsdistill`: kip, ls, select, evaluate, report, inspect, export, cache.
 
 Only options are imported here; the frameworks are imported inside the commands, so that
 `dsdistill --help` answers at once. An error in the input is one line.
@@ -24,6 +24,15 @@ def label_solve(chosen: options.LabelSolveOptions) -> None:
     from dsdistill.commands import distil
 
     _distil(distil.run_label_solve, chosen)
+
+
+def select(chosen: options.SelectOptions) -> None:
+    from dsdistill.commands import inspect as inspect_command
+    from dsdistill.commands import select as selecting
+    from dsdistill.parallel import devices
+
+    devices.use_all()
+    inspect_command.print_run(selecting.run(chosen), "of random images")
 
 
 def evaluate(chosen: options.EvaluateOptions) -> None:
@@ -74,6 +83,7 @@ def _distil(run: Callable[[Any], Path], chosen: options.RunOptions) -> None:
 COMMANDS: command_line.Commands = {
     "kip": (options.KipOptions, kip),
     "ls": (options.LabelSolveOptions, label_solve),
+    "select": (options.SelectOptions, select),
     "evaluate": (options.EvaluateOptions, evaluate),
     "report": (options.ReportOptions, report),
     "inspect": (options.InspectOptions, inspect),

@@ -305,6 +305,93 @@ class LabelSolveOptions(RunOptions):
 
 
 @dataclass(frozen=True)
+class SelectOptions:
+    """Choose real images, or crops of them, by the features of a trained network.
+
+    No pixel is optimised. What such a set is worth is what a distilled one has to beat.
+    """
+
+    LAYOUT: ClassVar = Layout(
+        groups={
+            "Selection": "features by images_per_class ridge sweeps crops candidates",
+            "Output and resuming": _OUTPUT,
+            "Network": "layer device trust_module",
+            "Data": "image_size channels validation_fraction data_root",
+        },
+        examples=(
+            "dsdistill select photos/ --features runs/backbone --images-per-class 1",
+            "dsdistill select photos/ --features timm:resnet18 --by crops --image-size 224",
+        ),
+    )
+
+    data: Data = "digits"
+    """digits, mnist, fashion-mnist, cifar10, cifar100, svhn, a folder with one folder of images per
+    class, or an .npz file with images and labels"""
+
+    data_root: Path = field(default_factory=paths.data_root)
+    """Folder of the named data sets, downloaded when missing; the environment variable
+    DSDISTILL_DATA sets it too"""
+
+    features: Annotated[str | None, Shown("NAME|RUN", "must be given")] = None
+    """The network that sees the images: the folder of a run of kd train, or a network with
+    published weights (any of timm, torchvision:NAME, hf:NAME), NAME@FILE, or module:attribute"""
+
+    by: Literal["ridge", "centre", "crops"] = "ridge"
+    """ridge: the images from which ridge regression on the features predicts all training images
+    best, found greedily and by exchanges; centre: the images whose mean feature is nearest to that
+    of their class (herding; of one image, the class's central one); crops: as RDED, four crops in
+    each image, the easiest ones for the network's own classifier, or for a probe on its features"""
+
+    images_per_class: Annotated[int | None, Shown(default="10")] = None
+    """Size of the set"""
+
+    ridge: float = 0.1
+    """Ridge of the regression on features, relative to the mean of the kernel's diagonal"""
+
+    sweeps: Annotated[int | None, Shown(default="5")] = None
+    """How often --by ridge tries to exchange every image for a better one; it ends where nothing
+    changes. 0: greedily alone"""
+
+    crops: Annotated[int | None, Shown(default="5")] = None
+    """Random crops of each image that --by crops scores"""
+
+    candidates: Annotated[int | None, Shown(default="300, or as many as are needed")] = None
+    """Images of each class whose crops are scored"""
+
+    image_size: Annotated[int | None, Shown(default="as they are")] = None
+    """Resize all images to this height and width in pixels: those of the set, which the network
+    sees at the size that it takes"""
+
+    channels: Annotated[
+        Literal[1, 3] | None, Shown(default="as they are; colour where a folder has both")
+    ] = None
+    """1 makes all images grayscale, 3 makes them colour"""
+
+    layer: Annotated[str, Shown("NAME")] = "embedding"
+    """Layer whose output is the feature, averaged over positions; embedding is the input of the
+    classifier"""
+
+    device: Annotated[str, Shown("DEVICE")] = "auto"
+    """Where the network computes: auto (a GPU where there is one), cpu, cuda or cuda:N"""
+
+    trust_module: Annotated[str | None, Shown("NAME")] = None
+    """Code that the run of --features may name as its network, as module:attribute with its
+    arguments; what only a file names is never imported"""
+
+    validation_fraction: float = 0.1
+    """Share of the training images held out: they judge the set, and are not chosen"""
+
+    seed: int = 0
+    """Seed of the crops, and of the random images that the set is compared with"""
+
+    out: Annotated[Path | None, Shown(default="the next free runs/select-<data>-<n>")] = None
+    """Folder of the run"""
+
+    resume: bool = False
+    """Continue the unfinished run in --out, with the options and the data it was started with"""
+
+
+@dataclass(frozen=True)
 class EvaluateOptions:
     """Measure what learners reach on a distilled set.
 

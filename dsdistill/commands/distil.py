@@ -6,7 +6,7 @@ load -> fit preprocessing -> distil -> read the test set once -> save the set, d
 import contextlib
 import functools
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from dsdistill.commands.prepare import Prepared
 from dsdistill.harness import paths, shell, stopping
 from dsdistill.harness.data import datasets, distilled_set, preprocess
 from dsdistill.harness.data.labeled_images import Examples
-from dsdistill.harness.data.preprocess import is_features
+from dsdistill.harness.data.preprocess import Preprocess, is_features
 from dsdistill.harness.errors import UserError, one_line
 from dsdistill.harness.evaluation.held_out import accuracy
 from dsdistill.harness.reports import image_grid
@@ -146,16 +146,22 @@ def _finish(options: RunOptions, run: run_folder.Run, prepared: Prepared, result
     # The set may be the work of hours: it is saved before anything else can go wrong.
     distilled_set.save(run.folder / distilled_set.FILE_NAME, distilled)
     sides = GridSide("before", before.images, hard), GridSide("after", result.images, hard)
-    _draw(run.folder / "distilled.png", sides, classes, fitted)
+    draw(run.folder / "distilled.png", sides, classes, fitted)
     return run.folder
 
 
-def _draw(
-    picture: Path, sides: tuple[GridSide, GridSide], classes: tuple[str, ...], fitted: Any
+def draw(
+    picture: Path, sides: tuple[GridSide, GridSide], classes: tuple[str, ...], fitted: Preprocess
 ) -> None:
     """Draw the picture of a set that is saved; a failure is reported and does not end the run.
 
     Features have no picture.
+
+    Args:
+        picture: Path of the picture.
+        sides: The two sets.
+        classes: Class names, in label order.
+        fitted: Preprocessing of both.
     """
     if is_features(sides[0].images.shape[1:]):
         return
@@ -247,12 +253,27 @@ def _restore_options(options: RunOptionsT, run: run_folder.Run) -> RunOptionsT:
                 f"{run_folder.REMEDY}"
             )
     restored = STORAGE.from_json(options, run.folder, run.config)
-    for name in _code_options(restored):
+    require_typed_code(run.folder, options, restored, _code_options(restored))
+    return restored
+
+
+def require_typed_code(folder: Path, options: Any, restored: Any, names: Sequence[str]) -> None:
+    """Refuse code that a run's `config.json` names and this call does not.
+
+    Args:
+        folder: Folder of the run.
+        options: Options of this call.
+        restored: Options of the run.
+        names: Options that name code.
+
+    Raises:
+        RunError: If one differs: a file may not choose the code that runs here.
+    """
+    for name in names:
         code = getattr(restored, name)
         if getattr(options, name) != code:
             raise run_folder.RunError(
-                f"{run.folder / 'config.json'} names the code {code}, and a file may not choose "
+                f"{folder / 'config.json'} names the code {code}, and a file may not choose "
                 "the code that runs here: if that code is yours or you trust it, add "
                 f"{shlex.join([shell.flag(name), code])}"
             )
-    return restored

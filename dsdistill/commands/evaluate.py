@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from dsdistill.commands import reproduce, training_data
-from dsdistill.commands.evaluation_parts import EvaluationParts, assemble
+from dsdistill.commands import distil, reproduce, training_data
+from dsdistill.commands.evaluation_parts import EvaluationParts, assemble, code_options
 from dsdistill.harness import files, machine, memory, shell, stopping
 from dsdistill.harness.data import origin
 from dsdistill.harness.data.labeled_images import LabeledImages, draw_per_class
@@ -41,7 +41,8 @@ from dsdistill.harness.runs.options import Storage
 from dsdistill.harness.text import console, printable
 from dsdistill.options import EvaluateOptions, ReportOptions
 
-STORAGE = Storage(unstored=("out", "resume"), free=("data_root", "cache", "device"))
+# What a file names as trusted is not: `trust_module` is that of this call.
+STORAGE = Storage(unstored=("out", "resume"), free=("data_root", "cache", "device", "trust_module"))
 VERSIONS = ("dsdistill", "jax", "numpy", "scikit-learn", "scipy", "timm", "torch")
 
 
@@ -51,6 +52,7 @@ def run(options: EvaluateOptions) -> Path:
     Raises:
         UserError: If an option or the data break a rule, before anything is trained.
     """
+    options = _restored(options) if options.resume else options
     parts = assemble(options)
     parent = options.run if options.run.is_dir() else options.run.parent
     out = options.out or run_folder.next_free("evaluation", parent)
@@ -62,7 +64,9 @@ def run(options: EvaluateOptions) -> Path:
         defaults=STORAGE.to_json(EvaluateOptions(options.run)),
         free=STORAGE.free,
     )
-    command = shell.resume_line("dsdistill evaluate", out, str(options.run))
+    typed = {name: getattr(options, name) for name in code_options(options)}
+    typed["trust_module"] = options.trust_module
+    command = shell.resume_line("dsdistill evaluate", out, str(options.run), **typed)
     with folder, stopping.explain_stop(command, out / report.FILE_NAME):
         began = time.monotonic()
         cache = ResultCache(out / "results", options.cache, shared_arms=controls.CONTROLS)
@@ -72,6 +76,27 @@ def run(options: EvaluateOptions) -> Path:
         write_report(out, build_report(parts, results, time.monotonic() - began, line))
     _print(report.load(out), out)
     return out
+
+
+def _restored(options: EvaluateOptions) -> EvaluateOptions:
+    """The options that the evaluation to continue was started with.
+
+    Raises:
+        UserError: If there is none, options of this call contradict its own, or it names code that
+            this call does not name.
+    """
+    if options.out is None:
+        raise UserError("--resume needs --out, the folder of the evaluation to continue")
+    stored = run_folder.stored_options(
+        options.out,
+        STORAGE.to_json(options),
+        result=report.FILE_NAME,
+        defaults=STORAGE.to_json(EvaluateOptions(options.run)),
+        free=STORAGE.free,
+    )
+    restored = STORAGE.from_json(options, options.out, stored)
+    distil.require_typed_code(options.out, options, restored, code_options(restored))
+    return restored
 
 
 def compare(options: ReportOptions) -> Path:

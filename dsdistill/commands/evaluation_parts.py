@@ -29,6 +29,7 @@ from dsdistill.harness.evaluation.held_out import HeldOut
 from dsdistill.harness.evaluation.protocol import Arm, Augmentable, Learner
 from dsdistill.harness.runs import progress
 from dsdistill.harness.text import quote
+from dsdistill.kernels import notation
 from dsdistill.options import EvaluateOptions, LabelSolveOptions
 from dsdistill.published_sets import reader
 from dsdistill.published_sets.stated_format import StatedFormat
@@ -369,6 +370,27 @@ def _backbone_labels(learner_names: Sequence[str]) -> dict[str, str]:
     short = {each: Path(each).resolve().name if Path(each).is_dir() else each for each in backbones}
     counts = collections.Counter(short.values())
     return {each: label if counts[label] == 1 else each for each, label in short.items()}
+
+
+def code_options(options: EvaluateOptions) -> list[str]:
+    """Names of the options that name code, as `module:attribute`, which is imported."""
+    learners = lists.parse_names("--learners", options.learners)
+    names_code = {"learners": any(map(_is_code, learners)), "teacher": _is_code(options.teacher)}
+    return [option for option, holds in names_code.items() if holds]
+
+
+def _is_code(name: str | None) -> bool:
+    """Whether a learner or a teacher is code, or sees the features of a network that is."""
+    if name is None or ":" not in name:
+        return False
+    from kd.evaluation import backbones
+
+    base, _, backbone = name.partition("@")
+    kind, _, rest = base.partition(":")
+    if kind == "ridge":
+        return notation.is_code(rest) or backbones.is_code(backbone)
+    network = rest if kind in ("centred", "uncentred") else base
+    return backbones.is_code(network) or backbones.is_code(backbone)
 
 
 def _typed_names(learner_names: Sequence[str], options: EvaluateOptions) -> list[str]:

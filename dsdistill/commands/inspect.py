@@ -12,14 +12,19 @@ from dsdistill.harness.text import console, printable
 MAX_ROW_DEPTH = 6  # levels of the provenance that get rows of their own
 
 
-def print_run(folder: Path) -> None:
-    """Print where a finished run lies and how good it is."""
+def print_run(folder: Path, compared: str = "before") -> None:
+    """Print where a finished run lies and how good it is.
+
+    Args:
+        folder: Folder of the run.
+        compared: What the initial accuracy is that of.
+    """
     distilled = distilled_set.load(distilled_set.locate(folder))
     metrics, data = distilled.provenance["metrics"], distilled.provenance["data"]
     line = (
         f"{folder}: {len(distilled)} images of {data['name']}, "
         f"test accuracy {metrics['test_accuracy']:.2%} by ridge regression "
-        f"({metrics['initial_test_accuracy']:.2%} before), "
+        f"({metrics['initial_test_accuracy']:.2%} {compared}), "
         f"kernel {distilled.provenance['kernel']}, {format_clock(distilled.provenance['seconds'])}"
     )
     print(printable(line))

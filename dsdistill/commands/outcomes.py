@@ -1,7 +1,7 @@
 """Run a method on prepared input: what comes out, and the record of how it was made."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -13,6 +13,7 @@ from jaxtyping import Float
 from dsdistill.commands import through_backbone
 from dsdistill.commands.prepare import Prepared
 from dsdistill.harness import machine, memory
+from dsdistill.harness.data.datasets import Splits
 from dsdistill.harness.data.labeled_images import Examples, centred_one_hot
 from dsdistill.harness.evaluation.held_out import Predict
 from dsdistill.harness.runs import progress, run_folder
@@ -208,15 +209,38 @@ def provenance(
         outcome: What the method returned.
         test_figures: Figures on the test images by name; empty where there are none.
     """
-    splits, figures = prepared.splits, {**test_figures, **outcome.figures}
+    figures = {**test_figures, **outcome.figures}
+    return describe_run(run, prepared.splits, options.seed, figures, outcome.seconds, VERSIONS) | {
+        "kernel": prepared.network.name,
+        "engine": prepared.network.engine,
+        "evaluation_ridge": outcome.ridge,
+        "stopped": outcome.stopped,
+        **({} if prepared.encoder is None else {"backbone": prepared.encoder.record()}),
+    }
+
+
+def describe_run(
+    run: run_folder.Run,
+    splits: Splits,
+    seed: int,
+    figures: Mapping[str, float],
+    seconds: float,
+    packages: Sequence[str],
+) -> dict[str, Any]:
+    """Record what every method records of a run, JSON-compatible.
+
+    Args:
+        run: The run.
+        splits: Its data.
+        seed: Seed of its random choices.
+        figures: Figures by name; one that is not a number becomes None.
+        seconds: Duration, summed over resumes.
+        packages: Packages whose versions are recorded.
+    """
     config = {k: v for k, v in run.config.items() if k not in ("data_root", run_folder.INPUTS_KEY)}
     return {
         "method": run.config[run_folder.COMMAND_KEY],
         "config": config,
-        "kernel": prepared.network.name,
-        "engine": prepared.network.engine,
-        **({} if prepared.encoder is None else {"backbone": prepared.encoder.record()}),
-        "evaluation_ridge": outcome.ridge,
         "data": {
             "name": splits.name,
             "source": run.config.get("data"),
@@ -226,10 +250,9 @@ def provenance(
             "test": len(splits.test),
         },
         "inputs": run.config[run_folder.INPUTS_KEY],
-        "seed": options.seed,
+        "seed": seed,
         "metrics": {k: None if v != v else v for k, v in figures.items()},
-        "seconds": outcome.seconds,
-        "stopped": outcome.stopped,
+        "seconds": seconds,
         "peak_memory": memory.peak(),
         "machine": {
             "device": jax.devices()[0].device_kind,
@@ -237,5 +260,5 @@ def provenance(
             "hosts": jax.process_count(),
             "platform": machine.describe(),
         },
-        "versions": {name: metadata.version(name) for name in VERSIONS},
+        "versions": {name: metadata.version(name) for name in packages},
     }

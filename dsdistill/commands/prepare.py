@@ -121,7 +121,7 @@ def prepare(options: RunOptions, chosen: Mapping[str, Any] | None = None) -> Pre
         channels=options.channels,
         classes=init.classes if init else None,
     )
-    _require_test_images(options, splits)
+    require_test_images(options.data, splits)
     return _assemble(options, kernels, phases, splits, init, init_sha256, chosen, encoder)
 
 
@@ -433,10 +433,19 @@ def _check_kip(options: KipOptions) -> None:
     timing.parse_target_batch(options.target_batch)
 
 
-def _require_test_images(options: RunOptions, splits: Splits) -> None:
+def require_test_images(data: str, splits: Splits) -> None:
+    """Refuse data without test images.
+
+    Args:
+        data: Name or path of the data, for the message.
+        splits: The data.
+
+    Raises:
+        UserError: If there are none.
+    """
     if not len(splits.test):
         raise UserError(
-            f"{options.data} leaves no test images, since a fifth of so few images per class is "
+            f"{data} leaves no test images, since a fifth of so few images per class is "
             "none: give at least 3 images of each class, or a separate test part"
         )
 
@@ -455,11 +464,23 @@ def _check_validation(options: RunOptions, splits: Splits) -> None:
             f"--validation-fraction {fraction:g} of so few images is none; "
             "the last step's images are kept"
         )
-    if splits.brings_validation and fraction != type(options)().validation_fraction:
+    note_held_out(options.data, fraction, type(options), splits)
+
+
+def note_held_out(data: str, fraction: float, kind: type[Any], splits: Splits) -> None:
+    """Say where `--validation-fraction` has no effect, and which classes have no held-out images.
+
+    Args:
+        data: Name or path of the data.
+        fraction: Value of the option.
+        kind: Class of the options, which has its default.
+        splits: The data.
+    """
+    if splits.brings_validation and fraction != kind.validation_fraction:
         progress.say(
-            f"note: --validation-fraction {fraction:g} has no effect on {options.data}, which has "
+            f"note: --validation-fraction {fraction:g} has no effect on {data}, which has "
             "a validation part of its own"
         )
-    for part, images in (("validation", validation), ("test", splits.test)):
+    for part, images in (("validation", splits.validation), ("test", splits.test)):
         if line := labeled_images.describe_missing_classes(part, images.labels, images.classes):
             progress.say(f"note: {line}")

@@ -47,9 +47,9 @@ def is_code(features: str | None) -> bool:
     """Whether the name of a backbone is that of code, which is imported."""
     if features is None or ":" not in features:
         return False
-    from kd.evaluation import encoder
+    from kd.evaluation import backbones
 
-    return encoder.is_code(features)
+    return backbones.is_code(features)
 
 
 def check_unused(options: KipOptions) -> None:

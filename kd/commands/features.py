@@ -14,9 +14,8 @@ from kd.data.files import image_files
 from kd.data.files.image_files import ImageFiles
 from kd.evaluation import backbones, extraction, image_sets
 from kd.evaluation.extraction import Extraction
-from kd.models import network_names, networks
+from kd.models import network_names
 from kd.options import FeaturesOptions
-from kd.parallel import engine
 
 
 def run(options: FeaturesOptions) -> dict[str, Any]:
@@ -25,11 +24,8 @@ def run(options: FeaturesOptions) -> dict[str, Any]:
     Raises:
         UserError: If data or backbone are missing, do not fit together, or the file exists.
     """
-    if not Path(options.student).is_dir():
-        networks.check_name(options.student)
-    path = options.out or _default_path(options)
-    with engine.temporary(options.device) as on:
-        device = on.device
+    backbones.check_name(options.student)
+    path, device = options.out or _default_path(options), backbones.device(options.device)
     images = image_sets.load(options.data, root=options.data_root)
     typed = network_names.names_in(options.student, options.trust_module)
     backbone = backbones.load(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -19,10 +20,12 @@ from kd.models.zoo import exported
 from kd.models.zoo.class_names import Match
 from kd.models.zoo.protocol import Shape
 from kd.objectives.taps import EMBEDDING, FeatureLayout, Taps, as_vector, probe
+from kd.parallel import engine
 from kd.recipe import Recipe
 
 STREAMED_INTERPOLATION = "bicubic"  # of the validation images of a run with `random`
-__all__ = ["EMBEDDING", "Backbone", "load"]
+absolute_name, names_in = network_names.absolute_name, network_names.names_in
+__all__ = ["EMBEDDING", "Backbone", "absolute_name", "load", "names_in"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class InputRecord:
 class Backbone(nn.Module):
     """Maps images in [0, 1] of the model's size to features: vectors, one for each image.
 
-    Maps and tokens are averaged over their positions.
+    Maps and tokens are averaged over their positions. All parts stay in evaluation mode: batch norm
+    has the statistics of its training, so that a feature does not depend on the images beside it.
 
     Attributes:
         model: The trained model.
@@ -73,8 +77,12 @@ class Backbone(nn.Module):
         self.width = self._layout.channels
 
     def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
-        self.classifier(self.prepare(networks.repeat_channels(images, self._channels)))
+        self.logits(images)
         return as_vector(self._taps.read()[self.layer], self._layout)
+
+    def logits(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
+        """The answers of the model's own classifier."""
+        return self.classifier(self.prepare(networks.repeat_channels(images, self._channels)))
 
     @property
     def _channels(self) -> int:
@@ -113,6 +121,32 @@ class Backbone(nn.Module):
                 "crop": self.inputs.crop,
             },
         }
+
+
+def device(name: str) -> torch.device:
+    """The device that a name means.
+
+    Raises:
+        UserError: If it is not available.
+    """
+    with engine.temporary(name) as on:
+        return on.device
+
+
+def is_code(name: str) -> bool:
+    """Whether the name of a network is that of code of the user's own, which is imported."""
+    base = name.partition("@")[0]
+    return bool(base) and not Path(name).is_dir() and networks.is_user_module(base)
+
+
+def check_name(name: str) -> None:
+    """Refuse the name of a network that nothing knows, before anything is loaded.
+
+    Raises:
+        UserError: If it is neither a folder nor a known name.
+    """
+    if not Path(name).is_dir():
+        networks.check_name(name)
 
 
 def load(

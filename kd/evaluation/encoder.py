@@ -15,7 +15,7 @@ from kd.data import batching
 from kd.evaluation import backbones, extraction, image_sets
 from kd.evaluation.backbones import Backbone
 from kd.evaluation.extraction import Extraction
-from kd.models import network_names, networks
+from kd.models import network_names
 from kd.models.networks import resize
 from kd.models.zoo.protocol import Shape
 from kd.parallel import engine
@@ -129,11 +129,6 @@ def _chunks(images: Float[np.ndarray, "n h w c"]) -> list[Float[np.ndarray, "m h
     return [images[start : start + CHUNK] for start in range(0, len(images), CHUNK)]
 
 
-def is_code(name: str) -> bool:
-    """Whether the name of a network is that of code of the user's own, which is imported."""
-    return not Path(name).is_dir() and networks.is_user_module(name)
-
-
 def load(
     name: str, layer: str, shape: Shape, device: str, trust_module: str | None = None
 ) -> Encoder:
@@ -148,10 +143,8 @@ def load(
     Raises:
         UserError: As `backbones.load`, or if there is no such device.
     """
-    if not Path(name).is_dir():
-        networks.check_name(name)
-    with engine.temporary(device) as on:
-        chosen = on.device
+    backbones.check_name(name)
+    chosen = backbones.device(device)
     typed = network_names.names_in(name, trust_module)
     backbone = backbones.load(name, layer, shape, convertible=True, typed=typed)
     return Encoder(backbone.to(chosen), chosen)

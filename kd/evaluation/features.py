@@ -5,7 +5,7 @@ last bit, of the images that share its batch. So batches are always the same row
 that was stopped continues with the next whole batch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -18,7 +18,6 @@ from dsdistill.harness.data import preprocess
 from dsdistill.harness.data.labeled_images import LabeledImages
 from kd.data import batching
 from kd.data.files.transforms import Views, temporary_seed
-from kd.evaluation.backbones import Backbone
 from kd.models.networks import resize
 from kd.parallel import engine
 
@@ -132,7 +131,7 @@ def plan(plain: int, training: int, views: int, size: int) -> list[ViewRows]:
 
 
 def extract(
-    backbone: Backbone,
+    backbone: Callable[[Tensor], Tensor],
     images: OrderedImages,
     batches: Sequence[ViewRows],
     seed: int,
@@ -141,7 +140,7 @@ def extract(
     """Yield the features of each batch.
 
     Args:
-        backbone: The network, on the device.
+        backbone: The network, on the device: a `Backbone`, or another function of its images.
         images: The images.
         batches: Some of the batches of `plan`, in order.
         seed: Seed of the random views.

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import dsdistill
 from dsdistill.commands import distil
@@ -86,6 +87,54 @@ def test_label_solve_returns_the_set_of_the_command(
     by_command = dsdistill.load(distil.run_label_solve(options))
     np.testing.assert_array_equal(solved.images, by_command.images)
     np.testing.assert_array_equal(solved.labels, by_command.labels)
+
+
+class Pixels(torch.nn.Module):
+    """A network whose features are the pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = torch.nn.Linear(64, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.fc(images.flatten(1))
+
+
+def pixels_of(images: np.ndarray) -> np.ndarray:
+    return images.reshape(len(images), -1)
+
+
+def test_select_chooses_by_a_function_or_a_network(digits: dsdistill.ImageData) -> None:
+    chosen = dsdistill.select(
+        *digits.train, features=pixels_of, images_per_class=1, by="centre", progress=False
+    )
+    rest = datasets.load("digits", root=Path("unused")).train
+    for label in range(10):
+        members = rest.images(np.flatnonzero(rest.labels == label))
+        away = np.linalg.norm((members - members.mean(0)).reshape(len(members), -1), axis=1)
+        np.testing.assert_array_equal(chosen.images[label], members[away.argmin()])
+    assert chosen.preprocess.kind == "none"
+    assert 0.5 < chosen.figures["validation_accuracy"] < chosen.figures["full_validation_accuracy"]
+    assert "test_accuracy" not in chosen.figures
+    own = f"{__name__}:Pixels"
+    by_name = dsdistill.select(*digits.train, features=own, images_per_class=1, progress=False)
+    by_function = dsdistill.select(
+        *digits.train, features=pixels_of, images_per_class=1, progress=False
+    )
+    np.testing.assert_array_equal(by_name.images, by_function.images)
+    assert by_name.figures["validation_accuracy"] > chosen.figures["validation_accuracy"]
+
+
+def test_wrong_features_are_one_line(digits: dsdistill.ImageData) -> None:
+    given: dict[str, Any] = {"images_per_class": 1, "progress": False}
+    with pytest.raises(UserError, match=r'by="crops" needs the name of a network'):
+        dsdistill.select(*digits.train, features=pixels_of, by="crops", **given)
+    with pytest.raises(UserError, match=r"numbers of the shape \(64, d\), got float32 \(8, 8, 1\)"):
+        dsdistill.select(*digits.train, features=lambda images: images[0], **given)
+    with pytest.raises(UserError, match='crops needs by="crops", got by="ridge"'):
+        dsdistill.select(*digits.train, features=pixels_of, crops=3, **given)
+    with pytest.raises(UserError, match="unknown network"):
+        dsdistill.select(*digits.train, features="nothing", **given)
 
 
 def test_nothing_is_printed_or_written(

@@ -144,7 +144,14 @@ def test_a_stopped_evaluation_goes_on_where_it_was(kip_run: Path, tmp_path: Path
         evaluate_command.run(replace(options, out=out))
     with pytest.raises(UserError, match="was started with --steps 150"):
         evaluate_command.run(replace(options, steps=151, out=out, resume=True))
-    evaluate_command.run(replace(options, out=out, resume=True))
+    config = json.loads((out / "config.json").read_text())
+    for name in ("networks:Own", "ridge:networks:own", "linear-probe@networks:Own"):
+        (out / "config.json").write_text(json.dumps(config | {"learners": name}))
+        with pytest.raises(UserError, match="a file may not choose the code that runs here"):
+            evaluate_command.run(EvaluateOptions(kip_run, out=out, resume=True))
+    (out / "config.json").write_text(json.dumps(config))
+    # The line that a stop prints: what the folder holds is what goes on.
+    evaluate_command.run(EvaluateOptions(kip_run, out=out, resume=True))
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     whole = evaluate_command.run(replace(options, out=tmp_path / "whole"))
     one, other = (reports.load(folder).results for folder in (out, whole))

@@ -80,6 +80,26 @@ class Features:
         return self.images.select(np.concatenate([part.rows, further]))
 
 
+def as_half(features: Float[np.ndarray, "m d"]) -> Float[np.ndarray, "m d"]:
+    """Features as float16, contiguous.
+
+    Args:
+        features: Features of any type of number.
+
+    Raises:
+        UserError: If a value is not finite, or too large for float16.
+    """
+    with np.errstate(over="ignore"):
+        half = np.ascontiguousarray(features, np.float16)
+    if not np.isfinite(half).all():
+        largest = float(np.abs(features).max())
+        raise UserError(
+            f"features up to {largest:.3g} do not fit into float16, which ends at 65504: "
+            "choose another --layer, such as one behind a normalisation"
+        )
+    return half
+
+
 def is_feature_file(path: Path) -> bool:
     """Whether a file is an `.npz` of features, by its members."""
     try:
@@ -203,14 +223,7 @@ class PartialFeatures:
         Raises:
             UserError: If a value is not finite, or too large for float16.
         """
-        with np.errstate(over="ignore"):
-            half = np.ascontiguousarray(features, np.float16)
-        if not np.isfinite(half).all():
-            largest = float(np.abs(features).max())
-            raise UserError(
-                f"features up to {largest:.3g} do not fit into float16, which ends at 65504: "
-                "choose another --layer, such as one behind a normalisation"
-            )
+        half = as_half(features)
         self._file.write(half.data)
         self._rows += len(half)
 

@@ -57,7 +57,7 @@ class HeldOut:
 
     def validation_scores(self, predict: Predict) -> Float[np.ndarray, "n k"] | None:
         """Scores of the validation images; None if one is not finite."""
-        scores = _predict_scores(predict, self.validation)
+        scores = predict_scores(predict, self.validation)
         return scores if np.isfinite(scores).all() else None
 
     def calibrate(self, scores: Float[np.ndarray, "n k"]) -> tuple[float, float]:
@@ -79,7 +79,7 @@ class HeldOut:
         Raises:
             UserError: If a score is not finite.
         """
-        validation, scores = self.validation_scores(predict), _predict_scores(predict, self.test)
+        validation, scores = self.validation_scores(predict), predict_scores(predict, self.test)
         if validation is None or not np.isfinite(scores).all():
             raise UserError("scores that are not finite")
         labels, k = self.test.data.labels, len(self.test.data.classes)
@@ -110,7 +110,7 @@ class HeldOut:
     def _teacher_logits(self) -> Float[np.ndarray, "n k"]:
         """The teacher's logits of the test images, computed once."""
         assert self.teacher is not None
-        return _predict_scores(self.teacher, self.test)
+        return predict_scores(self.teacher, self.test)
 
 
 def accuracy(predict: Predict, examples: Examples, unit: str) -> float:
@@ -122,13 +122,18 @@ def accuracy(predict: Predict, examples: Examples, unit: str) -> float:
         unit: Name of one batch in the progress display.
     """
     batches = progress.track_if_slow(examples.batches(), unit)
-    return metrics.accuracy(_predict_scores(predict, examples, batches), examples.data.labels)
+    return metrics.accuracy(predict_scores(predict, examples, batches), examples.data.labels)
 
 
-def _predict_scores(
+def predict_scores(
     predict: Predict, examples: Examples, batches: Iterable[slice] | None = None
 ) -> Float[np.ndarray, "n k"]:
     """Scores of all images, in float64.
+
+    Args:
+        predict: Function from preprocessed images to scores.
+        examples: The images.
+        batches: Slices that cover them all; by default `examples.batches()`.
 
     Raises:
         UserError: If they are not one row per image and one column per class.

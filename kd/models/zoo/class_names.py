@@ -79,7 +79,7 @@ def match(
         )
     if isinstance(model_classes, int) or _are_placeholders(model_classes):
         return _match_by_position(classes, option)
-    outputs = _match_by_name(model_classes, classes)
+    outputs = match_by_name(model_classes, classes)
     if outputs is not None:
         same = outputs == tuple(range(count))
         return Match("by name" if same else "by name, in another order", None if same else outputs)
@@ -277,7 +277,7 @@ def _order_warning(classes: Sequence[str], option: str | None) -> str | None:
     )
 
 
-def _match_by_name(model_classes: Sequence[str], classes: Sequence[str]) -> tuple[int, ...] | None:
+def match_by_name(model_classes: Sequence[str], classes: Sequence[str]) -> tuple[int, ...] | None:
     """The output of each class, if every class has exactly one of its own; else None."""
     tables = [_positions_by_key(model_classes, key) for key in _KEY_FUNCTIONS]
     outputs = []
