@@ -38,17 +38,13 @@ def _absolute_init(init: str) -> str:
     return init if init in initial_support.INIT_NAMES else paths.absolute(init)
 
 
-def _absolute_backbone(name: str) -> str:
-    return paths.absolute(name) if Path(name).expanduser().is_dir() else name
-
-
 STORAGE = Storage(
-    unstored=("out", "resume", "hosts"),
+    unstored=("out", "resume", "hosts", "trust_module"),
     free=("data_root",),  # the data may have moved between start and resume
     absolute={
         "data": datasets.absolute_name,
         "init": _absolute_init,
-        "features": _absolute_backbone,
+        "features": through_backbone.absolute_name,
     },
 )
 
@@ -117,13 +113,15 @@ def _distil_and_finish(
         inputs = prepared.digests()
         hosts.check_same(inputs)
         run.require_same(inputs)
-        return _finish(options, run, prepared, distil(options, run, prepared))
+        with through_backbone.features_file(run):
+            return _finish(options, run, prepared, distil(options, run, prepared))
 
 
 def _explain_stop(
     options: RunOptions, method: str, folder: Path
 ) -> contextlib.AbstractContextManager[None]:
     code = {name: value for name, value in vars(options).items() if name in _code_options(options)}
+    code["trust_module"] = options.trust_module if isinstance(options, KipOptions) else None
     command = shell.resume_line(f"dsdistill {method}", folder, **code)
     return stopping.explain_stop(command, folder / distilled_set.FILE_NAME)
 

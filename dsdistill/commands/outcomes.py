@@ -77,7 +77,11 @@ def kip_outcome(
     phases, train, validation = prepared.phases, prepared.train, prepared.validation
     if prepared.encoder is not None:
         on_features = through_backbone.phases_on_features(
-            options, run, prepared.encoder, phases[-1], prepared.splits
+            options,
+            run.folder / through_backbone.FEATURES_FILE,
+            prepared.encoder,
+            phases[-1],
+            prepared.splits,
         )
         phases, train, validation = on_features
     objective = phases[-1].objective

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Float, Int
 
-from dsdistill.commands import distil, outcomes, prepare
+from dsdistill.commands import distil, outcomes, prepare, through_backbone
 from dsdistill.harness import shell, stopping
 from dsdistill.harness.data import (
     datasets,
@@ -43,7 +43,6 @@ from dsdistill.methods.linear_probe import LinearProbe
 from dsdistill.options import SelectOptions
 
 METHOD = "select"
-FEATURES_FILE = "features.npz"  # of a run that is not finished
 DEFAULTS = {"images_per_class": prepare.DEFAULT_IMAGES_PER_CLASS}
 # Options of one way to choose, with their defaults.
 OF_WAY: Mapping[str, Mapping[str, Any]] = {
@@ -55,16 +54,10 @@ BATCH = 64  # images in a forward pass
 VERSIONS = (*outcomes.VERSIONS, "torch", "timm")
 
 
-def _absolute_name(features: str) -> str:
-    from kd.evaluation import backbones
-
-    return backbones.absolute_name(features)
-
-
 STORAGE = Storage(
     unstored=("out", "resume", "trust_module"),
     free=("data_root",),
-    absolute={"data": datasets.absolute_name, "features": _absolute_name},
+    absolute={"data": datasets.absolute_name, "features": through_backbone.absolute_name},
 )
 
 
@@ -366,15 +359,9 @@ def _candidates(options: SelectOptions, splits: Splits) -> Int[np.ndarray, " n"]
 def _select_and_finish(options: SelectOptions, opened: Run, prepared: Prepared) -> Path:
     with opened.clean_up_on_error():
         opened.require_same(prepared.digests())
-        file = opened.folder / FEATURES_FILE
-        try:
+        with through_backbone.features_file(opened) as file:
             train, validation = _features(prepared, opened.config, file)
             _finish(options, opened, prepared, train, validation)
-        except UserError:
-            if not (opened.folder / run_folder.CHECKPOINT).exists():
-                file.unlink(missing_ok=True)  # no part of a run is left that cannot be continued
-            raise
-        file.unlink()
         return opened.folder
 
 
@@ -638,9 +625,7 @@ def _reopen(options: SelectOptions) -> tuple[Run, SelectOptions]:
 
 def _code_options(options: SelectOptions) -> list[str]:
     """Names of the options that name code which is imported."""
-    from kd.evaluation import backbones
-
-    return ["features"] if options.features and backbones.is_code(options.features) else []
+    return ["features"] if through_backbone.is_code(options.features) else []
 
 
 def _explain_stop(options: SelectOptions, folder: Path) -> contextlib.AbstractContextManager[None]:

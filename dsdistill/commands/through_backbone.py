@@ -3,8 +3,11 @@
 The backbone is one of `kd`, which is imported only here and only when it is asked for.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -15,6 +18,7 @@ from dsdistill.harness.data import preprocess
 from dsdistill.harness.data.datasets import Splits
 from dsdistill.harness.data.labeled_images import Examples
 from dsdistill.harness.errors import UserError
+from dsdistill.harness.runs import run_folder
 from dsdistill.harness.runs.run_folder import Run
 from dsdistill.loops.plan import Objective, Phase
 from dsdistill.methods.adam import Adam
@@ -22,7 +26,7 @@ from dsdistill.methods.kip import KipObjective
 from dsdistill.methods.pixel_kip import Encoder, PixelObjective
 from dsdistill.options import KipOptions
 
-FEATURES_FILE = "features.npz"  # in the folder of the run
+FEATURES_FILE = "features.npz"  # in the folder of a run that is not finished
 UNKNOWN_SIZE = 224  # pixels, of a backbone that does not say its own
 
 
@@ -41,6 +45,33 @@ class FeaturePhases(NamedTuple):
 
 # Options that mean something only with a backbone.
 OPTIONS = ("layer", "views", "real_views", "min_scale", "device", "trust_module")
+
+
+def absolute_name(features: str) -> str:
+    """A backbone's name that holds in every working directory."""
+    from kd.evaluation import backbones
+
+    return backbones.absolute_name(features)
+
+
+@contextlib.contextmanager
+def features_file(run: Run) -> Iterator[Path]:
+    """The file of a run's features, which is removed when the run is finished.
+
+    An error of the input before the first checkpoint removes it too: no part of a run is left that
+    cannot be continued.
+
+    Args:
+        run: The run, whose folder is locked.
+    """
+    file = run.folder / FEATURES_FILE
+    try:
+        yield file
+    except UserError:
+        if not (run.folder / run_folder.CHECKPOINT).exists():
+            file.unlink(missing_ok=True)
+        raise
+    file.unlink(missing_ok=True)
 
 
 def is_code(features: str | None) -> bool:
@@ -95,7 +126,7 @@ def load(options: KipOptions) -> tuple[Encoder, KipOptions]:
 
 def phases_on_features(
     options: KipOptions,
-    run: Run,
+    file: Path,
     encoder: Encoder,
     regression: Phase,
     splits: Splits,
@@ -104,7 +135,7 @@ def phases_on_features(
 
     Args:
         options: The options, with the size of the images.
-        run: The run, whose folder is locked.
+        file: Where they are kept, in the folder of the run.
         encoder: The backbone.
         regression: The phase as one on features.
         splits: The images as pixels.
@@ -114,7 +145,7 @@ def phases_on_features(
         KeyboardInterrupt: If stopped, after the features so far are safe.
     """
     stored = encoder.extract(
-        run.folder / FEATURES_FILE,
+        file,
         splits,
         views=options.real_views,
         min_scale=options.min_scale,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dsdistill.commands import evaluation_parts, select
+from dsdistill.commands import evaluation_parts, select, through_backbone
 from dsdistill.harness.data import datasets, distilled_set, feature_file, preprocess
 from dsdistill.harness.data.distilled_set import DistilledSet
 from dsdistill.harness.data.labeled_images import Examples, LabeledImages, centred_one_hot
@@ -177,7 +177,7 @@ def test_the_result_is_an_ordinary_run(by: str, runs: dict[str, Path]) -> None:
     assert distilled.preprocess.kind == "none"
     np.testing.assert_array_equal(distilled.labels, centred_one_hot(np.array([0, 0, 1, 1]), 2))
     assert (runs[by] / "distilled.png").exists()
-    assert not (runs[by] / select.FEATURES_FILE).exists()
+    assert not (runs[by] / through_backbone.FEATURES_FILE).exists()
     metrics = distilled.provenance["metrics"]
     for name in ("", "initial_", "full_", "linear_probe_"):
         assert 0 <= metrics[f"{name}test_accuracy"] <= 1
@@ -315,7 +315,7 @@ def test_a_killed_run_ends_in_the_same_set(
     np.testing.assert_array_equal(again.images, whole.images)
     mine, theirs = again.provenance["metrics"], whole.provenance["metrics"]
     assert mine == theirs
-    assert not (out / select.FEATURES_FILE).exists()
+    assert not (out / through_backbone.FEATURES_FILE).exists()
 
 
 def test_a_stop_says_how_to_continue(
