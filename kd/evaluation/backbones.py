@@ -17,7 +17,6 @@ from kd.models.adapters import PreprocessLayer, check_channels
 from kd.models.saved_models import Model
 from kd.models.zoo import exported
 from kd.models.zoo.class_names import Match
-from kd.models.zoo.modes import evaluation_mode
 from kd.models.zoo.protocol import Shape
 from kd.objectives.taps import EMBEDDING, FeatureLayout, Taps, as_vector, probe
 from kd.recipe import Recipe
@@ -158,8 +157,7 @@ def load(
         inputs = InputRecord((h, w), model.interpolation, _published_crop(name))
     if not convertible:
         check_channels(f"backbone {name}", model.shape[2], shape[2])
-    with evaluation_mode(model.classifier):
-        return Backbone(model, layer, inputs)
+    return Backbone(model, layer, inputs)
 
 
 def _inputs_of_run(run: Path, model: Model) -> InputRecord:
