@@ -73,6 +73,20 @@ def test_features_are_what_the_run_computes(inside: pytest.MonkeyPatch, tmp_path
         np.testing.assert_allclose(features_, expected, rtol=2e-3, atol=2e-3)
 
 
+def test_a_feature_does_not_depend_on_the_images_in_its_batch(
+    inside: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Batch normalisation uses its running statistics, which an extraction leaves alone."""
+    out = tmp_path / "normalised"
+    given = ("--steps", 2, "--batch-size", 8, "--out", out)
+    main(inside, "train", "photos", "--student", "resnet18(channels=(8,8,8,8))", *given)
+    backbone = backbones.load(str(out), "embedding", (SIDE, SIDE, 3))
+    assert not any(part.training for part in backbone.modules())
+    images = torch.rand(6, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        np.testing.assert_allclose(backbone(images)[:2], backbone(images[:2]), atol=1e-5)
+
+
 def test_the_same_images_are_held_out_as_of_the_pixels(
     inside: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
