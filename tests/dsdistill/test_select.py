@@ -318,15 +318,16 @@ def test_a_killed_run_ends_in_the_same_set(
     assert not (out / through_backbone.FEATURES_FILE).exists()
 
 
+@pytest.mark.parametrize(("where", "name"), [(features, "extract"), (ridge_selection, "_pass")])
 def test_a_stop_says_how_to_continue(
-    work: Path, tmp_path: Path, dsdistill: Command, monkeypatch: pytest.MonkeyPatch
+    where: object, name: str, work: Path, dsdistill: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stopped(*arguments: object) -> Choice:
         raise KeyboardInterrupt
 
     given = (work / "photos", "--features", work / "run", "--device", "cpu", "--out", "run")
     with monkeypatch.context() as patch:
-        patch.setattr(ridge_selection, "_pass", stopped)
+        patch.setattr(where, name, stopped)
         ended = dsdistill("select", *given, "--images-per-class", 1)
     assert ended.returncode == 1
     assert "stopped; continue with `dsdistill select --resume --out run`" in ended.stderr
