@@ -27,6 +27,10 @@ SMALL = {  # name: the cell of settings, and how many pictures there are
         'TEACHER, TEACHER_EPOCHS, STUDENT, EPOCHS = "test_resnet", 1, "convnet:4", 1',
         2,
     ),
+    "05_photographs": (
+        "FOLDER, BACKBONE, PIECES, EPOCHS, STEPS = None, None, 12, 1, 2",
+        1,
+    ),
 }
 
 
