@@ -333,11 +333,12 @@ def make_learners(
 
     @functools.cache
     def space(backbone: str) -> FeatureSpace:
-        from kd.evaluation import numpy_backbone
+        from kd.evaluation import backbones, encoder
 
         shape, device = splits.train.shape, options.device
         label = labels[backbone]
-        loaded = numpy_backbone.load(backbone, shape, label=label, device=device, typed=typed)
+        layer = backbones.EMBEDDING
+        loaded = encoder.load(backbone, layer, shape, label=label, device=device, typed=typed)
         return FeatureSpace(loaded, splits.train)
 
     return [learner(name, distilled, options, space) for name in names]

@@ -108,7 +108,13 @@ def load(options: KipOptions) -> tuple[Encoder, KipOptions]:
     _check(options)
     side = options.image_size or UNKNOWN_SIZE
     loaded = encoder.load(
-        options.features, options.layer, (side, side, 3), options.device, options.trust_module
+        options.features,
+        options.layer,
+        (side, side, 3),
+        device=options.device,
+        convertible=True,
+        typed=[options.features],
+        trust_module=options.trust_module,
     )
     height, width = loaded.input_size
     if options.image_size is None and height != width:

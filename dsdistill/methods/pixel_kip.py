@@ -74,7 +74,7 @@ class Encoder(Protocol):
         """Features of all images and of further views of the training images, kept in a file."""
         ...
 
-    def __call__(self, images: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n d"]:
+    def __call__(self, images: Float[np.ndarray, "n h w c"], /) -> Float[np.ndarray, "n d"]:
         """Features of images of any size."""
         ...
 

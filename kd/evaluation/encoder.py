@@ -1,6 +1,9 @@
 """A backbone as a differentiable function of arrays: images to features, gradients back."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +18,72 @@ from kd.data import batching
 from kd.evaluation import backbones, extraction, image_sets
 from kd.evaluation.backbones import Backbone
 from kd.evaluation.extraction import Extraction
+from kd.evaluation.features import resize_plain
 from kd.models import network_names
-from kd.models.networks import resize
 from kd.models.zoo.protocol import Shape
 from kd.parallel import engine
 
 Pullback = Callable[[Float[np.ndarray, "n d"]], Float[np.ndarray, "n h w c"]]
 CHUNK = 128  # images at a time
+VERSIONED_PACKAGES = ("torch", "timm", "torchvision")
 
 
+@dataclass(frozen=True, eq=False)
 class Encoder:
-    """Images in [0, 1] to the features of a backbone, in chunks of bounded memory.
+    """Images in [0, 1] to the features of a frozen backbone, in chunks of bounded memory.
+
+    Images are resized as `kd features` does with those of an array.
 
     Attributes:
+        name: Name in messages and reports.
         backbone: The network, on its device.
-        width: Number of values d of a feature.
-        input_size: Height and width of the images that the backbone sees.
-        channels: Channels of these.
-
-    Args:
-        backbone: The network, on the device.
-        device: Its device.
+        device: Device of the network.
     """
 
-    def __init__(self, backbone: Backbone, device: torch.device) -> None:
-        self.backbone, self._device = backbone, device
-        self.width, self.input_size = backbone.width, backbone.inputs.size
-        self.channels = backbone.model.shape[2]
+    name: str
+    backbone: Backbone
+    device: torch.device
 
-    def __call__(self, images: Float[np.ndarray, "n h w c"]) -> Float[np.ndarray, "n d"]:
+    @property
+    def width(self) -> int:
+        """Number of values d of a feature."""
+        return self.backbone.width
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """Height and width of the images that the network sees."""
+        return self.backbone.inputs.size
+
+    @property
+    def channels(self) -> int:
+        """Channels of these images."""
+        return self.backbone.model.shape[2]
+
+    @property
+    def accelerator(self) -> str | None:
+        """Name of the GPU; None on the CPU."""
+        on_cpu = self.device.type == "cpu"
+        return None if on_cpu else torch.cuda.get_device_name(self.device)
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """All that the features depend on besides the images, with device and versions."""
+        versions = {package: version(package) for package in VERSIONED_PACKAGES}
+        return self.record() | {"device": self.device.type, "versions": versions}
+
+    def record(self) -> dict[str, Any]:
+        """All that the features depend on besides the images, JSON-compatible."""
+        return dict(self._record)
+
+    @functools.cached_property
+    def _record(self) -> dict[str, Any]:
+        return self.backbone.record()  # hashes the weights
+
+    def __call__(self, images: Float[np.ndarray, "n h w c"], /) -> Float[np.ndarray, "n d"]:
         """Features of images of any size, which are resized to that of the backbone."""
         with torch.inference_mode(), engine.deterministic():
-            return np.concatenate(
-                [self._forward(chunk)[1].cpu().numpy() for chunk in _chunks(images)]
-            )
+            rows = [self._forward(chunk)[1].cpu().numpy() for chunk in _chunks(images)]
+        return np.concatenate(rows)
 
     def with_pullback(
         self, images: Float[np.ndarray, "n h w c"]
@@ -74,10 +109,6 @@ class Encoder:
 
         return self(images), pullback
 
-    def record(self) -> dict[str, Any]:
-        """All that the features depend on besides the images, JSON-compatible."""
-        return self.backbone.record()
-
     def extract(
         self, path: Path, splits: Splits, *, views: int, min_scale: float, seed: int
     ) -> feature_file.Features:
@@ -99,7 +130,7 @@ class Encoder:
         what = Extraction(
             images,
             self.backbone,
-            self._device,
+            self.device,
             splits.name,
             views,
             min_scale,
@@ -110,10 +141,8 @@ class Encoder:
     def _forward(
         self, images: Float[np.ndarray, "n h w c"], *, differentiable: bool = False
     ) -> tuple[Tensor, Tensor]:
-        inputs = batching.to_nchw(images).to(self._device).requires_grad_(differentiable)
-        # As the plain images of an extraction are.
-        cubic = self.backbone.inputs.interpolation == "bicubic"
-        seen = resize(inputs, self.input_size, "bicubic" if cubic else "bilinear")
+        inputs = batching.to_nchw(images).to(self.device).requires_grad_(differentiable)
+        seen = resize_plain(inputs, self.backbone.inputs)
         return inputs, self.backbone(seen).float()
 
     def _backward(
@@ -130,21 +159,29 @@ def _chunks(images: Float[np.ndarray, "n h w c"]) -> list[Float[np.ndarray, "m h
 
 
 def load(
-    name: str, layer: str, shape: Shape, device: str, trust_module: str | None = None
+    name: str,
+    layer: str,
+    shape: Shape,
+    *,
+    label: str | None = None,
+    device: str = "cpu",
+    convertible: bool = False,
+    typed: Iterable[str] = (),
+    trust_module: str | None = None,
 ) -> Encoder:
     """Load a trained network as an encoder.
 
     Args:
-        name, layer: As for `backbones.load`.
-        shape: Height, width and channels of the images of a network that does not say its own.
+        name, layer, shape, convertible, typed: As for `backbones.load`.
+        label: Name in messages and reports; by default `name`.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        trust_module: Code that a run may name as its network, separated by commas.
+        trust_module: Further names that the user has typed, separated by commas.
 
     Raises:
         UserError: As `backbones.load`, or if there is no such device.
     """
     backbones.check_name(name)
-    chosen = backbones.device(device)
-    typed = network_names.names_in(name, trust_module)
-    backbone = backbones.load(name, layer, shape, convertible=True, typed=typed)
-    return Encoder(backbone.to(chosen), chosen)
+    target = backbones.device(device)
+    typed = [*typed, *network_names.names_in(trust_module)]
+    backbone = backbones.load(name, layer, shape, convertible=convertible, typed=typed)
+    return Encoder(label or name, backbone.to(target), target)

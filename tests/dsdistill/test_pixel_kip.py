@@ -239,7 +239,7 @@ def options(out: Path, **changes: object) -> KipOptions:
 
 
 def test_an_encoder_differentiates_its_backbone(inside: Path, monkeypatch) -> None:
-    encoder = encoders.load("backbone", "embedding", (SIDE, SIDE, 3), "cpu")
+    encoder = encoders.load("backbone", "embedding", (SIDE, SIDE, 3))
     images = np.random.default_rng(0).random((5, SIDE, SIDE, 3)).astype(np.float32)
     slope = np.random.default_rng(1).normal(size=(5, encoder.width)).astype(np.float32)
     x = torch.from_numpy(images.transpose(0, 3, 1, 2)).clone().requires_grad_()
