@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from dsdistill.commands import evaluate as evaluation
-from dsdistill.commands import evaluation_parts, outcomes, prepare, training_data
+from dsdistill.commands import evaluation_parts, outcomes, prepare, select_images, training_data
 from dsdistill.commands import select as selection
 from dsdistill.commands.outcomes import Outcome
 from dsdistill.commands.prepare import Prepared
@@ -282,7 +282,7 @@ def select(
         name, function = (features, None) if isinstance(features, str) else (None, features)
         if function and by == "crops":
             raise UserError('by="crops" needs the name of a network, got a function')
-        options = selection.with_defaults(
+        options = select_images.with_defaults(
             SelectOptions(
                 DATA_NAME,
                 features=name,
@@ -298,7 +298,7 @@ def select(
                 seed=seed,
             )
         )
-        selection.check(options)
+        select_images.check(options)
         splits = _splits(images, labels, classes, validation, validation_fraction)
         return Distilled.wrap(selection.select_arrays(options, splits, function))
 
