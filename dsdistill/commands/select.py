@@ -75,9 +75,8 @@ def run(options: SelectOptions) -> Path:
     folder = options.out or run_folder.next_free(f"{METHOD}-{Path(options.data).stem}")
     run_folder.check_free(folder, distilled_set.FILE_NAME)
     with stopping.explain_stop():
-        prepared = select_images.load(
-            options
-        )  # before the folder exists: a wrong option leaves none behind
+        # Before the folder exists: a wrong option leaves none behind.
+        prepared = select_images.load(options)
     with (
         run_folder.start(folder, _config(options), result=distilled_set.FILE_NAME) as opened,
         _explain_stop(options, folder),
@@ -127,8 +126,9 @@ def _select_and_finish(options: SelectOptions, opened: Run, prepared: Prepared) 
             train, validation = _features(prepared, opened.config, file)
             _finish(options, opened, prepared, train, validation)
         except UserError:
-            if not (opened.folder / run_folder.CHECKPOINT).exists():
-                file.unlink(missing_ok=True)  # no part of a run is left that cannot be continued
+            # No part of a run is left that cannot be continued.
+            if not opened.resumed and not (opened.folder / run_folder.CHECKPOINT).exists():
+                file.unlink(missing_ok=True)
             raise
         file.unlink()
         return opened.folder
