@@ -26,6 +26,7 @@ from dsdistill.commands import (
     evaluation_parts,
     outcomes,
     prepare,
+    select_images,
     through_backbone,
     training_data,
 )
@@ -295,7 +296,7 @@ def select(
         name, function = (features, None) if isinstance(features, str) else (None, features)
         if function and by == "crops":
             raise UserError('by="crops" needs the name of a network, got a function')
-        options = selection.with_defaults(
+        options = select_images.with_defaults(
             SelectOptions(
                 DATA_NAME,
                 features=name,
@@ -311,7 +312,7 @@ def select(
                 seed=seed,
             )
         )
-        selection.check(options)
+        select_images.check(options)
         splits = _splits(images, labels, classes, validation, validation_fraction)
         return Distilled.wrap(selection.select_arrays(options, splits, function))
 

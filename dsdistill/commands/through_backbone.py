@@ -68,7 +68,7 @@ def features_file(run: Run) -> Iterator[Path]:
     try:
         yield file
     except UserError:
-        if not (run.folder / run_folder.CHECKPOINT).exists():
+        if not run.resumed and not (run.folder / run_folder.CHECKPOINT).exists():
             file.unlink(missing_ok=True)
         raise
     file.unlink(missing_ok=True)

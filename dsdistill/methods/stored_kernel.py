@@ -58,7 +58,8 @@ def learner(
             "the distilled set", source, [f"config.{part}" for part in needed]
         )
         # Of several kernels, the one that validated.
-        kernel = lists.parse_names("--kernel", source.judge or DEFAULT_KERNEL)[0]
+        own = DEFAULT_KERNEL if source.backbone is None else "linear"  # that of a selection
+        kernel = lists.parse_names("--kernel", source.judge or own)[0]
         if notation.is_code(kernel):
             raise UserError(
                 f"the distilled set was made with the kernel {kernel}, which is code, and a file "

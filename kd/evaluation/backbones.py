@@ -24,8 +24,8 @@ from kd.parallel import engine
 from kd.recipe import Recipe
 
 STREAMED_INTERPOLATION = "bicubic"  # of the validation images of a run with `random`
-absolute_name, names_in = network_names.absolute_name, network_names.names_in
-__all__ = ["EMBEDDING", "Backbone", "absolute_name", "load", "names_in"]
+absolute_name = network_names.absolute_name
+__all__ = ["EMBEDDING", "Backbone", "absolute_name", "load"]
 
 
 @dataclass(frozen=True)

@@ -288,26 +288,6 @@ def test_the_weights_and_the_preprocessing_are_on_record(inside: pytest.MonkeyPa
     assert record["preprocess"]["crop"] == 1.0
 
 
-class Normalised(torch.nn.Module):
-    """A network whose features depend on the whole batch while it is trained."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.fc = torch.nn.BatchNorm2d(3), torch.nn.Linear(3, 2)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.fc(self.norm(images).mean((2, 3)))
-
-
-def test_a_feature_does_not_depend_on_the_images_beside_it() -> None:
-    backbone = backbones.load(f"{__name__}:Normalised", backbones.EMBEDDING, (SIDE, SIDE, 3))
-    images = torch.rand(5, 3, SIDE, SIDE)
-    before = backbone.record()
-    whole, alone = backbone(images), backbone(images[:1])
-    torch.testing.assert_close(whole[:1], alone)
-    assert backbone.record() == before
-
-
 def test_batches_are_whole_parts_of_one_view() -> None:
     batches = features.plan(10, 7, 3, 4)
     assert [(b.view, b.rows.tolist()) for b in batches] == [
