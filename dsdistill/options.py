@@ -34,8 +34,8 @@ DEFAULT_RIDGE = 1e-6
 THROUGH_BACKBONE_DEFAULTS: dict[str, Any] = {
     "outer": "ce",
     "ridge": 1e-2,
-    "steps": 300,
-    "learning_rate": 0.02,
+    "steps": 400,
+    "learning_rate": 0.05,
     "schedule": "cosine",
 }
 # What runs did before there was such an option; their `config.json` lacks it.
@@ -181,10 +181,10 @@ class KipOptions(RunOptions):
     """With --features, the layer whose output is the feature; embedding is the input of the
     classifier"""
 
-    views: int = 10
+    views: int = 3
     """With --features, random crops and flips of each distilled image in a step"""
 
-    real_views: int = 5
+    real_views: int = 2
     """With --features, views of each training image whose features are targets: the plain image and
     random crops and flips; they are computed once, into the folder of the run"""
 

@@ -110,7 +110,7 @@ class PixelObjective:
     adam: Adam
     encoder: Encoder
     preprocess: Preprocess
-    views: int = 10
+    views: int = 3
     min_scale: float = 0.5
     hflip: float = 0.5
 
