@@ -29,7 +29,7 @@
 FOLDER = None  # such as "photos"; with sub-folders photos/cat, photos/dog, ...
 BACKBONE = None  # such as "timm:resnet18", whose weights are downloaded; or a run of kd train
 PIECES = 120  # of each region, where the folder is made here
-EPOCHS, STEPS = 20, 150  # of the backbone's training, and of the distillation
+EPOCHS, STEPS = 20, 400  # of the backbone's training, and of the distillation
 
 # %%
 import tempfile
@@ -96,7 +96,6 @@ options = KipOptions(
     kernel="linear",
     images_per_class=1,
     steps=STEPS,
-    real_views=2,
     out=work / "condensed",
 )
 condensed = run_kip(options)
