@@ -56,7 +56,6 @@ from dsdistill.kernels.neural_tangents import NeuralTangents
 from dsdistill.loops.kip_loop import OnStep
 from dsdistill.methods import initial_support, stored_kernel
 from dsdistill.options import (
-    DEFAULT_RIDGE,
     EARLIER,
     EvaluateOptions,
     KipOptions,
@@ -90,7 +89,7 @@ def kip(
     classes: Sequence[str] | None = None,
     preprocess: Literal["standardise", "zca", "none", "centre"] | None = None,
     init: str | os.PathLike[str] | DistilledSet = KipOptions.init,
-    outer: Literal["mse", "ce"] = "mse",
+    outer: Literal["mse", "ce"] | None = None,
     optimizer: Literal["adam", "gauss-newton"] = KipOptions.optimizer,
     learning_rate: float | None = None,
     label_learning_rate: float | None = None,
@@ -99,7 +98,7 @@ def kip(
     schedule: Literal["constant", "cosine"] | None = None,
     target_batch: int | str | None = None,
     damping: float = KipOptions.damping,
-    ridge: float = DEFAULT_RIDGE,
+    ridge: float | None = None,
     depth: int | None = None,
     w_std: float = KipOptions.w_std,
     b_std: float = KipOptions.b_std,
@@ -140,8 +139,9 @@ def kip(
             and neither 1 nor 3 channels), zca for colour and a convolutional kernel where it fits
             into memory, else standardise.
         init: `real` images, `noise`, or a distilled set (or its path), whose labels are kept.
-        outer: Loss of the predicted training images: `mse`, the squared error, as in the papers, or
-            `ce`, the cross-entropy of the predictions times the scale that fits them best.
+        outer: Loss of the predicted training images: `mse` (the default), the squared error, as in
+            the papers, or `ce`, the cross-entropy of the predictions times the scale that fits them
+            best.
         optimizer: `adam`, as in the papers, or `gauss-newton`, which needs far fewer steps.
         learning_rate: Rate of adam (0.04), or the part of a step of gauss-newton taken (0.3).
         label_learning_rate: Rate of adam for the labels; by default that of the images.
@@ -150,7 +150,7 @@ def kip(
         schedule: Course of the rates; by default constant for adam, cosine for gauss-newton.
         target_batch: Training images per step (5000, or 1000), or the time of a step, such as "2s".
         damping: Damping of gauss-newton, relative to the mean curvature.
-        ridge: Ridge of the regression, relative to the mean of the kernel's diagonal.
+        ridge: Ridge of the regression, relative to the mean of the kernel's diagonal (1e-6).
         depth: Hidden layers or blocks of the kernel.
         w_std, b_std: Standard deviation of the network's weights and biases.
         augment: Random changes of the target images before their normalisation: `flip`, `shift`,

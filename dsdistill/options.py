@@ -149,7 +149,6 @@ class KipOptions(RunOptions):
         },
         examples=(
             "dsdistill kip digits --images-per-class 5 --out runs/kip",
-            "dsdistill kip digits --optimizer gauss-newton --images-per-class 1",
             "dsdistill kip photos/ --features runs/backbone --images-per-class 1",
         ),
     )

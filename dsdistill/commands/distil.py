@@ -251,6 +251,13 @@ def _restore_options(options: RunOptionsT, run: run_folder.Run) -> RunOptionsT:
                 f"{run_folder.REMEDY}"
             )
     restored = STORAGE.from_json(options, run.folder, run.config)
+    complete = with_defaults(restored)
+    for name, value in vars(complete).items():
+        if value != getattr(restored, name):  # a run stores what its defaults have become
+            raise run_folder.RunError(
+                f"{run.folder / 'config.json'} is damaged: {name} must have a value"
+                f"{run_folder.REMEDY}"
+            )
     require_typed_code(run.folder, options, restored, _code_options(restored))
     return restored
 

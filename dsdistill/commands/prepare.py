@@ -401,7 +401,11 @@ def _check(options: RunOptions) -> None:
     count = options.images_per_class
     if count is not None and count < 1:
         raise UserError(f"--images-per-class must be at least 1, got {count}")
-    if isinstance(options, KipOptions | LabelSolveOptions) and not (options.ridge or 0) > 0:
+    if (
+        isinstance(options, KipOptions | LabelSolveOptions)
+        and options.ridge is not None
+        and not options.ridge > 0
+    ):
         raise UserError(f"--ridge must be positive, got {options.ridge}")
     if (
         isinstance(options, LabelSolveOptions)

@@ -28,6 +28,8 @@ from dsdistill.options import KipOptions
 
 FEATURES_FILE = "features.npz"  # in the folder of a run that is not finished
 UNKNOWN_SIZE = 224  # pixels, of a backbone that does not say its own
+# Options that mean something only with a backbone.
+OPTIONS = ("layer", "views", "real_views", "min_scale", "device", "trust_module")
 
 
 class FeaturePhases(NamedTuple):
@@ -41,10 +43,6 @@ class FeaturePhases(NamedTuple):
     phases: tuple[Phase, ...]
     train: Examples
     validation: Examples
-
-
-# Options that mean something only with a backbone.
-OPTIONS = ("layer", "views", "real_views", "min_scale", "device", "trust_module")
 
 
 def absolute_name(features: str) -> str:

@@ -345,6 +345,6 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
 
 
 def test_options_of_a_backbone_need_one(tmp_path: Path) -> None:
-    given = KipOptions("digits", views=3, out=tmp_path / "run")
+    given = KipOptions("digits", views=4, out=tmp_path / "run")
     with pytest.raises(UserError, match="--views needs --features"):
         distil.run_kip(given)

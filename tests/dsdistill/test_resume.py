@@ -217,7 +217,7 @@ def test_too_few_images_for_a_test_part_are_refused_before_any_work(
 def test_missing_validation_images_are_said(tmp_path, capsys, per_class, missing):
     write_data(tmp_path / "data.npz", per_class)
     options = replace(KipOptions(data=str(tmp_path / "data.npz")), images_per_class=1, steps=1)
-    prepare.prepare(replace(options, target_batch=3, learning_rate=0.1, schedule="constant"))
+    prepare.prepare(with_defaults(options))
     error = capsys.readouterr().err
     assert f"note: {missing} any validation images" in error if missing else not error
 
@@ -227,7 +227,7 @@ def test_classes_without_validation_or_test_images_are_named(tmp_path, capsys):
     images = np.random.default_rng(0).integers(0, 256, (44, 8, 8, 1), dtype=np.uint8)
     np.savez(tmp_path / "data.npz", images=images, labels=labels)
     options = replace(KipOptions(data=str(tmp_path / "data.npz")), images_per_class=1, steps=1)
-    prepare.prepare(replace(options, target_batch=3, learning_rate=0.1, schedule="constant"))
+    prepare.prepare(with_defaults(options))
     said = capsys.readouterr().err
     for part in ("validation", "test"):
         assert f"note: 2 of 4 classes have no {part} images (2, 3): the {part} accuracy" in said
@@ -242,8 +242,7 @@ def test_a_share_for_validation_beside_a_validation_part_is_said(tmp_path, capsy
             for i in range(3):
                 Image.new("L", (8, 8), 100 * label + i).save(folder / f"{i}.png")
     options = replace(KipOptions(data=str(tmp_path / "data")), images_per_class=1, steps=1)
-    options = replace(options, target_batch=3, learning_rate=0.1, schedule="constant")
-    prepare.prepare(replace(options, validation_fraction=fraction))
+    prepare.prepare(with_defaults(replace(options, validation_fraction=fraction)))
     said = capsys.readouterr().err
     assert said.count("--validation-fraction 0.3 has no effect on") == (fraction == 0.3)
 
