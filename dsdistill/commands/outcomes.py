@@ -214,8 +214,11 @@ def provenance(
         test_figures: Figures on the test images by name; empty where there are none.
     """
     figures = {**test_figures, **outcome.figures}
+    kernel = prepared.network.name
+    if prepared.encoder is not None and isinstance(options, KipOptions):
+        kernel += f" on the features of {through_backbone.short_name(options.features)}"
     return describe_run(run, prepared.splits, options.seed, figures, outcome.seconds, VERSIONS) | {
-        "kernel": prepared.network.name,
+        "kernel": kernel,
         "engine": prepared.network.engine,
         "evaluation_ridge": outcome.ridge,
         "stopped": outcome.stopped,

@@ -230,7 +230,7 @@ def assemble(
     record = outcomes.describe_run(
         opened, splits, options.seed, selection.figures, selection.seconds, VERSIONS
     ) | {
-        "kernel": f"linear on the features of {select_images.short_name(options.features)}",
+        "kernel": f"linear on the features of {through_backbone.short_name(options.features)}",
         "backbone": prepared.network.record(),
         "evaluation_ridge": options.ridge,
         "stopped": None,

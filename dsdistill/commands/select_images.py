@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from dsdistill.commands import feature_space, prepare
+from dsdistill.commands import feature_space, prepare, through_backbone
 from dsdistill.harness import shell
 from dsdistill.harness.data import datasets, feature_file, labeled_images, preprocess
 from dsdistill.harness.data.datasets import Splits
@@ -229,7 +229,9 @@ def _choose_crops(
     assert encoder is not None, "crops are scored by a network of kd"
     head = crops.own_head(encoder.backbone, splits.train.classes)
     judge = "its own classifier" if head else "a probe on the features of the training images"
-    progress.say(f"crops are scored by {short_name(options.features)}, with {judge}")
+    progress.say(
+        f"crops are scored by {through_backbone.short_name(options.features)}, with {judge}"
+    )
     calibration = validation if len(validation) else train
     temperature = 1.0
     if head is None:
@@ -261,10 +263,3 @@ def _choose_crops(
         "chosen_loss": float(by_crop[numbers, images].mean()),
     }
     return Selection(crop_selection.compose(tiles), figures, seconds)
-
-
-def short_name(features: str | None) -> str:
-    """The name of a network, or of the folder of its run, whose path may differ on resume."""
-    if features is None:
-        return "a function"
-    return Path(features).name if Path(features).is_dir() else features

@@ -52,6 +52,13 @@ def absolute_name(features: str) -> str:
     return backbones.absolute_name(features)
 
 
+def short_name(features: str | None) -> str:
+    """The name of a network, or of the folder of its run, whose path may differ on resume."""
+    if features is None:
+        return "a function"
+    return Path(features).name if Path(features).is_dir() else features
+
+
 @contextlib.contextmanager
 def features_file(run: Run) -> Iterator[Path]:
     """The file of a run's features, which is removed when the run is finished.

@@ -271,6 +271,7 @@ def test_a_run_saves_pixels_that_any_command_reads(finished: Path) -> None:
     np.testing.assert_array_equal(distilled.labels, centred_one_hot(np.arange(2), 2))
     record = distilled.provenance
     assert record["backbone"]["layer"] == "embedding"
+    assert record["kernel"] == "fc(1) on the features of backbone"
     assert record["config"]["outer"] == "ce"
     assert record["config"]["image_size"] == SIDE
     assert (finished / "distilled.png").is_file()
