@@ -348,7 +348,8 @@ def _on_own_backbone(name: str, distilled: DistilledSet) -> str:
     """`ridge` of a set that was made through a backbone: on the features of that one.
 
     Raises:
-        UserError: If the backbone is no folder here: a file may not choose what else is loaded.
+        UserError: If the backbone is no folder here (a file may not choose what else is loaded), or
+            the set was made on another layer than the embedding, which learners see.
     """
     source = origin.read_provenance(distilled)
     if name != "ridge" or source.backbone is None:
@@ -357,6 +358,12 @@ def _on_own_backbone(name: str, distilled: DistilledSet) -> str:
         raise UserError(
             f"the set was made through the backbone {source.backbone}, which is no folder here: "
             f"write ridge@{source.backbone} in --learners, or leave ridge out"
+        )
+    layer = (source.config or {}).get("layer", "embedding")
+    if layer != "embedding":
+        raise UserError(
+            f"the set was made on the layer {layer!r} of its backbone, and learners see the "
+            "embedding: leave ridge out of --learners"
         )
     return f"ridge@{source.backbone}"
 

@@ -308,6 +308,13 @@ def test_evaluate_judges_it_through_its_backbone(inside: Path, finished: Path) -
     own = distilled_set.load(finished / distilled_set.FILE_NAME).provenance["metrics"]
     ours = [r for r in found if r.learner.startswith("ridge") and r.arm == "distilled"]
     assert ours[0].accuracy == pytest.approx(own["test_accuracy"], abs=1e-6)
+    whole = distilled_set.load(finished / distilled_set.FILE_NAME)
+    config = {**whole.provenance["config"], "layer": "layer3"}
+    other = replace(whole, provenance={**whole.provenance, "config": config})
+    with pytest.raises(UserError, match="made on the layer 'layer3'"):
+        evaluation_parts.make_learners(
+            ["ridge"], other, evaluation_parts.assemble(given).splits, given
+        )
     with pytest.raises(UserError, match=r"through a backbone.*ridge@"):
         dsdistill.load(finished).predictor()
 
