@@ -80,11 +80,15 @@ class Features:
         return self.images.select(np.concatenate([part.rows, further]))
 
 
-def as_half(features: Float[np.ndarray, "m d"]) -> Float[np.ndarray, "m d"]:
+def as_half(
+    features: Float[np.ndarray, "m d"],
+    remedy: str = "choose another --layer, such as one behind a normalisation",
+) -> Float[np.ndarray, "m d"]:
     """Features as float16, contiguous.
 
     Args:
         features: Features of any type of number.
+        remedy: What to do where that is not possible, for the message.
 
     Raises:
         UserError: If a value is not finite, or too large for float16.
@@ -94,8 +98,7 @@ def as_half(features: Float[np.ndarray, "m d"]) -> Float[np.ndarray, "m d"]:
     if not np.isfinite(half).all():
         largest = float(np.abs(features).max())
         raise UserError(
-            f"features up to {largest:.3g} do not fit into float16, which ends at 65504: "
-            "choose another --layer, such as one behind a normalisation"
+            f"features up to {largest:.3g} do not fit into float16, being beyond 65504: {remedy}"
         )
     return half
 

@@ -19,10 +19,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Float16, Int, Num
 
 from dsdistill.harness import memory
-from dsdistill.harness.data import preprocess
+from dsdistill.harness.data import feature_file, preprocess
 from dsdistill.harness.data.labeled_images import Examples, LabeledImages
 from dsdistill.harness.data.preprocess import Preprocess
-from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation.held_out import Predict
 from dsdistill.harness.evaluation.protocol import Learner
 from dsdistill.harness.runs import progress
@@ -145,15 +144,8 @@ class FeatureSpace:
             stored.known[part] = True
 
     def _compute(self, pixels: Float[np.ndarray, "n h w c"]) -> Float16[np.ndarray, "n 1 1 d"]:
-        values = self.backbone(pixels)
-        with np.errstate(over="ignore"):
-            features = values.astype(np.float16)
-        if not np.isfinite(features).all():
-            raise UserError(
-                f"a feature of {self.backbone.name} is not finite, or beyond 65504, the largest "
-                "value of float16: use another layer or backbone"
-            )
-        return features[:, None, None]
+        remedy = f"use another backbone than {self.backbone.name}"
+        return feature_file.as_half(self.backbone(pixels), remedy)[:, None, None]
 
 
 @dataclass(frozen=True, eq=False)
