@@ -9,6 +9,7 @@ and Rus (2022), arXiv:2210.12067 (RFAD), for cross-entropy of scaled predictions
 """
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -29,6 +30,7 @@ NEWTON_STEPS = 20  # for the scale: from SMALLEST_SCALE at most a factor of MAX_
 MAX_FACTOR = 4.0
 SMALLEST_SCALE = 0.1  # of predictions that are worse than none
 SMOOTHING = 0.01  # share of a label that is spread over all classes
+CONFIDENCE = 0.997  # more than smoothed labels have, so that only small predictions are held back
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,11 +95,15 @@ class CrossEntropy:
     Ridge regression on centred labels predicts values whose scale is no logit's. RFAD learns log a
     by gradient descent beside the images. Here a minimises the loss of each batch: the problem
     is convex in one number, so that nothing has to be tuned or stored, and the loss is a function
-    of the predictions alone. Its gradient is that at a fixed a, since a is optimal.
+    of the predictions alone. Its gradient is that at a fixed a, since a is optimal or at its limit.
 
     Labels are smoothed by `SMOOTHING`. Otherwise a batch that is predicted without a fault has no
     best scale and next to no gradient, and Adam wanders: 95 to 97 % on digits, where the smoothed
     loss reaches what the squared error does.
+
+    The scale is at most `largest_scale`. A loss that is blind to scale lets the predictions shrink,
+    to less than half in 300 steps with `fc`, and a network of finite width, whose kernel is the
+    infinite one plus noise, then predicts mostly noise (docs/results.md).
     """
 
     def value(
@@ -126,10 +132,18 @@ class CrossEntropy:
 OUTER_LOSSES: dict[str, OuterLoss] = {"mse": SquaredError(), "ce": CrossEntropy()}
 
 
+def largest_scale(classes: int) -> float:
+    """The scale a at which softmax(a * y) gives the class of a centred label y `CONFIDENCE`.
+
+    It is 8.0 for ten classes, RFAD's factor of the labels that its networks learn.
+    """
+    return math.log((classes - 1) * CONFIDENCE / (1 - CONFIDENCE))
+
+
 def fit_scale(
     predictions: Predictions, labels: Predictions, weights: Weights, total: Total
 ) -> Float[Array, ""]:
-    """The scale a at which the cross-entropy of softmax(a * predictions) is least.
+    """The scale a <= `largest_scale` at which cross-entropy of softmax(a * predictions) is least.
 
     No gradient passes through it. The derivative in a rises and is concave where it matters, so
     that Newton's steps from below do not overshoot.
@@ -139,6 +153,7 @@ def fit_scale(
     """
     p, y, w = map(jax.lax.stop_gradient, (predictions, _probabilities(labels), weights))
     right = total(w @ jnp.sum(y * p, axis=1))
+    limit = largest_scale(p.shape[1])
 
     def newton(_: int, scale: Array) -> Array:
         q = jax.nn.softmax(scale * p)
@@ -148,7 +163,7 @@ def fit_scale(
         slope, curvature = sums[0] - right, sums[1]
         moved = scale - slope / jnp.maximum(curvature, jnp.finfo(p.dtype).tiny)
         moved = jnp.clip(moved, scale / MAX_FACTOR, scale * MAX_FACTOR)
-        return jnp.maximum(moved, SMALLEST_SCALE)
+        return jnp.clip(moved, SMALLEST_SCALE, limit)
 
     first = jnp.full((), SMALLEST_SCALE, p.dtype)
     return jax.lax.fori_loop(0, NEWTON_STEPS, newton, first)
