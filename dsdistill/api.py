@@ -98,7 +98,7 @@ def kip(
     schedule: Literal["constant", "cosine"] | None = None,
     target_batch: int | str | None = None,
     damping: float = KipOptions.damping,
-    ridge: float | None = None,
+    ridge: float = KipOptions.ridge,
     depth: int | None = None,
     w_std: float = KipOptions.w_std,
     b_std: float = KipOptions.b_std,
@@ -150,7 +150,7 @@ def kip(
         schedule: Course of the rates; by default constant for adam, cosine for gauss-newton.
         target_batch: Training images per step (5000, or 1000), or the time of a step, such as "2s".
         damping: Damping of gauss-newton, relative to the mean curvature.
-        ridge: Ridge of the regression, relative to the mean of the kernel's diagonal (1e-6).
+        ridge: Ridge of the regression, relative to the mean of the kernel's diagonal.
         depth: Hidden layers or blocks of the kernel.
         w_std, b_std: Standard deviation of the network's weights and biases.
         augment: Random changes of the target images before their normalisation: `flip`, `shift`,

@@ -30,10 +30,8 @@ OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {  # optimizer -> option -> defa
         "schedule": "cosine",
     },
 }
-DEFAULT_RIDGE = 1e-6
 THROUGH_BACKBONE_DEFAULTS: dict[str, Any] = {
     "outer": "ce",
-    "ridge": 1e-2,
     "steps": 400,
     "learning_rate": 0.05,
     "schedule": "cosine",
@@ -202,7 +200,7 @@ class KipOptions(RunOptions):
     )
     """Loss of the predicted training images that the steps lower: the squared error, as in the
     papers; or the cross-entropy of the predictions times the scale that fits them best, better for
-    ridge regression and worse for networks"""
+    ridge regression and no better for networks"""
 
     optimizer: Literal["adam", "gauss-newton"] = "adam"
     """adam, as in the papers; or gauss-newton, which solves for the step that fits each target
@@ -234,8 +232,9 @@ class KipOptions(RunOptions):
     ] = None
     """Course of the learning rates; cosine falls to 0 over --steps, and over the warm-up before"""
 
-    ridge: Annotated[float | None, Shown(default="1e-6, or 0.01 with --features")] = None
-    """Ridge of the regression, relative to the mean of the kernel's diagonal"""
+    ridge: float = 0.01
+    """Ridge of the regression, relative to the mean of the kernel's diagonal; 1e-6 in the papers,
+    with which networks learn more slowly from the set"""
 
     learn_labels: bool = False
     """Learn the labels as well as the images"""
@@ -266,7 +265,7 @@ def with_defaults(options: Options) -> Options:
     """The options with the defaults that depend on others."""
     if not isinstance(options, KipOptions):
         return options
-    defaults = OPTIMIZER_DEFAULTS[options.optimizer] | {"outer": "mse", "ridge": DEFAULT_RIDGE}
+    defaults = OPTIMIZER_DEFAULTS[options.optimizer] | {"outer": "mse"}
     if options.features is not None:
         defaults = defaults | THROUGH_BACKBONE_DEFAULTS
     if notation.is_finite(options.kernel):

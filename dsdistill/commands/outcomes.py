@@ -106,7 +106,6 @@ def kip_outcome(
         waited = f"{options.patience} validation{'' if options.patience == 1 else 's'}"
         stopped = f"at step {last.done} of {plan.steps}: no lower validation loss in {waited}"
     fit = objective.fit_on_images if isinstance(objective, PixelObjective) else objective.fit
-    assert options.ridge is not None
     return Outcome(
         support, best.images, best.labels, options.ridge, fit, figures, last.seconds, stopped
     )

@@ -325,8 +325,7 @@ def split_warm_up(text: str) -> tuple[str, int | None]:
 def _objective(
     options: KipOptions, kernels: tuple[InfiniteNetwork, ...], steps: int, *, augment_raw: bool
 ) -> kip.KipObjective:
-    assert options.ridge is not None  # the options are complete
-    assert options.outer is not None
+    assert options.outer is not None  # the options are complete
     return kip.KipObjective(
         kernels,
         options.ridge,
@@ -401,11 +400,7 @@ def _check(options: RunOptions) -> None:
     count = options.images_per_class
     if count is not None and count < 1:
         raise UserError(f"--images-per-class must be at least 1, got {count}")
-    if (
-        isinstance(options, KipOptions | LabelSolveOptions)
-        and options.ridge is not None
-        and not options.ridge > 0
-    ):
+    if isinstance(options, KipOptions | LabelSolveOptions) and not options.ridge > 0:
         raise UserError(f"--ridge must be positive, got {options.ridge}")
     if (
         isinstance(options, LabelSolveOptions)

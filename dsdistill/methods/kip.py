@@ -102,7 +102,7 @@ class KipObjective:
     """
 
     networks: tuple[InfiniteNetwork, ...]
-    ridge: float = 1e-6
+    ridge: float = 1e-2
     optimizer: Optimizer = field(default_factory=Adam)
     cosine_steps: int | None = None
     learn_labels: bool = False

@@ -137,7 +137,7 @@ def largest_scale(classes: int) -> float:
 
     It is 8.0 for ten classes, RFAD's factor of the labels that its networks learn.
     """
-    return math.log((classes - 1) * CONFIDENCE / (1 - CONFIDENCE))
+    return math.log(max(classes - 1, 1) * CONFIDENCE / (1 - CONFIDENCE))
 
 
 def fit_scale(

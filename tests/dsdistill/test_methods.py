@@ -80,7 +80,7 @@ def test_first_step_is_adam_on_the_reference_loss(train):
 
         def loss(x):
             k_ss, k_ts = fc_ntk(x, x), fc_ntk(x_t, x)
-            regular = k_ss + 1e-6 * jnp.trace(k_ss) / len(x) * jnp.eye(len(x))
+            regular = k_ss + 1e-2 * jnp.trace(k_ss) / len(x) * jnp.eye(len(x))
             return 0.5 * jnp.mean((k_ts @ jnp.linalg.inv(regular) @ y_s - y_t) ** 2)
 
         value, gradient = jax.value_and_grad(loss)(x_s)

@@ -30,6 +30,7 @@ def cross_entropy(predictions: np.ndarray, scale: float) -> float:
 
 
 def best_scale(predictions: np.ndarray) -> float:
+    """The scale of least cross-entropy, whatever its size."""
     found = scipy.optimize.minimize_scalar(
         lambda log: cross_entropy(predictions, np.exp(log)), bounds=(-3, 8), method="bounded"
     )
@@ -54,17 +55,38 @@ def quadratic(outer, v: np.ndarray) -> list[np.ndarray]:
         return [np.asarray(array) for array in arrays]
 
 
-@pytest.mark.parametrize("factor", [0.1, 1.0, 20.0])
+@pytest.mark.parametrize("factor", [2.0, 20.0])
 def test_the_scale_is_the_one_of_least_cross_entropy(factor):
     predictions = factor * PREDICTIONS
     expected = best_scale(predictions)
-    assert 3 / factor < expected < 30 / factor
+    assert 3 / factor < expected < outer_loss.largest_scale(K)
     with jax.enable_x64(True):
         args = map(jnp.asarray, (predictions, LABELS, WEIGHTS))
         scale = float(outer_loss.fit_scale(*args, lambda part: part))
         loss = float(value(CrossEntropy(), jnp.asarray(predictions)))
     assert scale == pytest.approx(expected, rel=1e-3)
     assert loss == pytest.approx(cross_entropy(predictions, expected), rel=1e-6)
+
+
+def test_small_predictions_are_not_scaled_up_without_limit():
+    """A loss that is blind to scale would let predictions shrink until networks see only noise."""
+    limit = outer_loss.largest_scale(K)
+    with jax.enable_x64(True):
+        args = (jnp.asarray(LABELS), jnp.asarray(WEIGHTS))
+        for factor in (0.1, 0.01):
+            predictions = factor * PREDICTIONS
+            assert best_scale(predictions) > limit
+            scale = float(outer_loss.fit_scale(jnp.asarray(predictions), *args, lambda part: part))
+            assert scale == pytest.approx(limit)
+            loss = float(value(CrossEntropy(), jnp.asarray(predictions)))
+            assert loss == pytest.approx(cross_entropy(predictions, limit), rel=1e-6)
+
+
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+def test_labels_at_the_largest_scale_are_confident(classes):
+    label = centred_one_hot(np.array([0]), classes)[0].astype(np.float64)
+    probabilities = scipy.special.softmax(outer_loss.largest_scale(classes) * label)
+    assert probabilities[0] == pytest.approx(outer_loss.CONFIDENCE)
 
 
 def test_predictions_without_fault_or_merit_have_a_finite_scale():
@@ -100,7 +122,7 @@ def test_the_curvature_of_the_squared_error_is_exact():
 
 def test_the_curvature_of_the_cross_entropy_is_that_at_the_fitted_scale():
     v = np.random.default_rng(1).standard_normal((M, K))
-    scale = best_scale(PREDICTIONS)
+    scale = min(best_scale(PREDICTIONS), outer_loss.largest_scale(K))
     _, product, root = quadratic(CrossEntropy(), v)
     q = scipy.special.softmax(scale * PREDICTIONS, axis=1)
     blocks = [np.diag(row) - np.outer(row, row) for row in q]
