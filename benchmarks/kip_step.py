@@ -70,7 +70,7 @@ def reference_steps(train: Examples, support: Support):
     def loss(x_s, y_s, x_t, y_t):
         k_ss, k_ts = kernel(x_s, x_s, "ntk"), kernel(x_t, x_s, "ntk")
         n = len(k_ss)
-        regular = k_ss + 1e-6 * jnp.trace(k_ss) / n * jnp.eye(n)
+        regular = k_ss + kip.KipObjective.ridge * jnp.trace(k_ss) / n * jnp.eye(n)
         predicted = k_ts @ jax.scipy.linalg.solve(regular, y_s, assume_a="pos")
         return 0.5 * jnp.mean((predicted - y_t) ** 2)
 
