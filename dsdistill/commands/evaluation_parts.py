@@ -12,7 +12,7 @@ import numpy as np
 
 from dsdistill.commands import export, training_data
 from dsdistill.harness import lists, shell
-from dsdistill.harness.data import datasets, distilled_set, origin, preprocess
+from dsdistill.harness.data import datasets, distilled_set, origin, preprocess, provenance
 from dsdistill.harness.data.datasets import Splits
 from dsdistill.harness.data.distilled_set import DistilledSet
 from dsdistill.harness.data.labeled_images import (
@@ -354,6 +354,11 @@ def _on_own_backbone(name: str, distilled: DistilledSet) -> str:
     source = origin.read_provenance(distilled)
     if name != "ridge" or source.backbone is None:
         return name
+    if source.backbone == provenance.OWN_MODULE:
+        raise UserError(
+            "the set was made through a module that only its maker has: leave ridge out of "
+            "--learners, or name a kernel or a backbone, as in ridge:fc or ridge@BACKBONE"
+        )
     if not Path(source.backbone).is_dir():
         raise UserError(
             f"the set was made through the backbone {source.backbone}, which is no folder here: "

@@ -92,7 +92,10 @@ class Prepared:
         init = {} if self.init_sha256 is None else {"set of --init": self.init_sha256}
         backbone = {}
         if self.encoder is not None:
-            backbone = {"weights of the backbone": self.encoder.record()["weights_sha256"]}
+            record = self.encoder.record()
+            backbone = {"weights of the backbone": record["weights_sha256"]}
+            if "features_sha256" in record:  # of a module, whose code has no name
+                backbone["features of the module"] = record["features_sha256"]
         return self.splits.digests() | modules | functions | init | backbone
 
 
@@ -133,6 +136,7 @@ def prepare_arrays(
     *,
     network: InfiniteNetwork | None = None,
     chosen: Mapping[str, Any] | None = None,
+    module: Any = None,
 ) -> Prepared:
     """Check the options against data that are at hand, and fit the preprocessing.
 
@@ -143,12 +147,16 @@ def prepare_arrays(
         init_sha256: SHA-256 of that set.
         network: The network, in place of the option.
         chosen: As for `prepare`.
+        module: A caller's own module as the backbone, in place of the option's.
 
     Raises:
         UserError: If a rule is broken; the message is about the first.
     """
     kernels, phases = _parse(options, chosen, network)
-    return _assemble(options, kernels, phases, splits, init, init_sha256, chosen)
+    encoder = None
+    if isinstance(options, KipOptions) and options.features is not None:
+        encoder = through_backbone.load_for(options, splits.train.shape, module)
+    return _assemble(options, kernels, phases, splits, init, init_sha256, chosen, encoder)
 
 
 def _kernel_digest(network: InfiniteNetwork, shape: tuple[int, int, int]) -> str:

@@ -5,10 +5,11 @@ The backbone is one of `kd`, which is imported only here and only when it is ask
 
 import contextlib
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -60,8 +61,10 @@ def short_name(features: str | None) -> str:
 
 
 @contextlib.contextmanager
-def features_file(run: Run) -> Iterator[Path]:
+def features_file(run: Run) -> Iterator[Path | None]:
     """The file of a run's features, which is removed when the run is finished.
+
+    A run in memory has none.
 
     An error of the input before the first checkpoint removes it too: no part of a run is left that
     cannot be continued.
@@ -69,6 +72,9 @@ def features_file(run: Run) -> Iterator[Path]:
     Args:
         run: The run, whose folder is locked.
     """
+    if not run.writes:
+        yield None
+        return
     file = run.folder / FEATURES_FILE
     try:
         yield file
@@ -135,18 +141,75 @@ def load(options: KipOptions) -> tuple[Encoder, KipOptions]:
     return loaded, replace(options, image_size=options.image_size or height, channels=channels)
 
 
+def is_module(network: Any) -> bool:
+    """Whether a caller's own network is a torch module, which differentiates."""
+    torch = sys.modules.get("torch")  # without it there are no modules
+    return torch is not None and isinstance(network, torch.nn.Module)
+
+
+@contextlib.contextmanager
+def frozen(network: Any) -> Iterator[None]:
+    """Hold a caller's own module in evaluation mode; anything else stays as it is."""
+    if not is_module(network):
+        yield
+        return
+    from kd.evaluation import own_backbone
+
+    with own_backbone.freeze(network):
+        yield
+
+
+def load_own(module: Any, shape: tuple[int, int, int], *, differentiable: bool) -> Encoder:
+    """A caller's own module, which is held by `frozen`, as an encoder of images of a shape.
+
+    Raises:
+        UserError: If it cannot take such images, or gives no features of them.
+    """
+    from kd.evaluation import own_backbone
+
+    return own_backbone.encoder(module, shape, differentiable=differentiable)
+
+
+def load_for(options: KipOptions, shape: tuple[int, int, int], module: Any) -> Encoder:
+    """Load the backbone for images that are at hand, which it sees at the size that it takes.
+
+    Args:
+        options: The options.
+        shape: Height, width and channels of the images.
+        module: A caller's own module, in place of the one that the options name; or None.
+
+    Raises:
+        UserError: If there is no such backbone, an option does not go with one, or it takes images
+            of other channels.
+    """
+    from kd.evaluation import encoder
+
+    assert options.features is not None
+    _check(options)
+    if module is not None:
+        return load_own(module, shape, differentiable=True)
+    return encoder.load(
+        options.features,
+        options.layer,
+        shape,
+        device=options.device,
+        typed=[options.features],
+        trust_module=options.trust_module,
+    )
+
+
 def phases_on_features(
     options: KipOptions,
-    file: Path,
+    file: Path | None,
     encoder: Encoder,
     regression: Phase,
     splits: Splits,
 ) -> FeaturePhases:
-    """Extract the features of all images into the run's folder, or read them there.
+    """Extract the features of all images, in memory or into the run's folder, or read them there.
 
     Args:
         options: The options, with the size of the images.
-        file: Where they are kept, in the folder of the run.
+        file: Where they are kept, in the folder of the run; None for memory.
         encoder: The backbone.
         regression: The phase as one on features.
         splits: The images as pixels.

@@ -4,13 +4,14 @@ import itertools
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import kd_support as support
 import numpy as np
+import photos
 import pytest
 import torch
-from PIL import Image
 
 from dsdistill.commands import evaluation_parts, feature_space, select, through_backbone
 from dsdistill.harness.data import datasets, distilled_set, feature_file, preprocess
@@ -24,7 +25,7 @@ from dsdistill.methods.ridge_selection import Choice
 from dsdistill.options import EvaluateOptions, SelectOptions
 from kd.evaluation import backbones, crops, extraction, features
 
-SIDE, TRAIN = 8, 20
+SIDE, TRAIN = photos.SIDE, 20
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -136,16 +137,15 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of PNGs of two classes, a few of them grayscale, and a run on other classes."""
     folder = tmp_path_factory.mktemp("select")
     rng = np.random.default_rng(0)
+
+    def striped(distance: int) -> np.ndarray:
+        pixels = rng.normal(110, 40, (SIDE, SIDE, 3))
+        pixels[::distance] += 60  # every second, third or fourth row is bright
+        return pixels
+
     for data, names in (("photos", ("dark", "light")), ("others", ("black", "gray", "white"))):
-        for part, count in (("train", TRAIN), ("test", 6)):
-            for i, name in enumerate(names):
-                (folder / data / part / name).mkdir(parents=True)
-                for number in range(count):
-                    pixels = rng.normal(110, 40, (SIDE, SIDE, 3))
-                    pixels[:: 2 + i] += 60  # every second, third or fourth row is bright
-                    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-                    image = image.convert("L") if number == 0 else image
-                    image.save(folder / data / part / name / f"{number}.png")
+        classes = {name: partial(striped, 2 + i) for i, name in enumerate(names)}
+        photos.write(folder / data, classes, train=TRAIN)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         given = ("--student", "mlp:16", "--epochs", 1, "--out", "run")
