@@ -10,7 +10,7 @@ import numpy as np
 
 from dsdistill.api_data import Pair, as_splits, call
 from dsdistill.commands import evaluate as evaluation
-from dsdistill.commands import evaluation_parts, training_data
+from dsdistill.commands import evaluation_parts
 from dsdistill.distilled import Distilled
 from dsdistill.harness.data import origin
 from dsdistill.harness.data.datasets import Splits
@@ -102,7 +102,7 @@ def evaluate(
         splits = as_splits(*train, distilled.classes, validation, fraction, test)
         origin.check_same_data(Path("the set"), distilled, splits, "train")
         for name, other in (also or {}).items():
-            if training_data.is_reserved(name):
+            if control_sets.is_reserved(name):
                 raise UserError(f"also cannot name a set {name!r}, as other data of a report are")
             origin.check_same_data(Path(name), other, splits, "train")
         if validation is None:

@@ -142,7 +142,6 @@ def _features(
         encoder.backbone,
         encoder.device,
         str(config["data"]),
-        batch_size=feature_space.BATCH,
     )
     written = extraction.write_in_run(file, what)
     train = written.part("train")

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from dsdistill.commands import option_ranges
 from dsdistill.harness import shell
 from dsdistill.harness.data import preprocess
 from dsdistill.harness.data.datasets import Splits
@@ -264,9 +265,7 @@ def _check(options: KipOptions) -> None:
             "--target-batch must be a number of images with --features, got "
             f"{options.target_batch!r}"
         )
-    for name, count in (("--views", options.views), ("--real-views", options.real_views)):
-        if count < 1:
-            raise UserError(f"{name} must be at least 1, got {count}")
+    option_ranges.require_at_least(options, {"views": 1, "real_views": 1})
     if not 0 < options.min_scale <= 1 or math.isnan(options.min_scale):
         raise UserError(f"--min-scale must be in (0, 1], got {options.min_scale:g}")
     if jax.process_count() > 1:

@@ -24,7 +24,9 @@ from kd.models.zoo.protocol import Shape
 from kd.parallel import engine
 
 Pullback = Callable[[Float[np.ndarray, "n d"]], Float[np.ndarray, "n h w c"]]
-CHUNK = 128  # images at a time
+# Images at a time. The pixels that are learned depend on it to the last bit: with another number a
+# run that was stopped would go on otherwise.
+CHUNK = 128
 VERSIONED_PACKAGES = ("torch", "timm", "torchvision")
 
 

@@ -53,7 +53,7 @@ class Extraction:
     min_scale: float = 0.25
     hflip: float = 0.5
     seed: int = 0
-    batch_size: int = 64
+    batch_size: int = feature_file.BATCH
     workers: int = 0
 
     @property

@@ -421,8 +421,9 @@ def test_features_are_no_images(work: Path, tmp_path: Path, dsdistill: Command) 
     partial = feature_file.PartialFeatures(tmp_path / "f.npz", {}, (4, 2), resume=False)
     partial.append(np.zeros((4, 2)))
     partial.finish(np.array([0, 1, 0, 1]), ("a", "b"), np.array([0, 0, 2, 2]), np.arange(4))
-    ended = dsdistill("select", "f.npz", "--features", work / "run")
-    assert "f.npz holds features: give the images that they are of" in ended.stderr
+    for command in ("select", "kip"):
+        ended = dsdistill(command, "f.npz", "--features", work / "run")
+        assert "f.npz holds features: give the images that they are of" in ended.stderr
 
 
 def test_a_gray_data_set_is_seen_by_a_network_of_colour(work: Path, tmp_path: Path) -> None:

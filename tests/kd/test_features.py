@@ -253,7 +253,7 @@ def test_refuses_in_one_line(
 def test_features_are_no_images(inside: pytest.MonkeyPatch, tmp_path: Path) -> None:
     extract(inside, tmp_path / "f.npz")
     line = refused(inside, "features", tmp_path / "f.npz", "--student", "run")
-    assert "holds features already" in line
+    assert "holds features: give the images that they are of" in line
 
 
 def test_a_network_trains_on_features(inside: pytest.MonkeyPatch, tmp_path: Path) -> None:
