@@ -16,12 +16,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from dsdistill import api_runs
-from dsdistill.api_data import DATA_NAME, ImageData, Pair, as_splits, call, load_data
-from dsdistill.api_evaluation import evaluate
+from dsdistill.api_data import DATA_NAME, Pair, as_splits, call
+from dsdistill.api_data import ImageData as ImageData
+from dsdistill.api_data import load_data as load_data
+from dsdistill.api_evaluation import evaluate as evaluate
 from dsdistill.commands import outcomes, prepare, select_images, through_backbone, training_data
 from dsdistill.commands import select as selection
 from dsdistill.commands.outcomes import Outcome
-from dsdistill.distilled import Distilled, Kernel, as_network, load
+from dsdistill.distilled import Distilled, Kernel, as_network
+from dsdistill.distilled import load as load
 from dsdistill.harness.data import provenance
 from dsdistill.harness.data.arrays import ArrayLike
 from dsdistill.harness.data.distilled_set import DistilledSet
@@ -37,20 +40,6 @@ from dsdistill.options import (
     SelectOptions,
 )
 from dsdistill.parallel import devices
-
-__all__ = [
-    "Distilled",
-    "ImageData",
-    "UserError",
-    "evaluate",
-    "kip",
-    "label_solve",
-    "load",
-    "load_data",
-    "load_neural_tangents",
-    "select",
-    "use_all_cores",
-]
 
 
 def kip(

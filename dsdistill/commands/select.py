@@ -23,6 +23,7 @@ from dsdistill.harness import shell, stopping
 from dsdistill.harness.data import (
     datasets,
     distilled_set,
+    feature_file,
     labeled_images,
     preprocess,
 )
@@ -142,6 +143,7 @@ def _features(
         encoder.backbone,
         encoder.device,
         str(config["data"]),
+        batch_size=feature_file.BATCH,
     )
     written = extraction.write_in_run(file, what)
     train = written.part("train")

@@ -13,7 +13,7 @@ import photos
 import pytest
 import torch
 
-from dsdistill.commands import evaluation_parts, feature_space, select, through_backbone
+from dsdistill.commands import evaluation_parts, select, through_backbone
 from dsdistill.harness.data import datasets, distilled_set, feature_file, preprocess
 from dsdistill.harness.data.distilled_set import DistilledSet
 from dsdistill.harness.data.labeled_images import Examples, LabeledImages, centred_one_hot
@@ -278,7 +278,7 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, where: object, name: str, call: i
     monkeypatch.setattr(where, name, counted)
     monkeypatch.setattr(checkpoints, "SECONDS_BETWEEN_CHECKPOINTS", -1)
     monkeypatch.setattr(extraction, "SECONDS_BETWEEN_SAVES", -1)
-    monkeypatch.setattr(feature_space, "BATCH", 8)
+    monkeypatch.setattr(feature_file, "BATCH", 8)
 
 
 KILLS = [
@@ -302,7 +302,7 @@ def test_a_killed_run_ends_in_the_same_set(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(feature_space, "BATCH", 8)
+    monkeypatch.setattr(feature_file, "BATCH", 8)
     whole = read(select.run(options(work, tmp_path / "whole", by=by)))
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
