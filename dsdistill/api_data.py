@@ -19,7 +19,11 @@ from dsdistill.harness.runs import progress as progress_display
 Pair = tuple[ArrayLike, ArrayLike]  # images and labels
 DATA_NAME = "arrays"  # name of a caller's data in provenance and reports
 # How messages of the commands read to who calls a function.
-_PHRASES = {"--resume goes on": "the same call goes on", "--out": "checkpoint"}
+_PHRASES = {
+    "--resume goes on": "the same call goes on",
+    "--out": "checkpoint",
+    "start the command once, with --hosts none": "call it in one process",
+}
 _TEXTS = ("preprocess", "networks", "outer", "optimizer", "schedule", "by")
 
 

@@ -27,6 +27,7 @@ from dsdistill.methods.adam import Adam
 from dsdistill.methods.kip import KipObjective
 from dsdistill.methods.pixel_kip import Encoder, PixelObjective
 from dsdistill.options import KipOptions
+from dsdistill.parallel import launchers
 
 FEATURES_FILE = "features.npz"  # in the folder of a run that is not finished
 UNKNOWN_SIZE = 224  # pixels, of a backbone that does not say its own
@@ -106,6 +107,20 @@ def check_unused(options: KipOptions) -> None:
             raise UserError(
                 f"{shell.flag(name)} needs --features: leave it out, or name a backbone"
             )
+
+
+def require_one_host(options: KipOptions) -> None:
+    """Refuse a backbone on several hosts before these wait for one another.
+
+    Raises:
+        UserError: If the line, or the launcher of the command, names several.
+    """
+    if options.features is not None and launchers.parse(options.hosts) is not None:
+        raise _several_hosts()
+
+
+def _several_hosts() -> UserError:
+    return UserError("--features works on one host: start the command once, with --hosts none")
 
 
 def load(options: KipOptions) -> tuple[Encoder, KipOptions]:
@@ -269,4 +284,4 @@ def _check(options: KipOptions) -> None:
     if not 0 < options.min_scale <= 1 or math.isnan(options.min_scale):
         raise UserError(f"--min-scale must be in (0, 1], got {options.min_scale:g}")
     if jax.process_count() > 1:
-        raise UserError("--features works on one host: leave --hosts out")
+        raise _several_hosts()

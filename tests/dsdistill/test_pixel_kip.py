@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dsdistill
+from dsdistill import cli
 from dsdistill.commands import distil, evaluation_parts, through_backbone
 from dsdistill.commands import evaluate as evaluation
 from dsdistill.harness.data import distilled_set, feature_file, preprocess
@@ -523,6 +524,20 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
     with pytest.raises(UserError, match=message) as error:
         distil.run_kip(options(tmp_path / "run", **changes))
     assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_hosts_are_refused_before_they_wait(
+    inside: Path, data: dsdistill.ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the command before it connects; by a call, and on `--resume`, before it loads anything."""
+    given = options(tmp_path / "run", hosts="127.0.0.1:1,0/2")
+    with pytest.raises(UserError, match="on one host: start the command once, with --hosts none"):
+        cli.kip(given)
+    monkeypatch.setattr(encoders, "load", None)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="features works on one host: call it in one process"):
+        by_call(data)
     assert not (tmp_path / "run").exists()
 
 
