@@ -195,13 +195,18 @@ def load_for(options: KipOptions, shape: tuple[int, int, int], module: Any) -> E
         module: A caller's own module, in place of the one that the options name; or None.
 
     Raises:
-        UserError: If there is no such backbone, an option does not go with one, or it takes images
-            of other channels.
+        UserError: If there is no such backbone, an option does not go with one, the images are not
+            square, or it takes images of other channels.
     """
     from kd.evaluation import encoder
 
     assert options.features is not None
     _check(options)
+    height, width, _ = shape
+    if height != width:
+        raise UserError(
+            f"--features learns square images, got {height}x{width}: crop or resize them first"
+        )
     if module is not None:
         return load_own(module, shape, differentiable=True)
     return encoder.load(

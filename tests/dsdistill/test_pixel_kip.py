@@ -464,6 +464,8 @@ def test_a_module_without_parameters_sees_grayscale(data: dsdistill.ImageData) -
     called = dsdistill.kip(gray, labels, features=Pooled().double(), target_batch=9, **given)
     assert called.images.shape == (2, SIDE, SIDE, 1)
     assert called.provenance["backbone"]["weights_sha256"]
+    with pytest.raises(UserError, match="features learns square images, got 8x6: crop or resize"):
+        dsdistill.kip(gray[:, :, :6], labels, features=Pooled(), **given)
 
 
 @pytest.mark.parametrize(
