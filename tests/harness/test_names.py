@@ -217,6 +217,17 @@ def test_a_picture_of_many_classes_shows_the_first(tmp_path):
     assert max(drawn.shape) < 3000
 
 
+def test_the_halves_of_a_picture_stand_together(tmp_path):
+    black = GridSide("before", np.zeros((10, 8, 8, 1), np.float32), np.arange(10))
+    names = tuple(map(str, range(10)))
+    image_grid.write(tmp_path / "set.png", black, black, names, preprocess.identity(1))
+    with Image.open(tmp_path / "set.png") as image:
+        row = np.asarray(image)[image.height // 20 * 10 + 50]  # through images of one class
+    dark = np.flatnonzero(row < 128)
+    assert np.diff(dark).max() < len(row) / 4
+    assert len(dark) > len(row) / 2
+
+
 def test_rows_of_classes_without_images_stay_empty(tmp_path):
     flat = np.zeros(1, np.float32)
     fitted = preprocess.Preprocess("standardise", flat, flat + 1)

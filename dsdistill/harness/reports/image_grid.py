@@ -13,6 +13,7 @@ from dsdistill.harness.files import write_bytes
 from dsdistill.harness.reports import plot_style
 
 MAX_ROWS, MAX_COLUMNS = 20, 10  # a grid of a thousand classes is unreadable
+MARGIN_INCHES = 0.06
 MAX_SIDE_PIXELS = 256  # side of an image before it is drawn, at about 80 pixels
 
 
@@ -66,7 +67,10 @@ def _render(
 
     count = len(classes)
     size = (2 * columns * 0.55 + 2.2, count * 0.55 + 0.6)
-    figure = Figure(figsize=(max(size[0], 5), max(size[1], 2)), dpi=150, layout="constrained")
+    figure = Figure(figsize=(max(size[0], 5), max(size[1], 2)), dpi=150)
+    # A grid that is higher than wide fills no half of the figure: both stand together, and what is
+    # left empty is cut off.
+    figure.set_layout_engine("compressed", w_pad=2 * MARGIN_INCHES)
     both = figure.subplots(1, 2)
     for axes, side in zip(both, sides, strict=True):
         tiled = tile([_downsample(preprocess.invert(row)) for row in side.rows(count)], columns)
@@ -82,9 +86,10 @@ def _render(
     middles = [(row + 0.5) * height - 1 for row in range(count)]
     both[0].set_yticks(middles, list(map(plot_style.label, classes)), fontsize=7)
     both[0].tick_params(length=0)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3]
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=MARGIN_INCHES)
+    return np.asarray(Image.open(buffer).convert("RGB"))
 
 
 def _downsample(images: Float[np.ndarray, "m h w c"]) -> Float[np.ndarray, "m h2 w2 c2"]:
