@@ -217,6 +217,21 @@ def test_a_picture_of_many_classes_shows_the_first(tmp_path):
     assert max(drawn.shape) < 3000
 
 
+def test_one_image_of_each_of_two_hundred_classes_fits_into_a_picture(tmp_path):
+    """One large class, as learned labels make them, does not take the room of the others."""
+    pixels, labels = images((4, 4, 1), 200)
+    labels[:8] = 0
+    flat = np.zeros(1, np.float32)
+    side = GridSide("real", np.zeros_like(pixels), labels)
+    fitted = preprocess.Preprocess("standardise", flat, flat + 1)
+    image_grid.write(tmp_path / "set.png", side, side, tuple(map(str, range(200))), fitted)
+    with Image.open(tmp_path / "set.png") as image:
+        black = np.asarray(image.convert("L")) < 128
+        assert max(image.size) < 2000
+    # Two grids of twenty by ten, seven of the two hundred classes without an image.
+    assert black.mean() * black.size == pytest.approx(2 * 193 * 0.55**2 * 100**2, rel=0.35)
+
+
 def test_rows_of_classes_without_images_stay_empty(tmp_path):
     flat = np.zeros(1, np.float32)
     fitted = preprocess.Preprocess("standardise", flat, flat + 1)
