@@ -358,6 +358,16 @@ def test_channels_that_the_images_have_anyway_are_no_further_entry(tmp_path, dec
     assert len(decoded) == 12
 
 
+def test_the_size_that_the_images_have_anyway_is_no_further_entry(tmp_path, decoded):
+    data = _classes(tmp_path / "data", {"a": 3, "b": 3})
+    first, _ = _read(data, tmp_path)
+    again = folders.read(data, tmp_path / "cache", 6, channels=3).train
+    assert len(decoded) == 6
+    np.testing.assert_array_equal(first.images(), again.images())
+    fresh = folders.read(data, tmp_path / "other", 6).train
+    np.testing.assert_array_equal(first.images(), fresh.images())
+
+
 def test_any_change_of_the_folder_is_seen(tmp_path, decoded):
     data = _classes(tmp_path / "data", {"a": 3, "b": 3})
     changes = [
