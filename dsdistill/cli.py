@@ -15,8 +15,9 @@ from dsdistill.harness.text import printable
 
 
 def kip(chosen: options.KipOptions) -> None:
-    from dsdistill.commands import distil
+    from dsdistill.commands import distil, through_backbone
 
+    through_backbone.require_one_host(chosen)
     _distil(distil.run_kip, chosen)
 
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsdistill.commands import export, training_data
+from dsdistill.commands import export, option_ranges, training_data
 from dsdistill.harness import lists, shell
-from dsdistill.harness.data import datasets, distilled_set, origin, preprocess
+from dsdistill.harness.data import datasets, distilled_set, origin, preprocess, provenance
 from dsdistill.harness.data.datasets import Splits
 from dsdistill.harness.data.distilled_set import DistilledSet
 from dsdistill.harness.data.labeled_images import (
@@ -214,10 +214,7 @@ def parse_controls(options: EvaluateOptions) -> list[str]:
     for name in names:
         if name not in known:
             raise unknown_name("control", name, known)
-    if options.seeds < 1:
-        raise UserError(f"--seeds must be at least 1, got {options.seeds}")
-    if options.steps is not None and options.steps < 1:
-        raise UserError(f"--steps must be at least 1, got {options.steps}")
+    option_ranges.require_at_least(options, {"seeds": 1, "steps": 1})
     if options.teacher_class_map is not None and options.teacher is None:
         raise UserError("--teacher-class-map needs --teacher")
     if options.resume and options.out is None:
@@ -265,7 +262,7 @@ def _load_further(options: EvaluateOptions, splits: Splits) -> dict[str, Distill
         if paths.count(whole) > 1:
             raise UserError(f"{path} is evaluated twice: name it once in RUN and --also")
         folder = whole.parent if whole.name == distilled_set.FILE_NAME else whole
-        taken = folder.name in sets or training_data.is_reserved(folder.name)
+        taken = folder.name in sets or controls.is_reserved(folder.name)
         name = str(folder) if taken else folder.name
         sets[name] = export.read(path) or distilled_set.load(distilled_set.locate(path))
         origin.check_same_data(path, sets[name], splits, str(options.run))
@@ -354,6 +351,11 @@ def _on_own_backbone(name: str, distilled: DistilledSet) -> str:
     source = origin.read_provenance(distilled)
     if name != "ridge" or source.backbone is None:
         return name
+    if source.backbone == provenance.OWN_MODULE:
+        raise UserError(
+            "the set was made through a module that only its maker has: leave ridge out of "
+            "--learners, or name a kernel or a backbone, as in ridge:fc or ridge@BACKBONE"
+        )
     if not Path(source.backbone).is_dir():
         raise UserError(
             f"the set was made through the backbone {source.backbone}, which is no folder here: "

@@ -15,8 +15,6 @@ from dsdistill.harness.data.labeled_images import Examples, LabeledImages
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
 
-BATCH = 64  # images in a forward pass
-
 
 @dataclass(frozen=True, eq=False)
 class Network:
@@ -31,12 +29,12 @@ class Network:
     encoder: Any = None
 
     def batches(self, images: LabeledImages) -> Iterator[Float[np.ndarray, "m d"]]:
-        """Yield the features of all images, `BATCH` at a time.
+        """Yield the features of all images, `feature_file.BATCH` at a time.
 
         Raises:
             UserError: If the function returns no row of numbers for each image.
         """
-        for chunk in images.chunks(BATCH):
+        for chunk in images.chunks(feature_file.BATCH):
             rows = np.asarray(self.function(preprocess.unit_range(chunk)))
             if rows.ndim < 2 or len(rows) != len(chunk) or rows.dtype.kind not in "fiu":
                 raise UserError(
@@ -62,7 +60,10 @@ def extract(network: Network, images: LabeledImages, unit: str) -> LabeledImages
         UserError: If a feature does not fit into float16.
     """
     stream = network.batches(images)
-    parts = [slice(i, min(i + BATCH, len(images))) for i in range(0, len(images), BATCH)]
+    parts = [
+        slice(i, min(i + feature_file.BATCH, len(images)))
+        for i in range(0, len(images), feature_file.BATCH)
+    ]
     rows = [feature_file.as_half(next(stream)) for _ in progress.track_if_slow(parts, unit)]
     store = np.concatenate(rows).reshape(len(images), 1, 1, -1)
     return LabeledImages(store, images.labels, images.classes)

@@ -78,7 +78,7 @@ def kip_outcome(
     if prepared.encoder is not None:
         on_features = through_backbone.phases_on_features(
             options,
-            run.folder / through_backbone.FEATURES_FILE,
+            run.folder / through_backbone.FEATURES_FILE if run.writes else None,
             prepared.encoder,
             phases[-1],
             prepared.splits,

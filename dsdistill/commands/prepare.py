@@ -6,16 +6,16 @@ All rules on the input are checked here, so that a wrong command line leaves no 
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from dsdistill.commands import through_backbone
+from dsdistill.commands import option_ranges, through_backbone
 from dsdistill.harness import lists
-from dsdistill.harness.data import datasets, labeled_images, preprocess
+from dsdistill.harness.data import datasets, feature_file, labeled_images, preprocess
 from dsdistill.harness.data.datasets import Splits
 from dsdistill.harness.data.distilled_set import DistilledSet
 from dsdistill.harness.data.labeled_images import Examples
@@ -92,7 +92,10 @@ class Prepared:
         init = {} if self.init_sha256 is None else {"set of --init": self.init_sha256}
         backbone = {}
         if self.encoder is not None:
-            backbone = {"weights of the backbone": self.encoder.record()["weights_sha256"]}
+            record = self.encoder.record()
+            backbone = {"weights of the backbone": record["weights_sha256"]}
+            if "features_sha256" in record:  # of a module, whose code has no name
+                backbone["features of the module"] = record["features_sha256"]
         return self.splits.digests() | modules | functions | init | backbone
 
 
@@ -112,6 +115,7 @@ def prepare(options: RunOptions, chosen: Mapping[str, Any] | None = None) -> Pre
         init, init_sha256 = initial_support.load(options.init)
     encoder = None
     if isinstance(options, KipOptions) and options.features is not None:
+        feature_file.refuse(options.data)
         encoder, options = through_backbone.load(options)
     splits = datasets.load(
         options.data,
@@ -133,6 +137,7 @@ def prepare_arrays(
     *,
     network: InfiniteNetwork | None = None,
     chosen: Mapping[str, Any] | None = None,
+    module: Any = None,
 ) -> Prepared:
     """Check the options against data that are at hand, and fit the preprocessing.
 
@@ -143,12 +148,16 @@ def prepare_arrays(
         init_sha256: SHA-256 of that set.
         network: The network, in place of the option.
         chosen: As for `prepare`.
+        module: A caller's own module as the backbone, in place of the option's.
 
     Raises:
         UserError: If a rule is broken; the message is about the first.
     """
     kernels, phases = _parse(options, chosen, network)
-    return _assemble(options, kernels, phases, splits, init, init_sha256, chosen)
+    encoder = None
+    if isinstance(options, KipOptions) and options.features is not None:
+        encoder = through_backbone.load_for(options, splits.train.shape, module)
+    return _assemble(options, kernels, phases, splits, init, init_sha256, chosen, encoder)
 
 
 def _kernel_digest(network: InfiniteNetwork, shape: tuple[int, int, int]) -> str:
@@ -168,10 +177,21 @@ def _parse(
         if network is None
         else (network,)
     )
-    if not isinstance(options, KipOptions):
-        return kernels, ()
     raw = chosen is None or chosen.get(AUGMENTED_KEY) == RAW
-    return kernels, _phases(options, kernels, augment_raw=raw)
+    phases = _phases(options, kernels, augment_raw=raw) if isinstance(options, KipOptions) else ()
+    if chosen is None:  # earlier versions ignored them, and such runs are continued
+        _check_deviations(options, [*kernels, *(n for p in phases for n in p.objective.networks)])
+    return kernels, phases
+
+
+def _check_deviations(options: RunOptions, used: Sequence[InfiniteNetwork]) -> None:
+    """Refuse deviations of weights and biases where no kernel of the run takes any."""
+    own = all(each.features or each.engine is Engine.NEURAL_TANGENTS for each in used)
+    if own and (options.w_std, options.b_std) != (RunOptions.w_std, RunOptions.b_std):
+        raise UserError(
+            f"the kernel {options.kernel} draws its weights in its own way: leave --w-std and "
+            f"--b-std out, got {options.w_std:g} and {options.b_std:g}"
+        )
 
 
 def _assemble(
@@ -194,8 +214,6 @@ def _assemble(
         )
     shape = splits.train.shape
     if encoder is not None:
-        if preprocess.is_features(shape):
-            raise UserError(f"{options.data} holds features: give the images that they are of")
         shape = (1, 1, encoder.width)
     images_per_class = _images_per_class(options, splits, init)
     count = images_per_class * len(splits.train.classes)
@@ -396,17 +414,9 @@ def _check(options: RunOptions) -> None:
             f"--w-std must be positive and --b-std at least 0, got {options.w_std} and "
             f"{options.b_std}"
         )
-    if options.seed < 0:
-        raise UserError(f"--seed must be at least 0, got {options.seed}")
-    count = options.images_per_class
-    if count is not None and count < 1:
-        raise UserError(f"--images-per-class must be at least 1, got {count}")
-    if (
-        isinstance(options, KipOptions | LabelSolveOptions)
-        and options.ridge is not None
-        and not options.ridge > 0
-    ):
-        raise UserError(f"--ridge must be positive, got {options.ridge}")
+    option_ranges.require_at_least(options, {"seed": 0, "images_per_class": 1})
+    if isinstance(options, KipOptions | LabelSolveOptions):
+        option_ranges.require_positive(options, "ridge")
     if (
         isinstance(options, LabelSolveOptions)
         and len(lists.parse_names("--kernel", options.kernel)) > 1
@@ -419,14 +429,8 @@ def _check(options: RunOptions) -> None:
 def _check_kip(options: KipOptions) -> None:
     if options.features is None:
         through_backbone.check_unused(options)
-    counts = {"steps": options.steps, "patience": options.patience}
-    for name, count in (counts | {"validation-images": options.validation_images}).items():
-        if count is not None and count < 1:
-            raise UserError(f"--{name} must be at least 1, got {count}")
-    rates = {"learning-rate": options.learning_rate, "damping": options.damping}
-    for name, rate in (rates | {"label-learning-rate": options.label_learning_rate}).items():
-        if rate is not None and not 0 < rate < float("inf"):
-            raise UserError(f"--{name} must be positive, got {rate}")
+    option_ranges.require_at_least(options, {"steps": 1, "patience": 1, "validation_images": 1})
+    option_ranges.require_positive(options, "learning_rate", "damping", "label_learning_rate")
     if options.label_learning_rate is not None and not options.learn_labels:
         raise UserError("--label-learning-rate needs --learn-labels")
     if options.support_flips and options.optimizer == "gauss-newton":

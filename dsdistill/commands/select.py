@@ -23,6 +23,7 @@ from dsdistill.harness import shell, stopping
 from dsdistill.harness.data import (
     datasets,
     distilled_set,
+    feature_file,
     labeled_images,
     preprocess,
 )
@@ -79,24 +80,29 @@ def run(options: SelectOptions) -> Path:
 
 
 def select_arrays(
-    options: SelectOptions, splits: Splits, function: Callable[[np.ndarray], Any] | None
+    options: SelectOptions, splits: Splits, own: Callable[..., Any] | None
 ) -> DistilledSet:
     """Choose among images that are at hand; nothing is written.
 
     Args:
         options: Options without open defaults.
         splits: The data; the test part may be empty.
-        function: A caller's own network, in place of the one that the options name.
+        own: A caller's own module, held by `through_backbone.frozen`, or function of arrays, in
+            place of the network that the options name.
 
     Raises:
         UserError: If a rule is broken.
     """
-    if function is None:
+    if own is None:
         prepared = select_images.prepare_arrays(options, splits)
     else:
         assert options.images_per_class is not None
         labeled_images.check_images_per_class(splits.train, options.images_per_class)
-        prepared = Prepared(splits, Network(function))
+        network = Network(own)
+        if through_backbone.is_module(own):
+            encoder = through_backbone.load_own(own, splits.train.shape, differentiable=False)
+            network = Network(encoder, encoder)
+        prepared = Prepared(splits, network)
     train = feature_space.extract(prepared.network, splits.train, "training images")
     judged = splits.validation
     validation = (
@@ -116,6 +122,7 @@ def _select_and_finish(options: SelectOptions, opened: Run, prepared: Prepared) 
     with opened.clean_up_on_error():
         opened.require_same(prepared.digests())
         with through_backbone.features_file(opened) as file:
+            assert file is not None, "a command writes"
             train, validation = _features(prepared, opened.config, file)
             _finish(options, opened, prepared, train, validation)
         return opened.folder
@@ -136,7 +143,7 @@ def _features(
         encoder.backbone,
         encoder.device,
         str(config["data"]),
-        batch_size=feature_space.BATCH,
+        batch_size=feature_file.BATCH,
     )
     written = extraction.write_in_run(file, what)
     train = written.part("train")

@@ -7,13 +7,12 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from dsdistill.commands import feature_space, prepare, through_backbone
+from dsdistill.commands import feature_space, option_ranges, prepare, through_backbone
 from dsdistill.harness import shell
 from dsdistill.harness.data import datasets, feature_file, labeled_images, preprocess
 from dsdistill.harness.data.datasets import Splits
@@ -94,12 +93,8 @@ def check(options: SelectOptions) -> None:
         UserError: With the option, the rule and the value.
     """
     least = {"images_per_class": 1, "crops": 1, "candidates": 1, "sweeps": 0, "seed": 0}
-    for name, smallest in least.items():
-        value = getattr(options, name)
-        if value is not None and value < smallest:
-            raise UserError(f"{shell.flag(name)} must be at least {smallest}, got {value}")
-    if not 0 < options.ridge < float("inf"):
-        raise UserError(f"--ridge must be positive, got {options.ridge}")
+    option_ranges.require_at_least(options, least)
+    option_ranges.require_positive(options, "ridge")
 
 
 def load(options: SelectOptions) -> Prepared:
@@ -117,9 +112,7 @@ def load(options: SelectOptions) -> Prepared:
             "train, or a network with published weights, such as timm:resnet18"
         )
     backbones.check_name(options.features)
-    path = Path(options.data).expanduser()
-    if path.suffix == ".npz" and feature_file.is_feature_file(path):
-        raise UserError(f"{options.data} holds features: give the images that they are of")
+    feature_file.refuse(options.data)
     splits = datasets.load(
         options.data,
         root=options.data_root,
@@ -237,7 +230,7 @@ def _choose_crops(
     if head is None:
         scores = held_out.predict_scores(full, calibration)
         temperature = metrics.fit_temperature(scores, calibration.data.labels)
-    batches = crops.plan(rows, options.crops, feature_space.BATCH)
+    batches = crops.plan(rows, options.crops, feature_file.BATCH)
     source = crops.PaddedCrops(splits.train, encoder.backbone, encoder.device)
 
     def score(first: int) -> Iterator[Float[np.ndarray, " n"]]:

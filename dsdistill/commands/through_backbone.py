@@ -5,14 +5,16 @@ The backbone is one of `kd`, which is imported only here and only when it is ask
 
 import contextlib
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from dsdistill.commands import option_ranges
 from dsdistill.harness import shell
 from dsdistill.harness.data import preprocess
 from dsdistill.harness.data.datasets import Splits
@@ -25,6 +27,7 @@ from dsdistill.methods.adam import Adam
 from dsdistill.methods.kip import KipObjective
 from dsdistill.methods.pixel_kip import Encoder, PixelObjective
 from dsdistill.options import KipOptions
+from dsdistill.parallel import launchers
 
 FEATURES_FILE = "features.npz"  # in the folder of a run that is not finished
 UNKNOWN_SIZE = 224  # pixels, of a backbone that does not say its own
@@ -60,8 +63,10 @@ def short_name(features: str | None) -> str:
 
 
 @contextlib.contextmanager
-def features_file(run: Run) -> Iterator[Path]:
+def features_file(run: Run) -> Iterator[Path | None]:
     """The file of a run's features, which is removed when the run is finished.
+
+    A run in memory has none.
 
     An error of the input before the first checkpoint removes it too: no part of a run is left that
     cannot be continued.
@@ -69,6 +74,9 @@ def features_file(run: Run) -> Iterator[Path]:
     Args:
         run: The run, whose folder is locked.
     """
+    if not run.writes:
+        yield None
+        return
     file = run.folder / FEATURES_FILE
     try:
         yield file
@@ -99,6 +107,20 @@ def check_unused(options: KipOptions) -> None:
             raise UserError(
                 f"{shell.flag(name)} needs --features: leave it out, or name a backbone"
             )
+
+
+def require_one_host(options: KipOptions) -> None:
+    """Refuse a backbone on several hosts before these wait for one another.
+
+    Raises:
+        UserError: If the line, or the launcher of the command, names several.
+    """
+    if options.features is not None and launchers.parse(options.hosts) is not None:
+        raise _several_hosts()
+
+
+def _several_hosts() -> UserError:
+    return UserError("--features works on one host: start the command once, with --hosts none")
 
 
 def load(options: KipOptions) -> tuple[Encoder, KipOptions]:
@@ -135,18 +157,80 @@ def load(options: KipOptions) -> tuple[Encoder, KipOptions]:
     return loaded, replace(options, image_size=options.image_size or height, channels=channels)
 
 
+def is_module(network: Any) -> bool:
+    """Whether a caller's own network is a torch module, which differentiates."""
+    torch = sys.modules.get("torch")  # without it there are no modules
+    return torch is not None and isinstance(network, torch.nn.Module)
+
+
+@contextlib.contextmanager
+def frozen(network: Any) -> Iterator[None]:
+    """Hold a caller's own module in evaluation mode; anything else stays as it is."""
+    if not is_module(network):
+        yield
+        return
+    from kd.evaluation import own_backbone
+
+    with own_backbone.freeze(network):
+        yield
+
+
+def load_own(module: Any, shape: tuple[int, int, int], *, differentiable: bool) -> Encoder:
+    """A caller's own module, which is held by `frozen`, as an encoder of images of a shape.
+
+    Raises:
+        UserError: If it cannot take such images, or gives no features of them.
+    """
+    from kd.evaluation import own_backbone
+
+    return own_backbone.encoder(module, shape, differentiable=differentiable)
+
+
+def load_for(options: KipOptions, shape: tuple[int, int, int], module: Any) -> Encoder:
+    """Load the backbone for images that are at hand, which it sees at the size that it takes.
+
+    Args:
+        options: The options.
+        shape: Height, width and channels of the images.
+        module: A caller's own module, in place of the one that the options name; or None.
+
+    Raises:
+        UserError: If there is no such backbone, an option does not go with one, the images are not
+            square, or it takes images of other channels.
+    """
+    from kd.evaluation import encoder
+
+    assert options.features is not None
+    _check(options)
+    height, width, _ = shape
+    if height != width:
+        raise UserError(
+            f"--features learns square images, got {height}x{width}: crop or resize them first"
+        )
+    if module is not None:
+        return load_own(module, shape, differentiable=True)
+    return encoder.load(
+        options.features,
+        options.layer,
+        shape,
+        device=options.device,
+        typed=[options.features],
+        trust_module=options.trust_module,
+    )
+
+
 def phases_on_features(
     options: KipOptions,
-    file: Path,
+    file: Path | None,
     encoder: Encoder,
     regression: Phase,
     splits: Splits,
 ) -> FeaturePhases:
-    """Extract the features of all images into the run's folder, or read them there.
+    """Extract the features of all images, in memory or into the run's folder, or read them there.
 
     Args:
         options: The options, with the size of the images.
-        file: Where they are kept, in the folder of the run.
+        file: Where they are kept, in the folder of the run; None for memory.
         encoder: The backbone.
         regression: The phase as one on features.
         splits: The images as pixels.
@@ -201,10 +285,8 @@ def _check(options: KipOptions) -> None:
             "--target-batch must be a number of images with --features, got "
             f"{options.target_batch!r}"
         )
-    for name, count in (("--views", options.views), ("--real-views", options.real_views)):
-        if count < 1:
-            raise UserError(f"{name} must be at least 1, got {count}")
+    option_ranges.require_at_least(options, {"views": 1, "real_views": 1})
     if not 0 < options.min_scale <= 1 or math.isnan(options.min_scale):
         raise UserError(f"--min-scale must be in (0, 1], got {options.min_scale:g}")
     if jax.process_count() > 1:
-        raise UserError("--features works on one host: leave --hosts out")
+        raise _several_hosts()

@@ -95,11 +95,6 @@ def arms(
     return distilled_arms + [control(name) for name in names]
 
 
-def is_reserved(name: str) -> bool:
-    """Whether a name means the first set or a control, so that no further set may have it."""
-    return name.startswith("distilled") or name in (*controls.CONTROLS, *controls.RELABELLED)
-
-
 def images_per_class(distilled: DistilledSet) -> int:
     """Images per class of the controls: the size of the set, divided evenly; at least 1."""
     return max(len(distilled) // len(distilled.classes), 1)

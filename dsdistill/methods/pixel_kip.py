@@ -69,9 +69,12 @@ class Encoder(Protocol):
         ...
 
     def extract(
-        self, path: Path, splits: Splits, *, views: int, min_scale: float, seed: int
+        self, path: Path | None, splits: Splits, *, views: int, min_scale: float, seed: int
     ) -> Features:
-        """Features of all images and of further views of the training images, kept in a file."""
+        """Features of all images and of further views of the training images.
+
+        They are kept in a file, or without a path in memory.
+        """
         ...
 
     def __call__(self, images: Float[np.ndarray, "n h w c"], /) -> Float[np.ndarray, "n d"]:

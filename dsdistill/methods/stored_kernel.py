@@ -49,9 +49,11 @@ def learner(
     std: dict[str, Any] = {}
     if not kernel:
         if source.backbone is not None and not sees_features:
+            own = source.backbone == provenance.OWN_MODULE
+            learners = "" if own else f"use ridge@{source.backbone} as a learner, or "
             raise UserError(
                 "the set was made through a backbone, and its kernel sees features and no pixels: "
-                f"use ridge@{source.backbone} as a learner, or name a kernel of pixels"
+                f"{learners}name a kernel of pixels"
             )
         needed = ("kernel", "depth", "w_std", "b_std")
         provenance.require_usable(

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
@@ -41,6 +41,35 @@ class InputRecord:
     size: tuple[int, int]
     interpolation: str
     crop: float
+
+
+class FeatureNetwork(Protocol):
+    """A network as a map from images in [0, 1] of its size to features.
+
+    Attributes:
+        inputs: How images become those of its size.
+        channels: Channels of these images.
+        width: Number of values d of a feature.
+    """
+
+    @property
+    def inputs(self) -> InputRecord: ...
+
+    @property
+    def channels(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
+
+    def __call__(self, images: Float[Tensor, "n c h w"], /) -> Float[Tensor, "n d"]: ...
+
+    def views(self, **random: Any) -> Views:
+        """The views of an image file for this network, not normalised: values in [0, 1]."""
+        ...
+
+    def record(self) -> dict[str, Any]:
+        """All that its features depend on besides the images, JSON-compatible."""
+        ...
 
 
 class Backbone(nn.Module):
@@ -82,10 +111,11 @@ class Backbone(nn.Module):
 
     def logits(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
         """The answers of the model's own classifier."""
-        return self.classifier(self.prepare(networks.repeat_channels(images, self._channels)))
+        return self.classifier(self.prepare(networks.repeat_channels(images, self.channels)))
 
     @property
-    def _channels(self) -> int:
+    def channels(self) -> int:
+        """Channels of the images that the model takes."""
         return self.model.shape[2]
 
     def views(self, **random: Any) -> Views:
@@ -94,16 +124,7 @@ class Backbone(nn.Module):
         Args:
             **random: What random views are, as in `Views`.
         """
-        channels = self._channels
-        return Views(
-            self.inputs.size,
-            (0.0,) * channels,
-            (1.0,) * channels,
-            interpolation=self.inputs.interpolation,
-            train_interpolation=self.inputs.interpolation,
-            crop_pct=self.inputs.crop,
-            **random,
-        )
+        return views(self.inputs, self.channels, **random)
 
     def record(self) -> dict[str, Any]:
         """All that its features depend on besides the images, JSON-compatible."""
@@ -116,11 +137,37 @@ class Backbone(nn.Module):
                 "kind": fitted.kind,
                 "mean": fitted.mean.tolist(),
                 "std": fitted.std.tolist(),
-                "size": list(self.inputs.size),
-                "interpolation": self.inputs.interpolation,
-                "crop": self.inputs.crop,
-            },
+            }
+            | describe_inputs(self.inputs),
         }
+
+
+def views(inputs: InputRecord, channels: int, **random: Any) -> Views:
+    """The views of an image file for a network, not normalised: values in [0, 1].
+
+    Args:
+        inputs: How images become those of the network's size.
+        channels: Channels of these images.
+        **random: What random views are, as in `Views`.
+    """
+    return Views(
+        inputs.size,
+        (0.0,) * channels,
+        (1.0,) * channels,
+        interpolation=inputs.interpolation,
+        train_interpolation=inputs.interpolation,
+        crop_pct=inputs.crop,
+        **random,
+    )
+
+
+def describe_inputs(inputs: InputRecord) -> dict[str, Any]:
+    """How images become those of a network's size, JSON-compatible."""
+    return {
+        "size": list(inputs.size),
+        "interpolation": inputs.interpolation,
+        "crop": inputs.crop,
+    }
 
 
 def device(name: str) -> torch.device:

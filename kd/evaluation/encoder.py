@@ -16,7 +16,7 @@ from dsdistill.harness.data import feature_file
 from dsdistill.harness.data.datasets import Splits
 from kd.data import batching
 from kd.evaluation import backbones, extraction, image_sets
-from kd.evaluation.backbones import Backbone
+from kd.evaluation.backbones import FeatureNetwork
 from kd.evaluation.extraction import Extraction
 from kd.evaluation.features import resize_plain
 from kd.models import network_names
@@ -24,7 +24,9 @@ from kd.models.zoo.protocol import Shape
 from kd.parallel import engine
 
 Pullback = Callable[[Float[np.ndarray, "n d"]], Float[np.ndarray, "n h w c"]]
-CHUNK = 128  # images at a time
+# Images at a time. The pixels that are learned depend on it to the last bit: with another number a
+# run that was stopped would go on otherwise.
+CHUNK = 128
 VERSIONED_PACKAGES = ("torch", "timm", "torchvision")
 
 
@@ -41,7 +43,7 @@ class Encoder:
     """
 
     name: str
-    backbone: Backbone
+    backbone: FeatureNetwork
     device: torch.device
 
     @property
@@ -57,7 +59,7 @@ class Encoder:
     @property
     def channels(self) -> int:
         """Channels of these images."""
-        return self.backbone.model.shape[2]
+        return self.backbone.channels
 
     @property
     def accelerator(self) -> str | None:
@@ -110,12 +112,12 @@ class Encoder:
         return self(images), pullback
 
     def extract(
-        self, path: Path, splits: Splits, *, views: int, min_scale: float, seed: int
+        self, path: Path | None, splits: Splits, *, views: int, min_scale: float, seed: int
     ) -> feature_file.Features:
         """Features of all images, written to a file in the folder of a run, or read there.
 
         Args:
-            path: The file, in a folder that this process has locked.
+            path: The file, in a folder that this process has locked; None to keep them in memory.
             splits: The images.
             views: Views of each training image: the plain one, and random ones.
             min_scale: Smallest share of an image's area in a random view.
@@ -136,14 +138,16 @@ class Encoder:
             min_scale,
             seed=seed,
         )
-        return extraction.write_in_run(path, what)
+        return extraction.compute(what) if path is None else extraction.write_in_run(path, what)
 
     def _forward(
         self, images: Float[np.ndarray, "n h w c"], *, differentiable: bool = False
     ) -> tuple[Tensor, Tensor]:
-        inputs = batching.to_nchw(images).to(self.device).requires_grad_(differentiable)
-        seen = resize_plain(inputs, self.backbone.inputs)
-        return inputs, self.backbone(seen).float()
+        # Whatever the caller's own program has set.
+        with torch.set_grad_enabled(differentiable):
+            inputs = batching.to_nchw(images).to(self.device).requires_grad_(differentiable)
+            seen = resize_plain(inputs, self.backbone.inputs)
+            return inputs, self.backbone(seen).float()
 
     def _backward(
         self, inputs: Tensor, rows: Tensor, slope: Float[np.ndarray, "n d"]

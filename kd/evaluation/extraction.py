@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -10,14 +11,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 
 from dsdistill.harness import stopping
 from dsdistill.harness.data import feature_file
 from dsdistill.harness.data.feature_file import PartialFeatures
+from dsdistill.harness.data.labeled_images import LabeledImages
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
 from kd.evaluation import features
-from kd.evaluation.backbones import Backbone
+from kd.evaluation.backbones import FeatureNetwork
+from kd.evaluation.features import ViewRows
 from kd.evaluation.image_sets import ImageSet
 
 SECONDS_BETWEEN_SAVES = 10.0
@@ -42,20 +46,38 @@ class Extraction:
     """
 
     images: ImageSet
-    backbone: Backbone
+    backbone: FeatureNetwork
     device: torch.device
     source: str
     views: int = 1
     min_scale: float = 0.25
     hflip: float = 0.5
     seed: int = 0
-    batch_size: int = 64
+    batch_size: int = feature_file.BATCH
     workers: int = 0
 
     @property
     def total(self) -> int:
         """Number of features."""
         return len(self.images.labels) + (self.views - 1) * self.images.counts[0]
+
+    @property
+    def batches(self) -> list[ViewRows]:
+        """All images in batches, in the order of the rows."""
+        counts = len(self.images.labels), self.images.counts[0]
+        return features.plan(*counts, self.views, self.batch_size)
+
+    def rows(self, batches: Sequence[ViewRows]) -> Iterator[Float[np.ndarray, "m d"]]:
+        """Yield the features of some of the batches."""
+        views = self.backbone.views(scale=(self.min_scale, 1.0), hflip=self.hflip)
+        ordered = self.images.ordered(views, self.device, self.batch_size, self.workers)
+        return features.extract(self.backbone, ordered, batches, self.seed, self.device)
+
+    def places(self) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+        """Part of each row, and the row of the plain image that it shows."""
+        n, training = len(self.images.labels), self.images.counts[0]
+        sources = np.concatenate([np.arange(n), np.tile(np.arange(training), self.views - 1)])
+        return np.repeat(np.arange(len(self.images.counts)), self.images.counts)[sources], sources
 
     def record(self) -> dict[str, Any]:
         """All that the features depend on, JSON-compatible."""
@@ -91,18 +113,14 @@ def write(path: Path, extraction: Extraction, *, resume: bool) -> dict[str, floa
         KeyboardInterrupt: If stopped, after the rows so far are safe.
     """
     what, total = extraction, extraction.total
-    images, backbone = what.images, what.backbone
-    n, training = len(images.labels), images.counts[0]
-    batches = features.plan(n, training, what.views, what.batch_size)
-    partial = PartialFeatures(path, what.record(), (total, backbone.width), resume=resume)
-    views = backbone.views(scale=(what.min_scale, 1.0), hflip=what.hflip)
+    batches = what.batches
+    partial = PartialFeatures(path, what.record(), (total, what.backbone.width), resume=resume)
     ends = np.cumsum([len(batch.rows) for batch in batches])
     left = batches[int(np.searchsorted(ends, partial.done, "right")) :]
     began, first = time.monotonic(), partial.done
     try:
         with stopping.watch() as flag:
-            ordered = images.ordered(views, what.device, what.batch_size, what.workers)
-            stream = features.extract(backbone, ordered, left, what.seed, what.device)
+            stream = what.rows(left)
             saved = time.monotonic()
             with progress.bar(total, "features", start=first) as show:
                 done = first
@@ -116,12 +134,31 @@ def write(path: Path, extraction: Extraction, *, resume: bool) -> dict[str, floa
                         saved = time.monotonic()
                     flag.check()
             spent = time.monotonic() - began
-            sources = np.concatenate([np.arange(n), np.tile(np.arange(training), what.views - 1)])
-            parts = np.repeat(np.arange(len(images.counts)), images.counts)
-            partial.finish(images.labels[sources], images.classes, parts[sources], sources)
+            parts, sources = what.places()
+            partial.finish(what.images.labels[sources], what.images.classes, parts, sources)
     finally:
         partial.close()
     return {"seconds": spent, "features_per_second": (total - first) / spent}
+
+
+def compute(what: Extraction) -> feature_file.Features:
+    """The features in memory, to the bit as `write_in_run` has them.
+
+    Args:
+        what: Which features, and how.
+
+    Raises:
+        UserError: If a feature does not fit into float16.
+    """
+    store, done = np.empty((what.total, 1, 1, what.backbone.width), np.float16), 0
+    with progress.bar(what.total, "features") as show:
+        for rows in what.rows(what.batches):
+            store[done : done + len(rows), 0, 0] = feature_file.as_half(rows)
+            done += len(rows)
+            show(done)
+    parts, sources = what.places()
+    data = LabeledImages(store, what.images.labels[sources], what.images.classes)
+    return feature_file.Features(data, parts, sources, what.record())
 
 
 def write_in_run(path: Path, extraction: Extraction) -> feature_file.Features:

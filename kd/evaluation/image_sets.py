@@ -77,8 +77,7 @@ def load(data: str, *, root: Path) -> ImageSet:
         )
     if data not in datasets.NAMES and path.is_dir():
         return _open_folder(data, path)
-    if path.suffix == ".npz" and feature_file.is_feature_file(path):
-        raise UserError(f"{data} holds features already: give the images that they are of")
+    feature_file.refuse(data)
     splits = datasets.load(data, root=root, validation_fraction=0.0)
     whole = [splits.train, splits.train.select(np.zeros(0, np.int64)), splits.test]
     images = of_parts(data, whole, "")

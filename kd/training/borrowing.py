@@ -23,20 +23,37 @@ def borrow(student: nn.Module, others: Sequence[nn.Module]) -> Iterator[None]:
     """
     modules = [student, *others]
     devices = [device_of(module) for module in modules]
+    with _restore(modules, [part for other in others for part in other.modules()]):
+        try:
+            yield
+        finally:
+            for module, device in zip(modules, devices, strict=True):
+                taps.remove(module)
+                module.to(device)
+                module.zero_grad(set_to_none=True)
+            student.eval()
+
+
+@contextmanager
+def freeze(module: nn.Module) -> Iterator[None]:
+    """Hold a module in evaluation mode, its parameters without gradients, and give it back."""
+    with _restore([module], list(module.modules())):
+        module.eval().requires_grad_(False)
+        yield
+
+
+@contextmanager
+def _restore(modules: Sequence[nn.Module], parts: Sequence[nn.Module]) -> Iterator[None]:
+    """Put parts back into their modes; parameters of modules require gradients as before."""
     trained = [(p, p.requires_grad) for module in modules for p in module.parameters()]
-    modes = [(part, part.training) for other in others for part in other.modules()]
+    modes = [(part, part.training) for part in parts]
     try:
         yield
     finally:
-        for module, device in zip(modules, devices, strict=True):
-            taps.remove(module)
-            module.to(device)
-            module.zero_grad(set_to_none=True)
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
         for part, training in modes:
             part.training = training
-        student.eval()
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import dsdistill
-from dsdistill.commands import distil, through_backbone
+from dsdistill.commands import distil
 from dsdistill.harness.data import datasets, preprocess
 from dsdistill.harness.errors import UserError
 from dsdistill.options import KipOptions, LabelSolveOptions
@@ -57,9 +57,8 @@ def test_arguments_have_the_defaults_of_the_command(function: Any, options: Any)
     assert {name: parameters[name].default for name in shared} == {
         name: getattr(options, name) for name in shared
     }
-    # Every option of the method is an argument; files, hosts and backbones are the command's.
-    backbone = {"features", *through_backbone.OPTIONS} if function is dsdistill.kip else set()
-    assert vars(options).keys() - shared == backbone | {
+    # Every option of the method is an argument; files and hosts are the command's.
+    assert vars(options).keys() - shared == {
         "data",
         "data_root",
         "image_size",

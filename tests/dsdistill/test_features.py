@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -298,6 +299,7 @@ WRONG = {
     "fc": ({"networks": "pool"}, "--networks pool is for kernels of features"),
     "features:convnet": ({"optimizer": "gauss-newton"}, "gauss-newton"),
     "features:convnet:5": ({"image_size": 6}, "at least 8x8"),
+    "features:convnet:6": ({"w_std": 1.0}, "leave --w-std and --b-std out, got 1 and 0.1"),
     "fc(2)": (
         {"optimizer": "gauss-newton", "support_flips": True},
         "--support-flips needs --optimizer adam",
@@ -311,3 +313,9 @@ def test_wrong_input_is_one_line(kernel):
     with pytest.raises(UserError, match=re.escape(message)) as caught:
         prepare.prepare(with_defaults(KipOptions("digits", kernel=kernel, **changes)))
     assert "\n" not in str(caught.value)
+
+
+def test_deviations_of_a_warm_up_or_an_earlier_run_are_no_error():
+    given = KipOptions("digits", kernel="features:convnet:4", b_std=0.2, images_per_class=1)
+    prepare.prepare(with_defaults(replace(given, warm_up="fc")))
+    prepare.prepare(with_defaults(given), {})

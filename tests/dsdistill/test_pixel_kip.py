@@ -1,20 +1,23 @@
 """KIP through a backbone: pyramids, views, one step against its whole gradient, and the command."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import kd_support
 import numpy as np
+import photos
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 import dsdistill
+from dsdistill import cli
 from dsdistill.commands import distil, evaluation_parts, through_backbone
 from dsdistill.commands import evaluate as evaluation
 from dsdistill.harness.data import distilled_set, feature_file, preprocess
@@ -23,6 +26,7 @@ from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import metrics_file
 from dsdistill.harness.stopping import StopInterrupt
 from dsdistill.kernels import networks
+from dsdistill.loops.kip_loop import OnStep
 from dsdistill.methods import pyramid, random_views, ridge
 from dsdistill.methods.adam import Adam
 from dsdistill.methods.initial_support import Support
@@ -32,7 +36,7 @@ from dsdistill.methods.pixel_kip import PixelObjective
 from dsdistill.options import EvaluateOptions, KipOptions
 from kd.evaluation import encoder as encoders
 
-SIDE, D, CLASSES = 8, 5, ("dark", "light")
+SIDE, D, CLASSES = photos.SIDE, 5, ("dark", "light")
 WEIGHTS = np.random.default_rng(1).normal(size=(SIDE * SIDE * 3, D)).astype(np.float32) / 8
 
 
@@ -200,14 +204,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Photographs of two classes, one of them grayscale, and a run with batch normalisation."""
     folder = tmp_path_factory.mktemp("pixels")
     rng = np.random.default_rng(0)
-    for part, count in (("train", 24), ("test", 6)):
-        for name, shade in (("dark", 90), ("light", 160)):
-            (folder / "photos" / part / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = np.clip(rng.normal(shade, 50, (SIDE, SIDE, 3)), 0, 255).astype(np.uint8)
-                image = Image.fromarray(pixels)
-                image = image.convert("L") if i == 0 else image
-                image.save(folder / "photos" / part / name / f"{i}.png")
+    classes = {"dark": photos.shaded(rng, 90, 50), "light": photos.shaded(rng, 160, 50)}
+    photos.write(folder / "photos", classes, train=24)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
@@ -319,6 +317,185 @@ def test_evaluate_judges_it_through_its_backbone(inside: Path, finished: Path) -
         dsdistill.load(finished).predictor()
 
 
+@pytest.fixture(scope="module")
+def data(work: Path) -> dsdistill.ImageData:
+    return dsdistill.load_data(work / "photos", image_size=SIDE, progress=False)
+
+
+def by_call(data: dsdistill.ImageData, **changes: Any) -> dsdistill.Distilled:
+    """As the command of `options`."""
+    given = {
+        "classes": data.classes,
+        "features": "backbone",
+        "images_per_class": 1,
+        "steps": 6,
+        "views": 2,
+        "real_views": 2,
+        "target_batch": 20,
+        "device": "cpu",
+        "progress": False,
+    }
+    return dsdistill.kip(*data.train, **given | changes)
+
+
+def test_a_call_returns_the_set_of_the_command(
+    inside: Path, finished: Path, data: dsdistill.ImageData
+) -> None:
+    by_command, before = dsdistill.load(finished), set(inside.iterdir())
+    called = by_call(data)
+    np.testing.assert_array_equal(called.images, by_command.images)
+    np.testing.assert_array_equal(called.labels, by_command.labels)
+    assert called.figures["validation_loss"] == by_command.figures["validation_loss"]
+    assert called.preprocess.kind == "none"
+    assert called.provenance["kernel"] == by_command.provenance["kernel"]
+    assert called.provenance["backbone"] == by_command.provenance["backbone"]
+    assert set(inside.iterdir()) == before
+    with pytest.raises(UserError, match=r"through a backbone.*ridge@.*backbone as a learner"):
+        called.predictor()
+    report = dsdistill.evaluate(
+        called,
+        train=data.train,
+        test=data.test,
+        learners=["ridge"],
+        controls=[],
+        seeds=1,
+        progress=False,
+    )
+    [row, *_] = report.rows
+    assert row.accuracy is not None
+    assert row.accuracy.mean == pytest.approx(by_command.figures["test_accuracy"], abs=1e-6)
+
+
+def stop_at(number: int) -> OnStep:
+    def stop(step: int, figures: Mapping[str, float]) -> None:
+        if step == number:
+            raise KeyboardInterrupt
+
+    return stop
+
+
+def test_a_stopped_call_goes_on_to_the_same_bits(
+    inside: Path, finished: Path, data: dsdistill.ImageData, tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        by_call(data, checkpoint=tmp_path / "run", on_step=stop_at(3))
+    features = tmp_path / "run" / through_backbone.FEATURES_FILE
+    assert features.exists()
+    with pytest.raises(UserError, match="started with views 2, got 3"):
+        by_call(data, checkpoint=tmp_path / "run", views=3)
+    with pytest.raises(UserError, match="started with features"):
+        by_call(data, checkpoint=tmp_path / "run", **pixels())
+    steps: list[int] = []
+    seen = {"checkpoint": tmp_path / "run", "on_step": lambda step, figures: steps.append(step)}
+    expected = dsdistill.load(finished).images
+    np.testing.assert_array_equal(by_call(data, **seen).images, expected)
+    assert not features.exists()
+    assert steps[-1] == 6
+    assert 1 not in steps
+    steps.clear()
+    np.testing.assert_array_equal(by_call(data, **seen).images, expected)
+    assert not steps
+    with pytest.raises(UserError, match="other data or arguments: choose another checkpoint"):
+        by_call(data, **seen | pixels())
+
+
+def pixels() -> dict[str, Any]:
+    """Arguments of a call without a backbone that are otherwise those of one."""
+    without = {"features": None, "views": 3, "device": "auto", "outer": "ce", "ridge": 1e-2}
+    return without | {"learning_rate": 0.05, "schedule": "cosine"}
+
+
+class Wrapped(torch.nn.Module):
+    """The backbone of a run as a module of one's own, with a part that training changes."""
+
+    def __init__(self, run: str) -> None:
+        super().__init__()
+        self.backbone = encoders.load(run, "embedding", (SIDE, SIDE, 3)).backbone
+        self.dropout = torch.nn.Dropout(0.9)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.backbone(images))
+
+
+def test_a_module_is_a_backbone_too(
+    inside: Path, finished: Path, data: dsdistill.ImageData, tmp_path: Path
+) -> None:
+    """Of the same features, the set is the same; the module comes back as it was."""
+    module = Wrapped("backbone").train().requires_grad_(True)
+    given: dict[str, Any] = {"features": module, "device": "auto", "checkpoint": tmp_path / "run"}
+    with torch.no_grad(), pytest.raises(KeyboardInterrupt):
+        by_call(data, **given, on_step=stop_at(3))
+    assert all(part.training for part in module.modules())
+    assert all(p.requires_grad and p.grad is None for p in module.parameters())
+    called = by_call(data, **given)
+    np.testing.assert_array_equal(called.images, dsdistill.load(finished).images)
+    np.testing.assert_array_equal(by_call(data, **given).images, called.images)
+    assert called.provenance["kernel"] == "fc(1) on the features of a module"
+    with pytest.raises(UserError, match=r"features and no pixels: name a kernel of pixels"):
+        called.predictor()
+    arrays: dict[str, Any] = {"train": data.train, "test": data.test, "controls": [], "seeds": 1}
+    with pytest.raises(UserError, match="a module that only its maker has: leave ridge out"):
+        dsdistill.evaluate(called, **arrays, learners=["ridge"], progress=False)
+    chosen = [
+        dsdistill.select(*data.train, features=each, images_per_class=1, progress=False).images
+        for each in (module, inside / "backbone")
+    ]
+    np.testing.assert_array_equal(chosen[0], chosen[1])
+    with torch.no_grad():
+        next(module.parameters()).add_(1)
+    with pytest.raises(UserError, match="other data or arguments: choose another checkpoint"):
+        by_call(data, **given)
+
+
+class Pooled(torch.nn.Module):
+    def __init__(self, *, flat: bool = True, detached: bool = False) -> None:
+        super().__init__()
+        self.flat, self.detached = flat, detached
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        rows = images.mean((2, 3), keepdim=not self.flat)
+        return rows.detach() if self.detached else rows
+
+
+def test_a_module_without_parameters_sees_grayscale(data: dsdistill.ImageData) -> None:
+    images, labels = data.train
+    gray = images.mean(-1).astype(np.uint8)
+    given: dict[str, Any] = {"images_per_class": 1, "steps": 2, "progress": False}
+    called = dsdistill.kip(gray, labels, features=Pooled().double(), target_batch=9, **given)
+    assert called.images.shape == (2, SIDE, SIDE, 1)
+    assert called.provenance["backbone"]["weights_sha256"]
+    with pytest.raises(UserError, match="features learns square images, got 8x6: crop or resize"):
+        dsdistill.kip(gray[:, :, :6], labels, features=Pooled(), **given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"features": Pooled(flat=False)}, r"features \(2, d\) of 2 images, got \(2, 3, 1, 1\)"),
+        ({"features": Pooled(detached=True)}, "have no gradient in the images"),
+        ({"features": torch.nn.Linear(5, 2)}, r"cannot take images \(2, 3, 8, 8\)"),
+        ({"features": len}, "a torch module, whose gradient is needed, got builtin_function"),
+        ({"features": Pooled(), "layer": "fc"}, "layer is for networks by their names"),
+        ({"features": Pooled(), "device": "cpu"}, "device is for networks by their names"),
+        ({"features": "nowhere/run", "device": "cpu"}, "nowhere/run"),
+        (
+            {"features": None, "views": 3, "device": "auto", "real_views": 5},
+            "real_views needs",
+        ),
+        ({"augment": "flip", "device": "cpu"}, "augment does not go with features"),
+    ],
+)
+def test_a_wrong_network_of_a_call_is_one_line(
+    inside: Path, data: dsdistill.ImageData, tmp_path: Path, changes: dict, message: str
+) -> None:
+    given = {"device": "auto", "checkpoint": tmp_path / "run"} | changes
+    with pytest.raises(UserError, match=message) as error:
+        by_call(data, **given)
+    assert "\n" not in str(error.value)
+    assert "--" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
 def test_noise_is_a_start_too(inside: Path, tmp_path: Path) -> None:
     run = distil.run_kip(options(tmp_path / "noise", init="noise", steps=2))
     assert distilled_set.load(run / distilled_set.FILE_NAME).images.shape == (2, SIDE, SIDE, 3)
@@ -349,6 +526,20 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
     with pytest.raises(UserError, match=message) as error:
         distil.run_kip(options(tmp_path / "run", **changes))
     assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_hosts_are_refused_before_they_wait(
+    inside: Path, data: dsdistill.ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the command before it connects; by a call, and on `--resume`, before it loads anything."""
+    given = options(tmp_path / "run", hosts="127.0.0.1:1,0/2")
+    with pytest.raises(UserError, match="on one host: start the command once, with --hosts none"):
+        cli.kip(given)
+    monkeypatch.setattr(encoders, "load", None)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="features works on one host: call it in one process"):
+        by_call(data)
     assert not (tmp_path / "run").exists()
 
 

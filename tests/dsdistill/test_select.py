@@ -4,15 +4,16 @@ import itertools
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import kd_support as support
 import numpy as np
+import photos
 import pytest
 import torch
-from PIL import Image
 
-from dsdistill.commands import evaluation_parts, feature_space, select, through_backbone
+from dsdistill.commands import evaluation_parts, select, through_backbone
 from dsdistill.harness.data import datasets, distilled_set, feature_file, preprocess
 from dsdistill.harness.data.distilled_set import DistilledSet
 from dsdistill.harness.data.labeled_images import Examples, LabeledImages, centred_one_hot
@@ -24,7 +25,7 @@ from dsdistill.methods.ridge_selection import Choice
 from dsdistill.options import EvaluateOptions, SelectOptions
 from kd.evaluation import backbones, crops, extraction, features
 
-SIDE, TRAIN = 8, 20
+SIDE, TRAIN = photos.SIDE, 20
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -136,16 +137,15 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of PNGs of two classes, a few of them grayscale, and a run on other classes."""
     folder = tmp_path_factory.mktemp("select")
     rng = np.random.default_rng(0)
+
+    def striped(distance: int) -> np.ndarray:
+        pixels = rng.normal(110, 40, (SIDE, SIDE, 3))
+        pixels[::distance] += 60  # every second, third or fourth row is bright
+        return pixels
+
     for data, names in (("photos", ("dark", "light")), ("others", ("black", "gray", "white"))):
-        for part, count in (("train", TRAIN), ("test", 6)):
-            for i, name in enumerate(names):
-                (folder / data / part / name).mkdir(parents=True)
-                for number in range(count):
-                    pixels = rng.normal(110, 40, (SIDE, SIDE, 3))
-                    pixels[:: 2 + i] += 60  # every second, third or fourth row is bright
-                    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-                    image = image.convert("L") if number == 0 else image
-                    image.save(folder / data / part / name / f"{number}.png")
+        classes = {name: partial(striped, 2 + i) for i, name in enumerate(names)}
+        photos.write(folder / data, classes, train=TRAIN)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         given = ("--student", "mlp:16", "--epochs", 1, "--out", "run")
@@ -278,7 +278,7 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, where: object, name: str, call: i
     monkeypatch.setattr(where, name, counted)
     monkeypatch.setattr(checkpoints, "SECONDS_BETWEEN_CHECKPOINTS", -1)
     monkeypatch.setattr(extraction, "SECONDS_BETWEEN_SAVES", -1)
-    monkeypatch.setattr(feature_space, "BATCH", 8)
+    monkeypatch.setattr(feature_file, "BATCH", 8)
 
 
 KILLS = [
@@ -302,7 +302,7 @@ def test_a_killed_run_ends_in_the_same_set(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(feature_space, "BATCH", 8)
+    monkeypatch.setattr(feature_file, "BATCH", 8)
     whole = read(select.run(options(work, tmp_path / "whole", by=by)))
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -421,8 +421,9 @@ def test_features_are_no_images(work: Path, tmp_path: Path, dsdistill: Command) 
     partial = feature_file.PartialFeatures(tmp_path / "f.npz", {}, (4, 2), resume=False)
     partial.append(np.zeros((4, 2)))
     partial.finish(np.array([0, 1, 0, 1]), ("a", "b"), np.array([0, 0, 2, 2]), np.arange(4))
-    ended = dsdistill("select", "f.npz", "--features", work / "run")
-    assert "f.npz holds features: give the images that they are of" in ended.stderr
+    for command in ("select", "kip"):
+        ended = dsdistill(command, "f.npz", "--features", work / "run")
+        assert "f.npz holds features: give the images that they are of" in ended.stderr
 
 
 def test_a_gray_data_set_is_seen_by_a_network_of_colour(work: Path, tmp_path: Path) -> None:

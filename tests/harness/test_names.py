@@ -221,15 +221,25 @@ def test_one_image_of_each_of_two_hundred_classes_fits_into_a_picture(tmp_path):
     """One large class, as learned labels make them, does not take the room of the others."""
     pixels, labels = images((4, 4, 1), 200)
     labels[:8] = 0
-    flat = np.zeros(1, np.float32)
     side = GridSide("real", np.zeros_like(pixels), labels)
-    fitted = preprocess.Preprocess("standardise", flat, flat + 1)
-    image_grid.write(tmp_path / "set.png", side, side, tuple(map(str, range(200))), fitted)
+    names = tuple(map(str, range(200)))
+    image_grid.write(tmp_path / "set.png", side, side, names, preprocess.identity(1))
     with Image.open(tmp_path / "set.png") as image:
         black = np.asarray(image.convert("L")) < 128
         assert max(image.size) < 2000
     # Two grids of twenty by ten, seven of the two hundred classes without an image.
     assert black.mean() * black.size == pytest.approx(2 * 193 * 0.55**2 * 100**2, rel=0.35)
+
+
+def test_the_halves_of_a_picture_stand_together(tmp_path):
+    black = GridSide("before", np.zeros((10, 8, 8, 1), np.float32), np.arange(10))
+    names = tuple(map(str, range(10)))
+    image_grid.write(tmp_path / "set.png", black, black, names, preprocess.identity(1))
+    with Image.open(tmp_path / "set.png") as image:
+        row = np.asarray(image)[image.height // 20 * 10 + 50]  # through images of one class
+    dark = np.flatnonzero(row < 128)
+    assert np.diff(dark).max() < len(row) / 4
+    assert len(dark) > len(row) / 2
 
 
 def test_rows_of_classes_without_images_stay_empty(tmp_path):

@@ -13,10 +13,12 @@ from report_support import CLASSES, report, result
 
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation import results, statistics
+from dsdistill.harness.evaluation.controls import CONTROLS, RELABELLED
 from dsdistill.harness.reports import (
     gallery,
     growth,
     markdown,
+    page,
     plot_style,
     plots,
     published,
@@ -304,6 +306,36 @@ def test_a_curve_is_the_mean_of_the_steps_that_all_seeds_have():
     ]
     line = plots.curves(results.group_by_training(made)).axes[0].lines[0]
     assert np.asarray(line.get_xydata()).tolist() == [[0, 3.0], [9, 1.0]]
+
+
+def further(arm: str, learner: str, seeds: int) -> list[results.Result]:
+    rng = np.random.default_rng(0)
+    return [replace(result(rng, "distilled", learner, False, i), arm=arm) for i in range(seeds)]
+
+
+def test_further_sets_have_styles_of_their_own():
+    common = ("distilled", "distilled-hard", "distilled-teacher", *CONTROLS, *RELABELLED)
+    names = (*common, "b", "a", "c", "d", "e", "f")
+    styles = plot_style.arm_styles(names)
+    for of in (lambda style: (style.colour, style.line), lambda style: style.marker):
+        assert len({of(style) for style in styles.values()}) == len(names)
+    assert styles == plot_style.arm_styles(("b", *names))
+    arms = ("distilled", "b", "a")
+    made = results.group_by_training([x for arm in arms for x in further(arm, "mlp", 2)])
+    both, alone = plots.curves(made), plots.curves(made[-1:], among=made)
+    assert alone.axes[0].lines[0].get_color() == both.axes[0].lines[-1].get_color()
+
+
+@pytest.mark.heavy
+def test_further_sets_are_compared_with_random_images():
+    made = small()
+    found = replace(made, results=(*made.results, *further("other", "ridge", 5)))
+    assert report_tables.FURTHER_CAPTION not in markdown.render(made)
+    for text in (markdown.render(found), page.render([found], title="t")):
+        assert report_tables.FURTHER_CAPTION in text
+    [cells] = report_tables.further_cells(found)
+    assert cells[:3] == ["ridge", "other", wording.accuracy(row(found, "other", "ridge"))]
+    assert float(cells[4].removeprefix("< ")) < 0.05
 
 
 def test_an_svg_for_a_page_takes_ink_and_ground_from_it():

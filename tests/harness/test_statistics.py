@@ -227,6 +227,19 @@ def test_pairs_are_of_the_same_seed():
     assert one(first + results("random", [0.5], first=7)).versus_random is None
 
 
+def test_further_sets_are_paired_with_random_images():
+    further = results("other", [0.8, 0.9]) + results("other-hard", [0.8, None])
+    plain = one(complete() + further)
+    assert one(complete()).further == {}
+    assert list(plain.further) == ["other", "other-hard"]
+    other = plain.further["other"]
+    assert other is not None
+    assert other.difference.mean == pytest.approx(0.85 - 0.5)
+    assert other.p == pytest.approx(stats.ttest_rel([0.8, 0.9], [0.49, 0.51]).pvalue)
+    assert plain.further["other-hard"] is None
+    assert one(complete() + results("other", [0.8, 0.9], augmented=True)).further == {}
+
+
 def test_one_line_a_learner():
     found = score_learners(
         group_by_training(complete(learner="b") + results("full", [0.9], learner="a"))

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import kd_support as support
 import numpy as np
+import photos
 import pytest
 import torch
 from kd_support import main, refused
-from PIL import Image
 
 from dsdistill.harness.data import datasets, feature_file
 from kd.data import batching
 from kd.evaluation import backbones, features
 from kd.models import saved_models
 
-SIDE = 8
+SIDE = photos.SIDE
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +27,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of PNGs of two classes, a few of them grayscale, and a run trained on it."""
     folder = tmp_path_factory.mktemp("features")
     rng = np.random.default_rng(0)
-    for part, count in (("train", 20), ("test", 6)):
-        for label, shade in (("dark", 60), ("light", 190)):
-            (folder / "photos" / part / label).mkdir(parents=True)
-            for i in range(count):
-                pixels = np.clip(rng.normal(shade, 40, (SIDE, SIDE, 3)), 0, 255).astype(np.uint8)
-                image = Image.fromarray(pixels)
-                image = image.convert("L") if i == 0 else image
-                image.save(folder / "photos" / part / label / f"{i}.png")
+    classes = {"dark": photos.shaded(rng, 60, 40), "light": photos.shaded(rng, 190, 40)}
+    photos.write(folder / "photos", classes, train=20)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
@@ -259,7 +253,7 @@ def test_refuses_in_one_line(
 def test_features_are_no_images(inside: pytest.MonkeyPatch, tmp_path: Path) -> None:
     extract(inside, tmp_path / "f.npz")
     line = refused(inside, "features", tmp_path / "f.npz", "--student", "run")
-    assert "holds features already" in line
+    assert "holds features: give the images that they are of" in line
 
 
 def test_a_network_trains_on_features(inside: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -40,6 +40,9 @@ RECORD = "record"
 FEATURES = "images.npy"  # of the file and, with all rows so far, of the partial folder
 PARTIAL_SUFFIX = ".partial"  # of the folder of a file that is not whole
 STATE = "state.json"  # of the partial folder: the record, and the number of rows that are safe
+# Images in a forward pass. A feature depends on the images beside it to the last bit, so what is
+# continued, and what is to be equal in a file and in memory, has one number.
+BATCH = 64
 CHUNK_BYTES = 1 << 24  # that are copied or checked at a time
 LOCAL_HEADER_BYTES = 30  # of a zip member, before its name and its extra field
 
@@ -110,6 +113,20 @@ def is_feature_file(path: Path) -> bool:
             return {FEATURES, f"{RECORD}.npy"} <= set(archive.namelist())
     except (OSError, zipfile.BadZipFile):
         return False
+
+
+def refuse(data: str) -> None:
+    """Refuse a file of features where images are needed.
+
+    Args:
+        data: Name or path of a data set.
+
+    Raises:
+        UserError: If it is such a file.
+    """
+    path = Path(data).expanduser()
+    if path.suffix == ".npz" and is_feature_file(path):
+        raise UserError(f"{data} holds features: give the images that they are of")
 
 
 def read(path: Path) -> Features:

@@ -15,6 +15,7 @@ from dsdistill.harness.text import shorten
 
 MAX_KERNEL_NUMBER = 100  # largest depth, and largest number in a kernel's name, that is accepted
 MAX_WIDTH = 4096  # of a finite network in a kernel's name
+OWN_MODULE = "a module"  # the backbone of a set, where a caller's own module was it
 MAX_TEXT_CHARACTERS = 300  # of a displayed text
 
 

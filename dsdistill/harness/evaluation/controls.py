@@ -23,6 +23,11 @@ RELABELLED = (SOFT, SOLVED)  # random images with labels that a function gives t
 Relabel = Callable[[Examples], Float[np.ndarray, "n k"]]
 
 
+def is_reserved(name: str) -> bool:
+    """Whether a name means the first set or a control, so that no further set may have it."""
+    return name.startswith("distilled") or name in (*CONTROLS, *RELABELLED)
+
+
 def arm(name: str, train: Examples, images_per_class: int, relabel: Relabel | None = None) -> Arm:
     """One control, drawn from the training images.
 

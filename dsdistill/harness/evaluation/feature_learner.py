@@ -26,7 +26,8 @@ from dsdistill.harness.evaluation.held_out import Predict
 from dsdistill.harness.evaluation.protocol import Learner
 from dsdistill.harness.runs import progress
 
-BATCH = 100  # images in a forward pass
+# Images in a forward pass. Features depend on it to the last bit, and results on them are kept.
+BATCH = 100
 
 
 class PixelFeatures(Protocol):

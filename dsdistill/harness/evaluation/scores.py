@@ -1,9 +1,9 @@
 """DD-Ranking's scores of a distilled set, one set of scores per learner."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from dsdistill.harness.evaluation import statistics
+from dsdistill.harness.evaluation import controls, statistics
 from dsdistill.harness.evaluation.results import Row
 from dsdistill.harness.evaluation.statistics import PairedDifference
 
@@ -20,6 +20,7 @@ class SetScores:
         ars: Augmentation-robust score, from `distilled` and `random` with and without
             augmentation.
         versus_random: `distilled` minus `random`, paired by the seeds that both have.
+        further: The same of each further set that the learner was trained on, by its name.
     """
 
     learner: str
@@ -28,6 +29,7 @@ class SetScores:
     lrs: float | None
     ars: float | None
     versus_random: PairedDifference | None
+    further: Mapping[str, PairedDifference | None] = field(default_factory=dict)
 
 
 def score_learners(rows: Sequence[Row]) -> list[SetScores]:
@@ -56,6 +58,10 @@ def _score_learner(learner: str, rows: Sequence[Row]) -> SetScores:
         accuracies = mean("distilled", augmented), mean("random", augmented)
         return _apply_if_known(statistics.improvement_over_random, *accuracies)
 
+    def versus_random(arm: str) -> PairedDifference | None:
+        return _paired_difference(table.get((arm, augmented)), table.get(("random", augmented)))
+
+    further = [arm for arm, kind in table if kind == augmented and not controls.is_reserved(arm)]
     hlr = _apply_if_known(statistics.hard_label_recovery, mean("full"), mean("distilled-hard"))
     ior = gain(augmented)
     return SetScores(
@@ -64,9 +70,8 @@ def _score_learner(learner: str, rows: Sequence[Row]) -> SetScores:
         ior,
         lrs=_apply_if_known(statistics.label_robust_score, hlr, ior),
         ars=_apply_if_known(statistics.augmentation_robust_score, gain(True), gain(False)),
-        versus_random=_paired_difference(
-            table.get(("distilled", augmented)), table.get(("random", augmented))
-        ),
+        versus_random=versus_random("distilled"),
+        further={arm: versus_random(arm) for arm in further},
     )
 
 

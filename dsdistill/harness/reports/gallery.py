@@ -64,7 +64,7 @@ def confusion(report: Report, learner: str) -> "Figure | None":
 def curves(report: Report, learner: str) -> "Figure | None":
     """Draw the training losses; None if the learner reports none."""
     rows = [row for row in _learner_rows(report, learner) if wording.fact(row, "curve")]
-    return plots.curves(rows) if rows else None
+    return plots.curves(rows, among=report.rows) if rows else None
 
 
 def cost(report: Report, learner: str) -> "Figure | None":

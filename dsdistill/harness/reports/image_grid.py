@@ -15,6 +15,7 @@ from dsdistill.harness.text import MAX_NAME_CHARACTERS, shorten
 
 MAX_ROWS, MAX_COLUMNS = 20, 10  # a grid of a thousand classes is unreadable
 MAX_CHARACTERS_PER_IMAGE = 10  # of a name above images
+MARGIN_INCHES = 0.06
 MAX_SIDE_PIXELS = 256  # side of an image before it is drawn, at about 80 pixels
 
 
@@ -93,8 +94,10 @@ def _render(
     figure = Figure(
         figsize=(max(size[0], 5), max(size[1], 2)),
         dpi=100 if above else 150,  # hundreds of photographs would take 5 MB
-        layout="constrained",
     )
+    # A grid that is higher than wide fills no half of the figure: both stand together, and what is
+    # left empty is cut off.
+    figure.set_layout_engine("compressed", w_pad=2 * MARGIN_INCHES)
     both = figure.subplots(1, 2)
     for axes, side in zip(both, sides, strict=True):
         rows = [_downsample(preprocess.invert(row)) for row in side.rows(len(shown))]
@@ -118,9 +121,10 @@ def _render(
         both[0].tick_params(length=0)
     if len(shown) < len(classes):
         figure.supxlabel(f"the first {len(shown):,} of {len(classes):,} classes", fontsize=9)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3]
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=MARGIN_INCHES)
+    return np.asarray(Image.open(buffer).convert("RGB"))
 
 
 def _downsample(images: Float[np.ndarray, "m h w c"]) -> Float[np.ndarray, "m h2 w2 c2"]:

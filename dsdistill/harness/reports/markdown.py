@@ -28,6 +28,7 @@ def render(report: Report) -> str:
         "## Scores",
         table(tables.SCORE_COLUMNS, [tables.score_cells(score) for score in report.scores]),
         f"{tables.SCORES_CAPTION}. {tables.SCORES_NOTE}",
+        *_further(report),
         *_quality(report),
         "## Cost",
         _by_arm(report, tables.COST_COLUMNS, tables.cost_cells),
@@ -45,6 +46,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Build a Markdown table from cells of plain text."""
     lines = ["| " + " | ".join(map(_escape, cells)) + " |" for cells in (head, *rows)]
     return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
+
+
+def _further(report: Report) -> list[str]:
+    lines = tables.further_cells(report)
+    return [table(tables.FURTHER_COLUMNS, lines), f"{tables.FURTHER_CAPTION}."] if lines else []
 
 
 def _quality(report: Report) -> list[str]:

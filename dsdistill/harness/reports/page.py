@@ -213,7 +213,12 @@ def _bar(row: Row) -> str:
 
 def _scores(report: Report, _: str) -> str:
     rows = [[html.text(cell) for cell in tables.score_cells(score)] for score in report.scores]
-    return html.table(tables.SCORES_CAPTION, tables.SCORE_COLUMNS, [("", rows)])
+    first = html.table(tables.SCORES_CAPTION, tables.SCORE_COLUMNS, [("", rows)])
+    further = [[html.text(cell) for cell in line] for line in tables.further_cells(report)]
+    if not further:
+        return first
+    table = html.table(tables.FURTHER_CAPTION, tables.FURTHER_COLUMNS, [("", further)])
+    return f"{first}\n{table}"
 
 
 def _growth(reports: Sequence[Report]) -> str:

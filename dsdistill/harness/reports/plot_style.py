@@ -7,9 +7,10 @@ hatches differ as well.
 """
 
 import io
+import itertools
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -86,11 +87,29 @@ _ARM_STYLES = {
     "random-solved": ArmStyle(PURPLE, ">", "\\\\", (0, (4, 1))),
 }
 SERIES = (*list(_ARM_STYLES.values())[:6], ArmStyle(INK, "X", "--", "--"))
+# Of further sets, in their order.
+_FURTHER_STYLES = (
+    ArmStyle(VERMILION, "*", "||"),
+    ArmStyle(GREEN, "p", "oo"),
+    ArmStyle(ORANGE, "d", "--"),
+    ArmStyle(PURPLE, "h", "**", "-."),
+    ArmStyle(BLUE, "8", "OO", "--"),
+    ArmStyle(SKY, "H", "|-", (0, (5, 2, 1, 2))),
+)
 
 
 def arm_style(arm: str) -> ArmStyle:
-    """Style of an arm; arms that this version does not know share one."""
-    return _ARM_STYLES.get(arm, SERIES[-1])
+    """Style of an arm that every report may have."""
+    return _ARM_STYLES[arm]
+
+
+def arm_styles(arms: Iterable[str]) -> dict[str, ArmStyle]:
+    """Styles of the arms of a report, by name; those of further sets follow the arms' order."""
+    names = dict.fromkeys(arms)
+    further = zip(
+        (name for name in names if name not in _ARM_STYLES), itertools.cycle(_FURTHER_STYLES)
+    )
+    return {name: _ARM_STYLES[name] for name in names if name in _ARM_STYLES} | dict(further)
 
 
 @contextmanager

@@ -15,7 +15,8 @@ from dsdistill.harness.reports.plot_style import (
     INK,
     MAX_TITLE_LENGTH,
     SERIES,
-    arm_style,
+    ArmStyle,
+    arm_styles,
     format_log_axis,
     label,
     new_figure,
@@ -34,15 +35,16 @@ def accuracies(rows: Sequence[Row], *, among: Sequence[Row] | None = None) -> "F
 
     Args:
         rows: Rows to draw.
-        among: Rows whose accuracies the axis spans, so that several figures share it; by default
-            `rows`.
+        among: Rows whose accuracies the axis spans, and whose arms have styles, so that several
+            figures share them; by default `rows`.
     """
     with style_context():
         figure, panels = _panels(rows)
+        styles = _arm_styles(among or rows)
         for axes, (learner, group) in panels:
             _label_arms(axes, group)
             for y, row in enumerate(group):
-                _draw_accuracy(axes, y, row)
+                _draw_accuracy(axes, y, row, styles[row.arm])
             axes.set_title(label(learner, MAX_TITLE_LENGTH))
         panels[-1][0].set_xlabel("test accuracy, %")
         panels[-1][0].set_xlim(_accuracy_limits(among or rows))
@@ -83,13 +85,13 @@ def per_class(rows: Sequence[Row], classes: Sequence[str]) -> "Figure":
     first = next(iter(table.values()))
     order = sorted(range(len(classes)), key=lambda c: (first[c] is None, first[c] or 0))
     chosen = sorted(order[:MAX_NAMED_CLASSES])
-    height = 0.8 / len(table)
+    height, styles = 0.8 / len(table), _arm_styles(rows)
     with style_context():
         figure = new_figure(0.9 + len(chosen) * max(0.11 * len(table), 0.2))
         axes = figure.subplots()
         for i, (arm, values) in enumerate(table.items()):
             known = [(y, v) for y, c in enumerate(chosen) if (v := values[c]) is not None]
-            style = arm_style(arm)
+            style = styles[arm]
             axes.barh(
                 [y - 0.4 + (i + 0.5) * height for y, _ in known],
                 [100 * v for _, v in known],
@@ -137,16 +139,21 @@ def confusion(row: Row, classes: Sequence[str]) -> "Figure":
     return figure
 
 
-def curves(rows: Sequence[Row]) -> "Figure":
-    """Draw the training loss against steps, mean of the seeds, one panel per learner."""
+def curves(rows: Sequence[Row], *, among: Sequence[Row] | None = None) -> "Figure":
+    """Draw the training loss against steps, mean of the seeds, one panel per learner.
+
+    Args:
+        rows: Rows to draw.
+        among: Rows of all arms, so that several figures give one the same style; by default `rows`.
+    """
     with style_context():
         groups = _by_learner([row for row in rows if wording.fact(row, "curve")])
-        count = sum(len(group) for group in groups.values())
+        count, styles = sum(len(group) for group in groups.values()), _arm_styles(among or rows)
         figure = new_figure(2.8 * len(groups) + 0.09 * count)
         panels = figure.subplots(len(groups), squeeze=False)[:, 0]
         for axes, (learner, group) in zip(panels, groups.items(), strict=True):
             for row in group:
-                _draw_curve(axes, row)
+                _draw_curve(axes, row, styles[row.arm])
             axes.set(ylabel="training loss", yscale="log", title=label(learner, MAX_TITLE_LENGTH))
             format_log_axis(axes.yaxis)
             axes.set_xlabel("step of the optimizer")
@@ -197,8 +204,11 @@ def _arm_label(row: Row) -> str:
     return label(wording.arm_label(row.arm, row.augmented))
 
 
-def _draw_accuracy(axes: Any, y: int, row: Row) -> None:
-    style = arm_style(row.arm)
+def _arm_styles(rows: Sequence[Row]) -> dict[str, ArmStyle]:
+    return arm_styles(row.arm for row in rows)
+
+
+def _draw_accuracy(axes: Any, y: int, row: Row, style: ArmStyle) -> None:
     if row.accuracy is None:
         text = f"failed {len(row.failures)} of {len(row.results)}"
         axes.annotate(text, (0.01, y), xycoords=("axes fraction", "data"), va="center", size=8)
@@ -222,11 +232,20 @@ def _seconds(row: Row, kind: str, distillation: float | None) -> float | None:
     return wording.training_seconds(row) if kind == "training" else wording.tuning_seconds(row)
 
 
-def _draw_curve(axes: Any, row: Row) -> None:
-    style, points = arm_style(row.arm), _mean_curve(row)
+def _draw_curve(axes: Any, row: Row, style: ArmStyle) -> None:
+    points = _mean_curve(row)
     line = ":" if row.augmented else style.line
     name = _arm_label(row)
-    axes.plot(*_unzip(points), ls=line, color=style.colour, label=name)
+    axes.plot(
+        *_unzip(points),
+        ls=line,
+        color=style.colour,
+        label=name,
+        marker=style.marker,
+        markevery=0.25,  # of the diagonal of the panel: colours are fewer than arms
+        markersize=4,
+        markerfacecolor="none" if row.augmented else style.colour,
+    )
 
 
 def _mean_curve(row: Row) -> list[tuple[float, float]]:

@@ -28,6 +28,8 @@ SCORES_NOTE = (
     "0.269 is no better than random images. All are fractions. p: paired t test over the seeds, "
     "beside the difference with its 95 % interval."
 )
+FURTHER_COLUMNS = ("learner", "further set", "test accuracy, %", "set − random, points", "p")
+FURTHER_CAPTION = "Further sets against as many random images, as the first one"
 QUALITY_COLUMNS = (
     "trained on",
     "learning rate",
@@ -85,7 +87,7 @@ def contrast_cells(report: Report, score: SetScores) -> list[str]:
     others = (report.row(score.learner, arm) for arm in ("k-means", "herding", "full"))
     return [
         score.learner,
-        NOTHING if distilled is None else wording.accuracy(distilled),
+        _accuracy(distilled),
         _difference(score.versus_random),
         wording.p_value(score.versus_random),
         *(_gap(distilled, other) for other in others),
@@ -101,6 +103,21 @@ def score_cells(score: SetScores) -> list[str]:
         *(NOTHING if value is None else f"{value:.3f}" for value in fractions),
         _difference(difference),
         wording.p_value(difference),
+    ]
+
+
+def further_cells(report: Report) -> list[list[str]]:
+    """The lines under `FURTHER_COLUMNS`; none without further sets."""
+    return [
+        [
+            score.learner,
+            arm,
+            _accuracy(report.row(score.learner, arm)),
+            _difference(paired),
+            wording.p_value(paired),
+        ]
+        for score in report.scores
+        for arm, paired in score.further.items()
     ]
 
 
@@ -187,6 +204,10 @@ def _difference(paired: PairedDifference | None) -> str:
     if paired.p is None:
         return mean
     return f"{mean} ({wording.confidence_interval(paired.difference)})"
+
+
+def _accuracy(row: Row | None) -> str:
+    return NOTHING if row is None else wording.accuracy(row)
 
 
 def _gap(distilled: Row | None, other: Row | None) -> str:
