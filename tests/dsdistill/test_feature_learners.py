@@ -19,6 +19,7 @@ from dsdistill.harness.evaluation.feature_learner import BATCH, FeatureLearner, 
 from dsdistill.harness.evaluation.held_out import HeldOut
 from dsdistill.harness.evaluation.protocol import Arm, evaluate
 from dsdistill.harness.reports import report as reports
+from dsdistill.harness.runs import progress
 from dsdistill.kernels import networks
 from dsdistill.methods.linear_probe import LinearProbe
 from dsdistill.methods.ridge import RidgeLearner
@@ -109,6 +110,17 @@ def test_a_set_is_read_as_its_pixels(data: tuple[Examples, HeldOut]) -> None:
         predict(held_out.test.images(rows)),
         atol=2e-2,
     )
+
+
+def test_a_slow_backbone_shows_how_far_it_is(
+    data: tuple[Examples, HeldOut],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 1e-9)
+    train, _ = data
+    FeatureSpace(Backbone(), train.data).examples(train)
+    assert "150/150 images through" in capsys.readouterr().err
 
 
 def test_a_feature_beyond_float16_is_a_failure_with_its_reason(

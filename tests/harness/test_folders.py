@@ -231,7 +231,7 @@ def test_flat_folder_single_class_and_class_without_images(tmp_path):
 def test_train_and_val_of_different_classes(tmp_path):
     _classes(tmp_path / "data" / "train", {"a": 2, "b": 2, "c": 2})
     _classes(tmp_path / "data" / "val", {"a": 2, "b": 2, "d": 2})
-    _refused(tmp_path / "data", tmp_path, "only one of them has c, d")
+    _refused(tmp_path / "data", tmp_path, "data/val lacks c; .*data/train lacks d")
 
 
 def _spoil(data, count):
@@ -356,6 +356,16 @@ def test_channels_that_the_images_have_anyway_are_no_further_entry(tmp_path, dec
     np.testing.assert_array_equal(first.images(), again.images())
     assert folders.read(data, tmp_path / "cache", None, channels=1).train.shape == (6, 6, 1)
     assert len(decoded) == 12
+
+
+def test_the_size_that_the_images_have_anyway_is_no_further_entry(tmp_path, decoded):
+    data = _classes(tmp_path / "data", {"a": 3, "b": 3})
+    first, _ = _read(data, tmp_path)
+    again = folders.read(data, tmp_path / "cache", 6, channels=3).train
+    assert len(decoded) == 6
+    np.testing.assert_array_equal(first.images(), again.images())
+    fresh = folders.read(data, tmp_path / "other", 6).train
+    np.testing.assert_array_equal(first.images(), fresh.images())
 
 
 def test_any_change_of_the_folder_is_seen(tmp_path, decoded):

@@ -67,6 +67,7 @@ def test_two_parts_are_known_by_the_names_that_people_use(train, test, tmp_path)
     assert f"training images of 3 classes from {train}/" in found.summary(10, 2, 3)
     assert f"2 for validation, held out of {train}/" in found.summary(10, 2, 3)
     assert f"3 for the test, from {test}/" in found.summary(10, 2, 3)
+    assert "; none for validation; " in found.summary(10, 0, 3)
 
 
 @pytest.mark.parametrize("val", ["val", "valid", "Validation", "dev"])
@@ -190,7 +191,7 @@ def test_what_could_be_two_things_is_refused(tmp_path):
 def test_parts_of_other_classes_are_refused_and_paddings_are_not_others(tmp_path):
     _fill(tmp_path / "other" / "train", 2)
     _fill(tmp_path / "other" / "val", 1, ("cat", "dog"))
-    _refused(tmp_path / "other", "must have the same classes: only one of them has owl")
+    _refused(tmp_path / "other", "must have the same classes, but .*other/val lacks owl: add")
     _fill(tmp_path / "padded" / "train", 2, ("007", "010", "1"))
     _fill(tmp_path / "padded" / "val", 1, ("7", "10", "01"))
     found = list_folder(tmp_path / "padded")

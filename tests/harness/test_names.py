@@ -217,6 +217,20 @@ def test_a_picture_of_many_classes_shows_the_first(tmp_path):
     assert max(drawn.shape) < 3000
 
 
+def test_one_image_of_each_of_two_hundred_classes_fits_into_a_picture(tmp_path):
+    """One large class, as learned labels make them, does not take the room of the others."""
+    pixels, labels = images((4, 4, 1), 200)
+    labels[:8] = 0
+    side = GridSide("real", np.zeros_like(pixels), labels)
+    names = tuple(map(str, range(200)))
+    image_grid.write(tmp_path / "set.png", side, side, names, preprocess.identity(1))
+    with Image.open(tmp_path / "set.png") as image:
+        black = np.asarray(image.convert("L")) < 128
+        assert max(image.size) < 2000
+    # Two grids of twenty by ten, seven of the two hundred classes without an image.
+    assert black.mean() * black.size == pytest.approx(2 * 193 * 0.55**2 * 100**2, rel=0.35)
+
+
 def test_the_halves_of_a_picture_stand_together(tmp_path):
     black = GridSide("before", np.zeros((10, 8, 8, 1), np.float32), np.arange(10))
     names = tuple(map(str, range(10)))

@@ -363,6 +363,16 @@ def test_json_has_null_for_nan(tmp_path):
     assert files.read_json(tmp_path / "a") == {"x": [None, [1.5, None]], "y": "é"}
 
 
+def test_a_list_of_numbers_takes_one_line(tmp_path):
+    value = {"matrix": [[1, 0], [float("nan"), -2e-9]], "names": ["[\n1\n]"], "none": []}
+    files.write_json(tmp_path / "a", value, compact_numbers=True)
+    text = (tmp_path / "a").read_text()
+    assert "[1,0]" in text
+    assert "[null,-2e-09]" in text
+    expected = value | {"matrix": [[1, 0], [None, -2e-9]]}
+    assert files.read_json(tmp_path / "a") == expected
+
+
 def _lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 

@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -155,19 +156,35 @@ def _open_or_decode(
 ) -> DecodedFolder:
     """Open the images in the cache, decoding them if the entry is missing or damaged."""
     fingerprint = _fingerprint(path, files)
+    size, channels = _find_equal_entry(cache, fingerprint, size, channels)
     folder = cache / _cache_key(fingerprint, size, channels)
-    unconverted = cache / _cache_key(fingerprint, size, None)
-    if (read_index(unconverted) or {"shape": [None]})["shape"][-1] == channels:
-        folder = unconverted  # already has the requested channels
     if folder.exists():
         if store := _open_entry(folder, len(files)):
             with suppress(OSError):  # a cache that another user owns
                 os.utime(folder / INDEX_FILE)  # records the last use
             return store
         progress.say(f"the decoded images in {folder} are damaged: decoding {path} again")
-    return _decode_into_cache(
-        path, folder, files, size, None if folder == unconverted else channels
-    )
+    return _decode_into_cache(path, folder, files, size, channels)
+
+
+def _find_equal_entry(
+    cache: Path, fingerprint: bytes, size: int | None, channels: int | None
+) -> tuple[int | None, int | None]:
+    """Find the size and channels under which the requested pixels are in the cache already.
+
+    Images that are decoded as they are may have the requested size or channels; resizing to their
+    own size and converting to their own channels changes no pixel.
+
+    Returns:
+        `size` and `channels` of that entry, those that were requested if there is none.
+    """
+    for entry in product((size, None), (channels, None)):
+        if index := read_index(cache / _cache_key(fingerprint, *entry)):
+            _, height, width, depth = index["shape"]
+            same_size = entry[0] == size or height == width == size
+            if same_size and (entry[1] == channels or depth == channels):
+                return entry
+    return size, channels
 
 
 def _fingerprint(path: Path, files: list[Path]) -> bytes:

@@ -116,17 +116,19 @@ class FolderLayout:
         held_out = f"held out of {folder or 'them'}"
         clauses = (
             f"{train:,} training images of {len(self.train.classes)} classes{_from_clause(folder)}",
-            f"{validation:,} for validation, "
-            + (
-                f"from {_relative_name(self.root, self.validation.folder)}"
-                if self.validation
-                else held_out
-            ),
+            self._validation_clause(validation, held_out),
             f"{test:,} for the test, "
             + (f"from {_relative_name(self.root, self.test.folder)}" if self.test else held_out),
         )
         line = f"{self.root}: {'; '.join(clauses)}"
         return line + self._skipped_clause
+
+    def _validation_clause(self, count: int, held_out: str) -> str:
+        """Where the validation images come from; Label Solve and features take none by default."""
+        if self.validation:
+            folder = _relative_name(self.root, self.validation.folder)
+            return f"{count:,} for validation, from {folder}"
+        return f"{count:,} for validation, {held_out}" if count else "none for validation"
 
     @property
     def _skipped_clause(self) -> str:
@@ -289,10 +291,16 @@ def _same_classes(train: FolderPart, part: FolderPart) -> FolderPart:
         DataError: If its classes differ from those of the training part.
     """
     if class_names.match(train.classes, part.classes) is None:
-        different = sorted({*train.classes} ^ {*part.classes})
+        gaps = (
+            (part.folder, sorted({*train.classes} - {*part.classes})),
+            (train.folder, sorted({*part.classes} - {*train.classes})),
+        )
+        lacking = "; ".join(
+            f"{folder} lacks {abbreviate_names(names)}" for folder, names in gaps if names
+        )
         raise DataError(
-            f"{train.folder} and {part.folder} must have the same classes: "
-            f"only one of them has {abbreviate_names(different)}"
+            f"{train.folder} and {part.folder} must have the same classes, but {lacking}: "
+            "add images of what is missing, or remove it from the other folder"
         )
     return part.reorder(train.classes)
 

@@ -137,8 +137,10 @@ class FeatureSpace:
             f"the features of {len(missing)} images by {self.backbone.name}",
             "use a layer or a backbone of fewer values, or fewer images",
         )
-        for first in range(0, len(missing), BATCH):
-            part = missing[first : first + BATCH]
+        count = len(missing)
+        batches = [slice(i, min(i + BATCH, count)) for i in range(0, count, BATCH)]
+        for batch in progress.track_if_slow(batches, f"images through {self.backbone.name}"):
+            part = missing[batch]
             images = np.asarray(stored.store[part])
             pixels = preprocess.unit_range(images) if undo is None else undo.invert(images)
             stored.values[part] = self._compute(pixels)

@@ -30,4 +30,5 @@ def write_report(folder: Path, report: Report) -> None:
     text = page.render([report], title=report.title, pictures=shown)
     files.write_bytes(folder / "report.html", text.encode())
     files.write_bytes(folder / "report.md", markdown.render(report).encode())
-    files.write_json(folder / FILE_NAME, {"format": FORMAT_VERSION, **asdict(report)})
+    stored = {"format": FORMAT_VERSION, **asdict(report)}
+    files.write_json(folder / FILE_NAME, stored, compact_numbers=True)
