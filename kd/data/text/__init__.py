@@ -1,0 +1,1 @@
+"""Text to train on: files, their columns, tokens and batches."""
