@@ -1,0 +1,116 @@
+"""Files of the parts of a text data set: one file, a folder with a file for each, saved data sets.
+
+A folder has `train.tsv` (or any other suffix that `tables` reads) and, where it has them,
+`validation.tsv` or `dev.tsv`, and `test.tsv`. A folder that Hugging Face's `datasets` saved is read
+by that library.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dsdistill.harness.errors import UserError, first_line
+from kd.data.text import tables
+from kd.data.text.tables import Table
+
+PARTS: Mapping[str, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "validation": ("validation", "dev", "valid", "val", "validation_matched", "dev_matched"),
+    "test": ("test", "test_matched"),
+}
+_SAVED_DICT, _SAVED = "dataset_dict.json", "state.json"
+
+
+def is_text(data: Path) -> bool:
+    """Whether a path holds text, to tell it from images.
+
+    Args:
+        data: A file or a folder.
+    """
+    if data.is_file():
+        return tables.table_suffix(data) is not None
+    if not data.is_dir():
+        return False
+    if any((data / name).is_file() for name in (_SAVED_DICT, _SAVED)):
+        return True
+    return "train" in _files(data)
+
+
+def find(data: Path) -> dict[str, Table]:
+    """Read the parts of a text data set.
+
+    Args:
+        data: A file of training rows, or a folder.
+
+    Returns:
+        `train` and, where there are any, `validation` and `test`.
+
+    Raises:
+        UserError: If there is no training part, two files of one part, or a file does not fit.
+    """
+    if data.is_file():
+        return {"train": tables.read(data)}
+    if not data.is_dir():
+        raise UserError(f"there is no file or folder {data}")
+    if any((data / name).is_file() for name in (_SAVED_DICT, _SAVED)):
+        return _load_saved(data)
+    files = _files(data)
+    for part, paths in files.items():
+        if len(paths) > 1:
+            names = " and ".join(path.name for path in paths)
+            raise UserError(f"{data} has two files of its {part} part, {names}: remove one")
+    if "train" not in files:
+        kinds = ", ".join(sorted(tables.READERS))
+        raise UserError(f"{data} has no train file ({kinds}, with .gz or without)")
+    return {part: tables.read(paths[0]) for part, paths in files.items()}
+
+
+def short_name(data: Path) -> str:
+    """A name for folders and reports: that of the folder, or of the file without its suffixes."""
+    name = data.resolve().name
+    return name.split(".")[0] or name if data.is_file() else name
+
+
+def _files(folder: Path) -> dict[str, list[Path]]:
+    files: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        stem = path.name.split(".")[0].lower()
+        if tables.table_suffix(path) is not None and path.is_file():
+            for part, names in PARTS.items():
+                if stem in names:
+                    files.setdefault(part, []).append(path)
+    return files
+
+
+def _load_saved(folder: Path) -> dict[str, Table]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(
+            f"{folder} was saved by the library datasets, which is needed to read it: "
+            "pip install 'dsdistill[text]'"
+        ) from error
+    try:
+        saved: Any = datasets.load_from_disk(str(folder))
+    except Exception as error:  # formats and versions share no base class
+        raise UserError(f"{folder} cannot be read by datasets: {first_line(error)}") from error
+    parts = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+    read = {}
+    for part, names in PARTS.items():
+        own = [name for name in names if name in parts]
+        if own:
+            read[part] = _as_table(folder / own[0], parts[own[0]])
+    if "train" not in read:
+        raise UserError(f"{folder} has no part train, but {', '.join(sorted(parts))}")
+    return read
+
+
+def _as_table(path: Path, rows: Any) -> Table:
+    names = {}
+    for column, feature in rows.features.items():
+        inner = getattr(feature, "feature", feature)  # of a list of tags
+        if getattr(inner, "names", None):
+            names[column] = tuple(inner.names)
+    if not len(rows):
+        raise UserError(f"{path} has no rows")
+    return Table(path, {name: list(rows[name]) for name in rows.column_names}, names=names)
