@@ -158,7 +158,7 @@ class CachedBatches:
 def predict_logits(teacher: nn.Module, batch: Batch) -> Tensor:
     """A teacher's logits of a batch, in float32 and without gradients."""
     with torch.no_grad():
-        return teacher(batch.images).float()
+        return teacher(batch.inputs).float()
 
 
 def _precompute_logits(

@@ -62,7 +62,7 @@ def crop_flip(batch: Batch, seed: int, *, padding: int, hflip: float) -> Batch:
     arrays = [torch.from_numpy(np.ascontiguousarray(a)) for a in indices]
     n, rows, columns = (a.to(padded.device) for a in arrays)
     shifted = padded[n, :, rows, columns]  # (n, h, w, c)
-    return replace(batch, images=shifted.permute(0, 3, 1, 2).contiguous())
+    return replace(batch, inputs=shifted.permute(0, 3, 1, 2).contiguous())
 
 
 def mix_images(batch: Batch, seed: int, *, mixer: Mixer) -> Batch:
@@ -89,7 +89,7 @@ def mix_images(batch: Batch, seed: int, *, mixer: Mixer) -> Batch:
         once = torch.arange(n, device=twice.device)
         once[n // 2 + 1 :] += 1
         images, shares = images[once], shares[once]
-    return replace(batch, images=images, class_shares=shares)
+    return replace(batch, inputs=images, class_shares=shares)
 
 
 @contextmanager

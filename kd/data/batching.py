@@ -6,9 +6,9 @@ several processes share a batch without communication.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +18,10 @@ from torch import Tensor
 from dsdistill.harness import memory
 from dsdistill.harness.data.labeled_images import Examples
 from dsdistill.harness.errors import UserError
+from kd.models.token_inputs import IGNORED, TokenInputs
 
+# What a term of a loss is the mean over: images or texts, real tokens, tokens with a target.
+Unit = Literal["rows", "tokens", "targets"]
 MIN_IMAGES_PER_PROCESS = 2  # in its share of a batch: batch norm of 1x1 maps needs 2
 MAX_RESIDENT_BYTES = 1 << 30  # CIFAR-10 in float32 is 0.6 GiB; ImageNet at 64 pixels is 63 GiB
 # Number of images in a batch without training. Larger batches leave a CPU's cache: on two cores
@@ -28,28 +31,60 @@ SCORE_BATCH = 64
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Images with their labels, rows and teachers' logits.
+    """Images or texts with their labels, rows and teachers' logits.
 
     Attributes:
-        images: Images in the space of the data's `Preprocess`.
-        labels: Class indices; for mixed images, that of the first of the two.
+        inputs: Images in the space of the data's `Preprocess`, or the tokens of texts.
+        labels: Class indices; for mixed images, that of the first of the two; of texts also scores.
         targets: Real-valued labels, where the data have them (a distilled set).
         class_shares: For mixed images, the share of each class; rows sum to 1.
         teacher_logits: The teachers' logits for these images, where they are known already.
         index: Rows of the images in their data set, where they are known.
-        total_images: Number of images of the batch over all processes, if this is the share of one.
+        total_images: Number of images, or texts, of the batch over all processes, if this is the
+            share of one.
+        teacher_inputs: The inputs of each teacher, where they differ from the student's.
+        token_targets: Target of each token, `IGNORED` where it has none, for losses on tokens.
+        totals: Number of tokens and of targets of the batch over all processes, if this is the
+            share of one.
     """
 
-    images: Float[Tensor, "n c h w"]
+    inputs: Float[Tensor, "n c h w"] | TokenInputs
     labels: Int[Tensor, " n"]
     targets: Float[Tensor, "n k"] | None = None
     class_shares: Float[Tensor, "n k"] | None = None
     teacher_logits: tuple[Float[Tensor, "n k"], ...] | None = None
     index: Int[Tensor, " n"] | None = None
     total_images: int | None = None
+    teacher_inputs: tuple[TokenInputs, ...] | None = None
+    token_targets: Int[Tensor, "n l"] | None = None
+    totals: Mapping[Unit, int] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def images(self) -> Float[Tensor, "n c h w"]:
+        """The inputs of a batch of images."""
+        assert isinstance(self.inputs, Tensor), "the batch holds texts"
+        return self.inputs
+
+    def inputs_of(self, teacher: int) -> Float[Tensor, "n c h w"] | TokenInputs:
+        """The inputs of the teacher with this number."""
+        return self.inputs if self.teacher_inputs is None else self.teacher_inputs[teacher]
+
+    def count(self, unit: Unit) -> int:
+        """Number of images or texts, of real tokens, or of tokens with a target."""
+        if unit == "tokens" and isinstance(self.inputs, TokenInputs):
+            return int(self.inputs.mask.sum())
+        if unit == "targets" and self.token_targets is not None:
+            return int((self.token_targets != IGNORED).sum())
+        return len(self)
+
+    def total(self, unit: Unit) -> int:
+        """The same over all processes."""
+        if self.totals is not None and unit in self.totals:
+            return self.totals[unit]
+        return self.total_images or len(self) if unit == "rows" else self.count(unit)
 
     @property
     def labels_or_shares(self) -> Int[Tensor, " n"] | Float[Tensor, "n k"]:
@@ -188,11 +223,17 @@ def move(batch: Batch, device: torch.device) -> Batch:
     """Move a batch to a device; from pinned memory without waiting for a GPU."""
     gpu = device.type == "cuda"
     moved = {
-        name: value.to(device, non_blocking=gpu and value.is_pinned())
+        name: value.to(device, non_blocking=gpu and _is_pinned(value))
         for name, value in vars(batch).items()
-        if isinstance(value, Tensor)
+        if isinstance(value, Tensor | TokenInputs)
     }
+    if batch.teacher_inputs is not None:
+        moved["teacher_inputs"] = tuple(x.to(device) for x in batch.teacher_inputs)
     return replace(batch, **moved)
+
+
+def _is_pinned(value: Tensor | TokenInputs) -> bool:
+    return (value.ids if isinstance(value, TokenInputs) else value).is_pinned()
 
 
 def _move_tensor(x: Tensor, device: torch.device) -> Tensor:

@@ -41,7 +41,7 @@ def outputs_and_labels(
     network.eval()
     with torch.inference_mode():
         for done, batch in enumerate(batches.in_order(), start=1):
-            parts.append(network(batch.images).float().cpu().numpy())
+            parts.append(network(batch.inputs).float().cpu().numpy())
             labels.append(batch.labels.cpu().numpy())
             if tick:
                 tick(done)
@@ -117,7 +117,7 @@ def validate(
     network.eval()
     with torch.inference_mode():
         for batch in batches.in_order(on.process_index, on.num_processes):
-            scores = network(batch.images).float()
+            scores = network(batch.inputs).float()
             right = (scores.argmax(1) == batch.labels).sum()
             nll = response.cross_entropy(scores, batch.labels) * len(batch)
             sums += torch.stack([right, nll, torch.ones_like(nll) * len(batch)]).double()

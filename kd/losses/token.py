@@ -16,8 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kd.losses.ranges import Share, ShareBelowOne, Temperature
-
-IGNORED = -100  # label of a token without a target, as in transformers
+from kd.models.token_inputs import IGNORED
 
 
 def token_divergence(

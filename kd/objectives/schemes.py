@@ -5,13 +5,13 @@ there; only its `student` is saved as the result.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from kd.data.batching import Batch
+from kd.data.batching import Batch, Unit
 from kd.models.networks import Classifier
 from kd.objectives.step_outputs import StepOutputs
 from kd.objectives.terms import WeightedTerm
@@ -47,6 +47,11 @@ class Objective(Protocol):
 
     def train(self, mode: bool = True) -> Any:
         """Set training mode, of all but frozen teachers."""
+        ...
+
+    @property
+    def units(self) -> Mapping[str, Unit]:
+        """What each term that `forward` returns is the mean over, by its name."""
         ...
 
     def checkpoint_state(self) -> dict[str, Tensor]:
@@ -116,9 +121,13 @@ class Distillation(nn.Module):
         return (self.student,)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        student_logits = self.student(batch.images)
+        student_logits = self.student(batch.inputs)
         step = StepOutputs(batch, student_logits, self._teacher_logits(batch), self.by_label)
         return {term.name: term(step) for term in _weighted_terms(self.terms)}
+
+    @property
+    def units(self) -> Mapping[str, Unit]:
+        return {term.name: term.unit for term in _weighted_terms(self.terms)}
 
     def checkpoint_state(self) -> dict[str, Tensor]:
         return {k: v for k, v in self.state_dict().items() if not k.startswith(FROZEN_PREFIX)}
@@ -135,7 +144,7 @@ class Distillation(nn.Module):
         if batch.teacher_logits is not None and not self.needs_features:
             return batch.teacher_logits
         with torch.no_grad():
-            return tuple(teacher(batch.images) for teacher in self.teachers)
+            return tuple(teacher(batch.inputs_of(i)) for i, teacher in enumerate(self.teachers))
 
 
 class Mutual(nn.Module):
@@ -166,16 +175,21 @@ class Mutual(nn.Module):
         return (self.student, *peers)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        outputs = [network(batch.images) for network in self.trained_networks]
+        outputs = [network(batch.inputs) for network in self.trained_networks]
         losses: dict[str, Tensor] = {}
         for i, logits in enumerate(outputs):
             others = [other.detach() for j, other in enumerate(outputs) if j != i]
             for term in _weighted_terms(self.terms):
                 teachers = others if term.needs_teacher else [logits.detach()]
                 values = [term(StepOutputs(batch, logits, (other,))) for other in teachers]
-                name = term.name if i == 0 else f"{term.name}_{i + 1}"
-                losses[name] = torch.stack(values).mean()
+                losses[_numbered(term.name, i)] = torch.stack(values).mean()
         return losses
+
+    @property
+    def units(self) -> Mapping[str, Unit]:
+        students = range(len(self.trained_networks))
+        terms = list(_weighted_terms(self.terms))
+        return {_numbered(term.name, i): term.unit for i in students for term in terms}
 
     def checkpoint_state(self) -> dict[str, Tensor]:
         return self.state_dict()
@@ -217,6 +231,10 @@ class MeanTeacher(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         return self.inner(batch)
 
+    @property
+    def units(self) -> Mapping[str, Unit]:
+        return self.inner.units
+
     def checkpoint_state(self) -> dict[str, Tensor]:
         return self.state_dict()
 
@@ -232,6 +250,11 @@ class MeanTeacher(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         return no_weight_decay_names(self.student, "inner.student.network.")
+
+
+def _numbered(name: str, student: int) -> str:
+    """The name of a term of one of several students; the first has it plain."""
+    return name if student == 0 else f"{name}_{student + 1}"
 
 
 def _weighted_terms(terms: nn.ModuleList) -> Iterator[WeightedTerm]:

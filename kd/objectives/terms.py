@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError
+from kd.data.batching import Unit
 from kd.losses import ensemble, response, short_names
 from kd.models.networks import Classifier, Shape
 from kd.models.teachers import Teacher
@@ -264,6 +265,7 @@ class WeightedTerm(nn.Module):
         measure: Module that maps `StepOutputs` to the unweighted term.
         needs_teacher: Whether the term takes a teacher's outputs.
         needs_teacher_features: Whether the term takes features of a teacher's layers.
+        unit: What the term is the mean over.
     """
 
     def __init__(
@@ -274,10 +276,11 @@ class WeightedTerm(nn.Module):
         *,
         needs_teacher: bool,
         needs_teacher_features: bool = False,
+        unit: Unit = "rows",
     ) -> None:
         super().__init__()
         self.name, self.weight, self.measure = name, weight, measure
-        self.needs_teacher = needs_teacher
+        self.needs_teacher, self.unit = needs_teacher, unit
         self.needs_teacher_features = needs_teacher_features
 
     def forward(self, step: StepOutputs) -> Tensor:

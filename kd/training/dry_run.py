@@ -161,7 +161,7 @@ def _sum_outputs(networks: Sequence[Classifier], batch: Batch) -> Tensor:
     """Sum the outputs of the networks: every weight that they depend on gets a gradient."""
     # The objective calls the networks in this order too, so their random draws are the same.
     torch.manual_seed(SEED)
-    return torch.stack([network(batch.images).float().sum() for network in networks]).sum()
+    return torch.stack([network(batch.inputs).float().sum() for network in networks]).sum()
 
 
 def _weights_with_gradient(module: nn.Module, value: Tensor) -> list[str]:

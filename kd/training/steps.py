@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kd.data.batching import Batch, BatchSource, derive_seed, seed_torch
+from kd.data.batching import Batch, BatchSource, Unit, derive_seed, seed_torch
 from kd.objectives.projectors import EmbeddingMemory
 from kd.objectives.schemes import Objective, as_module
 from kd.parallel import sharding
@@ -99,7 +99,8 @@ class Trainer:
         self.schedule.step_update(step)
         self.optimizer.zero_grad()
         self.wrapped.zero_grad(set_to_none=True)  # a user's optimizer may have only a part
-        total_images = sum(part.total_images or len(part) for part in parts)
+        units = self.objective.units
+        totals = {unit: sum(part.total(unit) for part in parts) for unit in set(units.values())}
         terms: dict[str, Tensor] = {}
         for i, part in enumerate(parts):
             seed_torch(derive_seed(seed, step, i, self.on.process_index), self.on.device)
@@ -107,10 +108,13 @@ class Trainer:
             with contextlib.nullcontext() if last else self.on.no_sync(self.wrapped):
                 part_terms = self.wrapped(part)
                 # Gradients are averaged over processes, whatever their shares: hence the number.
-                weight = len(part) * self.on.num_processes / total_images
-                self.on.backward(torch.stack(list(part_terms.values())).sum() * weight)
+                weights = {
+                    unit: part.count(unit) * self.on.num_processes / max(total, 1)
+                    for unit, total in totals.items()
+                }
+                self.on.backward(_weighted_sum(part_terms, units, weights))
             for name, value in part_terms.items():
-                terms[name] = terms.get(name, 0) + value.detach() * weight
+                terms[name] = terms.get(name, 0) + value.detach() * weights[units[name]]
         if self.recipe.clip is not None:
             self.on.clip_grad_norm_(self.wrapped.parameters(), self.recipe.clip)
         self.optimizer.step()
@@ -213,6 +217,17 @@ def prepare(
         validations,
         replica,
     )
+
+
+def _weighted_sum(
+    terms: Mapping[str, Tensor], units: Mapping[str, Unit], weights: Mapping[Unit, float]
+) -> Tensor:
+    """Sum the terms of a batch, each times the weight of its unit."""
+    sums = []
+    for unit, weight in weights.items():
+        own = [value for name, value in terms.items() if units[name] == unit]
+        sums.append(torch.stack(own).sum() * weight)
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
 
 
 def choose_validations(

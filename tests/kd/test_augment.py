@@ -26,7 +26,7 @@ def part(whole: Batch, rows: np.ndarray) -> Batch:
     assert whole.index is not None
     return replace(
         whole,
-        images=whole.images[keep],
+        inputs=whole.images[keep],
         labels=whole.labels[keep],
         index=whole.index[keep],
         total_images=len(whole),

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kd.losses import token
+from kd.models.token_inputs import IGNORED
 
 N, LENGTH, WIDTH, VOCABULARY, HEADS = 3, 5, 8, 7, 4
 LENGTHS = (5, 2, 3)
@@ -62,7 +63,7 @@ def test_the_divergence_with_half_of_each_is_symmetric_and_bounded():
 
 
 def test_cross_entropy_is_of_the_tokens_with_a_target():
-    labels = torch.full((N, LENGTH), token.IGNORED)
+    labels = torch.full((N, LENGTH), IGNORED)
     targets = {(0, 1): 3, (2, 0): 6}
     for place, target in targets.items():
         labels[place] = target
@@ -130,7 +131,7 @@ def test_relations_of_tokens(heads, pair):
 
 def losses(student, teacher, mask) -> dict[str, torch.Tensor]:
     """Every loss on the hidden states or logits (n, l, d) of two networks."""
-    labels = torch.where(mask, student.shape[-1] - 1, token.IGNORED)
+    labels = torch.where(mask, student.shape[-1] - 1, IGNORED)
     halves = [x.unflatten(-1, (2, -1)).transpose(1, 2) for x in (student, teacher)]
     scores = [x @ x.transpose(-1, -2) for x in halves]
     ours, theirs = ((x, x) for x in halves)

@@ -7,7 +7,7 @@ import transformers
 from dsdistill.harness.errors import UserError
 from kd.data.text import tokenization
 from kd.data.text.corpus import TextPart
-from kd.losses.token import IGNORED
+from kd.models.token_inputs import IGNORED
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "##s", "mat", "on"]
 

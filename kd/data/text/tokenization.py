@@ -10,7 +10,7 @@ from jaxtyping import Int
 
 from dsdistill.harness.errors import UserError, first_line
 from kd.data.text.corpus import TextPart
-from kd.losses.token import IGNORED
+from kd.models.token_inputs import IGNORED
 from kd.models.zoo.huggingface import import_transformers
 
 ROWS_PER_CALL = 1000  # bounds the memory of the library's own objects
