@@ -100,7 +100,8 @@ class Trainer:
         self.optimizer.zero_grad()
         self.wrapped.zero_grad(set_to_none=True)  # a user's optimizer may have only a part
         units = self.objective.units
-        totals = {unit: sum(part.total(unit) for part in parts) for unit in set(units.values())}
+        each = dict.fromkeys(units.values())  # in the same order everywhere: sums depend on it
+        totals = {unit: sum(part.total(unit) for part in parts) for unit in each}
         terms: dict[str, Tensor] = {}
         for i, part in enumerate(parts):
             seed_torch(derive_seed(seed, step, i, self.on.process_index), self.on.device)
