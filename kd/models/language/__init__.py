@@ -1,0 +1,1 @@
+"""Networks of texts: built in, from Hugging Face, and with fewer blocks."""

@@ -1,0 +1,91 @@
+"""The bidirectional LSTM that BERT is distilled into."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+EMBEDDING = 300  # values of a word, as of word2vec
+HIDDEN = 150
+
+
+class BiLstm(nn.Module):
+    """Embedding, one LSTM in each direction, a layer of ReLUs, and a linear layer.
+
+    The last states of both directions represent a text; two texts share the LSTM and are
+    represented by their states, the product and the distance of these. The LSTM backwards runs on
+    the text turned round, without its padding, so that padding changes nothing and no packed
+    sequences are needed, which other programs cannot run.
+
+    Attributes:
+        embedding: Vectors of the tokens.
+        forwards, backwards: The two directions.
+        hidden: Layer of ReLUs, 4/3 as wide as the LSTM: 200 for 150.
+        classifier: Linear layer to the outputs.
+
+    Source: Tang et al. (2019), arXiv:1903.12136, section 3.1: 150 or 300 hidden units and 200 or
+    400 ReLUs. The embeddings are random here, not word2vec's.
+    """
+
+    def __init__(self, vocabulary: int, outputs: int, hidden: int = HIDDEN, *, pairs: bool) -> None:
+        """Make a network with random weights.
+
+        Args:
+            vocabulary: Number of tokens.
+            outputs: Number of outputs.
+            hidden: Hidden units of each direction.
+            pairs: Whether it sees pairs of texts.
+        """
+        super().__init__()
+        self.pairs = pairs
+        self.embedding = nn.Embedding(vocabulary, EMBEDDING)
+        self.forwards = nn.LSTM(EMBEDDING, hidden, batch_first=True)
+        self.backwards = nn.LSTM(EMBEDDING, hidden, batch_first=True)
+        width = 4 * hidden // 3
+        self.hidden = nn.Linear((8 if pairs else 2) * hidden, width)
+        self.classifier = nn.Linear(width, outputs)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "n l"],
+        attention_mask: Int[Tensor, "n l"],
+        token_type_ids: Int[Tensor, "n l"] | None = None,
+    ) -> Float[Tensor, "n k"]:
+        """Compute the outputs.
+
+        Args:
+            input_ids: Token ids.
+            attention_mask: 1 at real tokens.
+            token_type_ids: 1 at tokens of the second of two texts.
+        """
+        mask = attention_mask.bool()
+        if not self.pairs:
+            return self._outputs(self._represent(input_ids, mask))
+        assert token_type_ids is not None, "pairs need token_type_ids"
+        second = token_type_ids.bool()
+        a, b = (self._represent(input_ids, mask & part) for part in (~second, second))
+        return self._outputs(torch.cat([a, b, a * b, (a - b).abs()], dim=-1))
+
+    def _outputs(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n k"]:
+        return self.classifier(F.relu(self.hidden(features)))
+
+    def _represent(
+        self, ids: Int[Tensor, "n l"], mask: Int[Tensor, "n l"]
+    ) -> Float[Tensor, "n 2h"]:
+        """The last states of both directions, over the tokens of the mask, which are contiguous."""
+        lengths = mask.sum(-1, keepdim=True).clamp_min(1)
+        begin = mask.int().argmax(-1, keepdim=True)
+        steps = torch.arange(ids.shape[1], device=ids.device)[None]
+        last = ids.shape[1] - 1
+        ahead = (begin + steps).clamp_max(last)
+        back = (begin + lengths - 1 - steps).clamp_min(0)
+        states = [
+            _state_at(lstm(self.embedding(ids.gather(1, order)))[0], lengths - 1)
+            for lstm, order in ((self.forwards, ahead), (self.backwards, back))
+        ]
+        return torch.cat(states, dim=-1)
+
+
+def _state_at(states: Float[Tensor, "n l h"], step: Int[Tensor, "n 1"]) -> Float[Tensor, "n h"]:
+    index = step[..., None].expand(-1, -1, states.shape[-1])
+    return states.gather(1, index)[:, 0]
