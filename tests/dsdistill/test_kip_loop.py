@@ -296,7 +296,7 @@ def test_a_diverging_loss_stops_with_the_last_good_checkpoint(support, tmp_path,
     run = opened(tmp_path)
     walk = plan(200, learn_labels=True, optimizer=Adam(label_learning_rate=0.5))
     message = (
-        r"diverges: for 10 steps in a row above 2, 2.5 at step 13: raise --ridge \(now 1e-06\) or "
+        r"diverges: for 10 steps in a row above 2, 2.5 at step 13: raise --ridge \(now 0.01\) or "
         r"lower --learning-rate \(now 0.04\) or --label-learning-rate \(now 0.5\)"
     )
     with pytest.raises(UserError, match=message):
