@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError, first_line
-from kd.models import network_names
+from kd.models import network_names, wrapped_network
 from kd.models.centred import InitialFunction
 from kd.models.network_names import NetworkName
+from kd.models.wrapped_network import WrappedNetwork
 from kd.models.zoo import (
     allocation,
     builtin,
@@ -34,21 +35,19 @@ from kd.models.zoo import (
 from kd.models.zoo.protocol import Interpolation, PretrainedConfig, Shape
 
 
-class Classifier(nn.Module):
+class Classifier(WrappedNetwork):
     """A network that takes images of the data's shape, whatever shape it was built for.
 
     The resize and the repeated channel in front of the network have neither weights nor buffers.
 
     Attributes:
-        network: The module that is trained and saved; returns logits, or an object or a mapping
-            with `logits`.
+        network: The module that is trained and saved.
         size: Height and width to which images are resized (antialiased); None for a network that
             takes images as they are.
         channels: Number of channels to which grayscale images are repeated; None for a network
             that takes the data's channels.
         interpolation: Interpolation of the resize.
-        config: Values needed beside the name to build the network again.
-        notes: Lines about decisions made when the network was built.
+        config, notes: As for any network.
         code: SHA-256 of the module's file, for a network of the user's own code; a buffer, so
             that a hash of the state covers it. Else None.
         initial: Function that the network started as, which `forward` subtracts; None unless
@@ -67,23 +66,20 @@ class Classifier(nn.Module):
         interpolation: Interpolation = "bilinear",
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__()
-        self.network = network
+        super().__init__(network, config)
         self.size = size
         self.channels = channels
         self.interpolation: Interpolation = interpolation
-        self.config = config
-        self.notes: tuple[str, ...] = ()
         self.register_buffer("code", None)
         self.initial = None
 
     def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
         resized = resize(images, self.size, self.interpolation)
         prepared = repeat_channels(resized, self.channels)
-        logits = _logits(self.network(prepared))
+        logits = wrapped_network.logits(self.network(prepared))
         if self.initial is None:
             return logits
-        return logits - _logits(self.initial(prepared))
+        return logits - wrapped_network.logits(self.initial(prepared))
 
     def centre(self) -> "Classifier":
         """Subtract from now on what the network is now: f(x; theta) - f(x; theta_0).
@@ -107,13 +103,6 @@ class Classifier(nn.Module):
         )
         other.initial = self.initial
         return other
-
-
-def _logits(answer: Any) -> Tensor:
-    """The tensor of logits in what a network returns."""
-    if isinstance(answer, Tensor):
-        return answer
-    return answer["logits"] if isinstance(answer, Mapping) else answer.logits
 
 
 def build(

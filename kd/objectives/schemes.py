@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kd.data.batching import Batch, Unit
-from kd.models.networks import Classifier
+from kd.models.wrapped_network import WrappedNetwork
 from kd.objectives.step_outputs import StepOutputs
 from kd.objectives.terms import WeightedTerm
 from kd.parallel import sharding
@@ -28,12 +28,12 @@ class Objective(Protocol):
     """
 
     @property
-    def student(self) -> Classifier:
+    def student(self) -> WrappedNetwork:
         """The network that is saved."""
         ...
 
     @property
-    def trained_networks(self) -> Sequence[Classifier]:
+    def trained_networks(self) -> Sequence[WrappedNetwork]:
         """The networks that are trained, in the order of their calls: the student first."""
         ...
 
@@ -96,7 +96,7 @@ class Distillation(nn.Module):
 
     def __init__(
         self,
-        student: Classifier,
+        student: WrappedNetwork,
         terms: Sequence[WeightedTerm],
         teachers: Sequence[nn.Module] = (),
         *,
@@ -117,7 +117,7 @@ class Distillation(nn.Module):
         return self
 
     @property
-    def trained_networks(self) -> Sequence[Classifier]:
+    def trained_networks(self) -> Sequence[WrappedNetwork]:
         return (self.student,)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -162,7 +162,10 @@ class Mutual(nn.Module):
     """
 
     def __init__(
-        self, student: Classifier, peers: Sequence[Classifier], terms: Sequence[WeightedTerm]
+        self,
+        student: WrappedNetwork,
+        peers: Sequence[WrappedNetwork],
+        terms: Sequence[WeightedTerm],
     ) -> None:
         super().__init__()
         self.student = student
@@ -170,8 +173,8 @@ class Mutual(nn.Module):
         self.terms = nn.ModuleList(terms)
 
     @property
-    def trained_networks(self) -> Sequence[Classifier]:
-        peers = (peer for peer in self.peers if isinstance(peer, Classifier))
+    def trained_networks(self) -> Sequence[WrappedNetwork]:
+        peers = (peer for peer in self.peers if isinstance(peer, WrappedNetwork))
         return (self.student, *peers)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -215,17 +218,19 @@ class MeanTeacher(nn.Module):
     min(1 - 1/(step + 1), decay).
     """
 
-    def __init__(self, student: Classifier, terms: Sequence[WeightedTerm], *, decay: float) -> None:
+    def __init__(
+        self, student: WrappedNetwork, terms: Sequence[WeightedTerm], *, decay: float
+    ) -> None:
         super().__init__()
         self.inner = Distillation(student, terms, [copy.deepcopy(student)])
         self.decay = decay
 
     @property
-    def student(self) -> Classifier:
+    def student(self) -> WrappedNetwork:
         return self.inner.student
 
     @property
-    def trained_networks(self) -> Sequence[Classifier]:
+    def trained_networks(self) -> Sequence[WrappedNetwork]:
         return (self.student,)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -263,7 +268,7 @@ def _weighted_terms(terms: nn.ModuleList) -> Iterator[WeightedTerm]:
         yield term
 
 
-def no_weight_decay_names(student: Classifier, prefix: str) -> set[str]:
+def no_weight_decay_names(student: WrappedNetwork, prefix: str) -> set[str]:
     """Names of parameters, such as position embeddings, that timm excludes from weight decay."""
     names = getattr(student.network, "no_weight_decay", lambda: ())
     return {prefix + name for name in names()}

@@ -15,7 +15,8 @@ from dsdistill.harness import imports
 from dsdistill.harness.errors import UserError, first_line
 from kd.data import batching
 from kd.data.batching import Batch
-from kd.models.networks import Classifier, Shape
+from kd.models.networks import Shape
+from kd.models.wrapped_network import WrappedNetwork
 from kd.objectives.schemes import Objective, as_module
 from kd.parallel.engine import Engine
 
@@ -157,7 +158,7 @@ def _report_errors(loss: str, n: int) -> Iterator[None]:
         ) from error
 
 
-def _sum_outputs(networks: Sequence[Classifier], batch: Batch) -> Tensor:
+def _sum_outputs(networks: Sequence[WrappedNetwork], batch: Batch) -> Tensor:
     """Sum the outputs of the networks: every weight that they depend on gets a gradient."""
     # The objective calls the networks in this order too, so their random draws are the same.
     torch.manual_seed(SEED)
@@ -192,7 +193,9 @@ def _no_gradient_message(loss: str, left: Sequence[str], count: int) -> str:
     )
 
 
-def _freeze_unused(networks: Sequence[Classifier], reached: set[str], module: nn.Module) -> None:
+def _freeze_unused(
+    networks: Sequence[WrappedNetwork], reached: set[str], module: nn.Module
+) -> None:
     """Freeze the weights of the networks whose names are not in `reached`."""
     of_networks = {id(weight) for network in networks for weight in network.parameters()}
     for name, weight in module.named_parameters():
