@@ -37,7 +37,8 @@ CASES = {  # name: the runs, a command line and a folder each
     },
     "kip-1": [(f"{KIP} 1 {COMMON} {NEWTON} {MSE} --seed {s}", f"kip-1-{s}") for s in range(3)],
     "kip-1-ce": [
-        (f"{KIP} 1 {COMMON} {NEWTON} --outer ce --seed {s}", f"kip-1-ce-{s}") for s in range(3)
+        (f"{KIP} 1 {COMMON} {NEWTON} --outer ce --steps 80 --seed {s}", f"kip-1-ce-{s}")
+        for s in range(3)
     ],
     "kip-10-ce": [(f"{KIP} 10 {COMMON} {NEWTON} --outer ce", "kip-10-ce-0")],
     "kip-10": [(f"{KIP} 10 {COMMON} {NEWTON} {MSE} --steps 30", "kip-10-0")],
