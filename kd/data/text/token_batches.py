@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from kd.data import batching
@@ -67,7 +67,8 @@ class TokenBatches:
         teachers: For each teacher the place of its encoding in `parts`; empty where all have the
             student's.
         padding: Id of the token for padding in each encoding.
-        labels: Class or score of each text; None without.
+        labels: Class or score of each text; None without. A score is also the target of a loss.
+        teacher_logits: Logits of each teacher for all texts, where they are known already.
         size: Number of texts in a batch over all processes.
         device: Device of the batches.
         masked: How tokens are hidden in training; None: they are not.
@@ -83,6 +84,7 @@ class TokenBatches:
     size: int
     device: torch.device
     teachers: tuple[int, ...] = ()
+    teacher_logits: tuple[Float[Tensor, "N k"], ...] | None = None
     masked: MaskedTokens | None = None
     causal: bool = False
     world: int = 1
@@ -146,9 +148,13 @@ class TokenBatches:
         length = inputs.ids.shape[1]
         taught = tuple(self._other(i, rows) if i else inputs for i in self.teachers)
         index = torch.from_numpy(rows)
+        labels = index if self.labels is None else self.labels[index]
+        known = self.teacher_logits
         batch = Batch(
             inputs,
-            index if self.labels is None else self.labels[index],
+            labels,
+            targets=labels[:, None] if labels.is_floating_point() else None,
+            teacher_logits=None if known is None else tuple(table[index] for table in known),
             index=index,
             teacher_inputs=taught or None,
             token_targets=None if targets is None else _fill(targets, IGNORED, length),
