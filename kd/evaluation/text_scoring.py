@@ -13,10 +13,11 @@ from sklearn.metrics import f1_score, matthews_corrcoef
 
 from dsdistill.harness.evaluation import majority, metrics
 from kd.data.batching import EvaluationBatches
-from kd.data.text.columns import Task
+from kd.models.language.task import Task
 from kd.models.token_inputs import IGNORED
 from kd.models.wrapped_network import WrappedNetwork
 from kd.parallel.engine import Engine
+from kd.recipe import Metric
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def class_figures(given: Answers, classes: Sequence[str] = ()) -> dict[str, floa
     return {
         "accuracy": metrics.accuracy(given.outputs, given.targets),
         "macro_f1": _macro_f1(given.targets, predicted),
-        "matthews": float(matthews_corrcoef(given.targets, predicted)),
+        "matthews": _matthews(given.targets, predicted),
         "nll": metrics.nll(probabilities, given.targets),
         "calibration_error": metrics.expected_calibration_error(probabilities, given.targets),
     }
@@ -154,24 +155,24 @@ def entities(tags: Sequence[str], rows: Int[np.ndarray, " m"]) -> set[tuple[int,
     return spans
 
 
-@dataclass(frozen=True)
-class TaskScoring:
-    """How the answers of a task are judged.
-
-    Attributes:
-        figures: Figures of answers, by name.
-        metric: Figure that selects the best epoch.
-    """
-
-    figures: Callable[[Answers, Sequence[str]], dict[str, float]]
-    metric: str
-
-
-SCORING: Mapping[Task, TaskScoring] = {
-    "classify": TaskScoring(class_figures, "accuracy"),
-    "regress": TaskScoring(score_figures, "spearman"),
-    "tag": TaskScoring(tag_figures, "macro_f1"),
+# Figures of the answers of a task.
+FIGURES: Mapping[Task, Callable[[Answers, Sequence[str]], dict[str, float]]] = {
+    "classify": class_figures,
+    "regress": score_figures,
+    "tag": tag_figures,
 }
+
+
+def default_metric(task: Task, classes: Sequence[str]) -> Metric:
+    """The figure that selects the best epoch of a task, where none is asked for.
+
+    Args:
+        task: The task.
+        classes: Names of its classes or tags.
+    """
+    if task == "tag":
+        return "entity_f1" if _marks_entities(classes) else "macro_f1"
+    return "accuracy" if task == "classify" else "spearman" if task == "regress" else "nll"
 
 
 def by_language(
@@ -188,7 +189,7 @@ def by_language(
     names, rows = np.array(languages), {}
     for name in sorted(set(languages)):
         texts = np.flatnonzero(names == name)
-        figures = SCORING[task].figures(given.of(texts), classes)
+        figures = FIGURES[task](given.of(texts), classes)
         rows[name] = {"texts": len(texts), **figures}
     return rows
 
@@ -211,6 +212,13 @@ def notes(who: str, given: Answers, classes: Sequence[str]) -> list[str]:
 
 def _macro_f1(targets: Int[np.ndarray, " m"], predicted: Int[np.ndarray, " m"]) -> float:
     return float(f1_score(targets, predicted, average="macro", zero_division=0))
+
+
+def _matthews(targets: Int[np.ndarray, " m"], predicted: Int[np.ndarray, " m"]) -> float:
+    # Of a single class the library warns and answers 0 too.
+    if len(np.union1d(targets, predicted)) < 2:
+        return 0.0
+    return float(matthews_corrcoef(targets, predicted))
 
 
 def _correlation(function: Callable[..., Any], x: np.ndarray, y: np.ndarray) -> float:
