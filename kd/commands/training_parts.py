@@ -117,7 +117,7 @@ def build_objective(parts: TrainingParts, options: TrainOptions) -> Objective:
         parts.terms,
         student,
         parts.teachers,
-        shape=parts.source.shape,
+        sample=parts.source.shape,
         classes=len(parts.source.classes),
         images=parts.source.count,
         smoothing=parts.recipe.label_smoothing,
