@@ -71,7 +71,6 @@ class TokenBatches:
         size: Number of texts in a batch over all processes.
         device: Device of the batches.
         masked: How tokens are hidden in training; None: they are not.
-        causal: Whether each token's target is the one after it.
         world: Largest number of processes that share a batch.
         least: Smallest number of texts in a process's share of a batch.
         sorts: Whether texts of like length share a batch.
@@ -84,7 +83,6 @@ class TokenBatches:
     device: torch.device
     teachers: tuple[int, ...] = ()
     masked: MaskedTokens | None = None
-    causal: bool = False
     world: int = 1
     least: int = 1
     sorts: bool = True
@@ -165,8 +163,6 @@ class TokenBatches:
             rngs = (np.random.default_rng(derive_seed(*key, int(i))) for i in rows)
             pairs = [self.masked.apply(x, rng) for x, rng in zip(ids, rngs, strict=True)]
             return [x for x, _ in pairs], [y for _, y in pairs]
-        if self.causal:
-            return ids, [np.append(x[1:], IGNORED) for x in ids]
         if part.targets is not None:
             return ids, [part.targets[part.offsets[i] : part.offsets[i + 1]] for i in rows]
         return ids, None
