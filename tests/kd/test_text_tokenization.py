@@ -92,3 +92,15 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError, match="cannot get the tokenizer") as error:
         tokenization.load(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_characters_of_the_training_texts(tmp_path):
+    text = "Oh \u00e9,\n\n  a tab\t."
+    tokenizer = tokenization.train_on_characters([text, "z"])
+    tokenization.save(tokenizer, tmp_path)
+    again = tokenization.load(str(tmp_path))
+    assert tokenization.same_ids(tokenizer, again, [text])
+    ids = again(text)["input_ids"]
+    assert len(ids) == len(text)
+    assert again.decode(ids, clean_up_tokenization_spaces=False) == text
+    assert again.convert_ids_to_tokens(again("zq")["input_ids"]) == ["z", "[UNK]"]

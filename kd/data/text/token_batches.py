@@ -140,7 +140,7 @@ class TokenBatches:
             key: Seed and epoch, of which with the row hidden tokens are a function.
         """
         ids, targets = self._tokens(rows, key)
-        inputs = _padded(ids, self.padding[0], _types(self.parts[0], rows))
+        inputs = pad(ids, self.padding[0], _types(self.parts[0], rows))
         length = inputs.ids.shape[1]
         taught = tuple(self._other(i, rows) if i else inputs for i in self.teachers)
         index = torch.from_numpy(rows)
@@ -149,7 +149,7 @@ class TokenBatches:
             index if self.labels is None else self.labels[index],
             index=index,
             teacher_inputs=taught or None,
-            token_targets=None if targets is None else _fill(targets, IGNORED, length),
+            token_targets=None if targets is None else fill(targets, IGNORED, length),
         )
         return batching.move(batch, self.device)
 
@@ -170,7 +170,7 @@ class TokenBatches:
     def _other(self, place: int, rows: Int[np.ndarray, " n"]) -> TokenInputs:
         part = self.parts[place]
         ids = [part.ids[part.offsets[i] : part.offsets[i + 1]] for i in rows]
-        return _padded(ids, self.padding[place], _types(part, rows))
+        return pad(ids, self.padding[place], _types(part, rows))
 
     def _totals(self, rows: Int[np.ndarray, " n"], key: tuple[int, int]) -> Mapping[Unit, int]:
         """Number of tokens and of targets of a whole batch."""
@@ -187,15 +187,29 @@ def _types(part: EncodedPart, rows: Int[np.ndarray, " n"]) -> list[np.ndarray] |
     return [part.types[part.offsets[i] : part.offsets[i + 1]] for i in rows]
 
 
-def _padded(ids: list[np.ndarray], padding: int, types: list[np.ndarray] | None) -> TokenInputs:
+def pad(ids: list[np.ndarray], padding: int, types: list[np.ndarray] | None = None) -> TokenInputs:
+    """Rows of ids, and of types where there are any, filled up to the longest.
+
+    Args:
+        ids: Ids of each row.
+        padding: Id of the token for padding.
+        types: Types of the tokens of each row.
+    """
     lengths = torch.tensor([len(x) for x in ids])
     length = int(lengths.max())
     mask = torch.arange(length) < lengths[:, None]
-    filled = _fill(ids, padding, length)
-    return TokenInputs(filled, mask, None if types is None else _fill(types, 0, length))
+    filled = fill(ids, padding, length)
+    return TokenInputs(filled, mask, None if types is None else fill(types, 0, length))
 
 
-def _fill(rows: list[np.ndarray], value: int, length: int) -> Int[Tensor, "n l"]:
+def fill(rows: list[np.ndarray], value: int, length: int) -> Int[Tensor, "n l"]:
+    """Rows of numbers as a matrix, filled up with a value.
+
+    Args:
+        rows: Numbers of each row.
+        value: What stands after them.
+        length: Number of columns.
+    """
     filled = np.full((len(rows), length), value, np.int64)
     for target, row in zip(filled, rows, strict=True):
         target[: len(row)] = row

@@ -15,7 +15,7 @@ from kd.models.zoo.huggingface import import_transformers
 
 ROWS_PER_CALL = 1000  # bounds the memory of the library's own objects
 SAMPLE = 200  # texts on which two tokenizers are compared
-PAD, UNKNOWN = "[PAD]", "[UNK]"
+PAD, UNKNOWN, BEGIN, END = "[PAD]", "[UNK]", "[BOS]", "[EOS]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +91,31 @@ def train_on_words(texts: Iterable[str], *, size: int = 30_000, least: int = 2) 
     words.train_from_iterator(texts, trainer)
     return library.PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token=PAD, unk_token=UNKNOWN, padding_side="right"
+    )
+
+
+def train_on_characters(texts: Iterable[str]) -> Any:
+    """Make a tokenizer of single characters, for causal models from scratch.
+
+    Args:
+        texts: Training texts; characters that they lack are unknown.
+    """
+    import tokenizers
+
+    library = import_transformers()
+    special = [PAD, UNKNOWN, BEGIN, END]
+    alphabet = sorted(set().union(*texts))
+    vocabulary = {token: number for number, token in enumerate([*special, *alphabet])}
+    characters = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    each = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    characters.pre_tokenizer = each  # pyright: ignore
+    characters.decoder = tokenizers.decoders.Fuse()  # pyright: ignore
+    return library.PreTrainedTokenizerFast(
+        tokenizer_object=characters,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        bos_token=BEGIN,
+        eos_token=END,
     )
 
 
