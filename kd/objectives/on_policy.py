@@ -25,7 +25,7 @@ class OnPolicy:
     A change for `ChangedBatches`: whether a batch is replaced, and its samples, are functions of
     the batch's seed and the student's weights, so that a resumed training draws the same. No
     gradient passes through the samples. Any loss on targets of tokens can follow; that of GKD is
-    the divergence `tokens` with beta 0.5, at a temperature of its own.
+    the divergence `tokens` with beta 0.5, at a temperature of its row_flags.
 
     The prompt of a row is what stands before its last completion: of a conversation all up to the
     assistant's last turn. A plain text, which is learned from its first token on, has none; its
@@ -84,7 +84,7 @@ class OnPolicy:
             seed=derive_seed(seed, first),
             device=batch.labels.device,
         )
-        return self._with_totals(_completed(batch, prompts, new, self.padding))
+        return self._with_totals(_replace_completions(batch, prompts, new, self.padding))
 
     def _decoding(self, longest: int) -> Decoding:
         limit = generation.position_limit(self.student.network)
@@ -110,18 +110,18 @@ def _prompts(batch: Batch, prompt_tokens: int) -> list[Int[np.ndarray, " l"]]:
     assert not isinstance(inputs, torch.Tensor)
     rows = []
     lengths = inputs.mask.sum(1).tolist()
-    every, learned = inputs.ids.cpu().numpy(), (targets != IGNORED).cpu().numpy()
-    for ids, own, length in zip(every, learned, lengths, strict=True):
-        begins = np.flatnonzero(own & ~np.append(False, own[:-1]))
+    every, flags = inputs.ids.cpu().numpy(), (targets != IGNORED).cpu().numpy()
+    for ids, row_flags, length in zip(every, flags, lengths, strict=True):
+        begins = np.flatnonzero(row_flags & ~np.append(False, row_flags[:-1]))
         # The first target is predicted at the last token of the prompt.
-        known = begins[-1] + 1 if len(begins) else length
+        count = begins[-1] + 1 if len(begins) else length
         if len(begins) and begins[-1] == 0:
-            known = max(1, min(prompt_tokens, length - 1))
-        rows.append(ids[:known])
+            count = max(1, min(prompt_tokens, length - 1))
+        rows.append(ids[:count])
     return rows
 
 
-def _completed(
+def _replace_completions(
     batch: Batch, prompts: list[np.ndarray], new: list[np.ndarray], padding: int
 ) -> Batch:
     rows = list(zip(prompts, new, strict=True))

@@ -125,7 +125,7 @@ def test_rows_are_cut_at_their_end_and_counted():
 
 def test_an_answer_that_did_not_end_is_not_ended():
     part = causal_rows.encode(
-        pairs(("a", "b"), ("a", "c")), BYTES, 9, ended=np.array([True, False])
+        pairs(("a", "b"), ("a", "c")), BYTES, 9, complete=np.array([True, False])
     )
     assert [learned(BYTES, targets) for _, targets in rows(part)] == ["b</s>", "c"]
     closed = causal_rows.encode(pairs(("a", "b</s>")), BYTES, 9)
@@ -180,7 +180,7 @@ def test_a_template_that_writes_the_last_turn_otherwise():
         ([{"role": "assistant"}], "must be a text"),
         ([{"content": "a"}], "a role and a content"),
         (["Hello"], "a role and a content"),
-        ([], "needs a turn of the assistant"),
+        ([], "has no turn"),
     ],
 )
 def test_conversations_that_are_none(conversation, message):

@@ -41,11 +41,11 @@ class Segment:
 
     Attributes:
         text: The piece.
-        learned: Whether its tokens are targets.
+        is_target: Whether its tokens are targets.
     """
 
     text: str
-    learned: bool
+    is_target: bool
 
 
 def encode(
@@ -53,7 +53,7 @@ def encode(
     tokenizer: Any,
     max_length: int,
     *,
-    ended: Bool[np.ndarray, " n"] | None = None,
+    complete: Bool[np.ndarray, " n"] | None = None,
 ) -> EncodedPart:
     """Encode texts, prompts with completions, or conversations, with a target for each position.
 
@@ -66,7 +66,7 @@ def encode(
             of conversations, each a list of messages with `role` and `content`.
         tokenizer: Tokenizer of the model; for conversations with a chat template.
         max_length: Largest number of tokens of a row.
-        ended: Whether each completion is complete, and so followed by an end-of-sequence token;
+        complete: Whether each completion is complete, and so followed by an end-of-sequence token;
             None: all are.
 
     Raises:
@@ -79,17 +79,17 @@ def encode(
         rows = ([Segment(prompt, False), Segment(answer, True)] for prompt, answer in pairs)
         first = _token(tokenizer.bos_token_id)
         last = _token(tokenizer.eos_token_id)
-        ends = np.ones(len(part), bool) if ended is None else ended
+        ends = np.ones(len(part), bool) if complete is None else complete
     else:
         rows = (segments(messages, tokenizer) for messages in part.texts[0])
         first = last = []  # the template has them
         ends = np.zeros(len(part), bool)
     ids, targets = [], []
     truncated = 0
-    for (tokens, learned), end in zip(_segment_tokens(rows, tokenizer), ends, strict=True):
+    for (tokens, flags), end in zip(_segment_tokens(rows, tokenizer), ends, strict=True):
         closing = last if end and tokens[-1:] != last else []
         row = np.array([*first, *tokens, *closing], np.int32)
-        flags = np.array([*(False for _ in first), *learned, *(True for _ in closing)], bool)
+        flags = np.array([*(False for _ in first), *flags, *(True for _ in closing)], bool)
         truncated += len(row) > max_length
         row, flags = row[:max_length], flags[:max_length]
         ids.append(row)
@@ -103,8 +103,8 @@ def encode_texts(
     """Encode texts, long ones as several rows, so that nothing of them is lost.
 
     transformers' run_clm and run_mlm join all texts into one stream before they cut it, and drop
-    its rest; here a row never holds two texts, since the attention would cross them. A text of
-    which only one file consists, such as a book, is cut as by run_clm.
+    its rest; here a row never holds two texts, since the attention would cross them. A text that
+    is a whole file, such as a book, is cut as by run_clm.
 
     For a causal model each row begins with the beginning-of-sequence token and each text ends with
     the end-of-sequence token, where the tokenizer has them. Without the first, a row begins with
@@ -200,7 +200,9 @@ def segments(messages: Sequence[Message], tokenizer: Any) -> list[Segment]:
         UserError: If a turn has no role or text, no turn is the assistant's, or the template does
             not fit.
     """
-    _check(messages)
+    check(messages)
+    if not any(message["role"] == ASSISTANT for message in messages):
+        raise UserError(f"a conversation needs a turn of the assistant, got {_excerpt(messages)}")
     whole = _render(messages, tokenizer, messages)
     pieces, position = [], 0
     for i, message in enumerate(messages):
@@ -210,7 +212,7 @@ def segments(messages: Sequence[Message], tokenizer: Any) -> list[Segment]:
         start, stop = len(begin), _turn_end(messages, i, whole, len(begin), tokenizer)
         if not whole.startswith(begin) or start < position or stop is None:
             raise UserError(
-                f"the chat template writes a turn of {_shown(messages)} otherwise once others "
+                f"the chat template writes a turn of {_excerpt(messages)} otherwise once others "
                 "follow: which tokens are the assistant's cannot be told"
             )
         pieces += [Segment(whole[position:start], False), Segment(whole[start:stop], True)]
@@ -224,23 +226,33 @@ def _turn_end(
     """Where the assistant's turn with this number ends; None if that cannot be told."""
     through = _render(messages[: number + 1], tokenizer, messages)
     # Some templates write reasoning into the last turn only, which then is no beginning of all.
-    known = whole.startswith(through)
-    limit = len(through) if known else len(whole)
+    is_prefix = whole.startswith(through)
+    limit = len(through) if is_prefix else len(whole)
     mark = tokenizer.eos_token
     place = whole.find(mark, start, limit) if mark else -1
     if place >= 0:
         return place + len(mark)
-    return limit if known else None
+    return limit if is_prefix else None
 
 
-def _check(messages: Sequence[Message]) -> None:
+def check(messages: Sequence[Message]) -> None:
+    """Refuse a conversation without turns, or with one that has no role or no text.
+
+    Args:
+        messages: The turns.
+
+    Raises:
+        UserError: With the beginning of the conversation.
+    """
+    if not messages:
+        raise UserError("a conversation has no turn: remove its row")
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise UserError(f"each message must have a role and a content, got {_shown(messages)}")
+            raise UserError(
+                f"each message must have a role and a content, got {_excerpt(messages)}"
+            )
         if not isinstance(message.get("content"), str):
-            raise UserError(f"the content of a message must be a text, got {_shown(messages)}")
-    if not any(message["role"] == ASSISTANT for message in messages):
-        raise UserError(f"a conversation needs a turn of the assistant, got {_shown(messages)}")
+            raise UserError(f"the content of a message must be a text, got {_excerpt(messages)}")
 
 
 def _render(messages: Sequence[Message], tokenizer: Any, conversation: Any, **options: Any) -> str:
@@ -248,11 +260,11 @@ def _render(messages: Sequence[Message], tokenizer: Any, conversation: Any, **op
         return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
     except Exception as error:  # a template may raise anything, as for roles that do not alternate
         raise UserError(
-            f"the chat template does not take {_shown(conversation)}: {first_line(error)}"
+            f"the chat template does not take {_excerpt(conversation)}: {first_line(error)}"
         ) from error
 
 
-def _shown(messages: Any) -> str:
+def _excerpt(messages: Any) -> str:
     text = json.dumps(messages, ensure_ascii=False, default=repr)
     return text if len(text) <= 80 else f"{text[:80]}..."
 
@@ -279,7 +291,7 @@ def _tokens_of_rows(
     encoded = _tokens(beginnings, tokenizer)
     for row in rows:
         ids: list[int] = []
-        learned: list[bool] = []
+        flags: list[bool] = []
         for piece in row:
             through = next(encoded)
             if through[: len(ids)] == ids and (len(through) > len(ids) or not piece.text):
@@ -287,8 +299,8 @@ def _tokens_of_rows(
             else:
                 more = next(_tokens([piece.text], tokenizer))
             ids = ids + more
-            learned += [piece.learned] * len(more)
-        yield ids, learned
+            flags += [piece.is_target] * len(more)
+        yield ids, flags
 
 
 def _tokens(texts: Sequence[str], tokenizer: Any) -> Iterator[list[int]]:
@@ -331,12 +343,12 @@ def _join(ids: list[np.ndarray], targets: list[np.ndarray] | None, max_length: i
     """
     count = len(ids)
     if targets is not None:
-        learned = [i for i, row in enumerate(targets) if (row != IGNORED).any()]
-        if ids and not learned:
+        places = [i for i, row in enumerate(targets) if (row != IGNORED).any()]
+        if ids and not places:
             raise UserError(
                 f"no row has anything to learn within {max_length} tokens: raise --max-length"
             )
-        ids, targets = [ids[i] for i in learned], [targets[i] for i in learned]
+        ids, targets = [ids[i] for i in places], [targets[i] for i in places]
     return EncodedPart(
         _flat(ids),
         np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64),

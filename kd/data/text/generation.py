@@ -59,21 +59,19 @@ class Continuations:
 
     Attributes:
         texts: Text after each prompt, without special tokens.
-        ended: Whether each ends where the model ended it, and not at the largest length.
+        complete: Whether each ends where the model complete it, and not at the largest length.
     """
 
     texts: tuple[str, ...]
-    ended: Bool[np.ndarray, " n"]
+    complete: Bool[np.ndarray, " n"]
 
 
 def generate(
     model: LanguageModel,
     tokenizer: Any,
     prompts: Sequence[Prompt],
-    max_new_tokens: int,
+    decoding: Decoding,
     *,
-    temperature: float | None = None,
-    beams: int = 1,
     seed: int = 0,
     batch_size: int = 16,
     device: torch.device | str = "cpu",
@@ -89,7 +87,7 @@ def generate(
         model: Causal model on the device; its mode and the global random numbers are restored.
         tokenizer: Its tokenizer.
         prompts: Texts, or messages of conversations before the assistant's turn.
-        max_new_tokens, temperature, beams: As in `Decoding`.
+        decoding: How tokens are chosen, and their largest number.
         seed: Seed of samples.
         batch_size: Number of prompts in a batch.
         device: Device of the model.
@@ -98,11 +96,10 @@ def generate(
     Raises:
         UserError: As `continue_ids`; for a conversation that does not fit the chat template.
     """
-    decoding = Decoding(max_new_tokens, temperature, beams)
     ids = [causal_rows.prompt_ids(prompt, tokenizer) for prompt in prompts]
     order = np.argsort([-len(row) for row in ids], kind="stable")
     texts = [""] * len(ids)
-    ended = np.zeros(len(ids), bool)
+    complete = np.zeros(len(ids), bool)
     end = tokenizer.eos_token_id
     for number, start in enumerate(range(0, len(ids), batch_size)):
         rows = order[start : start + batch_size]
@@ -117,10 +114,10 @@ def generate(
         )
         for i, more in zip(rows, new, strict=True):
             texts[i] = _text_after(ids[i], more, tokenizer)
-            ended[i] = more[-1] == end
+            complete[i] = more[-1] == end
         if tick:
             tick(start + len(rows))
-    return Continuations(tuple(texts), ended)
+    return Continuations(tuple(texts), complete)
 
 
 def continue_ids(
