@@ -1,5 +1,6 @@
 """On-policy distillation: a student learns from its teacher on what the student itself writes."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -75,15 +76,16 @@ class OnPolicy:
             return batch
         prompts = _prompts(batch, self.prompt_tokens)
         first = 0 if batch.index is None else int(batch.index[0])  # processes draw different ones
-        new = generation.continue_ids(
-            self.student,
-            prompts,
-            self._decoding(max(map(len, prompts))),
-            padding=self.padding,
-            end=self.end,
-            seed=derive_seed(seed, first),
-            device=batch.labels.device,
-        )
+        with nullcontext() if self.on is None else self.on.autocast():
+            new = generation.continue_ids(
+                self.student,
+                prompts,
+                self._decoding(max(map(len, prompts))),
+                padding=self.padding,
+                end=self.end,
+                seed=derive_seed(seed, first),
+                device=batch.labels.device,
+            )
         return self._with_totals(_replace_completions(batch, prompts, new, self.padding))
 
     def _decoding(self, longest: int) -> Decoding:

@@ -219,6 +219,20 @@ def test_nothing_of_a_long_text_is_lost(tokenizer, length):
     assert part.text_bytes == len(text.encode()) - unpredicted
 
 
+def test_long_texts_are_tokenised_in_blocks_of_lines(monkeypatch):
+    texts = ["a\n", "\n".join([*LINES, "", "  an indented line", "no line"]) * 3, "b", "cat" * 40]
+    whole = causal_rows.encode_texts(texts, BYTES, 20)
+    monkeypatch.setattr(causal_rows, "BLOCK", 50)
+    monkeypatch.setattr(causal_rows, "BLOCKS_PER_CALL", 3)
+    blocks = causal_rows._blocks(texts[1])
+    assert "".join(blocks) == texts[1]
+    assert len(blocks) > 8
+    assert not any(block[0].isspace() for block in blocks)
+    parts = causal_rows.encode_texts(texts, BYTES, 20)
+    np.testing.assert_array_equal(whole.ids, parts.ids)
+    np.testing.assert_array_equal(whole.offsets, parts.offsets)
+
+
 def test_bytes_are_counted_only_where_a_tokenizer_gives_texts_back():
     text = "na\u00efve cat"
     assert causal_rows.encode_texts([text, text], BYTES, 9).text_bytes == 2 * len(text.encode())

@@ -1,5 +1,6 @@
 """Batches whose completions the student writes: prompts, targets, draws, exact resume."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -171,6 +172,9 @@ class _TwoProcesses:
     """An engine of two processes with the same share."""
 
     num_processes, is_fsdp2, device = 2, False, CPU
+
+    def autocast(self):
+        return nullcontext()
 
     def reduce(self, counts):
         return 2 * counts

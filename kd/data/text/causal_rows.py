@@ -9,8 +9,10 @@ plus would otherwise melt into a token that no prompt ends with.
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,8 @@ from kd.data.text.tokenization import ROWS_PER_CALL, SAMPLE, EncodedPart
 from kd.models.token_inputs import IGNORED
 
 ASSISTANT = "assistant"  # role of the turns that are learned
+BLOCK = 1 << 17  # characters of a long text that are tokenised at once, which bounds the memory
+BLOCKS_PER_CALL = 16
 SAMPLE_CHARACTERS = 10_000  # of each text, on which it is tried whether a tokenizer loses nothing
 # Template of conversations for a tokenizer that brings none: `User: Hi`, `Assistant: Hello</s>`,
 # one turn on a line. It begins and ends with the tokenizer's special tokens, where it has them.
@@ -135,8 +139,8 @@ def encode_texts(
         )
     ids: list[np.ndarray] = []
     size = left_out = 0
-    for text, content in zip(texts, _tokens(texts, tokenizer), strict=True):
-        whole = np.array([*content, *end] if content else content, np.int32)
+    for text, content in zip(texts, _text_tokens(texts, tokenizer), strict=True):
+        whole = np.concatenate([content, np.array(end if len(content) else [], np.int32)])
         starts = range(0, len(whole) - overlap, room)
         ids += [np.concatenate([before, whole[i : i + room + overlap], after]) for i in starts]
         left_out += not starts
@@ -303,9 +307,32 @@ def _tokens_of_rows(
         yield ids, flags
 
 
-def _tokens(texts: Sequence[str], tokenizer: Any) -> Iterator[list[int]]:
-    for start in range(0, len(texts), ROWS_PER_CALL):
-        rows = list(texts[start : start + ROWS_PER_CALL])
+def _text_tokens(texts: Sequence[str], tokenizer: Any) -> Iterator[Int[np.ndarray, " l"]]:
+    """Tokens of each text; one of more than `BLOCK` characters is divided between its lines."""
+    for is_long, group in groupby(texts, key=lambda text: len(text) > BLOCK):
+        if not is_long:
+            yield from (np.array(ids, np.int32) for ids in _tokens(list(group), tokenizer))
+            continue
+        for text in group:
+            pieces = _tokens(_blocks(text), tokenizer, BLOCKS_PER_CALL)
+            yield np.concatenate([np.array(ids, np.int32) for ids in pieces])
+
+
+def _blocks(text: str) -> list[str]:
+    """A text in pieces that begin with a line, and not with white space, where they can."""
+    blocks, start = [], 0
+    for line in re.finditer(r"(?<=\n)(?=\S)", text):
+        if line.start() - start >= BLOCK:
+            blocks.append(text[start : line.start()])
+            start = line.start()
+    return [*blocks, text[start:]]
+
+
+def _tokens(
+    texts: Sequence[str], tokenizer: Any, rows_per_call: int = ROWS_PER_CALL
+) -> Iterator[list[int]]:
+    for start in range(0, len(texts), rows_per_call):
+        rows = list(texts[start : start + rows_per_call])
         yield from tokenizer(rows, add_special_tokens=False, verbose=False)["input_ids"]
 
 
