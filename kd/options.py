@@ -533,7 +533,7 @@ class FeaturesOptions:
 class AugmentOptions:
     """Write copies of training texts in which words are changed, for a teacher to answer.
 
-    The copies have no labels of their own. `kd train --augment` makes the same ones.
+    The copies have no labels of their own.
     """
 
     LAYOUT: ClassVar = Layout(
@@ -590,8 +590,8 @@ class AugmentOptions:
     """Print the first N texts with their copies, and write nothing"""
 
     cache: Annotated[Path | None, Shown("DIR", "transfer-sets in the cache folder")] = None
-    """Folder where copies are kept, so that a stopped command continues and a training finds them;
-    dsdistill cache lists and clears the default one"""
+    """Folder where copies are kept, so that a stopped command continues; dsdistill cache lists and
+    clears the default one"""
 
     task: Annotated[
         Literal["classify", "regress", "mlm", "embed"] | None,

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -61,7 +61,7 @@ class WordPredictor:
     model: LanguageModel
     tokenizer: Any
     device: torch.device
-    ids: list[int]
+    ids: Int[Tensor, " words"]
     names: list[str]
     count: int = CANDIDATES
 
@@ -113,7 +113,8 @@ class WordPredictor:
 
         def select(_module: object, _inputs: object, outputs: Any) -> Any:
             states = outputs.last_hidden_state
-            outputs.last_hidden_state = states[torch.arange(len(states)), positions][:, None]
+            rows = torch.arange(len(states), device=states.device)
+            outputs.last_hidden_state = states[rows, positions][:, None]
             return outputs
 
         body: Any = self.model.network.base_model
@@ -223,7 +224,8 @@ def load(
     digest = hashlib.sha256(teacher_cache.fingerprint(model.network).encode())
     digest.update(_describe(tokenizer).encode("utf-8", "surrogatepass"))
     model.to(device).eval().requires_grad_(False)
-    predictor = WordPredictor(model, tokenizer, device, *_whole_words(tokenizer))
+    ids, names = _whole_words(tokenizer)
+    predictor = WordPredictor(model, tokenizer, device, torch.tensor(ids, device=device), names)
     pieces = _exchangeable(part, tokenizer)
     nearest = nearest_words(pieces, _embeddings(model))
     numbers["fingerprint"] = digest.hexdigest()
