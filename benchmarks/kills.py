@@ -55,6 +55,7 @@ CHECKPOINT_EVERY = 0.1  # seconds
 CHUNK = 60  # targets that Label Solve reads at a time
 CLOCKS = {  # figures that differ from run to run
     "images_per_second",
+    "latency_ms_batch_1",
     "pairs_per_second",
     "peak_memory",
     "seconds",
