@@ -61,6 +61,8 @@ CLOCKS = {  # figures that differ from run to run
     "seconds",
     "sha256",  # of files that hold such figures
     "startup_seconds",
+    "texts_per_second",
+    "tokens_per_second",
 }
 
 

@@ -47,8 +47,8 @@ class Evaluation(Protocol):
         ...
 
     @property
-    def classes_matched(self) -> str:
-        """How the student's outputs were matched to the data's classes, in words."""
+    def classes_matched(self) -> str | None:
+        """How the student's outputs were matched to the data's classes; None without classes."""
         ...
 
     def figures(self, teachers: ChosenTeachers | None) -> dict[str, Any]:

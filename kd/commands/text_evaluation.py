@@ -43,7 +43,7 @@ class ChosenTexts:
         which: Description of the texts.
         classes: Names of the classes or tags; empty for other tasks.
         outputs: The student's output for each class; None where the order is the same.
-        classes_matched: How the classes were matched, in words.
+        classes_matched: How the classes were matched, in words; None without classes.
     """
 
     corpus: Corpus
@@ -51,7 +51,7 @@ class ChosenTexts:
     which: str
     classes: tuple[str, ...] = ()
     outputs: tuple[int, ...] | None = None
-    classes_matched: str = "by name"
+    classes_matched: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +87,7 @@ class TextEvaluation:
         return self.chosen.which
 
     @property
-    def classes_matched(self) -> str:
+    def classes_matched(self) -> str | None:
         return self.chosen.classes_matched
 
     def figures(self, teachers: ChosenTeachers | None) -> dict[str, Any]:
@@ -266,7 +266,7 @@ def _match_classes(
     if not data.classes:
         if options.class_map is not None:
             raise UserError(f"{CLASS_MAP} has no effect on --task {student.task}: leave it out")
-        return replace(chosen, classes_matched="no classes")
+        return chosen
     if options.class_map is not None:
         mapping = class_names.read_class_map(options.class_map)
         matched = class_names.match(who, student.classes, data.classes, mapping)
@@ -288,7 +288,8 @@ def _match_classes(
     if missing:
         progress.say(f"note: {data.name} has no class {class_names.abbreviate(missing)}")
     part = replace(chosen.part, labels=_renumber(chosen.part.labels, np.array(places)))
-    return replace(chosen, part=part, classes=student.classes)
+    matched = {"classes": student.classes, "classes_matched": "by name"}
+    return replace(chosen, part=part, **matched)
 
 
 def _renumber(labels: Any, places: np.ndarray) -> Any:
