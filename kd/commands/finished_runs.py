@@ -20,6 +20,7 @@ from kd.commands.run_figures import FIGURES, FRACTION, Figure
 from kd.models import seals
 from kd.models.seals import REPORT
 from kd.options import DEFAULT_WORKERS, TrainOptions
+from kd.recipe import METRICS
 
 REQUIRED_TYPES = {
     "student": str,
@@ -213,6 +214,8 @@ def _check(config: Any, report: Any) -> None:
     schema.check(REPORT, report, REQUIRED_TYPES | OPTIONAL_TYPES)
     if missing := REQUIRED_TYPES.keys() - report.keys():
         raise ValueError(f"{REPORT} lacks {', '.join(sorted(missing))}")
+    if report.get("metric") not in (None, *METRICS):
+        raise ValueError(f"{REPORT}.metric is {report['metric']!r}")
     for row in config.get(continuation.EARLIER_KEY, []):
         if not isinstance(row, dict) or {"until_step", *continuation.LENGTHS} - row.keys():
             raise ValueError("config.json has an earlier length that is not whole")

@@ -125,6 +125,9 @@ def prepare(options: EvaluateOptions, device: torch.device) -> ImageEvaluation:
     Raises:
         UserError: If run or data are missing or do not fit together.
     """
+    for name in ("text", "label"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name} is for texts, and {options.run} is a student of images")
     student = saved_models.load_run(options.run, typed=network_names.names_in(options.trust_module))
     config = run_data.read_config(options.run)
     recipe = run_data.read_recipe(options.run)

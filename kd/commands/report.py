@@ -28,8 +28,10 @@ SPREAD_NOTE = (
 )
 CHOICE_NOTE = "The best epoch was chosen on validation {kind}; the test {kind} were read once."
 VALIDATION_NOTE = "Where there are no test texts, the validation texts judge too."
+LATENCY = "latency_ms_batch_1"
 LATENCY_NOTE = (
-    "Latency is the median of one {input} on the CPU of the machine that each training ran on."
+    "Latency is the median of several calls with one {input}, on the CPU of the machine that each "
+    "training ran on."
 )
 
 
@@ -158,7 +160,9 @@ def cost_cells(group: RunGroup) -> list[str]:
     memory = [run.report.get("peak_memory") or 0 for run in group.runs]
     steps, count = report.get("steps"), report.get("train_images")
     counted = NOTHING if count is None else f"{count:,}"
-    latency = wording.spread(group.summary("latency_ms_batch_1"), scale=1, digits=2)
+    milliseconds = group.summary(LATENCY)
+    digits = 1 if milliseconds and milliseconds.mean >= 10 else 3
+    latency = wording.spread(milliseconds, scale=1, digits=digits)
     if latency != NOTHING and report.get("latency_tokens") is not None:
         latency += f" ({report['latency_tokens']} tokens)"
     return [
@@ -205,32 +209,39 @@ def costs(comparison: Comparison) -> "PlotFigure":
 
     A dashed line is the teacher, where all have the same.
     """
-    judged = [(group, comparison.summary(group)) for group in comparison.groups]
-    known = [(group, summary) for group, summary in judged if summary is not None]
-    figure = comparison.figure
+    known = [group for group in comparison.groups if comparison.summary(group)]
     with plot_style.style_context():
-        plot = plot_style.new_figure(2.7 + 0.15 * len(known), 2 * plot_style.WIDTH_INCHES)
-        panels = plot.subplots(1, 2, sharey=True)
-        names = {"parameters": "parameters", "latency_ms_batch_1": "latency on the CPU, ms"}
-        for axes, (name, label) in zip(panels, names.items(), strict=True):
-            for i, (group, summary) in enumerate(known):
-                style = plot_style.SERIES[i % len(plot_style.SERIES)]
-                if cost := group.summary(name):
-                    axes.errorbar(
-                        cost.mean,
-                        figure.scale * summary.mean,
-                        figure.scale * summary.std if summary.n > 1 else None,
-                        fmt=style.marker,
-                        color=style.colour,
-                        label=plot_style.label(group.label, plot_style.MAX_TITLE_LENGTH),
-                    )
-            _draw_teacher(axes, comparison)
-            axes.set(xscale="log", xlabel=label)
-            axes.margins(0.15)
-            plot_style.format_log_axis(axes.xaxis)
-        panels[0].set_ylabel(comparison.title)
-        panels[0].legend(loc="upper left", bbox_to_anchor=(0, -0.2))
+        plot = plot_style.new_figure(2.8 + 0.15 * len(known), 2 * plot_style.WIDTH_INCHES)
+        left, right = plot.subplots(1, 2, sharey=True)
+        largest = max(group.report["parameters"] for group in known)
+        unit, word = (1e6, "millions") if largest >= 1e6 else (1e3, "thousands")
+        _draw_costs(left, comparison, "parameters", unit)
+        left.set(xlabel=f"parameters, {word}", ylabel=comparison.title)
+        _draw_costs(right, comparison, LATENCY)
+        right.set_xlabel("latency on the CPU, ms")
+        plot.legend(*left.get_legend_handles_labels(), loc="outside lower left")
     return plot
+
+
+def _draw_costs(axes: Any, comparison: Comparison, name: str, unit: float = 1.0) -> None:
+    """Draw the figure of each training against one of its costs, and that of their teacher."""
+    scale = comparison.figure.scale
+    for i, group in enumerate(comparison.groups):
+        style = plot_style.SERIES[i % len(plot_style.SERIES)]
+        cost, value = group.summary(name), comparison.summary(group)
+        if cost and value:
+            axes.errorbar(
+                cost.mean / unit,
+                scale * value.mean,
+                scale * value.std if value.n > 1 else None,
+                fmt=style.marker,
+                color=style.colour,
+                label=plot_style.label(group.label, plot_style.MAX_TITLE_LENGTH),
+            )
+    _draw_teacher(axes, comparison)
+    axes.set_xscale("log")
+    axes.margins(0.15)
+    plot_style.format_log_axis(axes.xaxis)
 
 
 def _draw_teacher(axes: Any, comparison: Comparison) -> None:
@@ -302,8 +313,8 @@ def _language_table(comparison: Comparison) -> str:
     if not counts:
         return ""
     head = ["training", *(f"{language}, n = {count:,}" for language, count in counts.items())]
-    caption = f"{comparison.title[:1].upper()}{comparison.title[1:]} on {comparison.name}"
-    return _table(f"{caption}, by language", head, [("", rows)])
+    words = f"{comparison.part.capitalize()} {figure.words} on {comparison.name} by language"
+    return _table(words + ", in percent" * figure.in_percent, head, [("", rows)])
 
 
 def _curves(compared: Sequence[Comparison]) -> str:
@@ -329,7 +340,7 @@ def _costs(compared: Sequence[Comparison]) -> str:
         measured = [
             group
             for group in comparison.groups
-            if group.summary("latency_ms_batch_1") and comparison.summary(group)
+            if group.summary(LATENCY) and comparison.summary(group)
         ]
         if len(measured) > 1:
             words = comparison.figure.words
@@ -398,10 +409,10 @@ def _describe_figures(compared: Sequence[Comparison]) -> str:
 
 
 def _cost_note(runs: Sequence[FinishedRun]) -> str:
-    measured = [run for run in runs if run.report.get("latency_ms_batch_1") is not None]
+    measured = [run for run in runs if run.report.get(LATENCY) is not None]
     if not measured:
         return ""
-    text = "text, as long as the median of the texts,"
+    text = "text of median length"
     return _note(LATENCY_NOTE.format(input=_kind(measured, "image", text, f"image or one {text}")))
 
 

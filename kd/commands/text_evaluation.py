@@ -215,10 +215,11 @@ def _choose(options: EvaluateOptions, config: Mapping[str, Any], student: TextMo
     if lone := part_files.find_lone_part(path):
         path, name = lone, str(lone)
     fraction = data_source.fraction_or_default(config.get("validation_fraction"))
-    data = _load(path, config, student, fraction)
+    columns = {name: getattr(options, name) or config.get(name) for name in ("text", "label")}
+    data = _load(path, columns, student, fraction)
     is_of_run = options.data is None or _is_training_data(config, path, options, data)
     if not is_of_run and not data.brings_validation:
-        data = _load(path, config, student, 0.0)  # nothing is held out of other data
+        data = _load(path, columns, student, 0.0)  # nothing is held out of other data
     if len(data.test):
         return ChosenTexts(data, data.test, f"test texts of {data.name}")
     if data.brings_validation:
@@ -234,14 +235,10 @@ def _choose(options: EvaluateOptions, config: Mapping[str, Any], student: TextMo
     return ChosenTexts(data, data.validation, held_out)
 
 
-def _load(path: Path, config: Mapping[str, Any], student: TextModel, fraction: float) -> Corpus:
-    return corpus.load(
-        path,
-        task=student.task,
-        text=config.get("text"),
-        label=config.get("label"),
-        validation_fraction=fraction,
-    )
+def _load(
+    path: Path, columns: Mapping[str, str | None], student: TextModel, fraction: float
+) -> Corpus:
+    return corpus.load(path, task=student.task, validation_fraction=fraction, **columns)
 
 
 def _is_training_data(
