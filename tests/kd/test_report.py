@@ -260,7 +260,7 @@ def test_runs_of_texts_are_compared_by_their_metric(tmp_path):
     assert cells["accuracy, %"] == cells["NLL, nats"] == "–"
     axes = report.curves(compared.groups, compared.figure).axes[0]
     assert axes.get_ylabel() == "validation Spearman's correlation"
-    assert axes.lines[0].get_ydata().tolist() == pytest.approx([0.57, 0.64, 0.71])
+    assert [*np.asarray(axes.lines[0].get_ydata())] == pytest.approx([0.57, 0.64, 0.71])
     page = report.render(sorted(tmp_path.iterdir()))
     assert "On stsb, bilstm:8: Spearman&#x27;s correlation 0.200 ± 0.300." in page
     assert "validation texts; the test texts" in page
@@ -324,9 +324,12 @@ def test_costs_are_columns_and_a_plot(tmp_path):
     assert (cells[0]["texts"], cells[0]["images"]) == ("600", "–")
     left, right = report.costs(compared).axes
     assert (left.get_xlabel(), left.get_ylabel()) == ("parameters, millions", "test accuracy, %")
-    points = [[line.get_xydata().tolist()[0] for line in axes.lines[:2]] for axes in (left, right)]
+    points = [
+        [np.asarray(line.get_xydata())[0].tolist() for line in axes.lines[:2]]
+        for axes in (left, right)
+    ]
     assert points == [[[66, 90], [2, 80]], [[12, 90], [0.5, 80]]]
-    assert left.lines[-1].get_ydata()[0] == pytest.approx(93)  # the teacher
+    assert np.asarray(left.lines[-1].get_ydata())[0] == pytest.approx(93)  # the teacher
     assert report.render(sorted(tmp_path.iterdir())).count("<svg") == 2
 
 
