@@ -94,12 +94,17 @@ def test_the_targets_are_the_completion_and_the_prompt_is_as_in_generation(promp
     assert sum(i != IGNORED for i in targets) == len(ids) - len(alone)
 
 
-def test_a_token_across_the_boundary_is_divided():
-    whole = BARE("5+5", add_special_tokens=False)["input_ids"]
-    assert BARE("5", add_special_tokens=False)["input_ids"] != whole[:1]
-    ids, targets = rows(causal_rows.encode(pairs(("5", "+5")), BARE, 64))[0]
-    assert BARE.decode(ids[:1]) == "5"
-    assert learned(BARE, targets) == "+5"
+@pytest.mark.parametrize(
+    ("prompt", "answer"), [("5", "+5"), ("5+5=10, a", "nd 5 + 6 = 11. the cat")]
+)
+def test_a_token_across_the_boundary_is_divided(prompt, answer):
+    alone, whole = (
+        BARE(text, add_special_tokens=False)["input_ids"] for text in (prompt, prompt + answer)
+    )
+    assert whole[: len(alone)] != alone
+    ids, targets = rows(causal_rows.encode(pairs((prompt, answer)), BARE, 64))[0]
+    assert ids[: len(alone)] == alone
+    assert learned(BARE, targets) == answer
 
 
 def test_no_space_is_put_between_prompt_and_completion():
