@@ -3,13 +3,13 @@
 import torch
 import transformers
 
-from kd.data.text import tokenization
+from kd.models.language import tokenizer as tokenizers
 from kd.models.language.language_model import LanguageModel
 
 
 def characters(text: str, *, bos: bool = True, eos: bool = True):
     """A tokenizer whose tokens are the characters of a text, after the special ones."""
-    tokenizer = tokenization.train_on_characters([text])
+    tokenizer = tokenizers.train_on_characters([text])
     if not bos:
         tokenizer.bos_token = None
     if not eos:

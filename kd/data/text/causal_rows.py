@@ -20,7 +20,8 @@ from jaxtyping import Bool, Int
 
 from dsdistill.harness.errors import UserError, first_line
 from kd.data.text.corpus import TextPart
-from kd.data.text.tokenization import ROWS_PER_CALL, SAMPLE, EncodedPart
+from kd.data.text.tokenization import ROWS_PER_CALL, EncodedPart
+from kd.models.language.tokenizer import SAMPLE
 from kd.models.token_inputs import IGNORED
 
 ASSISTANT = "assistant"  # role of the turns that are learned

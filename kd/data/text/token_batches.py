@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from kd.data import batching
@@ -67,7 +67,8 @@ class TokenBatches:
         teachers: For each teacher the place of its encoding in `parts`; empty where all have the
             student's.
         padding: Id of the token for padding in each encoding.
-        labels: Class or score of each text; None without.
+        labels: Class or score of each text; None without. A score is also the target of a loss.
+        teacher_logits: Logits of each teacher for all texts, where they are known already.
         size: Number of texts in a batch over all processes.
         device: Device of the batches.
         masked: How tokens are hidden in training; None: they are not.
@@ -82,6 +83,7 @@ class TokenBatches:
     size: int
     device: torch.device
     teachers: tuple[int, ...] = ()
+    teacher_logits: tuple[Float[Tensor, "N k"], ...] | None = None
     masked: MaskedTokens | None = None
     world: int = 1
     least: int = 1
@@ -107,12 +109,21 @@ class TokenBatches:
             yield replace(self._batch(own, (seed, epoch)), total_images=len(rows), totals=totals)
 
     def in_order(self, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        """Yield every `world`-th batch from batch `rank` on, in the order of the data.
+        """Yield every `world`-th batch from batch `rank` on, the longest texts first.
 
         Tokens are hidden as in the first epoch of seed 0, always the same ones.
         """
-        for rows in split_rows(np.arange(len(self.parts[0])), self.size)[rank::world]:
+        order = np.argsort(-self.parts[0].lengths, kind="stable")
+        for rows in split_rows(order, self.size)[rank::world]:
             yield self._batch(rows, (0, 0))
+
+    def first(self, count: int) -> Batch:
+        """The first texts of the data as a batch.
+
+        Args:
+            count: Largest number of texts.
+        """
+        return self._batch(np.arange(min(count, len(self.parts[0]))), (0, 0))
 
     def _ordered(self, rng: np.random.Generator) -> list[Int[np.ndarray, " n"]]:
         """The rows of each batch of an epoch.
@@ -144,9 +155,13 @@ class TokenBatches:
         length = inputs.ids.shape[1]
         taught = tuple(self._other(i, rows) if i else inputs for i in self.teachers)
         index = torch.from_numpy(rows)
+        labels = index if self.labels is None else self.labels[index]
+        known = self.teacher_logits
         batch = Batch(
             inputs,
-            index if self.labels is None else self.labels[index],
+            labels,
+            targets=labels[:, None] if labels.is_floating_point() else None,
+            teacher_logits=None if known is None else tuple(table[index] for table in known),
             index=index,
             teacher_inputs=taught or None,
             token_targets=None if targets is None else fill(targets, IGNORED, length),
