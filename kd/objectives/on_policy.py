@@ -42,7 +42,8 @@ class OnPolicy:
         on: Engine of the training; None is one process.
 
     Raises:
-        UserError: If a number is out of its range, or the weights are sharded.
+        UserError: If the weights are sharded.
+        ValueError: If a number is out of its range.
 
     Source: Agarwal et al. (2024), arXiv:2306.13649, algorithm 1, with lambda 0.5; temperature 0.9
     and 128 tokens are those of its public implementation in TRL. There each process draws for
@@ -59,11 +60,11 @@ class OnPolicy:
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
-            raise UserError(f"--on-policy must be in 0 to 1, got {self.share}")
+            raise ValueError(f"share must be in 0 to 1, got {self.share}")
         if self.prompt_tokens < 1:
-            raise UserError(f"--prompt-tokens must be at least 1, got {self.prompt_tokens}")
+            raise ValueError(f"prompt_tokens must be at least 1, got {self.prompt_tokens}")
         if self.on is not None and self.on.is_fsdp2:
-            raise UserError("a student whose weights are sharded cannot write: leave FSDP out")
+            raise UserError("--on-policy needs a student whose weights are whole: leave FSDP out")
 
     def __call__(self, batch: Batch, seed: int) -> Batch:
         """The batch, or one with the same prompts and the student's completions.

@@ -128,16 +128,18 @@ def test_ids_without_a_token_are_never_chosen():
     assert max(ids[0]) < len(TOKENIZER)
 
 
-def test_of_a_prompt_without_room_the_end_is_read():
+@pytest.mark.parametrize(
+    ("prompt", "tokens", "read", "new"),
+    [(3, 4, 3, 4), (6, 4, 6, 4), (8, 4, 6, 4), (8, 9, 5, 5), (2, 20, 2, 8), (20, 1, 9, 1)],
+)
+def test_prompts_and_continuations_fit_the_positions(prompt, tokens, read, new):
     model = causal_model(TOKENIZER, "gpt2", positions=10)
-    long, short = np.arange(4, 12), np.arange(6, 12)
-    options = {"padding": 0, "end": 3, "seed": 0, "device": "cpu"}
-    one, other = (
-        generation.continue_ids(model, [x], Decoding(4), **options) for x in (long, short)
-    )
-    assert one[0].tolist() == other[0].tolist()
-    with pytest.raises(UserError, match="less than the 10 positions"):
-        generation.generate(model, TOKENIZER, ["a"], Decoding(10))
+    ids = np.random.default_rng(0).integers(4, 13, prompt)
+    options = {"padding": 0, "end": None, "seed": 0, "device": "cpu"}
+    (answer,) = generation.continue_ids(model, [ids], Decoding(tokens), **options)
+    (same,) = generation.continue_ids(model, [ids[-read:]], Decoding(new), **options)
+    assert answer.tolist() == same.tolist()
+    assert len(answer) == new
 
 
 def test_spaces_before_an_answer_are_part_of_it():
@@ -153,15 +155,15 @@ def test_spaces_before_an_answer_are_part_of_it():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_new_tokens": 0}, "--max-new-tokens must be at least 1"),
-        ({"beams": 0}, "--beams must be at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"beams": 0}, "beams must be at least 1"),
         ({"temperature": 0.0}, "must be positive"),
         ({"temperature": float("nan")}, "must be positive"),
-        ({"temperature": 1.0, "beams": 2}, "samples need one beam"),
+        ({"temperature": 1.0, "beams": 2}, "samples need beams 1"),
     ],
 )
 def test_settings_that_are_none(settings, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         Decoding(**settings)
 
 
