@@ -117,7 +117,6 @@ def test_processes_share_the_shards(tmp_path, teacher):
 
 
 def test_the_last_answer_of_a_conversation_is_the_teachers(tmp_path, teacher):
-    causal_rows.add_chat_template(TOKENIZER)
     user, answer = {"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}
     talks = [[user, answer, user, answer], [user]]
     answers = write(tmp_path, teacher, TextPart((talks,)))

@@ -81,7 +81,7 @@ def write(
             a turn of the user, added; or plain texts: of each chunk of `max_length` tokens the
             first `prompt_tokens` tokens are a prompt.
         teacher: Causal model, on the device of the engine.
-        tokenizer: The teacher's tokenizer, with a chat template for conversations.
+        tokenizer: The teacher's tokenizer; one without chat template gets the plain one.
         folder: Folder of the texts of any number of teachers and corpora; created.
         on: The processes, which share the shards.
         decoding: How the teacher writes.
@@ -92,6 +92,7 @@ def write(
     Raises:
         UserError: As `generation.generate`; if the folder cannot be used.
     """
+    causal_rows.add_chat_template(tokenizer)
     prompts = _prompts(part, tokenizer, max_length, prompt_tokens)
     key = {
         "format": FORMAT_VERSION,
