@@ -100,7 +100,7 @@ def test_a_conversation_is_continued_at_its_last_answer():
     assert [p for p, _ in texts(changed)] == [expected]
 
 
-@pytest.mark.parametrize(("prompt", "expected"), [(3, "[BOS]ab"), (50, "[BOS]abcdef")])
+@pytest.mark.parametrize(("prompt", "expected"), [(3, "[BOS]ab"), (50, "[BOS]abc")])
 def test_of_a_plain_text_the_first_tokens_are_the_prompt(prompt, expected):
     part = causal_rows.encode(TextPart((["abcdef"],)), TOKENIZER, 20)
     (batch,) = source(part).in_order()

@@ -140,6 +140,24 @@ def test_plain_texts_are_begun_by_their_chunks(tmp_path, teacher):
         assert TOKENIZER.decode(learned) == answers.part.texts[1][i] + ends
 
 
+@pytest.mark.parametrize(
+    ("part", "length"),
+    [(TextPart((["a" * 30],)), 4), (TextPart((["abc"], ["d"])), 7)],
+)
+def test_the_teacher_writes_no_more_than_a_row_of_the_student_holds(
+    tmp_path, teacher, monkeypatch, part, length
+):
+    decodings, generate = [], generation.generate
+
+    def record(model, tokenizer, prompts, decoding, **options):
+        decodings.append(decoding)
+        return generate(model, tokenizer, prompts, decoding, **options)
+
+    monkeypatch.setattr(generation, "generate", record)
+    write(tmp_path, teacher, part, max_length=7, prompt_tokens=4, decoding=Decoding(20))
+    assert decodings[0].max_new_tokens == length
+
+
 def test_a_share_without_end_is_said():
     part = TextPart((["a"] * 8, ["b"] * 8))
     all_ended = teacher_texts.TeacherTexts(part, np.ones(8, bool))
