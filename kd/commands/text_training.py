@@ -225,7 +225,8 @@ class TextTraining:
         parts, corpus = self.parts, self.parts.corpus
         judged = "test" if "test" in parts.encoded else "validation"
         validation = self._figures_of("validation") if self.validator() else {}
-        test = self._figures_of("test") if "test" in parts.encoded else {}
+        tested = "test" in parts.encoded and parts.teaches_outputs
+        test = self._figures_of("test") if tested else {}
         figures = test or validation
         report = {f"test_{name}": value for name, value in test.items() if name in _NAMED_BY_PART}
         report |= {

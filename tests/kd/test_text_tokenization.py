@@ -72,7 +72,7 @@ def test_a_length_without_room_is_refused(bert):
 def test_words_of_the_training_texts(tmp_path):
     texts = ["The cat sat.", "the mat", "a cat"]
     words = tokenizers.train_on_words(texts, least=2)
-    assert set(words.get_vocab()) == {"[PAD]", "[UNK]", "the", "cat"}
+    assert set(words.get_vocab()) == {"[PAD]", "[UNK]", "[MASK]", "the", "cat"}
     tokenizers.save(words, tmp_path)
     again = tokenizers.load(str(tmp_path))
     assert tokenizers.same_ids(words, again, texts)

@@ -1,5 +1,6 @@
 """Tang's copies of texts: which words are exchanged for which, how often, and by what seed."""
 
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -145,3 +146,12 @@ def test_the_mask_is_that_of_the_tokenizers(tokenizers, expected):
         SimpleNamespace(bos_token=None, **dict(zip(names, x, strict=True))) for x in tokenizers
     ]
     assert word_replacement.mask_text(known) == expected
+
+
+def test_every_word_is_in_one_band() -> None:
+    """Rare words at the end of a kind join the band before them, which loses none of its own."""
+    counts = Counter({f"w{i:03}": 2 ** (12 - i // 40) for i in range(300)})
+    bands = list(word_replacement._bands(counts))
+    assert sorted(word for band in bands for word, _ in band) == sorted(counts)
+    assert len(bands) > 2
+    assert min(map(len, bands)) >= word_replacement.BAND_WORDS

@@ -91,7 +91,8 @@ def _bands(counts: Counter[str]) -> Iterator[list[tuple[str, int]]]:
                 bands.append([])
             bands[-1].append((word, count))
         if len(bands) > 1 and len(bands[-1]) < BAND_WORDS:
-            bands[-2] += bands.pop()
+            rest = bands.pop()
+            bands[-1] += rest
         yield from bands
 
 

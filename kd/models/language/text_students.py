@@ -57,8 +57,8 @@ def build(
             training texts; or the name of a model or a folder. None: the teacher's.
         texts: Training texts, for `words` and `characters`.
         seed: Seed of all new weights.
-        max_length: Largest number of tokens of a text; None: that of an earlier run, or 128, or as
-            many as the network takes.
+        max_length: Largest number of tokens of a text; None: that of an earlier run, of a fresh
+            student the teacher's; or 128, or as many as the network takes.
         pairs: Whether the data are pairs of texts.
         keep_layers: Numbers of the blocks that a copy has, from 0; None: all.
 
@@ -80,7 +80,7 @@ def build(
     if keep_layers is not None:
         raise UserError(f"--keep-layers needs blocks with weights, and {name} is a fresh network")
     own = _tokenizer(name, tokenizer_source, teacher, texts)
-    return _fresh(name, task, classes, own, seed, max_length, pairs)
+    return _fresh(name, task, classes, own, seed, max_length, pairs, teacher)
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
@@ -172,12 +172,18 @@ def _fresh(
     seed: int,
     max_length: int | None,
     pairs: bool,
+    teacher: str | None,
 ) -> TextModel:
+    if max_length is None and teacher is not None:
+        max_length = trained_models.usual_length(teacher)
+    heads = None if teacher is None else trained_models.heads(teacher)
     length = text_model.choose_length(name, max_length, None)
     match = _BILSTM.fullmatch(name)
     with allocation.limited(name):
         if match is None:
-            network = transformer.fresh(name, task, classes, own, seed=seed, positions=length)
+            network = transformer.fresh(
+                name, task, classes, own, seed=seed, positions=length, heads=heads
+            )
         elif task not in ("classify", "regress"):
             raise UserError(
                 f"{name} has one answer for a text: --task {task} needs a transformer, as "

@@ -8,7 +8,7 @@ from dsdistill.harness.errors import UserError, first_line
 from kd.models.zoo.huggingface import import_transformers
 
 SAMPLE = 200  # texts on which two tokenizers are compared
-PAD, UNKNOWN, BEGIN, END = "[PAD]", "[UNK]", "[BOS]", "[EOS]"
+PAD, UNKNOWN, MASK, BEGIN, END = "[PAD]", "[UNK]", "[MASK]", "[BOS]", "[EOS]"
 
 
 def load(name: str) -> Any:
@@ -45,13 +45,17 @@ def train_on_words(texts: Iterable[str], *, size: int = 30_000, least: int = 2) 
     words.normalizer = tokenizers.normalizers.Sequence(normalise)  # pyright: ignore
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()  # pyright: ignore
     trainer = tokenizers.trainers.WordLevelTrainer(
-        vocab_size=size, min_frequency=least, special_tokens=[PAD, UNKNOWN], show_progress=False
+        vocab_size=size,
+        min_frequency=least,
+        special_tokens=[PAD, UNKNOWN, MASK],
+        show_progress=False,
     )
     words.train_from_iterator(texts, trainer)
     return library.PreTrainedTokenizerFast(
         tokenizer_object=words,
         pad_token=PAD,
         unk_token=UNKNOWN,
+        mask_token=MASK,
         padding_side="right",
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )
