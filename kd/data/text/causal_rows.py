@@ -4,8 +4,8 @@
 after it, or `IGNORED`. So a batch needs no shift, whatever of a row is learned.
 
 Prompts are tokenised in training as they are in generation. A completion is tokenised together with
-its prompt where that leaves the prompt's tokens as they are, and else apart: in `5+` and `5=10` the
-plus would otherwise melt into a token that no prompt ends with.
+its prompt where that leaves the prompt's tokens as they are, and else apart: the prompt `5` and the
+completion `+5` would otherwise share a token, which no prompt ends with.
 """
 
 import json

@@ -69,7 +69,7 @@ class Continuations:
 
     Attributes:
         texts: Text after each prompt, without special tokens.
-        complete: Whether each ends where the model complete it, and not at the largest length.
+        complete: Whether the model ended each, before the largest number of tokens.
     """
 
     texts: tuple[str, ...]
