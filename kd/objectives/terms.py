@@ -258,14 +258,14 @@ TERMS: Mapping[str, TermDefinition] = {
         needs_teacher=False,
         needs_logits=True,
     ),
-    "hidden": _state_row(short_names.hidden, 1, token_terms.hidden_term),
-    "scores": _state_row(short_names.scores, 1, token_terms.scores_term),
+    "hidden": _state_row(short_names.hidden, 1, token_terms.HiddenTerm),
+    "scores": _state_row(short_names.scores, 1, token_terms.ScoresTerm),
     # The weight of 100 is of the sum over d: the authors' 10 to 1000 are of the mean over it.
     "patient": _state_row(
-        short_names.patient, 100, token_terms.patient_term, unit=_per_row, aligned=False
+        short_names.patient, 100, token_terms.PatientTerm, unit=_per_row, aligned=False
     ),
-    "cosine": _state_row(short_names.cosine, 1, token_terms.cosine_term),
-    "relations": _state_row(short_names.relations, 1, token_terms.relations_term),
+    "cosine": _state_row(short_names.cosine, 1, token_terms.CosineTerm),
+    "relations": _state_row(short_names.relations, 1, token_terms.RelationsTerm),
     "mlm": _token_row(
         "mlm",
         short_names.mlm,
@@ -379,7 +379,8 @@ class WeightedTerm(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.weight, self.measure = name, weight, measure
-        self.needs_teacher, self.unit = needs_teacher, unit
+        self.needs_teacher = needs_teacher
+        self.unit: Unit = unit
         self.needs_teacher_features = needs_teacher_features
 
     def forward(self, step: StepOutputs) -> Tensor:
