@@ -167,7 +167,7 @@ def _logit_row(
     """Define a term of the student's logits and those of all teachers, which `combine` applies."""
 
     def make(function: partial, contexts: Sequence[TermContext]) -> nn.Module:
-        return LogitTerm(function, combine)
+        return LogitTerm(function, combine, needs.get("images", 1))
 
     return TermDefinition(function, weight, inputs, make, **needs)
 
@@ -395,8 +395,8 @@ class LabelTerm(nn.Module):
         self.function, self.centred = function, centred
 
     def forward(self, step: StepOutputs) -> Tensor:
-        step = step.rows
-        batch = step.batch
+        rows = step.rows
+        batch = rows.batch
         if not len(batch):  # no token with a target
             return 0 * step.student_logits.sum()
         if self.centred:
@@ -405,22 +405,22 @@ class LabelTerm(nn.Module):
                 labels = labels[:, None]
         else:
             labels = batch.labels_or_shares
-        return self.function(step.student_logits, labels)
+        return self.function(rows.student_logits, labels)
 
 
 class LogitTerm(nn.Module):
-    """A loss of the student's logits and the teachers'."""
+    """A loss of the student's logits and the teachers'; 0 of fewer tokens than it can compare."""
 
-    def __init__(self, function: partial, combine: TeacherCombiner) -> None:
+    def __init__(self, function: partial, combine: TeacherCombiner, least: int = 1) -> None:
         super().__init__()
-        self.function, self.combine = function, combine
+        self.function, self.combine, self.least = function, combine, least
         self.temperature = function.keywords.get("temperature", 1.0)
 
     def forward(self, step: StepOutputs) -> Tensor:
-        step = step.rows
-        if not len(step.batch):  # no token with a target
+        rows = step.rows
+        if rows is not step and len(rows.batch) < self.least:
             return 0 * step.student_logits.sum()
-        return self.combine(step, self.function, self.temperature)
+        return self.combine(rows, self.function, self.temperature)
 
 
 class UserTerm(nn.Module):
