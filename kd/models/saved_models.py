@@ -4,7 +4,7 @@ A run's folder holds the network's weights alone (`student.safetensors`, loadabl
 network), `model.json`, and for ZCA the whitening matrices (`preprocess.safetensors`).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -28,6 +28,7 @@ from kd.models.zoo import class_names, weights
 from kd.models.zoo.protocol import Interpolation, Shape
 
 OutputKind = Literal["logits", "centred labels"]
+TEXT = "text"  # kind of a student of texts in its `model.json`; one of images says none
 
 CARD_KEYS = (  # all entries of `model.json`; any other one means that the file is damaged
     *("name", "classes", "input", "preprocess", "interpolation", "config", "outputs"),
@@ -79,9 +80,9 @@ def save_run(folder: Path, model: Model, metadata: Mapping[str, str] | None = No
     """
     header = None if metadata is None else dict(metadata)
     initial = model.classifier.initial
-    files.write_bytes(folder / WEIGHTS, _pack_weights(model.classifier.network, header))
+    files.write_bytes(folder / WEIGHTS, pack_weights(model.classifier.network, header))
     if initial is not None:
-        files.write_bytes(folder / INITIAL_WEIGHTS, _pack_weights(initial.network, header))
+        files.write_bytes(folder / INITIAL_WEIGHTS, pack_weights(initial.network, header))
     fitted = model.preprocess
     if fitted.whiten is not None and fitted.unwhiten is not None:
         matrices = {"whiten": fitted.whiten, "unwhiten": fitted.unwhiten}
@@ -124,11 +125,7 @@ def load_run(folder: Path, *, typed: Iterable[str] = ()) -> Model:
     Raises:
         UserError: If the folder holds no finished student, a damaged one, or files of two runs.
     """
-    if not (folder / CARD).is_file():
-        raise UserError(f"{folder} holds no finished student: it has no {CARD}{_zoo_hint(folder)}")
-    description = seals.read(folder, CARD)
-    if unknown := sorted(description.keys() - set(CARD_KEYS)):
-        raise UserError(f"{folder / CARD} is damaged, or of a later version: unknown {unknown[0]}")
+    description = read_card(folder, CARD_KEYS)
     seals.verify(folder, *ARRAY_FILES)
     try:
         return _build_model(folder, description, typed)
@@ -137,6 +134,31 @@ def load_run(folder: Path, *, typed: Iterable[str] = ()) -> Model:
     except Exception as error:  # a file without a checksum may hold anything
         why = one_line(error, kind=True)
         raise UserError(f"{folder / CARD} is not a whole model description ({why})") from error
+
+
+def read_card(folder: Path, keys: Collection[str], kind: str | None = None) -> dict[str, Any]:
+    """Read the `model.json` of a run, whose students of texts say their kind and others none.
+
+    Args:
+        folder: The run's folder.
+        keys: All entries that it may have.
+        kind: The kind of student that is wanted.
+
+    Raises:
+        UserError: If there is none, it is of another kind, damaged, or of a later version.
+    """
+    if not (folder / CARD).is_file():
+        raise UserError(f"{folder} holds no finished student: it has no {CARD}{_zoo_hint(folder)}")
+    description = seals.read(folder, CARD)
+    if (stored := description.get("kind")) != kind:
+        of = {None: "images", TEXT: "texts"}
+        raise UserError(
+            f"{folder} holds a student of {of.get(stored, 'a later version')}, and one of "
+            f"{of[kind]} is needed here"
+        )
+    if unknown := sorted(description.keys() - set(keys)):
+        raise UserError(f"{folder / CARD} is damaged, or of a later version: unknown {unknown[0]}")
+    return description
 
 
 def _build_model(folder: Path, description: Mapping[str, Any], typed: Iterable[str]) -> Model:
@@ -159,11 +181,18 @@ def _build_model(folder: Path, description: Mapping[str, Any], typed: Iterable[s
     if description.get("centred", False):
         initial = classifier.centre().initial
         assert initial is not None
-        _load_weights(initial.network, folder / INITIAL_WEIGHTS)
-    _load_weights(classifier.network, folder / WEIGHTS)
+        load_weights(initial.network, folder / INITIAL_WEIGHTS)
+    load_weights(classifier.network, folder / WEIGHTS)
     preprocess = load_preprocess(description["preprocess"], folder)
     outputs, temperature = description["outputs"], float(description["output_temperature"])
     return Model(classifier, name, classes, shape, preprocess, outputs, temperature)
+
+
+def is_text_run(folder: Path) -> bool:
+    """Whether a folder holds a finished student of texts."""
+    path = folder / CARD
+    content = files.read_json(path) if path.is_file() else None
+    return isinstance(content, dict) and content.get("kind") == TEXT
 
 
 def class_order(student: str) -> tuple[str, ...] | None:
@@ -261,44 +290,48 @@ def reorder_outputs(
     """
     h, w, c = shape
     images = torch.rand(2, c, h, w, generator=torch.Generator().manual_seed(0))
-    was, order = classifier.training, torch.tensor(outputs)
-    classifier.eval()
-    with torch.no_grad():
-        expected = classifier(images)[:, order]
-        # The last layer is the classifier in most networks, but not in those with further heads.
-        copies = [classifier.network]
-        copies += [] if classifier.initial is None else [classifier.initial.network]
-        for name, _ in reversed(weights.layers_with_outputs(copies[0], len(outputs))):
-            layers = [network.get_submodule(name) for network in copies]
-            _permute(layers, order)
-            if torch.allclose(classifier(images), expected, rtol=1e-4, atol=1e-5):
-                classifier.train(was)
-                return
-            _permute(layers, order.argsort())
-    raise UserError(
-        f"{who} has the data's classes in another order, and the outputs of its last "
-        "layer cannot be reordered: name the classes of the data as it does"
-    )
+    copies = [classifier.network]
+    copies += [] if classifier.initial is None else [classifier.initial.network]
+    weights.reorder_outputs(who, classifier, copies, images, outputs)
 
 
-def _permute(layers: Iterable[nn.Module], order: Tensor) -> None:
-    for layer in layers:
-        for parameter in layer.parameters(recurse=False):
-            parameter.copy_(parameter[order])
+def pack_weights(network: nn.Module, header: dict[str, str] | None = None) -> bytes:
+    """The weights of a network as a file of safetensors, each tensor once.
 
-
-def _pack_weights(network: nn.Module, header: dict[str, str] | None) -> bytes:
+    Args:
+        network: The network.
+        header: Entries for the header of the file.
+    """
     # contiguous: safetensors refuses strided views
-    tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+    tensors = {k: v.detach().cpu().contiguous() for k, v in _distinct_tensors(network).items()}
     return safetensors.torch.save(tensors, header)
 
 
-def _load_weights(network: nn.Module, path: Path) -> None:
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Load the file that `pack_weights` made into a network of the same architecture.
+
+    Raises:
+        UserError: If it is not readable, or belongs to another network.
+    """
     try:
-        network.load_state_dict(safetensors.torch.load_file(path))
+        stored = safetensors.torch.load_file(path)
+        # A tensor under several names is in the file once, and lacks under the other ones.
+        strict = stored.keys() != _distinct_tensors(network).keys()
+        network.load_state_dict(stored, strict=strict)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         first = first_line(error)
         raise UserError(f"{path} does not hold the weights of this network: {first}") from error
+
+
+def _distinct_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """The state of a network without the further names of tied weights."""
+    distinct: dict[str, Tensor] = {}
+    known: set[int] = set()
+    for name, value in network.state_dict(keep_vars=True).items():
+        if id(value) not in known:
+            distinct[name] = value
+            known.add(id(value))
+    return distinct
 
 
 def _zoo_hint(folder: Path) -> str:

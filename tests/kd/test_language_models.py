@@ -100,5 +100,5 @@ def test_a_folder_without_the_weights_of_its_blocks_is_refused(folder, tokenizer
     model.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"no weights for 16 tensors, such as bert\.encoder"):
         transformer.load(str(tmp_path), "classify", ("a", "b"), tokenizer)
-    with pytest.raises(UserError, match="cannot load hf:"):
+    with pytest.raises(UserError, match="there is no folder"):
         transformer.load(str(tmp_path / "none"), "classify", ("a", "b"), tokenizer)

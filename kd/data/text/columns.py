@@ -5,12 +5,9 @@ Names that GLUE and its kind use are recognised; `--text` and `--label` name oth
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from dsdistill.harness.errors import UserError
-
-Task = Literal["classify", "regress", "tag", "mlm", "causal", "embed"]
-TASKS: tuple[Task, ...] = get_args(Task)
+from kd.models.language.task import Task
 
 PAIRS = (
     ("sentence1", "sentence2"),

@@ -1,21 +1,17 @@
-"""Texts as token ids: any tokenizer of Hugging Face, and one of words for students from scratch."""
+"""Texts as the ids of their tokens, one row after the other."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from dsdistill.harness.errors import UserError, first_line
+from dsdistill.harness.errors import UserError
 from kd.data.text.corpus import TextPart
 from kd.models.token_inputs import IGNORED
-from kd.models.zoo.huggingface import import_transformers
 
 ROWS_PER_CALL = 1000  # bounds the memory of the library's own objects
-SAMPLE = 200  # texts on which two tokenizers are compared
-PAD, UNKNOWN = "[PAD]", "[UNK]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +23,12 @@ class EncodedPart:
         offsets: Begin of each of n rows in `ids`, and the end of the last.
         types: 0 for tokens of the first text and 1 for those of the second; None where the
             tokenizer has none.
-        targets: Label of each token for tasks that have one, `IGNORED` where it has none.
+        targets: Label of each token for tasks that have one, `IGNORED` where it has none; for
+            causal models the token after it.
         truncated: Number of rows that were cut to the largest length.
+        left_out: Number of rows that are not here, since nothing of them would be learned.
+        text_bytes: Number of UTF-8 bytes that the targets spell; None where they spell no text, or
+            not exactly.
     """
 
     ids: Int[np.ndarray, " N"]
@@ -36,6 +36,8 @@ class EncodedPart:
     types: Int[np.ndarray, " N"] | None = None
     targets: Int[np.ndarray, " N"] | None = None
     truncated: int = 0
+    left_out: int = 0
+    text_bytes: int | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -44,48 +46,6 @@ class EncodedPart:
     def lengths(self) -> Int[np.ndarray, " n"]:
         """Number of tokens of each row."""
         return np.diff(self.offsets)
-
-
-def load(name: str) -> Any:
-    """Load a tokenizer from a folder or by a model's name; its code is never run.
-
-    Raises:
-        UserError: If there is none, or it has no padding and nothing that can pad.
-    """
-    auto = import_transformers().AutoTokenizer
-    try:
-        tokenizer = auto.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # hub, network, file and format errors share no base class
-        raise UserError(f"cannot get the tokenizer of {name}: {first_line(error)}") from error
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise UserError(f"the tokenizer of {name} has no token for padding, and none for ends")
-        tokenizer.pad_token = tokenizer.eos_token  # of causal models; what is padding says the mask
-    return tokenizer
-
-
-def train_on_words(texts: Iterable[str], *, size: int = 30_000, least: int = 2) -> Any:
-    """Make a tokenizer of lower-case words and punctuation marks.
-
-    Args:
-        texts: Training texts.
-        size: Largest number of words, the most frequent ones; the others are unknown.
-        least: Smallest number of times that a word occurs.
-    """
-    import tokenizers
-
-    library = import_transformers()
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token=UNKNOWN))
-    normalise = [tokenizers.normalizers.NFKC(), tokenizers.normalizers.Lowercase()]
-    words.normalizer = tokenizers.normalizers.Sequence(normalise)  # pyright: ignore
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()  # pyright: ignore
-    trainer = tokenizers.trainers.WordLevelTrainer(
-        vocab_size=size, min_frequency=least, special_tokens=[PAD, UNKNOWN], show_progress=False
-    )
-    words.train_from_iterator(texts, trainer)
-    return library.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token=PAD, unk_token=UNKNOWN, padding_side="right"
-    )
 
 
 def encode(part: TextPart, tokenizer: Any, max_length: int) -> EncodedPart:
@@ -130,22 +90,6 @@ def encode(part: TextPart, tokenizer: Any, max_length: int) -> EncodedPart:
     )
 
 
-def same_ids(one: Any, other: Any, texts: Sequence[str]) -> bool:
-    """Whether two tokenizers give the same ids: by their vocabularies and on texts.
-
-    Equal vocabularies are not enough, since one may lower the case; nor is their size, which models
-    pad to round numbers.
-
-    Args:
-        one, other: Tokenizers.
-        texts: Texts of the data; the first `SAMPLE` are compared.
-    """
-    if one.get_vocab() != other.get_vocab():
-        return False
-    sample = list(texts[:SAMPLE])
-    return not sample or one(sample)["input_ids"] == other(sample)["input_ids"]
-
-
 def _call(tokenizer: Any, columns: list[list[Any]], **options: Any) -> Any:
     # Lengths are this module's concern, not the library's warnings.
     return tokenizer(*columns, verbose=False, padding=False, **options)
@@ -167,8 +111,3 @@ def _chunks(count: int) -> Iterator[slice]:
 
 def _flat(rows: Sequence[Sequence[int]], kind: Any) -> np.ndarray:
     return np.concatenate([np.empty(0, kind), *(np.asarray(row, kind) for row in rows)])
-
-
-def save(tokenizer: Any, folder: Path) -> None:
-    """Write a tokenizer where `load` finds it."""
-    tokenizer.save_pretrained(folder)

@@ -1,12 +1,18 @@
 """The bidirectional LSTM that BERT is distilled into."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from kd.models.language.language_model import LanguageModel
+
 EMBEDDING = 300  # values of a word, as of word2vec
 HIDDEN = 150
+MODEL_TYPE = "bilstm"  # in its configuration, where transformers have theirs
 
 
 class BiLstm(nn.Module):
@@ -84,6 +90,27 @@ class BiLstm(nn.Module):
             for lstm, order in ((self.forwards, ahead), (self.backwards, back))
         ]
         return torch.cat(states, dim=-1)
+
+
+def build(
+    vocabulary: int, outputs: int, hidden: int = HIDDEN, *, pairs: bool, seed: int = 0
+) -> LanguageModel:
+    """Build a BiLSTM with random weights; its configuration says how it is built again.
+
+    Args:
+        vocabulary, outputs, hidden, pairs: As for `BiLstm`.
+        seed: Seed of the weights.
+    """
+    config = {"vocabulary": vocabulary, "outputs": outputs, "hidden": hidden, "pairs": pairs}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = BiLstm(vocabulary, outputs, hidden, pairs=pairs)
+    return LanguageModel(network, config={"model_type": MODEL_TYPE, **config})
+
+
+def rebuild(config: Mapping[str, Any]) -> LanguageModel:
+    """Build a BiLSTM from a `LanguageModel.config`, to load weights into."""
+    return build(**{key: value for key, value in config.items() if key != "model_type"})
 
 
 def _state_at(states: Float[Tensor, "n l h"], step: Int[Tensor, "n 1"]) -> Float[Tensor, "n h"]:

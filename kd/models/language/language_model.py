@@ -20,6 +20,8 @@ class LanguageModel(WrappedNetwork):
             where it knows them, `token_type_ids`.
         vocabulary: Number of ids of the tokenizer, to which logits of tokens are cut: models pad
             their vocabulary to round numbers, each to its own. None: logits are of classes.
+        takes_types: Whether it takes the types of tokens, 1 for those of the second of two texts.
+        untrained: Names of the tensors of a new head; empty where all weights are trained ones.
         config, notes: As for any network.
     """
 
@@ -32,12 +34,13 @@ class LanguageModel(WrappedNetwork):
     ) -> None:
         super().__init__(network, config)
         self.vocabulary = vocabulary
-        self._takes_types = "token_type_ids" in inspect.signature(network.forward).parameters
+        self.untrained: tuple[str, ...] = ()
+        self.takes_types = "token_type_ids" in inspect.signature(network.forward).parameters
 
     def forward(self, inputs: TokenInputs) -> Float[Tensor, "n *l k"]:
         options: dict[str, Tensor] = {"attention_mask": inputs.mask.long()}
         # A network that knows types gets them: without them a pair would be one long text.
-        if self._takes_types and inputs.types is not None:
+        if self.takes_types and inputs.types is not None:
             options["token_type_ids"] = inputs.types
         outputs = wrapped_network.logits(self.network(inputs.ids, **options))
         return outputs if self.vocabulary is None else outputs[..., : self.vocabulary]

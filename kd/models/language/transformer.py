@@ -4,6 +4,7 @@ hf:ID, hf:DIR      a model from the hub or a folder, with its weights
 bert:4x312         BERT with four blocks of 312 values and random weights
 """
 
+import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,8 @@ from torch import nn
 from dsdistill.harness.errors import UserError, first_line
 from kd.models.language import blocks
 from kd.models.language.language_model import LanguageModel
+from kd.models.language.task import OF_TOKENS
+from kd.models.zoo import huggingface
 from kd.models.zoo.huggingface import import_transformers
 
 CLASSES = {  # task -> class of the library that has its head
@@ -24,13 +27,14 @@ CLASSES = {  # task -> class of the library that has its head
     "mlm": "AutoModelForMaskedLM",
     "causal": "AutoModelForCausalLM",
 }
-OF_TOKENS = ("mlm", "causal")  # tasks whose classes are the vocabulary
 BERT_HEADS = 12
 _FRESH = re.compile(r"bert:([1-9][0-9]*)x([1-9][0-9]*)")
 _MAY_BE_NEW = ("pooler",)  # of a model that was trained to predict hidden tokens
 
 
-def load(name: str, task: str, classes: Sequence[str], tokenizer: Any) -> LanguageModel:
+def load(
+    name: str, task: str, classes: Sequence[str], tokenizer: Any, *, seed: int = 0
+) -> LanguageModel:
     """Load a model with its weights; a head for other classes is new.
 
     Args:
@@ -38,18 +42,23 @@ def load(name: str, task: str, classes: Sequence[str], tokenizer: Any) -> Langua
         task: One of `CLASSES`.
         classes: Names of the classes or tags; empty for other tasks.
         tokenizer: Its tokenizer.
+        seed: Seed of a new head.
 
     Raises:
-        UserError: If it cannot be had, or weights of its blocks are missing.
+        UserError: If it cannot be had, weights of its blocks are missing, or it sees the tokens
+            that it is to predict.
     """
+    huggingface.read_config(name)
     auto = getattr(import_transformers(), CLASSES[task])
     options: dict[str, Any] = {}
     if task not in OF_TOKENS:
         options = _labels(task, classes) | {"ignore_mismatched_sizes": True}
     try:
-        network, info = auto.from_pretrained(
-            name, output_loading_info=True, trust_remote_code=False, **options
-        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            network, info = auto.from_pretrained(
+                name, output_loading_info=True, trust_remote_code=False, **options
+            )
     except Exception as error:  # hub, network, file and format errors share no base class
         raise UserError(f"cannot load hf:{name} for {task}: {first_line(error)}") from error
     fresh = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
@@ -62,10 +71,14 @@ def load(name: str, task: str, classes: Sequence[str], tokenizer: Any) -> Langua
             f"hf:{name} has no weights for {len(lacking)} tensors, such as {lacking[0]}: it is no "
             f"trained {type(network).__name__}"
         )
-    model = _wrap(network.float(), task, tokenizer)
-    if fresh:
-        model.notes = (f"{len(fresh)} new tensors: {', '.join(sorted(fresh)[:4])}",)
-    return model
+    network = network.float()
+    network.config.dtype = torch.float32  # a copy with other weights is built of it
+    model = _wrap(network, task, tokenizer)
+    if len(tokenizer) > (rows := network.get_input_embeddings().weight.shape[0]):
+        raise UserError(f"the tokenizer of hf:{name} has {len(tokenizer)} tokens, it has {rows}")
+    if task == "causal":
+        _require_causal(f"hf:{name}", network)
+    return model if not fresh else _note_new(model, sorted(fresh))
 
 
 def fresh(
@@ -75,7 +88,8 @@ def fresh(
 
     Blocks are as BERT's: four times as wide in between, and twelve heads where these divide the
     width, as in BERT-base, all-MiniLM and TinyBERT; otherwise the largest number below that does.
-    TinyBERT's 4x312 is 1200 wide in between, here 1248.
+    TinyBERT's 4x312 is 1200 wide in between, here 1248. For the task `causal` no token sees those
+    after it.
 
     Args:
         name: `bert:LxD`.
@@ -100,6 +114,7 @@ def fresh(
         intermediate_size=4 * width,
         max_position_embeddings=positions,
         pad_token_id=tokenizer.pad_token_id,
+        is_decoder=task == "causal",
         **(_labels(task, classes) if task not in OF_TOKENS else {}),
     )
     return _from_config(config, task, tokenizer, seed)
@@ -118,6 +133,7 @@ def rebuild(config: Mapping[str, Any], task: str, tokenizer: Any) -> LanguageMod
         raise UserError(
             f"no model can be built from its configuration: {first_line(error)}"
         ) from error
+    huggingface.check_code("a run", known)
     return _from_config(known, task, tokenizer, 0)
 
 
@@ -125,7 +141,57 @@ def keep_blocks(
     model: LanguageModel, numbers: Sequence[int], task: str, tokenizer: Any
 ) -> LanguageModel:
     """A copy with some of the blocks, as `blocks.keep`."""
-    return _wrap(blocks.keep(model.network, numbers), task, tokenizer)
+    smaller = _wrap(blocks.keep(model.network, numbers), task, tokenizer)
+    smaller.untrained, smaller.notes = model.untrained, model.notes
+    return smaller
+
+
+def with_new_head(
+    model: LanguageModel, task: str, classes: Sequence[str], tokenizer: Any, *, seed: int
+) -> LanguageModel:
+    """A model for another task or other classes, with the embeddings and blocks of this one.
+
+    Args:
+        model: The model.
+        task, classes, tokenizer: As for `load`.
+        seed: Seed of the new head.
+    """
+    config = copy.deepcopy(_config(model.network))
+    labels = {"problem_type": None} | (_labels(task, classes) if task not in OF_TOKENS else {})
+    for key, value in labels.items():
+        setattr(config, key, value)
+    other = _from_config(config, task, tokenizer, seed)
+    body, old = f"{other.network.base_model_prefix}.", model.network.state_dict()
+    new = dict(other.network.named_parameters())  # tied ones once, under the body's name
+    carried = {
+        key: old[key]
+        for key, value in other.network.state_dict().items()
+        if key.startswith(body) and key in old and old[key].shape == value.shape
+    }
+    other.network.load_state_dict(carried, strict=False)
+    return _note_new(other, sorted(new.keys() - carried.keys()))
+
+
+def labels(config: Any) -> tuple[str, ...]:
+    """Names of the classes or tags that a configuration has, in the order of the outputs."""
+    return tuple(str(config.id2label[i]) for i in range(config.num_labels))
+
+
+def rename_labels(model: LanguageModel, classes: Sequence[str]) -> None:
+    """Give the outputs of a model other names."""
+    for key, value in _labels("classify", classes).items():
+        setattr(model.network.config, key, value)
+    model.config = _as_json(model.network)
+
+
+def positions(network: nn.Module) -> int | None:
+    """Largest number of tokens that a transformer takes; None where nothing says one."""
+    for name, module in network.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa and its kind begin to count after the id of padding.
+            return module.num_embeddings - (-1 if (p := module.padding_idx) is None else p) - 1
+    largest = getattr(_config(network), "max_position_embeddings", None)
+    return largest if largest and largest > 0 else None
 
 
 def _labels(task: str, classes: Sequence[str]) -> dict[str, Any]:
@@ -139,11 +205,42 @@ def _from_config(config: Any, task: str, tokenizer: Any, seed: int) -> LanguageM
     auto = getattr(import_transformers(), CLASSES[task])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return _wrap(auto.from_config(config, trust_remote_code=False), task, tokenizer)
+        network = auto.from_config(config, trust_remote_code=False, dtype=torch.float32)
+    return _wrap(network, task, tokenizer)
 
 
 def _wrap(network: nn.Module, task: str, tokenizer: Any) -> LanguageModel:
-    settings: Any = network.config
-    config = json.loads(settings.to_json_string(use_diff=False))
+    config = _config(network)
+    if config.pad_token_id is None:  # GPT-2 classifies by the last token before the padding
+        config.pad_token_id = tokenizer.pad_token_id
     vocabulary = len(tokenizer) if task in OF_TOKENS else None
-    return LanguageModel(network, vocabulary=vocabulary, config=config)
+    return LanguageModel(network, vocabulary=vocabulary, config=_as_json(network))
+
+
+def _note_new(model: LanguageModel, names: Sequence[str]) -> LanguageModel:
+    model.untrained = tuple(names)
+    more = ", ..." if len(names) > 4 else ""
+    model.notes = (f"{len(names)} new tensors: {', '.join(names[:4])}{more}",)
+    return model
+
+
+def _require_causal(who: str, network: nn.Module) -> None:
+    """Refuse a network that sees the tokens after one: it would only copy what it is to predict."""
+    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 0]]) % network.get_input_embeddings().num_embeddings  # pyright: ignore
+    was = network.training
+    with torch.no_grad():
+        one, other = network.eval()(ids, attention_mask=torch.ones_like(ids)).logits[:, :3]
+    network.train(was)
+    if not torch.allclose(one, other, rtol=1e-4, atol=1e-4):
+        raise UserError(
+            f"{who} sees the tokens after the one that it predicts: it is no causal model, use "
+            "--task mlm"
+        )
+
+
+def _config(network: nn.Module) -> Any:
+    return network.config
+
+
+def _as_json(network: nn.Module) -> dict[str, Any]:
+    return json.loads(_config(network).to_json_string(use_diff=False))

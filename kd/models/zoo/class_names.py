@@ -77,7 +77,7 @@ def match(
             f"{who} has {count} classes, the data have {len(classes)}: they must match"
             + ("" if option is None else f", or {option} FILE must say which are which")
         )
-    if isinstance(model_classes, int) or _are_placeholders(model_classes):
+    if isinstance(model_classes, int) or are_placeholders(model_classes):
         return _match_by_position(classes, option)
     outputs = match_by_name(model_classes, classes)
     if outputs is not None:
@@ -89,6 +89,11 @@ def match(
         return _match_by_position(classes, option)
     remedy = "they must match" if option is None else f"{option} FILE must say which are which"
     raise UserError(f"{who} {_describe_difference(model_classes, classes)}: {remedy}")
+
+
+def are_placeholders(names: Sequence[str]) -> bool:
+    """Whether the names are Hugging Face's placeholders LABEL_0, LABEL_1, ..."""
+    return all(name == f"LABEL_{i}" for i, name in enumerate(names))
 
 
 def likely_orders(classes: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -326,11 +331,6 @@ def _positions_by_key(names: Sequence[str], key: Callable[[str], set[str]]) -> d
         for part in key(name):
             positions.setdefault(part, set()).add(i)
     return positions
-
-
-def _are_placeholders(names: Sequence[str]) -> bool:
-    """Whether the names are Hugging Face's placeholders LABEL_0, LABEL_1, ..."""
-    return all(name == f"LABEL_{i}" for i, name in enumerate(names))
 
 
 def _are_consecutive_numbers(names: Sequence[str]) -> bool:

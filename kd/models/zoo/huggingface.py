@@ -83,11 +83,9 @@ def network(
         # The library would make a name for each of `num_labels`.
         values = {k: v for k, v in config.items() if k not in ("auto_map", "num_labels")}
         hub_config = import_transformers().AutoConfig.for_model(**values)
-        _check_code(name, hub_config)
+        check_code(name, hub_config)
         return auto.from_config(hub_config, trust_remote_code=False)
-    check(name)
-    hub_config = _from_pretrained("AutoConfig", name)
-    _check_code(name, hub_config)
+    hub_config = read_config(name)
     published_classes = hub_config.num_labels
     if classes != published_classes:
         hub_config.num_labels = classes
@@ -108,6 +106,32 @@ def network(
             "it is not a trained classifier"
         )
     return model.float()  # some are stored in half precision
+
+
+def read_config(name: str) -> Any:
+    """The configuration of a model, which names no code from the hub.
+
+    Raises:
+        UserError: If it cannot be had, or names such code.
+    """
+    check(name)
+    config = _from_pretrained("AutoConfig", name)
+    check_code(name, config)
+    return config
+
+
+def check_code(name: str, config: Any) -> None:
+    """Refuse a configuration whose attention is computed by code from the hub.
+
+    Raises:
+        UserError: If it names such code.
+    """
+    attention = getattr(config, "_attn_implementation", None)
+    if attention is not None and not re.fullmatch(r"[a-z0-9_]+", str(attention)):
+        raise UserError(
+            f"the configuration of hf:{name} names {attention!r}, code that would be downloaded: "
+            "remove attn_implementation from its config.json"
+        )
 
 
 def input_shape(network: nn.Module, shape: Shape) -> Shape:
@@ -171,20 +195,6 @@ def _check_labels(path: Path) -> None:
     count = content.get("num_labels") if isinstance(content, dict) else None
     if isinstance(count, int) and count > MAX_LABELS:
         raise UserError(f"{path} has num_labels {count}: at most {MAX_LABELS:,} are read")
-
-
-def _check_code(name: str, config: Any) -> None:
-    """Refuse a configuration whose attention is computed by code from the hub.
-
-    Raises:
-        UserError: If it names such code.
-    """
-    attention = getattr(config, "_attn_implementation", None)
-    if attention is not None and not re.fullmatch(r"[a-z0-9_]+", str(attention)):
-        raise UserError(
-            f"the configuration of hf:{name} names {attention!r}, code that would be downloaded: "
-            "remove attn_implementation from its config.json"
-        )
 
 
 def _normalisation(name: str, processor: Any) -> tuple[Any, Any, tuple[int, int]]:

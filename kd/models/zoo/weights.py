@@ -6,10 +6,12 @@ its last and its first layer are adapted to other classes and channels.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError
@@ -157,6 +159,49 @@ def layers_with_outputs(network: nn.Module, outputs: int) -> list[tuple[str, nn.
         for name, layer in network.named_modules()
         if getattr(layer, "out_features", getattr(layer, "out_channels", None)) == outputs
     ]
+
+
+def reorder_outputs(
+    who: str,
+    model: nn.Module,
+    networks: Sequence[nn.Module],
+    inputs: Any,
+    outputs: Sequence[int],
+) -> None:
+    """Permute the outputs of a model, in the weights of the last layer of its networks.
+
+    Args:
+        who: Name of the model in messages.
+        model: The model, whose mode is restored.
+        networks: Networks of one architecture inside the model, changed in place.
+        inputs: Inputs of the model on which the effect is checked.
+        outputs: The present output that becomes the first, the second, ...
+
+    Raises:
+        UserError: If no single layer's weights can be permuted to this effect.
+    """
+    was, order = model.training, torch.tensor(outputs)
+    model.eval()
+    with torch.no_grad():
+        expected = model(inputs)[..., order]
+        # The last layer is the classifier in most networks, but not in those with further heads.
+        for name, _ in reversed(layers_with_outputs(networks[0], len(outputs))):
+            layers = [network.get_submodule(name) for network in networks]
+            _permute(layers, order)
+            if torch.allclose(model(inputs), expected, rtol=1e-4, atol=1e-5):
+                model.train(was)
+                return
+            _permute(layers, order.argsort())
+    raise UserError(
+        f"{who} has the data's classes in another order, and the outputs of its last "
+        "layer cannot be reordered: name the classes of the data as it does"
+    )
+
+
+def _permute(layers: Sequence[nn.Module], order: Tensor) -> None:
+    for layer in layers:
+        for parameter in layer.parameters(recurse=False):
+            parameter.copy_(parameter[order])
 
 
 def head_keys(network: nn.Module, classes: int) -> list[str]:
