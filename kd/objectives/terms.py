@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dsdistill.harness.errors import UserError
 from kd.data.batching import Unit
 from kd.losses import ensemble, response, short_names
+from kd.models.language.text_teachers import TextTeacher
 from kd.models.teachers import Teacher
 from kd.models.token_inputs import TokenInputs
 from kd.models.wrapped_network import WrappedNetwork
@@ -401,8 +402,6 @@ class LabelTerm(nn.Module):
             return 0 * step.student_logits.sum()
         if self.centred:
             labels = batch.labels if batch.targets is None else batch.targets
-            if labels.is_floating_point() and labels.ndim == 1:  # scores of texts
-                labels = labels[:, None]
         else:
             labels = batch.labels_or_shares
         return self.function(rows.student_logits, labels)
@@ -449,7 +448,7 @@ def user_term(name: str, function: LossOfLogits, *, taught: bool) -> WeightedTer
 def build(
     terms: Sequence[Term],
     student: WrappedNetwork,
-    teachers: Sequence[Teacher | WrappedNetwork] = (),
+    teachers: Sequence[Teacher | TextTeacher | WrappedNetwork] = (),
     *,
     sample: Sample = (1, 1, 1),
     classes: int = 0,

@@ -61,7 +61,7 @@ def test_scores_of_texts_are_fitted() -> None:
     made = support.objective("mse,logits", student, teacher)
     whole = support.batch()
     scores = torch.linspace(0, 5, len(whole))
-    found = made(replace(whole, labels=scores))
+    found = made(replace(whole, labels=scores, targets=scores[:, None]))
     with torch.no_grad():
         ours, theirs = (model(whole.inputs)[:, 0] for model in (student, teacher))
     expected = ((ours - scores) ** 2).mean().item() / 2
