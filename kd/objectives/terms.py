@@ -261,7 +261,7 @@ TERMS: Mapping[str, TermDefinition] = {
     ),
     "hidden": _state_row(short_names.hidden, 1, token_terms.HiddenTerm),
     "scores": _state_row(short_names.scores, 1, token_terms.ScoresTerm),
-    # The weight of 100 is of the sum over d: the authors' 10 to 1000 are of the mean over it.
+    # The paper's formula with its weight; that of its code is 100 / (d (M - 1)) here.
     "patient": _state_row(
         short_names.patient, 100, token_terms.PatientTerm, unit=_per_row, aligned=False
     ),
