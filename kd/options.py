@@ -32,6 +32,8 @@ DEFAULTS_BY_DATA = {
     "validate_every": "1, or more so that short epochs make at most 40 validations",
     "image_size": "as they are",
     "patience": "never",
+    "copies": "20; 10 of pairs",
+    "metric": "accuracy; of scores spearman, of tags macro_f1 or entity_f1, of tokens nll",
 }
 
 
@@ -80,6 +82,17 @@ TEACHER_INPUT_OPTIONS = (
     "teacher_mean",
     "teacher_std",
 )  # what a file of weights cannot say
+TEXT_OPTIONS = ("task", "text", "label", "max_length", "tokenizer", "keep_layers", "lora", "mlm")
+TEXT_FIELDS = ("copies", "on_policy")  # of the recipe
+IMAGE_OPTIONS = (
+    *("channels", "preprocess", "pretrained", "centred", "workers", "channels_last"),
+    *("peers", *TEACHER_INPUT_OPTIONS),
+)
+IMAGE_FIELDS = (
+    *("image_size", "crop_padding", "hflip", "interpolation", "min_scale", "auto_augment"),
+    *("color_jitter", "random_erase", "repeats", "crop_share", "mixup", "cutmix"),
+    *("mix_probability", "mix_switch"),
+)
 
 
 @dataclass(frozen=True)
@@ -219,13 +232,14 @@ class TrainOptions:
     """Tokens of a text, or of a pair, that are kept"""
 
     tokenizer: Annotated[
-        str | None, Shown("NAME|words", "the student's own; of a fresh student the teacher's")
+        str | None,
+        Shown("NAME|words|characters", "the student's own; of a fresh student the teacher's"),
     ] = None
-    """Tokenizer of a fresh student: that of a model or run, or words, made from the training
-    texts"""
+    """Tokenizer of a fresh student: that of a model or run, or the words or the characters of the
+    training texts"""
 
     mlm: Annotated[str | None, Shown("NAME|RUN")] = None
-    """Masked language model that proposes the words of --augment mlm"""
+    """Masked language model that names the words of --augment masked"""
 
     trust_module: NamesArg = None
     """Code that the folder of an earlier run may name as its network, as module:attribute with its
@@ -519,7 +533,7 @@ class FeaturesOptions:
 class AugmentOptions:
     """Write copies of training texts in which words are changed, for a teacher to answer.
 
-    The copies have no labels of their own. `kd train --augment` makes the same ones.
+    The copies have no labels of their own.
     """
 
     LAYOUT: ClassVar = Layout(
@@ -576,8 +590,8 @@ class AugmentOptions:
     """Print the first N texts with their copies, and write nothing"""
 
     cache: Annotated[Path | None, Shown("DIR", "transfer-sets in the cache folder")] = None
-    """Folder where copies are kept, so that a stopped command continues and a training finds them;
-    dsdistill cache lists and clears the default one"""
+    """Folder where copies are kept, so that a stopped command continues; dsdistill cache lists and
+    clears the default one"""
 
     task: Annotated[
         Literal["classify", "regress", "mlm", "embed"] | None,

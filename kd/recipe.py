@@ -14,11 +14,12 @@ from dsdistill.harness.errors import UserError
 Optimizer = Literal["sgd", "momentum", "adam", "adamw", "lamb", "lion", "muon"]
 Schedule = Literal["cosine", "linear", "milestones", "constant"]
 Precision = Literal["no", "bf16", "fp16", "mixed"]
-Augment = Literal["none", "crop-flip", "imagenet", "words", "mlm", "teacher"]
+Augment = Literal["none", "crop-flip", "imagenet", "words", "masked", "teacher"]
 Metric = Literal["accuracy", "nll", "macro_f1", "matthews", "pearson", "spearman", "entity_f1"]
 
 MOMENTUM_OPTIMIZERS: tuple[Optimizer, ...] = ("sgd", "momentum")
-TEXT_AUGMENTS: tuple[Augment, ...] = ("words", "mlm")  # more texts, made before the training
+# Other texts than the data's, which are made before the training.
+TEXT_AUGMENTS: tuple[Augment, ...] = ("words", "masked", "teacher")
 STREAMED_AUGMENTS: tuple[Augment, ...] = ("imagenet",)  # crops are cut from files during training
 VALIDATION_FIELDS = ("metric", "average_best", "patience", "validate_every")  # compare validations
 SCHEDULE_FIELDS: Mapping[Schedule, tuple[str, ...]] = {  # of the recipe, used by one schedule only
@@ -94,10 +95,10 @@ class Recipe:
         "none",
         "crop-flip: random shifts by --crop-padding and flips; imagenet: random crops of image "
         "files, read while training; of texts, words: copies with words hidden, replaced and left "
-        "out; mlm: copies with words that a masked language model proposes; teacher: what the "
+        "out; masked: copies with words that a masked language model expects; teacher: what the "
         "teacher writes, in place of the texts",
     )
-    copies: int = _field(20, "Copies of each text with --augment words or mlm")
+    copies: int | None = _field(None, "Copies of each text with --augment words or masked")
     on_policy: float = _field(
         0.0, "Share of batches in which a causal student learns from texts of its own"
     )
@@ -240,7 +241,7 @@ def _check_used(recipe: Recipe, given: Mapping[str, Any]) -> None:
         "warmup_from": (recipe.warmup > 0, "--warmup"),
         "crop_padding": (recipe.augment == "crop-flip", "--augment crop-flip"),
         "hflip": (recipe.augment in ("crop-flip", "imagenet"), "--augment crop-flip or imagenet"),
-        "copies": (recipe.augment in TEXT_AUGMENTS, "--augment words or mlm"),
+        "copies": (recipe.augment in ("words", "masked"), "--augment words or masked"),
         "mix_probability": (mixed, "--mixup or --cutmix"),
         "mix_switch": (recipe.mixup > 0 and recipe.cutmix > 0, "--mixup and --cutmix"),
         "ema_ramp": (recipe.ema is not None, "--ema"),

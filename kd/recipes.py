@@ -195,7 +195,7 @@ FRESH = replace(FINETUNE, epochs=5, batch_size=64, lr=1e-3, warmup=0.5)
 # set for 30; random embeddings; no part-of-speech tags, see `kd.data.text.word_replacement`.
 # Published on SST-2: 86.7 % by labels, 90.7 % distilled.
 #   kd train sst2/ --student bilstm:150 --teacher RUN --recipe bilstm
-BILSTM = replace(FRESH, epochs=3, loss="logits:1", augment="words", copies=20, student="bilstm")
+BILSTM = replace(FRESH, epochs=3, loss="logits:1", augment="words", student="bilstm")
 
 # Patient knowledge distillation (Sun et al. 2019, arXiv:1908.09355): the first token of every
 # block, beside logits and labels, with the middle of their grids; 4 epochs of batches of 32. Their

@@ -38,8 +38,7 @@ def preview(options: AugmentOptions) -> Iterator[str]:
     most = options.copies or PREVIEW_COPIES
     for row in range(min(options.preview or 0, len(part))):
         texts = tuple(column[row] for column in part.texts)
-        language = part.languages and part.languages[row]
-        copies = transfer_set.distinct_copies(augmentation, row, texts, language)
+        copies = transfer_set.distinct_copies(augmentation, part, row)
         yield f"{row}  {_line(texts)}"
         yield from (f"   {_line(copy)}" for copy in copies[:most])
 

@@ -38,6 +38,8 @@ from kd.commands import (
     run_inputs,
     run_options,
     teacher_chain,
+    text_parts,
+    text_training,
     training_parts,
 )
 from kd.commands.training import Training
@@ -164,6 +166,8 @@ def _train(options: TrainOptions, earlier: Sequence[Path]) -> dict[str, Any]:
 
 def _assemble(options: TrainOptions) -> Training:
     """Assemble a training of the kind of its data."""
+    if text_parts.is_text(options):
+        return text_training.assemble(options)
     return image_training.assemble(options)
 
 

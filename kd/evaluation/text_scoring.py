@@ -10,12 +10,12 @@ from accelerate.utils import gather_object
 from jaxtyping import Float, Int
 from scipy import stats
 from sklearn.metrics import f1_score, matthews_corrcoef
+from torch import nn
 
 from dsdistill.harness.evaluation import majority, metrics
 from kd.data.batching import EvaluationBatches
 from kd.models.language.task import Task
 from kd.models.token_inputs import IGNORED
-from kd.models.wrapped_network import WrappedNetwork
 from kd.parallel.engine import Engine
 from kd.recipe import Metric
 
@@ -41,7 +41,11 @@ class Answers:
 
 
 def answers(
-    network: WrappedNetwork, batches: EvaluationBatches, on: Engine | None = None
+    network: nn.Module,
+    batches: EvaluationBatches,
+    on: Engine | None = None,
+    *,
+    teacher: int | None = None,
 ) -> Answers:
     """Collect the answers of a network in evaluation mode, in the order of the data.
 
@@ -49,13 +53,15 @@ def answers(
         network: Network of texts, whose mode is restored.
         batches: Texts with labels, or tags as targets of their tokens.
         on: The processes, each of which computes its share; None for one process.
+        teacher: Number of the teacher that the network is, whose tokens may be other ones.
     """
     was_training, parts = network.training, []
     rank, world = (on.process_index, on.num_processes) if on else (0, 1)
     network.eval()
     with torch.inference_mode():
         for batch in batches.in_order(rank, world):
-            outputs, targets = network(batch.inputs).float(), batch.labels
+            inputs = batch.inputs if teacher is None else batch.inputs_of(teacher)
+            outputs, targets = network(inputs).float(), batch.labels
             assert batch.index is not None
             rows = batch.index
             if batch.token_targets is not None:

@@ -22,20 +22,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from dsdistill.harness.errors import UserError
 from kd.data import teacher_cache
 from kd.data.batching import derive_seed
-from kd.data.text import tokenization, words
+from kd.data.text import words
 from kd.data.text.corpus import TextPart
 from kd.data.text.words import SplitText
-from kd.models.language import transformer
+from kd.models.language import trained_models
 from kd.models.language.language_model import LanguageModel
 from kd.models.token_inputs import TokenInputs
-from kd.models.zoo import huggingface
 
 CANDIDATES = 15  # of a word
 NEAREST_AMONG = 100_000  # words of the corpus, the most frequent ones
@@ -62,7 +61,7 @@ class WordPredictor:
     model: LanguageModel
     tokenizer: Any
     device: torch.device
-    ids: list[int]
+    ids: Int[Tensor, " words"]
     names: list[str]
     count: int = CANDIDATES
 
@@ -114,7 +113,8 @@ class WordPredictor:
 
         def select(_module: object, _inputs: object, outputs: Any) -> Any:
             states = outputs.last_hidden_state
-            outputs.last_hidden_state = states[torch.arange(len(states)), positions][:, None]
+            rows = torch.arange(len(states), device=states.device)
+            outputs.last_hidden_state = states[rows, positions][:, None]
             return outputs
 
         body: Any = self.model.network.base_model
@@ -202,7 +202,7 @@ def load(
     """Load a masked language model, and find the nearest words of a corpus.
 
     Args:
-        name: `hf:` and a folder or a name on the hub; `hf:` may be left out.
+        name: `hf:` and a folder or a name on the hub, or the folder of a run.
         part: Rows of texts, or of pairs.
         device: Device of the model.
         copies: Number of copies of a row.
@@ -211,23 +211,21 @@ def load(
     Raises:
         UserError: If the model cannot be had, or does not predict hidden words.
     """
-    name = name.removeprefix("hf:")
-    huggingface.check(name)
-    tokenizer = tokenization.load(name)
+    trained = trained_models.load(name, "mlm", ())
+    model, tokenizer = trained.network, trained.tokenizer
     if tokenizer.mask_token_id is None:
+        raise UserError(f"{name} has no mask among its tokens: --mlm needs a model of masked text")
+    if model.untrained:
         raise UserError(
-            f"hf:{name} has no mask among its tokens: --mlm needs a model of masked text"
-        )
-    model = transformer.load(name, "mlm", (), tokenizer)
-    if model.notes:
-        raise UserError(
-            f"hf:{name} has no head that predicts hidden words ({model.notes[0]}): --mlm needs a "
-            "masked language model, such as the one that the teacher was fine-tuned from"
+            f"{name} has no head that predicts hidden words (without weights: "
+            f"{model.untrained[0]}): --mlm needs a masked language model, such as the one that the "
+            "teacher was fine-tuned from"
         )
     digest = hashlib.sha256(teacher_cache.fingerprint(model.network).encode())
     digest.update(_describe(tokenizer).encode("utf-8", "surrogatepass"))
     model.to(device).eval().requires_grad_(False)
-    predictor = WordPredictor(model, tokenizer, device, *_whole_words(tokenizer))
+    ids, names = _whole_words(tokenizer)
+    predictor = WordPredictor(model, tokenizer, device, torch.tensor(ids, device=device), names)
     pieces = _exchangeable(part, tokenizer)
     nearest = nearest_words(pieces, _embeddings(model))
     numbers["fingerprint"] = digest.hexdigest()

@@ -109,12 +109,21 @@ class TokenBatches:
             yield replace(self._batch(own, (seed, epoch)), total_images=len(rows), totals=totals)
 
     def in_order(self, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        """Yield every `world`-th batch from batch `rank` on, in the order of the data.
+        """Yield every `world`-th batch from batch `rank` on, the longest texts first.
 
         Tokens are hidden as in the first epoch of seed 0, always the same ones.
         """
-        for rows in split_rows(np.arange(len(self.parts[0])), self.size)[rank::world]:
+        order = np.argsort(-self.parts[0].lengths, kind="stable")
+        for rows in split_rows(order, self.size)[rank::world]:
             yield self._batch(rows, (0, 0))
+
+    def first(self, count: int) -> Batch:
+        """The first texts of the data as a batch.
+
+        Args:
+            count: Largest number of texts.
+        """
+        return self._batch(np.arange(min(count, len(self.parts[0]))), (0, 0))
 
     def _ordered(self, rng: np.random.Generator) -> list[Int[np.ndarray, " n"]]:
         """The rows of each batch of an epoch.

@@ -15,7 +15,6 @@ it is the teacher that answers it.
 
 import json
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +24,7 @@ from jaxtyping import Int
 
 from dsdistill.harness import checksums
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.files import write_bytes, write_json
+from dsdistill.harness.files import remove_temporaries, write_bytes, write_json
 from dsdistill.harness.runs import locks, progress
 from kd.data.text.corpus import TextPart
 
@@ -101,9 +100,11 @@ def build(part: TextPart, augmentation: Augmentation, folder: Path) -> TransferS
     }
     inner = folder / checksums.json_digest(key)
     inner.mkdir(parents=True, exist_ok=True)
-    lock = None
-    with suppress(locks.LockHeld):  # another process writes the same
+    try:
         lock = locks.acquire(inner, needed=False)
+        remove_temporaries(inner)
+    except locks.LockHeld:  # another process writes the same
+        lock = None
     try:
         write_json(inner / "key.json", key)
         copies, counts = _copies(part, augmentation, inner)
@@ -117,15 +118,16 @@ def build(part: TextPart, augmentation: Augmentation, folder: Path) -> TransferS
     return TransferSet(TextPart(texts, None, languages), rows, n)
 
 
-def distinct_copies(
-    augmentation: Augmentation, row: int, texts: tuple[str, ...], language: str | None = None
-) -> list[tuple[str, ...]]:
+def distinct_copies(augmentation: Augmentation, part: TextPart, row: int) -> list[tuple[str, ...]]:
     """The copies of a row without those that are like another or like the original.
 
     Args:
         augmentation: Makes the copies.
-        row, texts, language: As for `Augmentation.copies_of`.
+        part: Training texts, or pairs.
+        row: Number of the row.
     """
+    texts = tuple(column[row] for column in part.texts)
+    language = part.languages[row] if part.languages else None
     copies = augmentation.copies_of(row, texts, language)
     return [copy for copy in dict.fromkeys(copies) if copy != texts]
 
@@ -164,19 +166,14 @@ def _copies(
 
 
 def _make(part: TextPart, augmentation: Augmentation, rows: range) -> _Shard:
-    copies = [_copies_of_row(part, augmentation, row) for row in rows]
+    copies = [distinct_copies(augmentation, part, row) for row in rows]
     columns = range(len(part.texts))
     texts = [[copy[i] for of_row in copies for copy in of_row] for i in columns]
     return _Shard(texts, [len(of_row) for of_row in copies])
 
 
-def _copies_of_row(part: TextPart, augmentation: Augmentation, row: int) -> list[tuple[str, ...]]:
-    texts = tuple(column[row] for column in part.texts)
-    return distinct_copies(augmentation, row, texts, part.languages and part.languages[row])
-
-
 def _write(path: Path, shard: _Shard) -> None:
-    arrays = {"counts": np.array(shard.counts, np.int32)}
+    arrays: dict[str, np.ndarray] = {"counts": np.array(shard.counts, np.int32)}
     for i, column in enumerate(shard.texts):
         encoded = [text.encode("utf-8", "surrogatepass") for text in column]
         arrays[f"bytes{i}"] = np.frombuffer(b"".join(encoded), np.uint8)
