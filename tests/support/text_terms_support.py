@@ -94,6 +94,6 @@ def objective(
         teacher.eval().requires_grad_(False)
     built = terms.build(
         terms.parse(loss), student, teachers,
-        sample=batch(task).inputs.first(2), classes=CLASSES, images=len(LENGTHS),
+        sample=source(task).first(2).inputs, classes=CLASSES, images=len(LENGTHS),
     )  # fmt: skip
     return Distillation(student, built, teachers)
