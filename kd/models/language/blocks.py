@@ -1,7 +1,7 @@
 """The blocks of a transformer, and a copy of it that keeps some of them."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -83,7 +83,8 @@ def keep(network: nn.Module, numbers: Sequence[int]) -> nn.Module:
     smaller = copy.deepcopy(network)
     kept = nn.ModuleList(smaller.get_submodule(f"{name}.{number}") for number in numbers)
     for number, block in enumerate(kept):
-        for module in block.modules():  # causal models keep their keys and values by this number
+        modules: Iterable[Any] = block.modules()
+        for module in modules:  # causal models keep their keys and values by this number
             if hasattr(module, "layer_idx"):
                 module.layer_idx = number
     smaller.set_submodule(name, kept)
