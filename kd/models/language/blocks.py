@@ -1,7 +1,7 @@
 """The blocks of a transformer, and a copy of it that keeps some of them."""
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -83,10 +83,9 @@ def keep(network: nn.Module, numbers: Sequence[int]) -> nn.Module:
     smaller = copy.deepcopy(network)
     kept = nn.ModuleList(smaller.get_submodule(f"{name}.{number}") for number in numbers)
     for number, block in enumerate(kept):
-        modules: Iterable[Any] = block.modules()
-        for module in modules:  # causal models keep their keys and values by this number
+        for module in block.modules():  # causal models keep their keys and values by this number
             if hasattr(module, "layer_idx"):
-                module.layer_idx = number
+                setattr(module, "layer_idx", number)  # noqa: B010
     smaller.set_submodule(name, kept)
     config: Any = smaller.config
     counts = [key for key in _COUNTS if getattr(config, key, None) == len(blocks)]
