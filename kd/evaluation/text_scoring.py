@@ -217,7 +217,7 @@ def notes(who: str, given: Answers, classes: Sequence[str]) -> list[str]:
 
 
 def _macro_f1(targets: Int[np.ndarray, " m"], predicted: Int[np.ndarray, " m"]) -> float:
-    return float(f1_score(targets, predicted, average="macro", zero_division=0.0)  # pyright: ignore[reportArgumentType])
+    return float(f1_score(targets, predicted, average="macro", zero_division=0.0))  # pyright: ignore
 
 
 def _matthews(targets: Int[np.ndarray, " m"], predicted: Int[np.ndarray, " m"]) -> float:
