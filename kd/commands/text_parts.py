@@ -117,11 +117,7 @@ def is_text(options: TrainOptions) -> bool:
 
 def locate(options: TrainOptions) -> Path:
     """The file or folder of the data, which may lie in the folder of named data sets."""
-    path = Path(options.data).expanduser()
-    if not path.exists() and len(path.parts) == 1:
-        named = options.data_root / "text" / path
-        return named if named.exists() else options.data_root / path
-    return path
+    return part_files.locate(options.data, options.data_root)
 
 
 def assemble(options: TrainOptions) -> TextParts:
@@ -151,8 +147,7 @@ def assemble(options: TrainOptions) -> TextParts:
     teachers = _teachers(options, names, student, texts, loss_terms, writes=writes)
     for network in (student.network, *teachers):
         network.to(on.device)
-    tokenizers, encoding_of_teacher = _distinct_tokenizers(student, teachers)
-    lengths = [student.max_length, *(_length(teachers, student, x) for x in tokenizers[1:])]
+    tokenizers, lengths, encoding_of_teacher = text_teachers.tokenizers(student, teachers)
     training, complete = _training_texts(options, chosen, texts, tokenizers, teachers, on, say)
     encoded = {"train": _encode(training, texts.task, tokenizers, lengths, complete)}
     for part, content in (("validation", texts.validation), ("test", texts.test)):
@@ -208,7 +203,7 @@ def _student(
         texts.classes,
         teacher=teacher_names[0] if teacher_names else None,
         tokenizer_source=options.tokenizer,
-        texts=(text for column in columns for text in _strings(column)),
+        texts=(text for column in columns for text in strings(column)),
         seed=options.seed,
         max_length=options.max_length,
         pairs=len(columns) == 2 and texts.task not in OF_TOKENS,
@@ -281,7 +276,7 @@ def _teachers(
     class_map = None if teacher_chain.is_taught_by_chain(options) else options.class_map
     maps = class_names.read_class_maps(class_map, names)
     head = any(not term.definition.reads_layers for term in loss_terms)
-    sample = list(_strings(texts.train.texts[0][:1000]))
+    sample = list(strings(texts.train.texts[0][:1000]))
     teachers = tuple(
         text_teachers.load(name, student, texts.classes, sample, class_map=mapping, head=head)
         for name, mapping in zip(names, maps, strict=True)
@@ -293,25 +288,6 @@ def _teachers(
         same_ids = all(teacher.own_tokenizer is None for teacher in teachers)
         loss_checks.check_texts(loss_terms, task=texts.task, same_ids=same_ids)
     return teachers
-
-
-def _distinct_tokenizers(
-    student: TextModel, teachers: Sequence[TextTeacher]
-) -> tuple[tuple[Any, ...], tuple[int, ...]]:
-    """The student's tokenizer and the teachers' other ones, and each teacher's place there."""
-    tokenizers, places = [student.tokenizer], []
-    for teacher in teachers:
-        if teacher.own_tokenizer is None:
-            places.append(0)
-        else:
-            places.append(len(tokenizers))
-            tokenizers.append(teacher.own_tokenizer)
-    return tuple(tokenizers), tuple(places)
-
-
-def _length(teachers: Sequence[TextTeacher], student: TextModel, tokenizer: Any) -> int:
-    owner = next(teacher for teacher in teachers if teacher.own_tokenizer is tokenizer)
-    return owner.resolved.max_length
 
 
 def _training_texts(
@@ -396,8 +372,12 @@ def encode(
     return tokenization.encode(part, tokenizer, max_length)
 
 
-def _strings(column: Sequence[Any]) -> Sequence[str]:
-    """The texts of a column: of tagged sentences their tokens, of conversations their turns."""
+def strings(column: Sequence[Any]) -> Sequence[str]:
+    """The texts of a column: of tagged sentences their tokens, of conversations their turns.
+
+    Args:
+        column: Column of a `TextPart`.
+    """
     if not len(column) or isinstance(column[0], str):
         return column
     return [

@@ -7,7 +7,7 @@ handled and said.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float
@@ -174,6 +174,28 @@ def require_same_tokens(
         f"teacher {who} has another tokenizer than the student, and "
         f"{', '.join(terms) or f'--task {task}'} compares token by token: use {ways}"
     )
+
+
+def tokenizers(
+    student: TextModel, teachers: Sequence[TextTeacher]
+) -> tuple[tuple[Any, ...], tuple[int, ...], tuple[int, ...]]:
+    """The student's tokenizer, and those of teachers that must be given other ids.
+
+    Args:
+        student: The student.
+        teachers: Its teachers.
+
+    Returns:
+        The tokenizers; for each the largest number of tokens of a text; for each teacher the place
+        of its tokenizer.
+    """
+    distinct, lengths, places = [student.tokenizer], [student.max_length], []
+    for teacher in teachers:
+        places.append(0 if teacher.own_tokenizer is None else len(distinct))
+        if teacher.own_tokenizer is not None:
+            distinct.append(teacher.own_tokenizer)
+            lengths.append(teacher.resolved.max_length)
+    return tuple(distinct), tuple(lengths), tuple(places)
 
 
 def _takes_types(model: TextModel) -> bool:
