@@ -413,7 +413,7 @@ def _prepare(
         chosen,
         classifier,
         adapted,
-        shape=shape,
+        sample=shape,
         classes=classes,
         smoothing=recipe.label_smoothing,
         seed=seed,

@@ -8,6 +8,7 @@ from typing import Any
 from dsdistill.harness import command_line
 from dsdistill.harness.text import console, printable
 from kd.options import (
+    AugmentOptions,
     EvaluateOptions,
     ExportOptions,
     FeaturesOptions,
@@ -71,6 +72,16 @@ def _features(options: FeaturesOptions) -> None:
     from kd.commands import features
 
     _print_figures(features.run(options))
+
+
+def _augment(options: AugmentOptions) -> None:
+    options.check()  # before the seconds that importing torch takes
+    from kd.commands import augment
+
+    if options.preview is None:
+        _print_figures(augment.write(options))
+    else:
+        print("\n".join(augment.preview(options)))
 
 
 def _report(options: ReportOptions) -> None:
@@ -152,6 +163,7 @@ COMMANDS: command_line.Commands = {
     "evaluate": (EvaluateOptions, _evaluate),
     "export": (ExportOptions, _export),
     "features": (FeaturesOptions, _features),
+    "augment": (AugmentOptions, _augment),
     "report": (ReportOptions, _report),
 }
 

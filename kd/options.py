@@ -23,6 +23,7 @@ Channels = Annotated[
     Literal[1, 3] | None, Shown(default="as they are; colour where a folder has both")
 ]
 
+TEACHER = "teacher"  # name of a student that starts as a copy of its teacher
 DEFAULT_WORKERS = 2  # processes that read image files, where nothing else is asked for
 # Defaults that follow from more than the kind of data and of network.
 DEFAULTS_BY_DATA = {
@@ -31,6 +32,8 @@ DEFAULTS_BY_DATA = {
     "validate_every": "1, or more so that short epochs make at most 40 validations",
     "image_size": "as they are",
     "patience": "never",
+    "copies": "20; 10 of pairs",
+    "metric": "accuracy; of scores spearman, of tags macro_f1 or entity_f1, of tokens nll",
 }
 
 
@@ -79,6 +82,17 @@ TEACHER_INPUT_OPTIONS = (
     "teacher_mean",
     "teacher_std",
 )  # what a file of weights cannot say
+TEXT_OPTIONS = ("task", "text", "label", "max_length", "tokenizer", "keep_layers", "lora", "mlm")
+TEXT_FIELDS = ("copies", "on_policy")  # of the recipe
+IMAGE_OPTIONS = (
+    *("channels", "preprocess", "pretrained", "centred", "workers", "channels_last"),
+    *("peers", *TEACHER_INPUT_OPTIONS),
+)
+IMAGE_FIELDS = (
+    *("image_size", "crop_padding", "hflip", "interpolation", "min_scale", "auto_augment"),
+    *("color_jitter", "random_erase", "repeats", "crop_share", "mixup", "cutmix"),
+    *("mix_probability", "mix_switch"),
+)
 
 
 @dataclass(frozen=True)
@@ -87,7 +101,7 @@ class TrainOptions:
 
     LAYOUT: ClassVar = Layout(
         groups={
-            "Student": "student pretrained centred recipe trust_module",
+            "Student": "student pretrained centred keep_layers lora recipe trust_module",
             "Output and resuming": "out resume seed",
             "Teacher": "teacher teacher_weights class_map teacher_image_size teacher_mean "
             "teacher_std min_teacher_accuracy cache cache_top",
@@ -98,6 +112,7 @@ class TrainOptions:
             "milestones decay",
             "Validation and averaging": "metric validate_every patience average_best ema ema_ramp",
             "Data": "image_size channels preprocess validation_fraction data_root",
+            "Texts": "task text label max_length tokenizer copies mlm on_policy",
             "Augmentation": "augment hflip crop_padding mixup cutmix mix_probability mix_switch",
             "Image files": "workers min_scale interpolation auto_augment color_jitter "
             "random_erase repeats crop_share",
@@ -111,6 +126,9 @@ class TrainOptions:
             "Training": "Some defaults depend on the data and on the student: transformers and "
             "ConvNeXt have layer norm. --recipe sets others.",
             "Image files": "These need --augment imagenet.",
+            "Texts": "A file or folder of texts is recognised by its name: a .tsv, .csv, .jsonl, "
+            ".parquet or .txt, or a folder with a train file and, where it has them, dev and test "
+            "files of these kinds.",
         },
         examples=(
             "kd train digits --student convnet --epochs 5 --out runs/teacher",
@@ -120,13 +138,15 @@ class TrainOptions:
 
     data: Annotated[tyro.conf.Positional[str], Shown("DATA")] = "digits"
     """Data set name, folder or .npz file; folder of a dsdistill run or its .safetensors file; with
-    --augment imagenet also timm's names wds/DIR, hfds/NAME and tfds/NAME"""
+    --augment imagenet also timm's names wds/DIR, hfds/NAME and tfds/NAME; a file or folder of
+    texts"""
 
     student: Annotated[str | None, Shown("NAME|RUN", "convnet, or the student of --recipe")] = None
     """convnet or mlp, with a width as in convnet:32; any name of timm; torchvision:NAME; hf:NAME;
     module:attribute for a network of your own code, which is imported, from the current folder
     too, with arguments as in "module:attribute(width=32)"; NAME@FILE with the weights in a file; or
-    the folder of an earlier run"""
+    the folder of an earlier run. For texts hf:NAME, bilstm:150, a fresh bert:4x312, or teacher, a
+    copy of the teacher"""
 
     teacher: NamesArg = None
     """Folder of an earlier run, any of the names of --student with published weights, FILE.pt2, or
@@ -134,8 +154,9 @@ class TrainOptions:
     and the losses on layers are averaged"""
 
     recipe: Annotated[str | None, Shown("NAME", "one for this kind of data and student")] = None
-    """supergradients, hinton, function_matching, cifar, distilled_set or deit: sets the options of
-    loss, training and augmentation that are not given here"""
+    """supergradients, hinton, function_matching, cifar, distilled_set or deit, for texts finetune,
+    bilstm, pkd, tinybert, tinybert-intermediate, distilbert, minilm, sequence or gkd: sets the
+    options of loss, training and augmentation that are not given here"""
 
     teacher_weights: Annotated[
         Literal["alike", "by-label"] | None, Shown("alike|by-label", "alike")
@@ -183,6 +204,42 @@ class TrainOptions:
     centred: bool = False
     """Predict f(x) - f0(x), the student minus the function that it starts as, and save, evaluate
     and export the two as one network: helps wide networks without batch norm on few images"""
+
+    keep_layers: Annotated[str | None, Shown("N,...", "all of them")] = None
+    """Start the student with these blocks of a transformer alone, numbered from 0, and all that is
+    no block"""
+
+    lora: Annotated[int | None, Shown("RANK", "train all weights")] = None
+    """Train low-rank matrices of this rank beside the weights of a transformer, and add them to the
+    weights at the end"""
+
+    task: Annotated[
+        Literal["classify", "regress", "tag", "mlm", "causal", "embed"] | None,
+        Shown(default="classify, regress or tag, as the labels are"),
+    ] = None
+    """What is learned from texts: classes, scores, tags of tokens, hidden tokens (mlm), next tokens
+    (causal), or the teacher's embeddings"""
+
+    text: Annotated[str | None, Shown("COLUMN[,COLUMN]", "recognised by their names")] = None
+    """Column of the texts, or two columns of pairs"""
+
+    label: Annotated[str | None, Shown("COLUMN", "recognised by its name")] = None
+    """Column of the labels"""
+
+    max_length: Annotated[int | None, Shown(default="128, or the model's positions if fewer")] = (
+        None
+    )
+    """Tokens of a text, or of a pair, that are kept"""
+
+    tokenizer: Annotated[
+        str | None,
+        Shown("NAME|words|characters", "the student's own; of a fresh student the teacher's"),
+    ] = None
+    """Tokenizer of a fresh student: that of a model or run, or the words or the characters of the
+    training texts"""
+
+    mlm: Annotated[str | None, Shown("NAME|RUN")] = None
+    """Masked language model that names the words of --augment masked"""
 
     trust_module: NamesArg = None
     """Code that the folder of an earlier run may name as its network, as module:attribute with its
@@ -242,6 +299,11 @@ class TrainOptions:
         """Processes that read image files."""
         return DEFAULT_WORKERS if self.workers is None else self.workers
 
+    @property
+    def copies_teacher(self) -> bool:
+        """Whether the student starts as a copy of the teacher; a run of that name is a run."""
+        return self.student == TEACHER and not Path(TEACHER).is_dir()
+
     def check(self) -> None:
         """Refuse values out of range and options that exclude each other.
 
@@ -257,7 +319,7 @@ class TrainOptions:
             value = getattr(self, name)
             rule = f"{_option(name)} must be in [0, 1)"
             _require(value is None or 0 <= value < 1, rule, value)
-        for name in ("cache_top", "generations"):
+        for name in ("cache_top", "generations", "lora", "max_length"):
             value = getattr(self, name)
             rule = f"{_option(name)} must be at least 1"
             _require(value is None or value >= 1, rule, value)
@@ -266,12 +328,16 @@ class TrainOptions:
             per_teacher.read(_option(name), getattr(self, name))
         schemes = ("peers", "mean_teacher", "generations", "assistants")
         chosen = [_option(name) for name in schemes if getattr(self, name) is not None]
+        if self.recipe in recipes.STAGES:
+            chosen.append(f"--recipe {self.recipe}, which has stages,")
         _require(len(chosen) < 2, "only one scheme at a time", " and ".join(chosen))
         self._check_teacher()
 
     def _check_teacher(self) -> None:
         """Refuse options that need a teacher where there is none, and a teacher where none fits."""
         teacher = self.teacher or (self.recipe and recipes.by_name(self.recipe).teacher)
+        if self.copies_teacher and not teacher:
+            raise UserError(f"--student {TEACHER} is a copy of the teacher: add --teacher")
         if self.teacher and (self.peers or self.mean_teacher):
             raise UserError(
                 f"{_option('peers' if self.peers else 'mean_teacher')} is a scheme without a "
@@ -462,6 +528,133 @@ class FeaturesOptions:
         _require(0 < self.min_scale <= 1, "--min-scale must be in (0, 1]", self.min_scale)
         _require(0 <= self.hflip <= 1, "--hflip must be in [0, 1]", self.hflip)
         _require(self.out is None or self.out.suffix == ".npz", "--out must end in .npz", self.out)
+
+
+@dataclass(frozen=True)
+class AugmentOptions:
+    """Write copies of training texts in which words are changed, for a teacher to answer.
+
+    The copies have no labels of their own.
+    """
+
+    LAYOUT: ClassVar = Layout(
+        groups={
+            "Copies": "by mlm copies seed",
+            "Probabilities": "mask_probability replace_probability ngram_probability mask",
+            "Output": "out preview cache",
+            "Data": "task text label validation_fraction",
+            "Hardware": "device",
+        },
+        examples=(
+            "kd augment sst2 --by words --preview 3",
+            "kd augment sst2 --by masked --mlm hf:DIR --out copies.jsonl",
+        ),
+    )
+
+    data: Annotated[tyro.conf.Positional[Path], Shown("DATA")]
+    """File of texts, or folder with train.tsv or .csv, .jsonl, .parquet; only its training part is
+    copied"""
+
+    by: Annotated[Literal["words", "masked"], Shown("words|masked")]
+    """words: mask words, exchange them for others of the same frequency, keep only some consecutive
+    ones (Tang et al. 2019); masked: exchange words for what a masked language model expects in
+    their place (TinyBERT)"""
+
+    mlm: Annotated[str | None, Shown("hf:NAME|DIR")] = None
+    """Masked language model of --by masked: a name on the hub, or a folder"""
+
+    copies: Annotated[int | None, Shown(default="20; 10 of pairs")] = None
+    """Copies of each text. Those that are alike, or like their original, count once; of pairs the
+    first text, the second and both are changed in turn"""
+
+    seed: int = 0
+    """Seed of the copies"""
+
+    mask_probability: Annotated[float | None, Shown(default="0.1")] = None
+    """With --by words: probability that a word becomes the mask"""
+
+    replace_probability: Annotated[float | None, Shown(default="0.1; 0.4 with --by masked")] = None
+    """Probability that a word is exchanged for another"""
+
+    ngram_probability: Annotated[float | None, Shown(default="0.25")] = None
+    """With --by words: probability that only 1 to 5 consecutive words of a copy are left"""
+
+    mask: Annotated[str | None, Shown("TEXT", "[MASK]")] = None
+    """With --by words: the mask of the tokenizer of teacher and student"""
+
+    out: Annotated[Path | None, Shown("FILE", "augmented-<data>-<by>.jsonl")] = None
+    """File to write, .jsonl or .tsv: the originals and their copies, in the columns text, or text1
+    and text2, language where it is known, and original_row, the number of the training text from 0.
+    It has no labels: those of the originals need not hold for the copies"""
+
+    preview: Annotated[int | None, Shown("N")] = None
+    """Print the first N texts with their copies, and write nothing"""
+
+    cache: Annotated[Path | None, Shown("DIR", "transfer-sets in the cache folder")] = None
+    """Folder where copies are kept, so that a stopped command continues; dsdistill cache lists and
+    clears the default one"""
+
+    task: Annotated[
+        Literal["classify", "regress", "mlm", "embed"] | None,
+        Shown("TASK", "told from the columns"),
+    ] = None
+    """classify, regress, mlm or embed, as for kd train; mlm and embed need no labels"""
+
+    text: Annotated[str | None, Shown("NAME[,NAME]", "recognised by its name")] = None
+    """Column of the texts, or two of pairs"""
+
+    label: Annotated[str | None, Shown("NAME", "recognised by its name")] = None
+    """Column of the labels"""
+
+    validation_fraction: float = 0.1
+    """Share of the training texts that kd train holds out where the data have no validation part:
+    they are not copied"""
+
+    device: Annotated[str, Shown("DEVICE")] = "auto"
+    """Device of the language model: auto (a GPU where there is one), cpu, cuda or cuda:N"""
+
+    def check(self) -> None:
+        """Refuse values out of range and options that exclude each other.
+
+        Raises:
+            UserError: With the option, the rule and the value.
+        """
+        for name in ("copies", "preview"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"{_option(name)} must be at least 1", value)
+        _require(self.seed >= 0, "--seed must be 0 or more", self.seed)
+        for name in ("mask_probability", "replace_probability", "ngram_probability"):
+            value = getattr(self, name)
+            rule = f"{_option(name)} must be in [0, 1]"
+            _require(value is None or 0 <= value <= 1, rule, value)
+        fraction = self.validation_fraction
+        _require(0 <= fraction < 1, "--validation-fraction must be in [0, 1)", fraction)
+        _require(
+            self.out is None or self.out.suffix in (".jsonl", ".tsv"),
+            "--out must end in .jsonl or .tsv",
+            self.out,
+        )
+        _require(
+            self.preview is None or self.out is None,
+            "--preview writes nothing: leave --out out",
+            self.out,
+        )
+        self._check_method()
+
+    def _check_method(self) -> None:
+        """Refuse options of the other method."""
+        if self.by == "words":
+            _require(self.mlm is None, "--mlm needs --by masked", "--by words")
+            chances = (self.mask_probability, self.replace_probability)
+            both = sum(0.1 if chance is None else chance for chance in chances)
+            rule = "--mask-probability and --replace-probability must be at most 1 together"
+            _require(both <= 1, rule, both)
+            return
+        if self.mlm is None:
+            raise UserError("--by masked needs a masked language model: --mlm hf:NAME, or a folder")
+        for name in ("mask", "mask_probability", "ngram_probability"):
+            if getattr(self, name) is not None:
+                raise UserError(f"{_option(name)} needs --by words, got --by masked")
 
 
 @dataclass(frozen=True)

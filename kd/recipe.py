@@ -12,16 +12,19 @@ from typing import Any, Literal
 from dsdistill.harness.errors import UserError
 
 Optimizer = Literal["sgd", "momentum", "adam", "adamw", "lamb", "lion", "muon"]
-Schedule = Literal["cosine", "milestones", "constant"]
+Schedule = Literal["cosine", "linear", "milestones", "constant"]
 Precision = Literal["no", "bf16", "fp16", "mixed"]
-Augment = Literal["none", "crop-flip", "imagenet"]
-Metric = Literal["accuracy", "nll"]
+Augment = Literal["none", "crop-flip", "imagenet", "words", "masked", "teacher"]
+Metric = Literal["accuracy", "nll", "macro_f1", "matthews", "pearson", "spearman", "entity_f1"]
 
 MOMENTUM_OPTIMIZERS: tuple[Optimizer, ...] = ("sgd", "momentum")
+# Other texts than the data's, which are made before the training.
+TEXT_AUGMENTS: tuple[Augment, ...] = ("words", "masked", "teacher")
 STREAMED_AUGMENTS: tuple[Augment, ...] = ("imagenet",)  # crops are cut from files during training
 VALIDATION_FIELDS = ("metric", "average_best", "patience", "validate_every")  # compare validations
 SCHEDULE_FIELDS: Mapping[Schedule, tuple[str, ...]] = {  # of the recipe, used by one schedule only
     "cosine": ("final", "cooldown"),
+    "linear": ("final", "cooldown"),
     "milestones": ("milestones", "decay"),
     "constant": (),
 }
@@ -43,6 +46,11 @@ class MetricDefinition:
 METRICS: Mapping[Metric, MetricDefinition] = {
     "accuracy": MetricDefinition(1, needs_logits=False),
     "nll": MetricDefinition(-1, needs_logits=True),
+    "macro_f1": MetricDefinition(1, needs_logits=False),
+    "matthews": MetricDefinition(1, needs_logits=False),
+    "pearson": MetricDefinition(1, needs_logits=False),
+    "spearman": MetricDefinition(1, needs_logits=False),
+    "entity_f1": MetricDefinition(1, needs_logits=False),
 }
 
 
@@ -86,7 +94,13 @@ class Recipe:
     augment: Augment = _field(
         "none",
         "crop-flip: random shifts by --crop-padding and flips; imagenet: random crops of image "
-        "files, read while training",
+        "files, read while training; of texts, words: copies with words hidden, replaced and left "
+        "out; masked: copies with words that a masked language model expects; teacher: what the "
+        "teacher writes, in place of the texts",
+    )
+    copies: int | None = _field(None, "Copies of each text with --augment words or masked")
+    on_policy: float = _field(
+        0.0, "Share of batches in which a causal student learns from texts of its own"
     )
     crop_padding: int = _field(4, "Largest shift of crop-flip in pixels")
     hflip: float = _field(0.5, "Probability of a horizontal flip")
@@ -185,7 +199,7 @@ def override(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
 
 
 def _check(recipe: Recipe) -> None:
-    counts = ("epochs", "steps", "batch_size", "accumulate", "repeats", "average_best")
+    counts = ("epochs", "steps", "batch_size", "accumulate", "repeats", "average_best", "copies")
     for name in (*counts, "validate_every", "patience"):
         value = getattr(recipe, name)
         _require(value is None or value >= 1, name, "at least 1", value)
@@ -198,7 +212,15 @@ def _check(recipe: Recipe) -> None:
     for name in ("label_smoothing", "momentum", "ema"):
         value = getattr(recipe, name)
         _require(value is None or 0 <= value < 1, name, "in [0, 1)", value)
-    for name in ("hflip", "random_erase", "mix_probability", "mix_switch", "final", "warmup_from"):
+    for name in (
+        "hflip",
+        "random_erase",
+        "mix_probability",
+        "mix_switch",
+        "final",
+        "warmup_from",
+        "on_policy",
+    ):
         value = getattr(recipe, name)
         _require(0 <= value <= 1, name, "in [0, 1]", value)
     if recipe.warmup + recipe.cooldown >= recipe.length:
@@ -218,14 +240,16 @@ def _check_used(recipe: Recipe, given: Mapping[str, Any]) -> None:
         "momentum": (recipe.has_momentum, f"--optimizer {' or '.join(MOMENTUM_OPTIMIZERS)}"),
         "warmup_from": (recipe.warmup > 0, "--warmup"),
         "crop_padding": (recipe.augment == "crop-flip", "--augment crop-flip"),
-        "hflip": (recipe.augment != "none", "--augment"),
+        "hflip": (recipe.augment in ("crop-flip", "imagenet"), "--augment crop-flip or imagenet"),
+        "copies": (recipe.augment in ("words", "masked"), "--augment words or masked"),
         "mix_probability": (mixed, "--mixup or --cutmix"),
         "mix_switch": (recipe.mixup > 0 and recipe.cutmix > 0, "--mixup and --cutmix"),
         "ema_ramp": (recipe.ema is not None, "--ema"),
         "decay_all": (recipe.weight_decay > 0, "--weight-decay"),
     }
-    for schedule, names in SCHEDULE_FIELDS.items():
-        needs |= dict.fromkeys(names, (recipe.schedule == schedule, f"--schedule {schedule}"))
+    for name in {name for names in SCHEDULE_FIELDS.values() for name in names}:
+        users = [kind for kind, names in SCHEDULE_FIELDS.items() if name in names]
+        needs[name] = (recipe.schedule in users, f"--schedule {' or '.join(users)}")
     images = ("interpolation", "min_scale", "auto_augment", "color_jitter", "random_erase")
     needs |= dict.fromkeys(
         (*images, "repeats", "crop_share"), (recipe.streams_files, "--augment imagenet")

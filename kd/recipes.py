@@ -172,6 +172,78 @@ DEIT = Recipe(
     gpu=True,
 )
 
+# Texts, transformers with pretrained weights: the customary values of fine-tuning (Devlin et al.
+# 2019, arXiv:1810.04805, appendix A.3, who choose among 2e-5 to 5e-5 on each task; the weight decay
+# is theirs).
+FINETUNE = Recipe(
+    epochs=3,
+    batch_size=32,
+    optimizer="adamw",
+    lr=5e-5,
+    weight_decay=0.01,
+    clip=1.0,
+    schedule="linear",
+    warmup=0.3,
+    warmup_from=0.0,
+)
+
+# Texts, networks with random weights: a BiLSTM, a fresh transformer.
+FRESH = replace(FINETUNE, epochs=5, batch_size=64, lr=1e-3, warmup=0.5)
+
+# BERT to BiLSTM (Tang et al. 2019, arXiv:1903.12136): nothing but the teacher's logits, on the
+# training texts and twenty copies of each. Deviations: AdamW for AdaDelta, 3 epochs of the 21-fold
+# set for 30; random embeddings; no part-of-speech tags, see `kd.data.text.word_replacement`.
+# Published on SST-2: 86.7 % by labels, 90.7 % distilled.
+#   kd train sst2/ --student bilstm:150 --teacher RUN --recipe bilstm
+BILSTM = replace(FRESH, epochs=3, loss="logits:1", augment="words", student="bilstm")
+
+# Patient knowledge distillation (Sun et al. 2019, arXiv:1908.09355): the first token of every
+# block, beside logits and labels, with the middle of their grids; 4 epochs of batches of 32. Their
+# weight of 100 is of a mean over all values, see `kd.losses.patient`.
+# Published on SST-2, 6 of 12 blocks: 91.1 % by PKD, 89.7 % fine-tuned.
+#   kd train sst2/ --student teacher --keep-layers 1,3,5 --teacher RUN --recipe pkd
+PKD = replace(FINETUNE, epochs=4, warmup=0.4, loss="ce:0.5,kd:0.5:temperature=10,patient:0.1")
+
+# TinyBERT (Jiao et al. 2020, arXiv:1909.10351), its two stages on a task: hidden states and
+# attention scores at a constant rate, then the teacher's answers. Their first stage takes 5 to 50
+# epochs, of the augmented set; SST-2 10. Their general stage, the same loss on a corpus from a
+# pretrained BERT, is `--task mlm --recipe tinybert-intermediate`.
+#   kd train sst2/ --student bert:4x312 --teacher RUN --recipe tinybert
+TINYBERT_INTERMEDIATE = replace(
+    FINETUNE, epochs=10, schedule="constant", warmup=0.0, loss="hidden:1,scores:1"
+)
+TINYBERT_PREDICTION = replace(FINETUNE, loss="kd:1:temperature=1")
+
+# DistilBERT (Sanh et al. 2019, arXiv:1910.01108) on a corpus: the masked model's answers, the
+# hidden tokens, and the direction of the last hidden states; weights of the authors (5, 2, 1).
+# Deviations: tokens are hidden with one probability, whatever their frequency, and AdamW has its
+# usual betas.
+#   kd train corpus.txt --task mlm --student teacher --keep-layers 0,2,4 --teacher hf:DIR \
+#     --recipe distilbert
+DISTILBERT = replace(
+    FINETUNE,
+    lr=5e-4,
+    weight_decay=0.0,
+    clip=5.0,
+    warmup=0.15,
+    loss="tokens:5:temperature=2,mlm:2,cosine:1",
+)
+
+# MiniLM's second version (Wang et al. 2021, arXiv:2012.15828) on a corpus: relations of queries,
+# keys and values in the last block, whatever width and heads the student has.
+#   kd train corpus.txt --task mlm --student bert:6x384 --teacher hf:DIR --recipe minilm
+MINILM = replace(FINETUNE, lr=5e-4, warmup=0.15, loss="relations:1:heads=48")
+
+# Sequence-level distillation (Kim and Rush 2016, arXiv:1606.07947): the teacher's own texts are the
+# training set, so that any tokenizer will do.
+#   kd train chat.jsonl --task causal --student hf:SMALL --teacher hf:LARGE --recipe sequence
+SEQUENCE = replace(FINETUNE, loss="clm:1", augment="teacher")
+
+# Generalised knowledge distillation (Agarwal et al. 2024, arXiv:2306.13649) with the settings of
+# TRL: half of the batches hold what the student itself writes, and the divergence lies half-way.
+#   kd train chat.jsonl --task causal --student hf:SMALL --teacher hf:LARGE --recipe gkd
+GKD = replace(FINETUNE, loss="tokens:1:temperature=1:beta=0.5:targets=1", on_policy=0.5)
+
 # The losses where neither the user nor the recipe names one.
 LABEL_LOSS = "ce:1"
 TEACHER_LOSS = "ce:0.1,kd:0.9:temperature=4"  # Hinton's loss
@@ -184,7 +256,18 @@ NAMED: Mapping[str, Recipe] = {
     "cifar": CIFAR,
     "distilled_set": SMALL,
     "deit": DEIT,
+    "finetune": FINETUNE,
+    "bilstm": BILSTM,
+    "pkd": PKD,
+    "tinybert": TINYBERT_PREDICTION,
+    "tinybert-intermediate": TINYBERT_INTERMEDIATE,
+    "distilbert": DISTILBERT,
+    "minilm": MINILM,
+    "sequence": SEQUENCE,
+    "gkd": GKD,
 }
+# Recipe -> recipes of the trainings before its own, each of which trains the student on.
+STAGES: Mapping[str, tuple[str, ...]] = {"tinybert": ("tinybert-intermediate",)}
 
 
 def by_name(name: str) -> Recipe:
@@ -196,6 +279,15 @@ def by_name(name: str) -> Recipe:
     if name not in NAMED:
         raise unknown_name("recipe", name, NAMED)
     return NAMED[name]
+
+
+def default_of_texts(*, pretrained: bool) -> Recipe:
+    """The recipe for texts where none is named.
+
+    Args:
+        pretrained: Whether the student's weights are those of a trained network.
+    """
+    return FINETUNE if pretrained else FRESH
 
 
 def default(*, distilled: bool, layer_norm: bool) -> Recipe:

@@ -48,7 +48,7 @@ def entries() -> list[CacheEntry]:
         # The place that earlier versions wrote to.
         *_decoded_images(paths.data_root() / "folders", " (of an earlier version, no longer read)"),
         *_evaluations(paths.evaluations()),
-        *_teacher_answers(paths.cache()),
+        *_of_kd(paths.cache()),
     ]
     return sorted(all_entries, key=lambda entry: -entry.size)
 
@@ -111,11 +111,12 @@ def _evaluations(folder: Path) -> Iterator[CacheEntry]:
             yield _entry(path, "result of an evaluation")
 
 
-def _teacher_answers(cache: Path) -> Iterator[CacheEntry]:
-    """Teacher outputs that `kd train --cache` keeps inside this folder."""
+def _of_kd(cache: Path) -> Iterator[CacheEntry]:
+    """Teacher outputs of `kd train --cache` and copies of texts that are inside this folder."""
     for key in (*cache.glob("*/key.json"), *cache.glob("*/*/key.json")):
         if re.fullmatch(r"[0-9a-f]{64}", key.parent.name):
-            yield _entry(key.parent, "answers of a teacher")
+            copies = key.parent.parent == paths.transfer_sets()
+            yield _entry(key.parent, "copies of texts" if copies else "answers of a teacher")
 
 
 def _entry(path: Path, description: str) -> CacheEntry:

@@ -26,6 +26,11 @@ def evaluations() -> Path:
     return cache() / "evaluations"
 
 
+def transfer_sets() -> Path:
+    """Cache of the copies of training texts, for teachers to answer."""
+    return cache() / "transfer-sets"
+
+
 def absolute(text: str) -> str:
     """The absolute path of a file or folder that exists; any other text as it is."""
     path = Path(text).expanduser()

@@ -27,7 +27,7 @@ from kd.models.zoo import class_names
 from kd.options import TrainOptions
 from kd.parallel.engine import Engine
 
-DATA_PARTS = ("training images", "validation images", "test images", "distilled set")
+DATA_PARTS = ("training images", "validation images", "test images", "distilled set", "texts")
 ABSENT = "absent"  # in place of a hash, so that appearing or vanishing is a change too
 
 

@@ -1,25 +1,34 @@
-"""Chains of trainings, in which the student of each is the teacher of the next.
+"""Chains of trainings, in which the student of each is the teacher or the start of the next.
 
 Born-again networks repeat one network; teacher assistants step down from a large teacher to a small
-student. Every training is a run with a folder: OUT-1, OUT-2, ..., and OUT for the last. Finished
-trainings of a chain are not repeated.
+student; the stages of a recipe train one student on with one loss after the other. Every training
+is a run with a folder: OUT-1, OUT-2, ..., and OUT for the last. Finished trainings of a chain are
+not repeated.
 
 Source: Furlanello et al. (2018), arXiv:1805.04770; Mirzadeh et al. (2020), arXiv:1902.03393.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from dsdistill.harness import lists
+from kd import recipes
 from kd.models import network_names, networks
 from kd.options import TEACHER_INPUT_OPTIONS, TrainOptions
 
 # Options of the first teacher only: the others are runs on the data's classes and images.
 FIRST_TEACHER_OPTIONS = ("class_map", *TEACHER_INPUT_OPTIONS)
+# Options of a student's first weights: a later stage goes on from the stage before.
+FIRST_STUDENT_OPTIONS = ("keep_layers", "tokenizer")
+# What a recipe of several stages sets for each; given on the command line, for the last one.
+STAGE_FIELDS = ("loss", "epochs", "steps", "lr", "schedule", "warmup", "metric", "patience")
 
 
 def earlier_trainings(options: TrainOptions, out: Path) -> tuple[TrainOptions, ...]:
     """Options of the trainings before the last, in order; empty without a chain."""
+    if stages := _stages(options):
+        return _earlier_stages(options, out, stages)
     students = _students(options)
     plain = replace(options, generations=None, assistants=None, trust_module=_trusted(options))
     links, teacher = [], options.teacher
@@ -34,6 +43,33 @@ def earlier_trainings(options: TrainOptions, out: Path) -> tuple[TrainOptions, .
         teacher = str(folder)
         plain = replace(plain, **dict.fromkeys(FIRST_TEACHER_OPTIONS))
     return tuple(links)
+
+
+def _earlier_stages(
+    options: TrainOptions, out: Path, stages: Sequence[str]
+) -> tuple[TrainOptions, ...]:
+    """Options of the trainings with the recipes of the earlier stages."""
+    overrides = replace(options.overrides, **dict.fromkeys(STAGE_FIELDS))
+    links, link = [], replace(options, overrides=overrides)
+    for number, recipe in enumerate(stages, start=1):
+        folder = _link_folder(out, number)
+        links.append(replace(link, recipe=recipe, out=folder))
+        link = replace(link, student=str(folder), **dict.fromkeys(FIRST_STUDENT_OPTIONS))
+    return tuple(links)
+
+
+def last_student(options: TrainOptions) -> TrainOptions:
+    """The options with the start of the last training's student, which stages before it trained."""
+    stages = _stages(options)
+    if not stages or options.out is None:
+        return options
+    folder = _link_folder(options.out, len(stages))
+    return replace(options, student=str(folder), **dict.fromkeys(FIRST_STUDENT_OPTIONS))
+
+
+def _stages(options: TrainOptions) -> tuple[str, ...]:
+    """Recipes of the trainings before the last one's."""
+    return recipes.STAGES.get(options.recipe or "", ())
 
 
 def last_teacher(options: TrainOptions) -> str | None:

@@ -26,35 +26,31 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from torch import nn
 
-from dsdistill.harness import files, memory, shell, stopping
+from dsdistill.harness import files, memory, stopping
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.evaluation import metrics
 from dsdistill.harness.runs import metrics_file, progress, run_folder
 from kd import recipes
 from kd.commands import (
     continuation,
     curves,
+    image_training,
     run_inputs,
     run_options,
     teacher_chain,
-    training_batches,
+    text_parts,
+    text_training,
     training_parts,
 )
-from kd.commands.training_parts import TrainingParts
-from kd.data import data_source
-from kd.data.batching import BatchSource, EvaluationBatches
-from kd.data.files.file_source import FileSource
-from kd.evaluation import scoring, teacher_check
-from kd.models import networks, saved_models, seals
-from kd.models.saved_models import Model
+from kd.commands.training import Training
+from kd.data.batching import BatchSource
+from kd.models import seals
 from kd.models.seals import REPORT
 from kd.objectives import terms
 from kd.objectives.schemes import Objective
 from kd.options import TrainOptions
 from kd.parallel import engine, heartbeat
-from kd.recipe import VALIDATION_FIELDS, Recipe
+from kd.recipe import Recipe
 from kd.training import checkpoint
 from kd.training.checkpoint import PackedState, TrainingState
 from kd.training.loop import train
@@ -129,21 +125,21 @@ def _train(options: TrainOptions, earlier: Sequence[Path]) -> dict[str, Any]:
         options: Options of this training.
         earlier: Folders of the finished trainings of its chain.
     """
-    folder, parts = options.out, training_parts.assemble(options)
+    folder, parts = options.out, _assemble(options)
     assert folder is not None
-    objective = training_parts.build_objective(parts, options)
-    _check_used(options, parts)
-    source = training_batches.load(parts)
-    training_parts.check_step(parts, objective, source.sizes)
+    objective = parts.build_objective()
+    parts.check_options()
+    source = parts.load()
+    parts.check_step(objective, source)
     if options.compile:
-        parts.student.classifier.network.compile()
-    _check_teachers(options, parts)
-    hashes = run_inputs.hashes(parts, options)
+        parts.compile()
+    parts.check_teachers()
+    hashes = parts.input_hashes()
     run_inputs.require_same_inputs(parts.on, hashes)
     for link in earlier:
         stored = seals.read(link, "config.json").get(run_folder.INPUTS_KEY, {})
         run_inputs.require_same_data(link, stored, hashes)
-    batches = training_batches.prepare(parts, options, objective, source)
+    batches = parts.prepare(objective, source)
     hashes |= {run_options.HASH_KEY: run_options.digest(options)}
     per_epoch = math.ceil(len(batches) / parts.recipe.accumulate)
     open_run = partial(_open_run, folder, options, hashes, parts.recipe, per_epoch)
@@ -153,11 +149,12 @@ def _train(options: TrainOptions, earlier: Sequence[Path]) -> dict[str, Any]:
         with heartbeat.watch(parts.on, folder), run.clean_up_on_error():
             if run.writes:
                 files.write_json(run.folder / "recipe.json", _recipe_record(parts))
-            student, state, spent = _fit(parts, objective, batches, run)
+            state, spent = _fit(parts, objective, batches, run)
+            parts = parts.finished(state)
             if not run.writes:
                 return {}
-            saved_models.save_run(run.folder, student)
-            report = _report(parts, student, state) | spent
+            parts.save(run.folder)
+            report = _report(parts, state) | spent
             seals.write(run.folder, REPORT, report, seals.SEALED_FILES)
         if run.folder != folder:
             continuation.adopt(folder)
@@ -167,9 +164,16 @@ def _train(options: TrainOptions, earlier: Sequence[Path]) -> dict[str, Any]:
         return report
 
 
-def _recipe_record(parts: TrainingParts) -> dict[str, Any]:
+def _assemble(options: TrainOptions) -> Training:
+    """Assemble a training of the kind of its data."""
+    if text_parts.is_text(options):
+        return text_training.assemble(options)
+    return image_training.assemble(options)
+
+
+def _recipe_record(parts: Training) -> dict[str, Any]:
     """The recipe as it was followed: with the networks trained, not the defaults of its name."""
-    trained = {"student": parts.student.name, "teacher": ",".join(parts.teacher_names) or None}
+    trained = {"student": parts.student_name, "teacher": ",".join(parts.teacher_names) or None}
     return asdict(parts.recipe) | trained
 
 
@@ -213,108 +217,17 @@ def _open_run(
     return run
 
 
-def _check_used(options: TrainOptions, parts: TrainingParts) -> None:
-    """Refuse options that have no effect on this kind of data.
-
-    Raises:
-        UserError: If one is given.
-    """
-    streamed = isinstance(parts.source, FileSource)
-    if options.workers is not None and not streamed:
-        raise UserError("--workers has no effect without --augment imagenet: leave it out")
-    if options.validation_fraction is not None and parts.source.brings_validation:
-        line = (
-            f"--validation-fraction has no effect on {options.data}, which has a validation part "
-            "of its own"
-        )
-        if not options.resume:
-            raise UserError(f"{line}: leave it out")
-        progress.say(f"note: {line}")  # of a run that an earlier version has started
-
-
-def _check_teachers(options: TrainOptions, parts: TrainingParts) -> None:
-    """Report the accuracy of each teacher on validation images, or else on training images."""
-    say = progress.say if parts.on.is_main_process else lambda line: None
-    for line in parts.source.missing_classes():
-        say(f"note: {line}")
-    batches: EvaluationBatches | None = _validation_batches(parts)
-    part = "validation"
-    if batches is None:
-        say(_describe_no_validation(options, parts))
-    if batches is None and parts.teachers:
-        fitted, device = parts.student.preprocess, parts.on.device
-        shuffled = parts.source.shuffled(parts.recipe, fitted, device, parts.readers)
-        batches = None if shuffled is None else teacher_check.FirstImages(shuffled)
-        part = "training"
-    minimum = options.min_teacher_accuracy
-    if parts.teachers and batches is None:
-        say("the teachers are not checked: there are no real images to check them on")
-        if minimum is not None:
-            raise UserError(
-                f"--min-teacher-accuracy {minimum:g} needs real images to check the teacher on, "
-                f"and there are none ({parts.source.note}): leave it out"
-            )
-    elif batches is not None:
-        more = partial(_training_images, parts) if part == "validation" else _none
-        check = partial(teacher_check.check, minimum=minimum, part=part, more=more, say=say)
-        for name, teacher in zip(parts.teacher_names, parts.teachers, strict=True):
-            check(name, teacher, batches)
-
-
-def _training_images(parts: TrainingParts, count: int) -> EvaluationBatches | None:
-    """At most `count` training images, spread over the classes, in evaluation views."""
-    fitted, device = parts.student.preprocess, parts.on.device
-    return parts.source.sample(count, parts.recipe, fitted, device, parts.readers)
-
-
-def _none(count: int) -> None:
-    """Add no images: the teacher is checked on training images already."""
-
-
-def _describe_no_validation(options: TrainOptions, parts: TrainingParts) -> str:
-    """Say in one line what a training without validation images lacks.
-
-    Raises:
-        UserError: If an option is given that needs validation images.
-    """
-    for name in VALIDATION_FIELDS:
-        if name in options.given:
-            raise UserError(
-                f"{shell.flag(name)} has no effect without validation images: "
-                "leave it out, or hold some out with --validation-fraction"
-            )
-    fraction = data_source.fraction_or_default(options.validation_fraction)
-    lost = ["the weights of the last epoch are saved, not of the best"]
-    if parts.recipe.average_best > 1:
-        lost.append(f"and not the mean of {parts.recipe.average_best} epochs")
-    if not parts.student.gives_logits:
-        lost.append("and its outputs are not calibrated")
-    if parts.source.distilled is not None and parts.source.note:
-        reason = "there are no real images"
-    elif parts.source.distilled is not None or fraction == 0:
-        reason = "none are held out"
-    else:
-        reason = f"a share of {fraction:g} of so few images of each class is none"
-    return f"no validation images ({reason}): {', '.join(lost)}"
-
-
-def _report(parts: TrainingParts, student: Model, state: TrainingState) -> dict[str, Any]:
+def _report(parts: Training, state: TrainingState) -> dict[str, Any]:
     return {
-        **_test_metrics(parts, student),
-        "validation_accuracy": _validation_accuracy(parts, student, state),
+        **parts.figures(state),
         "best_epoch": state.best_epoch,
         "epochs": state.epoch,
         "steps": state.step,
-        "parameters": networks.parameter_count(student.classifier),
         "peak_memory": memory.peak(),
         "seed": parts.seed,
-        "data": parts.source.name,
-        "train_images": parts.source.count,
-        "student": student.name,
+        "student": parts.student_name,
         "teacher": ",".join(parts.teacher_names) or None,
         "recipe": _recipe_record(parts),
-        "output_temperature": student.output_temperature,
-        "note": parts.source.note,
         "device": str(parts.on.device),
         "processes": parts.on.num_processes,
         "versions": {"python": platform.python_version()}
@@ -323,20 +236,9 @@ def _report(parts: TrainingParts, student: Model, state: TrainingState) -> dict[
 
 
 def _fit(
-    parts: TrainingParts,
-    objective: Objective,
-    batches: BatchSource,
-    run: run_folder.Run,
-) -> tuple[Model, TrainingState, dict[str, float]]:
-    """Train; return the student with its best weights, the last state, and the seconds taken."""
-    student = parts.student
-    validation = _validation_batches(parts)
-
-    def validate(network: nn.Module) -> Mapping[str, float]:
-        assert validation is not None
-        classifier = student.classifier.with_network(network)
-        return scoring.validate(classifier, validation, parts.on, logits=student.gives_logits)
-
+    parts: Training, objective: Objective, batches: BatchSource, run: run_folder.Run
+) -> tuple[TrainingState, dict[str, float]]:
+    """Train; return the last state and the seconds taken."""
     saved = run.load_state()
     if saved:
         checkpoint.check(saved, parts.recipe)
@@ -350,7 +252,6 @@ def _fit(
         seconds = earlier + time.perf_counter() - start
         run.save_state(arrays, {**meta, "recipe": asdict(parts.recipe), "seconds": seconds})
 
-    validation_images = parts.source.validation_count
     with (
         stopping.watch() as flag,
         _log_and_progress(parts, run, saved, len(batches)) as (log, show),
@@ -361,8 +262,8 @@ def _fit(
             parts.recipe,
             parts.seed,
             on=parts.on,
-            validate=validate if validation else None,
-            validation_images=validation_images,
+            validate=parts.validator(),
+            validation_images=parts.validation_count,
             saved=saved,
             save=save,
             stopping=lambda: flag.requested,
@@ -370,16 +271,11 @@ def _fit(
             show=show,
         )
     _report_early_stop(parts, state, len(batches))
-    student.classifier.network.load_state_dict(state.best)
-    if validation and not student.gives_logits:
-        outputs, labels = scoring.outputs_and_labels(student.classifier, validation)
-        temperature = metrics.fit_temperature(outputs, labels)
-        student = replace(student, output_temperature=temperature)
     seconds = earlier + time.perf_counter() - start
-    return student, state, {"seconds": seconds, "startup_seconds": startup}
+    return state, {"seconds": seconds, "startup_seconds": startup}
 
 
-def _report_early_stop(parts: TrainingParts, state: TrainingState, per_epoch: int) -> None:
+def _report_early_stop(parts: Training, state: TrainingState, per_epoch: int) -> None:
     """Say in one line if patience has ended a training before its last step."""
     recipe = parts.recipe
     total = recipe.total_steps(math.ceil(per_epoch / recipe.accumulate))
@@ -393,7 +289,7 @@ def _report_early_stop(parts: TrainingParts, state: TrainingState, per_epoch: in
 
 @contextmanager
 def _log_and_progress(
-    parts: TrainingParts, run: run_folder.Run, saved: PackedState | None, per_epoch: int
+    parts: Training, run: run_folder.Run, saved: PackedState | None, per_epoch: int
 ) -> Iterator[tuple[metrics_file.Metrics | None, progress.ShowProgress | None]]:
     """Open the log of figures and the progress bar, in the process that writes."""
     if not run.writes:
@@ -406,40 +302,6 @@ def _log_and_progress(
         progress.bar(steps, start=done) as show,
     ):
         yield log, show
-
-
-def _test_metrics(parts: TrainingParts, student: Model) -> dict[str, Any]:
-    """Measure the student on the test set, which is used only here."""
-    fitted, on = student.preprocess, parts.on
-    batches = parts.source.test(parts.recipe, fitted, on.device, parts.readers)
-    if batches is None:
-        return {"test_accuracy": None, "test_images": 0}
-    figures = scoring.evaluate(
-        student.classifier,
-        batches,
-        dict(zip(parts.teacher_names, parts.teachers, strict=True)),
-        temperature=student.output_temperature,
-        classes=parts.source.classes,
-    )
-    for note in figures.pop("notes"):
-        progress.say(note)
-    accuracy, images = figures.pop("accuracy"), figures.pop("images")
-    return {"test_accuracy": accuracy, "test_images": images, **figures}
-
-
-def _validation_accuracy(
-    parts: TrainingParts, student: Model, state: TrainingState
-) -> float | None:
-    """Validation accuracy of the saved weights; a mean of several epochs is measured again."""
-    batches = _validation_batches(parts)
-    if len(state.kept) == 1 or batches is None:
-        return state.best_accuracy
-    return scoring.evaluate(student.classifier, batches)["accuracy"]
-
-
-def _validation_batches(parts: TrainingParts) -> EvaluationBatches | None:
-    fitted, on = parts.student.preprocess, parts.on
-    return parts.source.validation(parts.recipe, fitted, on.device, parts.readers)
 
 
 def _free_folder(options: TrainOptions) -> Path:

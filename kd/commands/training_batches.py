@@ -4,7 +4,7 @@ A teacher is given the same view of an image as the student. Without augmentatio
 computed once, as a table; with augmentation `--cache` stores them epoch by epoch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -21,6 +21,7 @@ from kd.data.batching import Batch, BatchSource, ResidentBatches
 from kd.data.teacher_cache import TeacherCache
 from kd.evaluation import scoring
 from kd.objectives.schemes import Distillation, Objective
+from kd.objectives.terms import Term
 from kd.options import TrainOptions
 
 VIEW_OPTIONS = (  # what a view of an image depends on besides the image
@@ -191,12 +192,6 @@ def _open_caches(
             f"--cache needs images whose identity is known, and {parts.source.name} is read from "
             "front to back: leave it out, or use a folder"
         )
-    exact = [term.name for term in parts.terms if term.definition.needs_raw_logits]
-    if options.cache_top is not None and exact:
-        raise UserError(
-            f"--cache-top keeps probabilities, and --loss {exact[0]} compares the logits "
-            "themselves: leave it out"
-        )
     # The preprocessing of the images is part of each teacher's adapter, and so of its fingerprint.
     common: dict[str, Any] = {"data": parts.source.digest, "shape": parts.source.shape}
     if not still:
@@ -205,11 +200,38 @@ def _open_caches(
         least = min_images_per_process(parts)
         if least > batching.MIN_IMAGES_PER_PROCESS:  # it decides where the last batch begins
             common["least"] = least
+    return open_caches(options, parts.terms, parts.teachers, [common] * len(parts.teachers))
+
+
+def open_caches(
+    options: TrainOptions,
+    loss_terms: Sequence[Term],
+    teachers: Sequence[nn.Module],
+    keys: Sequence[Mapping[str, Any]],
+) -> tuple[TeacherCache, ...]:
+    """Open one cache for each teacher.
+
+    Args:
+        options: Options with `cache`.
+        loss_terms: Terms of the loss.
+        teachers: The teachers.
+        keys: All that the answers of each depend on beside its weights.
+
+    Raises:
+        UserError: If only the largest probabilities are kept, and a term compares logits.
+    """
+    assert options.cache is not None
+    exact = [term.name for term in loss_terms if term.definition.needs_raw_logits]
+    if options.cache_top is not None and exact:
+        raise UserError(
+            f"--cache-top keeps probabilities, and --loss {exact[0]} compares the logits "
+            "themselves: leave it out"
+        )
     return tuple(
         teacher_cache.open_cache(
             options.cache,
-            common | {"teacher": teacher_cache.fingerprint(teacher)},
+            {**key, "teacher": teacher_cache.fingerprint(teacher)},
             top=options.cache_top,
         )
-        for teacher in parts.teachers
+        for teacher, key in zip(teachers, keys, strict=True)
     )

@@ -71,7 +71,7 @@ def assemble(options: TrainOptions) -> TrainingParts:
     name = options.student or (named and named.student) or DEFAULT_STUDENT
     if not Path(name).is_dir():
         networks.check_name(name)
-    on = _engine(options, named)
+    on = make_engine(options, named)
     source = _source(options, named, saved_models.class_order(name))
     taught = teacher_chain.last_teacher(options) or (named and named.teacher)
     names = tuple(network_names.parse_names("--teacher", taught)) if taught else ()
@@ -117,7 +117,7 @@ def build_objective(parts: TrainingParts, options: TrainOptions) -> Objective:
         parts.terms,
         student,
         parts.teachers,
-        shape=parts.source.shape,
+        sample=parts.source.shape,
         classes=len(parts.source.classes),
         images=parts.source.count,
         smoothing=parts.recipe.label_smoothing,
@@ -190,7 +190,12 @@ def _check(parts: TrainingParts, options: TrainOptions, alone: bool) -> None:
     optimization.check_optimizer(recipe)
 
 
-def _engine(options: TrainOptions, named: Recipe | None) -> Engine:
+def make_engine(options: TrainOptions, named: Recipe | None) -> Engine:
+    """Create the engine for the device and precision of the options, or of the recipe.
+
+    Raises:
+        UserError: If there is no such device, or no GPU for a recipe made for one.
+    """
     precision = options.given.get("precision") or (named.precision if named else "no")
     if named and named.gpu and options.device == "auto" and not torch.cuda.is_available():
         raise UserError(

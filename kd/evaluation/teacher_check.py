@@ -119,7 +119,7 @@ def check(
         added_logits, added_labels = scoring.outputs_and_labels(teacher, added)
         predicted = np.concatenate([predicted, added_logits.argmax(1)])
         labels, kind = np.concatenate([labels, added_labels]), f"{part} and training"
-        expected, at_chance = _chance(predicted, labels)
+        expected, at_chance = chance(predicted, labels)
         quality = replace(quality, chance=expected, at_chance=at_chance)
     order, undecided = _better_order(
         teacher, predicted, labels, count, f"{len(labels)} {kind} images"
@@ -173,14 +173,14 @@ def _measure(
     labels: Int[np.ndarray, " n"],
 ) -> TeacherQuality:
     n, accuracy = len(labels), metrics.accuracy(logits, labels)
-    expected, at_chance = _chance(logits.argmax(1), labels)
+    expected, at_chance = chance(logits.argmax(1), labels)
     # At regular intervals, since data may be sorted by class.
     rows = slice(None, None, math.ceil(n / MAX_TEMPERATURE_IMAGES))
     temperature = metrics.fit_temperature(logits[rows], labels[rows])
     return TeacherQuality(name, resolved, accuracy, expected, at_chance, temperature, n)
 
 
-def _chance(predicted: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"]) -> tuple[float, bool]:
+def chance(predicted: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"]) -> tuple[float, bool]:
     """Accuracy by chance, and whether the predictions are not significantly better."""
     expected = chance_accuracy(predicted, labels)
     # Three standard deviations of the mean of n coin tosses.

@@ -33,5 +33,6 @@ class Range:
 Temperature = Annotated[float, Range(0.01, 1000)]
 Factor = Annotated[float, Range(0, 1e6)]  # weight of a part of a loss
 Share = Annotated[float, Range(0, 1)]
+Flag = Annotated[int, Range(0, 1)]
 ShareBelowOne = Annotated[float, Range(0, 1, excludes_high=True)]
 Floor = Annotated[float, Range(1e-12, 1)]  # avoids a division by 0, or the logarithm of 0

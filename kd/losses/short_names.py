@@ -3,6 +3,7 @@
 What a network has to bring besides, such as a projector that fits the student's features to the
 teacher's, is the caller's part here; `--loss` makes and trains it. `crd` is the loss of two arrays
 of scores, which `kd.losses.contrastive` explains; `heads` is the loss of one shallow classifier.
+Those of tokens take a mask of the real ones, see `kd.losses.token`.
 """
 
 from kd.losses.contrastive import crd
@@ -23,11 +24,21 @@ from kd.losses.response import logit_kl as kd
 from kd.losses.response import logit_mse as logits
 from kd.losses.response import self_distillation as heads
 from kd.losses.response import standardised_kl as ls
+from kd.losses.token import attention_relations as relations
+from kd.losses.token import attention_scores as scores
+from kd.losses.token import hidden_cosine as cosine
+from kd.losses.token import hidden_states as hidden
+from kd.losses.token import patient
+from kd.losses.token import token_cross_entropy as clm
+from kd.losses.token import token_cross_entropy as mlm
+from kd.losses.token import token_divergence as tokens
 
 __all__ = [
     "at",
     "cc",
     "ce",
+    "clm",
+    "cosine",
     "crd",
     "dist",
     "dkd",
@@ -35,16 +46,22 @@ __all__ = [
     "fm",
     "hard",
     "heads",
+    "hidden",
     "kd",
     "logits",
     "ls",
     "mgd",
+    "mlm",
     "mse",
+    "patient",
     "pkt",
+    "relations",
     "review",
     "rkd_angle",
     "rkd_distance",
+    "scores",
     "sp",
     "srd",
+    "tokens",
     "vid",
 ]

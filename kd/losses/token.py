@@ -9,24 +9,31 @@ means, the function says so.
 """
 
 import math
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kd.losses.ranges import Share, ShareBelowOne, Temperature
+from kd.losses.ranges import Flag, Range, Share, ShareBelowOne, Temperature
 from kd.models.token_inputs import IGNORED
+
+RelationHeads = Annotated[int, Range(0, 1024)]
+# Queries, keys and values of a block for each head and token.
+Projections = tuple[Float[Tensor, "n h l d"], Float[Tensor, "n h l d"], Float[Tensor, "n h l d"]]
 
 
 def token_divergence(
     student_logits: Float[Tensor, "n l k"],
     teacher_logits: Float[Tensor, "n l k"],
     mask: Bool[Tensor, "n l"],
+    labels: Int[Tensor, "n l"] | None = None,
     *,
     temperature: Temperature = 2.0,
     beta: Share = 0.0,
     skew: ShareBelowOne = 0.0,
+    targets: Flag = 0,
 ) -> Float[Tensor, ""]:
     """T² times the divergence of the softened distributions of each token, in nats.
 
@@ -39,12 +46,15 @@ def token_divergence(
         student_logits: Unnormalised log-probabilities of the vocabulary.
         teacher_logits: Same shape; no gradient flows into them.
         mask: Tokens that count.
+        labels: Target at each position, as for `token_cross_entropy`; for `targets` alone.
         temperature: T > 0.
         beta: β in [0, 1].
         skew: α in [0, 1), with β = 0.
+        targets: 1 counts the tokens with a target only: hidden ones, or those of a completion.
 
     Raises:
-        ValueError: If shapes differ, a parameter is out of its range, or both β and α are given.
+        ValueError: If shapes differ, a parameter is out of its range, both β and α are given, or
+            `labels` are missing.
 
     Source: β: Agarwal et al. (2024), arXiv:2306.13649, whose code has no factor T²; here it keeps
     gradients on one scale for every T, as in `logit_kl`. α: Ko et al. (2024), arXiv:2402.03898,
@@ -58,6 +68,10 @@ def token_divergence(
         raise ValueError(f"beta must be in [0, 1] and skew in [0, 1), got {beta} and {skew}")
     if beta and skew:
         raise ValueError(f"skew needs beta 0, got skew {skew} and beta {beta}")
+    if targets:
+        if labels is None:
+            raise ValueError("targets 1 needs labels")
+        mask = mask & (labels != IGNORED)
     student, teacher = _real(student_logits, mask), _real(teacher_logits.detach(), mask)
     log_q = F.log_softmax(student / temperature, dim=-1)
     log_p = F.log_softmax(teacher / temperature, dim=-1)
@@ -158,7 +172,10 @@ def patient(student: Float[Tensor, "n d"], teacher: Float[Tensor, "n d"]) -> Flo
 
 
 def attention_scores(
-    student: Float[Tensor, "n h l l"], teacher: Float[Tensor, "n h l l"], mask: Bool[Tensor, "n l"]
+    student: Float[Tensor, "n h l l"],
+    teacher: Float[Tensor, "n h l l"],
+    mask: Bool[Tensor, "n l"],
+    causal: bool = False,
 ) -> Float[Tensor, ""]:
     """Squared difference of attention scores before the softmax, over real queries and keys.
 
@@ -169,6 +186,7 @@ def attention_scores(
         student: Scores Q K^T / sqrt(d) of a block, one row for each query.
         teacher: Same shape; no gradient flows into them.
         mask: Tokens that count.
+        causal: Whether the keys after a query are left out, which a causal model does not see.
 
     Raises:
         ValueError: If the shapes differ, such as for another number of heads.
@@ -182,18 +200,19 @@ def attention_scores(
             "and teacher need as many heads"
         )
     squares = (student.float() - teacher.detach().float()).square()
-    keys = mask[:, None, None, :]
+    keys = _keys(mask, causal)
     # Masked entries may be -inf on both sides, and their difference no number.
-    sums = torch.where(keys, squares, 0.0).sum(-1).mean(1)  # (n, l)
-    return _mean((sums / mask.sum(-1, keepdim=True).clamp_min(1))[mask])
+    sums = torch.where(keys[:, None], squares, 0.0).sum(-1).mean(1)  # (n, l)
+    return _mean((sums / keys.sum(-1).clamp_min(1))[mask])
 
 
 def relations(
     student: tuple[Float[Tensor, "n h l d"], Float[Tensor, "n h l d"]],
     teacher: tuple[Float[Tensor, "n g l e"], Float[Tensor, "n g l e"]],
     mask: Bool[Tensor, "n l"],
+    causal: bool = False,
     *,
-    heads: int = 0,
+    heads: RelationHeads = 0,
 ) -> Float[Tensor, ""]:
     """KL(teacher ‖ student) of the relations of tokens, softmax(a b^T / sqrt(d)) over real keys.
 
@@ -204,6 +223,7 @@ def relations(
         student: Two of the vectors of a block for each head and token, a and b.
         teacher: Those of the teacher's block; no gradient flows into them.
         mask: Tokens that count, as queries and as keys.
+        causal: Whether the keys after a query are left out.
         heads: Number of relation heads, into which all vectors of a token are divided anew, so
             that student and teacher may differ in heads and width; 0: the heads as they are.
 
@@ -220,16 +240,62 @@ def relations(
             f"the student has {ours[0].shape[1]} heads and the teacher {theirs[0].shape[1]}: "
             "relations with heads above 0 divide both into as many"
         )
-    log_q, log_p = _log_relations(*ours, mask), _log_relations(*theirs, mask)
+    keys = _keys(mask, causal)[:, None]
+    log_q, log_p = (_log_relations(x[0], x[1], keys) for x in (ours, theirs))
     # Masked keys have no share on either side; their logarithms would give 0 times infinity.
-    each = torch.where(mask[:, None, None, :], log_p.exp() * (log_p - log_q), 0.0)
+    each = torch.where(keys, log_p.exp() * (log_p - log_q), 0.0)
     return _mean(each.sum(-1).mean(1)[mask])
 
 
-def _log_relations(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
-    scores = a @ b.transpose(-1, -2) / math.sqrt(a.shape[-1])
+def attention_relations(
+    student: Projections,
+    teacher: Projections,
+    mask: Bool[Tensor, "n l"],
+    causal: bool = False,
+    *,
+    heads: RelationHeads = 0,
+    qk: Flag = 0,
+) -> Float[Tensor, ""]:
+    """MiniLM's loss of a block: the relations of its tokens, as in `relations`.
+
+    With `qk` the attention of queries to keys and the relation of values, summed; without, the mean
+    of the relations of queries, of keys and of values.
+
+    Args:
+        student: Queries, keys and values of the student's block.
+        teacher: Those of the teacher's block; no gradient flows into them.
+        mask: Tokens that count, as queries and as keys.
+        causal: Whether the keys after a query are left out.
+        heads: Number of relation heads; 0: the heads as they are.
+        qk: 1 for the first version of MiniLM.
+
+    Raises:
+        ValueError: If the numbers of heads differ, or do not divide the width.
+
+    Source: first version, heads 0 and qk 1: Wang et al. (2020), arXiv:2002.10957, section 3, of the
+    last block. Second version, qk 0 and heads 48, 64 for large teachers: Wang et al. (2021),
+    arXiv:2012.15828, section 3, of the last block of a base teacher, and of block 20 (from 0) of
+    BERT-large or 18 of RoBERTa-large and XLM-R-large.
+    """
+    pairs = [(0, 1), (2, 2)] if qk else [(0, 0), (1, 1), (2, 2)]
+    each = [
+        relations((student[a], student[b]), (teacher[a], teacher[b]), mask, causal, heads=heads)
+        for a, b in pairs
+    ]
+    return torch.stack(each).sum() / (1 if qk else len(pairs))
+
+
+def _keys(mask: Bool[Tensor, "n l"], causal: bool) -> Bool[Tensor, "n l l"]:
+    """The keys that each query of a text sees."""
+    keys = mask[:, None, :].expand(-1, mask.shape[1], -1)
+    return keys.tril() if causal else keys
+
+
+def _log_relations(a: Tensor, b: Tensor, keys: Tensor) -> Tensor:
+    with torch.autocast(a.device.type, enabled=False):
+        scores = a @ b.transpose(-1, -2) / math.sqrt(a.shape[-1])
     least = torch.finfo(scores.dtype).min
-    return F.log_softmax(scores.masked_fill(~mask[:, None, None, :], least), dim=-1)
+    return F.log_softmax(scores.masked_fill(~keys, least), dim=-1)
 
 
 def _into_heads(x: Tensor, heads: int) -> Tensor:

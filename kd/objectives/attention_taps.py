@@ -4,19 +4,22 @@ A fused attention never has the scores that TinyBERT and MiniLM compare, so they
 what goes into it. Hugging Face's transformers call attention through a registry; the function
 registered here calls the library's own fused one, whose outputs it leaves as they are to the bit,
 and keeps the arguments of the blocks that are tapped.
+
+The taps sit as hooks on the modules of these blocks, where the function finds them.
 """
 
 import math
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError
 from kd.models.language import blocks
+from kd.objectives.taps import ForwardPass, Hook, StartPass
 
 NAME = "kd"  # of the attention function in the library's registry
 
@@ -28,24 +31,30 @@ class Attention:
     Attributes:
         query, key, value: Vectors of each head and token, after any rotation by position.
         scaling: Factor of the scores.
+        causal: Whether a token sees only itself and those before it.
     """
 
     query: Float[Tensor, "n h l d"]
     key: Float[Tensor, "n h l d"]
     value: Float[Tensor, "n h l d"]
     scaling: float
+    causal: bool = False
 
     @property
     def scores(self) -> Float[Tensor, "n h l l"]:
-        """Scores before the softmax and without the mask, a row for each query."""
-        return self.query @ self.key.transpose(-1, -2) * self.scaling
+        """Scores in float32 before the softmax and without the mask, a row for each query."""
+        with torch.autocast(self.query.device.type, enabled=False):
+            return self.query.float() @ self.key.float().transpose(-1, -2) * self.scaling
 
 
 class AttentionTaps:
     """Reads the attention of some blocks of a network after it has run.
 
+    Deep copies are as those of `kd.objectives.taps.Taps`: without the taps they are not tapped, and
+    an object with both network and taps has taps of its own.
+
     Attributes:
-        numbers: Numbers of the blocks, from 0.
+        numbers: Numbers of the blocks, from 0, each once.
     """
 
     def __init__(self, network: nn.Module, numbers: Sequence[int]) -> None:
@@ -58,19 +67,14 @@ class AttentionTaps:
         Raises:
             UserError: If there is no such block, or its attention cannot be chosen.
         """
-        name, found = blocks.find(network)
-        for number in numbers:
-            if not -len(found) <= number < len(found):
-                raise UserError(
-                    f"attention.{number} is no block of {type(network).__name__}, which has the "
-                    f"blocks 0 to {len(found) - 1} in {name}"
-                )
-        self.numbers = tuple(dict.fromkeys(range(len(found))[number] for number in numbers))
-        self._kept: dict[int, Attention] = {}
+        names = dict.fromkeys(blocks.name_of(network, number) for number in numbers)
+        self.numbers = tuple(int(name.rpartition(".")[2]) for name in names)
+        self._pass = ForwardPass()
         _choose_recording_attention(network)
-        for number in self.numbers:
-            for module in found[number].modules():
-                _TAPPED[module] = (weakref.ref(self), number)
+        network.register_forward_pre_hook(StartPass(self._pass))
+        for name, number in zip(names, self.numbers, strict=True):
+            for module in network.get_submodule(name).modules():
+                module.register_forward_pre_hook(_KeepAttention(self._pass, str(number)))
 
     def read(self) -> dict[int, Attention]:
         """The attention of the last forward pass by block, and forget it.
@@ -78,7 +82,9 @@ class AttentionTaps:
         Raises:
             UserError: If a block gave none: its loss would be silently zero.
         """
-        kept, self._kept = self._kept, {}
+        features, self._pass.features = self._pass.features, None
+        assert features is not None, "the network has not run since the taps were last read"
+        kept = {int(name): attention for name, attention in features.items()}
         for number in self.numbers:
             if number not in kept:
                 raise UserError(
@@ -87,13 +93,18 @@ class AttentionTaps:
                 )
         return kept
 
-    def keep(self, number: int, attention: Attention) -> None:
-        """Keep the attention of a block."""
-        self._kept[number] = attention
 
+class _KeepAttention(Hook):
+    """Marks a module for the attention function; as a hook it does nothing."""
 
-# Module -> its taps and the number of its block; a deep copy of a network is not tapped.
-_TAPPED: "weakref.WeakKeyDictionary[nn.Module, tuple[Any, int]]" = weakref.WeakKeyDictionary()
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        pass
+
+    def keep(self, attention: Attention) -> None:
+        owner = self.owner()
+        # With activation checkpointing a block also runs between two passes.
+        if owner is not None and owner.features is not None:
+            owner.features[self.name] = attention
 
 
 def _choose_recording_attention(network: nn.Module) -> None:
@@ -126,11 +137,16 @@ def _record(
 ) -> Any:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    taps, number = _TAPPED.get(module, (lambda: None, 0))
-    if (own := taps()) is not None:
+    marks = [x for x in module._forward_pre_hooks.values() if isinstance(x, _KeepAttention)]
+    if marks:
         groups = query.shape[1] // key.shape[1]
         factor = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
-        own.keep(number, Attention(query, _repeat(key, groups), _repeat(value, groups), factor))
+        causal = bool(getattr(module, "is_causal", True))  # as the library takes it
+        attention = Attention(
+            query, _repeat(key, groups), _repeat(value, groups), factor, causal=causal
+        )
+        for mark in marks:
+            mark.keep(attention)
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, *args, scaling=scaling, **options
     )

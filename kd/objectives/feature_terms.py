@@ -2,7 +2,8 @@
 
 Each function below builds a module that maps the outputs of a step to the loss, the sum over all
 pairs of layers. Where no layers are named, losses of vectors compare the embeddings, the inputs of
-the two classifiers; losses of maps need names.
+the two classifiers; losses of maps need names. Of texts a vector is the mean over real tokens where
+a layer gives one for each, and there are no maps.
 """
 
 import itertools
@@ -18,8 +19,10 @@ from torch import Tensor, nn
 from dsdistill.harness.errors import UserError
 from kd.losses import contrastive
 from kd.losses.ranges import Range, ShareBelowOne, Temperature
-from kd.models.networks import Classifier, Shape
+from kd.models.language.text_teachers import TextTeacher
 from kd.models.teachers import Teacher
+from kd.models.token_inputs import TokenInputs
+from kd.models.wrapped_network import WrappedNetwork
 from kd.objectives.loss_spec import LayerPair
 from kd.objectives.projectors import (
     Embedder,
@@ -32,7 +35,7 @@ from kd.objectives.projectors import (
     match_sizes,
 )
 from kd.objectives.step_outputs import StepOutputs
-from kd.objectives.taps import EMBEDDING, FeatureLayout, Taps, as_map, as_vector, probe
+from kd.objectives.taps import EMBEDDING, FeatureLayout, Sample, Taps, as_map, as_vector, probe
 
 LossFunction = Callable[..., Tensor]
 
@@ -44,20 +47,29 @@ class TermContext:
     Attributes:
         student: The student.
         teacher: The teacher; None for a term of the student only.
-        shape: Height, width and channels of the data's images.
+        number: Number of the teacher, from 0.
+        sample: What the networks are tried on: the shape of an image, or texts.
         classes: Number of classes of the data.
-        images: Number of images in the training set; 0 if unknown.
+        images: Number of images or texts in the training set; 0 if unknown.
         seed: Seed of the projectors' weights.
         pairs: Pairs of a student's layer and a teacher's layer.
     """
 
-    student: Classifier
-    teacher: Teacher | None
-    shape: Shape
+    student: WrappedNetwork
+    teacher: Teacher | TextTeacher | WrappedNetwork | None
+    number: int
+    sample: Sample
     classes: int
     images: int
     seed: int
     pairs: tuple[LayerPair, ...]
+
+    @property
+    def teacher_network(self) -> nn.Module:
+        """The network with the teacher's layers."""
+        assert self.teacher is not None
+        within = self.teacher
+        return (within if isinstance(within, WrappedNetwork) else within.classifier).network
 
     def layers(self, *, default: bool) -> tuple[LayerPair, ...]:
         """The pairs of layers; without any, the embeddings if `default`.
@@ -67,6 +79,8 @@ class TermContext:
         """
         if self.pairs:
             return self.pairs
+        if not default and isinstance(self.sample, TokenInputs):
+            raise UserError("this loss needs layers, as in heads@0,2")
         if not default:
             raise UserError(
                 "a loss of maps needs layers, as in at:1000@layer2,layer3 "
@@ -75,10 +89,38 @@ class TermContext:
         return ((EMBEDDING, EMBEDDING),)
 
 
+class TappedPairs:
+    """The features of pairs of layers, tapped and probed.
+
+    Attributes:
+        pairs: Pairs of a student's layer and a teacher's layer.
+        layouts: Layouts of the two features of each pair.
+    """
+
+    def __init__(self, context: TermContext, pairs: Sequence[LayerPair]) -> None:
+        """Put taps on both networks, and try these out.
+
+        Raises:
+            UserError: If there is no such layer, or no trained weight before one of the student's.
+        """
+        assert context.teacher is not None
+        self.pairs = tuple(pairs)
+        self.student = Taps(context.student.network, [s for s, _ in pairs])
+        self.teacher = Taps(context.teacher_network, [t for _, t in pairs])
+        ours = probe(context.student, self.student, context.sample, trained=True)
+        theirs = probe(context.teacher, self.teacher, context.sample)
+        self.layouts = [(ours[s], theirs[t]) for s, t in self.pairs]
+
+    def read(self) -> list[tuple[Tensor, Tensor]]:
+        """Read the features of the last step, pair by pair."""
+        ours, theirs = self.student.read(), self.teacher.read()
+        return [(ours[s], theirs[t]) for s, t in self.pairs]
+
+
 class ProjectedFeatures(nn.Module):
     """The features of pairs of layers, projected to the arguments of a loss.
 
-    Each pair has its own projector.
+    Each pair has its own projector. Of texts all features are vectors, the means over real tokens.
 
     Attributes:
         projectors: One per pair; called with both features, it returns the loss's arguments.
@@ -88,26 +130,40 @@ class ProjectedFeatures(nn.Module):
         self, context: TermContext, make: Callable[..., nn.Module], *, default: bool
     ) -> None:
         super().__init__()
-        pairs = context.layers(default=default)
-        assert context.teacher is not None
-        self.pairs = pairs
-        self.student = Taps(context.student.network, [s for s, _ in pairs])
-        self.teacher = Taps(context.teacher.classifier.network, [t for _, t in pairs])
-        ours = probe(context.student, self.student, context.shape, trained=True)
-        theirs = probe(context.teacher, self.teacher, context.shape)
+        self.of_texts, self.teacher = isinstance(context.sample, TokenInputs), context.number
+        if self.of_texts and not default:
+            raise UserError(
+                "at, fitnet, mgd, review and vid compare maps of images, which texts have not: use "
+                "hidden, cosine, or a loss of vectors such as srd"
+            )
+        self.tapped = TappedPairs(context, context.layers(default=default))
+        layouts = self.tapped.layouts
+        if self.of_texts:
+            layouts = [(_vector_layout(s), _vector_layout(t)) for s, t in layouts]
         with torch.random.fork_rng():
             torch.manual_seed(context.seed)
-            self.projectors = nn.ModuleList(make(ours[s], theirs[t]) for s, t in pairs)
+            self.projectors = nn.ModuleList(make(s, t) for s, t in layouts)
 
-    def read(self) -> list[tuple[Tensor, Tensor]]:
+    def read(self, step: StepOutputs) -> list[tuple[Tensor, Tensor]]:
         """Read the features of the last step, pair by pair."""
-        ours, theirs = self.student.read(), self.teacher.read()
-        return [(ours[s], theirs[t]) for s, t in self.pairs]
+        features = self.tapped.read()
+        if not self.of_texts:
+            return features
+        ours, theirs = step.mask, step.teacher_mask(self.teacher)
+        return [
+            (as_vector(s, of_s, ours), as_vector(t, of_t, theirs))
+            for (s, t), (of_s, of_t) in zip(features, self.tapped.layouts, strict=True)
+        ]
 
-    def forward(self) -> list[tuple[Tensor, ...]]:
+    def forward(self, step: StepOutputs) -> list[tuple[Tensor, ...]]:
         """Read and project the features, pair by pair."""
-        pairs = zip(self.projectors, self.read(), strict=True)
+        pairs = zip(self.projectors, self.read(step), strict=True)
         return [projector(*features) for projector, features in pairs]
+
+
+def _vector_layout(layout: FeatureLayout) -> FeatureLayout:
+    """The layout of a feature after its mean over positions."""
+    return FeatureLayout(layout.layer, "vector", layout.channels)
 
 
 class LayerPairLoss(nn.Module):
@@ -118,7 +174,7 @@ class LayerPairLoss(nn.Module):
         self.tapped, self.function = tapped, function
 
     def forward(self, step: StepOutputs) -> Tensor:
-        return torch.stack([self.function(*features) for features in self.tapped()]).sum()
+        return torch.stack([self.function(*features) for features in self.tapped(step)]).sum()
 
 
 class MeanOverTeachers(nn.Module):
@@ -209,7 +265,7 @@ class FusionTerm(nn.Module):
             self.fusion = Fusion([s for s, _ in layouts], [t for _, t in layouts])
 
     def forward(self, step: StepOutputs) -> Tensor:
-        students, teachers = zip(*self.tapped.read(), strict=True)
+        students, teachers = zip(*self.tapped.read(step), strict=True)
         fused = self.fusion(students, teachers)
         return torch.stack([self.function(*pair) for pair in fused]).sum()
 
@@ -231,12 +287,12 @@ class CrdTerm(nn.Module):
         self.temperature = options.pop("temperature")
         make = partial(Embedder, dim=options["dim"])
         self.tapped = ProjectedFeatures(context, make, default=True)
-        if len(self.tapped.pairs) > 1:
+        if len(self.tapped.projectors) > 1:
             raise UserError("--loss crd compares one pair of layers")
         self.memory = EmbeddingMemory(context.images, seed=context.seed, **options)
 
     def forward(self, step: StepOutputs) -> Tensor:
-        (embeddings,) = self.tapped()
+        (embeddings,) = self.tapped(step)
         assert step.batch.index is not None
         scores = self.memory(*embeddings, step.batch.index, temperature=self.temperature)
         ours, theirs = self.memory.log_z
@@ -285,7 +341,7 @@ class DeepSupervisionTerm(nn.Module):
         super().__init__()
         layers = [student for student, _ in context.layers(default=False)]
         self.taps = Taps(context.student.network, layers)
-        self.layouts = probe(context.student, self.taps, context.shape, trained=True)
+        self.layouts = probe(context.student, self.taps, context.sample, trained=True)
         self.function = function
         with torch.random.fork_rng():
             torch.manual_seed(context.seed)
@@ -297,8 +353,9 @@ class DeepSupervisionTerm(nn.Module):
     def forward(self, step: StepOutputs) -> Tensor:
         features = self.taps.read()
         labels = step.batch.labels_or_shares
+        mask = step.mask if isinstance(step.batch.inputs, TokenInputs) else None
         outputs = [
-            head(as_vector(features[layer], self.layouts[layer]))
+            head(as_vector(features[layer], self.layouts[layer], mask))
             for head, layer in zip(self.heads, self.layers, strict=True)
         ]
         return torch.stack([self.function(o, step.student_logits, labels) for o in outputs]).sum()

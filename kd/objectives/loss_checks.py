@@ -10,6 +10,8 @@ from dsdistill.harness.errors import UserError
 from kd.objectives.terms import Term
 from kd.recipe import METRICS, Recipe
 
+TOKEN_TASKS = ("tag", "mlm", "causal")  # tasks whose networks answer for tokens
+
 
 def check(terms: Sequence[Term], *, classes: int, batch_size: int, mixed: bool) -> None:
     """Refuse terms that cannot work with the data.
@@ -40,6 +42,64 @@ def check(terms: Sequence[Term], *, classes: int, batch_size: int, mixed: bool) 
                 f"--loss {term.name} compares the images of a batch: --batch-size must be at "
                 f"least {least}, got {batch_size}"
             )
+
+
+def check_texts(terms: Sequence[Term], *, task: str, same_ids: bool) -> None:
+    """Refuse terms that do not work with texts, their task, or two tokenizers.
+
+    Args:
+        terms: Terms of the loss.
+        task: `classify`, `regress`, `tag`, `mlm` or `causal`.
+        same_ids: Whether student and teachers see the same tokens.
+
+    Raises:
+        UserError: With the term and what it needs.
+    """
+    for term in terms:
+        needs = term.definition
+        on_answers = not (needs.reads_layers or needs.of_tokens)
+        if needs.of_maps:
+            raise UserError(
+                f"--loss {term.name} compares maps of images, which texts have not: use hidden, "
+                "cosine, or a loss of vectors such as srd"
+            )
+        if needs.of_tokens and task not in TOKEN_TASKS:
+            raise UserError(
+                f"--loss {term.name} takes answers for tokens, and with --task {task} the networks "
+                f"give them for texts: use {'kd' if needs.needs_teacher else 'ce'}"
+            )
+        if needs.task not in (None, task):
+            raise UserError(
+                f"--loss {term.name} takes the targets of --task {needs.task}, not those of --task "
+                f"{task}: use {'clm' if task == 'causal' else 'mlm' if task == 'mlm' else 'ce'}"
+            )
+        if task == "regress" and (needs.needs_logits or (on_answers and needs.classes > 1)):
+            raise UserError(
+                f"--loss {term.name} takes classes, and --task regress has scores: use "
+                f"{'logits' if needs.needs_teacher else 'mse'}"
+            )
+        by_token = needs.aligned or (on_answers and task in TOKEN_TASKS)
+        if by_token and needs.needs_teacher and not same_ids:
+            remedy = "kd, logits or a loss of vectors such as srd"
+            if task in TOKEN_TASKS:
+                remedy = "--recipe sequence" if task == "causal" else "a teacher with the same one"
+            raise UserError(
+                f"--loss {term.name} compares token by token, and the teacher has another "
+                f"tokenizer: use {remedy}"
+            )
+
+
+def trains_outputs(terms: Sequence[Term]) -> bool:
+    """Whether a loss trains all that the student's outputs depend on.
+
+    Losses of blocks of transformers, such as TinyBERT's first stage and MiniLM, do not: a training
+    after them does.
+
+    Args:
+        terms: Terms of the loss.
+    """
+    rows = [term.definition for term in terms]
+    return not all(row.of_texts and row.reads_layers for row in rows)
 
 
 def gives_logits(terms: Sequence[Term], *, alone: bool) -> bool:

@@ -2,7 +2,8 @@
 
     loss   = term, term, ...
     term   = NAME [:WEIGHT] [:PARAMETER=VALUE ...] [@LAYER, LAYER, ...]
-    LAYER  = NAME of a layer in student and teacher, or STUDENT_LAYER=TEACHER_LAYER
+    LAYER  = NAME of a layer in student and teacher, or STUDENT_LAYER=TEACHER_LAYER; the number of
+             a block of a transformer is a name too
 
 The text after a comma is another term if it begins with the name of one, and otherwise another
 layer of the term before. The range of a parameter is an annotation of the term's function, see
@@ -128,7 +129,7 @@ def _parse_number(text: str, what: str) -> float:
 
 
 def _parse_layer_pair(text: str, piece: str) -> LayerPair:
-    if not re.fullmatch(r"[\w.]+(=[\w.]+)?", text):
+    if not re.fullmatch(r"-?[\w.]+(=-?[\w.]+)?", text):
         raise UserError(
             f"--loss {piece}: a layer is a name such as layer2 or blocks.3, or two as in "
             f"layer2=blocks.3 (student=teacher), got {text!r}"

@@ -4,6 +4,9 @@ Convolutional layers return maps, transformers tokens, heads vectors. `Taps` rea
 forward pass; `probe` finds out once how the features of each layer lie in memory; `as_map`,
 `as_tokens` and `as_vector` bring them to the shape that a loss needs.
 
+Of a transformer, whose blocks are a list of modules of one class, a number is a block and
+`embeddings` what the first block takes.
+
 The hooks sit on the layers: a later wrapper of the network, DDP or a compiler, calls them too.
 """
 
@@ -11,20 +14,27 @@ import copy
 import difflib
 import itertools
 import math
+import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence, ValuesView
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError
+from kd.models.language import blocks
 from kd.models.networks import Shape
+from kd.models.token_inputs import TokenInputs
 from kd.models.zoo.modes import evaluation_mode
 
+# What a network is tried on: the shape of an image, height, width and channels, or a few texts.
+Sample = Shape | TokenInputs
+
 EMBEDDING = "embedding"  # the input of the classifier, even if a layer has this name
+EMBEDDINGS = "embeddings"  # of a transformer: what its first block takes
 SQUARE_SHAPE = (1, 1, 1)  # proportions after the resize in front of some networks
 
 
@@ -66,18 +76,23 @@ class Taps:
         Args:
             network: Network that is called as a whole: calls of its parts are not recorded.
             layers: Names as in `network.named_modules()`; or `embedding`, the input of the
-                classifier, which is the last linear layer unless the network names another.
+                classifier, which is the last linear layer unless the network names another; or, of
+                a transformer, the number of a block (-1 is the last one) and `embeddings`.
 
         Raises:
             UserError: If there is no such layer.
         """
         self.layers = tuple(dict.fromkeys(layers))
-        self._pass = _ForwardPass()
-        network.register_forward_pre_hook(_StartPass(self._pass))
+        self._pass = ForwardPass()
+        network.register_forward_pre_hook(StartPass(self._pass))
         for name in self.layers:
             keep = _KeepFeature(self._pass, name)
             if name == EMBEDDING:
                 _find_classifier(network).register_forward_pre_hook(keep)
+            elif name == EMBEDDINGS and _is_tapped_before_blocks(network):
+                # The sum of all embeddings is the output of no module in some transformers.
+                first = network.get_submodule(blocks.name_of(network, 0))
+                first.register_forward_pre_hook(keep)
             else:
                 _find_layer(network, name).register_forward_hook(keep)
 
@@ -98,42 +113,60 @@ class Taps:
 
 
 def probe(
-    network: nn.Module, taps: Taps, shape: Shape, *, trained: bool = False
+    network: nn.Module, taps: Taps, sample: Sample, *, trained: bool = False
 ) -> dict[str, FeatureLayout]:
-    """Find the layouts of the tapped layers, with one image of zeros in evaluation mode.
+    """Find the layouts of the tapped layers, with one image of zeros, or texts, in evaluation mode.
 
     The two axes of a map with the proportions of the image, or of a square, are its height and
     width; where both orders fit, the channels come last if the network has timm's attribute
     `output_fmt` of NHWC. Tokens lie on the grid of the patch embedding, or else on a grid with the
-    proportions of the image or a square; the remaining tokens are the prefix.
+    proportions of the image or a square; the remaining tokens are the prefix. Those of texts lie on
+    no grid.
 
     Args:
         network: The tapped network, or one that calls it; not compiled yet.
         taps: Taps on the network.
-        shape: Height, width and channels of an image.
+        sample: Height, width and channels of an image; or texts.
         trained: Whether the layers must depend on a weight that is trained.
 
     Raises:
         UserError: If a layer did not run, has features of no known kind, or, with `trained`,
             depends on no trained weight.
     """
-    like = next(network.parameters(), torch.zeros(()))
-    with evaluation_mode(network), torch.set_grad_enabled(trained):
-        network(like.new_zeros(1, shape[2], *shape[:2]))
+    try_out(network, sample, trained=trained)
     features = taps.read()
     fixed = [layer for layer, feature in features.items() if not feature.requires_grad]
     if trained and fixed:
         raise UserError(f"no trained weight comes before layer {fixed[0]!r}: tap a later one")
+    if isinstance(sample, TokenInputs):
+        return {layer: _text_layout(layer, x, sample) for layer, x in features.items()}
     return {
-        layer: _infer_layout(layer, feature, network, shape) for layer, feature in features.items()
+        layer: _infer_layout(layer, feature, network, sample) for layer, feature in features.items()
     }
+
+
+def try_out(network: nn.Module, sample: Sample, *, trained: bool = False) -> Any:
+    """Run a network in evaluation mode on one image of zeros, or on texts; return its outputs.
+
+    Args:
+        network: The network.
+        sample: Height, width and channels of an image; or texts.
+        trained: Whether to record the graph.
+    """
+    like = next(network.parameters(), torch.zeros(()))
+    if isinstance(sample, TokenInputs):
+        inputs = sample.to(like.device)
+    else:
+        inputs = like.new_zeros(1, sample[2], *sample[:2])
+    with evaluation_mode(network), torch.set_grad_enabled(trained):
+        return network(inputs)
 
 
 def remove(network: nn.Module) -> None:
     """Remove the hooks of all taps from a network; other hooks stay."""
     for module in network.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
+            for key in [key for key, hook in hooks.items() if isinstance(hook, Hook)]:
                 del hooks[key]
 
 
@@ -165,40 +198,57 @@ def as_tokens(feature: Float[Tensor, "n ..."], layout: FeatureLayout) -> Float[T
     return as_map(feature, layout).flatten(2).transpose(1, 2)
 
 
-def as_vector(feature: Float[Tensor, "n ..."], layout: FeatureLayout) -> Float[Tensor, "n c"]:
-    """Average a feature over all positions, without prefix tokens."""
-    return as_tokens(feature, layout).mean(1)
+def as_vector(
+    feature: Float[Tensor, "n ..."],
+    layout: FeatureLayout,
+    mask: Bool[Tensor, "n t"] | None = None,
+) -> Float[Tensor, "n c"]:
+    """Average a feature over all positions, without prefix tokens and padding.
+
+    Args:
+        feature: Features of a layer.
+        layout: How they lie in memory.
+        mask: Of texts, which tokens are real.
+    """
+    tokens = as_tokens(feature, layout)
+    if mask is None or layout.kind != "tokens":
+        return tokens.mean(1)
+    # Padding is left out and not multiplied by 0: what stands there may be no number.
+    sums = torch.where(mask[..., None], tokens.float(), 0.0).sum(1)
+    return (sums / mask.sum(1, keepdim=True).clamp_min(1)).to(tokens.dtype)
 
 
-class _ForwardPass:
-    """The features of a forward pass; None after they are read, until the next pass begins."""
+class ForwardPass:
+    """The features of a forward pass; None after they are read, until the next pass begins.
 
-    features: dict[str, Tensor] | None = None
+    Attributes:
+        features: Features, or what else the taps read, by name.
+    """
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_ForwardPass":
+    features: dict[str, Any] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ForwardPass":
         # Features in a graph cannot be copied, and the copy's next pass has its own.
-        return _ForwardPass()
+        return ForwardPass()
 
 
-class _Hook:
-    """A hook that holds only a weak reference to the pass: its `Taps` own it.
+class Hook:
+    """Holds only a weak reference to the pass, which its taps own.
 
     So the hooks of a deep copy do nothing unless the taps were copied with it: deepcopy's memo
     creates one new pass, and drops it at the end if nothing else holds it.
     """
 
-    def __init__(self, owner: _ForwardPass, name: str = "") -> None:
+    def __init__(self, owner: ForwardPass, name: str = "") -> None:
         self.owner = weakref.ref(owner)
         self.name = name
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Hook":
         owner = self.owner()
-        return type(self)(
-            _ForwardPass() if owner is None else copy.deepcopy(owner, memo), self.name
-        )
+        return type(self)(ForwardPass() if owner is None else copy.deepcopy(owner, memo), self.name)
 
 
-class _StartPass(_Hook):
+class StartPass(Hook):
     """Runs before the network: starts a new pass, so that no feature of an earlier one remains."""
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -207,7 +257,7 @@ class _StartPass(_Hook):
             owner.features = {}
 
 
-class _KeepFeature(_Hook):
+class _KeepFeature(Hook):
     """Keeps a layer's output if it runs after the layer, and its input if it runs before."""
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], *output: Any) -> None:
@@ -232,9 +282,16 @@ def _first_tensor(value: Any) -> Tensor | None:
     return next((tensor for tensor in tensors if tensor is not None), None)
 
 
+def _is_tapped_before_blocks(network: nn.Module) -> bool:
+    """Whether `embeddings` is no layer's name, and there are blocks before which to tap."""
+    return not hasattr(network, EMBEDDINGS) and blocks.exist(network)
+
+
 def _find_layer(network: nn.Module, name: str) -> nn.Module:
     layers = dict(network.named_modules(remove_duplicate=False))
     layers.pop("")
+    if name not in layers and re.fullmatch(r"-?\d+", name) and blocks.exist(network):
+        return layers[blocks.name_of(network, int(name))]
     if name not in layers:
         near = difflib.get_close_matches(name, [*layers, EMBEDDING], n=4, cutoff=0)
         raise UserError(
@@ -251,12 +308,28 @@ def _find_classifier(network: nn.Module) -> nn.Module:
         classifier = classifier[0]
     if isinstance(classifier, nn.Module):
         return classifier
-    for kind in (nn.Linear, nn.Conv2d):
-        last = [module for module in network.modules() if isinstance(module, kind)]
-        if last:
-            return last[-1]
+    body = getattr(network, "base_model", None)  # of Hugging Face; some define it after the head
+    within = set(body.modules()) if isinstance(body, nn.Module) and body is not network else set()
+    for modules in ([m for m in network.modules() if m not in within], list(network.modules())):
+        for kind in (nn.Linear, nn.Conv2d):
+            last = [module for module in modules if isinstance(module, kind)]
+            if last:
+                return last[-1]
     raise UserError(
         f"{type(network).__name__} has no linear layer, so no {EMBEDDING!r}: name a layer instead"
+    )
+
+
+def _text_layout(layer: str, feature: Tensor, sample: TokenInputs) -> FeatureLayout:
+    n, length = sample.ids.shape
+    shape = tuple(feature.shape)
+    if feature.is_floating_point() and shape[:2] == (n, length) and feature.ndim == 3:
+        return FeatureLayout(layer, "tokens", shape[2], None)
+    if feature.is_floating_point() and shape[:1] == (n,) and feature.ndim == 2:
+        return FeatureLayout(layer, "vector", shape[1])
+    raise UserError(
+        f"layer {layer!r} gives {shape} for {n} texts of {length} tokens, which is neither tokens "
+        "(n, l, c) nor a vector (n, c): tap another layer"
     )
 
 

@@ -3,7 +3,7 @@
 The table `TERMS` has for each name its function, the weight in its paper, and all that the term
 needs or changes, so that no other place knows a term by its name. A new loss is a function in
 `kd.losses`, its short name in `kd.losses.short_names`, and a row in this table, by `_label_row`,
-`_logit_row` or `_feature_row`.
+`_logit_row`, `_feature_row`, `_state_row` or `_token_row`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from dsdistill.harness.errors import UserError
 from kd.data.batching import Unit
 from kd.losses import ensemble, response, short_names
-from kd.models.networks import Classifier, Shape
+from kd.models.language.text_teachers import TextTeacher
 from kd.models.teachers import Teacher
-from kd.objectives import feature_terms, loss_spec
+from kd.models.token_inputs import TokenInputs
+from kd.models.wrapped_network import WrappedNetwork
+from kd.objectives import feature_terms, loss_spec, token_terms
 from kd.objectives.feature_terms import LossFunction, TermContext
 from kd.objectives.loss_spec import LayerPair
 from kd.objectives.step_outputs import StepOutputs
+from kd.objectives.taps import Sample, try_out
 
 Parameters = Mapping[str, Any]
 # Applies a loss at a temperature to the student's logits and those of all teachers.
@@ -62,6 +65,26 @@ def _always(parameters: Parameters) -> bool:
     return True
 
 
+def _per_row(parameters: Parameters) -> Unit:
+    """Count images, or texts."""
+    return "rows"
+
+
+def _per_token(parameters: Parameters) -> Unit:
+    """Count real tokens."""
+    return "tokens"
+
+
+def _per_target(parameters: Parameters) -> Unit:
+    """Count tokens with a target."""
+    return "targets"
+
+
+def _per_chosen_token(parameters: Parameters) -> Unit:
+    """Count real tokens, or with `targets` those with a target."""
+    return "targets" if parameters["targets"] else "tokens"
+
+
 def _no_remark(parameters: Parameters, images: int) -> str | None:
     """Make no remark, whatever the parameters."""
 
@@ -84,9 +107,16 @@ class TermDefinition:
         images: Smallest number of images in a batch.
         compares_images: Whether it compares images with each other, given its parameters; else one
             image is enough.
-        classes: Smallest number of classes.
+        classes: Smallest number of classes; 1 if the networks may give scores.
         whole: Whether each image must be of one class, not mixed.
         needs_rows: Whether it knows each training image by its number.
+        unit: What the term is the mean over, given its parameters; of a loss of logits whose
+            networks answer for tokens it is the tokens with a target.
+        of_maps: Whether it takes maps, which only images have.
+        of_texts: Whether it takes tokens, which only texts have.
+        of_tokens: Whether it takes the networks' answers for tokens.
+        aligned: Whether it compares token by token, so that student and teacher need the same ones.
+        task: Task that gives its targets; None: any, or none are needed.
         remark: A line about its parameters and the number of training images, or None.
     """
 
@@ -105,6 +135,12 @@ class TermDefinition:
     classes: int = 2
     whole: bool = False
     needs_rows: bool = False
+    unit: Callable[[Parameters], Unit] = _per_row
+    of_maps: bool = False
+    of_texts: bool = False
+    of_tokens: bool = False
+    aligned: bool = False
+    task: str | None = None
     remark: Callable[[Parameters, int], str | None] = _no_remark
 
 
@@ -132,7 +168,7 @@ def _logit_row(
     """Define a term of the student's logits and those of all teachers, which `combine` applies."""
 
     def make(function: partial, contexts: Sequence[TermContext]) -> nn.Module:
-        return LogitTerm(function, combine)
+        return LogitTerm(function, combine, needs.get("images", 1))
 
     return TermDefinition(function, weight, inputs, make, **needs)
 
@@ -155,6 +191,31 @@ def _feature_row(
     return TermDefinition(function, weight, "features", make, **options)
 
 
+def _state_row(
+    function: Callable[..., Any],
+    weight: float,
+    make_one: Callable[[TermContext, partial], nn.Module],
+    **needs: Any,
+) -> TermDefinition:
+    """Define a term of the blocks of transformers, which compares them token by token."""
+    options = {"unit": _per_token, "of_texts": True, "aligned": True, **needs}
+    return _feature_row(function, weight, make_one, **options)
+
+
+def _token_row(
+    name: str,
+    function: Callable[..., Any],
+    term: Callable[[str, partial, Sequence[TermContext]], nn.Module],
+    unit: Callable[[Parameters], Unit],
+    *,
+    inputs: str,
+    **needs: Any,
+) -> TermDefinition:
+    """Define a term of weight 1 of the networks' answers for tokens."""
+    options = {"unit": unit, "of_texts": True, "of_tokens": True, **needs}
+    return TermDefinition(function, 1, inputs, partial(term, name), **options)
+
+
 def _compares_columns(parameters: Parameters) -> bool:
     """Whether DIST compares columns, the images of a class, and not rows alone."""
     return parameters["intra"] != 0
@@ -162,7 +223,7 @@ def _compares_columns(parameters: Parameters) -> bool:
 
 TERMS: Mapping[str, TermDefinition] = {
     "ce": _label_row(short_names.ce, 1, smooths_labels=True),
-    "mse": _label_row(short_names.mse, 1, centred=True, whole=True),
+    "mse": _label_row(short_names.mse, 1, centred=True, whole=True, classes=1),
     "kd": _logit_row(short_names.kd, 0.9),
     "fm": _logit_row(short_names.fm, 1),
     "dkd": _logit_row(
@@ -170,13 +231,13 @@ TERMS: Mapping[str, TermDefinition] = {
     ),
     "dist": _logit_row(short_names.dist, 2, images=2, compares_images=_compares_columns),
     "ls": _logit_row(short_names.ls, 9, mean_standardised_loss, classes=3, needs_raw_logits=True),
-    "logits": _logit_row(short_names.logits, 1, mean_logit_loss, needs_raw_logits=True),
+    "logits": _logit_row(short_names.logits, 1, mean_logit_loss, needs_raw_logits=True, classes=1),
     "hard": _logit_row(short_names.hard, 0.5),
-    "fitnet": _feature_row(short_names.fitnet, 100, feature_terms.regressor_term),
-    "at": _feature_row(short_names.at, 1000, feature_terms.map_term),
-    "review": _feature_row(short_names.review, 1, feature_terms.FusionTerm),
-    "vid": _feature_row(short_names.vid, 1, feature_terms.variational_term),
-    "mgd": _feature_row(short_names.mgd, 2e-5, feature_terms.generator_term),
+    "fitnet": _feature_row(short_names.fitnet, 100, feature_terms.regressor_term, of_maps=True),
+    "at": _feature_row(short_names.at, 1000, feature_terms.map_term, of_maps=True),
+    "review": _feature_row(short_names.review, 1, feature_terms.FusionTerm, of_maps=True),
+    "vid": _feature_row(short_names.vid, 1, feature_terms.variational_term, of_maps=True),
+    "mgd": _feature_row(short_names.mgd, 2e-5, feature_terms.generator_term, of_maps=True),
     "srd": _feature_row(short_names.srd, 2, feature_terms.projector_term, images=2),
     "rkd-distance": _feature_row(short_names.rkd_distance, 25, feature_terms.vector_term, images=2),
     "rkd-angle": _feature_row(short_names.rkd_angle, 50, feature_terms.vector_term, images=3),
@@ -197,6 +258,40 @@ TERMS: Mapping[str, TermDefinition] = {
         feature_terms.DeepSupervisionTerm,
         needs_teacher=False,
         needs_logits=True,
+    ),
+    "hidden": _state_row(short_names.hidden, 1, token_terms.HiddenTerm),
+    "scores": _state_row(short_names.scores, 1, token_terms.ScoresTerm),
+    # The paper's formula with its weight; that of its code is 100 / (d (M - 1)) here.
+    "patient": _state_row(
+        short_names.patient, 100, token_terms.PatientTerm, unit=_per_row, aligned=False
+    ),
+    "cosine": _state_row(short_names.cosine, 1, token_terms.CosineTerm),
+    "relations": _state_row(short_names.relations, 1, token_terms.RelationsTerm),
+    "mlm": _token_row(
+        "mlm",
+        short_names.mlm,
+        token_terms.TokenLabelTerm,
+        _per_target,
+        inputs="targets of tokens",
+        needs_teacher=False,
+        task="mlm",
+    ),
+    "clm": _token_row(
+        "clm",
+        short_names.clm,
+        token_terms.TokenLabelTerm,
+        _per_target,
+        inputs="targets of tokens",
+        needs_teacher=False,
+        task="causal",
+    ),
+    "tokens": _token_row(
+        "tokens",
+        short_names.tokens,
+        token_terms.TokenLogitTerm,
+        _per_chosen_token,
+        inputs="logits of tokens",
+        aligned=True,
     ),
 }
 
@@ -223,6 +318,11 @@ class Term:
     def parameters(self) -> dict[str, Any]:
         """All parameters of the term, those that were not given at their defaults."""
         return loss_spec.parameters(self.definition.function) | dict(self.given)
+
+    @property
+    def unit(self) -> Unit:
+        """What the term is the mean over, unless the networks' answers change it."""
+        return self.definition.unit(self.parameters)
 
     @property
     def smoothing(self) -> float | None:
@@ -280,7 +380,8 @@ class WeightedTerm(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.weight, self.measure = name, weight, measure
-        self.needs_teacher, self.unit = needs_teacher, unit
+        self.needs_teacher = needs_teacher
+        self.unit: Unit = unit
         self.needs_teacher_features = needs_teacher_features
 
     def forward(self, step: StepOutputs) -> Tensor:
@@ -295,24 +396,30 @@ class LabelTerm(nn.Module):
         self.function, self.centred = function, centred
 
     def forward(self, step: StepOutputs) -> Tensor:
-        batch = step.batch
+        rows = step.rows
+        batch = rows.batch
+        if not len(batch):  # no token with a target
+            return 0 * step.student_logits.sum()
         if self.centred:
             labels = batch.labels if batch.targets is None else batch.targets
         else:
             labels = batch.labels_or_shares
-        return self.function(step.student_logits, labels)
+        return self.function(rows.student_logits, labels)
 
 
 class LogitTerm(nn.Module):
-    """A loss of the student's logits and the teachers'."""
+    """A loss of the student's logits and the teachers'; 0 of fewer tokens than it can compare."""
 
-    def __init__(self, function: partial, combine: TeacherCombiner) -> None:
+    def __init__(self, function: partial, combine: TeacherCombiner, least: int = 1) -> None:
         super().__init__()
-        self.function, self.combine = function, combine
+        self.function, self.combine, self.least = function, combine, least
         self.temperature = function.keywords.get("temperature", 1.0)
 
     def forward(self, step: StepOutputs) -> Tensor:
-        return self.combine(step, self.function, self.temperature)
+        rows = step.rows
+        if rows is not step and len(rows.batch) < self.least:
+            return 0 * step.student_logits.sum()
+        return self.combine(rows, self.function, self.temperature)
 
 
 class UserTerm(nn.Module):
@@ -340,10 +447,10 @@ def user_term(name: str, function: LossOfLogits, *, taught: bool) -> WeightedTer
 
 def build(
     terms: Sequence[Term],
-    student: Classifier,
-    teachers: Sequence[Teacher] = (),
+    student: WrappedNetwork,
+    teachers: Sequence[Teacher | TextTeacher | WrappedNetwork] = (),
     *,
-    shape: Shape = (1, 1, 1),
+    sample: Sample = (1, 1, 1),
     classes: int = 0,
     images: int = 0,
     smoothing: float = 0.0,
@@ -355,9 +462,9 @@ def build(
         terms: Terms of the loss, from `parse`.
         student, teachers: Networks before they are wrapped or compiled. With several teachers, a
             term of features is the mean over the teachers, with a projector for each.
-        shape: Height, width and channels of an image.
+        sample: What the networks are tried on: height, width and channels of an image, or texts.
         classes: Number of classes, for `heads`.
-        images: Number of training images, for the memory of `crd`.
+        images: Number of training images or texts, for the memory of `crd`.
         smoothing: Label smoothing of `ce`, unless the term has a parameter of its own.
         seed: Seed of the projectors' weights.
 
@@ -365,16 +472,21 @@ def build(
         UserError: For an unknown layer, or layers in a term without features.
     """
     contexts = [
-        partial(TermContext, student, teacher, shape, classes, images, seed + i)
+        partial(TermContext, student, teacher, i, sample, classes, images, seed + i)
         for i, teacher in enumerate(teachers or (None,))
     ]
+    answers_for_tokens = isinstance(sample, TokenInputs) and try_out(student, sample).ndim == 3
     return [
-        _build_term(term, [make(term.layers) for make in contexts], smoothing) for term in terms
+        _build_term(term, [make(term.layers) for make in contexts], smoothing, answers_for_tokens)
+        for term in terms
     ]
 
 
-def _build_term(term: Term, contexts: Sequence[TermContext], smoothing: float) -> WeightedTerm:
+def _build_term(
+    term: Term, contexts: Sequence[TermContext], smoothing: float, answers_for_tokens: bool
+) -> WeightedTerm:
     needs, parameters = term.definition, term.parameters
+    on_answers = not (needs.reads_layers or needs.of_tokens)
     if term.layers and not needs.reads_layers:
         raise UserError(
             f"--loss {term.name} takes {needs.inputs}, not features: leave its layers out"
@@ -387,4 +499,5 @@ def _build_term(term: Term, contexts: Sequence[TermContext], smoothing: float) -
         needs.make(partial(needs.function, **parameters), contexts),
         needs_teacher=needs.needs_teacher,
         needs_teacher_features=needs.needs_teacher and needs.reads_layers,
+        unit="targets" if answers_for_tokens and on_answers else term.unit,
     )

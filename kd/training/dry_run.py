@@ -1,4 +1,4 @@
-"""Try one step of a training on images of noise, before anything is written.
+"""Try one step of a training, on images of noise or a few texts, before anything is written.
 
 The effect of a loss on a student is certain only when it is computed: a term may raise for a small
 number of images or classes, give NaN, or leave a part of the student untrained. Each of these is an
@@ -16,6 +16,7 @@ from dsdistill.harness.errors import UserError, first_line
 from kd.data import batching
 from kd.data.batching import Batch
 from kd.models.networks import Shape
+from kd.models.token_inputs import TokenInputs
 from kd.models.wrapped_network import WrappedNetwork
 from kd.objectives.schemes import Objective, as_module
 from kd.parallel.engine import Engine
@@ -59,30 +60,50 @@ def check(
         UserError: If the loss cannot be computed, is not finite, or leaves trained weights of a
             network without any gradient.
     """
-    module = as_module(objective).to(on.device)
     n = min(smallest_share(sizes, world or on.num_processes), MAX_IMAGES)
     batch = noise_batch(n, shape, classes, images=images, mixed=mixed, centred=centred)
+    check_batch(objective, loss, batch, on=on)
+
+
+def check_batch(
+    objective: Objective, loss: str, batch: Batch, *, on: Engine, trains_outputs: bool = True
+) -> None:
+    """Compute a loss and its gradient for a batch, as `check`.
+
+    Args:
+        objective: The objective, before it is wrapped or compiled.
+        loss: Text of the loss, for messages.
+        batch: A few images or texts, on any device.
+        on: Engine of the training.
+        trains_outputs: Whether all weights that the student's outputs depend on must get a
+            gradient; else some must, and with several processes the others are frozen.
+
+    Raises:
+        UserError: As for `check`.
+    """
+    module = as_module(objective).to(on.device)
     batch = batching.move(batch, on.device)
     networks = objective.trained_networks
     with (
         _preserve_state(objective),
         torch.random.fork_rng(),
         on.autocast(),
-        _report_errors(loss, n),
+        _report_errors(loss, batch),
     ):
         used = _weights_with_gradient(module, _sum_outputs(networks, batch))
         torch.manual_seed(SEED)
         terms = module(batch)
         taught = _weights_with_gradient(module, torch.stack(list(terms.values())).sum())
-    _check_finite(loss, terms)
-    if left := [name for name in used if name not in taught]:
+    _check_finite(loss, terms, batch)
+    left = [name for name in used if name not in taught]
+    if left and (trains_outputs or len(left) == len(used)):
         raise UserError(_no_gradient_message(loss, left, len(used)))
     if on.num_processes > 1:
         with _preserve_state(objective), torch.random.fork_rng():
             # In training a network may leave out layers at random, here it has them all.
             module.eval()
             used += _weights_with_gradient(module, _sum_outputs(networks, batch))
-        _freeze_unused(networks, {*used, *taught}, module)
+        _freeze_unused(networks, {*used, *taught} if trains_outputs else {*taught}, module)
 
 
 def smallest_share(sizes: Sequence[int], world: int) -> int:
@@ -143,7 +164,7 @@ def _preserve_state(objective: Objective) -> Iterator[None]:
 
 
 @contextmanager
-def _report_errors(loss: str, n: int) -> Iterator[None]:
+def _report_errors(loss: str, batch: Batch) -> Iterator[None]:
     """Turn any error inside the block into one line: networks and losses may raise anything."""
     try:
         yield
@@ -151,10 +172,12 @@ def _report_errors(loss: str, n: int) -> Iterator[None]:
         raise
     except Exception as error:
         first = first_line(error) + imports.place(error)
+        n = len(batch)
+        what = "text" if isinstance(batch.inputs, TokenInputs) else "image"
         remedy = "raise --batch-size" if n == 1 else "choose another loss, student or --batch-size"
-        images = "1 image" if n == 1 else f"{n} images"
+        rows = f"1 {what}" if n == 1 else f"{n} {what}s"
         raise UserError(
-            f"--loss {loss} cannot be computed for a batch of {images} ({first}): {remedy}"
+            f"--loss {loss} cannot be computed for a batch of {rows} ({first}): {remedy}"
         ) from error
 
 
@@ -173,12 +196,13 @@ def _weights_with_gradient(module: nn.Module, value: Tensor) -> list[str]:
     return [name for name, weight in module.named_parameters() if weight.grad is not None]
 
 
-def _check_finite(loss: str, terms: dict[str, Tensor]) -> None:
+def _check_finite(loss: str, terms: dict[str, Tensor], batch: Batch) -> None:
+    rows = "texts" if isinstance(batch.inputs, TokenInputs) else "images of noise"
     for name, value in terms.items():
         if not torch.isfinite(value):
             raise UserError(
-                f"--loss {loss}: {name} is {value.item():g} on images of noise: check its weight, "
-                "its parameters and the teacher"
+                f"--loss {loss}: {name} is {value.item():g} on {rows}: check its weight, its "
+                "parameters and the teacher"
             )
 
 

@@ -104,14 +104,14 @@ def make_schedule(
 ) -> Schedule:
     """Create the schedule of a recipe.
 
-    A linear warm-up; then a cosine to `final` and a cool-down at constant rate, or a drop by
-    `decay` at each milestone, or a constant rate. The rates are those of timm's
-    `CosineLRScheduler` and `MultiStepLRScheduler`, to the bit.
+    A linear warm-up; then a cosine or a line to `final` and a cool-down at constant rate, or a drop
+    by `decay` at each milestone, or a constant rate. The rates are those of timm's
+    `CosineLRScheduler` and `MultiStepLRScheduler`, to the bit; the line is that of transformers.
     """
     total = recipe.total_steps(steps_per_epoch)
     warmup = recipe.in_steps(recipe.warmup, steps_per_epoch)
     start = recipe.warmup_from * recipe.lr
-    if recipe.schedule == "cosine":
+    if recipe.schedule in ("cosine", "linear"):
         cooldown = recipe.in_steps(recipe.cooldown, steps_per_epoch)
         fall, low = max(total - warmup - cooldown, 2), recipe.final * recipe.lr
 
@@ -120,7 +120,11 @@ def make_schedule(
                 return low
             return low + 0.5 * (top - low) * (1 + math.cos(math.pi * step / fall))
 
-        return Schedule(optimizer, warmup, start, cosine)
+        def linear(step: int, top: float) -> float:
+            return low + (top - low) * max(1 - step / fall, 0)
+
+        chosen = cosine if recipe.schedule == "cosine" else linear
+        return Schedule(optimizer, warmup, start, chosen)
     drops = [recipe.in_steps(m, steps_per_epoch) - warmup for m in recipe.milestones]
     if recipe.schedule == "constant":
         drops = []

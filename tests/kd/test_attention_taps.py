@@ -65,15 +65,60 @@ def test_gradients_reach_the_weights_through_the_scores(network):
 def test_a_copy_is_not_tapped_and_a_configuration_stays_plain(network):
     taps = AttentionTaps(network, [0])
     copy.deepcopy(network)(IDS, attention_mask=MASK)
-    with pytest.raises(UserError, match="block 0"):
+    with pytest.raises(AssertionError, match="has not run"):
         taps.read()
     assert '"kd"' not in network.config.to_json_string(use_diff=False)
     del taps
     network(IDS, attention_mask=MASK)
 
 
+@torch.no_grad()
+def test_a_copy_of_network_and_taps_has_taps_of_its_own(network):
+    pair = torch.nn.Module()
+    pair.network, pair.taps = network, AttentionTaps(network, [1])
+    twin = copy.deepcopy(pair)
+    other = IDS.flip(0)
+    twin.network(other, attention_mask=MASK.flip(0))
+    network(IDS, attention_mask=MASK)
+    scores, theirs = pair.taps.read()[1].scores, twin.taps.read()[1].scores
+    torch.testing.assert_close(theirs, scores.flip(0))
+
+
+@torch.no_grad()
+def test_several_taps_read_one_block(network):
+    first, second = AttentionTaps(network, [0]), AttentionTaps(network, [0, -3])
+    network(IDS, attention_mask=MASK)
+    assert torch.equal(first.read()[0].query, second.read()[0].query)
+
+
+@torch.no_grad()
+def test_an_attention_that_gives_nothing_is_one_line(network):
+    taps = AttentionTaps(network, [0])
+    network.set_attn_implementation("eager")
+    network(IDS, attention_mask=MASK)
+    with pytest.raises(UserError, match="block 0 has an attention that gives no queries"):
+        taps.read()
+
+
+def test_checkpointed_blocks_give_the_same_gradients_and_keep_nothing():
+    torch.manual_seed(0)
+    network = transformers.AutoModel.from_config(CONFIGS["bert"]()).train()
+    taps, gradients = AttentionTaps(network, [1]), []
+    for checkpointing in (False, True):
+        if checkpointing:
+            network.gradient_checkpointing_enable()
+        network.zero_grad()
+        torch.manual_seed(1)
+        network(IDS, attention_mask=MASK)
+        taps.read()[1].scores.square().sum().backward()
+        gradients.append([p.grad.clone() for p in network.parameters() if p.grad is not None])
+        assert taps._pass.features is None
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_blocks_that_are_not_there_are_refused(network):
-    with pytest.raises(UserError, match=r"attention.3 is no block .* 0 to 2"):
+    with pytest.raises(UserError, match=r"no block 3: its blocks are 0 to 2"):
         AttentionTaps(network, [3])
 
 

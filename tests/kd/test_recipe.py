@@ -187,7 +187,7 @@ def test_the_mean_of_weights() -> None:
 @pytest.mark.parametrize(
     ("base", "given", "message"),
     [
-        ("cifar", {"final": 0.1}, "--final has no effect without --schedule cosine"),
+        ("cifar", {"final": 0.1}, "--final has no effect without --schedule cosine or linear"),
         ("cifar", {"auto_augment": "rand-m7"}, "--auto-augment has no effect without --augment"),
         ("distilled_set", {"momentum": 0.8}, "--momentum has no effect without --optimizer sgd"),
         ("distilled_set", {"ema_ramp": 3.0}, "--ema-ramp has no effect without --ema"),

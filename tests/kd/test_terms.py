@@ -99,7 +99,7 @@ def test_projectors_are_trained_and_stored_and_not_part_of_the_student() -> None
 def test_self_distillation_through_shallow_heads() -> None:
     network = student()
     specs = terms.parse("ce:1,heads:1@2,6")
-    made = terms.build(specs, network, shape=SHAPE, classes=CLASSES)
+    made = terms.build(specs, network, sample=SHAPE, classes=CLASSES)
     ours = Distillation(network, made)
     assert not ours.needs_teacher
     found = ours(next(batches().in_order()))
@@ -146,7 +146,7 @@ def test_a_layer_before_all_weights_would_teach_nothing(loss: str) -> None:
     with pytest.raises(UserError, match="no trained weight comes before layer '0'"):
         terms.build(
             terms.parse(loss), flat, (teacher(),),
-            shape=SHAPE, classes=CLASSES, images=32,
+            sample=SHAPE, classes=CLASSES, images=32,
         )  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def test_a_term_of_features_is_the_mean_over_teachers() -> None:
     both = teacher(), teacher(seed=2)
     batch = next(batches().in_order())
     specs = terms.parse("sp:2,rkd-distance")
-    options = {"shape": SHAPE, "classes": CLASSES, "images": 32}
+    options = {"sample": SHAPE, "classes": CLASSES, "images": 32}
     values = [
         Distillation(network, terms.build(specs, network, several, **options), several)(batch)
         for several in (both[:1], both[1:], both)

@@ -89,13 +89,15 @@ def test_hidden_tokens():
     assert (hidden[chosen] == ids[chosen]).mean() == pytest.approx(0.1 + 0.1 / 50, abs=0.02)
 
 
-def test_a_causal_model_predicts_the_next_token():
-    batch = next(iter(source(causal=True).in_order()))
-    for i in range(len(batch)):
-        own = text(batch, i)
-        assert batch.token_targets[i, : len(own) - 1].tolist() == own[1:]
-        assert (batch.token_targets[i, len(own) - 1 :] == IGNORED).all()
-    assert batch.count("targets") == batch.count("tokens") - len(batch)
+def test_targets_of_tokens_are_in_the_batch_and_padding_has_none():
+    targets = np.where(RNG.random(len(IDS)) < 0.5, IDS + 1, IGNORED)
+    batches = TokenBatches((EncodedPart(IDS, OFFSETS, targets=targets),), (0,), None, 8, CPU)
+    batch = next(iter(batches.epoch(0, 0)))
+    for i, row in enumerate(batch.index.tolist()):
+        own = targets[OFFSETS[row] : OFFSETS[row + 1]].tolist()
+        assert batch.token_targets[i, : len(own)].tolist() == own
+        assert (batch.token_targets[i, len(own) :] == IGNORED).all()
+    assert batch.total("targets") == batch.count("targets") > 0
 
 
 def test_a_teacher_with_another_tokenizer_gets_its_own_ids():

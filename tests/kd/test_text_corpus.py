@@ -157,3 +157,15 @@ def test_folders_of_images_are_no_text(tmp_path):
     (tmp_path / "metadata.csv").write_text("file_name,label\n")
     assert not part_files.is_text(tmp_path)
     assert not part_files.is_text(tmp_path / "data.npz")
+
+
+def test_plain_text_of_causal_models_is_one_text_whose_end_validates(tmp_path):
+    path = tmp_path / "play.txt"
+    path.write_text("ROMEO:\nSo shalt thou.\n\nJULIET:\nHow art thou?\n" * 10)
+    data = corpus.load(path, task="causal", validation_fraction=0.1)
+    (train,), (end,) = data.train.texts[0], data.validation.texts[0]
+    assert train + end == path.read_text()
+    assert train.endswith("\n")
+    assert 0.1 <= len(end) / len(train + end) < 0.15
+    assert len(corpus.load(path, task="mlm").train) > 20  # for other tasks lines are texts
+    assert len(corpus.load(path, task="causal", validation_fraction=0).validation) == 0

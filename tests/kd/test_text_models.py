@@ -187,7 +187,7 @@ def test_a_copy_with_some_blocks(folders, name):
 
 def test_a_tokenizer_of_the_training_words_also_for_pairs():
     model = student("bilstm:6", tokenizer_source="words", texts=TEXTS * 2, pairs=True)
-    assert set(model.tokenizer.get_vocab()) == {"[PAD]", "[UNK]", *LETTERS}
+    assert set(model.tokenizer.get_vocab()) == {"[PAD]", "[UNK]", "[MASK]", *LETTERS}
     assert model.tokenizer("a", "b c")["token_type_ids"] == [0, 1, 1]
 
 
@@ -239,4 +239,5 @@ def test_lists_of_blocks():
 
 def test_the_default_length(folders):
     assert student(folders["mlm"]).max_length == 16
-    assert student("bilstm", teacher=folders["mlm"]).max_length == 128
+    assert student("bilstm", teacher=folders["mlm"]).max_length == 16
+    assert student("bilstm", tokenizer_source="words", texts=TEXTS).max_length == 128

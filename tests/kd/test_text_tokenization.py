@@ -7,6 +7,7 @@ import transformers
 from dsdistill.harness.errors import UserError
 from kd.data.text import tokenization
 from kd.data.text.corpus import TextPart
+from kd.models.language import tokenizer as tokenizers
 from kd.models.token_inputs import IGNORED
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "##s", "mat", "on"]
@@ -18,7 +19,7 @@ def bert(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bert")
     vocabulary = {word: i for i, word in enumerate(WORDS)}
     transformers.BertTokenizer(vocab=vocabulary).save_pretrained(folder)
-    return tokenization.load(str(folder))
+    return tokenizers.load(str(folder))
 
 
 def row(part: tokenization.EncodedPart, i: int) -> list[str]:
@@ -70,11 +71,11 @@ def test_a_length_without_room_is_refused(bert):
 
 def test_words_of_the_training_texts(tmp_path):
     texts = ["The cat sat.", "the mat", "a cat"]
-    words = tokenization.train_on_words(texts, least=2)
-    assert set(words.get_vocab()) == {"[PAD]", "[UNK]", "the", "cat"}
-    tokenization.save(words, tmp_path)
-    again = tokenization.load(str(tmp_path))
-    assert tokenization.same_ids(words, again, texts)
+    words = tokenizers.train_on_words(texts, least=2)
+    assert set(words.get_vocab()) == {"[PAD]", "[UNK]", "[MASK]", "the", "cat"}
+    tokenizers.save(words, tmp_path)
+    again = tokenizers.load(str(tmp_path))
+    assert tokenizers.same_ids(words, again, texts)
     part = tokenization.encode(TextPart((["The dog"],)), again, 8)
     assert again.convert_ids_to_tokens(part.ids.tolist()) == ["the", "[UNK]"]
 
@@ -82,13 +83,25 @@ def test_words_of_the_training_texts(tmp_path):
 def test_tokenizers_differ_by_words_and_by_case(bert):
     vocabulary = bert.get_vocab()
     cased = transformers.BertTokenizer(vocab=vocabulary, do_lower_case=False)
-    assert tokenization.same_ids(bert, cased, ["the cat"])
-    assert not tokenization.same_ids(bert, cased, ["The cat"])
+    assert tokenizers.same_ids(bert, cased, ["the cat"])
+    assert not tokenizers.same_ids(bert, cased, ["The cat"])
     other = transformers.BertTokenizer(vocab=vocabulary | {"dog": len(vocabulary)})
-    assert not tokenization.same_ids(bert, other, [])
+    assert not tokenizers.same_ids(bert, other, [])
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError, match="cannot get the tokenizer") as error:
-        tokenization.load(str(tmp_path))
+        tokenizers.load(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_characters_of_the_training_texts(tmp_path):
+    text = "Oh \u00e9,\n\n  a tab\t."
+    tokenizer = tokenizers.train_on_characters([text, "z"])
+    tokenizers.save(tokenizer, tmp_path)
+    again = tokenizers.load(str(tmp_path))
+    assert tokenizers.same_ids(tokenizer, again, [text])
+    ids = again(text)["input_ids"]
+    assert len(ids) == len(text)
+    assert again.decode(ids, clean_up_tokenization_spaces=False) == text
+    assert again.convert_ids_to_tokens(again("zq")["input_ids"]) == ["z", "[UNK]"]

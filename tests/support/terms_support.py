@@ -34,7 +34,7 @@ def objective(loss: str, taught_by: teachers.Teacher | None = None) -> Distillat
     network, taught_by = student(), taught_by or teacher()
     made = terms.build(
         terms.parse(loss), network, (taught_by,),
-        shape=SHAPE, classes=CLASSES, images=32,
+        sample=SHAPE, classes=CLASSES, images=32,
     )  # fmt: skip
     return Distillation(network, made, (taught_by,))
 

@@ -89,6 +89,9 @@ def load(
 ) -> Corpus:
     """Read a file, or a folder with a file for each part.
 
+    For causal models a file of plain text is one text with its line breaks, and the end of it
+    validates; for other tasks each line is a text.
+
     Args:
         data: A file that `tables` reads; a folder as `part_files.find` knows it.
         task: What is learned; None: told from the columns and the labels.
@@ -101,7 +104,7 @@ def load(
     Raises:
         UserError: If a file, a column or a row does not fit, with its line.
     """
-    parts = part_files.find(data)
+    parts = part_files.find(data, documents=task == "causal")
     train = parts["train"]
     if task is None and train.path.name.removesuffix(".gz").endswith(".txt"):
         raise UserError(f"{train.path} has texts and no labels: say --task mlm, causal or embed")
@@ -119,7 +122,11 @@ def load(
     }
     whole, brings = read["train"], "validation" in read
     validation = read.get("validation")
-    if validation is None:
+    is_document = task == "causal" and len(whole) == len(whole.texts) == 1
+    is_document = is_document and isinstance(whole.texts[0][0], str)
+    if validation is None and is_document and validation_fraction:
+        whole, validation = _hold_out_end(whole, validation_fraction)
+    elif validation is None:
         rest, held_out = _hold_out(whole, task, validation_fraction)
         whole, validation = whole.select(rest), whole.select(held_out)
     if task in ("classify", "tag") and len(known) < 2:
@@ -284,6 +291,14 @@ def _hold_out(part: TextPart, task: Task, fraction: float) -> tuple[np.ndarray, 
     order = np.random.default_rng(SPLIT_SEED).permutation(len(part))
     count = round(fraction * len(part))
     return np.sort(order[count:]), np.sort(order[:count])
+
+
+def _hold_out_end(part: TextPart, fraction: float) -> tuple[TextPart, TextPart]:
+    """The only text of a part in two: before and from the line in which its last share begins."""
+    text = part.texts[0][0]
+    place = round((1 - fraction) * len(text))
+    place = text.rfind("\n", 0, place) + 1 or place
+    return TextPart(([text[:place]],)), TextPart(([text[place:]],))
 
 
 def _digest(parts: Mapping[str, Table]) -> str:

@@ -36,11 +36,12 @@ def is_text(data: Path) -> bool:
     return "train" in _files(data)
 
 
-def find(data: Path) -> dict[str, Table]:
+def find(data: Path, *, documents: bool = False) -> dict[str, Table]:
     """Read the parts of a text data set.
 
     Args:
         data: A file of training rows, or a folder.
+        documents: Whether each file of plain text is one text, as for `tables.read`.
 
     Returns:
         `train` and, where there are any, `validation` and `test`.
@@ -49,7 +50,7 @@ def find(data: Path) -> dict[str, Table]:
         UserError: If there is no training part, two files of one part, or a file does not fit.
     """
     if data.is_file():
-        return {"train": tables.read(data)}
+        return {"train": tables.read(data, documents=documents)}
     if not data.is_dir():
         raise UserError(f"there is no file or folder {data}")
     if any((data / name).is_file() for name in (_SAVED_DICT, _SAVED)):
@@ -62,7 +63,7 @@ def find(data: Path) -> dict[str, Table]:
     if "train" not in files:
         kinds = ", ".join(sorted(tables.READERS))
         raise UserError(f"{data} has no train file ({kinds}, with .gz or without)")
-    return {part: tables.read(paths[0]) for part, paths in files.items()}
+    return {part: tables.read(paths[0], documents=documents) for part, paths in files.items()}
 
 
 def short_name(data: Path) -> str:
@@ -101,7 +102,7 @@ def _load_saved(folder: Path) -> dict[str, Table]:
         if own:
             read[part] = _as_table(folder / own[0], parts[own[0]])
     if "train" not in read:
-        raise UserError(f"{folder} has no part train, but {', '.join(sorted(parts))}")
+        raise UserError(f"{folder} has no part train, but {', '.join(sorted(map(str, parts)))}")
     return read
 
 

@@ -47,11 +47,13 @@ class Table:
         return f"{self.path}, {f'line {self.lines[row]}' if self.lines else f'row {row + 1}'}"
 
 
-def read(path: Path) -> Table:
+def read(path: Path, *, documents: bool = False) -> Table:
     """Read a file by its suffix, compressed with gzip or not.
 
     Args:
         path: A file with a suffix of `READERS`, perhaps followed by `.gz`.
+        documents: Whether a file of plain text is one text with all its lines; else each line that
+            is not empty is one.
 
     Raises:
         UserError: If it is not such a file, empty, not text, or a row does not fit.
@@ -62,7 +64,7 @@ def read(path: Path) -> Table:
             f"{path} is no text file that can be read: {', '.join(sorted(READERS))}, with .gz or "
             "without"
         )
-    table = READERS[suffix](path)
+    table = _read_document(path) if documents and suffix == ".txt" else READERS[suffix](path)
     if not len(table):
         raise UserError(f"{path} has no rows")
     return table
@@ -178,6 +180,11 @@ def _read_parquet(path: Path) -> Table:
 def _read_plain(path: Path) -> Table:
     rows = [(number, line) for number, line in _lines(path) if line.strip()]
     return Table(path, {"text": [line for _, line in rows]}, [number for number, _ in rows])
+
+
+def _read_document(path: Path) -> Table:
+    text = "\n".join(line for _, line in _lines(path))
+    return Table(path, {"text": [text] if text.strip() else []}, [1])
 
 
 READERS: Mapping[str, Callable[[Path], Table]] = {

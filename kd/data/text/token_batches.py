@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from kd.data import batching
@@ -67,11 +67,11 @@ class TokenBatches:
         teachers: For each teacher the place of its encoding in `parts`; empty where all have the
             student's.
         padding: Id of the token for padding in each encoding.
-        labels: Class or score of each text; None without.
+        labels: Class or score of each text; None without. A score is also the target of a loss.
+        teacher_logits: Logits of each teacher for all texts, where they are known already.
         size: Number of texts in a batch over all processes.
         device: Device of the batches.
         masked: How tokens are hidden in training; None: they are not.
-        causal: Whether each token's target is the one after it.
         world: Largest number of processes that share a batch.
         least: Smallest number of texts in a process's share of a batch.
         sorts: Whether texts of like length share a batch.
@@ -83,8 +83,8 @@ class TokenBatches:
     size: int
     device: torch.device
     teachers: tuple[int, ...] = ()
+    teacher_logits: tuple[Float[Tensor, "N k"], ...] | None = None
     masked: MaskedTokens | None = None
-    causal: bool = False
     world: int = 1
     least: int = 1
     sorts: bool = True
@@ -109,12 +109,21 @@ class TokenBatches:
             yield replace(self._batch(own, (seed, epoch)), total_images=len(rows), totals=totals)
 
     def in_order(self, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        """Yield every `world`-th batch from batch `rank` on, in the order of the data.
+        """Yield every `world`-th batch from batch `rank` on, the longest texts first.
 
         Tokens are hidden as in the first epoch of seed 0, always the same ones.
         """
-        for rows in split_rows(np.arange(len(self.parts[0])), self.size)[rank::world]:
+        order = np.argsort(-self.parts[0].lengths, kind="stable")
+        for rows in split_rows(order, self.size)[rank::world]:
             yield self._batch(rows, (0, 0))
+
+    def first(self, count: int) -> Batch:
+        """The first texts of the data as a batch.
+
+        Args:
+            count: Largest number of texts.
+        """
+        return self._batch(np.arange(min(count, len(self.parts[0]))), (0, 0))
 
     def _ordered(self, rng: np.random.Generator) -> list[Int[np.ndarray, " n"]]:
         """The rows of each batch of an epoch.
@@ -142,16 +151,20 @@ class TokenBatches:
             key: Seed and epoch, of which with the row hidden tokens are a function.
         """
         ids, targets = self._tokens(rows, key)
-        inputs = _padded(ids, self.padding[0], _types(self.parts[0], rows))
+        inputs = pad(ids, self.padding[0], _types(self.parts[0], rows))
         length = inputs.ids.shape[1]
         taught = tuple(self._other(i, rows) if i else inputs for i in self.teachers)
         index = torch.from_numpy(rows)
+        labels = index if self.labels is None else self.labels[index]
+        known = self.teacher_logits
         batch = Batch(
             inputs,
-            index if self.labels is None else self.labels[index],
+            labels,
+            targets=labels[:, None] if labels.is_floating_point() else None,
+            teacher_logits=None if known is None else tuple(table[index] for table in known),
             index=index,
             teacher_inputs=taught or None,
-            token_targets=None if targets is None else _fill(targets, IGNORED, length),
+            token_targets=None if targets is None else fill(targets, IGNORED, length),
         )
         return batching.move(batch, self.device)
 
@@ -165,8 +178,6 @@ class TokenBatches:
             rngs = (np.random.default_rng(derive_seed(*key, int(i))) for i in rows)
             pairs = [self.masked.apply(x, rng) for x, rng in zip(ids, rngs, strict=True)]
             return [x for x, _ in pairs], [y for _, y in pairs]
-        if self.causal:
-            return ids, [np.append(x[1:], IGNORED) for x in ids]
         if part.targets is not None:
             return ids, [part.targets[part.offsets[i] : part.offsets[i + 1]] for i in rows]
         return ids, None
@@ -174,7 +185,7 @@ class TokenBatches:
     def _other(self, place: int, rows: Int[np.ndarray, " n"]) -> TokenInputs:
         part = self.parts[place]
         ids = [part.ids[part.offsets[i] : part.offsets[i + 1]] for i in rows]
-        return _padded(ids, self.padding[place], _types(part, rows))
+        return pad(ids, self.padding[place], _types(part, rows))
 
     def _totals(self, rows: Int[np.ndarray, " n"], key: tuple[int, int]) -> Mapping[Unit, int]:
         """Number of tokens and of targets of a whole batch."""
@@ -191,15 +202,29 @@ def _types(part: EncodedPart, rows: Int[np.ndarray, " n"]) -> list[np.ndarray] |
     return [part.types[part.offsets[i] : part.offsets[i + 1]] for i in rows]
 
 
-def _padded(ids: list[np.ndarray], padding: int, types: list[np.ndarray] | None) -> TokenInputs:
+def pad(ids: list[np.ndarray], padding: int, types: list[np.ndarray] | None = None) -> TokenInputs:
+    """Rows of ids, and of types where there are any, filled up to the longest.
+
+    Args:
+        ids: Ids of each row.
+        padding: Id of the token for padding.
+        types: Types of the tokens of each row.
+    """
     lengths = torch.tensor([len(x) for x in ids])
     length = int(lengths.max())
     mask = torch.arange(length) < lengths[:, None]
-    filled = _fill(ids, padding, length)
-    return TokenInputs(filled, mask, None if types is None else _fill(types, 0, length))
+    filled = fill(ids, padding, length)
+    return TokenInputs(filled, mask, None if types is None else fill(types, 0, length))
 
 
-def _fill(rows: list[np.ndarray], value: int, length: int) -> Int[Tensor, "n l"]:
+def fill(rows: list[np.ndarray], value: int, length: int) -> Int[Tensor, "n l"]:
+    """Rows of numbers as a matrix, filled up with a value.
+
+    Args:
+        rows: Numbers of each row.
+        value: What stands after them.
+        length: Number of columns.
+    """
     filled = np.full((len(rows), length), value, np.int64)
     for target, row in zip(filled, rows, strict=True):
         target[: len(row)] = row

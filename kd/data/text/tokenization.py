@@ -9,10 +9,6 @@ from jaxtyping import Int
 
 from dsdistill.harness.errors import UserError
 from kd.data.text.corpus import TextPart
-from kd.models.language.tokenizer import load as load
-from kd.models.language.tokenizer import same_ids as same_ids
-from kd.models.language.tokenizer import save as save
-from kd.models.language.tokenizer import train_on_words as train_on_words
 from kd.models.token_inputs import IGNORED
 
 ROWS_PER_CALL = 1000  # bounds the memory of the library's own objects
@@ -27,8 +23,12 @@ class EncodedPart:
         offsets: Begin of each of n rows in `ids`, and the end of the last.
         types: 0 for tokens of the first text and 1 for those of the second; None where the
             tokenizer has none.
-        targets: Label of each token for tasks that have one, `IGNORED` where it has none.
+        targets: Label of each token for tasks that have one, `IGNORED` where it has none; for
+            causal models the token after it.
         truncated: Number of rows that were cut to the largest length.
+        left_out: Number of rows that are not here, since nothing of them would be learned.
+        text_bytes: Number of UTF-8 bytes that the targets spell; None where they spell no text, or
+            not exactly.
     """
 
     ids: Int[np.ndarray, " N"]
@@ -36,6 +36,8 @@ class EncodedPart:
     types: Int[np.ndarray, " N"] | None = None
     targets: Int[np.ndarray, " N"] | None = None
     truncated: int = 0
+    left_out: int = 0
+    text_bytes: int | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -21,14 +21,42 @@ def find(network: nn.Module) -> tuple[str, nn.ModuleList]:
     Raises:
         UserError: If there is no such list.
     """
-    lists = [
+    lists = _lists(network)
+    if not lists:
+        raise UserError(f"{type(network).__name__} has no list of blocks of which some can be kept")
+    return max(lists, key=lambda pair: len(pair[1]))
+
+
+def exist(network: nn.Module) -> bool:
+    """Whether a network has blocks."""
+    return bool(_lists(network))
+
+
+def _lists(network: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    return [
         (name, module)
         for name, module in network.named_modules()
         if isinstance(module, nn.ModuleList) and len({type(block) for block in module}) == 1
     ]
-    if not lists:
-        raise UserError(f"{type(network).__name__} has no list of blocks of which some can be kept")
-    return max(lists, key=lambda pair: len(pair[1]))
+
+
+def name_of(network: nn.Module, number: int) -> str:
+    """Name of the block with a number, as in `network.named_modules()`.
+
+    Args:
+        network: A transformer.
+        number: Number of the block from 0; -1 is the last one.
+
+    Raises:
+        UserError: If there is no such block.
+    """
+    name, blocks = find(network)
+    if not -len(blocks) <= number < len(blocks):
+        raise UserError(
+            f"{type(network).__name__} has no block {number}: its blocks are 0 to "
+            f"{len(blocks) - 1}, in {name}"
+        )
+    return f"{name}.{number % len(blocks)}"
 
 
 def keep(network: nn.Module, numbers: Sequence[int]) -> nn.Module:
@@ -57,7 +85,7 @@ def keep(network: nn.Module, numbers: Sequence[int]) -> nn.Module:
     for number, block in enumerate(kept):
         for module in block.modules():  # causal models keep their keys and values by this number
             if hasattr(module, "layer_idx"):
-                module.layer_idx = number
+                setattr(module, "layer_idx", number)  # noqa: B010
     smaller.set_submodule(name, kept)
     config: Any = smaller.config
     counts = [key for key in _COUNTS if getattr(config, key, None) == len(blocks)]

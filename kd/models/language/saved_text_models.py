@@ -92,6 +92,24 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer.load(str(folder / TOKENIZER))
 
 
+def read_length(folder: Path) -> int:
+    """The largest number of tokens of a text of a student that `save_run` wrote.
+
+    Raises:
+        UserError: As for `load_run`.
+    """
+    return int(_read_card(folder)["max_length"])
+
+
+def read_config(folder: Path) -> Mapping[str, Any]:
+    """The configuration of the network of a student that `save_run` wrote.
+
+    Raises:
+        UserError: As for `load_run`.
+    """
+    return _read_card(folder)["config"]
+
+
 def _read_card(folder: Path) -> dict[str, Any]:
     """The description of a student, after all files that it seals were verified."""
     description = saved_models.read_card(folder, {*CARD_TYPES, CHECKSUMS_KEY}, TEXT)

@@ -24,7 +24,7 @@ from kd.models.language.task import Task
 from kd.models.language.text_model import TextModel
 from kd.models.zoo import allocation, class_names
 
-TEACHER, WORDS = "teacher", "words"
+TEACHER, WORDS, CHARACTERS = "teacher", "words", "characters"
 KINDS = "hf:ID, hf:DIR, a run's folder, teacher, bilstm, bilstm:HIDDEN or bert:BLOCKSxWIDTH"
 _BILSTM = re.compile(r"bilstm(?::([1-9][0-9]*))?")
 
@@ -53,12 +53,12 @@ def build(
         classes: Names of the data's classes or tags, in label order; empty for other tasks.
         teacher: Name of the teacher, of which a student may be a copy, and whose tokenizer a fresh
             student has by default.
-        tokenizer_source: Tokenizer of a fresh student: `words`, one of the words of the training
-            texts; or the name of a model or a folder. None: the teacher's.
-        texts: Training texts, for `words`.
+        tokenizer_source: Tokenizer of a fresh student: `words` or `characters`, those of the
+            training texts; or the name of a model or a folder. None: the teacher's.
+        texts: Training texts, for `words` and `characters`.
         seed: Seed of all new weights.
-        max_length: Largest number of tokens of a text; None: that of an earlier run, or 128, or as
-            many as the network takes.
+        max_length: Largest number of tokens of a text; None: that of an earlier run, of a fresh
+            student the teacher's; or 128, or as many as the network takes.
         pairs: Whether the data are pairs of texts.
         keep_layers: Numbers of the blocks that a copy has, from 0; None: all.
 
@@ -71,7 +71,7 @@ def build(
         if teacher is None:
             raise UserError("--student teacher is a copy of the teacher: name it with --teacher")
         name = teacher
-    if not _is_fresh(name):
+    if not is_fresh(name):
         if not trained_models.is_name(name):
             raise UserError(f"unknown student of texts {name!r}: known are {KINDS}")
         if tokenizer_source is not None:
@@ -80,7 +80,7 @@ def build(
     if keep_layers is not None:
         raise UserError(f"--keep-layers needs blocks with weights, and {name} is a fresh network")
     own = _tokenizer(name, tokenizer_source, teacher, texts)
-    return _fresh(name, task, classes, own, seed, max_length, pairs)
+    return _fresh(name, task, classes, own, seed, max_length, pairs, teacher)
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
@@ -95,7 +95,8 @@ def parse_layers(text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def _is_fresh(name: str) -> bool:
+def is_fresh(name: str) -> bool:
+    """Whether a name means a network with random weights."""
     return name.startswith("bert:") or _BILSTM.fullmatch(name) is not None
 
 
@@ -152,6 +153,8 @@ def _with_classes(
 def _tokenizer(name: str, source: str | None, teacher: str | None, texts: Iterable[str]) -> Any:
     if source == WORDS:
         return tokenizer.train_on_words(texts)
+    if source == CHARACTERS:
+        return tokenizer.train_on_characters(texts)
     source = source or teacher
     if source is None:
         raise UserError(
@@ -169,12 +172,18 @@ def _fresh(
     seed: int,
     max_length: int | None,
     pairs: bool,
+    teacher: str | None,
 ) -> TextModel:
+    if max_length is None and teacher:
+        max_length = trained_models.usual_length(teacher)
+    heads = trained_models.heads(teacher) if teacher else None
     length = text_model.choose_length(name, max_length, None)
     match = _BILSTM.fullmatch(name)
     with allocation.limited(name):
         if match is None:
-            network = transformer.fresh(name, task, classes, own, seed=seed, positions=length)
+            network = transformer.fresh(
+                name, task, classes, own, seed=seed, positions=length, heads=heads
+            )
         elif task not in ("classify", "regress"):
             raise UserError(
                 f"{name} has one answer for a text: --task {task} needs a transformer, as "

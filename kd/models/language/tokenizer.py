@@ -1,4 +1,4 @@
-"""Tokenizers: any of Hugging Face, and one of words for students from scratch."""
+"""Tokenizers: any of Hugging Face, and those of words or characters for students from scratch."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from dsdistill.harness.errors import UserError, first_line
 from kd.models.zoo.huggingface import import_transformers
 
 SAMPLE = 200  # texts on which two tokenizers are compared
-PAD, UNKNOWN = "[PAD]", "[UNK]"
+PAD, UNKNOWN, MASK, BEGIN, END = "[PAD]", "[UNK]", "[MASK]", "[BOS]", "[EOS]"
 
 
 def load(name: str) -> Any:
@@ -45,15 +45,44 @@ def train_on_words(texts: Iterable[str], *, size: int = 30_000, least: int = 2) 
     words.normalizer = tokenizers.normalizers.Sequence(normalise)  # pyright: ignore
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()  # pyright: ignore
     trainer = tokenizers.trainers.WordLevelTrainer(
-        vocab_size=size, min_frequency=least, special_tokens=[PAD, UNKNOWN], show_progress=False
+        vocab_size=size,
+        min_frequency=least,
+        special_tokens=[PAD, UNKNOWN, MASK],
+        show_progress=False,
     )
     words.train_from_iterator(texts, trainer)
     return library.PreTrainedTokenizerFast(
         tokenizer_object=words,
         pad_token=PAD,
         unk_token=UNKNOWN,
+        mask_token=MASK,
         padding_side="right",
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def train_on_characters(texts: Iterable[str]) -> Any:
+    """Make a tokenizer of single characters, for causal models from scratch.
+
+    Args:
+        texts: Training texts; characters that they lack are unknown.
+    """
+    import tokenizers
+
+    library = import_transformers()
+    special = [PAD, UNKNOWN, BEGIN, END]
+    alphabet = sorted(set().union(*texts))
+    vocabulary = {token: number for number, token in enumerate([*special, *alphabet])}
+    characters = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    each = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    characters.pre_tokenizer = each  # pyright: ignore
+    characters.decoder = tokenizers.decoders.Fuse()  # pyright: ignore
+    return library.PreTrainedTokenizerFast(
+        tokenizer_object=characters,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        bos_token=BEGIN,
+        eos_token=END,
     )
 
 

@@ -65,6 +65,23 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer.load(str(folder))
 
 
+def usual_length(name: str) -> int:
+    """Number of tokens of a text for which such a model is used where nothing else is said."""
+    if name.startswith(HF):
+        config = huggingface.read_config(name.removeprefix(HF))
+        largest = getattr(config, "max_position_embeddings", None)
+        return text_model.choose_length(name, None, largest)
+    return saved_text_models.read_length(Path(name).expanduser())
+
+
+def heads(name: str) -> int | None:
+    """Number of attention heads of such a model; None if it has none."""
+    if name.startswith(HF):
+        return getattr(huggingface.read_config(name.removeprefix(HF)), "num_attention_heads", None)
+    config = saved_text_models.read_config(Path(name).expanduser())
+    return config.get("num_attention_heads", config.get("n_head"))
+
+
 def new_head(
     who: str, model: TextModel, task: Task, classes: tuple[str, ...], seed: int
 ) -> TextModel:

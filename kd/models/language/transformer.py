@@ -82,20 +82,28 @@ def load(
 
 
 def fresh(
-    name: str, task: str, classes: Sequence[str], tokenizer: Any, *, seed: int, positions: int
+    name: str,
+    task: str,
+    classes: Sequence[str],
+    tokenizer: Any,
+    *,
+    seed: int,
+    positions: int,
+    heads: int | None = None,
 ) -> LanguageModel:
     """Build a BERT with random weights, for the vocabulary of a tokenizer.
 
-    Blocks are as BERT's: four times as wide in between, and twelve heads where these divide the
-    width, as in BERT-base, all-MiniLM and TinyBERT; otherwise the largest number below that does.
-    TinyBERT's 4x312 is 1200 wide in between, here 1248. For the task `causal` no token sees those
-    after it.
+    Blocks are as BERT's: four times as wide in between, and with as many heads as the teacher, or
+    twelve as in BERT-base, all-MiniLM and TinyBERT, where these divide the width; otherwise with
+    the largest number below that does. TinyBERT's 4x312 is 1200 wide in between, here 1248. For the
+    task `causal` no token sees those after it.
 
     Args:
         name: `bert:LxD`.
         task, classes, tokenizer: As for `load`.
         seed: Seed of the weights.
         positions: Largest number of tokens of a text.
+        heads: Number of heads of the teacher; None without.
 
     Raises:
         UserError: If the name is no such name.
@@ -104,13 +112,14 @@ def fresh(
     if match is None:
         raise UserError(f"a fresh BERT is named by blocks and width, as bert:4x312, got {name}")
     depth, width = map(int, match.groups())
-    heads = next(h for h in range(min(BERT_HEADS, width), 0, -1) if width % h == 0)
+    most = min(heads or BERT_HEADS, width)
+    count = next(h for h in range(most, 0, -1) if width % h == 0)
     library = import_transformers()
     config = library.BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         num_hidden_layers=depth,
-        num_attention_heads=heads,
+        num_attention_heads=count,
         intermediate_size=4 * width,
         max_position_embeddings=positions,
         pad_token_id=tokenizer.pad_token_id,

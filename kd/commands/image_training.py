@@ -1,0 +1,247 @@
+"""A training on images: the checks and the figures that need images."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dsdistill.harness import shell
+from dsdistill.harness.errors import UserError
+from dsdistill.harness.evaluation import metrics
+from dsdistill.harness.runs import progress
+from kd.commands import run_inputs, training_batches, training_parts
+from kd.commands.training import Validate
+from kd.commands.training_parts import TrainingParts
+from kd.data import data_source
+from kd.data.batching import BatchSource, EvaluationBatches
+from kd.data.files.file_source import FileSource
+from kd.evaluation import scoring, teacher_check
+from kd.models import networks, saved_models
+from kd.objectives.schemes import Objective
+from kd.options import TrainOptions
+from kd.parallel.engine import Engine
+from kd.recipe import VALIDATION_FIELDS, Recipe
+from kd.training.checkpoint import TrainingState
+
+
+def assemble(options: TrainOptions) -> "ImageTraining":
+    """Load data and networks of images, and check that they fit together.
+
+    Raises:
+        UserError: If a name is unknown, a file is missing, or parts do not fit together.
+    """
+    return ImageTraining(training_parts.assemble(options), options)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageTraining:
+    """A training on images; its members are described in `training.Training`.
+
+    Attributes:
+        parts: Networks, data and loss.
+        options: Options that they were assembled from.
+    """
+
+    parts: TrainingParts
+    options: TrainOptions
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.parts.recipe
+
+    @property
+    def on(self) -> Engine:
+        return self.parts.on
+
+    @property
+    def seed(self) -> int:
+        return self.parts.seed
+
+    @property
+    def student_name(self) -> str:
+        return self.parts.student.name
+
+    @property
+    def teacher_names(self) -> tuple[str, ...]:
+        return self.parts.teacher_names
+
+    @property
+    def validation_count(self) -> int | None:
+        return self.parts.source.validation_count
+
+    def build_objective(self) -> Objective:
+        return training_parts.build_objective(self.parts, self.options)
+
+    def check_options(self) -> None:
+        options, source = self.options, self.parts.source
+        if options.workers is not None and not isinstance(source, FileSource):
+            raise UserError("--workers has no effect without --augment imagenet: leave it out")
+        if options.validation_fraction is not None and source.brings_validation:
+            line = (
+                f"--validation-fraction has no effect on {options.data}, which has a validation "
+                "part of its own"
+            )
+            if not options.resume:
+                raise UserError(f"{line}: leave it out")
+            progress.say(f"note: {line}")  # of a run that an earlier version has started
+
+    def load(self) -> BatchSource:
+        return training_batches.load(self.parts)
+
+    def check_step(self, objective: Objective, source: BatchSource) -> None:
+        training_parts.check_step(self.parts, objective, source.sizes)
+
+    def compile(self) -> None:
+        self.parts.student.classifier.network.compile()
+
+    def check_teachers(self) -> None:
+        parts, source = self.parts, self.parts.source
+        say = progress.say if parts.on.is_main_process else lambda line: None
+        for line in source.missing_classes():
+            say(f"note: {line}")
+        batches: EvaluationBatches | None = self._validation_batches()
+        part = "validation"
+        if batches is None:
+            say(self._describe_no_validation())
+        if batches is None and parts.teachers:
+            fitted, device = parts.student.preprocess, parts.on.device
+            shuffled = source.shuffled(parts.recipe, fitted, device, parts.readers)
+            batches = None if shuffled is None else teacher_check.FirstImages(shuffled)
+            part = "training"
+        minimum = self.options.min_teacher_accuracy
+        if parts.teachers and batches is None:
+            say("the teachers are not checked: there are no real images to check them on")
+            if minimum is not None:
+                raise UserError(
+                    f"--min-teacher-accuracy {minimum:g} needs real images to check the teacher "
+                    f"on, and there are none ({source.note}): leave it out"
+                )
+        elif batches is not None:
+            more = self._training_images if part == "validation" else _none
+            check = partial(teacher_check.check, minimum=minimum, part=part, more=more, say=say)
+            for name, teacher in zip(parts.teacher_names, parts.teachers, strict=True):
+                check(name, teacher, batches)
+
+    def input_hashes(self) -> dict[str, str]:
+        return run_inputs.hashes(self.parts, self.options)
+
+    def prepare(self, objective: Objective, source: BatchSource) -> BatchSource:
+        return training_batches.prepare(self.parts, self.options, objective, source)
+
+    def validator(self) -> Validate | None:
+        student, batches = self.parts.student, self._validation_batches()
+        if batches is None:
+            return None
+
+        def validate(network: nn.Module) -> dict[str, float]:
+            classifier = student.classifier.with_network(network)
+            return scoring.validate(classifier, batches, self.on, logits=student.gives_logits)
+
+        return validate
+
+    def finished(self, state: TrainingState) -> "ImageTraining":
+        student, batches = self.parts.student, self._validation_batches()
+        student.classifier.network.load_state_dict(state.best)
+        if batches and not student.gives_logits:
+            outputs, labels = scoring.outputs_and_labels(student.classifier, batches)
+            temperature = metrics.fit_temperature(outputs, labels)
+            student = replace(student, output_temperature=temperature)
+        return replace(self, parts=replace(self.parts, student=student))
+
+    def figures(self, state: TrainingState) -> dict[str, Any]:
+        student, source = self.parts.student, self.parts.source
+        return {
+            **self._test_metrics(),
+            "validation_accuracy": self._validation_accuracy(state),
+            "parameters": networks.parameter_count(student.classifier),
+            "data": source.name,
+            "train_images": source.count,
+            "output_temperature": student.output_temperature,
+            "note": source.note,
+        }
+
+    def save(self, folder: Path) -> None:
+        saved_models.save_run(folder, self.parts.student)
+
+    def _validation_batches(self) -> EvaluationBatches | None:
+        parts = self.parts
+        fitted, device = parts.student.preprocess, parts.on.device
+        return parts.source.validation(parts.recipe, fitted, device, parts.readers)
+
+    def _training_images(self, count: int) -> EvaluationBatches | None:
+        """At most `count` training images, spread over the classes, in evaluation views."""
+        parts = self.parts
+        fitted, device = parts.student.preprocess, parts.on.device
+        return parts.source.sample(count, parts.recipe, fitted, device, parts.readers)
+
+    def _describe_no_validation(self) -> str:
+        """Say in one line what a training without validation images lacks.
+
+        Raises:
+            UserError: If an option is given that needs validation images.
+        """
+        options, parts = self.options, self.parts
+        require_no_validation_options(options, "images")
+        fraction = data_source.fraction_or_default(options.validation_fraction)
+        lost = ["the weights of the last epoch are saved, not of the best"]
+        if parts.recipe.average_best > 1:
+            lost.append(f"and not the mean of {parts.recipe.average_best} epochs")
+        if not parts.student.gives_logits:
+            lost.append("and its outputs are not calibrated")
+        if parts.source.distilled is not None and parts.source.note:
+            reason = "there are no real images"
+        elif parts.source.distilled is not None or fraction == 0:
+            reason = "none are held out"
+        else:
+            reason = f"a share of {fraction:g} of so few images of each class is none"
+        return f"no validation images ({reason}): {', '.join(lost)}"
+
+    def _test_metrics(self) -> dict[str, Any]:
+        """Measure the student on the test set."""
+        parts, student = self.parts, self.parts.student
+        fitted, device = student.preprocess, parts.on.device
+        batches = parts.source.test(parts.recipe, fitted, device, parts.readers)
+        if batches is None:
+            return {"test_accuracy": None, "test_images": 0}
+        figures = scoring.evaluate(
+            student.classifier,
+            batches,
+            dict(zip(parts.teacher_names, parts.teachers, strict=True)),
+            temperature=student.output_temperature,
+            classes=parts.source.classes,
+        )
+        for note in figures.pop("notes"):
+            progress.say(note)
+        accuracy, images = figures.pop("accuracy"), figures.pop("images")
+        return {"test_accuracy": accuracy, "test_images": images, **figures}
+
+    def _validation_accuracy(self, state: TrainingState) -> float | None:
+        """Validation accuracy of the saved weights; a mean of several epochs is measured again."""
+        batches = self._validation_batches()
+        if len(state.kept) == 1 or batches is None:
+            return state.best_accuracy
+        return scoring.evaluate(self.parts.student.classifier, batches)["accuracy"]
+
+
+def require_no_validation_options(options: TrainOptions, kind: str) -> None:
+    """Refuse options that compare validations, where there are none.
+
+    Args:
+        options: Options of the training.
+        kind: What is missing, `images` or `texts`.
+
+    Raises:
+        UserError: If one is given.
+    """
+    for name in VALIDATION_FIELDS:
+        if name in options.given:
+            raise UserError(
+                f"{shell.flag(name)} has no effect without validation {kind}: "
+                "leave it out, or hold some out with --validation-fraction"
+            )
+
+
+def _none(count: int) -> None:
+    """Add no images: the teacher is checked on training images already."""

@@ -1,0 +1,410 @@
+"""Assembly of the parts of a training on texts, with all checks before any writing."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+
+from dsdistill.harness import paths, shell
+from dsdistill.harness.errors import UserError
+from dsdistill.harness.runs import progress
+from kd import recipe as recipe_rules
+from kd import recipes
+from kd.commands import teacher_chain
+from kd.commands.training_parts import make_engine
+from kd.data import data_source
+from kd.data.text import (
+    causal_rows,
+    corpus,
+    masked_candidates,
+    part_files,
+    teacher_texts,
+    tokenization,
+    transfer_set,
+    word_replacement,
+)
+from kd.data.text.corpus import Corpus, TextPart
+from kd.data.text.tokenization import EncodedPart
+from kd.evaluation import text_scoring
+from kd.models import network_names
+from kd.models.language import lora, text_students, text_teachers
+from kd.models.language.task import OF_TOKENS, Task
+from kd.models.language.text_model import TextModel
+from kd.models.language.text_teachers import TextTeacher
+from kd.models.zoo import class_names
+from kd.objectives import loss_checks, terms
+from kd.objectives.terms import Term
+from kd.options import IMAGE_FIELDS, IMAGE_OPTIONS, TrainOptions
+from kd.parallel.engine import Engine
+from kd.recipe import TEXT_AUGMENTS, Recipe
+from kd.training import optimization
+
+TEACHER_LOSS = "ce:0.1,kd:0.9:temperature=2"
+# Task -> its loss on labels alone, and with a teacher.
+LOSSES: Mapping[Task, tuple[str, str]] = {
+    "classify": ("ce:1", TEACHER_LOSS),
+    "tag": ("ce:1", TEACHER_LOSS),
+    "regress": ("mse:1", "mse:0.1,logits:0.9"),
+    "mlm": ("mlm:1", "mlm:1,tokens:1"),
+    "causal": ("clm:1", "clm:0.5,tokens:0.5:temperature=1"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedTexts:
+    """Texts of one part as token ids.
+
+    Attributes:
+        encodings: As the student's tokenizer encodes them, then as each other tokenizer does.
+        labels: Class or score of each; None for tasks without, and for copies of texts.
+        languages: Language of each; None where it is not said.
+    """
+
+    encodings: tuple[EncodedPart, ...]
+    labels: np.ndarray | None = None
+    languages: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.encodings[0])
+
+
+@dataclass(frozen=True, eq=False)
+class TextParts:
+    """Parts of a training on texts.
+
+    Attributes:
+        corpus: Texts to train, validate and test on.
+        student: The student with its initial weights.
+        teacher_names: Names of the teachers; empty to train on labels alone.
+        teachers: The teachers, frozen and on the device.
+        tokenizers: The student's tokenizer, then those of teachers with another one.
+        encoding_of_teacher: Place of each teacher's tokenizer in `tokenizers`.
+        encoded: The parts of the corpus as token ids, by name; of the training part with copies.
+        recipe: The resolved recipe, in which no field is left to a default.
+        terms: Terms of the loss.
+        on: Device, precision and processes.
+    """
+
+    corpus: Corpus
+    student: TextModel
+    teacher_names: tuple[str, ...]
+    teachers: tuple[TextTeacher, ...]
+    tokenizers: tuple[Any, ...]
+    encoding_of_teacher: tuple[int, ...]
+    encoded: Mapping[str, EncodedTexts]
+    recipe: Recipe
+    terms: tuple[Term, ...]
+    on: Engine
+
+    @property
+    def task(self) -> Task:
+        """What is learned."""
+        return self.corpus.task
+
+    @property
+    def teaches_outputs(self) -> bool:
+        """Whether the loss reaches the student's outputs, and not its layers alone."""
+        return any(not term.definition.reads_layers for term in self.terms)
+
+
+def is_text(options: TrainOptions) -> bool:
+    """Whether a training is one on texts, by its data and its task."""
+    return options.task is not None or part_files.is_text(locate(options))
+
+
+def locate(options: TrainOptions) -> Path:
+    """The file or folder of the data, which may lie in the folder of named data sets."""
+    path = Path(options.data).expanduser()
+    if not path.exists() and len(path.parts) == 1:
+        named = options.data_root / "text" / path
+        return named if named.exists() else options.data_root / path
+    return path
+
+
+def assemble(options: TrainOptions) -> TextParts:
+    """Resolve names, read the texts, load student and teachers, and check that they fit together.
+
+    Raises:
+        UserError: If a name is unknown, a file is missing, or parts do not fit together.
+    """
+    _refuse_image_options(options)
+    options = teacher_chain.last_student(options)
+    named = recipes.by_name(options.recipe) if options.recipe else None
+    name = options.student or (named and named.student)
+    if name is None:
+        raise UserError(f"--student must name a network of texts: {text_students.KINDS}")
+    on = make_engine(options, named)
+    say = progress.say if on.is_main_process else _say_nothing
+    taught = teacher_chain.last_teacher(options) or (named and named.teacher)
+    names = tuple(network_names.parse_names("--teacher", taught)) if taught else ()
+    texts = _load_corpus(options, name)
+    student = _student(options, name, names, texts)
+    for note in student.network.notes:
+        say(f"student {student.name}: {note}")
+    alone = not names and options.mean_teacher is None
+    chosen, loss_terms = _recipe(options, named, texts, student, alone)
+    writes = chosen.augment == "teacher"  # the teacher's texts teach, and not its answers
+    _check_loss(options, chosen, loss_terms, texts, alone=alone or writes)
+    teachers = _teachers(options, names, student, texts, loss_terms, writes=writes)
+    for network in (student.network, *teachers):
+        network.to(on.device)
+    tokenizers, encoding_of_teacher = _distinct_tokenizers(student, teachers)
+    lengths = [student.max_length, *(_length(teachers, student, x) for x in tokenizers[1:])]
+    training, complete = _training_texts(options, chosen, texts, tokenizers, teachers, on, say)
+    encoded = {"train": _encode(training, texts.task, tokenizers, lengths, complete)}
+    for part, content in (("validation", texts.validation), ("test", texts.test)):
+        if len(content):
+            encoded[part] = _encode(content, texts.task, tokenizers, lengths)
+    for remark in loss_checks.remarks(loss_terms, images=len(encoded["train"])):
+        say(remark)
+    return TextParts(
+        texts,
+        student,
+        names,
+        teachers,
+        tokenizers,
+        encoding_of_teacher,
+        encoded,
+        chosen,
+        loss_terms,
+        on,
+    )
+
+
+def _refuse_image_options(options: TrainOptions) -> None:
+    plain = TrainOptions()
+    given = [name for name in IMAGE_OPTIONS if getattr(options, name) != getattr(plain, name)]
+    given += [name for name in IMAGE_FIELDS if name in options.given]
+    if given:
+        raise UserError(f"{shell.flag(given[0])} is for images, and {options.data} are texts")
+    if options.given.get("augment") not in (None, "none", *TEXT_AUGMENTS):
+        raise UserError(
+            f"--augment {options.given['augment']} is for images: of texts there are "
+            f"{', '.join(TEXT_AUGMENTS)}"
+        )
+
+
+def _load_corpus(options: TrainOptions, student: str) -> Corpus:
+    return corpus.load(
+        locate(options),
+        task=options.task,
+        text=options.text,
+        label=options.label,
+        validation_fraction=data_source.fraction_or_default(options.validation_fraction),
+    )
+
+
+def _student(
+    options: TrainOptions, name: str, teacher_names: Sequence[str], texts: Corpus
+) -> TextModel:
+    layers = options.keep_layers
+    columns = texts.train.texts
+    student = text_students.build(
+        name,
+        texts.task,
+        texts.classes,
+        teacher=teacher_names[0] if teacher_names else None,
+        tokenizer_source=options.tokenizer,
+        texts=(text for column in columns for text in _strings(column)),
+        seed=options.seed,
+        max_length=options.max_length,
+        pairs=len(columns) == 2 and texts.task not in OF_TOKENS,
+        keep_layers=None if layers is None else text_students.parse_layers(layers),
+    )
+    if texts.task == "causal" and not isinstance(columns[0][0], str):
+        causal_rows.add_chat_template(student.tokenizer)
+    if options.lora is not None:
+        lora.add(student.network, options.lora, seed=options.seed)
+    return student
+
+
+def _recipe(
+    options: TrainOptions, named: Recipe | None, texts: Corpus, student: TextModel, alone: bool
+) -> tuple[Recipe, tuple[Term, ...]]:
+    """The recipe with all its fields, and its terms."""
+    pretrained = not text_students.is_fresh(student.name)
+    base = named or recipes.default_of_texts(pretrained=pretrained)
+    chosen = recipe_rules.override(base, options.given)
+    if "metric" not in options.given:
+        chosen = replace(chosen, metric=text_scoring.default_metric(texts.task, texts.classes))
+    loss = chosen.loss or LOSSES[texts.task][0 if alone else 1]
+    loss_terms = terms.parse(loss)
+    chosen = loss_checks.apply_smoothing(loss_terms, replace(chosen, loss=loss), options.given)
+    return chosen, loss_terms
+
+
+def _check_loss(
+    options: TrainOptions,
+    chosen: Recipe,
+    loss_terms: tuple[Term, ...],
+    texts: Corpus,
+    *,
+    alone: bool,
+) -> None:
+    """Refuse a loss, a recipe and options that do not fit each other."""
+    weighted = options.teacher_weights is not None
+    loss_checks.check_teaching(loss_terms, chosen, alone=alone, weighted=weighted)
+    loss_checks.check(
+        loss_terms,
+        classes=max(len(texts.classes), 1) if texts.task not in OF_TOKENS else 1 << 31,
+        batch_size=chosen.batch_size,
+        mixed=False,
+    )
+    optimization.check_optimizer(chosen)
+    if chosen.on_policy and texts.task != "causal":
+        raise UserError(f"--on-policy needs a student that writes: --task causal, not {texts.task}")
+    if (chosen.augment == "masked") != (options.mlm is not None):
+        raise UserError("--augment masked and --mlm NAME need each other")
+    if chosen.augment not in ("words", "masked"):
+        return
+    labelled = [term.name for term in loss_terms if term.definition.inputs == "labels"]
+    if labelled or texts.task not in ("classify", "regress"):
+        what = f"--loss {labelled[0]}" if labelled else f"--task {texts.task}"
+        raise UserError(
+            f"--augment {chosen.augment} makes copies without labels, and {what} needs them: "
+            "use losses of the teacher's answers alone, such as kd:1, or leave it out"
+        )
+
+
+def _teachers(
+    options: TrainOptions,
+    names: Sequence[str],
+    student: TextModel,
+    texts: Corpus,
+    loss_terms: tuple[Term, ...],
+    *,
+    writes: bool,
+) -> tuple[TextTeacher, ...]:
+    class_map = None if teacher_chain.is_taught_by_chain(options) else options.class_map
+    maps = class_names.read_class_maps(class_map, names)
+    head = any(not term.definition.reads_layers for term in loss_terms)
+    sample = list(_strings(texts.train.texts[0][:1000]))
+    teachers = tuple(
+        text_teachers.load(name, student, texts.classes, sample, class_map=mapping, head=head)
+        for name, mapping in zip(names, maps, strict=True)
+    )
+    aligned = [term.name for term in loss_terms if term.definition.aligned]
+    if not writes:
+        for name, teacher in zip(names, teachers, strict=True):
+            text_teachers.require_same_tokens(name, teacher, texts.task, aligned)
+        same_ids = all(teacher.own_tokenizer is None for teacher in teachers)
+        loss_checks.check_texts(loss_terms, task=texts.task, same_ids=same_ids)
+    return teachers
+
+
+def _distinct_tokenizers(
+    student: TextModel, teachers: Sequence[TextTeacher]
+) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    """The student's tokenizer and the teachers' other ones, and each teacher's place there."""
+    tokenizers, places = [student.tokenizer], []
+    for teacher in teachers:
+        if teacher.own_tokenizer is None:
+            places.append(0)
+        else:
+            places.append(len(tokenizers))
+            tokenizers.append(teacher.own_tokenizer)
+    return tuple(tokenizers), tuple(places)
+
+
+def _length(teachers: Sequence[TextTeacher], student: TextModel, tokenizer: Any) -> int:
+    owner = next(teacher for teacher in teachers if teacher.own_tokenizer is tokenizer)
+    return owner.resolved.max_length
+
+
+def _training_texts(
+    options: TrainOptions,
+    chosen: Recipe,
+    texts: Corpus,
+    tokenizers: Sequence[Any],
+    teachers: Sequence[TextTeacher],
+    on: Engine,
+    say: Callable[[str], None],
+) -> tuple[TextPart, Bool[np.ndarray, " n"] | None]:
+    """The texts to train on: those of the corpus, with copies, or the teacher's own.
+
+    Returns:
+        The texts, and of the teacher's own whether each is complete.
+    """
+    part = texts.train
+    folder = (options.cache or paths.transfer_sets()).expanduser()
+    if chosen.augment == "words":
+        mask = word_replacement.mask_text(tokenizers[::-1])
+        bands = word_replacement.count_bands(part)
+        count = chosen.copies or transfer_set.default_copies(part)
+        copies = word_replacement.WordReplacement(bands, count, mask=mask, seed=options.seed)
+    elif chosen.augment == "masked":
+        assert options.mlm is not None
+        count = chosen.copies or transfer_set.default_copies(part)
+        copies = masked_candidates.load(
+            options.mlm, part, on.device, copies=count, seed=options.seed
+        )
+    elif chosen.augment == "teacher":
+        teacher = teachers[0].model
+        written = teacher_texts.write(
+            part, teacher.network, teacher.tokenizer, folder, on, seed=options.seed
+        )
+        say(written.described)
+        return written.part, written.complete
+    else:
+        return part, None
+    enlarged = transfer_set.build(part, copies, folder)
+    say(f"{len(part):,} training texts and {len(enlarged) - len(part):,} copies without labels")
+    return enlarged.part, None
+
+
+def _encode(
+    part: TextPart,
+    task: Task,
+    tokenizers: Sequence[Any],
+    lengths: Sequence[int],
+    complete: Bool[np.ndarray, " n"] | None = None,
+) -> EncodedTexts:
+    encodings = tuple(
+        encode(part, task, tokenizer, length, complete)
+        for tokenizer, length in zip(tokenizers, lengths, strict=True)
+    )
+    labels = part.labels if isinstance(part.labels, np.ndarray) else None
+    return EncodedTexts(encodings, labels, part.languages)
+
+
+def encode(
+    part: TextPart,
+    task: Task,
+    tokenizer: Any,
+    max_length: int,
+    complete: Bool[np.ndarray, " n"] | None = None,
+) -> EncodedPart:
+    """Encode the texts of a part for a task.
+
+    Args:
+        part: The texts.
+        task: What is learned from them.
+        tokenizer: Tokenizer of the model.
+        max_length: Largest number of tokens of a row.
+        complete: For a causal model, whether each completion is complete; None: all are.
+
+    Raises:
+        UserError: If the texts do not fit the task, or have no tokens.
+    """
+    if task == "causal":
+        return causal_rows.encode(part, tokenizer, max_length, complete=complete)
+    if task == "mlm":
+        return causal_rows.encode_texts(part.texts[0], tokenizer, max_length, causal=False)
+    return tokenization.encode(part, tokenizer, max_length)
+
+
+def _strings(column: Sequence[Any]) -> Sequence[str]:
+    """The texts of a column: of tagged sentences their tokens, of conversations their turns."""
+    if not len(column) or isinstance(column[0], str):
+        return column
+    return [
+        " ".join(str(each["content"] if isinstance(each, Mapping) else each) for each in row)
+        for row in column
+    ]
+
+
+def _say_nothing(line: str) -> None:
+    """Do nothing with a line that another process prints."""
