@@ -117,11 +117,7 @@ def is_text(options: TrainOptions) -> bool:
 
 def locate(options: TrainOptions) -> Path:
     """The file or folder of the data, which may lie in the folder of named data sets."""
-    path = Path(options.data).expanduser()
-    if not path.exists() and len(path.parts) == 1:
-        named = options.data_root / "text" / path
-        return named if named.exists() else options.data_root / path
-    return path
+    return part_files.locate(options.data, options.data_root)
 
 
 def assemble(options: TrainOptions) -> TextParts:
