@@ -99,7 +99,7 @@ def export(options: ExportOptions) -> dict[str, Any]:
     export_format = FORMATS[options.format]
     model = saved_text_models.load_run(options.run)
     model.network.eval()
-    out = checked_export.free_path(options, model.name, f"-{options.format}")
+    out = checked_export.free_path(options, model.name.rstrip("]"), f"-{options.format}")
     writer = export_format.prepare(model)
     reference = gather(options.run, model, options.data_root)
     return checked_export.write(

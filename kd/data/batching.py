@@ -222,7 +222,7 @@ class ChangedBatches:
 def move(batch: Batch, device: torch.device) -> Batch:
     """Move a batch to a device; from pinned memory without waiting for a GPU."""
     gpu = device.type == "cuda"
-    moved = {
+    moved: dict[str, Any] = {
         name: value.to(device, non_blocking=gpu and _is_pinned(value))
         for name, value in vars(batch).items()
         if isinstance(value, Tensor | TokenInputs)
@@ -230,23 +230,6 @@ def move(batch: Batch, device: torch.device) -> Batch:
     if batch.teacher_inputs is not None:
         moved["teacher_inputs"] = tuple(x.to(device) for x in batch.teacher_inputs)
     return replace(batch, **moved)
-
-
-def first_rows(batch: Batch, count: int) -> Batch:
-    """The first images or texts of a batch, as a batch of their own.
-
-    Args:
-        batch: The batch.
-        count: Largest number of rows.
-    """
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(cut(each) for each in value)
-        return value.first(count) if isinstance(value, TokenInputs) else value[:count]
-
-    tensors = {k: v for k, v in vars(batch).items() if isinstance(v, Tensor | TokenInputs | tuple)}
-    return Batch(**{name: cut(value) for name, value in tensors.items()})
 
 
 def _is_pinned(value: Tensor | TokenInputs) -> bool:

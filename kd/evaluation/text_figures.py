@@ -140,7 +140,8 @@ def evaluate(
             texts.task, given, texts.classes, texts.languages
         )
     if given is not None and texts.classes:
-        report["notes"] = text_scoring.notes("the student", given, texts.classes)
+        what = "token" if texts.task == "tag" else "text"
+        report["notes"] = text_scoring.notes("the student", given, texts.classes, what)
     answered = [measure(teacher, texts, teacher=i) for i, (_, teacher) in enumerate(teachers)]
     if len(answered) == 1:
         report |= _named_teacher(*answered[0], given, texts.classes)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dsdistill.harness.errors import UserError
 from kd.data.batching import EvaluationBatches
 from kd.losses import token
 from kd.models.token_inputs import IGNORED
@@ -34,8 +35,13 @@ def validate(
     Returns:
         `accuracy`, the share of targets that are the most probable token; `nll` in nats;
         `perplexity`, its exponential; with `text_bytes` also `bits_per_byte`.
+
+    Raises:
+        UserError: If no token has a target.
     """
     right, nats, count = _sums(network, batches, on)
+    if not count:
+        raise UserError("the texts have no token to predict: all are unknown to the tokenizer")
     figures = {
         "accuracy": right / count,
         "nll": nats / count,

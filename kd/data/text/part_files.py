@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dsdistill.harness.data import walk
 from dsdistill.harness.errors import UserError, first_line
 from kd.data.text import tables
 from kd.data.text.tables import Table
@@ -25,15 +26,16 @@ def is_text(data: Path) -> bool:
     """Whether a path holds text, to tell it from images.
 
     Args:
-        data: A file or a folder.
+        data: A file or a folder. A folder of images may have a table `train.csv` too; and a
+            `.json` file is no image, though it is refused with the formats that can be read.
     """
     if data.is_file():
-        return tables.table_suffix(data) is not None
+        return tables.table_suffix(data) is not None or data.suffix.lower() == ".json"
     if not data.is_dir():
         return False
     if any((data / name).is_file() for name in (_SAVED_DICT, _SAVED)):
         return True
-    return "train" in _files(data)
+    return "train" in _files(data) and not walk.holds_images(data)
 
 
 def locate(name: str, root: Path) -> Path:
@@ -62,6 +64,20 @@ def find_lone_part(data: Path) -> Path | None:
     return next((files[part][0] for part in ("test", "validation") if part in files), None)
 
 
+def locate(data: str, root: Path) -> Path:
+    """The file or folder of texts that a user names.
+
+    Args:
+        data: A path, or the name of a data set.
+        root: Folder of the named data sets, whose texts may lie in a folder `text`.
+    """
+    path = Path(data).expanduser()
+    if not path.exists() and len(path.parts) == 1:
+        named = root / "text" / path
+        return named if named.exists() else root / path
+    return path
+
+
 def find(data: Path, *, documents: bool = False) -> dict[str, Table]:
     """Read the parts of a text data set.
 
@@ -88,7 +104,7 @@ def find(data: Path, *, documents: bool = False) -> dict[str, Table]:
             raise UserError(f"{data} has two files of its {part} part, {names}: remove one")
     if "train" not in files:
         kinds = ", ".join(sorted(tables.READERS))
-        raise UserError(f"{data} has no train file ({kinds}, with .gz or without)")
+        raise UserError(f"{data} has no train file of texts ({kinds}, with .gz or without)")
     return {part: tables.read(paths[0], documents=documents) for part, paths in files.items()}
 
 
@@ -128,7 +144,7 @@ def _load_saved(folder: Path) -> dict[str, Table]:
         if own:
             read[part] = _as_table(folder / own[0], parts[own[0]])
     if "train" not in read:
-        raise UserError(f"{folder} has no part train, but {', '.join(sorted(parts))}")
+        raise UserError(f"{folder} has no part train, but {', '.join(sorted(map(str, parts)))}")
     return read
 
 

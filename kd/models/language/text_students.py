@@ -10,6 +10,7 @@ bert:4x312      a fresh BERT of four blocks of 312 values
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from dsdistill.harness.errors import UserError
@@ -96,8 +97,9 @@ def parse_layers(text: str) -> tuple[int, ...]:
 
 
 def is_fresh(name: str) -> bool:
-    """Whether a name means a network with random weights."""
-    return name.startswith("bert:") or _BILSTM.fullmatch(name) is not None
+    """Whether a name means a network with random weights; a folder of that name is a run."""
+    named = name.startswith("bert:") or _BILSTM.fullmatch(name) is not None
+    return named and not Path(name).is_dir()
 
 
 def _trained(
@@ -174,9 +176,9 @@ def _fresh(
     pairs: bool,
     teacher: str | None,
 ) -> TextModel:
-    if max_length is None and teacher is not None:
+    if max_length is None and teacher:
         max_length = trained_models.usual_length(teacher)
-    heads = None if teacher is None else trained_models.heads(teacher)
+    heads = trained_models.heads(teacher) if teacher else None
     length = text_model.choose_length(name, max_length, None)
     match = _BILSTM.fullmatch(name)
     with allocation.limited(name):
