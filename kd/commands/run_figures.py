@@ -19,6 +19,7 @@ class Figure:
         bounds: Smallest and largest possible value; fractions are shown in percent.
         sign: 1 if larger values are better, -1 if smaller ones are.
         digits: Digits behind the point.
+        logarithmic: Whether its curves need a logarithmic axis.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Figure:
     bounds: tuple[float, float]
     sign: int = 1
     digits: int = 3
+    logarithmic: bool = False
 
     @property
     def in_percent(self) -> bool:
@@ -54,7 +56,7 @@ FIGURES: Mapping[str, Figure] = {
         Figure("spearman", "Spearman's correlation", CORRELATION),
         Figure("pearson", "Pearson's correlation", CORRELATION),
         Figure("mse", "mean squared error", POSITIVE, sign=-1),
-        Figure("perplexity", "perplexity", POSITIVE, sign=-1, digits=2),
+        Figure("perplexity", "perplexity", POSITIVE, sign=-1, digits=2, logarithmic=True),
         Figure("bits_per_byte", "bits per byte", POSITIVE, sign=-1),
     )
 }

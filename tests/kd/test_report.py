@@ -269,7 +269,10 @@ def test_runs_of_texts_are_compared_by_their_metric(tmp_path):
 def test_a_smaller_perplexity_is_ahead(tmp_path):
     for student, value in (("hf:/far/small", 30.0), ("hf:/far/large", 20.0)):
         figures = texts("causal", "nll", "validation", validation_perplexity=value)
+        figures["curve"] = "perplexity"
         made(tmp_path, TrainOptions("play", student=student), accuracy=None, **figures)
+    (compared,) = compared_in(tmp_path)
+    assert report.curves(compared.groups, compared.figure).axes[0].get_yscale() == "log"
     page = report.render(sorted(tmp_path.iterdir()))
     assert "On play (validation texts), hf:large: perplexity 20.00." in page
     assert "That is 10.00 less than hf:small; one seed" in page
