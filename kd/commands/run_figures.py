@@ -75,8 +75,7 @@ def of_report(report: Mapping[str, Any]) -> Figure:
     Args:
         report: Content of its `report.json`.
     """
-    metric = report.get("metric")
-    return FIGURES[metric] if metric in FIGURES else of_task(report.get("task"))
+    return FIGURES.get(report.get("metric") or "") or of_task(report.get("task"))
 
 
 def of_task(task: str | None) -> Figure:

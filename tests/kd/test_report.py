@@ -248,8 +248,8 @@ def texts(task: str, metric: str, part: str = "test", **figures: Any) -> dict[st
 def test_runs_of_texts_are_compared_by_their_metric(tmp_path):
     options = TrainOptions("stsb", student="bilstm:8")
     for seed, value in enumerate((0.5, -0.1, 0.2)):
-        figures = {"test_spearman": value, "test_mse": 2 + value, "teacher_spearman": 0.75}
-        figures = texts("regress", "spearman", **figures)
+        figures = texts("regress", "spearman", test_spearman=value, test_mse=2 + value)
+        figures["teacher_spearman"] = 0.75
         made(tmp_path, replace(options, seed=seed), accuracy=None, nll=None, **figures)
     (compared,) = compared_in(tmp_path)
     cells = cells_of(compared, compared.groups[0])
