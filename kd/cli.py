@@ -60,9 +60,11 @@ def _export(options: ExportOptions) -> None:
 
     found = export(options)
     if found["note"]:
-        print(printable(f"kd: compared on random images only: {found['note']}"), file=sys.stderr)
+        kind = "images" if "random_images" in found else "tokens"
+        print(printable(f"kd: compared on random {kind} only: {found['note']}"), file=sys.stderr)
     rounded = {name: f"{found[name]:.2g}" for name in ("largest_difference", "tolerance")}
-    _print_figures({name: rounded.get(name, found[name]) for name in _EXPORT_FIELDS})
+    fields = (name for name in _EXPORT_FIELDS if name in found)
+    _print_figures({name: rounded.get(name, found[name]) for name in fields})
 
 
 def _features(options: FeaturesOptions) -> None:
@@ -99,6 +101,8 @@ _EXPORT_FIELDS = (
     "argmax_agreement",
     "random_images",
     "real_images",
+    "texts",
+    "lengths",
     "data",
 )
 

@@ -4,12 +4,7 @@ The files are written to a hidden folder, read again the way their user would, a
 student on random and on real images, before they are moved to their place.
 """
 
-import os
-import re
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from dsdistill.harness.errors import UserError, first_line, unknown_name
-from kd.commands import export_check, export_formats, run_data
+from dsdistill.harness.errors import UserError, unknown_name
+from kd.commands import checked_export, export_check, export_formats, run_data, text_export
+from kd.commands.checked_export import RELATIVE_TOLERANCE
 from kd.commands.export_check import ReferenceOutputs
 from kd.commands.export_formats import FORMATS, ExportFormat
 from kd.data import batching
@@ -26,10 +22,6 @@ from kd.models import network_names, networks, saved_models
 from kd.models.saved_models import Model
 from kd.options import ExportOptions
 from kd.recipe import Recipe
-
-# Largest difference, as a share of the range of the outputs. Another order of float32 sums causes
-# 1e-7 to 1e-5 of it, a forgotten normalisation or another way to resize 1e-2 and more.
-RELATIVE_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -70,22 +62,28 @@ def export(options: ExportOptions) -> dict[str, Any]:
         UserError: If the run holds no complete student, the format does not fit it, a package is
             missing, the output exists, or the files disagree with the student.
     """
+    if saved_models.is_text_run(options.run):
+        return text_export.export(options)
     if options.format not in FORMATS:
+        if options.format in text_export.FORMATS:
+            raise UserError(
+                f"--format {options.format} is for students of texts: use {', '.join(FORMATS)}"
+            )
         raise unknown_name("format", options.format, FORMATS)
     export_format = FORMATS[options.format]
     model = saved_models.load_run(options.run, typed=network_names.names_in(options.trust_module))
     model.classifier.eval()
-    out = _free_path(options, model, export_format)
-    write = export_format.prepare(model)
+    suffix, sidecar = export_format.suffix, export_format.sidecar_suffix
+    out = checked_export.free_path(options, model.name, suffix, sidecar)
+    writer = export_format.prepare(model)
     reference = export_check.gather(options.run, model, options.data_root)
-    card = _card(options, model, export_format)
-    with _staging_path(out) as path:
-        write(path, card)
-        comparison = _require_agreement(path, reference, options)
-        write(path, card | {"check": asdict(comparison)})
-        _require_agreement(path, reference, options)  # the file that is kept, with the final card
-        _place(path, out)
-    return {"written": str(out), **asdict(comparison)}
+    return checked_export.write(
+        options,
+        out,
+        writer,
+        _card(options, model, export_format),
+        lambda path: compare(path, export_format, reference),
+    )
 
 
 def compare(path: Path, export_format: ExportFormat, reference: ReferenceOutputs) -> Comparison:
@@ -111,26 +109,6 @@ def compare(path: Path, export_format: ExportFormat, reference: ReferenceOutputs
         data=reference.data,
         note=reference.note,
     )
-
-
-def _require_agreement(
-    path: Path, reference: ReferenceOutputs, options: ExportOptions
-) -> Comparison:
-    try:
-        comparison = compare(path, FORMATS[options.format], reference)
-    except Exception as error:  # another program's reader may raise anything
-        raise UserError(
-            f"as {options.format} the student of {options.run} cannot be run "
-            f"({first_line(error)}): nothing was written; use another --format"
-        ) from error
-    # Not `>`, which is false for NaN.
-    if not comparison.largest_difference <= comparison.tolerance:
-        raise UserError(
-            f"as {options.format} the student of {options.run} would answer differently, by up to "
-            f"{comparison.largest_difference:.2g} where rounding explains at most "
-            f"{comparison.tolerance:.2g}: nothing was written; use another --format"
-        )
-    return comparison
 
 
 def _card(options: ExportOptions, model: Model, export_format: ExportFormat) -> dict[str, Any]:
@@ -196,40 +174,3 @@ def _file_resize(recipe: Recipe) -> dict[str, Any]:
     # As `kd.data.files.file_source` cuts them.
     interpolation = "bicubic" if recipe.interpolation == "random" else recipe.interpolation
     return {"crop": recipe.crop_share, "interpolation": interpolation}
-
-
-def _free_path(options: ExportOptions, model: Model, export_format: ExportFormat) -> Path:
-    """Path to write to, at which nothing exists yet."""
-    name = re.sub(r"\W+", "-", model.name)[-60:] + export_format.suffix
-    out = Path(os.path.abspath(options.out or options.run / "export" / name))
-    sidecar = export_format.sidecar_suffix
-    suffixes = ("", sidecar) if sidecar else ("",)
-    for path in (out.with_name(out.name + suffix) for suffix in suffixes):
-        if os.path.lexists(path):
-            raise UserError(f"{path} exists already: choose another --out")
-    return out
-
-
-@contextmanager
-def _staging_path(out: Path) -> Iterator[Path]:
-    """Yield a path of the same name in a hidden folder on the same disk; delete it afterwards."""
-    parent = next(folder for folder in out.parents if folder.is_dir())
-    with tempfile.TemporaryDirectory(dir=parent, prefix=".export-") as folder:
-        yield Path(folder) / out.name
-
-
-def _place(path: Path, out: Path) -> None:
-    """Move the files from the hidden folder to their place, the one that others describe last."""
-    missing = [folder for folder in out.parents if not folder.exists()]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    placed: list[Path] = []
-    try:
-        for file in sorted(path.parent.iterdir(), key=lambda file: file == path):
-            placed.append(out.with_name(file.name))
-            os.rename(file, placed[-1])
-    except OSError:
-        for other in placed[:-1]:  # a card without the file that it describes
-            other.unlink()
-        for folder in missing:  # the deepest first
-            folder.rmdir()
-        raise

@@ -10,7 +10,8 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,13 @@ from torch import Tensor, nn
 from dsdistill.harness import files
 from dsdistill.harness.data import preprocess
 from dsdistill.harness.errors import UserError, first_line
+from kd.commands.checked_export import Writer
 from kd.models import network_names, networks, saved_models, seals
 from kd.models.adapters import PreprocessLayer
 from kd.models.saved_models import Model
 from kd.models.zoo import exported, timm_zoo
 
 Card = Mapping[str, Any]
-Writer = Callable[[Path, Card], None]  # may be called again with another card
 Runner = Callable[[Float[Tensor, "n c h w"]], Float[Tensor, "n k"]]  # from images in [0, 1]
 
 INPUT_NAME, OUTPUT_NAME, CARD_FILE = "images", "outputs", "card.json"
@@ -61,7 +62,8 @@ class ExportFormat:
 
 def prepare_onnx(model: Model) -> Writer:
     """Prepare an ONNX graph, with the card in its metadata and in a JSON file beside it."""
-    _check_onnx(model)
+    # A centred network is two.
+    require_onnx(model.name, sum(p.numel() for p in model.classifier.parameters()))
     import onnx
 
     program: Any = _trace_graph(
@@ -106,18 +108,13 @@ def prepare_pt2(model: Model) -> Writer:
         lambda graph, example, sizes: torch.export.export(graph, example, dynamic_shapes=sizes),
     )
 
-    # Stack traces reveal paths on this machine.
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)
     # As a teacher the program takes unprocessed images: it contains its own preprocessing.
     without_preprocess = replace(model, preprocess=preprocess.identity(model.shape[2]))
     model_card = json.dumps(saved_models.card(without_preprocess))
 
     def write(path: Path, card: Card) -> None:
-        content = io.BytesIO()
         extra_files = {CARD_FILE: json.dumps(card), exported.CARD: model_card}
-        torch.export.save(program, content, extra_files=extra_files)
-        files.write_bytes(path, content.getvalue())
+        files.write_bytes(path, pack_program(program, extra_files))
 
     return write
 
@@ -167,6 +164,60 @@ def read_timm(path: Path) -> Runner:
     mean, std = (torch.tensor(config[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
     size, mode = tuple(config["input_size"][1:]), config["interpolation"]
     return lambda images: network(networks.resize((images - mean) / std, size, mode))
+
+
+@contextmanager
+def tracing(name: str) -> Iterator[None]:
+    """Trace a network without gradients and without the exporters' own warnings.
+
+    Args:
+        name: Name of the network in messages.
+
+    Raises:
+        UserError: If that fails.
+    """
+    level = logging.getLogger("torch.onnx").level
+    try:
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # the exporter warns about its own code
+            yield
+    except Exception as error:  # tracing fails in as many ways as there are networks
+        raise UserError(
+            f"{name} cannot be traced as a graph ({first_line(error)}): use --format safetensors"
+        ) from error
+    finally:
+        logging.getLogger("torch.onnx").setLevel(level)
+
+
+def require_onnx(name: str, values: int) -> None:
+    """Refuse a missing package and a network that is too large.
+
+    Args:
+        name: Name of the network in messages.
+        values: Number of its values.
+
+    Raises:
+        UserError: If it cannot be written as ONNX.
+    """
+    if any(importlib.util.find_spec(name) is None for name in ONNX_PACKAGES):
+        raise UserError(
+            f"--format onnx needs {', '.join(ONNX_PACKAGES)}: pip install 'dsdistill[onnx]'"
+        )
+    if (size := 4 * values) >= MAX_ONNX_BYTES:
+        raise UserError(
+            f"an ONNX file must be smaller than {MAX_ONNX_BYTES} bytes, and the weights of "
+            f"{name} have {size}: use --format pt2 or safetensors"
+        )
+
+
+def pack_program(program: Any, extra_files: dict[str, str]) -> bytes:
+    """The file of a program of `torch.export`."""
+    for node in program.graph.nodes:  # stack traces reveal paths on this machine
+        node.meta.pop("stack_trace", None)
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files=extra_files)
+    return content.getvalue()
 
 
 def header_strings(card: Card) -> dict[str, str]:
@@ -224,33 +275,8 @@ def _trace_graph(model: Model, trace: _Tracer) -> Any:
     graph = nn.Sequential(PreprocessLayer(model.preprocess), model.classifier).eval()
     # Two images: a size of 1 would be taken for a constant.
     example, sizes = (torch.zeros(2, c, h, w),), ({0: torch.export.Dim("batch", min=1)},)
-    level = logging.getLogger("torch.onnx").level
-    try:
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # the exporter warns about its own code
-            return trace(graph, example, sizes)
-    except Exception as error:  # tracing fails in as many ways as there are networks
-        raise UserError(
-            f"{model.name} cannot be traced as a graph ({first_line(error)}): "
-            "use --format safetensors"
-        ) from error
-    finally:
-        logging.getLogger("torch.onnx").setLevel(level)
-
-
-def _check_onnx(model: Model) -> None:
-    """Refuse a missing package and a network that is too large."""
-    if any(importlib.util.find_spec(name) is None for name in ONNX_PACKAGES):
-        raise UserError(
-            f"--format onnx needs {', '.join(ONNX_PACKAGES)}: pip install 'dsdistill[onnx]'"
-        )
-    size = 4 * sum(p.numel() for p in model.classifier.parameters())  # a centred one has two
-    if size >= MAX_ONNX_BYTES:
-        raise UserError(
-            f"an ONNX file must be smaller than {MAX_ONNX_BYTES} bytes, and the weights of "
-            f"{model.name} have {size}: use --format pt2 or safetensors"
-        )
+    with tracing(model.name):
+        return trace(graph, example, sizes)
 
 
 def _check_timm(model: Model) -> None:

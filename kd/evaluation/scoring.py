@@ -14,7 +14,9 @@ from dsdistill.harness.evaluation import majority, metrics
 from kd.data.batching import EvaluationBatches
 from kd.losses import response
 from kd.losses.ensemble import combined_logits
+from kd.models.language.language_model import LanguageModel
 from kd.models.networks import Shape
+from kd.models.token_inputs import TokenInputs
 from kd.parallel.engine import Engine
 
 LATENCY_BATCH = 64  # images of the larger batch whose latency is measured
@@ -137,14 +139,50 @@ def latency(classifier: nn.Module, shape: Shape) -> dict[str, float]:
     }
 
 
-def _median_ms(network: nn.Module, images: torch.Tensor, budget: float = 1.0) -> float:
-    """Median milliseconds of 5 to 100 calls, as many as `budget` seconds allow."""
+def text_latency(
+    network: LanguageModel, tokens: int, lengths: Sequence[int]
+) -> dict[int, dict[str, float]]:
+    """Median milliseconds of one text and of a batch of 64 on the CPU, after warm-up, by length.
+
+    All texts of a batch are as long as it says: without padding.
+
+    Args:
+        network: The network.
+        tokens: Number of ids of its tokenizer.
+        lengths: Numbers of tokens of a text, special ones included.
+
+    Returns:
+        For each length the entries that `latency` has for images.
+    """
+    on_cpu = copy.deepcopy(network).cpu().eval()
+    generator = torch.Generator().manual_seed(0)
+    figures: dict[int, dict[str, float]] = {}
+    for length in lengths:
+        figures[length] = {}
+        for n in (1, LATENCY_BATCH):
+            ids = torch.randint(tokens, (n, length), generator=generator)
+            inputs = TokenInputs(ids, torch.ones_like(ids).bool(), torch.zeros_like(ids))
+            # A batch of long texts takes a large network seconds: fewer calls are enough.
+            milliseconds = _median_ms(on_cpu, inputs, warm_up=1, least=3)
+            figures[length][f"latency_ms_batch_{n}"] = milliseconds
+    return figures
+
+
+def _median_ms(
+    network: nn.Module,
+    inputs: torch.Tensor | TokenInputs,
+    budget: float = 1.0,
+    *,
+    warm_up: int = 3,
+    least: int = 5,
+) -> float:
+    """Median milliseconds of `least` to 100 calls, as many as `budget` seconds allow."""
     times: list[float] = []
     with torch.inference_mode():
-        for _ in range(3):
-            network(images)
-        while len(times) < 5 or (len(times) < 100 and sum(times) < budget):
+        for _ in range(warm_up):
+            network(inputs)
+        while len(times) < least or (len(times) < 100 and sum(times) < budget):
             start = time.perf_counter()
-            network(images)
+            network(inputs)
             times.append(time.perf_counter() - start)
     return 1e3 * float(np.median(times))

@@ -6,6 +6,7 @@ import transformers
 
 from dsdistill.harness.errors import UserError
 from kd.models.language import transformer
+from kd.models.language.language_model import LanguageModel
 from kd.models.token_inputs import TokenInputs
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghij"]
@@ -102,3 +103,12 @@ def test_a_folder_without_the_weights_of_its_blocks_is_refused(folder, tokenizer
         transformer.load(str(tmp_path), "classify", ("a", "b"), tokenizer)
     with pytest.raises(UserError, match="there is no folder"):
         transformer.load(str(tmp_path / "none"), "classify", ("a", "b"), tokenizer)
+
+
+def test_types_reach_only_networks_with_an_embedding_for_each():
+    sizes = {"vocab_size": 15, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    for kinds in (1, 2):
+        config = transformers.RobertaConfig(**sizes, pad_token_id=0, type_vocab_size=kinds)
+        network = LanguageModel(transformers.RobertaForMaskedLM(config))
+        assert network.takes_types == (kinds == 2)
+        assert network(INPUTS).shape == (2, 6, 15)

@@ -1,7 +1,8 @@
 """The bidirectional LSTM that BERT is distilled into."""
 
+import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +91,46 @@ class BiLstm(nn.Module):
             for lstm, order in ((self.forwards, ahead), (self.backwards, back))
         ]
         return torch.cat(states, dim=-1)
+
+
+class ScannedLstm(nn.Module):
+    """An LSTM in one direction as a scan over its steps, which can be traced for any length.
+
+    The library's own is unrolled when it is traced: a program of one length only. As fast in
+    onnxruntime as its LSTM operator within a tenth for batches, and half slower for one text.
+    """
+
+    def __init__(self, lstm: nn.LSTM) -> None:
+        """Take the weights of an LSTM of one layer."""
+        super().__init__()
+        self.lstm = lstm
+
+    def forward(self, x: Float[Tensor, "n l d"]) -> tuple[Float[Tensor, "n l h"], None]:
+        """The state at each step, as the library's LSTM gives it first."""
+        from torch._higher_order_ops.scan import scan
+
+        recurrent = self.lstm.weight_hh_l0.T
+        inputs = x @ self.lstm.weight_ih_l0.T + self.lstm.bias_ih_l0 + self.lstm.bias_hh_l0
+        zero = x.new_zeros(x.shape[0], self.lstm.hidden_size)
+
+        def step(carry: tuple[Tensor, Tensor], now: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+            state, cell = carry
+            i, f, g, o = (now + state @ recurrent).chunk(4, dim=-1)
+            cell = torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
+            state = torch.sigmoid(o) * torch.tanh(cell)
+            return (state, cell), state.clone()  # a scan refuses aliases
+
+        _, states = scan(step, (zero, zero.clone()), inputs.transpose(0, 1))
+        return states.transpose(0, 1), None
+
+
+def with_scans(network: BiLstm) -> BiLstm:
+    """A copy of a network that can be traced for any length."""
+    other = copy.deepcopy(network)
+    other.forwards, other.backwards = (
+        cast(nn.LSTM, ScannedLstm(lstm)) for lstm in (other.forwards, other.backwards)
+    )
+    return other
 
 
 def build(

@@ -35,7 +35,7 @@ class LanguageModel(WrappedNetwork):
         super().__init__(network, config)
         self.vocabulary = vocabulary
         self.untrained: tuple[str, ...] = ()
-        self.takes_types = "token_type_ids" in inspect.signature(network.forward).parameters
+        self.takes_types = _takes_types(network)
 
     def forward(self, inputs: TokenInputs) -> Float[Tensor, "n *l k"]:
         options: dict[str, Tensor] = {"attention_mask": inputs.mask.long()}
@@ -47,3 +47,13 @@ class LanguageModel(WrappedNetwork):
 
     def with_network(self, network: nn.Module) -> "LanguageModel":
         return LanguageModel(network, vocabulary=self.vocabulary, config=self.config)
+
+
+def _takes_types(network: nn.Module) -> bool:
+    """Whether a network has an embedding for the second of two texts.
+
+    RoBERTa takes types and has an embedding for one only; GPT-2 would take them for words.
+    """
+    config = getattr(network, "config", None)
+    takes = "token_type_ids" in inspect.signature(network.forward).parameters
+    return takes and (config is None or getattr(config, "type_vocab_size", 0) > 1)
