@@ -242,7 +242,7 @@ SEQUENCE = replace(FINETUNE, loss="clm:1", augment="teacher")
 # Generalised knowledge distillation (Agarwal et al. 2024, arXiv:2306.13649) with the settings of
 # TRL: half of the batches hold what the student itself writes, and the divergence lies half-way.
 #   kd train chat.jsonl --task causal --student hf:SMALL --teacher hf:LARGE --recipe gkd
-GKD = replace(FINETUNE, loss="tokens:1:temperature=1:beta=0.5", on_policy=0.5)
+GKD = replace(FINETUNE, loss="tokens:1:temperature=1:beta=0.5:targets=1", on_policy=0.5)
 
 # The losses where neither the user nor the recipe names one.
 LABEL_LOSS = "ce:1"

@@ -8,7 +8,7 @@ several processes share a batch without communication.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -230,23 +230,6 @@ def move(batch: Batch, device: torch.device) -> Batch:
     if batch.teacher_inputs is not None:
         moved["teacher_inputs"] = tuple(x.to(device) for x in batch.teacher_inputs)
     return replace(batch, **moved)
-
-
-def first_rows(batch: Batch, count: int) -> Batch:
-    """The first images or texts of a batch, as a batch of their own.
-
-    Args:
-        batch: The batch.
-        count: Largest number of rows.
-    """
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(cut(each) for each in value)
-        return value.first(count) if isinstance(value, TokenInputs) else value[:count]
-
-    tensors = {k: v for k, v in vars(batch).items() if isinstance(v, Tensor | TokenInputs | tuple)}
-    return Batch(**{name: cut(value) for name, value in tensors.items()})
 
 
 def _is_pinned(value: Tensor | TokenInputs) -> bool:

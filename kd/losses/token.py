@@ -241,7 +241,7 @@ def relations(
             "relations with heads above 0 divide both into as many"
         )
     keys = _keys(mask, causal)[:, None]
-    log_q, log_p = _log_relations(*ours, keys), _log_relations(*theirs, keys)
+    log_q, log_p = (_log_relations(x[0], x[1], keys) for x in (ours, theirs))
     # Masked keys have no share on either side; their logarithms would give 0 times infinity.
     each = torch.where(keys, log_p.exp() * (log_p - log_q), 0.0)
     return _mean(each.sum(-1).mean(1)[mask])
@@ -292,7 +292,8 @@ def _keys(mask: Bool[Tensor, "n l"], causal: bool) -> Bool[Tensor, "n l l"]:
 
 
 def _log_relations(a: Tensor, b: Tensor, keys: Tensor) -> Tensor:
-    scores = a @ b.transpose(-1, -2) / math.sqrt(a.shape[-1])
+    with torch.autocast(a.device.type, enabled=False):
+        scores = a @ b.transpose(-1, -2) / math.sqrt(a.shape[-1])
     least = torch.finfo(scores.dtype).min
     return F.log_softmax(scores.masked_fill(~keys, least), dim=-1)
 

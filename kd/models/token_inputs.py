@@ -27,11 +27,6 @@ class TokenInputs:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def first(self, count: int) -> "TokenInputs":
-        """The first texts, at the length that they are padded to."""
-        types = None if self.types is None else self.types[:count]
-        return TokenInputs(self.ids[:count], self.mask[:count], types)
-
     def to(self, device: torch.device, *, non_blocking: bool = False) -> "TokenInputs":
         """The same on a device."""
         types = None if self.types is None else self.types.to(device, non_blocking=non_blocking)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -41,8 +42,9 @@ class Attention:
 
     @property
     def scores(self) -> Float[Tensor, "n h l l"]:
-        """Scores before the softmax and without the mask, a row for each query."""
-        return self.query @ self.key.transpose(-1, -2) * self.scaling
+        """Scores in float32 before the softmax and without the mask, a row for each query."""
+        with torch.autocast(self.query.device.type, enabled=False):
+            return self.query.float() @ self.key.float().transpose(-1, -2) * self.scaling
 
 
 class AttentionTaps:

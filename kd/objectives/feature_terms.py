@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dsdistill.harness.errors import UserError
 from kd.losses import contrastive
 from kd.losses.ranges import Range, ShareBelowOne, Temperature
+from kd.models.language.text_teachers import TextTeacher
 from kd.models.teachers import Teacher
 from kd.models.token_inputs import TokenInputs
 from kd.models.wrapped_network import WrappedNetwork
@@ -55,7 +56,7 @@ class TermContext:
     """
 
     student: WrappedNetwork
-    teacher: Teacher | WrappedNetwork | None
+    teacher: Teacher | TextTeacher | WrappedNetwork | None
     number: int
     sample: Sample
     classes: int

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from dsdistill.harness.errors import UserError
 from kd.data import batching
 from kd.data.batching import Batch, Unit, derive_seed
-from kd.data.text import generation, token_batches
+from kd.data.text import causal_rows, generation, token_batches
 from kd.data.text.generation import Decoding
 from kd.models.language.language_model import LanguageModel
 from kd.models.token_inputs import IGNORED
@@ -30,7 +30,7 @@ class OnPolicy:
 
     The prompt of a row is what stands before its last completion: of a conversation all up to the
     assistant's last turn. A plain text, which is learned from its first token on, has none; its
-    first `prompt_tokens` tokens are the prompt.
+    first `prompt_tokens` tokens are the prompt, half of it at most.
 
     Attributes:
         student: The student, not wrapped; in evaluation mode while it writes.
@@ -38,11 +38,12 @@ class OnPolicy:
         end: Id of the end-of-sequence token; None: all samples have the largest length.
         share: Probability that a batch is replaced, in [0, 1].
         decoding: How samples are drawn; shorter where the model has too few positions.
-        prompt_tokens: Number of tokens of a plain text that are its prompt.
+        prompt_tokens: Largest number of tokens of a plain text that are its prompt.
         on: Engine of the training; None is one process.
 
     Raises:
-        UserError: If a number is out of its range, or the weights are sharded.
+        UserError: If the weights are sharded.
+        ValueError: If a number is out of its range.
 
     Source: Agarwal et al. (2024), arXiv:2306.13649, algorithm 1, with lambda 0.5; temperature 0.9
     and 128 tokens are those of its public implementation in TRL. There each process draws for
@@ -54,16 +55,16 @@ class OnPolicy:
     end: int | None
     share: float = 0.5
     decoding: Decoding = SAMPLES
-    prompt_tokens: int = 32
+    prompt_tokens: int = causal_rows.PROMPT_TOKENS
     on: Engine | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
-            raise UserError(f"--on-policy must be in 0 to 1, got {self.share}")
+            raise ValueError(f"share must be in 0 to 1, got {self.share}")
         if self.prompt_tokens < 1:
-            raise UserError(f"--prompt-tokens must be at least 1, got {self.prompt_tokens}")
+            raise ValueError(f"prompt_tokens must be at least 1, got {self.prompt_tokens}")
         if self.on is not None and self.on.is_fsdp2:
-            raise UserError("a student whose weights are sharded cannot write: leave FSDP out")
+            raise UserError("--on-policy needs a student whose weights are whole: leave FSDP out")
 
     def __call__(self, batch: Batch, seed: int) -> Batch:
         """The batch, or one with the same prompts and the student's completions.
@@ -118,7 +119,7 @@ def _prompts(batch: Batch, prompt_tokens: int) -> list[Int[np.ndarray, " l"]]:
         # The first target is predicted at the last token of the prompt.
         count = begins[-1] + 1 if len(begins) else length
         if len(begins) and begins[-1] == 0:
-            count = max(1, min(prompt_tokens, length - 1))
+            count = causal_rows.prompt_length(length, prompt_tokens)
         rows.append(ids[:count])
     return rows
 

@@ -308,10 +308,13 @@ def _find_classifier(network: nn.Module) -> nn.Module:
         classifier = classifier[0]
     if isinstance(classifier, nn.Module):
         return classifier
-    for kind in (nn.Linear, nn.Conv2d):
-        last = [module for module in network.modules() if isinstance(module, kind)]
-        if last:
-            return last[-1]
+    body = getattr(network, "base_model", None)  # of Hugging Face; some define it after the head
+    within = set(body.modules()) if isinstance(body, nn.Module) and body is not network else set()
+    for modules in ([m for m in network.modules() if m not in within], list(network.modules())):
+        for kind in (nn.Linear, nn.Conv2d):
+            last = [module for module in modules if isinstance(module, kind)]
+            if last:
+                return last[-1]
     raise UserError(
         f"{type(network).__name__} has no linear layer, so no {EMBEDDING!r}: name a layer instead"
     )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dsdistill.harness.errors import UserError
 from kd.data.batching import Unit
 from kd.losses import ensemble, response, short_names
+from kd.models.language.text_teachers import TextTeacher
 from kd.models.teachers import Teacher
 from kd.models.token_inputs import TokenInputs
 from kd.models.wrapped_network import WrappedNetwork
@@ -167,7 +168,7 @@ def _logit_row(
     """Define a term of the student's logits and those of all teachers, which `combine` applies."""
 
     def make(function: partial, contexts: Sequence[TermContext]) -> nn.Module:
-        return LogitTerm(function, combine)
+        return LogitTerm(function, combine, needs.get("images", 1))
 
     return TermDefinition(function, weight, inputs, make, **needs)
 
@@ -258,14 +259,14 @@ TERMS: Mapping[str, TermDefinition] = {
         needs_teacher=False,
         needs_logits=True,
     ),
-    "hidden": _state_row(short_names.hidden, 1, token_terms.hidden_term),
-    "scores": _state_row(short_names.scores, 1, token_terms.scores_term),
-    # The weight of 100 is of the sum over d: the authors' 10 to 1000 are of the mean over it.
+    "hidden": _state_row(short_names.hidden, 1, token_terms.HiddenTerm),
+    "scores": _state_row(short_names.scores, 1, token_terms.ScoresTerm),
+    # The paper's formula with its weight; that of its code is 100 / (d (M - 1)) here.
     "patient": _state_row(
-        short_names.patient, 100, token_terms.patient_term, unit=_per_row, aligned=False
+        short_names.patient, 100, token_terms.PatientTerm, unit=_per_row, aligned=False
     ),
-    "cosine": _state_row(short_names.cosine, 1, token_terms.cosine_term),
-    "relations": _state_row(short_names.relations, 1, token_terms.relations_term),
+    "cosine": _state_row(short_names.cosine, 1, token_terms.CosineTerm),
+    "relations": _state_row(short_names.relations, 1, token_terms.RelationsTerm),
     "mlm": _token_row(
         "mlm",
         short_names.mlm,
@@ -379,7 +380,8 @@ class WeightedTerm(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.weight, self.measure = name, weight, measure
-        self.needs_teacher, self.unit = needs_teacher, unit
+        self.needs_teacher = needs_teacher
+        self.unit: Unit = unit
         self.needs_teacher_features = needs_teacher_features
 
     def forward(self, step: StepOutputs) -> Tensor:
@@ -394,32 +396,30 @@ class LabelTerm(nn.Module):
         self.function, self.centred = function, centred
 
     def forward(self, step: StepOutputs) -> Tensor:
-        step = step.rows
-        batch = step.batch
+        rows = step.rows
+        batch = rows.batch
         if not len(batch):  # no token with a target
             return 0 * step.student_logits.sum()
         if self.centred:
             labels = batch.labels if batch.targets is None else batch.targets
-            if labels.is_floating_point() and labels.ndim == 1:  # scores of texts
-                labels = labels[:, None]
         else:
             labels = batch.labels_or_shares
-        return self.function(step.student_logits, labels)
+        return self.function(rows.student_logits, labels)
 
 
 class LogitTerm(nn.Module):
-    """A loss of the student's logits and the teachers'."""
+    """A loss of the student's logits and the teachers'; 0 of fewer tokens than it can compare."""
 
-    def __init__(self, function: partial, combine: TeacherCombiner) -> None:
+    def __init__(self, function: partial, combine: TeacherCombiner, least: int = 1) -> None:
         super().__init__()
-        self.function, self.combine = function, combine
+        self.function, self.combine, self.least = function, combine, least
         self.temperature = function.keywords.get("temperature", 1.0)
 
     def forward(self, step: StepOutputs) -> Tensor:
-        step = step.rows
-        if not len(step.batch):  # no token with a target
+        rows = step.rows
+        if rows is not step and len(rows.batch) < self.least:
             return 0 * step.student_logits.sum()
-        return self.combine(step, self.function, self.temperature)
+        return self.combine(rows, self.function, self.temperature)
 
 
 class UserTerm(nn.Module):
@@ -448,7 +448,7 @@ def user_term(name: str, function: LossOfLogits, *, taught: bool) -> WeightedTer
 def build(
     terms: Sequence[Term],
     student: WrappedNetwork,
-    teachers: Sequence[Teacher | WrappedNetwork] = (),
+    teachers: Sequence[Teacher | TextTeacher | WrappedNetwork] = (),
     *,
     sample: Sample = (1, 1, 1),
     classes: int = 0,

@@ -61,41 +61,6 @@ def last(student: int, teacher: int) -> list[LayerPair]:
     return [("-1", "-1")]
 
 
-def hidden_term(context: TermContext, function: LossFunction) -> nn.Module:
-    """Hidden states of blocks, the student's through one linear map to the teacher's width.
-
-    The map is trained, also where the widths agree, and shared by all pairs, the embeddings too, as
-    in the authors' code, whose figures are the published ones; their paper has a second one for the
-    embeddings.
-
-    Source: Jiao et al. (2020), arXiv:1909.10351, equations 8 and 9.
-    """
-    return HiddenTerm(context, function)
-
-
-def cosine_term(context: TermContext, function: LossFunction) -> nn.Module:
-    """Hidden states of blocks by their angles, the student's through a linear map if need be.
-
-    There is a map, one for each pair, only where the widths differ, which DistilBERT's do not.
-    """
-    return CosineTerm(context, function)
-
-
-def patient_term(context: TermContext, function: LossFunction) -> nn.Module:
-    """Hidden states of the first token, [CLS], of equal width."""
-    return PatientTerm(context, function)
-
-
-def scores_term(context: TermContext, function: LossFunction) -> nn.Module:
-    """Attention scores of blocks with as many heads."""
-    return ScoresTerm(context, function)
-
-
-def relations_term(context: TermContext, function: LossFunction) -> nn.Module:
-    """Relations of the tokens of blocks, whatever their heads and widths."""
-    return RelationsTerm(context, function)
-
-
 class StatePairs:
     """Hidden states of pairs of layers, token by token.
 
@@ -104,7 +69,6 @@ class StatePairs:
     """
 
     def __init__(self, name: str, context: TermContext, mapping: LayerMapping) -> None:
-        self.name, self.teacher = name, context.number
         self._tapped = TappedPairs(context, _layer_pairs(name, context, mapping))
         for layout in itertools.chain(*self._tapped.layouts):
             if layout.kind != "tokens":
@@ -118,20 +82,20 @@ class StatePairs:
         """The states of the last step, (n, l, d), pair by pair."""
         return self._tapped.read()
 
-    def mask(self, step: StepOutputs) -> Bool[Tensor, "n l"]:
-        """The real tokens of both.
-
-        Raises:
-            UserError: If the teacher got others.
-        """
-        return aligned_mask(self.name, step, self.teacher)
-
 
 class HiddenTerm(nn.Module):
-    """A loss of hidden states after one linear map, see `hidden_term`."""
+    """A loss of hidden states of blocks, the student's after a linear map to the teacher's width.
+
+    The map is trained, also where the widths agree, and shared by all pairs, the embeddings too, as
+    in the authors' code, whose figures are the published ones; their paper has a second map for the
+    embeddings.
+
+    Source: Jiao et al. (2020), arXiv:1909.10351, equations 8 and 9.
+    """
 
     def __init__(self, context: TermContext, function: LossFunction) -> None:
         super().__init__()
+        self.teacher = context.number
         self.states, self.function = StatePairs("hidden", context, with_embeddings), function
         widths = set(self.states.widths)
         if len(widths) > 1:
@@ -144,17 +108,22 @@ class HiddenTerm(nn.Module):
             self.map = nn.Linear(*widths.pop())
 
     def forward(self, step: StepOutputs) -> Tensor:
-        mask = self.states.mask(step)
+        mask = aligned_mask("hidden", step, self.teacher)
         pairs = self.states.read()
         losses = [self.function(_apply(self.map, s), t, mask) for s, t in pairs]
         return torch.stack(losses).sum()
 
 
 class CosineTerm(nn.Module):
-    """A loss of the angles of hidden states, see `cosine_term`."""
+    """A loss of the angles of hidden states of blocks.
+
+    The student's go through a linear map, one for each pair, only where the widths differ, which
+    DistilBERT's do not.
+    """
 
     def __init__(self, context: TermContext, function: LossFunction) -> None:
         super().__init__()
+        self.teacher = context.number
         self.states, self.function = StatePairs("cosine", context, last), function
         with torch.random.fork_rng():
             torch.manual_seed(context.seed)
@@ -163,14 +132,14 @@ class CosineTerm(nn.Module):
             )
 
     def forward(self, step: StepOutputs) -> Tensor:
-        mask = self.states.mask(step)
+        mask = aligned_mask("cosine", step, self.teacher)
         pairs = zip(self.maps, self.states.read(), strict=True)
         losses = [self.function(_apply(each, s), t, mask) for each, (s, t) in pairs]
         return torch.stack(losses).sum()
 
 
 class PatientTerm(nn.Module):
-    """A loss of the states of the first token, which need no other tokens in common."""
+    """A loss of the states of the first token, [CLS]; the other tokens need not be the same."""
 
     def __init__(self, context: TermContext, function: LossFunction) -> None:
         super().__init__()
@@ -196,7 +165,7 @@ class AttentionPairs:
     """
 
     def __init__(self, name: str, context: TermContext, mapping: LayerMapping) -> None:
-        self.name, self.teacher = name, context.number
+        self._name = name
         pairs = _layer_pairs(name, context, mapping)
         networks = context.student.network, context.teacher_network
         ours, theirs = (
@@ -220,44 +189,38 @@ class AttentionPairs:
         ours, theirs = self._student.read(), self._teacher.read()
         return [(ours[s], theirs[t]) for s, t in self._pairs]
 
-    def mask(self, step: StepOutputs) -> Bool[Tensor, "n l"]:
-        """The real tokens of both.
-
-        Raises:
-            UserError: If the teacher got others.
-        """
-        return aligned_mask(self.name, step, self.teacher)
-
     def refuse_other_heads(self) -> None:
         """Refuse blocks whose numbers of heads differ."""
         for (ours, theirs), widths in zip(self.heads, self.widths, strict=True):
             if ours != theirs:
                 raise UserError(
-                    f"--loss {self.name} compares heads: the student's block has {ours} and the "
+                    f"--loss {self._name} compares heads: the student's block has {ours} and the "
                     f"teacher's {theirs}: use relations:1:heads={_relation_heads(*widths)}"
                 )
 
 
 class ScoresTerm(nn.Module):
-    """A loss of attention scores, see `scores_term`."""
+    """A loss of the attention scores of blocks with as many heads."""
 
     def __init__(self, context: TermContext, function: LossFunction) -> None:
         super().__init__()
+        self.teacher = context.number
         self.attention, self.function = AttentionPairs("scores", context, uniform), function
         self.attention.refuse_other_heads()
 
     def forward(self, step: StepOutputs) -> Tensor:
-        mask = self.attention.mask(step)
+        mask = aligned_mask("scores", step, self.teacher)
         pairs = self.attention.read()
-        losses = [self.function(s.scores, t.scores, mask, s.causal) for s, t in pairs]
+        losses = [self.function(s.scores, t.scores, mask, s.causal or t.causal) for s, t in pairs]
         return torch.stack(losses).sum()
 
 
 class RelationsTerm(nn.Module):
-    """A loss of the relations of queries, keys and values, see `relations_term`."""
+    """A loss of the relations of queries, keys and values of blocks, whatever their widths."""
 
     def __init__(self, context: TermContext, function: partial) -> None:
         super().__init__()
+        self.teacher = context.number
         self.attention, self.function = AttentionPairs("relations", context, last), function
         heads = function.keywords.get("heads", 0)
         if not heads:
@@ -272,9 +235,11 @@ class RelationsTerm(nn.Module):
                 )
 
     def forward(self, step: StepOutputs) -> Tensor:
-        mask = self.attention.mask(step)
+        mask = aligned_mask("relations", step, self.teacher)
         losses = [
-            self.function((s.query, s.key, s.value), (t.query, t.key, t.value), mask, s.causal)
+            self.function(
+                (s.query, s.key, s.value), (t.query, t.key, t.value), mask, s.causal or t.causal
+            )
             for s, t in self.attention.read()
         ]
         return torch.stack(losses).sum()

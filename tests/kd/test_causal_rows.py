@@ -1,5 +1,6 @@
 """Rows of causal models: which tokens are targets, at which positions, and what is cut."""
 
+import json
 from itertools import pairwise
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsdistill.harness.errors import UserError
-from kd.data.text import causal_rows
+from kd.data.text import causal_rows, corpus
 from kd.data.text.corpus import TextPart
 from kd.models.token_inputs import IGNORED
 
@@ -94,12 +95,17 @@ def test_the_targets_are_the_completion_and_the_prompt_is_as_in_generation(promp
     assert sum(i != IGNORED for i in targets) == len(ids) - len(alone)
 
 
-def test_a_token_across_the_boundary_is_divided():
-    whole = BARE("5+5", add_special_tokens=False)["input_ids"]
-    assert BARE("5", add_special_tokens=False)["input_ids"] != whole[:1]
-    ids, targets = rows(causal_rows.encode(pairs(("5", "+5")), BARE, 64))[0]
-    assert BARE.decode(ids[:1]) == "5"
-    assert learned(BARE, targets) == "+5"
+@pytest.mark.parametrize(
+    ("prompt", "answer"), [("5", "+5"), ("5+5=10, a", "nd 5 + 6 = 11. the cat")]
+)
+def test_a_token_across_the_boundary_is_divided(prompt, answer):
+    alone, whole = (
+        BARE(text, add_special_tokens=False)["input_ids"] for text in (prompt, prompt + answer)
+    )
+    assert whole[: len(alone)] != alone
+    ids, targets = rows(causal_rows.encode(pairs((prompt, answer)), BARE, 64))[0]
+    assert ids[: len(alone)] == alone
+    assert learned(BARE, targets) == answer
 
 
 def test_no_space_is_put_between_prompt_and_completion():
@@ -147,6 +153,20 @@ def test_targets_of_a_conversation_by_hand():
     prompt = causal_rows.prompt_ids(conversation[:3], CHAT).tolist()
     assert ids[: len(prompt)] == prompt
     assert targets[len(prompt) - 1] == ids[len(prompt)] != IGNORED
+
+
+def test_a_file_of_conversations_and_one_of_completions(tmp_path):
+    path = tmp_path / "chat.jsonl"
+    for row, answer in (
+        ({"messages": turns("cat?", "the cat")}, "the cat<|im_end|>"),
+        ({"prompt": "5 + 5 = ", "completion": "10"}, "10<|im_end|>"),
+        ({"text": "zebra"}, "ebra<|im_end|>"),  # there is no beginning-of-sequence token
+    ):
+        path.write_text((json.dumps(row) + "\n") * 3)
+        data = corpus.load(path, task="causal", validation_fraction=0.34)
+        assert (len(data.train), len(data.validation)) == (2, 1)
+        encoded = rows(causal_rows.encode(data.train, CHAT, 99))
+        assert [learned(CHAT, targets) for _, targets in encoded] == [answer] * 2
 
 
 def test_a_tokenizer_without_template_gets_a_plain_one():

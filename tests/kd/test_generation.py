@@ -67,7 +67,7 @@ def test_samples_are_a_function_of_the_seed_and_leave_the_model_as_it_was(model)
 
 def test_samples_follow_the_models_distribution():
     model = causal_model(TOKENIZER)
-    model.network.generation_config.top_k = 1  # settings of the model's own have no effect
+    model.network.generation_config.top_k = 1  # the model's own settings have no effect
     answers = generation.generate(
         model, TOKENIZER, ["a"] * 2000, Decoding(1, temperature=2.0), batch_size=2000
     )
@@ -81,18 +81,19 @@ def test_samples_follow_the_models_distribution():
 
 
 def test_beams_find_the_most_probable_pair_of_tokens():
-    model = causal_model(TOKENIZER, seed=1)
+    model = causal_model(TOKENIZER, seed=10)
     size, prompt = len(TOKENIZER), [2, 5, 7]
     every = torch.cartesian_prod(torch.arange(size), torch.arange(size))
     rows = torch.cat([torch.tensor(prompt).expand(len(every), -1), every], dim=1)
     with torch.no_grad():
         scores = model.network.eval()(rows).logits[..., :size].log_softmax(-1)
     both = scores[:, -3:-1].gather(2, every[..., None]).sum((1, 2))
-    decoding = Decoding(2, beams=size)
-    ids = generation.continue_ids(
-        model, [np.array(prompt)], decoding, padding=0, end=None, seed=0, device="cpu"
+    options = {"padding": 0, "end": None, "seed": 0, "device": "cpu"}
+    greedy, best = (
+        generation.continue_ids(model, [np.array(prompt)], Decoding(2, beams=beams), **options)
+        for beams in (1, size)
     )
-    assert ids[0].tolist() == every[both.argmax()].tolist()
+    assert best[0].tolist() == every[both.argmax()].tolist() != greedy[0].tolist()
 
 
 class _Constant(nn.Module):
@@ -112,6 +113,7 @@ def test_generation_ends_and_says_where_the_model_did_not(token, text, ended):
     model = causal_model(TOKENIZER)
     head = _Constant(model.network.lm_head, TOKENIZER.convert_tokens_to_ids(token))
     model.network.lm_head = head
+    model.network.generation_config.no_repeat_ngram_size = 1  # has no effect
     answers = generation.generate(model, TOKENIZER, PROMPTS, Decoding(4))
     assert answers.texts == (text,) * 4
     assert answers.complete.tolist() == [ended] * 4
@@ -126,16 +128,18 @@ def test_ids_without_a_token_are_never_chosen():
     assert max(ids[0]) < len(TOKENIZER)
 
 
-def test_of_a_prompt_without_room_the_end_is_read():
+@pytest.mark.parametrize(
+    ("prompt", "tokens", "read", "new"),
+    [(3, 4, 3, 4), (6, 4, 6, 4), (8, 4, 6, 4), (8, 9, 5, 5), (2, 20, 2, 8), (20, 1, 9, 1)],
+)
+def test_prompts_and_continuations_fit_the_positions(prompt, tokens, read, new):
     model = causal_model(TOKENIZER, "gpt2", positions=10)
-    long, short = np.arange(4, 12), np.arange(6, 12)
-    options = {"padding": 0, "end": 3, "seed": 0, "device": "cpu"}
-    one, other = (
-        generation.continue_ids(model, [x], Decoding(4), **options) for x in (long, short)
-    )
-    assert one[0].tolist() == other[0].tolist()
-    with pytest.raises(UserError, match="less than the 10 positions"):
-        generation.generate(model, TOKENIZER, ["a"], Decoding(10))
+    ids = np.random.default_rng(0).integers(4, 13, prompt)
+    options = {"padding": 0, "end": None, "seed": 0, "device": "cpu"}
+    (answer,) = generation.continue_ids(model, [ids], Decoding(tokens), **options)
+    (same,) = generation.continue_ids(model, [ids[-read:]], Decoding(new), **options)
+    assert answer.tolist() == same.tolist()
+    assert len(answer) == new
 
 
 def test_spaces_before_an_answer_are_part_of_it():
@@ -151,15 +155,15 @@ def test_spaces_before_an_answer_are_part_of_it():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_new_tokens": 0}, "--max-new-tokens must be at least 1"),
-        ({"beams": 0}, "--beams must be at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"beams": 0}, "beams must be at least 1"),
         ({"temperature": 0.0}, "must be positive"),
         ({"temperature": float("nan")}, "must be positive"),
-        ({"temperature": 1.0, "beams": 2}, "samples need one beam"),
+        ({"temperature": 1.0, "beams": 2}, "samples need beams 1"),
     ],
 )
 def test_settings_that_are_none(settings, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         Decoding(**settings)
 
 

@@ -1,17 +1,27 @@
 """Adapters of low rank: what is trained, what they compute, and the merged network."""
 
+import contextlib
 import sys
 
 import pytest
 import torch
 import transformers
 from language_support import causal_model, characters
+from torch import nn
 
 from dsdistill.harness.errors import UserError
+from kd.data.text import causal_rows
+from kd.data.text.token_batches import TokenBatches
+from kd.losses import token
 from kd.models.language import lora
 from kd.models.language.bilstm import BiLstm
 from kd.models.language.language_model import LanguageModel
 from kd.models.token_inputs import TokenInputs
+from kd.objectives.schemes import Distillation
+from kd.objectives.terms import WeightedTerm
+from kd.parallel import engine
+from kd.recipe import Recipe
+from kd.training.loop import train
 
 TOKENIZER = characters("abcdefgh ")
 INPUTS = TokenInputs(
@@ -147,3 +157,37 @@ def test_a_diverged_training_is_not_merged():
     layer.lora_B["default"].weight.data.fill_(float("nan"))
     with pytest.raises(UserError, match="cannot be merged"):
         lora.merge(model)
+
+
+def test_a_training_of_adapters_resumes_to_the_bit():
+    pytest.importorskip("peft")
+    part = causal_rows.encode_texts(["abc def", "hgfedcba", "cab", "fade"] * 2, TOKENIZER, 12)
+    source = TokenBatches((part,), (0,), None, 2, torch.device("cpu"))
+
+    def run(steps: int, saved=None):
+        student = lora.add(causal_model(TOKENIZER), 4, dropout=0.1)
+        measure = _CrossEntropy()
+        term = WeightedTerm("clm", 1.0, measure, needs_teacher=False, unit="targets")
+        states, recipe = [], Recipe(steps=6, batch_size=2, optimizer="adamw", lr=1e-2)
+        with engine.temporary() as on, contextlib.suppress(KeyboardInterrupt):
+            options = {"saved": saved, "save": states.append, "on": on}
+            options["stopping"] = lambda: measure.calls == steps
+            train(Distillation(student, [term]), source, recipe, 0, **options)
+        return lora.merge(student).network.state_dict(), states[-1]
+
+    whole, _ = run(6)
+    _, saved = run(2)
+    assert saved[1]["step"] == 2
+    again, _ = run(6, saved)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    start = causal_model(TOKENIZER).network.state_dict()
+    changed = {name for name in whole if not torch.equal(whole[name], start[name])}
+    assert len(changed) == 14  # the linear layers of two blocks of Llama
+
+
+class _CrossEntropy(nn.Module):
+    calls = 0
+
+    def forward(self, step):
+        self.calls += 1
+        return token.token_cross_entropy(step.student_logits, step.batch.token_targets)

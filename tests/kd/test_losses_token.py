@@ -102,6 +102,89 @@ def test_attention_scores_of_real_queries_and_keys():
     assert loss.item() == pytest.approx(np.mean(values), rel=1e-6)
 
 
+def wave(*shape: int, step: float) -> torch.Tensor:
+    values = 2 * torch.sin(step * torch.arange(1, np.prod(shape) + 1, dtype=torch.float64))
+    return values.reshape(shape).float()
+
+
+def test_values_of_other_libraries_on_the_same_tensors():
+    """Recorded from TRL 1.16.0 and TextBrewer 0.2.1.post1, in float64."""
+    student, teacher = wave(2, 4, 5, step=1.7), wave(2, 4, 5, step=2.3)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
+    even, whole = torch.tensor([[1, 1, 1, 0]] * 2).bool(), torch.ones(2, 4).bool()
+    close = {"rel": 1e-6}
+
+    # generalized_jsd_loss, without the factor T².
+    for beta, expected in ((0, 0.47920076), (0.3, 0.0906878), (0.5, 0.10502801), (1, 0.43661289)):
+        found = token.token_divergence(student, teacher, mask, temperature=2, beta=beta)
+        assert found.item() / 4 == pytest.approx(expected, **close)
+    # kd_ce_loss, less the entropy of the teacher.
+    found = token.token_divergence(student, teacher, whole, temperature=2)
+    assert found.item() / 4 == pytest.approx(0.47633643982, **close)
+    # hid_mse_loss, cos_loss and pkd_loss.
+    assert token.hidden_states(student, teacher, mask).item() == pytest.approx(
+        4.182734037479735, **close
+    )
+    assert token.hidden_cosine(student, teacher, mask).item() == pytest.approx(
+        1.0492029724090184, **close
+    )
+    assert token.patient(student[:, 0], teacher[:, 0]).item() == pytest.approx(
+        1.9174155355225362, **close
+    )
+    # att_mse_loss and att_ce_loss less the entropy of the teacher: texts of one length, since that
+    # library weighs each pair of tokens alike and not each query.
+    ours, theirs = wave(2, 3, 4, 4, step=0.9), wave(2, 3, 4, 4, step=1.3)
+    found = token.attention_scores(ours, theirs, even)
+    assert found.item() == pytest.approx(5.0791879988763915, **close)
+    keys = torch.eye(4).expand(2, 3, 4, 4)
+    found = token.relations((2 * ours, keys), (2 * theirs, keys), whole)
+    assert found.item() == pytest.approx(1.150969381698184, **close)
+
+
+def test_relations_are_computed_in_float32_under_autocast():
+    pairs = [tuple(x) for x in (VECTORS, OTHERS)]
+    plain = token.relations(*pairs, MASK)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert token.relations(*pairs, MASK).item() == plain.item()
+
+
+def test_what_a_causal_model_does_not_see_is_left_out():
+    """Later keys change nothing for a causal model, and something for another one."""
+    seen = torch.ones(LENGTH, LENGTH).tril().bool()
+    changed = torch.where(seen, SCORES, 100.0)
+    left = [token.attention_scores(x, ATTENTION, MASK, True) for x in (SCORES, changed)]
+    assert left[0].item() == left[1].item()
+    assert token.attention_scores(changed, ATTENTION, MASK) > 100
+    values = []
+    for i, j in REAL:
+        pair = [x[i, :, j, : j + 1].double().numpy() for x in (SCORES, ATTENTION)]
+        values.append(np.mean((pair[0] - pair[1]) ** 2))
+    assert left[0].item() == pytest.approx(np.mean(values), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("qk", "weight", "pairs"), [(1, 1, [(0, 1), (2, 2)]), (0, 1 / 3, [(0, 0), (1, 1), (2, 2)])]
+)
+@pytest.mark.parametrize("causal", [False, True])
+def test_minilm_sums_relations_of_queries_keys_and_values(qk, weight, pairs, causal):
+    ours, theirs = (draw(seed, 3, N, HEADS, LENGTH, 4) for seed in (8, 9))
+    expected = sum(
+        weight * token.relations((ours[a], ours[b]), (theirs[a], theirs[b]), MASK, causal, heads=8)
+        for a, b in pairs
+    )
+    loss = token.attention_relations(tuple(ours), tuple(theirs), MASK, causal, heads=8, qk=qk)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_a_divergence_of_tokens_with_a_target():
+    labels = torch.full((N, LENGTH), IGNORED)
+    labels[0, 1] = labels[2, 2] = 4
+    both = token.token_divergence(STUDENT, TEACHER, MASK, labels, targets=1)
+    assert both.item() == token.token_divergence(STUDENT, TEACHER, labels == 4).item()
+    with pytest.raises(ValueError, match="targets 1 needs labels"):
+        token.token_divergence(STUDENT, TEACHER, MASK, targets=1)
+
+
 def divide(x: torch.Tensor, heads: int) -> np.ndarray:
     """(n, l, heads, d) from (n, h, l, e), the values of a token in the order of the heads."""
     n, own, length, d = x.shape

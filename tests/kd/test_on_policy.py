@@ -59,8 +59,9 @@ def test_completions_are_replaced_and_prompts_are_not():
     student = causal_model(TOKENIZER)
     (batch,) = source(size=6).in_order()
     changed = on_policy(student)(batch, 7)
-    assert [p for p, _ in texts(changed)] == [f"[BOS]{prompt}" for prompt in PAIRS.texts[0]]
-    assert [a for _, a in texts(batch)] == [f"{answer}[EOS]" for answer in PAIRS.texts[1]]
+    prompts, answers = ([column[row] for row in batch.index.tolist()] for column in PAIRS.texts)
+    assert [p for p, _ in texts(changed)] == [f"[BOS]{prompt}" for prompt in prompts]
+    assert [a for _, a in texts(batch)] == [f"{answer}[EOS]" for answer in answers]
     assert [a for _, a in texts(changed)] != [a for _, a in texts(batch)]
     for _, answer in texts(changed):
         length = len(TOKENIZER(answer)["input_ids"])
@@ -99,7 +100,7 @@ def test_a_conversation_is_continued_at_its_last_answer():
     assert [p for p, _ in texts(changed)] == [expected]
 
 
-@pytest.mark.parametrize(("prompt", "expected"), [(3, "[BOS]ab"), (50, "[BOS]abcdef")])
+@pytest.mark.parametrize(("prompt", "expected"), [(3, "[BOS]ab"), (50, "[BOS]abc")])
 def test_of_a_plain_text_the_first_tokens_are_the_prompt(prompt, expected):
     part = causal_rows.encode(TextPart((["abcdef"],)), TOKENIZER, 20)
     (batch,) = source(part).in_order()
@@ -200,12 +201,16 @@ def test_processes_draw_different_samples_for_equal_prompts():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"share": 1.5}, "--on-policy must be in 0 to 1"),
-        ({"share": np.nan}, "--on-policy must be in 0 to 1"),
-        ({"prompt_tokens": 0}, "--prompt-tokens must be at least 1"),
-        ({"on": type("Sharded", (), {"is_fsdp2": True})()}, "leave FSDP out"),
+        ({"share": 1.5}, "share must be in 0 to 1"),
+        ({"share": np.nan}, "share must be in 0 to 1"),
+        ({"prompt_tokens": 0}, "prompt_tokens must be at least 1"),
     ],
 )
 def test_settings_that_are_none(options, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         on_policy(causal_model(TOKENIZER), **options)
+
+
+def test_sharded_students_are_refused():
+    with pytest.raises(UserError, match="leave FSDP out"):
+        on_policy(causal_model(TOKENIZER), on=type("Sharded", (), {"is_fsdp2": True})())

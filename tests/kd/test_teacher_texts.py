@@ -117,7 +117,6 @@ def test_processes_share_the_shards(tmp_path, teacher):
 
 
 def test_the_last_answer_of_a_conversation_is_the_teachers(tmp_path, teacher):
-    causal_rows.add_chat_template(TOKENIZER)
     user, answer = {"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}
     talks = [[user, answer, user, answer], [user]]
     answers = write(tmp_path, teacher, TextPart((talks,)))
@@ -139,6 +138,24 @@ def test_plain_texts_are_begun_by_their_chunks(tmp_path, teacher):
         learned = [x for x in part.targets[start:stop] if x != IGNORED]
         ends = "[EOS]" if answers.complete[i] else ""
         assert TOKENIZER.decode(learned) == answers.part.texts[1][i] + ends
+
+
+@pytest.mark.parametrize(
+    ("part", "length"),
+    [(TextPart((["a" * 30],)), 4), (TextPart((["abc"], ["d"])), 7)],
+)
+def test_the_teacher_writes_no_more_than_a_row_of_the_student_holds(
+    tmp_path, teacher, monkeypatch, part, length
+):
+    decodings, generate = [], generation.generate
+
+    def record(model, tokenizer, prompts, decoding, **options):
+        decodings.append(decoding)
+        return generate(model, tokenizer, prompts, decoding, **options)
+
+    monkeypatch.setattr(generation, "generate", record)
+    write(tmp_path, teacher, part, max_length=7, prompt_tokens=4, decoding=Decoding(20))
+    assert decodings[0].max_new_tokens == length
 
 
 def test_a_share_without_end_is_said():

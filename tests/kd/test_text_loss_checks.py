@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from dsdistill.harness.errors import UserError
-from kd.data import batching
 from kd.objectives import loss_checks, terms
 from kd.parallel import engine
 from kd.training import dry_run
@@ -22,7 +21,7 @@ BLOCKS = ("hidden", "scores", "patient", "cosine", "relations")
 
 def tried(loss: str, student, *teachers, task: str = "classify", **options) -> None:
     made = support.objective(loss, student, *teachers, task=task)
-    sample = batching.first_rows(support.batch(task), 4)
+    sample = support.source(task).first(4)
     dry_run.check_batch(made, loss, sample, on=ON, **options)
 
 
@@ -61,7 +60,7 @@ def test_scores_of_texts_are_fitted() -> None:
     made = support.objective("mse,logits", student, teacher)
     whole = support.batch()
     scores = torch.linspace(0, 5, len(whole))
-    found = made(replace(whole, labels=scores))
+    found = made(replace(whole, labels=scores, targets=scores[:, None]))
     with torch.no_grad():
         ours, theirs = (model(whole.inputs)[:, 0] for model in (student, teacher))
     expected = ((ours - scores) ** 2).mean().item() / 2
@@ -96,19 +95,11 @@ def test_errors_speak_of_texts() -> None:
     made = support.objective("ce", bert())
     made.terms[0].measure = Broken()
     with pytest.raises(UserError, match=r"for a batch of 2 texts \(no"):
-        dry_run.check_batch(made, "ce", batching.first_rows(support.batch(), 2), on=ON)
+        dry_run.check_batch(made, "ce", support.source().first(2), on=ON)
     made = support.objective("ce", bert())
     made.terms[0].weight = float("nan")
     with pytest.raises(UserError, match="ce is nan on texts: check"):
         dry_run.check_batch(made, "ce", support.batch(), on=ON)
-
-
-def test_the_first_rows_of_a_batch_are_a_batch() -> None:
-    whole = support.batch("mlm")
-    few = batching.first_rows(replace(whole, teacher_inputs=(whole.inputs,), total_images=20), 3)
-    assert len(few) == len(few.inputs) == len(few.inputs_of(0)) == len(few.token_targets) == 3
-    assert few.total("rows") == 3
-    assert torch.equal(few.inputs.ids, whole.inputs.ids[:3])
 
 
 @pytest.mark.parametrize(

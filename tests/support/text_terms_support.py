@@ -12,6 +12,7 @@ from kd.data.text.token_batches import MaskedTokens, TokenBatches
 from kd.data.text.tokenization import EncodedPart
 from kd.models.language.bilstm import BiLstm
 from kd.models.language.language_model import LanguageModel
+from kd.models.token_inputs import IGNORED
 from kd.objectives import terms
 from kd.objectives.schemes import Distillation
 
@@ -68,12 +69,15 @@ def source(
     """Batches of random texts, all in one unless `size` says otherwise."""
     rng, offsets = np.random.default_rng(0), np.concatenate([[0], np.cumsum(lengths)])
     ids = rng.integers(5, VOCABULARY, offsets[-1]).astype(np.int32)
-    tags = rng.integers(0, CLASSES, offsets[-1]).astype(np.int32) if task == "tag" else None
+    targets = rng.integers(0, CLASSES, offsets[-1]).astype(np.int32) if task == "tag" else None
+    if task == "causal":
+        rows = [np.append(x[1:], IGNORED) for x in np.split(ids, offsets[1:-1])]
+        targets = np.concatenate(rows).astype(np.int32)
     # As the tokenizers of causal models, which know no second text.
     types = None if task == "causal" else np.zeros(len(ids), np.int8)
-    part = EncodedPart(ids, offsets, types, tags)
+    part = EncodedPart(ids, offsets, types, targets)
     masked = MaskedTokens(0.4, mask=4, special=(), size=VOCABULARY) if task == "mlm" else None
-    options = {"size": len(lengths), "masked": masked, "causal": task == "causal"} | changes
+    options = {"size": len(lengths), "masked": masked} | changes
     return TokenBatches((part,), (0,), torch.arange(len(lengths)) % CLASSES, device=CPU, **options)
 
 
@@ -90,6 +94,6 @@ def objective(
         teacher.eval().requires_grad_(False)
     built = terms.build(
         terms.parse(loss), student, teachers,
-        sample=batch(task).inputs.first(2), classes=CLASSES, images=len(LENGTHS),
+        sample=source(task).first(2).inputs, classes=CLASSES, images=len(LENGTHS),
     )  # fmt: skip
     return Distillation(student, built, teachers)

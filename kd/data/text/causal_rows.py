@@ -4,8 +4,8 @@
 after it, or `IGNORED`. So a batch needs no shift, whatever of a row is learned.
 
 Prompts are tokenised in training as they are in generation. A completion is tokenised together with
-its prompt where that leaves the prompt's tokens as they are, and else apart: in `5+` and `5=10` the
-plus would otherwise melt into a token that no prompt ends with.
+its prompt where that leaves the prompt's tokens as they are, and else apart: the prompt `5` and the
+completion `+5` would otherwise share a token, which no prompt ends with.
 """
 
 import json
@@ -24,6 +24,7 @@ from kd.data.text.tokenization import ROWS_PER_CALL, EncodedPart
 from kd.models.language.tokenizer import SAMPLE
 from kd.models.token_inputs import IGNORED
 
+PROMPT_TOKENS = 32  # of a plain text, where it has to have a prompt
 ASSISTANT = "assistant"  # role of the turns that are learned
 BLOCK = 1 << 17  # characters of a long text that are tokenised at once, which bounds the memory
 BLOCKS_PER_CALL = 16
@@ -171,6 +172,16 @@ def prompt_ids(prompt: Prompt, tokenizer: Any) -> Int[np.ndarray, " l"]:
         return np.array([*_token(tokenizer.bos_token_id), *ids], np.int32)
     text = _render(prompt, tokenizer, prompt, add_generation_prompt=True)
     return np.array(next(_tokens([text], tokenizer)), np.int32)
+
+
+def prompt_length(length: int, prompt_tokens: int = PROMPT_TOKENS) -> int:
+    """Number of tokens of a plain text that are its prompt: half of it at most.
+
+    Args:
+        length: Number of tokens of the text.
+        prompt_tokens: Largest number.
+    """
+    return max(1, min(prompt_tokens, length // 2))
 
 
 def add_chat_template(tokenizer: Any) -> str | None:

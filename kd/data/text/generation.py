@@ -6,7 +6,7 @@ generation, such as a penalty for repetition, is left out: samples are the model
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ class Decoding:
         beams: Number of beams of a beam search; 1 is greedy, or sampling.
 
     Raises:
-        UserError: If a number is out of its range, or beams are to be sampled.
+        ValueError: If a number is out of its range, or beams are to be sampled.
     """
 
     max_new_tokens: int = 128
@@ -41,16 +41,26 @@ class Decoding:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise UserError(f"--max-new-tokens must be at least 1, got {self.max_new_tokens}")
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if self.beams < 1:
-            raise UserError(f"--beams must be at least 1, got {self.beams}")
+            raise ValueError(f"beams must be at least 1, got {self.beams}")
         if self.temperature is not None and not self.temperature > 0:
-            raise UserError(
-                f"the temperature of sampling must be positive, got {self.temperature}: leave it "
-                "out for the most probable tokens"
-            )
+            raise ValueError(f"temperature must be positive or None, got {self.temperature}")
         if self.temperature is not None and self.beams > 1:
-            raise UserError(f"samples need one beam, got --beams {self.beams}")
+            raise ValueError(f"samples need beams 1, got {self.beams}")
+
+    def within(self, positions: int | None, longest: int) -> "Decoding":
+        """The same with fewer new tokens where a model has too few positions.
+
+        Args:
+            positions: Largest number of tokens that the model takes; None: any.
+            longest: Number of tokens of the longest prompt, of which the end is kept that leaves
+                half of the positions free.
+        """
+        if positions is None:
+            return self
+        free = max(positions // 2, positions - longest)
+        return replace(self, max_new_tokens=min(self.max_new_tokens, free))
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +69,7 @@ class Continuations:
 
     Attributes:
         texts: Text after each prompt, without special tokens.
-        complete: Whether each ends where the model complete it, and not at the largest length.
+        complete: Whether the model ended each, before the largest number of tokens.
     """
 
     texts: tuple[str, ...]
@@ -134,9 +144,8 @@ def continue_ids(
 
     Args:
         model: Causal model; its mode and the global random numbers are restored.
-        prompts: Ids of each prompt, at least one. Of those too long for the model's positions the
-            end is taken.
-        decoding: How tokens are chosen.
+        prompts: Ids of each prompt, at least one.
+        decoding: How tokens are chosen; see `Decoding.within` for a model with few positions.
         padding: Id of the token for padding, which stands before short prompts.
         end: Id of the end-of-sequence token; None: all continuations have the largest length.
         seed: Seed of samples.
@@ -147,25 +156,22 @@ def continue_ids(
         number.
 
     Raises:
-        UserError: If the model cannot generate or has too few positions, or a prompt is empty.
+        UserError: If the model cannot generate, or a prompt is empty.
     """
     network: Any = model.network
     limit = position_limit(network)
     if not callable(getattr(network, "generate", None)):
         raise UserError(f"{type(network).__name__} does not generate texts: it is no causal model")
-    if limit is not None and decoding.max_new_tokens >= limit:
-        raise UserError(
-            f"--max-new-tokens must be less than the {limit} positions of the model, got "
-            f"{decoding.max_new_tokens}"
-        )
     if not all(map(len, prompts)):
         raise UserError(
             "a prompt is empty, and the tokenizer has no beginning-of-sequence token: give each "
             "prompt a text"
         )
-    room = None if limit is None else limit - decoding.max_new_tokens
-    prompts = [row if room is None else row[-room:] for row in prompts]
     length = max(map(len, prompts))
+    decoding = decoding.within(limit, length)
+    if limit is not None:
+        length = min(length, limit - decoding.max_new_tokens)
+        prompts = [row[-length:] for row in prompts]
     ids = np.full((len(prompts), length), padding, np.int64)
     for row, prompt in zip(ids, prompts, strict=True):
         row[length - len(prompt) :] = prompt

@@ -12,7 +12,7 @@ the teacher's beam search, with five beams.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
@@ -27,7 +27,7 @@ from dsdistill.harness.runs import progress
 from kd.data import teacher_cache
 from kd.data.batching import derive_seed
 from kd.data.text import causal_rows, generation
-from kd.data.text.causal_rows import ASSISTANT, Message, Prompt
+from kd.data.text.causal_rows import ASSISTANT, PROMPT_TOKENS, Message, Prompt
 from kd.data.text.corpus import TextPart
 from kd.data.text.generation import Continuations, Decoding
 from kd.models.language.language_model import LanguageModel
@@ -72,27 +72,35 @@ def write(
     seed: int = 0,
     batch_size: int = 16,
     max_length: int = 512,
-    prompt_tokens: int = 32,
+    prompt_tokens: int = PROMPT_TOKENS,
 ) -> TeacherTexts:
     """Let a teacher complete all prompts of a part, or read what it wrote before.
 
     Args:
         part: Prompts with completions, or conversations, whose last answers are replaced or, after
             a turn of the user, added; or plain texts: of each chunk of `max_length` tokens the
-            first `prompt_tokens` tokens are a prompt.
+            first `prompt_tokens` are a prompt.
         teacher: Causal model, on the device of the engine.
-        tokenizer: The teacher's tokenizer, with a chat template for conversations.
+        tokenizer: The teacher's tokenizer; one without chat template gets the plain one.
         folder: Folder of the texts of any number of teachers and corpora; created.
         on: The processes, which share the shards.
         decoding: How the teacher writes.
         seed: Seed of its samples.
         batch_size: Number of prompts in a batch.
-        max_length, prompt_tokens: Numbers of tokens, for plain texts.
+        max_length: Largest number of tokens of a student's row, beyond which the teacher does not
+            write.
+        prompt_tokens: As for `causal_rows.prompt_length`.
 
     Raises:
         UserError: As `generation.generate`; if the folder cannot be used.
     """
+    causal_rows.add_chat_template(tokenizer)
     prompts = _prompts(part, tokenizer, max_length, prompt_tokens)
+    is_plain = len(part.texts) == 1 and len(part) and isinstance(part.texts[0][0], str)
+    room = max_length
+    if is_plain:
+        room -= causal_rows.prompt_length(max_length, prompt_tokens)
+    decoding = replace(decoding, max_new_tokens=min(decoding.max_new_tokens, room))
     key = {
         "format": FORMAT_VERSION,
         "prompts": _digest(prompts),
@@ -144,8 +152,8 @@ def _prompts(part: TextPart, tokenizer: Any, max_length: int, prompt_tokens: int
     chunks = causal_rows.encode_texts(part.texts[0], tokenizer, max_length)
     options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     begins = [
-        chunks.ids[start : min(start + prompt_tokens, stop)].tolist()
-        for start, stop in pairwise(chunks.offsets)
+        chunks.ids[start : start + causal_rows.prompt_length(stop - start, prompt_tokens)].tolist()
+        for start, stop in pairwise(chunks.offsets.tolist())
     ]
     # A character of several bytes may end in the middle.
     return [tokenizer.decode(ids, **options).rstrip(REPLACEMENT) for ids in begins]

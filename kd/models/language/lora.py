@@ -90,7 +90,7 @@ def merge(model: LanguageModel) -> LanguageModel:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     network = copy.deepcopy(model.network)
-    adapted = [
+    adapted: list[tuple[str, Any]] = [
         (name, module)
         for name, module in network.named_modules()
         if isinstance(module, BaseTunerLayer)
