@@ -23,7 +23,13 @@ from kd.data.batching import BatchSource, ChangedBatches
 from kd.data.teacher_cache import TeacherCache
 from kd.data.text.token_batches import MaskedTokens, TokenBatches
 from kd.data.text.tokenization import EncodedPart
-from kd.evaluation import text_scoring, text_teacher_check, token_scoring
+from kd.evaluation import (
+    embedding_scoring,
+    text_scoring,
+    text_teacher_check,
+    token_scoring,
+)
+from kd.evaluation.embedding_scoring import EmbeddingScorer
 from kd.evaluation.text_scoring import Answers
 from kd.models import networks
 from kd.models.language import lora, saved_text_models, text_students
@@ -34,6 +40,7 @@ from kd.models.token_inputs import TokenInputs
 from kd.objectives import terms
 from kd.objectives.on_policy import OnPolicy
 from kd.objectives.schemes import Distillation, MeanTeacher, Objective
+from kd.objectives.taps import try_out
 from kd.options import TrainOptions
 from kd.parallel.engine import Engine
 from kd.recipe import Recipe
@@ -194,7 +201,7 @@ class TextTraining:
             return source_of_texts
         if not isinstance(objective, Distillation) or not objective.needs_teacher:
             return source
-        if objective.needs_features or self.parts.task not in ("classify", "regress"):
+        if objective.needs_features or self.parts.task not in ("classify", "regress", "embed"):
             if self.options.cache is not None:
                 raise UserError(
                     "--cache keeps the teachers' answers to whole texts, and this loss needs more: "
@@ -207,8 +214,11 @@ class TextTraining:
         if "validation" not in self.parts.encoded or not self.parts.teaches_outputs:
             return None
         student = self.parts.student.network
+        scorer = self._scorer("validation", self.on) if self.parts.task == "embed" else None
 
         def validate(network: nn.Module) -> Mapping[str, float]:
+            if scorer is not None:  # which asks the teacher once for all epochs
+                return scorer.measure(student.with_network(network))
             return self._measure(student.with_network(network), "validation", self.on)[0]
 
         return validate
@@ -256,6 +266,8 @@ class TextTraining:
     def _figures_of(self, part: str) -> dict[str, Any]:
         """All figures of the student on a part, beside those of its teachers."""
         parts, corpus = self.parts, self.parts.corpus
+        if parts.task == "embed":
+            return self._scorer(part).report(parts.student.network, parts.teacher_names)
         figures, given = self._measure(parts.student.network, part)
         report: dict[str, Any] = dict(figures)
         if given is None:
@@ -305,6 +317,10 @@ class TextTraining:
         parts = self.parts
         if parts.recipe.augment == "teacher":
             return  # its texts teach, in its own tokens
+        if parts.task == "embed":
+            minimum = self.options.min_teacher_accuracy
+            self._scorer(part).check_teacher(name, number, minimum, self._say)
+            return
         figures, given = self._measure(teacher, part, teacher=number)
         text_teacher_check.check(
             name,
@@ -317,6 +333,13 @@ class TextTraining:
             minimum=self.options.min_teacher_accuracy,
             say=self._say,
         )
+
+    def _scorer(self, part: str, on: Engine | None = None) -> EmbeddingScorer:
+        """What measures embeddings of the texts of a part."""
+        parts, corpus = self.parts, self.parts.corpus
+        texts = {"train": corpus.train, "validation": corpus.validation, "test": corpus.test}[part]
+        batches = self._batches(part, EVALUATION_BATCH)
+        return EmbeddingScorer(texts, batches, parts.teachers, corpus.parallel, on)
 
     def _batches(self, part: str, size: int) -> TokenBatches:
         parts, texts = self.parts, self.parts.encoded[part]
@@ -359,9 +382,12 @@ class TextTraining:
     def _teacher_logits(self, source: TokenBatches) -> tuple[Tensor, ...] | None:
         """Every teacher's logits of every text; None where they would take too much memory."""
         parts = self.parts
-        n, k = len(parts.encoded["train"]), max(len(parts.corpus.classes), 1)
+        n, k = len(parts.encoded["train"]), self._outputs
         if 4 * n * k * len(parts.teachers) > batching.MAX_RESIDENT_BYTES:
             return None
+        if parts.corpus.parallel:  # the second half of the texts has the answers of the first
+            n //= 2
+            source = replace(source, parts=tuple(part.first(n) for part in source.parts))
         caches: Sequence[TeacherCache] = ()
         if self.options.cache is not None:
             keys = [
@@ -376,8 +402,15 @@ class TextTraining:
                 logits = _answer_all(teacher, i, source, n, k)
                 if caches and self.on.is_main_process:
                     caches[i].save("static", logits)
-            tables.append(logits)
+            tables.append(logits.repeat(2, 1) if parts.corpus.parallel else logits)
         return tuple(tables)
+
+    @property
+    def _outputs(self) -> int:
+        """Number of values that a teacher gives for a text."""
+        if self.parts.task == "embed":
+            return try_out(self.parts.student.network, self._sample()).shape[-1]
+        return max(len(self.parts.corpus.classes), 1)
 
     def _say(self, line: str) -> None:
         if self.on.is_main_process:
@@ -387,7 +420,7 @@ class TextTraining:
 # Figures that a report has for validation and for test texts.
 _NAMED_BY_PART = (
     *("accuracy", "macro_f1", "matthews", "pearson", "spearman", "mse", "entity_f1"),
-    *("perplexity", "bits_per_byte"),
+    *("perplexity", "bits_per_byte", *embedding_scoring.NAMED_BY_PART),
 )
 
 

@@ -178,6 +178,8 @@ def default_metric(task: Task, classes: Sequence[str]) -> Metric:
     """
     if task == "tag":
         return "entity_f1" if _marks_entities(classes) else "macro_f1"
+    if task == "embed":
+        return "cosine"
     return "accuracy" if task == "classify" else "spearman" if task == "regress" else "nll"
 
 

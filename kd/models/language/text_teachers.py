@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError
-from kd.models.language import tokenizer, trained_models
+from kd.models.language import sentence_encoder, tokenizer, trained_models
+from kd.models.language.sentence_encoder import SentenceEncoder
 from kd.models.language.task import ALIGNED, Task
 from kd.models.language.text_model import TextModel
 from kd.models.language.trained_models import HF, WITH_CLASSES
@@ -41,7 +42,7 @@ class ResolvedTextTeacher:
 
 
 class TextTeacher(nn.Module):
-    """A frozen network of texts that gives logits of the data's classes, or of tokens.
+    """A frozen network of texts that gives logits of the data's classes, of tokens, or embeddings.
 
     It is always in evaluation mode: a teacher that drops units teaches noise.
 
@@ -80,6 +81,8 @@ class TextTeacher(nn.Module):
         self.register_buffer("outputs", outputs)
         # What changes the logits is a buffer, so that a hash of the state covers it.
         changes = [model.network.vocabulary or 0, 0 if shares_ids else resolved.max_length]
+        if isinstance(model.network.network, SentenceEncoder):
+            changes += sentence_encoder.settings(model.network.network.head)
         self.register_buffer("settings", torch.tensor(changes))
         self.requires_grad_(False).eval()
 
