@@ -172,7 +172,7 @@ def test_a_model_that_predicts_no_words_is_refused(tmp_path, tokenizer, auto, me
     if auto is not None:
         save(tmp_path, tokenizer, auto)
     with pytest.raises(UserError, match=message) as refused:
-        masked_candidates.load(str(tmp_path), PART, CPU, copies=8)
+        masked_candidates.load(f"hf:{tmp_path}", PART, CPU, copies=8)
     assert "\n" not in str(refused.value)
 
 

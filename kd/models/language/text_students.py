@@ -195,9 +195,9 @@ def _fresh(
     pairs: bool,
     teacher: str | None,
 ) -> TextModel:
-    if max_length is None and teacher is not None:
+    if max_length is None and teacher:
         max_length = trained_models.usual_length(teacher)
-    heads = None if teacher is None else trained_models.heads(teacher)
+    heads = trained_models.heads(teacher) if teacher else None
     length = text_model.choose_length(name, max_length, None)
     match = _BILSTM.fullmatch(name)
     with allocation.limited(name):
