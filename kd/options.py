@@ -420,7 +420,8 @@ class ExportOptions:
     format: Literal["onnx", "pt2", "safetensors", "timm", "huggingface"]
     """onnx: a program with its preprocessing, for onnxruntime and others; pt2: such a program for
     torch; safetensors: the weights alone; timm: a folder for timm.create_model; huggingface: one of
-    a student of texts for transformers. Those of texts are folders with the tokenizer"""
+    a student of texts for transformers, of embeddings for sentence-transformers too. Those of texts
+    are folders with the tokenizer"""
 
     out: Annotated[
         Path | None, Shown("PATH", "<run>/export/<student> with the suffix of the format")

@@ -40,7 +40,6 @@ from kd.models.token_inputs import TokenInputs
 from kd.objectives import terms
 from kd.objectives.on_policy import OnPolicy
 from kd.objectives.schemes import Distillation, MeanTeacher, Objective
-from kd.objectives.taps import try_out
 from kd.options import TrainOptions
 from kd.parallel.engine import Engine
 from kd.recipe import Recipe
@@ -409,7 +408,7 @@ class TextTraining:
     def _outputs(self) -> int:
         """Number of values that a teacher gives for a text."""
         if self.parts.task == "embed":
-            return try_out(self.parts.student.network, self._sample()).shape[-1]
+            return self.parts.student.embedding_width
         return max(len(self.parts.corpus.classes), 1)
 
     def _say(self, line: str) -> None:

@@ -158,11 +158,10 @@ def _fit_embedding(model: TextModel, teacher: str | None, seed: int) -> TextMode
         return model
     width, normalise = trained_models.embedding_width(teacher)
     if isinstance(model.network.network, bilstm.BiLstm):
-        size = model.network.network.classifier.out_features
-        if size != width:
+        if model.embedding_width != width:
             raise UserError(
-                f"{model.name} gives embeddings of {size} values, and the teacher's have {width}: "
-                "train a fresh one"
+                f"{model.name} gives embeddings of {model.embedding_width} values, and the "
+                f"teacher's have {width}: train a fresh one"
             )
         return model
     network = transformer.fit_embedding(
