@@ -65,8 +65,6 @@ def build(
     Raises:
         UserError: If there is no such student, or it does not fit the data or the options.
     """
-    if task not in transformer.CLASSES:
-        raise UserError(f"no network of texts has a head for --task {task}")
     if name == TEACHER:
         if teacher is None:
             raise UserError("--student teacher is a copy of the teacher: name it with --teacher")

@@ -45,8 +45,6 @@ def load(
     Raises:
         UserError: If there is no such model, or it can have no such head.
     """
-    if task not in transformer.CLASSES:
-        raise UserError(f"{name} can have no head for --task {task}")
     if name.startswith(HF):
         return _load_published(name, task, classes, pairs, seed)
     folder = Path(name).expanduser()
