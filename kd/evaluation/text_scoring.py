@@ -128,7 +128,7 @@ def tag_figures(given: Answers, classes: Sequence[str]) -> dict[str, float]:
     }
     if _marks_entities(classes):
         expected, answered = (
-            entities([classes[tag] for tag in tags], given.rows)
+            entities([classes[int(tag)] for tag in tags], given.rows)
             for tags in (given.targets, predicted)
         )
         right = len(expected & answered)
@@ -219,7 +219,7 @@ def notes(who: str, given: Answers, classes: Sequence[str]) -> list[str]:
 
 
 def _macro_f1(targets: Int[np.ndarray, " m"], predicted: Int[np.ndarray, " m"]) -> float:
-    return float(f1_score(targets, predicted, average="macro", zero_division=0))
+    return float(f1_score(targets, predicted, average="macro", zero_division=0.0))  # pyright: ignore
 
 
 def _matthews(targets: Int[np.ndarray, " m"], predicted: Int[np.ndarray, " m"]) -> float:

@@ -102,7 +102,7 @@ def _load_saved(folder: Path) -> dict[str, Table]:
         if own:
             read[part] = _as_table(folder / own[0], parts[own[0]])
     if "train" not in read:
-        raise UserError(f"{folder} has no part train, but {', '.join(sorted(parts))}")
+        raise UserError(f"{folder} has no part train, but {', '.join(sorted(map(str, parts)))}")
     return read
 
 

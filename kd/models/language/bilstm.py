@@ -126,8 +126,9 @@ class ScannedLstm(nn.Module):
         """The state at each step, as the library's LSTM gives it first."""
         from torch._higher_order_ops.scan import scan
 
-        recurrent = self.lstm.weight_hh_l0.T
-        inputs = x @ self.lstm.weight_ih_l0.T + self.lstm.bias_ih_l0 + self.lstm.bias_hh_l0
+        weights: dict[str, Tensor] = dict(self.lstm.named_parameters())
+        recurrent = weights["weight_hh_l0"].T
+        inputs = x @ weights["weight_ih_l0"].T + weights["bias_ih_l0"] + weights["bias_hh_l0"]
         zero = x.new_zeros(x.shape[0], self.lstm.hidden_size)
 
         def step(carry: tuple[Tensor, Tensor], now: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
