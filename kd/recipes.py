@@ -266,6 +266,16 @@ NAMED: Mapping[str, Recipe] = {
     "sequence": SEQUENCE,
     "gkd": GKD,
 }
+OF_TEXTS = (
+    "finetune",
+    "bilstm",
+    "pkd",
+    "tinybert",
+    "tinybert-intermediate",
+    "distilbert",
+    "minilm",
+)
+OF_TEXTS += ("sequence", "gkd")
 # Recipe -> recipes of the trainings before its own, each of which trains the student on.
 STAGES: Mapping[str, tuple[str, ...]] = {"tinybert": ("tinybert-intermediate",)}
 

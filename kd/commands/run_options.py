@@ -11,6 +11,7 @@ from dsdistill.harness.runs import run_folder
 from dsdistill.harness.runs.options import Storage
 from kd.commands import continuation
 from kd.models import network_names, networks
+from kd.models.language import text_students
 from kd.models.seals import REPORT
 from kd.models.zoo import class_names
 from kd.options import TrainOptions
@@ -30,6 +31,11 @@ def _absolute_class_maps(files: str) -> str:
     return ",".join(map(network_names.absolute_name, class_names.class_map_files(files)))
 
 
+def _absolute_tokenizer(tokenizer: str) -> str:
+    made = tokenizer in (text_students.WORDS, text_students.CHARACTERS)
+    return tokenizer if made else network_names.absolute_name(tokenizer)
+
+
 STORAGE = Storage(
     unstored=("out", "resume"),
     free=("data_root", "device", "workers", "cache", "min_teacher_accuracy", "trust_module"),
@@ -40,6 +46,8 @@ STORAGE = Storage(
         "data_root": network_names.absolute_name,
         "class_map": _absolute_class_maps,
         "cache": network_names.absolute_name,
+        "tokenizer": _absolute_tokenizer,
+        "mlm": network_names.absolute_name,
     },
 )
 

@@ -84,7 +84,8 @@ class TextParts:
         teacher_names: Names of the teachers; empty to train on labels alone.
         teachers: The teachers, frozen and on the device.
         tokenizers: The student's tokenizer, then those of teachers with another one.
-        encoding_of_teacher: Place of each teacher's tokenizer in `tokenizers`.
+        encoding_of_teacher: Place of each teacher's tokenizer in `tokenizers`; empty where teachers
+            write texts.
         encoded: The parts of the corpus as token ids, by name; of the training part with copies.
         recipe: The resolved recipe, in which no field is left to a default.
         terms: Terms of the loss.
@@ -134,6 +135,12 @@ def assemble(options: TrainOptions) -> TextParts:
         UserError: If a name is unknown, a file is missing, or parts do not fit together.
     """
     _refuse_image_options(options)
+    path = locate(options)
+    if not path.exists():
+        raise UserError(
+            f"no such file or folder of texts: {options.data} (nor one of that name in "
+            f"{options.data_root})"
+        )
     options = teacher_chain.last_student(options)
     named = recipes.by_name(options.recipe) if options.recipe else None
     name = options.student or (named and named.student)
@@ -143,7 +150,7 @@ def assemble(options: TrainOptions) -> TextParts:
     say = progress.say if on.is_main_process else _say_nothing
     taught = teacher_chain.last_teacher(options) or (named and named.teacher)
     names = tuple(network_names.parse_names("--teacher", taught)) if taught else ()
-    texts = _load_corpus(options, name)
+    texts = _load_corpus(options, path)
     if texts.task == "embed" and (not names or options.mean_teacher is not None):
         raise UserError("--task embed fits the embeddings of a teacher: name it with --teacher")
     student = _student(options, name, names, texts)
@@ -152,15 +159,23 @@ def assemble(options: TrainOptions) -> TextParts:
     alone = not names and options.mean_teacher is None
     chosen, loss_terms = _recipe(options, named, texts, student, alone)
     writes = chosen.augment == "teacher"  # the teacher's texts teach, and not its answers
+    if writes and len(names) != 1:
+        raise UserError(
+            f"--augment teacher takes the texts of one teacher: --teacher must name one, got "
+            f"{', '.join(names) or 'none'}"
+        )
     _check_loss(options, chosen, loss_terms, texts, alone=alone or writes)
     teachers = _teachers(options, names, student, texts, loss_terms, writes=writes)
     for network in (student.network, *teachers):
         network.to(on.device)
+    # A teacher that writes texts for the student does not see the student's.
     tokenizers, encoding_of_teacher = _distinct_tokenizers(
-        student, teachers, other_texts=texts.parallel
+        student, () if writes else teachers, other_texts=texts.parallel
     )
     lengths = [student.max_length, *(_length(teachers, student, x) for x in tokenizers[1:])]
-    training, complete = _training_texts(options, chosen, texts, tokenizers, teachers, on, say)
+    training, complete = _training_texts(
+        options, chosen, texts, tokenizers, teachers, on, say, max_length=student.max_length
+    )
     encode_part = partial(_encode, texts.task, tokenizers, lengths, parallel=texts.parallel)
     encoded = {"train": encode_part(training, complete)}
     for part, content in (("validation", texts.validation), ("test", texts.test)):
@@ -193,11 +208,17 @@ def _refuse_image_options(options: TrainOptions) -> None:
             f"--augment {options.given['augment']} is for images: of texts there are "
             f"{', '.join(TEXT_AUGMENTS)}"
         )
+    if options.recipe and options.recipe not in recipes.OF_TEXTS:
+        recipes.by_name(options.recipe)
+        raise UserError(
+            f"--recipe {options.recipe} is for images, and {options.data} are texts: use "
+            f"{', '.join(recipes.OF_TEXTS)}"
+        )
 
 
-def _load_corpus(options: TrainOptions, student: str) -> Corpus:
+def _load_corpus(options: TrainOptions, path: Path) -> Corpus:
     return corpus.load(
-        locate(options),
+        path,
         task=options.task,
         text=options.text,
         label=options.label,
@@ -223,7 +244,8 @@ def _student(
         keep_layers=None if layers is None else text_students.parse_layers(layers),
     )
     if texts.task == "causal" and not isinstance(columns[0][0], str):
-        causal_rows.add_chat_template(student.tokenizer)
+        note = causal_rows.add_chat_template(student.tokenizer)
+        student.network.notes += (note,) if note else ()
     if options.lora is not None:
         lora.add(student.network, options.lora, seed=options.seed)
     return student
@@ -254,6 +276,8 @@ def _check_loss(
 ) -> None:
     """Refuse a loss, a recipe and options that do not fit each other."""
     weighted = options.teacher_weights is not None
+    loss_checks.check_texts(loss_terms, task=texts.task, same_ids=True)
+    text_scoring.check_metric(chosen.metric, texts.task, texts.classes)
     loss_checks.check_teaching(loss_terms, chosen, alone=alone, weighted=weighted)
     loss_checks.check(
         loss_terms,
@@ -262,8 +286,18 @@ def _check_loss(
         mixed=False,
     )
     optimization.check_optimizer(chosen)
-    if chosen.on_policy and texts.task != "causal":
-        raise UserError(f"--on-policy needs a student that writes: --task causal, not {texts.task}")
+    writers = {
+        "--on-policy": ("a student that writes", bool(chosen.on_policy)),
+        "--augment teacher": ("a teacher that writes", chosen.augment == "teacher"),
+    }
+    for option, (who, given) in writers.items():
+        if given and texts.task != "causal":
+            raise UserError(f"{option} needs {who}: --task causal, not {texts.task}")
+    if chosen.on_policy and not any(term.definition.needs_teacher for term in loss_terms):
+        raise UserError(
+            f"--on-policy lets a teacher judge what the student writes, and --loss {chosen.loss} "
+            "has no teacher: add --teacher and tokens:1"
+        )
     if (chosen.augment == "masked") != (options.mlm is not None):
         raise UserError("--augment masked and --mlm NAME need each other")
     if chosen.augment not in ("words", "masked"):
@@ -338,6 +372,8 @@ def _training_texts(
     teachers: Sequence[TextTeacher],
     on: Engine,
     say: Callable[[str], None],
+    *,
+    max_length: int,
 ) -> tuple[TextPart, Bool[np.ndarray, " n"] | None]:
     """The texts to train on: those of the corpus, with copies, or the teacher's own.
 
@@ -360,7 +396,13 @@ def _training_texts(
     elif chosen.augment == "teacher":
         teacher = teachers[0].model
         written = teacher_texts.write(
-            part, teacher.network, teacher.tokenizer, folder, on, seed=options.seed
+            part,
+            teacher.network,
+            teacher.tokenizer,
+            folder,
+            on,
+            seed=options.seed,
+            max_length=max_length,
         )
         say(written.described)
         return written.part, written.complete

@@ -277,7 +277,8 @@ class TextTraining:
                 parts.task, given, corpus.classes, languages
             )
         if corpus.classes and part == "test":
-            for note in text_scoring.notes("the student", given, corpus.classes):
+            what = "token" if parts.task == "tag" else "text"
+            for note in text_scoring.notes("the student", given, corpus.classes, what):
                 progress.say(note)
         each = {}
         for i, (name, teacher) in enumerate(zip(parts.teacher_names, parts.teachers, strict=True)):
@@ -306,9 +307,7 @@ class TextTraining:
             hidden = self._hidden() if parts.task == "mlm" else None
             text_bytes = parts.encoded[part].encodings[0].text_bytes
             batches = replace(batches, masked=hidden)
-            return token_scoring.validate(
-                network, batches, on or self.on, text_bytes=text_bytes
-            ), None
+            return token_scoring.validate(network, batches, on, text_bytes=text_bytes), None
         given = text_scoring.answers(network, batches, on, teacher=teacher)
         return text_scoring.FIGURES[parts.task](given, parts.corpus.classes), given
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dsdistill.harness import shell
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
 from kd import recipe, recipes
@@ -16,6 +17,7 @@ from kd.data.data_source import DataSource
 from kd.data.files import file_source
 from kd.data.files.file_source import FileSource
 from kd.models import network_names, networks, saved_models, teachers
+from kd.models.language import text_students
 from kd.models.networks import Classifier
 from kd.models.saved_models import Model
 from kd.models.teachers import Teacher
@@ -23,13 +25,14 @@ from kd.models.zoo import class_names
 from kd.objectives import loss_checks, terms
 from kd.objectives.schemes import Distillation, MeanTeacher, Mutual, Objective
 from kd.objectives.terms import Term
-from kd.options import TrainOptions, told
+from kd.options import TEXT_FIELDS, TEXT_OPTIONS, TrainOptions, told
 from kd.parallel import engine
 from kd.parallel.engine import Engine
 from kd.recipe import Recipe
 from kd.training import dry_run, optimization
 
 DEFAULT_STUDENT = "convnet"
+IMAGE_METRICS = ("accuracy", "nll")  # figures of images by which the best epoch can be chosen
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +70,7 @@ def assemble(options: TrainOptions) -> TrainingParts:
     Raises:
         UserError: If a name is unknown, a file is missing, or parts do not fit together.
     """
+    _refuse_text_options(options)
     named = recipes.by_name(options.recipe) if options.recipe else None
     name = options.student or (named and named.student) or DEFAULT_STUDENT
     if not Path(name).is_dir():
@@ -108,6 +112,28 @@ def assemble(options: TrainOptions) -> TrainingParts:
     for remark in loss_checks.remarks(loss_terms, images=source.count):
         say(remark)
     return parts
+
+
+def _refuse_text_options(options: TrainOptions) -> None:
+    """Refuse options, a student and a recipe of texts."""
+    plain = TrainOptions()
+    given = [name for name in TEXT_OPTIONS if getattr(options, name) != getattr(plain, name)]
+    given += [name for name in TEXT_FIELDS if name in options.given]
+    texts = [shell.flag(name) for name in given]
+    if options.given.get("augment") in recipe.TEXT_AUGMENTS:
+        texts.append(f"--augment {options.given['augment']}")
+    if options.given.get("metric", IMAGE_METRICS[0]) not in IMAGE_METRICS:
+        texts.append(f"--metric {options.given['metric']}")
+    if options.recipe in recipes.OF_TEXTS:
+        texts.append(f"--recipe {options.recipe}")
+    student = options.student
+    if options.copies_teacher or (student is not None and text_students.is_fresh(student)):
+        texts.append(f"--student {student}")
+    if texts:
+        raise UserError(
+            f"{texts[0]} is for texts, and {options.data} is no file or folder of texts: "
+            "leave it out, or name such data"
+        )
 
 
 def build_objective(parts: TrainingParts, options: TrainOptions) -> Objective:

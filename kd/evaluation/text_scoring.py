@@ -12,6 +12,7 @@ from scipy import stats
 from sklearn.metrics import f1_score, matthews_corrcoef
 from torch import nn
 
+from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation import majority, metrics
 from kd.data.batching import EvaluationBatches
 from kd.models.language.task import Task
@@ -169,6 +170,35 @@ FIGURES: Mapping[Task, Callable[[Answers, Sequence[str]], dict[str, float]]] = {
 }
 
 
+METRICS: Mapping[Task, tuple[Metric, ...]] = {  # those of them that can select an epoch
+    "classify": ("accuracy", "nll", "macro_f1", "matthews"),
+    "regress": ("spearman", "pearson"),
+    "tag": ("entity_f1", "macro_f1", "accuracy", "nll"),
+    "mlm": ("nll", "accuracy"),
+    "causal": ("nll", "accuracy"),
+}
+
+
+def check_metric(metric: Metric, task: Task, classes: Sequence[str]) -> None:
+    """Refuse to select the best epoch by a figure that the task does not have.
+
+    Args:
+        metric: The figure.
+        task: The task.
+        classes: Names of its classes or tags.
+
+    Raises:
+        UserError: With those that it has.
+    """
+    has_entities = _marks_entities(classes)
+    known = [name for name in METRICS[task] if name != "entity_f1" or has_entities]
+    if metric not in known:
+        tags = ", whose tags mark no entities" if metric == "entity_f1" and task == "tag" else ""
+        raise UserError(
+            f"--metric {metric} is no figure of --task {task}{tags}: use {', '.join(known)}"
+        )
+
+
 def default_metric(task: Task, classes: Sequence[str]) -> Metric:
     """The figure that selects the best epoch of a task, where none is asked for.
 
@@ -202,18 +232,19 @@ def by_language(
     return rows
 
 
-def notes(who: str, given: Answers, classes: Sequence[str]) -> list[str]:
+def notes(who: str, given: Answers, classes: Sequence[str], what: str = "text") -> list[str]:
     """Sentences on an accuracy that only repeats how common a class is.
 
     Args:
         who: What gave the answers.
         given: Answers with classes as targets.
         classes: Names of the classes.
+        what: What each answer is for, `text` or `token`.
     """
     predicted = np.unique(given.outputs.argmax(1)).tolist()
     lines = (
-        majority.common_class(given.targets, classes, "texts"),
-        majority.constant_answer(who, predicted, given.targets, classes, "text"),
+        majority.common_class(given.targets, classes, f"{what}s"),
+        majority.constant_answer(who, predicted, given.targets, classes, what),
     )
     return [line for line in lines if line]
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dsdistill.harness.errors import UserError
 from kd.data.batching import EvaluationBatches
 from kd.losses import token
 from kd.models.token_inputs import IGNORED
@@ -13,7 +14,11 @@ from kd.parallel.engine import Engine
 
 
 def validate(
-    network: nn.Module, batches: EvaluationBatches, on: Engine, *, text_bytes: int | None = None
+    network: nn.Module,
+    batches: EvaluationBatches,
+    on: Engine | None = None,
+    *,
+    text_bytes: int | None = None,
 ) -> dict[str, float]:
     """Measure how well tokens are predicted; each process scores its share of the batches.
 
@@ -24,14 +29,19 @@ def validate(
         network: Network that maps token ids to logits of tokens; its mode is restored.
         batches: All texts, the same in every process, with `token_targets`; of masked language
             models the same tokens are hidden each time.
-        on: The processes.
+        on: The processes, all of which must call this; None for one process alone.
         text_bytes: `EncodedPart.text_bytes` of the texts; None leaves bits per byte out.
 
     Returns:
         `accuracy`, the share of targets that are the most probable token; `nll` in nats;
         `perplexity`, its exponential; with `text_bytes` also `bits_per_byte`.
+
+    Raises:
+        UserError: If no token has a target.
     """
     right, nats, count = _sums(network, batches, on)
+    if not count:
+        raise UserError("the texts have no token to predict: all are unknown to the tokenizer")
     figures = {
         "accuracy": right / count,
         "nll": nats / count,
@@ -50,19 +60,22 @@ def perplexity(nll: float) -> float:
         return math.inf
 
 
-def _sums(network: nn.Module, batches: EvaluationBatches, on: Engine) -> list[float]:
+def _sums(network: nn.Module, batches: EvaluationBatches, on: Engine | None) -> list[float]:
     """Number of right predictions, sum of cross-entropies, and number of targets."""
     was_training = network.training
-    sums = torch.zeros(3, dtype=torch.float64, device=on.device)
+    rank, world = (on.process_index, on.num_processes) if on else (0, 1)
+    sums = torch.zeros(3, dtype=torch.float64, device=on.device if on else None)
     network.eval()
     with torch.inference_mode():
-        for batch in batches.in_order(on.process_index, on.num_processes):
+        for batch in batches.in_order(rank, world):
             targets = batch.token_targets
             assert targets is not None, "the texts have no targets"
             logits, count = network(batch.inputs), batch.count("targets")
             right = (logits.argmax(-1) == targets)[targets != IGNORED].sum()
             nats = token.token_cross_entropy(logits, targets) * count
-            sums += torch.stack([right, nats, torch.full_like(nats, count)]).double()
+            sums += (
+                torch.stack([right, nats, torch.full_like(nats, count)]).double().to(sums.device)
+            )
     network.train(was_training)
-    totals: Any = on.reduce(sums)
+    totals: Any = on.reduce(sums) if on else sums
     return totals.tolist()

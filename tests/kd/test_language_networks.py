@@ -102,7 +102,7 @@ def test_a_copy_with_fewer_blocks_is_built_again_from_its_configuration(transfor
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        ([0, 4], "the teacher has the blocks 0 to 3"),
+        ([0, 4], "there are the blocks 0 to 3"),
         ([1, 1], "ascending numbers"),
         ([2, 1], "ascending numbers"),
         ([], "ascending numbers"),

@@ -117,3 +117,14 @@ def test_a_teacher_with_another_tokenizer_gets_its_own_ids():
 def test_a_small_last_batch_joins_the_one_before():
     assert source(size=33, world=2, least=2).sizes == [33, 33, 34]
     assert [len(b) for b in source(size=33, world=2, least=2).epoch(0, 0)] == [33, 33, 34]
+
+
+def test_a_text_of_few_tokens_has_one_hidden_at_least():
+    rng = np.random.default_rng(0)
+    few = MaskedTokens(0.01, mask=4, special=(2, 3), size=50)
+    for _ in range(20):
+        _, targets = few.apply(np.array([2, 7, 8, 3]), rng)
+        assert (targets != IGNORED).sum() == 1
+        assert (targets[[0, 3]] == IGNORED).all()
+    _, targets = few.apply(np.array([2, 3]), rng)  # there is nothing to hide
+    assert (targets == IGNORED).all()

@@ -105,3 +105,14 @@ def test_characters_of_the_training_texts(tmp_path):
     assert len(ids) == len(text)
     assert again.decode(ids, clean_up_tokenization_spaces=False) == text
     assert again.convert_ids_to_tokens(again("zq")["input_ids"]) == ["z", "[UNK]"]
+
+
+def test_a_text_without_tokens_is_one_unknown_token():
+    words = tokenizers.train_on_words(["a b a b"])
+    encoded = tokenization.encode(TextPart((["a b", "", "  "],)), words, 8)
+    assert encoded.lengths.tolist() == [2, 1, 1]
+    assert encoded.ids[2:].tolist() == [words.unk_token_id] * 2
+    tagged = TextPart(([["a"], []],), (np.array([1]), np.array([], np.int64)))
+    encoded = tokenization.encode(tagged, words, 8)
+    assert encoded.targets is not None
+    assert encoded.targets.tolist() == [1, IGNORED]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from language_support import causal_model, characters
 
+from dsdistill.harness.errors import UserError
 from kd.data.text import causal_rows
 from kd.data.text.corpus import TextPart
 from kd.data.text.token_batches import MaskedTokens, TokenBatches
@@ -64,3 +65,15 @@ def test_the_same_tokens_are_hidden_in_every_validation():
 
 def test_a_perplexity_beyond_all_numbers_is_infinite():
     assert token_scoring.perplexity(1e4) == math.inf
+
+
+def test_texts_without_a_token_to_predict_are_refused():
+    nothing = MaskedTokens(0.5, 1, tuple(range(len(TOKENIZER))), len(TOKENIZER))
+    with pytest.raises(UserError, match="no token to predict"):
+        token_scoring.validate(causal_model(TOKENIZER), batches(3, masked=nothing))
+
+
+def test_one_process_alone_measures_all_texts():
+    model = causal_model(TOKENIZER)
+    everyone = token_scoring.validate(model, batches(3), engine.make())
+    assert token_scoring.validate(model, batches(3)) == everyone

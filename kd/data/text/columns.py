@@ -88,6 +88,8 @@ def recognise(
         UserError: If a given name is no column, or none is recognised.
     """
     texts = _given_texts(where, names, text) if text else _texts(where, names, task)
+    if task in ("mlm", "tag") and len(texts) == 2:
+        raise UserError(f"--task {task} learns from one column: --text must name one, got {text}")
     if label is not None:
         _require(where, names, label, "--label")
     elif task in ("mlm", "causal", "embed"):
@@ -129,6 +131,11 @@ def _texts(where: object, names: Collection[str], task: Task | None) -> tuple[st
     for name in TEXTS:
         if name in names:
             return (name,)
+    if CONVERSATION in names or (PROMPT in names and COMPLETION in names):
+        raise UserError(
+            f"{where} has conversations, or prompts with completions, which --task causal learns: "
+            "add it, or name a column of texts with --text"
+        )
     wanted = "tokens" if task == "tag" else "texts"
     raise UserError(
         f"{where} has no column of {wanted} that is recognised among {_listed(names)}: name it "

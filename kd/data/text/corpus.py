@@ -106,6 +106,8 @@ def load(
     Raises:
         UserError: If a file, a column or a row does not fit, with its line.
     """
+    if not 0 <= validation_fraction < 1:
+        raise UserError(f"--validation-fraction must be in [0, 1), got {validation_fraction:g}")
     parts = part_files.find(data, documents=task == "causal")
     train = parts["train"]
     if task is None and train.path.name.removesuffix(".gz").endswith(".txt"):
@@ -136,6 +138,16 @@ def load(
         whole, validation = whole.select(rest), whole.select(held_out)
     if task in ("classify", "tag") and len(known) < 2:
         raise UserError(f"{data} must have at least two classes, has {len(known)}")
+    if not len(whole):
+        raise UserError(
+            f"--validation-fraction {validation_fraction:g} leaves none of so few rows of {data} "
+            "to train on: lower it"
+        )
+    if task == "classify" and len(known) > 2 and len(train) < 2 * len(known):
+        notes.append(
+            f"warning: column {found.label} has {len(known)} classes in {len(train)} rows: if it "
+            "holds no classes, name another with --label, or say --task regress"
+        )
     test = read.get("test", whole.select(np.empty(0, np.int64)))
     return Corpus(
         part_files.short_name(data),
@@ -214,6 +226,10 @@ def _names(table: Table, found: Columns, task: Task, row: int) -> list[str]:
     for each in values:
         if each is None or each == "" or (isinstance(each, float) and math.isnan(each)):
             raise UserError(f"{table.place(row)} has no {found.label}: add it, or remove the row")
+        if not isinstance(each, str | int | float):
+            raise UserError(
+                f"{table.place(row)}: {found.label} must be one name or number, got {each!r}"
+            )
     if names is not None:
         return [names[each] if each != -1 else UNLABELLED for each in values]
     return [str(each).strip() for each in values]
@@ -262,7 +278,22 @@ def _texts(table: Table, name: str, task: Task) -> Sequence[Any]:
                 f"{table.place(row)}: {name} must be {'a text' if kind is str else wanted}, got "
                 f"{'nothing' if value is None else repr(value)[:60]}"
             )
+        if kind is str and not _is_unicode(value):
+            raise UserError(
+                f"{table.place(row)}: {name} holds half of a surrogate pair, which is no character"
+            )
+    if kind is str and not any(map(str.strip, values)):
+        raise UserError(f"{table.path} has no text in column {name}: name another with --text")
     return values
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text is Unicode: JSON can hold `\\ud800` alone, which is none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _labels(table: Table, found: Columns, task: Task, classes: tuple[str, ...]) -> Labels:

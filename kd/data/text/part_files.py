@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dsdistill.harness.data import walk
 from dsdistill.harness.errors import UserError, first_line
 from kd.data.text import tables
 from kd.data.text.tables import Table
@@ -25,15 +26,16 @@ def is_text(data: Path) -> bool:
     """Whether a path holds text, to tell it from images.
 
     Args:
-        data: A file or a folder.
+        data: A file or a folder. A folder of images may have a table `train.csv` too; and a
+            `.json` file is no image, though it is refused with the formats that can be read.
     """
     if data.is_file():
-        return tables.table_suffix(data) is not None
+        return tables.table_suffix(data) is not None or data.suffix.lower() == ".json"
     if not data.is_dir():
         return False
     if any((data / name).is_file() for name in (_SAVED_DICT, _SAVED)):
         return True
-    return "train" in _files(data)
+    return "train" in _files(data) and not walk.holds_images(data)
 
 
 def find(data: Path, *, documents: bool = False) -> dict[str, Table]:
@@ -62,7 +64,7 @@ def find(data: Path, *, documents: bool = False) -> dict[str, Table]:
             raise UserError(f"{data} has two files of its {part} part, {names}: remove one")
     if "train" not in files:
         kinds = ", ".join(sorted(tables.READERS))
-        raise UserError(f"{data} has no train file ({kinds}, with .gz or without)")
+        raise UserError(f"{data} has no train file of texts ({kinds}, with .gz or without)")
     return {part: tables.read(paths[0], documents=documents) for part, paths in files.items()}
 
 

@@ -24,7 +24,8 @@ POOL_BATCHES = 50  # batches whose texts are sorted by length together: enough t
 class MaskedTokens:
     """What a masked language model is trained on: some tokens are hidden, and predicted.
 
-    Of each hundred chosen tokens eighty become the mask, ten another token and ten stay.
+    Of each hundred chosen tokens eighty become the mask, ten another token and ten stay. Of a text
+    with few tokens one is chosen at least, as in BERT's own preparation of texts.
 
     Attributes:
         share: Share of the tokens that are chosen, special tokens apart.
@@ -52,6 +53,9 @@ class MaskedTokens:
         chosen = (rng.random(len(ids)) < self.share) & ~np.isin(ids, self.special)
         how = rng.random(len(ids))
         others = rng.integers(self.size, size=len(ids))
+        candidates = np.flatnonzero(~np.isin(ids, self.special))
+        if len(candidates) and not chosen.any():
+            chosen[rng.choice(candidates)] = True
         hidden = np.where(chosen & (how < 0.8), self.mask, ids)
         hidden = np.where(chosen & (how >= 0.8) & (how < 0.9), others, hidden)
         return hidden, np.where(chosen, ids, IGNORED)

@@ -63,7 +63,7 @@ def encode(part: TextPart, tokenizer: Any, max_length: int) -> EncodedPart:
             token is the target of its first piece.
         tokenizer: Tokenizer of the model.
         max_length: Largest number of tokens of a row, special tokens included; of pairs the longer
-            text is cut first.
+            text is cut first. A row without any token becomes one unknown token.
 
     Raises:
         UserError: If `max_length` has no room for a text beside the special tokens.
@@ -72,6 +72,8 @@ def encode(part: TextPart, tokenizer: Any, max_length: int) -> EncodedPart:
     special = tokenizer.num_special_tokens_to_add(pair=len(part.texts) == 2)
     if max_length <= special:
         raise UserError(f"--max-length must be more than the {special} special tokens of a row")
+    # Without special tokens an empty text has no token at all, and networks need one.
+    empty = tokenizer.pad_token_id if tokenizer.unk_token_id is None else tokenizer.unk_token_id
     ids: list[list[int]] = []
     types: list[list[int]] = []
     targets: list[Sequence[int]] = []
@@ -82,11 +84,13 @@ def encode(part: TextPart, tokenizer: Any, max_length: int) -> EncodedPart:
         whole = _call(tokenizer, columns, **options)
         truncated += sum(len(row) > max_length for row in whole["input_ids"])
         cut = _call(tokenizer, columns, truncation=True, max_length=max_length, **options)
-        ids += cut["input_ids"]
-        types += cut.get("token_type_ids") or []
+        ids += [row or [empty] for row in cut["input_ids"]]
+        types += [row or [0] for row in cut.get("token_type_ids") or []]
         if tagged and part.labels is not None:
             tags = part.labels[rows]
-            targets += [_first_pieces(cut.word_ids(i), own) for i, own in enumerate(tags)]
+            targets += [
+                _first_pieces(cut.word_ids(i), own) or [IGNORED] for i, own in enumerate(tags)
+            ]
     lengths = np.array([len(row) for row in ids], np.int64)
     return EncodedPart(
         _flat(ids, np.int32),

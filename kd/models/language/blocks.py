@@ -78,7 +78,7 @@ def keep(network: nn.Module, numbers: Sequence[int]) -> nn.Module:
         raise UserError(f"--keep-layers must be ascending numbers, got {_listed(numbers)}")
     if numbers[-1] >= len(blocks) or numbers[0] < 0:
         raise UserError(
-            f"--keep-layers {_listed(numbers)}: the teacher has the blocks 0 to {len(blocks) - 1}"
+            f"--keep-layers {_listed(numbers)}: there are the blocks 0 to {len(blocks) - 1}"
         )
     smaller = copy.deepcopy(network)
     kept = nn.ModuleList(smaller.get_submodule(f"{name}.{number}") for number in numbers)

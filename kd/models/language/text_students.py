@@ -10,6 +10,7 @@ bert:4x312      a fresh BERT of four blocks of 312 values
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from dsdistill.harness.errors import UserError
@@ -96,8 +97,9 @@ def parse_layers(text: str) -> tuple[int, ...]:
 
 
 def is_fresh(name: str) -> bool:
-    """Whether a name means a network with random weights."""
-    return name.startswith("bert:") or _BILSTM.fullmatch(name) is not None
+    """Whether a name means a network with random weights; a folder of that name is a run."""
+    named = name.startswith("bert:") or _BILSTM.fullmatch(name) is not None
+    return named and not Path(name).is_dir()
 
 
 def _trained(

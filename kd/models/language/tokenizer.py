@@ -22,6 +22,8 @@ def load(name: str) -> Any:
         tokenizer = auto.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # hub, network, file and format errors share no base class
         raise UserError(f"cannot get the tokenizer of {name}: {first_line(error)}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # the library invents one of these alone
+        raise UserError(f"{name} has no tokenizer: its vocabulary is missing")
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise UserError(f"the tokenizer of {name} has no token for padding, and none for ends")
