@@ -278,6 +278,8 @@ def _check_loss(
     weighted = options.teacher_weights is not None
     loss_checks.check_texts(loss_terms, task=texts.task, same_ids=True)
     text_scoring.check_metric(chosen.metric, texts.task, texts.classes)
+    if texts.task == "embed" and chosen.metric != "cosine" and texts.train.labels is None:
+        raise UserError(f"--metric {chosen.metric} needs scores of pairs: name them with --label")
     loss_checks.check_teaching(loss_terms, chosen, alone=alone, weighted=weighted)
     loss_checks.check(
         loss_terms,
@@ -302,8 +304,13 @@ def _check_loss(
         raise UserError("--augment masked and --mlm NAME need each other")
     if chosen.augment not in ("words", "masked"):
         return
+    if texts.parallel:
+        raise UserError(
+            f"--augment {chosen.augment} changes texts, which their translations do not follow: "
+            "leave it out"
+        )
     labelled = [term.name for term in loss_terms if term.definition.inputs == "labels"]
-    if labelled or texts.task not in ("classify", "regress"):
+    if labelled or texts.task not in ("classify", "regress", "embed"):
         what = f"--loss {labelled[0]}" if labelled else f"--task {texts.task}"
         raise UserError(
             f"--augment {chosen.augment} makes copies without labels, and {what} needs them: "

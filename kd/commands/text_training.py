@@ -335,7 +335,9 @@ class TextTraining:
     def _scorer(self, part: str, on: Engine | None = None) -> EmbeddingScorer:
         """What measures embeddings of the texts of a part."""
         parts, corpus = self.parts, self.parts.corpus
-        texts = {"train": corpus.train, "validation": corpus.validation, "test": corpus.test}[part]
+        # Copies, of training texts only, have no scores.
+        train = replace(corpus.train, labels=None, languages=None)
+        texts = {"train": train, "validation": corpus.validation, "test": corpus.test}[part]
         batches = self._batches(part, EVALUATION_BATCH)
         return EmbeddingScorer(texts, batches, parts.teachers, corpus.parallel, on)
 

@@ -176,6 +176,7 @@ METRICS: Mapping[Task, tuple[Metric, ...]] = {  # those of them that can select 
     "tag": ("entity_f1", "macro_f1", "accuracy", "nll"),
     "mlm": ("nll", "accuracy"),
     "causal": ("nll", "accuracy"),
+    "embed": ("cosine", "spearman", "pearson"),
 }
 
 

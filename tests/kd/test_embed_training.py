@@ -51,11 +51,9 @@ def work(tmp_path_factory) -> Path:
 
 def training(work: Path, data: str, loss: str | None = None, **options: Any) -> TextTraining:
     given = {"student": "bert:1x8", "tokenizer": "words", "validation_fraction": 0.2}
-    given |= {"teacher": f"hf:{work / 'teacher'}", "device": "cpu"} | options
-    recipe = Overrides(loss=loss, batch_size=4)
-    return text_training.assemble(
-        TrainOptions(str(work / data), task="embed", overrides=recipe, **given)
-    )
+    given |= {"teacher": f"hf:{work / 'teacher'}", "device": "cpu"}
+    given |= {"overrides": Overrides(loss=loss, batch_size=4)} | options
+    return text_training.assemble(TrainOptions(str(work / data), task="embed", **given))
 
 
 def teacher_embeds(work: Path, texts) -> torch.Tensor:
@@ -165,6 +163,17 @@ def test_scores_of_pairs_judge_student_and_teacher(work):
     assert figures["pearson"] == pytest.approx(np.corrcoef(cosines, part.labels)[0, 1], abs=1e-4)
 
 
+def test_copies_of_texts_have_the_teachers_embeddings_too(work, tmp_path):
+    recipe = Overrides(loss=None, batch_size=4, augment="words", copies=2)
+    run = training(work, "texts.txt", overrides=recipe, validation_fraction=0.0, cache=tmp_path)
+    assert len(run.parts.encoded["train"]) > len(run.parts.corpus.train)
+    run.check_teachers()  # on training texts, with their copies
+    batch = next(run.prepare(run.build_objective(), run.load()).epoch(0, 0))
+    with torch.no_grad():
+        taught = run.parts.teachers[0](batch.inputs_of(0))
+    torch.testing.assert_close(batch.teacher_logits[0], taught, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("data", "loss", "options", "message"),
     [
@@ -178,6 +187,14 @@ def test_scores_of_pairs_judge_student_and_teacher(work):
             "a text and its translation have other tokens",
         ),
         ("texts.txt", "logits:1,hidden:1", {}, "another tokenizer than the student"),
+        (
+            "pairs.tsv", None, {"overrides": Overrides(metric="spearman")},
+            "--metric spearman needs scores of pairs",
+        ),
+        (
+            "translations.tsv", None, {"overrides": Overrides(augment="words")},
+            "which their translations do not follow",
+        ),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_one_line(work, data, loss, options, message):
