@@ -121,7 +121,7 @@ def load(
     notes = [f"{found.described}: {task}"]
     parallel = task == "embed" and found.are_parallel(given=text is not None)
     if task == "embed":
-        notes += _embedding_notes(train, found, parallel=parallel)
+        notes = ["; ".join([*notes, *_embedding_notes(train, found, parallel=parallel)])]
     known = _class_names(parts, found, task, classes)
     read = {
         name: _part(table, found, task, known, test=name == "test", notes=notes)
@@ -164,7 +164,7 @@ def load(
 
 
 def _embedding_notes(table: Table, found: Columns, *, parallel: bool) -> list[str]:
-    """Lines about what the columns are for where embeddings are learned."""
+    """Sentences on what the columns are for where embeddings are learned."""
     notes = []
     if parallel:
         first, second = found.texts

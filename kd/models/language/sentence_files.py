@@ -157,7 +157,7 @@ def _pooling(name: str, config: Mapping[str, Any]) -> Pooling:
         modes = [own.get(key, key) for key in keys]
     else:
         modes = [named] if isinstance(named, str) else list(named)
-    known = [mode for mode in POOLINGS if modes == [mode]]
+    known: list[Pooling] = [mode for mode in POOLINGS if modes == [mode]]
     if not known:
         raise UserError(
             f"hf:{name} pools by {' and '.join(map(str, modes)) or 'nothing'}: known are "
