@@ -20,7 +20,7 @@ from dsdistill.harness.errors import UserError, unknown_name
 from kd.commands import checked_export, text_export_formats
 from kd.commands.checked_export import RELATIVE_TOLERANCE
 from kd.commands.text_export_formats import FORMATS, Runner, TextFormat
-from kd.data.text import corpus, embedding_texts, tokenization
+from kd.data.text import corpus, embedding_texts, part_files, tokenization
 from kd.data.text.corpus import TextPart
 from kd.data.text.token_batches import TokenBatches
 from kd.models import networks, seals
@@ -99,7 +99,7 @@ def export(options: ExportOptions) -> dict[str, Any]:
     export_format = FORMATS[options.format]
     model = saved_text_models.load_run(options.run)
     model.network.eval()
-    out = checked_export.free_path(options, model.name, f"-{options.format}")
+    out = checked_export.free_path(options, model.name.rstrip("]"), f"-{options.format}")
     writer = export_format.prepare(model)
     reference = gather(options.run, model, options.data_root)
     return checked_export.write(
@@ -215,7 +215,7 @@ def _part_of_run(
         raise UserError(f"{run} does not say what it was trained on")
     root = root or Path(config.get("data_root") or paths.data_root())
     data = corpus.load(
-        Path(name) if Path(name).exists() else root / name,
+        part_files.locate(name, root),
         task=model.task,
         text=config.get("text"),
         label=config.get("label"),

@@ -25,6 +25,7 @@ from kd.commands.export_formats import (
     pack_program,
     require_onnx,
     tracing,
+    without_traces,
 )
 from kd.models.language import (
     bilstm,
@@ -113,6 +114,7 @@ def prepare_onnx(model: TextModel) -> Writer:
             verbose=False,
         )
     proto = program.model_proto
+    without_traces(proto.graph)
 
     def write(path: Path, card: Mapping[str, Any]) -> None:
         _write_common(path, model, card)
@@ -193,6 +195,8 @@ def prepare_huggingface(model: TextModel) -> Writer:
             sentence_files.write(path, network, model.max_length)
         else:
             network.save_pretrained(path)
+        for file in path.glob("*.safetensors"):
+            file.chmod(0o644)  # the library creates them private
 
     return write
 
@@ -290,6 +294,8 @@ _MEANINGS = {
 def _pipeline_call(model: TextModel) -> str:
     if model.task == "mlm":
         return f'"a {model.tokenizer.mask_token}"'
+    if model.task == "causal":
+        return '"a text", max_new_tokens=8'
     if not model.pairs:
         return '"a text"'
     return '{"text": "a text", "text_pair": "the text that it is compared with"}'
@@ -341,6 +347,7 @@ def _readme(card: Mapping[str, Any]) -> str:
                 f"# {card['student']}",
                 f"A network of texts for the task `{card['task']}` with {card['parameters']:,} "
                 f"parameters, trained by `kd` on texts of up to {card['max_length']} tokens.",
+                f"From Python, with the path of this folder for `FOLDER`:\n\n"
                 f"```python\n{card['use']}```",
                 f"Outputs `{card['outputs']['name']}`: {card['outputs']['meaning']}.",
                 classes and f"Classes, by number:\n\n{classes}",

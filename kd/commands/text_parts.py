@@ -62,8 +62,9 @@ class EncodedTexts:
 
     Attributes:
         encodings: As the student's tokenizer encodes them, then as each other tokenizer does.
-        labels: Class or score of each; None for tasks without, and for copies of texts.
-        languages: Language of each; None where it is not said.
+        labels: Class or score of each, or of each pair for the task `embed`; None for tasks
+            without, and for copies of texts.
+        languages: Language of each, or of each pair; None where it is not said.
     """
 
     encodings: tuple[EncodedPart, ...]
@@ -121,11 +122,7 @@ def is_text(options: TrainOptions) -> bool:
 
 def locate(options: TrainOptions) -> Path:
     """The file or folder of the data, which may lie in the folder of named data sets."""
-    path = Path(options.data).expanduser()
-    if not path.exists() and len(path.parts) == 1:
-        named = options.data_root / "text" / path
-        return named if named.exists() else options.data_root / path
-    return path
+    return part_files.locate(options.data, options.data_root)
 
 
 def assemble(options: TrainOptions) -> TextParts:
@@ -169,10 +166,9 @@ def assemble(options: TrainOptions) -> TextParts:
     for network in (student.network, *teachers):
         network.to(on.device)
     # A teacher that writes texts for the student does not see the student's.
-    tokenizers, encoding_of_teacher = _distinct_tokenizers(
+    tokenizers, lengths, encoding_of_teacher = text_teachers.tokenizers(
         student, () if writes else teachers, other_texts=texts.parallel
     )
-    lengths = [student.max_length, *(_length(teachers, student, x) for x in tokenizers[1:])]
     training, complete = _training_texts(
         options, chosen, texts, tokenizers, teachers, on, say, max_length=student.max_length
     )
@@ -237,7 +233,7 @@ def _student(
         texts.classes,
         teacher=teacher_names[0] if teacher_names else None,
         tokenizer_source=options.tokenizer,
-        texts=(text for column in columns for text in _strings(column)),
+        texts=(text for column in columns for text in strings(column)),
         seed=options.seed,
         max_length=options.max_length,
         pairs=len(columns) == 2 and texts.task not in SINGLE,
@@ -330,7 +326,7 @@ def _teachers(
     class_map = None if teacher_chain.is_taught_by_chain(options) else options.class_map
     maps = class_names.read_class_maps(class_map, names)
     head = any(not term.definition.reads_layers for term in loss_terms)
-    sample = list(_strings(texts.train.texts[0][:1000]))
+    sample = list(strings(texts.train.texts[0][:1000]))
     teachers = tuple(
         text_teachers.load(name, student, texts.classes, sample, class_map=mapping, head=head)
         for name, mapping in zip(names, maps, strict=True)
@@ -347,28 +343,6 @@ def _teachers(
             )
         loss_checks.check_texts(loss_terms, task=texts.task, same_ids=same_ids)
     return teachers
-
-
-def _distinct_tokenizers(
-    student: TextModel, teachers: Sequence[TextTeacher], *, other_texts: bool
-) -> tuple[tuple[Any, ...], tuple[int, ...]]:
-    """The student's tokenizer and the teachers' other ones, and each teacher's place there.
-
-    Where teachers see other texts than the student, theirs stands there though it be the same.
-    """
-    tokenizers, places = [student.tokenizer], []
-    for teacher in teachers:
-        if teacher.own_tokenizer is None and not other_texts:
-            places.append(0)
-        else:
-            places.append(len(tokenizers))
-            tokenizers.append(teacher.model.tokenizer)
-    return tuple(tokenizers), tuple(places)
-
-
-def _length(teachers: Sequence[TextTeacher], student: TextModel, tokenizer: Any) -> int:
-    owner = next(teacher for teacher in teachers if teacher.model.tokenizer is tokenizer)
-    return owner.resolved.max_length
 
 
 def _training_texts(
@@ -437,8 +411,6 @@ def _encode(
         encode(texts, task, tokenizer, length, complete)
         for texts, tokenizer, length in zip(each, tokenizers, lengths, strict=True)
     )
-    if task == "embed":  # scores and languages are of rows, which may have two texts
-        return EncodedTexts(encodings)
     labels = part.labels if isinstance(part.labels, np.ndarray) else None
     return EncodedTexts(encodings, labels, part.languages)
 
@@ -469,8 +441,12 @@ def encode(
     return tokenization.encode(part, tokenizer, max_length)
 
 
-def _strings(column: Sequence[Any]) -> Sequence[str]:
-    """The texts of a column: of tagged sentences their tokens, of conversations their turns."""
+def strings(column: Sequence[Any]) -> Sequence[str]:
+    """The texts of a column: of tagged sentences their tokens, of conversations their turns.
+
+    Args:
+        column: Column of a `TextPart`.
+    """
     if not len(column) or isinstance(column[0], str):
         return column
     return [

@@ -12,7 +12,6 @@ from torch import nn
 
 from dsdistill.harness.errors import UserError
 from kd.data.batching import EvaluationBatches
-from kd.data.text.corpus import TextPart
 from kd.evaluation import text_scoring
 from kd.evaluation.text_scoring import Answers
 from kd.parallel.engine import Engine
@@ -25,27 +24,32 @@ SAMPLE = 1000  # texts whose similarities to each other are averaged
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingScorer:
-    """Measures embeddings of the texts of a part.
+    """Measures embeddings of texts.
 
     Attributes:
-        part: Rows of one or two texts, with scores of pairs or without.
-        batches: Its texts, as `embedding_texts` orders them.
+        batches: The texts; of pairs all first ones before the second ones.
         teachers: The teachers; the mean of their embeddings is what the student's should be.
-        parallel: Whether the second text of a row is a translation of the first.
+        pairs: Whether they are pairs.
+        scores: How similar people find the texts of each pair; None without.
+        languages: Language of each text, or of each pair; None where it is not said.
+        parallel: Whether the second text of a pair is a translation of the first.
         on: The processes, each of which embeds its share; None for one process.
     """
 
-    part: TextPart
     batches: EvaluationBatches
     teachers: Sequence[nn.Module]
-    parallel: bool
+    pairs: bool = False
+    scores: Float[np.ndarray, " n"] | None = None
+    languages: tuple[str, ...] | None = None
+    parallel: bool = False
     on: Engine | None = None
 
     @cached_property
-    def targets(self) -> Float[np.ndarray, "m d"]:
-        """The teachers' mean embeddings of all texts."""
-        each = [self.embed(teacher, i) for i, teacher in enumerate(self.teachers)]
-        return np.mean(each, axis=0)
+    def targets(self) -> Float[np.ndarray, "m d"] | None:
+        """The teachers' mean embeddings of all texts; None without teachers."""
+        if not self.teachers:
+            return None
+        return np.mean([self.embed(x, i) for i, x in enumerate(self.teachers)], axis=0)
 
     def embed(self, network: nn.Module, teacher: int | None = None) -> Float[np.ndarray, "m d"]:
         """Embeddings of all texts, in their order.
@@ -58,13 +62,14 @@ class EmbeddingScorer:
 
     def measure(self, network: nn.Module) -> dict[str, float]:
         """Figures of a student, as `figures`."""
-        return self._figures(self.embed(network), self.targets)
+        return self._figures(self.embed(network))
 
     def measure_teacher(self, number: int) -> dict[str, float]:
         """Figures of a teacher: of pairs with scores their correlation, else none."""
-        if self.part.labels is None:
+        if self.scores is None:
             return {}
-        return self._figures(self.embed(self.teachers[number], number), None)
+        embeddings = self.embed(self.teachers[number], number)
+        return figures(embeddings, None, pairs=True, scores=self.scores, parallel=False)
 
     def report(self, network: nn.Module, teacher_names: Sequence[str]) -> dict[str, Any]:
         """Figures of a student, of each language where these are known, and of its teachers.
@@ -72,16 +77,23 @@ class EmbeddingScorer:
         Args:
             network: The student.
             teacher_names: Names of the teachers.
+
+        Returns:
+            The figures; `languages` with those of each; those of a teacher begin with `teacher_`,
+            of several `teachers` holds those of each.
         """
         student = self.embed(network)
-        report: dict[str, Any] = self._figures(student, self.targets)
-        if self.part.languages:
-            names = np.array(self.part.languages)
+        report: dict[str, Any] = self._figures(student)
+        if self.languages:
+            names = np.array(self.languages)
             report["languages"] = {
                 name: self._figures_of(student, np.flatnonzero(names == name))
-                for name in sorted(set(self.part.languages))
+                for name in sorted(set(self.languages))
             }
         each = {name: self.measure_teacher(i) for i, name in enumerate(teacher_names)}
+        if len(each) == 1:
+            (figures_of_teacher,) = each.values()
+            return report | {f"teacher_{name}": x for name, x in figures_of_teacher.items()}
         return report | ({"teachers": each} if any(each.values()) else {})
 
     def check_teacher(
@@ -112,26 +124,22 @@ class EmbeddingScorer:
             )
 
     def _figures_of(self, student: np.ndarray, rows: np.ndarray) -> dict[str, Any]:
-        """Figures of some rows, with their number."""
-        of_both = np.concatenate([rows, rows + len(self.part)][: len(self.part.texts)])
-        labels = self.part.labels
-        scores = labels[rows] if isinstance(labels, np.ndarray) else None
-        given = figures(
-            student[of_both],
-            self.targets[of_both],
-            pairs=len(self.part.texts) == 2,
-            scores=scores,
-            parallel=self.parallel,
-        )
-        return {"texts": len(rows), **given}
+        """Figures of some texts, or pairs, with their number."""
+        halves = [rows, rows + len(student) // 2] if self.pairs else [rows]
+        return {"texts": len(rows), **self._figures(student, np.concatenate(halves), rows)}
 
-    def _figures(self, embeddings: np.ndarray, targets: np.ndarray | None) -> dict[str, float]:
-        labels = self.part.labels
+    def _figures(
+        self,
+        embeddings: np.ndarray,
+        texts: np.ndarray | slice = slice(None),
+        rows: np.ndarray | slice = slice(None),
+    ) -> dict[str, float]:
+        """Figures of texts, whose scores stand in `rows`."""
         return figures(
-            embeddings,
-            targets,
-            pairs=len(self.part.texts) == 2,
-            scores=labels if isinstance(labels, np.ndarray) else None,
+            embeddings[texts],
+            None if self.targets is None else self.targets[texts],
+            pairs=self.pairs,
+            scores=None if self.scores is None else self.scores[rows],
             parallel=self.parallel,
         )
 

@@ -13,14 +13,14 @@ from kd_support import main, read_report
 from text_support import bert_folder
 
 from dsdistill.harness.errors import UserError
-from kd.commands import text_training
+from kd.commands import evaluate, text_training
 from kd.commands.text_training import TextTraining
 from kd.losses.relation import rkd_distance
 from kd.models.language import saved_text_models, sentence_files, trained_models
 from kd.models.language.sentence_encoder import EmbeddingHead, SentenceEncoder
 from kd.models.language.text_model import TextModel
 from kd.models.token_inputs import TokenInputs
-from kd.options import Overrides, TrainOptions
+from kd.options import EvaluateOptions, Overrides, TrainOptions
 
 SOURCES = ("a b c", "j i", "a a h g f", "c", "b d f", "e e", "g h i j", "d a", "f", "h b")
 TARGETS = ("x y", "y", "z z x", "x", "w x y", "w", "z", "y z w x", "w w", "x x")
@@ -136,7 +136,7 @@ def test_a_whole_run(work, tmp_path, monkeypatch, capsys):
     )  # fmt: skip
     said = capsys.readouterr()
     assert "embeddings of 16 values" in said.err
-    assert "validation cosine" in said.out
+    assert "validation cosine to the teacher's embedding" in said.out
     report = read_report(out)
     assert report["metric"] == "cosine"
     assert report["judged_on"] == "validation texts"
@@ -150,17 +150,22 @@ def test_a_whole_run(work, tmp_path, monkeypatch, capsys):
     taught = teacher_embeds(work, part.texts[0])
     cosines = [torch.cosine_similarity(embed(student, texts), taught) for texts in part.texts]
     assert report["validation_cosine"] == pytest.approx(float(torch.cat(cosines).mean()), abs=1e-5)
+    again = evaluate.evaluate(EvaluateOptions(out, device="cpu"))
+    for name in ("cosine", "mse", "source_to_target", "target_to_source"):
+        assert again[name] == pytest.approx(report[f"validation_{name}"], abs=1e-6)
+    assert again["languages"] == report["languages"]
 
 
 def test_scores_of_pairs_judge_student_and_teacher(work):
     run = training(work, "pairs.tsv", label="score", validation_fraction=0.5)
     report = run.figures(None)  # pyright: ignore
     assert -1 <= report["validation_spearman"] <= 1
-    (figures,) = report["teachers"].values()
     part = run.parts.corpus.validation
     first, second = (teacher_embeds(work, column) for column in part.texts)
     cosines = torch.cosine_similarity(first, second).numpy()
-    assert figures["pearson"] == pytest.approx(np.corrcoef(cosines, part.labels)[0, 1], abs=1e-4)
+    assert report["teacher_pearson"] == pytest.approx(
+        np.corrcoef(cosines, part.labels)[0, 1], abs=1e-4
+    )
 
 
 def test_copies_of_texts_have_the_teachers_embeddings_too(work, tmp_path):

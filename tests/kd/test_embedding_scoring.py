@@ -8,13 +8,12 @@ from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError
 from kd.data.batching import Batch
-from kd.data.text.corpus import TextPart
 from kd.evaluation.embedding_scoring import EmbeddingScorer, figures, mean_similarity
 
 RNG = np.random.default_rng(0)
 STUDENT, TEACHER = (RNG.normal(size=(8, 5)).astype(np.float32) for _ in range(2))
 SCORES = np.array([5, 1.5, 3, 0.5], np.float32)
-PART = TextPart((list("abcd"), list("efgh")), SCORES, ("de", "fr", "de", "fr"))
+LANGUAGES = ("de", "fr", "de", "fr")
 
 
 def cosine(a, b) -> float:
@@ -41,9 +40,9 @@ class Table(nn.Module):
         return self.rows[inputs[:, 0].long()]
 
 
-def scorer(part: TextPart = PART, teacher: np.ndarray = TEACHER, **options) -> EmbeddingScorer:
-    options = {"teachers": (Table(teacher),), "parallel": False} | options
-    return EmbeddingScorer(part, Texts(), **options)
+def scorer(teacher: np.ndarray = TEACHER, **options) -> EmbeddingScorer:
+    options = {"teachers": (Table(teacher),), "pairs": True, "scores": SCORES} | options
+    return EmbeddingScorer(Texts(), languages=LANGUAGES, **options)
 
 
 def test_error_and_cosine_are_means_over_texts():
@@ -99,9 +98,14 @@ def test_the_report_has_languages_and_teachers():
         STUDENT[rows], TEACHER[rows], pairs=True, scores=SCORES[[1, 3]], parallel=True
     )
     assert report["languages"]["fr"] == {"texts": 2, **expected}
-    assert report["teachers"]["a"]["spearman"] == pytest.approx(
+    assert report["teacher_spearman"] == pytest.approx(
         stats.spearmanr([cosine(TEACHER[i], TEACHER[4 + i]) for i in range(4)], SCORES).statistic
     )
+
+
+def test_without_teachers_scores_are_all_there_is():
+    report = scorer(teachers=()).report(Table(STUDENT), [])
+    assert set(report) == {"pearson", "spearman", "languages"}
 
 
 def test_a_teacher_that_embeds_all_texts_alike_is_said():

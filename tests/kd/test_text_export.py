@@ -98,6 +98,8 @@ def test_onnx_of_any_number_and_length_of_texts(work, tmp_path, run):
         answer = session.run(["logits"], arrays)[0]
         np.testing.assert_allclose(answer, expected(model, inputs), atol=ROUNDING)
     logits = check_use(card, tmp_path / "out")["logits"]
+    content = (tmp_path / "out" / "model.onnx").read_bytes()
+    assert text_export_formats.__file__.encode() not in content
     assert logits.shape[0] == 1
     assert logits.shape[-1] == len(model.classes)
 
@@ -113,6 +115,8 @@ def test_pt2_of_any_number_and_length_of_texts(work, tmp_path, run):
         answer = network(*(inputs[name] for name in card["inputs"]["names"])).detach()
         np.testing.assert_allclose(answer, expected(model, inputs), atol=ROUNDING)
     assert check_use(card, tmp_path / "out")["logits"].shape[0] == 1
+    path = tmp_path / "out" / "model.pt2"
+    assert text_export_formats.__file__.encode() not in path.read_bytes()
 
 
 def test_a_folder_for_transformers_and_its_pipeline(work, tmp_path):
@@ -191,6 +195,12 @@ def test_formats_that_do_not_fit_are_one_line(work, tmp_path, run, format_, mess
         export.export(ExportOptions(work / run, format_, tmp_path / "out"))
     assert "\n" not in str(refusal.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_for_transformers_is_of_texts(tmp_path):
+    files.write_json(tmp_path / "model.json", {"classes": ["a", "b"]})  # of a run on images
+    with pytest.raises(UserError, match="--format huggingface is for students of texts"):
+        export.export(ExportOptions(tmp_path, "huggingface", tmp_path / "out"))
 
 
 def test_an_export_that_answers_otherwise_is_not_written(work, tmp_path, monkeypatch):

@@ -99,9 +99,10 @@ def recognise(
         # In MS MARCO and others the second text of a pair is called as labels are elsewhere.
         label = next((name for name in known if name in names and name not in texts), None)
         if label is None:
+            others = ", or say --task mlm, causal or embed" if task is None else ""
             raise UserError(
                 f"{where} has no column of labels that is recognised among {_listed(names)}: name "
-                "it with --label, or say --task mlm, causal or embed"
+                f"it with --label{others}"
             )
     if label is not None and task == "embed" and len(texts) == 1:
         raise UserError(

@@ -7,7 +7,7 @@ handled and said.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float
@@ -177,6 +177,31 @@ def require_same_tokens(
         f"teacher {who} has another tokenizer than the student, and "
         f"{', '.join(terms) or f'--task {task}'} compares token by token: use {ways}"
     )
+
+
+def tokenizers(
+    student: TextModel, teachers: Sequence[TextTeacher], *, other_texts: bool = False
+) -> tuple[tuple[Any, ...], tuple[int, ...], tuple[int, ...]]:
+    """The student's tokenizer, and those of teachers that must be given other ids.
+
+    Args:
+        student: The student.
+        teachers: Its teachers.
+        other_texts: Whether teachers see other texts than the student, such as those of which it
+            sees translations: theirs is then another entry though it be the same.
+
+    Returns:
+        The tokenizers; for each the largest number of tokens of a text; for each teacher the place
+        of its tokenizer.
+    """
+    distinct, lengths, places = [student.tokenizer], [student.max_length], []
+    for teacher in teachers:
+        apart = other_texts or teacher.own_tokenizer is not None
+        places.append(len(distinct) if apart else 0)
+        if apart:
+            distinct.append(teacher.model.tokenizer)
+            lengths.append(teacher.resolved.max_length)
+    return tuple(distinct), tuple(lengths), tuple(places)
 
 
 def _takes_types(model: TextModel) -> bool:

@@ -1,5 +1,6 @@
 """Trained models of texts by name: `hf:ID`, `hf:DIR`, or the folder of an earlier run."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ WITH_CLASSES = ("classify", "tag")
 
 def is_name(name: str) -> bool:
     """Whether a name means a trained model, as far as can be told without loading it."""
-    return name.startswith(HF) or Path(name).expanduser().is_dir()
+    # Not Path.is_dir, which raises for a name that is too long for any file.
+    return name.startswith(HF) or os.path.isdir(os.path.expanduser(name))
 
 
 def load(

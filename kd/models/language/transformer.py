@@ -187,12 +187,19 @@ def with_new_head(
         model: The model.
         task, classes, tokenizer: As for `load`.
         seed: Seed of the new head.
+
+    Raises:
+        UserError: If a model for the task `causal` would see later tokens.
     """
     config = copy.deepcopy(_config(model.network))
     labels = {"problem_type": None} | (_labels(task, classes) if task not in OF_TOKENS else {})
     for key, value in labels.items():
         setattr(config, key, value)
+    if hasattr(config, "is_decoder"):  # of BERT and its kind
+        config.is_decoder = task == "causal"
     other = _from_config(config, task, tokenizer, seed)
+    if task == "causal":
+        _require_causal(type(other.network).__name__, other.network)
     body, old = (f"{x.base_model_prefix}." for x in (other.network, model.network))
     weights = {
         body + key.removeprefix(old): value
