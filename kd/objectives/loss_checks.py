@@ -32,7 +32,7 @@ def check(terms: Sequence[Term], *, classes: int, batch_size: int, mixed: bool) 
                 f"--loss {term.name} needs whole labels, one class for each image: leave --mixup "
                 "and --cutmix out"
             )
-        if classes < needs.classes:
+        if classes < needs.classes and not needs.reads_layers:
             raise UserError(
                 f"--loss {term.name} needs {needs.classes} classes or more, and the data have "
                 f"{classes}: use kd"
