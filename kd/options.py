@@ -221,10 +221,11 @@ class TrainOptions:
     (causal), or the teacher's embeddings"""
 
     text: Annotated[str | None, Shown("COLUMN[,COLUMN]", "recognised by their names")] = None
-    """Column of the texts, or two columns of pairs"""
+    """Column of the texts, or two columns of pairs; with --task embed two that are named are a text
+    and its translation, unless --label is given"""
 
     label: Annotated[str | None, Shown("COLUMN", "recognised by its name")] = None
-    """Column of the labels"""
+    """Column of the labels; with --task embed of the scores of pairs, which judge the student"""
 
     max_length: Annotated[int | None, Shown(default="128, or the model's positions if fewer")] = (
         None
@@ -428,7 +429,8 @@ class ExportOptions:
     format: Literal["onnx", "pt2", "safetensors", "timm", "huggingface"]
     """onnx: a program with its preprocessing, for onnxruntime and others; pt2: such a program for
     torch; safetensors: the weights alone; timm: a folder for timm.create_model; huggingface: one of
-    a student of texts for transformers. Those of texts are folders with the tokenizer"""
+    a student of texts for transformers, of embeddings for sentence-transformers too. Those of texts
+    are folders with the tokenizer"""
 
     out: Annotated[
         Path | None, Shown("PATH", "<run>/export/<student> with the suffix of the format")

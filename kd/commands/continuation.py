@@ -69,14 +69,18 @@ def begin(folder: Path) -> None:
 def adopt(folder: Path) -> None:
     """Replace the files of a finished run by those of its continuation, `report.json` last."""
     inside = folder / FOLDER
-    replaced = [path for path in inside.iterdir() if path.name != locks.LOCK_FILE]
+    replaced = [p for p in inside.rglob("*") if p.is_file() and p.name != locks.LOCK_FILE]
     for path in sorted(replaced, key=lambda path: path.name == REPORT):
-        os.replace(path, folder / path.name)
+        place = folder / path.relative_to(inside)
+        place.parent.mkdir(exist_ok=True)
+        os.replace(path, place)
 
 
 def remove_empty(folder: Path) -> None:
     """Remove what `adopt` has emptied, once nothing holds its lock."""
     with contextlib.suppress(OSError):  # it contains other files, which stay
+        for path in (folder / FOLDER).iterdir():
+            path.rmdir()
         (folder / FOLDER).rmdir()
 
 

@@ -55,6 +55,9 @@ FIGURES: Mapping[str, Figure] = {
         Figure("matthews", "Matthews' correlation", CORRELATION),
         Figure("spearman", "Spearman's correlation", CORRELATION),
         Figure("pearson", "Pearson's correlation", CORRELATION),
+        Figure("cosine", "cosine to the teacher's embedding", CORRELATION),
+        Figure("source_to_target", "translations found", FRACTION, digits=1),
+        Figure("target_to_source", "sources found", FRACTION, digits=1),
         Figure("mse", "mean squared error", POSITIVE, sign=-1),
         Figure("perplexity", "perplexity", POSITIVE, sign=-1, digits=2, logarithmic=True),
         Figure("bits_per_byte", "bits per byte", POSITIVE, sign=-1),
@@ -66,6 +69,7 @@ OF_TASK = {
     "tag": "macro_f1",
     "mlm": "perplexity",
     "causal": "perplexity",
+    "embed": "cosine",
 }
 
 

@@ -14,7 +14,7 @@ from dsdistill.harness.runs.run_folder import INPUTS_KEY
 from kd.commands import run_data, text_parts
 from kd.commands.evaluation import TEACHER_CLASS_MAP, ChosenTeachers
 from kd.data import data_source
-from kd.data.text import causal_rows, corpus, part_files
+from kd.data.text import causal_rows, corpus, embedding_texts, part_files
 from kd.data.text.corpus import Corpus, TextPart
 from kd.data.text.tokenization import EncodedPart
 from kd.evaluation import text_figures
@@ -22,7 +22,7 @@ from kd.evaluation.text_figures import JudgedTexts
 from kd.models import networks
 from kd.models.language import saved_text_models, text_teachers
 from kd.models.language.language_model import LanguageModel
-from kd.models.language.task import OF_TOKENS, Task
+from kd.models.language.task import SINGLE, Task
 from kd.models.language.text_model import TextModel
 from kd.models.language.text_teachers import TextTeacher
 from kd.models.token_inputs import TokenInputs
@@ -134,9 +134,13 @@ class TextEvaluation:
     def _judged(self, teachers: Sequence[TextTeacher] = ()) -> JudgedTexts:
         """The texts as the student's tokenizer and those of teachers encode them."""
         part, task = self.chosen.part, self.student.task
-        tokenizers, lengths, places = text_teachers.tokenizers(self.student, teachers)
+        parallel = self.chosen.corpus.parallel
+        tokenizers, lengths, places = text_teachers.tokenizers(
+            self.student, teachers, other_texts=parallel
+        )
         others = zip(tokenizers[1:], lengths[1:], strict=True)
-        encodings = [_encode(part, task, tokenizer, length) for tokenizer, length in others]
+        taught = embedding_texts.of_teacher(part, parallel=parallel) if task == "embed" else part
+        encodings = [_encode(taught, task, tokenizer, length) for tokenizer, length in others]
         labels = part.labels if isinstance(part.labels, np.ndarray) else None
         return JudgedTexts(
             task,
@@ -147,6 +151,8 @@ class TextEvaluation:
             labels,
             part.languages,
             self.device,
+            paired=task == "embed" and len(part.texts) == 2,
+            parallel=parallel,
         )
 
 
@@ -176,7 +182,7 @@ def prepare(options: EvaluateOptions, device: torch.device) -> TextEvaluation:
     config = run_data.read_config(options.run)
     chosen = _match_classes(options, student, _choose(options, config, student))
     columns = len(chosen.part.texts)
-    if student.task not in OF_TOKENS and student.pairs != (columns == 2):
+    if student.task not in SINGLE and student.pairs != (columns == 2):
         takes = "pairs of texts" if student.pairs else "single texts"
         raise UserError(
             f"the student of {options.run} takes {takes}, and {chosen.corpus.name} has {columns} "
@@ -184,7 +190,9 @@ def prepare(options: EvaluateOptions, device: torch.device) -> TextEvaluation:
         )
     for note in chosen.corpus.notes:
         progress.say(f"{chosen.corpus.name}: {note}")
-    encoding = _encode(chosen.part, student.task, student.tokenizer, student.max_length)
+    part, task = chosen.part, student.task
+    part = embedding_texts.of_student(part) if task == "embed" else part
+    encoding = _encode(part, task, student.tokenizer, student.max_length)
     if encoding.truncated:
         progress.say(
             f"{encoding.truncated / len(encoding):.1%} of the texts are longer than the "

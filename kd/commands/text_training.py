@@ -22,7 +22,7 @@ from kd.data.batching import BatchSource, ChangedBatches
 from kd.data.teacher_cache import TeacherCache
 from kd.data.text.token_batches import MaskedTokens, TokenBatches
 from kd.data.text.tokenization import EncodedPart
-from kd.evaluation import text_figures, text_teacher_check
+from kd.evaluation import embedding_scoring, text_figures, text_teacher_check
 from kd.evaluation.text_figures import JudgedTexts
 from kd.models import networks
 from kd.models.language import lora, saved_text_models, text_students
@@ -169,7 +169,9 @@ class TextTraining:
             digests[key] = teacher_cache.fingerprint(teacher)
         for number, tokenizer in enumerate(parts.tokenizers):
             key = f"the tokenizer of a teacher ({number})" if number else "the tokenizer"
-            digests[key] = json_digest(tokenizer.get_vocab())
+            # The vocabulary does not say how texts are divided.
+            tokens = _digest(parts.encoded["train"].encodings[number])
+            digests[key] = json_digest([tokenizer.get_vocab(), tokens])
         if not text_students.is_fresh(parts.student.name):
             network = parts.student.network.network
             digests["the student's first weights"] = teacher_cache.fingerprint(network)
@@ -190,7 +192,7 @@ class TextTraining:
             return source_of_texts
         if not isinstance(objective, Distillation) or not objective.needs_teacher:
             return source
-        if objective.needs_features or self.parts.task not in ("classify", "regress"):
+        if objective.needs_features or self.parts.task not in ("classify", "regress", "embed"):
             if self.options.cache is not None:
                 raise UserError(
                     "--cache keeps the teachers' answers to whole texts, and this loss needs more: "
@@ -203,6 +205,10 @@ class TextTraining:
         if "validation" not in self.parts.encoded or not self.parts.teaches_outputs:
             return None
         student, texts = self.parts.student.network, self._texts("validation")
+        if self.parts.task == "embed":
+            # One for all epochs, which asks the teachers once.
+            scorer = text_figures.embedding_scorer(texts, self.parts.teachers, self.on)
+            return lambda network: scorer.measure(student.with_network(network))
 
         def validate(network: nn.Module) -> Mapping[str, float]:
             judged = student.with_network(network)
@@ -270,6 +276,8 @@ class TextTraining:
             texts.labels,
             texts.languages,
             self.on.device,
+            paired=parts.task == "embed" and len(parts.corpus.train.texts) == 2,
+            parallel=parts.corpus.parallel,
         )
 
     def _judged_teachers(self) -> Sequence[tuple[str, TextTeacher]]:
@@ -283,6 +291,11 @@ class TextTraining:
         parts = self.parts
         if parts.recipe.augment == "teacher":
             return  # its texts teach, in its own tokens
+        if parts.task == "embed":
+            scorer = text_figures.embedding_scorer(self._texts(part), parts.teachers)
+            minimum = self.options.min_teacher_accuracy
+            scorer.check_teacher(name, number, minimum, self._say)
+            return
         figures, given = text_figures.measure(teacher, self._texts(part), teacher=number)
         text_teacher_check.check(
             name,
@@ -299,6 +312,7 @@ class TextTraining:
     def _batches(self, part: str, size: int) -> TokenBatches:
         parts, texts = self.parts, self.parts.encoded[part]
         labels, places = texts.labels, parts.encoding_of_teacher
+        labels = None if parts.task == "embed" else labels  # of scores nothing is learned
         # A language model's teacher has its own tokens only where it writes texts beforehand.
         apart = any(places) and parts.task not in OF_TOKENS
         return TokenBatches(
@@ -333,8 +347,13 @@ class TextTraining:
         """Every teacher's logits of every text; None where they would take too much memory."""
         parts = self.parts
         n, k = len(parts.encoded["train"]), max(len(parts.corpus.classes), 1)
+        if parts.task == "embed":
+            k = parts.student.embedding_width
         if 4 * n * k * len(parts.teachers) > batching.MAX_RESIDENT_BYTES:
             return None
+        if parts.corpus.parallel:  # the second half of the texts has the answers of the first
+            n //= 2
+            source = replace(source, parts=tuple(part.first(n) for part in source.parts))
         caches: Sequence[TeacherCache] = ()
         if self.options.cache is not None:
             keys = [
@@ -349,7 +368,7 @@ class TextTraining:
                 logits = _answer_all(teacher, i, source, n, k)
                 if caches and self.on.is_main_process:
                     caches[i].save("static", logits)
-            tables.append(logits)
+            tables.append(logits.repeat(2, 1) if parts.corpus.parallel else logits)
         return tuple(tables)
 
     def _say(self, line: str) -> None:
@@ -360,7 +379,7 @@ class TextTraining:
 # Figures that a report has for validation and for test texts.
 _NAMED_BY_PART = (
     *("accuracy", "macro_f1", "matthews", "pearson", "spearman", "mse", "entity_f1"),
-    *("perplexity", "bits_per_byte"),
+    *("perplexity", "bits_per_byte", *embedding_scoring.NAMED_BY_PART),
 )
 
 

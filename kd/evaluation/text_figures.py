@@ -14,6 +14,7 @@ from kd.data.batching import SCORE_BATCH
 from kd.data.text.token_batches import MaskedTokens, TokenBatches
 from kd.data.text.tokenization import EncodedPart
 from kd.evaluation import scoring, text_scoring, token_scoring
+from kd.evaluation.embedding_scoring import EmbeddingScorer
 from kd.evaluation.text_scoring import Answers
 from kd.losses.ensemble import combined_logits
 from kd.models.language.language_model import LanguageModel
@@ -36,6 +37,9 @@ class JudgedTexts:
         labels: Class or score of each text; None for tasks whose tokens have the targets.
         languages: Language of each text; None where it is not said.
         device: Device of the networks.
+        paired: For the task `embed`, whether the second half of the texts are the second ones of
+            pairs, of which scores and languages are.
+        parallel: For it, whether these are translations of the first half.
     """
 
     task: Task
@@ -46,6 +50,8 @@ class JudgedTexts:
     labels: np.ndarray | None
     languages: tuple[str, ...] | None
     device: torch.device
+    paired: bool = False
+    parallel: bool = False
 
     @property
     def usual_length(self) -> int:
@@ -55,10 +61,11 @@ class JudgedTexts:
     def batches(self) -> TokenBatches:
         """The texts for the student, and for teachers that answer for whole texts or words."""
         places = self.encoding_of_teacher
+        labels = None if self.task == "embed" else self.labels
         return TokenBatches(
             self.encodings,
             tuple(tokenizer.pad_token_id for tokenizer in self.tokenizers),
-            None if self.labels is None else torch.from_numpy(self.labels),
+            None if labels is None else torch.from_numpy(labels),
             SCORE_BATCH,
             self.device,
             teachers=places if any(places) else (),
@@ -115,6 +122,21 @@ def measure(
     return text_scoring.FIGURES[texts.task](given, texts.classes), given
 
 
+def embedding_scorer(
+    texts: JudgedTexts, teachers: Sequence[nn.Module], on: Engine | None = None
+) -> EmbeddingScorer:
+    """What measures embeddings of texts.
+
+    Args:
+        texts: The texts.
+        teachers: Teachers in the order of `texts.encoding_of_teacher`.
+        on: The processes, each of which embeds its share; None for one process.
+    """
+    return EmbeddingScorer(
+        texts.batches(), teachers, texts.paired, texts.labels, texts.languages, texts.parallel, on
+    )
+
+
 def evaluate(
     student: nn.Module, texts: JudgedTexts, teachers: Sequence[tuple[str, nn.Module]] = ()
 ) -> dict[str, Any]:
@@ -133,6 +155,10 @@ def evaluate(
         their probabilities or scores, and `teachers` holds the figures of each; language models
         have those of each alone.
     """
+    if texts.task == "embed":
+        scorer = embedding_scorer(texts, [teacher for _, teacher in teachers])
+        report = scorer.report(student, [name for name, _ in teachers])
+        return {"texts": len(texts.encodings[0]), **report}
     figures, given = measure(student, texts)
     report: dict[str, Any] = {"texts": len(texts.encodings[0]), **figures}
     if given is not None and texts.languages:

@@ -176,6 +176,7 @@ METRICS: Mapping[Task, tuple[Metric, ...]] = {  # those of them that can select 
     "tag": ("entity_f1", "macro_f1", "accuracy", "nll"),
     "mlm": ("nll", "accuracy"),
     "causal": ("nll", "accuracy"),
+    "embed": ("cosine", "spearman", "pearson"),
 }
 
 
@@ -208,6 +209,8 @@ def default_metric(task: Task, classes: Sequence[str]) -> Metric:
     """
     if task == "tag":
         return "entity_f1" if _marks_entities(classes) else "macro_f1"
+    if task == "embed":
+        return "cosine"
     return "accuracy" if task == "classify" else "spearman" if task == "regress" else "nll"
 
 
