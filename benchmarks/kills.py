@@ -3,7 +3,8 @@
     python benchmarks/kills.py --root runs/kills --kills 1000        an hour on two cores
     python benchmarks/kills.py --root runs/kills --kills 20 kip-fc kd-mlp       the ones named
 
-A trial starts a small run of `dsdistill kip`, `dsdistill ls` or `kd train` on digits, ends it with
+A trial starts a small run of `dsdistill kip`, `dsdistill ls` or `kd train` on digits, or of `kd
+train` on made-up texts with random teachers, ends it with
 SIGKILL, SIGTERM or SIGINT at a moment drawn uniformly over its undisturbed duration, resumes it,
 and so on, up to three times; then lets it finish. It holds if the arrays, the figures and
 `metrics.jsonl` are those of the undisturbed run to the bit, nothing is left behind (but the file of
@@ -29,13 +30,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
 for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[_threads] = "1"  # before NumPy is imported: a fork has none of its parent's threads
 
 import numpy as np  # noqa: E402
 import safetensors  # noqa: E402
 
-CONFIGURATIONS = {  # name: command line without --out
+CONFIGURATIONS = {  # name: command line without --out; {texts} and {own} are folders
     "kip-fc": "dsdistill kip digits --images-per-class 1 --steps 60 --target-batch 100",
     "kip-labels": "dsdistill kip digits --images-per-class 1 --steps 40 --target-batch 100 "
     "--kernel fc,fc(2) --learn-labels --augment shift --warm-up fc(2):10 --schedule cosine",
@@ -45,10 +47,18 @@ CONFIGURATIONS = {  # name: command line without --out
     "ls-conv": "dsdistill ls digits --images-per-class 1 --kernel conv",
     "kd-mlp": "kd train digits --student mlp:16 --epochs 12 --batch-size 64",
     "kd-convnet": "kd train digits --student convnet:4 --epochs 3 --batch-size 128",
+    "text-copies": "kd train {texts} --student bilstm:8 --teacher hf:{texts}/bert --recipe bilstm "
+    "--copies 4 --epochs 2 --batch-size 32 --cache {own}",
+    "text-stages": "kd train {texts} --student bert:1x8 --teacher hf:{texts}/bert --recipe tinybert"
+    " --batch-size 32",
+    "text-mlm": "kd train {texts} --task mlm --student hf:{texts}/bert --epochs 4 --batch-size 16",
+    "text-policy": "kd train {texts} --task causal --student hf:{texts}/writer --teacher "
+    "hf:{texts}/writer2 --recipe gkd --max-length 24 --epochs 2 --batch-size 32",
 }
 RESULTS = {"dsdistill": "distilled.safetensors", "kd": "report.json"}  # the mark of a finished run
 WEIGHTS = {"dsdistill": "distilled.safetensors", "kd": "student.safetensors"}
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+TEXTS = "texts"  # folder in ROOT with texts and models
 KILLS = 3  # at most, in a trial
 PATIENCE = 120.0  # seconds in which a run must end after a signal
 CHECKPOINT_EVERY = 0.1  # seconds
@@ -90,7 +100,19 @@ class Trial:
 
     @property
     def line(self) -> list[str]:
-        return CONFIGURATIONS[self.configuration].split()
+        texts, own = self.folder.parent.resolve() / TEXTS, self.own.resolve()
+        return CONFIGURATIONS[self.configuration].format(texts=texts, own=own).split()
+
+    @property
+    def own(self) -> Path:
+        """What the run keeps outside its folder, such as copies of texts."""
+        return self.folder.with_name(f"{self.folder.name}.kept")
+
+    def remove(self) -> None:
+        """Remove all of the run, with the earlier trainings of its chain."""
+        chain = self.folder.parent.glob(f"{self.folder.name}-*")
+        for path in (self.folder, self.own, *chain):
+            shutil.rmtree(path, ignore_errors=True)
 
     @property
     def program(self) -> str:
@@ -119,6 +141,37 @@ def preload() -> None:
     checkpoints.SECONDS_BETWEEN_CHECKPOINTS = CHECKPOINT_EVERY
     saving.MAX_SECONDS_BETWEEN_CHECKPOINTS = CHECKPOINT_EVERY
     label_solve.CHUNK = label_solve.MAX_CHUNK_PAIRS = CHUNK
+
+
+def write_texts(folder: Path) -> None:
+    """Write made-up sentences with classes, and random models for them."""
+    import torch
+    import transformers
+
+    from kd.models.language import tokenizer
+
+    letters = "abcdefghij"
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 160), ("dev", 40), ("test", 40)):
+        texts = [" ".join(rng.choice(list(letters), k)) for k in rng.integers(2, 9, n)]
+        rows = [f"{text}\t{'yes' if 'a' in text else 'no'}" for text in texts]
+        folder.mkdir(exist_ok=True)
+        (folder / f"{part}.tsv").write_text("\n".join(["sentence\tlabel", *rows]))
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = {token: i for i, token in enumerate([*special, *letters])}
+    sizes = {"vocab_size": 16, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32}
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    names = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
+    bert = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes, **names))
+    models = {"bert": (bert, transformers.BertTokenizer(vocab=vocabulary))}
+    characters = tokenizer.train_on_characters([f"{letters} "])
+    config = transformers.LlamaConfig(**{**sizes, "vocab_size": len(characters)})
+    for name in ("writer", "writer2"):
+        models[name] = (transformers.LlamaForCausalLM(config), characters)
+    for name, (model, tokens) in models.items():
+        model.save_pretrained(folder / name)
+        tokens.save_pretrained(folder / name)
 
 
 def execute(words: list[str], log: Path) -> NoReturn:
@@ -205,7 +258,7 @@ def run(trial: Trial, reference: dict[str, Any], seconds: float, seed: int) -> d
     """Do one trial; the folder stays only if it does not hold."""
     names = list(CONFIGURATIONS)
     rng = np.random.default_rng([seed, names.index(trial.configuration), trial.number])
-    shutil.rmtree(trial.folder, ignore_errors=True)
+    trial.remove()
     log, kills, wrong, cut = trial.folder.with_suffix(".log"), [], None, False
     while not trial.finished and wrong is None:
         last = len(kills) == KILLS
@@ -221,7 +274,7 @@ def run(trial: Trial, reference: dict[str, Any], seconds: float, seed: int) -> d
     if wrong is None:
         wrong = difference(trial, reference, cut=cut)
     if wrong is None:
-        shutil.rmtree(trial.folder)
+        trial.remove()
         log.unlink(missing_ok=True)
     return {
         "configuration": trial.configuration,
@@ -259,7 +312,7 @@ def undisturbed(name: str, root: Path) -> tuple[dict[str, Any], float]:
     seconds, contents = 0.0, []
     for i in range(2):
         trial = Trial(name, i, root / f"undisturbed-{name}-{i}")
-        shutil.rmtree(trial.folder, ignore_errors=True)
+        trial.remove()
         began = time.monotonic()
         end = start(trial.words(), trial.folder.with_suffix(".log"))
         seconds = time.monotonic() - began
@@ -359,6 +412,7 @@ def main() -> None:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     preload()
+    write_texts(arguments.root / TEXTS)
     names = arguments.names or list(CONFIGURATIONS)
     campaign(names, arguments.root, arguments.kills, arguments.seed, arguments.jobs)
 

@@ -40,6 +40,9 @@ def draw(folder: Path) -> None:
         _plot_lines(right, rows, [f"validation_{shown.name}"])
         unit = " (fraction)" if shown.in_percent else ""
         right.set(ylabel=f"validation {shown.words}{unit}", xlabel="step")
+        if shown.logarithmic:
+            right.set_yscale("log")
+            plot_style.format_log_axis(right.yaxis)
     files.write_bytes(folder / "curves.png", plot_style.png(figure))
 
 

@@ -200,6 +200,9 @@ def curves(groups: Sequence[RunGroup], figure: Figure = run_figures.ACCURACY) ->
                 )
                 label = None  # the legend names a group once
         axes.set(xlabel="step of the optimizer", ylabel=f"validation {figure.title}")
+        if figure.logarithmic:
+            axes.set_yscale("log")
+            plot_style.format_log_axis(axes.yaxis)
         axes.legend(loc="upper left", bbox_to_anchor=(0, -0.2))
     return plot
 

@@ -19,6 +19,7 @@ class Figure:
         bounds: Smallest and largest possible value; fractions are shown in percent.
         sign: 1 if larger values are better, -1 if smaller ones are.
         digits: Digits behind the point.
+        logarithmic: Whether its curves need a logarithmic axis.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Figure:
     bounds: tuple[float, float]
     sign: int = 1
     digits: int = 3
+    logarithmic: bool = False
 
     @property
     def in_percent(self) -> bool:
@@ -57,7 +59,7 @@ FIGURES: Mapping[str, Figure] = {
         Figure("source_to_target", "translations found", FRACTION, digits=1),
         Figure("target_to_source", "sources found", FRACTION, digits=1),
         Figure("mse", "mean squared error", POSITIVE, sign=-1),
-        Figure("perplexity", "perplexity", POSITIVE, sign=-1, digits=2),
+        Figure("perplexity", "perplexity", POSITIVE, sign=-1, digits=2, logarithmic=True),
         Figure("bits_per_byte", "bits per byte", POSITIVE, sign=-1),
     )
 }
@@ -77,8 +79,7 @@ def of_report(report: Mapping[str, Any]) -> Figure:
     Args:
         report: Content of its `report.json`.
     """
-    metric = report.get("metric")
-    return FIGURES[metric] if metric in FIGURES else of_task(report.get("task"))
+    return FIGURES.get(report.get("metric") or "") or of_task(report.get("task"))
 
 
 def of_task(task: str | None) -> Figure:

@@ -169,7 +169,9 @@ class TextTraining:
             digests[key] = teacher_cache.fingerprint(teacher)
         for number, tokenizer in enumerate(parts.tokenizers):
             key = f"the tokenizer of a teacher ({number})" if number else "the tokenizer"
-            digests[key] = json_digest(tokenizer.get_vocab())
+            # The vocabulary does not say how texts are divided.
+            tokens = _digest(parts.encoded["train"].encodings[number])
+            digests[key] = json_digest([tokenizer.get_vocab(), tokens])
         if not text_students.is_fresh(parts.student.name):
             network = parts.student.network.network
             digests["the student's first weights"] = teacher_cache.fingerprint(network)

@@ -76,4 +76,5 @@ def _sums(network: nn.Module, batches: EvaluationBatches, on: Engine | None) -> 
             parts = torch.stack([right, nats, torch.full_like(nats, count)]).double()
             sums = sums.to(parts.device) + parts
     network.train(was_training)
-    return (on.reduce(sums) if on else sums).tolist()
+    totals: Any = on.reduce(sums) if on else sums
+    return totals.tolist()

@@ -248,8 +248,8 @@ def texts(task: str, metric: str, part: str = "test", **figures: Any) -> dict[st
 def test_runs_of_texts_are_compared_by_their_metric(tmp_path):
     options = TrainOptions("stsb", student="bilstm:8")
     for seed, value in enumerate((0.5, -0.1, 0.2)):
-        figures = {"test_spearman": value, "test_mse": 2 + value, "teacher_spearman": 0.75}
-        figures = texts("regress", "spearman", **figures)
+        figures = texts("regress", "spearman", test_spearman=value, test_mse=2 + value)
+        figures["teacher_spearman"] = 0.75
         made(tmp_path, replace(options, seed=seed), accuracy=None, nll=None, **figures)
     (compared,) = compared_in(tmp_path)
     cells = cells_of(compared, compared.groups[0])
@@ -260,7 +260,7 @@ def test_runs_of_texts_are_compared_by_their_metric(tmp_path):
     assert cells["accuracy, %"] == cells["NLL, nats"] == "–"
     axes = report.curves(compared.groups, compared.figure).axes[0]
     assert axes.get_ylabel() == "validation Spearman's correlation"
-    assert axes.lines[0].get_ydata().tolist() == pytest.approx([0.57, 0.64, 0.71])
+    assert [*np.asarray(axes.lines[0].get_ydata())] == pytest.approx([0.57, 0.64, 0.71])
     page = report.render(sorted(tmp_path.iterdir()))
     assert "On stsb, bilstm:8: Spearman&#x27;s correlation 0.200 ± 0.300." in page
     assert "validation texts; the test texts" in page
@@ -269,7 +269,10 @@ def test_runs_of_texts_are_compared_by_their_metric(tmp_path):
 def test_a_smaller_perplexity_is_ahead(tmp_path):
     for student, value in (("hf:/far/small", 30.0), ("hf:/far/large", 20.0)):
         figures = texts("causal", "nll", "validation", validation_perplexity=value)
+        figures["curve"] = "perplexity"
         made(tmp_path, TrainOptions("play", student=student), accuracy=None, **figures)
+    (compared,) = compared_in(tmp_path)
+    assert report.curves(compared.groups, compared.figure).axes[0].get_yscale() == "log"
     page = report.render(sorted(tmp_path.iterdir()))
     assert "On play (validation texts), hf:large: perplexity 20.00." in page
     assert "That is 10.00 less than hf:small; one seed" in page
@@ -324,9 +327,12 @@ def test_costs_are_columns_and_a_plot(tmp_path):
     assert (cells[0]["texts"], cells[0]["images"]) == ("600", "–")
     left, right = report.costs(compared).axes
     assert (left.get_xlabel(), left.get_ylabel()) == ("parameters, millions", "test accuracy, %")
-    points = [[line.get_xydata().tolist()[0] for line in axes.lines[:2]] for axes in (left, right)]
+    points = [
+        [np.asarray(line.get_xydata())[0].tolist() for line in axes.lines[:2]]
+        for axes in (left, right)
+    ]
     assert points == [[[66, 90], [2, 80]], [[12, 90], [0.5, 80]]]
-    assert left.lines[-1].get_ydata()[0] == pytest.approx(93)  # the teacher
+    assert np.asarray(left.lines[-1].get_ydata())[0] == pytest.approx(93)  # the teacher
     assert report.render(sorted(tmp_path.iterdir())).count("<svg") == 2
 
 

@@ -38,20 +38,6 @@ def is_text(data: Path) -> bool:
     return "train" in _files(data) and not walk.holds_images(data)
 
 
-def locate(name: str, root: Path) -> Path:
-    """The file or folder of a data set, which may lie in the folder of named data sets.
-
-    Args:
-        name: A path, or a name in `root` or in its folder `text`.
-        root: Folder of the named data sets.
-    """
-    path = Path(name).expanduser()
-    if not path.exists() and len(path.parts) == 1:
-        named = root / "text" / path
-        return named if named.exists() else root / path
-    return path
-
-
 def find_lone_part(data: Path) -> Path | None:
     """The file of texts to judge on in a folder that has none to train on; None elsewhere.
 
