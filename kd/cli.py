@@ -111,6 +111,13 @@ _TRAIN_FIELDS = (
     "test_accuracy",
     "test_images",
     "validation_accuracy",
+    *(
+        f"{part}_{name}"
+        for name in ("macro_f1", "matthews", "entity_f1", "spearman", "pearson", "perplexity")
+        for part in ("test", "validation")
+    ),
+    "test_bits_per_byte",
+    "validation_bits_per_byte",
     "nll",
     "calibration_error",
     "teacher_agreement",
