@@ -65,11 +65,14 @@ CHECKPOINT_EVERY = 0.1  # seconds
 CHUNK = 60  # targets that Label Solve reads at a time
 CLOCKS = {  # figures that differ from run to run
     "images_per_second",
+    "latency_ms_batch_1",
     "pairs_per_second",
     "peak_memory",
     "seconds",
     "sha256",  # of files that hold such figures
     "startup_seconds",
+    "texts_per_second",
+    "tokens_per_second",
 }
 
 

@@ -169,6 +169,7 @@ def measured(label: str, student: Student, root: Path, minilm: Path) -> dict:
     values: list[float] = []
     seconds: list[float] = []
     teacher_data = "sst2" if student.data == "sst2-14k" else student.data
+    report: dict = {}
     for seed in range(student.seeds):
         line = student.options.format(root=root, data=teacher_data, minilm=minilm)
         folder = root / f"{label}-{seed}"

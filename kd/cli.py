@@ -3,10 +3,10 @@
 import json
 import os
 import sys
-from typing import Any
 
 from dsdistill.harness import command_line
-from dsdistill.harness.text import console, printable
+from dsdistill.harness.text import printable
+from kd.commands.printed_figures import chosen_figures, print_figures
 from kd.options import (
     AugmentOptions,
     EvaluateOptions,
@@ -38,9 +38,7 @@ def _train(options: TrainOptions) -> None:
         return
     if report["note"]:
         print(printable(f"kd: {report['note']}"), file=sys.stderr)
-    _print_figures(
-        {"folder": str(options.out), **{name: report.get(name) for name in _TRAIN_FIELDS}}
-    )
+    print_figures({"folder": str(options.out), **chosen_figures(report)})
 
 
 def _evaluate(options: EvaluateOptions) -> None:
@@ -50,9 +48,7 @@ def _evaluate(options: EvaluateOptions) -> None:
     if options.json:
         print(json.dumps(found, indent=2))
     else:
-        _print_figures(
-            {name: value for name, value in found.items() if name != "notes"}
-        )  # are said
+        print_figures({k: v for k, v in found.items() if k != "notes"})  # these are said
 
 
 def _export(options: ExportOptions) -> None:
@@ -64,14 +60,14 @@ def _export(options: ExportOptions) -> None:
         print(printable(f"kd: compared on random {kind} only: {found['note']}"), file=sys.stderr)
     rounded = {name: f"{found[name]:.2g}" for name in ("largest_difference", "tolerance")}
     fields = (name for name in _EXPORT_FIELDS if name in found)
-    _print_figures({name: rounded.get(name, found[name]) for name in fields})
+    print_figures({name: rounded.get(name, found[name]) for name in fields})
 
 
 def _features(options: FeaturesOptions) -> None:
     options.check()  # before the seconds that importing torch takes
     from kd.commands import features
 
-    _print_figures(features.run(options))
+    print_figures(features.run(options))
 
 
 def _augment(options: AugmentOptions) -> None:
@@ -79,7 +75,7 @@ def _augment(options: AugmentOptions) -> None:
     from kd.commands import augment
 
     if options.preview is None:
-        _print_figures(augment.write(options))
+        print_figures(augment.write(options))
     else:
         print("\n".join(augment.preview(options)))
 
@@ -105,64 +101,6 @@ _EXPORT_FIELDS = (
     "lengths",
     "data",
 )
-
-
-_TRAIN_FIELDS = (
-    "test_accuracy",
-    "test_images",
-    "validation_accuracy",
-    *(
-        f"{part}_{name}"
-        for name in ("macro_f1", "matthews", "entity_f1", "spearman", "pearson", "perplexity")
-        for part in ("test", "validation")
-    ),
-    "test_bits_per_byte",
-    "validation_bits_per_byte",
-    "nll",
-    "calibration_error",
-    "teacher_agreement",
-    "teacher_accuracy",
-    "teachers",
-    "parameters",
-    "seconds",
-)
-
-
-def _print_figures(figures: dict[str, Any]) -> None:
-    """Names and values: a table on a terminal, plain lines elsewhere."""
-    each = figures.get("teachers") or {}
-    figures = {k: v for k, v in figures.items() if k != "teachers"} | {
-        f"{name} of teacher {teacher}": value
-        for teacher, known in each.items()
-        for name, value in known.items()
-    }
-    rows = [(_label(k), _format_value(v)) for k, v in figures.items() if v is not None]
-    if not sys.stdout.isatty():
-        for label, value in rows:
-            print(f"{label:<38}{value}")
-        return
-    from rich.table import Table
-
-    table = Table(show_header=False)
-    for row in rows:
-        table.add_row(*row)
-    console().print(table)
-
-
-_LABELS = {
-    "nll": "nll (nats)",
-    "calibration_error": "expected calibration error (15 bins)",
-    "latency_ms_batch_1": "latency of 1 image on the CPU (ms)",
-    "latency_ms_batch_64": "latency of 64 images on the CPU (ms)",
-}
-
-
-def _label(name: str) -> str:
-    return _LABELS.get(name, name.replace("_", " "))
-
-
-def _format_value(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else printable(str(value))
 
 
 COMMANDS: command_line.Commands = {

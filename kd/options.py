@@ -221,10 +221,11 @@ class TrainOptions:
     (causal), or the teacher's embeddings"""
 
     text: Annotated[str | None, Shown("COLUMN[,COLUMN]", "recognised by their names")] = None
-    """Column of the texts, or two columns of pairs"""
+    """Column of the texts, or two columns of pairs; with --task embed two that are named are a text
+    and its translation, unless --label is given"""
 
     label: Annotated[str | None, Shown("COLUMN", "recognised by its name")] = None
-    """Column of the labels"""
+    """Column of the labels; with --task embed of the scores of pairs, which judge the student"""
 
     max_length: Annotated[int | None, Shown(default="128, or the model's positions if fewer")] = (
         None
@@ -354,11 +355,12 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Measure a trained student on test images."""
+    """Measure a trained student on test images or texts."""
 
     LAYOUT: ClassVar = Layout(
         groups={
             "Comparison": "teacher class_map teacher_class_map data_root device",
+            "Texts": "text label",
             "Code of your own": "trust_module",
             "Output": "json",
         },
@@ -372,7 +374,8 @@ class EvaluateOptions:
         tyro.conf.Positional[str | None], Shown("DATA", "what the student was trained for")
     ] = None
     """Data set to test on. Of other data than the student's own, all images are judged, unless they
-    have a test part, such as a folder with train/ and test/"""
+    have a test part, such as a folder with train/ and test/; of texts the test part, or else the
+    validation part, or else all"""
 
     teacher: Annotated[str | None, Shown("NAME|RUN", "the one of the training")] = None
     """Measure the agreement with this teacher"""
@@ -384,6 +387,12 @@ class EvaluateOptions:
         str | None, Shown("FILE", "for the run's own teachers, the one of the training")
     ] = None
     """JSON file, class of the data -> class of the teacher; of several teachers as for kd train"""
+
+    text: Annotated[str | None, Shown("COLUMN[,COLUMN]", "as in the training")] = None
+    """Column of the texts, or two columns of pairs"""
+
+    label: Annotated[str | None, Shown("COLUMN", "as in the training")] = None
+    """Column of the classes, scores or tags"""
 
     trust_module: NamesArg = None
     """Code that the run, or the run of a teacher, may name as its network, as module:attribute with
@@ -420,7 +429,8 @@ class ExportOptions:
     format: Literal["onnx", "pt2", "safetensors", "timm", "huggingface"]
     """onnx: a program with its preprocessing, for onnxruntime and others; pt2: such a program for
     torch; safetensors: the weights alone; timm: a folder for timm.create_model; huggingface: one of
-    a student of texts for transformers. Those of texts are folders with the tokenizer"""
+    a student of texts for transformers, of embeddings for sentence-transformers too. Those of texts
+    are folders with the tokenizer"""
 
     out: Annotated[
         Path | None, Shown("PATH", "<run>/export/<student> with the suffix of the format")

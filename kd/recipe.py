@@ -15,7 +15,9 @@ Optimizer = Literal["sgd", "momentum", "adam", "adamw", "lamb", "lion", "muon"]
 Schedule = Literal["cosine", "linear", "milestones", "constant"]
 Precision = Literal["no", "bf16", "fp16", "mixed"]
 Augment = Literal["none", "crop-flip", "imagenet", "words", "masked", "teacher"]
-Metric = Literal["accuracy", "nll", "macro_f1", "matthews", "pearson", "spearman", "entity_f1"]
+Metric = Literal[
+    "accuracy", "nll", "macro_f1", "matthews", "pearson", "spearman", "entity_f1", "cosine"
+]
 
 MOMENTUM_OPTIMIZERS: tuple[Optimizer, ...] = ("sgd", "momentum")
 # Other texts than the data's, which are made before the training.
@@ -51,6 +53,7 @@ METRICS: Mapping[Metric, MetricDefinition] = {
     "pearson": MetricDefinition(1, needs_logits=False),
     "spearman": MetricDefinition(1, needs_logits=False),
     "entity_f1": MetricDefinition(1, needs_logits=False),
+    "cosine": MetricDefinition(1, needs_logits=False),
 }
 
 

@@ -1,4 +1,4 @@
-"""A picture of a training: loss terms and validation accuracy against steps."""
+"""A picture of a training: loss terms and the figure of its metric against steps."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,14 @@ from typing import Any
 
 from dsdistill.harness import files
 from dsdistill.harness.reports import plot_style
+from kd.commands import run_figures
+from kd.models.seals import REPORT
 
-NOT_PLOTTED = ("step", "epoch", "images_per_second", "lr")  # figures of metrics.jsonl
+# Figures of metrics.jsonl.
+NOT_PLOTTED = (
+    *("step", "epoch", "lr"),
+    *("images_per_second", "texts_per_second", "tokens_per_second"),
+)
 
 
 def draw(folder: Path) -> None:
@@ -29,8 +35,14 @@ def draw(folder: Path) -> None:
         _plot_lines(left, rows, terms)
         left.set(ylabel="loss terms, weighted (mean of a round)", xlabel="step", yscale="log")
         plot_style.format_log_axis(left.yaxis)
-        _plot_lines(right, rows, ["validation_accuracy"])
-        right.set(ylabel="validation accuracy (fraction)", xlabel="step")
+        report = folder / REPORT
+        shown = run_figures.of_report(files.read_json(report) if report.is_file() else {})
+        _plot_lines(right, rows, [f"validation_{shown.name}"])
+        unit = " (fraction)" if shown.in_percent else ""
+        right.set(ylabel=f"validation {shown.words}{unit}", xlabel="step")
+        if shown.logarithmic:
+            right.set_yscale("log")
+            plot_style.format_log_axis(right.yaxis)
     files.write_bytes(folder / "curves.png", plot_style.png(figure))
 
 

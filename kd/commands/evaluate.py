@@ -1,47 +1,16 @@
-"""`kd evaluate`: figures of a finished student on test images."""
+"""`kd evaluate`: figures of a finished student on test data."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch import Tensor, nn
-
-from dsdistill.harness.data import layout
-from dsdistill.harness.data.labeled_images import LabeledImages
-from dsdistill.harness.data.preprocess import Preprocess
-from dsdistill.harness.errors import UserError
-from dsdistill.harness.runs import progress
-from dsdistill.harness.runs.run_folder import INPUTS_KEY
-from kd.commands import run_data
-from kd.data.data_source import DataSource
-from kd.data.files.file_source import FileSource
-from kd.data.files.image_files import ImageFiles
-from kd.evaluation import scoring
-from kd.models import network_names, networks, saved_models, seals, teachers
-from kd.models.saved_models import Model
-from kd.models.zoo import class_names
-from kd.options import EvaluateOptions, told
+from kd.commands import evaluation, image_evaluation, run_data, text_evaluation
+from kd.commands.evaluation import Evaluation
+from kd.models import saved_models
+from kd.options import EvaluateOptions
 from kd.parallel import engine
-from kd.recipe import Recipe
-
-
-@dataclass(frozen=True, eq=False)
-class TestImages:
-    """The images that a student is scored on.
-
-    Attributes:
-        source: Data whose test images are these.
-        which: Description of the images.
-    """
-
-    source: DataSource | FileSource
-    which: str
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
-    """Measure accuracy, NLL, calibration, agreement with the teacher, size and latency.
+    """Measure the figures of a student, its agreement with teachers, its size and latency.
 
     Args:
         options: Options of the command.
@@ -49,181 +18,23 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     Raises:
         UserError: If run, data or teacher are missing or do not fit together.
     """
-    device = engine.make(options.device).device
-    student = saved_models.load_run(options.run, typed=network_names.names_in(options.trust_module))
-    config = seals.read(options.run, "config.json")
-    recipe = run_data.read_recipe(options.run)
-    chosen = _test_images(options, config, student, recipe)
-    source = chosen.source
-    saved_models.check_shape(f"student {options.run}", student, source.shape)
-    test = source.test(recipe, student.preprocess, device)
-    if test is None:
-        raise UserError(f"nothing to test on: {source.note or source.name + ' has no test images'}")
-    who = f"student {options.run}"
-    how, outputs = "by name", None
-    if options.class_map is None:
-        student = saved_models.match_classes(
-            who, student, source.shape, source.classes, option="--class-map"
-        )
-    else:
-        mapping = class_names.read_class_map(options.class_map)
-        matched = class_names.match(who, student.classes, source.classes, mapping)
-        how, outputs = matched.how, matched.outputs
-    name = options.teacher or config.get("teacher")
-    known: dict[str, nn.Module] = {}
-    if name is None and options.teacher_class_map is not None:
-        raise UserError("--teacher-class-map needs --teacher: the run was trained without one")
-    if name is not None:
-        known = {
-            label: teacher.to(device)
-            for label, teacher in _load_teachers(options, config, name, student.preprocess, source)
-        }
-    student.classifier.to(device)
-    network = _OutputSelector(student.classifier, outputs)
-    temperature, classes = student.output_temperature, source.classes
-    figures = scoring.evaluate(network, test, known, temperature=temperature, classes=classes)
-    for note in figures["notes"]:
-        progress.say(note)
-    for line in source.missing_classes(judged=True):
-        progress.say(f"note: {line}")
+    judged = _prepare(options)
+    name, chosen = evaluation.choose_teachers(options, run_data.read_config(options.run))
     return {
         "run": str(options.run),
-        "student": student.name,
+        "student": judged.student_name,
         "teacher": name,
-        "data": source.name,
-        "judged_on": chosen.which,
-        "classes_matched": how,
-        **figures,
-        "output_temperature": temperature,
-        "parameters": networks.parameter_count(student.classifier),
-        **scoring.latency(student.classifier, student.shape),
+        "data": judged.data_name,
+        "judged_on": judged.judged_on,
+        "classes_matched": judged.classes_matched,
+        **judged.figures(chosen),
+        **judged.size(),
     }
 
 
-class _OutputSelector(nn.Module):
-    """A network's outputs in the order of the data's classes."""
-
-    def __init__(self, network: nn.Module, outputs: tuple[int, ...] | None) -> None:
-        super().__init__()
-        self.network, self.outputs = network, outputs
-
-    def forward(self, images: Tensor) -> Tensor:
-        scores = self.network(images)
-        return scores if self.outputs is None else scores[:, list(self.outputs)]
-
-
-def _load_teachers(
-    options: EvaluateOptions,
-    config: Mapping[str, Any],
-    name: str,
-    fitted: Preprocess,
-    source: DataSource | FileSource,
-) -> Iterator[tuple[str, nn.Module]]:
-    """Load the named teachers; those of the run itself with the options that they had there."""
-    names = network_names.parse_names("--teacher", name)
-    is_of_run = options.teacher is None or (
-        ",".join(map(network_names.absolute_name, names)) == config.get("teacher")
-    )
-    stored = config if is_of_run else {}
-    option = "--teacher-class-map"
-    text = options.teacher_class_map or stored.get("class_map")
-    maps = class_names.read_class_maps(text, names, option)
-    typed = network_names.names_in(options.teacher, options.trust_module)
-    for label, mapping, inputs in zip(names, maps, told(stored, len(names)), strict=True):
-        networks.require_typed(str(options.run / "config.json"), label, typed)
-        images = fitted, source.shape, source.classes
-        teacher = teachers.load(
-            label, *images, class_map=mapping, class_map_option=option, typed=typed, **inputs
-        )
-        for remark in teachers.matching_notes(teacher):
-            progress.say(f"teacher {label}: {remark}")
-        yield label, teacher
-
-
-def _test_images(
-    options: EvaluateOptions, config: Mapping[str, Any], student: Model, recipe: Recipe
-) -> TestImages:
-    """Choose the images to score on, in the size and with the channels of the student.
-
-    For the data that the run was trained on, these are its test images. For other data, they are
-    its test images where it has a test part, and otherwise all of its images.
-    """
-    name = options.data or config.get("data")
-    if not isinstance(name, str):
-        raise UserError(f"{options.run} does not say what it was trained on: give DATA")
-    path = Path(name).expanduser()
-    if path.is_dir() and (part := layout.find_lone_test_part(path)):
-        path, name = part, str(part)
-    source = run_data.load(name, student, recipe, config, root=options.data_root, announce=False)
-    is_array = path.suffix == ".npz" and path.is_file()
-    if (
-        isinstance(source, DataSource)
-        and source.distilled is not None
-        and source.splits is not None
-    ):
-        return TestImages(source, f"test images of {source.splits.name}")
-    if source.distilled is not None or not (path.is_dir() or is_array):
-        return TestImages(source, f"test images of {source.name}")
-    folder = None if is_array else layout.list_folder(path, student.classes)
-    is_of_run = options.data is None or _is_training_data(config, name, source)
-    every = not is_of_run and (folder is None or folder.test is None)
-    chosen = _test_on_all_images(source) if every else source
-    if folder is not None:
-        folder.announce_evaluation(_test_count(chosen), every=every)
-    if folder is not None and folder.test:
-        return TestImages(chosen, f"test images, {folder.test.folder}")
-    if is_of_run:
-        part = "the share of the images that the training has held out for testing"
-        return TestImages(chosen, part)
-    return TestImages(chosen, f"all images of {name}")
-
-
-def _test_count(source: DataSource | FileSource) -> int:
-    """Number of test images of a folder."""
-    if isinstance(source, FileSource):
-        test = source.parts[2]
-        return len(test) if isinstance(test, ImageFiles) else 0
-    assert source.splits is not None
-    return len(source.splits.test)
-
-
-def _is_training_data(
-    config: Mapping[str, Any], name: str, source: DataSource | FileSource
-) -> bool:
-    """Whether these are the data that the run was trained on, by path or by hash."""
-    stored = config.get(INPUTS_KEY, {}).get("training images")
-    if isinstance(source, FileSource):
-        train = source.parts[0]
-        digest = train.digest if isinstance(train, ImageFiles) else None
-    else:
-        digest = source.splits.digest if source.splits else None
-    data = config.get("data")
-    same_path = isinstance(data, str) and Path(data).resolve() == Path(name).expanduser().resolve()
-    return same_path or (stored is not None and stored == digest)
-
-
-def _test_on_all_images(source: DataSource | FileSource) -> DataSource | FileSource:
-    """Make all images of the data test images."""
-    if isinstance(source, FileSource):
-        parts = [part for part in source.parts if isinstance(part, ImageFiles)]
-        rows = np.concatenate([part.rows for part in parts])
-        order = np.argsort(rows)
-        labels = [part.labels for part in parts if part.labels is not None]
-        every = replace(parts[0], rows=rows[order], labels=np.concatenate(labels)[order])
-        return replace(source, parts=(source.parts[0], None, every))
-    splits = source.splits
-    assert splits is not None
-    return replace(
-        source,
-        splits=replace(splits, test=_merge_views(splits.train, splits.validation, splits.test)),
-    )
-
-
-def _merge_views(*parts: LabeledImages) -> LabeledImages:
-    """Merge views of one store into one view, in the order of the store."""
-    rows = np.concatenate(
-        [np.arange(len(part)) if part.rows is None else part.rows for part in parts]
-    )
-    labels = np.concatenate([part.labels for part in parts])
-    order = np.argsort(rows)
-    return replace(parts[0], rows=rows[order], labels=labels[order])
+def _prepare(options: EvaluateOptions) -> Evaluation:
+    """Load a student of the kind of its data."""
+    device = engine.make(options.device).device
+    if saved_models.is_text_run(options.run):
+        return text_evaluation.prepare(options, device)
+    return image_evaluation.prepare(options, device)

@@ -79,6 +79,7 @@ def prepare_onnx(model: Model) -> Writer:
         ),
     )
     proto = program.model_proto
+    without_traces(proto.graph)
 
     def write(path: Path, card: Card) -> None:
         onnx.helper.set_model_props(proto, header_strings(card))
@@ -211,10 +212,21 @@ def require_onnx(name: str, values: int) -> None:
         )
 
 
+def without_traces(graph: Any) -> None:
+    """Remove stack traces, which reveal paths on this machine, from a graph of ONNX."""
+    for node in graph.node:
+        kept = [entry for entry in node.metadata_props if "stack_trace" not in entry.key]
+        del node.metadata_props[:]
+        node.metadata_props.extend(kept)
+        for attribute in node.attribute:
+            without_traces(attribute.g)
+
+
 def pack_program(program: Any, extra_files: dict[str, str]) -> bytes:
-    """The file of a program of `torch.export`."""
-    for node in program.graph.nodes:  # stack traces reveal paths on this machine
-        node.meta.pop("stack_trace", None)
+    """The file of a program of `torch.export`, without stack traces."""
+    for module in program.graph_module.modules():
+        for node in getattr(module, "graph", program.graph).nodes:
+            node.meta.pop("stack_trace", None)
     content = io.BytesIO()
     torch.export.save(program, content, extra_files=extra_files)
     return content.getvalue()

@@ -16,11 +16,12 @@ from dsdistill.harness.reports import schema
 from dsdistill.harness.runs import run_folder
 from dsdistill.harness.runs.options import Storage
 from kd.commands import continuation
+from kd.commands.run_figures import FIGURES, FRACTION, Figure
 from kd.models import seals
 from kd.models.seals import REPORT
 from kd.options import DEFAULT_WORKERS, TrainOptions
+from kd.recipe import METRICS
 
-CURVE_METRIC = "validation_accuracy"  # key of metrics.jsonl
 REQUIRED_TYPES = {
     "student": str,
     "data": str,
@@ -42,6 +43,17 @@ OPTIONAL_TYPES = {
     "best_epoch": int | None,
     "device": str | None,
     "note": str | None,
+    "task": str | None,
+    "metric": str | None,
+    "judged_on": str | None,
+    "languages": Mapping[str, Mapping[str, float | None]],
+    "latency_ms_batch_1": float | None,
+    "latency_tokens": int | None,
+    **{
+        f"{owner}_{name}": float | None
+        for name in FIGURES
+        for owner in ("test", "validation", "teacher")
+    },
 }
 
 
@@ -53,13 +65,18 @@ class FinishedRun:
         folder: Folder of the run.
         config: Options of the run, as in `config.json`.
         report: Figures of the run, as in `report.json`.
-        curve: Pairs of a step and the validation accuracy after it, a fraction.
+        curves: For each figure, pairs of a step and its value on validation data after it.
     """
 
     folder: Path
     config: Mapping[str, Any]
     report: Mapping[str, Any]
-    curve: Sequence[tuple[int, float]]
+    curves: Mapping[str, Sequence[tuple[int, float]]]
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the student is one of texts."""
+        return self.report.get("task") is not None
 
     @property
     def command(self) -> str:
@@ -84,14 +101,41 @@ class RunGroup:
         """Name of the data set."""
         return self.runs[0].report["data"]
 
-    def summary(self, name: str) -> Summary | None:
-        """Summary of a figure over all runs; None if one of them lacks it."""
-        values = [run.report.get(name) for run in self.runs]
-        known = [value for value in values if value is not None]
-        if len(known) < len(values):
-            return None
-        fraction = all(0 <= value <= 1 for value in known) and "accuracy" in name
-        return statistics.summary(known, bounds=(0.0, 1.0) if fraction else (-math.inf, math.inf))
+    @property
+    def report(self) -> Mapping[str, Any]:
+        """The report of the first run."""
+        return self.runs[0].report
+
+    def summary(self, name: str, bounds: tuple[float, float] | None = None) -> Summary | None:
+        """Summary of a figure over all runs; None if one of them lacks it.
+
+        Args:
+            name: Name in `report.json`.
+            bounds: Smallest and largest possible value; by default fractions for accuracies.
+        """
+        if bounds is None:
+            bounds = FRACTION if "accuracy" in name else (-math.inf, math.inf)
+        return summarise([run.report.get(name) for run in self.runs], bounds)
+
+    def language(self, language: str, figure: Figure) -> Summary | None:
+        """Summary of a figure of the texts of one language; None if a run lacks it."""
+        rows = [run.report.get("languages", {}).get(language, {}) for run in self.runs]
+        return summarise([row.get(figure.name) for row in rows], figure.bounds)
+
+
+def summarise(values: Sequence[float | None], bounds: tuple[float, float]) -> Summary | None:
+    """Summary of figures of several runs; None if one of them is missing.
+
+    Args:
+        values: The figures.
+        bounds: Smallest and largest possible value, which cut the interval off where all values
+            keep them.
+    """
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return None
+    keep = all(bounds[0] <= value <= bounds[1] for value in known)
+    return statistics.summary(known, bounds=bounds if keep else (-math.inf, math.inf))
 
 
 def read(folder: Path) -> FinishedRun:
@@ -110,7 +154,7 @@ def read(folder: Path) -> FinishedRun:
     seals.verify(folder, "metrics.jsonl")
     try:
         _check(config, report)
-        return FinishedRun(folder, config, report, _read_curve(folder / "metrics.jsonl"))
+        return FinishedRun(folder, config, report, _read_curves(folder / "metrics.jsonl"))
     except (ValueError, KeyError, RecursionError) as error:
         raise UserError(f"{folder} holds a damaged run ({error}): leave it out") from error
 
@@ -170,6 +214,8 @@ def _check(config: Any, report: Any) -> None:
     schema.check(REPORT, report, REQUIRED_TYPES | OPTIONAL_TYPES)
     if missing := REQUIRED_TYPES.keys() - report.keys():
         raise ValueError(f"{REPORT} lacks {', '.join(sorted(missing))}")
+    if report.get("metric") not in (None, *METRICS):
+        raise ValueError(f"{REPORT}.metric is {report['metric']!r}")
     for row in config.get(continuation.EARLIER_KEY, []):
         if not isinstance(row, dict) or {"until_step", *continuation.LENGTHS} - row.keys():
             raise ValueError("config.json has an earlier length that is not whole")
@@ -177,12 +223,16 @@ def _check(config: Any, report: Any) -> None:
         raise ValueError(f"config.json lacks {', '.join(sorted(missing))}")
 
 
-def _read_curve(path: Path) -> list[tuple[int, float]]:
+def _read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
     lines = path.read_text().splitlines() if path.exists() else []
     rows = [json.loads(line) for line in lines]
+    keys = {f"validation_{name}": name for name in FIGURES}
     for row in rows:
-        schema.check(path.name, row, {"step": int, CURVE_METRIC: float | None})
-    return [(row["step"], row[CURVE_METRIC]) for row in rows if row.get(CURVE_METRIC) is not None]
+        schema.check(path.name, row, {"step": int, **dict.fromkeys(keys, float | None)})
+    return {
+        name: [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        for key, name in keys.items()
+    }
 
 
 def _labels(firsts: Sequence[FinishedRun]) -> list[str]:
@@ -198,7 +248,7 @@ def _labels(firsts: Sequence[FinishedRun]) -> list[str]:
     labels: list[str] = []
     for run, config in zip(firsts, options, strict=True):
         teacher = run.report.get("teacher")
-        parts = [run.report["student"] + (f" from {_base_names(teacher)}" if teacher else "")]
+        parts = [_student_name(run) + (f" from {_base_names(teacher)}" if teacher else "")]
         parts += [
             f"{n.replace('_', ' ')} {_format_value(v)}" for n, v in config.items() if n in varied
         ]
@@ -206,6 +256,13 @@ def _labels(firsts: Sequence[FinishedRun]) -> list[str]:
         same = sum(other.split(" #")[0] == label for other in labels)
         labels.append(f"{label} #{same + 1}" if same else label)
     return labels
+
+
+def _student_name(run: FinishedRun) -> str:
+    """Name of a student; of texts without the folder that its weights came from."""
+    name = run.report["student"]
+    prefix, _, path = name.rpartition(":")
+    return f"{prefix}:{Path(path).name}" if run.is_text and Path(path).is_absolute() else name
 
 
 def _base_names(teachers: str) -> str:

@@ -162,6 +162,10 @@ class ImageTraining:
             "note": source.note,
         }
 
+    def latency(self) -> dict[str, float | int]:
+        student = self.parts.student
+        return {**scoring.latency(student.classifier, student.shape, quick=True)}
+
     def save(self, folder: Path) -> None:
         saved_models.save_run(folder, self.parts.student)
 

@@ -14,6 +14,15 @@ from kd.models.saved_models import Model
 from kd.recipe import Recipe
 
 
+def read_config(run: Path) -> dict[str, Any]:
+    """Read the options of a run.
+
+    Raises:
+        UserError: If the file is missing or damaged.
+    """
+    return seals.read(run, "config.json")
+
+
 def read_recipe(run: Path) -> Recipe:
     """Read the recipe of a run; fields that it does not store keep their defaults."""
     stored = seals.read(run, "recipe.json") if (run / "recipe.json").is_file() else {}

@@ -19,8 +19,8 @@ from dsdistill.harness import paths
 from dsdistill.harness.errors import UserError, unknown_name
 from kd.commands import checked_export, text_export_formats
 from kd.commands.checked_export import RELATIVE_TOLERANCE
-from kd.commands.text_export_formats import FORMATS, OUTPUT_NAME, Runner, TextFormat
-from kd.data.text import corpus, tokenization
+from kd.commands.text_export_formats import FORMATS, Runner, TextFormat
+from kd.data.text import corpus, embedding_texts, part_files, tokenization
 from kd.data.text.corpus import TextPart
 from kd.data.text.token_batches import TokenBatches
 from kd.models import networks, seals
@@ -99,7 +99,7 @@ def export(options: ExportOptions) -> dict[str, Any]:
     export_format = FORMATS[options.format]
     model = saved_text_models.load_run(options.run)
     model.network.eval()
-    out = checked_export.free_path(options, model.name, f"-{options.format}")
+    out = checked_export.free_path(options, model.name.rstrip("]"), f"-{options.format}")
     writer = export_format.prepare(model)
     reference = gather(options.run, model, options.data_root)
     return checked_export.write(
@@ -215,7 +215,7 @@ def _part_of_run(
         raise UserError(f"{run} does not say what it was trained on")
     root = root or Path(config.get("data_root") or paths.data_root())
     data = corpus.load(
-        Path(name) if Path(name).exists() else root / name,
+        part_files.locate(name, root),
         task=model.task,
         text=config.get("text"),
         label=config.get("label"),
@@ -225,12 +225,14 @@ def _part_of_run(
     if model.task != "tag" and not isinstance(part.texts[0][0], str):
         raise UserError(f"{data.name} has conversations, which are not compared")
     count = TEXTS_OF_VOCABULARY if model.task in OF_TOKENS else TEXTS
-    return data.name, part.select(np.sort(rng.permutation(len(part))[:count]))
+    part = part.select(np.sort(rng.permutation(len(part))[:count]))
+    return data.name, embedding_texts.of_student(part) if model.task == "embed" else part
 
 
 def _card(format_name: str, model: TextModel) -> dict[str, Any]:
     """Description of the files, for the people and programs that use them."""
     outputs = [] if not model.classes else [len(model.classes)]
+    outputs = [model.embedding_width] if model.task == "embed" else outputs
     return {
         "format": format_name,
         "student": model.name,
@@ -244,7 +246,7 @@ def _card(format_name: str, model: TextModel) -> dict[str, Any]:
         "max_length": model.max_length,
         "pairs": model.pairs,
         "outputs": {
-            "name": OUTPUT_NAME,
+            "name": text_export_formats.output_name(model),
             "dtype": "float32",
             "shape": ["batch", *(["length"] if model.task in ALIGNED else []), *outputs],
             "meaning": text_export_formats.meaning(model),

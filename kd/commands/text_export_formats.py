@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -25,10 +25,18 @@ from kd.commands.export_formats import (
     pack_program,
     require_onnx,
     tracing,
+    without_traces,
 )
-from kd.models.language import bilstm, saved_text_models, tokenizer, transformer
+from kd.models.language import (
+    bilstm,
+    saved_text_models,
+    sentence_files,
+    tokenizer,
+    transformer,
+)
 from kd.models.language.bilstm import BiLstm
 from kd.models.language.language_model import LanguageModel
+from kd.models.language.sentence_encoder import SentenceEncoder
 from kd.models.language.text_model import TextModel
 from kd.models.token_inputs import TokenInputs
 from kd.models.zoo.huggingface import import_transformers
@@ -36,7 +44,7 @@ from kd.models.zoo.huggingface import import_transformers
 Runner = Callable[[TokenInputs], Float[Tensor, "n *l k"]]
 
 IDS, MASK, TYPES = "input_ids", "attention_mask", "token_type_ids"
-OUTPUT_NAME = "logits"
+LOGITS, EMBEDDING = "logits", "sentence_embedding"  # names of the output
 ONNX_FILE, PROGRAM_FILE, README = "model.onnx", "model.pt2", "README.md"
 TRACED_LENGTH = 7  # of the example; neither 1, which is taken for a constant, nor the batch
 
@@ -76,6 +84,11 @@ class Graph(nn.Module):
         return self.network(TokenInputs(input_ids, attention_mask.bool(), token_type_ids))
 
 
+def output_name(model: TextModel) -> str:
+    """Name of the output of a student."""
+    return EMBEDDING if model.task == "embed" else LOGITS
+
+
 def input_names(model: TextModel) -> tuple[str, ...]:
     """Names of the inputs that a student takes of those that its tokenizer gives."""
     network = model.network
@@ -97,10 +110,11 @@ def prepare_onnx(model: TextModel) -> Writer:
             dynamo=True,
             dynamic_shapes=sizes,
             input_names=list(input_names(model)),
-            output_names=[OUTPUT_NAME],
+            output_names=[output_name(model)],
             verbose=False,
         )
     proto = program.model_proto
+    without_traces(proto.graph)
 
     def write(path: Path, card: Mapping[str, Any]) -> None:
         _write_common(path, model, card)
@@ -121,7 +135,7 @@ def read_onnx(path: Path, model: TextModel) -> Runner:
 
     def run(inputs: TokenInputs) -> Tensor:
         arrays = {name: x.numpy() for name, x in _tensors(inputs).items() if name in names}
-        return torch.from_numpy(session.run([OUTPUT_NAME], arrays)[0])
+        return torch.from_numpy(session.run([output_name(model)], arrays)[0])
 
     return run
 
@@ -163,7 +177,10 @@ def read_safetensors(path: Path, model: TextModel) -> Runner:
 
 
 def prepare_huggingface(model: TextModel) -> Writer:
-    """Prepare a folder for `from_pretrained` and `pipeline` of transformers."""
+    """Prepare a folder for `from_pretrained` and `pipeline` of transformers.
+
+    That of a model of embeddings is also one of sentence-transformers.
+    """
     if isinstance(model.network.network, BiLstm):
         raise UserError(
             f"transformers has no such network as {model.name}: use --format onnx, pt2 or "
@@ -173,13 +190,21 @@ def prepare_huggingface(model: TextModel) -> Writer:
 
     def write(path: Path, card: Mapping[str, Any]) -> None:
         _write_common(path, model, card)
-        network.save_pretrained(path)
+        if isinstance(network, SentenceEncoder):
+            cast(Any, network.encoder).save_pretrained(path)
+            sentence_files.write(path, network, model.max_length)
+        else:
+            network.save_pretrained(path)
+        for file in path.glob("*.safetensors"):
+            file.chmod(0o644)  # the library creates them private
 
     return write
 
 
 def read_huggingface(path: Path, model: TextModel) -> Runner:
-    """Load the folder in transformers."""
+    """Load the folder in transformers, and what stands after the encoder as a teacher's is."""
+    if model.task == "embed":
+        return transformer.load(str(path), "embed", (), model.tokenizer).eval()
     auto = getattr(import_transformers(), transformer.CLASSES[model.task])
     return LanguageModel(auto.from_pretrained(path), vocabulary=model.network.vocabulary).eval()
 
@@ -200,7 +225,9 @@ def usage(model: TextModel, export_format: str) -> str:
     arguments = texts[model.pairs]
     if model.task == "tag":
         arguments = '[["a", "list", "of", "words"]], is_split_into_words=True'
-    return _PROGRAMS[export_format].format(arguments=arguments, names=names)
+    return _PROGRAMS[export_format].format(
+        arguments=arguments, names=names, output=output_name(model)
+    )
 
 
 FORMATS: Mapping[str, TextFormat] = {
@@ -220,11 +247,11 @@ _PROGRAMS = {
     "onnx": "import onnxruntime\n"
     + _TOKENIZE.format(tensors="np")
     + f'session = onnxruntime.InferenceSession("FOLDER/{ONNX_FILE}")\n'
-    + f'logits = session.run(["{OUTPUT_NAME}"], {{{{n: inputs[n] for n in [{{names}}]}}}})[0]\n',
+    + '{output} = session.run(["{output}"], {{n: inputs[n] for n in [{names}]}})[0]\n',
     "pt2": "import torch\n"
     + _TOKENIZE.format(tensors="pt")
     + f'network = torch.export.load("FOLDER/{PROGRAM_FILE}").module()\n'
-    + "logits = network(*(inputs[name] for name in [{names}]))\n",
+    + "{output} = network(*(inputs[name] for name in [{names}]))\n",
 }
 _RUN = """\
 from pathlib import Path
@@ -247,6 +274,12 @@ answer = run({{call}})
         ("mlm", "fill-mask", ""),
         ("causal", "text-generation", ""),
     )
+} | {
+    "embed": """\
+from sentence_transformers import SentenceTransformer
+
+answer = SentenceTransformer("FOLDER").encode(["a text", "another one"])
+"""
 }
 _MEANINGS = {
     "classify": "softmax(logits) are the probabilities of the classes, in their order",
@@ -254,12 +287,15 @@ _MEANINGS = {
     "tag": "the largest logit of a word's first token is its tag",
     "mlm": "softmax(logits) of a hidden token are the probabilities of the vocabulary",
     "causal": "softmax(logits) of a token are the probabilities of the next one",
+    "embed": "texts are as similar as the cosine of their embeddings",
 }
 
 
 def _pipeline_call(model: TextModel) -> str:
     if model.task == "mlm":
         return f'"a {model.tokenizer.mask_token}"'
+    if model.task == "causal":
+        return '"a text", max_new_tokens=8'
     if not model.pairs:
         return '"a text"'
     return '{"text": "a text", "text_pair": "the text that it is compared with"}'
@@ -311,8 +347,9 @@ def _readme(card: Mapping[str, Any]) -> str:
                 f"# {card['student']}",
                 f"A network of texts for the task `{card['task']}` with {card['parameters']:,} "
                 f"parameters, trained by `kd` on texts of up to {card['max_length']} tokens.",
+                f"From Python, with the path of this folder for `FOLDER`:\n\n"
                 f"```python\n{card['use']}```",
-                f"Outputs `{OUTPUT_NAME}`: {card['outputs']['meaning']}.",
+                f"Outputs `{card['outputs']['name']}`: {card['outputs']['meaning']}.",
                 classes and f"Classes, by number:\n\n{classes}",
                 "`card.json` says all of this to programs, and how well these files agree with the "
                 "trained network.",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from kd.data import data_source
 from kd.data.text import (
     causal_rows,
     corpus,
+    embedding_texts,
     masked_candidates,
     part_files,
     teacher_texts,
@@ -31,7 +33,7 @@ from kd.data.text.tokenization import EncodedPart
 from kd.evaluation import text_scoring
 from kd.models import network_names
 from kd.models.language import lora, text_students, text_teachers
-from kd.models.language.task import OF_TOKENS, Task
+from kd.models.language.task import SINGLE, Task
 from kd.models.language.text_model import TextModel
 from kd.models.language.text_teachers import TextTeacher
 from kd.models.zoo import class_names
@@ -50,6 +52,7 @@ LOSSES: Mapping[Task, tuple[str, str]] = {
     "regress": ("mse:1", "mse:0.1,logits:0.9"),
     "mlm": ("mlm:1", "mlm:1,tokens:1"),
     "causal": ("clm:1", "clm:0.5,tokens:0.5:temperature=1"),
+    "embed": ("logits:1", "logits:1"),  # of embeddings: their mean squared error
 }
 
 
@@ -59,8 +62,9 @@ class EncodedTexts:
 
     Attributes:
         encodings: As the student's tokenizer encodes them, then as each other tokenizer does.
-        labels: Class or score of each; None for tasks without, and for copies of texts.
-        languages: Language of each; None where it is not said.
+        labels: Class or score of each, or of each pair for the task `embed`; None for tasks
+            without, and for copies of texts.
+        languages: Language of each, or of each pair; None where it is not said.
     """
 
     encodings: tuple[EncodedPart, ...]
@@ -118,11 +122,7 @@ def is_text(options: TrainOptions) -> bool:
 
 def locate(options: TrainOptions) -> Path:
     """The file or folder of the data, which may lie in the folder of named data sets."""
-    path = Path(options.data).expanduser()
-    if not path.exists() and len(path.parts) == 1:
-        named = options.data_root / "text" / path
-        return named if named.exists() else options.data_root / path
-    return path
+    return part_files.locate(options.data, options.data_root)
 
 
 def assemble(options: TrainOptions) -> TextParts:
@@ -148,6 +148,8 @@ def assemble(options: TrainOptions) -> TextParts:
     taught = teacher_chain.last_teacher(options) or (named and named.teacher)
     names = tuple(network_names.parse_names("--teacher", taught)) if taught else ()
     texts = _load_corpus(options, path)
+    if texts.task == "embed" and (not names or options.mean_teacher is not None):
+        raise UserError("--task embed fits the embeddings of a teacher: name it with --teacher")
     student = _student(options, name, names, texts)
     for note in student.network.notes:
         say(f"student {student.name}: {note}")
@@ -164,15 +166,17 @@ def assemble(options: TrainOptions) -> TextParts:
     for network in (student.network, *teachers):
         network.to(on.device)
     # A teacher that writes texts for the student does not see the student's.
-    tokenizers, encoding_of_teacher = _distinct_tokenizers(student, () if writes else teachers)
-    lengths = [student.max_length, *(_length(teachers, student, x) for x in tokenizers[1:])]
+    tokenizers, lengths, encoding_of_teacher = text_teachers.tokenizers(
+        student, () if writes else teachers, other_texts=texts.parallel
+    )
     training, complete = _training_texts(
         options, chosen, texts, tokenizers, teachers, on, say, max_length=student.max_length
     )
-    encoded = {"train": _encode(training, texts.task, tokenizers, lengths, complete)}
+    encode_part = partial(_encode, texts.task, tokenizers, lengths, parallel=texts.parallel)
+    encoded = {"train": encode_part(training, complete)}
     for part, content in (("validation", texts.validation), ("test", texts.test)):
         if len(content):
-            encoded[part] = _encode(content, texts.task, tokenizers, lengths)
+            encoded[part] = encode_part(content)
     for remark in loss_checks.remarks(loss_terms, images=len(encoded["train"])):
         say(remark)
     return TextParts(
@@ -229,10 +233,10 @@ def _student(
         texts.classes,
         teacher=teacher_names[0] if teacher_names else None,
         tokenizer_source=options.tokenizer,
-        texts=(text for column in columns for text in _strings(column)),
+        texts=(text for column in columns for text in strings(column)),
         seed=options.seed,
         max_length=options.max_length,
-        pairs=len(columns) == 2 and texts.task not in OF_TOKENS,
+        pairs=len(columns) == 2 and texts.task not in SINGLE,
         keep_layers=None if layers is None else text_students.parse_layers(layers),
     )
     if texts.task == "causal" and not isinstance(columns[0][0], str):
@@ -270,10 +274,12 @@ def _check_loss(
     weighted = options.teacher_weights is not None
     loss_checks.check_texts(loss_terms, task=texts.task, same_ids=True)
     text_scoring.check_metric(chosen.metric, texts.task, texts.classes)
+    if texts.task == "embed" and chosen.metric != "cosine" and texts.train.labels is None:
+        raise UserError(f"--metric {chosen.metric} needs scores of pairs: name them with --label")
     loss_checks.check_teaching(loss_terms, chosen, alone=alone, weighted=weighted)
     loss_checks.check(
         loss_terms,
-        classes=max(len(texts.classes), 1) if texts.task not in OF_TOKENS else 1 << 31,
+        classes=max(len(texts.classes), 1) if texts.task not in SINGLE else 1 << 31,
         batch_size=chosen.batch_size,
         mixed=False,
     )
@@ -294,8 +300,13 @@ def _check_loss(
         raise UserError("--augment masked and --mlm NAME need each other")
     if chosen.augment not in ("words", "masked"):
         return
+    if texts.parallel:
+        raise UserError(
+            f"--augment {chosen.augment} changes texts, which their translations do not follow: "
+            "leave it out"
+        )
     labelled = [term.name for term in loss_terms if term.definition.inputs == "labels"]
-    if labelled or texts.task not in ("classify", "regress"):
+    if labelled or texts.task not in ("classify", "regress", "embed"):
         what = f"--loss {labelled[0]}" if labelled else f"--task {texts.task}"
         raise UserError(
             f"--augment {chosen.augment} makes copies without labels, and {what} needs them: "
@@ -315,7 +326,7 @@ def _teachers(
     class_map = None if teacher_chain.is_taught_by_chain(options) else options.class_map
     maps = class_names.read_class_maps(class_map, names)
     head = any(not term.definition.reads_layers for term in loss_terms)
-    sample = list(_strings(texts.train.texts[0][:1000]))
+    sample = list(strings(texts.train.texts[0][:1000]))
     teachers = tuple(
         text_teachers.load(name, student, texts.classes, sample, class_map=mapping, head=head)
         for name, mapping in zip(names, maps, strict=True)
@@ -325,27 +336,13 @@ def _teachers(
         for name, teacher in zip(names, teachers, strict=True):
             text_teachers.require_same_tokens(name, teacher, texts.task, aligned)
         same_ids = all(teacher.own_tokenizer is None for teacher in teachers)
+        if aligned and texts.parallel:
+            raise UserError(
+                f"--loss {aligned[0]} compares token by token, and a text and its translation have "
+                "other tokens: use logits, or a loss of vectors such as rkd-distance"
+            )
         loss_checks.check_texts(loss_terms, task=texts.task, same_ids=same_ids)
     return teachers
-
-
-def _distinct_tokenizers(
-    student: TextModel, teachers: Sequence[TextTeacher]
-) -> tuple[tuple[Any, ...], tuple[int, ...]]:
-    """The student's tokenizer and the teachers' other ones, and each teacher's place there."""
-    tokenizers, places = [student.tokenizer], []
-    for teacher in teachers:
-        if teacher.own_tokenizer is None:
-            places.append(0)
-        else:
-            places.append(len(tokenizers))
-            tokenizers.append(teacher.own_tokenizer)
-    return tuple(tokenizers), tuple(places)
-
-
-def _length(teachers: Sequence[TextTeacher], student: TextModel, tokenizer: Any) -> int:
-    owner = next(teacher for teacher in teachers if teacher.own_tokenizer is tokenizer)
-    return owner.resolved.max_length
 
 
 def _training_texts(
@@ -398,15 +395,21 @@ def _training_texts(
 
 
 def _encode(
-    part: TextPart,
     task: Task,
     tokenizers: Sequence[Any],
     lengths: Sequence[int],
+    part: TextPart,
     complete: Bool[np.ndarray, " n"] | None = None,
+    *,
+    parallel: bool,
 ) -> EncodedTexts:
+    each = [part] * len(tokenizers)
+    if task == "embed":
+        theirs = embedding_texts.of_teacher(part, parallel=parallel)
+        each = [embedding_texts.of_student(part), *([theirs] * (len(tokenizers) - 1))]
     encodings = tuple(
-        encode(part, task, tokenizer, length, complete)
-        for tokenizer, length in zip(tokenizers, lengths, strict=True)
+        encode(texts, task, tokenizer, length, complete)
+        for texts, tokenizer, length in zip(each, tokenizers, lengths, strict=True)
     )
     labels = part.labels if isinstance(part.labels, np.ndarray) else None
     return EncodedTexts(encodings, labels, part.languages)
@@ -438,8 +441,12 @@ def encode(
     return tokenization.encode(part, tokenizer, max_length)
 
 
-def _strings(column: Sequence[Any]) -> Sequence[str]:
-    """The texts of a column: of tagged sentences their tokens, of conversations their turns."""
+def strings(column: Sequence[Any]) -> Sequence[str]:
+    """The texts of a column: of tagged sentences their tokens, of conversations their turns.
+
+    Args:
+        column: Column of a `TextPart`.
+    """
     if not len(column) or isinstance(column[0], str):
         return column
     return [

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from dsdistill.harness.checksums import json_digest
 from dsdistill.harness.errors import UserError
-from dsdistill.harness.evaluation import metrics
 from dsdistill.harness.runs import progress
 from kd.commands import text_parts, training_batches
 from kd.commands.image_training import require_no_validation_options
@@ -23,11 +22,10 @@ from kd.data.batching import BatchSource, ChangedBatches
 from kd.data.teacher_cache import TeacherCache
 from kd.data.text.token_batches import MaskedTokens, TokenBatches
 from kd.data.text.tokenization import EncodedPart
-from kd.evaluation import text_scoring, text_teacher_check, token_scoring
-from kd.evaluation.text_scoring import Answers
+from kd.evaluation import embedding_scoring, text_figures, text_teacher_check
+from kd.evaluation.text_figures import JudgedTexts
 from kd.models import networks
 from kd.models.language import lora, saved_text_models, text_students
-from kd.models.language.language_model import LanguageModel
 from kd.models.language.task import OF_TOKENS
 from kd.models.language.text_teachers import TextTeacher
 from kd.models.token_inputs import TokenInputs
@@ -40,8 +38,6 @@ from kd.recipe import Recipe
 from kd.training import dry_run
 from kd.training.checkpoint import TrainingState
 
-EVALUATION_BATCH = 64  # texts in a batch without training
-HIDDEN_SHARE = 0.15  # of the tokens of a masked language model's texts, as BERT's
 DRY_RUN_TEXTS = 4
 
 
@@ -198,7 +194,7 @@ class TextTraining:
             return source_of_texts
         if not isinstance(objective, Distillation) or not objective.needs_teacher:
             return source
-        if objective.needs_features or self.parts.task not in ("classify", "regress"):
+        if objective.needs_features or self.parts.task not in ("classify", "regress", "embed"):
             if self.options.cache is not None:
                 raise UserError(
                     "--cache keeps the teachers' answers to whole texts, and this loss needs more: "
@@ -210,10 +206,15 @@ class TextTraining:
     def validator(self) -> Validate | None:
         if "validation" not in self.parts.encoded or not self.parts.teaches_outputs:
             return None
-        student = self.parts.student.network
+        student, texts = self.parts.student.network, self._texts("validation")
+        if self.parts.task == "embed":
+            # One for all epochs, which asks the teachers once.
+            scorer = text_figures.embedding_scorer(texts, self.parts.teachers, self.on)
+            return lambda network: scorer.measure(student.with_network(network))
 
         def validate(network: nn.Module) -> Mapping[str, float]:
-            return self._measure(student.with_network(network), "validation", self.on)[0]
+            judged = student.with_network(network)
+            return text_figures.measure(judged, texts, self.on)[0]
 
         return validate
 
@@ -227,24 +228,27 @@ class TextTraining:
 
     def figures(self, state: TrainingState) -> dict[str, Any]:
         parts, corpus = self.parts, self.parts.corpus
-        judged = "test" if "test" in parts.encoded else "validation"
-        validation = self._figures_of("validation") if self.validator() else {}
-        tested = "test" in parts.encoded and parts.teaches_outputs
-        test = self._figures_of("test") if tested else {}
-        figures = test or validation
-        report = {f"test_{name}": value for name, value in test.items() if name in _NAMED_BY_PART}
-        report |= {
-            f"validation_{name}": value
-            for name, value in validation.items()
-            if name in _NAMED_BY_PART
-        }
-        report |= {name: value for name, value in figures.items() if name not in _NAMED_BY_PART}
+        judged = [part for part in ("test", "validation") if part in parts.encoded]
+        if not parts.teaches_outputs:
+            judged = []  # the head was not trained
+        report: dict[str, Any] = {}
+        figures: dict[str, Any] = {}
+        for part in judged:
+            teachers = self._judged_teachers() if part == judged[0] else ()
+            measured = text_figures.evaluate(parts.student.network, self._texts(part), teachers)
+            named = [name for name in measured if name in _NAMED_BY_PART]
+            report |= {f"{part}_{name}": measured[name] for name in named}
+            if part == judged[0]:
+                figures = {k: v for k, v in measured.items() if k not in (*named, "texts")}
+        for note in figures.pop("notes", ()):
+            progress.say(note)
         return {
+            "test_accuracy": None,
+            "validation_accuracy": None,
             **report,
-            "test_accuracy": test.get("accuracy"),
+            **figures,
             "test_texts": len(corpus.test),
-            "validation_accuracy": validation.get("accuracy"),
-            "judged_on": f"{judged} texts" if figures else None,
+            "judged_on": f"{judged[0]} texts" if judged else None,
             "task": parts.task,
             "metric": parts.recipe.metric,
             "parameters": networks.parameter_count(parts.student.network),
@@ -254,61 +258,47 @@ class TextTraining:
             "note": "; ".join(corpus.notes[1:]) or None,
         }
 
+    def latency(self) -> dict[str, float | int]:
+        encoded = self.parts.encoded
+        part = next(part for part in ("test", "validation", "train") if part in encoded)
+        return text_figures.latency(self.parts.student.network, self._texts(part), quick=True)
+
     def save(self, folder: Path) -> None:
         saved_text_models.save_run(folder, self.parts.student)
 
-    def _figures_of(self, part: str) -> dict[str, Any]:
-        """All figures of the student on a part, beside those of its teachers."""
-        parts, corpus = self.parts, self.parts.corpus
-        figures, given = self._measure(parts.student.network, part)
-        report: dict[str, Any] = dict(figures)
-        if given is None:
-            return report
-        languages = parts.encoded[part].languages
-        if languages:
-            report["languages"] = text_scoring.by_language(
-                parts.task, given, corpus.classes, languages
-            )
-        if corpus.classes and part == "test":
-            what = "token" if parts.task == "tag" else "text"
-            for note in text_scoring.notes("the student", given, corpus.classes, what):
-                progress.say(note)
-        each = {}
-        for i, (name, teacher) in enumerate(zip(parts.teacher_names, parts.teachers, strict=True)):
-            if parts.teaches_outputs and parts.recipe.augment != "teacher":
-                each[name], answers = self._measure(teacher, part, teacher=i)
-                if corpus.classes and answers is not None and i == 0:
-                    agreement = metrics.agreement(given.outputs, answers.outputs)
-                    report["teacher_agreement"] = agreement
-                    report["teacher_accuracy"] = each[name]["accuracy"]
-        if each:
-            report["teachers"] = each
-        return report
+    def _texts(self, part: str) -> JudgedTexts:
+        """The texts of a part, to judge the student and its teachers on."""
+        parts, texts = self.parts, self.parts.encoded[part]
+        return JudgedTexts(
+            parts.task,
+            parts.corpus.classes,
+            texts.encodings,
+            parts.tokenizers,
+            parts.encoding_of_teacher,
+            texts.labels,
+            texts.languages,
+            self.on.device,
+            paired=parts.task == "embed" and len(parts.corpus.train.texts) == 2,
+            parallel=parts.corpus.parallel,
+        )
 
-    def _measure(
-        self,
-        network: LanguageModel | TextTeacher,
-        part: str,
-        on: Engine | None = None,
-        *,
-        teacher: int | None = None,
-    ) -> tuple[dict[str, float], Answers | None]:
-        """Figures of a network on a part, and its answers where these are classes or scores."""
+    def _judged_teachers(self) -> Sequence[tuple[str, TextTeacher]]:
+        """The teachers whose answers the student was taught, with their names."""
         parts = self.parts
-        batches = self._batches(part, EVALUATION_BATCH)
-        if parts.task in OF_TOKENS:
-            hidden = self._hidden() if parts.task == "mlm" else None
-            text_bytes = parts.encoded[part].encodings[0].text_bytes
-            batches = replace(batches, masked=hidden)
-            return token_scoring.validate(network, batches, on, text_bytes=text_bytes), None
-        given = text_scoring.answers(network, batches, on, teacher=teacher)
-        return text_scoring.FIGURES[parts.task](given, parts.corpus.classes), given
+        if parts.recipe.augment == "teacher":
+            return ()  # its texts have taught, in its own tokens
+        return tuple(zip(parts.teacher_names, parts.teachers, strict=True))
 
     def _check_teacher(self, name: str, number: int, teacher: TextTeacher, part: str) -> None:
         parts = self.parts
         if parts.recipe.augment == "teacher":
             return  # its texts teach, in its own tokens
-        figures, given = self._measure(teacher, part, teacher=number)
+        if parts.task == "embed":
+            scorer = text_figures.embedding_scorer(self._texts(part), parts.teachers)
+            minimum = self.options.min_teacher_accuracy
+            scorer.check_teacher(name, number, minimum, self._say)
+            return
+        figures, given = text_figures.measure(teacher, self._texts(part), teacher=number)
         text_teacher_check.check(
             name,
             parts.task,
@@ -323,33 +313,29 @@ class TextTraining:
 
     def _batches(self, part: str, size: int) -> TokenBatches:
         parts, texts = self.parts, self.parts.encoded[part]
-        labels = texts.labels
+        labels, places = texts.labels, parts.encoding_of_teacher
+        labels = None if parts.task == "embed" else labels  # of scores nothing is learned
+        # A language model's teacher has its own tokens only where it writes texts beforehand.
+        apart = any(places) and parts.task not in OF_TOKENS
         return TokenBatches(
             texts.encodings,
             tuple(tokenizer.pad_token_id for tokenizer in parts.tokenizers),
             None if labels is None else torch.from_numpy(labels),
             size,
             self.on.device,
-            teachers=parts.encoding_of_teacher if any(parts.encoding_of_teacher) else (),
+            teachers=places if apart else (),
         )
 
-    def _hidden(self) -> MaskedTokens:
-        """How tokens are hidden from a masked language model.
+    def _hidden_in_training(self) -> MaskedTokens | None:
+        """How tokens are hidden; None where nothing is predicted, so that blocks see whole texts.
 
         Raises:
-            UserError: If its tokenizer has no token for that.
+            UserError: If the student's tokenizer has no token for that.
         """
-        tokenizer = self.parts.student.tokenizer
-        if tokenizer.mask_token_id is None:
-            raise UserError(
-                f"student {self.student_name} has no mask among its tokens, which --task mlm needs"
-            )
-        special, size = tuple(tokenizer.all_special_ids), len(tokenizer)
-        return MaskedTokens(HIDDEN_SHARE, tokenizer.mask_token_id, special, size)
-
-    def _hidden_in_training(self) -> MaskedTokens | None:
-        """The same; None where nothing is to be predicted, so that blocks see whole texts."""
-        return self._hidden() if self.parts.task == "mlm" and self.parts.teaches_outputs else None
+        if self.parts.task != "mlm" or not self.parts.teaches_outputs:
+            return None
+        who = f"student {self.student_name}"
+        return text_figures.hidden_tokens(who, self.parts.student.tokenizer)
 
     def _sample(self) -> TokenInputs:
         """A few texts that student and teachers can take, whatever their tokenizers."""
@@ -363,8 +349,13 @@ class TextTraining:
         """Every teacher's logits of every text; None where they would take too much memory."""
         parts = self.parts
         n, k = len(parts.encoded["train"]), max(len(parts.corpus.classes), 1)
+        if parts.task == "embed":
+            k = parts.student.embedding_width
         if 4 * n * k * len(parts.teachers) > batching.MAX_RESIDENT_BYTES:
             return None
+        if parts.corpus.parallel:  # the second half of the texts has the answers of the first
+            n //= 2
+            source = replace(source, parts=tuple(part.first(n) for part in source.parts))
         caches: Sequence[TeacherCache] = ()
         if self.options.cache is not None:
             keys = [
@@ -379,7 +370,7 @@ class TextTraining:
                 logits = _answer_all(teacher, i, source, n, k)
                 if caches and self.on.is_main_process:
                     caches[i].save("static", logits)
-            tables.append(logits)
+            tables.append(logits.repeat(2, 1) if parts.corpus.parallel else logits)
         return tuple(tables)
 
     def _say(self, line: str) -> None:
@@ -390,7 +381,7 @@ class TextTraining:
 # Figures that a report has for validation and for test texts.
 _NAMED_BY_PART = (
     *("accuracy", "macro_f1", "matthews", "pearson", "spearman", "mse", "entity_f1"),
-    *("perplexity", "bits_per_byte"),
+    *("perplexity", "bits_per_byte", *embedding_scoring.NAMED_BY_PART),
 )
 
 

@@ -28,7 +28,7 @@ from typing import Any
 import psutil
 
 from dsdistill.harness import files, memory, stopping
-from dsdistill.harness.errors import UserError
+from dsdistill.harness.errors import UserError, first_line
 from dsdistill.harness.runs import metrics_file, progress, run_folder
 from kd import recipes
 from kd.commands import (
@@ -220,6 +220,7 @@ def _open_run(
 def _report(parts: Training, state: TrainingState) -> dict[str, Any]:
     return {
         **parts.figures(state),
+        **_latency(parts),
         "best_epoch": state.best_epoch,
         "epochs": state.epoch,
         "steps": state.step,
@@ -233,6 +234,18 @@ def _report(parts: Training, state: TrainingState) -> dict[str, Any]:
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "timm", "numpy", "accelerate")},
     }
+
+
+def _latency(parts: Training) -> dict[str, float | int]:
+    """The student's latency; empty, with a line that says why, where it does not run on a CPU.
+
+    That is no error of the training, which may have taken days.
+    """
+    try:
+        return parts.latency()
+    except Exception as error:  # networks of a user raise anything
+        progress.say(f"note: no latency: the student does not run on a CPU ({first_line(error)})")
+        return {}
 
 
 def _fit(

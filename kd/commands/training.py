@@ -126,6 +126,10 @@ class Training(Protocol):
         """
         ...
 
+    def latency(self) -> dict[str, float | int]:
+        """Measure the finished student's latency on the CPU, in a second or less for most."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write the student to the folder of its run."""
         ...

@@ -8,7 +8,7 @@ several processes share a batch without communication.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -222,7 +222,7 @@ class ChangedBatches:
 def move(batch: Batch, device: torch.device) -> Batch:
     """Move a batch to a device; from pinned memory without waiting for a GPU."""
     gpu = device.type == "cuda"
-    moved = {
+    moved: dict[str, Any] = {
         name: value.to(device, non_blocking=gpu and _is_pinned(value))
         for name, value in vars(batch).items()
         if isinstance(value, Tensor | TokenInputs)

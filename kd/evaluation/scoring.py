@@ -20,6 +20,8 @@ from kd.models.token_inputs import TokenInputs
 from kd.parallel.engine import Engine
 
 LATENCY_BATCH = 64  # images of the larger batch whose latency is measured
+# Of `_median_ms` at the end of a training, which a large network must not make much longer.
+QUICK: Mapping[str, Any] = {"budget": 0.3, "warm_up": 1, "least": 1}
 
 
 def outputs(
@@ -129,42 +131,43 @@ def validate(
     return {"accuracy": accuracy, **({"nll": nll} if logits else {})}
 
 
-def latency(classifier: nn.Module, shape: Shape) -> dict[str, float]:
-    """Median milliseconds of one image and of a batch of 64 on the CPU, after warm-up."""
+def latency(classifier: nn.Module, shape: Shape, *, quick: bool = False) -> dict[str, float]:
+    """Median milliseconds of one image and of a batch of 64 on the CPU, after warm-up.
+
+    Args:
+        classifier: The network.
+        shape: Height, width and channels of its images.
+        quick: Whether one image alone is measured, in a second or less for most networks.
+    """
     on_cpu = copy.deepcopy(classifier).cpu().eval()
     h, w, c = shape
+    options = QUICK if quick else {}
     return {
-        f"latency_ms_batch_{n}": _median_ms(on_cpu, torch.zeros(n, c, h, w))
-        for n in (1, LATENCY_BATCH)
+        f"latency_ms_batch_{n}": _median_ms(on_cpu, torch.zeros(n, c, h, w), **options)
+        for n in ((1,) if quick else (1, LATENCY_BATCH))
     }
 
 
 def text_latency(
-    network: LanguageModel, tokens: int, lengths: Sequence[int]
-) -> dict[int, dict[str, float]]:
-    """Median milliseconds of one text and of a batch of 64 on the CPU, after warm-up, by length.
-
-    All texts of a batch are as long as it says: without padding.
+    network: LanguageModel, tokens: int, length: int, *, quick: bool = False
+) -> dict[str, float]:
+    """Median milliseconds of one text and of a batch of 64 on the CPU, after warm-up.
 
     Args:
         network: The network.
         tokens: Number of ids of its tokenizer.
-        lengths: Numbers of tokens of a text, special ones included.
-
-    Returns:
-        For each length the entries that `latency` has for images.
+        length: Number of tokens of each text, special ones included.
+        quick: As for `latency`.
     """
     on_cpu = copy.deepcopy(network).cpu().eval()
     generator = torch.Generator().manual_seed(0)
-    figures: dict[int, dict[str, float]] = {}
-    for length in lengths:
-        figures[length] = {}
-        for n in (1, LATENCY_BATCH):
-            ids = torch.randint(tokens, (n, length), generator=generator)
-            inputs = TokenInputs(ids, torch.ones_like(ids).bool(), torch.zeros_like(ids))
-            # A batch of long texts takes a large network seconds: fewer calls are enough.
-            milliseconds = _median_ms(on_cpu, inputs, warm_up=1, least=3)
-            figures[length][f"latency_ms_batch_{n}"] = milliseconds
+    # A batch of long texts takes a large network seconds: fewer calls are enough.
+    options = QUICK if quick else {"warm_up": 1, "least": 3}
+    figures: dict[str, float] = {}
+    for n in (1,) if quick else (1, LATENCY_BATCH):
+        ids = torch.randint(tokens, (n, length), generator=generator)
+        inputs = TokenInputs(ids, torch.ones_like(ids).bool(), torch.zeros_like(ids))
+        figures[f"latency_ms_batch_{n}"] = _median_ms(on_cpu, inputs, **options)
     return figures
 
 

@@ -129,7 +129,7 @@ def tag_figures(given: Answers, classes: Sequence[str]) -> dict[str, float]:
     }
     if _marks_entities(classes):
         expected, answered = (
-            entities([classes[tag] for tag in tags], given.rows)
+            entities([classes[int(tag)] for tag in tags], given.rows)
             for tags in (given.targets, predicted)
         )
         right = len(expected & answered)
@@ -176,6 +176,7 @@ METRICS: Mapping[Task, tuple[Metric, ...]] = {  # those of them that can select 
     "tag": ("entity_f1", "macro_f1", "accuracy", "nll"),
     "mlm": ("nll", "accuracy"),
     "causal": ("nll", "accuracy"),
+    "embed": ("cosine", "spearman", "pearson"),
 }
 
 
@@ -208,6 +209,8 @@ def default_metric(task: Task, classes: Sequence[str]) -> Metric:
     """
     if task == "tag":
         return "entity_f1" if _marks_entities(classes) else "macro_f1"
+    if task == "embed":
+        return "cosine"
     return "accuracy" if task == "classify" else "spearman" if task == "regress" else "nll"
 
 
@@ -248,7 +251,7 @@ def notes(who: str, given: Answers, classes: Sequence[str], what: str = "text") 
 
 
 def _macro_f1(targets: Int[np.ndarray, " m"], predicted: Int[np.ndarray, " m"]) -> float:
-    return float(f1_score(targets, predicted, average="macro", zero_division=0))
+    return float(f1_score(targets, predicted, average="macro", zero_division=0.0))  # pyright: ignore
 
 
 def _matthews(targets: Int[np.ndarray, " m"], predicted: Int[np.ndarray, " m"]) -> float:

@@ -29,7 +29,7 @@ def validate(
         network: Network that maps token ids to logits of tokens; its mode is restored.
         batches: All texts, the same in every process, with `token_targets`; of masked language
             models the same tokens are hidden each time.
-        on: The processes, all of which must call this; None for one process alone.
+        on: The processes; None for one process.
         text_bytes: `EncodedPart.text_bytes` of the texts; None leaves bits per byte out.
 
     Returns:
@@ -64,7 +64,7 @@ def _sums(network: nn.Module, batches: EvaluationBatches, on: Engine | None) -> 
     """Number of right predictions, sum of cross-entropies, and number of targets."""
     was_training = network.training
     rank, world = (on.process_index, on.num_processes) if on else (0, 1)
-    sums = torch.zeros(3, dtype=torch.float64, device=on.device if on else None)
+    sums: Any = torch.zeros(3, dtype=torch.float64, device=on.device if on else None)
     network.eval()
     with torch.inference_mode():
         for batch in batches.in_order(rank, world):
@@ -73,9 +73,8 @@ def _sums(network: nn.Module, batches: EvaluationBatches, on: Engine | None) -> 
             logits, count = network(batch.inputs), batch.count("targets")
             right = (logits.argmax(-1) == targets)[targets != IGNORED].sum()
             nats = token.token_cross_entropy(logits, targets) * count
-            sums += (
-                torch.stack([right, nats, torch.full_like(nats, count)]).double().to(sums.device)
-            )
+            parts = torch.stack([right, nats, torch.full_like(nats, count)]).double()
+            sums = sums.to(parts.device) + parts
     network.train(was_training)
     totals: Any = on.reduce(sums) if on else sums
     return totals.tolist()

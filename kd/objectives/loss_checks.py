@@ -7,7 +7,7 @@ from collections.abc import Container, Sequence
 from dataclasses import replace
 
 from dsdistill.harness.errors import UserError
-from kd.objectives.terms import Term
+from kd.objectives.terms import Term, TermDefinition
 from kd.recipe import METRICS, Recipe
 
 TOKEN_TASKS = ("tag", "mlm", "causal")  # tasks whose networks answer for tokens
@@ -49,7 +49,7 @@ def check_texts(terms: Sequence[Term], *, task: str, same_ids: bool) -> None:
 
     Args:
         terms: Terms of the loss.
-        task: `classify`, `regress`, `tag`, `mlm` or `causal`.
+        task: `classify`, `regress`, `tag`, `mlm`, `causal` or `embed`.
         same_ids: Whether student and teachers see the same tokens.
 
     Raises:
@@ -73,6 +73,12 @@ def check_texts(terms: Sequence[Term], *, task: str, same_ids: bool) -> None:
                 f"--loss {term.name} takes the targets of --task {needs.task}, not those of --task "
                 f"{task}: use {'clm' if task == 'causal' else 'mlm' if task == 'mlm' else 'ce'}"
             )
+        if task == "embed" and _needs_labels_or_classes(needs):
+            raise UserError(
+                f"--loss {term.name} takes labels or classes, and --task embed has neither: use "
+                "logits, the mean squared error of the embeddings, or a loss of vectors such as "
+                "rkd-distance"
+            )
         if task == "regress" and (needs.needs_logits or (on_answers and needs.classes > 1)):
             raise UserError(
                 f"--loss {term.name} takes classes, and --task regress has scores: use "
@@ -87,6 +93,11 @@ def check_texts(terms: Sequence[Term], *, task: str, same_ids: bool) -> None:
                 f"--loss {term.name} compares token by token, and the teacher has another "
                 f"tokenizer: use {remedy}"
             )
+
+
+def _needs_labels_or_classes(needs: TermDefinition) -> bool:
+    on_answers = not (needs.reads_layers or needs.of_tokens)
+    return not needs.needs_teacher or needs.needs_logits or (on_answers and needs.classes > 1)
 
 
 def trains_outputs(terms: Sequence[Term]) -> bool:

@@ -97,7 +97,7 @@ def train(
         for step, parts in stream:
             terms = trainer.update(step, parts, seed)
             guard.check(step, terms, parts, trainer.rate)
-            meter.add(terms, sum(len(part) for part in parts))
+            meter.add(terms, parts)
             state = replace(state, step=step + 1, epoch=(step + 1) // trainer.per_epoch)
             if show:
                 show(step + 1, **meter.now(), **_best_figure(state, recipe))

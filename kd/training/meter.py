@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dsdistill.harness.errors import UserError
 from kd.data.batching import Batch
+from kd.models.token_inputs import TokenInputs
 from kd.parallel.engine import Engine
 
 SECONDS_BETWEEN_READINGS = 0.5  # to read a value is to wait for the device
@@ -18,28 +19,35 @@ MAX_ROWS_SHOWN = 5  # rows of a batch in an error
 class Meter:
     """Mean loss terms and the speed of one round.
 
+    The speed is in images, or texts, or of texts with a target for each token in tokens.
+
     Args:
         sums: Result of `sums` from an earlier part of the round.
     """
 
     def __init__(self, sums: Mapping[str, float] | None = None) -> None:
         earlier = dict(sums or {})
-        self._steps, self._images = earlier.pop("steps", 0.0), earlier.pop("images", 0.0)
+        self._steps = earlier.pop("steps", 0.0)
+        self._amount: Tensor | float = earlier.pop("images", 0.0)  # of whatever unit
+        self._unit = "images"
         self._seconds = earlier.pop("seconds", 0.0)
         self._sums: dict[str, Tensor | float] = dict(earlier)
         self._last: dict[str, Tensor] = {}
         self._shown: tuple[float, dict[str, float]] = (0.0, {})
         self._began = time.perf_counter()
 
-    def add(self, terms: Mapping[str, Tensor], images: int) -> None:
-        """Add the terms of a step of `images` images."""
+    def add(self, terms: Mapping[str, Tensor], batches: Sequence[Batch]) -> None:
+        """Add the terms of a step, and what its batches hold."""
         self._last = dict(terms)
         for name, value in terms.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.double()
-        self._steps, self._images = self._steps + 1, self._images + images
+        self._steps += 1
+        for batch in batches:
+            self._unit, amount = _amount(batch)
+            self._amount = self._amount + amount
 
     def now(self) -> dict[str, float]:
-        """A recent step's terms, and images per second since the round began."""
+        """A recent step's terms, and the speed since the round began."""
         if time.monotonic() - self._shown[0] > SECONDS_BETWEEN_READINGS:
             terms = {name: value.item() for name, value in self._last.items()}
             self._shown = time.monotonic(), terms | self._speed()
@@ -49,23 +57,33 @@ class Meter:
         """Sums for a checkpoint in the middle of a round."""
         terms = {name: float(value) for name, value in self._sums.items()}
         passed = self._seconds + time.perf_counter() - self._began
-        return terms | {"steps": self._steps, "images": self._images, "seconds": passed}
+        return terms | {"steps": self._steps, "images": float(self._amount), "seconds": passed}
 
     def means(self, on: Engine) -> dict[str, float]:
-        """The round's mean terms, and its images per second, over all processes."""
+        """The round's mean terms, and its speed, over all processes."""
         values = [float(value) for value in self._sums.values()]
-        parts = torch.tensor([*values, self._images], dtype=torch.float64, device=on.device)
+        parts = torch.tensor([*values, float(self._amount)], dtype=torch.float64, device=on.device)
         summed: Any = on.reduce(parts)
-        *terms, images = summed.tolist()
+        *terms, amount = summed.tolist()
         processes = on.num_processes
         means = {
             name: value / self._steps / processes
             for name, value in zip(self._sums, terms, strict=True)
         }
-        return means | {"images_per_second": images / self.sums()["seconds"]}
+        return means | {f"{self._unit}_per_second": amount / self.sums()["seconds"]}
 
     def _speed(self) -> dict[str, float]:
-        return {"images_per_second": self._images / self.sums()["seconds"]}
+        sums = self.sums()
+        return {f"{self._unit}_per_second": sums["images"] / sums["seconds"]}
+
+
+def _amount(batch: Batch) -> tuple[str, int | Tensor]:
+    """Unit of a batch's inputs, and their number; a count of tokens does not wait for a GPU."""
+    if not isinstance(batch.inputs, TokenInputs):
+        return "images", len(batch)
+    if batch.token_targets is None:
+        return "texts", len(batch)
+    return "tokens", batch.inputs.mask.sum().double()
 
 
 class FiniteGuard:
@@ -128,10 +146,11 @@ def _not_finite_error(
     values = torch.stack(list(terms.values()))
     name = next((n for n, v in terms.items() if not torch.isfinite(v)), "sum")
     rows = [i for batch in batches if batch.index is not None for i in batch.index.tolist()]
-    images = ", ".join(map(str, rows[:MAX_ROWS_SHOWN])) + (
+    numbers = ", ".join(map(str, rows[:MAX_ROWS_SHOWN])) + (
         ", ..." if len(rows) > MAX_ROWS_SHOWN else ""
     )
-    where = f", training images {images}" if rows else ""
+    kind = "texts" if isinstance(batches[0].inputs, TokenInputs) else "images"
+    where = f", training {kind} {numbers}" if rows else ""
     return UserError(
         f"loss term {name!r} is {terms.get(name, values.sum()).item()} at step {step}{where} "
         f"(learning rate {rate:.3g}): lower --lr"

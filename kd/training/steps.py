@@ -101,7 +101,7 @@ class Trainer:
         self.wrapped.zero_grad(set_to_none=True)  # a user's optimizer may have only a part
         units = self.objective.units
         each = dict.fromkeys(units.values())  # in the same order everywhere: sums depend on it
-        totals = {unit: sum(part.total(unit) for part in parts) for unit in each}
+        totals: dict[Unit, int] = {unit: sum(part.total(unit) for part in parts) for unit in each}
         terms: dict[str, Tensor] = {}
         for i, part in enumerate(parts):
             seed_torch(derive_seed(seed, step, i, self.on.process_index), self.on.device)
@@ -109,7 +109,7 @@ class Trainer:
             with contextlib.nullcontext() if last else self.on.no_sync(self.wrapped):
                 part_terms = self.wrapped(part)
                 # Gradients are averaged over processes, whatever their shares: hence the number.
-                weights = {
+                weights: dict[Unit, float] = {
                     unit: part.count(unit) * self.on.num_processes / max(total, 1)
                     for unit, total in totals.items()
                 }

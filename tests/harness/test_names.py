@@ -35,8 +35,7 @@ from dsdistill.harness.reports import report as reports
 from dsdistill.harness.reports.image_grid import GridSide
 from dsdistill.harness.reports.write import write_report
 from dsdistill.harness.runs import progress
-from kd import cli
-from kd.commands import curves, finished_runs, train
+from kd.commands import curves, finished_runs, printed_figures, train
 from kd.commands import report as kd_report
 from kd.models import saved_models
 from kd.options import Overrides, TrainOptions
@@ -455,7 +454,7 @@ def test_figures_of_kd_show_names_as_text(terminal, monkeypatch):
     monkeypatch.setattr(sys, "stdout", Terminal() if terminal else io.StringIO())
     monkeypatch.setenv("COLUMNS", "600")
     for name in CLASSES:
-        cli._print_figures({"folder": name})
+        printed_figures.print_figures({"folder": name})
     shown = visible(sys.stdout.getvalue())
     assert all(name in shown for name in SHOWN)
 

@@ -97,6 +97,12 @@ def test_the_test_part_of_a_folder_is_judged_and_named(
     assert judged(inside, capsys, "of-parts", "parts/val")["accuracy"] == own["accuracy"]
 
 
+def test_a_training_on_images_measures_the_latency_of_one(inside: pytest.MonkeyPatch) -> None:
+    assert json.loads(Path("of-parts/report.json").read_text())["latency_ms_batch_1"] > 0
+    line = support.refused(inside, "evaluate", "of-parts", "--label", "class")
+    assert "--label is for texts, and of-parts is a student of images" in line
+
+
 def test_of_the_data_trained_on_only_the_held_out_share_is_judged(
     inside: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,7 +8,7 @@ from torch.nn.utils import rnn
 
 from dsdistill.harness.errors import UserError
 from kd.models.language import blocks
-from kd.models.language.bilstm import BiLstm
+from kd.models.language.bilstm import BiLstm, with_scans
 
 SIZES = {"vocab_size": 30, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
 IDS = torch.randint(5, 30, (3, 7), generator=torch.Generator().manual_seed(0))
@@ -30,6 +30,12 @@ def test_bilstm_is_the_bidirectional_one_on_packed_texts():
     features = torch.cat([last[0], last[1]], dim=-1)
     expected = network.classifier(torch.relu(network.hidden(features)))
     torch.testing.assert_close(network(IDS, MASK), expected)
+
+
+def test_a_bilstm_of_scans_is_the_same_network():
+    network = BiLstm(30, 4, 12, pairs=False)
+    with torch.no_grad():
+        torch.testing.assert_close(with_scans(network)(IDS, MASK), network(IDS, MASK))
 
 
 def test_padding_changes_no_answer_of_the_bilstm():

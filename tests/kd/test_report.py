@@ -1,6 +1,7 @@
 """`kd report`: seeds of one training together, the lines that make them, and bad folders."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -15,14 +16,28 @@ import tyro
 
 from dsdistill.harness import files
 from dsdistill.harness.errors import UserError
-from kd.commands import finished_runs, report
+from dsdistill.harness.reports import plot_style
+from kd.commands import curves, finished_runs, report
 from kd.options import Overrides, TrainOptions
 
 
 def made(
-    parent: Path, options: TrainOptions, *, accuracy: float | None = 0.8, note: str | None = None
+    parent: Path,
+    options: TrainOptions,
+    *,
+    accuracy: float | None = 0.8,
+    note: str | None = None,
+    curve: str = "accuracy",
+    **figures: Any,
 ) -> Path:
-    """A finished run's folder, as far as a report reads it."""
+    """A finished run's folder, as far as a report reads it.
+
+    Args:
+        parent: Where it goes.
+        options: Options of the run.
+        accuracy, note, figures: Entries of its report.
+        curve: Figure that was measured after each round.
+    """
     folder = parent / f"run-{len(list(parent.iterdir()))}"
     folder.mkdir()
     config = {k: v for k, v in asdict(options).items() if k not in ("out", "resume", "overrides")}
@@ -45,10 +60,11 @@ def made(
             "teacher": options.teacher,
             "note": note,
             "recipe": {},
+            **figures,
         },
     )
     lines = [
-        json.dumps({"step": step, "ce": 1 / step, "validation_accuracy": 0.5 + step / 300})
+        json.dumps({"step": step, "ce": 1 / step, f"validation_{curve}": 0.5 + step / 300})
         for step in (21, 42, 63)
     ]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
@@ -75,18 +91,32 @@ def folders(tmp_path: Path) -> list[Path]:
     return [*found, made(tmp_path / "runs", TAUGHT, accuracy=0.9, note="no <validation> images")]
 
 
+def cells_of(compared: report.Comparison, group: finished_runs.RunGroup) -> dict[str, str]:
+    """Cells of the test figures by the name of their column."""
+    return dict(
+        zip(report.metric_columns(compared), report.metric_cells(compared, group), strict=True)
+    )
+
+
+def compared_in(folder: Path) -> list[report.Comparison]:
+    """The comparisons of all runs of a folder."""
+    runs = [finished_runs.read(path) for path in sorted(folder.iterdir())]
+    return report.comparisons(finished_runs.group_by_options(runs))
+
+
 def test_runs_that_differ_in_their_seed_are_put_together(folders):
     groups = finished_runs.group_by_options([finished_runs.read(folder) for folder in folders])
     assert [len(group.runs) for group in groups] == [3, 1]
     assert groups[0].label == "mlp:16"
     assert groups[1].label == "mlp:16 from teacher, lr 0.1, decay all True"
-    cells = dict(zip(report.METRIC_COLUMNS, report.metric_cells(groups[0]), strict=True))
+    (compared,) = report.comparisons(groups)
+    cells = cells_of(compared, groups[0])
     assert cells["test accuracy, %"] == "82.0 ± 2.0"
     low, high = map(float, cells["95 % interval"].split(" to "))
     half = 4.303 * 2 / np.sqrt(3)  # of Student's t with 2 degrees of freedom
     assert (low, high) == pytest.approx((82 - half, 82 + half), abs=0.06)
     assert cells["agrees with teacher, %"] == "–"
-    assert report.metric_cells(groups[1])[1:3] == ["90.0", "–"]
+    assert report.metric_cells(compared, groups[1])[1:3] == ["90.0", "–"]
 
 
 def test_groups_of_one_name_are_numbered(tmp_path):
@@ -101,7 +131,8 @@ def test_a_seed_without_a_figure_leaves_no_mean(tmp_path):
         finished_runs.read(made(tmp_path, replace(PLAIN, seed=seed), accuracy=value))
         for seed, value in enumerate((0.5, None))
     ]
-    assert report.metric_cells(finished_runs.group_by_options(found)[0])[1:3] == ["–", "–"]
+    (compared,) = report.comparisons(finished_runs.group_by_options(found))
+    assert report.metric_cells(compared, compared.groups[0])[1:3] == ["–", "–"]
 
 
 @pytest.mark.parametrize(
@@ -201,6 +232,123 @@ def test_it_needs_no_framework():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def texts(task: str, metric: str, part: str = "test", **figures: Any) -> dict[str, Any]:
+    """What the report of a run of texts has beside one of images."""
+    return {
+        "task": task,
+        "metric": metric,
+        "judged_on": f"{part} texts",
+        "curve": metric,
+        **figures,
+    }
+
+
+def test_runs_of_texts_are_compared_by_their_metric(tmp_path):
+    options = TrainOptions("stsb", student="bilstm:8")
+    for seed, value in enumerate((0.5, -0.1, 0.2)):
+        figures = texts("regress", "spearman", test_spearman=value, test_mse=2 + value)
+        figures["teacher_spearman"] = 0.75
+        made(tmp_path, replace(options, seed=seed), accuracy=None, nll=None, **figures)
+    (compared,) = compared_in(tmp_path)
+    cells = cells_of(compared, compared.groups[0])
+    assert cells["test Spearman's correlation"] == "0.200 ± 0.300"
+    assert cells["95 % interval"] == "−0.545 to 0.945"  # 4.303 · 0.3 / √3 on both sides
+    assert cells["mean squared error"] == "2.200 ± 0.300"
+    assert cells["teacher's Spearman's correlation"] == "0.750 ± 0.000"
+    assert cells["accuracy, %"] == cells["NLL, nats"] == "–"
+    axes = report.curves(compared.groups, compared.figure).axes[0]
+    assert axes.get_ylabel() == "validation Spearman's correlation"
+    assert [*np.asarray(axes.lines[0].get_ydata())] == pytest.approx([0.57, 0.64, 0.71])
+    page = report.render(sorted(tmp_path.iterdir()))
+    assert "On stsb, bilstm:8: Spearman&#x27;s correlation 0.200 ± 0.300." in page
+    assert "validation texts; the test texts" in page
+
+
+def test_a_smaller_perplexity_is_ahead(tmp_path):
+    for student, value in (("hf:/far/small", 30.0), ("hf:/far/large", 20.0)):
+        figures = texts("causal", "nll", "validation", validation_perplexity=value)
+        figures["curve"] = "perplexity"
+        made(tmp_path, TrainOptions("play", student=student), accuracy=None, **figures)
+    (compared,) = compared_in(tmp_path)
+    assert report.curves(compared.groups, compared.figure).axes[0].get_yscale() == "log"
+    page = report.render(sorted(tmp_path.iterdir()))
+    assert "On play (validation texts), hf:large: perplexity 20.00." in page
+    assert "That is 10.00 less than hf:small; one seed" in page
+    assert "the validation texts judge too" in page
+
+
+def test_metrics_that_differ_fall_back_to_that_of_the_task(tmp_path):
+    for metric in ("macro_f1", "matthews"):
+        figures = texts("classify", metric, test_macro_f1=0.6)
+        chosen = TrainOptions("sst2", student="bilstm", overrides=overrides(metric=metric))
+        made(tmp_path, chosen, accuracy=0.7, **figures)
+    (compared,) = compared_in(tmp_path)
+    assert compared.title == "test accuracy, %"
+    assert [cells_of(compared, x)["macro F1, %"] for x in compared.groups] == ["60.0", "60.0"]
+
+
+def test_images_and_texts_share_a_page(folders, tmp_path):
+    made(tmp_path / "runs", TrainOptions("digits", student="bert"), **texts("classify", "accuracy"))
+    compared = compared_in(tmp_path / "runs")
+    assert [one.name for one in compared] == ["digits, images", "digits, classify"]
+    page = report.render(sorted((tmp_path / "runs").iterdir()))
+    assert page.count("<caption>") == 3  # one of each: figures, costs and runs
+    assert "was chosen on validation data; the test data" in page
+
+
+def test_each_language_has_a_column(tmp_path):
+    for seed, value in enumerate((0.5, 0.7)):
+        languages = {"de": {"texts": 60, "accuracy": value}, "sw": {"texts": 7, "accuracy": 0.4}}
+        figures = texts("classify", "accuracy", languages=languages)
+        made(tmp_path, TrainOptions("tweets", student="bert", seed=seed), **figures)
+    made(tmp_path, TrainOptions("tweets", student="bilstm"), **texts("classify", "accuracy"))
+    page = report.render(sorted(tmp_path.iterdir()))
+    table = page[page.index("Test accuracy on tweets by language, in percent") :]
+    rows = re.findall(r"<tr><th scope=.row.>(.*?)</th>(.*?)</tr>", table)[:2]
+    assert re.findall(r'col">(.*?)<', table)[:3] == ["training", "de, n = 60", "sw, n = 7"]
+    assert re.findall(r"<td>(.*?)</td>", rows[0][1]) == ["60.0 ± 14.1", "40.0 ± 0.0"]
+    assert re.findall(r"<td>(.*?)</td>", rows[1][1]) == ["–", "–"]
+
+
+def test_costs_are_columns_and_a_plot(tmp_path):
+    sizes = (("bert", 66e6, 12.0, 0.9), ("bilstm", 2e6, 0.5, 0.8))
+    for student, parameters, milliseconds, accuracy in sizes:
+        figures = texts("classify", "accuracy", latency_ms_batch_1=milliseconds, latency_tokens=23)
+        figures |= {"parameters": int(parameters), "teacher_accuracy": 0.93, "accuracy": accuracy}
+        made(tmp_path, TrainOptions("sst2", student=student), train_images=600, **figures)
+    (compared,) = compared_in(tmp_path)
+    cells = [
+        dict(zip(report.COST_COLUMNS, report.cost_cells(group), strict=True))
+        for group in compared.groups
+    ]
+    assert [row["latency, ms"] for row in cells] == ["12.0 (23 tokens)", "0.500 (23 tokens)"]
+    assert (cells[0]["texts"], cells[0]["images"]) == ("600", "–")
+    left, right = report.costs(compared).axes
+    assert (left.get_xlabel(), left.get_ylabel()) == ("parameters, millions", "test accuracy, %")
+    points = [
+        [np.asarray(line.get_xydata())[0].tolist() for line in axes.lines[:2]]
+        for axes in (left, right)
+    ]
+    assert points == [[[66, 90], [2, 80]], [[12, 90], [0.5, 80]]]
+    assert np.asarray(left.lines[-1].get_ydata())[0] == pytest.approx(93)  # the teacher
+    assert report.render(sorted(tmp_path.iterdir())).count("<svg") == 2
+
+
+def test_a_metric_that_does_not_exist_is_a_damaged_run(tmp_path):
+    folder = made(tmp_path, PLAIN, **texts("classify", "brilliance"))
+    with pytest.raises(UserError, match=r"metric is 'brilliance'"):
+        report.render([folder])
+
+
+def test_curves_show_the_metric_of_a_run(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plot_style, "png", lambda figure: drawn.append(figure) or b"")
+    curves.draw(made(tmp_path, PLAIN, **texts("regress", "spearman")))
+    right = drawn[0].axes[1]
+    assert right.get_ylabel() == "validation Spearman's correlation"
+    assert right.lines[0].get_xdata().tolist() == [21, 42, 63]
 
 
 @pytest.mark.skipif(browser.CHROMIUM is None, reason="no chromium")

@@ -1,6 +1,7 @@
 """Corpora from files: parts, labels, and rows that do not fit."""
 
 import json
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -169,3 +170,14 @@ def test_plain_text_of_causal_models_is_one_text_whose_end_validates(tmp_path):
     assert 0.1 <= len(end) / len(train + end) < 0.15
     assert len(corpus.load(path, task="mlm").train) > 20  # for other tasks lines are texts
     assert len(corpus.load(path, task="causal", validation_fraction=0).validation) == 0
+
+
+def test_named_texts_lie_in_the_folder_of_data_sets(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "sets"
+    (root / "text" / "known").mkdir(parents=True)
+    assert part_files.locate("known", root) == root / "text" / "known"
+    assert part_files.locate("other", root) == root / "other"
+    assert part_files.locate("a/known", root) == Path("a/known")
+    (tmp_path / "known").mkdir()
+    assert part_files.locate("known", root) == Path("known")

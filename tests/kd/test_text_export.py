@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+import safetensors.numpy
 import torch
 import transformers
 from text_support import TEXTS, bert_folder
@@ -28,7 +29,12 @@ RUNS = {
     "regress": ("bilstm:6", "regress", (), False),
     "tag": ("hf", "tag", ("B", "I", "O"), False),
     "mlm": ("hf", "mlm", (), False),
+    "embed": ("bert:2x8", "embed", (), False),
 }
+DATA = (
+    *(("classify", "pairs.tsv"), ("bilstm", "pairs.tsv")),
+    *(("mlm", "texts.txt"), ("embed", "pairs.tsv")),
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +51,7 @@ def work(tmp_path_factory) -> Path:
         model = text_students.build(mlm if name == "hf" else name, task, classes, **options)
         (folder / run).mkdir()
         saved_text_models.save_run(folder / run, model)
-    for run, data in (("classify", "pairs.tsv"), ("bilstm", "pairs.tsv"), ("mlm", "texts.txt")):
+    for run, data in DATA:
         files.write_json(folder / run / "config.json", {"data": str(folder / data)})
     return folder
 
@@ -92,6 +98,8 @@ def test_onnx_of_any_number_and_length_of_texts(work, tmp_path, run):
         answer = session.run(["logits"], arrays)[0]
         np.testing.assert_allclose(answer, expected(model, inputs), atol=ROUNDING)
     logits = check_use(card, tmp_path / "out")["logits"]
+    content = (tmp_path / "out" / "model.onnx").read_bytes()
+    assert text_export_formats.__file__.encode() not in content
     assert logits.shape[0] == 1
     assert logits.shape[-1] == len(model.classes)
 
@@ -107,6 +115,8 @@ def test_pt2_of_any_number_and_length_of_texts(work, tmp_path, run):
         answer = network(*(inputs[name] for name in card["inputs"]["names"])).detach()
         np.testing.assert_allclose(answer, expected(model, inputs), atol=ROUNDING)
     assert check_use(card, tmp_path / "out")["logits"].shape[0] == 1
+    path = tmp_path / "out" / "model.pt2"
+    assert text_export_formats.__file__.encode() not in path.read_bytes()
 
 
 def test_a_folder_for_transformers_and_its_pipeline(work, tmp_path):
@@ -125,6 +135,35 @@ def test_a_folder_for_transformers_and_its_pipeline(work, tmp_path):
     cut = model.tokenizer(*pair, truncation=True, max_length=12, return_tensors="pt")
     probabilities = torch.from_numpy(expected(model, cut)).softmax(-1)[0].tolist()
     assert scores == pytest.approx(dict(zip(CLASSES, probabilities, strict=True)), abs=ROUNDING)
+
+
+def test_a_model_of_embeddings_is_one_of_sentence_transformers(work, tmp_path):
+    said, card = write(work / "embed", tmp_path / "out", "huggingface")
+    assert said["texts"] > 0
+    assert card["outputs"]["name"] == "sentence_embedding"
+    assert card["outputs"]["shape"] == ["batch", 16]  # as the teacher's
+    assert "SentenceTransformer" in card["use"]
+    model = saved_text_models.load_run(work / "embed")
+    out = tmp_path / "out"
+    modules = json.loads((out / "modules.json").read_text())
+    assert [module["path"] for module in modules] == ["", "1_Pooling", "2_Dense"]
+    layer = safetensors.numpy.load_file(out / "2_Dense" / "model.safetensors")
+    network = transformers.AutoModel.from_pretrained(out).eval()
+    inputs = texts(model, 3)
+    with torch.no_grad():
+        states = network(**inputs).last_hidden_state.numpy()
+    mask = inputs["attention_mask"].numpy()[..., None]
+    pooled = (states * mask).sum(1) / mask.sum(1)
+    answer = pooled @ layer["linear.weight"].T + layer["linear.bias"]
+    np.testing.assert_allclose(answer, expected(model, inputs), atol=ROUNDING)
+
+
+def test_embeddings_in_onnx(work, tmp_path):
+    _, card = write(work / "embed", tmp_path / "out", "onnx")
+    embedding = check_use(card, tmp_path / "out")["sentence_embedding"]
+    model = saved_text_models.load_run(work / "embed")
+    inputs = model.tokenizer(["a text"], return_tensors="pt")
+    np.testing.assert_allclose(embedding, expected(model, inputs), atol=ROUNDING)
 
 
 def test_a_masked_model_in_a_pipeline(work, tmp_path):
@@ -156,6 +195,12 @@ def test_formats_that_do_not_fit_are_one_line(work, tmp_path, run, format_, mess
         export.export(ExportOptions(work / run, format_, tmp_path / "out"))
     assert "\n" not in str(refusal.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_for_transformers_is_of_texts(tmp_path):
+    files.write_json(tmp_path / "model.json", {"classes": ["a", "b"]})  # of a run on images
+    with pytest.raises(UserError, match="--format huggingface is for students of texts"):
+        export.export(ExportOptions(tmp_path, "huggingface", tmp_path / "out"))
 
 
 def test_an_export_that_answers_otherwise_is_not_written(work, tmp_path, monkeypatch):

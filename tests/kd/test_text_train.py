@@ -227,7 +227,7 @@ OPTIONS: list[tuple[str, tuple[object, ...], str]] = [
         "--task mlm needs a transformer",
     ),
     ("plain", ("--task", "causal", "--student", "hf:bert"), "sees the tokens after the one"),
-    ("one", (*STUDENT, "--task", "embed"), "no network of texts has a head for --task embed"),
+    ("one", (*STUDENT, "--task", "embed"), "fits the embeddings of a teacher: name it with"),
     # teachers
     ("one", (*STUDENT, "--teacher", "hf:bert"), "has no trained head for classify"),
     ("score", (*STUDENT, "--teacher", "T"), "has no trained head for regress"),

@@ -31,6 +31,11 @@ SMALL = {  # name: the cell of settings, and how many pictures there are
         "FOLDER, BACKBONE, PIECES, EPOCHS, STEPS = None, None, 12, 1, 2",
         1,
     ),
+    "06_language": (
+        'DATA, TEACHER, STUDENT = None, "bert:1x24", "bilstm:8"\n'
+        "SENTENCES, EPOCHS, COPIES = 100, 2, 1",
+        0,
+    ),
 }
 
 

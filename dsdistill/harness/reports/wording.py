@@ -28,11 +28,12 @@ def spread(summary: Summary | None, scale: float = 100, digits: int = 1) -> str:
     return mean if summary.n == 1 else f"{mean} ± {scale * summary.std:.{digits}f}"
 
 
-def confidence_interval(summary: Summary | None) -> str:
-    """Format the 95 % interval of a mean, in percent; one value has none."""
+def confidence_interval(summary: Summary | None, scale: float = 100, digits: int = 1) -> str:
+    """Format the 95 % interval of a mean, by default in percent; one value has none."""
     if summary is None or summary.n == 1:
         return NOTHING
-    return f"{percent(summary.low)} to {percent(summary.high)}".replace("-", MINUS)
+    ends = (f"{scale * end:.{digits}f}" for end in (summary.low, summary.high))
+    return " to ".join(ends).replace("-", MINUS)
 
 
 def is_deterministic(row: Row) -> bool:

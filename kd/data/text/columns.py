@@ -19,7 +19,9 @@ PAIRS = (
     ("text1", "text2"),
     ("text_a", "text_b"),
     ("source", "target"),
+    ("english", "non_english"),
 )
+PARALLEL = PAIRS[-2:]  # a text and its translation
 TEXTS = ("text", "sentence", "question", "review", "content", "document", "tweet", "comment")
 LABELS = ("label", "labels", "class", "score", "category", "target", "sentiment", "coarse_label")
 LANGUAGES = ("language", "lang")
@@ -43,6 +45,18 @@ class Columns:
     texts: tuple[str, ...]
     label: str | None = None
     language: str | None = None
+
+    def are_parallel(self, *, given: bool) -> bool:
+        """Whether the second text of a row is a translation of the first, for `embed`.
+
+        Other pairs, such as sentences of which a person has said how similar they are, are two
+        texts of which each has its own embedding.
+
+        Args:
+            given: Whether the user has named the columns.
+        """
+        two = len(self.texts) == 2 and self.label is None
+        return two and (given or self.texts in PARALLEL)
 
     @property
     def described(self) -> str:
@@ -85,10 +99,16 @@ def recognise(
         # In MS MARCO and others the second text of a pair is called as labels are elsewhere.
         label = next((name for name in known if name in names and name not in texts), None)
         if label is None:
+            others = ", or say --task mlm, causal or embed" if task is None else ""
             raise UserError(
                 f"{where} has no column of labels that is recognised among {_listed(names)}: name "
-                "it with --label, or say --task mlm, causal or embed"
+                f"it with --label{others}"
             )
+    if label is not None and task == "embed" and len(texts) == 1:
+        raise UserError(
+            f"--label {label} must be a score of two texts with --task embed, and {where} has one "
+            "text in a row: leave it out, or name two with --text ONE,OTHER"
+        )
     if label in texts:
         raise UserError(f"--text and --label name one column, {label}")
     language = next((name for name in LANGUAGES if name in names and name not in texts), None)

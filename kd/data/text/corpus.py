@@ -65,6 +65,7 @@ class Corpus:
         brings_validation: Whether the validation part is the data's own.
         notes: Lines for the user: what was recognised, and what is missing.
         sha256: Changes with any row of any part.
+        parallel: Whether the second text of each row is a translation of the first.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Corpus:
     brings_validation: bool
     notes: tuple[str, ...]
     sha256: str
+    parallel: bool = False
 
 
 def load(
@@ -117,6 +119,9 @@ def load(
             if name not in other.columns:
                 raise UserError(f"{other.path} has no column {name}, which {train.path} has")
     notes = [f"{found.described}: {task}"]
+    parallel = task == "embed" and found.are_parallel(given=text is not None)
+    if task == "embed":
+        notes = ["; ".join([*notes, *_embedding_notes(train, found, parallel=parallel)])]
     known = _class_names(parts, found, task, classes)
     read = {
         name: _part(table, found, task, known, test=name == "test", notes=notes)
@@ -154,7 +159,23 @@ def load(
         brings,
         tuple(notes),
         _digest(parts),
+        parallel,
     )
+
+
+def _embedding_notes(table: Table, found: Columns, *, parallel: bool) -> list[str]:
+    """Sentences on what the columns are for where embeddings are learned."""
+    notes = []
+    if parallel:
+        first, second = found.texts
+        notes.append(f"{second} is a translation of {first}: both fit the teacher's {first}")
+    elif len(found.texts) == 2:
+        notes.append("each text of a pair fits the teacher's embedding of it")
+    others = [name for name in columns.LABELS if name in table.columns and name not in found.texts]
+    if found.label is None and others:
+        more = f", unless --label {others[0]} names scores" if len(found.texts) == 2 else ""
+        notes.append(f"the column {others[0]} is not used: the teacher teaches{more}")
+    return notes
 
 
 def _task(table: Table, found: Columns) -> Task:
@@ -278,7 +299,7 @@ def _is_unicode(text: str) -> bool:
 def _labels(table: Table, found: Columns, task: Task, classes: tuple[str, ...]) -> Labels:
     assert found.label is not None
     rows = range(len(table))
-    if task == "regress":
+    if task in ("regress", "embed"):
         return np.array([_score(table, found.label, row) for row in rows], np.float32)
     position = {name: i for i, name in enumerate(classes)}
 

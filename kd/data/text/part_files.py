@@ -38,6 +38,18 @@ def is_text(data: Path) -> bool:
     return "train" in _files(data) and not walk.holds_images(data)
 
 
+def find_lone_part(data: Path) -> Path | None:
+    """The file of texts to judge on in a folder that has none to train on; None elsewhere.
+
+    Args:
+        data: A file or a folder.
+    """
+    if not data.is_dir() or is_text(data):
+        return None
+    files = _files(data)
+    return next((files[part][0] for part in ("test", "validation") if part in files), None)
+
+
 def find(data: Path, *, documents: bool = False) -> dict[str, Table]:
     """Read the parts of a text data set.
 
@@ -111,7 +123,7 @@ def _load_saved(folder: Path) -> dict[str, Table]:
         if own:
             read[part] = _as_table(folder / own[0], parts[own[0]])
     if "train" not in read:
-        raise UserError(f"{folder} has no part train, but {', '.join(sorted(parts))}")
+        raise UserError(f"{folder} has no part train, but {', '.join(sorted(map(str, parts)))}")
     return read
 
 

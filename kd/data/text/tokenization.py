@@ -1,7 +1,7 @@
 """Texts as the ids of their tokens, one row after the other."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,13 @@ class EncodedPart:
     def lengths(self) -> Int[np.ndarray, " n"]:
         """Number of tokens of each row."""
         return np.diff(self.offsets)
+
+    def first(self, count: int) -> "EncodedPart":
+        """The first rows."""
+        end = self.offsets[count]
+        arrays = {"ids": self.ids, "types": self.types, "targets": self.targets}
+        cut = {name: None if array is None else array[:end] for name, array in arrays.items()}
+        return replace(self, offsets=self.offsets[: count + 1], text_bytes=None, **cut)
 
 
 def encode(part: TextPart, tokenizer: Any, max_length: int) -> EncodedPart:

@@ -29,12 +29,22 @@ class BiLstm(nn.Module):
         forwards, backwards: The two directions.
         hidden: Layer of ReLUs, 4/3 as wide as the LSTM: 200 for 150.
         classifier: Linear layer to the outputs.
+        normalise: Whether the outputs are embeddings of length 1, or of any; None: they are logits.
+        output: The last step, which changes nothing: its input are the outputs.
 
     Source: Tang et al. (2019), arXiv:1903.12136, section 3.1: 150 or 300 hidden units and 200 or
     400 ReLUs. The embeddings are random here, not word2vec's.
     """
 
-    def __init__(self, vocabulary: int, outputs: int, hidden: int = HIDDEN, *, pairs: bool) -> None:
+    def __init__(
+        self,
+        vocabulary: int,
+        outputs: int,
+        hidden: int = HIDDEN,
+        *,
+        pairs: bool,
+        normalise: bool | None = None,
+    ) -> None:
         """Make a network with random weights.
 
         Args:
@@ -42,15 +52,21 @@ class BiLstm(nn.Module):
             outputs: Number of outputs.
             hidden: Hidden units of each direction.
             pairs: Whether it sees pairs of texts.
+            normalise: Whether its outputs are embeddings of length 1, or of any; None: logits.
         """
         super().__init__()
-        self.pairs = pairs
+        self.pairs, self.normalise = pairs, normalise
         self.embedding = nn.Embedding(vocabulary, EMBEDDING)
         self.forwards = nn.LSTM(EMBEDDING, hidden, batch_first=True)
         self.backwards = nn.LSTM(EMBEDDING, hidden, batch_first=True)
         width = 4 * hidden // 3
         self.hidden = nn.Linear((8 if pairs else 2) * hidden, width)
         self.classifier = nn.Linear(width, outputs)
+        self.output = nn.Identity()
+
+    def get_classifier(self) -> nn.Module:
+        """The module whose input represents a text, for losses that read it."""
+        return self.classifier if self.normalise is None else self.output
 
     def forward(
         self,
@@ -74,7 +90,8 @@ class BiLstm(nn.Module):
         return self._outputs(torch.cat([a, b, a * b, (a - b).abs()], dim=-1))
 
     def _outputs(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n k"]:
-        return self.classifier(F.relu(self.hidden(features)))
+        outputs = self.classifier(F.relu(self.hidden(features)))
+        return self.output(F.normalize(outputs.float(), dim=-1) if self.normalise else outputs)
 
     def _represent(
         self, ids: Int[Tensor, "n l"], mask: Int[Tensor, "n l"]
@@ -109,8 +126,9 @@ class ScannedLstm(nn.Module):
         """The state at each step, as the library's LSTM gives it first."""
         from torch._higher_order_ops.scan import scan
 
-        recurrent = self.lstm.weight_hh_l0.T
-        inputs = x @ self.lstm.weight_ih_l0.T + self.lstm.bias_ih_l0 + self.lstm.bias_hh_l0
+        weights: dict[str, Tensor] = dict(self.lstm.named_parameters())
+        recurrent = weights["weight_hh_l0"].T
+        inputs = x @ weights["weight_ih_l0"].T + weights["bias_ih_l0"] + weights["bias_hh_l0"]
         zero = x.new_zeros(x.shape[0], self.lstm.hidden_size)
 
         def step(carry: tuple[Tensor, Tensor], now: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
@@ -134,18 +152,25 @@ def with_scans(network: BiLstm) -> BiLstm:
 
 
 def build(
-    vocabulary: int, outputs: int, hidden: int = HIDDEN, *, pairs: bool, seed: int = 0
+    vocabulary: int,
+    outputs: int,
+    hidden: int = HIDDEN,
+    *,
+    pairs: bool,
+    normalise: bool | None = None,
+    seed: int = 0,
 ) -> LanguageModel:
     """Build a BiLSTM with random weights; its configuration says how it is built again.
 
     Args:
-        vocabulary, outputs, hidden, pairs: As for `BiLstm`.
+        vocabulary, outputs, hidden, pairs, normalise: As for `BiLstm`.
         seed: Seed of the weights.
     """
     config = {"vocabulary": vocabulary, "outputs": outputs, "hidden": hidden, "pairs": pairs}
+    config |= {} if normalise is None else {"normalise": normalise}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        network = BiLstm(vocabulary, outputs, hidden, pairs=pairs)
+        network = BiLstm(vocabulary, outputs, hidden, pairs=pairs, normalise=normalise)
     return LanguageModel(network, config={"model_type": MODEL_TYPE, **config})
 
 

@@ -85,7 +85,7 @@ def keep(network: nn.Module, numbers: Sequence[int]) -> nn.Module:
     for number, block in enumerate(kept):
         for module in block.modules():  # causal models keep their keys and values by this number
             if hasattr(module, "layer_idx"):
-                module.layer_idx = number
+                setattr(module, "layer_idx", number)  # noqa: B010
     smaller.set_submodule(name, kept)
     config: Any = smaller.config
     counts = [key for key in _COUNTS if getattr(config, key, None) == len(blocks)]

@@ -56,6 +56,7 @@ def add(
         target_modules=layers,
         fan_in_fan_out=not isinstance(network.get_submodule(layers[0]), nn.Linear),
     )
+    trainable = {name for name, weight in network.named_parameters() if weight.requires_grad}
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -66,7 +67,8 @@ def add(
         ) from error
     if model.vocabulary is None:
         for name, weight in network.named_parameters():
-            if not name.startswith(f"{network.base_model_prefix}.") or ".pooler." in name:
+            in_head = not name.startswith(f"{network.base_model_prefix}.") or ".pooler." in name
+            if in_head and name in trainable:
                 weight.requires_grad_(True)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     total = sum(p.numel() for p in network.parameters())

@@ -7,6 +7,7 @@ from dsdistill.harness.errors import UserError
 from kd.models.language import transformer
 from kd.models.language.bilstm import BiLstm
 from kd.models.language.language_model import LanguageModel
+from kd.models.language.sentence_encoder import SentenceEncoder
 from kd.models.language.task import Task
 
 DEFAULT_LENGTH = 128  # tokens of a text, where neither the user nor an earlier run says it
@@ -39,6 +40,15 @@ class TextModel:
     def positions(self) -> int | None:
         """Largest number of tokens that the network takes; None where it takes any."""
         return positions(self.network)
+
+    @property
+    def embedding_width(self) -> int:
+        """Number of values of an embedding, of a model for the task `embed`."""
+        network = self.network.network
+        if isinstance(network, BiLstm):
+            return network.classifier.out_features
+        assert isinstance(network, SentenceEncoder), "the model gives no embeddings"
+        return network.width
 
 
 def positions(network: LanguageModel) -> int | None:

@@ -66,8 +66,6 @@ def build(
     Raises:
         UserError: If there is no such student, or it does not fit the data or the options.
     """
-    if task not in transformer.CLASSES:
-        raise UserError(f"no network of texts has a head for --task {task}")
     if name == TEACHER:
         if teacher is None:
             raise UserError("--student teacher is a copy of the teacher: name it with --teacher")
@@ -77,11 +75,13 @@ def build(
             raise UserError(f"unknown student of texts {name!r}: known are {KINDS}")
         if tokenizer_source is not None:
             raise UserError(f"{name} brings its tokenizer: leave --tokenizer out")
-        return _trained(name, task, classes, seed, max_length, pairs, keep_layers)
+        model = _trained(name, task, classes, seed, max_length, pairs, keep_layers)
+        return _fit_embedding(model, teacher, seed)
     if keep_layers is not None:
         raise UserError(f"--keep-layers needs blocks with weights, and {name} is a fresh network")
     own = _tokenizer(name, tokenizer_source, teacher, texts)
-    return _fresh(name, task, classes, own, seed, max_length, pairs, teacher)
+    model = _fresh(name, task, classes, own, seed, max_length, pairs, teacher)
+    return _fit_embedding(model, teacher, seed)
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
@@ -152,6 +152,24 @@ def _with_classes(
     return model, (f"a new head, since {name} has the classes {own} and the data have {data}",)
 
 
+def _fit_embedding(model: TextModel, teacher: str | None, seed: int) -> TextModel:
+    """A model of embeddings that can be compared with the teacher's; any other one as it is."""
+    if model.task != "embed" or teacher is None:
+        return model
+    width, normalise = trained_models.embedding_width(teacher)
+    if isinstance(model.network.network, bilstm.BiLstm):
+        if model.embedding_width != width:
+            raise UserError(
+                f"{model.name} gives embeddings of {model.embedding_width} values, and the "
+                f"teacher's have {width}: train a fresh one"
+            )
+        return model
+    network = transformer.fit_embedding(
+        model.network, model.tokenizer, width=width, normalise=normalise, seed=seed
+    )
+    return replace(model, network=network)
+
+
 def _tokenizer(name: str, source: str | None, teacher: str | None, texts: Iterable[str]) -> Any:
     if source == WORDS:
         return tokenizer.train_on_words(texts)
@@ -186,7 +204,7 @@ def _fresh(
             network = transformer.fresh(
                 name, task, classes, own, seed=seed, positions=length, heads=heads
             )
-        elif task not in ("classify", "regress"):
+        elif task not in ("classify", "regress", "embed"):
             raise UserError(
                 f"{name} has one answer for a text: --task {task} needs a transformer, as "
                 "bert:4x312"
@@ -198,6 +216,12 @@ def _fresh(
             )
         else:
             hidden = int(match[1] or bilstm.HIDDEN)
-            outputs = max(len(classes), 1)
-            network = bilstm.build(len(own), outputs, hidden, pairs=pairs, seed=seed)
+            outputs, normalise = max(len(classes), 1), None
+            if task == "embed":
+                if teacher is None:
+                    raise UserError(f"{name} has as many outputs as its teacher: name one")
+                outputs, normalise = trained_models.embedding_width(teacher)
+            network = bilstm.build(
+                len(own), outputs, hidden, pairs=pairs, normalise=normalise, seed=seed
+            )
     return TextModel(network, name, task, classes, own, length, pairs)

@@ -7,14 +7,15 @@ handled and said.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError
-from kd.models.language import tokenizer, trained_models
+from kd.models.language import sentence_encoder, tokenizer, trained_models
+from kd.models.language.sentence_encoder import SentenceEncoder
 from kd.models.language.task import ALIGNED, Task
 from kd.models.language.text_model import TextModel
 from kd.models.language.trained_models import HF, WITH_CLASSES
@@ -41,7 +42,7 @@ class ResolvedTextTeacher:
 
 
 class TextTeacher(nn.Module):
-    """A frozen network of texts that gives logits of the data's classes, or of tokens.
+    """A frozen network of texts that gives logits of the data's classes, of tokens, or embeddings.
 
     It is always in evaluation mode: a teacher that drops units teaches noise.
 
@@ -80,6 +81,8 @@ class TextTeacher(nn.Module):
         self.register_buffer("outputs", outputs)
         # What changes the logits is a buffer, so that a hash of the state covers it.
         changes = [model.network.vocabulary or 0, 0 if shares_ids else resolved.max_length]
+        if isinstance(model.network.network, SentenceEncoder):
+            changes += sentence_encoder.settings(model.network.network.head)
         self.register_buffer("settings", torch.tensor(changes))
         self.requires_grad_(False).eval()
 
@@ -174,6 +177,31 @@ def require_same_tokens(
         f"teacher {who} has another tokenizer than the student, and "
         f"{', '.join(terms) or f'--task {task}'} compares token by token: use {ways}"
     )
+
+
+def tokenizers(
+    student: TextModel, teachers: Sequence[TextTeacher], *, other_texts: bool = False
+) -> tuple[tuple[Any, ...], tuple[int, ...], tuple[int, ...]]:
+    """The student's tokenizer, and those of teachers that must be given other ids.
+
+    Args:
+        student: The student.
+        teachers: Its teachers.
+        other_texts: Whether teachers see other texts than the student, such as those of which it
+            sees translations: theirs is then another entry though it be the same.
+
+    Returns:
+        The tokenizers; for each the largest number of tokens of a text; for each teacher the place
+        of its tokenizer.
+    """
+    distinct, lengths, places = [student.tokenizer], [student.max_length], []
+    for teacher in teachers:
+        apart = other_texts or teacher.own_tokenizer is not None
+        places.append(len(distinct) if apart else 0)
+        if apart:
+            distinct.append(teacher.model.tokenizer)
+            lengths.append(teacher.resolved.max_length)
+    return tuple(distinct), tuple(lengths), tuple(places)
 
 
 def _takes_types(model: TextModel) -> bool:

@@ -1,5 +1,6 @@
 """Trained models of texts by name: `hf:ID`, `hf:DIR`, or the folder of an earlier run."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,14 @@ from typing import Any
 import torch
 
 from dsdistill.harness.errors import UserError
-from kd.models.language import saved_text_models, text_model, tokenizer, transformer
+from kd.models.language import (
+    bilstm,
+    saved_text_models,
+    sentence_files,
+    text_model,
+    tokenizer,
+    transformer,
+)
 from kd.models.language.task import OF_TOKENS, Task
 from kd.models.language.text_model import TextModel
 from kd.models.seals import CARD
@@ -20,7 +28,8 @@ WITH_CLASSES = ("classify", "tag")
 
 def is_name(name: str) -> bool:
     """Whether a name means a trained model, as far as can be told without loading it."""
-    return name.startswith(HF) or Path(name).expanduser().is_dir()
+    # Not Path.is_dir, which raises for a name that is too long for any file.
+    return name.startswith(HF) or os.path.isdir(os.path.expanduser(name))
 
 
 def load(
@@ -38,8 +47,6 @@ def load(
     Raises:
         UserError: If there is no such model, or it can have no such head.
     """
-    if task not in transformer.CLASSES:
-        raise UserError(f"{name} can have no head for --task {task}")
     if name.startswith(HF):
         return _load_published(name, task, classes, pairs, seed)
     folder = Path(name).expanduser()
@@ -77,7 +84,24 @@ def heads(name: str) -> int | None:
     if name.startswith(HF):
         return getattr(huggingface.read_config(name.removeprefix(HF)), "num_attention_heads", None)
     config = saved_text_models.read_config(Path(name).expanduser())
+    config = config.get("encoder", config)  # of a model of embeddings
     return config.get("num_attention_heads", config.get("n_head"))
+
+
+def embedding_width(name: str) -> tuple[int, bool]:
+    """Number of values of the embeddings of such a model, and whether they have length 1.
+
+    Raises:
+        UserError: If there is no such model.
+    """
+    if name.startswith(HF):
+        source = name.removeprefix(HF)
+        head = sentence_files.read_head(source).head
+        return head.width(huggingface.read_config(source).hidden_size), head.normalise
+    config = saved_text_models.read_config(Path(name).expanduser())
+    if config["model_type"] == bilstm.MODEL_TYPE:
+        return config["outputs"], bool(config.get("normalise"))
+    return transformer.embedding_width(config)
 
 
 def new_head(

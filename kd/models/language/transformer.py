@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from dsdistill.harness.errors import UserError, first_line
-from kd.models.language import blocks
+from kd.models.language import blocks, sentence_encoder, sentence_files
 from kd.models.language.language_model import LanguageModel
+from kd.models.language.sentence_encoder import EmbeddingHead, SentenceEncoder
 from kd.models.language.task import OF_TOKENS
 from kd.models.zoo import huggingface
 from kd.models.zoo.huggingface import import_transformers
@@ -26,6 +27,7 @@ CLASSES = {  # task -> class of the library that has its head
     "tag": "AutoModelForTokenClassification",
     "mlm": "AutoModelForMaskedLM",
     "causal": "AutoModelForCausalLM",
+    "embed": "AutoModel",
 }
 BERT_HEADS = 12
 _FRESH = re.compile(r"bert:([1-9][0-9]*)x([1-9][0-9]*)")
@@ -48,7 +50,10 @@ def load(
         UserError: If it cannot be had, weights of its blocks are missing, or it sees the tokens
             that it is to predict.
     """
-    huggingface.read_config(name)
+    config = huggingface.read_config(name)
+    saved = sentence_files.read_head(name) if task == "embed" else None
+    if saved is not None and config.is_encoder_decoder:
+        raise UserError(f"hf:{name} writes texts from others: --task embed needs an encoder alone")
     auto = getattr(import_transformers(), CLASSES[task])
     options: dict[str, Any] = {}
     if task not in OF_TOKENS:
@@ -62,9 +67,11 @@ def load(
     except Exception as error:  # hub, network, file and format errors share no base class
         raise UserError(f"cannot load hf:{name} for {task}: {first_line(error)}") from error
     fresh = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
-    body = f"{network.base_model_prefix}."
+    body = "" if saved is not None else f"{network.base_model_prefix}."
     lacking = sorted(
-        key for key in fresh if key.startswith(body) and key.split(".")[1] not in _MAY_BE_NEW
+        key
+        for key in fresh
+        if key.startswith(body) and key.removeprefix(body).split(".")[0] not in _MAY_BE_NEW
     )
     if lacking:
         raise UserError(
@@ -73,9 +80,13 @@ def load(
         )
     network = network.float()
     network.config.dtype = torch.float32  # a copy with other weights is built of it
-    model = _wrap(network, task, tokenizer)
     if len(tokenizer) > (rows := network.get_input_embeddings().weight.shape[0]):
         raise UserError(f"the tokenizer of hf:{name} has {len(tokenizer)} tokens, it has {rows}")
+    if saved is not None:
+        encoder = SentenceEncoder(network, saved.head)
+        sentence_files.load_layers(name, saved, encoder)
+        return _wrap(encoder, task, tokenizer)
+    model = _wrap(network, task, tokenizer)
     if task == "causal":
         _require_causal(f"hf:{name}", network)
     return model if not fresh else _note_new(model, sorted(fresh))
@@ -137,13 +148,25 @@ def rebuild(config: Mapping[str, Any], task: str, tokenizer: Any) -> LanguageMod
     """
     library = import_transformers()
     try:
+        config, head = _parse(config)
         known = library.AutoConfig.for_model(**{k: v for k, v in config.items() if k != "auto_map"})
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(
             f"no model can be built from its configuration: {first_line(error)}"
         ) from error
     huggingface.check_code("a run", known)
-    return _from_config(known, task, tokenizer, 0)
+    return _from_config(known, task, tokenizer, 0, head)
+
+
+def embedding_width(config: Mapping[str, Any]) -> tuple[int, bool]:
+    """Number of values of the embeddings of a model, and whether they have length 1.
+
+    Args:
+        config: A `LanguageModel.config`; of a model for another task its tokens are averaged.
+    """
+    inner, head = _parse(config)
+    known = import_transformers().AutoConfig.for_model(**inner)
+    return head.width(known.hidden_size), head.normalise
 
 
 def keep_blocks(
@@ -164,21 +187,46 @@ def with_new_head(
         model: The model.
         task, classes, tokenizer: As for `load`.
         seed: Seed of the new head.
+
+    Raises:
+        UserError: If a model for the task `causal` would see later tokens.
     """
     config = copy.deepcopy(_config(model.network))
     labels = {"problem_type": None} | (_labels(task, classes) if task not in OF_TOKENS else {})
     for key, value in labels.items():
         setattr(config, key, value)
+    if hasattr(config, "is_decoder"):  # of BERT and its kind
+        config.is_decoder = task == "causal"
     other = _from_config(config, task, tokenizer, seed)
-    body, old = f"{other.network.base_model_prefix}.", model.network.state_dict()
-    new = dict(other.network.named_parameters())  # tied ones once, under the body's name
+    if task == "causal":
+        _require_causal(type(other.network).__name__, other.network)
+    body, old = (f"{x.base_model_prefix}." for x in (other.network, model.network))
+    weights = {
+        body + key.removeprefix(old): value
+        for key, value in model.network.state_dict().items()
+        if key.startswith(old)
+    }
+    # Tied ones once, under the body's name; a pooler beside an embedding is not trained.
+    new = {key for key, value in other.network.named_parameters() if value.requires_grad}
     carried = {
-        key: old[key]
+        key: weights[key]
         for key, value in other.network.state_dict().items()
-        if key.startswith(body) and key in old and old[key].shape == value.shape
+        if key in weights and weights[key].shape == value.shape
     }
     other.network.load_state_dict(carried, strict=False)
-    return _note_new(other, sorted(new.keys() - carried.keys()))
+    fresh = sorted(new - carried.keys())
+    return _note_new(other, fresh) if fresh else other
+
+
+def fit_embedding(
+    model: LanguageModel, tokenizer: Any, *, width: int, normalise: bool, seed: int
+) -> LanguageModel:
+    """A model of embeddings that can be compared with a teacher's, as `sentence_encoder.fit`."""
+    assert isinstance(model.network, SentenceEncoder)
+    network, note = sentence_encoder.fit(model.network, width=width, normalise=normalise, seed=seed)
+    fitted = _wrap(network, "embed", tokenizer)
+    fitted.notes = (*model.notes, note) if note else model.notes
+    return fitted
 
 
 def labels(config: Any) -> tuple[str, ...]:
@@ -206,15 +254,28 @@ def positions(network: nn.Module) -> int | None:
 def _labels(task: str, classes: Sequence[str]) -> dict[str, Any]:
     if task == "regress":
         return {"num_labels": 1, "problem_type": "regression"}
+    if task == "embed":
+        return {}
     names = dict(enumerate(classes))
     return {"id2label": names, "label2id": {name: i for i, name in names.items()}}
 
 
-def _from_config(config: Any, task: str, tokenizer: Any, seed: int) -> LanguageModel:
+def _parse(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], EmbeddingHead]:
+    """The configuration of the transformer in a `LanguageModel.config`, and what stands after."""
+    if config.get("model_type") == sentence_encoder.MODEL_TYPE:
+        return sentence_encoder.parse(config)
+    return config, EmbeddingHead()
+
+
+def _from_config(
+    config: Any, task: str, tokenizer: Any, seed: int, head: EmbeddingHead | None = None
+) -> LanguageModel:
     auto = getattr(import_transformers(), CLASSES[task])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = auto.from_config(config, trust_remote_code=False, dtype=torch.float32)
+        if task == "embed":
+            network = SentenceEncoder(network, head or EmbeddingHead())
     return _wrap(network, task, tokenizer)
 
 
@@ -252,4 +313,7 @@ def _config(network: nn.Module) -> Any:
 
 
 def _as_json(network: nn.Module) -> dict[str, Any]:
-    return json.loads(_config(network).to_json_string(use_diff=False))
+    config = json.loads(_config(network).to_json_string(use_diff=False))
+    if isinstance(network, SentenceEncoder):
+        return sentence_encoder.describe(network, config)
+    return config
