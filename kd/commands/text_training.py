@@ -143,8 +143,10 @@ class TextTraining:
         for name, part in parts.encoded.items():
             encoding = part.encodings[0]
             if encoding.truncated:
+                count = len(part) + encoding.left_out
                 say(
-                    f"{encoding.truncated / len(part):.1%} of the {name} texts are longer than "
+                    f"{encoding.truncated:,} of {count:,} {name} texts "
+                    f"({encoding.truncated / count:.1%}) are longer than "
                     f"--max-length {parts.student.max_length} and are cut"
                 )
             if encoding.left_out:

@@ -68,7 +68,8 @@ def find(data: Path, *, documents: bool = False) -> dict[str, Table]:
     """Read the parts of a text data set.
 
     Args:
-        data: A file of training rows, or a folder.
+        data: A file of training rows, or a folder; the only file of one is its training part,
+            whatever its name.
         documents: Whether each file of plain text is one text, as for `tables.read`.
 
     Returns:
@@ -84,6 +85,8 @@ def find(data: Path, *, documents: bool = False) -> dict[str, Table]:
     if any((data / name).is_file() for name in (_SAVED_DICT, _SAVED)):
         return _load_saved(data)
     files = _files(data)
+    if not files and len(lone := _readable(data)) == 1:
+        files = {"train": lone}
     for part, paths in files.items():
         if len(paths) > 1:
             names = " and ".join(path.name for path in paths)
@@ -102,13 +105,17 @@ def short_name(data: Path) -> str:
 
 def _files(folder: Path) -> dict[str, list[Path]]:
     files: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()):
+    for path in _readable(folder):
         stem = path.name.split(".")[0].lower()
-        if tables.table_suffix(path) is not None and path.is_file():
-            for part, names in PARTS.items():
-                if stem in names:
-                    files.setdefault(part, []).append(path)
+        for part, names in PARTS.items():
+            if stem in names:
+                files.setdefault(part, []).append(path)
     return files
+
+
+def _readable(folder: Path) -> list[Path]:
+    paths = sorted(folder.iterdir())
+    return [path for path in paths if tables.table_suffix(path) is not None and path.is_file()]
 
 
 def _load_saved(folder: Path) -> dict[str, Table]:
