@@ -30,6 +30,7 @@ from kd.data.text import corpus, tokenization
 from kd.data.text.token_batches import TokenBatches
 from kd.models.language import text_students, tokenizer
 from kd.models.language.language_model import LanguageModel
+from kd.models.token_inputs import TokenInputs
 from kd.objectives import terms
 from kd.objectives.schemes import Distillation
 from kd.parallel import engine
@@ -121,6 +122,7 @@ def ours(case: Case, steps: int) -> float:
     """Seconds for each real token of `kd.training.loop`."""
     specs = terms.parse(f"ce:{1 - ALPHA},kd:{ALPHA}:temperature={T}")
     inputs = case.batches.first(2).inputs
+    assert isinstance(inputs, TokenInputs)
     objective = Distillation(
         case.student, terms.build(specs, case.student, sample=inputs, classes=2), [case.teacher]
     )
@@ -178,7 +180,7 @@ class DistillationTrainer(transformers.Trainer):
             answers = self.teacher(**inputs).logits
         return distillation(model(**inputs).logits, answers, labels)
 
-    def _get_train_sampler(self, *args: Any) -> SequentialSampler:
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         assert self.train_dataset is not None
         return SequentialSampler(self.train_dataset)  # pyright: ignore[reportArgumentType]
 
