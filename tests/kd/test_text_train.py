@@ -375,3 +375,21 @@ def test_options_of_a_folder_are_stored_as_absolute_paths(
     main(inside, "train", "one", *options, "--out", tmp_path / "run")
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert stored["tokenizer"] == str(Path("other").resolve())
+
+
+def test_a_folder_with_one_file_is_its_training_part(
+    inside: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "book").mkdir()
+    (tmp_path / "book" / "input.txt").write_text("a b c d e f\n" * 40)
+    options = ("--max-length", 16, "--out", tmp_path / "run")
+    main(inside, "train", tmp_path / "book", *CAUSAL, *options)
+    assert read_report(tmp_path / "run")["task"] == "causal"
+
+
+def test_the_rows_that_are_cut_are_counted(
+    inside: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_tsv(tmp_path / "a.tsv", [("a " * 30, "pos"), *GOOD, *GOOD])
+    main(inside, "train", data, *STUDENT, "--validation-fraction", 0, "--out", tmp_path / "run")
+    assert "1 of 81 train texts (1.2%) are longer than --max-length 16" in capsys.readouterr().err

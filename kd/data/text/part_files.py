@@ -50,6 +50,20 @@ def find_lone_part(data: Path) -> Path | None:
     return next((files[part][0] for part in ("test", "validation") if part in files), None)
 
 
+def locate(data: str, root: Path) -> Path:
+    """The file or folder of texts that a user names.
+
+    Args:
+        data: A path, or the name of a data set.
+        root: Folder of the named data sets, whose texts may lie in a folder `text`.
+    """
+    path = Path(data).expanduser()
+    if not path.exists() and len(path.parts) == 1:
+        named = root / "text" / path
+        return named if named.exists() else root / path
+    return path
+
+
 def find(data: Path, *, documents: bool = False) -> dict[str, Table]:
     """Read the parts of a text data set.
 
