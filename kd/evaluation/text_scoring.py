@@ -8,8 +8,6 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from jaxtyping import Float, Int
-from scipy import stats
-from sklearn.metrics import f1_score, matthews_corrcoef
 from torch import nn
 
 from dsdistill.harness.errors import UserError
@@ -105,6 +103,8 @@ def score_figures(given: Answers, classes: Sequence[str] = ()) -> dict[str, floa
         given: Answers with scores as targets.
         classes: Not used: there are none.
     """
+    from scipy import stats
+
     predicted = given.outputs[:, 0].astype(np.float64)
     return {
         "pearson": _correlation(stats.pearsonr, predicted, given.targets),
@@ -251,6 +251,8 @@ def notes(who: str, given: Answers, classes: Sequence[str], what: str = "text") 
 
 
 def _macro_f1(targets: Int[np.ndarray, " m"], predicted: Int[np.ndarray, " m"]) -> float:
+    from sklearn.metrics import f1_score  # takes half a second, which images need not wait for
+
     return float(f1_score(targets, predicted, average="macro", zero_division=0.0))  # pyright: ignore
 
 
@@ -258,6 +260,8 @@ def _matthews(targets: Int[np.ndarray, " m"], predicted: Int[np.ndarray, " m"]) 
     # Of a single class the library warns and answers 0 too.
     if len(np.union1d(targets, predicted)) < 2:
         return 0.0
+    from sklearn.metrics import matthews_corrcoef
+
     return float(matthews_corrcoef(targets, predicted))
 
 

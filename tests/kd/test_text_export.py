@@ -219,7 +219,8 @@ def test_an_export_that_answers_otherwise_is_not_written(work, tmp_path, monkeyp
 
 
 def test_another_tokenizer_is_noticed(work, tmp_path, monkeypatch):
-    other = transformers.BertTokenizer(vocab={"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3})
+    pieces = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a")
+    other = transformers.BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)})
     monkeypatch.setattr(
         "kd.models.language.tokenizer.save", lambda own, path: other.save_pretrained(path)
     )
