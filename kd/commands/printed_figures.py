@@ -86,7 +86,7 @@ def _print_rows(rows: list[list[str]], width: int, *, head: bool = False) -> Non
         widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
         for first, *rest in rows:
             cells = [f"{x:>{n}}" for x, n in zip(rest, widths[1:], strict=True)] if head else rest
-            print(f"{printable(first):<{width}}{''.join(cells)}")
+            print(f"{printable(first):<{width - 1}} {''.join(cells)}")
         return
     from rich.table import Table
 

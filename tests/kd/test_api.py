@@ -142,14 +142,14 @@ def test_every_loss_has_its_short_name() -> None:
     assert kd.losses.kd(logits, logits, temperature=4).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_fields_of_the_recipe_are_arguments_unless_they_concern_images() -> None:
-    of_images = {
+def test_fields_of_the_recipe_are_arguments_unless_they_concern_images_or_texts() -> None:
+    of_data = {
         *("batch_size", "augment", "crop_padding", "hflip", "interpolation", "min_scale"),
         *("auto_augment", "color_jitter", "random_erase", "repeats", "crop_share", "mixup"),
-        *("cutmix", "mix_probability", "mix_switch", "image_size"),
+        *("cutmix", "mix_probability", "mix_switch", "image_size", "copies", "on_policy"),
     }
     fields = {f.name for f in recipe.OPTIONS}
-    assert set(api_arguments.RecipeFields.__annotations__) == fields - of_images - {
+    assert set(api_arguments.RecipeFields.__annotations__) == fields - of_data - {
         "loss",
         "optimizer",
     }
@@ -614,7 +614,7 @@ def test_the_label_that_a_teacher_cannot_know_is_refused(train) -> None:
         ({"lr": -1}, "lr must be positive and finite, got -1"),
         ({"lr": 1e30, "epochs": 2}, r"loss term .* is nan at step .*: lower lr"),
         ({"weight_decay": -1}, "^weight_decay must be 0 or more"),
-        ({"schedule": "step"}, "schedule must be one of cosine, milestones, constant"),
+        ({"schedule": "step"}, "schedule must be one of cosine, linear, milestones, constant"),
         ({"schedule": "milestones"}, 'schedule="milestones" needs milestones'),
         ({"optimizer": "adan"}, "optimizer must be one of sgd"),
         ({"optimizer": "adamw", "momentum": 0.5}, 'momentum has no effect .* optimizer="sgd"'),
@@ -716,9 +716,9 @@ def test_a_loss_of_the_users_own_is_added(train, teacher: Net) -> None:
     for a, b in zip(by_name.parameters(), by_function.parameters(), strict=True):
         torch.testing.assert_close(a, b)
     alone = kd.distill(
-        Net(), [teacher, Net()], train, loss="", extra_losses={"cosine": cosine}, epochs=1
+        Net(), [teacher, Net()], train, loss="", extra_losses={"direction": cosine}, epochs=1
     )
-    assert [*alone.history[0].losses] == ["cosine"]
+    assert [*alone.history[0].losses] == ["direction"]
 
 
 def test_a_loss_that_is_a_module_is_trained_and_given_back(train, teacher: Net) -> None:
@@ -746,7 +746,7 @@ def test_wrong_losses_of_ones_own_are_one_line(train, teacher: Net) -> None:
     for name in (3, "a b", "a.b"):
         refused("a name must be letters, digits and _", Net(), teacher, train,
                 extra_losses={name: cosine})  # fmt: skip
-    refused("cosine must be a function", Net(), teacher, train, extra_losses={"cosine": 1})
+    refused("direction must be a function", Net(), teacher, train, extra_losses={"direction": 1})
     refused("must be functions by name", Net(), teacher, train, extra_losses=cosine)
     broken = {"broken": lambda logits, taught, labels: logits @ labels}
     refused("broken", Net(), teacher, train, extra_losses=broken)

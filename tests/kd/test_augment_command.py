@@ -147,13 +147,13 @@ def test_data_without_texts_of_which_copies_could_be_made_are_refused(work, monk
     )
     assert "does not fit into TSV" in refusal("lines.jsonl", "--out", "o.tsv")
     (work / "two.tsv").write_text("text\tlabel\na\t0\nb\t1\n")
-    assert "no training texts" in refusal(
+    assert "leaves none of so few rows" in refusal(
         "two.tsv", "--task", "embed", "--validation-fraction", 0.9
     )
 
 
 def test_a_model_without_a_head_is_refused(work, monkeypatch):
     save_mlm(work / "body", transformers.AutoModel)
-    options = ("--by", "masked", "--mlm", "body", "--device", "cpu")
+    options = ("--by", "masked", "--mlm", "hf:body", "--device", "cpu")
     line = refused(monkeypatch, "augment", "single", *options)
     assert "hf:body has no head that predicts hidden words" in line

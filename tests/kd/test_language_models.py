@@ -1,11 +1,14 @@
 """Language models from folders, fresh ones, and what they give for a batch."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
 
 from dsdistill.harness.errors import UserError
-from kd.models.language import transformer
+from kd.models.language import blocks, transformer
 from kd.models.language.language_model import LanguageModel
 from kd.models.token_inputs import TokenInputs
 
@@ -112,3 +115,27 @@ def test_types_reach_only_networks_with_an_embedding_for_each():
         network = LanguageModel(transformers.RobertaForMaskedLM(config))
         assert network.takes_types == (kinds == 2)
         assert network(INPUTS).shape == (2, 6, 15)
+
+
+def test_blocks_that_could_not_be_loaded_again_are_refused() -> None:
+    """ModernBERT's first block has no norm in front of its attention."""
+    config = transformers.ModernBertConfig(
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=24,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        cls_token_id=1,
+        sep_token_id=2,
+    )
+    network = transformers.ModernBertForSequenceClassification(config)
+    settings = json.loads(config.to_json_string(use_diff=False))
+    model = LanguageModel(network, config=settings)
+    tokenizer = SimpleNamespace(pad_token_id=0)
+    kept = transformer.keep_blocks(model, [0, 2], "classify", tokenizer)
+    assert len(blocks.find(kept.network)[1]) == 2
+    with pytest.raises(UserError, match=r"norm\.weight is not in each"):
+        transformer.keep_blocks(model, [1, 2], "classify", tokenizer)

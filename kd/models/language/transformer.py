@@ -172,8 +172,20 @@ def embedding_width(config: Mapping[str, Any]) -> tuple[int, bool]:
 def keep_blocks(
     model: LanguageModel, numbers: Sequence[int], task: str, tokenizer: Any
 ) -> LanguageModel:
-    """A copy with some of the blocks, as `blocks.keep`."""
+    """A copy with some of the blocks, as `blocks.keep`.
+
+    Raises:
+        UserError: If there are no such blocks, or no such model can be built again to load them.
+    """
     smaller = _wrap(blocks.keep(model.network, numbers), task, tokenizer)
+    with torch.device("meta"):
+        rebuilt = rebuild(smaller.config or {}, task, tokenizer)
+    if different := rebuilt.network.state_dict().keys() ^ smaller.network.state_dict().keys():
+        raise UserError(
+            f"--keep-layers {','.join(map(str, numbers))}: the blocks of "
+            f"{type(model.network).__name__} differ ({min(different)} is not in each), and a model "
+            "of these would not load again: keep block 0 as the first"
+        )
     smaller.untrained, smaller.notes = model.untrained, model.notes
     return smaller
 
