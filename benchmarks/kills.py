@@ -159,12 +159,19 @@ def write_texts(folder: Path) -> None:
         (folder / f"{part}.tsv").write_text("\n".join(["sentence\tlabel", *rows]))
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     vocabulary = {token: i for i, token in enumerate([*special, *letters])}
-    sizes = {"vocab_size": 16, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32}
+    sizes: dict[str, Any] = {
+        "vocab_size": 16,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "intermediate_size": 32,
+    }
     sizes |= {"num_attention_heads": 2, "max_position_embeddings": 64}
     torch.manual_seed(0)
     names = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
     bert = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes, **names))
-    models = {"bert": (bert, transformers.BertTokenizer(vocab=vocabulary))}
+    models: dict[str, tuple[Any, Any]] = {
+        "bert": (bert, transformers.BertTokenizer(vocab=vocabulary))
+    }
     characters = tokenizer.train_on_characters([f"{letters} "])
     config = transformers.LlamaConfig(**{**sizes, "vocab_size": len(characters)})
     for name in ("writer", "writer2"):
