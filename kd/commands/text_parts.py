@@ -15,7 +15,7 @@ from dsdistill.harness.runs import progress
 from kd import recipe as recipe_rules
 from kd import recipes
 from kd.commands import teacher_chain
-from kd.commands.training_parts import make_engine
+from kd.commands.training_parts import checkpoint_gradients, make_engine
 from kd.data import data_source
 from kd.data.text import (
     causal_rows,
@@ -242,6 +242,8 @@ def _student(
     if texts.task == "causal" and not isinstance(columns[0][0], str):
         note = causal_rows.add_chat_template(student.tokenizer)
         student.network.notes += (note,) if note else ()
+    if options.checkpoint_gradients:
+        checkpoint_gradients(student.network.network)
     if options.lora is not None:
         lora.add(student.network, options.lora, seed=options.seed)
     return student

@@ -8,12 +8,14 @@ from pathlib import Path
 import language_support
 import numpy as np
 import pytest
+import safetensors.numpy
 import text_data
 import text_support
 import transformers
 from kd_support import main, read_report, refused
 from PIL import Image
 from text_data import rows, write_tsv
+from transformers.models.bert import modeling_bert
 
 STUDENT = ("--student", "hf:bert", "--epochs", 1, "--device", "cpu")
 FRESH = ("--student", "bert:1x8", "--tokenizer", "words", "--steps", 2, "--device", "cpu")
@@ -215,6 +217,11 @@ OPTIONS: list[tuple[str, tuple[object, ...], str]] = [
         "images holds a student of images, and one of texts is needed",
     ),
     ("one", (*STUDENT, "--teacher", "images"), "images holds a student of images"),
+    (
+        "one",
+        ("--student", "bilstm:4", "--teacher", "T", "--checkpoint-gradients"),
+        "and BiLstm has no such switch",
+    ),
     ("one", (*STUDENT, "--max-length", 17), "more than the 16 tokens that hf:bert takes"),
     ("one", (*STUDENT, "--max-length", 2), "more than the 2 special tokens of a row"),
     ("one", (*TAUGHT, "--max-length", 40), "teacher T takes 16 tokens and the student 40"),
@@ -375,3 +382,44 @@ def test_options_of_a_folder_are_stored_as_absolute_paths(
     main(inside, "train", "one", *options, "--out", tmp_path / "run")
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert stored["tokenizer"] == str(Path("other").resolve())
+
+
+def test_a_folder_with_one_file_is_its_training_part(
+    inside: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "book").mkdir()
+    (tmp_path / "book" / "input.txt").write_text("a b c d e f\n" * 40)
+    options = ("--max-length", 16, "--out", tmp_path / "run")
+    main(inside, "train", tmp_path / "book", *CAUSAL, *options)
+    assert read_report(tmp_path / "run")["task"] == "causal"
+
+
+def test_the_rows_that_are_cut_are_counted(
+    inside: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_tsv(tmp_path / "a.tsv", [("a " * 30, "pos"), *GOOD, *GOOD])
+    main(inside, "train", data, *STUDENT, "--validation-fraction", 0, "--out", tmp_path / "run")
+    assert "1 of 81 train texts (1.2%) are longer than --max-length 16" in capsys.readouterr().err
+
+
+def test_activations_that_are_computed_twice_change_nothing(
+    inside: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    counts, forward = [0], modeling_bert.BertIntermediate.forward
+
+    def counted(*arguments: object) -> object:
+        counts[-1] += 1
+        return forward(*arguments)  # pyright: ignore[reportArgumentType]
+
+    inside.setattr(modeling_bert.BertIntermediate, "forward", counted)
+    line = ("train", "one", *STUDENT, "--teacher", "T", "--loss", "ce,kd,hidden,scores", "--out")
+    main(inside, *line, tmp_path / "kept")
+    counts.append(0)
+    main(inside, *line, tmp_path / "twice", "--checkpoint-gradients")
+    assert counts[1] > counts[0]
+    kept, twice = (
+        safetensors.numpy.load_file(tmp_path / name / "student.safetensors")
+        for name in ("kept", "twice")
+    )
+    for name, value in kept.items():
+        np.testing.assert_allclose(twice[name], value, rtol=0, atol=1e-6, err_msg=name)
