@@ -129,6 +129,22 @@ def test_the_last_answer_of_a_conversation_is_the_teachers(tmp_path, teacher):
     assert len(encoded) == 2
 
 
+def test_answers_in_a_conversation_have_no_space_of_the_template_and_no_end_of_their_own(
+    tmp_path, teacher, monkeypatch
+):
+    def write_as_the_template_does(*_arguments, **_options):
+        return generation.Continuations((" cd", " ab"), np.array([True, False]))
+
+    monkeypatch.setattr(generation, "generate", write_as_the_template_does)
+    talks = [[{"role": "user", "content": text}] for text in ("a", "b")]
+    answers = write(tmp_path, teacher, TextPart((talks,)))
+    assert [talk[-1]["content"] for talk in answers.part.texts[0]] == ["cd", "ab"]
+    part = causal_rows.encode(answers.part, TOKENIZER, 500, complete=answers.complete)
+    bounds = zip(part.offsets[:-1], part.offsets[1:], strict=True)
+    taught = [TOKENIZER.decode([x for x in part.targets[a:b] if x != IGNORED]) for a, b in bounds]
+    assert taught == [" cd[EOS]", " ab"]
+
+
 def test_plain_texts_are_begun_by_their_chunks(tmp_path, teacher):
     text = "abcdefgh" * 3
     answers = write(tmp_path, teacher, TextPart(([text],)), max_length=10, prompt_tokens=4)

@@ -34,7 +34,6 @@ from kd.models.language.language_model import LanguageModel
 from kd.parallel.engine import Engine
 
 FORMAT_VERSION = 1  # part of the key: raise it when the same texts would be stored differently
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what stands for bytes that are no character
 SHARD = 256  # rows of a shard, which a kill costs at most
 BEAMS = Decoding(max_new_tokens=128, beams=5)
 
@@ -156,7 +155,7 @@ def _prompts(part: TextPart, tokenizer: Any, max_length: int, prompt_tokens: int
         for start, stop in pairwise(chunks.offsets.tolist())
     ]
     # A character of several bytes may end in the middle.
-    return [tokenizer.decode(ids, **options).rstrip(REPLACEMENT) for ids in begins]
+    return [tokenizer.decode(ids, **options).rstrip(causal_rows.REPLACEMENT) for ids in begins]
 
 
 def _before_answer(messages: Sequence[Message]) -> list[Message]:
@@ -170,8 +169,9 @@ def _with_answers(prompts: Sequence[Prompt], pairs: Sequence[Sequence[Any]]) -> 
     complete = np.array([end for _, end in pairs], bool)
     if all(isinstance(prompt, str) for prompt in prompts):
         return TeacherTexts(TextPart((list(prompts), answers)), complete)
+    # Templates bring the white space around an answer, which the teacher has written too.
     conversations = [
-        [*messages, {"role": ASSISTANT, "content": answer}]
+        [*messages, {"role": ASSISTANT, "content": answer.strip()}]
         for messages, answer in zip(prompts, answers, strict=True)
     ]
     return TeacherTexts(TextPart((conversations,)), complete)
