@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
 from language_support import causal_model, characters
 
 from dsdistill.harness.errors import UserError
@@ -91,6 +92,17 @@ def test_other_settings_and_prompts_are_another_entry(tmp_path, teacher, change)
     write(tmp_path, teacher, **change)
     write(tmp_path, causal_model(TOKENIZER, seed=9))
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_another_tokenizer_of_the_same_vocabulary_is_another_entry(tmp_path, teacher):
+    other = characters("abcdefgh UserAint:\n")
+    other(["a b"] * 2, padding=True, truncation=True, max_length=1)  # leaves no trace
+    lower = characters("abcdefgh UserAint:\n")
+    lower.backend_tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+    with engine.temporary() as on:
+        for tokenizer in (TOKENIZER, other, lower):
+            teacher_texts.write(PAIRS, teacher, tokenizer, tmp_path, on, **SETTINGS)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 class _Process:

@@ -8,9 +8,8 @@ its prompt where that leaves the prompt's tokens as they are, and else apart: th
 completion `+5` would otherwise share a token, which no prompt ends with.
 """
 
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -19,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from dsdistill.harness.errors import UserError, first_line
-from kd.data.text.corpus import TextPart
+from kd.data.text.corpus import Message, TextPart, check_messages, excerpt
 from kd.data.text.tokenization import ROWS_PER_CALL, EncodedPart
 from kd.models.language.tokenizer import SAMPLE
 from kd.models.token_inputs import IGNORED
@@ -38,7 +37,6 @@ PLAIN_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]  # a text, or the turns of a conversation before the answer
 
 
@@ -223,9 +221,9 @@ def segments(
         UserError: If a turn has no role or text, no turn is the assistant's, or the template does
             not fit.
     """
-    check(messages)
+    check_messages(messages)
     if not any(message["role"] == ASSISTANT for message in messages):
-        raise UserError(f"a conversation needs a turn of the assistant, got {_excerpt(messages)}")
+        raise UserError(f"a conversation needs a turn of the assistant, got {excerpt(messages)}")
     whole = _render(messages, tokenizer, messages)
     pieces, position = [], 0
     for i, message in enumerate(messages):
@@ -235,7 +233,7 @@ def segments(
         start, stop = len(begin), _turn_end(messages, i, whole, len(begin), tokenizer)
         if not whole.startswith(begin) or start < position or stop is None:
             raise UserError(
-                f"the chat template writes a turn of {_excerpt(messages)} otherwise once others "
+                f"the chat template writes a turn of {excerpt(messages)} otherwise once others "
                 "follow: which tokens are the assistant's cannot be told"
             )
         if not complete and i == len(messages) - 1:
@@ -262,38 +260,13 @@ def _turn_end(
     return limit if is_prefix else None
 
 
-def check(messages: Sequence[Message]) -> None:
-    """Refuse a conversation without turns, or with one that has no role or no text.
-
-    Args:
-        messages: The turns.
-
-    Raises:
-        UserError: With the beginning of the conversation.
-    """
-    if not messages:
-        raise UserError("a conversation has no turn: remove its row")
-    for message in messages:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise UserError(
-                f"each message must have a role and a content, got {_excerpt(messages)}"
-            )
-        if not isinstance(message.get("content"), str):
-            raise UserError(f"the content of a message must be a text, got {_excerpt(messages)}")
-
-
 def _render(messages: Sequence[Message], tokenizer: Any, conversation: Any, **options: Any) -> str:
     try:
         return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
     except Exception as error:  # a template may raise anything, as for roles that do not alternate
         raise UserError(
-            f"the chat template does not take {_excerpt(conversation)}: {first_line(error)}"
+            f"the chat template does not take {excerpt(conversation)}: {first_line(error)}"
         ) from error
-
-
-def _excerpt(messages: Any) -> str:
-    text = json.dumps(messages, ensure_ascii=False, default=repr)
-    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _segment_tokens(

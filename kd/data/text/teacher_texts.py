@@ -10,10 +10,8 @@ Source: Kim and Rush (2016), arXiv:1606.07947, section 3.2: the student is train
 the teacher's beam search, with five beams.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,14 +20,16 @@ import numpy as np
 from jaxtyping import Bool
 
 from dsdistill.harness import files
+from dsdistill.harness.checksums import json_digest
 from dsdistill.harness.errors import UserError, one_line
 from dsdistill.harness.runs import progress
 from kd.data import teacher_cache
 from kd.data.batching import derive_seed
 from kd.data.text import causal_rows, generation
-from kd.data.text.causal_rows import ASSISTANT, PROMPT_TOKENS, Message, Prompt
-from kd.data.text.corpus import TextPart
+from kd.data.text.causal_rows import ASSISTANT, PROMPT_TOKENS, Prompt
+from kd.data.text.corpus import Message, TextPart, check_messages
 from kd.data.text.generation import Continuations, Decoding
+from kd.models.language import tokenizer as tokenizers
 from kd.models.language.language_model import LanguageModel
 from kd.parallel.engine import Engine
 
@@ -102,9 +102,9 @@ def write(
     decoding = replace(decoding, max_new_tokens=min(decoding.max_new_tokens, room))
     key = {
         "format": FORMAT_VERSION,
-        "prompts": _digest(prompts),
+        "prompts": json_digest(prompts),
         "teacher": teacher_cache.fingerprint(teacher),
-        "tokenizer": _digest([tokenizer.get_vocab(), tokenizer.chat_template]),
+        "tokenizer": json_digest(tokenizers.describe(tokenizer)),
         "decoding": asdict(decoding),
         "seed": seed,
         "batch_size": batch_size,
@@ -112,7 +112,7 @@ def write(
     }
     starts = range(0, len(prompts), SHARD)
     try:
-        inner = folder / _digest(key)
+        inner = folder / json_digest(key)
         inner.mkdir(parents=True, exist_ok=True)
         files.write_json(inner / "key.json", key)
         with progress.bar(len(prompts), "prompts") as show:
@@ -160,7 +160,7 @@ def _prompts(part: TextPart, tokenizer: Any, max_length: int, prompt_tokens: int
 
 def _before_answer(messages: Sequence[Message]) -> list[Message]:
     """The turns of a conversation without an answer at its end."""
-    causal_rows.check(messages)
+    check_messages(messages)
     return list(messages[:-1] if messages[-1]["role"] == ASSISTANT else messages)
 
 
@@ -182,7 +182,7 @@ def _write(folder: Path, number: int, continuations: Continuations) -> None:
         list(pair)
         for pair in zip(continuations.texts, continuations.complete.tolist(), strict=True)
     ]
-    files.write_json(_shard(folder, number), {"rows": rows, "sha256": _digest(rows)})
+    files.write_json(_shard(folder, number), {"rows": rows, "sha256": json_digest(rows)})
 
 
 def _read(folder: Path, number: int, count: int) -> list[list[Any]] | None:
@@ -192,7 +192,7 @@ def _read(folder: Path, number: int, count: int) -> list[list[Any]] | None:
         return None
     try:
         stored = files.read_json(path)
-        if stored["sha256"] == _digest(stored["rows"]) and len(stored["rows"]) == count:
+        if stored["sha256"] == json_digest(stored["rows"]) and len(stored["rows"]) == count:
             return stored["rows"]
         why = "it does not match its checksum"
     except (UserError, LookupError, TypeError) as error:
@@ -203,8 +203,3 @@ def _read(folder: Path, number: int, count: int) -> list[list[Any]] | None:
 
 def _shard(folder: Path, number: int) -> Path:
     return folder / f"{number:05}.json"
-
-
-def _digest(value: Any) -> str:
-    """SHA-256 of a JSON value, independent of the order of its names."""
-    return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
