@@ -7,10 +7,9 @@ from collections.abc import Container, Sequence
 from dataclasses import replace
 
 from dsdistill.harness.errors import UserError
+from kd.models.language.task import ALIGNED
 from kd.objectives.terms import Term, TermDefinition
 from kd.recipe import METRICS, Recipe
-
-TOKEN_TASKS = ("tag", "mlm", "causal")  # tasks whose networks answer for tokens
 
 
 def check(terms: Sequence[Term], *, classes: int, batch_size: int, mixed: bool) -> None:
@@ -63,7 +62,7 @@ def check_texts(terms: Sequence[Term], *, task: str, same_ids: bool) -> None:
                 f"--loss {term.name} compares maps of images, which texts have not: use hidden, "
                 "cosine, or a loss of vectors such as srd"
             )
-        if needs.of_tokens and task not in TOKEN_TASKS:
+        if needs.of_tokens and task not in ALIGNED:
             raise UserError(
                 f"--loss {term.name} takes answers for tokens, and with --task {task} the networks "
                 f"give them for texts: use {'kd' if needs.needs_teacher else 'ce'}"
@@ -84,10 +83,10 @@ def check_texts(terms: Sequence[Term], *, task: str, same_ids: bool) -> None:
                 f"--loss {term.name} takes classes, and --task regress has scores: use "
                 f"{'logits' if needs.needs_teacher else 'mse'}"
             )
-        by_token = needs.aligned or (on_answers and task in TOKEN_TASKS)
+        by_token = needs.aligned or (on_answers and task in ALIGNED)
         if by_token and needs.needs_teacher and not same_ids:
             remedy = "kd, logits or a loss of vectors such as srd"
-            if task in TOKEN_TASKS:
+            if task in ALIGNED:
                 remedy = "--recipe sequence" if task == "causal" else "a teacher with the same one"
             raise UserError(
                 f"--loss {term.name} compares token by token, and the teacher has another "

@@ -12,6 +12,7 @@ from kd.data import batching
 from kd.data.batching import Batch, Unit, derive_seed
 from kd.data.text import causal_rows, generation, token_batches
 from kd.data.text.generation import Decoding
+from kd.models.language import transformer
 from kd.models.language.language_model import LanguageModel
 from kd.models.token_inputs import IGNORED
 from kd.parallel.engine import Engine
@@ -26,7 +27,7 @@ class OnPolicy:
     A change for `ChangedBatches`: whether a batch is replaced, and its samples, are functions of
     the batch's seed and the student's weights, so that a resumed training draws the same. No
     gradient passes through the samples. Any loss on targets of tokens can follow; that of GKD is
-    the divergence `tokens` with beta 0.5, at a temperature of its row_flags.
+    the divergence `tokens` with beta 0.5, at a temperature of its own.
 
     The prompt of a row is what stands before its last completion: of a conversation all up to the
     assistant's last turn. A plain text, which is learned from its first token on, has none; its
@@ -90,7 +91,7 @@ class OnPolicy:
         return self._with_totals(_replace_completions(batch, prompts, new, self.padding))
 
     def _decoding(self, longest: int) -> Decoding:
-        limit = generation.position_limit(self.student.network)
+        limit = transformer.positions(self.student.network)
         if limit is None:
             return self.decoding
         tokens = max(1, min(self.decoding.max_new_tokens, limit - longest))

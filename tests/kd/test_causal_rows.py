@@ -155,6 +155,18 @@ def test_targets_of_a_conversation_by_hand():
     assert targets[len(prompt) - 1] == ids[len(prompt)] != IGNORED
 
 
+def test_a_last_turn_that_did_not_end_is_not_ended():
+    talks = [turns("cat?", "the cat", "mat?", " on the mat ")] * 2
+    part = causal_rows.encode(TextPart((talks,)), CHAT, 500, complete=np.array([True, False]))
+    ended, cut = (learned(CHAT, targets) for _, targets in rows(part))
+    assert ended == "the cat<|im_end|> on the mat <|im_end|>"
+    assert cut == "the cat<|im_end|> on the mat"
+    whole = CHAT.apply_chat_template(talks[0], tokenize=False)
+    assert [CHAT.decode(ids) for ids, _ in rows(part)] == [whole, whole]
+    empty = causal_rows.segments(turns("cat?", ""), CHAT, complete=False)
+    assert not any(piece.text for piece in empty if piece.is_target)
+
+
 def test_a_file_of_conversations_and_one_of_completions(tmp_path):
     path = tmp_path / "chat.jsonl"
     for row, answer in (
@@ -258,6 +270,13 @@ def test_bytes_are_counted_only_where_a_tokenizer_gives_texts_back():
     assert causal_rows.encode_texts([text, text], BYTES, 9).text_bytes == 2 * len(text.encode())
     assert causal_rows.encode_texts([text], PIECES, 9).text_bytes is None
     assert causal_rows.encode(pairs(("a", "b")), BYTES, 9).text_bytes is None
+
+
+@pytest.mark.parametrize("text", ["\u201ccat\u201d", "\u4e2d cat", "cat"])
+def test_a_token_that_is_a_part_of_a_character_has_its_own_bytes(text):
+    part = causal_rows.encode_texts([text] * 3, BARE, 99)
+    first = BARE.convert_ids_to_tokens(int(part.ids[0]))  # a character for each byte
+    assert part.text_bytes == 3 * (len(text.encode()) - len(first))
 
 
 def test_rows_of_masked_models_have_their_special_tokens():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 from language_support import causal_model, characters
 from torch import nn
 
@@ -140,6 +141,18 @@ def test_prompts_and_continuations_fit_the_positions(prompt, tokens, read, new):
     (same,) = generation.continue_ids(model, [ids[-read:]], Decoding(new), **options)
     assert answer.tolist() == same.tolist()
     assert len(answer) == new
+
+
+def test_positions_are_those_that_the_network_takes():
+    """RoBERTa begins to count its positions after the id of padding."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.RobertaConfig(
+        vocab_size=20, intermediate_size=16, max_position_embeddings=10, is_decoder=True, **sizes
+    )
+    model = LanguageModel(transformers.RobertaForCausalLM(config))
+    options = {"padding": 1, "end": None, "seed": 0, "device": "cpu"}
+    (answer,) = generation.continue_ids(model, [np.array([5, 6, 7])], Decoding(20), **options)
+    assert len(answer) == 5  # of eight
 
 
 def test_spaces_before_an_answer_are_part_of_it():

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
 from language_support import causal_model, characters
 
 from dsdistill.harness.errors import UserError
@@ -93,6 +94,17 @@ def test_other_settings_and_prompts_are_another_entry(tmp_path, teacher, change)
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_another_tokenizer_of_the_same_vocabulary_is_another_entry(tmp_path, teacher):
+    other = characters("abcdefgh UserAint:\n")
+    other(["a b"] * 2, padding=True, truncation=True, max_length=1)  # leaves no trace
+    lower = characters("abcdefgh UserAint:\n")
+    lower.backend_tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+    with engine.temporary() as on:
+        for tokenizer in (TOKENIZER, other, lower):
+            teacher_texts.write(PAIRS, teacher, tokenizer, tmp_path, on, **SETTINGS)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 class _Process:
     """One of two processes, of which the other does nothing."""
 
@@ -127,6 +139,22 @@ def test_the_last_answer_of_a_conversation_is_the_teachers(tmp_path, teacher):
     assert first[3]["content"] != "cd"
     encoded = causal_rows.encode(answers.part, TOKENIZER, 500)
     assert len(encoded) == 2
+
+
+def test_answers_in_a_conversation_have_no_space_of_the_template_and_no_end_of_their_own(
+    tmp_path, teacher, monkeypatch
+):
+    def write_as_the_template_does(*_arguments, **_options):
+        return generation.Continuations((" cd", " ab"), np.array([True, False]))
+
+    monkeypatch.setattr(generation, "generate", write_as_the_template_does)
+    talks = [[{"role": "user", "content": text}] for text in ("a", "b")]
+    answers = write(tmp_path, teacher, TextPart((talks,)))
+    assert [talk[-1]["content"] for talk in answers.part.texts[0]] == ["cd", "ab"]
+    part = causal_rows.encode(answers.part, TOKENIZER, 500, complete=answers.complete)
+    bounds = zip(part.offsets[:-1], part.offsets[1:], strict=True)
+    taught = [TOKENIZER.decode([x for x in part.targets[a:b] if x != IGNORED]) for a, b in bounds]
+    assert taught == [" cd[EOS]", " ab"]
 
 
 def test_plain_texts_are_begun_by_their_chunks(tmp_path, teacher):

@@ -153,6 +153,24 @@ def test_tags_must_fit_their_tokens(tmp_path, line, message):
         corpus.load(path)
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"tokens": ["a", 1], "tags": ["O", "O"]}, "line 1: tokens: a token must be a text, got 1"),
+        ({"tokens": [None], "tags": ["O"]}, "a token must be a text, got nothing"),
+        ({"tokens": ["\ud800"], "tags": ["O"]}, "half of a surrogate pair"),
+        ({"messages": [{"role": "assistant"}]}, "line 1: the content of a message must be a text"),
+        ({"messages": "Hello"}, "line 1: messages must be a list of messages, got 'Hello'"),
+    ],
+)
+def test_tokens_and_messages_that_are_none_are_refused_with_their_line(tmp_path, row, message):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=message) as refusal:
+        corpus.load(path, task="tag" if "tokens" in row else "causal", validation_fraction=0)
+    assert "\n" not in str(refusal.value)
+
+
 def test_folders_of_images_are_no_text(tmp_path):
     (tmp_path / "train" / "cat").mkdir(parents=True)
     (tmp_path / "metadata.csv").write_text("file_name,label\n")

@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
+from language_support import causal_model, characters
 from text_support import LETTERS, TEXTS, bert_folder, pieces
 from torch import Tensor
 
 from dsdistill.harness.errors import UserError
 from kd.models import saved_models
-from kd.models.language import saved_text_models, text_students, tokenizer
+from kd.models.language import saved_text_models, text_students, tokenizer, transformer
 from kd.models.language.text_model import TextModel
 from kd.models.token_inputs import TokenInputs
 
@@ -231,6 +232,15 @@ def test_bad_input_is_one_line(folders, name, options, message):
     options = {key: folders.get(x, x) if key == "teacher" else x for key, x in options.items()}
     with pytest.raises(UserError, match=message) as refusal:
         student(folders.get(name, name), **options)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_head_that_the_library_does_not_have_is_one_line(tmp_path):
+    own = characters("ab")
+    network = transformer.rebuild(causal_model(own, "gpt2").network.config.to_dict(), "causal", own)
+    run = saved(tmp_path, TextModel(network, "hf:x", "causal", (), own, 32, False))
+    with pytest.raises(UserError, match="no gpt2 can be built for --task mlm") as refusal:
+        student(str(run), "mlm", ())
     assert "\n" not in str(refusal.value)
 
 

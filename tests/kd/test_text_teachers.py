@@ -1,5 +1,9 @@
 """Teachers of texts: classes, tokenizers and lengths compared with the student's."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from text_support import TEXTS, bert_folder, pieces
@@ -112,6 +116,30 @@ def test_a_teacher_of_pairs_gets_the_types_that_it_knows(folders, tmp_path):
     teacher = load(folders, "run", plain)
     assert teacher.own_tokenizer is not None
     assert "second text of a pair" in teacher.resolved.notes[0]
+
+
+def test_a_bilstm_of_pairs_does_not_teach_single_texts_nor_the_reverse(folders, tmp_path):
+    for pairs, message in (
+        (True, "is a bilstm:6 for pairs of texts, and the data are single texts"),
+        (False, "for single texts, and the data are pairs"),
+    ):
+        run = tmp_path / str(pairs)
+        run.mkdir()
+        saved_text_models.save_run(run, student(folders["run"], pairs=pairs))
+        like = student(folders["run"], pairs=not pairs)
+        with pytest.raises(UserError, match=message):
+            text_teachers.load(str(run), like, CLASSES, TEXTS)
+        same = student(folders["run"], pairs=pairs)
+        assert text_teachers.load(str(run), same, CLASSES, TEXTS).own_tokenizer is None
+
+
+def test_a_configuration_without_a_class_keeps_the_order_of_its_labels(folders, tmp_path):
+    path = Path(shutil.copytree(folders["other order"].removeprefix("hf:"), tmp_path / "bare"))
+    config = json.loads((path / "config.json").read_text())
+    del config["architectures"]
+    (path / "config.json").write_text(json.dumps(config))
+    teacher = load(folders | {"bare": f"hf:{path}"}, "bare")
+    torch.testing.assert_close(teacher(INPUTS), load(folders, "other order")(INPUTS))
 
 
 def test_a_teacher_of_fewer_tokens_is_refused(folders):

@@ -8,9 +8,8 @@ its prompt where that leaves the prompt's tokens as they are, and else apart: th
 completion `+5` would otherwise share a token, which no prompt ends with.
 """
 
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -19,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from dsdistill.harness.errors import UserError, first_line
-from kd.data.text.corpus import TextPart
+from kd.data.text.corpus import Message, TextPart, check_messages, excerpt
 from kd.data.text.tokenization import ROWS_PER_CALL, EncodedPart
 from kd.models.language.tokenizer import SAMPLE
 from kd.models.token_inputs import IGNORED
@@ -28,6 +27,7 @@ PROMPT_TOKENS = 32  # of a plain text, where it has to have a prompt
 ASSISTANT = "assistant"  # role of the turns that are learned
 BLOCK = 1 << 17  # characters of a long text that are tokenised at once, which bounds the memory
 BLOCKS_PER_CALL = 16
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what stands for bytes that are no character
 SAMPLE_CHARACTERS = 10_000  # of each text, on which it is tried whether a tokenizer loses nothing
 # Template of conversations for a tokenizer that brings none: `User: Hi`, `Assistant: Hello</s>`,
 # one turn on a line. It begins and ends with the tokenizer's special tokens, where it has them.
@@ -37,7 +37,6 @@ PLAIN_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]  # a text, or the turns of a conversation before the answer
 
 
@@ -72,24 +71,26 @@ def encode(
             of conversations, each a list of messages with `role` and `content`.
         tokenizer: Tokenizer of the model; for conversations with a chat template.
         max_length: Largest number of tokens of a row.
-        complete: Whether each completion is complete, and so followed by an end-of-sequence token;
-            None: all are.
+        complete: Whether each completion, or the last turn of each conversation, is complete. One
+            that is not is learned without an end; None: all are.
 
     Raises:
         UserError: If a conversation does not fit the template, or nothing is learned of any row.
     """
     if len(part.texts) == 1 and (not len(part) or isinstance(part.texts[0][0], str)):
         return encode_texts(part.texts[0], tokenizer, max_length)
+    ends = np.ones(len(part), bool) if complete is None else complete
     if len(part.texts) == 2:
         pairs = zip(*part.texts, strict=True)
         rows = ([Segment(prompt, False), Segment(answer, True)] for prompt, answer in pairs)
         first = _token(tokenizer.bos_token_id)
         last = _token(tokenizer.eos_token_id)
-        ends = np.ones(len(part), bool) if complete is None else complete
     else:
-        rows = (segments(messages, tokenizer) for messages in part.texts[0])
+        rows = (
+            segments(messages, tokenizer, complete=bool(end))
+            for messages, end in zip(part.texts[0], ends, strict=True)
+        )
         first = last = []  # the template has them
-        ends = np.zeros(len(part), bool)
     ids, targets = [], []
     truncated = 0
     for (tokens, flags), end in zip(_segment_tokens(rows, tokenizer), ends, strict=True):
@@ -146,8 +147,8 @@ def encode_texts(
         starts = range(0, len(whole) - overlap, room)
         ids += [np.concatenate([before, whole[i : i + room + overlap], after]) for i in starts]
         left_out += not starts
-        first = tokenizer.decode(content[:1]) if overlap else ""  # predicted nowhere
-        size += len(text.encode("utf-8", "surrogatepass")) - len(first.encode())
+        unpredicted = _spelled_bytes(int(content[0]), tokenizer) if overlap and len(content) else 0
+        size += len(text.encode("utf-8", "surrogatepass")) - unpredicted
     if texts and not ids:
         raise UserError(f"none of {len(texts)} texts has anything to learn")
     targets = [np.append(row[1:], IGNORED) for row in ids] if causal else None
@@ -202,7 +203,9 @@ def add_chat_template(tokenizer: Any) -> str | None:
     )
 
 
-def segments(messages: Sequence[Message], tokenizer: Any) -> list[Segment]:
+def segments(
+    messages: Sequence[Message], tokenizer: Any, *, complete: bool = True
+) -> list[Segment]:
     """Divide a conversation, as the chat template writes it, into what is learned and what not.
 
     An assistant's turn begins where the template with a generation prompt ends, and ends with the
@@ -211,14 +214,16 @@ def segments(messages: Sequence[Message], tokenizer: Any) -> list[Segment]:
     Args:
         messages: The turns; each has a `role` and a `content`.
         tokenizer: Tokenizer with a chat template.
+        complete: Whether the last turn is complete; of one that is not only its text is learned,
+            and not the end that the template writes after it.
 
     Raises:
         UserError: If a turn has no role or text, no turn is the assistant's, or the template does
             not fit.
     """
-    check(messages)
+    check_messages(messages)
     if not any(message["role"] == ASSISTANT for message in messages):
-        raise UserError(f"a conversation needs a turn of the assistant, got {_excerpt(messages)}")
+        raise UserError(f"a conversation needs a turn of the assistant, got {excerpt(messages)}")
     whole = _render(messages, tokenizer, messages)
     pieces, position = [], 0
     for i, message in enumerate(messages):
@@ -228,9 +233,13 @@ def segments(messages: Sequence[Message], tokenizer: Any) -> list[Segment]:
         start, stop = len(begin), _turn_end(messages, i, whole, len(begin), tokenizer)
         if not whole.startswith(begin) or start < position or stop is None:
             raise UserError(
-                f"the chat template writes a turn of {_excerpt(messages)} otherwise once others "
+                f"the chat template writes a turn of {excerpt(messages)} otherwise once others "
                 "follow: which tokens are the assistant's cannot be told"
             )
+        if not complete and i == len(messages) - 1:
+            text = message["content"].strip()
+            place = whole.rfind(text, start, stop) if text else -1
+            stop = start if place < 0 else place + len(text)
         pieces += [Segment(whole[position:start], False), Segment(whole[start:stop], True)]
         position = stop
     return [*pieces, Segment(whole[position:], False)]
@@ -251,38 +260,13 @@ def _turn_end(
     return limit if is_prefix else None
 
 
-def check(messages: Sequence[Message]) -> None:
-    """Refuse a conversation without turns, or with one that has no role or no text.
-
-    Args:
-        messages: The turns.
-
-    Raises:
-        UserError: With the beginning of the conversation.
-    """
-    if not messages:
-        raise UserError("a conversation has no turn: remove its row")
-    for message in messages:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise UserError(
-                f"each message must have a role and a content, got {_excerpt(messages)}"
-            )
-        if not isinstance(message.get("content"), str):
-            raise UserError(f"the content of a message must be a text, got {_excerpt(messages)}")
-
-
 def _render(messages: Sequence[Message], tokenizer: Any, conversation: Any, **options: Any) -> str:
     try:
         return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
     except Exception as error:  # a template may raise anything, as for roles that do not alternate
         raise UserError(
-            f"the chat template does not take {_excerpt(conversation)}: {first_line(error)}"
+            f"the chat template does not take {excerpt(conversation)}: {first_line(error)}"
         ) from error
-
-
-def _excerpt(messages: Any) -> str:
-    text = json.dumps(messages, ensure_ascii=False, default=repr)
-    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _segment_tokens(
@@ -358,6 +342,15 @@ def _frame(tokenizer: Any, *, causal: bool) -> tuple[list[int], list[int]]:
         return [], whole
     place = next(i for i in range(len(whole)) if whole[i : i + len(content)] == content)
     return whole[:place], whole[place + len(content) :]
+
+
+def _spelled_bytes(token: int, tokenizer: Any) -> int:
+    """Number of UTF-8 bytes that a token spells, which may be a part of a character alone."""
+    text, name = tokenizer.decode([token]), tokenizer.convert_ids_to_tokens(token)
+    if REPLACEMENT not in text:
+        return len(text.encode())
+    # `<0xE2>` is a byte; other names of tokens of bytes have a character for each.
+    return 1 if re.fullmatch("<0x[0-9A-F]{2}>", name) else len(name)
 
 
 def _token(number: int | None) -> list[int]:

@@ -19,6 +19,7 @@ from kd.data.text.columns import Columns, Task
 from kd.data.text.tables import Table
 
 UNLABELLED = "-1"  # label of every test row of GLUE
+Message = Mapping[str, Any]  # a turn of a conversation, with its `role` and `content`
 Labels = Int[np.ndarray, " n"] | Float[np.ndarray, " n"] | tuple[Int[np.ndarray, " l"], ...]
 
 
@@ -163,6 +164,30 @@ def load(
     )
 
 
+def check_messages(messages: Sequence[Message]) -> None:
+    """Refuse a conversation without turns, or with one that has no role or no text.
+
+    Args:
+        messages: The turns.
+
+    Raises:
+        UserError: With the beginning of the conversation.
+    """
+    if not messages:
+        raise UserError("a conversation has no turn: remove its row")
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise UserError(f"each message must have a role and a content, got {excerpt(messages)}")
+        if not isinstance(message.get("content"), str):
+            raise UserError(f"the content of a message must be a text, got {excerpt(messages)}")
+
+
+def excerpt(messages: Any) -> str:
+    """The beginning of a conversation, for messages to the user."""
+    text = json.dumps(messages, ensure_ascii=False, default=repr)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
 def _embedding_notes(table: Table, found: Columns, *, parallel: bool) -> list[str]:
     """Sentences on what the columns are for where embeddings are learned."""
     notes = []
@@ -270,30 +295,40 @@ def _is_unlabelled(table: Table, label: str) -> bool:
 
 def _texts(table: Table, name: str, task: Task) -> Sequence[Any]:
     values = table.columns[name]
-    kind: type = list if task == "tag" or name == columns.CONVERSATION else str
+    is_conversation = task == "causal" and name == columns.CONVERSATION
     for row, value in enumerate(values):
-        if not isinstance(value, kind):
-            wanted = "a list of tokens" if task == "tag" else "a list of messages"
-            raise UserError(
-                f"{table.place(row)}: {name} must be {'a text' if kind is str else wanted}, got "
-                f"{'nothing' if value is None else repr(value)[:60]}"
-            )
-        if kind is str and not _is_unicode(value):
-            raise UserError(
-                f"{table.place(row)}: {name} holds half of a surrogate pair, which is no character"
-            )
-    if kind is str and not any(map(str.strip, values)):
+        place = f"{table.place(row)}: {name}"
+        if is_conversation:
+            if not isinstance(value, list):
+                raise UserError(f"{place} must be a list of messages, got {_shown(value)}")
+            try:
+                check_messages(value)
+            except UserError as error:
+                raise UserError(f"{table.place(row)}: {error}") from error
+        elif task == "tag":
+            if not isinstance(value, list):
+                raise UserError(f"{place} must be a list of tokens, got {_shown(value)}")
+            for token in value:
+                _check_text(f"{place}: a token", token)
+        else:
+            _check_text(place, value)
+    plain = task != "tag" and not is_conversation
+    if plain and not any(map(str.strip, values)):
         raise UserError(f"{table.path} has no text in column {name}: name another with --text")
     return values
 
 
-def _is_unicode(text: str) -> bool:
-    """Whether a text is Unicode: JSON can hold `\\ud800` alone, which is none."""
+def _check_text(what: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise UserError(f"{what} must be a text, got {_shown(value)}")
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can hold `\\ud800` alone
+        raise UserError(f"{what} holds half of a surrogate pair, which is no character") from error
+
+
+def _shown(value: object) -> str:
+    return "nothing" if value is None else repr(value)[:60]
 
 
 def _labels(table: Table, found: Columns, task: Task, classes: tuple[str, ...]) -> Labels:

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
-from torch import nn
 
 from dsdistill.harness.errors import UserError
 from kd.data.batching import derive_seed
 from kd.data.text import causal_rows
 from kd.data.text.causal_rows import Prompt
+from kd.models.language import transformer
 from kd.models.language.language_model import LanguageModel
 from kd.models.zoo.huggingface import import_transformers
 
@@ -159,7 +159,6 @@ def continue_ids(
         UserError: If the model cannot generate, or a prompt is empty.
     """
     network: Any = model.network
-    limit = position_limit(network)
     if not callable(getattr(network, "generate", None)):
         raise UserError(f"{type(network).__name__} does not generate texts: it is no causal model")
     if not all(map(len, prompts)):
@@ -167,7 +166,7 @@ def continue_ids(
             "a prompt is empty, and the tokenizer has no beginning-of-sequence token: give each "
             "prompt a text"
         )
-    length = max(map(len, prompts))
+    length, limit = max(map(len, prompts)), transformer.positions(network)
     decoding = decoding.within(limit, length)
     if limit is not None:
         length = min(length, limit - decoding.max_new_tokens)
@@ -187,11 +186,6 @@ def continue_ids(
             generation_config=_configuration(model, decoding, padding, end),
         )
     return [_until(row, end) for row in whole[:, length:].cpu().numpy()]
-
-
-def position_limit(network: nn.Module) -> int | None:
-    """Largest number of tokens that a transformer takes; None if it does not say."""
-    return getattr(getattr(network, "config", None), "max_position_embeddings", None)
 
 
 def _configuration(model: LanguageModel, decoding: Decoding, padding: int, end: int | None) -> Any:

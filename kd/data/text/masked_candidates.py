@@ -13,7 +13,7 @@ the first.
 """
 
 import hashlib
-import json
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +32,8 @@ from kd.data.batching import derive_seed
 from kd.data.text import words
 from kd.data.text.corpus import TextPart
 from kd.data.text.words import SplitText
-from kd.models.language import trained_models
+from kd.models.language import tokenizer as tokenizers
+from kd.models.language import trained_models, transformer
 from kd.models.language.language_model import LanguageModel
 from kd.models.token_inputs import TokenInputs
 
@@ -222,7 +223,7 @@ def load(
             "teacher was fine-tuned from"
         )
     digest = hashlib.sha256(teacher_cache.fingerprint(model.network).encode())
-    digest.update(_describe(tokenizer).encode("utf-8", "surrogatepass"))
+    digest.update(tokenizers.describe(tokenizer).encode())
     model.to(device).eval().requires_grad_(False)
     ids, names = _whole_words(tokenizer)
     predictor = WordPredictor(model, tokenizer, device, torch.tensor(ids, device=device), names)
@@ -312,14 +313,4 @@ def _pieces(names: Sequence[str], tokenizer: Any) -> list[tuple[int, ...]]:
 
 def _positions(model: LanguageModel, tokenizer: Any) -> int:
     """Largest number of tokens that the model takes."""
-    settings: Any = model.network.config
-    limits = (tokenizer.model_max_length, getattr(settings, "max_position_embeddings", None))
-    return min(limit for limit in limits if limit)
-
-
-def _describe(tokenizer: Any) -> str:
-    """All that a tokenizer does, as text; of one that Python computes its vocabulary."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return (
-        json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
-    )
+    return min(tokenizer.model_max_length, transformer.positions(model.network) or sys.maxsize)

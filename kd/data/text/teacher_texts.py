@@ -10,10 +10,8 @@ Source: Kim and Rush (2016), arXiv:1606.07947, section 3.2: the student is train
 the teacher's beam search, with five beams.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,19 +20,20 @@ import numpy as np
 from jaxtyping import Bool
 
 from dsdistill.harness import files
+from dsdistill.harness.checksums import json_digest
 from dsdistill.harness.errors import UserError, one_line
 from dsdistill.harness.runs import progress
 from kd.data import teacher_cache
 from kd.data.batching import derive_seed
 from kd.data.text import causal_rows, generation
-from kd.data.text.causal_rows import ASSISTANT, PROMPT_TOKENS, Message, Prompt
-from kd.data.text.corpus import TextPart
+from kd.data.text.causal_rows import ASSISTANT, PROMPT_TOKENS, Prompt
+from kd.data.text.corpus import Message, TextPart, check_messages
 from kd.data.text.generation import Continuations, Decoding
+from kd.models.language import tokenizer as tokenizers
 from kd.models.language.language_model import LanguageModel
 from kd.parallel.engine import Engine
 
 FORMAT_VERSION = 1  # part of the key: raise it when the same texts would be stored differently
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what stands for bytes that are no character
 SHARD = 256  # rows of a shard, which a kill costs at most
 BEAMS = Decoding(max_new_tokens=128, beams=5)
 
@@ -103,9 +102,9 @@ def write(
     decoding = replace(decoding, max_new_tokens=min(decoding.max_new_tokens, room))
     key = {
         "format": FORMAT_VERSION,
-        "prompts": _digest(prompts),
+        "prompts": json_digest(prompts),
         "teacher": teacher_cache.fingerprint(teacher),
-        "tokenizer": _digest([tokenizer.get_vocab(), tokenizer.chat_template]),
+        "tokenizer": json_digest(tokenizers.describe(tokenizer)),
         "decoding": asdict(decoding),
         "seed": seed,
         "batch_size": batch_size,
@@ -113,7 +112,7 @@ def write(
     }
     starts = range(0, len(prompts), SHARD)
     try:
-        inner = folder / _digest(key)
+        inner = folder / json_digest(key)
         inner.mkdir(parents=True, exist_ok=True)
         files.write_json(inner / "key.json", key)
         with progress.bar(len(prompts), "prompts") as show:
@@ -156,12 +155,12 @@ def _prompts(part: TextPart, tokenizer: Any, max_length: int, prompt_tokens: int
         for start, stop in pairwise(chunks.offsets.tolist())
     ]
     # A character of several bytes may end in the middle.
-    return [tokenizer.decode(ids, **options).rstrip(REPLACEMENT) for ids in begins]
+    return [tokenizer.decode(ids, **options).rstrip(causal_rows.REPLACEMENT) for ids in begins]
 
 
 def _before_answer(messages: Sequence[Message]) -> list[Message]:
     """The turns of a conversation without an answer at its end."""
-    causal_rows.check(messages)
+    check_messages(messages)
     return list(messages[:-1] if messages[-1]["role"] == ASSISTANT else messages)
 
 
@@ -170,8 +169,9 @@ def _with_answers(prompts: Sequence[Prompt], pairs: Sequence[Sequence[Any]]) -> 
     complete = np.array([end for _, end in pairs], bool)
     if all(isinstance(prompt, str) for prompt in prompts):
         return TeacherTexts(TextPart((list(prompts), answers)), complete)
+    # Templates bring the white space around an answer, which the teacher has written too.
     conversations = [
-        [*messages, {"role": ASSISTANT, "content": answer}]
+        [*messages, {"role": ASSISTANT, "content": answer.strip()}]
         for messages, answer in zip(prompts, answers, strict=True)
     ]
     return TeacherTexts(TextPart((conversations,)), complete)
@@ -182,7 +182,7 @@ def _write(folder: Path, number: int, continuations: Continuations) -> None:
         list(pair)
         for pair in zip(continuations.texts, continuations.complete.tolist(), strict=True)
     ]
-    files.write_json(_shard(folder, number), {"rows": rows, "sha256": _digest(rows)})
+    files.write_json(_shard(folder, number), {"rows": rows, "sha256": json_digest(rows)})
 
 
 def _read(folder: Path, number: int, count: int) -> list[list[Any]] | None:
@@ -192,7 +192,7 @@ def _read(folder: Path, number: int, count: int) -> list[list[Any]] | None:
         return None
     try:
         stored = files.read_json(path)
-        if stored["sha256"] == _digest(stored["rows"]) and len(stored["rows"]) == count:
+        if stored["sha256"] == json_digest(stored["rows"]) and len(stored["rows"]) == count:
             return stored["rows"]
         why = "it does not match its checksum"
     except (UserError, LookupError, TypeError) as error:
@@ -203,8 +203,3 @@ def _read(folder: Path, number: int, count: int) -> list[list[Any]] | None:
 
 def _shard(folder: Path, number: int) -> Path:
     return folder / f"{number:05}.json"
-
-
-def _digest(value: Any) -> str:
-    """SHA-256 of a JSON value, independent of the order of its names."""
-    return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -57,6 +57,22 @@ def positions(network: LanguageModel) -> int | None:
     return None if is_bilstm else transformer.positions(network.network)
 
 
+def require_same_pairs(who: str, model: TextModel, pairs: bool) -> None:
+    """Refuse a BiLSTM for pairs of texts where the data are single ones, and the reverse.
+
+    Args:
+        who: Name of the model in messages.
+        model: The model.
+        pairs: Whether the data are pairs.
+
+    Raises:
+        UserError: If it is such a BiLSTM; a transformer takes both.
+    """
+    if isinstance(model.network.network, BiLstm) and model.pairs != pairs:
+        other, these = ("pairs of texts" if x else "single texts" for x in (model.pairs, pairs))
+        raise UserError(f"{who} is a {model.name} for {other}, and the data are {these}")
+
+
 def choose_length(who: str, max_length: int | None, positions: int | None) -> int:
     """The largest number of tokens of a text, by default 128 or as many as the network takes.
 

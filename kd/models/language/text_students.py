@@ -123,9 +123,7 @@ def _trained(
         kept = ",".join(map(str, keep_layers))
         model = replace(model, network=smaller, name=f"{model.name}[{kept}]")
         notes = (*notes, f"a copy of {name} with its blocks {kept}")
-    elif isinstance(model.network.network, bilstm.BiLstm) and model.pairs != pairs:
-        other, these = ("pairs of texts" if x else "single texts" for x in (model.pairs, pairs))
-        raise UserError(f"{name} is a {model.name} for {other}, and the data are {these}")
+    text_model.require_same_pairs(name, model, pairs)
     model.network.notes = (*model.network.notes, *notes)
     return replace(model, max_length=length, pairs=pairs)
 

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError
-from kd.models.language import sentence_encoder, tokenizer, trained_models
+from kd.models.language import sentence_encoder, text_model, tokenizer, trained_models
 from kd.models.language.sentence_encoder import SentenceEncoder
 from kd.models.language.task import ALIGNED, Task
 from kd.models.language.text_model import TextModel
@@ -124,11 +124,12 @@ def load(
             head for the task.
 
     Raises:
-        UserError: If there is no such teacher, it has no trained head, other classes, or takes
-            fewer tokens than the student.
+        UserError: If there is no such teacher, it has no trained head, other classes, takes fewer
+            tokens than the student, or single texts where the data are pairs.
     """
     who, task = f"teacher {name}", student.task
     model = trained_models.load(name, task, classes, pairs=student.pairs)
+    text_model.require_same_pairs(who, model, student.pairs)
     notes: list[str] = []
     if model.network.untrained:
         if head:

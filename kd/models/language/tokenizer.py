@@ -1,5 +1,6 @@
 """Tokenizers: any of Hugging Face, and those of words or characters for students from scratch."""
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,12 +102,25 @@ def same_ids(one: Any, other: Any, texts: Sequence[str]) -> bool:
     if one.get_vocab() != other.get_vocab():
         return False
     sample = list(texts[:SAMPLE])
-    return not sample or one(sample)["input_ids"] == other(sample)["input_ids"]
+    if not sample:
+        return True
+    ids, other_ids = (each(sample, verbose=False)["input_ids"] for each in (one, other))
+    return ids == other_ids
 
 
 def marks_second_text(tokenizer: Any) -> bool:
     """Whether a tokenizer tells the tokens of the second of two texts from those of the first."""
     return any(tokenizer("a", "b").get("token_type_ids") or [])
+
+
+def describe(tokenizer: Any) -> str:
+    """All that a tokenizer does, as JSON for a key; of one that Python computes its vocabulary."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    inner = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    # How the last call has padded and cut is no part of it.
+    kept = {key: x for key, x in inner.items() if key not in ("padding", "truncation")}
+    parts = [kept, tokenizer.special_tokens_map, tokenizer.chat_template]
+    return json.dumps(parts, sort_keys=True, default=str)
 
 
 def save(tokenizer: Any, folder: Path) -> None:

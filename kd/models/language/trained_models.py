@@ -160,7 +160,9 @@ def _load_published(
     own = tokenizer.load(source)
     head = transformer.CLASSES[task].removeprefix("AutoModel")
     has_head = any(str(x).endswith(head) for x in config.architectures or ())
-    names = transformer.labels(config) if has_head and task in WITH_CLASSES else classes
+    # A configuration that names no class of the library may still name those of its head.
+    may_have_head = has_head or not config.architectures
+    names = transformer.labels(config) if may_have_head and task in WITH_CLASSES else classes
     network = transformer.load(source, task, names, own, seed=seed)
     # A head for tokens and one for texts have tensors of the same names.
     foreign = bool(config.architectures) and not has_head and task not in OF_TOKENS

@@ -201,7 +201,8 @@ def with_new_head(
         seed: Seed of the new head.
 
     Raises:
-        UserError: If a model for the task `causal` would see later tokens.
+        UserError: If the library has no such head for the model, or a model for the task `causal`
+            would see later tokens.
     """
     config = copy.deepcopy(_config(model.network))
     labels = {"problem_type": None} | (_labels(task, classes) if task not in OF_TOKENS else {})
@@ -285,7 +286,12 @@ def _from_config(
     auto = getattr(import_transformers(), CLASSES[task])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        network = auto.from_config(config, trust_remote_code=False, dtype=torch.float32)
+        try:
+            network = auto.from_config(config, trust_remote_code=False, dtype=torch.float32)
+        except ValueError as error:
+            raise UserError(
+                f"no {config.model_type} can be built for --task {task}: {first_line(error)}"
+            ) from error
         if task == "embed":
             network = SentenceEncoder(network, head or EmbeddingHead())
     return _wrap(network, task, tokenizer)
