@@ -116,17 +116,17 @@ class TextTraining:
         least = max(1, *(term.min_images for term in parts.terms))
         batches = self._batches("train", parts.recipe.batch_size * world)
         batches = replace(batches, world=world, least=least, masked=self._hidden_in_training())
-        if not batches.sizes:
+        if (count := len(parts.encoded["train"])) < least * world:
             raise UserError(
-                f"{parts.corpus.name} has fewer training texts than one batch of "
-                f"{parts.recipe.batch_size} texts per process: lower --batch-size"
+                f"{parts.corpus.name} has {count} training texts, and a batch needs {least} for "
+                f"each process, {least * world} in all: train on more texts"
             )
         return batches
 
     def check_step(self, objective: Objective, source: BatchSource) -> None:
         assert isinstance(source, TokenBatches)
         assert self.recipe.loss is not None
-        least = dry_run.smallest_share(source.sizes, self.on.num_processes)
+        least = min(source.sizes) // self.on.num_processes
         batch = source.first(min(least, DRY_RUN_TEXTS))
         trains_outputs = self.parts.teaches_outputs and self.options.lora is None
         dry_run.check_batch(

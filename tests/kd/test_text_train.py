@@ -305,6 +305,16 @@ def _images(folder: Path) -> Path:
     return folder
 
 
+def test_fewer_texts_than_a_loss_compares_are_refused(
+    inside: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    data = write_tsv(tmp_path / "few.tsv", [("a", "pos"), ("b", "neg")])
+    options = (*TAUGHT, "--loss", "rkd-angle", "--validation-fraction", 0)
+    assert "few has 2 training texts, and a batch needs 3 for each process, 3 in all" in (
+        refused_train(inside, data, *options)
+    )
+
+
 def test_a_folder_of_images_with_a_table_is_one_of_images(
     inside: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
