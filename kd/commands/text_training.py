@@ -157,7 +157,7 @@ class TextTraining:
         elif not parts.teaches_outputs:
             say("the loss teaches layers and not outputs: the weights of the last epoch are saved")
         part = "validation" if "validation" in parts.encoded else "train"
-        for i, (name, teacher) in enumerate(zip(parts.teacher_names, parts.teachers, strict=True)):
+        for i, (name, teacher) in enumerate(self._judged_teachers()):
             for note in teacher.resolved.notes:
                 say(f"teacher {name}: {note}")
             if parts.teaches_outputs:
@@ -283,16 +283,14 @@ class TextTraining:
         )
 
     def _judged_teachers(self) -> Sequence[tuple[str, TextTeacher]]:
-        """The teachers whose answers the student was taught, with their names."""
+        """The teachers whose answers the student is taught, with their names."""
         parts = self.parts
         if parts.recipe.augment == "teacher":
-            return ()  # its texts have taught, in its own tokens
+            return ()  # its texts teach, in its own tokens
         return tuple(zip(parts.teacher_names, parts.teachers, strict=True))
 
     def _check_teacher(self, name: str, number: int, teacher: TextTeacher, part: str) -> None:
         parts = self.parts
-        if parts.recipe.augment == "teacher":
-            return  # its texts teach, in its own tokens
         if parts.task == "embed":
             scorer = text_figures.embedding_scorer(self._texts(part), parts.teachers)
             minimum = self.options.min_teacher_accuracy
