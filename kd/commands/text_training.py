@@ -135,14 +135,17 @@ class TextTraining:
         least = max(1, *(term.min_images for term in parts.terms))
         batches = self._batches("train", parts.recipe.batch_size * world)
         batches = replace(batches, world=world, least=least, masked=self._hidden_in_training())
-        texts = min(batches.size, len(parts.encoded["train"]))
-        batching.check_size(texts, world, max(least, batching.MIN_IMAGES_PER_PROCESS), kind="texts")
+        if (count := len(parts.encoded["train"])) < least * world:
+            raise UserError(
+                f"{parts.corpus.name} has {count} training texts, and a batch needs {least} for "
+                f"each process, {least * world} in all: train on more texts"
+            )
         return batches
 
     def check_step(self, objective: Objective, source: BatchSource) -> None:
         assert isinstance(source, TokenBatches)
         assert self.recipe.loss is not None
-        least = dry_run.smallest_share(source.sizes, self.on.num_processes)
+        least = min(source.sizes) // self.on.num_processes
         batch = source.first(min(least, DRY_RUN_TEXTS))
         trains_outputs = self.parts.teaches_outputs and self.options.lora is None
         dry_run.check_batch(
@@ -172,7 +175,7 @@ class TextTraining:
             say("no validation texts: the weights of the last epoch are saved, not of the best")
         elif not parts.teaches_outputs:
             say("the loss teaches layers and not outputs: the weights of the last epoch are saved")
-        for i, (name, teacher) in enumerate(zip(parts.teacher_names, parts.teachers, strict=True)):
+        for i, (name, teacher) in enumerate(self._judged_teachers()):
             for note in teacher.resolved.notes:
                 say(f"teacher {name}: {note}")
             if parts.teaches_outputs:
@@ -298,10 +301,10 @@ class TextTraining:
         )
 
     def _judged_teachers(self) -> Sequence[tuple[str, TextTeacher]]:
-        """The teachers whose answers the student was taught, with their names."""
+        """The teachers whose answers the student is taught, with their names."""
         parts = self.parts
         if parts.recipe.augment == "teacher":
-            return ()  # its texts have taught, in its own tokens
+            return ()  # its texts teach, in its own tokens
         return tuple(zip(parts.teacher_names, parts.teachers, strict=True))
 
     def _texts_for_check(self) -> JudgedTexts:
@@ -317,8 +320,6 @@ class TextTraining:
 
     def _check_teacher(self, name: str, number: int, teacher: TextTeacher) -> None:
         parts = self.parts
-        if parts.recipe.augment == "teacher":
-            return  # its texts teach, in its own tokens
         if parts.task == "embed":
             scorer = text_figures.embedding_scorer(self._texts_for_check(), parts.teachers)
             minimum = self.options.min_teacher_accuracy

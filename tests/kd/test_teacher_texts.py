@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import tokenizers
+import transformers
 from language_support import causal_model, characters
 
 from dsdistill.harness.errors import UserError
@@ -166,6 +167,16 @@ def test_plain_texts_are_begun_by_their_chunks(tmp_path, teacher):
         learned = [x for x in part.targets[start:stop] if x != IGNORED]
         ends = "[EOS]" if answers.complete[i] else ""
         assert TOKENIZER.decode(learned) == answers.part.texts[1][i] + ends
+
+
+def test_prompts_of_plain_texts_are_whole_characters():
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: i for i, character in enumerate(alphabet)}
+    each_byte = transformers.GPT2Tokenizer(vocab=vocabulary, merges=[])
+    each_byte.bos_token = each_byte.eos_token = each_byte.unk_token = None
+    part = TextPart((["\u4e2d\u56fd", "ab"],))
+    prompts = teacher_texts._prompts(part, each_byte, 5, 2)
+    assert prompts == ["a"]  # of two bytes and of one
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,17 @@ def test_a_small_last_batch_joins_the_one_before():
     assert [len(b) for b in source(size=33, world=2, least=2).epoch(0, 0)] == [33, 33, 34]
 
 
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_every_process_has_a_text_of_a_batch_of_one_each(world):
+    batches = source(size=world, world=world)
+    shares = [list(batches.epoch(0, 0, rank=rank, world=world)) for rank in range(world)]
+    sizes = {len(batch) for share in shares for batch in share[:-1]}
+    assert sizes == {1}
+    assert {len(share[-1]) for share in shares} <= {1, 2}
+    rows = sorted(i for share in shares for batch in share for i in batch.index.tolist())
+    assert rows == list(range(100))
+
+
 def test_a_text_of_few_tokens_has_one_hidden_at_least():
     rng = np.random.default_rng(0)
     few = MaskedTokens(0.01, mask=4, special=(2, 3), size=50)

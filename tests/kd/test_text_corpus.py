@@ -5,6 +5,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from dsdistill.harness.errors import UserError
@@ -107,6 +109,26 @@ def test_a_folder_saved_by_datasets_brings_the_names_of_its_classes(tmp_path):
     assert data.classes == ("neg", "pos")
     assert data.train.labels.tolist() == [1, 0]
     assert data.brings_validation
+
+
+def test_a_folder_from_the_hub_has_its_parts_in_shards(tmp_path):
+    def save(part, name="label", **shards):
+        for number, labels in enumerate(shards.values()):
+            table = pyarrow.table({"text": [f"{part} {x}" for x in labels], name: labels})
+            path = tmp_path / f"{part}-{number:05}-of-{len(shards):05}.parquet"
+            pyarrow.parquet.write_table(table, path)
+
+    save("train", a=[0, 1], b=[1])
+    save("test", a=[0])
+    assert part_files.is_text(tmp_path)
+    data = corpus.load(tmp_path, validation_fraction=0)
+    assert data.train.texts == (["train 0", "train 1", "train 1"],)
+    assert (len(data.test), data.classes) == (1, ("0", "1"))
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": ["a"]}), tmp_path / "train-00001-of-00002.parquet"
+    )
+    with pytest.raises(UserError, match="must have the columns of"):
+        corpus.load(tmp_path)
 
 
 def test_any_change_of_a_row_changes_the_digest(tmp_path):

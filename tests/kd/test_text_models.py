@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from language_support import causal_model, characters
 from text_support import LETTERS, TEXTS, bert_folder, pieces
 from torch import Tensor
@@ -233,6 +234,20 @@ def test_bad_input_is_one_line(folders, name, options, message):
     with pytest.raises(UserError, match=message) as refusal:
         student(folders.get(name, name), **options)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("kind", ["DistilBert", "GPT2", "Bert"])
+def test_a_fresh_student_has_as_many_heads_as_its_teacher(tmp_path, kind):
+    sizes = {"hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 1, "vocab_size": 24}
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    own = pieces()
+    task, classes = "classify", ("a", "b")
+    network = transformer.with_new_head(
+        transformer.rebuild(config.to_dict(), task, own), task, classes, own, seed=0
+    )
+    run = saved(tmp_path, TextModel(network, "hf:x", task, classes, own, 16, False))
+    fresh = student("bert:1x24", classes=classes, teacher=str(run))
+    assert fresh.network.network.config.num_attention_heads == 4
 
 
 def test_a_head_that_the_library_does_not_have_is_one_line(tmp_path):

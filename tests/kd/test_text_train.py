@@ -350,6 +350,27 @@ def _images(folder: Path) -> Path:
     return folder
 
 
+def test_a_teacher_that_writes_is_not_said_to_read_the_students_texts(
+    inside: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--teacher", "hf:foreign", "--recipe", "sequence", "--max-length", 12)
+    more = ("--cache", tmp_path / "cache", "--out", tmp_path / "run")
+    main(inside, "train", "prompt", *CAUSAL, *options, *more)
+    said = capfd.readouterr().err
+    assert "the teacher wrote 96 completions" in said
+    assert "tokenised twice" not in said
+
+
+def test_fewer_texts_than_a_loss_compares_are_refused(
+    inside: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    data = write_tsv(tmp_path / "few.tsv", [("a", "pos"), ("b", "neg")])
+    options = (*TAUGHT, "--loss", "rkd-angle", "--validation-fraction", 0)
+    assert "few has 2 training texts, and a batch needs 3 for each process, 3 in all" in (
+        refused_train(inside, data, *options)
+    )
+
+
 def test_a_folder_of_images_with_a_table_is_one_of_images(
     inside: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -1,11 +1,13 @@
 """Files of the parts of a text data set: one file, a folder with a file for each, saved data sets.
 
 A folder has `train.tsv` (or any other suffix that `tables` reads) and, where it has them,
-`validation.tsv` or `dev.tsv`, and `test.tsv`. A folder that Hugging Face's `datasets` saved is read
-by that library.
+`validation.tsv` or `dev.tsv`, and `test.tsv`. A part may be divided as on the hub, into
+`train-00000-of-00002.parquet` and so on. A folder that Hugging Face's `datasets` saved is read by
+that library.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "validation": ("validation", "dev", "valid", "val", "validation_matched", "dev_matched"),
     "test": ("test", "test_matched"),
 }
+_SHARD = re.compile(r"-[0-9]{5}-of-[0-9]{5}$")  # end of a file's name, as the hub has them
 _SAVED_DICT, _SAVED = "dataset_dict.json", "state.json"
 
 
@@ -88,13 +91,16 @@ def find(data: Path, *, documents: bool = False) -> dict[str, Table]:
     if not files and len(lone := _readable(data)) == 1:
         files = {"train": lone}
     for part, paths in files.items():
-        if len(paths) > 1:
+        if len(paths) > 1 and not all(map(_is_shard, paths)):
             names = " and ".join(path.name for path in paths)
             raise UserError(f"{data} has two files of its {part} part, {names}: remove one")
     if "train" not in files:
         kinds = ", ".join(sorted(tables.READERS))
         raise UserError(f"{data} has no train file of texts ({kinds}, with .gz or without)")
-    return {part: tables.read(paths[0], documents=documents) for part, paths in files.items()}
+    return {
+        part: _join([tables.read(path, documents=documents) for path in paths])
+        for part, paths in files.items()
+    }
 
 
 def short_name(data: Path) -> str:
@@ -106,11 +112,32 @@ def short_name(data: Path) -> str:
 def _files(folder: Path) -> dict[str, list[Path]]:
     files: dict[str, list[Path]] = {}
     for path in _readable(folder):
-        stem = path.name.split(".")[0].lower()
+        stem = _SHARD.sub("", path.name.split(".")[0].lower())
         for part, names in PARTS.items():
             if stem in names:
                 files.setdefault(part, []).append(path)
     return files
+
+
+def _is_shard(path: Path) -> bool:
+    return _SHARD.search(path.name.split(".")[0]) is not None
+
+
+def _join(shards: Sequence[Table]) -> Table:
+    """One table of the rows of several.
+
+    Raises:
+        UserError: If they have other columns.
+    """
+    first = shards[0]
+    if len(shards) == 1:
+        return first
+    for other in shards:
+        if other.columns.keys() != first.columns.keys():
+            raise UserError(f"{other.path} must have the columns of {first.path}")
+    columns = {name: [x for each in shards for x in each.columns[name]] for name in first.columns}
+    whole = first.path.with_name(first.path.name.replace("-00000-", "-*-", 1))
+    return Table(whole, columns)
 
 
 def _readable(folder: Path) -> list[Path]:

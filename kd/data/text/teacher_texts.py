@@ -78,7 +78,8 @@ def write(
     Args:
         part: Prompts with completions, or conversations, whose last answers are replaced or, after
             a turn of the user, added; or plain texts: of each chunk of `max_length` tokens the
-            first `prompt_tokens` are a prompt.
+            first `prompt_tokens` are a prompt; one that spells no whole character is left out
+            where no token begins a text.
         teacher: Causal model, on the device of the engine.
         tokenizer: The teacher's tokenizer; one without chat template gets the plain one.
         folder: Folder of the texts of any number of teachers and corpora; created.
@@ -154,8 +155,10 @@ def _prompts(part: TextPart, tokenizer: Any, max_length: int, prompt_tokens: int
         chunks.ids[start : start + causal_rows.prompt_length(stop - start, prompt_tokens)].tolist()
         for start, stop in pairwise(chunks.offsets.tolist())
     ]
-    # A character of several bytes may end in the middle.
-    return [tokenizer.decode(ids, **options).rstrip(causal_rows.REPLACEMENT) for ids in begins]
+    # A chunk, or its beginning, may end within a character of several bytes.
+    texts = [tokenizer.decode(ids, **options).strip(causal_rows.REPLACEMENT) for ids in begins]
+    # Nothing can be written after nothing, where no token begins a text.
+    return texts if tokenizer.bos_token_id is not None else list(filter(None, texts))
 
 
 def _before_answer(messages: Sequence[Message]) -> list[Message]:

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kd.data import batching
-from kd.data.batching import Batch, Unit, derive_seed, share_positions, split_rows
+from kd.data.batching import Batch, Unit, derive_seed, split_rows
 from kd.data.text.tokenization import EncodedPart
 from kd.models.token_inputs import IGNORED, TokenInputs
 
@@ -96,8 +96,7 @@ class TokenBatches:
     @property
     def sizes(self) -> list[int]:
         """Number of texts of each batch of an epoch, over all processes."""
-        count = len(self.parts[0])
-        return [len(x) for x in split_rows(np.arange(count), self.size, self.world, self.least)]
+        return [len(rows) for rows in self._split(np.arange(len(self.parts[0])))]
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -108,7 +107,7 @@ class TokenBatches:
         """Yield every text once, in an order that depends only on `seed` and `epoch`."""
         rng = np.random.default_rng(derive_seed(seed, epoch))
         for rows in self._ordered(rng)[first:]:
-            own = rows[share_positions(len(rows), rank, world)]
+            own = rows[rank::world]
             totals = self._totals(rows, (seed, epoch)) if world > 1 else None
             yield replace(self._batch(own, (seed, epoch)), total_images=len(rows), totals=totals)
 
@@ -141,11 +140,15 @@ class TokenBatches:
             pool = POOL_BATCHES * self.size
             pools = [order[i : i + pool] for i in range(0, len(order), pool)]
             order = np.concatenate([x[np.argsort(-lengths[x], kind="stable")] for x in pools])
-        batches = split_rows(order, self.size, self.world, self.least)
+        batches = self._split(order)
         if not self.sorts:
             return batches
         places = rng.permutation(len(batches) - 1)
         return [*(batches[i] for i in places), batches[-1]]
+
+    def _split(self, order: Int[np.ndarray, " n"]) -> list[Int[np.ndarray, " m"]]:
+        # Shares differ by one text at most, so that one for each process is enough.
+        return split_rows(order, self.size, least=self.least * self.world)
 
     def _batch(self, rows: Int[np.ndarray, " n"], key: tuple[int, int]) -> Batch:
         """The batch of these rows.

@@ -29,14 +29,10 @@ class ResolvedTextTeacher:
     """The decisions about a teacher of texts.
 
     Attributes:
-        matched: How its outputs were matched to the data's classes, in words.
-        classes: Names of the data's classes, in order; empty for other tasks.
         max_length: Largest number of tokens of a text that it is given.
         notes: Lines about these decisions.
     """
 
-    matched: str
-    classes: tuple[str, ...]
     max_length: int
     notes: tuple[str, ...] = ()
 
@@ -152,7 +148,7 @@ def load(
     length = _length(name, model, student, shares_ids=shares_ids)
     notes += [matched.note] if matched.note else []
     notes += [] if matched.how == "by name" else [f"classes matched {matched.how}"]
-    resolved = ResolvedTextTeacher(matched.how, classes, length, tuple(notes))
+    resolved = ResolvedTextTeacher(length, tuple(notes))
     return TextTeacher(model, matched, resolved, shares_ids=shares_ids)
 
 

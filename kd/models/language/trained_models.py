@@ -84,8 +84,7 @@ def heads(name: str) -> int | None:
     if name.startswith(HF):
         return getattr(huggingface.read_config(name.removeprefix(HF)), "num_attention_heads", None)
     config = saved_text_models.read_config(Path(name).expanduser())
-    config = config.get("encoder", config)  # of a model of embeddings
-    return config.get("num_attention_heads", config.get("n_head"))
+    return None if config["model_type"] == bilstm.MODEL_TYPE else transformer.heads(config)
 
 
 def embedding_width(name: str) -> tuple[int, bool]:

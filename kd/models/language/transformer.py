@@ -169,6 +169,17 @@ def embedding_width(config: Mapping[str, Any]) -> tuple[int, bool]:
     return head.width(known.hidden_size), head.normalise
 
 
+def heads(config: Mapping[str, Any]) -> int | None:
+    """Number of attention heads of a model; None if it does not say.
+
+    Args:
+        config: A `LanguageModel.config`, in which each architecture has a name of its own for it.
+    """
+    inner, _ = _parse(config)
+    known = import_transformers().AutoConfig.for_model(**inner)
+    return getattr(known, "num_attention_heads", None)
+
+
 def keep_blocks(
     model: LanguageModel, numbers: Sequence[int], task: str, tokenizer: Any
 ) -> LanguageModel:
