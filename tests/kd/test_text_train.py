@@ -22,6 +22,7 @@ STUDENT = ("--student", "hf:bert", "--epochs", 1, "--device", "cpu")
 FRESH = ("--student", "bert:1x8", "--tokenizer", "words", "--steps", 2, "--device", "cpu")
 CAUSAL = ("--task", "causal", "--student", "hf:llama", "--epochs", 1, "--device", "cpu")
 WRITTEN = (*CAUSAL, "--teacher", "hf:llama")
+PAIR_OF_TEACHERS = ("--student", "bert:1x16", "--teacher", "hf:bert,hf:judge", "--epochs", 1)
 LAYERS = ("--student", "bert:1x16", "--teacher", "T", "--loss", "relations", "--epochs", 1)
 TINYBERT = ("--student", "bert:2x16", "--teacher", "T", "--recipe", "tinybert", "--epochs", 1)
 TAUGHT = ("--student", "bert:1x8", "--teacher", "T", "--epochs", 1, "--device", "cpu")
@@ -296,6 +297,16 @@ OPTIONS: list[tuple[str, tuple[object, ...], str]] = [
         "plain",
         (*WRITTEN, "--recipe", "sequence", "--min-teacher-accuracy", 0.9),
         "--min-teacher-accuracy has no effect with --augment teacher",
+    ),
+    (
+        "score",
+        ("--student", "bert:1x8", "--teacher", "scores", "--class-map", "c.json"),
+        "--class-map has no effect on --task regress",
+    ),
+    (
+        "plain",
+        (*PAIR_OF_TEACHERS, "--task", "embed", "--teacher-weights", "by-label"),
+        "--teacher-weights by-label needs classes, which --task embed has not",
     ),
     # recipes of several trainings are checked before the first one
     (
