@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import language_support
 import numpy as np
@@ -455,9 +456,9 @@ def test_activations_that_are_computed_twice_change_nothing(
 ) -> None:
     counts, forward = [0], modeling_bert.BertIntermediate.forward
 
-    def counted(*arguments: object) -> object:
-        counts[-1] += 1
-        return forward(*arguments)  # pyright: ignore[reportArgumentType]
+    def counted(*arguments: Any) -> object:
+        counts[-1] += arguments[0].training  # the latency is measured by any number of calls
+        return forward(*arguments)
 
     inside.setattr(modeling_bert.BertIntermediate, "forward", counted)
     line = ("train", "one", *STUDENT, "--teacher", "T", "--loss", "ce,kd,hidden,scores", "--out")
