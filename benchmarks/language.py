@@ -25,7 +25,8 @@ import numpy as np
 
 SEEDS = 3
 PHRASES = 14_000  # random ones of SST-2's 67,349, for students that take long
-TEACHER = "--teacher {root}/{data}-teacher-0 --cache {root}/answers"
+TAUGHT = "--teacher {root}/{data}-teacher-0"
+TEACHER = f"{TAUGHT} --cache {{root}}/answers"  # of losses of answers alone
 BILSTM = "--student bilstm:150 --tokenizer hf:{minilm} --max-length 64"
 HALF = "--student {root}/{data}-teacher-0 --keep-layers 1,3,5 --lr 1e-4"
 SMALL = "--student bert:3x192 --tokenizer hf:{minilm} --max-length 64"
@@ -39,7 +40,7 @@ class Student:
 
     Attributes:
         data: Name of the data set.
-        options: Options of `kd train`, with `{root}`, `{data}` and `{minilm}`.
+        options: Options of `kd train`, with `{root}`, `{data}`, `{minilm}` and `{seed}`.
         metric: Figure of the report that judges it.
         seeds: Number of trainings.
     """
@@ -79,14 +80,19 @@ EXPERIMENTS: dict[str, dict[str, Student]] = {
     "pkd": {
         "pkd-labels": Student("sst2-14k", f"{HALF} --epochs 2"),
         "pkd-kd": Student("sst2-14k", f"{HALF} {TEACHER} --epochs 2 --loss {KD}"),
-        "pkd-patient": Student("sst2-14k", f"{HALF} {TEACHER} --epochs 2 --recipe pkd"),
+        "pkd-patient": Student("sst2-14k", f"{HALF} {TAUGHT} --epochs 2 --recipe pkd"),
     },
     # Eight epochs with labels; five of layers and three of answers.
     "tinybert": {
         "tinybert-labels": Student("sst2-14k", f"{SMALL} --epochs 8"),
         "tinybert-kd": Student("sst2-14k", f"{SMALL} {TEACHER} --epochs 8 --loss kd:1"),
+        "tinybert-layers": Student(
+            "sst2-14k", f"{SMALL} {TAUGHT} --recipe tinybert-intermediate --lr 5e-4 --epochs 5"
+        ),
         "tinybert-stages": Student(
-            "sst2-14k", f"{SMALL} {TEACHER} --recipe tinybert --lr 5e-4 --epochs 3"
+            "sst2-14k",
+            "--student {root}/tinybert-layers-{seed} --lr 5e-4 --epochs 3 "
+            f"--loss kd:1:temperature=1 {TEACHER}",
         ),
     },
     "mrpc": _with_and_without("mrpc", 5, "test_macro_f1", KD),
@@ -171,7 +177,7 @@ def measured(label: str, student: Student, root: Path, minilm: Path) -> dict:
     teacher_data = "sst2" if student.data == "sst2-14k" else student.data
     report: dict = {}
     for seed in range(student.seeds):
-        line = student.options.format(root=root, data=teacher_data, minilm=minilm)
+        line = student.options.format(root=root, data=teacher_data, minilm=minilm, seed=seed)
         folder = root / f"{label}-{seed}"
         report = trained(f"{prepared(student.data, root)} {line} --seed {seed}", folder)
         seconds.append(report["seconds"])

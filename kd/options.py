@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
 import tyro
 
-from dsdistill.harness import paths
+from dsdistill.harness import paths, shell
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.help_page import Layout, Shown, format_default
 from kd import per_teacher, recipe, recipes
@@ -28,7 +28,7 @@ DEFAULT_WORKERS = 2  # processes that read image files, where nothing else is as
 # Defaults that follow from more than the kind of data and of network.
 DEFAULTS_BY_DATA = {
     "loss": "ce:1, mse:1 on a distilled set; ce:0.1,kd:0.9:temperature=4 with a teacher; "
-    "ce:1,kd:1:temperature=1 with --peers",
+    "ce:1,kd:1:temperature=1 with --peers; of texts what their --task needs",
     "validate_every": "1, or more so that short epochs make at most 40 validations",
     "image_size": "as they are",
     "patience": "never",
@@ -57,6 +57,15 @@ def _by_recipe(name: str) -> Shown:
     if layer_norm == small:
         return Shown(default=f"{real}; {small} with layer norm or on a distilled set")
     return Shown(default=f"{layer_norm} with layer norm; else {real}, on a distilled set {small}")
+
+
+def _list_defaults(kind: recipe.Recipe, common: recipe.Recipe = recipes.REAL) -> str:
+    """The options in which the recipe of a kind of data differs from another one's."""
+    return " ".join(
+        f"{shell.flag(f.name)} {format_default(getattr(kind, f.name))}"
+        for f in recipe.OPTIONS
+        if getattr(kind, f.name) != getattr(common, f.name)
+    )
 
 
 _HINTS = get_type_hints(recipe.Recipe)
@@ -125,7 +134,9 @@ class TrainOptions:
             "their images are given once for all, or once for each with commas between, such as "
             "--teacher-mean 0.5 0.5 0.5 , 0.3 0.3 0.3, and nothing for a teacher that needs none.",
             "Training": "Some defaults depend on the data and on the student: transformers and "
-            "ConvNeXt have layer norm. --recipe sets others.",
+            "ConvNeXt have layer norm. --recipe sets others. Those shown are for images; of texts "
+            f"they are {_list_defaults(recipes.FINETUNE)}, and of a fresh student "
+            f"{_list_defaults(recipes.FRESH, recipes.FINETUNE)}.",
             "Image files": "These need --augment imagenet.",
             "Texts": "A file or folder of texts is recognised by its name: a .tsv, .csv, .jsonl, "
             ".parquet or .txt, or a folder with a train file and, where it has them, dev and test "

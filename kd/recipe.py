@@ -66,9 +66,9 @@ def _field(default: Any, help: str) -> Any:
 class Recipe:
     """All that a training depends on beside its data and its networks."""
 
-    epochs: int | None = _field(None, "Passes over the training images")
+    epochs: int | None = _field(None, "Passes over the training images or texts")
     steps: int | None = _field(None, "Steps of the optimizer, instead of --epochs")
-    batch_size: int = _field(64, "Images per batch on each device")
+    batch_size: int = _field(64, "Images or texts per batch on each device")
     accumulate: int = _field(1, "Batches whose mean gradient makes one step")
     optimizer: Optimizer = _field(
         "sgd", "Optimizer by timm's name; sgd has Nesterov momentum, momentum the classical one"

@@ -74,8 +74,14 @@ def write(options: AugmentOptions) -> dict[str, Any]:
 
 
 def _training_part(options: AugmentOptions) -> TextPart:
+    root = paths.data_root()
+    path = part_files.locate(str(options.data), root)
+    if not path.exists():
+        raise UserError(
+            f"there is no file or folder {options.data}, nor one of that name in {root}"
+        )
     data = corpus.load(
-        options.data,
+        path,
         task=options.task,
         text=options.text,
         label=options.label,

@@ -194,8 +194,9 @@ def prepare(options: EvaluateOptions, device: torch.device) -> TextEvaluation:
     part = embedding_texts.of_student(part) if task == "embed" else part
     encoding = _encode(part, task, student.tokenizer, student.max_length)
     if encoding.truncated:
+        count = len(encoding) + encoding.left_out
         progress.say(
-            f"{encoding.truncated / len(encoding):.1%} of the texts are longer than the "
+            f"{encoding.truncated / count:.1%} of the texts are longer than the "
             f"student's {student.max_length} tokens and are cut"
         )
     loss = run_data.read_recipe(options.run).loss

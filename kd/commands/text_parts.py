@@ -273,7 +273,14 @@ def _check_loss(
     alone: bool,
 ) -> None:
     """Refuse a loss, a recipe and options that do not fit each other."""
+    if options.class_map is not None and not texts.classes:
+        raise UserError(f"--class-map has no effect on --task {texts.task}: leave it out")
     weighted = options.teacher_weights is not None
+    if options.teacher_weights == "by-label" and texts.task in ("regress", "embed"):
+        raise UserError(
+            f"--teacher-weights by-label needs classes, which --task {texts.task} has not: leave "
+            "it out"
+        )
     loss_checks.check_texts(loss_terms, task=texts.task, same_ids=True)
     text_scoring.check_metric(chosen.metric, texts.task, texts.classes)
     if texts.task == "embed" and chosen.metric != "cosine" and texts.train.labels is None:

@@ -252,7 +252,9 @@ class TextTraining:
         report: dict[str, Any] = {}
         figures: dict[str, Any] = {}
         for part in judged:
-            teachers = self._judged_teachers() if part == judged[0] else ()
+            # Of the other part too, embeddings are judged by their teacher's.
+            with_teachers = part == judged[0] or parts.task == "embed"
+            teachers = self._judged_teachers() if with_teachers else ()
             measured = text_figures.evaluate(parts.student.network, self._texts(part), teachers)
             named = [name for name in measured if name in _NAMED_BY_PART]
             report |= {f"{part}_{name}": measured[name] for name in named}

@@ -78,6 +78,14 @@ def test_a_file_has_originals_and_copies_and_is_read_as_a_table(work, monkeypatc
         assert last.endswith("\t19")
 
 
+def test_a_named_data_set_is_found(work, monkeypatch, capsys):
+    (work / "sets" / "text").mkdir(parents=True)
+    (work / "single").rename(work / "sets" / "text" / "single")
+    monkeypatch.setenv("DSDISTILL_DATA", str(work / "sets"))
+    main(monkeypatch, "augment", "single", "--by", "words", "--preview", 1)
+    assert capsys.readouterr().out.startswith("0  a bad film")
+
+
 def test_a_language_model_gives_the_words(work, monkeypatch, capsys):
     save_mlm(work / "mlm")
     options = ("--by", "masked", "--mlm", "hf:mlm", "--replace-probability", 1, "--device", "cpu")

@@ -156,6 +156,19 @@ def test_a_whole_run(work, tmp_path, monkeypatch, capsys):
     assert again["languages"] == report["languages"]
 
 
+def test_both_parts_are_judged_by_the_teachers_embeddings(work, tmp_path, monkeypatch):
+    for name, texts in (("train", SOURCES), ("dev", SOURCES[:3]), ("test", SOURCES[3:8])):
+        (tmp_path / f"{name}.txt").write_text("".join(f"{text}\n" for text in texts))
+    options = ("--student", "bert:1x8", "--tokenizer", "words", "--epochs", 1, "--device", "cpu")
+    taught = ("--task", "embed", "--teacher", f"hf:{work / 'teacher'}", "--loss", "rkd-distance")
+    main(monkeypatch, "train", tmp_path, *options, *taught, "--out", tmp_path / "run")
+    report = read_report(tmp_path / "run")
+    assert report["judged_on"] == "test texts"
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert report["validation_cosine"] == pytest.approx(json.loads(rows[-1])["validation_cosine"])
+    assert abs(report["test_cosine"]) <= 1
+
+
 def test_scores_of_pairs_judge_student_and_teacher(work):
     run = training(work, "pairs.tsv", label="score", validation_fraction=0.5)
     report = run.figures(None)  # pyright: ignore

@@ -23,6 +23,7 @@ STUDENT = ("--student", "hf:bert", "--epochs", 1, "--device", "cpu")
 FRESH = ("--student", "bert:1x8", "--tokenizer", "words", "--steps", 2, "--device", "cpu")
 CAUSAL = ("--task", "causal", "--student", "hf:llama", "--epochs", 1, "--device", "cpu")
 WRITTEN = (*CAUSAL, "--teacher", "hf:llama")
+PAIR_OF_TEACHERS = ("--student", "bert:1x16", "--teacher", "hf:bert,hf:judge", "--epochs", 1)
 LAYERS = ("--student", "bert:1x16", "--teacher", "T", "--loss", "relations", "--epochs", 1)
 TINYBERT = ("--student", "bert:2x16", "--teacher", "T", "--recipe", "tinybert", "--epochs", 1)
 TAUGHT = ("--student", "bert:1x8", "--teacher", "T", "--epochs", 1, "--device", "cpu")
@@ -298,6 +299,16 @@ OPTIONS: list[tuple[str, tuple[object, ...], str]] = [
         (*WRITTEN, "--recipe", "sequence", "--min-teacher-accuracy", 0.9),
         "--min-teacher-accuracy has no effect with --augment teacher",
     ),
+    (
+        "score",
+        ("--student", "bert:1x8", "--teacher", "scores", "--class-map", "c.json"),
+        "--class-map has no effect on --task regress",
+    ),
+    (
+        "plain",
+        (*PAIR_OF_TEACHERS, "--task", "embed", "--teacher-weights", "by-label"),
+        "--teacher-weights by-label needs classes, which --task embed has not",
+    ),
     # recipes of several trainings are checked before the first one
     (
         "one",
@@ -516,3 +527,23 @@ def test_a_cache_of_more_than_the_memory_is_refused(inside: pytest.MonkeyPatch) 
     inside.setattr("kd.data.batching.MAX_RESIDENT_BYTES", 100)
     line = refused_train(inside, "one", *TAUGHT, "--loss", "ce,kd", "--cache", "c")
     assert "--cache keeps the teachers' answers in memory too" in line
+
+
+def test_the_help_says_what_the_defaults_of_texts_are(
+    inside: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(inside, "train", "--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "of texts they are --epochs 3 --batch-size 32 --optimizer adamw --lr 5e-5" in shown
+    assert "of a fresh student --epochs 5 --batch-size 64 --lr 0.001" in shown
+
+
+def test_a_common_class_of_validation_texts_is_not_called_one_of_test_texts(
+    inside: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("train", "dev"):
+        write_tsv(tmp_path / "data" / f"{name}.tsv", [*GOOD[:8], *[("a", "pos")] * 40])
+    main(inside, "train", tmp_path / "data", *FRESH, "--out", tmp_path / "run")
+    said = capsys.readouterr().err
+    assert "% of the texts are of class 'pos'" in said
+    assert "test text" not in said

@@ -11,7 +11,7 @@ UNEVEN = 1.5  # from this multiple of its even share on, the commonest class is 
 
 
 def common_class(
-    labels: Int[np.ndarray, " n"], classes: Sequence[str], things: str = "images"
+    labels: Int[np.ndarray, " n"], classes: Sequence[str], things: str = "test images"
 ) -> str | None:
     """A sentence on a class that is far more common than others; None where there is none.
 
@@ -25,7 +25,7 @@ def common_class(
     if shares[common] <= UNEVEN / len(classes):
         return None
     return (
-        f"{shares[common]:.1%} of the test {things} are of class {quote(classes[common])}: "
+        f"{shares[common]:.1%} of the {things} are of class {quote(classes[common])}: "
         "always answering it has that accuracy, whatever the training."
     )
 
@@ -35,7 +35,7 @@ def constant_answer(
     answers: Collection[int],
     labels: Int[np.ndarray, " n"],
     classes: Sequence[str],
-    thing: str = "image",
+    thing: str = "test image",
 ) -> str | None:
     """A sentence on a predictor that gives all test images one class; None for any other.
 
@@ -50,6 +50,6 @@ def constant_answer(
         return None
     (label,) = predicted
     return (
-        f"{who} answers {quote(classes[label])} to every test {thing}: its accuracy of "
+        f"{who} answers {quote(classes[label])} to every {thing}: its accuracy of "
         f"{(labels == label).mean():.1%} is the share of that class."
     )
