@@ -277,16 +277,13 @@ def prepare_resident(
     )
 
 
-def check_size(
-    size: int, world: int, least: int = MIN_IMAGES_PER_PROCESS, *, kind: str = "images"
-) -> None:
+def check_size(size: int, world: int, least: int = MIN_IMAGES_PER_PROCESS) -> None:
     """Refuse batches that are too small for the processes that share them.
 
     Args:
         size: Number of images in a batch over all processes.
         world: Number of processes that share it.
         least: Smallest number of images in a process's share.
-        kind: What the batches hold, `images` or `texts`.
 
     Raises:
         UserError: If a batch is too small; the message has the number that is needed.
@@ -296,13 +293,13 @@ def check_size(
         return
     if world == 1:
         raise UserError(
-            f"this loss compares {kind}: it needs {needed} in a batch, got {size}: raise "
-            f"--batch-size, or train on more {kind}"
+            f"this loss compares images: it needs {needed} in a batch, got {size}: raise "
+            "--batch-size, or train on more images"
         )
     share = "two" if least == MIN_IMAGES_PER_PROCESS else str(least)
     raise UserError(
-        f"{world} processes need {share} {kind} each of every batch, so {needed} in all, got "
-        f"{size} {kind}: use fewer processes, or more {kind}"
+        f"{world} processes need {share} images each of every batch, so {needed} in all, got "
+        f"{size} images: use fewer processes, or more images"
     )
 
 
