@@ -1,6 +1,6 @@
 """Tokens a second of `kd train` on texts against a bare loop, and against transformers' Trainer.
 
-    python benchmarks/language_step.py DATA --model bert:4x128
+    python benchmarks/language_step.py DATA --student bert:2x128 --teacher bert:4x256
 
 DATA is a folder of texts with labels, such as SST-2. All loops train a student from a teacher with
 Hinton's loss and the same AdamW step on the same batches, in turns in one process, every turn in

@@ -33,7 +33,8 @@ DEFAULTS_BY_DATA = {
     "image_size": "as they are",
     "patience": "never",
     "copies": "20; 10 of pairs",
-    "metric": "accuracy; of scores spearman, of tags macro_f1 or entity_f1, of tokens nll",
+    "metric": "accuracy; of scores spearman, of tags macro_f1 or entity_f1, of tokens nll, of "
+    "embeddings cosine",
 }
 
 
@@ -339,6 +340,11 @@ class TrainOptions:
         teacher = self.teacher or (self.recipe and recipes.by_name(self.recipe).teacher)
         if self.copies_teacher and not teacher:
             raise UserError(f"--student {TEACHER} is a copy of the teacher: add --teacher")
+        if self.copies_teacher and self.keep_layers and (self.generations or self.assistants):
+            raise UserError(
+                f"--student {TEACHER} with --keep-layers would keep blocks of a student that has "
+                f"these alone: leave {'--generations' if self.generations else '--assistants'} out"
+            )
         if self.teacher and (self.peers or self.mean_teacher):
             raise UserError(
                 f"{_option('peers' if self.peers else 'mean_teacher')} is a scheme without a "

@@ -22,6 +22,7 @@ Metric = Literal[
 MOMENTUM_OPTIMIZERS: tuple[Optimizer, ...] = ("sgd", "momentum")
 # Other texts than the data's, which are made before the training.
 TEXT_AUGMENTS: tuple[Augment, ...] = ("words", "masked", "teacher")
+COPYING_AUGMENTS: tuple[Augment, ...] = ("words", "masked")  # those of them that add copies
 STREAMED_AUGMENTS: tuple[Augment, ...] = ("imagenet",)  # crops are cut from files during training
 VALIDATION_FIELDS = ("metric", "average_best", "patience", "validate_every")  # compare validations
 SCHEDULE_FIELDS: Mapping[Schedule, tuple[str, ...]] = {  # of the recipe, used by one schedule only
@@ -85,7 +86,7 @@ class Recipe:
     )
     warmup_from: float = _field(0.01, "Share of --lr at which the rise begins")
     cooldown: float = _field(0.0, "Length at the last learning rate, in the unit of --warmup")
-    final: float = _field(0.0, "Share of --lr at which the cosine ends")
+    final: float = _field(0.0, "Share of --lr at which the cosine or the line ends")
     milestones: tuple[float, ...] = _field(
         (), "Where the learning rate falls with --schedule milestones, in the unit of --warmup"
     )
@@ -244,7 +245,7 @@ def _check_used(recipe: Recipe, given: Mapping[str, Any]) -> None:
         "warmup_from": (recipe.warmup > 0, "--warmup"),
         "crop_padding": (recipe.augment == "crop-flip", "--augment crop-flip"),
         "hflip": (recipe.augment in ("crop-flip", "imagenet"), "--augment crop-flip or imagenet"),
-        "copies": (recipe.augment in ("words", "masked"), "--augment words or masked"),
+        "copies": (recipe.augment in COPYING_AUGMENTS, "--augment words or masked"),
         "mix_probability": (mixed, "--mixup or --cutmix"),
         "mix_switch": (recipe.mixup > 0 and recipe.cutmix > 0, "--mixup and --cutmix"),
         "ema_ramp": (recipe.ema is not None, "--ema"),

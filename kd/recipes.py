@@ -274,8 +274,9 @@ OF_TEXTS = (
     "tinybert-intermediate",
     "distilbert",
     "minilm",
+    "sequence",
+    "gkd",
 )
-OF_TEXTS += ("sequence", "gkd")
 # Recipe -> recipes of the trainings before its own, each of which trains the student on.
 STAGES: Mapping[str, tuple[str, ...]] = {"tinybert": ("tinybert-intermediate",)}
 

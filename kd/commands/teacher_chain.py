@@ -16,13 +16,18 @@ from dsdistill.harness import lists
 from kd import recipes
 from kd.models import network_names, networks
 from kd.options import TEACHER_INPUT_OPTIONS, TrainOptions
+from kd.recipe import SCHEDULE_FIELDS, VALIDATION_FIELDS
 
 # Options of the first teacher only: the others are runs on the data's classes and images.
 FIRST_TEACHER_OPTIONS = ("class_map", *TEACHER_INPUT_OPTIONS)
 # Options of a student's first weights: a later stage goes on from the stage before.
 FIRST_STUDENT_OPTIONS = ("keep_layers", "tokenizer")
 # What a recipe of several stages sets for each; given on the command line, for the last one.
-STAGE_FIELDS = ("loss", "epochs", "steps", "lr", "schedule", "warmup", "metric", "patience")
+STAGE_FIELDS = (
+    *("loss", "label_smoothing", "epochs", "steps", "lr", "warmup", "warmup_from", "schedule"),
+    *dict.fromkeys(name for names in SCHEDULE_FIELDS.values() for name in names),
+    *VALIDATION_FIELDS,
+)
 
 
 def earlier_trainings(options: TrainOptions, out: Path) -> tuple[TrainOptions, ...]:
@@ -50,7 +55,8 @@ def _earlier_stages(
 ) -> tuple[TrainOptions, ...]:
     """Options of the trainings with the recipes of the earlier stages."""
     overrides = replace(options.overrides, **dict.fromkeys(STAGE_FIELDS))
-    links, link = [], replace(options, overrides=overrides)
+    # The last stage judges the teacher's answers; those before it take its layers alone.
+    links, link = [], replace(options, overrides=overrides, min_teacher_accuracy=None)
     for number, recipe in enumerate(stages, start=1):
         folder = _link_folder(out, number)
         links.append(replace(link, recipe=recipe, out=folder))

@@ -27,7 +27,7 @@ from kd.models.language.text_model import TextModel
 from kd.models.language.text_teachers import TextTeacher
 from kd.models.token_inputs import TokenInputs
 from kd.models.zoo import class_names
-from kd.objectives import terms
+from kd.objectives import loss_checks, terms
 from kd.options import EvaluateOptions
 
 CLASS_MAP = "--class-map"
@@ -199,7 +199,7 @@ def prepare(options: EvaluateOptions, device: torch.device) -> TextEvaluation:
             f"student's {student.max_length} tokens and are cut"
         )
     loss = run_data.read_recipe(options.run).loss
-    teaches = loss is None or any(not x.definition.reads_layers for x in terms.parse(loss))
+    teaches = loss is None or loss_checks.teaches_outputs(terms.parse(loss), task=task)
     student.network.to(device)
     return TextEvaluation(options, student, chosen, encoding, teaches, device)
 

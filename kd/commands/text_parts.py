@@ -15,7 +15,7 @@ from dsdistill.harness.runs import progress
 from kd import recipe as recipe_rules
 from kd import recipes
 from kd.commands import teacher_chain
-from kd.commands.training_parts import make_engine
+from kd.commands.training_parts import checkpoint_gradients, make_engine
 from kd.data import data_source
 from kd.data.text import (
     causal_rows,
@@ -41,7 +41,7 @@ from kd.objectives import loss_checks, terms
 from kd.objectives.terms import Term
 from kd.options import IMAGE_FIELDS, IMAGE_OPTIONS, TrainOptions
 from kd.parallel.engine import Engine
-from kd.recipe import TEXT_AUGMENTS, Recipe
+from kd.recipe import COPYING_AUGMENTS, TEXT_AUGMENTS, Recipe
 from kd.training import optimization
 
 TEACHER_LOSS = "ce:0.1,kd:0.9:temperature=2"
@@ -112,7 +112,7 @@ class TextParts:
     @property
     def teaches_outputs(self) -> bool:
         """Whether the loss reaches the student's outputs, and not its layers alone."""
-        return any(not term.definition.reads_layers for term in self.terms)
+        return loss_checks.teaches_outputs(self.terms, task=self.task)
 
 
 def is_text(options: TrainOptions) -> bool:
@@ -242,6 +242,8 @@ def _student(
     if texts.task == "causal" and not isinstance(columns[0][0], str):
         note = causal_rows.add_chat_template(student.tokenizer)
         student.network.notes += (note,) if note else ()
+    if options.checkpoint_gradients:
+        checkpoint_gradients(student.network.network)
     if options.lora is not None:
         lora.add(student.network, options.lora, seed=options.seed)
     return student
@@ -298,7 +300,7 @@ def _check_loss(
         )
     if (chosen.augment == "masked") != (options.mlm is not None):
         raise UserError("--augment masked and --mlm NAME need each other")
-    if chosen.augment not in ("words", "masked"):
+    if chosen.augment not in COPYING_AUGMENTS:
         return
     if texts.parallel:
         raise UserError(
@@ -325,7 +327,7 @@ def _teachers(
 ) -> tuple[TextTeacher, ...]:
     class_map = None if teacher_chain.is_taught_by_chain(options) else options.class_map
     maps = class_names.read_class_maps(class_map, names)
-    head = any(not term.definition.reads_layers for term in loss_terms)
+    head = loss_checks.teaches_outputs(loss_terms, task=texts.task)
     sample = list(strings(texts.train.texts[0][:1000]))
     teachers = tuple(
         text_teachers.load(name, student, texts.classes, sample, class_map=mapping, head=head)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dsdistill.harness import memory, shell
 from dsdistill.harness.checksums import json_digest
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
@@ -34,7 +35,7 @@ from kd.objectives.on_policy import OnPolicy
 from kd.objectives.schemes import Distillation, MeanTeacher, Objective
 from kd.options import TrainOptions
 from kd.parallel.engine import Engine
-from kd.recipe import Recipe
+from kd.recipe import COPYING_AUGMENTS, VALIDATION_FIELDS, Recipe
 from kd.training import dry_run
 from kd.training.checkpoint import TrainingState
 
@@ -105,11 +106,29 @@ class TextTraining:
         return Distillation(student, loss_terms, parts.teachers, by_label=by_label)
 
     def check_options(self) -> None:
-        if self.options.validation_fraction is not None and self.parts.corpus.brings_validation:
+        options, recipe = self.options, self.recipe
+        if options.validation_fraction is not None and self.parts.corpus.brings_validation:
             raise UserError(
-                f"--validation-fraction has no effect on {self.options.data}, which has a "
+                f"--validation-fraction has no effect on {options.data}, which has a "
                 "validation part of its own: leave it out"
             )
+        if not self.parts.teaches_outputs:
+            given = [name for name in VALIDATION_FIELDS if name in options.given]
+            given += ["min_teacher_accuracy"] * (options.min_teacher_accuracy is not None)
+            if given:
+                raise UserError(
+                    f"{shell.flag(given[0])} has no effect on --loss {recipe.loss}, which teaches "
+                    "layers alone, so that no outputs are judged: leave it out"
+                )
+        # What a teacher writes is not judged, and texts of the student's own are always new.
+        unused = (
+            ("--augment teacher", recipe.augment == "teacher", "min_teacher_accuracy", "cache_top"),
+            ("--on-policy", recipe.on_policy > 0, "cache"),
+        )
+        for option, active, *names in unused:
+            given = [name for name in names if getattr(options, name) is not None]
+            if active and given:
+                raise UserError(f"{shell.flag(given[0])} has no effect with {option}: leave it out")
 
     def load(self) -> BatchSource:
         parts, world = self.parts, self.on.num_processes
@@ -156,12 +175,11 @@ class TextTraining:
             say("no validation texts: the weights of the last epoch are saved, not of the best")
         elif not parts.teaches_outputs:
             say("the loss teaches layers and not outputs: the weights of the last epoch are saved")
-        part = "validation" if "validation" in parts.encoded else "train"
         for i, (name, teacher) in enumerate(self._judged_teachers()):
             for note in teacher.resolved.notes:
                 say(f"teacher {name}: {note}")
             if parts.teaches_outputs:
-                self._check_teacher(name, i, teacher, part)
+                self._check_teacher(name, i, teacher)
 
     def input_hashes(self) -> dict[str, str]:
         parts = self.parts
@@ -289,14 +307,25 @@ class TextTraining:
             return ()  # its texts teach, in its own tokens
         return tuple(zip(parts.teacher_names, parts.teachers, strict=True))
 
-    def _check_teacher(self, name: str, number: int, teacher: TextTeacher, part: str) -> None:
+    def _texts_for_check(self) -> JudgedTexts:
+        """The validation texts, or else the training texts, without copies where labels judge."""
+        parts = self.parts
+        if "validation" in parts.encoded:
+            return self._texts("validation")
+        texts, train = self._texts("train"), parts.corpus.train
+        if parts.recipe.augment not in COPYING_AUGMENTS or not isinstance(train.labels, np.ndarray):
+            return texts
+        encodings = tuple(part.first(len(train)) for part in texts.encodings)  # copies come last
+        return replace(texts, encodings=encodings, labels=train.labels, languages=train.languages)
+
+    def _check_teacher(self, name: str, number: int, teacher: TextTeacher) -> None:
         parts = self.parts
         if parts.task == "embed":
-            scorer = text_figures.embedding_scorer(self._texts(part), parts.teachers)
+            scorer = text_figures.embedding_scorer(self._texts_for_check(), parts.teachers)
             minimum = self.options.min_teacher_accuracy
             scorer.check_teacher(name, number, minimum, self._say)
             return
-        figures, given = text_figures.measure(teacher, self._texts(part), teacher=number)
+        figures, given = text_figures.measure(teacher, self._texts_for_check(), teacher=number)
         text_teacher_check.check(
             name,
             parts.task,
@@ -304,7 +333,7 @@ class TextTraining:
             given,
             parts.corpus.classes,
             vocabulary=len(parts.student.tokenizer),
-            part="validation" if part == "validation" else "training",
+            part="validation" if "validation" in parts.encoded else "training",
             minimum=self.options.min_teacher_accuracy,
             say=self._say,
         )
@@ -349,7 +378,13 @@ class TextTraining:
         n, k = len(parts.encoded["train"]), max(len(parts.corpus.classes), 1)
         if parts.task == "embed":
             k = parts.student.embedding_width
-        if 4 * n * k * len(parts.teachers) > batching.MAX_RESIDENT_BYTES:
+        needed = 4 * n * k * len(parts.teachers)
+        if needed > batching.MAX_RESIDENT_BYTES:
+            if self.options.cache is not None:
+                raise UserError(
+                    f"--cache keeps the teachers' answers in memory too, and these would take "
+                    f"{memory.format_bytes(needed)}: leave it out, and they answer in every epoch"
+                )
             return None
         if parts.corpus.parallel:  # the second half of the texts has the answers of the first
             n //= 2

@@ -106,16 +106,39 @@ def run(options: TrainOptions) -> dict[str, Any]:
         # Earlier trainings of a chain may take days: check the last one's loss before them.
         terms.parse(options.given["loss"])
     earlier: list[Path] = []
-    for link in teacher_chain.earlier_trainings(options, options.out):
+    links = teacher_chain.earlier_trainings(options, options.out)
+    if options.recipe in recipes.STAGES and not all(map(_is_finished, links)):
+        _check_last_stage(options)
+    for link in links:
         assert link.out is not None
         started = (link.out / "config.json").exists()
-        if started and (link.out / REPORT).exists():
+        if _is_finished(link):
             run_options.require_same(link, seals.read(link.out, "config.json"))
         else:
-            progress.say(f"first {link.out}: {link.student or training_parts.DEFAULT_STUDENT}")
+            progress.say(f"first {link.out}: {_student_name(link)}")
             _train(replace(link, resume=started), earlier)
         earlier.append(link.out)
     return _train(options, earlier)
+
+
+def _is_finished(options: TrainOptions) -> bool:
+    out = options.out
+    return out is not None and (out / "config.json").exists() and (out / REPORT).exists()
+
+
+def _check_last_stage(options: TrainOptions) -> None:
+    """Check the last training of a recipe with stages before the first one, which may take days.
+
+    Its student is the one that the first stage begins with.
+
+    Raises:
+        UserError: If data, networks, loss or teacher do not fit together.
+    """
+    parts = _assemble(replace(options, out=None))
+    objective = parts.build_objective()
+    parts.check_options()
+    parts.check_step(objective, parts.load())
+    parts.check_teachers()
 
 
 def _train(options: TrainOptions, earlier: Sequence[Path]) -> dict[str, Any]:
@@ -319,7 +342,12 @@ def _log_and_progress(
 
 def _free_folder(options: TrainOptions) -> Path:
     """The first free `runs/kd-STUDENT-DATA-N`."""
-    named = recipes.by_name(options.recipe).student if options.recipe else None
-    name = options.student or named or training_parts.DEFAULT_STUDENT
+    name = _student_name(options)
     short = Path(name).resolve().name if Path(name).is_dir() else re.sub(r"\W+", "-", name)
     return run_folder.next_free(f"kd-{short}-{Path(options.data).stem}")
+
+
+def _student_name(options: TrainOptions) -> str:
+    """Name of the student, or of the one that is trained where none is named."""
+    named = recipes.by_name(options.recipe).student if options.recipe else None
+    return options.student or named or training_parts.DEFAULT_STUDENT

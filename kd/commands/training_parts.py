@@ -313,8 +313,19 @@ def _apply_memory_options(options: TrainOptions, network: nn.Module) -> None:
     """Set memory format and gradient checkpointing, before any tap or wrapper."""
     if options.channels_last:
         network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    if not options.checkpoint_gradients:
-        return
+    if options.checkpoint_gradients:
+        checkpoint_gradients(network)
+
+
+def checkpoint_gradients(network: nn.Module) -> None:
+    """Let a network compute activations twice instead of keeping them.
+
+    Args:
+        network: The network, before any tap or wrapper.
+
+    Raises:
+        UserError: If it has no switch for that.
+    """
     for name in ("set_grad_checkpointing", "gradient_checkpointing_enable"):  # timm, Hugging Face
         enable = getattr(network, name, None)
         if enable is not None:

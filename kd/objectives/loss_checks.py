@@ -99,17 +99,22 @@ def _needs_labels_or_classes(needs: TermDefinition) -> bool:
     return not needs.needs_teacher or needs.needs_logits or (on_answers and needs.classes > 1)
 
 
-def trains_outputs(terms: Sequence[Term]) -> bool:
-    """Whether a loss trains all that the student's outputs depend on.
+def teaches_outputs(terms: Sequence[Term], *, task: str) -> bool:
+    """Whether a loss on texts reaches the student's outputs, and not layers before them alone.
 
-    Losses of blocks of transformers, such as TinyBERT's first stage and MiniLM, do not: a training
-    after them does.
+    Losses of layers, such as TinyBERT's first stage and MiniLM, leave the head to a later training.
+    The vectors that losses such as `rkd-distance` compare by default are the inputs of the head; of
+    the task `embed` they are the outputs.
 
     Args:
         terms: Terms of the loss.
+        task: Task of the texts.
     """
-    rows = [term.definition for term in terms]
-    return not all(row.of_texts and row.reads_layers for row in rows)
+    return any(
+        not term.definition.reads_layers
+        or (task == "embed" and not term.definition.of_texts and not term.layers)
+        for term in terms
+    )
 
 
 def gives_logits(terms: Sequence[Term], *, alone: bool) -> bool:

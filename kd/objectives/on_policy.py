@@ -27,7 +27,7 @@ class OnPolicy:
     A change for `ChangedBatches`: whether a batch is replaced, and its samples, are functions of
     the batch's seed and the student's weights, so that a resumed training draws the same. No
     gradient passes through the samples. Any loss on targets of tokens can follow; that of GKD is
-    the divergence `tokens` with beta 0.5, at a temperature of its own.
+    the divergence `tokens` with beta 0.5, whose temperature is another one than the sampler's.
 
     The prompt of a row is what stands before its last completion: of a conversation all up to the
     assistant's last turn. A plain text, which is learned from its first token on, has none; its

@@ -73,9 +73,21 @@ def test_a_loss_of_blocks_alone_leaves_the_head_to_a_later_training() -> None:
     with pytest.raises(UserError, match=r"sends no gradient to .* add a term on the outputs"):
         tried(loss, bert(), bert(blocks=4))
     tried(loss, bert(), bert(blocks=4), trains_outputs=False)
-    assert not loss_checks.trains_outputs(terms.parse("hidden,scores,relations"))
-    assert loss_checks.trains_outputs(terms.parse("hidden,kd"))
-    assert loss_checks.trains_outputs(terms.parse("srd"))
+
+
+@pytest.mark.parametrize(
+    ("loss", "task", "taught"),
+    [
+        ("hidden,scores,relations", "classify", False),
+        ("hidden,kd", "classify", True),
+        ("srd", "classify", False),
+        ("srd", "embed", True),
+        ("rkd-distance@0=1", "embed", False),
+        ("hidden,relations", "embed", False),
+    ],
+)
+def test_a_loss_teaches_outputs_or_layers_before_them(loss: str, task: str, taught: bool) -> None:
+    assert loss_checks.teaches_outputs(terms.parse(loss), task=task) is taught
 
 
 def test_processes_do_not_wait_for_a_head_that_is_left() -> None:

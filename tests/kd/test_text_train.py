@@ -2,22 +2,29 @@
 
 import gzip
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import language_support
 import numpy as np
 import pytest
+import safetensors.numpy
 import text_data
 import text_support
 import transformers
 from kd_support import main, read_report, refused
 from PIL import Image
 from text_data import rows, write_tsv
+from transformers.models.bert import modeling_bert
 
 STUDENT = ("--student", "hf:bert", "--epochs", 1, "--device", "cpu")
 FRESH = ("--student", "bert:1x8", "--tokenizer", "words", "--steps", 2, "--device", "cpu")
 CAUSAL = ("--task", "causal", "--student", "hf:llama", "--epochs", 1, "--device", "cpu")
+WRITTEN = (*CAUSAL, "--teacher", "hf:llama")
+LAYERS = ("--student", "bert:1x16", "--teacher", "T", "--loss", "relations", "--epochs", 1)
+TINYBERT = ("--student", "bert:2x16", "--teacher", "T", "--recipe", "tinybert", "--epochs", 1)
 TAUGHT = ("--student", "bert:1x8", "--teacher", "T", "--epochs", 1, "--device", "cpu")
 
 
@@ -215,6 +222,11 @@ OPTIONS: list[tuple[str, tuple[object, ...], str]] = [
         "images holds a student of images, and one of texts is needed",
     ),
     ("one", (*STUDENT, "--teacher", "images"), "images holds a student of images"),
+    (
+        "one",
+        ("--student", "bilstm:4", "--teacher", "T", "--checkpoint-gradients"),
+        "and BiLstm has no such switch",
+    ),
     ("one", (*STUDENT, "--max-length", 17), "more than the 16 tokens that hf:bert takes"),
     ("one", (*STUDENT, "--max-length", 2), "more than the 2 special tokens of a row"),
     ("one", (*TAUGHT, "--max-length", 40), "teacher T takes 16 tokens and the student 40"),
@@ -268,6 +280,39 @@ OPTIONS: list[tuple[str, tuple[object, ...], str]] = [
         "score",
         ("--student", "bert:1x8", "--teacher", "scores", "--cache", "c", "--cache-top", 1),
         "--cache-top keeps probabilities, and --loss logits compares the logits",
+    ),
+    # options without effect
+    ("one", (*LAYERS, "--patience", 2), "--patience has no effect on --loss relations, which"),
+    (
+        "one",
+        (*LAYERS, "--min-teacher-accuracy", 0.9),
+        "--min-teacher-accuracy has no effect on --loss relations, which teaches layers alone",
+    ),
+    (
+        "plain",
+        (*WRITTEN, "--recipe", "gkd", "--cache", "c"),
+        "--cache has no effect with --on-policy",
+    ),
+    (
+        "plain",
+        (*WRITTEN, "--recipe", "sequence", "--min-teacher-accuracy", 0.9),
+        "--min-teacher-accuracy has no effect with --augment teacher",
+    ),
+    # recipes of several trainings are checked before the first one
+    (
+        "one",
+        ("--student", "bert:2x16", "--teacher", "hf:bert", "--recipe", "tinybert"),
+        "teacher hf:bert has no trained head for classify",
+    ),
+    (
+        "one",
+        (*TINYBERT, "--min-teacher-accuracy", 0.999),
+        "below --min-teacher-accuracy 0.999",
+    ),
+    (
+        "one",
+        ("--student", "teacher", "--keep-layers", "1", "--teacher", "T", "--generations", 2),
+        "would keep blocks of a student that has these alone: leave --generations out",
     ),
     # options of images
     ("one", (*STUDENT, "--channels", 3), "--channels is for images"),
@@ -396,3 +441,78 @@ def test_options_of_a_folder_are_stored_as_absolute_paths(
     main(inside, "train", "one", *options, "--out", tmp_path / "run")
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert stored["tokenizer"] == str(Path("other").resolve())
+
+
+def test_a_folder_with_one_file_is_its_training_part(
+    inside: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "book").mkdir()
+    (tmp_path / "book" / "input.txt").write_text("a b c d e f\n" * 40)
+    options = ("--max-length", 16, "--out", tmp_path / "run")
+    main(inside, "train", tmp_path / "book", *CAUSAL, *options)
+    assert read_report(tmp_path / "run")["task"] == "causal"
+
+
+def test_the_rows_that_are_cut_are_counted(
+    inside: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_tsv(tmp_path / "a.tsv", [("a " * 30, "pos"), *GOOD, *GOOD])
+    main(inside, "train", data, *STUDENT, "--validation-fraction", 0, "--out", tmp_path / "run")
+    assert "1 of 81 train texts (1.2%) are longer than --max-length 16" in capsys.readouterr().err
+
+
+def test_activations_that_are_computed_twice_change_nothing(
+    inside: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    counts, forward = [0], modeling_bert.BertIntermediate.forward
+
+    def counted(*arguments: Any) -> object:
+        counts[-1] += arguments[0].training  # the latency is measured by any number of calls
+        return forward(*arguments)
+
+    inside.setattr(modeling_bert.BertIntermediate, "forward", counted)
+    line = ("train", "one", *STUDENT, "--teacher", "T", "--loss", "ce,kd,hidden,scores", "--out")
+    main(inside, *line, tmp_path / "kept")
+    counts.append(0)
+    main(inside, *line, tmp_path / "twice", "--checkpoint-gradients")
+    assert counts[1] > counts[0]
+    kept, twice = (
+        safetensors.numpy.load_file(tmp_path / name / "student.safetensors")
+        for name in ("kept", "twice")
+    )
+    for name, value in kept.items():
+        np.testing.assert_allclose(twice[name], value, rtol=0, atol=1e-6, err_msg=name)
+
+
+def test_options_of_the_schedule_are_for_the_last_stage(
+    inside: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options = ("--final", 0.1, "--warmup-from", 0.1, "--average-best", 2, "--device", "cpu")
+    main(inside, "train", "one", *TINYBERT, *options, "--epochs", 2, "--out", tmp_path / "run")
+    first, last = (
+        json.loads((tmp_path / name / "recipe.json").read_text()) for name in ("run-1", "run")
+    )
+    assert (first["final"], first["average_best"]) == (0.0, 1)
+    assert (last["final"], last["average_best"]) == (0.1, 2)
+
+
+def test_a_teacher_of_copies_is_checked_on_the_originals(
+    inside: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_tsv(tmp_path / "a.tsv", GOOD)
+    options = ("--augment", "words", "--loss", "kd", "--copies", 2, "--validation-fraction", 0)
+    main(inside, "train", data, *TAUGHT, *options, "--out", tmp_path / "run")
+    checked = re.search(
+        r"teacher T: accuracy ([0-9.]+)%.* on training texts", capsys.readouterr().err
+    )
+    assert checked
+    main(inside, "evaluate", "T", data, "--json")
+    judged = json.loads(capsys.readouterr().out)
+    assert float(checked[1]) == pytest.approx(100 * judged["accuracy"], abs=0.06)
+    assert judged["texts"] == len(GOOD)
+
+
+def test_a_cache_of_more_than_the_memory_is_refused(inside: pytest.MonkeyPatch) -> None:
+    inside.setattr("kd.data.batching.MAX_RESIDENT_BYTES", 100)
+    line = refused_train(inside, "one", *TAUGHT, "--loss", "ce,kd", "--cache", "c")
+    assert "--cache keeps the teachers' answers in memory too" in line

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import kd_support as support
 import language_support
@@ -38,7 +39,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = {"judge": ("neg", "pos"), "tagger": ("B-X", "O")}
     for name, classes in names.items():
         kind = "ForSequenceClassification" if name == "judge" else "ForTokenClassification"
-        labels = {"id2label": dict(enumerate(classes))}
+        labels: dict[str, Any] = {"id2label": dict(enumerate(classes))}
         labels["label2id"] = {each: i for i, each in enumerate(classes)}
         text_support.bert_folder(folder / name, kind, seed=1, **still, **labels)
     score = {"num_labels": 1, "problem_type": "regression"}

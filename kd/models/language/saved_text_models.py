@@ -149,7 +149,7 @@ def _rebuild(config: Mapping[str, Any], task: str, own: Any) -> LanguageModel:
 
 def _write_tokenizer(folder: Path, own: Any) -> list[str]:
     """Write the files of a tokenizer; their names."""
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tokenizer-") as staged:
+    with tempfile.TemporaryDirectory() as staged:
         tokenizer.save(own, Path(staged))
         names = _visible_files(Path(staged))
         for name in names:
