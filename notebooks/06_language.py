@@ -26,7 +26,7 @@
 DATA = None  # such as "reviews.tsv", or a folder with train.tsv, dev.tsv and test.tsv
 TEACHER = "bert:3x128"  # fresh blocks; with weights: "hf:ID" or "hf:DIR"
 STUDENT = "bilstm:64"
-SENTENCES, EPOCHS, COPIES = 1200, 8, 4  # of each package; of the trainings; of each text
+SENTENCES, EPOCHS, COPIES = 800, 6, 5  # of each package; of the trainings; of each text
 
 # %%
 import importlib
