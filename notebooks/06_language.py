@@ -26,7 +26,8 @@
 DATA = None  # such as "reviews.tsv", or a folder with train.tsv, dev.tsv and test.tsv
 TEACHER = "bert:3x128"  # fresh blocks; with weights: "hf:ID" or "hf:DIR"
 STUDENT = "bilstm:64"
-SENTENCES, EPOCHS, COPIES = 800, 6, 5  # of each package; of the trainings; of each text
+SENTENCES, EPOCHS = 800, 6  # of each package; of the teacher's training
+COPIES, PASSES = 5, 3  # of each text; over the texts and their copies
 
 # %%
 import importlib
@@ -118,7 +119,7 @@ by_labels = train.run(
         tokenizer=str(teacher / "tokenizer"),
         max_length=64,
         out=work / "by-labels",
-        overrides=Overrides(epochs=EPOCHS),
+        overrides=Overrides(epochs=PASSES * (COPIES + 1)),
     )
 )
 distilled = train.run(
@@ -129,7 +130,7 @@ distilled = train.run(
         recipe="bilstm",
         cache=work / "cache",
         out=work / "distilled",
-        overrides=Overrides(epochs=max(1, EPOCHS // (COPIES + 1)), copies=COPIES),
+        overrides=Overrides(epochs=PASSES, copies=COPIES),
     )
 )
 

@@ -33,7 +33,7 @@ SMALL = {  # name: the cell of settings, and how many pictures there are
     ),
     "06_language": (
         'DATA, TEACHER, STUDENT = None, "bert:1x24", "bilstm:8"\n'
-        "SENTENCES, EPOCHS, COPIES = 100, 2, 1",
+        "SENTENCES, EPOCHS, COPIES, PASSES = 100, 2, 1, 1",
         0,
     ),
 }
