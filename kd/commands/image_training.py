@@ -12,7 +12,7 @@ from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation import metrics
 from dsdistill.harness.runs import progress
 from kd.commands import run_inputs, training_batches, training_parts
-from kd.commands.training import Validate
+from kd.commands.training import AssembledTraining, Validate
 from kd.commands.training_parts import TrainingParts
 from kd.data import data_source
 from kd.data.batching import BatchSource, EvaluationBatches
@@ -21,8 +21,7 @@ from kd.evaluation import scoring, teacher_check
 from kd.models import networks, saved_models
 from kd.objectives.schemes import Objective
 from kd.options import TrainOptions
-from kd.parallel.engine import Engine
-from kd.recipe import VALIDATION_FIELDS, Recipe
+from kd.recipe import VALIDATION_FIELDS
 from kd.training.checkpoint import TrainingState
 
 
@@ -36,36 +35,8 @@ def assemble(options: TrainOptions) -> "ImageTraining":
 
 
 @dataclass(frozen=True, eq=False)
-class ImageTraining:
-    """A training on images; its members are described in `training.Training`.
-
-    Attributes:
-        parts: Networks, data and loss.
-        options: Options that they were assembled from.
-    """
-
-    parts: TrainingParts
-    options: TrainOptions
-
-    @property
-    def recipe(self) -> Recipe:
-        return self.parts.recipe
-
-    @property
-    def on(self) -> Engine:
-        return self.parts.on
-
-    @property
-    def seed(self) -> int:
-        return self.parts.seed
-
-    @property
-    def student_name(self) -> str:
-        return self.parts.student.name
-
-    @property
-    def teacher_names(self) -> tuple[str, ...]:
-        return self.parts.teacher_names
+class ImageTraining(AssembledTraining[TrainingParts]):
+    """A training on images; its members are described in `training.Training`."""
 
     @property
     def validation_count(self) -> int | None:

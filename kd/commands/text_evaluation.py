@@ -11,7 +11,7 @@ import torch
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
 from dsdistill.harness.runs.run_folder import INPUTS_KEY
-from kd.commands import run_data, text_parts
+from kd.commands import run_data, training_texts
 from kd.commands.evaluation import TEACHER_CLASS_MAP, ChosenTeachers
 from kd.data import data_source
 from kd.data.text import causal_rows, corpus, embedding_texts, part_files
@@ -64,6 +64,7 @@ class TextEvaluation:
         chosen: The texts.
         encoding: The texts as the student's tokenizer encodes them.
         teaches_outputs: Whether the run's loss has reached the student's outputs.
+        gives_logits: Whether it has made them logits.
         device: Device of the networks.
     """
 
@@ -72,6 +73,7 @@ class TextEvaluation:
     chosen: ChosenTexts
     encoding: EncodedPart
     teaches_outputs: bool
+    gives_logits: bool
     device: torch.device
 
     @property
@@ -115,7 +117,7 @@ class TextEvaluation:
 
     def _load_teachers(self, chosen: ChosenTeachers) -> list[tuple[str, TextTeacher]]:
         classes = self.chosen.classes
-        sample = list(text_parts.strings(self.chosen.part.texts[0][:1000]))
+        sample = list(training_texts.strings(self.chosen.part.texts[0][:1000]))
         named = []
         for name, mapping in zip(chosen.names, chosen.class_maps, strict=True):
             teacher = text_teachers.load(
@@ -153,6 +155,7 @@ class TextEvaluation:
             self.device,
             paired=task == "embed" and len(part.texts) == 2,
             parallel=parallel,
+            gives_logits=self.gives_logits,
         )
 
 
@@ -200,15 +203,18 @@ def prepare(options: EvaluateOptions, device: torch.device) -> TextEvaluation:
             f"student's {student.max_length} tokens and are cut"
         )
     loss = run_data.read_recipe(options.run).loss
-    teaches = loss is None or loss_checks.teaches_outputs(terms.parse(loss), task=task)
+    loss_terms = terms.parse(loss) if loss else ()
+    teaches = not loss_terms or loss_checks.teaches_outputs(loss_terms, task=task)
+    taught = any(term.definition.needs_teacher for term in loss_terms)
+    logits = loss_checks.gives_logits(loss_terms, alone=not taught)
     student.network.to(device)
-    return TextEvaluation(options, student, chosen, encoding, teaches, device)
+    return TextEvaluation(options, student, chosen, encoding, teaches, logits, device)
 
 
 def _encode(part: TextPart, task: Task, tokenizer: Any, max_length: int) -> EncodedPart:
     if task == "causal" and not isinstance(part.texts[0][0], str):
         causal_rows.add_chat_template(tokenizer)
-    return text_parts.encode(part, task, tokenizer, max_length)
+    return training_texts.encode(part, task, tokenizer, max_length)
 
 
 def _choose(options: EvaluateOptions, config: Mapping[str, Any], student: TextModel) -> ChosenTexts:

@@ -1,35 +1,26 @@
 """Assembly of the parts of a training on texts, with all checks before any writing."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import Bool
-
-from dsdistill.harness import paths, shell
+from dsdistill.harness import shell
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
 from kd import recipe as recipe_rules
 from kd import recipes
-from kd.commands import teacher_chain
+from kd.commands import teacher_chain, training_texts
 from kd.commands.training_parts import checkpoint_gradients, make_engine
+from kd.commands.training_texts import EncodedTexts
 from kd.data import data_source
 from kd.data.text import (
     causal_rows,
     corpus,
-    embedding_texts,
-    masked_candidates,
     part_files,
-    teacher_texts,
-    tokenization,
-    transfer_set,
-    word_replacement,
 )
-from kd.data.text.corpus import Corpus, TextPart
-from kd.data.text.tokenization import EncodedPart
+from kd.data.text.corpus import Corpus
 from kd.evaluation import text_scoring
 from kd.models import network_names
 from kd.models.language import lora, text_students, text_teachers
@@ -54,25 +45,6 @@ LOSSES: Mapping[Task, tuple[str, str]] = {
     "causal": ("clm:1", "clm:0.5,tokens:0.5:temperature=1"),
     "embed": ("logits:1", "logits:1"),  # of embeddings: their mean squared error
 }
-
-
-@dataclass(frozen=True, eq=False)
-class EncodedTexts:
-    """Texts of one part as token ids.
-
-    Attributes:
-        encodings: As the student's tokenizer encodes them, then as each other tokenizer does.
-        labels: Class or score of each, or of each pair for the task `embed`; None for tasks
-            without, and for copies of texts.
-        languages: Language of each, or of each pair; None where it is not said.
-    """
-
-    encodings: tuple[EncodedPart, ...]
-    labels: np.ndarray | None = None
-    languages: tuple[str, ...] | None = None
-
-    def __len__(self) -> int:
-        return len(self.encodings[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +85,13 @@ class TextParts:
     def teaches_outputs(self) -> bool:
         """Whether the loss reaches the student's outputs, and not its layers alone."""
         return loss_checks.teaches_outputs(self.terms, task=self.task)
+
+    @property
+    def gives_logits(self) -> bool:
+        """Whether the student's outputs are logits, and not estimates of centred labels."""
+        # An average of the student teaches as a teacher does, and its term is none of labels.
+        taught = any(term.definition.needs_teacher for term in self.terms)
+        return loss_checks.gives_logits(self.terms, alone=not taught)
 
 
 def is_text(options: TrainOptions) -> bool:
@@ -169,10 +148,12 @@ def assemble(options: TrainOptions) -> TextParts:
     tokenizers, lengths, encoding_of_teacher = text_teachers.tokenizers(
         student, () if writes else teachers, other_texts=texts.parallel
     )
-    training, complete = _training_texts(
+    training, complete = training_texts.choose(
         options, chosen, texts, tokenizers, teachers, on, say, max_length=student.max_length
     )
-    encode_part = partial(_encode, texts.task, tokenizers, lengths, parallel=texts.parallel)
+    encode_part = partial(
+        training_texts.encode_all, texts.task, tokenizers, lengths, parallel=texts.parallel
+    )
     encoded = {"train": encode_part(training, complete)}
     for part, content in (("validation", texts.validation), ("test", texts.test)):
         if len(content):
@@ -233,7 +214,7 @@ def _student(
         texts.classes,
         teacher=teacher_names[0] if teacher_names else None,
         tokenizer_source=options.tokenizer,
-        texts=(text for column in columns for text in strings(column)),
+        texts=(text for column in columns for text in training_texts.strings(column)),
         seed=options.seed,
         max_length=options.max_length,
         pairs=len(columns) == 2 and texts.task not in SINGLE,
@@ -335,7 +316,7 @@ def _teachers(
     class_map = None if teacher_chain.is_taught_by_chain(options) else options.class_map
     maps = class_names.read_class_maps(class_map, names)
     head = loss_checks.teaches_outputs(loss_terms, task=texts.task)
-    sample = list(strings(texts.train.texts[0][:1000]))
+    sample = list(training_texts.strings(texts.train.texts[0][:1000]))
     teachers = tuple(
         text_teachers.load(name, student, texts.classes, sample, class_map=mapping, head=head)
         for name, mapping in zip(names, maps, strict=True)
@@ -352,116 +333,6 @@ def _teachers(
             )
         loss_checks.check_texts(loss_terms, task=texts.task, same_ids=same_ids)
     return teachers
-
-
-def _training_texts(
-    options: TrainOptions,
-    chosen: Recipe,
-    texts: Corpus,
-    tokenizers: Sequence[Any],
-    teachers: Sequence[TextTeacher],
-    on: Engine,
-    say: Callable[[str], None],
-    *,
-    max_length: int,
-) -> tuple[TextPart, Bool[np.ndarray, " n"] | None]:
-    """The texts to train on: those of the corpus, with copies, or the teacher's own.
-
-    Returns:
-        The texts, and of the teacher's own whether each is complete.
-    """
-    part = texts.train
-    folder = (options.cache or paths.transfer_sets()).expanduser()
-    if chosen.augment == "words":
-        mask = word_replacement.mask_text(tokenizers[::-1])
-        bands = word_replacement.count_bands(part)
-        count = chosen.copies or transfer_set.default_copies(part)
-        copies = word_replacement.WordReplacement(bands, count, mask=mask, seed=options.seed)
-    elif chosen.augment == "masked":
-        assert options.mlm is not None
-        count = chosen.copies or transfer_set.default_copies(part)
-        copies = masked_candidates.load(
-            options.mlm, part, on.device, copies=count, seed=options.seed
-        )
-    elif chosen.augment == "teacher":
-        teacher = teachers[0].model
-        written = teacher_texts.write(
-            part,
-            teacher.network,
-            teacher.tokenizer,
-            folder,
-            on,
-            seed=options.seed,
-            max_length=max_length,
-        )
-        say(written.described)
-        return written.part, written.complete
-    else:
-        return part, None
-    enlarged = transfer_set.build(part, copies, folder)
-    say(f"{len(part):,} training texts and {len(enlarged) - len(part):,} copies without labels")
-    return enlarged.part, None
-
-
-def _encode(
-    task: Task,
-    tokenizers: Sequence[Any],
-    lengths: Sequence[int],
-    part: TextPart,
-    complete: Bool[np.ndarray, " n"] | None = None,
-    *,
-    parallel: bool,
-) -> EncodedTexts:
-    each = [part] * len(tokenizers)
-    if task == "embed":
-        theirs = embedding_texts.of_teacher(part, parallel=parallel)
-        each = [embedding_texts.of_student(part), *([theirs] * (len(tokenizers) - 1))]
-    encodings = tuple(
-        encode(texts, task, tokenizer, length, complete)
-        for texts, tokenizer, length in zip(each, tokenizers, lengths, strict=True)
-    )
-    labels = part.labels if isinstance(part.labels, np.ndarray) else None
-    return EncodedTexts(encodings, labels, part.languages)
-
-
-def encode(
-    part: TextPart,
-    task: Task,
-    tokenizer: Any,
-    max_length: int,
-    complete: Bool[np.ndarray, " n"] | None = None,
-) -> EncodedPart:
-    """Encode the texts of a part for a task.
-
-    Args:
-        part: The texts.
-        task: What is learned from them.
-        tokenizer: Tokenizer of the model.
-        max_length: Largest number of tokens of a row.
-        complete: For a causal model, whether each completion is complete; None: all are.
-
-    Raises:
-        UserError: If the texts do not fit the task, or have no tokens.
-    """
-    if task == "causal":
-        return causal_rows.encode(part, tokenizer, max_length, complete=complete)
-    if task == "mlm":
-        return causal_rows.encode_texts(part.texts[0], tokenizer, max_length, causal=False)
-    return tokenization.encode(part, tokenizer, max_length)
-
-
-def strings(column: Sequence[Any]) -> Sequence[str]:
-    """The texts of a column: of tagged sentences their tokens, of conversations their turns.
-
-    Args:
-        column: Column of a `TextPart`.
-    """
-    if not len(column) or isinstance(column[0], str):
-        return column
-    return [
-        " ".join(str(each["content"] if isinstance(each, Mapping) else each) for each in row)
-        for row in column
-    ]
 
 
 def _say_nothing(line: str) -> None:

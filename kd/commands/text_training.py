@@ -17,7 +17,7 @@ from dsdistill.harness.runs import progress
 from kd.commands import text_parts, training_batches
 from kd.commands.image_training import require_no_validation_options
 from kd.commands.text_parts import TextParts
-from kd.commands.training import Validate
+from kd.commands.training import AssembledTraining, Validate
 from kd.data import batching, teacher_cache
 from kd.data.batching import BatchSource, ChangedBatches
 from kd.data.teacher_cache import TeacherCache
@@ -34,8 +34,7 @@ from kd.objectives import terms
 from kd.objectives.on_policy import OnPolicy
 from kd.objectives.schemes import Distillation, MeanTeacher, Objective
 from kd.options import TrainOptions
-from kd.parallel.engine import Engine
-from kd.recipe import COPYING_AUGMENTS, VALIDATION_FIELDS, Recipe
+from kd.recipe import COPYING_AUGMENTS, VALIDATION_FIELDS
 from kd.training import dry_run
 from kd.training.checkpoint import TrainingState
 
@@ -52,36 +51,8 @@ def assemble(options: TrainOptions) -> "TextTraining":
 
 
 @dataclass(frozen=True, eq=False)
-class TextTraining:
-    """A training on texts; its members are described in `training.Training`.
-
-    Attributes:
-        parts: Texts, models and loss.
-        options: Options that they were assembled from.
-    """
-
-    parts: TextParts
-    options: TrainOptions
-
-    @property
-    def recipe(self) -> Recipe:
-        return self.parts.recipe
-
-    @property
-    def on(self) -> Engine:
-        return self.parts.on
-
-    @property
-    def seed(self) -> int:
-        return self.options.seed
-
-    @property
-    def student_name(self) -> str:
-        return self.parts.student.name
-
-    @property
-    def teacher_names(self) -> tuple[str, ...]:
-        return self.parts.teacher_names
+class TextTraining(AssembledTraining[TextParts]):
+    """A training on texts; its members are described in `training.Training`."""
 
     @property
     def validation_count(self) -> int | None:
@@ -208,8 +179,7 @@ class TextTraining:
                 share=self.recipe.on_policy,
                 on=self.on,
             )
-            source_of_texts: BatchSource = ChangedBatches(source, write)
-            return source_of_texts
+            return ChangedBatches(source, write)
         if not isinstance(objective, Distillation) or not objective.needs_teacher:
             return source
         if objective.needs_features or self.parts.task not in ("classify", "regress", "embed"):
@@ -300,6 +270,7 @@ class TextTraining:
             self.on.device,
             paired=parts.task == "embed" and len(parts.corpus.train.texts) == 2,
             parallel=parts.corpus.parallel,
+            gives_logits=parts.gives_logits,
         )
 
     def _judged_teachers(self) -> Sequence[tuple[str, TextTeacher]]:

@@ -1,13 +1,15 @@
 """What `kd train` asks of a training: one of images, or one of texts."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 from torch import nn
 
 from kd.data.batching import BatchSource
 from kd.objectives.schemes import Objective
+from kd.options import TrainOptions
 from kd.parallel.engine import Engine
 from kd.recipe import Recipe
 from kd.training.checkpoint import TrainingState
@@ -133,3 +135,62 @@ class Training(Protocol):
     def save(self, folder: Path) -> None:
         """Write the student to the folder of its run."""
         ...
+
+
+class Named(Protocol):
+    """A student, as far as every training knows it."""
+
+    @property
+    def name(self) -> str: ...
+
+
+class Parts(Protocol):
+    """What the parts of every training have."""
+
+    @property
+    def recipe(self) -> Recipe: ...
+
+    @property
+    def on(self) -> Engine: ...
+
+    @property
+    def student(self) -> Named: ...
+
+    @property
+    def teacher_names(self) -> tuple[str, ...]: ...
+
+
+AnyParts = TypeVar("AnyParts", bound=Parts)
+
+
+@dataclass(frozen=True, eq=False)
+class AssembledTraining(Generic[AnyParts]):
+    """The members of a `Training` that follow from its parts alike for images and texts.
+
+    Attributes:
+        parts: Networks, data and loss.
+        options: Options that they were assembled from.
+    """
+
+    parts: AnyParts
+    options: TrainOptions
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.parts.recipe
+
+    @property
+    def on(self) -> Engine:
+        return self.parts.on
+
+    @property
+    def seed(self) -> int:
+        return self.options.seed
+
+    @property
+    def student_name(self) -> str:
+        return self.parts.student.name
+
+    @property
+    def teacher_names(self) -> tuple[str, ...]:
+        return self.parts.teacher_names

@@ -22,6 +22,7 @@ from kd.models.language.task import OF_TOKENS, Task
 from kd.parallel.engine import Engine
 
 HIDDEN_SHARE = 0.15  # of the tokens of a masked language model's texts, as BERT's
+OF_PROBABILITIES = ("nll", "calibration_error")  # figures that outputs of no logits do not have
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +41,8 @@ class JudgedTexts:
         paired: For the task `embed`, whether the second half of the texts are the second ones of
             pairs, of which scores and languages are.
         parallel: For it, whether these are translations of the first half.
+        gives_logits: Whether the student's outputs are logits; others are no probabilities, and
+            have neither NLL nor calibration error.
     """
 
     task: Task
@@ -52,6 +55,7 @@ class JudgedTexts:
     device: torch.device
     paired: bool = False
     parallel: bool = False
+    gives_logits: bool = True
 
     @property
     def usual_length(self) -> int:
@@ -119,7 +123,10 @@ def measure(
         batches, text_bytes = texts.token_batches(place), texts.encodings[place].text_bytes
         return token_scoring.validate(network, batches, on, text_bytes=text_bytes), None
     given = text_scoring.answers(network, texts.batches(), on, teacher=teacher)
-    return text_scoring.FIGURES[texts.task](given, texts.classes), given
+    figures = text_scoring.FIGURES[texts.task](given, texts.classes)
+    if teacher is None and not texts.gives_logits:
+        figures = {name: figures[name] for name in figures if name not in OF_PROBABILITIES}
+    return figures, given
 
 
 def embedding_scorer(

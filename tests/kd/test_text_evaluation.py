@@ -262,6 +262,18 @@ def test_the_report_of_a_training_has_the_same_figures(inside, monkeypatch):
     support.refused(monkeypatch, "evaluate", "trained", "no-such-data")
 
 
+def test_outputs_that_fit_centred_labels_have_no_probabilities(inside, monkeypatch):
+    options = ("--epochs", 1, "--out", "squares", "--batch-size", 16, "--loss", "mse")
+    words = ("--tokenizer", "words")
+    main(monkeypatch, "train", "parts", "--student", "bilstm:4", *words, *options)
+    report = json.loads(Path("squares/report.json").read_text())
+    (line,) = Path("squares/metrics.jsonl").read_text().splitlines()
+    for figures in (report, judged("squares"), json.loads(line)):
+        names = {name.rpartition("validation_")[2] for name in figures}
+        assert not {"nll", "calibration_error"} & names
+        assert {"accuracy", "test_accuracy"} & names
+
+
 def test_a_run_that_was_taught_layers_alone_is_said_to_be(inside, capsys):
     shutil.copytree("of-parts", "layers")
     files.write_json(Path("layers/recipe.json"), {"loss": "hidden:1"})
