@@ -1,5 +1,6 @@
 """Recipes: what they resolve to, against values worked out by hand, and options without effect."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -87,10 +88,49 @@ def test_optimizers_of_torch_are_those_of_timm(name, changes) -> None:
     )
     ours = optimization.make_optimizer(network, chosen)
     assert type(ours) is type(theirs)
+    if name == "adamw":
+        for values in (ours.defaults, *ours.param_groups):
+            assert values.pop("fused"), "AdamW updates in one pass"
+        for values in (theirs.defaults, *theirs.param_groups):
+            del values["fused"]
     assert ours.defaults == theirs.defaults
     assert ours.state_dict() == theirs.state_dict()
     for mine, other in zip(ours.param_groups, theirs.param_groups, strict=True):
         assert list(map(id, mine["params"])) == list(map(id, other["params"]))
+
+
+def test_fused_adamw_takes_the_steps_of_the_plain_one() -> None:
+    """And a checkpoint of the plain one, as earlier versions wrote it, goes on with plain steps."""
+    torch.manual_seed(0)
+    network = nn.Linear(5, 3)
+    start = network.state_dict()
+    start = {name: value.clone() for name, value in start.items()}
+    chosen = replace(WIDE, optimizer="adamw", weight_decay=0.1)
+
+    def steps(optimizer: torch.optim.Optimizer, count: int = 5) -> torch.Tensor:
+        for step in range(count):
+            optimizer.zero_grad()
+            network(torch.full((2, 5), 1.0 + step)).square().sum().backward()
+            optimizer.step()
+        return network.weight.detach().clone()
+
+    def plain() -> torch.optim.Optimizer:
+        network.load_state_dict(start)
+        groups = optimization.make_optimizer(network, chosen).param_groups
+        return torch.optim.AdamW([{**group, "fused": None} for group in groups])
+
+    earlier = plain()
+    expected = steps(earlier)
+    state, weights = copy.deepcopy(earlier.state_dict()), copy.deepcopy(network.state_dict())
+    later = steps(earlier)
+    network.load_state_dict(start)
+    torch.testing.assert_close(
+        steps(optimization.make_optimizer(network, chosen)), expected, rtol=1e-6, atol=1e-7
+    )
+    network.load_state_dict(weights)
+    resumed = optimization.make_optimizer(network, chosen)
+    resumed.load_state_dict(state)
+    assert torch.equal(steps(resumed), later)
 
 
 def test_supergradients_parameter_groups_and_lamb() -> None:
