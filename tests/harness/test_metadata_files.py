@@ -198,20 +198,20 @@ def test_a_name_outside_the_folder_is_refused(tmp_path, name):
     rows = _rows(root, 6)
     _picture(tmp_path / "outside.png")
     _write(root / "metadata.jsonl", [*rows, {"file_name": name, "label": "cat"}])
-    _refused(root, "row 7 names .* must be a path inside")
+    _refused(root, "line 7 names .* must be a path inside")
 
 
 HEAD = "file_name,label\n"
 CONTENTS = {
-    "no such file": (f"{HEAD}000.png,cat\nnone.png,dog\n", "row 2 names 'none.png', which is no"),
-    "no file": (f"{HEAD}000.png,cat\n,dog\n", "row 2 must have a file_name"),
-    "no class": (f"{HEAD}000.png,cat\n001.png,\n", "row 2 must have one class"),
-    "two classes of one": (f"{HEAD}000.png,cat\n./000.png,dog\n", "row 2 .* an earlier row 'cat'"),
+    "no such file": (f"{HEAD}000.png,cat\nnone.png,dog\n", "line 3 names 'none.png', which is no"),
+    "no file": (f"{HEAD}000.png,cat\n,dog\n", "line 3 must have a file_name"),
+    "no class": (f"{HEAD}000.png,cat\n001.png,\n", "line 3 must have one class"),
+    "two classes of one": (f"{HEAD}000.png,cat\n./000.png,dog\n", "line 3 .* an earlier one 'cat'"),
     "one class": (f"{HEAD}000.png,cat\n", "names 1 classes"),
-    "a value too many": (f"{HEAD}000.png,cat,x\n", "row 1 has 3 values"),
-    "an open quote": (f'{HEAD}"000.png,cat\n', "is not CSV in UTF-8"),
-    "other letters": (f"{HEAD}000.png,caf\udce9\n", "is not CSV in UTF-8"),
-    "a column twice": ("file_name,label,label\n000.png,a,b\n", "two columns of the same name"),
+    "a value too many": (f"{HEAD}000.png,cat,x\n", "line 2 has 3 fields"),
+    "an open quote": (f'{HEAD}"000.png,cat\n', "line 2 is no CSV"),
+    "other letters": (f"{HEAD}000.png,caf\udce9\n", "line 2 is not UTF-8"),
+    "a column twice": ("file_name,label,label\n000.png,a,b\n", "two columns 'label'"),
     "several candidates": ("file_name,class,target\n000.png,a,b\n", "rename one of them to label"),
     "no class at all": ("file_name,text\n000.png,a\n", "no class folders"),
     "no image": ("id,label\n0,a\n", "no class folders.* metadata.csv with the columns file_name"),
@@ -228,11 +228,11 @@ def test_csv_refusals(tmp_path, case):
 
 LINES = {
     "a list": ('["file_name"]', "line 1 must be an object"),
-    "a list for a class": ('{"file_name": "000.png", "label": [1]}', "row 1 must have one class"),
-    "half a number": ('{"file_name": "000.png", "label": 0.5}', "row 1 must have one class"),
-    "a number for a file": ('{"file_name": 7, "label": 1}', "row 1 must have a file_name, got 7"),
-    "cut off": ('{"file_name": "000.png", "lab', "not one JSON object per line"),
-    "brackets": ("[" * 100_000, "not one JSON object per line"),
+    "a list for a class": ('{"file_name": "000.png", "label": [1]}', "line 1 must have one class"),
+    "half a number": ('{"file_name": "000.png", "label": 0.5}', "line 1 must have one class"),
+    "a number for a file": ('{"file_name": 7, "label": 1}', "line 1 must have a file_name, got 7"),
+    "cut off": ('{"file_name": "000.png", "lab', "line 1 is no JSON"),
+    "brackets": ("[" * 100_000, "line 1 is no JSON"),
 }
 
 
@@ -247,11 +247,11 @@ def test_json_lines_refusals(tmp_path, case):
 def test_parquet_refusals(tmp_path, monkeypatch):
     rows = _rows(tmp_path, 3)
     (tmp_path / "metadata.parquet").write_bytes(b"PAR1 and no more")
-    _refused(tmp_path, "not a complete Parquet file")
+    _refused(tmp_path, "is no Parquet file")
     _write(tmp_path / "metadata.parquet", [{"image": row["file_name"]} for row in rows])
     _refused(tmp_path, "must have a column file_name")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    _refused(tmp_path, "needs pyarrow: `pip install pyarrow`")
+    _refused(tmp_path, "needs pyarrow to be read: pip install pyarrow")
 
 
 def test_two_tables_are_refused(tmp_path):

@@ -267,8 +267,9 @@ def update(made, parts: list[Batch], processes: int = 1):
     """The terms and the gradient of a step that changes nothing."""
     still = SimpleNamespace(step_update=lambda step: None)
     optimizer = torch.optim.SGD(made.parameters(), lr=0)
+    weights = tuple(made.parameters())
     trainer = Trainer(
-        made, made, optimizer, still, None, Recipe(), engine(processes), 1, 1, 1, None
+        made, made, weights, optimizer, still, None, Recipe(), engine(processes), 1, 1, 1, None
     )
     values = trainer.update(0, parts, 0)
     gradient = {n: p.grad.clone() for n, p in made.named_parameters() if p.grad is not None}

@@ -13,13 +13,13 @@ an image dataset", which name files and columns.
 import csv
 import json
 import os
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsdistill.harness.data import class_names
+from dsdistill.harness.data import class_names, tables
 from dsdistill.harness.data.labeled_images import DataError
-from dsdistill.harness.errors import one_line
+from dsdistill.harness.data.tables import Table
+from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
 from dsdistill.harness.text import abbreviate_names, quote
 
@@ -53,26 +53,38 @@ def read(path: Path) -> dict[Path, str] | None:
         DataError: If the table cannot be read, if several columns could be the class, or if a row
             has no class or names no file in the folder.
     """
-    rows = _READERS[path.suffix](path)
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    label = _label_column(path, columns)
-    if label is None or all(_is_missing(row.get(label)) for row in rows):
+    table = _table(path)
+    label = _label_column(table)
+    if label is None or all(map(_is_missing, table.columns[label])):
         return None
-    for column in columns:
+    for column in table.columns:
         if column.casefold() in LIKE_PART:
             progress.note(
                 f"{path}: the column {column!r} is ignored: parts are folders, such as train/ "
                 "and test/"
             )
     classes: dict[Path, str] = {}
-    for number, row in enumerate(rows, start=1):
-        file, name = _file(path, number, row.get(FILE)), _name(path, number, row.get(label))
+    values = zip(table.columns[FILE], table.columns[label], strict=True)
+    for row, (file_name, class_name) in enumerate(values):
+        file, name = _file(table, row, file_name), _name(table, row, class_name)
         if classes.setdefault(file, name) != name:
             raise DataError(
-                f"{path}: row {number} gives {row[FILE]!r} the class {quote(name)}, an earlier row "
+                f"{table.place(row)} gives {file_name!r} the class {quote(name)}, an earlier one "
                 f"{quote(classes[file])}: keep one of them"
             )
     return classes
+
+
+def _table(path: Path) -> Table:
+    """The columns of a table; of Parquet, which may hold the images too, those that are read."""
+    known = {"label", *LIKE_LABEL, *LIKE_PART, FILE}
+    try:
+        table = tables.read(path, partial=True, wanted=lambda name: name.casefold() in known)
+    except UserError as error:
+        raise DataError(str(error)) from error
+    if FILE not in table.columns:
+        raise DataError(f"{path} must have a column {FILE}: add it, or rename the table")
+    return table
 
 
 def _has_files(path: Path) -> bool:
@@ -88,10 +100,10 @@ def _has_files(path: Path) -> bool:
         return True
 
 
-def _label_column(path: Path, columns: Iterable[str]) -> str | None:
+def _label_column(table: Table) -> str | None:
     """Find the column of classes, with a note if the choice is not obvious; None without any."""
-    candidates = [column for column in columns if column.casefold() in ("label", *LIKE_LABEL)]
-    names = abbreviate_names(candidates)
+    candidates = [name for name in table.columns if name.casefold() in ("label", *LIKE_LABEL)]
+    path, names = table.path, abbreviate_names(candidates)
     if "label" in candidates:
         if len(candidates) > 1:
             progress.note(f"{path}: of the columns {names} the classes are those of 'label'")
@@ -106,32 +118,32 @@ def _label_column(path: Path, columns: Iterable[str]) -> str | None:
     return candidates[0] if candidates else None
 
 
-def _file(path: Path, number: int, name: Any) -> Path:
+def _file(table: Table, row: int, name: Any) -> Path:
     """Path of the image of a row, which must lie in the table's folder."""
+    folder = table.path.parent
     if not isinstance(name, str) or not name:
-        raise DataError(f"{path}: row {number} must have a {FILE}, got {name!r}")
+        raise DataError(f"{table.place(row)} must have a {FILE}, got {name!r}")
     inside = os.path.normpath(name.replace("\\", "/"))
     if "\0" in name or "://" in name or os.path.isabs(inside) or inside.split("/")[0] == "..":
         raise DataError(
-            f"{path}: row {number} names {name[:60]!r}, but a {FILE} must be a path inside "
-            f"{path.parent}"
+            f"{table.place(row)} names {name[:60]!r}, but a {FILE} must be a path inside {folder}"
         )
-    file = path.parent / inside
+    file = folder / inside
     if not file.is_file():
         raise DataError(
-            f"{path}: row {number} names {name[:60]!r}, which is not a file in {path.parent}: add "
-            "it, or remove the row"
+            f"{table.place(row)} names {name[:60]!r}, which is not a file in {folder}: add it, or "
+            "remove the row"
         )
     return file
 
 
-def _name(path: Path, number: int, value: Any) -> str:
+def _name(table: Table, row: int, value: Any) -> str:
     """Class name of a row: text, or a number as text."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if _is_missing(value) or not isinstance(value, str | int):
         raise DataError(
-            f"{path}: row {number} must have one class, text or a whole number, got "
+            f"{table.place(row)} must have one class, text or a whole number, got "
             f"{str(value)[:60]!r}"
         )
     return class_names.from_folder(str(value).strip())
@@ -139,69 +151,3 @@ def _name(path: Path, number: int, value: Any) -> str:
 
 def _is_missing(value: Any) -> bool:
     return value is None or value != value or (isinstance(value, str) and not value.strip())
-
-
-def _read_csv(path: Path) -> list[Mapping[str, Any]]:
-    try:
-        # A byte order mark, as spreadsheets write it, is not part of the first column's name.
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.reader(file, strict=True))
-    except (csv.Error, ValueError) as error:
-        raise DataError(f"{path} is not CSV in UTF-8: {one_line(error)}") from error
-    if not rows:
-        raise DataError(f"{path} is empty")
-    columns, *rows = rows
-    if len(set(columns)) < len(columns):
-        raise DataError(
-            f"{path} has two columns of the same name among {abbreviate_names(columns)}"
-        )
-    for number, row in enumerate(rows, start=1):
-        if row and len(row) != len(columns):
-            raise DataError(
-                f"{path}: row {number} has {len(row)} values, the first line {len(columns)} columns"
-            )
-    return [dict(zip(columns, row, strict=True)) for row in rows if row]
-
-
-def _read_json_lines(path: Path) -> list[Mapping[str, Any]]:
-    rows = []
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise DataError(
-                        f"{path}: line {number} must be an object such as "
-                        f'{{"{FILE}": "1.png", "label": "cat"}}, got {line.strip()[:60]!r}'
-                    )
-                rows.append(row)
-    except DataError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not one JSON object per line: {one_line(error)}") from error
-    return rows
-
-
-def _read_parquet(path: Path) -> list[Mapping[str, Any]]:
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise DataError(
-            f"{path} needs pyarrow: `pip install pyarrow`, write the table as metadata.csv, or "
-            "give it another name"
-        ) from error
-    try:
-        file = parquet.ParquetFile(path)
-        known = {"label", *LIKE_LABEL, *LIKE_PART, FILE}
-        columns = [name for name in file.schema_arrow.names if name.casefold() in known]
-        table = file.read(columns=columns)
-    except Exception as error:  # pyarrow raises many kinds for damaged files
-        raise DataError(f"{path} is not a complete Parquet file: {one_line(error)}") from error
-    if FILE not in columns:
-        raise DataError(f"{path} must have a column {FILE}: add it, or rename the table")
-    return table.to_pylist()
-
-
-_READERS = {".csv": _read_csv, ".jsonl": _read_json_lines, ".parquet": _read_parquet}

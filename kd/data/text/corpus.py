@@ -13,10 +13,10 @@ from jaxtyping import Float, Int
 
 from dsdistill.harness.data import class_names
 from dsdistill.harness.data.labeled_images import SPLIT_SEED, split_by_class
+from dsdistill.harness.data.tables import Table
 from dsdistill.harness.errors import UserError
 from kd.data.text import columns, part_files
 from kd.data.text.columns import Columns, Task
-from kd.data.text.tables import Table
 
 UNLABELLED = "-1"  # label of every test row of GLUE
 Message = Mapping[str, Any]  # a turn of a conversation, with its `role` and `content`

@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsdistill.harness.data import walk
+from dsdistill.harness.data import tables, walk
+from dsdistill.harness.data.tables import Table
 from dsdistill.harness.errors import UserError, first_line
-from kd.data.text import tables
-from kd.data.text.tables import Table
 
 PARTS: Mapping[str, tuple[str, ...]] = {
     "train": ("train", "training"),
@@ -95,7 +94,7 @@ def find(data: Path, *, documents: bool = False) -> dict[str, Table]:
             names = " and ".join(path.name for path in paths)
             raise UserError(f"{data} has two files of its {part} part, {names}: remove one")
     if "train" not in files:
-        kinds = ", ".join(sorted(tables.READERS))
+        kinds = ", ".join(tables.SUFFIXES)
         raise UserError(f"{data} has no train file of texts ({kinds}, with .gz or without)")
     return {
         part: _join([tables.read(path, documents=documents) for path in paths])

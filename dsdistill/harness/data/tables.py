@@ -1,8 +1,9 @@
-r"""Tables of text as people keep them: TSV, CSV, JSON lines, Parquet, plain text.
+r"""Tables as people keep them: TSV, CSV, JSON lines, Parquet, plain text.
 
 Every format becomes columns of equal length, and every refusal names the row as an editor numbers
 it. TSV has no quoting, as in GLUE: a quotation mark is a character of the text. CSV is RFC 4180.
-Lines end with \n or \r\n and with nothing else, whatever Unicode calls a line separator.
+Lines end with \n or \r\n and with nothing else, whatever Unicode calls a line separator. A first
+column without a name, as pandas writes an index, is left out.
 """
 
 import csv
@@ -18,6 +19,7 @@ from typing import Any
 
 from dsdistill.harness.errors import UserError, first_line
 
+SUFFIXES = (".csv", ".jsonl", ".ndjson", ".parquet", ".tsv", ".txt")
 GZIP_MAGIC = b"\x1f\x8b"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _QUOTED_ROWS = 3  # from so many on, a column in which every value is quoted is no accident
@@ -47,13 +49,21 @@ class Table:
         return f"{self.path}, {f'line {self.lines[row]}' if self.lines else f'row {row + 1}'}"
 
 
-def read(path: Path, *, documents: bool = False) -> Table:
+def read(
+    path: Path,
+    *,
+    documents: bool = False,
+    partial: bool = False,
+    wanted: Callable[[str], bool] | None = None,
+) -> Table:
     """Read a file by its suffix, compressed with gzip or not.
 
     Args:
-        path: A file with a suffix of `READERS`, perhaps followed by `.gz`.
+        path: A file with a suffix of `SUFFIXES`, perhaps followed by `.gz`.
         documents: Whether a file of plain text is one text with all its lines; else each line that
             is not empty is one.
+        partial: Whether an object of JSON lines may lack keys of others; their values are None.
+        wanted: Which columns of a Parquet file are read; None: all.
 
     Raises:
         UserError: If it is not such a file, empty, not text, or a row does not fit.
@@ -61,11 +71,21 @@ def read(path: Path, *, documents: bool = False) -> Table:
     suffix = table_suffix(path)
     if suffix is None:
         raise UserError(
-            f"{path} is no text file that can be read: {', '.join(sorted(READERS))}, with .gz or "
-            "without"
+            f"{path} is no text file that can be read: {', '.join(SUFFIXES)}, with .gz or without"
         )
-    table = _read_document(path) if documents and suffix == ".txt" else READERS[suffix](path)
-    if not len(table):
+    match suffix:
+        case ".tsv":
+            table = _read_tsv(path)
+        case ".csv":
+            table = _read_csv(path)
+        case ".parquet":
+            table = _read_parquet(path, wanted)
+        case ".txt":
+            table = _read_document(path) if documents else _read_plain(path)
+        case _:
+            table = _read_json_lines(path, partial=partial)
+    none_wanted = wanted is not None and not table.columns
+    if not len(table) and not none_wanted:
         raise UserError(f"{path} has no rows")
     return table
 
@@ -79,7 +99,7 @@ def table_suffix(path: Path) -> str | None:
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     if suffixes[-1:] == [".gz"]:
         suffixes.pop()
-    return suffixes[-1] if suffixes and suffixes[-1] in READERS else None
+    return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else None
 
 
 def _read_tsv(path: Path) -> Table:
@@ -101,7 +121,7 @@ def _read_tsv(path: Path) -> Table:
             column.append(value)
         numbers.append(number)
     _refuse_quoting(path, header, values)
-    return Table(path, dict(zip(header, values, strict=True)), numbers)
+    return Table(path, _named_columns(header, values), numbers)
 
 
 def _read_csv(path: Path) -> Table:
@@ -134,24 +154,25 @@ def _read_csv(path: Path) -> Table:
         raise UserError(
             f"{path}, line {before + 1} is no CSV ({error}): quotation marks in a text are doubled"
         ) from error
-    return Table(path, dict(zip(header, values, strict=True)), numbers)
+    return Table(path, _named_columns(header, values), numbers)
 
 
-def _read_json_lines(path: Path) -> Table:
-    rows, numbers = [], []
+def _read_json_lines(path: Path, *, partial: bool) -> Table:
+    rows: list[dict[str, Any]] = []
+    numbers = []
     for number, line in _lines(path):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number} is no JSON: {first_line(error)}") from error
         if not isinstance(row, dict):
             raise UserError(
                 f"{path}, line {number} must be an object such as "
                 f'{{"text": "...", "label": "..."}}, got {type(row).__name__}'
             )
-        if rows and row.keys() != rows[0].keys():
+        if not partial and rows and row.keys() != rows[0].keys():
             lacking = sorted(rows[0].keys() ^ row.keys())
             raise UserError(
                 f"{path}, line {number} and line {numbers[0]} must have the same keys: they differ "
@@ -159,19 +180,21 @@ def _read_json_lines(path: Path) -> Table:
             )
         rows.append(row)
         numbers.append(number)
-    columns = {key: [row[key] for row in rows] for key in (rows[0] if rows else ())}
-    return Table(path, columns, numbers)
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return Table(path, {key: [row.get(key) for row in rows] for key in keys}, numbers)
 
 
-def _read_parquet(path: Path) -> Table:
+def _read_parquet(path: Path, wanted: Callable[[str], bool] | None) -> Table:
     try:
         import pyarrow.parquet
     except ImportError as error:
         raise UserError(
-            f"{path} needs pyarrow to be read: pip install 'dsdistill[text]'"
+            f"{path} needs pyarrow to be read: pip install pyarrow, or write it as CSV"
         ) from error
     try:
-        table = pyarrow.parquet.read_table(io.BytesIO(_content(path)))
+        file = pyarrow.parquet.ParquetFile(io.BytesIO(_content(path)))
+        names = [name for name in file.schema_arrow.names if wanted is None or wanted(name)]
+        table = file.read(columns=names)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is no Parquet file: {first_line(error)}") from error
     return Table(path, table.to_pydict())
@@ -185,16 +208,6 @@ def _read_plain(path: Path) -> Table:
 def _read_document(path: Path) -> Table:
     text = "\n".join(line for _, line in _lines(path))
     return Table(path, {"text": [text] if text.strip() else []}, [1])
-
-
-READERS: Mapping[str, Callable[[Path], Table]] = {
-    ".tsv": _read_tsv,
-    ".csv": _read_csv,
-    ".jsonl": _read_json_lines,
-    ".ndjson": _read_json_lines,
-    ".parquet": _read_parquet,
-    ".txt": _read_plain,
-}
 
 
 def _content(path: Path) -> bytes:
@@ -252,13 +265,20 @@ def _check_header(path: Path, header: Sequence[str], separator: str) -> None:
             if other != separator and other in header[0]:
                 right = {"\t": "a .tsv file", ",": "a .csv file"}.get(other, "commas or tabs")
                 raise UserError(f"{path} parts its columns by {what}: it needs {right}")
-    if "" in header:
+    named = header[1:] if len(header) > 1 else header
+    if "" in named:
         raise UserError(
             f"{path} must begin with a line of column names, and column "
-            f"{header.index('') + 1} has none"
+            f"{len(header) - len(named) + named.index('') + 1} has none"
         )
     if twice := {name for name in header if header.count(name) > 1}:
         raise UserError(f"{path} has two columns {sorted(twice)[0]!r}: rename one")
+
+
+def _named_columns(
+    header: Sequence[str], values: Sequence[Sequence[str]]
+) -> dict[str, Sequence[str]]:
+    return {name: column for name, column in zip(header, values, strict=True) if name}
 
 
 def _refuse_quoting(path: Path, header: Sequence[str], values: Sequence[Sequence[str]]) -> None:

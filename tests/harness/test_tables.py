@@ -7,8 +7,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from dsdistill.harness.data import tables
 from dsdistill.harness.errors import UserError
-from kd.data.text import tables
 
 ROWS = {"text": ['a "b', "x, y", "é\u2028z"], "label": ["0", "1", "0"]}
 
@@ -78,7 +78,7 @@ def test_plain_text_is_one_row_a_line_without_the_empty_ones(tmp_path):
         ("a.csv", "text;label\na;0\n", "parts its columns by semicolons"),
         ("a.csv", "text\tlabel\na\t0\n", "it needs a .tsv file"),
         ("a.tsv", "text\ttext\na\tb\n", "two columns 'text'"),
-        ("a.tsv", "\tlabel\na\tb\n", "column 1 has none"),
+        ("a.tsv", "\t\tlabel\na\tb\tc\n", "column 2 has none"),
         ("a.tsv", '"text"\t"label"\n"a"\t"0"\n', "quotation marks around column"),
         ("a.tsv", 'text\tlabel\n"a"\t0\n"b"\t0\n"c"\t1\n', "quotation marks around column text"),
         ("a.csv", "text,label\na,b,0\n", "line 2 has 3 fields"),
@@ -107,6 +107,27 @@ def test_a_damaged_archive_and_a_missing_file_are_refused(tmp_path):
         tables.read(path)
     with pytest.raises(UserError, match="cannot be read"):
         tables.read(tmp_path / "none.tsv")
+
+
+@pytest.mark.parametrize(("name", "separator"), [("a.csv", ","), ("a.tsv", "\t")])
+def test_a_first_column_without_a_name_is_an_index(tmp_path, name, separator):
+    """As pandas writes it."""
+    content = ",text,label\n0,a,x\n1,b,y\n".replace(",", separator)
+    table = tables.read(write(tmp_path, name, content))
+    assert table.columns == {"text": ["a", "b"], "label": ["x", "y"]}
+
+
+def test_objects_that_lack_keys_where_that_is_allowed(tmp_path):
+    path = write(tmp_path, "a.jsonl", '{"a": 1}\n{"b": 2}\n')
+    assert tables.read(path, partial=True).columns == {"a": [1, None], "b": [None, 2]}
+
+
+def test_columns_of_parquet_that_are_not_wanted_are_not_read(tmp_path):
+    pyarrow.parquet.write_table(
+        pyarrow.table({"image": [b"x" * 1000], "label": [1]}), tmp_path / "a.parquet"
+    )
+    table = tables.read(tmp_path / "a.parquet", wanted=lambda name: name == "label")
+    assert table.columns == {"label": [1]}
 
 
 def test_a_few_quotation_marks_are_text(tmp_path):
