@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_type_hints
 
 import tyro
 
@@ -11,6 +11,9 @@ from dsdistill.harness import paths, shell
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.help_page import Layout, Shown, format_default
 from kd import per_teacher, recipe, recipes
+
+if TYPE_CHECKING:
+    from dsdistill.harness.data.mel_images import MelOptions
 
 NamesArg = Annotated[str | None, Shown("NAME,...")]
 FolderArg = Annotated[Path | None, Shown("DIR")]
@@ -94,14 +97,15 @@ TEACHER_INPUT_OPTIONS = (
 )  # what a file of weights cannot say
 TEXT_OPTIONS = ("task", "text", "label", "max_length", "tokenizer", "keep_layers", "lora", "mlm")
 TEXT_FIELDS = ("copies", "on_policy")  # of the recipe
+SOUND_OPTIONS = ("seconds", "mel_bands", "sample_rate")
 IMAGE_OPTIONS = (
     *("channels", "preprocess", "pretrained", "centred", "workers", "channels_last"),
-    *("peers", *TEACHER_INPUT_OPTIONS),
+    *("peers", *TEACHER_INPUT_OPTIONS, *SOUND_OPTIONS),
 )
 IMAGE_FIELDS = (
     *("image_size", "crop_padding", "hflip", "interpolation", "min_scale", "auto_augment"),
     *("color_jitter", "random_erase", "repeats", "crop_share", "mixup", "cutmix"),
-    *("mix_probability", "mix_switch"),
+    *("mix_probability", "mix_switch", *recipe.SPECAUGMENT_FIELDS),
 )
 
 
@@ -122,6 +126,7 @@ class TrainOptions:
             "milestones decay",
             "Validation and averaging": "metric validate_every patience average_best ema ema_ramp",
             "Data": "image_size channels preprocess validation_fraction data_root",
+            "Recordings": "seconds mel_bands sample_rate time_shift hide_bands hide_time",
             "Texts": "task text label max_length tokenizer copies mlm on_policy",
             "Augmentation": "augment hflip crop_padding mixup cutmix mix_probability mix_switch",
             "Image files": "workers min_scale interpolation auto_augment color_jitter "
@@ -138,6 +143,8 @@ class TrainOptions:
             f"they are {_list_defaults(recipes.FINETUNE)}, and of a fresh student "
             f"{_list_defaults(recipes.FRESH, recipes.FINETUNE)}.",
             "Image files": "These need --augment imagenet.",
+            "Recordings": "A folder of class folders of .wav files: each becomes an image of its "
+            "mel bands over time. The last three need --augment specaugment.",
             "Texts": "A file or folder of texts is recognised by its name: a .tsv, .csv, .jsonl, "
             ".parquet or .txt, or a folder with a train file and, where it has them, dev and test "
             "files of these kinds.",
@@ -149,9 +156,9 @@ class TrainOptions:
     )
 
     data: Annotated[tyro.conf.Positional[str], Shown("DATA")] = "digits"
-    """Data set name, folder or .npz file; folder of a dsdistill run or its .safetensors file; with
-    --augment imagenet also timm's names wds/DIR, hfds/NAME and tfds/NAME; a file or folder of
-    texts"""
+    """Data set name, folder of images or of .wav files, or .npz file; folder of a dsdistill run or
+    its .safetensors file; with --augment imagenet also timm's names wds/DIR, hfds/NAME and
+    tfds/NAME; a file or folder of texts"""
 
     student: Annotated[str | None, Shown("NAME|RUN", "convnet, or the student of --recipe")] = None
     """convnet or mlp, with a width as in convnet:32; any name of timm; torchvision:NAME; hf:NAME;
@@ -291,6 +298,15 @@ class TrainOptions:
     workers: Annotated[int | None, Shown(default=str(DEFAULT_WORKERS))] = None
     """Processes that read image files"""
 
+    seconds: Annotated[float | None, Shown(default="what holds 95 % of them whole")] = None
+    """Length to which recordings are cut, or filled with silence, on both sides"""
+
+    mel_bands: Annotated[int | None, Shown(default="40")] = None
+    """Number of mel bands, the height of a recording's image"""
+
+    sample_rate: Annotated[int | None, Shown("HZ", "the most frequent one")] = None
+    """Samples per second to which recordings are resampled"""
+
     compile: bool = False
     """Compile the student with torch.compile"""
 
@@ -306,6 +322,14 @@ class TrainOptions:
     def given(self) -> dict[str, Any]:
         """The fields of the recipe that were given."""
         return {k: v for k, v in asdict(self.overrides).items() if v is not None}
+
+    @property
+    def sound(self) -> "MelOptions | None":
+        """What is asked of the images of recordings; None where nothing is."""
+        from dsdistill.harness.data.mel_images import MelOptions  # not for --help
+
+        asked = MelOptions(self.sample_rate, self.seconds, self.mel_bands)
+        return None if asked == MelOptions() else asked
 
     @property
     def readers(self) -> int:
@@ -336,6 +360,8 @@ class TrainOptions:
             value = getattr(self, name)
             rule = f"{_option(name)} must be at least 1"
             _require(value is None or value >= 1, rule, value)
+        if self.sound is not None:
+            self.sound.check()
         per_teacher.read_sizes("--teacher-image-size", self.teacher_image_size)
         for name in ("teacher_mean", "teacher_std"):
             per_teacher.read(_option(name), getattr(self, name))

@@ -14,7 +14,7 @@ from dsdistill.harness.errors import UserError
 Optimizer = Literal["sgd", "momentum", "adam", "adamw", "lamb", "lion", "muon"]
 Schedule = Literal["cosine", "linear", "milestones", "constant"]
 Precision = Literal["no", "bf16", "fp16", "mixed"]
-Augment = Literal["none", "crop-flip", "imagenet", "words", "masked", "teacher"]
+Augment = Literal["none", "crop-flip", "imagenet", "specaugment", "words", "masked", "teacher"]
 Metric = Literal[
     "accuracy", "nll", "macro_f1", "matthews", "pearson", "spearman", "entity_f1", "cosine"
 ]
@@ -24,6 +24,7 @@ MOMENTUM_OPTIMIZERS: tuple[Optimizer, ...] = ("sgd", "momentum")
 TEXT_AUGMENTS: tuple[Augment, ...] = ("words", "masked", "teacher")
 COPYING_AUGMENTS: tuple[Augment, ...] = ("words", "masked")  # those of them that add copies
 STREAMED_AUGMENTS: tuple[Augment, ...] = ("imagenet",)  # crops are cut from files during training
+SPECAUGMENT_FIELDS = ("time_shift", "hide_bands", "hide_time")
 VALIDATION_FIELDS = ("metric", "average_best", "patience", "validate_every")  # compare validations
 SCHEDULE_FIELDS: Mapping[Schedule, tuple[str, ...]] = {  # of the recipe, used by one schedule only
     "cosine": ("final", "cooldown"),
@@ -98,9 +99,10 @@ class Recipe:
     augment: Augment = _field(
         "none",
         "crop-flip: random shifts by --crop-padding and flips; imagenet: random crops of image "
-        "files, read while training; of texts, words: copies with words hidden, replaced and left "
-        "out; masked: copies with words that a masked language model expects; teacher: what the "
-        "teacher writes, in place of the texts",
+        "files, read while training; of recordings, specaugment: random shifts in time, and a part "
+        "of the mel bands and of the time hidden; of texts, words: copies with words hidden, "
+        "replaced and left out; masked: copies with words that a masked language model expects; "
+        "teacher: what the teacher writes, in place of the texts",
     )
     copies: int | None = _field(None, "Copies of each text with --augment words or masked")
     on_policy: float = _field(
@@ -108,6 +110,11 @@ class Recipe:
     )
     crop_padding: int = _field(4, "Largest shift of crop-flip in pixels")
     hflip: float = _field(0.5, "Probability of a horizontal flip")
+    time_shift: float = _field(
+        0.1, "Largest shift of a recording with specaugment, as a share of its length"
+    )
+    hide_bands: float = _field(0.2, "Largest share of the mel bands that specaugment hides")
+    hide_time: float = _field(0.2, "Largest share of the time that specaugment hides")
     interpolation: str = _field(
         "random", "Interpolation of random crops: bilinear, bicubic, or random for both"
     )
@@ -224,6 +231,7 @@ def _check(recipe: Recipe) -> None:
         "final",
         "warmup_from",
         "on_policy",
+        *SPECAUGMENT_FIELDS,
     ):
         value = getattr(recipe, name)
         _require(0 <= value <= 1, name, "in [0, 1]", value)
@@ -254,6 +262,9 @@ def _check_used(recipe: Recipe, given: Mapping[str, Any]) -> None:
     for name in {name for names in SCHEDULE_FIELDS.values() for name in names}:
         users = [kind for kind, names in SCHEDULE_FIELDS.items() if name in names]
         needs[name] = (recipe.schedule in users, f"--schedule {' or '.join(users)}")
+    needs |= dict.fromkeys(
+        SPECAUGMENT_FIELDS, (recipe.augment == "specaugment", "--augment specaugment")
+    )
     images = ("interpolation", "min_scale", "auto_augment", "color_jitter", "random_erase")
     needs |= dict.fromkeys(
         (*images, "repeats", "crop_share"), (recipe.streams_files, "--augment imagenet")

@@ -26,8 +26,8 @@ COMPILED = pytest.StashKey[str]()
 # a second is marked `heavy` and stays out.
 FAST = {
     "dsdistill": "augment initial_support launchers notation offsets ridge timing",
-    "harness": "controls distilled_set folders_page help lists machine metrics origin preprocess "
-    "protocol report run_folder statistics",
+    "harness": "controls distilled_set folders_page help lists machine mel_images metrics origin "
+    "preprocess protocol report run_folder statistics wav_files",
     "kd": "augment loss_checks loss_spec losses_contrastive losses_feature losses_relation "
     "losses_response recipe terms",
     "project": "empty_values rooms",

@@ -102,6 +102,7 @@ def _decoded_images(folder: Path, note: str = "") -> Iterator[CacheEntry]:
         elif _KEY.fullmatch(path.name) and {p.name for p in path.iterdir()} <= _ENTRY_FILES:
             index = folders.read_index(path) or {}
             size = f" at {index['image_size']} pixels" if index.get("image_size") else ""
+            size = f" as {index['recordings']}" if index.get("recordings") else size
             yield _entry(path, f"{index.get('source', 'decoded images')}{size}{note}")
 
 

@@ -98,7 +98,8 @@ def assemble(options: EvaluateOptions) -> EvaluationParts:
         classes, shape = splits.train.classes, splits.train.shape
         prepared, device = distilled.preprocess, options.device
         class_map, typed = options.teacher_class_map, _typed_names(learner_names, options)
-        teacher = answers.load(options.teacher, prepared, shape, classes, device, class_map, typed)
+        images, mel = (prepared, shape, classes, device), splits.mel
+        teacher = answers.load(options.teacher, *images, class_map, typed, mel)
     identity = None if teacher is None else teacher.digest
     return combine(
         distilled,

@@ -115,6 +115,7 @@ def _card(options: ExportOptions, model: Model, export_format: ExportFormat) -> 
     """Description of the files, for the people and programs that use them."""
     h, w, c = model.shape
     fitted = model.preprocess
+    recordings = {} if model.mel is None else {"recordings": model.mel.describe()}
     return {
         "format": options.format,
         "student": model.name,
@@ -126,6 +127,7 @@ def _card(options: ExportOptions, model: Model, export_format: ExportFormat) -> 
             "shape": ["batch", c, h, w],
             "values": "pixels in [0, 1]" + ("" if export_format.graph else ", preprocessed"),
             "files": _file_resize(run_data.read_recipe(options.run)),
+            **recordings,
         },
         "preprocess": {
             "kind": fitted.kind,

@@ -108,6 +108,7 @@ class ImageEvaluation:
                 class_map=mapping,
                 class_map_option=TEACHER_CLASS_MAP,
                 typed=typed,
+                mel=source.mel,
                 **inputs,
             )
             for remark in teachers.matching_notes(teacher):
@@ -134,6 +135,7 @@ def prepare(options: EvaluateOptions, device: torch.device) -> ImageEvaluation:
     chosen = _test_images(options, config, student, recipe)
     source = chosen.source
     who = f"student {options.run}"
+    saved_models.check_recordings(who, student.mel, source.mel)
     saved_models.check_shape(who, student, source.shape)
     test = source.test(recipe, student.preprocess, device)
     if test is None:

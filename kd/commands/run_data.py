@@ -1,10 +1,11 @@
 """Data of a finished run, or other data, in the form that its student takes."""
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from dsdistill.harness.data.mel_images import MelOptions
 from kd.data import data_source
 from kd.data.data_source import DataSource
 from kd.data.files import file_source
@@ -67,9 +68,10 @@ def load(
     return data_source.resolve(
         name,
         root=root,
-        image_size=h if h == w else None,
+        image_size=h if h == w and student.mel is None else None,
         validation_fraction=0.0,  # nothing is held out of data that are not trained on
         channels=channels,
         classes=student.classes,
         announce=announce,
+        sound=None if student.mel is None else MelOptions(**asdict(student.mel)),
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError
@@ -23,6 +24,7 @@ from kd.evaluation import scoring
 from kd.objectives.schemes import Distillation, Objective
 from kd.objectives.terms import Term
 from kd.options import TrainOptions
+from kd.recipe import SPECAUGMENT_FIELDS
 
 VIEW_OPTIONS = (  # what a view of an image depends on besides the image
     "batch_size",
@@ -87,7 +89,7 @@ def prepare(
         UserError: If `--cache` is given for a loss that needs more than logits.
     """
     classes = parts.source.classes
-    augmented = augment.augment_batches(source, parts.recipe, len(classes))
+    augmented = augment.augment_batches(source, parts.recipe, len(classes), _silence(parts))
     if not isinstance(objective, Distillation) or not objective.needs_teacher:
         return augmented
     if objective.needs_features:
@@ -101,6 +103,14 @@ def prepare(
     if augmented is source and isinstance(source, ResidentBatches):
         return _precompute_logits(source, parts, caches)
     return CachedBatches(augmented, parts.teachers, caches, len(classes)) if caches else augmented
+
+
+def _silence(parts: TrainingParts) -> Float[Tensor, "c h w"] | None:
+    """The preprocessed image of a silent recording; None where the images are of none."""
+    if parts.source.mel is None:
+        return None
+    black = np.zeros((1, *parts.source.shape), np.float32)
+    return batching.to_nchw(parts.student.preprocess.apply(black))[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,6 +207,8 @@ def _open_caches(
     if not still:
         recipe = asdict(parts.recipe)
         common |= {name: recipe[name] for name in VIEW_OPTIONS} | {"seed": parts.seed}
+        if parts.recipe.augment == "specaugment":
+            common |= {name: recipe[name] for name in SPECAUGMENT_FIELDS}
         least = min_images_per_process(parts)
         if least > batching.MIN_IMAGES_PER_PROCESS:  # it decides where the last batch begins
             common["least"] = least

@@ -189,6 +189,7 @@ def _mixes_images(recipe: Recipe) -> bool:
 def _check(parts: TrainingParts, options: TrainOptions, alone: bool) -> None:
     """Refuse a loss, a recipe and a scheme that do not fit each other."""
     recipe = parts.recipe
+    _check_augment(recipe, parts.source)
     weighted = options.teacher_weights is not None
     loss_checks.check_teaching(parts.terms, recipe, alone=alone, weighted=weighted)
     taught = [term for term in parts.terms if term.definition.needs_teacher]
@@ -216,6 +217,20 @@ def _check(parts: TrainingParts, options: TrainOptions, alone: bool) -> None:
     optimization.check_optimizer(recipe)
 
 
+def _check_augment(recipe: Recipe, source: DataSource | FileSource) -> None:
+    """Refuse augmentation that is for the other kind of data, images or recordings."""
+    if recipe.augment == "specaugment" and source.mel is None:
+        raise UserError(
+            f"--augment specaugment is for recordings, and {source.name} holds images: use "
+            "--augment crop-flip"
+        )
+    if recipe.augment == "crop-flip" and recipe.hflip > 0 and source.mel is not None:
+        raise UserError(
+            "--augment crop-flip plays half of the recordings backwards: use --augment "
+            "specaugment, or add --hflip 0"
+        )
+
+
 def make_engine(options: TrainOptions, named: Recipe | None) -> Engine:
     """Create the engine for the device and precision of the options, or of the recipe.
 
@@ -238,6 +253,11 @@ def _source(
     size = options.given.get("image_size") or (named and named.image_size)
     augment = options.given.get("augment") or (named and named.augment)
     if augment in recipe.STREAMED_AUGMENTS:
+        if options.sound is not None:
+            raise UserError(
+                f"--seconds, --mel-bands and --sample-rate are for recordings, and --augment "
+                f"{augment} is for images: leave them out"
+            )
         return file_source.resolve(
             options.data,
             root=options.data_root,
@@ -253,6 +273,7 @@ def _source(
         validation_fraction=options.validation_fraction,
         channels=options.channels,
         classes=classes,
+        sound=options.sound,
     )
 
 
@@ -277,7 +298,7 @@ def _student(
         fitted = networks.pretrained_preprocess(name, shape[-1])
     else:
         fitted = source.fit(options.preprocess)
-    return Model(classifier, name, classes, shape, fitted)
+    return Model(classifier, name, classes, shape, fitted, mel=source.mel)
 
 
 def _load_earlier_student(
@@ -295,6 +316,7 @@ def _load_earlier_student(
             "(a centred one stays centred): leave --centred out"
         )
     model = saved_models.load_run(Path(name), typed=_typed_names(options))
+    saved_models.check_recordings(f"student {name}", model.mel, source.mel)
     model = saved_models.match_classes(f"student {name}", model, source.shape, source.classes, say)
     if source.distilled is not None and not source.distilled.preprocess.same_as(model.preprocess):
         raise UserError(
@@ -357,7 +379,7 @@ def _teachers(
     inputs = told(vars(options), len(names))
     typed = _typed_names(options)
     return tuple(
-        teachers.load(name, *images, class_map=mapping, typed=typed, **given)
+        teachers.load(name, *images, class_map=mapping, typed=typed, mel=source.mel, **given)
         for name, mapping, given in zip(names, maps, inputs, strict=True)
     )
 

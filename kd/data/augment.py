@@ -1,4 +1,4 @@
-"""Augment batches on the device: shifts and flips, mixup and CutMix.
+"""Augment batches on the device: shifts and flips, SpecAugment, mixup and CutMix.
 
 Each function takes a batch and the batch's seed, so that the same batch of the same epoch is always
 changed in the same way: a killed training resumes bit for bit, and a teacher's logits can be kept.
@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt64
+from jaxtyping import Bool, Float, UInt64
 from torch import Tensor
 
 from kd.data.batching import Batch, BatchSource, ChangedBatches
@@ -21,17 +21,33 @@ from kd.recipe import Recipe
 Mixer = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def augment_batches(source: BatchSource, recipe: Recipe, classes: int) -> BatchSource:
+def augment_batches(
+    source: BatchSource,
+    recipe: Recipe,
+    classes: int,
+    silence: Float[Tensor, "c h w"] | None = None,
+) -> BatchSource:
     """Add the recipe's augmentations to a source of batches.
 
     Args:
         source: Source of batches; streamed images have been cropped already.
-        recipe: Recipe; `augment` of `crop-flip`, mixup and CutMix are applied.
+        recipe: Recipe; `augment` of `crop-flip` and `specaugment`, mixup and CutMix are applied.
         classes: Number of classes.
+        silence: Image of a silent recording, which `specaugment` needs.
     """
     if recipe.augment == "crop-flip":
         options = {"padding": recipe.crop_padding, "hflip": recipe.hflip}
         source = ChangedBatches(source, partial(crop_flip, **options))
+    if recipe.augment == "specaugment":
+        assert silence is not None
+        change = partial(
+            specaugment,
+            shift=recipe.time_shift,
+            bands=recipe.hide_bands,
+            time=recipe.hide_time,
+            silence=silence,
+        )
+        source = ChangedBatches(source, change)
     if recipe.mixup or recipe.cutmix:
         source = ChangedBatches(source, partial(mix_images, mixer=_timm_mixup(recipe, classes)))
     return source
@@ -63,6 +79,58 @@ def crop_flip(batch: Batch, seed: int, *, padding: int, hflip: float) -> Batch:
     n, rows, columns = (a.to(padded.device) for a in arrays)
     shifted = padded[n, :, rows, columns]  # (n, h, w, c)
     return replace(batch, inputs=shifted.permute(0, 3, 1, 2).contiguous())
+
+
+def specaugment(
+    batch: Batch,
+    seed: int,
+    *,
+    shift: float,
+    bands: float,
+    time: float,
+    silence: Float[Tensor, "c h w"],
+) -> Batch:
+    """Shift each recording's image in time, then hide some adjacent bands and some adjacent frames.
+
+    What is hidden becomes 0, the mean of standardised images. Widths are uniform from 0 to their
+    largest, places uniform among those where the width fits. The draws for an image depend only on
+    the seed and on its row, as those of `crop_flip`.
+
+    Args:
+        batch: Batch of n images with known rows.
+        seed: Seed of the batch.
+        shift: Largest shift in either direction, as a share of the width.
+        bands: Largest share of the height that is hidden.
+        time: Largest share of the width that is hidden.
+        silence: Image of a silent recording, which fills what a shift leaves empty.
+
+    Source: Park et al. (2019), arXiv:1904.08779, with one mask of each kind, widths as shares, and
+    a shift in place of the time warp, which they find to matter least.
+    """
+    assert batch.index is not None
+    _, h, w = batch.images.shape[1:]
+    draws = row_uniforms(batch.index.cpu().numpy(), seed, draws=5)
+    largest = round(shift * w)
+    source = np.arange(w) + np.floor(draws[:, :1] * (2 * largest + 1)).astype(np.int64) - largest
+    hidden_bands = _hidden_range(draws[:, 1:3], round(bands * h), h)[:, None, :, None]
+    hidden_time = _hidden_range(draws[:, 3:5], round(time * w), w)[:, None, None, :]
+    device = batch.images.device
+    inside = torch.from_numpy((source >= 0) & (source < w)).to(device)[:, None, None, :]
+    columns = torch.from_numpy(source.clip(0, w - 1)).to(device)[:, None, None, :]
+    shifted = batch.images.gather(3, columns.expand_as(batch.images))  # (n, c, h, w)
+    shifted = torch.where(inside, shifted, silence.to(device))
+    hidden = torch.from_numpy(hidden_bands | hidden_time).to(device)
+    return replace(batch, inputs=shifted.masked_fill(hidden, 0.0))
+
+
+def _hidden_range(
+    draws: Float[np.ndarray, "n 2"], largest: int, length: int
+) -> Bool[np.ndarray, "n length"]:
+    """Which of `length` positions are in a range of a drawn width and a drawn start."""
+    width = np.floor(draws[:, :1] * (largest + 1))
+    start = np.floor(draws[:, 1:] * (length - width + 1))
+    positions = np.arange(length)
+    return (positions >= start) & (positions < start + width)
 
 
 def mix_images(batch: Batch, seed: int, *, mixer: Mixer) -> Batch:

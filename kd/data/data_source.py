@@ -17,6 +17,7 @@ from dsdistill.harness.data.labeled_images import (
     describe_missing_classes,
     spread,
 )
+from dsdistill.harness.data.mel_images import MelFormat, MelOptions
 from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError
 from kd.data import batching
@@ -68,6 +69,11 @@ class DataSource:
     def validation_count(self) -> int:
         """Number of images held out of the training set."""
         return len(self.splits.validation) if self.splits else 0
+
+    @property
+    def mel(self) -> MelFormat | None:
+        """Format of the images of recordings; None for other images."""
+        return self.splits and self.splits.mel
 
     @property
     def brings_validation(self) -> bool:
@@ -181,6 +187,7 @@ def resolve(
     channels: int | None = None,
     classes: Sequence[str] | None = None,
     announce: bool = True,
+    sound: MelOptions | None = None,
 ) -> DataSource:
     """Resolve DATA and load it.
 
@@ -188,18 +195,19 @@ def resolve(
         name: A data set as in `datasets.load`, the folder of a `dsdistill` run, or a distilled
             `.safetensors` file.
         root: Folder of the data sets.
-        image_size, validation_fraction, channels, classes, announce: As in `datasets.load`; a
-            distilled set has its own.
+        image_size, validation_fraction, channels, classes, announce, sound: As in `datasets.load`;
+            a distilled set has its own.
 
     Raises:
         UserError: If the data are not available, or a distilled set contradicts its source data.
     """
     path = Path(name).expanduser()
     if is_distilled(name):
-        if any(value is not None for value in (image_size, validation_fraction, channels)):
+        if any(value is not None for value in (image_size, validation_fraction, channels, sound)):
             raise UserError(
                 "a distilled set brings its image size, its channels and its validation images: "
-                "leave --image-size, --channels and --validation-fraction out"
+                "leave --image-size, --channels, --validation-fraction and the options of "
+                "recordings out"
             )
         return _load_distilled(distilled_set.locate(path), root)
     if path.is_dir() and (path / "config.json").is_file():
@@ -213,6 +221,7 @@ def resolve(
         channels=channels,
         classes=classes,
         announce=announce,
+        sound=sound,
     )
     return DataSource(splits.name, splits)
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from dsdistill.harness.data.mel_images import MelFormat
 from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
@@ -54,6 +55,7 @@ def load(
     device: str = "cpu",
     class_map: Path | None = None,
     typed: Sequence[str] = (),
+    mel: MelFormat | None = None,
 ) -> NumpyTeacher:
     """Load a teacher for images in a given preprocessing.
 
@@ -65,6 +67,7 @@ def load(
         device: `cpu`, `auto`, `cuda` or `cuda:N`.
         class_map: File of `--teacher-class-map`, for a teacher with other classes than the data.
         typed: Names that the user has typed, as for `saved_models.load_run`.
+        mel: Format of the recordings that the images are of; None for other images.
 
     Raises:
         UserError: If there is no such teacher, or it does not fit the data.
@@ -83,6 +86,7 @@ def load(
         class_map=mapping,
         class_map_option=option,
         typed=typed,
+        mel=mel,
     )
     for remark in teachers.matching_notes(teacher):
         progress.say(f"teacher {name}: {remark}")

@@ -5,7 +5,7 @@ network), `model.json`, and for ZCA the whitening matrices (`preprocess.safetens
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dsdistill.harness import files
+from dsdistill.harness.data.mel_images import MelFormat, MelOptions
 from dsdistill.harness.data.preprocess import KINDS, Preprocess
 from dsdistill.harness.errors import UserError, first_line, one_line
 from dsdistill.harness.reports import schema
@@ -32,7 +33,7 @@ TEXT = "text"  # kind of a student of texts in its `model.json`; one of images s
 
 CARD_KEYS = (  # all entries of `model.json`; any other one means that the file is damaged
     *("name", "classes", "input", "preprocess", "interpolation", "config", "outputs"),
-    *("output_temperature", "parameters", "centred", seals.CHECKSUMS_KEY),
+    *("output_temperature", "parameters", "centred", "recordings", seals.CHECKSUMS_KEY),
 )
 
 
@@ -49,6 +50,7 @@ class Model:
         outputs: `logits`; or `centred labels`, the estimates of a network trained by MSE.
         output_temperature: softmax(outputs / output_temperature) are calibrated probabilities; 1
             for logits.
+        mel: Format of the images of recordings; None for a model of other images.
     """
 
     classifier: Classifier
@@ -58,6 +60,7 @@ class Model:
     preprocess: Preprocess
     outputs: OutputKind = "logits"
     output_temperature: float = 1.0
+    mel: MelFormat | None = None
 
     @property
     def gives_logits(self) -> bool:
@@ -95,6 +98,7 @@ def save_run(folder: Path, model: Model, metadata: Mapping[str, str] | None = No
 def card(model: Model) -> dict[str, Any]:
     """The description of a model without its arrays, as `model.json` holds it."""
     fitted = model.preprocess
+    recordings = {} if model.mel is None else {"recordings": asdict(model.mel)}
     return {
         # Without the file that the weights came from at first: they are in this folder now.
         "name": network_names.parse(model.name).text,
@@ -111,6 +115,7 @@ def card(model: Model) -> dict[str, Any]:
         "outputs": model.outputs,
         "output_temperature": model.output_temperature,
         "parameters": networks.parameter_count(model.classifier),
+        **recordings,
     }
 
 
@@ -185,7 +190,22 @@ def _build_model(folder: Path, description: Mapping[str, Any], typed: Iterable[s
     load_weights(classifier.network, folder / WEIGHTS)
     preprocess = load_preprocess(description["preprocess"], folder)
     outputs, temperature = description["outputs"], float(description["output_temperature"])
-    return Model(classifier, name, classes, shape, preprocess, outputs, temperature)
+    mel = read_recordings(description)
+    return Model(classifier, name, classes, shape, preprocess, outputs, temperature, mel)
+
+
+def read_recordings(description: Mapping[str, Any]) -> MelFormat | None:
+    """The format of recordings in a card, or None.
+
+    Raises:
+        ValueError: If it is none; the message says why.
+    """
+    if (stored := description.get("recordings")) is None:
+        return None
+    types = {"rate": int, "seconds": float, "bands": int}
+    schema.check(f"{CARD}: recordings", stored, types)
+    MelOptions(**stored).check()
+    return MelFormat(**stored)
 
 
 def is_text_run(folder: Path) -> bool:
@@ -272,6 +292,30 @@ def check_shape(who: str, model: Model, shape: Shape) -> None:
     """Refuse a model for images of another shape than the data's."""
     if model.shape != shape:
         raise UserError(f"{who} takes images of shape {model.shape}, the data have {shape}")
+
+
+def check_recordings(who: str, expected: MelFormat | None, mel: MelFormat | None) -> None:
+    """Refuse a model of recordings for images that were made of them in another way.
+
+    Images of the same size can have other bands at other times: nothing else would tell.
+
+    Args:
+        who: Name of the model in messages.
+        expected: Format of the model's recordings; None for a model of images, which may know
+            images of any recordings.
+        mel: Format of the data's recordings; None for images.
+
+    Raises:
+        UserError: If they differ.
+    """
+    if expected is None or expected == mel:
+        return
+    if mel is None:
+        raise UserError(f"{who} takes recordings, and the data are images: give it recordings")
+    raise UserError(
+        f"{who} takes {expected}, and the data are {mel}: give --seconds {expected.seconds:g} "
+        f"--mel-bands {expected.bands} --sample-rate {expected.rate}"
+    )
 
 
 def reorder_outputs(

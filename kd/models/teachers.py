@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dsdistill.harness.data.mel_images import MelFormat
 from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError, first_line
 from kd.models import network_names, networks, saved_models
@@ -113,6 +114,7 @@ def load(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     typed: Iterable[str] = (),
+    mel: MelFormat | None = None,
 ) -> Teacher:
     """Load a frozen teacher in evaluation mode.
 
@@ -135,6 +137,7 @@ def load(
         image_size: Height and width of the images that the model takes.
         mean, std: One value per channel, for images in [0, 1].
         typed: Names that the user has typed, as for `saved_models.load_run`.
+        mel: Format of the recordings that the images are of; None for other images.
 
     Raises:
         UserError: If there is no such teacher, or it does not fit the data.
@@ -156,6 +159,7 @@ def load(
         typed=typed,
     )
     check_channels(who, model.shape[2], shape[2])
+    saved_models.check_recordings(who, model.mel, mel)
     teacher = Teacher(model, preprocess, shape[:2], matched, classes).eval().requires_grad_(False)
     _check_image_size(who, teacher, shape)
     return teacher
@@ -352,6 +356,7 @@ def _load_program(
             card.get("interpolation", "bilinear"),
         )
         temperature = float(card.get("output_temperature", 1.0))
+        mel = saved_models.read_recordings(card or {})
         channels = program.shape[2]
         if card and not (fitted.mean.shape == fitted.std.shape == (channels,)):
             raise ValueError(f"mean and std are not {channels} values each")
@@ -372,7 +377,8 @@ def _load_program(
     # Without a card the classes have no names.
     matched = match(names if card else program.classes)
     classifier = Classifier(program.network, interpolation=interpolation)
-    return Model(classifier, name, names, program.shape, fitted, outputs, temperature), matched
+    model = Model(classifier, name, names, program.shape, fitted, outputs, temperature, mel)
+    return model, matched
 
 
 def _require_names(value: object) -> tuple[str, ...]:

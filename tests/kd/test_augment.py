@@ -128,3 +128,35 @@ def test_labels_of_mixed_images_are_smoothed_once_as_timm_smooths_them(options) 
     assert torch.equal(images, mixed.images)
     expected = SoftTargetCrossEntropy()(logits, targets)
     assert ce(StepOutputs(mixed, logits, ())).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_specaugment_shifts_hides_and_nothing_else() -> None:
+    images = torch.rand(100, 1, 10, 20, generator=torch.Generator().manual_seed(0)) + 1
+    whole = Batch(images, torch.zeros(100, dtype=torch.long), index=torch.arange(100))
+    silence = torch.full((1, 10, 20), -3.0)
+    options = {"shift": 0.2, "bands": 0.3, "time": 0.25, "silence": silence}
+    changed = augment.specaugment(whole, 5, **options).images
+    draws = augment.row_uniforms(np.arange(100), 5, draws=5)
+    for i in range(100):
+        moved = int(draws[i, 0] * 9) - 4
+        expected = np.full((10, 20), -3.0, np.float32)
+        for x in range(20):
+            if 0 <= x + moved < 20:
+                expected[:, x] = images[i, 0, :, x + moved]
+        bands, frames = int(draws[i, 1] * 4), int(draws[i, 3] * 6)
+        top, left = int(draws[i, 2] * (11 - bands)), int(draws[i, 4] * (21 - frames))
+        expected[top : top + bands] = 0
+        expected[:, left : left + frames] = 0
+        np.testing.assert_array_equal(changed[i, 0], expected)
+    nothing = {"shift": 0.0, "bands": 0.0, "time": 0.0, "silence": silence}
+    assert torch.equal(augment.specaugment(whole, 5, **nothing).images, images)
+
+
+def test_processes_that_share_recordings_change_them_as_one_does() -> None:
+    whole = batch(12)
+    options = {"shift": 0.4, "bands": 0.4, "time": 0.4, "silence": torch.zeros(2, 5, 5)}
+    together = augment.specaugment(whole, 9, **options).images
+    rows = batching.share_positions(12, 1, 2)
+    apart = augment.specaugment(part(whole, rows), 9, **options).images
+    assert torch.equal(apart, together[torch.from_numpy(rows)])
+    assert not torch.equal(together, augment.specaugment(whole, 10, **options).images)

@@ -22,7 +22,9 @@ from dsdistill.harness.data.labeled_images import (
     LabeledImages,
     split_by_class,
 )
+from dsdistill.harness.data.mel_images import MelFormat, MelOptions
 from dsdistill.harness.errors import UserError, one_line, unknown_name
+from dsdistill.harness.runs import progress
 from dsdistill.harness.text import quote
 
 # Our name -> (class in torchvision.datasets, argument that chooses the part, its two values).
@@ -46,6 +48,7 @@ class Splits:
         digest: SHA-256 of the training images and labels before any are held out.
         brings_validation: Whether the validation images are a part of the data set's own, and none
             are held out of the training images.
+        mel: Format of the images of recordings; None for other data.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Splits:
     test: LabeledImages
     digest: str
     brings_validation: bool = False
+    mel: MelFormat | None = None
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of the images, labels and class names of each part, for `Run.require_same`."""
@@ -83,13 +87,14 @@ def load(
     classes: Sequence[str] | None = None,
     cache: Path | None = None,
     announce: bool = True,
+    sound: MelOptions | None = None,
 ) -> Splits:
     """Load a data set and split it.
 
     Args:
-        data: `digits`; a torchvision name of `TORCHVISION`; a folder of class folders, with or
-            without `train/`, `val/` and `test/` inside; an `.npz` file with `images` and `labels`;
-            or one of features that `kd features` wrote.
+        data: `digits`; a torchvision name of `TORCHVISION`; a folder of class folders of images or
+            of recordings, with or without `train/`, `val/` and `test/` inside; an `.npz` file with
+            `images` and `labels`; or one of features that `kd features` wrote.
         root: Folder of torchvision's data sets, which are downloaded there if missing.
         image_size: Height and width that images are resized to, in pixels. None keeps the size of
             arrays, and is refused for folders whose images differ in size.
@@ -101,6 +106,7 @@ def load(
             have other classes.
         cache: Folder for the decoded images of folders; by default `paths.decoded_images`.
         announce: Whether to print which folder serves as which part.
+        sound: What is asked of the images of recordings; None where nothing is.
 
     Raises:
         DataError: If the data are missing, unreadable or unfit; one line with expected and got.
@@ -117,7 +123,12 @@ def load(
     path = Path(data).expanduser()
     if data not in NAMES and path.is_dir():
         return _load_folder(
-            path, cache, image_size, validation_fraction, channels, classes, announce
+            path, cache, image_size, validation_fraction, channels, classes, announce, sound
+        )
+    if sound is not None:
+        raise UserError(
+            f"--seconds, --mel-bands and --sample-rate are for a folder of recordings, and {data} "
+            "is none: leave them out"
         )
     if path.suffix == ".npz" and path.is_file() and feature_file.is_feature_file(path):
         return _load_features(data, path, image_size, validation_fraction, channels, classes)
@@ -137,11 +148,12 @@ def _load_folder(
     channels: int | None,
     classes: Sequence[str] | None,
     announce: bool,
+    sound: MelOptions | None,
 ) -> Splits:
     from dsdistill.harness.data import folders
 
     cache = cache or paths.decoded_images()
-    parts = folders.read(path, cache, image_size, channels=channels, classes=classes)
+    parts = folders.read(path, cache, image_size, channels=channels, classes=classes, sound=sound)
     splits = split(
         str(path),
         parts.train,
@@ -153,7 +165,9 @@ def _load_folder(
     counts = (len(part) for part in (splits.train, splits.validation, splits.test))
     if announce:
         parts.layout.announce(*counts)
-    return splits
+        if parts.conversion:
+            progress.note(f"{path}: {parts.conversion}")
+    return replace(splits, mel=parts.mel)
 
 
 def _load_features(

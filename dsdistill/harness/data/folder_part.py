@@ -4,11 +4,12 @@ A class is a folder, or a value in a table beside the images (`metadata_files`),
 Tiny-ImageNet's validation set.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 
-from dsdistill.harness.data import class_names, metadata_files
+from dsdistill.harness.data import class_names, metadata_files, wav_files
 from dsdistill.harness.data.labeled_images import DataError
 from dsdistill.harness.data.walk import (
     SkippedFiles,
@@ -81,6 +82,12 @@ class FolderPart:
         labels = [new for new, old in enumerate(order) for _ in members[old]]
         return FolderPart(self.folder, tuple(classes), files, labels)
 
+    def keep(self, wanted: Callable[[Path], bool]) -> "FolderPart":
+        """The same part with some of its files."""
+        kept = [wanted(file) for file in self.files]
+        files, labels = (list(compress(x, kept)) for x in (self.files, self.labels))
+        return replace(self, files=files, labels=labels)
+
 
 def read_part(folder: Path, above: tuple[Path, ...], skipped: SkippedFiles) -> FolderPart:
     """Read the classes and files of one part, in the order of their folders.
@@ -121,8 +128,7 @@ def read_part(folder: Path, above: tuple[Path, ...], skipped: SkippedFiles) -> F
         images = sorted(find_images(path, {folder_identity(p) for p in (*above, folder)}, other))
         if not images:
             contents = f" ({other})" if str(other) else ""
-            foreign = [kind for kind in (+other.files) if kind in UNREAD_PICTURES]
-            remedy = "convert them to JPEG or PNG" if foreign else "remove it"
+            remedy = _remedy(+other.files)
             raise DataError(f"class folder {path} has no images{contents}: {remedy}")
         skipped.files.update(other.files)
         skipped.broken += other.broken
@@ -130,6 +136,13 @@ def read_part(folder: Path, above: tuple[Path, ...], skipped: SkippedFiles) -> F
         files += images
         labels += [label] * len(images)
     return FolderPart(folder, tuple(folders), files, labels)
+
+
+def _remedy(kinds: Iterable[str]) -> str:
+    """What to do about a class folder that holds files of these extensions alone."""
+    if UNREAD_PICTURES & {*kinds}:
+        return "convert them to JPEG or PNG"
+    return "convert them to WAV" if wav_files.UNREAD_RECORDINGS & {*kinds} else "remove it"
 
 
 def is_labelled(folder: Path) -> bool:

@@ -6,7 +6,7 @@
 `layout` decides which files are read and for which part; `image_files` decodes them. Decoding costs
 far more than anything done with the pixels afterwards, so it happens once: the images are stored as
 uint8 under a key derived from every file's name, size and time, and a second load only maps them
-into memory, after comparing checksums.
+into memory, after comparing checksums. Recordings become images on the same way (`mel_images`).
 """
 
 import hashlib
@@ -33,7 +33,7 @@ from PIL import Image, ImageOps
 
 from dsdistill.harness import memory
 from dsdistill.harness.checksums import json_digest
-from dsdistill.harness.data import image_files
+from dsdistill.harness.data import image_files, mel_images, wav_files
 from dsdistill.harness.data.labeled_images import (
     TEST_FRACTION,
     DataError,
@@ -41,6 +41,8 @@ from dsdistill.harness.data.labeled_images import (
     split_by_class,
 )
 from dsdistill.harness.data.layout import FolderLayout, list_folder
+from dsdistill.harness.data.mel_images import MelFormat, MelOptions
+from dsdistill.harness.errors import UserError
 from dsdistill.harness.files import write_json
 from dsdistill.harness.memory import format_bytes
 from dsdistill.harness.runs import locks, progress
@@ -56,6 +58,8 @@ BYTES_PER_CHECKSUM = 1 << 24  # bytes that one checksum covers
 MAX_PROBED_FILES = 64  # files whose headers are read to detect colour
 
 Pixels = UInt8[np.ndarray, "h w c"]
+# Length of the shorter side of an image, None for images as they are; or a format of recordings.
+Size = int | MelFormat | None
 
 
 class DecodedImage(NamedTuple):
@@ -74,12 +78,16 @@ class FolderSplits:
         validation: The folder's validation images; None if some of `train` are to be held out.
         test: The folder's test images, or a fixed share of every class.
         layout: Which folder serves as which part.
+        mel: Format of the images of recordings; None for images.
+        conversion: What became of recordings on the way, for a note; None for images.
     """
 
     train: LabeledImages
     validation: LabeledImages | None
     test: LabeledImages
     layout: FolderLayout
+    mel: MelFormat | None = None
+    conversion: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +116,7 @@ def read(
     *,
     channels: int | None = None,
     classes: Sequence[str] | None = None,
+    sound: MelOptions | None = None,
 ) -> FolderSplits:
     """Load the images of a folder, decoding them if they are not in the cache.
 
@@ -119,15 +128,18 @@ def read(
             cropped around its centre. None requires that all images have the same size.
         channels: 1 or 3; None means 3 if any image has colour.
         classes: Order of the classes, as in `layout.list_folder`.
+        sound: What is asked of the images of recordings.
 
     Raises:
         DataError: If the folders are not a data set, if the images differ in size, if too many are
             unreadable, or if the cache cannot be created or would not fit on its disk.
+        UserError: If an option is for the other kind of data, images or recordings.
         OSError: If the cache cannot be written.
     """
     layout = list_folder(path, classes)
     files = layout.files
-    store = _open_or_decode(path, cache, files, image_size, channels)
+    mel, conversion = _choose_format(path, layout, image_size, sound)
+    store = _open_or_decode(path, cache, files, mel or image_size, channels)
     if store.skipped:
         line = _describe_unreadable(path, files, store.skipped)
         logging.getLogger(__name__).warning("%s; skipped", printable(line))
@@ -144,15 +156,46 @@ def read(
     rows = np.arange(len(readable))
     validation = everything.select(rows[first:second]) if layout.validation else None
     if layout.test:
-        return FolderSplits(
-            everything.select(rows[:first]), validation, everything.select(rows[second:]), layout
+        train, test = rows[:first], rows[second:]
+    else:
+        train, test = split_by_class(everything.labels, TEST_FRACTION, layout.draw_order)
+    train, test = everything.select(train), everything.select(test)
+    return FolderSplits(train, validation, test, layout, mel, conversion)
+
+
+def _choose_format(
+    path: Path, layout: FolderLayout, image_size: int | None, sound: MelOptions | None
+) -> tuple[MelFormat | None, str | None]:
+    """Choose the format of recordings by those of the training part; None of images.
+
+    Returns:
+        The format, and what becomes of all recordings on the way.
+
+    Raises:
+        UserError: If an option is for the other kind of data or out of range, or no recording can
+            be read.
+    """
+    if not layout.holds_recordings:
+        if sound is not None:
+            raise UserError(
+                f"{path} holds images, and --seconds, --mel-bands and --sample-rate are for "
+                "recordings: leave them out"
+            )
+        return None, None
+    if image_size is not None:
+        raise UserError(
+            f"{path} holds recordings, whose images are as large as --seconds and --mel-bands make "
+            "them: leave --image-size out"
         )
-    train, test = split_by_class(everything.labels, TEST_FRACTION, layout.draw_order)
-    return FolderSplits(everything.select(train), None, everything.select(test), layout)
+    train = len(layout.train.files)
+    headers = mel_images.read_headers(layout.files[:train])
+    mel = (sound or MelOptions()).settle(headers)
+    headers += mel_images.read_headers(layout.files[train:])
+    return mel, mel_images.describe_conversion(mel, headers)
 
 
 def _open_or_decode(
-    path: Path, cache: Path, files: list[Path], size: int | None, channels: int | None
+    path: Path, cache: Path, files: list[Path], size: Size, channels: int | None
 ) -> DecodedFolder:
     """Open the images in the cache, decoding them if the entry is missing or damaged."""
     fingerprint = _fingerprint(path, files)
@@ -168,8 +211,8 @@ def _open_or_decode(
 
 
 def _find_equal_entry(
-    cache: Path, fingerprint: bytes, size: int | None, channels: int | None
-) -> tuple[int | None, int | None]:
+    cache: Path, fingerprint: bytes, size: Size, channels: int | None
+) -> tuple[Size, int | None]:
     """Find the size and channels under which the requested pixels are in the cache already.
 
     Images that are decoded as they are may have the requested size or channels; resizing to their
@@ -197,7 +240,7 @@ def _fingerprint(path: Path, files: list[Path]) -> bytes:
     return sha.digest()
 
 
-def _cache_key(fingerprint: bytes, size: int | None, channels: int | None) -> str:
+def _cache_key(fingerprint: bytes, size: Size, channels: int | None) -> str:
     return hashlib.sha256(repr((fingerprint, size, channels)).encode()).hexdigest()[:32]
 
 
@@ -244,7 +287,7 @@ def _checksums(file: Path) -> list[int]:
 
 
 def _decode_into_cache(
-    path: Path, folder: Path, files: list[Path], size: int | None, channels: int | None
+    path: Path, folder: Path, files: list[Path], size: Size, channels: int | None
 ) -> DecodedFolder:
     """Decode into a folder of another name, and rename it when it is complete."""
     cache = folder.parent
@@ -263,7 +306,8 @@ def _decode_into_cache(
         shape, skipped, gray = _write_images(work / "images.npy", path, files, size, channels)
         index = {
             "source": printable(str(path.resolve())),
-            "image_size": size,
+            "image_size": None if isinstance(size, MelFormat) else size,
+            "recordings": str(size) if isinstance(size, MelFormat) else None,
             "shape": shape,
             "skipped": {str(slot): reason for slot, reason in skipped.items()},
             "gray": gray,
@@ -295,7 +339,7 @@ def _begin(cache: Path) -> tuple[Path, locks.Lock]:
 
 
 def _write_images(
-    file: Path, path: Path, files: list[Path], size: int | None, channels: int | None
+    file: Path, path: Path, files: list[Path], size: Size, channels: int | None
 ) -> tuple[tuple[int, ...], dict[int, str], int]:
     """Write the images with as many channels as they need.
 
@@ -337,7 +381,7 @@ def _remove_abandoned(cache: Path) -> None:
 
 
 def _write_slots(
-    file: BinaryIO, path: Path, files: list[Path], size: int | None, channels: int | None
+    file: BinaryIO, path: Path, files: list[Path], size: Size, channels: int | None
 ) -> tuple[tuple[int, ...], dict[int, str], int]:
     """Write one `.npy` of all images; an unreadable one leaves its slot black.
 
@@ -381,10 +425,10 @@ def _write_slots(
 
 
 def _decode_all(
-    files: list[Path], size: int | None, channels: int | None = None
+    files: list[Path], size: Size, channels: int | None = None
 ) -> Iterator[DecodedImage | str]:
     """Yield each file's pixels, or why it has none, in order; memory holds one chunk at a time."""
-    if size is not None:
+    if isinstance(size, int):
         count = min(IMAGES_PER_CHUNK, len(files))
         # Three channels, and three copies: decoded, resized and as an array.
         needed, name = 3 * 3 * count * size**2, f"{size}x{size}"
@@ -395,7 +439,9 @@ def _decode_all(
             yield from pool.map(decode, files[start : start + IMAGES_PER_CHUNK])
 
 
-def _decode(file: Path, size: int | None, channels: int | None) -> DecodedImage | str:
+def _decode(file: Path, size: Size, channels: int | None) -> DecodedImage | str:
+    if isinstance(size, MelFormat):
+        return _decode_recording(file, size, channels)
     # Decoded at full size: the JPEG decoder's own shrinking ("draft") would be 2 to 4 times as
     # fast, once, and change pixels by up to 5 levels in photos and 49 in noise, so that a teacher
     # would see other images than it was trained on, and streamed images would differ from cached.
@@ -409,6 +455,14 @@ def _decode(file: Path, size: int | None, channels: int | None) -> DecodedImage 
     except Exception as error:  # a damaged file has many ways to fail, SyntaxError among them
         return image_files.describe_error(error, file)
     return DecodedImage(pixels if pixels.ndim == 3 else pixels[..., None], is_gray)
+
+
+def _decode_recording(file: Path, mel: MelFormat, channels: int | None) -> DecodedImage | str:
+    try:
+        pixels = mel_images.read(file, mel)[..., None]
+    except (ValueError, OSError) as error:
+        return image_files.describe_error(error, file)
+    return DecodedImage(pixels if channels is None else np.repeat(pixels, channels, -1), True)
 
 
 def _write_header(file: BinaryIO, path: Path, shape: tuple[int, ...]) -> int:
@@ -439,5 +493,6 @@ def _require_same_size(path: Path, first: Path, expected: Pixels, file: Path, go
 
 def _describe_unreadable(path: Path, files: list[Path], skipped: dict[int, str]) -> str:
     reasons = [f"{files[slot].relative_to(path)}: {why}" for slot, why in skipped.items()]
-    count = f"{len(skipped)} of {len(files)} images of {path}"
+    noun = "recordings" if wav_files.is_wav(files[0]) else "images"
+    count = f"{len(skipped)} of {len(files)} {noun} of {path}"
     return f"{count} are unreadable ({abbreviate_names(reasons)})"

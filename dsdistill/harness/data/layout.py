@@ -11,6 +11,8 @@ and validation images are held out of `train`, as in a folder without parts.
 
 `folder_part` reads the classes of a part. Only folders, tables, and the first bytes of files
 without an extension are read here.
+
+A data set is of images or of recordings; whichever are fewer are left out.
 """
 
 import re
@@ -18,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsdistill.harness.data import class_names, metadata_files
+from dsdistill.harness.data import class_names, metadata_files, wav_files
 from dsdistill.harness.data.folder_part import (
     ANNOTATIONS_FILE,
     PART_BY_KEYWORD,
@@ -38,7 +40,7 @@ from dsdistill.harness.data.walk import (
     subfolders,
 )
 from dsdistill.harness.runs import progress
-from dsdistill.harness.text import abbreviate_names
+from dsdistill.harness.text import abbreviate_names, quote
 
 _ANY_KEYWORD = "|".join(sorted(PART_BY_KEYWORD, key=len, reverse=True))
 _KEYWORD_IN_NAME = re.compile(rf"(?<![a-z])({_ANY_KEYWORD})(?:set)?(?![a-z])")
@@ -70,6 +72,16 @@ class FolderLayout:
     def files(self) -> list[Path]:
         """All images: training, validation and test."""
         return [file for part in self._parts for file in part.files]
+
+    @property
+    def holds_recordings(self) -> bool:
+        """Whether the files are recordings, which become images."""
+        return bool(self.train.files) and wav_files.is_wav(self.train.files[0])
+
+    @property
+    def noun(self) -> str:
+        """What the files are, in messages."""
+        return "recordings" if self.holds_recordings else "images"
 
     @property
     def labels(self) -> list[int]:
@@ -106,7 +118,8 @@ class FolderLayout:
             source = f"from {_relative_name(self.root, self.test.folder)}"
         else:
             source = "all of them" if every else "the share that is held out of them for the test"
-        line = f"{self.root}: {count:,} images of {len(self.train.classes)} classes are evaluated"
+        classes = f"{len(self.train.classes)} classes"
+        line = f"{self.root}: {count:,} {self.noun} of {classes} are evaluated"
         progress.note(f"{line}, {source}{self._skipped_clause}")
         self._announce_order()
 
@@ -115,7 +128,8 @@ class FolderLayout:
         folder = _relative_name(self.root, self.train.folder)
         held_out = f"held out of {folder or 'them'}"
         clauses = (
-            f"{train:,} training images of {len(self.train.classes)} classes{_from_clause(folder)}",
+            f"{train:,} training {self.noun} of {len(self.train.classes)} classes"
+            + _from_clause(folder),
             self._validation_clause(validation, held_out),
             f"{test:,} for the test, "
             + (f"from {_relative_name(self.root, self.test.folder)}" if self.test else held_out),
@@ -168,7 +182,41 @@ def list_folder(path: Path, classes: Sequence[str] | None = None) -> FolderLayou
     validation, test = others.get("validation"), others.get("test")
     if test is None:
         validation, test = None, validation
+    train, validation, test = _keep_one_kind(train, validation, test, skipped)
     return FolderLayout(root, train, validation, test, str(skipped), draw_order)
+
+
+def _keep_one_kind(
+    train: FolderPart, validation: FolderPart | None, test: FolderPart | None, skipped: SkippedFiles
+) -> tuple[FolderPart, FolderPart | None, FolderPart | None]:
+    """Leave out recordings among images, or images among recordings, whichever are fewer.
+
+    Raises:
+        DataError: If a class of the training part has files of the other kind alone.
+    """
+    parts = [part for part in (train, validation, test) if part]
+    recordings = [wav_files.is_wav(file) for part in parts for file in part.files]
+    if all(recordings) or not any(recordings):
+        return train, validation, test
+    heard = 2 * sum(recordings) > len(recordings)
+    kept, other = ("recordings", "images") if heard else ("images", "recordings")
+    left_out = len(recordings) - sum(recordings) if heard else sum(recordings)
+    skipped.folders.append(f"{left_out:,} {other} among {kept}")
+
+    def is_kept(file: Path) -> bool:
+        return wav_files.is_wav(file) == heard
+
+    chosen = train.keep(is_kept)
+    if missing := sorted({*train.labels} - {*chosen.labels}):
+        raise DataError(
+            f"{train.folder} holds {kept}, and class {quote(train.classes[missing[0]])} has "
+            f"{other} alone: a data set is of one kind"
+        )
+    rest = (
+        part and part.keep(lambda f: wav_files.is_wav(f) == heard) for part in (validation, test)
+    )
+    validation, test = rest
+    return chosen, validation, test
 
 
 def find_lone_test_part(path: Path) -> Path | None:

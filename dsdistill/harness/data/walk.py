@@ -1,4 +1,7 @@
-"""Walk over a folder of images: which files count as images, and what is skipped."""
+"""Walk over a folder of images: which files count as images, and what is skipped.
+
+A recording counts as an image here, since it becomes one (`mel_images`).
+"""
 
 import os
 import re
@@ -8,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dsdistill.harness.data import image_files
+from dsdistill.harness.data import image_files, wav_files
 from dsdistill.harness.text import printable
 
 # Leftovers of other programs, besides names that start with a dot.
@@ -134,7 +137,7 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
 def _is_image(entry: os.DirEntry[str]) -> bool:
     """Whether a file is an image, by its extension; without one, by its signature."""
     extension = os.path.splitext(entry.name)[1].lower()
-    if extension in image_files.extensions():
+    if extension in wav_files.EXTENSIONS or extension in image_files.extensions():
         return True
     without_extension = not re.fullmatch(r"\.[a-z][a-z0-9]*", extension)
     return (

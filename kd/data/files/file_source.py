@@ -37,6 +37,7 @@ class FileSource:
         note: Note for the user; None without any.
         brings_validation: Whether the validation images are a part of the data's own.
         distilled: None: files are never a distilled set.
+        mel: None: recordings are not read during a training.
     """
 
     name: str
@@ -46,6 +47,7 @@ class FileSource:
     note: str | None = None
     brings_validation: bool = False
     distilled: None = None
+    mel: None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:

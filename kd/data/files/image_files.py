@@ -150,6 +150,11 @@ def open_folder(
     if not 0 <= validation_fraction < 1:
         raise DataError(f"validation fraction must be in [0, 1), got {validation_fraction}")
     layout = list_folder(path, classes)
+    if layout.holds_recordings:
+        raise DataError(
+            f"{path} holds recordings, of which no crops are cut and no features written: train on "
+            "them with kd train, without --augment imagenet"
+        )
     images, rows = _list_images(layout), np.arange(len(layout.files))
     first, second = layout.ends
     if layout.test:
