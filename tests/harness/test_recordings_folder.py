@@ -26,7 +26,7 @@ def test_parts_classes_and_pixels_are_those_of_the_files(tmp_path: Path, capsys)
     assert list(map(len, (splits.train, splits.validation, splits.test))) == [27, 3, 6]
     assert splits.mel == MelFormat(8000, 0.2, 40)
     assert splits.train.shape == (40, 20, 1)
-    first = mel_images.read(tmp_path / "data" / "test" / "300" / "0.wav", splits.mel)
+    first = mel_images.read(tmp_path / "data" / "test" / "300" / "0.wav", MelFormat(8000, 0.2, 40))
     np.testing.assert_array_equal(splits.test.images()[0, :, :, 0], first)
     said = capsys.readouterr().err
     assert "27 training recordings of 3 classes from train/; 3 for validation" in said

@@ -55,8 +55,9 @@ def test_a_killed_training_ends_as_the_same_student(
 
 def test_the_run_says_how_its_images_are_made(folder: Path) -> None:
     model = saved_models.load_run(folder / "run")
-    assert model.mel == MelFormat(8000, 0.2, 40)
-    image = mel_images.read(folder / "tones" / "test" / "900" / "0.wav", model.mel)
+    mel = MelFormat(8000, 0.2, 40)
+    assert model.mel == mel
+    image = mel_images.read(folder / "tones" / "test" / "900" / "0.wav", mel)
     pixels = torch.from_numpy(image / np.float32(255))[None, None]
     network = torch.nn.Sequential(PreprocessLayer(model.preprocess), model.classifier).eval()
     assert model.classes[int(network(pixels).argmax())] == "900"
