@@ -100,7 +100,7 @@ TEXT_FIELDS = ("copies", "on_policy")  # of the recipe
 SOUND_OPTIONS = ("seconds", "mel_bands", "sample_rate")
 IMAGE_OPTIONS = (
     *("channels", "preprocess", "pretrained", "centred", "workers", "channels_last"),
-    *("peers", *TEACHER_INPUT_OPTIONS, *SOUND_OPTIONS),
+    *("peers", "student_view", *TEACHER_INPUT_OPTIONS, *SOUND_OPTIONS),
 )
 IMAGE_FIELDS = (
     *("image_size", "crop_padding", "hflip", "interpolation", "min_scale", "auto_augment"),
@@ -115,7 +115,8 @@ class TrainOptions:
 
     LAYOUT: ClassVar = Layout(
         groups={
-            "Student": "student pretrained centred keep_layers lora recipe trust_module",
+            "Student": "student student_view pretrained centred keep_layers lora recipe "
+            "trust_module",
             "Output and resuming": "out resume seed",
             "Teacher": "teacher teacher_weights class_map teacher_image_size teacher_mean "
             "teacher_std min_teacher_accuracy cache cache_top",
@@ -166,6 +167,11 @@ class TrainOptions:
     too, with arguments as in "module:attribute(width=32)"; NAME@FILE with the weights in a file; or
     the folder of an earlier run. For texts hf:NAME, bilstm:150, a fresh bert:4x312, or teacher, a
     copy of the teacher"""
+
+    student_view: Annotated[str | None, Shown("VIEW,...", "whole images")] = None
+    """Let the student see less of each image than its teacher: gray, size:N (shorter side in
+    pixels), channels:0,1 (numbers from 0) or edges, or several in turn, such as gray,size:8. The
+    view is a part of the student, which still takes whole images"""
 
     teacher: NamesArg = None
     """Folder of an earlier run, any of the names of --student with published weights, FILE.pt2, or

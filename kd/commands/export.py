@@ -114,7 +114,7 @@ def compare(path: Path, export_format: ExportFormat, reference: ReferenceOutputs
 def _card(options: ExportOptions, model: Model, export_format: ExportFormat) -> dict[str, Any]:
     """Description of the files, for the people and programs that use them."""
     h, w, c = model.shape
-    fitted = model.preprocess
+    fitted, view = model.preprocess, model.classifier.view
     recordings = {} if model.mel is None else {"recordings": model.mel.describe()}
     return {
         "format": options.format,
@@ -135,6 +135,7 @@ def _card(options: ExportOptions, model: Model, export_format: ExportFormat) -> 
             "std": fitted.std.tolist(),
             "included": export_format.graph,
         },
+        **({} if view is None else {"view": {"steps": view.text, "included": export_format.graph}}),
         "resize": {
             "size": model.classifier.size,
             "mode": model.interpolation,

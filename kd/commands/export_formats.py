@@ -303,6 +303,11 @@ def _check_timm(model: Model) -> None:
             "timm has no network that subtracts the function it started as, and this student is "
             "centred: use --format onnx, pt2 or safetensors"
         )
+    if model.classifier.view is not None:
+        raise UserError(
+            f"timm takes whole images, and this student their view {model.classifier.view.text}: "
+            "use --format onnx, pt2 or safetensors"
+        )
     if not _timm_architecture(model):
         raise UserError(
             f"{model.name} is not one of timm's architectures: "

@@ -36,6 +36,8 @@ def earlier_trainings(options: TrainOptions, out: Path) -> tuple[TrainOptions, .
         return _earlier_stages(options, out, stages)
     students = _students(options)
     plain = replace(options, generations=None, assistants=None, trust_module=_trusted(options))
+    if options.assistants is not None:
+        plain = replace(plain, student_view=None)  # they teach, and so see whole images
     links, teacher = [], options.teacher
     for number, student in enumerate(students, start=1):
         folder = _link_folder(out, number)

@@ -16,7 +16,7 @@ from kd.data import data_source
 from kd.data.data_source import DataSource
 from kd.data.files import file_source
 from kd.data.files.file_source import FileSource
-from kd.models import network_names, networks, saved_models, teachers
+from kd.models import network_names, networks, saved_models, student_view, teachers
 from kd.models.language import text_students
 from kd.models.networks import Classifier
 from kd.models.saved_models import Model
@@ -286,18 +286,20 @@ def _student(
     if Path(name).is_dir():
         return replace(_load_earlier_student(options, name, source, say), output_temperature=1.0)
     shape, classes = source.shape, source.classes
+    if options.pretrained and options.preprocess is None and source.distilled is None:
+        fitted = networks.pretrained_preprocess(name, shape[-1])
+    else:
+        fitted = source.fit(options.preprocess)
+    text = options.student_view
+    view = None if text is None else student_view.parse(text, shape, fitted)
     classifier = networks.build(
-        name, shape, len(classes), seed=options.seed, pretrained=options.pretrained
+        name, shape, len(classes), seed=options.seed, pretrained=options.pretrained, view=view
     )
     for note in classifier.notes:
         say(f"student {name}: {note}")
     _apply_memory_options(options, classifier.network)
     if options.centred:
         classifier.centre()
-    if options.pretrained and options.preprocess is None and source.distilled is None:
-        fitted = networks.pretrained_preprocess(name, shape[-1])
-    else:
-        fitted = source.fit(options.preprocess)
     return Model(classifier, name, classes, shape, fitted, mel=source.mel)
 
 
@@ -315,6 +317,8 @@ def _load_earlier_student(
             f"{name} is a trained student, of which --centred would subtract what it has learned "
             "(a centred one stays centred): leave --centred out"
         )
+    if options.student_view is not None:
+        raise UserError(f"{name} brings its view of the images: leave --student-view out")
     model = saved_models.load_run(Path(name), typed=_typed_names(options))
     saved_models.check_recordings(f"student {name}", model.mel, source.mel)
     model = saved_models.match_classes(f"student {name}", model, source.shape, source.classes, say)

@@ -23,6 +23,7 @@ from dsdistill.harness.errors import UserError, first_line
 from kd.models import network_names, wrapped_network
 from kd.models.centred import InitialFunction
 from kd.models.network_names import NetworkName
+from kd.models.student_view import StudentView
 from kd.models.wrapped_network import WrappedNetwork
 from kd.models.zoo import (
     allocation,
@@ -38,7 +39,7 @@ from kd.models.zoo.protocol import Interpolation, PretrainedConfig, Shape
 class Classifier(WrappedNetwork):
     """A network that takes images of the data's shape, whatever shape it was built for.
 
-    The resize and the repeated channel in front of the network have neither weights nor buffers.
+    Nothing in front of the network is trained; the resize and the repeated channel have no buffers.
 
     Attributes:
         network: The module that is trained and saved.
@@ -50,12 +51,15 @@ class Classifier(WrappedNetwork):
         config, notes: As for any network.
         code: SHA-256 of the module's file, for a network of the user's own code; a buffer, so
             that a hash of the state covers it. Else None.
+        view: Poorer view of the images that the network gets, before the resize; None for whole
+            images.
         initial: Function that the network started as, which `forward` subtracts; None unless
             `centre` was called.
     """
 
     code: Tensor | None
     initial: InitialFunction | None
+    view: StudentView | None
 
     def __init__(
         self,
@@ -72,9 +76,11 @@ class Classifier(WrappedNetwork):
         self.interpolation: Interpolation = interpolation
         self.register_buffer("code", None)
         self.initial = None
+        self.view = None
 
     def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
-        resized = resize(images, self.size, self.interpolation)
+        seen = images if self.view is None else self.view(images)
+        resized = resize(seen, self.size, self.interpolation)
         prepared = repeat_channels(resized, self.channels)
         logits = wrapped_network.logits(self.network(prepared))
         if self.initial is None:
@@ -101,7 +107,7 @@ class Classifier(WrappedNetwork):
             interpolation=self.interpolation,
             config=self.config,
         )
-        other.initial = self.initial
+        other.initial, other.view = self.initial, self.view
         return other
 
 
@@ -114,6 +120,7 @@ def build(
     pretrained: bool = False,
     config: Mapping[str, Any] | None = None,
     adapt: bool = True,
+    view: StudentView | None = None,
 ) -> Classifier:
     """Build a classifier for images of a shape: fresh, pretrained, or with the weights of a file.
 
@@ -131,6 +138,7 @@ def build(
         config: A `Classifier.config`; nothing is then looked up elsewhere.
         adapt: Whether weights in a file may be for another number of classes, without a last layer,
             or for other channels: the last layer is then new, and the first one adapted.
+        view: View of the images that the network gets, which is built for that view.
 
     Raises:
         UserError: For an unknown name, a bad width, a network that would not fit into memory,
@@ -138,6 +146,7 @@ def build(
             another network.
     """
     parts = network_names.parse(name)
+    shape = shape if view is None else view.output_shape
     if pretrained and parts.file:
         raise UserError(f"{parts.file} has the weights of {parts.text}: leave --pretrained out")
     with torch.random.fork_rng(), allocation.limited(parts.text):
@@ -156,6 +165,7 @@ def build(
         classifier.notes = tuple(notes)
     elif pretrained:
         classifier.notes = _adaptation_notes(parts, classes, shape[-1], classifier)
+    classifier.view = view
     return classifier
 
 

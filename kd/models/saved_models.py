@@ -22,7 +22,7 @@ from dsdistill.harness.data.preprocess import KINDS, Preprocess
 from dsdistill.harness.errors import UserError, first_line, one_line
 from dsdistill.harness.reports import schema
 from dsdistill.harness.runs import progress
-from kd.models import network_names, networks, seals
+from kd.models import network_names, networks, seals, student_view
 from kd.models.networks import Classifier
 from kd.models.seals import ARRAY_FILES, CARD, INITIAL_WEIGHTS, WEIGHTS, WHITENING
 from kd.models.zoo import class_names, weights
@@ -33,7 +33,7 @@ TEXT = "text"  # kind of a student of texts in its `model.json`; one of images s
 
 CARD_KEYS = (  # all entries of `model.json`; any other one means that the file is damaged
     *("name", "classes", "input", "preprocess", "interpolation", "config", "outputs"),
-    *("output_temperature", "parameters", "centred", "recordings", seals.CHECKSUMS_KEY),
+    *("output_temperature", "parameters", "centred", "view", "recordings", seals.CHECKSUMS_KEY),
 )
 
 
@@ -90,9 +90,11 @@ def save_run(folder: Path, model: Model, metadata: Mapping[str, str] | None = No
     if fitted.whiten is not None and fitted.unwhiten is not None:
         matrices = {"whiten": fitted.whiten, "unwhiten": fitted.unwhiten}
         files.write_bytes(folder / WHITENING, safetensors.numpy.save(matrices))
-    # Only here: an exported program that has a card too contains the subtraction.
-    centred = {} if initial is None else {"centred": True}
-    seals.write(folder, CARD, card(model) | centred, ARRAY_FILES)
+    # Only here: an exported program that has a card too contains the subtraction and the view.
+    contained: dict[str, Any] = {} if initial is None else {"centred": True}
+    if model.classifier.view is not None:
+        contained["view"] = model.classifier.view.text
+    seals.write(folder, CARD, card(model) | contained, ARRAY_FILES)
 
 
 def card(model: Model) -> dict[str, Any]:
@@ -167,7 +169,7 @@ def read_card(folder: Path, keys: Collection[str], kind: str | None = None) -> d
 
 
 def _build_model(folder: Path, description: Mapping[str, Any], typed: Iterable[str]) -> Model:
-    types = {"name": str, "classes": Sequence[str], "output_temperature": float}
+    types = {"name": str, "classes": Sequence[str], "output_temperature": float, "view": str}
     schema.check(CARD, description, types)
     name, classes = description["name"], tuple(description["classes"])
     h, w, c = shape = tuple(description["input"]["shape"])
@@ -176,8 +178,12 @@ def _build_model(folder: Path, description: Mapping[str, Any], typed: Iterable[s
     if description["outputs"] not in get_args(OutputKind):
         raise ValueError(f"outputs {description['outputs']!r}")
     networks.require_typed(str(folder / CARD), name, typed)
+    preprocess = load_preprocess(description["preprocess"], folder)
+    view = description.get("view")
     try:
-        classifier = networks.build(name, shape, len(classes), config=description.get("config"))
+        seen = None if view is None else student_view.parse(view, shape, preprocess)
+        config = description.get("config")
+        classifier = networks.build(name, shape, len(classes), config=config, view=seen)
     except UserError as error:
         raise UserError(
             f"{folder / CARD} describes a network that cannot be built here: {error}"
@@ -188,7 +194,6 @@ def _build_model(folder: Path, description: Mapping[str, Any], typed: Iterable[s
         assert initial is not None
         load_weights(initial.network, folder / INITIAL_WEIGHTS)
     load_weights(classifier.network, folder / WEIGHTS)
-    preprocess = load_preprocess(description["preprocess"], folder)
     outputs, temperature = description["outputs"], float(description["output_temperature"])
     mel = read_recordings(description)
     return Model(classifier, name, classes, shape, preprocess, outputs, temperature, mel)
