@@ -1,8 +1,8 @@
 """Knowledge distillation: a small student learns from a large teacher.
 
 `distill` trains any `torch.nn.Module` from others; `StudentClassifier` is the same as a classifier
-of scikit-learn; `losses` has every loss by its short name. They are imported at their first use,
-with PyTorch.
+of scikit-learn; `losses` has every loss by its short name; `perturb` attacks a network. They are
+imported at their first use, with PyTorch.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -12,18 +12,22 @@ if TYPE_CHECKING:
     from kd import losses
     from kd.api import DistillResult, distill
     from kd.estimator import StudentClassifier
+    from kd.objectives.adversary import Bounds, perturb
     from kd.recipe import Recipe
     from kd.training.rounds import Round
 
 _MODULES = {
+    "Bounds": "kd.objectives.adversary",
     "DistillResult": "kd.api",
     "Recipe": "kd.recipe",
     "Round": "kd.training.rounds",
     "StudentClassifier": "kd.estimator",
     "UserError": "dsdistill.harness.errors",
     "distill": "kd.api",
+    "perturb": "kd.objectives.adversary",
 }
 __all__ = [
+    "Bounds",
     "DistillResult",
     "Recipe",
     "Round",
@@ -31,6 +35,7 @@ __all__ = [
     "UserError",
     "distill",
     "losses",
+    "perturb",
 ]
 
 

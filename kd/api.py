@@ -26,18 +26,19 @@ from dsdistill.harness import stopping
 from dsdistill.harness.data import preprocess
 from dsdistill.harness.errors import UserError, first_line, name_arguments
 from dsdistill.harness.runs import progress as progress_display
-from kd import api_arguments, recipes
+from kd import api_arguments, attack, recipes
 from kd.api_arguments import RecipeFields
 from kd.data import batching, loader_batches, teacher_cache
 from kd.data.batching import BatchSource
 from kd.data.loader_batches import EndlessBatches, LoaderBatches, LoaderEvaluation
-from kd.evaluation import scoring
+from kd.evaluation import robustness, scoring
 from kd.models import networks
 from kd.models.networks import Classifier
 from kd.models.saved_models import Model
 from kd.models.teachers import Teacher
 from kd.models.zoo.modes import evaluation_mode
 from kd.objectives import loss_checks, terms
+from kd.objectives.adversary import Adversary, Bounds
 from kd.objectives.schemes import Distillation
 from kd.objectives.terms import LossOfLogits, Term
 from kd.parallel import engine
@@ -171,7 +172,8 @@ def distill(
             further, a finished training too: from the step reached, at the learning rate that the
             longer schedule has there, and with its patience anew. The images are not compared.
         **recipe_fields: Fields of the recipe to change: `epochs`, `lr`, `patience`, ...; those of
-            `kd.Recipe` that do not concern the images.
+            `kd.Recipe` that do not concern the images. With `adversary="pgd:eps=8/255:steps=10"`
+            the student learns to withstand this attack, and images must be pixels in [0, 1].
 
     Returns:
         The student and the figures of the training.
@@ -205,7 +207,7 @@ def distill(
         stack.enter_context(borrowing.borrow(student, [*teachers, *of_losses]))
         chosen = api_arguments.resolve_recipe(recipe, given, student, own)
         if loss is None or (not loss and not extra):
-            loss = chosen.loss or _default_loss(teachers)
+            loss = chosen.loss or _default_loss(teachers, chosen)
         chosen = replace(chosen, loss=loss)
         on = stack.enter_context(engine.temporary(device, chosen.precision))
         task = _prepare(
@@ -309,7 +311,14 @@ def _train(
 def _validate(task: _Task, network: nn.Module) -> Mapping[str, float]:
     assert task.validation is not None
     classifier = task.student.with_network(network)
-    return scoring.validate(classifier, task.validation, task.on, logits=task.logits)
+    figures = scoring.validate(classifier, task.validation, task.on, logits=task.logits)
+    if task.recipe.metric != "robust_accuracy":
+        return figures
+    assert task.recipe.adversary is not None
+    trained = attack.parse_adversary(task.recipe.adversary)
+    plain = preprocess.identity(1)
+    robust = robustness.validation_accuracy(classifier, task.validation, trained, plain, task.on)
+    return {**figures, "robust_accuracy": robust}
 
 
 def _inputs(task: _Task, teachers: Sequence[nn.Module]) -> dict[str, Any]:
@@ -406,6 +415,7 @@ def _prepare(
     )
     logits = loss_checks.gives_logits(chosen, alone=not teachers)
     loss_checks.check(chosen, classes=classes, batch_size=len(labels), mixed=mixed)
+    adversary = _adversary(chosen, recipe, images)
     if own is None:
         optimization.check_optimizer(recipe)
     adapted = [_as_teacher(each, images, classes, i) for i, each in enumerate(teachers, 1)]
@@ -419,7 +429,7 @@ def _prepare(
         seed=seed,
     )
     built += [terms.user_term(name, loss, taught=bool(teachers)) for name, loss in extra.items()]
-    objective = Distillation(classifier, built, adapted, by_label=weighted)
+    objective = Distillation(classifier, built, adapted, by_label=weighted, adversary=adversary)
     least = max([batching.MIN_IMAGES_PER_PROCESS, *(term.min_images for term in chosen)])
     batches = _batches(train, len(labels), classes, mixed, least, recipe, on)
     check = partial(dry_run.check, shape=shape, classes=classes, images=0, on=on, mixed=mixed)
@@ -446,6 +456,21 @@ def _prepare(
         seed,
         on,
     )
+
+
+def _adversary(chosen: Sequence[Term], recipe: Recipe, images: torch.Tensor) -> Adversary | None:
+    """The attack on the student, on images that are pixels in [0, 1]; None without one."""
+    against = loss_checks.check_adversary(chosen, recipe.adversary)
+    if against is None or recipe.adversary is None:
+        return None
+    if images.min() < 0 or images.max() > 1:
+        raise UserError(
+            "adversary changes pixels in [0, 1], and train has values from "
+            f"{images.min().item():.3g} to {images.max().item():.3g}: give images in [0, 1], and "
+            "networks that normalise them"
+        )
+    chosen_attack = attack.parse_adversary(recipe.adversary)
+    return Adversary(chosen_attack, Bounds(chosen_attack.eps), against)
 
 
 def _batches(
@@ -528,7 +553,9 @@ def count_classes(name: str, classifier: Classifier, images: torch.Tensor) -> in
     return outputs.shape[1]
 
 
-def _default_loss(teachers: Sequence[nn.Module]) -> str:
+def _default_loss(teachers: Sequence[nn.Module], recipe: Recipe) -> str:
+    if recipe.adversary is not None:
+        return recipes.ADVERSARIAL_TEACHER_LOSS if teachers else recipes.ADVERSARIAL_LABEL_LOSS
     return recipes.TEACHER_LOSS if teachers else recipes.LABEL_LOSS
 
 

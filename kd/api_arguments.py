@@ -61,6 +61,7 @@ class RecipeFields(TypedDict, total=False):
     milestones: Sequence[float] | None
     decay: float | None
     label_smoothing: float | None
+    adversary: str | None
     ema: float | None
     ema_ramp: float | None
     average_best: int | None

@@ -42,6 +42,7 @@ def _train(options: TrainOptions) -> None:
 
 
 def _evaluate(options: EvaluateOptions) -> None:
+    options.check()  # before the seconds that importing torch takes
     from kd.commands.evaluate import evaluate
 
     found = evaluate(options)

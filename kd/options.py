@@ -10,7 +10,7 @@ import tyro
 from dsdistill.harness import paths, shell
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.help_page import Layout, Shown, format_default
-from kd import per_teacher, recipe, recipes
+from kd import attack, per_teacher, recipe, recipes
 
 if TYPE_CHECKING:
     from dsdistill.harness.data.mel_images import MelOptions
@@ -31,7 +31,8 @@ DEFAULT_WORKERS = 2  # processes that read image files, where nothing else is as
 # Defaults that follow from more than the kind of data and of network.
 DEFAULTS_BY_DATA = {
     "loss": "ce:1, mse:1 on a distilled set; ce:0.1,kd:0.9:temperature=4 with a teacher; "
-    "ce:1,kd:1:temperature=1 with --peers; of texts what their --task needs",
+    "ce:1,kd:1:temperature=1 with --peers; with --adversary adv-ce:1, and with a teacher "
+    "rslad:5/6,kd:1/6:temperature=1; of texts what their --task needs",
     "validate_every": "1, or more so that short epochs make at most 40 validations",
     "image_size": "as they are",
     "patience": "never",
@@ -100,12 +101,12 @@ TEXT_FIELDS = ("copies", "on_policy")  # of the recipe
 SOUND_OPTIONS = ("seconds", "mel_bands", "sample_rate")
 IMAGE_OPTIONS = (
     *("channels", "preprocess", "pretrained", "centred", "workers", "channels_last"),
-    *("peers", "student_view", *TEACHER_INPUT_OPTIONS, *SOUND_OPTIONS),
+    *("peers", "robust", "student_view", *TEACHER_INPUT_OPTIONS, *SOUND_OPTIONS),
 )
 IMAGE_FIELDS = (
     *("image_size", "crop_padding", "hflip", "interpolation", "min_scale", "auto_augment"),
     *("color_jitter", "random_erase", "repeats", "crop_share", "mixup", "cutmix"),
-    *("mix_probability", "mix_switch", *recipe.SPECAUGMENT_FIELDS),
+    *("mix_probability", "mix_switch", "adversary", *recipe.SPECAUGMENT_FIELDS),
 )
 
 
@@ -121,6 +122,7 @@ class TrainOptions:
             "Teacher": "teacher teacher_weights class_map teacher_image_size teacher_mean "
             "teacher_std min_teacher_accuracy cache cache_top",
             "Loss": "loss label_smoothing",
+            "Attacks": "adversary robust",
             "Training": "epochs steps batch_size accumulate optimizer lr momentum weight_decay "
             "decay_all clip",
             "Schedule of the learning rate": "schedule warmup warmup_from cooldown final "
@@ -222,6 +224,12 @@ class TrainOptions:
 
     assistants: NamesArg = None
     """Networks between teacher and student, each trained from the one before, in this order"""
+
+    robust: Annotated[
+        str | None, Shown("ATTACK,...", "pgd:steps=20 with --adversary, else none")
+    ] = None
+    """Measure the finished student under these attacks too, on 1000 of the test images: pgd or
+    autoattack (see kd evaluate)"""
 
     pretrained: bool = False
     """Start the student from its published weights"""
@@ -355,6 +363,8 @@ class TrainOptions:
         """
         if self.recipe is not None:
             recipes.by_name(self.recipe)
+        if self.robust is not None:
+            attack.parse_robust(self.robust)
         _require(self.seed >= 0, "--seed must be 0 or more", self.seed)
         _require(self.readers >= 0, "--workers must be 0 or more", self.workers)
         _require(not self.resume or self.out is not None, "--resume needs --out", self.out)
@@ -409,11 +419,15 @@ class EvaluateOptions:
     LAYOUT: ClassVar = Layout(
         groups={
             "Comparison": "teacher class_map teacher_class_map data_root device",
+            "Attacks": "robust",
             "Texts": "text label",
             "Code of your own": "trust_module",
             "Output": "json",
         },
-        examples=("kd evaluate runs/student --json",),
+        examples=(
+            "kd evaluate runs/student --json",
+            "kd evaluate runs/student --robust pgd:eps=8/255:steps=50,autoattack:images=200",
+        ),
     )
 
     run: Annotated[tyro.conf.Positional[Path], Shown("RUN")]
@@ -437,6 +451,13 @@ class EvaluateOptions:
     ] = None
     """JSON file, class of the data -> class of the teacher; of several teachers as for kd train"""
 
+    robust: Annotated[str | None, Shown("ATTACK,...")] = None
+    """Measure the accuracy under attacks that know the network: pgd:eps=8/255:steps=20:step=2/255,
+    projected gradient ascent, or autoattack:eps=8/255, the standard version of AutoAttack; eps, the
+    largest change of a pixel in [0, 1], is by default that of the training, else 8/255. Each takes
+    images=N, how many test images are attacked, by default 1000 spread evenly over all; of several
+    attacks the smallest number counts, for they attack the same images"""
+
     text: Annotated[str | None, Shown("COLUMN[,COLUMN]", "as in the training")] = None
     """Column of the texts, or two columns of pairs"""
 
@@ -457,6 +478,15 @@ class EvaluateOptions:
 
     json: bool = False
     """Print one JSON object instead of a table"""
+
+    def check(self) -> None:
+        """Refuse attacks that are unknown or out of range.
+
+        Raises:
+            UserError: With the attack, the rule and the value.
+        """
+        if self.robust is not None:
+            attack.parse_robust(self.robust)
 
 
 @dataclass(frozen=True)

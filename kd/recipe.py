@@ -10,13 +10,22 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from dsdistill.harness.errors import UserError
+from kd import attack
 
 Optimizer = Literal["sgd", "momentum", "adam", "adamw", "lamb", "lion", "muon"]
 Schedule = Literal["cosine", "linear", "milestones", "constant"]
 Precision = Literal["no", "bf16", "fp16", "mixed"]
 Augment = Literal["none", "crop-flip", "imagenet", "specaugment", "words", "masked", "teacher"]
 Metric = Literal[
-    "accuracy", "nll", "macro_f1", "matthews", "pearson", "spearman", "entity_f1", "cosine"
+    "accuracy",
+    "nll",
+    "macro_f1",
+    "matthews",
+    "pearson",
+    "spearman",
+    "entity_f1",
+    "cosine",
+    "robust_accuracy",
 ]
 
 MOMENTUM_OPTIMIZERS: tuple[Optimizer, ...] = ("sgd", "momentum")
@@ -56,6 +65,7 @@ METRICS: Mapping[Metric, MetricDefinition] = {
     "spearman": MetricDefinition(1, needs_logits=False),
     "entity_f1": MetricDefinition(1, needs_logits=False),
     "cosine": MetricDefinition(1, needs_logits=False),
+    "robust_accuracy": MetricDefinition(1, needs_logits=True),
 }
 
 
@@ -96,6 +106,11 @@ class Recipe:
         None, "Weighted terms, separated by commas, such as ce:0.1,kd:0.9,at:1000@layer2"
     )
     label_smoothing: float = _field(0.0, "Smoothing of the labels in cross-entropy")
+    adversary: str | None = _field(
+        None,
+        "Attack on the student in every step, for the terms adv-ce, trades, ard, rslad and adaad: "
+        "pgd:eps=8/255:steps=10:step=2/255, of pixels in [0, 1]; fractions are numbers too",
+    )
     augment: Augment = _field(
         "none",
         "crop-flip: random shifts by --crop-padding and flips; imagenet: random crops of image "
@@ -241,6 +256,8 @@ def _check(recipe: Recipe) -> None:
             f"training of {recipe.length:g} {'steps' if recipe.steps is not None else 'epochs'}: "
             "shorten them"
         )
+    if recipe.adversary is not None:
+        attack.parse_adversary(recipe.adversary)
     if recipe.schedule == "milestones" and not recipe.milestones:
         raise UserError("--schedule milestones needs --milestones: give them")
 
@@ -258,6 +275,10 @@ def _check_used(recipe: Recipe, given: Mapping[str, Any]) -> None:
         "mix_switch": (recipe.mixup > 0 and recipe.cutmix > 0, "--mixup and --cutmix"),
         "ema_ramp": (recipe.ema is not None, "--ema"),
         "decay_all": (recipe.weight_decay > 0, "--weight-decay"),
+        "metric": (
+            recipe.metric != "robust_accuracy" or recipe.adversary is not None,
+            "--adversary, the attack that it is measured under",
+        ),
     }
     for name in {name for names in SCHEDULE_FIELDS.values() for name in names}:
         users = [kind for kind, names in SCHEDULE_FIELDS.items() if name in names]

@@ -49,6 +49,8 @@ OPTIONAL_TYPES = {
     "languages": Mapping[str, Mapping[str, float | None]],
     "latency_ms_batch_1": float | None,
     "latency_tokens": int | None,
+    "attacked_images": int | None,
+    "attacks": Mapping[str, float | None],
     **{
         f"{owner}_{name}": float | None
         for name in FIGURES

@@ -14,13 +14,15 @@ from dsdistill.harness.data.labeled_images import LabeledImages
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
 from dsdistill.harness.runs.run_folder import INPUTS_KEY
+from kd import attack
+from kd.attack import Attack
 from kd.commands import run_data
 from kd.commands.evaluation import TEACHER_CLASS_MAP, ChosenTeachers
 from kd.data.batching import EvaluationBatches
 from kd.data.data_source import DataSource
 from kd.data.files.file_source import FileSource
 from kd.data.files.image_files import ImageFiles
-from kd.evaluation import scoring
+from kd.evaluation import robustness, scoring
 from kd.models import network_names, networks, saved_models, teachers
 from kd.models.saved_models import Model
 from kd.models.zoo import class_names
@@ -53,6 +55,7 @@ class ImageEvaluation:
         chosen: The images.
         batches: Batches of them.
         device: Device of the networks.
+        attacks: Attacks that the student is judged under.
     """
 
     options: EvaluateOptions
@@ -62,6 +65,7 @@ class ImageEvaluation:
     chosen: TestImages
     batches: EvaluationBatches
     device: torch.device
+    attacks: tuple[Attack, ...] = ()
 
     @property
     def student_name(self) -> str:
@@ -86,7 +90,26 @@ class ImageEvaluation:
             progress.say(note)
         for line in source.missing_classes(judged=True):
             progress.say(f"note: {line}")
-        return {**figures, "output_temperature": temperature}
+        return {**figures, "output_temperature": temperature, **self._robustness(network)}
+
+    def _robustness(self, network: nn.Module) -> dict[str, Any]:
+        """The accuracy under attacks; empty without any."""
+        student = self.student
+        if not self.attacks:
+            return {}
+        measured = robustness.measure(
+            network,
+            self.batches,
+            self.attacks,
+            student.preprocess,
+            temperature=student.output_temperature,
+        )
+        return {
+            "attacked_images": measured.images,
+            "attacked_images_accuracy": measured.clean,
+            "robust_accuracy": measured.accuracy,
+            "attacks": measured.attacks,
+        }
 
     def size(self) -> dict[str, Any]:
         classifier = self.student.classifier
@@ -149,8 +172,13 @@ def prepare(options: EvaluateOptions, device: torch.device) -> ImageEvaluation:
         mapping = class_names.read_class_map(options.class_map)
         matched = class_names.match(who, student.classes, source.classes, mapping)
         how, outputs = matched.how, matched.outputs
+    attacks: tuple[Attack, ...] = ()
+    if options.robust is not None:
+        trained = recipe.adversary and attack.parse_adversary(recipe.adversary)
+        attacks = attack.parse_robust(options.robust, eps=trained.eps if trained else None)
+        robustness.check(attacks, student.preprocess, len(source.classes))
     student.classifier.to(device)
-    return ImageEvaluation(options, student, outputs, how, chosen, test, device)
+    return ImageEvaluation(options, student, outputs, how, chosen, test, device, attacks)
 
 
 class _OutputSelector(nn.Module):

@@ -17,7 +17,7 @@ from kd.commands.training_parts import TrainingParts
 from kd.data import data_source
 from kd.data.batching import BatchSource, EvaluationBatches
 from kd.data.files.file_source import FileSource
-from kd.evaluation import scoring, teacher_check
+from kd.evaluation import robustness, scoring, teacher_check
 from kd.models import networks, saved_models
 from kd.objectives.schemes import Objective
 from kd.options import TrainOptions
@@ -106,9 +106,19 @@ class ImageTraining(AssembledTraining[TrainingParts]):
         if batches is None:
             return None
 
+        recipe = self.parts.recipe
+        attack = training_parts.training_attack(recipe)
+        by_attack = attack if recipe.metric == "robust_accuracy" else None
+
         def validate(network: nn.Module) -> dict[str, float]:
             classifier = student.classifier.with_network(network)
-            return scoring.validate(classifier, batches, self.on, logits=student.gives_logits)
+            figures = scoring.validate(classifier, batches, self.on, logits=student.gives_logits)
+            if by_attack is None:
+                return figures
+            robust = robustness.validation_accuracy(
+                classifier, batches, by_attack, student.preprocess, self.on
+            )
+            return {**figures, "robust_accuracy": robust}
 
         return validate
 
@@ -190,7 +200,27 @@ class ImageTraining(AssembledTraining[TrainingParts]):
         for note in figures.pop("notes"):
             progress.say(note)
         accuracy, images = figures.pop("accuracy"), figures.pop("images")
-        return {"test_accuracy": accuracy, "test_images": images, **figures}
+        attacked = self._robustness(batches)
+        return {"test_accuracy": accuracy, "test_images": images, **figures, **attacked}
+
+    def _robustness(self, batches: EvaluationBatches) -> dict[str, Any]:
+        """Measure the student on the test set under attacks; empty without any."""
+        student = self.parts.student
+        attacks = training_parts.judging_attacks(self.parts, self.options)
+        if not attacks:
+            return {}
+        measured = robustness.measure(
+            student.classifier,
+            batches,
+            attacks,
+            student.preprocess,
+            temperature=student.output_temperature,
+        )
+        return {
+            "test_robust_accuracy": measured.accuracy,
+            "attacked_images": measured.images,
+            "attacks": measured.attacks,
+        }
 
     def _validation_accuracy(self, state: TrainingState) -> float | None:
         """Validation accuracy of the saved weights; a mean of several epochs is measured again."""

@@ -11,6 +11,9 @@ _TRAIN_FIELDS = (
     "test_accuracy",
     "test_images",
     "validation_accuracy",
+    "test_robust_accuracy",
+    "attacked_images",
+    "attacks",
     "nll",
     "calibration_error",
     "teacher_agreement",
@@ -55,7 +58,7 @@ def print_figures(figures: dict[str, Any]) -> None:
         figures: Values by name; one that is None is left out.
     """
     is_text = "latency_tokens" in figures or "test_texts" in figures
-    figures = _join_teachers(figures) if is_text else _spread_teachers(figures)
+    figures = _join_teachers(figures) if is_text else _spread_teachers(_spread_attacks(figures))
     languages = figures.pop("languages", None) or {}
     labels = _LABELS | _latency_labels(figures)
     rows = [
@@ -96,6 +99,20 @@ def _print_rows(rows: list[list[str]], width: int, *, head: bool = False) -> Non
     console().print(table)
 
 
+def _spread_attacks(figures: dict[str, Any]) -> dict[str, Any]:
+    """A line for each of several attacks; one alone is the accuracy under attack."""
+    each = figures.get("attacks") or {}
+    spread: dict[str, Any] = {}
+    for name, value in figures.items():
+        if name != "attacks":
+            spread[name] = value
+        elif len(each) == 1:
+            spread["attack"] = next(iter(each))
+        else:
+            spread |= {f"under {attack}": known for attack, known in each.items()}
+    return spread
+
+
 def _spread_teachers(figures: dict[str, Any]) -> dict[str, Any]:
     """A line for each figure of each of several teachers."""
     each = figures.get("teachers") or {}
@@ -125,6 +142,7 @@ def _join_teachers(figures: dict[str, Any]) -> dict[str, Any]:
 _LABELS = {
     "nll": "nll (nats)",
     "calibration_error": "expected calibration error (15 bins)",
+    "attacked_images_accuracy": "accuracy of attacked images, clean",
 }
 
 

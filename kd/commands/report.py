@@ -408,7 +408,18 @@ def _describe_figures(compared: Sequence[Comparison]) -> str:
     runs = [run for one in compared for group in one.groups for run in group.runs]
     text = SPREAD_NOTE.format(bounds="0 and 100 %" if plain else "the bounds of the figure")
     text += CHOICE_NOTE.format(kind=_kind(runs, "images", "texts", "data"))
+    text += _describe_attacks(runs)
     return f"{text} {VALIDATION_NOTE}" if any(x.part == "validation" for x in compared) else text
+
+
+def _describe_attacks(runs: Sequence[FinishedRun]) -> str:
+    """What the accuracies under attack are of; empty without any."""
+    attacks = dict.fromkeys(name for run in runs for name in run.report.get("attacks", {}))
+    counts = {run.report.get("attacked_images") for run in runs if run.report.get("attacks")}
+    if not attacks:
+        return ""
+    images = " or ".join(f"{count:,}" for count in sorted(filter(None, counts)))
+    return f" The accuracy under attack is of {images} test images and {', '.join(attacks)}."
 
 
 def _cost_note(runs: Sequence[FinishedRun]) -> str:

@@ -50,6 +50,7 @@ FIGURES: Mapping[str, Figure] = {
     figure.name: figure
     for figure in (
         ACCURACY,
+        Figure("robust_accuracy", "accuracy under attack", FRACTION, digits=1),
         Figure("macro_f1", "macro F1", FRACTION, digits=1),
         Figure("entity_f1", "entity F1", FRACTION, digits=1),
         Figure("matthews", "Matthews' correlation", CORRELATION),

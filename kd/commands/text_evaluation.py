@@ -181,6 +181,11 @@ def prepare(options: EvaluateOptions, device: torch.device) -> TextEvaluation:
     Raises:
         UserError: If run or data are missing or do not fit together.
     """
+    if options.robust is not None:
+        raise UserError(
+            f"--robust changes pixels of images, and {options.run} is a student of texts: leave it "
+            "out"
+        )
     student = saved_text_models.load_run(options.run)
     config = run_data.read_config(options.run)
     chosen = _match_classes(options, student, _choose(options, config, student))

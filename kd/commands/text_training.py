@@ -180,7 +180,7 @@ class TextTraining(AssembledTraining[TextParts]):
                 on=self.on,
             )
             return ChangedBatches(source, write)
-        if not isinstance(objective, Distillation) or not objective.needs_teacher:
+        if not isinstance(objective, Distillation) or not objective.needs_answers:
             return source
         if objective.needs_features or self.parts.task not in ("classify", "regress", "embed"):
             if self.options.cache is not None:

@@ -90,7 +90,13 @@ def prepare(
     """
     classes = parts.source.classes
     augmented = augment.augment_batches(source, parts.recipe, len(classes), _silence(parts))
-    if not isinstance(objective, Distillation) or not objective.needs_teacher:
+    moving = [term.name for term in parts.terms if term.definition.against == "moving teacher"]
+    if moving and options.cache is not None:
+        raise UserError(
+            f"--cache keeps the teachers' answers, and with --loss {moving[0]} these are of images "
+            "that change with the student: leave it out, or use rslad or ard"
+        )
+    if not isinstance(objective, Distillation) or not objective.needs_answers:
         return augmented
     if objective.needs_features:
         if options.cache is not None:

@@ -10,12 +10,14 @@ from torch import nn
 from dsdistill.harness import shell
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
-from kd import recipe, recipes
+from kd import attack, recipe, recipes
+from kd.attack import Attack, Pgd
 from kd.commands import teacher_chain
 from kd.data import data_source
 from kd.data.data_source import DataSource
 from kd.data.files import file_source
 from kd.data.files.file_source import FileSource
+from kd.evaluation import robustness
 from kd.models import network_names, networks, saved_models, student_view, teachers
 from kd.models.language import text_students
 from kd.models.networks import Classifier
@@ -23,6 +25,7 @@ from kd.models.saved_models import Model
 from kd.models.teachers import Teacher
 from kd.models.zoo import class_names
 from kd.objectives import loss_checks, terms
+from kd.objectives.adversary import Adversary, bounds_after
 from kd.objectives.schemes import Distillation, MeanTeacher, Mutual, Objective
 from kd.objectives.terms import Term
 from kd.options import TEXT_FIELDS, TEXT_OPTIONS, TrainOptions, told
@@ -32,7 +35,8 @@ from kd.recipe import Recipe
 from kd.training import dry_run, optimization
 
 DEFAULT_STUDENT = "convnet"
-IMAGE_METRICS = ("accuracy", "nll")  # figures of images by which the best epoch can be chosen
+# Figures of images by which the best epoch can be chosen.
+IMAGE_METRICS = ("accuracy", "nll", "robust_accuracy")
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,10 +89,7 @@ def assemble(options: TrainOptions) -> TrainingParts:
     loaded_teachers = _teachers(options, names, source, student)
     peers = _peers(options, source)
     chosen = _recipe(options, named, source.distilled is not None, student)
-    default = "mse:1" if source.distilled is not None else recipes.LABEL_LOSS
-    taught_loss = recipes.MUTUAL_LOSS if peers else recipes.TEACHER_LOSS
-    default = default if alone else taught_loss
-    chosen = replace(chosen, loss=chosen.loss or default)
+    chosen = replace(chosen, loss=chosen.loss or _default_loss(chosen, source, peers, alone))
     assert chosen.loss is not None
     loss_terms = terms.parse(chosen.loss)
     chosen = loss_checks.apply_smoothing(loss_terms, chosen, options.given)
@@ -112,6 +113,20 @@ def assemble(options: TrainOptions) -> TrainingParts:
     for remark in loss_checks.remarks(loss_terms, images=source.count):
         say(remark)
     return parts
+
+
+def _default_loss(
+    chosen: Recipe,
+    source: DataSource | FileSource,
+    peers: Sequence[Classifier],
+    alone: bool,
+) -> str:
+    """The loss where neither the user nor the recipe names one."""
+    if chosen.adversary is not None:
+        return recipes.ADVERSARIAL_LABEL_LOSS if alone else recipes.ADVERSARIAL_TEACHER_LOSS
+    if alone:
+        return "mse:1" if source.distilled is not None else recipes.LABEL_LOSS
+    return recipes.MUTUAL_LOSS if peers else recipes.TEACHER_LOSS
 
 
 def _refuse_text_options(options: TrainOptions) -> None:
@@ -151,10 +166,29 @@ def build_objective(parts: TrainingParts, options: TrainOptions) -> Objective:
     )
     if parts.peers:
         return Mutual(student, parts.peers, loss_terms)
+    adversary = None
+    against = loss_checks.check_adversary(parts.terms, parts.recipe.adversary)
+    if against is not None and (trained := training_attack(parts.recipe)) is not None:
+        bounds = bounds_after(parts.student.preprocess, trained.eps)
+        adversary = Adversary(trained, bounds, against)
     if options.mean_teacher is not None:
-        return MeanTeacher(student, loss_terms, decay=options.mean_teacher)
+        decay = options.mean_teacher
+        return MeanTeacher(student, loss_terms, decay=decay, adversary=adversary)
     by_label = options.teacher_weights == "by-label"
-    return Distillation(student, loss_terms, parts.teachers, by_label=by_label)
+    return Distillation(student, loss_terms, parts.teachers, by_label=by_label, adversary=adversary)
+
+
+def training_attack(recipe: Recipe) -> Pgd | None:
+    """The attack that a student is trained against; None without one."""
+    return None if recipe.adversary is None else attack.parse_adversary(recipe.adversary)
+
+
+def judging_attacks(parts: TrainingParts, options: TrainOptions) -> tuple[Attack, ...]:
+    """The attacks that a finished student is judged under; PGD where it was trained against one."""
+    trained = training_attack(parts.recipe)
+    if options.robust is None and trained is None:
+        return ()
+    return attack.parse_robust(options.robust or "pgd", eps=trained and trained.eps)
 
 
 def check_step(parts: TrainingParts, objective: Objective, sizes: Sequence[int]) -> None:
@@ -190,6 +224,7 @@ def _check(parts: TrainingParts, options: TrainOptions, alone: bool) -> None:
     """Refuse a loss, a recipe and a scheme that do not fit each other."""
     recipe = parts.recipe
     _check_augment(recipe, parts.source)
+    _check_attacks(parts, options)
     weighted = options.teacher_weights is not None
     loss_checks.check_teaching(parts.terms, recipe, alone=alone, weighted=weighted)
     taught = [term for term in parts.terms if term.definition.needs_teacher]
@@ -229,6 +264,22 @@ def _check_augment(recipe: Recipe, source: DataSource | FileSource) -> None:
             "--augment crop-flip plays half of the recordings backwards: use --augment "
             "specaugment, or add --hflip 0"
         )
+
+
+def _check_attacks(parts: TrainingParts, options: TrainOptions) -> None:
+    """Refuse attacks that do not fit the loss, the images or the processes."""
+    preprocess, other = parts.student.preprocess, None
+    if parts.peers:
+        other = "--peers"
+    elif parts.source.distilled is not None:
+        other = "a distilled set, whose images are no pixels in [0, 1]"
+    elif parts.on.is_fsdp2:
+        other = "FSDP, which takes the student apart"
+    against = loss_checks.check_adversary(parts.terms, parts.recipe.adversary, other=other)
+    trained = training_attack(parts.recipe)
+    if against is not None and trained is not None:
+        bounds_after(preprocess, trained.eps)
+    robustness.check(judging_attacks(parts, options), preprocess, len(parts.source.classes))
 
 
 def make_engine(options: TrainOptions, named: Recipe | None) -> Engine:

@@ -6,6 +6,8 @@ of scores, which `kd.losses.contrastive` explains; `heads` is the loss of one sh
 Those of tokens take a mask of the real ones, see `kd.losses.token`.
 """
 
+from kd.losses.adversarial import adaad, ard, rslad, trades
+from kd.losses.adversarial import discrimination as adv
 from kd.losses.contrastive import crd
 from kd.losses.feature import attention_transfer as at
 from kd.losses.feature import fitnet, mgd, vid
@@ -16,6 +18,7 @@ from kd.losses.relation import probabilistic_transfer as pkt
 from kd.losses.relation import rkd_angle, rkd_distance
 from kd.losses.relation import similarity_preserving as sp
 from kd.losses.response import centred_mse as mse
+from kd.losses.response import cross_entropy as adv_ce
 from kd.losses.response import cross_entropy as ce
 from kd.losses.response import dist, dkd
 from kd.losses.response import function_matching as fm
@@ -34,6 +37,10 @@ from kd.losses.token import token_cross_entropy as mlm
 from kd.losses.token import token_divergence as tokens
 
 __all__ = [
+    "adaad",
+    "adv",
+    "adv_ce",
+    "ard",
     "at",
     "cc",
     "ce",
@@ -59,9 +66,11 @@ __all__ = [
     "review",
     "rkd_angle",
     "rkd_distance",
+    "rslad",
     "scores",
     "sp",
     "srd",
     "tokens",
+    "trades",
     "vid",
 ]

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError
-from kd.losses import contrastive
-from kd.losses.ranges import Range, ShareBelowOne, Temperature
+from kd.losses import adversarial, contrastive
+from kd.losses.ranges import Factor, Flag, Range, ShareBelowOne, Temperature
 from kd.models.language.text_teachers import TextTeacher
 from kd.models.teachers import Teacher
 from kd.models.token_inputs import TokenInputs
 from kd.models.wrapped_network import WrappedNetwork
 from kd.objectives.loss_spec import LayerPair
 from kd.objectives.projectors import (
+    Discriminator,
     Embedder,
     EmbeddingMemory,
     Fusion,
@@ -35,7 +36,16 @@ from kd.objectives.projectors import (
     match_sizes,
 )
 from kd.objectives.step_outputs import StepOutputs
-from kd.objectives.taps import EMBEDDING, FeatureLayout, Sample, Taps, as_map, as_vector, probe
+from kd.objectives.taps import (
+    EMBEDDING,
+    FeatureLayout,
+    Sample,
+    Taps,
+    as_map,
+    as_vector,
+    probe,
+    try_out,
+)
 
 LossFunction = Callable[..., Tensor]
 
@@ -325,6 +335,49 @@ def crd_remark(parameters: Mapping[str, Any], images: int) -> str | None:
         f"--loss crd compares each image with {images - 1} others, as many as there are, and not "
         f"with negatives={negatives}"
     )
+
+
+class DiscriminatorTerm(nn.Module):
+    """A discriminator of vectors, or of logits, which the student is trained to fool.
+
+    Vectors of the student go through a linear map first, which is trained with the student. The
+    parameters are those of `discriminator_parameters`.
+    """
+
+    def __init__(self, context: TermContext, function: partial) -> None:
+        super().__init__()
+        options = dict(function.keywords)
+        self.number, self.tapped = context.number, None
+        if options.pop("logits"):
+            if context.pairs:
+                raise UserError("--loss adv with logits=1 reads no layers: leave them out")
+            channels = [try_out(context.student, context.sample).shape[-1]]
+        else:
+            self.tapped = ProjectedFeatures(context, Projector, default=True)
+            channels = [teacher.channels for _, teacher in self.tapped.tapped.layouts]
+        with torch.random.fork_rng():
+            torch.manual_seed(context.seed)
+            self.discriminators = nn.ModuleList(Discriminator(c, **options) for c in channels)
+
+    def forward(self, step: StepOutputs) -> Tensor:
+        if self.tapped is None:
+            rows = step.rows
+            pairs: Sequence[tuple[Tensor, ...]] = [
+                (rows.student_logits, rows.teacher_logits[self.number])
+            ]
+        else:
+            pairs = self.tapped(step)
+        scores = (d(*pair) for d, pair in zip(self.discriminators, pairs, strict=True))
+        return torch.stack([adversarial.discrimination(*pair) for pair in scores]).sum()
+
+
+def discriminator_parameters(
+    *,
+    width: Annotated[int, Range(1, 8192)] = 128,
+    reversal: Factor = 1.0,
+    logits: Flag = 0,
+) -> None:
+    """State the parameters of a discriminator, see `DiscriminatorTerm`."""
 
 
 class DeepSupervisionTerm(nn.Module):

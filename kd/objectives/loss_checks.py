@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from dsdistill.harness.errors import UserError
 from kd.models.language.task import ALIGNED
+from kd.objectives.adversary import Against
 from kd.objectives.terms import Term, TermDefinition
 from kd.recipe import METRICS, Recipe
 
@@ -61,6 +62,11 @@ def check_texts(terms: Sequence[Term], *, task: str, same_ids: bool) -> None:
             raise UserError(
                 f"--loss {term.name} compares maps of images, which texts have not: use hidden, "
                 "cosine, or a loss of vectors such as srd"
+            )
+        if needs.against is not None:
+            raise UserError(
+                f"--loss {term.name} is of images whose pixels an attack changes, and texts have "
+                f"none: use {'kd' if needs.needs_teacher else 'ce'}"
             )
         if needs.of_tokens and task not in ALIGNED:
             raise UserError(
@@ -195,6 +201,54 @@ def check_teaching(
             f"--metric {recipe.metric} needs logits, which a student trained by mse alone does not "
             "have: use --metric accuracy"
         )
+
+
+def check_adversary(
+    terms: Sequence[Term], adversary: str | None, *, other: str | None = None
+) -> Against | None:
+    """Refuse an attack without a term of its images, and the reverse.
+
+    Args:
+        terms: Terms of the loss.
+        adversary: Value of `--adversary`; None without an attack.
+        other: Option of a scheme or data that no attack works with; None without one.
+
+    Returns:
+        What the attack drives the student away from; None without an attack.
+
+    Raises:
+        UserError: If they do not fit each other.
+    """
+    attacked = [term for term in terms if term.definition.against is not None]
+    if not attacked and adversary is None:
+        return None
+    if not attacked:
+        raise UserError(
+            f"--adversary {adversary} has no effect on --loss {','.join(t.name for t in terms)}: "
+            "add adv-ce, trades, ard, rslad or adaad"
+        )
+    first = attacked[0]
+    if adversary is None:
+        raise UserError(
+            f"--loss {first.name} is of images that an attack has changed: add --adversary pgd"
+        )
+    for term in attacked[1:]:
+        if term.definition.against != first.definition.against:
+            raise UserError(
+                f"--loss {first.name} and {term.name} are of different attacks, and a step has "
+                "one: leave one of them out"
+            )
+    if any(term.definition.centred for term in terms):
+        raise UserError(
+            f"--loss {first.name} takes logits, and mse fits the outputs to centred labels: use ce"
+        )
+    if all(term.definition.against == "itself" for term in terms):
+        raise UserError(
+            f"--loss {first.name} alone is smallest where all images have one answer: add ce:1"
+        )
+    if other is not None:
+        raise UserError(f"--adversary does not work with {other}: leave one of them out")
+    return first.definition.against
 
 
 def remarks(terms: Sequence[Term], *, images: int) -> list[str]:

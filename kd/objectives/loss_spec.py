@@ -5,9 +5,10 @@
     LAYER  = NAME of a layer in student and teacher, or STUDENT_LAYER=TEACHER_LAYER; the number of
              a block of a transformer is a name too
 
-The text after a comma is another term if it begins with the name of one, and otherwise another
-layer of the term before. The range of a parameter is an annotation of the term's function, see
-`kd.losses.ranges`; without one, any number of 0 or more is allowed.
+A number may be a fraction, such as 5/6. The text after a comma is another term if it begins with
+the name of one, and otherwise another layer of the term before. The range of a parameter is an
+annotation of the term's function, see `kd.losses.ranges`; without one, any number of 0 or more is
+allowed.
 """
 
 import inspect
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dsdistill.harness.errors import UserError, unknown_name
+from kd import numbers
 from kd.losses.ranges import Range
 
 LayerPair = tuple[str, str]  # a layer of the student and one of the teacher
@@ -123,7 +125,7 @@ def _require_within(allowed: Range, value: float, what: str) -> None:
 
 def _parse_number(text: str, what: str) -> float:
     try:
-        return float(text)
+        return numbers.parse(text)
     except ValueError as error:
         raise UserError(f"{what} must be a number, got {text!r}") from error
 

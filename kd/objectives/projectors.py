@@ -12,6 +12,7 @@ global generator.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -163,6 +164,45 @@ class Projector(nn.Module):
         """Return the student's vectors after the projection, and the teacher's vectors."""
         ours = as_vector(student, self.layouts[0])
         return self.linear(_cast(ours, self.linear)), as_vector(teacher.detach(), self.layouts[1])
+
+
+class Discriminator(nn.Module):
+    """Two layers that tell the teacher's vectors from the student's. For `discrimination`.
+
+    The student is behind a reversed gradient: what trains the discriminator to tell them apart
+    trains the student to be taken for the teacher.
+    """
+
+    def __init__(self, channels: int, *, width: int = 128, reversal: float = 1.0) -> None:
+        """Build for vectors of a length.
+
+        Args:
+            channels: Length of the vectors.
+            width: Length of the hidden layer.
+            reversal: Factor of the reversed gradient; at 0 the student gets none.
+        """
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(channels, width), nn.ReLU(), nn.Linear(width, 1))
+        self.reversal = reversal
+
+    def forward(self, student: Rows, teacher: Rows) -> tuple[Rows, Rows]:
+        """Return the scores (n, 1) of the teacher's vectors and of the student's."""
+        reversed_rows = _ReversedGradient.apply(student, self.reversal)
+        theirs, ours = (_cast(rows, self.layers) for rows in (teacher.detach(), reversed_rows))
+        return self.layers(theirs), self.layers(ours)
+
+
+class _ReversedGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by minus a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return -ctx.factor * gradients[0], None
 
 
 class Embedder(nn.Module):

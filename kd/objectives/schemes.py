@@ -6,6 +6,7 @@ there; only its `student` is saved as the result.
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from kd.data.batching import Batch, Unit
 from kd.models.wrapped_network import WrappedNetwork
+from kd.objectives.adversary import Adversary
 from kd.objectives.step_outputs import StepOutputs
 from kd.objectives.terms import WeightedTerm
 from kd.parallel import sharding
@@ -92,6 +94,8 @@ class Distillation(nn.Module):
             without gradients.
         by_label: Whether several teachers are weighted, for each image, by how well they know its
             label; else they have equal weights.
+        adversary: Attack on the student whose images the terms of adversaries are of; None without
+            such terms.
     """
 
     def __init__(
@@ -101,13 +105,15 @@ class Distillation(nn.Module):
         teachers: Sequence[nn.Module] = (),
         *,
         by_label: bool = False,
+        adversary: Adversary | None = None,
     ) -> None:
         super().__init__()
         self.student = student
         self.terms = nn.ModuleList(terms)
         self.teachers = nn.ModuleList(teacher.requires_grad_(False) for teacher in teachers)
         self.by_label = by_label
-        self.needs_teacher = any(term.needs_teacher for term in terms)
+        self.adversary = adversary
+        self.needs_answers = any(term.needs_answers for term in terms)
         self.needs_features = any(term.needs_teacher_features for term in terms)
         self.train(self.training)
 
@@ -121,9 +127,16 @@ class Distillation(nn.Module):
         return (self.student,)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        student_logits = self.student(batch.inputs)
-        step = StepOutputs(batch, student_logits, self._teacher_logits(batch), self.by_label)
-        return {term.name: term(step) for term in _weighted_terms(self.terms)}
+        terms = list(_weighted_terms(self.terms))
+        answers = self._teacher_logits(batch)
+        changed = self._adversarial_step(batch, answers)
+        if changed is not None and not any(term.reads_clean for term in terms):
+            step = replace(changed, adversarial=changed)  # one pass of the student less
+        else:
+            # After the changed images, for taps read what the network did last.
+            outputs = self.student(batch.inputs)
+            step = StepOutputs(batch, outputs, answers, self.by_label, changed)
+        return {term.name: term(step) for term in terms}
 
     @property
     def units(self) -> Mapping[str, Unit]:
@@ -138,8 +151,25 @@ class Distillation(nn.Module):
     def no_weight_decay(self) -> set[str]:
         return no_weight_decay_names(self.student, "student.network.")
 
+    def _adversarial_step(self, batch: Batch, answers: tuple[Tensor, ...]) -> StepOutputs | None:
+        """The outputs for the images that the attack has changed; None without an attack."""
+        adversary, teachers = self.adversary, tuple(self.teachers)
+        if adversary is None:
+            return None
+        together = None
+        if adversary.needs_answers:
+            together = StepOutputs(batch, answers[0], answers, self.by_label).combined_logits(1.0)
+        changed = replace(batch, inputs=adversary.change(batch, self.student, teachers, together))
+        if adversary.asks_teachers:
+            with torch.no_grad():
+                answers = tuple(teacher(changed.inputs) for teacher in teachers)
+                if self.needs_features:  # taps read what the teachers did last
+                    for teacher in teachers:
+                        teacher(batch.inputs)
+        return StepOutputs(changed, self.student(changed.inputs), answers, self.by_label)
+
     def _teacher_logits(self, batch: Batch) -> tuple[Tensor, ...]:
-        if not self.needs_teacher:
+        if not self.needs_answers:
             return ()
         if batch.teacher_logits is not None and not self.needs_features:
             return batch.teacher_logits
@@ -219,10 +249,15 @@ class MeanTeacher(nn.Module):
     """
 
     def __init__(
-        self, student: WrappedNetwork, terms: Sequence[WeightedTerm], *, decay: float
+        self,
+        student: WrappedNetwork,
+        terms: Sequence[WeightedTerm],
+        *,
+        decay: float,
+        adversary: Adversary | None = None,
     ) -> None:
         super().__init__()
-        self.inner = Distillation(student, terms, [copy.deepcopy(student)])
+        self.inner = Distillation(student, terms, [copy.deepcopy(student)], adversary=adversary)
         self.decay = decay
 
     @property

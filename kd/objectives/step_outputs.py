@@ -22,12 +22,21 @@ class StepOutputs:
             of centred labels.
         teacher_logits: The outputs of each teacher, of the same shape.
         by_label: Whether teachers are weighted by how well they know each label.
+        adversarial: The step at the images that an attack on the student has changed; None without
+            one.
     """
 
     batch: Batch
     student_logits: Tensor
     teacher_logits: tuple[Tensor, ...] = ()
     by_label: bool = False
+    adversarial: "StepOutputs | None" = None
+
+    @property
+    def at_adversaries(self) -> "StepOutputs":
+        """The step at the images that an attack has changed."""
+        assert self.adversarial is not None
+        return self.adversarial
 
     @property
     def mask(self) -> Bool[Tensor, "n l"]:

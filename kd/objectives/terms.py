@@ -3,7 +3,7 @@
 The table `TERMS` has for each name its function, the weight in its paper, and all that the term
 needs or changes, so that no other place knows a term by its name. A new loss is a function in
 `kd.losses`, its short name in `kd.losses.short_names`, and a row in this table, by `_label_row`,
-`_logit_row`, `_feature_row`, `_state_row` or `_token_row`.
+`_logit_row`, `_adversarial_row`, `_feature_row`, `_state_row` or `_token_row`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +21,7 @@ from kd.models.teachers import Teacher
 from kd.models.token_inputs import TokenInputs
 from kd.models.wrapped_network import WrappedNetwork
 from kd.objectives import feature_terms, loss_spec, token_terms
+from kd.objectives.adversary import Against
 from kd.objectives.feature_terms import LossFunction, TermContext
 from kd.objectives.loss_spec import LayerPair
 from kd.objectives.step_outputs import StepOutputs
@@ -117,6 +118,8 @@ class TermDefinition:
         of_tokens: Whether it takes the networks' answers for tokens.
         aligned: Whether it compares token by token, so that student and teacher need the same ones.
         task: Task that gives its targets; None: any, or none are needed.
+        against: What the attack drives the student away from whose images the term is of; None:
+            it is of the images as they are.
         remark: A line about its parameters and the number of training images, or None.
     """
 
@@ -141,6 +144,7 @@ class TermDefinition:
     of_tokens: bool = False
     aligned: bool = False
     task: str | None = None
+    against: Against | None = None
     remark: Callable[[Parameters, int], str | None] = _no_remark
 
 
@@ -171,6 +175,30 @@ def _logit_row(
         return LogitTerm(function, combine, needs.get("images", 1))
 
     return TermDefinition(function, weight, inputs, make, **needs)
+
+
+def _adversarial_row(
+    function: LossFunction, weight: float, against: Against, make: TermMaker, **needs: Any
+) -> TermDefinition:
+    """Define a term of images that an attack on the student has changed."""
+    options = {"needs_logits": True, "against": against, **needs}
+    return TermDefinition(function, weight, "logits of adversaries", make, **options)
+
+
+def _make_adversarial_label_term(
+    function: partial, contexts: Sequence[TermContext]
+) -> "AdversarialTerm":
+    return AdversarialTerm(LabelTerm(function, centred=False))
+
+
+def _make_adversarial_logit_term(
+    function: partial, contexts: Sequence[TermContext]
+) -> "AdversarialTerm":
+    return AdversarialTerm(LogitTerm(function, mean_probability_loss))
+
+
+def _make_stability_term(function: partial, contexts: Sequence[TermContext]) -> "StabilityTerm":
+    return StabilityTerm(function)
 
 
 def _feature_row(
@@ -233,6 +261,21 @@ TERMS: Mapping[str, TermDefinition] = {
     "ls": _logit_row(short_names.ls, 9, mean_standardised_loss, classes=3, needs_raw_logits=True),
     "logits": _logit_row(short_names.logits, 1, mean_logit_loss, needs_raw_logits=True, classes=1),
     "hard": _logit_row(short_names.hard, 0.5),
+    "adv-ce": _adversarial_row(
+        short_names.adv_ce,
+        1,
+        "labels",
+        _make_adversarial_label_term,
+        needs_teacher=False,
+        smooths_labels=True,
+        whole=True,
+    ),
+    "trades": _adversarial_row(
+        short_names.trades, 6, "itself", _make_stability_term, needs_teacher=False
+    ),
+    "ard": _adversarial_row(short_names.ard, 1, "labels", _make_adversarial_logit_term, whole=True),
+    "rslad": _adversarial_row(short_names.rslad, 5 / 6, "teacher", _make_adversarial_logit_term),
+    "adaad": _adversarial_row(short_names.adaad, 1, "moving teacher", _make_adversarial_logit_term),
     "fitnet": _feature_row(short_names.fitnet, 100, feature_terms.regressor_term, of_maps=True),
     "at": _feature_row(short_names.at, 1000, feature_terms.map_term, of_maps=True),
     "review": _feature_row(short_names.review, 1, feature_terms.FusionTerm, of_maps=True),
@@ -251,6 +294,9 @@ TERMS: Mapping[str, TermDefinition] = {
         whole=True,
         needs_rows=True,
         remark=feature_terms.crd_remark,
+    ),
+    "adv": _feature_row(
+        feature_terms.discriminator_parameters, 0.1, feature_terms.DiscriminatorTerm
     ),
     "heads": _feature_row(
         short_names.heads,
@@ -366,6 +412,7 @@ class WeightedTerm(nn.Module):
         needs_teacher: Whether the term takes a teacher's outputs.
         needs_teacher_features: Whether the term takes features of a teacher's layers.
         unit: What the term is the mean over.
+        against: Of adversaries, what the attack drives the student away from; else None.
     """
 
     def __init__(
@@ -377,12 +424,24 @@ class WeightedTerm(nn.Module):
         needs_teacher: bool,
         needs_teacher_features: bool = False,
         unit: Unit = "rows",
+        against: Against | None = None,
     ) -> None:
         super().__init__()
         self.name, self.weight, self.measure = name, weight, measure
         self.needs_teacher = needs_teacher
         self.unit: Unit = unit
+        self.against: Against | None = against
         self.needs_teacher_features = needs_teacher_features
+
+    @property
+    def needs_answers(self) -> bool:
+        """Whether the term takes the teachers' answers for the images as they are."""
+        return self.needs_teacher and self.against != "moving teacher"
+
+    @property
+    def reads_clean(self) -> bool:
+        """Whether the term takes the student's outputs for the images as they are."""
+        return self.against in (None, "itself")
 
     def forward(self, step: StepOutputs) -> Tensor:
         return self.weight * self.measure(step)
@@ -420,6 +479,28 @@ class LogitTerm(nn.Module):
         if rows is not step and len(rows.batch) < self.least:
             return 0 * step.student_logits.sum()
         return self.combine(rows, self.function, self.temperature)
+
+
+class AdversarialTerm(nn.Module):
+    """A term at the images that an attack has changed."""
+
+    def __init__(self, measure: nn.Module) -> None:
+        super().__init__()
+        self.measure = measure
+
+    def forward(self, step: StepOutputs) -> Tensor:
+        return self.measure(step.at_adversaries)
+
+
+class StabilityTerm(nn.Module):
+    """A loss of the student's logits for changed images and for the same images as they are."""
+
+    def __init__(self, function: partial) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, step: StepOutputs) -> Tensor:
+        return self.function(step.at_adversaries.student_logits, step.student_logits)
 
 
 class UserTerm(nn.Module):
@@ -465,7 +546,7 @@ def build(
         sample: What the networks are tried on: height, width and channels of an image, or texts.
         classes: Number of classes, for `heads`.
         images: Number of training images or texts, for the memory of `crd`.
-        smoothing: Label smoothing of `ce`, unless the term has a parameter of its own.
+        smoothing: Label smoothing of `ce` and `adv-ce`, unless the term has one of its own.
         seed: Seed of the projectors' weights.
 
     Raises:
@@ -500,4 +581,5 @@ def _build_term(
         needs_teacher=needs.needs_teacher,
         needs_teacher_features=needs.needs_teacher and needs.reads_layers,
         unit="targets" if answers_for_tokens and on_answers else term.unit,
+        against=needs.against,
     )

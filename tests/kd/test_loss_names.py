@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kd.losses
-from kd.losses import contrastive, short_names
+from kd.losses import adversarial, contrastive, short_names
 from kd.objectives import terms
 
 
@@ -23,8 +23,10 @@ def test_the_names_are_those_of_the_command_line() -> None:
 @pytest.mark.parametrize("name", terms.TERMS)
 def test_a_term_of_the_command_line_is_the_function_of_its_name(name: str) -> None:
     function = getattr(kd.losses, name.replace("-", "_"))
-    # The term holds the parameters of a memory too, which the loss alone does not have.
-    expected = contrastive.crd if name == "crd" else terms.TERMS[name].function
+    # The terms hold the parameters of a memory or a discriminator too, which the losses alone do
+    # not have.
+    alone = {"crd": contrastive.crd, "adv": adversarial.discrimination}
+    expected = alone.get(name, terms.TERMS[name].function)
     assert function is expected
     assert function.__doc__
 

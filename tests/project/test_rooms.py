@@ -33,6 +33,8 @@ ROOMS = (
     "dsdistill.api",
     "dsdistill.cli",
     "dsdistill",
+    "kd.numbers",
+    "kd.attack",
     "kd.recipe",
     "kd.recipes",
     "kd.per_teacher",
