@@ -50,6 +50,8 @@ def _by_recipe(name: str) -> Shown:
         return Shown(default=f"{real}; on a distilled set --steps {recipes.SMALL.steps}")
     if name == "steps":
         return Shown(default=f"--epochs {recipes.REAL.epochs}; {small} on a distilled set")
+    if name == "metric":
+        return Shown("NAME", DEFAULTS_BY_DATA[name])  # more names than a line holds
     if name == "warmup":
         return Shown(default=f"{real}; {small} steps on a distilled set")
     if name in DEFAULTS_BY_DATA:
@@ -181,7 +183,8 @@ class TrainOptions:
     and the losses on layers are averaged"""
 
     recipe: Annotated[str | None, Shown("NAME", "one for this kind of data and student")] = None
-    """supergradients, hinton, function_matching, cifar, distilled_set or deit, for texts finetune,
+    """supergradients, hinton, function_matching, cifar, distilled_set or deit; against attacks pgd,
+    trades, ard, rslad or adaad; for texts finetune,
     bilstm, pkd, tinybert, tinybert-intermediate, distilbert, minilm, sequence or gkd: sets the
     options of loss, training and augmentation that are not given here"""
 

@@ -152,7 +152,11 @@ class Recipe:
     )
     ema_ramp: float = _field(15.0, "The decay rises as 1 - exp(-X step / steps)")
     average_best: int = _field(1, "Save the mean of the weights of the N best epochs")
-    metric: Metric = _field("accuracy", "Validation metric that selects the best epoch")
+    metric: Metric = _field(
+        "accuracy",
+        "Validation metric that selects the best epoch: accuracy, nll, or robust_accuracy under "
+        "--adversary; of texts also macro_f1, matthews, pearson, spearman, entity_f1 and cosine",
+    )
     validate_every: int | None = _field(None, "Epochs between validations")
     patience: int | None = _field(
         None, "Stop after N validations in a row without a better --metric"

@@ -101,7 +101,7 @@ def test_self_distillation_through_shallow_heads() -> None:
     specs = terms.parse("ce:1,heads:1@2,6")
     made = terms.build(specs, network, sample=SHAPE, classes=CLASSES)
     ours = Distillation(network, made)
-    assert not ours.needs_teacher
+    assert not ours.needs_answers
     found = ours(next(batches().in_order()))
     assert set(found) == {"ce", "heads"}
     found["heads"].backward()
