@@ -184,9 +184,9 @@ class TrainOptions:
 
     recipe: Annotated[str | None, Shown("NAME", "one for this kind of data and student")] = None
     """supergradients, hinton, function_matching, cifar, distilled_set or deit; against attacks pgd,
-    trades, ard, rslad or adaad; for texts finetune,
-    bilstm, pkd, tinybert, tinybert-intermediate, distilbert, minilm, sequence or gkd: sets the
-    options of loss, training and augmentation that are not given here"""
+    trades, ard, rslad or adaad; for texts finetune, bilstm, pkd, tinybert, tinybert-intermediate,
+    distilbert, minilm, sequence or gkd: sets the options of loss, training and augmentation that
+    are not given here"""
 
     teacher_weights: Annotated[
         Literal["alike", "by-label"] | None, Shown("alike|by-label", "alike")
