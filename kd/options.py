@@ -211,10 +211,14 @@ class TrainOptions:
     where none are held out"""
 
     cache: FolderArg = None
-    """Keep the teachers' answers in this folder, view by view, for this and for later trainings"""
+    """Keep the teachers' answers in this folder, view by view, for this and for later trainings:
+    logits, of texts those of tokens too, and the vectors of layers that losses compare"""
 
-    cache_top: Annotated[int | None, Shown(default="all logits, exactly")] = None
-    """Keep only the N largest probabilities, in half precision"""
+    cache_top: Annotated[
+        int | None, Shown(default="all logits, exactly; of a vocabulary the 64 largest")
+    ] = None
+    """Keep only the N largest probabilities of each answer, in half precision, at the temperature
+    of the loss"""
 
     peers: NamesArg = None
     """Deep mutual learning with these further students"""

@@ -298,6 +298,13 @@ NAMED: Mapping[str, Recipe] = {
     "sequence": SEQUENCE,
     "gkd": GKD,
 }
+# Recipe -> its loss for scores (`--task regress`), where its own takes classes: squared errors in
+# place of cross-entropy and of the divergence from the teacher, with the same weights. TinyBERT's
+# code fits the labels there, which is `--loss mse:1`.
+REGRESSION_LOSSES: Mapping[str, str] = {
+    "pkd": "mse:0.5,logits:0.5,patient:0.1",
+    "tinybert": "logits:1",
+}
 OF_TEXTS = (
     "finetune",
     "bilstm",

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dsdistill.harness import checksums, shell
+from dsdistill.harness import checksums, files, shell
 from dsdistill.harness.data import datasets
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import run_folder
@@ -100,6 +100,11 @@ def _restore(folder: Path, options: TrainOptions, unfinished: bool) -> TrainOpti
     )
     known = STORAGE.to_json(options).keys()  # an earlier version had others
     stored = STORAGE.from_json(options, folder, {k: v for k, v in config.items() if k in known})
+    cache = files.read_json(folder / "config.json", UserError).get("cache")
+    if options.cache is None and isinstance(cache, str):
+        # Elsewhere if the user says so; without it the answers would be others in their last bits,
+        # and with --cache-top other answers.
+        stored = replace(stored, cache=Path(cache))
     if config.get(run_folder.INPUTS_KEY, {}).get(HASH_KEY, "") in ("", digest(stored)):
         return stored
     raise UserError(

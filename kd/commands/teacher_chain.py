@@ -16,7 +16,7 @@ from dsdistill.harness import lists
 from kd import recipes
 from kd.models import network_names, networks
 from kd.options import TEACHER_INPUT_OPTIONS, TrainOptions
-from kd.recipe import SCHEDULE_FIELDS, VALIDATION_FIELDS
+from kd.recipe import COPYING_AUGMENTS, SCHEDULE_FIELDS, VALIDATION_FIELDS
 
 # Options of the first teacher only: the others are runs on the data's classes and images.
 FIRST_TEACHER_OPTIONS = ("class_map", *TEACHER_INPUT_OPTIONS)
@@ -57,8 +57,11 @@ def _earlier_stages(
 ) -> tuple[TrainOptions, ...]:
     """Options of the trainings with the recipes of the earlier stages."""
     overrides = replace(options.overrides, **dict.fromkeys(STAGE_FIELDS))
-    # The last stage judges the teacher's answers; those before it take its layers alone.
+    # The last stage judges and caches the teacher's answers; those before it take its layers alone,
+    # and of a cache the copies of texts, which all stages share.
     links, link = [], replace(options, overrides=overrides, min_teacher_accuracy=None)
+    copies = options.overrides.augment in COPYING_AUGMENTS
+    link = replace(link, cache=options.cache if copies else None, cache_top=None)
     for number, recipe in enumerate(stages, start=1):
         folder = _link_folder(out, number)
         links.append(replace(link, recipe=recipe, out=folder))

@@ -239,6 +239,8 @@ def _recipe(
     chosen = recipe_rules.override(base, options.given)
     if "metric" not in options.given:
         chosen = replace(chosen, metric=text_scoring.default_metric(texts.task, texts.classes))
+    if texts.task == "regress" and "loss" not in options.given and options.recipe:
+        chosen = replace(chosen, loss=recipes.REGRESSION_LOSSES.get(options.recipe, chosen.loss))
     loss = chosen.loss or LOSSES[texts.task][0 if alone else 1]
     loss_terms = terms.parse(loss)
     chosen = loss_checks.apply_smoothing(loss_terms, replace(chosen, loss=loss), options.given)

@@ -1,6 +1,5 @@
 """A training on texts: its batches, the checks and the figures that need texts."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,26 +7,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dsdistill.harness import memory, shell
+from dsdistill.harness import shell
 from dsdistill.harness.checksums import json_digest
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
-from kd.commands import text_parts, training_batches
+from kd.commands import text_answers, text_parts
 from kd.commands.image_training import require_no_validation_options
 from kd.commands.text_parts import TextParts
 from kd.commands.training import AssembledTraining, Validate
 from kd.data import batching, teacher_cache
 from kd.data.batching import BatchSource, ChangedBatches
-from kd.data.teacher_cache import TeacherCache
 from kd.data.text.token_batches import MaskedTokens, TokenBatches
-from kd.data.text.tokenization import EncodedPart
 from kd.evaluation import embedding_scoring, text_figures, text_teacher_check
 from kd.evaluation.text_figures import JudgedTexts
 from kd.models import networks
 from kd.models.language import lora, saved_text_models, text_students
-from kd.models.language.task import OF_TOKENS
+from kd.models.language.task import ALIGNED, OF_TOKENS
 from kd.models.language.text_teachers import TextTeacher
 from kd.models.token_inputs import TokenInputs
 from kd.objectives import terms
@@ -161,7 +158,7 @@ class TextTraining(AssembledTraining[TextParts]):
         for number, tokenizer in enumerate(parts.tokenizers):
             key = f"the tokenizer of a teacher ({number})" if number else "the tokenizer"
             # The vocabulary does not say how texts are divided.
-            tokens = _digest(parts.encoded["train"].encodings[number])
+            tokens = text_answers.digest(parts.encoded["train"].encodings[number])
             digests[key] = json_digest([tokenizer.get_vocab(), tokens])
         if not text_students.is_fresh(parts.student.name):
             network = parts.student.network.network
@@ -182,14 +179,13 @@ class TextTraining(AssembledTraining[TextParts]):
             return ChangedBatches(source, write)
         if not isinstance(objective, Distillation) or not objective.needs_answers:
             return source
-        if objective.needs_features or self.parts.task not in ("classify", "regress", "embed"):
-            if self.options.cache is not None:
-                raise UserError(
-                    "--cache keeps the teachers' answers to whole texts, and this loss needs more: "
-                    "leave --cache out"
-                )
+        if self.options.cache is not None:
+            return text_answers.with_cache(
+                self.parts, self.options, objective, source, self._sample(), self._say
+            )
+        if objective.needs_features or self.parts.task in ALIGNED:
             return source
-        return replace(source, teacher_logits=self._teacher_logits(source))
+        return text_answers.with_logits(self.parts, source, self._sample())
 
     def validator(self) -> Validate | None:
         if "validation" not in self.parts.encoded or not self.parts.teaches_outputs:
@@ -345,40 +341,6 @@ class TextTraining(AssembledTraining[TextParts]):
         least = min(len(tokenizer) for tokenizer in self.parts.tokenizers)
         return replace(inputs, ids=inputs.ids % least)
 
-    def _teacher_logits(self, source: TokenBatches) -> tuple[Tensor, ...] | None:
-        """Every teacher's logits of every text; None where they would take too much memory."""
-        parts = self.parts
-        n, k = len(parts.encoded["train"]), max(len(parts.corpus.classes), 1)
-        if parts.task == "embed":
-            k = parts.student.embedding_width
-        needed = 4 * n * k * len(parts.teachers)
-        if needed > batching.MAX_RESIDENT_BYTES:
-            if self.options.cache is not None:
-                raise UserError(
-                    f"--cache keeps the teachers' answers in memory too, and these would take "
-                    f"{memory.format_bytes(needed)}: leave it out, and they answer in every epoch"
-                )
-            return None
-        if parts.corpus.parallel:  # the second half of the texts has the answers of the first
-            n //= 2
-            source = replace(source, parts=tuple(part.first(n) for part in source.parts))
-        caches: Sequence[TeacherCache] = ()
-        if self.options.cache is not None:
-            keys = [
-                {"tokens": _digest(parts.encoded["train"].encodings[place])}
-                for place in parts.encoding_of_teacher
-            ]
-            caches = training_batches.open_caches(self.options, parts.terms, parts.teachers, keys)
-        tables = []
-        for i, teacher in enumerate(parts.teachers):
-            logits = caches[i].load("static", n, k) if caches else None
-            if logits is None:
-                logits = _answer_all(teacher, i, source, n, k)
-                if caches and self.on.is_main_process:
-                    caches[i].save("static", logits)
-            tables.append(logits.repeat(2, 1) if parts.corpus.parallel else logits)
-        return tuple(tables)
-
     def _say(self, line: str) -> None:
         if self.on.is_main_process:
             progress.say(line)
@@ -389,23 +351,3 @@ _NAMED_BY_PART = (
     *("accuracy", "macro_f1", "matthews", "pearson", "spearman", "mse", "entity_f1"),
     *("perplexity", "bits_per_byte", *embedding_scoring.NAMED_BY_PART),
 )
-
-
-def _digest(encoding: EncodedPart) -> str:
-    """SHA-256 of the tokens of texts."""
-    sha = hashlib.sha256()
-    for array in (encoding.ids, encoding.offsets, encoding.types):
-        sha.update(b"" if array is None else np.ascontiguousarray(array).tobytes())
-    return sha.hexdigest()
-
-
-def _answer_all(teacher: TextTeacher, number: int, source: TokenBatches, n: int, k: int) -> Tensor:
-    """A teacher's logits (n, k) of all texts, in batches of like length."""
-    logits = torch.empty(n, k)
-    with progress.bar(len(source), "teacher batches") as show, torch.inference_mode():
-        for done, batch in enumerate(source.epoch(0, 0), start=1):
-            assert batch.index is not None
-            answers = teacher(batch.inputs_of(number)).float().cpu()
-            logits[batch.index.cpu()] = answers
-            show(done)
-    return logits

@@ -1,31 +1,36 @@
 """Training batches: augmented, mixed, and with the teachers' logits where these are stored.
 
 A teacher is given the same view of an image as the student. Without augmentation its logits are
-computed once, as a table; with augmentation `--cache` stores them epoch by epoch.
+computed once, as a table; with augmentation `--cache` stores them epoch by epoch, and what losses
+of vectors take from its layers.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
+from kd.commands.answer_caches import announce, from_tables, open_all, refuse_layers
 from kd.commands.training_parts import TrainingParts
-from kd.data import augment, batching, teacher_cache
-from kd.data.batching import Batch, BatchSource, ResidentBatches
+from kd.data import augment, batching
+from kd.data.batching import BatchSource, ResidentBatches, Unit
+from kd.data.teacher_answers import CachedBatches, Kept, Table
 from kd.data.teacher_cache import TeacherCache
 from kd.evaluation import scoring
 from kd.objectives.schemes import Distillation, Objective
-from kd.objectives.terms import Term
 from kd.options import TrainOptions
 from kd.recipe import SPECAUGMENT_FIELDS
 
+STATIC = "static"  # name of the entry with the logits of images that are not augmented
+REMEDY = "use another disk, --cache-top, or leave it out"
 VIEW_OPTIONS = (  # what a view of an image depends on besides the image
     "batch_size",
     "augment",
@@ -86,7 +91,7 @@ def prepare(
         source: Batches from `load`.
 
     Raises:
-        UserError: If `--cache` is given for a loss that needs more than logits.
+        UserError: If `--cache` is given for a loss that takes more than logits and vectors.
     """
     classes = parts.source.classes
     augmented = augment.augment_batches(source, parts.recipe, len(classes), _silence(parts))
@@ -98,17 +103,11 @@ def prepare(
         )
     if not isinstance(objective, Distillation) or not objective.needs_answers:
         return augmented
-    if objective.needs_features:
-        if options.cache is not None:
-            raise UserError(
-                "--cache keeps the teachers' logits, and this loss needs their features too: "
-                "leave --cache out, or the terms with layers"
-            )
+    if options.cache is not None:
+        return _cached(parts, options, objective, source, augmented)
+    if objective.needs_features or augmented is not source:
         return augmented
-    caches = _open_caches(parts, options, still=augmented is source)
-    if augmented is source and isinstance(source, ResidentBatches):
-        return _precompute_logits(source, parts, caches)
-    return CachedBatches(augmented, parts.teachers, caches, len(classes)) if caches else augmented
+    return _precompute_logits(source, parts, ()) if isinstance(source, ResidentBatches) else source
 
 
 def _silence(parts: TrainingParts) -> Float[Tensor, "c h w"] | None:
@@ -119,95 +118,83 @@ def _silence(parts: TrainingParts) -> Float[Tensor, "c h w"] | None:
     return batching.to_nchw(parts.student.preprocess.apply(black))[0]
 
 
-@dataclass(frozen=True, eq=False)
-class CachedBatches:
-    """Batches with the teachers' logits, read from the cache or computed and written to it.
-
-    An epoch that is entered in the middle, after a kill, is not written; a later training does so.
-
-    Attributes:
-        source: Batches without logits.
-        teachers: One teacher for each cache.
-        caches: Caches of the logits for this process's share of every batch.
-        classes: Number of classes.
-    """
-
-    source: BatchSource
-    teachers: tuple[nn.Module, ...]
-    caches: tuple[TeacherCache, ...]
-    classes: int
-
-    @property
-    def device(self) -> torch.device:
-        return self.source.device
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    @property
-    def sizes(self) -> list[int]:
-        return self.source.sizes
-
-    def epoch(
-        self, seed: int, epoch: int, *, first: int = 0, rank: int = 0, world: int = 1
-    ) -> Iterator[Batch]:
-        """Yield the batches of the source's epoch, with logits."""
-        stream = self.source.epoch(seed, epoch, first=first, rank=rank, world=world)
-        shares = [len(batching.share_positions(size, rank, world)) for size in self.sizes]
-        name, ends = f"epoch-{epoch:05}-{rank}-of-{world}", np.cumsum([0, *shares])
-        entries = [cache.open(name, int(ends[-1]), self.classes) for cache in self.caches]
-        with ExitStack() as stack:  # an epoch that is left early closes it with an error
-            writers = [
-                stack.enter_context(cache.write(name)) if entry is None and first == 0 else None
-                for cache, entry in zip(self.caches, entries, strict=True)
-            ]
-            for number, batch in enumerate(stream, first):
-                rows = slice(int(ends[number]), int(ends[number + 1]))
-                teacher_logits = []
-                for teacher, entry, write in zip(self.teachers, entries, writers, strict=True):
-                    logits = predict_logits(teacher, batch) if entry is None else entry[rows]
-                    teacher_logits.append(logits.to(self.device))
-                    if write is not None:
-                        write(logits)
-                yield replace(batch, teacher_logits=tuple(teacher_logits))
+def _cached(
+    parts: TrainingParts,
+    options: TrainOptions,
+    objective: Distillation,
+    source: BatchSource,
+    augmented: BatchSource,
+) -> BatchSource:
+    """The batches with answers from the cache: tables of still images, or views by epoch."""
+    assert options.cache is not None
+    count, on = parts.source.count, parts.on
+    # Images that are read from files while a training goes on are cropped as they are read.
+    still = augmented is source and isinstance(source, ResidentBatches)
+    kept = _open_caches(parts, options, objective, still=still)
+    say = progress.say if on.is_main_process else lambda line: None
+    room = partial(announce, options.cache, say=say, remedy=REMEDY)
+    if not still:
+        recipe = parts.recipe
+        per_epoch = math.ceil(len(augmented) / recipe.accumulate)
+        epochs = math.ceil(recipe.total_steps(per_epoch) / per_epoch)
+        needed = sum(x.missing_bytes(count, epochs, on.num_processes) for x in kept)
+        room(needed, f"{epochs} views of {count:,} images")
+        return CachedBatches(augmented, kept, objective.ask, partial(_count_rows, augmented.sizes))
+    assert isinstance(source, ResidentBatches)
+    table = Table(np.ones(count, np.int64), batching.SCORE_BATCH)
+    logits = tuple(x for x in kept if x.vector is None)
+    if 4 * count * sum(x.width for x in logits) > batching.MAX_RESIDENT_BYTES:
+        logits = ()  # they are read as they are needed
+    tables = [x for x in kept if x not in logits]
+    rows = sum(x.row_bytes for x in logits if not x.cache.has(STATIC))
+    needed = count * rows + sum(map(table.missing_bytes, tables))
+    room(needed, f"{count:,} images")
+    if logits:
+        source = _precompute_logits(source, parts, tuple(x.cache for x in logits))
+    if not tables:
+        return source
+    every = [table] * len(parts.teachers)
+    makers = [source.batch] * len(parts.teachers)
+    return from_tables(source, tables, every, makers, objective, on, texts=count)
 
 
-def predict_logits(teacher: nn.Module, batch: Batch) -> Tensor:
-    """A teacher's logits of a batch, in float32 and without gradients."""
-    with torch.no_grad():
-        return teacher(batch.inputs).float()
+def _count_rows(
+    sizes: Sequence[int], seed: int, epoch: int, rank: int, world: int
+) -> dict[Unit, list[int]]:
+    return {"rows": [len(batching.share_positions(size, rank, world)) for size in sizes]}
 
 
 def _precompute_logits(
     source: ResidentBatches, parts: TrainingParts, caches: tuple[TeacherCache, ...]
-) -> BatchSource:
+) -> ResidentBatches:
     """Add every teacher's logits of every image, unless they would take too much memory."""
     n, k = len(source.examples), len(parts.source.classes)
     if 4 * n * k * len(parts.teachers) > batching.MAX_RESIDENT_BYTES:
         return source
     tables = []
     for i, teacher in enumerate(parts.teachers):
-        logits = caches[i].load("static", n, k) if caches else None
+        logits = caches[i].load(STATIC, n, k) if caches else None
         if logits is None:
             with progress.bar(len(source), "teacher batches") as show:
                 logits = torch.from_numpy(scoring.outputs(teacher, source, tick=show))
             if caches and parts.on.is_main_process:
-                caches[i].save("static", logits)
+                caches[i].save(STATIC, logits)
+            # What is computed must be what is read after a stop.
+            logits = caches[i].as_kept(logits) if caches else logits
         tables.append(logits.to(source.device))
     return replace(source, teacher_logits=tuple(tables))
 
 
 def _open_caches(
-    parts: TrainingParts, options: TrainOptions, *, still: bool
-) -> tuple[TeacherCache, ...]:
-    """Open one cache for each teacher; none without `--cache`."""
-    if options.cache is None:
-        return ()
+    parts: TrainingParts, options: TrainOptions, objective: Distillation, *, still: bool
+) -> tuple[Kept, ...]:
+    """Open the caches of all answers that the loss takes."""
     if parts.source.count == 0:
         raise UserError(
             f"--cache needs images whose identity is known, and {parts.source.name} is read from "
             "front to back: leave it out, or use a folder"
         )
+    refuse_layers(objective, np.ones(parts.source.count, np.int64), "images")
     # The preprocessing of the images is part of each teacher's adapter, and so of its fingerprint.
     common: dict[str, Any] = {"data": parts.source.digest, "shape": parts.source.shape}
     if not still:
@@ -218,38 +205,8 @@ def _open_caches(
         least = min_images_per_process(parts)
         if least > batching.MIN_IMAGES_PER_PROCESS:  # it decides where the last batch begins
             common["least"] = least
-    return open_caches(options, parts.terms, parts.teachers, [common] * len(parts.teachers))
-
-
-def open_caches(
-    options: TrainOptions,
-    loss_terms: Sequence[Term],
-    teachers: Sequence[nn.Module],
-    keys: Sequence[Mapping[str, Any]],
-) -> tuple[TeacherCache, ...]:
-    """Open one cache for each teacher.
-
-    Args:
-        options: Options with `cache`.
-        loss_terms: Terms of the loss.
-        teachers: The teachers.
-        keys: All that the answers of each depend on beside its weights.
-
-    Raises:
-        UserError: If only the largest probabilities are kept, and a term compares logits.
-    """
-    assert options.cache is not None
-    exact = [term.name for term in loss_terms if term.definition.needs_raw_logits]
-    if options.cache_top is not None and exact:
-        raise UserError(
-            f"--cache-top keeps probabilities, and --loss {exact[0]} compares the logits "
-            "themselves: leave it out"
-        )
-    return tuple(
-        teacher_cache.open_cache(
-            options.cache,
-            {**key, "teacher": teacher_cache.fingerprint(teacher)},
-            top=options.cache_top,
-        )
-        for teacher, key in zip(teachers, keys, strict=True)
+    count = len(parts.teachers)
+    widths = [len(parts.source.classes)] * count
+    return open_all(
+        options, objective, parts.terms, [common] * count, widths, top=options.cache_top
     )

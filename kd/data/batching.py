@@ -8,7 +8,7 @@ several processes share a batch without communication.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -29,6 +29,18 @@ MAX_RESIDENT_BYTES = 1 << 30  # CIFAR-10 in float32 is 0.6 GiB; ImageNet at 64 p
 SCORE_BATCH = 64
 
 
+class LayerVector(NamedTuple):
+    """A vector that a term takes from a layer of a teacher, for each image or text.
+
+    Attributes:
+        layer: Name of the layer.
+        place: `mean` over all positions or real tokens, or the `first` token.
+    """
+
+    layer: str
+    place: Literal["mean", "first"]
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Images or texts with their labels, rows and teachers' logits.
@@ -38,7 +50,10 @@ class Batch:
         labels: Class indices; for mixed images, that of the first of the two; of texts also scores.
         targets: Real-valued labels, where the data have them (a distilled set).
         class_shares: For mixed images, the share of each class; rows sum to 1.
-        teacher_logits: The teachers' logits for these images, where they are known already.
+        teacher_logits: The teachers' logits for these images or texts, (n, l, k) where they answer
+            for tokens, where they are known already.
+        teacher_vectors: Vectors of each teacher's layers, where they are known already; with them
+            no teacher is called.
         index: Rows of the images in their data set, where they are known.
         total_images: Number of images, or texts, of the batch over all processes, if this is the
             share of one.
@@ -52,7 +67,8 @@ class Batch:
     labels: Int[Tensor, " n"]
     targets: Float[Tensor, "n k"] | None = None
     class_shares: Float[Tensor, "n k"] | None = None
-    teacher_logits: tuple[Float[Tensor, "n k"], ...] | None = None
+    teacher_logits: tuple[Float[Tensor, "n *l k"], ...] | None = None
+    teacher_vectors: tuple[Mapping[LayerVector, Float[Tensor, "n d"]], ...] | None = None
     index: Int[Tensor, " n"] | None = None
     total_images: int | None = None
     teacher_inputs: tuple[TokenInputs, ...] | None = None

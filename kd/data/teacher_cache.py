@@ -1,9 +1,13 @@
-"""Teachers' logits on disk, so that a teacher evaluates each view of an image once.
+"""Teachers' answers on disk, so that a teacher evaluates each view of an image or text once.
 
-    DIR/<SHA-256 of the key>/key.json              the key, which the logits depend on, as text
+    DIR/<SHA-256 of the key>/key.json              the key, which the answers depend on, as text
                              static.json           index of a table: one row per image
+                             part-00003.json       index of a part of the texts or their tokens
                              epoch-00012.json      index of an epoch's views, in order of its steps
                              chunks/<SHA-256>.safetensors
+
+A row is the logits of an image, a text or a token, or a vector of a layer, for which all values are
+kept.
 
 Every view of a training is a function of the key, so an entry is named only by its epoch. An
 index is written last and atomically, and names its chunks by their contents: a killed epoch leaves
@@ -19,9 +23,9 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,29 +68,58 @@ class CachedLogits:
         starts: First row of each chunk.
         classes: Number of classes k.
         rows: Number of rows n.
+        temperature: Temperature of the stored probabilities.
     """
 
     chunks: list[StoredLogits]
     starts: Int[np.ndarray, " chunks"]
     classes: int
     rows: int
+    temperature: float = 1.0
 
     def __len__(self) -> int:
         return self.rows
 
     def __getitem__(self, rows: slice | Int[np.ndarray, " m"]) -> Float[Tensor, "m k"]:
         """Read the logits of rows; log-probabilities if the entry keeps only the largest."""
+        return self.read(rows, torch.device("cpu"))
+
+    def read(
+        self, rows: slice | Int[np.ndarray, " m"], device: torch.device
+    ) -> Float[Tensor, "m k"]:
+        """Read rows to a device, on which those that keep only the largest are expanded.
+
+        Args:
+            rows: Numbers of the rows, in any order.
+            device: Device of the result.
+        """
         index = np.arange(*rows.indices(self.rows)) if isinstance(rows, slice) else rows
-        if len(index) and not 0 <= index.min() <= index.max() < self.rows:
+        if not len(index):
+            return torch.empty(0, self.classes, device=device)
+        if not 0 <= index.min() <= index.max() < self.rows:
             raise IndexError(f"rows must be in 0 to {self.rows - 1}, got {index}")
-        logits = torch.empty(len(index), self.classes)
         chunk = np.searchsorted(self.starts, index, "right") - 1
+        order = np.argsort(chunk, kind="stable")
+        parts = []
         for number in np.unique(chunk):
-            positions = np.flatnonzero(chunk == number)
-            local = torch.from_numpy(index[positions] - self.starts[number])
-            stored = top_k.select_rows(self.chunks[number], local)
-            logits[torch.from_numpy(positions)] = top_k.decode(stored, self.classes)
-        return logits
+            local = torch.from_numpy(index[chunk == number] - self.starts[number])
+            parts.append(top_k.select_rows(self.chunks[number], local))
+        stored = top_k.select_rows(top_k.join_rows(parts), torch.from_numpy(np.argsort(order)))
+        moved = {name: value.to(device) for name, value in stored.items()}
+        return top_k.decode(moved, self.classes) * self.temperature
+
+
+def join(entries: Sequence[CachedLogits]) -> CachedLogits:
+    """The rows of several entries of one cache as those of one.
+
+    Args:
+        entries: The entries, in the order of their rows; at least one.
+    """
+    first, *_ = entries
+    ends = np.cumsum([0, *(entry.rows for entry in entries)])
+    starts = [entry.starts + end for entry, end in zip(entries, ends[:-1], strict=True)]
+    chunks = [chunk for entry in entries for chunk in entry.chunks]
+    return replace(first, chunks=chunks, starts=np.concatenate(starts), rows=int(ends[-1]))
 
 
 @dataclass(frozen=True)
@@ -96,12 +129,14 @@ class TeacherCache:
     Attributes:
         folder: Folder named by the key's SHA-256.
         top: Number of log-probabilities kept of each row; None for all logits in float32.
+        temperature: Temperature of these probabilities.
         lock: Lock held while the cache is in use, so that nobody clears the folder; None where
             another process that uses the same logits holds it.
     """
 
     folder: Path
     top: int | None
+    temperature: float = 1.0
     lock: locks.Lock | None = field(default=None, repr=False, compare=False)
 
     def open(self, name: str, rows: int, classes: int) -> CachedLogits | None:
@@ -112,12 +147,11 @@ class TeacherCache:
             rows, classes: Numbers that the entry must have.
         """
         path = self._index(name)
+        if not path.exists():
+            return None
         try:
-            return (
-                _open_entry(path, self.folder.name, rows, classes, self.top)
-                if path.exists()
-                else None
-            )
+            entry = _open_entry(path, self.folder.name, rows, classes, self.top)
+            return replace(entry, temperature=self.temperature)
         except Exception as error:  # any damage is mended by computing the logits again
             why = one_line(error)
             progress.say(f"teacher cache: {path} is not used ({why}): computed anew")
@@ -128,10 +162,34 @@ class TeacherCache:
         entry = self.open(name, rows, classes)
         return None if entry is None else entry[:]
 
+    def has(self, name: str) -> bool:
+        """Whether there is an entry of this name, which nobody has checked."""
+        return self._index(name).exists()
+
     def save(self, name: str, logits: Float[Tensor, "n k"]) -> None:
         """Write an entry from memory."""
         with self.write(name) as add:
             add(logits)
+
+    def as_kept(self, logits: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+        """The logits as the cache gives them back, on their device.
+
+        A training that computes them takes these, so that it learns from the same values as one
+        that reads them, such as itself after a stop.
+        """
+        if self.top is None:
+            return logits.detach().float()
+        stored = top_k.encode(logits / self.temperature, self.top)
+        moved = {name: value.to(logits.device) for name, value in stored.items()}
+        return top_k.decode(moved, logits.shape[1]) * self.temperature
+
+    def row_bytes(self, classes: int) -> int:
+        """Bytes of a row on disk.
+
+        Args:
+            classes: Number of classes.
+        """
+        return _row_bytes(classes, self.top)
 
     @contextmanager
     def write(self, name: str) -> Iterator[Callable[[Float[Tensor, "m k"]], None]]:
@@ -147,7 +205,8 @@ class TeacherCache:
             ValueError: If logits are not finite, or rows differ in length.
             OSError: If the disk is full or cannot be written.
         """
-        path, writer = self._index(name), _Writer(self.folder / "chunks", self.top)
+        path = self._index(name)
+        writer = _Writer(self.folder / "chunks", self.top, self.temperature)
         yield writer.add
         writer.flush()
         index = {"key": self.folder.name, "classes": writer.classes, "chunks": writer.written}
@@ -159,7 +218,9 @@ class TeacherCache:
         return self.folder / f"{name}.json"
 
 
-def open_cache(folder: Path, key: Mapping[str, Any], *, top: int | None) -> TeacherCache:
+def open_cache(
+    folder: Path, key: Mapping[str, Any], *, top: int | None, temperature: float = 1.0
+) -> TeacherCache:
     """Open the cache of a key under `folder`, or create it.
 
     Args:
@@ -168,6 +229,8 @@ def open_cache(folder: Path, key: Mapping[str, Any], *, top: int | None) -> Teac
             augmentation, seed, batch size, share of a process.
         top: Number of largest log-probabilities to keep in half precision; None keeps all logits
             exactly.
+        temperature: Temperature of the probabilities that are kept. At a higher one than theirs the
+            classes that are left out would share far more of the probability than they have.
 
     Raises:
         UserError: If `top` is not positive, or the folder cannot be created.
@@ -175,7 +238,10 @@ def open_cache(folder: Path, key: Mapping[str, Any], *, top: int | None) -> Teac
     """
     if top is not None and top < 1:
         raise UserError(f"--cache-top must be at least 1, got {top}")
+    temperature = 1.0 if top is None else temperature
     versioned_key = {"format": FORMAT_VERSION, "top": top, "key": dict(key)}
+    if temperature != 1:
+        versioned_key["temperature"] = temperature
     inner = folder / _strict_json_digest(versioned_key)
     try:
         (inner / "chunks").mkdir(parents=True, exist_ok=True)
@@ -184,7 +250,7 @@ def open_cache(folder: Path, key: Mapping[str, Any], *, top: int | None) -> Teac
         _remove_abandoned(inner)
     except OSError as error:
         raise UserError(f"--cache {folder} cannot be used ({error}): choose another") from error
-    return TeacherCache(inner, top, lock)
+    return TeacherCache(inner, top, temperature, lock)
 
 
 def _lock(folder: Path) -> locks.Lock | None:
@@ -197,8 +263,8 @@ def _lock(folder: Path) -> locks.Lock | None:
 class _Writer:
     """Collects rows and writes them as chunks of equal length."""
 
-    def __init__(self, folder: Path, top: int | None) -> None:
-        self.folder, self.top = folder, top
+    def __init__(self, folder: Path, top: int | None, temperature: float) -> None:
+        self.folder, self.top, self.temperature = folder, top, temperature
         self.classes = self.held = 0
         self.parts: list[StoredLogits] = []
         self.written: list[dict[str, Any]] = []
@@ -209,9 +275,8 @@ class _Writer:
         if not torch.isfinite(logits).all():
             raise ValueError("a teacher's logits must be finite: NaN or infinity among them")
         self.classes = logits.shape[1]
-        row = top_k.expected_forms(1, self.classes, self.top).values()
-        length = max(1, CHUNK_BYTES // sum(t.itemsize * math.prod(shape) for t, shape in row))
-        for part in logits.split(length):
+        length = max(1, CHUNK_BYTES // _row_bytes(self.classes, self.top))
+        for part in (logits if self.temperature == 1 else logits / self.temperature).split(length):
             self.parts.append(top_k.encode(part, self.top))
             self.held += len(part)
             if self.held >= length:
@@ -229,6 +294,11 @@ class _Writer:
         write_bytes(self.folder / f"{sha256}.safetensors", content)
         self.written.append({"sha256": sha256, "rows": count})
         self.parts, self.held = [top_k.select_rows(joined, rows[count:])], self.held - count
+
+
+def _row_bytes(classes: int, top: int | None) -> int:
+    row = top_k.expected_forms(1, classes, top).values()
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in row)
 
 
 def _open_entry(path: Path, key: str, rows: int, classes: int, top: int | None) -> CachedLogits:

@@ -9,14 +9,17 @@ a layer gives one for each, and there are no maps.
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError
+from kd.data.batching import Batch, LayerVector
 from kd.losses import adversarial, contrastive
 from kd.losses.ranges import Factor, Flag, Range, ShareBelowOne, Temperature
 from kd.models.language.text_teachers import TextTeacher
@@ -48,6 +51,25 @@ from kd.objectives.taps import (
 )
 
 LossFunction = Callable[..., Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherLayers:
+    """What a term takes from the layers of one teacher.
+
+    Attributes:
+        teacher: Number of the teacher.
+        count_bytes: Bytes in float32 of what it takes for texts of these lengths in tokens; for
+            images the lengths are ones.
+        vectors: Width of each vector, if it takes nothing but vectors of images or texts.
+        read: Reads the vectors of the teacher's last forward pass, for the batch that the teacher
+            was given.
+    """
+
+    teacher: int
+    count_bytes: Callable[[Int[np.ndarray, " n"]], int]
+    vectors: Mapping[LayerVector, int] = field(default_factory=dict)
+    read: Callable[[Batch], Mapping[LayerVector, Tensor]] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,13 +148,78 @@ class TappedPairs:
         ours, theirs = self.student.read(), self.teacher.read()
         return [(ours[s], theirs[t]) for s, t in self.pairs]
 
+    def read_vectors(
+        self, batch: Batch, teacher: int, place: Literal["mean", "first"]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Read the vectors of the last step, pair by pair; the teacher's where the batch has them.
+
+        Args:
+            batch: Batch of the step.
+            teacher: Number of the teacher.
+            place: Which vectors of a feature.
+        """
+        features = self.student.read()
+        mask = _token_mask(batch.inputs)
+        ours = {s.layer: _vector(features[s.layer], s, mask, place) for s, _ in self.layouts}
+        if batch.teacher_vectors is None:
+            theirs = self._read_teacher(batch, teacher, place)
+        else:
+            theirs = batch.teacher_vectors[teacher]
+        return [(ours[s], theirs[LayerVector(t, place)]) for s, t in self.pairs]
+
+    def teacher_layers(
+        self, teacher: int, place: Literal["mean", "first"] | None = None
+    ) -> TeacherLayers:
+        """What is taken from the teacher: whole features, or with `place` their vectors.
+
+        Args:
+            teacher: Number of the teacher.
+            place: Which vectors.
+        """
+        if place is None:
+            return TeacherLayers(teacher, self._teacher_bytes)
+        widths = {LayerVector(t.layer, place): t.channels for _, t in self.layouts}
+        read = partial(self._read_teacher, teacher=teacher, place=place)
+        return TeacherLayers(teacher, self._teacher_bytes, widths, read)
+
+    def _read_teacher(
+        self, batch: Batch, teacher: int, place: Literal["mean", "first"]
+    ) -> dict[LayerVector, Tensor]:
+        features, mask = self.teacher.read(), _token_mask(batch.inputs_of(teacher))
+        return {
+            LayerVector(t.layer, place): _vector(features[t.layer], t, mask, place)
+            for _, t in self.layouts
+        }
+
+    def _teacher_bytes(self, lengths: Int[np.ndarray, " n"]) -> int:
+        layouts = {t.layer: t for _, t in self.layouts}.values()
+        tokens, rows = int(lengths.sum()), len(lengths)
+        return 4 * sum(
+            t.channels * (tokens if t.size is None else rows * math.prod(t.size)) for t in layouts
+        )
+
+
+def _token_mask(inputs: Tensor | TokenInputs) -> Bool[Tensor, "n l"] | None:
+    return inputs.mask if isinstance(inputs, TokenInputs) else None
+
+
+def _vector(
+    feature: Tensor,
+    layout: FeatureLayout,
+    mask: Bool[Tensor, "n l"] | None,
+    place: Literal["mean", "first"],
+) -> Float[Tensor, "n d"]:
+    return feature[:, 0] if place == "first" else as_vector(feature, layout, mask)
+
 
 class ProjectedFeatures(nn.Module):
     """The features of pairs of layers, projected to the arguments of a loss.
 
-    Each pair has its own projector. Of texts all features are vectors, the means over real tokens.
+    Each pair has its own projector. Losses of vectors take the means over positions, of texts over
+    real tokens.
 
     Attributes:
+        teacher_layers: What is taken from the teacher.
         projectors: One per pair; called with both features, it returns the loss's arguments.
     """
 
@@ -140,15 +227,16 @@ class ProjectedFeatures(nn.Module):
         self, context: TermContext, make: Callable[..., nn.Module], *, default: bool
     ) -> None:
         super().__init__()
-        self.of_texts, self.teacher = isinstance(context.sample, TokenInputs), context.number
-        if self.of_texts and not default:
+        self.teacher, self._takes_vectors = context.number, default
+        if isinstance(context.sample, TokenInputs) and not default:
             raise UserError(
                 "at, fitnet, mgd, review and vid compare maps of images, which texts have not: use "
                 "hidden, cosine, or a loss of vectors such as srd"
             )
         self.tapped = TappedPairs(context, context.layers(default=default))
+        self.teacher_layers = self.tapped.teacher_layers(self.teacher, "mean" if default else None)
         layouts = self.tapped.layouts
-        if self.of_texts:
+        if default:
             layouts = [(_vector_layout(s), _vector_layout(t)) for s, t in layouts]
         with torch.random.fork_rng():
             torch.manual_seed(context.seed)
@@ -156,14 +244,9 @@ class ProjectedFeatures(nn.Module):
 
     def read(self, step: StepOutputs) -> list[tuple[Tensor, Tensor]]:
         """Read the features of the last step, pair by pair."""
-        features = self.tapped.read()
-        if not self.of_texts:
-            return features
-        ours, theirs = step.mask, step.teacher_mask(self.teacher)
-        return [
-            (as_vector(s, of_s, ours), as_vector(t, of_t, theirs))
-            for (s, t), (of_s, of_t) in zip(features, self.tapped.layouts, strict=True)
-        ]
+        if not self._takes_vectors:
+            return self.tapped.read()
+        return self.tapped.read_vectors(step.batch, self.teacher, "mean")
 
     def forward(self, step: StepOutputs) -> list[tuple[Tensor, ...]]:
         """Read and project the features, pair by pair."""

@@ -12,9 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from kd.data.batching import Batch, Unit
+from kd.data.batching import Batch, LayerVector, Unit
 from kd.models.wrapped_network import WrappedNetwork
 from kd.objectives.adversary import Adversary
+from kd.objectives.feature_terms import TeacherLayers
 from kd.objectives.step_outputs import StepOutputs
 from kd.objectives.terms import WeightedTerm
 from kd.parallel import sharding
@@ -115,6 +116,9 @@ class Distillation(nn.Module):
         self.adversary = adversary
         self.needs_answers = any(term.needs_answers for term in terms)
         self.needs_features = any(term.needs_teacher_features for term in terms)
+        self.needs_logits = any(
+            term.needs_teacher and not list(_teacher_layers(term)) for term in terms
+        )
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "Distillation":
@@ -137,6 +141,34 @@ class Distillation(nn.Module):
             outputs = self.student(batch.inputs)
             step = StepOutputs(batch, outputs, answers, self.by_label, changed)
         return {term.name: term(step) for term in terms}
+
+    def teacher_layers(self) -> list[tuple[str, TeacherLayers]]:
+        """What each term takes from the layers of each teacher, with the name of the term."""
+        return [
+            (term.name, layers)
+            for term in _weighted_terms(self.terms)
+            for layers in _teacher_layers(term)
+        ]
+
+    @property
+    def needs_vectors_alone(self) -> bool:
+        """Whether terms take nothing but vectors from teachers' layers, if anything."""
+        return all(layers.vectors for _, layers in self.teacher_layers())
+
+    @torch.no_grad()
+    def ask(self, teacher: int, batch: Batch) -> tuple[Tensor, dict[LayerVector, Tensor]]:
+        """A teacher's logits of a batch, and the vectors that terms take from its layers.
+
+        Args:
+            teacher: Number of the teacher.
+            batch: The batch, on the teacher's device.
+        """
+        logits = self.teachers[teacher](batch.inputs_of(teacher)).float()
+        vectors: dict[LayerVector, Tensor] = {}
+        for _, layers in self.teacher_layers():
+            if layers.teacher == teacher and layers.read is not None:
+                vectors |= layers.read(batch)
+        return logits, vectors
 
     @property
     def units(self) -> Mapping[str, Unit]:
@@ -171,8 +203,10 @@ class Distillation(nn.Module):
     def _teacher_logits(self, batch: Batch) -> tuple[Tensor, ...]:
         if not self.needs_answers:
             return ()
-        if batch.teacher_logits is not None and not self.needs_features:
-            return batch.teacher_logits
+        if batch.teacher_vectors is not None or not self.needs_features:
+            known = batch.teacher_logits
+            if known is not None:
+                return known
         with torch.no_grad():
             return tuple(teacher(batch.inputs_of(i)) for i, teacher in enumerate(self.teachers))
 
@@ -301,6 +335,13 @@ def _weighted_terms(terms: nn.ModuleList) -> Iterator[WeightedTerm]:
     for term in terms:
         assert isinstance(term, WeightedTerm)
         yield term
+
+
+def _teacher_layers(term: WeightedTerm) -> Iterator[TeacherLayers]:
+    for module in term.modules():
+        layers = getattr(module, "teacher_layers", None)
+        if isinstance(layers, TeacherLayers):
+            yield layers
 
 
 def no_weight_decay_names(student: WrappedNetwork, prefix: str) -> set[str]:

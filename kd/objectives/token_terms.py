@@ -13,15 +13,16 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError
 from kd.models.language import blocks
 from kd.models.token_inputs import TokenInputs
 from kd.objectives.attention_taps import Attention, AttentionTaps
-from kd.objectives.feature_terms import LossFunction, TappedPairs, TermContext
+from kd.objectives.feature_terms import LossFunction, TappedPairs, TeacherLayers, TermContext
 from kd.objectives.loss_spec import LayerPair
 from kd.objectives.step_outputs import StepOutputs
 from kd.objectives.taps import EMBEDDINGS, try_out
@@ -65,22 +66,23 @@ class StatePairs:
     """Hidden states of pairs of layers, token by token.
 
     Attributes:
+        tapped: The taps on both networks.
         widths: Number of values of a state of the student and of the teacher, for each pair.
     """
 
     def __init__(self, name: str, context: TermContext, mapping: LayerMapping) -> None:
-        self._tapped = TappedPairs(context, _layer_pairs(name, context, mapping))
-        for layout in itertools.chain(*self._tapped.layouts):
+        self.tapped = TappedPairs(context, _layer_pairs(name, context, mapping))
+        for layout in itertools.chain(*self.tapped.layouts):
             if layout.kind != "tokens":
                 raise UserError(
                     f"--loss {name}: layer {layout.layer!r} gives one vector for a text, not one "
                     "for each token: name another layer"
                 )
-        self.widths = [(s.channels, t.channels) for s, t in self._tapped.layouts]
+        self.widths = [(s.channels, t.channels) for s, t in self.tapped.layouts]
 
     def read(self) -> list[tuple[Tensor, Tensor]]:
         """The states of the last step, (n, l, d), pair by pair."""
-        return self._tapped.read()
+        return self.tapped.read()
 
 
 class HiddenTerm(nn.Module):
@@ -97,6 +99,7 @@ class HiddenTerm(nn.Module):
         super().__init__()
         self.teacher = context.number
         self.states, self.function = StatePairs("hidden", context, with_embeddings), function
+        self.teacher_layers = self.states.tapped.teacher_layers(self.teacher)
         widths = set(self.states.widths)
         if len(widths) > 1:
             raise UserError(
@@ -125,6 +128,7 @@ class CosineTerm(nn.Module):
         super().__init__()
         self.teacher = context.number
         self.states, self.function = StatePairs("cosine", context, last), function
+        self.teacher_layers = self.states.tapped.teacher_layers(self.teacher)
         with torch.random.fork_rng():
             torch.manual_seed(context.seed)
             self.maps = nn.ModuleList(
@@ -143,6 +147,7 @@ class PatientTerm(nn.Module):
 
     def __init__(self, context: TermContext, function: LossFunction) -> None:
         super().__init__()
+        self.teacher = context.number
         self.states, self.function = StatePairs("patient", context, skip), function
         for ours, theirs in self.states.widths:
             if ours != theirs:
@@ -150,10 +155,11 @@ class PatientTerm(nn.Module):
                     f"--loss patient compares vectors of one width: the student's have {ours} "
                     f"values and the teacher's {theirs}: use hidden or srd"
                 )
+        self.teacher_layers = self.states.tapped.teacher_layers(self.teacher, "first")
 
     def forward(self, step: StepOutputs) -> Tensor:
-        losses = [self.function(s[:, 0], t[:, 0]) for s, t in self.states.read()]
-        return torch.stack(losses).sum()
+        pairs = self.states.tapped.read_vectors(step.batch, self.teacher, "first")
+        return torch.stack([self.function(s, t) for s, t in pairs]).sum()
 
 
 class AttentionPairs:
@@ -189,6 +195,20 @@ class AttentionPairs:
         ours, theirs = self._student.read(), self._teacher.read()
         return [(ours[s], theirs[t]) for s, t in self._pairs]
 
+    def score_bytes(self, lengths: Int[np.ndarray, " n"]) -> int:
+        """Bytes in float32 of the teacher's attention scores for texts of these lengths."""
+        heads = {
+            block: heads for (_, block), (_, heads) in zip(self._pairs, self.heads, strict=True)
+        }
+        return 4 * sum(heads.values()) * int(np.square(lengths.astype(np.int64)).sum())
+
+    def projection_bytes(self, lengths: Int[np.ndarray, " n"]) -> int:
+        """Bytes in float32 of the teacher's queries, keys and values for such texts."""
+        widths = {
+            block: width for (_, block), (_, width) in zip(self._pairs, self.widths, strict=True)
+        }
+        return 4 * 3 * sum(widths.values()) * int(lengths.sum())
+
     def refuse_other_heads(self) -> None:
         """Refuse blocks whose numbers of heads differ."""
         for (ours, theirs), widths in zip(self.heads, self.widths, strict=True):
@@ -207,6 +227,7 @@ class ScoresTerm(nn.Module):
         self.teacher = context.number
         self.attention, self.function = AttentionPairs("scores", context, uniform), function
         self.attention.refuse_other_heads()
+        self.teacher_layers = TeacherLayers(self.teacher, self.attention.score_bytes)
 
     def forward(self, step: StepOutputs) -> Tensor:
         mask = aligned_mask("scores", step, self.teacher)
@@ -222,6 +243,7 @@ class RelationsTerm(nn.Module):
         super().__init__()
         self.teacher = context.number
         self.attention, self.function = AttentionPairs("relations", context, last), function
+        self.teacher_layers = TeacherLayers(self.teacher, self.attention.projection_bytes)
         heads = function.keywords.get("heads", 0)
         if not heads:
             self.attention.refuse_other_heads()

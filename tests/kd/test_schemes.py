@@ -10,6 +10,7 @@ import safetensors.numpy
 from kd_support import main, read_report
 from PIL import Image
 
+from dsdistill.harness import memory
 from kd.evaluation import teacher_check
 from kd.models import saved_models, teachers
 from kd.training import dry_run
@@ -104,6 +105,16 @@ def test_the_cache_belongs_to_teacher_seed_and_augmentation(inside, work: Path) 
     assert len(list((work / "answers").iterdir())) == 4
 
 
+def test_the_cache_of_crops_of_files_belongs_to_the_seed(inside, work: Path) -> None:
+    common = ("train", "photos", "--student", "mlp:4", "--image-size", 16, "--device", "cpu")
+    common = (*common, "--workers", 0, "--augment", "imagenet", "--steps", 1)
+    main(inside, *common, "--out", "photos-teacher")
+    for seed in (0, 1):
+        cached = ("--teacher", "photos-teacher", "--cache", "crops", "--seed", seed)
+        main(inside, *common, *cached, "--out", f"photos-{seed}")
+    assert len(list((work / "crops").iterdir())) == 2
+
+
 def test_a_damaged_entry_is_computed_anew(inside, work: Path, capsys) -> None:
     common = ("train", "digits", *FAST, "--teacher", "teacher-0", "--cache", "damaged")
     main(inside, *common, "--out", "whole")
@@ -117,10 +128,38 @@ def test_a_damaged_entry_is_computed_anew(inside, work: Path, capsys) -> None:
     assert _same(work / "whole", work / "mended")
 
 
-def test_features_cannot_be_cached(inside) -> None:
-    options = ("--teacher", "teacher-0", "--loss", "ce:1,sp", "--cache", "features")
-    with pytest.raises(SystemExit, match="this loss needs their features too"):
-        main(inside, "train", "digits", *FAST, *options, "--out", "none")
+@pytest.mark.parametrize("changes", [(), ("--augment", "crop-flip")])
+def test_vectors_of_layers_are_cached(inside, work: Path, changes: tuple[str, ...]) -> None:
+    """Without augmentation a table was computed in other batches, so that sums are rounded anew."""
+    name = "-".join(["vectors", *changes]).replace("--", "")
+    loss = ("--loss", "ce:1,sp:3,srd@embedding=embedding,crd", "--teacher", "teacher-0")
+    common = ("train", "digits", *FAST, *loss, *changes)
+    main(inside, *common, "--out", f"{name}-0")
+    asked = _Asked(inside)
+    for i in (1, 2):
+        main(inside, *common, "--cache", f"{name}-answers", "--out", f"{name}-{i}")
+    assert asked.images - 1295 * (2 if changes else 1) < 2 * (teacher_check.FOR_ORDER + 359 + 20)
+    assert _same(work / f"{name}-1", work / f"{name}-2")
+    plain, cached = (_weights(work / f"{name}-{i}") for i in (0, 1))
+    for key, value in plain.items():
+        np.testing.assert_allclose(cached[key], value, rtol=0, atol=0 if changes else 1e-3)
+
+
+def test_the_largest_probabilities_teach_the_same_when_they_are_read(inside, work: Path) -> None:
+    for i, changes in enumerate([(), ("--augment", "crop-flip")]):
+        common = ("train", "digits", *FAST, "--teacher", "teacher-0", "--cache-top", 3, *changes)
+        for j in (0, 1):
+            main(inside, *common, "--cache", "largest", "--out", f"largest-{i}{j}")
+        assert _same(work / f"largest-{i}0", work / f"largest-{i}1")
+
+
+def test_maps_of_layers_are_not_cached(inside) -> None:
+    options = ("--student", "convnet:8", "--teacher", "maps", "--loss", "ce:1,at@0")
+    main(inside, "train", "digits", *options[:2], "--steps", 2, "--out", "maps")
+    # 8 channels of 8x8 values for each image.
+    size = memory.format_bytes(4 * 1295 * 8 * 64)
+    with pytest.raises(SystemExit, match=f"--loss at takes whole layers, {size} for 1,295 images"):
+        main(inside, "train", "digits", *options, "--cache", "features", "--out", "none")
 
 
 def test_born_again_networks_are_a_chain_that_can_be_continued(inside, work: Path) -> None:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -276,7 +277,16 @@ OPTIONS: list[tuple[str, tuple[object, ...], str]] = [
     ("plain", (*CAUSAL, "--on-policy", 0.5), "has no teacher: add --teacher and tokens:1"),
     ("one", (*TAUGHT, "--on-policy", 0.5), "--on-policy needs a student that writes"),
     # caches
-    ("one", (*TAUGHT, "--cache", "c", "--loss", "ce,hidden"), "this loss needs more"),
+    (
+        "one",
+        ("--student", "bert:2x8", *TAUGHT[2:], "--cache", "c", "--loss", "ce,hidden"),
+        "--loss hidden takes whole layers, ",
+    ),
+    (
+        "plain",
+        (*WRITTEN, "--loss", "tokens,kd:1:temperature=4", "--cache", "c", "--cache-top", 3),
+        "--cache-top keeps probabilities at one temperature, and the terms of --loss have 2, 4",
+    ),
     (
         "score",
         ("--student", "bert:1x8", "--teacher", "scores", "--cache", "c", "--cache-top", 1),
@@ -507,6 +517,30 @@ def test_options_of_the_schedule_are_for_the_last_stage(
     assert (last["final"], last["average_best"]) == (0.1, 2)
 
 
+@pytest.mark.parametrize("copies", [(), ("--augment", "words", "--copies", 1)])
+def test_recipes_fit_scores_and_their_last_stage_alone_uses_the_cache(
+    inside: pytest.MonkeyPatch, tmp_path: Path, copies: tuple[object, ...]
+) -> None:
+    student = ("--student", "bert:2x16", "--teacher", "scores", "--device", "cpu")
+    cached = ("--recipe", "tinybert", "--cache", tmp_path / "cache", *copies, "--epochs", 1)
+    main(inside, "train", "score", *student, *cached, "--out", tmp_path / "run")
+    losses = [
+        json.loads((tmp_path / name / "recipe.json").read_text())["loss"]
+        for name in ("run-1", "run")
+    ]
+    assert losses == ["hidden:1,scores:1", "logits:1"]
+    keys = [path.read_text() for path in (tmp_path / "cache").glob("*/key.json")]
+    answers = [key for key in keys if '"teacher"' in key]  # the others are of copies
+    assert len(answers) == 1
+    assert "vector" not in answers[0]
+    if copies:
+        return
+    main(inside, "train", "score", *student, "--recipe", "pkd", "--out", tmp_path / "pkd")
+    recipe = json.loads((tmp_path / "pkd" / "recipe.json").read_text())
+    assert recipe["loss"] == "mse:0.5,logits:0.5,patient:0.1"
+    assert read_report(tmp_path / "pkd")["metric"] == "spearman"
+
+
 def test_a_teacher_of_copies_is_checked_on_the_originals(
     inside: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -523,10 +557,11 @@ def test_a_teacher_of_copies_is_checked_on_the_originals(
     assert judged["texts"] == len(GOOD)
 
 
-def test_a_cache_of_more_than_the_memory_is_refused(inside: pytest.MonkeyPatch) -> None:
-    inside.setattr("kd.data.batching.MAX_RESIDENT_BYTES", 100)
+def test_a_cache_of_more_than_the_disk_is_refused(inside: pytest.MonkeyPatch) -> None:
+    disk = shutil.disk_usage(".")._replace(free=500)
+    inside.setattr("shutil.disk_usage", lambda folder: disk)
     line = refused_train(inside, "one", *TAUGHT, "--loss", "ce,kd", "--cache", "c")
-    assert "--cache keeps the teachers' answers in memory too" in line
+    assert "--cache c would take 768 B for the answers to 96 texts, and the disk has 500 B" in line
 
 
 def test_the_help_says_what_the_defaults_of_texts_are(

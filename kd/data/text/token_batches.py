@@ -4,7 +4,7 @@ Everything random is a function of (seed, epoch, row), as for images: an epoch c
 batch, and several processes share a batch without communication.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -118,7 +118,7 @@ class TokenBatches:
         """
         order = np.argsort(-self.parts[0].lengths, kind="stable")
         for rows in split_rows(order, self.size)[rank::world]:
-            yield self._batch(rows, (0, 0))
+            yield self.batch(rows)
 
     def first(self, count: int) -> Batch:
         """The first texts of the data as a batch.
@@ -126,7 +126,27 @@ class TokenBatches:
         Args:
             count: Largest number of texts.
         """
-        return self._batch(np.arange(min(count, len(self.parts[0]))), (0, 0))
+        return self.batch(np.arange(min(count, len(self.parts[0]))))
+
+    def batch(self, rows: Int[np.ndarray, " n"]) -> Batch:
+        """The batch of some texts, with tokens hidden as in `in_order`.
+
+        Args:
+            rows: Numbers of the texts.
+        """
+        return self._batch(rows, (0, 0))
+
+    def count_rows(
+        self, seed: int, epoch: int, rank: int, world: int
+    ) -> Mapping[Unit, Sequence[int]]:
+        """Numbers of texts and of tokens in a process's share of each batch of an epoch."""
+        rng = np.random.default_rng(derive_seed(seed, epoch))
+        shares = [rows[rank::world] for rows in self._ordered(rng)]
+        lengths = self.parts[0].lengths
+        return {
+            "rows": [len(rows) for rows in shares],
+            "tokens": [int(lengths[rows].sum()) for rows in shares],
+        }
 
     def _ordered(self, rng: np.random.Generator) -> list[Int[np.ndarray, " n"]]:
         """The rows of each batch of an epoch.
