@@ -12,6 +12,7 @@ from kd.options import (
     EvaluateOptions,
     ExportOptions,
     FeaturesOptions,
+    QuantizeOptions,
     ReportOptions,
     TrainOptions,
 )
@@ -64,6 +65,14 @@ def _export(options: ExportOptions) -> None:
     print_figures({name: rounded.get(name, found[name]) for name in fields})
 
 
+def _quantize(options: QuantizeOptions) -> None:
+    options.check()  # before the seconds that importing torch takes
+    from kd.commands import quantize
+
+    report = quantize.quantize(options)
+    print_figures({"folder": report["folder"], **chosen_figures(report)})
+
+
 def _features(options: FeaturesOptions) -> None:
     options.check()  # before the seconds that importing torch takes
     from kd.commands import features
@@ -107,6 +116,7 @@ _EXPORT_FIELDS = (
 COMMANDS: command_line.Commands = {
     "train": (TrainOptions, _train),
     "evaluate": (EvaluateOptions, _evaluate),
+    "quantize": (QuantizeOptions, _quantize),
     "export": (ExportOptions, _export),
     "features": (FeaturesOptions, _features),
     "augment": (AugmentOptions, _augment),

@@ -11,6 +11,7 @@ from dsdistill.harness import paths, shell
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.help_page import Layout, Shown, format_default
 from kd import attack, per_teacher, recipe, recipes
+from kd.models.quantised import bit_widths
 
 if TYPE_CHECKING:
     from dsdistill.harness.data.mel_images import MelOptions
@@ -103,7 +104,8 @@ TEXT_FIELDS = ("copies", "on_policy")  # of the recipe
 SOUND_OPTIONS = ("seconds", "mel_bands", "sample_rate")
 IMAGE_OPTIONS = (
     *("channels", "preprocess", "pretrained", "centred", "workers", "channels_last"),
-    *("peers", "robust", "student_view", *TEACHER_INPUT_OPTIONS, *SOUND_OPTIONS),
+    *("quantize", "full_range", "peers", "robust", "student_view"),
+    *(*TEACHER_INPUT_OPTIONS, *SOUND_OPTIONS),
 )
 IMAGE_FIELDS = (
     *("image_size", "crop_padding", "hflip", "interpolation", "min_scale", "auto_augment"),
@@ -118,8 +120,8 @@ class TrainOptions:
 
     LAYOUT: ClassVar = Layout(
         groups={
-            "Student": "student student_view pretrained centred keep_layers lora recipe "
-            "trust_module",
+            "Student": "student student_view pretrained centred quantize full_range keep_layers "
+            "lora recipe trust_module",
             "Output and resuming": "out resume seed",
             "Teacher": "teacher teacher_weights class_map teacher_image_size teacher_mean "
             "teacher_std min_teacher_accuracy cache cache_top",
@@ -150,6 +152,9 @@ class TrainOptions:
             "Image files": "These need --augment imagenet.",
             "Recordings": "A folder of class folders of .wav files: each becomes an image of its "
             "mel bands over time. The last three need --augment specaugment.",
+            "Student": "With --quantize a trained student learns from its own copy in float32, "
+            "unless --teacher names another one or --loss needs none, at a tenth of the learning "
+            "rate, without warm-up, for ten epochs.",
             "Texts": "A file or folder of texts is recognised by its name: a .tsv, .csv, .jsonl, "
             ".parquet or .txt, or a folder with a train file and, where it has them, dev and test "
             "files of these kinds.",
@@ -244,6 +249,14 @@ class TrainOptions:
     centred: bool = False
     """Predict f(x) - f0(x), the student minus the function that it starts as, and save, evaluate
     and export the two as one network: helps wide networks without batch norm on few images"""
+
+    quantize: Annotated[str | None, Shown("w8a8|w4a8|w4a4|w2a2", "train in float32")] = None
+    """Train with weights (w) and activations (a) rounded to codes of these bits, from 2 to 8, with
+    learned steps; the first and the last layer have 8. kd export writes the codes"""
+
+    full_range: bool = False
+    """With --quantize: 8-bit weights take all codes from -127 to 127, and not those from -63 to 63,
+    which CPUs without VNNI need; for GPUs and CPUs that have it"""
 
     keep_layers: Annotated[str | None, Shown("N,...", "all of them")] = None
     """Start the student with these blocks of a transformer alone, numbered from 0, and all that is
@@ -393,7 +406,25 @@ class TrainOptions:
         if self.recipe in recipes.STAGES:
             chosen.append(f"--recipe {self.recipe}, which has stages,")
         _require(len(chosen) < 2, "only one scheme at a time", " and ".join(chosen))
+        self._check_quantize(chosen)
         self._check_teacher()
+
+    def _check_quantize(self, schemes: list[str]) -> None:
+        """Refuse bits out of range and options that do not go with them."""
+        if self.quantize is None:
+            _require(not self.full_range, "--full-range needs --quantize", "none")
+            return
+        bit_widths.parse("--quantize", self.quantize)
+        if schemes:
+            raise UserError(
+                f"--quantize trains one student, from labels or teachers: leave {schemes[0]} out, "
+                "and quantize its student afterwards"
+            )
+        if self.centred:
+            raise UserError(
+                "--quantize does not go with --centred, whose difference of two networks no codes "
+                "describe: leave one of them out"
+            )
 
     def _check_teacher(self) -> None:
         """Refuse options that need a teacher where there is none, and a teacher where none fits."""
@@ -529,6 +560,66 @@ class ExportOptions:
 
     data_root: Annotated[Path | None, Shown("DIR", "where they were in training")] = None
     """Folder of the run's data, some images of which the check uses"""
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """Round the weights and activations of a trained student to codes of a few bits.
+
+    The training itself is not repeated: kd train --quantize trains with the rounding.
+    """
+
+    LAYOUT: ClassVar = Layout(
+        groups={
+            "Codes": "bits full_range",
+            "Calibration": "range images",
+            "Output": "out",
+            "Code of your own": "trust_module",
+            "Data and hardware": "data_root device",
+        },
+        examples=("kd quantize runs/student --bits w8a8 --out runs/int8",),
+    )
+
+    run: Annotated[tyro.conf.Positional[Path], Shown("RUN")]
+    """Folder of a finished run of images"""
+
+    bits: Annotated[str, Shown("w8a8|w4a8|w4a4|w2a2")] = "w8a8"
+    """Bits of the weights (w) and of the activations (a), from 2 to 8; 8 in the first and the last
+    layer"""
+
+    full_range: bool = False
+    """Let 8-bit weights take all codes from -127 to 127, and not those from -63 to 63, which CPUs
+    without VNNI need; for GPUs and CPUs that have it"""
+
+    range: Literal["mse", "percentile", "max"] = "mse"
+    """Range of each layer's inputs: that with the smallest squared error, that without a ten
+    thousandth of the values at either end, or from the smallest to the largest value"""
+
+    images: int = 512
+    """Training images that the inputs are seen on, spread over the classes"""
+
+    out: Annotated[Path | None, Shown("DIR", "the next free runs/kd-<run>-<bits>-<n>")] = None
+    """Folder of the quantised student, a run like that of a training"""
+
+    trust_module: Annotated[str | None, Shown("NAME")] = None
+    """Code that the run may name as its network, as module:attribute with its arguments; what only
+    a file names is never imported"""
+
+    data_root: Annotated[Path | None, Shown("DIR", "where they were in training")] = None
+    """Folder of the named data sets"""
+
+    device: Annotated[str, Shown("DEVICE")] = "auto"
+    """auto (a GPU where there is one), cpu, cuda or cuda:N; latency is always measured on the
+    CPU"""
+
+    def check(self) -> None:
+        """Refuse values out of range.
+
+        Raises:
+            UserError: With the option, the rule and the value.
+        """
+        bit_widths.parse("--bits", self.bits)
+        _require(self.images >= 1, "--images must be at least 1", self.images)
 
 
 @dataclass(frozen=True)

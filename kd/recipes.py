@@ -270,6 +270,7 @@ SEQUENCE = replace(FINETUNE, loss="clm:1", augment="teacher")
 GKD = replace(FINETUNE, loss="tokens:1:temperature=1:beta=0.5:targets=1", on_policy=0.5)
 
 # The losses where neither the user nor the recipe names one.
+QUANTISING_EPOCHS = 10
 LABEL_LOSS = "ce:1"
 TEACHER_LOSS = "ce:0.1,kd:0.9:temperature=4"  # Hinton's loss
 MUTUAL_LOSS = "ce:1,kd:1:temperature=1"  # of deep mutual learning
@@ -329,6 +330,12 @@ def by_name(name: str) -> Recipe:
     if name not in NAMED:
         raise unknown_name("recipe", name, NAMED)
     return NAMED[name]
+
+
+def quantising(recipe: Recipe) -> Recipe:
+    """A recipe for a trained student that is quantised: it adapts, and does not learn anew."""
+    length = {"epochs": QUANTISING_EPOCHS} if recipe.steps is None else {}
+    return replace(recipe, lr=recipe.lr / 10, warmup=0, **length)
 
 
 def default_of_texts(*, pretrained: bool) -> Recipe:

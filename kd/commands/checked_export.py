@@ -86,6 +86,8 @@ def _require_agreement(
 ) -> Agreement:
     try:
         comparison = compare(path)
+    except UserError:
+        raise  # already one line
     except Exception as error:  # another program's reader may raise anything
         raise UserError(
             f"as {options.format} the student of {options.run} cannot be run "

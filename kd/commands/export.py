@@ -4,20 +4,27 @@ The files are written to a hidden folder, read again the way their user would, a
 student on random and on real images, before they are moved to their place.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from jaxtyping import Float
 
 from dsdistill.harness.errors import UserError, unknown_name
-from kd.commands import checked_export, export_check, export_formats, run_data, text_export
+from kd.commands import (
+    checked_export,
+    export_check,
+    export_formats,
+    quantised_check,
+    run_data,
+    text_export,
+)
 from kd.commands.checked_export import RELATIVE_TOLERANCE
 from kd.commands.export_check import ReferenceOutputs
 from kd.commands.export_formats import FORMATS, ExportFormat
-from kd.data import batching
+from kd.commands.quantised_check import QuantisedAgreement
 from kd.models import network_names, networks, saved_models
 from kd.models.saved_models import Model
 from kd.options import ExportOptions
@@ -37,6 +44,8 @@ class Comparison:
         real_images: Number of real images.
         data: Name of the data that the real images are from; None if there are none.
         note: Reason why there are no real images; None if there are some.
+        quantised: More about a student with quantisers, whose largest difference is that without
+            optimisations; None of one in float32.
     """
 
     largest_difference: float
@@ -47,6 +56,7 @@ class Comparison:
     real_images: int
     data: str | None
     note: str | None
+    quantised: QuantisedAgreement | None = None
 
 
 def export(options: ExportOptions) -> dict[str, Any]:
@@ -76,13 +86,35 @@ def export(options: ExportOptions) -> dict[str, Any]:
     suffix, sidecar = export_format.suffix, export_format.sidecar_suffix
     out = checked_export.free_path(options, model.name, suffix, sidecar)
     writer = export_format.prepare(model)
-    reference = export_check.gather(options.run, model, options.data_root)
+    count = export_check.REAL_IMAGES if model.bits is None else quantised_check.REAL_IMAGES
+    reference = export_check.gather(options.run, model, options.data_root, count)
     return checked_export.write(
         options,
         out,
         writer,
         _card(options, model, export_format),
-        lambda path: compare(path, export_format, reference),
+        lambda path: (
+            _compare_quantised(options, path, export_format, model, reference)
+            if model.bits is not None and export_format.graph
+            else compare(path, export_format, reference)
+        ),
+    )
+
+
+def _compare_quantised(
+    options: ExportOptions,
+    path: Path,
+    export_format: ExportFormat,
+    model: Model,
+    reference: ReferenceOutputs,
+) -> Comparison:
+    """Compare the file of a quantised student as `quantised_check` says."""
+    read = export_format.read_quantised or export_format.read
+    outputs = export_check.run(read(path), reference)
+    plain = _comparison(outputs, reference, quantised_check.BOUND)
+    return replace(
+        plain,
+        quantised=quantised_check.check(path, options.format, outputs, model, reference),
     )
 
 
@@ -94,14 +126,19 @@ def compare(path: Path, export_format: ExportFormat, reference: ReferenceOutputs
         export_format: Its format.
         reference: Images and the student's outputs.
     """
-    run = export_format.read(path)
-    with torch.inference_mode():
-        outputs = [run(batching.to_nchw(images)).numpy() for images in reference.batches]
-    actual, expected = np.concatenate(outputs), np.concatenate(reference.expected)
+    outputs = export_check.run(export_format.read(path), reference)
+    return _comparison(outputs, reference, RELATIVE_TOLERANCE)
+
+
+def _comparison(
+    actual: Float[np.ndarray, "n k"], reference: ReferenceOutputs, tolerance: float
+) -> Comparison:
+    """Compare outputs with the student's, within a share of their range."""
+    expected = np.concatenate(reference.expected)
     sizes = [len(images) for images in reference.batches]
     return Comparison(
         largest_difference=float(np.abs(actual - expected).max()),
-        tolerance=RELATIVE_TOLERANCE * float(np.ptp(expected)),
+        tolerance=tolerance * float(np.ptp(expected)),
         argmax_agreement=float((actual.argmax(1) == expected.argmax(1)).mean()),
         batch_sizes=tuple(sorted(set(sizes))),
         random_images=export_check.RANDOM_IMAGES,
@@ -152,6 +189,7 @@ def _card(options: ExportOptions, model: Model, export_format: ExportFormat) -> 
         "output_temperature": model.output_temperature,
         "use": _usage(model, export_format),
         "parameters": networks.parameter_count(model.classifier),
+        **({} if model.bits is None else {"quantized": saved_models.describe_bits(model.bits)}),
         "versions": {name: version(name) for name in ("torch", "timm", "numpy")},
     }
 

@@ -1,6 +1,6 @@
 """Reference outputs for an export: random and real images, and the student's outputs for them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
+from torch import Tensor
 
 from dsdistill.harness import paths
 from dsdistill.harness.data import preprocess
@@ -44,13 +45,16 @@ class ReferenceOutputs:
     note: str | None
 
 
-def gather(run: Path, model: Model, root: Path | None) -> ReferenceOutputs:
+def gather(
+    run: Path, model: Model, root: Path | None, count: int = REAL_IMAGES
+) -> ReferenceOutputs:
     """Collect random and real images, each kind as a single image and as a batch.
 
     Args:
         run: Folder of the student's run, which names its data.
         model: The student, in evaluation mode.
         root: Folder of the data sets; None for the one used in training.
+        count: Number of real images, at most.
 
     Raises:
         UserError: If the student's outputs are not finite.
@@ -58,7 +62,7 @@ def gather(run: Path, model: Model, root: Path | None) -> ReferenceOutputs:
     rng = np.random.default_rng(SEED)
     kinds, name, note = [rng.random((RANDOM_IMAGES, *model.shape), dtype=np.float32)], None, None
     try:
-        name, images = _real_images(run, model, root, rng)
+        name, images = _real_images(run, model, root, rng, count)
         kinds.append(images)
     except (UserError, OSError) as error:
         note = str(error)
@@ -69,6 +73,15 @@ def gather(run: Path, model: Model, root: Path | None) -> ReferenceOutputs:
     return ReferenceOutputs(batches, expected, name, note)
 
 
+def run(
+    runner: Callable[[Tensor], Tensor], reference: ReferenceOutputs
+) -> Float[np.ndarray, "n k"]:
+    """The outputs of an exported file for all reference images."""
+    with torch.inference_mode():
+        parts = [runner(batching.to_nchw(images)).numpy() for images in reference.batches]
+    return np.concatenate(parts)
+
+
 def _student_outputs(model: Model, images: ImageBatch) -> Float[np.ndarray, "n k"]:
     """Outputs as in `kd evaluate`: preprocessing in NumPy, then the network."""
     with torch.inference_mode():
@@ -76,7 +89,7 @@ def _student_outputs(model: Model, images: ImageBatch) -> Float[np.ndarray, "n k
 
 
 def _real_images(
-    run: Path, model: Model, root: Path | None, rng: np.random.Generator
+    run: Path, model: Model, root: Path | None, rng: np.random.Generator, count: int
 ) -> tuple[str, ImageBatch]:
     """Name of the run's data and some of its images, from the test set where it has one.
 
@@ -93,28 +106,31 @@ def _real_images(
     # Raises for other classes; their order is irrelevant here.
     class_names.match("the student", model.classes, source.classes, option=None)
     if isinstance(source, FileSource):
-        return source.name, _stream_images(source, recipe, rng)
+        return source.name, _stream_images(source, recipe, rng, count)
     if source.splits is None:
         raise UserError(source.note or f"{name} has no real images")
     images = source.splits.test if len(source.splits.test) else source.splits.train
-    return source.splits.name, preprocess.unit_range(images.images(_sample_rows(len(images), rng)))
+    rows = _sample_rows(len(images), rng, count)
+    return source.splits.name, preprocess.unit_range(images.images(rows))
 
 
-def _stream_images(source: FileSource, recipe: Recipe, rng: np.random.Generator) -> ImageBatch:
+def _stream_images(
+    source: FileSource, recipe: Recipe, rng: np.random.Generator, count: int
+) -> ImageBatch:
     """Evaluation views of a sample of images, or of the first images of an archive."""
     train, validation, test = source.parts
     part = test or validation or train
     if isinstance(part, ImageFiles):
-        part = part.select(_sample_rows(len(part), rng))
+        part = part.select(_sample_rows(len(part), rng, count))
     plain, cpu = preprocess.identity(source.shape[2]), torch.device("cpu")
     stream = replace(source, parts=(train, None, part)).test(recipe, plain, cpu)
     assert stream is not None
-    first = next(iter(stream.in_order())).images[:REAL_IMAGES]
+    first = next(iter(stream.in_order())).images[:count]
     return first.permute(0, 2, 3, 1).numpy()
 
 
-def _sample_rows(n: int, rng: np.random.Generator) -> np.ndarray:
-    return np.sort(rng.permutation(n)[:REAL_IMAGES])
+def _sample_rows(n: int, rng: np.random.Generator, count: int) -> np.ndarray:
+    return np.sort(rng.permutation(n)[:count])
 
 
 def _read_if_present(path: Path) -> Mapping[str, Any]:

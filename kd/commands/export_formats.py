@@ -24,9 +24,12 @@ from torch import Tensor, nn
 from dsdistill.harness import files
 from dsdistill.harness.data import preprocess
 from dsdistill.harness.errors import UserError, first_line
+from kd.commands import quantised_formats
 from kd.commands.checked_export import Writer
 from kd.models import network_names, networks, saved_models, seals
 from kd.models.adapters import PreprocessLayer
+from kd.models.quantised import qdq_network
+from kd.models.quantised.qdq_network import Dialect
 from kd.models.saved_models import Model
 from kd.models.zoo import exported, timm_zoo
 
@@ -50,6 +53,8 @@ class ExportFormat:
         sidecar_suffix: Suffix that a second file adds to the name of the first; None without one.
         graph: Whether the file contains preprocessing and resizing.
         use: Python expression for a person who has nothing but the files.
+        read_quantised: As `read`, without optimisations that change what is computed, where the
+            reader of a quantised student has them.
     """
 
     prepare: Callable[[Model], Writer]
@@ -58,6 +63,7 @@ class ExportFormat:
     sidecar_suffix: str | None
     graph: bool
     use: str
+    read_quantised: Callable[[Path], Runner] | None = None
 
 
 def prepare_onnx(model: Model) -> Writer:
@@ -75,11 +81,15 @@ def prepare_onnx(model: Model) -> Writer:
             dynamic_shapes=sizes,
             input_names=[INPUT_NAME],
             output_names=[OUTPUT_NAME],
+            opset_version=None if model.bits is None else quantised_formats.OPSET,
             verbose=False,
         ),
+        qdq_network.OnnxDialect(),
     )
     proto = program.model_proto
     without_traces(proto.graph)
+    if model.bits is not None:
+        quantised_formats.store_codes(proto.graph)
 
     def write(path: Path, card: Card) -> None:
         onnx.helper.set_model_props(proto, header_strings(card))
@@ -91,22 +101,26 @@ def prepare_onnx(model: Model) -> Writer:
 
 def read_onnx(path: Path) -> Runner:
     """Load the graph in onnxruntime, on the CPU."""
-    import onnxruntime
+    return quantised_formats.run_onnx(path, INPUT_NAME)
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(
-        session.run([OUTPUT_NAME], {INPUT_NAME: images.numpy()})[0]
-    )
+
+def read_quantised_onnx(path: Path) -> Runner:
+    """Load the graph in onnxruntime as it stands, without integer kernels."""
+    return quantised_formats.run_onnx(path, INPUT_NAME, optimised=False)
 
 
 def prepare_pt2(model: Model) -> Writer:
     """Prepare a program of `torch.export`, with the card as an extra file inside.
 
-    A second extra file, in the form of a run's `model.json`, makes it a teacher for `kd train`.
+    A second extra file, in the form of a run's `model.json`, makes it a teacher for `kd train`;
+    one of a quantised student has operators that the reader of teachers does not know.
     """
+    if model.bits is not None:
+        quantised_formats.register_torch_operators()
     program = _trace_graph(
         model,
         lambda graph, example, sizes: torch.export.export(graph, example, dynamic_shapes=sizes),
+        qdq_network.TorchDialect(),
     )
 
     # As a teacher the program takes unprocessed images: it contains its own preprocessing.
@@ -114,7 +128,9 @@ def prepare_pt2(model: Model) -> Writer:
     model_card = json.dumps(saved_models.card(without_preprocess))
 
     def write(path: Path, card: Card) -> None:
-        extra_files = {CARD_FILE: json.dumps(card), exported.CARD: model_card}
+        extra_files = {CARD_FILE: json.dumps(card)}
+        if model.bits is None:
+            extra_files[exported.CARD] = model_card
         files.write_bytes(path, pack_program(program, extra_files))
 
     return write
@@ -246,6 +262,7 @@ FORMATS: Mapping[str, ExportFormat] = {
         suffix=".onnx",
         sidecar_suffix=".json",
         graph=True,
+        read_quantised=read_quantised_onnx,
         use="onnxruntime.InferenceSession(FILE).run(None, {'images': images})[0]",
     ),
     "pt2": ExportFormat(
@@ -281,18 +298,32 @@ _TIMM_HEADER = {"format": "pt"}  # expected by timm and Hugging Face
 _Tracer = Callable[[nn.Module, tuple[Tensor], tuple[dict[int, Any]]], Any]
 
 
-def _trace_graph(model: Model, trace: _Tracer) -> Any:
-    """Trace preprocessing, resizing and network as one graph for any number of images."""
+def _trace_graph(model: Model, trace: _Tracer, dialect: Dialect) -> Any:
+    """Trace preprocessing, resizing and network as one graph for any number of images.
+
+    Args:
+        model: The student.
+        trace: Traces a module.
+        dialect: How quantisation is written, where the student has it.
+    """
     h, w, c = model.shape
-    graph = nn.Sequential(PreprocessLayer(model.preprocess), model.classifier).eval()
     # Two images: a size of 1 would be taken for a constant.
     example, sizes = (torch.zeros(2, c, h, w),), ({0: torch.export.Dim("batch", min=1)},)
     with tracing(model.name):
+        classifier = model.classifier
+        if model.bits is not None:
+            classifier = quantised_formats.with_codes(model, dialect)
+        graph = nn.Sequential(PreprocessLayer(model.preprocess), classifier).eval()
         return trace(graph, example, sizes)
 
 
 def _check_timm(model: Model) -> None:
     """Refuse a network that timm cannot build or prepare images for."""
+    if model.bits is not None:
+        raise UserError(
+            "timm has no quantised networks, and this student is one: use --format onnx, pt2 or "
+            "safetensors"
+        )
     if model.preprocess.whiten is not None:
         raise UserError(
             "timm cannot whiten images, and this student needs it: "

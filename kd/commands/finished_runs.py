@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from kd.commands import continuation
 from kd.commands.run_figures import FIGURES, FRACTION, Figure
 from kd.models import seals
 from kd.models.seals import REPORT
-from kd.options import DEFAULT_WORKERS, TrainOptions
+from kd.options import DEFAULT_WORKERS, QuantizeOptions, TrainOptions
 from kd.recipe import METRICS
 
 REQUIRED_TYPES = {
@@ -51,6 +51,9 @@ OPTIONAL_TYPES = {
     "latency_tokens": int | None,
     "attacked_images": int | None,
     "attacks": Mapping[str, float | None],
+    "quantized": Mapping[str, Any],
+    "file": Mapping[str, float | None],
+    "float_file": Mapping[str, float | None],
     **{
         f"{owner}_{name}": float | None
         for name in FIGURES
@@ -180,6 +183,9 @@ def train_command(config: Mapping[str, Any], folder: Path) -> str:
         config: The stored options; those that have their default are left out.
         folder: Folder of the run.
     """
+    if config.get("command") == QUANTIZE:
+        options = {name: config[name] for name in _QUANTIZE_DEFAULTS if name in config}
+        return shell.line("kd quantize", options, _QUANTIZE_DEFAULTS, str(config["run"]))
     earlier = config.get(continuation.EARLIER_KEY, [])
     if not earlier:
         return _first_command(config)
@@ -198,6 +204,12 @@ def _first_command(config: Mapping[str, Any], **more: Any) -> str:
     return shell.line("kd train", options, _DEFAULTS, str(config["data"]))
 
 
+QUANTIZE = "quantize"  # command in config.json, where a training has none
+_QUANTIZE_DEFAULTS = {
+    f.name: f.default
+    for f in fields(QuantizeOptions)
+    if f.name in ("bits", "full_range", "range", "images")
+}
 _DEFAULTS = Storage(unstored=("data", "out", "resume"), free=()).to_json(TrainOptions())
 
 
@@ -251,6 +263,8 @@ def _labels(firsts: Sequence[FinishedRun]) -> list[str]:
     for run, config in zip(firsts, options, strict=True):
         teacher = run.report.get("teacher")
         parts = [_student_name(run) + (f" from {_base_names(teacher)}" if teacher else "")]
+        if run.config.get("command") == QUANTIZE:
+            parts.append(f"calibrated {run.config['bits']}")
         parts += [
             f"{n.replace('_', ' ')} {_format_value(v)}" for n, v in config.items() if n in varied
         ]

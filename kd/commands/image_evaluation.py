@@ -113,10 +113,10 @@ class ImageEvaluation:
 
     def size(self) -> dict[str, Any]:
         classifier = self.student.classifier
-        return {
-            "parameters": networks.parameter_count(classifier),
-            **scoring.latency(classifier, self.student.shape),
-        }
+        parameters = {"parameters": networks.parameter_count(classifier)}
+        if self.student.bits is not None:  # rounding in float32 is slow; its file has a latency
+            return parameters
+        return {**parameters, **scoring.latency(classifier, self.student.shape)}
 
     def _load_teachers(self, chosen: ChosenTeachers) -> Iterator[tuple[str, nn.Module]]:
         options, source = self.options, self.chosen.source

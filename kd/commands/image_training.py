@@ -11,7 +11,7 @@ from dsdistill.harness import shell
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation import metrics
 from dsdistill.harness.runs import progress
-from kd.commands import run_inputs, training_batches, training_parts
+from kd.commands import quantised_file, run_inputs, training_batches, training_parts
 from kd.commands.training import AssembledTraining, Validate
 from kd.commands.training_parts import TrainingParts
 from kd.data import data_source
@@ -19,6 +19,7 @@ from kd.data.batching import BatchSource, EvaluationBatches
 from kd.data.files.file_source import FileSource
 from kd.evaluation import robustness, scoring, teacher_check
 from kd.models import networks, saved_models
+from kd.models.quantised import quantised_network
 from kd.objectives.schemes import Objective
 from kd.options import TrainOptions
 from kd.recipe import VALIDATION_FIELDS
@@ -141,14 +142,36 @@ class ImageTraining(AssembledTraining[TrainingParts]):
             "train_images": source.count,
             "output_temperature": student.output_temperature,
             "note": source.note,
+            **self._quantised_figures(),
         }
 
     def latency(self) -> dict[str, float | int]:
         student = self.parts.student
+        if student.bits is not None:  # rounding in float32 is slow; its file has a latency
+            return {}
         return {**scoring.latency(student.classifier, student.shape, quick=True)}
 
     def save(self, folder: Path) -> None:
         saved_models.save_run(folder, self.parts.student)
+
+    def _quantised_figures(self) -> dict[str, Any]:
+        """How the student is quantised, and the figures of its file; empty in float32."""
+        parts, student = self.parts, self.parts.student
+        if student.bits is None:
+            return {}
+        original = None
+        if self.options.student is not None and Path(self.options.student).is_dir():
+            typed = training_parts.typed_names(self.options)
+            original = saved_models.load_run(Path(self.options.student), typed=typed)
+            images = student.shape, student.classes
+            original = saved_models.match_classes("the student", original, *images, _say_nothing)
+            network = quantised_network.float_copy(original.classifier.network)
+            classifier = original.classifier.with_network(network)
+            original = replace(original, classifier=classifier, bits=None)
+        return {
+            "quantized": quantised_file.describe(student, "training"),
+            **quantised_file.figures(student, original, parts.source, parts.recipe),
+        }
 
     def _validation_batches(self) -> EvaluationBatches | None:
         parts = self.parts
@@ -246,6 +269,10 @@ def require_no_validation_options(options: TrainOptions, kind: str) -> None:
                 f"{shell.flag(name)} has no effect without validation {kind}: "
                 "leave it out, or hold some out with --validation-fraction"
             )
+
+
+def _say_nothing(line: str) -> None:
+    """Do nothing with a line that was said before the training."""
 
 
 def _none(count: int) -> None:

@@ -32,7 +32,12 @@ def chosen_figures(report: dict[str, Any]) -> dict[str, Any]:
         report: Content of its `report.json`.
     """
     if "task" not in report:
-        return {name: report.get(name) for name in _TRAIN_FIELDS}
+        files = {
+            f"{key}_{name}": report.get(key, {}).get(name)
+            for key in ("file", "float_file")
+            for name in ("test_accuracy", "bytes", "latency_ms_batch_1")
+        }
+        return {name: report.get(name) for name in _TRAIN_FIELDS} | files
     part, other = "test", "validation"
     if str(report["judged_on"]).startswith(other):
         part, other = other, part
@@ -140,6 +145,15 @@ def _join_teachers(figures: dict[str, Any]) -> dict[str, Any]:
 
 
 _LABELS = {
+    **{
+        f"{key}_{name}": f"{words}: {what}"
+        for key, words in (("file", "ONNX file"), ("float_file", "the same in float32"))
+        for name, what in (
+            ("test_accuracy", "test accuracy"),
+            ("bytes", "bytes"),
+            ("latency_ms_batch_1", "ms per image"),
+        )
+    },
     "nll": "nll (nats)",
     "calibration_error": "expected calibration error (15 bins)",
     "attacked_images_accuracy": "accuracy of attacked images, clean",

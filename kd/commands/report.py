@@ -1,5 +1,6 @@
 """`kd report`: finished runs on one page, the seeds of one training together."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,16 @@ if TYPE_CHECKING:
 COST_COLUMNS = (
     *("training", "parameters", "latency, ms", "seconds", "peak memory", "steps", "images"),
     *("texts", "device"),
+)
+QUANTISED_COLUMNS = (
+    *("training", "bits", "quantised", "float file, accuracy, %", "file, accuracy, %"),
+    *("float file, bytes", "file, bytes", "float file, ms", "file, ms"),
+)
+QUANTISED_NOTE = (
+    "Accuracy on test images, size, and latency of one image of the exported ONNX file, and of the "
+    "file of the same student in float32 before it was quantised; both in onnxruntime's default "
+    "session, in turn, in one process. A file holds what describes its graph too, which counts in "
+    "one of a small network."
 )
 SPREAD_NOTE = (
     "Mean ± sample deviation over n runs, with the 95 % t interval of the mean, cut off at "
@@ -92,6 +103,7 @@ def render(folders: Sequence[Path]) -> str:
         ),
         html.section("languages", "Languages", *map(_language_table, compared)),
         html.section("curves", "Learning curves", _curves(compared)),
+        html.section("quantised", "Quantised students", *_quantised_tables(compared)),
         html.section("cost", "Cost", _cost_table(compared), _cost_note(runs), _costs(compared)),
         html.section("runs", "Every run", *_run_tables(compared)),
         html.section("notes", "Notes", html.bullet_list(map(html.text, notes))),
@@ -318,6 +330,34 @@ def _language_table(comparison: Comparison) -> str:
     head = ["training", *(f"{language}, n = {count:,}" for language, count in counts.items())]
     words = f"{comparison.part.capitalize()} {figure.words} on {comparison.name} by language"
     return _table(words + ", in percent" * figure.in_percent, head, [("", rows)])
+
+
+def quantised_cells(group: RunGroup) -> list[str]:
+    """One line under `QUANTISED_COLUMNS`, of the exported file and of the same in float32."""
+    bits = group.report["quantized"]
+    how = "after training" if bits["method"] == "calibration" else "in training"
+    taught = " with a teacher" if group.report.get("teacher") else ""
+    cells = [group.label, f"{bits['bits']}{' full range' * bits['full_range']}", how + taught]
+    for name in ("test_accuracy", "bytes", "latency_ms_batch_1"):
+        for key in ("float_file", "file"):
+            values = [run.report.get(key, {}).get(name) for run in group.runs]
+            figure = finished_runs.summarise(values, (-math.inf, math.inf))
+            if name == "bytes":
+                cells.append(NOTHING if figure is None else f"{figure.mean:,.0f}")
+            else:
+                scale, digits = (100, 2) if name == "test_accuracy" else (1, 3)
+                cells.append(wording.spread(figure, scale, digits))
+    return cells
+
+
+def _quantised_tables(compared: Sequence[Comparison]) -> list[str]:
+    """A table of the students that have codes; nothing without any."""
+    bodies = [
+        (one.name, [quantised_cells(group) for group in one.groups if "quantized" in group.report])
+        for one in compared
+    ]
+    bodies = [(name, rows) for name, rows in bodies if rows]
+    return [_table("By data set", QUANTISED_COLUMNS, bodies), _note(QUANTISED_NOTE)] * bool(bodies)
 
 
 def _curves(compared: Sequence[Comparison]) -> str:

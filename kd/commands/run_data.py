@@ -38,6 +38,7 @@ def load(
     *,
     root: Path,
     announce: bool = True,
+    held_out: float | None = 0.0,
 ) -> DataSource | FileSource:
     """Load data in the size and with the channels and class order of a student.
 
@@ -48,6 +49,8 @@ def load(
         config: Options of the run.
         root: Folder of the data sets.
         announce: As in `dsdistill.harness.data.datasets.load`.
+        held_out: Share of the training images that is held out for validation; None for the
+            default of a training. Those read from files have the share of their training.
 
     Raises:
         UserError: If the data are missing or damaged.
@@ -69,7 +72,7 @@ def load(
         name,
         root=root,
         image_size=h if h == w and student.mel is None else None,
-        validation_fraction=0.0,  # nothing is held out of data that are not trained on
+        validation_fraction=held_out,
         channels=channels,
         classes=student.classes,
         announce=announce,

@@ -22,6 +22,7 @@ from kd.commands.training_parts import TrainingParts
 from kd.data import teacher_cache
 from kd.data.files.file_source import FileSource
 from kd.models import network_names, networks
+from kd.models.quantised import quantised_network
 from kd.models.teachers import Teacher
 from kd.models.zoo import class_names
 from kd.options import TrainOptions
@@ -49,9 +50,9 @@ def hashes(parts: TrainingParts, options: TrainOptions) -> dict[str, str]:
         digests["class map"] = hashlib.sha256(json.dumps(maps).encode()).hexdigest()
     # First weights that are drawn from the seed are a function of the options.
     if _has_stored_weights(options.student) or options.pretrained:
-        digests["the student's first weights"] = teacher_cache.fingerprint(
-            parts.student.classifier.network
-        )
+        # Not the steps of quantisers, which are computed again on each machine.
+        network = quantised_network.float_copy(parts.student.classifier.network)
+        digests["the student's first weights"] = teacher_cache.fingerprint(network)
     if _has_stored_weights(options.student) and parts.student.classifier.initial is not None:
         digests["the student's start"] = teacher_cache.fingerprint(parts.student.classifier.initial)
     peers = network_names.split_names(options.peers or "")

@@ -35,6 +35,7 @@ from kd.commands import (
     continuation,
     curves,
     image_training,
+    quantised_training,
     run_inputs,
     run_options,
     teacher_chain,
@@ -81,7 +82,13 @@ def resolve(options: TrainOptions) -> TrainOptions:
         return run_options.restore(options.out, options)
     if options.out is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("several processes of one training need --out, the folder they share")
-    return replace(options, out=options.out or _free_folder(options))
+    taught = quantised_training.with_own_teacher(options)
+    if taught.teacher != options.teacher and int(os.environ.get("RANK", "0")) == 0:
+        progress.say(
+            f"teacher: {taught.teacher}, the student's own copy in float32; --loss ce:1 trains on "
+            "labels alone"
+        )
+    return replace(taught, out=options.out or _free_folder(options))
 
 
 def run(options: TrainOptions) -> dict[str, Any]:

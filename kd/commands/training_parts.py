@@ -12,7 +12,7 @@ from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
 from kd import attack, recipe, recipes
 from kd.attack import Attack, Pgd
-from kd.commands import teacher_chain
+from kd.commands import quantised_training, teacher_chain
 from kd.data import data_source
 from kd.data.data_source import DataSource
 from kd.data.files import file_source
@@ -97,6 +97,10 @@ def assemble(options: TrainOptions) -> TrainingParts:
     student = replace(student, outputs=outputs)
     for network in (student.classifier, *loaded_teachers, *peers):
         network.to(on.device)
+    if (bits := quantised_training.read_bits(options)) is not None:
+        student = quantised_training.quantise_student(
+            student, source, chosen, on, bits, readers=options.readers, say=say
+        )
     parts = TrainingParts(
         source,
         student,
@@ -370,7 +374,11 @@ def _load_earlier_student(
         )
     if options.student_view is not None:
         raise UserError(f"{name} brings its view of the images: leave --student-view out")
-    model = saved_models.load_run(Path(name), typed=_typed_names(options))
+    model = saved_models.load_run(Path(name), typed=typed_names(options))
+    if model.bits is not None and options.quantize is None:
+        raise UserError(
+            f"{name} is a quantised student: add --quantize {model.bits.text} to train it further"
+        )
     saved_models.check_recordings(f"student {name}", model.mel, source.mel)
     model = saved_models.match_classes(f"student {name}", model, source.shape, source.classes, say)
     if source.distilled is not None and not source.distilled.preprocess.same_as(model.preprocess):
@@ -432,14 +440,14 @@ def _teachers(
     maps = class_names.read_class_maps(options.class_map, names)
     images = student.preprocess, source.shape, source.classes
     inputs = told(vars(options), len(names))
-    typed = _typed_names(options)
+    typed = typed_names(options)
     return tuple(
         teachers.load(name, *images, class_map=mapping, typed=typed, mel=source.mel, **given)
         for name, mapping, given in zip(names, maps, inputs, strict=True)
     )
 
 
-def _typed_names(options: TrainOptions) -> list[str]:
+def typed_names(options: TrainOptions) -> list[str]:
     """Names of networks that the user has typed, now or at the start of a run that is resumed."""
     lists = options.student, options.teacher, options.peers, options.assistants
     return network_names.names_in(*lists, options.trust_module)
@@ -448,4 +456,6 @@ def _typed_names(options: TrainOptions) -> list[str]:
 def _recipe(options: TrainOptions, named: Recipe | None, distilled: bool, student: Model) -> Recipe:
     layer_norm = any(isinstance(m, nn.LayerNorm) for m in student.classifier.modules())
     base = named or recipes.default(distilled=distilled, layer_norm=layer_norm)
+    if named is None and options.quantize and quantised_training.is_trained(options):
+        base = recipes.quantising(base)
     return recipe.override(base, options.given)

@@ -23,6 +23,7 @@ from dsdistill.harness.errors import UserError, first_line
 from kd.models import network_names, wrapped_network
 from kd.models.centred import InitialFunction
 from kd.models.network_names import NetworkName
+from kd.models.quantised import quantised_network
 from kd.models.student_view import StudentView
 from kd.models.wrapped_network import WrappedNetwork
 from kd.models.zoo import (
@@ -248,9 +249,10 @@ def pretrained_config(name: str) -> PretrainedConfig:
 
 
 def parameter_count(network: nn.Module) -> int:
-    """Number of trainable values; the frozen start of a centred network counts as none."""
+    """Number of trainable weights; neither a centred network's start nor learned steps count."""
     counted = network.network if isinstance(network, Classifier) else network
-    return sum(p.numel() for p in counted.parameters())
+    steps = quantised_network.step_names(counted)
+    return sum(p.numel() for name, p in counted.named_parameters() if name not in steps)
 
 
 def resize(

@@ -1,7 +1,8 @@
 """A classifier with everything needed to use it, and its form on disk.
 
 A run's folder holds the network's weights alone (`student.safetensors`, loadable into the bare
-network), `model.json`, and for ZCA the whitening matrices (`preprocess.safetensors`).
+network), `model.json`, for ZCA the whitening matrices (`preprocess.safetensors`), and for a
+quantised student the steps of its quantisers (`quantisers.safetensors`).
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -24,7 +25,9 @@ from dsdistill.harness.reports import schema
 from dsdistill.harness.runs import progress
 from kd.models import network_names, networks, seals, student_view
 from kd.models.networks import Classifier
-from kd.models.seals import ARRAY_FILES, CARD, INITIAL_WEIGHTS, WEIGHTS, WHITENING
+from kd.models.quantised import bit_widths, quantised_network
+from kd.models.quantised.bit_widths import BitWidths
+from kd.models.seals import ARRAY_FILES, CARD, INITIAL_WEIGHTS, QUANTISERS, WEIGHTS, WHITENING
 from kd.models.zoo import class_names, weights
 from kd.models.zoo.protocol import Interpolation, Shape
 
@@ -33,7 +36,8 @@ TEXT = "text"  # kind of a student of texts in its `model.json`; one of images s
 
 CARD_KEYS = (  # all entries of `model.json`; any other one means that the file is damaged
     *("name", "classes", "input", "preprocess", "interpolation", "config", "outputs"),
-    *("output_temperature", "parameters", "centred", "view", "recordings", seals.CHECKSUMS_KEY),
+    *("output_temperature", "parameters", "centred", "view", "recordings", "quantized"),
+    seals.CHECKSUMS_KEY,
 )
 
 
@@ -51,6 +55,7 @@ class Model:
         output_temperature: softmax(outputs / output_temperature) are calibrated probabilities; 1
             for logits.
         mel: Format of the images of recordings; None for a model of other images.
+        bits: Bits of the weights and inputs of a network with quantisers; None in float32.
     """
 
     classifier: Classifier
@@ -61,6 +66,7 @@ class Model:
     outputs: OutputKind = "logits"
     output_temperature: float = 1.0
     mel: MelFormat | None = None
+    bits: BitWidths | None = None
 
     @property
     def gives_logits(self) -> bool:
@@ -82,8 +88,12 @@ def save_run(folder: Path, model: Model, metadata: Mapping[str, str] | None = No
         metadata: Entries for the header of the weights file.
     """
     header = None if metadata is None else dict(metadata)
-    initial = model.classifier.initial
-    files.write_bytes(folder / WEIGHTS, pack_weights(model.classifier.network, header))
+    initial, network = model.classifier.initial, model.classifier.network
+    if quantised_network.is_quantised(network):
+        steps = quantised_network.quantiser_state(network)
+        files.write_bytes(folder / QUANTISERS, safetensors.torch.save(steps, header))
+        network = quantised_network.float_copy(network)
+    files.write_bytes(folder / WEIGHTS, pack_weights(network, header))
     if initial is not None:
         files.write_bytes(folder / INITIAL_WEIGHTS, pack_weights(initial.network, header))
     fitted = model.preprocess
@@ -94,6 +104,8 @@ def save_run(folder: Path, model: Model, metadata: Mapping[str, str] | None = No
     contained: dict[str, Any] = {} if initial is None else {"centred": True}
     if model.classifier.view is not None:
         contained["view"] = model.classifier.view.text
+    if model.bits is not None:
+        contained["quantized"] = describe_bits(model.bits)
     seals.write(folder, CARD, card(model) | contained, ARRAY_FILES)
 
 
@@ -119,6 +131,11 @@ def card(model: Model) -> dict[str, Any]:
         "parameters": networks.parameter_count(model.classifier),
         **recordings,
     }
+
+
+def describe_bits(bits: BitWidths) -> dict[str, Any]:
+    """The description of a quantised network's bits, as `model.json` holds it."""
+    return {"bits": bits.text, "full_range": bits.full_range}
 
 
 def load_run(folder: Path, *, typed: Iterable[str] = ()) -> Model:
@@ -194,9 +211,14 @@ def _build_model(folder: Path, description: Mapping[str, Any], typed: Iterable[s
         assert initial is not None
         load_weights(initial.network, folder / INITIAL_WEIGHTS)
     load_weights(classifier.network, folder / WEIGHTS)
+    bits = None
+    if (quantized := description.get("quantized")) is not None:
+        where, full_range = str(folder / CARD), quantized["full_range"] is True
+        bits = bit_widths.parse(where, quantized["bits"], full_range=full_range)
+        _load_quantisers(classifier.network, folder / QUANTISERS)
     outputs, temperature = description["outputs"], float(description["output_temperature"])
     mel = read_recordings(description)
-    return Model(classifier, name, classes, shape, preprocess, outputs, temperature, mel)
+    return Model(classifier, name, classes, shape, preprocess, outputs, temperature, mel, bits)
 
 
 def read_recordings(description: Mapping[str, Any]) -> MelFormat | None:
@@ -370,6 +392,16 @@ def load_weights(network: nn.Module, path: Path) -> None:
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         first = first_line(error)
         raise UserError(f"{path} does not hold the weights of this network: {first}") from error
+
+
+def _load_quantisers(network: nn.Module, path: Path) -> None:
+    """Put the quantisers of a file into the network that they belong to."""
+    try:
+        state = safetensors.torch.load_file(path)
+        quantised_network.attach_state(network, state)
+    except (OSError, LookupError, ValueError, safetensors.SafetensorError) as error:
+        first = first_line(error)
+        raise UserError(f"{path} does not hold the quantisers of this network: {first}") from error
 
 
 def _distinct_tensors(network: nn.Module) -> dict[str, Tensor]:

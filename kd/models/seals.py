@@ -19,7 +19,8 @@ from dsdistill.harness.errors import UserError
 REPORT, CARD = "report.json", "model.json"
 WEIGHTS, WHITENING = "student.safetensors", "preprocess.safetensors"
 INITIAL_WEIGHTS = "initial.safetensors"  # of a centred student
-ARRAY_FILES = (WEIGHTS, WHITENING, INITIAL_WEIGHTS)  # sealed by the card
+QUANTISERS = "quantisers.safetensors"  # of a quantised student
+ARRAY_FILES = (WEIGHTS, WHITENING, INITIAL_WEIGHTS, QUANTISERS)  # sealed by the card
 SEALED_FILES = ("config.json", "recipe.json", "metrics.jsonl", CARD, *ARRAY_FILES)
 CHECKSUMS_KEY = "sha256"  # in both files: file -> SHA-256
 

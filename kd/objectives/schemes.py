@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kd.data.batching import Batch, LayerVector, Unit
+from kd.models.quantised import quantised_network
 from kd.models.wrapped_network import WrappedNetwork
 from kd.objectives.adversary import Adversary
 from kd.objectives.feature_terms import TeacherLayers
@@ -345,6 +346,7 @@ def _teacher_layers(term: WeightedTerm) -> Iterator[TeacherLayers]:
 
 
 def no_weight_decay_names(student: WrappedNetwork, prefix: str) -> set[str]:
-    """Names of parameters, such as position embeddings, that timm excludes from weight decay."""
+    """Names of parameters without decay: timm's, such as position embeddings, and learned steps."""
     names = getattr(student.network, "no_weight_decay", lambda: ())
-    return {prefix + name for name in names()}
+    steps = quantised_network.step_names(student.network)
+    return {prefix + name for name in (*names(), *steps)}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.text import abbreviate_names
+from kd.models.quantised import quantised_network
 from kd.models.zoo.weight_files import StoredWeights, Tensors
 
 # A library's conversion of tensors of another release, size or project to one of its networks.
@@ -200,8 +201,8 @@ def reorder_outputs(
 
 def _permute(layers: Sequence[nn.Module], order: Tensor) -> None:
     for layer in layers:
-        for parameter in layer.parameters(recurse=False):
-            parameter.copy_(parameter[order])
+        for tensor in quantised_network.tensors_of_outputs(layer):
+            tensor.copy_(tensor[order])
 
 
 def head_keys(network: nn.Module, classes: int) -> list[str]:

@@ -1,0 +1,1 @@
+"""Students whose weights and activations are numbers of a few bits."""
