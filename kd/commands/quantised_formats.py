@@ -36,7 +36,8 @@ def store_codes(graph: Any) -> None:
     Args:
         graph: Graph of ONNX, changed in place.
     """
-    from onnx import TensorProto, helper, numpy_helper
+    import ml_dtypes  # comes with onnx
+    from onnx import TensorProto, numpy_helper
 
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
@@ -48,16 +49,14 @@ def store_codes(graph: Any) -> None:
             continue
         codes = numpy_helper.to_array(stored)
         few = np.abs(codes).max(initial=0) <= LARGEST_OF_FOUR_BITS
-        kind = TensorProto.INT4 if few else TensorProto.INT8
         new = {stored.name: codes, node.input[2]: np.zeros(len(codes), np.int8)}
         for name, values in new.items():
-            tensors[name] = helper.make_tensor(name, kind, values.shape, values.ravel())
+            narrow = values.astype(ml_dtypes.int4) if few else values
+            tensors[name] = numpy_helper.from_array(narrow, name)  # as bytes, unlike make_tensor
     read = {name for node in graph.node for name in node.input}
     del graph.initializer[:]
     graph.initializer.extend(tensor for name, tensor in tensors.items() if name in read)
-    described = [value for value in graph.value_info if value.name not in tensors]
-    del graph.value_info[:]
-    graph.value_info.extend(described)
+    del graph.value_info[:]  # shapes of intermediate results, which a runtime infers
 
 
 def register_torch_operators() -> None:
