@@ -134,3 +134,19 @@ def test_a_few_quotation_marks_are_text(tmp_path):
     content = 'text\tlabel\n"Yes", he said\t0\n"all of it"\t1\n"b" and "c"\t1\nplain\t0\n'
     table = tables.read(write(tmp_path, "a.tsv", content))
     assert table.columns["text"][1] == '"all of it"'
+
+
+def test_rows_of_cola_without_a_header_are_recognised(tmp_path):
+    path = tmp_path / "in_domain_train.tsv"
+    path.write_text("gj04\t1\t\tOur friends left.\ncj99\t0\t*\tThe more we left.\n")
+    table = tables.read(path)
+    assert table.columns == {
+        "source": ["gj04", "cj99"],
+        "label": ["1", "0"],
+        "mark": ["", "*"],
+        "sentence": ["Our friends left.", "The more we left."],
+    }
+    assert list(table.lines) == [1, 2]
+    assert table.note == "no header: its columns are those of CoLA, source, label, mark, sentence"
+    path.write_text("id\t1\t2\tsentence\na\tb\tc\td\n")  # names, though odd ones
+    assert tables.read(path).note is None

@@ -9,6 +9,7 @@ column without a name, as pandas writes an index, is left out.
 import csv
 import gzip
 import io
+import itertools
 import json
 import sys
 import zlib
@@ -22,6 +23,8 @@ from dsdistill.harness.errors import UserError, first_line
 SUFFIXES = (".csv", ".jsonl", ".ndjson", ".parquet", ".tsv", ".txt")
 GZIP_MAGIC = b"\x1f\x8b"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
+# Columns of CoLA's files, which have no header: Warstadt et al. (2019), arXiv:1805.12471.
+COLA = ("source", "label", "mark", "sentence")
 _QUOTED_ROWS = 3  # from so many on, a column in which every value is quoted is no accident
 
 
@@ -34,12 +37,14 @@ class Table:
         columns: Values by the name of their column.
         lines: Line of each row in the file, from 1; empty where rows have none.
         names: Names of the values of a column of numbers, where the file knows them.
+        note: What was recognised that the file does not say; None without.
     """
 
     path: Path
     columns: Mapping[str, Sequence[Any]]
     lines: Sequence[int] = ()
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    note: str | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), ()))
@@ -104,7 +109,11 @@ def table_suffix(path: Path) -> str | None:
 
 def _read_tsv(path: Path) -> Table:
     rows = _lines(path)
-    header = next(rows, (0, ""))[1].split("\t")
+    first = next(rows, (0, ""))
+    header, note = first[1].split("\t"), None
+    if _is_cola(header):
+        header, rows = list(COLA), itertools.chain([first], rows)
+        note = f"no header: its columns are those of CoLA, {', '.join(COLA)}"
     _check_header(path, header, "\t")
     values: list[list[str]] = [[] for _ in header]
     numbers = []
@@ -121,7 +130,12 @@ def _read_tsv(path: Path) -> Table:
             column.append(value)
         numbers.append(number)
     _refuse_quoting(path, header, values)
-    return Table(path, _named_columns(header, values), numbers)
+    return Table(path, _named_columns(header, values), numbers, note=note)
+
+
+def _is_cola(row: Sequence[str]) -> bool:
+    """Whether a first line is a row as CoLA's files have them, and no names of columns."""
+    return len(row) == len(COLA) and row[1] in ("0", "1") and row[2] in ("", "*")
 
 
 def _read_csv(path: Path) -> Table:

@@ -120,6 +120,7 @@ def load(
             if name not in other.columns:
                 raise UserError(f"{other.path} has no column {name}, which {train.path} has")
     notes = [f"{found.described}: {task}"]
+    notes += [f"{table.path.name}: {table.note}" for table in parts.values() if table.note]
     parallel = task == "embed" and found.are_parallel(given=text is not None)
     if task == "embed":
         notes = ["; ".join([*notes, *_embedding_notes(train, found, parallel=parallel)])]
