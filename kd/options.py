@@ -12,6 +12,7 @@ from dsdistill.harness.errors import UserError
 from dsdistill.harness.help_page import Layout, Shown, format_default
 from kd import attack, per_teacher, recipe, recipes
 from kd.models.quantised import bit_widths
+from kd.privacy import settings as pate_settings
 
 if TYPE_CHECKING:
     from dsdistill.harness.data.mel_images import MelOptions
@@ -102,7 +103,9 @@ TEACHER_INPUT_OPTIONS = (
 TEXT_OPTIONS = ("task", "text", "label", "max_length", "tokenizer", "keep_layers", "lora", "mlm")
 TEXT_FIELDS = ("copies", "on_policy")  # of the recipe
 SOUND_OPTIONS = ("seconds", "mel_bands", "sample_rate")
+PRIVATE_OPTIONS = ("pate", "public", "max_epsilon")
 IMAGE_OPTIONS = (
+    *PRIVATE_OPTIONS,
     *("channels", "preprocess", "pretrained", "centred", "workers", "channels_last"),
     *("quantize", "full_range", "peers", "robust", "student_view"),
     *(*TEACHER_INPUT_OPTIONS, *SOUND_OPTIONS),
@@ -125,6 +128,7 @@ class TrainOptions:
             "Output and resuming": "out resume seed",
             "Teacher": "teacher teacher_weights class_map teacher_image_size teacher_mean "
             "teacher_std min_teacher_accuracy cache cache_top",
+            "Private images": "pate public max_epsilon",
             "Loss": "loss label_smoothing",
             "Attacks": "adversary robust",
             "Training": "epochs steps batch_size accumulate optimizer lr momentum weight_decay "
@@ -236,6 +240,19 @@ class TrainOptions:
 
     assistants: NamesArg = None
     """Networks between teacher and student, each trained from the one before, in this order"""
+
+    pate: Annotated[str | None, Shown("SETTING=VALUE,...")] = None
+    """Keep the images of DATA private: the student learns the noisy votes of teachers on public
+    images. teachers and sigma, the deviation of the noise in votes, must be given; threshold and
+    sigma1 (answer only where the teachers agree), answers and queries (at most), delta (1e-5),
+    network (mlp:64) and steps (300) of the teachers may be"""
+
+    public: Annotated[str | None, Shown("DATA|test:N")] = None
+    """Public images that the teachers are asked about, whose labels are not used; test:N: N test
+    images of DATA, of which the others test the student"""
+
+    max_epsilon: float | None = None
+    """Refuse to spend a larger epsilon of differential privacy"""
 
     robust: Annotated[
         str | None, Shown("ATTACK,...", "pgd:steps=20 with --adversary, else none")
@@ -407,6 +424,7 @@ class TrainOptions:
             chosen.append(f"--recipe {self.recipe}, which has stages,")
         _require(len(chosen) < 2, "only one scheme at a time", " and ".join(chosen))
         self._check_quantize(chosen)
+        self._check_private()
         self._check_teacher()
 
     def _check_quantize(self, schemes: list[str]) -> None:
@@ -425,6 +443,37 @@ class TrainOptions:
                 "--quantize does not go with --centred, whose difference of two networks no codes "
                 "describe: leave one of them out"
             )
+
+    def _check_private(self) -> None:
+        """Refuse what does not go with private images, and their options without them."""
+        if self.pate is None:
+            for name in PRIVATE_OPTIONS:
+                if getattr(self, name) is not None:
+                    raise UserError(f"{_option(name)} needs --pate")
+            return
+        settings = pate_settings.parse(self.pate)
+        if self.public is None:
+            raise UserError(
+                "--pate needs --public, the images that the teachers are asked about: a data set, "
+                "or test:N for N test images of DATA"
+            )
+        positive = self.max_epsilon is None or self.max_epsilon > 0
+        _require(positive, "--max-epsilon must be positive", self.max_epsilon)
+        if ":" in settings.network and not settings.network.startswith(("mlp:", "convnet:")):
+            raise UserError(
+                f"{pate_settings.OPTION} network must be convnet, mlp, with a width, or a name of "
+                f"timm, got {settings.network}"
+            )
+        stages = self.recipe if self.recipe in recipes.STAGES else None
+        teacher = self.recipe and recipes.by_name(self.recipe).teacher
+        schemes = {"generations": self.generations, "assistants": self.assistants}
+        others = {"teacher": self.teacher, **schemes, "recipe": stages or teacher}
+        for name, value in others.items():
+            if value is not None:
+                raise UserError(
+                    f"--pate makes its teachers from the private images, and {_option(name)} names "
+                    "others, of which nothing is known: leave one of them out"
+                )
 
     def _check_teacher(self) -> None:
         """Refuse options that need a teacher where there is none, and a teacher where none fits."""

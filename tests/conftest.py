@@ -28,8 +28,9 @@ FAST = {
     "dsdistill": "augment initial_support launchers notation offsets ridge timing",
     "harness": "controls distilled_set folders_page help lists machine mel_images metrics origin "
     "preprocess protocol report run_folder statistics wav_files",
-    "kd": "adversary augment loss_checks loss_spec losses_contrastive losses_feature "
-    "losses_relation losses_response quantisers recipe terms",
+    "kd": "adversary augment graph_file graph_networks loss_checks loss_spec losses_contrastive "
+    "losses_feature losses_graph losses_relation losses_response privacy_accountant "
+    "private_votes quantisers recipe terms",
     "project": "empty_values rooms",
 }
 FAST_FILES = {f"{folder}/test_{name}.py" for folder, x in FAST.items() for name in x.split()}

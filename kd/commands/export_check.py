@@ -13,7 +13,7 @@ from torch import Tensor
 from dsdistill.harness import paths
 from dsdistill.harness.data import preprocess
 from dsdistill.harness.errors import UserError
-from kd.commands import run_data
+from kd.commands import private_data, run_data
 from kd.data import batching
 from kd.data.files.file_source import FileSource
 from kd.data.files.image_files import ImageFiles
@@ -101,7 +101,10 @@ def _real_images(
     if not isinstance(name, str):
         raise UserError(f"{run} does not say what it was trained on")
     root = root or Path(config.get("data_root") or paths.data_root())
-    source = run_data.load(name, model, recipe, config, root=root)
+    if config.get("pate"):
+        source = private_data.test_images(config, model, root=root)
+    else:
+        source = run_data.load(name, model, recipe, config, root=root)
     saved_models.check_shape("the student", model, source.shape)
     # Raises for other classes; their order is irrelevant here.
     class_names.match("the student", model.classes, source.classes, option=None)

@@ -30,6 +30,8 @@ REQUIRED_TYPES = {
     "seconds": float,
     "parameters": int,
 }
+# In `config.json`: what runs of one group may differ in.
+_OF_ONE_RUN = ("seed", run_folder.INPUTS_KEY, run_folder.CHOSEN_KEY)
 OPTIONAL_TYPES = {
     "teacher": str | None,
     "validation_accuracy": float | None,
@@ -43,6 +45,10 @@ OPTIONAL_TYPES = {
     "best_epoch": int | None,
     "device": str | None,
     "note": str | None,
+    "epsilon": float | None,
+    "delta": float | None,
+    "answers": int | None,
+    "queries": int | None,
     "task": str | None,
     "metric": str | None,
     "judged_on": str | None,
@@ -168,9 +174,7 @@ def group_by_options(runs: Sequence[FinishedRun]) -> list[RunGroup]:
     """Group runs whose options are the same except for the seed."""
     groups: dict[str, list[FinishedRun]] = {}
     for run in runs:
-        options = {
-            name: v for name, v in run.config.items() if name not in ("seed", run_folder.INPUTS_KEY)
-        }
+        options = {name: value for name, value in run.config.items() if name not in _OF_ONE_RUN}
         groups.setdefault(json.dumps(options, sort_keys=True), []).append(run)
     labels = _labels([members[0] for members in groups.values()])
     return [RunGroup(*pair) for pair in zip(labels, groups.values(), strict=True)]

@@ -16,7 +16,7 @@ from dsdistill.harness.runs import progress
 from dsdistill.harness.runs.run_folder import INPUTS_KEY
 from kd import attack
 from kd.attack import Attack
-from kd.commands import run_data
+from kd.commands import private_data, run_data
 from kd.commands.evaluation import TEACHER_CLASS_MAP, ChosenTeachers
 from kd.data.batching import EvaluationBatches
 from kd.data.data_source import DataSource
@@ -201,6 +201,9 @@ def _test_images(
     For the data that the run was trained on, these are its test images. For other data, they are
     its test images where it has a test part, and otherwise all of its images.
     """
+    if options.data is None and config.get("pate"):
+        source = private_data.test_images(config, student, root=options.data_root)
+        return TestImages(source, f"public test images beside {source.name}")
     name = options.data or config.get("data")
     if not isinstance(name, str):
         raise UserError(f"{options.run} does not say what it was trained on: give DATA")

@@ -16,6 +16,7 @@ from kd.commands.training import AssembledTraining, Validate
 from kd.commands.training_parts import TrainingParts
 from kd.data import data_source
 from kd.data.batching import BatchSource, EvaluationBatches
+from kd.data.data_source import DataSource
 from kd.data.files.file_source import FileSource
 from kd.evaluation import robustness, scoring, teacher_check
 from kd.models import networks, saved_models
@@ -143,6 +144,7 @@ class ImageTraining(AssembledTraining[TrainingParts]):
             "output_temperature": student.output_temperature,
             "note": source.note,
             **self._quantised_figures(),
+            **((isinstance(source, DataSource) and source.privacy) or {}),
         }
 
     def latency(self) -> dict[str, float | int]:

@@ -19,6 +19,10 @@ _TRAIN_FIELDS = (
     "teacher_agreement",
     "teacher_accuracy",
     "teachers",
+    "epsilon",
+    "delta",
+    "answers",
+    "queries",
     "parameters",
     "seconds",
 )
@@ -178,4 +182,5 @@ def _label(name: str) -> str:
 
 
 def _format_value(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else printable(str(value))
+    digits = ".4f" if isinstance(value, float) and (abs(value) >= 1e-3 or not value) else ".3g"
+    return f"{value:{digits}}" if isinstance(value, float) else printable(str(value))

@@ -10,6 +10,7 @@ from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import run_folder
 from dsdistill.harness.runs.options import Storage
 from kd.commands import continuation
+from kd.data.public_images import OF_TEST_PART
 from kd.models import network_names, networks
 from kd.models.language import text_students
 from kd.models.seals import REPORT
@@ -21,6 +22,10 @@ HASH_KEY = "options"  # key of the options' hash among the hashes of a run
 
 def _absolute_data(data: str) -> str:
     return data if data in datasets.NAMES else network_names.absolute_name(data)
+
+
+def _absolute_public(public: str) -> str:
+    return public if public.startswith(OF_TEST_PART) else _absolute_data(public)
 
 
 def _absolute_teachers(teachers: str) -> str:
@@ -41,6 +46,7 @@ STORAGE = Storage(
     free=("data_root", "device", "workers", "cache", "min_teacher_accuracy", "trust_module"),
     absolute={
         "data": _absolute_data,
+        "public": _absolute_public,
         "student": network_names.absolute_name,
         "teacher": _absolute_teachers,
         "data_root": network_names.absolute_name,

@@ -35,6 +35,7 @@ from kd.commands import (
     continuation,
     curves,
     image_training,
+    private_answers,
     quantised_training,
     run_inputs,
     run_options,
@@ -112,6 +113,9 @@ def run(options: TrainOptions) -> dict[str, Any]:
     if options.given.get("loss"):
         # Earlier trainings of a chain may take days: check the last one's loss before them.
         terms.parse(options.given["loss"])
+    if options.pate is not None:
+        options = private_answers.ask(options)
+        assert options.out is not None
     earlier: list[Path] = []
     links = teacher_chain.earlier_trainings(options, options.out)
     if options.recipe in recipes.STAGES and not all(map(_is_finished, links)):

@@ -12,7 +12,7 @@ from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
 from kd import attack, recipe, recipes
 from kd.attack import Attack, Pgd
-from kd.commands import quantised_training, teacher_chain
+from kd.commands import private_data, quantised_training, teacher_chain
 from kd.data import data_source
 from kd.data.data_source import DataSource
 from kd.data.files import file_source
@@ -307,6 +307,13 @@ def _source(
     """Resolve the data: streamed from files for random crops, and otherwise loaded as a whole."""
     size = options.given.get("image_size") or (named and named.image_size)
     augment = options.given.get("augment") or (named and named.augment)
+    if options.pate is not None:
+        if augment in recipe.STREAMED_AUGMENTS:
+            raise UserError(
+                f"--pate answers images that are loaded as a whole, which --augment {augment} does "
+                "not: leave it out"
+            )
+        return private_data.source(options, size, classes)
     if augment in recipe.STREAMED_AUGMENTS:
         if options.sound is not None:
             raise UserError(

@@ -1,7 +1,7 @@
 """The data that `kd` trains and tests on: a data set, or a distilled set with its source data."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,12 +35,14 @@ class DataSource:
         splits: The real images; None if those of a distilled set are not available.
         distilled: The distilled set, if it is trained on; else None.
         note: Note for the user, such as why there is no evaluation; None without any.
+        privacy: What the labels cost, for the report, where they are noisy answers; else None.
     """
 
     name: str
     splits: Splits | None
     distilled: DistilledSet | None = None
     note: str | None = None
+    privacy: Mapping[str, float | int] | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:

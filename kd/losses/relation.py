@@ -13,6 +13,7 @@ is bounded, so equal rows and dead units do no harm.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from kd.losses.ranges import Floor, Range
+from kd.losses.ranges import Factor, Floor, Range
 
 
 def rkd_distance(student: Float[Tensor, "n d"], teacher: Float[Tensor, "n m"]) -> Float[Tensor, ""]:
@@ -138,6 +139,53 @@ def correlation_congruence(
     if not (gamma > 0 and order >= 1):
         raise ValueError(f"gamma must be positive and order ≥ 1, got {gamma} and {order}")
     return F.mse_loss(_gaussian(student, gamma, order), _gaussian(teacher, gamma, order))
+
+
+def instance_graph(
+    students: Sequence[Float[Tensor, "n _"]],
+    teachers: Sequence[Float[Tensor, "n _"]],
+    *,
+    transformation: Factor = 1.0,
+) -> Float[Tensor, ""]:
+    """Squared difference of the graphs of a batch in several layers, and of their changes.
+
+    The graph of a layer has an edge A_ij = |f_i - f_j|² / max between all images. The loss is the
+    mean over the layers of |A_S - A_T|², and `transformation` times the mean over neighbouring
+    layers of |(A'_S - A_S) - (A'_T - A_T)|², each a mean over n² pairs. Unchanged when a layer of a
+    side is rotated, shifted or scaled. Weight in a public reproduction: 5, with 5 for the changes.
+
+    Args:
+        students: Embeddings of n ≥ 2 images in one or more layers, from first to last.
+        teachers: Those of the teacher in as many layers; no gradient flows into them.
+        transformation: Factor of the changes, which one layer does not have.
+
+    Raises:
+        ValueError: If there are no layers or other ones, n < 2, or the number of rows differs.
+
+    Source: Liu et al. (2019), "Knowledge Distillation via Instance Relationship Graph", CVPR, the
+    edges and their transformation. Deviations: the vertices, a squared error of the logits there,
+    are the loss `logits`; how the vertices change, which needs layers of one shape, is left out.
+    """
+    if not students or len(students) != len(teachers):
+        raise ValueError(
+            f"students and teachers must have as many layers, one or more, got {len(students)} "
+            f"and {len(teachers)}"
+        )
+    pairs = [_embeddings(s, t, at_least=2) for s, t in zip(students, teachers, strict=True)]
+    ours = torch.stack([_edges(student) for student, _ in pairs])
+    theirs = torch.stack([_edges(teacher) for _, teacher in pairs])
+    loss = F.mse_loss(ours, theirs)
+    if len(pairs) > 1 and transformation:
+        loss = loss + transformation * F.mse_loss(ours.diff(dim=0), theirs.diff(dim=0))
+    return loss
+
+
+def _edges(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
+    """Squared distances, divided by the largest."""
+    # By differences: a Gram matrix would lose the small distances to cancellation.
+    squares = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square()
+    largest = squares.amax()
+    return squares / torch.where(largest > 0, largest, 1.0)
 
 
 def _embeddings(student: Tensor, teacher: Tensor, *, at_least: int) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from kd.losses.feature import fitnet, mgd, vid
 from kd.losses.feature import hierarchical_context as review
 from kd.losses.feature import log_sum as srd
 from kd.losses.relation import correlation_congruence as cc
+from kd.losses.relation import instance_graph as irg
 from kd.losses.relation import probabilistic_transfer as pkt
 from kd.losses.relation import rkd_angle, rkd_distance
 from kd.losses.relation import similarity_preserving as sp
@@ -54,6 +55,7 @@ __all__ = [
     "hard",
     "heads",
     "hidden",
+    "irg",
     "kd",
     "logits",
     "ls",

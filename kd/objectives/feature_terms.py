@@ -311,6 +311,33 @@ def vector_term(context: TermContext, function: LossFunction) -> nn.Module:
     return LayerPairLoss(ProjectedFeatures(context, _PooledVectors, default=True), function)
 
 
+def graph_term(context: TermContext, function: partial) -> nn.Module:
+    """A loss of how a batch relates in several layers, and of how that changes between them.
+
+    Raises:
+        UserError: If there is one layer, and the changes count.
+    """
+    tapped = ProjectedFeatures(context, _PooledVectors, default=True)
+    if len(tapped.projectors) < 2 and function.keywords["transformation"]:
+        raise UserError(
+            "--loss irg compares how relations change from layer to layer: name two layers or "
+            "more, as in irg@layer2,layer3, or give transformation=0"
+        )
+    return LayersLoss(tapped, function)
+
+
+class LayersLoss(nn.Module):
+    """A loss of all layers of each side together."""
+
+    def __init__(self, tapped: ProjectedFeatures, function: LossFunction) -> None:
+        super().__init__()
+        self.tapped, self.function = tapped, function
+
+    def forward(self, step: StepOutputs) -> Tensor:
+        students, teachers = zip(*self.tapped(step), strict=True)
+        return self.function(students, teachers)
+
+
 class _PooledMaps(nn.Module):
     def __init__(self, student: FeatureLayout, teacher: FeatureLayout) -> None:
         super().__init__()

@@ -287,6 +287,7 @@ TERMS: Mapping[str, TermDefinition] = {
     "sp": _feature_row(short_names.sp, 3000, feature_terms.vector_term, images=2),
     "pkt": _feature_row(short_names.pkt, 3e4, feature_terms.vector_term, images=2),
     "cc": _feature_row(short_names.cc, 100, feature_terms.vector_term, images=2),
+    "irg": _feature_row(short_names.irg, 5, feature_terms.graph_term, images=2),
     "crd": _feature_row(
         feature_terms.crd_parameters,
         0.8,

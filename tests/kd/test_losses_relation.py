@@ -83,12 +83,27 @@ def _correlation_congruence(student: np.ndarray, teacher: np.ndarray) -> float:
     return float(((s - t) ** 2).mean())
 
 
+def _irg_of_one_layer(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    return relation.instance_graph([student], [teacher])
+
+
+def _edges(x: np.ndarray) -> np.ndarray:
+    n = len(x)
+    squares = [[float(sum((x[i] - x[j]) ** 2)) for j in range(n)] for i in range(n)]
+    return np.array(squares) / np.max(squares)
+
+
+def _edge_loss(student: np.ndarray, teacher: np.ndarray) -> float:
+    return float(((_edges(student) - _edges(teacher)) ** 2).mean())
+
+
 CASES: dict[str, tuple[Pair, Oracle]] = {
     "rkd_distance": (relation.rkd_distance, _rkd_distance),
     "rkd_angle": (relation.rkd_angle, _rkd_angle),
     "similarity_preserving": (relation.similarity_preserving, _similarity_preserving),
     "probabilistic_transfer": (relation.probabilistic_transfer, _probabilistic_transfer),
     "correlation_congruence": (relation.correlation_congruence, _correlation_congruence),
+    "instance_graph": (_irg_of_one_layer, _edge_loss),
 }
 every_loss = pytest.mark.parametrize(("loss", "oracle"), CASES.values(), ids=CASES)
 both_rkd = pytest.mark.parametrize("loss", [relation.rkd_distance, relation.rkd_angle])
@@ -286,3 +301,29 @@ def test_a_kernel_without_width_or_order_is_refused() -> None:
     for gamma, order in ((0.0, 2), (0.4, 0)):
         with pytest.raises(ValueError, match="gamma must be positive and order ≥ 1"):
             relation.correlation_congruence(_student(), _teacher(), gamma=gamma, order=order)
+
+
+def _layers(seed: int, *widths: int) -> list[torch.Tensor]:
+    return [_rows(seed + i, width) for i, width in enumerate(widths)]
+
+
+def test_irg_compares_each_layer_and_the_changes_between_neighbours() -> None:
+    ours, theirs = _layers(0, 4, 6, 3), _layers(10, 7, 5, 8)
+    s, t = ([_edges(layer.double().numpy()) for layer in side] for side in (ours, theirs))
+    edges = np.mean([((a - b) ** 2).mean() for a, b in zip(s, t, strict=True)])
+    changes = np.mean([(((s[i + 1] - s[i]) - (t[i + 1] - t[i])) ** 2).mean() for i in (0, 1)])
+    loss = relation.instance_graph(ours, theirs, transformation=2.5)
+    assert loss.item() == pytest.approx(edges + 2.5 * changes, rel=1e-4)
+    alone = relation.instance_graph(ours, theirs, transformation=0)
+    assert alone.item() == pytest.approx(edges, rel=1e-4)
+
+
+def test_irg_of_one_layer_has_no_changes() -> None:
+    one = relation.instance_graph([_student()], [_teacher()], transformation=100)
+    torch.testing.assert_close(one, relation.instance_graph([_student()], [_teacher()]))
+
+
+def test_irg_of_other_layers_than_the_teachers_is_refused() -> None:
+    for ours, theirs in (([], []), (_layers(0, 4), _layers(1, 4, 4))):
+        with pytest.raises(ValueError, match="must have as many layers, one or more"):
+            relation.instance_graph(ours, theirs)

@@ -85,6 +85,33 @@ def test_relations_compare_the_inputs_of_the_classifiers() -> None:
     assert found.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
+def test_irg_compares_pooled_layers_and_how_they_change() -> None:
+    theirs = teacher()
+    ours = objective(f"irg:2:transformation=3@{layers(theirs)}", theirs)
+    batch = next(batches().in_order())
+    found = ours(batch)["irg"]
+    x, student = batch.images, []
+    for i, layer in enumerate(ours.student.network):
+        x = layer(x)
+        if i in (2, 6):
+            student.append(x.mean((2, 3)))
+    network, taught = theirs.classifier.network, []
+    for name in (pair.partition("=")[2] for pair in layers(theirs).split(",")):
+        network.get_submodule(name).register_forward_hook(
+            lambda m, a, out: taught.append(out.mean((2, 3)))
+        )
+    theirs(batch.images)
+    expected = 2 * relation.instance_graph(student, taught, transformation=3)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_irg_of_one_layer_needs_to_be_without_changes() -> None:
+    with pytest.raises(UserError, match="name two layers or more, as in irg@layer2,layer3"):
+        objective("irg")
+    batch = next(batches().in_order())
+    assert objective("irg:transformation=0")(batch)["irg"] > 0
+
+
 def test_projectors_are_trained_and_stored_and_not_part_of_the_student() -> None:
     theirs = teacher()
     ours = objective(f"fitnet:0.1@{layers(theirs)}", theirs)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("docs/kd-python.md", "docs/distill-python.md", "docs/kd.md")
+PAGES = ("docs/kd-python.md", "docs/distill-python.md", "docs/kd.md", "docs/graphs.md")
 EXAMPLES = Path(__file__).parent / "examples"
 FENCE = "```"
 # In front of a block that is compiled alone, because it needs what a test does not have.

@@ -36,6 +36,7 @@ SMALL = {  # name: the cell of settings, and how many pictures there are
         "SENTENCES, EPOCHS, COPIES, PASSES = 100, 2, 1, 1",
         0,
     ),
+    "07_graphs": ("FILE, SEEDS, EPOCHS = None, range(2), 20", 1),
 }
 
 

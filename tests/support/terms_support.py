@@ -39,7 +39,7 @@ def objective(loss: str, taught_by: teachers.Teacher | None = None) -> Distillat
     return Distillation(network, made, (taught_by,))
 
 
-LAYERED = ("fitnet", "at", "vid", "mgd", "review")
+LAYERED = ("fitnet", "at", "vid", "mgd", "review", "irg")
 EMBEDDED = ("srd", "rkd-distance", "rkd-angle", "sp", "pkt", "cc", "crd")
 PLAIN = ("kd", "fm", "dkd", "dist", "ls", "logits", "hard")
 

@@ -1,0 +1,1 @@
+"""Labels by noisy votes of teachers that saw private images, and what they cost: PATE."""
