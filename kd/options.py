@@ -33,8 +33,8 @@ DEFAULT_WORKERS = 2  # processes that read image files, where nothing else is as
 # Defaults that follow from more than the kind of data and of network.
 DEFAULTS_BY_DATA = {
     "loss": "ce:1, mse:1 on a distilled set; ce:0.1,kd:0.9:temperature=4 with a teacher; "
-    "ce:1,kd:1:temperature=1 with --peers; with --adversary adv-ce:1, and with a teacher "
-    "rslad:5/6,kd:1/6:temperature=1; of texts what their --task needs",
+    "kd:1:temperature=4 with --transfer; ce:1,kd:1:temperature=1 with --peers; with --adversary "
+    "adv-ce:1, and with a teacher rslad:5/6,kd:1/6:temperature=1; of texts what their --task needs",
     "validate_every": "1, or more so that short epochs make at most 40 validations",
     "image_size": "as they are",
     "patience": "never",
@@ -107,7 +107,7 @@ PRIVATE_OPTIONS = ("pate", "public", "max_epsilon")
 IMAGE_OPTIONS = (
     *PRIVATE_OPTIONS,
     *("channels", "preprocess", "pretrained", "centred", "workers", "channels_last"),
-    *("quantize", "full_range", "peers", "robust", "student_view"),
+    *("quantize", "full_range", "peers", "robust", "student_view", "transfer"),
     *(*TEACHER_INPUT_OPTIONS, *SOUND_OPTIONS),
 )
 IMAGE_FIELDS = (
@@ -136,7 +136,7 @@ class TrainOptions:
             "Schedule of the learning rate": "schedule warmup warmup_from cooldown final "
             "milestones decay",
             "Validation and averaging": "metric validate_every patience average_best ema ema_ramp",
-            "Data": "image_size channels preprocess validation_fraction data_root",
+            "Data": "transfer image_size channels preprocess validation_fraction data_root",
             "Recordings": "seconds mel_bands sample_rate time_shift hide_bands hide_time",
             "Texts": "task text label max_length tokenizer copies mlm on_policy",
             "Augmentation": "augment hflip crop_padding mixup cutmix mix_probability mix_switch",
@@ -190,6 +190,11 @@ class TrainOptions:
     """Folder of an earlier run, any of the names of --student with published weights, FILE.pt2, or
     module:attribute for code that returns a trained network. Of several, the tempered probabilities
     and the losses on layers are averaged"""
+
+    transfer: Annotated[str | None, Shown("FOLDER|SET", "the training images of DATA")] = None
+    """Train on the teacher's answers for these images in place of those of DATA, which then gives
+    validation and test images alone: a folder of images of any kind, the training images of a data
+    set, or a distilled set or its run. Labels are not used, and no loss may need them"""
 
     recipe: Annotated[str | None, Shown("NAME", "one for this kind of data and student")] = None
     """supergradients, hinton, function_matching, cifar, distilled_set or deit; against attacks pgd,
@@ -491,6 +496,7 @@ class TrainOptions:
                 "teacher: leave --teacher out"
             )
         needing = ("cache", "class_map", "min_teacher_accuracy", "teacher_weights", "assistants")
+        needing += ("transfer",)
         for name in (*needing, *TEACHER_INPUT_OPTIONS):
             if getattr(self, name) is not None and not teacher:
                 raise UserError(f"{_option(name)} needs --teacher")

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from dsdistill.harness import shell
@@ -18,7 +19,8 @@ from kd.data import data_source
 from kd.data.batching import BatchSource, EvaluationBatches
 from kd.data.data_source import DataSource
 from kd.data.files.file_source import FileSource
-from kd.evaluation import robustness, scoring, teacher_check
+from kd.evaluation import answer_balance, robustness, scoring, teacher_check
+from kd.evaluation.answer_balance import AnswerBalance
 from kd.models import networks, saved_models
 from kd.models.quantised import quantised_network
 from kd.objectives.schemes import Objective
@@ -96,6 +98,10 @@ class ImageTraining(AssembledTraining[TrainingParts]):
             check = partial(teacher_check.check, minimum=minimum, part=part, more=more, say=say)
             for name, teacher in zip(parts.teacher_names, parts.teachers, strict=True):
                 check(name, teacher, batches)
+        balance = self._answer_balance()
+        if balance is not None:
+            for line in answer_balance.describe(balance, source.classes):
+                say(line)
 
     def input_hashes(self) -> dict[str, str]:
         return run_inputs.hashes(self.parts, self.options)
@@ -145,6 +151,7 @@ class ImageTraining(AssembledTraining[TrainingParts]):
             "note": source.note,
             **self._quantised_figures(),
             **((isinstance(source, DataSource) and source.privacy) or {}),
+            **self._transfer_figures(),
         }
 
     def latency(self) -> dict[str, float | int]:
@@ -207,6 +214,35 @@ class ImageTraining(AssembledTraining[TrainingParts]):
         else:
             reason = f"a share of {fraction:g} of so few images of each class is none"
         return f"no validation images ({reason}): {', '.join(lost)}"
+
+    def _answer_balance(self) -> AnswerBalance | None:
+        """Measure how evenly the teachers answer for a transfer set; None without one.
+
+        Of several teachers the mean of the probabilities counts.
+        """
+        parts, source = self.parts, self.parts.source
+        if not parts.teachers or isinstance(source, FileSource):
+            return None
+        batches = source.transfer_sample(
+            answer_balance.IMAGES, parts.student.preprocess, parts.on.device
+        )
+        if batches is None:
+            return None
+        answers = [metrics.softmax(scoring.outputs(t, batches), 1.0) for t in parts.teachers]
+        return answer_balance.measure(np.mean(answers, axis=0))
+
+    def _transfer_figures(self) -> dict[str, Any]:
+        """Figures of the teachers' answers for a transfer set; empty without one."""
+        balance = self._answer_balance()
+        if balance is None:
+            return {}
+        counts = dict(zip(self.parts.source.classes, balance.counts.tolist(), strict=True))
+        figures = {
+            "mean_answer_entropy": balance.entropy,
+            "mean_answer_entropy_share": balance.share,
+            "answered_classes": counts,
+        }
+        return {"transfer": {"name": self.options.transfer or self.options.data, **figures}}
 
     def _test_metrics(self) -> dict[str, Any]:
         """Measure the student on the test set."""

@@ -87,7 +87,9 @@ def quantise_student(
     if on.is_fsdp2:
         raise UserError("FSDP would cut channels from their steps: leave --use_fsdp out")
     fitted = student.preprocess
-    if source.distilled is None:
+    if isinstance(source, DataSource) and source.transfer is not None:
+        batches = source.transfer_sample(images, fitted, on.device)
+    elif source.distilled is None:
         batches = source.sample(images, recipe, fitted, on.device, readers)
     else:  # its own images alone: a distilled set may be all that there is
         batches = source.train(recipe, fitted, on, readers)

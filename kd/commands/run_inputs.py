@@ -29,6 +29,7 @@ from kd.options import TrainOptions
 from kd.parallel.engine import Engine
 
 DATA_PARTS = ("training images", "validation images", "test images", "distilled set", "texts")
+TRANSFER = "transfer images"
 ABSENT = "absent"  # in place of a hash, so that appearing or vanishing is a change too
 
 
@@ -95,6 +96,8 @@ def data_hashes(parts: TrainingParts, options: TrainOptions) -> dict[str, str]:
     digests["training images"] = ABSENT if splits is None else splits.digest
     digests["validation images"] = ABSENT if splits is None else images_hash(splits.validation)
     digests["test images"] = ABSENT if splits is None else images_hash(splits.test)
+    if source.transfer is not None:
+        digests[TRANSFER] = images_hash(source.transfer)
     return digests
 
 
@@ -152,7 +155,7 @@ def require_same_data(folder: Path, stored: Mapping[str, str], inputs: Mapping[s
     Raises:
         UserError: If the data differ.
     """
-    for name in DATA_PARTS:
+    for name in (*DATA_PARTS, TRANSFER):
         if stored.get(name, inputs.get(name)) != inputs.get(name):
             raise UserError(
                 f"{folder} was trained on other {name} than there are now: restore the former "

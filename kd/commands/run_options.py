@@ -47,6 +47,7 @@ STORAGE = Storage(
     absolute={
         "data": _absolute_data,
         "public": _absolute_public,
+        "transfer": _absolute_data,
         "student": network_names.absolute_name,
         "teacher": _absolute_teachers,
         "data_root": network_names.absolute_name,

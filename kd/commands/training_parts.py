@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from dsdistill.harness import shell
+from dsdistill.harness.data import datasets
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
 from kd import attack, recipe, recipes
 from kd.attack import Attack, Pgd
 from kd.commands import private_data, quantised_training, teacher_chain
-from kd.data import data_source
+from kd.data import data_source, transfer_images
 from kd.data.data_source import DataSource
 from kd.data.files import file_source
 from kd.data.files.file_source import FileSource
@@ -130,6 +131,8 @@ def _default_loss(
         return recipes.ADVERSARIAL_LABEL_LOSS if alone else recipes.ADVERSARIAL_TEACHER_LOSS
     if alone:
         return "mse:1" if source.distilled is not None else recipes.LABEL_LOSS
+    if isinstance(source, DataSource) and source.transfer is not None:
+        return recipes.TRANSFER_LOSS
     return recipes.MUTUAL_LOSS if peers else recipes.TEACHER_LOSS
 
 
@@ -229,6 +232,8 @@ def _check(parts: TrainingParts, options: TrainOptions, alone: bool) -> None:
     recipe = parts.recipe
     _check_augment(recipe, parts.source)
     _check_attacks(parts, options)
+    if options.transfer is not None:
+        loss_checks.check_unlabelled(parts.terms)
     weighted = options.teacher_weights is not None
     loss_checks.check_teaching(parts.terms, recipe, alone=alone, weighted=weighted)
     taught = [term for term in parts.terms if term.definition.needs_teacher]
@@ -315,6 +320,11 @@ def _source(
             )
         return private_data.source(options, size, classes)
     if augment in recipe.STREAMED_AUGMENTS:
+        if options.transfer is not None:
+            raise UserError(
+                f"--transfer is decoded before the training, and --augment {augment} reads files "
+                "while it goes on: use --augment crop-flip"
+            )
         if options.sound is not None:
             raise UserError(
                 f"--seconds, --mel-bands and --sample-rate are for recordings, and --augment "
@@ -328,7 +338,7 @@ def _source(
             channels=options.channels,
             classes=classes,
         )
-    return data_source.resolve(
+    source = data_source.resolve(
         options.data,
         root=options.data_root,
         image_size=size,
@@ -337,6 +347,38 @@ def _source(
         classes=classes,
         sound=options.sound,
     )
+    return source if options.transfer is None else _with_transfer(options, source)
+
+
+def _with_transfer(options: TrainOptions, source: DataSource) -> DataSource:
+    """Replace the training images by those of `--transfer`.
+
+    Raises:
+        UserError: If the data or the transfer set do not fit.
+    """
+    name = options.transfer
+    assert name is not None
+    if source.distilled is not None:
+        raise UserError(
+            f"--transfer takes validation and test images from DATA, and {options.data} is a "
+            "distilled set: name the real data set, or leave --transfer out"
+        )
+    if source.mel is not None:
+        raise UserError("--transfer is for images, and the data are recordings: leave it out")
+    if datasets.absolute_name(name) == datasets.absolute_name(options.data):
+        raise UserError(
+            f"--transfer {name} is DATA itself, and would train on its validation images: leave "
+            "it out, and use --loss kd:1 to leave the labels out"
+        )
+    if options.teacher_weights == "by-label":
+        raise UserError(
+            "--teacher-weights by-label takes labels, and the images of --transfer have none: "
+            "leave it out"
+        )
+    images = transfer_images.load(
+        name, root=options.data_root, shape=source.shape, classes=source.classes
+    )
+    return replace(source, transfer=images)
 
 
 def _student(

@@ -1,6 +1,7 @@
 """The data that `kd` trains and tests on: a data set, or a distilled set with its source data."""
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ class DataSource:
         distilled: The distilled set, if it is trained on; else None.
         note: Note for the user, such as why there is no evaluation; None without any.
         privacy: What the labels cost, for the report, where they are noisy answers; else None.
+        transfer: Images to train on in place of the training images, with labels that mean
+            nothing; None without any.
     """
 
     name: str
@@ -43,6 +46,7 @@ class DataSource:
     distilled: DistilledSet | None = None
     note: str | None = None
     privacy: Mapping[str, float | int] | None = None
+    transfer: LabeledImages | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -57,6 +61,8 @@ class DataSource:
     @property
     def train_images(self) -> LabeledImages:
         """The images trained on; those of a distilled set are already preprocessed."""
+        if self.transfer is not None:
+            return self.transfer
         if self.distilled is not None:
             return self.distilled.examples().data
         assert self.splits is not None
@@ -104,6 +110,8 @@ class DataSource:
         """SHA-256 that changes with the images trained on."""
         if self.distilled is not None:
             return hashlib.sha256(self.distilled.images.tobytes()).hexdigest()
+        if self.transfer is not None:
+            return f"transfer-{datasets.digest(self.transfer)}"
         assert self.splits is not None
         return f"{self.splits.digest}-{len(self.splits.train)}"
 
@@ -172,6 +180,21 @@ class DataSource:
             return None
         rows = spread(self.splits.train.labels, count)
         return _unchanged(self.splits.train.select(rows), fitted, device)
+
+    def transfer_sample(
+        self, count: int, fitted: Preprocess, device: torch.device
+    ) -> ResidentBatches | None:
+        """Batches of up to `count` images of a transfer set or a distilled set, evenly spaced.
+
+        None where the real images of the data are trained on.
+        """
+        if self.transfer is None and self.distilled is None:
+            return None
+        images = self.train_images
+        images = images.select(np.arange(0, len(images), math.ceil(len(images) / count)))
+        labels = torch.from_numpy(images.labels.astype(np.int64)).to(device)
+        examples = Examples(images, fitted, is_preprocessed=self.distilled is not None)
+        return ResidentBatches(examples, SCORE_BATCH, device, labels)
 
     def test(
         self, recipe: Recipe, fitted: Preprocess, device: torch.device, workers: int = 0

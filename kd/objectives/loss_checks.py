@@ -203,6 +203,20 @@ def check_teaching(
         )
 
 
+def check_unlabelled(terms: Sequence[Term]) -> None:
+    """Refuse terms of labels, where the images trained on have none.
+
+    Raises:
+        UserError: With the term.
+    """
+    for term in terms:
+        if term.definition.uses_labels:
+            raise UserError(
+                f"--loss {term.name} takes labels, and the images of --transfer have none: use "
+                "kd, or a loss of layers such as srd"
+            )
+
+
 def check_adversary(
     terms: Sequence[Term], adversary: str | None, *, other: str | None = None
 ) -> Against | None:

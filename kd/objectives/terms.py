@@ -147,6 +147,12 @@ class TermDefinition:
     against: Against | None = None
     remark: Callable[[Parameters, int], str | None] = _no_remark
 
+    @property
+    def uses_labels(self) -> bool:
+        """Whether the term, or the attack that it is against, takes labels."""
+        alone = not self.needs_teacher and self.against != "itself"
+        return alone or self.whole or self.against == "labels"
+
 
 def _label_row(
     function: LossFunction, weight: float, *, centred: bool = False, **needs: Any

@@ -34,6 +34,7 @@ from PIL import Image, ImageOps
 from dsdistill.harness import memory
 from dsdistill.harness.checksums import json_digest
 from dsdistill.harness.data import image_files, mel_images, wav_files
+from dsdistill.harness.data.folder_part import part_name
 from dsdistill.harness.data.labeled_images import (
     TEST_FRACTION,
     DataError,
@@ -161,6 +162,42 @@ def read(
         train, test = split_by_class(everything.labels, TEST_FRACTION, layout.draw_order)
     train, test = everything.select(train), everything.select(test)
     return FolderSplits(train, validation, test, layout, mel, conversion)
+
+
+def read_unlabelled(
+    path: Path, cache: Path, image_size: int | None, channels: int | None = None
+) -> LabeledImages:
+    """Load all images below a folder, whatever classes it has; of a split one its training part.
+
+    Args:
+        path: Folder of image files, at any depth.
+        cache, image_size, channels: As in `read`.
+
+    Returns:
+        The images in the order of their paths, all labelled 0, without class names.
+
+    Raises:
+        DataError: As `read`, or if there are no images.
+        OSError: If the cache cannot be written.
+    """
+    parts = [child for child in path.iterdir() if child.is_dir() and part_name(child.name)]
+    train = [child for child in parts if part_name(child.name) == "train"]
+    files = sorted(
+        file
+        for folder in train or [path]
+        for file in folder.rglob("*")
+        if file.suffix.lower() in image_files.extensions()
+        and not any(name.startswith(".") for name in file.relative_to(path).parts)
+        and file.is_file()
+    )
+    if not files:
+        raise DataError(f"{path} holds no images")
+    store = _open_or_decode(path, cache, files, image_size, channels)
+    if store.skipped:
+        line = _describe_unreadable(path, files, store.skipped)
+        logging.getLogger(__name__).warning("%s; skipped", printable(line))
+    readable = np.setdiff1d(np.arange(len(files)), list(store.skipped))
+    return LabeledImages(store.images, np.zeros(len(readable), np.int64), (), rows=readable)
 
 
 def _choose_format(
