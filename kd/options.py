@@ -107,7 +107,7 @@ PRIVATE_OPTIONS = ("pate", "public", "max_epsilon")
 IMAGE_OPTIONS = (
     *PRIVATE_OPTIONS,
     *("channels", "preprocess", "pretrained", "centred", "workers", "channels_last"),
-    *("quantize", "full_range", "peers", "robust", "student_view", "transfer"),
+    *("quantize", "full_range", "peers", "robust", "student_view", "transfer", "teacher_data"),
     *(*TEACHER_INPUT_OPTIONS, *SOUND_OPTIONS),
 )
 IMAGE_FIELDS = (
@@ -126,8 +126,8 @@ class TrainOptions:
             "Student": "student student_view pretrained centred quantize full_range keep_layers "
             "lora recipe trust_module",
             "Output and resuming": "out resume seed",
-            "Teacher": "teacher teacher_weights class_map teacher_image_size teacher_mean "
-            "teacher_std min_teacher_accuracy cache cache_top",
+            "Teacher": "teacher teacher_data teacher_weights class_map teacher_image_size "
+            "teacher_mean teacher_std min_teacher_accuracy cache cache_top",
             "Private images": "pate public max_epsilon",
             "Loss": "loss label_smoothing",
             "Attacks": "adversary robust",
@@ -195,6 +195,10 @@ class TrainOptions:
     """Train on the teacher's answers for these images in place of those of DATA, which then gives
     validation and test images alone: a folder of images of any kind, the training images of a data
     set, or a distilled set or its run. Labels are not used, and no loss may need them"""
+
+    teacher_data: Annotated[Path | None, Shown("DIR", "the student's images")] = None
+    """Folder with another picture of every image for the teacher, such as its depth or a higher
+    resolution, below the same path up to the extension; shifts, flips and mixing are the same"""
 
     recipe: Annotated[str | None, Shown("NAME", "one for this kind of data and student")] = None
     """supergradients, hinton, function_matching, cifar, distilled_set or deit; against attacks pgd,
@@ -496,7 +500,7 @@ class TrainOptions:
                 "teacher: leave --teacher out"
             )
         needing = ("cache", "class_map", "min_teacher_accuracy", "teacher_weights", "assistants")
-        needing += ("transfer",)
+        needing += ("transfer", "teacher_data")
         for name in (*needing, *TEACHER_INPUT_OPTIONS):
             if getattr(self, name) is not None and not teacher:
                 raise UserError(f"{_option(name)} needs --teacher")
@@ -511,7 +515,7 @@ class EvaluateOptions:
 
     LAYOUT: ClassVar = Layout(
         groups={
-            "Comparison": "teacher class_map teacher_class_map data_root device",
+            "Comparison": "teacher teacher_data class_map teacher_class_map data_root device",
             "Attacks": "robust",
             "Texts": "text label",
             "Code of your own": "trust_module",
@@ -535,6 +539,11 @@ class EvaluateOptions:
 
     teacher: Annotated[str | None, Shown("NAME|RUN", "the one of the training")] = None
     """Measure the agreement with this teacher"""
+
+    teacher_data: Annotated[Path | None, Shown("DIR", "of the run's own data, the training's")] = (
+        None
+    )
+    """Folder with another picture of every image for the teacher"""
 
     class_map: Annotated[Path | None, Shown("FILE")] = None
     """JSON file, class of the data -> class of the student (name or number)"""

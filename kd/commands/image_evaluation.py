@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dsdistill.harness.data import layout
+from dsdistill.harness.data import layout, paired_folder
 from dsdistill.harness.data.labeled_images import LabeledImages
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
@@ -56,6 +56,8 @@ class ImageEvaluation:
         batches: Batches of them.
         device: Device of the networks.
         attacks: Attacks that the student is judged under.
+        teacher_data: The teachers' own pictures of the images; None where they see the images.
+        has_teachers: Whether there is anything that the teachers can be shown.
     """
 
     options: EvaluateOptions
@@ -66,6 +68,8 @@ class ImageEvaluation:
     batches: EvaluationBatches
     device: torch.device
     attacks: tuple[Attack, ...] = ()
+    teacher_data: DataSource | None = None
+    has_teachers: bool = True
 
     @property
     def student_name(self) -> str:
@@ -81,10 +85,15 @@ class ImageEvaluation:
 
     def figures(self, teachers: ChosenTeachers | None) -> dict[str, Any]:
         source, temperature = self.chosen.source, self.student.output_temperature
-        known = dict(self._load_teachers(teachers)) if teachers else {}
+        known = dict(self._load_teachers(teachers)) if teachers and self.has_teachers else {}
         network = _OutputSelector(self.student.classifier, self.outputs)
         figures = scoring.evaluate(
-            network, self.batches, known, temperature=temperature, classes=source.classes
+            network,
+            self.batches,
+            known,
+            temperature=temperature,
+            classes=source.classes,
+            teacher_batches=self._teacher_batches(),
         )
         for note in figures["notes"]:
             progress.say(note)
@@ -118,10 +127,19 @@ class ImageEvaluation:
             return parameters
         return {**parameters, **scoring.latency(classifier, self.student.shape)}
 
+    def _teacher_batches(self) -> EvaluationBatches | None:
+        if self.teacher_data is None:
+            return None
+        data = self.teacher_data
+        return data.test(run_data.read_recipe(self.options.run), data.fit(None), self.device)
+
     def _load_teachers(self, chosen: ChosenTeachers) -> Iterator[tuple[str, nn.Module]]:
-        options, source = self.options, self.chosen.source
+        options, source = self.options, self.teacher_data or self.chosen.source
         typed = network_names.names_in(options.teacher, options.trust_module)
-        images = self.student.preprocess, source.shape, source.classes
+        fitted = self.student.preprocess
+        if self.teacher_data is not None:
+            fitted = self.teacher_data.fit(None)
+        images = fitted, source.shape, source.classes
         each = zip(chosen.names, chosen.class_maps, chosen.inputs, strict=True)
         for label, mapping, inputs in each:
             networks.require_typed(str(options.run / "config.json"), label, typed)
@@ -178,7 +196,52 @@ def prepare(options: EvaluateOptions, device: torch.device) -> ImageEvaluation:
         attacks = attack.parse_robust(options.robust, eps=trained.eps if trained else None)
         robustness.check(attacks, student.preprocess, len(source.classes))
     student.classifier.to(device)
-    return ImageEvaluation(options, student, outputs, how, chosen, test, device, attacks)
+    pictures, has_teachers = _teacher_data(options, config, source)
+    return ImageEvaluation(
+        options,
+        student,
+        outputs,
+        how,
+        chosen,
+        test,
+        device,
+        attacks,
+        pictures,
+        has_teachers,
+    )
+
+
+def _teacher_data(
+    options: EvaluateOptions, config: Mapping[str, Any], source: DataSource | FileSource
+) -> tuple[DataSource | None, bool]:
+    """The teachers' own pictures, if they have some, and whether they can be shown anything.
+
+    Raises:
+        UserError: If there are no teachers to show them to, or no files that they could belong to.
+    """
+    folder, stored = options.teacher_data, config.get("teacher_data")
+    if folder is not None and not (options.teacher or config.get("teacher")):
+        raise UserError("--teacher-data needs --teacher: the run was trained without one")
+    if folder is None and stored is not None and options.teacher is None:
+        if options.data is not None:
+            progress.say(
+                "note: the run's teacher saw pictures of its own, and there are none of these "
+                "data: it is left out; --teacher-data DIR names them"
+            )
+            return None, False
+        folder = Path(stored)
+    if folder is None:
+        return None, True
+    splits = source.splits if isinstance(source, DataSource) else None
+    if splits is None or splits.layout is None:
+        raise UserError(f"--teacher-data needs a folder of files, and {source.name} is none")
+    h, w, _ = source.shape
+    size = config.get("image_size") if h == w else None
+    pictures = DataSource(folder.stem, paired_folder.load(folder, splits, splits.layout, size))
+    assert pictures.splits is not None
+    if not len(pictures.splits.test):
+        return None, False
+    return pictures, True
 
 
 class _OutputSelector(nn.Module):

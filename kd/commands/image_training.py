@@ -76,13 +76,15 @@ class ImageTraining(AssembledTraining[TrainingParts]):
         say = progress.say if parts.on.is_main_process else lambda line: None
         for line in source.missing_classes():
             say(f"note: {line}")
-        batches: EvaluationBatches | None = self._validation_batches()
+        fitted, device, readers = parts.teacher_preprocess, parts.on.device, parts.readers
+        batches: EvaluationBatches | None = parts.teacher_source.validation(
+            parts.recipe, fitted, device, readers
+        )
         part = "validation"
         if batches is None:
             say(self._describe_no_validation())
         if batches is None and parts.teachers:
-            fitted, device = parts.student.preprocess, parts.on.device
-            shuffled = source.shuffled(parts.recipe, fitted, device, parts.readers)
+            shuffled = parts.teacher_source.shuffled(parts.recipe, fitted, device, readers)
             batches = None if shuffled is None else teacher_check.FirstImages(shuffled)
             part = "training"
         minimum = self.options.min_teacher_accuracy
@@ -190,8 +192,8 @@ class ImageTraining(AssembledTraining[TrainingParts]):
     def _training_images(self, count: int) -> EvaluationBatches | None:
         """At most `count` training images, spread over the classes, in evaluation views."""
         parts = self.parts
-        fitted, device = parts.student.preprocess, parts.on.device
-        return parts.source.sample(count, parts.recipe, fitted, device, parts.readers)
+        fitted, device = parts.teacher_preprocess, parts.on.device
+        return parts.teacher_source.sample(count, parts.recipe, fitted, device, parts.readers)
 
     def _describe_no_validation(self) -> str:
         """Say in one line what a training without validation images lacks.
@@ -251,10 +253,16 @@ class ImageTraining(AssembledTraining[TrainingParts]):
         batches = parts.source.test(parts.recipe, fitted, device, parts.readers)
         if batches is None:
             return {"test_accuracy": None, "test_images": 0}
+        theirs: EvaluationBatches | None = batches
+        if parts.teacher_data is not None:
+            data = parts.teacher_data
+            theirs = data.source.test(parts.recipe, data.preprocess, device)
+        known = dict(zip(parts.teacher_names, parts.teachers, strict=True))
         figures = scoring.evaluate(
             student.classifier,
             batches,
-            dict(zip(parts.teacher_names, parts.teachers, strict=True)),
+            {} if theirs is None else known,
+            teacher_batches=theirs,
             temperature=student.output_temperature,
             classes=parts.source.classes,
         )

@@ -41,6 +41,11 @@ def hashes(parts: TrainingParts, options: TrainOptions) -> dict[str, str]:
         options: Options that the parts were assembled from.
     """
     digests = _code_hashes(parts) | data_hashes(parts, options)
+    if parts.teacher_data is not None:
+        splits = parts.teacher_data.source.splits
+        assert splits is not None
+        images = [images_hash(part) for part in (splits.train, splits.validation, splits.test)]
+        digests["the teacher's images"] = hashlib.sha256("".join(images).encode()).hexdigest()
     # By number, since one path can be written in several ways.
     pairs = zip(parts.teacher_names, parts.teachers, strict=True)
     for number, (name, teacher) in enumerate(pairs, 1):

@@ -19,7 +19,7 @@ from kd.options import TEACHER_INPUT_OPTIONS, TrainOptions
 from kd.recipe import COPYING_AUGMENTS, SCHEDULE_FIELDS, VALIDATION_FIELDS
 
 # Options of the first teacher only: the others are runs on the data's classes and images.
-FIRST_TEACHER_OPTIONS = ("class_map", *TEACHER_INPUT_OPTIONS)
+FIRST_TEACHER_OPTIONS = ("class_map", "teacher_data", *TEACHER_INPUT_OPTIONS)
 # Options of a student's first weights: a later stage goes on from the stage before.
 FIRST_STUDENT_OPTIONS = ("keep_layers", "tokenizer")
 # What a recipe of several stages sets for each; given on the command line, for the last one.

@@ -21,7 +21,7 @@ from dsdistill.harness.runs import progress
 from kd.commands.answer_caches import announce, from_tables, open_all, refuse_layers
 from kd.commands.training_parts import TrainingParts
 from kd.data import augment, batching
-from kd.data.batching import BatchSource, ResidentBatches, Unit
+from kd.data.batching import Batch, BatchSource, ResidentBatches, Unit
 from kd.data.teacher_answers import CachedBatches, Kept, Table
 from kd.data.teacher_cache import TeacherCache
 from kd.evaluation import scoring
@@ -94,7 +94,8 @@ def prepare(
         UserError: If `--cache` is given for a loss that takes more than logits and vectors.
     """
     classes = parts.source.classes
-    augmented = augment.augment_batches(source, parts.recipe, len(classes), _silence(parts))
+    paired = _add_teacher_images(source, parts)
+    augmented = augment.augment_batches(paired, parts.recipe, len(classes), _silence(parts))
     moving = [term.name for term in parts.terms if term.definition.against == "moving teacher"]
     if moving and options.cache is not None:
         raise UserError(
@@ -103,19 +104,53 @@ def prepare(
         )
     if not isinstance(objective, Distillation) or not objective.needs_answers:
         return augmented
+    if options.cache is not None and parts.teacher_data is not None:
+        raise UserError(
+            "--cache keeps answers to the student's images, and with --teacher-data the teachers "
+            "see other ones: leave it out"
+        )
     if options.cache is not None:
         return _cached(parts, options, objective, source, augmented)
-    if objective.needs_features or augmented is not source:
+    if objective.needs_features or augmented is not paired:
         return augmented
-    return _precompute_logits(source, parts, ()) if isinstance(source, ResidentBatches) else source
+    if not isinstance(source, ResidentBatches):
+        return paired
+    answered = _precompute_logits(source, parts, ())
+    return paired if answered is source else answered  # too many answers for memory
 
 
-def _silence(parts: TrainingParts) -> Float[Tensor, "c h w"] | None:
-    """The preprocessed image of a silent recording; None where the images are of none."""
+def _add_teacher_images(source: BatchSource, parts: TrainingParts) -> BatchSource:
+    """Add the teachers' own pictures to batches, before both are augmented alike."""
+    if parts.teacher_data is None:
+        return source
+    pictures = _teacher_batches(parts)
+
+    def add(batch: Batch, seed: int) -> Batch:
+        assert batch.index is not None
+        theirs = pictures.batch(batch.index.cpu().numpy()).images
+        return replace(batch, teacher_inputs=(theirs,) * len(parts.teachers))
+
+    return batching.ChangedBatches(source, add)
+
+
+def _teacher_batches(parts: TrainingParts) -> ResidentBatches:
+    """The teachers' pictures of the training images, in the order of the data."""
+    assert parts.teacher_data is not None
+    pictures = parts.teacher_data
+    return pictures.source.train(parts.recipe, pictures.preprocess, parts.on)
+
+
+def _silence(parts: TrainingParts) -> list[Float[Tensor, "c h w"]]:
+    """Preprocessed images of a silent recording, of the student's and of the teachers' own."""
     if parts.source.mel is None:
-        return None
-    black = np.zeros((1, *parts.source.shape), np.float32)
-    return batching.to_nchw(parts.student.preprocess.apply(black))[0]
+        return []
+    sources = [(parts.source, parts.student.preprocess)]
+    if parts.teacher_data is not None:
+        sources.append((parts.teacher_data.source, parts.teacher_data.preprocess))
+    return [
+        batching.to_nchw(fitted.apply(np.zeros((1, *source.shape), np.float32)))[0]
+        for source, fitted in sources
+    ]
 
 
 def _cached(
@@ -171,12 +206,12 @@ def _precompute_logits(
     n, k = len(source.examples), len(parts.source.classes)
     if 4 * n * k * len(parts.teachers) > batching.MAX_RESIDENT_BYTES:
         return source
-    tables = []
+    tables, seen = [], source if parts.teacher_data is None else _teacher_batches(parts)
     for i, teacher in enumerate(parts.teachers):
         logits = caches[i].load(STATIC, n, k) if caches else None
         if logits is None:
             with progress.bar(len(source), "teacher batches") as show:
-                logits = torch.from_numpy(scoring.outputs(teacher, source, tick=show))
+                logits = torch.from_numpy(scoring.outputs(teacher, seen, tick=show))
             if caches and parts.on.is_main_process:
                 caches[i].save(STATIC, logits)
             # What is computed must be what is read after a stop.

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from dsdistill.harness import shell
-from dsdistill.harness.data import datasets
+from dsdistill.harness.data import datasets, paired_folder
+from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
 from kd import attack, recipe, recipes
@@ -41,6 +42,19 @@ IMAGE_METRICS = ("accuracy", "nll", "robust_accuracy")
 
 
 @dataclass(frozen=True, eq=False)
+class TeacherData:
+    """Another picture of every image, which the teachers see in its place.
+
+    Attributes:
+        source: The pictures, in the rows and parts of the images.
+        preprocess: Preprocessing of the pictures.
+    """
+
+    source: DataSource
+    preprocess: Preprocess
+
+
+@dataclass(frozen=True, eq=False)
 class TrainingParts:
     """Parts of a training.
 
@@ -55,6 +69,8 @@ class TrainingParts:
         on: Device, precision and processes.
         seed: Seed of all random choices.
         readers: Number of processes that read image files.
+        teacher_data: Images of the teachers' own, one for each of the source's; None where the
+            teachers see the source's.
     """
 
     source: DataSource | FileSource
@@ -67,6 +83,19 @@ class TrainingParts:
     on: Engine
     seed: int
     readers: int
+    teacher_data: TeacherData | None = None
+
+    @property
+    def teacher_source(self) -> DataSource | FileSource:
+        """The images that the teachers see."""
+        return self.source if self.teacher_data is None else self.teacher_data.source
+
+    @property
+    def teacher_preprocess(self) -> Preprocess:
+        """What is done to them before an adapter of a teacher gets them."""
+        if self.teacher_data is None:
+            return self.student.preprocess
+        return self.teacher_data.preprocess
 
 
 def assemble(options: TrainOptions) -> TrainingParts:
@@ -87,7 +116,8 @@ def assemble(options: TrainOptions) -> TrainingParts:
     alone = not (names or options.peers or options.mean_teacher is not None)
     say = progress.say if on.is_main_process else _say_nothing
     student = _student(options, name, source, say)
-    loaded_teachers = _teachers(options, names, source, student)
+    teacher_data = _teacher_data(options, named, source)
+    loaded_teachers = _teachers(options, names, source, student, teacher_data)
     peers = _peers(options, source)
     chosen = _recipe(options, named, source.distilled is not None, student)
     chosen = replace(chosen, loss=chosen.loss or _default_loss(chosen, source, peers, alone))
@@ -113,6 +143,7 @@ def assemble(options: TrainOptions) -> TrainingParts:
         on,
         options.seed,
         options.readers,
+        teacher_data,
     )
     _check(parts, options, alone)
     for remark in loss_checks.remarks(loss_terms, images=source.count):
@@ -170,6 +201,7 @@ def build_objective(parts: TrainingParts, options: TrainOptions) -> Objective:
         images=parts.source.count,
         smoothing=parts.recipe.label_smoothing,
         seed=parts.seed,
+        teacher_sample=parts.teacher_source.shape,
     )
     if parts.peers:
         return Mutual(student, parts.peers, loss_terms)
@@ -220,6 +252,9 @@ def check_step(parts: TrainingParts, objective: Objective, sizes: Sequence[int])
         on=parts.on,
         mixed=_mixes_images(parts.recipe),
         centred=parts.source.distilled is not None,
+        teacher_shapes=[parts.teacher_source.shape] * len(parts.teachers)
+        if parts.teacher_data is not None
+        else (),
     )
 
 
@@ -234,6 +269,7 @@ def _check(parts: TrainingParts, options: TrainOptions, alone: bool) -> None:
     _check_attacks(parts, options)
     if options.transfer is not None:
         loss_checks.check_unlabelled(parts.terms)
+    _check_pairs(recipe, parts)
     weighted = options.teacher_weights is not None
     loss_checks.check_teaching(parts.terms, recipe, alone=alone, weighted=weighted)
     taught = [term for term in parts.terms if term.definition.needs_teacher]
@@ -289,6 +325,30 @@ def _check_attacks(parts: TrainingParts, options: TrainOptions) -> None:
     if against is not None and trained is not None:
         bounds_after(preprocess, trained.eps)
     robustness.check(judging_attacks(parts, options), preprocess, len(parts.source.classes))
+
+
+def _check_pairs(recipe: Recipe, parts: TrainingParts) -> None:
+    """Refuse augmentation that the teachers' own pictures cannot follow."""
+    if parts.teacher_data is None:
+        return
+    own, theirs = parts.source, parts.teacher_data.source
+    moving = [term.name for term in parts.terms if term.definition.against == "moving teacher"]
+    if moving:
+        raise UserError(
+            f"--loss {moving[0]} shows the teacher images that change with the student, and "
+            "--teacher-data has no such ones: use rslad or ard"
+        )
+    if recipe.augment == "specaugment" and theirs.mel is None:
+        raise UserError(
+            "--augment specaugment shifts recordings, and --teacher-data holds images, which do "
+            "not follow: leave it out"
+        )
+    if recipe.cutmix > 0 and own.shape[:2] != theirs.shape[:2]:
+        raise UserError(
+            "--cutmix pastes one rectangle into images of one size, and those of --teacher-data "
+            f"are {theirs.shape[0]}x{theirs.shape[1]}, not {own.shape[0]}x{own.shape[1]}: use "
+            "--mixup"
+        )
 
 
 def make_engine(options: TrainOptions, named: Recipe | None) -> Engine:
@@ -379,6 +439,35 @@ def _with_transfer(options: TrainOptions, source: DataSource) -> DataSource:
         name, root=options.data_root, shape=source.shape, classes=source.classes
     )
     return replace(source, transfer=images)
+
+
+def _teacher_data(
+    options: TrainOptions, named: Recipe | None, source: DataSource | FileSource
+) -> TeacherData | None:
+    """Load the teachers' own pictures; None where they see the student's images.
+
+    Raises:
+        UserError: If the data have no files, or a file has no counterpart.
+    """
+    if options.teacher_data is None or teacher_chain.is_taught_by_chain(options):
+        return None
+    if options.transfer is not None:
+        raise UserError(
+            "--teacher-data has another picture of every image of DATA, and --transfer trains on "
+            "others: leave one of them out"
+        )
+    splits = source.splits if isinstance(source, DataSource) else None
+    if splits is None or splits.layout is None or source.distilled is not None:
+        raise UserError(
+            "--teacher-data has a file for each file of a folder that is decoded before the "
+            "training: give such a folder as DATA, without --augment imagenet"
+        )
+    size = options.given.get("image_size") or (named and named.image_size)
+    folder = options.teacher_data.expanduser()
+    pictures = DataSource(
+        folder.resolve().stem, paired_folder.load(folder, splits, splits.layout, size)
+    )
+    return TeacherData(pictures, pictures.fit(None))
 
 
 def _student(
@@ -481,17 +570,23 @@ def _peers(options: TrainOptions, source: DataSource | FileSource) -> tuple[Clas
 
 
 def _teachers(
-    options: TrainOptions, names: Sequence[str], source: DataSource | FileSource, student: Model
+    options: TrainOptions,
+    names: Sequence[str],
+    source: DataSource | FileSource,
+    student: Model,
+    data: TeacherData | None,
 ) -> tuple[Teacher, ...]:
     """Load the teachers, adapted to the student's images and frozen."""
     if teacher_chain.is_taught_by_chain(options):
         options = replace(options, **dict.fromkeys(teacher_chain.FIRST_TEACHER_OPTIONS))
     maps = class_names.read_class_maps(options.class_map, names)
-    images = student.preprocess, source.shape, source.classes
+    fitted = student.preprocess if data is None else data.preprocess
+    seen = source if data is None else data.source
+    images = fitted, seen.shape, source.classes
     inputs = told(vars(options), len(names))
     typed = typed_names(options)
     return tuple(
-        teachers.load(name, *images, class_map=mapping, typed=typed, mel=source.mel, **given)
+        teachers.load(name, *images, class_map=mapping, typed=typed, mel=seen.mel, **given)
         for name, mapping, given in zip(names, maps, inputs, strict=True)
     )
 

@@ -2,9 +2,10 @@
 
 Each function takes a batch and the batch's seed, so that the same batch of the same epoch is always
 changed in the same way: a killed training resumes bit for bit, and a teacher's logits can be kept.
+Where teachers have images of their own, these are changed alike, in proportion to their size.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -12,7 +13,7 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, UInt64
+from jaxtyping import Bool, Float, Int, UInt64
 from torch import Tensor
 
 from kd.data.batching import Batch, BatchSource, ChangedBatches
@@ -25,7 +26,7 @@ def augment_batches(
     source: BatchSource,
     recipe: Recipe,
     classes: int,
-    silence: Float[Tensor, "c h w"] | None = None,
+    silence: Sequence[Float[Tensor, "c h w"]] = (),
 ) -> BatchSource:
     """Add the recipe's augmentations to a source of batches.
 
@@ -33,13 +34,14 @@ def augment_batches(
         source: Source of batches; streamed images have been cropped already.
         recipe: Recipe; `augment` of `crop-flip` and `specaugment`, mixup and CutMix are applied.
         classes: Number of classes.
-        silence: Image of a silent recording, which `specaugment` needs.
+        silence: Image of a silent recording, which `specaugment` needs, and the teachers' one where
+            they have images of their own.
     """
     if recipe.augment == "crop-flip":
         options = {"padding": recipe.crop_padding, "hflip": recipe.hflip}
         source = ChangedBatches(source, partial(crop_flip, **options))
     if recipe.augment == "specaugment":
-        assert silence is not None
+        assert silence
         change = partial(
             specaugment,
             shift=recipe.time_shift,
@@ -66,19 +68,39 @@ def crop_flip(batch: Batch, seed: int, *, padding: int, hflip: float) -> Batch:
         hflip: Probability of a flip.
     """
     assert batch.index is not None
-    h, w = batch.images.shape[-2:]
     draws = row_uniforms(batch.index.cpu().numpy(), seed)
     top, left = (np.floor(draws[:, i] * (2 * padding + 1)).astype(np.int64) for i in (0, 1))
+    flipped, others = draws[:, 2:] < hflip, batch.teacher_images
+    images = _shift_flip(batch.images, top, left, flipped, (padding, padding))
+    if others is None:
+        return batch.with_images(images, None)
+    up, across = (a / b for a, b in zip(others.shape[-2:], images.shape[-2:], strict=True))
+    theirs = round(padding * up), round(padding * across)
+    # From the middle, so that no shift stays no shift.
+    down = theirs[0] + np.rint((top - padding) * up).astype(np.int64)
+    right = theirs[1] + np.rint((left - padding) * across).astype(np.int64)
+    return batch.with_images(images, _shift_flip(others, down, right, flipped, theirs))
+
+
+def _shift_flip(
+    images: Float[Tensor, "n c h w"],
+    top: Int[np.ndarray, " n"],
+    left: Int[np.ndarray, " n"],
+    flipped: Bool[np.ndarray, "n 1"],
+    padding: tuple[int, int],
+) -> Float[Tensor, "n c h w"]:
+    """Pad images with zeros, cut their size out again from `top` and `left` on, and flip some."""
+    h, w = images.shape[-2:]
     x = left[:, None] + np.arange(w)
-    x = np.where(draws[:, 2:] < hflip, x[:, ::-1], x)
+    x = np.where(flipped, x[:, ::-1], x)
     y = top[:, None] + np.arange(h)
-    padded = F.pad(batch.images, [padding] * 4)
-    number = np.arange(len(batch))[:, None, None]
+    padded = F.pad(images, [padding[1]] * 2 + [padding[0]] * 2)
+    number = np.arange(len(images))[:, None, None]
     indices = (number, y[:, :, None], x[:, None])
     arrays = [torch.from_numpy(np.ascontiguousarray(a)) for a in indices]
     n, rows, columns = (a.to(padded.device) for a in arrays)
     shifted = padded[n, :, rows, columns]  # (n, h, w, c)
-    return replace(batch, inputs=shifted.permute(0, 3, 1, 2).contiguous())
+    return shifted.permute(0, 3, 1, 2).contiguous()
 
 
 def specaugment(
@@ -88,7 +110,7 @@ def specaugment(
     shift: float,
     bands: float,
     time: float,
-    silence: Float[Tensor, "c h w"],
+    silence: Sequence[Float[Tensor, "c h w"]],
 ) -> Batch:
     """Shift each recording's image in time, then hide some adjacent bands and some adjacent frames.
 
@@ -102,25 +124,42 @@ def specaugment(
         shift: Largest shift in either direction, as a share of the width.
         bands: Largest share of the height that is hidden.
         time: Largest share of the width that is hidden.
-        silence: Image of a silent recording, which fills what a shift leaves empty.
+        silence: Image of a silent recording, which fills what a shift leaves empty; another one
+            for the teachers' images, where they have their own.
 
     Source: Park et al. (2019), arXiv:1904.08779, with one mask of each kind, widths as shares, and
     a shift in place of the time warp, which they find to matter least.
     """
     assert batch.index is not None
-    _, h, w = batch.images.shape[1:]
     draws = row_uniforms(batch.index.cpu().numpy(), seed, draws=5)
+    images, others = batch.images, batch.teacher_images
+    images = _specaugment(images, draws, shift, bands, time, silence[0])
+    if others is not None:
+        others = _specaugment(others, draws, shift, bands, time, silence[1])
+    return batch.with_images(images, others)
+
+
+def _specaugment(
+    images: Float[Tensor, "n c h w"],
+    draws: Float[np.ndarray, "n 5"],
+    shift: float,
+    bands: float,
+    time: float,
+    silence: Float[Tensor, "c h w"],
+) -> Float[Tensor, "n c h w"]:
+    """Change images by their draws: of the shift, and of width and start of both masks."""
+    _, h, w = images.shape[1:]
     largest = round(shift * w)
     source = np.arange(w) + np.floor(draws[:, :1] * (2 * largest + 1)).astype(np.int64) - largest
     hidden_bands = _hidden_range(draws[:, 1:3], round(bands * h), h)[:, None, :, None]
     hidden_time = _hidden_range(draws[:, 3:5], round(time * w), w)[:, None, None, :]
-    device = batch.images.device
+    device = images.device
     inside = torch.from_numpy((source >= 0) & (source < w)).to(device)[:, None, None, :]
     columns = torch.from_numpy(source.clip(0, w - 1)).to(device)[:, None, None, :]
-    shifted = batch.images.gather(3, columns.expand_as(batch.images))  # (n, c, h, w)
+    shifted = images.gather(3, columns.expand_as(images))  # (n, c, h, w)
     shifted = torch.where(inside, shifted, silence.to(device))
     hidden = torch.from_numpy(hidden_bands | hidden_time).to(device)
-    return replace(batch, inputs=shifted.masked_fill(hidden, 0.0))
+    return shifted.masked_fill(hidden, 0.0)
 
 
 def _hidden_range(
@@ -151,13 +190,18 @@ def mix_images(batch: Batch, seed: int, *, mixer: Mixer) -> Batch:
     twice = torch.arange(n + n % 2, device=batch.images.device)
     if n % 2:
         twice[n // 2 + 1 :] -= 1
-    with temporary_numpy_seed(seed):
-        images, shares = mixer(batch.images[twice], batch.labels[twice])
-    if n % 2:
-        once = torch.arange(n, device=twice.device)
-        once[n // 2 + 1 :] += 1
-        images, shares = images[once], shares[once]
-    return replace(batch, inputs=images, class_shares=shares)
+    once = torch.arange(n, device=twice.device)
+    once[n // 2 + 1 :] += n % 2
+
+    def mix(images: Tensor) -> tuple[Tensor, Tensor]:
+        with temporary_numpy_seed(seed):  # every time the same draws
+            mixed, shares = mixer(images[twice], batch.labels[twice])
+        return (mixed[once], shares[once]) if n % 2 else (mixed, shares)
+
+    images, shares = mix(batch.images)
+    others = batch.teacher_images
+    mixed = batch.with_images(images, None if others is None else mix(others)[0])
+    return replace(mixed, class_shares=shares)
 
 
 @contextmanager

@@ -71,12 +71,30 @@ class Batch:
     teacher_vectors: tuple[Mapping[LayerVector, Float[Tensor, "n d"]], ...] | None = None
     index: Int[Tensor, " n"] | None = None
     total_images: int | None = None
-    teacher_inputs: tuple[TokenInputs, ...] | None = None
+    teacher_inputs: tuple[Float[Tensor, "n c h w"] | TokenInputs, ...] | None = None
     token_targets: Int[Tensor, "n l"] | None = None
     totals: Mapping[Unit, int] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def teacher_images(self) -> Float[Tensor, "n C H W"] | None:
+        """The images that all teachers see, where they differ from the student's."""
+        if self.teacher_inputs is None or not isinstance(self.teacher_inputs[0], Tensor):
+            return None
+        return self.teacher_inputs[0]
+
+    def with_images(
+        self, images: Float[Tensor, "n c h w"], teacher_images: Float[Tensor, "n C H W"] | None
+    ) -> "Batch":
+        """The same batch with other images, and where teachers have their own, with other ones."""
+        if teacher_images is None:
+            return replace(self, inputs=images)
+        assert self.teacher_inputs is not None
+        return replace(
+            self, inputs=images, teacher_inputs=(teacher_images,) * len(self.teacher_inputs)
+        )
 
     @property
     def images(self) -> Float[Tensor, "n c h w"]:

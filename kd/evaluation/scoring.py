@@ -60,6 +60,7 @@ def evaluate(
     *,
     temperature: float = 1.0,
     classes: Sequence[str] = (),
+    teacher_batches: EvaluationBatches | None = None,
 ) -> dict[str, Any]:
     """Measure accuracy, NLL in nats and calibration error (15 bins), and agreement with teachers.
 
@@ -71,6 +72,8 @@ def evaluate(
             the `agreement` and `accuracy` of each.
         temperature: T > 0; softmax(outputs / T) are the network's probabilities.
         classes: Class names, in label order; without them there are no `notes`.
+        teacher_batches: The teachers' own pictures of the images, in their order; None where the
+            teachers see the images.
 
     Returns:
         The figures and the number of `images`; with `classes` also `notes`, sentences on an
@@ -89,7 +92,8 @@ def evaluate(
         constant = majority.constant_answer("the student", predicted, labels, classes)
         figures["notes"] = [n for n in (majority.common_class(labels, classes), constant) if n]
     if teachers:
-        logits = {name: outputs(teacher, batches) for name, teacher in teachers.items()}
+        seen = batches if teacher_batches is None else teacher_batches
+        logits = {name: outputs(teacher, seen) for name, teacher in teachers.items()}
         tensors = [torch.from_numpy(array) for array in logits.values()]
         mean = tensors[0] if len(tensors) == 1 else combined_logits(tensors, temperature=1.0)
         figures["teacher_agreement"] = metrics.agreement(scores, mean.numpy())

@@ -85,6 +85,7 @@ class TermContext:
         images: Number of images or texts in the training set; 0 if unknown.
         seed: Seed of the projectors' weights.
         pairs: Pairs of a student's layer and a teacher's layer.
+        teacher_sample: What the teacher is tried on, where that is another thing; else None.
     """
 
     student: WrappedNetwork
@@ -95,6 +96,7 @@ class TermContext:
     images: int
     seed: int
     pairs: tuple[LayerPair, ...]
+    teacher_sample: Sample | None = None
 
     @property
     def teacher_network(self) -> nn.Module:
@@ -140,7 +142,8 @@ class TappedPairs:
         self.student = Taps(context.student.network, [s for s, _ in pairs])
         self.teacher = Taps(context.teacher_network, [t for _, t in pairs])
         ours = probe(context.student, self.student, context.sample, trained=True)
-        theirs = probe(context.teacher, self.teacher, context.sample)
+        sample = context.sample if context.teacher_sample is None else context.teacher_sample
+        theirs = probe(context.teacher, self.teacher, sample)
         self.layouts = [(ours[s], theirs[t]) for s, t in self.pairs]
 
     def read(self) -> list[tuple[Tensor, Tensor]]:

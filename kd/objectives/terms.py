@@ -543,6 +543,7 @@ def build(
     images: int = 0,
     smoothing: float = 0.0,
     seed: int = 0,
+    teacher_sample: Sample | None = None,
 ) -> list[WeightedTerm]:
     """Build the modules of terms; terms of features put taps on the networks.
 
@@ -555,6 +556,7 @@ def build(
         images: Number of training images or texts, for the memory of `crd`.
         smoothing: Label smoothing of `ce` and `adv-ce`, unless the term has one of its own.
         seed: Seed of the projectors' weights.
+        teacher_sample: What the teachers are tried on; None for `sample`.
 
     Raises:
         UserError: For an unknown layer, or layers in a term without features.
@@ -565,7 +567,12 @@ def build(
     ]
     answers_for_tokens = isinstance(sample, TokenInputs) and try_out(student, sample).ndim == 3
     return [
-        _build_term(term, [make(term.layers) for make in contexts], smoothing, answers_for_tokens)
+        _build_term(
+            term,
+            [make(term.layers, teacher_sample) for make in contexts],
+            smoothing,
+            answers_for_tokens,
+        )
         for term in terms
     ]
 

@@ -7,6 +7,7 @@ error of one line here, instead of a traceback in the middle of a training, or n
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ def check(
     mixed: bool = False,
     centred: bool = False,
     world: int | None = None,
+    teacher_shapes: Sequence[Shape] = (),
 ) -> None:
     """Compute a loss and its gradient for a batch like the smallest of an epoch.
 
@@ -55,6 +57,7 @@ def check(
         mixed: Whether the images are mixed, so that their labels are shares of several classes.
         centred: Whether the data have real-valued labels.
         world: Number of processes that share a batch; None for all.
+        teacher_shapes: Shape of each teacher's images, where they have their own.
 
     Raises:
         UserError: If the loss cannot be computed, is not finite, or leaves trained weights of a
@@ -62,6 +65,10 @@ def check(
     """
     n = min(smallest_share(sizes, world or on.num_processes), MAX_IMAGES)
     batch = noise_batch(n, shape, classes, images=images, mixed=mixed, centred=centred)
+    if teacher_shapes:
+        h, w, c = teacher_shapes[0]
+        noise = torch.randn(n, c, h, w, generator=torch.Generator().manual_seed(0))
+        batch = replace(batch, teacher_inputs=(noise,) * len(teacher_shapes))
     check_batch(objective, loss, batch, on=on)
 
 

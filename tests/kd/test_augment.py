@@ -134,7 +134,7 @@ def test_specaugment_shifts_hides_and_nothing_else() -> None:
     images = torch.rand(100, 1, 10, 20, generator=torch.Generator().manual_seed(0)) + 1
     whole = Batch(images, torch.zeros(100, dtype=torch.long), index=torch.arange(100))
     silence = torch.full((1, 10, 20), -3.0)
-    options = {"shift": 0.2, "bands": 0.3, "time": 0.25, "silence": silence}
+    options = {"shift": 0.2, "bands": 0.3, "time": 0.25, "silence": [silence]}
     changed = augment.specaugment(whole, 5, **options).images
     draws = augment.row_uniforms(np.arange(100), 5, draws=5)
     for i in range(100):
@@ -148,13 +148,13 @@ def test_specaugment_shifts_hides_and_nothing_else() -> None:
         expected[top : top + bands] = 0
         expected[:, left : left + frames] = 0
         np.testing.assert_array_equal(changed[i, 0], expected)
-    nothing = {"shift": 0.0, "bands": 0.0, "time": 0.0, "silence": silence}
+    nothing = {"shift": 0.0, "bands": 0.0, "time": 0.0, "silence": [silence]}
     assert torch.equal(augment.specaugment(whole, 5, **nothing).images, images)
 
 
 def test_processes_that_share_recordings_change_them_as_one_does() -> None:
     whole = batch(12)
-    options = {"shift": 0.4, "bands": 0.4, "time": 0.4, "silence": torch.zeros(2, 5, 5)}
+    options = {"shift": 0.4, "bands": 0.4, "time": 0.4, "silence": [torch.zeros(2, 5, 5)]}
     together = augment.specaugment(whole, 9, **options).images
     rows = batching.share_positions(12, 1, 2)
     apart = augment.specaugment(part(whole, rows), 9, **options).images

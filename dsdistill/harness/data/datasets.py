@@ -22,6 +22,7 @@ from dsdistill.harness.data.labeled_images import (
     LabeledImages,
     split_by_class,
 )
+from dsdistill.harness.data.layout import FolderLayout
 from dsdistill.harness.data.mel_images import MelFormat, MelOptions
 from dsdistill.harness.errors import UserError, one_line, unknown_name
 from dsdistill.harness.runs import progress
@@ -49,6 +50,7 @@ class Splits:
         brings_validation: Whether the validation images are a part of the data set's own, and none
             are held out of the training images.
         mel: Format of the images of recordings; None for other data.
+        layout: Files of a folder by part; None for other data.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Splits:
     digest: str
     brings_validation: bool = False
     mel: MelFormat | None = None
+    layout: FolderLayout | None = None
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of the images, labels and class names of each part, for `Run.require_same`."""
@@ -167,7 +170,7 @@ def _load_folder(
         parts.layout.announce(*counts)
         if parts.conversion:
             progress.note(f"{path}: {parts.conversion}")
-    return replace(splits, mel=parts.mel)
+    return replace(splits, mel=parts.mel, layout=parts.layout)
 
 
 def _load_features(

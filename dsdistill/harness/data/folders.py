@@ -200,6 +200,21 @@ def read_unlabelled(
     return LabeledImages(store.images, np.zeros(len(readable), np.int64), (), rows=readable)
 
 
+def decode(path: Path, cache: Path, files: list[Path], size: Size) -> DecodedFolder:
+    """Decode files of a folder, or open them in the cache.
+
+    Args:
+        path: The folder.
+        cache: As in `read`.
+        files: Paths below the folder, one for each slot of the result.
+        size: As `image_size` in `read`, or the format of recordings.
+
+    Raises:
+        DataError, OSError: As `read`.
+    """
+    return _open_or_decode(path, cache, files, size, None)
+
+
 def _choose_format(
     path: Path, layout: FolderLayout, image_size: int | None, sound: MelOptions | None
 ) -> tuple[MelFormat | None, str | None]:
