@@ -20,7 +20,7 @@ FLIPS = 60  # of each file
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two finished runs, of another seed, and one that was stopped."""
+    """Two finished runs, of another seed, two of them quantised, and one that was stopped."""
     folder = tmp_path_factory.mktemp("damage")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -30,6 +30,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for seed, out in ((0, "whole"), (1, "other")):
             options = ("--preprocess", "zca", "--centred", "--seed", seed, "--out", out)
             main(patch, "train", "digits", *QUICK, *options)
+            main(patch, "train", "digits", *QUICK, "--seed", seed, "--out", f"{out}-float")
+            main(patch, "quantize", f"{out}-float", "--bits", "w8a8", "--out", f"{out}-quantised")
         stop_in(patch, 30, "train", "digits", *QUICK, "--preprocess", "zca", "--out", "stopped")
     return folder
 
@@ -40,6 +42,12 @@ def inside(work: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr("kd.commands.curves.draw", lambda folder: None)
     shutil.rmtree("run", ignore_errors=True)
     return monkeypatch
+
+
+def runs_with(name: str) -> tuple[str, str]:
+    """Folders of two finished runs that have a file of this name."""
+    ending = "-quantised" if name == seals.QUANTISERS else ""
+    return f"whole{ending}", f"other{ending}"
 
 
 def flipped(content: bytes, count: int, seed: int) -> list[bytes]:
@@ -64,7 +72,7 @@ def test_a_bit_that_flips_in_a_finished_run_is_one_line(
     inside: pytest.MonkeyPatch, name: str
 ) -> None:
     path = Path("run") / name
-    shutil.copytree("whole", "run")
+    shutil.copytree(runs_with(name)[0], "run")
     read_all(path.parent)
     content, plain = path.read_bytes(), name in (seals.CARD, seals.REPORT)
     for changed in (*flipped(content, FLIPS, 0), content[: len(content) // 2], b""):
@@ -89,10 +97,11 @@ def _same_json(a: bytes, b: bytes) -> bool:
 
 @pytest.mark.parametrize("name", [*seals.SEALED_FILES, seals.REPORT])
 def test_a_file_of_another_run_is_refused(inside: pytest.MonkeyPatch, name: str) -> None:
-    shutil.copytree("whole", "run")
-    if (Path("other") / name).read_bytes() == (Path("whole") / name).read_bytes():
+    whole, other = map(Path, runs_with(name))
+    shutil.copytree(whole, "run")
+    if (other / name).read_bytes() == (whole / name).read_bytes():
         return  # the recipe is the same
-    shutil.copy(Path("other") / name, Path("run") / name)
+    shutil.copy(other / name, Path("run") / name)
     with pytest.raises(UserError, match="damaged or of another run"):
         read_all(Path("run"))
 
@@ -102,7 +111,8 @@ def test_weights_and_their_description_are_checked_without_the_rest(
 ) -> None:
     Path("run").mkdir()
     for name in (seals.CARD, *seals.ARRAY_FILES):
-        shutil.copy(Path("whole") / name, "run")
+        if name != seals.QUANTISERS:
+            shutil.copy(Path("whole") / name, "run")
     saved_models.load_run(Path("run"))
     shutil.copy(Path("other") / seals.WEIGHTS, "run")
     with pytest.raises(UserError, match=r"student\.safetensors is damaged or of another run"):
