@@ -136,7 +136,7 @@ def test_every_loss_has_its_short_name() -> None:
     names = {name.replace("-", "_"): row.function for name, row in terms.TERMS.items()}
     assert set(kd.losses.__all__) == set(names)
     for name, function in names.items():
-        if name != "crd":  # its term has a memory around it
+        if name not in ("crd", "adv"):  # their terms have a memory, a discriminator around them
             assert getattr(kd.losses, name) is function
     logits = torch.randn(4, 3)
     assert kd.losses.kd(logits, logits, temperature=4).item() == pytest.approx(0, abs=1e-6)
@@ -147,6 +147,7 @@ def test_fields_of_the_recipe_are_arguments_unless_they_concern_images_or_texts(
         *("batch_size", "augment", "crop_padding", "hflip", "interpolation", "min_scale"),
         *("auto_augment", "color_jitter", "random_erase", "repeats", "crop_share", "mixup"),
         *("cutmix", "mix_probability", "mix_switch", "image_size", "copies", "on_policy"),
+        *recipe.SPECAUGMENT_FIELDS,
     }
     fields = {f.name for f in recipe.OPTIONS}
     assert set(api_arguments.RecipeFields.__annotations__) == fields - of_data - {
