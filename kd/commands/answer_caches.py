@@ -117,6 +117,7 @@ def announce(folder: Path, needed: int, what: str, say: Callable[[str], None], r
         return
     size, free = memory.format_bytes(needed), shutil.disk_usage(folder).free
     if needed > free:
+        teacher_cache.remove_empty(folder)
         raise UserError(
             f"--cache {folder} would take {size} for the answers to {what}, and the disk has "
             f"{memory.format_bytes(free)}: {remedy}"

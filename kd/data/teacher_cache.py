@@ -22,6 +22,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -251,6 +252,19 @@ def open_cache(
     except OSError as error:
         raise UserError(f"--cache {folder} cannot be used ({error}): choose another") from error
     return TeacherCache(inner, top, temperature, lock)
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove caches that keep nothing yet, and their folder if nothing else is in it.
+
+    Args:
+        folder: Folder of the caches, as for `open_cache`.
+    """
+    for key in folder.glob("*/key.json"):
+        if not any(path.is_file() for path in key.parent.rglob("*.safetensors")):
+            shutil.rmtree(key.parent, ignore_errors=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _lock(folder: Path) -> locks.Lock | None:
