@@ -71,7 +71,11 @@ def open_all(
     for number, (teacher, key, width) in enumerate(
         zip(objective.teachers, keys, widths, strict=True)
     ):
-        whole = {**key, "teacher": teacher_cache.fingerprint(teacher)}
+        whole = {
+            **key,
+            "teacher": teacher_cache.fingerprint(teacher),
+            "architecture": teacher_cache.architecture(teacher),
+        }
         if objective.needs_logits:
             cache = teacher_cache.open_cache(options.cache, whole, top=top, temperature=temperature)
             kept.append(Kept(number, None, width, unit, cache))

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import safetensors
@@ -47,6 +47,7 @@ from kd.data.top_k import StoredLogits
 FORMAT_VERSION = 1  # part of the key: raise it when the same logits would be stored differently
 CHUNK_BYTES = 1 << 24  # of one file, and so of the memory that writing takes
 MAX_INDEX_BYTES = 1 << 24  # a larger index is damaged
+_NUMBERS = (bool, int, float, complex)  # attributes of a layer that `architecture` reads
 ABANDONED_SECONDS = 7 * 24 * 3600  # age at which a chunk that no index names is removed
 
 
@@ -58,6 +59,30 @@ def fingerprint(module: nn.Module) -> str:
         flat = value.detach().cpu().contiguous().reshape(-1)
         sha.update(flat.view(torch.uint8).numpy().data)
     return sha.hexdigest()
+
+
+def architecture(module: nn.Module) -> str:
+    """SHA-256 of what beside its weights decides what a module computes, as far as it can be seen.
+
+    Equal weights may be those of another function: a model of transformers with another number of
+    heads, a layer with another stride or activation. Read are the printed form of the module with
+    all of its layers, the configurations of models of transformers without the names of their files
+    and versions, and the numbers and flags among each layer's public attributes but `training`.
+    """
+    described = [repr(module)]
+    for name, layer in module.named_modules():
+        numbers = {k: v for k, v in vars(layer).items() if not k.startswith("_")}
+        numbers.pop("training", None)
+        described += [f"{name}.{k}={v!r}" for k, v in numbers.items() if type(v) in _NUMBERS]
+        if hasattr(config := getattr(layer, "config", None), "to_dict"):
+            values = cast(Any, config).to_dict()
+            described += [f"{name}.{k}={v!r}" for k, v in values.items() if _computes(k)]
+    return hashlib.sha256("\n".join(described).encode()).hexdigest()
+
+
+def _computes(setting: str) -> bool:
+    """Whether a setting of a configuration of transformers may change what the model computes."""
+    return not setting.startswith("_") and setting != "transformers_version"
 
 
 @dataclass(frozen=True, eq=False)

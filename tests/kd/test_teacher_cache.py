@@ -1,9 +1,11 @@
 """The teacher cache: what comes back, and that nothing damaged, foreign or half-written does."""
 
+import copy
 import hashlib
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from kd_support import environment
 from torch import nn
 
@@ -23,7 +26,7 @@ from dsdistill.commands import cache as stored
 from dsdistill.harness.errors import UserError
 from kd.data import teacher_cache as caches
 from kd.data import top_k
-from kd.data.teacher_cache import TeacherCache, fingerprint, open_cache
+from kd.data.teacher_cache import TeacherCache, architecture, fingerprint, open_cache
 
 N, K = 50, 7
 KEY = {"data": "abc", "teacher": "def", "seed": 3, "shape": (32, 32, 3)}
@@ -533,6 +536,47 @@ def test_a_fingerprint_changes_with_everything_it_is_made_of() -> None:
     ]
     assert len({fingerprint(m) for m in (module, *others)}) == 1 + len(others)
     assert fingerprint(_module().to(memory_format=torch.channels_last)) == fingerprint(module)
+
+
+def test_equal_weights_of_another_function_have_another_architecture() -> None:
+    class Scaled(nn.Linear):
+        def __init__(self, scale: float) -> None:
+            torch.manual_seed(0)
+            super().__init__(3, 2)
+            self.scale = scale
+
+    def bert(heads: int, **more: Any) -> nn.Module:
+        torch.manual_seed(0)
+        config = transformers.BertConfig(
+            vocab_size=7,
+            hidden_size=12,
+            num_hidden_layers=1,
+            num_attention_heads=heads,
+            intermediate_size=8,
+            **more,
+        )
+        return transformers.BertModel(config)
+
+    pairs = [
+        (nn.Conv2d(3, 4, 3, stride=1), nn.Conv2d(3, 4, 3, stride=2)),
+        (Scaled(1.0), Scaled(2.0)),
+        (bert(2), bert(3)),
+        (bert(2), bert(2, hidden_act="relu")),
+    ]
+    for one, other in pairs:
+        assert architecture(one) != architecture(other)
+        assert architecture(one) == architecture(copy.deepcopy(one).train(not one.training))
+    assert fingerprint(pairs[2][0]) == fingerprint(pairs[2][1])
+
+
+def test_a_model_loaded_from_another_folder_has_the_same_architecture(tmp_path: Path) -> None:
+    config = transformers.BertConfig(
+        vocab_size=7, hidden_size=12, num_hidden_layers=1, num_attention_heads=2
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "other")
+    loaded = [transformers.BertModel.from_pretrained(tmp_path / n) for n in ("one", "other")]
+    assert architecture(loaded[0]) == architecture(loaded[1])
 
 
 def test_a_teachers_answers_are_not_cleared_while_they_are_used(

@@ -223,6 +223,7 @@ def load(
             "teacher was fine-tuned from"
         )
     digest = hashlib.sha256(teacher_cache.fingerprint(model.network).encode())
+    digest.update(teacher_cache.architecture(model.network).encode())
     digest.update(tokenizers.describe(tokenizer).encode())
     model.to(device).eval().requires_grad_(False)
     ids, names = _whole_words(tokenizer)

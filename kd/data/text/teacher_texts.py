@@ -105,6 +105,7 @@ def write(
         "format": FORMAT_VERSION,
         "prompts": json_digest(prompts),
         "teacher": teacher_cache.fingerprint(teacher),
+        "architecture": teacher_cache.architecture(teacher),
         "tokenizer": json_digest(tokenizers.describe(tokenizer)),
         "decoding": asdict(decoding),
         "seed": seed,
