@@ -107,7 +107,7 @@ PRIVATE_OPTIONS = ("pate", "public", "max_epsilon")
 IMAGE_OPTIONS = (
     *PRIVATE_OPTIONS,
     *("channels", "preprocess", "pretrained", "centred", "workers", "channels_last"),
-    *("quantize", "full_range", "peers", "robust", "student_view", "transfer", "teacher_data"),
+    *("quantize", "full_range", "robust", "student_view", "transfer", "teacher_data"),
     *(*TEACHER_INPUT_OPTIONS, *SOUND_OPTIONS),
 )
 IMAGE_FIELDS = (

@@ -23,7 +23,7 @@ from kd.data.text import (
 from kd.data.text.corpus import Corpus
 from kd.evaluation import text_scoring
 from kd.models import network_names
-from kd.models.language import lora, text_students, text_teachers
+from kd.models.language import lora, text_students, text_teachers, tokenizer
 from kd.models.language.task import SINGLE, Task
 from kd.models.language.text_model import TextModel
 from kd.models.language.text_teachers import TextTeacher
@@ -56,6 +56,7 @@ class TextParts:
         student: The student with its initial weights.
         teacher_names: Names of the teachers; empty to train on labels alone.
         teachers: The teachers, frozen and on the device.
+        peers: The other students of deep mutual learning, by name, which take the student's ids.
         tokenizers: The student's tokenizer, then those of teachers with another one.
         encoding_of_teacher: Place of each teacher's tokenizer in `tokenizers`; empty where teachers
             write texts.
@@ -69,6 +70,7 @@ class TextParts:
     student: TextModel
     teacher_names: tuple[str, ...]
     teachers: tuple[TextTeacher, ...]
+    peers: tuple[tuple[str, TextModel], ...]
     tokenizers: tuple[Any, ...]
     encoding_of_teacher: tuple[int, ...]
     encoded: Mapping[str, EncodedTexts]
@@ -132,7 +134,11 @@ def assemble(options: TrainOptions) -> TextParts:
     student = _student(options, name, names, texts)
     for note in student.network.notes:
         say(f"student {student.name}: {note}")
-    alone = not names and options.mean_teacher is None
+    peers = _peers(options, student, texts)
+    for peer_name, peer in peers:
+        for note in peer.network.notes:
+            say(f"peer {peer_name}: {note}")
+    alone = not (names or peers or options.mean_teacher is not None)
     chosen, loss_terms = _recipe(options, named, texts, student, alone)
     writes = chosen.augment == "teacher"  # the teacher's texts teach, and not its answers
     if writes and len(names) != 1:
@@ -142,7 +148,7 @@ def assemble(options: TrainOptions) -> TextParts:
         )
     _check_loss(options, chosen, loss_terms, texts, alone=alone or writes)
     teachers = _teachers(options, names, student, texts, loss_terms, writes=writes)
-    for network in (student.network, *teachers):
+    for network in (student.network, *teachers, *(peer.network for _, peer in peers)):
         network.to(on.device)
     # A teacher that writes texts for the student does not see the student's.
     tokenizers, lengths, encoding_of_teacher = text_teachers.tokenizers(
@@ -165,6 +171,7 @@ def assemble(options: TrainOptions) -> TextParts:
         student,
         names,
         teachers,
+        peers,
         tokenizers,
         encoding_of_teacher,
         encoded,
@@ -230,6 +237,42 @@ def _student(
     return student
 
 
+def _peers(
+    options: TrainOptions, student: TextModel, texts: Corpus
+) -> tuple[tuple[str, TextModel], ...]:
+    """Build the other students, fresh ones with the student's tokenizer.
+
+    Raises:
+        UserError: If one divides texts into other tokens, or is no student of its own.
+    """
+    columns = texts.train.texts
+    fresh = text_students.is_fresh(student.name)
+    source = options.tokenizer if fresh else options.student
+    sample = list(training_texts.strings(columns[0][:1000]))
+    peers: list[tuple[str, TextModel]] = []
+    # A network may come twice.
+    for number, name in enumerate(network_names.split_names(options.peers or ""), 1):
+        if options.task == "embed":
+            raise UserError("--task embed fits the embeddings of a teacher: leave --peers out")
+        peer = text_students.build(
+            name,
+            texts.task,
+            texts.classes,
+            tokenizer_source=source if text_students.is_fresh(name) else None,
+            texts=(text for column in columns for text in training_texts.strings(column)),
+            seed=options.seed + number,
+            max_length=student.max_length,
+            pairs=student.pairs,
+        )
+        if not tokenizer.same_ids(student.tokenizer, peer.tokenizer, sample):
+            raise UserError(
+                f"--peers {name} divides texts into other tokens than the student {student.name}: "
+                "name networks with the same tokenizer"
+            )
+        peers.append((name, peer))
+    return tuple(peers)
+
+
 def _recipe(
     options: TrainOptions, named: Recipe | None, texts: Corpus, student: TextModel, alone: bool
 ) -> tuple[Recipe, tuple[Term, ...]]:
@@ -242,6 +285,8 @@ def _recipe(
     if texts.task == "regress" and "loss" not in options.given and options.recipe:
         chosen = replace(chosen, loss=recipes.REGRESSION_LOSSES.get(options.recipe, chosen.loss))
     loss = chosen.loss or LOSSES[texts.task][0 if alone else 1]
+    if options.peers and chosen.loss is None and texts.task in ("classify", "tag"):
+        loss = recipes.MUTUAL_LOSS
     loss_terms = terms.parse(loss)
     chosen = loss_checks.apply_smoothing(loss_terms, replace(chosen, loss=loss), options.given)
     return chosen, loss_terms
@@ -276,6 +321,8 @@ def _check_loss(
         mixed=False,
     )
     optimization.check_optimizer(chosen)
+    if options.peers:
+        _check_peers(options, chosen, loss_terms)
     writers = {
         "--on-policy": ("a student that writes", bool(chosen.on_policy)),
         "--augment teacher": ("a teacher that writes", chosen.augment == "teacher"),
@@ -304,6 +351,27 @@ def _check_loss(
             f"--augment {chosen.augment} makes copies without labels, and {what} needs them: "
             "use losses of the teacher's answers alone, such as kd:1, or leave it out"
         )
+
+
+def _check_peers(options: TrainOptions, chosen: Recipe, loss_terms: tuple[Term, ...]) -> None:
+    """Refuse what students that teach each other do not have."""
+    layered = [term.name for term in loss_terms if term.definition.reads_layers]
+    if layered:
+        raise UserError(
+            f"--loss {layered[0]} uses layers of one student: leave it out, or leave --peers out"
+        )
+    if all(term.definition.needs_teacher for term in loss_terms):
+        raise UserError(
+            f"--loss {chosen.loss} has no term that uses labels, and without --teacher nothing "
+            "else teaches them: add ce:1"
+        )
+    for option, given in (("lora", options.lora), ("keep_layers", options.keep_layers)):
+        if given is not None:
+            raise UserError(
+                f"{shell.flag(option)} changes one student, and --peers are several: leave it out"
+            )
+    if chosen.on_policy:
+        raise UserError("--on-policy lets one student write: leave it out, or leave --peers out")
 
 
 def _teachers(

@@ -29,7 +29,7 @@ from kd.models.language.text_teachers import TextTeacher
 from kd.models.token_inputs import TokenInputs
 from kd.objectives import terms
 from kd.objectives.on_policy import OnPolicy
-from kd.objectives.schemes import Distillation, MeanTeacher, Objective
+from kd.objectives.schemes import Distillation, MeanTeacher, Mutual, Objective
 from kd.options import TrainOptions
 from kd.recipe import COPYING_AUGMENTS, VALIDATION_FIELDS
 from kd.training import dry_run
@@ -68,6 +68,8 @@ class TextTraining(AssembledTraining[TextParts]):
             smoothing=parts.recipe.label_smoothing,
             seed=self.seed,
         )
+        if parts.peers:
+            return Mutual(student, [peer.network for _, peer in parts.peers], loss_terms)
         if self.options.mean_teacher is not None:
             return MeanTeacher(student, loss_terms, decay=self.options.mean_teacher)
         by_label = self.options.teacher_weights == "by-label"
@@ -163,6 +165,10 @@ class TextTraining(AssembledTraining[TextParts]):
         if not text_students.is_fresh(parts.student.name):
             network = parts.student.network.network
             digests["the student's first weights"] = teacher_cache.fingerprint(network)
+        for number, (name, peer) in enumerate(parts.peers, 1):
+            if not text_students.is_fresh(name):
+                first = teacher_cache.fingerprint(peer.network)
+                digests[f"the first weights of peer {number}"] = first
         return digests
 
     def prepare(self, objective: Objective, source: BatchSource) -> BatchSource:

@@ -29,6 +29,7 @@ RUNS: dict[str, tuple[object, ...]] = {  # dropout, stored answers, layers, chan
     "mlm": ("plain", "--task", "mlm", "--student", "hf:bert", "--epochs", 2),
     "policy": ("prompt", "--task", "causal", "--student", "hf:small", "--teacher", "hf:large",
                "--recipe", "gkd", "--epochs", 2),
+    "peers": ("one", "--student", "hf:bert", "--peers", "bilstm:4,hf:judge", "--epochs", 2),
     "adapters": ("one", "--student", "hf:bert", "--lora", 2, "--epochs", 2),
 }  # fmt: skip
 

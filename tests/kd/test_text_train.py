@@ -335,10 +335,20 @@ OPTIONS: list[tuple[str, tuple[object, ...], str]] = [
         ("--student", "teacher", "--keep-layers", "1", "--teacher", "T", "--generations", 2),
         "would keep blocks of a student that has these alone: leave --generations out",
     ),
+    # students that teach each other
+    ("one", (*STUDENT, "--peers", "hf:bert", "--loss", "ce,hidden"), "layers of one student"),
+    ("one", (*STUDENT, "--peers", "hf:bert", "--loss", "kd"), "nothing else teaches them"),
+    ("one", (*STUDENT, "--peers", "hf:bert", "--lora", 2), "--lora changes one student"),
+    ("one", (*STUDENT, "--peers", "hf:bert", "--teacher", "T"), "leave --teacher out"),
+    ("one", (*STUDENT, "--peers", "mlp:4"), "unknown student of texts 'mlp:4'"),
+    (
+        "one",
+        (*FRESH, "--max-length", 16, "--peers", "hf:bert"),
+        "--peers hf:bert divides texts into other tokens than the student bert:1x8",
+    ),
     # options of images
     ("one", (*STUDENT, "--channels", 3), "--channels is for images"),
     ("one", (*STUDENT, "--mixup", 0.2), "--mixup is for images"),
-    ("one", (*STUDENT, "--peers", "hf:bert"), "--peers is for images"),
     ("one", (*STUDENT, "--augment", "crop-flip"), "--augment crop-flip is for images"),
     ("one", (*STUDENT, "--recipe", "cifar"), "--recipe cifar is for images"),
     # options of texts on images
