@@ -8,9 +8,12 @@ import time
 from pathlib import Path
 
 import kd_support as support
+import language_support
 import numpy as np
 import pytest
 import safetensors.numpy
+import text_data
+import text_support
 import torch
 from process_support import finish, start
 
@@ -149,3 +152,49 @@ def test_the_library_in_two_processes_trains_the_student_of_one(tmp_path: Path, 
     for name, value in alone.items():
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-5)
+
+
+# Answers of texts and of tokens, layers with their projectors, an average of the weights.
+TEXTS = {
+    "classify": ("one", "--loss", "ce:1,kd:1,hidden:1", "--ema", 0.9, "--accumulate", 2),
+    "causal": ("prompt", "--task", "causal", "--loss", "clm:1,tokens:1:temperature=1"),
+}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with texts, with models of no dropout, and with the students of one process."""
+    folder = tmp_path_factory.mktemp("texts")
+    text_data.write_all(folder)
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    names = {"id2label": {0: "neg", 1: "pos"}, "label2id": {"neg": 0, "pos": 1}}
+    for seed, name in enumerate(("student", "teacher")):
+        text_support.bert_folder(
+            folder / "classify" / name, "ForSequenceClassification", seed=seed, **names, **still
+        )
+        tokenizer = language_support.characters("abcdefghij ")
+        model = language_support.causal_model(tokenizer, seed=seed, positions=48)
+        model.network.save_pretrained(folder / "causal" / name)
+        tokenizer.save_pretrained(folder / "causal" / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for task in TEXTS:
+            line = (*text_line(task), "--batch-size", 16, "--out", f"{task}-one")
+            support.main(patch, *line, "--device", "cpu")
+    return folder
+
+
+def text_line(task: str) -> tuple[object, ...]:
+    data, *options = TEXTS[task]
+    models = ("--student", f"hf:{task}/student", "--teacher", f"hf:{task}/teacher")
+    return ("train", data, *models, *options, "--epochs", 1, "--lr", 0.001)
+
+
+@pytest.mark.parametrize(("task", "spread"), [("classify", True), ("causal", False)])
+def test_a_student_of_texts_is_that_of_one_process_with_the_doubled_batch(
+    texts: Path, tmp_path: Path, task: str, spread: bool
+) -> None:
+    line = (*text_line(task), "--batch-size", 8, "--out", tmp_path / "two")
+    outputs = finish(start(texts, *line, spread=spread))
+    assert outputs[1][0] == ""  # the first process alone prints
+    same(weights(texts / f"{task}-one"), weights(tmp_path / "two"))
