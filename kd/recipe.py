@@ -181,6 +181,11 @@ class Recipe:
         return self.optimizer in MOMENTUM_OPTIMIZERS
 
     @property
+    def mixes_images(self) -> bool:
+        """Whether images of a batch are mixed with one another."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    @property
     def streams_files(self) -> bool:
         """Whether images are read from their files while the training goes on."""
         return self.augment in STREAMED_AUGMENTS
@@ -268,7 +273,7 @@ def _check(recipe: Recipe) -> None:
 
 def _check_used(recipe: Recipe, given: Mapping[str, Any]) -> None:
     """Refuse options that have no effect in this recipe."""
-    mixed = recipe.mixup > 0 or recipe.cutmix > 0
+    mixed = recipe.mixes_images
     needs = {
         "momentum": (recipe.has_momentum, f"--optimizer {' or '.join(MOMENTUM_OPTIMIZERS)}"),
         "warmup_from": (recipe.warmup > 0, "--warmup"),

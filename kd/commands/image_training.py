@@ -12,7 +12,14 @@ from dsdistill.harness import shell
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation import metrics
 from dsdistill.harness.runs import progress
-from kd.commands import quantised_file, run_inputs, training_batches, training_parts
+from kd.commands import (
+    quantised_file,
+    run_inputs,
+    training_batches,
+    training_checks,
+    training_networks,
+    training_parts,
+)
 from kd.commands.training import AssembledTraining, Validate
 from kd.commands.training_parts import TrainingParts
 from kd.data import data_source
@@ -23,6 +30,7 @@ from kd.evaluation import answer_balance, robustness, scoring, teacher_check
 from kd.evaluation.answer_balance import AnswerBalance
 from kd.models import networks, saved_models
 from kd.models.quantised import quantised_network
+from kd.objectives import loss_checks
 from kd.objectives.schemes import Objective
 from kd.options import TrainOptions
 from kd.recipe import VALIDATION_FIELDS
@@ -35,7 +43,12 @@ def assemble(options: TrainOptions) -> "ImageTraining":
     Raises:
         UserError: If a name is unknown, a file is missing, or parts do not fit together.
     """
-    return ImageTraining(training_parts.assemble(options), options)
+    parts = training_parts.assemble(options)
+    training_checks.check(parts, options)
+    if parts.on.is_main_process:
+        for remark in loss_checks.remarks(parts.terms, images=parts.source.count):
+            progress.say(remark)
+    return ImageTraining(parts, options)
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +185,7 @@ class ImageTraining(AssembledTraining[TrainingParts]):
             return {}
         original = None
         if self.options.student is not None and Path(self.options.student).is_dir():
-            typed = training_parts.typed_names(self.options)
+            typed = training_networks.typed_names(self.options)
             original = saved_models.load_run(Path(self.options.student), typed=typed)
             images = student.shape, student.classes
             original = saved_models.match_classes("the student", original, *images, _say_nothing)

@@ -12,7 +12,8 @@ from dsdistill.harness.runs import progress
 from kd import recipe as recipe_rules
 from kd import recipes
 from kd.commands import teacher_chain, training_texts
-from kd.commands.training_parts import checkpoint_gradients, make_engine
+from kd.commands.training_networks import checkpoint_gradients
+from kd.commands.training_parts import make_engine
 from kd.commands.training_texts import EncodedTexts
 from kd.data import data_source
 from kd.data.text import (
@@ -147,6 +148,8 @@ def assemble(options: TrainOptions) -> TextParts:
             f"{', '.join(names) or 'none'}"
         )
     _check_loss(options, chosen, loss_terms, texts, alone=alone or writes)
+    teaching = {"teachers": bool(names), "peers": bool(peers)}
+    loss_checks.check_students(loss_terms, chosen, **teaching)
     teachers = _teachers(options, names, student, texts, loss_terms, writes=writes)
     for network in (student.network, *teachers, *(peer.network for _, peer in peers)):
         network.to(on.device)
@@ -322,7 +325,7 @@ def _check_loss(
     )
     optimization.check_optimizer(chosen)
     if options.peers:
-        _check_peers(options, chosen, loss_terms)
+        _check_peers(options, chosen)
     writers = {
         "--on-policy": ("a student that writes", bool(chosen.on_policy)),
         "--augment teacher": ("a teacher that writes", chosen.augment == "teacher"),
@@ -353,18 +356,8 @@ def _check_loss(
         )
 
 
-def _check_peers(options: TrainOptions, chosen: Recipe, loss_terms: tuple[Term, ...]) -> None:
+def _check_peers(options: TrainOptions, chosen: Recipe) -> None:
     """Refuse what students that teach each other do not have."""
-    layered = [term.name for term in loss_terms if term.definition.reads_layers]
-    if layered:
-        raise UserError(
-            f"--loss {layered[0]} uses layers of one student: leave it out, or leave --peers out"
-        )
-    if all(term.definition.needs_teacher for term in loss_terms):
-        raise UserError(
-            f"--loss {chosen.loss} has no term that uses labels, and without --teacher nothing "
-            "else teaches them: add ce:1"
-        )
     for option, given in (("lora", options.lora), ("keep_layers", options.keep_layers)):
         if given is not None:
             raise UserError(

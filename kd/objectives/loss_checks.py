@@ -203,6 +203,34 @@ def check_teaching(
         )
 
 
+def check_students(terms: Sequence[Term], recipe: Recipe, *, teachers: bool, peers: bool) -> None:
+    """Refuse terms that the scheme has nothing for: layers of a teacher or of several students.
+
+    Args:
+        terms: Terms of the loss.
+        recipe: The recipe with the loss.
+        teachers: Whether there are teachers, and not only other students or an average.
+        peers: Whether several students teach each other.
+
+    Raises:
+        UserError: If a term does not fit.
+    """
+    taught = [term for term in terms if term.definition.needs_teacher]
+    featured = [term.name for term in taught if term.definition.reads_layers]
+    if featured and not teachers:
+        raise UserError(f"--loss {featured[0]} uses layers of a teacher: add --teacher")
+    if not teachers and len(taught) == len(terms):
+        raise UserError(
+            f"--loss {recipe.loss} has no term that uses labels, and without --teacher nothing "
+            "else teaches them: add ce:1"
+        )
+    layered = [term.name for term in terms if term.definition.reads_layers]
+    if layered and peers:
+        raise UserError(
+            f"--loss {layered[0]} uses layers of one student: leave it out, or leave --peers out"
+        )
+
+
 def check_unlabelled(terms: Sequence[Term]) -> None:
     """Refuse terms of labels, where the images trained on have none.
 

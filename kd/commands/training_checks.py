@@ -1,0 +1,101 @@
+"""Loss, recipe, scheme and images of a training that do not fit each other, refused."""
+
+from dsdistill.harness.errors import UserError
+from kd.commands.training_parts import TrainingParts, judging_attacks, training_attack
+from kd.data.data_source import DataSource
+from kd.data.files.file_source import FileSource
+from kd.evaluation import robustness
+from kd.objectives import loss_checks
+from kd.objectives.adversary import bounds_after
+from kd.options import TrainOptions
+from kd.recipe import Recipe
+from kd.training import optimization
+
+
+def check(parts: TrainingParts, options: TrainOptions) -> None:
+    """Refuse parts of a training that do not fit each other.
+
+    Args:
+        parts: The parts.
+        options: The options that they were assembled from.
+
+    Raises:
+        UserError: With the option that does not fit.
+    """
+    recipe, classes = parts.recipe, len(parts.source.classes)
+    _check_augment(recipe, parts.source)
+    _check_attacks(parts, options)
+    if options.transfer is not None:
+        loss_checks.check_unlabelled(parts.terms)
+    _check_pairs(recipe, parts)
+    loss_checks.check_teaching(
+        parts.terms,
+        recipe,
+        alone=parts.learns_alone(options),
+        weighted=options.teacher_weights is not None,
+    )
+    teachers, peers = bool(parts.teachers), bool(parts.peers)
+    loss_checks.check_students(parts.terms, recipe, teachers=teachers, peers=peers)
+    if recipe.mixes_images and recipe.batch_size % 2:
+        raise UserError(
+            "--mixup and --cutmix pair the images of a batch: --batch-size must be even, got "
+            f"{recipe.batch_size}"
+        )
+    loss_checks.check(
+        parts.terms, classes=classes, batch_size=recipe.batch_size, mixed=recipe.mixes_images
+    )
+    optimization.check_optimizer(recipe)
+
+
+def _check_augment(recipe: Recipe, source: DataSource | FileSource) -> None:
+    """Refuse augmentation that is for the other kind of data, images or recordings."""
+    if recipe.augment == "specaugment" and source.mel is None:
+        raise UserError(
+            f"--augment specaugment is for recordings, and {source.name} holds images: use "
+            "--augment crop-flip"
+        )
+    if recipe.augment == "crop-flip" and recipe.hflip > 0 and source.mel is not None:
+        raise UserError(
+            "--augment crop-flip plays half of the recordings backwards: use --augment "
+            "specaugment, or add --hflip 0"
+        )
+
+
+def _check_attacks(parts: TrainingParts, options: TrainOptions) -> None:
+    """Refuse attacks that do not fit the loss, the images or the processes."""
+    preprocess, other = parts.student.preprocess, None
+    if parts.peers:
+        other = "--peers"
+    elif parts.source.distilled is not None:
+        other = "a distilled set, whose images are no pixels in [0, 1]"
+    elif parts.on.is_fsdp2:
+        other = "FSDP, which takes the student apart"
+    against = loss_checks.check_adversary(parts.terms, parts.recipe.adversary, other=other)
+    trained = training_attack(parts.recipe)
+    if against is not None and trained is not None:
+        bounds_after(preprocess, trained.eps)
+    robustness.check(judging_attacks(parts, options), preprocess, len(parts.source.classes))
+
+
+def _check_pairs(recipe: Recipe, parts: TrainingParts) -> None:
+    """Refuse augmentation that the teachers' own pictures cannot follow."""
+    if parts.teacher_data is None:
+        return
+    own, theirs = parts.source, parts.teacher_data.source
+    moving = [term.name for term in parts.terms if term.definition.against == "moving teacher"]
+    if moving:
+        raise UserError(
+            f"--loss {moving[0]} shows the teacher images that change with the student, and "
+            "--teacher-data has no such ones: use rslad or ard"
+        )
+    if recipe.augment == "specaugment" and theirs.mel is None:
+        raise UserError(
+            "--augment specaugment shifts recordings, and --teacher-data holds images, which do "
+            "not follow: leave it out"
+        )
+    if recipe.cutmix > 0 and own.shape[:2] != theirs.shape[:2]:
+        raise UserError(
+            "--cutmix pastes one rectangle into images of one size, and those of --teacher-data "
+            f"are {theirs.shape[0]}x{theirs.shape[1]}, not {own.shape[0]}x{own.shape[1]}: use "
+            "--mixup"
+        )
