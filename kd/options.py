@@ -106,7 +106,7 @@ SOUND_OPTIONS = ("seconds", "mel_bands", "sample_rate")
 PRIVATE_OPTIONS = ("pate", "public", "max_epsilon")
 IMAGE_OPTIONS = (
     *PRIVATE_OPTIONS,
-    *("channels", "preprocess", "pretrained", "centred", "workers", "channels_last"),
+    *("channels", "preprocess", "pretrained", "centred", "workers", "channels_last", "prune"),
     *("quantize", "full_range", "robust", "student_view", "transfer", "teacher_data"),
     *(*TEACHER_INPUT_OPTIONS, *SOUND_OPTIONS),
 )
@@ -123,8 +123,8 @@ class TrainOptions:
 
     LAYOUT: ClassVar = Layout(
         groups={
-            "Student": "student student_view pretrained centred quantize full_range keep_layers "
-            "lora recipe trust_module",
+            "Student": "student student_view pretrained centred prune quantize full_range "
+            "keep_layers lora recipe trust_module",
             "Output and resuming": "out resume seed",
             "Teacher": "teacher teacher_data teacher_weights class_map teacher_image_size "
             "teacher_mean teacher_std min_teacher_accuracy cache cache_top",
@@ -156,9 +156,9 @@ class TrainOptions:
             "Image files": "These need --augment imagenet.",
             "Recordings": "A folder of class folders of .wav files: each becomes an image of its "
             "mel bands over time. The last three need --augment specaugment.",
-            "Student": "With --quantize a trained student learns from its own copy in float32, "
-            "unless --teacher names another one or --loss needs none, at a tenth of the learning "
-            "rate, without warm-up, for ten epochs.",
+            "Student": "With --prune, and with --quantize, a trained student learns from what it "
+            "was before, unless --teacher names another one or --loss needs none, at a tenth of "
+            "the learning rate, without warm-up, for ten epochs.",
             "Texts": "A file or folder of texts is recognised by its name: a .tsv, .csv, .jsonl, "
             ".parquet or .txt, or a folder with a train file and, where it has them, dev and test "
             "files of these kinds.",
@@ -275,6 +275,10 @@ class TrainOptions:
     centred: bool = False
     """Predict f(x) - f0(x), the student minus the function that it starts as, and save, evaluate
     and export the two as one network: helps wide networks without batch norm on few images"""
+
+    prune: Annotated[float | None, Shown("SHARE", "keep all channels")] = None
+    """Remove channels of a trained student, those with the smallest weights, until this share of
+    its multiply-accumulates is gone, and train what is left"""
 
     quantize: Annotated[str | None, Shown("w8a8|w4a8|w4a4|w2a2", "train in float32")] = None
     """Train with weights (w) and activations (a) rounded to codes of these bits, from 2 to 8, with
@@ -433,6 +437,7 @@ class TrainOptions:
             chosen.append(f"--recipe {self.recipe}, which has stages,")
         _require(len(chosen) < 2, "only one scheme at a time", " and ".join(chosen))
         self._check_quantize(chosen)
+        self._check_prune(chosen)
         self._check_private()
         self._check_teacher()
 
@@ -451,6 +456,33 @@ class TrainOptions:
             raise UserError(
                 "--quantize does not go with --centred, whose difference of two networks no codes "
                 "describe: leave one of them out"
+            )
+
+    def _check_prune(self, schemes: list[str]) -> None:
+        """Refuse a share out of range, a student without channels to choose, and other schemes."""
+        if self.prune is None:
+            return
+        _require(0 < self.prune < 1, "--prune must be in (0, 1)", self.prune)
+        student = self.student or ""
+        if not (self.pretrained or "@" in student or (student and Path(student).is_dir())):
+            raise UserError(
+                "--prune chooses channels by the weights of a trained student: add --student RUN, "
+                f"or --pretrained, got {student or 'none'}"
+            )
+        if schemes or self.pate:
+            raise UserError(
+                f"--prune trains one student, from labels or teachers: leave "
+                f"{[*schemes, '--pate'][0]} out, and prune its student afterwards"
+            )
+        if self.quantize is not None:
+            raise UserError(
+                "--prune does not go with --quantize: leave --quantize out, and quantize the "
+                "pruned student afterwards"
+            )
+        if self.centred:
+            raise UserError(
+                "--prune does not go with --centred, whose second network keeps all channels: "
+                "leave one of them out"
             )
 
     def _check_private(self) -> None:

@@ -270,7 +270,7 @@ SEQUENCE = replace(FINETUNE, loss="clm:1", augment="teacher")
 GKD = replace(FINETUNE, loss="tokens:1:temperature=1:beta=0.5:targets=1", on_policy=0.5)
 
 # The losses where neither the user nor the recipe names one.
-QUANTISING_EPOCHS = 10
+ADAPTING_EPOCHS = 10
 LABEL_LOSS = "ce:1"
 TEACHER_LOSS = "ce:0.1,kd:0.9:temperature=4"  # Hinton's loss
 TRANSFER_LOSS = "kd:1:temperature=4"  # of images without labels
@@ -333,9 +333,9 @@ def by_name(name: str) -> Recipe:
     return NAMED[name]
 
 
-def quantising(recipe: Recipe) -> Recipe:
-    """A recipe for a trained student that is quantised: it adapts, and does not learn anew."""
-    length = {"epochs": QUANTISING_EPOCHS} if recipe.steps is None else {}
+def adapting(recipe: Recipe) -> Recipe:
+    """A recipe for a trained student that is pruned or quantised, and does not learn anew."""
+    length = {"epochs": ADAPTING_EPOCHS} if recipe.steps is None else {}
     return replace(recipe, lr=recipe.lr / 10, warmup=0, **length)
 
 

@@ -189,6 +189,7 @@ def _card(options: ExportOptions, model: Model, export_format: ExportFormat) -> 
         "output_temperature": model.output_temperature,
         "use": _usage(model, export_format),
         "parameters": networks.parameter_count(model.classifier),
+        **({"layer_channels": model.layer_channels} if model.layer_channels else {}),
         **({} if model.bits is None else {"quantized": saved_models.describe_bits(model.bits)}),
         "versions": {name: version(name) for name in ("torch", "timm", "numpy")},
     }
@@ -196,6 +197,8 @@ def _card(options: ExportOptions, model: Model, export_format: ExportFormat) -> 
 
 def _usage(model: Model, export_format: ExportFormat) -> str:
     prepare = "preprocess and resize the images as described; "
+    if model.layer_channels:
+        prepare += "kd.models.layer_channels.apply(network, layer_channels); "
     first = "" if export_format.graph else prepare
     meaning = (
         "unnormalised log-probabilities"

@@ -326,6 +326,11 @@ def _check_timm(model: Model) -> None:
             "timm has no quantised networks, and this student is one: use --format onnx, pt2 or "
             "safetensors"
         )
+    if model.layer_channels:
+        raise UserError(
+            "timm has no network with the channels that pruning has left, and this student is "
+            "pruned: use --format onnx, pt2 or safetensors"
+        )
     if model.preprocess.whiten is not None:
         raise UserError(
             "timm cannot whiten images, and this student needs it: "

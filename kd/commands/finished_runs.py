@@ -60,6 +60,7 @@ OPTIONAL_TYPES = {
     "quantized": Mapping[str, Any],
     "file": Mapping[str, float | None],
     "float_file": Mapping[str, float | None],
+    "pruning": Mapping[str, Any],
     **{
         f"{owner}_{name}": float | None
         for name in FIGURES

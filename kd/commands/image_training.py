@@ -13,6 +13,7 @@ from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation import metrics
 from dsdistill.harness.runs import progress
 from kd.commands import (
+    pruned_training,
     quantised_file,
     run_inputs,
     training_batches,
@@ -165,6 +166,7 @@ class ImageTraining(AssembledTraining[TrainingParts]):
             "output_temperature": student.output_temperature,
             "note": source.note,
             **self._quantised_figures(),
+            **self._pruned_figures(),
             **((isinstance(source, DataSource) and source.privacy) or {}),
             **self._transfer_figures(),
         }
@@ -196,6 +198,18 @@ class ImageTraining(AssembledTraining[TrainingParts]):
             "quantized": quantised_file.describe(student, "training"),
             **quantised_file.figures(student, original, parts.source, parts.recipe),
         }
+
+    def _pruned_figures(self) -> dict[str, Any]:
+        """The student before and after pruning; empty where nothing was pruned."""
+        parts, student, share = self.parts, self.parts.student, self.options.prune
+        if parts.unpruned is None or share is None:
+            return {}
+        batches = None
+        if Path(self.options.student or "").is_dir():  # else it does not know the classes
+            batches = parts.source.test(
+                parts.recipe, student.preprocess, parts.on.device, parts.readers
+            )
+        return {"pruning": pruned_training.figures(parts.unpruned, student, share, batches)}
 
     def _validation_batches(self) -> EvaluationBatches | None:
         parts = self.parts

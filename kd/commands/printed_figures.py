@@ -41,7 +41,12 @@ def chosen_figures(report: dict[str, Any]) -> dict[str, Any]:
             for key in ("file", "float_file")
             for name in ("test_accuracy", "bytes", "latency_ms_batch_1")
         }
-        return {name: report.get(name) for name in _TRAIN_FIELDS} | files
+        pruning = {
+            f"{key}_pruning_{name}": report.get("pruning", {}).get(key, {}).get(name)
+            for key in ("before", "after")
+            for name in ("macs", "parameters", "latency_ms_batch_1", "test_accuracy")
+        }
+        return {name: report.get(name) for name in _TRAIN_FIELDS} | files | pruning
     part, other = "test", "validation"
     if str(report["judged_on"]).startswith(other):
         part, other = other, part
@@ -149,6 +154,16 @@ def _join_teachers(figures: dict[str, Any]) -> dict[str, Any]:
 
 
 _LABELS = {
+    **{
+        f"{key}_pruning_{name}": f"{key} pruning: {what}"
+        for key in ("before", "after")
+        for name, what in (
+            ("macs", "multiply-accumulates"),
+            ("parameters", "parameters"),
+            ("latency_ms_batch_1", "ms per image"),
+            ("test_accuracy", "test accuracy"),
+        )
+    },
     **{
         f"{key}_{name}": f"{words}: {what}"
         for key, words in (("file", "ONNX file"), ("float_file", "the same in float32"))

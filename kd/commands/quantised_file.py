@@ -5,13 +5,10 @@ images in the same process.
 """
 
 import tempfile
-import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,7 +26,6 @@ from kd.models.quantised import quantised_network
 from kd.models.saved_models import Model
 from kd.recipe import Recipe
 
-CALLS = 60  # of each file, in turn, for its latency
 FILE, FLOAT_FILE = "file", "float_file"  # keys of the figures in a report
 
 
@@ -93,7 +89,7 @@ def _measure(
         for key, runner in runners.items():
             known = batches is not None and (key == FILE or original is not None)
             measured[key]["test_accuracy"] = _accuracy(runner, batches) if known else None
-        for key, milliseconds in _latencies(runners, student).items():
+        for key, milliseconds in scoring.latencies_in_turn(runners, student.shape).items():
             measured[key]["latency_ms_batch_1"] = milliseconds
     return measured
 
@@ -112,17 +108,3 @@ class _FileNetwork(nn.Module):
 def _accuracy(network: nn.Module, batches: EvaluationBatches | None) -> float:
     assert batches is not None
     return metrics.accuracy(*scoring.outputs_and_labels(network, batches))
-
-
-def _latencies(runners: Mapping[str, nn.Module], student: Model) -> dict[str, float]:
-    """Median milliseconds of one image; the files take turns, so that both meet the same load."""
-    h, w, c = student.shape
-    image = torch.rand(1, c, h, w, generator=torch.Generator().manual_seed(0))
-    times: dict[str, list[float]] = {key: [] for key in runners}
-    for call in range(CALLS + 3):
-        for key, runner in runners.items():
-            start = time.perf_counter()
-            runner(image)
-            if call >= 3:  # warm
-                times[key].append(time.perf_counter() - start)
-    return {key: 1e3 * float(np.median(values)) for key, values in times.items()}

@@ -1,54 +1,22 @@
-"""What a training with `--quantize` adds: a teacher by default, and quantisers in the student."""
+"""What a training with `--quantize` adds: quantisers in the student."""
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 from torch import Tensor
 
 from dsdistill.harness.errors import UserError
-from kd import recipes
 from kd.data.data_source import DataSource
 from kd.data.files.file_source import FileSource
 from kd.models.quantised import bit_widths, quantised_network
 from kd.models.quantised.bit_widths import BitWidths
 from kd.models.quantised.calibration import RangeRule
 from kd.models.saved_models import Model
-from kd.models.seals import QUANTISERS
-from kd.objectives import terms
 from kd.options import TrainOptions
 from kd.parallel.engine import Engine
 from kd.recipe import Recipe
 
 CALIBRATION_IMAGES = 512
-
-
-def with_own_teacher(options: TrainOptions) -> TrainOptions:
-    """Let an earlier run that is quantised learn from its own copy in float32.
-
-    Nothing changes where another teacher is named, where the loss needs none, and where the run is
-    quantised already, so that it has no copy in float32.
-
-    Args:
-        options: Options that passed `TrainOptions.check`.
-    """
-    student = options.student
-    if options.quantize is None or options.teacher or student is None:
-        return options
-    named = recipes.by_name(options.recipe) if options.recipe else None
-    if not Path(student).is_dir() or (Path(student) / QUANTISERS).exists():
-        return options
-    loss = options.given.get("loss") or (named and named.loss)
-    taught = loss is None or any(term.definition.needs_teacher for term in terms.parse(loss))
-    if not taught or (named and named.teacher):
-        return options
-    return replace(options, teacher=student)
-
-
-def is_trained(options: TrainOptions) -> bool:
-    """Whether the student has learned before: it adapts to its codes, and does not learn anew."""
-    name = options.student or ""
-    return options.pretrained or Path(name).is_dir() or "@" in name
 
 
 def quantise_student(

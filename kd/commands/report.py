@@ -33,6 +33,15 @@ QUANTISED_NOTE = (
     "session, in turn, in one process. A file holds what describes its graph too, which counts in "
     "one of a small network."
 )
+PRUNED_COLUMNS = (
+    *("training", "share asked", "multiply-accumulates before", "after", "parameters before"),
+    *("after", "ms before", "after", "accuracy before, %", "after, %"),
+)
+PRUNED_NOTE = (
+    "The student before its channels were pruned, and after the training that followed: "
+    "multiply-accumulates and latency of one image, the latter on the CPU, in turn, in one "
+    "process; accuracy on test images."
+)
 SPREAD_NOTE = (
     "Mean ± sample deviation over n runs, with the 95 % t interval of the mean, cut off at "
     "{bounds}. Runs are put together if their options differ in the seed alone. "
@@ -104,6 +113,7 @@ def render(folders: Sequence[Path]) -> str:
         html.section("languages", "Languages", *map(_language_table, compared)),
         html.section("curves", "Learning curves", _curves(compared)),
         html.section("quantised", "Quantised students", *_quantised_tables(compared)),
+        html.section("pruned", "Pruned students", *_pruned_tables(compared)),
         html.section("cost", "Cost", _cost_table(compared), _cost_note(runs), _costs(compared)),
         html.section("runs", "Every run", *_run_tables(compared)),
         html.section("notes", "Notes", html.bullet_list(map(html.text, notes))),
@@ -358,6 +368,34 @@ def _quantised_tables(compared: Sequence[Comparison]) -> list[str]:
     ]
     bodies = [(name, rows) for name, rows in bodies if rows]
     return [_table("By data set", QUANTISED_COLUMNS, bodies), _note(QUANTISED_NOTE)] * bool(bodies)
+
+
+def pruned_cells(group: RunGroup) -> list[str]:
+    """One line under `PRUNED_COLUMNS`."""
+    figures = [run.report["pruning"] for run in group.runs]
+    cells = [group.label, f"{figures[0]['share']:g}"]
+    for name, scale, digits in (
+        *(("macs", None, 0), ("parameters", None, 0)),
+        *(("latency_ms_batch_1", 1, 3), ("test_accuracy", 100, 1)),
+    ):
+        for key in ("before", "after"):
+            values = [each.get(key, {}).get(name) for each in figures]
+            summary = finished_runs.summarise(values, (-math.inf, math.inf))
+            if summary is None or scale is not None:
+                cells.append(wording.spread(summary, scale or 1, digits))
+            else:
+                cells.append(f"{summary.mean:,.0f}")
+    return cells
+
+
+def _pruned_tables(compared: Sequence[Comparison]) -> list[str]:
+    """A table of the students that were pruned; nothing without any."""
+    bodies = [
+        (one.name, [pruned_cells(group) for group in one.groups if "pruning" in group.report])
+        for one in compared
+    ]
+    bodies = [(name, rows) for name, rows in bodies if rows]
+    return [_table("By data set", PRUNED_COLUMNS, bodies), _note(PRUNED_NOTE)] * bool(bodies)
 
 
 def _curves(compared: Sequence[Comparison]) -> str:

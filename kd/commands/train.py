@@ -35,8 +35,8 @@ from kd.commands import (
     continuation,
     curves,
     image_training,
+    own_teacher,
     private_answers,
-    quantised_training,
     run_inputs,
     run_options,
     teacher_chain,
@@ -83,12 +83,9 @@ def resolve(options: TrainOptions) -> TrainOptions:
         return run_options.restore(options.out, options)
     if options.out is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("several processes of one training need --out, the folder they share")
-    taught = quantised_training.with_own_teacher(options)
+    taught = own_teacher.with_own_teacher(options)
     if taught.teacher != options.teacher and int(os.environ.get("RANK", "0")) == 0:
-        progress.say(
-            f"teacher: {taught.teacher}, the student's own copy in float32; --loss ce:1 trains on "
-            "labels alone"
-        )
+        progress.say(own_teacher.describe(taught))
     return replace(taught, out=options.out or _free_folder(options))
 
 

@@ -23,7 +23,10 @@ from kd.options import TrainOptions, told
 def load_student(
     options: TrainOptions, name: str, source: DataSource | FileSource, say: Callable[[str], None]
 ) -> Model:
-    """Build the student before training, with the preprocessing of its images."""
+    """Build the student before training, with the preprocessing of its images.
+
+    What else is asked of its network comes afterwards: pruning, memory options, centring.
+    """
     if source.distilled is not None and options.preprocess is not None:
         raise UserError("a distilled set brings its preprocessing: leave --preprocess out")
     if Path(name).is_dir():
@@ -40,9 +43,6 @@ def load_student(
     )
     for note in classifier.notes:
         say(f"student {name}: {note}")
-    _apply_memory_options(options, classifier.network)
-    if options.centred:
-        classifier.centre()
     return Model(classifier, name, classes, shape, fitted, mel=source.mel)
 
 
@@ -63,6 +63,11 @@ def _load_earlier_student(
     if options.student_view is not None:
         raise UserError(f"{name} brings its view of the images: leave --student-view out")
     model = saved_models.load_run(Path(name), typed=typed_names(options))
+    if model.bits is not None and options.prune is not None:
+        raise UserError(
+            f"{name} is a quantised student, whose channels are not pruned: prune the run in "
+            "float32 that it was made of, and quantize the pruned student"
+        )
     if model.bits is not None and options.quantize is None:
         raise UserError(
             f"{name} is a quantised student: add --quantize {model.bits.text} to train it further"
@@ -74,12 +79,19 @@ def _load_earlier_student(
             f"student {name} was trained with another preprocessing than the distilled set's: "
             "give it as --teacher, or train a new student"
         )
-    _apply_memory_options(options, model.classifier.network)
     return model
 
 
-def _apply_memory_options(options: TrainOptions, network: nn.Module) -> None:
-    """Set memory format and gradient checkpointing, before any tap or wrapper."""
+def apply_memory_options(options: TrainOptions, network: nn.Module) -> None:
+    """Set memory format and gradient checkpointing, before any tap or wrapper.
+
+    Args:
+        options: Options of the training.
+        network: The student's network.
+
+    Raises:
+        UserError: If it has no switch for gradient checkpointing.
+    """
     if options.channels_last:
         network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if options.checkpoint_gradients:

@@ -13,7 +13,14 @@ from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
 from kd import attack, recipe, recipes
 from kd.attack import Attack, Pgd
-from kd.commands import quantised_training, teacher_chain, training_images, training_networks
+from kd.commands import (
+    own_teacher,
+    pruned_training,
+    quantised_training,
+    teacher_chain,
+    training_images,
+    training_networks,
+)
 from kd.commands.training_images import TeacherData
 from kd.data.data_source import DataSource
 from kd.data.files.file_source import FileSource
@@ -54,6 +61,7 @@ class TrainingParts:
         readers: Number of processes that read image files.
         teacher_data: Images of the teachers' own, one for each of the source's; None where the
             teachers see the source's.
+        unpruned: The student before it was pruned; None of one that is not.
     """
 
     source: DataSource | FileSource
@@ -67,6 +75,7 @@ class TrainingParts:
     seed: int
     readers: int
     teacher_data: TeacherData | None = None
+    unpruned: Model | None = None
 
     @property
     def teacher_source(self) -> DataSource | FileSource:
@@ -103,6 +112,12 @@ def assemble(options: TrainOptions) -> TrainingParts:
     alone = not (names or options.peers or options.mean_teacher is not None)
     say = progress.say if on.is_main_process else _say_nothing
     student = training_networks.load_student(options, name, source, say)
+    unpruned = None
+    if options.prune is not None:
+        unpruned, student = pruned_training.prune_student(student, options.prune, say)
+    training_networks.apply_memory_options(options, student.classifier.network)
+    if options.centred:
+        student.classifier.centre()
     teacher_data = training_images.load_teacher_data(options, named, source)
     loaded_teachers = training_networks.load_teachers(options, names, source, student, teacher_data)
     peers = training_networks.load_peers(options, source)
@@ -131,6 +146,7 @@ def assemble(options: TrainOptions) -> TrainingParts:
         options.seed,
         options.readers,
         teacher_data,
+        unpruned,
     )
 
 
@@ -263,6 +279,6 @@ def _say_nothing(line: str) -> None:
 def _recipe(options: TrainOptions, named: Recipe | None, distilled: bool, student: Model) -> Recipe:
     layer_norm = any(isinstance(m, nn.LayerNorm) for m in student.classifier.modules())
     base = named or recipes.default(distilled=distilled, layer_norm=layer_norm)
-    if named is None and options.quantize and quantised_training.is_trained(options):
-        base = recipes.quantising(base)
+    if named is None and own_teacher.is_adapted(options) and own_teacher.is_trained(options):
+        base = recipes.adapting(base)
     return recipe.override(base, options.given)

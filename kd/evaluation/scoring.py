@@ -20,6 +20,7 @@ from kd.models.token_inputs import TokenInputs
 from kd.parallel.engine import Engine
 
 LATENCY_BATCH = 64  # images of the larger batch whose latency is measured
+WARM_UP, CALLS = 3, 60  # calls of each of several networks that are compared
 # Of `_median_ms` at the end of a training, which a large network must not make much longer.
 QUICK: Mapping[str, Any] = {"budget": 0.3, "warm_up": 1, "least": 1}
 
@@ -150,6 +151,28 @@ def latency(classifier: nn.Module, shape: Shape, *, quick: bool = False) -> dict
         f"latency_ms_batch_{n}": _median_ms(on_cpu, torch.zeros(n, c, h, w), **options)
         for n in ((1,) if quick else (1, LATENCY_BATCH))
     }
+
+
+def latencies_in_turn(networks: Mapping[str, nn.Module], shape: Shape) -> dict[str, float]:
+    """Median milliseconds of one image for each of several networks on the CPU.
+
+    They take turns, so that all meet the same load of the machine.
+
+    Args:
+        networks: The networks in evaluation mode, by name.
+        shape: Height, width and channels of their images.
+    """
+    h, w, c = shape
+    image = torch.rand(1, c, h, w, generator=torch.Generator().manual_seed(0))
+    times: dict[str, list[float]] = {name: [] for name in networks}
+    with torch.no_grad():
+        for call in range(WARM_UP + CALLS):
+            for name, network in networks.items():
+                start = time.perf_counter()
+                network(image)
+                if call >= WARM_UP:
+                    times[name].append(time.perf_counter() - start)
+    return {name: 1e3 * float(np.median(values)) for name, values in times.items()}
 
 
 def text_latency(

@@ -2,11 +2,12 @@
 
 A run's folder holds the network's weights alone (`student.safetensors`, loadable into the bare
 network), `model.json`, for ZCA the whitening matrices (`preprocess.safetensors`), and for a
-quantised student the steps of its quantisers (`quantisers.safetensors`).
+quantised student the steps of its quantisers (`quantisers.safetensors`). The card of a pruned
+student says how many channels its layers have.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,7 +24,8 @@ from dsdistill.harness.data.preprocess import KINDS, Preprocess
 from dsdistill.harness.errors import UserError, first_line, one_line
 from dsdistill.harness.reports import schema
 from dsdistill.harness.runs import progress
-from kd.models import network_names, networks, seals, student_view
+from kd.models import layer_channels, network_names, networks, seals, student_view
+from kd.models.layer_channels import LayerChannels
 from kd.models.networks import Classifier
 from kd.models.quantised import bit_widths, quantised_network
 from kd.models.quantised.bit_widths import BitWidths
@@ -37,6 +39,7 @@ TEXT = "text"  # kind of a student of texts in its `model.json`; one of images s
 CARD_KEYS = (  # all entries of `model.json`; any other one means that the file is damaged
     *("name", "classes", "input", "preprocess", "interpolation", "config", "outputs"),
     *("output_temperature", "parameters", "centred", "view", "recordings", "quantized"),
+    "layer_channels",
     seals.CHECKSUMS_KEY,
 )
 
@@ -56,6 +59,8 @@ class Model:
             for logits.
         mel: Format of the images of recordings; None for a model of other images.
         bits: Bits of the weights and inputs of a network with quantisers; None in float32.
+        layer_channels: Channels of the layers of a pruned network that has fewer there than its
+            name says.
     """
 
     classifier: Classifier
@@ -67,6 +72,7 @@ class Model:
     output_temperature: float = 1.0
     mel: MelFormat | None = None
     bits: BitWidths | None = None
+    layer_channels: LayerChannels = field(default_factory=dict)
 
     @property
     def gives_logits(self) -> bool:
@@ -106,6 +112,8 @@ def save_run(folder: Path, model: Model, metadata: Mapping[str, str] | None = No
         contained["view"] = model.classifier.view.text
     if model.bits is not None:
         contained["quantized"] = describe_bits(model.bits)
+    if model.layer_channels:
+        contained["layer_channels"] = model.layer_channels
     seals.write(folder, CARD, card(model) | contained, ARRAY_FILES)
 
 
@@ -206,6 +214,9 @@ def _build_model(folder: Path, description: Mapping[str, Any], typed: Iterable[s
             f"{folder / CARD} describes a network that cannot be built here: {error}"
         ) from error
     classifier.interpolation = description.get("interpolation", "bilinear")
+    stored = description.get("layer_channels", {}).items()
+    channels = {layer: tuple(sizes) for layer, sizes in stored}
+    layer_channels.apply(classifier.network, channels)
     if description.get("centred", False):
         initial = classifier.centre().initial
         assert initial is not None
@@ -218,7 +229,8 @@ def _build_model(folder: Path, description: Mapping[str, Any], typed: Iterable[s
         _load_quantisers(classifier.network, folder / QUANTISERS)
     outputs, temperature = description["outputs"], float(description["output_temperature"])
     mel = read_recordings(description)
-    return Model(classifier, name, classes, shape, preprocess, outputs, temperature, mel, bits)
+    how = outputs, temperature, mel, bits, channels
+    return Model(classifier, name, classes, shape, preprocess, *how)
 
 
 def read_recordings(description: Mapping[str, Any]) -> MelFormat | None:
