@@ -1,8 +1,9 @@
 """Knowledge distillation: a small student learns from a large teacher.
 
 `distill` trains any `torch.nn.Module` from others; `StudentClassifier` is the same as a classifier
-of scikit-learn; `losses` has every loss by its short name; `perturb` attacks a network. They are
-imported at their first use, with PyTorch.
+of scikit-learn; `losses` has every loss by its short name; `perturb` attacks a network;
+`synthesize` makes images from a network's weights. They are imported at their first use, with
+PyTorch.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from dsdistill.harness.errors import UserError
     from kd import losses
     from kd.api import DistillResult, distill
+    from kd.api_synthesis import SynthesisResult, synthesize
     from kd.estimator import StudentClassifier
     from kd.objectives.adversary import Bounds, perturb
     from kd.recipe import Recipe
@@ -22,9 +24,11 @@ _MODULES = {
     "Recipe": "kd.recipe",
     "Round": "kd.training.rounds",
     "StudentClassifier": "kd.estimator",
+    "SynthesisResult": "kd.api_synthesis",
     "UserError": "dsdistill.harness.errors",
     "distill": "kd.api",
     "perturb": "kd.objectives.adversary",
+    "synthesize": "kd.api_synthesis",
 }
 __all__ = [
     "Bounds",
@@ -32,10 +36,12 @@ __all__ = [
     "Recipe",
     "Round",
     "StudentClassifier",
+    "SynthesisResult",
     "UserError",
     "distill",
     "losses",
     "perturb",
+    "synthesize",
 ]
 
 

@@ -14,6 +14,7 @@ from kd.options import (
     FeaturesOptions,
     QuantizeOptions,
     ReportOptions,
+    SynthesizeOptions,
     TrainOptions,
 )
 
@@ -73,6 +74,13 @@ def _quantize(options: QuantizeOptions) -> None:
     print_figures({"folder": report["folder"], **chosen_figures(report)})
 
 
+def _synthesize(options: SynthesizeOptions) -> None:
+    options.check()  # before the seconds that importing torch takes
+    from kd.commands import synthesize
+
+    print_figures(synthesize.synthesize(options))
+
+
 def _features(options: FeaturesOptions) -> None:
     options.check()  # before the seconds that importing torch takes
     from kd.commands import features
@@ -117,6 +125,7 @@ COMMANDS: command_line.Commands = {
     "train": (TrainOptions, _train),
     "evaluate": (EvaluateOptions, _evaluate),
     "quantize": (QuantizeOptions, _quantize),
+    "synthesize": (SynthesizeOptions, _synthesize),
     "export": (ExportOptions, _export),
     "features": (FeaturesOptions, _features),
     "augment": (AugmentOptions, _augment),

@@ -161,7 +161,7 @@ def _default_loss(
         return recipes.ADVERSARIAL_LABEL_LOSS if alone else recipes.ADVERSARIAL_TEACHER_LOSS
     if alone:
         return "mse:1" if source.distilled is not None else recipes.LABEL_LOSS
-    if isinstance(source, DataSource) and source.transfer is not None:
+    if isinstance(source, DataSource) and (source.transfer is not None or source.from_weights):
         return recipes.TRANSFER_LOSS
     return recipes.MUTUAL_LOSS if peers else recipes.TEACHER_LOSS
 

@@ -69,6 +69,11 @@ class DataSource:
         return self.splits.train
 
     @property
+    def from_weights(self) -> bool:
+        """Whether the images were made from a teacher's weights: only its answers tell of them."""
+        return self.distilled is not None and origin.read_provenance(self.distilled).from_weights
+
+    @property
     def count(self) -> int:
         """Number of images to train on."""
         return len(self.train_images)
@@ -267,12 +272,10 @@ def _load_distilled(path: Path, root: Path) -> DataSource:
     name = path.parent.resolve().name if path.name == "distilled.safetensors" else path.stem
     came_from = origin.source(path, distilled)
     if came_from is None:
-        return DataSource(
-            name,
-            None,
-            distilled,
-            f"{path} does not say what it was distilled from: {_NO_EVALUATION}",
-        )
+        why = f"{path} does not say what it was distilled from"
+        if origin.read_provenance(distilled).from_weights:
+            why = f"{path} was made without data"
+        return DataSource(name, None, distilled, f"{why}: {_NO_EVALUATION}")
     try:
         splits = origin.load(path, distilled, came_from, root=root)
     except (UserError, OSError) as error:

@@ -16,6 +16,8 @@ from dsdistill.harness.text import shorten
 MAX_KERNEL_NUMBER = 100  # largest depth, and largest number in a kernel's name, that is accepted
 MAX_WIDTH = 4096  # of a finite network in a kernel's name
 OWN_MODULE = "a module"  # the backbone of a set, where a caller's own module was it
+# What a set was made from that no data were read for.
+FROM_WEIGHTS = "the weights of a network alone"
 MAX_TEXT_CHARACTERS = 300  # of a displayed text
 
 
@@ -39,6 +41,7 @@ class Provenance:
         seconds: Duration of the distillation.
         peak_memory: Peak memory of the distillation, in bytes.
         metrics: Figures by name.
+        from_weights: Whether the set was made from a network's weights, without data.
         notes: Sentences for a report.
         config: Options of the run; None for a set that `dsdistill` did not make.
         unusable: Names of values that are present but cannot be used, such as `data.source`.
@@ -61,6 +64,7 @@ class Provenance:
     seconds: float | None
     peak_memory: int | None
     metrics: Mapping[str, float | None]
+    from_weights: bool
     notes: tuple[str, ...]
     config: Mapping[str, Any] | None
     unusable: tuple[str, ...]
@@ -119,6 +123,7 @@ def parse(stored: Mapping[str, Any], shape: Sequence[int]) -> Provenance:
         seconds=read(stored, "seconds", "seconds", lambda v: _number(v, 0, 1e10)),
         peak_memory=read(stored, "peak_memory", "peak_memory", lambda v: _integer(v, 0, 2**60)),
         metrics=_metrics(stored.get("metrics")),
+        from_weights=stored.get("made_from") == FROM_WEIGHTS,
         notes=_notes(stored.get("notes")),
         config=config if isinstance(stored.get("config"), Mapping) else None,
         unusable=tuple(unusable),

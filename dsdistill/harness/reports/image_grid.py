@@ -1,4 +1,4 @@
-"""A picture of two sets of images side by side, without their preprocessing, class by class."""
+"""A picture of one or two sets of images, without their preprocessing, class by class."""
 
 import io
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ MAX_SIDE_PIXELS = 256  # side of an image before it is drawn, at about 80 pixels
 
 @dataclass(frozen=True, eq=False)
 class GridSide:
-    """Half of a picture.
+    """Half of a picture, or all of it.
 
     Attributes:
-        title: Title above this half.
+        title: Title above the images.
         images: Preprocessed images.
         labels: Class of each image.
     """
@@ -39,17 +39,21 @@ class GridSide:
 
 
 def write(
-    path: Path, left: GridSide, right: GridSide, classes: tuple[str, ...], preprocess: Preprocess
+    path: Path,
+    left: GridSide,
+    right: GridSide | None,
+    classes: tuple[str, ...],
+    preprocess: Preprocess,
 ) -> None:
-    """Write a PNG with two sets of images side by side, class by class.
+    """Write a PNG with one or two sets of images side by side, class by class.
 
     Args:
         path: Path of the PNG.
-        left, right: The two sets, whose preprocessing is undone for the picture.
+        left, right: The sets, whose preprocessing is undone for the picture; None for one set.
         classes: Names. Up to `MAX_ROWS` rows are drawn; where that leaves classes out, it says so.
-        preprocess: The preprocessing of both sets.
+        preprocess: The preprocessing of the sets.
     """
-    sides = (left, right)
+    sides = (left,) if right is None else (left, right)
     columns = _count_columns(sides, len(classes))
     with plot_style.plain_text():
         pixels = _render(sides, classes, columns, preprocess)
@@ -59,7 +63,7 @@ def write(
     write_bytes(path, buffer.getvalue())
 
 
-def _count_columns(sides: tuple[GridSide, GridSide], classes: int) -> int:
+def _count_columns(sides: tuple[GridSide, ...], classes: int) -> int:
     """Number of images per class: the largest, or of many classes the usual one.
 
     Classes of learned labels differ in size, and one large class would leave the rest no room.
@@ -69,7 +73,7 @@ def _count_columns(sides: tuple[GridSide, GridSide], classes: int) -> int:
 
 
 def _render(
-    sides: tuple[GridSide, GridSide], classes: tuple[str, ...], columns: int, preprocess: Preprocess
+    sides: tuple[GridSide, ...], classes: tuple[str, ...], columns: int, preprocess: Preprocess
 ) -> UInt8[np.ndarray, "H W 3"]:
     """Draw the picture; every class that is shown has its place, even without images.
 
@@ -77,7 +81,7 @@ def _render(
     row as have room in it, each with its name above its first image.
 
     Args:
-        sides: The two halves.
+        sides: The halves, or the whole.
         classes: Names of all classes.
         columns: Images of a class that are shown.
         preprocess: The preprocessing of both sets.
@@ -90,16 +94,16 @@ def _render(
     count = -(-len(shown) // per_row)
     _, h, w, _ = _downsample(sides[0].images[:1]).shape
     above = 3 * h // 10 + 1 if per_row > 1 else 0  # room for names
-    size = (2 * per_row * columns * 0.55 + 2.2, count * 0.55 * (1 + above / h) + 0.6)
+    size = (len(sides) * per_row * columns * 0.55 + 2.2, count * 0.55 * (1 + above / h) + 0.6)
     figure = Figure(
         figsize=(max(size[0], 5), max(size[1], 2)),
         dpi=100 if above else 150,  # hundreds of photographs would take 5 MB
     )
-    # A grid that is higher than wide fills no half of the figure: both stand together, and what is
+    # A grid that is higher than wide fills no half of the figure: all stand together, and what is
     # left empty is cut off.
     figure.set_layout_engine("compressed", w_pad=2 * MARGIN_INCHES)
-    both = figure.subplots(1, 2)
-    for axes, side in zip(both, sides, strict=True):
+    grids = figure.subplots(1, len(sides), squeeze=False)[0]
+    for axes, side in zip(grids, sides, strict=True):
         rows = [_downsample(preprocess.invert(row)) for row in side.rows(len(shown))]
         tiled = tile(rows, columns, per_row, above)
         axes.imshow(
@@ -117,8 +121,8 @@ def _render(
                 axes.text(left, bottom + above - 1.5, text, fontsize=6, va="bottom")
     if not above:
         middles = [(row + 0.5) * (h + 1) - 1 for row in range(count)]
-        both[0].set_yticks(middles, list(map(plot_style.label, shown)), fontsize=7)
-        both[0].tick_params(length=0)
+        grids[0].set_yticks(middles, list(map(plot_style.label, shown)), fontsize=7)
+        grids[0].tick_params(length=0)
     if len(shown) < len(classes):
         figure.supxlabel(f"the first {len(shown):,} of {len(classes):,} classes", fontsize=9)
     FigureCanvasAgg(figure)

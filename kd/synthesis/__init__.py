@@ -1,0 +1,1 @@
+"""Images that are made from a trained network alone, for a student to learn from."""
