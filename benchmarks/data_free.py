@@ -29,7 +29,8 @@ from torch import nn
 import dsdistill.cli
 import kd.cli
 from dsdistill.harness import paths
-from dsdistill.harness.data import datasets, labeled_images
+from dsdistill.harness.data import datasets, distilled_set, labeled_images, preprocess
+from dsdistill.harness.data.distilled_set import DistilledSet
 from kd.objectives.schemes import Distillation
 
 DATA, IMAGES, SIDE = "fashion-mnist", 1000, 28
@@ -104,12 +105,19 @@ def transfer_set(root: Path, teacher: Path, name: str, seed: int, cifar: str) ->
         run(dsdistill.cli.main, "dsdistill", line, out, "distilled.safetensors")
         return out
     name = "real" if name == CONTROL else name
-    path = root / f"set-{_word(name)}-{seed}.npz"
+    path = root / f"set-{_word(name)}-{seed}.safetensors"
     if not path.exists():
-        images = plain_images(name, np.random.default_rng(seed), cifar)
-        labels = np.arange(len(images)) % 10  # an .npz has some; a transfer set's are not read
-        np.savez(path, images=images, labels=labels)
+        save(path, plain_images(name, np.random.default_rng(seed), cifar), name)
     return path
+
+
+def save(path: Path, images: np.ndarray, name: str) -> None:
+    """Write images as a distilled set, which is trained on whole; its labels say nothing."""
+    pixels = preprocess.unit_range(images)
+    classes = tuple(map(str, range(10)))
+    labels = np.zeros((len(images), len(classes)), np.float32)
+    made = DistilledSet(pixels, labels, preprocess.identity(1), classes, {"method": name})
+    distilled_set.save(path, made)
 
 
 def plain_images(name: str, rng: np.random.Generator, cifar: str) -> np.ndarray:
