@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -30,8 +31,9 @@ REQUIRED_TYPES = {
     "seconds": float,
     "parameters": int,
 }
-# In `config.json`: what runs of one group may differ in.
+# In `config.json`: what runs of one group may differ in, and options that may name a run.
 _OF_ONE_RUN = ("seed", run_folder.INPUTS_KEY, run_folder.CHOSEN_KEY)
+_NAMING_RUNS = ("student", "teacher", "peers", "assistants", "run")
 OPTIONAL_TYPES = {
     "teacher": str | None,
     "validation_accuracy": float | None,
@@ -172,13 +174,37 @@ def read(folder: Path) -> FinishedRun:
 
 
 def group_by_options(runs: Sequence[FinishedRun]) -> list[RunGroup]:
-    """Group runs whose options are the same except for the seed."""
+    """Group runs whose options are the same except for the seed.
+
+    A run that they start or learn from counts by its own options: three students, each from a
+    teacher of its own seed, belong together.
+    """
     groups: dict[str, list[FinishedRun]] = {}
     for run in runs:
-        options = {name: value for name, value in run.config.items() if name not in _OF_ONE_RUN}
-        groups.setdefault(json.dumps(options, sort_keys=True), []).append(run)
+        groups.setdefault(json.dumps(_training(run.config), sort_keys=True), []).append(run)
     labels = _labels([members[0] for members in groups.values()])
     return [RunGroup(*pair) for pair in zip(labels, groups.values(), strict=True)]
+
+
+def _training(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What is the same in all runs of one training, whatever their seeds and folders."""
+    options = {name: value for name, value in config.items() if name not in _OF_ONE_RUN}
+    for name in _NAMING_RUNS:
+        if isinstance(named := options.get(name), str):
+            options[name] = [_named_training(each) for each in named.split(",")]
+    return options
+
+
+def _named_training(name: str) -> Any:
+    """The training of a finished run that is there; any other name as it is."""
+    if not is_finished(name) or not os.path.isfile(Path(name, "config.json")):
+        return name
+    return _training(seals.read(Path(name), "config.json"))
+
+
+def is_finished(name: str | Path) -> bool:
+    """Whether a name is the folder of a finished run; it may be too long for a path."""
+    return os.path.isfile(Path(name, REPORT))  # unlike Path.is_file false of names that are no path
 
 
 def train_command(config: Mapping[str, Any], folder: Path) -> str:

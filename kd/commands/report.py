@@ -12,7 +12,8 @@ from dsdistill.harness.evaluation.statistics import Summary
 from dsdistill.harness.memory import format_bytes
 from dsdistill.harness.reports import html, plot_style, wording
 from dsdistill.harness.reports.wording import MINUS, NOTHING
-from kd.commands import finished_runs, run_figures
+from kd.commands import capacity_gap, finished_runs, run_figures
+from kd.commands.capacity_gap import TaughtGroup
 from kd.commands.finished_runs import FinishedRun, RunGroup
 from kd.commands.run_figures import FIGURES, Figure, Part
 
@@ -41,6 +42,15 @@ PRUNED_NOTE = (
     "The student before its channels were pruned, and after the training that followed: "
     "multiply-accumulates and latency of one image, the latter on the CPU, in turn, in one "
     "process; accuracy on test images."
+)
+GAP_COLUMNS = (
+    *("training", "taught by", "teacher's parameters", "times the student's", "teacher"),
+    *("student", "gain"),
+)
+GAP_NOTE = (
+    "The gain is the student's figure minus that of the same student trained on labels alone for "
+    "as many steps, paired by seed, with its deviation over them. A teacher that is much larger "
+    "than its student may teach it less than a smaller one."
 )
 SPREAD_NOTE = (
     "Mean ± sample deviation over n runs, with the 95 % t interval of the mean, cut off at "
@@ -75,6 +85,11 @@ class Comparison:
     def title(self) -> str:
         """The figure with its part and unit."""
         return f"{self.part} {self.figure.title}"
+
+    @property
+    def title_on(self) -> str:
+        """The name of the data, with the figure."""
+        return f"{self.name}: {self.title}"
 
     def summary(self, group: RunGroup, *, owner: str = "") -> Summary | None:
         """The figure of one of the trainings; None if a run lacks it.
@@ -114,6 +129,7 @@ def render(folders: Sequence[Path]) -> str:
         html.section("curves", "Learning curves", _curves(compared)),
         html.section("quantised", "Quantised students", *_quantised_tables(compared)),
         html.section("pruned", "Pruned students", *_pruned_tables(compared)),
+        html.section("teachers", "Teachers and gains", *_gap_tables(compared)),
         html.section("cost", "Cost", _cost_table(compared), _cost_note(runs), _costs(compared)),
         html.section("runs", "Every run", *_run_tables(compared)),
         html.section("notes", "Notes", html.bullet_list(map(html.text, notes))),
@@ -396,6 +412,39 @@ def _pruned_tables(compared: Sequence[Comparison]) -> list[str]:
     ]
     bodies = [(name, rows) for name, rows in bodies if rows]
     return [_table("By data set", PRUNED_COLUMNS, bodies), _note(PRUNED_NOTE)] * bool(bodies)
+
+
+def gap_cells(comparison: Comparison, taught: TaughtGroup) -> list[str]:
+    """One line under `GAP_COLUMNS`."""
+    figure, group = comparison.figure, taught.group
+    return [
+        group.label,
+        " → ".join(taught.chain),
+        f"{taught.teacher_parameters:,}",
+        f"{taught.ratio:.3g}",
+        _spread(comparison.summary(group, owner="teacher"), figure),
+        _spread(comparison.summary(group), figure),
+        _spread(taught.gain, figure),
+    ]
+
+
+def _gap_tables(compared: Sequence[Comparison]) -> list[str]:
+    """Teachers' sizes and students' gains, with a plot; nothing where no teacher is a run."""
+    bodies, plots = [], []
+    for i, comparison in enumerate(compared):
+        name = f"{comparison.part}_{comparison.figure.name}"
+        taught = capacity_gap.taught_groups(comparison.groups, name)
+        if taught:
+            bodies.append((comparison.title_on, [gap_cells(comparison, one) for one in taught]))
+        known = [one for one in taught if one.gain is not None]
+        if len({one.teacher_parameters for one in known}) > 1:
+            alt = f"Gain in {comparison.figure.words} on {comparison.name} by size of the teacher"
+            plot = capacity_gap.draw(known, comparison.figure)
+            content = plot_style.svg(plot, name=f"gap-{i}", alt=alt)
+            plots.append(html.figure(content, f"{alt}."))
+    if not bodies:
+        return []
+    return [_table("By data set", GAP_COLUMNS, bodies), _note(GAP_NOTE), *plots]
 
 
 def _curves(compared: Sequence[Comparison]) -> str:

@@ -17,7 +17,7 @@ import tyro
 from dsdistill.harness import files
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.reports import plot_style
-from kd.commands import curves, finished_runs, report
+from kd.commands import capacity_gap, curves, finished_runs, report
 from kd.options import Overrides, TrainOptions
 
 
@@ -124,6 +124,59 @@ def test_groups_of_one_name_are_numbered(tmp_path):
     found = [finished_runs.read(made(tmp_path, option)) for option in options]
     labels = [group.label for group in finished_runs.group_by_options(found)]
     assert labels == ["mlp:16 from teacher", "mlp:16 from teacher #2"]
+
+
+def test_students_of_teachers_that_differ_in_their_seed_are_put_together(tmp_path):
+    for seed in (0, 1):
+        teacher = made(tmp_path, replace(PLAIN, student="mlp:64", seed=seed))
+        made(tmp_path, replace(PLAIN, teacher=str(teacher), seed=seed))
+        made(tmp_path, replace(PLAIN, student=str(teacher), quantize="w4a4", seed=seed))
+    other = made(tmp_path, replace(PLAIN, student="mlp:32"))
+    made(tmp_path, replace(PLAIN, teacher=str(other)))
+    runs = [finished_runs.read(path) for path in sorted(tmp_path.iterdir())]
+    groups = finished_runs.group_by_options(runs)
+    assert sorted(len(group.runs) for group in groups) == [1, 1, 2, 2, 2]
+
+
+def test_gains_stand_beside_the_size_of_the_teachers(tmp_path):
+    """Pairs by seed: each student minus the one on labels alone; the chain is followed back."""
+    for seed, alone in ((0, 0.70), (1, 0.74)):
+        base = replace(PLAIN, seed=seed)
+        large, assistant, direct, last, labels = (
+            made(tmp_path, options, accuracy=accuracy, steps=9, parameters=size, student=name)
+            for options, accuracy, size, name in (
+                (replace(base, student="large"), 0.9, 100_000, "large"),
+                (replace(base, teacher=f"run-{5 * seed}"), 0.85, 10_000, "middle"),
+                (replace(base, teacher=f"run-{5 * seed}"), alone + 0.01, 1_000, "small"),
+                (replace(base, teacher=f"run-{5 * seed + 1}"), alone + 0.04, 1_000, "small"),
+                (base, alone, 1_000, "small"),
+            )
+        )
+        for folder, teacher in ((assistant, large), (direct, large), (last, assistant)):
+            config = json.loads((folder / "config.json").read_text())
+            files.write_json(folder / "config.json", config | {"teacher": str(teacher)})
+        config = json.loads((direct / "config.json").read_text())
+        files.write_json(direct / "config.json", config | {"cache_top": 5})
+        config = json.loads((assistant / "config.json").read_text())
+        files.write_json(assistant / "config.json", config | {"student": "middle"})
+        assert labels.is_dir()
+    (compared,) = compared_in(tmp_path)
+    taught = capacity_gap.taught_groups(compared.groups, "test_accuracy")
+    described = [
+        (" > ".join(one.chain), one.teacher_parameters, one.ratio, one.gain and one.gain.mean)
+        for one in taught
+    ]
+    assert described == [
+        ("large > middle > small", 10_000, 10, pytest.approx(0.04)),
+        ("large > middle", 100_000, 10, None),
+        ("large > small", 100_000, 100, pytest.approx(0.01)),
+    ]
+    assert taught[0].gain is not None
+    assert (taught[0].gain.n, taught[0].gain.std) == (2, pytest.approx(0, abs=1e-12))
+    page = report.render(sorted(tmp_path.iterdir()))
+    assert "Teachers and gains" in page
+    assert "large → middle → small" in page
+    assert "Gain in accuracy on digits by size of the teacher." in page
 
 
 def test_a_seed_without_a_figure_leaves_no_mean(tmp_path):
