@@ -4,7 +4,8 @@ The files are written to a hidden folder, read again the way their user would, a
 student on random and on real images, before they are moved to their place.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from dsdistill.harness import files
 from dsdistill.harness.errors import UserError, unknown_name
 from kd.commands import (
     checked_export,
@@ -21,7 +23,7 @@ from kd.commands import (
     run_data,
     text_export,
 )
-from kd.commands.checked_export import RELATIVE_TOLERANCE
+from kd.commands.checked_export import RELATIVE_TOLERANCE, Writer
 from kd.commands.export_check import ReferenceOutputs
 from kd.commands.export_formats import FORMATS, ExportFormat
 from kd.commands.quantised_check import QuantisedAgreement
@@ -86,6 +88,8 @@ def export(options: ExportOptions) -> dict[str, Any]:
     suffix, sidecar = export_format.suffix, export_format.sidecar_suffix
     out = checked_export.free_path(options, model.name, suffix, sidecar)
     writer = export_format.prepare(model)
+    if options.format == "safetensors":
+        writer = _with_recipe(writer, run_data.read_recipe(options.run))
     count = export_check.REAL_IMAGES if model.bits is None else quantised_check.REAL_IMAGES
     reference = export_check.gather(options.run, model, options.data_root, count)
     return checked_export.write(
@@ -99,6 +103,17 @@ def export(options: ExportOptions) -> dict[str, Any]:
             else compare(path, export_format, reference)
         ),
     )
+
+
+def _with_recipe(write: Writer, recipe: Recipe) -> Writer:
+    """Write the recipe beside the weights: it says how `kd evaluate` prepares images."""
+    stored = {**asdict(recipe), "student": None, "teacher": None}  # names of networks and folders
+
+    def write_both(path: Path, card: Mapping[str, Any]) -> None:
+        write(path, card)
+        files.write_json(path / "recipe.json", stored)
+
+    return write_both
 
 
 def _compare_quantised(

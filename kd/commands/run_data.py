@@ -14,14 +14,19 @@ from kd.models import seals
 from kd.models.saved_models import Model
 from kd.recipe import Recipe
 
+CONFIG = "config.json"
+
 
 def read_config(run: Path) -> dict[str, Any]:
-    """Read the options of a run.
+    """Read the options of a run; empty for an exported folder, which says nothing of its training.
 
     Raises:
         UserError: If the file is missing or damaged.
     """
-    return seals.read(run, "config.json")
+    exported = (run / seals.CARD).is_file() and not (run / seals.REPORT).exists()
+    if exported and not (run / CONFIG).exists():
+        return {}
+    return seals.read(run, CONFIG)
 
 
 def read_recipe(run: Path) -> Recipe:

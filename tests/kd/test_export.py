@@ -253,7 +253,10 @@ def test_safetensors_load_into_the_bare_network_and_make_a_run(
 ) -> None:
     _main(inside, "resnet", "--format", "safetensors")
     folder = work / "resnet" / "export" / "test_resnet-safetensors"
-    assert {p.name for p in folder.iterdir()} == {saved_models.WEIGHTS, saved_models.CARD}
+    names = {saved_models.WEIGHTS, saved_models.CARD, "recipe.json"}
+    assert {p.name for p in folder.iterdir()} == names
+    recipe = json.loads((folder / "recipe.json").read_text())
+    assert recipe["student"] is recipe["teacher"] is None
     bare = timm.create_model("test_resnet", in_chans=1, num_classes=10).eval()
     bare.load_state_dict(safetensors.torch.load_file(folder / saved_models.WEIGHTS))
     prepared = saved_models.load_run(work / "resnet").preprocess.apply(_images())

@@ -78,7 +78,9 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_bits(inside: pytest.Mon
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_every_command_takes_a_pruned_run(inside: pytest.MonkeyPatch) -> None:
+def test_every_command_takes_a_pruned_run(
+    inside: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     short = ("digits", "--steps", 2)
     main(inside, "train", *short, "--student", "mlp:8", "--teacher", "slim", "--out", "taught")
     main(inside, "train", *short, "--student", "slim", "--prune", 0.3, "--out", "slimmer")
@@ -95,6 +97,11 @@ def test_every_command_takes_a_pruned_run(inside: pytest.MonkeyPatch) -> None:
     assert codes.layer_channels["4"] == (5, 5)
     main(inside, "export", "slim", "--format", "safetensors", "--out", "weights")
     main(inside, "export", "slim", "--format", "pt2", "--out", "slim.pt2")
+    capsys.readouterr()
+    main(inside, "evaluate", "weights", "digits", "--json")
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["nll"] == support.read_report(Path("slim"))["nll"]
+    assert "weights does not say what it was trained on" in refused(inside, "evaluate", "weights")
     main(inside, "train", *short, "--student", "weights", "--out", "from-weights")
     main(inside, "train", *short, "--student", "mlp:8", "--teacher", "slim.pt2", "--out", "by-pt2")
 
