@@ -511,6 +511,11 @@ class TrainOptions:
                     raise UserError(f"{_option(name)} needs --pate")
             return
         settings = pate_settings.parse(self.pate)
+        if self.transfer is not None:
+            raise UserError(
+                "--pate trains on public images with noisy votes, and --transfer on others with a "
+                "teacher's answers: leave one of them out"
+            )
         if self.public is None:
             raise UserError(
                 "--pate needs --public, the images that the teachers are asked about: a data set, "

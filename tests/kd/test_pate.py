@@ -140,6 +140,7 @@ def test_a_teacher_without_images_votes_as_it_was_made(tmp_path: Path) -> None:
         (("--max-epsilon", 1), "--max-epsilon needs --pate"),
         (("--pate", VOTES, "--public", "test:9", "--teacher", "run"), "and --teacher names others"),
         (("--pate", VOTES, "--public", "test:9", "--generations", 2), "--generations names others"),
+        (("--pate", VOTES, "--public", "test:9", "--transfer", "x"), "and --transfer on others"),
         (("--pate", VOTES, "--public", "test:0"), "test:N takes N of the 359 test images"),
         (("--pate", VOTES, "--public", "test:359"), "test:N takes N of the 359 test images"),
         (("--pate", VOTES, "--public", "nowhere"), "unknown data set"),
