@@ -67,6 +67,7 @@ FAST = {
         "private_votes",
         "quantisers",
         "recipe",
+        "synthesis",
         "terms",
     ),
     "project": (
