@@ -122,7 +122,8 @@ def assemble(options: TrainOptions) -> TrainingParts:
     loaded_teachers = training_networks.load_teachers(options, names, source, student, teacher_data)
     peers = training_networks.load_peers(options, source)
     chosen = _recipe(options, named, source.distilled is not None, student)
-    chosen = replace(chosen, loss=chosen.loss or _default_loss(chosen, source, peers, alone))
+    loss = chosen.loss or _default_loss(chosen, source, loaded_teachers, peers, alone)
+    chosen = replace(chosen, loss=loss)
     assert chosen.loss is not None
     loss_terms = terms.parse(chosen.loss)
     chosen = loss_checks.apply_smoothing(loss_terms, chosen, options.given)
@@ -153,6 +154,7 @@ def assemble(options: TrainOptions) -> TrainingParts:
 def _default_loss(
     chosen: Recipe,
     source: DataSource | FileSource,
+    teachers: Sequence[Teacher],
     peers: Sequence[Classifier],
     alone: bool,
 ) -> str:
@@ -161,7 +163,10 @@ def _default_loss(
         return recipes.ADVERSARIAL_LABEL_LOSS if alone else recipes.ADVERSARIAL_TEACHER_LOSS
     if alone:
         return "mse:1" if source.distilled is not None else recipes.LABEL_LOSS
-    if isinstance(source, DataSource) and (source.transfer is not None or source.from_weights):
+    by_answers = isinstance(source, DataSource) and (
+        source.transfer is not None or source.from_weights
+    )
+    if teachers and by_answers:
         return recipes.TRANSFER_LOSS
     return recipes.MUTUAL_LOSS if peers else recipes.TEACHER_LOSS
 

@@ -78,6 +78,7 @@ def test_the_balance_is_least_where_classes_are_even() -> None:
     assert float(plausibility.class_balance(100 * torch.eye(4)[[2, 2]])) == pytest.approx(0)
 
 
+@pytest.mark.heavy  # seconds, on one core
 @pytest.mark.parametrize("method", settings.METHODS)
 def test_images_have_the_classes_and_the_statistics_that_the_network_knows(method) -> None:
     numbers = _settings(method, steps=60, batch_size=20, lr=0.1, bn_weight=3.0)

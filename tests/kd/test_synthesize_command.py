@@ -104,6 +104,13 @@ def test_a_set_alone_trains_a_student_on_the_teachers_answers(inside) -> None:
     main(inside, "evaluate", "student", "data/rows.npz", "--device", "cpu")
 
 
+def test_without_a_teacher_students_learn_from_the_sets_labels_too(inside) -> None:
+    main(inside, "train", "set", "--peers", "mlp:4", "--student", "mlp:4", "--steps", 2,
+         "--device", "cpu", "--out", "peers")  # fmt: skip
+    loss = json.loads(Path("peers/recipe.json").read_text())["loss"]
+    assert loss == "ce:1,kd:1:temperature=1"
+
+
 def test_data_that_give_figures_alone_stand_beside_the_set(inside) -> None:
     main(inside, "train", "data/rows.npz", "--transfer", "set", "--teacher", "teacher",
          "--student", "mlp:4", "--epochs", 1, "--device", "cpu", "--out", "judged")  # fmt: skip
