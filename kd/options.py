@@ -125,7 +125,7 @@ PRIVATE_OPTIONS = ("pate", "public", "max_epsilon")
 IMAGE_OPTIONS = (
     *PRIVATE_OPTIONS,
     *("channels", "preprocess", "pretrained", "centred", "workers", "channels_last", "prune"),
-    *("quantize", "full_range", "robust", "student_view", "transfer", "teacher_data"),
+    *("quantize", "full_range", "robust", "student_view", "transfer", "teacher_data", "head"),
     *(*TEACHER_INPUT_OPTIONS, *SOUND_OPTIONS),
 )
 IMAGE_FIELDS = (
@@ -141,7 +141,7 @@ class TrainOptions:
 
     LAYOUT: ClassVar = Layout(
         groups={
-            "Student": "student student_view pretrained centred prune quantize full_range "
+            "Student": "student head student_view pretrained centred prune quantize full_range "
             "keep_layers lora recipe trust_module",
             "Output and resuming": "out resume seed",
             "Teacher": "teacher teacher_data teacher_weights class_map teacher_image_size "
@@ -198,6 +198,11 @@ class TrainOptions:
     too, with arguments as in "module:attribute(width=32)"; NAME@FILE with the weights in a file; or
     the folder of an earlier run. For texts hf:NAME, bilstm:150, a fresh bert:4x312, or teacher, a
     copy of the teacher"""
+
+    head: Annotated[Literal["trained", "none"], Shown("trained|none")] = "trained"
+    """none: leave the classifier out, so that the student returns its embedding, learns from the
+    features of its teachers alone, and needs no labels: DATA may be a folder of images without
+    classes. --student RUN adds a head later"""
 
     student_view: Annotated[str | None, Shown("VIEW,...", "whole images")] = None
     """Let the student see less of each image than its teacher: gray, size:N (shorter side in
@@ -458,6 +463,29 @@ class TrainOptions:
         self._check_prune(chosen)
         self._check_private()
         self._check_teacher()
+        self._check_head(chosen)
+
+    def _check_head(self, schemes: list[str]) -> None:
+        """Refuse what needs classes, where the student has no head."""
+        if self.head == "trained":
+            return
+        teacher = self.teacher or (self.recipe and recipes.by_name(self.recipe).teacher)
+        if not teacher:
+            raise UserError("--head none leaves labels out: add --teacher, whose features teach")
+        others = ("pate", "prune", "quantize", "robust", "class_map", "min_teacher_accuracy")
+        given = [_option(name) for name in others if getattr(self, name) is not None]
+        given += ["--teacher-weights"] if self.teacher_weights else []
+        given += ["--centred"] if self.centred else []
+        given += [*schemes]
+        fields = ("adversary", "label_smoothing", "mixup", "cutmix")
+        given += [_option(name) for name in fields if self.given.get(name)]
+        if given:
+            raise UserError(f"{given[0]} needs classes, and --head none has none: leave it out")
+        if self.given.get("metric", "accuracy") != "accuracy":
+            raise UserError(
+                f"--metric {self.given['metric']} needs classes, and --head none has none: leave "
+                "it out for the accuracy of the nearest neighbours"
+            )
 
     def _check_quantize(self, schemes: list[str]) -> None:
         """Refuse bits out of range and options that do not go with them."""

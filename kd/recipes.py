@@ -273,6 +273,7 @@ GKD = replace(FINETUNE, loss="tokens:1:temperature=1:beta=0.5:targets=1", on_pol
 ADAPTING_EPOCHS = 10
 LABEL_LOSS = "ce:1"
 TEACHER_LOSS = "ce:0.1,kd:0.9:temperature=4"  # Hinton's loss
+FEATURE_LOSS = "srd:2"  # of a student without a head
 TRANSFER_LOSS = "kd:1:temperature=4"  # of images without labels
 MUTUAL_LOSS = "ce:1,kd:1:temperature=1"  # of deep mutual learning
 ADVERSARIAL_LABEL_LOSS = "adv-ce:1"  # PGD training

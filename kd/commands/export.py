@@ -27,7 +27,7 @@ from kd.commands.checked_export import RELATIVE_TOLERANCE, Writer
 from kd.commands.export_check import ReferenceOutputs
 from kd.commands.export_formats import FORMATS, ExportFormat
 from kd.commands.quantised_check import QuantisedAgreement
-from kd.models import network_names, networks, saved_models
+from kd.models import headless, network_names, networks, saved_models
 from kd.models.saved_models import Model
 from kd.options import ExportOptions
 from kd.recipe import Recipe
@@ -198,7 +198,7 @@ def _card(options: ExportOptions, model: Model, export_format: ExportFormat) -> 
         "outputs": {
             "name": export_formats.OUTPUT_NAME,
             "dtype": "float32",
-            "shape": ["batch", len(model.classes)],
+            "shape": ["batch", _output_width(model)],
             "kind": model.outputs,
         },
         "output_temperature": model.output_temperature,
@@ -210,11 +210,20 @@ def _card(options: ExportOptions, model: Model, export_format: ExportFormat) -> 
     }
 
 
+def _output_width(model: Model) -> int:
+    """Number of values for each image."""
+    if model.has_head:
+        return len(model.classes)
+    return headless.embedding_width(model.name, model.classifier, model.shape)
+
+
 def _usage(model: Model, export_format: ExportFormat) -> str:
     prepare = "preprocess and resize the images as described; "
     if model.layer_channels:
         prepare += "kd.models.layer_channels.apply(network, layer_channels); "
     first = "" if export_format.graph else prepare
+    if not model.has_head:
+        return f"{first}embeddings = {export_format.use}; the student has no head and no classes"
     meaning = (
         "unnormalised log-probabilities"
         if model.gives_logits

@@ -14,7 +14,7 @@ from dsdistill.harness import paths
 from dsdistill.harness.data import preprocess
 from dsdistill.harness.errors import UserError
 from kd.commands import private_data, run_data
-from kd.data import batching
+from kd.data import batching, transfer_images
 from kd.data.files.file_source import FileSource
 from kd.data.files.image_files import ImageFiles
 from kd.models import saved_models, seals
@@ -101,15 +101,23 @@ def _real_images(
     if not isinstance(name, str):
         raise UserError(f"{run} does not say what it was trained on")
     root = root or Path(config.get("data_root") or paths.data_root())
-    if config.get("pate"):
+    if not model.has_head and transfer_images.is_flat(name):
+        h, w, channels = model.shape
+        size = h if h == w else None
+        source = transfer_images.load_flat(name, image_size=size, channels=channels)
+    elif config.get("pate"):
         source = private_data.test_images(config, model, root=root)
     else:
         source = run_data.load(name, model, recipe, config, root=root)
     saved_models.check_shape("the student", model, source.shape)
-    # Raises for other classes; their order is irrelevant here.
-    class_names.match("the student", model.classes, source.classes, option=None)
+    if model.has_head:  # raises for other classes; their order is irrelevant here
+        class_names.match("the student", model.classes, source.classes, option=None)
     if isinstance(source, FileSource):
         return source.name, _stream_images(source, recipe, rng, count)
+    if source.transfer is not None:
+        images = source.transfer
+        rows = _sample_rows(len(images), rng, count)
+        return source.name, preprocess.unit_range(images.images(rows))
     if source.splits is None:
         raise UserError(source.note or f"{name} has no real images")
     images = source.splits.test if len(source.splits.test) else source.splits.train

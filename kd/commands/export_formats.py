@@ -331,6 +331,11 @@ def _check_timm(model: Model) -> None:
             "timm has no network with the channels that pruning has left, and this student is "
             "pruned: use --format onnx, pt2 or safetensors"
         )
+    if not model.has_head:
+        raise UserError(
+            "timm's folder is of a classifier, and this student has no head: use --format onnx, "
+            "pt2 or safetensors"
+        )
     if model.preprocess.whiten is not None:
         raise UserError(
             "timm cannot whiten images, and this student needs it: "

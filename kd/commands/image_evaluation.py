@@ -18,14 +18,17 @@ from kd import attack
 from kd.attack import Attack
 from kd.commands import private_data, run_data
 from kd.commands.evaluation import TEACHER_CLASS_MAP, ChosenTeachers
+from kd.data import transfer_images
 from kd.data.batching import EvaluationBatches
 from kd.data.data_source import DataSource
 from kd.data.files.file_source import FileSource
 from kd.data.files.image_files import ImageFiles
-from kd.evaluation import robustness, scoring
+from kd.evaluation import probes, robustness, scoring
 from kd.models import network_names, networks, saved_models, teachers
 from kd.models.saved_models import Model
+from kd.models.teachers import TeacherUse
 from kd.models.zoo import class_names
+from kd.objectives import loss_checks, terms
 from kd.options import EvaluateOptions
 from kd.recipe import Recipe
 
@@ -85,6 +88,8 @@ class ImageEvaluation:
 
     def figures(self, teachers: ChosenTeachers | None) -> dict[str, Any]:
         source, temperature = self.chosen.source, self.student.output_temperature
+        if not self.student.has_head:
+            return self._probe_figures()
         known = dict(self._load_teachers(teachers)) if teachers and self.has_teachers else {}
         network = _OutputSelector(self.student.classifier, self.outputs)
         figures = scoring.evaluate(
@@ -100,6 +105,15 @@ class ImageEvaluation:
         for line in source.missing_classes(judged=True):
             progress.say(f"note: {line}")
         return {**figures, "output_temperature": temperature, **self._robustness(network)}
+
+    def _probe_figures(self) -> dict[str, Any]:
+        """Figures of the embedding of a student without a head."""
+        student, source = self.student, self.chosen.source
+        known = run_data.read_recipe(self.options.run), student.preprocess, self.device
+        train = source.sample(probes.TRAIN_IMAGES, *known)
+        validation = source.validation(*known)
+        figures = probes.figures(student.classifier, train, validation, self.batches)
+        return {**figures, "head": "none"}
 
     def _robustness(self, network: nn.Module) -> dict[str, Any]:
         """The accuracy under attacks; empty without any."""
@@ -133,6 +147,12 @@ class ImageEvaluation:
         data = self.teacher_data
         return data.test(run_data.read_recipe(self.options.run), data.fit(None), self.device)
 
+    def _teacher_use(self) -> TeacherUse:
+        """What the run's own loss took from its teachers."""
+        loss = run_data.read_recipe(self.options.run).loss
+        answers = loss is None or loss_checks.takes_answers(terms.parse(loss))
+        return "answers" if answers else "layers"
+
     def _load_teachers(self, chosen: ChosenTeachers) -> Iterator[tuple[str, nn.Module]]:
         options, source = self.options, self.teacher_data or self.chosen.source
         typed = network_names.names_in(options.teacher, options.trust_module)
@@ -150,10 +170,13 @@ class ImageEvaluation:
                 class_map_option=TEACHER_CLASS_MAP,
                 typed=typed,
                 mel=source.mel,
+                use="answers" if options.teacher else self._teacher_use(),
                 **inputs,
             )
             for remark in teachers.matching_notes(teacher):
                 progress.say(f"teacher {label}: {remark}")
+            if teacher.by_features:
+                continue  # its answers are not of these classes
             yield label, teacher.to(self.device)
 
 
@@ -171,6 +194,8 @@ def prepare(options: EvaluateOptions, device: torch.device) -> ImageEvaluation:
         if getattr(options, name) is not None:
             raise UserError(f"--{name} is for texts, and {options.run} is a student of images")
     student = saved_models.load_run(options.run, typed=network_names.names_in(options.trust_module))
+    if not student.has_head:
+        _check_headless(options)
     config = run_data.read_config(options.run)
     recipe = run_data.read_recipe(options.run)
     chosen = _test_images(options, config, student, recipe)
@@ -182,7 +207,9 @@ def prepare(options: EvaluateOptions, device: torch.device) -> ImageEvaluation:
     if test is None:
         raise UserError(f"nothing to test on: {source.note or source.name + ' has no test images'}")
     how, outputs = "by name", None
-    if options.class_map is None:
+    if not student.has_head:
+        how = "none: the student has no head, and probes judge its embedding"
+    elif options.class_map is None:
         student = saved_models.match_classes(
             who, student, source.shape, source.classes, option="--class-map"
         )
@@ -209,6 +236,20 @@ def prepare(options: EvaluateOptions, device: torch.device) -> ImageEvaluation:
         pictures,
         has_teachers,
     )
+
+
+def _check_headless(options: EvaluateOptions) -> None:
+    """Refuse options that compare answers, of a student without a head.
+
+    Raises:
+        UserError: If one is given.
+    """
+    for name in ("teacher", "teacher_data", "class_map", "teacher_class_map", "robust"):
+        if getattr(options, name) is not None:
+            raise UserError(
+                f"--{name.replace('_', '-')} compares answers for classes, and {options.run} has "
+                "no head: leave it out"
+            )
 
 
 def _teacher_data(
@@ -271,9 +312,19 @@ def _test_images(
     if not isinstance(name, str):
         raise UserError(f"{options.run} does not say what it was trained on: give DATA")
     path = Path(name).expanduser()
-    if path.is_dir() and (part := layout.find_lone_test_part(path)):
+    held_out = 0.0
+    if not student.has_head:
+        # The probes are fitted on training images, and chosen on those that were held out.
+        held_out = config.get("validation_fraction")
+        if transfer_images.is_flat(name):
+            raise UserError(
+                f"{name} has no labels, and probes judge the embedding of {options.run} with "
+                "some: name labelled data, as in kd evaluate RUN DATA"
+            )
+    elif path.is_dir() and (part := layout.find_lone_test_part(path)):
         path, name = part, str(part)
-    source = run_data.load(name, student, recipe, config, root=options.data_root, announce=False)
+    where: dict[str, Any] = {"root": options.data_root, "announce": False, "held_out": held_out}
+    source = run_data.load(name, student, recipe, config, **where)
     is_array = path.suffix == ".npz" and path.is_file()
     if (
         isinstance(source, DataSource)
@@ -283,16 +334,17 @@ def _test_images(
         return TestImages(source, f"test images of {source.splits.name}")
     if source.distilled is not None or not (path.is_dir() or is_array):
         return TestImages(source, f"test images of {source.name}")
-    folder = None if is_array else layout.list_folder(path, student.classes)
+    folder = None if is_array else layout.list_folder(path, student.classes or None)
     is_of_run = options.data is None or _is_training_data(config, name, source)
-    every = not is_of_run and (folder is None or folder.test is None)
+    every = student.has_head and not is_of_run and (folder is None or folder.test is None)
     chosen = _test_on_all_images(source) if every else source
     if folder is not None:
         folder.announce_evaluation(_test_count(chosen), every=every)
     if folder is not None and folder.test:
         return TestImages(chosen, f"test images, {folder.test.folder}")
-    if is_of_run:
-        part = "the share of the images that the training has held out for testing"
+    if is_of_run or not student.has_head:
+        by = "the training has" if is_of_run else "probes have"
+        part = f"the share of the images that {by} held out for testing"
         return TestImages(chosen, part)
     return TestImages(chosen, f"all images of {name}")
 

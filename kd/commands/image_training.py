@@ -27,10 +27,11 @@ from kd.data import data_source
 from kd.data.batching import BatchSource, EvaluationBatches
 from kd.data.data_source import DataSource
 from kd.data.files.file_source import FileSource
-from kd.evaluation import answer_balance, robustness, scoring, teacher_check
+from kd.evaluation import answer_balance, probes, robustness, scoring, teacher_check
 from kd.evaluation.answer_balance import AnswerBalance
 from kd.models import networks, saved_models
 from kd.models.quantised import quantised_network
+from kd.models.teachers import Teacher
 from kd.objectives import loss_checks
 from kd.objectives.schemes import Objective
 from kd.options import TrainOptions
@@ -97,12 +98,22 @@ class ImageTraining(AssembledTraining[TrainingParts]):
         part = "validation"
         if batches is None:
             say(self._describe_no_validation())
-        if batches is None and parts.teachers:
+        if batches is None and self._answering_teachers():
             shuffled = parts.teacher_source.shuffled(parts.recipe, fitted, device, readers)
             batches = None if shuffled is None else teacher_check.FirstImages(shuffled)
             part = "training"
         minimum = self.options.min_teacher_accuracy
-        if parts.teachers and batches is None:
+        for name, teacher in zip(parts.teacher_names, parts.teachers, strict=True):
+            if teacher.by_features:
+                if minimum is not None:
+                    raise UserError(
+                        f"--min-teacher-accuracy {minimum:g} needs the data's classes, which "
+                        f"teacher {name} does not have: leave it out"
+                    )
+                say(f"teacher {name}: {teacher_check.describe(teacher.resolved)}")
+        if not parts.student.has_head:
+            say("the student has no head: probes judge its embedding")
+        if self._answering_teachers() and batches is None:
             say("the teachers are not checked: there are no real images to check them on")
             if minimum is not None:
                 raise UserError(
@@ -112,7 +123,7 @@ class ImageTraining(AssembledTraining[TrainingParts]):
         elif batches is not None:
             more = self._training_images if part == "validation" else _none
             check = partial(teacher_check.check, minimum=minimum, part=part, more=more, say=say)
-            for name, teacher in zip(parts.teacher_names, parts.teachers, strict=True):
+            for name, teacher in self._answering_teachers():
                 check(name, teacher, batches)
         balance = self._answer_balance()
         if balance is not None:
@@ -136,6 +147,9 @@ class ImageTraining(AssembledTraining[TrainingParts]):
 
         def validate(network: nn.Module) -> dict[str, float]:
             classifier = student.classifier.with_network(network)
+            if not student.has_head:
+                known = probes.embed(classifier, batches)
+                return {"accuracy": probes.leave_one_out_accuracy(known)}
             figures = scoring.validate(classifier, batches, self.on, logits=student.gives_logits)
             if by_attack is None:
                 return figures
@@ -149,7 +163,7 @@ class ImageTraining(AssembledTraining[TrainingParts]):
     def finished(self, state: TrainingState) -> "ImageTraining":
         student, batches = self.parts.student, self._validation_batches()
         student.classifier.network.load_state_dict(state.best)
-        if batches and not student.gives_logits:
+        if batches and student.has_head and not student.gives_logits:
             outputs, labels = scoring.outputs_and_labels(student.classifier, batches)
             temperature = metrics.fit_temperature(outputs, labels)
             student = replace(student, output_temperature=temperature)
@@ -165,6 +179,7 @@ class ImageTraining(AssembledTraining[TrainingParts]):
             "train_images": source.count,
             "output_temperature": student.output_temperature,
             "note": source.note,
+            "head": "trained" if student.has_head else "none",
             **self._quantised_figures(),
             **self._pruned_figures(),
             **((isinstance(source, DataSource) and source.privacy) or {}),
@@ -234,7 +249,7 @@ class ImageTraining(AssembledTraining[TrainingParts]):
         lost = ["the weights of the last epoch are saved, not of the best"]
         if parts.recipe.average_best > 1:
             lost.append(f"and not the mean of {parts.recipe.average_best} epochs")
-        if not parts.student.gives_logits:
+        if parts.student.has_head and not parts.student.gives_logits:
             lost.append("and its outputs are not calibrated")
         if parts.source.distilled is not None and parts.source.note:
             reason = "there are no real images"
@@ -250,14 +265,15 @@ class ImageTraining(AssembledTraining[TrainingParts]):
         Of several teachers the mean of the probabilities counts.
         """
         parts, source = self.parts, self.parts.source
-        if not parts.teachers or isinstance(source, FileSource):
+        teachers = [teacher for _, teacher in self._answering_teachers()]
+        if not teachers or isinstance(source, FileSource):
             return None
         batches = source.transfer_sample(
             answer_balance.IMAGES, parts.student.preprocess, parts.on.device
         )
         if batches is None:
             return None
-        answers = [metrics.softmax(scoring.outputs(t, batches), 1.0) for t in parts.teachers]
+        answers = [metrics.softmax(scoring.outputs(t, batches), 1.0) for t in teachers]
         return answer_balance.measure(np.mean(answers, axis=0))
 
     def _transfer_figures(self) -> dict[str, Any]:
@@ -280,11 +296,13 @@ class ImageTraining(AssembledTraining[TrainingParts]):
         batches = parts.source.test(parts.recipe, fitted, device, parts.readers)
         if batches is None:
             return {"test_accuracy": None, "test_images": 0}
+        if not student.has_head:
+            return self._probe_figures(batches)
         theirs: EvaluationBatches | None = batches
         if parts.teacher_data is not None:
             data = parts.teacher_data
             theirs = data.source.test(parts.recipe, data.preprocess, device)
-        known = dict(zip(parts.teacher_names, parts.teachers, strict=True))
+        known = dict(self._answering_teachers())
         figures = scoring.evaluate(
             student.classifier,
             batches,
@@ -298,6 +316,24 @@ class ImageTraining(AssembledTraining[TrainingParts]):
         accuracy, images = figures.pop("accuracy"), figures.pop("images")
         attacked = self._robustness(batches)
         return {"test_accuracy": accuracy, "test_images": images, **figures, **attacked}
+
+    def _answering_teachers(self) -> list[tuple[str, Teacher]]:
+        """The teachers with answers for the data's classes, with their names."""
+        pairs = zip(self.parts.teacher_names, self.parts.teachers, strict=True)
+        return [(name, teacher) for name, teacher in pairs if not teacher.by_features]
+
+    def _probe_figures(self, batches: EvaluationBatches) -> dict[str, Any]:
+        """Measure the embedding of a student without a head on the test set."""
+        parts, student = self.parts, self.parts.student
+        known = parts.recipe, student.preprocess, parts.on.device, parts.readers
+        train = parts.source.sample(probes.TRAIN_IMAGES, *known)
+        validation = self._validation_batches()
+        figures = probes.figures(student.classifier, train, validation, batches)
+        return {
+            "test_accuracy": None,
+            "test_images": figures.pop("images"),
+            **{f"test_{name}": value for name, value in figures.items()},
+        }
 
     def _robustness(self, batches: EvaluationBatches) -> dict[str, Any]:
         """Measure the student on the test set under attacks; empty without any."""
@@ -323,6 +359,10 @@ class ImageTraining(AssembledTraining[TrainingParts]):
         batches = self._validation_batches()
         if len(state.kept) == 1 or batches is None:
             return state.best_accuracy
+        student = self.parts.student
+        if not student.has_head:
+            known = probes.embed(student.classifier, batches)
+            return probes.leave_one_out_accuracy(known)
         return scoring.evaluate(self.parts.student.classifier, batches)["accuracy"]
 
 

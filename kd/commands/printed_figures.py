@@ -10,6 +10,10 @@ from kd.commands.run_figures import FIGURES
 _TRAIN_FIELDS = (
     "test_accuracy",
     "test_images",
+    "test_linear_probe_accuracy",
+    "test_nearest_neighbours_accuracy",
+    "test_probe_images",
+    "head",
     "validation_accuracy",
     "test_robust_accuracy",
     "attacked_images",

@@ -61,6 +61,11 @@ def quantize(options: QuantizeOptions) -> dict[str, Any]:
         raise UserError(f"{options.run} is a student of texts, and kd quantize takes one of images")
     on = engine.make(options.device)
     student = saved_models.load_run(options.run, typed=network_names.names_in(options.trust_module))
+    if not student.has_head:
+        raise UserError(
+            f"{options.run} has no head, and kd quantize measures answers for classes: add a head "
+            f"with kd train --student {options.run} first"
+        )
     if student.bits is not None:
         raise UserError(
             f"{options.run} is quantised already, with {student.bits.text}: give the run in "

@@ -68,7 +68,7 @@ def load(
             image_size=h,
             validation_fraction=data_source.fraction_or_default(config.get("validation_fraction")),
             channels=channels,
-            classes=student.classes,
+            classes=student.classes or None,
             announce=announce,
         )
     if data_source.is_distilled(name):
@@ -79,7 +79,7 @@ def load(
         image_size=h if h == w and student.mel is None else None,
         validation_fraction=held_out,
         channels=channels,
-        classes=student.classes,
+        classes=student.classes or None,
         announce=announce,
         sound=None if student.mel is None else MelOptions(**asdict(student.mel)),
     )

@@ -22,11 +22,17 @@ def check(parts: TrainingParts, options: TrainOptions) -> None:
     Raises:
         UserError: With the option that does not fit.
     """
-    recipe, classes = parts.recipe, len(parts.source.classes)
+    recipe, classes = parts.recipe, max(len(parts.source.classes), 1)
     _check_augment(recipe, parts.source)
     _check_attacks(parts, options)
     if options.transfer is not None:
         loss_checks.check_unlabelled(parts.terms)
+    elif not parts.source.classes:
+        loss_checks.check_unlabelled(parts.terms, options.data)
+    if not parts.student.has_head and recipe.mixes_images:
+        raise UserError(
+            "--mixup and --cutmix mix labels, and --head none has none: add --mixup 0 --cutmix 0"
+        )
     _check_pairs(recipe, parts)
     loss_checks.check_teaching(
         parts.terms,

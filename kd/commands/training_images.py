@@ -60,6 +60,8 @@ def load(
             channels=options.channels,
             classes=classes,
         )
+    if options.head == "none" and transfer_images.is_flat(options.data):
+        return _flat_source(options, size)
     source = data_source.resolve(
         options.data,
         root=options.data_root,
@@ -70,6 +72,27 @@ def load(
         sound=options.sound,
     )
     return source if options.transfer is None else _with_transfer(options, source)
+
+
+def _flat_source(options: TrainOptions, size: int | None) -> DataSource:
+    """Load a folder of images without classes.
+
+    Raises:
+        UserError: If an option is for labelled images.
+    """
+    given = {
+        "--transfer": options.transfer,
+        "--teacher-data": options.teacher_data,
+        "--validation-fraction": options.validation_fraction,
+        "the options of recordings": options.sound,
+    }
+    for name, value in given.items():
+        if value is not None:
+            raise UserError(
+                f"{options.data} holds images without classes, all of which are trained on, and "
+                f"{name} needs classes or recordings: leave it out"
+            )
+    return transfer_images.load_flat(options.data, image_size=size, channels=options.channels)
 
 
 def _with_transfer(options: TrainOptions, source: DataSource) -> DataSource:

@@ -12,10 +12,10 @@ from kd.commands import teacher_chain
 from kd.commands.training_images import TeacherData
 from kd.data.data_source import DataSource
 from kd.data.files.file_source import FileSource
-from kd.models import network_names, networks, saved_models, student_view, teachers
+from kd.models import headless, network_names, networks, saved_models, student_view, teachers
 from kd.models.networks import Classifier
 from kd.models.saved_models import Model
-from kd.models.teachers import Teacher
+from kd.models.teachers import Teacher, TeacherUse
 from kd.models.zoo import class_names
 from kd.options import TrainOptions, told
 
@@ -38,11 +38,16 @@ def load_student(
         fitted = source.fit(options.preprocess)
     text = options.student_view
     view = None if text is None else student_view.parse(text, shape, fitted)
+    has_head = options.head == "trained"
+    count = len(classes) if has_head else headless.BUILT_CLASSES
     classifier = networks.build(
-        name, shape, len(classes), seed=options.seed, pretrained=options.pretrained, view=view
+        name, shape, count, seed=options.seed, pretrained=options.pretrained, view=view
     )
     for note in classifier.notes:
         say(f"student {name}: {note}")
+    if not has_head:
+        headless.remove_head(f"student {name}", classifier, shape)
+        return Model(classifier, name, (), shape, fitted, "embedding", mel=source.mel)
     return Model(classifier, name, classes, shape, fitted, mel=source.mel)
 
 
@@ -73,7 +78,15 @@ def _load_earlier_student(
             f"{name} is a quantised student: add --quantize {model.bits.text} to train it further"
         )
     saved_models.check_recordings(f"student {name}", model.mel, source.mel)
-    model = saved_models.match_classes(f"student {name}", model, source.shape, source.classes, say)
+    who = f"student {name}"
+    if options.head == "none":
+        saved_models.check_shape(who, model, source.shape)
+        model = headless.without_head(who, model, say)
+    elif not model.has_head:
+        saved_models.check_shape(who, model, source.shape)
+        model = headless.add_head(who, model, source.classes, options.seed, say)
+    else:
+        model = saved_models.match_classes(who, model, source.shape, source.classes, say)
     if source.distilled is not None and not source.distilled.preprocess.same_as(model.preprocess):
         raise UserError(
             f"student {name} was trained with another preprocessing than the distilled set's: "
@@ -133,6 +146,7 @@ def load_teachers(
     source: DataSource | FileSource,
     student: Model,
     data: TeacherData | None,
+    use: TeacherUse,
 ) -> tuple[Teacher, ...]:
     """Load the teachers, adapted to the student's images and frozen."""
     if teacher_chain.is_taught_by_chain(options):
@@ -144,7 +158,7 @@ def load_teachers(
     inputs = told(vars(options), len(names))
     typed = typed_names(options)
     return tuple(
-        teachers.load(name, *images, class_map=mapping, typed=typed, mel=seen.mel, **given)
+        teachers.load(name, *images, class_map=mapping, typed=typed, mel=seen.mel, use=use, **given)
         for name, mapping, given in zip(names, maps, inputs, strict=True)
     )
 

@@ -28,7 +28,7 @@ from kd.models import network_names, networks, saved_models
 from kd.models.language import text_students
 from kd.models.networks import Classifier
 from kd.models.saved_models import Model
-from kd.models.teachers import Teacher
+from kd.models.teachers import Teacher, TeacherUse
 from kd.objectives import loss_checks, terms
 from kd.objectives.adversary import Adversary, bounds_after
 from kd.objectives.schemes import Distillation, MeanTeacher, Mutual, Objective
@@ -37,6 +37,7 @@ from kd.options import TEXT_FIELDS, TEXT_OPTIONS, TrainOptions
 from kd.parallel import engine
 from kd.parallel.engine import Engine
 from kd.recipe import Recipe
+from kd.recipes import FEATURE_LOSS
 from kd.training import dry_run
 
 DEFAULT_STUDENT = "convnet"
@@ -119,16 +120,22 @@ def assemble(options: TrainOptions) -> TrainingParts:
     if options.centred:
         student.classifier.centre()
     teacher_data = training_images.load_teacher_data(options, named, source)
-    loaded_teachers = training_networks.load_teachers(options, names, source, student, teacher_data)
     peers = training_networks.load_peers(options, source)
     chosen = _recipe(options, named, source.distilled is not None, student)
-    loss = chosen.loss or _default_loss(chosen, source, loaded_teachers, peers, alone)
-    chosen = replace(chosen, loss=loss)
+    usual = _default_loss(chosen, source, names, peers, alone)
+    chosen = replace(chosen, loss=chosen.loss or (usual if student.has_head else FEATURE_LOSS))
     assert chosen.loss is not None
     loss_terms = terms.parse(chosen.loss)
+    if not student.has_head:
+        loss_checks.check_headless(loss_terms)
+    use = _teacher_use(options, student, loss_terms)
+    loaded_teachers = training_networks.load_teachers(
+        options, names, source, student, teacher_data, use
+    )
     chosen = loss_checks.apply_smoothing(loss_terms, chosen, options.given)
-    outputs = "logits" if loss_checks.gives_logits(loss_terms, alone=alone) else "centred labels"
-    student = replace(student, outputs=outputs)
+    if student.has_head:
+        logits = loss_checks.gives_logits(loss_terms, alone=alone)
+        student = replace(student, outputs="logits" if logits else "centred labels")
     for network in (student.classifier, *loaded_teachers, *peers):
         network.to(on.device)
     if (bits := quantised_training.read_bits(options)) is not None:
@@ -151,10 +158,18 @@ def assemble(options: TrainOptions) -> TrainingParts:
     )
 
 
+def _teacher_use(options: TrainOptions, student: Model, loss_terms: Sequence[Term]) -> TeacherUse:
+    """What the loss takes from the teachers."""
+    if not student.has_head:
+        return "features"
+    weighted = options.teacher_weights is not None
+    return "answers" if weighted or loss_checks.takes_answers(loss_terms) else "layers"
+
+
 def _default_loss(
     chosen: Recipe,
     source: DataSource | FileSource,
-    teachers: Sequence[Teacher],
+    teachers: Sequence[str],
     peers: Sequence[Classifier],
     alone: bool,
 ) -> str:
@@ -201,7 +216,7 @@ def build_objective(parts: TrainingParts, options: TrainOptions) -> Objective:
         student,
         parts.teachers,
         sample=parts.source.shape,
-        classes=len(parts.source.classes),
+        classes=max(len(parts.source.classes), 1),
         images=parts.source.count,
         smoothing=parts.recipe.label_smoothing,
         seed=parts.seed,
@@ -251,7 +266,7 @@ def check_step(parts: TrainingParts, objective: Objective, sizes: Sequence[int])
         parts.recipe.loss,
         sizes,
         shape=parts.source.shape,
-        classes=len(parts.source.classes),
+        classes=max(len(parts.source.classes), 1),
         images=parts.source.count,
         on=parts.on,
         mixed=parts.recipe.mixes_images,

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from dsdistill.harness import paths
-from dsdistill.harness.data import datasets, distilled_set, folders
+from dsdistill.harness.data import datasets, distilled_set, folders, walk
 from dsdistill.harness.data.labeled_images import LabeledImages
 from dsdistill.harness.errors import UserError
 from kd.data import data_source
+from kd.data.data_source import DataSource
 
 
 def load(
@@ -40,6 +41,34 @@ def load(
             f"{_describe(shape)}: give both one --image-size and --channels, or another set"
         )
     return LabeledImages(images.store, np.zeros(len(images), np.int64), classes, images.rows)
+
+
+def is_flat(name: str) -> bool:
+    """Whether DATA is a folder of images without class folders, or such a one as `train/` in it."""
+    path = Path(name).expanduser()
+    if name in datasets.NAMES or not path.is_dir() or data_source.is_distilled(name):
+        return False
+    folder = path / "train" if (path / "train").is_dir() else path
+    return walk.has_loose_images(folder) and not any(
+        walk.holds_images(child) for child in walk.subfolders(folder)
+    )
+
+
+def load_flat(name: str, *, image_size: int | None, channels: int | None) -> DataSource:
+    """Load a folder of images without classes as all that a training has.
+
+    Args:
+        name: A folder for which `is_flat` holds.
+        image_size: Height and width; None for those that the images have, which must agree.
+        channels: 1 or 3; None for those of the images.
+
+    Raises:
+        UserError: If there are no images, or they differ in size.
+    """
+    path = Path(name).expanduser()
+    images = folders.read_unlabelled(path, paths.decoded_images(), image_size, channels)
+    note = f"{name} has no labels: no validation and no test"
+    return DataSource(path.resolve().name, None, note=note, transfer=images)
 
 
 def _read(name: str, root: Path, shape: tuple[int, int, int]) -> LabeledImages:

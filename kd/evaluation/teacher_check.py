@@ -152,6 +152,8 @@ def describe(resolved: ResolvedTeacher) -> str:
     mean, std = (",".join(f"{x:.3f}" for x in values) for values in (resolved.mean, resolved.std))
     kind = f"{resolved.kind}, " if resolved.kind != "standardise" else ""
     prepared = f"{h}x{w} {resolved.interpolation}, {kind}mean {mean} std {std}"
+    if resolved.matched == class_names.BY_FEATURES.how:
+        return f"{prepared}, teaches {resolved.matched}"
     return f"{prepared}, classes matched {resolved.matched}"
 
 

@@ -30,10 +30,10 @@ from kd.models.networks import Classifier
 from kd.models.quantised import bit_widths, quantised_network
 from kd.models.quantised.bit_widths import BitWidths
 from kd.models.seals import ARRAY_FILES, CARD, INITIAL_WEIGHTS, QUANTISERS, WEIGHTS, WHITENING
-from kd.models.zoo import class_names, weights
+from kd.models.zoo import class_names, embedding_layer, weights
 from kd.models.zoo.protocol import Interpolation, Shape
 
-OutputKind = Literal["logits", "centred labels"]
+OutputKind = Literal["logits", "centred labels", "embedding"]
 TEXT = "text"  # kind of a student of texts in its `model.json`; one of images says none
 
 CARD_KEYS = (  # all entries of `model.json`; any other one means that the file is damaged
@@ -54,7 +54,8 @@ class Model:
         classes: Class names in the order of the outputs.
         shape: Height, width and channels of the images, before the classifier's own resize.
         preprocess: Preprocessing from images in [0, 1] to the classifier's input.
-        outputs: `logits`; or `centred labels`, the estimates of a network trained by MSE.
+        outputs: `logits`; `centred labels`, the estimates of a network trained by MSE; or
+            `embedding`, of a network without a head, which has no classes.
         output_temperature: softmax(outputs / output_temperature) are calibrated probabilities; 1
             for logits.
         mel: Format of the images of recordings; None for a model of other images.
@@ -78,6 +79,11 @@ class Model:
     def gives_logits(self) -> bool:
         """Whether the outputs are logits, whose softmax are probabilities."""
         return self.outputs == "logits"
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the outputs are of classes, and not an embedding."""
+        return self.outputs != "embedding"
 
     @property
     def interpolation(self) -> Interpolation:
@@ -202,13 +208,19 @@ def _build_model(folder: Path, description: Mapping[str, Any], typed: Iterable[s
         raise ValueError(f"images of shape {shape}")
     if description["outputs"] not in get_args(OutputKind):
         raise ValueError(f"outputs {description['outputs']!r}")
+    is_headless = description["outputs"] == "embedding"
+    if is_headless == bool(classes):
+        raise ValueError(f"{len(classes)} classes of outputs {description['outputs']!r}")
     networks.require_typed(str(folder / CARD), name, typed)
     preprocess = load_preprocess(description["preprocess"], folder)
     view = description.get("view")
     try:
         seen = None if view is None else student_view.parse(view, shape, preprocess)
         config = description.get("config")
-        classifier = networks.build(name, shape, len(classes), config=config, view=seen)
+        count = embedding_layer.BUILT_CLASSES if is_headless else len(classes)
+        classifier = networks.build(name, shape, count, config=config, view=seen)
+        if is_headless:
+            embedding_layer.remove(name, classifier.network)
     except UserError as error:
         raise UserError(
             f"{folder / CARD} describes a network that cannot be built here: {error}"
@@ -255,10 +267,10 @@ def is_text_run(folder: Path) -> bool:
 
 
 def class_order(student: str) -> tuple[str, ...] | None:
-    """The class names of an earlier run's student, in label order; None if it is not a run."""
+    """The class names of an earlier run's student, in label order; None if there are none."""
     path = Path(student) / CARD
     names = files.read_json(path).get("classes") if path.is_file() else None
-    return tuple(map(str, names)) if isinstance(names, list) else None
+    return tuple(map(str, names)) if isinstance(names, list) and names else None
 
 
 def load_preprocess(card: Mapping[str, Any], folder: Path) -> Preprocess:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -18,9 +18,13 @@ from kd.models import network_names, networks, saved_models
 from kd.models.adapters import build_adapter, check_channels
 from kd.models.networks import Classifier
 from kd.models.saved_models import Model
-from kd.models.zoo import class_names, exported, timm_zoo, weight_files, weights
+from kd.models.zoo import class_names, exported, huggingface, timm_zoo, weight_files, weights
 from kd.models.zoo.class_names import ClassMap, Match
 from kd.models.zoo.protocol import Interpolation, PretrainedConfig, Shape
+
+# What is taken from a teacher: answers for the data's classes; layers alone, so that it may have
+# other classes or none; or layers for a student without classes.
+TeacherUse = Literal["answers", "layers", "features"]
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,11 @@ class Teacher(nn.Module):
             fitted.kind, mean, std, (h, w), model.interpolation, matched.how, classes, notes
         )
 
+    @property
+    def by_features(self) -> bool:
+        """Whether it teaches by its features alone: its outputs are not of the data's classes."""
+        return self.resolved.matched == class_names.BY_FEATURES.how
+
     def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
         logits = self.classifier(self.adapter(images)) / self.temperature
         return logits if self.outputs is None else logits[:, self.outputs]
@@ -115,6 +124,7 @@ def load(
     std: Sequence[float] | None = None,
     typed: Iterable[str] = (),
     mel: MelFormat | None = None,
+    use: TeacherUse = "answers",
 ) -> Teacher:
     """Load a frozen teacher in evaluation mode.
 
@@ -138,6 +148,7 @@ def load(
         mean, std: One value per channel, for images in [0, 1].
         typed: Names that the user has typed, as for `saved_models.load_run`.
         mel: Format of the recordings that the images are of; None for other images.
+        use: What is taken from it. For anything but answers its head may be missing.
 
     Raises:
         UserError: If there is no such teacher, or it does not fit the data.
@@ -145,18 +156,22 @@ def load(
     who = f"teacher {name}"
 
     def match(model_classes: Sequence[str] | int) -> Match:
-        return class_names.match(who, model_classes, classes, class_map, class_map_option)
+        if use == "features":
+            return class_names.BY_FEATURES
+        compare = class_names.match if use == "answers" else class_names.match_if_same
+        return compare(who, model_classes, classes, class_map, class_map_option)
 
     model, matched = load_model(
         name,
         preprocess,
         shape,
-        len(classes),
+        max(len(classes), 1),
         match,
         image_size=image_size,
         mean=mean,
         std=std,
         typed=typed,
+        needs_head=use == "answers",
     )
     check_channels(who, model.shape[2], shape[2])
     saved_models.check_recordings(who, model.mel, mel)
@@ -176,6 +191,7 @@ def load_model(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     typed: Iterable[str] = (),
+    needs_head: bool = True,
 ) -> tuple[Model, Match]:
     """Load a trained model from any source, with the preprocessing that `load` describes.
 
@@ -183,6 +199,7 @@ def load_model(
         name, preprocess, shape, image_size, mean, std, typed: As for `load`.
         classes: Number of classes, where the name does not say it.
         match: Called with the model's class names, or with their number, before a long download.
+        needs_head: Whether the weights must have a last layer; else it may be new and mean nothing.
 
     Raises:
         UserError: If there is no such model.
@@ -201,9 +218,11 @@ def load_model(
     elif networks.is_user_module(name):
         model, matched = _load_user_module(name, preprocess, shape, classes, match, image_size)
     elif network_names.parse(name).file is not None:
-        model, matched = _load_weights_file(name, preprocess, shape, classes, match, image_size)
+        model, matched = _load_weights_file(
+            name, preprocess, shape, classes, match, image_size, needs_head=needs_head
+        )
     else:
-        model, matched = _load_published(name, shape, match, image_size)
+        model, matched = _load_published(name, shape, match, image_size, needs_head=needs_head)
     return _apply_overrides(model, *overrides), matched
 
 
@@ -221,6 +240,8 @@ def _load_published(
     shape: Shape,
     match: Callable[[Sequence[str] | int], Match],
     image_size: int | None,
+    *,
+    needs_head: bool,
 ) -> tuple[Model, Match]:
     """Load published weights, with all their classes, for images of their size."""
     published, who = networks.pretrained_config(name), f"teacher {name}"
@@ -228,7 +249,11 @@ def _load_published(
     check_channels(who, len(published.mean), shape[2])
     if image_size is not None:
         name, published = _with_image_size(name, published, image_size)
-    return _build_model(name, published, published.classes, pretrained=True), matched
+    built = published.classes
+    if not needs_head and network_names.parse(name).zoo is huggingface:
+        # Only for another number of classes does the library accept weights without a last layer.
+        built, matched = published.count + 1, class_names.BY_FEATURES
+    return _build_model(name, published, built, pretrained=True), matched
 
 
 def _load_user_module(
@@ -260,6 +285,8 @@ def _load_weights_file(
     classes: int,
     match: Callable[[Sequence[str] | int], Match],
     image_size: int | None,
+    *,
+    needs_head: bool,
 ) -> tuple[Model, Match]:
     """Load a file of weights, with as many classes and channels as it has."""
     parts, who = network_names.parse(name), f"teacher {name}"
@@ -267,15 +294,20 @@ def _load_weights_file(
     stored = weight_files.read(parts.file)
     if parts.zoo is None:
         plain = networks.build(parts.text, shape, classes)
-        count, _ = _classes_and_channels(who, stored, plain, parts, classes, shape[2])
+        count, _ = _classes_and_channels(
+            who, stored, plain, parts, classes, shape[2], needs_head=needs_head
+        )
         matched = match(count)
-        classifier = networks.build(name, shape, count, adapt=False)
+        adapt = count == 0
+        classifier = networks.build(name, shape, count or classes, adapt=adapt)
         return Model(classifier, name, _output_names(count), shape, preprocess), matched
     published = parts.zoo.pretrained_config(parts.base)
     channels = len(published.mean)
     plain = networks.build(parts.text, (*published.size, channels), classes)
     h, w, _ = parts.zoo.input_shape(plain.network, shape)
-    count, channels = _classes_and_channels(who, stored, plain, parts, classes, channels)
+    count, channels = _classes_and_channels(
+        who, stored, plain, parts, classes, channels, needs_head=needs_head
+    )
     # The file does not give the order of its classes.
     matched = match(count)
     fitted = published.preprocess(channels)
@@ -291,7 +323,8 @@ def _load_weights_file(
         size = timm_zoo.stored_size(plain.network, names)
     if size is not None:
         name, assumed = _with_image_size(name, assumed, size)
-    return _build_model(name, assumed, count, pretrained=False), matched
+    adapt = count == 0  # the last layer stays new
+    return _build_model(name, assumed, count or classes, pretrained=False, adapt=adapt), matched
 
 
 def _classes_and_channels(
@@ -301,21 +334,23 @@ def _classes_and_channels(
     parts: network_names.NetworkName,
     classes: int,
     channels: int,
+    *,
+    needs_head: bool = True,
 ) -> tuple[int, int]:
-    """Count the classes and channels of the weights in a file.
+    """Count the classes and channels of the weights in a file; 0 classes without a last layer.
 
     Raises:
         UserError: If the weights have no last layer.
     """
     tensors, _ = weights.prepare(stored, plain.network, parts.convert, classes)
     count, channels = weights.infer_classes_and_channels(tensors, plain.network, classes, channels)
-    if count is None:
+    if count is None and needs_head:
         raise UserError(
             f"{who} has no last layer: "
             f"{weights.describe_missing_head(stored, plain.network.state_dict())}; a network "
-            "without classes can be a student but not a teacher"
+            "without classes can be a student, and teach by a loss of layers alone, such as srd:2"
         )
-    return count, channels
+    return count or 0, channels
 
 
 def _with_image_size(
@@ -372,6 +407,11 @@ def _load_program(
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"the {exported.CARD} inside {path} is not whole: {error!r}") from error
+    if outputs == "embedding":
+        raise UserError(
+            f"{path} gives embeddings, and no layer of an exported program can be read: give its "
+            "run as the teacher"
+        )
     if len(names) != program.classes:
         raise UserError(f"{path} names {len(names)} classes and has {program.classes} outputs")
     # Without a card the classes have no names.
@@ -388,11 +428,16 @@ def _require_names(value: object) -> tuple[str, ...]:
 
 
 def _build_model(
-    name: str, config: PretrainedConfig, classes: tuple[str, ...] | int, *, pretrained: bool
+    name: str,
+    config: PretrainedConfig,
+    classes: tuple[str, ...] | int,
+    *,
+    pretrained: bool,
+    adapt: bool = False,
 ) -> Model:
     """Build a zoo's network with the preprocessing that it expects."""
     shape, names = (*config.size, len(config.mean)), _output_names(classes)
-    classifier = networks.build(name, shape, len(names), pretrained=pretrained, adapt=False)
+    classifier = networks.build(name, shape, len(names), pretrained=pretrained, adapt=adapt)
     classifier.interpolation = config.interpolation
     return Model(classifier, name, names, shape, config.preprocess())
 

@@ -231,8 +231,12 @@ def check_students(terms: Sequence[Term], recipe: Recipe, *, teachers: bool, pee
         )
 
 
-def check_unlabelled(terms: Sequence[Term]) -> None:
+def check_unlabelled(terms: Sequence[Term], data: str = "--transfer") -> None:
     """Refuse terms of labels, where the images trained on have none.
+
+    Args:
+        terms: Terms of the loss.
+        data: Name of the images, for messages.
 
     Raises:
         UserError: With the term.
@@ -240,9 +244,38 @@ def check_unlabelled(terms: Sequence[Term]) -> None:
     for term in terms:
         if term.definition.uses_labels:
             raise UserError(
-                f"--loss {term.name} takes labels, and the images of --transfer have none: use "
+                f"--loss {term.name} takes labels, and the images of {data} have none: use "
                 "kd, or a loss of layers such as srd"
             )
+
+
+def takes_answers(terms: Sequence[Term]) -> bool:
+    """Whether a loss takes the answers of a teacher, and not features of its layers alone."""
+    return any(
+        term.definition.needs_teacher
+        and (not term.definition.reads_layers or bool(term.parameters.get("logits")))  # of `adv`
+        for term in terms
+    )
+
+
+def check_headless(terms: Sequence[Term]) -> None:
+    """Refuse terms of classes, where the student has no head.
+
+    Raises:
+        UserError: With the term.
+    """
+    for term in terms:
+        needs = term.definition
+        if not (needs.needs_teacher and needs.reads_layers) or not features_alone(term):
+            raise UserError(
+                f"--loss {term.name} takes labels or answers for classes, and --head none leaves "
+                "the student without: use a loss of layers alone, such as srd:2 or rkd-distance"
+            )
+
+
+def features_alone(term: Term) -> bool:
+    """Whether a term of layers takes neither labels nor logits."""
+    return not (term.parameters.get("logits") or term.definition.needs_logits)
 
 
 def check_adversary(

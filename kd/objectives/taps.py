@@ -16,7 +16,7 @@ import itertools
 import math
 import re
 import weakref
-from collections.abc import Callable, Mapping, Sequence, ValuesView
+from collections.abc import Mapping, Sequence, ValuesView
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,12 +28,14 @@ from dsdistill.harness.errors import UserError
 from kd.models.language import blocks
 from kd.models.networks import Shape
 from kd.models.token_inputs import TokenInputs
+from kd.models.zoo import embedding_layer
 from kd.models.zoo.modes import evaluation_mode
 
 # What a network is tried on: the shape of an image, height, width and channels, or a few texts.
 Sample = Shape | TokenInputs
 
-EMBEDDING = "embedding"  # the input of the classifier, even if a layer has this name
+EMBEDDING = embedding_layer.EMBEDDING
+OUTPUT = "output"  # what the network returns, unless a layer has this name
 EMBEDDINGS = "embeddings"  # of a transformer: what its first block takes
 SQUARE_SHAPE = (1, 1, 1)  # proportions after the resize in front of some networks
 
@@ -76,8 +78,9 @@ class Taps:
         Args:
             network: Network that is called as a whole: calls of its parts are not recorded.
             layers: Names as in `network.named_modules()`; or `embedding`, the input of the
-                classifier, which is the last linear layer unless the network names another; or, of
-                a transformer, the number of a block (-1 is the last one) and `embeddings`.
+                classifier, which is the last linear layer unless the network names another, or
+                the output of a network without one; or `output`; or, of a transformer, the number
+                of a block (-1 is the last one) and `embeddings`.
 
         Raises:
             UserError: If there is no such layer.
@@ -87,8 +90,10 @@ class Taps:
         network.register_forward_pre_hook(StartPass(self._pass))
         for name in self.layers:
             keep = _KeepFeature(self._pass, name)
-            if name == EMBEDDING:
-                _find_classifier(network).register_forward_pre_hook(keep)
+            if name == EMBEDDING and not embedding_layer.is_removed(network):
+                embedding_layer.find_classifier(network).register_forward_pre_hook(keep)
+            elif name == EMBEDDING or (name == OUTPUT and not hasattr(network, OUTPUT)):
+                network.register_forward_hook(keep)
             elif name == EMBEDDINGS and _is_tapped_before_blocks(network):
                 # The sum of all embeddings is the output of no module in some transformers.
                 first = network.get_submodule(blocks.name_of(network, 0))
@@ -293,31 +298,12 @@ def _find_layer(network: nn.Module, name: str) -> nn.Module:
     if name not in layers and re.fullmatch(r"-?\d+", name) and blocks.exist(network):
         return layers[blocks.name_of(network, int(name))]
     if name not in layers:
-        near = difflib.get_close_matches(name, [*layers, EMBEDDING], n=4, cutoff=0)
+        near = difflib.get_close_matches(name, [*layers, EMBEDDING, OUTPUT], n=4, cutoff=0)
         raise UserError(
             f"unknown layer {name!r} of {type(network).__name__}: the nearest of its {len(layers)} "
             f"are {', '.join(near)}"
         )
     return layers[name]
-
-
-def _find_classifier(network: nn.Module) -> nn.Module:
-    get_classifier = _module_attribute(network, "get_classifier", Callable)
-    classifier = get_classifier() if get_classifier else None
-    if isinstance(classifier, tuple):  # DeiT: the heads of the class and of the distillation token
-        classifier = classifier[0]
-    if isinstance(classifier, nn.Module):
-        return classifier
-    body = getattr(network, "base_model", None)  # of Hugging Face; some define it after the head
-    within = set(body.modules()) if isinstance(body, nn.Module) and body is not network else set()
-    for modules in ([m for m in network.modules() if m not in within], list(network.modules())):
-        for kind in (nn.Linear, nn.Conv2d):
-            last = [module for module in modules if isinstance(module, kind)]
-            if last:
-                return last[-1]
-    raise UserError(
-        f"{type(network).__name__} has no linear layer, so no {EMBEDDING!r}: name a layer instead"
-    )
 
 
 def _text_layout(layer: str, feature: Tensor, sample: TokenInputs) -> FeatureLayout:

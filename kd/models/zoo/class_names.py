@@ -40,6 +40,10 @@ class Match:
     note: str | None = None
 
 
+# Of a model whose outputs are of no use here.
+BY_FEATURES = Match("by its features alone")
+
+
 def match(
     who: str,
     model_classes: Sequence[str] | int,
@@ -69,14 +73,44 @@ def match(
         UserError: If the classes are not the same, or the map does not give each class one output
             of its own.
     """
+    matched = _match(who, model_classes, classes, class_map, option)
+    if isinstance(matched, str):
+        raise UserError(matched)
+    return matched
+
+
+def match_if_same(
+    who: str,
+    model_classes: Sequence[str] | int,
+    classes: Sequence[str],
+    class_map: ClassMap | None = None,
+    option: str | None = "--class-map",
+) -> Match:
+    """As `match`, for a model whose features are enough: they are where the classes differ.
+
+    Raises:
+        UserError: If there is a class map that does not give each class one output of its own.
+    """
+    matched = _match(who, model_classes, classes, class_map, option)
+    return BY_FEATURES if isinstance(matched, str) else matched
+
+
+def _match(
+    who: str,
+    model_classes: Sequence[str] | int,
+    classes: Sequence[str],
+    class_map: ClassMap | None,
+    option: str | None,
+) -> Match | str:
+    """The match, or a line that says why there is none."""
     if class_map is not None:
         return Match("by the class map", _map_outputs(who, model_classes, classes, class_map))
     count = model_classes if isinstance(model_classes, int) else len(model_classes)
+    if count == 0:
+        return f"{who} has no head, and this needs answers for classes: use a loss of layers alone"
     if count != len(classes):
-        raise UserError(
-            f"{who} has {count} classes, the data have {len(classes)}: they must match"
-            + ("" if option is None else f", or {option} FILE must say which are which")
-        )
+        remedy = "" if option is None else f", or {option} FILE must say which are which"
+        return f"{who} has {count} classes, the data have {len(classes)}: they must match{remedy}"
     if isinstance(model_classes, int) or are_placeholders(model_classes):
         return _match_by_position(classes, option)
     outputs = match_by_name(model_classes, classes)
@@ -88,7 +122,7 @@ def match(
     if _are_consecutive_numbers(classes) and not any(map(_is_number, model_classes)):
         return _match_by_position(classes, option)
     remedy = "they must match" if option is None else f"{option} FILE must say which are which"
-    raise UserError(f"{who} {_describe_difference(model_classes, classes)}: {remedy}")
+    return f"{who} {_describe_difference(model_classes, classes)}: {remedy}"
 
 
 def are_placeholders(names: Sequence[str]) -> bool:
