@@ -11,11 +11,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from dsdistill.harness.errors import UserError
@@ -65,6 +60,8 @@ def leave_one_out_accuracy(known: Embeddings, *, neighbours: int = NEIGHBOURS) -
         known: Two embeddings or more.
         neighbours: Number of neighbours, at most all others.
     """
+    from sklearn.neighbors import NearestNeighbors
+
     count = min(neighbours, len(known.values) - 1)
     search = NearestNeighbors(n_neighbors=count, metric="cosine", algorithm="brute")
     rows = search.fit(_in_float64(known.values)).kneighbors(return_distance=False)
@@ -90,6 +87,8 @@ def measure(train: Embeddings, validation: Embeddings | None, test: Embeddings) 
         scores = [_accuracy(probe, validation) for probe in probes]
         best = probes[int(np.argmax(scores))]  # of equal ones the most regular
     count = min(NEIGHBOURS, len(train.values))
+    from sklearn.neighbors import KNeighborsClassifier
+
     nearest = KNeighborsClassifier(count, metric="cosine", algorithm="brute")
     nearest.fit(_in_float64(train.values), train.labels)
     return ProbeFigures(_accuracy(best, test), _accuracy(nearest, test), len(train.values))
@@ -134,14 +133,19 @@ def figures(
     }
 
 
-def _linear_probe(train: Embeddings, strength: float) -> Pipeline:
+def _linear_probe(train: Embeddings, strength: float) -> Any:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=ITERATIONS))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # its accuracy hardly moves any more
         return probe.fit(_in_float64(train.values), train.labels)
 
 
-def _accuracy(probe: Pipeline | KNeighborsClassifier, known: Embeddings) -> float:
+def _accuracy(probe: Any, known: Embeddings) -> float:
     return float((probe.predict(_in_float64(known.values)) == known.labels).mean())
 
 

@@ -320,7 +320,7 @@ def _load(name: str, shape: networks.Shape = SHAPE, **arguments: Any) -> teacher
 def test_the_last_layer_of_a_teacher_is_its_own(tmp_path: Path) -> None:
     for name in ("test_resnet", "test_vit"):
         path = _saved(tmp_path / "w.pth", _bare(name, 0))
-        with pytest.raises(UserError, match=r"has no last layer: .* not a teacher"):
+        with pytest.raises(UserError, match=r"has no last layer: .* by a loss of layers alone"):
             _load(f"{name}@{path}")
         path = _saved(tmp_path / "w.pth", _bare(name, 7))
         with pytest.raises(UserError, match="has 7 classes, the data have 3"):
