@@ -79,6 +79,8 @@ def measure(train: Embeddings, validation: Embeddings | None, test: Embeddings) 
             is 1.
         test: Embeddings that are read once.
     """
+    from sklearn.neighbors import KNeighborsClassifier
+
     strengths = (1.0,) if validation is None or not len(validation.values) else STRENGTHS
     probes = [_linear_probe(train, strength) for strength in strengths]
     best = probes[0]
@@ -87,8 +89,6 @@ def measure(train: Embeddings, validation: Embeddings | None, test: Embeddings) 
         scores = [_accuracy(probe, validation) for probe in probes]
         best = probes[int(np.argmax(scores))]  # of equal ones the most regular
     count = min(NEIGHBOURS, len(train.values))
-    from sklearn.neighbors import KNeighborsClassifier
-
     nearest = KNeighborsClassifier(count, metric="cosine", algorithm="brute")
     nearest.fit(_in_float64(train.values), train.labels)
     return ProbeFigures(_accuracy(best, test), _accuracy(nearest, test), len(train.values))
