@@ -137,6 +137,11 @@ def _load(options: SynthesizeOptions) -> Model:
     model = saved_models.load_run(folder, typed=network_names.names_in(options.trust_module))
     if model.mel is not None:
         raise UserError(f"{folder} is a student of recordings, and kd synthesize makes images")
+    if not model.has_head:
+        raise UserError(
+            f"{folder} is a student without a head, and images are made for classes: give the run "
+            "of a classifier"
+        )
     if model.bits is not None:
         raise UserError(
             f"{folder} is quantised, with {model.bits.text}: give the run in float32 that it was "

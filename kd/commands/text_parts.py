@@ -148,8 +148,7 @@ def assemble(options: TrainOptions) -> TextParts:
             f"{', '.join(names) or 'none'}"
         )
     _check_loss(options, chosen, loss_terms, texts, alone=alone or writes)
-    teaching = {"teachers": bool(names), "peers": bool(peers)}
-    loss_checks.check_students(loss_terms, chosen, **teaching)
+    loss_checks.check_students(loss_terms, chosen, teachers=bool(names), peers=bool(peers))
     teachers = _teachers(options, names, student, texts, loss_terms, writes=writes)
     for network in (student.network, *teachers, *(peer.network for _, peer in peers)):
         network.to(on.device)
@@ -255,8 +254,6 @@ def _peers(
     peers: list[tuple[str, TextModel]] = []
     # A network may come twice.
     for number, name in enumerate(network_names.split_names(options.peers or ""), 1):
-        if options.task == "embed":
-            raise UserError("--task embed fits the embeddings of a teacher: leave --peers out")
         peer = text_students.build(
             name,
             texts.task,

@@ -218,7 +218,8 @@ def check_students(terms: Sequence[Term], recipe: Recipe, *, teachers: bool, pee
     taught = [term for term in terms if term.definition.needs_teacher]
     featured = [term.name for term in taught if term.definition.reads_layers]
     if featured and not teachers:
-        raise UserError(f"--loss {featured[0]} uses layers of a teacher: add --teacher")
+        way = "name a --teacher in place of --peers" if peers else "add --teacher"
+        raise UserError(f"--loss {featured[0]} uses layers of a teacher: {way}")
     if not teachers and len(taught) == len(terms):
         raise UserError(
             f"--loss {recipe.loss} has no term that uses labels, and without --teacher nothing "

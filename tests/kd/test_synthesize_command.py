@@ -55,6 +55,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         line = ("train", "data/rows.npz", "--epochs", 2, "--batch-size", 30, "--device", "cpu")
         main(patch, *line, "--student", "small-vgg11:2", "--out", "teacher")
         main(patch, *line, "--student", "mlp:4", "--out", "plain")
+        taught = ("--student", "mlp:4", "--teacher", "plain", "--head", "none")
+        main(patch, *line, *taught, "--loss", "rkd-distance", "--out", "headless")
         main(patch, "synthesize", "teacher", *QUICK, "--out", "set")
     return root
 
@@ -184,6 +186,7 @@ def test_another_network_is_refused_on_resume(inside) -> None:
         (("plain", "--method", "generator", "--bn-weight", 1), "has no batch norm layers"),
         (("teacher", "--images", 2), "--images must be at least 3, one for each class of teacher"),
         (("teacher", "--method", "generator", "--tv-weight", 1), "--tv-weight is for --method"),
+        (("headless",), "headless is a student without a head, and images are made for classes"),
         (("nowhere",), "nowhere holds no finished student"),
         (("set",), "set holds no finished student"),
         ((), "RUN, the folder of a finished run, is missing"),

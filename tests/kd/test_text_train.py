@@ -336,7 +336,11 @@ OPTIONS: list[tuple[str, tuple[object, ...], str]] = [
         "would keep blocks of a student that has these alone: leave --generations out",
     ),
     # students that teach each other
-    ("one", (*STUDENT, "--peers", "hf:bert", "--loss", "ce,hidden"), "uses layers of a teacher"),
+    (
+        "one",
+        (*STUDENT, "--peers", "hf:bert", "--loss", "ce,hidden"),
+        "in place of --peers",
+    ),
     ("one", (*STUDENT, "--peers", "hf:bert", "--loss", "kd"), "nothing else teaches them"),
     ("one", (*STUDENT, "--peers", "hf:bert", "--lora", 2), "--lora changes one student"),
     ("one", (*STUDENT, "--peers", "hf:bert", "--teacher", "T"), "leave --teacher out"),
