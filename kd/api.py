@@ -311,7 +311,10 @@ def _train(
 def _validate(task: _Task, network: nn.Module) -> Mapping[str, float]:
     assert task.validation is not None
     classifier = task.student.with_network(network)
-    figures = scoring.validate(classifier, task.validation, task.on, logits=task.logits)
+    classes = task.validation.classes if task.recipe.metric in scoring.BY_CLASS else None
+    figures = scoring.validate(
+        classifier, task.validation, task.on, logits=task.logits, classes=classes
+    )
     if task.recipe.metric != "robust_accuracy":
         return figures
     assert task.recipe.adversary is not None

@@ -147,7 +147,7 @@ class TrainOptions:
             "Teacher": "teacher teacher_data teacher_weights class_map teacher_image_size "
             "teacher_mean teacher_std min_teacher_accuracy cache cache_top",
             "Private images": "pate public max_epsilon",
-            "Loss": "loss label_smoothing",
+            "Loss": "loss label_smoothing class_weights",
             "Attacks": "adversary robust",
             "Training": "epochs steps batch_size accumulate optimizer lr momentum weight_decay "
             "decay_all clip",
@@ -237,6 +237,14 @@ class TrainOptions:
 
     class_map: Annotated[str | None, Shown("FILE")] = None
     """JSON file, class of the data -> class of the teacher (name or number)"""
+
+    class_weights: Annotated[
+        str | None, Shown("balanced|FILE", "every image and text counts alike")
+    ] = None
+    """Weights of the classes in the cross-entropy of labels. balanced: each class counts as much as
+    any other, by how often it occurs among the training labels; FILE: a JSON object of class names
+    and weights, or a table with the columns class and weight. They are scaled to a mean of 1 over
+    the training labels"""
 
     teacher_image_size: Sizes = None
     """Height and width of a teacher's images, where its file does not say it"""
@@ -473,6 +481,7 @@ class TrainOptions:
         if not teacher:
             raise UserError("--head none leaves labels out: add --teacher, whose features teach")
         others = ("pate", "prune", "quantize", "robust", "class_map", "min_teacher_accuracy")
+        others += ("class_weights",)
         given = [_option(name) for name in others if getattr(self, name) is not None]
         given += ["--teacher-weights"] if self.teacher_weights else []
         given += ["--centred"] if self.centred else []

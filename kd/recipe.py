@@ -20,6 +20,7 @@ Metric = Literal[
     "accuracy",
     "nll",
     "macro_f1",
+    "balanced_accuracy",
     "matthews",
     "pearson",
     "spearman",
@@ -60,6 +61,7 @@ METRICS: Mapping[Metric, MetricDefinition] = {
     "accuracy": MetricDefinition(1, needs_logits=False),
     "nll": MetricDefinition(-1, needs_logits=True),
     "macro_f1": MetricDefinition(1, needs_logits=False),
+    "balanced_accuracy": MetricDefinition(1, needs_logits=False),
     "matthews": MetricDefinition(1, needs_logits=False),
     "pearson": MetricDefinition(1, needs_logits=False),
     "spearman": MetricDefinition(1, needs_logits=False),
@@ -154,8 +156,9 @@ class Recipe:
     average_best: int = _field(1, "Save the mean of the weights of the N best epochs")
     metric: Metric = _field(
         "accuracy",
-        "Validation metric that selects the best epoch: accuracy, nll, or robust_accuracy under "
-        "--adversary; of texts also macro_f1, matthews, pearson, spearman, entity_f1 and cosine",
+        "Validation metric that selects the best epoch: accuracy, nll, macro_f1, of images "
+        "balanced_accuracy and under --adversary robust_accuracy, of texts also matthews, pearson, "
+        "spearman, entity_f1 and cosine",
     )
     validate_every: int | None = _field(None, "Epochs between validations")
     patience: int | None = _field(

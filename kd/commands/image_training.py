@@ -23,7 +23,7 @@ from kd.commands import (
 )
 from kd.commands.training import AssembledTraining, Validate
 from kd.commands.training_parts import TrainingParts
-from kd.data import data_source
+from kd.data import class_weights, data_source
 from kd.data.batching import BatchSource, EvaluationBatches
 from kd.data.data_source import DataSource
 from kd.data.files.file_source import FileSource
@@ -111,6 +111,8 @@ class ImageTraining(AssembledTraining[TrainingParts]):
                         f"teacher {name} does not have: leave it out"
                     )
                 say(f"teacher {name}: {teacher_check.describe(teacher.resolved)}")
+        if parts.class_weights is not None:
+            say(parts.class_weights.describe())
         if not parts.student.has_head:
             say("the student has no head: probes judge its embedding")
         if self._answering_teachers() and batches is None:
@@ -150,7 +152,13 @@ class ImageTraining(AssembledTraining[TrainingParts]):
             if not student.has_head:
                 known = probes.embed(classifier, batches)
                 return {"accuracy": probes.leave_one_out_accuracy(known)}
-            figures = scoring.validate(classifier, batches, self.on, logits=student.gives_logits)
+            figures = scoring.validate(
+                classifier,
+                batches,
+                self.on,
+                logits=student.gives_logits,
+                classes=len(student.classes) if recipe.metric in scoring.BY_CLASS else None,
+            )
             if by_attack is None:
                 return figures
             robust = robustness.validation_accuracy(
@@ -182,6 +190,7 @@ class ImageTraining(AssembledTraining[TrainingParts]):
             "head": "trained" if student.has_head else "none",
             **self._quantised_figures(),
             **self._pruned_figures(),
+            **class_weights.figures(self.parts.class_weights),
             **((isinstance(source, DataSource) and source.privacy) or {}),
             **self._transfer_figures(),
         }

@@ -20,6 +20,8 @@ _TRAIN_FIELDS = (
     "attacks",
     "nll",
     "calibration_error",
+    "macro_f1",
+    "balanced_accuracy",
     "teacher_agreement",
     "teacher_accuracy",
     "teachers",

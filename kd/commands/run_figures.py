@@ -52,6 +52,7 @@ FIGURES: Mapping[str, Figure] = {
         ACCURACY,
         Figure("robust_accuracy", "accuracy under attack", FRACTION, digits=1),
         Figure("macro_f1", "macro F1", FRACTION, digits=1),
+        Figure("balanced_accuracy", "balanced accuracy", FRACTION, digits=1),
         Figure("entity_f1", "entity F1", FRACTION, digits=1),
         Figure("matthews", "Matthews' correlation", CORRELATION),
         Figure("spearman", "Spearman's correlation", CORRELATION),

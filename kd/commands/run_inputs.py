@@ -54,6 +54,8 @@ def hashes(parts: TrainingParts, options: TrainOptions) -> dict[str, str]:
     if options.class_map is not None and not teacher_chain.is_taught_by_chain(options):
         maps = class_names.read_class_maps(options.class_map, parts.teacher_names)
         digests["class map"] = hashlib.sha256(json.dumps(maps).encode()).hexdigest()
+    if parts.class_weights is not None:
+        digests["class weights"] = parts.class_weights.digest
     # First weights that are drawn from the seed are a function of the options.
     if _has_stored_weights(options.student) or options.pretrained:
         # Not the steps of quantisers, which are computed again on each machine.

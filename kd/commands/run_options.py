@@ -10,6 +10,7 @@ from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import run_folder
 from dsdistill.harness.runs.options import Storage
 from kd.commands import continuation
+from kd.data import class_weights
 from kd.data.public_images import OF_TEST_PART
 from kd.models import network_names, networks
 from kd.models.language import text_students
@@ -36,6 +37,11 @@ def _absolute_class_maps(files: str) -> str:
     return ",".join(map(network_names.absolute_name, class_names.class_map_files(files)))
 
 
+def _absolute_class_weights(text: str) -> str:
+    is_balanced = text == class_weights.BALANCED and not Path(text).exists()
+    return text if is_balanced else network_names.absolute_name(text)
+
+
 def _absolute_tokenizer(tokenizer: str) -> str:
     made = tokenizer in (text_students.WORDS, text_students.CHARACTERS)
     return tokenizer if made else network_names.absolute_name(tokenizer)
@@ -52,6 +58,7 @@ STORAGE = Storage(
         "teacher": _absolute_teachers,
         "data_root": network_names.absolute_name,
         "class_map": _absolute_class_maps,
+        "class_weights": _absolute_class_weights,
         "cache": network_names.absolute_name,
         "tokenizer": _absolute_tokenizer,
         "mlm": network_names.absolute_name,

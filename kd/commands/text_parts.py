@@ -15,7 +15,8 @@ from kd.commands import teacher_chain, training_texts
 from kd.commands.training_networks import checkpoint_gradients
 from kd.commands.training_parts import make_engine
 from kd.commands.training_texts import EncodedTexts
-from kd.data import data_source
+from kd.data import class_weights, data_source
+from kd.data.class_weights import ClassWeights
 from kd.data.text import (
     causal_rows,
     corpus,
@@ -28,6 +29,7 @@ from kd.models.language import lora, text_students, text_teachers, tokenizer
 from kd.models.language.task import SINGLE, Task
 from kd.models.language.text_model import TextModel
 from kd.models.language.text_teachers import TextTeacher
+from kd.models.token_inputs import IGNORED
 from kd.models.zoo import class_names
 from kd.objectives import loss_checks, terms
 from kd.objectives.terms import Term
@@ -65,6 +67,7 @@ class TextParts:
         recipe: The resolved recipe, in which no field is left to a default.
         terms: Terms of the loss.
         on: Device, precision and processes.
+        class_weights: Weights of the classes or tags in the cross-entropy; None without.
     """
 
     corpus: Corpus
@@ -78,6 +81,7 @@ class TextParts:
     recipe: Recipe
     terms: tuple[Term, ...]
     on: Engine
+    class_weights: ClassWeights | None = None
 
     @property
     def task(self) -> Task:
@@ -180,7 +184,23 @@ def assemble(options: TrainOptions) -> TextParts:
         chosen,
         loss_terms,
         on,
+        _class_weights(options, texts, encoded["train"]),
     )
+
+
+def _class_weights(
+    options: TrainOptions, texts: Corpus, train: EncodedTexts
+) -> ClassWeights | None:
+    """The weights of the classes or tags that are asked for; None without any."""
+    if options.class_weights is None:
+        return None
+    labels = train.labels
+    if texts.task == "tag":
+        targets = train.encodings[0].targets
+        assert targets is not None
+        labels = targets[targets != IGNORED]
+    assert labels is not None
+    return class_weights.make(options.class_weights, texts.classes, labels)
 
 
 def _refuse_image_options(options: TrainOptions) -> None:
@@ -303,6 +323,10 @@ def _check_loss(
     """Refuse a loss, a recipe and options that do not fit each other."""
     if options.class_map is not None and not texts.classes:
         raise UserError(f"--class-map has no effect on --task {texts.task}: leave it out")
+    if options.class_weights is not None:
+        if not texts.classes:
+            raise UserError(f"--class-weights has no effect on --task {texts.task}: leave it out")
+        loss_checks.check_class_weights(loss_terms)
     weighted = options.teacher_weights is not None
     if options.teacher_weights == "by-label" and texts.task in ("regress", "embed"):
         raise UserError(

@@ -17,7 +17,7 @@ from kd.commands import text_answers, text_parts
 from kd.commands.image_training import require_no_validation_options
 from kd.commands.text_parts import TextParts
 from kd.commands.training import AssembledTraining, Validate
-from kd.data import batching, teacher_cache
+from kd.data import batching, class_weights, teacher_cache
 from kd.data.batching import BatchSource, ChangedBatches
 from kd.data.text.token_batches import MaskedTokens, TokenBatches
 from kd.evaluation import embedding_scoring, text_figures, text_teacher_check
@@ -67,6 +67,7 @@ class TextTraining(AssembledTraining[TextParts]):
             images=len(parts.encoded["train"]),
             smoothing=parts.recipe.label_smoothing,
             seed=self.seed,
+            class_weights=parts.class_weights and parts.class_weights.tensor(self.on.device),
         )
         if parts.peers:
             return Mutual(student, [peer.network for _, peer in parts.peers], loss_terms)
@@ -129,6 +130,8 @@ class TextTraining(AssembledTraining[TextParts]):
         parts, corpus, say = self.parts, self.parts.corpus, self._say
         for note in corpus.notes:
             say(f"{corpus.name}: {note}")
+        if parts.class_weights is not None:
+            say(parts.class_weights.describe())
         for name, part in parts.encoded.items():
             encoding = part.encodings[0]
             if encoding.truncated:
@@ -154,6 +157,8 @@ class TextTraining(AssembledTraining[TextParts]):
     def input_hashes(self) -> dict[str, str]:
         parts = self.parts
         digests = {"texts": parts.corpus.sha256}
+        if parts.class_weights is not None:
+            digests["class weights"] = parts.class_weights.digest
         for number, teacher in enumerate(parts.teachers, 1):
             key = f"teacher {number}" if len(parts.teachers) > 1 else "the teacher"
             digests[key] = teacher_cache.fingerprint(teacher)
@@ -248,6 +253,7 @@ class TextTraining(AssembledTraining[TextParts]):
             "train_images": len(parts.encoded["train"]),
             "output_temperature": 1.0,
             "note": "; ".join(corpus.notes[1:]) or None,
+            **class_weights.figures(parts.class_weights),
         }
 
     def latency(self) -> dict[str, float | int]:

@@ -48,7 +48,7 @@ from kd.commands.training import Training
 from kd.data.batching import BatchSource
 from kd.models import seals
 from kd.models.seals import REPORT
-from kd.objectives import terms
+from kd.objectives import loss_checks, terms
 from kd.objectives.schemes import Objective
 from kd.options import TrainOptions
 from kd.parallel import engine, heartbeat
@@ -109,7 +109,9 @@ def run(options: TrainOptions) -> dict[str, Any]:
         run_folder.check_free(options.out, REPORT)
     if options.given.get("loss"):
         # Earlier trainings of a chain may take days: check the last one's loss before them.
-        terms.parse(options.given["loss"])
+        loss_terms = terms.parse(options.given["loss"])
+        if options.class_weights is not None:
+            loss_checks.check_class_weights(loss_terms)
     if options.pate is not None:
         options = private_answers.ask(options)
         assert options.out is not None

@@ -22,6 +22,8 @@ from kd.commands import (
     training_networks,
 )
 from kd.commands.training_images import TeacherData
+from kd.data import class_weights
+from kd.data.class_weights import ClassWeights
 from kd.data.data_source import DataSource
 from kd.data.files.file_source import FileSource
 from kd.models import network_names, networks, saved_models
@@ -42,7 +44,7 @@ from kd.training import dry_run
 
 DEFAULT_STUDENT = "convnet"
 # Figures of images by which the best epoch can be chosen.
-IMAGE_METRICS = ("accuracy", "nll", "robust_accuracy")
+IMAGE_METRICS = ("accuracy", "nll", "macro_f1", "balanced_accuracy", "robust_accuracy")
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +65,7 @@ class TrainingParts:
         teacher_data: Images of the teachers' own, one for each of the source's; None where the
             teachers see the source's.
         unpruned: The student before it was pruned; None of one that is not.
+        class_weights: Weights of the classes in the cross-entropy of labels; None without.
     """
 
     source: DataSource | FileSource
@@ -77,6 +80,7 @@ class TrainingParts:
     readers: int
     teacher_data: TeacherData | None = None
     unpruned: Model | None = None
+    class_weights: ClassWeights | None = None
 
     @property
     def teacher_source(self) -> DataSource | FileSource:
@@ -128,6 +132,7 @@ def assemble(options: TrainOptions) -> TrainingParts:
     loss_terms = terms.parse(chosen.loss)
     if not student.has_head:
         loss_checks.check_headless(loss_terms)
+    weights = _class_weights(options, source, loss_terms)
     use = _teacher_use(options, student, loss_terms)
     loaded_teachers = training_networks.load_teachers(
         options, names, source, student, teacher_data, use
@@ -155,6 +160,7 @@ def assemble(options: TrainOptions) -> TrainingParts:
         options.readers,
         teacher_data,
         unpruned,
+        weights,
     )
 
 
@@ -164,6 +170,26 @@ def _teacher_use(options: TrainOptions, student: Model, loss_terms: Sequence[Ter
         return "features"
     weighted = options.teacher_weights is not None
     return "answers" if weighted or loss_checks.takes_answers(loss_terms) else "layers"
+
+
+def _class_weights(
+    options: TrainOptions, source: DataSource | FileSource, loss_terms: Sequence[Term]
+) -> ClassWeights | None:
+    """The weights of the classes that are asked for; None without any.
+
+    Raises:
+        UserError: If the loss has no use for them, or labels are not known before the training.
+    """
+    if options.class_weights is None:
+        return None
+    loss_checks.check_class_weights(loss_terms)
+    labels = source.train_labels
+    if labels is None:
+        raise UserError(
+            f"--class-weights counts the labels of all training images, and {options.data} gives "
+            "them only while it is read: use a folder of class folders, or leave the weights out"
+        )
+    return class_weights.make(options.class_weights, source.classes, labels)
 
 
 def _default_loss(
@@ -221,6 +247,7 @@ def build_objective(parts: TrainingParts, options: TrainOptions) -> Objective:
         smoothing=parts.recipe.label_smoothing,
         seed=parts.seed,
         teacher_sample=parts.teacher_source.shape,
+        class_weights=parts.class_weights and parts.class_weights.tensor(parts.on.device),
     )
     if parts.peers:
         return Mutual(student, parts.peers, loss_terms)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Int
 
 from dsdistill.harness.data import datasets, distilled_set, origin, preprocess
 from dsdistill.harness.data.datasets import Splits
@@ -67,6 +68,11 @@ class DataSource:
             return self.distilled.examples().data
         assert self.splits is not None
         return self.splits.train
+
+    @property
+    def train_labels(self) -> Int[np.ndarray, " n"]:
+        """Class of each image to train on."""
+        return self.train_images.labels
 
     @property
     def from_weights(self) -> bool:

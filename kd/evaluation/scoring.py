@@ -19,6 +19,11 @@ from kd.models.networks import Shape
 from kd.models.token_inputs import TokenInputs
 from kd.parallel.engine import Engine
 
+# Figures in which every class counts as much as any other.
+BY_CLASS: Mapping[str, Callable[[np.ndarray], float]] = {
+    "macro_f1": metrics.macro_f1,
+    "balanced_accuracy": metrics.balanced_accuracy,
+}
 LATENCY_BATCH = 64  # images of the larger batch whose latency is measured
 WARM_UP, CALLS = 3, 60  # calls of each of several networks that are compared
 # Of `_median_ms` at the end of a training, which a large network must not make much longer.
@@ -65,6 +70,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure accuracy, NLL in nats and calibration error (15 bins), and agreement with teachers.
 
+    Beside the accuracy stand macro F1 and balanced accuracy, in which rare classes count as much.
+
     Args:
         network: Network of images (n, c, h, w).
         batches: Images with labels.
@@ -82,9 +89,11 @@ def evaluate(
     """
     scores, labels = outputs_and_labels(network, batches)
     probabilities = metrics.softmax(scores, temperature)
+    counts = metrics.class_counts(scores.argmax(1), labels, scores.shape[1])
     figures: dict[str, Any] = {
         "images": len(labels),
         "accuracy": metrics.accuracy(scores, labels),
+        **{name: measure(counts) for name, measure in BY_CLASS.items()},
         "nll": metrics.nll(probabilities, labels),
         "calibration_error": metrics.expected_calibration_error(probabilities, labels),
     }
@@ -111,7 +120,12 @@ def evaluate(
 
 
 def validate(
-    network: nn.Module, batches: EvaluationBatches, on: Engine, *, logits: bool
+    network: nn.Module,
+    batches: EvaluationBatches,
+    on: Engine,
+    *,
+    logits: bool,
+    classes: int | None = None,
 ) -> dict[str, float]:
     """Measure accuracy, and for logits NLL in nats; each process scores its share of the batches.
 
@@ -120,9 +134,11 @@ def validate(
         batches: All images, the same in every process.
         on: The processes.
         logits: Whether the outputs are logits, or estimates of centred labels, which have no NLL.
+        classes: Number of classes, where the figures of `BY_CLASS` are measured too; else None.
     """
     was_training = network.training
     sums = torch.zeros(3, dtype=torch.float64, device=on.device)
+    counts = np.zeros((3, classes or 0), np.int64)
     network.eval()
     with torch.inference_mode():
         for batch in batches.in_order(on.process_index, on.num_processes):
@@ -130,10 +146,17 @@ def validate(
             right = (scores.argmax(1) == batch.labels).sum()
             nll = response.cross_entropy(scores, batch.labels) * len(batch)
             sums += torch.stack([right, nll, torch.ones_like(nll) * len(batch)]).double()
+            if classes is not None:
+                answered, labels = scores.argmax(1).cpu().numpy(), batch.labels.cpu().numpy()
+                counts += metrics.class_counts(answered, labels, classes)
     network.train(was_training)
-    totals: Any = on.reduce(sums)
-    accuracy, nll, _ = (totals / totals[2]).tolist()
-    return {"accuracy": accuracy, **({"nll": nll} if logits else {})}
+    totals: Any = on.reduce(torch.cat([sums, torch.from_numpy(counts).flatten().to(sums)]))
+    accuracy, nll, _ = (totals[:3] / totals[2]).tolist()
+    figures = {"accuracy": accuracy, **({"nll": nll} if logits else {})}
+    if classes is None:
+        return figures
+    of_all = totals[3:].reshape(3, classes).cpu().numpy()
+    return figures | {name: measure(of_all) for name, measure in BY_CLASS.items()}
 
 
 def latency(classifier: nn.Module, shape: Shape, *, quick: bool = False) -> dict[str, float]:

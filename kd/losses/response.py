@@ -41,14 +41,19 @@ def logit_kl(
 def cross_entropy(
     logits: Float[Tensor, "n k"],
     labels: Int[Tensor, " n"] | Float[Tensor, "n k"],
+    class_weights: Float[Tensor, " k"] | None = None,
     *,
     smoothing: ShareBelowOne = 0.0,
 ) -> Float[Tensor, ""]:
-    """-Σ_k p_k log softmax(logits)_k in nats, batch mean.
+    """-Σ_k w_k p_k log softmax(logits)_k in nats, batch mean.
+
+    The sum over the batch is divided by n, not by the sum of the labels' weights as torch's
+    `weight=` divides indices: so the mean of several batches is that of their images.
 
     Args:
         logits: Unnormalised log-probabilities.
         labels: Class indices, or rows of probabilities p that sum to 1.
+        class_weights: Weights w on the device of the logits; None for 1.
         smoothing: Share ε of each label that is spread evenly over all k classes, the right one
             included: p becomes (1 - ε) p + ε / k, for indices and for rows alike.
 
@@ -61,7 +66,10 @@ def cross_entropy(
         raise ValueError(f"smoothing must be in [0, 1), got {smoothing}; use 0 for none")
     if labels.is_floating_point():
         labels = labels.float()
-    return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+    if class_weights is None:
+        return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+    options = {"weight": class_weights, "label_smoothing": smoothing}
+    return F.cross_entropy(logits.float(), labels, reduction="none", **options).mean()
 
 
 def centred_mse(
@@ -265,6 +273,7 @@ def self_distillation(
     head_logits: Float[Tensor, "n k"],
     student_logits: Float[Tensor, "n k"],
     labels: Int[Tensor, " n"] | Float[Tensor, "n k"],
+    class_weights: Float[Tensor, " k"] | None = None,
     *,
     alpha: Share = 0.3,
     temperature: Temperature = 3.0,
@@ -278,6 +287,7 @@ def self_distillation(
         head_logits: Unnormalised log-probabilities of the shallow classifier.
         student_logits: Those of the whole network; same shape, no gradient flows into them.
         labels: Class indices, or rows of probabilities that sum to 1.
+        class_weights: As in `cross_entropy`, for the part that the labels teach.
         alpha: Share of the part that the last layer teaches.
         temperature: T > 0 of that part.
 
@@ -286,7 +296,7 @@ def self_distillation(
 
     Source: Zhang et al. (2019), "Be your own teacher", arXiv:1905.08094, equations 1 to 3.
     """
-    ce = cross_entropy(head_logits, labels)
+    ce = cross_entropy(head_logits, labels, class_weights)
     kl = logit_kl(head_logits, student_logits, temperature=temperature)
     return (1 - alpha) * ce + alpha * kl
 

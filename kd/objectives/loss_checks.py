@@ -250,6 +250,20 @@ def check_unlabelled(terms: Sequence[Term], data: str = "--transfer") -> None:
             )
 
 
+def check_class_weights(terms: Sequence[Term]) -> None:
+    """Refuse weights of classes without a cross-entropy of labels.
+
+    Raises:
+        UserError: If no term takes them.
+    """
+    if not any(term.definition.weighs_classes for term in terms):
+        names = ",".join(term.name for term in terms)
+        raise UserError(
+            f"--class-weights weights the cross-entropy of labels, and --loss {names} has none: "
+            "add ce, or leave the weights out"
+        )
+
+
 def takes_answers(terms: Sequence[Term]) -> bool:
     """Whether a loss takes the answers of a teacher, and not features of its layers alone."""
     return any(

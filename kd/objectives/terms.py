@@ -104,6 +104,7 @@ class TermDefinition:
         centred: Whether it fits the student's outputs to centred labels: they are no logits then.
         needs_logits: Whether the student's outputs must be logits.
         smooths_labels: Whether it has a parameter `smoothing`, by default the recipe's.
+        weighs_classes: Whether it takes weights of classes, for its cross-entropy of labels.
         needs_raw_logits: Whether it needs a teacher's logits and not only their probabilities.
         images: Smallest number of images in a batch.
         compares_images: Whether it compares images with each other, given its parameters; else one
@@ -132,6 +133,7 @@ class TermDefinition:
     centred: bool = False
     needs_logits: bool = False
     smooths_labels: bool = False
+    weighs_classes: bool = False
     needs_raw_logits: bool = False
     images: int = 1
     compares_images: Callable[[Parameters], bool] = _always
@@ -256,7 +258,7 @@ def _compares_columns(parameters: Parameters) -> bool:
 
 
 TERMS: Mapping[str, TermDefinition] = {
-    "ce": _label_row(short_names.ce, 1, smooths_labels=True),
+    "ce": _label_row(short_names.ce, 1, smooths_labels=True, weighs_classes=True),
     "mse": _label_row(short_names.mse, 1, centred=True, whole=True, classes=1),
     "kd": _logit_row(short_names.kd, 0.9),
     "fm": _logit_row(short_names.fm, 1),
@@ -274,6 +276,7 @@ TERMS: Mapping[str, TermDefinition] = {
         _make_adversarial_label_term,
         needs_teacher=False,
         smooths_labels=True,
+        weighs_classes=True,
         whole=True,
     ),
     "trades": _adversarial_row(
@@ -311,6 +314,7 @@ TERMS: Mapping[str, TermDefinition] = {
         feature_terms.DeepSupervisionTerm,
         needs_teacher=False,
         needs_logits=True,
+        weighs_classes=True,
     ),
     "hidden": _state_row(short_names.hidden, 1, token_terms.HiddenTerm),
     "scores": _state_row(short_names.scores, 1, token_terms.ScoresTerm),
@@ -544,6 +548,7 @@ def build(
     smoothing: float = 0.0,
     seed: int = 0,
     teacher_sample: Sample | None = None,
+    class_weights: Tensor | None = None,
 ) -> list[WeightedTerm]:
     """Build the modules of terms; terms of features put taps on the networks.
 
@@ -557,6 +562,8 @@ def build(
         smoothing: Label smoothing of `ce` and `adv-ce`, unless the term has one of its own.
         seed: Seed of the projectors' weights.
         teacher_sample: What the teachers are tried on; None for `sample`.
+        class_weights: Weight of each class in the cross-entropy of labels, on the device of the
+            training; None for 1.
 
     Raises:
         UserError: For an unknown layer, or layers in a term without features.
@@ -572,13 +579,18 @@ def build(
             [make(term.layers, teacher_sample) for make in contexts],
             smoothing,
             answers_for_tokens,
+            class_weights,
         )
         for term in terms
     ]
 
 
 def _build_term(
-    term: Term, contexts: Sequence[TermContext], smoothing: float, answers_for_tokens: bool
+    term: Term,
+    contexts: Sequence[TermContext],
+    smoothing: float,
+    answers_for_tokens: bool,
+    class_weights: Tensor | None,
 ) -> WeightedTerm:
     needs, parameters = term.definition, term.parameters
     on_answers = not (needs.reads_layers or needs.of_tokens)
@@ -588,6 +600,8 @@ def _build_term(
         )
     if needs.smooths_labels and term.smoothing is None:
         parameters["smoothing"] = smoothing
+    if needs.weighs_classes and class_weights is not None:
+        parameters["class_weights"] = class_weights
     return WeightedTerm(
         term.name,
         term.weight,

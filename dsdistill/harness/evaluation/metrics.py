@@ -86,6 +86,45 @@ def per_class_accuracy(confusion: Int[np.ndarray, "k k"]) -> list[float | None]:
     ]
 
 
+def class_counts(
+    predicted: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"], k: int
+) -> Int[np.ndarray, "3 k"]:
+    """Number of samples of each class that are predicted right, predicted so, and truly so.
+
+    Counts of parts of the samples can be added; `macro_f1` and `balanced_accuracy` follow from the
+    sums.
+
+    Args:
+        predicted, labels: Class indices.
+        k: Number of classes.
+    """
+    each = labels[predicted == labels], predicted, labels
+    return np.stack([np.bincount(indices, minlength=k) for indices in each])
+
+
+def macro_f1(counts: Float[np.ndarray, "3 k"] | Int[np.ndarray, "3 k"]) -> float:
+    """Mean over classes of F1 = 2 right / (predicted + true), as scikit-learn's `f1_score`.
+
+    A class that neither occurs nor is predicted does not count.
+
+    Args:
+        counts: As `class_counts`.
+    """
+    right, predicted, true = counts
+    seen = predicted + true > 0
+    return float((2 * right[seen] / (predicted + true)[seen]).mean())
+
+
+def balanced_accuracy(counts: Float[np.ndarray, "3 k"] | Int[np.ndarray, "3 k"]) -> float:
+    """Mean over the classes that occur of the share of their samples that are predicted right.
+
+    Args:
+        counts: As `class_counts`.
+    """
+    right, _, true = counts
+    return float((right[true > 0] / true[true > 0]).mean())
+
+
 def kl(p: Float[np.ndarray, "n k"], q: Float[np.ndarray, "n k"]) -> float:
     """KL(p || q) = Σ_k p_k log(p_k / q_k), mean over samples, in nats.
 

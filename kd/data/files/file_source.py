@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Int
 
 from dsdistill.harness.data.labeled_images import describe_missing_classes, spread
 from dsdistill.harness.data.preprocess import Preprocess
@@ -58,6 +59,12 @@ class FileSource:
     def classes(self) -> tuple[str, ...]:
         """Class names, in label order."""
         return self.parts[0].classes
+
+    @property
+    def train_labels(self) -> Int[np.ndarray, " n"] | None:
+        """Class of each image to train on; None if it is not known before they are read."""
+        train = self.parts[0]
+        return train.labels if isinstance(train, ImageFiles) else None
 
     @property
     def count(self) -> int:
