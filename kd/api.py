@@ -332,8 +332,13 @@ def _inputs(task: _Task, teachers: Sequence[nn.Module]) -> dict[str, Any]:
     kind = "centred " if task.student.initial is not None else ""
     return {
         "student": f"{kind}{type(network).__name__} of {parameters} parameters",
+        **teacher_cache.layer_hash("the student", network),
         "number of teachers": len(teachers),
-        **{f"teacher {i}": teacher_cache.fingerprint(each) for i, each in enumerate(teachers, 1)},
+        **{
+            name: value
+            for i, each in enumerate(teachers, 1)
+            for name, value in teacher_cache.input_hashes(f"teacher {i}", each).items()
+        },
         "seed": task.seed,
         **(own.identity if own else {"optimizer": task.recipe.optimizer}),
         **({} if endless else {"batches of train": len(task.batches)}),

@@ -94,6 +94,7 @@ class Prepared:
         if self.encoder is not None:
             record = self.encoder.record()
             backbone = {"weights of the backbone": record["weights_sha256"]}
+            backbone |= feature_file.layer_hash("the backbone", record)
             if "features_sha256" in record:  # of a module, whose code has no name
                 backbone["features of the module"] = record["features_sha256"]
         return self.splits.digests() | modules | functions | init | backbone

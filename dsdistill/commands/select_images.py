@@ -51,9 +51,12 @@ class Prepared:
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of all that the run depends on, for `Run.require_same`."""
-        record = json.dumps(self.network.record(), sort_keys=True)
-        network = hashlib.sha256(record.encode()).hexdigest()
-        return self.splits.digests() | {"network of --features": network}
+        record = self.network.record()
+        layers = feature_file.layer_hash("the network of --features", record)
+        apart = (feature_file.LAYERS, feature_file.PACKAGES)  # earlier versions hashed all others
+        known = {name: value for name, value in record.items() if name not in apart}
+        digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+        return self.splits.digests() | {"network of --features": digest} | layers
 
 
 @dataclass(frozen=True, eq=False)

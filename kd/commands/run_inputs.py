@@ -51,6 +51,7 @@ def hashes(parts: TrainingParts, options: TrainOptions) -> dict[str, str]:
     for number, (name, teacher) in enumerate(pairs, 1):
         key = f"teacher {number}" if len(parts.teachers) > 1 else "the teacher"
         digests[key] = teacher_hash(name, teacher)
+        digests |= teacher_cache.layer_hash(key, teacher.classifier)
     if options.class_map is not None and not teacher_chain.is_taught_by_chain(options):
         maps = class_names.read_class_maps(options.class_map, parts.teacher_names)
         digests["class map"] = hashlib.sha256(json.dumps(maps).encode()).hexdigest()
@@ -61,12 +62,14 @@ def hashes(parts: TrainingParts, options: TrainOptions) -> dict[str, str]:
         # Not the steps of quantisers, which are computed again on each machine.
         network = quantised_network.float_copy(parts.student.classifier.network)
         digests["the student's first weights"] = teacher_cache.fingerprint(network)
+        digests |= teacher_cache.layer_hash("the student", network)
     if _has_stored_weights(options.student) and parts.student.classifier.initial is not None:
         digests["the student's start"] = teacher_cache.fingerprint(parts.student.classifier.initial)
     peers = network_names.split_names(options.peers or "")
     for number, (name, peer) in enumerate(zip(peers, parts.peers, strict=True), 1):
         if _has_stored_weights(name):
             digests[f"the first weights of peer {number}"] = teacher_cache.fingerprint(peer.network)
+            digests |= teacher_cache.layer_hash(f"peer {number}", peer.network)
     return digests
 
 

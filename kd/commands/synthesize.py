@@ -90,7 +90,7 @@ def synthesize(options: SynthesizeOptions) -> dict[str, Any]:
     code = ",".join(network_names.names_in(options.trust_module)) or None
     line = shell.resume_line("kd synthesize", out, trust_module=code)
     with run, stopping.explain_stop(line, out / FILE_NAME), run.clean_up_on_error():
-        run.require_same({"the network": teacher_cache.fingerprint(model.classifier)})
+        run.require_same(teacher_cache.input_hashes("the network", model.classifier))
         synthesis = making.begin(known, chosen, options.seed, on.device)
         seconds = _run(synthesis, run)
         images = synthesis.images()

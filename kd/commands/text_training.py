@@ -161,7 +161,7 @@ class TextTraining(AssembledTraining[TextParts]):
             digests["class weights"] = parts.class_weights.digest
         for number, teacher in enumerate(parts.teachers, 1):
             key = f"teacher {number}" if len(parts.teachers) > 1 else "the teacher"
-            digests[key] = teacher_cache.fingerprint(teacher)
+            digests |= teacher_cache.input_hashes(key, teacher)
         for number, tokenizer in enumerate(parts.tokenizers):
             key = f"the tokenizer of a teacher ({number})" if number else "the tokenizer"
             # The vocabulary does not say how texts are divided.
@@ -170,10 +170,12 @@ class TextTraining(AssembledTraining[TextParts]):
         if not text_students.is_fresh(parts.student.name):
             network = parts.student.network.network
             digests["the student's first weights"] = teacher_cache.fingerprint(network)
+            digests |= teacher_cache.layer_hash("the student", network)
         for number, (name, peer) in enumerate(parts.peers, 1):
             if not text_students.is_fresh(name):
                 first = teacher_cache.fingerprint(peer.network)
                 digests[f"the first weights of peer {number}"] = first
+                digests |= teacher_cache.layer_hash(f"peer {number}", peer.network)
         return digests
 
     def prepare(self, objective: Objective, source: BatchSource) -> BatchSource:

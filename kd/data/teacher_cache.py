@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
@@ -78,6 +79,39 @@ def architecture(module: nn.Module) -> str:
             values = cast(Any, config).to_dict()
             described += [f"{name}.{k}={v!r}" for k, v in values.items() if _computes(k)]
     return hashlib.sha256("\n".join(described).encode()).hexdigest()
+
+
+def packages(module: nn.Module) -> str:
+    """The packages that the layers of a module are of, with their versions: `torch 2.14.0`.
+
+    Another version may print the same layers otherwise, so architectures are compared only where
+    these are equal.
+    """
+    names = {type(layer).__module__.partition(".")[0] for layer in module.modules()}
+    versions = []
+    for name in sorted(names):
+        with suppress(PackageNotFoundError):  # code of the user's own, or of this project
+            versions.append(f"{name} {version(name)}")
+    return ", ".join(versions)
+
+
+def input_hashes(name: str, module: nn.Module) -> dict[str, str]:
+    """SHA-256 of a network's weights and, apart, of its layers, by names for messages.
+
+    The name of the second holds the versions of the packages: after an update it is another name,
+    so that `Run.require_same` says that nothing can be compared.
+
+    Args:
+        name: Name of the network, such as `the teacher`.
+        module: The network.
+    """
+    return {name: fingerprint(module)} | layer_hash(name, module)
+
+
+def layer_hash(name: str, module: nn.Module) -> dict[str, str]:
+    """The second part of `input_hashes`."""
+    known = packages(module)
+    return {f"layers of {name}" + (f" ({known})" if known else ""): architecture(module)}
 
 
 def _computes(setting: str) -> bool:

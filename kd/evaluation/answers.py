@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from dsdistill.harness.checksums import json_digest
 from dsdistill.harness.data.mel_images import MelFormat
 from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError
@@ -29,7 +30,7 @@ class NumpyTeacher:
     Attributes:
         teacher: The teacher, on its device and in evaluation mode.
         device: Device of the teacher.
-        digest: SHA-256 of the teacher's state.
+        digest: SHA-256 of the teacher's weights and layers.
     """
 
     teacher: Teacher
@@ -90,4 +91,5 @@ def load(
     )
     for remark in teachers.matching_notes(teacher):
         progress.say(f"teacher {name}: {remark}")
-    return NumpyTeacher(teacher.to(target), target, teacher_cache.fingerprint(teacher))
+    digest = json_digest([teacher_cache.fingerprint(teacher), teacher_cache.architecture(teacher)])
+    return NumpyTeacher(teacher.to(target), target, digest)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dsdistill.harness.data import preprocess
+from dsdistill.harness.data import feature_file, preprocess
 from dsdistill.harness.errors import UserError
 from kd.data import teacher_cache
 from kd.data.files.transforms import Views
@@ -132,6 +132,8 @@ class Backbone(nn.Module):
         return {
             "backbone": self.model.name,
             "weights_sha256": teacher_cache.fingerprint(self),
+            feature_file.LAYERS: teacher_cache.architecture(self),
+            feature_file.PACKAGES: teacher_cache.packages(self),
             "layer": self.layer,
             "preprocess": {
                 "kind": fitted.kind,

@@ -1,6 +1,5 @@
 """Write the features of a data set through a trained network to one file, resumable to the bit."""
 
-import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -186,11 +185,12 @@ def write_in_run(path: Path, extraction: Extraction) -> feature_file.Features:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
     written = feature_file.read(path)
-    expected = json.loads(json.dumps(extraction.record()))
-    for name, value in expected.items():
-        if written.record.get(name) != value:
-            raise UserError(
-                f"{path} was written with another {name} ({written.record.get(name)}, now "
-                f"{value}): continue with the same, or remove it"
-            )
+    expected = feature_file.as_stored(extraction.record())
+    if (change := feature_file.changed(written.record, expected)) is not None:
+        name, before, now = change
+        raise UserError(
+            f"{path} was written with another {name} ({before}, now {now}): continue with the "
+            "same, or remove it"
+        )
+    feature_file.note_unknown_layers(path, written.record, expected)
     return written

@@ -337,7 +337,25 @@ def test_a_stop_says_how_to_continue(
     assert "there is nothing to resume" in dsdistill("select", "--resume", "--out", "run").stderr
 
 
-def test_another_network_does_not_continue_a_run(work: Path, tmp_path: Path) -> None:
+def _other_weights(backbone: torch.nn.Module) -> None:
+    next(backbone.parameters()).data.add_(1)
+
+
+def _other_activation(backbone: torch.nn.Module) -> None:
+    network = next(m for m in backbone.modules() if isinstance(m, torch.nn.Sequential))
+    network[2] = torch.nn.Tanh()
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (_other_weights, "network of --features"),
+        (_other_activation, r"layers of the network of --features \(torch "),
+    ],
+)
+def test_another_network_does_not_continue_a_run(
+    work: Path, tmp_path: Path, change: Callable[[torch.nn.Module], None], name: str
+) -> None:
     out = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
         killed_at(patch, ridge_selection, "_pass", 1)
@@ -348,11 +366,11 @@ def test_another_network_does_not_continue_a_run(work: Path, tmp_path: Path) -> 
 
         def changed(*arguments, **named):
             backbone = original(*arguments, **named)
-            next(backbone.parameters()).data.add_(1)
+            change(backbone)
             return backbone
 
         patch.setattr(backbones, "load", changed)
-        with pytest.raises(UserError, match=r"changed since .*: network of --features"):
+        with pytest.raises(UserError, match=f"changed since .*: {name}"):
             select.run(SelectOptions(out=out, resume=True))
 
 

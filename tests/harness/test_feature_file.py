@@ -81,6 +81,28 @@ def test_refuses_to_continue_something_else(tmp_path: Path) -> None:
         PartialFeatures(tmp_path / "g.npz", RECORD, ROWS.shape, resume=True)
 
 
+LAYERS = {feature_file.LAYERS: "a" * 64, feature_file.PACKAGES: "torch 2.14.0"}
+
+
+def test_layers_that_nobody_has_recorded_are_said_and_stay_unrecorded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "f.npz"
+    PartialFeatures(path, RECORD, ROWS.shape, resume=False).close()
+    partial = PartialFeatures(path, RECORD | LAYERS, ROWS.shape, resume=True)
+    assert "the same layers, not only the same weights, cannot be" in capsys.readouterr().err
+    partial.append(ROWS)
+    partial.finish(LABELS, CLASSES, PARTS, SOURCES)
+    assert feature_file.LAYERS not in feature_file.read(path).record
+    other = tmp_path / "g.npz"
+    PartialFeatures(other, RECORD | LAYERS, ROWS.shape, resume=False).close()
+    changed = RECORD | LAYERS | {feature_file.LAYERS: "b" * 64}
+    with pytest.raises(UserError, match="begun with another layers_sha256"):
+        PartialFeatures(other, changed, ROWS.shape, resume=True)
+    PartialFeatures(other, RECORD | LAYERS, ROWS.shape, resume=True).close()
+    assert not capsys.readouterr().err
+
+
 def test_a_folder_has_one_writer(tmp_path: Path) -> None:
     path = tmp_path / "f.npz"
     first = PartialFeatures(path, RECORD, ROWS.shape, resume=False)

@@ -481,6 +481,12 @@ def test_a_checkpoint_is_of_one_training(train, teacher: Net, tmp_path: Path) ->
         distill(Net(), Net(16), train, **options)
     with pytest.raises(kd.UserError, match="made with student Net of"):
         distill(Net(5), teacher, train, **options)
+    # Other layers with the same weights.
+    strided, padded = Net(), copy.deepcopy(teacher)
+    strided.conv.stride, padded.conv.padding_mode = (2, 2), "circular"
+    for networks, name in (((strided, teacher), "the student"), ((Net(), padded), "teacher 1")):
+        with pytest.raises(kd.UserError, match=rf"made with layers of {name} \(torch "):
+            distill(*networks, train, **options)
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)

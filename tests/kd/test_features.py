@@ -14,10 +14,10 @@ import pytest
 import torch
 from kd_support import main, refused
 
-from dsdistill.harness.data import datasets, feature_file
+from dsdistill.harness.data import datasets, feature_file, preprocess
 from kd.data import batching
-from kd.evaluation import backbones, features
-from kd.models import saved_models
+from kd.evaluation import answers, backbones, features
+from kd.models import saved_models, teachers
 
 SIDE = photos.SIDE
 
@@ -275,11 +275,35 @@ def test_a_network_trains_on_features(inside: pytest.MonkeyPatch, tmp_path: Path
 def test_the_weights_and_the_preprocessing_are_on_record(inside: pytest.MonkeyPatch) -> None:
     backbone = backbones.load("run", backbones.EMBEDDING, (SIDE, SIDE, 3))
     record = backbone.record()
+    assert record["packages"] == f"torch {torch.__version__.partition('+')[0]}"
+    convolution = next(m for m in backbone.modules() if isinstance(m, torch.nn.Conv2d))
+    convolution.padding_mode = "reflect"  # the weights are those of any padding
+    other = backbone.record()
+    assert other["layers_sha256"] != record["layers_sha256"]
+    assert other | {"layers_sha256": record["layers_sha256"]} == record
     with torch.no_grad():
         next(backbone.classifier.parameters()).add_(1)
     assert backbone.record()["weights_sha256"] != record["weights_sha256"]
     assert record["preprocess"]["size"] == [SIDE, SIDE]
     assert record["preprocess"]["crop"] == 1.0
+
+
+def test_a_teacher_of_equal_weights_and_other_layers_has_results_of_its_own(
+    inside: pytest.MonkeyPatch,
+) -> None:
+    fitted, classes = preprocess.identity(3), ("dark", "light")
+    digests = [answers.load("run", fitted, (SIDE, SIDE, 3), classes).digest]
+    original = teachers.load
+
+    def strided(*given, **named):
+        teacher = original(*given, **named)
+        next(m for m in teacher.modules() if isinstance(m, torch.nn.Conv2d)).stride = (2, 2)
+        return teacher
+
+    for load in (original, strided):
+        inside.setattr(teachers, "load", load)
+        digests.append(answers.load("run", fitted, (SIDE, SIDE, 3), classes).digest)
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_batches_are_whole_parts_of_one_view() -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import kd_support as support
@@ -259,6 +260,37 @@ def test_a_resume_imports_only_what_is_typed_again_and_refuses_changed_code(
     main(monkeypatch, *again)
     name = "student.safetensors"
     assert Path("run", name).read_bytes() == Path("whole", name).read_bytes()
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["on record", "of an earlier version"])
+def test_a_resume_refuses_other_layers_of_equal_weights(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], known: bool
+) -> None:
+    """Only the module that is named is hashed as code, not what it imports."""
+    network = "usernet:Imported"
+    Path("useract.py").write_text("from torch.nn import ReLU as Act\n")
+    with Path("usernet.py").open("a") as file:
+        file.write("\n\nimport useract\n\n\nclass Imported(Net):\n")
+        file.write("    def __init__(self, num_classes):\n        super().__init__(num_classes)\n")
+        file.write("        self.body[1] = useract.Act()\n")
+    monkeypatch.delitem(sys.modules, "useract", raising=False)
+    stop_in(monkeypatch, 2, "train", "data.npz", *QUICK, "--student", network, "--out", "run")
+    config = json.loads(Path("run/config.json").read_text())
+    (name,) = (name for name in config["inputs"] if name.startswith("layers of the student"))
+    assert name == f"layers of the student (torch {version('torch')})"
+    if not known:
+        del config["inputs"][name]
+        Path("run/config.json").write_text(json.dumps(config))
+    forget()
+    del sys.modules["useract"]
+    Path("useract.py").write_text("from torch.nn import Tanh as Act\n")
+    again = ("train", "--resume", "--out", "run", "--trust-module", network)
+    capsys.readouterr()
+    if known:
+        assert f"was started: {name} (SHA-256 was" in refused(monkeypatch, *again)
+    else:
+        main(monkeypatch, *again)
+        assert f"note: run has no hash of: {name}; whether" in capsys.readouterr().err
 
 
 def test_changed_code_of_a_teacher_is_another_teacher(code: Path) -> None:

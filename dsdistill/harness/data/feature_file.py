@@ -32,13 +32,15 @@ from dsdistill.harness import files
 from dsdistill.harness.data.labeled_images import DataError, LabeledImages
 from dsdistill.harness.errors import UserError, one_line
 from dsdistill.harness.memory import format_bytes
-from dsdistill.harness.runs import locks
+from dsdistill.harness.runs import locks, progress
 
 FORMAT_VERSION = 1
 PARTS = ("train", "validation", "test")  # in the order of their numbers in `parts`
 RECORD = "record"
 FEATURES = "images.npy"  # of the file and, with all rows so far, of the partial folder
 PARTIAL_SUFFIX = ".partial"  # of the folder of a file that is not whole
+# Members of a record that say which layers a network has; absent in those of earlier versions.
+LAYERS, PACKAGES = "layers_sha256", "packages"
 STATE = "state.json"  # of the partial folder: the record, and the number of rows that are safe
 # Images in a forward pass. A feature depends on the images beside it to the last bit, so what is
 # continued, and what is to be equal in a file and in memory, has one number.
@@ -104,6 +106,51 @@ def as_half(
             f"features up to {largest:.3g} do not fit into float16, being beyond 65504: {remedy}"
         )
     return half
+
+
+def as_stored(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record as it is read back from a file."""
+    return json.loads(json.dumps({"format": FORMAT_VERSION, **record}))
+
+
+def changed(stored: Mapping[str, Any], current: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first member of two records that differs, and both values; None if there is none.
+
+    The layers of a record that has none on record are not compared.
+
+    Args:
+        stored: Record of what was written before.
+        current: Record of what would be written now, from `as_stored`.
+    """
+    unknown = set() if LAYERS in stored else {LAYERS, PACKAGES}
+    for name in sorted((stored.keys() | current.keys()) - unknown):
+        if stored.get(name) != current.get(name):
+            return name, stored.get(name), current.get(name)
+    return None
+
+
+def note_unknown_layers(path: Path, stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Say in one line where a record does not say which layers the network had."""
+    if LAYERS in current and LAYERS not in stored:
+        progress.say(
+            f"note: {path} was written by an earlier version: whether the network had the same "
+            "layers, not only the same weights, cannot be checked"
+        )
+
+
+def layer_hash(name: str, record: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 of the layers of a record, by a name for messages; empty where it has none.
+
+    The name holds the versions of the packages, since another version may print equal layers
+    otherwise: it is compared only with what the same versions have stored.
+
+    Args:
+        name: Name of the network, such as `the backbone`.
+        record: Record of features.
+    """
+    if LAYERS not in record:
+        return {}
+    return {f"layers of {name} ({record[PACKAGES]})": record[LAYERS]}
 
 
 def is_feature_file(path: Path) -> bool:
@@ -206,7 +253,7 @@ class PartialFeatures:
                 something else to continue, or the disk has too little space.
         """
         self.path, self.folder = path, path.with_name(f"{path.name}{PARTIAL_SUFFIX}")
-        self.record = json.loads(json.dumps({"format": FORMAT_VERSION, **record}))
+        self.record = as_stored(record)
         self.shape, self.done = shape, 0
         if path.exists():
             raise UserError(f"{path} is finished: choose another --out, or remove it")
@@ -310,12 +357,14 @@ class PartialFeatures:
             rows, shape, record = int(state["rows"]), tuple(state["shape"]), dict(state["record"])
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self.folder / STATE} is damaged: remove {self.folder}") from error
-        for name in sorted(self.record.keys() | record.keys()):
-            if self.record.get(name) != record.get(name):
-                raise UserError(
-                    f"{self.folder} was begun with another {name} ({record.get(name)}, now "
-                    f"{self.record.get(name)}): continue with the same, or remove it"
-                )
+        if (change := changed(record, self.record)) is not None:
+            name, before, now = change
+            raise UserError(
+                f"{self.folder} was begun with another {name} ({before}, now {now}): continue with "
+                "the same, or remove it"
+            )
+        note_unknown_layers(self.folder, record, self.record)
+        self.record = record  # what nobody has checked does not get on record
         size = (self.folder / FEATURES).stat().st_size if (self.folder / FEATURES).exists() else 0
         if shape != self.shape or not 0 <= rows <= shape[0] or size < rows * self._row_bytes:
             raise UserError(f"{self.folder} is damaged: remove it, and start anew")
