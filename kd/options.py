@@ -216,8 +216,9 @@ class TrainOptions:
 
     transfer: Annotated[str | None, Shown("FOLDER|SET", "the training images of DATA")] = None
     """Train on the teacher's answers for these images in place of those of DATA, which then gives
-    validation and test images alone: a folder of images of any kind, the training images of a data
-    set, or a distilled set or its run. Labels are not used, and no loss may need them"""
+    validation and test images alone: a folder of images of any kind, an .npz file of images, the
+    training images of a named data set, or a distilled set or its run. Labels are not used, and no
+    loss may need them"""
 
     teacher_data: Annotated[Path | None, Shown("DIR", "the student's images")] = None
     """Folder with another picture of every image for the teacher, such as its depth or a higher

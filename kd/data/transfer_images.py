@@ -22,8 +22,9 @@ def load(
     """Load the images of a transfer set in the form of a student's images.
 
     Args:
-        name: Folder of image files with or without class folders; name or `.npz` file of a data
-            set, whose training images are taken; distilled set or the folder of its run.
+        name: Folder of image files with or without class folders; name of a data set, whose
+            training images are taken, or all images where it has no parts; `.npz` file of images
+            with or without labels; distilled set or the folder of its run.
         root: Folder of the named data sets.
         shape: Height, width and channels of the images of the student's data.
         classes: Class names of the student's data.
@@ -81,8 +82,7 @@ def _read(name: str, root: Path, shape: tuple[int, int, int]) -> LabeledImages:
         return LabeledImages(images, np.zeros(len(images), np.int64), ())
     if path.is_dir() and name not in datasets.NAMES:
         return folders.read_unlabelled(path, paths.decoded_images(), size, channels)
-    options = {"image_size": size, "validation_fraction": 0.0, "channels": channels}
-    return datasets.load(name, root=root, **options).train
+    return datasets.load_unlabelled(name, root=root, image_size=size, channels=channels)
 
 
 def _describe(shape: tuple[int, int, int]) -> str:

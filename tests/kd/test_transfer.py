@@ -147,6 +147,26 @@ def test_of_a_split_folder_the_training_part_alone_is_read(folder: Path, inside)
     assert not images.labels.any()
 
 
+def test_of_data_without_parts_all_images_are_read(tmp_path: Path) -> None:
+    """There is nothing to hold out for: validation and test images are those of DATA."""
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 1), dtype=np.uint8)
+    np.savez(tmp_path / "labelled.npz", images=pixels, labels=np.arange(30) % 3)
+    np.savez(tmp_path / "bare.npz", images=pixels)
+    for name in ("labelled.npz", "bare.npz"):
+        images = transfer_images.load(
+            str(tmp_path / name), root=tmp_path, shape=(8, 8, 1), classes=CLASSES
+        )
+        assert np.array_equal(images.images(), pixels)
+        assert not images.labels.any()
+    digits = transfer_images.load("digits", root=tmp_path, shape=(8, 8, 1), classes=CLASSES)
+    assert len(digits) == 1797
+    np.savez(tmp_path / "other.npz", pixels=pixels)
+    with pytest.raises(UserError, match=r"must hold an array 'images', has \['pixels'\]"):
+        transfer_images.load(
+            str(tmp_path / "other.npz"), root=tmp_path, shape=(8, 8, 1), classes=CLASSES
+        )
+
+
 def test_pixels_of_a_distilled_set_are_what_it_was_made_of(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).random((12, 8, 8, 1), np.float32)
     fitted = preprocess.fit("standardise", lambda size: iter([pixels]), (8, 8, 1), True)

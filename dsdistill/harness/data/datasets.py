@@ -143,6 +143,32 @@ def load(
     return split(data, train, None, test, validation_fraction, order)
 
 
+def load_unlabelled(
+    data: str, *, root: Path, image_size: int | None = None, channels: int | None = None
+) -> LabeledImages:
+    """Load the images of a named data set or a file that serve without their labels.
+
+    All images of data without parts of their own, which `load` would split, and the training images
+    of others.
+
+    Args:
+        data: A name or a file, as in `load`; an `.npz` file may have no `labels`.
+        root, image_size, channels: As in `load`.
+
+    Returns:
+        The images; what labels they have means nothing.
+
+    Raises:
+        DataError, UserError: As `load`.
+    """
+    path = Path(data).expanduser()
+    if feature_file.is_feature_file(path) or not _has_no_parts(data, path):
+        options = {"image_size": image_size, "validation_fraction": 0.0, "channels": channels}
+        return load(data, root=root, **options).train
+    whole = _resize(_load_undivided(data, path, labelled=False), image_size)
+    return _convert_channels(whole, channels)
+
+
 def _load_folder(
     path: Path,
     cache: Path | None,
@@ -232,20 +258,30 @@ def _load_train_and_test(
     data: str, path: Path, root: Path, image_size: int | None
 ) -> tuple[LabeledImages, LabeledImages]:
     """Load the training and test images of a named data set or a file."""
-    if data == "digits":
-        return _split_off_test(_resize(_load_digits(), image_size))
+    if _has_no_parts(data, path):
+        return _split_off_test(_resize(_load_undivided(data, path), image_size))
     if data in TORCHVISION:
         train, test = _load_torchvision(data, root)
         return _resize(train, image_size), _resize(test, image_size)
-    if path.suffix == ".npz" and path.is_file():
-        from dsdistill.harness.data import npz
-
-        return _split_off_test(_resize(npz.read(path), image_size))
     if path.exists():
         raise DataError(f"{data} is neither a folder of class folders nor an .npz file")
     if path.suffix or data != path.name:
         raise DataError(f"no such file or folder: {data}")
     raise unknown_name("data set", data, NAMES)
+
+
+def _has_no_parts(data: str, path: Path) -> bool:
+    """Whether a data set is neither divided into parts nor missing."""
+    return data == "digits" or (path.suffix == ".npz" and path.is_file())
+
+
+def _load_undivided(data: str, path: Path, *, labelled: bool = True) -> LabeledImages:
+    """Load all images of a data set for which `_has_no_parts` holds."""
+    if data == "digits":
+        return _load_digits()
+    from dsdistill.harness.data import npz
+
+    return npz.read(path, labelled=labelled)
 
 
 def _load_digits() -> LabeledImages:

@@ -8,8 +8,12 @@ from dsdistill.harness.data.arrays import check_images
 from dsdistill.harness.data.labeled_images import DataError, LabeledImages
 
 
-def read(path: Path) -> LabeledImages:
+def read(path: Path, *, labelled: bool = True) -> LabeledImages:
     """Read `images` (n, h, w) or (n, h, w, c), `labels` (n,), and class names in `classes`, if any.
+
+    Args:
+        path: The file.
+        labelled: Whether there must be labels; otherwise all images are of one class.
 
     Raises:
         DataError: If the file cannot be read, or an array has the wrong shape, type or range.
@@ -21,10 +25,14 @@ def read(path: Path) -> LabeledImages:
         raise DataError(f"{path} is not a readable .npz: {error}") from error
     # NumPy returns the bytes of a member that is not an array.
     arrays = {name: a for name, a in members.items() if isinstance(a, np.ndarray)}
-    if not {"images", "labels"} <= arrays.keys():
+    if labelled and not {"images", "labels"} <= arrays.keys():
         raise DataError(f"{path} must hold arrays 'images' and 'labels', has {sorted(arrays)}")
-    images, labels = arrays["images"], arrays["labels"]
-    images = check_images(images, f"{path}: ")
+    if "images" not in arrays:
+        raise DataError(f"{path} must hold an array 'images', has {sorted(arrays)}")
+    images = check_images(arrays["images"], f"{path}: ")
+    if not labelled:
+        return LabeledImages(images, np.zeros(len(images), np.int64), ("0",))
+    labels = arrays["labels"]
     if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
         raise DataError(
             f"{path}: labels must be {len(images)} integers, got {labels.dtype} {labels.shape}"
