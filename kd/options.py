@@ -126,6 +126,7 @@ IMAGE_OPTIONS = (
     *PRIVATE_OPTIONS,
     *("channels", "preprocess", "pretrained", "centred", "workers", "channels_last", "prune"),
     *("quantize", "full_range", "robust", "student_view", "transfer", "teacher_data", "head"),
+    "class_groups",
     *(*TEACHER_INPUT_OPTIONS, *SOUND_OPTIONS),
 )
 IMAGE_FIELDS = (
@@ -154,7 +155,8 @@ class TrainOptions:
             "Schedule of the learning rate": "schedule warmup warmup_from cooldown final "
             "milestones decay",
             "Validation and averaging": "metric validate_every patience average_best ema ema_ramp",
-            "Data": "transfer image_size channels preprocess validation_fraction data_root",
+            "Data": "transfer class_groups image_size channels preprocess validation_fraction "
+            "data_root",
             "Recordings": "seconds mel_bands sample_rate time_shift hide_bands hide_time",
             "Texts": "task text label max_length tokenizer copies mlm on_policy",
             "Augmentation": "augment hflip crop_padding mixup cutmix mix_probability mix_switch",
@@ -246,6 +248,11 @@ class TrainOptions:
     any other, by how often it occurs among the training labels; FILE: a JSON object of class names
     and weights, or a table with the columns class and weight. They are scaled to a mean of 1 over
     the training labels"""
+
+    class_groups: Annotated[Path | None, Shown("FILE", "the classes of the data")] = None
+    """Learn groups of classes: a JSON object of class names and groups, or a table with the columns
+    class and group. A teacher may know the groups, or the classes, whose probabilities are summed;
+    kd evaluate takes data with either"""
 
     teacher_image_size: Sizes = None
     """Height and width of a teacher's images, where its file does not say it"""
@@ -482,7 +489,7 @@ class TrainOptions:
         if not teacher:
             raise UserError("--head none leaves labels out: add --teacher, whose features teach")
         others = ("pate", "prune", "quantize", "robust", "class_map", "min_teacher_accuracy")
-        others += ("class_weights",)
+        others += ("class_weights", "class_groups")
         given = [_option(name) for name in others if getattr(self, name) is not None]
         given += ["--teacher-weights"] if self.teacher_weights else []
         given += ["--centred"] if self.centred else []
@@ -549,6 +556,11 @@ class TrainOptions:
                     raise UserError(f"{_option(name)} needs --pate")
             return
         settings = pate_settings.parse(self.pate)
+        if self.class_groups is not None:
+            raise UserError(
+                "--pate lets teachers vote on the classes of the data, and --class-groups joins "
+                "them: leave one of them out"
+            )
         if self.transfer is not None:
             raise UserError(
                 "--pate trains on public images with noisy votes, and --transfer on others with a "

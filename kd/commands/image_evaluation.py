@@ -171,6 +171,7 @@ class ImageEvaluation:
                 typed=typed,
                 mel=source.mel,
                 use="answers" if options.teacher else self._teacher_use(),
+                groups=source.groups or self.chosen.source.groups,
                 **inputs,
             )
             for remark in teachers.matching_notes(teacher):
@@ -198,7 +199,9 @@ def prepare(options: EvaluateOptions, device: torch.device) -> ImageEvaluation:
         _check_headless(options)
     config = run_data.read_config(options.run)
     recipe = run_data.read_recipe(options.run)
-    chosen = _test_images(options, config, student, recipe)
+    # A class map says what each class of the data is for the student, groups or not.
+    expected = student if options.class_map is None else replace(student, class_groups={})
+    chosen = _test_images(options, config, expected, recipe)
     source = chosen.source
     who = f"student {options.run}"
     saved_models.check_recordings(who, student.mel, source.mel)

@@ -191,6 +191,7 @@ class ImageTraining(AssembledTraining[TrainingParts]):
             **self._quantised_figures(),
             **self._pruned_figures(),
             **class_weights.figures(self.parts.class_weights),
+            **({} if source.groups is None else {"class_groups": source.groups.by_name}),
             **((isinstance(source, DataSource) and source.privacy) or {}),
             **self._transfer_figures(),
         }

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dsdistill.harness.data.mel_images import MelOptions
-from kd.data import data_source
+from kd.data import data_source, grouped_classes
 from kd.data.data_source import DataSource
 from kd.data.files import file_source
 from kd.data.files.file_source import FileSource
@@ -60,6 +60,21 @@ def load(
     Raises:
         UserError: If the data are missing or damaged.
     """
+    source = _resolve(name, student, recipe, config, root, announce, held_out)
+    who = f"the student {student.name}"
+    return grouped_classes.restore(source, student.class_groups, student.classes, who)
+
+
+def _resolve(
+    name: str,
+    student: Model,
+    recipe: Recipe,
+    config: Mapping[str, Any],
+    root: Path,
+    announce: bool,
+    held_out: float | None,
+) -> DataSource | FileSource:
+    """The data with their own classes."""
     h, w, channels = student.shape
     if recipe.streams_files:
         return file_source.resolve(

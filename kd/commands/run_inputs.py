@@ -40,7 +40,9 @@ def hashes(parts: TrainingParts, options: TrainOptions) -> dict[str, str]:
         parts: Parts of the training, before its first step.
         options: Options that the parts were assembled from.
     """
-    digests = _code_hashes(parts) | data_hashes(parts, options)
+    groups = parts.source.groups
+    digests = {} if groups is None else {"class groups": groups.digest}  # labels follow from them
+    digests |= _code_hashes(parts) | data_hashes(parts, options)
     if parts.teacher_data is not None:
         splits = parts.teacher_data.source.splits
         assert splits is not None
@@ -130,6 +132,8 @@ def teacher_hash(name: str, teacher: Teacher) -> str:
     sha = hashlib.sha256(teacher_cache.fingerprint(teacher.classifier).encode())
     known = (resolved.kind, resolved.size, resolved.interpolation, numbers)
     sha.update(repr((known, None if outputs is None else outputs.tolist())).encode())
+    if teacher.members is not None:
+        sha.update(repr(teacher.members.tolist()).encode())
     if Path(name).is_file():  # an exported program is more than its weights
         sha.update(file_digest(Path(name)).encode())
     return sha.hexdigest()

@@ -7,7 +7,7 @@ from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError
 from kd import recipe
 from kd.commands import private_data, teacher_chain
-from kd.data import data_source, transfer_images
+from kd.data import data_source, grouped_classes, transfer_images
 from kd.data.data_source import DataSource
 from kd.data.files import file_source
 from kd.data.files.file_source import FileSource
@@ -41,6 +41,21 @@ def load(
                 "not: leave it out"
             )
         return private_data.source(options, size, classes)
+    source = _resolve(options, size, augment, classes)
+    if options.class_groups is not None:
+        source = grouped_classes.join(
+            source, grouped_classes.read(options.class_groups, source.classes)
+        )
+    if options.transfer is None:
+        return source
+    assert isinstance(source, DataSource)
+    return _with_transfer(options, source)
+
+
+def _resolve(
+    options: TrainOptions, size: int | None, augment: str | None, classes: tuple[str, ...] | None
+) -> DataSource | FileSource:
+    """The data themselves, without what replaces their training images or classes."""
     if augment in recipe.STREAMED_AUGMENTS:
         if options.transfer is not None:
             raise UserError(
@@ -62,7 +77,7 @@ def load(
         )
     if options.head == "none" and transfer_images.is_flat(options.data):
         return _flat_source(options, size)
-    source = data_source.resolve(
+    return data_source.resolve(
         options.data,
         root=options.data_root,
         image_size=size,
@@ -71,7 +86,6 @@ def load(
         classes=classes,
         sound=options.sound,
     )
-    return source if options.transfer is None else _with_transfer(options, source)
 
 
 def _flat_source(options: TrainOptions, size: int | None) -> DataSource:

@@ -158,7 +158,16 @@ def load_teachers(
     inputs = told(vars(options), len(names))
     typed = typed_names(options)
     return tuple(
-        teachers.load(name, *images, class_map=mapping, typed=typed, mel=seen.mel, use=use, **given)
+        teachers.load(
+            name,
+            *images,
+            class_map=mapping,
+            typed=typed,
+            mel=seen.mel,
+            use=use,
+            groups=source.groups,
+            **given,
+        )
         for name, mapping, given in zip(names, maps, inputs, strict=True)
     )
 

@@ -117,6 +117,8 @@ def assemble(options: TrainOptions) -> TrainingParts:
     alone = not (names or options.peers or options.mean_teacher is not None)
     say = progress.say if on.is_main_process else _say_nothing
     student = training_networks.load_student(options, name, source, say)
+    if source.groups is not None:
+        student = replace(student, class_groups=source.groups.by_name)
     unpruned = None
     if options.prune is not None:
         unpruned, student = pruned_training.prune_student(student, options.prune, say)

@@ -24,6 +24,7 @@ from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError
 from kd.data import batching
 from kd.data.batching import SCORE_BATCH, ResidentBatches
+from kd.models.zoo.class_groups import ClassGroups
 from kd.parallel.engine import Engine
 from kd.recipe import Recipe
 
@@ -40,6 +41,8 @@ class DataSource:
         privacy: What the labels cost, for the report, where they are noisy answers; else None.
         transfer: Images to train on in place of the training images, with labels that mean
             nothing; None without any.
+        groups: The groups that its classes are, and what is joined to them; None where the classes
+            are the data's own.
     """
 
     name: str
@@ -48,6 +51,7 @@ class DataSource:
     note: str | None = None
     privacy: Mapping[str, float | int] | None = None
     transfer: LabeledImages | None = None
+    groups: ClassGroups | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:

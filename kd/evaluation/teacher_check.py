@@ -208,6 +208,8 @@ def _better_order(
         Description of the order or None, and the reason why it cannot be decided whether there is
         one or None.
     """
+    if teacher.members is not None:  # another order of its classes is no order of the groups
+        return None, None
     classes = teacher.resolved.classes or tuple(map(str, range(count)))
     outputs = None if teacher.outputs is None else teacher.outputs.tolist()
     positions, likely = outputs or list(range(count)), {}

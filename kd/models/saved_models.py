@@ -39,7 +39,7 @@ TEXT = "text"  # kind of a student of texts in its `model.json`; one of images s
 CARD_KEYS = (  # all entries of `model.json`; any other one means that the file is damaged
     *("name", "classes", "input", "preprocess", "interpolation", "config", "outputs"),
     *("output_temperature", "parameters", "centred", "view", "recordings", "quantized"),
-    "layer_channels",
+    *("layer_channels", "class_groups"),
     seals.CHECKSUMS_KEY,
 )
 
@@ -62,6 +62,8 @@ class Model:
         bits: Bits of the weights and inputs of a network with quantisers; None in float32.
         layer_channels: Channels of the layers of a pruned network that has fewer there than its
             name says.
+        class_groups: Class of the data -> the class that it is joined to; empty where the data's
+            classes are the model's.
     """
 
     classifier: Classifier
@@ -74,6 +76,7 @@ class Model:
     mel: MelFormat | None = None
     bits: BitWidths | None = None
     layer_channels: LayerChannels = field(default_factory=dict)
+    class_groups: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def gives_logits(self) -> bool:
@@ -127,6 +130,7 @@ def card(model: Model) -> dict[str, Any]:
     """The description of a model without its arrays, as `model.json` holds it."""
     fitted = model.preprocess
     recordings = {} if model.mel is None else {"recordings": asdict(model.mel)}
+    groups = {"class_groups": dict(model.class_groups)} if model.class_groups else {}
     return {
         # Without the file that the weights came from at first: they are in this folder now.
         "name": network_names.parse(model.name).text,
@@ -144,6 +148,7 @@ def card(model: Model) -> dict[str, Any]:
         "output_temperature": model.output_temperature,
         "parameters": networks.parameter_count(model.classifier),
         **recordings,
+        **groups,
     }
 
 
@@ -241,8 +246,20 @@ def _build_model(folder: Path, description: Mapping[str, Any], typed: Iterable[s
         _load_quantisers(classifier.network, folder / QUANTISERS)
     outputs, temperature = description["outputs"], float(description["output_temperature"])
     mel = read_recordings(description)
-    how = outputs, temperature, mel, bits, channels
+    how = outputs, temperature, mel, bits, channels, _read_groups(description, classes)
     return Model(classifier, name, classes, shape, preprocess, *how)
+
+
+def _read_groups(description: Mapping[str, Any], classes: Sequence[str]) -> dict[str, str]:
+    """The groups in a card; empty where there are none.
+
+    Raises:
+        ValueError: If one is no class.
+    """
+    groups = description.get("class_groups", {})
+    if not isinstance(groups, dict) or not {*groups.values()} <= {*classes}:
+        raise ValueError("class_groups that are no classes")
+    return groups
 
 
 def read_recordings(description: Mapping[str, Any]) -> MelFormat | None:

@@ -18,7 +18,16 @@ from kd.models import network_names, networks, saved_models
 from kd.models.adapters import build_adapter, check_channels
 from kd.models.networks import Classifier
 from kd.models.saved_models import Model
-from kd.models.zoo import class_names, exported, huggingface, timm_zoo, weight_files, weights
+from kd.models.zoo import (
+    class_groups,
+    class_names,
+    exported,
+    huggingface,
+    timm_zoo,
+    weight_files,
+    weights,
+)
+from kd.models.zoo.class_groups import ClassGroups
 from kd.models.zoo.class_names import ClassMap, Match
 from kd.models.zoo.protocol import Interpolation, PretrainedConfig, Shape
 
@@ -65,6 +74,7 @@ class Teacher(nn.Module):
 
     settings: Tensor
     outputs: Tensor | None
+    members: Tensor | None
 
     def __init__(
         self,
@@ -90,6 +100,8 @@ class Teacher(nn.Module):
         self.classifier = model.classifier
         self.temperature = model.output_temperature
         self.register_buffer("outputs", _output_index(matched))
+        table = None if matched.groups is None else class_groups.member_table(matched.groups)
+        self.register_buffer("members", table)
         # Settings that change the logits are a buffer, so that a hash of the state covers them.
         bicubic = float(model.interpolation == "bicubic")
         self.register_buffer("settings", torch.tensor([h, w, bicubic, self.temperature]))
@@ -108,7 +120,8 @@ class Teacher(nn.Module):
 
     def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
         logits = self.classifier(self.adapter(images)) / self.temperature
-        return logits if self.outputs is None else logits[:, self.outputs]
+        logits = logits if self.outputs is None else logits[:, self.outputs]
+        return logits if self.members is None else class_groups.group_logits(logits, self.members)
 
 
 def load(
@@ -125,6 +138,7 @@ def load(
     typed: Iterable[str] = (),
     mel: MelFormat | None = None,
     use: TeacherUse = "answers",
+    groups: ClassGroups | None = None,
 ) -> Teacher:
     """Load a frozen teacher in evaluation mode.
 
@@ -149,6 +163,7 @@ def load(
         typed: Names that the user has typed, as for `saved_models.load_run`.
         mel: Format of the recordings that the images are of; None for other images.
         use: What is taken from it. For anything but answers its head may be missing.
+        groups: The classes that are joined to `classes`, which the teacher may know in their place.
 
     Raises:
         UserError: If there is no such teacher, or it does not fit the data.
@@ -159,6 +174,9 @@ def load(
         if use == "features":
             return class_names.BY_FEATURES
         compare = class_names.match if use == "answers" else class_names.match_if_same
+        if groups is not None:
+            rest = groups, class_map, class_map_option
+            return class_groups.match(compare, who, model_classes, *rest)
         return compare(who, model_classes, classes, class_map, class_map_option)
 
     model, matched = load_model(

@@ -17,6 +17,7 @@ from kd.data.files import archives, image_files
 from kd.data.files.archives import ArchiveSplit
 from kd.data.files.image_files import ImageFiles
 from kd.data.files.transforms import Views
+from kd.models.zoo.class_groups import ClassGroups
 from kd.parallel.engine import Engine
 from kd.recipe import Recipe
 
@@ -39,6 +40,7 @@ class FileSource:
         brings_validation: Whether the validation images are a part of the data's own.
         distilled: None: files are never a distilled set.
         mel: None: recordings are not read during a training.
+        groups: As in `data_source.DataSource`.
     """
 
     name: str
@@ -49,6 +51,7 @@ class FileSource:
     brings_validation: bool = False
     distilled: None = None
     mel: None = None
+    groups: ClassGroups | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:

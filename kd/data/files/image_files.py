@@ -46,7 +46,8 @@ class ImageFiles:
         classes: Class names, in label order.
         stamp: Function that returns a text which changes with the images of the reader.
         rows: Positions in the reader.
-        labels: One class index per row, if they are known without reading the images.
+        labels: One class index per row, if they are known without reading the images: those of the
+            reader, or of groups of its classes.
         draw_order: As in `labeled_images.split_by_class`.
     """
 
@@ -101,7 +102,8 @@ class ImageFiles:
         try:
             file, label = self.reader[position]
             with file:
-                return image_files.read(file, channels), int(label)
+                image = image_files.read(file, channels)
+            return image, int(label if self.labels is None else self.labels[row])
         except Exception as error:  # a damaged file has many ways to fail
             name = self.reader.filename(position, absolute=True) or f"number {position}"
             raise DataError(

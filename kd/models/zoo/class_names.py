@@ -32,12 +32,15 @@ class Match:
         outputs: The model's output for each class of the data; None where the order is the same.
         assumed: Whether the order of the model's classes is assumed, for lack of names.
         note: Warning about the assumption; None where there is nothing to warn of.
+        groups: Group of each class of `outputs`, whose probabilities are summed; None where the
+            outputs are the data's own classes.
     """
 
     how: str
     outputs: tuple[int, ...] | None = None
     assumed: bool = False
     note: str | None = None
+    groups: tuple[int, ...] | None = None
 
 
 # Of a model whose outputs are of no use here.
