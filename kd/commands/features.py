@@ -60,7 +60,6 @@ def run(options: FeaturesOptions) -> dict[str, Any]:
         figures = extraction.write(path, what, resume=options.resume)
     return {
         "file": str(path),
-        "features": what.total,
         "values_of_each": backbone.width,
         "training_images": images.counts[0],
         "validation_images": images.counts[1],

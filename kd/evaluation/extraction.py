@@ -2,8 +2,9 @@
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,16 @@ import torch
 from jaxtyping import Float, Int
 
 from dsdistill.harness import stopping
-from dsdistill.harness.data import feature_file
+from dsdistill.harness.data import feature_file, image_files
 from dsdistill.harness.data.feature_file import PartialFeatures
 from dsdistill.harness.data.labeled_images import LabeledImages
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
+from dsdistill.harness.text import abbreviate_names
 from kd.evaluation import features
 from kd.evaluation.backbones import FeatureNetwork
 from kd.evaluation.features import ViewRows
-from kd.evaluation.image_sets import ImageSet
+from kd.evaluation.image_sets import ImageSet, Skip
 
 SECONDS_BETWEEN_SAVES = 10.0
 VERSIONED_PACKAGES = ("dsdistill", "torch", "timm", "pillow")
@@ -66,10 +68,16 @@ class Extraction:
         counts = len(self.images.labels), self.images.counts[0]
         return features.plan(*counts, self.views, self.batch_size)
 
-    def rows(self, batches: Sequence[ViewRows]) -> Iterator[Float[np.ndarray, "m d"]]:
-        """Yield the features of some of the batches."""
+    def rows(self, batches: Sequence[ViewRows], skip: Skip) -> Iterator[Float[np.ndarray, "m d"]]:
+        """Yield the features of some of the batches.
+
+        Args:
+            batches: The batches, in order.
+            skip: As for `ImageSet.ordered`.
+        """
         views = self.backbone.views(scale=(self.min_scale, 1.0), hflip=self.hflip)
-        ordered = self.images.ordered(views, self.device, self.batch_size, self.workers)
+        given = views, self.device, self.batch_size, self.workers
+        ordered = self.images.ordered(*given, skip)
         return features.extract(self.backbone, ordered, batches, self.seed, self.device)
 
     def places(self) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
@@ -105,39 +113,68 @@ def write(path: Path, extraction: Extraction, *, resume: bool) -> dict[str, floa
         resume: Whether to continue what an earlier process has begun.
 
     Returns:
-        `seconds` of this process, and `features_per_second`.
+        `seconds` of this process and its `features_per_second`, `features` of the file, and
+        `unreadable_images`, which it leaves out, if there are any.
 
     Raises:
-        UserError: As `PartialFeatures`.
+        UserError: As `PartialFeatures`, or if too many images cannot be read.
         KeyboardInterrupt: If stopped, after the rows so far are safe.
     """
     what, total = extraction, extraction.total
     batches = what.batches
-    partial = PartialFeatures(path, what.record(), (total, what.backbone.width), resume=resume)
+    written = PartialFeatures(path, what.record(), (total, what.backbone.width), resume=resume)
     ends = np.cumsum([len(batch.rows) for batch in batches])
-    left = batches[int(np.searchsorted(ends, partial.done, "right")) :]
-    began, first = time.monotonic(), partial.done
+    left = batches[int(np.searchsorted(ends, written.done, "right")) :]
+    began, first = time.monotonic(), written.done
     try:
         with stopping.watch() as flag:
-            stream = what.rows(left)
+            stream = what.rows(left, partial(_skip, written, len(what.images.labels)))
             saved = time.monotonic()
             with progress.bar(total, "features", start=first) as show:
                 done = first
                 for rows in stream:
-                    partial.append(rows)
+                    written.append(rows)
                     done += len(rows)
                     spent = time.monotonic() - began
                     show(done, per_second=(done - first) / spent)
                     if time.monotonic() - saved > SECONDS_BETWEEN_SAVES or flag.requested:
-                        partial.save()
+                        written.save()
                         saved = time.monotonic()
                     flag.check()
             spent = time.monotonic() - began
             parts, sources = what.places()
-            partial.finish(what.images.labels[sources], what.images.classes, parts, sources)
+            written.finish(what.images.labels[sources], what.images.classes, parts, sources)
     finally:
-        partial.close()
-    return {"seconds": spent, "features_per_second": (total - first) / spent}
+        written.close()
+    speed = {"seconds": spent, "features_per_second": (total - first) / spent}
+    if not written.skipped:
+        return {"features": total, **speed}
+    progress.say(f"note: {_describe(written.skipped)}: left out")
+    kept = total - int(np.isin(sources, [*written.skipped]).sum())
+    return {"features": kept, "unreadable_images": len(written.skipped), **speed}
+
+
+def _skip(written: PartialFeatures, images: int, row: int, why: str) -> None:
+    """Leave an image out, in all its views; say so of the first one at once.
+
+    Raises:
+        UserError: If more are unreadable than may be.
+    """
+    if row in written.skipped:
+        return
+    allowed = image_files.unreadable_allowed(images)
+    written.skip(row, why)
+    if len(written.skipped) > allowed:
+        raise UserError(
+            f"{_describe(written.skipped)}; at most {allowed} of {images} images may be: repair or "
+            "remove them"
+        )
+    if len(written.skipped) == 1:
+        progress.say(f"note: {why}: left out, as up to {allowed} unreadable images are")
+
+
+def _describe(skipped: Mapping[int, str]) -> str:
+    return f"{len(skipped)} images are unreadable ({abbreviate_names([*skipped.values()])})"
 
 
 def compute(what: Extraction) -> feature_file.Features:
@@ -151,13 +188,17 @@ def compute(what: Extraction) -> feature_file.Features:
     """
     store, done = np.empty((what.total, 1, 1, what.backbone.width), np.float16), 0
     with progress.bar(what.total, "features") as show:
-        for rows in what.rows(what.batches):
+        for rows in what.rows(what.batches, _refuse):
             store[done : done + len(rows), 0, 0] = feature_file.as_half(rows)
             done += len(rows)
             show(done)
     parts, sources = what.places()
     data = LabeledImages(store, what.images.labels[sources], what.images.classes)
     return feature_file.Features(data, parts, sources, what.record())
+
+
+def _refuse(row: int, why: str) -> None:
+    raise UserError(f"image {why}: repair or remove it")
 
 
 def write_in_run(path: Path, extraction: Extraction) -> feature_file.Features:

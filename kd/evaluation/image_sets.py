@@ -1,22 +1,28 @@
 """Images of a data set whose features are extracted: files that are read as needed, or arrays."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Int
+from PIL import Image
 
 from dsdistill.harness.data import datasets, feature_file
+from dsdistill.harness.data import image_files as image_format
 from dsdistill.harness.data.labeled_images import LabeledImages
 from dsdistill.harness.errors import UserError
 from kd.data import data_source
+from kd.data.batching import Batch
 from kd.data.files import archives, image_files
-from kd.data.files.image_files import ImageFiles
-from kd.data.files.stream import FileBatches
+from kd.data.files.image_files import ImageFiles, UnreadableImage
+from kd.data.files.stream import UNREADABLE, FileBatches
 from kd.data.files.transforms import Views
 from kd.evaluation.features import ArrayImages, OrderedImages
+
+Skip = Callable[[int, str], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +50,7 @@ class ImageSet:
     draw_order: tuple[int, ...] | None
 
     def ordered(
-        self, views: Views, device: torch.device, batch_size: int, workers: int
+        self, views: Views, device: torch.device, batch_size: int, workers: int, skip: Skip
     ) -> OrderedImages:
         """The images as batches.
 
@@ -53,10 +59,48 @@ class ImageSet:
             device: Device of the batches.
             batch_size: Largest number of images in a batch.
             workers: Processes that read image files.
+            skip: Called with the row of each image that cannot be read, and why, before its batch
+                is yielded, in which it is black.
         """
         if isinstance(self.store, LabeledImages):
             return ArrayImages(self.store, views, device)
-        return FileBatches(self.store, views, batch_size, device, workers=workers)
+        batches = FileBatches(
+            self.store, views, batch_size, device, workers=workers, blank_unreadable=True
+        )
+        return ReadableFiles(batches, skip)
+
+
+@dataclass(frozen=True, eq=False)
+class ReadableFiles:
+    """Images of files as batches, black in place of those that cannot be read.
+
+    Attributes:
+        batches: The files, with `blank_unreadable`.
+        skip: As for `ImageSet.ordered`.
+    """
+
+    batches: FileBatches
+    skip: Skip
+
+    def of_rows(
+        self, parts: Sequence[Int[np.ndarray, " n"]], key: tuple[int, int] | None = None
+    ) -> Iterator[Batch]:
+        """As `OrderedImages.of_rows`."""
+        for part, batch in zip(parts, self.batches.of_rows(parts, key), strict=True):
+            unreadable = (batch.labels == UNREADABLE).cpu().numpy()
+            for row in part[unreadable].tolist():
+                self.skip(row, self._reason(row))
+            yield batch
+
+    def _reason(self, row: int) -> str:
+        files = self.batches.images
+        try:
+            files.read(row, len(self.batches.views.mean))
+        except UnreadableImage as error:
+            cause = error.__cause__
+            assert isinstance(cause, Exception)
+            return f"{files.name(row)}: {image_format.describe_error(cause)}"
+        return f"{files.name(row)}: unreadable when it was its turn"
 
 
 def load(data: str, *, root: Path) -> ImageSet:
@@ -106,6 +150,19 @@ def of_parts(name: str, parts: Sequence[LabeledImages], digest: str) -> ImageSet
     return ImageSet(name, store, labels, first.classes, counts, first.shape, digest, None)
 
 
+def _first_readable(files: ImageFiles) -> Image.Image:
+    """The first image that can be read, in colour.
+
+    Raises:
+        DataError: If more are unreadable than may be.
+    """
+    allowed = image_format.unreadable_allowed(len(files))
+    for row in range(allowed):
+        with suppress(UnreadableImage):
+            return files.read(row, 3)[0]
+    return files.read(allowed, 3)[0]
+
+
 def _open_folder(data: str, path: Path) -> ImageSet:
     splits = image_files.open_folder(path, 0.0)
     parts = [splits.train, *([splits.validation] if len(splits.validation) else [])]
@@ -118,7 +175,7 @@ def _open_folder(data: str, path: Path) -> ImageSet:
         np.concatenate([part.labels for part in parts if part.labels is not None]),
         splits.train.draw_order,
     )
-    image, _ = store.read(0, 3)
+    image = _first_readable(store)
     counts = len(splits.train), len(splits.validation), len(splits.test)
     shape, order = (image.height, image.width, 3), splits.train.draw_order
     assert store.labels is not None

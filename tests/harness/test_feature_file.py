@@ -103,6 +103,25 @@ def test_layers_that_nobody_has_recorded_are_said_and_stay_unrecorded(
     assert not capsys.readouterr().err
 
 
+def test_skipped_rows_and_their_views_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "f.npz"
+    partial = PartialFeatures(path, RECORD, ROWS.shape, resume=False)
+    partial.skip(2, "b.png: cut")
+    partial.append(ROWS[:8])
+    partial.save()
+    partial.close()
+    partial = PartialFeatures(path, RECORD, ROWS.shape, resume=True)
+    partial.append(ROWS[8:])
+    partial.skip(13, "a.png: cut")
+    partial.finish(LABELS, CLASSES, PARTS, SOURCES)
+    features = feature_file.read(path)
+    kept = np.setdiff1d(np.arange(22), [2, 13, 18])  # row 18 is a view of row 2
+    np.testing.assert_array_equal(features.images.store[:, 0, 0], ROWS[kept])
+    np.testing.assert_array_equal(features.images.labels, LABELS[kept])
+    np.testing.assert_array_equal(kept[features.sources], SOURCES[kept])
+    assert features.record["unreadable"] == ["b.png: cut", "a.png: cut"]
+
+
 def test_a_folder_has_one_writer(tmp_path: Path) -> None:
     path = tmp_path / "f.npz"
     first = PartialFeatures(path, RECORD, ROWS.shape, resume=False)

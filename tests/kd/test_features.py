@@ -1,6 +1,8 @@
 """`kd features`: the features of files and arrays through a run, of any number of views."""
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -225,6 +227,81 @@ def test_decoding_processes_change_nothing(inside: pytest.MonkeyPatch, tmp_path:
     given = ("--student", "run", "--out", tmp_path / "two.npz", "--batch-size", 16, "--views", 2)
     main(inside, "features", "photos", *given, "--workers", 2, "--device", "cpu")
     assert (tmp_path / "none.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
+
+
+@pytest.fixture
+def damaged(inside: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The photos, of which the first to train on and one to test on end too early."""
+    folder = tmp_path / "damaged"
+    shutil.copytree("photos", folder)
+    for file in (_files(folder)[0], _files(folder)[-1]):
+        file.write_bytes(file.read_bytes()[:60])
+    return folder
+
+
+def _files(folder: Path) -> list[Path]:
+    """Those to train on first, in the order of their rows."""
+    return [p for part in ("train", "test") for p in sorted((folder / part).rglob("*.png"))]
+
+
+def test_unreadable_images_are_left_out_and_named(
+    inside: pytest.MonkeyPatch,
+    tmp_path: Path,
+    damaged: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = extract(inside, tmp_path / "whole.npz", "--views", 2)
+    given = ("--student", "run", "--device", "cpu", "--batch-size", 16, "--views", 2)
+    for workers in (0, 2):
+        out = ("--out", tmp_path / f"{workers}.npz")
+        main(inside, "features", damaged, *given, "--workers", workers, *out)
+    said = capsys.readouterr()
+    assert (tmp_path / "0.npz").read_bytes() == (tmp_path / "2.npz").read_bytes()
+    rest = feature_file.read(tmp_path / "0.npz")
+    # 40 to train on, 12 to test on, then a further view of the 40.
+    kept = np.setdiff1d(np.arange(52 + 40), [0, 51, 52])
+    np.testing.assert_array_equal(rest.images.store, whole.images.store[kept])
+    np.testing.assert_array_equal(rest.images.labels, whole.images.labels[kept])
+    np.testing.assert_array_equal(rest.parts, whole.parts[kept])
+    np.testing.assert_array_equal(kept[rest.sources], whole.sources[kept])
+    first, last = (str(_files(damaged)[i].relative_to(damaged)) for i in (0, -1))
+    assert [line.partition(":")[0] for line in rest.record["unreadable"]] == [first, last]
+    assert f"note: {first}: " in said.err
+    assert "2 images are unreadable" in said.err
+    assert re.search(r"^features +89$", said.out, re.MULTILINE)
+    assert re.search(r"^unreadable images +2$", said.out, re.MULTILINE)
+
+
+def test_a_stopped_extraction_knows_what_was_unreadable(
+    inside: pytest.MonkeyPatch, tmp_path: Path, damaged: Path
+) -> None:
+    inside.setattr("kd.evaluation.extraction.SECONDS_BETWEEN_SAVES", 0)
+    given = ("features", damaged, "--student", "run", "--device", "cpu", "--batch-size", 16)
+    given = (*given, "--workers", 0, "--out")
+    main(inside, *given, tmp_path / "whole.npz")
+    original = features.extract
+
+    def killed(*arguments):
+        for number, rows in enumerate(original(*arguments)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield rows
+
+    with inside.context() as patch:
+        patch.setattr(features, "extract", killed)
+        refused(patch, *given, tmp_path / "f.npz")
+    main(inside, *given, tmp_path / "f.npz", "--resume")
+    assert (tmp_path / "f.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+
+
+def test_too_many_unreadable_images_are_one_line(
+    inside: pytest.MonkeyPatch, tmp_path: Path, damaged: Path
+) -> None:
+    for file in _files(damaged)[20:22]:
+        file.write_bytes(b"")
+    line = refused(inside, "features", damaged, "--student", "run", "--out", tmp_path / "f.npz")
+    assert "4 images are unreadable (train/" in line
+    assert "at most 3 of 52 images may be: repair or remove them" in line
 
 
 @pytest.mark.parametrize(

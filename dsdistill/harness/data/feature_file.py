@@ -23,7 +23,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -230,11 +230,17 @@ def _read_array_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]
     return np.lib.format.read_array_header_2_0(file)
 
 
+def _write_header(file: IO[bytes], n: int, d: int) -> None:
+    header = {"descr": "<f2", "fortran_order": False, "shape": (n, 1, 1, d)}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
 class PartialFeatures:
     """Features that are written row by row into `<file>.partial`, until `finish` makes the file.
 
     Attributes:
         done: Number of rows that are safely on disk; a later start continues there.
+        skipped: Rows of plain images that are left out of the file, in all their views, and why.
     """
 
     def __init__(
@@ -255,6 +261,7 @@ class PartialFeatures:
         self.path, self.folder = path, path.with_name(f"{path.name}{PARTIAL_SUFFIX}")
         self.record = as_stored(record)
         self.shape, self.done = shape, 0
+        self.skipped: dict[int, str] = {}
         if path.exists():
             raise UserError(f"{path} is finished: choose another --out, or remove it")
         if resume and not (self.folder / STATE).is_file():
@@ -273,8 +280,9 @@ class PartialFeatures:
         except locks.LockHeld as error:
             raise UserError(f"{self.folder} is in use by {error}: wait until it is done") from error
         self._file = (self.folder / FEATURES).open("r+b" if resume else "w+b")
-        self._write_header()
-        self._file.truncate(self._file.tell() + self.done * self._row_bytes)
+        _write_header(self._file, *shape)
+        self._start = self._file.tell()
+        self._file.truncate(self._start + self.done * self._row_bytes)
         self._file.seek(0, os.SEEK_END)
         self._rows = self.done
         if not resume:
@@ -294,11 +302,22 @@ class PartialFeatures:
         self._file.write(half.data)
         self._rows += len(half)
 
+    def skip(self, row: int, why: str) -> None:
+        """Leave the plain image of a row out of the file, and all further views of it.
+
+        Args:
+            row: Row of the plain image. Its rows are appended all the same, with any values.
+            why: Name of the image and the reason, for messages and for the record.
+        """
+        self.skipped[row] = why
+
     def save(self) -> None:
         """Make all rows so far safe."""
         self._file.flush()
         os.fsync(self._file.fileno())
         state = {"rows": self._rows, "shape": self.shape, "record": self.record}
+        if self.skipped:
+            state["skipped"] = {str(row): why for row, why in self.skipped.items()}
         files.write_json(self.folder / STATE, state)
         self.done = self._rows
 
@@ -317,20 +336,23 @@ class PartialFeatures:
         """
         assert self._rows == self.shape[0], "all rows are there"
         self.save()
+        kept = np.flatnonzero(~np.isin(sources, [*self.skipped]))
+        left_out = {"unreadable": [self.skipped[row] for row in sorted(self.skipped)]}
+        record = self.record | (left_out if self.skipped else {})
         arrays = {
-            "labels": labels.astype(np.int64),
+            "labels": labels[kept].astype(np.int64),
             "classes": np.array(classes),
-            "parts": parts.astype(np.uint8),
-            "sources": sources.astype(np.int64),
-            RECORD: np.array(json.dumps(self.record, sort_keys=True)),
+            "parts": parts[kept].astype(np.uint8),
+            "sources": np.searchsorted(kept, sources[kept]).astype(np.int64),
+            RECORD: np.array(json.dumps(record, sort_keys=True)),
         }
         whole = self.folder / "features.npz"
         with whole.open("wb") as file:
             with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
                 # A member without a date: equal features are equal files.
                 with archive.open(zipfile.ZipInfo(FEATURES), "w", force_zip64=True) as member:
-                    self._file.seek(0)
-                    shutil.copyfileobj(self._file, member, CHUNK_BYTES)
+                    _write_header(member, len(kept), self.shape[1])
+                    self._copy_rows(kept, member)
                 for name, array in arrays.items():
                     with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w") as member:
                         np.lib.format.write_array(member, array, allow_pickle=False)
@@ -345,16 +367,24 @@ class PartialFeatures:
         self._file.close()
         self._lock.release()
 
-    def _write_header(self) -> None:
-        n, d = self.shape
-        header = {"descr": "<f2", "fortran_order": False, "shape": (n, 1, 1, d)}
-        np.lib.format.write_array_header_1_0(self._file, header)
+    def _copy_rows(self, rows: Int[np.ndarray, " m"], target: IO[bytes]) -> None:
+        """Copy rows, in rising order, a run of neighbours at a time."""
+        for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
+            if not len(run):
+                continue
+            self._file.seek(self._start + int(run[0]) * self._row_bytes)
+            left = len(run) * self._row_bytes
+            while left:
+                chunk = self._file.read(min(left, CHUNK_BYTES))
+                target.write(chunk)
+                left -= len(chunk)
 
     def _check_state(self) -> None:
         """Take over the rows of an earlier start with the same record."""
         state = files.read_json(self.folder / STATE)
         try:
             rows, shape, record = int(state["rows"]), tuple(state["shape"]), dict(state["record"])
+            skipped = {int(row): str(why) for row, why in dict(state.get("skipped", {})).items()}
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self.folder / STATE} is damaged: remove {self.folder}") from error
         if (change := changed(record, self.record)) is not None:
@@ -368,7 +398,7 @@ class PartialFeatures:
         size = (self.folder / FEATURES).stat().st_size if (self.folder / FEATURES).exists() else 0
         if shape != self.shape or not 0 <= rows <= shape[0] or size < rows * self._row_bytes:
             raise UserError(f"{self.folder} is damaged: remove it, and start anew")
-        self.done = rows
+        self.done, self.skipped = rows, skipped
 
     def _require_space(self) -> None:
         """Refuse features for which the disk has no space, in the folder and in the file."""

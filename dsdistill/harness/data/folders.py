@@ -49,8 +49,6 @@ from dsdistill.harness.memory import format_bytes
 from dsdistill.harness.runs import locks, progress
 from dsdistill.harness.text import abbreviate_names, printable
 
-MAX_UNREADABLE_FRACTION = 0.01  # share of the images that may be skipped
-MAX_UNREADABLE_IN_SMALL_FOLDER = 3  # may be skipped in a small folder, up to a tenth of its images
 IMAGES_PER_CHUNK = 256  # images decoded between two writes
 INDEX_FILE = "index.json"
 DECODER_VERSION = 2  # part of the key: raise it when the same files would be decoded differently
@@ -460,12 +458,7 @@ def _write_slots(
             file.seek(start + slot * pixels.nbytes)
             file.write(pixels.data)
             show(slot + 1)
-    allowed = int(
-        max(
-            MAX_UNREADABLE_FRACTION * len(files),
-            min(MAX_UNREADABLE_IN_SMALL_FOLDER, len(files) / 10),
-        )
-    )
+    allowed = image_files.unreadable_allowed(len(files))
     if len(skipped) > allowed:
         raise DataError(
             f"{_describe_unreadable(path, files, skipped)}; at most {allowed} of "

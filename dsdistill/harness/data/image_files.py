@@ -26,6 +26,8 @@ PILLOW_MODES = {1: "L", 3: "RGB"}  # by number of channels
 # Opened by an external program (EPS, WMF), not images (MPEG), or mere stubs for plugins.
 UNSUPPORTED_FORMATS = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5", "IPTC"}
 SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+MAX_UNREADABLE_FRACTION = 0.01  # share of the images that may be left out
+MAX_UNREADABLE_IN_SMALL_FOLDER = 3  # may be left out of a small folder, up to a tenth of its images
 LFS_PREFIX = b"version https://git-lfs"
 
 
@@ -80,6 +82,12 @@ def is_gray(path: Path) -> bool | None:
             return _has_one_channel(image)
     except Exception:  # a damaged file has many ways to fail
         return None
+
+
+def unreadable_allowed(count: int) -> int:
+    """How many of a number of images may be unreadable and left out; more are an error."""
+    small = min(MAX_UNREADABLE_IN_SMALL_FOLDER, count / 10)
+    return int(max(MAX_UNREADABLE_FRACTION * count, small))
 
 
 def describe_error(error: Exception, path: Path | None = None) -> str:

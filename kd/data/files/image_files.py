@@ -23,6 +23,10 @@ from dsdistill.harness.text import quote
 MAX_PROBED_HEADERS = 2000  # files of a folder whose headers are read to learn of grayscale ones
 
 
+class UnreadableImage(DataError):
+    """An image that cannot be read; its cause says why."""
+
+
 class ImageReader(Protocol):
     """timm's protocol of a reader of images in any order."""
 
@@ -96,7 +100,7 @@ class ImageFiles:
             channels: 3 for colour, 1 for grayscale.
 
         Raises:
-            DataError: If it cannot be read.
+            UnreadableImage: If it cannot be read.
         """
         position = int(self.rows[row])
         try:
@@ -106,10 +110,15 @@ class ImageFiles:
             return image, int(label if self.labels is None else self.labels[row])
         except Exception as error:  # a damaged file has many ways to fail
             name = self.reader.filename(position, absolute=True) or f"number {position}"
-            raise DataError(
+            raise UnreadableImage(
                 f"image {name} cannot be read ({image_files.describe_error(error)}): repair it, "
                 "or remove it"
             ) from error
+
+    def name(self, row: int) -> str:
+        """Path of an image below the folder, or its number where it has none."""
+        position = int(self.rows[row])
+        return self.reader.filename(position, absolute=False) or f"number {position}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Int
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
+from dsdistill.harness.data import image_files
 from dsdistill.harness.errors import UserError, one_line
 from dsdistill.harness.memory import format_bytes
 from dsdistill.harness.runs import progress
@@ -29,9 +31,11 @@ from kd.data.batching import (
     share_positions,
     split_rows,
 )
-from kd.data.files.image_files import ImageFiles
+from kd.data.files.image_files import ImageFiles, UnreadableImage
 from kd.data.files.transforms import Transform, Views, preserve_generators, seed_generators
 
+UNREADABLE = -1  # label of a black image in place of one that cannot be read
+BLANK_SIZE = (64, 64)  # of such an image, before it takes the size of the others
 SHARED_MEMORY = "/dev/shm"  # Linux's file system of shared memory
 SEMAPHORE_BYTES_PER_WORKER = 1 << 17  # shared memory for a decoding process's queues, rounded up
 
@@ -69,6 +73,8 @@ class FileBatches:
         workers: Number of decoding processes; with 0 the training's process decodes.
         prefetch: Number of batches that each worker prepares in advance.
         least: Smallest number of images in a process's share of a batch.
+        blank_unreadable: Whether an image that cannot be read is a black one with the label
+            `UNREADABLE`; otherwise it is an error.
     """
 
     images: ImageFiles
@@ -81,6 +87,7 @@ class FileBatches:
     workers: int = 0
     prefetch: int = 2
     least: int = MIN_IMAGES_PER_PROCESS
+    blank_unreadable: bool = False
     _idle: list["_WorkerPool"] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -185,7 +192,8 @@ class FileBatches:
     @cached_property
     def _dataset(self) -> "_WorkerDataset":
         transforms = self.views.transform(False), self.views.transform(True)
-        return _WorkerDataset(self.images, len(self.views.mean), *transforms, self._transport.piped)
+        channels, piped = len(self.views.mean), self._transport.piped
+        return _WorkerDataset(self.images, channels, *transforms, piped, self.blank_unreadable)
 
 
 def epoch_rows(n: int, repeats: int, seed: int, epoch: int) -> Int[np.ndarray, " views"]:
@@ -328,6 +336,7 @@ class _WorkerDataset:
     evaluation: Transform
     training: Transform
     piped: bool
+    blank_unreadable: bool
 
     def __getitem__(self, share: _BatchShare) -> WorkerBatch:
         try:
@@ -340,11 +349,19 @@ class _WorkerDataset:
         return collate(images, labels, self.piped)
 
     def _read(self, row: int, repeat: int, key: tuple[int, int] | None) -> tuple[Tensor, int]:
-        image, label = self.images.read(row, self.channels)
+        image, label = self._read_or_blank(row)
         if key is None:
             return self.evaluation(image), label
         seed_generators(*key, row, repeat)
         return self.training(image), label
+
+    def _read_or_blank(self, row: int) -> tuple[Image.Image, int]:
+        try:
+            return self.images.read(row, self.channels)
+        except UnreadableImage:
+            if not self.blank_unreadable:
+                raise
+        return Image.new(image_files.PILLOW_MODES[self.channels], BLANK_SIZE), UNREADABLE
 
 
 def _identity(answer: WorkerBatch) -> WorkerBatch:
