@@ -36,7 +36,8 @@ def draw(folder: Path) -> None:
         left.set(ylabel="loss terms, weighted (mean of a round)", xlabel="step", yscale="log")
         plot_style.format_log_axis(left.yaxis)
         report = folder / REPORT
-        shown = run_figures.of_report(files.read_json(report) if report.is_file() else {})
+        known = files.read_json(report) if report.is_file() else {}
+        shown = run_figures.validated(run_figures.of_report(known))
         _plot_lines(right, rows, [f"validation_{shown.name}"])
         unit = " (fraction)" if shown.in_percent else ""
         right.set(ylabel=f"validation {shown.words}{unit}", xlabel="step")

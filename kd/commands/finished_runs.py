@@ -54,6 +54,7 @@ OPTIONAL_TYPES = {
     "task": str | None,
     "metric": str | None,
     "judged_on": str | None,
+    "head": str | None,
     "languages": Mapping[str, Mapping[str, float | None]],
     "latency_ms_batch_1": float | None,
     "latency_tokens": int | None,

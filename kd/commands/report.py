@@ -450,11 +450,11 @@ def _gap_tables(compared: Sequence[Comparison]) -> list[str]:
 def _curves(compared: Sequence[Comparison]) -> str:
     figures = []
     for i, comparison in enumerate(compared):
-        figure = comparison.figure
+        figure = run_figures.validated(comparison.figure)
         validated = [
             group
             for group in comparison.groups
-            if any(run.curves[figure.name] for run in group.runs)
+            if any(_is_validated_by(run, figure) and run.curves[figure.name] for run in group.runs)
         ]
         if validated:
             alt = f"Validation {figure.words} on {comparison.name}, one line per run"
@@ -497,7 +497,8 @@ def _run_tables(compared: Sequence[Comparison]) -> list[str]:
     of_figures = _by_title(compared, "As each run's own report says", lambda one: one.figure.title)
     for caption, members in of_figures:
         figure = members[0].figure
-        head = ("folder", "seed", f"test {figure.title}", f"validation {figure.title}")
+        validation = f"validation {run_figures.validated(figure).title}"
+        head = ("folder", "seed", f"test {figure.title}", validation)
         bodies = [
             (group.label, [_run_cells(run, figure) for run in group.runs])
             for one in members
@@ -509,13 +510,22 @@ def _run_tables(compared: Sequence[Comparison]) -> list[str]:
 
 def _run_cells(run: FinishedRun, figure: Figure) -> list[str]:
     epoch = run.report.get("best_epoch")
-    values = (run.report.get(f"{part}_{figure.name}") for part in ("test", "validation"))
+    validated = run_figures.validated(figure)
+    values = [run.report.get(f"test_{figure.name}"), None]
+    if _is_validated_by(run, validated):
+        values[1] = run.report.get(f"validation_{validated.name}")
     return [
         html.text(run.folder),
         str(run.report["seed"]),
         *(NOTHING if value is None else _value(value, figure) for value in values),
         NOTHING if epoch is None else str(epoch),
     ]
+
+
+def _is_validated_by(run: FinishedRun, figure: Figure) -> bool:
+    """Whether the run means this figure by its name on validation data."""
+    own = run_figures.validated(run_figures.of_report(run.report))
+    return run_figures.LEAVE_ONE_OUT not in (own, figure) or own is figure
 
 
 def _by_title(

@@ -46,10 +46,17 @@ class Figure:
 
 
 ACCURACY = Figure("accuracy", "accuracy", FRACTION, digits=1)
+LINEAR_PROBE = Figure("linear_probe_accuracy", "linear probe accuracy", FRACTION, digits=1)
+# What a student without a head is validated by, under the name of the accuracy that it has not.
+LEAVE_ONE_OUT = Figure(
+    "accuracy", "accuracy of the nearest neighbours, each image left out", FRACTION, digits=1
+)
 FIGURES: Mapping[str, Figure] = {
     figure.name: figure
     for figure in (
         ACCURACY,
+        LINEAR_PROBE,
+        Figure("nearest_neighbours_accuracy", "nearest neighbours accuracy", FRACTION, digits=1),
         Figure("robust_accuracy", "accuracy under attack", FRACTION, digits=1),
         Figure("macro_f1", "macro F1", FRACTION, digits=1),
         Figure("balanced_accuracy", "balanced accuracy", FRACTION, digits=1),
@@ -78,10 +85,20 @@ OF_TASK = {
 def of_report(report: Mapping[str, Any]) -> Figure:
     """The figure that a run is compared by: that of its metric, for images the accuracy.
 
+    A student without a head has no accuracy of its own, but that of a linear probe of its
+    embedding.
+
     Args:
         report: Content of its `report.json`.
     """
+    if report.get("head") == "none":
+        return LINEAR_PROBE
     return FIGURES.get(report.get("metric") or "") or of_task(report.get("task"))
+
+
+def validated(figure: Figure) -> Figure:
+    """The figure on validation data that belongs to one on test data."""
+    return LEAVE_ONE_OUT if figure is LINEAR_PROBE else figure
 
 
 def of_task(task: str | None) -> Figure:

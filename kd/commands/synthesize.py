@@ -142,11 +142,6 @@ def _load(options: SynthesizeOptions) -> Model:
             f"{folder} is a student without a head, and images are made for classes: give the run "
             "of a classifier"
         )
-    if model.bits is not None:
-        raise UserError(
-            f"{folder} is quantised, with {model.bits.text}: give the run in float32 that it was "
-            "made of"
-        )
     return model
 
 

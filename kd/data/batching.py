@@ -61,6 +61,8 @@ class Batch:
         token_targets: Target of each token, `IGNORED` where it has none, for losses on tokens.
         totals: Number of tokens and of targets of the batch over all processes, if this is the
             share of one.
+        counts: Number of tokens and of targets of this batch, counted before it was moved to its
+            device, on which to count is to wait for it; None where that was not done.
     """
 
     inputs: Float[Tensor, "n c h w"] | TokenInputs
@@ -74,6 +76,7 @@ class Batch:
     teacher_inputs: tuple[Float[Tensor, "n c h w"] | TokenInputs, ...] | None = None
     token_targets: Int[Tensor, "n l"] | None = None
     totals: Mapping[Unit, int] | None = None
+    counts: Mapping[Unit, int] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -108,6 +111,8 @@ class Batch:
 
     def count(self, unit: Unit) -> int:
         """Number of images or texts, of real tokens, or of tokens with a target."""
+        if self.counts is not None and unit in self.counts:
+            return self.counts[unit]
         if unit == "tokens" and isinstance(self.inputs, TokenInputs):
             return int(self.inputs.mask.sum())
         if unit == "targets" and self.token_targets is not None:
@@ -254,7 +259,10 @@ class ChangedBatches:
 
 
 def move(batch: Batch, device: torch.device) -> Batch:
-    """Move a batch to a device; from pinned memory without waiting for a GPU."""
+    """Move a batch to a device; from pinned memory without waiting for a GPU.
+
+    Its tokens are counted where it comes from.
+    """
     gpu = device.type == "cuda"
     moved: dict[str, Any] = {
         name: value.to(device, non_blocking=gpu and _is_pinned(value))
@@ -263,7 +271,15 @@ def move(batch: Batch, device: torch.device) -> Batch:
     }
     if batch.teacher_inputs is not None:
         moved["teacher_inputs"] = tuple(x.to(device) for x in batch.teacher_inputs)
-    return replace(batch, **moved)
+    return replace(batch, **moved, counts=batch.counts or _count_tokens(batch))
+
+
+def _count_tokens(batch: Batch) -> dict[Unit, int]:
+    """Numbers of tokens and of targets of texts; empty for images."""
+    if not isinstance(batch.inputs, TokenInputs):
+        return {}
+    units: tuple[Unit, ...] = ("tokens",) if batch.token_targets is None else ("tokens", "targets")
+    return {unit: batch.count(unit) for unit in units}
 
 
 def _is_pinned(value: Tensor | TokenInputs) -> bool:

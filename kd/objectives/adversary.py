@@ -17,7 +17,7 @@ from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError
 from kd.attack import STEP_SHARE, Pgd
 from kd.data.batching import Batch, derive_seed
-from kd.losses import response
+from kd.losses import ensemble, response
 from kd.models.zoo.modes import evaluation_mode
 
 Images = Float[Tensor, "n c h w"]
@@ -173,6 +173,8 @@ class Adversary:
         student: nn.Module,
         teachers: Sequence[nn.Module] = (),
         answers: Logits | None = None,
+        *,
+        by_label: bool = False,
     ) -> Images:
         """The images of a batch, changed; the same for the same seed of torch's generator.
 
@@ -184,6 +186,8 @@ class Adversary:
             student: The student, not wrapped.
             teachers: The teachers, in evaluation mode.
             answers: Their logits together for the clean images, where `needs_answers`.
+            by_label: Whether teachers that answer for the changed images are weighted by how well
+                they know the label there, as in the loss.
         """
         images = batch.images
         generator = torch.Generator(images.device)
@@ -191,7 +195,7 @@ class Adversary:
         return perturb(
             student,
             images,
-            self._loss(batch, student, teachers, answers),
+            self._loss(batch, student, teachers, answers, by_label),
             self.bounds,
             steps=self.attack.steps,
             step=self.attack.step_size,
@@ -205,11 +209,15 @@ class Adversary:
         student: nn.Module,
         teachers: Sequence[nn.Module],
         answers: Logits | None,
+        by_label: bool,
     ) -> AttackLoss:
         if self.against == "labels":
             return label_loss(batch.labels_or_shares)
         if self.against == "moving teacher":
-            return lambda outputs, images: _divergence(outputs, _mean_answer(teachers, images))
+            labels = batch.labels_or_shares if by_label else None
+            return lambda outputs, images: _divergence(
+                outputs, _mean_answer(teachers, images, labels)
+            )
         if self.against == "itself":
             float32 = torch.autocast(batch.images.device.type, enabled=False)
             with evaluation_mode(student), torch.no_grad(), float32:
@@ -224,10 +232,20 @@ def label_loss(labels: Tensor) -> AttackLoss:
     return lambda outputs, images: response.cross_entropy(outputs, labels)
 
 
-def _mean_answer(teachers: Sequence[nn.Module], images: Images) -> Logits:
-    """Logarithm of the mean of the teachers' probabilities, with its gradient into the images."""
+def _mean_answer(teachers: Sequence[nn.Module], images: Images, labels: Tensor | None) -> Logits:
+    """Logarithm of the mean of the teachers' probabilities, with its gradient into the images.
+
+    Args:
+        teachers: The teachers.
+        images: The images.
+        labels: Labels by which teachers are weighted, with weights that count as constants; None
+            weights them alike.
+    """
     each = torch.stack([teacher(images).float().log_softmax(-1) for teacher in teachers])
-    return each.logsumexp(0) - math.log(len(each))
+    if labels is None:
+        return each.logsumexp(0) - math.log(len(each))
+    weights = ensemble.label_weights([*each], labels)
+    return (each + weights.log()[..., None]).logsumexp(0)
 
 
 def _divergence(outputs: Logits, log_p: Logits) -> Float[Tensor, ""]:

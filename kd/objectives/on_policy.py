@@ -139,6 +139,7 @@ def _replace_completions(
         inputs=inputs,
         token_targets=token_batches.fill(targets, IGNORED, inputs.ids.shape[1]),
         totals=None,
+        counts=None,
         teacher_inputs=None,
         teacher_logits=None,
     )

@@ -192,7 +192,8 @@ class Distillation(nn.Module):
         together = None
         if adversary.needs_answers:
             together = StepOutputs(batch, answers[0], answers, self.by_label).combined_logits(1.0)
-        changed = replace(batch, inputs=adversary.change(batch, self.student, teachers, together))
+        images = adversary.change(batch, self.student, teachers, together, by_label=self.by_label)
+        changed = replace(batch, inputs=images)
         if adversary.asks_teachers:
             with torch.no_grad():
                 answers = tuple(teacher(changed.inputs) for teacher in teachers)

@@ -28,7 +28,7 @@ class Meter:
     def __init__(self, sums: Mapping[str, float] | None = None) -> None:
         earlier = dict(sums or {})
         self._steps = earlier.pop("steps", 0.0)
-        self._amount: Tensor | float = earlier.pop("images", 0.0)  # of whatever unit
+        self._amount: float = earlier.pop("images", 0.0)  # of whatever unit
         self._unit = "images"
         self._seconds = earlier.pop("seconds", 0.0)
         self._sums: dict[str, Tensor | float] = dict(earlier)
@@ -57,12 +57,12 @@ class Meter:
         """Sums for a checkpoint in the middle of a round."""
         terms = {name: float(value) for name, value in self._sums.items()}
         passed = self._seconds + time.perf_counter() - self._began
-        return terms | {"steps": self._steps, "images": float(self._amount), "seconds": passed}
+        return terms | {"steps": self._steps, "images": self._amount, "seconds": passed}
 
     def means(self, on: Engine) -> dict[str, float]:
         """The round's mean terms, and its speed, over all processes."""
         values = [float(value) for value in self._sums.values()]
-        parts = torch.tensor([*values, float(self._amount)], dtype=torch.float64, device=on.device)
+        parts = torch.tensor([*values, self._amount], dtype=torch.float64, device=on.device)
         summed: Any = on.reduce(parts)
         *terms, amount = summed.tolist()
         processes = on.num_processes
@@ -77,13 +77,13 @@ class Meter:
         return {f"{self._unit}_per_second": sums["images"] / sums["seconds"]}
 
 
-def _amount(batch: Batch) -> tuple[str, int | Tensor]:
-    """Unit of a batch's inputs, and their number; a count of tokens does not wait for a GPU."""
+def _amount(batch: Batch) -> tuple[str, int]:
+    """Unit of a batch's inputs, and their number."""
     if not isinstance(batch.inputs, TokenInputs):
         return "images", len(batch)
     if batch.token_targets is None:
         return "texts", len(batch)
-    return "tokens", batch.inputs.mask.sum().double()
+    return "tokens", batch.count("tokens")
 
 
 class FiniteGuard:

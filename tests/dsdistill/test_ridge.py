@@ -51,6 +51,7 @@ def examples(n: int) -> Examples:
     )
 
 
+@pytest.mark.heavy
 def test_learner_fits_its_training_images_and_predicts_any_number():
     train = examples(30)
     predict = ridge.RidgeLearner(networks.parse("fc"), 1e-9)(train, examples(3), 0)

@@ -103,7 +103,14 @@ def test_a_real_measurement():
     assert 10 <= chosen(0.001, n=500) <= 500
 
 
-@pytest.mark.parametrize("work", [None, Adam(), GaussNewton()])
+@pytest.mark.parametrize(
+    "work",
+    [
+        None,
+        pytest.param(Adam(), marks=pytest.mark.heavy),
+        pytest.param(GaussNewton(), marks=pytest.mark.heavy),
+    ],
+)
 def test_a_tile_announces_long_work_alone(work, monkeypatch):
     monkeypatch.setitem(timing.TILE_SIDES, "exact planes", 4)
     conv, long = networks.parse("conv(1)"), timing.MIN_ANNOUNCED_TILES * 4 * 4

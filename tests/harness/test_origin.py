@@ -52,6 +52,7 @@ def test_both_packages_hold_out_the_same_images(tmp_path, digits, stored, held):
     _require_same_split(path, tmp_path / "root", (1438 - held, held, 359))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("method", ["ls", "kip"])
 def test_both_hold_out_the_same_images_for_a_run_of_a_command(tmp_path, method):
     """Label Solve takes all training images, KIP holds a tenth out: both are evaluated alike."""

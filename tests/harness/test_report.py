@@ -77,6 +77,12 @@ def stored(found, folder: Path) -> dict:
     return json.loads(text)
 
 
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+    """A whole report as it is stored."""
+    return json.dumps(stored(small(), tmp_path_factory.mktemp("stored")))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -100,8 +106,8 @@ def stored(found, folder: Path) -> dict:
         (lambda s: s["results"][-1]["facts"].update(flops="many"), "facts.flops is 'many'"),
     ],
 )
-def test_a_damaged_or_foreign_report_is_one_clear_error(damage, message, tmp_path):
-    content = stored(small(), tmp_path)
+def test_a_damaged_or_foreign_report_is_one_clear_error(damage, message, text, tmp_path):
+    content = json.loads(text)
     damage(content)
     (tmp_path / "report.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=message) as caught:
@@ -237,6 +243,7 @@ def test_augmented_rows_are_compared_only_where_there_are_no_others():
     assert len(augmented.compared_rows) == len(augmented.rows)
 
 
+@pytest.mark.heavy
 def test_every_axis_is_labelled_with_its_unit():
     found = small()
     made = gallery.figures(found)
@@ -258,6 +265,7 @@ def test_every_axis_is_labelled_with_its_unit():
     assert len(made["accuracy"].axes) == len(found.learners)
 
 
+@pytest.mark.heavy
 def test_logarithmic_axes_have_plain_numbers():
     for seconds in (2.0, 90000.0):  # within a power of ten, and far from it
         figure = plots.cost([row(small(), "distilled")], seconds)
@@ -360,6 +368,7 @@ def test_an_svg_for_a_page_takes_ink_and_ground_from_it():
         assert target in ids
 
 
+@pytest.mark.heavy
 def test_files_are_black_on_white():
     figure = plots.cost(small().rows, 100.0)
     text = plot_style.svg_file(figure).decode()
@@ -421,6 +430,7 @@ def test_columns_without_any_value_are_left_out():
     assert all(len(line) == len(head) for _, line in lines)
 
 
+@pytest.mark.heavy
 def test_a_report_in_which_everything_failed_is_a_report_too(tmp_path):
     empty = {"per_class": None, "confusion": None, "facts": None, "train_seconds": 0.0}
     found = small()

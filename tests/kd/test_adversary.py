@@ -231,6 +231,28 @@ def test_a_term_is_of_the_changed_images_which_raise_what_it_is_against(name: st
         assert inner(changed).mean() > inner(images).mean() + 0.01
 
 
+@pytest.mark.parametrize("scale", [400.0, 1.0])
+def test_teachers_of_changed_images_have_the_weights_that_they_have_in_the_loss(
+    scale: float,
+) -> None:
+    """Of two teachers one that is wrong without a doubt has no weight, nor drives the attack."""
+    student, knowing, wrong = linear(3, 0), linear(3, 7), linear(3, 8)
+    images = pixels()
+    labels = wrong(images).argmin(1)
+    with torch.no_grad():
+        wrong[1].weight *= scale
+        wrong[1].bias *= scale
+    adversary = Adversary(Pgd(eps=0.02, steps=6), Bounds(0.02), "moving teacher")
+
+    def changed(*teachers: nn.Module, by_label: bool = False) -> Tensor:
+        torch.manual_seed(0)
+        return adversary.change(Batch(images, labels), student, teachers, by_label=by_label)
+
+    alone, together = changed(knowing), changed(knowing, wrong, by_label=True)
+    assert not torch.equal(changed(knowing, wrong), together)
+    assert torch.equal(alone, together) == (scale == 400)
+
+
 def test_an_attack_as_it_is_written() -> None:
     assert attack.parse_adversary("pgd") == Pgd(8 / 255, 10)
     written = attack.parse_adversary("pgd:eps=8/255:steps=7:step=2/255")

@@ -100,6 +100,7 @@ def test_a_term_says_what_it_needs_of_the_data(loss: str, options: dict, message
     assert message in str(error.value)
 
 
+@pytest.mark.heavy
 def test_a_term_needs_no_more_than_it_says() -> None:
     for name, row in terms.TERMS.items():
         if row.of_texts or row.against is not None:  # an attack stands beside these

@@ -179,6 +179,37 @@ def test_gains_stand_beside_the_size_of_the_teachers(tmp_path):
     assert "Gain in accuracy on digits by size of the teacher." in page
 
 
+def test_students_without_a_head_are_compared_by_a_linear_probe(tmp_path):
+    options = replace(TAUGHT, head="none")
+    for seed, (linear, near) in enumerate(((0.71, 0.6), (0.75, 0.64))):
+        probes = {"linear_probe_accuracy": linear, "nearest_neighbours_accuracy": near}
+        figures = {f"test_{name}": value for name, value in probes.items()}
+        made(tmp_path, replace(options, seed=seed), accuracy=None, head="none", **figures)
+    (alone,) = compared_in(tmp_path)
+    (group,) = alone.groups
+    cells = cells_of(alone, group)
+    assert cells["test linear probe accuracy, %"] == "73.0 ± 2.8"
+    assert cells["nearest neighbours accuracy, %"] == "62.0 ± 2.8"
+    assert cells["accuracy, %"] == "–"
+    page = report.render(sorted(tmp_path.iterdir()))
+    assert "73.0 ± 2.8 %." in page
+    assert "Validation accuracy of the nearest neighbours, each image left out on" in page
+    # Beside a student with a head, whose validation accuracy is that of its answers.
+    made(tmp_path, PLAIN, accuracy=0.9)
+    (both,) = compared_in(tmp_path)
+    headless, whole = (cells_of(both, group) for group in both.groups)
+    if headless["test accuracy, %"] != "–":
+        headless, whole = whole, headless
+    assert headless["linear probe accuracy, %"] == "73.0 ± 2.8"
+    assert whole["test accuracy, %"] == "90.0"
+    page = report.render(sorted(tmp_path.iterdir()))
+    curves, runs = page.partition('id="curves"')[2].partition('id="runs"')[::2]
+    assert "mlp:16" in curves.partition("</section>")[0]
+    assert "mlp:16 from teacher" not in curves.partition("</section>")[0]
+    assert page.count(">90.0<") >= 1
+    assert runs.count("<td>–</td>") >= 4  # neither test nor validation of the two without a head
+
+
 def test_a_seed_without_a_figure_leaves_no_mean(tmp_path):
     found = [
         finished_runs.read(made(tmp_path, replace(PLAIN, seed=seed), accuracy=value))

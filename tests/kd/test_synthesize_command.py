@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 from kd_support import environment, main, read_report, refused, write_npz
 from PIL import Image
 
 from dsdistill.harness.data import distilled_set
+from kd.models import saved_models
 from kd.synthesis.inversion import Inversion
 
 QUICK = ("--images", 12, "--batch-size", 6, "--steps", 4, "--device", "cpu", "--seed", 1)
@@ -26,6 +28,7 @@ opened = []
 sys.addaudithook(lambda event, args: opened.append(os.path.abspath(args[0]))
     if event in ("open", "os.scandir", "os.listdir") and isinstance(args[0], str) else None)
 from kd import cli
+from kd.models import saved_models
 from kd.synthesis.inversion import Inversion
 step = Inversion.step
 last = int(sys.argv.pop(1))
@@ -119,6 +122,24 @@ def test_data_that_give_figures_alone_stand_beside_the_set(inside) -> None:
     report = read_report(Path("judged"))
     assert report["train_images"] == 12
     assert report["validation_accuracy"] is not None
+
+
+@pytest.mark.parametrize(
+    "smaller", [("--prune", 0.5), ("--quantize", "w4a4")], ids=["pruned", "quantised"]
+)
+def test_smaller_copies_of_a_network_make_images_of_their_own(inside, tmp_path, smaller) -> None:
+    inside.setattr("kd.commands.quantised_file.figures", lambda *parts: {})  # exported and measured
+    line = ("train", "data/rows.npz", "--steps", 3, "--batch-size", 30, "--device", "cpu")
+    main(inside, *line, "--student", "teacher", *smaller, "--out", tmp_path / "run")
+    main(inside, "synthesize", tmp_path / "run", *QUICK, "--out", tmp_path / "set")
+    made = distilled_set.load(tmp_path / "set" / "distilled.safetensors")
+    # The labels are the answers of the smaller network, in the batches that were made together.
+    network = saved_models.load_run(tmp_path / "run").classifier.eval()
+    images = torch.from_numpy(made.images).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        answers = torch.cat([network(half) for half in images.split(6)]).double().softmax(1)
+    np.testing.assert_allclose(made.labels + 1 / 3, answers, atol=1e-6)
+    assert not np.allclose(made.images, _images(Path("set")), atol=0.01)
 
 
 @pytest.mark.parametrize("stop", [2, 4, 7])

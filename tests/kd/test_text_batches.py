@@ -39,6 +39,20 @@ def test_every_text_is_in_an_epoch_once_with_its_label():
         assert batch.total("tokens") == batch.count("tokens") == batch.inputs.mask.sum()
 
 
+@pytest.mark.parametrize("masked", [None, MASKED], ids=["plain", "masked"])
+def test_to_count_tokens_is_not_to_wait_for_the_device(masked):
+    """A tensor on `meta` has no values: to read one, or to wait for one, is an error."""
+    made = {
+        device: list(source(masked=masked, device=torch.device(device)).epoch(0, 0))
+        for device in ("cpu", "meta")
+    }
+    for batch, other in zip(made["cpu"], made["meta"], strict=True):
+        assert other.inputs.mask.is_meta
+        assert other.total("tokens") == other.count("tokens") == batch.inputs.mask.sum()
+        if masked:
+            assert other.count("targets") == (batch.token_targets != IGNORED).sum()
+
+
 def test_texts_of_like_length_share_a_batch():
     def padded(**changes) -> int:
         return sum(batch.inputs.ids.numel() for batch in source(**changes).epoch(0, 0))
