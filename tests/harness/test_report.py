@@ -78,7 +78,7 @@ def stored(found, folder: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory) -> str:
+def whole_report(tmp_path_factory) -> str:
     """A whole report as it is stored."""
     return json.dumps(stored(small(), tmp_path_factory.mktemp("stored")))
 
@@ -106,8 +106,8 @@ def text(tmp_path_factory) -> str:
         (lambda s: s["results"][-1]["facts"].update(flops="many"), "facts.flops is 'many'"),
     ],
 )
-def test_a_damaged_or_foreign_report_is_one_clear_error(damage, message, text, tmp_path):
-    content = json.loads(text)
+def test_a_damaged_or_foreign_report_is_one_clear_error(damage, message, whole_report, tmp_path):
+    content = json.loads(whole_report)
     damage(content)
     (tmp_path / "report.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=message) as caught:
