@@ -217,7 +217,8 @@ class TextTraining(AssembledTraining[TextParts]):
 
     def finished(self, state: TrainingState) -> "TextTraining":
         student = self.parts.student
-        student.network.network.load_state_dict(state.best)
+        whole = not student.network.frozen_elsewhere
+        student.network.network.load_state_dict(state.best, strict=whole)
         if self.options.lora is None:
             return self
         merged = replace(student, network=lora.merge(student.network))

@@ -54,8 +54,13 @@ ABANDONED_SECONDS = 7 * 24 * 3600  # age at which a chunk that no index names is
 
 def fingerprint(module: nn.Module) -> str:
     """SHA-256 of names, types, shapes and bytes of a module's `state_dict`, in order of names."""
+    return hash_tensors(module.state_dict())
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and bytes of tensors, in order of names."""
     sha = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
+    for name, value in sorted(tensors.items()):
         sha.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         flat = value.detach().cpu().contiguous().reshape(-1)
         sha.update(flat.view(torch.uint8).numpy().data)

@@ -16,6 +16,8 @@ class WrappedNetwork(nn.Module):
             with `logits`.
         config: Values needed beside the name to build the network again.
         notes: Lines about decisions made when the network was built.
+        frozen_elsewhere: Whether the weights that are not trained have a source, from which they
+            are loaded again, so that a checkpoint need not hold them.
     """
 
     def __init__(self, network: nn.Module, config: Mapping[str, Any] | None = None) -> None:
@@ -23,6 +25,7 @@ class WrappedNetwork(nn.Module):
         self.network = network
         self.config = config
         self.notes: tuple[str, ...] = ()
+        self.frozen_elsewhere = False
 
     def with_network(self, network: nn.Module) -> Self:
         """Return a copy around another network of this architecture, such as averaged weights."""

@@ -5,7 +5,7 @@ the images need no state: they are functions of the seed and the step.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from dsdistill.harness.errors import UserError, first_line
 from dsdistill.harness.reports import schema
+from kd.data import teacher_cache
+from kd.models.wrapped_network import WrappedNetwork
 from kd.parallel import sharding
 from kd.recipe import METRICS, Metric, Recipe
 from kd.training.optimization import mean_weights
@@ -41,6 +43,7 @@ class BestEpoch:
         epoch: Number of the epoch, counted from 1.
         figures: Validation metrics after it; empty without validation images.
         weights: Weights of the network that was validated: the average, where there is one.
+            Without those of `LeftOut`.
     """
 
     epoch: int
@@ -82,9 +85,42 @@ class TrainingState:
         return mean_weights([dict(kept.weights) for kept in self.kept])
 
 
-def copy_weights(network: nn.Module) -> dict[str, Tensor]:
-    """Copy the network's weights and buffers."""
-    return {name: value.detach().clone() for name, value in network.state_dict().items()}
+@dataclass(frozen=True)
+class LeftOut:
+    """Weights of the student that no step changes and that a checkpoint does not hold.
+
+    Attributes:
+        names: Their names in the student's network; empty where all weights are stored.
+        sha256: SHA-256 of them, which a training that goes on must have too.
+    """
+
+    names: frozenset[str] = frozenset()
+    sha256: str = ""
+
+    @classmethod
+    def of_student(cls, student: WrappedNetwork) -> "LeftOut":
+        """The frozen weights of a student which come from elsewhere, such as below adapters."""
+        if not student.frozen_elsewhere:
+            return cls()
+        # A weight that is tied to another one stands in the state under both names.
+        every = student.network.named_parameters(remove_duplicate=False)
+        frozen = {name: weight for name, weight in every if not weight.requires_grad}
+        return cls(frozenset(frozen), teacher_cache.hash_tensors(frozen))
+
+    def of_objective(self, objective: nn.Module) -> set[str]:
+        """Their names in an objective: in the student, and in an average of it that teaches it."""
+        prefixes = [
+            f"{name}.network."
+            for name, module in objective.named_modules()
+            if isinstance(module, WrappedNetwork) and module.frozen_elsewhere
+        ]
+        return {prefix + name for prefix in prefixes for name in self.names}
+
+
+def copy_weights(network: nn.Module, left_out: Container[str] = ()) -> dict[str, Tensor]:
+    """Copy the network's weights and buffers, all but some."""
+    state = network.state_dict()
+    return {name: w.detach().clone() for name, w in state.items() if name not in left_out}
 
 
 def check(saved: PackedState, recipe: Recipe) -> None:
@@ -155,14 +191,16 @@ def pack(
     modules: Mapping[str, Weights],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None = None,
+    left_out: LeftOut = LeftOut(),
 ) -> PackedState:
     """Pack a training as named arrays and JSON-compatible values, for `run_folder.Run.save_state`.
 
     Args:
         state: Progress of the training.
-        modules: Tensors of `objective`, and of `average` where there is one.
+        modules: Tensors of `objective`, and of `average` where there is one, that are stored.
         optimizer: Optimizer of the training.
         scaler: Gradient scaler of fp16; None without one.
+        left_out: Weights that are not among them.
     """
     tensors = {f"{m}.{k}": v for m, weights in modules.items() for k, v in weights.items()}
     tensors |= {f"kept.{i}.{k}": v for i, x in enumerate(state.kept) for k, v in x.weights.items()}
@@ -185,6 +223,8 @@ def pack(
         "groups": [{k: to_number(v) for k, v in group.items()} for group in stored["param_groups"]],
         "scaler": None if scaler is None else scaler.state_dict(),
     }
+    if left_out.names:
+        meta["left_out"] = left_out.sha256
     # One by one: all sharded tensors at once, whole, may not fit the device.
     whole = (sharding.unshard(value.detach()).cpu().numpy() for value in tensors.values())
     return dict(zip(tensors, whole, strict=True)), meta
@@ -197,6 +237,7 @@ def unpack(
     scaler: torch.amp.GradScaler | None = None,
     *,
     network: nn.Module,
+    left_out: LeftOut = LeftOut(),
 ) -> TrainingState:
     """Restore modules, optimizer and scaler from a checkpoint.
 
@@ -205,6 +246,7 @@ def unpack(
         modules: Modules under the names that they were packed with; changed in place.
         optimizer, scaler: New optimizer and scaler; changed in place.
         network: Network whose weights were kept; gives their devices and layout.
+        left_out: Weights that need not be in it, and were loaded again.
 
     Returns:
         The progress of the training.
@@ -212,8 +254,14 @@ def unpack(
     Raises:
         UserError: If it was packed with other networks or another recipe.
     """
+    if saved[1].get("left_out", left_out.sha256) != left_out.sha256:
+        raise UserError(
+            f"the frozen weights of the student are others (SHA-256 was "
+            f"{str(saved[1]['left_out'])[:12]}, is {left_out.sha256[:12] or 'none'}): put back the "
+            "model that the training began with, or start anew in another folder"
+        )
     try:
-        return _restore(saved, modules, optimizer, scaler, network)
+        return _restore(saved, modules, optimizer, scaler, network, left_out)
     except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         first = first_line(error)
         raise UserError(
@@ -228,6 +276,7 @@ def _restore(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None,
     network: nn.Module,
+    left_out: LeftOut,
 ) -> TrainingState:
     arrays, meta = saved
     for name, module in modules.items():
@@ -246,12 +295,20 @@ def _restore(
     if scaler is not None:
         scaler.load_state_dict(meta["scaler"])
     kept = tuple(
-        BestEpoch(x["epoch"], x["figures"], _select_prefix(arrays, f"kept.{i}.", network))
+        BestEpoch(x["epoch"], x["figures"], _kept_weights(arrays, i, network, left_out))
         for i, x in enumerate(meta["kept"])
     )
     # Older checkpoints have no `stale`: their trainings had no patience. Nor have they `stopped`.
     stale, stopped = meta.get("stale", 0), meta.get("stopped", False)
     return TrainingState(meta["step"], meta["epoch"], kept, stale, meta["meter"], stopped)
+
+
+def _kept_weights(
+    arrays: Mapping[str, np.ndarray], number: int, network: nn.Module, left_out: LeftOut
+) -> dict[str, Tensor]:
+    """The weights of a kept epoch; a checkpoint of an earlier version holds all of them."""
+    stored = _select_prefix(arrays, f"kept.{number}.", network)
+    return {name: value for name, value in stored.items() if name not in left_out.names}
 
 
 def after_validation(
@@ -261,6 +318,7 @@ def after_validation(
     *,
     metric: Metric,
     keep: int,
+    left_out: Container[str] = (),
 ) -> TrainingState:
     """Update the kept epochs after a validation; of equal epochs the later is better.
 
@@ -273,8 +331,9 @@ def after_validation(
         figures: Its validation metrics; None without validation images.
         metric: Metric that orders the epochs.
         keep: Number of epochs to keep.
+        left_out: Names of weights that are not kept, for no step changes them.
     """
-    latest = BestEpoch(state.epoch, figures or {}, copy_weights(network))
+    latest = BestEpoch(state.epoch, figures or {}, copy_weights(network, left_out))
     if figures is None:
         return TrainingState(state.step, state.epoch, (latest,))
     sign = METRICS[metric].sign

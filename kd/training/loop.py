@@ -137,8 +137,14 @@ def _end_round(
     network = trainer.evaluated_network
     figures = validate(network) if validate else None
     recipe = trainer.recipe
-    options = {"metric": recipe.metric, "keep": recipe.average_best}
-    state = checkpoint.after_validation(state, network, figures, **options)
+    state = checkpoint.after_validation(
+        state,
+        network,
+        figures,
+        metric=recipe.metric,
+        keep=recipe.average_best,
+        left_out=trainer.left_out.names,
+    )
     means = meter.means(trainer.on)
     if log:
         validation = {f"validation_{name}": value for name, value in (figures or {}).items()}

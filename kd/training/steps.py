@@ -19,7 +19,7 @@ from kd.parallel import sharding
 from kd.parallel.engine import Engine
 from kd.recipe import Recipe
 from kd.training import checkpoint
-from kd.training.checkpoint import PackedState, TrainingState
+from kd.training.checkpoint import LeftOut, PackedState, TrainingState
 from kd.training.optimization import Schedule, WeightAverage, make_optimizer, make_schedule
 from kd.training.user_optimizer import TorchSchedule, UserOptimizer
 
@@ -47,6 +47,7 @@ class Trainer:
         total: Number of steps in the training.
         validations: Number of validations in the training, unless the recipe sets an interval.
         replica: Whole copy of the student's network, where FSDP shards it; else None.
+        left_out: Weights of the student that checkpoints do not hold.
     """
 
     objective: Objective
@@ -61,6 +62,7 @@ class Trainer:
     total: int
     validations: int
     replica: nn.Module | None
+    left_out: LeftOut
 
     @property
     def rate(self) -> float:
@@ -151,10 +153,16 @@ class Trainer:
 
     def pack(self, state: TrainingState) -> PackedState:
         """Pack the training for a checkpoint."""
-        modules = {"objective": self.objective.checkpoint_state()}
+        absent = self.left_out.of_objective(as_module(self.objective))
+        stored = self.objective.checkpoint_state()
+        modules = {"objective": {n: value for n, value in stored.items() if n not in absent}}
         if self.average:
-            modules["average"] = self.average.network.state_dict()
-        return checkpoint.pack(state, modules, self.optimizer, self.on.scaler)
+            average = self.average.network.state_dict()
+            names = average.keys() - self.left_out.names
+            modules["average"] = {n: value for n, value in average.items() if n in names}
+        return checkpoint.pack(
+            state, modules, self.optimizer, self.on.scaler, left_out=self.left_out
+        )
 
     def restore(self, saved: PackedState) -> TrainingState:
         """Restore the training from a checkpoint."""
@@ -166,7 +174,12 @@ class Trainer:
         # ones, which may be of a shorter schedule.
         reached = schedule.resume(saved[1]["step"]) if isinstance(schedule, TorchSchedule) else []
         state = checkpoint.unpack(
-            saved, modules, self.optimizer, scaler, network=self.evaluated_network
+            saved,
+            modules,
+            self.optimizer,
+            scaler,
+            network=self.evaluated_network,
+            left_out=self.left_out,
         )
         for group, options in zip(self.optimizer.param_groups, reached, strict=False):
             group.update(options)
@@ -194,6 +207,7 @@ def prepare(
     per_epoch = math.ceil(len(batches) / recipe.accumulate)
     total = recipe.total_steps(per_epoch)
     module = as_module(objective).to(on.device)
+    left_out = LeftOut.of_student(objective.student)
     if own is not None:
         optimizer, schedule = own.attach(objective, per_epoch)
     else:
@@ -222,6 +236,7 @@ def prepare(
         total,
         validations,
         replica,
+        left_out,
     )
 
 

@@ -17,10 +17,11 @@ from kd.models.language import lora
 from kd.models.language.bilstm import BiLstm
 from kd.models.language.language_model import LanguageModel
 from kd.models.token_inputs import TokenInputs
-from kd.objectives.schemes import Distillation
+from kd.objectives.schemes import Distillation, MeanTeacher
 from kd.objectives.terms import WeightedTerm
 from kd.parallel import engine
 from kd.recipe import Recipe
+from kd.training.checkpoint import LeftOut
 from kd.training.loop import train
 
 TOKENIZER = characters("abcdefgh ")
@@ -159,22 +160,87 @@ def test_a_diverged_training_is_not_merged():
         lora.merge(model)
 
 
-def test_a_training_of_adapters_resumes_to_the_bit():
-    pytest.importorskip("peft")
+def run(steps: int, saved=None, *, base: LanguageModel | None = None, whole=False, **recipe):
+    """Train adapters for six steps, or stop before; return the merged weights and what was saved.
+
+    Args:
+        steps: Steps after which to stop.
+        saved: What an earlier call saved.
+        base: The model below the adapters; None for the usual one.
+        whole: Whether checkpoints hold the base too, as those of earlier versions do.
+        recipe: Further fields of the recipe.
+    """
     part = causal_rows.encode_texts(["abc def", "hgfedcba", "cab", "fade"] * 2, TOKENIZER, 12)
     source = TokenBatches((part,), (0,), None, 2, torch.device("cpu"))
+    student = lora.add(base or causal_model(TOKENIZER), 4, dropout=0.1)
+    if whole:
+        student.frozen_elsewhere = False
+    measure = _CrossEntropy()
+    term = WeightedTerm("clm", 1.0, measure, needs_teacher=False, unit="targets")
+    states = []
+    chosen = Recipe(steps=6, batch_size=2, optimizer="adamw", lr=1e-2, **recipe)
+    with engine.temporary() as on, contextlib.suppress(KeyboardInterrupt):
+        options = {"saved": saved, "save": states.append, "on": on}
+        options["stopping"] = lambda: measure.calls == steps
+        state = train(Distillation(student, [term]), source, chosen, 0, **options)
+        student.network.load_state_dict(state.best, strict=False)
+    return lora.merge(student).network.state_dict(), states[-1]
 
-    def run(steps: int, saved=None):
-        student = lora.add(causal_model(TOKENIZER), 4, dropout=0.1)
-        measure = _CrossEntropy()
-        term = WeightedTerm("clm", 1.0, measure, needs_teacher=False, unit="targets")
-        states, recipe = [], Recipe(steps=6, batch_size=2, optimizer="adamw", lr=1e-2)
-        with engine.temporary() as on, contextlib.suppress(KeyboardInterrupt):
-            options = {"saved": saved, "save": states.append, "on": on}
-            options["stopping"] = lambda: measure.calls == steps
-            train(Distillation(student, [term]), source, recipe, 0, **options)
-        return lora.merge(student).network.state_dict(), states[-1]
 
+@pytest.mark.parametrize("recipe", [{}, {"ema": 0.5, "average_best": 2}], ids=["last", "average"])
+def test_a_checkpoint_holds_the_adapters_alone(recipe):
+    pytest.importorskip("peft")
+    expected, _ = run(6, **recipe)
+    _, saved = run(4, **recipe)
+    arrays, meta = saved
+    kinds = {name.rpartition("lora_")[1] or name for name in arrays if "optimizer" not in name}
+    assert kinds == {"lora_"}
+    assert {name.partition(".")[0] for name in arrays} == {
+        *("objective", "kept", "optimizer"),
+        *(["average"] if recipe else []),
+    }
+    assert len(meta["left_out"]) == 64
+    again, _ = run(6, saved, **recipe)
+    assert all(torch.equal(expected[name], again[name]) for name in expected)
+
+
+def test_a_checkpoint_with_all_weights_goes_on():
+    """As earlier versions wrote them."""
+    pytest.importorskip("peft")
+    expected, _ = run(6)
+    _, saved = run(4, whole=True)
+    assert "left_out" not in saved[1]
+    assert any("embed_tokens" in name for name in saved[0])
+    again, later = run(6, saved)
+    assert all(torch.equal(expected[name], again[name]) for name in expected)
+    assert not any("embed_tokens" in name for name in later[0])
+
+
+def test_adapters_do_not_go_on_upon_another_base():
+    pytest.importorskip("peft")
+    _, saved = run(2)
+    other = causal_model(TOKENIZER)
+    next(other.parameters()).data[0] += 1
+    with pytest.raises(UserError, match="the frozen weights of the student are others"):
+        run(6, saved, base=other)
+    with pytest.raises(UserError, match="is none"):
+        run(6, saved, whole=True)
+
+
+def test_an_average_that_teaches_is_stored_without_the_base_too():
+    pytest.importorskip("peft")
+    student = lora.add(classifier(), 4)
+    objective = MeanTeacher(student, [], decay=0.9)
+    left_out = LeftOut.of_student(student)
+    absent = left_out.of_objective(objective)
+    stored = objective.checkpoint_state().keys() - absent
+    trained = {n for n, p in student.network.named_parameters() if p.requires_grad}
+    prefixes = ("inner.student.network.", "inner.teachers.0.network.")
+    assert stored == {prefix + name for prefix in prefixes for name in trained}
+
+
+def test_a_training_of_adapters_resumes_to_the_bit():
+    pytest.importorskip("peft")
     whole, _ = run(6)
     _, saved = run(2)
     assert saved[1]["step"] == 2

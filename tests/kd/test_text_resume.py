@@ -31,7 +31,8 @@ RUNS: dict[str, tuple[object, ...]] = {  # dropout, stored answers, layers, chan
     "policy": ("prompt", "--task", "causal", "--student", "hf:small", "--teacher", "hf:large",
                "--recipe", "gkd", "--epochs", 2),
     "peers": ("one", "--student", "hf:bert", "--peers", "bilstm:4,hf:judge", "--epochs", 2),
-    "adapters": ("one", "--student", "hf:bert", "--lora", 2, "--epochs", 2),
+    "adapters": ("one", "--student", "hf:bert", "--lora", 2, "--epochs", 2,
+                 "--ema", 0.9, "--average-best", 2),
 }  # fmt: skip
 
 

@@ -72,6 +72,7 @@ def add(
                 weight.requires_grad_(True)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     total = sum(p.numel() for p in network.parameters())
+    model.frozen_elsewhere = True
     model.notes = (*model.notes, f"LoRA: {trained:,} of {total:,} parameters are trained")
     return model
 
