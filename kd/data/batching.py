@@ -320,11 +320,26 @@ def prepare_resident(
         size,
         device,
         labels=torch.from_numpy(examples.data.labels.astype(np.int64)).to(device),
-        images=to_nchw(examples.images()).to(device) if small else None,
+        images=_all_images(examples).to(device) if small else None,
         targets=None if targets is None else torch.tensor(targets, device=device),
         world=world,
         least=least,
     )
+
+
+def _all_images(examples: Examples) -> Float[Tensor, "n c h w"]:
+    """All images, preprocessed a batch at a time, so that they are in memory once.
+
+    Those that are whitened are preprocessed at once: the last digits of a product of matrices
+    depend on the number of its rows.
+    """
+    if examples.preprocess.whiten is not None:
+        return to_nchw(examples.images())
+    n, (h, w, c) = len(examples), examples.data.shape
+    images = torch.empty(n, c, h, w)
+    for part in examples.batches():
+        images[part] = to_nchw(examples.images(part))
+    return images
 
 
 def check_size(size: int, world: int, least: int = MIN_IMAGES_PER_PROCESS) -> None:

@@ -1,16 +1,20 @@
-"""A description of a network that would not fit into memory is one line, before it is taken."""
+"""Memory: what would not fit is one line before it is taken, and images are there once."""
 
 import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
 from kd_support import main, refused, write_npz
 
 from dsdistill.harness import memory
+from dsdistill.harness.data import labeled_images, preprocess
+from dsdistill.harness.data.labeled_images import Examples, LabeledImages
 from dsdistill.harness.errors import UserError
+from kd.data import batching
 from kd.models import networks, seals
 from kd.models.zoo import builtin, huggingface
 
@@ -104,3 +108,27 @@ def test_a_configuration_with_a_billion_labels_is_refused(tmp_path: Path) -> Non
     stored = config | tiny | {"id2label": names}
     network = huggingface.network("any", 3, 3, config=stored)
     assert network(torch.zeros(1, 3, 8, 8)).logits.shape == (1, 3)
+
+
+@pytest.mark.parametrize("kind", ["standardise", "centre", "none", "zca"])
+def test_images_are_preprocessed_in_parts_to_the_same_bits(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng, n = np.random.default_rng(0), 2 * labeled_images.IMAGES_PER_BATCH + 1
+    data = LabeledImages(rng.integers(0, 256, (n, 4, 4, 3), np.uint8), np.arange(n) % 2, ("a", "b"))
+    fitted = preprocess.fit(kind, data.chunks, data.shape)
+    expected = fitted.apply(data.store).transpose(0, 3, 1, 2)
+    most, images = 0, Examples.images
+
+    def counted(self: Examples, indices: slice = slice(None)) -> np.ndarray:
+        nonlocal most
+        part = images(self, indices)
+        most = max(most, len(part))
+        return part
+
+    monkeypatch.setattr(Examples, "images", counted)
+    batches = batching.prepare_resident(Examples(data, fitted), 16, torch.device("cpu"))
+    assert batches.images is not None
+    assert batches.images.is_contiguous()
+    np.testing.assert_array_equal(batches.images, expected)
+    assert most == (n if kind == "zca" else labeled_images.IMAGES_PER_BATCH)

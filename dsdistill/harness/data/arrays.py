@@ -102,7 +102,7 @@ def _check_range(images: np.ndarray, where: str) -> np.ndarray:
         raise DataError(f"{where}image {bad} has NaN or infinite values")
     low, high = images.min().item(), images.max().item()
     if low >= 0 and high <= 1:
-        return images.astype(np.float32)
+        return images.astype(np.float32, copy=False)
     got = f"got {images.dtype} from {low:.9g} to {high:.9g}"
     if images.dtype.kind == "f":
         raise DataError(f"{rule}, {got}: rescale them so that 0 is black and 1 is white")
