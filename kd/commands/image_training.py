@@ -83,7 +83,7 @@ class ImageTraining(AssembledTraining[TrainingParts]):
     def check_step(self, objective: Objective, source: BatchSource) -> None:
         training_parts.check_step(self.parts, objective, source.sizes)
 
-    def compile(self) -> None:
+    def compile(self, objective: Objective, source: BatchSource) -> None:
         self.parts.student.classifier.network.compile()
 
     def check_teachers(self) -> None:

@@ -24,6 +24,7 @@ from kd.evaluation import embedding_scoring, text_figures, text_teacher_check
 from kd.evaluation.text_figures import JudgedTexts
 from kd.models import networks
 from kd.models.language import lora, saved_text_models, text_students
+from kd.models.language.bilstm import BiLstm
 from kd.models.language.task import ALIGNED, OF_TOKENS
 from kd.models.language.text_teachers import TextTeacher
 from kd.models.token_inputs import TokenInputs
@@ -91,6 +92,8 @@ class TextTraining(AssembledTraining[TextParts]):
                     f"{shell.flag(given[0])} has no effect on --loss {recipe.loss}, which teaches "
                     "layers alone, so that no outputs are judged: leave it out"
                 )
+        if options.compile:
+            self._check_compiles()
         # What a teacher writes is not judged, and texts of the student's own are always new.
         unused = (
             ("--augment teacher", recipe.augment == "teacher", "min_teacher_accuracy", "cache_top"),
@@ -117,14 +120,32 @@ class TextTraining(AssembledTraining[TextParts]):
         assert isinstance(source, TokenBatches)
         assert self.recipe.loss is not None
         least = min(source.sizes) // self.on.num_processes
-        batch = source.first(min(least, DRY_RUN_TEXTS))
+        # For a single text another graph would be compiled.
+        texts = DRY_RUN_TEXTS if self.options.compile else min(least, DRY_RUN_TEXTS)
+        batch = source.first(texts)
         trains_outputs = self.parts.teaches_outputs and self.options.lora is None
         dry_run.check_batch(
             objective, self.recipe.loss, batch, on=self.on, trains_outputs=trains_outputs
         )
 
-    def compile(self) -> None:
-        self.parts.student.network.network.compile()
+    def compile(self, objective: Objective, source: BatchSource) -> None:
+        self.parts.student.network.network.compile(dynamic=True)  # one graph for all lengths
+        # It is made for the first batch that comes, which is the same one after a stop.
+        self.check_step(objective, source)
+
+    def _check_compiles(self) -> None:
+        """Refuse what a compiled student does not do, or no quicker.
+
+        Raises:
+            UserError: If there is such a thing.
+        """
+        if isinstance(self.parts.student.network.network, BiLstm):
+            raise UserError("--compile makes a step of bilstm slower: leave it out")
+        if self.recipe.on_policy:
+            raise UserError(
+                "--compile is of the student in a step, and --on-policy lets it write token by "
+                "token: leave one of them out"
+            )
 
     def check_teachers(self) -> None:
         parts, corpus, say = self.parts, self.parts.corpus, self._say

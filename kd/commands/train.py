@@ -165,7 +165,7 @@ def _train(options: TrainOptions, earlier: Sequence[Path]) -> dict[str, Any]:
     source = parts.load()
     parts.check_step(objective, source)
     if options.compile:
-        parts.compile()
+        parts.compile(objective, source)
     parts.check_teachers()
     hashes = parts.input_hashes()
     run_inputs.require_same_inputs(parts.on, hashes)

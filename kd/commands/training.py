@@ -81,8 +81,13 @@ class Training(Protocol):
         """
         ...
 
-    def compile(self) -> None:
-        """Compile the student."""
+    def compile(self, objective: Objective, source: BatchSource) -> None:
+        """Compile the student.
+
+        Args:
+            objective: The objective, which has passed `check_step`.
+            source: Batches from `load`.
+        """
         ...
 
     def check_teachers(self) -> None:

@@ -13,6 +13,8 @@ import pytest
 import safetensors.numpy
 import text_data
 import text_support
+import torch
+import torch._dynamo.utils
 import transformers
 from kd_support import main, read_report, refused, stop_in
 
@@ -149,6 +151,31 @@ def test_a_signal_before_the_first_step_leaves_no_folder(
     for name in ("run", "whole"):
         main(inside, *line, tmp_path / name)
     same(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.heavy
+def test_a_compiled_student_has_a_graph_for_all_lengths_and_goes_on_to_the_same_bits(
+    inside: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By the compiler's front end; code for the machine would take a minute more."""
+    compiled = torch.nn.Module.compile
+
+    def without_code(network: torch.nn.Module, **options: object) -> None:
+        torch._dynamo.reset()  # as in a new process
+        compiled(network, backend="aot_eager", **options)  # pyright: ignore[reportArgumentType]
+
+    inside.setattr(torch.nn.Module, "compile", without_code)
+    line = ("train", "one", "--student", "bert:1x8", "--tokenizer", "words", "--epochs", 2, *COMMON)
+    main(inside, *line, "--out", tmp_path / "bare")
+    torch._dynamo.utils.counters.clear()
+    main(inside, *line, "--compile", "--out", tmp_path / "whole")
+    # Of the student in training, and in validation; of a step the outputs alone are tried first.
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+    stop_in(inside, 5, *line, "--compile", "--out", tmp_path / "stopped")
+    main(inside, "train", "--resume", "--out", tmp_path / "stopped")
+    same(tmp_path / "whole", tmp_path / "stopped")
+    bare, whole = weights(tmp_path / "bare"), weights(tmp_path / "whole")
+    assert all(np.allclose(bare[name], whole[name], atol=1e-5) for name in bare)
 
 
 def _other_vocabulary(folder: Path) -> None:
