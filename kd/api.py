@@ -416,6 +416,7 @@ def _prepare(
     chosen = terms.parse(recipe.loss) if recipe.loss else ()
     text = ",".join(filter(None, (recipe.loss, *extra)))
     _refuse_rows(chosen)
+    loss_checks.check_labels(chosen, several=False)
     recipe = loss_checks.apply_smoothing(chosen, recipe, given)
     weighted = teacher_weights == "by-label"
     loss_checks.check_teaching(

@@ -36,13 +36,14 @@ DEFAULTS_BY_DATA = {
     "loss": "ce:1, mse:1 on a distilled set; ce:0.1,kd:0.9:temperature=4 with a teacher; "
     "kd:1:temperature=4 with --transfer or a set of kd synthesize; ce:1,kd:1:temperature=1 with "
     "--peers; with --adversary adv-ce:1, and with a teacher rslad:5/6,kd:1/6:temperature=1; of "
-    "texts what their --task needs",
+    "images with several labels bce:1, with a teacher bce:0.1,mld:0.9:temperature=1; of texts what "
+    "their --task needs",
     "validate_every": "1, or more so that short epochs make at most 40 validations",
     "image_size": "as they are",
     "patience": "never",
     "copies": "20; 10 of pairs",
-    "metric": "accuracy; of scores spearman, of tags macro_f1 or entity_f1, of tokens nll, of "
-    "embeddings cosine",
+    "metric": "accuracy; of several labels mean_average_precision; of scores spearman, of tags "
+    "macro_f1 or entity_f1, of tokens nll, of embeddings cosine",
 }
 
 
@@ -264,8 +265,8 @@ class TrainOptions:
     """Standard deviation by which its images are normalised, one value per channel"""
 
     min_teacher_accuracy: float | None = None
-    """Refuse a teacher below this accuracy on the validation images, or on 2000 training images
-    where none are held out"""
+    """Refuse a teacher below this accuracy, of several labels mean average precision, on the
+    validation images, or on 2000 training images where none are held out"""
 
     cache: FolderArg = None
     """Keep the teachers' answers in this folder, view by view, for this and for later trainings:

@@ -21,6 +21,8 @@ Metric = Literal[
     "nll",
     "macro_f1",
     "balanced_accuracy",
+    "mean_average_precision",
+    "micro_f1",
     "matthews",
     "pearson",
     "spearman",
@@ -62,6 +64,8 @@ METRICS: Mapping[Metric, MetricDefinition] = {
     "nll": MetricDefinition(-1, needs_logits=True),
     "macro_f1": MetricDefinition(1, needs_logits=False),
     "balanced_accuracy": MetricDefinition(1, needs_logits=False),
+    "mean_average_precision": MetricDefinition(1, needs_logits=False),
+    "micro_f1": MetricDefinition(1, needs_logits=False),
     "matthews": MetricDefinition(1, needs_logits=False),
     "pearson": MetricDefinition(1, needs_logits=False),
     "spearman": MetricDefinition(1, needs_logits=False),
@@ -157,8 +161,9 @@ class Recipe:
     metric: Metric = _field(
         "accuracy",
         "Validation metric that selects the best epoch: accuracy, nll, macro_f1, of images "
-        "balanced_accuracy and under --adversary robust_accuracy, of texts also matthews, pearson, "
-        "spearman, entity_f1 and cosine",
+        "balanced_accuracy and under --adversary robust_accuracy, of several labels "
+        "mean_average_precision, micro_f1 and macro_f1, of texts also matthews, pearson, spearman, "
+        "entity_f1 and cosine",
     )
     validate_every: int | None = _field(None, "Epochs between validations")
     patience: int | None = _field(

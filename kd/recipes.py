@@ -274,6 +274,9 @@ ADAPTING_EPOCHS = 10
 LABEL_LOSS = "ce:1"
 TEACHER_LOSS = "ce:0.1,kd:0.9:temperature=4"  # Hinton's loss
 FEATURE_LOSS = "srd:2"  # of a student without a head
+SEVERAL_LABELS_LOSS = "bce:1"  # of images with any number of labels
+SEVERAL_LABELS_TEACHER_LOSS = "bce:0.1,mld:0.9:temperature=1"
+SEVERAL_LABELS_MUTUAL_LOSS = "bce:1,mld:1:temperature=1"
 TRANSFER_LOSS = "kd:1:temperature=4"  # of images without labels
 MUTUAL_LOSS = "ce:1,kd:1:temperature=1"  # of deep mutual learning
 ADVERSARIAL_LABEL_LOSS = "adv-ce:1"  # PGD training

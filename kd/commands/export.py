@@ -202,7 +202,7 @@ def _card(options: ExportOptions, model: Model, export_format: ExportFormat) -> 
             "kind": model.outputs,
         },
         "output_temperature": model.output_temperature,
-        "use": _usage(model, export_format),
+        "use": usage(model, export_format),
         "parameters": networks.parameter_count(model.classifier),
         **({"layer_channels": model.layer_channels} if model.layer_channels else {}),
         **({} if model.bits is None else {"quantized": saved_models.describe_bits(model.bits)}),
@@ -217,13 +217,19 @@ def _output_width(model: Model) -> int:
     return headless.embedding_width(model.name, model.classifier, model.shape)
 
 
-def _usage(model: Model, export_format: ExportFormat) -> str:
+def usage(model: Model, export_format: ExportFormat) -> str:
+    """How the files are used, and what their outputs mean, in a sentence."""
     prepare = "preprocess and resize the images as described; "
     if model.layer_channels:
         prepare += "kd.models.layer_channels.apply(network, layer_channels); "
     first = "" if export_format.graph else prepare
     if not model.has_head:
         return f"{first}embeddings = {export_format.use}; the student has no head and no classes"
+    if model.has_several_labels:
+        return (
+            f"{first}outputs = {export_format.use}; sigmoid(outputs) are the probabilities of the "
+            "classes, in their order, each by itself: an image has any number of them"
+        )
     meaning = (
         "unnormalised log-probabilities"
         if model.gives_logits

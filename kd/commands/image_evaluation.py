@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dsdistill.harness.data import layout, paired_folder
+from dsdistill.harness.data import layout, multi_label, paired_folder
 from dsdistill.harness.data.labeled_images import LabeledImages
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
@@ -23,7 +23,7 @@ from kd.data.batching import EvaluationBatches
 from kd.data.data_source import DataSource
 from kd.data.files.file_source import FileSource
 from kd.data.files.image_files import ImageFiles
-from kd.evaluation import probes, robustness, scoring
+from kd.evaluation import multi_label_scoring, probes, robustness, scoring
 from kd.models import network_names, networks, saved_models, teachers
 from kd.models.saved_models import Model
 from kd.models.teachers import TeacherUse
@@ -92,6 +92,8 @@ class ImageEvaluation:
             return self._probe_figures()
         known = dict(self._load_teachers(teachers)) if teachers and self.has_teachers else {}
         network = _OutputSelector(self.student.classifier, self.outputs)
+        if self.student.has_several_labels:
+            return self._multi_label_figures(network, known)
         figures = scoring.evaluate(
             network,
             self.batches,
@@ -105,6 +107,18 @@ class ImageEvaluation:
         for line in source.missing_classes(judged=True):
             progress.say(f"note: {line}")
         return {**figures, "output_temperature": temperature, **self._robustness(network)}
+
+    def _multi_label_figures(
+        self, network: nn.Module, teachers: dict[str, nn.Module]
+    ) -> dict[str, Any]:
+        """Figures on images with any number of labels."""
+        source = self.chosen.source
+        figures = multi_label_scoring.evaluate(network, self.batches, source.classes, teachers)
+        for note in figures["notes"]:
+            progress.say(note)
+        for line in source.missing_classes(judged=True):
+            progress.say(f"note: {line}")
+        return figures
 
     def _probe_figures(self) -> dict[str, Any]:
         """Figures of the embedding of a student without a head."""
@@ -172,6 +186,7 @@ class ImageEvaluation:
                 mel=source.mel,
                 use="answers" if options.teacher else self._teacher_use(),
                 groups=source.groups or self.chosen.source.groups,
+                several_labels=source.has_several_labels,
                 **inputs,
             )
             for remark in teachers.matching_notes(teacher):
@@ -206,6 +221,12 @@ def prepare(options: EvaluateOptions, device: torch.device) -> ImageEvaluation:
     who = f"student {options.run}"
     saved_models.check_recordings(who, student.mel, source.mel)
     saved_models.check_shape(who, student, source.shape)
+    saved_models.check_label_kind(who, student, source.has_several_labels)
+    if student.has_several_labels and options.robust is not None:
+        raise UserError(
+            f"--robust attacks the answer of one class an image, and {options.run} learned any "
+            "number of labels: leave it out"
+        )
     test = source.test(recipe, student.preprocess, device)
     if test is None:
         raise UserError(f"nothing to test on: {source.note or source.name + ' has no test images'}")
@@ -337,6 +358,8 @@ def _test_images(
         return TestImages(source, f"test images of {source.splits.name}")
     if source.distilled is not None or not (path.is_dir() or is_array):
         return TestImages(source, f"test images of {source.name}")
+    if source.has_several_labels:
+        return _multi_label_images(options, config, path, name, source)
     folder = None if is_array else layout.list_folder(path, student.classes or None)
     is_of_run = options.data is None or _is_training_data(config, name, source)
     every = student.has_head and not is_of_run and (folder is None or folder.test is None)
@@ -350,6 +373,25 @@ def _test_images(
         part = f"the share of the images that {by} held out for testing"
         return TestImages(chosen, part)
     return TestImages(chosen, f"all images of {name}")
+
+
+def _multi_label_images(
+    options: EvaluateOptions,
+    config: Mapping[str, Any],
+    path: Path,
+    name: str,
+    source: DataSource | FileSource,
+) -> TestImages:
+    """Choose among the images of a folder with any number of labels, as `_test_images`."""
+    folder = multi_label.list_folder(path)
+    assert folder is not None
+    if folder.test is not None:
+        return TestImages(source, f"test images of {name}")
+    if options.data is None or _is_training_data(config, name, source):
+        return TestImages(
+            source, "the share of the images that the training has held out for testing"
+        )
+    return TestImages(_test_on_all_images(source), f"all images of {name}")
 
 
 def _test_count(source: DataSource | FileSource) -> int:

@@ -27,7 +27,14 @@ from kd.data import class_weights, data_source
 from kd.data.batching import BatchSource, EvaluationBatches
 from kd.data.data_source import DataSource
 from kd.data.files.file_source import FileSource
-from kd.evaluation import answer_balance, probes, robustness, scoring, teacher_check
+from kd.evaluation import (
+    answer_balance,
+    multi_label_scoring,
+    probes,
+    robustness,
+    scoring,
+    teacher_check,
+)
 from kd.evaluation.answer_balance import AnswerBalance
 from kd.models import networks, saved_models
 from kd.models.quantised import quantised_network
@@ -125,6 +132,10 @@ class ImageTraining(AssembledTraining[TrainingParts]):
         elif batches is not None:
             more = self._training_images if part == "validation" else _none
             check = partial(teacher_check.check, minimum=minimum, part=part, more=more, say=say)
+            if source.has_several_labels:
+                check = partial(
+                    multi_label_scoring.check_teacher, minimum=minimum, part=part, say=say
+                )
             for name, teacher in self._answering_teachers():
                 check(name, teacher, batches)
         balance = self._answer_balance()
@@ -152,6 +163,8 @@ class ImageTraining(AssembledTraining[TrainingParts]):
             if not student.has_head:
                 known = probes.embed(classifier, batches)
                 return {"accuracy": probes.leave_one_out_accuracy(known)}
+            if student.has_several_labels:
+                return multi_label_scoring.validate(classifier, batches, self.on)
             figures = scoring.validate(
                 classifier,
                 batches,
@@ -181,7 +194,7 @@ class ImageTraining(AssembledTraining[TrainingParts]):
         student, source = self.parts.student, self.parts.source
         return {
             **self._test_metrics(),
-            "validation_accuracy": self._validation_accuracy(state),
+            **self._validation_figures(state),
             "parameters": networks.parameter_count(student.classifier),
             "data": source.name,
             "train_images": source.count,
@@ -313,6 +326,8 @@ class ImageTraining(AssembledTraining[TrainingParts]):
             data = parts.teacher_data
             theirs = data.source.test(parts.recipe, data.preprocess, device)
         known = dict(self._answering_teachers())
+        if student.has_several_labels:
+            return self._multi_label_figures(batches, known)
         figures = scoring.evaluate(
             student.classifier,
             batches,
@@ -323,9 +338,25 @@ class ImageTraining(AssembledTraining[TrainingParts]):
         )
         for note in figures.pop("notes"):
             progress.say(note)
-        accuracy, images = figures.pop("accuracy"), figures.pop("images")
+        named = {name: figures.pop(name) for name in ("accuracy", "images", *scoring.BY_CLASS)}
         attacked = self._robustness(batches)
-        return {"test_accuracy": accuracy, "test_images": images, **figures, **attacked}
+        return {**{f"test_{name}": value for name, value in named.items()}, **figures, **attacked}
+
+    def _multi_label_figures(
+        self, batches: EvaluationBatches, teachers: dict[str, Teacher]
+    ) -> dict[str, Any]:
+        """Figures on test images with any number of labels."""
+        student, classes = self.parts.student, self.parts.source.classes
+        figures = multi_label_scoring.evaluate(student.classifier, batches, classes, teachers)
+        for note in figures.pop("notes"):
+            progress.say(note)
+        named = ("images", "average_precision", *multi_label_scoring.METRICS)
+        return {
+            "test_accuracy": None,
+            "metric": self.recipe.metric,
+            **{f"test_{name}": figures.pop(name) for name in named},
+            **figures,
+        }
 
     def _answering_teachers(self) -> list[tuple[str, Teacher]]:
         """The teachers with answers for the data's classes, with their names."""
@@ -364,16 +395,27 @@ class ImageTraining(AssembledTraining[TrainingParts]):
             "attacks": measured.attacks,
         }
 
-    def _validation_accuracy(self, state: TrainingState) -> float | None:
-        """Validation accuracy of the saved weights; a mean of several epochs is measured again."""
-        batches = self._validation_batches()
+    def _validation_figures(self, state: TrainingState) -> dict[str, float | None]:
+        """Validation figures of the saved weights; a mean of several epochs is measured again."""
+        student, batches = self.parts.student, self._validation_batches()
+        if not student.has_several_labels:
+            return {"validation_accuracy": self._validation_accuracy(state, batches)}
+        figures = state.kept[0].figures if state.kept else {}
+        if len(state.kept) > 1 and batches is not None:
+            figures = multi_label_scoring.validate(student.classifier, batches, self.on)
+        return {f"validation_{name}": figures.get(name) for name in multi_label_scoring.METRICS}
+
+    def _validation_accuracy(
+        self, state: TrainingState, batches: EvaluationBatches | None
+    ) -> float | None:
+        """Validation accuracy of the saved weights of a student of one class an image."""
+        student = self.parts.student
         if len(state.kept) == 1 or batches is None:
             return state.best_accuracy
-        student = self.parts.student
         if not student.has_head:
             known = probes.embed(student.classifier, batches)
             return probes.leave_one_out_accuracy(known)
-        return scoring.evaluate(self.parts.student.classifier, batches)["accuracy"]
+        return scoring.evaluate(student.classifier, batches)["accuracy"]
 
 
 def require_no_validation_options(options: TrainOptions, kind: str) -> None:

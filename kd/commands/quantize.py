@@ -66,6 +66,11 @@ def quantize(options: QuantizeOptions) -> dict[str, Any]:
             f"{options.run} has no head, and kd quantize measures answers for classes: add a head "
             f"with kd train --student {options.run} first"
         )
+    if student.has_several_labels:
+        raise UserError(
+            f"{options.run} learned any number of labels an image, and kd quantize measures the "
+            "accuracy of one class each: leave it in float32"
+        )
     if student.bits is not None:
         raise UserError(
             f"{options.run} is quantised already, with {student.bits.text}: give the run in "

@@ -60,6 +60,8 @@ FIGURES: Mapping[str, Figure] = {
         Figure("robust_accuracy", "accuracy under attack", FRACTION, digits=1),
         Figure("macro_f1", "macro F1", FRACTION, digits=1),
         Figure("balanced_accuracy", "balanced accuracy", FRACTION, digits=1),
+        Figure("mean_average_precision", "mean average precision", FRACTION, digits=1),
+        Figure("micro_f1", "micro F1", FRACTION, digits=1),
         Figure("entity_f1", "entity F1", FRACTION, digits=1),
         Figure("matthews", "Matthews' correlation", CORRELATION),
         Figure("spearman", "Spearman's correlation", CORRELATION),

@@ -142,6 +142,11 @@ def _load(options: SynthesizeOptions) -> Model:
             f"{folder} is a student without a head, and images are made for classes: give the run "
             "of a classifier"
         )
+    if model.has_several_labels:
+        raise UserError(
+            f"{folder} learned any number of labels an image, and images are made for one class "
+            "each: give the run of a classifier"
+        )
     return model
 
 

@@ -1,10 +1,16 @@
 """Loss, recipe, scheme and images of a training that do not fit each other, refused."""
 
+from dsdistill.harness import shell
 from dsdistill.harness.errors import UserError
-from kd.commands.training_parts import TrainingParts, judging_attacks, training_attack
+from kd.commands.training_parts import (
+    ONE_CLASS_METRICS,
+    TrainingParts,
+    judging_attacks,
+    training_attack,
+)
 from kd.data.data_source import DataSource
 from kd.data.files.file_source import FileSource
-from kd.evaluation import robustness
+from kd.evaluation import multi_label_scoring, robustness
 from kd.objectives import loss_checks
 from kd.objectives.adversary import bounds_after
 from kd.options import TrainOptions
@@ -23,6 +29,7 @@ def check(parts: TrainingParts, options: TrainOptions) -> None:
         UserError: With the option that does not fit.
     """
     recipe, classes = parts.recipe, max(len(parts.source.classes), 1)
+    _check_label_kind(parts, options)
     _check_augment(recipe, parts.source)
     _check_attacks(parts, options)
     if options.transfer is not None:
@@ -51,6 +58,29 @@ def check(parts: TrainingParts, options: TrainOptions) -> None:
         parts.terms, classes=classes, batch_size=recipe.batch_size, mixed=recipe.mixes_images
     )
     optimization.check_optimizer(recipe)
+
+
+def _check_label_kind(parts: TrainingParts, options: TrainOptions) -> None:
+    """Refuse what does not go with images that have any number of labels, and the reverse."""
+    several, recipe = parts.source.has_several_labels, parts.recipe
+    known = multi_label_scoring.METRICS if several else ONE_CLASS_METRICS
+    if recipe.metric not in known:
+        of = "images with any number of labels" if several else "images of one class each"
+        raise UserError(f"--metric {recipe.metric} is no figure of {of}: use {', '.join(known)}")
+    if not several:
+        return
+    given = [name for name in _ONE_CLASS_OPTIONS if getattr(options, name) not in (None, "alike")]
+    given += ["head"] if options.head == "none" else []
+    given += [name for name in ("adversary", "mixup", "cutmix") if getattr(recipe, name)]
+    if given:
+        raise UserError(
+            f"{shell.flag(given[0])} needs images of one class each, and an image of "
+            f"{parts.source.name} has any number of labels: leave it out"
+        )
+
+
+# Options that need one class an image.
+_ONE_CLASS_OPTIONS = ("transfer", "teacher_data", "teacher_weights", "robust", "prune", "quantize")
 
 
 def _check_augment(recipe: Recipe, source: DataSource | FileSource) -> None:

@@ -166,6 +166,7 @@ def load_teachers(
             mel=seen.mel,
             use=use,
             groups=source.groups,
+            several_labels=source.has_several_labels,
             **given,
         )
         for name, mapping, given in zip(names, maps, inputs, strict=True)

@@ -26,6 +26,7 @@ from kd.data import class_weights
 from kd.data.class_weights import ClassWeights
 from kd.data.data_source import DataSource
 from kd.data.files.file_source import FileSource
+from kd.evaluation import multi_label_scoring
 from kd.models import network_names, networks, saved_models
 from kd.models.language import text_students
 from kd.models.networks import Classifier
@@ -44,7 +45,8 @@ from kd.training import dry_run
 
 DEFAULT_STUDENT = "convnet"
 # Figures of images by which the best epoch can be chosen.
-IMAGE_METRICS = ("accuracy", "nll", "macro_f1", "balanced_accuracy", "robust_accuracy")
+ONE_CLASS_METRICS = ("accuracy", "nll", "macro_f1", "balanced_accuracy", "robust_accuracy")
+IMAGE_METRICS = (*ONE_CLASS_METRICS, *multi_label_scoring.METRICS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,13 +129,14 @@ def assemble(options: TrainOptions) -> TrainingParts:
         student.classifier.centre()
     teacher_data = training_images.load_teacher_data(options, named, source)
     peers = training_networks.load_peers(options, source)
-    chosen = _recipe(options, named, source.distilled is not None, student)
+    chosen = _recipe(options, named, source, student)
     usual = _default_loss(chosen, source, names, peers, alone)
     chosen = replace(chosen, loss=chosen.loss or (usual if student.has_head else FEATURE_LOSS))
     assert chosen.loss is not None
     loss_terms = terms.parse(chosen.loss)
     if not student.has_head:
         loss_checks.check_headless(loss_terms)
+    loss_checks.check_labels(loss_terms, several=source.has_several_labels)
     weights = _class_weights(options, source, loss_terms)
     use = _teacher_use(options, student, loss_terms)
     loaded_teachers = training_networks.load_teachers(
@@ -142,7 +145,8 @@ def assemble(options: TrainOptions) -> TrainingParts:
     chosen = loss_checks.apply_smoothing(loss_terms, chosen, options.given)
     if student.has_head:
         logits = loss_checks.gives_logits(loss_terms, alone=alone)
-        student = replace(student, outputs="logits" if logits else "centred labels")
+        answers = "independent logits" if source.has_several_labels else "logits"
+        student = replace(student, outputs=answers if logits else "centred labels")
     for network in (student.classifier, *loaded_teachers, *peers):
         network.to(on.device)
     if (bits := quantised_training.read_bits(options)) is not None:
@@ -202,6 +206,10 @@ def _default_loss(
     alone: bool,
 ) -> str:
     """The loss where neither the user nor the recipe names one."""
+    if source.has_several_labels:
+        if alone:
+            return recipes.SEVERAL_LABELS_LOSS
+        return recipes.SEVERAL_LABELS_MUTUAL_LOSS if peers else recipes.SEVERAL_LABELS_TEACHER_LOSS
     if chosen.adversary is not None:
         return recipes.ADVERSARIAL_LABEL_LOSS if alone else recipes.ADVERSARIAL_TEACHER_LOSS
     if alone:
@@ -300,6 +308,7 @@ def check_step(parts: TrainingParts, objective: Objective, sizes: Sequence[int])
         on=parts.on,
         mixed=parts.recipe.mixes_images,
         centred=parts.source.distilled is not None,
+        several=parts.source.has_several_labels,
         teacher_shapes=[parts.teacher_source.shape] * len(parts.teachers)
         if parts.teacher_data is not None
         else (),
@@ -325,9 +334,15 @@ def _say_nothing(line: str) -> None:
     """Do nothing with a line that another process prints."""
 
 
-def _recipe(options: TrainOptions, named: Recipe | None, distilled: bool, student: Model) -> Recipe:
+def _recipe(
+    options: TrainOptions, named: Recipe | None, source: DataSource | FileSource, student: Model
+) -> Recipe:
+    distilled = source.distilled is not None
     layer_norm = any(isinstance(m, nn.LayerNorm) for m in student.classifier.modules())
     base = named or recipes.default(distilled=distilled, layer_norm=layer_norm)
     if named is None and own_teacher.is_adapted(options) and own_teacher.is_trained(options):
         base = recipes.adapting(base)
-    return recipe.override(base, options.given)
+    chosen = recipe.override(base, options.given)
+    if source.has_several_labels and "metric" not in options.given:
+        return replace(chosen, metric=multi_label_scoring.METRICS[0])
+    return chosen

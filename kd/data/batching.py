@@ -47,7 +47,8 @@ class Batch:
 
     Attributes:
         inputs: Images in the space of the data's `Preprocess`, or the tokens of texts.
-        labels: Class indices; for mixed images, that of the first of the two; of texts also scores.
+        labels: Class indices; for mixed images, that of the first of the two; of texts also scores;
+            of images with several labels, for each class whether the image has it (n, k).
         targets: Real-valued labels, where the data have them (a distilled set).
         class_shares: For mixed images, the share of each class; rows sum to 1.
         teacher_logits: The teachers' logits for these images or texts, (n, l, k) where they answer
@@ -66,7 +67,7 @@ class Batch:
     """
 
     inputs: Float[Tensor, "n c h w"] | TokenInputs
-    labels: Int[Tensor, " n"]
+    labels: Int[Tensor, " n"] | Float[Tensor, "n k"]
     targets: Float[Tensor, "n k"] | None = None
     class_shares: Float[Tensor, "n k"] | None = None
     teacher_logits: tuple[Float[Tensor, "n *l k"], ...] | None = None
@@ -178,7 +179,7 @@ class ResidentBatches:
     examples: Examples
     size: int
     device: torch.device
-    labels: Int[Tensor, " N"]
+    labels: Int[Tensor, " N"] | Float[Tensor, "N k"]
     images: Float[Tensor, "N c h w"] | None = None
     targets: Float[Tensor, "N k"] | None = None
     teacher_logits: tuple[Float[Tensor, "N k"], ...] | None = None
@@ -319,7 +320,7 @@ def prepare_resident(
         examples,
         size,
         device,
-        labels=torch.from_numpy(examples.data.labels.astype(np.int64)).to(device),
+        labels=label_tensor(examples.data.labels).to(device),
         images=_all_images(examples).to(device) if small else None,
         targets=None if targets is None else torch.tensor(targets, device=device),
         world=world,
@@ -340,6 +341,13 @@ def _all_images(examples: Examples) -> Float[Tensor, "n c h w"]:
     for part in examples.batches():
         images[part] = to_nchw(examples.images(part))
     return images
+
+
+def label_tensor(
+    labels: Int[np.ndarray, " n"] | Int[np.ndarray, "n k"],
+) -> Int[Tensor, " n"] | Float[Tensor, "n k"]:
+    """Class indices as int64; several labels of each image as 0 and 1 in float32."""
+    return torch.from_numpy(labels.astype(np.int64 if labels.ndim == 1 else np.float32))
 
 
 def check_size(size: int, world: int, least: int = MIN_IMAGES_PER_PROCESS) -> None:

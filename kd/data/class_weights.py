@@ -5,6 +5,9 @@ sum of its weighted terms divided by the number of its images. So batches, accum
 processes make no difference, and a learning rate found without weights stays a good one. torch's
 `weight=` divides by the sum of the weights in the batch instead, which favours images that happen
 to share a batch with frequent classes; over all training images the two are the same.
+
+Where an image has any number of labels, a weight is that of the images that have the label, as
+torch's `pos_weight`, and is not scaled.
 """
 
 import math
@@ -32,11 +35,14 @@ class ClassWeights:
 
     Attributes:
         classes: Class names, in label order.
-        values: Positive weights whose mean over the training labels is 1.
+        values: Positive weights whose mean over the training labels is 1; of several labels an
+            image those of the images that have the label.
+        of_positives: Whether an image has any number of labels.
     """
 
     classes: tuple[str, ...]
     values: Float[np.ndarray, " k"]
+    of_positives: bool = False
 
     @property
     def digest(self) -> str:
@@ -55,33 +61,44 @@ class ClassWeights:
     def describe(self) -> str:
         """One line for people: the smallest and the largest weight."""
         least, most = int(self.values.argmin()), int(self.values.argmax())
+        meant = "of the images that have the label"
+        if not self.of_positives:
+            meant = "their mean over the training labels is 1"
         return (
             f"class weights from {self.values[least]:.3g} ({quote(self.classes[least])}) to "
-            f"{self.values[most]:.3g} ({quote(self.classes[most])}), their mean over the training "
-            "labels is 1"
+            f"{self.values[most]:.3g} ({quote(self.classes[most])}), {meant}"
         )
 
 
-def make(text: str, classes: Sequence[str], labels: Int[np.ndarray, " n"]) -> ClassWeights:
+def make(
+    text: str, classes: Sequence[str], labels: Int[np.ndarray, " n"] | Int[np.ndarray, "n k"]
+) -> ClassWeights:
     """Make the weights that `--class-weights` asks for.
 
     Args:
         text: `balanced`, or a file for `class_table.read`.
         classes: Class names, in label order.
-        labels: Class of each training image or text, or of each tagged word.
+        labels: Class of each training image or text, or of each tagged word; or any number of
+            labels of each image, 0 or 1 for each class.
 
     Raises:
         UserError: If a class has no label to count, or the file cannot be used.
     """
-    counts = np.bincount(labels, minlength=len(classes)).astype(np.float64)
+    several = labels.ndim == 2
+    counts = labels.sum(0) if several else np.bincount(labels, minlength=len(classes))
+    counts = counts.astype(np.float64)
     if text == BALANCED and not Path(text).exists():
         values = balanced(counts, classes)
+        if several:
+            values = _balanced_positives(counts, classes, len(labels))
     else:
         path = Path(text).expanduser()
         stored = class_table.read(path, OPTION, "weight")
         given = class_table.align(stored, classes, OPTION, path)
         pairs = zip(classes, given, strict=True)
         values = np.array([_positive(path, name, value) for name, value in pairs])
+    if several:
+        return ClassWeights(tuple(classes), values, of_positives=True)
     return ClassWeights(tuple(classes), values * counts.sum() / (values @ counts))
 
 
@@ -106,6 +123,23 @@ def balanced(counts: Float[np.ndarray, " k"], classes: Sequence[str]) -> Float[n
             f"has no training label: give a file of weights, {OPTION} FILE"
         )
     return counts.sum() / (len(counts) * counts)
+
+
+def _balanced_positives(
+    counts: Float[np.ndarray, " k"], classes: Sequence[str], images: int
+) -> Float[np.ndarray, " k"]:
+    """(n - n_c) / n_c for a label of n_c of n images: those with it count as much as those without.
+
+    Raises:
+        UserError: If every image has a label.
+    """
+    if (counts == images).any():
+        name = classes[int(counts.argmax())]
+        raise UserError(
+            f"{OPTION} {BALANCED} compares images with a label and without, and every training "
+            f"image has {quote(name)}: give a file of weights, {OPTION} FILE"
+        )
+    return (images - counts) / counts
 
 
 def _positive(path: Path, name: str, value: object) -> float:

@@ -74,9 +74,14 @@ class DataSource:
         return self.splits.train
 
     @property
-    def train_labels(self) -> Int[np.ndarray, " n"]:
-        """Class of each image to train on."""
+    def train_labels(self) -> Int[np.ndarray, " n"] | Int[np.ndarray, "n k"]:
+        """Class, or several labels, of each image to train on."""
         return self.train_images.labels
+
+    @property
+    def has_several_labels(self) -> bool:
+        """Whether an image may have several labels, or none."""
+        return self.splits is not None and self.splits.train.has_several_labels
 
     @property
     def from_weights(self) -> bool:
@@ -207,7 +212,7 @@ class DataSource:
             return None
         images = self.train_images
         images = images.select(np.arange(0, len(images), math.ceil(len(images) / count)))
-        labels = torch.from_numpy(images.labels.astype(np.int64)).to(device)
+        labels = batching.label_tensor(images.labels).to(device)
         examples = Examples(images, fitted, is_preprocessed=self.distilled is not None)
         return ResidentBatches(examples, SCORE_BATCH, device, labels)
 
@@ -262,6 +267,7 @@ def resolve(
         classes=classes,
         announce=announce,
         sound=sound,
+        several_labels=True,
     )
     return DataSource(splits.name, splits)
 
@@ -298,7 +304,7 @@ _NO_EVALUATION = "no validation and no test"
 
 
 def _unchanged(images: LabeledImages, fitted: Preprocess, device: torch.device) -> ResidentBatches:
-    labels = torch.from_numpy(images.labels.astype(np.int64)).to(device)
+    labels = batching.label_tensor(images.labels).to(device)
     return ResidentBatches(Examples(images, fitted), SCORE_BATCH, device, labels)
 
 

@@ -83,6 +83,11 @@ def _join(
         train, validation, test = (_files(part, groups, table) for part in source.parts)
         assert train is not None
         return replace(source, parts=(train, validation, test), groups=groups)
+    if source.has_several_labels:
+        raise UserError(
+            f"{OPTION} joins classes of which an image has one, and an image of {source.name} has "
+            "any number of labels: leave it out"
+        )
     splits = source.splits
     if source.distilled is not None or splits is None:
         raise UserError(

@@ -41,6 +41,26 @@ def combined_logits(
     return temperature * torch.logsumexp(log_p + weights.log()[..., None], dim=0)
 
 
+def combined_binary_logits(
+    logits: Sequence[Float[Tensor, "n k"]], *, temperature: float
+) -> Float[Tensor, "n k"]:
+    """Logits whose sigmoid at T is the mean of the teachers' probabilities of each class.
+
+    Args:
+        logits: One tensor per teacher, all of one shape; no gradient flows into them.
+        temperature: T > 0.
+
+    Raises:
+        ValueError: If there are no logits, their shapes differ, or `temperature` is not positive.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    scaled = _stack(logits) / temperature  # (m, n, k)
+    # log p - log (1 - p) of the means, in logarithms: a sure teacher's σ rounds to 0 or 1.
+    yes, no = (F.logsigmoid(sign * scaled).logsumexp(0) for sign in (1, -1))
+    return temperature * (yes - no)
+
+
 def mean_logits(
     logits: Sequence[Float[Tensor, "n k"]],
     *,

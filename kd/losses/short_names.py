@@ -13,6 +13,8 @@ from kd.losses.feature import attention_transfer as at
 from kd.losses.feature import fitnet, mgd, vid
 from kd.losses.feature import hierarchical_context as review
 from kd.losses.feature import log_sum as srd
+from kd.losses.multi_label import binary_cross_entropy as bce
+from kd.losses.multi_label import binary_kl as mld
 from kd.losses.relation import correlation_congruence as cc
 from kd.losses.relation import instance_graph as irg
 from kd.losses.relation import probabilistic_transfer as pkt
@@ -43,6 +45,7 @@ __all__ = [
     "adv_ce",
     "ard",
     "at",
+    "bce",
     "cc",
     "ce",
     "clm",
@@ -60,6 +63,7 @@ __all__ = [
     "logits",
     "ls",
     "mgd",
+    "mld",
     "mlm",
     "mse",
     "patient",

@@ -33,7 +33,7 @@ from kd.models.seals import ARRAY_FILES, CARD, INITIAL_WEIGHTS, QUANTISERS, WEIG
 from kd.models.zoo import class_names, embedding_layer, weights
 from kd.models.zoo.protocol import Interpolation, Shape
 
-OutputKind = Literal["logits", "centred labels", "embedding"]
+OutputKind = Literal["logits", "independent logits", "centred labels", "embedding"]
 TEXT = "text"  # kind of a student of texts in its `model.json`; one of images says none
 
 CARD_KEYS = (  # all entries of `model.json`; any other one means that the file is damaged
@@ -54,8 +54,10 @@ class Model:
         classes: Class names in the order of the outputs.
         shape: Height, width and channels of the images, before the classifier's own resize.
         preprocess: Preprocessing from images in [0, 1] to the classifier's input.
-        outputs: `logits`; `centred labels`, the estimates of a network trained by MSE; or
-            `embedding`, of a network without a head, which has no classes.
+        outputs: `logits`; `independent logits`, whose sigmoid is the probability of each class by
+            itself, where an image has any number of labels; `centred labels`, the estimates of a
+            network trained by MSE; or `embedding`, of a network without a head, which has no
+            classes.
         output_temperature: softmax(outputs / output_temperature) are calibrated probabilities; 1
             for logits.
         mel: Format of the images of recordings; None for a model of other images.
@@ -80,8 +82,13 @@ class Model:
 
     @property
     def gives_logits(self) -> bool:
-        """Whether the outputs are logits, whose softmax are probabilities."""
-        return self.outputs == "logits"
+        """Whether the outputs are logits, whose softmax or sigmoid are probabilities."""
+        return self.outputs in ("logits", "independent logits")
+
+    @property
+    def has_several_labels(self) -> bool:
+        """Whether it answers for each class by itself: an image has any number of labels."""
+        return self.outputs == "independent logits"
 
     @property
     def has_head(self) -> bool:
@@ -360,6 +367,24 @@ def check_shape(who: str, model: Model, shape: Shape) -> None:
     """Refuse a model for images of another shape than the data's."""
     if model.shape != shape:
         raise UserError(f"{who} takes images of shape {model.shape}, the data have {shape}")
+
+
+def check_label_kind(who: str, model: Model, several: bool) -> None:
+    """Refuse a model of one class an image for images with several labels, and the reverse.
+
+    Args:
+        who: Name of the model in messages.
+        model: The model; a headless one knows no labels.
+        several: Whether an image of the data has any number of labels.
+
+    Raises:
+        UserError: If they differ.
+    """
+    if not model.has_head or model.has_several_labels == several:
+        return
+    kinds = ("one class an image", "any number of labels an image")
+    own, other = (kinds[i] for i in (model.has_several_labels, several))
+    raise UserError(f"{who} learned {own}, and the data have {other}: give it data of its kind")
 
 
 def check_recordings(who: str, expected: MelFormat | None, mel: MelFormat | None) -> None:

@@ -139,6 +139,7 @@ def load(
     mel: MelFormat | None = None,
     use: TeacherUse = "answers",
     groups: ClassGroups | None = None,
+    several_labels: bool = False,
 ) -> Teacher:
     """Load a frozen teacher in evaluation mode.
 
@@ -164,6 +165,8 @@ def load(
         mel: Format of the recordings that the images are of; None for other images.
         use: What is taken from it. For anything but answers its head may be missing.
         groups: The classes that are joined to `classes`, which the teacher may know in their place.
+        several_labels: Whether an image of the data has any number of labels. A run says whether it
+            learned such ones; of other teachers it is assumed.
 
     Raises:
         UserError: If there is no such teacher, or it does not fit the data.
@@ -191,6 +194,11 @@ def load(
         typed=typed,
         needs_head=use == "answers",
     )
+    if Path(name).is_dir() or model.has_several_labels:
+        if use == "answers":
+            saved_models.check_label_kind(who, model, several_labels)
+        elif model.has_several_labels != several_labels:
+            matched = class_names.BY_FEATURES
     check_channels(who, model.shape[2], shape[2])
     saved_models.check_recordings(who, model.mel, mel)
     teacher = Teacher(model, preprocess, shape[:2], matched, classes).eval().requires_grad_(False)

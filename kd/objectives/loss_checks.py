@@ -44,6 +44,32 @@ def check(terms: Sequence[Term], *, classes: int, batch_size: int, mixed: bool) 
             )
 
 
+def check_labels(terms: Sequence[Term], *, several: bool) -> None:
+    """Refuse terms that do not work with the kind of labels of the data.
+
+    Args:
+        terms: Terms of the loss.
+        several: Whether an image has any number of labels; else one class.
+
+    Raises:
+        UserError: With the term and what it needs.
+    """
+    for term in terms:
+        needs = term.definition
+        if several and (
+            needs.label_kind == "one" or (needs.reads_layers and not features_alone(term))
+        ):
+            raise UserError(
+                f"--loss {term.name} is of one class an image, and here an image has any number of "
+                "labels: use bce, mld of a teacher's answers, logits, or a loss of layers"
+            )
+        if not several and needs.label_kind == "several":
+            raise UserError(
+                f"--loss {term.name} is of images with any number of labels, and here each has one "
+                f"class: use {'kd' if needs.needs_teacher else 'ce'}"
+            )
+
+
 def check_texts(terms: Sequence[Term], *, task: str, same_ids: bool) -> None:
     """Refuse terms that do not work with texts, their task, or two tokenizers.
 
@@ -55,6 +81,7 @@ def check_texts(terms: Sequence[Term], *, task: str, same_ids: bool) -> None:
     Raises:
         UserError: With the term and what it needs.
     """
+    check_labels(terms, several=False)
     for term in terms:
         needs = term.definition
         on_answers = not (needs.reads_layers or needs.of_tokens)

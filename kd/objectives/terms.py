@@ -9,7 +9,7 @@ needs or changes, so that no other place knows a term by its name. A new loss is
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -32,6 +32,7 @@ Parameters = Mapping[str, Any]
 TeacherCombiner = Callable[[StepOutputs, LossFunction, float], Tensor]
 # A user's loss of the student's logits, the teachers' (None without them), and the labels.
 LossOfLogits = Callable[[Tensor, Tensor | None, Tensor], Tensor]
+LabelKind = Literal["one", "several", "any"]
 # Builds the module of a term from its function and, for each teacher, networks and layers.
 TermMaker = Callable[[partial, Sequence[TermContext]], nn.Module]
 
@@ -39,6 +40,14 @@ TermMaker = Callable[[partial, Sequence[TermContext]], nn.Module]
 def mean_probability_loss(step: StepOutputs, function: LossFunction, temperature: float) -> Tensor:
     """Apply a loss to the mean of the teachers' probabilities at the loss's temperature."""
     return function(step.student_logits, step.combined_logits(temperature))
+
+
+def mean_binary_loss(step: StepOutputs, function: LossFunction, temperature: float) -> Tensor:
+    """Apply a loss to the mean of the teachers' probabilities of each class by itself."""
+    if len(step.teacher_logits) == 1:
+        return function(step.student_logits, step.teacher_logits[0])
+    teacher = ensemble.combined_binary_logits(step.teacher_logits, temperature=temperature)
+    return function(step.student_logits, teacher)
 
 
 def labelled_loss(step: StepOutputs, function: LossFunction, temperature: float) -> Tensor:
@@ -105,6 +114,7 @@ class TermDefinition:
         needs_logits: Whether the student's outputs must be logits.
         smooths_labels: Whether it has a parameter `smoothing`, by default the recipe's.
         weighs_classes: Whether it takes weights of classes, for its cross-entropy of labels.
+        label_kind: Labels that it works with: one class an image, several labels, or any.
         needs_raw_logits: Whether it needs a teacher's logits and not only their probabilities.
         images: Smallest number of images in a batch.
         compares_images: Whether it compares images with each other, given its parameters; else one
@@ -134,6 +144,7 @@ class TermDefinition:
     needs_logits: bool = False
     smooths_labels: bool = False
     weighs_classes: bool = False
+    label_kind: LabelKind = "one"
     needs_raw_logits: bool = False
     images: int = 1
     compares_images: Callable[[Parameters], bool] = _always
@@ -223,7 +234,7 @@ def _feature_row(
         each = [make_one(context, function) for context in contexts[: None if needs_teacher else 1]]
         return each[0] if len(each) == 1 else feature_terms.MeanOverTeachers(each)
 
-    options = {"needs_teacher": needs_teacher, "reads_layers": True, **needs}
+    options = {"needs_teacher": needs_teacher, "reads_layers": True, "label_kind": "any", **needs}
     return TermDefinition(function, weight, "features", make, **options)
 
 
@@ -267,8 +278,13 @@ TERMS: Mapping[str, TermDefinition] = {
     ),
     "dist": _logit_row(short_names.dist, 2, images=2, compares_images=_compares_columns),
     "ls": _logit_row(short_names.ls, 9, mean_standardised_loss, classes=3, needs_raw_logits=True),
-    "logits": _logit_row(short_names.logits, 1, mean_logit_loss, needs_raw_logits=True, classes=1),
+    "logits": _logit_row(
+        short_names.logits, 1, mean_logit_loss, needs_raw_logits=True, classes=1, label_kind="any"
+    ),
     "hard": _logit_row(short_names.hard, 0.5),
+    "bce": _label_row(short_names.bce, 1, weighs_classes=True, label_kind="several"),
+    # The authors' weight of 10 is beside a cross-entropy that is summed over the batch.
+    "mld": _logit_row(short_names.mld, 0.9, mean_binary_loss, label_kind="several"),
     "adv-ce": _adversarial_row(
         short_names.adv_ce,
         1,
@@ -303,6 +319,7 @@ TERMS: Mapping[str, TermDefinition] = {
         feature_terms.CrdTerm,
         whole=True,
         needs_rows=True,
+        label_kind="one",
         remark=feature_terms.crd_remark,
     ),
     "adv": _feature_row(
@@ -315,6 +332,7 @@ TERMS: Mapping[str, TermDefinition] = {
         needs_teacher=False,
         needs_logits=True,
         weighs_classes=True,
+        label_kind="one",
     ),
     "hidden": _state_row(short_names.hidden, 1, token_terms.HiddenTerm),
     "scores": _state_row(short_names.scores, 1, token_terms.ScoresTerm),

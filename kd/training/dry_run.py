@@ -37,6 +37,7 @@ def check(
     on: Engine,
     mixed: bool = False,
     centred: bool = False,
+    several: bool = False,
     world: int | None = None,
     teacher_shapes: Sequence[Shape] = (),
 ) -> None:
@@ -56,6 +57,7 @@ def check(
         on: Engine of the training.
         mixed: Whether the images are mixed, so that their labels are shares of several classes.
         centred: Whether the data have real-valued labels.
+        several: Whether an image has any number of labels.
         world: Number of processes that share a batch; None for all.
         teacher_shapes: Shape of each teacher's images, where they have their own.
 
@@ -64,7 +66,9 @@ def check(
             network without any gradient.
     """
     n = min(smallest_share(sizes, world or on.num_processes), MAX_IMAGES)
-    batch = noise_batch(n, shape, classes, images=images, mixed=mixed, centred=centred)
+    batch = noise_batch(
+        n, shape, classes, images=images, mixed=mixed, centred=centred, several=several
+    )
     if teacher_shapes:
         h, w, c = teacher_shapes[0]
         noise = torch.randn(n, c, h, w, generator=torch.Generator().manual_seed(0))
@@ -128,6 +132,7 @@ def noise_batch(
     images: int = 0,
     mixed: bool = False,
     centred: bool = False,
+    several: bool = False,
 ) -> Batch:
     """Build a batch of noise, with the classes in turn as labels; the same for the same arguments.
 
@@ -138,6 +143,7 @@ def noise_batch(
         images: Number of images in the training set, whose first rows the batch gets; 0: no rows.
         mixed: Whether each image is a mix of two classes.
         centred: Whether the batch also has real-valued labels.
+        several: Whether labels are 0 or 1 for each class.
     """
     h, w, c = shape
     noise = torch.randn(n, c, h, w, generator=torch.Generator().manual_seed(0))
@@ -145,7 +151,7 @@ def noise_batch(
     one_hot = nn.functional.one_hot(labels, classes).float()
     return Batch(
         noise,
-        labels,
+        one_hot if several else labels,
         targets=one_hot - 1 / classes if centred else None,
         class_shares=0.7 * one_hot + 0.3 * one_hot.flip(0) if mixed else None,
         index=torch.arange(n) % images if images else None,

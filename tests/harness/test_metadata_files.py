@@ -228,7 +228,7 @@ def test_csv_refusals(tmp_path, case):
 
 LINES = {
     "a list": ('["file_name"]', "line 1 must be an object"),
-    "a list for a class": ('{"file_name": "000.png", "label": [1]}', "line 1 must have one class"),
+    "a list for a class": ('{"file_name": "000.png", "label": [1]}', "several labels .lists in"),
     "half a number": ('{"file_name": "000.png", "label": 0.5}', "line 1 must have one class"),
     "a number for a file": ('{"file_name": 7, "label": 1}', "line 1 must have a file_name, got 7"),
     "cut off": ('{"file_name": "000.png", "lab', "line 1 is no JSON"),

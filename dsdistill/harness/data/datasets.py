@@ -21,6 +21,7 @@ from dsdistill.harness.data.labeled_images import (
     DataError,
     LabeledImages,
     split_by_class,
+    strata,
 )
 from dsdistill.harness.data.layout import FolderLayout
 from dsdistill.harness.data.mel_images import MelFormat, MelOptions
@@ -91,6 +92,7 @@ def load(
     cache: Path | None = None,
     announce: bool = True,
     sound: MelOptions | None = None,
+    several_labels: bool = False,
 ) -> Splits:
     """Load a data set and split it.
 
@@ -110,6 +112,7 @@ def load(
         cache: Folder for the decoded images of folders; by default `paths.decoded_images`.
         announce: Whether to print which folder serves as which part.
         sound: What is asked of the images of recordings; None where nothing is.
+        several_labels: Whether a folder may have a table that gives an image any number of labels.
 
     Raises:
         DataError: If the data are missing, unreadable or unfit; one line with expected and got.
@@ -125,9 +128,12 @@ def load(
         _require_memory(1, 3, 4, image_size)  # before the first image is resized
     path = Path(data).expanduser()
     if data not in NAMES and path.is_dir():
-        return _load_folder(
-            path, cache, image_size, validation_fraction, channels, classes, announce, sound
-        )
+        of_folder = path, cache or paths.decoded_images(), image_size, validation_fraction
+        if several_labels and sound is None:
+            found = _load_several_labels(*of_folder, channels, classes, announce)
+            if found is not None:
+                return found
+        return _load_folder(*of_folder, channels, classes, announce, sound)
     if sound is not None:
         raise UserError(
             f"--seconds, --mel-bands and --sample-rate are for a folder of recordings, and {data} "
@@ -169,9 +175,32 @@ def load_unlabelled(
     return _convert_channels(whole, channels)
 
 
+def _load_several_labels(
+    path: Path,
+    cache: Path,
+    image_size: int | None,
+    validation_fraction: float,
+    channels: int | None,
+    classes: Sequence[str] | None,
+    announce: bool,
+) -> Splits | None:
+    """Load a folder whose table gives an image any number of labels; None for any other one."""
+    from dsdistill.harness.data import multi_label
+
+    parts = multi_label.list_folder(path, classes)
+    if parts is None:
+        return None
+    train, validation, test = multi_label.read(parts, cache, image_size, channels)
+    splits = split(str(path), train, validation, test, validation_fraction)
+    if announce:
+        counts = (len(part) for part in (splits.train, splits.validation, splits.test))
+        progress.note(parts.summary(*counts))
+    return splits
+
+
 def _load_folder(
     path: Path,
-    cache: Path | None,
+    cache: Path,
     image_size: int | None,
     validation_fraction: float,
     channels: int | None,
@@ -181,7 +210,6 @@ def _load_folder(
 ) -> Splits:
     from dsdistill.harness.data import folders
 
-    cache = cache or paths.decoded_images()
     parts = folders.read(path, cache, image_size, channels=channels, classes=classes, sound=sound)
     splits = split(
         str(path),
@@ -248,7 +276,7 @@ def split(
     """
     sha256, brings_validation = digest(train), validation is not None
     if validation is None:
-        rest, held_out = split_by_class(train.labels, fraction, order)
+        rest, held_out = split_by_class(strata(train.labels), fraction, order)
         train, validation = train.select(rest), train.select(held_out)
     _require_every_class(train, data)
     return Splits(_short_name(data), train, validation, test, sha256, brings_validation)
@@ -392,9 +420,11 @@ def digest(data: LabeledImages) -> str:
 
 
 def _require_every_class(train: LabeledImages, data: str) -> None:
-    counts = np.bincount(train.labels, minlength=len(train.classes))
     if len(train.classes) < 2:
         raise DataError(f"{data} must have at least two classes, has {len(train.classes)}")
+    if train.has_several_labels:
+        return  # what a model knows and no image here has is never answered, which is right
+    counts = np.bincount(train.labels, minlength=len(train.classes))
     if (counts == 0).any():
         empty = train.classes[int(counts.argmin())]
         raise DataError(f"{data}: class {quote(empty)} has no training image left")

@@ -138,18 +138,9 @@ def read(
     layout = list_folder(path, classes)
     files = layout.files
     mel, conversion = _choose_format(path, layout, image_size, sound)
-    store = _open_or_decode(path, cache, files, mel or image_size, channels)
-    if store.skipped:
-        line = _describe_unreadable(path, files, store.skipped)
-        logging.getLogger(__name__).warning("%s; skipped", printable(line))
-    if store.gray and channels is None:
-        progress.note(
-            f"{path}: {store.gray:,} of {len(files):,} images are grayscale and are read as "
-            "colour, since others have colour; --channels 1 converts all to grayscale"
-        )
-    readable = np.setdiff1d(np.arange(len(files)), list(store.skipped))
+    images, readable = read_files(path, cache, files, mel or image_size, channels)
     everything = LabeledImages(
-        store.images, np.array(layout.labels)[readable], layout.train.classes, rows=readable
+        images, np.array(layout.labels)[readable], layout.train.classes, rows=readable
     )
     first, second = np.searchsorted(readable, layout.ends)
     rows = np.arange(len(readable))
@@ -160,6 +151,35 @@ def read(
         train, test = split_by_class(everything.labels, TEST_FRACTION, layout.draw_order)
     train, test = everything.select(train), everything.select(test)
     return FolderSplits(train, validation, test, layout, mel, conversion)
+
+
+def read_files(
+    path: Path, cache: Path, files: list[Path], size: Size, channels: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Decode files of a folder, or open them in the cache; say which cannot be read.
+
+    Args:
+        path: The folder.
+        cache, channels: As in `read`.
+        files: Paths below the folder, one for each slot of the result.
+        size: As `image_size` in `read`, or the format of recordings.
+
+    Returns:
+        The images, and the slots that could be read.
+
+    Raises:
+        DataError, OSError: As `read`.
+    """
+    store = _open_or_decode(path, cache, files, size, channels)
+    if store.skipped:
+        line = _describe_unreadable(path, files, store.skipped)
+        logging.getLogger(__name__).warning("%s; skipped", printable(line))
+    if store.gray and channels is None:
+        progress.note(
+            f"{path}: {store.gray:,} of {len(files):,} images are grayscale and are read as "
+            "colour, since others have colour; --channels 1 converts all to grayscale"
+        )
+    return store.images, np.setdiff1d(np.arange(len(files)), list(store.skipped))
 
 
 def read_unlabelled(

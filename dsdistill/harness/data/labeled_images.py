@@ -25,15 +25,21 @@ class LabeledImages:
 
     Attributes:
         store: Pixels, uint8, or float32 in [0, 1]; N >= n.
-        labels: Class index of each image.
+        labels: Class index of each image; of data with several labels an image, for each class
+            whether the image has it (n, k), 0 or 1.
         classes: Class names, in the order of the indices.
         rows: Position of each image in `store`; None if the two are aligned.
     """
 
     store: Num[np.ndarray, "N h w c"]
-    labels: Int[np.ndarray, " n"]
+    labels: Int[np.ndarray, " n"] | Int[np.ndarray, "n k"]
     classes: tuple[str, ...]
     rows: Int[np.ndarray, " n"] | None = None
+
+    @property
+    def has_several_labels(self) -> bool:
+        """Whether an image may have several labels, or none."""
+        return self.labels.ndim == 2
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -133,6 +139,20 @@ def split_by_class(
     return np.setdiff1d(np.arange(len(labels)), held_out), held_out
 
 
+def strata(labels: Int[np.ndarray, " n"] | Int[np.ndarray, "n k"]) -> Int[np.ndarray, " n"]:
+    """The class by which an image is held out or drawn evenly with others.
+
+    Of several labels it is the rarest, so that rare ones are in every part; images without any
+    label are a class of their own, the last one.
+    """
+    if labels.ndim == 1:
+        return labels
+    counts = labels.sum(0)
+    order = np.argsort(counts, kind="stable")
+    rarest = order[labels[:, order].argmax(1)]
+    return np.where(labels.any(1), rarest, labels.shape[1])
+
+
 def draw_balanced(
     labels: Int[np.ndarray, " n"], count: int, rng: np.random.Generator
 ) -> np.ndarray:
@@ -150,8 +170,11 @@ def draw_balanced(
     return np.concatenate([rng.permutation(m)[:per_class] for m in members])
 
 
-def spread(labels: Int[np.ndarray, " n"], count: int) -> Int[np.ndarray, " m"]:
+def spread(
+    labels: Int[np.ndarray, " n"] | Int[np.ndarray, "n k"], count: int
+) -> Int[np.ndarray, " m"]:
     """Sorted indices of up to `count` images of as many classes as possible, always the same."""
+    labels = strata(labels)
     rng = np.random.default_rng(0)
     shuffled = rng.permutation(len(labels))
     # Rank each image within its class: first one image of every class, then a second.
@@ -194,16 +217,17 @@ def check_images_per_class(data: LabeledImages, images_per_class: int) -> None:
 
 
 def describe_missing_classes(
-    part: str, labels: Int[np.ndarray, " n"], classes: Sequence[str]
+    part: str, labels: Int[np.ndarray, " n"] | Int[np.ndarray, "n k"], classes: Sequence[str]
 ) -> str | None:
     """A line that names classes without images in a part; None where there are none, or no images.
 
     Args:
         part: `test` or `validation`.
-        labels: One class index an image of the part.
+        labels: Labels of the images of the part, as in `LabeledImages`.
         classes: Names, in the order of the indices.
     """
-    missing = sorted(set(range(len(classes))) - set(labels.tolist()))
+    present = labels if labels.ndim == 1 else np.flatnonzero(labels.any(0))
+    missing = sorted(set(range(len(classes))) - set(present.tolist()))
     if not len(labels) or not missing:
         return None
     names = abbreviate_names([classes[label] for label in missing])

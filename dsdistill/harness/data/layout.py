@@ -166,7 +166,7 @@ def list_folder(path: Path, classes: Sequence[str] | None = None) -> FolderLayou
     skipped = SkippedFiles()
     root = descend(path)
     _refuse_images_beside_annotations(root)
-    roles = _find_parts(root, skipped)
+    roles = find_parts(root, skipped)
     train = read_part(roles.get("train", root), (root,), skipped)
     text_order, order = train.classes, class_names.sort(train.classes)
     if classes is not None and class_names.match(classes, train.classes) is not None:
@@ -232,7 +232,7 @@ def find_lone_test_part(path: Path) -> Path | None:
     return candidates[0] if "train" not in named and len(candidates) == 1 else None
 
 
-def _find_parts(root: Path, skipped: SkippedFiles) -> dict[str, Path]:
+def find_parts(root: Path, skipped: SkippedFiles) -> dict[str, Path]:
     """Find the folder of each part; none if `root` holds class folders."""
     folders = [folder for folder in subfolders(root) if holds_images(folder)]
     named: dict[str, list[Path]] = {}

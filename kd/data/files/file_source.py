@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ class FileSource:
         distilled: None: files are never a distilled set.
         mel: None: recordings are not read during a training.
         groups: As in `data_source.DataSource`.
+        has_several_labels: False: images with several labels are not read during a training.
     """
 
     name: str
@@ -52,6 +54,7 @@ class FileSource:
     distilled: None = None
     mel: None = None
     groups: ClassGroups | None = None
+    has_several_labels: Literal[False] = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
