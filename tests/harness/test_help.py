@@ -226,6 +226,7 @@ def test_a_recipe_is_what_its_page_says() -> None:
             assert replace(plain, **{name: type(value)(number)}) == plain, name
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_the_real_command_prints_its_pages_and_its_version(program: str) -> None:
     for words in (["--help"], ["-h"], ["report", "RUN", "--help"]):

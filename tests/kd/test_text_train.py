@@ -356,7 +356,12 @@ OPTIONS: list[tuple[str, tuple[object, ...], str]] = [
     ("one", (*STUDENT, "--augment", "crop-flip"), "--augment crop-flip is for images"),
     ("one", (*STUDENT, "--recipe", "cifar"), "--recipe cifar is for images"),
     # what is not compiled
-    ("one", ("--student", "bilstm:4", "--compile"), "--compile makes a step of bilstm slower"),
+    (
+        "one",
+        ("--student", "bilstm:4", "--tokenizer", "words", "--compile"),
+        "--compile makes a step of bilstm slower",
+    ),
+    ("plain", (*WRITTEN, "--on-policy", 0.5, "--compile"), "--on-policy lets it write token by"),
     # options of texts on images
     ("digits", ("--student", "mlp:4", "--max-length", 5), "--max-length is for texts, and digits"),
     ("digits", ("--student", "mlp:4", "--lora", 2), "--lora is for texts"),
