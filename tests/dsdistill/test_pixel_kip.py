@@ -57,8 +57,9 @@ class LinearEncoder:
         return jnp.tanh(images.reshape(len(images), -1) @ WEIGHTS)
 
 
-@given(size=st.integers(1, 12), channels=st.sampled_from([1, 3]), seed=st.integers(0, 99))
-@settings(max_examples=20, deadline=None)
+@pytest.mark.parametrize(("size", "channels"), [(1, 1), (2, 3), (7, 3), (12, 1)])
+@given(seed=st.integers(0, 99))
+@settings(max_examples=5, deadline=None)
 def test_a_pyramid_of_images_renders_them(size: int, channels: int, seed: int) -> None:
     images = np.random.default_rng(seed).uniform(0.02, 0.98, (3, size, size, channels))
     levels = pyramid.of_images(jnp.asarray(images, jnp.float32))
@@ -169,7 +170,7 @@ def test_a_step_is_adam_on_the_gradient_of_the_whole() -> None:
 
     learned = {"images": state.moments.levels, "labels": state.labels}
     with jax.enable_x64(True):
-        value, slope = jax.value_and_grad(loss)(learned)
+        value, slope = jax.jit(jax.value_and_grad(loss))(learned)
     assert step.loss == pytest.approx(float(value), rel=1e-5)
     moved, _ = objective.adam.move(learned, slope, state.moments.moments, jnp.float32(1))
     for mine, its in zip(step.state.moments.levels, moved["images"], strict=True):
