@@ -37,6 +37,16 @@ SETS = {  # name: the command
         f"--learn-labels --optimizer gauss-newton {RIDGE}{steps}"
         for k, steps in ((1, ""), (10, " --steps 30"))
     },
+    **{
+        f"kip-fc-ce-{k}": f"kip fashion-mnist --steps 300 --outer ce --images-per-class {k}"
+        for k in COUNTS[:2]
+    },
+    **{
+        f"pool-{k}": f"kip fashion-mnist --kernel features:convnet:32 --images-per-class {k} "
+        f"--target-batch 500 --learning-rate 0.03 --schedule cosine --steps {steps} "
+        "--learn-labels --label-learning-rate 0.005"
+        for k, steps in ((1, 1500), (10, 2500))
+    },
 }
 LEARNERS = "ridge,convnet,mlp"
 CONTROLS = "random,k-means,herding,full"
