@@ -6,7 +6,6 @@ import sys
 
 from dsdistill.harness import command_line
 from dsdistill.harness.text import printable
-from kd.commands.printed_figures import chosen_figures, print_figures
 from kd.options import (
     AugmentOptions,
     EvaluateOptions,
@@ -17,11 +16,13 @@ from kd.options import (
     SynthesizeOptions,
     TrainOptions,
 )
+from kd.runs.printed_figures import chosen_figures, print_figures
 
 
 def _train(options: TrainOptions) -> None:
     options.check()  # before the seconds that importing torch takes
-    from kd.commands import run_options, train
+    from kd.commands import train
+    from kd.runs import run_options
 
     options = train.resolve(options)
     try:

@@ -1,1 +1,1 @@
-"""The commands of `kd`, one module each, and the parts that they are assembled from."""
+"""The commands of `kd`, one module each, and the kinds of an evaluation."""

@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from kd.commands import evaluation, image_evaluation, run_data, text_evaluation
+from kd.commands import evaluation, image_evaluation, text_evaluation
 from kd.commands.evaluation import Evaluation
 from kd.models import saved_models
 from kd.options import EvaluateOptions
 from kd.parallel import engine
+from kd.runs import run_data
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dsdistill.harness.errors import UserError
 from kd.models import network_names
 from kd.models.zoo import class_names
 from kd.models.zoo.class_names import ClassMap
-from kd.options import EvaluateOptions, told
+from kd.options import EvaluateOptions, teacher_inputs
 
 TEACHER_CLASS_MAP = "--teacher-class-map"  # option of the teachers' class maps, for messages
 
@@ -94,4 +94,6 @@ def choose_teachers(
     stored = config if is_of_run else {}
     text = options.teacher_class_map or stored.get("class_map")
     maps = class_names.read_class_maps(text, names, TEACHER_CLASS_MAP)
-    return name, ChosenTeachers(tuple(names), tuple(maps), tuple(told(stored, len(names))))
+    return name, ChosenTeachers(
+        tuple(names), tuple(maps), tuple(teacher_inputs(stored, len(names)))
+    )

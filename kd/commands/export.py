@@ -15,22 +15,16 @@ from jaxtyping import Float
 
 from dsdistill.harness import files
 from dsdistill.harness.errors import UserError, unknown_name
-from kd.commands import (
-    checked_export,
-    export_check,
-    export_formats,
-    quantised_check,
-    run_data,
-    text_export,
-)
-from kd.commands.checked_export import RELATIVE_TOLERANCE, Writer
-from kd.commands.export_check import ReferenceOutputs
-from kd.commands.export_formats import FORMATS, ExportFormat
-from kd.commands.quantised_check import QuantisedAgreement
+from kd.exports import checked_export, export_check, export_formats, quantised_check, text_export
+from kd.exports.checked_export import RELATIVE_TOLERANCE, Writer
+from kd.exports.export_check import ReferenceOutputs
+from kd.exports.export_formats import FORMATS, ExportFormat
+from kd.exports.quantised_check import QuantisedAgreement
 from kd.models import headless, network_names, networks, saved_models
 from kd.models.saved_models import Model
 from kd.options import ExportOptions
 from kd.recipe import Recipe
+from kd.runs import run_data
 
 
 @dataclass(frozen=True)

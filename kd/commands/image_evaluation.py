@@ -16,7 +16,6 @@ from dsdistill.harness.runs import progress
 from dsdistill.harness.runs.run_folder import INPUTS_KEY
 from kd import attack
 from kd.attack import Attack
-from kd.commands import private_data, run_data
 from kd.commands.evaluation import TEACHER_CLASS_MAP, ChosenTeachers
 from kd.data import transfer_images
 from kd.data.batching import EvaluationBatches
@@ -31,6 +30,7 @@ from kd.models.zoo import class_names
 from kd.objectives import loss_checks, terms
 from kd.options import EvaluateOptions
 from kd.recipe import Recipe
+from kd.runs import private_data, run_data
 
 
 @dataclass(frozen=True, eq=False)

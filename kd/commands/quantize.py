@@ -27,10 +27,11 @@ import torch
 from dsdistill.harness import files, memory, paths
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress, run_folder
-from kd.commands import finished_runs, quantised_file, quantised_training, run_data
+from kd.assembly import quantised_training
 from kd.data.data_source import DataSource
 from kd.data.files.file_source import FileSource
 from kd.evaluation import scoring
+from kd.exports import quantised_file
 from kd.models import network_names, networks, saved_models, seals
 from kd.models.quantised import bit_widths
 from kd.models.saved_models import Model
@@ -38,6 +39,7 @@ from kd.models.seals import REPORT
 from kd.options import QuantizeOptions
 from kd.parallel import engine
 from kd.recipe import Recipe
+from kd.runs import finished_runs, run_data
 
 COPIED = ("data", "seed", "validation_fraction", run_folder.INPUTS_KEY)  # of the student's options
 

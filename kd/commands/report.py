@@ -12,10 +12,10 @@ from dsdistill.harness.evaluation.statistics import Summary
 from dsdistill.harness.memory import format_bytes
 from dsdistill.harness.reports import html, plot_style, wording
 from dsdistill.harness.reports.wording import MINUS, NOTHING
-from kd.commands import capacity_gap, finished_runs, run_figures
-from kd.commands.capacity_gap import TaughtGroup
-from kd.commands.finished_runs import FinishedRun, RunGroup
-from kd.commands.run_figures import FIGURES, Figure, Part
+from kd.runs import capacity_gap, finished_runs, run_figures
+from kd.runs.capacity_gap import TaughtGroup
+from kd.runs.finished_runs import FinishedRun, RunGroup
+from kd.runs.run_figures import FIGURES, Figure, Part
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as PlotFigure

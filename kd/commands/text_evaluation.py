@@ -11,7 +11,7 @@ import torch
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
 from dsdistill.harness.runs.run_folder import INPUTS_KEY
-from kd.commands import run_data, training_texts
+from kd.assembly import training_texts
 from kd.commands.evaluation import TEACHER_CLASS_MAP, ChosenTeachers
 from kd.data import data_source
 from kd.data.text import causal_rows, corpus, embedding_texts, part_files
@@ -29,6 +29,7 @@ from kd.models.token_inputs import TokenInputs
 from kd.models.zoo import class_names
 from kd.objectives import loss_checks, terms
 from kd.options import EvaluateOptions
+from kd.runs import run_data
 
 CLASS_MAP = "--class-map"
 

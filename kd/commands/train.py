@@ -31,20 +31,17 @@ from dsdistill.harness import files, memory, stopping
 from dsdistill.harness.errors import UserError, first_line
 from dsdistill.harness.runs import metrics_file, progress, run_folder
 from kd import recipes
-from kd.commands import (
-    continuation,
-    curves,
+from kd.assembly import (
     image_training,
     own_teacher,
     private_answers,
     run_inputs,
-    run_options,
     teacher_chain,
     text_parts,
     text_training,
     training_parts,
 )
-from kd.commands.training import Training
+from kd.assembly.training import Training
 from kd.data.batching import BatchSource
 from kd.models import seals
 from kd.models.seals import REPORT
@@ -53,6 +50,7 @@ from kd.objectives.schemes import Objective
 from kd.options import TrainOptions
 from kd.parallel import engine, heartbeat
 from kd.recipe import Recipe
+from kd.runs import continuation, curves, run_options
 from kd.training import checkpoint
 from kd.training.checkpoint import PackedState, TrainingState
 from kd.training.loop import train

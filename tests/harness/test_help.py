@@ -185,7 +185,7 @@ def test_defaults_that_are_set_elsewhere_are_those_used() -> None:
     from dsdistill.kernels import networks
     from dsdistill.loops import plan
     from dsdistill.options import EvaluateOptions, LabelSolveOptions
-    from kd.commands import training_parts
+    from kd.assembly import training_parts
     from kd.training import steps
 
     def read(options: type) -> dict[str, help_page.Option]:

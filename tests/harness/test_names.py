@@ -35,10 +35,11 @@ from dsdistill.harness.reports import report as reports
 from dsdistill.harness.reports.image_grid import GridSide
 from dsdistill.harness.reports.write import write_report
 from dsdistill.harness.runs import progress
-from kd.commands import curves, finished_runs, printed_figures, train
 from kd.commands import report as kd_report
+from kd.commands import train
 from kd.models import saved_models
 from kd.options import Overrides, TrainOptions
+from kd.runs import curves, finished_runs, printed_figures
 
 # What a class may be called, and how it is shown.
 NAMES = {

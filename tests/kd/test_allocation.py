@@ -29,7 +29,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_npz(folder / "three.npz")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("kd.commands.curves.draw", lambda folder: None)
+        patch.setattr("kd.runs.curves.draw", lambda folder: None)
         options = ("--student", "convnet:4", "--epochs", 1, "--device", "cpu")
         main(patch, "train", "three.npz", *options, "--out", "run")
     shutil.copytree(folder / "run", folder / "huge")

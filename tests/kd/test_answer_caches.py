@@ -53,7 +53,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer.save_pretrained(folder / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("kd.commands.curves.draw", lambda folder: None)
+        patch.setattr("kd.runs.curves.draw", lambda folder: None)
         main(patch, "train", "tag", "--student", "hf:bert", "--steps", 4, "--out", "tagger")
     return folder
 
@@ -61,7 +61,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def inside(work: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.chdir(work)
-    monkeypatch.setattr("kd.commands.curves.draw", lambda folder: None)
+    monkeypatch.setattr("kd.runs.curves.draw", lambda folder: None)
     return monkeypatch
 
 
@@ -190,7 +190,7 @@ def test_the_cache_belongs_to_teacher_tokens_seed_and_length(
 def test_the_room_that_is_stated_is_what_the_entries_take(
     inside: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    inside.setattr("kd.commands.text_answers.TOKEN_TOP", 8)
+    inside.setattr("kd.assembly.text_answers.TOKEN_TOP", 8)
     options = (*CAUSAL, "--loss", "clm,tokens", *COMMON, "--cache", tmp_path / "cache")
     main(inside, "train", *options, "--out", tmp_path / "run")
     said = capsys.readouterr().err

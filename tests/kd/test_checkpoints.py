@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dsdistill.harness.data import preprocess
 from dsdistill.harness.errors import UserError
-from kd.commands import export_formats
+from kd.exports import export_formats
 from kd.models import network_names, networks, saved_models, teachers
 from kd.models.zoo import weight_files
 

@@ -27,9 +27,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     distilled_set.save(folder / "orphan.safetensors", support.distilled(support.digits(), **gone))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(
-            "kd.commands.curves.draw", lambda folder: None
-        )  # as long as the training itself
+        patch.setattr("kd.runs.curves.draw", lambda folder: None)  # as long as the training itself
         for name, data in (("teacher-2", "two.npz"), ("one", "three.npz"), ("other", "three.npz")):
             seed = 1 if name == "other" else 0
             main(patch, "train", data, *FAST, "--epochs", 20, "--seed", seed, "--out", name)
@@ -53,7 +51,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def inside(work: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.chdir(work)
-    monkeypatch.setattr("kd.commands.curves.draw", lambda folder: None)
+    monkeypatch.setattr("kd.runs.curves.draw", lambda folder: None)
     return monkeypatch
 
 

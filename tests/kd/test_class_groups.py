@@ -26,7 +26,7 @@ QUICK = ("--epochs", 2, "--device", "cpu")
 
 @pytest.fixture(autouse=True)
 def _no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kd.commands.curves.draw", lambda folder: None)
+    monkeypatch.setattr("kd.runs.curves.draw", lambda folder: None)
 
 
 def _teacher(folder: Path, classes: tuple[str, ...], groups=GROUPS) -> teachers.Teacher:

@@ -154,7 +154,7 @@ def test_what_has_no_effect_is_refused(
 
 def test_texts_and_tags_have_weights_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text_data.write_all(tmp_path)
-    monkeypatch.setattr("kd.commands.curves.draw", lambda folder: None)
+    monkeypatch.setattr("kd.runs.curves.draw", lambda folder: None)
     student = ("--student", "bert:1x8", "--tokenizer", "words", "--steps", 2, "--device", "cpu")
     words = [row["tags"] for row in map(text_data.tags, text_data.sentences(96, 0))]
     counts = {

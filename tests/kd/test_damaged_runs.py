@@ -11,8 +11,8 @@ from kd_support import main, refused, stop_in
 
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import run_folder
-from kd.commands import finished_runs
 from kd.models import saved_models, seals
+from kd.runs import finished_runs
 
 QUICK = ("--student", "mlp:8", "--epochs", 2, "--batch-size", 64)
 FLIPS = 60  # of each file
@@ -24,9 +24,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("damage")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(
-            "kd.commands.curves.draw", lambda folder: None
-        )  # as long as the training itself
+        patch.setattr("kd.runs.curves.draw", lambda folder: None)  # as long as the training itself
         for seed, out in ((0, "whole"), (1, "other")):
             options = ("--preprocess", "zca", "--centred", "--seed", seed, "--out", out)
             main(patch, "train", "digits", *QUICK, *options)
@@ -39,7 +37,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def inside(work: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.chdir(work)
-    monkeypatch.setattr("kd.commands.curves.draw", lambda folder: None)
+    monkeypatch.setattr("kd.runs.curves.draw", lambda folder: None)
     shutil.rmtree("run", ignore_errors=True)
     return monkeypatch
 

@@ -13,8 +13,9 @@ from kd_support import main, read_report
 from text_support import bert_folder
 
 from dsdistill.harness.errors import UserError
-from kd.commands import evaluate, text_training
-from kd.commands.text_training import TextTraining
+from kd.assembly import text_training
+from kd.assembly.text_training import TextTraining
+from kd.commands import evaluate
 from kd.losses.relation import rkd_distance
 from kd.models.language import saved_text_models, sentence_files, trained_models
 from kd.models.language.sentence_encoder import EmbeddingHead, SentenceEncoder
@@ -126,7 +127,7 @@ def test_the_teachers_embeddings_are_kept_in_a_cache(work, tmp_path, monkeypatch
         objective, source = each.build_objective(), each.load()
         if each is again:
             monkeypatch.delattr(TextTeacher, "forward")
-            monkeypatch.setattr("kd.commands.text_answers.try_out", lambda *_: torch.zeros(1, 16))
+            monkeypatch.setattr("kd.assembly.text_answers.try_out", lambda *_: torch.zeros(1, 16))
         prepared.append(each.prepare(objective, source))
     for batches in zip(*(source.epoch(0, 1) for source in prepared), strict=True):
         answers = [batch.teacher_logits[0] for batch in batches]

@@ -30,11 +30,12 @@ from dsdistill.harness.data import preprocess
 from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.evaluation.metrics import softmax
 from kd import cli
-from kd.commands import export, export_formats
-from kd.commands.export_check import ReferenceOutputs
+from kd.commands import export
 from kd.data import data_source
 from kd.data.files import file_source
 from kd.data.files.image_files import ImageFiles
+from kd.exports import export_formats
+from kd.exports.export_check import ReferenceOutputs
 from kd.models import networks, saved_models, seals, teachers
 from kd.models.zoo import exported
 from kd.options import ExportOptions

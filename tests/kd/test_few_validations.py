@@ -44,7 +44,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _draw(folder / "two", dict.fromkeys(TWELVE[:2], 5))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("kd.commands.curves.draw", lambda folder: None)
+        patch.setattr("kd.runs.curves.draw", lambda folder: None)
         options = ("--student", "mlp:32", "--epochs", 60, "--device", "cpu", "--lr", 0.003)
         main(patch, "train", "many", *options, "--out", "of-many")
         main(patch, "train", "two", *options, "--out", "of-two")
@@ -63,7 +63,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def inside(work: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.chdir(work)
-    monkeypatch.setattr("kd.commands.curves.draw", lambda folder: None)
+    monkeypatch.setattr("kd.runs.curves.draw", lambda folder: None)
     return monkeypatch
 
 

@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _enter(patch: pytest.MonkeyPatch, root: Path) -> None:
     patch.chdir(root)
     patch.setenv("XDG_CACHE_HOME", str(root / "cache"))
-    patch.setattr("kd.commands.curves.draw", lambda folder: None)
+    patch.setattr("kd.runs.curves.draw", lambda folder: None)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 from kd_support import main, read_report, refused, stop_in
 
-from kd.commands import finished_runs
+from kd.runs import finished_runs
 
 LINE = ("train", "data.npz", "--student", "mlp:8", "--batch-size", 16)
 MORE = ("train", "--resume", "--out", "run")
@@ -19,7 +19,7 @@ MORE = ("train", "--resume", "--out", "run")
 @pytest.fixture(autouse=True)
 def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("kd.commands.curves.draw", lambda folder: None)
+    monkeypatch.setattr("kd.runs.curves.draw", lambda folder: None)
     support.write_npz(tmp_path / "data.npz")
     return monkeypatch
 

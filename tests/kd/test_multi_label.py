@@ -14,9 +14,10 @@ from sklearn.metrics import average_precision_score, f1_score
 
 from dsdistill.harness.data import preprocess
 from dsdistill.harness.errors import UserError
-from kd.commands import export, export_formats
+from kd.commands import export
 from kd.data import class_weights
 from kd.evaluation import multi_label_scoring
+from kd.exports import export_formats
 from kd.losses import ensemble, multi_label
 from kd.models import saved_models, teachers
 from kd.models.zoo import exported
@@ -28,7 +29,7 @@ QUICK = ("--epochs", 20, "--lr", 0.3, "--device", "cpu")
 
 @pytest.fixture(autouse=True)
 def _no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kd.commands.curves.draw", lambda folder: None)
+    monkeypatch.setattr("kd.runs.curves.draw", lambda folder: None)
 
 
 def _labels(n: int, rng: np.random.Generator) -> np.ndarray:
@@ -67,7 +68,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         _write(folder / "data" / part, n, number)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("kd.commands.curves.draw", lambda folder: None)
+        patch.setattr("kd.runs.curves.draw", lambda folder: None)
         support.main(patch, "train", "data", "--student", "mlp:32", *QUICK, "--out", "teacher")
         one = ("--student", "mlp:4", "--steps", 2, "--device", "cpu", "--out", "one")
         support.main(patch, "train", "digits", *one)

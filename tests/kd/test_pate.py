@@ -11,10 +11,11 @@ from kd_support import main, read_report, refused
 
 from dsdistill.harness.data import datasets, distilled_set, preprocess
 from dsdistill.harness.data.labeled_images import Examples
-from kd.commands import private_answers, private_data
+from kd.assembly import private_answers
 from kd.options import TrainOptions
 from kd.parallel import engine
 from kd.privacy import settings
+from kd.runs import private_data
 
 VOTES = "teachers=8,sigma=1,answers=60,steps=10,network=mlp:8"
 QUICK = ("--student", "mlp:8", "--steps", 12, "--public", "test:100")
@@ -23,7 +24,7 @@ QUICK = ("--student", "mlp:8", "--steps", 12, "--public", "test:100")
 @pytest.fixture
 def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("kd.commands.curves.draw", lambda folder: None)
+    monkeypatch.setattr("kd.runs.curves.draw", lambda folder: None)
     return monkeypatch
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from kd.commands.printed_figures import chosen_figures, print_figures
+from kd.runs.printed_figures import chosen_figures, print_figures
 
 SIZE = {"parameters": 7, "seconds": 1.0}
 REPORT = {

@@ -23,7 +23,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pruned")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("kd.commands.curves.draw", lambda folder: None)
+        patch.setattr("kd.runs.curves.draw", lambda folder: None)
         main(patch, "train", *WHOLE, "--out", "whole")
         main(patch, "train", *QUICK, "--out", "slim")
     return folder
@@ -32,7 +32,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def inside(work: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.chdir(work)
-    monkeypatch.setattr("kd.commands.curves.draw", lambda folder: None)
+    monkeypatch.setattr("kd.runs.curves.draw", lambda folder: None)
     return monkeypatch
 
 
@@ -90,7 +90,7 @@ def test_every_command_takes_a_pruned_run(
     main(inside, "train", *short, "--student", "slimmer", "--out", "further")
     again = saved_models.load_run(Path("further"))
     assert again.layer_channels == further.layer_channels
-    inside.setattr("kd.commands.quantised_file.figures", lambda *parts: {})
+    inside.setattr("kd.exports.quantised_file.figures", lambda *parts: {})
     main(inside, "quantize", "slim", "--out", "codes", "--images", 32)
     codes = saved_models.load_run(Path("codes"))
     assert codes.bits is not None
@@ -149,7 +149,7 @@ def test_what_does_not_go_is_refused_and_writes_nothing(
 def test_a_quantised_student_and_texts_are_refused(
     inside: pytest.MonkeyPatch, work: Path, tmp_path: Path
 ) -> None:
-    inside.setattr("kd.commands.quantised_file.figures", lambda *parts: {})
+    inside.setattr("kd.exports.quantised_file.figures", lambda *parts: {})
     main(inside, "quantize", "whole", "--out", str(tmp_path / "codes"), "--images", 32)
     options = ("--student", tmp_path / "codes", "--prune", 0.5)
     assert "prune the run in float32" in refused(inside, "train", "digits", *options)

@@ -14,16 +14,17 @@ from kd_support import main, refused, stop_in
 from torch import Tensor
 
 from dsdistill.harness.data import preprocess
-from kd.commands import quantised_file, quantised_formats, run_data
 from kd.data import data_source
+from kd.exports import quantised_file, quantised_formats
 from kd.models import networks, saved_models, seals
 from kd.models.quantised import quantised_network
 from kd.models.quantised.bit_widths import BitWidths
 from kd.models.saved_models import Model
+from kd.runs import run_data
 
 FLOAT = ("digits", "--student", "convnet:8", "--epochs", 3, "--seed", 1)
 QUICK = ("digits", "--student", "float", "--epochs", 1)
-NO_FILE = "kd.commands.quantised_file.figures"
+NO_FILE = "kd.exports.quantised_file.figures"
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quantised")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("kd.commands.curves.draw", lambda folder: None)
+        patch.setattr("kd.runs.curves.draw", lambda folder: None)
         patch.setattr(NO_FILE, lambda *parts: {})
         main(patch, "train", *FLOAT, "--out", "float")
         main(patch, "train", *QUICK, "--quantize", "w4a4", "--ema", 0.9, "--out", "w4a4")
@@ -42,7 +43,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def inside(work: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.chdir(work)
-    monkeypatch.setattr("kd.commands.curves.draw", lambda folder: None)
+    monkeypatch.setattr("kd.runs.curves.draw", lambda folder: None)
     monkeypatch.setattr(NO_FILE, lambda *parts: {})
     return monkeypatch
 

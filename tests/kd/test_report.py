@@ -17,8 +17,9 @@ import tyro
 from dsdistill.harness import files
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.reports import plot_style
-from kd.commands import capacity_gap, curves, finished_runs, report
+from kd.commands import report
 from kd.options import Overrides, TrainOptions
+from kd.runs import capacity_gap, curves, finished_runs
 
 
 def made(

@@ -24,7 +24,7 @@ QUICK = ("--student", "mlp:8", "--epochs", 12, "--batch-size", 64)
 def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        "kd.commands.curves.draw", lambda folder: None
+        "kd.runs.curves.draw", lambda folder: None
     )  # as long as the training itself
     return monkeypatch
 
@@ -196,7 +196,7 @@ def test_a_chain_goes_on_from_the_same_data_and_links_alone(inside: pytest.Monke
         raise Killed
 
     with inside.context() as patch:
-        patch.setattr("kd.commands.curves.draw", killed)  # the last thing that the first link does
+        patch.setattr("kd.runs.curves.draw", killed)  # the last thing that the first link does
         with pytest.raises(Killed):
             main(patch, *line)
     assert Path("run-1/report.json").exists()

@@ -20,7 +20,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("robust")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("kd.commands.curves.draw", lambda folder: None)
+        patch.setattr("kd.runs.curves.draw", lambda folder: None)
         main(patch, "train", "digits", *QUICK, *ADVERSARY, "--out", "robust")
         main(patch, "train", "digits", *QUICK, "--robust", "pgd:eps=0.1", "--out", "natural")
     return folder
@@ -29,7 +29,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def inside(work: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.chdir(work)
-    monkeypatch.setattr("kd.commands.curves.draw", lambda folder: None)
+    monkeypatch.setattr("kd.runs.curves.draw", lambda folder: None)
     return monkeypatch
 
 

@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_npz(root / "data" / "rows.npz")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        patch.setattr("kd.commands.curves.draw", lambda folder: None)
+        patch.setattr("kd.runs.curves.draw", lambda folder: None)
         line = ("train", "data/rows.npz", "--epochs", 2, "--batch-size", 30, "--device", "cpu")
         main(patch, *line, "--student", "small-vgg11:2", "--out", "teacher")
         main(patch, *line, "--student", "mlp:4", "--out", "plain")
@@ -67,7 +67,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("kd.commands.curves.draw", lambda folder: None)
+    monkeypatch.setattr("kd.runs.curves.draw", lambda folder: None)
     return monkeypatch
 
 
@@ -128,7 +128,7 @@ def test_data_that_give_figures_alone_stand_beside_the_set(inside) -> None:
     "smaller", [("--prune", 0.5), ("--quantize", "w4a4")], ids=["pruned", "quantised"]
 )
 def test_smaller_copies_of_a_network_make_images_of_their_own(inside, tmp_path, smaller) -> None:
-    inside.setattr("kd.commands.quantised_file.figures", lambda *parts: {})  # exported and measured
+    inside.setattr("kd.exports.quantised_file.figures", lambda *parts: {})  # exported and measured
     line = ("train", "data/rows.npz", "--steps", 3, "--batch-size", 30, "--device", "cpu")
     main(inside, *line, "--student", "teacher", *smaller, "--out", tmp_path / "run")
     main(inside, "synthesize", tmp_path / "run", *QUICK, "--out", tmp_path / "set")

@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _write_pair(root, "test", 5)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        patch.setattr("kd.commands.curves.draw", lambda folder: None)
+        patch.setattr("kd.runs.curves.draw", lambda folder: None)
         line = ("--student", "mlp:16", "--epochs", 20, "--batch-size", 16)
         main(patch, "train", "clear", *line, "--out", "teacher")
         main(patch, *TAUGHT, "--augment", "crop-flip", "--crop-padding", 1, "--out", "run")
@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("kd.commands.curves.draw", lambda folder: None)
+    monkeypatch.setattr("kd.runs.curves.draw", lambda folder: None)
     return monkeypatch
 
 

@@ -16,7 +16,8 @@ from text_support import TEXTS, bert_folder
 from dsdistill.harness import files
 from dsdistill.harness.errors import UserError
 from kd import cli
-from kd.commands import export, text_export, text_export_formats
+from kd.commands import export
+from kd.exports import text_export, text_export_formats
 from kd.models.language import saved_text_models, text_students
 from kd.models.language.text_model import TextModel
 from kd.options import ExportOptions

@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(rng.integers(0, 5, (9, 12), dtype=np.uint8)).save(dark / f"{i}.png")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        patch.setattr("kd.commands.curves.draw", lambda folder: None)
+        patch.setattr("kd.runs.curves.draw", lambda folder: None)
         patch.setenv("XDG_CACHE_HOME", str(root / "cache"))
         main(patch, "train", "data", "--student", "mlp:16", "--epochs", 8, "--out", "teacher")
         line = ("train", "data", *RUN, "--teacher", "teacher")
@@ -61,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-    monkeypatch.setattr("kd.commands.curves.draw", lambda folder: None)
+    monkeypatch.setattr("kd.runs.curves.draw", lambda folder: None)
     return monkeypatch
 
 

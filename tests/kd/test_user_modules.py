@@ -15,9 +15,9 @@ from kd_support import main, refused, stop_in
 
 from dsdistill.harness.data import preprocess
 from dsdistill.harness.errors import UserError
-from kd.commands import finished_runs
 from kd.evaluation import learners
 from kd.models import networks, saved_models, teachers
+from kd.runs import finished_runs
 
 CODE = """
 import pathlib
@@ -83,7 +83,7 @@ def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The user's module in the current folder, which leaves a file where it is imported."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr("kd.commands.curves.draw", lambda folder: None)
+    monkeypatch.setattr("kd.runs.curves.draw", lambda folder: None)
     for name in ("usernet", "broken"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     support.write_npz(tmp_path / "data.npz")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from kd import cli
-from kd.commands import curves
+from kd.runs import curves
 
 
 def main(lines: Path, *common: str) -> None:

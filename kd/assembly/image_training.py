@@ -12,17 +12,16 @@ from dsdistill.harness import shell
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.evaluation import metrics
 from dsdistill.harness.runs import progress
-from kd.commands import (
+from kd.assembly import (
     pruned_training,
-    quantised_file,
     run_inputs,
     training_batches,
     training_checks,
     training_networks,
     training_parts,
 )
-from kd.commands.training import AssembledTraining, Validate
-from kd.commands.training_parts import TrainingParts
+from kd.assembly.training import AssembledTraining, Validate
+from kd.assembly.training_parts import TrainingParts
 from kd.data import class_weights, data_source
 from kd.data.batching import BatchSource, EvaluationBatches
 from kd.data.data_source import DataSource
@@ -36,6 +35,7 @@ from kd.evaluation import (
     teacher_check,
 )
 from kd.evaluation.answer_balance import AnswerBalance
+from kd.exports import quantised_file
 from kd.models import networks, saved_models
 from kd.models.quantised import quantised_network
 from kd.models.teachers import Teacher

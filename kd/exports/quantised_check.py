@@ -20,11 +20,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dsdistill.harness.errors import UserError
-from kd.commands import export_check, quantised_formats
-from kd.commands.checked_export import RELATIVE_TOLERANCE
-from kd.commands.export_check import ReferenceOutputs
-from kd.commands.export_formats import INPUT_NAME
 from kd.data import batching
+from kd.exports import export_check, quantised_formats
+from kd.exports.checked_export import RELATIVE_TOLERANCE
+from kd.exports.export_check import ReferenceOutputs
+from kd.exports.export_formats import INPUT_NAME
 from kd.models.saved_models import Model
 
 Runner = Callable[[Tensor], Tensor]

@@ -6,13 +6,14 @@ from dsdistill.harness.data import datasets, paired_folder
 from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError
 from kd import recipe
-from kd.commands import private_data, teacher_chain
+from kd.assembly import teacher_chain
 from kd.data import data_source, grouped_classes, transfer_images
 from kd.data.data_source import DataSource
 from kd.data.files import file_source
 from kd.data.files.file_source import FileSource
 from kd.options import TrainOptions
 from kd.recipe import Recipe
+from kd.runs import private_data
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,8 +6,8 @@ from typing import Any
 
 from dsdistill.harness import files
 from dsdistill.harness.reports import plot_style
-from kd.commands import run_figures
 from kd.models.seals import REPORT
+from kd.runs import run_figures
 
 # Figures of metrics.jsonl.
 NOT_PLOTTED = (

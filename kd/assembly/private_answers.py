@@ -18,7 +18,7 @@ from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress, run_folder
 from kd import recipe, recipes
-from kd.commands import image_training, private_data, run_options, text_parts
+from kd.assembly import image_training, text_parts
 from kd.data import batching
 from kd.data.batching import SCORE_BATCH
 from kd.data.public_images import PublicImages
@@ -31,6 +31,7 @@ from kd.options import TrainOptions
 from kd.parallel.engine import Engine
 from kd.privacy import votes
 from kd.privacy.settings import PateSettings
+from kd.runs import private_data, run_options
 from kd.training.loop import train as run_training
 
 _TEACHER_SEED = 0x9A7E  # tells the seeds of teachers from that of the student

@@ -13,7 +13,6 @@ from torch import Tensor
 from dsdistill.harness import paths
 from dsdistill.harness.data import preprocess
 from dsdistill.harness.errors import UserError
-from kd.commands import private_data, run_data
 from kd.data import batching, transfer_images
 from kd.data.files.file_source import FileSource
 from kd.data.files.image_files import ImageFiles
@@ -21,6 +20,7 @@ from kd.models import saved_models, seals
 from kd.models.saved_models import Model
 from kd.models.zoo import class_names
 from kd.recipe import Recipe
+from kd.runs import private_data, run_data
 
 RANDOM_IMAGES, REAL_IMAGES = 16, 48  # number of images
 SEED = 0

@@ -4,8 +4,8 @@ import sys
 from typing import Any
 
 from dsdistill.harness.text import console, printable
-from kd.commands import run_figures
-from kd.commands.run_figures import FIGURES
+from kd.runs import run_figures
+from kd.runs.run_figures import FIGURES
 
 _TRAIN_FIELDS = (
     "test_accuracy",

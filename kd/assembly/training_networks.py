@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from dsdistill.harness.errors import UserError
-from kd.commands import teacher_chain
-from kd.commands.training_images import TeacherData
+from kd.assembly import teacher_chain
+from kd.assembly.training_images import TeacherData
 from kd.data.data_source import DataSource
 from kd.data.files.file_source import FileSource
 from kd.models import headless, network_names, networks, saved_models, student_view, teachers
@@ -17,7 +17,7 @@ from kd.models.networks import Classifier
 from kd.models.saved_models import Model
 from kd.models.teachers import Teacher, TeacherUse
 from kd.models.zoo import class_names
-from kd.options import TrainOptions, told
+from kd.options import TrainOptions, teacher_inputs
 
 
 def load_student(
@@ -155,7 +155,7 @@ def load_teachers(
     fitted = student.preprocess if data is None else data.preprocess
     seen = source if data is None else data.source
     images = fitted, seen.shape, source.classes
-    inputs = told(vars(options), len(names))
+    inputs = teacher_inputs(vars(options), len(names))
     typed = typed_names(options)
     return tuple(
         teachers.load(

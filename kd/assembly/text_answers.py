@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from dsdistill.harness.runs import progress
-from kd.commands import answer_caches
-from kd.commands.text_parts import TextParts
+from kd.assembly import answer_caches
+from kd.assembly.text_parts import TextParts
 from kd.data import batching
 from kd.data.batching import BatchSource, Unit
 from kd.data.teacher_answers import CachedBatches, Table

@@ -16,12 +16,12 @@ from dsdistill.harness.evaluation.statistics import Summary
 from dsdistill.harness.reports import schema
 from dsdistill.harness.runs import run_folder
 from dsdistill.harness.runs.options import Storage
-from kd.commands import continuation
-from kd.commands.run_figures import FIGURES, FRACTION, Figure
 from kd.models import seals
 from kd.models.seals import REPORT
 from kd.options import DEFAULT_WORKERS, QuantizeOptions, TrainOptions
 from kd.recipe import METRICS
+from kd.runs import continuation
+from kd.runs.run_figures import FIGURES, FRACTION, Figure
 
 REQUIRED_TYPES = {
     "student": str,

@@ -13,10 +13,10 @@ from dsdistill.harness import shell
 from dsdistill.harness.checksums import json_digest
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
-from kd.commands import text_answers, text_parts
-from kd.commands.image_training import require_no_validation_options
-from kd.commands.text_parts import TextParts
-from kd.commands.training import AssembledTraining, Validate
+from kd.assembly import text_answers, text_parts
+from kd.assembly.image_training import require_no_validation_options
+from kd.assembly.text_parts import TextParts
+from kd.assembly.training import AssembledTraining, Validate
 from kd.data import batching, class_weights, teacher_cache
 from kd.data.batching import BatchSource, ChangedBatches
 from kd.data.text.token_batches import MaskedTokens, TokenBatches

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from dsdistill.harness import paths
 from dsdistill.harness.errors import UserError, unknown_name
-from kd.commands import checked_export, text_export_formats
-from kd.commands.checked_export import RELATIVE_TOLERANCE
-from kd.commands.text_export_formats import FORMATS, Runner, TextFormat
 from kd.data.text import corpus, embedding_texts, part_files, tokenization
 from kd.data.text.corpus import TextPart
 from kd.data.text.token_batches import TokenBatches
+from kd.exports import checked_export, text_export_formats
+from kd.exports.checked_export import RELATIVE_TOLERANCE
+from kd.exports.text_export_formats import FORMATS, Runner, TextFormat
 from kd.models import networks, seals
 from kd.models.language import saved_text_models, tokenizer
 from kd.models.language.task import ALIGNED, OF_TOKENS

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from dsdistill.harness import files
 from dsdistill.harness.data import preprocess
 from dsdistill.harness.errors import UserError, first_line
-from kd.commands import quantised_formats
-from kd.commands.checked_export import Writer
+from kd.exports import quantised_formats
+from kd.exports.checked_export import Writer
 from kd.models import network_names, networks, saved_models, seals
 from kd.models.adapters import PreprocessLayer
 from kd.models.quantised import qdq_network

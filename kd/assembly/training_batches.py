@@ -18,8 +18,8 @@ from torch import Tensor
 
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
-from kd.commands.answer_caches import announce, from_tables, open_all, refuse_layers
-from kd.commands.training_parts import TrainingParts
+from kd.assembly.answer_caches import announce, from_tables, open_all, refuse_layers
+from kd.assembly.training_parts import TrainingParts
 from kd.data import augment, batching
 from kd.data.batching import Batch, BatchSource, ResidentBatches, Unit
 from kd.data.teacher_answers import CachedBatches, Kept, Table

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from dsdistill.harness import files
 from dsdistill.harness.errors import UserError
-from kd.commands.checked_export import Writer
-from kd.commands.export_formats import (
+from kd.exports.checked_export import Writer
+from kd.exports.export_formats import (
     CARD_FILE,
     header_strings,
     pack_program,

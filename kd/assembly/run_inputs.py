@@ -17,8 +17,8 @@ from dsdistill.harness.checksums import file_digest
 from dsdistill.harness.data import distilled_set
 from dsdistill.harness.data.labeled_images import LabeledImages
 from dsdistill.harness.errors import UserError
-from kd.commands import teacher_chain
-from kd.commands.training_parts import TrainingParts
+from kd.assembly import teacher_chain
+from kd.assembly.training_parts import TrainingParts
 from kd.data import teacher_cache
 from kd.data.files.file_source import FileSource
 from kd.models import network_names, networks

@@ -9,7 +9,6 @@ from dsdistill.harness.data import datasets
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import run_folder
 from dsdistill.harness.runs.options import Storage
-from kd.commands import continuation
 from kd.data import class_weights
 from kd.data.public_images import OF_TEST_PART
 from kd.models import network_names, networks
@@ -17,6 +16,7 @@ from kd.models.language import text_students
 from kd.models.seals import REPORT
 from kd.models.zoo import class_names
 from kd.options import TrainOptions
+from kd.runs import continuation
 
 HASH_KEY = "options"  # key of the options' hash among the hashes of a run
 

@@ -16,11 +16,11 @@ from dsdistill.harness.data import preprocess
 from dsdistill.harness.errors import first_line
 from dsdistill.harness.evaluation import metrics
 from dsdistill.harness.runs import progress
-from kd.commands import export_formats, quantised_formats
 from kd.data.batching import EvaluationBatches
 from kd.data.data_source import DataSource
 from kd.data.files.file_source import FileSource
 from kd.evaluation import scoring
+from kd.exports import export_formats, quantised_formats
 from kd.models import saved_models
 from kd.models.quantised import quantised_network
 from kd.models.saved_models import Model

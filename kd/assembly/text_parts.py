@@ -11,10 +11,10 @@ from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
 from kd import recipe as recipe_rules
 from kd import recipes
-from kd.commands import teacher_chain, training_texts
-from kd.commands.training_networks import checkpoint_gradients
-from kd.commands.training_parts import make_engine
-from kd.commands.training_texts import EncodedTexts
+from kd.assembly import teacher_chain, training_texts
+from kd.assembly.training_networks import checkpoint_gradients
+from kd.assembly.training_parts import make_engine
+from kd.assembly.training_texts import EncodedTexts
 from kd.data import class_weights, data_source
 from kd.data.class_weights import ClassWeights
 from kd.data.text import (

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from dsdistill.harness.evaluation.statistics import Summary
 from dsdistill.harness.reports import plot_style
-from kd.commands import finished_runs
-from kd.commands.finished_runs import FinishedRun, RunGroup
-from kd.commands.run_figures import Figure
+from kd.runs import finished_runs
+from kd.runs.finished_runs import FinishedRun, RunGroup
+from kd.runs.run_figures import Figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as PlotFigure

@@ -2,7 +2,7 @@
 
 from dsdistill.harness import shell
 from dsdistill.harness.errors import UserError
-from kd.commands.training_parts import (
+from kd.assembly.training_parts import (
     ONE_CLASS_METRICS,
     TrainingParts,
     judging_attacks,

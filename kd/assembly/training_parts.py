@@ -12,8 +12,7 @@ from dsdistill.harness.data.preprocess import Preprocess
 from dsdistill.harness.errors import UserError
 from dsdistill.harness.runs import progress
 from kd import attack, recipe, recipes
-from kd.attack import Attack, Pgd
-from kd.commands import (
+from kd.assembly import (
     own_teacher,
     pruned_training,
     quantised_training,
@@ -21,7 +20,8 @@ from kd.commands import (
     training_images,
     training_networks,
 )
-from kd.commands.training_images import TeacherData
+from kd.assembly.training_images import TeacherData
+from kd.attack import Attack, Pgd
 from kd.data import class_weights
 from kd.data.class_weights import ClassWeights
 from kd.data.data_source import DataSource

@@ -1,0 +1,1 @@
+"""What a training is put together from: data, networks, teachers' answers, all by its options."""

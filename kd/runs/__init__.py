@@ -1,0 +1,1 @@
+"""Finished runs of trainings: their data, options and figures, and what compares them."""
