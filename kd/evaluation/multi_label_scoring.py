@@ -33,9 +33,7 @@ def figures(scores: Float[np.ndarray, "n k"], labels: Float[np.ndarray, "n k"]) 
         scores: Logits of the classes.
         labels: For each class whether the image has it, 0 or 1.
     """
-    from sklearn.metrics import (
-        f1_score,  # takes half a second, which other images need not wait for
-    )
+    from sklearn.metrics import f1_score
 
     known = labels.any(0)
     answers, truth = (scores > 0).astype(np.int64), labels.astype(np.int64)
