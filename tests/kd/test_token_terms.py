@@ -16,6 +16,7 @@ from kd.models.language import blocks
 from kd.models.token_inputs import IGNORED, TokenInputs
 from kd.objectives import terms, token_terms
 from kd.recipe import Recipe
+from kd.training.checkpoint import LeftOut
 from kd.training.steps import Trainer
 
 # A student of two blocks and a teacher of four: of other width, and of the same.
@@ -269,7 +270,19 @@ def update(made, parts: list[Batch], processes: int = 1):
     optimizer = torch.optim.SGD(made.parameters(), lr=0)
     weights = tuple(made.parameters())
     trainer = Trainer(
-        made, made, weights, optimizer, still, None, Recipe(), engine(processes), 1, 1, 1, None
+        made,
+        made,
+        weights,
+        optimizer,
+        still,
+        None,
+        Recipe(),
+        engine(processes),
+        1,
+        1,
+        1,
+        None,
+        LeftOut(),
     )
     values = trainer.update(0, parts, 0)
     gradient = {n: p.grad.clone() for n, p in made.named_parameters() if p.grad is not None}
